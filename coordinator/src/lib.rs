@@ -1,0 +1,1 @@
+//! The coordinator: one writer of a run's state

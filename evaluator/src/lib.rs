@@ -1,0 +1,1 @@
+//! Evaluation, generation and benchmarks of exported models

@@ -1,0 +1,1 @@
+//! Immutable, verified checkpoint directories

@@ -1,0 +1,1 @@
+//! The OpenELM model: kernels, training step, generation

@@ -1,0 +1,268 @@
+//! Where text comes from and how it becomes sequences.
+
+use serde::{Deserialize, Serialize};
+use ulmus_types::Problems;
+
+use crate::units::Bytes;
+
+/// How a file holds its documents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// Rows of one string column.
+    Parquet,
+    /// One JSON object per line.
+    Jsonl,
+    /// One document per file.
+    Text,
+}
+
+impl Format {
+    /// The format that a file name's suffix tells.
+    pub fn of_file(name: &str) -> Option<Self> {
+        match name.rsplit_once('.')?.1 {
+            "parquet" => Some(Self::Parquet),
+            "jsonl" | "ndjson" => Some(Self::Jsonl),
+            "txt" | "md" | "rs" => Some(Self::Text),
+            _ => None,
+        }
+    }
+}
+
+/// What is done to a document before it is filtered.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Normalize {
+    /// Unicode normal form C.
+    #[default]
+    Nfc,
+    /// Nothing.
+    None,
+}
+
+/// How documents become sequences of fixed length.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pack {
+    /// Documents are joined with BOS and EOS and cut; attention never crosses from one into another.
+    #[default]
+    Concat,
+}
+
+/// One corpus, or one part of a corpus with a share of its own.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SourceConfig {
+    /// Its name in reports.
+    pub name: String,
+    /// Folder of the files: a path, `file://`, `http://`, `https://`, or `run:` for the run's own folder.
+    pub url: String,
+    /// Files below `url`: names, globs, or patterns with `{}` or `{:05}` that `range` fills in.
+    pub files: Vec<String>,
+    /// File ids `[first, end)` for the patterns.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub range: Option<[u64; 2]>,
+    /// Format, where the file suffix does not tell it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+    /// Column or key of the text.
+    pub text: String,
+    /// Tokens that the source counts for in the mixture.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<u64>,
+    /// Where that count comes from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens_from: Option<String>,
+    /// Passes over the source after which the run ends; without it there is no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_epochs: Option<u64>,
+}
+
+/// How the corpora become one stream of sequences.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DataConfig {
+    /// Logical streams K. Each gives the same number of sequences to every update.
+    pub lanes: u64,
+    /// Most text in one unit, the smallest piece that is read whole.
+    pub unit: Bytes,
+    /// Sequences that are shuffled together within a lane.
+    pub window: u64,
+    /// Share of the documents that is never trained on.
+    pub holdout: f64,
+    /// Shortest document in characters, counted as the reference does.
+    pub min_characters: u64,
+    /// Shortest document in tokens, BOS and EOS included.
+    pub min_tokens: u64,
+    /// Normalisation of every document.
+    pub normalize: Normalize,
+    /// How documents become sequences.
+    pub pack: Pack,
+    /// Threads that read and tokenize, per worker.
+    pub threads: u64,
+    /// The corpora.
+    pub source: Vec<SourceConfig>,
+}
+
+impl Default for DataConfig {
+    fn default() -> Self {
+        Self {
+            lanes: 512,
+            unit: Bytes::mib(8),
+            window: 64,
+            holdout: 0.0005,
+            min_characters: 200,
+            min_tokens: 256,
+            normalize: Normalize::Nfc,
+            pack: Pack::Concat,
+            threads: 2,
+            source: Vec::new(),
+        }
+    }
+}
+
+impl DataConfig {
+    /// Reports every rule that is broken; `sequences` and `micro_batch` are those of `[train]`.
+    pub fn check(&self, sequences: u64, micro_batch: u64, problems: &mut Problems) {
+        let lanes = self.lanes.max(1);
+        problems.check(
+            self.lanes > 0 && self.lanes <= sequences && sequences.is_multiple_of(lanes),
+            "data.lanes",
+            self.lanes,
+            format!("every lane gives the same number of sequences to an update of train.sequences = {sequences}"),
+            format!("set it to {}", largest_divisor(sequences, lanes)),
+        );
+        let per_lane = (sequences / lanes).max(1);
+        problems.check(
+            micro_batch.is_multiple_of(per_lane),
+            "train.micro_batch",
+            micro_batch,
+            format!("a micro-batch is whole lanes of {per_lane} sequences"),
+            format!("set it to {} or data.lanes to {}", micro_batch.div_ceil(per_lane) * per_lane, sequences),
+        );
+        problems.check(
+            (64 << 10..=1 << 30).contains(&self.unit.get()),
+            "data.unit",
+            self.unit,
+            "a unit is 64KiB to 1GiB of text",
+            "write \"8MiB\"",
+        );
+        problems.check(
+            (1..=1 << 20).contains(&self.window),
+            "data.window",
+            self.window,
+            "1 to 1048576 sequences are shuffled together",
+            "write 64",
+        );
+        problems.check(
+            (0.0..=0.5).contains(&self.holdout),
+            "data.holdout",
+            self.holdout,
+            "a share of 0 to 0.5",
+            "write 0.0005",
+        );
+        problems.check(
+            (1..=256).contains(&self.threads),
+            "data.threads",
+            self.threads,
+            "1 to 256 threads read and tokenize",
+            "write 2",
+        );
+        for (index, source) in self.source.iter().enumerate() {
+            source.check(&format!("data.source.{index}"), self.source.len() > 1, problems);
+        }
+        for (index, source) in self.source.iter().enumerate() {
+            problems.check(
+                self.source[..index].iter().all(|other| other.name != source.name),
+                format!("data.source.{index}.name"),
+                &source.name,
+                "two sources have this name",
+                "give each its own",
+            );
+        }
+    }
+}
+
+impl SourceConfig {
+    fn check(&self, at: &str, mixed: bool, problems: &mut Problems) {
+        let key = |name: &str| format!("{at}.{name}");
+        for (name, value, example) in [
+            ("name", &self.name, "refinedweb"),
+            ("url", &self.url, "https://host/folder"),
+            ("text", &self.text, "text"),
+        ] {
+            problems.check(
+                !value.is_empty(),
+                key(name),
+                "missing",
+                "every source needs it",
+                format!("write {name} = {example:?}"),
+            );
+        }
+        problems.check(
+            !self.files.is_empty(),
+            key("files"),
+            "[]",
+            "every source names its files",
+            "write files = [\"*.parquet\"]",
+        );
+        let counted = self.files.iter().any(|file| file.contains('{'));
+        match self.range {
+            Some([first, end]) => {
+                problems.check(
+                    first < end,
+                    key("range"),
+                    format!("[{first}, {end}]"),
+                    "a range is [first, end) with first < end",
+                    format!("write range = [{first}, {}]", first + 1),
+                );
+                problems.check(
+                    counted,
+                    key("files"),
+                    format!("{:?}", self.files),
+                    "range fills in {} or {:05}, and no file has one",
+                    "write for instance files = [\"part-{:05}.parquet\"], or leave range out",
+                );
+            }
+            None => problems.check(
+                !counted,
+                key("range"),
+                "missing",
+                "a file pattern with {} needs it",
+                "write range = [0, 100]",
+            ),
+        }
+        problems.check(
+            self.tokens.is_some_and(|tokens| tokens > 0) || !mixed,
+            key("tokens"),
+            self.tokens.map_or("missing".to_owned(), |tokens| tokens.to_string()),
+            "sources are mixed in proportion to their token counts",
+            "write tokens = 665_000_000_000 and tokens_from = \"where the count comes from\"",
+        );
+        problems.check(
+            self.max_epochs != Some(0),
+            key("max_epochs"),
+            0,
+            "a source is read at least once",
+            "write 1, or leave it out",
+        );
+    }
+}
+
+/// The largest divisor of `n` that is at most `limit`.
+fn largest_divisor(n: u64, limit: u64) -> u64 {
+    (1..=limit.min(n)).rev().find(|d| n.is_multiple_of(*d)).unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lanes_must_divide_the_batch() {
+        let mut problems = Problems::new();
+        DataConfig { lanes: 48, ..DataConfig::default() }.check(128, 16, &mut problems);
+        let problem = problems.iter().next().expect("48 does not divide 128");
+        assert_eq!((problem.key.as_str(), problem.fix.as_str()), ("data.lanes", "set it to 32"));
+    }
+}

@@ -1,0 +1,16 @@
+//! The plan: one TOML file that says what a run is, shared by coordinator and workers.
+//!
+//! It is a crate of its own, free of any I/O and of every compute or data crate, because both sides must read
+//! the same plan in the same way, and because a coordinator must build without any of what workers need.
+
+#![forbid(unsafe_code)]
+
+mod data;
+mod model;
+mod train;
+mod units;
+
+pub use data::{DataConfig, Format, Normalize, Pack, SourceConfig};
+pub use model::{LayerDims, ModelConfig, Multipliers, Preset};
+pub use train::{CheckpointConfig, TrainConfig};
+pub use units::Bytes;

@@ -1,0 +1,215 @@
+//! The recipe: optimizer, schedule, batch and checkpoint grid.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use ulmus_types::Problems;
+
+/// How the weights are trained. The defaults are the published recipe of OpenELM-270M.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TrainConfig {
+    /// Number of optimizer updates, exactly.
+    pub iterations: u64,
+    /// Sequences per update, over all workers.
+    pub sequences: u64,
+    /// Sequences that go through the model at once. Workers take whole micro-batches.
+    pub micro_batch: u64,
+    /// Highest learning rate, reached when the warm-up ends.
+    pub max_lr: f64,
+    /// Where the cosine ends.
+    pub min_lr: f64,
+    /// Updates of linear warm-up.
+    pub warmup: u64,
+    /// Learning rate of the very first update.
+    pub warmup_init_lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Decoupled weight decay of every tensor with two dimensions (the embedding too).
+    pub weight_decay: f64,
+    /// Largest L2 norm of the whole gradient.
+    pub clip: f64,
+    /// Weight of the z-loss, mean of squared log-sum-exp.
+    pub z_loss: f64,
+    /// Updates between two measurements of the held-out loss; 0 measures it never.
+    pub held_out_every: u64,
+    /// Sequences of held-out text per measurement.
+    pub held_out_sequences: u64,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            iterations: 350_000,
+            sequences: 2048,
+            micro_batch: 16,
+            max_lr: 0.0053,
+            min_lr: 0.00053,
+            warmup: 5000,
+            warmup_init_lr: 1e-6,
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            weight_decay: 0.1,
+            clip: 1.0,
+            z_loss: 1e-4,
+            held_out_every: 5000,
+            held_out_sequences: 1024,
+        }
+    }
+}
+
+impl TrainConfig {
+    /// Micro-batches per update, M.
+    pub fn micro_batches(&self) -> u64 {
+        self.sequences / self.micro_batch.max(1)
+    }
+
+    /// The learning rate of update number `step` (0 for the first), rounded to 8 decimals as the reference does.
+    ///
+    /// Facts: linear from `warmup_init_lr`, then a cosine whose period is `iterations - warmup + 1`, so that the
+    /// last update is a hair above `min_lr`.
+    pub fn learning_rate(&self, step: u64) -> f64 {
+        let lr = if step < self.warmup {
+            self.warmup_init_lr + step as f64 * (self.max_lr - self.warmup_init_lr) / self.warmup as f64
+        } else {
+            let period = self.iterations.saturating_sub(self.warmup) + 1;
+            let progress = (step - self.warmup) as f64 / period as f64;
+            self.min_lr + 0.5 * (self.max_lr - self.min_lr) * (1.0 + (std::f64::consts::PI * progress).cos())
+        };
+        (lr * 1e8).round_ties_even() / 1e8
+    }
+
+    /// Reports every rule that is broken.
+    pub fn check(&self, problems: &mut Problems) {
+        problems.check(
+            self.iterations > 0,
+            "train.iterations",
+            self.iterations,
+            "at least one update",
+            "write 350000 for the published recipe",
+        );
+        problems.check(
+            self.micro_batch > 0 && self.sequences > 0 && self.sequences.is_multiple_of(self.micro_batch.max(1)),
+            "train.sequences",
+            self.sequences,
+            format!("an update is whole micro-batches of {} sequences", self.micro_batch),
+            {
+                let micro = self.micro_batch.max(1);
+                let below = (self.sequences / micro).max(1) * micro;
+                format!("set train.sequences to {below} or {}", below + micro)
+            },
+        );
+        for (key, value, low, high) in [
+            ("train.max_lr", self.max_lr, 0.0, 1.0),
+            ("train.min_lr", self.min_lr, 0.0, self.max_lr),
+            ("train.warmup_init_lr", self.warmup_init_lr, 0.0, self.max_lr),
+            ("train.beta1", self.beta1, 0.0, 0.999_999),
+            ("train.beta2", self.beta2, 0.0, 0.999_999_999),
+            ("train.epsilon", self.epsilon, 1e-15, 1.0),
+            ("train.weight_decay", self.weight_decay, 0.0, 10.0),
+            ("train.clip", self.clip, 1e-6, 1e6),
+            ("train.z_loss", self.z_loss, 0.0, 1.0),
+        ] {
+            problems.check(
+                (low..=high).contains(&value),
+                key,
+                value,
+                format!("must be {low} to {high}"),
+                "the published recipe is in plans/openelm-270m.toml",
+            );
+        }
+        problems.check(
+            self.warmup < self.iterations.max(1),
+            "train.warmup",
+            self.warmup,
+            format!("the warm-up ends before train.iterations = {}", self.iterations),
+            format!("set it to {}", self.iterations / 10),
+        );
+        problems.check(
+            self.held_out_every == 0 || self.held_out_sequences > 0,
+            "train.held_out_sequences",
+            self.held_out_sequences,
+            "a measurement needs at least one sequence",
+            "set it to 64, or train.held_out_every to 0",
+        );
+    }
+}
+
+/// When the state is saved, and what is kept.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CheckpointConfig {
+    /// Updates between two milestones, which are kept.
+    pub every: u64,
+    /// How many of the last milestones are averaged.
+    pub average: u64,
+    /// Time between two recovery checkpoints, of which only the newest two are kept.
+    #[serde(with = "humantime_serde")]
+    pub recovery: Duration,
+}
+
+impl Default for CheckpointConfig {
+    fn default() -> Self {
+        Self { every: 5000, average: 5, recovery: Duration::from_mins(10) }
+    }
+}
+
+impl CheckpointConfig {
+    /// Whether the state after `step` updates is a milestone of a run of `iterations`: on the grid, or the last.
+    pub fn is_milestone(&self, step: u64, iterations: u64) -> bool {
+        step > 0 && (step.is_multiple_of(self.every.max(1)) || step == iterations)
+    }
+
+    /// Reports every rule that is broken.
+    pub fn check(&self, iterations: u64, problems: &mut Problems) {
+        problems.check(
+            self.every > 0,
+            "checkpoint.every",
+            self.every,
+            "the grid has at least one update between milestones",
+            "write 5000 for the published recipe",
+        );
+        let milestones = iterations.div_ceil(self.every.max(1));
+        problems.check(
+            (1..=milestones).contains(&self.average),
+            "checkpoint.average",
+            self.average,
+            format!("{iterations} iterations with checkpoint.every = {} make {milestones} milestones", self.every),
+            format!("set it to at most {milestones}, or checkpoint.every to at most {}", (iterations / self.average.max(1)).max(1)),
+        );
+        problems.check(
+            self.recovery >= Duration::from_secs(1),
+            "checkpoint.recovery",
+            humantime_serde::re::humantime::format_duration(self.recovery),
+            "at least 1s",
+            "write \"10m\"",
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn schedule_meets_its_corner_values() {
+        let recipe = TrainConfig::default();
+        assert_eq!(recipe.learning_rate(0), 1e-6);
+        assert_eq!(recipe.learning_rate(1), 2.06e-6);
+        assert_eq!(recipe.learning_rate(5000), 0.0053);
+        assert_eq!(recipe.learning_rate(177_500), 0.002_915_01);
+        assert_eq!(recipe.learning_rate(350_000), 0.000_53);
+    }
+
+    #[test]
+    fn the_last_update_is_a_milestone() {
+        let grid = CheckpointConfig { every: 50, ..CheckpointConfig::default() };
+        let milestones: Vec<u64> = (0..=120).filter(|step| grid.is_milestone(*step, 120)).collect();
+        assert_eq!(milestones, [50, 100, 120]);
+    }
+}

@@ -1,0 +1,1 @@
+//! Process matters: telemetry, clock, shutdown

@@ -1,0 +1,277 @@
+//! Newtypes for the identities of a run.
+//!
+//! A restarted process is a *different* worker: [`WorkerId`] carries an [`Incarnation`]. Every change of
+//! membership is a new [`Generation`], and a message that carries an older one is fenced.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// A text that is not the identity it should be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is not a {what}; {rule}")]
+pub struct IdError {
+    what: &'static str,
+    text: String,
+    rule: &'static str,
+}
+
+macro_rules! number {
+    ($(#[$doc:meta])* $name:ident($inner:ty)) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name($inner);
+
+        impl $name {
+            /// Wraps a plain number.
+            pub const fn new(value: $inner) -> Self {
+                Self(value)
+            }
+
+            /// The plain number.
+            pub const fn get(self) -> $inner {
+                self.0
+            }
+
+            /// The one after this.
+            #[must_use]
+            pub const fn next(self) -> Self {
+                Self(self.0 + 1)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+
+number! {
+    /// The membership number of a run. It grows with each change of the training group, is stored before any
+    /// assignment is sent, and fences everything that was said under an older one.
+    Generation(u64)
+}
+number! {
+    /// The number of optimizer updates that a state has seen; 0 is the state after initialisation.
+    Step(u64)
+}
+number! {
+    /// A worker's place in the training group of one generation, from 0.
+    Rank(u32)
+}
+number! {
+    /// One of the K logical data streams of a run.
+    LaneId(u32)
+}
+number! {
+    /// Tells one life of a worker process from its next.
+    Incarnation(u64)
+}
+
+impl Rank {
+    /// The rank as an index into per-rank slices.
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+impl LaneId {
+    /// The lane as an index into per-lane slices.
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+fn is_name(text: &str) -> bool {
+    let mut bytes = text.bytes();
+    bytes.next().is_some_and(|b| b.is_ascii_alphanumeric())
+        && text.len() <= 64
+        && bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+}
+
+/// The name of a run, and of its folder.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct RunName(String);
+
+impl RunName {
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for RunName {
+    type Err = IdError;
+
+    fn from_str(text: &str) -> Result<Self, IdError> {
+        if is_name(text) {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(IdError {
+                what: "run name",
+                text: text.to_owned(),
+                rule: "use 1 to 64 letters, digits, '-', '_' and '.', beginning with a letter or digit",
+            })
+        }
+    }
+}
+
+impl TryFrom<String> for RunName {
+    type Error = IdError;
+
+    fn try_from(text: String) -> Result<Self, IdError> {
+        text.parse()
+    }
+}
+
+impl From<RunName> for String {
+    fn from(name: RunName) -> Self {
+        name.0
+    }
+}
+
+impl fmt::Display for RunName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// One life of one worker: its name and incarnation.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct WorkerId {
+    name: String,
+    incarnation: Incarnation,
+}
+
+impl WorkerId {
+    /// Builds the identity.
+    ///
+    /// # Errors
+    /// When `name` is not 1 to 64 letters, digits, '-', '_' and '.'.
+    pub fn new(name: impl Into<String>, incarnation: Incarnation) -> Result<Self, IdError> {
+        let name = name.into();
+        if is_name(&name) {
+            Ok(Self { name, incarnation })
+        } else {
+            Err(IdError {
+                what: "worker name",
+                text: name,
+                rule: "use 1 to 64 letters, digits, '-', '_' and '.', beginning with a letter or digit",
+            })
+        }
+    }
+
+    /// The name, which a restarted worker keeps.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The incarnation, which a restarted worker does not keep.
+    pub const fn incarnation(&self) -> Incarnation {
+        self.incarnation
+    }
+}
+
+impl fmt::Display for WorkerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}#{:x}", self.name, self.incarnation.get())
+    }
+}
+
+/// A checkpoint: the state after `step`, as the group of `generation` wrote it.
+///
+/// Its text form is the name of its directory, `step-00005000-g3`. The generation is part of the name so that
+/// a fenced group can never write into the directory of the group that replaced it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct CheckpointId {
+    step: Step,
+    generation: Generation,
+}
+
+impl CheckpointId {
+    /// Names the checkpoint of `step` by the group of `generation`.
+    pub const fn new(step: Step, generation: Generation) -> Self {
+        Self { step, generation }
+    }
+
+    /// The number of updates that the state has seen.
+    pub const fn step(self) -> Step {
+        self.step
+    }
+
+    /// The generation whose group wrote it.
+    pub const fn generation(self) -> Generation {
+        self.generation
+    }
+}
+
+impl fmt::Display for CheckpointId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&format!("step-{:08}-g{}", self.step.get(), self.generation.get()))
+    }
+}
+
+impl FromStr for CheckpointId {
+    type Err = IdError;
+
+    fn from_str(text: &str) -> Result<Self, IdError> {
+        let error = || IdError {
+            what: "checkpoint name",
+            text: text.to_owned(),
+            rule: "it has the form step-00005000-g3",
+        };
+        let (step, generation) =
+            text.strip_prefix("step-").and_then(|rest| rest.split_once("-g")).ok_or_else(error)?;
+        let id = Self::new(
+            Step::new(step.parse().map_err(|_| error())?),
+            Generation::new(generation.parse().map_err(|_| error())?),
+        );
+        // Only the canonical spelling is a name, so that no checkpoint has two.
+        if id.to_string() == text { Ok(id) } else { Err(error()) }
+    }
+}
+
+impl TryFrom<String> for CheckpointId {
+    type Error = IdError;
+
+    fn try_from(text: String) -> Result<Self, IdError> {
+        text.parse()
+    }
+}
+
+impl From<CheckpointId> for String {
+    fn from(id: CheckpointId) -> Self {
+        id.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checkpoint_names_round_trip_and_sort_by_step() {
+        let id = CheckpointId::new(Step::new(5000), Generation::new(3));
+        assert_eq!(id.to_string(), "step-00005000-g3");
+        assert_eq!("step-00005000-g3".parse(), Ok(id));
+        assert!(id < CheckpointId::new(Step::new(10_000), Generation::new(1)));
+        for wrong in ["step-5000-g3", "step-00005000", "step-00005000-g", "step-00005000-g03", ""] {
+            assert!(wrong.parse::<CheckpointId>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn names_cannot_leave_their_folder() {
+        for wrong in ["", "..", "../x", "a/b", ".hidden", "-x", "a b", &"x".repeat(65)] {
+            assert!(wrong.parse::<RunName>().is_err(), "{wrong}");
+            assert!(WorkerId::new(wrong, Incarnation::new(1)).is_err(), "{wrong}");
+        }
+        assert!("quickstart-2.b_c".parse::<RunName>().is_ok());
+    }
+}

@@ -1,0 +1,1 @@
+//! The test kit: in-process clusters and real processes

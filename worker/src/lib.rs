@@ -1,0 +1,1 @@
+//! A worker: trains its share of a run and does its jobs
