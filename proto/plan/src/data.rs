@@ -125,16 +125,19 @@ impl DataConfig {
     /// Reports every rule that is broken; `sequences` and `micro_batch` are those of `[train]`.
     pub fn check(&self, sequences: u64, micro_batch: u64, problems: &mut Problems) {
         let lanes = self.lanes.max(1);
+        let lanes_fit = self.lanes > 0 && self.lanes <= sequences && sequences.is_multiple_of(lanes);
         problems.check(
-            self.lanes > 0 && self.lanes <= sequences && sequences.is_multiple_of(lanes),
+            lanes_fit,
             "data.lanes",
             self.lanes,
-            format!("every lane gives the same number of sequences to an update of train.sequences = {sequences}"),
+            format!(
+                "every lane gives the same number of sequences to an update of train.sequences = {sequences}"
+            ),
             format!("set it to {}", largest_divisor(sequences, lanes)),
         );
         let per_lane = (sequences / lanes).max(1);
         problems.check(
-            micro_batch.is_multiple_of(per_lane),
+            !lanes_fit || micro_batch.is_multiple_of(per_lane),
             "train.micro_batch",
             micro_batch,
             format!("a micro-batch is whole lanes of {per_lane} sequences"),

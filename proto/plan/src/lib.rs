@@ -7,10 +7,16 @@
 
 mod data;
 mod model;
+mod parse;
+mod plan;
+mod prepare;
 mod train;
 mod units;
 
 pub use data::{DataConfig, Format, Normalize, Pack, SourceConfig};
 pub use model::{LayerDims, ModelConfig, Multipliers, Preset};
+pub use parse::read;
+pub use plan::{BenchmarkConfig, ClusterConfig, EvaluateConfig, LocalConfig, Plan, RunConfig, StoreConfig};
+pub use prepare::{PrepareConfig, TokenizerConfig};
 pub use train::{CheckpointConfig, TrainConfig};
 pub use units::Bytes;

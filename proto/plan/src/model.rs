@@ -26,7 +26,8 @@ impl Multipliers {
             Self::Uniform(value) => vec![*value; layers],
             Self::Layers(ends) if ends.len() == 2 => {
                 let step = (ends[1] - ends[0]) / (layers.max(2) - 1) as f64;
-                let at = |i: usize| if i > 0 && i + 1 == layers { ends[1] } else { ends[0] + step * i as f64 };
+                let at =
+                    |i: usize| if i > 0 && i + 1 == layers { ends[1] } else { ends[0] + step * i as f64 };
                 (0..layers).map(|i| (at(i) * 100.0).round_ties_even() / 100.0).collect()
             }
             Self::Layers(values) => values.clone(),
@@ -264,7 +265,8 @@ mod tests {
     fn published_models_have_the_published_sizes() {
         let sizes = Preset::ALL.map(|preset| preset.config().parameters());
         assert_eq!(sizes, [271_691_008, 457_375_744, 1_080_153_600, 3_037_040_640]);
-        let hub = Preset::ALL.map(|preset| ModelConfig { vocab_size: 32_000, ..preset.config() }.parameters());
+        let hub =
+            Preset::ALL.map(|preset| ModelConfig { vocab_size: 32_000, ..preset.config() }.parameters());
         assert_eq!(hub, [271_527_168, 457_179_136, 1_079_891_456, 3_036_647_424]);
     }
 

@@ -94,7 +94,9 @@ impl TrainConfig {
             "write 350000 for the published recipe",
         );
         problems.check(
-            self.micro_batch > 0 && self.sequences > 0 && self.sequences.is_multiple_of(self.micro_batch.max(1)),
+            self.micro_batch > 0
+                && self.sequences > 0
+                && self.sequences.is_multiple_of(self.micro_batch.max(1)),
             "train.sequences",
             self.sequences,
             format!("an update is whole micro-batches of {} sequences", self.micro_batch),
@@ -179,8 +181,14 @@ impl CheckpointConfig {
             (1..=milestones).contains(&self.average),
             "checkpoint.average",
             self.average,
-            format!("{iterations} iterations with checkpoint.every = {} make {milestones} milestones", self.every),
-            format!("set it to at most {milestones}, or checkpoint.every to at most {}", (iterations / self.average.max(1)).max(1)),
+            format!(
+                "{iterations} iterations with checkpoint.every = {} make {milestones} milestones",
+                self.every
+            ),
+            format!(
+                "set it to at most {milestones}, or checkpoint.every to at most {}",
+                (iterations / self.average.max(1)).max(1)
+            ),
         );
         problems.check(
             self.recovery >= Duration::from_secs(1),

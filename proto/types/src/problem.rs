@@ -39,7 +39,12 @@ impl Problems {
         rule: impl Into<String>,
         fix: impl Into<String>,
     ) {
-        self.0.push(Problem { key: key.into(), value: value.to_string(), rule: rule.into(), fix: fix.into() });
+        self.0.push(Problem {
+            key: key.into(),
+            value: value.to_string(),
+            rule: rule.into(),
+            fix: fix.into(),
+        });
     }
 
     /// Records one unless `holds`.

@@ -1,0 +1,352 @@
+//! From TOML text to plans, with *all* mistakes reported at once.
+//!
+//! serde stops at its first error. So a key that cannot be read is recorded and taken out, and the rest is read
+//! again, until nothing is left to complain about; only then are the rules checked.
+
+use toml::{Table, Value};
+use ulmus_types::Problems;
+
+use crate::model::Preset;
+use crate::plan::Plan;
+
+/// Reads a plan file: one plan, or one for each of its `[variants]`.
+///
+/// `overrides` are `key.path=value` pairs that replace what the file says; a value that is not TOML is text.
+///
+/// # Errors
+/// Every problem of the plan, in no case only the first.
+pub fn read(text: &str, overrides: &[String]) -> Result<Vec<Plan>, Problems> {
+    let mut problems = Problems::new();
+    let mut table = text.parse::<Table>().unwrap_or_else(|error| {
+        let line = error.span().map_or(0, |span| text[..span.start].matches('\n').count() + 1);
+        problems.add(format!("line {line}"), "not TOML", error.message(), "correct the line");
+        Table::new()
+    });
+    if !problems.is_empty() {
+        return Err(problems);
+    }
+    for assignment in overrides {
+        set(&mut table, assignment, &mut problems);
+    }
+    let variants = match table.remove("variants") {
+        Some(Value::Table(variants)) if !variants.is_empty() => variants,
+        None => return read_one(table, &mut problems).ok_or(problems).map(|plan| vec![plan]),
+        Some(other) => {
+            problems.add("variants", other, "must be tables", "write [variants.NAME.model] and its keys");
+            return Err(problems);
+        }
+    };
+    let base_name =
+        table.get("run").and_then(|run| run.get("name")).and_then(Value::as_str).unwrap_or("run").to_owned();
+    let mut plans = Vec::new();
+    for (name, changes) in &variants {
+        let mut variant = table.clone();
+        if let Value::Table(changes) = changes {
+            overlay(&mut variant, changes);
+        }
+        let run = variant.entry("run").or_insert_with(|| Value::Table(Table::new()));
+        if let Value::Table(run) = run {
+            run.insert("name".to_owned(), Value::String(format!("{base_name}-{name}")));
+        }
+        plans.extend(read_one(variant, &mut problems));
+    }
+    problems.into_result(plans)
+}
+
+fn read_one(mut table: Table, problems: &mut Problems) -> Option<Plan> {
+    expand_preset(&mut table, problems);
+    let mut plan = deserialize(table, problems);
+    plan.complete();
+    plan.check(problems);
+    problems.is_empty().then_some(plan)
+}
+
+/// Replaces `model.preset` by the keys that it stands for; keys beside it win.
+fn expand_preset(table: &mut Table, problems: &mut Problems) {
+    let Some(Value::Table(model)) = table.get_mut("model") else { return };
+    let Some(preset) = model.remove("preset") else { return };
+    let Some(known) = preset.as_str().and_then(Preset::from_name) else {
+        let names = Preset::ALL.map(Preset::name).join(", ");
+        problems.add("model.preset", preset, "no such preset", format!("write one of {names}"));
+        return;
+    };
+    let mut expanded = Table::try_from(known.config()).expect("a preset has no value that TOML lacks");
+    overlay(&mut expanded, model);
+    *model = expanded;
+}
+
+/// Lays `changes` over `table`, table by table.
+fn overlay(table: &mut Table, changes: &Table) {
+    for (key, change) in changes {
+        match (table.get_mut(key), change) {
+            (Some(Value::Table(below)), Value::Table(change)) => overlay(below, change),
+            _ => {
+                table.insert(key.clone(), change.clone());
+            }
+        }
+    }
+}
+
+fn deserialize(mut table: Table, problems: &mut Problems) -> Plan {
+    loop {
+        let mut unknown = Vec::new();
+        let mut track = serde_path_to_error::Track::new();
+        let value = Value::Table(table.clone());
+        let deserializer = serde_path_to_error::Deserializer::new(value, &mut track);
+        let read: Result<Plan, _> =
+            serde_ignored::deserialize(deserializer, |path| unknown.push(path.to_string()));
+        match read {
+            Ok(plan) => {
+                for key in unknown {
+                    let value = lookup(&table, &key).map_or_else(String::new, ToString::to_string);
+                    problems.add(&key, value, "unknown key", suggestion(&key));
+                }
+                return plan;
+            }
+            Err(error) => {
+                let path = track.path().to_string();
+                let value = lookup(&table, &path).map_or_else(String::new, ToString::to_string);
+                let rule = error.to_string();
+                problems.add(
+                    &path,
+                    value,
+                    rule.trim_end(),
+                    "write a value of that kind, or leave the key out",
+                );
+                if !remove(&mut table, &path) {
+                    return Plan::default();
+                }
+            }
+        }
+    }
+}
+
+/// Path segments; `a.b[0].c` and `a.b.0.c` are the same.
+fn segments(path: &str) -> Vec<String> {
+    path.replace('[', ".").replace(']', "").split('.').filter(|s| !s.is_empty()).map(str::to_owned).collect()
+}
+
+fn child<'a>(value: &'a Value, segment: &str) -> Option<&'a Value> {
+    match value {
+        Value::Table(table) => table.get(segment),
+        Value::Array(array) => array.get(segment.parse::<usize>().ok()?),
+        _ => None,
+    }
+}
+
+fn lookup<'a>(table: &'a Table, path: &str) -> Option<&'a Value> {
+    let segments = segments(path);
+    let (first, rest) = segments.split_first()?;
+    rest.iter().try_fold(table.get(first)?, |value, segment| child(value, segment))
+}
+
+/// Takes the value at `path` out of `table`, or what can be taken nearest above it.
+fn remove(table: &mut Table, path: &str) -> bool {
+    fn remove_below(value: &mut Value, segments: &[String]) -> bool {
+        let [first, rest @ ..] = segments else { return false };
+        match value {
+            Value::Table(table) => match table.get_mut(first) {
+                Some(below) => remove_below(below, rest) || table.remove(first).is_some(),
+                None => false,
+            },
+            Value::Array(array) => {
+                let Ok(index) = first.parse::<usize>() else { return false };
+                let Some(below) = array.get_mut(index) else { return false };
+                if !remove_below(below, rest) {
+                    array.remove(index);
+                }
+                true
+            }
+            _ => false,
+        }
+    }
+    let segments = segments(path);
+    let mut root = Value::Table(std::mem::take(table));
+    let removed = remove_below(&mut root, &segments);
+    if let Value::Table(root) = root {
+        *table = root;
+    }
+    removed
+}
+
+/// The known key of the same table that is spelt most alike.
+fn suggestion(path: &str) -> String {
+    let mut full = Plan { prepare: Some(crate::PrepareConfig::default()), ..Plan::default() };
+    full.data.source.push(crate::SourceConfig {
+        range: Some([0, 1]),
+        format: Some(crate::Format::Parquet),
+        tokens: Some(1),
+        tokens_from: Some(String::new()),
+        max_epochs: Some(1),
+        ..crate::SourceConfig::default()
+    });
+    full.tokenizer.file = Some(String::new());
+    let known = Table::try_from(&full).expect("a plan has no value that TOML lacks");
+    let mut segments = segments(path);
+    let last = segments.pop().unwrap_or_default();
+    let siblings = if segments.is_empty() {
+        Some(&known)
+    } else {
+        // Only the first entry of a list is known: all are alike.
+        let parent: Vec<&str> =
+            segments.iter().map(|s| if s.parse::<usize>().is_ok() { "0" } else { s }).collect();
+        lookup(&known, &parent.join(".")).and_then(Value::as_table)
+    };
+    let names: Vec<&String> = siblings.into_iter().flat_map(Table::keys).collect();
+    let nearest = names
+        .iter()
+        .map(|name| (strsim::jaro_winkler(name, &last), name))
+        .filter(|(likeness, _)| *likeness > 0.75)
+        .max_by(|a, b| a.0.total_cmp(&b.0));
+    match nearest {
+        Some((_, name)) => format!("did you mean {name}?"),
+        None if names.is_empty() => "remove it".to_owned(),
+        None => {
+            let all: Vec<&str> = names.iter().map(|name| name.as_str()).collect();
+            format!("the keys here are {}", all.join(", "))
+        }
+    }
+}
+
+/// Applies one `key.path=value`.
+fn set(table: &mut Table, assignment: &str, problems: &mut Problems) {
+    let Some((path, text)) = assignment.split_once('=') else {
+        problems.add(
+            "--set",
+            assignment,
+            "an override is key.path=value",
+            "write for instance train.iterations=100",
+        );
+        return;
+    };
+    let text = text.trim();
+    let value = format!("value = {text}")
+        .parse::<Table>()
+        .ok()
+        .and_then(|mut table| table.remove("value"))
+        .unwrap_or_else(|| Value::String(text.to_owned()));
+    let segments = segments(path.trim());
+    let Some((last, parents)) = segments.split_last() else {
+        problems.add("--set", assignment, "names no key", "write for instance train.iterations=100");
+        return;
+    };
+    let mut root = Value::Table(std::mem::take(table));
+    let mut here = Some(&mut root);
+    for segment in parents {
+        here = here.and_then(|value| match value {
+            Value::Table(table) => {
+                Some(table.entry(segment.clone()).or_insert_with(|| Value::Table(Table::new())))
+            }
+            Value::Array(array) => array.get_mut(segment.parse::<usize>().ok()?),
+            _ => None,
+        });
+    }
+    match here {
+        Some(Value::Table(parent)) => {
+            parent.insert(last.clone(), value);
+        }
+        Some(Value::Array(parent)) if last.parse::<usize>().is_ok_and(|index| index < parent.len()) => {
+            let index: usize = last.parse().expect("parsed in the guard");
+            parent[index] = value;
+        }
+        _ => problems.add(path.trim(), text, "there is no such place in the plan", "name a key of the plan"),
+    }
+    if let Value::Table(root) = root {
+        *table = root;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMALL: &str = r#"
+        [run]
+        name = "small"
+        [model]
+        preset = "openelm-270m"
+        vocab_size = 4096
+        [prepare]
+        paths = ["docs"]
+        [data]
+        lanes = 8
+        [train]
+        iterations = 100
+        warmup = 10
+        sequences = 16
+        micro_batch = 4
+        [checkpoint]
+        every = 20
+    "#;
+
+    fn one(text: &str, overrides: &[&str]) -> Result<Plan, Problems> {
+        let overrides: Vec<String> = overrides.iter().map(|&o| o.to_owned()).collect();
+        read(text, &overrides).map(|mut plans| plans.remove(0))
+    }
+
+    #[test]
+    fn a_resolved_plan_reads_as_itself() {
+        let plan = one(SMALL, &[]).unwrap();
+        assert_eq!(plan.model.num_transformer_layers, 16);
+        assert_eq!(plan.data.source[0].url, "run:shards");
+        assert_eq!(one(&plan.to_toml(), &[]).unwrap(), plan);
+    }
+
+    #[test]
+    fn overrides_win_and_reach_into_lists() {
+        let plan = one(SMALL, &["train.max_lr=0.001", "run.name=other", "checkpoint.recovery=30s"]).unwrap();
+        assert_eq!((plan.train.max_lr, plan.run.name.as_str()), (0.001, "other"));
+        assert_eq!(plan.checkpoint.recovery.as_secs(), 30);
+        let plan = one(SMALL, &["prepare.paths.0=src"]).unwrap();
+        assert_eq!(plan.prepare.unwrap().paths, ["src"]);
+    }
+
+    #[test]
+    fn all_mistakes_are_reported_at_once() {
+        let wrong = SMALL.replace("micro_batch = 4", "micro_batch = \"four\"\nmax_lrr = 1.0\nclip = -1.0")
+            + "\n[cluster]\ndead_after = 3\n[nonsense]\nx = 1\n";
+        let problems = one(&wrong, &["data.lanes=5"]).unwrap_err();
+        let keys: Vec<&str> = problems.iter().map(|problem| problem.key.as_str()).collect();
+        assert_eq!(
+            keys,
+            [
+                "cluster.dead_after",
+                "train.micro_batch",
+                "nonsense",
+                "train.max_lrr",
+                "train.clip",
+                "data.lanes"
+            ]
+        );
+        let text = problems.to_string();
+        assert!(text.contains("did you mean max_lr?"), "{text}");
+    }
+
+    #[test]
+    fn text_that_is_not_toml_names_its_line() {
+        let problems = one("[run]\nname = \n", &[]).unwrap_err();
+        assert_eq!(problems.iter().next().unwrap().key, "line 2");
+    }
+
+    #[test]
+    fn variants_differ_in_what_they_say_and_in_name() {
+        let text = format!("{SMALL}\n[variants.uniform.model]\nffn_multipliers = 2.0\n[variants.scaled]\n");
+        let plans = read(&text, &[]).unwrap();
+        let names: Vec<&str> = plans.iter().map(|plan| plan.run.name.as_str()).collect();
+        assert_eq!(names, ["small-scaled", "small-uniform"]);
+        assert_ne!(plans[0].model, plans[1].model);
+        assert_eq!(plans[0].train, plans[1].train);
+    }
+
+    #[test]
+    fn what_no_bit_depends_on_may_change() {
+        let plan = one(SMALL, &[]).unwrap();
+        let moved = one(SMALL, &["local.workers=2", "cluster.dead_after=9s", "data.threads=7"]).unwrap();
+        assert!(moved.changed_keys(&plan).is_empty());
+        assert_eq!(moved.digest(), plan.digest());
+        let changed = one(SMALL, &["train.max_lr=0.001"]).unwrap();
+        let keys: Vec<_> = changed.changed_keys(&plan);
+        assert_eq!(keys, [("train.max_lr".to_owned(), "0.0053".to_owned(), "0.001".to_owned())]);
+        assert_ne!(changed.digest(), plan.digest());
+    }
+}

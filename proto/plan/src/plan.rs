@@ -1,0 +1,298 @@
+//! A whole plan and the relations between its parts.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use ulmus_types::{Digest, Problems, RunName};
+
+use crate::data::{DataConfig, SourceConfig};
+use crate::model::ModelConfig;
+use crate::prepare::{PrepareConfig, TokenizerConfig};
+use crate::train::{CheckpointConfig, TrainConfig};
+use crate::units::Bytes;
+
+/// Which run this is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RunConfig {
+    /// Name of the run and of its folder.
+    pub name: RunName,
+    /// Decides the initial weights, the order of the data and the held-out documents.
+    pub seed: u64,
+}
+
+impl Default for RunConfig {
+    fn default() -> Self {
+        Self { name: "run".parse().expect("\"run\" is a valid name"), seed: 0 }
+    }
+}
+
+/// Where the run folder lives. Every worker must reach it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StoreConfig {
+    /// Folder that holds run folders: a path or a `file://` URL.
+    pub url: String,
+}
+
+impl Default for StoreConfig {
+    fn default() -> Self {
+        Self { url: "runs".to_owned() }
+    }
+}
+
+/// Workers that the coordinator starts itself, as child processes on its own machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LocalConfig {
+    /// How many; 0 when workers join from elsewhere.
+    pub workers: u64,
+    /// Compute threads of each.
+    pub threads: u64,
+}
+
+impl Default for LocalConfig {
+    fn default() -> Self {
+        Self { workers: 0, threads: 1 }
+    }
+}
+
+/// Membership: when training starts, and when a worker counts as dead.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ClusterConfig {
+    /// Training starts, and goes on, with at least this many workers.
+    pub min_workers: u64,
+    /// A worker that is not heard of for so long is dead.
+    #[serde(with = "humantime_serde")]
+    pub dead_after: Duration,
+    /// How long a returning coordinator waits for the workers of the group it knew, and how long a starting
+    /// one waits for more workers than the minimum.
+    #[serde(with = "humantime_serde")]
+    pub rejoin_window: Duration,
+}
+
+impl Default for ClusterConfig {
+    fn default() -> Self {
+        Self { min_workers: 1, dead_after: Duration::from_secs(3), rejoin_window: Duration::from_secs(10) }
+    }
+}
+
+/// What the finished models are measured on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EvaluateConfig {
+    /// Most held-out text.
+    pub text: Bytes,
+    /// Characters of held-out text that a continuation starts from.
+    pub prompt: u64,
+    /// Tokens of each greedy continuation.
+    pub continuation: u64,
+}
+
+impl Default for EvaluateConfig {
+    fn default() -> Self {
+        Self { text: Bytes::mib(1), prompt: 160, continuation: 48 }
+    }
+}
+
+/// Throughput of generation, measured as in the paper.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct BenchmarkConfig {
+    /// Tokens of the prompt.
+    pub prompt: u64,
+    /// Tokens to generate.
+    pub generate: u64,
+    /// Measured runs, after one dry run.
+    pub runs: u64,
+}
+
+impl Default for BenchmarkConfig {
+    fn default() -> Self {
+        Self { prompt: 35, generate: 1024, runs: 3 }
+    }
+}
+
+/// Everything that a run is. Made only by [`crate::read`]; what it holds satisfies every rule.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Plan {
+    /// Name and seed.
+    pub run: RunConfig,
+    /// Place of the run folder.
+    pub store: StoreConfig,
+    /// Workers of the coordinator's own machine.
+    pub local: LocalConfig,
+    /// Membership.
+    pub cluster: ClusterConfig,
+    /// Shape of the model.
+    pub model: ModelConfig,
+    /// Tokenizer.
+    pub tokenizer: TokenizerConfig,
+    /// Text to make shards of; without it the sources exist already.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prepare: Option<PrepareConfig>,
+    /// Corpora and how they become sequences.
+    pub data: DataConfig,
+    /// Recipe.
+    pub train: TrainConfig,
+    /// Grid and averaging.
+    pub checkpoint: CheckpointConfig,
+    /// Evaluation of the finished models.
+    pub evaluate: EvaluateConfig,
+    /// Throughput benchmark.
+    pub benchmark: BenchmarkConfig,
+}
+
+/// Keys that may change between two starts of the same run, because no trained bit depends on them.
+const MAY_CHANGE: [&str; 7] =
+    ["local.", "cluster.", "store.", "checkpoint.recovery", "evaluate.", "benchmark.", "data.threads"];
+
+impl Plan {
+    /// Tokens of one update, padding included.
+    pub fn tokens_per_step(&self) -> u64 {
+        self.train.sequences * self.model.max_context_length as u64
+    }
+
+    /// Length of a training sequence in tokens.
+    pub const fn sequence_length(&self) -> usize {
+        self.model.max_context_length
+    }
+
+    /// The plan as the TOML text that the run folder keeps.
+    pub fn to_toml(&self) -> String {
+        toml::to_string_pretty(self).expect("a plan has no value that TOML lacks")
+    }
+
+    /// Hash of everything that trained bits depend on.
+    pub fn digest(&self) -> Digest {
+        let text: String = self
+            .flat()
+            .into_iter()
+            .filter(|(key, _)| !may_change(key))
+            .map(|(key, value)| format!("{key} = {value}\n"))
+            .collect();
+        Digest::of(text.as_bytes())
+    }
+
+    /// The keys that differ from `earlier`, each with the earlier and the present value, if trained bits depend
+    /// on them.
+    pub fn changed_keys(&self, earlier: &Self) -> Vec<(String, String, String)> {
+        let (old, new) = (earlier.flat(), self.flat());
+        let missing = "not set".to_owned();
+        let mut keys: Vec<&String> = old.keys().chain(new.keys()).collect();
+        keys.sort();
+        keys.dedup();
+        keys.into_iter()
+            .filter(|key| old.get(*key) != new.get(*key) && !may_change(key))
+            .map(|key| {
+                let value = |side: &BTreeMap<String, String>| side.get(key).unwrap_or(&missing).clone();
+                (key.clone(), value(&old), value(&new))
+            })
+            .collect()
+    }
+
+    fn flat(&self) -> BTreeMap<String, String> {
+        fn walk(at: String, value: &toml::Value, flat: &mut BTreeMap<String, String>) {
+            match value {
+                toml::Value::Table(table) => {
+                    for (key, value) in table {
+                        let path = if at.is_empty() { key.clone() } else { format!("{at}.{key}") };
+                        walk(path, value, flat);
+                    }
+                }
+                leaf => {
+                    flat.insert(at, leaf.to_string());
+                }
+            }
+        }
+        let mut flat = BTreeMap::new();
+        let value = toml::Value::try_from(self).expect("a plan has no value that TOML lacks");
+        walk(String::new(), &value, &mut flat);
+        flat
+    }
+
+    /// Fills in what follows from other keys.
+    pub(crate) fn complete(&mut self) {
+        if self.prepare.is_some() && self.data.source.is_empty() {
+            self.data.source.push(SourceConfig {
+                name: "prepared".to_owned(),
+                url: "run:shards".to_owned(),
+                files: vec!["*.parquet".to_owned()],
+                text: "text".to_owned(),
+                ..SourceConfig::default()
+            });
+        }
+        self.cluster.min_workers = self.cluster.min_workers.max(1);
+    }
+
+    /// Every rule that the plan breaks.
+    pub(crate) fn check(&self, problems: &mut Problems) {
+        self.model.check("model", problems);
+        if let Some(prepare) = &self.prepare {
+            prepare.check(problems);
+        }
+        self.tokenizer.check(self.prepare.is_some(), self.model.vocab_size as u64, problems);
+        self.train.check(problems);
+        self.data.check(self.train.sequences, self.train.micro_batch, problems);
+        self.checkpoint.check(self.train.iterations, problems);
+        problems.check(
+            !self.data.source.is_empty(),
+            "data.source",
+            "missing",
+            "a run needs text",
+            "add [[data.source]] with name, url, files and text, or a [prepare] section",
+        );
+        problems.check(
+            self.train.held_out_every == 0 || self.data.holdout > 0.0,
+            "data.holdout",
+            self.data.holdout,
+            "the held-out loss needs held-out documents",
+            "set it to 0.0005, or train.held_out_every to 0",
+        );
+        problems.check(
+            self.local.workers <= 256,
+            "local.workers",
+            self.local.workers,
+            "at most 256 processes on one machine",
+            "write the number of cores, or 0",
+        );
+        problems.check(
+            (1..=1024).contains(&self.local.threads),
+            "local.threads",
+            self.local.threads,
+            "each worker computes with 1 to 1024 threads",
+            "write 1",
+        );
+        problems.check(
+            self.cluster.min_workers <= self.train.micro_batches().max(1),
+            "cluster.min_workers",
+            self.cluster.min_workers,
+            format!("an update has {} micro-batches, and a worker needs one", self.train.micro_batches()),
+            "lower it, or lower train.micro_batch",
+        );
+        problems.check(
+            (Duration::from_secs(1)..=Duration::from_hours(1)).contains(&self.cluster.dead_after),
+            "cluster.dead_after",
+            humantime_serde::re::humantime::format_duration(self.cluster.dead_after),
+            "1s to 1h",
+            "write \"3s\"",
+        );
+        problems.check(
+            self.benchmark.prompt > 0 && self.benchmark.generate > 0 && self.benchmark.runs > 0,
+            "benchmark",
+            format!(
+                "{} + {} tokens, {} runs",
+                self.benchmark.prompt, self.benchmark.generate, self.benchmark.runs
+            ),
+            "a measurement needs a prompt, tokens to generate and a run",
+            "write prompt = 35, generate = 1024, runs = 3",
+        );
+    }
+}
+
+fn may_change(key: &str) -> bool {
+    MAY_CHANGE.iter().any(|allowed| key.starts_with(allowed))
+}

@@ -1,0 +1,127 @@
+//! Text that is already on the machine, made into a corpus, and the tokenizer that is trained on it.
+
+use serde::{Deserialize, Serialize};
+use ulmus_types::Problems;
+
+use crate::units::Bytes;
+
+/// Which text becomes parquet shards before training. Prose comes first, then sources; the same list gives the
+/// same shards on every machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PrepareConfig {
+    /// Most text to take.
+    pub cap: Bytes,
+    /// Text per shard.
+    pub shard: Bytes,
+    /// Crates, as "name version", whose unpacked sources cargo keeps.
+    pub crates: Vec<String>,
+    /// Folders or files.
+    pub paths: Vec<String>,
+    /// Globs of the files to take, prose before sources.
+    pub include: Vec<String>,
+}
+
+impl Default for PrepareConfig {
+    fn default() -> Self {
+        Self {
+            cap: Bytes::mib(32),
+            shard: Bytes::mib(4),
+            crates: Vec::new(),
+            paths: Vec::new(),
+            include: vec!["**/*.md".to_owned(), "**/*.txt".to_owned(), "**/*.rs".to_owned()],
+        }
+    }
+}
+
+impl PrepareConfig {
+    /// Reports every rule that is broken.
+    pub fn check(&self, problems: &mut Problems) {
+        problems.check(
+            self.cap.get() >= 64 << 10,
+            "prepare.cap",
+            self.cap,
+            "less than 64KiB of text is no corpus",
+            "write \"32MiB\"",
+        );
+        problems.check(
+            (64 << 10..=4 << 30).contains(&self.shard.get()),
+            "prepare.shard",
+            self.shard,
+            "a shard holds 64KiB to 4GiB of text",
+            "write \"4MiB\"",
+        );
+        problems.check(
+            !(self.crates.is_empty() && self.paths.is_empty()),
+            "prepare.paths",
+            "[]",
+            "no text is named",
+            "name folders or files in paths, or crates as \"name version\" in crates",
+        );
+        problems.check(
+            !self.include.is_empty(),
+            "prepare.include",
+            "[]",
+            "no file would be taken",
+            "write include = [\"**/*.md\"]",
+        );
+        for (index, entry) in self.crates.iter().enumerate() {
+            problems.check(
+                entry.split(' ').count() == 2,
+                format!("prepare.crates.{index}"),
+                format!("{entry:?}"),
+                "a crate is named with its version",
+                "write for instance \"tokio 1.54.1\"",
+            );
+        }
+    }
+}
+
+/// The tokenizer of a run: a file, or one that is trained on a sample of the prepared text.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TokenizerConfig {
+    /// A SentencePiece `tokenizer.model`; without it one is trained.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
+    /// Pieces of a tokenizer that is trained.
+    pub pieces: u64,
+    /// Text that it is trained on.
+    pub sample: Bytes,
+}
+
+impl Default for TokenizerConfig {
+    fn default() -> Self {
+        Self { file: None, pieces: 4095, sample: Bytes::mib(8) }
+    }
+}
+
+impl TokenizerConfig {
+    /// Reports every rule that is broken; `vocab_size` is that of the model.
+    pub fn check(&self, prepares: bool, vocab_size: u64, problems: &mut Problems) {
+        if self.file.is_some() {
+            return;
+        }
+        problems.check(
+            prepares,
+            "tokenizer.file",
+            "missing",
+            "without [prepare] there is no text to train a tokenizer on",
+            "write the path of a SentencePiece tokenizer.model",
+        );
+        problems.check(
+            (512..=1 << 18).contains(&self.pieces),
+            "tokenizer.pieces",
+            self.pieces,
+            "a tokenizer has 512 to 262144 pieces, 256 of them bytes",
+            "write 4095",
+        );
+        problems.check(
+            self.pieces < vocab_size,
+            "tokenizer.pieces",
+            self.pieces,
+            format!("pieces and the pad id need rows in model.vocab_size = {vocab_size}"),
+            format!("set it to at most {}", vocab_size.saturating_sub(1)),
+        );
+    }
+}

@@ -1,0 +1,307 @@
+//! What coordinator and worker say to each other, free of any wire format.
+//!
+//! A worker opens one stream and says [`Hello`]; everything else follows from it. Every message about training
+//! names its generation, so that what was said under an older one can be told apart and fenced. Reports are
+//! idempotent: saying the same thing twice changes nothing.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{CheckpointId, Digest, ErrorKind, Generation, Rank, RunName, Step, WorkerId};
+
+/// How a worker introduces itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hello {
+    /// Who it is.
+    pub worker: WorkerId,
+    /// Version of its build; both sides must be of one version.
+    pub version: String,
+    /// Where other workers reach it, `host:port`.
+    pub address: String,
+    /// What it computes on, for a person.
+    pub device: String,
+    /// Compute threads.
+    pub threads: u32,
+    /// Process id, so that a coordinator knows its own children again.
+    pub pid: u32,
+    /// What it is doing; a worker that rejoins may be in the middle of training.
+    pub status: WorkerStatus,
+}
+
+/// What a worker is doing at the moment of its [`Hello`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WorkerStatus {
+    /// Nothing. It may hold the state after some step.
+    Idle,
+    /// It trains in the group of this generation.
+    Training(Generation),
+}
+
+/// One optimizer update as everybody in the group saw it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StepReport {
+    /// Updates done, this one included.
+    pub step: Step,
+    /// Valid tokens trained on so far.
+    pub tokens: u64,
+    /// Mean cross-entropy per valid token before the update, in nats.
+    pub loss: f64,
+    /// Mean z-loss per valid token, weighted.
+    pub z_loss: f64,
+    /// L2 norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// Learning rate of the update.
+    pub lr: f64,
+    /// Mean cross-entropy on held-out text after the update, where it was measured.
+    pub held_out_loss: Option<f64>,
+    /// Wall time of the step.
+    pub elapsed: Duration,
+    /// Part of it spent waiting for data.
+    pub data_wait: Duration,
+    /// Part of it spent in collectives.
+    pub communication: Duration,
+}
+
+/// Why a worker is no longer in its group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LeaveReason {
+    /// All agreed to pause at this step: for new members, or to stop.
+    Agreed,
+    /// Every update of the plan is done.
+    Finished,
+    /// A source's `max_epochs` is used up; the text names it.
+    Exhausted(String),
+    /// The collective broke or was aborted; the text tells what was seen.
+    Lost(String),
+    /// Training cannot go on: damaged data, a gradient that is not finite.
+    Failed {
+        /// What can be done about it.
+        kind: ErrorKind,
+        /// What happened.
+        message: String,
+    },
+}
+
+/// Whether a checkpoint is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CheckpointKind {
+    /// On the grid of the plan: kept, and averaged at the end.
+    Milestone,
+    /// To come back after a failure: only the newest are kept.
+    Recovery,
+}
+
+/// Size and hash of a stored file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEntry {
+    /// Its length.
+    pub bytes: u64,
+    /// BLAKE3 of its content.
+    pub digest: Digest,
+}
+
+/// A state that a worker keeps in memory until it is stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Its name.
+    pub checkpoint: CheckpointId,
+    /// Whether it is kept.
+    pub kind: CheckpointKind,
+    /// Hash of weights, moments and counters; equal on every worker.
+    pub state: Digest,
+    /// The files that it consists of.
+    pub files: Vec<String>,
+}
+
+/// Work on the results of training, done by one worker. Doing it twice gives the same files.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Job {
+    /// Make the shards, the tokenizer and the manifest.
+    Prepare,
+    /// Average these checkpoints in f64.
+    Average(Vec<CheckpointId>),
+    /// Held-out perplexity of the average.
+    EvaluateAverage,
+    /// Held-out perplexity of a checkpoint.
+    Evaluate(CheckpointId),
+    /// Greedy continuations of held-out text from these checkpoints.
+    Continue(Vec<CheckpointId>),
+    /// Write the average in Hugging Face layout.
+    Export,
+    /// Tokens per second of prompt processing and generation.
+    Benchmark,
+}
+
+impl Job {
+    /// A short name, which is also that of its result file.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Prepare => "prepare",
+            Self::Average(_) => "average",
+            Self::EvaluateAverage => "evaluate-average",
+            Self::Evaluate(_) => "evaluate-last",
+            Self::Continue(_) => "continuations",
+            Self::Export => "export",
+            Self::Benchmark => "benchmark",
+        }
+    }
+}
+
+/// A neighbour in the ring.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Peer {
+    /// Where it listens.
+    pub address: String,
+    /// Who must answer there.
+    pub worker: WorkerId,
+}
+
+/// A worker's place in a new group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Assignment {
+    /// The group.
+    pub generation: Generation,
+    /// The worker's place in it.
+    pub rank: Rank,
+    /// Workers in it.
+    pub size: u32,
+    /// The one before it in the ring.
+    pub previous: Peer,
+    /// The one after it in the ring.
+    pub next: Peer,
+    /// Its share of every update's micro-batches.
+    pub micro_batches: Range<u64>,
+    /// Where to start when nobody in the group has a state: a stored checkpoint, or the seed.
+    pub start: Option<CheckpointId>,
+}
+
+/// What a group is asked to do at the end of a step that all its members agree on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wish {
+    /// Keep a recovery checkpoint.
+    Save,
+    /// Leave the group, keeping the state, so that a new one can be formed.
+    Pause,
+    /// Keep a recovery checkpoint and leave the group.
+    Stop,
+}
+
+/// From worker to coordinator.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ToCoordinator {
+    /// The first message.
+    Hello(Hello),
+    /// The nonce that the worker read in the run's store, or why it could not.
+    StoreRead(Result<String, String>),
+    /// The worker can take work; the hash of one fixed micro-batch's gradients tells its arithmetic.
+    Ready(Digest),
+    /// It lives.
+    Beat {
+        /// Sequence number of the collective it is in; a rank that hangs is the one that stays behind.
+        collective: u64,
+    },
+    /// Its group is connected and agrees on the step to go on from.
+    Formed {
+        /// The group.
+        generation: Generation,
+        /// Updates done.
+        step: Step,
+    },
+    /// Updates that were done, oldest first.
+    Steps {
+        /// The group.
+        generation: Generation,
+        /// One per update.
+        reports: Vec<StepReport>,
+    },
+    /// It is out of its group, idle, with the state after `step`.
+    Left {
+        /// The group it was in.
+        generation: Generation,
+        /// Updates done.
+        step: Step,
+        /// Why.
+        reason: LeaveReason,
+    },
+    /// It keeps a state in memory that should be stored.
+    Snapshot(Snapshot),
+    /// It stored parts of a checkpoint.
+    Written {
+        /// The checkpoint.
+        checkpoint: CheckpointId,
+        /// The parts.
+        files: BTreeMap<String, FileEntry>,
+    },
+    /// A part could not be stored.
+    WriteFailed {
+        /// The checkpoint.
+        checkpoint: CheckpointId,
+        /// What happened.
+        message: String,
+    },
+    /// A job is done; its result as JSON.
+    JobDone {
+        /// The job.
+        job: Job,
+        /// JSON.
+        result: String,
+    },
+    /// A job failed.
+    JobFailed {
+        /// The job.
+        job: Job,
+        /// What can be done about it.
+        kind: ErrorKind,
+        /// What happened.
+        message: String,
+    },
+}
+
+/// From coordinator to worker.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ToWorker {
+    /// The worker may join: this is the run.
+    Welcome {
+        /// The run.
+        run: RunName,
+        /// The resolved plan, as TOML.
+        plan: String,
+        /// The folder of the run, as a URL.
+        store: String,
+        /// A file in that folder, and the worker must say what it contains.
+        nonce_path: String,
+    },
+    /// The worker may not join, or no longer.
+    Refused {
+        /// What can be done about it.
+        kind: ErrorKind,
+        /// Why, and what to do instead.
+        reason: String,
+    },
+    /// Join a group and train.
+    Assign(Assignment),
+    /// Leave the group at once: a member is lost.
+    Abort(Generation),
+    /// Pass on at the end of a step.
+    Wish(Generation, Wish),
+    /// Reports up to this step are stored.
+    Acknowledge(Step),
+    /// Store these parts of a snapshot.
+    Write {
+        /// The checkpoint.
+        checkpoint: CheckpointId,
+        /// The parts.
+        files: Vec<String>,
+    },
+    /// The snapshot need not be kept any longer.
+    Release(CheckpointId),
+    /// Do a job.
+    Run(Job),
+    /// The run is over; leave.
+    Finish,
+}
