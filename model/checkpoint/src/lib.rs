@@ -1,1 +1,138 @@
-//! Immutable, verified checkpoint directories
+//! Immutable, verified checkpoint directories in a run folder.
+//!
+//! The promise: no committed checkpoint is ever lost or half-read. It rests on one order of writing (in
+//! [`write_part`] and [`commit`]: parts, then manifest, then pointer) and on one rule of reading: a directory
+//! without a valid manifest, or with one byte that the manifest does not vouch for, is not a checkpoint.
+//!
+//! [`Store`] is the handle on the run folder that everything else of a run goes through as well. What is *in*
+//! the tensors is not this crate's matter: it knows bytes, ranges of a flat vector, and their hashes.
+
+#![forbid(unsafe_code)]
+
+mod gc;
+mod manifest;
+mod reader;
+mod state;
+mod store;
+mod writer;
+
+pub use gc::collect_garbage;
+pub use manifest::{CheckpointKind, FileEntry, Manifest};
+pub use reader::{newest_verified, read_file, read_manifest, verify};
+pub use state::{OptimizerShard, TrainState, optimizer_shards};
+pub use store::{Store, StoreError, StoredFile};
+pub use writer::{commit, write_part};
+
+use ulmus_types::{CheckpointId, Digest, ErrorKind};
+
+/// The file of a checkpoint that holds the weights, with Hugging Face names.
+pub const WEIGHTS_FILE: &str = "model.safetensors";
+/// The file of a checkpoint that holds its [`TrainState`].
+pub const STATE_FILE: &str = "state.json";
+
+/// Why a checkpoint cannot be written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The store did not answer, or refused.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Saving never finished, or the manifest was deleted.
+    #[error("checkpoint {0} has no manifest.json: saving it did not finish; use an older one")]
+    NoManifest(CheckpointId),
+    /// The manifest is not what was written.
+    #[error("checkpoint {id} has a damaged manifest.json ({reason}); use an older one")]
+    Manifest {
+        /// The checkpoint.
+        id: CheckpointId,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The manifest was written by a newer program.
+    #[error("checkpoint {id} has format {found}, this program reads up to {supported}; use a newer ulmus")]
+    Version {
+        /// The checkpoint.
+        id: CheckpointId,
+        /// The format of the manifest.
+        found: u32,
+        /// The newest format that this program knows.
+        supported: u32,
+    },
+    /// A file is not what was written.
+    #[error("checkpoint {id}: file {file} {fault}; use an older checkpoint")]
+    File {
+        /// The checkpoint.
+        id: CheckpointId,
+        /// The file, relative to the checkpoint's directory.
+        file: String,
+        /// What is wrong with it.
+        fault: FileFault,
+    },
+    /// Another checkpoint was committed under this name.
+    #[error("checkpoint {0} is committed already, with other contents; leave and rejoin the run")]
+    AlreadyCommitted(CheckpointId),
+    /// A file has the right bytes, but they are not of the right form.
+    #[error("{file} cannot be read: {reason}")]
+    Form {
+        /// The file, relative to the checkpoint's directory.
+        file: String,
+        /// What was expected, and what was found.
+        reason: String,
+    },
+}
+
+/// How a file differs from its entry in the manifest.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FileFault {
+    /// It is not there.
+    #[error("is missing")]
+    Missing,
+    /// It is not in the manifest.
+    #[error("is not listed in manifest.json")]
+    Unlisted,
+    /// It is too short or too long.
+    #[error("has {found} bytes instead of {expected}")]
+    Size {
+        /// Bytes according to the manifest.
+        expected: u64,
+        /// Bytes found.
+        found: u64,
+    },
+    /// The length is right, the contents are not.
+    #[error("has hash {} instead of {}", found.short(), expected.short())]
+    Digest {
+        /// The hash according to the manifest.
+        expected: Digest,
+        /// The hash of what was found.
+        found: Digest,
+    },
+}
+
+impl CheckpointError {
+    /// What can be done about it.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Store(error) => error.kind(),
+            Self::NoManifest(_) | Self::Manifest { .. } | Self::File { .. } | Self::Form { .. } => {
+                ErrorKind::Corrupt
+            }
+            Self::Version { .. } => ErrorKind::InvalidInput,
+            Self::AlreadyCommitted(_) => ErrorKind::Fenced,
+        }
+    }
+
+    /// Whether the checkpoint itself is at fault, so that an older one may be used, rather than the way to it.
+    fn condemns(&self) -> bool {
+        !matches!(self, Self::Store(_))
+    }
+}
+
+/// The folder of the checkpoints within a run folder.
+const FOLDER: &str = "checkpoints";
+
+fn manifest_path(id: CheckpointId) -> String {
+    file_path(id, "manifest.json")
+}
+
+fn file_path(id: CheckpointId, file: &str) -> String {
+    format!("{FOLDER}/{id}/{file}")
+}

@@ -1,0 +1,103 @@
+//! What is kept: every milestone, the newest two recovery checkpoints, and whatever is being written.
+//!
+//! Which directories go is a pure function of what was found; deleting takes the manifest first, so that
+//! a deletion that dies half-way leaves a directory that does not count as a checkpoint. A directory whose
+//! manifest is damaged is left for a person to look at.
+
+use std::collections::BTreeSet;
+
+use ulmus_types::CheckpointId;
+
+use crate::reader::{directories, read_manifest};
+use crate::{CheckpointError, CheckpointKind, FOLDER, Store, manifest_path};
+
+/// Recovery checkpoints that are kept: the newest, and one to go back to if it turns out to be damaged.
+const RECOVERY_KEPT: usize = 2;
+
+/// What a directory was found to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Committed(CheckpointKind),
+    /// No manifest: being written, or never finished.
+    Unfinished,
+    Damaged,
+}
+
+/// Deletes what is kept no longer, except `in_flight`, the checkpoints that are being written. Answers what
+/// it deleted.
+///
+/// # Errors
+/// When the store refuses or is out of order. Call it again later: what is left over is found again.
+pub async fn collect_garbage(
+    store: &Store,
+    in_flight: &BTreeSet<CheckpointId>,
+) -> Result<Vec<CheckpointId>, CheckpointError> {
+    let mut found = Vec::new();
+    for id in directories(store).await? {
+        let what = match read_manifest(store, id).await {
+            Ok(manifest) => Found::Committed(manifest.kind),
+            Err(CheckpointError::NoManifest(_)) => Found::Unfinished,
+            Err(error) if error.condemns() => Found::Damaged,
+            Err(error) => return Err(error),
+        };
+        found.push((id, what));
+    }
+    let expired = expired(&found, in_flight);
+    for id in &expired {
+        store.delete(&manifest_path(*id)).await?;
+        for file in store.list(&format!("{FOLDER}/{id}")).await? {
+            store.delete(&file.path).await?;
+        }
+        if let Some(directory) = store.directory() {
+            // Object stores have no empty directories; a local one that stays behind does no harm.
+            drop(std::fs::remove_dir(directory.join(FOLDER).join(id.to_string())));
+        }
+    }
+    Ok(expired)
+}
+
+/// Chooses what goes from directories in ascending order.
+fn expired(found: &[(CheckpointId, Found)], in_flight: &BTreeSet<CheckpointId>) -> Vec<CheckpointId> {
+    let newest_committed = found.iter().rev().find(|(_, what)| matches!(what, Found::Committed(_)));
+    let Some((newest_committed, _)) = newest_committed else {
+        return Vec::new();
+    };
+    let recovery = |what: &Found| *what == Found::Committed(CheckpointKind::Recovery);
+    let recoveries = found.iter().filter(|(_, what)| recovery(what)).count();
+    let surplus =
+        found.iter().filter(|(_, what)| recovery(what)).take(recoveries.saturating_sub(RECOVERY_KEPT));
+    let unfinished = found.iter().filter(|(id, what)| *what == Found::Unfinished && id < newest_committed);
+    surplus.chain(unfinished).map(|(id, _)| *id).filter(|id| !in_flight.contains(id)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use ulmus_types::{Generation, Step};
+
+    use super::*;
+
+    const MILESTONE: Found = Found::Committed(CheckpointKind::Milestone);
+    const RECOVERY: Found = Found::Committed(CheckpointKind::Recovery);
+
+    fn steps_expired(found: &[(u64, Found)], in_flight: &[u64]) -> Vec<u64> {
+        let id = |step: u64| CheckpointId::new(Step::new(step), Generation::new(1));
+        let found: Vec<_> = found.iter().map(|(step, what)| (id(*step), *what)).collect();
+        let in_flight = in_flight.iter().map(|step| id(*step)).collect();
+        expired(&found, &in_flight).into_iter().map(|id| id.step().get()).collect()
+    }
+
+    #[test]
+    fn milestones_and_the_newest_two_recoveries_stay() {
+        let found = [(1, RECOVERY), (2, MILESTONE), (3, RECOVERY), (4, RECOVERY), (5, MILESTONE)];
+        assert_eq!(steps_expired(&found, &[]), [1]);
+        assert!(steps_expired(&found[1..], &[]).is_empty());
+    }
+
+    #[test]
+    fn unfinished_ones_go_only_when_old_and_not_in_flight() {
+        let found = [(1, Found::Unfinished), (2, Found::Unfinished), (3, MILESTONE), (4, Found::Unfinished)];
+        assert_eq!(steps_expired(&found, &[2]), [1]);
+        assert!(steps_expired(&[(1, Found::Unfinished)], &[]).is_empty());
+        assert!(steps_expired(&[(1, Found::Damaged), (2, MILESTONE)], &[]).is_empty());
+    }
+}

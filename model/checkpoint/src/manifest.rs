@@ -1,0 +1,181 @@
+//! The manifest: the list of what a checkpoint consists of, which vouches for every byte of it.
+//!
+//! It vouches for its own bytes too: the first field holds the hash of the whole text, taken while the 64 digits
+//! of that field are zero. So a changed digit anywhere is noticed, and fields that a later version adds are
+//! covered without being known.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use ulmus_types::{CheckpointId, Digest};
+
+use crate::CheckpointError;
+
+/// The newest format that this program writes and reads.
+const FORMAT_VERSION: u32 = 1;
+const UNSIGNED: Digest = Digest::from_bytes([0; 32]);
+
+/// Why a checkpoint was made, which decides how long it is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CheckpointKind {
+    /// On the plan's grid, or the last of the run: kept.
+    Milestone,
+    /// To go back to after a failure: only the newest two are kept.
+    Recovery,
+}
+
+/// What a file must be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEntry {
+    /// Its length.
+    pub bytes: u64,
+    /// The hash of its contents.
+    pub digest: Digest,
+}
+
+impl FileEntry {
+    /// The entry of a file with these contents.
+    pub fn of(contents: &[u8]) -> Self {
+        Self { bytes: contents.len() as u64, digest: Digest::of(contents) }
+    }
+}
+
+/// What a checkpoint is and what it consists of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// The checkpoint, which is also the name of its directory.
+    pub checkpoint: CheckpointId,
+    /// Why it was made.
+    pub kind: CheckpointKind,
+    /// The hash of the resolved plan that the run follows.
+    pub plan_digest: Digest,
+    /// The hash of the training state, equal on all workers.
+    pub state_digest: Digest,
+    /// Tokens that the state has been trained on.
+    pub tokens: u64,
+    /// All other files of the directory.
+    pub files: BTreeMap<String, FileEntry>,
+}
+
+/// The text form; `digest` stays the first field, so that its digits are the first 64 of their kind.
+#[derive(Serialize)]
+struct Signed<'a> {
+    digest: Digest,
+    format_version: u32,
+    #[serde(flatten)]
+    manifest: &'a Manifest,
+}
+
+/// What every version has.
+#[derive(Deserialize)]
+struct Header {
+    digest: Digest,
+    format_version: u32,
+}
+
+impl Manifest {
+    /// The text of `manifest.json`: the same manifest has the same text.
+    pub(crate) fn to_text(&self) -> String {
+        let unsigned = Signed { digest: UNSIGNED, format_version: FORMAT_VERSION, manifest: self };
+        let mut text = serde_json::to_string_pretty(&unsigned).expect("a manifest has only text keys");
+        text.push('\n');
+        let digest = Digest::of(text.as_bytes());
+        text.replacen(&UNSIGNED.to_string(), &digest.to_string(), 1)
+    }
+
+    /// Reads what [`Manifest::to_text`] wrote for `id`, this version's or an older one's.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Version`] for a newer one, [`CheckpointError::Manifest`] for anything else.
+    pub(crate) fn from_text(id: CheckpointId, text: &[u8]) -> Result<Self, CheckpointError> {
+        let damaged = |reason: String| CheckpointError::Manifest { id, reason };
+        let text = std::str::from_utf8(text).map_err(|error| damaged(error.to_string()))?;
+        let header: Header = serde_json::from_str(text).map_err(|error| damaged(error.to_string()))?;
+        let unsigned = text.replacen(&header.digest.to_string(), &UNSIGNED.to_string(), 1);
+        let found = Digest::of(unsigned.as_bytes());
+        if found != header.digest {
+            let (found, expected) = (found.short(), header.digest.short());
+            return Err(damaged(format!("its text has hash {found} instead of {expected}")));
+        }
+        if header.format_version > FORMAT_VERSION {
+            return Err(CheckpointError::Version {
+                id,
+                found: header.format_version,
+                supported: FORMAT_VERSION,
+            });
+        }
+        let manifest: Self = serde_json::from_str(text).map_err(|error| damaged(error.to_string()))?;
+        if manifest.checkpoint != id {
+            return Err(damaged(format!("it belongs to {}", manifest.checkpoint)));
+        }
+        Ok(manifest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ulmus_types::{ErrorKind, Generation, Step};
+
+    use super::*;
+
+    fn manifest() -> Manifest {
+        Manifest {
+            checkpoint: CheckpointId::new(Step::new(50), Generation::new(2)),
+            kind: CheckpointKind::Milestone,
+            plan_digest: Digest::of(b"plan"),
+            state_digest: Digest::of(b"state"),
+            tokens: 1 << 40,
+            files: [("model.safetensors".to_owned(), FileEntry::of(b"weights"))].into(),
+        }
+    }
+
+    #[test]
+    fn text_form_round_trips_and_does_not_change() {
+        let manifest = manifest();
+        let text = manifest.to_text();
+        assert_eq!(Manifest::from_text(manifest.checkpoint, text.as_bytes()).unwrap(), manifest);
+        assert_eq!(text, manifest.to_text());
+    }
+
+    #[test]
+    fn a_change_of_any_byte_is_noticed() {
+        let manifest = manifest();
+        let text = manifest.to_text().into_bytes();
+        for index in 0..text.len() {
+            for bit in [0x01, 0x02, 0x10] {
+                let mut changed = text.clone();
+                changed[index] ^= bit;
+                assert!(Manifest::from_text(manifest.checkpoint, &changed).is_err(), "byte {index}");
+            }
+            assert!(Manifest::from_text(manifest.checkpoint, &text[..index]).is_err(), "cut at {index}");
+        }
+    }
+
+    /// Signs `text` as a later program would.
+    fn sign(text: &str) -> String {
+        let unsigned = text.replacen(&text[text.find(": \"").unwrap() + 3..][..64], &UNSIGNED.to_string(), 1);
+        let digest = Digest::of(unsigned.as_bytes());
+        unsigned.replacen(&UNSIGNED.to_string(), &digest.to_string(), 1)
+    }
+
+    #[test]
+    fn additions_are_tolerated_and_newer_formats_are_not() {
+        let manifest = manifest();
+        let id = manifest.checkpoint;
+        let added = sign(&manifest.to_text().replacen("\"kind\"", "\"colour\": [1, 2],\n  \"kind\"", 1));
+        assert_eq!(Manifest::from_text(id, added.as_bytes()).unwrap(), manifest);
+
+        let newer = sign(&manifest.to_text().replacen("\"format_version\": 1", "\"format_version\": 2", 1));
+        let error = Manifest::from_text(id, newer.as_bytes()).unwrap_err();
+        assert!(matches!(error, CheckpointError::Version { found: 2, supported: 1, .. }), "{error}");
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    }
+
+    #[test]
+    fn a_manifest_in_another_directory_is_refused() {
+        let other = CheckpointId::new(Step::new(50), Generation::new(3));
+        let error = Manifest::from_text(other, manifest().to_text().as_bytes()).unwrap_err();
+        assert!(error.to_string().contains("belongs to step-00000050-g2"), "{error}");
+    }
+}

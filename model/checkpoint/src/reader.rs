@@ -1,0 +1,144 @@
+//! The rules of reading a checkpoint: nothing is used that the manifest does not vouch for.
+//!
+//! [`newest_verified`] walks from the newest directory to the oldest until one holds, byte for byte. An outage of
+//! the store is never taken for damage: it is an error of the walk, not a reason to go further back.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use ulmus_types::{CheckpointId, Digest};
+
+use crate::store::StoreError;
+use crate::{CheckpointError, FOLDER, FileEntry, FileFault, Manifest, Store, file_path, manifest_path};
+
+/// Reads the manifest of `id`; its files are not looked at.
+///
+/// # Errors
+/// [`CheckpointError::NoManifest`], [`CheckpointError::Manifest`], [`CheckpointError::Version`], or the store's.
+pub async fn read_manifest(store: &Store, id: CheckpointId) -> Result<Manifest, CheckpointError> {
+    match store.get(&manifest_path(id)).await {
+        Ok(text) => Manifest::from_text(id, &text),
+        Err(StoreError::NotFound { .. }) => Err(CheckpointError::NoManifest(id)),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Reads the manifest of `id` and every byte that it vouches for.
+///
+/// # Errors
+/// As [`read_manifest`]; [`CheckpointError::File`] names the first file that is not what was written.
+pub async fn verify(store: &Store, id: CheckpointId) -> Result<Manifest, CheckpointError> {
+    let manifest = read_manifest(store, id).await?;
+    // Lengths first: they cost one request, and hashing a large checkpoint to find its last file cut costs minutes.
+    let lengths: BTreeMap<_, _> = store
+        .list(&format!("{FOLDER}/{id}"))
+        .await?
+        .into_iter()
+        .map(|file| (file.path, file.bytes))
+        .collect();
+    for (file, entry) in &manifest.files {
+        let found = lengths.get(&file_path(id, file)).copied();
+        check_length(found, entry).map_err(|fault| CheckpointError::File {
+            id,
+            file: file.clone(),
+            fault,
+        })?;
+    }
+    for (file, entry) in &manifest.files {
+        let hashed = store.get_into(&file_path(id, file), |_| Contents::hashed_only(), Contents::add).await;
+        settle(id, file, entry, hashed)?;
+    }
+    Ok(manifest)
+}
+
+/// Reads one file of a checkpoint and checks it on the way.
+///
+/// # Errors
+/// [`CheckpointError::File`] when the file is missing, not in the manifest, or not what was written.
+pub async fn read_file(store: &Store, manifest: &Manifest, file: &str) -> Result<Bytes, CheckpointError> {
+    let id = manifest.checkpoint;
+    let Some(entry) = manifest.files.get(file) else {
+        return Err(CheckpointError::File { id, file: file.to_owned(), fault: FileFault::Unlisted });
+    };
+    let read = store.get_into(&file_path(id, file), Contents::kept, Contents::add).await;
+    settle(id, file, entry, read)
+}
+
+/// The newest checkpoint that holds byte for byte, and those that are newer and do not, with the reasons.
+///
+/// # Errors
+/// Only those of the store, as [`CheckpointError::Store`].
+pub async fn newest_verified(
+    store: &Store,
+) -> Result<(Option<Manifest>, Vec<(CheckpointId, CheckpointError)>), CheckpointError> {
+    let mut refused = Vec::new();
+    for id in directories(store).await?.into_iter().rev() {
+        match verify(store, id).await {
+            Ok(manifest) => return Ok((Some(manifest), refused)),
+            Err(error) if error.condemns() => refused.push((id, error)),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok((None, refused))
+}
+
+/// All directories that could be checkpoints, oldest first.
+pub(crate) async fn directories(store: &Store) -> Result<Vec<CheckpointId>, CheckpointError> {
+    let names = store.list_folders(FOLDER).await?;
+    let mut ids: Vec<CheckpointId> = names.iter().filter_map(|name| name.parse().ok()).collect();
+    ids.sort();
+    Ok(ids)
+}
+
+/// What has been read of a file.
+struct Contents {
+    hasher: blake3::Hasher,
+    bytes: u64,
+    kept: Option<Vec<u8>>,
+}
+
+impl Contents {
+    fn hashed_only() -> Self {
+        Self { hasher: blake3::Hasher::new(), bytes: 0, kept: None }
+    }
+
+    fn kept(bytes: u64) -> Self {
+        Self { kept: Some(Vec::with_capacity(bytes as usize)), ..Self::hashed_only() }
+    }
+
+    fn add(&mut self, piece: &[u8]) {
+        self.hasher.update(piece);
+        self.bytes += piece.len() as u64;
+        if let Some(kept) = &mut self.kept {
+            kept.extend_from_slice(piece);
+        }
+    }
+}
+
+fn check_length(found: Option<u64>, entry: &FileEntry) -> Result<(), FileFault> {
+    match found {
+        None => Err(FileFault::Missing),
+        Some(found) if found != entry.bytes => Err(FileFault::Size { expected: entry.bytes, found }),
+        Some(_) => Ok(()),
+    }
+}
+
+fn settle(
+    id: CheckpointId,
+    file: &str,
+    entry: &FileEntry,
+    read: Result<Contents, StoreError>,
+) -> Result<Bytes, CheckpointError> {
+    let condemn = |fault| CheckpointError::File { id, file: file.to_owned(), fault };
+    let contents = match read {
+        Ok(contents) => contents,
+        Err(StoreError::NotFound { .. }) => return Err(condemn(FileFault::Missing)),
+        Err(error) => return Err(error.into()),
+    };
+    check_length(Some(contents.bytes), entry).map_err(condemn)?;
+    let found = Digest::from_bytes(*contents.hasher.finalize().as_bytes());
+    if found != entry.digest {
+        return Err(condemn(FileFault::Digest { expected: entry.digest, found }));
+    }
+    Ok(contents.kept.unwrap_or_default().into())
+}

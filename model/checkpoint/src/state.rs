@@ -1,0 +1,227 @@
+//! What a checkpoint holds beside the weights: where training stands, and the optimizer's moments.
+//!
+//! The moments are cut into ranges of the flattened parameters that depend on the number of parameters alone, so
+//! that any number of workers can write them and any other number can read them.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use serde::{Deserialize, Serialize};
+use ulmus_types::Step;
+
+use crate::{CheckpointError, STATE_FILE};
+
+// The files hold little-endian numbers, which are written as they lie in memory.
+const _: () = assert!(cfg!(target_endian = "little"), "ulmus needs a little-endian machine");
+
+const FORMAT_VERSION: u32 = 1;
+/// Elements of one optimizer file: two moments of 64 MiB, small enough to be sent again when a connection breaks.
+const SHARD_ELEMENTS: usize = 16 << 20;
+const FIRST_MOMENT: &str = "exp_avg";
+const SECOND_MOMENT: &str = "exp_avg_sq";
+
+/// Where training stands after `step` updates. Equal on all workers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainState {
+    /// Updates that the weights have seen.
+    pub step: Step,
+    /// Tokens that they have been trained on.
+    pub tokens: u64,
+    /// The quantum of the exact reduction, a power of two; 0 when the reduction is not exact.
+    pub quantum: f64,
+    /// The position of every data stream, as the data loader writes and reads it.
+    pub cursors: Vec<i64>,
+    /// Other counts that go on where they were, by name.
+    #[serde(default)]
+    pub counters: BTreeMap<String, i64>,
+}
+
+#[derive(Serialize)]
+struct Versioned<'a> {
+    format_version: u32,
+    #[serde(flatten)]
+    state: &'a TrainState,
+}
+
+#[derive(Deserialize)]
+struct Header {
+    format_version: u32,
+}
+
+impl TrainState {
+    /// The text of [`STATE_FILE`]: the same state has the same text.
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(&Versioned { format_version: FORMAT_VERSION, state: self })
+            .expect("a state has only text keys")
+    }
+
+    /// Reads what [`TrainState::to_json`] wrote; fields that this version does not know are passed over.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Form`] when the text is of a newer version or no state at all.
+    pub fn from_json(text: &[u8]) -> Result<Self, CheckpointError> {
+        let wrong = |reason: String| CheckpointError::Form { file: STATE_FILE.to_owned(), reason };
+        let header: Header = serde_json::from_slice(text).map_err(|error| wrong(error.to_string()))?;
+        if header.format_version > FORMAT_VERSION {
+            let found = header.format_version;
+            return Err(wrong(format!(
+                "it has format {found}, this program reads up to {FORMAT_VERSION}; use a newer ulmus"
+            )));
+        }
+        serde_json::from_slice(text).map_err(|error| wrong(error.to_string()))
+    }
+}
+
+/// A fixed range of the flattened parameters, and the optimizer file that belongs to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OptimizerShard {
+    index: usize,
+    range: Range<usize>,
+}
+
+/// The optimizer files of a model with this many parameters, in order and without gaps.
+pub fn optimizer_shards(parameters: usize) -> Vec<OptimizerShard> {
+    shards(parameters, SHARD_ELEMENTS)
+}
+
+fn shards(parameters: usize, elements: usize) -> Vec<OptimizerShard> {
+    (0..parameters.div_ceil(elements))
+        .map(|index| OptimizerShard {
+            index,
+            range: index * elements..parameters.min((index + 1) * elements),
+        })
+        .collect()
+}
+
+impl OptimizerShard {
+    /// The elements of the flattened parameters that it holds.
+    pub fn range(&self) -> Range<usize> {
+        self.range.clone()
+    }
+
+    /// The name of its file, such as `optimizer-00000.safetensors`.
+    pub fn file_name(&self) -> String {
+        format!("optimizer-{:05}.safetensors", self.index)
+    }
+
+    /// The contents of its file, cut from both moments of *all* parameters.
+    ///
+    /// # Panics
+    /// When the moments are shorter than the range.
+    pub fn encode(&self, first_moment: &[f32], second_moment: &[f32]) -> Vec<u8> {
+        let moments = [(FIRST_MOMENT, first_moment), (SECOND_MOMENT, second_moment)];
+        let views = moments.map(|(name, moment)| {
+            let bytes = bytemuck::cast_slice(&moment[self.range()]);
+            let view = TensorView::new(Dtype::F32, vec![self.range.len()], bytes);
+            (name, view.expect("4 bytes per element"))
+        });
+        // One entry only: the writer keeps no order among several.
+        let metadata = HashMap::from([("range".to_owned(), self.range_text())]);
+        safetensors::serialize(views, Some(metadata)).expect("two tensors fit the header")
+    }
+
+    /// Reads the contents of its file into both moments of *all* parameters.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Form`] when the contents are of another range or no optimizer file at all.
+    ///
+    /// # Panics
+    /// When the moments are shorter than the range.
+    pub fn decode(
+        &self,
+        contents: &[u8],
+        first_moment: &mut [f32],
+        second_moment: &mut [f32],
+    ) -> Result<(), CheckpointError> {
+        let wrong = |reason: String| CheckpointError::Form { file: self.file_name(), reason };
+        let (_, header) = SafeTensors::read_metadata(contents).map_err(|error| wrong(error.to_string()))?;
+        let range = header.metadata().as_ref().and_then(|metadata| metadata.get("range"));
+        if range != Some(&self.range_text()) {
+            return Err(wrong(format!("it holds elements {range:?}, not {}", self.range_text())));
+        }
+        let tensors = SafeTensors::deserialize(contents).map_err(|error| wrong(error.to_string()))?;
+        for (name, moment) in [(FIRST_MOMENT, first_moment), (SECOND_MOMENT, second_moment)] {
+            let view = tensors.tensor(name).map_err(|error| wrong(error.to_string()))?;
+            if view.dtype() != Dtype::F32 || view.shape() != [self.range.len()] {
+                let (dtype, shape, expected) = (view.dtype(), view.shape(), self.range.len());
+                return Err(wrong(format!("{name} is {dtype:?} {shape:?}, not F32 [{expected}]")));
+            }
+            let words = view.data().chunks_exact(4);
+            for (value, word) in moment[self.range()].iter_mut().zip(words) {
+                *value = f32::from_le_bytes(word.try_into().expect("4 bytes"));
+            }
+        }
+        Ok(())
+    }
+
+    fn range_text(&self) -> String {
+        format!("{}..{}", self.range.start, self.range.end)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn state_text_round_trips_every_bit() {
+        let state = TrainState {
+            step: Step::new(1_000_000_007),
+            tokens: u64::MAX,
+            quantum: (0.1_f64 + 0.2) * 2.0_f64.powi(-60),
+            cursors: vec![i64::MIN, -1, 0, 1 << 53, i64::MAX],
+            counters: [("documents".to_owned(), i64::MAX)].into(),
+        };
+        let text = state.to_json();
+        assert_eq!(TrainState::from_json(&text).unwrap(), state);
+        let later = String::from_utf8(text).unwrap().replacen("\"step\"", "\"new\":{},\"step\"", 1);
+        assert_eq!(TrainState::from_json(later.as_bytes()).unwrap(), state);
+        let newer = later.replacen("\"format_version\":1", "\"format_version\":2", 1);
+        assert!(TrainState::from_json(newer.as_bytes()).unwrap_err().to_string().contains("newer"));
+        assert!(TrainState::from_json(b"{}").is_err());
+    }
+
+    #[test]
+    fn published_sizes_are_cut_into_whole_files() {
+        let files = optimizer_shards(271_691_008);
+        assert_eq!(files.len(), 17);
+        assert_eq!(files[16].file_name(), "optimizer-00016.safetensors");
+        assert_eq!(files[16].range(), 16 * SHARD_ELEMENTS..271_691_008);
+        assert!(optimizer_shards(0).is_empty());
+    }
+
+    #[test]
+    fn a_file_of_another_range_is_refused() {
+        let files = shards(10, 4);
+        let moments = [1.0_f32; 10];
+        let contents = files[0].encode(&moments, &moments);
+        let mut target = moments;
+        let error = files[1].decode(&contents, &mut target, &mut [0.0; 10]).unwrap_err();
+        assert!(error.to_string().contains("0..4"), "{error}");
+        assert!(files[0].decode(&contents[1..], &mut target, &mut [0.0; 10]).is_err());
+        assert!(files[0].decode(b"", &mut target, &mut [0.0; 10]).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn moments_survive_any_cut(
+            bits in prop::collection::vec(any::<(u32, u32)>(), 0..200),
+            elements in 1_usize..64,
+        ) {
+            let (first, second): (Vec<f32>, Vec<f32>) =
+                bits.iter().map(|(a, b)| (f32::from_bits(*a), f32::from_bits(*b))).unzip();
+            let (mut read_first, mut read_second) = (vec![0.0; first.len()], vec![0.0; first.len()]);
+            for shard in shards(first.len(), elements) {
+                let contents = shard.encode(&first, &second);
+                prop_assert_eq!(&contents, &shard.encode(&first, &second));
+                shard.decode(&contents, &mut read_first, &mut read_second).unwrap();
+            }
+            let same = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
+            prop_assert!(same(&first, &read_first) && same(&second, &read_second));
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! The order of writing a checkpoint, and why.
+//!
+//! 1. *Parts.* Workers write the files of the directory, in any order, each whole or not at all, and tell the
+//!    coordinator their length and hash ([`write_part`]). Until the manifest is there, readers do not see the
+//!    directory, so a save that dies at any point leaves nothing that could be taken for a checkpoint.
+//! 2. *Manifest.* When every part has been reported and recorded, the coordinator, and nobody else, writes
+//!    `manifest.json` ([`commit`]). This single atomic write is the moment at which the checkpoint exists. It never
+//!    replaces a manifest: a group that was fenced while saving cannot change what its successor committed.
+//! 3. *Pointer.* `checkpoints/latest` then names it. It is for people and scripts: our own readers look at
+//!    the directories, because a process may die between 2 and 3.
+//!
+//! Every step may be repeated: the same state has the same bytes, and so the same manifest.
+
+use bytes::Bytes;
+use ulmus_types::CheckpointId;
+
+use crate::reader::read_manifest;
+use crate::{CheckpointError, FOLDER, FileEntry, Manifest, Store, file_path, manifest_path};
+
+/// Writes the file `name` of the checkpoint `id` (step 1), and answers what the manifest must say of it.
+///
+/// # Errors
+/// When the store refuses or is out of order.
+///
+/// # Cancel safety
+/// The file is absent or whole; it may be written again.
+pub async fn write_part(
+    store: &Store,
+    id: CheckpointId,
+    name: &str,
+    contents: impl Into<Bytes>,
+) -> Result<FileEntry, CheckpointError> {
+    let contents = contents.into();
+    let entry = FileEntry::of(&contents);
+    store.put(&file_path(id, name), contents).await?;
+    Ok(entry)
+}
+
+/// Makes the checkpoint exist (steps 2 and 3). Only the coordinator calls it, after all parts are recorded.
+///
+/// Committing the same manifest again is harmless.
+///
+/// # Errors
+/// [`CheckpointError::AlreadyCommitted`] when another manifest is there; or the store refuses or is out of order.
+///
+/// # Cancel safety
+/// The checkpoint exists or it does not; repeat the call to know that it does.
+pub async fn commit(store: &Store, manifest: &Manifest) -> Result<(), CheckpointError> {
+    let id = manifest.checkpoint;
+    if !store.put_new(&manifest_path(id), manifest.to_text()).await? {
+        // Either somebody else's, or our own from an attempt whose answer was lost.
+        if read_manifest(store, id).await? != *manifest {
+            return Err(CheckpointError::AlreadyCommitted(id));
+        }
+    }
+    store.put(&format!("{FOLDER}/latest"), format!("{id}\n")).await?;
+    Ok(())
+}
