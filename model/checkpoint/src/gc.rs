@@ -6,10 +6,10 @@
 
 use std::collections::BTreeSet;
 
-use ulmus_types::CheckpointId;
+use ulmus_types::{CheckpointId, CheckpointKind};
 
 use crate::reader::{directories, read_manifest};
-use crate::{CheckpointError, CheckpointKind, FOLDER, Store, manifest_path};
+use crate::{CheckpointError, FOLDER, Store, manifest_path};
 
 /// Recovery checkpoints that are kept: the newest, and one to go back to if it turns out to be damaged.
 const RECOVERY_KEPT: usize = 2;
@@ -44,16 +44,25 @@ pub async fn collect_garbage(
     }
     let expired = expired(&found, in_flight);
     for id in &expired {
-        store.delete(&manifest_path(*id)).await?;
-        for file in store.list(&format!("{FOLDER}/{id}")).await? {
-            store.delete(&file.path).await?;
-        }
-        if let Some(directory) = store.directory() {
-            // Object stores have no empty directories; a local one that stays behind does no harm.
-            drop(std::fs::remove_dir(directory.join(FOLDER).join(id.to_string())));
-        }
+        delete(store, *id).await?;
     }
     Ok(expired)
+}
+
+/// Deletes one checkpoint; one that does not exist is deleted already.
+///
+/// # Errors
+/// When the store refuses or is out of order. Call it again to delete what is left.
+pub async fn delete(store: &Store, id: CheckpointId) -> Result<(), CheckpointError> {
+    store.delete(&manifest_path(id)).await?;
+    for file in store.list(&format!("{FOLDER}/{id}")).await? {
+        store.delete(&file.path).await?;
+    }
+    if let Some(directory) = store.directory() {
+        // Object stores have no empty directories; a local one that stays behind does no harm.
+        drop(std::fs::remove_dir(directory.join(FOLDER).join(id.to_string())));
+    }
+    Ok(())
 }
 
 /// Chooses what goes from directories in ascending order.

@@ -16,8 +16,8 @@ mod state;
 mod store;
 mod writer;
 
-pub use gc::collect_garbage;
-pub use manifest::{CheckpointKind, FileEntry, Manifest};
+pub use gc::{collect_garbage, delete};
+pub use manifest::Manifest;
 pub use reader::{newest_verified, read_file, read_manifest, verify};
 pub use state::{OptimizerShard, TrainState, optimizer_shards};
 pub use store::{Store, StoreError, StoredFile};

@@ -7,39 +7,13 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use ulmus_types::{CheckpointId, Digest};
+use ulmus_types::{CheckpointId, CheckpointKind, Digest, FileEntry};
 
 use crate::CheckpointError;
 
 /// The newest format that this program writes and reads.
 const FORMAT_VERSION: u32 = 1;
 const UNSIGNED: Digest = Digest::from_bytes([0; 32]);
-
-/// Why a checkpoint was made, which decides how long it is kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum CheckpointKind {
-    /// On the plan's grid, or the last of the run: kept.
-    Milestone,
-    /// To go back to after a failure: only the newest two are kept.
-    Recovery,
-}
-
-/// What a file must be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FileEntry {
-    /// Its length.
-    pub bytes: u64,
-    /// The hash of its contents.
-    pub digest: Digest,
-}
-
-impl FileEntry {
-    /// The entry of a file with these contents.
-    pub fn of(contents: &[u8]) -> Self {
-        Self { bytes: contents.len() as u64, digest: Digest::of(contents) }
-    }
-}
 
 /// What a checkpoint is and what it consists of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,8 +26,6 @@ pub struct Manifest {
     pub plan_digest: Digest,
     /// The hash of the training state, equal on all workers.
     pub state_digest: Digest,
-    /// Tokens that the state has been trained on.
-    pub tokens: u64,
     /// All other files of the directory.
     pub files: BTreeMap<String, FileEntry>,
 }
@@ -125,7 +97,6 @@ mod tests {
             kind: CheckpointKind::Milestone,
             plan_digest: Digest::of(b"plan"),
             state_digest: Digest::of(b"state"),
-            tokens: 1 << 40,
             files: [("model.safetensors".to_owned(), FileEntry::of(b"weights"))].into(),
         }
     }

@@ -6,10 +6,10 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use ulmus_types::{CheckpointId, Digest};
+use ulmus_types::{CheckpointId, Digest, FileEntry};
 
 use crate::store::StoreError;
-use crate::{CheckpointError, FOLDER, FileEntry, FileFault, Manifest, Store, file_path, manifest_path};
+use crate::{CheckpointError, FOLDER, FileFault, Manifest, Store, file_path, manifest_path};
 
 /// Reads the manifest of `id`; its files are not looked at.
 ///

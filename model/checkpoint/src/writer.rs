@@ -12,10 +12,10 @@
 //! Every step may be repeated: the same state has the same bytes, and so the same manifest.
 
 use bytes::Bytes;
-use ulmus_types::CheckpointId;
+use ulmus_types::{CheckpointId, FileEntry};
 
 use crate::reader::read_manifest;
-use crate::{CheckpointError, FOLDER, FileEntry, Manifest, Store, file_path, manifest_path};
+use crate::{CheckpointError, FOLDER, Manifest, Store, file_path, manifest_path};
 
 /// Writes the file `name` of the checkpoint `id` (step 1), and answers what the manifest must say of it.
 ///

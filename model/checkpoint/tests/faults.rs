@@ -16,10 +16,10 @@ use object_store::{
 };
 use proptest::prelude::*;
 use ulmus_checkpoint::{
-    CheckpointError, CheckpointKind, FileEntry, FileFault, Manifest, Store, collect_garbage, commit,
-    newest_verified, read_file, verify, write_part,
+    CheckpointError, FileFault, Manifest, Store, collect_garbage, commit, newest_verified, read_file, verify,
+    write_part,
 };
-use ulmus_types::{CheckpointId, Digest, ErrorKind, Generation, Step};
+use ulmus_types::{CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Step};
 
 /// What happens to one write.
 #[derive(Debug, Clone, Copy)]
@@ -133,14 +133,7 @@ fn id(step: u64, generation: u64) -> CheckpointId {
 
 fn manifest(id: CheckpointId, kind: CheckpointKind, files: BTreeMap<String, FileEntry>) -> Manifest {
     let plan_digest = Digest::of(b"plan");
-    Manifest {
-        checkpoint: id,
-        kind,
-        plan_digest,
-        state_digest: Digest::of(id.to_string().as_bytes()),
-        tokens: 7,
-        files,
-    }
+    Manifest { checkpoint: id, kind, plan_digest, state_digest: Digest::of(id.to_string().as_bytes()), files }
 }
 
 const PARTS: [&str; 3] = ["model.safetensors", "optimizer-00000.safetensors", "state.json"];

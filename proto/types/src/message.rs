@@ -104,6 +104,13 @@ pub struct FileEntry {
     pub digest: Digest,
 }
 
+impl FileEntry {
+    /// The entry of a file with this content.
+    pub fn of(content: &[u8]) -> Self {
+        Self { bytes: content.len() as u64, digest: Digest::of(content) }
+    }
+}
+
 /// A state that a worker keeps in memory until it is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {
