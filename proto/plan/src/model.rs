@@ -227,7 +227,7 @@ impl ModelConfig {
             );
         }
         problems.check(
-            self.head_dim % 2 == 0,
+            self.head_dim.is_multiple_of(2),
             key("head_dim"),
             self.head_dim,
             "rotary embedding pairs the two halves of a head, so it must be even",

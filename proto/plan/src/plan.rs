@@ -168,13 +168,9 @@ impl Plan {
 
     /// Hash of everything that trained bits depend on.
     pub fn digest(&self) -> Digest {
-        let text: String = self
-            .flat()
-            .into_iter()
-            .filter(|(key, _)| !may_change(key))
-            .map(|(key, value)| format!("{key} = {value}\n"))
-            .collect();
-        Digest::of(text.as_bytes())
+        let mut kept = self.flat();
+        kept.retain(|key, _| !may_change(key));
+        Digest::of(format!("{kept:?}").as_bytes())
     }
 
     /// The keys that differ from `earlier`, each with the earlier and the present value, if trained bits depend

@@ -1,0 +1,81 @@
+//! What the driver has to do, in the imperative.
+
+use std::collections::BTreeMap;
+
+use ulmus_types::{
+    CheckpointId, CheckpointKind, Digest, ExitStatus, FileEntry, Generation, Job, Step, StepReport, ToWorker,
+    WorkerId,
+};
+
+/// Something to do. Effects are performed in order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Effect {
+    /// Store that this generation consists of these workers, durably, before anything else is done.
+    SaveGeneration(Generation, Vec<WorkerId>),
+    /// Store the fingerprint that every worker of the run must have.
+    SaveFingerprint(Digest),
+    /// Store reports of updates.
+    SaveSteps(Generation, Vec<StepReport>),
+    /// Store that every update is done.
+    SaveTrained(Step),
+    /// Store that a job is done, and its result (JSON).
+    SaveJob(Job, String),
+    /// Send a message to a worker.
+    Send(WorkerId, ToWorker),
+    /// Close a worker's stream.
+    Disconnect(WorkerId),
+    /// Write the manifest of a checkpoint whose parts are all stored, then `latest`.
+    Commit {
+        /// The checkpoint.
+        checkpoint: CheckpointId,
+        /// Whether it is kept.
+        kind: CheckpointKind,
+        /// Hash of the state.
+        state: Digest,
+        /// Its parts.
+        files: BTreeMap<String, FileEntry>,
+    },
+    /// Delete a recovery checkpoint that newer ones replace.
+    Delete(CheckpointId),
+    /// Tell a person.
+    Tell(Note),
+    /// End the process.
+    Exit(Outcome),
+}
+
+/// What a person wants to know while the run goes on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Note {
+    /// A worker may take work.
+    Joined(WorkerId),
+    /// A worker is gone, and why it is thought so.
+    Lost(WorkerId, String),
+    /// A group trains.
+    GroupFormed {
+        /// Its generation.
+        generation: Generation,
+        /// Workers in it.
+        size: usize,
+        /// Updates done.
+        step: Step,
+    },
+    /// A group has ended, and why.
+    GroupEnded(Generation, String),
+    /// A checkpoint is stored.
+    Checkpoint(CheckpointId, CheckpointKind),
+    /// A job has begun.
+    JobStarted(Job, WorkerId),
+    /// A job has ended.
+    JobDone(Job),
+    /// Something did not work and will be tried again.
+    Trouble(String),
+}
+
+/// How the run ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// The exit code.
+    pub status: ExitStatus,
+    /// What a person is told.
+    pub message: String,
+}

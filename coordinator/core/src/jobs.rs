@@ -1,0 +1,124 @@
+//! The phases of a run around its training, as a graph of jobs.
+//!
+//! ```text
+//! prepare ─► (training) ─► average ─┬─► evaluate-average ─┬─► benchmark
+//!                                   ├─► evaluate-last ────┤
+//!                                   ├─► continuations ────┤
+//!                                   └─► export ───────────┘
+//! ```
+//! The benchmark comes last and alone, because what else runs on the machine would be measured with it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ulmus_types::{CheckpointId, CheckpointKind, Job, WorkerId};
+
+/// How often a job may fail before the run gives up.
+const ATTEMPTS: u32 = 3;
+
+/// What is done, and what is being done.
+#[derive(Debug, Default)]
+pub(crate) struct Jobs {
+    done: BTreeSet<String>,
+    running: BTreeMap<Job, WorkerId>,
+    failures: BTreeMap<String, u32>,
+}
+
+impl Jobs {
+    pub(crate) fn new(done: BTreeSet<String>) -> Self {
+        Self { done, ..Self::default() }
+    }
+
+    pub(crate) fn is_done(&self, name: &str) -> bool {
+        self.done.contains(name)
+    }
+
+    pub(crate) fn running(&self) -> &BTreeMap<Job, WorkerId> {
+        &self.running
+    }
+
+    pub(crate) fn started(&mut self, job: Job, worker: WorkerId) {
+        self.running.insert(job, worker);
+    }
+
+    /// Whether `worker` was really the one that does it.
+    pub(crate) fn ended(&mut self, job: &Job, worker: &WorkerId) -> bool {
+        if self.running.get(job) == Some(worker) {
+            self.running.remove(job);
+            return true;
+        }
+        false
+    }
+
+    pub(crate) fn succeeded(&mut self, job: &Job) {
+        self.done.insert(job.name().to_owned());
+    }
+
+    /// Whether it may be tried again.
+    pub(crate) fn failed(&mut self, job: &Job) -> bool {
+        let failures = self.failures.entry(job.name().to_owned()).or_insert(0);
+        *failures += 1;
+        *failures < ATTEMPTS
+    }
+
+    pub(crate) fn lost(&mut self, worker: &WorkerId) {
+        self.running.retain(|_, at| at != worker);
+    }
+
+    /// Jobs that can begin now. `trained` tells that training is done and its last checkpoint stored.
+    pub(crate) fn ready(
+        &self,
+        trained: bool,
+        checkpoints: &BTreeMap<CheckpointId, CheckpointKind>,
+        average: u64,
+    ) -> Vec<Job> {
+        self.stage(trained, checkpoints, average)
+            .into_iter()
+            .filter(|job| !self.is_done(job.name()) && !self.running.contains_key(job))
+            .collect()
+    }
+
+    /// Whether nothing is left to do.
+    pub(crate) fn all_done(
+        &self,
+        trained: bool,
+        checkpoints: &BTreeMap<CheckpointId, CheckpointKind>,
+        average: u64,
+    ) -> bool {
+        trained && self.is_done("benchmark") && self.ready(trained, checkpoints, average).is_empty()
+    }
+
+    /// The first stage of the graph that is not done yet.
+    fn stage(
+        &self,
+        trained: bool,
+        checkpoints: &BTreeMap<CheckpointId, CheckpointKind>,
+        average: u64,
+    ) -> Vec<Job> {
+        if !self.is_done("prepare") {
+            return vec![Job::Prepare];
+        }
+        let milestones = milestones(checkpoints);
+        let (true, Some(first), Some(last)) = (trained, milestones.first(), milestones.last()) else {
+            return Vec::new();
+        };
+        let averaged = milestones[milestones.len().saturating_sub(average as usize)..].to_vec();
+        let mut shown = vec![*first, milestones[milestones.len() / 2], *last];
+        shown.dedup();
+        let stages = [
+            vec![Job::Average(averaged)],
+            vec![Job::EvaluateAverage, Job::Evaluate(*last), Job::Continue(shown), Job::Export],
+            vec![Job::Benchmark],
+        ];
+        stages.into_iter().find(|stage| stage.iter().any(|job| !self.is_done(job.name()))).unwrap_or_default()
+    }
+}
+
+/// Milestones, oldest first; of one step that was passed twice, the newer.
+pub(crate) fn milestones(checkpoints: &BTreeMap<CheckpointId, CheckpointKind>) -> Vec<CheckpointId> {
+    let by_step: BTreeMap<_, _> = checkpoints
+        .iter()
+        .filter(|(_, kind)| **kind == CheckpointKind::Milestone)
+        .map(|(id, _)| (id.step(), *id))
+        .collect();
+    by_step.into_values().collect()
+}

@@ -1,0 +1,585 @@
+//! Translation between wire messages and domain messages: `From` outwards, `TryFrom` inwards.
+//!
+//! Every field that the domain needs is required here, so that nothing behind this module meets a message that
+//! lacks one.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use ulmus_types::{
+    Assignment, CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Hello, Incarnation,
+    Job, LeaveReason, Peer, Rank, Snapshot, Step, StepReport, ToCoordinator, ToWorker, Wish, WorkerId,
+    WorkerStatus,
+};
+
+use crate::v1;
+
+/// A message that lacks something or says something impossible.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    /// A required field is not there: the other side is of another version.
+    #[error("field {0} is missing from the message; use the same version on both sides")]
+    Missing(&'static str),
+    /// A field has a value that it cannot have.
+    #[error("field {field} cannot be {value}; use the same version on both sides")]
+    Invalid {
+        /// The field.
+        field: &'static str,
+        /// Its value.
+        value: String,
+    },
+}
+
+fn required<T>(field: &'static str, value: Option<T>) -> Result<T, WireError> {
+    value.ok_or(WireError::Missing(field))
+}
+
+fn digest(field: &'static str, bytes: &[u8]) -> Result<Digest, WireError> {
+    let bytes: [u8; 32] = bytes
+        .try_into()
+        .map_err(|_| WireError::Invalid { field, value: format!("{} bytes", bytes.len()) })?;
+    Ok(Digest::from_bytes(bytes))
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+// ---- parts
+
+impl From<WorkerId> for v1::WorkerId {
+    fn from(id: WorkerId) -> Self {
+        Self { name: id.name().to_owned(), incarnation: id.incarnation().get() }
+    }
+}
+
+impl TryFrom<v1::WorkerId> for WorkerId {
+    type Error = WireError;
+
+    fn try_from(id: v1::WorkerId) -> Result<Self, WireError> {
+        Self::new(id.name, Incarnation::new(id.incarnation))
+            .map_err(|error| WireError::Invalid { field: "worker.name", value: error.to_string() })
+    }
+}
+
+impl From<CheckpointId> for v1::Checkpoint {
+    fn from(id: CheckpointId) -> Self {
+        Self { step: id.step().get(), generation: id.generation().get() }
+    }
+}
+
+impl From<v1::Checkpoint> for CheckpointId {
+    fn from(id: v1::Checkpoint) -> Self {
+        Self::new(Step::new(id.step), Generation::new(id.generation))
+    }
+}
+
+impl From<ErrorKind> for v1::ErrorKind {
+    fn from(kind: ErrorKind) -> Self {
+        match kind {
+            ErrorKind::Retry => Self::Retry,
+            ErrorKind::Fenced => Self::Fenced,
+            ErrorKind::InvalidInput => Self::InvalidInput,
+            ErrorKind::Refused => Self::Refused,
+            ErrorKind::Corrupt => Self::Corrupt,
+            ErrorKind::Internal => Self::Internal,
+        }
+    }
+}
+
+fn failure(kind: ErrorKind, message: String) -> v1::Failure {
+    v1::Failure { kind: v1::ErrorKind::from(kind).into(), message }
+}
+
+fn failed(failure: v1::Failure) -> Result<(ErrorKind, String), WireError> {
+    let kind = match failure.kind() {
+        v1::ErrorKind::Retry => ErrorKind::Retry,
+        v1::ErrorKind::Fenced => ErrorKind::Fenced,
+        v1::ErrorKind::InvalidInput => ErrorKind::InvalidInput,
+        v1::ErrorKind::Refused => ErrorKind::Refused,
+        v1::ErrorKind::Corrupt => ErrorKind::Corrupt,
+        v1::ErrorKind::Internal => ErrorKind::Internal,
+        v1::ErrorKind::Unspecified => return Err(WireError::Missing("failure.kind")),
+    };
+    Ok((kind, failure.message))
+}
+
+impl From<StepReport> for v1::StepReport {
+    fn from(report: StepReport) -> Self {
+        Self {
+            step: report.step.get(),
+            tokens: report.tokens,
+            loss: report.loss,
+            z_loss: report.z_loss,
+            grad_norm: report.grad_norm,
+            learning_rate: report.lr,
+            held_out_loss: report.held_out_loss,
+            elapsed_ns: nanos(report.elapsed),
+            data_wait_ns: nanos(report.data_wait),
+            communication_ns: nanos(report.communication),
+        }
+    }
+}
+
+impl From<v1::StepReport> for StepReport {
+    fn from(report: v1::StepReport) -> Self {
+        Self {
+            step: Step::new(report.step),
+            tokens: report.tokens,
+            loss: report.loss,
+            z_loss: report.z_loss,
+            grad_norm: report.grad_norm,
+            lr: report.learning_rate,
+            held_out_loss: report.held_out_loss,
+            elapsed: Duration::from_nanos(report.elapsed_ns),
+            data_wait: Duration::from_nanos(report.data_wait_ns),
+            communication: Duration::from_nanos(report.communication_ns),
+        }
+    }
+}
+
+impl From<Job> for v1::Job {
+    fn from(job: Job) -> Self {
+        use v1::job::Job as Wire;
+        let list = |ids: Vec<CheckpointId>| v1::Checkpoints {
+            checkpoints: ids.into_iter().map(Into::into).collect(),
+        };
+        let job = match job {
+            Job::Prepare => Wire::Prepare(true),
+            Job::Average(ids) => Wire::Average(list(ids)),
+            Job::EvaluateAverage => Wire::EvaluateAverage(true),
+            Job::Evaluate(id) => Wire::Evaluate(id.into()),
+            Job::Continue(ids) => Wire::Continuations(list(ids)),
+            Job::Export => Wire::Export(true),
+            Job::Benchmark => Wire::Benchmark(true),
+        };
+        Self { job: Some(job) }
+    }
+}
+
+impl TryFrom<v1::Job> for Job {
+    type Error = WireError;
+
+    fn try_from(job: v1::Job) -> Result<Self, WireError> {
+        use v1::job::Job as Wire;
+        let list = |ids: v1::Checkpoints| ids.checkpoints.into_iter().map(Into::into).collect();
+        Ok(match required("job", job.job)? {
+            Wire::Prepare(_) => Self::Prepare,
+            Wire::Average(ids) => Self::Average(list(ids)),
+            Wire::EvaluateAverage(_) => Self::EvaluateAverage,
+            Wire::Evaluate(id) => Self::Evaluate(id.into()),
+            Wire::Continuations(ids) => Self::Continue(list(ids)),
+            Wire::Export(_) => Self::Export,
+            Wire::Benchmark(_) => Self::Benchmark,
+        })
+    }
+}
+
+fn written(files: BTreeMap<String, FileEntry>) -> Vec<v1::FileEntry> {
+    files
+        .into_iter()
+        .map(|(name, entry)| v1::FileEntry {
+            name,
+            bytes: entry.bytes,
+            digest: entry.digest.as_bytes().to_vec(),
+        })
+        .collect()
+}
+
+// ---- worker to coordinator
+
+impl From<ToCoordinator> for v1::FromWorker {
+    fn from(message: ToCoordinator) -> Self {
+        use v1::from_worker::Message as Wire;
+        let message = match message {
+            ToCoordinator::Hello(hello) => Wire::Hello(v1::Hello {
+                worker: Some(hello.worker.into()),
+                version: hello.version,
+                address: hello.address,
+                device: hello.device,
+                threads: hello.threads,
+                pid: hello.pid,
+                training: match hello.status {
+                    WorkerStatus::Idle => None,
+                    WorkerStatus::Training(generation) => Some(generation.get()),
+                },
+            }),
+            ToCoordinator::StoreRead(read) => {
+                use v1::store_read::Result as Wire;
+                let result = match read {
+                    Ok(nonce) => Wire::Nonce(nonce),
+                    Err(error) => Wire::Error(error),
+                };
+                v1::from_worker::Message::StoreRead(v1::StoreRead { result: Some(result) })
+            }
+            ToCoordinator::Ready(fingerprint) => {
+                Wire::Ready(v1::Ready { fingerprint: fingerprint.as_bytes().to_vec() })
+            }
+            ToCoordinator::Beat { collective } => Wire::Beat(v1::Beat { collective }),
+            ToCoordinator::Formed { generation, step } => {
+                Wire::Formed(v1::Formed { generation: generation.get(), step: step.get() })
+            }
+            ToCoordinator::Steps { generation, reports } => Wire::Steps(v1::Steps {
+                generation: generation.get(),
+                reports: reports.into_iter().map(Into::into).collect(),
+            }),
+            ToCoordinator::Left { generation, step, reason } => {
+                use v1::left::Reason;
+                let reason = match reason {
+                    LeaveReason::Agreed => Reason::Agreed(true),
+                    LeaveReason::Finished => Reason::Finished(true),
+                    LeaveReason::Exhausted(source) => Reason::Exhausted(source),
+                    LeaveReason::Lost(what) => Reason::Lost(what),
+                    LeaveReason::Failed { kind, message } => Reason::Failed(failure(kind, message)),
+                };
+                Wire::Left(v1::Left { generation: generation.get(), step: step.get(), reason: Some(reason) })
+            }
+            ToCoordinator::Snapshot(snapshot) => {
+                let kind = match snapshot.kind {
+                    CheckpointKind::Milestone => v1::CheckpointKind::Milestone,
+                    CheckpointKind::Recovery => v1::CheckpointKind::Recovery,
+                };
+                Wire::Snapshot(v1::Snapshot {
+                    checkpoint: Some(snapshot.checkpoint.into()),
+                    kind: kind.into(),
+                    state: snapshot.state.as_bytes().to_vec(),
+                    files: snapshot.files,
+                })
+            }
+            ToCoordinator::Written { checkpoint, files } => {
+                Wire::Written(v1::Written { checkpoint: Some(checkpoint.into()), files: written(files) })
+            }
+            ToCoordinator::WriteFailed { checkpoint, message } => {
+                Wire::WriteFailed(v1::WriteFailed { checkpoint: Some(checkpoint.into()), message })
+            }
+            ToCoordinator::JobDone { job, result } => {
+                Wire::JobDone(v1::JobDone { job: Some(job.into()), result })
+            }
+            ToCoordinator::JobFailed { job, kind, message } => Wire::JobFailed(v1::JobFailed {
+                job: Some(job.into()),
+                failure: Some(failure(kind, message)),
+            }),
+        };
+        Self { message: Some(message) }
+    }
+}
+
+impl TryFrom<v1::FromWorker> for ToCoordinator {
+    type Error = WireError;
+
+    fn try_from(message: v1::FromWorker) -> Result<Self, WireError> {
+        use v1::from_worker::Message as Wire;
+        Ok(match required("message", message.message)? {
+            Wire::Hello(hello) => Self::Hello(Hello {
+                worker: required("hello.worker", hello.worker)?.try_into()?,
+                version: hello.version,
+                address: hello.address,
+                device: hello.device,
+                threads: hello.threads,
+                pid: hello.pid,
+                status: hello.training.map_or(WorkerStatus::Idle, |generation| {
+                    WorkerStatus::Training(Generation::new(generation))
+                }),
+            }),
+            Wire::StoreRead(read) => Self::StoreRead(match required("store_read.result", read.result)? {
+                v1::store_read::Result::Nonce(nonce) => Ok(nonce),
+                v1::store_read::Result::Error(error) => Err(error),
+            }),
+            Wire::Ready(ready) => Self::Ready(digest("ready.fingerprint", &ready.fingerprint)?),
+            Wire::Beat(beat) => Self::Beat { collective: beat.collective },
+            Wire::Formed(formed) => {
+                Self::Formed { generation: Generation::new(formed.generation), step: Step::new(formed.step) }
+            }
+            Wire::Steps(steps) => Self::Steps {
+                generation: Generation::new(steps.generation),
+                reports: steps.reports.into_iter().map(Into::into).collect(),
+            },
+            Wire::Left(left) => {
+                use v1::left::Reason;
+                let reason = match required("left.reason", left.reason)? {
+                    Reason::Agreed(_) => LeaveReason::Agreed,
+                    Reason::Finished(_) => LeaveReason::Finished,
+                    Reason::Exhausted(source) => LeaveReason::Exhausted(source),
+                    Reason::Lost(what) => LeaveReason::Lost(what),
+                    Reason::Failed(failure) => {
+                        let (kind, message) = failed(failure)?;
+                        LeaveReason::Failed { kind, message }
+                    }
+                };
+                let (generation, step) = (Generation::new(left.generation), Step::new(left.step));
+                Self::Left { generation, step, reason }
+            }
+            Wire::Snapshot(snapshot) => Self::Snapshot(Snapshot {
+                kind: match snapshot.kind() {
+                    v1::CheckpointKind::Milestone => CheckpointKind::Milestone,
+                    v1::CheckpointKind::Recovery => CheckpointKind::Recovery,
+                    v1::CheckpointKind::Unspecified => return Err(WireError::Missing("snapshot.kind")),
+                },
+                checkpoint: required("snapshot.checkpoint", snapshot.checkpoint)?.into(),
+                state: digest("snapshot.state", &snapshot.state)?,
+                files: snapshot.files,
+            }),
+            Wire::Written(written) => {
+                let mut files = BTreeMap::new();
+                for file in written.files {
+                    let entry = FileEntry { bytes: file.bytes, digest: digest("file.digest", &file.digest)? };
+                    files.insert(file.name, entry);
+                }
+                Self::Written {
+                    checkpoint: required("written.checkpoint", written.checkpoint)?.into(),
+                    files,
+                }
+            }
+            Wire::WriteFailed(failed) => Self::WriteFailed {
+                checkpoint: required("write_failed.checkpoint", failed.checkpoint)?.into(),
+                message: failed.message,
+            },
+            Wire::JobDone(done) => {
+                Self::JobDone { job: required("job_done.job", done.job)?.try_into()?, result: done.result }
+            }
+            Wire::JobFailed(job) => {
+                let (kind, message) = failed(required("job_failed.failure", job.failure)?)?;
+                Self::JobFailed { job: required("job_failed.job", job.job)?.try_into()?, kind, message }
+            }
+        })
+    }
+}
+
+// ---- coordinator to worker
+
+impl From<Peer> for v1::Peer {
+    fn from(peer: Peer) -> Self {
+        Self { address: peer.address, worker: Some(peer.worker.into()) }
+    }
+}
+
+impl TryFrom<v1::Peer> for Peer {
+    type Error = WireError;
+
+    fn try_from(peer: v1::Peer) -> Result<Self, WireError> {
+        Ok(Self { address: peer.address, worker: required("peer.worker", peer.worker)?.try_into()? })
+    }
+}
+
+impl From<ToWorker> for v1::FromCoordinator {
+    fn from(message: ToWorker) -> Self {
+        use v1::from_coordinator::Message as Wire;
+        let message = match message {
+            ToWorker::Welcome { run, plan, store, nonce_path } => {
+                Wire::Welcome(v1::Welcome { run: run.into(), plan, store, nonce_path })
+            }
+            ToWorker::Refused { kind, reason } => Wire::Refused(failure(kind, reason)),
+            ToWorker::Assign(assignment) => Wire::Assign(v1::Assignment {
+                generation: assignment.generation.get(),
+                rank: assignment.rank.get(),
+                size: assignment.size,
+                previous: Some(assignment.previous.into()),
+                next: Some(assignment.next.into()),
+                first_micro_batch: assignment.micro_batches.start,
+                end_micro_batch: assignment.micro_batches.end,
+                start: assignment.start.map(Into::into),
+            }),
+            ToWorker::Abort(generation) => Wire::Abort(generation.get()),
+            ToWorker::Wish(generation, wish) => {
+                let kind = match wish {
+                    Wish::Save => v1::WishKind::Save,
+                    Wish::Pause => v1::WishKind::Pause,
+                    Wish::Stop => v1::WishKind::Stop,
+                };
+                Wire::Wish(v1::Wish { generation: generation.get(), kind: kind.into() })
+            }
+            ToWorker::Acknowledge(step) => Wire::Acknowledge(step.get()),
+            ToWorker::Write { checkpoint, files } => {
+                Wire::Write(v1::Write { checkpoint: Some(checkpoint.into()), files })
+            }
+            ToWorker::Release(checkpoint) => Wire::Release(checkpoint.into()),
+            ToWorker::Run(job) => Wire::Run(job.into()),
+            ToWorker::Finish => Wire::Finish(true),
+        };
+        Self { message: Some(message) }
+    }
+}
+
+impl TryFrom<v1::FromCoordinator> for ToWorker {
+    type Error = WireError;
+
+    fn try_from(message: v1::FromCoordinator) -> Result<Self, WireError> {
+        use v1::from_coordinator::Message as Wire;
+        Ok(match required("message", message.message)? {
+            Wire::Welcome(welcome) => Self::Welcome {
+                run: welcome.run.parse().map_err(|error: ulmus_types::IdError| WireError::Invalid {
+                    field: "welcome.run",
+                    value: error.to_string(),
+                })?,
+                plan: welcome.plan,
+                store: welcome.store,
+                nonce_path: welcome.nonce_path,
+            },
+            Wire::Refused(refused) => {
+                let (kind, reason) = failed(refused)?;
+                Self::Refused { kind, reason }
+            }
+            Wire::Assign(assignment) => Self::Assign(Assignment {
+                generation: Generation::new(assignment.generation),
+                rank: Rank::new(assignment.rank),
+                size: assignment.size,
+                previous: required("assignment.previous", assignment.previous)?.try_into()?,
+                next: required("assignment.next", assignment.next)?.try_into()?,
+                micro_batches: assignment.first_micro_batch..assignment.end_micro_batch,
+                start: assignment.start.map(Into::into),
+            }),
+            Wire::Abort(generation) => Self::Abort(Generation::new(generation)),
+            Wire::Wish(wish) => {
+                let kind = match wish.kind() {
+                    v1::WishKind::Save => Wish::Save,
+                    v1::WishKind::Pause => Wish::Pause,
+                    v1::WishKind::Stop => Wish::Stop,
+                    v1::WishKind::Unspecified => return Err(WireError::Missing("wish.kind")),
+                };
+                Self::Wish(Generation::new(wish.generation), kind)
+            }
+            Wire::Acknowledge(step) => Self::Acknowledge(Step::new(step)),
+            Wire::Write(write) => Self::Write {
+                checkpoint: required("write.checkpoint", write.checkpoint)?.into(),
+                files: write.files,
+            },
+            Wire::Release(checkpoint) => Self::Release(checkpoint.into()),
+            Wire::Run(job) => Self::Run(job.try_into()?),
+            Wire::Finish(_) => Self::Finish,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn worker() -> WorkerId {
+        WorkerId::new("w0", Incarnation::new(7)).unwrap()
+    }
+
+    fn checkpoint() -> CheckpointId {
+        CheckpointId::new(Step::new(50), Generation::new(2))
+    }
+
+    #[test]
+    fn every_message_of_a_worker_survives_the_wire() {
+        let generation = Generation::new(3);
+        let report = StepReport {
+            step: Step::new(1),
+            tokens: 2,
+            loss: 0.1 + 0.2,
+            z_loss: 1e-300,
+            grad_norm: f64::MAX,
+            lr: 1e-6,
+            held_out_loss: Some(-0.0),
+            elapsed: Duration::from_nanos(1),
+            data_wait: Duration::from_secs(2),
+            communication: Duration::ZERO,
+        };
+        let mut messages = vec![
+            ToCoordinator::StoreRead(Ok("nonce".into())),
+            ToCoordinator::StoreRead(Err("no such folder".into())),
+            ToCoordinator::Ready(Digest::of(b"x")),
+            ToCoordinator::Beat { collective: 9 },
+            ToCoordinator::Formed { generation, step: Step::new(4) },
+            ToCoordinator::Steps { generation, reports: vec![report] },
+            ToCoordinator::Snapshot(Snapshot {
+                checkpoint: checkpoint(),
+                kind: CheckpointKind::Recovery,
+                state: Digest::of(b"s"),
+                files: vec!["a".into(), "b".into()],
+            }),
+            ToCoordinator::Written {
+                checkpoint: checkpoint(),
+                files: [("a".to_owned(), FileEntry { bytes: 1, digest: Digest::of(b"a") })].into(),
+            },
+            ToCoordinator::WriteFailed { checkpoint: checkpoint(), message: "full".into() },
+            ToCoordinator::JobDone { job: Job::Average(vec![checkpoint()]), result: "{}".into() },
+            ToCoordinator::JobFailed { job: Job::Prepare, kind: ErrorKind::Corrupt, message: "m".into() },
+        ];
+        for status in [WorkerStatus::Idle, WorkerStatus::Training(generation)] {
+            messages.push(ToCoordinator::Hello(Hello {
+                worker: worker(),
+                version: "1".into(),
+                address: "h:1".into(),
+                device: "cpu".into(),
+                threads: 2,
+                pid: 3,
+                status,
+            }));
+        }
+        for reason in [
+            LeaveReason::Agreed,
+            LeaveReason::Finished,
+            LeaveReason::Exhausted("web".into()),
+            LeaveReason::Lost("rank 1".into()),
+            LeaveReason::Failed { kind: ErrorKind::InvalidInput, message: "nan".into() },
+        ] {
+            messages.push(ToCoordinator::Left { generation, step: Step::new(1), reason });
+        }
+        for message in messages {
+            let wire = v1::FromWorker::from(message.clone());
+            assert_eq!(ToCoordinator::try_from(wire), Ok(message));
+        }
+    }
+
+    #[test]
+    fn every_message_of_the_coordinator_survives_the_wire() {
+        let peer = Peer { address: "h:2".into(), worker: worker() };
+        let mut messages = vec![
+            ToWorker::Welcome {
+                run: "r".parse().unwrap(),
+                plan: "p".into(),
+                store: "s".into(),
+                nonce_path: "n".into(),
+            },
+            ToWorker::Refused { kind: ErrorKind::Refused, reason: "version".into() },
+            ToWorker::Assign(Assignment {
+                generation: Generation::new(1),
+                rank: Rank::new(2),
+                size: 3,
+                previous: peer.clone(),
+                next: peer,
+                micro_batches: 4..6,
+                start: Some(checkpoint()),
+            }),
+            ToWorker::Abort(Generation::new(5)),
+            ToWorker::Acknowledge(Step::new(6)),
+            ToWorker::Write { checkpoint: checkpoint(), files: vec!["a".into()] },
+            ToWorker::Release(checkpoint()),
+            ToWorker::Finish,
+        ];
+        messages.extend(
+            [Wish::Save, Wish::Pause, Wish::Stop].map(|wish| ToWorker::Wish(Generation::new(1), wish)),
+        );
+        messages.extend(
+            [
+                Job::Prepare,
+                Job::Average(vec![]),
+                Job::EvaluateAverage,
+                Job::Evaluate(checkpoint()),
+                Job::Continue(vec![checkpoint()]),
+                Job::Export,
+                Job::Benchmark,
+            ]
+            .map(ToWorker::Run),
+        );
+        for message in messages {
+            let wire = v1::FromCoordinator::from(message.clone());
+            assert_eq!(ToWorker::try_from(wire), Ok(message));
+        }
+    }
+
+    #[test]
+    fn what_lacks_a_field_is_refused_by_its_name() {
+        let empty = v1::FromWorker { message: None };
+        assert_eq!(ToCoordinator::try_from(empty), Err(WireError::Missing("message")));
+        let hello = v1::from_worker::Message::Hello(v1::Hello::default());
+        let error = ToCoordinator::try_from(v1::FromWorker { message: Some(hello) });
+        assert_eq!(error, Err(WireError::Missing("hello.worker")));
+        let ready = v1::from_worker::Message::Ready(v1::Ready { fingerprint: vec![1, 2] });
+        let error = ToCoordinator::try_from(v1::FromWorker { message: Some(ready) });
+        assert!(matches!(error, Err(WireError::Invalid { field: "ready.fingerprint", .. })));
+    }
+}
