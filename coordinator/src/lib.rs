@@ -1,1 +1,23 @@
-//! The coordinator: one writer of a run's state
+//! The coordinator: the single writer of a run's state.
+//!
+//! A thin shell around `ulmus_coord_core`: gRPC sessions in, effects out. It never sees a document or a
+//! gradient. `main.rs` parses the command line; everything else can be called from tests.
+
+#![forbid(unsafe_code)]
+
+pub mod args;
+mod check;
+mod console;
+mod driver;
+mod folder;
+mod local;
+mod metrics;
+pub mod plans;
+mod run;
+mod server;
+mod store;
+mod summary;
+
+pub use check::report;
+pub use console::print;
+pub use run::{Options, run};

@@ -252,6 +252,7 @@ impl From<ToCoordinator> for v1::FromWorker {
             ToCoordinator::WriteFailed { checkpoint, message } => {
                 Wire::WriteFailed(v1::WriteFailed { checkpoint: Some(checkpoint.into()), message })
             }
+            ToCoordinator::Notice(text) => Wire::Notice(text),
             ToCoordinator::JobDone { job, result } => {
                 Wire::JobDone(v1::JobDone { job: Some(job.into()), result })
             }
@@ -334,6 +335,7 @@ impl TryFrom<v1::FromWorker> for ToCoordinator {
                 checkpoint: required("write_failed.checkpoint", failed.checkpoint)?.into(),
                 message: failed.message,
             },
+            Wire::Notice(text) => Self::Notice(text),
             Wire::JobDone(done) => {
                 Self::JobDone { job: required("job_done.job", done.job)?.try_into()?, result: done.result }
             }
@@ -482,6 +484,7 @@ mod tests {
             ToCoordinator::StoreRead(Err("no such folder".into())),
             ToCoordinator::Ready(Digest::of(b"x")),
             ToCoordinator::Beat { collective: 9 },
+            ToCoordinator::Notice("a file is damaged".into()),
             ToCoordinator::Formed { generation, step: Step::new(4) },
             ToCoordinator::Steps { generation, reports: vec![report] },
             ToCoordinator::Snapshot(Snapshot {

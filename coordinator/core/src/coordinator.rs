@@ -179,7 +179,7 @@ impl Coordinator {
             ToCoordinator::Left { generation, step, reason } => {
                 self.left(worker, generation, step, reason, now);
             }
-            ToCoordinator::Snapshot(snapshot) => self.snapshot(worker, snapshot, now),
+            ToCoordinator::Snapshot(snapshot) => self.snapshot(worker, &snapshot, now),
             ToCoordinator::Written { checkpoint, files } => self.written(checkpoint, files),
             ToCoordinator::WriteFailed { checkpoint, message } => {
                 self.snapshots.write_failed(checkpoint, worker, now);
@@ -187,6 +187,7 @@ impl Coordinator {
                     "{worker} could not store its part of {checkpoint}: {message}"
                 )));
             }
+            ToCoordinator::Notice(text) => self.tell(Note::Trouble(format!("{}: {text}", worker.name()))),
             ToCoordinator::JobDone { job, result } => self.job_done(worker, job, result),
             ToCoordinator::JobFailed { job, kind, message } => self.job_failed(worker, &job, kind, &message),
         }
@@ -467,13 +468,13 @@ impl Coordinator {
 
     // ---- checkpoints
 
-    fn snapshot(&mut self, worker: &WorkerId, snapshot: Snapshot, now: Duration) {
+    fn snapshot(&mut self, worker: &WorkerId, snapshot: &Snapshot, now: Duration) {
         let checkpoint = snapshot.checkpoint;
         if self.checkpoints.contains_key(&checkpoint) {
             return self.send(worker, ToWorker::Release(checkpoint));
         }
         self.saved_at = now;
-        if let Err(others) = self.snapshots.announced(worker, &snapshot, now) {
+        if let Err(others) = self.snapshots.announced(worker, snapshot, now) {
             let others: Vec<&str> = others.iter().map(WorkerId::name).collect();
             let message = format!(
                 "{} holds another state of {checkpoint} than {}: one of them computes wrongly; check their memory and start again from the checkpoint before",

@@ -1,1 +1,11 @@
-//! Process matters: telemetry, clock, shutdown
+//! Process matters that all three programs share: logs, signals and exit codes.
+
+#![forbid(unsafe_code)]
+
+mod exit;
+mod shutdown;
+mod telemetry;
+
+pub use exit::{Failure, report};
+pub use shutdown::Shutdown;
+pub use telemetry::{LogTarget, init as init_telemetry};

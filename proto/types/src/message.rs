@@ -251,6 +251,8 @@ pub enum ToCoordinator {
         /// What happened.
         message: String,
     },
+    /// Something that a person should know, such as a damaged checkpoint that was passed over.
+    Notice(String),
     /// A job is done; its result as JSON.
     JobDone {
         /// The job.

@@ -1,0 +1,125 @@
+//! What a person sees while a run goes on: a progress display in a terminal, plain lines elsewhere.
+
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use ulmus_coord_core::Note;
+use ulmus_types::{CheckpointKind, Job, Step, StepReport};
+
+/// Time between two plain lines about steps.
+const PLAIN_EVERY: Duration = Duration::from_secs(5);
+
+/// The display.
+#[derive(Debug)]
+pub(crate) struct Console {
+    bar: ProgressBar,
+    terminal: bool,
+    iterations: u64,
+    last_tokens: u64,
+    speed: Option<f64>,
+    held_out: Option<f64>,
+    last_plain: Option<Instant>,
+}
+
+impl Console {
+    /// A display of a run of `iterations` updates of which `done` are done.
+    pub(crate) fn new(iterations: u64, done: Step) -> Self {
+        let terminal = std::io::stdout().is_terminal();
+        let target = if terminal { ProgressDrawTarget::stdout() } else { ProgressDrawTarget::hidden() };
+        let bar = ProgressBar::with_draw_target(Some(iterations), target);
+        let style =
+            ProgressStyle::with_template("{prefix:>12.bold} {wide_bar:.green} {pos}/{len} {msg} {eta} left")
+                .expect("the template names only fields that exist");
+        bar.set_style(style);
+        bar.set_position(done.get());
+        bar.reset_eta();
+        Self { bar, terminal, iterations, last_tokens: 0, speed: None, held_out: None, last_plain: None }
+    }
+
+    /// Prints a line, above the progress bar if there is one.
+    pub(crate) fn line(&self, text: &str) {
+        tracing::info!("{text}");
+        self.bar.suspend(|| print(text));
+    }
+
+    /// Tells about something that happened.
+    pub(crate) fn note(&mut self, note: &Note) {
+        match note {
+            Note::Joined(worker) => self.line(&format!("worker {} joined", worker.name())),
+            Note::Lost(worker, why) => self.line(&format!("worker {} is lost: {why}", worker.name())),
+            Note::GroupFormed { generation, size, step } => {
+                self.bar.set_prefix("pretrain");
+                self.bar.set_position(step.get());
+                self.bar.reset_eta();
+                let workers = if *size == 1 { "1 worker".to_owned() } else { format!("{size} workers") };
+                self.line(&format!(
+                    "generation {generation}: {workers} train from step {step} of {}",
+                    self.iterations
+                ));
+            }
+            Note::GroupEnded(generation, why) => self.line(&format!("generation {generation} ended: {why}")),
+            Note::Checkpoint(id, kind) => {
+                let kind = match kind {
+                    CheckpointKind::Milestone => "milestone",
+                    CheckpointKind::Recovery => "recovery",
+                };
+                self.line(&format!("checkpoint {id} stored ({kind})"));
+            }
+            Note::JobStarted(job, worker) => {
+                self.bar.set_prefix(job.name());
+                self.line(&format!("{} on {}: {}", job.name(), worker.name(), purpose(job)));
+            }
+            Note::JobDone(job) => self.line(&format!("{} done", job.name())),
+            Note::Trouble(text) => self.line(text),
+        }
+    }
+
+    /// Tells about an update.
+    pub(crate) fn step(&mut self, report: &StepReport) {
+        let tokens = report.tokens.saturating_sub(self.last_tokens) as f64;
+        let first = self.last_tokens == 0;
+        self.last_tokens = report.tokens;
+        if !first {
+            let now = tokens / report.elapsed.as_secs_f64().max(1e-9);
+            self.speed = Some(self.speed.map_or(now, |speed| 0.9 * speed + 0.1 * now));
+        }
+        self.held_out = report.held_out_loss.or(self.held_out);
+        let held_out = self.held_out.map(|loss| format!(" held-out {loss:.3}")).unwrap_or_default();
+        let speed = self.speed.map(|speed| format!(" {speed:.0} tokens/s")).unwrap_or_default();
+        let message = format!("loss {:.3}{held_out}{speed}", report.loss);
+        self.bar.set_position(report.step.get());
+        self.bar.set_message(message.clone());
+        if self.terminal {
+            return;
+        }
+        let last = report.step.get() == self.iterations;
+        if last || self.last_plain.is_none_or(|at| at.elapsed() >= PLAIN_EVERY) {
+            self.last_plain = Some(Instant::now());
+            let left = humantime::format_duration(Duration::from_secs(self.bar.eta().as_secs()));
+            print(&format!("step {}/{} {message} {left} left", report.step, self.iterations));
+        }
+    }
+
+    /// Takes the progress bar away.
+    pub(crate) fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+fn purpose(job: &Job) -> String {
+    match job {
+        Job::Prepare => "text to shards, tokenizer and manifest".to_owned(),
+        Job::Average(ids) => format!("mean of the last {} milestones in float64", ids.len()),
+        Job::EvaluateAverage => "held-out perplexity of the average".to_owned(),
+        Job::Evaluate(id) => format!("held-out perplexity of {id}"),
+        Job::Continue(_) => "greedy continuations of held-out text".to_owned(),
+        Job::Export => "Hugging Face layout".to_owned(),
+        Job::Benchmark => "prompt processing and generation".to_owned(),
+    }
+}
+
+/// Prints a line to standard output. A reader that has gone away is no reason to stop.
+pub fn print(text: &str) {
+    writeln!(std::io::stdout(), "{text}").ok();
+}

@@ -1,0 +1,66 @@
+//! The `coordinator` program.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use tokio_util::task::TaskTracker;
+use ulmus_coordinator::args::{Args, Check, Command};
+use ulmus_coordinator::{Options, plans, print, report, run};
+use ulmus_rt::{Failure, Shutdown};
+use ulmus_types::ExitStatus;
+
+fn main() -> ExitCode {
+    ulmus_rt::report(start(Args::parse()))
+}
+
+fn start(args: Args) -> Result<ExitStatus, Failure> {
+    match args.command {
+        Some(Command::Init { from }) => {
+            print(plans::published(&from)?.trim_end());
+            return Ok(ExitStatus::Done);
+        }
+        #[cfg(feature = "local-workers")]
+        Some(Command::LocalWorker { join_file, name, threads }) => {
+            return ulmus_worker::run_local(join_file, name, threads);
+        }
+        None => {}
+    }
+    let path = args.plan.expect("clap requires --plan without a subcommand");
+    let plans = plans::load(&path, &args.overrides)?;
+    if let Some(check) = args.check {
+        for plan in &plans {
+            print(&report(plan));
+        }
+        return match check {
+            Check::Plan => Ok(ExitStatus::Done),
+            Check::Sources => check_sources(&plans),
+        };
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::new(ExitStatus::Failed, format!("cannot start: {error}")))?;
+    let options = Options { listen: args.listen, demo_failure: args.demo_failure };
+    runtime.block_on(async {
+        let tasks = TaskTracker::new();
+        let shutdown = Shutdown::on_signals(&tasks)
+            .map_err(|error| Failure::new(ExitStatus::Failed, format!("cannot handle signals: {error}")))?;
+        Box::pin(run(&plans, &options, &shutdown)).await
+    })
+}
+
+#[cfg(feature = "local-workers")]
+fn check_sources(plans: &[ulmus_plan::Plan]) -> Result<ExitStatus, Failure> {
+    for plan in plans {
+        print(&ulmus_worker::check_sources(plan)?);
+    }
+    Ok(ExitStatus::Done)
+}
+
+#[cfg(not(feature = "local-workers"))]
+fn check_sources(_: &[ulmus_plan::Plan]) -> Result<ExitStatus, Failure> {
+    let message =
+        "this coordinator was built without local workers and cannot open sources; use a full build";
+    Err(Failure::new(ExitStatus::InvalidInput, message))
+}

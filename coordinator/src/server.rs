@@ -1,0 +1,123 @@
+//! The gRPC end of worker sessions: turns streams into messages for the driver, and nothing else.
+
+use std::pin::Pin;
+
+use futures::{Stream, StreamExt};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::task::TaskTracker;
+use tonic::{Request, Response, Status, Streaming};
+use ulmus_proto::v1::coordinator_server;
+use ulmus_proto::{status_of, v1};
+use ulmus_types::{ErrorKind, Hello, ToCoordinator, ToWorker, WorkerId};
+
+/// Messages that may wait for a worker. One that does not take them in time is cut off: a beat a second and a
+/// few messages per step never come near it.
+const OUTBOX: usize = 1024;
+
+/// Largest message that is taken from a worker: a report of a step is below 1 KiB, and a worker that was
+/// disconnected for long sends many at once.
+pub(crate) const MESSAGE_LIMIT: usize = 16 << 20;
+
+/// Tells one connection of a worker from its next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct SessionNumber(u64);
+
+/// What sessions tell the driver.
+#[derive(Debug)]
+pub(crate) enum SessionEvent {
+    /// A worker opened a session.
+    Opened {
+        /// Its session.
+        session: SessionNumber,
+        /// Its introduction.
+        hello: Hello,
+        /// Where to send to. Dropping it ends the session.
+        outbox: mpsc::Sender<ToWorker>,
+    },
+    /// A worker said something.
+    Said {
+        /// Its session.
+        session: SessionNumber,
+        /// The worker.
+        worker: WorkerId,
+        /// What.
+        message: ToCoordinator,
+    },
+    /// A session ended.
+    Closed {
+        /// The session.
+        session: SessionNumber,
+        /// The worker.
+        worker: WorkerId,
+    },
+}
+
+/// The service behind the port.
+#[derive(Debug)]
+pub(crate) struct Sessions {
+    events: mpsc::Sender<SessionEvent>,
+    tasks: TaskTracker,
+    count: std::sync::atomic::AtomicU64,
+}
+
+impl Sessions {
+    /// A service that tells `events`, whose tasks are tracked by `tasks`.
+    pub(crate) fn new(events: mpsc::Sender<SessionEvent>, tasks: TaskTracker) -> Self {
+        Self { events, tasks, count: std::sync::atomic::AtomicU64::new(0) }
+    }
+}
+
+#[tonic::async_trait]
+impl coordinator_server::Coordinator for Sessions {
+    type SessionStream = Pin<Box<dyn Stream<Item = Result<v1::FromCoordinator, Status>> + Send>>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<v1::FromWorker>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let mut incoming = request.into_inner();
+        let ToCoordinator::Hello(hello) = next(&mut incoming).await?.ok_or_else(no_hello)? else {
+            return Err(no_hello());
+        };
+        let session = SessionNumber(self.count.fetch_add(1, std::sync::atomic::Ordering::Relaxed));
+        let worker = hello.worker.clone();
+        let (outbox, outgoing) = mpsc::channel(OUTBOX);
+        self.tell(SessionEvent::Opened { session, hello, outbox }).await?;
+        let events = self.events.clone();
+        self.tasks.spawn(async move {
+            // A stream that breaks, ends or says what cannot be read is over: the worker has to connect anew.
+            while let Ok(Some(message)) = next(&mut incoming).await {
+                let said = SessionEvent::Said { session, worker: worker.clone(), message };
+                if events.send(said).await.is_err() {
+                    return;
+                }
+            }
+            // The driver may be gone already; then nobody needs to know.
+            events.send(SessionEvent::Closed { session, worker }).await.ok();
+        });
+        let outgoing = ReceiverStream::new(outgoing).map(|message| Ok(message.into()));
+        Ok(Response::new(Box::pin(outgoing)))
+    }
+}
+
+impl Sessions {
+    async fn tell(&self, event: SessionEvent) -> Result<(), Status> {
+        self.events
+            .send(event)
+            .await
+            .map_err(|_| status_of(ErrorKind::Retry, "the coordinator is shutting down"))
+    }
+}
+
+fn no_hello() -> Status {
+    status_of(ErrorKind::InvalidInput, "the first message of a session must be a hello")
+}
+
+async fn next(incoming: &mut Streaming<v1::FromWorker>) -> Result<Option<ToCoordinator>, Status> {
+    let Some(message) = incoming.message().await? else { return Ok(None) };
+    let message = message
+        .try_into()
+        .map_err(|error: ulmus_proto::WireError| status_of(ErrorKind::InvalidInput, error.to_string()))?;
+    Ok(Some(message))
+}

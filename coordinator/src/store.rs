@@ -1,0 +1,442 @@
+//! What the coordinator remembers across its own death: `run.sqlite` in the run folder.
+//!
+//! Protects that a generation is never assigned twice and that no committed checkpoint is forgotten: every
+//! change is one transaction, and generations are synced to disk before they are used. Training itself does not
+//! depend on this file; workers train on while nobody writes it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::time::Duration;
+
+use rusqlite::{Connection, OptionalExtension, params};
+use serde::{Deserialize, Serialize};
+use ulmus_coord_core::Saved;
+use ulmus_types::{
+    CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Job, Step, StepReport, WorkerId,
+};
+
+const SCHEMA: &str = "
+    CREATE TABLE IF NOT EXISTS generations (generation INTEGER PRIMARY KEY, members TEXT NOT NULL) STRICT;
+    CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+    CREATE TABLE IF NOT EXISTS checkpoints (
+        id TEXT PRIMARY KEY, kind TEXT NOT NULL, state TEXT NOT NULL, files TEXT NOT NULL,
+        committed INTEGER NOT NULL) STRICT;
+    CREATE TABLE IF NOT EXISTS jobs (name TEXT PRIMARY KEY, job TEXT NOT NULL, result TEXT NOT NULL) STRICT;
+    CREATE TABLE IF NOT EXISTS steps (
+        step INTEGER PRIMARY KEY, tokens INTEGER NOT NULL, loss REAL NOT NULL, z_loss REAL NOT NULL,
+        grad_norm REAL NOT NULL, lr REAL NOT NULL, held_out_loss REAL, elapsed_ns INTEGER NOT NULL,
+        data_wait_ns INTEGER NOT NULL, communication_ns INTEGER NOT NULL, generation INTEGER NOT NULL) STRICT;
+";
+
+/// Why the run's memory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StoreError {
+    /// SQLite refuses: a full disk, a damaged file, a folder that is not writable.
+    #[error("run.sqlite: {0}; is the disk full, or the run folder on a network file system?")]
+    Sqlite(#[from] rusqlite::Error),
+    /// A stored value is not what was written.
+    #[error("run.sqlite holds a damaged {what}: {reason}; restore it, or start the run under another name")]
+    Damaged {
+        /// What it should be.
+        what: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A step that was trained twice gave other numbers.
+    #[error(
+        "step {step} was trained twice and gave another {column}: {first} and then {second}; the machines of this run do not compute alike"
+    )]
+    Diverged {
+        /// The step.
+        step: Step,
+        /// The first column that differs.
+        column: &'static str,
+        /// Its value the first time.
+        first: f64,
+        /// Its value now.
+        second: f64,
+    },
+}
+
+impl StoreError {
+    /// What can be done about it.
+    pub(crate) const fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Sqlite(_) => ErrorKind::Internal,
+            Self::Damaged { .. } | Self::Diverged { .. } => ErrorKind::Corrupt,
+        }
+    }
+}
+
+/// A checkpoint whose parts are all stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct StoredCheckpoint {
+    /// Its name.
+    pub(crate) id: CheckpointId,
+    /// Whether it is kept.
+    pub(crate) kind: CheckpointKind,
+    /// Hash of its state.
+    pub(crate) state: Digest,
+    /// Its parts.
+    pub(crate) files: BTreeMap<String, FileEntry>,
+}
+
+/// One row of the metrics.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct MetricsRow {
+    /// What everybody in the group saw.
+    pub(crate) report: StepReport,
+    /// The generation that reported it last.
+    pub(crate) generation: Generation,
+}
+
+/// The run's memory.
+#[derive(Debug)]
+pub(crate) struct RunStore {
+    connection: Connection,
+}
+
+impl RunStore {
+    /// Opens the memory of a run, or begins it.
+    ///
+    /// # Errors
+    /// When the file cannot be opened or is no database.
+    pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
+        let connection = Connection::open(path)?;
+        connection.pragma_update(None, "journal_mode", "WAL")?;
+        connection.pragma_update(None, "synchronous", "NORMAL")?;
+        connection.execute_batch(SCHEMA)?;
+        Ok(Self { connection })
+    }
+
+    /// Everything that [`ulmus_coord_core::Coordinator`] goes on from.
+    ///
+    /// # Errors
+    /// When the database cannot be read or holds damaged values.
+    pub(crate) fn saved(&self) -> Result<Saved, StoreError> {
+        let newest: Option<(u64, String)> = self
+            .connection
+            .query_row(
+                "SELECT generation, members FROM generations ORDER BY generation DESC LIMIT 1",
+                [],
+                |row| Ok((row.get(0)?, row.get(1)?)),
+            )
+            .optional()?;
+        let (generation, group) = match newest {
+            Some((generation, members)) => (Generation::new(generation), decode("generation", &members)?),
+            None => (Generation::default(), Vec::new()),
+        };
+        let checkpoints =
+            self.checkpoints(true)?.into_iter().map(|checkpoint| (checkpoint.id, checkpoint.kind)).collect();
+        let mut jobs = self.connection.prepare("SELECT name FROM jobs")?;
+        let jobs: BTreeSet<String> = jobs.query_map([], |row| row.get(0))?.collect::<Result<_, _>>()?;
+        let step: Option<u64> =
+            self.connection.query_row("SELECT max(step) FROM steps", [], |row| row.get(0))?;
+        Ok(Saved {
+            generation,
+            group,
+            fingerprint: self.fact("fingerprint")?,
+            checkpoints,
+            trained: self.fact("trained")?,
+            jobs,
+            step: Step::new(step.unwrap_or(0)),
+        })
+    }
+
+    /// Stores a generation, synced to disk.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub(crate) fn save_generation(
+        &self,
+        generation: Generation,
+        members: &[WorkerId],
+    ) -> Result<(), StoreError> {
+        // WAL with NORMAL does not sync each transaction; a generation must not be lost with the machine's power.
+        self.connection.pragma_update(None, "synchronous", "FULL")?;
+        self.connection.execute(
+            "INSERT INTO generations (generation, members) VALUES (?1, ?2)",
+            params![generation.get(), encode(&members)],
+        )?;
+        self.connection.pragma_update(None, "synchronous", "NORMAL")?;
+        Ok(())
+    }
+
+    /// Stores the run's fingerprint.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub(crate) fn save_fingerprint(&self, fingerprint: Digest) -> Result<(), StoreError> {
+        self.save_fact("fingerprint", &fingerprint)
+    }
+
+    /// Stores that every update is done.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub(crate) fn save_trained(&self, step: Step) -> Result<(), StoreError> {
+        self.save_fact("trained", &step)
+    }
+
+    /// Stores a checkpoint whose manifest is about to be written.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub(crate) fn save_checkpoint(&self, checkpoint: &StoredCheckpoint) -> Result<(), StoreError> {
+        self.connection.execute(
+            "INSERT OR REPLACE INTO checkpoints (id, kind, state, files, committed) VALUES (?1, ?2, ?3, ?4, 0)",
+            params![
+                checkpoint.id.to_string(),
+                encode(&checkpoint.kind),
+                checkpoint.state.to_string(),
+                encode(&checkpoint.files)
+            ],
+        )?;
+        Ok(())
+    }
+
+    /// Stores that a manifest is written.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub(crate) fn committed(&self, id: CheckpointId) -> Result<(), StoreError> {
+        self.connection
+            .execute("UPDATE checkpoints SET committed = 1 WHERE id = ?1", params![id.to_string()])?;
+        Ok(())
+    }
+
+    /// Forgets a checkpoint.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub(crate) fn forget(&self, id: CheckpointId) -> Result<(), StoreError> {
+        self.connection.execute("DELETE FROM checkpoints WHERE id = ?1", params![id.to_string()])?;
+        Ok(())
+    }
+
+    /// Checkpoints whose manifest is written, or those for which that is still to be done.
+    ///
+    /// # Errors
+    /// When the database cannot be read or holds damaged values.
+    pub(crate) fn checkpoints(&self, committed: bool) -> Result<Vec<StoredCheckpoint>, StoreError> {
+        let mut query = self
+            .connection
+            .prepare("SELECT id, kind, state, files FROM checkpoints WHERE committed = ?1 ORDER BY id")?;
+        let rows: Vec<(String, String, String, String)> = query
+            .query_map(params![committed], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)))?
+            .collect::<Result<_, _>>()?;
+        rows.into_iter()
+            .map(|(id, kind, state, files)| {
+                let damaged = |reason: String| StoreError::Damaged { what: "checkpoint", reason };
+                Ok(StoredCheckpoint {
+                    id: id.parse().map_err(|error: ulmus_types::IdError| damaged(error.to_string()))?,
+                    kind: decode("checkpoint", &kind)?,
+                    state: state
+                        .parse()
+                        .map_err(|error: ulmus_types::DigestError| damaged(error.to_string()))?,
+                    files: decode("checkpoint", &files)?,
+                })
+            })
+            .collect()
+    }
+
+    /// Stores reports of updates. One that is there already must be the same in all that is deterministic.
+    ///
+    /// # Errors
+    /// [`StoreError::Diverged`] when it is not; or when the database cannot be written.
+    pub(crate) fn save_steps(
+        &mut self,
+        generation: Generation,
+        reports: &[StepReport],
+    ) -> Result<(), StoreError> {
+        let transaction = self.connection.transaction()?;
+        for report in reports {
+            let earlier = transaction
+                .query_row("SELECT * FROM steps WHERE step = ?1", params![report.step.get()], metrics_row)
+                .optional()?;
+            if let Some(earlier) = earlier {
+                compare(&earlier.report, report)?;
+            }
+            transaction.execute(
+                "INSERT OR REPLACE INTO steps VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+                params![
+                    report.step.get(),
+                    report.tokens,
+                    report.loss,
+                    report.z_loss,
+                    report.grad_norm,
+                    report.lr,
+                    report.held_out_loss,
+                    nanos(report.elapsed),
+                    nanos(report.data_wait),
+                    nanos(report.communication),
+                    generation.get(),
+                ],
+            )?;
+        }
+        transaction.commit()?;
+        Ok(())
+    }
+
+    /// All metrics, oldest first.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub(crate) fn metrics(&self) -> Result<Vec<MetricsRow>, StoreError> {
+        let mut query = self.connection.prepare("SELECT * FROM steps ORDER BY step")?;
+        Ok(query.query_map([], metrics_row)?.collect::<Result<_, _>>()?)
+    }
+
+    /// Stores the result of a job.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub(crate) fn save_job(&self, job: &Job, result: &str) -> Result<(), StoreError> {
+        self.connection.execute(
+            "INSERT OR REPLACE INTO jobs (name, job, result) VALUES (?1, ?2, ?3)",
+            params![job.name(), encode(job), result],
+        )?;
+        Ok(())
+    }
+
+    /// Results of finished jobs, by name.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub(crate) fn results(&self) -> Result<BTreeMap<String, serde_json::Value>, StoreError> {
+        let mut query = self.connection.prepare("SELECT name, result FROM jobs")?;
+        let rows: Vec<(String, String)> =
+            query.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<Result<_, _>>()?;
+        rows.into_iter().map(|(name, result)| Ok((name, decode("job result", &result)?))).collect()
+    }
+
+    fn fact<T: for<'de> Deserialize<'de>>(&self, key: &'static str) -> Result<Option<T>, StoreError> {
+        let text: Option<String> = self
+            .connection
+            .query_row("SELECT value FROM facts WHERE key = ?1", params![key], |row| row.get(0))
+            .optional()?;
+        text.map(|text| decode(key, &text)).transpose()
+    }
+
+    fn save_fact(&self, key: &str, value: &impl Serialize) -> Result<(), StoreError> {
+        self.connection.execute(
+            "INSERT OR REPLACE INTO facts (key, value) VALUES (?1, ?2)",
+            params![key, encode(value)],
+        )?;
+        Ok(())
+    }
+}
+
+fn encode(value: &impl Serialize) -> String {
+    serde_json::to_string(value).expect("plain data has a JSON form")
+}
+
+fn decode<T: for<'de> Deserialize<'de>>(what: &'static str, text: &str) -> Result<T, StoreError> {
+    serde_json::from_str(text).map_err(|error| StoreError::Damaged { what, reason: error.to_string() })
+}
+
+fn nanos(duration: Duration) -> i64 {
+    i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX)
+}
+
+fn metrics_row(row: &rusqlite::Row<'_>) -> rusqlite::Result<MetricsRow> {
+    let duration = |index: usize| row.get::<_, u64>(index).map(Duration::from_nanos);
+    Ok(MetricsRow {
+        report: StepReport {
+            step: Step::new(row.get(0)?),
+            tokens: row.get(1)?,
+            loss: row.get(2)?,
+            z_loss: row.get(3)?,
+            grad_norm: row.get(4)?,
+            lr: row.get(5)?,
+            held_out_loss: row.get(6)?,
+            elapsed: duration(7)?,
+            data_wait: duration(8)?,
+            communication: duration(9)?,
+        },
+        generation: Generation::new(row.get(10)?),
+    })
+}
+
+/// A step depends on nothing but the plan, so two trainings of it agree to the bit.
+fn compare(earlier: &StepReport, now: &StepReport) -> Result<(), StoreError> {
+    let columns = [
+        ("tokens", earlier.tokens as f64, now.tokens as f64),
+        ("loss", earlier.loss, now.loss),
+        ("z_loss", earlier.z_loss, now.z_loss),
+        ("grad_norm", earlier.grad_norm, now.grad_norm),
+        ("lr", earlier.lr, now.lr),
+    ];
+    match columns.into_iter().find(|(_, first, second)| first.to_bits() != second.to_bits()) {
+        Some((column, first, second)) => Err(StoreError::Diverged { step: now.step, column, first, second }),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ulmus_types::Incarnation;
+
+    fn report(step: u64, loss: f64) -> StepReport {
+        StepReport {
+            step: Step::new(step),
+            tokens: step * 100,
+            loss,
+            z_loss: 0.1,
+            grad_norm: 1.0,
+            lr: 1e-3,
+            held_out_loss: step.is_multiple_of(2).then_some(3.5),
+            elapsed: Duration::from_millis(20),
+            data_wait: Duration::ZERO,
+            communication: Duration::from_micros(7),
+        }
+    }
+
+    #[test]
+    fn what_is_saved_is_there_after_the_next_start() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run.sqlite");
+        let worker = WorkerId::new("w", Incarnation::new(u64::MAX)).unwrap();
+        let id = CheckpointId::new(Step::new(2), Generation::new(1));
+        let entry = FileEntry { bytes: 3, digest: Digest::of(b"abc") };
+        let checkpoint = StoredCheckpoint {
+            id,
+            kind: CheckpointKind::Milestone,
+            state: Digest::of(b"state"),
+            files: [("a".to_owned(), entry)].into(),
+        };
+        {
+            let mut store = RunStore::open(&path).unwrap();
+            store.save_generation(Generation::new(1), std::slice::from_ref(&worker)).unwrap();
+            store.save_fingerprint(Digest::of(b"f")).unwrap();
+            store.save_steps(Generation::new(1), &[report(1, 8.0), report(2, 7.0)]).unwrap();
+            store.save_checkpoint(&checkpoint).unwrap();
+            store.save_job(&Job::Prepare, "{\"shards\":3}").unwrap();
+        }
+        let store = RunStore::open(&path).unwrap();
+        let saved = store.saved().unwrap();
+        assert_eq!(
+            (saved.generation, saved.group, saved.step),
+            (Generation::new(1), vec![worker], Step::new(2))
+        );
+        assert_eq!(saved.fingerprint, Some(Digest::of(b"f")));
+        assert!(saved.checkpoints.is_empty(), "its manifest is not written yet");
+        assert_eq!(store.checkpoints(false).unwrap(), [checkpoint]);
+        store.committed(id).unwrap();
+        assert_eq!(store.saved().unwrap().checkpoints, [(id, CheckpointKind::Milestone)].into());
+        assert_eq!(store.metrics().unwrap()[1].report, report(2, 7.0));
+        assert_eq!(store.results().unwrap()["prepare"]["shards"], 3);
+    }
+
+    #[test]
+    fn a_step_that_is_trained_twice_must_agree() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut store = RunStore::open(&folder.path().join("run.sqlite")).unwrap();
+        store.save_steps(Generation::new(1), &[report(1, 8.0)]).unwrap();
+        store.save_steps(Generation::new(2), &[report(1, 8.0)]).unwrap();
+        let error = store.save_steps(Generation::new(3), &[report(1, 8.000_001)]).unwrap_err();
+        assert!(matches!(error, StoreError::Diverged { column: "loss", .. }), "{error}");
+        assert_eq!(store.metrics().unwrap()[0].generation, Generation::new(2));
+    }
+}

@@ -1,0 +1,60 @@
+//! The one place where an error becomes an exit code.
+
+use std::fmt;
+use std::process::ExitCode;
+
+use ulmus_types::{ErrorKind, ExitStatus};
+
+/// An error on its way out of a program: what a person is told, and the exit code.
+#[derive(Debug)]
+pub struct Failure {
+    status: ExitStatus,
+    message: String,
+}
+
+impl Failure {
+    /// A failure with the exit code of `status`.
+    pub fn new(status: ExitStatus, message: impl Into<String>) -> Self {
+        Self { status, message: message.into() }
+    }
+
+    /// The failure that an error of this kind leads to; `error` is printed with its sources.
+    pub fn of(kind: ErrorKind, error: &(dyn std::error::Error + 'static)) -> Self {
+        let mut message = error.to_string();
+        let mut source = error.source();
+        while let Some(cause) = source {
+            let text = cause.to_string();
+            // Many errors repeat their source in their own text.
+            if !message.contains(&text) {
+                message = format!("{message}: {text}");
+            }
+            source = cause.source();
+        }
+        Self::new(kind.into(), message)
+    }
+
+    /// The exit code it leads to.
+    pub const fn status(&self) -> ExitStatus {
+        self.status
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// Prints a failure to standard error, and gives the exit code.
+#[expect(clippy::print_stderr, reason = "the last words of a program")]
+pub fn report(result: Result<ExitStatus, Failure>) -> ExitCode {
+    match result {
+        Ok(status) => status.into(),
+        Err(failure) => {
+            eprintln!("error: {failure}");
+            failure.status.into()
+        }
+    }
+}
