@@ -1,1 +1,35 @@
-//! From raw public corpora to training sequences, exact and resumable
+//! From raw public corpora to training sequences, exact and resumable.
+//!
+//! A [`Manifest`] freezes what is read. [`Sources`] turns its units into documents, a [`Corpus`] turns documents
+//! into packed tokens, and a [`Loader`] hands out the sequences of some of the plan's lanes, the same ones for any
+//! number of workers and threads. [`prepare()`] makes a corpus of text that is on the machine anyway, [`train()`] a
+//! tokenizer.
+//!
+//! What is read depends on the plan and the files alone: no clock, no listing order, no number of threads. All
+//! calls that read block; they are for plain threads, not for async code.
+
+#![forbid(unsafe_code)]
+
+mod corpus;
+mod document;
+mod error;
+mod format;
+mod loader;
+mod manifest;
+mod order;
+mod pack;
+mod parquet;
+mod prepare;
+mod sources;
+mod store;
+mod tokenizer;
+
+pub use corpus::{Corpus, Counts, HeldOut};
+pub use error::DataError;
+pub use loader::{Cursors, Loader};
+pub use manifest::Manifest;
+pub use pack::{IGNORE, Sequence};
+pub use prepare::{Prepared, cargo_home, prepare};
+pub use sources::{SourceReport, Sources, inspect};
+pub use store::Folder;
+pub use tokenizer::{Tokenizer, train};

@@ -1,0 +1,191 @@
+//! A corpus: open sources, the rules for documents, and a tokenizer. A unit of it is a pure function: decode,
+//! normalise, filter, tokenize, pack.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use ulmus_plan::DataConfig;
+use ulmus_types::LaneId;
+
+use crate::document::{Rules, Verdict};
+use crate::error::DataError;
+use crate::loader::Cursors;
+use crate::order::Mixture;
+use crate::pack::{Packed, Sequence};
+use crate::sources::Sources;
+use crate::tokenizer::Tokenizer;
+
+/// Everything that decides what is read, except where a lane stands. Shared by threads.
+#[derive(Debug)]
+pub struct Corpus {
+    pub(crate) sources: Sources,
+    pub(crate) mixture: Mixture,
+    pub(crate) seed: u64,
+    pub(crate) window: u64,
+    pub(crate) threads: usize,
+    pub(crate) max_epochs: Vec<Option<u64>>,
+    rules: Rules,
+    tokenizer: Tokenizer,
+    counters: Counters,
+}
+
+/// What has been read since the corpus was opened, read-ahead included. Documents of the second epoch count again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Documents that were decoded.
+    pub documents: u64,
+    /// Bytes of their text.
+    pub bytes: u64,
+    /// Dropped because they have too few characters.
+    pub short_characters: u64,
+    /// Dropped because they have too few tokens.
+    pub short_tokens: u64,
+    /// Left out of training because they are held out.
+    pub held_out: u64,
+    /// Tokens of the documents that are left, BOS and EOS included.
+    pub tokens: u64,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    documents: AtomicU64,
+    bytes: AtomicU64,
+    short_characters: AtomicU64,
+    short_tokens: AtomicU64,
+    held_out: AtomicU64,
+    tokens: AtomicU64,
+}
+
+/// Documents that are never trained on, in the fixed order in which they are measured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HeldOut {
+    /// Their texts, normalised.
+    pub texts: Vec<String>,
+    /// The same texts as sequences.
+    pub sequences: Vec<Sequence>,
+}
+
+impl Corpus {
+    /// Combines what a plan says with its manifest's sources.
+    ///
+    /// # Errors
+    /// When a source has fewer units than lanes that read it.
+    pub fn new(
+        config: &DataConfig,
+        seed: u64,
+        sources: Sources,
+        tokenizer: Tokenizer,
+    ) -> Result<Self, DataError> {
+        let weights: Vec<u64> = config.source.iter().map(|source| source.tokens.unwrap_or(1)).collect();
+        let mixture = Mixture::new(config.lanes, &weights);
+        for source in 0..weights.len() {
+            let (units, lanes) = (sources.unit_sizes(source).len(), mixture.ends_of_source(source).len() - 1);
+            if units < lanes {
+                return Err(DataError::FewUnits {
+                    name: sources.name(source).to_owned(),
+                    units,
+                    lanes,
+                    most: (mixture.lanes() * units / lanes).max(1),
+                });
+            }
+        }
+        Ok(Self {
+            sources,
+            mixture,
+            seed,
+            window: config.window,
+            threads: config.threads.max(1) as usize,
+            max_epochs: config.source.iter().map(|source| source.max_epochs).collect(),
+            rules: Rules::new(config, seed),
+            tokenizer,
+            counters: Counters::default(),
+        })
+    }
+
+    /// All lanes of the plan.
+    pub fn lanes(&self) -> impl Iterator<Item = LaneId> {
+        (0..self.mixture.lanes() as u32).map(LaneId::new)
+    }
+
+    /// The tokenizer.
+    pub const fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// Cursors of the very beginning, of all lanes.
+    pub fn start(&self) -> Cursors {
+        Cursors::start(self.mixture.streams().len())
+    }
+
+    /// What has been read so far.
+    pub fn counts(&self) -> Counts {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Counts {
+            documents: read(&self.counters.documents),
+            bytes: read(&self.counters.bytes),
+            short_characters: read(&self.counters.short_characters),
+            short_tokens: read(&self.counters.short_tokens),
+            held_out: read(&self.counters.held_out),
+            tokens: read(&self.counters.tokens),
+        }
+    }
+
+    /// The training documents of a unit, packed.
+    pub(crate) fn unit(&self, source: usize, unit: u32) -> Result<Packed, DataError> {
+        let mut packed = Packed::default();
+        let count = |counter: &AtomicU64, by: usize| {
+            counter.fetch_add(by as u64, Ordering::Relaxed);
+        };
+        for document in self.sources.documents(source, unit as usize)? {
+            count(&self.counters.documents, 1);
+            count(&self.counters.bytes, document.len());
+            match self.rules.judge(&document) {
+                Verdict::Short => count(&self.counters.short_characters, 1),
+                Verdict::HeldOut(_) => count(&self.counters.held_out, 1),
+                Verdict::Kept(text) => match self.tokens(&text) {
+                    Some(tokens) => packed.push(tokens),
+                    None => count(&self.counters.short_tokens, 1),
+                },
+            }
+        }
+        count(&self.counters.tokens, packed.tokens());
+        Ok(packed)
+    }
+
+    /// BOS, the ids of `text`, EOS; none where the token filter drops it.
+    fn tokens(&self, text: &str) -> Option<Vec<u32>> {
+        let mut tokens = vec![self.tokenizer.bos()];
+        tokens.extend(self.tokenizer.encode(text));
+        tokens.push(self.tokenizer.eos());
+        (tokens.len() as u64 >= self.rules.min_tokens).then_some(tokens)
+    }
+
+    /// The first `sequences` held-out sequences of `length` tokens, or all that there are. Units are read in turn
+    /// over the sources, so that each is represented; the order is fixed by the manifest. Blocks.
+    ///
+    /// # Errors
+    /// As for reading any unit.
+    pub fn held_out(&self, length: usize, sequences: usize) -> Result<HeldOut, DataError> {
+        let mut texts = Vec::new();
+        let mut packed = Packed::default();
+        for (source, unit) in self.sources.units_in_turn() {
+            if packed.tokens() > sequences * length {
+                break;
+            }
+            for document in self.sources.documents(source, unit)? {
+                if let Verdict::HeldOut(text) = self.rules.judge(&document)
+                    && let Some(tokens) = self.tokens(&text)
+                    && packed.tokens() <= sequences * length
+                {
+                    packed.push(tokens);
+                    texts.push(text.into_owned());
+                }
+            }
+        }
+        let count = packed.sequences(length).min(sequences);
+        let pad = self.tokenizer.pad();
+        Ok(HeldOut {
+            texts,
+            sequences: (0..count).map(|index| packed.sequence(index, length, pad)).collect(),
+        })
+    }
+}

@@ -1,0 +1,213 @@
+//! What can go wrong between a corpus and a sequence. Every message names the file or source and the next act.
+
+use ulmus_types::ErrorKind;
+
+/// An error of the data plane.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    /// A source's URL names no folder that can be opened.
+    #[error("{url:?} is not a folder of files: {reason}")]
+    Url {
+        /// As written in the plan.
+        url: String,
+        /// What is wrong, and what to write.
+        reason: String,
+    },
+    /// A file is not there.
+    #[error("{file} does not exist; check url and files of its source")]
+    Missing {
+        /// Its place.
+        file: String,
+    },
+    /// The store did not give or take a file.
+    #[error("{file} cannot be accessed: {reason}; check the network and the permissions, then try again")]
+    Store {
+        /// Its place.
+        file: String,
+        /// The store's own words.
+        reason: String,
+    },
+    /// A source matches nothing.
+    #[error("source {name:?} has no files: nothing in {url} matches {files:?}; correct url or files")]
+    NoFiles {
+        /// The source.
+        name: String,
+        /// Its folder.
+        url: String,
+        /// Its patterns.
+        files: Vec<String>,
+    },
+    /// A pattern that cannot be used.
+    #[error("{pattern:?} is not a usable file pattern: {reason}")]
+    Pattern {
+        /// As written in the plan.
+        pattern: String,
+        /// What is wrong, and what to write.
+        reason: String,
+    },
+    /// The bytes are not what the format says.
+    #[error("{file} is not {format}: {reason}; correct files or format of its source")]
+    Format {
+        /// Its place.
+        file: String,
+        /// The format that was expected.
+        format: &'static str,
+        /// What was found.
+        reason: String,
+    },
+    /// The text column or key is not there.
+    #[error("{file} has no column {column:?}; set text of its source to one of {columns:?}")]
+    Column {
+        /// Its place.
+        file: String,
+        /// The name in the plan.
+        column: String,
+        /// The names in the file.
+        columns: Vec<String>,
+    },
+    /// The text column or key holds something else.
+    #[error(
+        "column {column:?} of {file} holds {found}, not text; set text of its source to a column of strings"
+    )]
+    ColumnType {
+        /// Its place.
+        file: String,
+        /// The name in the plan.
+        column: String,
+        /// Its type.
+        found: String,
+    },
+    /// Stored bytes are damaged.
+    #[error("{file} is damaged: {reason}; fetch it again from its origin")]
+    Damaged {
+        /// Its place.
+        file: String,
+        /// What was found.
+        reason: String,
+    },
+    /// A file is not the one that the manifest was frozen with.
+    #[error(
+        "{file} has changed since the run began: {what} was {then}, now {now}; restore it, or start a new run"
+    )]
+    Changed {
+        /// Its place.
+        file: String,
+        /// The property that differs.
+        what: &'static str,
+        /// Its value in the manifest.
+        then: String,
+        /// Its value now.
+        now: String,
+    },
+    /// The manifest itself cannot be read.
+    #[error("the manifest cannot be read: {reason}; restore manifest.json of the run")]
+    Manifest {
+        /// What was found.
+        reason: String,
+    },
+    /// The manifest belongs to other sources.
+    #[error(
+        "the manifest lists the sources {manifest:?}, the plan {plan:?}; start a new run for other sources"
+    )]
+    OtherSources {
+        /// Names in the manifest.
+        manifest: Vec<String>,
+        /// Names in the plan.
+        plan: Vec<String>,
+    },
+    /// A source is cut into fewer units than lanes read it.
+    #[error(
+        "source {name:?} has {units} units for the {lanes} lanes that read it; use data.lanes of at most {most}, \
+         or a smaller data.unit"
+    )]
+    FewUnits {
+        /// The source.
+        name: String,
+        /// Units in the manifest.
+        units: usize,
+        /// Lanes that read it.
+        lanes: usize,
+        /// A number of lanes that would do.
+        most: usize,
+    },
+    /// No document passes the filters.
+    #[error(
+        "no document of source {name:?} passes the filters; lower data.min_characters and data.min_tokens, \
+         or give it longer texts"
+    )]
+    Empty {
+        /// The source.
+        name: String,
+    },
+    /// A source was read as often as the plan allows.
+    #[error("source {name:?} is used up: all {epochs} epochs that max_epochs allows are read")]
+    Exhausted {
+        /// The source.
+        name: String,
+        /// Its `max_epochs`.
+        epochs: u64,
+    },
+    /// Cursors of another plan.
+    #[error(
+        "{words} cursor words do not fit the plan, which has {expected}; resume with the plan of the run"
+    )]
+    Cursors {
+        /// As given.
+        words: usize,
+        /// As the plan has it.
+        expected: usize,
+    },
+    /// A cursor that points behind the end of its window.
+    #[error(
+        "a cursor of source {name:?} lies outside of its window; its files or the tokenizer are not those of the run"
+    )]
+    Position {
+        /// The source.
+        name: String,
+    },
+    /// A tokenizer that cannot be used.
+    #[error("{what} is not a usable tokenizer: {reason}")]
+    Tokenizer {
+        /// The file, or the training.
+        what: String,
+        /// What is wrong, and what to do.
+        reason: String,
+    },
+    /// A crate whose sources are not on the machine.
+    #[error(
+        "crate {name:?} is not unpacked in {folder}; run `cargo fetch`, or take it out of prepare.crates"
+    )]
+    Crate {
+        /// "name version".
+        name: String,
+        /// Where it was looked for.
+        folder: String,
+    },
+    /// There is nothing to prepare.
+    #[error(
+        "no text was found: nothing in {places:?} matches {include:?}; correct prepare.paths or prepare.include"
+    )]
+    NoText {
+        /// Crates and paths of the plan.
+        places: Vec<String>,
+        /// Globs of the plan.
+        include: Vec<String>,
+    },
+    /// A reading thread ended before its work was done.
+    #[error("a reading thread stopped; this is a defect, see the log for its panic")]
+    Stopped,
+}
+
+impl DataError {
+    /// What a caller can do about it.
+    pub const fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Store { .. } => ErrorKind::Retry,
+            Self::Damaged { .. } | Self::Changed { .. } | Self::Manifest { .. } | Self::Position { .. } => {
+                ErrorKind::Corrupt
+            }
+            Self::Stopped => ErrorKind::Internal,
+            _ => ErrorKind::InvalidInput,
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! From the bytes of a unit to its documents.
+//!
+//! A unit is decoded whole before any of it is used: damage that shows late cannot leave half a unit behind.
+//! Units of a file do not overlap and leave nothing out: a row group or line belongs to exactly one of them.
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use ulmus_plan::Format;
+
+use crate::error::DataError;
+use crate::parquet::ParquetFile;
+use crate::store::{FileInfo, Folder};
+
+/// Bytes that are read beyond the end of a unit to find the end of its last line.
+const LINE_STEP: u64 = 64 << 10;
+
+/// The smallest piece of a source that is read: as much as fits into `data.unit`, at least one row group, line or
+/// file. Written as `[file, first, end, bytes]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "(u32, u64, u64, u64)", into = "(u32, u64, u64, u64)")]
+pub(crate) struct Unit {
+    /// Index of its (first) file in the source.
+    pub(crate) file: u32,
+    /// Where it begins: row group (parquet), byte (jsonl; the first line that begins here or later), file (text).
+    pub(crate) first: u64,
+    /// Where it ends, in the same measure; not included.
+    pub(crate) end: u64,
+    /// Bytes of text, as far as can be told without decoding.
+    pub(crate) bytes: u64,
+}
+
+impl From<(u32, u64, u64, u64)> for Unit {
+    fn from((file, first, end, bytes): (u32, u64, u64, u64)) -> Self {
+        Self { file, first, end, bytes }
+    }
+}
+
+impl From<Unit> for (u32, u64, u64, u64) {
+    fn from(unit: Unit) -> Self {
+        (unit.file, unit.first, unit.end, unit.bytes)
+    }
+}
+
+/// Cuts a source into units of at most `limit` bytes of text where that is possible. Empty files have none.
+pub(crate) fn units(
+    folder: &Folder,
+    files: &[FileInfo],
+    format: Format,
+    text: &str,
+    limit: u64,
+) -> Result<Vec<Unit>, DataError> {
+    let mut units = Vec::new();
+    match format {
+        Format::Parquet => {
+            // Footers may lie on a server far away, so several are asked for at once.
+            let sizes: Vec<Vec<u64>> = files
+                .par_iter()
+                .map(|file| ParquetFile::open(folder, file)?.row_group_sizes(text))
+                .collect::<Result<_, _>>()?;
+            for (index, sizes) in (0..).zip(&sizes) {
+                units.extend(runs(sizes, limit).map(|(first, end, bytes)| Unit {
+                    file: index,
+                    first,
+                    end,
+                    bytes,
+                }));
+            }
+        }
+        Format::Jsonl => {
+            for (index, file) in (0..).zip(files) {
+                let ends = (1..).map(|n| n * limit).take_while(|end| *end < file.size).chain([file.size]);
+                let mut first = 0;
+                for end in ends.filter(|end| *end > 0) {
+                    units.push(Unit { file: index, first, end, bytes: end - first });
+                    first = end;
+                }
+            }
+        }
+        Format::Text => {
+            let sizes: Vec<u64> = files.iter().map(|file| file.size).collect();
+            units.extend(runs(&sizes, limit).map(|(first, end, bytes)| Unit {
+                file: first as u32,
+                first,
+                end,
+                bytes,
+            }));
+        }
+    }
+    Ok(units)
+}
+
+/// Joins neighbours as long as their sum stays within `limit`: `(first, end, sum)` of each run.
+fn runs(sizes: &[u64], limit: u64) -> impl Iterator<Item = (u64, u64, u64)> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let first = at;
+        let mut sum = *sizes.get(at)?;
+        at += 1;
+        while let Some(more) = sizes.get(at).filter(|more| sum + **more <= limit) {
+            sum += more;
+            at += 1;
+        }
+        Some((first as u64, at as u64, sum))
+    })
+}
+
+/// The documents of a unit, in order.
+pub(crate) fn documents(
+    folder: &Folder,
+    files: &[FileInfo],
+    format: Format,
+    text: &str,
+    unit: Unit,
+) -> Result<Vec<String>, DataError> {
+    match format {
+        Format::Parquet => {
+            let file = ParquetFile::open(folder, &files[unit.file as usize])?;
+            file.texts(text, unit.first as usize..unit.end as usize)
+        }
+        Format::Jsonl => lines(folder, &files[unit.file as usize], text, unit),
+        Format::Text => {
+            let files = &files[unit.first as usize..unit.end as usize];
+            files.iter().map(|file| utf8(folder, file, &folder.read_all(file)?)).collect()
+        }
+    }
+}
+
+fn utf8(folder: &Folder, file: &FileInfo, bytes: &[u8]) -> Result<String, DataError> {
+    String::from_utf8(bytes.to_vec()).map_err(|error| DataError::Format {
+        file: folder.place(&file.path),
+        format: "UTF-8",
+        reason: error.to_string(),
+    })
+}
+
+/// The texts of the JSON objects on the lines that begin within the unit.
+fn lines(folder: &Folder, file: &FileInfo, key: &str, unit: Unit) -> Result<Vec<String>, DataError> {
+    // One byte more in front tells whether a line begins exactly at the unit.
+    let begin = unit.first.saturating_sub(1);
+    let mut bytes = folder.read_range(file, begin..unit.end)?.to_vec();
+    let mut end = unit.end;
+    while bytes.last() != Some(&b'\n') && end < file.size {
+        let more = folder.read_range(file, end..(end + LINE_STEP).min(file.size))?;
+        end += more.len() as u64;
+        match more.iter().position(|byte| *byte == b'\n') {
+            Some(newline) => bytes.extend(&more[..=newline]),
+            None => bytes.extend(more),
+        }
+    }
+    let first_line = match unit.first {
+        0 => Some(0),
+        // A line that begins in an earlier unit is read there.
+        _ => bytes.iter().position(|byte| *byte == b'\n').map(|newline| newline + 1),
+    };
+    let Some(first_line) = first_line.filter(|at| begin + (*at as u64) < unit.end) else {
+        return Ok(Vec::new());
+    };
+    let mut texts = Vec::new();
+    let mut at = first_line;
+    for line in bytes[first_line..].split_inclusive(|byte| *byte == b'\n') {
+        if !line.trim_ascii().is_empty() {
+            texts.extend(text_of_line(line, key, || {
+                format!("{} at byte {}", folder.place(&file.path), begin + at as u64)
+            })?);
+        }
+        at += line.len();
+    }
+    Ok(texts)
+}
+
+/// The text of one JSON object; none where it is null.
+fn text_of_line(line: &[u8], key: &str, place: impl Fn() -> String) -> Result<Option<String>, DataError> {
+    let wrong = |reason: String| DataError::Format { file: place(), format: "jsonl", reason };
+    let value: serde_json::Value = serde_json::from_slice(line).map_err(|error| wrong(error.to_string()))?;
+    let serde_json::Value::Object(mut object) = value else {
+        return Err(wrong("the line is no JSON object".to_owned()));
+    };
+    match object.remove(key) {
+        Some(serde_json::Value::String(text)) => Ok(Some(text)),
+        Some(serde_json::Value::Null) => Ok(None),
+        Some(other) => Err(DataError::ColumnType {
+            file: place(),
+            column: key.to_owned(),
+            found: match other {
+                serde_json::Value::Bool(_) => "a truth value",
+                serde_json::Value::Number(_) => "a number",
+                serde_json::Value::Array(_) => "a list",
+                _ => "an object",
+            }
+            .to_owned(),
+        }),
+        None => Err(DataError::Column {
+            file: place(),
+            column: key.to_owned(),
+            columns: object.into_iter().map(|(name, _)| name).collect(),
+        }),
+    }
+}
+
+/// Names and types of what a file holds, for people.
+pub(crate) fn schema(folder: &Folder, file: &FileInfo, format: Format) -> Result<String, DataError> {
+    Ok(match format {
+        Format::Parquet => ParquetFile::open(folder, file)?.schema(),
+        Format::Jsonl => "one JSON object per line".to_owned(),
+        Format::Text => "one document per file".to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::store::tests::{memory, stat};
+
+    fn read(folder: &Folder, format: Format, limit: u64) -> Result<Vec<String>, DataError> {
+        let files = folder.list()?;
+        let units = units(folder, &files, format, "text", limit)?;
+        let read = units.iter().map(|unit| documents(folder, &files, format, "text", *unit));
+        Ok(read.collect::<Result<Vec<_>, _>>()?.concat())
+    }
+
+    proptest! {
+        #[test]
+        fn every_line_is_in_one_unit(lengths in prop::collection::vec(0_usize..40, 0..30), limit in 1_u64..200, newline: bool) {
+            let texts: Vec<String> = lengths.iter().enumerate().map(|(i, n)| format!("{i} {}", "é".repeat(*n))).collect();
+            let mut file = texts.iter().map(|t| serde_json::json!({"text": t, "n": 1}).to_string()).collect::<Vec<_>>().join("\n");
+            if newline {
+                file.push('\n');
+            }
+            let folder = memory();
+            folder.write("a.jsonl", file.into_bytes()).unwrap();
+            prop_assert_eq!(read(&folder, Format::Jsonl, limit).unwrap(), texts);
+        }
+
+        #[test]
+        fn runs_cover_everything_within_the_limit(sizes in prop::collection::vec(0_u64..50, 0..40), limit in 1_u64..120) {
+            let mut next = 0;
+            for (first, end, sum) in runs(&sizes, limit) {
+                prop_assert_eq!(first, next);
+                prop_assert_eq!(sum, sizes[first as usize..end as usize].iter().sum::<u64>());
+                prop_assert!(sum <= limit || end - first == 1);
+                next = end;
+            }
+            prop_assert_eq!(next, sizes.len() as u64);
+        }
+    }
+
+    #[test]
+    fn small_texts_share_a_unit() {
+        let folder = memory();
+        for (name, text) in [("b.txt", "bb"), ("a.txt", "a"), ("c.txt", "c".repeat(9).as_str())] {
+            folder.write(name, text.as_bytes().to_vec()).unwrap();
+        }
+        let files = folder.list().unwrap();
+        assert_eq!(units(&folder, &files, Format::Text, "text", 4).unwrap().len(), 2);
+        assert_eq!(read(&folder, Format::Text, 4).unwrap(), ["a", "bb", "ccccccccc"]);
+    }
+
+    #[test]
+    fn mistakes_are_told_with_their_place() {
+        for (line, words) in [
+            ("{\"text\": ", "a.jsonl at byte 17 is not jsonl"),
+            ("[1]", "no JSON object"),
+            (
+                "{\"content\": \"x\", \"id\": 1}",
+                "no column \"text\"; set text of its source to one of [\"content\", \"id\"]",
+            ),
+            ("{\"text\": 7}", "holds a number"),
+        ] {
+            let folder = memory();
+            folder.write("a.jsonl", format!("{{\"text\": \"fine\"}}\n{line}\n").into_bytes()).unwrap();
+            let message = read(&folder, Format::Jsonl, 1000).unwrap_err().to_string();
+            assert!(message.contains(words), "{message}");
+        }
+        let folder = memory();
+        folder.write("a.txt", b"caf\xe9".to_vec()).unwrap();
+        let info = stat(&folder, "a.txt");
+        let unit = Unit { file: 0, first: 0, end: 1, bytes: 4 };
+        let message = documents(&folder, &[info], Format::Text, "", unit).unwrap_err().to_string();
+        assert!(message.contains("a.txt is not UTF-8"), "{message}");
+    }
+}

@@ -1,0 +1,341 @@
+//! Reads lanes ahead and hands out their sequences, the same ones whoever reads them.
+//!
+//! Each stream of a hosted lane holds the window that it gives from and at most one that is being read ahead, so
+//! memory is bounded by twice the windows of the hosted streams. `data.threads` threads build windows; callers
+//! are plain threads and wait only when a window is not ready. A window is a pure function of the corpus and its
+//! place, so neither threads nor read-ahead nor a move to another worker changes what comes.
+//!
+//! A reader's error waits in its stream until that stream is asked: sequences that are in memory come first.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread::JoinHandle;
+
+use crossbeam_channel::{Receiver, Sender};
+use ulmus_types::LaneId;
+
+use crate::corpus::Corpus;
+use crate::error::DataError;
+use crate::order::{Epoch, window_order};
+use crate::pack::{Packed, Sequence};
+
+/// Words per stream.
+const WORDS: usize = 4;
+
+/// Where every stream of every lane stands: four words each (sequences given, epoch, first unit of the window,
+/// offset in the window), no contents.
+///
+/// Streams that a worker does not host are zero in its cursors, so that the cursors of a group are the sum of the
+/// cursors of its workers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cursors(Vec<i64>);
+
+/// Where one stream stands.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Cursor {
+    emitted: u64,
+    place: Place,
+    /// Sequences of the window that have been given.
+    offset: u64,
+}
+
+/// Where a window begins: the epoch, and how many of the stream's units of that epoch come before it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Place {
+    epoch: u64,
+    unit: u64,
+}
+
+impl Cursors {
+    pub(crate) fn start(streams: usize) -> Self {
+        Self(vec![0; WORDS * streams])
+    }
+
+    /// Takes words that [`Self::words`] gave, or their sum over a group.
+    pub const fn from_words(words: Vec<i64>) -> Self {
+        Self(words)
+    }
+
+    /// The plain words, for checkpoints and for sums over a group.
+    pub fn words(&self) -> &[i64] {
+        &self.0
+    }
+
+    fn get(&self, stream: usize) -> Cursor {
+        let word = |index: usize| self.0[WORDS * stream + index].max(0).cast_unsigned();
+        Cursor { emitted: word(0), place: Place { epoch: word(1), unit: word(2) }, offset: word(3) }
+    }
+
+    fn set(&mut self, stream: usize, cursor: Cursor) {
+        let words = [cursor.emitted, cursor.place.epoch, cursor.place.unit, cursor.offset];
+        self.0[WORDS * stream..WORDS * (stream + 1)].copy_from_slice(&words.map(u64::cast_signed));
+    }
+}
+
+/// Consecutive units of a stream, and the order in which their sequences are given.
+#[derive(Debug)]
+struct Window {
+    place: Place,
+    /// Where the next window begins.
+    next: Place,
+    units: Vec<Packed>,
+    /// (unit of the window, sequence of the unit), shuffled.
+    order: Vec<(u32, u32)>,
+    /// Kept for the next window of the same epoch.
+    _epoch: Arc<Epoch>,
+}
+
+type WindowResult = Result<Window, DataError>;
+
+/// A request for the first window with any sequence at or after a place.
+#[derive(Debug)]
+struct Job {
+    stream: usize,
+    place: Place,
+    /// Dead when nobody waits for the reply any more.
+    wanted: Weak<()>,
+    reply: Sender<WindowResult>,
+}
+
+/// A stream of a hosted lane.
+#[derive(Debug)]
+struct Open {
+    emitted: u64,
+    offset: u64,
+    window: Option<Window>,
+    ahead: Ahead,
+}
+
+/// A window that was asked for.
+#[derive(Debug)]
+struct Ahead {
+    place: Place,
+    window: Receiver<WindowResult>,
+    _wanted: Arc<()>,
+}
+
+/// Hands out the sequences of some lanes. Dropping it stops its threads after the window each is at.
+#[derive(Debug)]
+pub struct Loader {
+    corpus: Arc<Corpus>,
+    length: usize,
+    jobs: Option<Sender<Job>>,
+    threads: Vec<JoinHandle<()>>,
+    streams: BTreeMap<usize, Open>,
+}
+
+impl Loader {
+    /// Starts reading `lanes` from `cursors`; sequences have `length` tokens.
+    ///
+    /// # Errors
+    /// When the cursors belong to another plan.
+    pub fn open(
+        corpus: Arc<Corpus>,
+        length: usize,
+        lanes: &[LaneId],
+        cursors: &Cursors,
+    ) -> Result<Self, DataError> {
+        let (jobs, queue) = crossbeam_channel::unbounded();
+        let epochs = Arc::new(Epochs::default());
+        let threads = (0..corpus.threads)
+            .map(|number| {
+                let reader = Reader { corpus: Arc::clone(&corpus), length, epochs: Arc::clone(&epochs) };
+                let queue: Receiver<Job> = queue.clone();
+                std::thread::Builder::new()
+                    .name(format!("ulmus-reader-{number}"))
+                    .spawn(move || reader.serve(&queue))
+                    .expect("a thread for reading can be started")
+            })
+            .collect();
+        let mut loader = Self { corpus, length, jobs: Some(jobs), threads, streams: BTreeMap::new() };
+        loader.host(lanes, cursors)?;
+        Ok(loader)
+    }
+
+    /// Reads `lanes` from `cursors` from now on. Windows that are in memory and still wanted are kept, so going
+    /// back by a step, or taking over some lanes, costs little.
+    ///
+    /// # Errors
+    /// When the cursors belong to another plan.
+    pub fn host(&mut self, lanes: &[LaneId], cursors: &Cursors) -> Result<(), DataError> {
+        let expected = WORDS * self.corpus.mixture.streams().len();
+        if cursors.words().len() != expected {
+            return Err(DataError::Cursors { words: cursors.words().len(), expected });
+        }
+        let mut before = std::mem::take(&mut self.streams);
+        for stream in lanes.iter().flat_map(|lane| self.corpus.mixture.of_lane(*lane)) {
+            let Cursor { emitted, place, offset } = cursors.get(stream);
+            let open = match before.remove(&stream) {
+                Some(open) if open.window.as_ref().is_some_and(|window| window.place == place) => {
+                    Open { emitted, offset, ..open }
+                }
+                Some(open) if open.ahead.place == place => Open { emitted, offset, window: None, ..open },
+                _ => {
+                    let ahead = Ahead::ask(self.jobs.as_ref(), stream, place);
+                    Open { emitted, offset, window: None, ahead }
+                }
+            };
+            self.streams.insert(stream, open);
+        }
+        Ok(())
+    }
+
+    /// The next `per_lane` sequences of each of `lanes`, lane by lane: a micro-batch is such a run of lanes. Waits
+    /// until they are read.
+    ///
+    /// # Errors
+    /// Of the readers, and [`DataError::Exhausted`] when a source has been read as often as the plan allows. The
+    /// loader then stands somewhere within the call: go on from earlier cursors with [`Self::host`].
+    pub fn take(&mut self, lanes: &[LaneId], per_lane: usize) -> Result<Vec<Sequence>, DataError> {
+        let mut sequences = Vec::with_capacity(lanes.len() * per_lane);
+        for lane in lanes {
+            for _ in 0..per_lane {
+                let emitted = |stream| self.streams.get(&stream).map_or(0, |open| open.emitted);
+                let stream = self.corpus.mixture.next_stream(*lane, emitted);
+                sequences.push(self.take_from(stream)?);
+            }
+        }
+        Ok(sequences)
+    }
+
+    /// Where the hosted lanes stand after what has been taken; zero for all others.
+    pub fn cursors(&self) -> Cursors {
+        let mut cursors = self.corpus.start();
+        for (stream, open) in &self.streams {
+            let place = open.window.as_ref().map_or(open.ahead.place, |window| window.place);
+            cursors.set(*stream, Cursor { emitted: open.emitted, place, offset: open.offset });
+        }
+        cursors
+    }
+
+    /// The next sequence of a stream.
+    fn take_from(&mut self, stream: usize) -> Result<Sequence, DataError> {
+        let open = self.streams.get_mut(&stream).expect("only hosted lanes are asked for");
+        if open.window.is_none() {
+            let arrived = open.ahead.arrives();
+            // After an error the same window is asked for again, so that the caller may try again.
+            let next = arrived.as_ref().map_or(open.ahead.place, |window| window.next);
+            open.ahead = Ahead::ask(self.jobs.as_ref(), stream, next);
+            open.window = Some(arrived?);
+        }
+        let window = open.window.as_ref().expect("it was just filled");
+        let Some((unit, index)) = window.order.get(open.offset as usize) else {
+            let source = self.corpus.mixture.streams()[stream].source;
+            return Err(DataError::Position { name: self.corpus.sources.name(source).to_owned() });
+        };
+        let pad = self.corpus.tokenizer().pad();
+        let sequence = window.units[*unit as usize].sequence(*index as usize, self.length, pad);
+        open.emitted += 1;
+        open.offset += 1;
+        if open.offset as usize == window.order.len() {
+            (open.window, open.offset) = (None, 0);
+        }
+        Ok(sequence)
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        // Nothing is wanted any more, so the queue runs empty at once.
+        self.streams.clear();
+        self.jobs = None;
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a reading thread panicked");
+            }
+        }
+    }
+}
+
+impl Ahead {
+    fn ask(jobs: Option<&Sender<Job>>, stream: usize, place: Place) -> Self {
+        let wanted = Arc::new(());
+        let (reply, window) = crossbeam_channel::bounded(1);
+        let job = Job { stream, place, wanted: Arc::downgrade(&wanted), reply };
+        // When no thread takes it, the job is dropped here or in the queue, and waiting for it says so.
+        let _not_taken = jobs.map(|jobs| jobs.send(job));
+        Self { place, window, _wanted: wanted }
+    }
+
+    fn arrives(&self) -> WindowResult {
+        self.window.recv().unwrap_or(Err(DataError::Stopped))
+    }
+}
+
+/// What a reading thread needs.
+#[derive(Debug)]
+struct Reader {
+    corpus: Arc<Corpus>,
+    length: usize,
+    epochs: Arc<Epochs>,
+}
+
+impl Reader {
+    fn serve(&self, queue: &Receiver<Job>) {
+        for job in queue {
+            if job.wanted.strong_count() > 0 {
+                // Nobody waits any more when the loader was dropped meanwhile.
+                let _not_wanted = job.reply.send(self.window(job.stream, job.place));
+            }
+        }
+    }
+
+    /// The first window with any sequence at or after `place`.
+    fn window(&self, stream: usize, mut place: Place) -> WindowResult {
+        let stream = self.corpus.mixture.streams()[stream];
+        let name = || self.corpus.sources.name(stream.source).to_owned();
+        let mut barren = 0;
+        loop {
+            if let Some(epochs) = self.corpus.max_epochs[stream.source].filter(|most| place.epoch >= *most) {
+                return Err(DataError::Exhausted { name: name(), epochs });
+            }
+            let epoch = self.epochs.get(&self.corpus, stream.source, place.epoch);
+            let left = epoch.units(stream.place).get(place.unit as usize..).unwrap_or_default();
+            let (mut units, mut order) = (Vec::new(), Vec::new());
+            for (number, unit) in (0..).zip(left) {
+                let packed = self.corpus.unit(stream.source, *unit)?;
+                order.extend((0..packed.sequences(self.length) as u32).map(|sequence| (number, sequence)));
+                units.push(packed);
+                if order.len() as u64 >= self.corpus.window {
+                    break;
+                }
+            }
+            let after = place.unit + units.len() as u64;
+            let next = if units.len() < left.len() {
+                Place { unit: after, ..place }
+            } else {
+                Place { epoch: place.epoch + 1, unit: 0 }
+            };
+            if !order.is_empty() {
+                let shuffled =
+                    window_order(order.len(), self.corpus.seed, stream.source, place.epoch, left[0]);
+                let order = shuffled.into_iter().map(|index| order[index as usize]).collect();
+                return Ok(Window { place, next, units, order, _epoch: epoch });
+            }
+            barren += units.len();
+            if barren >= self.corpus.sources.unit_sizes(stream.source).len() {
+                return Err(DataError::Empty { name: name() });
+            }
+            place = next;
+        }
+    }
+}
+
+/// The epochs that some window in memory belongs to: their permutations are the same for all streams of a source.
+#[derive(Debug, Default)]
+struct Epochs(Mutex<BTreeMap<(usize, u64), Weak<Epoch>>>);
+
+impl Epochs {
+    fn get(&self, corpus: &Corpus, source: usize, epoch: u64) -> Arc<Epoch> {
+        // Locked while it is computed, so that it is computed once. A panic elsewhere cannot leave half an entry.
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(epoch) = known.get(&(source, epoch)).and_then(Weak::upgrade) {
+            return epoch;
+        }
+        let ends = corpus.mixture.ends_of_source(source);
+        let made = Arc::new(Epoch::new(corpus.seed, source, epoch, &corpus.sources.unit_sizes(source), ends));
+        known.retain(|_, epoch| epoch.strong_count() > 0);
+        known.insert((source, epoch), Arc::downgrade(&made));
+        made
+    }
+}

@@ -1,0 +1,266 @@
+//! The frozen list of everything that a run reads: files and the units they are cut into.
+//!
+//! It is made once, stored with the run, and never made again: what it lists is what is read, in an order that
+//! follows from it. A file that differs from its entry is an error when it is read, not a changed run.
+
+use globset::GlobBuilder;
+use serde::{Deserialize, Serialize};
+use ulmus_plan::{DataConfig, Format, SourceConfig};
+use ulmus_types::Digest;
+
+use crate::error::DataError;
+use crate::format::{self, Unit};
+use crate::store::{FileInfo, Folder};
+
+const FORMAT_VERSION: u32 = 1;
+
+/// Files and units of all sources.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    format_version: u32,
+    pub(crate) sources: Vec<SourceManifest>,
+}
+
+/// Files and units of one source.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SourceManifest {
+    pub(crate) name: String,
+    pub(crate) format: Format,
+    pub(crate) files: Vec<FileInfo>,
+    pub(crate) units: Vec<Unit>,
+}
+
+impl Manifest {
+    /// Lists the files of every source and cuts them into units; `run` is the run's own folder.
+    ///
+    /// Blocks, and may take minutes for thousands of remote files.
+    ///
+    /// # Errors
+    /// When a source cannot be opened, has no files, or a file is not what the plan says.
+    pub fn freeze(config: &DataConfig, run: Option<&Folder>) -> Result<Self, DataError> {
+        let sources = config.source.iter().map(|source| freeze(source, config.unit.get(), run));
+        Ok(Self { format_version: FORMAT_VERSION, sources: sources.collect::<Result<_, _>>()? })
+    }
+
+    /// Reads what [`Self::to_json`] wrote.
+    ///
+    /// # Errors
+    /// When it is something else, or of a newer version.
+    pub fn from_json(json: &[u8]) -> Result<Self, DataError> {
+        let refuse = |reason: String| DataError::Manifest { reason };
+        let manifest: Self = serde_json::from_slice(json).map_err(|error| refuse(error.to_string()))?;
+        if manifest.format_version == FORMAT_VERSION {
+            Ok(manifest)
+        } else {
+            Err(refuse(format!(
+                "it has version {}, this program knows {FORMAT_VERSION}",
+                manifest.format_version
+            )))
+        }
+    }
+
+    /// The stored form.
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("a manifest can be written as JSON")
+    }
+
+    /// Hash of what decides the stream: names, sizes and units, but not the version marks of the store, which are
+    /// other ones where the same files lie on another disk.
+    pub fn digest(&self) -> Digest {
+        let mut content = self.clone();
+        for file in content.sources.iter_mut().flat_map(|source| &mut source.files) {
+            file.version = None;
+        }
+        Digest::of(&content.to_json())
+    }
+
+    /// Number of files, over all sources.
+    pub fn files(&self) -> usize {
+        self.sources.iter().map(|source| source.files.len()).sum()
+    }
+
+    /// Bytes of text, as far as can be told without decoding, over all sources.
+    pub fn bytes(&self) -> u64 {
+        self.sources.iter().flat_map(|source| &source.units).map(|unit| unit.bytes).sum()
+    }
+}
+
+fn freeze(source: &SourceConfig, limit: u64, run: Option<&Folder>) -> Result<SourceManifest, DataError> {
+    let folder = Folder::open(&source.url, run)?;
+    let files = list(source, &folder)?;
+    let format = format_of(source, &folder, &files)?;
+    let units = format::units(&folder, &files, format, &source.text, limit)?;
+    if units.is_empty() {
+        return Err(DataError::Empty { name: source.name.clone() });
+    }
+    Ok(SourceManifest { name: source.name.clone(), format, files, units })
+}
+
+/// The files of a source: sorted where they are found by glob, in the order of the plan where they are named.
+pub(crate) fn list(source: &SourceConfig, folder: &Folder) -> Result<Vec<FileInfo>, DataError> {
+    let mut listing: Option<Vec<FileInfo>> = None;
+    let mut files = Vec::new();
+    for pattern in &source.files {
+        if pattern.contains(['*', '?', '[']) {
+            if !folder.can_list() {
+                return Err(DataError::Pattern {
+                    pattern: pattern.clone(),
+                    reason:
+                        "a web server does not list its files; name them, or count them with {:05} and range"
+                            .to_owned(),
+                });
+            }
+            let glob = GlobBuilder::new(pattern).literal_separator(true).build().map_err(|error| {
+                DataError::Pattern { pattern: pattern.clone(), reason: error.kind().to_string() }
+            })?;
+            let glob = glob.compile_matcher();
+            let listing = match &listing {
+                Some(listing) => listing,
+                None => listing.insert(folder.list()?),
+            };
+            files.extend(listing.iter().filter(|file| glob.is_match(&file.path)).cloned());
+        } else {
+            let [first, end] = source.range.unwrap_or([0, 1]);
+            let names = match counter(pattern)? {
+                Some((before, width, after)) => {
+                    (first..end).map(|id| format!("{before}{id:0width$}{after}")).collect()
+                }
+                None => vec![pattern.clone()],
+            };
+            files.extend(folder.stat(names)?);
+        }
+    }
+    // A file that two patterns name is read once.
+    let mut seen = std::collections::BTreeSet::new();
+    files.retain(|file| seen.insert(file.path.clone()));
+    if files.is_empty() {
+        return Err(DataError::NoFiles {
+            name: source.name.clone(),
+            url: folder.url().to_owned(),
+            files: source.files.clone(),
+        });
+    }
+    Ok(files)
+}
+
+/// Splits `part-{:05}.parquet` into what is before and after the counter, and its width.
+fn counter(pattern: &str) -> Result<Option<(&str, usize, &str)>, DataError> {
+    let Some((before, rest)) = pattern.split_once('{') else { return Ok(None) };
+    let parts = rest.split_once('}').and_then(|(inside, after)| {
+        let width = match inside.strip_prefix(":0") {
+            Some(width) => width.parse().ok().filter(|width| *width <= 20)?,
+            None => inside.is_empty().then_some(0)?,
+        };
+        (!after.contains('{')).then_some((before, width, after))
+    });
+    parts.map(Some).ok_or_else(|| DataError::Pattern {
+        pattern: pattern.to_owned(),
+        reason: "the counter is written {} or {:05}, once".to_owned(),
+    })
+}
+
+/// The format that the plan or the suffix of every file tells.
+pub(crate) fn format_of(
+    source: &SourceConfig,
+    folder: &Folder,
+    files: &[FileInfo],
+) -> Result<Format, DataError> {
+    if let Some(format) = source.format {
+        return Ok(format);
+    }
+    let mut formats = files.iter().map(|file| (file, Format::of_file(&file.path)));
+    let unknown = |file: &FileInfo, reason: &str| DataError::Format {
+        file: folder.place(&file.path),
+        format: "of a known suffix",
+        reason: reason.to_owned(),
+    };
+    let first = match formats.next() {
+        Some((_, Some(format))) => format,
+        Some((file, None)) => {
+            return Err(unknown(file, "write format = \"parquet\", \"jsonl\" or \"text\" in the plan"));
+        }
+        None => return Err(DataError::Empty { name: source.name.clone() }),
+    };
+    match formats.find(|(_, format)| *format != Some(first)) {
+        Some((file, _)) => {
+            Err(unknown(file, "the files of one source have one format; split it into two sources"))
+        }
+        None => Ok(first),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ulmus_plan::Bytes;
+
+    use super::*;
+    use crate::store::tests::memory;
+
+    fn source(files: &[&str], range: Option<[u64; 2]>) -> DataConfig {
+        let source = SourceConfig {
+            name: "web".to_owned(),
+            url: "run:".to_owned(),
+            files: files.iter().map(|file| (*file).to_owned()).collect(),
+            range,
+            text: "text".to_owned(),
+            ..SourceConfig::default()
+        };
+        DataConfig { source: vec![source], unit: Bytes::new(10), ..DataConfig::default() }
+    }
+
+    fn corpus() -> Folder {
+        let folder = memory();
+        for name in ["x/00010.txt", "x/00009.txt", "x/00008.md", "y.jsonl"] {
+            folder.write(name, b"twelve bytes".to_vec()).unwrap();
+        }
+        folder
+    }
+
+    #[test]
+    fn globs_names_and_counters_find_files() {
+        let folder = corpus();
+        let paths = |files: &[&str], range| {
+            let manifest = Manifest::freeze(&source(files, range), Some(&folder)).unwrap();
+            manifest.sources[0].files.iter().map(|file| file.path.clone()).collect::<Vec<_>>()
+        };
+        assert_eq!(paths(&["**/*.txt", "x/00008.md"], None), ["x/00009.txt", "x/00010.txt", "x/00008.md"]);
+        assert_eq!(paths(&["x/{:05}.txt"], Some([9, 11])), ["x/00009.txt", "x/00010.txt"]);
+        assert_eq!(paths(&["x/*", "x/0001{}.txt"], Some([0, 1])).len(), 3);
+    }
+
+    #[test]
+    fn mistakes_name_what_to_write() {
+        let folder = corpus();
+        for (files, range, words) in [
+            (["*.parquet"], None, "nothing in run: matches [\"*.parquet\"]"),
+            (["x/{:05}.txt"], Some([9, 12]), "run:x/00011.txt does not exist"),
+            (["x/{id}.txt"], Some([9, 12]), "the counter is written {} or {:05}"),
+            (["x[.txt"], None, "not a usable file pattern"),
+        ] {
+            let message = Manifest::freeze(&source(&files, range), Some(&folder)).unwrap_err().to_string();
+            assert!(message.contains(words), "{message}");
+        }
+        folder.write("z.xyz", Vec::new()).unwrap();
+        for files in [&["z.xyz"][..], &["y.jsonl", "x/00009.txt"]] {
+            let message = Manifest::freeze(&source(files, None), Some(&folder)).unwrap_err().to_string();
+            assert!(message.contains("of a known suffix"), "{message}");
+        }
+    }
+
+    #[test]
+    fn the_stored_form_round_trips_and_is_hashed() {
+        let folder = corpus();
+        let manifest = Manifest::freeze(&source(&["**/*.txt"], None), Some(&folder)).unwrap();
+        assert_eq!(Manifest::from_json(&manifest.to_json()).unwrap(), manifest);
+        assert_eq!((manifest.files(), manifest.bytes()), (2, 24));
+        let mut marked = manifest.clone();
+        marked.sources[0].files[0].version = Some("other".to_owned());
+        assert_eq!(marked.digest(), manifest.digest());
+        marked.sources[0].files[0].size += 1;
+        assert_ne!(marked.digest(), manifest.digest());
+        let newer = String::from_utf8(manifest.to_json())
+            .unwrap()
+            .replace("\"format_version\":1", "\"format_version\":2");
+        assert!(Manifest::from_json(newer.as_bytes()).unwrap_err().to_string().contains("version 2"));
+    }
+}

@@ -1,0 +1,135 @@
+//! From tokenized documents to sequences of fixed length.
+//!
+//! Documents are laid end to end, each as BOS … EOS, and cut every T tokens; a cut takes one token more, so that
+//! every position has its next token as target. Targets never cross documents: a position whose next token begins
+//! another document is masked, and positions carry the start of their document so that attention does not cross
+//! either. So every token of a document except its BOS is a target exactly once.
+
+/// Target of a position that is not trained on.
+pub const IGNORE: u32 = u32::MAX;
+
+/// One row of a micro-batch: three lists of the sequence length T.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sequence {
+    /// Token ids.
+    pub inputs: Vec<u32>,
+    /// The token after each input, or [`IGNORE`].
+    pub targets: Vec<u32>,
+    /// First position of this sequence that each position may attend to.
+    pub doc_starts: Vec<u32>,
+}
+
+/// The tokens of a unit, laid end to end. Sequences are cut from it when they are taken.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Packed {
+    tokens: Vec<u32>,
+    /// Where documents begin, ascending.
+    starts: Vec<u32>,
+}
+
+impl Packed {
+    /// Adds a document, which has at least BOS and EOS.
+    pub(crate) fn push(&mut self, tokens: impl IntoIterator<Item = u32>) {
+        self.starts.push(self.tokens.len() as u32);
+        self.tokens.extend(tokens);
+    }
+
+    /// Number of tokens.
+    pub(crate) fn tokens(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// How many sequences of `length` tokens there are.
+    pub(crate) fn sequences(&self, length: usize) -> usize {
+        self.tokens.len().saturating_sub(1).div_ceil(length)
+    }
+
+    /// Sequence number `index`. The tail is filled with `pad`, masked.
+    pub(crate) fn sequence(&self, index: usize, length: usize, pad: u32) -> Sequence {
+        let begin = index * length;
+        let mut sequence = Sequence {
+            inputs: Vec::with_capacity(length),
+            targets: Vec::with_capacity(length),
+            doc_starts: Vec::with_capacity(length),
+        };
+        let mut next_document = self.starts.partition_point(|start| *start as usize <= begin);
+        let mut doc_start = 0;
+        for at in begin..(begin + length).min(self.tokens.len() - 1) {
+            if self.starts.get(next_document).is_some_and(|start| *start as usize == at) {
+                next_document += 1;
+                doc_start = (at - begin) as u32;
+            }
+            let ends = self.starts.get(next_document).is_some_and(|start| *start as usize == at + 1);
+            sequence.inputs.push(self.tokens[at]);
+            sequence.targets.push(if ends { IGNORE } else { self.tokens[at + 1] });
+            sequence.doc_starts.push(doc_start);
+        }
+        let filled = sequence.inputs.len();
+        sequence.inputs.resize(length, pad);
+        sequence.targets.resize(length, IGNORE);
+        sequence.doc_starts.resize(length, filled as u32);
+        sequence
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const BOS: u32 = 1;
+    const EOS: u32 = 2;
+    const PAD: u32 = 3;
+
+    fn pack(documents: &[Vec<u32>]) -> Packed {
+        let mut packed = Packed::default();
+        for document in documents {
+            packed.push([BOS].into_iter().chain(document.iter().copied()).chain([EOS]));
+        }
+        packed
+    }
+
+    #[test]
+    fn two_documents_in_two_sequences() {
+        let packed = pack(&[vec![10, 11], vec![20, 21]]);
+        assert_eq!(packed.sequences(5), 2);
+        let first = packed.sequence(0, 5, PAD);
+        assert_eq!(first.inputs, [BOS, 10, 11, EOS, BOS]);
+        assert_eq!(first.targets, [10, 11, EOS, IGNORE, 20]);
+        assert_eq!(first.doc_starts, [0, 0, 0, 0, 4]);
+        let second = packed.sequence(1, 5, PAD);
+        assert_eq!(second.inputs, [20, 21, PAD, PAD, PAD]);
+        assert_eq!(second.targets, [21, EOS, IGNORE, IGNORE, IGNORE]);
+        assert_eq!(second.doc_starts, [0, 0, 2, 2, 2]);
+    }
+
+    proptest! {
+        #[test]
+        fn every_token_is_a_target_once(
+            documents in prop::collection::vec(prop::collection::vec(10_u32..1000, 0..40), 0..12),
+            length in 2_usize..50,
+        ) {
+            let packed = pack(&documents);
+            let sequences: Vec<Sequence> =
+                (0..packed.sequences(length)).map(|index| packed.sequence(index, length, PAD)).collect();
+            let targets: Vec<u32> =
+                sequences.iter().flat_map(|s| s.targets.clone()).filter(|target| *target != IGNORE).collect();
+            let expected: Vec<u32> = documents.iter().flat_map(|d| d.iter().copied().chain([EOS])).collect();
+            prop_assert_eq!(targets, expected);
+            for sequence in &sequences {
+                prop_assert_eq!((sequence.inputs.len(), sequence.targets.len(), sequence.doc_starts.len()), (length, length, length));
+                for at in 0..length {
+                    let start = sequence.doc_starts[at] as usize;
+                    prop_assert!(start <= at);
+                    // Between the start of its document and a position no document begins.
+                    prop_assert!(sequence.inputs[start + 1..=at.max(start)].iter().all(|token| *token != BOS));
+                    prop_assert!(start == 0 || sequence.inputs[start] == BOS || sequence.inputs[start] == PAD);
+                    if let Some(next) = sequence.inputs.get(at + 1).filter(|next| **next != PAD) {
+                        prop_assert!([*next, IGNORE].contains(&sequence.targets[at]));
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! Sources that are open: from the manifest to documents.
+
+use ulmus_plan::{DataConfig, SourceConfig};
+use ulmus_types::Problems;
+
+use crate::error::DataError;
+use crate::format::{self, Unit};
+use crate::manifest::{self, Manifest, SourceManifest};
+use crate::store::Folder;
+
+/// The sources of a plan, as the manifest lists them.
+#[derive(Debug)]
+pub struct Sources(Vec<Source>);
+
+#[derive(Debug)]
+struct Source {
+    folder: Folder,
+    text: String,
+    listed: SourceManifest,
+}
+
+impl Sources {
+    /// Opens every source; `run` is the run's own folder.
+    ///
+    /// # Errors
+    /// When a folder cannot be opened, or the manifest belongs to other sources.
+    pub fn open(config: &DataConfig, manifest: &Manifest, run: Option<&Folder>) -> Result<Self, DataError> {
+        if !config
+            .source
+            .iter()
+            .map(|source| &source.name)
+            .eq(manifest.sources.iter().map(|source| &source.name))
+        {
+            return Err(DataError::OtherSources {
+                manifest: manifest.sources.iter().map(|source| source.name.clone()).collect(),
+                plan: config.source.iter().map(|source| source.name.clone()).collect(),
+            });
+        }
+        let open = |(source, listed): (&SourceConfig, &SourceManifest)| {
+            Ok(Source {
+                folder: Folder::open(&source.url, run)?,
+                text: source.text.clone(),
+                listed: listed.clone(),
+            })
+        };
+        Ok(Self(config.source.iter().zip(&manifest.sources).map(open).collect::<Result<_, DataError>>()?))
+    }
+
+    /// The documents of one unit, in order. Blocks.
+    ///
+    /// # Errors
+    /// When the unit's file is gone, has changed, is damaged, or is not what the plan says.
+    pub(crate) fn documents(&self, source: usize, unit: usize) -> Result<Vec<String>, DataError> {
+        let Source { folder, text, listed } = &self.0[source];
+        format::documents(folder, &listed.files, listed.format, text, listed.units[unit])
+    }
+
+    /// Every document of every source, in the order of the manifest. Blocks.
+    pub fn all_documents(&self) -> impl Iterator<Item = Result<Vec<String>, DataError>> {
+        let units = self
+            .0
+            .iter()
+            .enumerate()
+            .flat_map(|(source, s)| (0..s.listed.units.len()).map(move |u| (source, u)));
+        units.map(|(source, unit)| self.documents(source, unit))
+    }
+
+    /// Whole documents that hold about `bytes` of text, from units spread evenly over all sources. Blocks.
+    ///
+    /// # Errors
+    /// As for reading a unit.
+    pub fn sample(&self, bytes: u64) -> Result<Vec<String>, DataError> {
+        let total: u64 = self.units().map(|(_, _, unit)| unit.bytes).sum();
+        let mut sample = Vec::new();
+        let (mut passed, mut taken) = (0_u128, 0);
+        for (source, index, unit) in self.units() {
+            passed += u128::from(unit.bytes);
+            // A unit is read when the sample lags behind its share of what has been passed.
+            if u128::from(taken) * u128::from(total) < passed * u128::from(bytes) {
+                let documents = self.documents(source, index)?;
+                taken += documents.iter().map(|document| document.len() as u64).sum::<u64>();
+                sample.extend(documents);
+            }
+        }
+        Ok(sample)
+    }
+
+    /// All units, source by source.
+    fn units(&self) -> impl Iterator<Item = (usize, usize, Unit)> {
+        self.0.iter().enumerate().flat_map(|(source, s)| {
+            s.listed.units.iter().enumerate().map(move |(index, unit)| (source, index, *unit))
+        })
+    }
+
+    /// Unit numbers in turn over the sources: the first unit of each, the second of each, …
+    pub(crate) fn units_in_turn(&self) -> Vec<(usize, usize)> {
+        let mut units: Vec<(usize, usize)> = self.units().map(|(source, index, _)| (source, index)).collect();
+        units.sort_by_key(|(source, index)| (*index, *source));
+        units
+    }
+
+    /// Bytes of text of each unit of a source.
+    pub(crate) fn unit_sizes(&self, source: usize) -> Vec<u64> {
+        self.0[source].listed.units.iter().map(|unit| unit.bytes).collect()
+    }
+
+    /// Name of a source.
+    pub(crate) fn name(&self, source: usize) -> &str {
+        &self.0[source].listed.name
+    }
+}
+
+/// What `--check sources` found in one source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceReport {
+    /// Name of the source.
+    pub name: String,
+    /// How many files it has.
+    pub files: usize,
+    /// Their size in bytes, as stored.
+    pub bytes: u64,
+    /// Columns and types of the first file.
+    pub schema: String,
+    /// The beginning of its first text.
+    pub sample: String,
+}
+
+/// Characters of a text that are shown as a sample.
+const SAMPLE_CHARACTERS: usize = 60;
+
+/// Opens every source, lists its files and reads one unit of it. Blocks; reads no more than that.
+pub fn inspect(config: &DataConfig, run: Option<&Folder>) -> (Vec<SourceReport>, Problems) {
+    let mut problems = Problems::new();
+    let mut reports = Vec::new();
+    for (index, source) in config.source.iter().enumerate() {
+        match report(source, config.unit.get(), run) {
+            Ok(report) => reports.push(report),
+            Err(error) => problems.add(
+                format!("data.source.{index}"),
+                format!("{:?}", source.name),
+                "a source can be opened and read",
+                error.to_string(),
+            ),
+        }
+    }
+    (reports, problems)
+}
+
+fn report(source: &SourceConfig, unit: u64, run: Option<&Folder>) -> Result<SourceReport, DataError> {
+    let folder = Folder::open(&source.url, run)?;
+    let files = manifest::list(source, &folder)?;
+    let format = manifest::format_of(source, &folder, &files)?;
+    let first = &files[..1];
+    let units = format::units(&folder, first, format, &source.text, unit)?;
+    let documents = match units.first() {
+        Some(unit) => format::documents(&folder, first, format, &source.text, *unit)?,
+        None => Vec::new(),
+    };
+    let sample = documents.first().ok_or_else(|| DataError::Empty { name: source.name.clone() })?;
+    Ok(SourceReport {
+        name: source.name.clone(),
+        files: files.len(),
+        bytes: files.iter().map(|file| file.size).sum(),
+        schema: format::schema(&folder, &files[0], format)?,
+        sample: sample.chars().take(SAMPLE_CHARACTERS).collect(),
+    })
+}

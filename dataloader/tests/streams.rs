@@ -1,0 +1,239 @@
+//! The promises of the loader, on real files: the same sequences for any number of workers, every document
+//! exactly once per epoch, and an identical rest of the stream after a resume at any point.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use object_store::ObjectStoreExt;
+use object_store::memory::InMemory;
+use proptest::prelude::*;
+use ulmus_dataloader::{Corpus, Cursors, DataError, Folder, IGNORE, Loader, Manifest, Sequence, Sources, Tokenizer, train};
+use ulmus_plan::{Bytes, DataConfig, SourceConfig};
+use ulmus_types::LaneId;
+
+const LENGTH: usize = 32;
+
+/// A source of `documents` short documents, each with a number that occurs nowhere else.
+#[derive(Debug, Clone)]
+struct Text {
+    documents: usize,
+    tokens: u64,
+    max_epochs: Option<u64>,
+}
+
+fn text(source: usize, document: usize) -> String {
+    format!("doc {source} {document} : {}", "lorem ipsum dolor ".repeat(1 + (document * 7 + source) % 5))
+}
+
+fn tokenizer() -> Tokenizer {
+    let sample: Vec<String> = (0..50).map(|document| text(document % 3, document)).collect();
+    train(&sample, 285).unwrap()
+}
+
+/// Writes the sources into a run folder and opens them.
+fn corpus(texts: &[Text], lanes: u64, config: DataConfig) -> Result<Corpus, DataError> {
+    let store = Arc::new(InMemory::new());
+    let put = |path: String, bytes: String| {
+        let put = async { store.put(&path.into(), bytes.into_bytes().into()).await };
+        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(put).unwrap();
+    };
+    let mut sources = Vec::new();
+    for (source, spec) in texts.iter().enumerate() {
+        for (file, documents) in (0..spec.documents).collect::<Vec<_>>().chunks(25).enumerate() {
+            let lines = documents.iter().map(|d| serde_json::json!({"text": text(source, *d)}).to_string() + "\n");
+            put(format!("{source}/{file:03}.jsonl"), lines.collect());
+        }
+        sources.push(SourceConfig {
+            name: format!("source-{source}"),
+            url: format!("run:{source}"),
+            files: vec!["*.jsonl".to_owned()],
+            text: "text".to_owned(),
+            tokens: Some(spec.tokens),
+            max_epochs: spec.max_epochs,
+            ..SourceConfig::default()
+        });
+    }
+    let config = DataConfig {
+        lanes,
+        unit: Bytes::new(500),
+        min_characters: 0,
+        min_tokens: 0,
+        holdout: 0.0,
+        source: sources,
+        ..config
+    };
+    let run = Folder::of_run(store, "");
+    let manifest = Manifest::freeze(&config, Some(&run))?;
+    Corpus::new(&config, 11, Sources::open(&config, &manifest, Some(&run))?, tokenizer())
+}
+
+fn window(sequences: u64) -> DataConfig {
+    DataConfig { window: sequences, ..DataConfig::default() }
+}
+
+/// `steps` steps of all lanes by one worker.
+fn alone(corpus: &Arc<Corpus>, steps: usize, per_lane: usize) -> (Vec<Vec<Sequence>>, Vec<Cursors>) {
+    let lanes: Vec<LaneId> = corpus.lanes().collect();
+    let mut loader = Loader::open(Arc::clone(corpus), LENGTH, &lanes, &corpus.start()).unwrap();
+    let mut cursors = vec![loader.cursors()];
+    let taken = (0..steps).map(|_| {
+        let taken = loader.take(&lanes, per_lane).unwrap();
+        cursors.push(loader.cursors());
+        taken
+    });
+    (taken.collect(), cursors)
+}
+
+fn sum(cursors: &[Cursors]) -> Cursors {
+    let mut words = cursors[0].words().to_vec();
+    for other in &cursors[1..] {
+        words.iter_mut().zip(other.words()).for_each(|(word, more)| *word += more);
+    }
+    Cursors::from_words(words)
+}
+
+/// Documents that some sequences hold whole, by their first line, with how often they begin there.
+fn beginnings(tokenizer: &Tokenizer, sequences: &[Sequence]) -> BTreeMap<String, usize> {
+    let mut found = BTreeMap::new();
+    for sequence in sequences {
+        // A document that begins near the end of a sequence goes on elsewhere; its number is what counts.
+        for (at, _) in sequence.inputs.iter().enumerate().filter(|(_, token)| **token == tokenizer.bos()) {
+            let end = (at + 1..LENGTH).find(|p| sequence.targets[*p] == IGNORE).unwrap_or(LENGTH);
+            let text = tokenizer.decode(&sequence.inputs[at..end]);
+            if let Some((number, _)) = text.split_once(':') {
+                *found.entry(number.to_owned()).or_default() += 1;
+            }
+        }
+    }
+    found
+}
+
+fn plans() -> impl Strategy<Value = (Vec<Text>, u64, u64)> {
+    let source = (60_usize..150, 1_u64..20).prop_map(|(documents, tokens)| Text { documents, tokens, max_epochs: None });
+    (prop::collection::vec(source, 1..4), 1_u64..9, 1_u64..30)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// Lanes move between 1 to 8 workers at every step; the sequences stay the same.
+    #[test]
+    fn workers_do_not_change_the_stream(
+        (texts, lanes, window_size) in plans(),
+        moves in prop::collection::vec((1_usize..9, any::<u64>()), 1..6),
+        threads in 1_u64..4,
+    ) {
+        let config = DataConfig { threads, ..window(window_size) };
+        let corpus = Arc::new(corpus(&texts, lanes, config).unwrap());
+        let (expected, cursors) = alone(&corpus, moves.len(), 2);
+        let lanes: Vec<LaneId> = corpus.lanes().collect();
+        let mut loaders: Vec<Loader> = Vec::new();
+        let mut at = corpus.start();
+        for (step, (workers, assignment)) in moves.iter().enumerate() {
+            let host = |lane: &LaneId| (assignment.rotate_left(lane.get() * 7) % *workers as u64) as usize;
+            let hosted = |worker: usize| lanes.iter().copied().filter(|lane| host(lane) == worker).collect::<Vec<_>>();
+            loaders.truncate(*workers);
+            for (worker, loader) in loaders.iter_mut().enumerate() {
+                loader.host(&hosted(worker), &at).unwrap();
+            }
+            for worker in loaders.len()..*workers {
+                loaders.push(Loader::open(Arc::clone(&corpus), LENGTH, &hosted(worker), &at).unwrap());
+            }
+            for lane in &lanes {
+                let taken = loaders[host(lane)].take(&[*lane], 2).unwrap();
+                prop_assert_eq!(&taken[..], &expected[step][2 * lane.index()..2 * lane.index() + 2]);
+            }
+            at = sum(&loaders.iter().map(Loader::cursors).collect::<Vec<_>>());
+            prop_assert_eq!(&at, &cursors[step + 1]);
+        }
+    }
+
+    /// A new process that has nothing but the cursors goes on with the same sequences.
+    #[test]
+    fn a_resumed_stream_is_the_rest_of_the_stream((texts, lanes, window_size) in plans(), stop in 0_usize..12, steps in 1_usize..12) {
+        let corpus = Arc::new(corpus(&texts, lanes, window(window_size)).unwrap());
+        let (expected, cursors) = alone(&corpus, stop + steps, 1);
+        let lanes: Vec<LaneId> = corpus.lanes().collect();
+        let words = cursors[stop].words().to_vec();
+        let mut resumed = Loader::open(Arc::clone(&corpus), LENGTH, &lanes, &Cursors::from_words(words)).unwrap();
+        for expected in &expected[stop..] {
+            prop_assert_eq!(&resumed.take(&lanes, 1).unwrap(), expected);
+        }
+        // A step that is redone gives the same again.
+        resumed.host(&lanes, &cursors[stop]).unwrap();
+        prop_assert_eq!(&resumed.take(&lanes, 1).unwrap(), &expected[stop]);
+    }
+
+    /// Read to the end of every epoch, each document has begun exactly once per epoch.
+    #[test]
+    fn every_document_once_per_epoch((texts, lanes, window_size) in plans(), epochs in 1_u64..3) {
+        let texts: Vec<Text> = texts.into_iter().map(|text| Text { max_epochs: Some(epochs), ..text }).collect();
+        // Streams end at different times, so each source is read by itself.
+        for (source, text) in texts.iter().enumerate() {
+            let corpus = Arc::new(corpus(std::slice::from_ref(text), lanes, window(window_size)).unwrap());
+            let lanes: Vec<LaneId> = corpus.lanes().collect();
+            let mut loader = Loader::open(Arc::clone(&corpus), LENGTH, &lanes, &corpus.start()).unwrap();
+            let mut sequences = Vec::new();
+            for lane in &lanes {
+                let end = loop {
+                    match loader.take(&[*lane], 1) {
+                        Ok(taken) => sequences.extend(taken),
+                        Err(error) => break error,
+                    }
+                };
+                prop_assert!(matches!(end, DataError::Exhausted { .. }), "{end}");
+            }
+            let targets = sequences.iter().flat_map(|s| &s.targets).filter(|target| **target != IGNORE).count() as u64;
+            let counts = corpus.counts();
+            prop_assert_eq!(counts.documents, epochs * text.documents as u64);
+            prop_assert_eq!(targets, counts.tokens - counts.documents);
+            let found = beginnings(corpus.tokenizer(), &sequences);
+            prop_assert!(found.values().all(|count| *count == epochs as usize), "{source}: {found:?}");
+            prop_assert!(found.len() > text.documents / 2);
+        }
+    }
+}
+
+#[test]
+fn threads_do_not_change_the_stream() {
+    let texts = [Text { documents: 200, tokens: 3, max_epochs: None }, Text { documents: 90, tokens: 1, max_epochs: None }];
+    let read = |threads| {
+        let config = DataConfig { threads, ..window(10) };
+        alone(&Arc::new(corpus(&texts, 4, config).unwrap()), 40, 2)
+    };
+    assert_eq!(read(1), read(7));
+}
+
+#[test]
+fn the_mixture_follows_the_token_counts() {
+    let texts = [Text { documents: 100, tokens: 5, max_epochs: None }, Text { documents: 100, tokens: 3, max_epochs: None }];
+    let corpus = Arc::new(corpus(&texts, 3, window(8)).unwrap());
+    let (_, cursors) = alone(&corpus, 80, 1);
+    // Words of the four streams: lane 0 and most of lane 1 read source 0.
+    let emitted: Vec<i64> = cursors[80].words().iter().step_by(4).copied().collect();
+    assert_eq!(emitted.iter().sum::<i64>(), 240);
+    assert_eq!((emitted[0], emitted[3]), (80, 80));
+    assert_eq!(emitted[1] + emitted[0], 150);
+}
+
+#[test]
+fn too_few_units_for_the_lanes_is_an_error_with_a_remedy() {
+    let texts = [Text { documents: 30, tokens: 1, max_epochs: None }];
+    let message = corpus(&texts, 64, window(8)).unwrap_err().to_string();
+    assert!(message.contains("use data.lanes of at most") && message.contains("smaller data.unit"), "{message}");
+}
+
+#[test]
+fn a_corpus_that_the_filters_empty_says_so() {
+    let texts = [Text { documents: 60, tokens: 1, max_epochs: None }];
+    let run_store = Arc::new(InMemory::new());
+    drop(run_store);
+    let full = corpus(&texts, 2, window(8)).unwrap();
+    let lanes: Vec<LaneId> = full.lanes().collect();
+    drop(full);
+    let corpus = Arc::new(filtered(&texts));
+    let mut loader = Loader::open(Arc::clone(&corpus), LENGTH, &lanes, &corpus.start()).unwrap();
+    let message = loader.take(&lanes, 1).unwrap_err().to_string();
+    assert!(message.contains("no document of source \"source-0\" passes the filters"), "{message}");
+    assert_eq!(corpus.counts().short_tokens, corpus.counts().documents);
+}
