@@ -1,1 +1,34 @@
-//! The OpenELM model: kernels, training step, generation
+//! The OpenELM model: kernels, training step, generation.
+//!
+//! From the bottom up: a [`Backend`] computes ([`Cpu`] is one), a network runs a fixed forward and backward over
+//! buffers planned once, a [`Replica`] is what a worker trains, a [`Generator`] decodes with a KV cache, and
+//! [`hf`] reads and writes Hugging Face directories. [`Quantum`] makes sums of gradients exact, so that a run has
+//! the same bits for any number of workers. This crate does no networking and knows no clock.
+
+#![deny(unsafe_code)]
+
+mod backend;
+mod batch;
+mod cpu;
+mod error;
+mod exact;
+mod generate;
+pub mod hf;
+mod init;
+mod network;
+mod params;
+mod replica;
+mod tensors;
+
+pub use backend::{
+    AdamW, AttentionShape, BLOCK, Backend, Columns, Element, HeadGradients, Heads, IGNORE, In, LinearShape,
+    Out, ROW_BLOCK, Rope, View, ViewMut,
+};
+pub use batch::{LossSum, MicroBatch};
+pub use cpu::Cpu;
+pub use error::ModelError;
+pub use exact::Quantum;
+pub use generate::{Generator, Model, greedy};
+pub use params::{Layout, Tensor};
+pub use replica::{Replica, State, StatePart};
+pub use tensors::{weights_from_safetensors, weights_to_safetensors};

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod data;
+mod memory;
 mod model;
 mod parse;
 mod plan;
@@ -14,6 +15,7 @@ mod train;
 mod units;
 
 pub use data::{DataConfig, Format, Normalize, Pack, SourceConfig};
+pub use memory::{HEAD_ROWS, MemoryPlan, worker_memory};
 pub use model::{LayerDims, ModelConfig, Multipliers, Preset};
 pub use parse::read;
 pub use plan::{BenchmarkConfig, ClusterConfig, EvaluateConfig, LocalConfig, Plan, RunConfig, StoreConfig};

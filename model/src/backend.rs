@@ -1,0 +1,380 @@
+//! The seam between the model and the device that computes it.
+//!
+//! A backend owns typed buffers and about ten kernels, each with its backward. The network above it plans every
+//! buffer once and never looks inside one; transfers between host and device are explicit. Kernels take *views*:
+//! a buffer and a range of it, so that all parameters (and all gradients) can be one flat buffer each.
+//!
+//! Contract of every kernel: what it writes depends only on the contents and shapes of its arguments, never on
+//! the number of threads or on timing: reductions are cut by shape and joined in a fixed order. Kernels may run
+//! asynchronously, but in the order of the calls; [`Backend::download`] waits for what it reads.
+//!
+//! Shape letters: R rows (positions of all sequences), D model width, H head width, V vocabulary, F FFN width.
+
+use std::fmt::Debug;
+use std::ops::Range;
+
+use crate::error::ModelError;
+use crate::exact::Quantum;
+
+/// What a buffer can hold.
+pub trait Element: bytemuck::Pod + Send + Sync + Debug + sealed::Sealed {}
+
+impl Element for f32 {}
+impl Element for u32 {}
+impl Element for i64 {}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for u32 {}
+    impl Sealed for i64 {}
+}
+
+/// A target that counts for nothing: masked by padding or by a document's end.
+pub const IGNORE: u32 = u32::MAX;
+
+/// Elements per block of [`Backend::block_squares`]. Shard boundaries are block boundaries.
+pub const BLOCK: usize = 65_536;
+
+/// Rows whose contribution to a weight's gradient is summed apart, before the partial sums are added in order.
+pub const ROW_BLOCK: usize = 64;
+
+/// A part of a buffer, to read from.
+#[derive(Debug)]
+pub struct View<'a, T> {
+    pub(crate) buffer: &'a T,
+    pub(crate) range: Range<usize>,
+}
+
+impl<'a, T> View<'a, T> {
+    /// Elements `range` of `buffer`.
+    pub fn new(buffer: &'a T, range: Range<usize>) -> Self {
+        Self { buffer, range }
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.range.len()
+    }
+
+    /// Whether there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.range.is_empty()
+    }
+}
+
+/// A part of a buffer, to write to.
+#[derive(Debug)]
+pub struct ViewMut<'a, T> {
+    pub(crate) buffer: &'a mut T,
+    pub(crate) range: Range<usize>,
+}
+
+impl<'a, T> ViewMut<'a, T> {
+    /// Elements `range` of `buffer`.
+    pub fn new(buffer: &'a mut T, range: Range<usize>) -> Self {
+        Self { buffer, range }
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.range.len()
+    }
+
+    /// Whether there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.range.is_empty()
+    }
+}
+
+/// A view of backend `B` to read `T` from.
+pub type In<'a, B, T = f32> = View<'a, <B as Backend>::Buffer<T>>;
+/// A view of backend `B` to write `T` to.
+pub type Out<'a, B, T = f32> = ViewMut<'a, <B as Backend>::Buffer<T>>;
+
+/// Shape of a linear layer: `[rows, inputs] · [outputs, inputs]ᵀ = [rows, outputs]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinearShape {
+    /// R.
+    pub rows: usize,
+    /// Width of the input.
+    pub inputs: usize,
+    /// Width of the output.
+    pub outputs: usize,
+}
+
+/// Heads of one attention layer. A packed row is all query heads, all key heads, all value heads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads; head h reads key/value head `h / (query / key_value)`.
+    pub query: usize,
+    /// Key heads, and as many value heads.
+    pub key_value: usize,
+    /// H, the width of one head; even.
+    pub width: usize,
+}
+
+impl Heads {
+    /// Width of all query heads, which is that of the attention's output.
+    pub fn query_width(&self) -> usize {
+        self.query * self.width
+    }
+
+    /// Width of all key heads, or of all value heads.
+    pub fn key_value_width(&self) -> usize {
+        self.key_value * self.width
+    }
+
+    /// Width of a packed row.
+    pub fn packed_width(&self) -> usize {
+        self.query_width() + 2 * self.key_value_width()
+    }
+}
+
+/// Rotary tables, and the positions of the rows that they are applied to.
+#[derive(Debug)]
+pub struct Rope<'a, T> {
+    /// Cosines, `[positions, H/2]`.
+    pub cos: View<'a, T>,
+    /// Sines, `[positions, H/2]`.
+    pub sin: View<'a, T>,
+    /// Position of row 0.
+    pub first: usize,
+    /// Rows per sequence: row r has position `first + r % length`.
+    pub length: usize,
+}
+
+/// Columns `column..` of rows that are `stride` elements apart.
+#[derive(Debug)]
+pub struct Columns<'a, T> {
+    /// The rows.
+    pub rows: View<'a, T>,
+    /// Elements from one row to the next.
+    pub stride: usize,
+    /// First column.
+    pub column: usize,
+}
+
+/// Shape of causal attention: in each sequence, query i sits at key position `keys − queries + i`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionShape {
+    /// Independent sequences.
+    pub sequences: usize,
+    /// Query rows per sequence.
+    pub queries: usize,
+    /// Key and value rows per sequence, at least `queries`.
+    pub keys: usize,
+    /// Heads.
+    pub heads: Heads,
+}
+
+/// Where the fused head and loss puts its gradients.
+#[derive(Debug)]
+pub struct HeadGradients<'a, T> {
+    /// `[R, D]`, overwritten.
+    pub hidden: ViewMut<'a, T>,
+    /// `[V, D]`, overwritten.
+    pub table: ViewMut<'a, T>,
+    /// Weight of the z-loss.
+    pub z_loss: f32,
+}
+
+/// One AdamW step for a range of parameters with one decay.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamW {
+    /// The gradient is multiplied by this first (clipping).
+    pub gradient_scale: f32,
+    /// `1 − lr · weight_decay`, applied to the weight before the step.
+    pub decay: f32,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// `lr / (1 − β1^t)`.
+    pub step_size: f32,
+    /// `sqrt(1 − β2^t)`.
+    pub second_correction: f32,
+    /// Added to the root of the corrected second moment.
+    pub epsilon: f32,
+}
+
+/// A device. Cloning gives another handle to the same one.
+pub trait Backend: Clone + Debug + Send + Sync + 'static {
+    /// Memory of the device.
+    type Buffer<T: Element>: Debug + Send + Sync;
+
+    /// One line about the device for reports, for instance `cpu, 2 threads`.
+    fn describe(&self) -> String;
+
+    /// `len` zeros.
+    ///
+    /// # Errors
+    /// [`ModelError::OutOfMemory`].
+    fn allocate<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>, ModelError>;
+
+    /// Copies `from` to the device; lengths are equal.
+    fn upload<T: Element>(&self, to: Out<'_, Self, T>, from: &[T]);
+
+    /// Copies to the host what all kernels called so far have made; lengths are equal.
+    fn download<T: Element>(&self, from: In<'_, Self, T>, to: &mut [T]);
+
+    /// Does `work` close to the device. A whole pass goes through one call, so that entering the device's
+    /// threads is paid once and not once per kernel.
+    fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R;
+
+    /// `out[r] = table[ids[r]]`, rows of `width`.
+    fn embed(&self, out: Out<'_, Self>, table: In<'_, Self>, ids: In<'_, Self, u32>, width: usize);
+
+    /// `table_gradient[ids[r]] += gradient[r]`, in the order of the rows.
+    fn embed_backward(
+        &self,
+        table_gradient: Out<'_, Self>,
+        gradient: In<'_, Self>,
+        ids: In<'_, Self, u32>,
+        width: usize,
+    );
+
+    /// `out = x · weightᵀ`.
+    fn linear(&self, out: Out<'_, Self>, x: In<'_, Self>, weight: In<'_, Self>, shape: LinearShape);
+
+    /// Overwrites the gradients of `x` and `weight`.
+    fn linear_backward(
+        &self,
+        x_gradient: Out<'_, Self>,
+        weight_gradient: Out<'_, Self>,
+        gradient: In<'_, Self>,
+        x: In<'_, Self>,
+        weight: In<'_, Self>,
+        shape: LinearShape,
+    );
+
+    /// RMS norm over rows of `weight.len()`: `out = x / sqrt(mean(x²) + 1e-6) · weight`.
+    fn norm(&self, out: Out<'_, Self>, x: In<'_, Self>, weight: In<'_, Self>);
+
+    /// `sum = x + delta`, `out = norm(sum)`.
+    fn add_norm(
+        &self,
+        sum: Out<'_, Self>,
+        out: Out<'_, Self>,
+        x: In<'_, Self>,
+        delta: In<'_, Self>,
+        weight: In<'_, Self>,
+    );
+
+    /// Gradients of the norm: `weight_gradient` is overwritten, `x_gradient` is added to if `accumulate`
+    /// (the residual path has put its part there), else overwritten.
+    /// `scratch` holds `ceil(R / ROW_BLOCK) · D` elements.
+    fn norm_backward(
+        &self,
+        x_gradient: Out<'_, Self>,
+        weight_gradient: Out<'_, Self>,
+        gradient: In<'_, Self>,
+        x: In<'_, Self>,
+        weight: In<'_, Self>,
+        accumulate: bool,
+        scratch: Out<'_, Self>,
+    );
+
+    /// Packed rows with query and key heads normed (weights `[2, H]`: queries, keys) and rotated; values copied.
+    fn qk_norm_rope(
+        &self,
+        out: Out<'_, Self>,
+        packed: In<'_, Self>,
+        weights: In<'_, Self>,
+        rope: Rope<'_, Self::Buffer<f32>>,
+        heads: Heads,
+    );
+
+    /// Overwrites the gradients of `packed` and of the two norm weights (`[2, H]`).
+    /// `scratch` holds `ceil(R / ROW_BLOCK) · 2H` elements.
+    fn qk_norm_rope_backward(
+        &self,
+        packed_gradient: Out<'_, Self>,
+        weights_gradient: Out<'_, Self>,
+        gradient: In<'_, Self>,
+        packed: In<'_, Self>,
+        weights: In<'_, Self>,
+        rope: Rope<'_, Self::Buffer<f32>>,
+        heads: Heads,
+        scratch: Out<'_, Self>,
+    );
+
+    /// Causal attention with grouped queries: `out` is `[sequences · queries, query_width]`, `lse` the logsumexp
+    /// of the scaled scores, `[sequences, query heads, queries]`.
+    /// A query attends to keys `doc_starts[its row]..=its own position`; without `doc_starts`, from key 0.
+    fn attention(
+        &self,
+        out: Out<'_, Self>,
+        lse: Out<'_, Self>,
+        query: Columns<'_, Self::Buffer<f32>>,
+        key: Columns<'_, Self::Buffer<f32>>,
+        value: Columns<'_, Self::Buffer<f32>>,
+        doc_starts: Option<In<'_, Self, u32>>,
+        shape: AttentionShape,
+    );
+
+    /// Overwrites the gradient of the packed rows that [`Backend::attention`] took queries, keys and values from
+    /// (`keys == queries`).
+    fn attention_backward(
+        &self,
+        packed_gradient: Out<'_, Self>,
+        gradient: In<'_, Self>,
+        out: In<'_, Self>,
+        lse: In<'_, Self>,
+        packed: In<'_, Self>,
+        doc_starts: In<'_, Self, u32>,
+        shape: AttentionShape,
+    );
+
+    /// `out = silu(first half of the row) · second half`; `out` has rows of `width`, `x` of `2 · width`.
+    fn swiglu(&self, out: Out<'_, Self>, x: In<'_, Self>, width: usize);
+
+    /// Overwrites the gradient of `x`.
+    fn swiglu_backward(
+        &self,
+        x_gradient: Out<'_, Self>,
+        gradient: In<'_, Self>,
+        x: In<'_, Self>,
+        width: usize,
+    );
+
+    /// Output head and loss in one: per row, `cross_entropy = logsumexp(logits) − logits[target]` and `lse` =
+    /// logsumexp, both 0 where the target is [`IGNORE`]. `gradients`, if asked for, are those of
+    /// `Σ cross_entropy + z_loss · lse²`.
+    /// `logits` is scratch for some rows of `[V]` at a time: logits of the whole batch never exist.
+    fn head_loss(
+        &self,
+        cross_entropy: Out<'_, Self>,
+        lse: Out<'_, Self>,
+        gradients: Option<HeadGradients<'_, Self::Buffer<f32>>>,
+        hidden: In<'_, Self>,
+        table: In<'_, Self>,
+        targets: In<'_, Self, u32>,
+        logits: Out<'_, Self>,
+        shape: LinearShape,
+    );
+
+    /// One AdamW step for one range of parameters and their moments.
+    fn adamw(
+        &self,
+        weights: Out<'_, Self>,
+        first: Out<'_, Self>,
+        second: Out<'_, Self>,
+        gradient: In<'_, Self>,
+        step: AdamW,
+    );
+
+    /// Sum of squares of each [`BLOCK`] of `x`, in f64.
+    fn block_squares(&self, x: In<'_, Self>) -> Vec<f64>;
+
+    /// Adds the gradient, in quanta, to `sums`; says whether all of it was within the quantum's limit. If not,
+    /// `sums` must not be used.
+    #[must_use = "sums are unusable when this is false"]
+    fn quantise_add(&self, sums: Out<'_, Self, i64>, gradient: In<'_, Self>, quantum: &Quantum) -> bool;
+
+    /// `mean = sums · scale`: to f64, scaled, rounded once to f32.
+    fn dequantise(&self, mean: Out<'_, Self>, sums: In<'_, Self, i64>, scale: f64);
+
+    /// Copies columns `column..column + width` of rows `stride` apart to `out`, rows of `width` (a KV cache).
+    fn copy_columns(&self, out: Out<'_, Self>, from: Columns<'_, Self::Buffer<f32>>, width: usize);
+}

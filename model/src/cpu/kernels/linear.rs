@@ -1,0 +1,103 @@
+//! Embedding, linear layers and strided copies.
+
+use rayon::prelude::*;
+
+use super::matrix::{Matrix, MatrixMut, Output, all_threads, multiply};
+use super::simd::{axpy, dot, vectorised};
+use crate::backend::{LinearShape, ROW_BLOCK};
+
+/// `out[r] = table[ids[r]]`.
+pub(crate) fn embed(out: &mut [f32], table: &[f32], ids: &[u32], width: usize) {
+    for (out, id) in out.chunks_exact_mut(width).zip(ids) {
+        out.copy_from_slice(&table[*id as usize * width..][..width]);
+    }
+}
+
+/// `table_gradient[ids[r]] += gradient[r]`, one row after the other: a token may occur in any two rows.
+pub(crate) fn embed_backward(table_gradient: &mut [f32], gradient: &[f32], ids: &[u32], width: usize) {
+    for (gradient, id) in gradient.chunks_exact(width).zip(ids) {
+        add_row(&mut table_gradient[*id as usize * width..][..width], gradient);
+    }
+}
+
+vectorised! {
+    fn add_row(y: &mut [f32], x: &[f32]) {
+        axpy(y, 1.0, x);
+    }
+}
+
+/// Outputs per task when a single row goes through a layer.
+const OUTPUT_BLOCK: usize = 64;
+
+/// `out = x · weightᵀ`.
+pub(crate) fn linear(out: &mut [f32], x: &[f32], weight: &[f32], shape: LinearShape) {
+    let LinearShape { rows, inputs, outputs } = shape;
+    if rows == 1 {
+        // One token: the weights are read once and nothing is reused, so packing them would only cost.
+        let blocks = out.par_chunks_mut(OUTPUT_BLOCK).zip(weight.par_chunks(OUTPUT_BLOCK * inputs));
+        blocks.for_each(|(out, weight)| matrix_vector(out, x, weight));
+        return;
+    }
+    multiply(
+        &mut MatrixMut::new(out, rows, outputs, outputs),
+        Matrix::new(x, rows, inputs, inputs),
+        Matrix::new(weight, outputs, inputs, inputs).transposed(),
+        1.0,
+        Output::Overwrite,
+        all_threads(),
+    );
+}
+
+vectorised! {
+    fn matrix_vector(out: &mut [f32], x: &[f32], weight: &[f32]) {
+        for (out, weight) in out.iter_mut().zip(weight.chunks_exact(x.len())) {
+            *out = dot(x, weight);
+        }
+    }
+}
+
+/// `x_gradient = gradient · weight`.
+pub(crate) fn linear_backward_input(
+    x_gradient: &mut [f32],
+    gradient: &[f32],
+    weight: &[f32],
+    shape: LinearShape,
+) {
+    let LinearShape { rows, inputs, outputs } = shape;
+    multiply(
+        &mut MatrixMut::new(x_gradient, rows, inputs, inputs),
+        Matrix::new(gradient, rows, outputs, outputs),
+        Matrix::new(weight, outputs, inputs, inputs),
+        1.0,
+        Output::Overwrite,
+        all_threads(),
+    );
+}
+
+/// `weight_gradient = gradientᵀ · x`, or added to it.
+pub(crate) fn linear_backward_weight(
+    weight_gradient: &mut [f32],
+    gradient: &[f32],
+    x: &[f32],
+    shape: LinearShape,
+    output: Output,
+) {
+    let LinearShape { rows, inputs, outputs } = shape;
+    multiply(
+        &mut MatrixMut::new(weight_gradient, outputs, inputs, inputs),
+        Matrix::new(gradient, rows, outputs, outputs).transposed(),
+        Matrix::new(x, rows, inputs, inputs),
+        1.0,
+        output,
+        all_threads(),
+    );
+}
+
+/// Rows of `width` from columns of rows `stride` apart.
+pub(crate) fn copy_columns(out: &mut [f32], from: &[f32], stride: usize, column: usize, width: usize) {
+    out.par_chunks_mut(ROW_BLOCK * width).zip(from.par_chunks(ROW_BLOCK * stride)).for_each(|(out, from)| {
+        for (out, from) in out.chunks_exact_mut(width).zip(from.chunks(stride)) {
+            out.copy_from_slice(&from[column..column + width]);
+        }
+    });
+}

@@ -1,0 +1,101 @@
+//! What happens to a finished gradient: exact sums, its norm, and AdamW.
+
+use rayon::prelude::*;
+
+use super::simd::vectorised;
+use crate::backend::{AdamW, BLOCK};
+use crate::exact::Quantum;
+
+/// One AdamW step.
+pub(crate) fn adamw(
+    weights: &mut [f32],
+    first: &mut [f32],
+    second: &mut [f32],
+    gradient: &[f32],
+    step: AdamW,
+) {
+    weights
+        .par_chunks_mut(BLOCK)
+        .zip(first.par_chunks_mut(BLOCK).zip(second.par_chunks_mut(BLOCK)))
+        .zip(gradient.par_chunks(BLOCK))
+        .for_each(|((weights, (first, second)), gradient)| {
+            adamw_block(weights, first, second, gradient, step);
+        });
+}
+
+vectorised! {
+    fn adamw_block(weights: &mut [f32], first: &mut [f32], second: &mut [f32], gradient: &[f32], step: AdamW) {
+        let moments = first.iter_mut().zip(second);
+        for ((weight, (first, second)), gradient) in weights.iter_mut().zip(moments).zip(gradient) {
+            let gradient = gradient * step.gradient_scale;
+            *first += (1.0 - step.beta1) * (gradient - *first);
+            *second = step.beta2 * *second + (1.0 - step.beta2) * (gradient * gradient);
+            let root = second.sqrt() / step.second_correction + step.epsilon;
+            *weight = *weight * step.decay - step.step_size * (*first / root);
+        }
+    }
+}
+
+/// Sum of squares per block.
+pub(crate) fn block_squares(x: &[f32]) -> Vec<f64> {
+    x.par_chunks(BLOCK).map(squares).collect()
+}
+
+vectorised! {
+    fn squares(x: &[f32]) -> f64 {
+        let mut sums = [0f64; 8];
+        let chunks = x.chunks_exact(sums.len());
+        let rest = chunks.remainder();
+        for chunk in chunks {
+            for (sum, x) in sums.iter_mut().zip(chunk) {
+                *sum += f64::from(*x) * f64::from(*x);
+            }
+        }
+        let mut sum = 0.0;
+        for lane in sums {
+            sum += lane;
+        }
+        for x in rest {
+            sum += f64::from(*x) * f64::from(*x);
+        }
+        sum
+    }
+}
+
+/// Adds the gradient in quanta; false if any element is out of range.
+pub(crate) fn quantise_add(sums: &mut [i64], gradient: &[f32], quantum: &Quantum) -> bool {
+    // A power of two, so that multiplying by its inverse is exact.
+    let (inverse, limit) = (1.0 / quantum.value(), quantum.limit());
+    sums.par_chunks_mut(BLOCK)
+        .zip(gradient.par_chunks(BLOCK))
+        .map(|(sums, gradient)| quantise_block(sums, gradient, inverse, limit))
+        .reduce(|| true, |a, b| a & b)
+}
+
+vectorised! {
+    fn quantise_block(sums: &mut [i64], gradient: &[f32], inverse: f64, limit: f64) -> bool {
+        let mut in_range = true;
+        for (sum, gradient) in sums.iter_mut().zip(gradient) {
+            let gradient = f64::from(*gradient);
+            in_range &= gradient.abs() <= limit;
+            // In range nothing wraps; out of range the sums are void anyway.
+            *sum = sum.wrapping_add((gradient * inverse).round_ties_even() as i64);
+        }
+        in_range
+    }
+}
+
+/// `mean = sums · scale`.
+pub(crate) fn dequantise(mean: &mut [f32], sums: &[i64], scale: f64) {
+    mean.par_chunks_mut(BLOCK)
+        .zip(sums.par_chunks(BLOCK))
+        .for_each(|(mean, sums)| dequantise_block(mean, sums, scale));
+}
+
+vectorised! {
+    fn dequantise_block(mean: &mut [f32], sums: &[i64], scale: f64) {
+        for (mean, sum) in mean.iter_mut().zip(sums) {
+            *mean = (*sum as f64 * scale) as f32;
+        }
+    }
+}

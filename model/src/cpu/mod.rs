@@ -1,0 +1,308 @@
+//! The CPU backend: Rust loops and the crate `gemm` on a thread pool of its own.
+//!
+//! This module only turns views into slices and enters the pool; what is computed is in [`kernels`].
+
+#[expect(
+    unsafe_code,
+    clippy::inline_always,
+    reason = "vectorised versions, disjoint blocks and the matrix product; see the module"
+)]
+mod kernels;
+
+use std::sync::Arc;
+
+use kernels::attention::{self, Strided};
+use kernels::matrix::Output;
+use kernels::norm::{self, RopeTables};
+use kernels::{head, linear, optimizer, swiglu};
+use rayon::ThreadPool;
+
+use crate::backend::{
+    AdamW, AttentionShape, Backend, Columns, Element, HeadGradients, Heads, In, LinearShape, Out, Rope, View,
+    ViewMut,
+};
+use crate::error::ModelError;
+use crate::exact::Quantum;
+
+/// The CPU as a device, in float32. Results have the same bits for any number of threads.
+#[derive(Debug, Clone)]
+pub struct Cpu {
+    pool: Arc<ThreadPool>,
+}
+
+impl Cpu {
+    /// A pool of that many threads, at least one.
+    ///
+    /// # Panics
+    /// If the system refuses to start threads.
+    pub fn new(threads: usize) -> Self {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads.max(1))
+            .thread_name(|thread| format!("compute-{thread}"))
+            .build()
+            .expect("a system that cannot start threads cannot train");
+        Self { pool: Arc::new(pool) }
+    }
+
+    /// Number of threads.
+    pub fn threads(&self) -> usize {
+        self.pool.current_num_threads()
+    }
+}
+
+impl<'a, T> View<'a, Vec<T>> {
+    fn slice(self) -> &'a [T] {
+        &self.buffer[self.range]
+    }
+}
+
+impl<'a, T> ViewMut<'a, Vec<T>> {
+    fn slice(self) -> &'a mut [T] {
+        &mut self.buffer[self.range]
+    }
+}
+
+impl<'a> Columns<'a, Vec<f32>> {
+    fn strided(self) -> Strided<'a> {
+        Strided { data: self.rows.slice(), stride: self.stride, column: self.column }
+    }
+}
+
+impl<'a> Rope<'a, Vec<f32>> {
+    fn tables(self) -> RopeTables<'a> {
+        RopeTables { cos: self.cos.slice(), sin: self.sin.slice(), first: self.first, length: self.length }
+    }
+}
+
+impl Backend for Cpu {
+    type Buffer<T: Element> = Vec<T>;
+
+    fn describe(&self) -> String {
+        format!("cpu, {} threads", self.threads())
+    }
+
+    fn allocate<T: Element>(&self, len: usize) -> Result<Vec<T>, ModelError> {
+        let mut buffer = Vec::new();
+        buffer.try_reserve_exact(len).map_err(|_| ModelError::OutOfMemory { bytes: len * size_of::<T>() })?;
+        // Writing the zeros takes the pages now: what does not fit fails at the start, not at some later step.
+        buffer.resize(len, T::zeroed());
+        Ok(buffer)
+    }
+
+    fn upload<T: Element>(&self, to: Out<'_, Self, T>, from: &[T]) {
+        to.slice().copy_from_slice(from);
+    }
+
+    fn download<T: Element>(&self, from: In<'_, Self, T>, to: &mut [T]) {
+        to.copy_from_slice(from.slice());
+    }
+
+    fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        self.pool.install(work)
+    }
+
+    fn embed(&self, out: Out<'_, Self>, table: In<'_, Self>, ids: In<'_, Self, u32>, width: usize) {
+        linear::embed(out.slice(), table.slice(), ids.slice(), width);
+    }
+
+    fn embed_backward(
+        &self,
+        table_gradient: Out<'_, Self>,
+        gradient: In<'_, Self>,
+        ids: In<'_, Self, u32>,
+        width: usize,
+    ) {
+        linear::embed_backward(table_gradient.slice(), gradient.slice(), ids.slice(), width);
+    }
+
+    fn linear(&self, out: Out<'_, Self>, x: In<'_, Self>, weight: In<'_, Self>, shape: LinearShape) {
+        let (out, x, weight) = (out.slice(), x.slice(), weight.slice());
+        self.run(|| linear::linear(out, x, weight, shape));
+    }
+
+    fn linear_backward(
+        &self,
+        x_gradient: Out<'_, Self>,
+        weight_gradient: Out<'_, Self>,
+        gradient: In<'_, Self>,
+        x: In<'_, Self>,
+        weight: In<'_, Self>,
+        shape: LinearShape,
+    ) {
+        let (x_gradient, weight_gradient) = (x_gradient.slice(), weight_gradient.slice());
+        let (gradient, x, weight) = (gradient.slice(), x.slice(), weight.slice());
+        self.run(|| {
+            linear::linear_backward_input(x_gradient, gradient, weight, shape);
+            linear::linear_backward_weight(weight_gradient, gradient, x, shape, Output::Overwrite);
+        });
+    }
+
+    fn norm(&self, out: Out<'_, Self>, x: In<'_, Self>, weight: In<'_, Self>) {
+        let (out, x, weight) = (out.slice(), x.slice(), weight.slice());
+        self.run(|| norm::norm(out, x, weight));
+    }
+
+    fn add_norm(
+        &self,
+        sum: Out<'_, Self>,
+        out: Out<'_, Self>,
+        x: In<'_, Self>,
+        delta: In<'_, Self>,
+        weight: In<'_, Self>,
+    ) {
+        let (sum, out) = (sum.slice(), out.slice());
+        let (x, delta, weight) = (x.slice(), delta.slice(), weight.slice());
+        self.run(|| norm::add_norm(sum, out, x, delta, weight));
+    }
+
+    fn norm_backward(
+        &self,
+        x_gradient: Out<'_, Self>,
+        weight_gradient: Out<'_, Self>,
+        gradient: In<'_, Self>,
+        x: In<'_, Self>,
+        weight: In<'_, Self>,
+        accumulate: bool,
+        scratch: Out<'_, Self>,
+    ) {
+        let (x_gradient, weight_gradient, scratch) =
+            (x_gradient.slice(), weight_gradient.slice(), scratch.slice());
+        let (gradient, x, weight) = (gradient.slice(), x.slice(), weight.slice());
+        self.run(|| {
+            norm::norm_backward(x_gradient, weight_gradient, gradient, x, weight, accumulate, scratch);
+        });
+    }
+
+    fn qk_norm_rope(
+        &self,
+        out: Out<'_, Self>,
+        packed: In<'_, Self>,
+        weights: In<'_, Self>,
+        rope: Rope<'_, Vec<f32>>,
+        heads: Heads,
+    ) {
+        let (out, packed, weights, rope) = (out.slice(), packed.slice(), weights.slice(), rope.tables());
+        self.run(|| norm::qk_norm_rope(out, packed, weights, rope, heads));
+    }
+
+    fn qk_norm_rope_backward(
+        &self,
+        packed_gradient: Out<'_, Self>,
+        weights_gradient: Out<'_, Self>,
+        gradient: In<'_, Self>,
+        packed: In<'_, Self>,
+        weights: In<'_, Self>,
+        rope: Rope<'_, Vec<f32>>,
+        heads: Heads,
+        scratch: Out<'_, Self>,
+    ) {
+        let (into, weights_into, scratch) =
+            (packed_gradient.slice(), weights_gradient.slice(), scratch.slice());
+        let (gradient, packed, weights) = (gradient.slice(), packed.slice(), weights.slice());
+        let rope = rope.tables();
+        self.run(|| {
+            norm::qk_norm_rope_backward(into, weights_into, gradient, packed, weights, rope, heads, scratch);
+        });
+    }
+
+    fn attention(
+        &self,
+        out: Out<'_, Self>,
+        lse: Out<'_, Self>,
+        query: Columns<'_, Vec<f32>>,
+        key: Columns<'_, Vec<f32>>,
+        value: Columns<'_, Vec<f32>>,
+        doc_starts: Option<In<'_, Self, u32>>,
+        shape: AttentionShape,
+    ) {
+        let (out, lse, doc_starts) = (out.slice(), lse.slice(), doc_starts.map(View::slice));
+        let (query, key, value) = (query.strided(), key.strided(), value.strided());
+        self.run(|| attention::attention(out, lse, query, key, value, doc_starts, shape));
+    }
+
+    fn attention_backward(
+        &self,
+        packed_gradient: Out<'_, Self>,
+        gradient: In<'_, Self>,
+        out: In<'_, Self>,
+        lse: In<'_, Self>,
+        packed: In<'_, Self>,
+        doc_starts: In<'_, Self, u32>,
+        shape: AttentionShape,
+    ) {
+        let (into, gradient, out) = (packed_gradient.slice(), gradient.slice(), out.slice());
+        let (lse, packed, doc_starts) = (lse.slice(), packed.slice(), doc_starts.slice());
+        self.run(|| attention::attention_backward(into, gradient, out, lse, packed, doc_starts, shape));
+    }
+
+    fn swiglu(&self, out: Out<'_, Self>, x: In<'_, Self>, width: usize) {
+        let (out, x) = (out.slice(), x.slice());
+        self.run(|| swiglu::swiglu(out, x, width));
+    }
+
+    fn swiglu_backward(
+        &self,
+        x_gradient: Out<'_, Self>,
+        gradient: In<'_, Self>,
+        x: In<'_, Self>,
+        width: usize,
+    ) {
+        let (x_gradient, gradient, x) = (x_gradient.slice(), gradient.slice(), x.slice());
+        self.run(|| swiglu::swiglu_backward(x_gradient, gradient, x, width));
+    }
+
+    fn head_loss(
+        &self,
+        cross_entropy: Out<'_, Self>,
+        lse: Out<'_, Self>,
+        gradients: Option<HeadGradients<'_, Vec<f32>>>,
+        hidden: In<'_, Self>,
+        table: In<'_, Self>,
+        targets: In<'_, Self, u32>,
+        logits: Out<'_, Self>,
+        shape: LinearShape,
+    ) {
+        let (cross_entropy, lse, logits) = (cross_entropy.slice(), lse.slice(), logits.slice());
+        let (hidden, table, targets) = (hidden.slice(), table.slice(), targets.slice());
+        let gradients = gradients.map(|gradients| head::Gradients {
+            hidden: gradients.hidden.slice(),
+            table: gradients.table.slice(),
+            z_loss: gradients.z_loss,
+        });
+        self.run(|| head::head_loss(cross_entropy, lse, gradients, hidden, table, targets, logits, shape));
+    }
+
+    fn adamw(
+        &self,
+        weights: Out<'_, Self>,
+        first: Out<'_, Self>,
+        second: Out<'_, Self>,
+        gradient: In<'_, Self>,
+        step: AdamW,
+    ) {
+        let (weights, first, second, gradient) =
+            (weights.slice(), first.slice(), second.slice(), gradient.slice());
+        self.run(|| optimizer::adamw(weights, first, second, gradient, step));
+    }
+
+    fn block_squares(&self, x: In<'_, Self>) -> Vec<f64> {
+        let x = x.slice();
+        self.run(|| optimizer::block_squares(x))
+    }
+
+    fn quantise_add(&self, sums: Out<'_, Self, i64>, gradient: In<'_, Self>, quantum: &Quantum) -> bool {
+        let (sums, gradient) = (sums.slice(), gradient.slice());
+        self.run(|| optimizer::quantise_add(sums, gradient, quantum))
+    }
+
+    fn dequantise(&self, mean: Out<'_, Self>, sums: In<'_, Self, i64>, scale: f64) {
+        let (mean, sums) = (mean.slice(), sums.slice());
+        self.run(|| optimizer::dequantise(mean, sums, scale));
+    }
+
+    fn copy_columns(&self, out: Out<'_, Self>, from: Columns<'_, Vec<f32>>, width: usize) {
+        let (out, Columns { rows, stride, column }) = (out.slice(), from);
+        let rows: &[f32] = rows.slice();
+        self.run(|| linear::copy_columns(out, rows, stride, column, width));
+    }
+}

@@ -1,0 +1,82 @@
+//! What can go wrong with a model, and what its caller can do about it.
+
+use std::path::{Path, PathBuf};
+
+use ulmus_types::ErrorKind;
+
+/// An error of the model crate.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The device has no room for a buffer.
+    #[error("no memory for a buffer of {bytes} bytes; use a smaller train.micro_batch or model")]
+    OutOfMemory {
+        /// Size of the buffer that did not fit.
+        bytes: usize,
+    },
+    /// A batch that does not fit the model or its buffers.
+    #[error("micro-batch refused: {0}")]
+    Batch(String),
+    /// A gradient is NaN, infinite or too large for the exact sum.
+    #[error(
+        "a gradient is not finite or above {limit:e}, the most that one micro-batch may add; \
+         lower train.max_lr or look at the data of this step"
+    )]
+    GradientRange {
+        /// Largest magnitude that one micro-batch may add.
+        limit: f64,
+    },
+    /// The norm of the mean gradient is NaN or infinite.
+    #[error("the gradient norm is {norm}; the weights were left as they were; lower train.max_lr")]
+    GradientNorm {
+        /// The norm.
+        norm: f64,
+    },
+    /// A file could not be read or written.
+    #[error("cannot {act} {}: {source}", path.display())]
+    File {
+        /// What was tried: "read" or "write".
+        act: &'static str,
+        /// Which file.
+        path: PathBuf,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// A file of a model directory that is not what it should be.
+    #[error("{}: {problem}", path.display())]
+    Format {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong, and what is accepted.
+        problem: String,
+    },
+    /// Tensor bytes that are not those of this model.
+    #[error("tensors refused: {0}")]
+    Tensors(String),
+}
+
+impl ModelError {
+    pub(crate) fn format(path: &Path, problem: impl Into<String>) -> Self {
+        Self::Format { path: path.to_owned(), problem: problem.into() }
+    }
+
+    /// For `map_err` after an attempt to `act` ("read", "write") on `path`.
+    pub(crate) fn file(act: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::File { act, path: path.to_owned(), source }
+    }
+
+    /// What the caller can do.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::OutOfMemory { .. }
+            | Self::Batch(_)
+            | Self::GradientRange { .. }
+            | Self::GradientNorm { .. }
+            | Self::Format { .. } => ErrorKind::InvalidInput,
+            Self::File { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+                ErrorKind::InvalidInput
+            }
+            Self::File { .. } => ErrorKind::Internal,
+            Self::Tensors(_) => ErrorKind::Corrupt,
+        }
+    }
+}

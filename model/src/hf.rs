@@ -1,0 +1,302 @@
+//! Hugging Face model directories: `config.json`, `model.safetensors` (or shards with an index),
+//! `generation_config.json`.
+//!
+//! What is written can be loaded by transformers, mlx-lm and llama.cpp as an OpenELM. What is read may come from
+//! anywhere, so a config that asks for something this implementation does not compute is refused, field by field,
+//! rather than computed differently.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use ulmus_plan::{ModelConfig, Multipliers};
+use ulmus_types::Problems;
+
+use crate::error::ModelError;
+use crate::params::Layout;
+use crate::tensors::{WeightReader, metadata, views};
+
+const CONFIG: &str = "config.json";
+const GENERATION_CONFIG: &str = "generation_config.json";
+const WEIGHTS: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// Tokens that a model directory names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SpecialTokens {
+    /// Begins a document.
+    pub bos: u32,
+    /// Ends a document; generation stops at it.
+    pub eos: u32,
+}
+
+impl Default for SpecialTokens {
+    /// Those of the published models' tokenizer.
+    fn default() -> Self {
+        Self { bos: 1, eos: 2 }
+    }
+}
+
+/// A model directory in memory.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HfModel {
+    /// Shape of the model.
+    pub config: ModelConfig,
+    /// Flat weights in the order of [`Layout`].
+    pub weights: Vec<f32>,
+    /// Tokens of its tokenizer.
+    pub tokens: SpecialTokens,
+}
+
+/// Every field that is understood; others are passed over.
+#[derive(Debug, Deserialize)]
+struct ConfigFile {
+    model_type: Option<String>,
+    vocab_size: usize,
+    max_context_length: usize,
+    num_transformer_layers: usize,
+    model_dim: usize,
+    head_dim: usize,
+    qkv_multipliers: Multipliers,
+    num_query_heads: Option<Vec<usize>>,
+    num_kv_heads: Option<Vec<usize>>,
+    num_gqa_groups: usize,
+    ffn_multipliers: Multipliers,
+    ffn_with_glu: Option<bool>,
+    ffn_dim_divisor: usize,
+    activation_fn_name: Option<String>,
+    normalization_layer_name: Option<String>,
+    normalize_qk_projections: Option<bool>,
+    share_input_output_layers: Option<bool>,
+    rope_freq_constant: Option<f64>,
+    bos_token_id: Option<u32>,
+    eos_token_id: Option<u32>,
+}
+
+impl ConfigFile {
+    /// The fields that change what is computed; only one value of each is implemented.
+    fn check_supported(&self) -> Result<(), String> {
+        let is = |field: &Option<String>, accepted: &[&str]| {
+            field.as_deref().is_none_or(|value| accepted.contains(&value))
+        };
+        let yes = |field: Option<bool>| field.unwrap_or(true);
+        let unsupported = if !is(&self.model_type, &["openelm"]) {
+            format!("model_type {:?} (only \"openelm\")", self.model_type.as_deref().unwrap_or_default())
+        } else if !is(&self.activation_fn_name, &["swish", "silu"]) {
+            format!(
+                "activation_fn_name {:?} (only \"swish\")",
+                self.activation_fn_name.as_deref().unwrap_or_default()
+            )
+        } else if !is(&self.normalization_layer_name, &["rms_norm"]) {
+            let name = self.normalization_layer_name.as_deref().unwrap_or_default();
+            format!("normalization_layer_name {name:?} (only \"rms_norm\")")
+        } else if !yes(self.ffn_with_glu) {
+            "ffn_with_glu false (only true)".to_owned()
+        } else if !yes(self.normalize_qk_projections) {
+            "normalize_qk_projections false (only true)".to_owned()
+        } else if !yes(self.share_input_output_layers) {
+            "share_input_output_layers false (only tied embeddings, true)".to_owned()
+        } else {
+            return Ok(());
+        };
+        Err(format!("not supported: {unsupported}"))
+    }
+
+    fn resolve(self) -> Result<(ModelConfig, SpecialTokens), String> {
+        self.check_supported()?;
+        let config = ModelConfig {
+            vocab_size: self.vocab_size,
+            max_context_length: self.max_context_length,
+            num_transformer_layers: self.num_transformer_layers,
+            model_dim: self.model_dim,
+            head_dim: self.head_dim,
+            num_gqa_groups: self.num_gqa_groups,
+            qkv_multipliers: self.qkv_multipliers,
+            ffn_multipliers: self.ffn_multipliers,
+            ffn_dim_divisor: self.ffn_dim_divisor,
+            rope_freq_constant: self.rope_freq_constant.unwrap_or(10_000.0),
+        };
+        let mut problems = Problems::new();
+        config.check("model", &mut problems);
+        if !problems.is_empty() {
+            return Err(problems.to_string());
+        }
+        let layers = config.layers();
+        let computed =
+            |heads: fn(&ulmus_plan::LayerDims) -> usize| layers.iter().map(heads).collect::<Vec<_>>();
+        for (name, stated, computed) in [
+            ("num_query_heads", self.num_query_heads, computed(|layer| layer.q_heads)),
+            ("num_kv_heads", self.num_kv_heads, computed(|layer| layer.kv_heads)),
+        ] {
+            if let Some(stated) = stated.filter(|stated| *stated != computed) {
+                return Err(format!("{name} is {stated:?}, but qkv_multipliers give {computed:?}"));
+            }
+        }
+        let defaults = SpecialTokens::default();
+        let tokens = SpecialTokens {
+            bos: self.bos_token_id.unwrap_or(defaults.bos),
+            eos: self.eos_token_id.unwrap_or(defaults.eos),
+        };
+        Ok((config, tokens))
+    }
+}
+
+/// Reads `config.json` of a model directory.
+///
+/// # Errors
+/// [`ModelError::File`] if it cannot be read; [`ModelError::Format`] if it is not the config of an OpenELM that is
+/// supported.
+pub fn read_config(directory: &Path) -> Result<(ModelConfig, SpecialTokens), ModelError> {
+    let path = directory.join(CONFIG);
+    let file: ConfigFile = read_json(&path)?;
+    file.resolve().map_err(|problem| ModelError::format(&path, problem))
+}
+
+/// Reads a model directory.
+///
+/// # Errors
+/// As [`read_config`], and for weights that are missing, damaged or of another shape.
+pub fn read(directory: &Path) -> Result<HfModel, ModelError> {
+    let (config, tokens) = read_config(directory)?;
+    let layout = Layout::new(&config);
+    let mut reader = WeightReader::new(&layout);
+    let index = directory.join(INDEX);
+    let (files, whole) = if index.exists() {
+        let shards: ShardIndex = read_json(&index)?;
+        let names: BTreeSet<String> = shards.weight_map.into_values().collect();
+        if let Some(name) = names.iter().find(|name| Path::new(name).components().count() != 1) {
+            return Err(ModelError::format(
+                &index,
+                format!("shard {name:?} is not a file of this directory"),
+            ));
+        }
+        (names.iter().map(|name| directory.join(name)).collect(), index)
+    } else {
+        let file = directory.join(WEIGHTS);
+        (vec![file.clone()], file)
+    };
+    for path in files {
+        let file = File::open(&path).map_err(ModelError::file("read", &path))?;
+        reader.read(BufReader::new(file)).map_err(|problem| ModelError::format(&path, problem))?;
+    }
+    let weights = reader.finish().map_err(|problem| ModelError::format(&whole, problem))?;
+    Ok(HfModel { config, weights, tokens })
+}
+
+/// Which file each tensor of a sharded model is in.
+#[derive(Debug, Deserialize)]
+struct ShardIndex {
+    weight_map: BTreeMap<String, String>,
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
+    let text = std::fs::read(path).map_err(ModelError::file("read", path))?;
+    serde_json::from_slice(&text).map_err(|error| ModelError::format(path, error.to_string()))
+}
+
+/// `config.json` as it is written: widths expanded per layer, as in the published models.
+#[derive(Debug, Serialize)]
+#[expect(clippy::struct_excessive_bools, reason = "the file format has these fields")]
+struct ExportedConfig<'a> {
+    architectures: [&'a str; 1],
+    model_type: &'a str,
+    vocab_size: usize,
+    max_context_length: usize,
+    num_transformer_layers: usize,
+    model_dim: usize,
+    head_dim: usize,
+    qkv_multipliers: &'a Multipliers,
+    num_query_heads: Vec<usize>,
+    num_kv_heads: Vec<usize>,
+    num_gqa_groups: usize,
+    ffn_multipliers: Vec<f64>,
+    ffn_with_glu: bool,
+    ffn_dim_divisor: usize,
+    activation_fn_name: &'a str,
+    normalization_layer_name: &'a str,
+    normalize_qk_projections: bool,
+    share_input_output_layers: bool,
+    rope_freq_constant: f64,
+    rope_max_length: usize,
+    initializer_range: f64,
+    use_cache: bool,
+    bos_token_id: u32,
+    eos_token_id: u32,
+    torch_dtype: &'a str,
+}
+
+/// The text of `config.json`.
+pub fn config_json(config: &ModelConfig, tokens: SpecialTokens) -> String {
+    let layers = config.layers();
+    json(&ExportedConfig {
+        architectures: ["OpenELMForCausalLM"],
+        model_type: "openelm",
+        vocab_size: config.vocab_size,
+        max_context_length: config.max_context_length,
+        num_transformer_layers: config.num_transformer_layers,
+        model_dim: config.model_dim,
+        head_dim: config.head_dim,
+        qkv_multipliers: &config.qkv_multipliers,
+        num_query_heads: layers.iter().map(|layer| layer.q_heads).collect(),
+        num_kv_heads: layers.iter().map(|layer| layer.kv_heads).collect(),
+        num_gqa_groups: config.num_gqa_groups,
+        ffn_multipliers: config.ffn_multipliers.expand(config.num_transformer_layers),
+        ffn_with_glu: true,
+        ffn_dim_divisor: config.ffn_dim_divisor,
+        activation_fn_name: "swish",
+        normalization_layer_name: "rms_norm",
+        normalize_qk_projections: true,
+        share_input_output_layers: true,
+        rope_freq_constant: config.rope_freq_constant,
+        rope_max_length: 2 * config.max_context_length,
+        // Read by nobody: the weights are there.
+        initializer_range: 0.02,
+        use_cache: true,
+        bos_token_id: tokens.bos,
+        eos_token_id: tokens.eos,
+        torch_dtype: "float32",
+    })
+}
+
+/// The text of `generation_config.json`.
+pub fn generation_config_json(tokens: SpecialTokens) -> String {
+    json(&serde_json::json!({ "bos_token_id": tokens.bos, "eos_token_id": tokens.eos }))
+}
+
+fn json(value: &impl Serialize) -> String {
+    let mut text = serde_json::to_string_pretty(value).expect("plain data with finite numbers is valid JSON");
+    text.push('\n');
+    text
+}
+
+/// Writes a model directory, which is made if it does not exist; files of these names are replaced.
+/// Tokenizer files are the caller's to add.
+///
+/// # Errors
+/// [`ModelError::File`] if a file cannot be written; [`ModelError::Tensors`] if there is not one weight per
+/// parameter.
+pub fn write(
+    directory: &Path,
+    config: &ModelConfig,
+    weights: &[f32],
+    tokens: SpecialTokens,
+) -> Result<(), ModelError> {
+    let layout = Layout::new(config);
+    layout.check_len(weights)?;
+    std::fs::create_dir_all(directory).map_err(ModelError::file("write", directory))?;
+    for (name, text) in
+        [(CONFIG, config_json(config, tokens)), (GENERATION_CONFIG, generation_config_json(tokens))]
+    {
+        let path = directory.join(name);
+        std::fs::write(&path, text).map_err(ModelError::file("write", &path))?;
+    }
+    let path = directory.join(WEIGHTS);
+    safetensors::serialize_to_file(views(&layout, weights)?, Some(metadata()), &path).map_err(|error| {
+        match error {
+            safetensors::SafeTensorError::IoError(source) => ModelError::file("write", &path)(source),
+            other => ModelError::format(&path, other.to_string()),
+        }
+    })
+}

@@ -1,0 +1,324 @@
+//! One worker's copy of the training state, and the operations of a step on it.
+//!
+//! A step, as a worker drives it: for each of its micro-batches [`Replica::forward_backward`] (overwrites the
+//! gradient) and [`Replica::quantise_add`] (adds it exactly to integer sums); the sums are reduced over the
+//! workers; [`Replica::set_mean_gradient`] turns them into the mean gradient; [`Replica::update`] clips and steps.
+//! Two replicas with the same state and the same mean gradient have the same state afterwards, bit for bit.
+//! It does not know how sums travel, nor what a batch is made of.
+
+use std::ops::Range;
+
+use ulmus_plan::{ModelConfig, TrainConfig};
+use ulmus_types::Digest;
+
+use crate::backend::{AdamW, Backend, IGNORE, View, ViewMut};
+use crate::batch::{LossSum, MicroBatch};
+use crate::error::ModelError;
+use crate::exact::Quantum;
+use crate::init::initial_values;
+use crate::network::{Network, Planner, read, write};
+use crate::params::Layout;
+
+/// Elements that go through the host at a time when a state is hashed or filled.
+const CHUNK: usize = 1 << 20;
+
+/// Added to the norm before it divides the clipping threshold, as in the reference.
+const CLIP_EPSILON: f64 = 1e-6;
+
+/// One of the three flat vectors that make up the state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum StatePart {
+    /// The weights.
+    Weights,
+    /// AdamW's first moment.
+    FirstMoment,
+    /// AdamW's second moment.
+    SecondMoment,
+}
+
+impl StatePart {
+    /// All parts, in the order in which they are hashed.
+    pub const ALL: [Self; 3] = [Self::Weights, Self::FirstMoment, Self::SecondMoment];
+}
+
+/// The state on the host: three flat vectors in the order of [`Layout`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct State {
+    /// The weights.
+    pub weights: Vec<f32>,
+    /// AdamW's first moment.
+    pub first_moment: Vec<f32>,
+    /// AdamW's second moment.
+    pub second_moment: Vec<f32>,
+}
+
+/// Weights, moments and gradient of one model on one device, and the network that computes with them.
+#[derive(Debug)]
+pub struct Replica<B: Backend> {
+    backend: B,
+    layout: Layout,
+    network: Network<B>,
+    weights: B::Buffer<f32>,
+    first_moment: B::Buffer<f32>,
+    second_moment: B::Buffer<f32>,
+    gradient: B::Buffer<f32>,
+    z_loss: f32,
+    planned_bytes: u64,
+}
+
+impl<B: Backend> Replica<B> {
+    /// Plans a replica for micro-batches of `sequences` × `length`; all its memory is taken here, all of it zero.
+    /// `z_loss` is the weight of the squared logsumexp in the loss whose gradient is computed.
+    ///
+    /// # Errors
+    /// [`ModelError::OutOfMemory`]; [`ModelError::Batch`] for an empty shape.
+    pub fn new(
+        backend: B,
+        config: &ModelConfig,
+        sequences: usize,
+        length: usize,
+        z_loss: f64,
+    ) -> Result<Self, ModelError> {
+        if sequences == 0 || length == 0 {
+            return Err(ModelError::Batch(format!("[{sequences}, {length}] has no position")));
+        }
+        let layout = Layout::new(config);
+        let network = Network::new(backend.clone(), config, &layout, sequences, length)?;
+        let plan = &mut Planner::new(&backend);
+        let len = layout.parameters();
+        Ok(Self {
+            network,
+            weights: plan.buffer(len)?,
+            first_moment: plan.buffer(len)?,
+            second_moment: plan.buffer(len)?,
+            gradient: plan.buffer(len)?,
+            z_loss: z_loss as f32,
+            planned_bytes: plan.bytes,
+            layout,
+            backend,
+        })
+    }
+
+    /// Names, shapes and places of the parameters.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The device.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// Bytes of all buffers of this replica. The integer sums belong to the caller.
+    pub fn planned_bytes(&self) -> u64 {
+        self.planned_bytes + self.network.planned_bytes()
+    }
+
+    /// Initial weights of that seed, the same for any number of workers; moments become 0.
+    pub fn initialise(&mut self, seed: u64) {
+        for (index, tensor) in self.layout.tensors().iter().enumerate() {
+            let values = initial_values(tensor, index, seed);
+            self.backend.upload(ViewMut::new(&mut self.weights, tensor.range.clone()), &values);
+        }
+        let zeros = vec![0.0; CHUNK.min(self.layout.parameters())];
+        for range in chunks(self.layout.parameters()) {
+            let zeros = &zeros[..range.len()];
+            self.backend.upload(ViewMut::new(&mut self.first_moment, range.clone()), zeros);
+            self.backend.upload(ViewMut::new(&mut self.second_moment, range), zeros);
+        }
+    }
+
+    /// Loss sums of the batch, and the gradient of `Σ ce + z_loss · lse²` over its valid tokens, which replaces
+    /// the gradient.
+    ///
+    /// # Errors
+    /// [`ModelError::Batch`] if the batch does not fit the planned shape or the vocabulary.
+    pub fn forward_backward(&mut self, batch: &MicroBatch) -> Result<LossSum, ModelError> {
+        self.network.load(batch)?;
+        let Self { backend, network, weights, gradient, z_loss, .. } = self;
+        backend.run(|| {
+            network.forward(weights);
+            network.loss_backward(weights, gradient, *z_loss);
+        });
+        Ok(self.loss_sum(batch))
+    }
+
+    /// Loss sums of the batch; the gradient stays as it is.
+    ///
+    /// # Errors
+    /// As for [`Replica::forward_backward`].
+    pub fn loss(&mut self, batch: &MicroBatch) -> Result<LossSum, ModelError> {
+        self.network.load(batch)?;
+        let Self { backend, network, weights, .. } = self;
+        backend.run(|| {
+            network.forward(weights);
+            network.loss(weights);
+        });
+        Ok(self.loss_sum(batch))
+    }
+
+    /// Sums in the order of the positions, in f64.
+    fn loss_sum(&self, batch: &MicroBatch) -> LossSum {
+        let (cross_entropy, lse) = self.network.losses();
+        let mut sum = LossSum::default();
+        for ((target, ce), lse) in batch.targets.iter().zip(cross_entropy).zip(lse) {
+            if *target != IGNORE {
+                sum += LossSum { ce: f64::from(ce), z: f64::from(lse).powi(2), valid: 1 };
+            }
+        }
+        sum
+    }
+
+    /// Adds the gradient, in quanta, to the first [`Layout::parameters`] elements of `sums`.
+    ///
+    /// # Errors
+    /// [`ModelError::GradientRange`] if an element is NaN, infinite or beyond the quantum's limit; `sums` is void
+    /// then.
+    pub fn quantise_add(&self, sums: &mut B::Buffer<i64>, quantum: &Quantum) -> Result<(), ModelError> {
+        let len = self.layout.parameters();
+        if self.backend.quantise_add(write(sums, len), read(&self.gradient, len), quantum) {
+            Ok(())
+        } else {
+            Err(ModelError::GradientRange { limit: quantum.limit() })
+        }
+    }
+
+    /// The gradient becomes the mean over `valid` tokens that `sums` stand for.
+    pub fn set_mean_gradient(&mut self, sums: &B::Buffer<i64>, quantum: &Quantum, valid: u64) {
+        let len = self.layout.parameters();
+        self.backend.dequantise(write(&mut self.gradient, len), read(sums, len), quantum.mean_scale(valid));
+    }
+
+    /// Copies elements `start..start + to.len()` of the gradient.
+    pub fn read_gradient(&self, start: usize, to: &mut [f32]) {
+        self.backend.download(View::new(&self.gradient, start..start + to.len()), to);
+    }
+
+    /// Replaces elements `start..start + from.len()` of the gradient, for instance by what other workers made.
+    pub fn write_gradient(&mut self, start: usize, from: &[f32]) {
+        self.backend.upload(ViewMut::new(&mut self.gradient, start..start + from.len()), from);
+    }
+
+    /// L2 norm of the gradient: sums of squares of fixed blocks, added in the order of the blocks, in f64.
+    pub fn gradient_norm(&self) -> f64 {
+        let blocks = self.backend.block_squares(read(&self.gradient, self.layout.parameters()));
+        blocks.iter().sum::<f64>().sqrt()
+    }
+
+    /// One AdamW step with the gradient as it stands, clipped to `recipe.clip`; gives the norm before clipping.
+    /// `step` is the number of updates before this one.
+    ///
+    /// # Errors
+    /// [`ModelError::GradientNorm`] if the norm is NaN or infinite; nothing is changed then.
+    pub fn update(&mut self, recipe: &TrainConfig, lr: f64, step: u64) -> Result<f64, ModelError> {
+        let norm = self.gradient_norm();
+        if !norm.is_finite() {
+            return Err(ModelError::GradientNorm { norm });
+        }
+        let count = i32::try_from(step + 1).unwrap_or(i32::MAX);
+        let plain = AdamW {
+            gradient_scale: (recipe.clip / (norm + CLIP_EPSILON)).min(1.0) as f32,
+            decay: 1.0,
+            beta1: recipe.beta1 as f32,
+            beta2: recipe.beta2 as f32,
+            step_size: (lr / (1.0 - recipe.beta1.powi(count))) as f32,
+            second_correction: (1.0 - recipe.beta2.powi(count)).sqrt() as f32,
+            epsilon: recipe.epsilon as f32,
+        };
+        let decayed = AdamW { decay: (1.0 - lr * recipe.weight_decay) as f32, ..plain };
+        let Self { backend, layout, weights, first_moment, second_moment, gradient, .. } = self;
+        backend.run(|| {
+            for tensor in layout.tensors() {
+                let range = || tensor.range.clone();
+                backend.adamw(
+                    ViewMut::new(weights, range()),
+                    ViewMut::new(first_moment, range()),
+                    ViewMut::new(second_moment, range()),
+                    View::new(gradient, range()),
+                    if tensor.decays() { decayed } else { plain },
+                );
+            }
+        });
+        Ok(norm)
+    }
+
+    fn part(&self, part: StatePart) -> &B::Buffer<f32> {
+        match part {
+            StatePart::Weights => &self.weights,
+            StatePart::FirstMoment => &self.first_moment,
+            StatePart::SecondMoment => &self.second_moment,
+        }
+    }
+
+    /// Copies elements `start..start + to.len()` of a part of the state.
+    pub fn read_state(&self, part: StatePart, start: usize, to: &mut [f32]) {
+        self.backend.download(View::new(self.part(part), start..start + to.len()), to);
+    }
+
+    /// Replaces elements `start..start + from.len()` of a part of the state.
+    pub fn write_state(&mut self, part: StatePart, start: usize, from: &[f32]) {
+        let buffer = match part {
+            StatePart::Weights => &mut self.weights,
+            StatePart::FirstMoment => &mut self.first_moment,
+            StatePart::SecondMoment => &mut self.second_moment,
+        };
+        self.backend.upload(ViewMut::new(buffer, start..start + from.len()), from);
+    }
+
+    /// The whole state, copied to the host.
+    pub fn state(&self) -> State {
+        let copy = |part| {
+            let mut values = vec![0.0; self.layout.parameters()];
+            self.read_state(part, 0, &mut values);
+            values
+        };
+        State {
+            weights: copy(StatePart::Weights),
+            first_moment: copy(StatePart::FirstMoment),
+            second_moment: copy(StatePart::SecondMoment),
+        }
+    }
+
+    /// Replaces the whole state.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensors`] if a vector has not one element per parameter.
+    pub fn load_state(&mut self, state: &State) -> Result<(), ModelError> {
+        let parts = [&state.weights, &state.first_moment, &state.second_moment];
+        for values in parts {
+            self.layout.check_len(values)?;
+        }
+        for (part, values) in StatePart::ALL.into_iter().zip(parts) {
+            self.write_state(part, 0, values);
+        }
+        Ok(())
+    }
+
+    /// BLAKE3 over weights and moments: equal on all workers after every step.
+    pub fn state_hash(&self) -> Digest {
+        self.hash(&StatePart::ALL.map(|part| self.part(part)))
+    }
+
+    /// BLAKE3 over the gradient: the fingerprint of device and library for a known batch.
+    pub fn gradient_hash(&self) -> Digest {
+        self.hash(&[&self.gradient])
+    }
+
+    fn hash(&self, buffers: &[&B::Buffer<f32>]) -> Digest {
+        let mut hasher = blake3::Hasher::new();
+        let mut host = vec![0.0; CHUNK.min(self.layout.parameters())];
+        for buffer in buffers {
+            for range in chunks(self.layout.parameters()) {
+                let host = &mut host[..range.len()];
+                self.backend.download(View::new(*buffer, range), host);
+                hasher.update(bytemuck::cast_slice(host));
+            }
+        }
+        Digest::from_bytes(*hasher.finalize().as_bytes())
+    }
+}
+
+/// `0..len` in ranges of [`CHUNK`].
+fn chunks(len: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..len).step_by(CHUNK).map(move |start| start..len.min(start + CHUNK))
+}

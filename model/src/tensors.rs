@@ -1,0 +1,185 @@
+//! Weights as safetensors, with Hugging Face names, from and to the flat vector.
+//!
+//! A reader takes every tensor of the layout exactly once, from one file or several, in float32, float16 or
+//! bfloat16; names without the prefix `transformer.` (the reference's own) are accepted, and a copy of the tied
+//! embedding under `lm_head.weight` is passed over. Anything else is refused by name. Tensors are read one at a
+//! time, so a file is never in memory as a whole.
+
+use std::collections::HashMap;
+use std::io::{Cursor, Read, Seek, SeekFrom};
+
+use half::{bf16, f16};
+use safetensors::tensor::{Metadata, TensorInfo, TensorView};
+use safetensors::{Dtype, SafeTensorError};
+
+use crate::error::ModelError;
+use crate::params::{Layout, Tensor};
+
+/// Bytes of the header's length, at the start of a file.
+const LENGTH_BYTES: u64 = 8;
+/// Longest header that the format allows.
+const LONGEST_HEADER: u64 = 100_000_000;
+/// Elements converted at a time.
+const CHUNK: usize = 1 << 18;
+
+/// The flat vector as the bytes of one safetensors file.
+///
+/// # Errors
+/// [`ModelError::Tensors`] if there is not one value per parameter.
+pub fn weights_to_safetensors(layout: &Layout, weights: &[f32]) -> Result<Vec<u8>, ModelError> {
+    layout.check_len(weights)?;
+    safetensors::serialize(views(layout, weights)?, Some(metadata())).map_err(|error| refused(&error))
+}
+
+/// The flat vector from the bytes of one safetensors file.
+///
+/// # Errors
+/// [`ModelError::Tensors`] if the bytes are not those of a model of this layout.
+pub fn weights_from_safetensors(layout: &Layout, bytes: &[u8]) -> Result<Vec<f32>, ModelError> {
+    let mut reader = WeightReader::new(layout);
+    reader.read(Cursor::new(bytes)).map_err(ModelError::Tensors)?;
+    reader.finish().map_err(ModelError::Tensors)
+}
+
+/// Named views for the writers of the crate `safetensors`.
+pub(crate) fn views<'a>(
+    layout: &'a Layout,
+    weights: &'a [f32],
+) -> Result<Vec<(&'a str, TensorView<'a>)>, ModelError> {
+    let view = |tensor: &'a Tensor| {
+        let bytes = bytemuck::cast_slice(&weights[tensor.range.clone()]);
+        TensorView::new(Dtype::F32, tensor.shape.clone(), bytes).map(|view| (tensor.name.as_str(), view))
+    };
+    layout.tensors().iter().map(view).collect::<Result<_, _>>().map_err(|error| refused(&error))
+}
+
+/// What transformers wants to see before it loads a file.
+pub(crate) fn metadata() -> HashMap<String, String> {
+    HashMap::from([("format".to_owned(), "pt".to_owned())])
+}
+
+fn refused(error: &SafeTensorError) -> ModelError {
+    ModelError::Tensors(error.to_string())
+}
+
+// Stored tensors are little-endian, and slices are cast to bytes as they lie.
+const _: () = assert!(cfg!(target_endian = "little"), "big-endian machines are not supported");
+
+/// Collects the flat vector from one or several files. Problems are sentences without the file's name.
+#[derive(Debug)]
+pub(crate) struct WeightReader<'a> {
+    layout: &'a Layout,
+    weights: Vec<f32>,
+    /// Per tensor of the layout: whether it has been read.
+    seen: Vec<bool>,
+}
+
+impl<'a> WeightReader<'a> {
+    pub(crate) fn new(layout: &'a Layout) -> Self {
+        Self { layout, weights: vec![0.0; layout.parameters()], seen: vec![false; layout.tensors().len()] }
+    }
+
+    /// Takes all tensors of one file.
+    pub(crate) fn read(&mut self, mut file: impl Read + Seek) -> Result<(), String> {
+        let (metadata, start) = read_header(&mut file)?;
+        for name in metadata.offset_keys() {
+            if name == "lm_head.weight" {
+                continue;
+            }
+            let info = metadata.info(&name).ok_or("the header contradicts itself")?;
+            let index = self.index_of(&name)?;
+            if std::mem::replace(&mut self.seen[index], true) {
+                return Err(format!("tensor {name} is there twice"));
+            }
+            self.read_tensor(&mut file, start, &name, info, index)?;
+        }
+        Ok(())
+    }
+
+    fn index_of(&self, name: &str) -> Result<usize, String> {
+        let plain = |name: &str| name.strip_prefix("transformer.").unwrap_or(name).to_owned();
+        let wanted = plain(name);
+        let found = self.layout.tensors().iter().position(|tensor| plain(&tensor.name) == wanted);
+        found.ok_or_else(|| format!("tensor {name} does not belong to an OpenELM of this config"))
+    }
+
+    fn read_tensor(
+        &mut self,
+        file: &mut (impl Read + Seek),
+        start: u64,
+        name: &str,
+        info: &TensorInfo,
+        index: usize,
+    ) -> Result<(), String> {
+        let tensor = &self.layout.tensors()[index];
+        if info.shape != tensor.shape {
+            return Err(format!(
+                "tensor {name} has shape {:?}, and the config asks for {:?}",
+                info.shape, tensor.shape
+            ));
+        }
+        let failed = |error: std::io::Error| format!("cannot read tensor {name}: {error}");
+        file.seek(SeekFrom::Start(start + info.data_offsets.0 as u64)).map_err(failed)?;
+        let size = info.dtype.bitsize() / 8;
+        let mut bytes = vec![0; CHUNK.min(tensor.range.len()) * size];
+        for values in self.weights[tensor.range.clone()].chunks_mut(CHUNK) {
+            let bytes = &mut bytes[..values.len() * size];
+            file.read_exact(bytes).map_err(failed)?;
+            convert(bytes, info.dtype, values).map_err(|dtype| {
+                format!("tensor {name} has type {dtype:?}; F32, F16 and BF16 can be read")
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The flat vector, if every tensor has been read.
+    pub(crate) fn finish(self) -> Result<Vec<f32>, String> {
+        let missing: Vec<&str> = (self.layout.tensors().iter().zip(&self.seen))
+            .filter(|(_, seen)| !**seen)
+            .map(|(tensor, _)| tensor.name.as_str())
+            .collect();
+        match missing.first() {
+            None => Ok(self.weights),
+            Some(first) => Err(format!("{} tensors are missing, the first is {first}", missing.len())),
+        }
+    }
+}
+
+/// The header, and where the data begins; checks that the file is as long as its header says.
+fn read_header(file: &mut (impl Read + Seek)) -> Result<(Metadata, u64), String> {
+    let not_safetensors = |why: &dyn std::fmt::Display| format!("this is not a safetensors file: {why}");
+    let mut length = [0; LENGTH_BYTES as usize];
+    file.read_exact(&mut length).map_err(|error| not_safetensors(&error))?;
+    let length = u64::from_le_bytes(length);
+    if length > LONGEST_HEADER {
+        return Err(not_safetensors(&format!("its header would have {length} bytes")));
+    }
+    let mut header = Vec::new();
+    file.take(length).read_to_end(&mut header).map_err(|error| not_safetensors(&error))?;
+    let metadata: Metadata = serde_json::from_slice(&header).map_err(|error| not_safetensors(&error))?;
+    let start = LENGTH_BYTES + length;
+    let expected = start + metadata.data_len() as u64;
+    let found = file.seek(SeekFrom::End(0)).map_err(|error| not_safetensors(&error))?;
+    if found != expected {
+        return Err(format!(
+            "the file has {found} bytes and its header describes {expected}; it was cut or damaged"
+        ));
+    }
+    Ok((metadata, start))
+}
+
+/// Little-endian numbers of that type to f32.
+fn convert(bytes: &[u8], dtype: Dtype, values: &mut [f32]) -> Result<(), Dtype> {
+    let from_halves = |values: &mut [f32], widen: fn(u16) -> f32| {
+        for (value, pair) in values.iter_mut().zip(bytes.chunks_exact(2)) {
+            *value = widen(u16::from_le_bytes([pair[0], pair[1]]));
+        }
+    };
+    match dtype {
+        Dtype::F32 => bytemuck::cast_slice_mut(values).copy_from_slice(bytes),
+        Dtype::F16 => from_halves(values, |bits| f16::from_bits(bits).to_f32()),
+        Dtype::BF16 => from_halves(values, |bits| bf16::from_bits(bits).to_f32()),
+        other => return Err(other),
+    }
+    Ok(())
+}

@@ -1,0 +1,95 @@
+//! What the tests of the model share: golden files, batches, tolerances.
+
+#![allow(dead_code, reason = "every test binary uses its own part of this module")]
+
+use std::path::PathBuf;
+
+use safetensors::{Dtype, SafeTensors};
+use ulmus_model::{Backend, IGNORE, LossSum, MicroBatch, ModelError, Quantum, Replica};
+
+/// The id that pads the golden batches.
+pub(crate) const PAD: u32 = 500;
+
+/// A file of the golden set.
+pub(crate) fn golden(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/a").join(name)
+}
+
+/// A golden JSON file.
+pub(crate) fn json(name: &str) -> serde_json::Value {
+    serde_json::from_slice(&std::fs::read(golden(name)).unwrap()).unwrap()
+}
+
+/// A golden safetensors file.
+pub(crate) struct Tensors(Vec<u8>);
+
+impl Tensors {
+    pub(crate) fn open(name: &str) -> Self {
+        Self(std::fs::read(golden(name)).unwrap())
+    }
+
+    fn view<T>(&self, name: &str, read: impl Fn(Dtype, &[usize], &[u8]) -> T) -> T {
+        let tensors = SafeTensors::deserialize(&self.0).unwrap();
+        let tensor = tensors.tensor(name).unwrap_or_else(|_| panic!("no tensor {name}"));
+        read(tensor.dtype(), tensor.shape(), tensor.data())
+    }
+
+    pub(crate) fn has(&self, name: &str) -> bool {
+        SafeTensors::deserialize(&self.0).unwrap().tensor(name).is_ok()
+    }
+
+    pub(crate) fn shape(&self, name: &str) -> Vec<usize> {
+        self.view(name, |_, shape, _| shape.to_vec())
+    }
+
+    pub(crate) fn f32(&self, name: &str) -> Vec<f32> {
+        self.view(name, |dtype, _, data| {
+            assert_eq!(dtype, Dtype::F32);
+            data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+        })
+    }
+
+    pub(crate) fn u32(&self, name: &str) -> Vec<u32> {
+        self.view(name, |dtype, _, data| {
+            assert_eq!(dtype, Dtype::I64);
+            data.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as u32).collect()
+        })
+    }
+}
+
+/// A golden batch, with padding masked.
+pub(crate) fn batch(shape: &[usize], inputs: Vec<u32>, targets: &[u32]) -> MicroBatch {
+    let targets = targets.iter().map(|t| if *t == PAD { IGNORE } else { *t }).collect();
+    MicroBatch::of_whole_documents(shape[0], shape[1], inputs, targets)
+}
+
+/// L2 norm of the difference, relative to the norm of the reference.
+pub(crate) fn relative_l2(found: &[f32], reference: &[f32]) -> f64 {
+    assert_eq!(found.len(), reference.len());
+    let square = |x: f64| x * x;
+    let difference: f64 =
+        found.iter().zip(reference).map(|(a, b)| square(f64::from(*a) - f64::from(*b))).sum();
+    let norm: f64 = reference.iter().map(|x| square(f64::from(*x))).sum();
+    (difference / norm.max(1e-60)).sqrt()
+}
+
+pub(crate) fn largest_difference(found: &[f32], reference: &[f32]) -> f64 {
+    assert_eq!(found.len(), reference.len());
+    found.iter().zip(reference).map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs()).fold(0.0, f64::max)
+}
+
+/// One micro-batch, its gradient made the mean over valid tokens through the exact sum.
+pub(crate) fn mean_gradient<B: Backend>(
+    replica: &mut Replica<B>,
+    batch: &MicroBatch,
+) -> Result<(LossSum, Vec<f32>), ModelError> {
+    let quantum = Quantum::new(batch.inputs.len() as u64, 1);
+    let parameters = replica.layout().parameters();
+    let loss = replica.forward_backward(batch)?;
+    let mut sums = replica.backend().allocate(parameters)?;
+    replica.quantise_add(&mut sums, &quantum)?;
+    replica.set_mean_gradient(&sums, &quantum, loss.valid);
+    let mut gradient = vec![0.0; parameters];
+    replica.read_gradient(0, &mut gradient);
+    Ok((loss, gradient))
+}

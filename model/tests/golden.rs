@@ -1,0 +1,299 @@
+//! Parity with the reference implementation, on numbers that it produced in float32.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod common;
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use common::{PAD, Tensors, batch, golden, json, largest_difference, mean_gradient, relative_l2};
+use ulmus_model::hf::{self, HfModel};
+use ulmus_model::{Cpu, Generator, IGNORE, Layout, MicroBatch, Model, Replica, State};
+use ulmus_plan::{ModelConfig, Preset, TrainConfig};
+
+/// Absolute, on logits of size about 4. The reference and a float64 implementation differ by 8e-6.
+const LOGITS: f64 = 1e-4;
+/// Absolute, on losses of about 6.7.
+const LOSS: f64 = 1e-5;
+/// Relative L2 per tensor.
+const GRADIENT: f64 = 1e-4;
+/// Over 30 steps rounding differences grow: absolute on losses, relative on norms.
+const TRAINING: f64 = 1e-4;
+const Z_LOSS: f64 = 1e-4;
+
+fn model() -> HfModel {
+    // The golden directory names its weights file differently, so config and weights are read apart.
+    let (config, tokens) = hf::read_config(&golden("")).unwrap();
+    let bytes = std::fs::read(golden("weights.safetensors")).unwrap();
+    let weights = ulmus_model::weights_from_safetensors(&Layout::new(&config), &bytes).unwrap();
+    HfModel { config, weights, tokens }
+}
+
+fn replica(sequences: usize, length: usize) -> Replica<Cpu> {
+    let HfModel { config, weights, .. } = model();
+    let mut replica = Replica::new(Cpu::new(2), &config, sequences, length, Z_LOSS).unwrap();
+    let zeros = vec![0.0; weights.len()];
+    replica.load_state(&State { weights, first_moment: zeros.clone(), second_moment: zeros }).unwrap();
+    replica
+}
+
+fn full_batch() -> MicroBatch {
+    let tensors = Tensors::open("forward.safetensors");
+    batch(&tensors.shape("input_ids"), tensors.u32("input_ids"), &tensors.u32("targets"))
+}
+
+fn padded_batch() -> MicroBatch {
+    let tensors = Tensors::open("padded.safetensors");
+    batch(&tensors.shape("input_ids"), tensors.u32("input_ids"), &tensors.u32("targets"))
+}
+
+fn generator(config: &ModelConfig, weights: &[f32]) -> Generator<Cpu> {
+    let model = Arc::new(Model::new(Cpu::new(2), config, weights).unwrap());
+    Generator::new(model, 2 * config.max_context_length).unwrap()
+}
+
+#[test]
+fn widths_of_every_layer_of_every_model() {
+    let arch = json("arch.json");
+    let golden_config = model().config;
+    let names = [("OpenELM-270M", Preset::Openelm270m), ("OpenELM-450M", Preset::Openelm450m)];
+    let names =
+        names.into_iter().chain([("OpenELM-1_1B", Preset::Openelm1_1b), ("OpenELM-3B", Preset::Openelm3b)]);
+    let models = names.map(|(name, preset)| (name, preset.config())).chain([("golden-a", golden_config)]);
+    for (name, config) in models {
+        let expected = &arch["models"][name];
+        let numbers = |key: &str| -> Vec<u64> {
+            expected[key].as_array().unwrap().iter().map(|x| x.as_u64().unwrap()).collect()
+        };
+        let layers = config.layers();
+        assert_eq!(
+            layers.iter().map(|l| l.q_heads as u64).collect::<Vec<_>>(),
+            numbers("num_query_heads"),
+            "{name}"
+        );
+        assert_eq!(
+            layers.iter().map(|l| l.kv_heads as u64).collect::<Vec<_>>(),
+            numbers("num_kv_heads"),
+            "{name}"
+        );
+        assert_eq!(
+            layers.iter().map(|l| l.ffn_dim as u64).collect::<Vec<_>>(),
+            numbers("ffn_dims"),
+            "{name}"
+        );
+        assert_eq!(config.parameters(), expected["total_parameters"].as_u64().unwrap(), "{name}");
+        let multipliers: Vec<f64> =
+            expected["ffn_multipliers"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
+        assert_eq!(config.ffn_multipliers.expand(config.num_transformer_layers), multipliers, "{name}");
+    }
+}
+
+#[test]
+fn parameters_are_in_the_reference_order() {
+    let arch = json("arch.json");
+    let expected: Vec<String> = arch["native_parameter_order"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|name| format!("transformer.{}", name.as_str().unwrap()))
+        .collect();
+    let layout = Layout::new(&model().config);
+    let names: Vec<&str> = layout.tensors().iter().map(|tensor| tensor.name.as_str()).collect();
+    assert_eq!(names, expected);
+}
+
+#[test]
+fn logits_of_every_position() {
+    let HfModel { config, weights, .. } = model();
+    let tensors = Tensors::open("forward.safetensors");
+    let expected = tensors.f32("logits");
+    let batch = full_batch();
+    let mut generator = generator(&config, &weights);
+    for (tokens, expected) in
+        batch.inputs.chunks(batch.length).zip(expected.chunks(batch.length * config.vocab_size))
+    {
+        generator.reset();
+        for (token, expected) in tokens.iter().zip(expected.chunks(config.vocab_size)) {
+            let logits = generator.feed(&[*token]).unwrap();
+            assert!(largest_difference(logits, expected) < LOGITS);
+        }
+        // The same text as one prompt.
+        generator.reset();
+        let last = generator.feed(tokens).unwrap();
+        assert!(largest_difference(last, &expected[expected.len() - config.vocab_size..]) < LOGITS);
+    }
+}
+
+#[test]
+fn losses_and_gradients_without_padding() {
+    let reference = &json("forward.json")["full"];
+    let mut replica = replica(2, 64);
+    let (loss, gradient) = mean_gradient(&mut replica, &full_batch()).unwrap();
+    let (ce, z) = (loss.mean_ce(), Z_LOSS * loss.mean_z());
+    assert!((ce - reference["ce_loss"].as_f64().unwrap()).abs() < LOSS, "{ce}");
+    assert!((z - reference["z_loss"].as_f64().unwrap()).abs() < LOSS, "{z}");
+    assert!((ce + z - reference["total_loss"].as_f64().unwrap()).abs() < LOSS);
+    let norm = reference["total_grad_norm"].as_f64().unwrap();
+    assert!((replica.gradient_norm() / norm - 1.0).abs() < GRADIENT);
+    let gradients = Tensors::open("grads.safetensors");
+    for tensor in replica.layout().tensors() {
+        let difference = relative_l2(&gradient[tensor.range.clone()], &gradients.f32(&tensor.name));
+        assert!(difference < GRADIENT, "{}: {difference:e}", tensor.name);
+    }
+    // The same loss, measured without a gradient and by scoring the text.
+    assert_eq!(replica.loss(&full_batch()).unwrap(), loss);
+    let HfModel { config, weights, .. } = model();
+    let mut generator = generator(&config, &weights);
+    let batch = full_batch();
+    let mut scored = 0.0;
+    for (tokens, targets) in batch.inputs.chunks(64).zip(batch.targets.chunks(64)) {
+        generator.reset();
+        scored += generator.score(tokens, targets).unwrap().iter().map(|x| f64::from(*x)).sum::<f64>();
+    }
+    assert!((scored / loss.valid as f64 - ce).abs() < LOSS);
+}
+
+#[test]
+fn losses_and_gradients_with_padding() {
+    let reference = &json("forward.json")["padded"];
+    let tensors = Tensors::open("padded.safetensors");
+    let mut replica = replica(3, 64);
+    let (loss, gradient) = mean_gradient(&mut replica, &padded_batch()).unwrap();
+    assert_eq!(loss.valid, reference["valid_targets"].as_u64().unwrap());
+    let (ce, z) = (loss.mean_ce(), Z_LOSS * loss.mean_z());
+    assert!((ce - reference["ce_loss"].as_f64().unwrap()).abs() < LOSS, "{ce}");
+    assert!((z - reference["z_loss_of_valid_positions_only"].as_f64().unwrap()).abs() < LOSS, "{z}");
+    // The reference counts (ln V)² for each padded position; we leave that constant out.
+    let constant =
+        Z_LOSS * reference["padded_targets"].as_f64().unwrap() / loss.valid as f64 * 512f64.ln().powi(2);
+    assert!((constant - reference["z_loss_constant_from_padded_positions"].as_f64().unwrap()).abs() < LOSS);
+    assert!((ce + z + constant - reference["total_loss"].as_f64().unwrap()).abs() < LOSS);
+    let norm = reference["total_grad_norm"].as_f64().unwrap();
+    assert!((replica.gradient_norm() / norm - 1.0).abs() < GRADIENT);
+    let embedding = &gradient[replica.layout().tensors()[0].range.clone()];
+    let pad_row = &embedding[PAD as usize * 128..][..128];
+    assert!(relative_l2(pad_row, &tensors.f32("embedding_grad_pad_row")) < GRADIENT);
+    let sampled: Vec<f32> = embedding.iter().step_by(embedding.len() / 2048).take(2048).copied().collect();
+    assert!(relative_l2(&sampled, &tensors.f32("embedding_grad_sample")) < GRADIENT);
+}
+
+/// Trains the golden run; gives the replica after 30 steps.
+fn train(check: impl Fn(usize, &serde_json::Value, f64, f64, f64, u64)) -> Replica<Cpu> {
+    let record = json("train.json");
+    let tensors = Tensors::open("train_batches.safetensors");
+    let shape = tensors.shape("input_ids");
+    let (inputs, targets) = (tensors.u32("input_ids"), tensors.u32("targets"));
+    let positions = shape[1] * shape[2];
+    let recipe = TrainConfig { iterations: 30, warmup: 5, ..TrainConfig::default() };
+    let mut replica = replica(shape[1], shape[2]);
+    for (step, expected) in record["steps"].as_array().unwrap().iter().enumerate() {
+        let part = step * positions..(step + 1) * positions;
+        let batch = batch(&shape[1..], inputs[part.clone()].to_vec(), &targets[part]);
+        let (loss, _) = mean_gradient(&mut replica, &batch).unwrap();
+        let norm = replica.update(&recipe, expected["lr"].as_f64().unwrap(), step as u64).unwrap();
+        let ignored = batch.targets.iter().filter(|target| **target == IGNORE).count() as f64;
+        let constant = Z_LOSS * ignored / loss.valid as f64 * 512f64.ln().powi(2);
+        let total = loss.mean_ce() + Z_LOSS * loss.mean_z() + constant;
+        check(step, expected, loss.mean_ce(), total, norm, loss.valid);
+    }
+    replica
+}
+
+#[test]
+fn thirty_steps_of_training() {
+    let replica = train(|step, expected, ce, total, norm, valid| {
+        let number = |key: &str| expected[key].as_f64().unwrap();
+        assert_eq!(valid, expected["valid_targets"].as_u64().unwrap());
+        assert!((ce - number("ce_loss")).abs() < TRAINING, "step {step}: {ce}");
+        assert!((total - number("total_loss")).abs() < TRAINING, "step {step}: {total}");
+        assert!((norm / number("grad_norm_before_clip") - 1.0).abs() < TRAINING, "step {step}: {norm}");
+    });
+    let record = json("train.json");
+    let state = replica.state();
+    for (key, values) in [
+        ("final_weight_stats", &state.weights),
+        ("final_exp_avg_stats", &state.first_moment),
+        ("final_exp_avg_sq_stats", &state.second_moment),
+    ] {
+        for tensor in replica.layout().tensors() {
+            let values = &values[tensor.range.clone()];
+            let l2 = values.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+            let expected = record[key][&tensor.name]["l2"].as_f64().unwrap();
+            assert!((l2 / expected - 1.0).abs() < 5e-4, "{key} {}: {l2} for {expected}", tensor.name);
+        }
+    }
+    let finals = Tensors::open("train_final.safetensors");
+    for tensor in replica.layout().tensors() {
+        let values = &state.weights[tensor.range.clone()];
+        let difference = if finals.has(&tensor.name) {
+            relative_l2(values, &finals.f32(&tensor.name))
+        } else {
+            let sample: Vec<f32> =
+                values.iter().step_by((values.len() / 4096).max(1)).take(4096).copied().collect();
+            relative_l2(&sample, &finals.f32(&format!("{}@sample", tensor.name)))
+        };
+        assert!(difference < 1e-4, "{}: {difference:e}", tensor.name);
+    }
+    let decayed: Vec<&str> =
+        record["decayed"].as_array().unwrap().iter().map(|x| x.as_str().unwrap()).collect();
+    let ours: Vec<&str> =
+        replica.layout().tensors().iter().filter(|t| t.decays()).map(|t| t.name.as_str()).collect();
+    assert_eq!(ours, decayed);
+    // Greedy text of the trained model, token for token.
+    let config = model().config;
+    for run in json("generate_trained.json")["runs"].as_object().unwrap().values() {
+        assert_greedy(&mut generator(&config, &state.weights), run);
+    }
+}
+
+fn assert_greedy(generator: &mut Generator<Cpu>, expected: &serde_json::Value) {
+    let tokens = |key: &str| -> Vec<u32> {
+        expected[key].as_array().unwrap().iter().map(|x| x.as_u64().unwrap() as u32).collect()
+    };
+    let (expected, mut made) = (tokens("generated"), Vec::new());
+    generator
+        .generate(&tokens("prompt"), expected.len(), None, |token| {
+            made.push(token);
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+    assert_eq!(made, expected);
+}
+
+#[test]
+fn greedy_text_of_the_initial_weights() {
+    let HfModel { config, weights, .. } = model();
+    let record = json("generate_initial.json");
+    assert_greedy(&mut generator(&config, &weights), &record);
+    let tensors = Tensors::open("generate_initial.safetensors");
+    let tokens = |key: &str| -> Vec<u32> {
+        record[key].as_array().unwrap().iter().map(|x| x.as_u64().unwrap() as u32).collect()
+    };
+    let mut generator = generator(&config, &weights);
+    let mut logits = generator.feed(&tokens("prompt")).unwrap().to_vec();
+    for (token, expected) in
+        tokens("generated").iter().zip(tensors.f32("step_logits").chunks(config.vocab_size))
+    {
+        assert!(largest_difference(&logits, expected) < LOGITS);
+        logits = generator.feed(&[*token]).unwrap().to_vec();
+    }
+}
+
+#[test]
+fn learning_rates_of_the_published_recipes() {
+    let lrs = [
+        ("OpenELM-270M", 0.0053),
+        ("OpenELM-450M", 0.0039),
+        ("OpenELM-1_1B", 0.0024),
+        ("OpenELM-3B", 0.0012),
+    ];
+    let schedule = json("schedule.json");
+    for (name, max_lr) in lrs {
+        let recipe = TrainConfig { max_lr, min_lr: max_lr / 10.0, ..TrainConfig::default() };
+        for row in schedule["models"][name].as_array().unwrap() {
+            let lr = recipe.learning_rate(row["iteration"].as_u64().unwrap());
+            assert_eq!(lr, row["lr_used"].as_f64().unwrap(), "{name} {row}");
+        }
+    }
+}
