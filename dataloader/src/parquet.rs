@@ -5,6 +5,7 @@
 //! A row group is decoded whole or not at all.
 
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use bytes::{Buf, Bytes};
@@ -107,9 +108,8 @@ impl<'a> ParquetFile<'a> {
             let start = range.start;
             let bytes = self.folder.read_range(self.file, range)?;
             let rows = usize::try_from(group.num_rows()).unwrap_or(0);
-            let values = SerializedPageReader::new(Arc::new(Chunk { start, bytes }), chunk, rows, None)
-                .and_then(|pages| read_column(chunk.column_descr_ptr(), Box::new(pages), rows))
-                .map_err(|error| damaged(format!("row group {number}: {error}")))?;
+            let values = decode(start, bytes, chunk, rows)
+                .map_err(|reason| damaged(format!("row group {number}: {reason}")))?;
             for value in values {
                 let text = String::from_utf8(value.data().to_vec())
                     .map_err(|error| damaged(format!("row group {number}, column {column:?}: {error}")))?;
@@ -117,6 +117,20 @@ impl<'a> ParquetFile<'a> {
             }
         }
         Ok(texts)
+    }
+}
+
+/// All values of a column chunk that lies at `start` of its file, or what is wrong with it.
+fn decode(start: u64, bytes: Bytes, chunk: &ColumnChunkMetaData, rows: usize) -> Result<Vec<ByteArray>, String> {
+    let decode = || {
+        let pages = SerializedPageReader::new(Arc::new(Chunk { start, bytes }), chunk, rows, None)?;
+        read_column(chunk.column_descr_ptr(), Box::new(pages), rows)
+    };
+    // The decoder panics on some page headers that no writer writes. Headers are under no checksum, so a single
+    // flipped bit can make one. Nothing that it was working on is used afterwards.
+    match catch_unwind(AssertUnwindSafe(decode)) {
+        Ok(values) => values.map_err(|error: ParquetError| error.to_string()),
+        Err(_) => Err("a page header is not possible".to_owned()),
     }
 }
 
@@ -370,7 +384,7 @@ mod tests {
     }
 
     proptest! {
-        /// Any damage to a page is an error. A header is not under its checksum, but must not change the text either.
+        /// Damage to a page is an error. A header is not under the checksum, but must not change the text either.
         #[test]
         fn a_flipped_bit_never_gives_other_text(at in 0.0..1.0_f64, bit in 0..8_u32) {
             let text = "The quick brown fox jumps over the lazy dog; ".repeat(20);

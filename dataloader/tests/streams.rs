@@ -55,10 +55,6 @@ fn corpus(texts: &[Text], lanes: u64, config: DataConfig) -> Result<Corpus, Data
     }
     let config = DataConfig {
         lanes,
-        unit: Bytes::new(500),
-        min_characters: 0,
-        min_tokens: 0,
-        holdout: 0.0,
         source: sources,
         ..config
     };
@@ -67,8 +63,16 @@ fn corpus(texts: &[Text], lanes: u64, config: DataConfig) -> Result<Corpus, Data
     Corpus::new(&config, 11, Sources::open(&config, &manifest, Some(&run))?, tokenizer())
 }
 
+/// A plan with small units and without filters.
 fn window(sequences: u64) -> DataConfig {
-    DataConfig { window: sequences, ..DataConfig::default() }
+    DataConfig {
+        window: sequences,
+        unit: Bytes::new(500),
+        min_characters: 0,
+        min_tokens: 0,
+        holdout: 0.0,
+        ..DataConfig::default()
+    }
 }
 
 /// `steps` steps of all lanes by one worker.
@@ -226,14 +230,33 @@ fn too_few_units_for_the_lanes_is_an_error_with_a_remedy() {
 #[test]
 fn a_corpus_that_the_filters_empty_says_so() {
     let texts = [Text { documents: 60, tokens: 1, max_epochs: None }];
-    let run_store = Arc::new(InMemory::new());
-    drop(run_store);
-    let full = corpus(&texts, 2, window(8)).unwrap();
-    let lanes: Vec<LaneId> = full.lanes().collect();
-    drop(full);
-    let corpus = Arc::new(filtered(&texts));
+    let corpus = Arc::new(corpus(&texts, 2, DataConfig { min_tokens: 10_000, ..window(8) }).unwrap());
+    let lanes: Vec<LaneId> = corpus.lanes().collect();
     let mut loader = Loader::open(Arc::clone(&corpus), LENGTH, &lanes, &corpus.start()).unwrap();
     let message = loader.take(&lanes, 1).unwrap_err().to_string();
     assert!(message.contains("no document of source \"source-0\" passes the filters"), "{message}");
     assert_eq!(corpus.counts().short_tokens, corpus.counts().documents);
+}
+
+#[test]
+fn held_out_documents_are_fixed_and_never_trained_on() {
+    let texts = [Text { documents: 300, tokens: 1, max_epochs: Some(1) }];
+    let corpus = Arc::new(corpus(&texts, 2, DataConfig { holdout: 0.2, ..window(8) }).unwrap());
+    let held_out = corpus.held_out(LENGTH, 1000).unwrap();
+    assert!((30..90).contains(&held_out.texts.len()), "{}", held_out.texts.len());
+    let few = corpus.held_out(LENGTH, 5).unwrap();
+    assert_eq!(few.sequences, held_out.sequences[..5]);
+    assert_eq!(few.texts, held_out.texts[..few.texts.len()]);
+
+    let numbers = |text: &String| text.split_once(':').unwrap().0.to_owned();
+    let expected: BTreeMap<String, usize> = held_out.texts.iter().map(|text| (numbers(text), 1)).collect();
+    let lanes: Vec<LaneId> = corpus.lanes().collect();
+    let mut loader = Loader::open(Arc::clone(&corpus), LENGTH, &lanes, &corpus.start()).unwrap();
+    for lane in &lanes {
+        while let Ok(taken) = loader.take(&[*lane], 1) {
+            let trained = beginnings(corpus.tokenizer(), &taken);
+            assert!(trained.keys().all(|number| !expected.contains_key(number)), "{trained:?}");
+        }
+    }
+    assert_eq!(corpus.counts().held_out, held_out.texts.len() as u64);
 }
