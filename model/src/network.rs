@@ -72,10 +72,14 @@ impl<B: Backend> RopeTables<B> {
     }
 }
 
-/// Cosines and sines `[positions, head_dim / 2]`. Frequencies and angles are rounded to f32, as in the reference.
+/// Cosines and sines `[positions, head_dim / 2]`. Exponents, powers, frequencies and angles are each rounded to f32,
+/// as in the reference: at position 2047 the last bit of a frequency is 1e-4 of a radian.
 fn rope_tables(head_dim: usize, base: f64, positions: usize) -> (Vec<f32>, Vec<f32>) {
-    let frequencies: Vec<f32> =
-        (0..head_dim / 2).map(|j| base.powf(-2.0 * j as f64 / head_dim as f64) as f32).collect();
+    let frequency = |j: usize| {
+        let exponent = (2 * j) as f32 / head_dim as f32;
+        1.0 / base.powf(f64::from(exponent)) as f32
+    };
+    let frequencies: Vec<f32> = (0..head_dim / 2).map(frequency).collect();
     let angles = (0..positions)
         .flat_map(|position| frequencies.iter().map(move |frequency| f64::from(position as f32 * frequency)));
     angles.map(|angle| (angle.cos() as f32, angle.sin() as f32)).unzip()
@@ -471,4 +475,100 @@ pub(crate) fn heads(layer: &LayerLayout, head_dim: usize) -> Heads {
 
 fn attention_shape(sequences: usize, length: usize, heads: Heads) -> AttentionShape {
     AttentionShape { sequences, queries: length, keys: length, heads }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Cpu;
+    use safetensors::SafeTensors;
+
+    /// Reads the reference's RMS norms and rotations.
+    fn pieces() -> impl Fn(&str) -> Vec<f32> {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/a/pieces.safetensors");
+        let bytes = std::fs::read(path).unwrap();
+        move |name| {
+            let tensors = SafeTensors::deserialize(&bytes).unwrap();
+            let tensor = tensors.tensor(name).unwrap();
+            match tensor.dtype() {
+                safetensors::Dtype::F32 => {
+                    tensor.data().chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+                }
+                _ => tensor
+                    .data()
+                    .chunks(8)
+                    .map(|b| i64::from_le_bytes(b.try_into().unwrap()) as f32)
+                    .collect(),
+            }
+        }
+    }
+
+    fn assert_close(found: &[f32], expected: &[f32], tolerance: f32) {
+        assert_eq!(found.len(), expected.len());
+        let worst = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst <= tolerance, "{worst:e}");
+    }
+
+    #[test]
+    fn rotary_tables_are_the_reference_s() {
+        let pieces = pieces();
+        for head_dim in [64, 128] {
+            let of = |name: &str| pieces(&format!("rope{head_dim}.{name}"));
+            let positions = of("positions");
+            let (cos, sin) = rope_tables(
+                head_dim,
+                10_000.0,
+                positions.iter().fold(0.0, |a: f32, b| a.max(*b)) as usize + 1,
+            );
+            let half = head_dim / 2;
+            for (row, position) in positions.iter().enumerate() {
+                let at = *position as usize * half;
+                // The reference repeats each table for the second half of the head.
+                assert_close(&cos[at..at + half], &of("cos")[row * head_dim..][..half], 1e-6);
+                assert_close(&sin[at..at + half], &of("sin")[row * head_dim..][..half], 1e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn norm_is_the_reference_s() {
+        let pieces = pieces();
+        let (x, weight) = (pieces("rmsnorm.x"), pieces("rmsnorm.weight"));
+        let mut out = vec![0.0; x.len()];
+        Cpu::new(1).norm(write(&mut out, x.len()), read(&x, x.len()), read(&weight, weight.len()));
+        assert_close(&out, &pieces("rmsnorm.y"), 1e-6);
+    }
+
+    /// The kernel norms each head before it rotates; rotation is linear, so the head's own size undoes the norm.
+    #[test]
+    fn rotation_is_the_reference_s() {
+        let pieces = pieces();
+        let cpu = Cpu::new(1);
+        let config = ModelConfig { head_dim: 32, ..ModelConfig::default() };
+        let rope = RopeTables::new(&mut Planner::new(&cpu), &config, 9).unwrap();
+        let heads = Heads { query: 1, key_value: 1, width: 32 };
+        // [heads, rows, 32]: queries are the last three of nine positions.
+        for (name, count, first) in [("q", 3, 6), ("k", 9, 0)] {
+            let expected = pieces(&format!("rope_apply.{name}_out"));
+            for (x, expected) in
+                pieces(&format!("rope_apply.{name}")).chunks(count * 32).zip(expected.chunks(count * 32))
+            {
+                let packed: Vec<f32> = x.chunks(32).flat_map(|x| [x, x, x].concat()).collect();
+                let mut out = vec![0.0; packed.len()];
+                cpu.qk_norm_rope(
+                    write(&mut out, packed.len()),
+                    read(&packed, packed.len()),
+                    read(&vec![1.0; 64], 64),
+                    rope.at(first, count),
+                    heads,
+                );
+                for ((x, out), expected) in x.chunks(32).zip(out.chunks(96)).zip(expected.chunks(32)) {
+                    let size = (x.iter().map(|x| x * x).sum::<f32>() / 32.0 + 1e-6).sqrt();
+                    let rotated: Vec<f32> = out[..64].iter().map(|x| x * size).collect();
+                    assert_close(&rotated[..32], expected, 3e-6);
+                    assert_close(&rotated[32..], expected, 3e-6);
+                }
+            }
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! Parity with the reference implementation, on numbers that it produced in float32.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 

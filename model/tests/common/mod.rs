@@ -30,7 +30,7 @@ impl Tensors {
 
     fn view<T>(&self, name: &str, read: impl Fn(Dtype, &[usize], &[u8]) -> T) -> T {
         let tensors = SafeTensors::deserialize(&self.0).unwrap();
-        let tensor = tensors.tensor(name).unwrap_or_else(|_| panic!("no tensor {name}"));
+        let tensor = tensors.tensor(name).unwrap();
         read(tensor.dtype(), tensor.shape(), tensor.data())
     }
 

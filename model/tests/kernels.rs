@@ -1,0 +1,564 @@
+//! Every kernel against a plain f64 implementation, and every backward against that implementation's central
+//! differences. Written for any backend; the sizes cross the kernels' blocks and fit no vector width.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use proptest::prelude::*;
+use ulmus_model::{
+    AdamW, AttentionShape, BLOCK, Backend, Columns, Cpu, Element, HeadGradients, Heads, IGNORE, LinearShape,
+    Quantum, ROW_BLOCK, Rope, View, ViewMut,
+};
+
+/// Relative L2 of a float32 kernel's output.
+const FORWARD: f64 = 1e-5;
+/// Relative L2 of a float32 gradient; the differences in f64 are good to about 1e-8.
+const BACKWARD: f64 = 2e-5;
+/// Half the step of a central difference.
+const STEP: f64 = 1e-5;
+
+/// Moves test data to and from a backend.
+struct Device<B>(B);
+
+impl<B: Backend> Device<B> {
+    fn put<T: Element>(&self, values: &[T]) -> B::Buffer<T> {
+        let mut buffer = self.0.allocate(values.len()).unwrap();
+        self.0.upload(ViewMut::new(&mut buffer, 0..values.len()), values);
+        buffer
+    }
+
+    /// Runs a kernel that fills a buffer of `len`, which holds NaN before.
+    fn fill(&self, len: usize, kernel: impl FnOnce(ViewMut<'_, B::Buffer<f32>>)) -> Vec<f32> {
+        let mut buffer = self.put(&vec![f32::NAN; len]);
+        kernel(ViewMut::new(&mut buffer, 0..len));
+        self.get(&buffer, len)
+    }
+
+    fn get<T: Element>(&self, buffer: &B::Buffer<T>, len: usize) -> Vec<T> {
+        let mut values = vec![T::zeroed(); len];
+        self.0.download(View::new(buffer, 0..len), &mut values);
+        values
+    }
+}
+
+fn all<T>(buffer: &T, len: usize) -> View<'_, T> {
+    View::new(buffer, 0..len)
+}
+
+fn all_mut<T>(buffer: &mut T, len: usize) -> ViewMut<'_, T> {
+    ViewMut::new(buffer, 0..len)
+}
+
+/// Numbers in (-1, 1), the same for the same seed.
+fn random(len: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+fn wide(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|x| f64::from(*x)).collect()
+}
+
+fn assert_close(what: &str, found: &[f32], reference: &[f64], tolerance: f64) {
+    assert_eq!(found.len(), reference.len(), "{what}");
+    let difference: f64 = found.iter().zip(reference).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum();
+    let norm: f64 = reference.iter().map(|x| x * x).sum();
+    let relative = (difference / norm).sqrt();
+    assert!(relative < tolerance, "{what}: relative difference {relative:e}");
+}
+
+/// Checks a kernel's output and its gradients with respect to `inputs`, under the loss `Σ upstream · output`.
+fn check(
+    what: &str,
+    reference: impl Fn(&[Vec<f64>]) -> Vec<f64>,
+    inputs: &[&[f32]],
+    out: &[f32],
+    upstream: &[f32],
+    gradients: &[&[f32]],
+) {
+    let mut inputs: Vec<Vec<f64>> = inputs.iter().map(|input| wide(input)).collect();
+    assert_close(what, out, &reference(&inputs), FORWARD);
+    let upstream = wide(upstream);
+    let loss =
+        |inputs: &[Vec<f64>]| -> f64 { reference(inputs).iter().zip(&upstream).map(|(y, g)| y * g).sum() };
+    for (number, gradient) in gradients.iter().enumerate() {
+        let differences: Vec<f64> = (0..inputs[number].len())
+            .map(|i| {
+                let value = inputs[number][i];
+                inputs[number][i] = value + STEP;
+                let above = loss(&inputs);
+                inputs[number][i] = value - STEP;
+                let below = loss(&inputs);
+                inputs[number][i] = value;
+                (above - below) / (2.0 * STEP)
+            })
+            .collect();
+        assert_close(&format!("{what}, gradient {number}"), gradient, &differences, BACKWARD);
+    }
+}
+
+fn reference_norm(x: &[f64], weight: &[f64]) -> Vec<f64> {
+    let d = weight.len();
+    x.chunks(d)
+        .flat_map(|x| {
+            let scale = 1.0 / (x.iter().map(|x| x * x).sum::<f64>() / d as f64 + 1e-6).sqrt();
+            x.iter().zip(weight).map(move |(x, w)| x * scale * w).collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+fn norm<B: Backend>(device: &Device<B>) {
+    let (rows, d) = (ROW_BLOCK + 6, 20);
+    let (x, weight, upstream, residual) =
+        (random(rows * d, 1), random(d, 2), random(rows * d, 3), random(rows * d, 4));
+    let (x_, weight_, upstream_) = (device.put(&x), device.put(&weight), device.put(&upstream));
+    let out = device.fill(rows * d, |out| device.0.norm(out, all(&x_, rows * d), all(&weight_, d)));
+    for accumulate in [false, true] {
+        let mut x_gradient = device.put(&residual);
+        let mut scratch = device.put(&vec![f32::NAN; rows.div_ceil(ROW_BLOCK) * d]);
+        let weight_gradient = device.fill(d, |weight_gradient| {
+            device.0.norm_backward(
+                all_mut(&mut x_gradient, rows * d),
+                weight_gradient,
+                all(&upstream_, rows * d),
+                all(&x_, rows * d),
+                all(&weight_, d),
+                accumulate,
+                all_mut(&mut scratch, rows.div_ceil(ROW_BLOCK) * d),
+            );
+        });
+        let mut x_gradient = device.get(&x_gradient, rows * d);
+        if accumulate {
+            x_gradient.iter_mut().zip(&residual).for_each(|(total, residual)| *total -= residual);
+        }
+        let reference = |inputs: &[Vec<f64>]| reference_norm(&inputs[0], &inputs[1]);
+        check("norm", reference, &[&x, &weight], &out, &upstream, &[&x_gradient, &weight_gradient]);
+    }
+
+    let delta = random(rows * d, 5);
+    let delta_ = device.put(&delta);
+    let mut sum = device.put(&vec![f32::NAN; rows * d]);
+    let out = device.fill(rows * d, |out| {
+        let sum = all_mut(&mut sum, rows * d);
+        device.0.add_norm(sum, out, all(&x_, rows * d), all(&delta_, rows * d), all(&weight_, d));
+    });
+    let expected: Vec<f64> = wide(&x).iter().zip(wide(&delta)).map(|(x, delta)| x + delta).collect();
+    assert_close("add_norm, sum", &device.get(&sum, rows * d), &expected, FORWARD);
+    assert_close("add_norm", &out, &reference_norm(&expected, &wide(&weight)), FORWARD);
+}
+
+fn linear<B: Backend>(device: &Device<B>) {
+    for (rows, inputs, outputs) in [(5, 7, 9), (1, 21, 67), (70, 33, 18)] {
+        let shape = LinearShape { rows, inputs, outputs };
+        let (x, weight, upstream) =
+            (random(rows * inputs, 1), random(outputs * inputs, 2), random(rows * outputs, 3));
+        let (x_, weight_, upstream_) = (device.put(&x), device.put(&weight), device.put(&upstream));
+        let (x_view, weight_view) = (|| all(&x_, rows * inputs), || all(&weight_, outputs * inputs));
+        let out = device.fill(rows * outputs, |out| device.0.linear(out, x_view(), weight_view(), shape));
+        let mut x_gradient = device.put(&vec![f32::NAN; rows * inputs]);
+        let weight_gradient = device.fill(outputs * inputs, |weight_gradient| {
+            let x_gradient = all_mut(&mut x_gradient, rows * inputs);
+            let upstream = all(&upstream_, rows * outputs);
+            device.0.linear_backward(x_gradient, weight_gradient, upstream, x_view(), weight_view(), shape);
+        });
+        let reference = |given: &[Vec<f64>]| {
+            let dot = |x: &[f64], w: &[f64]| x.iter().zip(w).map(|(x, w)| x * w).sum::<f64>();
+            let rows = given[0].chunks(inputs);
+            rows.flat_map(|x| given[1].chunks(inputs).map(move |w| dot(x, w)).collect::<Vec<_>>()).collect()
+        };
+        let x_gradient = device.get(&x_gradient, rows * inputs);
+        check("linear", reference, &[&x, &weight], &out, &upstream, &[&x_gradient, &weight_gradient]);
+    }
+}
+
+fn embedding<B: Backend>(device: &Device<B>) {
+    let (vocabulary, width) = (5, 7);
+    let ids = [3, 0, 3, 4, 3];
+    let (table, upstream) = (random(vocabulary * width, 1), random(ids.len() * width, 2));
+    let (table_, upstream_, ids_) = (device.put(&table), device.put(&upstream), device.put(&ids));
+    let out = device.fill(ids.len() * width, |out| {
+        device.0.embed(out, all(&table_, vocabulary * width), all(&ids_, ids.len()), width);
+    });
+    // It adds to what the tied head has left.
+    let before = 1.0;
+    let mut gradient = device.put(&vec![before; vocabulary * width]);
+    device.0.embed_backward(
+        all_mut(&mut gradient, vocabulary * width),
+        all(&upstream_, ids.len() * width),
+        all(&ids_, ids.len()),
+        width,
+    );
+    let gradient: Vec<f32> = device.get(&gradient, vocabulary * width).iter().map(|x| x - before).collect();
+    let reference = |inputs: &[Vec<f64>]| {
+        ids.iter().flat_map(|id| inputs[0][*id as usize * width..][..width].to_vec()).collect()
+    };
+    check("embedding", reference, &[&table], &out, &upstream, &[&gradient]);
+}
+
+fn swiglu<B: Backend>(device: &Device<B>) {
+    let (rows, width) = (ROW_BLOCK + 3, 19);
+    let x: Vec<f32> = random(rows * 2 * width, 1).iter().map(|x| x * 6.0).collect();
+    let upstream = random(rows * width, 2);
+    let (x_, upstream_) = (device.put(&x), device.put(&upstream));
+    let out = device.fill(rows * width, |out| device.0.swiglu(out, all(&x_, rows * 2 * width), width));
+    let gradient = device.fill(rows * 2 * width, |gradient| {
+        device.0.swiglu_backward(gradient, all(&upstream_, rows * width), all(&x_, rows * 2 * width), width);
+    });
+    let reference = |inputs: &[Vec<f64>]| {
+        let rows = inputs[0].chunks(2 * width);
+        rows.flat_map(|x| (0..width).map(|i| x[i] / (1.0 + (-x[i]).exp()) * x[width + i]).collect::<Vec<_>>())
+            .collect()
+    };
+    check("swiglu", reference, &[&x], &out, &upstream, &[&gradient]);
+}
+
+fn qk_norm_rope<B: Backend>(device: &Device<B>) {
+    let heads = Heads { query: 4, key_value: 2, width: 6 };
+    let (sequences, length, first) = (2, ROW_BLOCK / 2 + 5, 3);
+    let (rows, width, h, half) = (sequences * length, heads.packed_width(), heads.width, heads.width / 2);
+    let positions = first + length;
+    let angle = |i: usize| (i / half) as f64 * 100f64.powf(-((i % half) as f64) / half as f64);
+    let cos: Vec<f32> = (0..positions * half).map(|i| angle(i).cos() as f32).collect();
+    let sin: Vec<f32> = (0..positions * half).map(|i| angle(i).sin() as f32).collect();
+    let (packed, weights, upstream) = (random(rows * width, 1), random(2 * h, 2), random(rows * width, 3));
+    let (cos_, sin_) = (device.put(&cos), device.put(&sin));
+    let rope = || Rope { cos: all(&cos_, cos.len()), sin: all(&sin_, sin.len()), first, length };
+    let (packed_, weights_, upstream_) = (device.put(&packed), device.put(&weights), device.put(&upstream));
+    let out = device.fill(rows * width, |out| {
+        device.0.qk_norm_rope(out, all(&packed_, rows * width), all(&weights_, 2 * h), rope(), heads);
+    });
+    let mut packed_gradient = device.put(&vec![f32::NAN; rows * width]);
+    let scratch_len = rows.div_ceil(ROW_BLOCK) * 2 * h;
+    let mut scratch = device.put(&vec![f32::NAN; scratch_len]);
+    let weights_gradient = device.fill(2 * h, |weights_gradient| {
+        device.0.qk_norm_rope_backward(
+            all_mut(&mut packed_gradient, rows * width),
+            weights_gradient,
+            all(&upstream_, rows * width),
+            all(&packed_, rows * width),
+            all(&weights_, 2 * h),
+            rope(),
+            heads,
+            all_mut(&mut scratch, scratch_len),
+        );
+    });
+    let reference = |inputs: &[Vec<f64>]| {
+        let mut out = Vec::new();
+        for (row, packed) in inputs[0].chunks(width).enumerate() {
+            for (head, x) in packed.chunks(h).enumerate() {
+                if head >= heads.query + heads.key_value {
+                    out.extend(x);
+                    continue;
+                }
+                let side = if head < heads.query { 0 } else { h };
+                let x = reference_norm(x, &inputs[1][side..side + h]);
+                let at = (first + row % length) * half;
+                let (cos, sin) = (|i: usize| f64::from(cos[at + i]), |i: usize| f64::from(sin[at + i]));
+                out.extend((0..half).map(|i| x[i] * cos(i) - x[half + i] * sin(i)));
+                out.extend((0..half).map(|i| x[half + i] * cos(i) + x[i] * sin(i)));
+            }
+        }
+        out
+    };
+    let packed_gradient = device.get(&packed_gradient, rows * width);
+    let gradients: [&[f32]; 2] = [&packed_gradient, &weights_gradient];
+    check("qk_norm_rope", reference, &[&packed, &weights], &out, &upstream, &gradients);
+}
+
+/// Attention over packed rows; `visible` says whether a query row sees a key row of its sequence.
+fn reference_attention(
+    packed: &[f64],
+    shape: AttentionShape,
+    visible: impl Fn(usize, usize) -> bool,
+) -> Vec<f64> {
+    let AttentionShape { sequences, queries, keys, heads } = shape;
+    let (h, width) = (heads.width, heads.packed_width());
+    let row = |sequence: usize, key: usize, head: usize| {
+        &packed[((sequence * keys) + key) * width + head * h..][..h]
+    };
+    let mut out = vec![0.0; sequences * queries * heads.query_width()];
+    for sequence in 0..sequences {
+        for query in 0..queries {
+            for head in 0..heads.query {
+                let kv_head = head / (heads.query / heads.key_value);
+                let q = row(sequence, keys - queries + query, head);
+                let seen: Vec<usize> = (0..=keys - queries + query)
+                    .filter(|key| visible(sequence * queries + query, *key))
+                    .collect();
+                let weights: Vec<f64> = seen
+                    .iter()
+                    .map(|key| {
+                        let k = row(sequence, *key, heads.query + kv_head);
+                        (q.iter().zip(k).map(|(q, k)| q * k).sum::<f64>() / (h as f64).sqrt()).exp()
+                    })
+                    .collect();
+                let total: f64 = weights.iter().sum();
+                let at = ((sequence * queries) + query) * heads.query_width() + head * h;
+                for (key, weight) in seen.iter().zip(weights) {
+                    let v = row(sequence, *key, heads.query + heads.key_value + kv_head);
+                    out[at..at + h].iter_mut().zip(v).for_each(|(out, v)| *out += weight / total * v);
+                }
+            }
+        }
+    }
+    out
+}
+
+fn attention<B: Backend>(device: &Device<B>) {
+    let heads = Heads { query: 2, key_value: 1, width: 6 };
+    let (sequences, length) = (2, 70);
+    let (rows, width) = (sequences * length, heads.packed_width());
+    let out_len = rows * heads.query_width();
+    let shape = AttentionShape { sequences, queries: length, keys: length, heads };
+    let packed: Vec<f32> = random(rows * width, 1).iter().map(|x| 2.0 * x).collect();
+    let upstream = random(out_len, 2);
+    let (packed_, upstream_) = (device.put(&packed), device.put(&upstream));
+    let columns = |column| Columns { rows: all(&packed_, rows * width), stride: width, column };
+    // One document; documents that begin within a block, at its edge, and at every position.
+    let starts_of = |breaks: &[usize]| -> Vec<u32> {
+        let start = |p: usize| *breaks.iter().rfind(|b| **b <= p).unwrap() as u32;
+        (0..length).map(start).collect()
+    };
+    let patterns =
+        [starts_of(&[0]), starts_of(&[0, 10, 66]), starts_of(&[0, 64]), (0..length as u32).collect()];
+    for (first, second) in [(0, 1), (2, 3)] {
+        let doc_starts = [patterns[first].as_slice(), &patterns[second]].concat();
+        let starts_ = device.put(&doc_starts);
+        let mut lse = device.put(&vec![f32::NAN; rows * heads.query]);
+        let mut out = device.put(&vec![f32::NAN; out_len]);
+        device.0.attention(
+            all_mut(&mut out, out_len),
+            all_mut(&mut lse, rows * heads.query),
+            columns(0),
+            columns(heads.query_width()),
+            columns(heads.query_width() + heads.key_value_width()),
+            Some(all(&starts_, rows)),
+            shape,
+        );
+        let gradient = device.fill(rows * width, |gradient| {
+            device.0.attention_backward(
+                gradient,
+                all(&upstream_, out_len),
+                all(&out, out_len),
+                all(&lse, rows * heads.query),
+                all(&packed_, rows * width),
+                all(&starts_, rows),
+                shape,
+            );
+        });
+        let reference = |inputs: &[Vec<f64>]| {
+            reference_attention(&inputs[0], shape, |query, key| key >= doc_starts[query] as usize)
+        };
+        check("attention", reference, &[&packed], &device.get(&out, out_len), &upstream, &[&gradient]);
+    }
+
+    // A few queries at the end of a longer cache, without documents.
+    let shape = AttentionShape { sequences: 1, queries: 3, keys: 70, heads };
+    let mut lse = device.put(&[f32::NAN; 6]);
+    let last = View::new(&packed_, 67 * width..70 * width);
+    let out = device.fill(3 * heads.query_width(), |out| {
+        device.0.attention(
+            out,
+            all_mut(&mut lse, 6),
+            Columns { rows: last, stride: width, column: 0 },
+            columns(heads.query_width()),
+            columns(heads.query_width() + heads.key_value_width()),
+            None,
+            shape,
+        );
+    });
+    let expected = reference_attention(&wide(&packed[..70 * width]), shape, |_, _| true);
+    assert_close("attention over a cache", &out, &expected, FORWARD);
+}
+
+fn head_loss<B: Backend>(device: &Device<B>) {
+    let shape = LinearShape { rows: 9, inputs: 10, outputs: 37 };
+    let LinearShape { rows, inputs, outputs } = shape;
+    let targets = [3, 36, IGNORE, 0, 5, 5, IGNORE, 20, 7];
+    let z_loss = 0.05;
+    let (hidden, table) = (random(rows * inputs, 1), random(outputs * inputs, 2));
+    let (hidden_, table_, targets_) = (device.put(&hidden), device.put(&table), device.put(&targets));
+    let chunk_rows = 4;
+    let mut logits = device.put(&vec![f32::NAN; chunk_rows * outputs]);
+    let (mut ce, mut lse) = (device.put(&vec![f32::NAN; rows]), device.put(&vec![f32::NAN; rows]));
+    let mut hidden_gradient = device.put(&vec![f32::NAN; rows * inputs]);
+    let mut table_gradient = device.put(&vec![f32::NAN; outputs * inputs]);
+    let mut losses = |with_gradients: bool| {
+        let gradients = with_gradients.then(|| HeadGradients {
+            hidden: all_mut(&mut hidden_gradient, rows * inputs),
+            table: all_mut(&mut table_gradient, outputs * inputs),
+            z_loss,
+        });
+        device.0.head_loss(
+            all_mut(&mut ce, rows),
+            all_mut(&mut lse, rows),
+            gradients,
+            all(&hidden_, rows * inputs),
+            all(&table_, outputs * inputs),
+            all(&targets_, rows),
+            all_mut(&mut logits, chunk_rows * outputs),
+            shape,
+        );
+        (device.get(&ce, rows), device.get(&lse, rows))
+    };
+    let alone = losses(false);
+    let (ce, lse) = losses(true);
+    assert_eq!((&ce, &lse), (&alone.0, &alone.1));
+    assert_eq!((ce[2], lse[2], ce[6], lse[6]), (0.0, 0.0, 0.0, 0.0));
+    let loss: f32 = ce.iter().zip(&lse).map(|(ce, lse)| ce + z_loss * lse * lse).sum();
+    let reference = |given: &[Vec<f64>]| {
+        let mut total = 0.0;
+        for (x, target) in given[0].chunks(inputs).zip(targets).filter(|(_, target)| *target != IGNORE) {
+            let logit = |w: &[f64]| x.iter().zip(w).map(|(x, w)| x * w).sum::<f64>();
+            let logits: Vec<f64> = given[1].chunks(inputs).map(logit).collect();
+            let lse = logits.iter().map(|z| z.exp()).sum::<f64>().ln();
+            total += lse - logits[target as usize] + f64::from(z_loss) * lse * lse;
+        }
+        vec![total]
+    };
+    let hidden_gradient = device.get(&hidden_gradient, rows * inputs);
+    let table_gradient = device.get(&table_gradient, outputs * inputs);
+    let gradients: [&[f32]; 2] = [&hidden_gradient, &table_gradient];
+    check("head and loss", reference, &[&hidden, &table], &[loss], &[1.0], &gradients);
+}
+
+fn adamw<B: Backend>(device: &Device<B>) {
+    let len = 1000;
+    let (beta1, beta2, lr, decay, epsilon) = (0.9, 0.95, 0.01, 0.1, 1e-8);
+    let mut weights = device.put(&random(len, 1));
+    let (mut first, mut second) = (device.put(&vec![0.0; len]), device.put(&vec![0.0; len]));
+    let mut reference: Vec<[f64; 3]> = wide(&random(len, 1)).into_iter().map(|w| [w, 0.0, 0.0]).collect();
+    for step in 1..=3 {
+        let gradient = random(len, 10 + step as u64);
+        let clip = 0.5;
+        for ([w, m, v], g) in reference.iter_mut().zip(&gradient) {
+            let g = f64::from(*g) * clip;
+            *w -= lr * decay * *w;
+            *m = beta1 * *m + (1.0 - beta1) * g;
+            *v = beta2 * *v + (1.0 - beta2) * g * g;
+            let corrected = (*v / (1.0 - beta2.powi(step))).sqrt() + epsilon;
+            *w -= lr * (*m / (1.0 - beta1.powi(step))) / corrected;
+        }
+        let gradient_ = device.put(&gradient);
+        device.0.adamw(
+            all_mut(&mut weights, len),
+            all_mut(&mut first, len),
+            all_mut(&mut second, len),
+            all(&gradient_, len),
+            AdamW {
+                gradient_scale: clip as f32,
+                decay: (1.0 - lr * decay) as f32,
+                beta1: beta1 as f32,
+                beta2: beta2 as f32,
+                step_size: (lr / (1.0 - beta1.powi(step))) as f32,
+                second_correction: (1.0 - beta2.powi(step)).sqrt() as f32,
+                epsilon: epsilon as f32,
+            },
+        );
+    }
+    for (part, buffer) in [&weights, &first, &second].into_iter().enumerate() {
+        let expected: Vec<f64> = reference.iter().map(|state| state[part]).collect();
+        assert_close("adamw", &device.get(buffer, len), &expected, FORWARD);
+    }
+}
+
+fn reductions<B: Backend>(device: &Device<B>) {
+    let len = 2 * BLOCK + 11;
+    let x = random(len, 1);
+    let x_ = device.put(&x);
+    let blocks = device.0.block_squares(all(&x_, len));
+    let expected: Vec<f64> = x.chunks(BLOCK).map(|block| wide(block).iter().map(|x| x * x).sum()).collect();
+    assert_eq!(blocks.len(), 3);
+    assert!(blocks.iter().zip(&expected).all(|(found, expected)| (found / expected - 1.0).abs() < 1e-12));
+
+    let quantum = Quantum::new(1 << 20, 5);
+    let start: Vec<i64> = (0..len as i64).collect();
+    let mut sums = device.put(&start);
+    assert!(device.0.quantise_add(all_mut(&mut sums, len), all(&x_, len), &quantum));
+    let sums_back = device.get(&sums, len);
+    assert!(
+        sums_back
+            .iter()
+            .zip(start.iter().zip(&x))
+            .all(|(sum, (s, x))| *sum == s + quantum.quantise(*x).unwrap())
+    );
+    let scale = quantum.mean_scale(321);
+    let mean = device.fill(len, |mean| device.0.dequantise(mean, all(&sums, len), scale));
+    let mut expected = vec![0.0; len];
+    quantum.mean_into(&sums_back, 321, &mut expected);
+    assert_eq!(mean, expected);
+    for (position, bad) in [(0, f32::NAN), (BLOCK, f32::INFINITY), (len - 1, quantum.limit() as f32 * 1.001)]
+    {
+        let mut x = x.clone();
+        x[position] = bad;
+        let x_ = device.put(&x);
+        assert!(
+            !device.0.quantise_add(all_mut(&mut sums, len), all(&x_, len), &quantum),
+            "{bad} at {position}"
+        );
+    }
+}
+
+fn copy_columns<B: Backend>(device: &Device<B>) {
+    let (rows, stride, column, width) = (ROW_BLOCK + 2, 9, 2, 4);
+    let from = random(rows * stride, 1);
+    let from_ = device.put(&from);
+    let columns = Columns { rows: all(&from_, rows * stride), stride, column };
+    let out = device.fill(rows * width, |out| device.0.copy_columns(out, columns, width));
+    let expected: Vec<f32> =
+        from.chunks(stride).flat_map(|row| row[column..column + width].to_vec()).collect();
+    assert_eq!(out, expected);
+}
+
+/// The conformance suite: what any backend has to pass.
+fn conform<B: Backend>(backend: B) {
+    let device = Device(backend);
+    norm(&device);
+    linear(&device);
+    embedding(&device);
+    swiglu(&device);
+    qk_norm_rope(&device);
+    attention(&device);
+    head_loss(&device);
+    adamw(&device);
+    reductions(&device);
+    copy_columns(&device);
+}
+
+#[test]
+fn cpu_with_one_thread_conforms() {
+    conform(Cpu::new(1));
+}
+
+#[test]
+fn cpu_with_three_threads_conforms() {
+    conform(Cpu::new(3));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    /// Any product of shapes agrees with f64, whatever path it takes inside.
+    #[test]
+    fn linear_of_any_shape(rows in 1usize..70, inputs in 1usize..70, outputs in 1usize..140) {
+        let device = Device(Cpu::new(1));
+        let (x, weight) = (random(rows * inputs, 1), random(outputs * inputs, 2));
+        let (x_, weight_) = (device.put(&x), device.put(&weight));
+        let out = device.fill(rows * outputs, |out| {
+            let shape = LinearShape { rows, inputs, outputs };
+            device.0.linear(out, all(&x_, rows * inputs), all(&weight_, outputs * inputs), shape);
+        });
+        for (row, out) in out.chunks(outputs).enumerate() {
+            for (output, found) in out.iter().enumerate() {
+                let (x, w) = (&x[row * inputs..][..inputs], &weight[output * inputs..][..inputs]);
+                let expected: f64 = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
+                prop_assert!((f64::from(*found) - expected).abs() < 1e-4);
+            }
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! What a worker relies upon: bits that depend on nothing but the data, documents that do not see each other,
+//! bad numbers that are caught, memory that is as planned.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use common::{mean_gradient, relative_l2};
+use proptest::prelude::*;
+use ulmus_model::{
+    Backend as _, Cpu, IGNORE, LossSum, MicroBatch, ModelError, Quantum, Replica, State, StatePart,
+};
+use ulmus_plan::{ModelConfig, Multipliers, TrainConfig, worker_memory};
+
+fn config() -> ModelConfig {
+    ModelConfig {
+        vocab_size: 97,
+        max_context_length: 96,
+        num_transformer_layers: 3,
+        model_dim: 48,
+        head_dim: 12,
+        num_gqa_groups: 2,
+        qkv_multipliers: Multipliers::Layers(vec![0.5, 1.0]),
+        ffn_multipliers: Multipliers::Layers(vec![0.5, 2.0]),
+        ffn_dim_divisor: 20,
+        rope_freq_constant: 10_000.0,
+    }
+}
+
+fn recipe() -> TrainConfig {
+    TrainConfig { iterations: 10, warmup: 2, max_lr: 0.01, min_lr: 0.001, ..TrainConfig::default() }
+}
+
+/// Tokens of a small pseudo-random language.
+fn tokens(len: usize, seed: u32) -> Vec<u32> {
+    let mut state = seed.wrapping_mul(747_796_405).wrapping_add(1);
+    (0..len)
+        .map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 16) % 97
+        })
+        .collect()
+}
+
+fn micro_batch(seed: u32) -> MicroBatch {
+    let (sequences, length) = (2, 80);
+    let mut targets = tokens(sequences * length, seed + 1000);
+    targets[5..9].fill(IGNORE);
+    MicroBatch::of_whole_documents(sequences, length, tokens(sequences * length, seed), targets)
+}
+
+fn replica(threads: usize) -> Replica<Cpu> {
+    let mut replica = Replica::new(Cpu::new(threads), &config(), 2, 80, 1e-4).unwrap();
+    replica.initialise(11);
+    replica
+}
+
+/// One step whose micro-batches are dealt to several workers; all of them apply the same mean gradient.
+fn distributed_step(workers: &mut [Replica<Cpu>], batches: &[u32], step: u64) -> Vec<(LossSum, f64)> {
+    let quantum = Quantum::new(160 * batches.len() as u64, batches.len() as u64);
+    let (count, parameters) = (workers.len(), workers[0].layout().parameters());
+    let mut total = vec![0i64; parameters];
+    let (mut ce, mut z, mut valid) = (0i64, 0i64, 0);
+    for (worker, replica) in workers.iter_mut().enumerate() {
+        let mut own = vec![0i64; parameters];
+        for seed in batches.iter().skip(worker).step_by(count) {
+            let loss = replica.forward_backward(&micro_batch(*seed)).unwrap();
+            replica.quantise_add(&mut own, &quantum).unwrap();
+            ce += quantum.loss_to_fixed(loss.ce).unwrap();
+            z += quantum.loss_to_fixed(loss.z).unwrap();
+            valid += loss.valid;
+        }
+        total.iter_mut().zip(own).for_each(|(total, own)| *total += own);
+    }
+    let loss = LossSum { ce: Quantum::loss_from_fixed(ce), z: Quantum::loss_from_fixed(z), valid };
+    workers
+        .iter_mut()
+        .map(|replica| {
+            replica.set_mean_gradient(&total, &quantum, valid);
+            (loss, replica.update(&recipe(), recipe().learning_rate(step), step).unwrap())
+        })
+        .collect()
+}
+
+#[test]
+fn any_number_of_workers_and_threads_gives_the_same_bits() {
+    let run = |workers: usize, threads: usize, batches: &[u32]| {
+        let mut workers: Vec<_> = (0..workers).map(|_| replica(threads)).collect();
+        let losses: Vec<_> = (0..3).map(|step| distributed_step(&mut workers, batches, step)[0]).collect();
+        let hashes: Vec<_> = workers.iter().map(Replica::state_hash).collect();
+        assert!(hashes.iter().all(|hash| *hash == hashes[0]));
+        (losses, hashes[0])
+    };
+    let batches = [1, 2, 3, 4, 5];
+    let reference = run(1, 1, &batches);
+    assert!(reference.0[2].0.mean_ce() < reference.0[0].0.mean_ce(), "training on the same data learns it");
+    for (workers, threads) in [(1, 2), (1, 3), (2, 1), (3, 2), (5, 1)] {
+        assert_eq!(run(workers, threads, &batches), reference, "{workers} workers, {threads} threads");
+    }
+    assert_eq!(run(2, 1, &[4, 1, 5, 3, 2]), reference, "another order");
+}
+
+#[test]
+fn gradients_have_the_same_bits_for_any_number_of_threads() {
+    let hash = |threads| {
+        let mut replica = replica(threads);
+        let loss = replica.forward_backward(&micro_batch(7)).unwrap();
+        (loss, replica.gradient_hash())
+    };
+    let one = hash(1);
+    assert_eq!(hash(2), one);
+    assert_eq!(hash(3), one);
+}
+
+/// Longer texts and wider layers, so that products are large enough to be split over threads.
+#[test]
+fn larger_products_have_the_same_bits_for_any_number_of_threads() {
+    let config = ModelConfig {
+        vocab_size: 1024,
+        model_dim: 256,
+        head_dim: 32,
+        ffn_dim_divisor: 256,
+        num_transformer_layers: 2,
+        ..config()
+    };
+    let batch = MicroBatch::of_whole_documents(2, 256, tokens(512, 1), tokens(512, 2));
+    let hash = |threads| {
+        let mut replica = Replica::new(Cpu::new(threads), &config, 2, 256, 1e-4).unwrap();
+        replica.initialise(1);
+        replica.forward_backward(&batch).unwrap();
+        replica.gradient_hash()
+    };
+    let one = hash(1);
+    assert_eq!(hash(2), one);
+    assert_eq!(hash(3), one);
+}
+
+/// A micro-batch's gradient, as a sum over its tokens.
+fn summed_gradient(config: &ModelConfig, batch: &MicroBatch) -> (LossSum, Vec<f32>) {
+    let mut replica = Replica::new(Cpu::new(2), config, batch.sequences, batch.length, 1e-4).unwrap();
+    replica.initialise(3);
+    let loss = replica.forward_backward(batch).unwrap();
+    let mut gradient = vec![0.0; replica.layout().parameters()];
+    replica.read_gradient(0, &mut gradient);
+    (loss, gradient)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+
+    /// Documents packed into one sequence give the sum of what each gives alone.
+    #[test]
+    fn packed_documents_do_not_see_each_other(lengths in prop::collection::vec(1usize..60, 2..5), seed in 0u32..1000) {
+        let length: usize = lengths.iter().sum();
+        let (inputs, targets) = (tokens(length, seed), tokens(length, seed + 1));
+        let mut doc_starts = Vec::new();
+        let (mut alone_loss, mut alone) = (LossSum::default(), Vec::new());
+        for document in &lengths {
+            let part = doc_starts.len()..doc_starts.len() + document;
+            doc_starts.extend(std::iter::repeat_n(part.start as u32, *document));
+            let batch = MicroBatch::of_whole_documents(
+                1, *document, inputs[part.clone()].to_vec(), targets[part].to_vec(),
+            );
+            let (loss, gradient) = summed_gradient(&config(), &batch);
+            alone_loss += loss;
+            alone.resize(gradient.len(), 0.0);
+            alone.iter_mut().zip(gradient).for_each(|(sum, x): (&mut f32, f32)| *sum += x);
+        }
+        let packed = MicroBatch { sequences: 1, length, inputs, targets, doc_starts };
+        let (loss, gradient) = summed_gradient(&config(), &packed);
+        prop_assert!((loss.ce / alone_loss.ce - 1.0).abs() < 1e-5);
+        prop_assert!((loss.z / alone_loss.z - 1.0).abs() < 1e-5);
+        prop_assert_eq!(loss.valid, alone_loss.valid);
+        prop_assert!(relative_l2(&gradient, &alone) < 1e-5);
+    }
+}
+
+#[test]
+fn masked_positions_count_for_nothing() {
+    let (inputs, targets) = (tokens(40, 1), tokens(40, 2));
+    let whole = MicroBatch::of_whole_documents(1, 20, inputs[..20].to_vec(), targets[..20].to_vec());
+    let mut padded = MicroBatch::of_whole_documents(1, 40, inputs, targets);
+    padded.targets[20..].fill(IGNORE);
+    let ((loss, gradient), (padded_loss, padded_gradient)) =
+        (summed_gradient(&config(), &whole), summed_gradient(&config(), &padded));
+    assert_eq!(loss.valid, padded_loss.valid);
+    assert!((loss.ce - padded_loss.ce).abs() < 1e-4);
+    assert!(relative_l2(&padded_gradient, &gradient) < 1e-5);
+    padded.targets.fill(IGNORE);
+    let (loss, gradient) = summed_gradient(&config(), &padded);
+    assert_eq!(loss, LossSum::default());
+    assert!(gradient.iter().all(|x| *x == 0.0));
+}
+
+#[test]
+fn numbers_that_are_not_finite_stop_the_step() {
+    let mut replica = replica(1);
+    let quantum = Quantum::new(160, 1);
+    let parameters = replica.layout().parameters();
+    replica.forward_backward(&micro_batch(1)).unwrap();
+    for bad in [f32::NAN, f32::INFINITY, 1e30] {
+        replica.write_gradient(77, &[bad]);
+        let error = replica.quantise_add(&mut vec![0; parameters], &quantum).unwrap_err();
+        assert!(matches!(error, ModelError::GradientRange { .. }), "{error}");
+    }
+    replica.write_gradient(77, &[f32::INFINITY]);
+    let before = replica.state_hash();
+    assert!(matches!(replica.update(&recipe(), 0.01, 0), Err(ModelError::GradientNorm { .. })));
+    assert_eq!(replica.state_hash(), before);
+    // A weight that is NaN is seen in the loss and in the gradient.
+    replica.write_state(StatePart::Weights, 0, &vec![f32::NAN; parameters]);
+    let loss = replica.forward_backward(&micro_batch(1)).unwrap();
+    assert!(loss.ce.is_nan());
+    assert_eq!(quantum.loss_to_fixed(loss.ce), None);
+    assert!(replica.quantise_add(&mut vec![0; parameters], &quantum).is_err());
+}
+
+#[test]
+fn clipping_bounds_the_step() {
+    // Plain sign-like first step: with clip tiny, the moments are those of the scaled gradient.
+    let mut replica = replica(1);
+    let (_, gradient) = mean_gradient(&mut replica, &micro_batch(1)).unwrap();
+    let clip = 1e-3;
+    let norm = replica.update(&TrainConfig { clip, ..recipe() }, 0.0, 0).unwrap();
+    let exact = gradient.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+    assert!((norm / exact - 1.0).abs() < 1e-12);
+    let first = replica.state().first_moment;
+    let scaled: Vec<f32> =
+        gradient.iter().map(|g| (f64::from(*g) * clip / (norm + 1e-6) * 0.1) as f32).collect();
+    assert!(relative_l2(&first, &scaled) < 1e-6);
+}
+
+#[test]
+fn the_state_moves_to_another_replica() {
+    let mut one = replica(1);
+    mean_gradient(&mut one, &micro_batch(1)).unwrap();
+    one.update(&recipe(), 0.01, 0).unwrap();
+    let mut other = Replica::new(Cpu::new(1), &config(), 2, 80, 1e-4).unwrap();
+    assert_ne!(other.state_hash(), one.state_hash());
+    other.load_state(&one.state()).unwrap();
+    assert_eq!(other.state_hash(), one.state_hash());
+    // In pieces, as it travels to a worker that joins.
+    let mut third = Replica::new(Cpu::new(2), &config(), 2, 80, 1e-4).unwrap();
+    let parameters = one.layout().parameters();
+    for part in StatePart::ALL {
+        for start in (0..parameters).step_by(1000) {
+            let mut piece = vec![0.0; 1000.min(parameters - start)];
+            one.read_state(part, start, &mut piece);
+            third.write_state(part, start, &piece);
+        }
+    }
+    assert_eq!(third.state_hash(), one.state_hash());
+    assert_eq!(third.state(), one.state());
+    for replica in [&mut one, &mut other, &mut third] {
+        mean_gradient(replica, &micro_batch(2)).unwrap();
+        replica.update(&recipe(), 0.01, 1).unwrap();
+    }
+    assert_eq!(one.state_hash(), other.state_hash());
+    assert_eq!(one.state_hash(), third.state_hash());
+}
+
+#[test]
+fn seeds_decide_the_initial_state() {
+    let mut replica = replica(1);
+    let first = replica.state_hash();
+    mean_gradient(&mut replica, &micro_batch(1)).unwrap();
+    replica.update(&recipe(), 0.01, 0).unwrap();
+    replica.initialise(11);
+    assert_eq!(replica.state_hash(), first, "moments are zero again");
+    replica.initialise(12);
+    assert_ne!(replica.state_hash(), first);
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let mut replica = replica(1);
+    let wrong = MicroBatch::of_whole_documents(1, 80, tokens(80, 1), tokens(80, 2));
+    assert!(matches!(replica.forward_backward(&wrong), Err(ModelError::Batch(_))));
+    let short = State { weights: vec![0.0], first_moment: vec![0.0], second_moment: vec![0.0] };
+    assert!(matches!(replica.load_state(&short), Err(ModelError::Tensors(_))));
+    assert!(matches!(Replica::new(Cpu::new(1), &config(), 0, 80, 0.0), Err(ModelError::Batch(_))));
+    assert!(matches!(Cpu::new(1).allocate::<f32>(usize::MAX / 8), Err(ModelError::OutOfMemory { .. })));
+}
+
+#[test]
+fn memory_is_what_the_plan_says() {
+    let shapes = [(1, 1), (2, 80), (3, 7), (1, 96)];
+    for (config, (sequences, length)) in [config(), ModelConfig { model_dim: 24, head_dim: 32, ..config() }]
+        .into_iter()
+        .flat_map(|config| shapes.map(|shape| (config.clone(), shape)))
+    {
+        let replica = Replica::new(Cpu::new(1), &config, sequences, length, 0.0).unwrap();
+        let plan = worker_memory(&config, sequences, length);
+        assert_eq!(replica.planned_bytes(), plan.total - plan.reduction);
+        assert_eq!(plan.reduction, 8 * config.parameters());
+    }
+}
