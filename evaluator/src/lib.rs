@@ -1,1 +1,23 @@
-//! Evaluation, generation and benchmarks of exported models
+//! Evaluation, generation and benchmarks of models in Hugging Face layout.
+//!
+//! The library is what workers call for a run's evaluation jobs, and what the `evaluator` program calls for
+//! a person; both get the same numbers, because neither adds any. [`perplexity()`] measures held-out text,
+//! [`continuations`] shows what a model writes, [`bench()`] times it. Results are plain data that serialise to JSON.
+//!
+//! Nothing here decides what to evaluate or where results go, and nothing prints.
+
+#![forbid(unsafe_code)]
+
+mod bench;
+mod error;
+mod folder;
+mod perplexity;
+mod texts;
+mod writing;
+
+pub use bench::{BenchConfig, BenchResult, Machine, Rates, Timing, bench, synthetic_weights};
+pub use error::EvaluatorError;
+pub use folder::{LoadedModel, load_model, load_tokenizer};
+pub use perplexity::{PerplexityResult, perplexity, zstd_bits_per_byte};
+pub use texts::read_texts;
+pub use writing::{Continuation, Transcript, continuations};

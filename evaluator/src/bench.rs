@@ -1,0 +1,219 @@
+//! How fast a model reads and writes.
+//!
+//! The protocol of the paper: one sequence at a time, with a KV cache, prompt processing and generation timed apart,
+//! after a full dry run with the same lengths. The first new token follows from the prompt and counts as part of
+//! its processing. Nothing stops generation early, and the tokens' values do not change the work.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use ulmus_model::{Backend, Generator, Layout, Model, ModelError, greedy};
+use ulmus_plan::ModelConfig;
+
+use crate::error::EvaluatorError;
+
+/// What is timed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BenchConfig {
+    /// Tokens of the prompt, at least 1.
+    pub prompt: usize,
+    /// New tokens, at least 2; the first is part of the prompt's processing.
+    pub generate: usize,
+    /// Timed runs, at least 1, after the dry run.
+    pub runs: usize,
+}
+
+/// Seconds of one run.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Timing {
+    /// From the prompt to the first new token.
+    pub prompt_seconds: f64,
+    /// From the first new token to the last.
+    pub generation_seconds: f64,
+}
+
+/// Tokens per second.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Rates {
+    /// Of prompt tokens, while the prompt is processed.
+    pub prompt: f64,
+    /// Of new tokens, after the first.
+    pub generation: f64,
+    /// Of all tokens, over the whole time.
+    pub total: f64,
+}
+
+/// A benchmark and what it was made on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BenchResult {
+    /// What was timed.
+    pub config: BenchConfig,
+    /// Parameters of the model.
+    pub parameters: u64,
+    /// Compute threads.
+    pub threads: usize,
+    /// Type of weights and activations.
+    pub dtype: String,
+    /// Median over the runs, of each rate by itself.
+    pub median: Rates,
+    /// Every run, in order.
+    pub runs: Vec<Timing>,
+    /// The machine.
+    pub machine: Machine,
+}
+
+/// The machine that numbers come from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Machine {
+    /// Name of the processor, where the system tells it.
+    pub processor: String,
+    /// Cores that this process may use.
+    pub cores: usize,
+    /// Instruction set and operating system.
+    pub platform: String,
+}
+
+impl Machine {
+    /// The machine that this process runs on.
+    pub fn this() -> Self {
+        let named = std::fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| {
+            let line = text.lines().find(|line| line.starts_with("model name"))?;
+            Some(line.split_once(':')?.1.trim().to_owned())
+        });
+        Self {
+            processor: named.unwrap_or_else(|| "unknown".to_owned()),
+            cores: std::thread::available_parallelism().map_or(1, usize::from),
+            platform: format!("{} {}", std::env::consts::ARCH, std::env::consts::OS),
+        }
+    }
+}
+
+/// Times a model; `threads` is only noted down.
+///
+/// # Errors
+/// [`EvaluatorError::Lengths`] for lengths that cannot be timed; or the model has no memory for them.
+pub fn bench<B: Backend>(
+    model: &Arc<Model<B>>,
+    config: BenchConfig,
+    threads: usize,
+) -> Result<BenchResult, EvaluatorError> {
+    let BenchConfig { prompt, generate, runs } = config;
+    let context = model.config().max_context_length;
+    if prompt == 0 || generate < 2 || prompt + generate > context {
+        return Err(EvaluatorError::Lengths { prompt, generate, context });
+    }
+    let mut generator = Generator::new(Arc::clone(model), prompt + generate)?;
+    let vocabulary = model.config().vocab_size;
+    let tokens: Vec<u32> = (0..prompt).map(|index| (index * 7919 % vocabulary) as u32).collect();
+    time_once(&mut generator, &tokens, generate)?;
+    let timings = (0..runs.max(1))
+        .map(|_| time_once(&mut generator, &tokens, generate))
+        .collect::<Result<Vec<_>, _>>()?;
+    Ok(BenchResult {
+        config,
+        parameters: model.config().parameters(),
+        threads,
+        dtype: "f32".to_owned(),
+        median: median_rates(config, &timings),
+        runs: timings,
+        machine: Machine::this(),
+    })
+}
+
+fn time_once<B: Backend>(
+    generator: &mut Generator<B>,
+    prompt: &[u32],
+    generate: usize,
+) -> Result<Timing, ModelError> {
+    generator.reset();
+    let start = Instant::now();
+    let mut token = greedy(generator.feed(prompt)?);
+    let prompt_seconds = start.elapsed().as_secs_f64();
+    let start = Instant::now();
+    for _ in 1..generate {
+        token = greedy(generator.feed(&[token])?);
+    }
+    Ok(Timing { prompt_seconds, generation_seconds: start.elapsed().as_secs_f64() })
+}
+
+fn median_rates(config: BenchConfig, timings: &[Timing]) -> Rates {
+    let (prompt, generated) = (config.prompt as f64, (config.generate - 1) as f64);
+    let median = |rate: &dyn Fn(&Timing) -> f64| {
+        let mut rates: Vec<f64> = timings.iter().map(rate).collect();
+        rates.sort_by(f64::total_cmp);
+        f64::midpoint(rates[(rates.len() - 1) / 2], rates[rates.len() / 2])
+    };
+    Rates {
+        prompt: median(&|timing| prompt / timing.prompt_seconds),
+        generation: median(&|timing| generated / timing.generation_seconds),
+        total: median(&|timing| {
+            (prompt + generated + 1.0) / (timing.prompt_seconds + timing.generation_seconds)
+        }),
+    }
+}
+
+/// Weights of the usual spread for a model of which there are none, to time its shape.
+pub fn synthetic_weights(config: &ModelConfig) -> Vec<f32> {
+    let layout = Layout::new(config);
+    let mut weights = vec![1.0; layout.parameters()];
+    // Marsaglia's xorshift: speed does not depend on the values, as long as they stay in a normal range.
+    let mut state = 0x9E37_79B9_u32;
+    for tensor in layout.tensors() {
+        let Some(std) = tensor.initial_std else { continue };
+        let width = std as f32 * 12.0_f32.sqrt();
+        for weight in &mut weights[tensor.range.clone()] {
+            state ^= state << 13;
+            state ^= state >> 17;
+            state ^= state << 5;
+            *weight = (state as f32 / u32::MAX as f32 - 0.5) * width;
+        }
+    }
+    weights
+}
+
+#[cfg(test)]
+mod tests {
+    use ulmus_model::Cpu;
+    use ulmus_plan::Multipliers;
+
+    use super::*;
+
+    #[test]
+    fn rates_are_medians_over_runs() {
+        let config = BenchConfig { prompt: 10, generate: 5, runs: 3 };
+        let timing = |prompt_seconds, generation_seconds| Timing { prompt_seconds, generation_seconds };
+        let odd = median_rates(config, &[timing(1.0, 4.0), timing(2.0, 1.0), timing(5.0, 2.0)]);
+        assert_eq!((odd.prompt, odd.generation), (5.0, 2.0));
+        assert_eq!(odd.total, 3.0);
+        let even = median_rates(config, &[timing(1.0, 4.0), timing(2.0, 1.0)]);
+        assert_eq!((even.prompt, even.generation), (7.5, 2.5));
+    }
+
+    #[test]
+    fn a_shape_without_weights_can_be_timed() {
+        let config = ModelConfig {
+            vocab_size: 64,
+            max_context_length: 32,
+            num_transformer_layers: 2,
+            model_dim: 32,
+            head_dim: 16,
+            num_gqa_groups: 1,
+            qkv_multipliers: Multipliers::Uniform(1.0),
+            ffn_multipliers: Multipliers::Uniform(1.0),
+            ffn_dim_divisor: 16,
+            ..ModelConfig::default()
+        };
+        let weights = synthetic_weights(&config);
+        assert!(weights.iter().all(|weight| weight.is_finite() && weight.abs() <= 1.0));
+        let model = Arc::new(Model::new(Cpu::new(1), &config, &weights).unwrap());
+        let lengths = |prompt, generate| bench(&model, BenchConfig { prompt, generate, runs: 2 }, 1);
+        let result = lengths(8, 24).unwrap();
+        assert_eq!(result.runs.len(), 2);
+        assert!(result.median.prompt > 0.0 && result.median.generation > 0.0);
+        for (prompt, generate) in [(0, 4), (4, 1), (30, 3)] {
+            let error = lengths(prompt, generate).unwrap_err();
+            assert!(error.to_string().contains("context of 32"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,365 @@
+//! Arguments, tables and result files of the program; the numbers come from the library.
+
+use std::io::{self, Write};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use comfy_table::{CellAlignment, Table, presets};
+use serde::Serialize;
+use ulmus_evaluator::{
+    BenchConfig, BenchResult, EvaluatorError, LoadedModel, PerplexityResult, Transcript, bench, load_model,
+    load_tokenizer, perplexity, read_texts, synthetic_weights,
+};
+use ulmus_model::{Cpu, Generator, Model};
+use ulmus_plan::{ModelConfig, Preset};
+use ulmus_rt::Failure;
+use ulmus_types::{Digest, ErrorKind, ExitStatus};
+
+/// Version of the result files.
+const FORMAT_VERSION: u32 = 1;
+
+const EXIT_CODES: &str =
+    "Exit codes: 0 done, 1 failed, 2 wrong input (the message says what to change), 5 damaged data.";
+
+/// Evaluates, benchmarks and samples models in Hugging Face layout.
+///
+/// A model folder holds config.json, model.safetensors and tokenizer.model, as the `export` folder of a run does.
+#[derive(Debug, Parser)]
+#[command(name = "evaluator", version, after_help = EXIT_CODES)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Measure a model on texts; prints a table and writes JSON.
+    ///
+    /// Example: evaluator run --model runs/quickstart/export --tasks perplexity --data notes.txt --output result.json
+    Run(Run),
+    /// Time prompt processing and generation, separately, after a dry run.
+    ///
+    /// Example: evaluator bench --preset openelm-270m --prompt 35 --generate 128 --threads 8
+    Bench(Bench),
+    /// Let a model go on from a prompt; text is printed as it comes.
+    ///
+    /// Example: evaluator generate --model runs/quickstart/export --prompt "The trait" --max-tokens 64 --greedy
+    Generate(Generate),
+}
+
+#[derive(Debug, Args)]
+struct Run {
+    /// Model folder.
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// What to measure.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "perplexity")]
+    tasks: Vec<Task>,
+    /// Texts: parquet, jsonl, txt or md files, or folders of them.
+    #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
+    data: Vec<PathBuf>,
+    /// Column (parquet) or key (jsonl) of the text.
+    #[arg(long, value_name = "NAME", default_value = "text")]
+    text: String,
+    /// Most tokens of context for a prediction; the model's own maximum if not given.
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    context: Option<u32>,
+    /// Where to write the result.
+    #[arg(long, value_name = "FILE.json")]
+    output: Option<PathBuf>,
+    #[command(flatten)]
+    compute: Compute,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Task {
+    /// Perplexity per token and bits per byte of the text, beside `zstd -19`.
+    Perplexity,
+}
+
+#[derive(Debug, Args)]
+struct Bench {
+    #[command(flatten)]
+    subject: Subject,
+    /// Tokens of the prompt.
+    #[arg(long, value_name = "N", default_value_t = 35)]
+    prompt: usize,
+    /// New tokens; the first counts as part of the prompt's processing.
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    generate: usize,
+    /// Timed runs after the dry run; the median is reported.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+    /// Type of weights and activations.
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: Dtype,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    compute: Compute,
+}
+
+/// What is timed.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct Subject {
+    /// Model folder; only its config and weights are used.
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// A published shape, with synthetic weights: `openelm-270m`, `-450m`, `-1_1b` or `-3b`.
+    #[arg(long, value_name = "NAME", value_parser = parse_preset)]
+    preset: Option<Preset>,
+}
+
+fn parse_preset(name: &str) -> Result<Preset, &'static str> {
+    Preset::from_name(name).ok_or("use openelm-270m, openelm-450m, openelm-1_1b or openelm-3b")
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Dtype {
+    /// 32-bit floats.
+    F32,
+}
+
+#[derive(Debug, Args)]
+struct Generate {
+    /// Model folder.
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Beginning of the text.
+    #[arg(long, value_name = "TEXT")]
+    prompt: String,
+    /// Most tokens to write; the model may end its text earlier.
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    max_tokens: usize,
+    /// Take the likeliest token every time, which is the default.
+    #[arg(long)]
+    greedy: bool,
+    #[command(flatten)]
+    compute: Compute,
+}
+
+#[derive(Debug, Args)]
+struct Compute {
+    /// Compute threads; all cores if not given. Results are the same for any number.
+    #[arg(long, value_name = "N", env = "ULMUS_THREADS", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+}
+
+impl Compute {
+    fn threads(&self) -> usize {
+        self.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from)
+    }
+}
+
+impl Arguments {
+    /// Does what was asked for.
+    pub(crate) fn run(self) -> Result<ExitStatus, Failure> {
+        match self.command {
+            Command::Run(run) => run.run(),
+            Command::Bench(bench) => bench.run(),
+            Command::Generate(generate) => generate.run(),
+        }?;
+        Ok(ExitStatus::Done)
+    }
+}
+
+fn failure(error: impl Into<EvaluatorError>) -> Failure {
+    let error = error.into();
+    Failure::of(error.kind(), &error)
+}
+
+/// What `run` writes.
+#[derive(Debug, Serialize)]
+struct ResultFile<'a> {
+    format_version: u32,
+    evaluator: &'static str,
+    model: ModelSummary<'a>,
+    data: &'a [PathBuf],
+    results: Results,
+}
+
+#[derive(Debug, Serialize)]
+struct ModelSummary<'a> {
+    folder: &'a Path,
+    parameters: u64,
+    weights: Digest,
+    tokenizer: Digest,
+    config: &'a ModelConfig,
+}
+
+#[derive(Debug, Serialize)]
+struct Results {
+    perplexity: PerplexityResult,
+}
+
+impl Run {
+    fn run(&self) -> Result<(), Failure> {
+        if let Some(output) = &self.output {
+            // Told before the work, not after it.
+            let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty());
+            if output.is_dir() || folder.is_some_and(|folder| !folder.is_dir()) {
+                let message =
+                    format!("cannot write {}: it needs an existing folder and a file name", output.display());
+                return Err(Failure::new(ExitStatus::InvalidInput, message));
+            }
+        }
+        let loaded = load_model(&self.model, self.compute.threads()).map_err(failure)?;
+        let tokenizer = load_tokenizer(&self.model, &loaded).map_err(failure)?;
+        let config = loaded.model.config();
+        let context = match self.context {
+            None => config.max_context_length,
+            Some(context) if context as usize <= config.max_context_length => context as usize,
+            Some(context) => {
+                let most = config.max_context_length;
+                let message =
+                    format!("--context {context} is more than the model's {most}; use at most {most}");
+                return Err(Failure::new(ExitStatus::InvalidInput, message));
+            }
+        };
+        let texts = read_texts(&self.data, &self.text).map_err(failure)?;
+        let measured = perplexity(&loaded.model, &tokenizer, &texts, context).map_err(failure)?;
+        print(&perplexity_table(&measured))?;
+        if let Some(output) = &self.output {
+            let file = ResultFile {
+                format_version: FORMAT_VERSION,
+                evaluator: env!("CARGO_PKG_VERSION"),
+                model: ModelSummary {
+                    folder: &self.model,
+                    parameters: config.parameters(),
+                    weights: loaded.digest,
+                    tokenizer: tokenizer.digest(),
+                    config,
+                },
+                data: &self.data,
+                results: Results { perplexity: measured },
+            };
+            std::fs::write(output, json(&file)).map_err(|error| {
+                Failure::new(ExitStatus::Failed, format!("cannot write {}: {error}", output.display()))
+            })?;
+        }
+        Ok(())
+    }
+}
+
+impl Bench {
+    fn run(&self) -> Result<(), Failure> {
+        let Dtype::F32 = self.dtype;
+        let threads = self.compute.threads();
+        let model = if let Some(preset) = self.subject.preset {
+            let config = preset.config();
+            let weights = synthetic_weights(&config);
+            Arc::new(Model::new(Cpu::new(threads), &config, &weights).map_err(failure)?)
+        } else {
+            let directory = self.subject.model.as_deref().expect("one of the group is required");
+            load_model(directory, threads).map_err(failure)?.model
+        };
+        let config = BenchConfig { prompt: self.prompt, generate: self.generate, runs: self.runs as usize };
+        let result = bench(&model, config, threads).map_err(failure)?;
+        if self.json { print(json(&result).trim_end()) } else { print(&bench_table(&result)) }
+    }
+}
+
+impl Generate {
+    fn run(&self) -> Result<(), Failure> {
+        let loaded = load_model(&self.model, self.compute.threads()).map_err(failure)?;
+        let tokenizer = load_tokenizer(&self.model, &loaded).map_err(failure)?;
+        let LoadedModel { model, .. } = loaded;
+        let prompt = tokenizer.encode(&self.prompt);
+        let begun: Vec<u32> = std::iter::once(tokenizer.bos()).chain(prompt.iter().copied()).collect();
+        let (context, wanted) = (model.config().max_context_length, begun.len() + self.max_tokens);
+        if wanted > context {
+            let message = format!(
+                "a prompt of {} tokens and --max-tokens {} do not fit the model's context of {context}; \
+                 shorten the prompt or use --max-tokens {}",
+                begun.len(),
+                self.max_tokens,
+                context.saturating_sub(begun.len()),
+            );
+            return Err(Failure::new(ExitStatus::InvalidInput, message));
+        }
+        let mut generator = Generator::new(model, wanted).map_err(failure)?;
+        let mut transcript = Transcript::after(&tokenizer, &prompt);
+        let mut stdout = io::stdout().lock();
+        let mut written = stdout.write_all(self.prompt.as_bytes()).and_then(|()| stdout.flush());
+        if written.is_ok() {
+            generator
+                .generate(&begun, self.max_tokens, Some(tokenizer.eos()), |token| {
+                    written =
+                        stdout.write_all(transcript.push(token).as_bytes()).and_then(|()| stdout.flush());
+                    if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+                })
+                .map_err(failure)?;
+        }
+        finish_output(written.and_then(|()| writeln!(stdout, "{}", transcript.finish())))
+    }
+}
+
+fn perplexity_table(result: &PerplexityResult) -> String {
+    let mut table = table(&["perplexity", "value"]);
+    for (name, value) in [
+        ("documents", result.documents.to_string()),
+        ("bytes", result.bytes.to_string()),
+        ("tokens", result.tokens.to_string()),
+        ("loss per token (nats)", format!("{:.4}", result.loss)),
+        ("perplexity per token", format!("{:.3}", result.perplexity)),
+        ("bits per byte", format!("{:.4}", result.bits_per_byte)),
+        ("zstd -19, bits per byte", format!("{:.4}", result.zstd_bits_per_byte)),
+    ] {
+        table.add_row([name.to_owned(), value]);
+    }
+    table.to_string()
+}
+
+fn bench_table(result: &BenchResult) -> String {
+    let mut table = table(&["benchmark", "tokens", "tokens/s"]);
+    let BenchConfig { prompt, generate, .. } = result.config;
+    for (name, tokens, rate) in [
+        ("prompt processing", prompt, result.median.prompt),
+        ("generation", generate - 1, result.median.generation),
+        ("total", prompt + generate, result.median.total),
+    ] {
+        table.add_row([name.to_owned(), tokens.to_string(), format!("{rate:.2}")]);
+    }
+    let machine = &result.machine;
+    format!(
+        "{table}\nmedian of {} runs after a dry run; {} parameters, {}, {} threads\n{}, {} cores, {}",
+        result.runs.len(),
+        result.parameters,
+        result.dtype,
+        result.threads,
+        machine.processor,
+        machine.cores,
+        machine.platform,
+    )
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_BORDERS_ONLY).set_header(header);
+    table.column_iter_mut().skip(1).for_each(|column| column.set_cell_alignment(CellAlignment::Right));
+    table
+}
+
+fn json(value: &impl Serialize) -> String {
+    let mut text = serde_json::to_string_pretty(value).expect("plain data is valid JSON");
+    text.push('\n');
+    text
+}
+
+fn print(text: &str) -> Result<(), Failure> {
+    finish_output(writeln!(io::stdout().lock(), "{text}"))
+}
+
+/// A reader that has seen enough, such as `head`, is no failure.
+fn finish_output(result: io::Result<()>) -> Result<(), Failure> {
+    match result {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::of(ErrorKind::Internal, &error))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,99 @@
+//! From a model folder to a model that can be run.
+//!
+//! A tokenizer of another model would give plausible but meaningless numbers, so it is refused as far as it can be
+//! told apart: by the number of its pieces and by its special tokens.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ulmus_dataloader::Tokenizer;
+use ulmus_model::hf::{self, SpecialTokens};
+use ulmus_model::{Cpu, Model};
+use ulmus_types::Digest;
+
+use crate::error::EvaluatorError;
+
+/// Vocabularies are rounded up, so that matrices have convenient sizes, to at most a multiple of this.
+const VOCABULARY_STEP: usize = 256;
+
+/// A model on the CPU.
+#[derive(Debug, Clone)]
+pub struct LoadedModel {
+    /// The model.
+    pub model: Arc<Model<Cpu>>,
+    /// The special tokens that its config names.
+    pub tokens: SpecialTokens,
+    /// Hash of the weights as flat f32, however they are stored.
+    pub digest: Digest,
+}
+
+/// Reads config and weights of a model folder.
+///
+/// # Errors
+/// When `directory` is no model folder, or a file in it is damaged or of a model that is not supported.
+pub fn load_model(directory: &Path, threads: usize) -> Result<LoadedModel, EvaluatorError> {
+    require(directory, "config.json")?;
+    let read = hf::read(directory)?;
+    let digest = Digest::of(bytemuck::cast_slice(&read.weights));
+    let model = Arc::new(Model::new(Cpu::new(threads), &read.config, &read.weights)?);
+    Ok(LoadedModel { model, tokens: read.tokens, digest })
+}
+
+/// Reads the tokenizer of a model folder, which must be the one of `model`.
+///
+/// # Errors
+/// When the folder has none, or it does not fit the model.
+pub fn load_tokenizer(directory: &Path, model: &LoadedModel) -> Result<Tokenizer, EvaluatorError> {
+    let path = require(directory, "tokenizer.model")?;
+    let mismatch = |reason: String| EvaluatorError::Mismatch { path: directory.to_owned(), reason };
+    let bytes = std::fs::read(&path).map_err(|error| mismatch(error.to_string()))?;
+    let tokenizer = Tokenizer::from_model(&bytes, &path.display().to_string())?;
+
+    let (pieces, vocabulary) = (tokenizer.pieces(), model.model.config().vocab_size);
+    let largest = (pieces + 1).next_multiple_of(VOCABULARY_STEP);
+    if !(pieces..=largest).contains(&vocabulary) {
+        return Err(mismatch(format!("it has {pieces} pieces, the model a vocabulary of {vocabulary}")));
+    }
+    let (bos, eos) = (tokenizer.bos(), tokenizer.eos());
+    if (bos, eos) != (model.tokens.bos, model.tokens.eos) {
+        let SpecialTokens { bos: model_bos, eos: model_eos } = model.tokens;
+        let its = format!("its BOS and EOS are {bos} and {eos}");
+        return Err(mismatch(format!("{its}, those of config.json {model_bos} and {model_eos}")));
+    }
+    Ok(tokenizer)
+}
+
+fn require(directory: &Path, file: &'static str) -> Result<PathBuf, EvaluatorError> {
+    let path = directory.join(file);
+    if path.is_file() {
+        Ok(path)
+    } else {
+        Err(EvaluatorError::NotAModel { path: directory.to_owned(), missing: file })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ulmus_types::ErrorKind;
+
+    use super::*;
+    use crate::synthetic_weights;
+
+    #[test]
+    fn a_tokenizer_of_another_vocabulary_is_refused() {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/tiny");
+        let loaded = load_model(&directory, 1).unwrap();
+        let with_vocabulary = |vocab_size| {
+            let config = ulmus_plan::ModelConfig { vocab_size, ..loaded.model.config().clone() };
+            let model = Model::new(Cpu::new(1), &config, &synthetic_weights(&config)).unwrap();
+            load_tokenizer(&directory, &LoadedModel { model: Arc::new(model), ..loaded.clone() })
+        };
+        // The tokenizer has 512 pieces; the pad id and rounding up make room for more.
+        assert!([512, 513, 640, 768].into_iter().all(|vocabulary| with_vocabulary(vocabulary).is_ok()));
+        for vocabulary in [511, 1024] {
+            let error = with_vocabulary(vocabulary).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidInput);
+            assert!(error.to_string().contains("512 pieces"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! Texts from files and folders that a person names, as documents.
+//!
+//! Files are read by the data loader, by the same rules as in training, but not filtered and not normalised: what is
+//! measured is the text as it is.
+
+use std::path::{Path, PathBuf};
+
+use ulmus_dataloader::{Manifest, Sources};
+use ulmus_plan::{DataConfig, Format, SourceConfig};
+
+use crate::error::EvaluatorError;
+
+/// Reads the documents of all `paths`, in their order: files (parquet, jsonl, text), or folders with such files at
+/// any depth, sorted by name. `column` is the column or key of the text.
+///
+/// # Errors
+/// When a path does not exist or has a suffix that tells no format; when a file is damaged; when there is no text.
+pub fn read_texts(paths: &[PathBuf], column: &str) -> Result<Vec<String>, EvaluatorError> {
+    let sources = paths.iter().map(|path| sources_of(path, column)).collect::<Result<Vec<_>, _>>()?;
+    let source = sources.into_iter().flatten().collect();
+    let config = DataConfig { source, ..DataConfig::default() };
+    let manifest = Manifest::freeze(&config, None)?;
+    let sources = Sources::open(&config, &manifest, None)?;
+    let texts = sources.all_documents().collect::<Result<Vec<_>, _>>()?.concat();
+    if texts.iter().all(String::is_empty) {
+        let names: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
+        return Err(EvaluatorError::NoText(names.join(", ")));
+    }
+    Ok(texts)
+}
+
+fn sources_of(path: &Path, column: &str) -> Result<Vec<SourceConfig>, EvaluatorError> {
+    let refuse = |reason| EvaluatorError::Texts { path: path.to_owned(), reason };
+    let source = |folder: &Path, format: Format, files: Vec<String>| SourceConfig {
+        name: format!("{} {format:?}", path.display()),
+        url: folder.display().to_string(),
+        files,
+        format: Some(format),
+        text: column.to_owned(),
+        ..SourceConfig::default()
+    };
+    if path.is_dir() {
+        let mut names = Vec::new();
+        collect(path, "", &mut names).map_err(|_| refuse("the folder cannot be listed"))?;
+        names.sort();
+        let of_format = |format| {
+            let files: Vec<String> = names
+                .iter()
+                .filter(|name| Format::of_file(name) == Some(format))
+                .map(|name| literal(name))
+                .collect();
+            (!files.is_empty()).then(|| source(path, format, files))
+        };
+        let found: Vec<_> =
+            [Format::Parquet, Format::Jsonl, Format::Text].into_iter().filter_map(of_format).collect();
+        if found.is_empty() {
+            return Err(refuse("the folder has no .parquet, .jsonl, .txt or .md files"));
+        }
+        return Ok(found);
+    }
+    if !path.is_file() {
+        return Err(refuse("there is no such file or folder"));
+    }
+    let name =
+        path.file_name().and_then(|name| name.to_str()).ok_or_else(|| refuse("the name is not UTF-8"))?;
+    let format = Format::of_file(name)
+        .ok_or_else(|| refuse("the suffix tells no format; use .parquet, .jsonl, .txt or .md"))?;
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    Ok(vec![source(folder, format, vec![literal(name)])])
+}
+
+/// Paths of all files below `folder`, with `/` between their parts.
+fn collect(folder: &Path, prefix: &str, names: &mut Vec<String>) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        let path = entry.path();
+        if path.is_dir() {
+            collect(&path, &format!("{prefix}{name}/"), names)?;
+        } else {
+            names.push(format!("{prefix}{name}"));
+        }
+    }
+    Ok(())
+}
+
+/// The pattern that matches this name and no other.
+fn literal(name: &str) -> String {
+    name.chars().map(|c| if "*?[]{}".contains(c) { format!("[{c}]") } else { c.to_string() }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use ulmus_types::ErrorKind;
+
+    use super::*;
+
+    #[test]
+    fn files_and_folders_are_read_in_order() {
+        let home = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let path = home.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let lines = write("lines.jsonl", "{\"body\":\"one\"}\n{\"body\":\"two\"}\n");
+        write("folder/b.txt", "b");
+        write("folder/a/x.md", "a");
+        write("folder/ignored.bin", "\u{0}");
+        let texts = read_texts(&[lines, home.path().join("folder")], "body").unwrap();
+        assert_eq!(texts, ["one", "two", "a", "b"]);
+    }
+
+    #[test]
+    fn names_are_no_patterns() {
+        assert_eq!(literal("a/[1]{x}*?.md"), "a/[[]1[]][{]x[}][*][?].md");
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_named() {
+        let home = tempfile::tempdir().unwrap();
+        let unknown = home.path().join("data.bin");
+        let empty = home.path().join("empty.txt");
+        std::fs::write(&unknown, "x").unwrap();
+        std::fs::write(&empty, "").unwrap();
+        for (path, reason) in [
+            (home.path().join("missing.txt"), "no such file"),
+            (unknown, "the suffix tells no format"),
+            (empty, "no text to evaluate"),
+        ] {
+            let error = read_texts(std::slice::from_ref(&path), "text").unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidInput);
+            assert!(error.to_string().contains(reason), "{error}");
+            assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
+        }
+    }
+}

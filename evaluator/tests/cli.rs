@@ -1,0 +1,178 @@
+//! The real program: what it prints, what it writes, how it fails.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn model() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/tiny")
+}
+
+fn evaluator(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_evaluator"))
+        .args(arguments)
+        .env_remove("ULMUS_THREADS")
+        .output()
+        .expect("the program can be started")
+}
+
+fn stdout(output: &Output) -> String {
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout.clone()).expect("text")
+}
+
+#[test]
+fn run_prints_a_table_and_writes_the_same_numbers() {
+    let home = tempfile::tempdir().unwrap();
+    let data = home.path().join("texts.jsonl");
+    let lines = ["The choir sells the cold metal on the roof.", "Ingrid drops the long letter."]
+        .map(|text| serde_json::json!({ "body": text.repeat(20) }).to_string());
+    std::fs::write(&data, lines.join("\n")).unwrap();
+    let (data, model) = (data.to_str().unwrap(), model());
+    let run = |threads: &str, name: &str| {
+        let file = home.path().join(name);
+        let arguments = ["run", "--model", model.to_str().unwrap(), "--tasks", "perplexity", "--data", data];
+        let more = ["--text", "body", "--output", file.to_str().unwrap(), "--threads", threads];
+        let table = stdout(&evaluator(&[&arguments[..], &more].concat()));
+        (table, std::fs::read_to_string(file).unwrap())
+    };
+    let (table, written) = run("1", "one.json");
+    // Equal bits for any number of threads.
+    assert_eq!(run("2", "two.json").1, written);
+
+    let file: Value = serde_json::from_str(&written).unwrap();
+    let result = &file["results"]["perplexity"];
+    assert_eq!(result["documents"], 2);
+    assert_eq!(result["bytes"], 20 * (43 + 29));
+    assert_eq!(result["context"], 2048);
+    assert_eq!(file["model"]["config"]["model_dim"], 64);
+    assert_eq!(file["model"]["weights"].as_str().unwrap().len(), 64);
+    assert!(result["zstd_bits_per_byte"].as_f64().unwrap() < 1.0);
+    let nll = result["nll"].as_f64().unwrap();
+    let bits = result["bits_per_byte"].as_f64().unwrap();
+    assert!((bits - nll / 1440.0 / 2.0_f64.ln()).abs() < 1e-12);
+    assert!(table.contains("perplexity per token") && table.contains(&format!("{bits:.4}")), "{table}");
+}
+
+#[test]
+fn bench_times_both_phases_of_every_run() {
+    let model = model();
+    let arguments = ["bench", "--model", model.to_str().unwrap(), "--prompt", "16", "--generate", "8"];
+    let more = ["--threads", "1", "--dtype", "f32", "--runs", "3"];
+    let arguments = [&arguments[..], &more].concat();
+    let file: Value =
+        serde_json::from_str(&stdout(&evaluator(&[&arguments[..], &["--json"]].concat()))).unwrap();
+    assert_eq!(file["runs"].as_array().unwrap().len(), 3);
+    assert_eq!(file["config"]["prompt"], 16);
+    assert_eq!(file["threads"], 1);
+    for rate in ["prompt", "generation", "total"] {
+        assert!(file["median"][rate].as_f64().unwrap() > 0.0, "{file}");
+    }
+    assert!(file["machine"]["cores"].as_u64().unwrap() > 0);
+    let table = stdout(&evaluator(&arguments));
+    assert!(table.contains("prompt processing") && table.contains("median of 3 runs"), "{table}");
+}
+
+#[test]
+fn generate_goes_on_from_the_prompt() {
+    let model = model();
+    let generate = |tokens: &str| {
+        let prompt = ["--prompt", "The old teacher", "--max-tokens", tokens, "--greedy"];
+        stdout(&evaluator(&[&["generate", "--model", model.to_str().unwrap()][..], &prompt].concat()))
+    };
+    let long = generate("24");
+    assert!(long.starts_with("The old teacher") && long.ends_with('\n') && long.len() > 20, "{long:?}");
+    assert_eq!(long, generate("24"));
+    assert_eq!(generate("0"), "The old teacher\n");
+}
+
+/// Fails with code 2, tells the reason on standard error, and nothing else anywhere.
+fn assert_refused(arguments: &[&str], reasons: &[&str]) {
+    let output = evaluator(arguments);
+    let message = String::from_utf8(output.stderr.clone()).expect("text");
+    assert_eq!(output.status.code(), Some(2), "{arguments:?}: {output:?}");
+    assert!(output.stdout.is_empty());
+    for reason in reasons {
+        assert!(message.contains(reason), "{arguments:?}: {message}");
+    }
+}
+
+#[test]
+fn wrong_input_is_refused_with_what_to_do() {
+    let home = tempfile::tempdir().unwrap();
+    let at = |name: &str| home.path().join(name).to_str().unwrap().to_owned();
+    let model = model();
+    let model = model.to_str().unwrap();
+    let text = at("text.txt");
+    std::fs::write(&text, "Some text.").unwrap();
+    let lines = at("lines.jsonl");
+    std::fs::write(&lines, "{\"text\":\"a\"}\n").unwrap();
+
+    assert_refused(
+        &["run", "--model", &at("nothing"), "--data", &text],
+        &["not a model folder", "config.json"],
+    );
+    let missing = at("missing.parquet");
+    assert_refused(&["run", "--model", model, "--data", &missing], &["missing.parquet", "no such file"]);
+    assert_refused(&["run", "--model", model, "--data", &lines, "--text", "body"], &["lines.jsonl", "body"]);
+    let output = at("no/such/folder/result.json");
+    assert_refused(&["run", "--model", model, "--data", &text, "--output", &output], &["existing folder"]);
+    assert_refused(&["run", "--model", model, "--data", &text, "--context", "4096"], &["at most 2048"]);
+    assert_refused(&["run", "--model", model, "--data", &text, "--tasks", "arc"], &["perplexity"]);
+    assert_refused(&["bench"], &["--preset"]);
+    assert_refused(&["bench", "--preset", "openelm-7b"], &["openelm-270m"]);
+    assert_refused(
+        &["bench", "--model", model, "--prompt", "2000", "--generate", "100"],
+        &["context of 2048"],
+    );
+    let arguments = ["generate", "--model", model, "--prompt", "The", "--max-tokens", "5000"];
+    assert_refused(&arguments, &["do not fit", "--max-tokens 2"]);
+}
+
+#[test]
+fn files_of_different_exports_are_told_apart() {
+    let home = tempfile::tempdir().unwrap();
+    let text = home.path().join("text.txt");
+    std::fs::write(&text, "Some text.").unwrap();
+    for name in ["config.json", "model.safetensors", "tokenizer.model"] {
+        std::fs::copy(model().join(name), home.path().join(name)).unwrap();
+    }
+    let run = ["run", "--model", home.path().to_str().unwrap(), "--data", text.to_str().unwrap()];
+    let config = std::fs::read_to_string(home.path().join("config.json")).unwrap();
+
+    let other = config.replace("\"eos_token_id\": 2", "\"eos_token_id\": 5");
+    std::fs::write(home.path().join("config.json"), other).unwrap();
+    assert_refused(&run, &["does not fit its model", "1 and 5"]);
+
+    let other = config.replace("\"vocab_size\": 512", "\"vocab_size\": 1024");
+    std::fs::write(home.path().join("config.json"), other).unwrap();
+    assert_refused(&run, &["model.safetensors"]);
+
+    std::fs::write(home.path().join("config.json"), &config).unwrap();
+    std::fs::write(home.path().join("tokenizer.model"), "not a tokenizer").unwrap();
+    assert_refused(&run, &["tokenizer.model"]);
+    std::fs::remove_file(home.path().join("tokenizer.model")).unwrap();
+    assert_refused(&run, &["it has no tokenizer.model"]);
+    std::fs::write(home.path().join("model.safetensors"), "torn").unwrap();
+    assert_refused(&run, &["model.safetensors"]);
+}
+
+#[test]
+fn help_shows_every_flag_of_the_contract() {
+    for (command, flags) in [
+        ("run", &["--model", "--tasks", "--data", "--output", "--text", "--context", "--threads"][..]),
+        (
+            "bench",
+            &["--model", "--preset", "--prompt", "--generate", "--threads", "--dtype", "--runs", "--json"],
+        ),
+        ("generate", &["--model", "--prompt", "--max-tokens", "--greedy", "--threads"]),
+    ] {
+        let help = stdout(&evaluator(&[command, "--help"]));
+        assert!(help.contains("Example:"), "{help}");
+        for flag in flags {
+            assert!(help.contains(flag), "{command} {flag}: {help}");
+        }
+    }
+    assert!(stdout(&evaluator(&["--help"])).contains("Exit codes"));
+}
