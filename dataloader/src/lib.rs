@@ -29,7 +29,7 @@ pub use error::DataError;
 pub use loader::{Cursors, Loader};
 pub use manifest::Manifest;
 pub use pack::{IGNORE, Sequence};
-pub use prepare::{Prepared, cargo_home, prepare};
+pub use prepare::{Prepared, cargo_home, matching_files, prepare};
 pub use sources::{SourceReport, Sources, inspect};
 pub use store::Folder;
 pub use tokenizer::{Tokenizer, train};

@@ -75,6 +75,16 @@ pub fn prepare(
     })
 }
 
+/// How many files `config` names; reads none of them.
+///
+/// # Errors
+/// When a crate or path is not there, or nothing matches.
+pub fn matching_files(config: &PrepareConfig, cargo_home: &Path) -> Result<usize, DataError> {
+    let globs = config.include.iter().map(|pattern| glob(pattern)).collect::<Result<Vec<_>, _>>()?;
+    let found = find(config, cargo_home)?;
+    Ok(found.iter().filter(|found| globs.iter().any(|glob| glob.is_match(&found.name))).count())
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Document {
     text: String,

@@ -379,7 +379,6 @@ impl From<ToWorker> for v1::FromCoordinator {
                 next: Some(assignment.next.into()),
                 first_micro_batch: assignment.micro_batches.start,
                 end_micro_batch: assignment.micro_batches.end,
-                start: assignment.start.map(Into::into),
             }),
             ToWorker::Abort(generation) => Wire::Abort(generation.get()),
             ToWorker::Wish(generation, wish) => {
@@ -428,7 +427,6 @@ impl TryFrom<v1::FromCoordinator> for ToWorker {
                 previous: required("assignment.previous", assignment.previous)?.try_into()?,
                 next: required("assignment.next", assignment.next)?.try_into()?,
                 micro_batches: assignment.first_micro_batch..assignment.end_micro_batch,
-                start: assignment.start.map(Into::into),
             }),
             Wire::Abort(generation) => Self::Abort(Generation::new(generation)),
             Wire::Wish(wish) => {
@@ -545,7 +543,6 @@ mod tests {
                 previous: peer.clone(),
                 next: peer,
                 micro_batches: 4..6,
-                start: Some(checkpoint()),
             }),
             ToWorker::Abort(Generation::new(5)),
             ToWorker::Acknowledge(Step::new(6)),

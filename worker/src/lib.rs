@@ -1,3 +1,157 @@
-//! A worker: trains its share of a run and does its jobs
+//! A worker: trains its share of a run and does its jobs.
+//!
+//! Two threads matter: the *agent* (async) carries messages between the coordinator and the *trainer* (a plain
+//! thread that owns model, data and group). They share nothing but channels and [`control::Control`]. Workers that
+//! a coordinator starts itself run the same code and join in the same way as all others.
 
+#![forbid(unsafe_code)]
+
+mod agent;
+pub mod args;
+mod check;
 pub mod collective;
+mod control;
+mod error;
+mod jobs;
+mod run;
+mod session;
+mod snapshot;
+mod trainer;
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::path::PathBuf;
+
+use rand::Rng;
+use tokio::sync::mpsc;
+use tokio_util::task::TaskTracker;
+use ulmus_model::{Backend, Cpu};
+use ulmus_rt::{Failure, LogTarget, Shutdown};
+use ulmus_types::{ExitStatus, Incarnation, WorkerId};
+
+pub use agent::Join;
+pub use args::{Args, WorkerConfig};
+pub use check::check_sources;
+pub use error::WorkerError;
+
+use agent::{Identity, Parts};
+use collective::Listener;
+use control::Control;
+use trainer::Trainer;
+
+/// What the trainer has said and the agent not yet heard; a few per step.
+const REPORTS: usize = 256;
+
+/// Runs a worker until its run is over.
+///
+/// # Errors
+/// With the exit code and what a person is told.
+pub async fn run(config: WorkerConfig, shutdown: &Shutdown) -> Result<ExitStatus, Failure> {
+    let incarnation = Incarnation::new(rand::rng().next_u64());
+    let worker = WorkerId::new(config.name.clone(), incarnation)
+        .map_err(|error| Failure::new(ExitStatus::InvalidInput, format!("--name: {error}")))?;
+    let (bind, advertised) = addresses(&config)?;
+    let listener = Listener::bind(bind, incarnation).map_err(|error| {
+        let message =
+            format!("cannot listen on {bind}: {error}; choose another address with --advertise HOST:PORT");
+        Failure::new(ExitStatus::Refused, message)
+    })?;
+    let address = match advertised {
+        Some(host) => format!("{host}:{}", listener.address().port()),
+        None => listener.address().to_string(),
+    };
+    let backend = Cpu::new(config.threads);
+    let identity = Identity { worker, address, device: backend.describe(), threads: config.threads as u32 };
+    tracing::info!(worker = %identity.worker, address = identity.address, device = identity.device, "worker starts");
+
+    let control = Control::default();
+    let (reports_in, reports) = mpsc::channel(REPORTS);
+    let (commands, commands_out) = crossbeam_channel::unbounded();
+    let trainer = Trainer::new(backend, config.threads, listener, control.clone(), reports_in);
+    let (died, death) = tokio::sync::oneshot::channel::<()>();
+    std::thread::Builder::new()
+        .name("trainer".to_owned())
+        .spawn(move || {
+            trainer.serve(&commands_out);
+            drop(died);
+        })
+        .map_err(|error| Failure::new(ExitStatus::Failed, format!("cannot start the trainer: {error}")))?;
+    let parts =
+        Parts { join: config.join, join_timeout: config.join_timeout, identity, control, commands, reports };
+    tokio::select! {
+        result = Box::pin(agent::serve(parts, shutdown)) => result,
+        // It ends before the agent only by a panic, which its log tells.
+        _ = death => Err(Failure::new(ExitStatus::Failed, "the trainer's thread died; see the log")),
+    }
+}
+
+/// Where to listen for other workers, and the host to tell them if it differs.
+fn addresses(config: &WorkerConfig) -> Result<(SocketAddr, Option<String>), Failure> {
+    if let Some(advertise) = &config.advertise {
+        let (host, port) = match advertise.rsplit_once(':') {
+            Some((host, port)) => {
+                let port = port.parse().map_err(|_| {
+                    let message =
+                        format!("--advertise {advertise}: {port:?} is no port; write HOST or HOST:PORT");
+                    Failure::new(ExitStatus::InvalidInput, message)
+                })?;
+                (host, port)
+            }
+            None => (advertise.as_str(), 0),
+        };
+        return Ok((SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)), Some(host.to_owned())));
+    }
+    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let Join::Address(address) = &config.join else { return Ok((loopback, None)) };
+    let coordinator = address.to_socket_addrs().ok().and_then(|mut found| found.next()).ok_or_else(|| {
+        let message = format!("--join {address}: no such host; write HOST:PORT");
+        Failure::new(ExitStatus::InvalidInput, message)
+    })?;
+    Ok((SocketAddr::from((own_address_towards(coordinator), 0)), None))
+}
+
+/// The address of this machine that packets to `other` come from. Nothing is sent.
+fn own_address_towards(other: SocketAddr) -> IpAddr {
+    let any: SocketAddr = if other.is_ipv4() {
+        SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0))
+    } else {
+        SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, 0))
+    };
+    UdpSocket::bind(any)
+        .and_then(|socket| {
+            socket.connect(other)?;
+            socket.local_addr()
+        })
+        .map_or(IpAddr::from(Ipv4Addr::LOCALHOST), |address| address.ip())
+}
+
+/// Runs a worker as a program of its own: runtime, signals, logs to standard error.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_process(config: WorkerConfig) -> Result<ExitStatus, Failure> {
+    let failed =
+        |what: &str, error: std::io::Error| Failure::new(ExitStatus::Failed, format!("{what}: {error}"));
+    ulmus_rt::init_telemetry(&LogTarget::Stderr).map_err(|error| failed("cannot log", error))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| failed("cannot start", error))?;
+    let result = runtime.block_on(async {
+        let tasks = TaskTracker::new();
+        let shutdown =
+            Shutdown::on_signals(&tasks).map_err(|error| failed("cannot handle signals", error))?;
+        Box::pin(run(config, &shutdown)).await
+    });
+    // The trainer may be in the middle of a step that nobody waits for any more.
+    runtime.shutdown_background();
+    result
+}
+
+/// Runs a worker that a coordinator started itself.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_local(join_file: PathBuf, name: String, threads: usize) -> Result<ExitStatus, Failure> {
+    run_process(WorkerConfig::local(join_file, name, threads))
+}

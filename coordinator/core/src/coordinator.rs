@@ -444,9 +444,8 @@ impl Coordinator {
         idle.truncate(self.settings.micro_batches as usize);
         self.generation = self.generation.next();
         self.effects.push(Effect::SaveGeneration(self.generation, idle.clone()));
-        let start = self.checkpoints.keys().max_by_key(|id| (id.step(), id.generation())).copied();
         let assignments: Vec<(WorkerId, Assignment)> =
-            group::assignments(self.generation, &idle, &self.members, self.settings.micro_batches, start);
+            group::assignments(self.generation, &idle, &self.members, self.settings.micro_batches);
         for (worker, assignment) in assignments {
             self.members.set(&worker, Activity::InGroup(self.generation));
             self.send(&worker, ToWorker::Assign(assignment));

@@ -16,7 +16,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::time::Duration;
 
-use ulmus_types::{Assignment, CheckpointId, Generation, Peer, Rank, WorkerId};
+use ulmus_types::{Assignment, Generation, Peer, Rank, WorkerId};
 
 use crate::members::Members;
 
@@ -70,7 +70,6 @@ pub(crate) fn assignments(
     group: &[WorkerId],
     members: &Members,
     micro_batches: u64,
-    start: Option<CheckpointId>,
 ) -> Vec<(WorkerId, Assignment)> {
     let size = group.len();
     let peer = |index: usize| {
@@ -89,7 +88,6 @@ pub(crate) fn assignments(
                 previous: peer(index + size - 1),
                 next: peer(index + 1),
                 micro_batches: share(micro_batches, index as u64, size as u64),
-                start,
             };
             (worker.clone(), assignment)
         })

@@ -85,7 +85,7 @@ impl Default for ClusterConfig {
 pub struct EvaluateConfig {
     /// Most held-out text.
     pub text: Bytes,
-    /// Characters of held-out text that a continuation starts from.
+    /// Tokens of held-out text that a continuation starts from.
     pub prompt: u64,
     /// Tokens of each greedy continuation.
     pub continuation: u64,
@@ -93,7 +93,7 @@ pub struct EvaluateConfig {
 
 impl Default for EvaluateConfig {
     fn default() -> Self {
-        Self { text: Bytes::mib(1), prompt: 160, continuation: 48 }
+        Self { text: Bytes::mib(1), prompt: 40, continuation: 48 }
     }
 }
 
@@ -286,6 +286,19 @@ impl Plan {
             "a measurement needs a prompt, tokens to generate and a run",
             "write prompt = 35, generate = 1024, runs = 3",
         );
+        let context = self.model.max_context_length as u64;
+        for (key, tokens) in [
+            ("benchmark.generate", self.benchmark.prompt + self.benchmark.generate),
+            ("evaluate.continuation", self.evaluate.prompt + self.evaluate.continuation),
+        ] {
+            problems.check(
+                tokens <= context,
+                key,
+                tokens,
+                format!("prompt and generated text have room in model.max_context_length = {context}"),
+                "lower it",
+            );
+        }
     }
 }
 

@@ -183,8 +183,6 @@ pub struct Assignment {
     pub next: Peer,
     /// Its share of every update's micro-batches.
     pub micro_batches: Range<u64>,
-    /// Where to start when nobody in the group has a state: a stored checkpoint, or the seed.
-    pub start: Option<CheckpointId>,
 }
 
 /// What a group is asked to do at the end of a step that all its members agree on.

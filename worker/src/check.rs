@@ -1,0 +1,64 @@
+//! `--check sources`: opens everything that a plan reads, without starting a run.
+
+use std::fmt::Write;
+
+use ulmus_dataloader::{Tokenizer, cargo_home, inspect};
+use ulmus_plan::Plan;
+use ulmus_rt::Failure;
+use ulmus_types::{ExitStatus, Problems};
+
+/// Opens every source (files, schema and one row each) and the tokenizer.
+///
+/// # Errors
+/// With everything that cannot be opened.
+pub fn check_sources(plan: &Plan) -> Result<String, Failure> {
+    let mut text = String::new();
+    let mut problems = Problems::new();
+    if let Some(prepare) = &plan.prepare {
+        // The run's own shards do not exist yet; what they are made of does.
+        let home = cargo_home();
+        match ulmus_dataloader::matching_files(prepare, &home) {
+            Ok(files) => {
+                writeln!(text, "prepare: {files} files match").expect("writing to a string cannot fail");
+            }
+            Err(error) => problems.add("prepare", "sources", "what is named exists", error.to_string()),
+        }
+    }
+    let mut data = plan.data.clone();
+    data.source.retain(|source| !source.url.starts_with("run:"));
+    let (reports, more) = inspect(&data, None);
+    problems.extend(more);
+    for report in reports {
+        writeln!(
+            text,
+            "source {}: {} files, {} bytes, {}; begins {:?}",
+            report.name, report.files, report.bytes, report.schema, report.sample
+        )
+        .expect("writing to a string cannot fail");
+    }
+    if let Some(path) = &plan.tokenizer.file {
+        let opened = std::fs::read(path)
+            .map_err(|error| error.to_string())
+            .and_then(|bytes| Tokenizer::from_model(&bytes, path).map_err(|error| error.to_string()));
+        match opened {
+            Ok(tokenizer) => {
+                let pieces = tokenizer.pieces();
+                writeln!(text, "tokenizer {path}: {pieces} pieces, {}", tokenizer.digest())
+                    .expect("writing to a string cannot fail");
+                problems.check(
+                    pieces < plan.model.vocab_size,
+                    "model.vocab_size",
+                    plan.model.vocab_size,
+                    format!("the tokenizer's {pieces} pieces and the pad id need rows"),
+                    format!("set it to {}", (pieces + 1).next_multiple_of(128)),
+                );
+            }
+            Err(error) => problems.add("tokenizer.file", format!("{path:?}"), "a SentencePiece model", error),
+        }
+    }
+    if problems.is_empty() {
+        Ok(text)
+    } else {
+        Err(Failure::new(ExitStatus::InvalidInput, format!("{}\n{problems}", plan.run.name)))
+    }
+}

@@ -1,0 +1,82 @@
+//! What the session tells the trainer while it is busy: to leave a group at once, or wishes for the end of a step.
+//!
+//! The trainer owns everything else; this is the only state that both threads see.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use ulmus_types::{Generation, Wish};
+
+use crate::collective::AbortHandle;
+
+/// Wishes that came in for one generation.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Wishes {
+    pub(crate) save: bool,
+    pub(crate) pause: bool,
+    pub(crate) stop: bool,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Every generation up to this one is to be left.
+    aborted: Generation,
+    group: Option<(Generation, AbortHandle)>,
+    wishes: Wishes,
+}
+
+/// Shared by the session and the trainer.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Control(Arc<Mutex<State>>);
+
+impl Control {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Each change is a single assignment, so a panic elsewhere leaves it whole.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The trainer enters a group. False if it was told to leave that group before it got there.
+    pub(crate) fn enter(&self, generation: Generation, abort: AbortHandle) -> bool {
+        let mut state = self.state();
+        state.wishes = Wishes::default();
+        state.group = Some((generation, abort));
+        state.aborted < generation
+    }
+
+    /// The trainer is out of its group.
+    pub(crate) fn leave(&self) {
+        self.state().group = None;
+    }
+
+    /// Collective operations that the group has entered.
+    pub(crate) fn entered(&self) -> u64 {
+        self.state().group.as_ref().map_or(0, |(_, abort)| abort.entered())
+    }
+
+    /// Leave `generation` at once, whether it has begun or not.
+    pub(crate) fn abort(&self, generation: Generation) {
+        let mut state = self.state();
+        state.aborted = state.aborted.max(generation);
+        if let Some((of, abort)) = &state.group
+            && *of <= generation
+        {
+            abort.abort();
+        }
+    }
+
+    /// Passes a wish on to the group, if it is still the one that was meant.
+    pub(crate) fn wish(&self, generation: Generation, wish: Wish) {
+        let mut state = self.state();
+        if state.group.as_ref().is_some_and(|(of, _)| *of == generation) {
+            match wish {
+                Wish::Save => state.wishes.save = true,
+                Wish::Pause => state.wishes.pause = true,
+                Wish::Stop => state.wishes.stop = true,
+            }
+        }
+    }
+
+    /// The wishes that came in since the last call.
+    pub(crate) fn take_wishes(&self) -> Wishes {
+        std::mem::take(&mut self.state().wishes)
+    }
+}

@@ -1,0 +1,67 @@
+//! Why a worker cannot do what it was asked to.
+
+use ulmus_checkpoint::{CheckpointError, StoreError};
+use ulmus_dataloader::DataError;
+use ulmus_evaluator::EvaluatorError;
+use ulmus_model::ModelError;
+use ulmus_types::ErrorKind;
+
+use crate::collective::CollectiveError;
+
+/// An error of a worker, of whatever part.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// Of the data.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// Of the model.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// Of an evaluation.
+    #[error(transparent)]
+    Evaluation(#[from] EvaluatorError),
+    /// Of a checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// Of the run's folder.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Of the group.
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
+    /// A file of this machine.
+    #[error("{path}: {error}; correct the plan or the file")]
+    File {
+        /// Its path.
+        path: String,
+        /// What the system says.
+        error: std::io::Error,
+    },
+    /// Parts of the plan that do not fit each other, found when they were opened.
+    #[error("{0}")]
+    Plan(String),
+    /// A loss that is not finite.
+    #[error("{0}")]
+    Diverged(String),
+    /// Checkpoints of another plan lie in the run's folder.
+    #[error(
+        "the checkpoints in {0} belong to another plan; give this run another name, or delete the folder"
+    )]
+    OtherPlan(String),
+}
+
+impl WorkerError {
+    /// What can be done about it.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Data(error) => error.kind(),
+            Self::Model(error) => error.kind(),
+            Self::Evaluation(error) => error.kind(),
+            Self::Checkpoint(error) => error.kind(),
+            Self::Store(error) => error.kind(),
+            Self::Collective(error) => error.kind(),
+            Self::Diverged(_) => ErrorKind::Internal,
+            Self::File { .. } | Self::Plan(_) | Self::OtherPlan(_) => ErrorKind::InvalidInput,
+        }
+    }
+}

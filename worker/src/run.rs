@@ -1,0 +1,75 @@
+//! What a worker knows about the run that it joined.
+
+use std::sync::Arc;
+
+use tokio::runtime::Handle;
+use ulmus_checkpoint::{Store, StoreError};
+use ulmus_dataloader::{Corpus, DataError, Folder, Manifest, Sources, Tokenizer};
+use ulmus_plan::Plan;
+use ulmus_types::Digest;
+
+use crate::WorkerError;
+
+/// The manifest of the data, in the run's folder.
+pub(crate) const MANIFEST: &str = "data/manifest.json";
+/// The tokenizer as SentencePiece reads it.
+pub(crate) const TOKENIZER_MODEL: &str = "tokenizer.model";
+/// The same tokenizer as transformers reads it.
+pub(crate) const TOKENIZER_JSON: &str = "tokenizer.json";
+
+/// A run: its plan, and its folder.
+#[derive(Debug, Clone)]
+pub(crate) struct Run {
+    pub(crate) plan: Arc<Plan>,
+    pub(crate) store: Store,
+    runtime: Handle,
+}
+
+impl Run {
+    pub(crate) fn new(plan: Plan, store: Store, runtime: Handle) -> Self {
+        Self { plan: Arc::new(plan), store, runtime }
+    }
+
+    /// Tells groups of different runs apart.
+    pub(crate) fn digest(&self) -> Digest {
+        Digest::of(format!("{} {}", self.plan.run.name, self.plan.digest()).as_bytes())
+    }
+
+    /// Waits for a store operation; for the trainer's thread, which is not one of the runtime's.
+    pub(crate) fn wait<T>(&self, operation: impl Future<Output = T>) -> T {
+        self.runtime.block_on(operation)
+    }
+
+    /// A file of the run's folder.
+    pub(crate) fn read(&self, path: &str) -> Result<Vec<u8>, StoreError> {
+        self.wait(self.store.get(path)).map(Vec::from)
+    }
+
+    /// Writes a file of the run's folder.
+    pub(crate) fn write(&self, path: &str, contents: Vec<u8>) -> Result<(), StoreError> {
+        self.wait(self.store.put(path, contents))
+    }
+
+    /// The run's folder as sources with `run:` URLs see it.
+    pub(crate) fn folder(&self) -> Folder {
+        let (objects, prefix) = self.store.objects();
+        Folder::of_run(objects, prefix.as_ref())
+    }
+
+    /// The run's tokenizer.
+    pub(crate) fn tokenizer(&self) -> Result<Tokenizer, WorkerError> {
+        Ok(Tokenizer::from_model(&self.read(TOKENIZER_MODEL)?, TOKENIZER_MODEL)?)
+    }
+
+    /// The run's data as the prepare job has frozen it.
+    pub(crate) fn corpus(&self) -> Result<Corpus, WorkerError> {
+        let manifest = Manifest::from_json(&self.read(MANIFEST)?)?;
+        self.corpus_of(&manifest, self.tokenizer()?).map_err(Into::into)
+    }
+
+    /// The data of a manifest.
+    pub(crate) fn corpus_of(&self, manifest: &Manifest, tokenizer: Tokenizer) -> Result<Corpus, DataError> {
+        let sources = Sources::open(&self.plan.data, manifest, Some(&self.folder()))?;
+        Corpus::new(&self.plan.data, self.plan.run.seed, sources, tokenizer)
+    }
+}

@@ -1,0 +1,96 @@
+//! A copy of the training state in host memory, kept until its checkpoint is committed.
+//!
+//! Taking it is all that blocks training: hashing, encoding and storing run behind, from this copy.
+
+use std::sync::Arc;
+
+use tokio::sync::OwnedSemaphorePermit;
+use ulmus_checkpoint::{
+    CheckpointError, Manifest, STATE_FILE, Store, TrainState, WEIGHTS_FILE, optimizer_shards, read_file,
+};
+use ulmus_model::{Layout, State, weights_from_safetensors, weights_to_safetensors};
+use ulmus_types::{CheckpointId, CheckpointKind, Digest, Snapshot};
+
+use crate::WorkerError;
+
+/// The state after a step.
+#[derive(Debug)]
+pub(crate) struct Held {
+    pub(crate) checkpoint: CheckpointId,
+    pub(crate) kind: CheckpointKind,
+    pub(crate) layout: Arc<Layout>,
+    pub(crate) tensors: State,
+    pub(crate) train: TrainState,
+    /// Limits how many states are in memory at once.
+    pub(crate) _room: OwnedSemaphorePermit,
+}
+
+impl Held {
+    /// What the coordinator is told of it. Hashes the whole state.
+    pub(crate) fn announce(&self) -> Snapshot {
+        let mut hasher = blake3::Hasher::new();
+        for part in [&self.tensors.weights, &self.tensors.first_moment, &self.tensors.second_moment] {
+            hasher.update(bytemuck::cast_slice(part));
+        }
+        hasher.update(&self.train.to_json());
+        Snapshot {
+            checkpoint: self.checkpoint,
+            kind: self.kind,
+            state: Digest::from_bytes(*hasher.finalize().as_bytes()),
+            files: self.files(),
+        }
+    }
+
+    /// The files of the checkpoint; the same on every worker.
+    fn files(&self) -> Vec<String> {
+        let shards = optimizer_shards(self.layout.parameters());
+        let moments = shards.iter().map(ulmus_checkpoint::OptimizerShard::file_name);
+        [WEIGHTS_FILE.to_owned(), STATE_FILE.to_owned()].into_iter().chain(moments).collect()
+    }
+
+    /// The contents of one of them; `None` if there is no such file.
+    pub(crate) fn encode(&self, file: &str) -> Result<Option<Vec<u8>>, WorkerError> {
+        Ok(match file {
+            WEIGHTS_FILE => Some(weights_to_safetensors(&self.layout, &self.tensors.weights)?),
+            STATE_FILE => Some(self.train.to_json()),
+            _ => optimizer_shards(self.layout.parameters())
+                .into_iter()
+                .find(|shard| shard.file_name() == file)
+                .map(|shard| shard.encode(&self.tensors.first_moment, &self.tensors.second_moment)),
+        })
+    }
+}
+
+/// Reads a whole state back; every file is checked against the manifest.
+pub(crate) async fn restore(
+    store: &Store,
+    manifest: &Manifest,
+    layout: &Layout,
+) -> Result<(State, TrainState), WorkerError> {
+    let weights = read_file(store, manifest, WEIGHTS_FILE).await?;
+    let mut state = State {
+        weights: weights_from_safetensors(layout, &weights)?,
+        first_moment: vec![0.0; layout.parameters()],
+        second_moment: vec![0.0; layout.parameters()],
+    };
+    for shard in optimizer_shards(layout.parameters()) {
+        let contents = read_file(store, manifest, &shard.file_name()).await?;
+        shard.decode(&contents, &mut state.first_moment, &mut state.second_moment)?;
+    }
+    let train = TrainState::from_json(&read_file(store, manifest, STATE_FILE).await?)?;
+    Ok((state, train))
+}
+
+/// The weights of a checkpoint.
+pub(crate) async fn weights(
+    store: &Store,
+    checkpoint: CheckpointId,
+    layout: &Layout,
+) -> Result<Vec<f32>, WorkerError> {
+    let manifest = ulmus_checkpoint::read_manifest(store, checkpoint).await?;
+    let contents = read_file(store, &manifest, WEIGHTS_FILE).await?;
+    weights_from_safetensors(layout, &contents).map_err(|error| {
+        let form = CheckpointError::Form { file: WEIGHTS_FILE.to_owned(), reason: error.to_string() };
+        WorkerError::Checkpoint(form)
+    })
+}

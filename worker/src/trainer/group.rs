@@ -1,0 +1,137 @@
+//! A new group agrees on one state before its first step.
+//!
+//! No two survivors of a loss are more than one update apart, because the reduction is a barrier. So whoever has
+//! the newest state gives it to all others: survivors that are a step behind, workers that have just joined, and,
+//! when nobody has a state, everybody takes what rank 0 reads from the newest good checkpoint or makes from the
+//! seed. It is one path for all of them.
+
+use tokio::sync::mpsc;
+use ulmus_checkpoint::{TrainState, newest_verified};
+use ulmus_model::{Backend, StatePart};
+use ulmus_types::{Assignment, ErrorKind, LeaveReason, Rank, Step, ToCoordinator};
+
+use super::{Report, Training};
+use crate::WorkerError;
+use crate::collective::Collective;
+use crate::control::Control;
+use crate::snapshot::restore;
+
+/// Elements of a state that are sent at once.
+const CHUNK: usize = 1 << 22;
+
+impl<B: Backend> Training<B> {
+    /// Trains in a group until something ends it; tells why.
+    pub(super) fn take_part(
+        &mut self,
+        assignment: &Assignment,
+        group: &mut dyn Collective,
+        control: &Control,
+        reports: &mpsc::Sender<Report>,
+    ) -> LeaveReason {
+        let result = self.agree(group, reports).and_then(|()| {
+            let (generation, step) = (assignment.generation, self.step());
+            reports.blocking_send(Report::Say(ToCoordinator::Formed { generation, step })).ok();
+            self.train(assignment, group, control, reports)
+        });
+        result.unwrap_or_else(|error| match error {
+            WorkerError::Collective(error) if error.kind() != ErrorKind::InvalidInput => {
+                LeaveReason::Lost(error.to_string())
+            }
+            error => LeaveReason::Failed { kind: error.kind(), message: error.to_string() },
+        })
+    }
+
+    /// Gives every member the newest state in the group.
+    fn agree(
+        &mut self,
+        group: &mut dyn Collective,
+        reports: &mpsc::Sender<Report>,
+    ) -> Result<(), WorkerError> {
+        if self.corpus.is_none() {
+            self.corpus = Some(self.run.corpus()?.into());
+        }
+        // 0 stands for no state at all.
+        let mut steps = vec![0_i64; group.size()];
+        steps[group.rank().index()] =
+            self.position.as_ref().map_or(0, |position| position.step.get() as i64 + 1);
+        group.all_reduce((&mut steps[..]).into())?;
+        let newest = steps.iter().copied().max().unwrap_or(0);
+        if newest == 0 && group.rank() == Rank::new(0) {
+            self.restore_or_begin(reports)?;
+        }
+        if newest > 0 && steps.iter().all(|step| *step == newest) {
+            return Ok(());
+        }
+        let donor = steps.iter().position(|step| *step == newest).unwrap_or(0);
+        self.broadcast(Rank::new(donor as u32), group)
+    }
+
+    /// Takes up the newest good checkpoint, or begins from the seed.
+    fn restore_or_begin(&mut self, reports: &mpsc::Sender<Report>) -> Result<(), WorkerError> {
+        let store = &self.run.store;
+        let (newest, refused) = self.run.wait(newest_verified(store))?;
+        for (checkpoint, error) in refused {
+            let notice = match &newest {
+                Some(older) => format!("{error}; going on from {} instead of {checkpoint}", older.checkpoint),
+                None => format!("{error}; beginning anew instead of from {checkpoint}"),
+            };
+            reports.blocking_send(Report::Say(ToCoordinator::Notice(notice))).ok();
+        }
+        let Some(manifest) = newest else {
+            self.replica.initialise(self.run.plan.run.seed);
+            self.position = Some(self.beginning());
+            return Ok(());
+        };
+        if manifest.plan_digest != self.run.plan.digest() {
+            return Err(WorkerError::OtherPlan(store.to_string()));
+        }
+        let (state, train) = self.run.wait(restore(store, &manifest, self.replica.layout()))?;
+        self.replica.load_state(&state)?;
+        self.position = Some(train);
+        Ok(())
+    }
+
+    fn beginning(&self) -> TrainState {
+        let cursors = self.corpus.as_ref().map(|corpus| corpus.start().words().to_vec());
+        TrainState {
+            step: Step::default(),
+            tokens: 0,
+            quantum: self.quantum.value(),
+            cursors: cursors.unwrap_or_default(),
+            counters: std::collections::BTreeMap::new(),
+        }
+    }
+
+    /// Everybody gets the state of `donor`.
+    fn broadcast(&mut self, donor: Rank, group: &mut dyn Collective) -> Result<(), WorkerError> {
+        let gives = group.rank() == donor;
+        // What is half overwritten is no state.
+        let position = self.position.take().filter(|_| gives).unwrap_or_else(|| self.beginning());
+        let mut words: Vec<i64> = [position.step.get() as i64, position.tokens as i64]
+            .into_iter()
+            .chain(position.cursors.iter().copied())
+            .collect();
+        group.broadcast(donor, (&mut words[..]).into())?;
+        let parameters = self.replica.layout().parameters();
+        let mut chunk = vec![0_f32; CHUNK.min(parameters)];
+        for part in StatePart::ALL {
+            for start in (0..parameters).step_by(CHUNK) {
+                let chunk = &mut chunk[..CHUNK.min(parameters - start)];
+                if gives {
+                    self.replica.read_state(part, start, chunk);
+                }
+                group.broadcast(donor, (&mut *chunk).into())?;
+                if !gives {
+                    self.replica.write_state(part, start, chunk);
+                }
+            }
+        }
+        self.position = Some(TrainState {
+            step: Step::new(words[0] as u64),
+            tokens: words[1] as u64,
+            cursors: words[2..].to_vec(),
+            ..position
+        });
+        Ok(())
+    }
+}

@@ -1,0 +1,229 @@
+//! The trainer: one thread that owns the model, the data and the group, and does what the session hands it.
+//!
+//! It knows nothing of gRPC. Commands come in one at a time; what it has to say goes out as messages. While it is
+//! busy, only [`Control`] reaches it.
+
+mod group;
+mod step;
+mod words;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam_channel::Receiver;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tokio::sync::{Semaphore, mpsc};
+use ulmus_checkpoint::TrainState;
+use ulmus_dataloader::{Corpus, Loader, Sequence};
+use ulmus_model::{Backend, MicroBatch, Quantum, Replica};
+use ulmus_types::{Assignment, Digest, Job, LeaveReason, Step, ToCoordinator};
+
+use crate::WorkerError;
+use crate::collective::{AbortHandle, CollectiveError, Listener, Place, TcpGroup};
+use crate::control::Control;
+use crate::jobs;
+use crate::run::Run;
+use crate::snapshot::Held;
+
+/// States that may wait in memory to be stored; a third makes training wait.
+const HELD: usize = 2;
+/// How long a group may take to connect; less than the coordinator allows.
+const FORM_WITHIN: Duration = Duration::from_secs(10);
+/// How long a collective may stand still. The coordinator notices dead workers long before.
+const STALL: Duration = Duration::from_mins(10);
+/// Seed of the batch that the fingerprint is taken of.
+const FINGERPRINT_SEED: u64 = 0x5eed_f1e9;
+
+/// What the session hands over.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// Build the model of a run and take the fingerprint.
+    Warm(Run),
+    /// Train in a group.
+    Train(Assignment),
+    /// Do a job.
+    Do(Job),
+}
+
+/// What the trainer has to say.
+#[derive(Debug)]
+pub(crate) enum Report {
+    /// Something for the coordinator.
+    Say(ToCoordinator),
+    /// A state to be stored.
+    Keep(Arc<Held>),
+}
+
+/// The model of a run, and where its training stands.
+pub(crate) struct Training<B: Backend> {
+    run: Run,
+    replica: Replica<B>,
+    quantum: Quantum,
+    fingerprint: Digest,
+    /// What the replica's weights and moments are the state of; `None` until they are one.
+    position: Option<TrainState>,
+    corpus: Option<Arc<Corpus>>,
+    loader: Option<Loader>,
+    /// Sequences that the held-out loss is measured on.
+    held_out: Option<Vec<Sequence>>,
+    room: Arc<Semaphore>,
+}
+
+/// The thread's state.
+pub(crate) struct Trainer<B: Backend> {
+    backend: B,
+    threads: usize,
+    listener: Listener,
+    control: Control,
+    reports: mpsc::Sender<Report>,
+    training: Option<Training<B>>,
+}
+
+impl<B: Backend> Trainer<B> {
+    pub(crate) fn new(
+        backend: B,
+        threads: usize,
+        listener: Listener,
+        control: Control,
+        reports: mpsc::Sender<Report>,
+    ) -> Self {
+        Self { backend, threads, listener, control, reports, training: None }
+    }
+
+    /// Works until the session is gone.
+    pub(crate) fn serve(mut self, commands: &Receiver<Command>) {
+        for command in commands {
+            let said = match command {
+                Command::Warm(run) => self.warm(run),
+                Command::Train(assignment) => self.train(&assignment),
+                Command::Do(job) => self.work(job),
+            };
+            if self.reports.blocking_send(Report::Say(said)).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn warm(&mut self, run: Run) -> ToCoordinator {
+        let known = self.training.as_ref().filter(|training| training.run.digest() == run.digest());
+        if let Some(training) = known {
+            return ToCoordinator::Ready(training.fingerprint);
+        }
+        match Training::new(run, self.backend.clone()) {
+            Ok(training) => {
+                let fingerprint = training.fingerprint;
+                self.training = Some(training);
+                ToCoordinator::Ready(fingerprint)
+            }
+            Err(error) => ToCoordinator::Notice(format!("cannot take up the run: {error}")),
+        }
+    }
+
+    fn train(&mut self, assignment: &Assignment) -> ToCoordinator {
+        let generation = assignment.generation;
+        let Some(training) = &mut self.training else {
+            let reason = LeaveReason::Lost("assigned before it was ready".to_owned());
+            return ToCoordinator::Left { generation, step: Step::default(), reason };
+        };
+        let reason = match form(&mut self.listener, &self.control, &training.run, assignment) {
+            Ok(mut group) => training.take_part(assignment, &mut group, &self.control, &self.reports),
+            Err(error) => LeaveReason::Lost(error.to_string()),
+        };
+        self.control.leave();
+        tracing::info!(%generation, ?reason, "left the group");
+        ToCoordinator::Left { generation, step: training.step(), reason }
+    }
+
+    fn work(&mut self, job: Job) -> ToCoordinator {
+        let Some(training) = &self.training else {
+            let message = "asked for before it was ready".to_owned();
+            return ToCoordinator::JobFailed { job, kind: ulmus_types::ErrorKind::Retry, message };
+        };
+        match jobs::work(&training.run, self.threads, &job) {
+            Ok(result) => ToCoordinator::JobDone { job, result: result.to_string() },
+            Err(error) => ToCoordinator::JobFailed { job, kind: error.kind(), message: error.to_string() },
+        }
+    }
+}
+
+fn form(
+    listener: &mut Listener,
+    control: &Control,
+    run: &Run,
+    assignment: &Assignment,
+) -> Result<TcpGroup, CollectiveError> {
+    let abort = AbortHandle::new().map_err(|error| CollectiveError::Network {
+        act: "making an abort handle".to_owned(),
+        reason: error.to_string(),
+    })?;
+    if !control.enter(assignment.generation, abort.clone()) {
+        return Err(CollectiveError::Aborted);
+    }
+    let place = Place {
+        run: run.digest(),
+        generation: assignment.generation,
+        rank: assignment.rank,
+        size: assignment.size,
+        previous: assignment.previous.clone(),
+        next: assignment.next.clone(),
+    };
+    TcpGroup::form(listener, &place, &abort, FORM_WITHIN, STALL)
+}
+
+impl<B: Backend> Training<B> {
+    fn new(run: Run, backend: B) -> Result<Self, WorkerError> {
+        let plan = Arc::clone(&run.plan);
+        let (sequences, length) = (plan.train.micro_batch as usize, plan.sequence_length());
+        let mut replica = Replica::new(backend, &plan.model, sequences, length, plan.train.z_loss)?;
+        let fingerprint = fingerprint(&mut replica, plan.model.vocab_size, sequences, length)?;
+        let positions = plan.train.sequences * length as u64;
+        Ok(Self {
+            run,
+            replica,
+            quantum: Quantum::new(positions, plan.train.micro_batches()),
+            fingerprint,
+            position: None,
+            corpus: None,
+            loader: None,
+            held_out: None,
+            room: Arc::new(Semaphore::new(HELD)),
+        })
+    }
+
+    /// Updates that the state has seen.
+    fn step(&self) -> Step {
+        self.position.as_ref().map_or(Step::default(), |position| position.step)
+    }
+}
+
+/// The hash of the gradients of one fixed micro-batch: it tells this machine's arithmetic from another's, and is
+/// the dry run that finds out whether the model fits.
+fn fingerprint<B: Backend>(
+    replica: &mut Replica<B>,
+    vocabulary: usize,
+    sequences: usize,
+    length: usize,
+) -> Result<Digest, WorkerError> {
+    replica.initialise(FINGERPRINT_SEED);
+    let mut random = ChaCha8Rng::seed_from_u64(FINGERPRINT_SEED);
+    let mut tokens = || -> Vec<u32> {
+        (0..sequences * length).map(|_| random.random_range(0..vocabulary as u32)).collect()
+    };
+    let (inputs, targets) = (tokens(), tokens());
+    replica.forward_backward(&MicroBatch::of_whole_documents(sequences, length, inputs, targets))?;
+    Ok(replica.gradient_hash())
+}
+
+/// Rows side by side.
+fn micro_batch(rows: &[Sequence], length: usize) -> MicroBatch {
+    let join =
+        |part: fn(&Sequence) -> &Vec<u32>| rows.iter().flat_map(|row| part(row).iter().copied()).collect();
+    MicroBatch {
+        sequences: rows.len(),
+        length,
+        inputs: join(|row| &row.inputs),
+        targets: join(|row| &row.targets),
+        doc_starts: join(|row| &row.doc_starts),
+    }
+}

@@ -1,0 +1,312 @@
+//! The training loop: read, compute, reduce, update.
+//!
+//! The order of a step is what makes a loss survivable. Until the gradients are reduced everywhere nobody has
+//! changed anything, so the step can be redone from the same cursors; after that everybody can finish it alone.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use ulmus_dataloader::{Cursors, DataError, Loader, Sequence};
+use ulmus_model::{Backend, IGNORE, LossSum, Out, Quantum, View, ViewMut};
+use ulmus_types::{
+    Assignment, CheckpointId, CheckpointKind, Generation, LaneId, LeaveReason, StepReport, ToCoordinator,
+};
+
+use super::words::Words;
+use super::{Report, Training, micro_batch};
+use crate::WorkerError;
+use crate::collective::{Collective, chunk};
+use crate::control::{Control, Wishes};
+use crate::snapshot::Held;
+
+/// Zeros that are copied to the device at once.
+static ZEROS: [i64; 1 << 14] = [0; 1 << 14];
+
+/// Why this worker's share of a step cannot be used.
+enum Obstacle {
+    Exhausted(String),
+    Failed(WorkerError),
+}
+
+/// Where the time of a step went.
+#[derive(Default)]
+struct Times {
+    data: Duration,
+    communication: Duration,
+}
+
+impl<B: Backend> Training<B> {
+    /// Trains until the plan is done, the group agrees to pause, or something breaks.
+    pub(super) fn train(
+        &mut self,
+        assignment: &Assignment,
+        group: &mut dyn Collective,
+        control: &Control,
+        reports: &mpsc::Sender<Report>,
+    ) -> Result<LeaveReason, WorkerError> {
+        let plan = Arc::clone(&self.run.plan);
+        let lanes = self.host_lanes(assignment)?;
+        let mut sums = self.replica.backend().allocate::<i64>(self.replica.layout().parameters())?;
+        while self.step().get() < plan.train.iterations {
+            let begun = Instant::now();
+            let mut times = Times::default();
+            let share = self.share(&lanes, &mut sums, &mut times);
+            let wishes = control.take_wishes();
+            let agreed =
+                self.exchange_words(share.as_ref().ok(), share.as_ref().err(), wishes, group, &mut times)?;
+            if agreed.failed > 0 || agreed.exhausted > 0 {
+                return Ok(self.stopped(&agreed, share.err(), assignment.generation, reports));
+            }
+            let grad_norm = self.update(&mut sums, agreed.valid as u64, group, &mut times)?;
+            let report = self.finish_step(&agreed, grad_norm, begun, &times, group)?;
+            let step = report.step.get();
+            let said = ToCoordinator::Steps { generation: assignment.generation, reports: vec![report] };
+            reports.blocking_send(Report::Say(said)).ok();
+
+            let stop = agreed.stop > 0;
+            if plan.checkpoint.is_milestone(step, plan.train.iterations) {
+                self.keep(CheckpointKind::Milestone, assignment.generation, reports);
+            } else if agreed.save > 0 || stop {
+                self.keep(CheckpointKind::Recovery, assignment.generation, reports);
+            }
+            if stop || agreed.pause > 0 {
+                return Ok(LeaveReason::Agreed);
+            }
+        }
+        Ok(LeaveReason::Finished)
+    }
+
+    /// Takes up the lanes of this worker's micro-batches where the state says they are.
+    fn host_lanes(&mut self, assignment: &Assignment) -> Result<Vec<Vec<LaneId>>, WorkerError> {
+        let plan = &self.run.plan;
+        let per_micro_batch = (plan.data.lanes / plan.train.micro_batches()).max(1);
+        let lanes: Vec<Vec<LaneId>> = assignment
+            .micro_batches
+            .clone()
+            .map(|micro_batch| {
+                let first = micro_batch * per_micro_batch;
+                (first..first + per_micro_batch).map(|lane| LaneId::new(lane as u32)).collect()
+            })
+            .collect();
+        let hosted: Vec<LaneId> = lanes.iter().flatten().copied().collect();
+        let position = self.position.as_ref().expect("a group agrees on a state before it trains");
+        let cursors = Cursors::from_words(position.cursors.clone());
+        let corpus = self.corpus.as_ref().expect("the corpus is opened before a group agrees");
+        match &mut self.loader {
+            Some(loader) => loader.host(&hosted, &cursors)?,
+            None => {
+                self.loader = Some(Loader::open(corpus.clone(), plan.sequence_length(), &hosted, &cursors)?);
+            }
+        }
+        Ok(lanes)
+    }
+
+    /// This worker's micro-batches: gradients into `sums`, losses into words.
+    fn share(
+        &mut self,
+        lanes: &[Vec<LaneId>],
+        sums: &mut B::Buffer<i64>,
+        times: &mut Times,
+    ) -> Result<Words, Obstacle> {
+        self.clear(sums);
+        let plan = Arc::clone(&self.run.plan);
+        let per_lane = (plan.train.sequences / plan.data.lanes) as usize;
+        let loader = self.loader.as_mut().expect("lanes are hosted before a step");
+        let mut words = Words::default();
+        for lanes in lanes {
+            let waiting = Instant::now();
+            let rows = loader.take(lanes, per_lane).map_err(|error| match error {
+                DataError::Exhausted { .. } => Obstacle::Exhausted(error.to_string()),
+                error => Obstacle::Failed(error.into()),
+            })?;
+            times.data += waiting.elapsed();
+            let batch = micro_batch(&rows, plan.sequence_length());
+            let loss =
+                self.replica.forward_backward(&batch).map_err(|error| Obstacle::Failed(error.into()))?;
+            add_loss(&mut words, &loss, &self.quantum)?;
+            self.replica.quantise_add(sums, &self.quantum).map_err(|error| Obstacle::Failed(error.into()))?;
+        }
+        words.cursors = loader.cursors().words().to_vec();
+        Ok(words)
+    }
+
+    fn clear(&self, sums: &mut B::Buffer<i64>) {
+        let parameters = self.replica.layout().parameters();
+        for start in (0..parameters).step_by(ZEROS.len()) {
+            let end = parameters.min(start + ZEROS.len());
+            let part: Out<'_, B, i64> = ViewMut::new(sums, start..end);
+            self.replica.backend().upload(part, &ZEROS[..end - start]);
+        }
+    }
+
+    /// Sums the control words over the group.
+    fn exchange_words(
+        &self,
+        share: Option<&Words>,
+        obstacle: Option<&Obstacle>,
+        wishes: Wishes,
+        group: &mut dyn Collective,
+        times: &mut Times,
+    ) -> Result<Words, WorkerError> {
+        let cursors = self.position.as_ref().map_or(0, |position| position.cursors.len());
+        let mut words =
+            share.cloned().unwrap_or_else(|| Words { cursors: vec![0; cursors], ..Words::default() });
+        words.failed = i64::from(matches!(obstacle, Some(Obstacle::Failed(_))));
+        words.exhausted = i64::from(matches!(obstacle, Some(Obstacle::Exhausted(_))));
+        words.save = i64::from(wishes.save);
+        words.pause = i64::from(wishes.pause);
+        words.stop = i64::from(wishes.stop);
+        let mut sum = words.to_vec();
+        let waiting = Instant::now();
+        group.all_reduce((&mut sum[..]).into())?;
+        times.communication += waiting.elapsed();
+        Ok(Words::from_slice(&sum))
+    }
+
+    /// What this worker says when the group stopped before an update.
+    fn stopped(
+        &mut self,
+        agreed: &Words,
+        obstacle: Option<Obstacle>,
+        generation: Generation,
+        reports: &mpsc::Sender<Report>,
+    ) -> LeaveReason {
+        match obstacle {
+            Some(Obstacle::Failed(error)) => {
+                LeaveReason::Failed { kind: error.kind(), message: error.to_string() }
+            }
+            // The one whose share it was says why.
+            _ if agreed.failed > 0 => LeaveReason::Agreed,
+            obstacle => {
+                self.keep(CheckpointKind::Milestone, generation, reports);
+                match obstacle {
+                    Some(Obstacle::Exhausted(source)) => LeaveReason::Exhausted(source),
+                    _ => LeaveReason::Agreed,
+                }
+            }
+        }
+    }
+
+    /// Reduces the gradients over the group and does the update; gives the gradient's norm.
+    fn update(
+        &mut self,
+        sums: &mut B::Buffer<i64>,
+        valid: u64,
+        group: &mut dyn Collective,
+        times: &mut Times,
+    ) -> Result<f64, WorkerError> {
+        if group.size() == 1 {
+            self.replica.set_mean_gradient(sums, &self.quantum, valid);
+        } else {
+            // Integers are reduced, so that the sum does not depend on the order; finished floats are gathered.
+            let parameters = self.replica.layout().parameters();
+            let mut host = vec![0_i64; parameters];
+            self.replica.backend().download(View::new(&*sums, 0..parameters), &mut host);
+            let mut mean = vec![0_f32; parameters];
+            let own = chunk(parameters, group.size(), group.rank().index());
+            let waiting = Instant::now();
+            group.reduce_scatter((&mut host[..]).into())?;
+            self.quantum.mean_into(&host[own.clone()], valid, &mut mean[own]);
+            group.all_gather((&mut mean[..]).into())?;
+            times.communication += waiting.elapsed();
+            self.replica.write_gradient(0, &mean);
+        }
+        let train = &self.run.plan.train;
+        let step = self.step().get();
+        Ok(self.replica.update(train, train.learning_rate(step), step)?)
+    }
+
+    /// Moves the position on, measures the held-out loss where it is due, and makes the report.
+    fn finish_step(
+        &mut self,
+        agreed: &Words,
+        grad_norm: f64,
+        begun: Instant,
+        times: &Times,
+        group: &mut dyn Collective,
+    ) -> Result<StepReport, WorkerError> {
+        let plan = Arc::clone(&self.run.plan);
+        let lr = plan.train.learning_rate(self.step().get());
+        let valid = agreed.valid as f64;
+        let position = self.position.as_mut().expect("a group agrees on a state before it trains");
+        position.step = position.step.next();
+        position.tokens += agreed.valid as u64;
+        position.cursors.clone_from(&agreed.cursors);
+        let (step, tokens) = (position.step, position.tokens);
+        let elapsed = begun.elapsed();
+        let due = plan.train.held_out_every > 0
+            && (step.get().is_multiple_of(plan.train.held_out_every) || step.get() == plan.train.iterations);
+        Ok(StepReport {
+            step,
+            tokens,
+            loss: Quantum::loss_from_fixed(agreed.loss) / valid,
+            z_loss: plan.train.z_loss * (Quantum::loss_from_fixed(agreed.z) / valid),
+            grad_norm,
+            lr,
+            held_out_loss: if due { self.held_out_loss(group)? } else { None },
+            elapsed,
+            data_wait: times.data,
+            communication: times.communication,
+        })
+    }
+
+    /// Mean cross-entropy on the held-out sequences, which the group shares out. `None` if there are none.
+    fn held_out_loss(&mut self, group: &mut dyn Collective) -> Result<Option<f64>, WorkerError> {
+        let plan = Arc::clone(&self.run.plan);
+        let length = plan.sequence_length();
+        if self.held_out.is_none() {
+            let corpus = self.corpus.as_ref().expect("the corpus is opened before a group agrees");
+            let held_out = corpus.held_out(length, plan.train.held_out_sequences as usize)?;
+            self.held_out = Some(held_out.sequences);
+        }
+        let sequences = self.held_out.as_ref().expect("filled above");
+        let rows = plan.train.micro_batch as usize;
+        let masked =
+            Sequence { inputs: vec![0; length], targets: vec![IGNORE; length], doc_starts: vec![0; length] };
+        let mut words = Words::default();
+        for batch in sequences.chunks(rows).skip(group.rank().index()).step_by(group.size()) {
+            let mut batch = batch.to_vec();
+            batch.resize(rows, masked.clone());
+            let loss = self.replica.loss(&micro_batch(&batch, length))?;
+            add_loss(&mut words, &loss, &self.quantum).map_err(|obstacle| match obstacle {
+                Obstacle::Failed(error) => error,
+                Obstacle::Exhausted(what) => WorkerError::Plan(what),
+            })?;
+        }
+        let mut sum = [words.valid, words.loss];
+        group.all_reduce((&mut sum[..]).into())?;
+        Ok((sum[0] > 0).then(|| Quantum::loss_from_fixed(sum[1]) / sum[0] as f64))
+    }
+
+    /// Copies the state to host memory, to be stored from there.
+    fn keep(&mut self, kind: CheckpointKind, generation: Generation, reports: &mpsc::Sender<Report>) {
+        // Waits while two older ones are still on their way to the store.
+        let room = self.run.wait(Arc::clone(&self.room).acquire_owned());
+        let held = Held {
+            checkpoint: CheckpointId::new(self.step(), generation),
+            kind,
+            layout: Arc::new(self.replica.layout().clone()),
+            tensors: self.replica.state(),
+            train: self.position.clone().expect("a group agrees on a state before it trains"),
+            _room: room.expect("the semaphore is never closed"),
+        };
+        reports.blocking_send(Report::Keep(Arc::new(held))).ok();
+    }
+}
+
+/// Adds a micro-batch's losses in fixed point, so that their sum does not depend on who adds what.
+fn add_loss(words: &mut Words, loss: &LossSum, quantum: &Quantum) -> Result<(), Obstacle> {
+    let fixed = |sum: f64| {
+        quantum.loss_to_fixed(sum).ok_or_else(|| {
+            let error = format!(
+                "the loss of a micro-batch is {sum}; lower train.max_lr or look at the data of this step"
+            );
+            Obstacle::Failed(WorkerError::Diverged(error))
+        })
+    };
+    words.valid += loss.valid as i64;
+    words.loss += fixed(loss.ce)?;
+    words.z += fixed(loss.z)?;
+    Ok(())
+}

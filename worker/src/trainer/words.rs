@@ -1,0 +1,71 @@
+//! Control words: a few integers that are summed over the group with every step.
+//!
+//! Because everybody sees the same sum, every decision of the group (to stop, to save, that an update failed) is
+//! taken by all members at the same step without another barrier.
+
+/// What one worker adds, and what everybody gets.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Words {
+    /// Tokens with a target.
+    pub(super) valid: i64,
+    /// Sum of cross-entropies, in fixed point.
+    pub(super) loss: i64,
+    /// Sum of squared logsumexps, in fixed point.
+    pub(super) z: i64,
+    /// Workers whose update cannot be used: a gradient that is not finite, data that cannot be read.
+    pub(super) failed: i64,
+    /// Workers one of whose sources is used up.
+    pub(super) exhausted: i64,
+    /// Workers that were asked for a checkpoint.
+    pub(super) save: i64,
+    /// Workers that were asked to pause.
+    pub(super) pause: i64,
+    /// Workers that were asked to stop.
+    pub(super) stop: i64,
+    /// Cursors of all lanes, each written by its host and zero elsewhere.
+    pub(super) cursors: Vec<i64>,
+}
+
+impl Words {
+    pub(super) fn to_vec(&self) -> Vec<i64> {
+        let fixed =
+            [self.valid, self.loss, self.z, self.failed, self.exhausted, self.save, self.pause, self.stop];
+        fixed.into_iter().chain(self.cursors.iter().copied()).collect()
+    }
+
+    pub(super) fn from_slice(words: &[i64]) -> Self {
+        let (fixed, cursors) = words.split_at(8);
+        Self {
+            valid: fixed[0],
+            loss: fixed[1],
+            z: fixed[2],
+            failed: fixed[3],
+            exhausted: fixed[4],
+            save: fixed[5],
+            pause: fixed[6],
+            stop: fixed[7],
+            cursors: cursors.to_vec(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_round_trip() {
+        let words = Words {
+            valid: 1,
+            loss: -2,
+            z: 3,
+            failed: 4,
+            exhausted: 5,
+            save: 6,
+            pause: 7,
+            stop: 8,
+            cursors: vec![9, 10],
+        };
+        assert_eq!(Words::from_slice(&words.to_vec()), words);
+    }
+}
