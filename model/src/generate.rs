@@ -29,7 +29,7 @@ pub struct Model<B: Backend> {
 }
 
 impl<B: Backend> Model<B> {
-    /// Puts flat weights on the device.
+    /// Puts flat weights on the device. `config` has passed [`ModelConfig::check`].
     ///
     /// # Errors
     /// [`ModelError::Tensors`] if there is not one weight per parameter; [`ModelError::OutOfMemory`].

@@ -68,7 +68,8 @@ pub struct Replica<B: Backend> {
 
 impl<B: Backend> Replica<B> {
     /// Plans a replica for micro-batches of `sequences` × `length`; all its memory is taken here, all of it zero.
-    /// `z_loss` is the weight of the squared logsumexp in the loss whose gradient is computed.
+    /// `z_loss` is the weight of the squared logsumexp in the loss whose gradient is computed. `config` has passed
+    /// [`ModelConfig::check`].
     ///
     /// # Errors
     /// [`ModelError::OutOfMemory`]; [`ModelError::Batch`] for an empty shape.

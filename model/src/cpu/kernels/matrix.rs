@@ -72,8 +72,7 @@ impl<'a> MatrixMut<'a> {
     /// The rows from `row` on.
     pub(super) fn rows_from(&mut self, row: usize) -> MatrixMut<'_> {
         assert!(row <= self.rows, "row {row} of {}", self.rows);
-        // SAFETY: `row` is at most the number of rows, so the pointer stays within or one stride past the slice;
-        // with no row left it is never read.
+        // With no row left the pointer may lie behind the slice, but then it is never followed.
         let data = self.data.wrapping_add(row * self.stride);
         MatrixMut { data, rows: self.rows - row, lifetime: PhantomData, ..*self }
     }
