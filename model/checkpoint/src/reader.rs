@@ -45,8 +45,9 @@ pub async fn verify(store: &Store, id: CheckpointId) -> Result<Manifest, Checkpo
         })?;
     }
     for (file, entry) in &manifest.files {
-        let hashed = store.get_into(&file_path(id, file), |_| Contents::hashed_only(), Contents::add).await;
-        settle(id, file, entry, hashed)?;
+        let mut contents = Contents::hashed_only();
+        let read = store.read_pieces(&file_path(id, file), |piece| contents.add(piece)).await;
+        settle(id, file, entry, read.map(|()| contents))?;
     }
     Ok(manifest)
 }
@@ -60,8 +61,9 @@ pub async fn read_file(store: &Store, manifest: &Manifest, file: &str) -> Result
     let Some(entry) = manifest.files.get(file) else {
         return Err(CheckpointError::File { id, file: file.to_owned(), fault: FileFault::Unlisted });
     };
-    let read = store.get_into(&file_path(id, file), Contents::kept, Contents::add).await;
-    settle(id, file, entry, read)
+    let mut contents = Contents::kept(entry.bytes);
+    let read = store.read_pieces(&file_path(id, file), |piece| contents.add(piece)).await;
+    settle(id, file, entry, read.map(|()| contents))
 }
 
 /// The newest checkpoint that holds byte for byte, and those that are newer and do not, with the reasons.

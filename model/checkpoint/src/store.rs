@@ -26,6 +26,9 @@ use ulmus_types::ErrorKind;
 const PIECE_BYTES: usize = 16 << 20;
 /// Pieces of one file that are under way at the same time.
 const PIECES_IN_FLIGHT: usize = 4;
+/// Files are hashed while they are read, in pieces that keep a thread of the runtime for half a millisecond.
+const READ_BYTES: u64 = 2 << 20;
+const READS_IN_FLIGHT: usize = 4;
 
 /// A failed operation on a run folder.
 #[derive(Debug, thiserror::Error)]
@@ -235,23 +238,24 @@ impl Store {
         self.attempt("read", path, || async { self.objects.get(&target).await?.bytes().await }).await
     }
 
-    /// Feeds a file to `sink` piece by piece. `sink` is made anew for each attempt.
-    pub(crate) async fn get_into<S, N, F>(&self, path: &str, new_sink: N, feed: F) -> Result<S, StoreError>
-    where
-        N: Fn(u64) -> S,
-        F: Fn(&mut S, &[u8]),
-    {
+    /// Gives a file to `take`, piece by piece and in order, while the next ones are under way.
+    pub(crate) async fn read_pieces(
+        &self,
+        path: &str,
+        mut take: impl FnMut(&[u8]),
+    ) -> Result<(), StoreError> {
         let target = self.resolve(path);
-        self.attempt("read", path, || async {
-            let found = self.objects.get(&target).await?;
-            let mut sink = new_sink(found.meta.size);
-            let mut stream = found.into_stream();
-            while let Some(piece) = stream.next().await {
-                feed(&mut sink, &piece?);
-            }
-            Ok(sink)
-        })
-        .await
+        let size = self.attempt("read", path, || self.objects.head(&target)).await?.size;
+        let pieces = (0..size).step_by(READ_BYTES as usize).map(|start| {
+            let range = start..size.min(start + READ_BYTES);
+            let target = &target;
+            self.attempt("read", path, move || self.objects.get_range(target, range.clone()))
+        });
+        let mut pieces = futures::stream::iter(pieces).buffered(READS_IN_FLIGHT);
+        while let Some(piece) = pieces.next().await {
+            take(&piece?);
+        }
+        Ok(())
     }
 
     /// All files below the folder `path`, at any depth, in the order of their paths.

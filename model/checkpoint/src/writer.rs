@@ -31,7 +31,10 @@ pub async fn write_part(
     contents: impl Into<Bytes>,
 ) -> Result<FileEntry, CheckpointError> {
     let contents = contents.into();
-    let entry = FileEntry::of(&contents);
+    let hashed = contents.clone();
+    // Gigabytes take a second, which is too long for a thread that serves others.
+    let entry =
+        tokio::task::spawn_blocking(move || FileEntry::of(&hashed)).await.expect("hashing cannot panic");
     store.put(&file_path(id, name), contents).await?;
     Ok(entry)
 }
