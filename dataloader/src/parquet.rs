@@ -121,7 +121,12 @@ impl<'a> ParquetFile<'a> {
 }
 
 /// All values of a column chunk that lies at `start` of its file, or what is wrong with it.
-fn decode(start: u64, bytes: Bytes, chunk: &ColumnChunkMetaData, rows: usize) -> Result<Vec<ByteArray>, String> {
+fn decode(
+    start: u64,
+    bytes: Bytes,
+    chunk: &ColumnChunkMetaData,
+    rows: usize,
+) -> Result<Vec<ByteArray>, String> {
     let decode = || {
         let pages = SerializedPageReader::new(Arc::new(Chunk { start, bytes }), chunk, rows, None)?;
         read_column(chunk.column_descr_ptr(), Box::new(pages), rows)

@@ -215,7 +215,8 @@ fn walk(folder: &Path, name: &str, found: &mut Vec<Found>) -> Result<(), DataErr
         let name = format!("{name}/{last}");
         if path.is_symlink() {
             continue;
-        } else if path.is_dir() {
+        }
+        if path.is_dir() {
             walk(&path, &name, found)?;
         } else {
             found.push(Found { name, path });

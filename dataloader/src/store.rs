@@ -111,7 +111,7 @@ impl Folder {
     /// A folder below this one.
     #[must_use]
     pub fn child(&self, path: &str) -> Self {
-        let prefix = Path::from_iter(self.prefix.parts().chain(Path::from(path).parts()));
+        let prefix = self.prefix.parts().chain(Path::from(path).parts()).collect();
         let separator = if self.url.ends_with([':', '/']) { "" } else { "/" };
         Self { prefix, url: format!("{}{separator}{path}", self.url), ..self.clone() }
     }
@@ -194,7 +194,7 @@ impl Folder {
     }
 
     fn at(&self, path: &str) -> Path {
-        Path::from_iter(self.prefix.parts().chain(Path::from(path).parts()))
+        self.prefix.parts().chain(Path::from(path).parts()).collect()
     }
 
     fn info(&self, path: String, meta: &ObjectMeta) -> FileInfo {

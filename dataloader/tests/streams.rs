@@ -1,13 +1,17 @@
 //! The promises of the loader, on real files: the same sequences for any number of workers, every document
 //! exactly once per epoch, and an identical rest of the stream after a resume at any point.
 
+#![expect(clippy::unwrap_used, reason = "a test stops at what it does not expect")]
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use object_store::ObjectStoreExt;
 use object_store::memory::InMemory;
 use proptest::prelude::*;
-use ulmus_dataloader::{Corpus, Cursors, DataError, Folder, IGNORE, Loader, Manifest, Sequence, Sources, Tokenizer, train};
+use ulmus_dataloader::{
+    Corpus, Cursors, DataError, Folder, IGNORE, Loader, Manifest, Sequence, Sources, Tokenizer, train,
+};
 use ulmus_plan::{Bytes, DataConfig, SourceConfig};
 use ulmus_types::LaneId;
 
@@ -31,7 +35,7 @@ fn tokenizer() -> Tokenizer {
 }
 
 /// Writes the sources into a run folder and opens them.
-fn corpus(texts: &[Text], lanes: u64, config: DataConfig) -> Result<Corpus, DataError> {
+fn corpus(texts: &[Text], lanes: u64, config: &DataConfig) -> Result<Corpus, DataError> {
     let store = Arc::new(InMemory::new());
     let put = |path: String, bytes: String| {
         let put = async { store.put(&path.into(), bytes.into_bytes().into()).await };
@@ -40,7 +44,8 @@ fn corpus(texts: &[Text], lanes: u64, config: DataConfig) -> Result<Corpus, Data
     let mut sources = Vec::new();
     for (source, spec) in texts.iter().enumerate() {
         for (file, documents) in (0..spec.documents).collect::<Vec<_>>().chunks(25).enumerate() {
-            let lines = documents.iter().map(|d| serde_json::json!({"text": text(source, *d)}).to_string() + "\n");
+            let lines =
+                documents.iter().map(|d| serde_json::json!({"text": text(source, *d)}).to_string() + "\n");
             put(format!("{source}/{file:03}.jsonl"), lines.collect());
         }
         sources.push(SourceConfig {
@@ -53,11 +58,7 @@ fn corpus(texts: &[Text], lanes: u64, config: DataConfig) -> Result<Corpus, Data
             ..SourceConfig::default()
         });
     }
-    let config = DataConfig {
-        lanes,
-        source: sources,
-        ..config
-    };
+    let config = DataConfig { lanes, source: sources, ..config.clone() };
     let run = Folder::of_run(store, "");
     let manifest = Manifest::freeze(&config, Some(&run))?;
     Corpus::new(&config, 11, Sources::open(&config, &manifest, Some(&run))?, tokenizer())
@@ -113,7 +114,11 @@ fn beginnings(tokenizer: &Tokenizer, sequences: &[Sequence]) -> BTreeMap<String,
 }
 
 fn plans() -> impl Strategy<Value = (Vec<Text>, u64, u64)> {
-    let source = (60_usize..150, 1_u64..20).prop_map(|(documents, tokens)| Text { documents, tokens, max_epochs: None });
+    let source = (60_usize..150, 1_u64..20).prop_map(|(documents, tokens)| Text {
+        documents,
+        tokens,
+        max_epochs: None,
+    });
     (prop::collection::vec(source, 1..4), 1_u64..9, 1_u64..30)
 }
 
@@ -128,7 +133,7 @@ proptest! {
         threads in 1_u64..4,
     ) {
         let config = DataConfig { threads, ..window(window_size) };
-        let corpus = Arc::new(corpus(&texts, lanes, config).unwrap());
+        let corpus = Arc::new(corpus(&texts, lanes, &config).unwrap());
         let (expected, cursors) = alone(&corpus, moves.len(), 2);
         let lanes: Vec<LaneId> = corpus.lanes().collect();
         let mut loaders: Vec<Loader> = Vec::new();
@@ -155,7 +160,7 @@ proptest! {
     /// A new process that has nothing but the cursors goes on with the same sequences.
     #[test]
     fn a_resumed_stream_is_the_rest_of_the_stream((texts, lanes, window_size) in plans(), stop in 0_usize..12, steps in 1_usize..12) {
-        let corpus = Arc::new(corpus(&texts, lanes, window(window_size)).unwrap());
+        let corpus = Arc::new(corpus(&texts, lanes, &window(window_size)).unwrap());
         let (expected, cursors) = alone(&corpus, stop + steps, 1);
         let lanes: Vec<LaneId> = corpus.lanes().collect();
         let words = cursors[stop].words().to_vec();
@@ -174,7 +179,7 @@ proptest! {
         let texts: Vec<Text> = texts.into_iter().map(|text| Text { max_epochs: Some(epochs), ..text }).collect();
         // Streams end at different times, so each source is read by itself.
         for (source, text) in texts.iter().enumerate() {
-            let corpus = Arc::new(corpus(std::slice::from_ref(text), lanes, window(window_size)).unwrap());
+            let corpus = Arc::new(corpus(std::slice::from_ref(text), lanes, &window(window_size)).unwrap());
             let lanes: Vec<LaneId> = corpus.lanes().collect();
             let mut loader = Loader::open(Arc::clone(&corpus), LENGTH, &lanes, &corpus.start()).unwrap();
             let mut sequences = Vec::new();
@@ -200,18 +205,24 @@ proptest! {
 
 #[test]
 fn threads_do_not_change_the_stream() {
-    let texts = [Text { documents: 200, tokens: 3, max_epochs: None }, Text { documents: 90, tokens: 1, max_epochs: None }];
+    let texts = [
+        Text { documents: 200, tokens: 3, max_epochs: None },
+        Text { documents: 90, tokens: 1, max_epochs: None },
+    ];
     let read = |threads| {
         let config = DataConfig { threads, ..window(10) };
-        alone(&Arc::new(corpus(&texts, 4, config).unwrap()), 40, 2)
+        alone(&Arc::new(corpus(&texts, 4, &config).unwrap()), 40, 2)
     };
     assert_eq!(read(1), read(7));
 }
 
 #[test]
 fn the_mixture_follows_the_token_counts() {
-    let texts = [Text { documents: 100, tokens: 5, max_epochs: None }, Text { documents: 100, tokens: 3, max_epochs: None }];
-    let corpus = Arc::new(corpus(&texts, 3, window(8)).unwrap());
+    let texts = [
+        Text { documents: 100, tokens: 5, max_epochs: None },
+        Text { documents: 100, tokens: 3, max_epochs: None },
+    ];
+    let corpus = Arc::new(corpus(&texts, 3, &window(8)).unwrap());
     let (_, cursors) = alone(&corpus, 80, 1);
     // Words of the four streams: lane 0 and most of lane 1 read source 0.
     let emitted: Vec<i64> = cursors[80].words().iter().step_by(4).copied().collect();
@@ -223,14 +234,17 @@ fn the_mixture_follows_the_token_counts() {
 #[test]
 fn too_few_units_for_the_lanes_is_an_error_with_a_remedy() {
     let texts = [Text { documents: 30, tokens: 1, max_epochs: None }];
-    let message = corpus(&texts, 64, window(8)).unwrap_err().to_string();
-    assert!(message.contains("use data.lanes of at most") && message.contains("smaller data.unit"), "{message}");
+    let message = corpus(&texts, 64, &window(8)).unwrap_err().to_string();
+    assert!(
+        message.contains("use data.lanes of at most") && message.contains("smaller data.unit"),
+        "{message}"
+    );
 }
 
 #[test]
 fn a_corpus_that_the_filters_empty_says_so() {
     let texts = [Text { documents: 60, tokens: 1, max_epochs: None }];
-    let corpus = Arc::new(corpus(&texts, 2, DataConfig { min_tokens: 10_000, ..window(8) }).unwrap());
+    let corpus = Arc::new(corpus(&texts, 2, &DataConfig { min_tokens: 10_000, ..window(8) }).unwrap());
     let lanes: Vec<LaneId> = corpus.lanes().collect();
     let mut loader = Loader::open(Arc::clone(&corpus), LENGTH, &lanes, &corpus.start()).unwrap();
     let message = loader.take(&lanes, 1).unwrap_err().to_string();
@@ -241,7 +255,7 @@ fn a_corpus_that_the_filters_empty_says_so() {
 #[test]
 fn held_out_documents_are_fixed_and_never_trained_on() {
     let texts = [Text { documents: 300, tokens: 1, max_epochs: Some(1) }];
-    let corpus = Arc::new(corpus(&texts, 2, DataConfig { holdout: 0.2, ..window(8) }).unwrap());
+    let corpus = Arc::new(corpus(&texts, 2, &DataConfig { holdout: 0.2, ..window(8) }).unwrap());
     let held_out = corpus.held_out(LENGTH, 1000).unwrap();
     assert!((30..90).contains(&held_out.texts.len()), "{}", held_out.texts.len());
     let few = corpus.held_out(LENGTH, 5).unwrap();

@@ -1,7 +1,7 @@
 //! Trains a tokenizer on a sample of text: the same sample gives the same bytes, on any number of threads.
 //!
 //! Crate `tokenizers` finds the merges; what counts as a word, and so what a piece may span, is decided here as
-//! the LLaMA tokenizers have it: a piece never has a blank after something else, digits stand alone, letters and
+//! `LLaMA` has it: a piece never has a blank after something else, digits stand alone, letters and
 //! signs do not mix, line ends and rare characters fall back to bytes.
 
 use std::collections::BTreeMap;
