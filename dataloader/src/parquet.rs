@@ -1,7 +1,7 @@
 //! One text column of parquet files: read by row groups, written with page checksums.
 //!
 //! Damage is caught by the CRC-32 of each page. Most writers leave it out, crate `parquet` among them, so
-//! [`write`] adds it to the page headers itself; in files without checksums only the decoder's own checks apply.
+//! [`write()`] adds it to the page headers itself; in files without checksums only the decoder's own checks apply.
 //! A row group is decoded whole or not at all.
 
 use std::ops::Range;
