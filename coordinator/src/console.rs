@@ -52,9 +52,10 @@ impl Console {
                 self.bar.set_prefix("pretrain");
                 self.bar.set_position(step.get());
                 self.bar.reset_eta();
-                let workers = if *size == 1 { "1 worker".to_owned() } else { format!("{size} workers") };
+                let train =
+                    if *size == 1 { "1 worker trains".to_owned() } else { format!("{size} workers train") };
                 self.line(&format!(
-                    "generation {generation}: {workers} train from step {step} of {}",
+                    "generation {generation}: {train} from step {step} of {}",
                     self.iterations
                 ));
             }

@@ -134,6 +134,7 @@ impl Driver {
             Effect::SaveGeneration(generation, members) => {
                 self.parts.memory.save_generation(generation, &members)?;
             }
+            Effect::SaveGroupEnded(generation) => self.parts.memory.save_group_ended(generation)?,
             Effect::SaveFingerprint(fingerprint) => self.parts.memory.save_fingerprint(fingerprint)?,
             Effect::SaveSteps(generation, reports) => self.save_steps(generation, reports)?,
             Effect::SaveTrained(step) => self.parts.memory.save_trained(step)?,

@@ -162,6 +162,18 @@ impl RunStore {
         Ok(())
     }
 
+    /// Stores that the group of a generation is no more.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub(crate) fn save_group_ended(&self, generation: Generation) -> Result<(), StoreError> {
+        self.connection.execute(
+            "UPDATE generations SET members = '[]' WHERE generation = ?1",
+            params![generation.get()],
+        )?;
+        Ok(())
+    }
+
     /// Stores the run's fingerprint.
     ///
     /// # Errors

@@ -266,8 +266,12 @@ impl Agent {
             }
             Done::Opened(Ok(run), nonce) => {
                 self.say(ToCoordinator::StoreRead(Ok(nonce)));
-                self.run = Some(run.clone());
-                self.command(Command::Warm(run));
+                let known = self.run.as_ref().is_some_and(|known| known.digest() == run.digest());
+                match self.session.opened().filter(|_| known) {
+                    Some(actions) => actions.into_iter().for_each(|action| self.act(action)),
+                    None => self.command(Command::Warm(run.clone())),
+                }
+                self.run = Some(run);
             }
             Done::Opened(Err(error), _) => self.say(ToCoordinator::StoreRead(Err(error))),
         }

@@ -53,8 +53,11 @@ pub(crate) struct Session {
     group: Option<(Generation, Rank)>,
     /// Reports that are not confirmed. Everybody keeps them; rank 0 sends them.
     reports: VecDeque<StepReport>,
-    /// States that are to be stored.
+    /// States that are to be stored, and what the coordinator is told of them once they are hashed.
     held: BTreeMap<CheckpointId, (Arc<Held>, Option<Snapshot>)>,
+    /// That the worker left its group. It is said after what it keeps is announced: a coordinator that hears of
+    /// a finished group and knows of no state to store would have the last steps trained again.
+    left: Option<ToCoordinator>,
 }
 
 impl Session {
@@ -117,9 +120,7 @@ impl Session {
                 match &message {
                     ToCoordinator::Ready(fingerprint) => {
                         self.fingerprint = Some(*fingerprint);
-                        actions.push(Action::Say(message));
-                        actions.extend(self.unconfirmed().into_iter().map(Action::Say));
-                        return actions;
+                        return self.opened().unwrap_or_default();
                     }
                     ToCoordinator::Formed { .. } => {
                         actions.push(Action::Say(message));
@@ -127,10 +128,9 @@ impl Session {
                         actions.extend(self.unsent_reports().map(Action::Say));
                         return actions;
                     }
-                    ToCoordinator::Left { generation, .. }
-                        if self.group.is_some_and(|(of, _)| of == *generation) =>
-                    {
-                        self.group = None;
+                    ToCoordinator::Left { .. } => {
+                        self.left = Some(message);
+                        return self.leave();
                     }
                     _ => {}
                 }
@@ -144,7 +144,30 @@ impl Session {
     pub(crate) fn hashed(&mut self, snapshot: Snapshot) -> Vec<Action> {
         let Some((_, announced)) = self.held.get_mut(&snapshot.checkpoint) else { return Vec::new() };
         *announced = Some(snapshot.clone());
-        vec![Action::Say(ToCoordinator::Snapshot(snapshot))]
+        let mut actions = vec![Action::Say(ToCoordinator::Snapshot(snapshot))];
+        actions.extend(self.leave());
+        actions
+    }
+
+    /// Says that the worker left its group, once everything that it keeps is announced.
+    fn leave(&mut self) -> Vec<Action> {
+        if self.held.values().any(|(_, announced)| announced.is_none()) {
+            return Vec::new();
+        }
+        let Some(message) = self.left.take() else { return Vec::new() };
+        if let ToCoordinator::Left { generation, .. } = &message
+            && self.group.is_some_and(|(of, _)| of == *generation)
+        {
+            self.group = None;
+        }
+        vec![Action::Say(message)]
+    }
+
+    /// The run was opened. A worker that is ready already says so at once, though its trainer may be busy.
+    pub(crate) fn opened(&self) -> Option<Vec<Action>> {
+        let ready = ToCoordinator::Ready(self.fingerprint?);
+        let messages = std::iter::once(ready).chain(self.unconfirmed());
+        Some(messages.map(Action::Say).collect())
     }
 
     /// The generation, if this worker is the one that reports for its group.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use ulmus_types::{
     Assignment, CheckpointId, CheckpointKind, Digest, ErrorKind, ExitStatus, FileEntry, Generation, Hello,
     Job, LeaveReason, RunName, Snapshot, Step, StepReport, ToCoordinator, ToWorker, Wish, WorkerId,
+    WorkerStatus,
 };
 
 use crate::effect::{Effect, Note, Outcome};
@@ -381,6 +382,13 @@ impl Coordinator {
     ) {
         match self.members.get(worker).map(|member| &member.activity) {
             Some(Activity::InGroup(of)) if *of == generation => self.members.set(worker, Activity::Idle),
+            // It rejoined while it was training, and left before it was ready again.
+            Some(Activity::Greeted | Activity::Warming) => {
+                if let Some(member) = self.members.get_mut(worker) {
+                    member.hello.status = WorkerStatus::Idle;
+                }
+                return;
+            }
             _ => return,
         }
         if generation != self.generation {
@@ -587,6 +595,7 @@ impl Coordinator {
     fn advance(&mut self, now: Duration) {
         if matches!(&self.group, Group::Dissolving { waiting, .. } if waiting.is_empty()) {
             self.group = Group::ABSENT;
+            self.effects.push(Effect::SaveGroupEnded(self.generation));
         }
         // A last state that died with its holders has to be trained again.
         if self.trained.is_some() && !self.trained_and_stored() && self.snapshots.is_empty() {

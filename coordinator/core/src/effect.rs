@@ -12,6 +12,8 @@ use ulmus_types::{
 pub enum Effect {
     /// Store that this generation consists of these workers, durably, before anything else is done.
     SaveGeneration(Generation, Vec<WorkerId>),
+    /// Store that this generation's group is no more, so that nobody waits for its members to come back.
+    SaveGroupEnded(Generation),
     /// Store the fingerprint that every worker of the run must have.
     SaveFingerprint(Digest),
     /// Store reports of updates.

@@ -1,6 +1,8 @@
 //! The coordinator against simulated workers: random joins, deaths, restarts of the coordinator, stops and lost
 //! parts of checkpoints, from seeds that proptest shrinks. Debug builds check the invariants after every event.
 
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
@@ -30,7 +32,7 @@ fn settings() -> Settings {
         average: 2,
         dead_after: Duration::from_secs(3),
         rejoin_window: Duration::from_secs(10),
-        recovery: Duration::from_secs(60),
+        recovery: Duration::from_mins(1),
     }
 }
 
@@ -105,6 +107,10 @@ impl World {
                 assert!(generation > self.saved.generation, "{generation} was assigned before");
                 self.saved.generation = generation;
                 self.saved.group = group;
+            }
+            Effect::SaveGroupEnded(generation) => {
+                assert_eq!(generation, self.saved.generation);
+                self.saved.group.clear();
             }
             Effect::SaveFingerprint(fingerprint) => self.saved.fingerprint = Some(fingerprint),
             Effect::SaveSteps(_, reports) => {
@@ -242,9 +248,6 @@ impl World {
         while let Some(id) = self.workers.iter().find(|(_, w)| !w.outbox.is_empty()).map(|(id, _)| id.clone())
         {
             let message = self.workers.get_mut(&id).and_then(|worker| worker.outbox.pop_front()).unwrap();
-            if let ToCoordinator::Left { .. } = &message {
-                // By now it is idle.
-            }
             self.event(Event::Said(id, message));
         }
     }

@@ -106,15 +106,11 @@ impl<B: Backend> Trainer<B> {
     }
 
     fn warm(&mut self, run: Run) -> ToCoordinator {
-        let known = self.training.as_ref().filter(|training| training.run.digest() == run.digest());
-        if let Some(training) = known {
-            return ToCoordinator::Ready(training.fingerprint);
-        }
         match Training::new(run, self.backend.clone()) {
             Ok(training) => {
-                let fingerprint = training.fingerprint;
+                let ready = ToCoordinator::Ready(training.fingerprint);
                 self.training = Some(training);
-                ToCoordinator::Ready(fingerprint)
+                ready
             }
             Err(error) => ToCoordinator::Notice(format!("cannot take up the run: {error}")),
         }
