@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use ulmus_plan::{Bytes, Plan, worker_memory};
+use ulmus_plan::{Plan, worker_memory};
 
 /// The whole report on a plan that broke no rule.
 pub fn report(plan: &Plan) -> String {
@@ -41,7 +41,7 @@ fn write_report(text: &mut String, plan: &Plan) -> std::fmt::Result {
             let epochs = (per_step * train.iterations) as f64 * (tokens as f64 / all as f64) / tokens as f64;
             writeln!(
                 text,
-                "source {:<20} {:>17} tokens, {:.2} epochs; {}",
+                "source {:<24} {:>17} tokens, {:.2} epochs; {}",
                 source.name,
                 grouped(tokens),
                 epochs,

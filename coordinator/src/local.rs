@@ -82,7 +82,7 @@ impl LocalWorkers {
                 )));
             }
             let child = self.spawn(&self.slots[index].name)?;
-            fs::write(self.pid_file(&self.slots[index].name), child.id().to_string())?;
+            fs::write(self.pid_file(&self.slots[index].name), format!("{}\n", child.id()))?;
             let slot = &mut self.slots[index];
             slot.process = Some(Process::Child(child));
             slot.started = Instant::now();

@@ -93,6 +93,8 @@ pub struct Coordinator {
     trained: Option<Step>,
     step: Step,
     futile_groups: u32,
+    /// Whether this coordinator has led a group; the first one waits for the expected workers.
+    had_a_group: bool,
     /// When the last checkpoint was asked for.
     saved_at: Duration,
     stopping_since: Option<Duration>,
@@ -120,6 +122,7 @@ impl Coordinator {
             trained: saved.trained,
             step: saved.step,
             futile_groups: 0,
+            had_a_group: false,
             saved_at: now,
             stopping_since: None,
             exited: false,
@@ -285,6 +288,7 @@ impl Coordinator {
             if back.len() == members.len() {
                 let size = members.len();
                 self.group = Group::Training { members: members.clone(), pausing: false };
+                self.had_a_group = true;
                 self.tell(Note::GroupFormed { generation, size, step: self.step });
             }
             return;
@@ -440,7 +444,7 @@ impl Coordinator {
         }
         let since = *enough_since.get_or_insert(now);
         // Later groups are of whoever is there: the survivors of a loss do not wait for a replacement.
-        let first = self.generation == Generation::default();
+        let first = !self.had_a_group;
         if first && idle.len() < self.settings.expected_workers && now < since + self.settings.rejoin_window {
             return;
         }
@@ -449,6 +453,7 @@ impl Coordinator {
             return self.exit(ExitStatus::Failed, message);
         }
         self.futile_groups += 1;
+        self.had_a_group = true;
         idle.truncate(self.settings.micro_batches as usize);
         self.generation = self.generation.next();
         self.effects.push(Effect::SaveGeneration(self.generation, idle.clone()));
