@@ -70,12 +70,7 @@ fn write_report(text: &mut String, plan: &Plan) -> std::fmt::Result {
 
     writeln!(text, "\n# checkpoints")?;
     let milestones = train.iterations.div_ceil(plan.checkpoint.every);
-    writeln!(
-        text,
-        "one                  {} bytes ({})",
-        grouped(12 * parameters),
-        Bytes::new(12 * parameters)
-    )?;
+    writeln!(text, "one                  {} bytes", grouped(12 * parameters))?;
     writeln!(
         text,
         "milestones           {milestones}, every {} steps; {} bytes in all",
