@@ -19,12 +19,13 @@ test:
 check: deny
     .ci/run
 
-# Licences, sources and bans of dependencies; known defects too, where the advisory database can be fetched.
+# Licences, bans and sources of dependencies. Needs cargo-deny: `cargo install --locked cargo-deny@0.20.2`.
 deny:
-    cargo deny check licenses bans sources
+    cargo deny --locked check licenses bans sources
 
+# Known defects of dependencies. Needs the network: it fetches the database of rustsec.org.
 advisories:
-    cargo deny check advisories
+    cargo deny --locked check advisories
 
 # The whole mission in small.
 quickstart:
