@@ -6,7 +6,7 @@
 //! 2. *Manifest.* When every part has been reported and recorded, the coordinator, and nobody else, writes
 //!    `manifest.json` ([`commit`]). This single atomic write is the moment at which the checkpoint exists. It never
 //!    replaces a manifest: a group that was fenced while saving cannot change what its successor committed.
-//! 3. *Pointer.* `checkpoints/latest` then names it. It is for people and scripts: our own readers look at
+//! 3. *Pointer.* `latest`, in the run folder, then names it. It is for people and scripts: our own readers look at
 //!    the directories, because a process may die between 2 and 3.
 //!
 //! Every step may be repeated: the same state has the same bytes, and so the same manifest.
@@ -56,6 +56,6 @@ pub async fn commit(store: &Store, manifest: &Manifest) -> Result<(), Checkpoint
             return Err(CheckpointError::AlreadyCommitted(id));
         }
     }
-    store.put(&format!("{FOLDER}/latest"), format!("{id}\n")).await?;
+    store.put("latest", format!("{id}\n")).await?;
     Ok(())
 }

@@ -167,7 +167,7 @@ async fn busy_stores_and_lost_answers_are_overcome() {
 
     let store = healthy(&objects);
     assert_eq!(verify(&store, id(50, 1)).await.unwrap(), saved);
-    assert_eq!(store.get("checkpoints/latest").await.unwrap(), "step-00000050-g1\n");
+    assert_eq!(store.get("latest").await.unwrap(), "step-00000050-g1\n");
     assert_eq!(read_file(&store, &saved, PARTS[0]).await.unwrap(), contents(id(50, 1), PARTS[0]));
 }
 
@@ -302,5 +302,5 @@ async fn the_fake_counts_every_write_of_the_protocol() {
     let store = Faulty::store(&objects, [(5, Fault::Dead)]);
     save(&store, id(50, 1), CheckpointKind::Milestone).await.unwrap();
     assert!(store.put("x", "a sixth write").await.is_err());
-    assert!(objects.head(&Path::from("run/checkpoints/latest")).await.is_ok());
+    assert!(objects.head(&Path::from("run/latest")).await.is_ok());
 }
