@@ -1,1 +1,25 @@
-//! The test kit: in-process clusters and real processes
+//! The test kit: the real programs, in a folder of their own, and what they leave behind.
+//!
+//! Nothing is simulated here. A [`Sandbox`] is a temporary folder with text and a tiny plan; [`Process`]es are
+//! started in it as a person would start them; a [`RunFolder`] tells what a run wrote. Tests wait for what they
+//! need to see, always with a deadline, and never for a time. A test that fails prints what every process said
+//! and every log; whatever happens, no process outlives its sandbox.
+//!
+//! The pure parts of Ulmus have their own, faster tests beside them. This crate is for promises that only whole
+//! programs can keep or break: exit codes, signals, killed processes, files.
+
+#![forbid(unsafe_code)]
+
+mod plans;
+mod process;
+mod programs;
+mod run;
+mod sandbox;
+mod wait;
+
+pub use plans::{TINY, write_prose};
+pub use process::{Ended, Process};
+pub use programs::{Programs, programs, repository};
+pub use run::{Bits, RunFolder};
+pub use sandbox::Sandbox;
+pub use wait::until;

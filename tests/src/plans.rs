@@ -1,0 +1,123 @@
+//! A plan so small that a whole run takes seconds, and text for it that is the same everywhere.
+
+use std::path::Path;
+
+/// A plan with every phase: three layers of every kind of width, 30 updates, a milestone every five.
+///
+/// An update has four micro-batches, so up to four workers take part. Text is expected in the folder `corpus`.
+pub const TINY: &str = r#"
+[run]
+name = "tiny"
+
+[local]
+workers = 1
+
+[cluster]
+dead_after = "10s" # machines that test are busy
+
+[model]
+vocab_size = 640
+max_context_length = 64
+num_transformer_layers = 3
+model_dim = 64
+head_dim = 16
+num_gqa_groups = 2
+qkv_multipliers = [0.5, 1.0]
+ffn_multipliers = [0.5, 2.0]
+ffn_dim_divisor = 32
+
+[tokenizer]
+pieces = 600
+sample = "256KiB"
+
+[prepare]
+paths = ["corpus"]
+shard = "512KiB"
+
+[data]
+lanes = 4
+unit = "64KiB"
+window = 16
+holdout = 0.05
+min_tokens = 32
+threads = 1
+
+[train]
+iterations = 30
+sequences = 8
+micro_batch = 2
+max_lr = 0.01
+min_lr = 0.001
+warmup = 5
+held_out_every = 10
+held_out_sequences = 8
+
+[checkpoint]
+every = 5
+average = 3
+
+[evaluate]
+text = "16KiB"
+prompt = 16
+continuation = 16
+
+[benchmark]
+prompt = 8
+generate = 16
+runs = 1
+"#;
+
+/// Documents of the text.
+const DOCUMENTS: usize = 400;
+/// Sentences of each; a document has about 5 KB.
+const SENTENCES: usize = 80;
+/// Different words.
+const WORDS: usize = 2000;
+
+/// Writes about 2 MiB of prose without meaning to `folder`, a document per file: the same on every machine.
+///
+/// # Panics
+/// When it cannot be written.
+pub fn write_prose(folder: &Path) {
+    let mut random = Random(1);
+    let words: Vec<String> = (0..WORDS).map(|_| word(&mut random)).collect();
+    std::fs::create_dir_all(folder).expect("the folder can be made");
+    for document in 0..DOCUMENTS {
+        let sentences: Vec<String> = (0..SENTENCES).map(|_| sentence(&words, &mut random)).collect();
+        let path = folder.join(format!("{document:04}.md"));
+        std::fs::write(path, sentences.join(" ") + "\n").expect("the file can be written");
+    }
+}
+
+fn word(random: &mut Random) -> String {
+    let consonants = ["b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "st", "tr", "pl"];
+    let vowels = ["a", "e", "i", "o", "u", "ai", "ou"];
+    let syllables = 1 + random.below(3);
+    (0..syllables)
+        .map(|_| consonants[random.below(consonants.len())].to_owned() + vowels[random.below(vowels.len())])
+        .collect()
+}
+
+/// Each word is followed by one of eight, so that there is something to learn.
+fn sentence(words: &[String], random: &mut Random) -> String {
+    let mut at = random.below(words.len());
+    let mut sentence = Vec::new();
+    for _ in 0..5 + random.below(8) {
+        sentence.push(words[at].as_str());
+        at = (at * 31 + random.below(8) * 257 + 7) % words.len();
+    }
+    sentence.join(" ") + "."
+}
+
+/// `SplitMix64`: the same numbers everywhere, for ever.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((mixed ^ (mixed >> 31)) % end as u64) as usize
+    }
+}

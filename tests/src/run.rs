@@ -1,0 +1,190 @@
+//! What a run leaves in its folder, read back from the files that everybody can read.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rustix::process::Pid;
+use serde_json::Value;
+
+/// Columns of `metrics.csv` that a run's plan decides bit for bit.
+const EXACT_COLUMNS: usize = 6;
+
+/// The folder of a run.
+#[derive(Debug, Clone)]
+pub struct RunFolder(PathBuf);
+
+/// Everything of a finished run that must be equal bit for bit, however it came about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bits {
+    /// The first six columns of every row of `metrics.csv`.
+    curve: Vec<String>,
+    /// The hash of the training state at every milestone, by step.
+    states: BTreeMap<u64, String>,
+    /// The hash of the averaged weights.
+    average: String,
+}
+
+impl Bits {
+    /// Rows of the loss curve.
+    pub fn steps(&self) -> usize {
+        self.curve.len()
+    }
+
+    /// Loss of the first and of the last update.
+    ///
+    /// # Panics
+    /// When there is no row.
+    pub fn losses(&self) -> (f64, f64) {
+        let loss = |row: Option<&String>| -> f64 {
+            let cell = row.and_then(|row| row.split(',').nth(2)).expect("every row has a loss");
+            cell.parse().expect("a loss is a number")
+        };
+        (loss(self.curve.first()), loss(self.curve.last()))
+    }
+
+    /// Compares, the smallest difference first.
+    ///
+    /// # Panics
+    /// When anything differs.
+    pub fn assert_equal(&self, other: &Self) {
+        let rows = self.curve.iter().zip(&other.curve);
+        let differing = rows.filter(|(left, right)| left != right).next();
+        assert_eq!(differing, None, "the first row that differs");
+        assert_eq!(self.curve.len(), other.curve.len(), "rows");
+        assert_eq!(self.states, other.states, "states at the milestones");
+        assert_eq!(self.average, other.average, "average");
+    }
+}
+
+impl RunFolder {
+    pub(crate) fn new(path: PathBuf) -> Self {
+        Self(path)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// A file of it, as text.
+    ///
+    /// # Panics
+    /// When it is not there.
+    pub fn read(&self, name: &str) -> String {
+        let path = self.0.join(name);
+        let text = fs::read_to_string(&path);
+        assert!(text.is_ok(), "{}: {text:?}", path.display());
+        text.unwrap_or_default()
+    }
+
+    /// A JSON file of it.
+    ///
+    /// # Panics
+    /// When it is not there or not JSON.
+    pub fn json(&self, name: &str) -> Value {
+        serde_json::from_str(&self.read(name)).expect("a file named .json is JSON")
+    }
+
+    /// What must be equal between runs of one plan.
+    ///
+    /// # Panics
+    /// When the run is not finished, or two checkpoints of one step hold different states.
+    pub fn bits(&self) -> Bits {
+        let mut states = BTreeMap::new();
+        for checkpoint in self.checkpoints() {
+            let manifest = self.json(&format!("checkpoints/{checkpoint}/manifest.json"));
+            if manifest["kind"] == "milestone" {
+                let step = checkpoint["step-".len()..][..8].parse().expect("eight digits of step");
+                let state = manifest["state_digest"].as_str().expect("a state has a hash").to_owned();
+                let other = states.insert(step, state.clone());
+                assert!(other.is_none_or(|other| other == state), "two states of step {step}");
+            }
+        }
+        Bits {
+            curve: self.rows().map(|row| row[..EXACT_COLUMNS].join(",")).collect(),
+            states,
+            average: self.json("results/average.json")["weights"].as_str().expect("a hash").to_owned(),
+        }
+    }
+
+    /// The generations that contributed to the run, each with the number of its steps.
+    ///
+    /// # Panics
+    /// When there is no `metrics.csv`.
+    pub fn generations(&self) -> BTreeMap<u64, usize> {
+        let mut generations = BTreeMap::new();
+        for row in self.rows() {
+            let generation = row.last().and_then(|cell| cell.parse().ok()).expect("the attempt is a number");
+            *generations.entry(generation).or_insert(0) += 1;
+        }
+        generations
+    }
+
+    fn rows(&self) -> impl Iterator<Item = Vec<String>> {
+        let rows: Vec<Vec<String>> = self
+            .read("metrics.csv")
+            .lines()
+            .skip(1)
+            .map(|line| line.split(',').map(str::to_owned).collect())
+            .collect();
+        rows.into_iter()
+    }
+
+    /// Names of the complete checkpoints, oldest first.
+    ///
+    /// # Panics
+    /// When there is no folder of them.
+    pub fn checkpoints(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.0.join("checkpoints")).expect("the run has checkpoints");
+        let mut names: Vec<String> = entries
+            .filter_map(Result::ok)
+            .filter(|entry| entry.path().join("manifest.json").exists())
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// The local workers that were started last, by name.
+    ///
+    /// # Panics
+    /// When a name is no text.
+    pub fn local_workers(&self) -> BTreeMap<String, Pid> {
+        let Ok(entries) = fs::read_dir(self.0.join("logs")) else { return BTreeMap::new() };
+        let pid_files = entries.filter_map(Result::ok).map(|entry| entry.path());
+        pid_files
+            .filter(|path| path.extension().is_some_and(|extension| extension == "pid"))
+            .filter_map(|path| {
+                let pid = fs::read_to_string(&path).ok()?.trim().parse().ok().and_then(Pid::from_raw)?;
+                Some((path.file_stem()?.to_str()?.to_owned(), pid))
+            })
+            .collect()
+    }
+
+    /// Every file, by its path below the folder, with its content; logs and what tells a running coordinator
+    /// from the last are left out. Two of them are equal when nothing was lost or changed.
+    ///
+    /// # Panics
+    /// When a file cannot be read.
+    pub fn contents(&self) -> BTreeMap<PathBuf, Vec<u8>> {
+        let passing = ["logs", "lock", "coordinator.nonce", "coordinator.address"];
+        let mut files = BTreeMap::new();
+        let mut folders = vec![self.0.clone()];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(&folder).expect("a run's folder can be read").filter_map(Result::ok) {
+                let path = entry.path();
+                let name = path.strip_prefix(&self.0).expect("it lies below").to_path_buf();
+                if passing.iter().any(|passing| name == Path::new(passing)) {
+                    continue;
+                }
+                if path.is_dir() {
+                    folders.push(path);
+                } else {
+                    files.insert(name, fs::read(&path).expect("a file of the run can be read"));
+                }
+            }
+        }
+        files
+    }
+}

@@ -1,0 +1,174 @@
+//! A folder of its own for a test, and the programs that run in it.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+use crate::plans::{TINY, write_prose};
+use crate::process::{Output, Process};
+use crate::programs::programs;
+use crate::run::RunFolder;
+
+/// A temporary folder with `plan.toml` and `corpus/`, in which programs are started.
+///
+/// When it is dropped, local workers that are still alive are killed, and if the test has failed, everything
+/// that was said and logged is printed.
+#[derive(Debug)]
+pub struct Sandbox {
+    home: TempDir,
+    outputs: Mutex<Vec<(String, Arc<Output>)>>,
+}
+
+impl Default for Sandbox {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Sandbox {
+    /// A sandbox with the plan [`TINY`] and text for it.
+    ///
+    /// # Panics
+    /// When it cannot be made.
+    pub fn new() -> Self {
+        let sandbox = Self::empty();
+        sandbox.write("plan.toml", TINY);
+        write_prose(&sandbox.path("corpus"));
+        sandbox
+    }
+
+    /// A sandbox that begins with a copy of everything in another, which no program may be writing.
+    ///
+    /// # Panics
+    /// When it cannot be made.
+    pub fn copy_of(other: &Self) -> Self {
+        let sandbox = Self::empty();
+        copy(other.home.path(), sandbox.home.path());
+        sandbox
+    }
+
+    fn empty() -> Self {
+        let home = tempfile::tempdir().expect("a temporary folder can be made");
+        Self { home, outputs: Mutex::default() }
+    }
+
+    /// A path in it.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.home.path().join(name)
+    }
+
+    /// Writes a file.
+    ///
+    /// # Panics
+    /// When it cannot be written.
+    pub fn write(&self, name: &str, content: impl AsRef<[u8]>) {
+        fs::write(self.path(name), content).expect("a file of the sandbox can be written");
+    }
+
+    /// The run of this name.
+    pub fn run(&self, name: &str) -> RunFolder {
+        RunFolder::new(self.path("runs").join(name))
+    }
+
+    /// Starts `coordinator --plan plan.toml` with more arguments. It listens on a free port.
+    pub fn coordinator(&self, arguments: &[&str]) -> Process {
+        let first = ["--plan", "plan.toml", "--listen", "127.0.0.1:0"];
+        self.coordinator_bare(&[&first[..], arguments].concat())
+    }
+
+    /// Starts the coordinator with these arguments only.
+    pub fn coordinator_bare(&self, arguments: &[&str]) -> Process {
+        self.start(&programs().coordinator, arguments)
+    }
+
+    /// Starts a worker of one thread that joins a coordinator.
+    pub fn worker(&self, address: &str, name: &str) -> Process {
+        self.worker_bare(&["--join", address, "--name", name, "--threads", "1", "--device", "cpu"])
+    }
+
+    /// Starts a worker with these arguments only.
+    pub fn worker_bare(&self, arguments: &[&str]) -> Process {
+        self.start(&programs().worker, arguments)
+    }
+
+    /// Starts the evaluator.
+    pub fn evaluator(&self, arguments: &[&str]) -> Process {
+        self.start(&programs().evaluator, arguments)
+    }
+
+    fn start(&self, program: &Path, arguments: &[&str]) -> Process {
+        let mut command = Command::new(program);
+        command.args(arguments).current_dir(self.home.path());
+        // What the surroundings say would change what is tested.
+        for (name, _) in std::env::vars_os() {
+            if name == "RUST_LOG" || name.as_encoded_bytes().starts_with(b"ULMUS_") {
+                command.env_remove(name);
+            }
+        }
+        let process = Process::start(&mut command);
+        let name = program.file_name().unwrap_or(OsStr::new("?")).to_string_lossy();
+        let title = format!("{name} {}", arguments.join(" "));
+        self.outputs().push((title, process.output()));
+        process
+    }
+
+    fn outputs(&self) -> std::sync::MutexGuard<'_, Vec<(String, Arc<Output>)>> {
+        self.outputs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn runs(&self) -> Vec<RunFolder> {
+        let entries = fs::read_dir(self.path("runs")).into_iter().flatten().filter_map(Result::ok);
+        entries.map(|entry| RunFolder::new(entry.path())).collect()
+    }
+
+    /// Whether this process belongs to the sandbox, and not, later, to somebody else who was given its number.
+    fn is_ours(&self, pid: Pid) -> bool {
+        let command = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).unwrap_or_default();
+        let home = self.home.path().as_os_str().as_encoded_bytes();
+        command.windows(home.len()).any(|part| part == home)
+    }
+
+    #[expect(clippy::print_stderr, reason = "what a person needs when a test fails")]
+    fn print_everything(&self) {
+        for (title, output) in self.outputs().iter() {
+            eprintln!("\n==== {title}\n{}", output.text());
+        }
+        for run in self.runs() {
+            for entry in fs::read_dir(run.path().join("logs")).into_iter().flatten().filter_map(Result::ok) {
+                let text = fs::read_to_string(entry.path()).unwrap_or_default();
+                eprintln!("\n==== {}\n{text}", entry.path().display());
+            }
+        }
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.print_everything();
+        }
+        for pid in self.runs().iter().flat_map(|run| run.local_workers().into_values()) {
+            if self.is_ours(pid) {
+                // It may end by itself at this moment.
+                kill_process(pid, Signal::KILL).ok();
+            }
+        }
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).expect("a folder can be made");
+    for entry in fs::read_dir(from).expect("a folder can be read").filter_map(Result::ok) {
+        let (from, to) = (entry.path(), to.join(entry.file_name()));
+        if from.is_dir() {
+            copy(&from, &to);
+        } else {
+            fs::copy(&from, &to).expect("a file can be copied");
+        }
+    }
+}

@@ -1,0 +1,27 @@
+//! Waiting for a condition, with a deadline.
+//!
+//! Deadlines are far longer than anything takes on an idle machine: they end a test that hangs, and measure
+//! nothing.
+
+use std::time::{Duration, Instant};
+
+/// How long anything may take.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
+
+/// Time between two looks at what cannot notify.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+
+/// Looks until `condition` gives something; for files and foreign processes, which cannot notify.
+///
+/// # Panics
+/// When it gives nothing for too long; `what` says what was waited for.
+pub fn until<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(value) = condition() {
+            return value;
+        }
+        assert!(began.elapsed() < DEADLINE, "waited {DEADLINE:?} in vain for {what}");
+        std::thread::park_timeout(LOOK_EVERY);
+    }
+}
