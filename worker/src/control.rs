@@ -80,3 +80,32 @@ impl Control {
         std::mem::take(&mut self.state().wishes)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_abort_counts_before_and_after_the_group_is_entered() {
+        let control = Control::default();
+        control.abort(Generation::new(1));
+        assert!(!control.enter(Generation::new(1), AbortHandle::new().unwrap()));
+        let handle = AbortHandle::new().unwrap();
+        assert!(control.enter(Generation::new(2), handle.clone()));
+        control.abort(Generation::new(1));
+        assert!(!handle.is_aborted(), "an older generation is meant");
+        control.abort(Generation::new(2));
+        assert!(handle.is_aborted());
+    }
+
+    #[test]
+    fn wishes_reach_only_the_group_that_is_meant() {
+        let control = Control::default();
+        control.enter(Generation::new(2), AbortHandle::new().unwrap());
+        control.wish(Generation::new(1), Wish::Stop);
+        assert_eq!(control.take_wishes(), Wishes::default());
+        control.wish(Generation::new(2), Wish::Pause);
+        assert!(control.take_wishes().pause);
+        assert_eq!(control.take_wishes(), Wishes::default());
+    }
+}

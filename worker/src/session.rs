@@ -188,3 +188,149 @@ impl Session {
         (!reports.is_empty()).then_some(ToCoordinator::Steps { generation, reports })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::sync::Semaphore;
+    use ulmus_checkpoint::TrainState;
+    use ulmus_model::{Layout, State};
+    use ulmus_plan::ModelConfig;
+    use ulmus_types::{Assignment, CheckpointKind, Incarnation, LeaveReason, Peer, Step, WorkerId};
+
+    use super::*;
+
+    fn assignment(generation: u64, rank: u32) -> ToWorker {
+        let peer = Peer { address: String::new(), worker: WorkerId::new("w", Incarnation::new(1)).unwrap() };
+        ToWorker::Assign(Assignment {
+            generation: Generation::new(generation),
+            rank: Rank::new(rank),
+            size: 2,
+            previous: peer.clone(),
+            next: peer,
+            micro_batches: 0..1,
+        })
+    }
+
+    fn steps(generation: u64, step: u64) -> Report {
+        let report = StepReport {
+            step: Step::new(step),
+            tokens: step,
+            loss: 1.0,
+            z_loss: 0.0,
+            grad_norm: 1.0,
+            lr: 0.1,
+            held_out_loss: None,
+            elapsed: Duration::ZERO,
+            data_wait: Duration::ZERO,
+            communication: Duration::ZERO,
+        };
+        let generation = Generation::new(generation);
+        Report::Say(ToCoordinator::Steps { generation, reports: vec![report] })
+    }
+
+    fn left(generation: u64) -> Report {
+        let (generation, step, reason) = (Generation::new(generation), Step::new(9), LeaveReason::Finished);
+        Report::Say(ToCoordinator::Left { generation, step, reason })
+    }
+
+    fn held(step: u64) -> Arc<Held> {
+        let config =
+            ModelConfig { num_transformer_layers: 1, model_dim: 8, head_dim: 8, ..ModelConfig::default() };
+        let room = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        Arc::new(Held {
+            checkpoint: CheckpointId::new(Step::new(step), Generation::new(1)),
+            kind: CheckpointKind::Milestone,
+            layout: Arc::new(Layout::new(&config)),
+            tensors: State { weights: vec![1.0], first_moment: vec![], second_moment: vec![] },
+            train: TrainState {
+                step: Step::new(step),
+                tokens: 0,
+                quantum: 1.0,
+                cursors: vec![],
+                counters: BTreeMap::new(),
+            },
+            _room: room,
+        })
+    }
+
+    fn said(actions: &[Action]) -> Vec<&ToCoordinator> {
+        actions
+            .iter()
+            .filter_map(|action| match action {
+                Action::Say(message) => Some(message),
+                _ => None,
+            })
+            .collect()
+    }
+
+    fn reported_steps(actions: &[Action]) -> Vec<u64> {
+        said(actions)
+            .into_iter()
+            .filter_map(|message| match message {
+                ToCoordinator::Steps { reports, .. } => Some(reports.iter().map(|report| report.step.get())),
+                _ => None,
+            })
+            .flatten()
+            .collect()
+    }
+
+    #[test]
+    fn rank_0_reports_and_its_successor_tells_what_it_may_not_have_told() {
+        let mut leader = Session::default();
+        leader.received(assignment(1, 0));
+        assert_eq!(reported_steps(&leader.reported(steps(1, 1))), [1]);
+
+        let mut other = Session::default();
+        other.received(assignment(1, 1));
+        assert!(other.reported(steps(1, 1)).is_empty());
+        assert!(other.reported(steps(1, 2)).is_empty());
+        other.received(ToWorker::Acknowledge(Step::new(1)));
+        other.reported(left(1));
+        other.received(assignment(2, 0));
+        let formed = ToCoordinator::Formed { generation: Generation::new(2), step: Step::new(2) };
+        assert_eq!(reported_steps(&other.reported(Report::Say(formed))), [2]);
+    }
+
+    #[test]
+    fn a_worker_leaves_only_after_what_it_keeps_is_announced() {
+        let mut session = Session::default();
+        session.received(assignment(1, 0));
+        let state = held(9);
+        assert!(matches!(session.reported(Report::Keep(Arc::clone(&state)))[..], [Action::Hash(_)]));
+        assert!(session.reported(left(1)).is_empty());
+        assert_eq!(session.status(), WorkerStatus::Training(Generation::new(1)));
+        let actions = session.hashed(state.announce());
+        assert!(matches!(said(&actions)[..], [ToCoordinator::Snapshot(_), ToCoordinator::Left { .. }]));
+        assert_eq!(session.status(), WorkerStatus::Idle);
+    }
+
+    #[test]
+    fn a_new_connection_hears_again_what_was_not_confirmed() {
+        let mut session = Session::default();
+        assert!(session.opened().is_none(), "it is not ready yet");
+        session.reported(Report::Say(ToCoordinator::Ready(Digest::of(b"arithmetic"))));
+        session.received(assignment(1, 0));
+        session.reported(steps(1, 1));
+        let state = held(1);
+        session.reported(Report::Keep(Arc::clone(&state)));
+        session.hashed(state.announce());
+        let again = session.opened().unwrap();
+        assert!(matches!(
+            said(&again)[..],
+            [ToCoordinator::Ready(_), ToCoordinator::Steps { .. }, ToCoordinator::Snapshot(_)]
+        ));
+        session.received(ToWorker::Acknowledge(Step::new(1)));
+        session.received(ToWorker::Release(state.checkpoint));
+        assert_eq!(said(&session.opened().unwrap()).len(), 1);
+    }
+
+    #[test]
+    fn what_is_not_held_any_more_cannot_be_written() {
+        let mut session = Session::default();
+        let checkpoint = CheckpointId::new(Step::new(1), Generation::new(1));
+        let actions = session.received(ToWorker::Write { checkpoint, files: vec!["a".into()] });
+        assert!(matches!(said(&actions)[..], [ToCoordinator::WriteFailed { .. }]));
+    }
+}

@@ -15,7 +15,7 @@ use bytes::Bytes;
 use ulmus_types::{CheckpointId, FileEntry};
 
 use crate::reader::read_manifest;
-use crate::{CheckpointError, FOLDER, Manifest, Store, file_path, manifest_path};
+use crate::{CheckpointError, Manifest, Store, file_path, manifest_path};
 
 /// Writes the file `name` of the checkpoint `id` (step 1), and answers what the manifest must say of it.
 ///
