@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-/// A plan with every phase: three layers of every kind of width, 30 updates, a milestone every five.
+/// A plan with every phase: three layers of different widths, 60 updates, a milestone every ten.
 ///
 /// An update has four micro-batches, so up to four workers take part. Text is expected in the folder `corpus`.
 pub const TINY: &str = r#"
@@ -17,7 +17,7 @@ dead_after = "10s" # machines that test are busy
 
 [model]
 vocab_size = 640
-max_context_length = 64
+max_context_length = 128
 num_transformer_layers = 3
 model_dim = 64
 head_dim = 16
@@ -43,17 +43,17 @@ min_tokens = 32
 threads = 1
 
 [train]
-iterations = 30
-sequences = 8
-micro_batch = 2
+iterations = 60
+sequences = 16
+micro_batch = 4
 max_lr = 0.01
 min_lr = 0.001
-warmup = 5
-held_out_every = 10
+warmup = 10
+held_out_every = 20
 held_out_sequences = 8
 
 [checkpoint]
-every = 5
+every = 10
 average = 3
 
 [evaluate]

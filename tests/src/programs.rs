@@ -1,9 +1,10 @@
 //! The programs under test.
 //!
 //! Cargo tells a test where the programs of its own package are, and those of no other. So they are built here,
-//! once per test program, by the cargo that runs the test, in the same profile and target folder. After a build
-//! of the workspace there is nothing left to do and it takes a moment; cargo's own lock keeps test programs that
-//! run side by side apart.
+//! once per test program, by the cargo that runs the test, in the same profile and target folder. All targets of
+//! the workspace are asked for, because the features of dependencies, and so what can be used again, follow from
+//! what is built together: below `cargo test --workspace` only the programs themselves are left to link. Cargo's
+//! own lock keeps test programs that run side by side apart.
 
 use std::collections::BTreeMap;
 use std::io::BufReader;
@@ -46,7 +47,7 @@ fn build() -> Programs {
     let name = profile.file_name().and_then(|name| name.to_str()).expect("profiles are named in ASCII");
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
         .current_dir(repository())
-        .args(["build", "--workspace", "--bins", "--message-format=json-render-diagnostics"])
+        .args(["build", "--workspace", "--bins", "--tests", "--message-format=json-render-diagnostics"])
         .args(["--profile", if name == "debug" { "dev" } else { name }])
         .arg("--target-dir")
         .arg(target)
@@ -56,7 +57,9 @@ fn build() -> Programs {
     let messages = BufReader::new(cargo.stdout.take().expect("standard output is piped"));
     let mut built: BTreeMap<String, PathBuf> = Message::parse_stream(messages)
         .filter_map(|message| match message.expect("cargo's messages can be read") {
-            Message::CompilerArtifact(artifact) => Some((artifact.target.name, artifact.executable?.into())),
+            Message::CompilerArtifact(artifact) if !artifact.profile.test => {
+                Some((artifact.target.name, artifact.executable?.into()))
+            }
             _ => None,
         })
         .collect();

@@ -48,8 +48,7 @@ impl Bits {
     /// # Panics
     /// When anything differs.
     pub fn assert_equal(&self, other: &Self) {
-        let rows = self.curve.iter().zip(&other.curve);
-        let differing = rows.filter(|(left, right)| left != right).next();
+        let differing = self.curve.iter().zip(&other.curve).find(|(left, right)| left != right);
         assert_eq!(differing, None, "the first row that differs");
         assert_eq!(self.curve.len(), other.curve.len(), "rows");
         assert_eq!(self.states, other.states, "states at the milestones");

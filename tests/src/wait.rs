@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 /// How long anything may take.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
+pub(crate) const DEADLINE: Duration = Duration::from_mins(2);
 
 /// Time between two looks at what cannot notify.
 const LOOK_EVERY: Duration = Duration::from_millis(10);

@@ -1,0 +1,104 @@
+//! The second promise: no checkpoint that is damaged is used, and the run goes on from the one before it to the
+//! same bits.
+
+use std::fs;
+use std::path::Path;
+
+use rustix::process::Signal;
+use ulmus_tests::{Process, Sandbox};
+
+/// What a damaged checkpoint must not do.
+struct Damage {
+    name: &'static str,
+    /// Does it to the folder of a checkpoint.
+    done: fn(&Path),
+    /// What is said about it, beside the checkpoint's name.
+    told: &'static str,
+}
+
+const DAMAGES: [Damage; 4] = [
+    Damage {
+        name: "a flipped bit in the weights",
+        done: |folder| flip_bit(&folder.join("model.safetensors"), 100_000),
+        told: "model.safetensors",
+    },
+    Damage {
+        name: "a flipped bit in the manifest",
+        done: |folder| flip_bit(&folder.join("manifest.json"), 30),
+        told: "manifest.json",
+    },
+    Damage {
+        name: "a missing file",
+        done: |folder| fs::remove_file(folder.join("optimizer-00000.safetensors")).expect("it is there"),
+        told: "optimizer-00000.safetensors",
+    },
+    Damage {
+        name: "a cut file",
+        done: |folder| {
+            let path = folder.join("state.json");
+            let content = fs::read(&path).expect("it is there");
+            fs::write(&path, &content[..content.len() / 2]).expect("it can be written");
+        },
+        told: "state.json",
+    },
+];
+
+fn flip_bit(path: &Path, byte: usize) {
+    let mut content = fs::read(path).expect("the file is there");
+    content[byte] ^= 1;
+    fs::write(path, content).expect("it can be written");
+}
+
+/// Runs until the third milestone is stored, and stops.
+fn interrupt(coordinator: Process) {
+    coordinator.says("checkpoint step-00000030-g1 stored");
+    coordinator.signal(Signal::INT);
+    let ended = coordinator.ends();
+    assert_eq!(ended.code, Some(130), "{}", ended.output);
+}
+
+#[test]
+fn a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used() {
+    let whole = Sandbox::new();
+    whole.coordinator(&[]).succeeds();
+    let undisturbed = whole.run("tiny").bits();
+
+    let stopped = Sandbox::new();
+    interrupt(stopped.coordinator(&[]));
+    for Damage { name, done, told } in DAMAGES {
+        let sandbox = Sandbox::copy_of(&stopped);
+        let run = sandbox.run("tiny");
+        let mut checkpoints = run.checkpoints();
+        let newest = checkpoints.pop().expect("a checkpoint");
+        let before = checkpoints.pop().expect("another one");
+        done(&run.path().join("checkpoints").join(&newest));
+
+        let said = sandbox.coordinator(&[]).succeeds();
+        let refusal = said.lines().find(|line| line.contains(told) && line.contains(&newest));
+        assert!(refusal.is_some_and(|line| line.contains(&before)), "{name}: {said}");
+        run.bits().assert_equal(&undisturbed);
+    }
+}
+
+/// All of the run's milestones are averaged here, those that were damaged and made again among them.
+#[test]
+fn when_every_checkpoint_is_damaged_the_run_begins_anew() {
+    let all = ["--set", "checkpoint.average=6"];
+    let whole = Sandbox::new();
+    whole.coordinator(&all).succeeds();
+
+    let sandbox = Sandbox::new();
+    interrupt(sandbox.coordinator(&all));
+    let run = sandbox.run("tiny");
+    let checkpoints = run.checkpoints();
+    assert!(checkpoints.len() > 3, "{checkpoints:?}");
+    for name in &checkpoints {
+        flip_bit(&run.path().join("checkpoints").join(name).join("model.safetensors"), 100_000);
+    }
+    let said = sandbox.coordinator(&all).succeeds();
+    for name in &checkpoints {
+        assert!(said.contains(&format!("checkpoint {name}")), "{name} is not named: {said}");
+    }
+    assert!(said.contains("beginning anew") && said.contains("1 worker trains from step 0"), "{said}");
+    run.bits().assert_equal(&whole.run("tiny").bits());
+}

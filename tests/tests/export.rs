@@ -1,0 +1,58 @@
+//! What comes out is ordinary: a folder in Hugging Face layout that other programs, our evaluator among them, can
+//! load.
+
+use std::fs;
+
+use serde_json::Value;
+use ulmus_model::hf;
+use ulmus_tests::Sandbox;
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).expect("what is called JSON is JSON")
+}
+
+#[test]
+fn an_exported_model_is_complete_and_can_be_used() {
+    let sandbox = Sandbox::new();
+    sandbox.coordinator(&["--set", "train.iterations=20", "--set", "checkpoint.average=2"]).succeeds();
+    let run = sandbox.run("tiny");
+    let export = run.path().join("export");
+
+    // The weights are the average's, and the shape is the plan's.
+    let model = hf::read(&export).expect("our own reader takes it");
+    let plan = ulmus_plan::read(&run.read("plan.resolved.toml"), &[]).expect("a resolved plan is a plan");
+    assert_eq!(model.config.layers(), plan[0].model.layers());
+    assert_eq!(model.weights.len() as u64, plan[0].model.parameters());
+    let file = |path: &str| fs::read(run.path().join(path)).expect("the run wrote it");
+    assert_eq!(file("export/model.safetensors"), file("average/model.safetensors"));
+    for tokenizer in ["tokenizer.model", "tokenizer.json"] {
+        assert_eq!(file(&format!("export/{tokenizer}")), file(tokenizer), "{tokenizer}");
+    }
+
+    // The reference's config has a value per layer, and so has ours.
+    let config = run.json("export/config.json");
+    assert_eq!(config["model_type"], "openelm");
+    assert_eq!(config["num_query_heads"], json("[2, 4, 4]"));
+    assert_eq!(config["num_kv_heads"], json("[1, 2, 2]"));
+    assert_eq!(config["ffn_multipliers"], json("[0.5, 1.25, 2.0]"));
+    let end = &config["eos_token_id"];
+    assert!(end.is_u64() && run.json("export/generation_config.json")["eos_token_id"] == *end);
+
+    // The evaluator measures it, times it and lets it write.
+    let folder = export.to_str().expect("a sandbox has a name in ASCII");
+    let measure = ["run", "--model", folder, "--tasks", "perplexity", "--data", "corpus/0000.md"];
+    sandbox.evaluator(&[&measure[..], &["--output", "result.json"]].concat()).succeeds();
+    let result = json(&fs::read_to_string(sandbox.path("result.json")).expect("the evaluator wrote it"));
+    let measured = &result["results"]["perplexity"]["bits_per_byte"];
+    let in_the_run = &run.json("results/evaluate-average.json")["bits_per_byte"];
+    let (measured, in_the_run) = (measured.as_f64().expect("bits"), in_the_run.as_f64().expect("bits"));
+    assert!((measured / in_the_run - 1.0).abs() < 0.1, "{measured} here, {in_the_run} on held-out text");
+
+    let bench = ["bench", "--model", folder, "--prompt", "8", "--generate", "8", "--threads", "1", "--json"];
+    assert!(json(&sandbox.evaluator(&bench).succeeds()).is_object());
+
+    let generate = ["generate", "--model", folder, "--prompt", "pai", "--max-tokens", "12", "--greedy"];
+    let text = sandbox.evaluator(&generate).succeeds();
+    assert!(!text.trim().is_empty());
+    assert_eq!(sandbox.evaluator(&generate).succeeds(), text);
+}
