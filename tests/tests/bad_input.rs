@@ -1,0 +1,192 @@
+//! Wrong input: a clear message, the right exit code, and nothing lost.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs;
+
+use rustix::process::Signal;
+use ulmus_tests::{Ended, Sandbox, repository};
+
+/// The program must end with `code` and say all of `texts`.
+#[track_caller]
+fn assert_refused(ended: &Ended, code: i32, texts: &[&str]) {
+    assert_eq!(ended.code, Some(code), "{}", ended.output);
+    for text in texts {
+        assert!(ended.output.contains(text), "says nothing of {text:?}:\n{}", ended.output);
+    }
+}
+
+#[test]
+fn mistakes_in_the_plan_are_told_all_at_once() {
+    let sandbox = Sandbox::new();
+    let wrong =
+        sandbox.coordinator(&["--set", "train.lr=1", "--set", "data.lanes=3", "--set", "model.head_dim=x"]);
+    assert_refused(
+        &wrong.ends(),
+        2,
+        &[
+            "3 problems",
+            "train.lr = 1: unknown key",
+            "data.lanes = 3",
+            "set it to 2",
+            "model.head_dim = \"x\"",
+        ],
+    );
+    let similar = sandbox.coordinator(&["--set", "train.max_lrr=0.1"]).ends();
+    assert_refused(&similar, 2, &["did you mean max_lr?"]);
+    assert_refused(&sandbox.coordinator_bare(&["--plan", "no.toml"]).ends(), 2, &["no.toml", "--plan"]);
+    sandbox.write("broken.toml", "[run]\nname = \n");
+    assert_refused(&sandbox.coordinator_bare(&["--plan", "broken.toml"]).ends(), 2, &["line 2", "not TOML"]);
+    assert!(!sandbox.path("runs").exists(), "nothing was started");
+}
+
+#[test]
+fn check_starts_nothing_and_prints_what_a_plan_means() {
+    let sandbox = Sandbox::new();
+    let said = sandbox.coordinator_bare(&["--plan", "plan.toml", "--check"]).succeeds();
+    for text in
+        ["max_lr = 0.01", "# model:", "query heads", "# memory per worker", "milestones", "bytes sent"]
+    {
+        assert!(said.contains(text), "{said}");
+    }
+    let said = sandbox.coordinator_bare(&["--plan", "plan.toml", "--check", "sources"]).succeeds();
+    assert!(said.contains("400 files match"), "{said}");
+    assert!(!sandbox.path("runs").exists());
+    for name in ["270m", "450m", "1_1b", "3b"] {
+        let plan = repository().join(format!("plans/openelm-{name}.toml"));
+        sandbox.coordinator_bare(&["--plan", plan.to_str().unwrap(), "--check"]).succeeds();
+        let begun = sandbox.coordinator_bare(&["init", "--from", &format!("openelm-{name}")]).succeeds();
+        assert_eq!(begun.trim_end(), fs::read_to_string(plan).unwrap().trim_end());
+    }
+    assert_refused(&sandbox.coordinator_bare(&["init", "--from", "gpt"]).ends(), 2, &["openelm-270m"]);
+}
+
+/// A source that cannot be used ends the run in its first phase, and `--check sources` finds it before.
+fn assert_bad_source(sandbox: &Sandbox, name: &str, source: &str, texts: &[&str]) {
+    let plan = fs::read_to_string(sandbox.path("plan.toml")).unwrap();
+    sandbox
+        .write("bad.toml", format!("{plan}\n[[data.source]]\nname = \"bad\"\ntext = \"text\"\n{source}\n"));
+    let checked = sandbox.coordinator_bare(&["--plan", "bad.toml", "--check", "sources"]).ends();
+    assert_refused(&checked, 2, texts);
+    let run = ["--plan", "bad.toml", "--set", &format!("run.name={name}")];
+    assert_refused(&sandbox.coordinator_bare(&run).ends(), 2, texts);
+}
+
+#[test]
+fn sources_that_cannot_be_used_are_named() {
+    let sandbox = Sandbox::new();
+    let nowhere = "url = \"nowhere\"\nfiles = [\"a.parquet\"]";
+    assert_bad_source(&sandbox, "nowhere", nowhere, &["nowhere", "not a folder", "correct the path"]);
+    fs::create_dir(sandbox.path("raw")).unwrap();
+    let parquet = "url = \"raw\"\nfiles = [\"a.parquet\"]";
+    assert_bad_source(&sandbox, "missing", parquet, &["a.parquet", "does not exist"]);
+    sandbox.write("raw/a.parquet", "this is no parquet file, however it is named");
+    assert_bad_source(&sandbox, "parquet", parquet, &["a.parquet", "not parquet"]);
+    sandbox.write("raw/b.jsonl", "{\"content\": \"words\", \"id\": 1}\n");
+    let jsonl = "url = \"raw\"\nfiles = [\"b.jsonl\"]";
+    assert_bad_source(&sandbox, "column", jsonl, &["b.jsonl", "no column", "content"]);
+}
+
+#[test]
+fn a_corpus_that_the_filters_empty_is_named() {
+    let sandbox = Sandbox::new();
+    let ended = sandbox.coordinator(&["--set", "data.min_characters=1000000"]).ends();
+    assert_refused(&ended, 2, &["prepare failed", "prepared", "min_characters"]);
+}
+
+#[test]
+fn what_is_in_use_is_refused() {
+    let sandbox = Sandbox::new();
+    let first = sandbox.coordinator(&["--set", "local.workers=0"]);
+    let address = first.address();
+    let second = sandbox.coordinator(&["--set", "local.workers=0"]).ends();
+    assert_refused(&second, 3, &["another coordinator", "run.name"]);
+    let taken = ["--plan", "plan.toml", "--listen", &address, "--set", "run.name=other"];
+    assert_refused(&sandbox.coordinator_bare(&taken).ends(), 3, &[&address, "--listen"]);
+    first.signal(Signal::INT);
+    assert_eq!(first.ends().code, Some(130));
+}
+
+#[test]
+fn a_changed_plan_needs_another_name_and_loses_nothing() {
+    let sandbox = Sandbox::new();
+    sandbox.coordinator(&[]).succeeds();
+    let before = sandbox.run("tiny").contents();
+    let changed = sandbox.coordinator(&["--set", "train.max_lr=0.02", "--set", "run.seed=7"]).ends();
+    assert_refused(&changed, 2, &["train.max_lr was 0.01 and is now 0.02", "run.seed was 0", "run.name"]);
+    assert_eq!(sandbox.run("tiny").contents(), before);
+    // What no trained bit depends on may change; the run is complete, so nothing is done again.
+    let said = sandbox.coordinator(&["--set", "local.workers=2"]).succeeds();
+    assert!(said.contains("held-out perplexity") && !said.contains("workers train"), "{said}");
+}
+
+#[test]
+fn a_worker_that_finds_nobody_says_so() {
+    let sandbox = Sandbox::new();
+    let alone = sandbox.worker_bare(&["--join", "127.0.0.1:9", "--join-timeout", "100ms"]).ends();
+    assert_refused(&alone, 6, &["127.0.0.1:9", "no coordinator"]);
+    let named = sandbox.worker_bare(&["--join", "127.0.0.1:9", "--name", "../x"]).ends();
+    assert_refused(&named, 2, &["--name", "../x"]);
+    assert_refused(&sandbox.worker_bare(&["--join", "nonsense"]).ends(), 2, &["nonsense", "HOST:PORT"]);
+}
+
+#[test]
+fn a_worker_that_does_not_see_the_store_is_refused() {
+    use tokio_stream::StreamExt;
+    use ulmus_proto::v1;
+    use ulmus_types::{Digest, Hello, Incarnation, ToCoordinator, ToWorker, WorkerId, WorkerStatus};
+
+    /// Plays a worker that says these things, and gives the reason for which it is refused.
+    async fn refused(address: &str, version: &str, says: Vec<ToCoordinator>) -> String {
+        let hello = ToCoordinator::Hello(Hello {
+            worker: WorkerId::new("stranger", Incarnation::new(1)).unwrap(),
+            version: version.to_owned(),
+            address: "127.0.0.1:1".to_owned(),
+            device: "none".to_owned(),
+            threads: 1,
+            pid: 1,
+            status: WorkerStatus::Idle,
+        });
+        let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{address}")).unwrap();
+        let channel = endpoint.connect().await.unwrap();
+        let mut client = v1::coordinator_client::CoordinatorClient::new(channel);
+        let messages = std::iter::once(hello).chain(says).map(v1::FromWorker::from).collect::<Vec<_>>();
+        // The stream stays open after its last message, as a worker's does.
+        let outgoing = tokio_stream::iter(messages).chain(tokio_stream::pending());
+        let mut incoming = client.session(outgoing).await.unwrap().into_inner();
+        while let Some(message) = incoming.message().await.unwrap() {
+            if let Ok(ToWorker::Refused { reason, .. }) = message.try_into() {
+                return reason;
+            }
+        }
+        "never refused".to_owned()
+    }
+
+    let sandbox = Sandbox::new();
+    let coordinator = sandbox.coordinator(&["--set", "local.workers=0"]);
+    let address = coordinator.address();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let ours = env!("CARGO_PKG_VERSION");
+        let reason = refused(&address, "0.0.1", vec![]).await;
+        assert!(reason.contains("version 0.0.1") && reason.contains(ours), "{reason}");
+        let blind = ToCoordinator::StoreRead(Err("no such folder".to_owned()));
+        let reason = refused(&address, ours, vec![blind]).await;
+        assert!(reason.contains("no such folder") && reason.contains("store.url"), "{reason}");
+        let other = ToCoordinator::StoreRead(Ok("something else".to_owned()));
+        let reason = refused(&address, ours, vec![other]).await;
+        assert!(reason.contains("another folder"), "{reason}");
+    });
+    // A real worker sets the run's fingerprint; then one with another is refused.
+    let worker = sandbox.worker(&address, "real");
+    coordinator.says("worker real joined");
+    let nonce = sandbox.run("tiny").read("coordinator.nonce");
+    runtime.block_on(async {
+        let sees = ToCoordinator::StoreRead(Ok(nonce));
+        let odd = ToCoordinator::Ready(Digest::of(b"other arithmetic"));
+        let reason = refused(&address, env!("CARGO_PKG_VERSION"), vec![sees, odd]).await;
+        assert!(reason.contains("computes other bits") && reason.contains("stranger"), "{reason}");
+    });
+    coordinator.succeeds();
+    worker.succeeds();
+}

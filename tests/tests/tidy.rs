@@ -1,0 +1,144 @@
+//! Rules of the repository that no compiler checks.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use cargo_metadata::{DependencyKind, MetadataCommand};
+use ulmus_tests::repository;
+
+/// Which crate may use which of ours, outside tests. Nothing points up, so there are no circles.
+fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
+    BTreeMap::from([
+        ("ulmus-types", vec![]),
+        ("ulmus-plan", vec!["ulmus-types"]),
+        ("ulmus-rt", vec!["ulmus-types"]),
+        ("ulmus-proto", vec!["ulmus-types"]),
+        ("ulmus-coord-core", vec!["ulmus-types"]),
+        ("ulmus-checkpoint", vec!["ulmus-types"]),
+        ("ulmus-model", vec!["ulmus-plan", "ulmus-types"]),
+        ("ulmus-dataloader", vec!["ulmus-plan", "ulmus-types"]),
+        ("ulmus-evaluator", vec!["ulmus-dataloader", "ulmus-model", "ulmus-plan", "ulmus-rt", "ulmus-types"]),
+        (
+            "ulmus-worker",
+            vec![
+                "ulmus-checkpoint",
+                "ulmus-dataloader",
+                "ulmus-evaluator",
+                "ulmus-model",
+                "ulmus-plan",
+                "ulmus-proto",
+                "ulmus-rt",
+                "ulmus-types",
+            ],
+        ),
+        (
+            "ulmus-coordinator",
+            vec![
+                "ulmus-checkpoint",
+                "ulmus-coord-core",
+                "ulmus-plan",
+                "ulmus-proto",
+                "ulmus-rt",
+                "ulmus-types",
+                // Only by feature; see below.
+                "ulmus-worker",
+            ],
+        ),
+    ])
+}
+
+/// Crates whose purity rests on what they cannot do.
+const PURE: [&str; 4] = ["ulmus-types", "ulmus-plan", "ulmus-coord-core", "ulmus-model"];
+const IMPURE: [&str; 5] = ["tokio", "tonic", "rusqlite", "object_store", "tracing"];
+
+#[test]
+fn crates_use_only_what_they_may() {
+    let metadata = MetadataCommand::new().current_dir(repository()).no_deps().exec().unwrap();
+    let allowed = allowed();
+    let mut seen = BTreeSet::new();
+    for package in &metadata.packages {
+        let name = package.name.as_str();
+        let Some(allowed) = allowed.get(name) else {
+            assert_eq!(name, "ulmus-tests", "a new crate needs a place in this table");
+            continue;
+        };
+        seen.insert(name.to_owned());
+        for dependency in package.dependencies.iter().filter(|d| d.kind == DependencyKind::Normal) {
+            let on = dependency.name.as_str();
+            assert!(!on.starts_with("ulmus-") || allowed.contains(&on), "{name} may not use {on}");
+            assert!(!PURE.contains(&name) || !IMPURE.contains(&on), "{name} is pure and may not use {on}");
+            if (name, on) == ("ulmus-coordinator", "ulmus-worker") {
+                assert!(dependency.optional, "a coordinator builds without what workers need");
+            }
+        }
+    }
+    assert_eq!(seen.len(), allowed.len(), "the table names a crate that is not there");
+}
+
+#[test]
+fn plans_name_crates_that_the_build_fetches() {
+    let lock: toml::Table = fs::read_to_string(repository().join("Cargo.lock")).unwrap().parse().unwrap();
+    let locked: BTreeSet<String> = lock["package"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|package| {
+            format!("{} {}", package["name"].as_str().unwrap(), package["version"].as_str().unwrap())
+        })
+        .collect();
+    for plan in ["quickstart.toml", "uniform-vs-scaled.toml"] {
+        let text = fs::read_to_string(repository().join("plans").join(plan)).unwrap();
+        for plan in ulmus_plan::read(&text, &[]).unwrap() {
+            let crates = plan.prepare.unwrap().crates;
+            assert!(crates.len() > 10);
+            let missing: Vec<_> = crates.iter().filter(|name| !locked.contains(*name)).collect();
+            assert!(missing.is_empty(), "not in Cargo.lock: {missing:?}");
+        }
+    }
+}
+
+#[test]
+fn published_plans_have_the_published_sizes() {
+    let sizes =
+        [("270m", 271_691_008), ("450m", 457_375_744), ("1_1b", 1_080_153_600), ("3b", 3_037_040_640)];
+    for (name, parameters) in sizes {
+        let text = fs::read_to_string(repository().join(format!("plans/openelm-{name}.toml"))).unwrap();
+        let plan = ulmus_plan::read(&text, &[]).unwrap().remove(0);
+        assert_eq!(plan.model.parameters(), parameters);
+        assert_eq!(
+            (plan.train.iterations, plan.checkpoint.every, plan.checkpoint.average),
+            (350_000, 5000, 5)
+        );
+        assert_eq!(plan.tokens_per_step(), 4_194_304);
+    }
+}
+
+#[test]
+fn nothing_unfinished_and_no_machine_is_in_the_sources() {
+    // Written in pieces, so that this file does not find itself.
+    let unwanted = [["to", "do!("].concat(), ["unimple", "mented!("].concat(), ["/ro", "ot/"].concat()];
+    for file in sources(repository()) {
+        let text = fs::read_to_string(&file).unwrap_or_default();
+        for unwanted in &unwanted {
+            assert!(!text.contains(unwanted.as_str()), "{} has {unwanted}", file.display());
+        }
+    }
+}
+
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder).unwrap().map(Result::unwrap) {
+        let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
+        if path.is_dir() {
+            if !name.starts_with('.') && !name.starts_with("target") && name != "runs" && name != "golden" {
+                files.extend(sources(&path));
+            }
+        } else if ["rs", "toml", "md", "proto"].iter().any(|suffix| name.ends_with(&format!(".{suffix}"))) {
+            files.push(path);
+        }
+    }
+    files
+}
