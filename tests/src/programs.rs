@@ -45,7 +45,15 @@ fn build() -> Programs {
     let profile = test.ancestors().nth(2).expect("a test lies in <target>/<profile>/deps");
     let target = profile.parent().expect("a profile's folder lies in the target folder");
     let name = profile.file_name().and_then(|name| name.to_str()).expect("profiles are named in ASCII");
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    // What cargo tells this test about its own package would make build scripts run again.
+    for (name, _) in std::env::vars_os() {
+        let about_us = ["CARGO_PKG_", "CARGO_MANIFEST_"];
+        if about_us.iter().any(|prefix| name.as_encoded_bytes().starts_with(prefix.as_bytes())) {
+            cargo.env_remove(name);
+        }
+    }
+    let mut cargo = cargo
         .current_dir(repository())
         .args(["build", "--workspace", "--bins", "--tests", "--message-format=json-render-diagnostics"])
         .args(["--profile", if name == "debug" { "dev" } else { name }])
