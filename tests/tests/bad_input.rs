@@ -5,7 +5,7 @@
 use std::fs;
 
 use rustix::process::Signal;
-use ulmus_tests::{Ended, Sandbox, repository};
+use ulmus_tests::{Ended, Sandbox, repository, until};
 
 /// The program must end with `code` and say all of `texts`.
 #[track_caller]
@@ -52,11 +52,18 @@ fn check_starts_nothing_and_prints_what_a_plan_means() {
     let said = sandbox.coordinator_bare(&["--plan", "plan.toml", "--check", "sources"]).succeeds();
     assert!(said.contains("400 files match"), "{said}");
     assert!(!sandbox.path("runs").exists());
-    for name in ["270m", "450m", "1_1b", "3b"] {
+    for (name, parameters) in
+        [("270m", "271,691,008"), ("450m", "457,375,744"), ("1_1b", "1,080,153,600"), ("3b", "3,037,040,640")]
+    {
         let plan = repository().join(format!("plans/openelm-{name}.toml"));
-        sandbox.coordinator_bare(&["--plan", plan.to_str().unwrap(), "--check"]).succeeds();
+        let said = sandbox.coordinator_bare(&["--plan", plan.to_str().unwrap(), "--check"]).succeeds();
+        assert!(said.contains(&format!("# model: {parameters} parameters")), "{said}");
         let begun = sandbox.coordinator_bare(&["init", "--from", &format!("openelm-{name}")]).succeeds();
         assert_eq!(begun.trim_end(), fs::read_to_string(plan).unwrap().trim_end());
+    }
+    for name in ["quickstart", "uniform-vs-scaled"] {
+        let plan = repository().join(format!("plans/{name}.toml"));
+        sandbox.coordinator_bare(&["--plan", plan.to_str().unwrap(), "--check"]).succeeds();
     }
     assert_refused(&sandbox.coordinator_bare(&["init", "--from", "gpt"]).ends(), 2, &["openelm-270m"]);
 }
@@ -128,6 +135,44 @@ fn a_worker_that_finds_nobody_says_so() {
     let named = sandbox.worker_bare(&["--join", "127.0.0.1:9", "--name", "../x"]).ends();
     assert_refused(&named, 2, &["--name", "../x"]);
     assert_refused(&sandbox.worker_bare(&["--join", "nonsense"]).ends(), 2, &["nonsense", "HOST:PORT"]);
+}
+
+/// What workers must have read in the run's folder; it is written a moment after the address is told.
+fn nonce(sandbox: &Sandbox) -> String {
+    let path = sandbox.path("runs/tiny/coordinator.nonce");
+    until("the coordinator's nonce", || fs::read_to_string(&path).ok())
+}
+
+#[test]
+fn a_refused_worker_ends_with_the_reason() {
+    let sandbox = Sandbox::new();
+    let coordinator = sandbox.coordinator(&["--set", "local.workers=0"]);
+    let address = coordinator.address();
+    nonce(&sandbox);
+    // The worker looks at the same path and finds another folder's file there.
+    sandbox.write("runs/tiny/coordinator.nonce", "of another machine");
+    let worker = sandbox.worker(&address, "elsewhere").ends();
+    assert_refused(&worker, 3, &["elsewhere", "does not share the run's store", "store.url"]);
+    coordinator.says("refused: worker elsewhere does not share the run's store");
+}
+
+#[test]
+fn every_program_explains_itself() {
+    let sandbox = Sandbox::new();
+    let coordinator = sandbox.coordinator_bare(&["--help"]).succeeds();
+    for text in ["--plan", "--set", "--check", "--listen", "--demo-failure", "init", "130", "ULMUS_LISTEN"] {
+        assert!(coordinator.contains(text), "coordinator --help has no {text}");
+    }
+    let worker = sandbox.worker_bare(&["--help"]).succeeds();
+    for flag in ["join", "device", "threads", "name", "advertise", "join-timeout"] {
+        let variable = format!("ULMUS_{}", flag.to_uppercase().replace('-', "_"));
+        assert!(worker.contains(&format!("--{flag}")) && worker.contains(&variable), "{flag}: {worker}");
+    }
+    assert!(worker.contains("Exit codes"), "{worker}");
+    for command in ["run", "bench", "generate"] {
+        let help = sandbox.evaluator(&[command, "--help"]).succeeds();
+        assert!(help.contains("Example: evaluator") && help.contains("--model"), "{help}");
+    }
 }
 
 #[test]
