@@ -159,6 +159,7 @@ impl Agent {
             Err(Rejected::Final(failure)) => return Err(failure),
         };
         self.outgoing = Some(outgoing);
+        self.session.connected();
         let mut beat = tokio::time::interval(BEAT);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let ended = loop {
@@ -267,7 +268,8 @@ impl Agent {
             Done::Opened(Ok(run), nonce) => {
                 self.say(ToCoordinator::StoreRead(Ok(nonce)));
                 let known = self.run.as_ref().is_some_and(|known| known.digest() == run.digest());
-                match self.session.opened().filter(|_| known) {
+                let ready = if known { self.session.opened() } else { None };
+                match ready {
                     Some(actions) => actions.into_iter().for_each(|action| self.act(action)),
                     None => self.command(Command::Warm(run.clone())),
                 }

@@ -53,6 +53,9 @@ pub(crate) struct Session {
     group: Option<(Generation, Rank)>,
     /// Reports that are not confirmed. Everybody keeps them; rank 0 sends them.
     reports: VecDeque<StepReport>,
+    /// Whether the coordinator of this connection has been told all of them. Until then new ones wait behind: a
+    /// report confirms all before it.
+    caught_up: bool,
     /// States that are to be stored, and what the coordinator is told of them once they are hashed.
     held: BTreeMap<CheckpointId, (Arc<Held>, Option<Snapshot>)>,
     /// That the worker left its group. It is said after what it keeps is announced: a coordinator that hears of
@@ -111,7 +114,7 @@ impl Session {
             }
             Report::Say(ToCoordinator::Steps { reports, .. }) => {
                 self.reports.extend(reports.iter().cloned());
-                self.leads().map_or_else(Vec::new, |generation| {
+                self.leads().filter(|_| self.caught_up).map_or_else(Vec::new, |generation| {
                     vec![Action::Say(ToCoordinator::Steps { generation, reports })]
                 })
             }
@@ -125,7 +128,7 @@ impl Session {
                     ToCoordinator::Formed { .. } => {
                         actions.push(Action::Say(message));
                         // The rank 0 before may have died with reports that only its group has seen.
-                        actions.extend(self.unsent_reports().map(Action::Say));
+                        actions.extend(self.unsent_reports().filter(|_| self.caught_up).map(Action::Say));
                         return actions;
                     }
                     ToCoordinator::Left { .. } => {
@@ -163,9 +166,15 @@ impl Session {
         vec![Action::Say(message)]
     }
 
+    /// A connection begins; its coordinator may be a new one.
+    pub(crate) fn connected(&mut self) {
+        self.caught_up = false;
+    }
+
     /// The run was opened. A worker that is ready already says so at once, though its trainer may be busy.
-    pub(crate) fn opened(&self) -> Option<Vec<Action>> {
+    pub(crate) fn opened(&mut self) -> Option<Vec<Action>> {
         let ready = ToCoordinator::Ready(self.fingerprint?);
+        self.caught_up = true;
         let messages = std::iter::once(ready).chain(self.unconfirmed());
         Some(messages.map(Action::Say).collect())
     }
@@ -276,13 +285,30 @@ mod tests {
             .collect()
     }
 
+    fn ready() -> Session {
+        let mut session = Session::default();
+        session.reported(Report::Say(ToCoordinator::Ready(Digest::of(b"arithmetic"))));
+        session
+    }
+
+    #[test]
+    fn a_new_report_waits_behind_those_that_were_not_confirmed() {
+        let mut session = ready();
+        session.received(assignment(1, 0));
+        session.reported(steps(1, 1));
+        session.connected();
+        assert!(session.reported(steps(1, 2)).is_empty());
+        assert_eq!(reported_steps(&session.opened().unwrap()), [1, 2]);
+        assert_eq!(reported_steps(&session.reported(steps(1, 3))), [3]);
+    }
+
     #[test]
     fn rank_0_reports_and_its_successor_tells_what_it_may_not_have_told() {
-        let mut leader = Session::default();
+        let mut leader = ready();
         leader.received(assignment(1, 0));
         assert_eq!(reported_steps(&leader.reported(steps(1, 1))), [1]);
 
-        let mut other = Session::default();
+        let mut other = ready();
         other.received(assignment(1, 1));
         assert!(other.reported(steps(1, 1)).is_empty());
         assert!(other.reported(steps(1, 2)).is_empty());
