@@ -111,7 +111,7 @@ pub(crate) async fn serve(parts: Parts, shutdown: &Shutdown) -> Result<ExitStatu
     let mut welcome = false;
     let mut pause = Duration::from_millis(50);
     loop {
-        let (ended, connected) = tokio::select! {
+        let (ended, welcomed) = tokio::select! {
             biased;
             () = shutdown.requested() => return Ok(ExitStatus::Interrupted),
             ended = agent.connection() => ended?,
@@ -120,7 +120,7 @@ pub(crate) async fn serve(parts: Parts, shutdown: &Shutdown) -> Result<ExitStatu
             Ended::Finished(status) => return Ok(status),
             Ended::Lost(why) => why,
         };
-        if connected {
+        if welcomed {
             (welcome, alone_since, pause) = (true, Instant::now(), Duration::from_millis(50));
             tracing::info!(why, "the coordinator is gone; looking for it");
         }
@@ -151,7 +151,7 @@ impl Agent {
         }
     }
 
-    /// One connection from hello to its end; also tells whether it came about at all.
+    /// One connection from hello to its end; also tells whether the worker was welcome.
     async fn connection(&mut self) -> Result<(Ended, bool), Failure> {
         let (outgoing, mut incoming) = match self.connect().await {
             Ok(streams) => streams,
@@ -162,12 +162,13 @@ impl Agent {
         self.session.connected();
         let mut beat = tokio::time::interval(BEAT);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut welcome = false;
         let ended = loop {
             tokio::select! {
                 biased;
                 message = incoming.message() => match message {
                     Ok(Some(message)) => match self.received(message) {
-                        Ok(None) => {}
+                        Ok(None) => welcome = true,
                         Ok(Some(ended)) => break Ok(ended),
                         Err(failure) => break Err(failure),
                     },
@@ -180,7 +181,7 @@ impl Agent {
             }
         };
         self.outgoing = None;
-        ended.map(|ended| (ended, true))
+        ended.map(|ended| (ended, welcome))
     }
 
     async fn connect(
