@@ -157,6 +157,21 @@ fn a_refused_worker_ends_with_the_reason() {
 }
 
 #[test]
+fn a_name_that_is_taken_is_refused_without_haste() {
+    let sandbox = Sandbox::new();
+    let coordinator = sandbox.coordinator(&["--set", "local.workers=0", "--set", "cluster.min_workers=2"]);
+    let address = coordinator.address();
+    let _first = sandbox.worker(&address, "twin");
+    coordinator.says("worker twin joined");
+    let second = ["--join", &address, "--name", "twin", "--join-timeout", "1s"];
+    assert_refused(&sandbox.worker_bare(&second).ends(), 6, &["a worker named twin", "another --name"]);
+    coordinator.signal(Signal::INT);
+    let said = coordinator.ends().output;
+    let refusals = said.matches("refused: a worker named twin").count();
+    assert!((1..10).contains(&refusals), "it was told {refusals} times");
+}
+
+#[test]
 fn every_program_explains_itself() {
     let sandbox = Sandbox::new();
     let coordinator = sandbox.coordinator_bare(&["--help"]).succeeds();
