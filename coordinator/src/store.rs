@@ -86,7 +86,7 @@ pub(crate) struct StoredCheckpoint {
 pub(crate) struct MetricsRow {
     /// What everybody in the group saw.
     pub(crate) report: StepReport,
-    /// The generation that reported it last.
+    /// The last generation that did it.
     pub(crate) generation: Generation,
 }
 
@@ -252,7 +252,8 @@ impl RunStore {
             .collect()
     }
 
-    /// Stores reports of updates. One that is there already must be the same in all that is deterministic.
+    /// Stores reports of updates. One that is there already must be the same in all that is deterministic; it is
+    /// replaced unless a later generation made it.
     ///
     /// # Errors
     /// [`StoreError::Diverged`] when it is not; or when the database cannot be written.
@@ -268,6 +269,9 @@ impl RunStore {
                 .optional()?;
             if let Some(earlier) = earlier {
                 compare(&earlier.report, report)?;
+                if earlier.generation > generation {
+                    continue;
+                }
             }
             transaction.execute(
                 "INSERT OR REPLACE INTO steps VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
@@ -447,6 +451,7 @@ mod tests {
         let mut store = RunStore::open(&folder.path().join("run.sqlite")).unwrap();
         store.save_steps(Generation::new(1), &[report(1, 8.0)]).unwrap();
         store.save_steps(Generation::new(2), &[report(1, 8.0)]).unwrap();
+        store.save_steps(Generation::new(1), &[report(1, 8.0)]).unwrap();
         let error = store.save_steps(Generation::new(3), &[report(1, 8.000_001)]).unwrap_err();
         assert!(matches!(error, StoreError::Diverged { column: "loss", .. }), "{error}");
         assert_eq!(store.metrics().unwrap()[0].generation, Generation::new(2));

@@ -199,9 +199,10 @@ impl From<ToCoordinator> for v1::FromWorker {
                 device: hello.device,
                 threads: hello.threads,
                 pid: hello.pid,
-                training: match hello.status {
+                status: match hello.status {
                     WorkerStatus::Idle => None,
-                    WorkerStatus::Training(generation) => Some(generation.get()),
+                    WorkerStatus::Training(generation) => Some(v1::hello::Status::Training(generation.get())),
+                    WorkerStatus::Working(job) => Some(v1::hello::Status::Working(job.into())),
                 },
             }),
             ToCoordinator::StoreRead(read) => {
@@ -278,9 +279,13 @@ impl TryFrom<v1::FromWorker> for ToCoordinator {
                 device: hello.device,
                 threads: hello.threads,
                 pid: hello.pid,
-                status: hello.training.map_or(WorkerStatus::Idle, |generation| {
-                    WorkerStatus::Training(Generation::new(generation))
-                }),
+                status: match hello.status {
+                    None => WorkerStatus::Idle,
+                    Some(v1::hello::Status::Training(generation)) => {
+                        WorkerStatus::Training(Generation::new(generation))
+                    }
+                    Some(v1::hello::Status::Working(job)) => WorkerStatus::Working(job.try_into()?),
+                },
             }),
             Wire::StoreRead(read) => Self::StoreRead(match required("store_read.result", read.result)? {
                 v1::store_read::Result::Nonce(nonce) => Ok(nonce),
@@ -499,7 +504,8 @@ mod tests {
             ToCoordinator::JobDone { job: Job::Average(vec![checkpoint()]), result: "{}".into() },
             ToCoordinator::JobFailed { job: Job::Prepare, kind: ErrorKind::Corrupt, message: "m".into() },
         ];
-        for status in [WorkerStatus::Idle, WorkerStatus::Training(generation)] {
+        let busy = WorkerStatus::Working(Job::Evaluate(checkpoint()));
+        for status in [WorkerStatus::Idle, WorkerStatus::Training(generation), busy] {
             messages.push(ToCoordinator::Hello(Hello {
                 worker: worker(),
                 version: "1".into(),

@@ -174,6 +174,24 @@ fn a_killed_coordinator_finds_its_workers_again() {
 }
 
 #[test]
+fn training_that_ends_while_the_coordinator_is_gone_is_complete() {
+    let sandbox = Sandbox::new();
+    let coordinator = local_pair(&sandbox);
+    // So near the end that workers can keep every state which is left to store.
+    coordinator.says("checkpoint step-00000050-g1 stored");
+    coordinator.kill();
+    let run = sandbox.run("tiny");
+    for log in ["logs/local-0.log", "logs/local-1.log"] {
+        until("the last step", || run.read(log).contains("reason=Finished").then_some(()));
+    }
+    let orphans = run.local_workers();
+    let again = ["--set", "local.workers=2", "--set", "cluster.rejoin_window=2s"];
+    sandbox.coordinator(&again).succeeds();
+    assert_eq!(run.local_workers(), orphans, "none was started anew");
+    assert_undisturbed(&sandbox);
+}
+
+#[test]
 fn an_interrupted_run_goes_on_with_the_same_command() {
     let sandbox = Sandbox::new();
     let coordinator = local_pair(&sandbox);

@@ -159,7 +159,7 @@ impl Agent {
             Err(Rejected::Final(failure)) => return Err(failure),
         };
         self.outgoing = Some(outgoing);
-        self.session.connected();
+        self.session.unheard();
         let mut beat = tokio::time::interval(BEAT);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut welcome = false;
@@ -181,6 +181,7 @@ impl Agent {
             }
         };
         self.outgoing = None;
+        self.session.unheard();
         ended.map(|ended| (ended, welcome))
     }
 

@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use ulmus_types::{
-    CheckpointId, Digest, ErrorKind, Generation, Rank, Snapshot, StepReport, ToCoordinator, ToWorker, Wish,
-    WorkerStatus,
+    CheckpointId, Digest, ErrorKind, Generation, Job, Rank, Snapshot, StepReport, ToCoordinator, ToWorker,
+    Wish, WorkerStatus,
 };
 
 use crate::snapshot::Held;
@@ -49,9 +49,12 @@ pub(crate) enum Action {
 #[derive(Debug, Default)]
 pub(crate) struct Session {
     fingerprint: Option<Digest>,
-    /// The group that the worker was assigned to and has not left.
-    group: Option<(Generation, Rank)>,
-    /// Reports that are not confirmed. Everybody keeps them; rank 0 sends them.
+    /// The last group that the worker was assigned to.
+    assigned: Option<(Generation, Rank)>,
+    /// Whether it is in that group still.
+    trains: bool,
+    /// Reports that are not confirmed. Rank 0 sends them as they come. Everybody keeps them, and sends them when
+    /// a group ends or a connection begins: their rank 0 may have died before it was heard.
     reports: VecDeque<StepReport>,
     /// Whether the coordinator of this connection has been told all of them. Until then new ones wait behind: a
     /// report confirms all before it.
@@ -61,12 +64,19 @@ pub(crate) struct Session {
     /// That the worker left its group. It is said after what it keeps is announced: a coordinator that hears of
     /// a finished group and knows of no state to store would have the last steps trained again.
     left: Option<ToCoordinator>,
+    /// The job that the worker does, or whose result waits to be told.
+    job: Option<Job>,
+    result: Option<ToCoordinator>,
 }
 
 impl Session {
     /// What the worker is doing, for its hello.
     pub(crate) fn status(&self) -> WorkerStatus {
-        self.group.map_or(WorkerStatus::Idle, |(generation, _)| WorkerStatus::Training(generation))
+        match (self.assigned, &self.job) {
+            (Some((generation, _)), _) if self.trains => WorkerStatus::Training(generation),
+            (_, Some(job)) => WorkerStatus::Working(job.clone()),
+            _ => WorkerStatus::Idle,
+        }
     }
 
     /// Takes a message of the coordinator.
@@ -77,7 +87,8 @@ impl Session {
             }
             ToWorker::Refused { kind, reason } => vec![Action::Refused(kind, reason)],
             ToWorker::Assign(assignment) => {
-                self.group = Some((assignment.generation, assignment.rank));
+                self.assigned = Some((assignment.generation, assignment.rank));
+                self.trains = true;
                 vec![Action::Command(Command::Train(assignment))]
             }
             ToWorker::Abort(generation) => vec![Action::Abort(generation)],
@@ -100,7 +111,10 @@ impl Session {
                 self.held.remove(&checkpoint);
                 Vec::new()
             }
-            ToWorker::Run(job) => vec![Action::Command(Command::Do(job))],
+            ToWorker::Run(job) => {
+                self.job = Some(job.clone());
+                vec![Action::Command(Command::Do(job))]
+            }
             ToWorker::Finish => vec![Action::Leave],
         }
     }
@@ -114,32 +128,33 @@ impl Session {
             }
             Report::Say(ToCoordinator::Steps { reports, .. }) => {
                 self.reports.extend(reports.iter().cloned());
-                self.leads().filter(|_| self.caught_up).map_or_else(Vec::new, |generation| {
-                    vec![Action::Say(ToCoordinator::Steps { generation, reports })]
-                })
-            }
-            Report::Say(message) => {
-                let mut actions = Vec::new();
-                match &message {
-                    ToCoordinator::Ready(fingerprint) => {
-                        self.fingerprint = Some(*fingerprint);
-                        return self.opened().unwrap_or_default();
+                match self.assigned {
+                    Some((generation, rank)) if rank == Rank::new(0) && self.caught_up => {
+                        vec![Action::Say(ToCoordinator::Steps { generation, reports })]
                     }
-                    ToCoordinator::Formed { .. } => {
-                        actions.push(Action::Say(message));
-                        // The rank 0 before may have died with reports that only its group has seen.
-                        actions.extend(self.unsent_reports().filter(|_| self.caught_up).map(Action::Say));
-                        return actions;
-                    }
-                    ToCoordinator::Left { .. } => {
-                        self.left = Some(message);
-                        return self.leave();
-                    }
-                    _ => {}
+                    _ => Vec::new(),
                 }
-                actions.push(Action::Say(message));
-                actions
             }
+            Report::Say(message) => match message {
+                ToCoordinator::Ready(fingerprint) => {
+                    self.fingerprint = Some(fingerprint);
+                    self.opened().unwrap_or_default()
+                }
+                ToCoordinator::Left { .. } => {
+                    self.left = Some(message);
+                    self.leave()
+                }
+                ToCoordinator::JobDone { .. } | ToCoordinator::JobFailed { .. } if !self.caught_up => {
+                    self.result = Some(message);
+                    Vec::new()
+                }
+                // Should it get lost on its way, the job is done once more.
+                ToCoordinator::JobDone { .. } | ToCoordinator::JobFailed { .. } => {
+                    self.job = None;
+                    vec![Action::Say(message)]
+                }
+                message => vec![Action::Say(message)],
+            },
         }
     }
 
@@ -147,7 +162,7 @@ impl Session {
     pub(crate) fn hashed(&mut self, snapshot: Snapshot) -> Vec<Action> {
         let Some((_, announced)) = self.held.get_mut(&snapshot.checkpoint) else { return Vec::new() };
         *announced = Some(snapshot.clone());
-        let mut actions = vec![Action::Say(ToCoordinator::Snapshot(snapshot))];
+        let mut actions = self.say_after_reports(ToCoordinator::Snapshot(snapshot));
         actions.extend(self.leave());
         actions
     }
@@ -159,15 +174,15 @@ impl Session {
         }
         let Some(message) = self.left.take() else { return Vec::new() };
         if let ToCoordinator::Left { generation, .. } = &message
-            && self.group.is_some_and(|(of, _)| of == *generation)
+            && self.assigned.is_some_and(|(of, _)| of == *generation)
         {
-            self.group = None;
+            self.trains = false;
         }
-        vec![Action::Say(message)]
+        self.say_after_reports(message)
     }
 
-    /// A connection begins; its coordinator may be a new one.
-    pub(crate) fn connected(&mut self) {
+    /// A connection begins or ends; the coordinator of the next one may have heard nothing.
+    pub(crate) fn unheard(&mut self) {
         self.caught_up = false;
     }
 
@@ -175,13 +190,13 @@ impl Session {
     pub(crate) fn opened(&mut self) -> Option<Vec<Action>> {
         let ready = ToCoordinator::Ready(self.fingerprint?);
         self.caught_up = true;
-        let messages = std::iter::once(ready).chain(self.unconfirmed());
-        Some(messages.map(Action::Say).collect())
-    }
-
-    /// The generation, if this worker is the one that reports for its group.
-    fn leads(&self) -> Option<Generation> {
-        self.group.filter(|(_, rank)| *rank == Rank::new(0)).map(|(generation, _)| generation)
+        let mut said = self.unconfirmed();
+        said.push(ready);
+        if let Some(result) = self.result.take() {
+            self.job = None;
+            said.push(result);
+        }
+        Some(said.into_iter().map(Action::Say).collect())
     }
 
     /// Everything that the coordinator may not have heard.
@@ -191,8 +206,15 @@ impl Session {
         self.unsent_reports().into_iter().chain(states).collect()
     }
 
+    /// Reports come before a state that will be stored, and before the end of a group: what the next group
+    /// begins with must not be ahead of what the coordinator knows, for all who know more may die.
+    fn say_after_reports(&self, message: ToCoordinator) -> Vec<Action> {
+        let reports = self.unsent_reports().filter(|_| self.caught_up);
+        reports.into_iter().chain([message]).map(Action::Say).collect()
+    }
+
     fn unsent_reports(&self) -> Option<ToCoordinator> {
-        let generation = self.leads()?;
+        let (generation, _) = self.assigned?;
         let reports: Vec<StepReport> = self.reports.iter().cloned().collect();
         (!reports.is_empty()).then_some(ToCoordinator::Steps { generation, reports })
     }
@@ -296,14 +318,26 @@ mod tests {
         let mut session = ready();
         session.received(assignment(1, 0));
         session.reported(steps(1, 1));
-        session.connected();
+        session.unheard();
         assert!(session.reported(steps(1, 2)).is_empty());
         assert_eq!(reported_steps(&session.opened().unwrap()), [1, 2]);
         assert_eq!(reported_steps(&session.reported(steps(1, 3))), [3]);
     }
 
     #[test]
-    fn rank_0_reports_and_its_successor_tells_what_it_may_not_have_told() {
+    fn steps_of_a_group_that_ended_unheard_are_reported_later() {
+        let mut session = ready();
+        session.received(assignment(1, 0));
+        session.reported(steps(1, 1));
+        session.unheard();
+        session.reported(steps(1, 2));
+        session.reported(left(1));
+        assert_eq!(session.status(), WorkerStatus::Idle);
+        assert_eq!(reported_steps(&session.opened().unwrap()), [1, 2]);
+    }
+
+    #[test]
+    fn rank_0_reports_and_at_the_end_everybody_tells_what_it_may_not_have_told() {
         let mut leader = ready();
         leader.received(assignment(1, 0));
         assert_eq!(reported_steps(&leader.reported(steps(1, 1))), [1]);
@@ -313,10 +347,9 @@ mod tests {
         assert!(other.reported(steps(1, 1)).is_empty());
         assert!(other.reported(steps(1, 2)).is_empty());
         other.received(ToWorker::Acknowledge(Step::new(1)));
-        other.reported(left(1));
-        other.received(assignment(2, 0));
-        let formed = ToCoordinator::Formed { generation: Generation::new(2), step: Step::new(2) };
-        assert_eq!(reported_steps(&other.reported(Report::Say(formed))), [2]);
+        let last = other.reported(left(1));
+        assert!(matches!(said(&last)[..], [ToCoordinator::Steps { .. }, ToCoordinator::Left { .. }]));
+        assert_eq!(reported_steps(&last), [2]);
     }
 
     #[test]
@@ -345,11 +378,25 @@ mod tests {
         let again = session.opened().unwrap();
         assert!(matches!(
             said(&again)[..],
-            [ToCoordinator::Ready(_), ToCoordinator::Steps { .. }, ToCoordinator::Snapshot(_)]
+            [ToCoordinator::Steps { .. }, ToCoordinator::Snapshot(_), ToCoordinator::Ready(_)]
         ));
         session.received(ToWorker::Acknowledge(Step::new(1)));
         session.received(ToWorker::Release(state.checkpoint));
         assert_eq!(said(&session.opened().unwrap()).len(), 1);
+    }
+
+    #[test]
+    fn the_result_of_a_job_waits_for_somebody_to_hear_it() {
+        let mut session = ready();
+        let job = Job::Export;
+        let done = ToCoordinator::JobDone { job: job.clone(), result: "{}".into() };
+        session.received(ToWorker::Run(job.clone()));
+        session.unheard();
+        assert!(session.reported(Report::Say(done.clone())).is_empty());
+        assert_eq!(session.status(), WorkerStatus::Working(job));
+        let again = session.opened().unwrap();
+        assert_eq!(said(&again).last(), Some(&&done));
+        assert_eq!(session.status(), WorkerStatus::Idle);
     }
 
     #[test]

@@ -179,7 +179,7 @@ impl Coordinator {
             ToCoordinator::StoreRead(read) => self.store_read(worker, read),
             ToCoordinator::Ready(fingerprint) => self.ready(worker, fingerprint),
             ToCoordinator::Formed { generation, step } => self.formed(worker, generation, step),
-            ToCoordinator::Steps { generation, reports } => self.steps(worker, generation, reports),
+            ToCoordinator::Steps { generation, reports } => self.steps(generation, reports),
             ToCoordinator::Left { generation, step, reason } => {
                 self.left(worker, generation, step, reason, now);
             }
@@ -251,7 +251,7 @@ impl Coordinator {
             return;
         }
         member.fingerprint = Some(fingerprint);
-        let trains_in = member.trains_in();
+        let status = member.hello.status.clone();
         match self.fingerprint {
             None => {
                 self.fingerprint = Some(fingerprint);
@@ -269,11 +269,15 @@ impl Coordinator {
             Some(_) => {}
         }
         self.tell(Note::Joined(worker.clone()));
-        match trains_in {
-            None => self.members.set(worker, Activity::Idle),
-            Some(generation) => {
+        match status {
+            WorkerStatus::Idle => self.members.set(worker, Activity::Idle),
+            WorkerStatus::Training(generation) => {
                 self.members.set(worker, Activity::InGroup(generation));
                 self.came_back(worker, generation);
+            }
+            WorkerStatus::Working(job) => {
+                self.members.set(worker, Activity::Working(job.clone()));
+                self.jobs.resumed(job, worker.clone());
             }
         }
     }
@@ -361,17 +365,15 @@ impl Coordinator {
         }
     }
 
-    fn steps(&mut self, worker: &WorkerId, generation: Generation, reports: Vec<StepReport>) {
-        if generation != self.generation || !self.group.contains(worker) {
-            return;
-        }
+    /// Files reports, those of groups that have ended too: whoever has them was there when the step was done.
+    fn steps(&mut self, generation: Generation, reports: Vec<StepReport>) {
         let Some(last) = reports.last().map(|report| report.step) else { return };
         if last > self.step {
             self.futile_groups = 0;
         }
         self.step = self.step.max(last);
         self.effects.push(Effect::SaveSteps(generation, reports));
-        for member in self.group.members() {
+        for member in self.members.ids() {
             self.send(&member, ToWorker::Acknowledge(last));
         }
     }
@@ -527,21 +529,27 @@ impl Coordinator {
 
     // ---- jobs
 
+    /// The worker can take other work. Whether its result counts: not if another was given the job meanwhile.
+    fn job_ended(&mut self, worker: &WorkerId, job: &Job) -> bool {
+        if self.members.get(worker).is_some_and(|m| m.activity == Activity::Working(job.clone())) {
+            self.members.set(worker, Activity::Idle);
+        }
+        self.jobs.ended(job, worker)
+    }
+
     fn job_done(&mut self, worker: &WorkerId, job: Job, result: String) {
-        if !self.jobs.ended(&job, worker) {
+        if !self.job_ended(worker, &job) {
             return;
         }
-        self.members.set(worker, Activity::Idle);
         self.jobs.succeeded(&job);
         self.effects.push(Effect::SaveJob(job.clone(), result));
         self.tell(Note::JobDone(job));
     }
 
     fn job_failed(&mut self, worker: &WorkerId, job: &Job, kind: ErrorKind, message: &str) {
-        if !self.jobs.ended(job, worker) {
+        if !self.job_ended(worker, job) {
             return;
         }
-        self.members.set(worker, Activity::Idle);
         let worth_another_try = matches!(kind, ErrorKind::Retry | ErrorKind::Internal);
         if worth_another_try && self.jobs.failed(job) {
             self.tell(Note::Trouble(format!(

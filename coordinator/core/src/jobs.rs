@@ -40,6 +40,13 @@ impl Jobs {
         self.running.insert(job, worker);
     }
 
+    /// A worker does a job that an earlier coordinator gave it, or this one before the connection broke.
+    pub(crate) fn resumed(&mut self, job: Job, worker: WorkerId) {
+        if !self.is_done(job.name()) {
+            self.running.entry(job).or_insert(worker);
+        }
+    }
+
     /// Whether `worker` was really the one that does it.
     pub(crate) fn ended(&mut self, job: &Job, worker: &WorkerId) -> bool {
         if self.running.get(job) == Some(worker) {

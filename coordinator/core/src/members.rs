@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use ulmus_types::{Digest, Generation, Hello, Job, WorkerId, WorkerStatus};
+use ulmus_types::{Digest, Generation, Hello, Job, WorkerId};
 
 /// What a connected worker does.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,15 +80,5 @@ impl Members {
             .filter(|(_, member)| now.saturating_sub(member.heard) > dead_after)
             .map(|(id, _)| id.clone())
             .collect()
-    }
-}
-
-impl Member {
-    /// The generation that the worker was training in when it said hello.
-    pub(crate) fn trains_in(&self) -> Option<Generation> {
-        match self.hello.status {
-            WorkerStatus::Idle => None,
-            WorkerStatus::Training(generation) => Some(generation),
-        }
     }
 }

@@ -41,14 +41,26 @@ fn settings() -> Settings {
 struct Worker {
     step: Option<u64>,
     group: Option<Assignment>,
+    /// Of the last group.
+    generation: Option<Generation>,
     formed: bool,
     aborted: bool,
     wish: Option<Wish>,
     reports: Vec<StepReport>,
     held: BTreeSet<CheckpointId>,
     job: Option<Job>,
+    /// Whether the coordinator of this connection was told everything that was not confirmed.
+    caught_up: bool,
     /// What it has said and the coordinator not yet heard.
     outbox: VecDeque<ToCoordinator>,
+}
+
+impl Worker {
+    fn unconfirmed(&self) -> Option<ToCoordinator> {
+        let generation = self.generation?;
+        let reports = self.reports.clone();
+        (!reports.is_empty()).then_some(ToCoordinator::Steps { generation, reports })
+    }
 }
 
 struct World {
@@ -113,7 +125,8 @@ impl World {
                 self.saved.group.clear();
             }
             Effect::SaveFingerprint(fingerprint) => self.saved.fingerprint = Some(fingerprint),
-            Effect::SaveSteps(_, reports) => {
+            Effect::SaveSteps(generation, reports) => {
+                assert!(generation <= self.saved.generation);
                 for report in reports {
                     let earlier = self.recorded.insert(report.step, report.loss);
                     assert!(earlier.is_none_or(|loss| loss == report.loss));
@@ -142,16 +155,19 @@ impl World {
         let Some(worker) = self.workers.get_mut(id) else { return };
         match message {
             ToWorker::Welcome { .. } => {
+                worker.caught_up = true;
                 worker.outbox.push_back(ToCoordinator::StoreRead(Ok("secret".into())));
-                worker.outbox.push_back(ToCoordinator::Ready(Digest::of(b"arithmetic")));
+                worker.outbox.extend(worker.unconfirmed());
                 for checkpoint in worker.held.clone() {
                     worker.outbox.push_back(snapshot(checkpoint));
                 }
+                worker.outbox.push_back(ToCoordinator::Ready(Digest::of(b"arithmetic")));
             }
             ToWorker::Refused { reason, .. } => panic!("{id} refused: {reason}"),
             ToWorker::Assign(assignment) => {
                 assert!(worker.group.is_none(), "{id} is in a group already");
                 assert!(worker.job.is_none(), "{id} is busy");
+                worker.generation = Some(assignment.generation);
                 worker.group = Some(assignment);
                 worker.formed = false;
                 worker.aborted = false;
@@ -183,10 +199,12 @@ impl World {
     fn hello(&mut self, id: &WorkerId) {
         let Some(worker) = self.workers.get_mut(id) else { return };
         worker.outbox.clear();
-        let status = worker
-            .group
-            .as_ref()
-            .map_or(WorkerStatus::Idle, |group| WorkerStatus::Training(group.generation));
+        worker.caught_up = false;
+        let status = match (&worker.group, &worker.job) {
+            (Some(group), _) => WorkerStatus::Training(group.generation),
+            (None, Some(job)) => WorkerStatus::Working(job.clone()),
+            (None, None) => WorkerStatus::Idle,
+        };
         worker.outbox.push_back(ToCoordinator::Hello(Hello {
             worker: id.clone(),
             version: VERSION.into(),
@@ -208,12 +226,14 @@ impl World {
         let worker = Worker {
             step: None,
             group: None,
+            generation: None,
             formed: false,
             aborted: false,
             wish: None,
             reports: Vec::new(),
             held: BTreeSet::new(),
             job: None,
+            caught_up: false,
             outbox: VecDeque::new(),
         };
         self.workers.insert(id.clone(), worker);
@@ -226,10 +246,16 @@ impl World {
         self.event(Event::Disconnected(id));
     }
 
-    /// The coordinator dies and comes back; everybody has to say hello again.
-    fn restart(&mut self) {
+    /// The coordinator dies. Workers go on; what they say is heard by nobody.
+    fn die(&mut self) {
         // Parts that were reported are stored, so an unfinished commit is finished at the next start.
         self.commit_all();
+        self.core = None;
+    }
+
+    /// The coordinator dies, if it lives, and comes back; everybody has to say hello again.
+    fn restart(&mut self) {
+        self.die();
         self.core = Some(Coordinator::new(settings(), self.saved.clone(), self.now));
         for id in self.workers.keys().cloned().collect::<Vec<_>>() {
             self.hello(&id);
@@ -247,8 +273,21 @@ impl World {
     fn deliver(&mut self) {
         while let Some(id) = self.workers.iter().find(|(_, w)| !w.outbox.is_empty()).map(|(id, _)| id.clone())
         {
-            let message = self.workers.get_mut(&id).and_then(|worker| worker.outbox.pop_front()).unwrap();
-            self.event(Event::Said(id, message));
+            self.hear(&id);
+        }
+    }
+
+    /// Some of the messages of a worker are heard, before anybody else's.
+    fn deliver_some(&mut self, index: usize, count: usize) {
+        let Some(id) = self.workers.keys().nth(index % self.workers.len().max(1)).cloned() else { return };
+        for _ in 0..count {
+            self.hear(&id);
+        }
+    }
+
+    fn hear(&mut self, id: &WorkerId) {
+        if let Some(message) = self.workers.get_mut(id).and_then(|worker| worker.outbox.pop_front()) {
+            self.event(Event::Said(id.clone(), message));
         }
     }
 
@@ -280,7 +319,7 @@ impl World {
                 self.advance(generation, &members);
             }
         }
-        for worker in self.workers.values_mut() {
+        for worker in self.workers.values_mut().filter(|worker| worker.caught_up) {
             if let Some(job) = worker.job.take() {
                 worker.outbox.push_back(ToCoordinator::JobDone { job, result: "{}".into() });
             }
@@ -291,6 +330,9 @@ impl World {
         let worker = self.workers.get_mut(id).unwrap();
         worker.group = None;
         let step = Step::new(worker.step.unwrap_or(0));
+        if worker.caught_up {
+            worker.outbox.extend(worker.unconfirmed());
+        }
         worker.outbox.push_back(ToCoordinator::Left { generation, step, reason });
     }
 
@@ -305,11 +347,6 @@ impl World {
                 worker.formed = true;
                 let step = Step::new(newest);
                 worker.outbox.push_back(ToCoordinator::Formed { generation, step });
-            }
-            let leader = self.workers.get_mut(&first).unwrap();
-            if !leader.reports.is_empty() {
-                let reports = leader.reports.clone();
-                leader.outbox.push_back(ToCoordinator::Steps { generation, reports });
             }
             return;
         }
@@ -327,12 +364,13 @@ impl World {
             }
             worker.step = Some(step);
             worker.reports.push(report(step));
-            if *id == first {
+            if *id == first && worker.caught_up {
                 worker.outbox.push_back(ToCoordinator::Steps { generation, reports: vec![report(step)] });
             }
             if due || matches!(wish, Some(Wish::Stop | Wish::Save)) {
                 self.kinds.insert(checkpoint, kind);
                 worker.held.insert(checkpoint);
+                worker.outbox.extend(worker.unconfirmed());
                 let ToCoordinator::Snapshot(mut said) = snapshot(checkpoint) else { unreachable!() };
                 said.kind = kind;
                 worker.outbox.push_back(ToCoordinator::Snapshot(said));
@@ -377,7 +415,11 @@ fn snapshot(checkpoint: CheckpointId) -> ToCoordinator {
 enum Act {
     Join(u8),
     Kill(usize),
+    Die,
     Restart,
+    /// Workers work, and nobody hears of it yet.
+    Work,
+    Hear(usize, usize),
     Turn,
 }
 
@@ -385,7 +427,10 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
     let act = prop_oneof![
         2 => (0_u8..5).prop_map(Act::Join),
         2 => (0_usize..5).prop_map(Act::Kill),
-        1 => Just(Act::Restart),
+        1 => Just(Act::Die),
+        2 => Just(Act::Restart),
+        3 => Just(Act::Work),
+        3 => (0_usize..5, 1_usize..4).prop_map(|(worker, messages)| Act::Hear(worker, messages)),
         6 => Just(Act::Turn),
     ];
     prop::collection::vec(act, 0..60)
@@ -396,7 +441,10 @@ fn play(world: &mut World, acts: Vec<Act>) {
         match act {
             Act::Join(name) => world.join(name),
             Act::Kill(index) => world.kill(index),
+            Act::Die => world.die(),
             Act::Restart => world.restart(),
+            Act::Work => world.work(),
+            Act::Hear(index, count) => world.deliver_some(index, count),
             Act::Turn => world.turn(),
         }
         if world.outcome.is_some() {
@@ -406,6 +454,9 @@ fn play(world: &mut World, acts: Vec<Act>) {
 }
 
 fn finish(world: &mut World, turns: usize) {
+    if world.core.is_none() {
+        world.restart();
+    }
     for _ in 0..turns {
         if world.outcome.is_some() {
             return;
@@ -446,6 +497,9 @@ proptest! {
         let mut world = World::new();
         play(&mut world, before);
         if world.outcome.is_none() {
+            if world.core.is_none() {
+                world.restart();
+            }
             world.event(Event::StopRequested);
             finish(&mut world, 300);
             let status = world.outcome.take().unwrap().status;

@@ -27,17 +27,19 @@ pub struct Hello {
     pub threads: u32,
     /// Process id, so that a coordinator knows its own children again.
     pub pid: u32,
-    /// What it is doing; a worker that rejoins may be in the middle of training.
+    /// What it is doing; a worker that rejoins may be in the middle of training or of a job.
     pub status: WorkerStatus,
 }
 
 /// What a worker is doing at the moment of its [`Hello`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WorkerStatus {
     /// Nothing. It may hold the state after some step.
     Idle,
     /// It trains in the group of this generation.
     Training(Generation),
+    /// It does this job, or has done it and could not say so yet.
+    Working(Job),
 }
 
 /// One optimizer update as everybody in the group saw it.
