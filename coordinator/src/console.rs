@@ -72,7 +72,7 @@ impl Console {
                 self.line(&format!("{} on {}: {}", job.name(), worker.name(), purpose(job)));
             }
             Note::JobDone(job) => self.line(&format!("{} done", job.name())),
-            Note::Trouble(text) => self.line(text),
+            Note::Remark(text) => self.line(text),
         }
     }
 

@@ -41,7 +41,7 @@ fn start(args: Args) -> Result<ExitStatus, Failure> {
         .enable_all()
         .build()
         .map_err(|error| Failure::new(ExitStatus::Failed, format!("cannot start: {error}")))?;
-    let options = Options { listen: args.listen, demo_failure: args.demo_failure };
+    let options = Options { plan: path, listen: args.listen, demo_failure: args.demo_failure };
     runtime.block_on(async {
         let tasks = TaskTracker::new();
         let shutdown = Shutdown::on_signals(&tasks)

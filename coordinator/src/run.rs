@@ -32,6 +32,8 @@ const CLOSE_WITHIN: Duration = Duration::from_secs(3);
 /// What is asked of the coordinator besides the plan.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
+    /// Where the plan is, for the summary's advice.
+    pub plan: PathBuf,
     /// Where to listen.
     pub listen: Option<SocketAddr>,
     /// Run the plan a second time with a killed worker, and compare.
@@ -45,6 +47,11 @@ pub struct Options {
 pub async fn run(plans: &[Plan], options: &Options, shutdown: &Shutdown) -> Result<ExitStatus, Failure> {
     let mut compared = Vec::new();
     for plan in plans {
+        if options.demo_failure && plan.local.workers == 0 {
+            let message =
+                "--demo-failure kills a local worker, and local.workers is 0; add --set local.workers=2";
+            return Err(Failure::new(ExitStatus::InvalidInput, message));
+        }
         let finished = run_one(plan, options, None, shutdown).await?;
         if finished.status != ExitStatus::Done {
             return Ok(finished.status);
@@ -159,16 +166,12 @@ async fn run_one(
     tasks.close();
     tokio::time::timeout(CLOSE_WITHIN, tasks.wait()).await.ok();
 
+    let rows = memory.metrics().map_err(|error| stored(&error))?;
+    // Steps that were trained twice, or reported late, are in their place in the record and not in the file.
+    MetricsFile::create(&metrics_path, &rows).map_err(|error| failed(&metrics_path, &error))?;
     let results = memory.results().map_err(|error| stored(&error))?;
     match outcome.status {
-        ExitStatus::Done => {
-            print(&summary::page(
-                plan,
-                &folder,
-                &memory.metrics().map_err(|error| stored(&error))?,
-                &results,
-            ));
-        }
+        ExitStatus::Done => print(&summary::page(plan, options, &folder, &rows, &results)),
         ExitStatus::Interrupted => print(&outcome.message),
         status => return Err(Failure::new(status, outcome.message)),
     }

@@ -11,23 +11,26 @@ use ulmus_plan::Plan;
 
 use crate::check::grouped;
 use crate::folder::RunFolder;
+use crate::run::Options;
 use crate::store::MetricsRow;
 
 /// Everything that a finished run has to tell.
 pub(crate) fn page(
     plan: &Plan,
+    options: &Options,
     folder: &RunFolder,
     metrics: &[MetricsRow],
     results: &BTreeMap<String, Value>,
 ) -> String {
     let mut page = String::new();
-    write_page(&mut page, plan, folder, metrics, results).expect("writing to a string cannot fail");
+    write_page(&mut page, plan, options, folder, metrics, results).expect("writing to a string cannot fail");
     page
 }
 
 fn write_page(
     page: &mut String,
     plan: &Plan,
+    options: &Options,
     folder: &RunFolder,
     metrics: &[MetricsRow],
     results: &BTreeMap<String, Value>,
@@ -64,7 +67,10 @@ fn write_page(
         page,
         "  cargo run --release --bin evaluator -- generate --model {at}/export --prompt \"The\" --max-tokens 64 --greedy"
     )?;
-    writeln!(page, "  cargo run --release --bin coordinator -- --plan plans/quickstart.toml --demo-failure")?;
+    if plan.local.workers > 0 && !options.demo_failure {
+        let plan = options.plan.display();
+        writeln!(page, "  cargo run --release --bin coordinator -- --plan {plan} --demo-failure")?;
+    }
     writeln!(page, "  cargo run --release --bin coordinator -- init --from openelm-270m > pretrain.toml")?;
     Ok(())
 }

@@ -32,6 +32,8 @@ fn mistakes_in_the_plan_are_told_all_at_once() {
             "model.head_dim = \"x\"",
         ],
     );
+    let nobody = sandbox.coordinator(&["--set", "local.workers=0", "--demo-failure"]).ends();
+    assert_refused(&nobody, 2, &["--demo-failure", "local.workers is 0"]);
     let similar = sandbox.coordinator(&["--set", "train.max_lrr=0.1"]).ends();
     assert_refused(&similar, 2, &["did you mean max_lr?"]);
     assert_refused(&sandbox.coordinator_bare(&["--plan", "no.toml"]).ends(), 2, &["no.toml", "--plan"]);

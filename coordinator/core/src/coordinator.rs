@@ -147,7 +147,7 @@ impl Coordinator {
             Event::CheckpointCommitted(checkpoint) => self.committed(checkpoint),
             Event::CommitFailed(checkpoint, why) => {
                 self.snapshots.commit_failed(checkpoint);
-                self.tell(Note::Trouble(format!("manifest of {checkpoint} not stored, trying again: {why}")));
+                self.tell(Note::Remark(format!("manifest of {checkpoint} not stored, trying again: {why}")));
             }
             Event::StopRequested => self.stopping_since = self.stopping_since.or(Some(now)),
         }
@@ -187,11 +187,11 @@ impl Coordinator {
             ToCoordinator::Written { checkpoint, files } => self.written(checkpoint, files),
             ToCoordinator::WriteFailed { checkpoint, message } => {
                 self.snapshots.write_failed(checkpoint, worker, now);
-                self.tell(Note::Trouble(format!(
+                self.tell(Note::Remark(format!(
                     "{worker} could not store its part of {checkpoint}: {message}"
                 )));
             }
-            ToCoordinator::Notice(text) => self.tell(Note::Trouble(format!("{}: {text}", worker.name()))),
+            ToCoordinator::Notice(text) => self.tell(Note::Remark(format!("{}: {text}", worker.name()))),
             ToCoordinator::JobDone { job, result } => self.job_done(worker, job, result),
             ToCoordinator::JobFailed { job, kind, message } => self.job_failed(worker, &job, kind, &message),
         }
@@ -301,7 +301,7 @@ impl Coordinator {
     }
 
     fn refuse(&mut self, worker: &WorkerId, kind: ErrorKind, reason: String) {
-        self.tell(Note::Trouble(format!("refused: {reason}")));
+        self.tell(Note::Remark(format!("refused: {reason}")));
         self.send(worker, ToWorker::Refused { kind, reason });
         self.effects.push(Effect::Disconnect(worker.clone()));
         // One that is refused after its welcome has no part in anything yet.
@@ -403,7 +403,7 @@ impl Coordinator {
         match &reason {
             LeaveReason::Finished | LeaveReason::Exhausted(_) => {
                 if let LeaveReason::Exhausted(source) = &reason {
-                    self.tell(Note::Trouble(format!(
+                    self.tell(Note::Remark(format!(
                         "the run ends at step {step} of {}: {source}",
                         self.settings.iterations
                     )));
@@ -552,7 +552,7 @@ impl Coordinator {
         }
         let worth_another_try = matches!(kind, ErrorKind::Retry | ErrorKind::Internal);
         if worth_another_try && self.jobs.failed(job) {
-            self.tell(Note::Trouble(format!(
+            self.tell(Note::Remark(format!(
                 "{} failed on {}, trying again: {message}",
                 job.name(),
                 worker.name()

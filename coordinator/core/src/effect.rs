@@ -69,8 +69,8 @@ pub enum Note {
     JobStarted(Job, WorkerId),
     /// A job has ended.
     JobDone(Job),
-    /// Something did not work and will be tried again.
-    Trouble(String),
+    /// Anything else that is not routine: a refusal, something that is tried again, data that is used up.
+    Remark(String),
 }
 
 /// How the run ended.
