@@ -1,4 +1,4 @@
-//! The CPU backend: Rust loops and the crate `gemm` on a thread pool of its own.
+//! The CPU backend: Rust loops on a thread pool of its own.
 //!
 //! This module only turns views into slices and enters the pool; what is computed is in [`kernels`].
 
@@ -24,10 +24,21 @@ use crate::backend::{
 use crate::error::ModelError;
 use crate::exact::Quantum;
 
-/// The CPU as a device, in float32. Results have the same bits for any number of threads.
+/// What the operands of matrix products are rounded to. Sums, and all else, are float32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Precision {
+    /// float32: not rounded.
+    #[default]
+    F32,
+    /// bfloat16, rounded to nearest even; subnormals may become 0.
+    Bf16,
+}
+
+/// The CPU as a device. Results have the same bits for any number of threads.
 #[derive(Debug, Clone)]
 pub struct Cpu {
     pool: Arc<ThreadPool>,
+    precision: Precision,
 }
 
 impl Cpu {
@@ -41,7 +52,13 @@ impl Cpu {
             .thread_name(|thread| format!("compute-{thread}"))
             .build()
             .expect("a system that cannot start threads cannot train");
-        Self { pool: Arc::new(pool) }
+        Self { pool: Arc::new(pool), precision: Precision::default() }
+    }
+
+    /// The same threads, with matrix products in another precision.
+    #[must_use]
+    pub fn with_precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
     }
 
     /// Number of threads.
@@ -117,7 +134,7 @@ impl Backend for Cpu {
 
     fn linear(&self, out: Out<'_, Self>, x: In<'_, Self>, weight: In<'_, Self>, shape: LinearShape) {
         let (out, x, weight) = (out.slice(), x.slice(), weight.slice());
-        self.run(|| linear::linear(out, x, weight, shape));
+        self.run(|| linear::linear(out, x, weight, shape, self.precision));
     }
 
     fn linear_backward(
@@ -132,8 +149,15 @@ impl Backend for Cpu {
         let (x_gradient, weight_gradient) = (x_gradient.slice(), weight_gradient.slice());
         let (gradient, x, weight) = (gradient.slice(), x.slice(), weight.slice());
         self.run(|| {
-            linear::linear_backward_input(x_gradient, gradient, weight, shape);
-            linear::linear_backward_weight(weight_gradient, gradient, x, shape, Output::Overwrite);
+            linear::linear_backward_input(x_gradient, gradient, weight, shape, self.precision);
+            linear::linear_backward_weight(
+                weight_gradient,
+                gradient,
+                x,
+                shape,
+                Output::Overwrite,
+                self.precision,
+            );
         });
     }
 
@@ -217,7 +241,7 @@ impl Backend for Cpu {
     ) {
         let (out, lse, doc_starts) = (out.slice(), lse.slice(), doc_starts.map(View::slice));
         let (query, key, value) = (query.strided(), key.strided(), value.strided());
-        self.run(|| attention::attention(out, lse, query, key, value, doc_starts, shape));
+        self.run(|| attention::attention(out, lse, query, key, value, doc_starts, shape, self.precision));
     }
 
     fn attention_backward(
@@ -232,7 +256,9 @@ impl Backend for Cpu {
     ) {
         let (into, gradient, out) = (packed_gradient.slice(), gradient.slice(), out.slice());
         let (lse, packed, doc_starts) = (lse.slice(), packed.slice(), doc_starts.slice());
-        self.run(|| attention::attention_backward(into, gradient, out, lse, packed, doc_starts, shape));
+        self.run(|| {
+            attention::attention_backward(into, gradient, out, lse, packed, doc_starts, shape, self.precision)
+        });
     }
 
     fn swiglu(&self, out: Out<'_, Self>, x: In<'_, Self>, width: usize) {
@@ -269,7 +295,19 @@ impl Backend for Cpu {
             table: gradients.table.slice(),
             z_loss: gradients.z_loss,
         });
-        self.run(|| head::head_loss(cross_entropy, lse, gradients, hidden, table, targets, logits, shape));
+        self.run(|| {
+            head::head_loss(
+                cross_entropy,
+                lse,
+                gradients,
+                hidden,
+                table,
+                targets,
+                logits,
+                shape,
+                self.precision,
+            )
+        });
     }
 
     fn adamw(

@@ -7,12 +7,12 @@
 
 use std::cell::RefCell;
 
-use gemm::Parallelism;
 use rayon::prelude::*;
 
-use super::matrix::{Matrix, MatrixMut, Output, Shared, multiply};
+use super::matrix::{How, Matrix, MatrixMut, Output, Shared, Threads, multiply};
 use super::simd::{dot, exp, max, sum, vectorised};
 use crate::backend::{AttentionShape, Heads};
+use crate::cpu::Precision;
 
 /// Query rows per block.
 const QUERY_BLOCK: usize = 64;
@@ -87,7 +87,9 @@ pub(crate) fn attention(
     value: Strided<'_>,
     doc_starts: Option<&[u32]>,
     shape: AttentionShape,
+    precision: Precision,
 ) {
+    let how = How { precision, scale: 1.0, output: Output::Overwrite, threads: Threads::One };
     let AttentionShape { sequences, queries, keys, heads } = shape;
     let (width, out_stride) = (heads.width, heads.query_width());
     let blocks = queries.div_ceil(QUERY_BLOCK);
@@ -113,20 +115,13 @@ pub(crate) fn attention(
         };
         with_scratch(block.rows * block.keys, |scores| {
             let mut product = MatrixMut::new(scores, block.rows, block.keys, block.keys);
-            multiply(
-                &mut product,
-                queries_here,
-                keys_here.transposed(),
-                scale,
-                Output::Overwrite,
-                Parallelism::None,
-            );
+            multiply(&mut product, queries_here, keys_here.transposed(), How { scale, ..how });
             for (row, (scores, lse)) in scores.chunks_exact_mut(block.keys).zip(lse).enumerate() {
                 let (from, to) = block.visible(row);
                 *lse = softmax(scores, from, to);
             }
             let scores = Matrix::new(scores, block.rows, block.keys, block.keys);
-            multiply(&mut out, scores, values_here, 1.0, Output::Overwrite, Parallelism::None);
+            multiply(&mut out, scores, values_here, how);
         });
     });
 }
@@ -159,12 +154,13 @@ pub(crate) fn attention_backward(
     packed: &[f32],
     doc_starts: &[u32],
     shape: AttentionShape,
+    precision: Precision,
 ) {
     let heads = shape.heads;
     let packed_gradient = Shared::new(packed_gradient);
     (0..shape.sequences * heads.key_value).into_par_iter().for_each(|task| {
         let (sequence, kv_head) = (task / heads.key_value, task % heads.key_value);
-        let rows = Rows { shape, sequence, packed, gradient, out, lse };
+        let rows = Rows { shape, precision, sequence, packed, gradient, out, lse };
         let first_row = sequence * shape.queries * heads.packed_width();
         // SAFETY: a task is one (sequence, key/value head). It takes the columns of that key head, of that value
         // head and, one after the other, of the query heads that read them: no other task's.
@@ -201,6 +197,7 @@ pub(crate) fn attention_backward(
 /// What the backward of one sequence reads.
 struct Rows<'a> {
     shape: AttentionShape,
+    precision: Precision,
     sequence: usize,
     packed: &'a [f32],
     gradient: &'a [f32],
@@ -236,12 +233,14 @@ impl Rows<'_> {
         );
         let upstream = upstream.head(head, width, first_row + block.start, block.rows);
         let size = block.rows * block.keys;
-        let plain = Parallelism::None;
+        let how =
+            How { precision: self.precision, scale: 1.0, output: Output::Overwrite, threads: Threads::One };
+        let add = How { output: Output::Accumulate, ..how };
         with_scratch(2 * size, |scratch| {
             let (scores, score_gradients) = scratch.split_at_mut(size);
             let view = |data| MatrixMut::new(data, block.rows, block.keys, block.keys);
-            multiply(&mut view(scores), query, key.transposed(), scale, Output::Overwrite, plain);
-            multiply(&mut view(score_gradients), upstream, value.transposed(), 1.0, Output::Overwrite, plain);
+            multiply(&mut view(scores), query, key.transposed(), How { scale, ..how });
+            multiply(&mut view(score_gradients), upstream, value.transposed(), how);
             for (row, (scores, gradients)) in scores
                 .chunks_exact_mut(block.keys)
                 .zip(score_gradients.chunks_exact_mut(block.keys))
@@ -257,27 +256,13 @@ impl Rows<'_> {
             let score_gradients = Matrix::new(score_gradients, block.rows, block.keys, block.keys);
             let mut query_gradient = query_gradient.rows_from(block.start);
             let mut query_gradient = query_gradient.first_rows(block.rows);
-            multiply(&mut query_gradient, score_gradients, key, scale, Output::Overwrite, plain);
+            multiply(&mut query_gradient, score_gradients, key, How { scale, ..how });
             let mut key_gradient = key_gradient.rows_from(block.first_key);
             let mut key_gradient = key_gradient.first_rows(block.keys);
-            multiply(
-                &mut key_gradient,
-                score_gradients.transposed(),
-                query,
-                scale,
-                Output::Accumulate,
-                plain,
-            );
+            multiply(&mut key_gradient, score_gradients.transposed(), query, How { scale, ..add });
             let mut value_gradient = value_gradient.rows_from(block.first_key);
             let mut value_gradient = value_gradient.first_rows(block.keys);
-            multiply(
-                &mut value_gradient,
-                probabilities.transposed(),
-                upstream,
-                1.0,
-                Output::Accumulate,
-                plain,
-            );
+            multiply(&mut value_gradient, probabilities.transposed(), upstream, add);
         });
     }
 }

@@ -9,6 +9,7 @@ use super::linear::{linear, linear_backward_input, linear_backward_weight};
 use super::matrix::Output;
 use super::simd::{exp, max, sum, vectorised};
 use crate::backend::{IGNORE, LinearShape};
+use crate::cpu::Precision;
 
 /// Where gradients go, and the weight of the z-loss in them.
 pub(crate) struct Gradients<'a> {
@@ -27,6 +28,7 @@ pub(crate) fn head_loss(
     targets: &[u32],
     logits: &mut [f32],
     shape: LinearShape,
+    precision: Precision,
 ) {
     let LinearShape { rows, inputs, outputs } = shape;
     let chunk = logits.len() / outputs;
@@ -36,7 +38,7 @@ pub(crate) fn head_loss(
         let shape = LinearShape { rows: part.len(), ..shape };
         let hidden = &hidden[part.start * inputs..part.end * inputs];
         let logits = &mut logits[..part.len() * outputs];
-        linear(logits, hidden, table, shape);
+        linear(logits, hidden, table, shape, precision);
         logits
             .par_chunks_exact_mut(outputs)
             .zip(&targets[part.clone()])
@@ -46,9 +48,9 @@ pub(crate) fn head_loss(
             });
         if let Some(gradients) = &mut gradients {
             let hidden_gradient = &mut gradients.hidden[part.start * inputs..part.end * inputs];
-            linear_backward_input(hidden_gradient, logits, table, shape);
+            linear_backward_input(hidden_gradient, logits, table, shape, precision);
             let output = if start == 0 { Output::Overwrite } else { Output::Accumulate };
-            linear_backward_weight(gradients.table, logits, hidden, shape, output);
+            linear_backward_weight(gradients.table, logits, hidden, shape, output, precision);
         }
     }
 }

@@ -2,9 +2,10 @@
 
 use rayon::prelude::*;
 
-use super::matrix::{Matrix, MatrixMut, Output, all_threads, multiply};
+use super::matrix::{How, Matrix, MatrixMut, Output, Threads, multiply};
 use super::simd::{axpy, dot, vectorised};
 use crate::backend::{LinearShape, ROW_BLOCK};
+use crate::cpu::Precision;
 
 /// `out[r] = table[ids[r]]`.
 pub(crate) fn embed(out: &mut [f32], table: &[f32], ids: &[u32], width: usize) {
@@ -30,7 +31,7 @@ vectorised! {
 const OUTPUT_BLOCK: usize = 64;
 
 /// `out = x · weightᵀ`.
-pub(crate) fn linear(out: &mut [f32], x: &[f32], weight: &[f32], shape: LinearShape) {
+pub(crate) fn linear(out: &mut [f32], x: &[f32], weight: &[f32], shape: LinearShape, precision: Precision) {
     let LinearShape { rows, inputs, outputs } = shape;
     if rows == 1 {
         // One token: the weights are read once and nothing is reused, so packing them would only cost.
@@ -42,9 +43,7 @@ pub(crate) fn linear(out: &mut [f32], x: &[f32], weight: &[f32], shape: LinearSh
         &mut MatrixMut::new(out, rows, outputs, outputs),
         Matrix::new(x, rows, inputs, inputs),
         Matrix::new(weight, outputs, inputs, inputs).transposed(),
-        1.0,
-        Output::Overwrite,
-        all_threads(),
+        How { precision, scale: 1.0, output: Output::Overwrite, threads: Threads::All },
     );
 }
 
@@ -62,15 +61,14 @@ pub(crate) fn linear_backward_input(
     gradient: &[f32],
     weight: &[f32],
     shape: LinearShape,
+    precision: Precision,
 ) {
     let LinearShape { rows, inputs, outputs } = shape;
     multiply(
         &mut MatrixMut::new(x_gradient, rows, inputs, inputs),
         Matrix::new(gradient, rows, outputs, outputs),
         Matrix::new(weight, outputs, inputs, inputs),
-        1.0,
-        Output::Overwrite,
-        all_threads(),
+        How { precision, scale: 1.0, output: Output::Overwrite, threads: Threads::All },
     );
 }
 
@@ -81,15 +79,14 @@ pub(crate) fn linear_backward_weight(
     x: &[f32],
     shape: LinearShape,
     output: Output,
+    precision: Precision,
 ) {
     let LinearShape { rows, inputs, outputs } = shape;
     multiply(
         &mut MatrixMut::new(weight_gradient, outputs, inputs, inputs),
         Matrix::new(gradient, rows, outputs, outputs).transposed(),
         Matrix::new(x, rows, inputs, inputs),
-        1.0,
-        output,
-        all_threads(),
+        How { precision, scale: 1.0, output, threads: Threads::All },
     );
 }
 

@@ -1,13 +1,16 @@
 //! Checked matrix views over slices, and their product.
 //!
-//! The one place where pointers are handed to the crate `gemm`. Views check their bounds when made, so everything
-//! built on them is safe; only [`Shared`] leaves a duty to its user: blocks in use at one time do not overlap.
+//! Views check their bounds when made, so everything built on them is safe; only [`Shared`] and [`SharedMatrix`] leave
+//! a duty to their user: blocks in use at one time do not overlap.
 
 use std::marker::PhantomData;
 
-use gemm::Parallelism;
+#[cfg(target_arch = "x86_64")]
+use super::avx512;
+use super::{product, tile};
+use crate::cpu::Precision;
 
-/// A matrix to read, with any strides.
+/// A matrix to read, or the transpose of one.
 #[derive(Clone, Copy)]
 pub(super) struct Matrix<'a> {
     data: *const f32,
@@ -18,12 +21,35 @@ pub(super) struct Matrix<'a> {
     lifetime: PhantomData<&'a [f32]>,
 }
 
+// SAFETY: a shared borrow of plain data.
+unsafe impl Send for Matrix<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Matrix<'_> {}
+
 impl<'a> Matrix<'a> {
     /// `rows` rows of `columns` elements, `stride` apart, from the start of `data`.
     pub(super) fn new(data: &'a [f32], rows: usize, columns: usize, stride: usize) -> Self {
         check(data.len(), rows, columns, stride);
         let data = data.as_ptr();
         Self { data, rows, columns, row_stride: stride, column_stride: 1, lifetime: PhantomData }
+    }
+
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(super) fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Elements from one row to the next, and from one column to the next.
+    pub(super) fn strides(&self) -> (usize, usize) {
+        (self.row_stride, self.column_stride)
+    }
+
+    /// Where an element is; valid to read if it is one.
+    pub(super) fn at(&self, row: usize, column: usize) -> *const f32 {
+        self.data.wrapping_add(row * self.row_stride + column * self.column_stride)
     }
 
     /// The transposed view.
@@ -54,6 +80,11 @@ impl<'a> MatrixMut<'a> {
         Self { data: data.as_mut_ptr(), rows, columns, stride, lifetime: PhantomData }
     }
 
+    /// The whole matrix for several threads, whose parts are disjoint.
+    pub(super) fn shared(&mut self) -> SharedMatrix<'_> {
+        SharedMatrix(MatrixMut { lifetime: PhantomData, ..*self })
+    }
+
     /// Sets every element to 0.
     pub(super) fn clear(&mut self) {
         for row in 0..self.rows {
@@ -75,6 +106,20 @@ impl<'a> MatrixMut<'a> {
         // With no row left the pointer may lie behind the slice, but then it is never followed.
         let data = self.data.wrapping_add(row * self.stride);
         MatrixMut { data, rows: self.rows - row, lifetime: PhantomData, ..*self }
+    }
+}
+
+/// A matrix whose disjoint parts are written by several threads at once.
+pub(super) struct SharedMatrix<'a>(MatrixMut<'a>);
+
+// SAFETY: who follows the pointers of `part` promises that no two threads have the same element.
+unsafe impl Sync for SharedMatrix<'_> {}
+
+impl SharedMatrix<'_> {
+    /// Where the part of `rows` × `columns` from `row` and `column` on begins, and the distance of its rows.
+    pub(super) fn part(&self, row: usize, column: usize, rows: usize, columns: usize) -> (*mut f32, usize) {
+        assert!(row + rows <= self.0.rows && column + columns <= self.0.columns);
+        (self.0.data.wrapping_add(row * self.0.stride + column), self.0.stride)
     }
 }
 
@@ -126,6 +171,13 @@ impl<'a> Shared<'a> {
     }
 }
 
+/// Whether work is spread over the threads of the current pool.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Threads {
+    One,
+    All,
+}
+
 /// What happens to the old contents of a product's output.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Output {
@@ -133,17 +185,18 @@ pub(crate) enum Output {
     Accumulate,
 }
 
+/// How a product is computed.
+#[derive(Clone, Copy)]
+pub(super) struct How {
+    pub precision: Precision,
+    /// The product is multiplied by this.
+    pub scale: f32,
+    pub output: Output,
+    pub threads: Threads,
+}
+
 /// `c = scale · a · b`, added to or in place of what `c` held.
-///
-/// `gemm` cuts the inner dimension by shape alone, so the bits are the same for any number of threads.
-pub(super) fn multiply(
-    c: &mut MatrixMut<'_>,
-    a: Matrix<'_>,
-    b: Matrix<'_>,
-    scale: f32,
-    output: Output,
-    threads: Parallelism,
-) {
+pub(super) fn multiply(c: &mut MatrixMut<'_>, a: Matrix<'_>, b: Matrix<'_>, how: How) {
     assert!(
         c.rows == a.rows && a.columns == b.rows && b.columns == c.columns,
         "[{}, {}] · [{}, {}] is not [{}, {}]",
@@ -154,44 +207,31 @@ pub(super) fn multiply(
         c.rows,
         c.columns
     );
-    // SAFETY: each view was checked against its slice when made, the shapes agree, `c` is exclusively borrowed and
-    // cannot overlap `a` or `b`, which are shared borrows. `gemm` reads `c` only if it accumulates.
-    unsafe {
-        gemm::gemm(
-            c.rows,
-            c.columns,
-            a.columns,
-            c.data,
-            1,
-            c.stride as isize,
-            output == Output::Accumulate,
-            a.data,
-            a.column_stride as isize,
-            a.row_stride as isize,
-            b.data,
-            b.column_stride as isize,
-            b.row_stride as isize,
-            1.0,
-            scale,
-            false,
-            false,
-            false,
-            threads,
-        );
+    #[cfg(target_arch = "x86_64")]
+    match how.precision {
+        Precision::F32 => {
+            if let Some(tile) = avx512::F32::detect() {
+                return product::multiply(tile, c, a, b, how);
+            }
+        }
+        Precision::Bf16 => {
+            if let Some(tile) = avx512::Bf16::detect() {
+                return product::multiply(tile, c, a, b, how);
+            }
+        }
     }
-}
-
-/// All threads of the current pool.
-pub(super) fn all_threads() -> Parallelism {
-    match rayon::current_num_threads() {
-        1 => Parallelism::None,
-        threads => Parallelism::Rayon(threads),
+    match how.precision {
+        Precision::F32 => product::multiply(tile::Plain::<false>, c, a, b, how),
+        Precision::Bf16 => product::multiply(tile::Plain::<true>, c, a, b, how),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const HOW: How =
+        How { precision: Precision::F32, scale: 1.0, output: Output::Overwrite, threads: Threads::One };
 
     fn values(len: usize, seed: u32) -> Vec<f32> {
         let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
@@ -202,16 +242,14 @@ mod tests {
         (0..len).map(|_| next()).collect()
     }
 
-    fn product(m: usize, n: usize, k: usize, threads: Parallelism) -> Vec<f32> {
+    fn product(m: usize, n: usize, k: usize, how: How) -> Vec<f32> {
         let (a, b) = (values(m * k, 1), values(n * k, 2));
         let mut c = vec![f32::NAN; m * n];
         multiply(
             &mut MatrixMut::new(&mut c, m, n, n),
             Matrix::new(&a, m, k, k),
             Matrix::new(&b, n, k, k).transposed(),
-            1.0,
-            Output::Overwrite,
-            threads,
+            how,
         );
         c
     }
@@ -222,13 +260,103 @@ mod tests {
         for (m, n, k) in
             [(1, 300, 192), (7, 5, 3), (64, 64, 64), (256, 512, 128), (300, 700, 1500), (65, 4096, 192)]
         {
-            let one = product(m, n, k, Parallelism::None);
-            for threads in 2..=4 {
-                let many = pool.install(|| product(m, n, k, Parallelism::Rayon(threads)));
-                assert!(
-                    one.iter().zip(&many).all(|(a, b)| a.to_bits() == b.to_bits()),
-                    "{m}x{n}x{k}, {threads} threads"
-                );
+            for precision in [Precision::F32, Precision::Bf16] {
+                let one = product(m, n, k, How { precision, ..HOW });
+                let many = pool.install(|| product(m, n, k, How { precision, threads: Threads::All, ..HOW }));
+                assert!(one.iter().zip(&many).all(|(a, b)| a.to_bits() == b.to_bits()), "{m}x{n}x{k}");
+            }
+        }
+    }
+
+    /// A product by one tile, of operands that are stored either way, beside others' elements.
+    fn tile_agrees<T: tile::Tile>(tile: T, round: fn(f32) -> f32, tolerance: f64) {
+        let shapes =
+            [(1, 1, 1), (3, 5, 2), (14, 32, 16), (15, 33, 17), (61, 70, 33), (29, 300, 1030), (200, 40, 513)];
+        for (case, (m, n, k)) in shapes.into_iter().enumerate() {
+            let (a, b, old) = (values(m * k, 1), values(n * k, 2), values(m * (n + 3), 3));
+            for (left_turned, right_turned) in [(false, false), (false, true), (true, false), (true, true)] {
+                let view = |data, rows, columns, turned| {
+                    if turned {
+                        Matrix::new(data, columns, rows, rows).transposed()
+                    } else {
+                        Matrix::new(data, rows, columns, columns)
+                    }
+                };
+                let (left, right) = (view(&a, m, k, left_turned), view(&b, k, n, right_turned));
+                let at = |view: &Matrix<'_>, row, column| {
+                    // SAFETY: within the view.
+                    f64::from(round(unsafe { *view.at(row, column) }))
+                };
+                let output = [Output::Overwrite, Output::Accumulate][case % 2];
+                let mut c = old.clone();
+                let how = How { scale: 0.75, output, ..HOW };
+                product::multiply(tile, &mut MatrixMut::new(&mut c, m, n, n + 3), left, right, how);
+                for row in 0..m {
+                    for column in 0..n + 3 {
+                        let (new, old) = (c[row * (n + 3) + column], old[row * (n + 3) + column]);
+                        if column >= n {
+                            assert_eq!(new.to_bits(), old.to_bits(), "an element outside was written");
+                            continue;
+                        }
+                        let sum: f64 =
+                            (0..k).map(|depth| at(&left, row, depth) * at(&right, depth, column)).sum();
+                        let before = if output == Output::Accumulate { f64::from(old) } else { 0.0 };
+                        let expected = before + 0.75 * sum;
+                        let error = (f64::from(new) - expected).abs();
+                        assert!(
+                            error <= tolerance * (k as f64).sqrt(),
+                            "{m}x{n}x{k} at {row}, {column}: {new}, not {expected}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    fn rounded(x: f32) -> f32 {
+        half::bf16::from_f32(x).to_f32()
+    }
+
+    #[test]
+    fn every_tile_agrees_with_f64() {
+        // Sums of k products below 1/4 in float32.
+        tile_agrees(tile::Plain::<false>, |x| x, 1e-6);
+        tile_agrees(tile::Plain::<true>, rounded, 1e-6);
+        #[cfg(target_arch = "x86_64")]
+        {
+            avx512::F32::detect().map(|tile| tile_agrees(tile, |x| x, 1e-6));
+            avx512::Bf16::detect().map(|tile| tile_agrees(tile, rounded, 1e-6));
+        }
+    }
+
+    #[test]
+    fn every_float32_tile_gives_the_same_bits() {
+        let wide = product(61, 70, 1030, HOW);
+        let (a, b) = (values(61 * 1030, 1), values(70 * 1030, 2));
+        let mut plain = vec![f32::NAN; 61 * 70];
+        product::multiply(
+            tile::Plain::<false>,
+            &mut MatrixMut::new(&mut plain, 61, 70, 70),
+            Matrix::new(&a, 61, 1030, 1030),
+            Matrix::new(&b, 70, 1030, 1030).transposed(),
+            HOW,
+        );
+        assert!(plain.iter().zip(&wide).all(|(a, b)| a.to_bits() == b.to_bits()));
+    }
+
+    #[test]
+    fn nan_and_infinity_come_through() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            for (bad, expected) in [(f32::NAN, f32::NAN), (f32::INFINITY, f32::INFINITY)] {
+                let (mut a, b, mut c) = (vec![1.0; 15 * 7], vec![1.0; 7 * 33], vec![0.0; 15 * 33]);
+                a[3 * 7 + 6] = bad;
+                let view = &mut MatrixMut::new(&mut c, 15, 33, 33);
+                let how = How { precision, ..HOW };
+                multiply(view, Matrix::new(&a, 15, 7, 7), Matrix::new(&b, 7, 33, 33), how);
+                for (row, c) in c.chunks_exact(33).enumerate() {
+                    let wanted = if row == 3 { expected } else { 7.0 };
+                    assert!(c.iter().all(|c| c.total_cmp(&wanted).is_eq() || c.is_nan() && wanted.is_nan()));
+                }
             }
         }
     }
@@ -244,6 +372,7 @@ mod tests {
     fn shapes_that_do_not_fit_are_refused() {
         let (a, mut c) = ([0.0; 6], [0.0; 4]);
         let a = Matrix::new(&a, 2, 3, 3);
-        multiply(&mut MatrixMut::new(&mut c, 2, 2, 2), a, a, 1.0, Output::Overwrite, Parallelism::None);
+        let c = &mut MatrixMut::new(&mut c, 2, 2, 2);
+        multiply(c, a, a, HOW);
     }
 }

@@ -3,31 +3,50 @@
 //! No intrinsics. Every operation used here is correctly rounded on each instruction set (additions and products
 //! are never fused unless written `mul_add`), so all versions of a kernel give the same bits.
 
+#[cfg(target_arch = "x86_64")]
+use std::sync::LazyLock;
+
 /// Instruction sets that kernels are compiled for.
 #[cfg(target_arch = "x86_64")]
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Level {
     Baseline,
     Avx2,
     Avx512,
 }
 
-/// The widest level of this CPU.
+/// The environment variable that limits the level, to test the narrower ones: `baseline`, `avx2` or `avx512`.
+#[cfg(target_arch = "x86_64")]
+const LIMIT: &str = "ULMUS_SIMD";
+
+/// The widest level of this CPU, unless the environment asks for less.
+///
+/// # Panics
+/// If it asks for what does not exist, or for more than the CPU has.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn level() -> Level {
-    static LEVEL: std::sync::OnceLock<Level> = std::sync::OnceLock::new();
-    *LEVEL.get_or_init(|| {
+    static LEVEL: LazyLock<Level> = LazyLock::new(|| {
         let fma = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
         let avx512 = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl");
-        match (fma, avx512) {
+        let widest = match (fma, avx512) {
             (true, true) => Level::Avx512,
             (true, false) => Level::Avx2,
             (false, _) => Level::Baseline,
-        }
-    })
+        };
+        let asked = match std::env::var(LIMIT).as_deref() {
+            Err(_) | Ok("") => return widest,
+            Ok("baseline") => Level::Baseline,
+            Ok("avx2") => Level::Avx2,
+            Ok("avx512") => Level::Avx512,
+            Ok(other) => panic!("{LIMIT} is `{other}`; it can be baseline, avx2 or avx512"),
+        };
+        assert!(asked <= widest, "{LIMIT} asks for {asked:?}, and this CPU has {widest:?} at most");
+        asked
+    });
+    *LEVEL
 }
 
 /// Defines a function whose body is compiled for each instruction set; the call picks the widest that the CPU
