@@ -13,6 +13,8 @@
 use std::fmt::Debug;
 use std::ops::Range;
 
+use ulmus_plan::Precision;
+
 use crate::error::ModelError;
 use crate::exact::Quantum;
 
@@ -205,6 +207,10 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
 
     /// One line about the device for reports, for instance `cpu, 2 threads`.
     fn describe(&self) -> String;
+
+    /// The same device, with another precision of matrix products (`linear`, attention and head).
+    #[must_use]
+    fn with_precision(self, precision: Precision) -> Self;
 
     /// `len` zeros.
     ///

@@ -3,20 +3,97 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
+use ulmus_plan::{Precision, Preset};
 
 use crate::agent::Join;
+use crate::bench::BenchConfig;
 
 /// Joins a coordinator and works for it: reads, tokenizes, trains, and does its jobs.
 ///
 /// Exit codes: 0 the run is over, 1 failed, 2 wrong input, 3 refused (another version, another fingerprint, a
 /// store that is not shared), 4 fenced, 6 no coordinator, 130 interrupted.
 #[derive(Debug, Clone, Parser)]
-#[command(name = "worker", version)]
+#[command(name = "worker", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Args {
+    /// Instead of joining.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
+    /// How to join.
+    #[command(flatten)]
+    pub join: JoinArgs,
+}
+
+/// What a worker can do without a coordinator.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Command {
+    /// Time training steps of a published shape: forward, backward, clipping and AdamW.
+    ///
+    /// Example: worker bench --preset openelm-270m --batch 4 --sequence 512 --dtype bf16 --threads 8
+    Bench(BenchArgs),
+}
+
+/// What `worker bench` is told.
+#[derive(Debug, Clone, Parser)]
+pub struct BenchArgs {
+    /// The shape: `openelm-270m`, `-450m`, `-1_1b` or `-3b`.
+    #[arg(long, value_name = "NAME", value_parser = parse_preset)]
+    preset: Preset,
+    /// Sequences of the micro-batch.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
+    batch: u32,
+    /// Positions per sequence.
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    sequence: u32,
+    /// What the operands of matrix products are rounded to.
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: Dtype,
+    /// Compute threads [default: all cores].
+    #[arg(long, env = "ULMUS_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+    /// Timed steps, after one that is not; the median is reported.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    steps: u32,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Dtype {
+    /// 32-bit floats.
+    F32,
+    /// 16-bit brain floats, added up in 32 bits.
+    Bf16,
+}
+
+fn parse_preset(name: &str) -> Result<Preset, &'static str> {
+    Preset::from_name(name).ok_or("use openelm-270m, openelm-450m, openelm-1_1b or openelm-3b")
+}
+
+impl BenchArgs {
+    pub(crate) fn config(&self) -> BenchConfig {
+        BenchConfig {
+            preset: self.preset,
+            batch: self.batch as usize,
+            sequence: self.sequence as usize,
+            precision: match self.dtype {
+                Dtype::F32 => Precision::F32,
+                Dtype::Bf16 => Precision::Bf16,
+            },
+            threads: self.threads.map_or_else(all_cores, usize::from),
+            steps: self.steps as usize,
+        }
+    }
+}
+
+/// How to join a coordinator.
+#[derive(Debug, Clone, clap::Args)]
+pub struct JoinArgs {
     /// The coordinator.
-    #[arg(long, env = "ULMUS_JOIN", value_name = "HOST:PORT")]
-    pub join: String,
+    #[arg(long, env = "ULMUS_JOIN", value_name = "HOST:PORT", required = true)]
+    pub join: Option<String>,
 
     /// What to compute on; auto takes the best there is.
     #[arg(long, env = "ULMUS_DEVICE", value_enum, default_value = "auto")]
@@ -71,12 +148,12 @@ impl WorkerConfig {
     }
 }
 
-impl From<Args> for WorkerConfig {
-    fn from(args: Args) -> Self {
+impl From<JoinArgs> for WorkerConfig {
+    fn from(args: JoinArgs) -> Self {
         // The processor is the only device of this build, so both choices mean it.
         let (Device::Auto | Device::Cpu) = args.device;
         Self {
-            join: Join::Address(args.join),
+            join: Join::Address(args.join.expect("clap refuses to join nothing")),
             threads: args.threads.unwrap_or_else(all_cores).max(1),
             name: args.name.unwrap_or_else(default_name),
             advertise: args.advertise,

@@ -8,6 +8,7 @@
 
 mod agent;
 pub mod args;
+mod bench;
 mod check;
 pub mod collective;
 mod control;
@@ -18,6 +19,7 @@ mod session;
 mod snapshot;
 mod trainer;
 
+use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::path::PathBuf;
 
@@ -29,7 +31,7 @@ use ulmus_rt::{Failure, LogTarget, Shutdown};
 use ulmus_types::{ExitStatus, Incarnation, WorkerId};
 
 pub use agent::Join;
-pub use args::{Args, WorkerConfig};
+pub use args::{Args, Command, WorkerConfig};
 pub use check::check_sources;
 pub use error::WorkerError;
 
@@ -154,4 +156,20 @@ pub fn run_process(config: WorkerConfig) -> Result<ExitStatus, Failure> {
 /// As [`run`].
 pub fn run_local(join_file: PathBuf, name: String, threads: usize) -> Result<ExitStatus, Failure> {
     run_process(WorkerConfig::local(join_file, name, threads))
+}
+
+/// Times training steps and prints what was measured.
+///
+/// # Errors
+/// When the model has no memory, or nobody takes the result.
+pub fn run_bench(args: &args::BenchArgs) -> Result<ExitStatus, Failure> {
+    let result = bench::bench(args.config()).map_err(|error| Failure::of(error.kind(), &error))?;
+    let text = if args.json {
+        serde_json::to_string_pretty(&result).expect("plain data is valid JSON")
+    } else {
+        result.table()
+    };
+    writeln!(std::io::stdout().lock(), "{text}")
+        .map_err(|error| Failure::new(ExitStatus::Failed, format!("cannot print the result: {error}")))?;
+    Ok(ExitStatus::Done)
 }

@@ -3,8 +3,12 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use ulmus_worker::{Args, run_process};
+use ulmus_worker::{Args, Command, run_bench, run_process};
 
 fn main() -> ExitCode {
-    ulmus_rt::report(run_process(Args::parse().into()))
+    let args = Args::parse();
+    ulmus_rt::report(match args.command {
+        Some(Command::Bench(bench)) => run_bench(&bench),
+        None => run_process(args.join.into()),
+    })
 }

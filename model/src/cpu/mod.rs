@@ -16,6 +16,8 @@ use kernels::matrix::Output;
 use kernels::norm::{self, RopeTables};
 use kernels::{head, linear, optimizer, swiglu};
 use rayon::ThreadPool;
+use tracing::trace_span;
+use ulmus_plan::Precision;
 
 use crate::backend::{
     AdamW, AttentionShape, Backend, Columns, Element, HeadGradients, Heads, In, LinearShape, Out, Rope, View,
@@ -23,16 +25,6 @@ use crate::backend::{
 };
 use crate::error::ModelError;
 use crate::exact::Quantum;
-
-/// What the operands of matrix products are rounded to. Sums, and all else, are float32.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Precision {
-    /// float32: not rounded.
-    #[default]
-    F32,
-    /// bfloat16, rounded to nearest even; subnormals may become 0.
-    Bf16,
-}
 
 /// The CPU as a device. Results have the same bits for any number of threads.
 #[derive(Debug, Clone)]
@@ -55,10 +47,10 @@ impl Cpu {
         Self { pool: Arc::new(pool), precision: Precision::default() }
     }
 
-    /// The same threads, with matrix products in another precision.
-    #[must_use]
-    pub fn with_precision(self, precision: Precision) -> Self {
-        Self { precision, ..self }
+    /// Does the work of a kernel, in a span of its name.
+    fn kernel<R: Send>(&self, span: tracing::Span, work: impl FnOnce() -> R + Send) -> R {
+        let _entered = span.entered();
+        self.pool.install(work)
     }
 
     /// Number of threads.
@@ -98,6 +90,10 @@ impl Backend for Cpu {
         format!("cpu, {} threads", self.threads())
     }
 
+    fn with_precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
+    }
+
     fn allocate<T: Element>(&self, len: usize) -> Result<Vec<T>, ModelError> {
         let mut buffer = Vec::new();
         buffer.try_reserve_exact(len).map_err(|_| ModelError::OutOfMemory { bytes: len * size_of::<T>() })?;
@@ -119,6 +115,7 @@ impl Backend for Cpu {
     }
 
     fn embed(&self, out: Out<'_, Self>, table: In<'_, Self>, ids: In<'_, Self, u32>, width: usize) {
+        let _span = trace_span!("embed").entered();
         linear::embed(out.slice(), table.slice(), ids.slice(), width);
     }
 
@@ -129,12 +126,13 @@ impl Backend for Cpu {
         ids: In<'_, Self, u32>,
         width: usize,
     ) {
+        let _span = trace_span!("embed").entered();
         linear::embed_backward(table_gradient.slice(), gradient.slice(), ids.slice(), width);
     }
 
     fn linear(&self, out: Out<'_, Self>, x: In<'_, Self>, weight: In<'_, Self>, shape: LinearShape) {
         let (out, x, weight) = (out.slice(), x.slice(), weight.slice());
-        self.run(|| linear::linear(out, x, weight, shape, self.precision));
+        self.kernel(trace_span!("linear"), || linear::linear(out, x, weight, shape, self.precision));
     }
 
     fn linear_backward(
@@ -148,7 +146,7 @@ impl Backend for Cpu {
     ) {
         let (x_gradient, weight_gradient) = (x_gradient.slice(), weight_gradient.slice());
         let (gradient, x, weight) = (gradient.slice(), x.slice(), weight.slice());
-        self.run(|| {
+        self.kernel(trace_span!("linear"), || {
             linear::linear_backward_input(x_gradient, gradient, weight, shape, self.precision);
             linear::linear_backward_weight(
                 weight_gradient,
@@ -163,7 +161,7 @@ impl Backend for Cpu {
 
     fn norm(&self, out: Out<'_, Self>, x: In<'_, Self>, weight: In<'_, Self>) {
         let (out, x, weight) = (out.slice(), x.slice(), weight.slice());
-        self.run(|| norm::norm(out, x, weight));
+        self.kernel(trace_span!("norm"), || norm::norm(out, x, weight));
     }
 
     fn add_norm(
@@ -176,7 +174,7 @@ impl Backend for Cpu {
     ) {
         let (sum, out) = (sum.slice(), out.slice());
         let (x, delta, weight) = (x.slice(), delta.slice(), weight.slice());
-        self.run(|| norm::add_norm(sum, out, x, delta, weight));
+        self.kernel(trace_span!("norm"), || norm::add_norm(sum, out, x, delta, weight));
     }
 
     fn norm_backward(
@@ -192,7 +190,7 @@ impl Backend for Cpu {
         let (x_gradient, weight_gradient, scratch) =
             (x_gradient.slice(), weight_gradient.slice(), scratch.slice());
         let (gradient, x, weight) = (gradient.slice(), x.slice(), weight.slice());
-        self.run(|| {
+        self.kernel(trace_span!("norm"), || {
             norm::norm_backward(x_gradient, weight_gradient, gradient, x, weight, accumulate, scratch);
         });
     }
@@ -206,7 +204,7 @@ impl Backend for Cpu {
         heads: Heads,
     ) {
         let (out, packed, weights, rope) = (out.slice(), packed.slice(), weights.slice(), rope.tables());
-        self.run(|| norm::qk_norm_rope(out, packed, weights, rope, heads));
+        self.kernel(trace_span!("qk_norm_rope"), || norm::qk_norm_rope(out, packed, weights, rope, heads));
     }
 
     fn qk_norm_rope_backward(
@@ -224,7 +222,7 @@ impl Backend for Cpu {
             (packed_gradient.slice(), weights_gradient.slice(), scratch.slice());
         let (gradient, packed, weights) = (gradient.slice(), packed.slice(), weights.slice());
         let rope = rope.tables();
-        self.run(|| {
+        self.kernel(trace_span!("qk_norm_rope"), || {
             norm::qk_norm_rope_backward(into, weights_into, gradient, packed, weights, rope, heads, scratch);
         });
     }
@@ -241,7 +239,9 @@ impl Backend for Cpu {
     ) {
         let (out, lse, doc_starts) = (out.slice(), lse.slice(), doc_starts.map(View::slice));
         let (query, key, value) = (query.strided(), key.strided(), value.strided());
-        self.run(|| attention::attention(out, lse, query, key, value, doc_starts, shape, self.precision));
+        self.kernel(trace_span!("attention"), || {
+            attention::attention(out, lse, query, key, value, doc_starts, shape, self.precision)
+        });
     }
 
     fn attention_backward(
@@ -256,14 +256,14 @@ impl Backend for Cpu {
     ) {
         let (into, gradient, out) = (packed_gradient.slice(), gradient.slice(), out.slice());
         let (lse, packed, doc_starts) = (lse.slice(), packed.slice(), doc_starts.slice());
-        self.run(|| {
+        self.kernel(trace_span!("attention"), || {
             attention::attention_backward(into, gradient, out, lse, packed, doc_starts, shape, self.precision)
         });
     }
 
     fn swiglu(&self, out: Out<'_, Self>, x: In<'_, Self>, width: usize) {
         let (out, x) = (out.slice(), x.slice());
-        self.run(|| swiglu::swiglu(out, x, width));
+        self.kernel(trace_span!("swiglu"), || swiglu::swiglu(out, x, width));
     }
 
     fn swiglu_backward(
@@ -274,7 +274,7 @@ impl Backend for Cpu {
         width: usize,
     ) {
         let (x_gradient, gradient, x) = (x_gradient.slice(), gradient.slice(), x.slice());
-        self.run(|| swiglu::swiglu_backward(x_gradient, gradient, x, width));
+        self.kernel(trace_span!("swiglu"), || swiglu::swiglu_backward(x_gradient, gradient, x, width));
     }
 
     fn head_loss(
@@ -295,7 +295,7 @@ impl Backend for Cpu {
             table: gradients.table.slice(),
             z_loss: gradients.z_loss,
         });
-        self.run(|| {
+        self.kernel(trace_span!("head_loss"), || {
             head::head_loss(
                 cross_entropy,
                 lse,
@@ -320,27 +320,27 @@ impl Backend for Cpu {
     ) {
         let (weights, first, second, gradient) =
             (weights.slice(), first.slice(), second.slice(), gradient.slice());
-        self.run(|| optimizer::adamw(weights, first, second, gradient, step));
+        self.kernel(trace_span!("adamw"), || optimizer::adamw(weights, first, second, gradient, step));
     }
 
     fn block_squares(&self, x: In<'_, Self>) -> Vec<f64> {
         let x = x.slice();
-        self.run(|| optimizer::block_squares(x))
+        self.kernel(trace_span!("block_squares"), || optimizer::block_squares(x))
     }
 
     fn quantise_add(&self, sums: Out<'_, Self, i64>, gradient: In<'_, Self>, quantum: &Quantum) -> bool {
         let (sums, gradient) = (sums.slice(), gradient.slice());
-        self.run(|| optimizer::quantise_add(sums, gradient, quantum))
+        self.kernel(trace_span!("quantise"), || optimizer::quantise_add(sums, gradient, quantum))
     }
 
     fn dequantise(&self, mean: Out<'_, Self>, sums: In<'_, Self, i64>, scale: f64) {
         let (mean, sums) = (mean.slice(), sums.slice());
-        self.run(|| optimizer::dequantise(mean, sums, scale));
+        self.kernel(trace_span!("quantise"), || optimizer::dequantise(mean, sums, scale));
     }
 
     fn copy_columns(&self, out: Out<'_, Self>, from: Columns<'_, Vec<f32>>, width: usize) {
         let (out, Columns { rows, stride, column }) = (out.slice(), from);
         let rows: &[f32] = rows.slice();
-        self.run(|| linear::copy_columns(out, rows, stride, column, width));
+        self.kernel(trace_span!("copy_columns"), || linear::copy_columns(out, rows, stride, column, width));
     }
 }

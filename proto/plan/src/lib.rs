@@ -20,5 +20,5 @@ pub use model::{LayerDims, ModelConfig, Multipliers, Preset};
 pub use parse::read;
 pub use plan::{BenchmarkConfig, ClusterConfig, EvaluateConfig, LocalConfig, Plan, RunConfig, StoreConfig};
 pub use prepare::{PrepareConfig, TokenizerConfig};
-pub use train::{CheckpointConfig, TrainConfig};
+pub use train::{CheckpointConfig, Precision, TrainConfig};
 pub use units::Bytes;

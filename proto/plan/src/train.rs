@@ -5,6 +5,27 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use ulmus_types::Problems;
 
+/// What the operands of matrix products are rounded to. Sums, weights and all else are float32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// float32: not rounded.
+    #[default]
+    F32,
+    /// bfloat16, rounded to nearest even; subnormals may become 0.
+    Bf16,
+}
+
+impl Precision {
+    /// The name used in plans and on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
 /// How the weights are trained. The defaults are the published recipe of OpenELM-270M.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -35,6 +56,8 @@ pub struct TrainConfig {
     pub clip: f64,
     /// Weight of the z-loss, mean of squared log-sum-exp.
     pub z_loss: f64,
+    /// What the operands of matrix products are rounded to.
+    pub precision: Precision,
     /// Updates between two measurements of the held-out loss; 0 measures it never.
     pub held_out_every: u64,
     /// Sequences of held-out text per measurement.
@@ -57,6 +80,7 @@ impl Default for TrainConfig {
             weight_decay: 0.1,
             clip: 1.0,
             z_loss: 1e-4,
+            precision: Precision::F32,
             held_out_every: 5000,
             held_out_sequences: 1024,
         }

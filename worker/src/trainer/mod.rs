@@ -171,6 +171,7 @@ impl<B: Backend> Training<B> {
     fn new(run: Run, backend: B) -> Result<Self, WorkerError> {
         let plan = Arc::clone(&run.plan);
         let (sequences, length) = (plan.train.micro_batch as usize, plan.sequence_length());
+        let backend = backend.with_precision(plan.train.precision);
         let mut replica = Replica::new(backend, &plan.model, sequences, length, plan.train.z_loss)?;
         let fingerprint = fingerprint(&mut replica, plan.model.vocab_size, sequences, length)?;
         let positions = plan.train.sequences * length as u64;

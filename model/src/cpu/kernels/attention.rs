@@ -8,11 +8,11 @@
 use std::cell::RefCell;
 
 use rayon::prelude::*;
+use ulmus_plan::Precision;
 
 use super::matrix::{How, Matrix, MatrixMut, Output, Shared, Threads, multiply};
 use super::simd::{dot, exp, max, sum, vectorised};
 use crate::backend::{AttentionShape, Heads};
-use crate::cpu::Precision;
 
 /// Query rows per block.
 const QUERY_BLOCK: usize = 64;

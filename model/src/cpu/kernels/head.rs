@@ -4,12 +4,12 @@
 //! their memory. Chunks are cut by the size of the caller's scratch, which the network plans by shape.
 
 use rayon::prelude::*;
+use ulmus_plan::Precision;
 
 use super::linear::{linear, linear_backward_input, linear_backward_weight};
 use super::matrix::Output;
 use super::simd::{exp, max, sum, vectorised};
 use crate::backend::{IGNORE, LinearShape};
-use crate::cpu::Precision;
 
 /// Where gradients go, and the weight of the z-loss in them.
 pub(crate) struct Gradients<'a> {

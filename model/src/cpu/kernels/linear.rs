@@ -1,11 +1,11 @@
 //! Embedding, linear layers and strided copies.
 
 use rayon::prelude::*;
+use ulmus_plan::Precision;
 
 use super::matrix::{How, Matrix, MatrixMut, Output, Threads, multiply};
 use super::simd::{axpy, dot, vectorised};
 use crate::backend::{LinearShape, ROW_BLOCK};
-use crate::cpu::Precision;
 
 /// `out[r] = table[ids[r]]`.
 pub(crate) fn embed(out: &mut [f32], table: &[f32], ids: &[u32], width: usize) {

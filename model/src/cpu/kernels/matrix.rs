@@ -5,10 +5,11 @@
 
 use std::marker::PhantomData;
 
+use ulmus_plan::Precision;
+
 #[cfg(target_arch = "x86_64")]
 use super::avx512;
 use super::{product, tile};
-use crate::cpu::Precision;
 
 /// A matrix to read, or the transpose of one.
 #[derive(Clone, Copy)]

@@ -1,0 +1,237 @@
+//! `worker bench`: how fast this machine trains a published shape.
+//!
+//! A step is one whole update of one micro-batch without a group: forward, backward, clipping and AdamW. The time per
+//! kernel is that of the spans that the model crate opens around its kernels.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use comfy_table::{CellAlignment, Table, presets};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+use tracing::span::{Attributes, Id};
+use tracing_subscriber::Layer;
+use tracing_subscriber::layer::{Context, SubscriberExt};
+use tracing_subscriber::registry::LookupSpan;
+use ulmus_evaluator::Machine;
+use ulmus_model::{Cpu, MicroBatch, ModelError, Replica};
+use ulmus_plan::{Precision, Preset, TrainConfig, worker_memory};
+
+/// What is timed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BenchConfig {
+    /// Shape of the model.
+    pub preset: Preset,
+    /// Sequences of the micro-batch.
+    pub batch: usize,
+    /// Positions per sequence.
+    pub sequence: usize,
+    /// Operands of matrix products.
+    pub precision: Precision,
+    /// Compute threads.
+    pub threads: usize,
+    /// Timed steps, at least 1, after one that is not.
+    pub steps: usize,
+}
+
+/// What was measured.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct BenchResult {
+    /// Name of the shape.
+    pub preset: &'static str,
+    /// Parameters of the model.
+    pub parameters: u64,
+    /// Sequences of the micro-batch.
+    pub batch: usize,
+    /// Positions per sequence.
+    pub sequence: usize,
+    /// Operands of matrix products.
+    pub dtype: &'static str,
+    /// Compute threads.
+    pub threads: usize,
+    /// Positions trained per second, by the median step.
+    pub tokens_per_second: f64,
+    /// Seconds of each step, in order.
+    pub step_seconds: Vec<f64>,
+    /// Seconds per step in each kernel, the longest first; `other` is outside all of them.
+    pub kernels: Vec<KernelTime>,
+    /// Most memory that this process has held, where the system tells it.
+    pub peak_rss_bytes: Option<u64>,
+    /// What was planned before the start, of which the reduction's sums are not needed here.
+    pub planned_bytes: u64,
+    /// The machine.
+    pub machine: Machine,
+}
+
+/// Mean time per step in one kernel.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct KernelTime {
+    /// Its name.
+    pub kernel: String,
+    /// Seconds per step.
+    pub seconds: f64,
+}
+
+/// Trains random tokens and measures it. To be called once in a process: it installs the subscriber that times spans.
+///
+/// # Errors
+/// If the model has no memory.
+pub(crate) fn bench(config: BenchConfig) -> Result<BenchResult, ModelError> {
+    let BenchConfig { preset, batch, sequence, precision, threads, steps } = config;
+    let model = preset.config();
+    let spans = SpanTimes::default();
+    // Somebody who has installed another one gets no kernel times.
+    drop(tracing::subscriber::set_global_default(tracing_subscriber::registry().with(spans.clone())));
+
+    let recipe = TrainConfig::default();
+    let backend = ulmus_model::Backend::with_precision(Cpu::new(threads), precision);
+    let mut replica = Replica::new(backend, &model, batch, sequence, recipe.z_loss)?;
+    replica.initialise(0);
+    let mut random = ChaCha8Rng::seed_from_u64(0);
+    let mut train = |step: u64| -> Result<f64, ModelError> {
+        let mut tokens = || -> Vec<u32> {
+            (0..batch * sequence).map(|_| random.random_range(0..model.vocab_size as u32)).collect()
+        };
+        let micro_batch = MicroBatch::of_whole_documents(batch, sequence, tokens(), tokens());
+        let begun = Instant::now();
+        replica.forward_backward(&micro_batch)?;
+        replica.update(&recipe, recipe.learning_rate(step), step)?;
+        Ok(begun.elapsed().as_secs_f64())
+    };
+    train(0)?;
+    spans.take();
+    let step_seconds = (1..=steps.max(1) as u64).map(&mut train).collect::<Result<Vec<_>, _>>()?;
+    let kernels = kernel_times(spans.take(), &step_seconds);
+    let memory = worker_memory(&model, batch, sequence);
+    Ok(BenchResult {
+        preset: preset.name(),
+        parameters: model.parameters(),
+        batch,
+        sequence,
+        dtype: precision.name(),
+        threads,
+        tokens_per_second: (batch * sequence) as f64 / median(&step_seconds),
+        step_seconds,
+        kernels,
+        peak_rss_bytes: peak_rss_bytes(),
+        planned_bytes: memory.total - memory.reduction,
+        machine: Machine::this(),
+    })
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    f64::midpoint(values[(values.len() - 1) / 2], values[values.len() / 2])
+}
+
+fn kernel_times(spans: BTreeMap<&'static str, Duration>, step_seconds: &[f64]) -> Vec<KernelTime> {
+    let per_step = |seconds: f64| seconds / step_seconds.len() as f64;
+    let mut kernels: Vec<KernelTime> = spans
+        .iter()
+        .map(|(name, time)| KernelTime { kernel: (*name).to_owned(), seconds: per_step(time.as_secs_f64()) })
+        .collect();
+    let inside: f64 = kernels.iter().map(|kernel| kernel.seconds).sum();
+    kernels.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
+    let outside = (per_step(step_seconds.iter().sum()) - inside).max(0.0);
+    kernels.push(KernelTime { kernel: "other".to_owned(), seconds: outside });
+    kernels
+}
+
+/// Most resident memory so far.
+fn peak_rss_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
+/// A layer that adds up the time spent in spans, by name.
+#[derive(Debug, Clone, Default)]
+struct SpanTimes(Arc<Mutex<BTreeMap<&'static str, Duration>>>);
+
+/// When a span was opened.
+struct Opened(Instant);
+
+impl SpanTimes {
+    fn take(&self) -> BTreeMap<&'static str, Duration> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl<S: tracing::Subscriber + for<'a> LookupSpan<'a>> Layer<S> for SpanTimes {
+    fn on_new_span(&self, _: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
+        if let Some(span) = context.span(id) {
+            span.extensions_mut().insert(Opened(Instant::now()));
+        }
+    }
+
+    fn on_close(&self, id: Id, context: Context<'_, S>) {
+        let Some(span) = context.span(&id) else { return };
+        let Some(time) = span.extensions().get::<Opened>().map(|opened| opened.0.elapsed()) else { return };
+        let mut times = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *times.entry(span.name()).or_default() += time;
+    }
+}
+
+impl BenchResult {
+    /// The result for people.
+    pub(crate) fn table(&self) -> String {
+        let mut table = Table::new();
+        table.load_style(presets::UTF8_BORDERS_ONLY).set_header(["kernel", "ms per step", "share"]);
+        table.column_iter_mut().skip(1).for_each(|column| column.set_cell_alignment(CellAlignment::Right));
+        let total: f64 = self.kernels.iter().map(|kernel| kernel.seconds).sum();
+        for KernelTime { kernel, seconds } in &self.kernels {
+            let share = 100.0 * seconds / total;
+            table.add_row([kernel.clone(), format!("{:.1}", seconds * 1e3), format!("{share:.1} %")]);
+        }
+        let gigabytes = |bytes: u64| bytes as f64 / 1e9;
+        let measured =
+            self.peak_rss_bytes.map_or("unknown".to_owned(), |rss| format!("{:.2} GB", gigabytes(rss)));
+        format!(
+            "{table}\n{:.1} tokens/s (median of {} steps after one that is not counted): {} of {} parameters, {} x {}, {}, \
+             {} threads\npeak memory {measured}, planned {:.2} GB\n{}, {} cores, {}",
+            self.tokens_per_second,
+            self.step_seconds.len(),
+            self.preset,
+            self.parameters,
+            self.batch,
+            self.sequence,
+            self.dtype,
+            self.threads,
+            gigabytes(self.planned_bytes),
+            self.machine.processor,
+            self.machine.cores,
+            self.machine.platform,
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_outside_of_kernels_is_told() {
+        let spans = BTreeMap::from([("norm", Duration::from_secs(2)), ("linear", Duration::from_secs(4))]);
+        let kernels = kernel_times(spans, &[4.0, 3.0]);
+        let told: Vec<(&str, f64)> =
+            kernels.iter().map(|kernel| (kernel.kernel.as_str(), kernel.seconds)).collect();
+        assert_eq!(told, [("linear", 2.0), ("norm", 1.0), ("other", 0.5)]);
+    }
+
+    #[test]
+    fn spans_are_added_up_by_name() {
+        let times = SpanTimes::default();
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(times.clone()), || {
+            for _ in 0..3 {
+                let _span = tracing::trace_span!("norm").entered();
+            }
+            let _span = tracing::trace_span!("linear").entered();
+        });
+        let taken = times.take();
+        assert_eq!(taken.keys().copied().collect::<Vec<_>>(), ["linear", "norm"]);
+        assert!(times.take().is_empty());
+    }
+}
