@@ -53,9 +53,7 @@ fn floats(count: usize) -> BytesCount {
 }
 
 fn linear_cases() -> impl Iterator<Item = (Precision, usize, usize)> {
-    PRECISIONS
-        .into_iter()
-        .flat_map(|precision| LINEAR.map(|(inputs, outputs)| (precision, inputs, outputs)))
+    PRECISIONS.into_iter().flat_map(|precision| LINEAR.map(|(inputs, outputs)| (precision, inputs, outputs)))
 }
 
 #[divan::bench(args = linear_cases())]
@@ -233,9 +231,7 @@ fn qk_norm_rope_backward(bencher: Bencher<'_, '_>) {
 fn swiglu(bencher: Bencher<'_, '_>) {
     let backend = backend(Precision::F32);
     let (x, mut out) = (values(ROWS * 2 * FFN), vec![0.0; ROWS * FFN]);
-    bencher
-        .counter(floats(3 * ROWS * FFN))
-        .bench_local(|| backend.swiglu(all_mut(&mut out), all(&x), FFN));
+    bencher.counter(floats(3 * ROWS * FFN)).bench_local(|| backend.swiglu(all_mut(&mut out), all(&x), FFN));
 }
 
 #[divan::bench]
@@ -264,13 +260,7 @@ fn adamw(bencher: Bencher<'_, '_>) {
         epsilon: 1e-8,
     };
     bencher.counter(floats(7 * len)).bench_local(|| {
-        backend.adamw(
-            all_mut(&mut weights),
-            all_mut(&mut first),
-            all_mut(&mut second),
-            all(&gradient),
-            step,
-        );
+        backend.adamw(all_mut(&mut weights), all_mut(&mut first), all_mut(&mut second), all(&gradient), step);
     });
 }
 

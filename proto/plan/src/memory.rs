@@ -6,7 +6,7 @@
 use crate::model::ModelConfig;
 
 /// Rows whose logits exist at one time: the head and its loss go through the batch in chunks of so many rows.
-pub const HEAD_ROWS: usize = 256;
+pub const HEAD_ROWS: usize = 512;
 
 /// Rows per partial sum of a norm weight's gradient.
 const ROW_BLOCK: u64 = 64;

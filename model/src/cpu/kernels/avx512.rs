@@ -4,12 +4,12 @@ use super::matrix::Output;
 use super::simd::{Level, level};
 use super::tile::{Lanes, Target, Tile, panel_words};
 use std::arch::x86_64::{
-    __m512, __m512i, __mmask16, _mm512_castps_si512, _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh,
-    _mm512_cvtneps_pbh, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
-    _mm512_mask_storeu_epi32, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_or_si512,
-    _mm512_permutex2var_epi64, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setr_epi64, _mm512_setzero_ps,
-    _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_slli_epi32, _mm512_unpackhi_epi32,
-    _mm512_unpacklo_epi32,
+    __m512, __m512i, __mmask16, _MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch, _mm512_castps_si512,
+    _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_cvtneps_pbh, _mm512_dpbf16_ps, _mm512_fmadd_ps,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_storeu_epi32, _mm512_mask_storeu_ps,
+    _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_or_si512, _mm512_permutex2var_epi64, _mm512_set1_epi32,
+    _mm512_set1_ps, _mm512_setr_epi64, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_i32x4,
+    _mm512_slli_epi32, _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpacklo_epi32,
 };
 
 /// Rows of a tile: its 14 × 2 sums, the two vectors of a depth and a broadcast fill the 32 registers but one.
@@ -89,16 +89,14 @@ fn mask(count: usize) -> __mmask16 {
 /// AVX-512; `to` has `width * source.depths` words.
 #[target_feature(enable = "avx512f")]
 unsafe fn pack_f32(to: &mut [u32], width: usize, source: Lanes<'_>) {
-    let to = to.as_mut_ptr();
     for first in (0..width).step_by(VECTOR) {
         let lanes = lanes_of(&source, first);
-        let inside = mask(width - first);
         if source.adjacent() {
             for depth in 0..source.depths {
-                // SAFETY: the mask ends with the source's lanes; the panel has `width` words for this depth.
+                // SAFETY: the mask ends with the source's lanes; depths come in order.
                 unsafe {
                     let values = _mm512_maskz_loadu_ps(mask(lanes), source.at(first, depth));
-                    _mm512_mask_storeu_ps(to.add(depth * width + first).cast(), inside, values);
+                    store_lanes(to, width, first, depth, _mm512_castps_si512(values));
                 }
             }
             continue;
@@ -112,10 +110,8 @@ unsafe fn pack_f32(to: &mut [u32], width: usize, source: Lanes<'_>) {
                 *row = _mm512_castps_si512(values);
             }
             for (depth, values) in transpose(block).into_iter().enumerate().take(depths) {
-                // SAFETY: the panel has `width` words for this depth.
-                unsafe {
-                    _mm512_mask_storeu_epi32(to.add((start + depth) * width + first).cast(), inside, values)
-                };
+                // SAFETY: depths come in order.
+                unsafe { store_lanes(to, width, first, start + depth, values) };
             }
         }
     }
@@ -125,11 +121,9 @@ unsafe fn pack_f32(to: &mut [u32], width: usize, source: Lanes<'_>) {
 /// As for [`pack_f32`], with AVX-512-BF16 and half as many words, rounded up.
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn pack_bf16(to: &mut [u32], width: usize, source: Lanes<'_>) {
-    let to = to.as_mut_ptr();
     let words = source.depths.div_ceil(2);
     for first in (0..width).step_by(VECTOR) {
         let lanes = lanes_of(&source, first);
-        let inside = mask(width - first);
         if source.adjacent() {
             for word in 0..words {
                 let round = |depth: usize| {
@@ -141,8 +135,8 @@ unsafe fn pack_bf16(to: &mut [u32], width: usize, source: Lanes<'_>) {
                     _mm512_cvtepu16_epi32(unsafe { std::mem::transmute(rounded) })
                 };
                 let pair = _mm512_or_si512(round(2 * word), _mm512_slli_epi32::<16>(round(2 * word + 1)));
-                // SAFETY: the panel has `width` words for this pair of depths.
-                unsafe { _mm512_mask_storeu_epi32(to.add(word * width + first).cast(), inside, pair) };
+                // SAFETY: words come in order.
+                unsafe { store_lanes(to, width, first, word, pair) };
             }
             continue;
         }
@@ -160,11 +154,29 @@ unsafe fn pack_bf16(to: &mut [u32], width: usize, source: Lanes<'_>) {
                 };
             }
             for (word, values) in transpose(block).into_iter().enumerate().take(words - start) {
-                // SAFETY: the panel has `width` words for this pair of depths.
-                unsafe {
-                    _mm512_mask_storeu_epi32(to.add((start + word) * width + first).cast(), inside, values)
-                };
+                // SAFETY: words come in order.
+                unsafe { store_lanes(to, width, first, start + word, values) };
             }
+        }
+    }
+}
+
+/// Stores the lanes from `first` on of word `word` of a panel, and possibly zeros behind the panel's width, where the
+/// next word of these lanes belongs.
+///
+/// # Safety
+/// AVX-512; the panel has that word, and its later words are stored after it.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn store_lanes(to: &mut [u32], width: usize, first: usize, word: usize, values: __m512i) {
+    let at = word * width + first;
+    // SAFETY: a whole vector lies in the panel, or the mask ends with its width.
+    unsafe {
+        let address = to.as_mut_ptr().add(at).cast();
+        if at + VECTOR <= to.len() {
+            _mm512_storeu_si512(address, values);
+        } else {
+            _mm512_mask_storeu_epi32(address.cast(), mask(width - first), values);
         }
     }
 }
@@ -207,11 +219,13 @@ type Sums = [[__m512; 2]; ROWS];
 /// AVX-512; panels of that many depths; see [`Tile::multiply`].
 #[target_feature(enable = "avx512f")]
 unsafe fn multiply_f32(depths: usize, left: *const u32, right: *const u32, target: &Target) {
+    prefetch(target);
     let mut sums: Sums = [[_mm512_setzero_ps(); 2]; ROWS];
     let (mut left, mut right) = (left.cast::<f32>(), right.cast::<f32>());
     for _ in 0..depths {
         // SAFETY: the panels hold `ROWS` and `COLUMNS` words per depth.
         unsafe {
+            prefetch_right(right.cast());
             let (first, second) = (_mm512_loadu_ps(right), _mm512_loadu_ps(right.add(VECTOR)));
             for (row, sums) in sums.iter_mut().enumerate() {
                 let value = _mm512_set1_ps(*left.add(row));
@@ -230,12 +244,14 @@ unsafe fn multiply_f32(depths: usize, left: *const u32, right: *const u32, targe
 /// AVX-512-BF16; panels of that many words per lane; see [`Tile::multiply`].
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn multiply_bf16(words: usize, left: *const u32, right: *const u32, target: &Target) {
+    prefetch(target);
     let mut sums: Sums = [[_mm512_setzero_ps(); 2]; ROWS];
     let (mut left, mut right) = (left, right);
     for _ in 0..words {
         // SAFETY: the panels hold `ROWS` and `COLUMNS` words per pair of depths; all vectors are 512 bits of plain
         // data.
         unsafe {
+            prefetch_right(right);
             let first = std::mem::transmute::<__m512i, _>(_mm512_loadu_si512(right.cast()));
             let second = std::mem::transmute::<__m512i, _>(_mm512_loadu_si512(right.add(VECTOR).cast()));
             for (row, sums) in sums.iter_mut().enumerate() {
@@ -249,6 +265,30 @@ unsafe fn multiply_bf16(words: usize, left: *const u32, right: *const u32, targe
     }
     // SAFETY: promised by the caller.
     unsafe { store(&sums, target) };
+}
+
+/// Asks for what a right panel holds some depths ahead.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch_right(right: *const u32) {
+    for half in 0..2 {
+        let at = right.wrapping_add(16 * COLUMNS + half * VECTOR);
+        // SAFETY: a prefetch of any address has no effect that can be seen.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+    }
+}
+
+/// Asks for the target's cache lines while the sums are made.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch(target: &Target) {
+    for row in 0..target.rows {
+        for half in 0..2 {
+            let at = target.data.wrapping_add(row * target.stride + half * VECTOR);
+            // SAFETY: a prefetch of any address has no effect that can be seen.
+            unsafe { _mm_prefetch::<_MM_HINT_ET0>(at.cast()) };
+        }
+    }
 }
 
 /// # Safety

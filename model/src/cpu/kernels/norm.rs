@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::simd::{LANES, dot, vectorised};
+use super::simd::{LANES, dot, total, vectorised};
 use crate::backend::{Heads, ROW_BLOCK};
 
 /// Added to the mean square, as in the reference.
@@ -24,6 +24,18 @@ macro_rules! row_blocks {
     };
 }
 
+/// Row `row` of rows of that width.
+// In vectorised code indices and ranges: iterator adapters are often not inlined there.
+#[inline(always)]
+fn row(rows: &[f32], row: usize, width: usize) -> &[f32] {
+    &rows[row * width..][..width]
+}
+
+#[inline(always)]
+fn row_mut(rows: &mut [f32], row: usize, width: usize) -> &mut [f32] {
+    &mut rows[row * width..][..width]
+}
+
 /// `out = norm(x)`.
 pub(crate) fn norm(out: &mut [f32], x: &[f32], weight: &[f32]) {
     let d = weight.len();
@@ -33,8 +45,8 @@ pub(crate) fn norm(out: &mut [f32], x: &[f32], weight: &[f32]) {
 vectorised! {
     fn norm_rows(out: &mut [f32], x: &[f32], weight: &[f32]) {
         let d = weight.len();
-        for (out, x) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-            norm_row(out, x, weight);
+        for r in 0..x.len() / d {
+            norm_row(row_mut(out, r, d), row(x, r, d), weight);
         }
     }
 }
@@ -42,8 +54,9 @@ vectorised! {
 #[inline(always)]
 fn norm_row(out: &mut [f32], x: &[f32], weight: &[f32]) {
     let scale = inverse_rms(x);
-    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-        *out = x * scale * weight;
+    let (x, weight) = (&x[..out.len()], &weight[..out.len()]);
+    for i in 0..out.len() {
+        out[i] = x[i] * scale * weight[i];
     }
 }
 
@@ -59,12 +72,12 @@ pub(crate) fn add_norm(sum: &mut [f32], out: &mut [f32], x: &[f32], delta: &[f32
 vectorised! {
     fn add_norm_rows(sum: &mut [f32], out: &mut [f32], x: &[f32], delta: &[f32], weight: &[f32]) {
         let d = weight.len();
-        let inputs = x.chunks_exact(d).zip(delta.chunks_exact(d));
-        for ((sum, out), (x, delta)) in sum.chunks_exact_mut(d).zip(out.chunks_exact_mut(d)).zip(inputs) {
-            for ((sum, x), delta) in sum.iter_mut().zip(x).zip(delta) {
-                *sum = x + delta;
+        for r in 0..x.len() / d {
+            let (sum, x, delta) = (row_mut(sum, r, d), row(x, r, d), row(delta, r, d));
+            for i in 0..d {
+                sum[i] = x[i] + delta[i];
             }
-            norm_row(out, sum, weight);
+            norm_row(row_mut(out, r, d), sum, weight);
         }
     }
 }
@@ -100,8 +113,8 @@ vectorised! {
     ) {
         let d = weight.len();
         partial.fill(0.0);
-        let inputs = gradient.chunks_exact(d).zip(x.chunks_exact(d));
-        for (x_gradient, (gradient, x)) in x_gradient.chunks_exact_mut(d).zip(inputs) {
+        for r in 0..x.len() / d {
+            let (x_gradient, gradient, x) = (row_mut(x_gradient, r, d), row(gradient, r, d), row(x, r, d));
             if accumulate {
                 norm_backward_row::<true>(x_gradient, partial, gradient, x, weight);
             } else {
@@ -122,13 +135,13 @@ fn norm_backward_row<const ACCUMULATE: bool>(
 ) {
     let scale = inverse_rms(x);
     let pull = dot3(gradient, weight, x) * scale * scale / x.len() as f32;
-    let rows = gradient.iter().zip(x).zip(weight);
-    for ((x_gradient, weight_gradient), ((gradient, x), weight)) in
-        x_gradient.iter_mut().zip(weight_gradient.iter_mut()).zip(rows)
-    {
-        let own = scale * (gradient * weight - x * pull);
-        *x_gradient = if ACCUMULATE { *x_gradient + own } else { own };
-        *weight_gradient += gradient * x * scale;
+    let width = x.len();
+    let (gradient, weight) = (&gradient[..width], &weight[..width]);
+    let (x_gradient, weight_gradient) = (&mut x_gradient[..width], &mut weight_gradient[..width]);
+    for i in 0..width {
+        let own = scale * (gradient[i] * weight[i] - x[i] * pull);
+        x_gradient[i] = if ACCUMULATE { x_gradient[i] + own } else { own };
+        weight_gradient[i] += gradient[i] * x[i] * scale;
     }
 }
 
@@ -136,18 +149,18 @@ fn norm_backward_row<const ACCUMULATE: bool>(
 #[inline(always)]
 fn dot3(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
     let mut sums = [0f32; LANES];
-    let whole = a.len() / LANES * LANES;
-    for ((a, b), c) in a.chunks_exact(LANES).zip(b.chunks_exact(LANES)).zip(c.chunks_exact(LANES)) {
+    let ((a_chunks, a_rest), (b_chunks, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let (c_chunks, c_rest) = c.as_chunks::<LANES>();
+    let chunks = a_chunks.len().min(b_chunks.len()).min(c_chunks.len());
+    for chunk in 0..chunks {
+        let (a, b, c) = (&a_chunks[chunk], &b_chunks[chunk], &c_chunks[chunk]);
         for i in 0..LANES {
             sums[i] = (a[i] * b[i]).mul_add(c[i], sums[i]);
         }
     }
-    let mut sum = 0.0;
-    for lane in sums {
-        sum += lane;
-    }
-    for i in whole..a.len() {
-        sum = (a[i] * b[i]).mul_add(c[i], sum);
+    let mut sum = total(sums);
+    for i in 0..a_rest.len().min(b_rest.len()).min(c_rest.len()) {
+        sum = (a_rest[i] * b_rest[i]).mul_add(c_rest[i], sum);
     }
     sum
 }
@@ -156,9 +169,11 @@ vectorised! {
     /// Adds rows of `total.len()`, first to last.
     fn sum_rows(total: &mut [f32], rows: &[f32]) {
         total.fill(0.0);
-        for row in rows.chunks_exact(total.len()) {
-            for (total, x) in total.iter_mut().zip(row) {
-                *total += x;
+        let width = total.len();
+        for r in 0..rows.len() / width {
+            let x = row(rows, r, width);
+            for i in 0..width {
+                total[i] += x[i];
             }
         }
     }
@@ -181,6 +196,38 @@ impl<'a> RopeTables<'a> {
     }
 }
 
+/// Widest head that has room on the stack, normed or rotated; plans refuse wider ones.
+const WIDEST_HEAD: usize = 512;
+
+/// Turns the pairs `(x[i], x[i + H/2])` by their angles, or back.
+// Chunks are loaded before they are stored, so that the compiler need not ask whether slices overlap.
+#[inline(always)]
+fn rotate<const BACK: bool>(out: &mut [f32], x: &[f32], cos: &[f32], sin: &[f32]) {
+    let half = cos.len();
+    let ((low, high), (x_low, x_high)) = (out.split_at_mut(half), x.split_at(half));
+    let turn = |a: f32, b: f32, cos: f32, sin: f32| {
+        let sin = if BACK { -sin } else { sin };
+        (a * cos - b * sin, b * cos + a * sin)
+    };
+    let whole = half / LANES;
+    let (low_chunks, low_rest) = low.as_chunks_mut::<LANES>();
+    let (high_chunks, high_rest) = high.as_chunks_mut::<LANES>();
+    for chunk in 0..whole {
+        let at = |x: &[f32]| x.as_chunks::<LANES>().0[chunk];
+        let (a, b, cos, sin) = (at(x_low), at(x_high), at(cos), at(sin));
+        let (mut low, mut high) = ([0f32; LANES], [0f32; LANES]);
+        for i in 0..LANES {
+            (low[i], high[i]) = turn(a[i], b[i], cos[i], sin[i]);
+        }
+        low_chunks[chunk] = low;
+        high_chunks[chunk] = high;
+    }
+    for i in 0..low_rest.len() {
+        let at = whole * LANES + i;
+        (low_rest[i], high_rest[i]) = turn(x_low[at], x_high[at], cos[at], sin[at]);
+    }
+}
+
 /// Query and key heads normed and rotated, value heads copied. `weights` is `[2, H]`.
 pub(crate) fn qk_norm_rope(
     out: &mut [f32],
@@ -200,18 +247,14 @@ vectorised! {
     fn qk_rows(out: &mut [f32], packed: &[f32], weights: &[f32], rope: RopeTables<'_>, heads: Heads, first: usize) {
         let (width, h, half) = (heads.packed_width(), heads.width, heads.width / 2);
         let rotated = heads.query_width() + heads.key_value_width();
-        for (row, (out, packed)) in out.chunks_exact_mut(width).zip(packed.chunks_exact(width)).enumerate() {
-            let (cos, sin) = rope.row(first + row, half);
-            for (head, (out, x)) in out[..rotated].chunks_exact_mut(h).zip(packed.chunks_exact(h)).enumerate() {
-                let weight = if head < heads.query { &weights[..h] } else { &weights[h..2 * h] };
-                let scale = inverse_rms(x);
-                let ((low, high), (x_low, x_high)) = (out.split_at_mut(half), x.split_at(half));
-                let (w_low, w_high) = weight.split_at(half);
-                for i in 0..half {
-                    let (a, b) = (x_low[i] * scale * w_low[i], x_high[i] * scale * w_high[i]);
-                    low[i] = a * cos[i] - b * sin[i];
-                    high[i] = b * cos[i] + a * sin[i];
-                }
+        let mut normed = [0f32; WIDEST_HEAD];
+        for r in 0..packed.len() / width {
+            let (out, packed) = (row_mut(out, r, width), row(packed, r, width));
+            let (cos, sin) = rope.row(first + r, half);
+            for head in 0..heads.query + heads.key_value {
+                let (x, side) = (row(packed, head, h), usize::from(head >= heads.query));
+                norm_row(&mut normed[..h], x, row(weights, side, h));
+                rotate::<false>(row_mut(out, head, h), &normed[..h], cos, sin);
             }
             out[rotated..].copy_from_slice(&packed[rotated..]);
         }
@@ -249,9 +292,6 @@ pub(crate) fn qk_norm_rope_backward(
     sum_rows(weights_gradient, &partial[..packed.len().div_ceil(ROW_BLOCK * width) * weights.len()]);
 }
 
-/// Widest head that the rotated gradient's place on the stack can hold; plans refuse wider ones.
-const WIDEST_HEAD: usize = 512;
-
 vectorised! {
     fn qk_backward_rows(
         packed_gradient: &mut [f32],
@@ -268,25 +308,19 @@ vectorised! {
         let mut turned_back = [0f32; WIDEST_HEAD];
         let turned_back = &mut turned_back[..h];
         partial.fill(0.0);
-        let inputs = gradient.chunks_exact(width).zip(packed.chunks_exact(width));
-        for (row, (packed_gradient, (gradient, packed))) in
-            packed_gradient.chunks_exact_mut(width).zip(inputs).enumerate()
-        {
-            let (cos, sin) = rope.row(first + row, half);
+        for r in 0..packed.len() / width {
+            let (packed_gradient, gradient, packed) =
+                (row_mut(packed_gradient, r, width), row(gradient, r, width), row(packed, r, width));
+            let (cos, sin) = rope.row(first + r, half);
             for head in 0..heads.query + heads.key_value {
-                let part = head * h..(head + 1) * h;
-                let side = if head < heads.query { 0..h } else { h..2 * h };
-                let (low, high) = gradient[part.clone()].split_at(half);
-                for i in 0..half {
-                    turned_back[i] = low[i] * cos[i] + high[i] * sin[i];
-                    turned_back[half + i] = high[i] * cos[i] - low[i] * sin[i];
-                }
+                let side = usize::from(head >= heads.query);
+                rotate::<true>(turned_back, row(gradient, head, h), cos, sin);
                 norm_backward_row::<false>(
-                    &mut packed_gradient[part.clone()],
-                    &mut partial[side.clone()],
+                    row_mut(packed_gradient, head, h),
+                    row_mut(partial, side, h),
                     turned_back,
-                    &packed[part],
-                    &weights[side],
+                    row(packed, head, h),
+                    row(weights, side, h),
                 );
             }
             packed_gradient[rotated..].copy_from_slice(&gradient[rotated..]);

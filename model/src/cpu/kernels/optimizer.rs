@@ -44,11 +44,10 @@ pub(crate) fn block_squares(x: &[f32]) -> Vec<f64> {
 vectorised! {
     fn squares(x: &[f32]) -> f64 {
         let mut sums = [0f64; 8];
-        let chunks = x.chunks_exact(sums.len());
-        let rest = chunks.remainder();
+        let (chunks, rest) = x.as_chunks::<8>();
         for chunk in chunks {
-            for (sum, x) in sums.iter_mut().zip(chunk) {
-                *sum += f64::from(*x) * f64::from(*x);
+            for i in 0..8 {
+                sums[i] += f64::from(chunk[i]) * f64::from(chunk[i]);
             }
         }
         let mut sum = 0.0;

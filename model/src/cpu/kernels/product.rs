@@ -14,12 +14,12 @@ use super::matrix::{How, Matrix, MatrixMut, Output, Threads};
 use super::tile::{Lanes, Target, Tile, panel_words};
 
 /// Most words per lane of a part of the inner dimension.
-const DEPTH_WORDS: usize = 512;
+const DEPTH_WORDS: usize = 640;
 /// Rows and columns of the result for which operands are packed at once: what bounds the scratch.
 const BLOCK_ROWS: usize = 4096;
 const BLOCK_COLUMNS: usize = 4096;
 /// Lanes of a task.
-const TASK_ROWS: usize = 168;
+const TASK_ROWS: usize = 112;
 const TASK_COLUMNS: usize = 256;
 /// Multiplications below which a product is not worth waking other threads.
 const SERIAL: usize = 1 << 18;

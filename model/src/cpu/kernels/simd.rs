@@ -88,23 +88,38 @@ pub(crate) use vectorised;
 /// Partial sums that reductions keep side by side. Part of the definition of every reduction's bits.
 pub(crate) const LANES: usize = 16;
 
-/// `Σ f(a[i], b[i])` over [`LANES`] interleaved partial sums, which are then added first to last.
+/// The sum of partial sums: the upper half is added to the lower, until one is left.
+// Behind the black box, so that the loop that made the sums is vectorised by itself: the compiler would cut it into
+// the pairs that are added here.
+#[inline(always)]
+pub(crate) fn total(sums: [f32; LANES]) -> f32 {
+    let mut sums = std::hint::black_box(sums);
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            sums[i] += sums[i + half];
+        }
+        half /= 2;
+    }
+    sums[0]
+}
+
+/// `Σ f(a[i], b[i])` over [`LANES`] interleaved partial sums, which [`total`] adds.
+// Arrays and indices: iterator adapters are not inlined here, and a call per chunk costs more than the chunk.
 #[inline(always)]
 fn lanes2(a: &[f32], b: &[f32], mut f: impl FnMut(f32, f32, f32) -> f32) -> f32 {
     let mut sums = [0f32; LANES];
-    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let (a_rest, b_rest) = (a_chunks.remainder(), b_chunks.remainder());
-    for (a, b) in a_chunks.zip(b_chunks) {
+    let ((a_chunks, a_rest), (b_chunks, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let chunks = a_chunks.len().min(b_chunks.len());
+    for chunk in 0..chunks {
+        let (a, b) = (&a_chunks[chunk], &b_chunks[chunk]);
         for i in 0..LANES {
             sums[i] = f(a[i], b[i], sums[i]);
         }
     }
-    let mut sum = 0.0;
-    for lane in sums {
-        sum += lane;
-    }
-    for (a, b) in a_rest.iter().zip(b_rest) {
-        sum = f(*a, *b, sum);
+    let mut sum = total(sums);
+    for i in 0..a_rest.len().min(b_rest.len()) {
+        sum = f(a_rest[i], b_rest[i], sum);
     }
     sum
 }
@@ -126,14 +141,20 @@ pub(crate) fn sum(x: &[f32]) -> f32 {
 pub(crate) fn max(x: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if a > b { a } else { b };
     let mut lanes = [f32::NEG_INFINITY; LANES];
-    let chunks = x.chunks_exact(LANES);
-    let rest = chunks.remainder();
+    let (chunks, rest) = x.as_chunks::<LANES>();
     for chunk in chunks {
         for i in 0..LANES {
             lanes[i] = larger(chunk[i], lanes[i]);
         }
     }
-    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |most, x| larger(*x, most))
+    let mut most = f32::NEG_INFINITY;
+    for lane in lanes {
+        most = larger(lane, most);
+    }
+    for x in rest {
+        most = larger(*x, most);
+    }
+    most
 }
 
 /// `y += a · x`.
@@ -150,15 +171,18 @@ pub(crate) fn axpy(y: &mut [f32], a: f32, x: &[f32]) {
 pub(crate) fn exp(x: f32) -> f32 {
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
+    /// Between 2^23 and 2^24 floats are integers: adding this rounds, and leaves the integer in the low bits.
+    const ROUNDER: f32 = 12_582_912.0;
     let x = x.clamp(-87.0, 88.0);
-    let power = (x * std::f32::consts::LOG2_E).round_ties_even();
+    let shifted = x * std::f32::consts::LOG2_E + ROUNDER;
+    let power = shifted - ROUNDER;
     let r = power.mul_add(-LN2_LOW, power.mul_add(-LN2_HIGH, x));
     let mut p = 1.987_569_1e-4_f32;
     for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
         p = p.mul_add(r, coefficient);
     }
     let fraction = (p * r).mul_add(r, r) + 1.0;
-    f32::from_bits(fraction.to_bits().wrapping_add(((power as i32) << 23) as u32))
+    f32::from_bits(fraction.to_bits().wrapping_add(shifted.to_bits() << 23))
 }
 
 #[cfg(test)]
