@@ -67,20 +67,24 @@ fn linear(bencher: Bencher<'_, '_>, (precision, inputs, outputs): (Precision, us
 }
 
 #[divan::bench(args = linear_cases())]
-fn linear_backward(bencher: Bencher<'_, '_>, (precision, inputs, outputs): (Precision, usize, usize)) {
+fn linear_backward_weight(bencher: Bencher<'_, '_>, (precision, inputs, outputs): (Precision, usize, usize)) {
     let backend = backend(precision);
-    let (x, weight, gradient) = (values(ROWS * inputs), values(outputs * inputs), values(ROWS * outputs));
-    let (mut x_gradient, mut weight_gradient) = (x.clone(), weight.clone());
+    let (x, gradient, mut into) =
+        (values(ROWS * inputs), values(ROWS * outputs), vec![0.0; outputs * inputs]);
     let shape = LinearShape { rows: ROWS, inputs, outputs };
-    bencher.counter(ItemsCount::new(4 * ROWS * inputs * outputs)).bench_local(|| {
-        backend.linear_backward(
-            all_mut(&mut x_gradient),
-            all_mut(&mut weight_gradient),
-            all(&gradient),
-            all(&x),
-            all(&weight),
-            shape,
-        );
+    bencher
+        .counter(ItemsCount::new(2 * ROWS * inputs * outputs))
+        .bench_local(|| backend.linear_backward_weight(all_mut(&mut into), all(&gradient), all(&x), shape));
+}
+
+#[divan::bench(args = linear_cases())]
+fn linear_backward_input(bencher: Bencher<'_, '_>, (precision, inputs, outputs): (Precision, usize, usize)) {
+    let backend = backend(precision);
+    let (weight, gradient, mut into) =
+        (values(outputs * inputs), values(ROWS * outputs), vec![0.0; ROWS * inputs]);
+    let shape = LinearShape { rows: ROWS, inputs, outputs };
+    bencher.counter(ItemsCount::new(2 * ROWS * inputs * outputs)).bench_local(|| {
+        backend.linear_backward_input(all_mut(&mut into), all(&gradient), all(&weight), shape);
     });
 }
 
@@ -211,14 +215,13 @@ fn qk_norm_rope(bencher: Bencher<'_, '_>) {
 fn qk_norm_rope_backward(bencher: Bencher<'_, '_>) {
     let (backend, tables) = (backend(Precision::F32), RopeTables::new());
     let (packed, weights) = (values(ROWS * HEADS.packed_width()), vec![1.0; 2 * HEADS.width]);
-    let (mut into, gradient, mut weights_into) = (packed.clone(), packed.clone(), weights.clone());
+    let (gradient, mut packed, mut weights_into) = (packed.clone(), packed, weights.clone());
     let mut scratch = vec![0.0; ROWS.div_ceil(ROW_BLOCK) * 2 * HEADS.width];
     bencher.counter(floats(3 * packed.len())).bench_local(|| {
         backend.qk_norm_rope_backward(
-            all_mut(&mut into),
+            all_mut(&mut packed),
             all_mut(&mut weights_into),
             all(&gradient),
-            all(&packed),
             all(&weights),
             tables.view(),
             HEADS,
@@ -237,11 +240,10 @@ fn swiglu(bencher: Bencher<'_, '_>) {
 #[divan::bench]
 fn swiglu_backward(bencher: Bencher<'_, '_>) {
     let backend = backend(Precision::F32);
-    let (x, gradient) = (values(ROWS * 2 * FFN), values(ROWS * FFN));
-    let mut into = x.clone();
+    let (mut x, gradient) = (values(ROWS * 2 * FFN), values(ROWS * FFN));
     bencher
         .counter(floats(5 * ROWS * FFN))
-        .bench_local(|| backend.swiglu_backward(all_mut(&mut into), all(&gradient), all(&x), FFN));
+        .bench_local(|| backend.swiglu_backward(all_mut(&mut x), all(&gradient), FFN));
 }
 
 #[divan::bench]

@@ -243,13 +243,20 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// `out = x · weightᵀ`.
     fn linear(&self, out: Out<'_, Self>, x: In<'_, Self>, weight: In<'_, Self>, shape: LinearShape);
 
-    /// Overwrites the gradients of `x` and `weight`.
-    fn linear_backward(
+    /// `weight_gradient = gradientᵀ · x`.
+    fn linear_backward_weight(
         &self,
-        x_gradient: Out<'_, Self>,
         weight_gradient: Out<'_, Self>,
         gradient: In<'_, Self>,
         x: In<'_, Self>,
+        shape: LinearShape,
+    );
+
+    /// `x_gradient = gradient · weight`.
+    fn linear_backward_input(
+        &self,
+        x_gradient: Out<'_, Self>,
+        gradient: In<'_, Self>,
         weight: In<'_, Self>,
         shape: LinearShape,
     );
@@ -291,14 +298,13 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
         heads: Heads,
     );
 
-    /// Overwrites the gradients of `packed` and of the two norm weights (`[2, H]`).
+    /// Replaces `packed` by its gradient, and overwrites the gradients of the two norm weights (`[2, H]`).
     /// `scratch` holds `ceil(R / ROW_BLOCK) · 2H` elements.
     fn qk_norm_rope_backward(
         &self,
-        packed_gradient: Out<'_, Self>,
+        packed: Out<'_, Self>,
         weights_gradient: Out<'_, Self>,
         gradient: In<'_, Self>,
-        packed: In<'_, Self>,
         weights: In<'_, Self>,
         rope: Rope<'_, Self::Buffer<f32>>,
         heads: Heads,
@@ -335,14 +341,8 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// `out = silu(first half of the row) · second half`; `out` has rows of `width`, `x` of `2 · width`.
     fn swiglu(&self, out: Out<'_, Self>, x: In<'_, Self>, width: usize);
 
-    /// Overwrites the gradient of `x`.
-    fn swiglu_backward(
-        &self,
-        x_gradient: Out<'_, Self>,
-        gradient: In<'_, Self>,
-        x: In<'_, Self>,
-        width: usize,
-    );
+    /// Replaces `x`, rows of `2 · width`, by its gradient.
+    fn swiglu_backward(&self, x: Out<'_, Self>, gradient: In<'_, Self>, width: usize);
 
     /// Output head and loss in one: per row, `cross_entropy = logsumexp(logits) − logits[target]` and `lse` =
     /// logsumexp, both 0 where the target is [`IGNORE`]. `gradients`, if asked for, are those of

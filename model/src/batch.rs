@@ -5,6 +5,25 @@ use std::ops::AddAssign;
 use crate::backend::IGNORE;
 use crate::error::ModelError;
 
+/// What a replica is planned for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BatchShape {
+    /// Sequences of a micro-batch, at least 1.
+    pub sequences: usize,
+    /// Positions per sequence, at least 1.
+    pub length: usize,
+    /// Keep only the input of each layer, and compute the layer again in the backward: a third more work, and the
+    /// memory for the activations of one layer. The gradients have the same bits.
+    pub recompute: bool,
+}
+
+impl BatchShape {
+    /// A shape that keeps activations.
+    pub fn new(sequences: usize, length: usize) -> Self {
+        Self { sequences, length, recompute: false }
+    }
+}
+
 /// Sequences that go through the model at once; all vectors are row-major `[sequences, length]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MicroBatch {

@@ -24,7 +24,7 @@ pub use backend::{
     AdamW, AttentionShape, BLOCK, Backend, Columns, Element, HeadGradients, Heads, IGNORE, In, LinearShape,
     Out, ROW_BLOCK, Rope, View, ViewMut,
 };
-pub use batch::{LossSum, MicroBatch};
+pub use batch::{BatchShape, LossSum, MicroBatch};
 pub use cpu::Cpu;
 pub use error::ModelError;
 pub use exact::Quantum;

@@ -1,7 +1,8 @@
 //! The forward and backward of OpenELM over buffers planned once.
 //!
 //! There is no tape: each layer's activations have their place, and the backward walks the layers from last to
-//! first. Nothing is allocated after [`Network::new`]. Every range of the gradient is written exactly once per
+//! first. What costs no matrix product (norms, rotations, SwiGLU) is not kept but made again; whole layers are, if
+//! the batch's shape says so. Nothing is allocated after [`Network::new`]. Every range of the gradient is written exactly once per
 //! pass (the tied embedding: by the head, then added to by the input side), so it is never cleared; the gradient
 //! of a layer is complete when the loop has passed it.
 //!
@@ -13,7 +14,7 @@ use crate::backend::{
     AttentionShape, Backend, Columns, Element, HeadGradients, Heads, LinearShape, ROW_BLOCK, Rope, View,
     ViewMut,
 };
-use crate::batch::MicroBatch;
+use crate::batch::{BatchShape, MicroBatch};
 use crate::error::ModelError;
 use crate::params::{LayerLayout, Layout};
 
@@ -85,42 +86,79 @@ fn rope_tables(head_dim: usize, base: f64, positions: usize) -> (Vec<f32>, Vec<f
     angles.map(|angle| (angle.cos() as f32, angle.sin() as f32)).unzip()
 }
 
-/// What the backward of one layer needs from its forward. R rows, D model width, F FFN width.
+/// What the backward of one layer needs from its forward and cannot make again cheaply.
 #[derive(Debug)]
 struct Activations<B: Backend> {
-    /// Residual stream before the layer, `[R, D]`.
-    x: B::Buffer<f32>,
-    /// Its norm, the input of the attention, `[R, D]`.
-    attention_input: B::Buffer<f32>,
-    /// Queries, keys, values, `[R, packed]`.
+    /// Queries, keys, values, `[R, packed]`; their gradient in the backward.
     packed: B::Buffer<f32>,
-    /// The same after norm and rotation.
-    rotated: B::Buffer<f32>,
     /// Output of the attention, `[R, query width]`.
     attended: B::Buffer<f32>,
     /// Logsumexp of the scores, `[sequences, query heads, length]`.
     lse: B::Buffer<f32>,
     /// Residual stream between attention and FFN, `[R, D]`.
     middle: B::Buffer<f32>,
-    /// Its norm, `[R, D]`.
-    ffn_input: B::Buffer<f32>,
-    /// Both halves of `proj_1`, `[R, 2F]`.
+    /// Both halves of `proj_1`, `[R, 2F]`; their gradient in the backward.
     gate_up: B::Buffer<f32>,
-    /// After SwiGLU, `[R, F]`.
-    gated: B::Buffer<f32>,
 }
 
-/// Buffers that every layer uses in turn.
+impl<B: Backend> Activations<B> {
+    fn new(plan: &mut Planner<'_, B>, rows: usize, d: usize, widths: Widths) -> Result<Self, ModelError> {
+        Ok(Self {
+            packed: plan.buffer(rows * widths.packed)?,
+            attended: plan.buffer(rows * widths.query)?,
+            lse: plan.buffer(rows * widths.query_heads)?,
+            middle: plan.buffer(rows * d)?,
+            gate_up: plan.buffer(rows * 2 * widths.ffn)?,
+        })
+    }
+}
+
+/// Widths of one layer, or the greatest of all.
+#[derive(Debug, Clone, Copy, Default)]
+struct Widths {
+    packed: usize,
+    query: usize,
+    query_heads: usize,
+    ffn: usize,
+}
+
+impl Widths {
+    fn of(layer: &LayerLayout, head_dim: usize) -> Self {
+        let heads = heads(layer, head_dim);
+        Self {
+            packed: heads.packed_width(),
+            query: heads.query_width(),
+            query_heads: heads.query,
+            ffn: layer.dims.ffn_dim,
+        }
+    }
+
+    fn max(self, other: Self) -> Self {
+        Self {
+            packed: self.packed.max(other.packed),
+            query: self.query.max(other.query),
+            query_heads: self.query_heads.max(other.query_heads),
+            ffn: self.ffn.max(other.ffn),
+        }
+    }
+}
+
+/// Buffers that every layer uses in turn. What can be made from kept activations without a matrix product lives here
+/// and is made again in the backward, where its gradient then takes its place.
 #[derive(Debug)]
 struct Scratch<B: Backend> {
-    /// Output of a branch before it joins the stream; in the backward the gradient of a branch's input.
+    /// Input of the attention, of the FFN or of the head: a norm of the stream, `[R, D]`.
+    normed: B::Buffer<f32>,
+    /// Queries and keys after norm and rotation, and values, `[R, packed]`.
+    rotated: B::Buffer<f32>,
+    /// The gradient of `rotated`.
+    rotated_gradient: B::Buffer<f32>,
+    /// After SwiGLU, `[R, F]`.
+    gated: B::Buffer<f32>,
+    /// Output of a branch before it joins the stream, or the gradient of the attention's output.
     branch: B::Buffer<f32>,
     /// Gradient of the residual stream.
     stream: B::Buffer<f32>,
-    packed: B::Buffer<f32>,
-    rotated: B::Buffer<f32>,
-    gate_up: B::Buffer<f32>,
-    gated: B::Buffer<f32>,
     /// Partial sums of the gradients of norm weights.
     partial: B::Buffer<f32>,
     /// Logits of some rows.
@@ -142,10 +180,10 @@ pub(crate) struct Network<B: Backend> {
     inputs: B::Buffer<u32>,
     targets: B::Buffer<u32>,
     doc_starts: B::Buffer<u32>,
-    layers: Vec<Activations<B>>,
-    /// Residual stream after the last layer, and its norm.
-    last: B::Buffer<f32>,
-    hidden: B::Buffer<f32>,
+    /// Residual stream before each layer, and after the last, `[R, D]`.
+    x: Vec<B::Buffer<f32>>,
+    /// Of each layer; or of one, and layers are computed again in the backward.
+    activations: Vec<Activations<B>>,
     cross_entropy: B::Buffer<f32>,
     lse: B::Buffer<f32>,
     scratch: Scratch<B>,
@@ -157,40 +195,23 @@ impl<B: Backend> Network<B> {
         backend: B,
         config: &ModelConfig,
         layout: &Layout,
-        sequences: usize,
-        length: usize,
+        shape: BatchShape,
     ) -> Result<Self, ModelError> {
+        let BatchShape { sequences, length, recompute } = shape;
         let (rows, d) = (sequences * length, config.model_dim);
         let plan = &mut Planner::new(&backend);
-        let mut layers = Vec::new();
-        let (mut widest_query, mut widest_packed, mut widest_ffn) = (0, 0, 0);
-        for layer in layout.layers() {
-            let heads = heads(layer, config.head_dim);
-            let ffn = layer.dims.ffn_dim;
-            widest_query = widest_query.max(heads.query_width());
-            widest_packed = widest_packed.max(heads.packed_width());
-            widest_ffn = widest_ffn.max(ffn);
-            layers.push(Activations {
-                x: plan.buffer(rows * d)?,
-                attention_input: plan.buffer(rows * d)?,
-                packed: plan.buffer(rows * heads.packed_width())?,
-                rotated: plan.buffer(rows * heads.packed_width())?,
-                attended: plan.buffer(rows * heads.query_width())?,
-                lse: plan.buffer(rows * heads.query)?,
-                middle: plan.buffer(rows * d)?,
-                ffn_input: plan.buffer(rows * d)?,
-                gate_up: plan.buffer(rows * 2 * ffn)?,
-                gated: plan.buffer(rows * ffn)?,
-            });
-        }
+        let widths: Vec<Widths> =
+            layout.layers().iter().map(|layer| Widths::of(layer, config.head_dim)).collect();
+        let widest = widths.iter().copied().fold(Widths::default(), Widths::max);
+        let kept = if recompute { vec![widest] } else { widths };
         let logits_len = rows.min(HEAD_ROWS) * config.vocab_size;
         let scratch = Scratch {
-            branch: plan.buffer(rows * d.max(widest_query))?,
+            normed: plan.buffer(rows * d)?,
+            rotated: plan.buffer(rows * widest.packed)?,
+            rotated_gradient: plan.buffer(rows * widest.packed)?,
+            gated: plan.buffer(rows * widest.ffn)?,
+            branch: plan.buffer(rows * d.max(widest.query))?,
             stream: plan.buffer(rows * d)?,
-            packed: plan.buffer(rows * widest_packed)?,
-            rotated: plan.buffer(rows * widest_packed)?,
-            gate_up: plan.buffer(rows * 2 * widest_ffn)?,
-            gated: plan.buffer(rows * widest_ffn)?,
             partial: plan.buffer(rows.div_ceil(ROW_BLOCK) * d.max(2 * config.head_dim))?,
             logits: plan.buffer(logits_len)?,
             logits_len,
@@ -206,9 +227,11 @@ impl<B: Backend> Network<B> {
             inputs: plan.buffer(rows)?,
             targets: plan.buffer(rows)?,
             doc_starts: plan.buffer(rows)?,
-            layers,
-            last: plan.buffer(rows * d)?,
-            hidden: plan.buffer(rows * d)?,
+            x: (0..=layout.layers().len()).map(|_| plan.buffer(rows * d)).collect::<Result<_, _>>()?,
+            activations: kept
+                .into_iter()
+                .map(|widths| Activations::new(plan, rows, d, widths))
+                .collect::<Result<_, _>>()?,
             cross_entropy: plan.buffer(rows)?,
             lse: plan.buffer(rows)?,
             scratch,
@@ -239,87 +262,95 @@ impl<B: Backend> Network<B> {
     /// Residual stream to final norm of the loaded batch.
     pub(crate) fn forward(&mut self, weights: &B::Buffer<f32>) {
         let (rows, d) = (self.rows(), self.model_dim);
-        let Self { backend, layout, layers, scratch, rope, .. } = self;
-        let weight = |range: &std::ops::Range<usize>| View::new(weights, range.clone());
-        let mut previous: Option<&Activations<B>> = None;
-        for (at, layer) in layout.layers().iter().zip(layers.iter_mut()) {
-            let heads = heads(at, self.head_dim);
-            let (packed, query, ffn) =
-                (rows * heads.packed_width(), rows * heads.query_width(), at.dims.ffn_dim);
-            match previous {
-                None => {
-                    let table = weight(&layout.embedding());
-                    backend.embed(write(&mut layer.x, rows * d), table, read(&self.inputs, rows), d);
-                    let x = read(&layer.x, rows * d);
-                    backend.norm(write(&mut layer.attention_input, rows * d), x, weight(&at.attn_norm));
-                }
-                Some(previous) => backend.add_norm(
-                    write(&mut layer.x, rows * d),
-                    write(&mut layer.attention_input, rows * d),
-                    read(&previous.middle, rows * d),
-                    read(&scratch.branch, rows * d),
-                    weight(&at.attn_norm),
-                ),
-            }
-            backend.linear(
-                write(&mut layer.packed, packed),
-                read(&layer.attention_input, rows * d),
-                weight(&at.qkv),
-                LinearShape { rows, inputs: d, outputs: heads.packed_width() },
-            );
-            backend.qk_norm_rope(
-                write(&mut layer.rotated, packed),
-                read(&layer.packed, packed),
-                weight(&at.qk_norm),
-                rope.at(0, self.length),
-                heads,
-            );
-            let columns =
-                |column| Columns { rows: read(&layer.rotated, packed), stride: heads.packed_width(), column };
-            backend.attention(
-                write(&mut layer.attended, query),
-                write(&mut layer.lse, rows * heads.query),
-                columns(0),
-                columns(heads.query_width()),
-                columns(heads.query_width() + heads.key_value_width()),
-                Some(read(&self.doc_starts, rows)),
-                attention_shape(self.sequences, self.length, heads),
-            );
+        let table = View::new(weights, self.layout.embedding());
+        self.backend.embed(write(&mut self.x[0], rows * d), table, read(&self.inputs, rows), d);
+        self.norm_input(weights, 0);
+        for layer in 0..self.layout.layers().len() {
+            self.layer(weights, layer);
+            let Self { backend, layout, x, activations, scratch, .. } = self;
+            let at = &layout.layers()[layer];
+            let ffn = at.dims.ffn_dim;
+            let kept = kept(activations, layer);
+            backend.swiglu(write(&mut scratch.gated, rows * ffn), read(&kept.gate_up, rows * 2 * ffn), ffn);
             backend.linear(
                 write(&mut scratch.branch, rows * d),
-                read(&layer.attended, query),
-                weight(&at.out_proj),
-                LinearShape { rows, inputs: heads.query_width(), outputs: d },
-            );
-            backend.add_norm(
-                write(&mut layer.middle, rows * d),
-                write(&mut layer.ffn_input, rows * d),
-                read(&layer.x, rows * d),
-                read(&scratch.branch, rows * d),
-                weight(&at.ffn_norm),
-            );
-            backend.linear(
-                write(&mut layer.gate_up, rows * 2 * ffn),
-                read(&layer.ffn_input, rows * d),
-                weight(&at.proj_1),
-                LinearShape { rows, inputs: d, outputs: 2 * ffn },
-            );
-            backend.swiglu(write(&mut layer.gated, rows * ffn), read(&layer.gate_up, rows * 2 * ffn), ffn);
-            backend.linear(
-                write(&mut scratch.branch, rows * d),
-                read(&layer.gated, rows * ffn),
-                weight(&at.proj_2),
+                read(&scratch.gated, rows * ffn),
+                View::new(weights, at.proj_2.clone()),
                 LinearShape { rows, inputs: ffn, outputs: d },
             );
-            previous = Some(layer);
+            let next_norm =
+                layout.layers().get(layer + 1).map_or(layout.final_norm(), |at| at.attn_norm.clone());
+            backend.add_norm(
+                write(&mut x[layer + 1], rows * d),
+                write(&mut scratch.normed, rows * d),
+                read(&kept.middle, rows * d),
+                read(&scratch.branch, rows * d),
+                View::new(weights, next_norm),
+            );
         }
-        let previous = previous.expect("a model has at least one layer");
+    }
+
+    /// Makes a layer's normed input from the stream before it.
+    fn norm_input(&mut self, weights: &B::Buffer<f32>, layer: usize) {
+        let len = self.rows() * self.model_dim;
+        self.backend.norm(
+            write(&mut self.scratch.normed, len),
+            read(&self.x[layer], len),
+            View::new(weights, self.layout.layers()[layer].attn_norm.clone()),
+        );
+    }
+
+    /// From a layer's normed input to both halves of `proj_1`: all that its backward needs.
+    fn layer(&mut self, weights: &B::Buffer<f32>, layer: usize) {
+        let (rows, d) = (self.rows(), self.model_dim);
+        let Self { backend, layout, scratch, rope, x, activations, .. } = self;
+        let weight = |range: &std::ops::Range<usize>| View::new(weights, range.clone());
+        let at = &layout.layers()[layer];
+        let heads = heads(at, self.head_dim);
+        let (packed, query, ffn) = (rows * heads.packed_width(), rows * heads.query_width(), at.dims.ffn_dim);
+        let kept = kept(activations, layer);
+        backend.linear(
+            write(&mut kept.packed, packed),
+            read(&scratch.normed, rows * d),
+            weight(&at.qkv),
+            LinearShape { rows, inputs: d, outputs: heads.packed_width() },
+        );
+        backend.qk_norm_rope(
+            write(&mut scratch.rotated, packed),
+            read(&kept.packed, packed),
+            weight(&at.qk_norm),
+            rope.at(0, self.length),
+            heads,
+        );
+        let columns =
+            |column| Columns { rows: read(&scratch.rotated, packed), stride: heads.packed_width(), column };
+        backend.attention(
+            write(&mut kept.attended, query),
+            write(&mut kept.lse, rows * heads.query),
+            columns(0),
+            columns(heads.query_width()),
+            columns(heads.query_width() + heads.key_value_width()),
+            Some(read(&self.doc_starts, rows)),
+            attention_shape(self.sequences, self.length, heads),
+        );
+        backend.linear(
+            write(&mut scratch.branch, rows * d),
+            read(&kept.attended, query),
+            weight(&at.out_proj),
+            LinearShape { rows, inputs: heads.query_width(), outputs: d },
+        );
         backend.add_norm(
-            write(&mut self.last, rows * d),
-            write(&mut self.hidden, rows * d),
-            read(&previous.middle, rows * d),
+            write(&mut kept.middle, rows * d),
+            write(&mut scratch.normed, rows * d),
+            read(&x[layer], rows * d),
             read(&scratch.branch, rows * d),
-            weight(&layout.final_norm()),
+            weight(&at.ffn_norm),
+        );
+        backend.linear(
+            write(&mut kept.gate_up, rows * 2 * ffn),
+            read(&scratch.normed, rows * d),
+            weight(&at.proj_1),
+            LinearShape { rows, inputs: d, outputs: 2 * ffn },
         );
     }
 
@@ -331,7 +362,7 @@ impl<B: Backend> Network<B> {
     fn head(&mut self, weights: &B::Buffer<f32>, gradient: Option<(&mut B::Buffer<f32>, f32)>) {
         let (rows, d) = (self.rows(), self.model_dim);
         let table = self.layout.embedding();
-        let Scratch { branch, logits, logits_len, .. } = &mut self.scratch;
+        let Scratch { normed, branch, logits, logits_len, .. } = &mut self.scratch;
         let gradients = gradient.map(|(gradient, z_loss)| HeadGradients {
             hidden: write(branch, rows * d),
             table: ViewMut::new(gradient, table.clone()),
@@ -341,7 +372,7 @@ impl<B: Backend> Network<B> {
             write(&mut self.cross_entropy, rows),
             write(&mut self.lse, rows),
             gradients,
-            read(&self.hidden, rows * d),
+            read(normed, rows * d),
             View::new(weights, table),
             read(&self.targets, rows),
             write(logits, *logits_len),
@@ -350,7 +381,7 @@ impl<B: Backend> Network<B> {
     }
 
     /// Loss and gradient of `Σ cross_entropy + z_loss · lse²` of the loaded batch, after [`Network::forward`].
-    /// Overwrites all of `gradient`.
+    /// Overwrites all of `gradient`, and the activations.
     pub(crate) fn loss_backward(
         &mut self,
         weights: &B::Buffer<f32>,
@@ -358,104 +389,161 @@ impl<B: Backend> Network<B> {
         z_loss: f32,
     ) {
         self.head(weights, Some((gradient, z_loss)));
-        let (rows, d) = (self.rows(), self.model_dim);
-        let Self { backend, layout, layers, scratch, rope, .. } = self;
-        let weight = |range: &std::ops::Range<usize>| View::new(weights, range.clone());
-        let partial_blocks = rows.div_ceil(ROW_BLOCK);
-        backend.norm_backward(
-            write(&mut scratch.stream, rows * d),
-            ViewMut::new(gradient, layout.final_norm()),
-            read(&scratch.branch, rows * d),
-            read(&self.last, rows * d),
-            weight(&layout.final_norm()),
+        let (rows, d, layers) = (self.rows(), self.model_dim, self.layout.layers().len());
+        let Scratch { stream, branch, partial, .. } = &mut self.scratch;
+        self.backend.norm_backward(
+            write(stream, rows * d),
+            ViewMut::new(gradient, self.layout.final_norm()),
+            read(branch, rows * d),
+            read(&self.x[layers], rows * d),
+            View::new(weights, self.layout.final_norm()),
             false,
-            write(&mut scratch.partial, partial_blocks * d),
+            write(partial, rows.div_ceil(ROW_BLOCK) * d),
         );
-        for (at, layer) in layout.layers().iter().zip(layers.iter()).rev() {
-            let heads = heads(at, self.head_dim);
-            let (packed, query, ffn) =
-                (rows * heads.packed_width(), rows * heads.query_width(), at.dims.ffn_dim);
-            backend.linear_backward(
-                write(&mut scratch.gated, rows * ffn),
-                ViewMut::new(gradient, at.proj_2.clone()),
-                read(&scratch.stream, rows * d),
-                read(&layer.gated, rows * ffn),
-                weight(&at.proj_2),
-                LinearShape { rows, inputs: ffn, outputs: d },
-            );
-            backend.swiglu_backward(
-                write(&mut scratch.gate_up, rows * 2 * ffn),
-                read(&scratch.gated, rows * ffn),
-                read(&layer.gate_up, rows * 2 * ffn),
-                ffn,
-            );
-            backend.linear_backward(
-                write(&mut scratch.branch, rows * d),
-                ViewMut::new(gradient, at.proj_1.clone()),
-                read(&scratch.gate_up, rows * 2 * ffn),
-                read(&layer.ffn_input, rows * d),
-                weight(&at.proj_1),
-                LinearShape { rows, inputs: d, outputs: 2 * ffn },
-            );
-            backend.norm_backward(
-                write(&mut scratch.stream, rows * d),
-                ViewMut::new(gradient, at.ffn_norm.clone()),
-                read(&scratch.branch, rows * d),
-                read(&layer.middle, rows * d),
-                weight(&at.ffn_norm),
-                true,
-                write(&mut scratch.partial, partial_blocks * d),
-            );
-            backend.linear_backward(
-                write(&mut scratch.branch, query),
-                ViewMut::new(gradient, at.out_proj.clone()),
-                read(&scratch.stream, rows * d),
-                read(&layer.attended, query),
-                weight(&at.out_proj),
-                LinearShape { rows, inputs: heads.query_width(), outputs: d },
-            );
-            backend.attention_backward(
-                write(&mut scratch.rotated, packed),
-                read(&scratch.branch, query),
-                read(&layer.attended, query),
-                read(&layer.lse, rows * heads.query),
-                read(&layer.rotated, packed),
-                read(&self.doc_starts, rows),
-                attention_shape(self.sequences, self.length, heads),
-            );
-            backend.qk_norm_rope_backward(
-                write(&mut scratch.packed, packed),
-                ViewMut::new(gradient, at.qk_norm.clone()),
-                read(&scratch.rotated, packed),
-                read(&layer.packed, packed),
-                weight(&at.qk_norm),
-                rope.at(0, self.length),
-                heads,
-                write(&mut scratch.partial, partial_blocks * 2 * self.head_dim),
-            );
-            backend.linear_backward(
-                write(&mut scratch.branch, rows * d),
-                ViewMut::new(gradient, at.qkv.clone()),
-                read(&scratch.packed, packed),
-                read(&layer.attention_input, rows * d),
-                weight(&at.qkv),
-                LinearShape { rows, inputs: d, outputs: heads.packed_width() },
-            );
-            backend.norm_backward(
-                write(&mut scratch.stream, rows * d),
-                ViewMut::new(gradient, at.attn_norm.clone()),
-                read(&scratch.branch, rows * d),
-                read(&layer.x, rows * d),
-                weight(&at.attn_norm),
-                true,
-                write(&mut scratch.partial, partial_blocks * d),
-            );
+        for layer in (0..layers).rev() {
+            // The last layer's activations are there in any case.
+            if self.activations.len() == 1 && layer + 1 < layers {
+                self.norm_input(weights, layer);
+                self.layer(weights, layer);
+            }
+            self.ffn_backward(weights, gradient, layer);
+            self.attention_backward(weights, gradient, layer);
         }
-        backend.embed_backward(
-            ViewMut::new(gradient, layout.embedding()),
-            read(&scratch.stream, rows * d),
+        self.backend.embed_backward(
+            ViewMut::new(gradient, self.layout.embedding()),
+            read(&self.scratch.stream, rows * d),
             read(&self.inputs, rows),
             d,
+        );
+    }
+
+    /// Takes the stream's gradient from behind a layer's FFN to before it.
+    fn ffn_backward(&mut self, weights: &B::Buffer<f32>, gradient: &mut B::Buffer<f32>, layer: usize) {
+        let (rows, d) = (self.rows(), self.model_dim);
+        let Self { backend, layout, activations, scratch, .. } = self;
+        let at = &layout.layers()[layer];
+        let ffn = at.dims.ffn_dim;
+        let kept = kept(activations, layer);
+        let weight = |range: &std::ops::Range<usize>| View::new(weights, range.clone());
+
+        let shape = LinearShape { rows, inputs: ffn, outputs: d };
+        backend.swiglu(write(&mut scratch.gated, rows * ffn), read(&kept.gate_up, rows * 2 * ffn), ffn);
+        backend.linear_backward_weight(
+            ViewMut::new(gradient, at.proj_2.clone()),
+            read(&scratch.stream, rows * d),
+            read(&scratch.gated, rows * ffn),
+            shape,
+        );
+        backend.linear_backward_input(
+            write(&mut scratch.gated, rows * ffn),
+            read(&scratch.stream, rows * d),
+            weight(&at.proj_2),
+            shape,
+        );
+        backend.swiglu_backward(
+            write(&mut kept.gate_up, rows * 2 * ffn),
+            read(&scratch.gated, rows * ffn),
+            ffn,
+        );
+
+        let shape = LinearShape { rows, inputs: d, outputs: 2 * ffn };
+        let middle = || read(&kept.middle, rows * d);
+        backend.norm(write(&mut scratch.normed, rows * d), middle(), weight(&at.ffn_norm));
+        backend.linear_backward_weight(
+            ViewMut::new(gradient, at.proj_1.clone()),
+            read(&kept.gate_up, rows * 2 * ffn),
+            read(&scratch.normed, rows * d),
+            shape,
+        );
+        backend.linear_backward_input(
+            write(&mut scratch.normed, rows * d),
+            read(&kept.gate_up, rows * 2 * ffn),
+            weight(&at.proj_1),
+            shape,
+        );
+        backend.norm_backward(
+            write(&mut scratch.stream, rows * d),
+            ViewMut::new(gradient, at.ffn_norm.clone()),
+            read(&scratch.normed, rows * d),
+            middle(),
+            weight(&at.ffn_norm),
+            true,
+            write(&mut scratch.partial, rows.div_ceil(ROW_BLOCK) * d),
+        );
+    }
+
+    /// Takes the stream's gradient from behind a layer's attention to before it.
+    fn attention_backward(&mut self, weights: &B::Buffer<f32>, gradient: &mut B::Buffer<f32>, layer: usize) {
+        let (rows, d) = (self.rows(), self.model_dim);
+        let Self { backend, layout, x, activations, scratch, rope, .. } = self;
+        let at = &layout.layers()[layer];
+        let heads = heads(at, self.head_dim);
+        let (packed, query) = (rows * heads.packed_width(), rows * heads.query_width());
+        let kept = kept(activations, layer);
+        let weight = |range: &std::ops::Range<usize>| View::new(weights, range.clone());
+
+        let shape = LinearShape { rows, inputs: heads.query_width(), outputs: d };
+        backend.linear_backward_weight(
+            ViewMut::new(gradient, at.out_proj.clone()),
+            read(&scratch.stream, rows * d),
+            read(&kept.attended, query),
+            shape,
+        );
+        backend.linear_backward_input(
+            write(&mut scratch.branch, query),
+            read(&scratch.stream, rows * d),
+            weight(&at.out_proj),
+            shape,
+        );
+        backend.qk_norm_rope(
+            write(&mut scratch.rotated, packed),
+            read(&kept.packed, packed),
+            weight(&at.qk_norm),
+            rope.at(0, self.length),
+            heads,
+        );
+        backend.attention_backward(
+            write(&mut scratch.rotated_gradient, packed),
+            read(&scratch.branch, query),
+            read(&kept.attended, query),
+            read(&kept.lse, rows * heads.query),
+            read(&scratch.rotated, packed),
+            read(&self.doc_starts, rows),
+            attention_shape(self.sequences, self.length, heads),
+        );
+        backend.qk_norm_rope_backward(
+            write(&mut kept.packed, packed),
+            ViewMut::new(gradient, at.qk_norm.clone()),
+            read(&scratch.rotated_gradient, packed),
+            weight(&at.qk_norm),
+            rope.at(0, self.length),
+            heads,
+            write(&mut scratch.partial, rows.div_ceil(ROW_BLOCK) * 2 * self.head_dim),
+        );
+
+        let shape = LinearShape { rows, inputs: d, outputs: heads.packed_width() };
+        let x = || read(&x[layer], rows * d);
+        backend.norm(write(&mut scratch.normed, rows * d), x(), weight(&at.attn_norm));
+        backend.linear_backward_weight(
+            ViewMut::new(gradient, at.qkv.clone()),
+            read(&kept.packed, packed),
+            read(&scratch.normed, rows * d),
+            shape,
+        );
+        backend.linear_backward_input(
+            write(&mut scratch.normed, rows * d),
+            read(&kept.packed, packed),
+            weight(&at.qkv),
+            shape,
+        );
+        backend.norm_backward(
+            write(&mut scratch.stream, rows * d),
+            ViewMut::new(gradient, at.attn_norm.clone()),
+            read(&scratch.normed, rows * d),
+            x(),
+            weight(&at.attn_norm),
+            true,
+            write(&mut scratch.partial, rows.div_ceil(ROW_BLOCK) * d),
         );
     }
 
@@ -466,6 +554,12 @@ impl<B: Backend> Network<B> {
         self.backend.download(read(&self.lse, self.rows()), &mut lse);
         (cross_entropy, lse)
     }
+}
+
+/// Where a layer's activations are.
+fn kept<B: Backend>(activations: &mut [Activations<B>], layer: usize) -> &mut Activations<B> {
+    let index = layer % activations.len();
+    &mut activations[index]
 }
 
 /// Heads of a layer.

@@ -12,7 +12,7 @@ use ulmus_plan::{ModelConfig, TrainConfig};
 use ulmus_types::Digest;
 
 use crate::backend::{AdamW, Backend, IGNORE, View, ViewMut};
-use crate::batch::{LossSum, MicroBatch};
+use crate::batch::{BatchShape, LossSum, MicroBatch};
 use crate::error::ModelError;
 use crate::exact::Quantum;
 use crate::init::initial_values;
@@ -67,24 +67,19 @@ pub struct Replica<B: Backend> {
 }
 
 impl<B: Backend> Replica<B> {
-    /// Plans a replica for micro-batches of `sequences` × `length`; all its memory is taken here, all of it zero.
+    /// Plans a replica for micro-batches of one shape; all its memory is taken here, all of it zero.
     /// `z_loss` is the weight of the squared logsumexp in the loss whose gradient is computed. `config` has passed
     /// [`ModelConfig::check`].
     ///
     /// # Errors
     /// [`ModelError::OutOfMemory`]; [`ModelError::Batch`] for an empty shape.
-    pub fn new(
-        backend: B,
-        config: &ModelConfig,
-        sequences: usize,
-        length: usize,
-        z_loss: f64,
-    ) -> Result<Self, ModelError> {
+    pub fn new(backend: B, config: &ModelConfig, shape: BatchShape, z_loss: f64) -> Result<Self, ModelError> {
+        let BatchShape { sequences, length, .. } = shape;
         if sequences == 0 || length == 0 {
             return Err(ModelError::Batch(format!("[{sequences}, {length}] has no position")));
         }
         let layout = Layout::new(config);
-        let network = Network::new(backend.clone(), config, &layout, sequences, length)?;
+        let network = Network::new(backend.clone(), config, &layout, shape)?;
         let plan = &mut Planner::new(&backend);
         let len = layout.parameters();
         Ok(Self {

@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use common::largest_difference;
-use ulmus_model::{Cpu, Generator, IGNORE, MicroBatch, Model, ModelError, Replica, greedy};
+use ulmus_model::{BatchShape, Cpu, Generator, IGNORE, MicroBatch, Model, ModelError, Replica, greedy};
 use ulmus_plan::{ModelConfig, Multipliers};
 
 fn config() -> ModelConfig {
@@ -27,7 +27,7 @@ fn config() -> ModelConfig {
 }
 
 fn model() -> Arc<Model<Cpu>> {
-    let mut replica = Replica::new(Cpu::new(1), &config(), 1, 1, 0.0).unwrap();
+    let mut replica = Replica::new(Cpu::new(1), &config(), BatchShape::new(1, 1), 0.0).unwrap();
     replica.initialise(5);
     Arc::new(Model::new(Cpu::new(2), &config(), &replica.state().weights).unwrap())
 }
@@ -65,7 +65,7 @@ fn scores_are_those_of_the_training_loss() {
     let text = text(301);
     let (inputs, mut targets) = (text[..300].to_vec(), text[1..].to_vec());
     targets[..20].fill(IGNORE);
-    let mut replica = Replica::new(Cpu::new(2), &config(), 1, 300, 0.0).unwrap();
+    let mut replica = Replica::new(Cpu::new(2), &config(), BatchShape::new(1, 300), 0.0).unwrap();
     replica.initialise(5);
     let batch = MicroBatch::of_whole_documents(1, 300, inputs.clone(), targets.clone());
     let loss = replica.loss(&batch).unwrap();

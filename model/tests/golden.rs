@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use common::{PAD, Tensors, batch, golden, json, largest_difference, mean_gradient, relative_l2};
 use ulmus_model::hf::{self, HfModel};
-use ulmus_model::{Cpu, Generator, IGNORE, Layout, MicroBatch, Model, Replica, State};
+use ulmus_model::{BatchShape, Cpu, Generator, IGNORE, Layout, MicroBatch, Model, Replica, State};
 use ulmus_plan::{ModelConfig, Preset, TrainConfig};
 
 /// Absolute, on logits of size about 4. The reference and a float64 implementation differ by 8e-6.
@@ -32,7 +32,7 @@ fn model() -> HfModel {
 
 fn replica(sequences: usize, length: usize) -> Replica<Cpu> {
     let HfModel { config, weights, .. } = model();
-    let mut replica = Replica::new(Cpu::new(2), &config, sequences, length, Z_LOSS).unwrap();
+    let mut replica = Replica::new(Cpu::new(2), &config, BatchShape::new(sequences, length), Z_LOSS).unwrap();
     let zeros = vec![0.0; weights.len()];
     replica.load_state(&State { weights, first_moment: zeros.clone(), second_moment: zeros }).unwrap();
     replica

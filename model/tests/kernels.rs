@@ -160,18 +160,18 @@ fn linear<B: Backend>(device: &Device<B>) {
         let (x_, weight_, upstream_) = (device.put(&x), device.put(&weight), device.put(&upstream));
         let (x_view, weight_view) = (|| all(&x_, rows * inputs), || all(&weight_, outputs * inputs));
         let out = device.fill(rows * outputs, |out| device.0.linear(out, x_view(), weight_view(), shape));
-        let mut x_gradient = device.put(&vec![f32::NAN; rows * inputs]);
-        let weight_gradient = device.fill(outputs * inputs, |weight_gradient| {
-            let x_gradient = all_mut(&mut x_gradient, rows * inputs);
-            let upstream = all(&upstream_, rows * outputs);
-            device.0.linear_backward(x_gradient, weight_gradient, upstream, x_view(), weight_view(), shape);
+        let gradient = || all(&upstream_, rows * outputs);
+        let x_gradient = device.fill(rows * inputs, |into| {
+            device.0.linear_backward_input(into, gradient(), weight_view(), shape);
+        });
+        let weight_gradient = device.fill(outputs * inputs, |into| {
+            device.0.linear_backward_weight(into, gradient(), x_view(), shape);
         });
         let reference = |given: &[Vec<f64>]| {
             let dot = |x: &[f64], w: &[f64]| x.iter().zip(w).map(|(x, w)| x * w).sum::<f64>();
             let rows = given[0].chunks(inputs);
             rows.flat_map(|x| given[1].chunks(inputs).map(move |w| dot(x, w)).collect::<Vec<_>>()).collect()
         };
-        let x_gradient = device.get(&x_gradient, rows * inputs);
         check("linear", reference, &[&x, &weight], &out, &upstream, &[&x_gradient, &weight_gradient]);
     }
 }
@@ -206,9 +206,10 @@ fn swiglu<B: Backend>(device: &Device<B>) {
     let upstream = random(rows * width, 2);
     let (x_, upstream_) = (device.put(&x), device.put(&upstream));
     let out = device.fill(rows * width, |out| device.0.swiglu(out, all(&x_, rows * 2 * width), width));
-    let gradient = device.fill(rows * 2 * width, |gradient| {
-        device.0.swiglu_backward(gradient, all(&upstream_, rows * width), all(&x_, rows * 2 * width), width);
-    });
+    let mut gradient = device.put(&x);
+    let into = all_mut(&mut gradient, rows * 2 * width);
+    device.0.swiglu_backward(into, all(&upstream_, rows * width), width);
+    let gradient = device.get(&gradient, rows * 2 * width);
     let reference = |inputs: &[Vec<f64>]| {
         let rows = inputs[0].chunks(2 * width);
         rows.flat_map(|x| (0..width).map(|i| x[i] / (1.0 + (-x[i]).exp()) * x[width + i]).collect::<Vec<_>>())
@@ -232,7 +233,7 @@ fn qk_norm_rope<B: Backend>(device: &Device<B>) {
     let out = device.fill(rows * width, |out| {
         device.0.qk_norm_rope(out, all(&packed_, rows * width), all(&weights_, 2 * h), rope(), heads);
     });
-    let mut packed_gradient = device.put(&vec![f32::NAN; rows * width]);
+    let mut packed_gradient = device.put(&packed);
     let scratch_len = rows.div_ceil(ROW_BLOCK) * 2 * h;
     let mut scratch = device.put(&vec![f32::NAN; scratch_len]);
     let weights_gradient = device.fill(2 * h, |weights_gradient| {
@@ -240,7 +241,6 @@ fn qk_norm_rope<B: Backend>(device: &Device<B>) {
             all_mut(&mut packed_gradient, rows * width),
             weights_gradient,
             all(&upstream_, rows * width),
-            all(&packed_, rows * width),
             all(&weights_, 2 * h),
             rope(),
             heads,

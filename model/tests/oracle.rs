@@ -7,7 +7,7 @@ mod common;
 
 use candle_core::{D, Device, Result, Tensor, Var};
 use common::relative_l2;
-use ulmus_model::{Cpu, IGNORE, Layout, MicroBatch, Replica, StatePart};
+use ulmus_model::{BatchShape, Cpu, IGNORE, Layout, MicroBatch, Replica, StatePart};
 use ulmus_plan::{ModelConfig, Multipliers};
 
 const Z_LOSS: f64 = 0.01;
@@ -155,7 +155,7 @@ fn compare(config: &ModelConfig, sequences: usize, length: usize, seed: u32) {
         doc_starts: (0..rows).map(|row| start(row) as u32).collect(),
     };
 
-    let mut replica = Replica::new(Cpu::new(2), config, sequences, length, Z_LOSS).unwrap();
+    let mut replica = Replica::new(Cpu::new(2), config, BatchShape::new(sequences, length), Z_LOSS).unwrap();
     replica.initialise(u64::from(seed));
     // Norm weights away from 1, so that they matter.
     for tensor in layout.tensors().iter().filter(|tensor| !tensor.decays()) {

@@ -8,9 +8,10 @@ mod common;
 use common::{mean_gradient, relative_l2};
 use proptest::prelude::*;
 use ulmus_model::{
-    Backend as _, Cpu, IGNORE, LossSum, MicroBatch, ModelError, Quantum, Replica, State, StatePart,
+    Backend as _, BatchShape, Cpu, IGNORE, LossSum, MicroBatch, ModelError, Quantum, Replica, State,
+    StatePart,
 };
-use ulmus_plan::{ModelConfig, Multipliers, TrainConfig, worker_memory};
+use ulmus_plan::{ModelConfig, Multipliers, Precision, TrainConfig, worker_memory};
 
 fn config() -> ModelConfig {
     ModelConfig {
@@ -50,7 +51,7 @@ fn micro_batch(seed: u32) -> MicroBatch {
 }
 
 fn replica(threads: usize) -> Replica<Cpu> {
-    let mut replica = Replica::new(Cpu::new(threads), &config(), 2, 80, 1e-4).unwrap();
+    let mut replica = Replica::new(Cpu::new(threads), &config(), BatchShape::new(2, 80), 1e-4).unwrap();
     replica.initialise(11);
     replica
 }
@@ -124,20 +125,26 @@ fn larger_products_have_the_same_bits_for_any_number_of_threads() {
         ..config()
     };
     let batch = MicroBatch::of_whole_documents(2, 256, tokens(512, 1), tokens(512, 2));
-    let hash = |threads| {
-        let mut replica = Replica::new(Cpu::new(threads), &config, 2, 256, 1e-4).unwrap();
+    let hash = |threads, precision, recompute| {
+        let backend = Cpu::new(threads).with_precision(precision);
+        let shape = BatchShape { sequences: 2, length: 256, recompute };
+        let mut replica = Replica::new(backend, &config, shape, 1e-4).unwrap();
         replica.initialise(1);
         replica.forward_backward(&batch).unwrap();
         replica.gradient_hash()
     };
-    let one = hash(1);
-    assert_eq!(hash(2), one);
-    assert_eq!(hash(3), one);
+    for precision in [Precision::F32, Precision::Bf16] {
+        let one = hash(1, precision, false);
+        assert_eq!(hash(2, precision, false), one);
+        assert_eq!(hash(3, precision, true), one, "layers that are computed again");
+    }
+    assert_ne!(hash(1, Precision::F32, false), hash(1, Precision::Bf16, false));
 }
 
 /// A micro-batch's gradient, as a sum over its tokens.
 fn summed_gradient(config: &ModelConfig, batch: &MicroBatch) -> (LossSum, Vec<f32>) {
-    let mut replica = Replica::new(Cpu::new(2), config, batch.sequences, batch.length, 1e-4).unwrap();
+    let mut replica =
+        Replica::new(Cpu::new(2), config, BatchShape::new(batch.sequences, batch.length), 1e-4).unwrap();
     replica.initialise(3);
     let loss = replica.forward_backward(batch).unwrap();
     let mut gradient = vec![0.0; replica.layout().parameters()];
@@ -235,12 +242,12 @@ fn the_state_moves_to_another_replica() {
     let mut one = replica(1);
     mean_gradient(&mut one, &micro_batch(1)).unwrap();
     one.update(&recipe(), 0.01, 0).unwrap();
-    let mut other = Replica::new(Cpu::new(1), &config(), 2, 80, 1e-4).unwrap();
+    let mut other = Replica::new(Cpu::new(1), &config(), BatchShape::new(2, 80), 1e-4).unwrap();
     assert_ne!(other.state_hash(), one.state_hash());
     other.load_state(&one.state()).unwrap();
     assert_eq!(other.state_hash(), one.state_hash());
     // In pieces, as it travels to a worker that joins.
-    let mut third = Replica::new(Cpu::new(2), &config(), 2, 80, 1e-4).unwrap();
+    let mut third = Replica::new(Cpu::new(2), &config(), BatchShape::new(2, 80), 1e-4).unwrap();
     let parameters = one.layout().parameters();
     for part in StatePart::ALL {
         for start in (0..parameters).step_by(1000) {
@@ -278,7 +285,10 @@ fn what_does_not_fit_is_refused() {
     assert!(matches!(replica.forward_backward(&wrong), Err(ModelError::Batch(_))));
     let short = State { weights: vec![0.0], first_moment: vec![0.0], second_moment: vec![0.0] };
     assert!(matches!(replica.load_state(&short), Err(ModelError::Tensors(_))));
-    assert!(matches!(Replica::new(Cpu::new(1), &config(), 0, 80, 0.0), Err(ModelError::Batch(_))));
+    assert!(matches!(
+        Replica::new(Cpu::new(1), &config(), BatchShape::new(0, 80), 0.0),
+        Err(ModelError::Batch(_))
+    ));
     assert!(matches!(Cpu::new(1).allocate::<f32>(usize::MAX / 8), Err(ModelError::OutOfMemory { .. })));
 }
 
@@ -289,9 +299,13 @@ fn memory_is_what_the_plan_says() {
         .into_iter()
         .flat_map(|config| shapes.map(|shape| (config.clone(), shape)))
     {
-        let replica = Replica::new(Cpu::new(1), &config, sequences, length, 0.0).unwrap();
-        let plan = worker_memory(&config, sequences, length);
-        assert_eq!(replica.planned_bytes(), plan.total - plan.reduction);
+        for recompute in [false, true] {
+            let shape = BatchShape { sequences, length, recompute };
+            let replica = Replica::new(Cpu::new(1), &config, shape, 0.0).unwrap();
+            let plan = worker_memory(&config, sequences, length, recompute);
+            assert_eq!(replica.planned_bytes(), plan.total - plan.reduction);
+        }
+        let plan = worker_memory(&config, sequences, length, false);
         assert_eq!(plan.reduction, 8 * config.parameters());
     }
 }

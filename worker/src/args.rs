@@ -49,6 +49,9 @@ pub struct BenchArgs {
     /// What the operands of matrix products are rounded to.
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Dtype,
+    /// Compute layers again in the backward instead of keeping their activations.
+    #[arg(long)]
+    recompute: bool,
     /// Compute threads [default: all cores].
     #[arg(long, env = "ULMUS_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
@@ -82,6 +85,7 @@ impl BenchArgs {
                 Dtype::F32 => Precision::F32,
                 Dtype::Bf16 => Precision::Bf16,
             },
+            recompute: self.recompute,
             threads: self.threads.map_or_else(all_cores, usize::from),
             steps: self.steps as usize,
         }

@@ -16,7 +16,7 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use ulmus_evaluator::Machine;
-use ulmus_model::{Cpu, MicroBatch, ModelError, Replica};
+use ulmus_model::{BatchShape, Cpu, MicroBatch, ModelError, Replica};
 use ulmus_plan::{Precision, Preset, TrainConfig, worker_memory};
 
 /// What is timed.
@@ -30,6 +30,8 @@ pub(crate) struct BenchConfig {
     pub sequence: usize,
     /// Operands of matrix products.
     pub precision: Precision,
+    /// Whether layers are computed again in the backward.
+    pub recompute: bool,
     /// Compute threads.
     pub threads: usize,
     /// Timed steps, at least 1, after one that is not.
@@ -49,6 +51,8 @@ pub(crate) struct BenchResult {
     pub sequence: usize,
     /// Operands of matrix products.
     pub dtype: &'static str,
+    /// Whether layers are computed again in the backward.
+    pub recompute: bool,
     /// Compute threads.
     pub threads: usize,
     /// Positions trained per second, by the median step.
@@ -79,15 +83,16 @@ pub(crate) struct KernelTime {
 /// # Errors
 /// If the model has no memory.
 pub(crate) fn bench(config: BenchConfig) -> Result<BenchResult, ModelError> {
-    let BenchConfig { preset, batch, sequence, precision, threads, steps } = config;
+    let BenchConfig { preset, batch, sequence, precision, recompute, threads, steps } = config;
     let model = preset.config();
     let spans = SpanTimes::default();
     // Somebody who has installed another one gets no kernel times.
     drop(tracing::subscriber::set_global_default(tracing_subscriber::registry().with(spans.clone())));
 
     let recipe = TrainConfig::default();
+    let shape = BatchShape { sequences: batch, length: sequence, recompute };
     let backend = ulmus_model::Backend::with_precision(Cpu::new(threads), precision);
-    let mut replica = Replica::new(backend, &model, batch, sequence, recipe.z_loss)?;
+    let mut replica = Replica::new(backend, &model, shape, recipe.z_loss)?;
     replica.initialise(0);
     let mut random = ChaCha8Rng::seed_from_u64(0);
     let mut train = |step: u64| -> Result<f64, ModelError> {
@@ -104,13 +109,14 @@ pub(crate) fn bench(config: BenchConfig) -> Result<BenchResult, ModelError> {
     spans.take();
     let step_seconds = (1..=steps.max(1) as u64).map(&mut train).collect::<Result<Vec<_>, _>>()?;
     let kernels = kernel_times(spans.take(), &step_seconds);
-    let memory = worker_memory(&model, batch, sequence);
+    let memory = worker_memory(&model, batch, sequence, recompute);
     Ok(BenchResult {
         preset: preset.name(),
         parameters: model.parameters(),
         batch,
         sequence,
         dtype: precision.name(),
+        recompute,
         threads,
         tokens_per_second: (batch * sequence) as f64 / median(&step_seconds),
         step_seconds,

@@ -135,27 +135,29 @@ impl Backend for Cpu {
         self.kernel(trace_span!("linear"), || linear::linear(out, x, weight, shape, self.precision));
     }
 
-    fn linear_backward(
+    fn linear_backward_weight(
         &self,
-        x_gradient: Out<'_, Self>,
         weight_gradient: Out<'_, Self>,
         gradient: In<'_, Self>,
         x: In<'_, Self>,
+        shape: LinearShape,
+    ) {
+        let (into, gradient, x) = (weight_gradient.slice(), gradient.slice(), x.slice());
+        self.kernel(trace_span!("linear"), || {
+            linear::linear_backward_weight(into, gradient, x, shape, Output::Overwrite, self.precision);
+        });
+    }
+
+    fn linear_backward_input(
+        &self,
+        x_gradient: Out<'_, Self>,
+        gradient: In<'_, Self>,
         weight: In<'_, Self>,
         shape: LinearShape,
     ) {
-        let (x_gradient, weight_gradient) = (x_gradient.slice(), weight_gradient.slice());
-        let (gradient, x, weight) = (gradient.slice(), x.slice(), weight.slice());
+        let (into, gradient, weight) = (x_gradient.slice(), gradient.slice(), weight.slice());
         self.kernel(trace_span!("linear"), || {
-            linear::linear_backward_input(x_gradient, gradient, weight, shape, self.precision);
-            linear::linear_backward_weight(
-                weight_gradient,
-                gradient,
-                x,
-                shape,
-                Output::Overwrite,
-                self.precision,
-            );
+            linear::linear_backward_input(into, gradient, weight, shape, self.precision);
         });
     }
 
@@ -209,21 +211,18 @@ impl Backend for Cpu {
 
     fn qk_norm_rope_backward(
         &self,
-        packed_gradient: Out<'_, Self>,
+        packed: Out<'_, Self>,
         weights_gradient: Out<'_, Self>,
         gradient: In<'_, Self>,
-        packed: In<'_, Self>,
         weights: In<'_, Self>,
         rope: Rope<'_, Vec<f32>>,
         heads: Heads,
         scratch: Out<'_, Self>,
     ) {
-        let (into, weights_into, scratch) =
-            (packed_gradient.slice(), weights_gradient.slice(), scratch.slice());
-        let (gradient, packed, weights) = (gradient.slice(), packed.slice(), weights.slice());
-        let rope = rope.tables();
+        let (packed, weights_into, scratch) = (packed.slice(), weights_gradient.slice(), scratch.slice());
+        let (gradient, weights, rope) = (gradient.slice(), weights.slice(), rope.tables());
         self.kernel(trace_span!("qk_norm_rope"), || {
-            norm::qk_norm_rope_backward(into, weights_into, gradient, packed, weights, rope, heads, scratch);
+            norm::qk_norm_rope_backward(packed, weights_into, gradient, weights, rope, heads, scratch);
         });
     }
 
@@ -266,15 +265,9 @@ impl Backend for Cpu {
         self.kernel(trace_span!("swiglu"), || swiglu::swiglu(out, x, width));
     }
 
-    fn swiglu_backward(
-        &self,
-        x_gradient: Out<'_, Self>,
-        gradient: In<'_, Self>,
-        x: In<'_, Self>,
-        width: usize,
-    ) {
-        let (x_gradient, gradient, x) = (x_gradient.slice(), gradient.slice(), x.slice());
-        self.kernel(trace_span!("swiglu"), || swiglu::swiglu_backward(x_gradient, gradient, x, width));
+    fn swiglu_backward(&self, x: Out<'_, Self>, gradient: In<'_, Self>, width: usize) {
+        let (x, gradient) = (x.slice(), gradient.slice());
+        self.kernel(trace_span!("swiglu"), || swiglu::swiglu_backward(x, gradient, width));
     }
 
     fn head_loss(

@@ -28,25 +28,27 @@ pub struct MemoryPlan {
     pub total: u64,
 }
 
-/// The plan for micro-batches of `sequences` × `length` positions.
-pub fn worker_memory(model: &ModelConfig, sequences: usize, length: usize) -> MemoryPlan {
+/// The plan for micro-batches of `sequences` × `length` positions; `recompute` as in `TrainConfig`.
+pub fn worker_memory(model: &ModelConfig, sequences: usize, length: usize, recompute: bool) -> MemoryPlan {
     let rows = (sequences * length) as u64;
     let (d, head) = (model.model_dim as u64, model.head_dim as u64);
-    let (mut layers, mut query, mut packed, mut ffn) = (0, 0, 0, 0);
-    for dims in model.layers() {
+    let layers = model.layers();
+    // Per row: packed heads, attention output and its logsumexp, stream before the FFN, both halves of the FFN.
+    let kept = |q_heads: u64, packed: u64, ffn: u64| packed + q_heads * head + q_heads + d + 2 * ffn;
+    let (mut sum, mut query, mut packed, mut ffn) = (0, 0, 0, 0);
+    for dims in &layers {
         let (q_heads, kv_heads) = (dims.q_heads as u64, dims.kv_heads as u64);
-        let own = (q_heads * head, (q_heads + 2 * kv_heads) * head, dims.ffn_dim as u64);
-        // Stream and norm before attention and before the FFN; packed heads before and after rotation; attention
-        // output and its logsumexp; both halves of the FFN and their product.
-        layers += 4 * d + 2 * own.1 + own.0 + q_heads + 3 * own.2;
-        query = query.max(own.0);
-        packed = packed.max(own.1);
-        ffn = ffn.max(own.2);
+        let (own_packed, own_ffn) = ((q_heads + 2 * kv_heads) * head, dims.ffn_dim as u64);
+        sum += kept(q_heads, own_packed, own_ffn);
+        query = query.max(q_heads);
+        packed = packed.max(own_packed);
+        ffn = ffn.max(own_ffn);
     }
-    let after_layers = 2 * d + 2;
-    let tokens = 3;
-    let backward = d.max(query) + d + 2 * packed + 3 * ffn;
-    let per_row = layers + after_layers + tokens + backward;
+    let activations = if recompute { kept(query, packed, ffn) } else { sum };
+    let streams = (layers.len() as u64 + 1) * d;
+    let tokens_and_losses = 3 + 2;
+    let scratch = 2 * d + d.max(query * head) + 2 * packed + ffn;
+    let per_row = activations + streams + tokens_and_losses + scratch;
     let partial = rows.div_ceil(ROW_BLOCK) * d.max(2 * head);
     let logits = rows.min(HEAD_ROWS as u64) * model.vocab_size as u64;
     let rope = length as u64 * head;

@@ -58,6 +58,9 @@ pub struct TrainConfig {
     pub z_loss: f64,
     /// What the operands of matrix products are rounded to.
     pub precision: Precision,
+    /// Compute layers again in the backward instead of keeping their activations: a third more work, less memory,
+    /// the same bits.
+    pub recompute: bool,
     /// Updates between two measurements of the held-out loss; 0 measures it never.
     pub held_out_every: u64,
     /// Sequences of held-out text per measurement.
@@ -81,6 +84,7 @@ impl Default for TrainConfig {
             clip: 1.0,
             z_loss: 1e-4,
             precision: Precision::F32,
+            recompute: false,
             held_out_every: 5000,
             held_out_sequences: 1024,
         }

@@ -16,7 +16,7 @@ use rand_chacha::ChaCha8Rng;
 use tokio::sync::{Semaphore, mpsc};
 use ulmus_checkpoint::TrainState;
 use ulmus_dataloader::{Corpus, Loader, Sequence};
-use ulmus_model::{Backend, MicroBatch, Quantum, Replica};
+use ulmus_model::{Backend, BatchShape, MicroBatch, Quantum, Replica};
 use ulmus_types::{Assignment, Digest, Job, LeaveReason, Step, ToCoordinator};
 
 use crate::WorkerError;
@@ -171,8 +171,9 @@ impl<B: Backend> Training<B> {
     fn new(run: Run, backend: B) -> Result<Self, WorkerError> {
         let plan = Arc::clone(&run.plan);
         let (sequences, length) = (plan.train.micro_batch as usize, plan.sequence_length());
+        let shape = BatchShape { sequences, length, recompute: plan.train.recompute };
         let backend = backend.with_precision(plan.train.precision);
-        let mut replica = Replica::new(backend, &plan.model, sequences, length, plan.train.z_loss)?;
+        let mut replica = Replica::new(backend, &plan.model, shape, plan.train.z_loss)?;
         let fingerprint = fingerprint(&mut replica, plan.model.vocab_size, sequences, length)?;
         let positions = plan.train.sequences * length as u64;
         Ok(Self {

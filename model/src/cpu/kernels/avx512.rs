@@ -273,8 +273,7 @@ unsafe fn multiply_bf16(words: usize, left: *const u32, right: *const u32, targe
 fn prefetch_right(right: *const u32) {
     for half in 0..2 {
         let at = right.wrapping_add(16 * COLUMNS + half * VECTOR);
-        // SAFETY: a prefetch of any address has no effect that can be seen.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+        _mm_prefetch::<_MM_HINT_T0>(at.cast());
     }
 }
 
@@ -285,8 +284,7 @@ fn prefetch(target: &Target) {
     for row in 0..target.rows {
         for half in 0..2 {
             let at = target.data.wrapping_add(row * target.stride + half * VECTOR);
-            // SAFETY: a prefetch of any address has no effect that can be seen.
-            unsafe { _mm_prefetch::<_MM_HINT_ET0>(at.cast()) };
+            _mm_prefetch::<_MM_HINT_ET0>(at.cast());
         }
     }
 }

@@ -261,43 +261,33 @@ vectorised! {
     }
 }
 
-/// Gradients of [`qk_norm_rope`]. `partial` holds `2H` elements per block of rows.
+/// Gradients of [`qk_norm_rope`], that of `packed` in its place. `partial` holds `2H` elements per block of rows.
 pub(crate) fn qk_norm_rope_backward(
-    packed_gradient: &mut [f32],
+    packed: &mut [f32],
     weights_gradient: &mut [f32],
     gradient: &[f32],
-    packed: &[f32],
     weights: &[f32],
     rope: RopeTables<'_>,
     heads: Heads,
     partial: &mut [f32],
 ) {
     let width = heads.packed_width();
-    row_blocks!(packed_gradient, mut width)
+    let blocks = packed.len().div_ceil(ROW_BLOCK * width);
+    row_blocks!(packed, mut width)
         .zip(partial.par_chunks_mut(weights.len()))
-        .zip(row_blocks!(gradient, width).zip(row_blocks!(packed, width)))
+        .zip(row_blocks!(gradient, width))
         .enumerate()
-        .for_each(|(block, ((packed_gradient, partial), (gradient, packed)))| {
-            qk_backward_rows(
-                packed_gradient,
-                partial,
-                gradient,
-                packed,
-                weights,
-                rope,
-                heads,
-                block * ROW_BLOCK,
-            );
+        .for_each(|(block, ((packed, partial), gradient))| {
+            qk_backward_rows(packed, partial, gradient, weights, rope, heads, block * ROW_BLOCK);
         });
-    sum_rows(weights_gradient, &partial[..packed.len().div_ceil(ROW_BLOCK * width) * weights.len()]);
+    sum_rows(weights_gradient, &partial[..blocks * weights.len()]);
 }
 
 vectorised! {
     fn qk_backward_rows(
-        packed_gradient: &mut [f32],
+        packed: &mut [f32],
         partial: &mut [f32],
         gradient: &[f32],
-        packed: &[f32],
         weights: &[f32],
         rope: RopeTables<'_>,
         heads: Heads,
@@ -305,25 +295,21 @@ vectorised! {
     ) {
         let (width, h, half) = (heads.packed_width(), heads.width, heads.width / 2);
         let rotated = heads.query_width() + heads.key_value_width();
-        let mut turned_back = [0f32; WIDEST_HEAD];
-        let turned_back = &mut turned_back[..h];
+        let (mut turned_back, mut x) = ([0f32; WIDEST_HEAD], [0f32; WIDEST_HEAD]);
+        let (turned_back, x) = (&mut turned_back[..h], &mut x[..h]);
         partial.fill(0.0);
-        for r in 0..packed.len() / width {
-            let (packed_gradient, gradient, packed) =
-                (row_mut(packed_gradient, r, width), row(gradient, r, width), row(packed, r, width));
+        for r in 0..gradient.len() / width {
+            let (packed, gradient) = (row_mut(packed, r, width), row(gradient, r, width));
             let (cos, sin) = rope.row(first + r, half);
             for head in 0..heads.query + heads.key_value {
                 let side = usize::from(head >= heads.query);
+                let packed = row_mut(packed, head, h);
                 rotate::<true>(turned_back, row(gradient, head, h), cos, sin);
-                norm_backward_row::<false>(
-                    row_mut(packed_gradient, head, h),
-                    row_mut(partial, side, h),
-                    turned_back,
-                    row(packed, head, h),
-                    row(weights, side, h),
-                );
+                x.copy_from_slice(packed);
+                let partial = row_mut(partial, side, h);
+                norm_backward_row::<false>(packed, partial, turned_back, x, row(weights, side, h));
             }
-            packed_gradient[rotated..].copy_from_slice(&gradient[rotated..]);
+            packed[rotated..].copy_from_slice(&gradient[rotated..]);
         }
     }
 }

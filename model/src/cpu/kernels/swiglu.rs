@@ -23,26 +23,23 @@ vectorised! {
     }
 }
 
-/// Gradients of both halves.
-pub(crate) fn swiglu_backward(x_gradient: &mut [f32], gradient: &[f32], x: &[f32], width: usize) {
-    x_gradient
-        .par_chunks_mut(ROW_BLOCK * 2 * width)
+/// Both halves become their gradients.
+pub(crate) fn swiglu_backward(x: &mut [f32], gradient: &[f32], width: usize) {
+    x.par_chunks_mut(ROW_BLOCK * 2 * width)
         .zip(gradient.par_chunks(ROW_BLOCK * width))
-        .zip(x.par_chunks(ROW_BLOCK * 2 * width))
-        .for_each(|((x_gradient, gradient), x)| swiglu_backward_rows(x_gradient, gradient, x, width));
+        .for_each(|(x, gradient)| swiglu_backward_rows(x, gradient, width));
 }
 
 vectorised! {
-    fn swiglu_backward_rows(x_gradient: &mut [f32], gradient: &[f32], x: &[f32], width: usize) {
-        let inputs = gradient.chunks_exact(width).zip(x.chunks_exact(2 * width));
-        for (x_gradient, (gradient, x)) in x_gradient.chunks_exact_mut(2 * width).zip(inputs) {
-            let (gate_gradient, up_gradient) = x_gradient.split_at_mut(width);
-            let (gate, up) = x.split_at(width);
+    fn swiglu_backward_rows(x: &mut [f32], gradient: &[f32], width: usize) {
+        for row in 0..gradient.len() / width {
+            let gradient = &gradient[row * width..][..width];
+            let (gate, up) = x[row * 2 * width..][..2 * width].split_at_mut(width);
             for i in 0..width {
                 let sigmoid = 1.0 / (1.0 + exp(-gate[i]));
                 let silu = gate[i] * sigmoid;
-                up_gradient[i] = gradient[i] * silu;
-                gate_gradient[i] = gradient[i] * up[i] * (sigmoid + silu * (1.0 - sigmoid));
+                gate[i] = gradient[i] * up[i] * (sigmoid + silu * (1.0 - sigmoid));
+                up[i] = gradient[i] * silu;
             }
         }
     }
