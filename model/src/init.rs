@@ -9,13 +9,17 @@ use rand_distr::{Distribution, StandardNormal};
 
 use crate::params::Tensor;
 
-/// Initial values of the tensor that is number `index` of its layout.
-pub(crate) fn initial_values(tensor: &Tensor, index: usize, seed: u64) -> Vec<f32> {
-    let Some(std) = tensor.initial_std else { return vec![1.0; tensor.range.len()] };
+/// Initial values of the tensor that is number `index` of its layout, first to last.
+pub(crate) fn initial_values(tensor: &Tensor, index: usize, seed: u64) -> impl Iterator<Item = f32> {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     random.set_stream(index as u64);
-    let mut normal = || -> f64 { StandardNormal.sample(&mut random) };
-    tensor.range.clone().map(|_| (normal() * std) as f32).collect()
+    let std = tensor.initial_std;
+    tensor.range.clone().map(move |_| {
+        std.map_or(1.0, |std| {
+            let normal: f64 = StandardNormal.sample(&mut random);
+            (normal * std) as f32
+        })
+    })
 }
 
 #[cfg(test)]
@@ -39,7 +43,7 @@ mod tests {
     #[test]
     fn matrices_have_the_published_spread_and_norms_are_one() {
         for (index, tensor) in small().tensors().iter().enumerate() {
-            let values = initial_values(tensor, index, 7);
+            let values: Vec<f32> = initial_values(tensor, index, 7).collect();
             let count = values.len() as f64;
             let mean = values.iter().map(|x| f64::from(*x)).sum::<f64>() / count;
             let std = (values.iter().map(|x| (f64::from(*x) - mean).powi(2)).sum::<f64>() / count).sqrt();
@@ -60,7 +64,9 @@ mod tests {
     #[test]
     fn seeds_and_tensors_differ_and_repeat() {
         let layout = small();
-        let draw = |index: usize, seed| initial_values(&layout.tensors()[index], index, seed);
+        let draw = |index: usize, seed| -> Vec<f32> {
+            initial_values(&layout.tensors()[index], index, seed).collect()
+        };
         assert_eq!(draw(1, 7), draw(1, 7));
         assert_ne!(draw(1, 7), draw(1, 8));
         let shared = draw(1, 7).len();

@@ -112,9 +112,15 @@ impl<B: Backend> Replica<B> {
 
     /// Initial weights of that seed, the same for any number of workers; moments become 0.
     pub fn initialise(&mut self, seed: u64) {
+        let mut part = Vec::with_capacity(CHUNK);
         for (index, tensor) in self.layout.tensors().iter().enumerate() {
-            let values = initial_values(tensor, index, seed);
-            self.backend.upload(ViewMut::new(&mut self.weights, tensor.range.clone()), &values);
+            let mut values = initial_values(tensor, index, seed);
+            for start in tensor.range.clone().step_by(CHUNK) {
+                part.clear();
+                part.extend(values.by_ref().take(CHUNK));
+                let to = ViewMut::new(&mut self.weights, start..start + part.len());
+                self.backend.upload(to, &part);
+            }
         }
         let zeros = vec![0.0; CHUNK.min(self.layout.parameters())];
         for range in chunks(self.layout.parameters()) {
