@@ -1,10 +1,12 @@
 //! The command line of a worker.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
-use ulmus_plan::{Precision, Preset};
+use ulmus_plan::{Plan, Precision, Preset};
+use ulmus_rt::Failure;
+use ulmus_types::ExitStatus;
 
 use crate::agent::Join;
 use crate::bench::BenchConfig;
@@ -28,24 +30,25 @@ pub struct Args {
 /// What a worker can do without a coordinator.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Command {
-    /// Time training steps of a published shape: forward, backward, clipping and AdamW.
+    /// Time training steps: forward, backward, clipping and AdamW.
     ///
     /// Example: worker bench --preset openelm-270m --batch 4 --sequence 512 --dtype bf16 --threads 8
     Bench(BenchArgs),
+    /// Measure what this machine can do at most: arithmetic in registers, and memory read and copied.
+    Roofline(RooflineArgs),
 }
 
 /// What `worker bench` is told.
 #[derive(Debug, Clone, Parser)]
 pub struct BenchArgs {
-    /// The shape: `openelm-270m`, `-450m`, `-1_1b` or `-3b`.
-    #[arg(long, value_name = "NAME", value_parser = parse_preset)]
-    preset: Preset,
-    /// Sequences of the micro-batch.
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
-    batch: u32,
-    /// Positions per sequence.
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
-    sequence: u32,
+    #[command(flatten)]
+    subject: Subject,
+    /// Sequences of the micro-batch [default: the plan's, or 4].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    batch: Option<u32>,
+    /// Positions per sequence [default: the plan's, or 512].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    sequence: Option<u32>,
     /// What the operands of matrix products are rounded to.
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Dtype,
@@ -63,6 +66,35 @@ pub struct BenchArgs {
     pub(crate) json: bool,
 }
 
+/// What is trained.
+#[derive(Debug, Clone, clap::Args)]
+#[group(required = true, multiple = false)]
+struct Subject {
+    /// A published shape: `openelm-270m`, `-450m`, `-1_1b` or `-3b`.
+    #[arg(long, value_name = "NAME", value_parser = parse_preset)]
+    preset: Option<Preset>,
+    /// The model of a plan (its first variant).
+    #[arg(long, value_name = "FILE.toml")]
+    plan: Option<PathBuf>,
+}
+
+/// What a roofline is measured with.
+#[derive(Debug, Clone, Parser)]
+pub struct RooflineArgs {
+    /// Compute threads [default: all cores].
+    #[arg(long, env = "ULMUS_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+impl RooflineArgs {
+    pub(crate) fn threads(&self) -> usize {
+        self.threads.map_or_else(all_cores, usize::from)
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Dtype {
     /// 32-bit floats.
@@ -76,11 +108,29 @@ fn parse_preset(name: &str) -> Result<Preset, &'static str> {
 }
 
 impl BenchArgs {
-    pub(crate) fn config(&self) -> BenchConfig {
-        BenchConfig {
-            preset: self.preset,
-            batch: self.batch as usize,
-            sequence: self.sequence as usize,
+    /// # Errors
+    /// When the plan cannot be read.
+    pub(crate) fn config(&self) -> Result<BenchConfig, Failure> {
+        let (name, model, batch, sequence) = match (&self.subject.preset, &self.subject.plan) {
+            (Some(preset), _) => (preset.name().to_owned(), preset.config(), 4, 512),
+            (None, path) => {
+                let plan = first_plan(path.as_deref().expect("one of the group is required"))?;
+                let (batch, sequence) = (plan.train.micro_batch as usize, plan.sequence_length());
+                (plan.run.name.to_string(), plan.model, batch, sequence)
+            }
+        };
+        let sequence = self.sequence.map_or(sequence, |sequence| sequence as usize);
+        if sequence > model.max_context_length {
+            let most = model.max_context_length;
+            let message =
+                format!("--sequence {sequence} is more than the model's {most}; use at most {most}");
+            return Err(Failure::new(ExitStatus::InvalidInput, message));
+        }
+        Ok(BenchConfig {
+            name,
+            model,
+            batch: self.batch.map_or(batch, |batch| batch as usize),
+            sequence,
             precision: match self.dtype {
                 Dtype::F32 => Precision::F32,
                 Dtype::Bf16 => Precision::Bf16,
@@ -88,8 +138,16 @@ impl BenchArgs {
             recompute: self.recompute,
             threads: self.threads.map_or_else(all_cores, usize::from),
             steps: self.steps as usize,
-        }
+        })
     }
+}
+
+fn first_plan(path: &Path) -> Result<Plan, Failure> {
+    let invalid =
+        |reason: String| Failure::new(ExitStatus::InvalidInput, format!("{}: {reason}", path.display()));
+    let text = std::fs::read_to_string(path).map_err(|error| invalid(error.to_string()))?;
+    let plans = ulmus_plan::read(&text, &[]).map_err(|problems| invalid(format!("\n{problems}")))?;
+    Ok(plans.into_iter().next().expect("a plan file has a plan"))
 }
 
 /// How to join a coordinator.

@@ -1,10 +1,10 @@
-//! `worker bench`: how fast this machine trains a published shape.
+//! `worker bench`: how fast this machine trains; `worker roofline`: what it could do at most.
 //!
 //! A step is one whole update of one micro-batch without a group: forward, backward, clipping and AdamW. The time per
 //! kernel is that of the spans that the model crate opens around its kernels.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Barrier, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use comfy_table::{CellAlignment, Table, presets};
@@ -17,13 +17,15 @@ use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use ulmus_evaluator::Machine;
 use ulmus_model::{BatchShape, Cpu, MicroBatch, ModelError, Replica};
-use ulmus_plan::{Precision, Preset, TrainConfig, worker_memory};
+use ulmus_plan::{ModelConfig, Precision, TrainConfig, worker_memory};
 
 /// What is timed.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct BenchConfig {
-    /// Shape of the model.
-    pub preset: Preset,
+    /// Name of the shape.
+    pub name: String,
+    /// The shape.
+    pub model: ModelConfig,
     /// Sequences of the micro-batch.
     pub batch: usize,
     /// Positions per sequence.
@@ -42,7 +44,7 @@ pub(crate) struct BenchConfig {
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct BenchResult {
     /// Name of the shape.
-    pub preset: &'static str,
+    pub model: String,
     /// Parameters of the model.
     pub parameters: u64,
     /// Sequences of the micro-batch.
@@ -83,8 +85,7 @@ pub(crate) struct KernelTime {
 /// # Errors
 /// If the model has no memory.
 pub(crate) fn bench(config: BenchConfig) -> Result<BenchResult, ModelError> {
-    let BenchConfig { preset, batch, sequence, precision, recompute, threads, steps } = config;
-    let model = preset.config();
+    let BenchConfig { name, model, batch, sequence, precision, recompute, threads, steps } = config;
     let spans = SpanTimes::default();
     // Somebody who has installed another one gets no kernel times.
     drop(tracing::subscriber::set_global_default(tracing_subscriber::registry().with(spans.clone())));
@@ -108,10 +109,10 @@ pub(crate) fn bench(config: BenchConfig) -> Result<BenchResult, ModelError> {
     train(0)?;
     spans.take();
     let step_seconds = (1..=steps.max(1) as u64).map(&mut train).collect::<Result<Vec<_>, _>>()?;
-    let kernels = kernel_times(spans.take(), &step_seconds);
+    let kernels = kernel_times(&spans.take(), &step_seconds);
     let memory = worker_memory(&model, batch, sequence, recompute);
     Ok(BenchResult {
-        preset: preset.name(),
+        model: name,
         parameters: model.parameters(),
         batch,
         sequence,
@@ -133,7 +134,7 @@ fn median(values: &[f64]) -> f64 {
     f64::midpoint(values[(values.len() - 1) / 2], values[values.len() / 2])
 }
 
-fn kernel_times(spans: BTreeMap<&'static str, Duration>, step_seconds: &[f64]) -> Vec<KernelTime> {
+fn kernel_times(spans: &BTreeMap<&'static str, Duration>, step_seconds: &[f64]) -> Vec<KernelTime> {
     let per_step = |seconds: f64| seconds / step_seconds.len() as f64;
     let mut kernels: Vec<KernelTime> = spans
         .iter()
@@ -181,6 +182,96 @@ impl<S: tracing::Subscriber + for<'a> LookupSpan<'a>> Layer<S> for SpanTimes {
     }
 }
 
+/// What the machine can do at most, by the best of some runs.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Roofline {
+    /// Compute threads.
+    pub threads: usize,
+    /// Multiplications and additions of float32 in registers, 10^9 per second.
+    pub f32_gflops: f64,
+    /// The same of bfloat16 pairs added up in float32; nothing where the processor has no instruction for it.
+    pub bf16_gflops: Option<f64>,
+    /// Memory read, 10^9 bytes per second.
+    pub read_gigabytes_per_second: f64,
+    /// Memory copied, bytes read and written counted, 10^9 per second.
+    pub copy_gigabytes_per_second: f64,
+    /// The machine.
+    pub machine: Machine,
+}
+
+/// Runs of which the best counts.
+const ROOFLINE_RUNS: usize = 5;
+/// Bytes that a thread reads or copies: more than a cache holds.
+const ROOFLINE_BYTES: usize = 256 << 20;
+
+/// Measures the machine.
+pub(crate) fn roofline(threads: usize) -> Roofline {
+    let backend = Cpu::new(threads);
+    let arithmetic = |precision| {
+        let rates = (0..ROOFLINE_RUNS).map(|_| {
+            let begun = Instant::now();
+            let operations: f64 = backend.saturate(precision)?;
+            Some(operations / begun.elapsed().as_secs_f64() / 1e9)
+        });
+        rates.collect::<Option<Vec<f64>>>().map(|rates| rates.into_iter().fold(0.0, f64::max))
+    };
+    let read = |from: &mut [u64], _: &mut [u64]| {
+        std::hint::black_box(from.iter().fold(0, |sum: u64, word| sum ^ word));
+    };
+    let copy = |from: &mut [u64], to: &mut [u64]| to.copy_from_slice(from);
+    Roofline {
+        threads,
+        f32_gflops: arithmetic(Precision::F32).expect("every processor computes in float32"),
+        bf16_gflops: arithmetic(Precision::Bf16),
+        read_gigabytes_per_second: memory_rate(threads, ROOFLINE_BYTES, read),
+        copy_gigabytes_per_second: memory_rate(threads, 2 * ROOFLINE_BYTES, copy),
+        machine: Machine::this(),
+    }
+}
+
+/// 10^9 bytes per second of `work` on two buffers per thread, which moves that many bytes.
+fn memory_rate(threads: usize, bytes: usize, work: impl Fn(&mut [u64], &mut [u64]) + Sync) -> f64 {
+    let words = ROOFLINE_BYTES / size_of::<u64>();
+    let barrier = Barrier::new(threads);
+    let rates = (0..threads).map(|_| {
+        let (barrier, work) = (&barrier, &work);
+        move || {
+            let (mut from, mut to) = (vec![1_u64; words], vec![2_u64; words]);
+            let run = |_| {
+                barrier.wait();
+                let begun = Instant::now();
+                work(&mut from, &mut to);
+                barrier.wait();
+                (threads * bytes) as f64 / begun.elapsed().as_secs_f64() / 1e9
+            };
+            (0..ROOFLINE_RUNS).map(run).fold(0.0, f64::max)
+        }
+    });
+    std::thread::scope(|scope| {
+        let running: Vec<_> = rates.map(|rate| scope.spawn(rate)).collect();
+        running.into_iter().map(|rate| rate.join().expect("no thread panics")).fold(0.0, f64::max)
+    })
+}
+
+impl Roofline {
+    /// The result for people.
+    pub(crate) fn table(&self) -> String {
+        let mut table = Table::new();
+        table.load_style(presets::UTF8_BORDERS_ONLY).set_header(["limit", "rate"]);
+        table.column_iter_mut().skip(1).for_each(|column| column.set_cell_alignment(CellAlignment::Right));
+        let bf16 = self.bf16_gflops.map_or("-".to_owned(), |rate| format!("{rate:.0} GFLOP/s"));
+        table.add_row(["float32 arithmetic".to_owned(), format!("{:.0} GFLOP/s", self.f32_gflops)]);
+        table.add_row(["bfloat16 arithmetic".to_owned(), bf16]);
+        table.add_row(["memory read".to_owned(), format!("{:.1} GB/s", self.read_gigabytes_per_second)]);
+        table.add_row(["memory copied".to_owned(), format!("{:.1} GB/s", self.copy_gigabytes_per_second)]);
+        let Machine { processor, cores, platform } = &self.machine;
+        format!(
+            "{table}\nbest of some runs, {} threads\n{processor}, {cores} cores, {platform}",
+            self.threads
+        )
+    }
+}
+
 impl BenchResult {
     /// The result for people.
     pub(crate) fn table(&self) -> String {
@@ -200,7 +291,7 @@ impl BenchResult {
              {} threads\npeak memory {measured}, planned {:.2} GB\n{}, {} cores, {}",
             self.tokens_per_second,
             self.step_seconds.len(),
-            self.preset,
+            self.model,
             self.parameters,
             self.batch,
             self.sequence,
@@ -221,7 +312,7 @@ mod tests {
     #[test]
     fn time_outside_of_kernels_is_told() {
         let spans = BTreeMap::from([("norm", Duration::from_secs(2)), ("linear", Duration::from_secs(4))]);
-        let kernels = kernel_times(spans, &[4.0, 3.0]);
+        let kernels = kernel_times(&spans, &[4.0, 3.0]);
         let told: Vec<(&str, f64)> =
             kernels.iter().map(|kernel| (kernel.kernel.as_str(), kernel.seconds)).collect();
         assert_eq!(told, [("linear", 2.0), ("norm", 1.0), ("other", 0.5)]);

@@ -161,14 +161,26 @@ pub fn run_local(join_file: PathBuf, name: String, threads: usize) -> Result<Exi
 /// Times training steps and prints what was measured.
 ///
 /// # Errors
-/// When the model has no memory, or nobody takes the result.
+/// When the plan cannot be read, the model has no memory, or nobody takes the result.
 pub fn run_bench(args: &args::BenchArgs) -> Result<ExitStatus, Failure> {
-    let result = bench::bench(args.config()).map_err(|error| Failure::of(error.kind(), &error))?;
-    let text = if args.json {
-        serde_json::to_string_pretty(&result).expect("plain data is valid JSON")
-    } else {
-        result.table()
-    };
+    let result = bench::bench(args.config()?).map_err(|error| Failure::of(error.kind(), &error))?;
+    print(&if args.json { json(&result) } else { result.table() })
+}
+
+/// Measures the machine's limits and prints them.
+///
+/// # Errors
+/// When nobody takes the result.
+pub fn run_roofline(args: &args::RooflineArgs) -> Result<ExitStatus, Failure> {
+    let result = bench::roofline(args.threads());
+    print(&if args.json { json(&result) } else { result.table() })
+}
+
+fn json(value: &impl serde::Serialize) -> String {
+    serde_json::to_string_pretty(value).expect("plain data is valid JSON")
+}
+
+fn print(text: &str) -> Result<ExitStatus, Failure> {
     writeln!(std::io::stdout().lock(), "{text}")
         .map_err(|error| Failure::new(ExitStatus::Failed, format!("cannot print the result: {error}")))?;
     Ok(ExitStatus::Done)

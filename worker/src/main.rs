@@ -3,12 +3,13 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use ulmus_worker::{Args, Command, run_bench, run_process};
+use ulmus_worker::{Args, Command, run_bench, run_process, run_roofline};
 
 fn main() -> ExitCode {
     let args = Args::parse();
     ulmus_rt::report(match args.command {
         Some(Command::Bench(bench)) => run_bench(&bench),
+        Some(Command::Roofline(roofline)) => run_roofline(&roofline),
         None => run_process(args.join.into()),
     })
 }

@@ -53,6 +53,12 @@ impl Cpu {
         self.pool.install(work)
     }
 
+    /// Multiplies and adds in registers on every thread, as fast as the processor can, for about a tenth of a second;
+    /// gives the operations of all threads, and the caller has the clock. Nothing if there is no instruction for it.
+    pub fn saturate(&self, precision: Precision) -> Option<f64> {
+        self.pool.broadcast(|_| kernels::peak::saturate(precision)).into_iter().sum()
+    }
+
     /// Number of threads.
     pub fn threads(&self) -> usize {
         self.pool.current_num_threads()
@@ -239,7 +245,7 @@ impl Backend for Cpu {
         let (out, lse, doc_starts) = (out.slice(), lse.slice(), doc_starts.map(View::slice));
         let (query, key, value) = (query.strided(), key.strided(), value.strided());
         self.kernel(trace_span!("attention"), || {
-            attention::attention(out, lse, query, key, value, doc_starts, shape, self.precision)
+            attention::attention(out, lse, query, key, value, doc_starts, shape, self.precision);
         });
     }
 
@@ -256,7 +262,16 @@ impl Backend for Cpu {
         let (into, gradient, out) = (packed_gradient.slice(), gradient.slice(), out.slice());
         let (lse, packed, doc_starts) = (lse.slice(), packed.slice(), doc_starts.slice());
         self.kernel(trace_span!("attention"), || {
-            attention::attention_backward(into, gradient, out, lse, packed, doc_starts, shape, self.precision)
+            attention::attention_backward(
+                into,
+                gradient,
+                out,
+                lse,
+                packed,
+                doc_starts,
+                shape,
+                self.precision,
+            );
         });
     }
 
@@ -299,7 +314,7 @@ impl Backend for Cpu {
                 logits,
                 shape,
                 self.precision,
-            )
+            );
         });
     }
 

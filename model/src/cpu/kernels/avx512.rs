@@ -1,15 +1,17 @@
 //! Tiles of the matrix product on AVX-512: float32, and bfloat16 operands with float32 sums.
 
 use super::matrix::Output;
+use super::peak::CHAINS;
 use super::simd::{Level, level};
 use super::tile::{Lanes, Target, Tile, panel_words};
 use std::arch::x86_64::{
-    __m512, __m512i, __mmask16, _MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch, _mm512_castps_si512,
-    _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_cvtneps_pbh, _mm512_dpbf16_ps, _mm512_fmadd_ps,
-    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_storeu_epi32, _mm512_mask_storeu_ps,
-    _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_or_si512, _mm512_permutex2var_epi64, _mm512_set1_epi32,
-    _mm512_set1_ps, _mm512_setr_epi64, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_i32x4,
-    _mm512_slli_epi32, _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpacklo_epi32,
+    __m256bh, __m256i, __m512, __m512bh, __m512i, __mmask16, _MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch,
+    _mm512_add_ps, _mm512_castps_si512, _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_cvtneps_pbh,
+    _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_storeu_epi32,
+    _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_or_si512, _mm512_permutex2var_epi64,
+    _mm512_reduce_add_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setr_epi64, _mm512_setzero_ps,
+    _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_slli_epi32, _mm512_storeu_si512,
+    _mm512_unpackhi_epi32, _mm512_unpacklo_epi32,
 };
 
 /// Rows of a tile: its 14 × 2 sums, the two vectors of a depth and a broadcast fill the 32 registers but one.
@@ -77,7 +79,7 @@ impl Tile for Bf16 {
 
 /// Lanes of a group of [`VECTOR`], from the first on.
 fn lanes_of(lanes: &Lanes<'_>, first: usize) -> usize {
-    lanes.lanes.saturating_sub(first).min(VECTOR)
+    lanes.count.saturating_sub(first).min(VECTOR)
 }
 
 /// The first `count` of a vector.
@@ -109,7 +111,7 @@ unsafe fn pack_f32(to: &mut [u32], width: usize, source: Lanes<'_>) {
                 let values = unsafe { _mm512_maskz_loadu_ps(mask(depths), source.at(first + lane, start)) };
                 *row = _mm512_castps_si512(values);
             }
-            for (depth, values) in transpose(block).into_iter().enumerate().take(depths) {
+            for (depth, values) in transpose(&block).into_iter().enumerate().take(depths) {
                 // SAFETY: depths come in order.
                 unsafe { store_lanes(to, width, first, start + depth, values) };
             }
@@ -132,7 +134,7 @@ unsafe fn pack_bf16(to: &mut [u32], width: usize, source: Lanes<'_>) {
                     let values = unsafe { _mm512_maskz_loadu_ps(lanes, source.at(first, depth)) };
                     let rounded = _mm512_cvtneps_pbh(values);
                     // SAFETY: both are 256 bits of plain data.
-                    _mm512_cvtepu16_epi32(unsafe { std::mem::transmute(rounded) })
+                    _mm512_cvtepu16_epi32(unsafe { std::mem::transmute::<__m256bh, __m256i>(rounded) })
                 };
                 let pair = _mm512_or_si512(round(2 * word), _mm512_slli_epi32::<16>(round(2 * word + 1)));
                 // SAFETY: words come in order.
@@ -150,10 +152,10 @@ unsafe fn pack_bf16(to: &mut [u32], width: usize, source: Lanes<'_>) {
                     let low = _mm512_maskz_loadu_ps(mask(depths), at);
                     let high =
                         _mm512_maskz_loadu_ps(mask(depths.saturating_sub(VECTOR)), at.wrapping_add(VECTOR));
-                    std::mem::transmute(_mm512_cvtne2ps_pbh(high, low))
+                    std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
                 };
             }
-            for (word, values) in transpose(block).into_iter().enumerate().take(words - start) {
+            for (word, values) in transpose(&block).into_iter().enumerate().take(words - start) {
                 // SAFETY: words come in order.
                 unsafe { store_lanes(to, width, first, start + word, values) };
             }
@@ -183,7 +185,7 @@ unsafe fn store_lanes(to: &mut [u32], width: usize, first: usize, word: usize, v
 
 /// Rows become columns.
 #[target_feature(enable = "avx512f")]
-fn transpose(rows: [__m512i; VECTOR]) -> [__m512i; VECTOR] {
+fn transpose(rows: &[__m512i; VECTOR]) -> [__m512i; VECTOR] {
     let mut pairs = [_mm512_setzero_si512(); VECTOR];
     for i in 0..8 {
         pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
@@ -211,6 +213,30 @@ fn transpose(rows: [__m512i; VECTOR]) -> [__m512i; VECTOR] {
         columns[12 + c] = _mm512_shuffle_i32x4::<0xdd>(ab_odd, de_odd);
     }
     columns
+}
+
+/// Adds up products of pairs in registers, so often in each of [`CHAINS`] vectors.
+pub(super) fn saturate(_: Bf16, iterations: usize) -> f32 {
+    // SAFETY: `detect` found the instructions.
+    unsafe { dot_pairs(iterations) }
+}
+
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn dot_pairs(iterations: usize) -> f32 {
+    let mut sums = [_mm512_setzero_ps(); CHAINS];
+    let ones = std::hint::black_box(_mm512_set1_epi32(0x3f80_3f80));
+    // SAFETY: both are 512 bits of plain data.
+    let ones = unsafe { std::mem::transmute::<__m512i, __m512bh>(ones) };
+    for _ in 0..iterations {
+        for sum in &mut sums {
+            *sum = _mm512_dpbf16_ps(*sum, ones, ones);
+        }
+    }
+    let mut total = _mm512_setzero_ps();
+    for sum in sums {
+        total = _mm512_add_ps(total, sum);
+    }
+    _mm512_reduce_add_ps(total)
 }
 
 type Sums = [[__m512; 2]; ROWS];
@@ -252,10 +278,12 @@ unsafe fn multiply_bf16(words: usize, left: *const u32, right: *const u32, targe
         // data.
         unsafe {
             prefetch_right(right);
-            let first = std::mem::transmute::<__m512i, _>(_mm512_loadu_si512(right.cast()));
-            let second = std::mem::transmute::<__m512i, _>(_mm512_loadu_si512(right.add(VECTOR).cast()));
+            let first = std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(right.cast()));
+            let second =
+                std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(right.add(VECTOR).cast()));
             for (row, sums) in sums.iter_mut().enumerate() {
-                let value = std::mem::transmute::<__m512i, _>(_mm512_set1_epi32(*left.add(row) as i32));
+                let value =
+                    std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(*left.add(row) as i32));
                 sums[0] = _mm512_dpbf16_ps(sums[0], value, first);
                 sums[1] = _mm512_dpbf16_ps(sums[1], value, second);
             }

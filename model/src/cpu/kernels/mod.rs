@@ -13,6 +13,7 @@ pub(super) mod linear;
 pub(super) mod matrix;
 pub(super) mod norm;
 pub(super) mod optimizer;
+pub(super) mod peak;
 mod product;
 pub(super) mod simd;
 pub(super) mod swiglu;

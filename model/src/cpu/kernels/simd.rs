@@ -36,15 +36,10 @@ pub(crate) fn level() -> Level {
             (true, false) => Level::Avx2,
             (false, _) => Level::Baseline,
         };
-        let asked = match std::env::var(LIMIT).as_deref() {
-            Err(_) | Ok("") => return widest,
-            Ok("baseline") => Level::Baseline,
-            Ok("avx2") => Level::Avx2,
-            Ok("avx512") => Level::Avx512,
-            Ok(other) => panic!("{LIMIT} is `{other}`; it can be baseline, avx2 or avx512"),
-        };
-        assert!(asked <= widest, "{LIMIT} asks for {asked:?}, and this CPU has {widest:?} at most");
-        asked
+        let Ok(name) = std::env::var(LIMIT) else { return widest };
+        let levels = [("baseline", Level::Baseline), ("avx2", Level::Avx2), ("avx512", Level::Avx512)];
+        let asked = levels.iter().find(|(known, level)| *known == name && *level <= widest);
+        asked.expect("ULMUS_SIMD is baseline, avx2 or avx512, and no more than this CPU has").1
     });
     *LEVEL
 }

@@ -60,7 +60,7 @@ pub(super) struct Lanes<'a> {
     matrix: Matrix<'a>,
     first_lane: usize,
     first_depth: usize,
-    pub lanes: usize,
+    pub count: usize,
     pub depths: usize,
 }
 
@@ -68,7 +68,7 @@ impl<'a> Lanes<'a> {
     pub(super) fn new(matrix: Matrix<'a>, lanes: Range<usize>, depths: Range<usize>) -> Self {
         assert!(lanes.end <= matrix.rows() && depths.end <= matrix.columns());
         let (first_lane, first_depth) = (lanes.start, depths.start);
-        Self { matrix, first_lane, first_depth, lanes: lanes.len(), depths: depths.len() }
+        Self { matrix, first_lane, first_depth, count: lanes.len(), depths: depths.len() }
     }
 
     /// Whether the lanes, and not the depths, are adjacent in memory.
@@ -100,7 +100,7 @@ impl<const ROUNDED: bool> Tile for Plain<ROUNDED> {
     fn pack(self, to: &mut [u32], width: usize, lanes: Lanes<'_>) {
         assert_eq!(to.len(), panel_words::<Self>(width, lanes.depths), "words of a panel");
         to.fill(0);
-        for lane in 0..lanes.lanes {
+        for lane in 0..lanes.count {
             for depth in 0..lanes.depths {
                 // SAFETY: `Lanes` checked that both lie in the matrix.
                 let value = unsafe { *lanes.at(lane, depth) };
