@@ -180,8 +180,12 @@ fn json(value: &impl serde::Serialize) -> String {
     serde_json::to_string_pretty(value).expect("plain data is valid JSON")
 }
 
+/// A reader that has seen enough, such as `head`, is no failure.
 fn print(text: &str) -> Result<ExitStatus, Failure> {
-    writeln!(std::io::stdout().lock(), "{text}")
-        .map_err(|error| Failure::new(ExitStatus::Failed, format!("cannot print the result: {error}")))?;
-    Ok(ExitStatus::Done)
+    match writeln!(std::io::stdout().lock(), "{text}") {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Failure::new(ExitStatus::Failed, format!("cannot print the result: {error}")))
+        }
+        _ => Ok(ExitStatus::Done),
+    }
 }

@@ -1,7 +1,6 @@
 //! Tiles of the matrix product on AVX-512: float32, and bfloat16 operands with float32 sums.
 
 use super::matrix::Output;
-use super::peak::CHAINS;
 use super::simd::{Level, level};
 use super::tile::{Lanes, Target, Tile, panel_words};
 use std::arch::x86_64::{
@@ -215,10 +214,31 @@ fn transpose(rows: &[__m512i; VECTOR]) -> [__m512i; VECTOR] {
     columns
 }
 
+/// Vectors in which the limit of arithmetic is measured.
+pub(super) const CHAINS: usize = 12;
+
+/// Multiplies and adds in registers, so often in each of [`CHAINS`] vectors.
+pub(super) fn saturate_f32(_: F32, iterations: usize) -> f32 {
+    // SAFETY: `detect` found the instructions.
+    unsafe { multiply_add(iterations) }
+}
+
 /// Adds up products of pairs in registers, so often in each of [`CHAINS`] vectors.
-pub(super) fn saturate(_: Bf16, iterations: usize) -> f32 {
+pub(super) fn saturate_bf16(_: Bf16, iterations: usize) -> f32 {
     // SAFETY: `detect` found the instructions.
     unsafe { dot_pairs(iterations) }
+}
+
+#[target_feature(enable = "avx512f")]
+fn multiply_add(iterations: usize) -> f32 {
+    let mut sums = [_mm512_setzero_ps(); CHAINS];
+    let factor = std::hint::black_box(_mm512_set1_ps(0.999));
+    for _ in 0..iterations {
+        for sum in &mut sums {
+            *sum = _mm512_fmadd_ps(*sum, factor, factor);
+        }
+    }
+    total(&sums)
 }
 
 #[target_feature(enable = "avx512f,avx512bf16")]
@@ -232,9 +252,14 @@ fn dot_pairs(iterations: usize) -> f32 {
             *sum = _mm512_dpbf16_ps(*sum, ones, ones);
         }
     }
+    total(&sums)
+}
+
+#[target_feature(enable = "avx512f")]
+fn total(sums: &[__m512; CHAINS]) -> f32 {
     let mut total = _mm512_setzero_ps();
     for sum in sums {
-        total = _mm512_add_ps(total, sum);
+        total = _mm512_add_ps(total, *sum);
     }
     _mm512_reduce_add_ps(total)
 }

@@ -4,47 +4,33 @@ use std::hint::black_box;
 
 use ulmus_plan::Precision;
 
-use super::simd::{LANES, vectorised};
+#[cfg(target_arch = "x86_64")]
+use super::avx512;
+use super::simd::LANES;
+use super::tile;
 
 /// About a tenth of a second.
 const ITERATIONS: usize = 1 << 24;
-/// Independent sums, enough to hide the latency of two multiply-adds per cycle.
-pub(super) const CHAINS: usize = 12;
 
 /// Does the work and gives its operations, or nothing if the processor has no instruction for it.
 pub(crate) fn saturate(precision: Precision) -> Option<f64> {
-    match precision {
-        Precision::F32 => {
-            black_box(multiply_add(black_box(0.999)));
-            Some((2 * CHAINS * LANES * ITERATIONS) as f64)
-        }
-        Precision::Bf16 => {
-            #[cfg(target_arch = "x86_64")]
-            if let Some(tile) = super::avx512::Bf16::detect() {
-                black_box(super::avx512::saturate(tile, ITERATIONS));
-                return Some((4 * CHAINS * LANES * ITERATIONS) as f64);
+    #[cfg(target_arch = "x86_64")]
+    {
+        let operations = |per_lane: usize| Some((per_lane * avx512::CHAINS * LANES * ITERATIONS) as f64);
+        match precision {
+            Precision::F32 => {
+                if let Some(tile) = avx512::F32::detect() {
+                    black_box(avx512::saturate_f32(tile, ITERATIONS));
+                    return operations(2);
+                }
             }
-            None
-        }
-    }
-}
-
-vectorised! {
-    fn multiply_add(factor: f32) -> f32 {
-        let mut chains = [[1f32; LANES]; CHAINS];
-        for _ in 0..ITERATIONS {
-            for chain in &mut chains {
-                for sum in chain {
-                    *sum = sum.mul_add(factor, 0.001);
+            Precision::Bf16 => {
+                if let Some(tile) = avx512::Bf16::detect() {
+                    black_box(avx512::saturate_bf16(tile, ITERATIONS));
+                    return operations(4);
                 }
             }
         }
-        let mut total = 0.0;
-        for chain in chains {
-            for sum in chain {
-                total += sum;
-            }
-        }
-        total
     }
+    (precision == Precision::F32).then(|| tile::saturate(ITERATIONS) as f64)
 }

@@ -128,15 +128,26 @@ impl<const ROUNDED: bool> Tile for Plain<ROUNDED> {
 vectorised! {
     fn sum_products(left: &[u32], right: &[u32]) -> [[f32; COLUMNS]; ROWS] {
         let mut sums = [[0f32; COLUMNS]; ROWS];
-        for (left, right) in left.as_chunks::<ROWS>().0.iter().zip(right.as_chunks::<COLUMNS>().0) {
-            let right = right.map(f32::from_bits);
-            for (sums, left) in sums.iter_mut().zip(left) {
-                let left = f32::from_bits(*left);
-                for (sum, right) in sums.iter_mut().zip(&right) {
-                    *sum = left.mul_add(*right, *sum);
+        let (left, right) = (left.as_chunks::<ROWS>().0, right.as_chunks::<COLUMNS>().0);
+        for depth in 0..left.len().min(right.len()) {
+            let (left, right) = (&left[depth], &right[depth]);
+            for row in 0..ROWS {
+                let value = f32::from_bits(left[row]);
+                for column in 0..COLUMNS {
+                    sums[row][column] = value.mul_add(f32::from_bits(right[column]), sums[row][column]);
                 }
             }
         }
         sums
     }
+}
+
+/// Sums products of operands that stay in the first-level cache; gives the number of operations.
+pub(super) fn saturate(depths: usize) -> usize {
+    const PANEL: usize = 128;
+    let (left, right) = ([0_u32; PANEL * ROWS], [0_u32; PANEL * COLUMNS]);
+    for _ in 0..depths / PANEL {
+        std::hint::black_box(sum_products(std::hint::black_box(&left), std::hint::black_box(&right)));
+    }
+    depths / PANEL * PANEL * 2 * ROWS * COLUMNS
 }
