@@ -50,7 +50,7 @@ fn write_report(text: &mut String, plan: &Plan) -> std::fmt::Result {
         }
     }
 
-    let memory = worker_memory(model, train.micro_batch as usize, plan.sequence_length(), train.recompute);
+    let memory = worker_memory(model, train, plan.sequence_length());
     writeln!(text, "\n# memory per worker, bytes")?;
     for (name, bytes) in [
         ("parameters", memory.parameters),

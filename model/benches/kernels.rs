@@ -7,8 +7,8 @@
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
 use ulmus_model::{
-    AdamW, AttentionShape, Backend, Columns, Cpu, HeadGradients, Heads, LinearShape, ROW_BLOCK, Rope, View,
-    ViewMut,
+    AdamW, AttentionShape, BLOCK, Backend, Columns, Cpu, HeadGradients, Heads, LinearShape, ROW_BLOCK, Rope,
+    View, ViewMut,
 };
 use ulmus_plan::{HEAD_ROWS, Precision};
 
@@ -269,5 +269,6 @@ fn adamw(bencher: Bencher<'_, '_>) {
 #[divan::bench]
 fn block_squares(bencher: Bencher<'_, '_>) {
     let (backend, x) = (backend(Precision::F32), values(2 * FFN * D));
-    bencher.counter(floats(x.len())).bench_local(|| backend.block_squares(all(&x)));
+    let mut sums = vec![0.0; x.len().div_ceil(BLOCK)];
+    bencher.counter(floats(x.len())).bench_local(|| backend.block_squares(&mut sums, all(&x)));
 }

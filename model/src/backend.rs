@@ -224,6 +224,9 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// Copies to the host what all kernels called so far have made; lengths are equal.
     fn download<T: Element>(&self, from: In<'_, Self, T>, to: &mut [T]);
 
+    /// Lets the host work on a buffer: in place where it is the host's memory, else on a copy that is put back.
+    fn on_host<T: Element, R>(&self, buffer: Out<'_, Self, T>, work: impl FnOnce(&mut [T]) -> R) -> R;
+
     /// Does `work` close to the device. A whole pass goes through one call, so that entering the device's
     /// threads is paid once and not once per kernel.
     fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R;
@@ -371,12 +374,18 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     );
 
     /// Sum of squares of each [`BLOCK`] of `x`, in f64.
-    fn block_squares(&self, x: In<'_, Self>) -> Vec<f64>;
+    fn block_squares(&self, sums: &mut [f64], x: In<'_, Self>);
 
     /// Adds the gradient, in quanta, to `sums`; says whether all of it was within the quantum's limit. If not,
     /// `sums` must not be used.
     #[must_use = "sums are unusable when this is false"]
     fn quantise_add(&self, sums: Out<'_, Self, i64>, gradient: In<'_, Self>, quantum: &Quantum) -> bool;
+
+    /// Whether all of the gradient is within the quantum's limit.
+    fn in_range(&self, gradient: In<'_, Self>, quantum: &Quantum) -> bool;
+
+    /// What [`Backend::quantise_add`] to zeros and [`Backend::dequantise`] make of a gradient, in its place.
+    fn quantise_mean(&self, gradient: Out<'_, Self>, quantum: &Quantum, scale: f64);
 
     /// `mean = sums · scale`: to f64, scaled, rounded once to f32.
     fn dequantise(&self, mean: Out<'_, Self>, sums: In<'_, Self, i64>, scale: f64);

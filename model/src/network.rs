@@ -186,6 +186,8 @@ pub(crate) struct Network<B: Backend> {
     activations: Vec<Activations<B>>,
     cross_entropy: B::Buffer<f32>,
     lse: B::Buffer<f32>,
+    /// Both on the host.
+    losses: [Vec<f32>; 2],
     scratch: Scratch<B>,
     planned_bytes: u64,
 }
@@ -234,6 +236,7 @@ impl<B: Backend> Network<B> {
                 .collect::<Result<_, _>>()?,
             cross_entropy: plan.buffer(rows)?,
             lse: plan.buffer(rows)?,
+            losses: [vec![0.0; rows], vec![0.0; rows]],
             scratch,
             planned_bytes: plan.bytes,
             backend,
@@ -548,10 +551,11 @@ impl<B: Backend> Network<B> {
     }
 
     /// Per position of the last batch: cross-entropy and logsumexp, 0 where ignored.
-    pub(crate) fn losses(&self) -> (Vec<f32>, Vec<f32>) {
-        let (mut cross_entropy, mut lse) = (vec![0.0; self.rows()], vec![0.0; self.rows()]);
-        self.backend.download(read(&self.cross_entropy, self.rows()), &mut cross_entropy);
-        self.backend.download(read(&self.lse, self.rows()), &mut lse);
+    pub(crate) fn losses(&mut self) -> (&[f32], &[f32]) {
+        let rows = self.rows();
+        let [cross_entropy, lse] = &mut self.losses;
+        self.backend.download(read(&self.cross_entropy, rows), cross_entropy);
+        self.backend.download(read(&self.lse, rows), lse);
         (cross_entropy, lse)
     }
 }

@@ -11,7 +11,7 @@ use std::ops::Range;
 use ulmus_plan::{ModelConfig, TrainConfig};
 use ulmus_types::Digest;
 
-use crate::backend::{AdamW, Backend, IGNORE, View, ViewMut};
+use crate::backend::{AdamW, BLOCK, Backend, IGNORE, View, ViewMut};
 use crate::batch::{BatchShape, LossSum, MicroBatch};
 use crate::error::ModelError;
 use crate::exact::Quantum;
@@ -62,6 +62,8 @@ pub struct Replica<B: Backend> {
     first_moment: B::Buffer<f32>,
     second_moment: B::Buffer<f32>,
     gradient: B::Buffer<f32>,
+    /// Per block of the gradient, on the host.
+    squares: Vec<f64>,
     z_loss: f32,
     planned_bytes: u64,
 }
@@ -88,6 +90,7 @@ impl<B: Backend> Replica<B> {
             first_moment: plan.buffer(len)?,
             second_moment: plan.buffer(len)?,
             gradient: plan.buffer(len)?,
+            squares: vec![0.0; len.div_ceil(BLOCK)],
             z_loss: z_loss as f32,
             planned_bytes: plan.bytes,
             layout,
@@ -160,12 +163,12 @@ impl<B: Backend> Replica<B> {
     }
 
     /// Sums in the order of the positions, in f64.
-    fn loss_sum(&self, batch: &MicroBatch) -> LossSum {
+    fn loss_sum(&mut self, batch: &MicroBatch) -> LossSum {
         let (cross_entropy, lse) = self.network.losses();
         let mut sum = LossSum::default();
         for ((target, ce), lse) in batch.targets.iter().zip(cross_entropy).zip(lse) {
             if *target != IGNORE {
-                sum += LossSum { ce: f64::from(ce), z: f64::from(lse).powi(2), valid: 1 };
+                sum += LossSum { ce: f64::from(*ce), z: f64::from(*lse).powi(2), valid: 1 };
             }
         }
         sum
@@ -191,6 +194,31 @@ impl<B: Backend> Replica<B> {
         self.backend.dequantise(write(&mut self.gradient, len), read(sums, len), quantum.mean_scale(valid));
     }
 
+    /// Whether the gradient can be quantised.
+    ///
+    /// # Errors
+    /// [`ModelError::GradientRange`] if an element is NaN, infinite or beyond the quantum's limit.
+    pub fn check_gradient(&self, quantum: &Quantum) -> Result<(), ModelError> {
+        if self.backend.in_range(read(&self.gradient, self.layout.parameters()), quantum) {
+            Ok(())
+        } else {
+            Err(ModelError::GradientRange { limit: quantum.limit() })
+        }
+    }
+
+    /// The gradient, which [`Replica::check_gradient`] has passed, becomes the mean over `valid` tokens: bit for bit
+    /// what it would become through sums of this gradient alone, without memory for them.
+    pub fn quantise_mean_gradient(&mut self, quantum: &Quantum, valid: u64) {
+        let len = self.layout.parameters();
+        self.backend.quantise_mean(write(&mut self.gradient, len), quantum, quantum.mean_scale(valid));
+    }
+
+    /// Lets the host work on the gradient.
+    pub fn gradient_on_host<R>(&mut self, work: impl FnOnce(&mut [f32]) -> R) -> R {
+        let len = self.layout.parameters();
+        self.backend.on_host(write(&mut self.gradient, len), work)
+    }
+
     /// Copies elements `start..start + to.len()` of the gradient.
     pub fn read_gradient(&self, start: usize, to: &mut [f32]) {
         self.backend.download(View::new(&self.gradient, start..start + to.len()), to);
@@ -202,9 +230,10 @@ impl<B: Backend> Replica<B> {
     }
 
     /// L2 norm of the gradient: sums of squares of fixed blocks, added in the order of the blocks, in f64.
-    pub fn gradient_norm(&self) -> f64 {
-        let blocks = self.backend.block_squares(read(&self.gradient, self.layout.parameters()));
-        blocks.iter().sum::<f64>().sqrt()
+    pub fn gradient_norm(&mut self) -> f64 {
+        let gradient = read(&self.gradient, self.layout.parameters());
+        self.backend.block_squares(&mut self.squares, gradient);
+        self.squares.iter().sum::<f64>().sqrt()
     }
 
     /// One AdamW step with the gradient as it stands, clipped to `recipe.clip`; gives the norm before clipping.

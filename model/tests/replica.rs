@@ -113,6 +113,23 @@ fn gradients_have_the_same_bits_for_any_number_of_threads() {
     assert_eq!(hash(3), one);
 }
 
+#[test]
+fn a_single_micro_batch_is_its_own_exact_sum() {
+    let (mut through_sums, mut in_place) = (replica(2), replica(2));
+    let loss = through_sums.forward_backward(&micro_batch(7)).unwrap();
+    in_place.forward_backward(&micro_batch(7)).unwrap();
+    let quantum = Quantum::new(160, 1);
+    let mut sums = vec![0; through_sums.layout().parameters()];
+    through_sums.quantise_add(&mut sums, &quantum).unwrap();
+    through_sums.set_mean_gradient(&sums, &quantum, loss.valid);
+    in_place.check_gradient(&quantum).unwrap();
+    in_place.quantise_mean_gradient(&quantum, loss.valid);
+    assert_eq!(in_place.gradient_hash(), through_sums.gradient_hash());
+
+    in_place.write_gradient(77, &[f32::NAN]);
+    assert!(matches!(in_place.check_gradient(&quantum), Err(ModelError::GradientRange { .. })));
+}
+
 /// Longer texts and wider layers, so that products are large enough to be split over threads.
 #[test]
 fn larger_products_have_the_same_bits_for_any_number_of_threads() {
@@ -299,13 +316,19 @@ fn memory_is_what_the_plan_says() {
         .into_iter()
         .flat_map(|config| shapes.map(|shape| (config.clone(), shape)))
     {
+        let train = |count: u64, recompute| TrainConfig {
+            sequences: count * sequences as u64,
+            micro_batch: sequences as u64,
+            recompute,
+            ..TrainConfig::default()
+        };
         for recompute in [false, true] {
             let shape = BatchShape { sequences, length, recompute };
             let replica = Replica::new(Cpu::new(1), &config, shape, 0.0).unwrap();
-            let plan = worker_memory(&config, sequences, length, recompute);
-            assert_eq!(replica.planned_bytes(), plan.total - plan.reduction);
+            let plan = worker_memory(&config, &train(1, recompute), length);
+            assert_eq!(replica.planned_bytes(), plan.total);
         }
-        let plan = worker_memory(&config, sequences, length, false);
+        let plan = worker_memory(&config, &train(2, false), length);
         assert_eq!(plan.reduction, 8 * config.parameters());
     }
 }

@@ -65,7 +65,7 @@ pub(crate) struct BenchResult {
     pub kernels: Vec<KernelTime>,
     /// Most memory that this process has held, where the system tells it.
     pub peak_rss_bytes: Option<u64>,
-    /// What was planned before the start, of which the reduction's sums are not needed here.
+    /// What was planned before the start.
     pub planned_bytes: u64,
     /// The machine.
     pub machine: Machine,
@@ -90,7 +90,8 @@ pub(crate) fn bench(config: BenchConfig) -> Result<BenchResult, ModelError> {
     // Somebody who has installed another one gets no kernel times.
     drop(tracing::subscriber::set_global_default(tracing_subscriber::registry().with(spans.clone())));
 
-    let recipe = TrainConfig::default();
+    let sequences = batch as u64;
+    let recipe = TrainConfig { sequences, micro_batch: sequences, recompute, ..TrainConfig::default() };
     let shape = BatchShape { sequences: batch, length: sequence, recompute };
     let backend = ulmus_model::Backend::with_precision(Cpu::new(threads), precision);
     let mut replica = Replica::new(backend, &model, shape, recipe.z_loss)?;
@@ -110,7 +111,7 @@ pub(crate) fn bench(config: BenchConfig) -> Result<BenchResult, ModelError> {
     spans.take();
     let step_seconds = (1..=steps.max(1) as u64).map(&mut train).collect::<Result<Vec<_>, _>>()?;
     let kernels = kernel_times(&spans.take(), &step_seconds);
-    let memory = worker_memory(&model, batch, sequence, recompute);
+    let memory = worker_memory(&model, &recipe, sequence);
     Ok(BenchResult {
         model: name,
         parameters: model.parameters(),
@@ -123,7 +124,7 @@ pub(crate) fn bench(config: BenchConfig) -> Result<BenchResult, ModelError> {
         step_seconds,
         kernels,
         peak_rss_bytes: peak_rss_bytes(),
-        planned_bytes: memory.total - memory.reduction,
+        planned_bytes: memory.total,
         machine: Machine::this(),
     })
 }

@@ -116,6 +116,10 @@ impl Backend for Cpu {
         to.copy_from_slice(from.slice());
     }
 
+    fn on_host<T: Element, R>(&self, buffer: Out<'_, Self, T>, work: impl FnOnce(&mut [T]) -> R) -> R {
+        work(buffer.slice())
+    }
+
     fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         self.pool.install(work)
     }
@@ -331,14 +335,24 @@ impl Backend for Cpu {
         self.kernel(trace_span!("adamw"), || optimizer::adamw(weights, first, second, gradient, step));
     }
 
-    fn block_squares(&self, x: In<'_, Self>) -> Vec<f64> {
+    fn block_squares(&self, sums: &mut [f64], x: In<'_, Self>) {
         let x = x.slice();
-        self.kernel(trace_span!("block_squares"), || optimizer::block_squares(x))
+        self.kernel(trace_span!("block_squares"), || optimizer::block_squares(sums, x));
     }
 
     fn quantise_add(&self, sums: Out<'_, Self, i64>, gradient: In<'_, Self>, quantum: &Quantum) -> bool {
         let (sums, gradient) = (sums.slice(), gradient.slice());
         self.kernel(trace_span!("quantise"), || optimizer::quantise_add(sums, gradient, quantum))
+    }
+
+    fn in_range(&self, gradient: In<'_, Self>, quantum: &Quantum) -> bool {
+        let gradient = gradient.slice();
+        self.kernel(trace_span!("quantise"), || optimizer::in_range(gradient, quantum))
+    }
+
+    fn quantise_mean(&self, gradient: Out<'_, Self>, quantum: &Quantum, scale: f64) {
+        let gradient = gradient.slice();
+        self.kernel(trace_span!("quantise"), || optimizer::quantise_mean(gradient, quantum, scale));
     }
 
     fn dequantise(&self, mean: Out<'_, Self>, sums: In<'_, Self, i64>, scale: f64) {

@@ -4,6 +4,7 @@
 //! compares both; only small scratch per thread (attention scores, matrix packing) is left out.
 
 use crate::model::ModelConfig;
+use crate::train::TrainConfig;
 
 /// Rows whose logits exist at one time: the head and its loss go through the batch in chunks of so many rows.
 pub const HEAD_ROWS: usize = 512;
@@ -20,7 +21,7 @@ pub struct MemoryPlan {
     pub gradients: u64,
     /// Both moments in f32.
     pub optimizer: u64,
-    /// Integer sums of the exact reduction.
+    /// Integer sums of the exact reduction, if there is more than one micro-batch.
     pub reduction: u64,
     /// Activations, their gradients and scratch for one micro-batch.
     pub activations: u64,
@@ -28,9 +29,9 @@ pub struct MemoryPlan {
     pub total: u64,
 }
 
-/// The plan for micro-batches of `sequences` × `length` positions; `recompute` as in `TrainConfig`.
-pub fn worker_memory(model: &ModelConfig, sequences: usize, length: usize, recompute: bool) -> MemoryPlan {
-    let rows = (sequences * length) as u64;
+/// The plan for micro-batches of sequences of `length` positions.
+pub fn worker_memory(model: &ModelConfig, train: &TrainConfig, length: usize) -> MemoryPlan {
+    let rows = train.micro_batch * length as u64;
     let (d, head) = (model.model_dim as u64, model.head_dim as u64);
     let layers = model.layers();
     // Per row: packed heads, attention output and its logsumexp, stream before the FFN, both halves of the FFN.
@@ -44,7 +45,7 @@ pub fn worker_memory(model: &ModelConfig, sequences: usize, length: usize, recom
         packed = packed.max(own_packed);
         ffn = ffn.max(own_ffn);
     }
-    let activations = if recompute { kept(query, packed, ffn) } else { sum };
+    let activations = if train.recompute { kept(query, packed, ffn) } else { sum };
     let streams = (layers.len() as u64 + 1) * d;
     let tokens_and_losses = 3 + 2;
     let scratch = 2 * d + d.max(query * head) + 2 * packed + ffn;
@@ -54,7 +55,9 @@ pub fn worker_memory(model: &ModelConfig, sequences: usize, length: usize, recom
     let rope = length as u64 * head;
     let activations = 4 * (rows * per_row + partial + logits + rope);
     let count = model.parameters();
-    let (parameters, gradients, optimizer, reduction) = (4 * count, 4 * count, 8 * count, 8 * count);
+    // A single micro-batch is its own sum, in place.
+    let reduction = if train.micro_batches() == 1 { 0 } else { 8 * count };
+    let (parameters, gradients, optimizer) = (4 * count, 4 * count, 8 * count);
     let total = parameters + gradients + optimizer + reduction + activations;
     MemoryPlan { parameters, gradients, optimizer, reduction, activations, total }
 }

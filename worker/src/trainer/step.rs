@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use ulmus_dataloader::{Cursors, DataError, Loader, Sequence};
-use ulmus_model::{Backend, IGNORE, LossSum, Out, Quantum, View, ViewMut};
+use ulmus_model::{Backend, IGNORE, LossSum, Out, Quantum, ViewMut};
 use ulmus_types::{
     Assignment, CheckpointId, CheckpointKind, Generation, LaneId, LeaveReason, StepReport, ToCoordinator,
 };
@@ -47,18 +47,21 @@ impl<B: Backend> Training<B> {
     ) -> Result<LeaveReason, WorkerError> {
         let plan = Arc::clone(&self.run.plan);
         let lanes = self.host_lanes(assignment)?;
-        let mut sums = self.replica.backend().allocate::<i64>(self.replica.layout().parameters())?;
+        // A single micro-batch is its own sum.
+        let alone = group.size() == 1 && lanes.len() == 1;
+        let parameters = self.replica.layout().parameters();
+        let mut sums = if alone { None } else { Some(self.replica.backend().allocate(parameters)?) };
         while self.step().get() < plan.train.iterations {
             let begun = Instant::now();
             let mut times = Times::default();
-            let share = self.share(&lanes, &mut sums, &mut times);
+            let share = self.share(&lanes, sums.as_mut(), &mut times);
             let wishes = control.take_wishes();
             let agreed =
                 self.exchange_words(share.as_ref().ok(), share.as_ref().err(), wishes, group, &mut times)?;
             if agreed.failed > 0 || agreed.exhausted > 0 {
                 return Ok(self.stopped(&agreed, share.err(), assignment.generation, reports));
             }
-            let grad_norm = self.update(&mut sums, agreed.valid as u64, group, &mut times)?;
+            let grad_norm = self.update(sums.as_mut(), agreed.valid as u64, group, &mut times)?;
             let report = self.finish_step(&agreed, grad_norm, begun, &times, group)?;
             let step = report.step.get();
             let said = ToCoordinator::Steps { generation: assignment.generation, reports: vec![report] };
@@ -106,10 +109,12 @@ impl<B: Backend> Training<B> {
     fn share(
         &mut self,
         lanes: &[Vec<LaneId>],
-        sums: &mut B::Buffer<i64>,
+        mut sums: Option<&mut B::Buffer<i64>>,
         times: &mut Times,
     ) -> Result<Words, Obstacle> {
-        self.clear(sums);
+        if let Some(sums) = &mut sums {
+            self.clear(sums);
+        }
         let plan = Arc::clone(&self.run.plan);
         let per_lane = (plan.train.sequences / plan.data.lanes) as usize;
         let loader = self.loader.as_mut().expect("lanes are hosted before a step");
@@ -125,7 +130,11 @@ impl<B: Backend> Training<B> {
             let loss =
                 self.replica.forward_backward(&batch).map_err(|error| Obstacle::Failed(error.into()))?;
             add_loss(&mut words, &loss, &self.quantum)?;
-            self.replica.quantise_add(sums, &self.quantum).map_err(|error| Obstacle::Failed(error.into()))?;
+            match &mut sums {
+                Some(sums) => self.replica.quantise_add(sums, &self.quantum),
+                None => self.replica.check_gradient(&self.quantum),
+            }
+            .map_err(|error| Obstacle::Failed(error.into()))?;
         }
         words.cursors = loader.cursors().words().to_vec();
         Ok(words)
@@ -191,26 +200,29 @@ impl<B: Backend> Training<B> {
     /// Reduces the gradients over the group and does the update; gives the gradient's norm.
     fn update(
         &mut self,
-        sums: &mut B::Buffer<i64>,
+        sums: Option<&mut B::Buffer<i64>>,
         valid: u64,
         group: &mut dyn Collective,
         times: &mut Times,
     ) -> Result<f64, WorkerError> {
-        if group.size() == 1 {
-            self.replica.set_mean_gradient(sums, &self.quantum, valid);
-        } else {
-            // Integers are reduced, so that the sum does not depend on the order; finished floats are gathered.
-            let parameters = self.replica.layout().parameters();
-            let mut host = vec![0_i64; parameters];
-            self.replica.backend().download(View::new(&*sums, 0..parameters), &mut host);
-            let mut mean = vec![0_f32; parameters];
-            let own = chunk(parameters, group.size(), group.rank().index());
-            let waiting = Instant::now();
-            group.reduce_scatter((&mut host[..]).into())?;
-            self.quantum.mean_into(&host[own.clone()], valid, &mut mean[own]);
-            group.all_gather((&mut mean[..]).into())?;
-            times.communication += waiting.elapsed();
-            self.replica.write_gradient(0, &mean);
+        match sums {
+            None => self.replica.quantise_mean_gradient(&self.quantum, valid),
+            Some(sums) if group.size() == 1 => self.replica.set_mean_gradient(sums, &self.quantum, valid),
+            Some(sums) => {
+                // Integers are reduced, so that the sum does not depend on the order; finished floats are gathered.
+                let parameters = self.replica.layout().parameters();
+                let own = chunk(parameters, group.size(), group.rank().index());
+                let waiting = Instant::now();
+                let backend = self.replica.backend().clone();
+                backend.on_host(ViewMut::new(sums, 0..parameters), |sums| {
+                    group.reduce_scatter((&mut *sums).into())?;
+                    self.replica.gradient_on_host(|mean| {
+                        self.quantum.mean_into(&sums[own.clone()], valid, &mut mean[own]);
+                        group.all_gather(mean.into())
+                    })
+                })?;
+                times.communication += waiting.elapsed();
+            }
         }
         let train = &self.run.plan.train;
         let step = self.step().get();

@@ -37,8 +37,8 @@ vectorised! {
 }
 
 /// Sum of squares per block.
-pub(crate) fn block_squares(x: &[f32]) -> Vec<f64> {
-    x.par_chunks(BLOCK).map(squares).collect()
+pub(crate) fn block_squares(sums: &mut [f64], x: &[f32]) {
+    sums.par_iter_mut().zip(x.par_chunks(BLOCK)).for_each(|(sum, block)| *sum = squares(block));
 }
 
 vectorised! {
@@ -81,6 +81,37 @@ vectorised! {
             *sum = sum.wrapping_add((gradient * inverse).round_ties_even() as i64);
         }
         in_range
+    }
+}
+
+/// Whether every element is in range.
+pub(crate) fn in_range(gradient: &[f32], quantum: &Quantum) -> bool {
+    let limit = quantum.limit();
+    gradient.par_chunks(BLOCK).map(|block| block_in_range(block, limit)).reduce(|| true, |a, b| a & b)
+}
+
+vectorised! {
+    fn block_in_range(gradient: &[f32], limit: f64) -> bool {
+        let mut in_range = true;
+        for gradient in gradient {
+            in_range &= f64::from(*gradient).abs() <= limit;
+        }
+        in_range
+    }
+}
+
+/// The gradient in quanta, as integers, times `scale`.
+pub(crate) fn quantise_mean(gradient: &mut [f32], quantum: &Quantum, scale: f64) {
+    let inverse = 1.0 / quantum.value();
+    gradient.par_chunks_mut(BLOCK).for_each(|block| quantise_mean_block(block, inverse, scale));
+}
+
+vectorised! {
+    fn quantise_mean_block(gradient: &mut [f32], inverse: f64, scale: f64) {
+        for gradient in gradient {
+            let quanta = (f64::from(*gradient) * inverse).round_ties_even() as i64;
+            *gradient = (quanta as f64 * scale) as f32;
+        }
     }
 }
 
