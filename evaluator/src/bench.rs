@@ -114,7 +114,7 @@ pub fn bench<B: Backend>(
         config,
         parameters: model.config().parameters(),
         threads,
-        dtype: "f32".to_owned(),
+        dtype: model.format().to_string(),
         median: median_rates(config, &timings),
         runs: timings,
         machine: Machine::this(),

@@ -12,7 +12,7 @@ use ulmus_evaluator::{
     BenchConfig, BenchResult, EvaluatorError, LoadedModel, PerplexityResult, Transcript, bench, load_model,
     load_tokenizer, perplexity, read_texts, synthetic_weights,
 };
-use ulmus_model::{Cpu, Generator, Model};
+use ulmus_model::{Cpu, Generator, Model, WeightFormat};
 use ulmus_plan::{ModelConfig, Preset};
 use ulmus_rt::Failure;
 use ulmus_types::{Digest, ErrorKind, ExitStatus};
@@ -122,6 +122,24 @@ fn parse_preset(name: &str) -> Result<Preset, &'static str> {
 enum Dtype {
     /// 32-bit floats.
     F32,
+    /// 16-bit floats of IEEE 754, and 32-bit activations.
+    F16,
+    /// 16-bit floats with the range of 32 bits, and activations rounded alike.
+    Bf16,
+    /// 8-bit integers with a scale per 32 of them, and activations quantised alike.
+    #[value(name = "q8_0")]
+    Q8_0,
+}
+
+impl Dtype {
+    fn format(self) -> WeightFormat {
+        match self {
+            Self::F32 => WeightFormat::F32,
+            Self::F16 => WeightFormat::F16,
+            Self::Bf16 => WeightFormat::Bf16,
+            Self::Q8_0 => WeightFormat::Q8_0,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -247,12 +265,12 @@ impl Run {
 
 impl Bench {
     fn run(&self) -> Result<(), Failure> {
-        let Dtype::F32 = self.dtype;
         let threads = self.compute.threads();
         let model = if let Some(preset) = self.subject.preset {
             let config = preset.config();
             let weights = synthetic_weights(&config);
-            Arc::new(Model::new(Cpu::new(threads), &config, &weights).map_err(failure)?)
+            let model = Model::in_format(Cpu::new(threads), &config, &weights, self.dtype.format());
+            Arc::new(model.map_err(failure)?)
         } else {
             let directory = self.subject.model.as_deref().expect("one of the group is required");
             load_model(directory, threads).map_err(failure)?.model

@@ -9,10 +9,11 @@ use std::sync::Arc;
 
 use ulmus_plan::ModelConfig;
 
-use crate::backend::{AttentionShape, Backend, Columns, IGNORE, LinearShape, View, ViewMut};
+use crate::backend::{Backend, Heads, IGNORE, Span, View, ViewMut};
 use crate::error::ModelError;
+use crate::format::WeightFormat;
 use crate::network::{Planner, RopeTables, heads, read, write};
-use crate::params::Layout;
+use crate::params::{LayerLayout, Layout};
 
 /// Rows of a prompt that go through the layers at once.
 const PROMPT_ROWS: usize = 256;
@@ -24,21 +25,75 @@ const SCORE_ROWS: usize = 64;
 pub struct Model<B: Backend> {
     backend: B,
     config: ModelConfig,
-    layout: Layout,
-    weights: B::Buffer<f32>,
+    format: WeightFormat,
+    embedding: B::Weights,
+    layers: Vec<Layer<B>>,
+    final_norm: B::Buffer<f32>,
+}
+
+/// Weights of one layer.
+#[derive(Debug)]
+struct Layer<B: Backend> {
+    heads: Heads,
+    ffn: usize,
+    qkv: B::Weights,
+    /// `[2, H]`: queries, keys.
+    qk_norm: B::Buffer<f32>,
+    out_proj: B::Weights,
+    proj_1: B::Weights,
+    proj_2: B::Weights,
+    ffn_norm: B::Buffer<f32>,
+    attn_norm: B::Buffer<f32>,
 }
 
 impl<B: Backend> Model<B> {
-    /// Puts flat weights on the device. `config` has passed [`ModelConfig::check`].
+    /// Puts flat weights on the device as they are. `config` has passed [`ModelConfig::check`].
     ///
     /// # Errors
-    /// [`ModelError::Tensors`] if there is not one weight per parameter; [`ModelError::OutOfMemory`].
+    /// As for [`Model::in_format`].
     pub fn new(backend: B, config: &ModelConfig, weights: &[f32]) -> Result<Self, ModelError> {
+        Self::in_format(backend, config, weights, WeightFormat::F32)
+    }
+
+    /// Puts flat weights on the device, matrices in a format. `config` has passed [`ModelConfig::check`].
+    ///
+    /// # Errors
+    /// [`ModelError::Tensors`] if there is not one weight per parameter, or one that is not finite in the format;
+    /// [`ModelError::OutOfMemory`].
+    pub fn in_format(
+        backend: B,
+        config: &ModelConfig,
+        weights: &[f32],
+        format: WeightFormat,
+    ) -> Result<Self, ModelError> {
         let layout = Layout::new(config);
         layout.check_len(weights)?;
-        let mut buffer = backend.allocate(weights.len())?;
-        backend.upload(write(&mut buffer, weights.len()), weights);
-        Ok(Self { backend, config: config.clone(), layout, weights: buffer })
+        check_values(&layout, weights, format)?;
+        let matrix = |at: &Range<usize>, outputs| backend.weights(&weights[at.clone()], outputs, format);
+        let vector = |at: &Range<usize>| {
+            let mut buffer = backend.allocate(at.len())?;
+            backend.upload(write(&mut buffer, at.len()), &weights[at.clone()]);
+            Ok::<_, ModelError>(buffer)
+        };
+        let d = config.model_dim;
+        let layer = |at: &LayerLayout| {
+            let (heads, ffn) = (heads(at, config.head_dim), at.dims.ffn_dim);
+            Ok(Layer {
+                heads,
+                ffn,
+                qkv: matrix(&at.qkv, heads.packed_width())?,
+                qk_norm: vector(&at.qk_norm)?,
+                out_proj: matrix(&at.out_proj, d)?,
+                proj_1: matrix(&at.proj_1, 2 * ffn)?,
+                proj_2: matrix(&at.proj_2, d)?,
+                ffn_norm: vector(&at.ffn_norm)?,
+                attn_norm: vector(&at.attn_norm)?,
+            })
+        };
+        let embedding = matrix(&layout.embedding(), config.vocab_size)?;
+        let layers = layout.layers().iter().map(layer).collect::<Result<_, ModelError>>()?;
+        let final_norm = vector(&layout.final_norm())?;
+        Ok(Self { config: config.clone(), format, embedding, layers, final_norm, backend })
     }
 
     /// Shape of the model.
@@ -46,14 +101,33 @@ impl<B: Backend> Model<B> {
         &self.config
     }
 
+    /// Format of the matrices.
+    pub fn format(&self) -> WeightFormat {
+        self.format
+    }
+
     /// The device.
     pub fn backend(&self) -> &B {
         &self.backend
     }
+}
 
-    fn weight(&self, range: &Range<usize>) -> View<'_, B::Buffer<f32>> {
-        View::new(&self.weights, range.clone())
+/// Refuses weights that are not finite in the format of their tensor.
+fn check_values(layout: &Layout, weights: &[f32], format: WeightFormat) -> Result<(), ModelError> {
+    for tensor in layout.tensors() {
+        let format = if tensor.shape.len() > 1 { format } else { WeightFormat::F32 };
+        let (values, most) = (&weights[tensor.range.clone()], format.largest());
+        // Whole tensors first, without branches.
+        let bad = values.iter().filter(|value| !(value.abs() <= most)).count();
+        if bad > 0 {
+            let value = values.iter().find(|value| !(value.abs() <= most)).unwrap_or(&f32::NAN);
+            let name = &tensor.name;
+            return Err(ModelError::Tensors(format!(
+                "{name} has {bad} values, the first {value}, that are no numbers up to {most:e}, the most of {format}"
+            )));
+        }
     }
+    Ok(())
 }
 
 /// One text in the making.
@@ -64,8 +138,8 @@ pub struct Generator<B: Backend> {
     /// Tokens in the cache.
     position: usize,
     rope: RopeTables<B>,
-    /// Per layer `[capacity, keys | values]`.
-    cache: Vec<B::Buffer<f32>>,
+    /// Per layer.
+    cache: Vec<B::Cache>,
     ids: B::Buffer<u32>,
     targets: B::Buffer<u32>,
     stream: B::Buffer<f32>,
@@ -74,7 +148,6 @@ pub struct Generator<B: Backend> {
     packed: B::Buffer<f32>,
     rotated: B::Buffer<f32>,
     attended: B::Buffer<f32>,
-    lse: B::Buffer<f32>,
     branch: B::Buffer<f32>,
     gate_up: B::Buffer<f32>,
     gated: B::Buffer<f32>,
@@ -93,19 +166,16 @@ impl<B: Backend> Generator<B> {
         let plan = &mut Planner::new(&model.backend);
         let config = &model.config;
         let (d, rows) = (config.model_dim, PROMPT_ROWS.min(capacity));
-        let layers = model.layout.layers();
-        let widest = |width: &dyn Fn(&crate::params::LayerLayout) -> usize| {
-            layers.iter().map(width).max().unwrap_or(0)
-        };
-        let head = |layer: &crate::params::LayerLayout| heads(layer, config.head_dim);
-        let packed = widest(&|layer| head(layer).packed_width());
-        let query_heads = widest(&|layer| layer.dims.q_heads);
-        let ffn = widest(&|layer| layer.dims.ffn_dim);
-        let cache = layers.iter().map(|layer| plan.buffer(capacity * 2 * head(layer).key_value_width()));
+        let widest = |width: &dyn Fn(&Layer<B>) -> usize| model.layers.iter().map(width).max().unwrap_or(0);
+        let packed = widest(&|layer| layer.heads.packed_width());
+        let query_heads = widest(&|layer| layer.heads.query);
+        let ffn = widest(&|layer| layer.ffn);
+        let cache = |layer: &Layer<B>| model.backend.cache(1, capacity, layer.heads);
+        let cache = model.layers.iter().map(cache).collect::<Result<_, _>>()?;
         Ok(Self {
             capacity,
             position: 0,
-            cache: cache.collect::<Result<_, _>>()?,
+            cache,
             rope: RopeTables::new(plan, config, capacity)?,
             ids: plan.buffer(rows)?,
             targets: plan.buffer(rows)?,
@@ -115,7 +185,6 @@ impl<B: Backend> Generator<B> {
             packed: plan.buffer(rows * packed)?,
             rotated: plan.buffer(rows * packed)?,
             attended: plan.buffer(rows * query_heads * config.head_dim)?,
-            lse: plan.buffer(rows * query_heads)?,
             branch: plan.buffer(rows * d)?,
             gate_up: plan.buffer(rows * 2 * ffn)?,
             gated: plan.buffer(rows * ffn)?,
@@ -156,11 +225,11 @@ impl<B: Backend> Generator<B> {
                 self.advance(part);
                 rows = part.len();
             }
-            model.backend.linear(
+            model.backend.linear_weights(
                 write(&mut self.logits, vocabulary),
                 View::new(&self.normed, (rows - 1) * d..rows * d),
-                model.weight(&model.layout.embedding()),
-                LinearShape { rows: 1, inputs: d, outputs: vocabulary },
+                &model.embedding,
+                1,
             );
         });
         model.backend.download(read(&self.logits, vocabulary), &mut self.next);
@@ -186,16 +255,21 @@ impl<B: Backend> Generator<B> {
             model.backend.run(|| {
                 self.advance(tokens);
                 model.backend.upload(write(&mut self.targets, rows), targets);
-                model.backend.head_loss(
-                    write(&mut self.cross_entropy, rows),
-                    write(&mut self.lse, rows),
-                    None,
-                    read(&self.normed, rows * d),
-                    model.weight(&model.layout.embedding()),
-                    read(&self.targets, rows),
-                    write(&mut self.logits, SCORE_ROWS * vocabulary),
-                    LinearShape { rows, inputs: d, outputs: vocabulary },
-                );
+                for start in (0..rows).step_by(SCORE_ROWS) {
+                    let end = rows.min(start + SCORE_ROWS);
+                    let len = (end - start) * vocabulary;
+                    model.backend.linear_weights(
+                        write(&mut self.logits, len),
+                        View::new(&self.normed, start * d..end * d),
+                        &model.embedding,
+                        end - start,
+                    );
+                    model.backend.cross_entropy(
+                        ViewMut::new(&mut self.cross_entropy, start..end),
+                        write(&mut self.logits, len),
+                        View::new(&self.targets, start..end),
+                    );
+                }
             });
             model.backend.download(read(&self.cross_entropy, rows), losses);
         }
@@ -248,90 +322,62 @@ impl<B: Backend> Generator<B> {
     /// Sends up to [`PROMPT_ROWS`] tokens through all layers; leaves the final norm's output in `normed`.
     fn advance(&mut self, tokens: &[u32]) {
         let Self { model, rope, cache, ids, stream, next_stream, normed, packed, rotated, .. } = self;
-        let Self { attended, lse, branch, gate_up, gated, position, .. } = self;
+        let Self { attended, branch, gate_up, gated, position, .. } = self;
         let (backend, d, rows) = (&model.backend, model.config.model_dim, tokens.len());
         backend.upload(write(ids, rows), tokens);
-        backend.embed(write(stream, rows * d), model.weight(&model.layout.embedding()), read(ids, rows), d);
-        for (index, (at, cache)) in model.layout.layers().iter().zip(cache).enumerate() {
-            let heads = heads(at, model.config.head_dim);
-            let (width, query_width, ffn) = (heads.packed_width(), heads.query_width(), at.dims.ffn_dim);
-            let cached = 2 * heads.key_value_width();
+        backend.embed_weights(write(stream, rows * d), &model.embedding, read(ids, rows));
+        for (index, (layer, cache)) in model.layers.iter().zip(cache).enumerate() {
+            let (heads, ffn) = (layer.heads, layer.ffn);
+            let (width, query_width) = (heads.packed_width(), heads.query_width());
+            let attn_norm = read(&layer.attn_norm, d);
             if index == 0 {
-                backend.norm(write(normed, rows * d), read(stream, rows * d), model.weight(&at.attn_norm));
+                backend.norm(write(normed, rows * d), read(stream, rows * d), attn_norm);
             } else {
                 backend.add_norm(
                     write(next_stream, rows * d),
                     write(normed, rows * d),
                     read(stream, rows * d),
                     read(branch, rows * d),
-                    model.weight(&at.attn_norm),
+                    attn_norm,
                 );
                 std::mem::swap(stream, next_stream);
             }
-            backend.linear(
-                write(packed, rows * width),
-                read(normed, rows * d),
-                model.weight(&at.qkv),
-                LinearShape { rows, inputs: d, outputs: width },
-            );
+            backend.linear_weights(write(packed, rows * width), read(normed, rows * d), &layer.qkv, rows);
             backend.qk_norm_rope(
                 write(rotated, rows * width),
                 read(packed, rows * width),
-                model.weight(&at.qk_norm),
+                read(&layer.qk_norm, 2 * heads.width),
                 rope.at(*position, rows),
                 heads,
             );
-            let columns = |column| Columns { rows: read(&*rotated, rows * width), stride: width, column };
-            backend.copy_columns(
-                ViewMut::new(cache, *position * cached..(*position + rows) * cached),
-                columns(query_width),
-                cached,
-            );
-            let keys = *position + rows;
-            let kept = |column| Columns { rows: read(&*cache, keys * cached), stride: cached, column };
-            backend.attention(
+            let spans = [Span { sequence: 0, position: *position, rows }];
+            backend.cached_attention(
                 write(attended, rows * query_width),
-                write(lse, rows * heads.query),
-                columns(0),
-                kept(0),
-                kept(heads.key_value_width()),
-                None,
-                AttentionShape { sequences: 1, queries: rows, keys, heads },
+                cache,
+                read(rotated, rows * width),
+                &spans,
             );
-            backend.linear(
-                write(branch, rows * d),
-                read(attended, rows * query_width),
-                model.weight(&at.out_proj),
-                LinearShape { rows, inputs: query_width, outputs: d },
-            );
+            let attended = read(attended, rows * query_width);
+            backend.linear_weights(write(branch, rows * d), attended, &layer.out_proj, rows);
             backend.add_norm(
                 write(next_stream, rows * d),
                 write(normed, rows * d),
                 read(stream, rows * d),
                 read(branch, rows * d),
-                model.weight(&at.ffn_norm),
+                read(&layer.ffn_norm, d),
             );
             std::mem::swap(stream, next_stream);
-            backend.linear(
-                write(gate_up, rows * 2 * ffn),
-                read(normed, rows * d),
-                model.weight(&at.proj_1),
-                LinearShape { rows, inputs: d, outputs: 2 * ffn },
-            );
+            let normed = read(normed, rows * d);
+            backend.linear_weights(write(gate_up, rows * 2 * ffn), normed, &layer.proj_1, rows);
             backend.swiglu(write(gated, rows * ffn), read(gate_up, rows * 2 * ffn), ffn);
-            backend.linear(
-                write(branch, rows * d),
-                read(gated, rows * ffn),
-                model.weight(&at.proj_2),
-                LinearShape { rows, inputs: ffn, outputs: d },
-            );
+            backend.linear_weights(write(branch, rows * d), read(gated, rows * ffn), &layer.proj_2, rows);
         }
         backend.add_norm(
             write(next_stream, rows * d),
             write(normed, rows * d),
             read(stream, rows * d),
             read(branch, rows * d),
-            model.weight(&model.layout.final_norm()),
+            read(&model.final_norm, d),
         );
         *position += rows;
     }

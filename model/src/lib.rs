@@ -12,6 +12,7 @@ mod batch;
 mod cpu;
 mod error;
 mod exact;
+mod format;
 mod generate;
 pub mod hf;
 mod init;
@@ -22,12 +23,13 @@ mod tensors;
 
 pub use backend::{
     AdamW, AttentionShape, BLOCK, Backend, Columns, Element, HeadGradients, Heads, IGNORE, In, LinearShape,
-    Out, ROW_BLOCK, Rope, View, ViewMut,
+    Out, ROW_BLOCK, Rope, Span, View, ViewMut,
 };
 pub use batch::{LossSum, MicroBatch};
 pub use cpu::Cpu;
 pub use error::ModelError;
 pub use exact::Quantum;
+pub use format::WeightFormat;
 pub use generate::{Generator, Model, greedy};
 pub use params::{Layout, Tensor};
 pub use replica::{Replica, State, StatePart};
