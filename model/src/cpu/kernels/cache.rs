@@ -11,6 +11,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::matrix::{Matrix, MatrixMut, SharedMatrix};
+use super::pages::Pages;
 use super::rows;
 #[cfg(target_arch = "x86_64")]
 use super::rows_avx512;
@@ -30,16 +31,13 @@ pub struct Cache {
     heads: Heads,
     /// Positions, rounded up to whole panels.
     capacity: usize,
-    lines: Vec<Line>,
+    lines: Pages,
 }
 
 impl Cache {
     pub(crate) fn new(sequences: usize, capacity: usize, heads: Heads) -> Result<Self, ModelError> {
-        let mut cache = Self { heads, capacity: capacity.next_multiple_of(LANES), lines: Vec::new() };
-        let lines = sequences * heads.key_value * cache.head_lines();
-        let bytes = lines * size_of::<Line>();
-        cache.lines.try_reserve_exact(lines).map_err(|_| ModelError::OutOfMemory { bytes })?;
-        cache.lines.resize(lines, bytemuck::Zeroable::zeroed());
+        let mut cache = Self { heads, capacity: capacity.next_multiple_of(LANES), lines: Pages::zeroed(0)? };
+        cache.lines = Pages::zeroed(sequences * heads.key_value * cache.head_lines())?;
         Ok(cache)
     }
 

@@ -14,6 +14,7 @@ pub(super) mod linear;
 pub(super) mod matrix;
 pub(super) mod norm;
 pub(super) mod optimizer;
+mod pages;
 mod product;
 mod rows;
 #[cfg(target_arch = "x86_64")]

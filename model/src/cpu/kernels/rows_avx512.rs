@@ -124,21 +124,21 @@ macro_rules! kernel {
 // that enough sums are under way to hide how long each addition takes.
 kernel!(
     F32, "avx512f", words 1, lines 2, pack |kernel: F32, to, width, x, rows| pack(kernel.0, to, width, x, rows),
-    step step_f32, tile tile_f32, { 1: 4, 2: 4, 4: 2, 8: 1, 14: 1 }
+    step step_f32, tile tile_f32, { 1: 1, 2: 1, 4: 1, 8: 1, 14: 1 }
 );
 kernel!(
     F16, "avx512f", words 1, lines 1, pack |kernel: F16, to, width, x, rows| pack(kernel.0.0, to, width, x, rows),
-    step step_f16, tile tile_f16, { 1: 4, 2: 4, 4: 2, 8: 1, 14: 1 }
+    step step_f16, tile tile_f16, { 1: 2, 2: 2, 4: 1, 8: 1, 14: 1 }
 );
 kernel!(
     Bf16, "avx512f,avx512bf16", words 1, lines 2,
     pack |kernel: Bf16, to, width, x, rows| pack(kernel.0, to, width, x, rows),
-    step step_bf16, tile tile_bf16, { 1: 4, 2: 4, 4: 2, 8: 1, 14: 1 }
+    step step_bf16, tile tile_bf16, { 1: 1, 2: 1, 4: 1, 8: 1, 14: 1 }
 );
 // Here each sum of floats has a sum of integers beside it.
 kernel!(
     Q8, "avx512f,avx512vnni", words Q8_WORDS, lines 17, pack |_, to, width, x, rows| pack_q8(to, width, x, rows),
-    step step_q8, tile tile_q8, { 1: 2, 2: 2, 4: 1, 6: 1 }
+    step step_q8, tile tile_q8, { 1: 1, 2: 1, 4: 1, 6: 1 }
 );
 
 fn pack<T: Tile>(tile: T, to: &mut [u32], width: usize, x: Matrix<'_>, rows: Range<usize>) {
@@ -187,6 +187,17 @@ unsafe fn store<const ROWS: usize, const PANELS: usize>(sums: &Sums<ROWS, PANELS
     }
 }
 
+/// Lines ahead of what is read that are asked for.
+const AHEAD: usize = 32;
+const Q8_AHEAD: usize = 68;
+
+/// Asks for a line some lines ahead.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch(line: *const Line, ahead: usize) {
+    _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(ahead).cast());
+}
+
 /// # Safety
 /// AVX-512; a step is left in all panels.
 #[inline]
@@ -201,6 +212,8 @@ unsafe fn step_f32<const ROWS: usize, const PANELS: usize>(
         // SAFETY: a step is two lines of each panel and a word of each row.
         unsafe {
             let right = right.add(panel * distance);
+            prefetch(right, AHEAD);
+            prefetch(right.add(1), AHEAD);
             let (first, second) = (_mm512_load_ps(right.cast()), _mm512_load_ps(right.add(1).cast()));
             for row in 0..ROWS {
                 let value = _mm512_set1_ps(*left.add(row).cast());
@@ -224,7 +237,9 @@ unsafe fn step_f16<const ROWS: usize, const PANELS: usize>(
     for panel in 0..PANELS {
         // SAFETY: a step is a line of each panel and a word of each row.
         unsafe {
-            let right = right.add(panel * distance).cast::<[u16; VECTOR]>();
+            let right = right.add(panel * distance);
+            prefetch(right, AHEAD);
+            let right = right.cast::<[u16; VECTOR]>();
             let first = _mm512_cvtph_ps(_mm256_loadu_si256(right.cast()));
             let second = _mm512_cvtph_ps(_mm256_loadu_si256(right.add(1).cast()));
             for row in 0..ROWS {
@@ -250,6 +265,8 @@ unsafe fn step_bf16<const ROWS: usize, const PANELS: usize>(
         // SAFETY: a step is two lines of each panel and a word of each row; all vectors are 512 bits of plain data.
         unsafe {
             let right = right.add(panel * distance);
+            prefetch(right, AHEAD);
+            prefetch(right.add(1), AHEAD);
             let first = std::mem::transmute::<__m512i, _>(_mm512_load_si512(right.cast()));
             let second = std::mem::transmute::<__m512i, _>(_mm512_load_si512(right.add(1).cast()));
             for row in 0..ROWS {
@@ -281,6 +298,8 @@ unsafe fn step_q8<const ROWS: usize, const PANELS: usize>(
                 integers[row] = [_mm512_set1_epi32(*left.add(WORDS * ROWS + row).cast()); 2];
             }
             for word in 0..WORDS {
+                prefetch(right.add(1 + 2 * word), Q8_AHEAD);
+                prefetch(right.add(2 + 2 * word), Q8_AHEAD);
                 let first = _mm512_load_si512(right.add(1 + 2 * word).cast());
                 let second = _mm512_load_si512(right.add(2 + 2 * word).cast());
                 for row in 0..ROWS {

@@ -22,6 +22,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::matrix::{Matrix, MatrixMut, SharedMatrix};
+use super::pages::Pages;
 use super::rows;
 #[cfg(target_arch = "x86_64")]
 use super::rows_avx512;
@@ -54,7 +55,7 @@ pub struct Weights {
     format: WeightFormat,
     outputs: usize,
     inputs: usize,
-    lines: Vec<Line>,
+    lines: Pages,
 }
 
 /// Inputs and lines of a step.
@@ -71,11 +72,10 @@ impl Weights {
     /// Converts a row-major matrix with that many outputs.
     pub(crate) fn new(values: &[f32], outputs: usize, format: WeightFormat) -> Result<Self, ModelError> {
         let inputs = values.len() / outputs;
-        let mut weights = Self { format, outputs, inputs, lines: Vec::new() };
-        let (panel, panels) = (weights.panel_lines(), outputs.div_ceil(LANES));
-        let bytes = panel * panels * size_of::<Line>();
-        weights.lines.try_reserve_exact(panel * panels).map_err(|_| ModelError::OutOfMemory { bytes })?;
-        weights.lines.resize(panel * panels, bytemuck::Zeroable::zeroed());
+        let (step_inputs, step_lines) = step(format);
+        let panel = inputs.div_ceil(step_inputs) * step_lines;
+        let lines = Pages::zeroed(panel * outputs.div_ceil(LANES))?;
+        let mut weights = Self { format, outputs, inputs, lines };
         weights.lines.par_chunks_exact_mut(panel).zip(values.par_chunks(LANES * inputs)).for_each(
             |(to, rows)| match format {
                 WeightFormat::F32 => pack::<1, _>(bytemuck::cast_slice_mut(to), rows, inputs, |x| x),
