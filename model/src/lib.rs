@@ -19,6 +19,7 @@ mod init;
 mod network;
 mod params;
 mod replica;
+mod sample;
 mod tensors;
 
 pub use backend::{
@@ -33,4 +34,5 @@ pub use format::WeightFormat;
 pub use generate::{Generator, Model, greedy};
 pub use params::{Layout, Tensor};
 pub use replica::{Replica, State, StatePart};
+pub use sample::{Sampler, Sampling};
 pub use tensors::{weights_from_safetensors, weights_to_safetensors};
