@@ -163,13 +163,13 @@ struct Generate {
     #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p"])]
     greedy: bool,
     /// Choose by chance: 1 as the model's probabilities say, less for likelier tokens, 0 for the likeliest.
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f32>,
     /// Choose only among the likeliest K tokens.
     #[arg(long, value_name = "K")]
     top_k: Option<usize>,
     /// Choose only among the likeliest tokens whose probabilities reach P together.
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     top_p: Option<f32>,
     /// Start of the random numbers: the same seed gives the same text.
     #[arg(long, value_name = "S", default_value_t = 0)]

@@ -119,10 +119,9 @@ fn check_values(layout: &Layout, weights: &[f32], format: WeightFormat) -> Resul
     for tensor in layout.tensors() {
         let format = if tensor.shape.len() > 1 { format } else { WeightFormat::F32 };
         let (values, most) = (&weights[tensor.range.clone()], format.largest());
-        // Whole tensors first, without branches.
-        let bad = values.iter().filter(|value| !(value.abs() <= most)).count();
-        if bad > 0 {
-            let value = values.iter().find(|value| !(value.abs() <= most)).unwrap_or(&f32::NAN);
+        let mut refused = values.iter().filter(|value| !value.is_finite() || value.abs() > most);
+        if let Some(value) = refused.next() {
+            let bad = 1 + refused.count();
             let name = &tensor.name;
             return Err(ModelError::Tensors(format!(
                 "{name} has {bad} values, the first {value}, that are no numbers up to {most:e}, the most of {format}"

@@ -206,15 +206,13 @@ vectorised! {
     fn softmax(scores: &mut [f32], visible: usize, scale: f32) {
         let (seen, hidden) = scores.split_at_mut(visible);
         let most = max(seen);
-        for i in 0..seen.len() {
-            seen[i] = exp((seen[i] - most) * scale);
+        for score in seen.iter_mut() {
+            *score = exp((*score - most) * scale);
         }
         let inverse = 1.0 / sum(seen);
-        for i in 0..seen.len() {
-            seen[i] *= inverse;
+        for probability in seen.iter_mut() {
+            *probability *= inverse;
         }
-        for i in 0..hidden.len() {
-            hidden[i] = 0.0;
-        }
+        hidden.fill(0.0);
     }
 }

@@ -25,6 +25,7 @@ unsafe impl Sync for Pages {}
 
 impl Pages {
     /// That many lines of zeros.
+    #[expect(clippy::cast_ptr_alignment, reason = "the layout is that of lines")]
     pub(super) fn zeroed(len: usize) -> Result<Self, ModelError> {
         if len == 0 {
             return Ok(Self { lines: NonNull::dangling(), len });

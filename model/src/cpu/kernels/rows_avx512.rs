@@ -1,7 +1,12 @@
 //! Rows of activations times panels of weights on AVX-512.
 
+#![expect(
+    clippy::needless_range_loop,
+    reason = "iterator adapters are not always inlined in vectorised code"
+)]
+
 use std::arch::x86_64::{
-    __m512, __m512i, __mmask16, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_cvtepi32_ps,
+    __m512, __m512bh, __m512i, __mmask16, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_cvtepi32_ps,
     _mm512_cvtph_ps, _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_load_ps,
     _mm512_load_si512, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_set1_epi32,
     _mm512_set1_ps, _mm512_setzero_ps,
@@ -164,8 +169,7 @@ unsafe fn begin<const ROWS: usize, const PANELS: usize>(target: &Target) -> Sums
                 // SAFETY: the row is one of the target's, the mask ends with its columns.
                 sums[row][vector / 2][vector % 2] = unsafe { _mm512_maskz_loadu_ps(columns, at) };
             } else {
-                // SAFETY: a prefetch of any address has no effect that can be seen.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+                _mm_prefetch::<_MM_HINT_T0>(at.cast());
             }
         }
     }
@@ -267,10 +271,11 @@ unsafe fn step_bf16<const ROWS: usize, const PANELS: usize>(
             let right = right.add(panel * distance);
             prefetch(right, AHEAD);
             prefetch(right.add(1), AHEAD);
-            let first = std::mem::transmute::<__m512i, _>(_mm512_load_si512(right.cast()));
-            let second = std::mem::transmute::<__m512i, _>(_mm512_load_si512(right.add(1).cast()));
+            let first = std::mem::transmute::<__m512i, __m512bh>(_mm512_load_si512(right.cast()));
+            let second = std::mem::transmute::<__m512i, __m512bh>(_mm512_load_si512(right.add(1).cast()));
             for row in 0..ROWS {
-                let value = std::mem::transmute::<__m512i, _>(_mm512_set1_epi32(*left.add(row).cast()));
+                let value =
+                    std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(*left.add(row).cast()));
                 sums[row][panel][0] = _mm512_dpbf16_ps(sums[row][panel][0], value, first);
                 sums[row][panel][1] = _mm512_dpbf16_ps(sums[row][panel][1], value, second);
             }
