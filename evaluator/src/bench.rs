@@ -1,6 +1,6 @@
 //! How fast a model reads and writes.
 //!
-//! The protocol of the paper: one sequence at a time, with a KV cache, prompt processing and generation timed apart,
+//! The protocol of the paper: one sequence at a time (or several side by side, if asked for), with a KV cache, prompt processing and generation timed apart,
 //! after a full dry run with the same lengths. The first new token follows from the prompt and counts as part of
 //! its processing. Nothing stops generation early, and the tokens' values do not change the work.
 
@@ -22,12 +22,20 @@ pub struct BenchConfig {
     pub generate: usize,
     /// Timed runs, at least 1, after the dry run.
     pub runs: usize,
+    /// Sequences, at least 1, that are decoded side by side; each has a prompt of its own, processed one after the
+    /// other. Rates count the tokens of all.
+    #[serde(default = "one")]
+    pub batch: usize,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// Seconds of one run.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Timing {
-    /// From the prompt to the first new token.
+    /// From the prompts to the first new tokens.
     pub prompt_seconds: f64,
     /// From the first new token to the last.
     pub generation_seconds: f64,
@@ -55,6 +63,12 @@ pub struct BenchResult {
     pub threads: usize,
     /// Type of weights and activations.
     pub dtype: String,
+    /// Median over the runs: prompt tokens per second, while prompts are processed.
+    #[serde(default)]
+    pub prompt_tokens_per_second: f64,
+    /// Median over the runs: new tokens per second, after the first of each sequence.
+    #[serde(default)]
+    pub generate_tokens_per_second: f64,
     /// Median over the runs, of each rate by itself.
     pub median: Rates,
     /// Every run, in order.
@@ -98,24 +112,27 @@ pub fn bench<B: Backend>(
     config: BenchConfig,
     threads: usize,
 ) -> Result<BenchResult, EvaluatorError> {
-    let BenchConfig { prompt, generate, runs } = config;
+    let BenchConfig { prompt, generate, runs, batch } = config;
     let context = model.config().max_context_length;
     if prompt == 0 || generate < 2 || prompt + generate > context {
         return Err(EvaluatorError::Lengths { prompt, generate, context });
     }
-    let mut generator = Generator::new(Arc::clone(model), prompt + generate)?;
+    let mut generator = Generator::with_sequences(Arc::clone(model), prompt + generate, batch)?;
     let vocabulary = model.config().vocab_size;
     let tokens: Vec<u32> = (0..prompt).map(|index| (index * 7919 % vocabulary) as u32).collect();
     time_once(&mut generator, &tokens, generate)?;
     let timings = (0..runs.max(1))
         .map(|_| time_once(&mut generator, &tokens, generate))
         .collect::<Result<Vec<_>, _>>()?;
+    let median = median_rates(config, &timings);
     Ok(BenchResult {
         config,
         parameters: model.config().parameters(),
         threads,
-        dtype: "f32".to_owned(),
-        median: median_rates(config, &timings),
+        dtype: model.format().to_string(),
+        prompt_tokens_per_second: median.prompt,
+        generate_tokens_per_second: median.generation,
+        median,
         runs: timings,
         machine: Machine::this(),
     })
@@ -127,18 +144,26 @@ fn time_once<B: Backend>(
     generate: usize,
 ) -> Result<Timing, ModelError> {
     generator.reset();
+    let mut next = Vec::with_capacity(generator.sequences());
     let start = Instant::now();
-    let mut token = greedy(generator.feed(prompt)?);
+    for sequence in 0..generator.sequences() {
+        next.push((sequence, greedy(generator.feed_to(sequence, prompt)?)));
+    }
     let prompt_seconds = start.elapsed().as_secs_f64();
     let start = Instant::now();
     for _ in 1..generate {
-        token = greedy(generator.feed(&[token])?);
+        let logits = generator.feed_each(&next)?;
+        let width = logits.len() / next.len();
+        for ((_, token), logits) in next.iter_mut().zip(logits.chunks_exact(width)) {
+            *token = greedy(logits);
+        }
     }
     Ok(Timing { prompt_seconds, generation_seconds: start.elapsed().as_secs_f64() })
 }
 
 fn median_rates(config: BenchConfig, timings: &[Timing]) -> Rates {
-    let (prompt, generated) = (config.prompt as f64, (config.generate - 1) as f64);
+    let batch = config.batch.max(1) as f64;
+    let (prompt, generated) = (batch * config.prompt as f64, batch * (config.generate - 1) as f64);
     let median = |rate: &dyn Fn(&Timing) -> f64| {
         let mut rates: Vec<f64> = timings.iter().map(rate).collect();
         rates.sort_by(f64::total_cmp);
@@ -148,7 +173,7 @@ fn median_rates(config: BenchConfig, timings: &[Timing]) -> Rates {
         prompt: median(&|timing| prompt / timing.prompt_seconds),
         generation: median(&|timing| generated / timing.generation_seconds),
         total: median(&|timing| {
-            (prompt + generated + 1.0) / (timing.prompt_seconds + timing.generation_seconds)
+            (prompt + generated + batch) / (timing.prompt_seconds + timing.generation_seconds)
         }),
     }
 }
@@ -181,13 +206,15 @@ mod tests {
 
     #[test]
     fn rates_are_medians_over_runs() {
-        let config = BenchConfig { prompt: 10, generate: 5, runs: 3 };
+        let config = BenchConfig { prompt: 10, generate: 5, runs: 3, batch: 1 };
         let timing = |prompt_seconds, generation_seconds| Timing { prompt_seconds, generation_seconds };
         let odd = median_rates(config, &[timing(1.0, 4.0), timing(2.0, 1.0), timing(5.0, 2.0)]);
         assert_eq!((odd.prompt, odd.generation), (5.0, 2.0));
         assert_eq!(odd.total, 3.0);
         let even = median_rates(config, &[timing(1.0, 4.0), timing(2.0, 1.0)]);
         assert_eq!((even.prompt, even.generation), (7.5, 2.5));
+        let four = median_rates(BenchConfig { batch: 4, ..config }, &[timing(1.0, 4.0)]);
+        assert_eq!((four.prompt, four.generation, four.total), (40.0, 4.0, 12.0));
     }
 
     #[test]
@@ -207,8 +234,11 @@ mod tests {
         let weights = synthetic_weights(&config);
         assert!(weights.iter().all(|weight| weight.is_finite() && weight.abs() <= 1.0));
         let model = Arc::new(Model::new(Cpu::new(1), &config, &weights).unwrap());
-        let lengths = |prompt, generate| bench(&model, BenchConfig { prompt, generate, runs: 2 }, 1);
+        let lengths =
+            |prompt, generate| bench(&model, BenchConfig { prompt, generate, runs: 2, batch: 3 }, 1);
         let result = lengths(8, 24).unwrap();
+        assert_eq!(result.prompt_tokens_per_second, result.median.prompt);
+        assert_eq!(result.generate_tokens_per_second, result.median.generation);
         assert_eq!(result.runs.len(), 2);
         assert!(result.median.prompt > 0.0 && result.median.generation > 0.0);
         for (prompt, generate) in [(0, 4), (4, 1), (30, 3)] {

@@ -12,7 +12,7 @@ use ulmus_evaluator::{
     BenchConfig, BenchResult, EvaluatorError, LoadedModel, PerplexityResult, Transcript, bench, load_model,
     load_tokenizer, perplexity, read_texts, synthetic_weights,
 };
-use ulmus_model::{Cpu, Generator, Model};
+use ulmus_model::{Cpu, Generator, Model, Sampler, Sampling, WeightFormat};
 use ulmus_plan::{ModelConfig, Preset};
 use ulmus_rt::Failure;
 use ulmus_types::{Digest, ErrorKind, ExitStatus};
@@ -66,6 +66,9 @@ struct Run {
     /// Most tokens of context for a prediction; the model's own maximum if not given.
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     context: Option<u32>,
+    /// Type of weights.
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: Dtype,
     /// Where to write the result.
     #[arg(long, value_name = "FILE.json")]
     output: Option<PathBuf>,
@@ -92,9 +95,12 @@ struct Bench {
     /// Timed runs after the dry run; the median is reported.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
-    /// Type of weights and activations.
+    /// Type of weights.
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Dtype,
+    /// Sequences decoded side by side; rates count the tokens of all.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    batch: u16,
     /// Print JSON instead of a table.
     #[arg(long)]
     json: bool,
@@ -122,6 +128,24 @@ fn parse_preset(name: &str) -> Result<Preset, &'static str> {
 enum Dtype {
     /// 32-bit floats.
     F32,
+    /// 16-bit floats of IEEE 754, and 32-bit activations.
+    F16,
+    /// 16-bit floats with the range of 32 bits, and activations rounded alike.
+    Bf16,
+    /// 8-bit integers with a scale per 32 of them, and activations quantised alike.
+    #[value(name = "q8_0")]
+    Q8_0,
+}
+
+impl Dtype {
+    fn format(self) -> WeightFormat {
+        match self {
+            Self::F32 => WeightFormat::F32,
+            Self::F16 => WeightFormat::F16,
+            Self::Bf16 => WeightFormat::Bf16,
+            Self::Q8_0 => WeightFormat::Q8_0,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -136,8 +160,23 @@ struct Generate {
     #[arg(long, value_name = "N", default_value_t = 128)]
     max_tokens: usize,
     /// Take the likeliest token every time, which is the default.
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p"])]
     greedy: bool,
+    /// Choose by chance: 1 as the model's probabilities say, less for likelier tokens, 0 for the likeliest.
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    temperature: Option<f32>,
+    /// Choose only among the likeliest K tokens.
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Choose only among the likeliest tokens whose probabilities reach P together.
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    top_p: Option<f32>,
+    /// Start of the random numbers: the same seed gives the same text.
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    seed: u64,
+    /// Type of weights.
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: Dtype,
     #[command(flatten)]
     compute: Compute,
 }
@@ -207,7 +246,7 @@ impl Run {
                 return Err(Failure::new(ExitStatus::InvalidInput, message));
             }
         }
-        let loaded = load_model(&self.model, self.compute.threads()).map_err(failure)?;
+        let loaded = load_model(&self.model, self.compute.threads(), self.dtype.format()).map_err(failure)?;
         let tokenizer = load_tokenizer(&self.model, &loaded).map_err(failure)?;
         let config = loaded.model.config();
         let context = match self.context {
@@ -247,25 +286,39 @@ impl Run {
 
 impl Bench {
     fn run(&self) -> Result<(), Failure> {
-        let Dtype::F32 = self.dtype;
         let threads = self.compute.threads();
         let model = if let Some(preset) = self.subject.preset {
             let config = preset.config();
             let weights = synthetic_weights(&config);
-            Arc::new(Model::new(Cpu::new(threads), &config, &weights).map_err(failure)?)
+            let model = Model::in_format(Cpu::new(threads), &config, &weights, self.dtype.format());
+            Arc::new(model.map_err(failure)?)
         } else {
             let directory = self.subject.model.as_deref().expect("one of the group is required");
-            load_model(directory, threads).map_err(failure)?.model
+            load_model(directory, threads, self.dtype.format()).map_err(failure)?.model
         };
-        let config = BenchConfig { prompt: self.prompt, generate: self.generate, runs: self.runs as usize };
+        let config = BenchConfig {
+            prompt: self.prompt,
+            generate: self.generate,
+            runs: self.runs as usize,
+            batch: usize::from(self.batch),
+        };
         let result = bench(&model, config, threads).map_err(failure)?;
         if self.json { print(json(&result).trim_end()) } else { print(&bench_table(&result)) }
     }
 }
 
 impl Generate {
+    /// Top-k and top-p alone mean a temperature of 1.
+    fn sampling(&self) -> Result<Sampling, Failure> {
+        let chance = self.top_k.is_some() || self.top_p.is_some();
+        let temperature = self.temperature.unwrap_or(if chance { 1.0 } else { 0.0 });
+        Sampling::new(temperature, self.top_k, self.top_p.unwrap_or(1.0))
+            .map_err(|message| Failure::new(ExitStatus::InvalidInput, message))
+    }
+
     fn run(&self) -> Result<(), Failure> {
-        let loaded = load_model(&self.model, self.compute.threads()).map_err(failure)?;
+        let mut sampler = Sampler::new(self.sampling()?, self.seed, 0);
+        let loaded = load_model(&self.model, self.compute.threads(), self.dtype.format()).map_err(failure)?;
         let tokenizer = load_tokenizer(&self.model, &loaded).map_err(failure)?;
         let LoadedModel { model, .. } = loaded;
         let prompt = tokenizer.encode(&self.prompt);
@@ -287,7 +340,7 @@ impl Generate {
         let mut written = stdout.write_all(self.prompt.as_bytes()).and_then(|()| stdout.flush());
         if written.is_ok() {
             generator
-                .generate(&begun, self.max_tokens, Some(tokenizer.eos()), |token| {
+                .generate_with(&mut sampler, &begun, self.max_tokens, Some(tokenizer.eos()), |token| {
                     written =
                         stdout.write_all(transcript.push(token).as_bytes()).and_then(|()| stdout.flush());
                     if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
@@ -316,17 +369,17 @@ fn perplexity_table(result: &PerplexityResult) -> String {
 
 fn bench_table(result: &BenchResult) -> String {
     let mut table = table(&["benchmark", "tokens", "tokens/s"]);
-    let BenchConfig { prompt, generate, .. } = result.config;
+    let BenchConfig { prompt, generate, batch, .. } = result.config;
     for (name, tokens, rate) in [
-        ("prompt processing", prompt, result.median.prompt),
-        ("generation", generate - 1, result.median.generation),
-        ("total", prompt + generate, result.median.total),
+        ("prompt processing", batch * prompt, result.median.prompt),
+        ("generation", batch * (generate - 1), result.median.generation),
+        ("total", batch * (prompt + generate), result.median.total),
     ] {
         table.add_row([name.to_owned(), tokens.to_string(), format!("{rate:.2}")]);
     }
     let machine = &result.machine;
     format!(
-        "{table}\nmedian of {} runs after a dry run; {} parameters, {}, {} threads\n{}, {} cores, {}",
+        "{table}\nmedian of {} runs after a dry run; {} parameters, {}, batch {batch}, {} threads\n{}, {} cores, {}",
         result.runs.len(),
         result.parameters,
         result.dtype,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use ulmus_dataloader::Tokenizer;
 use ulmus_model::hf::{self, SpecialTokens};
-use ulmus_model::{Cpu, Model};
+use ulmus_model::{Cpu, Model, WeightFormat};
 use ulmus_types::Digest;
 
 use crate::error::EvaluatorError;
@@ -27,15 +27,20 @@ pub struct LoadedModel {
     pub digest: Digest,
 }
 
-/// Reads config and weights of a model folder.
+/// Reads config and weights of a model folder, and keeps its matrices in that format.
 ///
 /// # Errors
-/// When `directory` is no model folder, or a file in it is damaged or of a model that is not supported.
-pub fn load_model(directory: &Path, threads: usize) -> Result<LoadedModel, EvaluatorError> {
+/// When `directory` is no model folder, or a file in it is damaged or of a model that is not supported, or a weight is
+/// not finite in the format.
+pub fn load_model(
+    directory: &Path,
+    threads: usize,
+    format: WeightFormat,
+) -> Result<LoadedModel, EvaluatorError> {
     require(directory, "config.json")?;
     let read = hf::read(directory)?;
     let digest = Digest::of(bytemuck::cast_slice(&read.weights));
-    let model = Arc::new(Model::new(Cpu::new(threads), &read.config, &read.weights)?);
+    let model = Arc::new(Model::in_format(Cpu::new(threads), &read.config, &read.weights, format)?);
     Ok(LoadedModel { model, tokens: read.tokens, digest })
 }
 
@@ -82,7 +87,7 @@ mod tests {
     #[test]
     fn a_tokenizer_of_another_vocabulary_is_refused() {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/tiny");
-        let loaded = load_model(&directory, 1).unwrap();
+        let loaded = load_model(&directory, 1, WeightFormat::F32).unwrap();
         let with_vocabulary = |vocab_size| {
             let config = ulmus_plan::ModelConfig { vocab_size, ..loaded.model.config().clone() };
             let model = Model::new(Cpu::new(1), &config, &synthetic_weights(&config)).unwrap();

@@ -96,7 +96,7 @@ mod tests {
 
     fn tiny() -> (LoadedModel, Tokenizer) {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/tiny");
-        let model = load_model(&directory, 1).unwrap();
+        let model = load_model(&directory, 1, ulmus_model::WeightFormat::F32).unwrap();
         let tokenizer = load_tokenizer(&directory, &model).unwrap();
         (model, tokenizer)
     }

@@ -75,6 +75,51 @@ fn bench_times_both_phases_of_every_run() {
 }
 
 #[test]
+fn bench_counts_the_tokens_of_all_sequences_in_every_format() {
+    let model = model();
+    for dtype in ["f32", "f16", "bf16", "q8_0"] {
+        let arguments = ["bench", "--model", model.to_str().unwrap(), "--prompt", "16", "--generate", "8"];
+        let more = ["--threads", "2", "--dtype", dtype, "--runs", "1", "--batch", "3", "--json"];
+        let file: Value =
+            serde_json::from_str(&stdout(&evaluator(&[&arguments[..], &more].concat()))).unwrap();
+        assert_eq!(file["dtype"], dtype);
+        assert_eq!(file["config"]["batch"], 3);
+        let (rate, seconds) = (&file["generate_tokens_per_second"], &file["runs"][0]["generation_seconds"]);
+        let tokens = rate.as_f64().unwrap() * seconds.as_f64().unwrap();
+        assert!((tokens - 21.0).abs() < 1e-6, "{file}");
+        assert!(file["prompt_tokens_per_second"].as_f64().unwrap() > 0.0, "{file}");
+    }
+}
+
+#[test]
+fn generate_chooses_by_chance_if_asked() {
+    let model = model();
+    let generate = |more: &[&str]| {
+        let prompt = ["generate", "--model", model.to_str().unwrap(), "--prompt", "The old teacher"];
+        evaluator(&[&prompt[..], &["--max-tokens", "24"], more].concat())
+    };
+    let text = |more: &[&str]| stdout(&generate(more));
+    let greedy = text(&["--greedy"]);
+    assert_eq!(text(&["--temperature", "0"]), greedy);
+    assert_eq!(text(&["--temperature", "5", "--top-k", "1"]), greedy);
+    let warm = text(&["--temperature", "3", "--top-p", "0.99", "--seed", "1"]);
+    assert_eq!(text(&["--temperature", "3", "--top-p", "0.99", "--seed", "1"]), warm);
+    assert_ne!(text(&["--temperature", "3", "--top-p", "0.99", "--seed", "2"]), warm);
+    assert_eq!(text(&["--dtype", "f16"]), greedy);
+    for (more, word) in [
+        (["--temperature", "-1"], "temperature -1"),
+        (["--temperature", "NaN"], "temperature NaN"),
+        (["--top-k", "0"], "top-k 0"),
+        (["--top-p", "1.5"], "top-p 1.5"),
+    ] {
+        let output = generate(&[&more[0..1], &more[1..]].concat());
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(2) && message.contains(word), "{message}");
+    }
+    assert_eq!(generate(&["--greedy", "--top-k", "3"]).status.code(), Some(2));
+}
+
+#[test]
 fn generate_goes_on_from_the_prompt() {
     let model = model();
     let generate = |tokens: &str| {
@@ -161,12 +206,39 @@ fn files_of_different_exports_are_told_apart() {
 #[test]
 fn help_shows_every_flag_of_the_contract() {
     for (command, flags) in [
-        ("run", &["--model", "--tasks", "--data", "--output", "--text", "--context", "--threads"][..]),
+        (
+            "run",
+            &["--model", "--tasks", "--data", "--output", "--text", "--context", "--dtype", "--threads"][..],
+        ),
         (
             "bench",
-            &["--model", "--preset", "--prompt", "--generate", "--threads", "--dtype", "--runs", "--json"],
+            &[
+                "--model",
+                "--preset",
+                "--prompt",
+                "--generate",
+                "--threads",
+                "--dtype",
+                "--runs",
+                "--batch",
+                "--json",
+            ],
         ),
-        ("generate", &["--model", "--prompt", "--max-tokens", "--greedy", "--threads"]),
+        (
+            "generate",
+            &[
+                "--model",
+                "--prompt",
+                "--max-tokens",
+                "--greedy",
+                "--temperature",
+                "--top-k",
+                "--top-p",
+                "--seed",
+                "--dtype",
+                "--threads",
+            ],
+        ),
     ] {
         let help = stdout(&evaluator(&[command, "--help"]));
         assert!(help.contains("Example:"), "{help}");

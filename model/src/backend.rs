@@ -17,6 +17,7 @@ use ulmus_plan::Precision;
 
 use crate::error::ModelError;
 use crate::exact::Quantum;
+use crate::format::WeightFormat;
 
 /// What a buffer can hold.
 pub trait Element: bytemuck::Pod + Send + Sync + Debug + sealed::Sealed {}
@@ -170,6 +171,17 @@ pub struct AttentionShape {
     pub heads: Heads,
 }
 
+/// Rows that follow each other in one sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// The sequence.
+    pub sequence: usize,
+    /// Position of the first row.
+    pub position: usize,
+    /// Number of rows.
+    pub rows: usize,
+}
+
 /// Where the fused head and loss puts its gradients.
 #[derive(Debug)]
 pub struct HeadGradients<'a, T> {
@@ -204,6 +216,12 @@ pub struct AdamW {
 pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// Memory of the device.
     type Buffer<T: Element>: Debug + Send + Sync;
+
+    /// A matrix `[outputs, inputs]` for inference: read only, and stored as this device reads it best.
+    type Weights: Debug + Send + Sync;
+
+    /// Keys and values that one layer has seen, of several sequences.
+    type Cache: Debug + Send + Sync;
 
     /// One line about the device for reports, for instance `cpu, 2 threads`.
     fn describe(&self) -> String;
@@ -389,6 +407,43 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
 
     /// `mean = sums · scale`: to f64, scaled, rounded once to f32.
     fn dequantise(&self, mean: Out<'_, Self>, sums: In<'_, Self, i64>, scale: f64);
+
+    /// Converts a row-major matrix with that many outputs, whose values are finite in the format.
+    ///
+    /// # Errors
+    /// [`ModelError::OutOfMemory`].
+    fn weights(
+        &self,
+        values: &[f32],
+        outputs: usize,
+        format: WeightFormat,
+    ) -> Result<Self::Weights, ModelError>;
+
+    /// `out[r] = table[ids[r]]`.
+    fn embed_weights(&self, out: Out<'_, Self>, table: &Self::Weights, ids: In<'_, Self, u32>);
+
+    /// `out = x · weightsᵀ` for that many rows. A row of the result has the same bits whatever the other rows are.
+    fn linear_weights(&self, out: Out<'_, Self>, x: In<'_, Self>, weights: &Self::Weights, rows: usize);
+
+    /// Room for texts of up to `capacity` tokens.
+    ///
+    /// # Errors
+    /// [`ModelError::OutOfMemory`].
+    fn cache(&self, sequences: usize, capacity: usize, heads: Heads) -> Result<Self::Cache, ModelError>;
+
+    /// Puts keys and values of the packed rows of all spans into the cache, and lets each query attend to the keys of
+    /// its sequence up to its own position: `out` is `[R, query_width]`. A row has the same bits whatever the other
+    /// rows are.
+    fn cached_attention(
+        &self,
+        out: Out<'_, Self>,
+        cache: &mut Self::Cache,
+        packed: In<'_, Self>,
+        spans: &[Span],
+    );
+
+    /// Cross-entropy of each row of logits, 0 where the target is [`IGNORE`]. The logits are scratch afterwards.
+    fn cross_entropy(&self, out: Out<'_, Self>, logits: Out<'_, Self>, targets: In<'_, Self, u32>);
 
     /// Copies columns `column..column + width` of rows `stride` apart to `out`, rows of `width` (a KV cache).
     fn copy_columns(&self, out: Out<'_, Self>, from: Columns<'_, Self::Buffer<f32>>, width: usize);

@@ -1,4 +1,5 @@
-//! Inference with a KV cache: prompt processing, decoding one token at a time, scoring of given text.
+//! Inference with a KV cache: prompt processing, decoding one token at a time of one or several sequences, scoring
+//! of given text.
 //!
 //! Keys enter the cache after their norm and rotation: position p of the cache is position p of the text for as
 //! long as the cache lives, so rotating once is the same as the reference's rotating at every step. All buffers
@@ -9,10 +10,12 @@ use std::sync::Arc;
 
 use ulmus_plan::ModelConfig;
 
-use crate::backend::{AttentionShape, Backend, Columns, IGNORE, LinearShape, View, ViewMut};
+use crate::backend::{Backend, Heads, IGNORE, Span, View, ViewMut};
 use crate::error::ModelError;
+use crate::format::WeightFormat;
 use crate::network::{Planner, RopeTables, heads, read, write};
-use crate::params::Layout;
+use crate::params::{LayerLayout, Layout};
+use crate::sample::{Sampler, Sampling};
 
 /// Rows of a prompt that go through the layers at once.
 const PROMPT_ROWS: usize = 256;
@@ -24,21 +27,75 @@ const SCORE_ROWS: usize = 64;
 pub struct Model<B: Backend> {
     backend: B,
     config: ModelConfig,
-    layout: Layout,
-    weights: B::Buffer<f32>,
+    format: WeightFormat,
+    embedding: B::Weights,
+    layers: Vec<Layer<B>>,
+    final_norm: B::Buffer<f32>,
+}
+
+/// Weights of one layer.
+#[derive(Debug)]
+struct Layer<B: Backend> {
+    heads: Heads,
+    ffn: usize,
+    qkv: B::Weights,
+    /// `[2, H]`: queries, keys.
+    qk_norm: B::Buffer<f32>,
+    out_proj: B::Weights,
+    proj_1: B::Weights,
+    proj_2: B::Weights,
+    ffn_norm: B::Buffer<f32>,
+    attn_norm: B::Buffer<f32>,
 }
 
 impl<B: Backend> Model<B> {
-    /// Puts flat weights on the device. `config` has passed [`ModelConfig::check`].
+    /// Puts flat weights on the device as they are. `config` has passed [`ModelConfig::check`].
     ///
     /// # Errors
-    /// [`ModelError::Tensors`] if there is not one weight per parameter; [`ModelError::OutOfMemory`].
+    /// As for [`Model::in_format`].
     pub fn new(backend: B, config: &ModelConfig, weights: &[f32]) -> Result<Self, ModelError> {
+        Self::in_format(backend, config, weights, WeightFormat::F32)
+    }
+
+    /// Puts flat weights on the device, matrices in a format. `config` has passed [`ModelConfig::check`].
+    ///
+    /// # Errors
+    /// [`ModelError::Tensors`] if there is not one weight per parameter, or one that is not finite in the format;
+    /// [`ModelError::OutOfMemory`].
+    pub fn in_format(
+        backend: B,
+        config: &ModelConfig,
+        weights: &[f32],
+        format: WeightFormat,
+    ) -> Result<Self, ModelError> {
         let layout = Layout::new(config);
         layout.check_len(weights)?;
-        let mut buffer = backend.allocate(weights.len())?;
-        backend.upload(write(&mut buffer, weights.len()), weights);
-        Ok(Self { backend, config: config.clone(), layout, weights: buffer })
+        check_values(&layout, weights, format)?;
+        let matrix = |at: &Range<usize>, outputs| backend.weights(&weights[at.clone()], outputs, format);
+        let vector = |at: &Range<usize>| {
+            let mut buffer = backend.allocate(at.len())?;
+            backend.upload(write(&mut buffer, at.len()), &weights[at.clone()]);
+            Ok::<_, ModelError>(buffer)
+        };
+        let d = config.model_dim;
+        let layer = |at: &LayerLayout| {
+            let (heads, ffn) = (heads(at, config.head_dim), at.dims.ffn_dim);
+            Ok(Layer {
+                heads,
+                ffn,
+                qkv: matrix(&at.qkv, heads.packed_width())?,
+                qk_norm: vector(&at.qk_norm)?,
+                out_proj: matrix(&at.out_proj, d)?,
+                proj_1: matrix(&at.proj_1, 2 * ffn)?,
+                proj_2: matrix(&at.proj_2, d)?,
+                ffn_norm: vector(&at.ffn_norm)?,
+                attn_norm: vector(&at.attn_norm)?,
+            })
+        };
+        let embedding = matrix(&layout.embedding(), config.vocab_size)?;
+        let layers = layout.layers().iter().map(layer).collect::<Result<_, ModelError>>()?;
+        let final_norm = vector(&layout.final_norm())?;
+        Ok(Self { config: config.clone(), format, embedding, layers, final_norm, backend })
     }
 
     /// Shape of the model.
@@ -46,26 +103,48 @@ impl<B: Backend> Model<B> {
         &self.config
     }
 
+    /// Format of the matrices.
+    pub fn format(&self) -> WeightFormat {
+        self.format
+    }
+
     /// The device.
     pub fn backend(&self) -> &B {
         &self.backend
     }
-
-    fn weight(&self, range: &Range<usize>) -> View<'_, B::Buffer<f32>> {
-        View::new(&self.weights, range.clone())
-    }
 }
 
-/// One text in the making.
+/// Refuses weights that are not finite in the format of their tensor.
+fn check_values(layout: &Layout, weights: &[f32], format: WeightFormat) -> Result<(), ModelError> {
+    for tensor in layout.tensors() {
+        let format = if tensor.shape.len() > 1 { format } else { WeightFormat::F32 };
+        let (values, most) = (&weights[tensor.range.clone()], format.largest());
+        let mut refused = values.iter().filter(|value| !value.is_finite() || value.abs() > most);
+        if let Some(value) = refused.next() {
+            let bad = 1 + refused.count();
+            let name = &tensor.name;
+            return Err(ModelError::Tensors(format!(
+                "{name} has {bad} values, the first {value}, that are no numbers up to {most:e}, the most of {format}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Texts in the making: one, or several *sequences* side by side, each with its own length.
+///
+/// What a sequence becomes has the same bits whatever the others are.
 #[derive(Debug)]
 pub struct Generator<B: Backend> {
     model: Arc<Model<B>>,
     capacity: usize,
-    /// Tokens in the cache.
-    position: usize,
+    /// Tokens of each sequence in the cache.
+    positions: Vec<usize>,
+    /// The rows of a pass; kept so that a decoded token allocates nothing.
+    spans: Vec<Span>,
     rope: RopeTables<B>,
-    /// Per layer `[capacity, keys | values]`.
-    cache: Vec<B::Buffer<f32>>,
+    /// Per layer.
+    cache: Vec<B::Cache>,
     ids: B::Buffer<u32>,
     targets: B::Buffer<u32>,
     stream: B::Buffer<f32>,
@@ -74,38 +153,50 @@ pub struct Generator<B: Backend> {
     packed: B::Buffer<f32>,
     rotated: B::Buffer<f32>,
     attended: B::Buffer<f32>,
-    lse: B::Buffer<f32>,
     branch: B::Buffer<f32>,
     gate_up: B::Buffer<f32>,
     gated: B::Buffer<f32>,
     cross_entropy: B::Buffer<f32>,
     logits: B::Buffer<f32>,
-    /// Logits of the last token fed, on the host.
+    /// Tokens of a pass that come one by one.
+    tokens: Vec<u32>,
+    /// Logits of the last tokens fed, on the host.
     next: Vec<f32>,
 }
 
 impl<B: Backend> Generator<B> {
-    /// Plans a generator for texts of up to `capacity` tokens.
+    /// Plans a generator for one text of up to `capacity` tokens.
     ///
     /// # Errors
     /// [`ModelError::OutOfMemory`].
     pub fn new(model: Arc<Model<B>>, capacity: usize) -> Result<Self, ModelError> {
+        Self::with_sequences(model, capacity, 1)
+    }
+
+    /// Plans a generator for that many texts (at least one) of up to `capacity` tokens each.
+    ///
+    /// # Errors
+    /// [`ModelError::OutOfMemory`].
+    pub fn with_sequences(
+        model: Arc<Model<B>>,
+        capacity: usize,
+        sequences: usize,
+    ) -> Result<Self, ModelError> {
+        let sequences = sequences.max(1);
         let plan = &mut Planner::new(&model.backend);
         let config = &model.config;
-        let (d, rows) = (config.model_dim, PROMPT_ROWS.min(capacity));
-        let layers = model.layout.layers();
-        let widest = |width: &dyn Fn(&crate::params::LayerLayout) -> usize| {
-            layers.iter().map(width).max().unwrap_or(0)
-        };
-        let head = |layer: &crate::params::LayerLayout| heads(layer, config.head_dim);
-        let packed = widest(&|layer| head(layer).packed_width());
-        let query_heads = widest(&|layer| layer.dims.q_heads);
-        let ffn = widest(&|layer| layer.dims.ffn_dim);
-        let cache = layers.iter().map(|layer| plan.buffer(capacity * 2 * head(layer).key_value_width()));
+        let (d, rows) = (config.model_dim, PROMPT_ROWS.min(capacity).max(sequences));
+        let widest = |width: &dyn Fn(&Layer<B>) -> usize| model.layers.iter().map(width).max().unwrap_or(0);
+        let packed = widest(&|layer| layer.heads.packed_width());
+        let query_heads = widest(&|layer| layer.heads.query);
+        let ffn = widest(&|layer| layer.ffn);
+        let cache = |layer: &Layer<B>| model.backend.cache(sequences, capacity, layer.heads);
+        let cache = model.layers.iter().map(cache).collect::<Result<_, _>>()?;
         Ok(Self {
             capacity,
-            position: 0,
-            cache: cache.collect::<Result<_, _>>()?,
+            positions: vec![0; sequences],
+            spans: Vec::with_capacity(sequences),
+            cache,
             rope: RopeTables::new(plan, config, capacity)?,
             ids: plan.buffer(rows)?,
             targets: plan.buffer(rows)?,
@@ -115,20 +206,25 @@ impl<B: Backend> Generator<B> {
             packed: plan.buffer(rows * packed)?,
             rotated: plan.buffer(rows * packed)?,
             attended: plan.buffer(rows * query_heads * config.head_dim)?,
-            lse: plan.buffer(rows * query_heads)?,
             branch: plan.buffer(rows * d)?,
             gate_up: plan.buffer(rows * 2 * ffn)?,
             gated: plan.buffer(rows * ffn)?,
             cross_entropy: plan.buffer(rows)?,
-            logits: plan.buffer(SCORE_ROWS * config.vocab_size)?,
-            next: vec![0.0; config.vocab_size],
+            logits: plan.buffer(SCORE_ROWS.max(sequences) * config.vocab_size)?,
+            tokens: Vec::with_capacity(sequences),
+            next: vec![0.0; sequences * config.vocab_size],
             model,
         })
     }
 
-    /// Tokens fed since the start or the last [`Generator::reset`].
+    /// Number of sequences.
+    pub fn sequences(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// Tokens fed to the first sequence since the start or the last [`Generator::reset`].
     pub fn position(&self) -> usize {
-        self.position
+        self.positions[0]
     }
 
     /// Most tokens that a text may have.
@@ -136,38 +232,94 @@ impl<B: Backend> Generator<B> {
         self.capacity
     }
 
-    /// Begins a new text.
+    /// Begins new texts.
     pub fn reset(&mut self) {
-        self.position = 0;
+        self.positions.fill(0);
     }
 
-    /// Appends tokens to the text (a whole prompt, or one decoded token) and gives the logits `[vocabulary]` of
-    /// the token that follows.
+    /// Appends tokens to the first sequence (a whole prompt, or one decoded token) and gives the logits
+    /// `[vocabulary]` of the token that follows.
     ///
     /// # Errors
     /// [`ModelError::Batch`] if there is no token, one is outside the vocabulary, or the text becomes too long.
     pub fn feed(&mut self, tokens: &[u32]) -> Result<&[f32], ModelError> {
-        self.check(tokens, &[])?;
+        self.feed_to(0, tokens)
+    }
+
+    /// As [`Generator::feed`], for one of the sequences.
+    ///
+    /// # Errors
+    /// As for [`Generator::feed`], and if there is no such sequence.
+    pub fn feed_to(&mut self, sequence: usize, tokens: &[u32]) -> Result<&[f32], ModelError> {
+        self.check(sequence, tokens, &[])?;
         let model = Arc::clone(&self.model);
-        let (d, vocabulary) = (model.config.model_dim, model.config.vocab_size);
         model.backend.run(|| {
             let mut rows = 0;
             for part in tokens.chunks(PROMPT_ROWS) {
-                self.advance(part);
                 rows = part.len();
+                self.advance(part, |spans, positions| {
+                    spans.push(Span { sequence, position: positions[sequence], rows });
+                });
             }
-            model.backend.linear(
-                write(&mut self.logits, vocabulary),
-                View::new(&self.normed, (rows - 1) * d..rows * d),
-                model.weight(&model.layout.embedding()),
-                LinearShape { rows: 1, inputs: d, outputs: vocabulary },
-            );
+            self.head(rows - 1..rows);
         });
-        model.backend.download(read(&self.logits, vocabulary), &mut self.next);
-        Ok(&self.next)
+        Ok(self.logits(1))
     }
 
-    /// Appends tokens to the text and gives, for each, the negative log-likelihood in nats of its target (the
+    /// Appends one token to each of some sequences, which are all different, and gives the logits of the tokens
+    /// that follow, `[tokens.len(), vocabulary]`.
+    ///
+    /// # Errors
+    /// As for [`Generator::feed_to`], and if a sequence comes twice.
+    pub fn feed_each(&mut self, tokens: &[(usize, u32)]) -> Result<&[f32], ModelError> {
+        for (index, (sequence, token)) in tokens.iter().enumerate() {
+            self.check(*sequence, std::slice::from_ref(token), &[])?;
+            if tokens[..index].iter().any(|(before, _)| before == sequence) {
+                return Err(ModelError::Batch(format!("sequence {sequence} gets two tokens at once")));
+            }
+        }
+        if tokens.is_empty() {
+            return Err(ModelError::Batch("there is no token to feed".to_owned()));
+        }
+        let model = Arc::clone(&self.model);
+        let mut next = std::mem::take(&mut self.tokens);
+        next.clear();
+        next.extend(tokens.iter().map(|(_, token)| token));
+        model.backend.run(|| {
+            self.advance(&next, |spans, positions| {
+                let span = |(sequence, _): &(usize, u32)| Span {
+                    sequence: *sequence,
+                    position: positions[*sequence],
+                    rows: 1,
+                };
+                spans.extend(tokens.iter().map(span));
+            });
+            self.head(0..tokens.len());
+        });
+        self.tokens = next;
+        Ok(self.logits(tokens.len()))
+    }
+
+    /// Makes the logits of some rows that have passed all layers.
+    fn head(&mut self, rows: Range<usize>) {
+        let Self { model, normed, logits, .. } = self;
+        let (d, vocabulary) = (model.config.model_dim, model.config.vocab_size);
+        model.backend.linear_weights(
+            write(logits, rows.len() * vocabulary),
+            View::new(normed, rows.start * d..rows.end * d),
+            &model.embedding,
+            rows.len(),
+        );
+    }
+
+    /// The first rows of logits, brought to the host.
+    fn logits(&mut self, rows: usize) -> &[f32] {
+        let len = rows * self.model.config.vocab_size;
+        self.model.backend.download(read(&self.logits, len), &mut self.next[..len]);
+        &self.next[..len]
+    }
+
+    /// Appends tokens to the first sequence and gives, for each, the negative log-likelihood in nats of its target (the
     /// token that follows it in the text being scored); 0 where the target is [`IGNORE`].
     ///
     /// # Errors
@@ -176,34 +328,36 @@ impl<B: Backend> Generator<B> {
         if tokens.len() != targets.len() {
             return Err(ModelError::Batch(format!("{} targets for {} tokens", targets.len(), tokens.len())));
         }
-        self.check(tokens, targets)?;
+        self.check(0, tokens, targets)?;
         let model = Arc::clone(&self.model);
-        let (d, vocabulary) = (model.config.model_dim, model.config.vocab_size);
+        let vocabulary = model.config.vocab_size;
         let mut losses = vec![0.0; tokens.len()];
         let parts = tokens.chunks(PROMPT_ROWS).zip(targets.chunks(PROMPT_ROWS));
         for ((tokens, targets), losses) in parts.zip(losses.chunks_mut(PROMPT_ROWS)) {
             let rows = tokens.len();
             model.backend.run(|| {
-                self.advance(tokens);
+                self.advance(tokens, |spans, positions| {
+                    spans.push(Span { sequence: 0, position: positions[0], rows });
+                });
                 model.backend.upload(write(&mut self.targets, rows), targets);
-                model.backend.head_loss(
-                    write(&mut self.cross_entropy, rows),
-                    write(&mut self.lse, rows),
-                    None,
-                    read(&self.normed, rows * d),
-                    model.weight(&model.layout.embedding()),
-                    read(&self.targets, rows),
-                    write(&mut self.logits, SCORE_ROWS * vocabulary),
-                    LinearShape { rows, inputs: d, outputs: vocabulary },
-                );
+                for start in (0..rows).step_by(SCORE_ROWS) {
+                    let end = rows.min(start + SCORE_ROWS);
+                    let len = (end - start) * vocabulary;
+                    self.head(start..end);
+                    model.backend.cross_entropy(
+                        ViewMut::new(&mut self.cross_entropy, start..end),
+                        write(&mut self.logits, len),
+                        View::new(&self.targets, start..end),
+                    );
+                }
             });
             model.backend.download(read(&self.cross_entropy, rows), losses);
         }
         Ok(losses)
     }
 
-    /// Feeds the prompt and then decodes greedily, up to `max_tokens` tokens or until `stop`, which is not
-    /// given out. Each token is passed to `on_token` as soon as it is known; `Break` ends the text.
+    /// Feeds the prompt to the first sequence and then decodes greedily, up to `max_tokens` tokens or until `stop`,
+    /// which is not given out. Each token is passed to `on_token` as soon as it is known; `Break` ends the text.
     ///
     /// # Errors
     /// As for [`Generator::feed`].
@@ -212,28 +366,47 @@ impl<B: Backend> Generator<B> {
         prompt: &[u32],
         max_tokens: usize,
         stop: Option<u32>,
+        on_token: impl FnMut(u32) -> ControlFlow<()>,
+    ) -> Result<(), ModelError> {
+        self.generate_with(&mut Sampler::new(Sampling::default(), 0, 0), prompt, max_tokens, stop, on_token)
+    }
+
+    /// As [`Generator::generate`], with tokens that `sampler` chooses.
+    ///
+    /// # Errors
+    /// As for [`Generator::feed`].
+    pub fn generate_with(
+        &mut self,
+        sampler: &mut Sampler,
+        prompt: &[u32],
+        max_tokens: usize,
+        stop: Option<u32>,
         mut on_token: impl FnMut(u32) -> ControlFlow<()>,
     ) -> Result<(), ModelError> {
         if max_tokens == 0 {
             return Ok(());
         }
-        let mut token = greedy(self.feed(prompt)?);
+        let mut token = sampler.choose(self.feed(prompt)?);
         for made in 1..=max_tokens {
             if Some(token) == stop || on_token(token).is_break() || made == max_tokens {
                 break;
             }
-            token = greedy(self.feed(&[token])?);
+            token = sampler.choose(self.feed(&[token])?);
         }
         Ok(())
     }
 
-    fn check(&self, tokens: &[u32], targets: &[u32]) -> Result<(), ModelError> {
+    fn check(&self, sequence: usize, tokens: &[u32], targets: &[u32]) -> Result<(), ModelError> {
         let vocabulary = self.model.config.vocab_size;
+        let Some(position) = self.positions.get(sequence) else {
+            let most = self.positions.len();
+            return Err(ModelError::Batch(format!("there is no sequence {sequence}, of {most} from 0 on")));
+        };
         let unknown = |token: &&u32| **token as usize >= vocabulary;
         let problem = if tokens.is_empty() {
             "a text needs at least one token before another can follow".to_owned()
-        } else if self.position + tokens.len() > self.capacity {
-            let (have, more, most) = (self.position, tokens.len(), self.capacity);
+        } else if position + tokens.len() > self.capacity {
+            let (have, more, most) = (position, tokens.len(), self.capacity);
             format!("{have} tokens and {more} more do not fit a text of at most {most}; use a shorter prompt")
         } else if let Some(token) =
             tokens.iter().chain(targets.iter().filter(|t| **t != IGNORE)).find(unknown)
@@ -245,95 +418,76 @@ impl<B: Backend> Generator<B> {
         Err(ModelError::Batch(problem))
     }
 
-    /// Sends up to [`PROMPT_ROWS`] tokens through all layers; leaves the final norm's output in `normed`.
-    fn advance(&mut self, tokens: &[u32]) {
+    /// Sends the tokens of some spans, which `place` makes from the sequences' positions, through all layers; leaves
+    /// the final norm's output in `normed`.
+    fn advance(&mut self, tokens: &[u32], place: impl FnOnce(&mut Vec<Span>, &[usize])) {
         let Self { model, rope, cache, ids, stream, next_stream, normed, packed, rotated, .. } = self;
-        let Self { attended, lse, branch, gate_up, gated, position, .. } = self;
+        let Self { attended, branch, gate_up, gated, positions, spans, .. } = self;
+        spans.clear();
+        place(spans, positions);
         let (backend, d, rows) = (&model.backend, model.config.model_dim, tokens.len());
         backend.upload(write(ids, rows), tokens);
-        backend.embed(write(stream, rows * d), model.weight(&model.layout.embedding()), read(ids, rows), d);
-        for (index, (at, cache)) in model.layout.layers().iter().zip(cache).enumerate() {
-            let heads = heads(at, model.config.head_dim);
-            let (width, query_width, ffn) = (heads.packed_width(), heads.query_width(), at.dims.ffn_dim);
-            let cached = 2 * heads.key_value_width();
+        backend.embed_weights(write(stream, rows * d), &model.embedding, read(ids, rows));
+        for (index, (layer, cache)) in model.layers.iter().zip(cache).enumerate() {
+            let (heads, ffn) = (layer.heads, layer.ffn);
+            let (width, query_width) = (heads.packed_width(), heads.query_width());
+            let attn_norm = read(&layer.attn_norm, d);
             if index == 0 {
-                backend.norm(write(normed, rows * d), read(stream, rows * d), model.weight(&at.attn_norm));
+                backend.norm(write(normed, rows * d), read(stream, rows * d), attn_norm);
             } else {
                 backend.add_norm(
                     write(next_stream, rows * d),
                     write(normed, rows * d),
                     read(stream, rows * d),
                     read(branch, rows * d),
-                    model.weight(&at.attn_norm),
+                    attn_norm,
                 );
                 std::mem::swap(stream, next_stream);
             }
-            backend.linear(
-                write(packed, rows * width),
-                read(normed, rows * d),
-                model.weight(&at.qkv),
-                LinearShape { rows, inputs: d, outputs: width },
-            );
-            backend.qk_norm_rope(
-                write(rotated, rows * width),
-                read(packed, rows * width),
-                model.weight(&at.qk_norm),
-                rope.at(*position, rows),
-                heads,
-            );
-            let columns = |column| Columns { rows: read(&*rotated, rows * width), stride: width, column };
-            backend.copy_columns(
-                ViewMut::new(cache, *position * cached..(*position + rows) * cached),
-                columns(query_width),
-                cached,
-            );
-            let keys = *position + rows;
-            let kept = |column| Columns { rows: read(&*cache, keys * cached), stride: cached, column };
-            backend.attention(
+            backend.linear_weights(write(packed, rows * width), read(normed, rows * d), &layer.qkv, rows);
+            let mut first = 0;
+            for span in &*spans {
+                let elements = first * width..(first + span.rows) * width;
+                backend.qk_norm_rope(
+                    ViewMut::new(rotated, elements.clone()),
+                    View::new(packed, elements),
+                    read(&layer.qk_norm, 2 * heads.width),
+                    rope.at(span.position, span.rows),
+                    heads,
+                );
+                first += span.rows;
+            }
+            backend.cached_attention(
                 write(attended, rows * query_width),
-                write(lse, rows * heads.query),
-                columns(0),
-                kept(0),
-                kept(heads.key_value_width()),
-                None,
-                AttentionShape { sequences: 1, queries: rows, keys, heads },
+                cache,
+                read(rotated, rows * width),
+                spans,
             );
-            backend.linear(
-                write(branch, rows * d),
-                read(attended, rows * query_width),
-                model.weight(&at.out_proj),
-                LinearShape { rows, inputs: query_width, outputs: d },
-            );
+            let attended = read(attended, rows * query_width);
+            backend.linear_weights(write(branch, rows * d), attended, &layer.out_proj, rows);
             backend.add_norm(
                 write(next_stream, rows * d),
                 write(normed, rows * d),
                 read(stream, rows * d),
                 read(branch, rows * d),
-                model.weight(&at.ffn_norm),
+                read(&layer.ffn_norm, d),
             );
             std::mem::swap(stream, next_stream);
-            backend.linear(
-                write(gate_up, rows * 2 * ffn),
-                read(normed, rows * d),
-                model.weight(&at.proj_1),
-                LinearShape { rows, inputs: d, outputs: 2 * ffn },
-            );
+            let normed = read(normed, rows * d);
+            backend.linear_weights(write(gate_up, rows * 2 * ffn), normed, &layer.proj_1, rows);
             backend.swiglu(write(gated, rows * ffn), read(gate_up, rows * 2 * ffn), ffn);
-            backend.linear(
-                write(branch, rows * d),
-                read(gated, rows * ffn),
-                model.weight(&at.proj_2),
-                LinearShape { rows, inputs: ffn, outputs: d },
-            );
+            backend.linear_weights(write(branch, rows * d), read(gated, rows * ffn), &layer.proj_2, rows);
         }
         backend.add_norm(
             write(next_stream, rows * d),
             write(normed, rows * d),
             read(stream, rows * d),
             read(branch, rows * d),
-            model.weight(&model.layout.final_norm()),
+            read(&model.final_norm, d),
         );
-        *position += rows;
+        for span in &*spans {
+            positions[span.sequence] += span.rows;
+        }
     }
 }
 

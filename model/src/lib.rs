@@ -12,23 +12,27 @@ mod batch;
 mod cpu;
 mod error;
 mod exact;
+mod format;
 mod generate;
 pub mod hf;
 mod init;
 mod network;
 mod params;
 mod replica;
+mod sample;
 mod tensors;
 
 pub use backend::{
     AdamW, AttentionShape, BLOCK, Backend, Columns, Element, HeadGradients, Heads, IGNORE, In, LinearShape,
-    Out, ROW_BLOCK, Rope, View, ViewMut,
+    Out, ROW_BLOCK, Rope, Span, View, ViewMut,
 };
 pub use batch::{BatchShape, LossSum, MicroBatch};
 pub use cpu::Cpu;
 pub use error::ModelError;
 pub use exact::Quantum;
+pub use format::WeightFormat;
 pub use generate::{Generator, Model, greedy};
 pub use params::{Layout, Tensor};
 pub use replica::{Replica, State, StatePart};
+pub use sample::{Sampler, Sampling};
 pub use tensors::{weights_from_safetensors, weights_to_safetensors};

@@ -1,39 +1,48 @@
-//! A step allocates nothing: buffers are planned once, and what is left is a queue of the thread pool.
+//! Neither a training step nor a decoded token allocates anything: buffers are planned once, and what is left is a queue
+//! of the thread pool. The allocations of all threads are counted, so these tests run one at a time.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(unsafe_code, reason = "an allocator that counts")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use ulmus_model::{Backend, BatchShape, Cpu, MicroBatch, Quantum, Replica};
+use ulmus_model::{
+    Backend, BatchShape, Cpu, Generator, MicroBatch, Model, Quantum, Replica, Sampler, Sampling, WeightFormat,
+};
 use ulmus_plan::{ModelConfig, Multipliers, Precision, TrainConfig};
 
-/// Counts what is asked of the system.
 struct Counting;
 
-static BYTES: AtomicU64 = AtomicU64::new(0);
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
 
-#[expect(unsafe_code, reason = "an allocator is unsafe by its trait")]
-// SAFETY: everything is the system allocator's.
+// SAFETY: all is left to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        BYTES.fetch_add(layout.size() as u64, Ordering::Relaxed);
-        // SAFETY: the caller's promise is passed on.
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: promised by the caller.
         unsafe { System.alloc(layout) }
     }
 
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.dealloc(pointer, layout) }
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        // SAFETY: promised by the caller.
+        unsafe { System.dealloc(memory, layout) };
     }
 }
 
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static COUNTING: Counting = Counting;
 
-/// Blocks of the pool's queue of calls from outside, in which a step has a dozen: about one block of 1.5 KB per 60.
-const QUEUE_BYTES_PER_STEP: u64 = 2048;
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// The pool's queue takes a block of memory for so many pieces of work from outside.
+const QUEUE_BLOCK: usize = 63;
 
 #[test]
 fn steps_allocate_nothing() {
+    const THREADS: usize = 2;
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let config = ModelConfig {
         vocab_size: 512,
         max_context_length: 128,
@@ -50,7 +59,7 @@ fn steps_allocate_nothing() {
     let tokens: Vec<u32> = (0..256).map(|i| i * 7 % 512).collect();
     let batch = MicroBatch::of_whole_documents(2, 128, tokens.clone(), tokens);
     for (precision, recompute) in [(Precision::F32, false), (Precision::Bf16, true)] {
-        let backend = Cpu::new(2).with_precision(precision);
+        let backend = Cpu::new(THREADS).with_precision(precision);
         let shape = BatchShape { sequences: 2, length: 128, recompute };
         let mut replica = Replica::new(backend, &config, shape, 1e-4).unwrap();
         replica.initialise(0);
@@ -65,11 +74,55 @@ fn steps_allocate_nothing() {
         for number in 0..30 {
             step(number);
         }
-        let before = BYTES.load(Ordering::Relaxed);
+        let before = ALLOCATIONS.load(Ordering::Relaxed);
         for number in 30..60 {
             step(number);
         }
-        let bytes = BYTES.load(Ordering::Relaxed) - before;
-        assert!(bytes <= 30 * QUEUE_BYTES_PER_STEP, "{bytes} bytes in 30 steps");
+        let made = ALLOCATIONS.load(Ordering::Relaxed) - before;
+        // Five pieces of work from outside per step, and a thread may meet a larger task than before.
+        let most = (30 * 5_usize).div_ceil(QUEUE_BLOCK) + 1 + 2 * THREADS;
+        assert!(made <= most, "{made} allocations in 30 steps");
+    }
+}
+
+#[test]
+fn a_decoded_token_allocates_nothing() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let config = ModelConfig {
+        vocab_size: 500,
+        max_context_length: 300,
+        num_transformer_layers: 3,
+        model_dim: 96,
+        head_dim: 16,
+        num_gqa_groups: 2,
+        qkv_multipliers: Multipliers::Layers(vec![0.5, 1.0]),
+        ffn_multipliers: Multipliers::Layers(vec![0.5, 2.0]),
+        ffn_dim_divisor: 32,
+        ..ModelConfig::default()
+    };
+    let parameters = ulmus_model::Layout::new(&config).parameters();
+    let weights: Vec<f32> = (0..parameters).map(|i| ((i * 31 % 101) as f32 - 50.0) * 2e-3).collect();
+    for threads in [1, 3] {
+        for format in WeightFormat::ALL {
+            let model = Model::in_format(Cpu::new(threads), &config, &weights, format).unwrap();
+            let mut generator = Generator::with_sequences(Arc::new(model), 300, 2).unwrap();
+            let mut sampler = Sampler::new(Sampling::new(0.9, Some(50), 0.95).unwrap(), 1, 0);
+            generator.feed_to(0, &[1, 2, 3]).unwrap();
+            let mut token = sampler.choose(generator.feed_to(1, &[4]).unwrap());
+            // Every thread grows its scratch once, when it first gets work.
+            for _ in 0..40 {
+                token = sampler.choose(generator.feed_to(0, &[token]).unwrap());
+                generator.feed_each(&[(1, token), (0, 7)]).unwrap();
+            }
+            let before = ALLOCATIONS.load(Ordering::Relaxed);
+            for _ in 0..60 {
+                token = sampler.choose(generator.feed_to(0, &[token]).unwrap());
+                generator.feed_each(&[(1, token), (0, 7)]).unwrap();
+            }
+            let made = ALLOCATIONS.load(Ordering::Relaxed) - before;
+            let queue = 2 * 60_usize.div_ceil(QUEUE_BLOCK) + 1;
+            let most = if threads == 1 { queue } else { queue + 2 * threads };
+            assert!(made <= most, "{format}, {threads} threads: {made} allocations for 120 tokens");
+        }
     }
 }

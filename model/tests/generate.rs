@@ -8,7 +8,9 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use common::largest_difference;
-use ulmus_model::{BatchShape, Cpu, Generator, IGNORE, MicroBatch, Model, ModelError, Replica, greedy};
+use ulmus_model::{
+    BatchShape, Cpu, Generator, IGNORE, MicroBatch, Model, ModelError, Replica, WeightFormat, greedy,
+};
 use ulmus_plan::{ModelConfig, Multipliers};
 
 fn config() -> ModelConfig {
@@ -119,4 +121,105 @@ fn what_cannot_be_fed_is_refused_and_leaves_the_text_as_it_was() {
     let token = greedy(&next);
     generator.feed(&[token, token]).unwrap();
     assert_eq!((generator.position(), generator.capacity()), (8, 8));
+}
+
+#[test]
+fn a_batch_gives_the_bits_of_single_texts() {
+    let mut replica = Replica::new(Cpu::new(1), &config(), BatchShape::new(1, 1), 0.0).unwrap();
+    replica.initialise(5);
+    let weights = replica.state().weights.clone();
+    let lengths = [3, 70, 1, 31, 32, 33, 8];
+    for format in WeightFormat::ALL {
+        let model =
+            |threads| Arc::new(Model::in_format(Cpu::new(threads), &config(), &weights, format).unwrap());
+        let mut batch = Generator::with_sequences(model(3), 200, lengths.len()).unwrap();
+        let mut singles: Vec<_> = lengths.iter().map(|_| Generator::new(model(1), 200).unwrap()).collect();
+        let mut next = Vec::new();
+        for (sequence, length) in lengths.into_iter().enumerate() {
+            let logits = batch.feed_to(sequence, &text(length)).unwrap().to_vec();
+            assert_eq!(logits, singles[sequence].feed(&text(length)).unwrap());
+            next.push((sequence, greedy(&logits)));
+        }
+        for step in 0..40 {
+            // Now and then a text takes no part.
+            let fed: Vec<_> = next.iter().copied().filter(|(sequence, _)| step % 5 != *sequence).collect();
+            let logits = batch.feed_each(&fed).unwrap().to_vec();
+            for ((sequence, token), logits) in fed.iter().zip(logits.chunks_exact(211)) {
+                let single = singles[*sequence].feed(&[*token]).unwrap();
+                assert!(single.iter().zip(logits).all(|(a, b)| a.to_bits() == b.to_bits()), "{format}");
+                next[*sequence].1 = greedy(logits);
+            }
+        }
+        assert!(matches!(batch.feed_each(&[(0, 1), (0, 2)]), Err(ModelError::Batch(_))));
+        assert!(matches!(batch.feed_each(&[(7, 1)]), Err(ModelError::Batch(_))));
+        assert!(matches!(batch.feed_each(&[]), Err(ModelError::Batch(_))));
+    }
+}
+
+#[test]
+fn pieces_of_a_prompt_do_not_change_a_bit() {
+    let model = model();
+    let mut whole = Generator::new(Arc::clone(&model), 300).unwrap();
+    let expected = whole.feed(&text(300)).unwrap().to_vec();
+    for piece in [1, 45, 256] {
+        let mut generator = Generator::new(Arc::clone(&model), 300).unwrap();
+        let mut logits = Vec::new();
+        for part in text(300).chunks(piece) {
+            logits = generator.feed(part).unwrap().to_vec();
+        }
+        assert_eq!(logits, expected, "pieces of {piece}");
+    }
+}
+
+#[test]
+fn every_format_is_close_to_float32() {
+    // A vocabulary and widths that are multiples of nothing.
+    let config = ModelConfig { vocab_size: 32_001, model_dim: 100, ffn_dim_divisor: 50, ..config() };
+    let mut replica = Replica::new(Cpu::new(1), &config, BatchShape::new(1, 1), 0.0).unwrap();
+    replica.initialise(9);
+    let weights = replica.state().weights.clone();
+    let logits = |format| {
+        let model = Arc::new(Model::in_format(Cpu::new(2), &config, &weights, format).unwrap());
+        let mut generator = Generator::new(model, 40).unwrap();
+        generator.feed(&text(39)).unwrap();
+        generator.feed(&[32_000]).unwrap().to_vec()
+    };
+    let exact = logits(WeightFormat::F32);
+    let spread = (exact.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / 32_001.0).sqrt();
+    // Root of the mean square of a product's relative error, from weights, and from activations where they are rounded
+    // too: of uniform rounding 2^-11 / sqrt(3) and 2^-8 / sqrt(3), of a block of 32 normal numbers 2.1 / (127 *
+    // sqrt(12)). A logit is behind thirteen products: a factor of sqrt(13) = 3.6, if norms and the softmax did not
+    // stretch differences; three times that bounds it.
+    for (format, product) in
+        [(WeightFormat::F16, 1.4e-4), (WeightFormat::Bf16, 1.6e-3), (WeightFormat::Q8_0, 6.8e-3)]
+    {
+        let most = 3.0 * 3.6 * product;
+        let rounded = logits(format);
+        let squares = exact.iter().zip(&rounded).map(|(a, b)| f64::from(a - b).powi(2));
+        let error = (squares.sum::<f64>() / 32_001.0).sqrt() / spread;
+        assert!(error > most / 100.0 && error <= most, "{format}: {error:.1e}");
+    }
+}
+
+#[test]
+fn weights_that_are_not_finite_are_refused_by_name() {
+    let mut replica = Replica::new(Cpu::new(1), &config(), BatchShape::new(1, 1), 0.0).unwrap();
+    replica.initialise(5);
+    let layout = ulmus_model::Layout::new(&config());
+    for (name, value, format, refused) in [
+        ("transformer.token_embeddings.weight", f32::NAN, WeightFormat::F32, true),
+        ("transformer.layers.1.ffn.proj_2.weight", f32::INFINITY, WeightFormat::Q8_0, true),
+        ("transformer.norm.weight", f32::NEG_INFINITY, WeightFormat::Bf16, true),
+        ("transformer.layers.0.attn.qkv_proj.weight", 1e5, WeightFormat::F16, true),
+        ("transformer.layers.0.attn.qkv_proj.weight", 1e5, WeightFormat::Q8_0, false),
+        ("transformer.norm.weight", 1e5, WeightFormat::F16, false),
+    ] {
+        let mut weights = replica.state().weights.clone();
+        weights[layout.tensor(name).unwrap().range.end - 1] = value;
+        let made = Model::in_format(Cpu::new(1), &config(), &weights, format);
+        match made {
+            Err(error) => assert!(refused && error.to_string().contains(name), "{error}"),
+            Ok(_) => assert!(!refused, "{name} with {value} in {format}"),
+        }
+    }
 }

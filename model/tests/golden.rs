@@ -9,7 +9,9 @@ use std::sync::Arc;
 
 use common::{PAD, Tensors, batch, golden, json, largest_difference, mean_gradient, relative_l2};
 use ulmus_model::hf::{self, HfModel};
-use ulmus_model::{BatchShape, Cpu, Generator, IGNORE, Layout, MicroBatch, Model, Replica, State};
+use ulmus_model::{
+    BatchShape, Cpu, Generator, IGNORE, Layout, MicroBatch, Model, Replica, State, WeightFormat,
+};
 use ulmus_plan::{ModelConfig, Preset, TrainConfig};
 
 /// Absolute, on logits of size about 4. The reference and a float64 implementation differ by 8e-6.
@@ -101,6 +103,31 @@ fn parameters_are_in_the_reference_order() {
     let layout = Layout::new(&model().config);
     let names: Vec<&str> = layout.tensors().iter().map(|tensor| tensor.name.as_str()).collect();
     assert_eq!(names, expected);
+}
+
+/// As `every_format_is_close_to_float32` in `generate.rs` derives it, for a model of four layers.
+#[test]
+fn logits_in_every_format() {
+    let HfModel { config, weights, .. } = model();
+    let tensors = Tensors::open("forward.safetensors");
+    let (expected, batch) = (tensors.f32("logits"), full_batch());
+    let text = batch.length * config.vocab_size;
+    let expected = &expected[text - config.vocab_size..text];
+    let squares = |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x).powi(2)).sum::<f64>();
+    for (format, product) in [
+        (WeightFormat::F32, 1e-6),
+        (WeightFormat::F16, 1.4e-4),
+        (WeightFormat::Bf16, 1.6e-3),
+        (WeightFormat::Q8_0, 6.8e-3),
+    ] {
+        let model = Model::in_format(Cpu::new(2), &config, &weights, format).unwrap();
+        let mut generator = Generator::new(Arc::new(model), batch.length).unwrap();
+        let logits = generator.feed(&batch.inputs[..batch.length]).unwrap();
+        let error = squares(&mut logits.iter().zip(expected).map(|(a, b)| a - b));
+        let error = (error / squares(&mut expected.iter().copied())).sqrt();
+        let products = 4.0 * config.num_transformer_layers as f64 + 1.0;
+        assert!(error <= 3.0 * products.sqrt() * product, "{format}: {error:.1e}");
+    }
 }
 
 #[test]

@@ -213,6 +213,7 @@ fn benchmark(run: &Run, threads: usize) -> Result<Value, WorkerError> {
         prompt: config.prompt as usize,
         generate: config.generate as usize,
         runs: config.runs as usize,
+        batch: 1,
     };
     let result = bench(&averaged(run, threads)?, config, threads)?;
     Ok(json!({

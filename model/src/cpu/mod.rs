@@ -12,19 +12,22 @@ mod kernels;
 use std::sync::Arc;
 
 use kernels::attention::{self, Strided};
+use kernels::cache::Cache;
 use kernels::matrix::Output;
 use kernels::norm::{self, RopeTables};
+use kernels::weights::Weights;
 use kernels::{head, linear, optimizer, swiglu};
 use rayon::ThreadPool;
 use tracing::trace_span;
 use ulmus_plan::Precision;
 
 use crate::backend::{
-    AdamW, AttentionShape, Backend, Columns, Element, HeadGradients, Heads, In, LinearShape, Out, Rope, View,
-    ViewMut,
+    AdamW, AttentionShape, Backend, Columns, Element, HeadGradients, Heads, In, LinearShape, Out, Rope, Span,
+    View, ViewMut,
 };
 use crate::error::ModelError;
 use crate::exact::Quantum;
+use crate::format::WeightFormat;
 
 /// The CPU as a device. Results have the same bits for any number of threads.
 #[derive(Debug, Clone)]
@@ -91,6 +94,8 @@ impl<'a> Rope<'a, Vec<f32>> {
 
 impl Backend for Cpu {
     type Buffer<T: Element> = Vec<T>;
+    type Weights = Weights;
+    type Cache = Cache;
 
     fn describe(&self) -> String {
         format!("cpu, {} threads", self.threads())
@@ -358,6 +363,34 @@ impl Backend for Cpu {
     fn dequantise(&self, mean: Out<'_, Self>, sums: In<'_, Self, i64>, scale: f64) {
         let (mean, sums) = (mean.slice(), sums.slice());
         self.kernel(trace_span!("quantise"), || optimizer::dequantise(mean, sums, scale));
+    }
+
+    fn weights(&self, values: &[f32], outputs: usize, format: WeightFormat) -> Result<Weights, ModelError> {
+        self.pool.install(|| Weights::new(values, outputs, format))
+    }
+
+    fn embed_weights(&self, out: Out<'_, Self>, table: &Weights, ids: In<'_, Self, u32>) {
+        let _span = trace_span!("embed").entered();
+        table.embed(out.slice(), ids.slice());
+    }
+
+    fn linear_weights(&self, out: Out<'_, Self>, x: In<'_, Self>, weights: &Weights, rows: usize) {
+        let (out, x) = (out.slice(), x.slice());
+        self.kernel(trace_span!("linear"), || weights.linear(out, x, rows));
+    }
+
+    fn cache(&self, sequences: usize, capacity: usize, heads: Heads) -> Result<Cache, ModelError> {
+        Cache::new(sequences, capacity, heads)
+    }
+
+    fn cached_attention(&self, out: Out<'_, Self>, cache: &mut Cache, packed: In<'_, Self>, spans: &[Span]) {
+        let (out, packed) = (out.slice(), packed.slice());
+        self.kernel(trace_span!("attention"), || cache.attend(out, packed, spans));
+    }
+
+    fn cross_entropy(&self, out: Out<'_, Self>, logits: Out<'_, Self>, targets: In<'_, Self, u32>) {
+        let (out, logits, targets) = (out.slice(), logits.slice(), targets.slice());
+        self.kernel(trace_span!("cross_entropy"), || head::cross_entropy(out, logits, targets));
     }
 
     fn copy_columns(&self, out: Out<'_, Self>, from: Columns<'_, Vec<f32>>, width: usize) {

@@ -55,6 +55,13 @@ pub(crate) fn head_loss(
     }
 }
 
+/// See [`crate::Backend::cross_entropy`].
+pub(crate) fn cross_entropy(out: &mut [f32], logits: &mut [f32], targets: &[u32]) {
+    let width = logits.len() / targets.len().max(1);
+    let rows = logits.par_chunks_exact_mut(width.max(1)).zip(targets);
+    rows.zip(out).for_each(|((logits, target), out)| *out = loss_row(logits, *target, None).0);
+}
+
 vectorised! {
     /// Cross-entropy and logsumexp of one row, both 0 if it is ignored. With a z-loss weight, the logits become
     /// the gradient of `cross_entropy + z_loss · lse²`: `softmax · (1 + 2 · z_loss · lse) − onehot(target)`.

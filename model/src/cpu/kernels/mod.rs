@@ -8,13 +8,19 @@
 pub(super) mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub(super) mod cache;
 pub(super) mod head;
 pub(super) mod linear;
 pub(super) mod matrix;
 pub(super) mod norm;
 pub(super) mod optimizer;
+mod pages;
 pub(super) mod peak;
 mod product;
+mod rows;
+#[cfg(target_arch = "x86_64")]
+mod rows_avx512;
 pub(super) mod simd;
 pub(super) mod swiglu;
 mod tile;
+pub(super) mod weights;
