@@ -444,7 +444,4 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
 
     /// Cross-entropy of each row of logits, 0 where the target is [`IGNORE`]. The logits are scratch afterwards.
     fn cross_entropy(&self, out: Out<'_, Self>, logits: Out<'_, Self>, targets: In<'_, Self, u32>);
-
-    /// Copies columns `column..column + width` of rows `stride` apart to `out`, rows of `width` (a KV cache).
-    fn copy_columns(&self, out: Out<'_, Self>, from: Columns<'_, Self::Buffer<f32>>, width: usize);
 }

@@ -392,10 +392,4 @@ impl Backend for Cpu {
         let (out, logits, targets) = (out.slice(), logits.slice(), targets.slice());
         self.kernel(trace_span!("cross_entropy"), || head::cross_entropy(out, logits, targets));
     }
-
-    fn copy_columns(&self, out: Out<'_, Self>, from: Columns<'_, Vec<f32>>, width: usize) {
-        let (out, Columns { rows, stride, column }) = (out.slice(), from);
-        let rows: &[f32] = rows.slice();
-        self.kernel(trace_span!("copy_columns"), || linear::copy_columns(out, rows, stride, column, width));
-    }
 }

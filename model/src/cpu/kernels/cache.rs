@@ -10,13 +10,14 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::lines::{Line, room};
 use super::matrix::{Matrix, MatrixMut, SharedMatrix};
 use super::pages::Pages;
 use super::rows;
 #[cfg(target_arch = "x86_64")]
 use super::rows_avx512;
 use super::simd::{exp, max, sum, vectorised};
-use super::weights::{Activations, Kernel, LANES, Line, Product, room};
+use super::weights::{Activations, Kernel, LANES, Product};
 use crate::backend::{Heads, Span};
 use crate::error::ModelError;
 

@@ -5,7 +5,7 @@ use ulmus_plan::Precision;
 
 use super::matrix::{How, Matrix, MatrixMut, Output, Threads, multiply};
 use super::simd::{axpy, dot, vectorised};
-use crate::backend::{LinearShape, ROW_BLOCK};
+use crate::backend::LinearShape;
 
 /// `out[r] = table[ids[r]]`.
 pub(crate) fn embed(out: &mut [f32], table: &[f32], ids: &[u32], width: usize) {
@@ -88,13 +88,4 @@ pub(crate) fn linear_backward_weight(
         Matrix::new(x, rows, inputs, inputs),
         How { precision, scale: 1.0, output, threads: Threads::All },
     );
-}
-
-/// Rows of `width` from columns of rows `stride` apart.
-pub(crate) fn copy_columns(out: &mut [f32], from: &[f32], stride: usize, column: usize, width: usize) {
-    out.par_chunks_mut(ROW_BLOCK * width).zip(from.par_chunks(ROW_BLOCK * stride)).for_each(|(out, from)| {
-        for (out, from) in out.chunks_exact_mut(width).zip(from.chunks(stride)) {
-            out.copy_from_slice(&from[column..column + width]);
-        }
-    });
 }

@@ -11,6 +11,7 @@ mod avx512;
 pub(super) mod cache;
 pub(super) mod head;
 pub(super) mod linear;
+mod lines;
 pub(super) mod matrix;
 pub(super) mod norm;
 pub(super) mod optimizer;

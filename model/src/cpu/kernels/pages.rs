@@ -6,7 +6,7 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
-use super::weights::Line;
+use super::lines::Line;
 use crate::error::ModelError;
 
 /// Size and alignment of a large page.

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::lines::{Line, room};
 use super::matrix::{How, Matrix, MatrixMut, Output, Threads};
 use super::tile::{Lanes, Target, Tile, panel_words};
 
@@ -28,11 +29,6 @@ thread_local! {
     /// Packed operands. Grows to the largest product of its thread and is then reused.
     static PACKED: RefCell<[Vec<Line>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
 }
-
-/// A cache line, so that no vector of a panel straddles two.
-#[derive(Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]
-#[repr(C, align(64))]
-struct Line([u32; 16]);
 
 /// `c = scale · a · b`, added to or in place of what `c` held. The shapes agree.
 pub(super) fn multiply<T: Tile>(tile: T, c: &mut MatrixMut<'_>, a: Matrix<'_>, b: Matrix<'_>, how: How) {
@@ -102,12 +98,7 @@ impl<'a> Packing<'a> {
 
     /// The words of all panels.
     fn room<'s>(&self, scratch: &'s mut Vec<Line>) -> &'s mut [u32] {
-        let words = self.panel * self.lanes.len().div_ceil(self.width);
-        let lines = words.div_ceil(16);
-        if scratch.len() < lines {
-            scratch.resize(lines, bytemuck::Zeroable::zeroed());
-        }
-        &mut bytemuck::cast_slice_mut::<Line, u32>(scratch)[..words]
+        room(scratch, self.panel * self.lanes.len().div_ceil(self.width))
     }
 
     fn pack<T: Tile>(&self, tile: T, to: &mut [u32], parallel: bool) {

@@ -5,10 +5,11 @@
 
 use std::ops::Range;
 
+use super::lines::Line;
 use super::matrix::Matrix;
 use super::simd::vectorised;
 use super::tile::{Lanes, Plain, Tile};
-use super::weights::{BLOCK, Kernel, LANES, Line, SHIFT, Target};
+use super::weights::{BLOCK, Kernel, LANES, SHIFT, Target};
 
 #[derive(Clone, Copy)]
 pub(super) struct F32;

@@ -14,11 +14,12 @@ use std::arch::x86_64::{
 use std::ops::Range;
 
 use super::avx512;
+use super::lines::Line;
 use super::matrix::Matrix;
 use super::rows::{Q8_WORDS, pack_q8};
 use super::simd::{Level, level};
 use super::tile::{Lanes, Tile};
-use super::weights::{BLOCK, Kernel, LANES, Line, Target};
+use super::weights::{BLOCK, Kernel, LANES, Target};
 
 /// Float32 times float32.
 #[derive(Clone, Copy)]

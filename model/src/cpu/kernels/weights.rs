@@ -21,6 +21,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::lines::{Line, room};
 use super::matrix::{Matrix, MatrixMut, SharedMatrix};
 use super::pages::Pages;
 use super::rows;
@@ -43,11 +44,6 @@ const TASK_PANELS: usize = 8;
 
 /// Words of activations from which on packing is worth waking other threads.
 const PARALLEL_WORDS: usize = 1 << 16;
-
-/// A cache line of packed weights or activations.
-#[derive(Debug, Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]
-#[repr(C, align(64))]
-pub(super) struct Line(pub [u32; 16]);
 
 /// A matrix `[outputs, inputs]` in one format.
 #[derive(Debug)]
@@ -199,15 +195,6 @@ impl Weights {
         }
         PACKED.set(scratch);
     }
-}
-
-/// The first `words` of a scratch that grows to what it was asked for.
-pub(super) fn room(scratch: &mut Vec<Line>, words: usize) -> &mut [u32] {
-    let lines = words.div_ceil(16);
-    if scratch.len() < lines {
-        scratch.resize(lines, bytemuck::Zeroable::zeroed());
-    }
-    &mut bytemuck::cast_slice_mut::<Line, u32>(scratch)[..words]
 }
 
 thread_local! {
