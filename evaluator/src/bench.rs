@@ -1,8 +1,8 @@
 //! How fast a model reads and writes.
 //!
-//! The protocol of the paper: one sequence at a time (or several side by side, if asked for), with a KV cache, prompt processing and generation timed apart,
-//! after a full dry run with the same lengths. The first new token follows from the prompt and counts as part of
-//! its processing. Nothing stops generation early, and the tokens' values do not change the work.
+//! The protocol of the paper: one sequence at a time (or several side by side, if asked for), with a KV cache, prompt
+//! processing and generation timed apart, after a full dry run with the same lengths. The first new token follows from
+//! the prompt and counts as part of its processing. Nothing stops generation early, and the tokens' values do not change the work.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -161,13 +161,19 @@ fn time_once<B: Backend>(
     Ok(Timing { prompt_seconds, generation_seconds: start.elapsed().as_secs_f64() })
 }
 
+/// The middle of some values, of which there is at least one, or the mean of both middle ones.
+pub fn median(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    f64::midpoint(values[(values.len() - 1) / 2], values[values.len() / 2])
+}
+
 fn median_rates(config: BenchConfig, timings: &[Timing]) -> Rates {
     let batch = config.batch.max(1) as f64;
     let (prompt, generated) = (batch * config.prompt as f64, batch * (config.generate - 1) as f64);
     let median = |rate: &dyn Fn(&Timing) -> f64| {
-        let mut rates: Vec<f64> = timings.iter().map(rate).collect();
-        rates.sort_by(f64::total_cmp);
-        f64::midpoint(rates[(rates.len() - 1) / 2], rates[rates.len() / 2])
+        let rates: Vec<f64> = timings.iter().map(rate).collect();
+        self::median(&rates)
     };
     Rates {
         prompt: median(&|timing| prompt / timing.prompt_seconds),

@@ -14,8 +14,8 @@ use ulmus_evaluator::{
 };
 use ulmus_model::{Cpu, Generator, Model, Sampler, Sampling, WeightFormat};
 use ulmus_plan::{ModelConfig, Preset};
-use ulmus_rt::Failure;
-use ulmus_types::{Digest, ErrorKind, ExitStatus};
+use ulmus_rt::{Failure, finish_output, print};
+use ulmus_types::{Digest, ExitStatus};
 
 /// Version of the result files.
 const FORMAT_VERSION: u32 = 1;
@@ -116,12 +116,8 @@ struct Subject {
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// A published shape, with synthetic weights: `openelm-270m`, `-450m`, `-1_1b` or `-3b`.
-    #[arg(long, value_name = "NAME", value_parser = parse_preset)]
+    #[arg(long, value_name = "NAME")]
     preset: Option<Preset>,
-}
-
-fn parse_preset(name: &str) -> Result<Preset, &'static str> {
-    Preset::from_name(name).ok_or("use openelm-270m, openelm-450m, openelm-1_1b or openelm-3b")
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -401,18 +397,4 @@ fn json(value: &impl Serialize) -> String {
     let mut text = serde_json::to_string_pretty(value).expect("plain data is valid JSON");
     text.push('\n');
     text
-}
-
-fn print(text: &str) -> Result<(), Failure> {
-    finish_output(writeln!(io::stdout().lock(), "{text}"))
-}
-
-/// A reader that has seen enough, such as `head`, is no failure.
-fn finish_output(result: io::Result<()>) -> Result<(), Failure> {
-    match result {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Failure::of(ErrorKind::Internal, &error))
-        }
-        _ => Ok(()),
-    }
 }

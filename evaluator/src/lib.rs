@@ -15,7 +15,7 @@ mod perplexity;
 mod texts;
 mod writing;
 
-pub use bench::{BenchConfig, BenchResult, Machine, Rates, Timing, bench, synthetic_weights};
+pub use bench::{BenchConfig, BenchResult, Machine, Rates, Timing, bench, median, synthetic_weights};
 pub use error::EvaluatorError;
 pub use folder::{LoadedModel, load_model, load_tokenizer};
 pub use perplexity::{PerplexityResult, perplexity, zstd_bits_per_byte};

@@ -71,7 +71,7 @@ pub struct BenchArgs {
 #[group(required = true, multiple = false)]
 struct Subject {
     /// A published shape: `openelm-270m`, `-450m`, `-1_1b` or `-3b`.
-    #[arg(long, value_name = "NAME", value_parser = parse_preset)]
+    #[arg(long, value_name = "NAME")]
     preset: Option<Preset>,
     /// The model of a plan (its first variant).
     #[arg(long, value_name = "FILE.toml")]
@@ -101,10 +101,6 @@ enum Dtype {
     F32,
     /// 16-bit brain floats, added up in 32 bits.
     Bf16,
-}
-
-fn parse_preset(name: &str) -> Result<Preset, &'static str> {
-    Preset::from_name(name).ok_or("use openelm-270m, openelm-450m, openelm-1_1b or openelm-3b")
 }
 
 impl BenchArgs {

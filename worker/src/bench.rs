@@ -15,7 +15,7 @@ use tracing::span::{Attributes, Id};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
-use ulmus_evaluator::Machine;
+use ulmus_evaluator::{Machine, median};
 use ulmus_model::{BatchShape, Cpu, MicroBatch, ModelError, Replica};
 use ulmus_plan::{ModelConfig, Precision, TrainConfig, worker_memory};
 
@@ -127,12 +127,6 @@ pub(crate) fn bench(config: BenchConfig) -> Result<BenchResult, ModelError> {
         planned_bytes: memory.total,
         machine: Machine::this(),
     })
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut values = values.to_vec();
-    values.sort_by(f64::total_cmp);
-    f64::midpoint(values[(values.len() - 1) / 2], values[values.len() / 2])
 }
 
 fn kernel_times(spans: &BTreeMap<&'static str, Duration>, step_seconds: &[f64]) -> Vec<KernelTime> {

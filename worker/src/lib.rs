@@ -19,7 +19,6 @@ mod session;
 mod snapshot;
 mod trainer;
 
-use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::path::PathBuf;
 
@@ -164,7 +163,8 @@ pub fn run_local(join_file: PathBuf, name: String, threads: usize) -> Result<Exi
 /// When the plan cannot be read, the model has no memory, or nobody takes the result.
 pub fn run_bench(args: &args::BenchArgs) -> Result<ExitStatus, Failure> {
     let result = bench::bench(args.config()?).map_err(|error| Failure::of(error.kind(), &error))?;
-    print(&if args.json { json(&result) } else { result.table() })
+    ulmus_rt::print(&if args.json { json(&result) } else { result.table() })?;
+    Ok(ExitStatus::Done)
 }
 
 /// Measures the machine's limits and prints them.
@@ -173,19 +173,10 @@ pub fn run_bench(args: &args::BenchArgs) -> Result<ExitStatus, Failure> {
 /// When nobody takes the result.
 pub fn run_roofline(args: &args::RooflineArgs) -> Result<ExitStatus, Failure> {
     let result = bench::roofline(args.threads());
-    print(&if args.json { json(&result) } else { result.table() })
+    ulmus_rt::print(&if args.json { json(&result) } else { result.table() })?;
+    Ok(ExitStatus::Done)
 }
 
 fn json(value: &impl serde::Serialize) -> String {
     serde_json::to_string_pretty(value).expect("plain data is valid JSON")
-}
-
-/// A reader that has seen enough, such as `head`, is no failure.
-fn print(text: &str) -> Result<ExitStatus, Failure> {
-    match writeln!(std::io::stdout().lock(), "{text}") {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(Failure::new(ExitStatus::Failed, format!("cannot print the result: {error}")))
-        }
-        _ => Ok(ExitStatus::Done),
-    }
 }

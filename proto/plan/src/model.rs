@@ -3,6 +3,8 @@
 //! Field names are those of the published `config.json`, so that a plan, an exported model and the reference
 //! speak of the same thing by the same word.
 
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize};
 use ulmus_types::Problems;
 
@@ -125,6 +127,14 @@ pub enum Preset {
     /// 36 layers of width 3072.
     #[serde(rename = "openelm-3b")]
     Openelm3b,
+}
+
+impl FromStr for Preset {
+    type Err = &'static str;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        Self::from_name(name).ok_or("use openelm-270m, openelm-450m, openelm-1_1b or openelm-3b")
+    }
 }
 
 impl Preset {

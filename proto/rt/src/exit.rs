@@ -1,6 +1,7 @@
 //! The one place where an error becomes an exit code.
 
 use std::fmt;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use ulmus_types::{ErrorKind, ExitStatus};
@@ -37,6 +38,27 @@ impl Failure {
     pub const fn status(&self) -> ExitStatus {
         self.status
     }
+}
+
+/// What became of an output. A reader that has seen enough, such as `head`, is no failure.
+///
+/// # Errors
+/// When the output could not be written.
+pub fn finish_output(result: io::Result<()>) -> Result<(), Failure> {
+    match result {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::of(ErrorKind::Internal, &error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Prints a result and a line's end.
+///
+/// # Errors
+/// When it could not be written.
+pub fn print(text: &str) -> Result<(), Failure> {
+    finish_output(writeln!(io::stdout().lock(), "{text}"))
 }
 
 impl fmt::Display for Failure {

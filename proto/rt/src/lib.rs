@@ -6,6 +6,6 @@ mod exit;
 mod shutdown;
 mod telemetry;
 
-pub use exit::{Failure, report};
+pub use exit::{Failure, finish_output, print, report};
 pub use shutdown::Shutdown;
 pub use telemetry::{LogTarget, init as init_telemetry};

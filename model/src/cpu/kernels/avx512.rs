@@ -82,7 +82,7 @@ fn lanes_of(lanes: &Lanes<'_>, first: usize) -> usize {
 }
 
 /// The first `count` of a vector.
-fn mask(count: usize) -> __mmask16 {
+pub(super) fn mask(count: usize) -> __mmask16 {
     ((1_u32 << count.min(VECTOR)) - 1) as __mmask16
 }
 

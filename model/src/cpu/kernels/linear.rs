@@ -1,10 +1,9 @@
 //! Embedding, linear layers and strided copies.
 
-use rayon::prelude::*;
 use ulmus_plan::Precision;
 
 use super::matrix::{How, Matrix, MatrixMut, Output, Threads, multiply};
-use super::simd::{axpy, dot, vectorised};
+use super::simd::{axpy, vectorised};
 use crate::backend::LinearShape;
 
 /// `out[r] = table[ids[r]]`.
@@ -27,32 +26,15 @@ vectorised! {
     }
 }
 
-/// Outputs per task when a single row goes through a layer.
-const OUTPUT_BLOCK: usize = 64;
-
 /// `out = x · weightᵀ`.
 pub(crate) fn linear(out: &mut [f32], x: &[f32], weight: &[f32], shape: LinearShape, precision: Precision) {
     let LinearShape { rows, inputs, outputs } = shape;
-    if rows == 1 {
-        // One token: the weights are read once and nothing is reused, so packing them would only cost.
-        let blocks = out.par_chunks_mut(OUTPUT_BLOCK).zip(weight.par_chunks(OUTPUT_BLOCK * inputs));
-        blocks.for_each(|(out, weight)| matrix_vector(out, x, weight));
-        return;
-    }
     multiply(
         &mut MatrixMut::new(out, rows, outputs, outputs),
         Matrix::new(x, rows, inputs, inputs),
         Matrix::new(weight, outputs, inputs, inputs).transposed(),
         How { precision, scale: 1.0, output: Output::Overwrite, threads: Threads::All },
     );
-}
-
-vectorised! {
-    fn matrix_vector(out: &mut [f32], x: &[f32], weight: &[f32]) {
-        for (out, weight) in out.iter_mut().zip(weight.chunks_exact(x.len())) {
-            *out = dot(x, weight);
-        }
-    }
 }
 
 /// `x_gradient = gradient · weight`.

@@ -6,14 +6,14 @@
 )]
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, __mmask16, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_cvtepi32_ps,
+    __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_cvtepi32_ps,
     _mm512_cvtph_ps, _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_load_ps,
     _mm512_load_si512, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_set1_epi32,
     _mm512_set1_ps, _mm512_setzero_ps,
 };
 use std::ops::Range;
 
-use super::avx512;
+use super::avx512::{self, mask};
 use super::lines::Line;
 use super::matrix::Matrix;
 use super::rows::{Q8_WORDS, pack_q8};
@@ -151,11 +151,6 @@ fn pack<T: Tile>(tile: T, to: &mut [u32], width: usize, x: Matrix<'_>, rows: Ran
     tile.pack(to, width, Lanes::new(x, rows, 0..x.columns()));
 }
 
-/// The first `count` of a vector.
-fn mask(count: usize) -> __mmask16 {
-    ((1_u32 << count.min(VECTOR)) - 1) as __mmask16
-}
-
 /// # Safety
 /// AVX-512; see [`Kernel::multiply`].
 #[inline]
@@ -203,6 +198,27 @@ fn prefetch(line: *const Line, ahead: usize) {
     _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(ahead).cast());
 }
 
+/// Adds the products of a word of each row and two vectors of a panel.
+///
+/// # Safety
+/// AVX-512; `left` has a word of each row.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn multiply_add<const ROWS: usize, const PANELS: usize>(
+    sums: &mut Sums<ROWS, PANELS>,
+    left: *const u32,
+    panel: usize,
+    vectors: [__m512; 2],
+) {
+    for row in 0..ROWS {
+        // SAFETY: promised by the caller.
+        let value = _mm512_set1_ps(unsafe { *left.add(row).cast() });
+        for half in 0..2 {
+            sums[row][panel][half] = _mm512_fmadd_ps(value, vectors[half], sums[row][panel][half]);
+        }
+    }
+}
+
 /// # Safety
 /// AVX-512; a step is left in all panels.
 #[inline]
@@ -220,11 +236,7 @@ unsafe fn step_f32<const ROWS: usize, const PANELS: usize>(
             prefetch(right, AHEAD);
             prefetch(right.add(1), AHEAD);
             let (first, second) = (_mm512_load_ps(right.cast()), _mm512_load_ps(right.add(1).cast()));
-            for row in 0..ROWS {
-                let value = _mm512_set1_ps(*left.add(row).cast());
-                sums[row][panel][0] = _mm512_fmadd_ps(value, first, sums[row][panel][0]);
-                sums[row][panel][1] = _mm512_fmadd_ps(value, second, sums[row][panel][1]);
-            }
+            multiply_add(sums, left, panel, [first, second]);
         }
     }
 }
@@ -247,11 +259,7 @@ unsafe fn step_f16<const ROWS: usize, const PANELS: usize>(
             let right = right.cast::<[u16; VECTOR]>();
             let first = _mm512_cvtph_ps(_mm256_loadu_si256(right.cast()));
             let second = _mm512_cvtph_ps(_mm256_loadu_si256(right.add(1).cast()));
-            for row in 0..ROWS {
-                let value = _mm512_set1_ps(*left.add(row).cast());
-                sums[row][panel][0] = _mm512_fmadd_ps(value, first, sums[row][panel][0]);
-                sums[row][panel][1] = _mm512_fmadd_ps(value, second, sums[row][panel][1]);
-            }
+            multiply_add(sums, left, panel, [first, second]);
         }
     }
 }

@@ -39,7 +39,11 @@ pub(crate) fn level() -> Level {
         let Ok(name) = std::env::var(LIMIT) else { return widest };
         let levels = [("baseline", Level::Baseline), ("avx2", Level::Avx2), ("avx512", Level::Avx512)];
         let asked = levels.iter().find(|(known, level)| *known == name && *level <= widest);
-        asked.expect("ULMUS_SIMD is baseline, avx2 or avx512, and no more than this CPU has").1
+        assert!(
+            asked.is_some(),
+            "{LIMIT} is `{name}`; it can be baseline, avx2 or avx512, up to {widest:?} here"
+        );
+        asked.map_or(widest, |(_, level)| *level)
     });
     *LEVEL
 }
