@@ -7,8 +7,8 @@
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
 use ulmus_model::{
-    AdamW, AttentionShape, BLOCK, Backend, Columns, Cpu, HeadGradients, Heads, LinearShape, ROW_BLOCK, Rope,
-    View, ViewMut,
+    AdamW, AttentionShape, BLOCK, Backend, Cpu, HeadGradients, Heads, LinearShape, ROW_BLOCK, Rope, View,
+    ViewMut,
 };
 use ulmus_plan::{HEAD_ROWS, Precision};
 
@@ -88,8 +88,7 @@ fn linear_backward_input(bencher: Bencher<'_, '_>, (precision, inputs, outputs):
     });
 }
 
-const ATTENTION: AttentionShape =
-    AttentionShape { sequences: SEQUENCES, queries: LENGTH, keys: LENGTH, heads: HEADS };
+const ATTENTION: AttentionShape = AttentionShape { sequences: SEQUENCES, length: LENGTH, heads: HEADS };
 
 /// Operations of one product of the scores' shape, of which the causal half is needed.
 const ATTENTION_PRODUCT: usize = SEQUENCES * HEADS.query * LENGTH * LENGTH * HEADS.width;
@@ -101,16 +100,7 @@ fn attention(bencher: Bencher<'_, '_>, precision: Precision) {
     let (packed, mut out) = (values(ROWS * width), vec![0.0; ROWS * HEADS.query_width()]);
     let (mut lse, starts) = (vec![0.0; ROWS * HEADS.query], vec![0_u32; ROWS]);
     bencher.counter(ItemsCount::new(2 * ATTENTION_PRODUCT)).bench_local(|| {
-        let columns = |column| Columns { rows: all(&packed), stride: width, column };
-        backend.attention(
-            all_mut(&mut out),
-            all_mut(&mut lse),
-            columns(0),
-            columns(HEADS.query_width()),
-            columns(HEADS.query_width() + HEADS.key_value_width()),
-            Some(all(&starts)),
-            ATTENTION,
-        );
+        backend.attention(all_mut(&mut out), all_mut(&mut lse), all(&packed), all(&starts), ATTENTION);
     });
 }
 

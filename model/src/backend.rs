@@ -118,6 +118,11 @@ pub struct Heads {
 }
 
 impl Heads {
+    /// Query heads that read one key/value head.
+    pub fn group(&self) -> usize {
+        self.query / self.key_value
+    }
+
     /// Width of all query heads, which is that of the attention's output.
     pub fn query_width(&self) -> usize {
         self.query * self.width
@@ -147,26 +152,13 @@ pub struct Rope<'a, T> {
     pub length: usize,
 }
 
-/// Columns `column..` of rows that are `stride` elements apart.
-#[derive(Debug)]
-pub struct Columns<'a, T> {
-    /// The rows.
-    pub rows: View<'a, T>,
-    /// Elements from one row to the next.
-    pub stride: usize,
-    /// First column.
-    pub column: usize,
-}
-
-/// Shape of causal attention: in each sequence, query i sits at key position `keys − queries + i`.
+/// Shape of causal attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AttentionShape {
     /// Independent sequences.
     pub sequences: usize,
-    /// Query rows per sequence.
-    pub queries: usize,
-    /// Key and value rows per sequence, at least `queries`.
-    pub keys: usize,
+    /// Rows per sequence.
+    pub length: usize,
     /// Heads.
     pub heads: Heads,
 }
@@ -332,22 +324,19 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
         scratch: Out<'_, Self>,
     );
 
-    /// Causal attention with grouped queries: `out` is `[sequences · queries, query_width]`, `lse` the logsumexp
-    /// of the scaled scores, `[sequences, query heads, queries]`.
-    /// A query attends to keys `doc_starts[its row]..=its own position`; without `doc_starts`, from key 0.
+    /// Causal attention with grouped queries, of packed rows: `out` is `[R, query_width]`, `lse` the logsumexp of the
+    /// scaled scores, `[sequences, query heads, length]`.
+    /// A query attends to keys `doc_starts[its row]..=its own position`.
     fn attention(
         &self,
         out: Out<'_, Self>,
         lse: Out<'_, Self>,
-        query: Columns<'_, Self::Buffer<f32>>,
-        key: Columns<'_, Self::Buffer<f32>>,
-        value: Columns<'_, Self::Buffer<f32>>,
-        doc_starts: Option<In<'_, Self, u32>>,
+        packed: In<'_, Self>,
+        doc_starts: In<'_, Self, u32>,
         shape: AttentionShape,
     );
 
-    /// Overwrites the gradient of the packed rows that [`Backend::attention`] took queries, keys and values from
-    /// (`keys == queries`).
+    /// Overwrites the gradient of the packed rows.
     fn attention_backward(
         &self,
         packed_gradient: Out<'_, Self>,
@@ -425,11 +414,18 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// `out = x · weightsᵀ` for that many rows. A row of the result has the same bits whatever the other rows are.
     fn linear_weights(&self, out: Out<'_, Self>, x: In<'_, Self>, weights: &Self::Weights, rows: usize);
 
-    /// Room for texts of up to `capacity` tokens.
+    /// Room for texts of up to `capacity` tokens, whose keys and values are kept with that precision, and attended to
+    /// with it.
     ///
     /// # Errors
     /// [`ModelError::OutOfMemory`].
-    fn cache(&self, sequences: usize, capacity: usize, heads: Heads) -> Result<Self::Cache, ModelError>;
+    fn cache(
+        &self,
+        sequences: usize,
+        capacity: usize,
+        heads: Heads,
+        precision: Precision,
+    ) -> Result<Self::Cache, ModelError>;
 
     /// Puts keys and values of the packed rows of all spans into the cache, and lets each query attend to the keys of
     /// its sequence up to its own position: `out` is `[R, query_width]`. A row has the same bits whatever the other

@@ -8,7 +8,7 @@
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
-use ulmus_plan::ModelConfig;
+use ulmus_plan::{ModelConfig, Precision};
 
 use crate::backend::{Backend, Heads, IGNORE, Span, View, ViewMut};
 use crate::error::ModelError;
@@ -190,7 +190,11 @@ impl<B: Backend> Generator<B> {
         let packed = widest(&|layer| layer.heads.packed_width());
         let query_heads = widest(&|layer| layer.heads.query);
         let ffn = widest(&|layer| layer.ffn);
-        let cache = |layer: &Layer<B>| model.backend.cache(sequences, capacity, layer.heads);
+        let precision = match model.format {
+            WeightFormat::Bf16 => Precision::Bf16,
+            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Q8_0 => Precision::F32,
+        };
+        let cache = |layer: &Layer<B>| model.backend.cache(sequences, capacity, layer.heads, precision);
         let cache = model.layers.iter().map(cache).collect::<Result<_, _>>()?;
         Ok(Self {
             capacity,

@@ -23,8 +23,8 @@ mod sample;
 mod tensors;
 
 pub use backend::{
-    AdamW, AttentionShape, BLOCK, Backend, Columns, Element, HeadGradients, Heads, IGNORE, In, LinearShape,
-    Out, ROW_BLOCK, Rope, Span, View, ViewMut,
+    AdamW, AttentionShape, BLOCK, Backend, Element, HeadGradients, Heads, IGNORE, In, LinearShape, Out,
+    ROW_BLOCK, Rope, Span, View, ViewMut,
 };
 pub use batch::{BatchShape, LossSum, MicroBatch};
 pub use cpu::Cpu;

@@ -11,8 +11,7 @@
 use ulmus_plan::{HEAD_ROWS, ModelConfig};
 
 use crate::backend::{
-    AttentionShape, Backend, Columns, Element, HeadGradients, Heads, LinearShape, ROW_BLOCK, Rope, View,
-    ViewMut,
+    AttentionShape, Backend, Element, HeadGradients, Heads, LinearShape, ROW_BLOCK, Rope, View, ViewMut,
 };
 use crate::batch::{BatchShape, MicroBatch};
 use crate::error::ModelError;
@@ -325,16 +324,12 @@ impl<B: Backend> Network<B> {
             rope.at(0, self.length),
             heads,
         );
-        let columns =
-            |column| Columns { rows: read(&scratch.rotated, packed), stride: heads.packed_width(), column };
         backend.attention(
             write(&mut kept.attended, query),
             write(&mut kept.lse, rows * heads.query),
-            columns(0),
-            columns(heads.query_width()),
-            columns(heads.query_width() + heads.key_value_width()),
-            Some(read(&self.doc_starts, rows)),
-            attention_shape(self.sequences, self.length, heads),
+            read(&scratch.rotated, packed),
+            read(&self.doc_starts, rows),
+            AttentionShape { sequences: self.sequences, length: self.length, heads },
         );
         backend.linear(
             write(&mut scratch.branch, rows * d),
@@ -512,7 +507,7 @@ impl<B: Backend> Network<B> {
             read(&kept.lse, rows * heads.query),
             read(&scratch.rotated, packed),
             read(&self.doc_starts, rows),
-            attention_shape(self.sequences, self.length, heads),
+            AttentionShape { sequences: self.sequences, length: self.length, heads },
         );
         backend.qk_norm_rope_backward(
             write(&mut kept.packed, packed),
@@ -569,10 +564,6 @@ fn kept<B: Backend>(activations: &mut [Activations<B>], layer: usize) -> &mut Ac
 /// Heads of a layer.
 pub(crate) fn heads(layer: &LayerLayout, head_dim: usize) -> Heads {
     Heads { query: layer.dims.q_heads, key_value: layer.dims.kv_heads, width: head_dim }
-}
-
-fn attention_shape(sequences: usize, length: usize, heads: Heads) -> AttentionShape {
-    AttentionShape { sequences, queries: length, keys: length, heads }
 }
 
 #[cfg(test)]

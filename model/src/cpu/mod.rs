@@ -11,7 +11,7 @@ mod kernels;
 
 use std::sync::Arc;
 
-use kernels::attention::{self, Strided};
+use kernels::attention::{self, Upstream};
 use kernels::cache::Cache;
 use kernels::matrix::Output;
 use kernels::norm::{self, RopeTables};
@@ -22,8 +22,8 @@ use tracing::trace_span;
 use ulmus_plan::Precision;
 
 use crate::backend::{
-    AdamW, AttentionShape, Backend, Columns, Element, HeadGradients, Heads, In, LinearShape, Out, Rope, Span,
-    View, ViewMut,
+    AdamW, AttentionShape, Backend, Element, HeadGradients, Heads, In, LinearShape, Out, Rope, Span, View,
+    ViewMut,
 };
 use crate::error::ModelError;
 use crate::exact::Quantum;
@@ -77,12 +77,6 @@ impl<'a, T> View<'a, Vec<T>> {
 impl<'a, T> ViewMut<'a, Vec<T>> {
     fn slice(self) -> &'a mut [T] {
         &mut self.buffer[self.range]
-    }
-}
-
-impl<'a> Columns<'a, Vec<f32>> {
-    fn strided(self) -> Strided<'a> {
-        Strided { data: self.rows.slice(), stride: self.stride, column: self.column }
     }
 }
 
@@ -245,16 +239,13 @@ impl Backend for Cpu {
         &self,
         out: Out<'_, Self>,
         lse: Out<'_, Self>,
-        query: Columns<'_, Vec<f32>>,
-        key: Columns<'_, Vec<f32>>,
-        value: Columns<'_, Vec<f32>>,
-        doc_starts: Option<In<'_, Self, u32>>,
+        packed: In<'_, Self>,
+        doc_starts: In<'_, Self, u32>,
         shape: AttentionShape,
     ) {
-        let (out, lse, doc_starts) = (out.slice(), lse.slice(), doc_starts.map(View::slice));
-        let (query, key, value) = (query.strided(), key.strided(), value.strided());
+        let (out, lse, packed, doc_starts) = (out.slice(), lse.slice(), packed.slice(), doc_starts.slice());
         self.kernel(trace_span!("attention"), || {
-            attention::attention(out, lse, query, key, value, doc_starts, shape, self.precision);
+            attention::attention(out, lse, packed, doc_starts, shape, self.precision);
         });
     }
 
@@ -268,19 +259,10 @@ impl Backend for Cpu {
         doc_starts: In<'_, Self, u32>,
         shape: AttentionShape,
     ) {
-        let (into, gradient, out) = (packed_gradient.slice(), gradient.slice(), out.slice());
-        let (lse, packed, doc_starts) = (lse.slice(), packed.slice(), doc_starts.slice());
+        let (into, packed, doc_starts) = (packed_gradient.slice(), packed.slice(), doc_starts.slice());
+        let upstream = Upstream { gradient: gradient.slice(), out: out.slice(), lse: lse.slice() };
         self.kernel(trace_span!("attention"), || {
-            attention::attention_backward(
-                into,
-                gradient,
-                out,
-                lse,
-                packed,
-                doc_starts,
-                shape,
-                self.precision,
-            );
+            attention::attention_backward(into, upstream, packed, doc_starts, shape, self.precision);
         });
     }
 
@@ -379,8 +361,14 @@ impl Backend for Cpu {
         self.kernel(trace_span!("linear"), || weights.linear(out, x, rows));
     }
 
-    fn cache(&self, sequences: usize, capacity: usize, heads: Heads) -> Result<Cache, ModelError> {
-        Cache::new(sequences, capacity, heads)
+    fn cache(
+        &self,
+        sequences: usize,
+        capacity: usize,
+        heads: Heads,
+        precision: Precision,
+    ) -> Result<Cache, ModelError> {
+        Cache::new(sequences, capacity, heads, precision)
     }
 
     fn cached_attention(&self, out: Out<'_, Self>, cache: &mut Cache, packed: In<'_, Self>, spans: &[Span]) {

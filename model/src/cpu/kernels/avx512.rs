@@ -1,34 +1,50 @@
-//! Tiles of the matrix product on AVX-512: float32, and bfloat16 operands with float32 sums.
+//! Kernels on AVX-512: float32, f16, bfloat16 and `q8_0`, with sums in float32.
 
-use super::matrix::Output;
-use super::simd::{Level, level};
-use super::tile::{Lanes, Target, Tile, panel_words};
+#![expect(
+    clippy::needless_range_loop,
+    reason = "iterator adapters are not always inlined in vectorised code"
+)]
+
 use std::arch::x86_64::{
     __m256bh, __m256i, __m512, __m512bh, __m512i, __mmask16, _MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch,
-    _mm512_add_ps, _mm512_castps_si512, _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_cvtneps_pbh,
-    _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_storeu_epi32,
-    _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_or_si512, _mm512_permutex2var_epi64,
-    _mm512_reduce_add_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setr_epi64, _mm512_setzero_ps,
-    _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_slli_epi32, _mm512_storeu_si512,
-    _mm512_unpackhi_epi32, _mm512_unpacklo_epi32,
+    _mm256_loadu_si256, _mm512_add_ps, _mm512_castps_si512, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32,
+    _mm512_cvtne2ps_pbh, _mm512_cvtneps_pbh, _mm512_cvtph_ps, _mm512_dpbf16_ps, _mm512_dpbusd_epi32,
+    _mm512_fmadd_ps, _mm512_load_ps, _mm512_load_si512, _mm512_mask_storeu_epi32, _mm512_mask_storeu_ps,
+    _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_or_si512, _mm512_permutex2var_epi64, _mm512_reduce_add_ps,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setr_epi64, _mm512_setzero_ps, _mm512_setzero_si512,
+    _mm512_shuffle_i32x4, _mm512_slli_epi32, _mm512_storeu_si512, _mm512_unpackhi_epi32,
+    _mm512_unpacklo_epi32,
 };
 
-/// Rows of a tile: its 14 × 2 sums, the two vectors of a depth and a broadcast fill the 32 registers but one.
-const ROWS: usize = 14;
-/// Columns of a tile: two vectors.
-const COLUMNS: usize = 2 * VECTOR;
-/// Floats in a vector.
-const VECTOR: usize = 16;
+use super::lines::Line;
+use super::panel::{Kernel, LANES, Lanes, Target};
+use super::q8::{self, BLOCK};
+use super::simd::{Level, level};
+use crate::format::WeightFormat;
 
-/// Operands and sums in float32.
+/// Floats in a vector.
+const VECTOR: usize = LANES / 2;
+
+/// Float32 times float32.
 #[derive(Clone, Copy)]
 pub(super) struct F32(());
-
-/// Operands rounded to bfloat16, two to a word, sums in float32.
+/// Float32 times f16, which the processor widens as it goes.
+#[derive(Clone, Copy)]
+pub(super) struct F16(());
+/// Bfloat16 times bfloat16.
 #[derive(Clone, Copy)]
 pub(super) struct Bf16(());
+/// Integers times integers, a block at a time.
+#[derive(Clone, Copy)]
+pub(super) struct Q8_0(());
 
 impl F32 {
+    pub(super) fn detect() -> Option<Self> {
+        (level() == Level::Avx512).then_some(Self(()))
+    }
+}
+
+impl F16 {
     pub(super) fn detect() -> Option<Self> {
         (level() == Level::Avx512).then_some(Self(()))
     }
@@ -40,39 +56,312 @@ impl Bf16 {
     }
 }
 
-impl Tile for F32 {
-    const ROWS: usize = ROWS;
-    const COLUMNS: usize = COLUMNS;
-    const DEPTH: usize = 1;
-
-    fn pack(self, to: &mut [u32], width: usize, lanes: Lanes<'_>) {
-        assert_eq!(to.len(), panel_words::<Self>(width, lanes.depths), "words of a panel");
-        // SAFETY: `detect` found the instructions, the panel's size is checked.
-        unsafe { pack_f32(to, width, lanes) }
-    }
-
-    unsafe fn multiply(self, left: &[u32], right: &[u32], target: &Target) {
-        let depths = (left.len() / ROWS).min(right.len() / COLUMNS);
-        // SAFETY: `detect` found the instructions, both panels have that many depths, the rest is promised.
-        unsafe { multiply_f32(depths, left.as_ptr(), right.as_ptr(), target) }
+impl Q8_0 {
+    pub(super) fn detect() -> Option<Self> {
+        (level() == Level::Avx512 && is_x86_feature_detected!("avx512vnni")).then_some(Self(()))
     }
 }
 
-impl Tile for Bf16 {
-    const ROWS: usize = ROWS;
-    const COLUMNS: usize = COLUMNS;
-    const DEPTH: usize = 2;
+/// Vectors of as many panels as are read at once.
+const MOST_VECTORS: usize = 4;
 
-    fn pack(self, to: &mut [u32], width: usize, lanes: Lanes<'_>) {
-        assert_eq!(to.len(), panel_words::<Self>(width, lanes.depths), "words of a panel");
-        // SAFETY: `detect` found the instructions, the panel's size is checked.
-        unsafe { pack_bf16(to, width, lanes) }
+/// Two sums of a vector per row and panel.
+type Sums<const ROWS: usize, const PANELS: usize> = [[[__m512; 2]; PANELS]; ROWS];
+
+macro_rules! kernel {
+    (
+        $name:ident, $features:literal, words $words:expr, lines $lines:expr, pack $pack:expr, step $step:ident,
+        tile $tile:ident, { $($width:literal: $together:literal),* }
+    ) => {
+        impl Kernel for $name {
+            const FORMAT: WeightFormat = WeightFormat::$name;
+            const WIDTHS: &'static [usize] = &[$($width),*];
+            const WORDS: usize = $words;
+
+            fn together(self, width: usize) -> usize {
+                match width {
+                    $($width => $together,)*
+                    _ => unreachable!("no panel has {width} rows"),
+                }
+            }
+
+            fn pack(self, to: &mut [u32], width: usize, lanes: Lanes<'_>) {
+                $pack(to, width, lanes);
+            }
+
+            unsafe fn multiply(
+                self,
+                width: usize,
+                panels: usize,
+                steps: usize,
+                left: *const u32,
+                right: *const Line,
+                distance: usize,
+                target: &Target,
+            ) {
+                // SAFETY: `detect` found the instructions, the rest is promised by the caller.
+                unsafe {
+                    match (width, panels) {
+                        $(
+                            ($width, 1) => $tile::<$width, 1>(steps, left, right, distance, target),
+                            ($width, _) => $tile::<$width, $together>(steps, left, right, distance, target),
+                        )*
+                        _ => unreachable!("no panel has {width} rows"),
+                    }
+                }
+            }
+        }
+
+        /// # Safety
+        /// See [`Kernel::multiply`].
+        #[target_feature(enable = $features)]
+        unsafe fn $tile<const ROWS: usize, const PANELS: usize>(
+            steps: usize,
+            left: *const u32,
+            right: *const Line,
+            distance: usize,
+            target: &Target,
+        ) {
+            // Here and not in functions: the sums have to be registers from beginning to end.
+            let masks = masks::<PANELS>(target);
+            let mut sums: Sums<ROWS, PANELS> = [[[_mm512_setzero_ps(); 2]; PANELS]; ROWS];
+            prefetch_next::<ROWS, PANELS>(target);
+            if target.resume {
+                for row in 0..ROWS {
+                    for vector in 0..2 * PANELS {
+                        let columns = if row < target.rows { masks[vector] } else { 0 };
+                        let at = target.at(row, vector * VECTOR);
+                        // SAFETY: the mask ends with the target's columns, and is empty behind its last row.
+                        let sum = unsafe { _mm512_maskz_loadu_ps(columns, at) };
+                        sums[row][vector / 2][vector % 2] = sum;
+                    }
+                }
+            }
+            let (mut left, mut right) = (left, right);
+            for _ in 0..steps {
+                // SAFETY: promised by the caller; every step of the panels is read once.
+                unsafe {
+                    $step(&mut sums, left, right, distance);
+                    left = left.add(ROWS * $words);
+                    right = right.add($lines);
+                }
+            }
+            for row in 0..ROWS {
+                for vector in 0..2 * PANELS {
+                    let columns = if row < target.rows { masks[vector] } else { 0 };
+                    // SAFETY: as above.
+                    unsafe {
+                        let sum = sums[row][vector / 2][vector % 2];
+                        _mm512_mask_storeu_ps(target.at(row, vector * VECTOR), columns, sum);
+                    }
+                }
+            }
+        }
+    };
+}
+
+// Sums of up to 14 × 2 vectors leave room for a panel's two and a broadcast. Few rows take several panels at once, so
+// that enough sums are under way to hide how long each addition takes.
+kernel!(
+    F32, "avx512f", words 1, lines 2, pack pack_float32,
+    step step_f32, tile tile_f32, { 1: 1, 2: 1, 4: 1, 8: 1, 14: 1 }
+);
+kernel!(
+    F16, "avx512f", words 1, lines 1, pack pack_float32,
+    step step_f16, tile tile_f16, { 1: 2, 2: 2, 4: 1, 8: 1, 14: 1 }
+);
+kernel!(
+    Bf16, "avx512f,avx512bf16", words 1, lines 2, pack pack_pairs,
+    step step_bf16, tile tile_bf16, { 1: 1, 2: 1, 4: 1, 8: 1, 14: 1 }
+);
+// Here each sum of floats has a sum of integers beside it.
+kernel!(
+    Q8_0, "avx512f,avx512vnni", words q8::WORDS, lines 17, pack q8::pack_left,
+    step step_q8, tile tile_q8, { 1: 1, 2: 1, 4: 1, 6: 1 }
+);
+
+fn pack_float32(to: &mut [u32], width: usize, lanes: Lanes<'_>) {
+    assert_eq!(to.len(), width * lanes.depths, "words of a panel");
+    // SAFETY: only kernels that were detected call this; the panel's size is checked.
+    unsafe { pack_f32(to, width, lanes) }
+}
+
+fn pack_pairs(to: &mut [u32], width: usize, lanes: Lanes<'_>) {
+    assert_eq!(to.len(), width * lanes.depths.div_ceil(2), "words of a panel");
+    // SAFETY: as above.
+    unsafe { pack_bf16(to, width, lanes) }
+}
+
+/// Brings the next tile's sums into the cache while those of this one are made.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch_next<const ROWS: usize, const PANELS: usize>(target: &Target) {
+    for row in 0..ROWS {
+        for vector in 0..2 * PANELS {
+            let at = target.next.wrapping_add(row * target.stride + vector * VECTOR);
+            _mm_prefetch::<_MM_HINT_ET0>(at.cast());
+        }
     }
+}
 
-    unsafe fn multiply(self, left: &[u32], right: &[u32], target: &Target) {
-        let words = (left.len() / ROWS).min(right.len() / COLUMNS);
-        // SAFETY: `detect` found the instructions, both panels have that many words per lane, the rest is promised.
-        unsafe { multiply_bf16(words, left.as_ptr(), right.as_ptr(), target) }
+/// The target's columns in each vector of a row.
+#[inline]
+fn masks<const PANELS: usize>(target: &Target) -> [__mmask16; MOST_VECTORS] {
+    let mut masks = [0; MOST_VECTORS];
+    for vector in 0..2 * PANELS {
+        masks[vector] = mask(target.columns.saturating_sub(vector * VECTOR));
+    }
+    masks
+}
+
+/// Lines ahead of what is read that are asked for.
+const AHEAD: usize = 32;
+const Q8_AHEAD: usize = 68;
+
+/// Asks for a line some lines ahead.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch(line: *const Line, ahead: usize) {
+    _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(ahead).cast());
+}
+
+/// Adds the products of a word of each row and two vectors of a panel.
+///
+/// # Safety
+/// AVX-512; `left` has a word of each row.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn multiply_add<const ROWS: usize, const PANELS: usize>(
+    sums: &mut Sums<ROWS, PANELS>,
+    left: *const u32,
+    panel: usize,
+    vectors: [__m512; 2],
+) {
+    for row in 0..ROWS {
+        // SAFETY: promised by the caller.
+        let value = _mm512_set1_ps(unsafe { *left.add(row).cast() });
+        for half in 0..2 {
+            sums[row][panel][half] = _mm512_fmadd_ps(value, vectors[half], sums[row][panel][half]);
+        }
+    }
+}
+
+/// # Safety
+/// AVX-512; a step is left in all panels.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn step_f32<const ROWS: usize, const PANELS: usize>(
+    sums: &mut Sums<ROWS, PANELS>,
+    left: *const u32,
+    right: *const Line,
+    distance: usize,
+) {
+    for panel in 0..PANELS {
+        // SAFETY: a step is two lines of each panel and a word of each row.
+        unsafe {
+            let right = right.add(panel * distance);
+            prefetch(right, AHEAD);
+            prefetch(right.add(1), AHEAD);
+            let (first, second) = (_mm512_load_ps(right.cast()), _mm512_load_ps(right.add(1).cast()));
+            multiply_add(sums, left, panel, [first, second]);
+        }
+    }
+}
+
+/// # Safety
+/// AVX-512; a step is left in all panels.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn step_f16<const ROWS: usize, const PANELS: usize>(
+    sums: &mut Sums<ROWS, PANELS>,
+    left: *const u32,
+    right: *const Line,
+    distance: usize,
+) {
+    for panel in 0..PANELS {
+        // SAFETY: a step is a line of each panel and a word of each row.
+        unsafe {
+            let right = right.add(panel * distance);
+            prefetch(right, AHEAD);
+            let right = right.cast::<[u16; VECTOR]>();
+            let first = _mm512_cvtph_ps(_mm256_loadu_si256(right.cast()));
+            let second = _mm512_cvtph_ps(_mm256_loadu_si256(right.add(1).cast()));
+            multiply_add(sums, left, panel, [first, second]);
+        }
+    }
+}
+
+/// # Safety
+/// AVX-512-BF16; a step is left in all panels.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn step_bf16<const ROWS: usize, const PANELS: usize>(
+    sums: &mut Sums<ROWS, PANELS>,
+    left: *const u32,
+    right: *const Line,
+    distance: usize,
+) {
+    for panel in 0..PANELS {
+        // SAFETY: a step is two lines of each panel and a word of each row; all vectors are 512 bits of plain data.
+        unsafe {
+            let right = right.add(panel * distance);
+            prefetch(right, AHEAD);
+            prefetch(right.add(1), AHEAD);
+            let first = std::mem::transmute::<__m512i, __m512bh>(_mm512_load_si512(right.cast()));
+            let second = std::mem::transmute::<__m512i, __m512bh>(_mm512_load_si512(right.add(1).cast()));
+            for row in 0..ROWS {
+                let value =
+                    std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(*left.add(row).cast()));
+                sums[row][panel][0] = _mm512_dpbf16_ps(sums[row][panel][0], value, first);
+                sums[row][panel][1] = _mm512_dpbf16_ps(sums[row][panel][1], value, second);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// AVX-512-VNNI; a step is left in all panels.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+unsafe fn step_q8<const ROWS: usize, const PANELS: usize>(
+    sums: &mut Sums<ROWS, PANELS>,
+    left: *const u32,
+    right: *const Line,
+    distance: usize,
+) {
+    const WORDS: usize = BLOCK / 4;
+    for panel in 0..PANELS {
+        // SAFETY: a step is 17 lines of each panel and `q8::WORDS` words of each row.
+        unsafe {
+            let right = right.add(panel * distance);
+            let mut integers = [[_mm512_set1_epi32(0); 2]; ROWS];
+            for row in 0..ROWS {
+                integers[row] = [_mm512_set1_epi32(*left.add(WORDS * ROWS + row).cast()); 2];
+            }
+            for word in 0..WORDS {
+                prefetch(right.add(1 + 2 * word), Q8_AHEAD);
+                prefetch(right.add(2 + 2 * word), Q8_AHEAD);
+                let first = _mm512_load_si512(right.add(1 + 2 * word).cast());
+                let second = _mm512_load_si512(right.add(2 + 2 * word).cast());
+                for row in 0..ROWS {
+                    let value = _mm512_set1_epi32(*left.add(word * ROWS + row).cast());
+                    integers[row][0] = _mm512_dpbusd_epi32(integers[row][0], first, value);
+                    integers[row][1] = _mm512_dpbusd_epi32(integers[row][1], second, value);
+                }
+            }
+            let scales = right.cast::<[u16; VECTOR]>();
+            for half in 0..2 {
+                let scales = _mm512_cvtph_ps(_mm256_loadu_si256(scales.add(half).cast()));
+                for row in 0..ROWS {
+                    let scale = _mm512_set1_ps(*left.add((WORDS + 1) * ROWS + row).cast());
+                    sums[row][panel][half] = _mm512_fmadd_ps(
+                        _mm512_cvtepi32_ps(integers[row][half]),
+                        _mm512_mul_ps(scales, scale),
+                        sums[row][panel][half],
+                    );
+                }
+            }
+        }
     }
 }
 
@@ -82,7 +371,7 @@ fn lanes_of(lanes: &Lanes<'_>, first: usize) -> usize {
 }
 
 /// The first `count` of a vector.
-pub(super) fn mask(count: usize) -> __mmask16 {
+fn mask(count: usize) -> __mmask16 {
     ((1_u32 << count.min(VECTOR)) - 1) as __mmask16
 }
 
@@ -220,17 +509,17 @@ pub(super) const CHAINS: usize = 12;
 /// Multiplies and adds in registers, so often in each of [`CHAINS`] vectors.
 pub(super) fn saturate_f32(_: F32, iterations: usize) -> f32 {
     // SAFETY: `detect` found the instructions.
-    unsafe { multiply_add(iterations) }
+    unsafe { add_products(iterations) }
 }
 
 /// Adds up products of pairs in registers, so often in each of [`CHAINS`] vectors.
 pub(super) fn saturate_bf16(_: Bf16, iterations: usize) -> f32 {
     // SAFETY: `detect` found the instructions.
-    unsafe { dot_pairs(iterations) }
+    unsafe { add_pairs(iterations) }
 }
 
 #[target_feature(enable = "avx512f")]
-fn multiply_add(iterations: usize) -> f32 {
+fn add_products(iterations: usize) -> f32 {
     let mut sums = [_mm512_setzero_ps(); CHAINS];
     let factor = std::hint::black_box(_mm512_set1_ps(0.999));
     for _ in 0..iterations {
@@ -242,7 +531,7 @@ fn multiply_add(iterations: usize) -> f32 {
 }
 
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn dot_pairs(iterations: usize) -> f32 {
+fn add_pairs(iterations: usize) -> f32 {
     let mut sums = [_mm512_setzero_ps(); CHAINS];
     let ones = std::hint::black_box(_mm512_set1_epi32(0x3f80_3f80));
     // SAFETY: both are 512 bits of plain data.
@@ -262,104 +551,4 @@ fn total(sums: &[__m512; CHAINS]) -> f32 {
         total = _mm512_add_ps(total, *sum);
     }
     _mm512_reduce_add_ps(total)
-}
-
-type Sums = [[__m512; 2]; ROWS];
-
-/// # Safety
-/// AVX-512; panels of that many depths; see [`Tile::multiply`].
-#[target_feature(enable = "avx512f")]
-unsafe fn multiply_f32(depths: usize, left: *const u32, right: *const u32, target: &Target) {
-    prefetch(target);
-    let mut sums: Sums = [[_mm512_setzero_ps(); 2]; ROWS];
-    let (mut left, mut right) = (left.cast::<f32>(), right.cast::<f32>());
-    for _ in 0..depths {
-        // SAFETY: the panels hold `ROWS` and `COLUMNS` words per depth.
-        unsafe {
-            prefetch_right(right.cast());
-            let (first, second) = (_mm512_loadu_ps(right), _mm512_loadu_ps(right.add(VECTOR)));
-            for (row, sums) in sums.iter_mut().enumerate() {
-                let value = _mm512_set1_ps(*left.add(row));
-                sums[0] = _mm512_fmadd_ps(value, first, sums[0]);
-                sums[1] = _mm512_fmadd_ps(value, second, sums[1]);
-            }
-            left = left.add(ROWS);
-            right = right.add(COLUMNS);
-        }
-    }
-    // SAFETY: promised by the caller.
-    unsafe { store(&sums, target) };
-}
-
-/// # Safety
-/// AVX-512-BF16; panels of that many words per lane; see [`Tile::multiply`].
-#[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn multiply_bf16(words: usize, left: *const u32, right: *const u32, target: &Target) {
-    prefetch(target);
-    let mut sums: Sums = [[_mm512_setzero_ps(); 2]; ROWS];
-    let (mut left, mut right) = (left, right);
-    for _ in 0..words {
-        // SAFETY: the panels hold `ROWS` and `COLUMNS` words per pair of depths; all vectors are 512 bits of plain
-        // data.
-        unsafe {
-            prefetch_right(right);
-            let first = std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(right.cast()));
-            let second =
-                std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(right.add(VECTOR).cast()));
-            for (row, sums) in sums.iter_mut().enumerate() {
-                let value =
-                    std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(*left.add(row) as i32));
-                sums[0] = _mm512_dpbf16_ps(sums[0], value, first);
-                sums[1] = _mm512_dpbf16_ps(sums[1], value, second);
-            }
-            left = left.add(ROWS);
-            right = right.add(COLUMNS);
-        }
-    }
-    // SAFETY: promised by the caller.
-    unsafe { store(&sums, target) };
-}
-
-/// Asks for what a right panel holds some depths ahead.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn prefetch_right(right: *const u32) {
-    for half in 0..2 {
-        let at = right.wrapping_add(16 * COLUMNS + half * VECTOR);
-        _mm_prefetch::<_MM_HINT_T0>(at.cast());
-    }
-}
-
-/// Asks for the target's cache lines while the sums are made.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn prefetch(target: &Target) {
-    for row in 0..target.rows {
-        for half in 0..2 {
-            let at = target.data.wrapping_add(row * target.stride + half * VECTOR);
-            _mm_prefetch::<_MM_HINT_ET0>(at.cast());
-        }
-    }
-}
-
-/// # Safety
-/// AVX-512; see [`Tile::multiply`].
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn store(sums: &Sums, target: &Target) {
-    let columns = [mask(target.columns), mask(target.columns.saturating_sub(VECTOR))];
-    let scale = _mm512_set1_ps(target.scale);
-    for (row, sums) in sums.iter().enumerate().take(target.rows) {
-        for (half, (sum, columns)) in sums.iter().zip(columns).enumerate() {
-            let at = target.data.wrapping_add(row * target.stride + half * VECTOR);
-            // SAFETY: the row is one of the target's, the mask ends with its columns.
-            unsafe {
-                let sum = match target.output {
-                    Output::Overwrite => _mm512_mul_ps(*sum, scale),
-                    Output::Accumulate => _mm512_fmadd_ps(*sum, scale, _mm512_maskz_loadu_ps(columns, at)),
-                };
-                _mm512_mask_storeu_ps(at, columns, sum);
-            }
-        }
-    }
 }

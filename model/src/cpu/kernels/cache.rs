@@ -1,111 +1,99 @@
-//! Attention over a cache of keys and values that is kept as the panels of a product.
+//! Attention over keys and values that were kept: those of each head as the panels that a block of queries reads.
 //!
-//! The keys of a head are panels whose lanes are positions and whose steps are the head's elements; its values are
-//! panels whose lanes are the head's elements and whose steps are positions. So queries times keys, and probabilities
-//! times values, read the cache as it is. A query's bits depend on its own position and what is cached, and not on
-//! the queries beside it: keys that it must not see get the probability 0.
+//! A query's bits depend on its own position and what is cached, and not on the queries beside it: keys that it must not
+//! see get the probability 0.
 
-use std::cell::RefCell;
-use std::ops::Range;
-
+use half::bf16;
 use rayon::prelude::*;
+use ulmus_plan::Precision;
 
-use super::lines::{Line, room};
-use super::matrix::{Matrix, MatrixMut, SharedMatrix};
+use super::attention::{Block, HeadPanels, KeysValues, block_positions, with_scratch};
+use super::lines::Line;
+use super::matrix::{Matrix, Shared, by_kernel};
 use super::pages::Pages;
-use super::rows;
-#[cfg(target_arch = "x86_64")]
-use super::rows_avx512;
-use super::simd::{exp, max, sum, vectorised};
-use super::weights::{Activations, Kernel, LANES, Product};
+use super::panel::{Kernel, LANES, place_of};
 use crate::backend::{Heads, Span};
 use crate::error::ModelError;
+use crate::format::WeightFormat;
 
-/// Lines of a step: [`LANES`] floats.
-const STEP: usize = LANES / 16;
-/// Queries of a task, over all heads that share keys: their scores stay in the second-level cache.
-const TASK_QUERIES: usize = 56;
+/// Rows from which on storing is worth waking other threads.
+const SERIAL_ROWS: usize = 64;
 
 /// Keys and values of one layer, for several sequences.
 #[derive(Debug)]
 pub struct Cache {
     heads: Heads,
-    /// Positions, rounded up to whole panels.
-    capacity: usize,
+    precision: Precision,
+    panels: HeadPanels,
+    /// Per sequence and head: all keys, then all values.
     lines: Pages,
 }
 
 impl Cache {
-    pub(crate) fn new(sequences: usize, capacity: usize, heads: Heads) -> Result<Self, ModelError> {
-        let mut cache = Self { heads, capacity: capacity.next_multiple_of(LANES), lines: Pages::zeroed(0)? };
-        cache.lines = Pages::zeroed(sequences * heads.key_value * cache.head_lines())?;
-        Ok(cache)
+    pub(crate) fn new(
+        sequences: usize,
+        capacity: usize,
+        heads: Heads,
+        precision: Precision,
+    ) -> Result<Self, ModelError> {
+        let format = match precision {
+            Precision::F32 => WeightFormat::F32,
+            Precision::Bf16 => WeightFormat::Bf16,
+        };
+        let panels = HeadPanels { format, positions: capacity.next_multiple_of(LANES), width: heads.width };
+        let head = panels.all_by_position() + panels.all_by_element();
+        Ok(Self { heads, precision, panels, lines: Pages::zeroed(sequences * heads.key_value * head)? })
     }
 
-    /// Lines of all keys of a head.
-    fn key_lines(&self) -> usize {
-        self.capacity * self.heads.width / 16
-    }
-
-    /// Lines of a panel of values.
-    fn value_panel(&self) -> usize {
-        self.capacity * STEP
-    }
-
-    /// Lines of a head.
     fn head_lines(&self) -> usize {
-        self.key_lines() + self.heads.width.div_ceil(LANES) * self.value_panel()
-    }
-
-    fn head(&self, sequence: usize, head: usize) -> Range<usize> {
-        let start = (sequence * self.heads.key_value + head) * self.head_lines();
-        start..start + self.head_lines()
-    }
-
-    /// Keeps the keys and values of a packed row.
-    fn store(&mut self, sequence: usize, position: usize, row: &[f32]) {
-        let Heads { query, key_value, width } = self.heads;
-        let (key_lines, value_panel) = (self.key_lines(), self.value_panel());
-        for head in 0..key_value {
-            let range = self.head(sequence, head);
-            let (keys, values) = self.lines[range].split_at_mut(key_lines);
-            let keys: &mut [f32] = &mut bytemuck::cast_slice_mut(keys)[position / LANES * LANES * width..];
-            for (key, element) in row[(query + head) * width..][..width].iter().enumerate() {
-                keys[key * LANES + position % LANES] = *element;
-            }
-            let value = row[(query + key_value + head) * width..][..width].chunks(LANES);
-            for (panel, value) in values.chunks_exact_mut(value_panel).zip(value) {
-                let panel: &mut [f32] = bytemuck::cast_slice_mut(panel);
-                panel[position * LANES..][..value.len()].copy_from_slice(value);
-            }
-        }
+        self.panels.all_by_position() + self.panels.all_by_element()
     }
 
     /// Keeps keys and values of the packed rows of all spans, and lets their queries attend to what they may see.
     pub(crate) fn attend(&mut self, out: &mut [f32], packed: &[f32], spans: &[Span]) {
         let width = self.heads.packed_width();
-        let mut rows = packed.chunks_exact(width);
-        for span in spans {
-            for (row, position) in rows.by_ref().take(span.rows).zip(span.position..) {
-                self.store(span.sequence, position, row);
-            }
-        }
-        #[cfg(target_arch = "x86_64")]
-        if let Some(kernel) = rows_avx512::F32::detect() {
-            return self.attend_by(kernel, out, packed, spans);
-        }
-        self.attend_by(rows::F32, out, packed, spans);
+        let packed = Matrix::new(packed, packed.len() / width, width, width);
+        self.store(packed, spans);
+        by_kernel!(self.precision, kernel => self.attend_by(kernel, out, packed, spans));
     }
 
-    fn attend_by<K: Kernel>(&self, kernel: K, out: &mut [f32], packed: &[f32], spans: &[Span]) {
-        let Heads { query, key_value, .. } = self.heads;
-        let most = (TASK_QUERIES / (query / key_value)).max(1);
-        let (rows, width) = (spans.iter().map(|span| span.rows).sum(), self.heads.query_width());
-        let mut out = MatrixMut::new(out, rows, width, width);
-        let out = out.shared();
+    fn store(&mut self, packed: Matrix<'_>, spans: &[Span]) {
+        let (heads, precision, panels, head_lines) =
+            (self.heads, self.precision, self.panels, self.head_lines());
+        let store = |(index, lines): (usize, &mut [Line])| {
+            let (sequence, head) = (index / heads.key_value, index % heads.key_value);
+            let mut row = 0;
+            for span in spans {
+                if span.sequence == sequence {
+                    for (row, position) in (row..row + span.rows).zip(span.position..) {
+                        let key = &packed.row(row)[(heads.query + head) * heads.width..];
+                        let pair = [&key[..heads.width], &key[heads.key_value_width()..][..heads.width]];
+                        match precision {
+                            Precision::F32 => put::<1, f32>(panels, lines, position, pair, |x| x),
+                            Precision::Bf16 => {
+                                put::<2, u16>(panels, lines, position, pair, |x| bf16::from_f32(x).to_bits());
+                            }
+                        }
+                    }
+                }
+                row += span.rows;
+            }
+        };
+        if packed.rows() < SERIAL_ROWS {
+            self.lines.chunks_exact_mut(head_lines).enumerate().for_each(store);
+        } else {
+            self.lines.par_chunks_exact_mut(head_lines).enumerate().for_each(store);
+        }
+    }
+
+    fn attend_by<K: Kernel>(&self, kernel: K, out: &mut [f32], packed: Matrix<'_>, spans: &[Span]) {
+        let Heads { key_value, width, .. } = self.heads;
+        let (most, group) = (block_positions(self.heads), self.heads.group());
+        let stride = self.heads.query_width();
+        let out = Shared::new(out);
         let blocks: usize = spans.iter().map(|span| span.rows.div_ceil(most)).sum();
         let work = |index: usize| {
-            let (mut block, mut row) = (index / key_value, 0);
+            let (mut block, head, mut row) = (index / key_value, index % key_value, 0);
             for span in spans {
                 let own = span.rows.div_ceil(most);
                 if block >= own {
@@ -113,9 +101,24 @@ impl Cache {
                     continue;
                 }
                 let skip = block * most;
-                let (position, rows) = (span.position + skip, most.min(span.rows - skip));
-                let part = Span { sequence: span.sequence, position, rows };
-                self.attend_head(kernel, &out, packed, row + skip, index % key_value, &part);
+                let positions = most.min(span.rows - skip);
+                let block = Block { first: span.position + skip, positions, group, first_key: 0 };
+                let lines = &self.lines[(span.sequence * key_value + head) * self.head_lines()..]
+                    [..self.head_lines()];
+                let (keys, values) = lines.split_at(self.panels.all_by_position());
+                let head_panels = KeysValues { panels: self.panels, keys, values };
+                let column = head * group * width;
+                // SAFETY: a block of rows and the heads of a group are this task's alone.
+                let mut out =
+                    unsafe { out.block((row + skip) * stride + column, positions, group * width, stride) };
+                with_scratch(|scratch| {
+                    let queries = packed.rows_of(row + skip..row + skip + positions);
+                    let rows = scratch.block_rows(block.rows(), width);
+                    block.gather(rows, queries, block.first, column, width);
+                    let visible = |row: usize| 0..block.first + row % positions + 1;
+                    scratch.attend(kernel, head_panels, block, visible, |_, _| ());
+                    block.scatter(scratch.block_rows(block.rows(), width), &mut out, block.first, 0, width);
+                });
                 return;
             }
         };
@@ -125,95 +128,31 @@ impl Cache {
             (0..blocks * key_value).into_par_iter().for_each(work);
         }
     }
+}
 
-    /// Some queries of one sequence, the first in row `first`, for all heads that share one key head.
-    fn attend_head<K: Kernel>(
-        &self,
-        kernel: K,
-        out: &SharedMatrix<'_>,
-        packed: &[f32],
-        first: usize,
-        head: usize,
-        span: &Span,
-    ) {
-        let Heads { query, key_value, width } = self.heads;
-        let (group, keys) = (query / key_value, span.position + span.rows);
-        let (queries, stride) = (group * span.rows, keys.next_multiple_of(LANES));
-        let (key_lines, value_lines) = self.lines[self.head(span.sequence, head)].split_at(self.key_lines());
-        let by_key = Activations::new(kernel, queries, width);
-        let by_value = Activations::new(kernel, queries, keys);
-
-        let mut scratch = SCRATCH.take();
-        let [queries_at, scores_at, packed_at] = &mut scratch;
-        // As large as the cache can ask for, so that a text grows without allocating.
-        let most = Activations::new(kernel, queries, self.capacity.max(width)).words();
-        let products = room(packed_at, most);
-        let scores: &mut [f32] = bytemuck::cast_slice_mut(room(scores_at, queries * self.capacity));
-        let rows: &mut [f32] = bytemuck::cast_slice_mut(room(queries_at, queries * width));
-
-        for (index, to) in rows.chunks_exact_mut(width).enumerate() {
-            let (row, head) = (first + index % span.rows, head * group + index / span.rows);
-            to.copy_from_slice(&packed[row * self.heads.packed_width() + head * width..][..width]);
-        }
-        let by_key_words = &mut products[..by_key.words()];
-        by_key.pack(kernel, by_key_words, Matrix::new(rows, queries, width, width));
-        let product = Product {
-            right: key_lines,
-            distance: width * STEP,
-            step_lines: STEP,
-            columns: keys,
-            part: width,
-            activations: by_key,
-            packed: by_key_words,
-        };
-        let mut view = MatrixMut::new(scores, queries, keys, stride);
-        product.sum(kernel, &view.shared(), 0..keys.div_ceil(LANES));
-
-        let scale = 1.0 / (width as f32).sqrt();
-        for (index, scores) in scores.chunks_exact_mut(stride).take(queries).enumerate() {
-            softmax(&mut scores[..keys], span.position + index % span.rows + 1, scale);
-        }
-        let by_value_words = &mut products[..by_value.words()];
-        by_value.pack(kernel, by_value_words, Matrix::new(scores, queries, keys, stride));
-        let product = Product {
-            right: value_lines,
-            distance: self.value_panel(),
-            step_lines: STEP,
-            columns: width,
-            part: keys,
-            activations: by_value,
-            packed: by_value_words,
-        };
-        let mut view = MatrixMut::new(rows, queries, width, width);
-        product.sum(kernel, &view.shared(), 0..width.div_ceil(LANES));
-
-        for (index, from) in rows.chunks_exact(width).enumerate() {
-            let (row, head) = (first + index % span.rows, head * group + index / span.rows);
-            let (to, _) = out.part(row, head * width, 1, width);
-            // SAFETY: `part` checked that these elements lie in the result; no other task has this row and head.
-            unsafe { std::slice::from_raw_parts_mut(to, width) }.copy_from_slice(from);
-        }
-        SCRATCH.set(scratch);
+/// Puts the key and the value of one position into a head's panels, whose steps are `STEP` depths.
+fn put<const STEP: usize, T: bytemuck::Pod>(
+    panels: HeadPanels,
+    lines: &mut [Line],
+    position: usize,
+    [key, value]: [&[f32]; 2],
+    convert: impl Fn(f32) -> T,
+) {
+    let elements = |lines: usize| lines * size_of::<Line>() / size_of::<T>();
+    let (keys, values) =
+        bytemuck::cast_slice_mut::<Line, T>(lines).split_at_mut(elements(panels.all_by_position()));
+    let keys = &mut keys[position / LANES * elements(panels.by_position())..];
+    for (element, x) in key.iter().enumerate() {
+        keys[place_of::<STEP>(LANES, position % LANES, element)] = convert(*x);
     }
-}
-
-thread_local! {
-    /// Queries and then results, scores, and packed operands.
-    static SCRATCH: RefCell<[Vec<Line>; 3]> = const { RefCell::new([Vec::new(), Vec::new(), Vec::new()]) };
-}
-
-vectorised! {
-    /// Probabilities of the first `visible` keys from their scores; 0 for the rest.
-    fn softmax(scores: &mut [f32], visible: usize, scale: f32) {
-        let (seen, hidden) = scores.split_at_mut(visible);
-        let most = max(seen);
-        for score in seen.iter_mut() {
-            *score = exp((*score - most) * scale);
+    for (panel, value) in values.chunks_exact_mut(elements(panels.by_element())).zip(value.chunks(LANES)) {
+        for (lane, x) in value.iter().enumerate() {
+            let at = place_of::<STEP>(LANES, lane, position);
+            panel[at] = convert(*x);
+            if position.is_multiple_of(STEP) {
+                // The positions after it in this step have no value yet, or that of an old text.
+                panel[at + 1..at + STEP].fill(T::zeroed());
+            }
         }
-        let inverse = 1.0 / sum(seen);
-        for probability in seen.iter_mut() {
-            *probability *= inverse;
-        }
-        hidden.fill(0.0);
     }
 }

@@ -2,7 +2,7 @@
 
 use ulmus_plan::Precision;
 
-use super::matrix::{How, Matrix, MatrixMut, Output, Threads, multiply};
+use super::matrix::{Matrix, MatrixMut, Output, Threads, multiply};
 use super::simd::{axpy, vectorised};
 use crate::backend::LinearShape;
 
@@ -33,7 +33,9 @@ pub(crate) fn linear(out: &mut [f32], x: &[f32], weight: &[f32], shape: LinearSh
         &mut MatrixMut::new(out, rows, outputs, outputs),
         Matrix::new(x, rows, inputs, inputs),
         Matrix::new(weight, outputs, inputs, inputs).transposed(),
-        How { precision, scale: 1.0, output: Output::Overwrite, threads: Threads::All },
+        precision,
+        Output::Overwrite,
+        Threads::All,
     );
 }
 
@@ -50,7 +52,9 @@ pub(crate) fn linear_backward_input(
         &mut MatrixMut::new(x_gradient, rows, inputs, inputs),
         Matrix::new(gradient, rows, outputs, outputs),
         Matrix::new(weight, outputs, inputs, inputs),
-        How { precision, scale: 1.0, output: Output::Overwrite, threads: Threads::All },
+        precision,
+        Output::Overwrite,
+        Threads::All,
     );
 }
 
@@ -68,6 +72,8 @@ pub(crate) fn linear_backward_weight(
         &mut MatrixMut::new(weight_gradient, outputs, inputs, inputs),
         Matrix::new(gradient, rows, outputs, outputs).transposed(),
         Matrix::new(x, rows, inputs, inputs),
-        How { precision, scale: 1.0, output, threads: Threads::All },
+        precision,
+        output,
+        Threads::All,
     );
 }

@@ -13,3 +13,8 @@ pub(super) fn room(scratch: &mut Vec<Line>, words: usize) -> &mut [u32] {
     }
     &mut bytemuck::cast_slice_mut::<Line, u32>(scratch)[..words]
 }
+
+/// The same, in lines.
+pub(super) fn room_lines(scratch: &mut Vec<Line>, lines: usize) -> &mut [Line] {
+    bytemuck::cast_slice_mut(room(scratch, lines * 16))
+}

@@ -4,12 +4,11 @@
 //! a duty to their user: blocks in use at one time do not overlap.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use ulmus_plan::Precision;
 
-#[cfg(target_arch = "x86_64")]
-use super::avx512;
-use super::{product, tile};
+use super::product;
 
 /// A matrix to read, or the transpose of one.
 #[derive(Clone, Copy)]
@@ -53,6 +52,24 @@ impl<'a> Matrix<'a> {
         self.data.wrapping_add(row * self.row_stride + column * self.column_stride)
     }
 
+    /// A row whose elements are adjacent.
+    pub(super) fn row(&self, row: usize) -> &'a [f32] {
+        assert!(row < self.rows && self.column_stride == 1, "row {row} of {}", self.rows);
+        // SAFETY: `check` proved that row `row` of `columns` elements lies in the borrowed slice.
+        unsafe { std::slice::from_raw_parts(self.at(row, 0), self.columns) }
+    }
+
+    /// Some rows.
+    pub(super) fn rows_of(self, rows: Range<usize>) -> Self {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        Self { data: self.at(rows.start, 0), rows: rows.len(), ..self }
+    }
+
+    /// Some columns.
+    pub(super) fn columns_of(self, columns: Range<usize>) -> Self {
+        self.transposed().rows_of(columns).transposed()
+    }
+
     /// The transposed view.
     pub(super) fn transposed(self) -> Self {
         Self {
@@ -89,24 +106,26 @@ impl<'a> MatrixMut<'a> {
     /// Sets every element to 0.
     pub(super) fn clear(&mut self) {
         for row in 0..self.rows {
-            // SAFETY: `check` proved that row `row` of `columns` elements lies in the borrowed slice.
-            unsafe { std::slice::from_raw_parts_mut(self.data.add(row * self.stride), self.columns) }
-                .fill(0.0);
+            self.row_mut(row).fill(0.0);
         }
     }
 
-    /// The first `rows` rows.
-    pub(super) fn first_rows(&mut self, rows: usize) -> MatrixMut<'_> {
-        assert!(rows <= self.rows, "{rows} of {} rows", self.rows);
-        MatrixMut { rows, lifetime: PhantomData, ..*self }
+    /// The part of these rows and columns.
+    pub(super) fn part_mut(&mut self, rows: Range<usize>, columns: Range<usize>) -> MatrixMut<'_> {
+        assert!(rows.end <= self.rows && columns.end <= self.columns);
+        let data = self.data.wrapping_add(rows.start * self.stride + columns.start);
+        MatrixMut { data, rows: rows.len(), columns: columns.len(), lifetime: PhantomData, ..*self }
     }
 
-    /// The rows from `row` on.
-    pub(super) fn rows_from(&mut self, row: usize) -> MatrixMut<'_> {
-        assert!(row <= self.rows, "row {row} of {}", self.rows);
-        // With no row left the pointer may lie behind the slice, but then it is never followed.
-        let data = self.data.wrapping_add(row * self.stride);
-        MatrixMut { data, rows: self.rows - row, lifetime: PhantomData, ..*self }
+    pub(super) fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// A row.
+    pub(super) fn row_mut(&mut self, row: usize) -> &mut [f32] {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        // SAFETY: `check` proved that row `row` of `columns` elements lies in the borrowed slice.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(row * self.stride), self.columns) }
     }
 }
 
@@ -186,18 +205,40 @@ pub(crate) enum Output {
     Accumulate,
 }
 
-/// How a product is computed.
-#[derive(Clone, Copy)]
-pub(super) struct How {
-    pub precision: Precision,
-    /// The product is multiplied by this.
-    pub scale: f32,
-    pub output: Output,
-    pub threads: Threads,
+/// Does `$body` with the kernel of a precision.
+macro_rules! by_kernel {
+    ($precision:expr, $kernel:ident => $body:expr) => {
+        match $precision {
+            ulmus_plan::Precision::F32 => {
+                #[cfg(target_arch = "x86_64")]
+                if let Some($kernel) = $crate::cpu::kernels::avx512::F32::detect() {
+                    return $body;
+                }
+                let $kernel = $crate::cpu::kernels::portable::F32;
+                $body
+            }
+            ulmus_plan::Precision::Bf16 => {
+                #[cfg(target_arch = "x86_64")]
+                if let Some($kernel) = $crate::cpu::kernels::avx512::Bf16::detect() {
+                    return $body;
+                }
+                let $kernel = $crate::cpu::kernels::portable::Bf16;
+                $body
+            }
+        }
+    };
 }
+pub(super) use by_kernel;
 
-/// `c = scale · a · b`, added to or in place of what `c` held.
-pub(super) fn multiply(c: &mut MatrixMut<'_>, a: Matrix<'_>, b: Matrix<'_>, how: How) {
+/// `c = a · b`, in place of or added to what `c` held.
+pub(super) fn multiply(
+    c: &mut MatrixMut<'_>,
+    a: Matrix<'_>,
+    b: Matrix<'_>,
+    precision: Precision,
+    output: Output,
+    threads: Threads,
+) {
     assert!(
         c.rows == a.rows && a.columns == b.rows && b.columns == c.columns,
         "[{}, {}] · [{}, {}] is not [{}, {}]",
@@ -208,49 +249,28 @@ pub(super) fn multiply(c: &mut MatrixMut<'_>, a: Matrix<'_>, b: Matrix<'_>, how:
         c.rows,
         c.columns
     );
-    #[cfg(target_arch = "x86_64")]
-    match how.precision {
-        Precision::F32 => {
-            if let Some(tile) = avx512::F32::detect() {
-                return product::multiply(tile, c, a, b, how);
-            }
-        }
-        Precision::Bf16 => {
-            if let Some(tile) = avx512::Bf16::detect() {
-                return product::multiply(tile, c, a, b, how);
-            }
-        }
-    }
-    match how.precision {
-        Precision::F32 => product::multiply(tile::Plain::<false>, c, a, b, how),
-        Precision::Bf16 => product::multiply(tile::Plain::<true>, c, a, b, how),
-    }
+    by_kernel!(precision, kernel => product::multiply(kernel, c, a, b, output, threads));
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    #[cfg(target_arch = "x86_64")]
+    use crate::cpu::kernels::avx512;
+    use crate::cpu::kernels::panel::Kernel;
+    use crate::cpu::kernels::portable;
+    use crate::cpu::kernels::testing::values;
 
-    const HOW: How =
-        How { precision: Precision::F32, scale: 1.0, output: Output::Overwrite, threads: Threads::One };
-
-    fn values(len: usize, seed: u32) -> Vec<f32> {
-        let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
-        let mut next = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 8) as f32 / (1 << 24) as f32 - 0.5
-        };
-        (0..len).map(|_| next()).collect()
-    }
-
-    fn product(m: usize, n: usize, k: usize, how: How) -> Vec<f32> {
+    fn product(m: usize, n: usize, k: usize, precision: Precision, threads: Threads) -> Vec<f32> {
         let (a, b) = (values(m * k, 1), values(n * k, 2));
         let mut c = vec![f32::NAN; m * n];
         multiply(
             &mut MatrixMut::new(&mut c, m, n, n),
             Matrix::new(&a, m, k, k),
             Matrix::new(&b, n, k, k).transposed(),
-            how,
+            precision,
+            Output::Overwrite,
+            threads,
         );
         c
     }
@@ -262,15 +282,15 @@ mod tests {
             [(1, 300, 192), (7, 5, 3), (64, 64, 64), (256, 512, 128), (300, 700, 1500), (65, 4096, 192)]
         {
             for precision in [Precision::F32, Precision::Bf16] {
-                let one = product(m, n, k, How { precision, ..HOW });
-                let many = pool.install(|| product(m, n, k, How { precision, threads: Threads::All, ..HOW }));
+                let one = product(m, n, k, precision, Threads::One);
+                let many = pool.install(|| product(m, n, k, precision, Threads::All));
                 assert!(one.iter().zip(&many).all(|(a, b)| a.to_bits() == b.to_bits()), "{m}x{n}x{k}");
             }
         }
     }
 
-    /// A product by one tile, of operands that are stored either way, beside others' elements.
-    fn tile_agrees<T: tile::Tile>(tile: T, round: fn(f32) -> f32, tolerance: f64) {
+    /// A product by one kernel, of operands that are stored either way, beside others' elements.
+    fn kernel_agrees<K: Kernel>(kernel: K, round: fn(f32) -> f32, tolerance: f64) {
         let shapes =
             [(1, 1, 1), (3, 5, 2), (14, 32, 16), (15, 33, 17), (61, 70, 33), (29, 300, 1030), (200, 40, 513)];
         for (case, (m, n, k)) in shapes.into_iter().enumerate() {
@@ -290,8 +310,8 @@ mod tests {
                 };
                 let output = [Output::Overwrite, Output::Accumulate][case % 2];
                 let mut c = old.clone();
-                let how = How { scale: 0.75, output, ..HOW };
-                product::multiply(tile, &mut MatrixMut::new(&mut c, m, n, n + 3), left, right, how);
+                let into = &mut MatrixMut::new(&mut c, m, n, n + 3);
+                product::multiply(kernel, into, left, right, output, Threads::One);
                 for row in 0..m {
                     for column in 0..n + 3 {
                         let (new, old) = (c[row * (n + 3) + column], old[row * (n + 3) + column]);
@@ -302,7 +322,7 @@ mod tests {
                         let sum: f64 =
                             (0..k).map(|depth| at(&left, row, depth) * at(&right, depth, column)).sum();
                         let before = if output == Output::Accumulate { f64::from(old) } else { 0.0 };
-                        let expected = before + 0.75 * sum;
+                        let expected = before + sum;
                         let error = (f64::from(new) - expected).abs();
                         assert!(
                             error <= tolerance * (k as f64).sqrt(),
@@ -319,32 +339,33 @@ mod tests {
     }
 
     #[test]
-    fn every_tile_agrees_with_f64() {
+    fn every_kernel_agrees_with_f64() {
         // Sums of k products below 1/4 in float32.
-        tile_agrees(tile::Plain::<false>, |x| x, 1e-6);
-        tile_agrees(tile::Plain::<true>, rounded, 1e-6);
+        kernel_agrees(portable::F32, |x| x, 1e-6);
+        kernel_agrees(portable::Bf16, rounded, 1e-6);
         #[cfg(target_arch = "x86_64")]
         {
-            if let Some(tile) = avx512::F32::detect() {
-                tile_agrees(tile, |x| x, 1e-6);
+            if let Some(kernel) = avx512::F32::detect() {
+                kernel_agrees(kernel, |x| x, 1e-6);
             }
-            if let Some(tile) = avx512::Bf16::detect() {
-                tile_agrees(tile, rounded, 1e-6);
+            if let Some(kernel) = avx512::Bf16::detect() {
+                kernel_agrees(kernel, rounded, 1e-6);
             }
         }
     }
 
     #[test]
-    fn every_float32_tile_gives_the_same_bits() {
-        let wide = product(61, 70, 1030, HOW);
+    fn every_float32_kernel_gives_the_same_bits() {
+        let wide = product(61, 70, 1030, Precision::F32, Threads::One);
         let (a, b) = (values(61 * 1030, 1), values(70 * 1030, 2));
         let mut plain = vec![f32::NAN; 61 * 70];
         product::multiply(
-            tile::Plain::<false>,
+            portable::F32,
             &mut MatrixMut::new(&mut plain, 61, 70, 70),
             Matrix::new(&a, 61, 1030, 1030),
             Matrix::new(&b, 70, 1030, 1030).transposed(),
-            HOW,
+            Output::Overwrite,
+            Threads::One,
         );
         assert!(plain.iter().zip(&wide).all(|(a, b)| a.to_bits() == b.to_bits()));
     }
@@ -356,8 +377,8 @@ mod tests {
                 let (mut a, b, mut c) = (vec![1.0; 15 * 7], vec![1.0; 7 * 33], vec![0.0; 15 * 33]);
                 a[3 * 7 + 6] = bad;
                 let view = &mut MatrixMut::new(&mut c, 15, 33, 33);
-                let how = How { precision, ..HOW };
-                multiply(view, Matrix::new(&a, 15, 7, 7), Matrix::new(&b, 7, 33, 33), how);
+                let (a, b) = (Matrix::new(&a, 15, 7, 7), Matrix::new(&b, 7, 33, 33));
+                multiply(view, a, b, precision, Output::Overwrite, Threads::One);
                 for (row, c) in c.chunks_exact(33).enumerate() {
                     let wanted = if row == 3 { expected } else { 7.0 };
                     assert!(c.iter().all(|c| c.total_cmp(&wanted).is_eq() || c.is_nan() && wanted.is_nan()));
@@ -378,6 +399,6 @@ mod tests {
         let (a, mut c) = ([0.0; 6], [0.0; 4]);
         let a = Matrix::new(&a, 2, 3, 3);
         let c = &mut MatrixMut::new(&mut c, 2, 2, 2);
-        multiply(c, a, a, HOW);
+        multiply(c, a, a, Precision::F32, Output::Overwrite, Threads::One);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Parallel loops are cut into blocks of fixed size, and sums over blocks are joined in the order of the blocks:
 //! the number of threads decides who computes a block, never what it contains. This is the only part of the crate
-//! with unsafe code: vectorised versions ([`simd`]), tiles of the matrix product ([`tile`]) and disjoint blocks
+//! with unsafe code: vectorised versions ([`simd`]), kernels of the matrix product ([`panel`]) and disjoint blocks
 //! ([`matrix`]).
 
 pub(super) mod attention;
@@ -16,12 +16,24 @@ pub(super) mod matrix;
 pub(super) mod norm;
 pub(super) mod optimizer;
 mod pages;
+mod panel;
 pub(super) mod peak;
+mod portable;
 mod product;
-mod rows;
-#[cfg(target_arch = "x86_64")]
-mod rows_avx512;
+mod q8;
 pub(super) mod simd;
 pub(super) mod swiglu;
-mod tile;
 pub(super) mod weights;
+
+#[cfg(test)]
+mod testing {
+    /// Numbers between -1/2 and 1/2.
+    pub(super) fn values(len: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 24) as f32 - 0.5
+        };
+        (0..len).map(|_| next()).collect()
+    }
+}

@@ -6,8 +6,8 @@ use ulmus_plan::Precision;
 
 #[cfg(target_arch = "x86_64")]
 use super::avx512;
+use super::portable;
 use super::simd::LANES;
-use super::tile;
 
 /// About a tenth of a second.
 const ITERATIONS: usize = 1 << 24;
@@ -32,5 +32,5 @@ pub(crate) fn saturate(precision: Precision) -> Option<f64> {
             }
         }
     }
-    (precision == Precision::F32).then(|| tile::saturate(ITERATIONS) as f64)
+    (precision == Precision::F32).then(|| portable::saturate(ITERATIONS) as f64)
 }

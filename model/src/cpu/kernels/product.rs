@@ -1,9 +1,8 @@
-//! The matrix product over packed operands: what is packed when, and who computes which tiles.
+//! The matrix product over panels: what is packed when, and who computes which tiles.
 //!
-//! The inner dimension is cut by its length alone, so the order of every sum, and with it every bit of the result, is
-//! independent of threads. Both operands are packed one part of the inner dimension at a time, and tiles are then
-//! computed in tasks of a few panels each: small enough to spread over threads, large enough that the left panels of
-//! a task stay in the second-level cache while the right ones pass by.
+//! A *task* is some left panels times some right panels. Within it, the inner dimension is taken in parts, so that the
+//! part of a right panel stays in the first-level cache while left panels pass by, and that of all the left panels,
+//! and the task's sums, in the second. Sums go on from part to part: neither parts nor tasks change a bit.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -11,28 +10,149 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::lines::{Line, room};
-use super::matrix::{How, Matrix, MatrixMut, Output, Threads};
-use super::tile::{Lanes, Target, Tile, panel_words};
+use super::matrix::{Matrix, MatrixMut, Output, SharedMatrix, Threads};
+use super::panel::{Kernel, LANES, Lanes, LeftPanels, Target, pack_right, step};
 
-/// Most words per lane of a part of the inner dimension.
+/// Lines of a part of a right panel.
+const PART_LINES: usize = 1280;
+/// Rows and right panels of a task.
+const TASK_ROWS: usize = 112;
+const TASK_PANELS: usize = 8;
+/// Most words per row of what is packed at once, and most rows and columns: what bounds the scratch.
 const DEPTH_WORDS: usize = 640;
-/// Rows and columns of the result for which operands are packed at once: what bounds the scratch.
 const BLOCK_ROWS: usize = 4096;
 const BLOCK_COLUMNS: usize = 4096;
-/// Lanes of a task.
-const TASK_ROWS: usize = 112;
-const TASK_COLUMNS: usize = 256;
-/// Multiplications below which a product is not worth waking other threads.
+/// Multiplications below which a product is not worth waking other threads, and words below which packing is not.
 const SERIAL: usize = 1 << 18;
+const SERIAL_WORDS: usize = 1 << 16;
+
+/// Left panels times right panels.
+#[derive(Clone, Copy)]
+pub(super) struct Product<'a> {
+    pub left: LeftPanels,
+    pub left_words: &'a [u32],
+    pub right: &'a [Line],
+    /// Lines from one right panel to the next.
+    pub distance: usize,
+    /// Lanes of all right panels that belong to the result.
+    pub columns: usize,
+}
+
+impl Product<'_> {
+    /// Computes all of `out`, from zero or adding to what is there.
+    pub(super) fn compute<K: Kernel>(
+        &self,
+        kernel: K,
+        out: &mut MatrixMut<'_>,
+        output: Output,
+        threads: Threads,
+    ) {
+        let out = out.shared();
+        let (rows, panels) = (self.left.count(), self.columns.div_ceil(LANES));
+        let depths = self.left.steps * step(K::FORMAT).0;
+        let work = self.left.rows(0).len().max(1) * rows * self.columns * depths;
+        let workers = if threads == Threads::One || work < SERIAL { 1 } else { rayon::current_num_threads() };
+        let together = self.left.together(kernel);
+        // A single left panel reads everything once; with more, the second level has to hold what comes again.
+        let (height, group) = if rows <= 1 {
+            (1, panels.div_ceil(2 * workers))
+        } else {
+            (equal_part(rows, (TASK_ROWS / self.left.most()).max(1)), equal_part(panels, TASK_PANELS))
+        };
+        let group = group.next_multiple_of(together);
+        let (down, across) = (rows.div_ceil(height), panels.div_ceil(group));
+        let task = |index: usize| {
+            let (row, panel) = (index % down * height, index / down * group);
+            let (left, right) = (row..rows.min(row + height), panel..panels.min(panel + group));
+            self.task(kernel, &out, output, left, right);
+        };
+        if workers == 1 {
+            (0..down * across).for_each(task);
+        } else {
+            (0..down * across).into_par_iter().for_each(task);
+        }
+    }
+
+    /// Nobody else computes these panels.
+    fn task<K: Kernel>(
+        &self,
+        kernel: K,
+        out: &SharedMatrix<'_>,
+        output: Output,
+        left: Range<usize>,
+        right: Range<usize>,
+    ) {
+        let (together, lines) = (self.left.together(kernel), step(K::FORMAT).1);
+        let part =
+            if left.len() == 1 { self.left.steps } else { equal_part(self.left.steps, PART_LINES / lines) };
+        for start in (0..self.left.steps).step_by(part.max(1)) {
+            let steps = part.min(self.left.steps - start);
+            let resume = output == Output::Accumulate || start > 0;
+            let mut panel = right.start;
+            while panel < right.end {
+                let count = if panel + together <= right.end { together } else { 1 };
+                let first = panel * self.distance + start * lines;
+                let right = &self.right[first..][..(count - 1) * self.distance + steps * lines];
+                let column = panel * LANES;
+                let columns = (count * LANES).min(self.columns - column);
+                for row in left.clone() {
+                    let (rows, width) = (self.left.rows(row), self.left.width(row));
+                    let (data, stride) = out.part(rows.start, column, rows.len(), columns);
+                    let next = if row + 1 < left.end {
+                        data.wrapping_add(width * stride)
+                    } else {
+                        data.wrapping_add(LANES).wrapping_sub((left.len() - 1) * self.left.most() * stride)
+                    };
+                    let target = Target { data, stride, rows: rows.len(), columns, resume, next };
+                    let words = &self.left_words[self.left.at(row, start)..][..steps * width * K::WORDS];
+                    let (words, right) = (words.as_ptr(), right.as_ptr());
+                    // SAFETY: the slices hold these steps; `part` checked that the sums lie in the result, and nobody
+                    // else has these panels.
+                    unsafe { kernel.multiply(width, count, steps, words, right, self.distance, &target) };
+                }
+                panel += count;
+            }
+        }
+    }
+}
+
+/// Packs the rows of `from`, as `panels` cuts them.
+pub(super) fn pack_left<K: Kernel>(
+    kernel: K,
+    panels: LeftPanels,
+    to: &mut [u32],
+    from: Matrix<'_>,
+    rows: Range<usize>,
+    depths: Range<usize>,
+    threads: Threads,
+) {
+    let pack = |(panel, to): (usize, &mut [u32])| {
+        let own = panels.rows(panel);
+        let lanes = Lanes::new(from, rows.start + own.start..rows.start + own.end, depths.clone());
+        kernel.pack(to, panels.width(panel), lanes);
+    };
+    let size = panels.panel_words().max(1);
+    if threads == Threads::All && to.len() >= SERIAL_WORDS {
+        to.par_chunks_mut(size).enumerate().for_each(pack);
+    } else {
+        to.chunks_mut(size).enumerate().for_each(pack);
+    }
+}
 
 thread_local! {
     /// Packed operands. Grows to the largest product of its thread and is then reused.
     static PACKED: RefCell<[Vec<Line>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
 }
 
-/// `c = scale · a · b`, added to or in place of what `c` held. The shapes agree.
-pub(super) fn multiply<T: Tile>(tile: T, c: &mut MatrixMut<'_>, a: Matrix<'_>, b: Matrix<'_>, how: How) {
-    let How { scale, output, threads, .. } = how;
+/// `c = a · b`, in place of or added to what `c` held. The shapes agree.
+pub(super) fn multiply<K: Kernel>(
+    kernel: K,
+    c: &mut MatrixMut<'_>,
+    a: Matrix<'_>,
+    b: Matrix<'_>,
+    output: Output,
+    threads: Threads,
+) {
     let (rows, columns, depths) = (a.rows(), b.columns(), a.columns());
     if depths == 0 && output == Output::Overwrite {
         return c.clear();
@@ -40,119 +160,55 @@ pub(super) fn multiply<T: Tile>(tile: T, c: &mut MatrixMut<'_>, a: Matrix<'_>, b
     let parallel = threads == Threads::All
         && rayon::current_num_threads() > 1
         && rows.saturating_mul(columns).saturating_mul(depths) >= SERIAL;
+    let threads = if parallel { Threads::All } else { Threads::One };
+    let (step_depths, lines) = step(K::FORMAT);
     // Taken out and put back: a thread that waits in a product may begin another.
     let [mut left_scratch, mut right_scratch] = PACKED.take();
-    for depths in parts(depths, DEPTH_WORDS * T::DEPTH) {
+    let part = equal_part(depths, DEPTH_WORDS * step_depths).next_multiple_of(step_depths);
+    for depths in blocks(depths, part) {
         let output = if depths.start == 0 { output } else { Output::Accumulate };
+        let distance = depths.len().div_ceil(step_depths) * lines;
         for rows in blocks(rows, BLOCK_ROWS) {
+            let left = LeftPanels::new(kernel, rows.len(), depths.len());
+            let left_words = room(&mut left_scratch, left.words());
             for columns in blocks(columns, BLOCK_COLUMNS) {
-                let left = Packing::new::<T>(T::ROWS, a, rows.clone(), depths.clone());
-                let right = Packing::new::<T>(T::COLUMNS, b.transposed(), columns.clone(), depths.clone());
-                let left_to = left.room(&mut left_scratch);
-                let right_to = right.room(&mut right_scratch);
-                // The left panels are those of the columns before.
-                let pack_left = columns.start == 0;
-                if parallel && pack_left {
-                    rayon::join(|| left.pack(tile, left_to, true), || right.pack(tile, right_to, true));
-                } else {
-                    if pack_left {
-                        left.pack(tile, left_to, parallel);
+                let panels = columns.len().div_ceil(LANES);
+                let right_words =
+                    room(&mut right_scratch, panels * distance * size_of::<Line>() / size_of::<u32>());
+                let right: &mut [Line] = bytemuck::cast_slice_mut(right_words);
+                let pack_columns = |(panel, to): (usize, &mut [Line])| {
+                    let first = columns.start + panel * LANES;
+                    let lanes = first..columns.end.min(first + LANES);
+                    pack_right(K::FORMAT, to, Lanes::new(b.transposed(), lanes, depths.clone()));
+                };
+                let mut pack_rows = || {
+                    // They are those of the columns before.
+                    if columns.start == 0 {
+                        pack_left(kernel, left, left_words, a, rows.clone(), depths.clone(), threads);
                     }
-                    right.pack(tile, right_to, parallel);
+                };
+                if parallel {
+                    rayon::join(pack_rows, || {
+                        right.par_chunks_exact_mut(distance).enumerate().for_each(pack_columns);
+                    });
+                } else {
+                    pack_rows();
+                    right.chunks_exact_mut(distance).enumerate().for_each(pack_columns);
                 }
-                let (left, right, rows) = (&*left_to, &*right_to, rows.clone());
-                let block = Block { left, right, rows, columns, depths: depths.len() };
-                block.multiply(tile, c, scale, output, parallel);
+                let product = Product { left, left_words, right, distance, columns: columns.len() };
+                let mut part = c.part_mut(rows.clone(), columns);
+                product.compute(kernel, &mut part, output, threads);
             }
         }
     }
     PACKED.set([left_scratch, right_scratch]);
 }
 
-/// `len` cut into as few equal parts as possible, none longer than `most`, each but the last of even length for words
-/// of two.
-fn parts(len: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
-    let count = len.div_ceil(most).max(1);
-    blocks(len, len.div_ceil(count).next_multiple_of(2))
+/// The size of as few equal parts of `len` as possible, none larger than `most`.
+fn equal_part(len: usize, most: usize) -> usize {
+    len.div_ceil(len.div_ceil(most).max(1)).max(1)
 }
 
 fn blocks(len: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..len).step_by(size.max(1)).map(move |start| start..len.min(start + size))
-}
-
-/// What is packed: `lanes` of a matrix at `depths`, in panels of `width` lanes.
-struct Packing<'a> {
-    from: Matrix<'a>,
-    lanes: Range<usize>,
-    depths: Range<usize>,
-    width: usize,
-    /// Words of a panel.
-    panel: usize,
-}
-
-impl<'a> Packing<'a> {
-    fn new<T: Tile>(width: usize, from: Matrix<'a>, lanes: Range<usize>, depths: Range<usize>) -> Self {
-        let panel = panel_words::<T>(width, depths.len());
-        Self { from, lanes, depths, width, panel }
-    }
-
-    /// The words of all panels.
-    fn room<'s>(&self, scratch: &'s mut Vec<Line>) -> &'s mut [u32] {
-        room(scratch, self.panel * self.lanes.len().div_ceil(self.width))
-    }
-
-    fn pack<T: Tile>(&self, tile: T, to: &mut [u32], parallel: bool) {
-        let pack = |(index, to): (usize, &mut [u32])| {
-            let start = self.lanes.start + index * self.width;
-            let lanes = start..self.lanes.end.min(start + self.width);
-            tile.pack(to, self.width, Lanes::new(self.from, lanes, self.depths.clone()));
-        };
-        if parallel {
-            to.par_chunks_exact_mut(self.panel).enumerate().for_each(pack);
-        } else {
-            to.chunks_exact_mut(self.panel).enumerate().for_each(pack);
-        }
-    }
-}
-
-/// Packed operands, and the part of the result that they are summed into.
-struct Block<'a> {
-    left: &'a [u32],
-    right: &'a [u32],
-    rows: Range<usize>,
-    columns: Range<usize>,
-    depths: usize,
-}
-
-impl Block<'_> {
-    fn multiply<T: Tile>(&self, tile: T, c: &mut MatrixMut<'_>, scale: f32, output: Output, parallel: bool) {
-        let (task_rows, task_columns) =
-            (TASK_ROWS.next_multiple_of(T::ROWS), TASK_COLUMNS.next_multiple_of(T::COLUMNS));
-        let across = self.columns.len().div_ceil(task_columns);
-        let tasks = self.rows.len().div_ceil(task_rows) * across;
-        let c = c.shared();
-        let (left_panel, right_panel) =
-            (panel_words::<T>(T::ROWS, self.depths), panel_words::<T>(T::COLUMNS, self.depths));
-        let work = |task: usize| {
-            let (down, along) = (task / across * task_rows, task % across * task_columns);
-            for column in (along..self.columns.len().min(along + task_columns)).step_by(T::COLUMNS) {
-                let right = &self.right[column / T::COLUMNS * right_panel..][..right_panel];
-                for row in (down..self.rows.len().min(down + task_rows)).step_by(T::ROWS) {
-                    let left = &self.left[row / T::ROWS * left_panel..][..left_panel];
-                    let rows = T::ROWS.min(self.rows.len() - row);
-                    let columns = T::COLUMNS.min(self.columns.len() - column);
-                    let (data, stride) =
-                        c.part(self.rows.start + row, self.columns.start + column, rows, columns);
-                    let target = Target { data, stride, rows, columns, scale, output };
-                    // SAFETY: `part` checked that the tile lies in the result; every tile is computed once.
-                    unsafe { tile.multiply(left, right, &target) };
-                }
-            }
-        };
-        if parallel {
-            (0..tasks).into_par_iter().for_each(work);
-        } else {
-            (0..tasks).for_each(work);
-        }
-    }
+    (0..len).step_by(size).map(move |start| start..len.min(start + size))
 }
