@@ -2,7 +2,7 @@
 
 use ulmus_plan::Precision;
 
-use super::matrix::{Matrix, MatrixMut, Output, Threads, multiply};
+use super::matrix::{Matrix, MatrixMut, Output, multiply};
 use super::simd::{axpy, vectorised};
 use crate::backend::LinearShape;
 
@@ -35,7 +35,6 @@ pub(crate) fn linear(out: &mut [f32], x: &[f32], weight: &[f32], shape: LinearSh
         Matrix::new(weight, outputs, inputs, inputs).transposed(),
         precision,
         Output::Overwrite,
-        Threads::All,
     );
 }
 
@@ -54,7 +53,6 @@ pub(crate) fn linear_backward_input(
         Matrix::new(weight, outputs, inputs, inputs),
         precision,
         Output::Overwrite,
-        Threads::All,
     );
 }
 
@@ -74,6 +72,5 @@ pub(crate) fn linear_backward_weight(
         Matrix::new(x, rows, inputs, inputs),
         precision,
         output,
-        Threads::All,
     );
 }

@@ -1,9 +1,24 @@
 //! Memory in cache lines: no vector of packed data straddles two.
 
+use std::sync::{Mutex, PoisonError};
+
 /// A cache line.
 #[derive(Debug, Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]
 #[repr(C, align(64))]
 pub(super) struct Line(pub [u32; 16]);
+
+/// Packed operands that nobody uses. They do not belong to threads: whichever runs a product, it finds the memory of the
+/// product before.
+static FREE: Mutex<Vec<[Vec<Line>; 2]>> = Mutex::new(Vec::new());
+
+/// Lends memory for the two operands of a product.
+pub(super) fn with_operands<R>(work: impl FnOnce(&mut [Vec<Line>; 2]) -> R) -> R {
+    let free = || FREE.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut operands = free().pop().unwrap_or_default();
+    let result = work(&mut operands);
+    free().push(operands);
+    result
+}
 
 /// The first `words` of a scratch that grows to what it was asked for.
 pub(super) fn room(scratch: &mut Vec<Line>, words: usize) -> &mut [u32] {

@@ -237,7 +237,6 @@ pub(super) fn multiply(
     b: Matrix<'_>,
     precision: Precision,
     output: Output,
-    threads: Threads,
 ) {
     assert!(
         c.rows == a.rows && a.columns == b.rows && b.columns == c.columns,
@@ -249,7 +248,7 @@ pub(super) fn multiply(
         c.rows,
         c.columns
     );
-    by_kernel!(precision, kernel => product::multiply(kernel, c, a, b, output, threads));
+    by_kernel!(precision, kernel => product::multiply(kernel, c, a, b, output));
 }
 
 #[cfg(test)]
@@ -261,7 +260,7 @@ mod tests {
     use crate::cpu::kernels::portable;
     use crate::cpu::kernels::testing::values;
 
-    fn product(m: usize, n: usize, k: usize, precision: Precision, threads: Threads) -> Vec<f32> {
+    fn product(m: usize, n: usize, k: usize, precision: Precision) -> Vec<f32> {
         let (a, b) = (values(m * k, 1), values(n * k, 2));
         let mut c = vec![f32::NAN; m * n];
         multiply(
@@ -270,20 +269,20 @@ mod tests {
             Matrix::new(&b, n, k, k).transposed(),
             precision,
             Output::Overwrite,
-            threads,
         );
         c
     }
 
     #[test]
     fn the_number_of_threads_does_not_change_a_bit() {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build().unwrap();
+        let threads = |count| rayon::ThreadPoolBuilder::new().num_threads(count).build().unwrap();
+        let (one, four) = (threads(1), threads(4));
         for (m, n, k) in
             [(1, 300, 192), (7, 5, 3), (64, 64, 64), (256, 512, 128), (300, 700, 1500), (65, 4096, 192)]
         {
             for precision in [Precision::F32, Precision::Bf16] {
-                let one = product(m, n, k, precision, Threads::One);
-                let many = pool.install(|| product(m, n, k, precision, Threads::All));
+                let one = one.install(|| product(m, n, k, precision));
+                let many = four.install(|| product(m, n, k, precision));
                 assert!(one.iter().zip(&many).all(|(a, b)| a.to_bits() == b.to_bits()), "{m}x{n}x{k}");
             }
         }
@@ -311,7 +310,7 @@ mod tests {
                 let output = [Output::Overwrite, Output::Accumulate][case % 2];
                 let mut c = old.clone();
                 let into = &mut MatrixMut::new(&mut c, m, n, n + 3);
-                product::multiply(kernel, into, left, right, output, Threads::One);
+                product::multiply(kernel, into, left, right, output);
                 for row in 0..m {
                     for column in 0..n + 3 {
                         let (new, old) = (c[row * (n + 3) + column], old[row * (n + 3) + column]);
@@ -356,7 +355,7 @@ mod tests {
 
     #[test]
     fn every_float32_kernel_gives_the_same_bits() {
-        let wide = product(61, 70, 1030, Precision::F32, Threads::One);
+        let wide = product(61, 70, 1030, Precision::F32);
         let (a, b) = (values(61 * 1030, 1), values(70 * 1030, 2));
         let mut plain = vec![f32::NAN; 61 * 70];
         product::multiply(
@@ -365,7 +364,6 @@ mod tests {
             Matrix::new(&a, 61, 1030, 1030),
             Matrix::new(&b, 70, 1030, 1030).transposed(),
             Output::Overwrite,
-            Threads::One,
         );
         assert!(plain.iter().zip(&wide).all(|(a, b)| a.to_bits() == b.to_bits()));
     }
@@ -378,7 +376,7 @@ mod tests {
                 a[3 * 7 + 6] = bad;
                 let view = &mut MatrixMut::new(&mut c, 15, 33, 33);
                 let (a, b) = (Matrix::new(&a, 15, 7, 7), Matrix::new(&b, 7, 33, 33));
-                multiply(view, a, b, precision, Output::Overwrite, Threads::One);
+                multiply(view, a, b, precision, Output::Overwrite);
                 for (row, c) in c.chunks_exact(33).enumerate() {
                     let wanted = if row == 3 { expected } else { 7.0 };
                     assert!(c.iter().all(|c| c.total_cmp(&wanted).is_eq() || c.is_nan() && wanted.is_nan()));
@@ -399,6 +397,6 @@ mod tests {
         let (a, mut c) = ([0.0; 6], [0.0; 4]);
         let a = Matrix::new(&a, 2, 3, 3);
         let c = &mut MatrixMut::new(&mut c, 2, 2, 2);
-        multiply(c, a, a, Precision::F32, Output::Overwrite, Threads::One);
+        multiply(c, a, a, Precision::F32, Output::Overwrite);
     }
 }

@@ -4,12 +4,11 @@
 //! part of a right panel stays in the first-level cache while left panels pass by, and that of all the left panels,
 //! and the task's sums, in the second. Sums go on from part to part: neither parts nor tasks change a bit.
 
-use std::cell::RefCell;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::lines::{Line, room};
+use super::lines::{Line, room, room_lines, with_operands};
 use super::matrix::{Matrix, MatrixMut, Output, SharedMatrix, Threads};
 use super::panel::{Kernel, LANES, Lanes, LeftPanels, Target, pack_right, step};
 
@@ -139,11 +138,6 @@ pub(super) fn pack_left<K: Kernel>(
     }
 }
 
-thread_local! {
-    /// Packed operands. Grows to the largest product of its thread and is then reused.
-    static PACKED: RefCell<[Vec<Line>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
-}
-
 /// `c = a · b`, in place of or added to what `c` held. The shapes agree.
 pub(super) fn multiply<K: Kernel>(
     kernel: K,
@@ -151,57 +145,52 @@ pub(super) fn multiply<K: Kernel>(
     a: Matrix<'_>,
     b: Matrix<'_>,
     output: Output,
-    threads: Threads,
 ) {
     let (rows, columns, depths) = (a.rows(), b.columns(), a.columns());
     if depths == 0 && output == Output::Overwrite {
         return c.clear();
     }
-    let parallel = threads == Threads::All
-        && rayon::current_num_threads() > 1
-        && rows.saturating_mul(columns).saturating_mul(depths) >= SERIAL;
+    let parallel =
+        rayon::current_num_threads() > 1 && rows.saturating_mul(columns).saturating_mul(depths) >= SERIAL;
     let threads = if parallel { Threads::All } else { Threads::One };
     let (step_depths, lines) = step(K::FORMAT);
-    // Taken out and put back: a thread that waits in a product may begin another.
-    let [mut left_scratch, mut right_scratch] = PACKED.take();
     let part = equal_part(depths, DEPTH_WORDS * step_depths).next_multiple_of(step_depths);
-    for depths in blocks(depths, part) {
-        let output = if depths.start == 0 { output } else { Output::Accumulate };
-        let distance = depths.len().div_ceil(step_depths) * lines;
-        for rows in blocks(rows, BLOCK_ROWS) {
-            let left = LeftPanels::new(kernel, rows.len(), depths.len());
-            let left_words = room(&mut left_scratch, left.words());
-            for columns in blocks(columns, BLOCK_COLUMNS) {
-                let panels = columns.len().div_ceil(LANES);
-                let right_words =
-                    room(&mut right_scratch, panels * distance * size_of::<Line>() / size_of::<u32>());
-                let right: &mut [Line] = bytemuck::cast_slice_mut(right_words);
-                let pack_columns = |(panel, to): (usize, &mut [Line])| {
-                    let first = columns.start + panel * LANES;
-                    let lanes = first..columns.end.min(first + LANES);
-                    pack_right(K::FORMAT, to, Lanes::new(b.transposed(), lanes, depths.clone()));
-                };
-                let mut pack_rows = || {
-                    // They are those of the columns before.
-                    if columns.start == 0 {
-                        pack_left(kernel, left, left_words, a, rows.clone(), depths.clone(), threads);
+    with_operands(|[left_scratch, right_scratch]| {
+        for depths in blocks(depths, part) {
+            let output = if depths.start == 0 { output } else { Output::Accumulate };
+            let distance = depths.len().div_ceil(step_depths) * lines;
+            for rows in blocks(rows, BLOCK_ROWS) {
+                let left = LeftPanels::new(kernel, rows.len(), depths.len());
+                let left_words = room(left_scratch, left.words());
+                for columns in blocks(columns, BLOCK_COLUMNS) {
+                    let panels = columns.len().div_ceil(LANES);
+                    let right = room_lines(right_scratch, panels * distance);
+                    let pack_columns = |(panel, to): (usize, &mut [Line])| {
+                        let first = columns.start + panel * LANES;
+                        let lanes = first..columns.end.min(first + LANES);
+                        pack_right(K::FORMAT, to, Lanes::new(b.transposed(), lanes, depths.clone()));
+                    };
+                    let mut pack_rows = || {
+                        // They are those of the columns before.
+                        if columns.start == 0 {
+                            pack_left(kernel, left, left_words, a, rows.clone(), depths.clone(), threads);
+                        }
+                    };
+                    if parallel {
+                        rayon::join(pack_rows, || {
+                            right.par_chunks_exact_mut(distance).enumerate().for_each(pack_columns);
+                        });
+                    } else {
+                        pack_rows();
+                        right.chunks_exact_mut(distance).enumerate().for_each(pack_columns);
                     }
-                };
-                if parallel {
-                    rayon::join(pack_rows, || {
-                        right.par_chunks_exact_mut(distance).enumerate().for_each(pack_columns);
-                    });
-                } else {
-                    pack_rows();
-                    right.chunks_exact_mut(distance).enumerate().for_each(pack_columns);
+                    let product = Product { left, left_words, right, distance, columns: columns.len() };
+                    let mut part = c.part_mut(rows.clone(), columns);
+                    product.compute(kernel, &mut part, output, threads);
                 }
-                let product = Product { left, left_words, right, distance, columns: columns.len() };
-                let mut part = c.part_mut(rows.clone(), columns);
-                product.compute(kernel, &mut part, output, threads);
             }
         }
-    }
-    PACKED.set([left_scratch, right_scratch]);
+    });
 }
 
 /// The size of as few equal parts of `len` as possible, none larger than `most`.

@@ -3,13 +3,11 @@
 //! The same memory serves prompts, where many rows meet each panel while it is in the cache, and single tokens, where
 //! reading it once is all that counts.
 
-use std::cell::RefCell;
-
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
 use super::avx512;
-use super::lines::{Line, room};
+use super::lines::{room, with_operands};
 use super::matrix::{Matrix, MatrixMut, Output, Threads};
 use super::pages::Pages;
 use super::panel::{Kernel, LANES, Lanes, LeftPanels, pack_right, step, unpack};
@@ -82,26 +80,16 @@ impl Weights {
 
     fn linear_by<K: Kernel>(&self, kernel: K, out: &mut [f32], x: &[f32], rows: usize) {
         let left = LeftPanels::new(kernel, rows, self.inputs);
-        let mut scratch = PACKED.take();
-        let words = room(&mut scratch, left.words());
-        let x = Matrix::new(x, rows, self.inputs, self.inputs);
-        pack_left(kernel, left, words, x, 0..rows, 0..self.inputs, Threads::All);
-        let product = Product {
-            left,
-            left_words: words,
-            right: &self.lines,
-            distance: self.panel_lines(),
-            columns: self.outputs,
-        };
+        let (x, depths) = (Matrix::new(x, rows, self.inputs, self.inputs), 0..self.inputs);
         let out = &mut MatrixMut::new(out, rows, self.outputs, self.outputs);
-        product.compute(kernel, out, Output::Overwrite, Threads::All);
-        PACKED.set(scratch);
+        with_operands(|[scratch, _]| {
+            let left_words = room(scratch, left.words());
+            pack_left(kernel, left, left_words, x, 0..rows, depths, Threads::All);
+            let (right, distance) = (&self.lines[..], self.panel_lines());
+            let product = Product { left, left_words, right, distance, columns: self.outputs };
+            product.compute(kernel, out, Output::Overwrite, Threads::All);
+        });
     }
-}
-
-thread_local! {
-    /// Packed activations. Grows to the largest of its thread and is then reused.
-    static PACKED: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
 }
 
 #[cfg(test)]
