@@ -24,7 +24,7 @@ mod tensors;
 
 pub use backend::{
     AdamW, AttentionShape, BLOCK, Backend, Columns, Element, HeadGradients, Heads, IGNORE, In, LinearShape,
-    Out, ROW_BLOCK, Rope, Span, View, ViewMut,
+    Norm, Out, ROW_BLOCK, Rope, Span, View, ViewMut,
 };
 pub use batch::{BatchShape, LossSum, MicroBatch};
 pub use cpu::Cpu;
