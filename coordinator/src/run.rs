@@ -232,6 +232,7 @@ fn settings(plan: &Plan, folder: &RunFolder) -> Result<Settings, Failure> {
         micro_batches: plan.train.micro_batches(),
         iterations: plan.train.iterations,
         average: plan.checkpoint.average,
+        export: plan.checkpoint.export,
         dead_after: plan.cluster.dead_after,
         rejoin_window: plan.cluster.rejoin_window,
         recovery: plan.checkpoint.recovery,

@@ -58,15 +58,20 @@ fn write_page(
     }
     writeln!(page, "\n{}", table(plan, results))?;
     let at = folder.path().display();
-    writeln!(page, "\nmodel for transformers, mlx-lm, llama.cpp   {at}/export")?;
+    writeln!(page)?;
+    if plan.checkpoint.export {
+        writeln!(page, "model for transformers, mlx-lm, llama.cpp   {at}/export")?;
+    }
     writeln!(page, "checkpoints                                  {at}/checkpoints")?;
     writeln!(page, "metrics, one row per step                    {at}/metrics.csv")?;
     writeln!(page, "results as JSON                              {at}/results")?;
     writeln!(page, "\ntry next")?;
-    writeln!(
-        page,
-        "  cargo run --release --bin evaluator -- generate --model {at}/export --prompt \"The\" --max-tokens 64 --greedy"
-    )?;
+    if plan.checkpoint.export {
+        writeln!(
+            page,
+            "  cargo run --release --bin evaluator -- generate --model {at}/export --prompt \"The\" --max-tokens 64 --greedy"
+        )?;
+    }
     if plan.local.workers > 0 && !options.demo_failure {
         let plan = options.plan.display();
         writeln!(page, "  cargo run --release --bin coordinator -- --plan {plan} --demo-failure")?;

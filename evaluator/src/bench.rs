@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use ulmus_model::{Backend, Generator, Layout, Model, ModelError, greedy};
-use ulmus_plan::ModelConfig;
+use ulmus_plan::{ModelConfig, NormKind};
 
 use crate::error::EvaluatorError;
 
@@ -59,6 +59,9 @@ pub struct BenchResult {
     pub config: BenchConfig,
     /// Parameters of the model.
     pub parameters: u64,
+    /// Kind of its norms.
+    #[serde(default)]
+    pub norm: NormKind,
     /// Compute threads.
     pub threads: usize,
     /// Type of weights and activations.
@@ -128,6 +131,7 @@ pub fn bench<B: Backend>(
     Ok(BenchResult {
         config,
         parameters: model.config().parameters(),
+        norm: model.config().norm,
         threads,
         dtype: model.format().to_string(),
         prompt_tokens_per_second: median.prompt,
@@ -235,6 +239,7 @@ mod tests {
             qkv_multipliers: Multipliers::Uniform(1.0),
             ffn_multipliers: Multipliers::Uniform(1.0),
             ffn_dim_divisor: 16,
+            norm: NormKind::Layer,
             ..ModelConfig::default()
         };
         let weights = synthetic_weights(&config);
@@ -245,7 +250,7 @@ mod tests {
         let result = lengths(8, 24).unwrap();
         assert_eq!(result.prompt_tokens_per_second, result.median.prompt);
         assert_eq!(result.generate_tokens_per_second, result.median.generation);
-        assert_eq!(result.runs.len(), 2);
+        assert_eq!((result.runs.len(), result.norm), (2, NormKind::Layer));
         assert!(result.median.prompt > 0.0 && result.median.generation > 0.0);
         for (prompt, generate) in [(0, 4), (4, 1), (30, 3)] {
             let error = lengths(prompt, generate).unwrap_err();

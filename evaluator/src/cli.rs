@@ -13,7 +13,7 @@ use ulmus_evaluator::{
     load_tokenizer, perplexity, read_texts, synthetic_weights,
 };
 use ulmus_model::{Cpu, Generator, Model, Sampler, Sampling, WeightFormat};
-use ulmus_plan::{ModelConfig, Preset};
+use ulmus_plan::{ModelConfig, NormKind, Preset};
 use ulmus_rt::{Failure, finish_output, print};
 use ulmus_types::{Digest, ExitStatus};
 
@@ -86,6 +86,9 @@ enum Task {
 struct Bench {
     #[command(flatten)]
     subject: Subject,
+    /// Kind of the preset's norms: `rms`, `naive_rms` or `layer`; those of a model folder are `rms`.
+    #[arg(long, value_name = "KIND", default_value = "rms", conflicts_with = "model")]
+    norm: NormKind,
     /// Tokens of the prompt.
     #[arg(long, value_name = "N", default_value_t = 35)]
     prompt: usize,
@@ -284,7 +287,7 @@ impl Bench {
     fn run(&self) -> Result<(), Failure> {
         let threads = self.compute.threads();
         let model = if let Some(preset) = self.subject.preset {
-            let config = preset.config();
+            let config = ModelConfig { norm: self.norm, ..preset.config() };
             let weights = synthetic_weights(&config);
             let model = Model::in_format(Cpu::new(threads), &config, &weights, self.dtype.format());
             Arc::new(model.map_err(failure)?)
@@ -375,9 +378,10 @@ fn bench_table(result: &BenchResult) -> String {
     }
     let machine = &result.machine;
     format!(
-        "{table}\nmedian of {} runs after a dry run; {} parameters, {}, batch {batch}, {} threads\n{}, {} cores, {}",
+        "{table}\nmedian of {} runs after a dry run; {} parameters, norm {}, {}, batch {batch}, {} threads\n{}, {} cores, {}",
         result.runs.len(),
         result.parameters,
+        result.norm.name(),
         result.dtype,
         result.threads,
         machine.processor,

@@ -167,6 +167,8 @@ fn wrong_input_is_refused_with_what_to_do() {
     assert_refused(&["run", "--model", model, "--data", &text, "--tasks", "arc"], &["perplexity"]);
     assert_refused(&["bench"], &["--preset"]);
     assert_refused(&["bench", "--preset", "openelm-7b"], &["openelm-270m"]);
+    assert_refused(&["bench", "--preset", "openelm-270m", "--norm", "batch"], &["rms, naive_rms or layer"]);
+    assert_refused(&["bench", "--model", model, "--norm", "layer"], &["--norm", "--model"]);
     assert_refused(
         &["bench", "--model", model, "--prompt", "2000", "--generate", "100"],
         &["context of 2048"],

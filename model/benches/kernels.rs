@@ -7,10 +7,9 @@
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
 use ulmus_model::{
-    AdamW, AttentionShape, BLOCK, Backend, Cpu, HeadGradients, Heads, LinearShape, ROW_BLOCK, Rope, View,
-    ViewMut,
+    AdamW, AttentionShape, BLOCK, Backend, Cpu, HeadGradients, Heads, LinearShape, Norm, Rope, View, ViewMut,
 };
-use ulmus_plan::{HEAD_ROWS, Precision};
+use ulmus_plan::{HEAD_ROWS, NormKind, Precision};
 
 const SEQUENCES: usize = 4;
 const LENGTH: usize = 512;
@@ -149,31 +148,52 @@ fn head_loss(bencher: Bencher<'_, '_>, precision: Precision) {
     });
 }
 
-#[divan::bench]
-fn add_norm(bencher: Bencher<'_, '_>) {
-    let backend = backend(Precision::F32);
-    let (x, delta, weight) = (values(ROWS * D), values(ROWS * D), vec![1.0; D]);
+/// A norm whose weights are 1.
+struct NormOf {
+    kind: NormKind,
+    weight: Vec<f32>,
+    scratch: Vec<f32>,
+}
+
+impl NormOf {
+    fn rows(kind: NormKind) -> Self {
+        Self { kind, weight: vec![1.0; D], scratch: vec![0.0; kind.row_scratch(ROWS, D)] }
+    }
+
+    fn heads(kind: NormKind) -> Self {
+        let scratch = kind.head_scratch(ROWS, [HEADS.query, HEADS.key_value], HEADS.width);
+        Self { kind, weight: vec![1.0; 2 * HEADS.width], scratch: vec![0.0; scratch] }
+    }
+
+    fn view(&mut self) -> Norm<'_, Vec<f32>> {
+        Norm { kind: self.kind, weight: all(&self.weight), scratch: all_mut(&mut self.scratch) }
+    }
+}
+
+#[divan::bench(args = NormKind::ALL)]
+fn add_norm(bencher: Bencher<'_, '_>, kind: NormKind) {
+    let (backend, mut norm) = (backend(Precision::F32), NormOf::rows(kind));
+    let (x, delta) = (values(ROWS * D), values(ROWS * D));
     let (mut sum, mut out) = (x.clone(), x.clone());
     bencher.counter(floats(4 * ROWS * D)).bench_local(|| {
-        backend.add_norm(all_mut(&mut sum), all_mut(&mut out), all(&x), all(&delta), all(&weight));
+        backend.add_norm(all_mut(&mut sum), all_mut(&mut out), all(&x), all(&delta), norm.view());
     });
 }
 
-#[divan::bench]
-fn norm_backward(bencher: Bencher<'_, '_>) {
-    let backend = backend(Precision::F32);
-    let (x, gradient, weight) = (values(ROWS * D), values(ROWS * D), vec![1.0; D]);
-    let (mut x_gradient, mut weight_gradient) = (x.clone(), weight.clone());
-    let mut scratch = vec![0.0; ROWS.div_ceil(ROW_BLOCK) * D];
+#[divan::bench(args = NormKind::ALL)]
+fn norm_backward(bencher: Bencher<'_, '_>, kind: NormKind) {
+    let (backend, mut norm) = (backend(Precision::F32), NormOf::rows(kind));
+    let (x, gradient) = (values(ROWS * D), values(ROWS * D));
+    let (mut x_gradient, mut weight_gradient) = (x.clone(), vec![0.0; D]);
+    backend.norm(all_mut(&mut x_gradient), all(&x), norm.view());
     bencher.counter(floats(4 * ROWS * D)).bench_local(|| {
         backend.norm_backward(
             all_mut(&mut x_gradient),
             all_mut(&mut weight_gradient),
             all(&gradient),
             all(&x),
-            all(&weight),
+            norm.view(),
             true,
-            all_mut(&mut scratch),
         );
     });
 }
@@ -191,31 +211,30 @@ impl RopeTables {
     }
 }
 
-#[divan::bench]
-fn qk_norm_rope(bencher: Bencher<'_, '_>) {
-    let (backend, tables) = (backend(Precision::F32), RopeTables::new());
-    let (packed, weights) = (values(ROWS * HEADS.packed_width()), vec![1.0; 2 * HEADS.width]);
+#[divan::bench(args = NormKind::ALL)]
+fn qk_norm_rope(bencher: Bencher<'_, '_>, kind: NormKind) {
+    let (backend, tables, mut norm) = (backend(Precision::F32), RopeTables::new(), NormOf::heads(kind));
+    let packed = values(ROWS * HEADS.packed_width());
     let mut out = packed.clone();
     bencher.counter(floats(2 * packed.len())).bench_local(|| {
-        backend.qk_norm_rope(all_mut(&mut out), all(&packed), all(&weights), tables.view(), HEADS);
+        backend.qk_norm_rope(all_mut(&mut out), all(&packed), norm.view(), tables.view(), HEADS);
     });
 }
 
-#[divan::bench]
-fn qk_norm_rope_backward(bencher: Bencher<'_, '_>) {
-    let (backend, tables) = (backend(Precision::F32), RopeTables::new());
-    let (packed, weights) = (values(ROWS * HEADS.packed_width()), vec![1.0; 2 * HEADS.width]);
-    let (gradient, mut packed, mut weights_into) = (packed.clone(), packed, weights.clone());
-    let mut scratch = vec![0.0; ROWS.div_ceil(ROW_BLOCK) * 2 * HEADS.width];
+#[divan::bench(args = NormKind::ALL)]
+fn qk_norm_rope_backward(bencher: Bencher<'_, '_>, kind: NormKind) {
+    let (backend, tables, mut norm) = (backend(Precision::F32), RopeTables::new(), NormOf::heads(kind));
+    let mut packed = values(ROWS * HEADS.packed_width());
+    let (gradient, mut weights_into) = (packed.clone(), norm.weight.clone());
+    backend.qk_norm_rope(all_mut(&mut packed), all(&gradient), norm.view(), tables.view(), HEADS);
     bencher.counter(floats(3 * packed.len())).bench_local(|| {
         backend.qk_norm_rope_backward(
             all_mut(&mut packed),
             all_mut(&mut weights_into),
             all(&gradient),
-            all(&weights),
+            norm.view(),
             tables.view(),
             HEADS,
-            all_mut(&mut scratch),
         );
     });
 }

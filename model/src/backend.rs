@@ -13,7 +13,8 @@
 use std::fmt::Debug;
 use std::ops::Range;
 
-use ulmus_plan::Precision;
+pub use ulmus_plan::ROW_BLOCK;
+use ulmus_plan::{NormKind, Precision};
 
 use crate::error::ModelError;
 use crate::exact::Quantum;
@@ -38,9 +39,6 @@ pub const IGNORE: u32 = u32::MAX;
 
 /// Elements per block of [`Backend::block_squares`]. Shard boundaries are block boundaries.
 pub const BLOCK: usize = 65_536;
-
-/// Rows whose contribution to a weight's gradient is summed apart, before the partial sums are added in order.
-pub const ROW_BLOCK: usize = 64;
 
 /// A part of a buffer, to read from.
 #[derive(Debug)]
@@ -137,6 +135,18 @@ impl Heads {
     pub fn packed_width(&self) -> usize {
         self.query_width() + 2 * self.key_value_width()
     }
+}
+
+/// A norm of rows, or of the query and key heads in packed rows.
+#[derive(Debug)]
+pub struct Norm<'a, T> {
+    /// What is computed, and how.
+    pub kind: NormKind,
+    /// `[D]`; of heads `[2, H]`: queries, keys.
+    pub weight: View<'a, T>,
+    /// [`NormKind::row_scratch`] elements, or of heads [`NormKind::head_scratch`], at least. A backward finds here what
+    /// the forward of the same rows has left.
+    pub scratch: ViewMut<'a, T>,
 }
 
 /// Rotary tables, and the positions of the rows that they are applied to.
@@ -274,8 +284,8 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
         shape: LinearShape,
     );
 
-    /// RMS norm over rows of `weight.len()`: `out = x / sqrt(mean(x²) + 1e-6) · weight`.
-    fn norm(&self, out: Out<'_, Self>, x: In<'_, Self>, weight: In<'_, Self>);
+    /// `out = norm(x)` over rows of as many elements as the norm has weights.
+    fn norm(&self, out: Out<'_, Self>, x: In<'_, Self>, norm: Norm<'_, Self::Buffer<f32>>);
 
     /// `sum = x + delta`, `out = norm(sum)`.
     fn add_norm(
@@ -284,44 +294,40 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
         out: Out<'_, Self>,
         x: In<'_, Self>,
         delta: In<'_, Self>,
-        weight: In<'_, Self>,
+        norm: Norm<'_, Self::Buffer<f32>>,
     );
 
     /// Gradients of the norm: `weight_gradient` is overwritten, `x_gradient` is added to if `accumulate`
     /// (the residual path has put its part there), else overwritten.
-    /// `scratch` holds `ceil(R / ROW_BLOCK) · D` elements.
     fn norm_backward(
         &self,
         x_gradient: Out<'_, Self>,
         weight_gradient: Out<'_, Self>,
         gradient: In<'_, Self>,
         x: In<'_, Self>,
-        weight: In<'_, Self>,
+        norm: Norm<'_, Self::Buffer<f32>>,
         accumulate: bool,
-        scratch: Out<'_, Self>,
     );
 
-    /// Packed rows with query and key heads normed (weights `[2, H]`: queries, keys) and rotated; values copied.
+    /// Packed rows with query and key heads normed and rotated; values copied.
     fn qk_norm_rope(
         &self,
         out: Out<'_, Self>,
         packed: In<'_, Self>,
-        weights: In<'_, Self>,
+        norm: Norm<'_, Self::Buffer<f32>>,
         rope: Rope<'_, Self::Buffer<f32>>,
         heads: Heads,
     );
 
     /// Replaces `packed` by its gradient, and overwrites the gradients of the two norm weights (`[2, H]`).
-    /// `scratch` holds `ceil(R / ROW_BLOCK) · 2H` elements.
     fn qk_norm_rope_backward(
         &self,
         packed: Out<'_, Self>,
         weights_gradient: Out<'_, Self>,
         gradient: In<'_, Self>,
-        weights: In<'_, Self>,
+        norm: Norm<'_, Self::Buffer<f32>>,
         rope: Rope<'_, Self::Buffer<f32>>,
         heads: Heads,
-        scratch: Out<'_, Self>,
     );
 
     /// Causal attention with grouped queries, of packed rows: `out` is `[R, query_width]`, `lse` the logsumexp of the

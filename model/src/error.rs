@@ -49,6 +49,15 @@ pub enum ModelError {
         /// What is wrong, and what is accepted.
         problem: String,
     },
+    /// A model that the Hugging Face layout has no word for.
+    #[error(
+        "a model with model.norm = {norm:?} has no Hugging Face layout: OpenELM's code there knows RMS norm alone; \
+         set checkpoint.export = false"
+    )]
+    NoLayout {
+        /// Name of its norm.
+        norm: &'static str,
+    },
     /// Tensor bytes that are not those of this model.
     #[error("tensors refused: {0}")]
     Tensors(String),
@@ -71,7 +80,8 @@ impl ModelError {
             | Self::Batch(_)
             | Self::GradientRange { .. }
             | Self::GradientNorm { .. }
-            | Self::Format { .. } => ErrorKind::InvalidInput,
+            | Self::Format { .. }
+            | Self::NoLayout { .. } => ErrorKind::InvalidInput,
             Self::File { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
                 ErrorKind::InvalidInput
             }

@@ -13,7 +13,7 @@ use ulmus_plan::{ModelConfig, Precision};
 use crate::backend::{Backend, Heads, IGNORE, Span, View, ViewMut};
 use crate::error::ModelError;
 use crate::format::WeightFormat;
-use crate::network::{Planner, RopeTables, heads, read, write};
+use crate::network::{Norms, Planner, RopeTables, heads, read, write};
 use crate::params::{LayerLayout, Layout};
 use crate::sample::{Sampler, Sampling};
 
@@ -156,6 +156,7 @@ pub struct Generator<B: Backend> {
     branch: B::Buffer<f32>,
     gate_up: B::Buffer<f32>,
     gated: B::Buffer<f32>,
+    norms: Norms<B>,
     cross_entropy: B::Buffer<f32>,
     logits: B::Buffer<f32>,
     /// Tokens of a pass that come one by one.
@@ -213,6 +214,7 @@ impl<B: Backend> Generator<B> {
             branch: plan.buffer(rows * d)?,
             gate_up: plan.buffer(rows * 2 * ffn)?,
             gated: plan.buffer(rows * ffn)?,
+            norms: Norms::new(plan, config, rows)?,
             cross_entropy: plan.buffer(rows)?,
             logits: plan.buffer(SCORE_ROWS.max(sequences) * config.vocab_size)?,
             tokens: Vec::with_capacity(sequences),
@@ -426,7 +428,7 @@ impl<B: Backend> Generator<B> {
     /// the final norm's output in `normed`.
     fn advance(&mut self, tokens: &[u32], place: impl FnOnce(&mut Vec<Span>, &[usize])) {
         let Self { model, rope, cache, ids, stream, next_stream, normed, packed, rotated, .. } = self;
-        let Self { attended, branch, gate_up, gated, positions, spans, .. } = self;
+        let Self { attended, branch, gate_up, gated, norms, positions, spans, .. } = self;
         spans.clear();
         place(spans, positions);
         let (backend, d, rows) = (&model.backend, model.config.model_dim, tokens.len());
@@ -435,7 +437,7 @@ impl<B: Backend> Generator<B> {
         for (index, (layer, cache)) in model.layers.iter().zip(cache).enumerate() {
             let (heads, ffn) = (layer.heads, layer.ffn);
             let (width, query_width) = (heads.packed_width(), heads.query_width());
-            let attn_norm = read(&layer.attn_norm, d);
+            let attn_norm = norms.of(read(&layer.attn_norm, d));
             if index == 0 {
                 backend.norm(write(normed, rows * d), read(stream, rows * d), attn_norm);
             } else {
@@ -455,7 +457,7 @@ impl<B: Backend> Generator<B> {
                 backend.qk_norm_rope(
                     ViewMut::new(rotated, elements.clone()),
                     View::new(packed, elements),
-                    read(&layer.qk_norm, 2 * heads.width),
+                    norms.of(read(&layer.qk_norm, 2 * heads.width)),
                     rope.at(span.position, span.rows),
                     heads,
                 );
@@ -474,7 +476,7 @@ impl<B: Backend> Generator<B> {
                 write(normed, rows * d),
                 read(stream, rows * d),
                 read(branch, rows * d),
-                read(&layer.ffn_norm, d),
+                norms.of(read(&layer.ffn_norm, d)),
             );
             std::mem::swap(stream, next_stream);
             let normed = read(normed, rows * d);
@@ -487,7 +489,7 @@ impl<B: Backend> Generator<B> {
             write(normed, rows * d),
             read(stream, rows * d),
             read(branch, rows * d),
-            read(&model.final_norm, d),
+            norms.of(read(&model.final_norm, d)),
         );
         for span in &*spans {
             positions[span.sequence] += span.rows;

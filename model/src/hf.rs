@@ -11,7 +11,7 @@ use std::io::BufReader;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use ulmus_plan::{ModelConfig, Multipliers};
+use ulmus_plan::{ModelConfig, Multipliers, NormKind};
 use ulmus_types::Problems;
 
 use crate::error::ModelError;
@@ -117,6 +117,7 @@ impl ConfigFile {
             ffn_multipliers: self.ffn_multipliers,
             ffn_dim_divisor: self.ffn_dim_divisor,
             rope_freq_constant: self.rope_freq_constant.unwrap_or(10_000.0),
+            norm: NormKind::Rms,
         };
         let mut problems = Problems::new();
         config.check("model", &mut problems);
@@ -228,9 +229,15 @@ struct ExportedConfig<'a> {
 }
 
 /// The text of `config.json`.
-pub fn config_json(config: &ModelConfig, tokens: SpecialTokens) -> String {
+///
+/// # Errors
+/// [`ModelError::NoLayout`] for a model whose norms are not RMS norms.
+pub fn config_json(config: &ModelConfig, tokens: SpecialTokens) -> Result<String, ModelError> {
+    if config.norm == NormKind::Layer {
+        return Err(ModelError::NoLayout { norm: config.norm.name() });
+    }
     let layers = config.layers();
-    json(&ExportedConfig {
+    Ok(json(&ExportedConfig {
         architectures: ["OpenELMForCausalLM"],
         model_type: "openelm",
         vocab_size: config.vocab_size,
@@ -257,7 +264,7 @@ pub fn config_json(config: &ModelConfig, tokens: SpecialTokens) -> String {
         bos_token_id: tokens.bos,
         eos_token_id: tokens.eos,
         torch_dtype: "float32",
-    })
+    }))
 }
 
 /// The text of `generation_config.json`.
@@ -276,7 +283,7 @@ fn json(value: &impl Serialize) -> String {
 ///
 /// # Errors
 /// [`ModelError::File`] if a file cannot be written; [`ModelError::Tensors`] if there is not one weight per
-/// parameter.
+/// parameter; [`ModelError::NoLayout`] for a model whose norms are not RMS norms.
 pub fn write(
     directory: &Path,
     config: &ModelConfig,
@@ -285,10 +292,9 @@ pub fn write(
 ) -> Result<(), ModelError> {
     let layout = Layout::new(config);
     layout.check_len(weights)?;
+    let config = config_json(config, tokens)?;
     std::fs::create_dir_all(directory).map_err(ModelError::file("write", directory))?;
-    for (name, text) in
-        [(CONFIG, config_json(config, tokens)), (GENERATION_CONFIG, generation_config_json(tokens))]
-    {
+    for (name, text) in [(CONFIG, config), (GENERATION_CONFIG, generation_config_json(tokens))] {
         let path = directory.join(name);
         std::fs::write(&path, text).map_err(ModelError::file("write", &path))?;
     }

@@ -23,7 +23,7 @@ mod sample;
 mod tensors;
 
 pub use backend::{
-    AdamW, AttentionShape, BLOCK, Backend, Element, HeadGradients, Heads, IGNORE, In, LinearShape, Out,
+    AdamW, AttentionShape, BLOCK, Backend, Element, HeadGradients, Heads, IGNORE, In, LinearShape, Norm, Out,
     ROW_BLOCK, Rope, Span, View, ViewMut,
 };
 pub use batch::{BatchShape, LossSum, MicroBatch};

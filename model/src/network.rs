@@ -8,10 +8,10 @@
 //!
 //! `x` is the residual stream: `x = embedding`, per layer `x += attention(norm(x))`, `x += ffn(norm(x))`.
 
-use ulmus_plan::{HEAD_ROWS, ModelConfig};
+use ulmus_plan::{HEAD_ROWS, ModelConfig, NormKind};
 
 use crate::backend::{
-    AttentionShape, Backend, Element, HeadGradients, Heads, LinearShape, ROW_BLOCK, Rope, View, ViewMut,
+    AttentionShape, Backend, Element, HeadGradients, Heads, LinearShape, Norm, Rope, View, ViewMut,
 };
 use crate::batch::{BatchShape, MicroBatch};
 use crate::error::ModelError;
@@ -83,6 +83,30 @@ fn rope_tables(head_dim: usize, base: f64, positions: usize) -> (Vec<f32>, Vec<f
     let angles = (0..positions)
         .flat_map(|position| frequencies.iter().map(move |frequency| f64::from(position as f32 * frequency)));
     angles.map(|angle| (angle.cos() as f32, angle.sin() as f32)).unzip()
+}
+
+/// What all norms of a model have in common: their kind, and scratch that they use in turn.
+#[derive(Debug)]
+pub(crate) struct Norms<B: Backend> {
+    kind: NormKind,
+    scratch: B::Buffer<f32>,
+    len: usize,
+}
+
+impl<B: Backend> Norms<B> {
+    pub(crate) fn new(
+        plan: &mut Planner<'_, B>,
+        config: &ModelConfig,
+        rows: usize,
+    ) -> Result<Self, ModelError> {
+        let len = config.norm_scratch(rows);
+        Ok(Self { kind: config.norm, scratch: plan.buffer(len)?, len })
+    }
+
+    /// The norm with those weights.
+    pub(crate) fn of<'a>(&'a mut self, weight: View<'a, B::Buffer<f32>>) -> Norm<'a, B::Buffer<f32>> {
+        Norm { kind: self.kind, weight, scratch: write(&mut self.scratch, self.len) }
+    }
 }
 
 /// What the backward of one layer needs from its forward and cannot make again cheaply.
@@ -158,8 +182,7 @@ struct Scratch<B: Backend> {
     branch: B::Buffer<f32>,
     /// Gradient of the residual stream.
     stream: B::Buffer<f32>,
-    /// Partial sums of the gradients of norm weights.
-    partial: B::Buffer<f32>,
+    norms: Norms<B>,
     /// Logits of some rows.
     logits: B::Buffer<f32>,
     logits_len: usize,
@@ -213,7 +236,7 @@ impl<B: Backend> Network<B> {
             gated: plan.buffer(rows * widest.ffn)?,
             branch: plan.buffer(rows * d.max(widest.query))?,
             stream: plan.buffer(rows * d)?,
-            partial: plan.buffer(rows.div_ceil(ROW_BLOCK) * d.max(2 * config.head_dim))?,
+            norms: Norms::new(plan, config, rows)?,
             logits: plan.buffer(logits_len)?,
             logits_len,
         };
@@ -287,7 +310,7 @@ impl<B: Backend> Network<B> {
                 write(&mut scratch.normed, rows * d),
                 read(&kept.middle, rows * d),
                 read(&scratch.branch, rows * d),
-                View::new(weights, next_norm),
+                scratch.norms.of(View::new(weights, next_norm)),
             );
         }
     }
@@ -298,7 +321,7 @@ impl<B: Backend> Network<B> {
         self.backend.norm(
             write(&mut self.scratch.normed, len),
             read(&self.x[layer], len),
-            View::new(weights, self.layout.layers()[layer].attn_norm.clone()),
+            self.scratch.norms.of(View::new(weights, self.layout.layers()[layer].attn_norm.clone())),
         );
     }
 
@@ -320,7 +343,7 @@ impl<B: Backend> Network<B> {
         backend.qk_norm_rope(
             write(&mut scratch.rotated, packed),
             read(&kept.packed, packed),
-            weight(&at.qk_norm),
+            scratch.norms.of(weight(&at.qk_norm)),
             rope.at(0, self.length),
             heads,
         );
@@ -342,7 +365,7 @@ impl<B: Backend> Network<B> {
             write(&mut scratch.normed, rows * d),
             read(&x[layer], rows * d),
             read(&scratch.branch, rows * d),
-            weight(&at.ffn_norm),
+            scratch.norms.of(weight(&at.ffn_norm)),
         );
         backend.linear(
             write(&mut kept.gate_up, rows * 2 * ffn),
@@ -388,15 +411,14 @@ impl<B: Backend> Network<B> {
     ) {
         self.head(weights, Some((gradient, z_loss)));
         let (rows, d, layers) = (self.rows(), self.model_dim, self.layout.layers().len());
-        let Scratch { stream, branch, partial, .. } = &mut self.scratch;
+        let Scratch { stream, branch, norms, .. } = &mut self.scratch;
         self.backend.norm_backward(
             write(stream, rows * d),
             ViewMut::new(gradient, self.layout.final_norm()),
             read(branch, rows * d),
             read(&self.x[layers], rows * d),
-            View::new(weights, self.layout.final_norm()),
+            norms.of(View::new(weights, self.layout.final_norm())),
             false,
-            write(partial, rows.div_ceil(ROW_BLOCK) * d),
         );
         for layer in (0..layers).rev() {
             // The last layer's activations are there in any case.
@@ -446,7 +468,8 @@ impl<B: Backend> Network<B> {
 
         let shape = LinearShape { rows, inputs: d, outputs: 2 * ffn };
         let middle = || read(&kept.middle, rows * d);
-        backend.norm(write(&mut scratch.normed, rows * d), middle(), weight(&at.ffn_norm));
+        let norm = scratch.norms.of(weight(&at.ffn_norm));
+        backend.norm(write(&mut scratch.normed, rows * d), middle(), norm);
         backend.linear_backward_weight(
             ViewMut::new(gradient, at.proj_1.clone()),
             read(&kept.gate_up, rows * 2 * ffn),
@@ -464,9 +487,8 @@ impl<B: Backend> Network<B> {
             ViewMut::new(gradient, at.ffn_norm.clone()),
             read(&scratch.normed, rows * d),
             middle(),
-            weight(&at.ffn_norm),
+            scratch.norms.of(weight(&at.ffn_norm)),
             true,
-            write(&mut scratch.partial, rows.div_ceil(ROW_BLOCK) * d),
         );
     }
 
@@ -496,7 +518,7 @@ impl<B: Backend> Network<B> {
         backend.qk_norm_rope(
             write(&mut scratch.rotated, packed),
             read(&kept.packed, packed),
-            weight(&at.qk_norm),
+            scratch.norms.of(weight(&at.qk_norm)),
             rope.at(0, self.length),
             heads,
         );
@@ -513,15 +535,15 @@ impl<B: Backend> Network<B> {
             write(&mut kept.packed, packed),
             ViewMut::new(gradient, at.qk_norm.clone()),
             read(&scratch.rotated_gradient, packed),
-            weight(&at.qk_norm),
+            scratch.norms.of(weight(&at.qk_norm)),
             rope.at(0, self.length),
             heads,
-            write(&mut scratch.partial, rows.div_ceil(ROW_BLOCK) * 2 * self.head_dim),
         );
 
         let shape = LinearShape { rows, inputs: d, outputs: heads.packed_width() };
         let x = || read(&x[layer], rows * d);
-        backend.norm(write(&mut scratch.normed, rows * d), x(), weight(&at.attn_norm));
+        let norm = scratch.norms.of(weight(&at.attn_norm));
+        backend.norm(write(&mut scratch.normed, rows * d), x(), norm);
         backend.linear_backward_weight(
             ViewMut::new(gradient, at.qkv.clone()),
             read(&kept.packed, packed),
@@ -539,9 +561,8 @@ impl<B: Backend> Network<B> {
             ViewMut::new(gradient, at.attn_norm.clone()),
             read(&scratch.normed, rows * d),
             x(),
-            weight(&at.attn_norm),
+            scratch.norms.of(weight(&at.attn_norm)),
             true,
-            write(&mut scratch.partial, rows.div_ceil(ROW_BLOCK) * d),
         );
     }
 
@@ -624,7 +645,10 @@ mod tests {
         let pieces = pieces();
         let (x, weight) = (pieces("rmsnorm.x"), pieces("rmsnorm.weight"));
         let mut out = vec![0.0; x.len()];
-        Cpu::new(1).norm(write(&mut out, x.len()), read(&x, x.len()), read(&weight, weight.len()));
+        let (cpu, config) = (Cpu::new(1), ModelConfig::default());
+        let mut norms = Norms::new(&mut Planner::new(&cpu), &config, x.len() / weight.len()).unwrap();
+        let norm = norms.of(read(&weight, weight.len()));
+        cpu.norm(write(&mut out, x.len()), read(&x, x.len()), norm);
         assert_close(&out, &pieces("rmsnorm.y"), 1e-6);
     }
 
@@ -635,6 +659,7 @@ mod tests {
         let cpu = Cpu::new(1);
         let config = ModelConfig { head_dim: 32, ..ModelConfig::default() };
         let rope = RopeTables::new(&mut Planner::new(&cpu), &config, 9).unwrap();
+        let mut norms = Norms::new(&mut Planner::new(&cpu), &config, 9).unwrap();
         let heads = Heads { query: 1, key_value: 1, width: 32 };
         // [heads, rows, 32]: queries are the last three of nine positions.
         for (name, count, first) in [("q", 3, 6), ("k", 9, 0)] {
@@ -647,7 +672,7 @@ mod tests {
                 cpu.qk_norm_rope(
                     write(&mut out, packed.len()),
                     read(&packed, packed.len()),
-                    read(&vec![1.0; 64], 64),
+                    norms.of(read(&vec![1.0; 64], 64)),
                     rope.at(first, count),
                     heads,
                 );

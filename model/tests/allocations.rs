@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use ulmus_model::{
     Backend, BatchShape, Cpu, Generator, MicroBatch, Model, Quantum, Replica, Sampler, Sampling, WeightFormat,
 };
-use ulmus_plan::{ModelConfig, Multipliers, Precision, TrainConfig};
+use ulmus_plan::{ModelConfig, Multipliers, NormKind, Precision, TrainConfig};
 
 struct Counting;
 
@@ -58,7 +58,12 @@ fn steps_allocate_nothing() {
     let recipe = TrainConfig::default();
     let tokens: Vec<u32> = (0..256).map(|i| i * 7 % 512).collect();
     let batch = MicroBatch::of_whole_documents(2, 128, tokens.clone(), tokens);
-    for (precision, recompute) in [(Precision::F32, false), (Precision::Bf16, true)] {
+    for (precision, recompute, norm) in [
+        (Precision::F32, false, NormKind::Rms),
+        (Precision::Bf16, true, NormKind::Layer),
+        (Precision::F32, true, NormKind::NaiveRms),
+    ] {
+        let config = ModelConfig { norm, ..config.clone() };
         let backend = Cpu::new(THREADS).with_precision(precision);
         let shape = BatchShape { sequences: 2, length: 128, recompute };
         let mut replica = Replica::new(backend, &config, shape, 1e-4).unwrap();
@@ -102,8 +107,11 @@ fn a_decoded_token_allocates_nothing() {
     };
     let parameters = ulmus_model::Layout::new(&config).parameters();
     let weights: Vec<f32> = (0..parameters).map(|i| ((i * 31 % 101) as f32 - 50.0) * 2e-3).collect();
+    let every = WeightFormat::ALL.map(|format| (format, NormKind::Rms));
+    let norms = [NormKind::NaiveRms, NormKind::Layer].map(|norm| (WeightFormat::F32, norm));
     for threads in [1, 3] {
-        for format in WeightFormat::ALL {
+        for (format, norm) in every.into_iter().chain(norms) {
+            let config = ModelConfig { norm, ..config.clone() };
             let model = Model::in_format(Cpu::new(threads), &config, &weights, format).unwrap();
             let mut generator = Generator::with_sequences(Arc::new(model), 300, 2).unwrap();
             let mut sampler = Sampler::new(Sampling::new(0.9, Some(50), 0.95).unwrap(), 1, 0);
@@ -121,8 +129,9 @@ fn a_decoded_token_allocates_nothing() {
             }
             let made = ALLOCATIONS.load(Ordering::Relaxed) - before;
             let queue = 2 * 60_usize.div_ceil(QUEUE_BLOCK) + 1;
-            let most = if threads == 1 { queue } else { queue + 2 * threads };
-            assert!(made <= most, "{format}, {threads} threads: {made} allocations for 120 tokens");
+            // Of three threads, one or two may have had no work until now; five pieces of scratch each.
+            let most = if threads == 1 { queue } else { queue + 5 * (threads - 1) };
+            assert!(made <= most, "{format}, {norm:?}, {threads} threads: {made} allocations for 120 tokens");
         }
     }
 }

@@ -11,7 +11,7 @@ use common::largest_difference;
 use ulmus_model::{
     BatchShape, Cpu, Generator, IGNORE, MicroBatch, Model, ModelError, Replica, WeightFormat, greedy,
 };
-use ulmus_plan::{ModelConfig, Multipliers};
+use ulmus_plan::{ModelConfig, Multipliers, NormKind};
 
 fn config() -> ModelConfig {
     ModelConfig {
@@ -25,13 +25,18 @@ fn config() -> ModelConfig {
         ffn_multipliers: Multipliers::Layers(vec![0.5, 2.0]),
         ffn_dim_divisor: 20,
         rope_freq_constant: 10_000.0,
+        norm: NormKind::Rms,
     }
 }
 
 fn model() -> Arc<Model<Cpu>> {
-    let mut replica = Replica::new(Cpu::new(1), &config(), BatchShape::new(1, 1), 0.0).unwrap();
+    model_of(&config())
+}
+
+fn model_of(config: &ModelConfig) -> Arc<Model<Cpu>> {
+    let mut replica = Replica::new(Cpu::new(1), config, BatchShape::new(1, 1), 0.0).unwrap();
     replica.initialise(5);
-    Arc::new(Model::new(Cpu::new(2), &config(), &replica.state().weights).unwrap())
+    Arc::new(Model::new(Cpu::new(2), config, &replica.state().weights).unwrap())
 }
 
 fn text(len: usize) -> Vec<u32> {
@@ -63,24 +68,38 @@ fn a_prompt_may_come_in_any_pieces() {
 
 #[test]
 fn scores_are_those_of_the_training_loss() {
-    let model = model();
+    for norm in NormKind::ALL {
+        scores_are_those_of(&ModelConfig { norm, ..config() });
+    }
+}
+
+fn scores_are_those_of(config: &ModelConfig) {
+    let model = model_of(config);
     let text = text(301);
     let (inputs, mut targets) = (text[..300].to_vec(), text[1..].to_vec());
     targets[..20].fill(IGNORE);
-    let mut replica = Replica::new(Cpu::new(2), &config(), BatchShape::new(1, 300), 0.0).unwrap();
+    let mut replica = Replica::new(Cpu::new(2), config, BatchShape::new(1, 300), 0.0).unwrap();
     replica.initialise(5);
     let batch = MicroBatch::of_whole_documents(1, 300, inputs.clone(), targets.clone());
     let loss = replica.loss(&batch).unwrap();
-    let mut generator = Generator::new(model, 300).unwrap();
+    let mut generator = Generator::new(Arc::clone(&model), 300).unwrap();
     let scores = generator.score(&inputs, &targets).unwrap();
     assert!(scores[..20].iter().all(|score| *score == 0.0));
     let total: f64 = scores.iter().map(|score| f64::from(*score)).sum();
-    assert!((total / loss.ce - 1.0).abs() < 1e-6);
+    assert!((total / loss.ce - 1.0).abs() < 1e-6, "{:?}", config.norm);
     // In two windows over one cache.
     generator.reset();
     let mut windows = generator.score(&inputs[..130], &targets[..130]).unwrap();
     windows.extend(generator.score(&inputs[130..], &targets[130..]).unwrap());
     assert!(largest_difference(&windows, &scores) < f64::from(LOGITS));
+    // Token by token, beside another text.
+    let mut generator = Generator::with_sequences(model, 300, 2).unwrap();
+    for (index, (token, target)) in inputs.iter().zip(&targets).enumerate().take(40) {
+        let logits = generator.feed_each(&[(0, *token), (1, 7)]).unwrap()[..211].to_vec();
+        let lse = logits.iter().map(|logit| f64::from(*logit).exp()).sum::<f64>().ln();
+        let score = lse - f64::from(logits[*target as usize % 211]);
+        assert!(*target == IGNORE || (score - f64::from(scores[index])).abs() < f64::from(LOGITS));
+    }
 }
 
 #[test]

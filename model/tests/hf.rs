@@ -15,7 +15,7 @@ use safetensors::tensor::TensorView;
 use tempfile::TempDir;
 use ulmus_model::hf::{self, HfModel, SpecialTokens};
 use ulmus_model::{Layout, ModelError, weights_from_safetensors, weights_to_safetensors};
-use ulmus_plan::{ModelConfig, Multipliers};
+use ulmus_plan::{ModelConfig, Multipliers, NormKind};
 use ulmus_types::ErrorKind;
 
 fn config() -> ModelConfig {
@@ -30,6 +30,7 @@ fn config() -> ModelConfig {
         ffn_multipliers: Multipliers::Layers(vec![0.5, 2.0]),
         ffn_dim_divisor: 8,
         rope_freq_constant: 10_000.0,
+        norm: NormKind::Rms,
     }
 }
 
@@ -103,10 +104,27 @@ fn what_is_written_can_be_read() {
 }
 
 #[test]
+fn a_norm_is_exported_if_the_layout_has_a_word_for_its_mathematics() {
+    let (of, tokens) = (|norm| ModelConfig { norm, ..config() }, SpecialTokens::default());
+    let text = |norm| hf::config_json(&of(norm), tokens).unwrap();
+    assert_eq!(text(NormKind::NaiveRms), text(NormKind::Rms));
+    let directory = TempDir::new().unwrap();
+    hf::write(directory.path(), &of(NormKind::NaiveRms), &weights(), tokens).unwrap();
+    assert_eq!(hf::read(directory.path()).unwrap().config.norm, NormKind::Rms);
+
+    let path = directory.path().join("layer");
+    let error = hf::write(&path, &of(NormKind::Layer), &weights(), tokens).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    assert!(error.to_string().contains("\"layer\""), "{error}");
+    assert!(!path.exists(), "nothing was written");
+}
+
+#[test]
 fn the_published_field_layout_is_kept() {
     let (config, tokens) = hf::read_config(&golden("")).unwrap();
     assert_eq!(config.num_gqa_groups, 2);
-    let written: serde_json::Value = serde_json::from_str(&hf::config_json(&config, tokens)).unwrap();
+    let written: serde_json::Value =
+        serde_json::from_str(&hf::config_json(&config, tokens).unwrap()).unwrap();
     let golden = json("config.json");
     for (key, value) in golden.as_object().unwrap() {
         let equal = match (value.as_f64(), written[key].as_f64()) {

@@ -5,9 +5,11 @@
 
 use proptest::prelude::*;
 use ulmus_model::{
-    AdamW, AttentionShape, BLOCK, Backend, Cpu, Element, HeadGradients, Heads, IGNORE, LinearShape, Quantum,
-    ROW_BLOCK, Rope, View, ViewMut,
+    AdamW, AttentionShape, BLOCK, Backend, Cpu, Element, HeadGradients, Heads, IGNORE, LinearShape, Norm,
+    Quantum, ROW_BLOCK, Rope, View, ViewMut,
 };
+use ulmus_plan::NormKind;
+use ulmus_types::Digest;
 
 /// Relative L2 of a float32 kernel's output.
 const FORWARD: f64 = 1e-5;
@@ -102,54 +104,87 @@ fn check(
     }
 }
 
-fn reference_norm(x: &[f64], weight: &[f64]) -> Vec<f64> {
+fn reference_norm(kind: NormKind, x: &[f64], weight: &[f64]) -> Vec<f64> {
     let d = weight.len();
     x.chunks(d)
         .flat_map(|x| {
-            let scale = 1.0 / (x.iter().map(|x| x * x).sum::<f64>() / d as f64 + 1e-6).sqrt();
-            x.iter().zip(weight).map(move |(x, w)| x * scale * w).collect::<Vec<_>>()
+            let (mean, epsilon) = match kind {
+                NormKind::Layer => (x.iter().sum::<f64>() / d as f64, 1e-5),
+                NormKind::Rms | NormKind::NaiveRms => (0.0, 1e-6),
+            };
+            let squares: f64 = x.iter().map(|x| (x - mean).powi(2)).sum();
+            let scale = 1.0 / (squares / d as f64 + epsilon).sqrt();
+            x.iter().zip(weight).map(move |(x, w)| (x - mean) * scale * w).collect::<Vec<_>>()
         })
         .collect()
 }
 
-fn norm<B: Backend>(device: &Device<B>) {
-    let (rows, d) = (ROW_BLOCK + 6, 20);
-    let (x, weight, upstream, residual) =
-        (random(rows * d, 1), random(d, 2), random(rows * d, 3), random(rows * d, 4));
-    let (x_, weight_, upstream_) = (device.put(&x), device.put(&weight), device.put(&upstream));
-    let out = device.fill(rows * d, |out| device.0.norm(out, all(&x_, rows * d), all(&weight_, d)));
-    for accumulate in [false, true] {
-        let mut x_gradient = device.put(&residual);
-        let mut scratch = device.put(&vec![f32::NAN; rows.div_ceil(ROW_BLOCK) * d]);
-        let weight_gradient = device.fill(d, |weight_gradient| {
-            device.0.norm_backward(
-                all_mut(&mut x_gradient, rows * d),
-                weight_gradient,
-                all(&upstream_, rows * d),
-                all(&x_, rows * d),
-                all(&weight_, d),
-                accumulate,
-                all_mut(&mut scratch, rows.div_ceil(ROW_BLOCK) * d),
-            );
-        });
-        let mut x_gradient = device.get(&x_gradient, rows * d);
-        if accumulate {
-            x_gradient.iter_mut().zip(&residual).for_each(|(total, residual)| *total -= residual);
-        }
-        let reference = |inputs: &[Vec<f64>]| reference_norm(&inputs[0], &inputs[1]);
-        check("norm", reference, &[&x, &weight], &out, &upstream, &[&x_gradient, &weight_gradient]);
+/// A norm, and scratch that begins as NaN.
+struct NormOnDevice<B: Backend> {
+    kind: NormKind,
+    weight: (B::Buffer<f32>, usize),
+    scratch: (B::Buffer<f32>, usize),
+}
+
+impl<B: Backend> NormOnDevice<B> {
+    fn new(device: &Device<B>, kind: NormKind, weight: &[f32], scratch: usize) -> Self {
+        let scratch = (device.put(&vec![f32::NAN; scratch]), scratch);
+        Self { kind, weight: (device.put(weight), weight.len()), scratch }
     }
 
-    let delta = random(rows * d, 5);
-    let delta_ = device.put(&delta);
-    let mut sum = device.put(&vec![f32::NAN; rows * d]);
-    let out = device.fill(rows * d, |out| {
-        let sum = all_mut(&mut sum, rows * d);
-        device.0.add_norm(sum, out, all(&x_, rows * d), all(&delta_, rows * d), all(&weight_, d));
+    fn view(&mut self) -> Norm<'_, B::Buffer<f32>> {
+        let Self { kind, weight, scratch } = self;
+        Norm { kind: *kind, weight: all(&weight.0, weight.1), scratch: all_mut(&mut scratch.0, scratch.1) }
+    }
+}
+
+/// Output of a norm, and the gradients of rows (added to what is given, if anything) and weights.
+fn pass_norm<B: Backend>(
+    device: &Device<B>,
+    kind: NormKind,
+    [x, weight, upstream]: [&[f32]; 3],
+    residual: Option<&[f32]>,
+) -> [Vec<f32>; 3] {
+    let (len, d) = (x.len(), weight.len());
+    let mut norm = NormOnDevice::new(device, kind, weight, kind.row_scratch(len / d, d));
+    let (x, upstream) = (device.put(x), device.put(upstream));
+    let out = device.fill(len, |out| device.0.norm(out, all(&x, len), norm.view()));
+    let mut x_gradient = device.put(&residual.map_or_else(|| vec![f32::NAN; len], <[f32]>::to_vec));
+    let weight_gradient = device.fill(d, |weight_gradient| {
+        let (x_gradient, accumulate) = (all_mut(&mut x_gradient, len), residual.is_some());
+        let (upstream, x) = (all(&upstream, len), all(&x, len));
+        device.0.norm_backward(x_gradient, weight_gradient, upstream, x, norm.view(), accumulate);
     });
-    let expected: Vec<f64> = wide(&x).iter().zip(wide(&delta)).map(|(x, delta)| x + delta).collect();
-    assert_close("add_norm, sum", &device.get(&sum, rows * d), &expected, FORWARD);
-    assert_close("add_norm", &out, &reference_norm(&expected, &wide(&weight)), FORWARD);
+    [out, device.get(&x_gradient, len), weight_gradient]
+}
+
+fn norm<B: Backend>(device: &Device<B>, kind: NormKind) {
+    for (rows, d) in [(ROW_BLOCK + 6, 20), (1, 33), (2 * ROW_BLOCK + 1, 7)] {
+        let (x, weight, upstream, residual) =
+            (random(rows * d, 1), random(d, 2), random(rows * d, 3), random(rows * d, 4));
+        let reference = |inputs: &[Vec<f64>]| reference_norm(kind, &inputs[0], &inputs[1]);
+        for residual in [None, Some(residual.as_slice())] {
+            let given = [x.as_slice(), &weight, &upstream];
+            let [out, mut x_gradient, weight_gradient] = pass_norm(device, kind, given, residual);
+            for (total, residual) in x_gradient.iter_mut().zip(residual.into_iter().flatten()) {
+                *total -= residual;
+            }
+            let gradients: [&[f32]; 2] = [&x_gradient, &weight_gradient];
+            check(kind.name(), reference, &[&x, &weight], &out, &upstream, &gradients);
+        }
+
+        let (len, delta) = (rows * d, random(rows * d, 5));
+        let (x_, delta_) = (device.put(&x), device.put(&delta));
+        let mut sum = device.put(&vec![f32::NAN; len]);
+        let mut norm = NormOnDevice::new(device, kind, &weight, kind.row_scratch(rows, d));
+        let out = device.fill(len, |out| {
+            let (x, delta) = (all(&x_, len), all(&delta_, len));
+            device.0.add_norm(all_mut(&mut sum, len), out, x, delta, norm.view());
+        });
+        let expected: Vec<f64> = wide(&x).iter().zip(wide(&delta)).map(|(x, delta)| x + delta).collect();
+        assert_close("add_norm, sum", &device.get(&sum, len), &expected, FORWARD);
+        assert_close("add_norm", &out, &reference_norm(kind, &expected, &wide(&weight)), FORWARD);
+    }
 }
 
 fn linear<B: Backend>(device: &Device<B>) {
@@ -218,56 +253,87 @@ fn swiglu<B: Backend>(device: &Device<B>) {
     check("swiglu", reference, &[&x], &out, &upstream, &[&gradient]);
 }
 
-fn qk_norm_rope<B: Backend>(device: &Device<B>) {
-    let heads = Heads { query: 4, key_value: 2, width: 6 };
-    let (sequences, length, first) = (2, ROW_BLOCK / 2 + 5, 3);
-    let (rows, width, h, half) = (sequences * length, heads.packed_width(), heads.width, heads.width / 2);
-    let positions = first + length;
-    let angle = |i: usize| (i / half) as f64 * 100f64.powf(-((i % half) as f64) / half as f64);
-    let cos: Vec<f32> = (0..positions * half).map(|i| angle(i).cos() as f32).collect();
-    let sin: Vec<f32> = (0..positions * half).map(|i| angle(i).sin() as f32).collect();
-    let (packed, weights, upstream) = (random(rows * width, 1), random(2 * h, 2), random(rows * width, 3));
-    let (cos_, sin_) = (device.put(&cos), device.put(&sin));
-    let rope = || Rope { cos: all(&cos_, cos.len()), sin: all(&sin_, sin.len()), first, length };
-    let (packed_, weights_, upstream_) = (device.put(&packed), device.put(&weights), device.put(&upstream));
-    let out = device.fill(rows * width, |out| {
-        device.0.qk_norm_rope(out, all(&packed_, rows * width), all(&weights_, 2 * h), rope(), heads);
-    });
-    let mut packed_gradient = device.put(&packed);
-    let scratch_len = rows.div_ceil(ROW_BLOCK) * 2 * h;
-    let mut scratch = device.put(&vec![f32::NAN; scratch_len]);
-    let weights_gradient = device.fill(2 * h, |weights_gradient| {
-        device.0.qk_norm_rope_backward(
-            all_mut(&mut packed_gradient, rows * width),
-            weights_gradient,
-            all(&upstream_, rows * width),
-            all(&weights_, 2 * h),
-            rope(),
-            heads,
-            all_mut(&mut scratch, scratch_len),
-        );
-    });
-    let reference = |inputs: &[Vec<f64>]| {
+/// Packed rows of sequences of `length` whose first position is `first`.
+struct PackedRows {
+    heads: Heads,
+    length: usize,
+    first: usize,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    packed: Vec<f32>,
+    weights: Vec<f32>,
+    upstream: Vec<f32>,
+}
+
+impl PackedRows {
+    fn random(heads: Heads, sequences: usize, length: usize) -> Self {
+        let (len, half, first) = (sequences * length * heads.packed_width(), heads.width / 2, 3);
+        let angle = |i: usize| (i / half) as f64 * 100f64.powf(-((i % half) as f64) / half as f64);
+        let table = |of: fn(f64) -> f64| (0..(first + length) * half).map(|i| of(angle(i)) as f32).collect();
+        let (cos, sin) = (table(f64::cos), table(f64::sin));
+        let (packed, weights, upstream) = (random(len, 1), random(2 * heads.width, 2), random(len, 3));
+        Self { heads, length, first, cos, sin, packed, weights, upstream }
+    }
+
+    /// Output, and the gradients of packed rows and weights.
+    fn pass<B: Backend>(&self, device: &Device<B>, kind: NormKind) -> [Vec<f32>; 3] {
+        let Self { heads, length, first, cos, sin, packed, weights, upstream } = self;
+        let (len, rows) = (packed.len(), packed.len() / heads.packed_width());
+        let (cos_, sin_) = (device.put(cos), device.put(sin));
+        let rope = || {
+            let (cos, sin) = (all(&cos_, cos.len()), all(&sin_, sin.len()));
+            Rope { cos, sin, first: *first, length: *length }
+        };
+        let scratch = kind.head_scratch(rows, [heads.query, heads.key_value], heads.width);
+        let mut norm = NormOnDevice::new(device, kind, weights, scratch);
+        let (packed_, upstream) = (device.put(packed), device.put(upstream));
+        let out = device.fill(len, |out| {
+            device.0.qk_norm_rope(out, all(&packed_, len), norm.view(), rope(), *heads);
+        });
+        let mut gradient = device.put(packed);
+        let weights_gradient = device.fill(weights.len(), |weights_gradient| {
+            let (gradient, upstream) = (all_mut(&mut gradient, len), all(&upstream, len));
+            device.0.qk_norm_rope_backward(gradient, weights_gradient, upstream, norm.view(), rope(), *heads);
+        });
+        [out, device.get(&gradient, len), weights_gradient]
+    }
+
+    fn reference(&self, kind: NormKind, inputs: &[Vec<f64>]) -> Vec<f64> {
+        let (h, half) = (self.heads.width, self.heads.width / 2);
         let mut out = Vec::new();
-        for (row, packed) in inputs[0].chunks(width).enumerate() {
+        for (row, packed) in inputs[0].chunks(self.heads.packed_width()).enumerate() {
             for (head, x) in packed.chunks(h).enumerate() {
-                if head >= heads.query + heads.key_value {
+                if head >= self.heads.query + self.heads.key_value {
                     out.extend(x);
                     continue;
                 }
-                let side = if head < heads.query { 0 } else { h };
-                let x = reference_norm(x, &inputs[1][side..side + h]);
-                let at = (first + row % length) * half;
-                let (cos, sin) = (|i: usize| f64::from(cos[at + i]), |i: usize| f64::from(sin[at + i]));
+                let side = if head < self.heads.query { 0 } else { h };
+                let x = reference_norm(kind, x, &inputs[1][side..side + h]);
+                let at = (self.first + row % self.length) * half;
+                let cos = |i: usize| f64::from(self.cos[at + i]);
+                let sin = |i: usize| f64::from(self.sin[at + i]);
                 out.extend((0..half).map(|i| x[i] * cos(i) - x[half + i] * sin(i)));
                 out.extend((0..half).map(|i| x[half + i] * cos(i) + x[i] * sin(i)));
             }
         }
         out
-    };
-    let packed_gradient = device.get(&packed_gradient, rows * width);
-    let gradients: [&[f32]; 2] = [&packed_gradient, &weights_gradient];
-    check("qk_norm_rope", reference, &[&packed, &weights], &out, &upstream, &gradients);
+    }
+}
+
+fn qk_norm_rope<B: Backend>(device: &Device<B>, kind: NormKind) {
+    let heads = |query, key_value, width| Heads { query, key_value, width };
+    for (heads, sequences, length) in [
+        (heads(4, 2, 6), 2, ROW_BLOCK / 2 + 5),
+        (heads(2, 1, 32), 1, 3),
+        (heads(1, 1, 64), 1, 1),
+        (heads(2, 1, 128), 1, 2),
+    ] {
+        let rows = PackedRows::random(heads, sequences, length);
+        let [out, packed, weights] = rows.pass(device, kind);
+        let what = format!("{} of heads of {}", kind.name(), heads.width);
+        let reference = |inputs: &[Vec<f64>]| rows.reference(kind, inputs);
+        check(&what, reference, &[&rows.packed, &rows.weights], &out, &rows.upstream, &[&packed, &weights]);
+    }
 }
 
 /// Attention over packed rows; `visible` says whether a query row sees a key row of its sequence.
@@ -486,11 +552,13 @@ fn reductions<B: Backend>(device: &Device<B>) {
 /// The conformance suite: what any backend has to pass.
 fn conform<B: Backend>(backend: B) {
     let device = Device(backend);
-    norm(&device);
+    for kind in NormKind::ALL {
+        norm(&device, kind);
+        qk_norm_rope(&device, kind);
+    }
     linear(&device);
     embedding(&device);
     swiglu(&device);
-    qk_norm_rope(&device);
     attention(&device);
     head_loss(&device);
     adamw(&device);
@@ -505,6 +573,69 @@ fn cpu_with_one_thread_conforms() {
 #[test]
 fn cpu_with_three_threads_conforms() {
     conform(Cpu::new(3));
+}
+
+/// Everything that the norms of a kind make of rows that are many pieces of work, and of heads.
+fn all_of_norms(threads: usize, kind: NormKind) -> Vec<f32> {
+    let device = Device(Cpu::new(threads));
+    let (rows, d) = (5 * ROW_BLOCK + 1, 101);
+    let (x, weight, upstream) = (random(rows * d, 1), random(d, 2), random(rows * d, 3));
+    let heads = Heads { query: 3, key_value: 1, width: 22 };
+    let of_rows = pass_norm(&device, kind, [&x, &weight, &upstream], Some(&x));
+    let of_heads = PackedRows::random(heads, 2, 3 * ROW_BLOCK - 1).pass(&device, kind);
+    [of_rows, of_heads].concat().concat()
+}
+
+/// The digests hold for every instruction set: the same test runs with `ULMUS_SIMD`.
+#[test]
+fn norms_have_their_bits_for_any_number_of_threads() {
+    for (kind, bits) in [
+        (NormKind::Rms, "80c77880d546"),
+        (NormKind::NaiveRms, "930f5f148305"),
+        (NormKind::Layer, "6c6cc619490e"),
+    ] {
+        for threads in [1, 2, 3] {
+            let found = Digest::of(bytemuck::cast_slice(&all_of_norms(threads, kind)));
+            assert_eq!(found.short(), bits, "{}, {threads} threads", kind.name());
+        }
+    }
+}
+
+#[test]
+fn naive_and_fused_rms_norms_differ_by_rounding_alone() {
+    let (naive, fused) = (all_of_norms(2, NormKind::NaiveRms), all_of_norms(2, NormKind::Rms));
+    // A few operations, each rounded to 2^-24 of a value.
+    assert_close("naive norms", &naive, &wide(&fused), 3e-7);
+}
+
+/// A value that is no number makes its row, its row's gradient and the gradient of the weights none, and nothing else.
+#[test]
+fn norms_let_nan_through() {
+    let device = Device(Cpu::new(2));
+    let (rows, d, bad) = (ROW_BLOCK + 3, 18, ROW_BLOCK + 1);
+    let (mut x, weight, upstream) = (random(rows * d, 1), random(d, 2), random(rows * d, 3));
+    x[bad * d + 5] = f32::NAN;
+    let heads = Heads { query: 2, key_value: 1, width: 18 };
+    let mut packed = PackedRows::random(heads, 1, rows);
+    let width = heads.packed_width();
+    packed.packed[bad * width + heads.width + 5] = f32::NAN;
+    for kind in NormKind::ALL {
+        let [out, x_gradient, weight_gradient] = pass_norm(&device, kind, [&x, &weight, &upstream], None);
+        for values in [out, x_gradient] {
+            let wrong = |(row, values): (usize, &[f32])| values.iter().any(|x| x.is_nan() != (row == bad));
+            assert!(!values.chunks(d).enumerate().any(wrong), "{}", kind.name());
+        }
+        assert!(weight_gradient.iter().all(|x| x.is_nan()), "{}", kind.name());
+
+        let [out, gradient, weights_gradient] = packed.pass(&device, kind);
+        for values in [out, gradient] {
+            let bad = bad * (width / heads.width) + 1;
+            let wrong = |(head, values): (usize, &[f32])| values.iter().any(|x| x.is_nan() != (head == bad));
+            assert!(!values.chunks(heads.width).enumerate().any(wrong), "heads, {}", kind.name());
+        }
+        let (queries, keys) = weights_gradient.split_at(heads.width);
+        assert!(queries.iter().all(|x| x.is_nan()) && !keys.iter().any(|x| x.is_nan()), "{}", kind.name());
+    }
 }
 
 proptest! {

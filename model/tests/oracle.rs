@@ -8,7 +8,7 @@ mod common;
 use candle_core::{D, Device, Result, Tensor, Var};
 use common::relative_l2;
 use ulmus_model::{BatchShape, Cpu, IGNORE, Layout, MicroBatch, Replica, StatePart};
-use ulmus_plan::{ModelConfig, Multipliers};
+use ulmus_plan::{ModelConfig, Multipliers, NormKind};
 
 const Z_LOSS: f64 = 0.01;
 /// Relative, between float32 and float64.
@@ -28,7 +28,11 @@ impl Oracle<'_> {
     }
 
     fn norm(&self, x: &Tensor, name: &str) -> Result<Tensor> {
-        let scale = (x.sqr()?.mean_keepdim(D::Minus1)? + 1e-6)?.sqrt()?;
+        let (x, epsilon) = match self.config.norm {
+            NormKind::Rms | NormKind::NaiveRms => (x.clone(), 1e-6),
+            NormKind::Layer => (x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?, 1e-5),
+        };
+        let scale = (x.sqr()?.mean_keepdim(D::Minus1)? + epsilon)?.sqrt()?;
         x.broadcast_div(&scale)?.broadcast_mul(self.weight(name))
     }
 
@@ -140,6 +144,12 @@ fn numbers(len: usize, bound: u32, seed: u32) -> Vec<u32> {
 }
 
 fn compare(config: &ModelConfig, sequences: usize, length: usize, seed: u32) {
+    for norm in NormKind::ALL {
+        compare_with(&ModelConfig { norm, ..config.clone() }, sequences, length, seed);
+    }
+}
+
+fn compare_with(config: &ModelConfig, sequences: usize, length: usize, seed: u32) {
     let layout = Layout::new(config);
     let rows = sequences * length;
     let vocabulary = config.vocab_size as u32;
@@ -182,7 +192,7 @@ fn compare(config: &ModelConfig, sequences: usize, length: usize, seed: u32) {
         let expected = gradients.get(variable).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
         let expected: Vec<f32> = expected.iter().map(|x| *x as f32).collect();
         let difference = relative_l2(&gradient[tensor.range.clone()], &expected);
-        assert!(difference < GRADIENT, "{}: {difference:e}", tensor.name);
+        assert!(difference < GRADIENT, "{}, {:?}: {difference:e}", tensor.name, config.norm);
     }
 }
 
@@ -205,6 +215,7 @@ fn config(
         ffn_multipliers,
         ffn_dim_divisor,
         rope_freq_constant: 10_000.0,
+        norm: NormKind::Rms,
     }
 }
 

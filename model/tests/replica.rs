@@ -11,7 +11,7 @@ use ulmus_model::{
     Backend as _, BatchShape, Cpu, IGNORE, LossSum, MicroBatch, ModelError, Quantum, Replica, State,
     StatePart,
 };
-use ulmus_plan::{ModelConfig, Multipliers, Precision, TrainConfig, worker_memory};
+use ulmus_plan::{ModelConfig, Multipliers, NormKind, Precision, TrainConfig, worker_memory};
 
 fn config() -> ModelConfig {
     ModelConfig {
@@ -25,6 +25,7 @@ fn config() -> ModelConfig {
         ffn_multipliers: Multipliers::Layers(vec![0.5, 2.0]),
         ffn_dim_divisor: 20,
         rope_freq_constant: 10_000.0,
+        norm: NormKind::Rms,
     }
 }
 
@@ -101,16 +102,38 @@ fn any_number_of_workers_and_threads_gives_the_same_bits() {
     assert_eq!(run(2, 1, &[4, 1, 5, 3, 2]), reference, "another order");
 }
 
+/// The same data again and again, with every kind of norm; the norm changes what is computed.
+#[test]
+fn training_lowers_the_loss_with_every_norm() {
+    let last = NormKind::ALL.map(|norm| {
+        let config = ModelConfig { norm, ..config() };
+        let mut replica = Replica::new(Cpu::new(2), &config, BatchShape::new(2, 80), 1e-4).unwrap();
+        replica.initialise(11);
+        let mut loss =
+            |step| distributed_step(std::slice::from_mut(&mut replica), &[1, 2], step)[0].0.mean_ce();
+        let first = loss(0);
+        let last = (1..8).map(loss).last().unwrap();
+        assert!(last < first - 1.0, "{}: from {first} to {last}", norm.name());
+        last
+    });
+    assert!(last[0] != last[2], "layer norm is another model");
+    assert!((last[0] / last[1] - 1.0).abs() < 1e-4, "both RMS norms are the same: {last:?}");
+}
+
 #[test]
 fn gradients_have_the_same_bits_for_any_number_of_threads() {
-    let hash = |threads| {
-        let mut replica = replica(threads);
-        let loss = replica.forward_backward(&micro_batch(7)).unwrap();
-        (loss, replica.gradient_hash())
-    };
-    let one = hash(1);
-    assert_eq!(hash(2), one);
-    assert_eq!(hash(3), one);
+    for norm in NormKind::ALL {
+        let config = ModelConfig { norm, ..config() };
+        let hash = |threads| {
+            let mut replica = Replica::new(Cpu::new(threads), &config, BatchShape::new(2, 80), 1e-4).unwrap();
+            replica.initialise(11);
+            let loss = replica.forward_backward(&micro_batch(7)).unwrap();
+            (loss, replica.gradient_hash())
+        };
+        let one = hash(1);
+        assert_eq!(hash(2), one);
+        assert_eq!(hash(3), one);
+    }
 }
 
 #[test]
@@ -312,9 +335,11 @@ fn what_does_not_fit_is_refused() {
 #[test]
 fn memory_is_what_the_plan_says() {
     let shapes = [(1, 1), (2, 80), (3, 7), (1, 96)];
-    for (config, (sequences, length)) in [config(), ModelConfig { model_dim: 24, head_dim: 32, ..config() }]
-        .into_iter()
-        .flat_map(|config| shapes.map(|shape| (config.clone(), shape)))
+    let configs = [config(), ModelConfig { model_dim: 24, head_dim: 32, ..config() }];
+    let configs =
+        configs.iter().flat_map(|config| NormKind::ALL.map(|norm| ModelConfig { norm, ..config.clone() }));
+    for (config, (sequences, length)) in
+        configs.flat_map(|config| shapes.map(|shape| (config.clone(), shape)))
     {
         let train = |count: u64, recompute| TrainConfig {
             sequences: count * sequences as u64,

@@ -56,3 +56,14 @@ fn an_exported_model_is_complete_and_can_be_used() {
     assert!(!text.trim().is_empty());
     assert_eq!(sandbox.evaluator(&generate).succeeds(), text);
 }
+
+#[test]
+fn a_model_that_has_no_such_layout_is_trained_and_measured_without_the_export() {
+    let sandbox = Sandbox::new();
+    let keys = ["train.iterations=20", "checkpoint.average=2", "model.norm=layer", "checkpoint.export=false"];
+    let said = sandbox.coordinator(&keys.map(|key| ["--set", key]).concat()).succeeds();
+    assert!(said.contains("held-out perplexity") && !said.contains("/export"), "{said}");
+    let run = sandbox.run("tiny");
+    assert!(!run.path().join("export").exists());
+    assert_eq!(run.json("results/benchmark.json")["details"]["norm"], "layer");
+}

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
-use ulmus_plan::{Plan, Precision, Preset};
+use ulmus_plan::{ModelConfig, NormKind, Plan, Precision, Preset};
 use ulmus_rt::Failure;
 use ulmus_types::ExitStatus;
 
@@ -43,6 +43,9 @@ pub enum Command {
 pub struct BenchArgs {
     #[command(flatten)]
     subject: Subject,
+    /// Kind of the preset's norms: `rms`, `naive_rms` or `layer`; a plan has its own, `model.norm`.
+    #[arg(long, value_name = "KIND", default_value = "rms", conflicts_with = "plan")]
+    norm: NormKind,
     /// Sequences of the micro-batch [default: the plan's, or 4].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     batch: Option<u32>,
@@ -108,7 +111,9 @@ impl BenchArgs {
     /// When the plan cannot be read.
     pub(crate) fn config(&self) -> Result<BenchConfig, Failure> {
         let (name, model, batch, sequence) = match (&self.subject.preset, &self.subject.plan) {
-            (Some(preset), _) => (preset.name().to_owned(), preset.config(), 4, 512),
+            (Some(preset), _) => {
+                (preset.name().to_owned(), ModelConfig { norm: self.norm, ..preset.config() }, 4, 512)
+            }
             (None, path) => {
                 let plan = first_plan(path.as_deref().expect("one of the group is required"))?;
                 let (batch, sequence) = (plan.train.micro_batch as usize, plan.sequence_length());
@@ -231,4 +236,28 @@ fn default_name() -> String {
     let host = host.trim_start_matches('-');
     let host = if host.is_empty() { "worker" } else { host };
     format!("{host}-{}", std::process::id())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bench_has_the_norm_that_was_asked_for() {
+        let norm = |norm: &[&str]| {
+            let args = ["worker", "bench", "--preset", "openelm-270m"].iter().chain(norm);
+            let Some(Command::Bench(bench)) = Args::try_parse_from(args)?.command else {
+                panic!("not a bench")
+            };
+            Ok::<_, clap::Error>(bench.config().unwrap().model.norm)
+        };
+        assert_eq!(norm(&[]).unwrap(), NormKind::Rms);
+        for kind in NormKind::ALL {
+            assert_eq!(norm(&["--norm", kind.name()]).unwrap(), kind);
+        }
+        let error = norm(&["--norm", "batch"]).unwrap_err().to_string();
+        assert!(error.contains("use rms, naive_rms or layer"), "{error}");
+        let both = ["worker", "bench", "--plan", "plan.toml", "--norm", "layer"];
+        assert!(Args::try_parse_from(both).is_err(), "a plan has a norm of its own");
+    }
 }

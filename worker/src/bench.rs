@@ -17,7 +17,7 @@ use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use ulmus_evaluator::{Machine, median};
 use ulmus_model::{BatchShape, Cpu, MicroBatch, ModelError, Replica};
-use ulmus_plan::{ModelConfig, Precision, TrainConfig, worker_memory};
+use ulmus_plan::{ModelConfig, NormKind, Precision, TrainConfig, worker_memory};
 
 /// What is timed.
 #[derive(Debug, Clone)]
@@ -47,6 +47,8 @@ pub(crate) struct BenchResult {
     pub model: String,
     /// Parameters of the model.
     pub parameters: u64,
+    /// Kind of its norms.
+    pub norm: NormKind,
     /// Sequences of the micro-batch.
     pub batch: usize,
     /// Positions per sequence.
@@ -115,6 +117,7 @@ pub(crate) fn bench(config: BenchConfig) -> Result<BenchResult, ModelError> {
     Ok(BenchResult {
         model: name,
         parameters: model.parameters(),
+        norm: model.norm,
         batch,
         sequence,
         dtype: precision.name(),
@@ -282,12 +285,13 @@ impl BenchResult {
         let measured =
             self.peak_rss_bytes.map_or("unknown".to_owned(), |rss| format!("{:.2} GB", gigabytes(rss)));
         format!(
-            "{table}\n{:.1} tokens/s (median of {} steps after one that is not counted): {} of {} parameters, {} x {}, {}, \
+            "{table}\n{:.1} tokens/s (median of {} steps after one that is not counted): {} of {} parameters, norm {}, {} x {}, {}, \
              {} threads\npeak memory {measured}, planned {:.2} GB\n{}, {} cores, {}",
             self.tokens_per_second,
             self.step_seconds.len(),
             self.model,
             self.parameters,
+            self.norm.name(),
             self.batch,
             self.sequence,
             self.dtype,

@@ -195,7 +195,7 @@ fn export(run: &Run) -> Result<Value, WorkerError> {
     let tokens = SpecialTokens { bos: tokenizer.bos(), eos: tokenizer.eos() };
     let mut files = serde_json::Map::new();
     for (name, contents) in [
-        ("config.json", config_json(&run.plan.model, tokens).into_bytes()),
+        ("config.json", config_json(&run.plan.model, tokens)?.into_bytes()),
         ("generation_config.json", generation_config_json(tokens).into_bytes()),
         ("model.safetensors", run.read(AVERAGE)?),
         (TOKENIZER_MODEL, run.read(TOKENIZER_MODEL)?),

@@ -51,6 +51,8 @@ pub struct Settings {
     pub iterations: u64,
     /// Milestones that are averaged.
     pub average: u64,
+    /// Whether the average is exported.
+    pub export: bool,
     /// A worker not heard of for so long is dead.
     pub dead_after: Duration,
     /// How long to wait for known or expected workers.
@@ -116,7 +118,7 @@ impl Coordinator {
             generation: saved.generation,
             group,
             snapshots: Snapshots::default(),
-            jobs: Jobs::new(saved.jobs),
+            jobs: Jobs::new(saved.jobs, settings.average, settings.export),
             checkpoints: saved.checkpoints,
             fingerprint: saved.fingerprint,
             trained: saved.trained,
@@ -566,7 +568,7 @@ impl Coordinator {
         if self.stopping_since.is_some() {
             return;
         }
-        let ready = self.jobs.ready(self.trained_and_stored(), &self.checkpoints, self.settings.average);
+        let ready = self.jobs.ready(self.trained_and_stored(), &self.checkpoints);
         for (job, worker) in ready.into_iter().zip(self.members.idle()) {
             self.members.set(&worker, Activity::Working(job.clone()));
             self.jobs.started(job.clone(), worker.clone());
@@ -628,7 +630,7 @@ impl Coordinator {
         }
         self.form(now);
         self.start_jobs();
-        if self.jobs.all_done(self.trained_and_stored(), &self.checkpoints, self.settings.average) {
+        if self.jobs.all_done(self.trained_and_stored(), &self.checkpoints) {
             self.exit(ExitStatus::Done, "every phase is done".to_owned());
         } else if self.stopping_since.is_some()
             && matches!(self.group, Group::Absent { .. })

@@ -6,7 +6,7 @@
 //!                                   ├─► continuations ────┤
 //!                                   └─► export ───────────┘
 //! ```
-//! The benchmark comes last and alone, because what else runs on the machine would be measured with it.
+//! A plan may leave the export out. The benchmark comes last and alone, because what else runs on the machine would be measured with it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -18,14 +18,17 @@ const ATTEMPTS: u32 = 3;
 /// What is done, and what is being done.
 #[derive(Debug, Default)]
 pub(crate) struct Jobs {
+    /// Milestones that are averaged.
+    average: u64,
+    export: bool,
     done: BTreeSet<String>,
     running: BTreeMap<Job, WorkerId>,
     failures: BTreeMap<String, u32>,
 }
 
 impl Jobs {
-    pub(crate) fn new(done: BTreeSet<String>) -> Self {
-        Self { done, ..Self::default() }
+    pub(crate) fn new(done: BTreeSet<String>, average: u64, export: bool) -> Self {
+        Self { average, export, done, ..Self::default() }
     }
 
     pub(crate) fn is_done(&self, name: &str) -> bool {
@@ -76,9 +79,8 @@ impl Jobs {
         &self,
         trained: bool,
         checkpoints: &BTreeMap<CheckpointId, CheckpointKind>,
-        average: u64,
     ) -> Vec<Job> {
-        self.stage(trained, checkpoints, average)
+        self.stage(trained, checkpoints)
             .into_iter()
             .filter(|job| !self.is_done(job.name()) && !self.running.contains_key(job))
             .collect()
@@ -89,18 +91,12 @@ impl Jobs {
         &self,
         trained: bool,
         checkpoints: &BTreeMap<CheckpointId, CheckpointKind>,
-        average: u64,
     ) -> bool {
-        trained && self.is_done("benchmark") && self.ready(trained, checkpoints, average).is_empty()
+        trained && self.is_done("benchmark") && self.ready(trained, checkpoints).is_empty()
     }
 
     /// The first stage of the graph that is not done yet.
-    fn stage(
-        &self,
-        trained: bool,
-        checkpoints: &BTreeMap<CheckpointId, CheckpointKind>,
-        average: u64,
-    ) -> Vec<Job> {
+    fn stage(&self, trained: bool, checkpoints: &BTreeMap<CheckpointId, CheckpointKind>) -> Vec<Job> {
         if !self.is_done("prepare") {
             return vec![Job::Prepare];
         }
@@ -108,14 +104,12 @@ impl Jobs {
         let (true, Some(first), Some(last)) = (trained, milestones.first(), milestones.last()) else {
             return Vec::new();
         };
-        let averaged = milestones[milestones.len().saturating_sub(average as usize)..].to_vec();
+        let averaged = milestones[milestones.len().saturating_sub(self.average as usize)..].to_vec();
         let mut shown = vec![*first, milestones[milestones.len() / 2], *last];
         shown.dedup();
-        let stages = [
-            vec![Job::Average(averaged)],
-            vec![Job::EvaluateAverage, Job::Evaluate(*last), Job::Continue(shown), Job::Export],
-            vec![Job::Benchmark],
-        ];
+        let mut results = vec![Job::EvaluateAverage, Job::Evaluate(*last), Job::Continue(shown)];
+        results.extend(self.export.then_some(Job::Export));
+        let stages = [vec![Job::Average(averaged)], results, vec![Job::Benchmark]];
         stages.into_iter().find(|stage| stage.iter().any(|job| !self.is_done(job.name()))).unwrap_or_default()
     }
 }
@@ -128,4 +122,34 @@ pub(crate) fn milestones(checkpoints: &BTreeMap<CheckpointId, CheckpointKind>) -
         .map(|(id, _)| (id.step(), *id))
         .collect();
     by_step.into_values().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use ulmus_types::{Generation, Step};
+
+    use super::*;
+
+    /// Names of the jobs of a trained run, in the order in which they begin.
+    fn names(export: bool) -> Vec<&'static str> {
+        let last = CheckpointId::new(Step::new(8), Generation::new(1));
+        let checkpoints = BTreeMap::from([(last, CheckpointKind::Milestone)]);
+        let mut jobs = Jobs::new(BTreeSet::new(), 5, export);
+        let mut names = Vec::new();
+        while !jobs.all_done(true, &checkpoints) {
+            for job in jobs.ready(true, &checkpoints) {
+                jobs.succeeded(&job);
+                names.push(job.name());
+            }
+        }
+        names
+    }
+
+    #[test]
+    fn a_run_is_done_without_the_export_that_it_does_not_want() {
+        let with = names(true);
+        assert_eq!(with[4..], ["continuations", "export", "benchmark"]);
+        let without: Vec<_> = with.into_iter().filter(|name| *name != "export").collect();
+        assert_eq!(names(false), without);
+    }
 }

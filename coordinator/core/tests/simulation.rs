@@ -30,6 +30,7 @@ fn settings() -> Settings {
         micro_batches: 4,
         iterations: ITERATIONS,
         average: 2,
+        export: true,
         dead_after: Duration::from_secs(3),
         rejoin_window: Duration::from_secs(10),
         recovery: Duration::from_mins(1),

@@ -22,8 +22,8 @@ use tracing::trace_span;
 use ulmus_plan::Precision;
 
 use crate::backend::{
-    AdamW, AttentionShape, Backend, Element, HeadGradients, Heads, In, LinearShape, Out, Rope, Span, View,
-    ViewMut,
+    AdamW, AttentionShape, Backend, Element, HeadGradients, Heads, In, LinearShape, Norm, Out, Rope, Span,
+    View, ViewMut,
 };
 use crate::error::ModelError;
 use crate::exact::Quantum;
@@ -77,6 +77,12 @@ impl<'a, T> View<'a, Vec<T>> {
 impl<'a, T> ViewMut<'a, Vec<T>> {
     fn slice(self) -> &'a mut [T] {
         &mut self.buffer[self.range]
+    }
+}
+
+impl<'a> Norm<'a, Vec<f32>> {
+    fn slices(self) -> norm::Norm<'a> {
+        norm::Norm { kind: self.kind, weight: self.weight.slice(), scratch: self.scratch.slice() }
     }
 }
 
@@ -170,9 +176,9 @@ impl Backend for Cpu {
         });
     }
 
-    fn norm(&self, out: Out<'_, Self>, x: In<'_, Self>, weight: In<'_, Self>) {
-        let (out, x, weight) = (out.slice(), x.slice(), weight.slice());
-        self.kernel(trace_span!("norm"), || norm::norm(out, x, weight));
+    fn norm(&self, out: Out<'_, Self>, x: In<'_, Self>, norm: Norm<'_, Vec<f32>>) {
+        let (out, x, norm) = (out.slice(), x.slice(), norm.slices());
+        self.kernel(trace_span!("norm"), || norm.forward(out, x));
     }
 
     fn add_norm(
@@ -181,11 +187,11 @@ impl Backend for Cpu {
         out: Out<'_, Self>,
         x: In<'_, Self>,
         delta: In<'_, Self>,
-        weight: In<'_, Self>,
+        norm: Norm<'_, Vec<f32>>,
     ) {
         let (sum, out) = (sum.slice(), out.slice());
-        let (x, delta, weight) = (x.slice(), delta.slice(), weight.slice());
-        self.kernel(trace_span!("norm"), || norm::add_norm(sum, out, x, delta, weight));
+        let (x, delta, norm) = (x.slice(), delta.slice(), norm.slices());
+        self.kernel(trace_span!("norm"), || norm.add_forward(sum, out, x, delta));
     }
 
     fn norm_backward(
@@ -194,15 +200,13 @@ impl Backend for Cpu {
         weight_gradient: Out<'_, Self>,
         gradient: In<'_, Self>,
         x: In<'_, Self>,
-        weight: In<'_, Self>,
+        norm: Norm<'_, Vec<f32>>,
         accumulate: bool,
-        scratch: Out<'_, Self>,
     ) {
-        let (x_gradient, weight_gradient, scratch) =
-            (x_gradient.slice(), weight_gradient.slice(), scratch.slice());
-        let (gradient, x, weight) = (gradient.slice(), x.slice(), weight.slice());
+        let (x_gradient, weight_gradient) = (x_gradient.slice(), weight_gradient.slice());
+        let (gradient, x, norm) = (gradient.slice(), x.slice(), norm.slices());
         self.kernel(trace_span!("norm"), || {
-            norm::norm_backward(x_gradient, weight_gradient, gradient, x, weight, accumulate, scratch);
+            norm.backward(x_gradient, weight_gradient, gradient, x, accumulate);
         });
     }
 
@@ -210,12 +214,12 @@ impl Backend for Cpu {
         &self,
         out: Out<'_, Self>,
         packed: In<'_, Self>,
-        weights: In<'_, Self>,
+        norm: Norm<'_, Vec<f32>>,
         rope: Rope<'_, Vec<f32>>,
         heads: Heads,
     ) {
-        let (out, packed, weights, rope) = (out.slice(), packed.slice(), weights.slice(), rope.tables());
-        self.kernel(trace_span!("qk_norm_rope"), || norm::qk_norm_rope(out, packed, weights, rope, heads));
+        let (out, packed, norm, rope) = (out.slice(), packed.slice(), norm.slices(), rope.tables());
+        self.kernel(trace_span!("qk_norm_rope"), || norm.heads(out, packed, rope, heads));
     }
 
     fn qk_norm_rope_backward(
@@ -223,15 +227,14 @@ impl Backend for Cpu {
         packed: Out<'_, Self>,
         weights_gradient: Out<'_, Self>,
         gradient: In<'_, Self>,
-        weights: In<'_, Self>,
+        norm: Norm<'_, Vec<f32>>,
         rope: Rope<'_, Vec<f32>>,
         heads: Heads,
-        scratch: Out<'_, Self>,
     ) {
-        let (packed, weights_into, scratch) = (packed.slice(), weights_gradient.slice(), scratch.slice());
-        let (gradient, weights, rope) = (gradient.slice(), weights.slice(), rope.tables());
+        let (packed, weights_into, gradient) = (packed.slice(), weights_gradient.slice(), gradient.slice());
+        let (norm, rope) = (norm.slices(), rope.tables());
         self.kernel(trace_span!("qk_norm_rope"), || {
-            norm::qk_norm_rope_backward(packed, weights_into, gradient, weights, rope, heads, scratch);
+            norm.heads_backward(packed, weights_into, gradient, rope, heads);
         });
     }
 

@@ -8,6 +8,7 @@
 mod data;
 mod memory;
 mod model;
+mod norm;
 mod parse;
 mod plan;
 mod prepare;
@@ -17,6 +18,7 @@ mod units;
 pub use data::{DataConfig, Format, Normalize, Pack, SourceConfig};
 pub use memory::{HEAD_ROWS, MemoryPlan, worker_memory};
 pub use model::{LayerDims, ModelConfig, Multipliers, Preset};
+pub use norm::{NormKind, ROW_BLOCK};
 pub use parse::read;
 pub use plan::{BenchmarkConfig, ClusterConfig, EvaluateConfig, LocalConfig, Plan, RunConfig, StoreConfig};
 pub use prepare::{PrepareConfig, TokenizerConfig};

@@ -9,9 +9,6 @@ use crate::train::TrainConfig;
 /// Rows whose logits exist at one time: the head and its loss go through the batch in chunks of so many rows.
 pub const HEAD_ROWS: usize = 512;
 
-/// Rows per partial sum of a norm weight's gradient.
-const ROW_BLOCK: u64 = 64;
-
 /// Bytes that a worker plans.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryPlan {
@@ -50,10 +47,10 @@ pub fn worker_memory(model: &ModelConfig, train: &TrainConfig, length: usize) ->
     let tokens_and_losses = 3 + 2;
     let scratch = 2 * d + d.max(query * head) + 2 * packed + ffn;
     let per_row = activations + streams + tokens_and_losses + scratch;
-    let partial = rows.div_ceil(ROW_BLOCK) * d.max(2 * head);
+    let norms = model.norm_scratch(rows as usize) as u64;
     let logits = rows.min(HEAD_ROWS as u64) * model.vocab_size as u64;
     let rope = length as u64 * head;
-    let activations = 4 * (rows * per_row + partial + logits + rope);
+    let activations = 4 * (rows * per_row + norms + logits + rope);
     let count = model.parameters();
     // A single micro-batch is its own sum, in place.
     let reduction = if train.micro_batches() == 1 { 0 } else { 8 * count };

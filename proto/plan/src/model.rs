@@ -8,6 +8,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use ulmus_types::Problems;
 
+use crate::norm::NormKind;
+
 /// Width multipliers over the depth of a model (paper: α for attention, β for the FFN).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
@@ -79,7 +81,7 @@ pub struct LayerDims {
     pub ffn_dim: usize,
 }
 
-/// The shape of a model: everything that decides its parameters, and nothing else.
+/// The shape of a model: everything that decides its parameters and what is computed with them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ModelConfig {
@@ -103,6 +105,8 @@ pub struct ModelConfig {
     pub ffn_dim_divisor: usize,
     /// Base of the rotary position embedding.
     pub rope_freq_constant: f64,
+    /// Kind of all norms. Not of the published file: there it is RMS norm.
+    pub norm: NormKind,
 }
 
 impl Default for ModelConfig {
@@ -175,6 +179,7 @@ impl Preset {
             ffn_multipliers: Multipliers::Layers(vec![0.5, 4.0]),
             ffn_dim_divisor: 256,
             rope_freq_constant: 10_000.0,
+            norm: NormKind::Rms,
         }
     }
 }

@@ -259,6 +259,7 @@ fn set(table: &mut Table, assignment: &str, problems: &mut Problems) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::norm::NormKind;
 
     const SMALL: &str = r#"
         [run]
@@ -348,5 +349,30 @@ mod tests {
         let keys: Vec<_> = changed.changed_keys(&plan);
         assert_eq!(keys, [("train.max_lr".to_owned(), "0.0053".to_owned(), "0.001".to_owned())]);
         assert_ne!(changed.digest(), plan.digest());
+    }
+
+    #[test]
+    fn a_key_that_was_added_leaves_earlier_digests_as_they_were() {
+        // Of this plan before it could say `model.norm` and `checkpoint.export`: checkpoints of that time hold it.
+        let first = "41acecf09e2d28516afda9abcce1484af96f32e6659e66949131bc9b42a6c577";
+        assert_eq!(one(SMALL, &[]).unwrap().digest().to_string(), first);
+        for change in ["model.norm=naive_rms", "checkpoint.export=false"] {
+            assert_ne!(one(SMALL, &[change]).unwrap().digest().to_string(), first, "{change}");
+        }
+    }
+
+    #[test]
+    fn a_model_that_cannot_be_exported_is_refused_until_the_plan_does_not_export() {
+        let problems = one(SMALL, &["model.norm=layer"]).unwrap_err();
+        let keys: Vec<&str> = problems.iter().map(|problem| problem.key.as_str()).collect();
+        assert_eq!(keys, ["checkpoint.export"]);
+        let text = problems.to_string();
+        assert!(text.contains("set it to false, or model.norm to \"rms\""), "{text}");
+        let plan = one(SMALL, &["model.norm=layer", "checkpoint.export=false"]).unwrap();
+        assert_eq!(plan.model.norm, NormKind::Layer);
+        assert_eq!(one(&plan.to_toml(), &[]).unwrap(), plan);
+        assert!(one(SMALL, &["model.norm=naive_rms"]).is_ok());
+        let text = one(SMALL, &["model.norm=batch"]).unwrap_err().to_string();
+        assert!(text.contains("`rms`, `naive_rms`, `layer`"), "{text}");
     }
 }

@@ -8,6 +8,7 @@ use ulmus_types::{Digest, Problems, RunName};
 
 use crate::data::{DataConfig, SourceConfig};
 use crate::model::ModelConfig;
+use crate::norm::NormKind;
 use crate::prepare::{PrepareConfig, TokenizerConfig};
 use crate::train::{CheckpointConfig, TrainConfig};
 use crate::units::Bytes;
@@ -150,6 +151,10 @@ pub struct Plan {
 const MAY_CHANGE: [&str; 7] =
     ["local.", "cluster.", "store.", "checkpoint.recovery", "evaluate.", "benchmark.", "data.threads"];
 
+/// Keys that the first plans did not have, and what those plans meant. They count only with another value, so that a
+/// run can go on from its checkpoints after an update.
+const ADDED: [(&str, &str); 2] = [("checkpoint.export", "true"), ("model.norm", "\"rms\"")];
+
 impl Plan {
     /// Tokens of one update, padding included.
     pub fn tokens_per_step(&self) -> u64 {
@@ -169,7 +174,7 @@ impl Plan {
     /// Hash of everything that trained bits depend on.
     pub fn digest(&self) -> Digest {
         let mut kept = self.flat();
-        kept.retain(|key, _| !may_change(key));
+        kept.retain(|key, value| !may_change(key) && !ADDED.contains(&(key, value)));
         Digest::of(format!("{kept:?}").as_bytes())
     }
 
@@ -234,6 +239,13 @@ impl Plan {
         self.train.check(problems);
         self.data.check(self.train.sequences, self.train.micro_batch, problems);
         self.checkpoint.check(self.train.iterations, problems);
+        problems.check(
+            !self.checkpoint.export || self.model.norm != NormKind::Layer,
+            "checkpoint.export",
+            self.checkpoint.export,
+            "a model with model.norm = \"layer\" has no Hugging Face layout: OpenELM's code there knows RMS norm alone",
+            "set it to false, or model.norm to \"rms\"",
+        );
         problems.check(
             !self.data.source.is_empty(),
             "data.source",

@@ -181,11 +181,13 @@ pub struct CheckpointConfig {
     /// Time between two recovery checkpoints, of which only the newest two are kept.
     #[serde(with = "humantime_serde")]
     pub recovery: Duration,
+    /// Whether the average is also written in Hugging Face layout.
+    pub export: bool,
 }
 
 impl Default for CheckpointConfig {
     fn default() -> Self {
-        Self { every: 5000, average: 5, recovery: Duration::from_mins(10) }
+        Self { every: 5000, average: 5, recovery: Duration::from_mins(10), export: true }
     }
 }
 

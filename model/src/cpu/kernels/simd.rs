@@ -51,34 +51,34 @@ pub(crate) fn level() -> Level {
 /// Defines a function whose body is compiled for each instruction set; the call picks the widest that the CPU
 /// has. Functions called in the body must be `#[inline(always)]`.
 macro_rules! vectorised {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident $(<const $flag:ident: bool>)?($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
-        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name $(<const $flag: bool>)?($($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
-            fn any($($arg: $ty),*) $(-> $ret)? $body
+            fn any $(<const $flag: bool>)?($($arg: $ty),*) $(-> $ret)? $body
 
             #[cfg(target_arch = "x86_64")]
             {
                 use $crate::cpu::kernels::simd::{Level, level};
 
                 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
-                fn avx512($($arg: $ty),*) $(-> $ret)? {
-                    any($($arg),*)
+                fn avx512 $(<const $flag: bool>)?($($arg: $ty),*) $(-> $ret)? {
+                    any $(::<$flag>)?($($arg),*)
                 }
                 #[target_feature(enable = "avx2,fma")]
-                fn avx2($($arg: $ty),*) $(-> $ret)? {
-                    any($($arg),*)
+                fn avx2 $(<const $flag: bool>)?($($arg: $ty),*) $(-> $ret)? {
+                    any $(::<$flag>)?($($arg),*)
                 }
                 match level() {
                     // SAFETY: `level` found these instructions on this CPU.
-                    Level::Avx512 => unsafe { avx512($($arg),*) },
+                    Level::Avx512 => unsafe { avx512 $(::<$flag>)?($($arg),*) },
                     // SAFETY: as above.
-                    Level::Avx2 => unsafe { avx2($($arg),*) },
-                    Level::Baseline => any($($arg),*),
+                    Level::Avx2 => unsafe { avx2 $(::<$flag>)?($($arg),*) },
+                    Level::Baseline => any $(::<$flag>)?($($arg),*),
                 }
             }
             #[cfg(not(target_arch = "x86_64"))]
-            any($($arg),*)
+            any $(::<$flag>)?($($arg),*)
         }
     };
 }
@@ -127,6 +127,12 @@ fn lanes2(a: &[f32], b: &[f32], mut f: impl FnMut(f32, f32, f32) -> f32) -> f32 
 #[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     lanes2(a, b, f32::mul_add)
+}
+
+/// `Σ (x[i] − mean)²`. With a mean of zero, the bits of `dot(x, x)`.
+#[inline(always)]
+pub(crate) fn squares_about(mean: f32, x: &[f32]) -> f32 {
+    lanes2(x, x, |a, b, sum| (a - mean).mul_add(b - mean, sum))
 }
 
 /// Sum.
