@@ -83,6 +83,10 @@ pub(super) struct Target {
     /// Whether sums go on from what is there, or begin at zero.
     pub resume: bool,
     /// Where the next tile's sums are, with the same stride: they come into the cache while these are made.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "other kernels leave it to the processor")
+    )]
     pub next: *const f32,
 }
 

@@ -1,13 +1,10 @@
 //! Loops that do nothing but reach the processor's limit of arithmetic.
 
-use std::hint::black_box;
-
 use ulmus_plan::Precision;
 
-#[cfg(target_arch = "x86_64")]
-use super::avx512;
 use super::portable;
-use super::simd::LANES;
+#[cfg(target_arch = "x86_64")]
+use super::{avx512, simd::LANES};
 
 /// About a tenth of a second.
 const ITERATIONS: usize = 1 << 24;
@@ -20,13 +17,13 @@ pub(crate) fn saturate(precision: Precision) -> Option<f64> {
         match precision {
             Precision::F32 => {
                 if let Some(tile) = avx512::F32::detect() {
-                    black_box(avx512::saturate_f32(tile, ITERATIONS));
+                    std::hint::black_box(avx512::saturate_f32(tile, ITERATIONS));
                     return operations(2);
                 }
             }
             Precision::Bf16 => {
                 if let Some(tile) = avx512::Bf16::detect() {
-                    black_box(avx512::saturate_bf16(tile, ITERATIONS));
+                    std::hint::black_box(avx512::saturate_bf16(tile, ITERATIONS));
                     return operations(4);
                 }
             }
