@@ -79,9 +79,9 @@ def training(programs, threads):
     """Rows of (title, [(program, measure)])."""
     shape = ["--batch", 4, "--sequence", 512]
     for dtype in ("f32", "bf16"):
-        ours = lambda: programs.ours_training(dtype, threads, ["--preset", PRESET], 2, *shape)
-        eager = lambda: programs.torch_training(dtype, threads, shape, 2)
-        compiled = lambda: programs.torch_training(dtype, threads, shape, 2, "--compile")
+        ours = lambda: programs.ours_training(dtype, threads, ["--preset", PRESET], 1, *shape)
+        eager = lambda: programs.torch_training(dtype, threads, shape, 1)
+        compiled = lambda: programs.torch_training(dtype, threads, shape, 1, "--compile")
         yield f"270M 4x512, {dtype}", [("ulmus", ours), ("torch eager", eager), ("torch.compile", compiled)]
 
 
