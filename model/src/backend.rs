@@ -18,7 +18,7 @@ use ulmus_plan::{NormKind, Precision};
 
 use crate::error::ModelError;
 use crate::exact::Quantum;
-use crate::format::WeightFormat;
+use crate::format::{CacheFormat, WeightFormat};
 
 /// What a buffer can hold.
 pub trait Element: bytemuck::Pod + Send + Sync + Debug + sealed::Sealed {}
@@ -420,8 +420,7 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// `out = x · weightsᵀ` for that many rows. A row of the result has the same bits whatever the other rows are.
     fn linear_weights(&self, out: Out<'_, Self>, x: In<'_, Self>, weights: &Self::Weights, rows: usize);
 
-    /// Room for texts of up to `capacity` tokens, whose keys and values are kept with that precision, and attended to
-    /// with it.
+    /// Room for texts of up to `capacity` tokens.
     ///
     /// # Errors
     /// [`ModelError::OutOfMemory`].
@@ -430,7 +429,7 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
         sequences: usize,
         capacity: usize,
         heads: Heads,
-        precision: Precision,
+        format: CacheFormat,
     ) -> Result<Self::Cache, ModelError>;
 
     /// Puts keys and values of the packed rows of all spans into the cache, and lets each query attend to the keys of

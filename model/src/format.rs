@@ -1,4 +1,4 @@
-//! The number formats that a model's matrices can be kept in for inference.
+//! The number formats that a model's matrices, and its keys and values, can be kept in for inference.
 
 use std::fmt;
 use std::str::FromStr;
@@ -42,6 +42,38 @@ impl WeightFormat {
             Self::Bf16 => bf16::MAX.to_f32(),
             // The scale is the largest magnitude of a block over 127.
             Self::Q8_0 => f16::MAX.to_f32() * 127.0,
+        }
+    }
+}
+
+/// How the keys and values of a [`crate::Generator`] are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheFormat {
+    /// 32-bit floats.
+    F32,
+    /// 16-bit floats of IEEE 754.
+    F16,
+    /// 16-bit floats with the exponent of float32; queries and probabilities are rounded alike.
+    Bf16,
+}
+
+impl CacheFormat {
+    /// With 16 bits beside weights of 16 bits or fewer, so that long texts do not cost more to read than the weights.
+    pub(crate) fn beside(weights: WeightFormat) -> Self {
+        match weights {
+            WeightFormat::F32 => Self::F32,
+            WeightFormat::F16 | WeightFormat::Q8_0 => Self::F16,
+            WeightFormat::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+impl From<CacheFormat> for WeightFormat {
+    fn from(format: CacheFormat) -> Self {
+        match format {
+            CacheFormat::F32 => Self::F32,
+            CacheFormat::F16 => Self::F16,
+            CacheFormat::Bf16 => Self::Bf16,
         }
     }
 }

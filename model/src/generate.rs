@@ -8,11 +8,11 @@
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
-use ulmus_plan::{ModelConfig, Precision};
+use ulmus_plan::ModelConfig;
 
 use crate::backend::{Backend, Heads, IGNORE, Span, View, ViewMut};
 use crate::error::ModelError;
-use crate::format::WeightFormat;
+use crate::format::{CacheFormat, WeightFormat};
 use crate::network::{Norms, Planner, RopeTables, heads, read, write};
 use crate::params::{LayerLayout, Layout};
 use crate::sample::{Sampler, Sampling};
@@ -191,11 +191,8 @@ impl<B: Backend> Generator<B> {
         let packed = widest(&|layer| layer.heads.packed_width());
         let query_heads = widest(&|layer| layer.heads.query);
         let ffn = widest(&|layer| layer.ffn);
-        let precision = match model.format {
-            WeightFormat::Bf16 => Precision::Bf16,
-            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Q8_0 => Precision::F32,
-        };
-        let cache = |layer: &Layer<B>| model.backend.cache(sequences, capacity, layer.heads, precision);
+        let format = CacheFormat::beside(model.format);
+        let cache = |layer: &Layer<B>| model.backend.cache(sequences, capacity, layer.heads, format);
         let cache = model.layers.iter().map(cache).collect::<Result<_, _>>()?;
         Ok(Self {
             capacity,

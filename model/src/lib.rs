@@ -27,10 +27,10 @@ pub use backend::{
     ROW_BLOCK, Rope, Span, View, ViewMut,
 };
 pub use batch::{BatchShape, LossSum, MicroBatch};
-pub use cpu::Cpu;
+pub use cpu::{Cpu, Memory};
 pub use error::ModelError;
 pub use exact::Quantum;
-pub use format::WeightFormat;
+pub use format::{CacheFormat, WeightFormat};
 pub use generate::{Generator, Model, greedy};
 pub use params::{Layout, Tensor};
 pub use replica::{Replica, State, StatePart};

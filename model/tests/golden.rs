@@ -10,19 +10,23 @@ use std::sync::Arc;
 use common::{PAD, Tensors, batch, golden, json, largest_difference, mean_gradient, relative_l2};
 use ulmus_model::hf::{self, HfModel};
 use ulmus_model::{
-    BatchShape, Cpu, Generator, IGNORE, Layout, MicroBatch, Model, Replica, State, WeightFormat,
+    Backend, BatchShape, Cpu, Generator, IGNORE, Layout, MicroBatch, Model, Replica, State, WeightFormat,
 };
-use ulmus_plan::{ModelConfig, Preset, TrainConfig};
+use ulmus_plan::{ModelConfig, Precision, Preset, TrainConfig};
 
 /// Absolute, on logits of size about 4. The reference and a float64 implementation differ by 8e-6.
 const LOGITS: f64 = 1e-4;
 /// Absolute, on losses of about 6.7.
 const LOSS: f64 = 1e-5;
+/// Relative, with bf16 products.
+const BF16_LOSS: f64 = 0.01;
 /// Relative L2 per tensor.
 const GRADIENT: f64 = 1e-4;
 /// Over 30 steps rounding differences grow: absolute on losses, relative on norms.
 const TRAINING: f64 = 1e-4;
 const Z_LOSS: f64 = 1e-4;
+/// Relative error of a product whose operands are rounded to bf16: each by up to 2^-9 of itself, evenly, so √2 · 2^-8 / √12.
+const BF16_PRODUCT: f64 = 1.6e-3;
 
 fn model() -> HfModel {
     // The golden directory names its weights file differently, so config and weights are read apart.
@@ -32,9 +36,10 @@ fn model() -> HfModel {
     HfModel { config, weights, tokens }
 }
 
-fn replica(sequences: usize, length: usize) -> Replica<Cpu> {
+fn replica(sequences: usize, length: usize, precision: Precision) -> Replica<Cpu> {
     let HfModel { config, weights, .. } = model();
-    let mut replica = Replica::new(Cpu::new(2), &config, BatchShape::new(sequences, length), Z_LOSS).unwrap();
+    let backend = Cpu::new(2).with_precision(precision);
+    let mut replica = Replica::new(backend, &config, BatchShape::new(sequences, length), Z_LOSS).unwrap();
     let zeros = vec![0.0; weights.len()];
     replica.load_state(&State { weights, first_moment: zeros.clone(), second_moment: zeros }).unwrap();
     replica
@@ -117,7 +122,7 @@ fn logits_in_every_format() {
     for (format, product) in [
         (WeightFormat::F32, 1e-6),
         (WeightFormat::F16, 1.4e-4),
-        (WeightFormat::Bf16, 1.6e-3),
+        (WeightFormat::Bf16, BF16_PRODUCT),
         (WeightFormat::Q8_0, 6.8e-3),
     ] {
         let model = Model::in_format(Cpu::new(2), &config, &weights, format).unwrap();
@@ -155,7 +160,7 @@ fn logits_of_every_position() {
 #[test]
 fn losses_and_gradients_without_padding() {
     let reference = &json("forward.json")["full"];
-    let mut replica = replica(2, 64);
+    let mut replica = replica(2, 64, Precision::F32);
     let (loss, gradient) = mean_gradient(&mut replica, &full_batch()).unwrap();
     let (ce, z) = (loss.mean_ce(), Z_LOSS * loss.mean_z());
     assert!((ce - reference["ce_loss"].as_f64().unwrap()).abs() < LOSS, "{ce}");
@@ -185,7 +190,7 @@ fn losses_and_gradients_without_padding() {
 fn losses_and_gradients_with_padding() {
     let reference = &json("forward.json")["padded"];
     let tensors = Tensors::open("padded.safetensors");
-    let mut replica = replica(3, 64);
+    let mut replica = replica(3, 64, Precision::F32);
     let (loss, gradient) = mean_gradient(&mut replica, &padded_batch()).unwrap();
     assert_eq!(loss.valid, reference["valid_targets"].as_u64().unwrap());
     let (ce, z) = (loss.mean_ce(), Z_LOSS * loss.mean_z());
@@ -205,15 +210,38 @@ fn losses_and_gradients_with_padding() {
     assert!(relative_l2(&sampled, &tensors.f32("embedding_grad_sample")) < GRADIENT);
 }
 
+/// Rounding errors of products are independent, and so add up as squares: over the 4 of each layer and the head's on the
+/// way forward, and twice as many on the way back. Three of their standard deviations are allowed.
+#[test]
+fn losses_and_gradients_with_bf16_products() {
+    let reference = &json("forward.json")["full"];
+    let mut replica = replica(2, 64, Precision::Bf16);
+    let (loss, gradient) = mean_gradient(&mut replica, &full_batch()).unwrap();
+    let expected = reference["ce_loss"].as_f64().unwrap();
+    assert!((loss.mean_ce() / expected - 1.0).abs() < BF16_LOSS, "{}", loss.mean_ce());
+    let products: f64 = 3.0 * (4.0 * model().config.num_transformer_layers as f64 + 1.0);
+    let tolerance = 3.0 * products.sqrt() * BF16_PRODUCT;
+    let gradients = Tensors::open("grads.safetensors");
+    for tensor in replica.layout().tensors() {
+        let difference = relative_l2(&gradient[tensor.range.clone()], &gradients.f32(&tensor.name));
+        assert!(difference < tolerance, "{}: {difference:e} of {tolerance:e}", tensor.name);
+        // Products that were float32 would be much nearer.
+        assert!(difference > GRADIENT, "{}: {difference:e}", tensor.name);
+    }
+}
+
 /// Trains the golden run; gives the replica after 30 steps.
-fn train(check: impl Fn(usize, &serde_json::Value, f64, f64, f64, u64)) -> Replica<Cpu> {
+fn train(
+    precision: Precision,
+    check: impl Fn(usize, &serde_json::Value, f64, f64, f64, u64),
+) -> Replica<Cpu> {
     let record = json("train.json");
     let tensors = Tensors::open("train_batches.safetensors");
     let shape = tensors.shape("input_ids");
     let (inputs, targets) = (tensors.u32("input_ids"), tensors.u32("targets"));
     let positions = shape[1] * shape[2];
     let recipe = TrainConfig { iterations: 30, warmup: 5, ..TrainConfig::default() };
-    let mut replica = replica(shape[1], shape[2]);
+    let mut replica = replica(shape[1], shape[2], precision);
     for (step, expected) in record["steps"].as_array().unwrap().iter().enumerate() {
         let part = step * positions..(step + 1) * positions;
         let batch = batch(&shape[1..], inputs[part.clone()].to_vec(), &targets[part]);
@@ -228,8 +256,16 @@ fn train(check: impl Fn(usize, &serde_json::Value, f64, f64, f64, u64)) -> Repli
 }
 
 #[test]
+fn thirty_steps_of_training_with_bf16_products() {
+    train(Precision::Bf16, |step, expected, ce, _, _, _| {
+        let expected = expected["ce_loss"].as_f64().unwrap();
+        assert!((ce / expected - 1.0).abs() < BF16_LOSS, "step {step}: {ce} for {expected}");
+    });
+}
+
+#[test]
 fn thirty_steps_of_training() {
-    let replica = train(|step, expected, ce, total, norm, valid| {
+    let replica = train(Precision::F32, |step, expected, ce, total, norm, valid| {
         let number = |key: &str| expected[key].as_f64().unwrap();
         assert_eq!(valid, expected["valid_targets"].as_u64().unwrap());
         assert!((ce - number("ce_loss")).abs() < TRAINING, "step {step}: {ce}");

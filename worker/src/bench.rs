@@ -16,7 +16,7 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use ulmus_evaluator::{Machine, median};
-use ulmus_model::{BatchShape, Cpu, MicroBatch, ModelError, Replica};
+use ulmus_model::{BatchShape, Cpu, Memory, MicroBatch, ModelError, Replica};
 use ulmus_plan::{ModelConfig, NormKind, Precision, TrainConfig, worker_memory};
 
 /// What is timed.
@@ -203,7 +203,10 @@ const ROOFLINE_RUNS: usize = 5;
 const ROOFLINE_BYTES: usize = 256 << 20;
 
 /// Measures the machine.
-pub(crate) fn roofline(threads: usize) -> Roofline {
+///
+/// # Errors
+/// [`ModelError::OutOfMemory`].
+pub(crate) fn roofline(threads: usize) -> Result<Roofline, ModelError> {
     let backend = Cpu::new(threads);
     let arithmetic = |precision| {
         let rates = (0..ROOFLINE_RUNS).map(|_| {
@@ -213,42 +216,42 @@ pub(crate) fn roofline(threads: usize) -> Roofline {
         });
         rates.collect::<Option<Vec<f64>>>().map(|rates| rates.into_iter().fold(0.0, f64::max))
     };
-    let read = |from: &mut [u64], _: &mut [u64]| {
-        std::hint::black_box(from.iter().fold(0, |sum: u64, word| sum ^ word));
-    };
-    let copy = |from: &mut [u64], to: &mut [u64]| to.copy_from_slice(from);
-    Roofline {
+    Ok(Roofline {
         threads,
         f32_gflops: arithmetic(Precision::F32).expect("every processor computes in float32"),
         bf16_gflops: arithmetic(Precision::Bf16),
-        read_gigabytes_per_second: memory_rate(threads, ROOFLINE_BYTES, read),
-        copy_gigabytes_per_second: memory_rate(threads, 2 * ROOFLINE_BYTES, copy),
+        read_gigabytes_per_second: memory_rate(threads, ROOFLINE_BYTES, |from, _| from.read())?,
+        copy_gigabytes_per_second: memory_rate(threads, 2 * ROOFLINE_BYTES, |from, to| to.copy_from(from))?,
         machine: Machine::this(),
-    }
+    })
 }
 
 /// 10^9 bytes per second of `work` on two buffers per thread, which moves that many bytes.
-fn memory_rate(threads: usize, bytes: usize, work: impl Fn(&mut [u64], &mut [u64]) + Sync) -> f64 {
-    let words = ROOFLINE_BYTES / size_of::<u64>();
+fn memory_rate(
+    threads: usize,
+    bytes: usize,
+    work: impl Fn(&Memory, &mut Memory) + Sync,
+) -> Result<f64, ModelError> {
+    let memory = || Ok((Memory::new(ROOFLINE_BYTES)?, Memory::new(ROOFLINE_BYTES)?));
+    let memories = (0..threads).map(|_| memory()).collect::<Result<Vec<_>, ModelError>>()?;
     let barrier = Barrier::new(threads);
-    let rates = (0..threads).map(|_| {
+    let rates = memories.into_iter().map(|(from, mut to)| {
         let (barrier, work) = (&barrier, &work);
         move || {
-            let (mut from, mut to) = (vec![1_u64; words], vec![2_u64; words]);
             let run = |_| {
                 barrier.wait();
                 let begun = Instant::now();
-                work(&mut from, &mut to);
+                work(&from, &mut to);
                 barrier.wait();
                 (threads * bytes) as f64 / begun.elapsed().as_secs_f64() / 1e9
             };
             (0..ROOFLINE_RUNS).map(run).fold(0.0, f64::max)
         }
     });
-    std::thread::scope(|scope| {
+    Ok(std::thread::scope(|scope| {
         let running: Vec<_> = rates.map(|rate| scope.spawn(rate)).collect();
         running.into_iter().map(|rate| rate.join().expect("no thread panics")).fold(0.0, f64::max)
-    })
+    }))
 }
 
 impl Roofline {

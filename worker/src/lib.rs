@@ -170,9 +170,9 @@ pub fn run_bench(args: &args::BenchArgs) -> Result<ExitStatus, Failure> {
 /// Measures the machine's limits and prints them.
 ///
 /// # Errors
-/// When nobody takes the result.
+/// When there is no memory to measure, or nobody takes the result.
 pub fn run_roofline(args: &args::RooflineArgs) -> Result<ExitStatus, Failure> {
-    let result = bench::roofline(args.threads());
+    let result = bench::roofline(args.threads()).map_err(|error| Failure::of(error.kind(), &error))?;
     ulmus_rt::print(&if args.json { json(&result) } else { result.table() })?;
     Ok(ExitStatus::Done)
 }

@@ -15,6 +15,7 @@ use kernels::attention::{self, Upstream};
 use kernels::cache::Cache;
 use kernels::matrix::Output;
 use kernels::norm::{self, RopeTables};
+pub use kernels::peak::Memory;
 use kernels::weights::Weights;
 use kernels::{head, linear, optimizer, swiglu};
 use rayon::ThreadPool;
@@ -27,7 +28,7 @@ use crate::backend::{
 };
 use crate::error::ModelError;
 use crate::exact::Quantum;
-use crate::format::WeightFormat;
+use crate::format::{CacheFormat, WeightFormat};
 
 /// The CPU as a device. Results have the same bits for any number of threads.
 #[derive(Debug, Clone)]
@@ -369,9 +370,9 @@ impl Backend for Cpu {
         sequences: usize,
         capacity: usize,
         heads: Heads,
-        precision: Precision,
+        format: CacheFormat,
     ) -> Result<Cache, ModelError> {
-        Cache::new(sequences, capacity, heads, precision)
+        Cache::new(sequences, capacity, heads, format)
     }
 
     fn cached_attention(&self, out: Out<'_, Self>, cache: &mut Cache, packed: In<'_, Self>, spans: &[Span]) {

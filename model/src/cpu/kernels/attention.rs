@@ -12,8 +12,8 @@ use rayon::prelude::*;
 use ulmus_plan::Precision;
 
 use super::lines::{Line, room, room_lines};
-use super::matrix::{Matrix, MatrixMut, Output, Shared, Threads, by_kernel};
-use super::panel::{Kernel, LANES, Lanes, LeftPanels, pack_right, step};
+use super::matrix::{Matrix, MatrixMut, Output, Shared, Threads};
+use super::panel::{Kernel, LANES, Lanes, LeftPanels, by_kernel, pack_right, step};
 use super::product::{Product, pack_left};
 use super::simd::{dot, exp, max, sum, vectorised};
 use crate::backend::{AttentionShape, Heads};
@@ -323,7 +323,7 @@ pub(crate) fn attention(
     shape: AttentionShape,
     precision: Precision,
 ) {
-    by_kernel!(precision, kernel => attention_by(kernel, out, lse, packed, doc_starts, shape));
+    by_kernel!(match precision, Precision { F32, Bf16 }, kernel => attention_by(kernel, out, lse, packed, doc_starts, shape));
 }
 
 fn attention_by<K: Kernel>(
@@ -395,7 +395,7 @@ pub(crate) fn attention_backward(
     shape: AttentionShape,
     precision: Precision,
 ) {
-    by_kernel!(precision, kernel => backward_by(kernel, packed_gradient, upstream, packed, doc_starts, shape));
+    by_kernel!(match precision, Precision { F32, Bf16 }, kernel => backward_by(kernel, packed_gradient, upstream, packed, doc_starts, shape));
 }
 
 fn backward_by<K: Kernel>(

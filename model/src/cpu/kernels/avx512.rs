@@ -168,7 +168,7 @@ kernel!(
 );
 kernel!(
     F16, "avx512f", words 1, lines 1, pack pack_float32,
-    step step_f16, tile tile_f16, { 1: 2, 2: 2, 4: 1, 8: 1, 14: 1 }
+    step step_f16, tile tile_f16, { 1: 1, 2: 1, 4: 1, 8: 1, 14: 1 }
 );
 kernel!(
     Bf16, "avx512f,avx512bf16", words 1, lines 2, pack pack_pairs,
@@ -216,6 +216,7 @@ fn masks<const PANELS: usize>(target: &Target) -> [__mmask16; MOST_VECTORS] {
 
 /// Lines ahead of what is read that are asked for.
 const AHEAD: usize = 32;
+const F16_AHEAD: usize = 64;
 const Q8_AHEAD: usize = 68;
 
 /// Asks for a line some lines ahead.
@@ -282,7 +283,7 @@ unsafe fn step_f16<const ROWS: usize, const PANELS: usize>(
         // SAFETY: a step is a line of each panel and a word of each row.
         unsafe {
             let right = right.add(panel * distance);
-            prefetch(right, AHEAD);
+            prefetch(right, F16_AHEAD);
             let right = right.cast::<[u16; VECTOR]>();
             let first = _mm512_cvtph_ps(_mm256_loadu_si256(right.cast()));
             let second = _mm512_cvtph_ps(_mm256_loadu_si256(right.add(1).cast()));

@@ -3,18 +3,17 @@
 //! A query's bits depend on its own position and what is cached, and not on the queries beside it: keys that it must not
 //! see get the probability 0.
 
-use half::bf16;
+use half::{bf16, f16};
 use rayon::prelude::*;
-use ulmus_plan::Precision;
 
 use super::attention::{Block, HeadPanels, KeysValues, block_positions, with_scratch};
 use super::lines::Line;
-use super::matrix::{Matrix, Shared, by_kernel};
+use super::matrix::{Matrix, Shared};
 use super::pages::Pages;
-use super::panel::{Kernel, LANES, place_of};
+use super::panel::{Kernel, LANES, by_kernel, place_of};
 use crate::backend::{Heads, Span};
 use crate::error::ModelError;
-use crate::format::WeightFormat;
+use crate::format::CacheFormat;
 
 /// Rows from which on storing is worth waking other threads.
 const SERIAL_ROWS: usize = 64;
@@ -23,7 +22,7 @@ const SERIAL_ROWS: usize = 64;
 #[derive(Debug)]
 pub struct Cache {
     heads: Heads,
-    precision: Precision,
+    format: CacheFormat,
     panels: HeadPanels,
     /// Per sequence and head: all keys, then all values.
     lines: Pages,
@@ -34,15 +33,15 @@ impl Cache {
         sequences: usize,
         capacity: usize,
         heads: Heads,
-        precision: Precision,
+        format: CacheFormat,
     ) -> Result<Self, ModelError> {
-        let format = match precision {
-            Precision::F32 => WeightFormat::F32,
-            Precision::Bf16 => WeightFormat::Bf16,
+        let panels = HeadPanels {
+            format: format.into(),
+            positions: capacity.next_multiple_of(LANES),
+            width: heads.width,
         };
-        let panels = HeadPanels { format, positions: capacity.next_multiple_of(LANES), width: heads.width };
         let head = panels.all_by_position() + panels.all_by_element();
-        Ok(Self { heads, precision, panels, lines: Pages::zeroed(sequences * heads.key_value * head)? })
+        Ok(Self { heads, format, panels, lines: Pages::zeroed(sequences * heads.key_value * head)? })
     }
 
     fn head_lines(&self) -> usize {
@@ -54,12 +53,11 @@ impl Cache {
         let width = self.heads.packed_width();
         let packed = Matrix::new(packed, packed.len() / width, width, width);
         self.store(packed, spans);
-        by_kernel!(self.precision, kernel => self.attend_by(kernel, out, packed, spans));
+        by_kernel!(match self.format, CacheFormat { F32, F16, Bf16 }, kernel => self.attend_by(kernel, out, packed, spans));
     }
 
     fn store(&mut self, packed: Matrix<'_>, spans: &[Span]) {
-        let (heads, precision, panels, head_lines) =
-            (self.heads, self.precision, self.panels, self.head_lines());
+        let (heads, format, panels, head_lines) = (self.heads, self.format, self.panels, self.head_lines());
         let store = |(index, lines): (usize, &mut [Line])| {
             let (sequence, head) = (index / heads.key_value, index % heads.key_value);
             let mut row = 0;
@@ -68,9 +66,12 @@ impl Cache {
                     for (row, position) in (row..row + span.rows).zip(span.position..) {
                         let key = &packed.row(row)[(heads.query + head) * heads.width..];
                         let pair = [&key[..heads.width], &key[heads.key_value_width()..][..heads.width]];
-                        match precision {
-                            Precision::F32 => put::<1, f32>(panels, lines, position, pair, |x| x),
-                            Precision::Bf16 => {
+                        match format {
+                            CacheFormat::F32 => put::<1, f32>(panels, lines, position, pair, |x| x),
+                            CacheFormat::F16 => {
+                                put::<1, u16>(panels, lines, position, pair, |x| f16::from_f32(x).to_bits());
+                            }
+                            CacheFormat::Bf16 => {
                                 put::<2, u16>(panels, lines, position, pair, |x| bf16::from_f32(x).to_bits());
                             }
                         }

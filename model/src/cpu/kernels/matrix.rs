@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use ulmus_plan::Precision;
 
+use super::panel::by_kernel;
 use super::product;
 
 /// A matrix to read, or the transpose of one.
@@ -205,31 +206,6 @@ pub(crate) enum Output {
     Accumulate,
 }
 
-/// Does `$body` with the kernel of a precision.
-macro_rules! by_kernel {
-    ($precision:expr, $kernel:ident => $body:expr) => {
-        match $precision {
-            ulmus_plan::Precision::F32 => {
-                #[cfg(target_arch = "x86_64")]
-                if let Some($kernel) = $crate::cpu::kernels::avx512::F32::detect() {
-                    return $body;
-                }
-                let $kernel = $crate::cpu::kernels::portable::F32;
-                $body
-            }
-            ulmus_plan::Precision::Bf16 => {
-                #[cfg(target_arch = "x86_64")]
-                if let Some($kernel) = $crate::cpu::kernels::avx512::Bf16::detect() {
-                    return $body;
-                }
-                let $kernel = $crate::cpu::kernels::portable::Bf16;
-                $body
-            }
-        }
-    };
-}
-pub(super) use by_kernel;
-
 /// `c = a · b`, in place of or added to what `c` held.
 pub(super) fn multiply(
     c: &mut MatrixMut<'_>,
@@ -248,7 +224,7 @@ pub(super) fn multiply(
         c.rows,
         c.columns
     );
-    by_kernel!(precision, kernel => product::multiply(kernel, c, a, b, output));
+    by_kernel!(match precision, Precision { F32, Bf16 }, kernel => product::multiply(kernel, c, a, b, output));
 }
 
 #[cfg(test)]

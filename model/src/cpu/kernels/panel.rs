@@ -72,6 +72,23 @@ pub(super) trait Kernel: Copy + Send + Sync {
     );
 }
 
+/// Does `$body` with the kernel of a format, the fastest that this processor has, and returns.
+macro_rules! by_kernel {
+    (match $format:expr, $formats:ident { $($name:ident),* }, $kernel:ident => $body:expr) => {
+        match $format {
+            $($formats::$name => {
+                #[cfg(target_arch = "x86_64")]
+                if let Some($kernel) = $crate::cpu::kernels::avx512::$name::detect() {
+                    return $body;
+                }
+                let $kernel = $crate::cpu::kernels::portable::$name;
+                $body
+            })*
+        }
+    };
+}
+pub(super) use by_kernel;
+
 /// Where sums are.
 pub(super) struct Target {
     pub data: *mut f32,

@@ -58,7 +58,7 @@ impl Product<'_> {
         } else {
             (equal_part(rows, (TASK_ROWS / self.left.most()).max(1)), equal_part(panels, TASK_PANELS))
         };
-        let group = group.next_multiple_of(together);
+        let group = group.max(1).next_multiple_of(together);
         let (down, across) = (rows.div_ceil(height), panels.div_ceil(group));
         let task = |index: usize| {
             let (row, panel) = (index % down * height, index / down * group);

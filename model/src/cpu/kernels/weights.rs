@@ -5,13 +5,10 @@
 
 use rayon::prelude::*;
 
-#[cfg(target_arch = "x86_64")]
-use super::avx512;
 use super::lines::{room, with_operands};
 use super::matrix::{Matrix, MatrixMut, Output, Threads};
 use super::pages::Pages;
-use super::panel::{Kernel, LANES, Lanes, LeftPanels, pack_right, step, unpack};
-use super::portable;
+use super::panel::{Kernel, LANES, Lanes, LeftPanels, by_kernel, pack_right, step, unpack};
 use super::product::{Product, pack_left};
 use crate::error::ModelError;
 use crate::format::WeightFormat;
@@ -60,22 +57,11 @@ impl Weights {
 
     /// `out = x · weightsᵀ` for that many rows.
     pub(crate) fn linear(&self, out: &mut [f32], x: &[f32], rows: usize) {
-        macro_rules! by_kernel {
-            ($($name:ident),*) => {
-                #[cfg(target_arch = "x86_64")]
-                match self.format {
-                    $(WeightFormat::$name => {
-                        if let Some(kernel) = avx512::$name::detect() {
-                            return self.linear_by(kernel, out, x, rows);
-                        }
-                    })*
-                }
-                match self.format {
-                    $(WeightFormat::$name => self.linear_by(portable::$name, out, x, rows),)*
-                }
-            };
-        }
-        by_kernel!(F32, F16, Bf16, Q8_0);
+        by_kernel!(
+            match self.format,
+            WeightFormat { F32, F16, Bf16, Q8_0 },
+            kernel => self.linear_by(kernel, out, x, rows)
+        );
     }
 
     fn linear_by<K: Kernel>(&self, kernel: K, out: &mut [f32], x: &[f32], rows: usize) {
@@ -97,6 +83,9 @@ mod tests {
     use half::bf16;
 
     use super::*;
+    #[cfg(target_arch = "x86_64")]
+    use crate::cpu::kernels::avx512;
+    use crate::cpu::kernels::portable;
     use crate::cpu::kernels::q8::BLOCK;
     use crate::cpu::kernels::testing::values;
 
