@@ -215,8 +215,9 @@ fn masks<const PANELS: usize>(target: &Target) -> [__mmask16; MOST_VECTORS] {
 }
 
 /// Lines ahead of what is read that are asked for.
-const AHEAD: usize = 32;
+const F32_AHEAD: usize = 24;
 const F16_AHEAD: usize = 64;
+const BF16_AHEAD: usize = 32;
 const Q8_AHEAD: usize = 68;
 
 /// Asks for a line some lines ahead.
@@ -261,8 +262,8 @@ unsafe fn step_f32<const ROWS: usize, const PANELS: usize>(
         // SAFETY: a step is two lines of each panel and a word of each row.
         unsafe {
             let right = right.add(panel * distance);
-            prefetch(right, AHEAD);
-            prefetch(right.add(1), AHEAD);
+            prefetch(right, F32_AHEAD);
+            prefetch(right.add(1), F32_AHEAD);
             let (first, second) = (_mm512_load_ps(right.cast()), _mm512_load_ps(right.add(1).cast()));
             multiply_add(sums, left, panel, [first, second]);
         }
@@ -306,8 +307,8 @@ unsafe fn step_bf16<const ROWS: usize, const PANELS: usize>(
         // SAFETY: a step is two lines of each panel and a word of each row; all vectors are 512 bits of plain data.
         unsafe {
             let right = right.add(panel * distance);
-            prefetch(right, AHEAD);
-            prefetch(right.add(1), AHEAD);
+            prefetch(right, BF16_AHEAD);
+            prefetch(right.add(1), BF16_AHEAD);
             let first = std::mem::transmute::<__m512i, __m512bh>(_mm512_load_si512(right.cast()));
             let second = std::mem::transmute::<__m512i, __m512bh>(_mm512_load_si512(right.add(1).cast()));
             for row in 0..ROWS {
