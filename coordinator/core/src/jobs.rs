@@ -6,7 +6,8 @@
 //!                                   ├─► continuations ────┤
 //!                                   └─► export ───────────┘
 //! ```
-//! A plan may leave the export out. The benchmark comes last and alone, because what else runs on the machine would be measured with it.
+//! A plan may leave the export out. The benchmark comes last and alone, because what else runs on the machine would be
+//! measured with it.
 
 use std::collections::{BTreeMap, BTreeSet};
 

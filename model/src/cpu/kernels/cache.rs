@@ -157,3 +157,33 @@ fn put<const STEP: usize, T: bytemuck::Pod>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEADS: Heads = Heads { query: 2, key_value: 1, width: 6 };
+
+    #[test]
+    fn sixteen_bits_take_half_the_memory() {
+        let lines = |format| Cache::new(2, 100, HEADS, format).unwrap().lines.len();
+        for format in [CacheFormat::F16, CacheFormat::Bf16] {
+            assert_eq!(2 * lines(format), lines(CacheFormat::F32), "{format:?}");
+        }
+    }
+
+    /// Not even NaN, which times the probability 0 is NaN.
+    #[test]
+    fn nothing_of_an_old_text_is_read() {
+        let packed = [0.5; 4 * 6];
+        for format in [CacheFormat::F32, CacheFormat::F16, CacheFormat::Bf16] {
+            let mut cache = Cache::new(1, 40, HEADS, format).unwrap();
+            cache.lines.fill(Line([u32::MAX; 16]));
+            for position in 0..37 {
+                let mut out = [f32::NAN; 2 * 6];
+                cache.attend(&mut out, &packed, &[Span { sequence: 0, position, rows: 1 }]);
+                assert!(out.iter().all(|x| (x - 0.5).abs() < 0.01), "{format:?} at {position}: {out:?}");
+            }
+        }
+    }
+}

@@ -1,4 +1,4 @@
-//! Embedding, linear layers and strided copies.
+//! Embedding and linear layers.
 
 use ulmus_plan::Precision;
 

@@ -20,14 +20,14 @@ pub(crate) fn saturate(precision: Precision) -> Option<f64> {
         let operations = |per_lane: usize| Some((per_lane * avx512::CHAINS * LANES * ITERATIONS) as f64);
         match precision {
             Precision::F32 => {
-                if let Some(tile) = avx512::F32::detect() {
-                    std::hint::black_box(avx512::saturate_f32(tile, ITERATIONS));
+                if let Some(kernel) = avx512::F32::detect() {
+                    std::hint::black_box(avx512::saturate_f32(kernel, ITERATIONS));
                     return operations(2);
                 }
             }
             Precision::Bf16 => {
-                if let Some(tile) = avx512::Bf16::detect() {
-                    std::hint::black_box(avx512::saturate_bf16(tile, ITERATIONS));
+                if let Some(kernel) = avx512::Bf16::detect() {
+                    std::hint::black_box(avx512::saturate_bf16(kernel, ITERATIONS));
                     return operations(4);
                 }
             }
