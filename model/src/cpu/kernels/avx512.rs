@@ -62,28 +62,18 @@ impl Q8_0 {
     }
 }
 
-/// Vectors of as many panels as are read at once.
-const MOST_VECTORS: usize = 4;
-
-/// Two sums of a vector per row and panel.
-type Sums<const ROWS: usize, const PANELS: usize> = [[[__m512; 2]; PANELS]; ROWS];
+/// Two vectors of sums per row.
+type Sums<const ROWS: usize> = [[__m512; 2]; ROWS];
 
 macro_rules! kernel {
     (
         $name:ident, $features:literal, words $words:expr, lines $lines:expr, pack $pack:expr, step $step:ident,
-        tile $tile:ident, { $($width:literal: $together:literal),* }
+        tile $tile:ident, widths { $($width:literal),* }
     ) => {
         impl Kernel for $name {
             const FORMAT: WeightFormat = WeightFormat::$name;
             const WIDTHS: &'static [usize] = &[$($width),*];
             const WORDS: usize = $words;
-
-            fn together(self, width: usize) -> usize {
-                match width {
-                    $($width => $together,)*
-                    _ => unreachable!("no panel has {width} rows"),
-                }
-            }
 
             fn pack(self, to: &mut [u32], width: usize, lanes: Lanes<'_>) {
                 $pack(to, width, lanes);
@@ -92,20 +82,15 @@ macro_rules! kernel {
             unsafe fn multiply(
                 self,
                 width: usize,
-                panels: usize,
                 steps: usize,
                 left: *const u32,
                 right: *const Line,
-                distance: usize,
                 target: &Target,
             ) {
                 // SAFETY: `detect` found the instructions, the rest is promised by the caller.
                 unsafe {
-                    match (width, panels) {
-                        $(
-                            ($width, 1) => $tile::<$width, 1>(steps, left, right, distance, target),
-                            ($width, _) => $tile::<$width, $together>(steps, left, right, distance, target),
-                        )*
+                    match width {
+                        $($width => $tile::<$width>(steps, left, right, target),)*
                         _ => unreachable!("no panel has {width} rows"),
                     }
                 }
@@ -115,25 +100,24 @@ macro_rules! kernel {
         /// # Safety
         /// See [`Kernel::multiply`].
         #[target_feature(enable = $features)]
-        unsafe fn $tile<const ROWS: usize, const PANELS: usize>(
+        unsafe fn $tile<const ROWS: usize>(
             steps: usize,
             left: *const u32,
             right: *const Line,
-            distance: usize,
             target: &Target,
         ) {
             // Here and not in functions: the sums have to be registers from beginning to end.
-            let masks = masks::<PANELS>(target);
-            let mut sums: Sums<ROWS, PANELS> = [[[_mm512_setzero_ps(); 2]; PANELS]; ROWS];
-            prefetch_next::<ROWS, PANELS>(target);
+            let masks = masks(target);
+            let mut sums: Sums<ROWS> = [[_mm512_setzero_ps(); 2]; ROWS];
+            prefetch_next::<ROWS>(target);
             if target.resume {
                 for row in 0..ROWS {
-                    for vector in 0..2 * PANELS {
+                    for vector in 0..2 {
                         let columns = if row < target.rows { masks[vector] } else { 0 };
                         let at = target.at(row, vector * VECTOR);
                         // SAFETY: the mask ends with the target's columns, and is empty behind its last row.
                         let sum = unsafe { _mm512_maskz_loadu_ps(columns, at) };
-                        sums[row][vector / 2][vector % 2] = sum;
+                        sums[row][vector] = sum;
                     }
                 }
             }
@@ -141,18 +125,17 @@ macro_rules! kernel {
             for _ in 0..steps {
                 // SAFETY: promised by the caller; every step of the panels is read once.
                 unsafe {
-                    $step(&mut sums, left, right, distance);
+                    $step(&mut sums, left, right);
                     left = left.add(ROWS * $words);
                     right = right.add($lines);
                 }
             }
             for row in 0..ROWS {
-                for vector in 0..2 * PANELS {
+                for vector in 0..2 {
                     let columns = if row < target.rows { masks[vector] } else { 0 };
                     // SAFETY: as above.
                     unsafe {
-                        let sum = sums[row][vector / 2][vector % 2];
-                        _mm512_mask_storeu_ps(target.at(row, vector * VECTOR), columns, sum);
+                        _mm512_mask_storeu_ps(target.at(row, vector * VECTOR), columns, sums[row][vector]);
                     }
                 }
             }
@@ -160,24 +143,23 @@ macro_rules! kernel {
     };
 }
 
-// Sums of up to 14 × 2 vectors leave room for a panel's two and a broadcast. Few rows take several panels at once, so
-// that enough sums are under way to hide how long each addition takes.
+// Sums of up to 14 × 2 vectors leave room for a panel's two and a broadcast.
 kernel!(
     F32, "avx512f", words 1, lines 2, pack pack_float32,
-    step step_f32, tile tile_f32, { 1: 1, 2: 1, 4: 1, 8: 1, 14: 1 }
+    step step_f32, tile tile_f32, widths { 1, 2, 4, 8, 14 }
 );
 kernel!(
     F16, "avx512f", words 1, lines 1, pack pack_float32,
-    step step_f16, tile tile_f16, { 1: 1, 2: 1, 4: 1, 8: 1, 14: 1 }
+    step step_f16, tile tile_f16, widths { 1, 2, 4, 8, 14 }
 );
 kernel!(
     Bf16, "avx512f,avx512bf16", words 1, lines 2, pack pack_pairs,
-    step step_bf16, tile tile_bf16, { 1: 1, 2: 1, 4: 1, 8: 1, 14: 1 }
+    step step_bf16, tile tile_bf16, widths { 1, 2, 4, 8, 14 }
 );
 // Here each sum of floats has a sum of integers beside it.
 kernel!(
     Q8_0, "avx512f,avx512vnni", words q8::WORDS, lines 17, pack q8::pack_left,
-    step step_q8, tile tile_q8, { 1: 1, 2: 1, 4: 1, 6: 1 }
+    step step_q8, tile tile_q8, widths { 1, 2, 4, 6 }
 );
 
 fn pack_float32(to: &mut [u32], width: usize, lanes: Lanes<'_>) {
@@ -195,9 +177,9 @@ fn pack_pairs(to: &mut [u32], width: usize, lanes: Lanes<'_>) {
 /// Brings the next tile's sums into the cache while those of this one are made.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn prefetch_next<const ROWS: usize, const PANELS: usize>(target: &Target) {
+fn prefetch_next<const ROWS: usize>(target: &Target) {
     for row in 0..ROWS {
-        for vector in 0..2 * PANELS {
+        for vector in 0..2 {
             let at = target.next.wrapping_add(row * target.stride + vector * VECTOR);
             _mm_prefetch::<_MM_HINT_ET0>(at.cast());
         }
@@ -206,12 +188,8 @@ fn prefetch_next<const ROWS: usize, const PANELS: usize>(target: &Target) {
 
 /// The target's columns in each vector of a row.
 #[inline]
-fn masks<const PANELS: usize>(target: &Target) -> [__mmask16; MOST_VECTORS] {
-    let mut masks = [0; MOST_VECTORS];
-    for vector in 0..2 * PANELS {
-        masks[vector] = mask(target.columns.saturating_sub(vector * VECTOR));
-    }
-    masks
+fn masks(target: &Target) -> [__mmask16; 2] {
+    [mask(target.columns), mask(target.columns.saturating_sub(VECTOR))]
 }
 
 /// Lines ahead of what is read that are asked for.
@@ -233,135 +211,97 @@ fn prefetch(line: *const Line, ahead: usize) {
 /// AVX-512; `left` has a word of each row.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn multiply_add<const ROWS: usize, const PANELS: usize>(
-    sums: &mut Sums<ROWS, PANELS>,
-    left: *const u32,
-    panel: usize,
-    vectors: [__m512; 2],
-) {
+unsafe fn multiply_add<const ROWS: usize>(sums: &mut Sums<ROWS>, left: *const u32, vectors: [__m512; 2]) {
     for row in 0..ROWS {
         // SAFETY: promised by the caller.
         let value = _mm512_set1_ps(unsafe { *left.add(row).cast() });
         for half in 0..2 {
-            sums[row][panel][half] = _mm512_fmadd_ps(value, vectors[half], sums[row][panel][half]);
+            sums[row][half] = _mm512_fmadd_ps(value, vectors[half], sums[row][half]);
         }
     }
 }
 
 /// # Safety
-/// AVX-512; a step is left in all panels.
+/// AVX-512; a step is left in both panels.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn step_f32<const ROWS: usize, const PANELS: usize>(
-    sums: &mut Sums<ROWS, PANELS>,
-    left: *const u32,
-    right: *const Line,
-    distance: usize,
-) {
-    for panel in 0..PANELS {
-        // SAFETY: a step is two lines of each panel and a word of each row.
-        unsafe {
-            let right = right.add(panel * distance);
-            prefetch(right, F32_AHEAD);
-            prefetch(right.add(1), F32_AHEAD);
-            let (first, second) = (_mm512_load_ps(right.cast()), _mm512_load_ps(right.add(1).cast()));
-            multiply_add(sums, left, panel, [first, second]);
-        }
+unsafe fn step_f32<const ROWS: usize>(sums: &mut Sums<ROWS>, left: *const u32, right: *const Line) {
+    // SAFETY: a step is two lines of the right panel and a word of each row.
+    unsafe {
+        prefetch(right, F32_AHEAD);
+        prefetch(right.add(1), F32_AHEAD);
+        let (first, second) = (_mm512_load_ps(right.cast()), _mm512_load_ps(right.add(1).cast()));
+        multiply_add(sums, left, [first, second]);
     }
 }
 
 /// # Safety
-/// AVX-512; a step is left in all panels.
+/// AVX-512; a step is left in both panels.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn step_f16<const ROWS: usize, const PANELS: usize>(
-    sums: &mut Sums<ROWS, PANELS>,
-    left: *const u32,
-    right: *const Line,
-    distance: usize,
-) {
-    for panel in 0..PANELS {
-        // SAFETY: a step is a line of each panel and a word of each row.
-        unsafe {
-            let right = right.add(panel * distance);
-            prefetch(right, F16_AHEAD);
-            let right = right.cast::<[u16; VECTOR]>();
-            let first = _mm512_cvtph_ps(_mm256_loadu_si256(right.cast()));
-            let second = _mm512_cvtph_ps(_mm256_loadu_si256(right.add(1).cast()));
-            multiply_add(sums, left, panel, [first, second]);
-        }
+unsafe fn step_f16<const ROWS: usize>(sums: &mut Sums<ROWS>, left: *const u32, right: *const Line) {
+    // SAFETY: a step is a line of the right panel and a word of each row.
+    unsafe {
+        prefetch(right, F16_AHEAD);
+        let right = right.cast::<[u16; VECTOR]>();
+        let first = _mm512_cvtph_ps(_mm256_loadu_si256(right.cast()));
+        let second = _mm512_cvtph_ps(_mm256_loadu_si256(right.add(1).cast()));
+        multiply_add(sums, left, [first, second]);
     }
 }
 
 /// # Safety
-/// AVX-512-BF16; a step is left in all panels.
+/// AVX-512-BF16; a step is left in both panels.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn step_bf16<const ROWS: usize, const PANELS: usize>(
-    sums: &mut Sums<ROWS, PANELS>,
-    left: *const u32,
-    right: *const Line,
-    distance: usize,
-) {
-    for panel in 0..PANELS {
-        // SAFETY: a step is two lines of each panel and a word of each row; all vectors are 512 bits of plain data.
-        unsafe {
-            let right = right.add(panel * distance);
-            prefetch(right, BF16_AHEAD);
-            prefetch(right.add(1), BF16_AHEAD);
-            let first = std::mem::transmute::<__m512i, __m512bh>(_mm512_load_si512(right.cast()));
-            let second = std::mem::transmute::<__m512i, __m512bh>(_mm512_load_si512(right.add(1).cast()));
-            for row in 0..ROWS {
-                let value =
-                    std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(*left.add(row).cast()));
-                sums[row][panel][0] = _mm512_dpbf16_ps(sums[row][panel][0], value, first);
-                sums[row][panel][1] = _mm512_dpbf16_ps(sums[row][panel][1], value, second);
-            }
+unsafe fn step_bf16<const ROWS: usize>(sums: &mut Sums<ROWS>, left: *const u32, right: *const Line) {
+    // SAFETY: a step is two lines of the right panel and a word of each row; all vectors are 512 bits of plain data.
+    unsafe {
+        prefetch(right, BF16_AHEAD);
+        prefetch(right.add(1), BF16_AHEAD);
+        let first = std::mem::transmute::<__m512i, __m512bh>(_mm512_load_si512(right.cast()));
+        let second = std::mem::transmute::<__m512i, __m512bh>(_mm512_load_si512(right.add(1).cast()));
+        for row in 0..ROWS {
+            let value = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(*left.add(row).cast()));
+            sums[row][0] = _mm512_dpbf16_ps(sums[row][0], value, first);
+            sums[row][1] = _mm512_dpbf16_ps(sums[row][1], value, second);
         }
     }
 }
 
 /// # Safety
-/// AVX-512-VNNI; a step is left in all panels.
+/// AVX-512-VNNI; a step is left in both panels.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
-unsafe fn step_q8<const ROWS: usize, const PANELS: usize>(
-    sums: &mut Sums<ROWS, PANELS>,
-    left: *const u32,
-    right: *const Line,
-    distance: usize,
-) {
+unsafe fn step_q8<const ROWS: usize>(sums: &mut Sums<ROWS>, left: *const u32, right: *const Line) {
     const WORDS: usize = BLOCK / 4;
-    for panel in 0..PANELS {
-        // SAFETY: a step is 17 lines of each panel and `q8::WORDS` words of each row.
-        unsafe {
-            let right = right.add(panel * distance);
-            let mut integers = [[_mm512_set1_epi32(0); 2]; ROWS];
+    // SAFETY: a step is 17 lines of the right panel and `q8::WORDS` words of each row.
+    unsafe {
+        let mut integers = [[_mm512_set1_epi32(0); 2]; ROWS];
+        for row in 0..ROWS {
+            integers[row] = [_mm512_set1_epi32(*left.add(WORDS * ROWS + row).cast()); 2];
+        }
+        for word in 0..WORDS {
+            prefetch(right.add(1 + 2 * word), Q8_AHEAD);
+            prefetch(right.add(2 + 2 * word), Q8_AHEAD);
+            let first = _mm512_load_si512(right.add(1 + 2 * word).cast());
+            let second = _mm512_load_si512(right.add(2 + 2 * word).cast());
             for row in 0..ROWS {
-                integers[row] = [_mm512_set1_epi32(*left.add(WORDS * ROWS + row).cast()); 2];
+                let value = _mm512_set1_epi32(*left.add(word * ROWS + row).cast());
+                integers[row][0] = _mm512_dpbusd_epi32(integers[row][0], first, value);
+                integers[row][1] = _mm512_dpbusd_epi32(integers[row][1], second, value);
             }
-            for word in 0..WORDS {
-                prefetch(right.add(1 + 2 * word), Q8_AHEAD);
-                prefetch(right.add(2 + 2 * word), Q8_AHEAD);
-                let first = _mm512_load_si512(right.add(1 + 2 * word).cast());
-                let second = _mm512_load_si512(right.add(2 + 2 * word).cast());
-                for row in 0..ROWS {
-                    let value = _mm512_set1_epi32(*left.add(word * ROWS + row).cast());
-                    integers[row][0] = _mm512_dpbusd_epi32(integers[row][0], first, value);
-                    integers[row][1] = _mm512_dpbusd_epi32(integers[row][1], second, value);
-                }
-            }
-            let scales = right.cast::<[u16; VECTOR]>();
-            for half in 0..2 {
-                let scales = _mm512_cvtph_ps(_mm256_loadu_si256(scales.add(half).cast()));
-                for row in 0..ROWS {
-                    let scale = _mm512_set1_ps(*left.add((WORDS + 1) * ROWS + row).cast());
-                    sums[row][panel][half] = _mm512_fmadd_ps(
-                        _mm512_cvtepi32_ps(integers[row][half]),
-                        _mm512_mul_ps(scales, scale),
-                        sums[row][panel][half],
-                    );
-                }
+        }
+        let scales = right.cast::<[u16; VECTOR]>();
+        for half in 0..2 {
+            let scales = _mm512_cvtph_ps(_mm256_loadu_si256(scales.add(half).cast()));
+            for row in 0..ROWS {
+                let scale = _mm512_set1_ps(*left.add((WORDS + 1) * ROWS + row).cast());
+                sums[row][half] = _mm512_fmadd_ps(
+                    _mm512_cvtepi32_ps(integers[row][half]),
+                    _mm512_mul_ps(scales, scale),
+                    sums[row][half],
+                );
             }
         }
     }

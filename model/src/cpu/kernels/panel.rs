@@ -48,26 +48,21 @@ pub(super) trait Kernel: Copy + Send + Sync {
     /// Words of a left panel per row and step.
     const WORDS: usize;
 
-    /// Right panels that are best read at once by a single left panel of that many rows.
-    fn together(self, width: usize) -> usize;
-
     /// Packs lanes as a left panel of `width` rows, the rest of which are zero.
     fn pack(self, to: &mut [u32], width: usize, lanes: Lanes<'_>);
 
     /// Sums the products of some steps, from zero or from what is there.
     ///
     /// # Safety
-    /// `left` has `steps · width · WORDS` words; each of `panels` (1, or as many as [`Kernel::together`] says) right
-    /// panels from `right` on, `distance` lines apart, has that many steps. `width` is one of [`Kernel::WIDTHS`]. The
-    /// rows and columns of `target` are valid to read and write, and nobody else uses them.
+    /// `left` has `steps · width · WORDS` words; `right` begins a right panel with that many steps.
+    /// `width` is one of [`Kernel::WIDTHS`]. The rows and columns of `target` are valid to read and write, and nobody
+    /// else uses them.
     unsafe fn multiply(
         self,
         width: usize,
-        panels: usize,
         steps: usize,
         left: *const u32,
         right: *const Line,
-        distance: usize,
         target: &Target,
     );
 }
@@ -270,11 +265,6 @@ impl LeftPanels {
     pub(super) fn width(&self, panel: usize) -> usize {
         let rows = self.rows(panel).len();
         *self.widths.iter().find(|width| **width >= rows).expect("no panel has more rows than the widest")
-    }
-
-    /// Right panels that are best read at once.
-    pub(super) fn together<K: Kernel>(&self, kernel: K) -> usize {
-        if self.count() == 1 { kernel.together(self.width(0)) } else { 1 }
     }
 
     /// Where a step of a panel begins.

@@ -57,10 +57,6 @@ macro_rules! kernel {
             const WIDTHS: &'static [usize] = &[1, $rows];
             const WORDS: usize = $words;
 
-            fn together(self, _: usize) -> usize {
-                1
-            }
-
             fn pack(self, to: &mut [u32], width: usize, lanes: Lanes<'_>) {
                 $pack(to, width, lanes);
             }
@@ -68,11 +64,9 @@ macro_rules! kernel {
             unsafe fn multiply(
                 self,
                 width: usize,
-                _: usize,
                 steps: usize,
                 left: *const u32,
                 right: *const Line,
-                _: usize,
                 target: &Target,
             ) {
                 // SAFETY: promised by the caller.

@@ -51,14 +51,13 @@ impl Product<'_> {
         let depths = self.left.steps * step(K::FORMAT).0;
         let work = self.left.rows(0).len().max(1) * rows * self.columns * depths;
         let workers = if threads == Threads::One || work < SERIAL { 1 } else { rayon::current_num_threads() };
-        let together = self.left.together(kernel);
         // A single left panel reads everything once; with more, the second level has to hold what comes again.
         let (height, group) = if rows <= 1 {
             (1, panels.div_ceil(2 * workers))
         } else {
             (equal_part(rows, (TASK_ROWS / self.left.most()).max(1)), equal_part(panels, TASK_PANELS))
         };
-        let group = group.max(1).next_multiple_of(together);
+        let group = group.max(1);
         let (down, across) = (rows.div_ceil(height), panels.div_ceil(group));
         let task = |index: usize| {
             let (row, panel) = (index % down * height, index / down * group);
@@ -81,19 +80,16 @@ impl Product<'_> {
         left: Range<usize>,
         right: Range<usize>,
     ) {
-        let (together, lines) = (self.left.together(kernel), step(K::FORMAT).1);
+        let lines = step(K::FORMAT).1;
         let part =
             if left.len() == 1 { self.left.steps } else { equal_part(self.left.steps, PART_LINES / lines) };
         for start in (0..self.left.steps).step_by(part.max(1)) {
             let steps = part.min(self.left.steps - start);
             let resume = output == Output::Accumulate || start > 0;
-            let mut panel = right.start;
-            while panel < right.end {
-                let count = if panel + together <= right.end { together } else { 1 };
-                let first = panel * self.distance + start * lines;
-                let right = &self.right[first..][..(count - 1) * self.distance + steps * lines];
+            for panel in right.clone() {
+                let right = &self.right[panel * self.distance + start * lines..][..steps * lines];
                 let column = panel * LANES;
-                let columns = (count * LANES).min(self.columns - column);
+                let columns = LANES.min(self.columns - column);
                 for row in left.clone() {
                     let (rows, width) = (self.left.rows(row), self.left.width(row));
                     let (data, stride) = out.part(rows.start, column, rows.len(), columns);
@@ -107,9 +103,8 @@ impl Product<'_> {
                     let (words, right) = (words.as_ptr(), right.as_ptr());
                     // SAFETY: the slices hold these steps; `part` checked that the sums lie in the result, and nobody
                     // else has these panels.
-                    unsafe { kernel.multiply(width, count, steps, words, right, self.distance, &target) };
+                    unsafe { kernel.multiply(width, steps, words, right, &target) };
                 }
-                panel += count;
             }
         }
     }
