@@ -12,7 +12,7 @@ use crate::loader::Cursors;
 use crate::order::Mixture;
 use crate::pack::{Packed, Sequence};
 use crate::sources::Sources;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Encoder, Tokenizer};
 
 /// Everything that decides what is read, except where a lane stands. Shared by threads.
 #[derive(Debug)]
@@ -130,21 +130,23 @@ impl Corpus {
     }
 
     /// The training documents of a unit, packed.
-    pub(crate) fn unit(&self, source: usize, unit: u32) -> Result<Packed, DataError> {
-        let mut packed = Packed::default();
+    pub(crate) fn unit(&self, encoder: &mut Encoder, source: usize, unit: u32) -> Result<Packed, DataError> {
+        let mut packed = Packed::new(self.rules.pack);
         let count = |counter: &AtomicU64, by: usize| {
             counter.fetch_add(by as u64, Ordering::Relaxed);
         };
         for document in self.sources.documents(source, unit as usize)? {
             count(&self.counters.documents, 1);
             count(&self.counters.bytes, document.len());
-            match self.rules.judge(&document) {
-                Verdict::Short => count(&self.counters.short_characters, 1),
-                Verdict::HeldOut(_) => count(&self.counters.held_out, 1),
-                Verdict::Kept(text) => match self.tokens(&text) {
-                    Some(tokens) => packed.push(tokens),
-                    None => count(&self.counters.short_tokens, 1),
-                },
+            for verdict in self.rules.judge(&document) {
+                match verdict {
+                    Verdict::Short => count(&self.counters.short_characters, 1),
+                    Verdict::HeldOut(_) => count(&self.counters.held_out, 1),
+                    Verdict::Kept(text) => match self.tokens(encoder, &text) {
+                        Some(tokens) => packed.push(tokens),
+                        None => count(&self.counters.short_tokens, 1),
+                    },
+                }
             }
         }
         count(&self.counters.tokens, packed.tokens());
@@ -152,9 +154,9 @@ impl Corpus {
     }
 
     /// BOS, the ids of `text`, EOS; none where the token filter drops it.
-    fn tokens(&self, text: &str) -> Option<Vec<u32>> {
+    fn tokens(&self, encoder: &mut Encoder, text: &str) -> Option<Vec<u32>> {
         let mut tokens = vec![self.tokenizer.bos()];
-        tokens.extend(self.tokenizer.encode(text));
+        encoder.encode(text, &mut tokens);
         tokens.push(self.tokenizer.eos());
         (tokens.len() as u64 >= self.rules.min_tokens).then_some(tokens)
     }
@@ -166,18 +168,21 @@ impl Corpus {
     /// As for reading any unit.
     pub fn held_out(&self, length: usize, sequences: usize) -> Result<HeldOut, DataError> {
         let mut texts = Vec::new();
-        let mut packed = Packed::default();
+        let mut encoder = self.tokenizer.encoder();
+        let mut packed = Packed::new(self.rules.pack);
         for (source, unit) in self.sources.units_in_turn() {
-            if packed.tokens() > sequences * length {
+            if packed.fills(sequences, length) {
                 break;
             }
             for document in self.sources.documents(source, unit)? {
-                if let Verdict::HeldOut(text) = self.rules.judge(&document)
-                    && let Some(tokens) = self.tokens(&text)
-                    && packed.tokens() <= sequences * length
-                {
-                    packed.push(tokens);
-                    texts.push(text.into_owned());
+                for verdict in self.rules.judge(&document) {
+                    if let Verdict::HeldOut(text) = verdict
+                        && let Some(tokens) = self.tokens(&mut encoder, &text)
+                        && !packed.fills(sequences, length)
+                    {
+                        packed.push(tokens);
+                        texts.push(text.into_owned());
+                    }
                 }
             }
         }
@@ -187,5 +192,73 @@ impl Corpus {
             texts,
             sequences: (0..count).map(|index| packed.sequence(index, length, pad)).collect(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use safetensors::SafeTensors;
+    use ulmus_plan::{Normalize, Pack, SourceConfig};
+
+    use super::*;
+    use crate::Manifest;
+    use crate::pack::IGNORE;
+    use crate::tokenizer::bytes_only;
+
+    const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/a/data");
+
+    /// Sequences as the reference has made them of the same files, in the order of the files.
+    #[test]
+    fn the_published_packing_is_the_reference_s() {
+        let read = |name: &str| std::fs::read(format!("{GOLDEN}/{name}")).unwrap();
+        let expected: serde_json::Value = serde_json::from_slice(&read("expected.json")).unwrap();
+        let tensors = read("expected.safetensors");
+        let tensors = SafeTensors::deserialize(&tensors).unwrap();
+        let setting = |name: &str| expected["settings"][name].as_u64().unwrap();
+        let length = setting("sequence_length") as usize;
+        for (case, files, text) in [
+            ("jsonl", "corpus-{:05}-00003.jsonl", "text"),
+            ("parquet", "web-{:05}-of-00001.parquet", "content"),
+        ] {
+            let config = DataConfig {
+                lanes: 1,
+                holdout: 0.0,
+                min_characters: setting("min_characters_per_text"),
+                min_tokens: setting("min_tokens_per_text"),
+                normalize: Normalize::None,
+                pack: Pack::Corenet,
+                piece_words: setting("document_split_size"),
+                source: vec![SourceConfig {
+                    name: case.to_owned(),
+                    url: GOLDEN.to_owned(),
+                    files: vec![files.to_owned()],
+                    range: Some([0, expected["cases"][case]["file_id_range"][1].as_u64().unwrap()]),
+                    text: text.to_owned(),
+                    ..SourceConfig::default()
+                }],
+                ..DataConfig::default()
+            };
+            let manifest = Manifest::freeze(&config, None).unwrap();
+            let sources = Sources::open(&config, &manifest, None).unwrap();
+            let corpus = Corpus::new(&config, 0, sources, bytes_only()).unwrap();
+            let mut encoder = corpus.tokenizer().encoder();
+            let mut sequences = Vec::new();
+            for unit in 0..corpus.sources.unit_sizes(0).len() as u32 {
+                let packed = corpus.unit(&mut encoder, 0, unit).unwrap();
+                sequences
+                    .extend((0..packed.sequences(length)).map(|index| packed.sequence(index, length, 300)));
+            }
+            let tensor = |name: &str| -> Vec<u32> {
+                let tensor = tensors.tensor(&format!("{case}.{name}")).unwrap();
+                let (ids, _) = tensor.data().as_chunks();
+                ids.iter().map(|id| i64::from_le_bytes(*id) as u32).collect()
+            };
+            let inputs: Vec<u32> = sequences.iter().flat_map(|sequence| sequence.inputs.clone()).collect();
+            let targets = sequences.iter().flat_map(|sequence| sequence.targets.clone());
+            // The reference has its pad id where nothing is asked for.
+            let targets: Vec<u32> = targets.map(|id| if id == IGNORE { 300 } else { id }).collect();
+            assert_eq!(inputs, tensor("samples"), "{case}");
+            assert_eq!(targets, tensor("targets"), "{case}");
+        }
     }
 }

@@ -1,15 +1,20 @@
 //! What happens to one document before it is tokenized: normalised, measured, and set aside if it is held out.
 //!
 //! Pure. The text that the character filter counts is thrown away: what is tokenized is the normalised text.
+//!
+//! The published recipe (`pack = "corenet"`) cuts a document into pieces first, at every so many blanks. Both filters
+//! then apply to each piece, the first one before it is normalised; whether it is held out is decided by the document.
 
 use std::borrow::Cow;
 
-use ulmus_plan::{DataConfig, Normalize};
+use ulmus_plan::{DataConfig, Normalize, Pack};
 use unicode_normalization::{IsNormalized, UnicodeNormalization, is_nfc_quick};
 
 /// The rules of a plan for single documents.
 #[derive(Debug, Clone)]
 pub(crate) struct Rules {
+    pub(crate) pack: Pack,
+    piece_words: usize,
     normalize: Normalize,
     min_characters: u64,
     pub(crate) min_tokens: u64,
@@ -32,6 +37,8 @@ pub(crate) enum Verdict<'a> {
 impl Rules {
     pub(crate) fn new(config: &DataConfig, seed: u64) -> Self {
         Self {
+            pack: config.pack,
+            piece_words: config.piece_words.max(1) as usize,
             normalize: config.normalize,
             min_characters: config.min_characters,
             min_tokens: config.min_tokens,
@@ -40,8 +47,26 @@ impl Rules {
         }
     }
 
-    /// Judges a document.
-    pub(crate) fn judge<'a>(&self, text: &'a str) -> Verdict<'a> {
+    /// Judges a document, or each of its pieces.
+    pub(crate) fn judge<'a>(&self, text: &'a str) -> Vec<Verdict<'a>> {
+        match self.pack {
+            Pack::Concat => vec![self.judge_document(text)],
+            Pack::Corenet => {
+                let held_out = self.hash(text) < self.held_out_below;
+                pieces(text, self.piece_words).map(|piece| self.judge_piece(piece, held_out)).collect()
+            }
+        }
+    }
+
+    fn judge_piece<'a>(&self, piece: &'a str, held_out: bool) -> Verdict<'a> {
+        if !has_characters(piece, self.min_characters) {
+            return Verdict::Short;
+        }
+        let text = normalized(piece, self.normalize);
+        if held_out { Verdict::HeldOut(text) } else { Verdict::Kept(text) }
+    }
+
+    fn judge_document<'a>(&self, text: &'a str) -> Verdict<'a> {
         let text = normalized(text, self.normalize);
         if !has_characters(&text, self.min_characters) {
             Verdict::Short
@@ -60,6 +85,20 @@ impl Rules {
         let first = hash.as_bytes().first_chunk().expect("a hash has 32 bytes");
         u64::from_le_bytes(*first)
     }
+}
+
+/// Cuts a text at every so many blanks; two blanks in a row have an empty word between them.
+fn pieces(text: &str, words: usize) -> impl Iterator<Item = &str> {
+    let mut rest = Some(text);
+    std::iter::from_fn(move || {
+        let text = rest?;
+        let (piece, after) = match text.match_indices(' ').nth(words - 1) {
+            Some((at, blank)) => (&text[..at], Some(&text[at + blank.len()..])),
+            None => (text, None),
+        };
+        rest = after;
+        Some(piece)
+    })
 }
 
 fn normalized(text: &str, normalize: Normalize) -> Cow<'_, str> {
@@ -124,8 +163,20 @@ mod tests {
 
     #[test]
     fn text_is_normalised_before_it_is_judged() {
-        assert_eq!(rules(0.0, 0).judge("e\u{301}"), Verdict::Kept("é".into()));
-        assert_eq!(rules(0.0, 2).judge("e\u{301}"), Verdict::Short);
+        assert_eq!(rules(0.0, 0).judge("e\u{301}"), [Verdict::Kept("é".into())]);
+        assert_eq!(rules(0.0, 2).judge("e\u{301}"), [Verdict::Short]);
+    }
+
+    #[test]
+    fn the_published_recipe_judges_pieces_before_they_are_normalised() {
+        let rules = Rules { pack: Pack::Corenet, piece_words: 2, ..rules(0.0, 2) };
+        let kept = |text: &'static str| Verdict::Kept(text.into());
+        let verdicts = rules.judge("e\u{301} b  c d");
+        assert_eq!(verdicts, [kept("é b"), Verdict::Short, Verdict::Short]);
+        let rules = Rules { min_characters: 0, ..rules };
+        assert_eq!(rules.judge("e\u{301} b  c d"), [kept("é b"), kept(" c"), kept("d")]);
+        assert_eq!(rules.judge(""), [kept("")]);
+        assert_eq!(rules.judge("a b "), [kept("a b"), kept("")]);
     }
 
     #[test]
@@ -134,7 +185,7 @@ mod tests {
         let held_out = |seed| {
             let rules = Rules { seed, ..rules.clone() };
             let texts = (0..5000).map(|n| format!("document {n}"));
-            texts.filter(|text| matches!(rules.judge(text), Verdict::HeldOut(_))).collect::<Vec<_>>()
+            texts.filter(|text| matches!(rules.judge(text)[..], [Verdict::HeldOut(_)])).collect::<Vec<_>>()
         };
         assert!((400..600).contains(&held_out(1).len()), "{}", held_out(1).len());
         assert_eq!(held_out(1), held_out(1));

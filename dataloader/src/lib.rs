@@ -32,4 +32,4 @@ pub use pack::{IGNORE, Sequence};
 pub use prepare::{Prepared, cargo_home, matching_files, prepare};
 pub use sources::{SourceReport, Sources, inspect};
 pub use store::Folder;
-pub use tokenizer::{Tokenizer, train};
+pub use tokenizer::{Encoder, Tokenizer, train};

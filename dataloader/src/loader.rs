@@ -18,6 +18,7 @@ use crate::corpus::Corpus;
 use crate::error::DataError;
 use crate::order::{Epoch, window_order};
 use crate::pack::{Packed, Sequence};
+use crate::tokenizer::Encoder;
 
 /// Words per stream.
 const WORDS: usize = 4;
@@ -272,16 +273,17 @@ struct Reader {
 
 impl Reader {
     fn serve(&self, queue: &Receiver<Job>) {
+        let mut encoder = self.corpus.tokenizer().encoder();
         for job in queue {
             if job.wanted.strong_count() > 0 {
                 // Nobody waits any more when the loader was dropped meanwhile.
-                let _not_wanted = job.reply.send(self.window(job.stream, job.place));
+                let _not_wanted = job.reply.send(self.window(&mut encoder, job.stream, job.place));
             }
         }
     }
 
     /// The first window with any sequence at or after `place`.
-    fn window(&self, stream: usize, mut place: Place) -> WindowResult {
+    fn window(&self, encoder: &mut Encoder, stream: usize, mut place: Place) -> WindowResult {
         let stream = self.corpus.mixture.streams()[stream];
         let name = || self.corpus.sources.name(stream.source).to_owned();
         let mut barren = 0;
@@ -293,7 +295,7 @@ impl Reader {
             let left = epoch.units(stream.place).get(place.unit as usize..).unwrap_or_default();
             let (mut units, mut order) = (Vec::new(), Vec::new());
             for (number, unit) in (0..).zip(left) {
-                let packed = self.corpus.unit(stream.source, *unit)?;
+                let packed = self.corpus.unit(encoder, stream.source, *unit)?;
                 order.extend((0..packed.sequences(self.length) as u32).map(|sequence| (number, sequence)));
                 units.push(packed);
                 if order.len() as u64 >= self.corpus.window {

@@ -4,6 +4,11 @@
 //! every position has its next token as target. Targets never cross documents: a position whose next token begins
 //! another document is masked, and positions carry the start of their document so that attention does not cross
 //! either. So every token of a document except its BOS is a target exactly once.
+//!
+//! In the published recipe (`pack = "corenet"`) each piece of a document is a sequence by itself: of more than T + 1
+//! tokens the rest is lost, of fewer the sequence is padded.
+
+use ulmus_plan::Pack;
 
 /// Target of a position that is not trained on.
 pub const IGNORE: u32 = u32::MAX;
@@ -20,15 +25,21 @@ pub struct Sequence {
 }
 
 /// The tokens of a unit, laid end to end. Sequences are cut from it when they are taken.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Packed {
+    pack: Pack,
     tokens: Vec<u32>,
     /// Where documents begin, ascending.
     starts: Vec<u32>,
 }
 
 impl Packed {
-    /// Adds a document, which has at least BOS and EOS.
+    /// No tokens yet.
+    pub(crate) const fn new(pack: Pack) -> Self {
+        Self { pack, tokens: Vec::new(), starts: Vec::new() }
+    }
+
+    /// Adds a document, or a piece of one, which has at least BOS and EOS.
     pub(crate) fn push(&mut self, tokens: impl IntoIterator<Item = u32>) {
         self.starts.push(self.tokens.len() as u32);
         self.tokens.extend(tokens);
@@ -41,12 +52,29 @@ impl Packed {
 
     /// How many sequences of `length` tokens there are.
     pub(crate) fn sequences(&self, length: usize) -> usize {
-        self.tokens.len().saturating_sub(1).div_ceil(length)
+        match self.pack {
+            Pack::Concat => self.tokens.len().saturating_sub(1).div_ceil(length),
+            Pack::Corenet => self.starts.len(),
+        }
+    }
+
+    /// Whether there are that many sequences, and nothing more would go into them.
+    pub(crate) fn fills(&self, sequences: usize, length: usize) -> bool {
+        match self.pack {
+            Pack::Concat => self.tokens.len() > sequences * length,
+            Pack::Corenet => self.starts.len() >= sequences,
+        }
     }
 
     /// Sequence number `index`. The tail is filled with `pad`, masked.
     pub(crate) fn sequence(&self, index: usize, length: usize, pad: u32) -> Sequence {
-        let begin = index * length;
+        let (begin, end) = match self.pack {
+            Pack::Concat => (index * length, self.tokens.len() - 1),
+            Pack::Corenet => {
+                let end = self.starts.get(index + 1).map_or(self.tokens.len(), |start| *start as usize);
+                (self.starts[index] as usize, end)
+            }
+        };
         let mut sequence = Sequence {
             inputs: Vec::with_capacity(length),
             targets: Vec::with_capacity(length),
@@ -54,14 +82,15 @@ impl Packed {
         };
         let mut next_document = self.starts.partition_point(|start| *start as usize <= begin);
         let mut doc_start = 0;
-        for at in begin..(begin + length).min(self.tokens.len() - 1) {
+        for at in begin..(begin + length).min(end) {
             if self.starts.get(next_document).is_some_and(|start| *start as usize == at) {
                 next_document += 1;
                 doc_start = (at - begin) as u32;
             }
             let ends = self.starts.get(next_document).is_some_and(|start| *start as usize == at + 1);
             sequence.inputs.push(self.tokens[at]);
-            sequence.targets.push(if ends { IGNORE } else { self.tokens[at + 1] });
+            let target = self.tokens.get(at + 1).filter(|_| !ends);
+            sequence.targets.push(target.copied().unwrap_or(IGNORE));
             sequence.doc_starts.push(doc_start);
         }
         let filled = sequence.inputs.len();
@@ -83,7 +112,7 @@ mod tests {
     const PAD: u32 = 3;
 
     fn pack(documents: &[Vec<u32>]) -> Packed {
-        let mut packed = Packed::default();
+        let mut packed = Packed::new(Pack::Concat);
         for document in documents {
             packed.push([BOS].into_iter().chain(document.iter().copied()).chain([EOS]));
         }
@@ -102,6 +131,23 @@ mod tests {
         assert_eq!(second.inputs, [20, 21, PAD, PAD, PAD]);
         assert_eq!(second.targets, [21, EOS, IGNORE, IGNORE, IGNORE]);
         assert_eq!(second.doc_starts, [0, 0, 2, 2, 2]);
+    }
+
+    #[test]
+    fn in_the_published_recipe_a_piece_is_a_sequence() {
+        let mut packed = Packed::new(Pack::Corenet);
+        packed.push([BOS, 10, EOS]);
+        packed.push([BOS, 20, 21, 22, 23, 24, EOS]);
+        assert_eq!(packed.sequences(4), 2);
+        assert!(packed.fills(2, 4) && !packed.fills(3, 4));
+        let first = packed.sequence(0, 4, PAD);
+        assert_eq!(first.inputs, [BOS, 10, EOS, PAD]);
+        assert_eq!(first.targets, [10, EOS, IGNORE, IGNORE]);
+        assert_eq!(first.doc_starts, [0, 0, 0, 3]);
+        let second = packed.sequence(1, 4, PAD);
+        assert_eq!(second.inputs, [BOS, 20, 21, 22]);
+        assert_eq!(second.targets, [20, 21, 22, 23]);
+        assert_eq!(second.doc_starts, [0; 4]);
     }
 
     proptest! {

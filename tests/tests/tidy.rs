@@ -20,7 +20,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
         ("ulmus-checkpoint", vec!["ulmus-types"]),
         ("ulmus-model", vec!["ulmus-plan", "ulmus-types"]),
         ("ulmus-oracle", vec!["ulmus-model", "ulmus-plan"]),
-        ("ulmus-dataloader", vec!["ulmus-plan", "ulmus-types"]),
+        ("ulmus-dataloader", vec!["ulmus-plan", "ulmus-rt", "ulmus-types"]),
         ("ulmus-evaluator", vec!["ulmus-dataloader", "ulmus-model", "ulmus-plan", "ulmus-rt", "ulmus-types"]),
         (
             "ulmus-worker",

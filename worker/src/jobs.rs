@@ -68,7 +68,9 @@ fn prepare(run: &Run) -> Result<Value, WorkerError> {
         )));
     }
     run.write(TOKENIZER_MODEL, tokenizer.model().to_vec())?;
-    run.write(TOKENIZER_JSON, tokenizer.to_json().into_bytes())?;
+    if let Some(json) = tokenizer.to_json() {
+        run.write(TOKENIZER_JSON, json.into_bytes())?;
+    }
     run.write(MANIFEST, manifest.to_json())?;
     let (pieces, tokenizer_digest) = (tokenizer.pieces(), tokenizer.digest());
     must_hold_text(run, run.corpus_of(&manifest, tokenizer)?)?;
@@ -194,13 +196,14 @@ fn export(run: &Run) -> Result<Value, WorkerError> {
     let tokenizer = run.tokenizer()?;
     let tokens = SpecialTokens { bos: tokenizer.bos(), eos: tokenizer.eos() };
     let mut files = serde_json::Map::new();
-    for (name, contents) in [
+    let json = tokenizer.to_json().map(|json| (TOKENIZER_JSON, json.into_bytes()));
+    let contents = [
         ("config.json", config_json(&run.plan.model, tokens)?.into_bytes()),
         ("generation_config.json", generation_config_json(tokens).into_bytes()),
         ("model.safetensors", run.read(AVERAGE)?),
-        (TOKENIZER_MODEL, run.read(TOKENIZER_MODEL)?),
-        (TOKENIZER_JSON, run.read(TOKENIZER_JSON)?),
-    ] {
+        (TOKENIZER_MODEL, tokenizer.model().to_vec()),
+    ];
+    for (name, contents) in contents.into_iter().chain(json) {
         files.insert(name.to_owned(), json!(FileEntry::of(&contents)));
         run.write(&format!("export/{name}"), contents)?;
     }

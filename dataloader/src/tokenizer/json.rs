@@ -6,23 +6,30 @@
 
 use serde_json::{Map, Value, json};
 
-use super::Tokenizer;
+use super::model::PieceType;
+use super::vocabulary::Unknown;
+use super::{Tables, Tokenizer};
 
 impl Tokenizer {
-    /// The contents of `tokenizer.json`.
-    pub fn to_json(&self) -> String {
+    /// The contents of `tokenizer.json`; none if the model does to a text what this form cannot tell.
+    pub fn to_json(&self) -> Option<String> {
+        let Tables { vocabulary, normalizer, bpe, .. } = &*self.0;
+        let byte_fallback = matches!(vocabulary.unknown, Unknown::Bytes(_));
+        if !(normalizer.is_plain() && bpe.is_local() && byte_fallback) {
+            return None;
+        }
+        let pieces = &vocabulary.pieces;
         let vocab: Map<String, Value> =
-            (0..).zip(&self.pieces).map(|(id, piece): (u32, _)| (piece.text.clone(), json!(id))).collect();
-        let special = |id: u32| &self.pieces[id as usize].text;
-        let unknown = special(0);
-        let bos = special(self.bos);
+            (0..).zip(pieces).map(|(id, piece): (u32, _)| (piece.text.clone(), json!(id))).collect();
+        let unknown = vocabulary.of_kind(PieceType::Unknown).next().map(|(_, piece)| &piece.text);
+        let bos = &pieces[vocabulary.bos as usize].text;
         let one = |sequence: &str| json!([{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": sequence, "type_id": 0}}]);
         let mut pair = one("A").as_array().cloned().unwrap_or_default();
         pair.extend(one("B").as_array().cloned().unwrap_or_default());
-        let prepend = self.dummy_prefix.then(|| json!({"type": "Prepend", "prepend": "▁"}));
+        let prepend = normalizer.has_prefix().then(|| json!({"type": "Prepend", "prepend": "▁"}));
         let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
         let strip =
-            self.dummy_prefix.then(|| json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+            normalizer.has_prefix().then(|| json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
         let blank = json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "});
         let decoders: Vec<Value> = [blank, json!({"type": "ByteFallback"}), json!({"type": "Fuse"})]
             .into_iter()
@@ -39,7 +46,7 @@ impl Tokenizer {
                 "type": "TemplateProcessing",
                 "single": one("A"),
                 "pair": pair,
-                "special_tokens": {bos: {"id": bos, "ids": [self.bos], "tokens": [bos]}},
+                "special_tokens": {bos: {"id": bos, "ids": [vocabulary.bos], "tokens": [bos]}},
             },
             "decoder": {"type": "Sequence", "decoders": decoders},
             "model": {
@@ -49,7 +56,7 @@ impl Tokenizer {
                 "continuing_subword_prefix": null,
                 "end_of_word_suffix": null,
                 "fuse_unk": true,
-                "byte_fallback": true,
+                "byte_fallback": byte_fallback,
                 "ignore_merges": false,
                 "vocab": vocab,
                 "merges": self.ranked_pairs(),
@@ -57,25 +64,18 @@ impl Tokenizer {
         });
         let mut text = serde_json::to_string_pretty(&file).expect("a JSON value can be written");
         text.push('\n');
-        text
+        Some(text)
     }
 
     /// All pairs that make a piece: by score, then by id of the piece, then by ids of the two parts.
     fn ranked_pairs(&self) -> Vec<[&str; 2]> {
-        let mut pairs: Vec<((u32, u32), (u32, u32))> = self
-            .merges
-            .iter()
-            .filter(|((left, right), _)| (*left.max(right) as usize) < self.pieces.len())
-            .map(|(pair, merge)| ((merge.priority, merge.id), *pair))
-            .collect();
-        pairs.sort_unstable();
-        let text = |id: u32| self.pieces[id as usize].text.as_str();
-        pairs.into_iter().map(|(_, (left, right))| [text(left), text(right)]).collect()
+        let text = |id: u32| self.0.vocabulary.pieces[id as usize].text.as_str();
+        self.0.bpe.ranked().into_iter().map(|(left, right)| [text(left), text(right)]).collect()
     }
 
     /// Texts of the pieces that texts are made of.
     #[cfg(test)]
     pub(super) fn normal_texts(&self) -> Vec<&str> {
-        super::normal(&self.pieces).map(|(_, piece)| piece.text.as_str()).collect()
+        self.0.vocabulary.of_texts().map(|(_, piece)| piece.text.as_str()).collect()
     }
 }

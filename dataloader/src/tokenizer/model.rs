@@ -50,6 +50,8 @@ pub(crate) struct TrainerProto {
     pub(crate) character_coverage: Option<f32>,
     #[prost(int32, optional, tag = "20")]
     pub(crate) max_piece_length: Option<i32>,
+    #[prost(bool, optional, tag = "24")]
+    pub(crate) treat_whitespace_as_suffix: Option<bool>,
     #[prost(bool, optional, tag = "25")]
     pub(crate) split_digits: Option<bool>,
     #[prost(bool, optional, tag = "26")]
@@ -64,6 +66,8 @@ pub(crate) struct TrainerProto {
     pub(crate) eos_id: Option<i32>,
     #[prost(int32, optional, tag = "43", default = "-1")]
     pub(crate) pad_id: Option<i32>,
+    #[prost(string, optional, tag = "44", default = " \u{2047} ")]
+    pub(crate) unk_surface: Option<String>,
 }
 
 /// Kinds of models.

@@ -11,8 +11,9 @@ use tokenizers::AddedToken;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::tokenizer::Trainer;
 
+use super::Tokenizer;
 use super::model::{ModelProto, ModelType, NormalizerProto, PieceProto, PieceType, TrainerProto};
-use super::{BLANK, Tokenizer};
+use super::vocabulary::BLANK;
 use crate::error::DataError;
 
 /// Share of the characters of a text that get pieces of their own; the rest falls back to bytes.
@@ -84,6 +85,7 @@ fn model_bytes(normal: impl Iterator<Item = String>, pieces: usize) -> Vec<u8> {
         bos_id: Some(1),
         eos_id: Some(2),
         pad_id: Some(-1),
+        ..TrainerProto::default()
     };
     let normalizer = NormalizerProto {
         name: Some("identity".to_owned()),
@@ -219,7 +221,7 @@ mod tests {
     #[test]
     fn both_files_give_the_same_ids() {
         let tokenizer = train(&sample(), 700).unwrap();
-        let reference = tokenizers::Tokenizer::from_bytes(tokenizer.to_json()).unwrap();
+        let reference = tokenizers::Tokenizer::from_bytes(tokenizer.to_json().unwrap()).unwrap();
         let odd =
             ["", " ", "<s> is no control </s><unk>", "  ======= ---  \t\n", "日本 café \u{1F600}", "▁x"];
         for text in sample().iter().map(String::as_str).chain(odd) {

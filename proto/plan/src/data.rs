@@ -47,6 +47,9 @@ pub enum Pack {
     /// Documents are joined with BOS and EOS and cut; attention never crosses from one into another.
     #[default]
     Concat,
+    /// The published recipe: documents are cut into pieces of so many words, and each piece is a sequence, whose end
+    /// is cut off or padded.
+    Corenet,
 }
 
 /// One corpus, or one part of a corpus with a share of its own.
@@ -98,6 +101,8 @@ pub struct DataConfig {
     pub normalize: Normalize,
     /// How documents become sequences.
     pub pack: Pack,
+    /// Words of a piece of a document, for `pack = "corenet"`.
+    pub piece_words: u64,
     /// Threads that read and tokenize, per worker.
     pub threads: u64,
     /// The corpora.
@@ -115,6 +120,7 @@ impl Default for DataConfig {
             min_tokens: 256,
             normalize: Normalize::Nfc,
             pack: Pack::Concat,
+            piece_words: 2048,
             threads: 2,
             source: Vec::new(),
         }
@@ -163,6 +169,13 @@ impl DataConfig {
             self.holdout,
             "a share of 0 to 0.5",
             "write 0.0005",
+        );
+        problems.check(
+            (1..=1 << 20).contains(&self.piece_words),
+            "data.piece_words",
+            self.piece_words,
+            "1 to 1048576 words are a piece",
+            "write 2048",
         );
         problems.check(
             (1..=256).contains(&self.threads),

@@ -153,7 +153,8 @@ const MAY_CHANGE: [&str; 7] =
 
 /// Keys that the first plans did not have, and what those plans meant. They count only with another value, so that a
 /// run can go on from its checkpoints after an update.
-const ADDED: [(&str, &str); 2] = [("checkpoint.export", "true"), ("model.norm", "\"rms\"")];
+const ADDED: [(&str, &str); 3] =
+    [("checkpoint.export", "true"), ("model.norm", "\"rms\""), ("data.piece_words", "2048")];
 
 impl Plan {
     /// Tokens of one update, padding included.

@@ -19,7 +19,7 @@ pub enum ErrorKind {
     Internal,
 }
 
-/// The exit codes of all three programs. The README lists them.
+/// The exit codes of all programs. The README lists them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ExitStatus {
     /// 0: everything that was asked for is done.

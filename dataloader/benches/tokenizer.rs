@@ -1,0 +1,105 @@
+//! The tokenizer beside other crates, on texts that none of them has seen before.
+//!
+//! ```text
+//! cargo bench -p ulmus-dataloader --bench tokenizer -- tokenizer.model [TEXTS]
+//! ```
+//!
+//! TEXTS is a folder whose text files are the documents; without it, the Markdown files of the crates that cargo has
+//! unpacked. By turns, each tokenizer is made anew and reads all texts once, on one thread. Printed is the median of
+//! [`ROUNDS`] rounds, and in how many texts its ids differ from ours.
+
+#![expect(clippy::print_stdout, reason = "this is what it is for")]
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use kitoken::Kitoken;
+use ulmus_dataloader::{Tokenizer, cargo_home};
+
+const ROUNDS: usize = 5;
+/// Texts beyond so many bytes are left out.
+const LIMIT: usize = 64 << 20;
+
+fn main() {
+    let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
+    let model = arguments.next().expect("give the path of a SentencePiece tokenizer.model");
+    let folder = arguments.next().map_or_else(|| cargo_home().join("registry/src"), PathBuf::from);
+    let model = std::fs::read(&model).expect("the model can be read");
+    let mut texts = Vec::new();
+    gather(&folder, &mut texts);
+    let bytes: usize = texts.iter().map(String::len).sum();
+    assert!(bytes > 0, "{} has no texts", folder.display());
+    println!("{} texts, {:.1} MB, one thread, {ROUNDS} rounds", texts.len(), bytes as f64 / 1e6);
+
+    let tokenizer = Tokenizer::from_model(&model, "tokenizer.model").expect("the model is a tokenizer");
+    let json = tokenizer.to_json().expect("the model can be written as tokenizer.json");
+    let contestants: [(&str, Make<'_>); 3] = [
+        ("ulmus", Box::new(|| ours(&tokenizer))),
+        ("kitoken", Box::new(|| kitoken(&model))),
+        ("tokenizers", Box::new(|| tokenizers(&json))),
+    ];
+    let mut seconds = vec![Vec::new(); contestants.len()];
+    let mut differing = vec![0; contestants.len()];
+    for round in 0..ROUNDS {
+        let mut expected: Vec<Vec<u32>> = Vec::new();
+        for (index, (_, make)) in contestants.iter().enumerate() {
+            let mut encode = make();
+            let begun = Instant::now();
+            let ids: Vec<Vec<u32>> = texts.iter().map(|text| encode(text)).collect();
+            seconds[index].push(begun.elapsed().as_secs_f64());
+            if round == 0 && index > 0 {
+                differing[index] = ids.iter().zip(&expected).filter(|(a, b)| a != b).count();
+            }
+            if index == 0 {
+                expected = ids;
+            }
+        }
+    }
+    for (index, (name, _)) in contestants.iter().enumerate() {
+        let seconds = &mut seconds[index];
+        seconds.sort_by(f64::total_cmp);
+        let rate = bytes as f64 / 1e6 / seconds[ROUNDS / 2];
+        println!("{name:12} {rate:8.1} MB/s, {} texts differ", differing[index]);
+    }
+}
+
+/// Makes a tokenizer.
+type Make<'a> = Box<dyn Fn() -> Encode + 'a>;
+/// Encodes texts with it.
+type Encode = Box<dyn FnMut(&str) -> Vec<u32>>;
+
+fn ours(tokenizer: &Tokenizer) -> Encode {
+    let mut encoder = tokenizer.encoder();
+    Box::new(move |text| {
+        let mut ids = Vec::with_capacity(text.len() / 3 + 1);
+        encoder.encode(text, &mut ids);
+        ids
+    })
+}
+
+fn kitoken(model: &[u8]) -> Encode {
+    let kitoken = Kitoken::from_sentencepiece_slice(model).expect("the model can be read by kitoken");
+    Box::new(move |text| kitoken.encode(text, false).expect("any text has ids"))
+}
+
+fn tokenizers(json: &str) -> Encode {
+    let tokenizer = tokenizers::Tokenizer::from_bytes(json).expect("the file can be read by tokenizers");
+    Box::new(move |text| tokenizer.encode_fast(text, false).expect("any text has ids").get_ids().to_vec())
+}
+
+fn gather(folder: &Path, texts: &mut Vec<String>) {
+    let mut paths: Vec<PathBuf> =
+        std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path()).collect();
+    paths.sort();
+    for path in paths {
+        let left = LIMIT.saturating_sub(texts.iter().map(String::len).sum());
+        if path.is_dir() {
+            gather(&path, texts);
+        } else if path.extension().is_some_and(|suffix| suffix == "md" || suffix == "txt")
+            && let Ok(text) = std::fs::read_to_string(&path)
+            && text.len() <= left
+        {
+            texts.push(text);
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! Arguments of the program; a module for each group of commands.
+
+mod tokens;
+
+use clap::{Parser, Subcommand};
+use ulmus_dataloader::DataError;
+use ulmus_rt::Failure;
+use ulmus_types::ExitStatus;
+
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong input (the message says what to change), \
+                          5 damaged data, 6 nothing answered in time.";
+
+/// Looks at corpora, and turns texts into tokens and back.
+#[derive(Debug, Parser)]
+#[command(name = "dataloader", version, after_help = EXIT_CODES)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Turn texts into token ids: a JSON string per line to a JSON list per line.
+    ///
+    /// Example: echo '"Hello"' | dataloader encode --tokenizer tokenizer.model
+    Encode(tokens::Encode),
+    /// Turn token ids into texts: a JSON list per line to a JSON string per line.
+    ///
+    /// Example: echo '[1, 15043]' | dataloader decode --tokenizer tokenizer.model
+    Decode(tokens::Decode),
+}
+
+impl Arguments {
+    /// Does what was asked for.
+    pub(crate) fn run(self) -> Result<ExitStatus, Failure> {
+        match self.command {
+            Command::Encode(encode) => encode.run(),
+            Command::Decode(decode) => decode.run(),
+        }?;
+        Ok(ExitStatus::Done)
+    }
+}
+
+fn failure(error: &DataError) -> Failure {
+    Failure::of(error.kind(), error)
+}

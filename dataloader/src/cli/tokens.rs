@@ -1,0 +1,98 @@
+//! `encode` and `decode`: filters from standard input to standard output.
+
+use std::io::{self, BufRead, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use ulmus_dataloader::Tokenizer;
+use ulmus_rt::{Failure, finish_output};
+use ulmus_types::{ErrorKind, ExitStatus};
+
+#[derive(Debug, Args)]
+pub(crate) struct Encode {
+    /// SentencePiece `tokenizer.model`.
+    #[arg(long, value_name = "FILE")]
+    tokenizer: PathBuf,
+    /// Leave out the token that begins a document.
+    #[arg(long)]
+    no_bos: bool,
+    /// Leave out the token that ends a document.
+    #[arg(long)]
+    no_eos: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Decode {
+    /// SentencePiece `tokenizer.model`.
+    #[arg(long, value_name = "FILE")]
+    tokenizer: PathBuf,
+}
+
+impl Encode {
+    pub(super) fn run(&self) -> Result<(), Failure> {
+        let tokenizer = open(&self.tokenizer)?;
+        let bos = (!self.no_bos).then(|| tokenizer.bos());
+        let eos = (!self.no_eos).then(|| tokenizer.eos());
+        let mut encoder = tokenizer.encoder();
+        let mut ids = Vec::new();
+        filter("a JSON string", |text: String, out: &mut dyn Write| {
+            ids.clear();
+            ids.extend(bos);
+            encoder.encode(&text, &mut ids);
+            ids.extend(eos);
+            write_json(out, &ids)
+        })
+    }
+}
+
+impl Decode {
+    pub(super) fn run(&self) -> Result<(), Failure> {
+        let tokenizer = open(&self.tokenizer)?;
+        filter("a JSON list of token ids", |ids: Vec<u32>, out: &mut dyn Write| {
+            write_json(out, &tokenizer.decode(&ids))
+        })
+    }
+}
+
+fn open(path: &Path) -> Result<Tokenizer, Failure> {
+    let name = path.display().to_string();
+    let bytes = std::fs::read(path).map_err(|error| {
+        Failure::new(
+            ExitStatus::InvalidInput,
+            format!("{name} cannot be read: {error}; give a tokenizer.model"),
+        )
+    })?;
+    Tokenizer::from_model(&bytes, &name).map_err(|error| super::failure(&error))
+}
+
+/// Has `answer` write a line for each line of input.
+fn filter<T: DeserializeOwned>(
+    expected: &str,
+    mut answer: impl FnMut(T, &mut dyn Write) -> io::Result<()>,
+) -> Result<(), Failure> {
+    let mut input = io::stdin().lock();
+    let mut out = BufWriter::new(io::stdout().lock());
+    let mut line = Vec::new();
+    for number in 1_u64.. {
+        line.clear();
+        let read = input.read_until(b'\n', &mut line);
+        if read.map_err(|error| Failure::of(ErrorKind::Internal, &error))? == 0 {
+            break;
+        }
+        let value = serde_json::from_slice(&line).map_err(|error| {
+            let message = format!("line {number} of the input is not {expected}: {error}");
+            Failure::new(ExitStatus::InvalidInput, message)
+        })?;
+        if let Err(error) = answer(value, &mut out) {
+            return finish_output(Err(error));
+        }
+    }
+    finish_output(out.flush())
+}
+
+fn write_json(out: &mut dyn Write, value: &impl Serialize) -> io::Result<()> {
+    serde_json::to_writer(&mut *out, value)?;
+    out.write_all(b"\n")
+}

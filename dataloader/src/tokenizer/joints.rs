@@ -1,0 +1,99 @@
+//! Where a text can be cut without changing its pieces: between two characters that are adjacent in no piece, since
+//! nothing can be joined across.
+
+use std::collections::HashSet;
+
+use super::vocabulary::{BLANK, Vocabulary};
+
+/// Which characters are adjacent in some piece.
+#[derive(Debug, Clone)]
+pub(super) struct Joints {
+    /// Of each left neighbour, a bit per right one.
+    ascii: Box<[u128; 128]>,
+    /// A bit per hash of all other pairs. Pairs that share one make chunks longer than they need be, nothing else.
+    others: Box<[u64]>,
+    escapes: bool,
+}
+
+/// Bits of [`Joints::others`], as a power of two.
+const BITS: u32 = 18;
+
+impl Joints {
+    /// Those of a vocabulary; `escapes` says that a blank is the same as [`BLANK`].
+    pub(super) fn new(vocabulary: &Vocabulary, escapes: bool) -> Self {
+        let mut joints = Self { ascii: Box::new([0; 128]), others: vec![0; 1 << (BITS - 6)].into(), escapes };
+        let pairs: HashSet<(char, char)> = vocabulary
+            .of_texts()
+            .flat_map(|(_, piece)| piece.text.chars().zip(piece.text.chars().skip(1)))
+            .collect();
+        for (left, right) in pairs {
+            let (left, right) = (joints.fold(left), joints.fold(right));
+            if left < 128 && right < 128 {
+                joints.ascii[left as usize] |= 1 << right;
+            } else {
+                let bit = hash(left, right);
+                joints.others[bit >> 6] |= 1 << (bit & 63);
+            }
+        }
+        joints
+    }
+
+    /// The code point of a character, the blank's for both of its forms.
+    #[inline]
+    fn fold(&self, c: char) -> u32 {
+        if c == BLANK && self.escapes { u32::from(b' ') } else { c as u32 }
+    }
+
+    #[inline]
+    fn join(&self, left: u32, right: u32) -> bool {
+        if left < 128 && right < 128 {
+            self.ascii[left as usize] >> right & 1 == 1
+        } else {
+            let bit = hash(left, right);
+            self.others[bit >> 6] >> (bit & 63) & 1 == 1
+        }
+    }
+
+    /// Where the first chunk of `text` ends if `before` stands in front of it.
+    pub(super) fn first_end(&self, before: char, text: &str) -> usize {
+        let mut previous = self.fold(before);
+        for (at, c) in text.char_indices() {
+            let code = self.fold(c);
+            if !self.join(previous, code) {
+                return at;
+            }
+            previous = code;
+        }
+        text.len()
+    }
+
+    /// Gives the chunks of `text`, none of them empty.
+    #[inline]
+    pub(super) fn cut<'t>(&self, text: &'t str, mut give: impl FnMut(&'t str)) {
+        let Some(first) = text.chars().next() else { return };
+        let bytes = text.as_bytes();
+        let (mut start, mut at, mut previous) = (0, first.len_utf8(), self.fold(first));
+        while at < bytes.len() {
+            let byte = bytes[at];
+            let (code, width) = if byte < 128 {
+                (u32::from(byte), 1)
+            } else {
+                let c = text[at..].chars().next().expect("this is before the end");
+                (self.fold(c), c.len_utf8())
+            };
+            if !self.join(previous, code) {
+                give(&text[start..at]);
+                start = at;
+            }
+            previous = code;
+            at += width;
+        }
+        give(&text[start..]);
+    }
+}
+
+#[inline]
+fn hash(left: u32, right: u32) -> usize {
+    let mixed = left.wrapping_mul(0x9E37_79B1) ^ right.wrapping_mul(0x85EB_CA6B);
+    (mixed.wrapping_mul(0xC2B2_AE35) >> (u32::BITS - BITS)) as usize
+}

@@ -1,0 +1,207 @@
+//! What SentencePiece does to a text before it is cut into pieces.
+//!
+//! The published models do next to nothing (a blank in front); others map characters, such as to NFKC, and make one
+//! blank of several.
+
+use aho_corasick::{AhoCorasick, Anchored, Input, MatchKind, StartKind};
+
+use super::bpe::Part;
+use super::model::{ModelProto, PieceType};
+use super::vocabulary::{BLANK, Vocabulary};
+
+/// The rules of a model.
+#[derive(Debug, Clone)]
+pub(super) struct Normalizer {
+    map: Option<CharacterMap>,
+    /// Pieces that are found in texts before all else.
+    user_defined: Option<(AhoCorasick, Vec<u32>)>,
+    /// Where a text gets a blank that it did not have.
+    added: Option<Side>,
+    remove_extra: bool,
+    escape: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Front,
+    Back,
+}
+
+impl Normalizer {
+    /// The rules of a model, or what is wrong with them.
+    pub(super) fn new(model: &ModelProto, vocabulary: &Vocabulary) -> Result<Self, String> {
+        let rules = model.normalizer.clone().unwrap_or_default();
+        let suffix = model.trainer.clone().unwrap_or_default().treat_whitespace_as_suffix();
+        let map = if rules.charsmap().is_empty() {
+            None
+        } else {
+            let map = CharacterMap::new(rules.charsmap());
+            Some(map.ok_or("its table of characters is damaged; fetch the model again")?)
+        };
+        Ok(Self {
+            map,
+            user_defined: user_defined(vocabulary)?,
+            added: rules.add_dummy_prefix().then_some(if suffix { Side::Back } else { Side::Front }),
+            remove_extra: rules.remove_extra_whitespaces(),
+            escape: rules.escape_whitespaces(),
+        })
+    }
+
+    /// Whether a text changes in no other way than that a blank may come in front.
+    pub(super) fn is_plain(&self) -> bool {
+        self.map.is_none()
+            && self.user_defined.is_none()
+            && self.added != Some(Side::Back)
+            && !self.remove_extra
+            && self.escape
+    }
+
+    /// Whether a blank comes in front.
+    pub(super) fn has_prefix(&self) -> bool {
+        self.added == Some(Side::Front)
+    }
+
+    /// Whether blanks in texts are written as [`BLANK`].
+    pub(super) const fn escapes(&self) -> bool {
+        self.escape
+    }
+
+    /// Whether the blank in front of a decoded text is not the text's own; and whether all of them are not.
+    pub(super) const fn drops_blanks(&self) -> (bool, bool) {
+        (self.added.is_some() || self.remove_extra, self.remove_extra)
+    }
+
+    /// Whether there are pieces that are found before all else.
+    pub(super) const fn has_user_defined(&self) -> bool {
+        self.user_defined.is_some()
+    }
+
+    /// A normalised text, and the pieces that are found in it before all else.
+    pub(super) fn parts<'t>(&self, text: &'t str) -> Vec<Part<'t>> {
+        let mut parts = Vec::new();
+        let mut end = 0;
+        if let Some((matcher, ids)) = &self.user_defined {
+            for found in matcher.find_iter(text) {
+                parts.push(Part::Text(&text[end..found.start()]));
+                parts.push(Part::Piece(ids[found.pattern().as_usize()]));
+                end = found.end();
+            }
+        }
+        parts.push(Part::Text(&text[end..]));
+        parts
+    }
+
+    /// The text as pieces spell it.
+    pub(super) fn apply(&self, text: &str) -> String {
+        let blank = if self.escape { BLANK } else { ' ' };
+        let mut out = String::with_capacity(text.len() + text.len() / 4);
+        let mut rest = text;
+        if self.remove_extra {
+            while let (" ", length) = self.first(rest) {
+                rest = &rest[length..];
+            }
+        }
+        if rest.is_empty() {
+            return out;
+        }
+        if self.has_prefix() {
+            out.push(blank);
+        }
+        let mut after_blank = self.remove_extra;
+        while !rest.is_empty() {
+            let (mut found, length) = self.first(rest);
+            if after_blank {
+                found = found.trim_start_matches(' ');
+            }
+            if !found.is_empty() {
+                out.extend(found.chars().map(|c| if c == ' ' { blank } else { c }));
+                after_blank = self.remove_extra && found.ends_with(' ');
+            }
+            rest = &rest[length..];
+        }
+        if self.remove_extra {
+            out.truncate(out.trim_end_matches(blank).len());
+        }
+        if self.added == Some(Side::Back) {
+            out.push(blank);
+        }
+        out
+    }
+
+    /// What the beginning of a text becomes, and how many bytes of it that is.
+    fn first<'a>(&'a self, text: &'a str) -> (&'a str, usize) {
+        if let Some((matcher, _)) = &self.user_defined
+            && let Some(found) = matcher.find(Input::new(text).anchored(Anchored::Yes))
+        {
+            return (&text[..found.end()], found.end());
+        }
+        if let Some(found) = self.map.as_ref().and_then(|map| map.longest(text)) {
+            return found;
+        }
+        let length = text.chars().next().map_or(0, char::len_utf8);
+        (&text[..length], length)
+    }
+}
+
+/// Finds user-defined pieces, from left to right the longest at each place, and their ids.
+fn user_defined(vocabulary: &Vocabulary) -> Result<Option<(AhoCorasick, Vec<u32>)>, String> {
+    let (ids, texts): (Vec<u32>, Vec<&str>) = vocabulary
+        .of_kind(PieceType::UserDefined)
+        .filter(|(_, piece)| !piece.text.is_empty())
+        .map(|(id, piece)| (id, piece.text.as_str()))
+        .unzip();
+    if ids.is_empty() {
+        return Ok(None);
+    }
+    let builder = AhoCorasick::builder()
+        .match_kind(MatchKind::LeftmostLongest)
+        .start_kind(StartKind::Both)
+        .build(texts);
+    let matcher =
+        builder.map_err(|error| format!("its user-defined pieces cannot be searched for: {error}"))?;
+    Ok(Some((matcher, ids)))
+}
+
+/// A table of strings and what they become: a double-array trie as of the library Darts-clone, and the strings that
+/// its values point to, each up to a zero byte.
+#[derive(Debug, Clone)]
+struct CharacterMap {
+    trie: Vec<u32>,
+    strings: String,
+}
+
+impl CharacterMap {
+    fn new(bytes: &[u8]) -> Option<Self> {
+        let (length, rest) = bytes.split_first_chunk()?;
+        let (trie, strings) = rest.split_at_checked(u32::from_le_bytes(*length) as usize)?;
+        let (units, odd) = trie.as_chunks();
+        if units.is_empty() || !odd.is_empty() {
+            return None;
+        }
+        let strings = String::from_utf8(strings.to_vec()).ok()?;
+        Some(Self { trie: units.iter().map(|unit| u32::from_le_bytes(*unit)).collect(), strings })
+    }
+
+    /// What the longest string of the table that begins `text` becomes, and its length.
+    fn longest(&self, text: &str) -> Option<(&str, usize)> {
+        let offset = |unit: u32| ((unit >> 10) << ((unit & (1 << 9)) >> 6)) as usize;
+        let mut node = offset(self.trie[0]);
+        let mut found = None;
+        for (index, byte) in text.bytes().enumerate() {
+            node ^= usize::from(byte);
+            let unit = *self.trie.get(node)?;
+            // The label of a unit that holds a value has its highest bit set and equals no byte.
+            if unit & (1 << 31 | 0xff) != u32::from(byte) {
+                break;
+            }
+            node ^= offset(unit);
+            if unit >> 8 & 1 == 1 {
+                let value = self.trie.get(node)? & !(1 << 31);
+                found = Some((value as usize, index + 1));
+            }
+        }
+        let (start, length) = found?;
+        let string = self.strings.get(start..)?;
+        Some((string.split('\0').next().unwrap_or_default(), length))
+    }
+}

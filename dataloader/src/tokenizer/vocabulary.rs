@@ -1,0 +1,122 @@
+//! The pieces of a SentencePiece model, and what stands for characters that are in none of them.
+
+use std::collections::HashMap;
+
+use super::model::{ModelProto, PieceType};
+
+/// Stands for a blank inside pieces.
+pub(super) const BLANK: char = '\u{2581}';
+
+#[derive(Debug, Clone)]
+pub(super) struct Piece {
+    pub text: String,
+    pub score: f32,
+    pub kind: PieceType,
+}
+
+/// What becomes of a character that is no piece.
+#[derive(Debug, Clone)]
+pub(super) enum Unknown {
+    /// The pieces of its bytes in UTF-8.
+    Bytes(Box<[u32; 256]>),
+    /// One piece, and one only for several such characters in a row.
+    Piece(u32),
+}
+
+/// All pieces; the id of a piece is its place.
+#[derive(Debug, Clone)]
+pub(super) struct Vocabulary {
+    pub pieces: Vec<Piece>,
+    pub unknown: Unknown,
+    /// What an unknown piece looks like when it is decoded.
+    pub unknown_surface: String,
+    pub bos: u32,
+    pub eos: u32,
+}
+
+impl Vocabulary {
+    /// The vocabulary of a model, or what is wrong with it and what to give instead.
+    pub(super) fn new(model: &ModelProto) -> Result<Self, String> {
+        let trainer = model.trainer.clone().unwrap_or_default();
+        let pieces: Vec<Piece> = model
+            .pieces
+            .iter()
+            .map(|piece| Piece {
+                kind: piece.kind(),
+                score: piece.score(),
+                text: piece.text.clone().unwrap_or_default(),
+            })
+            .collect();
+        let special = |what: &str, id: i32| {
+            let id = u32::try_from(id).ok().filter(|id| (*id as usize) < pieces.len());
+            id.ok_or_else(|| format!("it has no {what} piece; give a model with one"))
+        };
+        let (bos, eos) = (special("BOS", trainer.bos_id())?, special("EOS", trainer.eos_id())?);
+        let unknown = if trainer.byte_fallback() {
+            Unknown::Bytes(byte_pieces(&pieces)?)
+        } else {
+            let unknown = (0..).zip(&pieces).find(|(_, piece)| piece.kind == PieceType::Unknown);
+            Unknown::Piece(unknown.ok_or("it has no piece for unknown characters; give a model with one")?.0)
+        };
+        Ok(Self { pieces, unknown, unknown_surface: trainer.unk_surface().to_owned(), bos, eos })
+    }
+
+    /// Pieces that texts are made of, with their ids.
+    pub(super) fn of_texts(&self) -> impl Iterator<Item = (u32, &Piece)> {
+        (0..).zip(&self.pieces).filter(|(_, piece)| {
+            matches!(piece.kind, PieceType::Normal | PieceType::UserDefined | PieceType::Unused)
+        })
+    }
+
+    pub(super) fn of_kind(&self, kind: PieceType) -> impl Iterator<Item = (u32, &Piece)> {
+        (0..).zip(&self.pieces).filter(move |(_, piece)| piece.kind == kind)
+    }
+
+    /// Ids of the pieces of texts.
+    pub(super) fn by_text(&self) -> HashMap<&str, u32> {
+        self.of_texts().map(|(id, piece)| (piece.text.as_str(), id)).collect()
+    }
+
+    /// Adds what stands for a character that is no piece.
+    pub(super) fn push_unknown(&self, ids: &mut Vec<u32>, c: char) {
+        match &self.unknown {
+            Unknown::Bytes(bytes) => {
+                let mut utf8 = [0; 4];
+                ids.extend(c.encode_utf8(&mut utf8).bytes().map(|byte| bytes[usize::from(byte)]));
+            }
+            Unknown::Piece(id) => ids.push(*id),
+        }
+    }
+
+    /// Leaves one unknown piece of several in a row, from `start` on.
+    pub(super) fn merge_unknown(&self, ids: &mut Vec<u32>, start: usize) {
+        let Unknown::Piece(unknown) = self.unknown else { return };
+        let mut kept = start;
+        for at in start..ids.len() {
+            if at == start || ids[at] != unknown || ids[at - 1] != unknown {
+                ids[kept] = ids[at];
+                kept += 1;
+            }
+        }
+        ids.truncate(kept);
+    }
+}
+
+fn byte_pieces(pieces: &[Piece]) -> Result<Box<[u32; 256]>, String> {
+    let mut ids = [None; 256];
+    for (id, piece) in (0..).zip(pieces).filter(|(_, piece)| piece.kind == PieceType::Byte) {
+        let byte =
+            byte_of(&piece.text).ok_or_else(|| format!("byte piece {:?} names no byte", piece.text))?;
+        ids[usize::from(byte)] = Some(id);
+    }
+    let mut all = Box::new([0; 256]);
+    for (to, id) in all.iter_mut().zip(ids) {
+        *to = id.ok_or("its byte fallback is not complete; give a model with all 256 byte pieces")?;
+    }
+    Ok(all)
+}
+
+/// The byte of a piece such as `<0x0A>`.
+pub(super) fn byte_of(piece: &str) -> Option<u8> {
+    u8::from_str_radix(piece.strip_prefix("<0x")?.strip_suffix('>')?, 16).ok()
+}
