@@ -129,16 +129,16 @@ impl Corpus {
         }
     }
 
-    /// The training documents of a unit, packed.
-    pub(crate) fn unit(&self, encoder: &mut Encoder, source: usize, unit: u32) -> Result<Packed, DataError> {
+    /// The training documents among some, packed.
+    pub(crate) fn pack(&self, encoder: &mut Encoder, documents: &[String]) -> Packed {
         let mut packed = Packed::new(self.rules.pack);
         let count = |counter: &AtomicU64, by: usize| {
             counter.fetch_add(by as u64, Ordering::Relaxed);
         };
-        for document in self.sources.documents(source, unit as usize)? {
+        for document in documents {
             count(&self.counters.documents, 1);
             count(&self.counters.bytes, document.len());
-            for verdict in self.rules.judge(&document) {
+            for verdict in self.rules.judge(document) {
                 match verdict {
                     Verdict::Short => count(&self.counters.short_characters, 1),
                     Verdict::HeldOut(_) => count(&self.counters.held_out, 1),
@@ -150,7 +150,7 @@ impl Corpus {
             }
         }
         count(&self.counters.tokens, packed.tokens());
-        Ok(packed)
+        packed
     }
 
     /// BOS, the ids of `text`, EOS; none where the token filter drops it.
@@ -170,11 +170,9 @@ impl Corpus {
         let mut texts = Vec::new();
         let mut encoder = self.tokenizer.encoder();
         let mut packed = Packed::new(self.rules.pack);
-        for (source, unit) in self.sources.units_in_turn() {
-            if packed.fills(sequences, length) {
-                break;
-            }
-            for document in self.sources.documents(source, unit)? {
+        let units = self.sources.units_in_turn();
+        for documents in units.iter().flat_map(|(source, unit)| self.sources.segments(*source, *unit)) {
+            for document in documents? {
                 for verdict in self.rules.judge(&document) {
                     if let Verdict::HeldOut(text) = verdict
                         && let Some(tokens) = self.tokens(&mut encoder, &text)
@@ -184,6 +182,9 @@ impl Corpus {
                         texts.push(text.into_owned());
                     }
                 }
+            }
+            if packed.fills(sequences, length) {
+                break;
             }
         }
         let count = packed.sequences(length).min(sequences);
@@ -219,6 +220,7 @@ mod tests {
         for (case, files, text) in [
             ("jsonl", "corpus-{:05}-00003.jsonl", "text"),
             ("parquet", "web-{:05}-of-00001.parquet", "content"),
+            ("json_gz", "books-{:04}.json.gz", "text"),
         ] {
             let config = DataConfig {
                 lanes: 1,
@@ -243,8 +245,8 @@ mod tests {
             let corpus = Corpus::new(&config, 0, sources, bytes_only()).unwrap();
             let mut encoder = corpus.tokenizer().encoder();
             let mut sequences = Vec::new();
-            for unit in 0..corpus.sources.unit_sizes(0).len() as u32 {
-                let packed = corpus.unit(&mut encoder, 0, unit).unwrap();
+            for documents in corpus.sources.all_documents() {
+                let packed = corpus.pack(&mut encoder, &documents.unwrap());
                 sequences
                     .extend((0..packed.sequences(length)).map(|index| packed.sequence(index, length, 300)));
             }

@@ -118,7 +118,7 @@ pub enum DataError {
     /// A source is cut into fewer units than lanes read it.
     #[error(
         "source {name:?} has {units} units for the {lanes} lanes that read it; use data.lanes of at most {most}, \
-         or a smaller data.unit"
+         or a smaller data.unit; a compressed file is one unit of any size, so store it in several"
     )]
     FewUnits {
         /// The source.

@@ -1,12 +1,14 @@
 //! From the bytes of a unit to its documents.
 //!
-//! A unit is decoded whole before any of it is used: damage that shows late cannot leave half a unit behind.
+//! A unit, or a segment of a chain, is decoded whole before any of it is used: damage that shows late cannot leave
+//! half of it behind.
 //! Units of a file do not overlap and leave nothing out: a row group or line belongs to exactly one of them.
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use ulmus_plan::Format;
 
+use crate::chain::{Chain, Line};
 use crate::error::DataError;
 use crate::parquet::ParquetFile;
 use crate::store::{FileInfo, Folder};
@@ -15,17 +17,18 @@ use crate::store::{FileInfo, Folder};
 const LINE_STEP: u64 = 64 << 10;
 
 /// The smallest piece of a source that is read: as much as fits into `data.unit`, at least one row group, line or
-/// file. Written as `[file, first, end, bytes]`.
+/// file. A chain is a unit of any size. Written as `[file, first, end, bytes]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "(u32, u64, u64, u64)", into = "(u32, u64, u64, u64)")]
 pub(crate) struct Unit {
     /// Index of its (first) file in the source.
     pub(crate) file: u32,
-    /// Where it begins: row group (parquet), byte (jsonl; the first line that begins here or later), file (text).
+    /// Where it begins: row group (parquet), byte (jsonl; the first line that begins here or later), file (text);
+    /// chains have stored bytes here, all of the file.
     pub(crate) first: u64,
     /// Where it ends, in the same measure; not included.
     pub(crate) end: u64,
-    /// Bytes of text, as far as can be told without decoding.
+    /// Bytes of text, as far as can be told without decoding: those that are stored.
     pub(crate) bytes: u64,
 }
 
@@ -76,6 +79,15 @@ pub(crate) fn units(
                 }
             }
         }
+        Format::JsonGz | Format::JsonZst => {
+            let chains = (0..).zip(files).filter(|(_, file)| file.size > 0);
+            units.extend(chains.map(|(index, file)| Unit {
+                file: index,
+                first: 0,
+                end: file.size,
+                bytes: file.size,
+            }));
+        }
         Format::Text => {
             let sizes: Vec<u64> = files.iter().map(|file| file.size).collect();
             units.extend(runs(&sizes, limit).map(|(first, end, bytes)| Unit {
@@ -104,23 +116,76 @@ fn runs(sizes: &[u64], limit: u64) -> impl Iterator<Item = (u64, u64, u64)> {
     })
 }
 
-/// The documents of a unit, in order.
-pub(crate) fn documents(
-    folder: &Folder,
-    files: &[FileInfo],
-    format: Format,
-    text: &str,
-    unit: Unit,
-) -> Result<Vec<String>, DataError> {
-    match format {
-        Format::Parquet => {
-            let file = ParquetFile::open(folder, &files[unit.file as usize])?;
-            file.texts(text, unit.first as usize..unit.end as usize)
+/// A unit that is being read, a segment at a time. Only chains have more than one.
+#[derive(Debug)]
+pub(crate) enum Segments {
+    /// Documents that were read at once, until they are taken.
+    Whole(Option<Vec<String>>),
+    /// A chain, and the key of its texts.
+    Chain(Chain, String),
+}
+
+impl Segments {
+    /// Opens a unit, cut into segments of at most `limit` bytes, at a segment.
+    pub(crate) fn open(
+        folder: &Folder,
+        files: &[FileInfo],
+        format: Format,
+        text: &str,
+        unit: Unit,
+        limit: u64,
+        segment: u64,
+    ) -> Result<Self, DataError> {
+        let file = &files[unit.file as usize];
+        let documents = match format {
+            Format::JsonGz | Format::JsonZst => {
+                return Ok(Self::Chain(Chain::open(folder, file, format, limit, segment)?, text.to_owned()));
+            }
+            _ if segment > 0 => None,
+            Format::Parquet => {
+                let groups = unit.first as usize..unit.end as usize;
+                Some(ParquetFile::open(folder, file)?.texts(text, groups)?)
+            }
+            Format::Jsonl => Some(lines(folder, file, text, unit)?),
+            Format::Text => {
+                let files = files[unit.first as usize..unit.end as usize].iter();
+                Some(
+                    files
+                        .map(|file| utf8(folder, file, &folder.read_all(file)?))
+                        .collect::<Result<_, _>>()?,
+                )
+            }
+        };
+        Ok(Self::Whole(documents))
+    }
+
+    /// The documents of the next segment, in order; none at the end.
+    pub(crate) fn next(&mut self) -> Result<Option<Vec<String>>, DataError> {
+        let (chain, key) = match self {
+            Self::Whole(documents) => return Ok(documents.take()),
+            Self::Chain(chain, key) => (chain, key),
+        };
+        let Some(lines) = chain.next()? else { return Ok(None) };
+        let text = |Line { at, bytes }: Line| {
+            let place = || format!("{} at byte {at} of its text", chain.place());
+            if bytes.trim_ascii().is_empty() { None } else { text_of_line(&bytes, key, place).transpose() }
+        };
+        lines.into_iter().filter_map(text).collect::<Result<_, _>>().map(Some)
+    }
+
+    /// The segment that comes next.
+    pub(crate) const fn position(&self) -> u64 {
+        match self {
+            Self::Whole(documents) => documents.is_none() as u64,
+            Self::Chain(chain, _) => chain.segment(),
         }
-        Format::Jsonl => lines(folder, &files[unit.file as usize], text, unit),
-        Format::Text => {
-            let files = &files[unit.first as usize..unit.end as usize];
-            files.iter().map(|file| utf8(folder, file, &folder.read_all(file)?)).collect()
+    }
+
+    /// Whether nothing is left.
+    pub(crate) fn ended(&mut self) -> Result<bool, DataError> {
+        match self {
+            Self::Whole(documents) => Ok(documents.is_none()),
+            Self::Chain(chain, _) => chain.ends(),
         }
     }
 }
@@ -201,7 +266,7 @@ fn text_of_line(line: &[u8], key: &str, place: impl Fn() -> String) -> Result<Op
 pub(crate) fn schema(folder: &Folder, file: &FileInfo, format: Format) -> Result<String, DataError> {
     Ok(match format {
         Format::Parquet => ParquetFile::open(folder, file)?.schema(),
-        Format::Jsonl => "one JSON object per line".to_owned(),
+        Format::Jsonl | Format::JsonGz | Format::JsonZst => "one JSON object per line".to_owned(),
         Format::Text => "one document per file".to_owned(),
     })
 }
@@ -216,8 +281,14 @@ mod tests {
     fn read(folder: &Folder, format: Format, limit: u64) -> Result<Vec<String>, DataError> {
         let files = folder.list()?;
         let units = units(folder, &files, format, "text", limit)?;
-        let read = units.iter().map(|unit| documents(folder, &files, format, "text", *unit));
-        Ok(read.collect::<Result<Vec<_>, _>>()?.concat())
+        let mut texts = Vec::new();
+        for unit in units {
+            let mut segments = Segments::open(folder, &files, format, "text", unit, limit, 0)?;
+            while let Some(documents) = segments.next()? {
+                texts.extend(documents);
+            }
+        }
+        Ok(texts)
     }
 
     proptest! {
@@ -277,7 +348,7 @@ mod tests {
         folder.write("a.txt", b"caf\xe9".to_vec()).unwrap();
         let info = stat(&folder, "a.txt");
         let unit = Unit { file: 0, first: 0, end: 1, bytes: 4 };
-        let message = documents(&folder, &[info], Format::Text, "", unit).unwrap_err().to_string();
+        let message = Segments::open(&folder, &[info], Format::Text, "", unit, 4, 0).unwrap_err().to_string();
         assert!(message.contains("a.txt is not UTF-8"), "{message}");
     }
 }

@@ -10,6 +10,7 @@
 
 #![forbid(unsafe_code)]
 
+mod chain;
 mod corpus;
 mod document;
 mod error;

@@ -16,6 +16,7 @@ use ulmus_types::LaneId;
 
 use crate::corpus::Corpus;
 use crate::error::DataError;
+use crate::format::Segments;
 use crate::order::{Epoch, window_order};
 use crate::pack::{Packed, Sequence};
 use crate::tokenizer::Encoder;
@@ -23,8 +24,8 @@ use crate::tokenizer::Encoder;
 /// Words per stream.
 const WORDS: usize = 4;
 
-/// Where every stream of every lane stands: four words each (sequences given, epoch, first unit of the window,
-/// offset in the window), no contents.
+/// Where every stream of every lane stands: four words each (sequences given, epoch, where the window begins, offset in
+/// the window), no contents. A window begins at a unit (the low 32 bits) and a segment of it (the high ones).
 ///
 /// Streams that a worker does not host are zero in its cursors, so that the cursors of a group are the sum of the
 /// cursors of its workers.
@@ -40,11 +41,13 @@ struct Cursor {
     offset: u64,
 }
 
-/// Where a window begins: the epoch, and how many of the stream's units of that epoch come before it.
+/// Where a window begins: the epoch, how many of the stream's units of that epoch come before it, and how many segments
+/// of its first unit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Place {
     epoch: u64,
-    unit: u64,
+    unit: u32,
+    segment: u32,
 }
 
 impl Cursors {
@@ -64,11 +67,13 @@ impl Cursors {
 
     fn get(&self, stream: usize) -> Cursor {
         let word = |index: usize| self.0[WORDS * stream + index].max(0).cast_unsigned();
-        Cursor { emitted: word(0), place: Place { epoch: word(1), unit: word(2) }, offset: word(3) }
+        let place = Place { epoch: word(1), unit: word(2) as u32, segment: (word(2) >> 32) as u32 };
+        Cursor { emitted: word(0), place, offset: word(3) }
     }
 
     fn set(&mut self, stream: usize, cursor: Cursor) {
-        let words = [cursor.emitted, cursor.place.epoch, cursor.place.unit, cursor.offset];
+        let Place { epoch, unit, segment } = cursor.place;
+        let words = [cursor.emitted, epoch, u64::from(unit) | u64::from(segment) << 32, cursor.offset];
         self.0[WORDS * stream..WORDS * (stream + 1)].copy_from_slice(&words.map(u64::cast_signed));
     }
 }
@@ -79,9 +84,11 @@ struct Window {
     place: Place,
     /// Where the next window begins.
     next: Place,
-    units: Vec<Packed>,
-    /// (unit of the window, sequence of the unit), shuffled.
+    segments: Vec<Packed>,
+    /// (segment of the window, sequence of the segment), shuffled.
     order: Vec<(u32, u32)>,
+    /// The unit within which the next window begins, if it does.
+    open: Option<Segments>,
     /// Kept for the next window of the same epoch.
     _epoch: Arc<Epoch>,
 }
@@ -93,6 +100,8 @@ type WindowResult = Result<Window, DataError>;
 struct Job {
     stream: usize,
     place: Place,
+    /// The unit at that place, if it is open.
+    open: Option<Segments>,
     /// Dead when nobody waits for the reply any more.
     wanted: Weak<()>,
     reply: Sender<WindowResult>,
@@ -172,7 +181,7 @@ impl Loader {
                 }
                 Some(open) if open.ahead.place == place => Open { emitted, offset, window: None, ..open },
                 _ => {
-                    let ahead = Ahead::ask(self.jobs.as_ref(), stream, place);
+                    let ahead = Ahead::ask(self.jobs.as_ref(), stream, place, None);
                     Open { emitted, offset, window: None, ahead }
                 }
             };
@@ -213,19 +222,22 @@ impl Loader {
     fn take_from(&mut self, stream: usize) -> Result<Sequence, DataError> {
         let open = self.streams.get_mut(&stream).expect("only hosted lanes are asked for");
         if open.window.is_none() {
-            let arrived = open.ahead.arrives();
+            let mut arrived = open.ahead.arrives();
             // After an error the same window is asked for again, so that the caller may try again.
-            let next = arrived.as_ref().map_or(open.ahead.place, |window| window.next);
-            open.ahead = Ahead::ask(self.jobs.as_ref(), stream, next);
+            let (next, unit) = match &mut arrived {
+                Ok(window) => (window.next, window.open.take()),
+                Err(_) => (open.ahead.place, None),
+            };
+            open.ahead = Ahead::ask(self.jobs.as_ref(), stream, next, unit);
             open.window = Some(arrived?);
         }
         let window = open.window.as_ref().expect("it was just filled");
-        let Some((unit, index)) = window.order.get(open.offset as usize) else {
+        let Some((segment, index)) = window.order.get(open.offset as usize) else {
             let source = self.corpus.mixture.streams()[stream].source;
             return Err(DataError::Position { name: self.corpus.sources.name(source).to_owned() });
         };
         let pad = self.corpus.tokenizer().pad();
-        let sequence = window.units[*unit as usize].sequence(*index as usize, self.length, pad);
+        let sequence = window.segments[*segment as usize].sequence(*index as usize, self.length, pad);
         open.emitted += 1;
         open.offset += 1;
         if open.offset as usize == window.order.len() {
@@ -249,12 +261,14 @@ impl Drop for Loader {
 }
 
 impl Ahead {
-    fn ask(jobs: Option<&Sender<Job>>, stream: usize, place: Place) -> Self {
+    fn ask(jobs: Option<&Sender<Job>>, stream: usize, place: Place, open: Option<Segments>) -> Self {
         let wanted = Arc::new(());
         let (reply, window) = crossbeam_channel::bounded(1);
-        let job = Job { stream, place, wanted: Arc::downgrade(&wanted), reply };
+        let job = Job { stream, place, open, wanted: Arc::downgrade(&wanted), reply };
         // When no thread takes it, the job is dropped here or in the queue, and waiting for it says so.
-        let _not_taken = jobs.map(|jobs| jobs.send(job));
+        if let Some(jobs) = jobs {
+            let _not_taken = jobs.send(job);
+        }
         Self { place, window, _wanted: wanted }
     }
 
@@ -277,13 +291,19 @@ impl Reader {
         for job in queue {
             if job.wanted.strong_count() > 0 {
                 // Nobody waits any more when the loader was dropped meanwhile.
-                let _not_wanted = job.reply.send(self.window(&mut encoder, job.stream, job.place));
+                let _not_wanted = job.reply.send(self.window(&mut encoder, job.stream, job.place, job.open));
             }
         }
     }
 
-    /// The first window with any sequence at or after `place`.
-    fn window(&self, encoder: &mut Encoder, stream: usize, mut place: Place) -> WindowResult {
+    /// The first window with any sequence at or after `place`, whose unit may be open.
+    fn window(
+        &self,
+        encoder: &mut Encoder,
+        stream: usize,
+        mut place: Place,
+        mut open: Option<Segments>,
+    ) -> WindowResult {
         let stream = self.corpus.mixture.streams()[stream];
         let name = || self.corpus.sources.name(stream.source).to_owned();
         let mut barren = 0;
@@ -292,29 +312,45 @@ impl Reader {
                 return Err(DataError::Exhausted { name: name(), epochs });
             }
             let epoch = self.epochs.get(&self.corpus, stream.source, place.epoch);
-            let left = epoch.units(stream.place).get(place.unit as usize..).unwrap_or_default();
-            let (mut units, mut order) = (Vec::new(), Vec::new());
-            for (number, unit) in (0..).zip(left) {
-                let packed = self.corpus.unit(encoder, stream.source, *unit)?;
-                order.extend((0..packed.sequences(self.length) as u32).map(|sequence| (number, sequence)));
-                units.push(packed);
-                if order.len() as u64 >= self.corpus.window {
-                    break;
+            let units = epoch.units(stream.place);
+            let (mut segments, mut order) = (Vec::new(), Vec::new());
+            let mut next = place;
+            while let Some(unit) = units.get(next.unit as usize)
+                && (order.len() as u64) < self.corpus.window
+            {
+                let mut reading = match open.take() {
+                    Some(reading) => reading,
+                    None => self.corpus.sources.open_unit(
+                        stream.source,
+                        *unit as usize,
+                        u64::from(next.segment),
+                    )?,
+                };
+                if let Some(documents) = reading.next()? {
+                    let packed = self.corpus.pack(encoder, &documents);
+                    let number = segments.len() as u32;
+                    order.extend((0..packed.sequences(self.length) as u32).map(|index| (number, index)));
+                    segments.push(packed);
+                }
+                if reading.ended()? {
+                    next = Place { unit: next.unit + 1, segment: 0, ..next };
+                    barren += 1;
+                } else {
+                    next.segment = reading.position() as u32;
+                    open = Some(reading);
                 }
             }
-            let after = place.unit + units.len() as u64;
-            let next = if units.len() < left.len() {
-                Place { unit: after, ..place }
-            } else {
-                Place { epoch: place.epoch + 1, unit: 0 }
-            };
-            if !order.is_empty() {
-                let shuffled =
-                    window_order(order.len(), self.corpus.seed, stream.source, place.epoch, left[0]);
-                let order = shuffled.into_iter().map(|index| order[index as usize]).collect();
-                return Ok(Window { place, next, units, order, _epoch: epoch });
+            let first = units.get(place.unit as usize).copied();
+            if next.unit as usize >= units.len() {
+                next = Place { epoch: next.epoch + 1, unit: 0, segment: 0 };
             }
-            barren += units.len();
+            if let Some(first) = first.filter(|_| !order.is_empty()) {
+                let (seed, source) = (self.corpus.seed, stream.source);
+                let segment = u64::from(place.segment);
+                let shuffled = window_order(order.len(), seed, source, place.epoch, first, segment);
+                let order = shuffled.into_iter().map(|index| order[index as usize]).collect();
+                return Ok(Window { place, next, segments, order, open, _epoch: epoch });
+            }
             if barren >= self.corpus.sources.unit_sizes(stream.source).len() {
                 return Err(DataError::Empty { name: name() });
             }

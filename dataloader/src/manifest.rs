@@ -79,7 +79,7 @@ impl Manifest {
         self.sources.iter().map(|source| source.files.len()).sum()
     }
 
-    /// Bytes of text, as far as can be told without decoding, over all sources.
+    /// Bytes of text, as far as can be told without decoding, over all sources; of compressed files those that are stored.
     pub fn bytes(&self) -> u64 {
         self.sources.iter().flat_map(|source| &source.units).map(|unit| unit.bytes).sum()
     }
@@ -177,7 +177,10 @@ pub(crate) fn format_of(
     let first = match formats.next() {
         Some((_, Some(format))) => format,
         Some((file, None)) => {
-            return Err(unknown(file, "write format = \"parquet\", \"jsonl\" or \"text\" in the plan"));
+            return Err(unknown(
+                file,
+                "write format = \"parquet\", \"jsonl\", \"json.gz\", \"json.zst\" or \"text\" in the plan",
+            ));
         }
         None => return Err(DataError::Empty { name: source.name.clone() }),
     };

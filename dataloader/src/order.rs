@@ -142,8 +142,15 @@ impl Epoch {
 }
 
 /// The order in which the sequences of a window are given: `len` indices, decided by the words of `key`.
-pub(crate) fn window_order(len: usize, seed: u64, source: usize, epoch: u64, first_unit: u32) -> Vec<u32> {
-    permutation(len, [seed, source as u64, epoch, u64::from(first_unit)])
+pub(crate) fn window_order(
+    len: usize,
+    seed: u64,
+    source: usize,
+    epoch: u64,
+    first_unit: u32,
+    first_segment: u64,
+) -> Vec<u32> {
+    permutation(len, [seed, source as u64, epoch, u64::from(first_unit) | first_segment << 32])
 }
 
 /// A permutation of `0..len` that is a function of `key` alone.

@@ -4,7 +4,7 @@ use ulmus_plan::{DataConfig, SourceConfig};
 use ulmus_types::Problems;
 
 use crate::error::DataError;
-use crate::format::{self, Unit};
+use crate::format::{self, Segments, Unit};
 use crate::manifest::{self, Manifest, SourceManifest};
 use crate::store::Folder;
 
@@ -17,6 +17,8 @@ struct Source {
     folder: Folder,
     text: String,
     listed: SourceManifest,
+    /// Most text of a segment.
+    limit: u64,
 }
 
 impl Sources {
@@ -41,28 +43,42 @@ impl Sources {
                 folder: Folder::open(&source.url, run)?,
                 text: source.text.clone(),
                 listed: listed.clone(),
+                limit: config.unit.get(),
             })
         };
         Ok(Self(config.source.iter().zip(&manifest.sources).map(open).collect::<Result<_, DataError>>()?))
     }
 
-    /// The documents of one unit, in order. Blocks.
+    /// Opens a unit at a segment. Blocks, as reading it does.
     ///
     /// # Errors
     /// When the unit's file is gone, has changed, is damaged, or is not what the plan says.
-    pub(crate) fn documents(&self, source: usize, unit: usize) -> Result<Vec<String>, DataError> {
-        let Source { folder, text, listed } = &self.0[source];
-        format::documents(folder, &listed.files, listed.format, text, listed.units[unit])
+    pub(crate) fn open_unit(&self, source: usize, unit: usize, segment: u64) -> Result<Segments, DataError> {
+        let Source { folder, text, listed, limit } = &self.0[source];
+        Segments::open(folder, &listed.files, listed.format, text, listed.units[unit], *limit, segment)
+    }
+
+    /// The documents of a unit, a segment at a time. Blocks.
+    pub(crate) fn segments(
+        &self,
+        source: usize,
+        unit: usize,
+    ) -> impl Iterator<Item = Result<Vec<String>, DataError>> {
+        let mut opened = None;
+        std::iter::from_fn(move || {
+            if opened.is_none() {
+                match self.open_unit(source, unit, 0) {
+                    Ok(segments) => opened = Some(segments),
+                    Err(error) => return Some(Err(error)),
+                }
+            }
+            opened.as_mut()?.next().transpose()
+        })
     }
 
     /// Every document of every source, in the order of the manifest. Blocks.
     pub fn all_documents(&self) -> impl Iterator<Item = Result<Vec<String>, DataError>> {
-        let units = self
-            .0
-            .iter()
-            .enumerate()
-            .flat_map(|(source, s)| (0..s.listed.units.len()).map(move |u| (source, u)));
-        units.map(|(source, unit)| self.documents(source, unit))
+        self.units().flat_map(|(source, unit, _)| self.segments(source, unit))
     }
 
     /// Whole documents that hold about `bytes` of text, from units spread evenly over all sources. Blocks.
@@ -75,9 +91,11 @@ impl Sources {
         let (mut passed, mut taken) = (0_u128, 0);
         for (source, index, unit) in self.units() {
             passed += u128::from(unit.bytes);
-            // A unit is read when the sample lags behind its share of what has been passed.
-            if u128::from(taken) * u128::from(total) < passed * u128::from(bytes) {
-                let documents = self.documents(source, index)?;
+            // Segments are read while the sample lags behind its share of what has been passed.
+            let mut segments = self.segments(source, index);
+            while u128::from(taken) * u128::from(total) < passed * u128::from(bytes) {
+                let Some(documents) = segments.next() else { break };
+                let documents = documents?;
                 taken += documents.iter().map(|document| document.len() as u64).sum::<u64>();
                 sample.extend(documents);
             }
@@ -153,9 +171,10 @@ fn report(source: &SourceConfig, unit: u64, run: Option<&Folder>) -> Result<Sour
     let first = &files[..1];
     let units = format::units(&folder, first, format, &source.text, unit)?;
     let documents = match units.first() {
-        Some(unit) => format::documents(&folder, first, format, &source.text, *unit)?,
-        None => Vec::new(),
+        Some(at) => Segments::open(&folder, first, format, &source.text, *at, unit, 0)?.next()?,
+        None => None,
     };
+    let documents = documents.unwrap_or_default();
     let sample = documents.first().ok_or_else(|| DataError::Empty { name: source.name.clone() })?;
     Ok(SourceReport {
         name: source.name.clone(),

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test stops at what it does not expect")]
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::sync::Arc;
 
 use object_store::ObjectStoreExt;
@@ -12,7 +13,7 @@ use proptest::prelude::*;
 use ulmus_dataloader::{
     Corpus, Cursors, DataError, Folder, IGNORE, Loader, Manifest, Sequence, Sources, Tokenizer, train,
 };
-use ulmus_plan::{Bytes, DataConfig, SourceConfig};
+use ulmus_plan::{Bytes, DataConfig, Format, SourceConfig};
 use ulmus_types::LaneId;
 
 const LENGTH: usize = 32;
@@ -23,6 +24,7 @@ struct Text {
     documents: usize,
     tokens: u64,
     max_epochs: Option<u64>,
+    format: Format,
 }
 
 fn text(source: usize, document: usize) -> String {
@@ -34,24 +36,49 @@ fn tokenizer() -> Tokenizer {
     train(&sample, 285).unwrap()
 }
 
+/// Lines as a file of that format holds them, gzip in two members.
+fn stored(lines: &[u8], format: Format) -> Vec<u8> {
+    let gzip = |part: &[u8]| {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        encoder.write_all(part).unwrap();
+        encoder.finish().unwrap()
+    };
+    match format {
+        Format::JsonGz => {
+            let (first, second) = lines.split_at(lines.len() / 3);
+            [gzip(first), gzip(second)].concat()
+        }
+        Format::JsonZst => zstd::encode_all(lines, 0).unwrap(),
+        _ => lines.to_vec(),
+    }
+}
+
 /// Writes the sources into a run folder and opens them.
 fn corpus(texts: &[Text], lanes: u64, config: &DataConfig) -> Result<Corpus, DataError> {
     let store = Arc::new(InMemory::new());
-    let put = |path: String, bytes: String| {
-        let put = async { store.put(&path.into(), bytes.into_bytes().into()).await };
+    let put = |path: String, bytes: Vec<u8>| {
+        let put = async { store.put(&path.into(), bytes.into()).await };
         tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(put).unwrap();
     };
     let mut sources = Vec::new();
     for (source, spec) in texts.iter().enumerate() {
-        for (file, documents) in (0..spec.documents).collect::<Vec<_>>().chunks(25).enumerate() {
-            let lines =
-                documents.iter().map(|d| serde_json::json!({"text": text(source, *d)}).to_string() + "\n");
-            put(format!("{source}/{file:03}.jsonl"), lines.collect());
+        // A chain goes to one lane, so there have to be more of them.
+        let (suffix, per_file) = match spec.format {
+            Format::JsonGz => ("json.gz", 5),
+            Format::JsonZst => ("json.zst", 5),
+            _ => ("jsonl", 25),
+        };
+        for (file, documents) in (0..spec.documents).collect::<Vec<_>>().chunks(per_file).enumerate() {
+            let lines: String = documents
+                .iter()
+                .map(|d| serde_json::json!({"text": text(source, *d)}).to_string() + "\n")
+                .collect();
+            put(format!("{source}/{file:03}.{suffix}"), stored(lines.as_bytes(), spec.format));
         }
         sources.push(SourceConfig {
             name: format!("source-{source}"),
             url: format!("run:{source}"),
-            files: vec!["*.jsonl".to_owned()],
+            files: vec![format!("*.{suffix}")],
             text: "text".to_owned(),
             tokens: Some(spec.tokens),
             max_epochs: spec.max_epochs,
@@ -114,10 +141,12 @@ fn beginnings(tokenizer: &Tokenizer, sequences: &[Sequence]) -> BTreeMap<String,
 }
 
 fn plans() -> impl Strategy<Value = (Vec<Text>, u64, u64)> {
-    let source = (60_usize..150, 1_u64..20).prop_map(|(documents, tokens)| Text {
+    let format = prop_oneof![Just(Format::Jsonl), Just(Format::JsonGz), Just(Format::JsonZst)];
+    let source = (60_usize..150, 1_u64..20, format).prop_map(|(documents, tokens, format)| Text {
         documents,
         tokens,
         max_epochs: None,
+        format,
     });
     (prop::collection::vec(source, 1..4), 1_u64..9, 1_u64..30)
 }
@@ -206,8 +235,8 @@ proptest! {
 #[test]
 fn threads_do_not_change_the_stream() {
     let texts = [
-        Text { documents: 200, tokens: 3, max_epochs: None },
-        Text { documents: 90, tokens: 1, max_epochs: None },
+        Text { documents: 200, tokens: 3, max_epochs: None, format: Format::Jsonl },
+        Text { documents: 90, tokens: 1, max_epochs: None, format: Format::Jsonl },
     ];
     let read = |threads| {
         let config = DataConfig { threads, ..window(10) };
@@ -219,8 +248,8 @@ fn threads_do_not_change_the_stream() {
 #[test]
 fn the_mixture_follows_the_token_counts() {
     let texts = [
-        Text { documents: 100, tokens: 5, max_epochs: None },
-        Text { documents: 100, tokens: 3, max_epochs: None },
+        Text { documents: 100, tokens: 5, max_epochs: None, format: Format::Jsonl },
+        Text { documents: 100, tokens: 3, max_epochs: None, format: Format::Jsonl },
     ];
     let corpus = Arc::new(corpus(&texts, 3, &window(8)).unwrap());
     let (_, cursors) = alone(&corpus, 80, 1);
@@ -233,7 +262,7 @@ fn the_mixture_follows_the_token_counts() {
 
 #[test]
 fn too_few_units_for_the_lanes_is_an_error_with_a_remedy() {
-    let texts = [Text { documents: 30, tokens: 1, max_epochs: None }];
+    let texts = [Text { documents: 30, tokens: 1, max_epochs: None, format: Format::Jsonl }];
     let message = corpus(&texts, 64, &window(8)).unwrap_err().to_string();
     assert!(
         message.contains("use data.lanes of at most") && message.contains("smaller data.unit"),
@@ -243,7 +272,7 @@ fn too_few_units_for_the_lanes_is_an_error_with_a_remedy() {
 
 #[test]
 fn a_corpus_that_the_filters_empty_says_so() {
-    let texts = [Text { documents: 60, tokens: 1, max_epochs: None }];
+    let texts = [Text { documents: 60, tokens: 1, max_epochs: None, format: Format::Jsonl }];
     let corpus = Arc::new(corpus(&texts, 2, &DataConfig { min_tokens: 10_000, ..window(8) }).unwrap());
     let lanes: Vec<LaneId> = corpus.lanes().collect();
     let mut loader = Loader::open(Arc::clone(&corpus), LENGTH, &lanes, &corpus.start()).unwrap();
@@ -256,7 +285,7 @@ fn a_corpus_that_the_filters_empty_says_so() {
 
 #[test]
 fn held_out_documents_are_fixed_and_never_trained_on() {
-    let texts = [Text { documents: 300, tokens: 1, max_epochs: Some(1) }];
+    let texts = [Text { documents: 300, tokens: 1, max_epochs: Some(1), format: Format::Jsonl }];
     let corpus = Arc::new(corpus(&texts, 2, &DataConfig { holdout: 0.2, ..window(8) }).unwrap());
     let held_out = corpus.held_out(LENGTH, 1000).unwrap();
     assert!((30..90).contains(&held_out.texts.len()), "{}", held_out.texts.len());

@@ -10,7 +10,7 @@ use ulmus_plan::{DataConfig, Format, SourceConfig};
 
 use crate::error::EvaluatorError;
 
-/// Reads the documents of all `paths`, in their order: files (parquet, jsonl, text), or folders with such files at
+/// Reads the documents of all `paths`, in their order: files (parquet, jsonl, json.gz, json.zst, text), or folders with such files at
 /// any depth, sorted by name. `column` is the column or key of the text.
 ///
 /// # Errors
@@ -51,10 +51,9 @@ fn sources_of(path: &Path, column: &str) -> Result<Vec<SourceConfig>, EvaluatorE
                 .collect();
             (!files.is_empty()).then(|| source(path, format, files))
         };
-        let found: Vec<_> =
-            [Format::Parquet, Format::Jsonl, Format::Text].into_iter().filter_map(of_format).collect();
+        let found: Vec<_> = Format::ALL.into_iter().filter_map(of_format).collect();
         if found.is_empty() {
-            return Err(refuse("the folder has no .parquet, .jsonl, .txt or .md files"));
+            return Err(refuse("the folder has no .parquet, .jsonl, .json.gz, .json.zst, .txt or .md files"));
         }
         return Ok(found);
     }
@@ -63,8 +62,9 @@ fn sources_of(path: &Path, column: &str) -> Result<Vec<SourceConfig>, EvaluatorE
     }
     let name =
         path.file_name().and_then(|name| name.to_str()).ok_or_else(|| refuse("the name is not UTF-8"))?;
-    let format = Format::of_file(name)
-        .ok_or_else(|| refuse("the suffix tells no format; use .parquet, .jsonl, .txt or .md"))?;
+    let format = Format::of_file(name).ok_or_else(|| {
+        refuse("the suffix tells no format; use .parquet, .jsonl, .json.gz, .json.zst, .txt or .md")
+    })?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     Ok(vec![source(folder, format, vec![literal(name)])])
 }

@@ -13,16 +13,30 @@ pub enum Format {
     Parquet,
     /// One JSON object per line.
     Jsonl,
+    /// The same, compressed by gzip.
+    #[serde(rename = "json.gz")]
+    JsonGz,
+    /// The same, compressed by zstd.
+    #[serde(rename = "json.zst")]
+    JsonZst,
     /// One document per file.
     Text,
 }
 
 impl Format {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Parquet, Self::Jsonl, Self::JsonGz, Self::JsonZst, Self::Text];
+
     /// The format that a file name's suffix tells.
     pub fn of_file(name: &str) -> Option<Self> {
-        match name.rsplit_once('.')?.1 {
+        let (stem, suffix) = name.rsplit_once('.')?;
+        let lines =
+            || matches!(stem.rsplit_once('.').map(|(_, inner)| inner), Some("json" | "jsonl" | "ndjson"));
+        match suffix {
             "parquet" => Some(Self::Parquet),
             "jsonl" | "ndjson" => Some(Self::Jsonl),
+            "gz" if lines() => Some(Self::JsonGz),
+            "zst" if lines() => Some(Self::JsonZst),
             "txt" | "md" | "rs" => Some(Self::Text),
             _ => None,
         }

@@ -1,0 +1,267 @@
+//! Compressed files of JSON lines, which cannot be entered in the middle: *chains*.
+//!
+//! A chain is read from its beginning, in *segments* of at most `data.unit` of text: a line belongs to the segment in
+//! whose bytes of the decompressed stream it begins, so that segments do not depend on how the file is stored or read.
+//! To begin at a later segment, what comes before is decompressed and thrown away.
+//!
+//! A segment is whole before any of it is used. A checksum stands at the end of a gzip member, so damage may show
+//! only segments later; the error then names the file. A zstd frame may have none.
+
+use std::fmt;
+use std::io::{self, BufRead, BufReader, Read};
+
+use bytes::{Buf, Bytes};
+use flate2::bufread::MultiGzDecoder;
+use ulmus_plan::Format;
+
+use crate::error::DataError;
+use crate::store::{FileInfo, Folder};
+
+/// Compressed bytes that are fetched at once.
+const STEP: u64 = 4 << 20;
+/// Decompressed bytes that are held beside the segment.
+const BUFFER: usize = 256 << 10;
+
+/// A chain that is being read.
+pub(crate) struct Chain {
+    text: BufReader<Box<dyn Read + Send>>,
+    place: String,
+    /// Where the next line begins in the decompressed stream.
+    at: u64,
+    segment: u64,
+    limit: u64,
+}
+
+impl fmt::Debug for Chain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Chain({}, segment {})", self.place, self.segment)
+    }
+}
+
+/// A line of a chain, and where it begins.
+pub(crate) struct Line {
+    pub(crate) at: u64,
+    pub(crate) bytes: Vec<u8>,
+}
+
+impl Chain {
+    /// Opens a file at the beginning of a segment.
+    pub(crate) fn open(
+        folder: &Folder,
+        file: &FileInfo,
+        format: Format,
+        limit: u64,
+        segment: u64,
+    ) -> Result<Self, DataError> {
+        let place = folder.place(&file.path);
+        let stored = Stored { folder: folder.clone(), file: file.clone(), at: 0, fetched: Bytes::new() };
+        let text: Box<dyn Read + Send> = if format == Format::JsonZst {
+            let decoder = zstd::stream::read::Decoder::with_buffer(stored);
+            Box::new(decoder.map_err(|error| told(&place, error))?)
+        } else {
+            Box::new(MultiGzDecoder::new(stored))
+        };
+        let mut chain = Self { text: BufReader::with_capacity(BUFFER, text), place, at: 0, segment, limit };
+        if segment > 0 {
+            // Up to the byte before: it tells whether a line begins exactly at the segment.
+            chain.pass(segment * limit - 1)?;
+            let rest = chain.read(BufRead::skip_until)?;
+            chain.at += rest as u64;
+        }
+        Ok(chain)
+    }
+
+    /// The file, for messages.
+    pub(crate) fn place(&self) -> &str {
+        &self.place
+    }
+
+    /// The next segment that is read.
+    pub(crate) const fn segment(&self) -> u64 {
+        self.segment
+    }
+
+    /// The lines of the next segment; none at the end of the file.
+    pub(crate) fn next(&mut self) -> Result<Option<Vec<Line>>, DataError> {
+        if self.ends()? {
+            return Ok(None);
+        }
+        self.segment += 1;
+        let end = self.segment * self.limit;
+        let mut lines = Vec::new();
+        while self.at < end {
+            let mut bytes = Vec::new();
+            let read = self.read(|text, _| text.read_until(b'\n', &mut bytes))?;
+            if read == 0 {
+                break;
+            }
+            lines.push(Line { at: self.at, bytes });
+            self.at += read as u64;
+        }
+        Ok(Some(lines))
+    }
+
+    /// Whether nothing is left. Everything has been checked then.
+    pub(crate) fn ends(&mut self) -> Result<bool, DataError> {
+        let place = &self.place;
+        self.text.fill_buf().map(<[u8]>::is_empty).map_err(|error| told(place, error))
+    }
+
+    /// Throws away what comes before a byte.
+    fn pass(&mut self, to: u64) -> Result<(), DataError> {
+        let mut before = (&mut self.text).take(to - self.at);
+        let passed = io::copy(&mut before, &mut io::sink()).map_err(|error| told(&self.place, error))?;
+        self.at += passed;
+        Ok(())
+    }
+
+    fn read(
+        &mut self,
+        read: impl FnOnce(&mut BufReader<Box<dyn Read + Send>>, u8) -> io::Result<usize>,
+    ) -> Result<usize, DataError> {
+        read(&mut self.text, b'\n').map_err(|error| told(&self.place, error))
+    }
+}
+
+/// What an error of a decoder means: damage, unless the store gave it.
+fn told(place: &str, error: io::Error) -> DataError {
+    error
+        .downcast::<DataError>()
+        .unwrap_or_else(|error| DataError::Damaged { file: place.to_owned(), reason: error.to_string() })
+}
+
+/// The bytes of a file as they are stored, fetched a piece at a time.
+struct Stored {
+    folder: Folder,
+    file: FileInfo,
+    /// Where the next piece begins.
+    at: u64,
+    fetched: Bytes,
+}
+
+impl BufRead for Stored {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        if self.fetched.is_empty() && self.at < self.file.size {
+            let end = (self.at + STEP).min(self.file.size);
+            self.fetched = self.folder.read_range(&self.file, self.at..end).map_err(io::Error::other)?;
+            self.at = end;
+        }
+        Ok(&self.fetched)
+    }
+
+    fn consume(&mut self, amount: usize) {
+        self.fetched.advance(amount);
+    }
+}
+
+impl Read for Stored {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.fill_buf()?.read(buffer)?;
+        self.consume(read);
+        Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use flate2::Compression;
+    use flate2::write::GzEncoder;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::store::tests::{memory, stat};
+
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn file(bytes: Vec<u8>) -> (Folder, FileInfo) {
+        let folder = memory();
+        folder.write("a.json.gz", bytes).unwrap();
+        let info = stat(&folder, "a.json.gz");
+        (folder, info)
+    }
+
+    /// The lines of each segment from one on.
+    fn segments(
+        (folder, info): &(Folder, FileInfo),
+        format: Format,
+        limit: u64,
+        from: u64,
+    ) -> Result<Vec<Vec<Vec<u8>>>, DataError> {
+        let mut chain = Chain::open(folder, info, format, limit, from)?;
+        let mut all = Vec::new();
+        while let Some(lines) = chain.next()? {
+            all.push(lines.into_iter().map(|line| line.bytes).collect());
+            assert_eq!(chain.segment(), from + all.len() as u64);
+        }
+        Ok(all)
+    }
+
+    proptest! {
+        #[test]
+        fn segments_do_not_depend_on_how_a_file_is_stored(
+            lengths in prop::collection::vec(0_usize..60, 1..40),
+            limit in 1_u64..150,
+            cut in 0.0..1.0_f64,
+            newline: bool,
+        ) {
+            let mut text = lengths.iter().map(|length| "x".repeat(*length)).collect::<Vec<_>>().join("\n");
+            if newline {
+                text.push('\n');
+            }
+            prop_assume!(!text.is_empty());
+            let (first, second) = text.as_bytes().split_at((cut * text.len() as f64) as usize);
+            let members = file([gzip(first), gzip(second)].concat());
+            let frames = file([zstd::encode_all(first, 1).unwrap(), zstd::encode_all(second, 9).unwrap()].concat());
+            let all = segments(&members, Format::JsonGz, limit, 0).unwrap();
+            prop_assert_eq!(&all, &segments(&frames, Format::JsonZst, limit, 0).unwrap());
+            prop_assert_eq!(all.concat().concat(), text.as_bytes());
+            // A line is in the segment in which it begins.
+            let mut at = 0;
+            for (number, lines) in (0..).zip(&all) {
+                for line in lines {
+                    prop_assert_eq!(at / limit, number);
+                    at += line.len() as u64;
+                }
+            }
+            // Whoever begins later reads the same.
+            for from in 0..all.len() {
+                prop_assert_eq!(&all[from..], segments(&members, Format::JsonGz, limit, from as u64).unwrap());
+            }
+        }
+    }
+
+    #[test]
+    fn damage_is_an_error_that_names_the_file() {
+        let text = (0..2000).map(|line| format!("line {line}")).collect::<Vec<_>>().join("\n");
+        let mut zstd = zstd::stream::Encoder::new(Vec::new(), 1).unwrap();
+        zstd.include_checksum(true).unwrap();
+        zstd.write_all(text.as_bytes()).unwrap();
+        let wholes = [(Format::JsonGz, gzip(text.as_bytes())), (Format::JsonZst, zstd.finish().unwrap())];
+        for (format, whole) in wholes {
+            let cut = whole[..whole.len() - 5].to_vec();
+            let mut flipped = whole.clone();
+            flipped[whole.len() / 2] ^= 1;
+            for bytes in [cut, flipped, b"no archive at all".to_vec()] {
+                let error = segments(&file(bytes), format, 1000, 0).unwrap_err();
+                assert!(
+                    matches!(&error, DataError::Damaged { file, .. } if file == "run:a.json.gz"),
+                    "{error}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_gone_is_not_called_damaged() {
+        let (folder, mut info) = file(gzip(b"x"));
+        info.path = "b.json.gz".to_owned();
+        let error = segments(&(folder, info), Format::JsonGz, 10, 0).unwrap_err();
+        assert!(matches!(error, DataError::Missing { .. }), "{error}");
+    }
+}
