@@ -1,8 +1,9 @@
 //! A corpus: open sources, the rules for documents, and a tokenizer. A unit of it is a pure function: decode,
 //! normalise, filter, tokenize, pack.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
+use serde::Serialize;
 use ulmus_plan::DataConfig;
 use ulmus_types::LaneId;
 
@@ -29,10 +30,12 @@ pub struct Corpus {
 }
 
 /// What has been read since the corpus was opened, read-ahead included. Documents of the second epoch count again.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Counts {
     /// Documents that were decoded.
     pub documents: u64,
+    /// Code points of their text.
+    pub characters: u64,
     /// Bytes of their text.
     pub bytes: u64,
     /// Dropped because they have too few characters.
@@ -48,6 +51,7 @@ pub struct Counts {
 #[derive(Debug, Default)]
 struct Counters {
     documents: AtomicU64,
+    characters: AtomicU64,
     bytes: AtomicU64,
     short_characters: AtomicU64,
     short_tokens: AtomicU64,
@@ -121,12 +125,37 @@ impl Corpus {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Counts {
             documents: read(&self.counters.documents),
+            characters: read(&self.counters.characters),
             bytes: read(&self.counters.bytes),
             short_characters: read(&self.counters.short_characters),
             short_tokens: read(&self.counters.short_tokens),
             held_out: read(&self.counters.held_out),
             tokens: read(&self.counters.tokens),
         }
+    }
+
+    /// Reads every unit once, on `data.threads` threads, and tells what was found; `done` hears the bytes of each unit,
+    /// as the manifest has them. Blocks.
+    ///
+    /// # Errors
+    /// As for reading any unit.
+    pub fn count_all(&self, done: impl Fn(u64) + Sync) -> Result<Counts, DataError> {
+        let (units, next) = (self.sources.units().collect::<Vec<_>>(), AtomicUsize::new(0));
+        let read = || {
+            let mut encoder = self.tokenizer.encoder();
+            while let Some((source, unit, listed)) = units.get(next.fetch_add(1, Ordering::Relaxed)) {
+                for documents in self.sources.segments(*source, *unit) {
+                    self.pack(&mut encoder, &documents?);
+                }
+                done(listed.bytes);
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..self.threads).map(|_| scope.spawn(read)).collect();
+            threads.into_iter().try_for_each(|thread| thread.join().unwrap_or(Err(DataError::Stopped)))
+        })?;
+        Ok(self.counts())
     }
 
     /// The training documents among some, packed.
@@ -137,6 +166,7 @@ impl Corpus {
         };
         for document in documents {
             count(&self.counters.documents, 1);
+            count(&self.counters.characters, document.chars().count());
             count(&self.counters.bytes, document.len());
             for verdict in self.rules.judge(document) {
                 match verdict {

@@ -104,7 +104,7 @@ impl Sources {
     }
 
     /// All units, source by source.
-    fn units(&self) -> impl Iterator<Item = (usize, usize, Unit)> {
+    pub(crate) fn units(&self) -> impl Iterator<Item = (usize, usize, Unit)> {
         self.0.iter().enumerate().flat_map(|(source, s)| {
             s.listed.units.iter().enumerate().map(move |(index, unit)| (source, index, *unit))
         })

@@ -1,5 +1,6 @@
 //! Arguments of the program; a module for each group of commands.
 
+mod count;
 mod tokens;
 
 use clap::{Parser, Subcommand};
@@ -20,6 +21,10 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Count documents, characters and tokens of a plan's sources, and what the filters drop.
+    ///
+    /// Example: dataloader count --plan pretrain.toml --source pile --json
+    Count(count::Count),
     /// Turn texts into token ids: a JSON string per line to a JSON list per line.
     ///
     /// Example: echo '"Hello"' | dataloader encode --tokenizer tokenizer.model
@@ -34,6 +39,7 @@ impl Arguments {
     /// Does what was asked for.
     pub(crate) fn run(self) -> Result<ExitStatus, Failure> {
         match self.command {
+            Command::Count(count) => count.run(),
             Command::Encode(encode) => encode.run(),
             Command::Decode(decode) => decode.run(),
         }?;

@@ -56,7 +56,8 @@ impl Decode {
     }
 }
 
-fn open(path: &Path) -> Result<Tokenizer, Failure> {
+/// Reads a tokenizer.
+pub(super) fn open(path: &Path) -> Result<Tokenizer, Failure> {
     let name = path.display().to_string();
     let bytes = std::fs::read(path).map_err(|error| {
         Failure::new(

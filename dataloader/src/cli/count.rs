@@ -1,0 +1,138 @@
+//! `count`: what a plan's corpora hold, and what its filters leave.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::Args;
+use comfy_table::{CellAlignment, Table, presets};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use ulmus_dataloader::{Corpus, Counts, Manifest, Sources, Tokenizer};
+use ulmus_plan::{DataConfig, Plan, SourceConfig};
+use ulmus_rt::{Failure, print};
+use ulmus_types::ExitStatus;
+
+#[derive(Debug, Args)]
+pub(crate) struct Count {
+    /// Plan whose sources are counted.
+    #[arg(long, value_name = "FILE")]
+    plan: PathBuf,
+    /// Another value for a key of the plan, such as data.threads=8.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+    /// SentencePiece `tokenizer.model`; the plan's tokenizer.file if not given.
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    /// Count these sources only.
+    #[arg(long = "source", value_name = "NAME")]
+    sources: Vec<String>,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What was found in one source.
+#[derive(Debug, Serialize)]
+struct Counted {
+    source: String,
+    files: usize,
+    #[serde(flatten)]
+    counts: Counts,
+    seconds: f64,
+    tokens_per_second: f64,
+}
+
+impl Count {
+    pub(super) fn run(&self) -> Result<(), Failure> {
+        let plan = self.plan()?;
+        let path = self.tokenizer.clone().or_else(|| plan.tokenizer.file.as_ref().map(PathBuf::from));
+        let path = path.ok_or_else(|| {
+            wrong("the plan names no tokenizer.file; give --tokenizer tokenizer.model".to_owned())
+        })?;
+        let tokenizer = super::tokens::open(&path)?;
+        let known: Vec<&str> = plan.data.source.iter().map(|source| source.name.as_str()).collect();
+        if let Some(name) = self.sources.iter().find(|name| !known.contains(&name.as_str())) {
+            return Err(wrong(format!("the plan has no source {name:?}; use one of {known:?}")));
+        }
+        let chosen = plan.data.source.iter();
+        let chosen = chosen.filter(|source| self.sources.is_empty() || self.sources.contains(&source.name));
+        let counted = chosen
+            .map(|source| count(&plan, source, tokenizer.clone()))
+            .collect::<Result<Vec<_>, Failure>>()?;
+        if self.json {
+            return print(&serde_json::to_string(&counted).expect("counts can be written as JSON"));
+        }
+        print(&table(&counted).to_string())
+    }
+
+    fn plan(&self) -> Result<Plan, Failure> {
+        let place = self.plan.display();
+        let text = std::fs::read_to_string(&self.plan)
+            .map_err(|error| wrong(format!("{place} cannot be read: {error}; name a plan with --plan")))?;
+        let plans = ulmus_plan::read(&text, &self.overrides);
+        let mut plans = plans.map_err(|problems| wrong(format!("{place}:\n{problems}")))?;
+        // Variants of a plan that differ in their data are plans of their own.
+        Ok(plans.swap_remove(0))
+    }
+}
+
+fn count(plan: &Plan, source: &SourceConfig, tokenizer: Tokenizer) -> Result<Counted, Failure> {
+    // One lane, which has units in any case.
+    let config = DataConfig { lanes: 1, source: vec![source.clone()], ..plan.data.clone() };
+    let failure = |error| super::failure(&error);
+    let manifest = Manifest::freeze(&config, None).map_err(failure)?;
+    let sources = Sources::open(&config, &manifest, None).map_err(failure)?;
+    let corpus = Corpus::new(&config, plan.run.seed, sources, tokenizer).map_err(failure)?;
+    let style = "{prefix} {wide_bar} {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left";
+    let style = ProgressStyle::with_template(style).expect("the template is right");
+    let bar = ProgressBar::new(manifest.bytes()).with_style(style).with_prefix(source.name.clone());
+    let begun = Instant::now();
+    let counts = corpus.count_all(|bytes| bar.inc(bytes)).map_err(failure)?;
+    let seconds = begun.elapsed().as_secs_f64();
+    bar.finish_and_clear();
+    Ok(Counted {
+        source: source.name.clone(),
+        files: manifest.files(),
+        tokens_per_second: counts.tokens as f64 / seconds,
+        counts,
+        seconds,
+    })
+}
+
+fn table(counted: &[Counted]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_BORDERS_ONLY).set_header([
+        "source",
+        "files",
+        "documents",
+        "characters",
+        "bytes",
+        "short (characters)",
+        "short (tokens)",
+        "held out",
+        "tokens",
+        "tokens/s",
+    ]);
+    for Counted { source, files, counts, tokens_per_second, .. } in counted {
+        table.add_row([
+            source.clone(),
+            files.to_string(),
+            counts.documents.to_string(),
+            counts.characters.to_string(),
+            counts.bytes.to_string(),
+            counts.short_characters.to_string(),
+            counts.short_tokens.to_string(),
+            counts.held_out.to_string(),
+            counts.tokens.to_string(),
+            format!("{tokens_per_second:.0}"),
+        ]);
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+fn wrong(message: String) -> Failure {
+    Failure::new(ExitStatus::InvalidInput, message)
+}

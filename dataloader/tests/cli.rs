@@ -1,0 +1,118 @@
+//! The program as it is used.
+
+#![expect(clippy::unwrap_used, reason = "a test stops at what it does not expect")]
+
+use std::io::Write;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::{Value, json};
+
+const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden");
+
+fn dataloader(arguments: &[&str], input: &str) -> Output {
+    let mut program = Command::new(env!("CARGO_BIN_EXE_dataloader"))
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    program.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    program.wait_with_output().unwrap()
+}
+
+fn tokenizer() -> String {
+    format!("{GOLDEN}/tiny/tokenizer.model")
+}
+
+fn lines(output: &Output) -> Vec<Value> {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    output
+        .stdout
+        .split_inclusive(|byte| *byte == b'\n')
+        .map(|line| serde_json::from_slice(line).unwrap())
+        .collect()
+}
+
+fn refused(output: &Output, words: &[&str]) {
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(words.iter().all(|word| message.contains(word)), "{message}");
+}
+
+#[test]
+fn texts_become_ids_and_ids_texts() {
+    let texts = [json!("Hello, world"), json!(""), json!("two\nlines  and \u{1F600} <s>")];
+    let input = texts.iter().map(|text| text.to_string() + "\n").collect::<Vec<_>>().concat();
+    let tokenizer = tokenizer();
+    let whole = dataloader(&["encode", "--tokenizer", &tokenizer], &input);
+    let bare = dataloader(&["encode", "--no-bos", "--no-eos", "--tokenizer", &tokenizer], &input);
+    for (whole, bare) in lines(&whole).into_iter().zip(lines(&bare)) {
+        let with_ends = [vec![json!(1)], bare.as_array().unwrap().clone(), vec![json!(2)]].concat();
+        assert_eq!(whole, Value::from(with_ends));
+    }
+    let back = dataloader(&["decode", "--tokenizer", &tokenizer], &String::from_utf8(whole.stdout).unwrap());
+    assert_eq!(lines(&back), texts);
+}
+
+#[test]
+fn mistakes_are_told_with_their_place() {
+    let tokenizer = tokenizer();
+    let encode = ["encode", "--tokenizer", &tokenizer];
+    refused(&dataloader(&encode, "\"fine\"\nnot JSON\n"), &["line 2 of the input is not a JSON string"]);
+    refused(
+        &dataloader(&["decode", "--tokenizer", &tokenizer], "[1, -1]\n"),
+        &["line 1", "a JSON list of token ids"],
+    );
+    refused(
+        &dataloader(&["encode", "--tokenizer", "/no/such"], ""),
+        &["/no/such cannot be read", "tokenizer.model"],
+    );
+}
+
+#[test]
+fn a_plan_s_sources_are_counted() {
+    let place = tempfile::tempdir().unwrap();
+    let plan = place.path().join("plan.toml");
+    let source = |name: &str, files: &str, text: &str| {
+        format!(
+            "[[data.source]]\nname = {name:?}\nurl = \"{GOLDEN}/a/data\"\nfiles = [{files:?}]\ntext = {text:?}\ntokens = 1\n"
+        )
+    };
+    let sources = [
+        source("lines", "*.jsonl", "text"),
+        source("chain", "*.json.gz", "text"),
+        source("rows", "*.parquet", "content"),
+    ];
+    let settings = "[run]\nname = \"count\"\n[model]\npreset = \"openelm-270m\"\n[data]\nmin_characters = 40\nmin_tokens = 60\n";
+    std::fs::write(&plan, settings.to_owned() + &sources.concat()).unwrap();
+    let plan = plan.to_str().unwrap();
+    let tokenizer = tokenizer();
+    let count = ["count", "--plan", plan, "--set", "tokenizer.file=x", "--tokenizer", &tokenizer];
+
+    let counted = lines(&dataloader(&[&count[..], &["--json"]].concat(), "")).remove(0);
+    let counted = counted.as_array().unwrap();
+    assert_eq!(counted.len(), 3);
+    for (found, files) in counted.iter().zip([3, 1, 1]) {
+        let number = |key: &str| found[key].as_u64().unwrap();
+        assert_eq!(number("files"), files);
+        assert!(number("tokens") >= 60 && number("characters") <= number("bytes"), "{found}");
+        assert!(number("short_characters") + number("short_tokens") < number("documents"), "{found}");
+    }
+    // Each line is a document, unless its text is null.
+    let texts = (0..3).flat_map(|file| {
+        let text = std::fs::read_to_string(format!("{GOLDEN}/a/data/corpus-{file:05}-00003.jsonl")).unwrap();
+        let texts = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["text"].clone());
+        texts.filter_map(|text| text.as_str().map(str::to_owned)).collect::<Vec<_>>()
+    });
+    let texts: Vec<String> = texts.collect();
+    assert_eq!(counted[0]["documents"], texts.len());
+    assert_eq!(counted[0]["characters"], texts.iter().map(|text| text.chars().count()).sum::<usize>());
+
+    let one = dataloader(&[&count[..], &["--source", "chain", "--json"]].concat(), "");
+    assert_eq!(lines(&one)[0][0]["documents"], counted[1]["documents"]);
+    let table = dataloader(&count, "");
+    assert!(String::from_utf8_lossy(&table.stdout).contains("chain"), "{table:?}");
+    refused(&dataloader(&[&count[..], &["--source", "x"]].concat(), ""), &["no source \"x\"", "chain"]);
+    refused(&dataloader(&["count", "--plan", "/no/such"], ""), &["/no/such cannot be read"]);
+}
