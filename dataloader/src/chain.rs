@@ -65,7 +65,7 @@ impl Chain {
         if segment > 0 {
             // Up to the byte before: it tells whether a line begins exactly at the segment.
             chain.pass(segment * limit - 1)?;
-            let rest = chain.read(BufRead::skip_until)?;
+            let rest = chain.text.skip_until(b'\n').map_err(|error| told(&chain.place, error))?;
             chain.at += rest as u64;
         }
         Ok(chain)
@@ -91,7 +91,7 @@ impl Chain {
         let mut lines = Vec::new();
         while self.at < end {
             let mut bytes = Vec::new();
-            let read = self.read(|text, _| text.read_until(b'\n', &mut bytes))?;
+            let read = self.text.read_until(b'\n', &mut bytes).map_err(|error| told(&self.place, error))?;
             if read == 0 {
                 break;
             }
@@ -113,13 +113,6 @@ impl Chain {
         let passed = io::copy(&mut before, &mut io::sink()).map_err(|error| told(&self.place, error))?;
         self.at += passed;
         Ok(())
-    }
-
-    fn read(
-        &mut self,
-        read: impl FnOnce(&mut BufReader<Box<dyn Read + Send>>, u8) -> io::Result<usize>,
-    ) -> Result<usize, DataError> {
-        read(&mut self.text, b'\n').map_err(|error| told(&self.place, error))
     }
 }
 

@@ -52,10 +52,11 @@ pub fn perplexity<B: Backend>(
     context: usize,
 ) -> Result<PerplexityResult, EvaluatorError> {
     let mut generator = Generator::new(Arc::clone(model), context)?;
+    let mut encoder = tokenizer.encoder();
     let (mut documents, mut bytes, mut tokens, mut nll) = (0, 0, 0, 0.0);
     for text in texts.iter().filter(|text| !text.is_empty()) {
         let mut document = vec![tokenizer.bos()];
-        document.extend(tokenizer.encode(text));
+        encoder.encode(text, &mut document);
         document.push(tokenizer.eos());
         documents += 1;
         bytes += text.len() as u64;

@@ -71,7 +71,7 @@ impl Count {
             .map_err(|error| wrong(format!("{place} cannot be read: {error}; name a plan with --plan")))?;
         let plans = ulmus_plan::read(&text, &self.overrides);
         let mut plans = plans.map_err(|problems| wrong(format!("{place}:\n{problems}")))?;
-        // Variants of a plan that differ in their data are plans of their own.
+        // Variants share their corpora unless they say otherwise; the first one's are counted.
         Ok(plans.swap_remove(0))
     }
 }

@@ -5,7 +5,7 @@
 //! is wrong.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::{BinaryHeap, HashMap, HashSet};
 
 use super::model::PieceType;
 use super::vocabulary::{BLANK, Vocabulary};
@@ -43,7 +43,7 @@ pub(super) struct Bpe {
     others: HashMap<char, Symbol>,
     pairs: Pairs,
     /// Pieces that are taken apart again when everything is joined.
-    unused: Vec<u32>,
+    unused: HashSet<u32>,
 }
 
 /// Buffers that encodings use in turn.

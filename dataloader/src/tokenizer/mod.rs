@@ -71,6 +71,11 @@ impl Tokenizer {
         if kind != ModelType::Bpe {
             return Err(refuse(format!("it is a {kind:?} model; give a BPE model")));
         }
+        if model.denormalizer.as_ref().is_some_and(|rules| !rules.charsmap().is_empty()) {
+            return Err(refuse(
+                "it changes decoded texts by a table; give a model without denormaliser".to_owned(),
+            ));
+        }
         let vocabulary = Vocabulary::new(&model).map_err(refuse)?;
         let normalizer = Normalizer::new(&model, &vocabulary).map_err(refuse)?;
         let escapes = normalizer.escapes();

@@ -14,6 +14,8 @@ pub(crate) struct ModelProto {
     pub(crate) trainer: Option<TrainerProto>,
     #[prost(message, optional, tag = "3")]
     pub(crate) normalizer: Option<NormalizerProto>,
+    #[prost(message, optional, tag = "5")]
+    pub(crate) denormalizer: Option<NormalizerProto>,
 }
 
 /// One piece. Its id is its place in the list.

@@ -63,7 +63,12 @@ impl Model {
             escape_whitespaces: Some(self.escape),
             ..NormalizerProto::default()
         };
-        ModelProto { pieces: pieces.collect(), trainer: Some(trainer), normalizer: Some(normalizer) }
+        ModelProto {
+            pieces: pieces.collect(),
+            trainer: Some(trainer),
+            normalizer: Some(normalizer),
+            denormalizer: None,
+        }
     }
 
     fn tokenizer(&self) -> Tokenizer {
@@ -245,7 +250,13 @@ fn what_is_not_supported_is_refused() {
         model.trainer.as_mut().unwrap().eos_id = Some(-1);
         model
     };
+    let denormalised = {
+        let mut model = plain(&[]).proto();
+        model.denormalizer = Some(NormalizerProto { charsmap: Some(vec![1]), ..NormalizerProto::default() });
+        model
+    };
     for (bytes, word) in [
+        (denormalised.encode_to_vec(), "denormaliser"),
         (b"not a model".to_vec(), "SentencePiece"),
         (Vec::new(), "no pieces"),
         (unigram.encode_to_vec(), "BPE"),

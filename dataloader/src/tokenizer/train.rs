@@ -102,7 +102,8 @@ fn model_bytes(normal: impl Iterator<Item = String>, pieces: usize) -> Vec<u8> {
             kind: Some(kind as i32),
         })
         .collect();
-    ModelProto { pieces, trainer: Some(trainer), normalizer: Some(normalizer) }.encode_to_vec()
+    ModelProto { pieces, trainer: Some(trainer), normalizer: Some(normalizer), denormalizer: None }
+        .encode_to_vec()
 }
 
 /// What a character is to the word splitter.
