@@ -13,6 +13,7 @@ use crate::loader::Cursors;
 use crate::order::Mixture;
 use crate::pack::{Packed, Sequence};
 use crate::sources::Sources;
+use crate::store::Traffic;
 use crate::tokenizer::{Encoder, Tokenizer};
 
 /// Everything that decides what is read, except where a lane stands. Shared by threads.
@@ -132,6 +133,12 @@ impl Corpus {
             held_out: read(&self.counters.held_out),
             tokens: read(&self.counters.tokens),
         }
+    }
+
+    /// What reading the sources has cost so far, in the order of the plan.
+    pub fn traffic(&self) -> Vec<Traffic> {
+        let sources = 0..self.max_epochs.len();
+        sources.map(|source| self.sources.traffic(source)).collect()
     }
 
     /// Reads every unit once, on `data.threads` threads, and tells what was found; `done` hears the bytes of each unit,

@@ -27,6 +27,15 @@ pub enum DataError {
         /// The store's own words.
         reason: String,
     },
+    /// The folder of the cache cannot be used.
+    #[error("the cache {folder} cannot be opened: {error}; correct data.cache, or leave it out")]
+    Cache {
+        /// As written in the plan.
+        folder: String,
+        /// Of the file system.
+        #[source]
+        error: std::io::Error,
+    },
     /// A source matches nothing.
     #[error("source {name:?} has no files: nothing in {url} matches {files:?}; correct url or files")]
     NoFiles {

@@ -32,5 +32,5 @@ pub use manifest::Manifest;
 pub use pack::{IGNORE, Sequence};
 pub use prepare::{Prepared, cargo_home, matching_files, prepare};
 pub use sources::{SourceReport, Sources, inspect};
-pub use store::Folder;
+pub use store::{Folder, Traffic};
 pub use tokenizer::{Encoder, Tokenizer, train};

@@ -10,7 +10,7 @@ use ulmus_types::Digest;
 
 use crate::error::DataError;
 use crate::format::{self, Unit};
-use crate::store::{FileInfo, Folder};
+use crate::store::{FileInfo, Folder, Stores};
 
 const FORMAT_VERSION: u32 = 1;
 
@@ -25,6 +25,9 @@ pub struct Manifest {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SourceManifest {
     pub(crate) name: String,
+    /// The address of what was listed, where that of the plan may mean something else later.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) url: Option<String>,
     pub(crate) format: Format,
     pub(crate) files: Vec<FileInfo>,
     pub(crate) units: Vec<Unit>,
@@ -38,7 +41,8 @@ impl Manifest {
     /// # Errors
     /// When a source cannot be opened, has no files, or a file is not what the plan says.
     pub fn freeze(config: &DataConfig, run: Option<&Folder>) -> Result<Self, DataError> {
-        let sources = config.source.iter().map(|source| freeze(source, config.unit.get(), run));
+        let stores = Stores::new(config, run)?;
+        let sources = config.source.iter().map(|source| freeze(source, config.unit.get(), &stores));
         Ok(Self { format_version: FORMAT_VERSION, sources: sources.collect::<Result<_, _>>()? })
     }
 
@@ -85,28 +89,36 @@ impl Manifest {
     }
 }
 
-fn freeze(source: &SourceConfig, limit: u64, run: Option<&Folder>) -> Result<SourceManifest, DataError> {
-    let folder = Folder::open(&source.url, run)?;
-    let files = list(source, &folder)?;
+fn freeze(source: &SourceConfig, limit: u64, stores: &Stores) -> Result<SourceManifest, DataError> {
+    let folder = stores.open(&source.url)?;
+    let files = list(source, &folder, stores)?;
     let format = format_of(source, &folder, &files)?;
     let units = format::units(&folder, &files, format, &source.text, limit)?;
     if units.is_empty() {
         return Err(DataError::Empty { name: source.name.clone() });
     }
-    Ok(SourceManifest { name: source.name.clone(), format, files, units })
+    let url = folder.pinned().map(str::to_owned);
+    Ok(SourceManifest { name: source.name.clone(), url, format, files, units })
 }
 
-/// The files of a source: sorted where they are found by glob, in the order of the plan where they are named.
-pub(crate) fn list(source: &SourceConfig, folder: &Folder) -> Result<Vec<FileInfo>, DataError> {
+/// The files of a source: sorted where they are found by glob, in the order of the list or of the plan where they are
+/// named there.
+pub(crate) fn list(
+    source: &SourceConfig,
+    folder: &Folder,
+    stores: &Stores,
+) -> Result<Vec<FileInfo>, DataError> {
+    let named = source.list.as_ref().map(|list| names_of_list(list, source, stores)).transpose()?;
     let mut listing: Option<Vec<FileInfo>> = None;
     let mut files = Vec::new();
     for pattern in &source.files {
         if pattern.contains(['*', '?', '[']) {
-            if !folder.can_list() {
+            if named.is_none() && !folder.can_list() {
                 return Err(DataError::Pattern {
                     pattern: pattern.clone(),
                     reason:
-                        "a web server does not list its files; name them, or count them with {:05} and range"
+                        "a web server does not list its files; name them, count them with {:05} and range, \
+                             or give a list of them"
                             .to_owned(),
                 });
             }
@@ -114,6 +126,11 @@ pub(crate) fn list(source: &SourceConfig, folder: &Folder) -> Result<Vec<FileInf
                 DataError::Pattern { pattern: pattern.clone(), reason: error.kind().to_string() }
             })?;
             let glob = glob.compile_matcher();
+            if let Some(named) = &named {
+                files
+                    .extend(folder.stat(named.iter().filter(|name| glob.is_match(name)).cloned().collect())?);
+                continue;
+            }
             let listing = match &listing {
                 Some(listing) => listing,
                 None => listing.insert(folder.list()?),
@@ -141,6 +158,29 @@ pub(crate) fn list(source: &SourceConfig, folder: &Folder) -> Result<Vec<FileInf
         });
     }
     Ok(files)
+}
+
+/// Names of files below a source's `url`, as its list has them: one address or name on a line.
+fn names_of_list(list: &str, source: &SourceConfig, stores: &Stores) -> Result<Vec<String>, DataError> {
+    let (folder, name) = list.rsplit_once('/').unwrap_or((".", list));
+    let folder = stores.open(folder)?;
+    let bytes = folder.read_all(&folder.stat(vec![name.to_owned()])?[0])?;
+    let refuse =
+        |reason: String| DataError::Format { file: folder.place(name), format: "a list of files", reason };
+    let text = std::str::from_utf8(&bytes).map_err(|error| refuse(error.to_string()))?;
+    let root = format!("{}/", source.url.trim_end_matches('/'));
+    let mut names = Vec::new();
+    for (number, line) in (1..).zip(text.lines().map(str::trim)) {
+        match line.strip_prefix(&root) {
+            _ if line.is_empty() || line.starts_with('#') => {}
+            Some(name) => names.push(name.to_owned()),
+            None if line.contains("://") => {
+                return Err(refuse(format!("line {number}, {line:?}, is not below url = {:?}", source.url)));
+            }
+            None => names.push(line.to_owned()),
+        }
+    }
+    Ok(names)
 }
 
 /// Splits `part-{:05}.parquet` into what is before and after the counter, and its width.

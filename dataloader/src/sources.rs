@@ -6,7 +6,7 @@ use ulmus_types::Problems;
 use crate::error::DataError;
 use crate::format::{self, Segments, Unit};
 use crate::manifest::{self, Manifest, SourceManifest};
-use crate::store::Folder;
+use crate::store::{Folder, Stores, Traffic};
 
 /// The sources of a plan, as the manifest lists them.
 #[derive(Debug)]
@@ -38,9 +38,10 @@ impl Sources {
                 plan: config.source.iter().map(|source| source.name.clone()).collect(),
             });
         }
+        let stores = Stores::new(config, run)?;
         let open = |(source, listed): (&SourceConfig, &SourceManifest)| {
             Ok(Source {
-                folder: Folder::open(&source.url, run)?,
+                folder: stores.open(listed.url.as_deref().unwrap_or(&source.url))?,
                 text: source.text.clone(),
                 listed: listed.clone(),
                 limit: config.unit.get(),
@@ -122,6 +123,11 @@ impl Sources {
         self.0[source].listed.units.iter().map(|unit| unit.bytes).collect()
     }
 
+    /// What reading a source has cost so far.
+    pub(crate) fn traffic(&self, source: usize) -> Traffic {
+        self.0[source].folder.traffic()
+    }
+
     /// Name of a source.
     pub(crate) fn name(&self, source: usize) -> &str {
         &self.0[source].listed.name
@@ -151,7 +157,7 @@ pub fn inspect(config: &DataConfig, run: Option<&Folder>) -> (Vec<SourceReport>,
     let mut problems = Problems::new();
     let mut reports = Vec::new();
     for (index, source) in config.source.iter().enumerate() {
-        match report(source, config.unit.get(), run) {
+        match report(source, config, run) {
             Ok(report) => reports.push(report),
             Err(error) => problems.add(
                 format!("data.source.{index}"),
@@ -164,9 +170,14 @@ pub fn inspect(config: &DataConfig, run: Option<&Folder>) -> (Vec<SourceReport>,
     (reports, problems)
 }
 
-fn report(source: &SourceConfig, unit: u64, run: Option<&Folder>) -> Result<SourceReport, DataError> {
-    let folder = Folder::open(&source.url, run)?;
-    let files = manifest::list(source, &folder)?;
+fn report(
+    source: &SourceConfig,
+    config: &DataConfig,
+    run: Option<&Folder>,
+) -> Result<SourceReport, DataError> {
+    let (stores, unit) = (Stores::new(config, run)?, config.unit.get());
+    let folder = stores.open(&source.url)?;
+    let files = manifest::list(source, &folder, &stores)?;
     let format = manifest::format_of(source, &folder, &files)?;
     let first = &files[..1];
     let units = format::units(&folder, first, format, &source.text, unit)?;

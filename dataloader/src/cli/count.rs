@@ -7,7 +7,7 @@ use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use ulmus_dataloader::{Corpus, Counts, Manifest, Sources, Tokenizer};
+use ulmus_dataloader::{Corpus, Counts, Manifest, Sources, Tokenizer, Traffic};
 use ulmus_plan::{DataConfig, Plan, SourceConfig};
 use ulmus_rt::{Failure, print};
 use ulmus_types::ExitStatus;
@@ -38,6 +38,8 @@ struct Counted {
     files: usize,
     #[serde(flatten)]
     counts: Counts,
+    #[serde(flatten)]
+    traffic: Traffic,
     seconds: f64,
     tokens_per_second: f64,
 }
@@ -94,6 +96,7 @@ fn count(plan: &Plan, source: &SourceConfig, tokenizer: Tokenizer) -> Result<Cou
         source: source.name.clone(),
         files: manifest.files(),
         tokens_per_second: counts.tokens as f64 / seconds,
+        traffic: corpus.traffic()[0],
         counts,
         seconds,
     })

@@ -1,5 +1,7 @@
 //! Where text comes from and how it becomes sequences.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use ulmus_types::Problems;
 
@@ -72,10 +74,14 @@ pub enum Pack {
 pub struct SourceConfig {
     /// Its name in reports.
     pub name: String,
-    /// Folder of the files: a path, `file://`, `http://`, `https://`, or `run:` for the run's own folder.
+    /// Folder of the files: a path, `file://`, `s3://`, `gs://`, `az://`, `hf://datasets/<organisation>/<name>`,
+    /// `http(s)://`, or `run:` for the run's own folder. With a glob at its end it says `files` too.
     pub url: String,
     /// Files below `url`: names, globs, or patterns with `{}` or `{:05}` that `range` fills in.
     pub files: Vec<String>,
+    /// A text file with one address or name per line, which takes the place of a listing of `url`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub list: Option<String>,
     /// File ids `[first, end)` for the patterns.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub range: Option<[u64; 2]>,
@@ -119,6 +125,14 @@ pub struct DataConfig {
     pub piece_words: u64,
     /// Threads that read and tokenize, per worker.
     pub threads: u64,
+    /// Folder on each worker's disk that keeps what was read from remote stores; none if it is not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<String>,
+    /// Most bytes in that folder.
+    pub cache_limit: Bytes,
+    /// Deadline of a request to a remote store, which is for 8 MiB at most. Requests that fail are made again.
+    #[serde(with = "humantime_serde")]
+    pub request_timeout: Duration,
     /// The corpora.
     pub source: Vec<SourceConfig>,
 }
@@ -136,6 +150,9 @@ impl Default for DataConfig {
             pack: Pack::Concat,
             piece_words: 2048,
             threads: 2,
+            cache: None,
+            cache_limit: Bytes::mib(100 << 10),
+            request_timeout: Duration::from_mins(1),
             source: Vec::new(),
         }
     }
@@ -198,6 +215,13 @@ impl DataConfig {
             "1 to 256 threads read and tokenize",
             "write 2",
         );
+        problems.check(
+            (Duration::from_secs(1)..=Duration::from_hours(1)).contains(&self.request_timeout),
+            "data.request_timeout",
+            humantime_serde::re::humantime::format_duration(self.request_timeout),
+            "1s to 1h",
+            "write \"1m\"",
+        );
         for (index, source) in self.source.iter().enumerate() {
             source.check(&format!("data.source.{index}"), self.source.len() > 1, problems);
         }
@@ -214,6 +238,17 @@ impl DataConfig {
 }
 
 impl SourceConfig {
+    /// Takes an address that ends in a glob apart.
+    pub(crate) fn complete(&mut self) {
+        if self.files.is_empty()
+            && let Some(glob) = self.url.find(['*', '?', '[', '{'])
+            && let Some(folder) = self.url[..glob].rfind('/')
+        {
+            self.files = vec![self.url[folder + 1..].to_owned()];
+            self.url.truncate(folder);
+        }
+    }
+
     fn check(&self, at: &str, mixed: bool, problems: &mut Problems) {
         let key = |name: &str| format!("{at}.{name}");
         for (name, value, example) in [
@@ -227,6 +262,15 @@ impl SourceConfig {
                 "missing",
                 "every source needs it",
                 format!("write {name} = {example:?}"),
+            );
+        }
+        if let Some(shown) = secret(&self.url) {
+            problems.add(
+                key("url"),
+                shown,
+                "a plan is stored and shown, so an address in it has no password, token or query",
+                "leave that out; credentials come from the environment or the files of the provider's own tools"
+                    .to_owned(),
             );
         }
         problems.check(
@@ -279,6 +323,16 @@ impl SourceConfig {
     }
 }
 
+/// An address as it may be shown, if it carries what may be a secret.
+fn secret(url: &str) -> Option<String> {
+    let (scheme, rest) = url.split_once("://")?;
+    let host = rest.split(['/', '?']).next().unwrap_or_default();
+    // In this scheme alone, `@` stands between a container and its account.
+    let user = if scheme.starts_with("abfs") { None } else { host.rsplit_once('@') };
+    let shown = user.map_or(host, |(_, host)| host);
+    (user.is_some() || rest.contains('?')).then(|| format!("{scheme}://…{shown}/…"))
+}
+
 /// The largest divisor of `n` that is at most `limit`.
 fn largest_divisor(n: u64, limit: u64) -> u64 {
     (1..=limit.min(n)).rev().find(|d| n.is_multiple_of(*d)).unwrap_or(1)
@@ -287,6 +341,53 @@ fn largest_divisor(n: u64, limit: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_may_end_in_a_glob() {
+        let taken_apart = |url: &str, files: &[&str]| {
+            let files = files.iter().map(|file| (*file).to_owned()).collect();
+            let mut source = SourceConfig { url: url.to_owned(), files, ..SourceConfig::default() };
+            source.complete();
+            (source.url, source.files.join(" "))
+        };
+        let expected = |url: &str, files: &str| (url.to_owned(), files.to_owned());
+        assert_eq!(
+            taken_apart("hf://datasets/a/b@v1/data/*.parquet", &[]),
+            expected("hf://datasets/a/b@v1/data", "*.parquet")
+        );
+        assert_eq!(taken_apart("s3://b/x/**/part-{:05}.gz", &[]), expected("s3://b/x", "**/part-{:05}.gz"));
+        assert_eq!(taken_apart("s3://b/[x]", &["a"]), expected("s3://b/[x]", "a"));
+        assert_eq!(taken_apart("s3://b/x", &[]), expected("s3://b/x", ""));
+    }
+
+    #[test]
+    fn an_address_carries_no_secret() {
+        for (url, shown) in [
+            ("https://me:hidden@host/folder", Some("https://…host/…")),
+            ("https://host/folder?sig=hidden", Some("https://…host/…")),
+            ("s3://id:hidden@bucket/a", Some("s3://…bucket/…")),
+            ("abfss://container@account.dfs.core.windows.net/a", None),
+            ("hf://datasets/a/b@main/c", None),
+            ("https://host/a@b", None),
+            ("data/what?", None),
+        ] {
+            assert_eq!(secret(url).as_deref(), shown, "{url}");
+        }
+        let source = SourceConfig {
+            name: "web".to_owned(),
+            url: "https://host/folder?sig=hidden".to_owned(),
+            files: vec!["a".to_owned()],
+            text: "text".to_owned(),
+            ..SourceConfig::default()
+        };
+        let mut problems = Problems::new();
+        source.check("data.source.0", false, &mut problems);
+        assert_eq!(
+            problems.iter().map(|problem| problem.key.as_str()).collect::<Vec<_>>(),
+            ["data.source.0.url"]
+        );
+        assert!(!problems.to_string().contains("hidden"));
+    }
 
     #[test]
     fn lanes_must_divide_the_batch() {

@@ -148,8 +148,17 @@ pub struct Plan {
 }
 
 /// Keys that may change between two starts of the same run, because no trained bit depends on them.
-const MAY_CHANGE: [&str; 7] =
-    ["local.", "cluster.", "store.", "checkpoint.recovery", "evaluate.", "benchmark.", "data.threads"];
+const MAY_CHANGE: [&str; 9] = [
+    "local.",
+    "cluster.",
+    "store.",
+    "checkpoint.recovery",
+    "evaluate.",
+    "benchmark.",
+    "data.threads",
+    "data.cache",
+    "data.request_timeout",
+];
 
 /// Keys that the first plans did not have, and what those plans meant. They count only with another value, so that a
 /// run can go on from its checkpoints after an update.
@@ -227,6 +236,7 @@ impl Plan {
                 ..SourceConfig::default()
             });
         }
+        self.data.source.iter_mut().for_each(SourceConfig::complete);
         self.cluster.min_workers = self.cluster.min_workers.max(1);
     }
 

@@ -1,0 +1,396 @@
+//! Datasets on the Hugging Face hub: `hf://datasets/<organisation>/<name>[@revision][/<folder>]`.
+//!
+//! A revision is resolved to its commit once, and everything is read of that commit: files of a commit never change.
+//! The hub answers a request for a file by sending the client on to its content network; the place is remembered
+//! for a while, so that most ranges cost one request and the hub's rate limit is spent on listings.
+//!
+//! `HF_ENDPOINT` names another hub; the token is `HF_TOKEN`, or the one that the hub's own tools have stored.
+//! It is sent to the hub alone.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use backon::{ExponentialBuilder, Retryable};
+use object_store::ObjectStore;
+use object_store::client::{
+    ClientOptions, HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpRequestBody,
+    HttpResponse, HttpService,
+};
+use object_store::http::HttpBuilder;
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, LINK, LOCATION};
+use reqwest::{Method, StatusCode, redirect};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use tokio::time::Instant;
+use url::Url;
+
+use super::{Counters, FileInfo, wire};
+
+const SCHEME: &str = "hf://datasets/";
+const ENDPOINT: &str = "https://huggingface.co";
+/// Places on the content network are signed for an hour.
+const REMEMBERED: Duration = Duration::from_mins(10);
+const MOST_REDIRECTS: usize = 5;
+
+/// A dataset at one commit.
+#[derive(Debug)]
+pub(super) struct Hub {
+    client: Client,
+    dataset: Dataset,
+    commit: String,
+}
+
+/// What an address says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Dataset {
+    /// `organisation/name`.
+    id: String,
+    revision: String,
+    folder: String,
+}
+
+impl Dataset {
+    fn parse(url: &str) -> Result<Self, String> {
+        let form = "a dataset is written hf://datasets/<organisation>/<name>[@<revision>][/<folder>]";
+        let rest = url.strip_prefix(SCHEME).ok_or_else(|| form.to_owned())?;
+        let mut parts = rest.split('/').filter(|part| !part.is_empty());
+        let (Some(organisation), Some(name)) = (parts.next(), parts.next()) else {
+            return Err(form.to_owned());
+        };
+        let (name, revision) = match name.split_once('@') {
+            // The one kind of revision that has slashes: refs/convert/parquet, refs/pr/1.
+            Some((name, "refs")) => {
+                let rest = [parts.next(), parts.next()].into_iter().flatten().collect::<Vec<_>>();
+                (name, format!("refs/{}", rest.join("/")))
+            }
+            Some((name, revision)) => (name, revision.replace("%2F", "/")),
+            None => (name, "main".to_owned()),
+        };
+        if revision.is_empty() {
+            return Err(form.to_owned());
+        }
+        let folder = parts.collect::<Vec<_>>().join("/");
+        Ok(Self { id: format!("{organisation}/{name}"), revision, folder })
+    }
+}
+
+/// Whether a revision is the name of a commit, which never changes.
+fn is_commit(revision: &str) -> bool {
+    revision.len() == 40 && revision.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+impl Hub {
+    /// Finds the commit that an address names, and a store for the files of its folder.
+    pub(super) async fn open(
+        url: &str,
+        timeout: Duration,
+        counters: &Arc<Counters>,
+    ) -> Result<(Self, Arc<dyn ObjectStore>), Failed> {
+        let dataset = Dataset::parse(url).map_err(Failed::finally)?;
+        let endpoint = std::env::var("HF_ENDPOINT").unwrap_or_else(|_| ENDPOINT.to_owned());
+        let client =
+            Client::new(endpoint.trim_end_matches('/'), timeout, counters).map_err(Failed::finally)?;
+        let Dataset { id, revision, .. } = &dataset;
+        let commit = if is_commit(revision) {
+            revision.clone()
+        } else {
+            let path = format!("/api/datasets/{id}/revision/{}", revision.replace('/', "%2F"));
+            client.json::<Revision>(&format!("{}{path}", client.endpoint)).await?.0.sha
+        };
+        let files = [&client.endpoint, "datasets", id, "resolve", &commit, &dataset.folder];
+        let builder = HttpBuilder::new()
+            .with_url(files.join("/").trim_end_matches('/'))
+            .with_retry(wire::retries())
+            .with_http_connector(Redirects::new(client.clone()));
+        let builder = wire::settings(timeout)
+            .into_iter()
+            .fold(builder, |builder, (key, value)| builder.with_config(key, value));
+        let store = builder.build().map_err(|error| Failed::finally(error.to_string()))?;
+        Ok((Self { client, dataset, commit }, Arc::new(store)))
+    }
+
+    /// The address of the same folder at its commit.
+    pub(super) fn pinned(&self) -> String {
+        let Dataset { id, folder, .. } = &self.dataset;
+        format!("{SCHEME}{id}@{}/{folder}", self.commit).trim_end_matches('/').to_owned()
+    }
+
+    /// All files below the folder, in any order. Their versions are hashes of their contents.
+    pub(super) async fn list(&self) -> Result<Vec<FileInfo>, Failed> {
+        let Dataset { id, folder, .. } = &self.dataset;
+        let tree = format!("{}/api/datasets/{id}/tree/{}/{folder}", self.client.endpoint, self.commit);
+        let mut next = Some(format!("{}?recursive=true", tree.trim_end_matches('/')));
+        let mut files = Vec::new();
+        while let Some(page) = next {
+            let entries: Vec<Entry>;
+            (entries, next) = self.client.json(&page).await?;
+            for Entry { kind, path, size, oid, lfs } in entries {
+                let below = if folder.is_empty() { Some(path.as_str()) } else { path.strip_prefix(folder) };
+                if let Some(path) = below.filter(|_| kind == "file") {
+                    let path = path.trim_start_matches('/').to_owned();
+                    files.push(FileInfo { path, size, version: Some(lfs.map_or(oid, |lfs| lfs.oid)) });
+                }
+            }
+        }
+        Ok(files)
+    }
+}
+
+#[derive(Deserialize)]
+struct Revision {
+    sha: String,
+}
+
+#[derive(Deserialize)]
+struct Entry {
+    #[serde(rename = "type")]
+    kind: String,
+    path: String,
+    #[serde(default)]
+    size: u64,
+    #[serde(default)]
+    oid: String,
+    lfs: Option<LargeFile>,
+}
+
+#[derive(Deserialize)]
+struct LargeFile {
+    /// SHA-256 of the contents.
+    oid: String,
+}
+
+/// A client of the hub that follows no redirect.
+#[derive(Debug, Clone)]
+struct Client {
+    endpoint: String,
+    http: HttpClient,
+    token: Option<HeaderValue>,
+}
+
+impl Client {
+    fn new(endpoint: &str, timeout: Duration, counters: &Arc<Counters>) -> Result<Self, String> {
+        // The first caller decides for the process; later ones find that it has one.
+        let _known = rustls::crypto::ring::default_provider().install_default();
+        let http = reqwest::Client::builder()
+            .user_agent(concat!("ulmus/", env!("CARGO_PKG_VERSION")))
+            .redirect(redirect::Policy::none())
+            .timeout(timeout)
+            .build()
+            .map_err(|error| error.to_string())?;
+        let token = token().map(|token| {
+            let mut value = HeaderValue::try_from(format!("Bearer {token}"))
+                .map_err(|_| "the token of the hub has characters that a token cannot have".to_owned())?;
+            value.set_sensitive(true);
+            Ok::<_, String>(value)
+        });
+        Ok(Self {
+            endpoint: endpoint.to_owned(),
+            http: wire::watched(HttpClient::new(http), counters),
+            token: token.transpose()?,
+        })
+    }
+
+    /// One request, with the token where it goes to the hub.
+    async fn send(&self, method: &Method, url: &str, headers: &HeaderMap) -> Result<HttpResponse, HttpError> {
+        let mut request = HttpRequest::new(HttpRequestBody::empty());
+        *request.uri_mut() =
+            url.parse().map_err(|error| HttpError::new(HttpErrorKind::Unknown, Refused::from(error)))?;
+        request.method_mut().clone_from(method);
+        request.headers_mut().clone_from(headers);
+        if url.starts_with(&format!("{}/", self.endpoint))
+            && let Some(token) = &self.token
+        {
+            request.headers_mut().insert(AUTHORIZATION, token.clone());
+        }
+        self.http.execute(request).await
+    }
+
+    /// What the hub's API answers, and the address of the next page.
+    async fn json<T: DeserializeOwned>(&self, url: &str) -> Result<(T, Option<String>), Failed> {
+        let attempt = async || {
+            let answer = self.send(&Method::GET, url, &HeaderMap::new()).await;
+            let answer = answer.map_err(|error| Failed::for_now(error.to_string()))?;
+            let (parts, body) = answer.into_parts();
+            let (status, next) = (parts.status, next_page(&parts.headers));
+            if !status.is_success() {
+                let for_now = status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS;
+                return Err(Failed { reason: told(status, self.token.is_some()), for_now });
+            }
+            let body = body.bytes().await;
+            let body = body.map_err(|error| Failed::for_now(error.to_string()))?;
+            let value = serde_json::from_slice(&body).map_err(|error| {
+                Failed::finally(format!("the answer of {url} is of another form: {error}"))
+            })?;
+            Ok((value, next))
+        };
+        let backoff = ExponentialBuilder::default()
+            .with_jitter()
+            .with_min_delay(Duration::from_millis(200))
+            .with_max_delay(Duration::from_secs(15))
+            .with_max_times(8);
+        attempt.retry(backoff).when(|failed| failed.for_now).await
+    }
+}
+
+/// Why the hub gave nothing.
+pub(super) struct Failed {
+    pub(super) reason: String,
+    /// Whether it may answer later.
+    pub(super) for_now: bool,
+}
+
+impl Failed {
+    const fn for_now(reason: String) -> Self {
+        Self { reason, for_now: true }
+    }
+
+    const fn finally(reason: String) -> Self {
+        Self { reason, for_now: false }
+    }
+}
+
+/// An address that no request can have.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error("the hub sends to an address that cannot be read: {0}")]
+    Address(#[from] http::uri::InvalidUri),
+    #[error("the hub sends in circles")]
+    Circle,
+}
+
+fn told(status: StatusCode, has_token: bool) -> String {
+    match status {
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if has_token => format!(
+            "the hub answers {status}: the token may not read this dataset, or there is none of this name and revision"
+        ),
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => format!(
+            "the hub answers {status}: there is no dataset of this name, or it needs a token; set HF_TOKEN"
+        ),
+        StatusCode::NOT_FOUND => format!("the hub answers {status}: it has no such dataset or revision"),
+        _ => format!("the hub answers {status}"),
+    }
+}
+
+/// The token of the environment, or the one that was stored by logging in.
+fn token() -> Option<String> {
+    let variable = |name| std::env::var_os(name);
+    let stored = || {
+        let path = variable("HF_TOKEN_PATH").map(PathBuf::from).or_else(|| {
+            let home = variable("HF_HOME").map(PathBuf::from);
+            Some(home.or_else(|| Some(std::env::home_dir()?.join(".cache/huggingface")))?.join("token"))
+        });
+        std::fs::read_to_string(path?).ok()
+    };
+    let token = std::env::var("HF_TOKEN").ok().or_else(stored)?.trim().to_owned();
+    (!token.is_empty()).then_some(token)
+}
+
+/// The address of `rel="next"` (RFC 8288).
+fn next_page(headers: &HeaderMap) -> Option<String> {
+    headers
+        .get_all(LINK)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .find_map(|link| {
+            let (address, parameters) = link.trim().strip_prefix('<')?.split_once('>')?;
+            parameters.contains("rel=\"next\"").then(|| address.to_owned())
+        })
+}
+
+/// Follows the hub to its content network, and remembers the way.
+#[derive(Debug, Clone)]
+struct Redirects {
+    client: Client,
+    known: Arc<Mutex<HashMap<String, (String, Instant)>>>,
+}
+
+impl Redirects {
+    fn new(client: Client) -> Self {
+        Self { client, known: Arc::default() }
+    }
+
+    fn known(&self, url: &str) -> Option<String> {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.get(url).filter(|(_, since)| since.elapsed() < REMEMBERED).map(|(place, _)| place.clone())
+    }
+
+    fn remember(&self, url: &str, place: Option<String>) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.retain(|_, (_, since)| since.elapsed() < REMEMBERED);
+        match place {
+            Some(place) => known.insert(url.to_owned(), (place, Instant::now())),
+            None => known.remove(url),
+        };
+    }
+}
+
+impl HttpConnector for Redirects {
+    fn connect(&self, _: &ClientOptions) -> object_store::Result<HttpClient> {
+        Ok(HttpClient::new(self.clone()))
+    }
+}
+
+#[async_trait::async_trait]
+impl HttpService for Redirects {
+    async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
+        let (method, headers) = (request.method(), request.headers());
+        let asked = request.uri().to_string();
+        if let Some(place) = self.known(&asked) {
+            let answer = self.client.send(method, &place, headers).await?;
+            // A signature that has run out.
+            if !answer.status().is_client_error() || answer.status() == StatusCode::TOO_MANY_REQUESTS {
+                return Ok(answer);
+            }
+            self.remember(&asked, None);
+        }
+        let mut at = asked.clone();
+        for _ in 0..MOST_REDIRECTS {
+            let answer = self.client.send(method, &at, headers).await?;
+            let location = answer.headers().get(LOCATION).and_then(|location| location.to_str().ok());
+            let Some(location) = location.filter(|_| answer.status().is_redirection()) else {
+                if at != asked && answer.status().is_success() {
+                    self.remember(&asked, Some(at));
+                }
+                return Ok(answer);
+            };
+            let next = Url::parse(&at).and_then(|at| at.join(location));
+            at = next.map_or_else(|_| location.to_owned(), String::from);
+        }
+        Err(HttpError::new(HttpErrorKind::Unknown, Refused::Circle))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_name_dataset_revision_and_folder() {
+        let parse = |url: &str| {
+            let Dataset { id, revision, folder } = Dataset::parse(url)?;
+            Ok::<_, String>([id, revision, folder].join(" "))
+        };
+        for (url, expected) in [
+            ("hf://datasets/tiiuae/falcon-refinedweb", "tiiuae/falcon-refinedweb main "),
+            ("hf://datasets/a/b@v1.0/data/x", "a/b v1.0 data/x"),
+            ("hf://datasets/a/b@refs/convert/parquet/default", "a/b refs/convert/parquet default"),
+            ("hf://datasets/a/b@refs%2Fpr%2F1/", "a/b refs/pr/1 "),
+        ] {
+            assert_eq!(parse(url).as_deref(), Ok(expected), "{url}");
+        }
+        for url in ["hf://datasets/a", "hf://models/a/b", "hf://datasets/a/b@"] {
+            assert!(parse(url).unwrap_err().contains("hf://datasets/<organisation>/<name>"), "{url}");
+        }
+    }
+
+    #[test]
+    fn the_next_page_is_found_among_links() {
+        let links = |value: &'static str| HeaderMap::from_iter([(LINK, HeaderValue::from_static(value))]);
+        let two = links("<https://h/a?cursor=1>; rel=\"prev\", <https://h/a?cursor=3>; rel=\"next\"");
+        assert_eq!(next_page(&two).as_deref(), Some("https://h/a?cursor=3"));
+        assert_eq!(next_page(&links("<https://h/a>; rel=\"prev\"")), None);
+    }
+}

@@ -1,0 +1,531 @@
+//! Folders of files behind one address form: a path, `file://`, an object store (`s3://`, `gs://`, `az://`), a
+//! dataset on the Hugging Face hub (`hf://datasets/`), a web server (`http(s)://`), or `run:` for the run's own folder.
+//!
+//! Calls block, and are for plain threads: they must not be made from async code. The I/O itself runs on one
+//! small runtime for the whole process, so that pooled connections live as long as the process does.
+//!
+//! Web servers have no listing: files below `http(s)://` are named, counted by a pattern with `{:05}`, or listed
+//! elsewhere (`list` of a source).
+
+mod address;
+mod cache;
+#[cfg(feature = "http")]
+mod hub;
+#[cfg(feature = "aws")]
+mod profile;
+#[cfg(feature = "http")]
+mod wire;
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
+
+use backon::{ExponentialBuilder, Retryable};
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
+use object_store::local::LocalFileSystem;
+use object_store::path::Path;
+use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt};
+use serde::{Deserialize, Serialize};
+use tokio::runtime::Runtime;
+use tokio::task::JoinHandle;
+use ulmus_plan::DataConfig;
+
+use self::cache::Cache;
+use crate::error::DataError;
+
+/// Most bytes of one request, so that its deadline is one for a known amount.
+const PIECE: u64 = 8 << 20;
+/// Requests of one read that are under way at once.
+const AT_ONCE: usize = 4;
+/// Files that are asked about at once.
+const STATS_AT_ONCE: usize = 16;
+
+static IO: LazyLock<Runtime> = LazyLock::new(|| {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("ulmus-data-io")
+        .enable_all()
+        .build()
+        .expect("a thread for reading can be started")
+});
+
+/// What folders are opened with.
+#[derive(Debug, Clone)]
+pub(crate) struct Stores {
+    run: Option<Folder>,
+    cache: Option<Arc<Cache>>,
+    timeout: Duration,
+}
+
+/// A folder in a store.
+#[derive(Clone)]
+pub struct Folder {
+    store: Arc<dyn ObjectStore>,
+    prefix: Path,
+    /// For messages.
+    url: String,
+    listing: Listing,
+    /// Whether files are told apart by the store's version mark. Not in a run's own folder: its files are written
+    /// once, and a copy of the folder on another disk is the same run. Nor where an address holds fixed contents.
+    has_versions: bool,
+    cache: Option<Arc<Cache>>,
+    counters: Arc<Counters>,
+}
+
+/// Who knows which files a folder has.
+#[derive(Debug, Clone)]
+enum Listing {
+    /// The store itself.
+    Store,
+    /// Nobody.
+    None,
+    #[cfg(feature = "http")]
+    Hub(Arc<hub::Hub>),
+}
+
+/// What a folder's files have cost so far.
+#[derive(Debug, Default)]
+struct Counters {
+    fetched: AtomicU64,
+    cached: AtomicU64,
+    failures: AtomicU64,
+}
+
+#[cfg(feature = "http")]
+impl Counters {
+    fn failed(&self) {
+        self.failures.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// What reading a source has cost.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Traffic {
+    /// Bytes that came from its store.
+    pub fetched_bytes: u64,
+    /// Bytes that came from the cache on disk instead.
+    pub cached_bytes: u64,
+    /// Requests that failed, most of which were then made again.
+    pub failed_requests: u64,
+}
+
+/// What a store knows of a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FileInfo {
+    /// Path below the folder.
+    pub(crate) path: String,
+    /// Size in bytes.
+    pub(crate) size: u64,
+    /// The store's mark for these contents, where it gives one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) version: Option<String>,
+}
+
+impl fmt::Debug for Folder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Folder({})", self.url)
+    }
+}
+
+impl Stores {
+    /// What a plan says of them; `run` is the run's own folder.
+    pub(crate) fn new(config: &DataConfig, run: Option<&Folder>) -> Result<Self, DataError> {
+        let cache = config.cache.as_ref().map(|folder| {
+            let cache = Cache::open(folder.as_ref(), config.cache_limit.get());
+            cache.map(Arc::new).map_err(|error| DataError::Cache { folder: folder.clone(), error })
+        });
+        Ok(Self { run: run.cloned(), cache: cache.transpose()?, timeout: config.request_timeout })
+    }
+
+    /// Opens the folder that `url` names.
+    ///
+    /// # Errors
+    /// When the address has an unknown form, or is no folder.
+    pub(crate) fn open(&self, url: &str) -> Result<Folder, DataError> {
+        let refuse = |reason: String| DataError::Url { url: url.to_owned(), reason };
+        if let Some(path) = url.strip_prefix("run:") {
+            let run = self.run.as_ref();
+            let run = run.ok_or_else(|| refuse("there is no run folder here; write a path".to_owned()))?;
+            return Ok(run.child(path));
+        }
+        match url.split_once("://") {
+            None => Folder::local(url, url).map_err(refuse),
+            Some(("file", path)) => Folder::local(url, path).map_err(refuse),
+            Some(("hf", _)) => open_hub(self, url),
+            Some((scheme, _)) => {
+                let counters = Arc::new(Counters::default());
+                let opened = address::open(scheme, url, self.timeout, &counters);
+                let (store, prefix) = opened.map_err(refuse)?;
+                let listing = if matches!(scheme, "http" | "https") { Listing::None } else { Listing::Store };
+                let cache = self.cache.clone();
+                Ok(Folder {
+                    store,
+                    prefix,
+                    url: url.to_owned(),
+                    listing,
+                    has_versions: true,
+                    cache,
+                    counters,
+                })
+            }
+        }
+    }
+}
+
+#[cfg(feature = "http")]
+fn open_hub(stores: &Stores, url: &str) -> Result<Folder, DataError> {
+    let counters = Arc::new(Counters::default());
+    let opened = IO.block_on(hub::Hub::open(url, stores.timeout, &counters));
+    let (hub, store) = opened.map_err(|failed| hub_error(url, failed))?;
+    Ok(Folder {
+        store,
+        prefix: Path::default(),
+        url: hub.pinned(),
+        listing: Listing::Hub(Arc::new(hub)),
+        has_versions: false,
+        cache: stores.cache.clone(),
+        counters,
+    })
+}
+
+#[cfg(not(feature = "http"))]
+fn open_hub(_: &Stores, url: &str) -> Result<Folder, DataError> {
+    let reason = "this program was built without the feature `http`; build with it, or write a path";
+    Err(DataError::Url { url: url.to_owned(), reason: reason.to_owned() })
+}
+
+impl Folder {
+    /// The folder `prefix` of a run's own store.
+    pub fn of_run(store: Arc<dyn ObjectStore>, prefix: &str) -> Self {
+        Self {
+            store,
+            prefix: Path::from(prefix),
+            url: "run:".to_owned(),
+            listing: Listing::Store,
+            has_versions: false,
+            cache: None,
+            counters: Arc::default(),
+        }
+    }
+
+    fn local(url: &str, path: &str) -> Result<Self, String> {
+        let path = std::path::absolute(path).map_err(|error| error.to_string())?;
+        if !path.is_dir() {
+            return Err(format!("{} is not a folder on this machine; correct the path", path.display()));
+        }
+        let store = LocalFileSystem::new_with_prefix(&path).map_err(|error| error.to_string())?;
+        Ok(Self {
+            store: Arc::new(store),
+            prefix: Path::default(),
+            url: url.to_owned(),
+            listing: Listing::Store,
+            has_versions: true,
+            cache: None,
+            counters: Arc::default(),
+        })
+    }
+
+    /// A folder below this one.
+    #[must_use]
+    pub fn child(&self, path: &str) -> Self {
+        let prefix = self.prefix.parts().chain(Path::from(path).parts()).collect();
+        Self { prefix, url: self.place(path), ..self.clone() }
+    }
+
+    /// Whether [`Self::list`] works.
+    pub(crate) const fn can_list(&self) -> bool {
+        !matches!(self.listing, Listing::None)
+    }
+
+    /// The address, for messages.
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// An address of the files as they are now, where the one that was opened may have others later.
+    pub(crate) fn pinned(&self) -> Option<&str> {
+        match self.listing {
+            Listing::Store | Listing::None => None,
+            #[cfg(feature = "http")]
+            Listing::Hub(_) => Some(&self.url),
+        }
+    }
+
+    /// What reading has cost.
+    pub(crate) fn traffic(&self) -> Traffic {
+        let Counters { fetched, cached, failures } = &*self.counters;
+        Traffic {
+            fetched_bytes: fetched.load(Ordering::Relaxed),
+            cached_bytes: cached.load(Ordering::Relaxed),
+            failed_requests: failures.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Where a file lies, for messages.
+    pub(crate) fn place(&self, path: &str) -> String {
+        let separator = if self.url.ends_with([':', '/']) { "" } else { "/" };
+        format!("{}{separator}{path}", self.url)
+    }
+
+    /// All files below the folder, sorted by path.
+    pub(crate) fn list(&self) -> Result<Vec<FileInfo>, DataError> {
+        let mut files = match &self.listing {
+            #[cfg(feature = "http")]
+            Listing::Hub(hub) => IO.block_on(hub.list()).map_err(|failed| hub_error(&self.url, failed))?,
+            Listing::Store | Listing::None => self.list_store()?,
+        };
+        files.sort_by(|a, b| a.path.cmp(&b.path));
+        Ok(files)
+    }
+
+    fn list_store(&self) -> Result<Vec<FileInfo>, DataError> {
+        let prefix = (!self.prefix.as_ref().is_empty()).then_some(&self.prefix);
+        let list = || self.store.list(prefix).try_collect();
+        let found: Vec<ObjectMeta> = IO.block_on(retried(list)).map_err(|error| self.error("", &error))?;
+        let below = found.iter().filter_map(|meta| {
+            let rest = meta.location.prefix_match(&self.prefix)?;
+            let path = rest.map(|part| part.as_ref().to_owned()).collect::<Vec<_>>().join("/");
+            Some(self.info(path, meta))
+        });
+        Ok(below.collect())
+    }
+
+    /// Size and version of the files at `paths`, in their order.
+    pub(crate) fn stat(&self, paths: Vec<String>) -> Result<Vec<FileInfo>, DataError> {
+        #[cfg(feature = "http")]
+        if let Listing::Hub(_) = self.listing {
+            // One listing instead of a request for each file.
+            let all = self.list()?;
+            let find = |path: String| match all.binary_search_by(|file| file.path.cmp(&path)) {
+                Ok(found) => Ok(all[found].clone()),
+                Err(_) => Err(DataError::Missing { file: self.place(&path) }),
+            };
+            return paths.into_iter().map(find).collect();
+        }
+        let head = async |path: String| {
+            let at = self.at(&path);
+            let meta = retried(|| self.store.head(&at)).await.map_err(|error| self.error(&path, &error))?;
+            Ok(self.info(path, &meta))
+        };
+        IO.block_on(futures::stream::iter(paths).map(head).buffered(STATS_AT_ONCE).try_collect())
+    }
+
+    /// The bytes of `range` of a file, which must still be the one that `file` describes.
+    pub(crate) fn read_range(&self, file: &FileInfo, range: Range<u64>) -> Result<Bytes, DataError> {
+        self.start_reading(file, range).wait()
+    }
+
+    /// The whole file, which must still be the one that `file` describes.
+    pub(crate) fn read_all(&self, file: &FileInfo) -> Result<Bytes, DataError> {
+        self.read_range(file, 0..file.size)
+    }
+
+    /// Begins to read a range.
+    pub(crate) fn start_reading(&self, file: &FileInfo, range: Range<u64>) -> Reading {
+        if range.is_empty() {
+            return Reading::Here(Bytes::new());
+        }
+        let (folder, file) = (self.clone(), file.clone());
+        let Some(cache) = self.cache.clone() else {
+            return Reading::Under(IO.spawn(async move { folder.fetch(&file, range).await }));
+        };
+        if let Some(bytes) = cache.get(&self.url, &file, &range) {
+            self.counters.cached.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            return Reading::Here(bytes);
+        }
+        Reading::Under(IO.spawn(async move {
+            let bytes = folder.fetch(&file, range.clone()).await?;
+            let kept = bytes.clone();
+            tokio::task::spawn_blocking(move || cache.put(&folder.url, &file, &range, &kept));
+            Ok(bytes)
+        }))
+    }
+
+    /// Reads a range in pieces, several at once.
+    async fn fetch(&self, file: &FileInfo, range: Range<u64>) -> Result<Bytes, DataError> {
+        let starts = (range.start..range.end).step_by(PIECE as usize);
+        let pieces = starts.map(|start| start..(start + PIECE).min(range.end));
+        let mut pieces = futures::stream::iter(pieces).map(|piece| self.piece(file, piece)).buffered(AT_ONCE);
+        let first = pieces.try_next().await?.unwrap_or_default();
+        if first.len() as u64 == range.end - range.start {
+            return Ok(first);
+        }
+        let mut whole = Vec::with_capacity((range.end - range.start) as usize);
+        whole.extend_from_slice(&first);
+        while let Some(piece) = pieces.try_next().await? {
+            whole.extend_from_slice(&piece);
+        }
+        Ok(whole.into())
+    }
+
+    async fn piece(&self, file: &FileInfo, range: Range<u64>) -> Result<Bytes, DataError> {
+        let length = range.end - range.start;
+        let at = self.at(&file.path);
+        let options = GetOptions { range: Some(GetRange::Bounded(range)), ..GetOptions::default() };
+        let read = async || {
+            let result = self.store.get_opts(&at, options.clone()).await?;
+            let now = self.info(file.path.clone(), &result.meta);
+            Ok((now, result.bytes().await?))
+        };
+        let (now, bytes) = retried(read).await.map_err(|error| self.error(&file.path, &error))?;
+        self.compare(file, &now)?;
+        if bytes.len() as u64 != length {
+            return Err(DataError::Damaged {
+                file: self.place(&file.path),
+                reason: format!("{length} bytes were asked for, {} came", bytes.len()),
+            });
+        }
+        self.counters.fetched.fetch_add(length, Ordering::Relaxed);
+        Ok(bytes)
+    }
+
+    /// Writes a file whole.
+    pub(crate) fn write(&self, path: &str, bytes: Vec<u8>) -> Result<(), DataError> {
+        IO.block_on(self.store.put(&self.at(path), bytes.into()))
+            .map_err(|error| self.error(path, &error))?;
+        Ok(())
+    }
+
+    fn at(&self, path: &str) -> Path {
+        self.prefix.parts().chain(Path::from(path).parts()).collect()
+    }
+
+    fn info(&self, path: String, meta: &ObjectMeta) -> FileInfo {
+        let version = meta.e_tag.clone().unwrap_or_else(|| meta.last_modified.to_rfc3339());
+        FileInfo { path, size: meta.size, version: self.has_versions.then_some(version) }
+    }
+
+    fn compare(&self, then: &FileInfo, now: &FileInfo) -> Result<(), DataError> {
+        let path = &then.path;
+        let changed = |what, then: String, now: String| {
+            Err(DataError::Changed { file: self.place(path), what, then, now })
+        };
+        if then.size != now.size {
+            return changed("size", then.size.to_string(), now.size.to_string());
+        }
+        match (&then.version, &now.version) {
+            (Some(then), Some(now)) if bare(then) != bare(now) => {
+                changed("version", then.clone(), now.clone())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn error(&self, path: &str, error: &object_store::Error) -> DataError {
+        let file = self.place(path);
+        match error {
+            object_store::Error::NotFound { .. } => DataError::Missing { file },
+            error => DataError::Store { file, reason: error.to_string() },
+        }
+    }
+}
+
+/// Makes an operation again that failed for a reason that may pass. Single requests are made again below
+/// (`wire::retries`); here that is for answers that begin well and then break off.
+async fn retried<T, F: Future<Output = object_store::Result<T>>>(
+    operation: impl FnMut() -> F,
+) -> object_store::Result<T> {
+    let backoff = ExponentialBuilder::default()
+        .with_jitter()
+        .with_min_delay(Duration::from_millis(200))
+        .with_max_delay(Duration::from_secs(15))
+        .with_max_times(4);
+    operation.retry(backoff).when(|error| matches!(error, object_store::Error::Generic { .. })).await
+}
+
+/// An entity tag without its quotes: some stores leave them out of listings.
+fn bare(version: &str) -> &str {
+    version.trim_matches('"')
+}
+
+#[cfg(feature = "http")]
+fn hub_error(url: &str, hub::Failed { reason, for_now }: hub::Failed) -> DataError {
+    let url = url.to_owned();
+    if for_now { DataError::Store { file: url, reason } } else { DataError::Url { url, reason } }
+}
+
+/// A range that is being read.
+#[derive(Debug)]
+pub(crate) enum Reading {
+    /// It was in the cache, or is empty.
+    Here(Bytes),
+    /// It comes from the store.
+    Under(JoinHandle<Result<Bytes, DataError>>),
+}
+
+impl Reading {
+    /// Waits for the bytes.
+    pub(crate) fn wait(self) -> Result<Bytes, DataError> {
+        match self {
+            Self::Here(bytes) => Ok(bytes),
+            Self::Under(task) => IO.block_on(task).unwrap_or(Err(DataError::Stopped)),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use object_store::memory::InMemory;
+
+    use super::*;
+
+    /// An empty folder in memory.
+    pub(crate) fn memory() -> Folder {
+        Folder::of_run(Arc::new(InMemory::new()), "")
+    }
+
+    /// What the folder knows of one file.
+    pub(crate) fn stat(folder: &Folder, path: &str) -> FileInfo {
+        folder.stat(vec![path.to_owned()]).unwrap().remove(0)
+    }
+
+    #[test]
+    fn local_files_are_listed_read_and_watched() {
+        let place = tempfile::tempdir().unwrap();
+        std::fs::create_dir(place.path().join("b")).unwrap();
+        std::fs::write(place.path().join("b/two words.txt"), "two").unwrap();
+        std::fs::write(place.path().join("a.txt"), "one").unwrap();
+        let stores = Stores::new(&DataConfig::default(), None).unwrap();
+        let folder = stores.open(place.path().to_str().unwrap()).unwrap();
+        let files = folder.list().unwrap();
+        assert_eq!(
+            files.iter().map(|file| file.path.as_str()).collect::<Vec<_>>(),
+            ["a.txt", "b/two words.txt"]
+        );
+        assert_eq!(folder.read_all(&files[1]).unwrap(), "two");
+        assert_eq!(folder.read_range(&files[0], 1..3).unwrap(), "ne");
+
+        std::fs::write(place.path().join("a.txt"), "longer").unwrap();
+        let message = folder.read_all(&files[0]).unwrap_err().to_string();
+        assert!(message.contains("a.txt has changed since the run began: size was 3, now 6"), "{message}");
+        std::fs::remove_file(place.path().join("a.txt")).unwrap();
+        assert!(matches!(folder.read_all(&files[0]), Err(DataError::Missing { .. })));
+    }
+
+    #[test]
+    fn addresses_that_lead_nowhere_are_refused() {
+        let stores = Stores::new(&DataConfig::default(), None).unwrap();
+        for (url, word) in [
+            ("/no/such/folder", "not a folder on this machine"),
+            ("ftp://host/x", "ftp:// is not known"),
+            ("run:shards", "no run folder"),
+        ] {
+            let message = stores.open(url).unwrap_err().to_string();
+            assert!(message.contains(word) && message.contains(url), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_run_folder_has_folders() {
+        let run = memory();
+        let stores = Stores::new(&DataConfig::default(), Some(&run)).unwrap();
+        let shards = stores.open("run:shards").unwrap();
+        shards.write("a.txt", b"x".to_vec()).unwrap();
+        assert_eq!(run.list().unwrap()[0].path, "shards/a.txt");
+        assert_eq!(shards.list().unwrap()[0], FileInfo { path: "a.txt".to_owned(), size: 1, version: None });
+        assert_eq!(shards.place("a.txt"), "run:shards/a.txt");
+    }
+}
