@@ -31,7 +31,7 @@ fn main() {
     assert!(bytes > 0, "{} has no texts", folder.display());
     println!("{} texts, {:.1} MB, one thread, {ROUNDS} rounds", texts.len(), bytes as f64 / 1e6);
 
-    let tokenizer = Tokenizer::from_model(&model, "tokenizer.model").expect("the model is a tokenizer");
+    let tokenizer = Tokenizer::read(&model, "tokenizer.model", None, None).expect("the model is a tokenizer");
     let json = tokenizer.to_json().expect("the model can be written as tokenizer.json");
     let contestants: [(&str, Make<'_>); 3] = [
         ("ulmus", Box::new(|| ours(&tokenizer))),

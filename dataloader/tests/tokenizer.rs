@@ -11,7 +11,7 @@ const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/tiny/t
 fn both() -> (Encoder, Kitoken) {
     let model = std::fs::read(MODEL).unwrap();
     let kitoken = Kitoken::from_sentencepiece_slice(&model).unwrap();
-    (Tokenizer::from_model(&model, MODEL).unwrap().encoder(), kitoken)
+    (Tokenizer::read(&model, MODEL, None, None).unwrap().encoder(), kitoken)
 }
 
 /// Words and signs as they come in texts, blanks of all kinds, and anything else.

@@ -49,10 +49,12 @@ pub fn load_model(
 /// # Errors
 /// When the folder has none, or it does not fit the model.
 pub fn load_tokenizer(directory: &Path, model: &LoadedModel) -> Result<Tokenizer, EvaluatorError> {
-    let path = require(directory, "tokenizer.model")?;
+    let path = require(directory, "tokenizer.model").or_else(|_| require(directory, "tokenizer.json"))?;
     let mismatch = |reason: String| EvaluatorError::Mismatch { path: directory.to_owned(), reason };
     let bytes = std::fs::read(&path).map_err(|error| mismatch(error.to_string()))?;
-    let tokenizer = Tokenizer::from_model(&bytes, &path.display().to_string())?;
+    let names = names_of_ends(directory).map_err(mismatch)?;
+    let [bos, eos] = names.each_ref().map(Option::as_deref);
+    let tokenizer = Tokenizer::read(&bytes, &path.display().to_string(), bos, eos)?;
 
     let (pieces, vocabulary) = (tokenizer.pieces(), model.model.config().vocab_size);
     let largest = (pieces + 1).next_multiple_of(VOCABULARY_STEP);
@@ -66,6 +68,24 @@ pub fn load_tokenizer(directory: &Path, model: &LoadedModel) -> Result<Tokenizer
         return Err(mismatch(format!("{its}, those of config.json {model_bos} and {model_eos}")));
     }
     Ok(tokenizer)
+}
+
+/// Names of BOS and EOS, where `tokenizer_config.json` tells them.
+fn names_of_ends(directory: &Path) -> Result<[Option<String>; 2], String> {
+    const FILE: &str = "tokenizer_config.json";
+    let path = directory.join(FILE);
+    if !path.is_file() {
+        return Ok([None, None]);
+    }
+    let bytes = std::fs::read(&path).map_err(|error| format!("{FILE}: {error}"))?;
+    let config: serde_json::Value =
+        serde_json::from_slice(&bytes).map_err(|error| format!("{FILE} is not JSON: {error}"))?;
+    // A token is written as its name, or as an object with its name.
+    let name = |key: &str| {
+        let token = &config[key];
+        token.as_str().or_else(|| token["content"].as_str()).map(str::to_owned)
+    };
+    Ok([name("bos_token"), name("eos_token")])
 }
 
 fn require(directory: &Path, file: &'static str) -> Result<PathBuf, EvaluatorError> {

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use ulmus_dataloader::{Tokenizer, cargo_home, inspect};
-use ulmus_plan::Plan;
+use ulmus_plan::{Plan, TokenizerConfig};
 use ulmus_rt::Failure;
 use ulmus_types::{ExitStatus, Problems};
 
@@ -37,9 +37,10 @@ pub fn check_sources(plan: &Plan) -> Result<String, Failure> {
         .expect("writing to a string cannot fail");
     }
     if let Some(path) = &plan.tokenizer.file {
-        let opened = std::fs::read(path)
-            .map_err(|error| error.to_string())
-            .and_then(|bytes| Tokenizer::from_model(&bytes, path).map_err(|error| error.to_string()));
+        let opened = std::fs::read(path).map_err(|error| error.to_string()).and_then(|bytes| {
+            let TokenizerConfig { bos, eos, .. } = &plan.tokenizer;
+            Tokenizer::read(&bytes, path, bos.as_deref(), eos.as_deref()).map_err(|error| error.to_string())
+        });
         match opened {
             Ok(tokenizer) => {
                 let pieces = tokenizer.pieces();
@@ -53,7 +54,12 @@ pub fn check_sources(plan: &Plan) -> Result<String, Failure> {
                     format!("set it to {}", (pieces + 1).next_multiple_of(128)),
                 );
             }
-            Err(error) => problems.add("tokenizer.file", format!("{path:?}"), "a SentencePiece model", error),
+            Err(error) => problems.add(
+                "tokenizer.file",
+                format!("{path:?}"),
+                "a tokenizer.model or tokenizer.json",
+                error,
+            ),
         }
     }
     if problems.is_empty() {

@@ -3,6 +3,7 @@
 //! Each reads its input from the run's folder and writes its output there, whole and under fixed names, so that
 //! doing one twice, on whatever worker, gives the same files. Results are also kept as `results/NAME.json`.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
@@ -13,7 +14,7 @@ use ulmus_model::{Cpu, Layout, Model, weights_from_safetensors, weights_to_safet
 use ulmus_types::{CheckpointId, Digest, FileEntry, Job};
 
 use crate::WorkerError;
-use crate::run::{MANIFEST, Run, TOKENIZER_JSON, TOKENIZER_MODEL};
+use crate::run::{MANIFEST, Run, TOKENIZER_JSON};
 use crate::snapshot::weights;
 
 /// The averaged weights.
@@ -67,9 +68,8 @@ fn prepare(run: &Run) -> Result<Value, WorkerError> {
             (pieces + 1).next_multiple_of(128)
         )));
     }
-    run.write(TOKENIZER_MODEL, tokenizer.model().to_vec())?;
-    if let Some(json) = tokenizer.to_json() {
-        run.write(TOKENIZER_JSON, json.into_bytes())?;
+    for (name, contents) in tokenizer_files(&tokenizer) {
+        run.write(name, contents)?;
     }
     run.write(MANIFEST, manifest.to_json())?;
     let (pieces, tokenizer_digest) = (tokenizer.pieces(), tokenizer.digest());
@@ -84,12 +84,19 @@ fn prepare(run: &Run) -> Result<Value, WorkerError> {
     }))
 }
 
+/// The file that a tokenizer was read from and, where it can be made, its `tokenizer.json`.
+fn tokenizer_files(tokenizer: &Tokenizer) -> BTreeMap<&'static str, Vec<u8>> {
+    let json = tokenizer.to_json().map(|json| (TOKENIZER_JSON, json.into_bytes()));
+    let (name, contents) = tokenizer.file();
+    json.into_iter().chain([(name, contents.to_vec())]).collect()
+}
+
 /// The tokenizer that the plan names, or one trained on the run's own text.
 fn tokenizer(run: &Run, manifest: &Manifest) -> Result<Tokenizer, WorkerError> {
     let config = &run.plan.tokenizer;
     if let Some(path) = &config.file {
         let bytes = std::fs::read(path).map_err(|error| WorkerError::File { path: path.clone(), error })?;
-        return Ok(Tokenizer::from_model(&bytes, path)?);
+        return Ok(Tokenizer::read(&bytes, path, config.bos.as_deref(), config.eos.as_deref())?);
     }
     let sources = ulmus_dataloader::Sources::open(&run.plan.data, manifest, Some(&run.folder()))?;
     let sample = sources.sample(config.sample.get())?;
@@ -196,14 +203,15 @@ fn export(run: &Run) -> Result<Value, WorkerError> {
     let tokenizer = run.tokenizer()?;
     let tokens = SpecialTokens { bos: tokenizer.bos(), eos: tokenizer.eos() };
     let mut files = serde_json::Map::new();
-    let json = tokenizer.to_json().map(|json| (TOKENIZER_JSON, json.into_bytes()));
+    let (bos, eos) = tokenizer.names_of_ends();
+    let names = json!({ "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos });
     let contents = [
         ("config.json", config_json(&run.plan.model, tokens)?.into_bytes()),
         ("generation_config.json", generation_config_json(tokens).into_bytes()),
         ("model.safetensors", run.read(AVERAGE)?),
-        (TOKENIZER_MODEL, tokenizer.model().to_vec()),
+        ("tokenizer_config.json", pretty(&names)),
     ];
-    for (name, contents) in contents.into_iter().chain(json) {
+    for (name, contents) in contents.into_iter().chain(tokenizer_files(&tokenizer)) {
         files.insert(name.to_owned(), json!(FileEntry::of(&contents)));
         run.write(&format!("export/{name}"), contents)?;
     }

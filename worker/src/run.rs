@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::runtime::Handle;
 use ulmus_checkpoint::{Store, StoreError};
 use ulmus_dataloader::{Corpus, DataError, Folder, Manifest, Sources, Tokenizer};
-use ulmus_plan::Plan;
+use ulmus_plan::{Plan, TokenizerConfig};
 use ulmus_types::Digest;
 
 use crate::WorkerError;
@@ -58,7 +58,12 @@ impl Run {
 
     /// The run's tokenizer.
     pub(crate) fn tokenizer(&self) -> Result<Tokenizer, WorkerError> {
-        Ok(Tokenizer::from_model(&self.read(TOKENIZER_MODEL)?, TOKENIZER_MODEL)?)
+        let TokenizerConfig { bos, eos, .. } = &self.plan.tokenizer;
+        let (name, bytes) = match self.read(TOKENIZER_MODEL) {
+            Err(StoreError::NotFound { .. }) => (TOKENIZER_JSON, self.read(TOKENIZER_JSON)?),
+            model => (TOKENIZER_MODEL, model?),
+        };
+        Ok(Tokenizer::read(&bytes, name, bos.as_deref(), eos.as_deref())?)
     }
 
     /// The run's data as the prepare job has frozen it.

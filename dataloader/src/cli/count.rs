@@ -8,7 +8,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use ulmus_dataloader::{Corpus, Counts, Manifest, Sources, Tokenizer, Traffic};
-use ulmus_plan::{DataConfig, Plan, SourceConfig};
+use ulmus_plan::{DataConfig, Plan, SourceConfig, TokenizerConfig};
 use ulmus_rt::{Failure, print};
 use ulmus_types::ExitStatus;
 
@@ -20,7 +20,7 @@ pub(crate) struct Count {
     /// Another value for a key of the plan, such as data.threads=8.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
-    /// SentencePiece `tokenizer.model`; the plan's tokenizer.file if not given.
+    /// A `tokenizer.model` or `tokenizer.json`; the plan's tokenizer.file if not given.
     #[arg(long, value_name = "FILE")]
     tokenizer: Option<PathBuf>,
     /// Count these sources only.
@@ -51,7 +51,8 @@ impl Count {
         let path = path.ok_or_else(|| {
             wrong("the plan names no tokenizer.file; give --tokenizer tokenizer.model".to_owned())
         })?;
-        let tokenizer = super::tokens::open(&path)?;
+        let TokenizerConfig { bos, eos, .. } = &plan.tokenizer;
+        let tokenizer = super::tokens::open(&path, bos.as_deref(), eos.as_deref())?;
         let known: Vec<&str> = plan.data.source.iter().map(|source| source.name.as_str()).collect();
         if let Some(name) = self.sources.iter().find(|name| !known.contains(&name.as_str())) {
             return Err(wrong(format!("the plan has no source {name:?}; use one of {known:?}")));

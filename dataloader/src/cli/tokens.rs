@@ -10,11 +10,30 @@ use ulmus_dataloader::Tokenizer;
 use ulmus_rt::{Failure, finish_output};
 use ulmus_types::{ErrorKind, ExitStatus};
 
+/// Which tokenizer.
 #[derive(Debug, Args)]
-pub(crate) struct Encode {
-    /// SentencePiece `tokenizer.model`.
+pub(crate) struct TokenizerFile {
+    /// A SentencePiece `tokenizer.model` or a Hugging Face `tokenizer.json`.
     #[arg(long, value_name = "FILE")]
     tokenizer: PathBuf,
+    /// Name of the token that begins documents, where the file does not tell it.
+    #[arg(long, value_name = "NAME")]
+    bos: Option<String>,
+    /// Name of the token that ends documents, where the file does not tell it.
+    #[arg(long, value_name = "NAME")]
+    eos: Option<String>,
+}
+
+impl TokenizerFile {
+    fn open(&self) -> Result<Tokenizer, Failure> {
+        open(&self.tokenizer, self.bos.as_deref(), self.eos.as_deref())
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Encode {
+    #[command(flatten)]
+    tokenizer: TokenizerFile,
     /// Leave out the token that begins a document.
     #[arg(long)]
     no_bos: bool,
@@ -25,14 +44,13 @@ pub(crate) struct Encode {
 
 #[derive(Debug, Args)]
 pub(crate) struct Decode {
-    /// SentencePiece `tokenizer.model`.
-    #[arg(long, value_name = "FILE")]
-    tokenizer: PathBuf,
+    #[command(flatten)]
+    tokenizer: TokenizerFile,
 }
 
 impl Encode {
     pub(super) fn run(&self) -> Result<(), Failure> {
-        let tokenizer = open(&self.tokenizer)?;
+        let tokenizer = self.tokenizer.open()?;
         let bos = (!self.no_bos).then(|| tokenizer.bos());
         let eos = (!self.no_eos).then(|| tokenizer.eos());
         let mut encoder = tokenizer.encoder();
@@ -49,23 +67,23 @@ impl Encode {
 
 impl Decode {
     pub(super) fn run(&self) -> Result<(), Failure> {
-        let tokenizer = open(&self.tokenizer)?;
+        let tokenizer = self.tokenizer.open()?;
         filter("a JSON list of token ids", |ids: Vec<u32>, out: &mut dyn Write| {
             write_json(out, &tokenizer.decode(&ids))
         })
     }
 }
 
-/// Reads a tokenizer.
-pub(super) fn open(path: &Path) -> Result<Tokenizer, Failure> {
+/// Reads a tokenizer, with the names of BOS and EOS where its file does not tell them.
+pub(super) fn open(path: &Path, bos: Option<&str>, eos: Option<&str>) -> Result<Tokenizer, Failure> {
     let name = path.display().to_string();
     let bytes = std::fs::read(path).map_err(|error| {
         Failure::new(
             ExitStatus::InvalidInput,
-            format!("{name} cannot be read: {error}; give a tokenizer.model"),
+            format!("{name} cannot be read: {error}; give a tokenizer.model or tokenizer.json"),
         )
     })?;
-    Tokenizer::from_model(&bytes, &name).map_err(|error| super::failure(&error))
+    Tokenizer::read(&bytes, &name, bos, eos).map_err(|error| super::failure(&error))
 }
 
 /// Has `answer` write a line for each line of input.

@@ -118,6 +118,23 @@ impl Bpe {
         Self { basic, others, pairs: Pairs::new(&joins), unused }
     }
 
+    /// The tables of a list of merges, each a pair, its rank and the piece.
+    pub(super) fn of_merges(vocabulary: &Vocabulary, merges: &[((u32, u32), u32, u32)]) -> Self {
+        let mut bpe = Self::new(vocabulary, true);
+        bpe.pairs = Pairs::of_merges(merges);
+        bpe
+    }
+
+    /// The tables of a list of merges over bytes, whose symbols are given.
+    pub(super) fn of_bytes(symbols: &[u32; 256], merges: &[((u32, u32), u32, u32)]) -> Self {
+        Self {
+            basic: Box::new(*symbols),
+            others: HashMap::new(),
+            pairs: Pairs::of_merges(merges),
+            unused: HashSet::new(),
+        }
+    }
+
     /// Whether chunks of a text are independent of each other.
     pub(super) fn is_local(&self) -> bool {
         self.unused.is_empty()
@@ -148,16 +165,35 @@ impl Bpe {
         parts: impl IntoIterator<Item = Part<'t>>,
         ids: &mut Vec<u32>,
     ) {
+        self.load(scratch, parts);
+        self.join(scratch);
+        for symbol in &scratch.symbols {
+            push(vocabulary, &scratch.parts, *symbol, ids);
+        }
+    }
+
+    /// The same where every symbol is a piece.
+    pub(super) fn encode_known<'t>(
+        &self,
+        scratch: &mut Scratch,
+        parts: impl IntoIterator<Item = Part<'t>>,
+        ids: &mut Vec<u32>,
+    ) {
+        self.load(scratch, parts);
+        self.join(scratch);
+        ids.extend_from_slice(&scratch.symbols);
+    }
+
+    fn load<'t>(&self, scratch: &mut Scratch, parts: impl IntoIterator<Item = Part<'t>>) {
         scratch.symbols.clear();
         for part in parts {
             match part {
                 Part::Text(text) => scratch.symbols.extend(text.chars().map(|c| self.symbol(c))),
+                Part::Bytes(bytes) => {
+                    scratch.symbols.extend(bytes.iter().map(|byte| self.basic[usize::from(*byte)]));
+                }
                 Part::Piece(id) => scratch.symbols.push(ALONE | id),
             }
-        }
-        self.join(scratch);
-        for symbol in &scratch.symbols {
-            push(vocabulary, &scratch.parts, *symbol, ids);
         }
     }
 
@@ -258,6 +294,7 @@ fn push(vocabulary: &Vocabulary, parts: &HashMap<u32, (Symbol, Symbol)>, symbol:
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Part<'t> {
     Text(&'t str),
+    Bytes(&'t [u8]),
     Piece(u32),
 }
 
@@ -283,6 +320,15 @@ impl Pairs {
             pairs.slots[slot] = (*pair, *join);
         }
         pairs
+    }
+
+    /// Of a pair that is listed twice, the first counts.
+    fn of_merges(merges: &[((u32, u32), u32, u32)]) -> Self {
+        let mut seen = HashSet::new();
+        let first = merges.iter().filter(|(pair, ..)| seen.insert(*pair));
+        let joins: Vec<_> =
+            first.map(|(pair, rank, id)| (*pair, Join { priority: *rank, id: *id })).collect();
+        Self::new(&joins)
     }
 
     fn iter(&self) -> impl Iterator<Item = ((Symbol, Symbol), Join)> {

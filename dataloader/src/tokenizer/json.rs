@@ -6,14 +6,20 @@
 
 use serde_json::{Map, Value, json};
 
+use super::bpe::Bpe;
 use super::model::PieceType;
-use super::vocabulary::Unknown;
-use super::{Tables, Tokenizer};
+use super::vocabulary::{Unknown, Vocabulary};
+use super::{Kind, SentencePiece, Tokenizer};
 
 impl Tokenizer {
     /// The contents of `tokenizer.json`; none if the model does to a text what this form cannot tell.
     pub fn to_json(&self) -> Option<String> {
-        let Tables { vocabulary, normalizer, bpe, .. } = &*self.0;
+        let Kind::SentencePiece(SentencePiece { vocabulary, normalizer, bpe, .. }) = &self.0.kind else {
+            return String::from_utf8(self.0.file.clone()).ok();
+        };
+        if self.is_json() {
+            return String::from_utf8(self.0.file.clone()).ok();
+        }
         let byte_fallback = matches!(vocabulary.unknown, Unknown::Bytes(_));
         if !(normalizer.is_plain() && bpe.is_local() && byte_fallback) {
             return None;
@@ -59,7 +65,7 @@ impl Tokenizer {
                 "byte_fallback": byte_fallback,
                 "ignore_merges": false,
                 "vocab": vocab,
-                "merges": self.ranked_pairs(),
+                "merges": ranked_pairs(vocabulary, bpe),
             },
         });
         let mut text = serde_json::to_string_pretty(&file).expect("a JSON value can be written");
@@ -67,15 +73,20 @@ impl Tokenizer {
         Some(text)
     }
 
-    /// All pairs that make a piece: by score, then by id of the piece, then by ids of the two parts.
-    fn ranked_pairs(&self) -> Vec<[&str; 2]> {
-        let text = |id: u32| self.0.vocabulary.pieces[id as usize].text.as_str();
-        self.0.bpe.ranked().into_iter().map(|(left, right)| [text(left), text(right)]).collect()
-    }
-
     /// Texts of the pieces that texts are made of.
     #[cfg(test)]
     pub(super) fn normal_texts(&self) -> Vec<&str> {
-        self.0.vocabulary.of_texts().map(|(_, piece)| piece.text.as_str()).collect()
+        match &self.0.kind {
+            Kind::SentencePiece(model) => {
+                model.vocabulary.of_texts().map(|(_, piece)| piece.text.as_str()).collect()
+            }
+            Kind::ByteLevel(_) | Kind::Reference(_) => Vec::new(),
+        }
     }
+}
+
+/// All pairs that make a piece: by score, then by id of the piece, then by ids of the two parts.
+fn ranked_pairs<'v>(vocabulary: &'v Vocabulary, bpe: &Bpe) -> Vec<[&'v str; 2]> {
+    let text = |id: u32| vocabulary.pieces[id as usize].text.as_str();
+    bpe.ranked().into_iter().map(|(left, right)| [text(left), text(right)]).collect()
 }

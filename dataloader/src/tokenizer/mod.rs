@@ -1,6 +1,9 @@
-//! SentencePiece BPE, exact: a text becomes the same ids as in Google's own library.
+//! Tokenizers, exact: a text becomes the same ids as in the library that the file was made for.
 //!
-//! A text is cut into chunks where nothing can be joined ([`joints`]); of each, the ids are known from before
+//! SentencePiece BPE (`tokenizer.model`) and the two common families of `tokenizer.json` ([`huggingface`]) are our own;
+//! other kinds of `tokenizer.json` go through Hugging Face's library.
+//!
+//! With SentencePiece's characters, a text is cut into chunks where nothing can be joined ([`joints`]); of each, the ids are known from before
 //! ([`cache`]) or made ([`bpe`]). Models that do more to a text than put a blank in front ([`normalizer`]), that name
 //! pieces to be found first, or that have pieces to be taken apart again take longer ways to the same end.
 //!
@@ -8,13 +11,16 @@
 //! id. Unigram models are refused.
 
 mod bpe;
+mod byte_level;
 mod cache;
+mod huggingface;
 mod joints;
 mod json;
 mod model;
 mod normalizer;
 mod train;
 mod vocabulary;
+mod words;
 
 use std::fmt;
 use std::sync::Arc;
@@ -24,6 +30,7 @@ use ulmus_types::Digest;
 
 use crate::error::DataError;
 use bpe::{Bpe, Part, Scratch};
+use byte_level::ByteLevel;
 use cache::{Cache, Key};
 use joints::Joints;
 use model::{ModelProto, ModelType, PieceType};
@@ -37,8 +44,29 @@ pub use train::train;
 pub struct Tokenizer(Arc<Tables>);
 
 struct Tables {
-    model: Vec<u8>,
+    file: Vec<u8>,
     digest: Digest,
+    pieces: usize,
+    bos: End,
+    eos: End,
+    kind: Kind,
+}
+
+/// A token that begins or ends documents.
+#[derive(Debug, Clone)]
+struct End {
+    id: u32,
+    name: String,
+}
+
+enum Kind {
+    SentencePiece(SentencePiece),
+    ByteLevel(ByteLevel),
+    /// Any other that Hugging Face's library reads.
+    Reference(Box<tokenizers::Tokenizer>),
+}
+
+struct SentencePiece {
     vocabulary: Vocabulary,
     normalizer: Normalizer,
     bpe: Bpe,
@@ -55,38 +83,19 @@ pub struct Encoder {
 }
 
 impl Tokenizer {
-    /// Reads a SentencePiece `tokenizer.model`; `name` is its place, for messages.
+    /// Reads a SentencePiece `tokenizer.model` or a Hugging Face `tokenizer.json`; `name` is its place, for messages.
+    /// `bos` and `eos` name the tokens that begin and end documents, where they are not those that the file tells.
     ///
     /// # Errors
-    /// When the bytes are no BPE model.
-    pub fn from_model(bytes: &[u8], name: &str) -> Result<Self, DataError> {
-        let refuse = |reason: String| DataError::Tokenizer { what: name.to_owned(), reason };
-        let model = ModelProto::decode(bytes).map_err(|error| {
-            refuse(format!("it is no SentencePiece model ({error}); give a tokenizer.model"))
-        })?;
-        if model.pieces.is_empty() {
-            return Err(refuse("it has no pieces; give a SentencePiece tokenizer.model".to_owned()));
-        }
-        let kind = model.trainer.clone().unwrap_or_default().model_type();
-        if kind != ModelType::Bpe {
-            return Err(refuse(format!("it is a {kind:?} model; give a BPE model")));
-        }
-        if model.denormalizer.as_ref().is_some_and(|rules| !rules.charsmap().is_empty()) {
-            return Err(refuse(
-                "it changes decoded texts by a table; give a model without denormaliser".to_owned(),
-            ));
-        }
-        let vocabulary = Vocabulary::new(&model).map_err(refuse)?;
-        let normalizer = Normalizer::new(&model, &vocabulary).map_err(refuse)?;
-        let escapes = normalizer.escapes();
-        Ok(Self(Arc::new(Tables {
-            model: bytes.to_vec(),
-            digest: Digest::of(bytes),
-            normalizer,
-            bpe: Bpe::new(&vocabulary, escapes),
-            joints: Joints::new(&vocabulary, escapes),
-            vocabulary,
-        })))
+    /// When the bytes are neither, or the file has no such tokens.
+    pub fn read(bytes: &[u8], name: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self, DataError> {
+        let tables = if bytes.trim_ascii_start().starts_with(b"{") {
+            huggingface::read(bytes, bos, eos)
+        } else {
+            SentencePiece::read(bytes).and_then(|model| model.tables(bos, eos))
+        };
+        let tables = tables.map_err(|reason| DataError::Tokenizer { what: name.to_owned(), reason })?;
+        Ok(Self(Arc::new(Tables { file: bytes.to_vec(), digest: Digest::of(bytes), ..tables })))
     }
 
     /// A new encoder. It is made for many texts: its memory, 4 MiB, fills with what it has seen.
@@ -109,14 +118,131 @@ impl Tokenizer {
     /// The text of `ids`. Control ids and ids beyond the pieces (such as the pad id) have none; each byte that is not
     /// UTF-8 becomes U+FFFD.
     pub fn decode(&self, ids: &[u32]) -> String {
-        let (drops_blank, drops_all) = self.0.normalizer.drops_blanks();
+        let bytes = match &self.0.kind {
+            Kind::SentencePiece(model) => model.decode(ids),
+            Kind::ByteLevel(model) => return String::from_utf8_lossy(&model.decode(ids)).into_owned(),
+            Kind::Reference(reference) => return reference.decode(ids, true).unwrap_or_default(),
+        };
+        // A sign for each byte that is wrong, not one for several.
+        let mut text = String::with_capacity(bytes.len());
+        for chunk in bytes.utf8_chunks() {
+            text.push_str(chunk.valid());
+            text.extend(chunk.invalid().iter().map(|_| char::REPLACEMENT_CHARACTER));
+        }
+        text
+    }
+
+    /// Begins every document.
+    pub fn bos(&self) -> u32 {
+        self.0.bos.id
+    }
+
+    /// Ends every document.
+    pub fn eos(&self) -> u32 {
+        self.0.eos.id
+    }
+
+    /// What the file calls BOS and EOS.
+    pub fn names_of_ends(&self) -> (&str, &str) {
+        (&self.0.bos.name, &self.0.eos.name)
+    }
+
+    /// Fills the tail of sequences; never a target. It is the first id after the pieces.
+    pub fn pad(&self) -> u32 {
+        self.pieces() as u32
+    }
+
+    /// Number of pieces. A model needs one row more, for the pad id.
+    pub fn pieces(&self) -> usize {
+        self.0.pieces
+    }
+
+    /// The file that it was read from: the name that such files have, and the bytes.
+    pub fn file(&self) -> (&'static str, &[u8]) {
+        let name = if self.is_json() { "tokenizer.json" } else { "tokenizer.model" };
+        (name, &self.0.file)
+    }
+
+    /// Whether texts go our own way, and not through Hugging Face's library.
+    pub fn is_native(&self) -> bool {
+        !matches!(self.0.kind, Kind::Reference(_))
+    }
+
+    fn is_json(&self) -> bool {
+        self.0.file.trim_ascii_start().starts_with(b"{")
+    }
+
+    /// Hash of the file.
+    pub fn digest(&self) -> Digest {
+        self.0.digest
+    }
+}
+
+impl Tables {
+    /// Those of a file that is filled in later.
+    fn new(kind: Kind, bos: End, eos: End) -> Self {
+        let pieces = match &kind {
+            Kind::SentencePiece(model) => model.vocabulary.pieces.len(),
+            Kind::ByteLevel(model) => model.bytes.len(),
+            Kind::Reference(reference) => {
+                reference.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1)
+            }
+        };
+        Self { file: Vec::new(), digest: Digest::of(&[]), pieces, bos, eos, kind }
+    }
+}
+
+impl SentencePiece {
+    fn read(bytes: &[u8]) -> Result<Self, String> {
+        let model = ModelProto::decode(bytes).map_err(|error| {
+            format!("it is no SentencePiece model ({error}); give a tokenizer.model or a tokenizer.json")
+        })?;
+        if model.pieces.is_empty() {
+            return Err("it has no pieces; give a SentencePiece tokenizer.model".to_owned());
+        }
+        let kind = model.trainer.clone().unwrap_or_default().model_type();
+        if kind != ModelType::Bpe {
+            return Err(format!("it is a {kind:?} model; give a BPE model"));
+        }
+        if model.denormalizer.as_ref().is_some_and(|rules| !rules.charsmap().is_empty()) {
+            return Err("it changes decoded texts by a table; give a model without denormaliser".to_owned());
+        }
+        let vocabulary = Vocabulary::new(&model)?;
+        let normalizer = Normalizer::new(&model, &vocabulary)?;
+        let escapes = normalizer.escapes();
+        Ok(Self {
+            normalizer,
+            bpe: Bpe::new(&vocabulary, escapes),
+            joints: Joints::new(&vocabulary, escapes),
+            vocabulary,
+        })
+    }
+
+    fn tables(self, bos: Option<&str>, eos: Option<&str>) -> Result<Tables, String> {
+        let Vocabulary { pieces, bos: own_bos, eos: own_eos, .. } = &self.vocabulary;
+        let end = |named: Option<&str>, own: u32| {
+            let id = match named {
+                Some(name) => (0..).zip(pieces).find(|(_, piece)| piece.text == name).map(|(id, _)| id),
+                None => Some(own),
+            };
+            let id = id.ok_or_else(|| {
+                format!("it has no piece {named:?}; correct tokenizer.bos and tokenizer.eos")
+            })?;
+            Ok::<End, String>(End { id, name: pieces[id as usize].text.clone() })
+        };
+        let (bos, eos) = (end(bos, *own_bos)?, end(eos, *own_eos)?);
+        Ok(Tables::new(Kind::SentencePiece(self), bos, eos))
+    }
+
+    fn decode(&self, ids: &[u32]) -> Vec<u8> {
+        let (drops_blank, drops_all) = self.normalizer.drops_blanks();
         let mut bytes = Vec::with_capacity(ids.len() * 4);
         let mut at_start = true;
-        for piece in ids.iter().filter_map(|id| self.0.vocabulary.pieces.get(*id as usize)) {
+        for piece in ids.iter().filter_map(|id| self.vocabulary.pieces.get(*id as usize)) {
             match piece.kind {
                 PieceType::Byte => bytes.extend(byte_of(&piece.text)),
                 PieceType::Control => {}
-                PieceType::Unknown => bytes.extend(self.0.vocabulary.unknown_surface.as_bytes()),
+                PieceType::Unknown => bytes.extend(self.vocabulary.unknown_surface.as_bytes()),
                 PieceType::Normal | PieceType::UserDefined | PieceType::Unused => {
                     let text = match piece.text.strip_prefix(BLANK) {
                         Some(rest) if at_start && drops_blank && bytes.is_empty() => {
@@ -129,57 +255,18 @@ impl Tokenizer {
                 }
             }
         }
-        // A sign for each byte that is wrong, not one for several.
-        let mut text = String::with_capacity(bytes.len());
-        for chunk in bytes.utf8_chunks() {
-            text.push_str(chunk.valid());
-            text.extend(chunk.invalid().iter().map(|_| char::REPLACEMENT_CHARACTER));
-        }
-        text
+        bytes
     }
 
-    /// Begins every document.
-    pub fn bos(&self) -> u32 {
-        self.0.vocabulary.bos
-    }
-
-    /// Ends every document.
-    pub fn eos(&self) -> u32 {
-        self.0.vocabulary.eos
-    }
-
-    /// Fills the tail of sequences; never a target. It is the first id after the pieces.
-    pub fn pad(&self) -> u32 {
-        self.pieces() as u32
-    }
-
-    /// Number of pieces. A model needs one row more, for the pad id.
-    pub fn pieces(&self) -> usize {
-        self.0.vocabulary.pieces.len()
-    }
-
-    /// The bytes of `tokenizer.model`.
-    pub fn model(&self) -> &[u8] {
-        &self.0.model
-    }
-
-    /// Hash of `tokenizer.model`.
-    pub fn digest(&self) -> Digest {
-        self.0.digest
-    }
-}
-
-impl fmt::Debug for Tokenizer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Tokenizer({} pieces, {})", self.pieces(), self.digest().short())
-    }
-}
-
-impl Encoder {
-    /// Adds the ids of `text`, without BOS and EOS.
-    pub fn encode(&mut self, text: &str, ids: &mut Vec<u32>) {
-        let Self { tokenizer, cache, scratch, first } = self;
-        let Tables { vocabulary, normalizer, bpe, joints, .. } = &*tokenizer.0;
+    fn encode(
+        &self,
+        cache: &mut Cache,
+        scratch: &mut Scratch,
+        first: &mut String,
+        text: &str,
+        ids: &mut Vec<u32>,
+    ) {
+        let Self { vocabulary, normalizer, bpe, joints } = self;
         let start = ids.len();
         let mut chunk = |chunk: &str| {
             let key = Key::new(chunk.as_bytes());
@@ -194,7 +281,7 @@ impl Encoder {
         };
         if normalizer.is_plain() && bpe.is_local() {
             let mut rest = text;
-            if normalizer.has_prefix() && !text.is_empty() {
+            if normalizer.prefixes(text) {
                 let end = joints.first_end(BLANK, text);
                 first.clear();
                 first.push(BLANK);
@@ -212,6 +299,27 @@ impl Encoder {
             }
         }
         vocabulary.merge_unknown(ids, start);
+    }
+}
+
+impl fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tokenizer({} pieces, {})", self.pieces(), self.digest().short())
+    }
+}
+
+impl Encoder {
+    /// Adds the ids of `text`, without BOS and EOS.
+    pub fn encode(&mut self, text: &str, ids: &mut Vec<u32>) {
+        let Self { tokenizer, cache, scratch, first } = self;
+        match &tokenizer.0.kind {
+            Kind::SentencePiece(model) => model.encode(cache, scratch, first, text, ids),
+            Kind::ByteLevel(model) => model.encode(cache, scratch, text, ids),
+            Kind::Reference(reference) => {
+                let encoding = reference.encode_fast(text, false);
+                ids.extend_from_slice(encoding.expect("the library encodes every text").get_ids());
+            }
+        }
     }
 }
 

@@ -19,11 +19,15 @@ pub(super) struct Normalizer {
     added: Option<Side>,
     remove_extra: bool,
     escape: bool,
+    /// Whether the blank in front of a decoded text is dropped.
+    drops: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Side {
     Front,
+    /// In front, where no blank is already.
+    FrontIfNone,
     Back,
 }
 
@@ -38,13 +42,28 @@ impl Normalizer {
             let map = CharacterMap::new(rules.charsmap());
             Some(map.ok_or("its table of characters is damaged; fetch the model again")?)
         };
+        let (added, remove_extra) = (rules.add_dummy_prefix(), rules.remove_extra_whitespaces());
         Ok(Self {
             map,
             user_defined: user_defined(vocabulary)?,
-            added: rules.add_dummy_prefix().then_some(if suffix { Side::Back } else { Side::Front }),
-            remove_extra: rules.remove_extra_whitespaces(),
+            added: added.then_some(if suffix { Side::Back } else { Side::Front }),
+            remove_extra,
             escape: rules.escape_whitespaces(),
+            drops: added || remove_extra,
         })
+    }
+
+    /// Rules that only write blanks as [`BLANK`], and may put one in front: always, or only where there is none.
+    pub(super) fn of_blanks(prefix: bool, if_none: bool, drops: bool) -> Self {
+        let side = if if_none { Side::FrontIfNone } else { Side::Front };
+        Self {
+            map: None,
+            user_defined: None,
+            added: prefix.then_some(side),
+            remove_extra: false,
+            escape: true,
+            drops,
+        }
     }
 
     /// Whether a text changes in no other way than that a blank may come in front.
@@ -56,9 +75,19 @@ impl Normalizer {
             && self.escape
     }
 
-    /// Whether a blank comes in front.
+    /// Whether a blank comes in front of most texts.
     pub(super) fn has_prefix(&self) -> bool {
-        self.added == Some(Side::Front)
+        matches!(self.added, Some(Side::Front | Side::FrontIfNone))
+    }
+
+    /// Whether a blank comes in front of a text.
+    #[inline]
+    pub(super) fn prefixes(&self, text: &str) -> bool {
+        match self.added {
+            Some(Side::Front) => !text.is_empty(),
+            Some(Side::FrontIfNone) => !text.is_empty() && !text.starts_with([' ', BLANK]),
+            Some(Side::Back) | None => false,
+        }
     }
 
     /// Whether blanks in texts are written as [`BLANK`].
@@ -68,7 +97,7 @@ impl Normalizer {
 
     /// Whether the blank in front of a decoded text is not the text's own; and whether all of them are not.
     pub(super) const fn drops_blanks(&self) -> (bool, bool) {
-        (self.added.is_some() || self.remove_extra, self.remove_extra)
+        (self.drops, self.remove_extra)
     }
 
     /// Whether there are pieces that are found before all else.

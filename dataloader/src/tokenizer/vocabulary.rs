@@ -61,6 +61,12 @@ impl Vocabulary {
         Ok(Self { pieces, unknown, unknown_surface: trainer.unk_surface().to_owned(), bos, eos })
     }
 
+    /// A vocabulary with a piece for each byte.
+    pub(super) fn of_pieces(pieces: Vec<Piece>, bos: u32, eos: u32) -> Result<Self, String> {
+        let unknown = Unknown::Bytes(byte_pieces(&pieces)?);
+        Ok(Self { pieces, unknown, unknown_surface: String::new(), bos, eos })
+    }
+
     /// Pieces that texts are made of, with their ids.
     pub(super) fn of_texts(&self) -> impl Iterator<Item = (u32, &Piece)> {
         (0..).zip(&self.pieces).filter(|(_, piece)| {

@@ -81,9 +81,15 @@ impl PrepareConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct TokenizerConfig {
-    /// A SentencePiece `tokenizer.model`; without it one is trained.
+    /// A SentencePiece `tokenizer.model` or a Hugging Face `tokenizer.json`; without it one is trained.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
+    /// Name of the token that begins documents, where the file does not tell it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bos: Option<String>,
+    /// Name of the token that ends documents, where the file does not tell it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eos: Option<String>,
     /// Pieces of a tokenizer that is trained.
     pub pieces: u64,
     /// Text that it is trained on.
@@ -92,7 +98,7 @@ pub struct TokenizerConfig {
 
 impl Default for TokenizerConfig {
     fn default() -> Self {
-        Self { file: None, pieces: 4095, sample: Bytes::mib(8) }
+        Self { file: None, bos: None, eos: None, pieces: 4095, sample: Bytes::mib(8) }
     }
 }
 
@@ -107,7 +113,7 @@ impl TokenizerConfig {
             "tokenizer.file",
             "missing",
             "without [prepare] there is no text to train a tokenizer on",
-            "write the path of a SentencePiece tokenizer.model",
+            "write the path of a tokenizer.model or tokenizer.json",
         );
         problems.check(
             (512..=1 << 18).contains(&self.pieces),

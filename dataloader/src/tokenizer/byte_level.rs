@@ -1,0 +1,82 @@
+//! Byte-level BPE, as of GPT-2, Llama 3 and OLMo: a text is cut into words, and of each word's bytes neighbours are
+//! joined in the order of the model's merges.
+
+use std::collections::HashMap;
+
+use aho_corasick::AhoCorasick;
+use unicode_normalization::{IsNormalized, UnicodeNormalization, is_nfc_quick};
+
+use super::bpe::{Bpe, Part, Scratch};
+use super::cache::{Cache, Key};
+use super::words::Words;
+
+/// The tables of a model.
+#[derive(Debug)]
+pub(super) struct ByteLevel {
+    pub(super) words: Words,
+    /// Whether texts are brought into normal form C first.
+    pub(super) nfc: bool,
+    pub(super) bpe: Bpe,
+    /// Tokens by their bytes, where a word that is a token is taken as it is.
+    pub(super) whole: HashMap<Vec<u8>, u32>,
+    /// Tokens that are found in texts before words are cut.
+    pub(super) added: Option<(AhoCorasick, Vec<u32>)>,
+    /// The bytes of each token; none of control tokens.
+    pub(super) bytes: Vec<Option<Vec<u8>>>,
+}
+
+impl ByteLevel {
+    pub(super) fn encode(&self, cache: &mut Cache, scratch: &mut Scratch, text: &str, ids: &mut Vec<u32>) {
+        if self.nfc && is_nfc_quick(text.chars()) != IsNormalized::Yes {
+            let text: String = text.nfc().collect();
+            self.encode_parts(cache, scratch, &text, ids);
+        } else {
+            self.encode_parts(cache, scratch, text, ids);
+        }
+    }
+
+    fn encode_parts(&self, cache: &mut Cache, scratch: &mut Scratch, text: &str, ids: &mut Vec<u32>) {
+        let mut end = 0;
+        if let Some((matcher, added)) = &self.added {
+            for found in matcher.find_iter(text) {
+                self.encode_text(cache, scratch, &text[end..found.start()], ids);
+                ids.push(added[found.pattern().as_usize()]);
+                end = found.end();
+            }
+        }
+        self.encode_text(cache, scratch, &text[end..], ids);
+    }
+
+    fn encode_text(&self, cache: &mut Cache, scratch: &mut Scratch, text: &str, ids: &mut Vec<u32>) {
+        self.words.cut(text, |word| {
+            let key = Key::new(word.as_bytes());
+            if key.as_ref().is_some_and(|key| cache.get(key, ids)) {
+                return;
+            }
+            let before = ids.len();
+            match self.whole.get(word.as_bytes()) {
+                Some(id) => ids.push(*id),
+                None => self.bpe.encode_known(scratch, [Part::Bytes(word.as_bytes())], ids),
+            }
+            if let Some(key) = key {
+                cache.put(&key, &ids[before..]);
+            }
+        });
+    }
+
+    /// The bytes of some tokens.
+    pub(super) fn decode(&self, ids: &[u32]) -> Vec<u8> {
+        let known = ids.iter().filter_map(|id| self.bytes.get(*id as usize)?.as_deref());
+        known.flatten().copied().collect()
+    }
+}
+
+/// The character that stands for each byte in the tokens of these models: bytes that print stand for themselves, the
+/// others for code points from 256 on, in their order.
+pub(super) fn characters() -> [char; 256] {
+    let mut others = 0x100_u32..;
+    std::array::from_fn(|byte| match byte {
+        0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff => char::from(byte as u8),
+        _ => others.next().and_then(char::from_u32).expect("these code points are characters"),
+    })
+}

@@ -1,0 +1,308 @@
+//! Hugging Face's `tokenizer.json`.
+//!
+//! Two families have fast ways of their own: byte-level BPE, and BPE over SentencePiece's characters. All others, and
+//! files with settings that are rare, go through Hugging Face's own library, at its speed.
+//!
+//! Texts are taken literally: tokens that the file calls special are never found in a text. Those that it merely adds
+//! (such as runs of blanks) are.
+
+use std::collections::HashMap;
+
+use aho_corasick::{AhoCorasick, MatchKind};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::bpe::Bpe;
+use super::byte_level::{ByteLevel, characters};
+use super::joints::Joints;
+use super::model::PieceType;
+use super::normalizer::Normalizer;
+use super::vocabulary::{Piece, Vocabulary, byte_of};
+use super::words::Words;
+use super::{End, Kind, SentencePiece, Tables};
+
+/// Names that BOS and EOS commonly have.
+const BOS: [&str; 6] = ["<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[BOS]", "[CLS]"];
+const EOS: [&str; 7] =
+    ["</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "<|endofprompt|>", "[EOS]", "[SEP]"];
+
+#[derive(Deserialize)]
+struct File {
+    #[serde(default)]
+    added_tokens: Vec<Added>,
+    normalizer: Option<Value>,
+    pre_tokenizer: Option<Value>,
+    decoder: Option<Value>,
+    model: Value,
+}
+
+#[derive(Deserialize)]
+struct Added {
+    id: u32,
+    content: String,
+    #[serde(default)]
+    single_word: bool,
+    #[serde(default)]
+    lstrip: bool,
+    #[serde(default)]
+    rstrip: bool,
+    #[serde(default)]
+    special: bool,
+}
+
+#[derive(Deserialize)]
+struct Model {
+    dropout: Option<f32>,
+    unk_token: Option<String>,
+    continuing_subword_prefix: Option<String>,
+    end_of_word_suffix: Option<String>,
+    #[serde(default)]
+    byte_fallback: bool,
+    #[serde(default)]
+    ignore_merges: bool,
+    vocab: HashMap<String, u32>,
+    merges: Vec<Merge>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Merge {
+    Pair(String, String),
+    /// As older files have it: the two parts with a blank between.
+    Line(String),
+}
+
+impl Merge {
+    fn parts(&self) -> Option<(&str, &str)> {
+        match self {
+            Self::Pair(left, right) => Some((left, right)),
+            Self::Line(line) => line.split_once(' '),
+        }
+    }
+}
+
+/// Reads a file; `bos` and `eos` are their names where the plan gives them.
+pub(super) fn read(json: &[u8], bos: Option<&str>, eos: Option<&str>) -> Result<Tables, String> {
+    let file: File = serde_json::from_slice(json).map_err(|error| {
+        format!("it is no tokenizer.json ({error}); give that of a model, or a tokenizer.model")
+    })?;
+    let mut ids: HashMap<String, u32> = match file.model.get("vocab") {
+        Some(Value::Object(vocab)) => vocab
+            .iter()
+            .filter_map(|(text, id)| Some((text.clone(), u32::try_from(id.as_u64()?).ok()?)))
+            .collect(),
+        // Unigram models list pieces with their scores.
+        Some(Value::Array(vocab)) => (0..)
+            .zip(vocab)
+            .filter_map(|(id, piece)| Some((piece.get(0)?.as_str()?.to_owned(), id)))
+            .collect(),
+        _ => HashMap::new(),
+    };
+    ids.extend(file.added_tokens.iter().map(|added| (added.content.clone(), added.id)));
+    let pieces = ids.values().max().ok_or("it has no tokens; give the tokenizer.json of a model")? + 1;
+    if pieces >= 1 << 24 {
+        return Err(format!("it has an id of {}; give the tokenizer.json of a model", pieces - 1));
+    }
+    let find = |what: &str, named: Option<&str>, common: &[&str]| match named {
+        Some(name) => match ids.get(name) {
+            Some(id) => Ok(Some(End { id: *id, name: name.to_owned() })),
+            None => Err(format!("it has no token {name:?}; correct tokenizer.{what}")),
+        },
+        None => {
+            Ok(common.iter().find_map(|name| Some(End { id: *ids.get(*name)?, name: (*name).to_owned() })))
+        }
+    };
+    let eos = find("eos", eos, &EOS)?
+        .ok_or("it does not tell the token that ends a document; write its name as tokenizer.eos")?;
+    // A model that has no token for the beginning has one for the border between documents.
+    let bos = find("bos", bos, &BOS)?.unwrap_or_else(|| eos.clone());
+    let kind = match fast(&file, &ids, (bos.id, eos.id), pieces as usize)? {
+        Some(kind) => kind,
+        None => Kind::Reference(reference(json)?),
+    };
+    Ok(Tables::new(kind, bos, eos))
+}
+
+/// The way through Hugging Face's own library.
+fn reference(json: &[u8]) -> Result<Box<tokenizers::Tokenizer>, String> {
+    let mut reference = tokenizers::Tokenizer::from_bytes(json)
+        .map_err(|error| format!("it cannot be read: {error}; give a tokenizer.json of a known kind"))?;
+    reference.set_encode_special_tokens(true);
+    reference.with_truncation(None).map_err(|error| error.to_string())?.with_padding(None);
+    Ok(Box::new(reference))
+}
+
+/// The tables of a file, if its settings are among those that have a fast way.
+fn fast(
+    file: &File,
+    ids: &HashMap<String, u32>,
+    ends: (u32, u32),
+    pieces: usize,
+) -> Result<Option<Kind>, String> {
+    if file.model.get("type").is_some_and(|kind| kind != "BPE") {
+        return Ok(None);
+    }
+    let Ok(model) = Model::deserialize(&file.model) else { return Ok(None) };
+    let is_set = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
+    if model.dropout.is_some_and(|share| share > 0.0)
+        || is_set(&model.continuing_subword_prefix)
+        || is_set(&model.end_of_word_suffix)
+    {
+        return Ok(None);
+    }
+    let mut joins = Vec::new();
+    for (rank, merge) in (0..).zip(&model.merges) {
+        let parts = merge.parts().and_then(|(left, right)| {
+            let id = model.vocab.get(&format!("{left}{right}"))?;
+            Some(((*model.vocab.get(left)?, *model.vocab.get(right)?), *id))
+        });
+        let (pair, id) = parts.ok_or_else(|| {
+            format!("its merge {rank} has parts that are no tokens; fetch the file again from its origin")
+        })?;
+        joins.push((pair, rank, id));
+    }
+    let found: Vec<&Added> = file.added_tokens.iter().filter(|added| !added.special).collect();
+    if let Some((words, nfc)) = words(file)
+        && !model.byte_fallback
+        && found.iter().all(|added| !(added.single_word || added.lstrip || added.rstrip))
+        // Where texts are changed first, the library looks for some tokens before and for others behind that.
+        && (!nfc || found.iter().all(|added| added.content.is_ascii()))
+    {
+        return Ok(byte_level(&model, &file.added_tokens, words, nfc, &joins, pieces)?.map(Kind::ByteLevel));
+    }
+    if let Some(normalizer) = blanks(file)
+        && model.byte_fallback
+        && !model.ignore_merges
+        && found.is_empty()
+    {
+        return Ok(sentencepiece(&model, &file.added_tokens, ids, normalizer, &joins, ends, pieces));
+    }
+    Ok(None)
+}
+
+/// How a byte-level file cuts words, and whether it normalises texts first; none if it is another kind of file.
+fn words(file: &File) -> Option<(Words, bool)> {
+    let nfc = match &file.normalizer {
+        None => false,
+        Some(normalizer) if normalizer["type"] == "NFC" => true,
+        Some(_) => return None,
+    };
+    let pre = file.pre_tokenizer.as_ref()?;
+    let bytes = |step: &Value, expression: bool| {
+        step["type"] == "ByteLevel"
+            && step["add_prefix_space"] == false
+            && step["use_regex"].as_bool().unwrap_or(true) == expression
+    };
+    if bytes(pre, true) {
+        return Some((Words::GPT2, nfc));
+    }
+    let [split, last] = pre["pretokenizers"].as_array()?.as_slice() else { return None };
+    let is_split = split["type"] == "Split" && split["behavior"] == "Isolated" && split["invert"] == false;
+    let words = Words::of_expression(split["pattern"]["Regex"].as_str()?)?;
+    (is_split && bytes(last, false)).then_some((words, nfc))
+}
+
+fn byte_level(
+    model: &Model,
+    added: &[Added],
+    words: Words,
+    nfc: bool,
+    joins: &[((u32, u32), u32, u32)],
+    pieces: usize,
+) -> Result<Option<ByteLevel>, String> {
+    let characters = characters();
+    let mut symbols = [0; 256];
+    for (symbol, c) in symbols.iter_mut().zip(characters) {
+        let Some(id) = model.vocab.get(c.encode_utf8(&mut [0; 4]) as &str) else { return Ok(None) };
+        *symbol = *id;
+    }
+    let byte_of: HashMap<char, u8> =
+        (0..=u8::MAX).map(|byte| (characters[usize::from(byte)], byte)).collect();
+    let mut bytes = vec![None; pieces];
+    let mut whole = HashMap::new();
+    for (text, id) in &model.vocab {
+        let spelt: Option<Vec<u8>> = text.chars().map(|c| byte_of.get(&c).copied()).collect();
+        if let Some(spelt) = &spelt
+            && model.ignore_merges
+        {
+            whole.insert(spelt.clone(), *id);
+        }
+        bytes[*id as usize] = spelt;
+    }
+    for token in added {
+        bytes[token.id as usize] = (!token.special).then(|| token.content.clone().into_bytes());
+    }
+    let found = added.iter().filter(|added| !added.special && !added.content.is_empty());
+    let (ids, texts): (Vec<u32>, Vec<&str>) = found.map(|added| (added.id, added.content.as_str())).unzip();
+    let matcher = AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(texts);
+    let matcher = matcher.map_err(|error| format!("its added tokens cannot be searched for: {error}"))?;
+    let added = (!ids.is_empty()).then_some((matcher, ids));
+    Ok(Some(ByteLevel { words, nfc, bpe: Bpe::of_bytes(&symbols, joins), whole, added, bytes }))
+}
+
+/// What a file over SentencePiece's characters does to blanks; none if it is another kind of file.
+fn blanks(file: &File) -> Option<Normalizer> {
+    let drops = file.decoder.as_ref().is_some_and(|decoder| {
+        let steps = decoder["decoders"].as_array();
+        let steps = steps.map_or(std::slice::from_ref(decoder), Vec::as_slice);
+        steps.iter().any(|step| {
+            step["type"] == "Strip" || step["type"] == "Metaspace" && step["prepend_scheme"] != "never"
+        })
+    });
+    let replaces = |step: &Value| {
+        step["type"] == "Replace" && step["pattern"]["String"] == " " && step["content"] == "▁"
+    };
+    match (&file.normalizer, &file.pre_tokenizer) {
+        (Some(normalizer), None) => {
+            let steps = normalizer["normalizers"].as_array();
+            match steps.map_or(std::slice::from_ref(normalizer), Vec::as_slice) {
+                [prepend, replace]
+                    if prepend["type"] == "Prepend" && prepend["prepend"] == "▁" && replaces(replace) =>
+                {
+                    Some(Normalizer::of_blanks(true, false, drops))
+                }
+                [replace] if replaces(replace) => Some(Normalizer::of_blanks(false, false, drops)),
+                _ => None,
+            }
+        }
+        (None, Some(pre))
+            if pre["type"] == "Metaspace" && pre["replacement"] == "▁" && pre["split"] == false =>
+        {
+            match pre["prepend_scheme"].as_str()? {
+                "first" | "always" => Some(Normalizer::of_blanks(true, true, drops)),
+                "never" => Some(Normalizer::of_blanks(false, false, drops)),
+                _ => None,
+            }
+        }
+        _ => None,
+    }
+}
+
+fn sentencepiece(
+    model: &Model,
+    added: &[Added],
+    ids: &HashMap<String, u32>,
+    normalizer: Normalizer,
+    joins: &[((u32, u32), u32, u32)],
+    (bos, eos): (u32, u32),
+    pieces: usize,
+) -> Option<Kind> {
+    let unused = Piece { text: String::new(), score: 0.0, kind: PieceType::Control };
+    let mut list = vec![unused; pieces];
+    for (text, id) in ids {
+        let kind = if model.unk_token.as_ref() == Some(text) {
+            PieceType::Unknown
+        } else if byte_of(text).is_some() {
+            PieceType::Byte
+        } else {
+            PieceType::Normal
+        };
+        list[*id as usize] = Piece { text: text.clone(), score: 0.0, kind };
+    }
+    for added in added {
+        list[added.id as usize].kind = PieceType::Control;
+    }
+    let vocabulary = Vocabulary::of_pieces(list, bos, eos).ok()?;
+    let (bpe, joints) = (Bpe::of_merges(&vocabulary, joins), Joints::new(&vocabulary, true));
+    Some(Kind::SentencePiece(SentencePiece { vocabulary, normalizer, bpe, joints }))
+}
