@@ -1,15 +1,16 @@
 //! The tokenizer beside other crates, on texts that none of them has seen before.
 //!
 //! ```text
-//! cargo bench -p ulmus-dataloader --bench tokenizer -- tokenizer.model [TEXTS]
+//! cargo bench -p ulmus-dataloader --bench tokenizer -- TOKENIZER [TEXTS]
 //! ```
 //!
-//! TEXTS is a folder whose text files are the documents; without it, the Markdown files of the crates that cargo has
+//! TOKENIZER is a `tokenizer.model` or a `tokenizer.json`. TEXTS is a folder whose text files are the documents; without it, the Markdown files of the crates that cargo has
 //! unpacked. By turns, each tokenizer is made anew and reads all texts once, on one thread. Printed is the median of
-//! [`ROUNDS`] rounds, and in how many texts its ids differ from ours.
+//! [`ROUNDS`] rounds, and in how many texts its ids differ from ours; then the same for decoding our ids.
 
 #![expect(clippy::print_stdout, reason = "this is what it is for")]
 
+use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -22,7 +23,7 @@ const LIMIT: usize = 64 << 20;
 
 fn main() {
     let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
-    let model = arguments.next().expect("give the path of a SentencePiece tokenizer.model");
+    let model = arguments.next().expect("give the path of a tokenizer.model or tokenizer.json");
     let folder = arguments.next().map_or_else(|| cargo_home().join("registry/src"), PathBuf::from);
     let model = std::fs::read(&model).expect("the model can be read");
     let mut texts = Vec::new();
@@ -40,8 +41,8 @@ fn main() {
     ];
     let mut seconds = vec![Vec::new(); contestants.len()];
     let mut differing = vec![0; contestants.len()];
+    let mut expected: Vec<Vec<u32>> = Vec::new();
     for round in 0..ROUNDS {
-        let mut expected: Vec<Vec<u32>> = Vec::new();
         for (index, (_, make)) in contestants.iter().enumerate() {
             let mut encode = make();
             let begun = Instant::now();
@@ -61,7 +62,27 @@ fn main() {
         let rate = bytes as f64 / 1e6 / seconds[ROUNDS / 2];
         println!("{name:12} {rate:8.1} MB/s, {} texts differ", differing[index]);
     }
+
+    let library = tokenizers::Tokenizer::from_bytes(&json).expect("the file can be read by tokenizers");
+    let decoders: [(&str, Decode<'_>); 2] = [
+        ("ulmus", Box::new(|ids| tokenizer.decode(ids))),
+        ("tokenizers", Box::new(|ids| library.decode(ids, true).expect("our ids have a text"))),
+    ];
+    for (name, decode) in decoders {
+        let mut seconds: Vec<f64> = (0..ROUNDS)
+            .map(|_| {
+                let begun = Instant::now();
+                expected.iter().for_each(|ids| drop(black_box(decode(ids))));
+                begun.elapsed().as_secs_f64()
+            })
+            .collect();
+        seconds.sort_by(f64::total_cmp);
+        println!("{name:12} {:8.1} MB/s decoded", bytes as f64 / 1e6 / seconds[ROUNDS / 2]);
+    }
 }
+
+/// Gives the text of ids.
+type Decode<'a> = Box<dyn Fn(&[u32]) -> String + 'a>;
 
 /// Makes a tokenizer.
 type Make<'a> = Box<dyn Fn() -> Encode + 'a>;
@@ -78,7 +99,11 @@ fn ours(tokenizer: &Tokenizer) -> Encode {
 }
 
 fn kitoken(model: &[u8]) -> Encode {
-    let kitoken = Kitoken::from_sentencepiece_slice(model).expect("the model can be read by kitoken");
+    let kitoken = match model.first() {
+        Some(b'{') => Kitoken::from_tokenizers_slice(model).map_err(|error| error.to_string()),
+        _ => Kitoken::from_sentencepiece_slice(model).map_err(|error| error.to_string()),
+    };
+    let kitoken = kitoken.expect("the model can be read by kitoken");
     Box::new(move |text| kitoken.encode(text, false).expect("any text has ids"))
 }
 

@@ -66,8 +66,11 @@ impl ByteLevel {
 
     /// The bytes of some tokens.
     pub(super) fn decode(&self, ids: &[u32]) -> Vec<u8> {
-        let known = ids.iter().filter_map(|id| self.bytes.get(*id as usize)?.as_deref());
-        known.flatten().copied().collect()
+        let mut bytes = Vec::with_capacity(ids.len() * 4);
+        for known in ids.iter().filter_map(|id| self.bytes.get(*id as usize)?.as_deref()) {
+            bytes.extend_from_slice(known);
+        }
+        bytes
     }
 }
 

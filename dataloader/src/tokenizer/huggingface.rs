@@ -14,7 +14,6 @@ use serde_json::Value;
 
 use super::bpe::Bpe;
 use super::byte_level::{ByteLevel, characters};
-use super::joints::Joints;
 use super::model::PieceType;
 use super::normalizer::Normalizer;
 use super::vocabulary::{Piece, Vocabulary, byte_of};
@@ -303,6 +302,6 @@ fn sentencepiece(
         list[added.id as usize].kind = PieceType::Control;
     }
     let vocabulary = Vocabulary::of_pieces(list, bos, eos).ok()?;
-    let (bpe, joints) = (Bpe::of_merges(&vocabulary, joins), Joints::new(&vocabulary, true));
-    Some(Kind::SentencePiece(SentencePiece { vocabulary, normalizer, bpe, joints }))
+    let bpe = Bpe::of_merges(&vocabulary, joins);
+    Some(Kind::SentencePiece(SentencePiece::new(vocabulary, normalizer, bpe)))
 }

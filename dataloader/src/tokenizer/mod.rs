@@ -33,9 +33,9 @@ use bpe::{Bpe, Part, Scratch};
 use byte_level::ByteLevel;
 use cache::{Cache, Key};
 use joints::Joints;
-use model::{ModelProto, ModelType, PieceType};
+use model::{ModelProto, ModelType};
 use normalizer::Normalizer;
-use vocabulary::{BLANK, Vocabulary, byte_of};
+use vocabulary::{BLANK, Vocabulary};
 
 pub use train::train;
 
@@ -71,6 +71,8 @@ struct SentencePiece {
     normalizer: Normalizer,
     bpe: Bpe,
     joints: Joints,
+    /// What each piece decodes to.
+    surfaces: Vec<Vec<u8>>,
 }
 
 /// Encodes texts. Each thread has its own: it remembers what became of the words that it has seen.
@@ -209,13 +211,14 @@ impl SentencePiece {
         }
         let vocabulary = Vocabulary::new(&model)?;
         let normalizer = Normalizer::new(&model, &vocabulary)?;
-        let escapes = normalizer.escapes();
-        Ok(Self {
-            normalizer,
-            bpe: Bpe::new(&vocabulary, escapes),
-            joints: Joints::new(&vocabulary, escapes),
-            vocabulary,
-        })
+        let bpe = Bpe::new(&vocabulary, normalizer.escapes());
+        Ok(Self::new(vocabulary, normalizer, bpe))
+    }
+
+    fn new(vocabulary: Vocabulary, normalizer: Normalizer, bpe: Bpe) -> Self {
+        let joints = Joints::new(&vocabulary, normalizer.escapes());
+        let surfaces = vocabulary.pieces.iter().map(|piece| vocabulary.surface(piece)).collect();
+        Self { vocabulary, normalizer, bpe, joints, surfaces }
     }
 
     fn tables(self, bos: Option<&str>, eos: Option<&str>) -> Result<Tables, String> {
@@ -237,22 +240,14 @@ impl SentencePiece {
     fn decode(&self, ids: &[u32]) -> Vec<u8> {
         let (drops_blank, drops_all) = self.normalizer.drops_blanks();
         let mut bytes = Vec::with_capacity(ids.len() * 4);
-        let mut at_start = true;
-        for piece in ids.iter().filter_map(|id| self.vocabulary.pieces.get(*id as usize)) {
-            match piece.kind {
-                PieceType::Byte => bytes.extend(byte_of(&piece.text)),
-                PieceType::Control => {}
-                PieceType::Unknown => bytes.extend(self.vocabulary.unknown_surface.as_bytes()),
-                PieceType::Normal | PieceType::UserDefined | PieceType::Unused => {
-                    let text = match piece.text.strip_prefix(BLANK) {
-                        Some(rest) if at_start && drops_blank && bytes.is_empty() => {
-                            at_start = drops_all;
-                            rest
-                        }
-                        _ => &piece.text,
-                    };
-                    bytes.extend(text.replace(BLANK, " ").as_bytes());
-                }
+        let mut at_start = drops_blank;
+        for id in ids {
+            let Some(surface) = self.surfaces.get(*id as usize) else { continue };
+            if at_start && bytes.is_empty() && self.vocabulary.begins_with_blank(*id) {
+                at_start = drops_all;
+                bytes.extend_from_slice(&surface[1..]);
+            } else {
+                bytes.extend_from_slice(surface);
             }
         }
         bytes
@@ -266,7 +261,7 @@ impl SentencePiece {
         text: &str,
         ids: &mut Vec<u32>,
     ) {
-        let Self { vocabulary, normalizer, bpe, joints } = self;
+        let Self { vocabulary, normalizer, bpe, joints, .. } = self;
         let start = ids.len();
         let mut chunk = |chunk: &str| {
             let key = Key::new(chunk.as_bytes());

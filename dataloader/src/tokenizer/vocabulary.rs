@@ -83,6 +83,25 @@ impl Vocabulary {
         self.of_texts().map(|(id, piece)| (piece.text.as_str(), id)).collect()
     }
 
+    /// Whether a piece is one of texts and begins with [`BLANK`].
+    pub(super) fn begins_with_blank(&self, id: u32) -> bool {
+        let Piece { text, kind, .. } = &self.pieces[id as usize];
+        text.starts_with(BLANK)
+            && matches!(kind, PieceType::Normal | PieceType::UserDefined | PieceType::Unused)
+    }
+
+    /// What a piece decodes to.
+    pub(super) fn surface(&self, piece: &Piece) -> Vec<u8> {
+        match piece.kind {
+            PieceType::Byte => byte_of(&piece.text).into_iter().collect(),
+            PieceType::Control => Vec::new(),
+            PieceType::Unknown => self.unknown_surface.clone().into_bytes(),
+            PieceType::Normal | PieceType::UserDefined | PieceType::Unused => {
+                piece.text.replace(BLANK, " ").into_bytes()
+            }
+        }
+    }
+
     /// Adds what stands for a character that is no piece.
     pub(super) fn push_unknown(&self, ids: &mut Vec<u32>, c: char) {
         match &self.unknown {
