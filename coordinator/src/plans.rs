@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use ulmus_plan::{Plan, Preset};
-use ulmus_rt::Failure;
+use ulmus_rt::{Failure, load_plans};
 use ulmus_types::ExitStatus;
 
 /// Reads a plan file with overrides; a plan with variants gives several.
@@ -11,18 +11,12 @@ use ulmus_types::ExitStatus;
 /// # Errors
 /// When the file cannot be read, or with every problem of the plan.
 pub fn load(path: &Path, overrides: &[String]) -> Result<Vec<Plan>, Failure> {
-    let text = std::fs::read_to_string(path).map_err(|error| {
-        let message = format!(
-            "{}: {error}; name a plan with --plan, for instance plans/quickstart.toml",
-            path.display()
-        );
-        Failure::new(ExitStatus::InvalidInput, message)
-    })?;
-    ulmus_plan::read(&text, overrides).map_err(|problems| {
-        let count =
-            if problems.len() == 1 { "1 problem".to_owned() } else { format!("{} problems", problems.len()) };
-        Failure::new(ExitStatus::InvalidInput, format!("{}: {count}\n{problems}", path.display()))
-    })
+    #[cfg(feature = "local-workers")]
+    let pieces = ulmus_worker::tokenizer_pieces;
+    // Without the data plane, nothing here can read a tokenizer.
+    #[cfg(not(feature = "local-workers"))]
+    let pieces = |_: &str| None;
+    load_plans(path, overrides, pieces)
 }
 
 /// The commented plan of a published model.

@@ -33,4 +33,4 @@ pub use pack::{IGNORE, Sequence};
 pub use prepare::{Prepared, cargo_home, matching_files, prepare};
 pub use sources::{SourceReport, Sources, inspect};
 pub use store::{Folder, Traffic};
-pub use tokenizer::{Encoder, Tokenizer, train};
+pub use tokenizer::{Encoder, Tokenizer, count_pieces, train};

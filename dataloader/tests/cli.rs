@@ -114,5 +114,5 @@ fn a_plan_s_sources_are_counted() {
     let table = dataloader(&count, "");
     assert!(String::from_utf8_lossy(&table.stdout).contains("chain"), "{table:?}");
     refused(&dataloader(&[&count[..], &["--source", "x"]].concat(), ""), &["no source \"x\"", "chain"]);
-    refused(&dataloader(&["count", "--plan", "/no/such"], ""), &["/no/such cannot be read"]);
+    refused(&dataloader(&["count", "--plan", "/no/such"], ""), &["/no/such: No such file"]);
 }

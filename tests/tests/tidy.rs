@@ -14,7 +14,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
     BTreeMap::from([
         ("ulmus-types", vec![]),
         ("ulmus-plan", vec!["ulmus-types"]),
-        ("ulmus-rt", vec!["ulmus-types"]),
+        ("ulmus-rt", vec!["ulmus-plan", "ulmus-types"]),
         ("ulmus-proto", vec!["ulmus-types"]),
         ("ulmus-coord-core", vec!["ulmus-types"]),
         ("ulmus-checkpoint", vec!["ulmus-types"]),

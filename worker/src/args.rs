@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use ulmus_plan::{ModelConfig, NormKind, Plan, Precision, Preset};
-use ulmus_rt::Failure;
+use ulmus_rt::{Failure, load_plans};
 use ulmus_types::ExitStatus;
 
 use crate::agent::Join;
@@ -144,10 +144,7 @@ impl BenchArgs {
 }
 
 fn first_plan(path: &Path) -> Result<Plan, Failure> {
-    let invalid =
-        |reason: String| Failure::new(ExitStatus::InvalidInput, format!("{}: {reason}", path.display()));
-    let text = std::fs::read_to_string(path).map_err(|error| invalid(error.to_string()))?;
-    let plans = ulmus_plan::read(&text, &[]).map_err(|problems| invalid(format!("\n{problems}")))?;
+    let plans = load_plans(path, &[], crate::tokenizer_pieces)?;
     Ok(plans.into_iter().next().expect("a plan file has a plan"))
 }
 

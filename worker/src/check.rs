@@ -7,6 +7,11 @@ use ulmus_plan::{Plan, TokenizerConfig};
 use ulmus_rt::Failure;
 use ulmus_types::{ExitStatus, Problems};
 
+/// How many pieces a tokenizer file has; none if it cannot be read here.
+pub fn tokenizer_pieces(file: &str) -> Option<usize> {
+    ulmus_dataloader::count_pieces(&std::fs::read(file).ok()?)
+}
+
 /// Opens every source (files, schema and one row each) and the tokenizer.
 ///
 /// # Errors

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use ulmus_dataloader::{Corpus, Counts, Manifest, Sources, Tokenizer, Traffic};
 use ulmus_plan::{DataConfig, Plan, SourceConfig, TokenizerConfig};
-use ulmus_rt::{Failure, print};
+use ulmus_rt::{Failure, load_plans, print};
 use ulmus_types::ExitStatus;
 
 #[derive(Debug, Args)]
@@ -46,7 +46,9 @@ struct Counted {
 
 impl Count {
     pub(super) fn run(&self) -> Result<(), Failure> {
-        let plan = self.plan()?;
+        let pieces = |file: &str| ulmus_dataloader::count_pieces(&std::fs::read(file).ok()?);
+        // Variants share their corpora unless they say otherwise; the first one's are counted.
+        let plan = load_plans(&self.plan, &self.overrides, pieces)?.swap_remove(0);
         let path = self.tokenizer.clone().or_else(|| plan.tokenizer.file.as_ref().map(PathBuf::from));
         let path = path.ok_or_else(|| {
             wrong("the plan names no tokenizer.file; give --tokenizer tokenizer.model".to_owned())
@@ -66,16 +68,6 @@ impl Count {
             return print(&serde_json::to_string(&counted).expect("counts can be written as JSON"));
         }
         print(&table(&counted).to_string())
-    }
-
-    fn plan(&self) -> Result<Plan, Failure> {
-        let place = self.plan.display();
-        let text = std::fs::read_to_string(&self.plan)
-            .map_err(|error| wrong(format!("{place} cannot be read: {error}; name a plan with --plan")))?;
-        let plans = ulmus_plan::read(&text, &self.overrides);
-        let mut plans = plans.map_err(|problems| wrong(format!("{place}:\n{problems}")))?;
-        // Variants share their corpora unless they say otherwise; the first one's are counted.
-        Ok(plans.swap_remove(0))
     }
 }
 

@@ -6,7 +6,7 @@
 //! Texts are taken literally: tokens that the file calls special are never found in a text. Those that it merely adds
 //! (such as runs of blanks) are.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use aho_corasick::{AhoCorasick, MatchKind};
 use serde::Deserialize;
@@ -40,13 +40,16 @@ struct Added {
     id: u32,
     content: String,
     #[serde(default)]
-    single_word: bool,
-    #[serde(default)]
-    lstrip: bool,
-    #[serde(default)]
-    rstrip: bool,
-    #[serde(default)]
     special: bool,
+    /// Settings that are false in most files: `single_word`, `lstrip`, `rstrip`, `normalized`.
+    #[serde(flatten)]
+    rest: BTreeMap<String, Value>,
+}
+
+impl Added {
+    fn is(&self, setting: &str) -> bool {
+        self.rest.get(setting).is_some_and(|value| value == true)
+    }
 }
 
 #[derive(Deserialize)]
@@ -85,19 +88,7 @@ pub(super) fn read(json: &[u8], bos: Option<&str>, eos: Option<&str>) -> Result<
     let file: File = serde_json::from_slice(json).map_err(|error| {
         format!("it is no tokenizer.json ({error}); give that of a model, or a tokenizer.model")
     })?;
-    let mut ids: HashMap<String, u32> = match file.model.get("vocab") {
-        Some(Value::Object(vocab)) => vocab
-            .iter()
-            .filter_map(|(text, id)| Some((text.clone(), u32::try_from(id.as_u64()?).ok()?)))
-            .collect(),
-        // Unigram models list pieces with their scores.
-        Some(Value::Array(vocab)) => (0..)
-            .zip(vocab)
-            .filter_map(|(id, piece)| Some((piece.get(0)?.as_str()?.to_owned(), id)))
-            .collect(),
-        _ => HashMap::new(),
-    };
-    ids.extend(file.added_tokens.iter().map(|added| (added.content.clone(), added.id)));
+    let ids = ids(&file);
     let pieces = ids.values().max().ok_or("it has no tokens; give the tokenizer.json of a model")? + 1;
     if pieces >= 1 << 24 {
         return Err(format!("it has an id of {}; give the tokenizer.json of a model", pieces - 1));
@@ -120,6 +111,30 @@ pub(super) fn read(json: &[u8], bos: Option<&str>, eos: Option<&str>) -> Result<
         None => Kind::Reference(reference(json)?),
     };
     Ok(Tables::new(kind, bos, eos))
+}
+
+/// The ids of all tokens.
+fn ids(file: &File) -> HashMap<String, u32> {
+    let mut ids: HashMap<String, u32> = match file.model.get("vocab") {
+        Some(Value::Object(vocab)) => vocab
+            .iter()
+            .filter_map(|(text, id)| Some((text.clone(), u32::try_from(id.as_u64()?).ok()?)))
+            .collect(),
+        // Unigram models list pieces with their scores.
+        Some(Value::Array(vocab)) => (0..)
+            .zip(vocab)
+            .filter_map(|(id, piece)| Some((piece.get(0)?.as_str()?.to_owned(), id)))
+            .collect(),
+        _ => HashMap::new(),
+    };
+    ids.extend(file.added_tokens.iter().map(|added| (added.content.clone(), added.id)));
+    ids
+}
+
+/// How many pieces a file has; none if it is no tokenizer.
+pub(super) fn count_pieces(json: &[u8]) -> Option<usize> {
+    let ids = ids(&serde_json::from_slice(json).ok()?);
+    ids.into_values().max().map(|id| id as usize + 1)
 }
 
 /// The way through Hugging Face's own library.
@@ -163,7 +178,7 @@ fn fast(
     let found: Vec<&Added> = file.added_tokens.iter().filter(|added| !added.special).collect();
     if let Some((words, nfc)) = words(file)
         && !model.byte_fallback
-        && found.iter().all(|added| !(added.single_word || added.lstrip || added.rstrip))
+        && found.iter().all(|added| !["single_word", "lstrip", "rstrip"].iter().any(|setting| added.is(setting)))
         // Where texts are changed first, the library looks for some tokens before and for others behind that.
         && (!nfc || found.iter().all(|added| added.content.is_ascii()))
     {

@@ -91,7 +91,7 @@ impl Tokenizer {
     /// # Errors
     /// When the bytes are neither, or the file has no such tokens.
     pub fn read(bytes: &[u8], name: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self, DataError> {
-        let tables = if bytes.trim_ascii_start().starts_with(b"{") {
+        let tables = if is_json(bytes) {
             huggingface::read(bytes, bos, eos)
         } else {
             SentencePiece::read(bytes).and_then(|model| model.tables(bos, eos))
@@ -171,13 +171,26 @@ impl Tokenizer {
     }
 
     fn is_json(&self) -> bool {
-        self.0.file.trim_ascii_start().starts_with(b"{")
+        is_json(&self.0.file)
     }
 
     /// Hash of the file.
     pub fn digest(&self) -> Digest {
         self.0.digest
     }
+}
+
+/// How many pieces a tokenizer file has, whatever its BOS and EOS; none if it is no tokenizer.
+pub fn count_pieces(file: &[u8]) -> Option<usize> {
+    if is_json(file) {
+        huggingface::count_pieces(file)
+    } else {
+        Some(ModelProto::decode(file).ok()?.pieces.len()).filter(|pieces| *pieces > 0)
+    }
+}
+
+fn is_json(file: &[u8]) -> bool {
+    file.trim_ascii_start().starts_with(b"{")
 }
 
 impl Tables {

@@ -19,7 +19,7 @@ pub use data::{DataConfig, Format, Normalize, Pack, SourceConfig};
 pub use memory::{HEAD_ROWS, MemoryPlan, worker_memory};
 pub use model::{LayerDims, ModelConfig, Multipliers, Preset};
 pub use norm::{NormKind, ROW_BLOCK};
-pub use parse::read;
+pub use parse::{read, tokenizer_to_count};
 pub use plan::{BenchmarkConfig, ClusterConfig, EvaluateConfig, LocalConfig, Plan, RunConfig, StoreConfig};
 pub use prepare::{PrepareConfig, TokenizerConfig};
 pub use train::{CheckpointConfig, Precision, TrainConfig};

@@ -53,7 +53,33 @@ pub fn read(text: &str, overrides: &[String]) -> Result<Vec<Plan>, Problems> {
     problems.into_result(plans)
 }
 
+/// The tokenizer file whose number of pieces a plan wants to know: given as `tokenizer.pieces`, it decides
+/// `model.vocab_size`. None if the plan says either itself, or has no such file.
+pub fn tokenizer_to_count(text: &str, overrides: &[String]) -> Option<String> {
+    let mut table = text.parse::<Table>().ok()?;
+    for assignment in overrides {
+        set(&mut table, assignment, &mut Problems::new());
+    }
+    let known = lookup(&table, "model.vocab_size").or_else(|| lookup(&table, "tokenizer.pieces"));
+    let file = lookup(&table, "tokenizer.file")?.as_str()?;
+    known.is_none().then(|| file.to_owned())
+}
+
+/// Rows for the pieces of a tokenizer and the pad id, where the plan does not say how many. Multiples of 128 suit the
+/// matrix units of all devices.
+fn follow_tokenizer(table: &mut Table) {
+    let pieces = lookup(table, "tokenizer.pieces").and_then(Value::as_integer);
+    let pieces = pieces.and_then(|pieces| u64::try_from(pieces).ok());
+    if let Some(pieces) = pieces.filter(|pieces| *pieces < 1 << 24)
+        && let Value::Table(model) = table.entry("model").or_insert_with(|| Value::Table(Table::new()))
+    {
+        let rows = (pieces + 1).next_multiple_of(128);
+        model.entry("vocab_size").or_insert(Value::Integer(rows.cast_signed()));
+    }
+}
+
 fn read_one(mut table: Table, problems: &mut Problems) -> Option<Plan> {
+    follow_tokenizer(&mut table);
     expand_preset(&mut table, problems);
     let mut plan = deserialize(table, problems);
     plan.complete();
@@ -283,6 +309,26 @@ mod tests {
     fn one(text: &str, overrides: &[&str]) -> Result<Plan, Problems> {
         let overrides: Vec<String> = overrides.iter().map(|&o| o.to_owned()).collect();
         read(text, &overrides).map(|mut plans| plans.remove(0))
+    }
+
+    #[test]
+    fn the_vocabulary_follows_the_tokenizer() {
+        let plan = |more: &str| format!("[tokenizer]\nfile = \"t.model\"\n{more}");
+        let sourced = "[[data.source]]\nname = \"a\"\nurl = \"b\"\nfiles = [\"c\"]\ntext = \"d\"\n";
+        let rows = |more: &str, overrides: &[&str]| {
+            let overrides: Vec<String> = overrides.iter().map(|text| (*text).to_owned()).collect();
+            read(&(plan(more) + sourced), &overrides).unwrap()[0].model.vocab_size
+        };
+        assert_eq!(rows("pieces = 32000\n", &[]), 32_128);
+        assert_eq!(rows("[model]\npreset = \"openelm-270m\"\n", &["tokenizer.pieces=50257"]), 50_304);
+        assert_eq!(rows("pieces = 127\n", &["model.vocab_size=4096"]), 4096);
+        assert_eq!(rows("", &[]), 32_128);
+        let wanted = |more: &str, overrides: &[String]| tokenizer_to_count(&plan(more), overrides);
+        assert_eq!(wanted("", &[]).as_deref(), Some("t.model"));
+        assert_eq!(wanted("", &["tokenizer.file=u.json".to_owned()]).as_deref(), Some("u.json"));
+        assert_eq!(wanted("", &["model.vocab_size=512".to_owned()]), None);
+        assert_eq!(wanted("pieces = 5\n", &[]), None);
+        assert_eq!(tokenizer_to_count("[run]\n", &[]), None);
     }
 
     #[test]

@@ -90,7 +90,7 @@ pub struct TokenizerConfig {
     /// Name of the token that ends documents, where the file does not tell it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eos: Option<String>,
-    /// Pieces of a tokenizer that is trained.
+    /// Pieces of a tokenizer that is trained, or of `file`; without `model.vocab_size` they decide it.
     pub pieces: u64,
     /// Text that it is trained on.
     pub sample: Bytes,

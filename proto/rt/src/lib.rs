@@ -1,11 +1,13 @@
-//! Process matters that all three programs share: logs, signals and exit codes.
+//! Process matters that all programs share: plan files, logs, signals and exit codes.
 
 #![forbid(unsafe_code)]
 
 mod exit;
+mod plans;
 mod shutdown;
 mod telemetry;
 
 pub use exit::{Failure, finish_output, print, report};
+pub use plans::load_plans;
 pub use shutdown::Shutdown;
 pub use telemetry::{LogTarget, init as init_telemetry};
