@@ -7,7 +7,6 @@
 //! A segment is whole before any of it is used. A checksum stands at the end of a gzip member, so damage may show
 //! only segments later; the error then names the file. A zstd frame may have none.
 
-use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Read};
 
@@ -16,12 +15,8 @@ use flate2::bufread::MultiGzDecoder;
 use ulmus_plan::Format;
 
 use crate::error::DataError;
-use crate::store::{FileInfo, Folder, Reading};
+use crate::store::{FileInfo, Folder, Steps};
 
-/// Compressed bytes that are fetched at once.
-const STEP: u64 = 1 << 20;
-/// Steps that are under way while one is decompressed.
-const AHEAD: usize = 2;
 /// Decompressed bytes that are held beside the segment.
 const BUFFER: usize = 256 << 10;
 
@@ -57,13 +52,8 @@ impl Chain {
         segment: u64,
     ) -> Result<Self, DataError> {
         let place = folder.place(&file.path);
-        let stored = Stored {
-            folder: folder.clone(),
-            file: file.clone(),
-            at: 0,
-            ahead: VecDeque::new(),
-            fetched: Bytes::new(),
-        };
+        let stored =
+            Stored { steps: Steps::new(folder, file, std::iter::once(0..file.size)), fetched: Bytes::new() };
         let text: Box<dyn Read + Send> = if format == Format::JsonZst {
             let decoder = zstd::stream::read::Decoder::with_buffer(stored);
             Box::new(decoder.map_err(|error| told(&place, error))?)
@@ -132,26 +122,18 @@ fn told(place: &str, error: io::Error) -> DataError {
         .unwrap_or_else(|error| DataError::Damaged { file: place.to_owned(), reason: error.to_string() })
 }
 
-/// The bytes of a file as they are stored, fetched in steps ahead of their use.
+/// The bytes of a file as they are stored.
 struct Stored {
-    folder: Folder,
-    file: FileInfo,
-    /// Where the next step begins that nobody has asked for.
-    at: u64,
-    ahead: VecDeque<Reading>,
+    steps: Steps,
     fetched: Bytes,
 }
 
 impl BufRead for Stored {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        while self.fetched.is_empty() {
-            while self.ahead.len() <= AHEAD && self.at < self.file.size {
-                let end = (self.at + STEP).min(self.file.size);
-                self.ahead.push_back(self.folder.start_reading(&self.file, self.at..end));
-                self.at = end;
-            }
-            let Some(next) = self.ahead.pop_front() else { break };
-            self.fetched = next.wait().map_err(io::Error::other)?;
+        if self.fetched.is_empty()
+            && let Some((_, bytes)) = self.steps.next().map_err(io::Error::other)?
+        {
+            self.fetched = bytes;
         }
         Ok(&self.fetched)
     }

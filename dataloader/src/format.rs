@@ -10,14 +10,14 @@ use ulmus_plan::Format;
 
 use crate::chain::{Chain, Line};
 use crate::error::DataError;
-use crate::parquet::ParquetFile;
+use crate::parquet::{ParquetFile, Rows};
 use crate::store::{FileInfo, Folder};
 
 /// Bytes that are read beyond the end of a unit to find the end of its last line.
 const LINE_STEP: u64 = 64 << 10;
 
-/// The smallest piece of a source that is read: as much as fits into `data.unit`, at least one row group, line or
-/// file. A chain is a unit of any size. Written as `[file, first, end, bytes]`.
+/// What is shuffled: as much as fits into `data.unit`, at least one row group, line or file. Row groups that are larger,
+/// and chains, are read in segments. Written as `[file, first, end, bytes]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "(u32, u64, u64, u64)", into = "(u32, u64, u64, u64)")]
 pub(crate) struct Unit {
@@ -116,11 +116,13 @@ fn runs(sizes: &[u64], limit: u64) -> impl Iterator<Item = (u64, u64, u64)> {
     })
 }
 
-/// A unit that is being read, a segment at a time. Only chains have more than one.
+/// A unit that is being read, a segment at a time. Chains and large row groups have more than one.
 #[derive(Debug)]
 pub(crate) enum Segments {
     /// Documents that were read at once, until they are taken.
     Whole(Option<Vec<String>>),
+    /// Rows of a parquet file.
+    Rows(Box<Rows>),
     /// A chain, and the key of its texts.
     Chain(Chain, String),
 }
@@ -141,11 +143,12 @@ impl Segments {
             Format::JsonGz | Format::JsonZst => {
                 return Ok(Self::Chain(Chain::open(folder, file, format, limit, segment)?, text.to_owned()));
             }
-            _ if segment > 0 => None,
             Format::Parquet => {
                 let groups = unit.first as usize..unit.end as usize;
-                Some(ParquetFile::open(folder, file)?.texts(text, groups)?)
+                let rows = ParquetFile::open(folder, file)?.rows(text, groups, limit, segment)?;
+                return Ok(Self::Rows(Box::new(rows)));
             }
+            _ if segment > 0 => None,
             Format::Jsonl => Some(lines(folder, file, text, unit)?),
             Format::Text => {
                 let files = files[unit.first as usize..unit.end as usize].iter();
@@ -163,6 +166,7 @@ impl Segments {
     pub(crate) fn next(&mut self) -> Result<Option<Vec<String>>, DataError> {
         let (chain, key) = match self {
             Self::Whole(documents) => return Ok(documents.take()),
+            Self::Rows(rows) => return rows.next(),
             Self::Chain(chain, key) => (chain, key),
         };
         let Some(lines) = chain.next()? else { return Ok(None) };
@@ -177,6 +181,7 @@ impl Segments {
     pub(crate) const fn position(&self) -> u64 {
         match self {
             Self::Whole(documents) => documents.is_none() as u64,
+            Self::Rows(rows) => rows.segment(),
             Self::Chain(chain, _) => chain.segment(),
         }
     }
@@ -185,6 +190,7 @@ impl Segments {
     pub(crate) fn ended(&mut self) -> Result<bool, DataError> {
         match self {
             Self::Whole(documents) => Ok(documents.is_none()),
+            Self::Rows(rows) => Ok(rows.ends()),
             Self::Chain(chain, _) => chain.ends(),
         }
     }

@@ -13,6 +13,7 @@ mod cache;
 mod hub;
 #[cfg(feature = "aws")]
 mod profile;
+mod steps;
 #[cfg(feature = "http")]
 mod wire;
 
@@ -32,6 +33,8 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 use ulmus_plan::DataConfig;
+
+pub(crate) use self::steps::Steps;
 
 use self::cache::Cache;
 use crate::error::DataError;

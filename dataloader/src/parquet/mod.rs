@@ -1,0 +1,210 @@
+//! One text column of parquet files: read by row groups, written with page checksums.
+//!
+//! Damage is caught by the CRC-32 of each page. Most writers leave it out, crate `parquet` among them, so
+//! [`write()`] adds it to the page headers itself; in files without checksums only the decoder's own checks apply.
+
+mod rows;
+mod write;
+
+use std::ops::Range;
+
+use parquet::basic::{ConvertedType, Type as Physical};
+use parquet::errors::ParquetError;
+use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
+use parquet::schema::types::ColumnDescPtr;
+
+pub(crate) use self::rows::Rows;
+pub(crate) use self::write::write;
+
+use crate::error::DataError;
+use crate::store::{FileInfo, Folder};
+
+/// Bytes that are read from the end of a file in the hope that its whole footer is among them.
+const TAIL: u64 = 64 << 10;
+
+/// A parquet file whose footer has been read.
+#[derive(Debug)]
+pub(crate) struct ParquetFile<'a> {
+    folder: &'a Folder,
+    file: &'a FileInfo,
+    metadata: ParquetMetaData,
+}
+
+impl<'a> ParquetFile<'a> {
+    /// Reads the footer.
+    pub(crate) fn open(folder: &'a Folder, file: &'a FileInfo) -> Result<Self, DataError> {
+        let mut reader = ParquetMetaDataReader::new();
+        let mut wanted = TAIL.min(file.size);
+        loop {
+            let tail = folder.read_range(file, file.size - wanted..file.size)?;
+            match reader.try_parse_sized(&tail, file.size) {
+                Ok(()) => break,
+                Err(ParquetError::NeedMoreData(needed)) => wanted = needed as u64,
+                Err(error) => return Err(not_parquet(folder, file, &error)),
+            }
+        }
+        let metadata = reader.finish().map_err(|error| not_parquet(folder, file, &error))?;
+        Ok(Self { folder, file, metadata })
+    }
+
+    /// Names and types of the columns, for people.
+    pub(crate) fn schema(&self) -> String {
+        let columns = self.metadata.file_metadata().schema_descr().columns().iter();
+        columns.map(|c| format!("{}: {}", c.path().string(), type_name(c))).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Index of the string column of that name.
+    fn text_column(&self, name: &str) -> Result<usize, DataError> {
+        let columns = self.metadata.file_metadata().schema_descr().columns();
+        let place = || self.folder.place(&self.file.path);
+        let found =
+            columns.iter().position(|c| c.path().string() == name).ok_or_else(|| DataError::Column {
+                file: place(),
+                column: name.to_owned(),
+                columns: columns.iter().map(|c| c.path().string()).collect(),
+            })?;
+        let column = &columns[found];
+        let is_text = column.physical_type() == Physical::BYTE_ARRAY
+            && column.max_rep_level() == 0
+            && matches!(column.converted_type(), ConvertedType::UTF8 | ConvertedType::NONE);
+        if !is_text {
+            return Err(DataError::ColumnType {
+                file: place(),
+                column: name.to_owned(),
+                found: type_name(column),
+            });
+        }
+        Ok(found)
+    }
+
+    /// Bytes of text in each row group, as the footer tells them: without encodings that share equal values.
+    pub(crate) fn row_group_sizes(&self, column: &str) -> Result<Vec<u64>, DataError> {
+        let column = self.text_column(column)?;
+        let sizes = self.metadata.row_groups().iter();
+        Ok(sizes.map(|group| group.column(column).uncompressed_size().max(0).cast_unsigned()).collect())
+    }
+
+    /// Begins to read the texts of `column` in some row groups, in segments of at most `limit` bytes, at one of them.
+    pub(crate) fn rows(
+        self,
+        column: &str,
+        groups: Range<usize>,
+        limit: u64,
+        segment: u64,
+    ) -> Result<Rows, DataError> {
+        Rows::open(self, column, groups, limit, segment)
+    }
+}
+
+fn type_name(column: &ColumnDescPtr) -> String {
+    let list = if column.max_rep_level() > 0 { "list of " } else { "" };
+    match column.logical_type_ref() {
+        Some(logical) => format!("{list}{logical:?}"),
+        None => format!("{list}{:?}", column.physical_type()),
+    }
+}
+
+fn not_parquet(folder: &Folder, file: &FileInfo, error: &ParquetError) -> DataError {
+    DataError::Format { file: folder.place(&file.path), format: "parquet", reason: error.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::store::tests::{memory, stat};
+
+    fn rows(texts: &[&str]) -> Vec<Vec<String>> {
+        texts.iter().enumerate().map(|(i, text)| vec![(*text).to_owned(), format!("path-{i}")]).collect()
+    }
+
+    fn file_of(bytes: Vec<u8>) -> (Folder, FileInfo) {
+        let folder = memory();
+        folder.write("a.parquet", bytes).unwrap();
+        let info = stat(&folder, "a.parquet");
+        (folder, info)
+    }
+
+    fn read(bytes: Vec<u8>, column: &str) -> Result<Vec<String>, DataError> {
+        let (folder, info) = file_of(bytes);
+        let file = ParquetFile::open(&folder, &info)?;
+        let groups = file.row_group_sizes(column)?.len();
+        let mut rows = file.rows(column, 0..groups, u64::MAX, 0)?;
+        Ok(rows.next()?.unwrap_or_default())
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let long = "word ".repeat(500_000);
+        let bytes = write(&["text", "path"], &[rows(&["one", "", "zwölf"]), rows(&[&long])]);
+        assert_eq!(read(bytes.clone(), "text").unwrap(), ["one", "", "zwölf", &long]);
+        assert_eq!(read(bytes.clone(), "path").unwrap(), ["path-0", "path-1", "path-2", "path-0"]);
+        assert_eq!(bytes, write(&["text", "path"], &[rows(&["one", "", "zwölf"]), rows(&[&long])]));
+        let (folder, info) = file_of(bytes);
+        let file = ParquetFile::open(&folder, &info).unwrap();
+        assert!(file.row_group_sizes("text").unwrap()[1] >= long.len() as u64);
+        assert_eq!(file.schema(), "text: String, path: String");
+    }
+
+    #[test]
+    fn segments_of_a_group_are_the_same_from_wherever_they_are_entered() {
+        let texts: Vec<String> =
+            (0..400).map(|n| format!("{n} ").repeat(n * 7 % 90 + usize::from(n == 200) * 900_000)).collect();
+        let rows = |texts: &[String]| texts.iter().map(|text| vec![text.clone()]).collect::<Vec<_>>();
+        let (folder, info) =
+            file_of(write(&["text"], &[rows(&texts[..250]), Vec::new(), rows(&texts[250..])]));
+        let segments = |from: u64, limit: u64| {
+            let mut rows =
+                ParquetFile::open(&folder, &info).unwrap().rows("text", 0..3, limit, from).unwrap();
+            let mut segments = Vec::new();
+            while let Some(segment) = rows.next().unwrap() {
+                segments.push(segment);
+                assert_eq!(rows.segment(), from + segments.len() as u64);
+            }
+            assert!(rows.ends());
+            segments
+        };
+        for limit in [100, 4000, 1 << 20, 1 << 40] {
+            let all = segments(0, limit);
+            assert_eq!(all.concat(), texts);
+            let mut at = 0;
+            for (number, segment) in (0..).zip(&all) {
+                for text in segment {
+                    assert!((number * limit..(number + 1) * limit).contains(&at), "{number} {at}");
+                    at += text.len() as u64;
+                }
+            }
+            for from in [1, 2, all.len() / 2, all.len() - 1].into_iter().filter(|from| *from < all.len()) {
+                assert_eq!(segments(from as u64, limit), all[from..]);
+            }
+        }
+    }
+
+    #[test]
+    fn mistakes_are_told_with_the_columns() {
+        let bytes = write(&["text", "path"], &[rows(&["one"])]);
+        let message = read(bytes.clone(), "content").unwrap_err().to_string();
+        assert!(message.contains(r#"set text of its source to one of ["text", "path"]"#), "{message}");
+        let message = read(b"PAR1 no parquet".to_vec(), "text").unwrap_err().to_string();
+        assert!(message.contains("a.parquet is not parquet"), "{message}");
+        assert!(read(bytes[..bytes.len() - 3].to_vec(), "text").is_err());
+        assert!(read(Vec::new(), "text").is_err());
+    }
+
+    proptest! {
+        /// Damage to a page is an error. A header is not under the checksum, but must not change the text either.
+        #[test]
+        fn a_flipped_bit_never_gives_other_text(at in 0.0..1.0_f64, bit in 0..8_u32) {
+            let text = "The quick brown fox jumps over the lazy dog; ".repeat(20);
+            let mut bytes = write(&["text"], &[vec![vec![text.clone()], vec![text[5..].to_owned()]]]);
+            let footer = u32::from_le_bytes(bytes[bytes.len() - 8..bytes.len() - 4].try_into().unwrap()) as usize;
+            let pages = 4..bytes.len() - 8 - footer;
+            let at = pages.start + (at * pages.len() as f64) as usize;
+            bytes[at] ^= 1 << bit;
+            if let Ok(texts) = read(bytes, "text") {
+                prop_assert_eq!(texts, [text.clone(), text[5..].to_owned()]);
+            }
+        }
+    }
+}
