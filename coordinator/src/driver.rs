@@ -17,6 +17,7 @@ use ulmus_types::{CheckpointId, Digest, ErrorKind, ExitStatus, Generation, StepR
 use crate::console::Console;
 use crate::local::LocalWorkers;
 use crate::metrics::MetricsFile;
+use crate::quarantine::QuarantineFile;
 use crate::server::{SessionEvent, SessionNumber};
 use crate::store::{MetricsRow, RunStore, StoreError, StoredCheckpoint};
 
@@ -31,6 +32,7 @@ pub(crate) struct Parts {
     pub(crate) memory: RunStore,
     pub(crate) files: Store,
     pub(crate) metrics: MetricsFile,
+    pub(crate) quarantine: QuarantineFile,
     pub(crate) console: Console,
     pub(crate) locals: Option<LocalWorkers>,
     /// Kill a local worker once this many updates are done.
@@ -137,6 +139,10 @@ impl Driver {
             Effect::SaveGroupEnded(generation) => self.parts.memory.save_group_ended(generation)?,
             Effect::SaveFingerprint(fingerprint) => self.parts.memory.save_fingerprint(fingerprint)?,
             Effect::SaveSteps(generation, reports) => self.save_steps(generation, reports)?,
+            Effect::SaveQuarantine(quarantine) => {
+                self.parts.memory.save_quarantine(&quarantine)?;
+                self.parts.quarantine.write(&quarantine)?;
+            }
             Effect::SaveTrained(step) => self.parts.memory.save_trained(step)?,
             Effect::SaveJob(job, result) => self.parts.memory.save_job(&job, &result)?,
             Effect::Send(worker, message) => self.send(&worker, message),

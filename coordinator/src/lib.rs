@@ -13,6 +13,7 @@ mod folder;
 mod local;
 mod metrics;
 pub mod plans;
+mod quarantine;
 mod run;
 mod server;
 mod store;

@@ -10,7 +10,7 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::task::TaskTracker;
 use tonic::transport::Server;
 use ulmus_coord_core::Settings;
-use ulmus_plan::Plan;
+use ulmus_plan::{OnBadUnit, Plan};
 use ulmus_proto::v1::coordinator_server::CoordinatorServer;
 use ulmus_rt::{Failure, LogTarget, Shutdown};
 use ulmus_types::{Digest, ExitStatus};
@@ -20,6 +20,7 @@ use crate::driver::{Ended, Parts, drive, finish_commits};
 use crate::folder::{FolderError, RunFolder};
 use crate::local::LocalWorkers;
 use crate::metrics::MetricsFile;
+use crate::quarantine::QuarantineFile;
 use crate::server::{MESSAGE_LIMIT, Sessions};
 use crate::store::{RunStore, StoreError};
 use crate::summary;
@@ -142,6 +143,10 @@ async fn run_one(
     let (close, closed) = oneshot::channel::<()>();
     let server = serve(listener, events, tasks.clone(), closed);
     let server = tasks.spawn(server);
+    let quarantine = QuarantineFile(folder.path().join("quarantine.json"));
+    if !saved.quarantine.is_empty() {
+        quarantine.write(&saved.quarantine).map_err(|error| stored(&error))?;
+    }
     let parts = Parts {
         settings: settings(plan, &folder)?,
         saved,
@@ -149,6 +154,7 @@ async fn run_one(
         memory,
         files: folder.store().clone(),
         metrics,
+        quarantine,
         console,
         locals,
         kill_after,
@@ -170,8 +176,9 @@ async fn run_one(
     // Steps that were trained twice, or reported late, are in their place in the record and not in the file.
     MetricsFile::create(&metrics_path, &rows).map_err(|error| failed(&metrics_path, &error))?;
     let results = memory.results().map_err(|error| stored(&error))?;
+    let left_out = memory.saved().map_err(|error| stored(&error))?.quarantine;
     match outcome.status {
-        ExitStatus::Done => print(&summary::page(plan, options, &folder, &rows, &results)),
+        ExitStatus::Done => print(&summary::page(plan, options, &folder, &rows, &results, &left_out)),
         ExitStatus::Interrupted => print(&outcome.message),
         status => return Err(Failure::new(status, outcome.message)),
     }
@@ -236,6 +243,10 @@ fn settings(plan: &Plan, folder: &RunFolder) -> Result<Settings, Failure> {
         dead_after: plan.cluster.dead_after,
         rejoin_window: plan.cluster.rejoin_window,
         recovery: plan.checkpoint.recovery,
+        bad_units: match plan.data.on_bad_unit {
+            OnBadUnit::Fail => 0,
+            OnBadUnit::Quarantine => plan.data.max_bad_units as usize,
+        },
     })
 }
 

@@ -5,14 +5,15 @@
 //! depend on this file; workers train on while nobody writes it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 use ulmus_coord_core::Saved;
 use ulmus_types::{
-    CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Job, Step, StepReport, WorkerId,
+    BadUnit, CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Job, Step, StepReport,
+    WorkerId,
 };
 
 const SCHEMA: &str = "
@@ -42,6 +43,14 @@ pub(crate) enum StoreError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A file that workers read cannot be written.
+    #[error("{path}: {error}; is the disk full or the run folder read-only?")]
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
     /// A step that was trained twice gave other numbers.
     #[error(
         "step {step} was trained twice and gave another {column}: {first} and then {second}; the machines of this run do not compute alike"
@@ -62,7 +71,7 @@ impl StoreError {
     /// What can be done about it.
     pub(crate) const fn kind(&self) -> ErrorKind {
         match self {
-            Self::Sqlite(_) => ErrorKind::Internal,
+            Self::Sqlite(_) | Self::File { .. } => ErrorKind::Internal,
             Self::Damaged { .. } | Self::Diverged { .. } => ErrorKind::Corrupt,
         }
     }
@@ -137,6 +146,7 @@ impl RunStore {
             group,
             fingerprint: self.fact("fingerprint")?,
             checkpoints,
+            quarantine: self.fact::<Vec<_>>("quarantine")?.unwrap_or_default().into_iter().collect(),
             trained: self.fact("trained")?,
             jobs,
             step: Step::new(step.unwrap_or(0)),
@@ -180,6 +190,14 @@ impl RunStore {
     /// When the database cannot be written.
     pub(crate) fn save_fingerprint(&self, fingerprint: Digest) -> Result<(), StoreError> {
         self.save_fact("fingerprint", &fingerprint)
+    }
+
+    /// Stores which units are left out.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub(crate) fn save_quarantine(&self, quarantine: &BTreeMap<BadUnit, String>) -> Result<(), StoreError> {
+        self.save_fact("quarantine", &quarantine.iter().collect::<Vec<_>>())
     }
 
     /// Stores that every update is done.

@@ -8,6 +8,7 @@ use comfy_table::presets::UTF8_FULL_CONDENSED;
 use serde_json::Value;
 use textplots::{Chart, Plot, Shape};
 use ulmus_plan::Plan;
+use ulmus_types::BadUnit;
 
 use crate::check::grouped;
 use crate::folder::RunFolder;
@@ -21,9 +22,11 @@ pub(crate) fn page(
     folder: &RunFolder,
     metrics: &[MetricsRow],
     results: &BTreeMap<String, Value>,
+    left_out: &BTreeMap<BadUnit, String>,
 ) -> String {
     let mut page = String::new();
-    write_page(&mut page, plan, options, folder, metrics, results).expect("writing to a string cannot fail");
+    write_page(&mut page, plan, options, folder, metrics, results, left_out)
+        .expect("writing to a string cannot fail");
     page
 }
 
@@ -34,6 +37,7 @@ fn write_page(
     folder: &RunFolder,
     metrics: &[MetricsRow],
     results: &BTreeMap<String, Value>,
+    left_out: &BTreeMap<BadUnit, String>,
 ) -> std::fmt::Result {
     if let (Some(first), Some(last)) = (metrics.first(), metrics.last()) {
         writeln!(page, "\nloss over {} steps, nats per token", last.report.step)?;
@@ -57,6 +61,9 @@ fn write_page(
         }
     }
     writeln!(page, "\n{}", table(plan, results))?;
+    for (unit, why) in left_out {
+        writeln!(page, "left out: {unit}: {why}")?;
+    }
     let at = folder.path().display();
     writeln!(page)?;
     if plan.checkpoint.export {

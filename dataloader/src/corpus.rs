@@ -1,11 +1,12 @@
 //! A corpus: open sources, the rules for documents, and a tokenizer. A unit of it is a pure function: decode,
 //! normalise, filter, tokenize, pack.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use serde::Serialize;
 use ulmus_plan::DataConfig;
-use ulmus_types::LaneId;
+use ulmus_types::{BadUnit, LaneId};
 
 use crate::document::{Rules, Verdict};
 use crate::error::DataError;
@@ -25,6 +26,8 @@ pub struct Corpus {
     pub(crate) window: u64,
     pub(crate) threads: usize,
     pub(crate) max_epochs: Vec<Option<u64>>,
+    /// Source and unit of what is left out.
+    quarantine: BTreeSet<(usize, usize)>,
     rules: Rules,
     tokenizer: Tokenizer,
     counters: Counters,
@@ -100,10 +103,31 @@ impl Corpus {
             window: config.window,
             threads: config.threads.max(1) as usize,
             max_epochs: config.source.iter().map(|source| source.max_epochs).collect(),
+            quarantine: BTreeSet::new(),
             rules: Rules::new(config, seed),
             tokenizer,
             counters: Counters::default(),
         })
+    }
+
+    /// The same corpus without some units, which cannot be read.
+    #[must_use]
+    pub fn without<'u>(mut self, units: impl IntoIterator<Item = &'u BadUnit>) -> Self {
+        for BadUnit { source: name, unit } in units {
+            let source = (0..self.max_epochs.len()).find(|source| self.sources.name(*source) == name);
+            self.quarantine.extend(source.map(|source| (source, *unit as usize)));
+        }
+        self
+    }
+
+    /// Whether a unit is left out.
+    pub(crate) fn leaves_out(&self, source: usize, unit: usize) -> bool {
+        self.quarantine.contains(&(source, unit))
+    }
+
+    /// Whether any unit is.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.quarantine.is_empty()
     }
 
     /// All lanes of the plan.
@@ -207,7 +231,8 @@ impl Corpus {
         let mut texts = Vec::new();
         let mut encoder = self.tokenizer.encoder();
         let mut packed = Packed::new(self.rules.pack);
-        let units = self.sources.units_in_turn();
+        let mut units = self.sources.units_in_turn();
+        units.retain(|(source, unit)| !self.leaves_out(*source, *unit));
         for documents in units.iter().flat_map(|(source, unit)| self.sources.segments(*source, *unit)) {
             for document in documents? {
                 for verdict in self.rules.judge(&document) {

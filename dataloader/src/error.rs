@@ -94,6 +94,16 @@ pub enum DataError {
         /// What was found.
         reason: String,
     },
+    /// A unit cannot be read, and was read again in vain.
+    #[error("{error} (unit {unit} of source {name:?})")]
+    BadUnit {
+        /// The source.
+        name: String,
+        /// Its number in the manifest.
+        unit: usize,
+        /// Why.
+        error: Box<DataError>,
+    },
     /// A file is not the one that the manifest was frozen with.
     #[error(
         "{file} has changed since the run began: {what} was {then}, now {now}; restore it, or start a new run"
@@ -208,6 +218,27 @@ pub enum DataError {
 }
 
 impl DataError {
+    /// Whether it is a matter of what a file holds, and others may be fine.
+    const fn is_of_unit(&self) -> bool {
+        matches!(
+            self,
+            Self::Missing { .. }
+                | Self::Format { .. }
+                | Self::Column { .. }
+                | Self::ColumnType { .. }
+                | Self::Damaged { .. }
+        )
+    }
+
+    /// Says whose unit it is about, if it is about one.
+    pub(crate) fn of_unit(self, name: &str, unit: usize) -> Self {
+        if self.is_of_unit() {
+            Self::BadUnit { name: name.to_owned(), unit, error: Box::new(self) }
+        } else {
+            self
+        }
+    }
+
     /// What a caller can do about it.
     pub const fn kind(&self) -> ErrorKind {
         match self {
@@ -215,6 +246,7 @@ impl DataError {
             Self::Damaged { .. } | Self::Changed { .. } | Self::Manifest { .. } | Self::Position { .. } => {
                 ErrorKind::Corrupt
             }
+            Self::BadUnit { error, .. } => error.kind(),
             Self::Stopped => ErrorKind::Internal,
             _ => ErrorKind::InvalidInput,
         }

@@ -21,6 +21,9 @@ use crate::order::{Epoch, window_order};
 use crate::pack::{Packed, Sequence};
 use crate::tokenizer::Encoder;
 
+/// How often a unit that cannot be read is read again.
+const AGAIN: usize = 2;
+
 /// Words per stream.
 const WORDS: usize = 4;
 
@@ -233,6 +236,11 @@ impl Loader {
         }
         let window = open.window.as_ref().expect("it was just filled");
         let Some((segment, index)) = window.order.get(open.offset as usize) else {
+            if !self.corpus.is_whole() {
+                // Units that were in this window are left out since, so it ends earlier.
+                (open.window, open.offset) = (None, 0);
+                return self.take_from(stream);
+            }
             let source = self.corpus.mixture.streams()[stream].source;
             return Err(DataError::Position { name: self.corpus.sources.name(source).to_owned() });
         };
@@ -291,9 +299,29 @@ impl Reader {
         for job in queue {
             if job.wanted.strong_count() > 0 {
                 // Nobody waits any more when the loader was dropped meanwhile.
-                let _not_wanted = job.reply.send(self.window(&mut encoder, job.stream, job.place, job.open));
+                let _not_wanted =
+                    job.reply.send(self.window_at_last(&mut encoder, job.stream, job.place, job.open));
             }
         }
+    }
+
+    /// A window, for which a unit that cannot be read is read again: it may have been damaged on its way.
+    fn window_at_last(
+        &self,
+        encoder: &mut Encoder,
+        stream: usize,
+        place: Place,
+        open: Option<Segments>,
+    ) -> WindowResult {
+        let mut window = self.window(encoder, stream, place, open, false);
+        for _ in 0..AGAIN {
+            match &window {
+                Err(error @ DataError::BadUnit { .. }) => tracing::warn!(%error, "reading it again"),
+                _ => break,
+            }
+            window = self.window(encoder, stream, place, None, true);
+        }
+        window
     }
 
     /// The first window with any sequence at or after `place`, whose unit may be open.
@@ -303,6 +331,7 @@ impl Reader {
         stream: usize,
         mut place: Place,
         mut open: Option<Segments>,
+        again: bool,
     ) -> WindowResult {
         let stream = self.corpus.mixture.streams()[stream];
         let name = || self.corpus.sources.name(stream.source).to_owned();
@@ -318,21 +347,28 @@ impl Reader {
             while let Some(unit) = units.get(next.unit as usize)
                 && (order.len() as u64) < self.corpus.window
             {
+                let number = *unit as usize;
+                if self.corpus.leaves_out(stream.source, number) {
+                    next = Place { unit: next.unit + 1, segment: 0, ..next };
+                    barren += 1;
+                    continue;
+                }
+                let bad = |error: DataError| error.of_unit(self.corpus.sources.name(stream.source), number);
                 let mut reading = match open.take() {
                     Some(reading) => reading,
-                    None => self.corpus.sources.open_unit(
-                        stream.source,
-                        *unit as usize,
-                        u64::from(next.segment),
-                    )?,
+                    None => self
+                        .corpus
+                        .sources
+                        .open_unit(stream.source, number, u64::from(next.segment), again)
+                        .map_err(bad)?,
                 };
-                if let Some(documents) = reading.next()? {
+                if let Some(documents) = reading.next().map_err(bad)? {
                     let packed = self.corpus.pack(encoder, &documents);
                     let number = segments.len() as u32;
                     order.extend((0..packed.sequences(self.length) as u32).map(|index| (number, index)));
                     segments.push(packed);
                 }
-                if reading.ended()? {
+                if reading.ended().map_err(bad)? {
                     next = Place { unit: next.unit + 1, segment: 0, ..next };
                     barren += 1;
                 } else {

@@ -50,12 +50,20 @@ impl Sources {
         Ok(Self(config.source.iter().zip(&manifest.sources).map(open).collect::<Result<_, DataError>>()?))
     }
 
-    /// Opens a unit at a segment. Blocks, as reading it does.
+    /// Opens a unit at a segment; `again` passes by the cache, when what was read before is in doubt. Blocks, as
+    /// reading it does.
     ///
     /// # Errors
     /// When the unit's file is gone, has changed, is damaged, or is not what the plan says.
-    pub(crate) fn open_unit(&self, source: usize, unit: usize, segment: u64) -> Result<Segments, DataError> {
+    pub(crate) fn open_unit(
+        &self,
+        source: usize,
+        unit: usize,
+        segment: u64,
+        again: bool,
+    ) -> Result<Segments, DataError> {
         let Source { folder, text, listed, limit } = &self.0[source];
+        let folder = if again { &folder.uncached() } else { folder };
         Segments::open(folder, &listed.files, listed.format, text, listed.units[unit], *limit, segment)
     }
 
@@ -68,12 +76,13 @@ impl Sources {
         let mut opened = None;
         std::iter::from_fn(move || {
             if opened.is_none() {
-                match self.open_unit(source, unit, 0) {
+                match self.open_unit(source, unit, 0, false) {
                     Ok(segments) => opened = Some(segments),
-                    Err(error) => return Some(Err(error)),
+                    Err(error) => return Some(Err(error.of_unit(self.name(source), unit))),
                 }
             }
-            opened.as_mut()?.next().transpose()
+            let segment = opened.as_mut()?.next().transpose()?;
+            Some(segment.map_err(|error| error.of_unit(self.name(source), unit)))
         })
     }
 

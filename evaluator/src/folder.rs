@@ -49,7 +49,9 @@ pub fn load_model(
 /// # Errors
 /// When the folder has none, or it does not fit the model.
 pub fn load_tokenizer(directory: &Path, model: &LoadedModel) -> Result<Tokenizer, EvaluatorError> {
-    let path = require(directory, "tokenizer.model").or_else(|_| require(directory, "tokenizer.json"))?;
+    let path = require(directory, "tokenizer.json").or_else(|_| require(directory, "tokenizer.model"));
+    // Where there are both, the model is the original.
+    let path = require(directory, "tokenizer.model").or(path)?;
     let mismatch = |reason: String| EvaluatorError::Mismatch { path: directory.to_owned(), reason };
     let bytes = std::fs::read(&path).map_err(|error| mismatch(error.to_string()))?;
     let names = names_of_ends(directory).map_err(mismatch)?;

@@ -7,9 +7,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ulmus_types::{
-    Assignment, CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Hello, Incarnation,
-    Job, LeaveReason, Peer, Rank, Snapshot, Step, StepReport, ToCoordinator, ToWorker, Wish, WorkerId,
-    WorkerStatus,
+    Assignment, BadUnit, CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Hello,
+    Incarnation, Job, LeaveReason, Peer, Rank, Snapshot, Step, StepReport, ToCoordinator, ToWorker, Wish,
+    WorkerId, WorkerStatus,
 };
 
 use crate::v1;
@@ -230,6 +230,9 @@ impl From<ToCoordinator> for v1::FromWorker {
                     LeaveReason::Agreed => Reason::Agreed(true),
                     LeaveReason::Finished => Reason::Finished(true),
                     LeaveReason::Exhausted(source) => Reason::Exhausted(source),
+                    LeaveReason::BadUnit(BadUnit { source, unit }, message) => {
+                        Reason::BadUnit(v1::BadUnit { source, unit, message })
+                    }
                     LeaveReason::Lost(what) => Reason::Lost(what),
                     LeaveReason::Failed { kind, message } => Reason::Failed(failure(kind, message)),
                 };
@@ -257,9 +260,14 @@ impl From<ToCoordinator> for v1::FromWorker {
             ToCoordinator::JobDone { job, result } => {
                 Wire::JobDone(v1::JobDone { job: Some(job.into()), result })
             }
-            ToCoordinator::JobFailed { job, kind, message } => Wire::JobFailed(v1::JobFailed {
+            ToCoordinator::JobFailed { job, kind, message, bad_unit } => Wire::JobFailed(v1::JobFailed {
                 job: Some(job.into()),
                 failure: Some(failure(kind, message)),
+                bad_unit: bad_unit.map(|BadUnit { source, unit }| v1::BadUnit {
+                    source,
+                    unit,
+                    message: String::new(),
+                }),
             }),
         };
         Self { message: Some(message) }
@@ -306,6 +314,9 @@ impl TryFrom<v1::FromWorker> for ToCoordinator {
                     Reason::Agreed(_) => LeaveReason::Agreed,
                     Reason::Finished(_) => LeaveReason::Finished,
                     Reason::Exhausted(source) => LeaveReason::Exhausted(source),
+                    Reason::BadUnit(v1::BadUnit { source, unit, message }) => {
+                        LeaveReason::BadUnit(BadUnit { source, unit }, message)
+                    }
                     Reason::Lost(what) => LeaveReason::Lost(what),
                     Reason::Failed(failure) => {
                         let (kind, message) = failed(failure)?;
@@ -346,7 +357,13 @@ impl TryFrom<v1::FromWorker> for ToCoordinator {
             }
             Wire::JobFailed(job) => {
                 let (kind, message) = failed(required("job_failed.failure", job.failure)?)?;
-                Self::JobFailed { job: required("job_failed.job", job.job)?.try_into()?, kind, message }
+                let bad_unit = job.bad_unit.map(|v1::BadUnit { source, unit, .. }| BadUnit { source, unit });
+                Self::JobFailed {
+                    job: required("job_failed.job", job.job)?.try_into()?,
+                    kind,
+                    message,
+                    bad_unit,
+                }
             }
         })
     }
@@ -502,7 +519,12 @@ mod tests {
             },
             ToCoordinator::WriteFailed { checkpoint: checkpoint(), message: "full".into() },
             ToCoordinator::JobDone { job: Job::Average(vec![checkpoint()]), result: "{}".into() },
-            ToCoordinator::JobFailed { job: Job::Prepare, kind: ErrorKind::Corrupt, message: "m".into() },
+            ToCoordinator::JobFailed {
+                job: Job::Prepare,
+                kind: ErrorKind::Corrupt,
+                message: "m".into(),
+                bad_unit: Some(BadUnit { source: "web".into(), unit: 3 }),
+            },
         ];
         let busy = WorkerStatus::Working(Job::Evaluate(checkpoint()));
         for status in [WorkerStatus::Idle, WorkerStatus::Training(generation), busy] {
@@ -520,6 +542,7 @@ mod tests {
             LeaveReason::Agreed,
             LeaveReason::Finished,
             LeaveReason::Exhausted("web".into()),
+            LeaveReason::BadUnit(BadUnit { source: "web".into(), unit: 7 }, "cut".into()),
             LeaveReason::Lost("rank 1".into()),
             LeaveReason::Failed { kind: ErrorKind::InvalidInput, message: "nan".into() },
         ] {

@@ -4,7 +4,7 @@ use ulmus_checkpoint::{CheckpointError, StoreError};
 use ulmus_dataloader::DataError;
 use ulmus_evaluator::EvaluatorError;
 use ulmus_model::ModelError;
-use ulmus_types::ErrorKind;
+use ulmus_types::{BadUnit, ErrorKind, LeaveReason};
 
 use crate::collective::CollectiveError;
 
@@ -50,7 +50,33 @@ pub enum WorkerError {
     OtherPlan(String),
 }
 
+impl From<WorkerError> for LeaveReason {
+    /// Why a worker leaves its group over an error.
+    fn from(error: WorkerError) -> Self {
+        let message = error.to_string();
+        if let Some(unit) = error.bad_unit() {
+            return Self::BadUnit(unit, message);
+        }
+        match error {
+            WorkerError::Collective(error) if error.kind() != ErrorKind::InvalidInput => Self::Lost(message),
+            // A store that does not answer may do so when the group forms again.
+            WorkerError::Data(DataError::Store { .. }) => Self::Lost(message),
+            error => Self::Failed { kind: error.kind(), message },
+        }
+    }
+}
+
 impl WorkerError {
+    /// The unit whose fault it is, if it is one's.
+    pub(crate) fn bad_unit(&self) -> Option<BadUnit> {
+        match self {
+            Self::Data(DataError::BadUnit { name, unit, .. }) => {
+                Some(BadUnit { source: name.clone(), unit: *unit as u64 })
+            }
+            _ => None,
+        }
+    }
+
     /// What can be done about it.
     pub fn kind(&self) -> ErrorKind {
         match self {

@@ -1,18 +1,21 @@
 //! What a worker knows about the run that it joined.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use tokio::runtime::Handle;
 use ulmus_checkpoint::{Store, StoreError};
 use ulmus_dataloader::{Corpus, DataError, Folder, Manifest, Sources, Tokenizer};
 use ulmus_plan::{Plan, TokenizerConfig};
-use ulmus_types::Digest;
+use ulmus_types::{BadUnit, Digest};
 
 use crate::WorkerError;
 
 /// The manifest of the data, in the run's folder.
 pub(crate) const MANIFEST: &str = "data/manifest.json";
 /// The tokenizer as SentencePiece reads it.
+/// Units that are left out.
+const QUARANTINE: &str = "quarantine.json";
 pub(crate) const TOKENIZER_MODEL: &str = "tokenizer.model";
 /// The same tokenizer as transformers reads it.
 pub(crate) const TOKENIZER_JSON: &str = "tokenizer.json";
@@ -66,10 +69,24 @@ impl Run {
         Ok(Tokenizer::read(&bytes, name, bos.as_deref(), eos.as_deref())?)
     }
 
-    /// The run's data as the prepare job has frozen it.
+    /// The run's data as the prepare job has frozen it, without units that cannot be read.
     pub(crate) fn corpus(&self) -> Result<Corpus, WorkerError> {
         let manifest = Manifest::from_json(&self.read(MANIFEST)?)?;
-        self.corpus_of(&manifest, self.tokenizer()?).map_err(Into::into)
+        Ok(self.corpus_of(&manifest, self.tokenizer()?)?.without(&self.quarantine()?))
+    }
+
+    /// Units that cannot be read, as the coordinator has recorded them.
+    pub(crate) fn quarantine(&self) -> Result<BTreeSet<BadUnit>, WorkerError> {
+        let recorded = match self.read(QUARANTINE) {
+            Err(StoreError::NotFound { .. }) => return Ok(BTreeSet::new()),
+            recorded => recorded?,
+        };
+        let units: Vec<(BadUnit, String)> = serde_json::from_slice(&recorded).map_err(|error| {
+            WorkerError::Plan(format!(
+                "{QUARANTINE} of the run is damaged: {error}; delete it, and restart the coordinator"
+            ))
+        })?;
+        Ok(units.into_iter().map(|(unit, _)| unit).collect())
     }
 
     /// The data of a manifest.

@@ -280,7 +280,7 @@ mod tests {
                 tokens: 0,
                 quantum: 1.0,
                 cursors: vec![],
-                counters: BTreeMap::new(),
+                quarantine: std::collections::BTreeSet::new(),
             },
             _room: room,
         })

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use ulmus_types::{
-    Assignment, CheckpointId, CheckpointKind, Digest, ErrorKind, ExitStatus, FileEntry, Generation, Hello,
-    Job, LeaveReason, RunName, Snapshot, Step, StepReport, ToCoordinator, ToWorker, Wish, WorkerId,
+    Assignment, BadUnit, CheckpointId, CheckpointKind, Digest, ErrorKind, ExitStatus, FileEntry, Generation,
+    Hello, Job, LeaveReason, RunName, Snapshot, Step, StepReport, ToCoordinator, ToWorker, Wish, WorkerId,
     WorkerStatus,
 };
 
@@ -59,6 +59,8 @@ pub struct Settings {
     pub rejoin_window: Duration,
     /// Time between two recovery checkpoints.
     pub recovery: Duration,
+    /// Units that may be left out because they cannot be read; one more ends the run.
+    pub bad_units: usize,
 }
 
 /// What the store remembers of the run; the default is a run that has not begun.
@@ -72,6 +74,8 @@ pub struct Saved {
     pub fingerprint: Option<Digest>,
     /// Committed checkpoints.
     pub checkpoints: BTreeMap<CheckpointId, CheckpointKind>,
+    /// Units that are left out, and why.
+    pub quarantine: BTreeMap<BadUnit, String>,
     /// Set when every update is done.
     pub trained: Option<Step>,
     /// Names of finished jobs.
@@ -91,6 +95,7 @@ pub struct Coordinator {
     pub(crate) jobs: Jobs,
     checkpoints: BTreeMap<CheckpointId, CheckpointKind>,
     fingerprint: Option<Digest>,
+    quarantine: BTreeMap<BadUnit, String>,
     /// Set when every update is done; training is over once the checkpoint of that step is stored too.
     trained: Option<Step>,
     step: Step,
@@ -121,6 +126,7 @@ impl Coordinator {
             jobs: Jobs::new(saved.jobs, settings.average, settings.export),
             checkpoints: saved.checkpoints,
             fingerprint: saved.fingerprint,
+            quarantine: saved.quarantine,
             trained: saved.trained,
             step: saved.step,
             futile_groups: 0,
@@ -156,7 +162,8 @@ impl Coordinator {
         if !self.exited {
             self.advance(now);
         }
-        debug_assert_eq!(invariants::broken(self), None);
+        // Whoever has ended leaves everything as it was.
+        debug_assert_eq!(invariants::broken(self).filter(|_| !self.exited), None);
         std::mem::take(&mut self.effects)
     }
 
@@ -195,7 +202,9 @@ impl Coordinator {
             }
             ToCoordinator::Notice(text) => self.tell(Note::Remark(format!("{}: {text}", worker.name()))),
             ToCoordinator::JobDone { job, result } => self.job_done(worker, job, result),
-            ToCoordinator::JobFailed { job, kind, message } => self.job_failed(worker, &job, kind, &message),
+            ToCoordinator::JobFailed { job, kind, message, bad_unit } => {
+                self.job_failed(worker, &job, kind, &message, bad_unit.as_ref());
+            }
         }
     }
 
@@ -417,6 +426,21 @@ impl Coordinator {
                 let message = format!("training stopped after step {step} on {}: {message}", worker.name());
                 return self.exit((*kind).into(), message);
             }
+            LeaveReason::BadUnit(unit, why) => {
+                if !self.leave_out(unit, why) {
+                    let most = self.settings.bad_units;
+                    let message = match most {
+                        0 => {
+                            format!("{why}; or set data.on_bad_unit = \"quarantine\" to leave such units out")
+                        }
+                        _ => format!(
+                            "{why}; {most} units are left out already, and data.max_bad_units allows no more"
+                        ),
+                    };
+                    return self
+                        .exit(ExitStatus::Corrupt, format!("training stopped after step {step}: {message}"));
+                }
+            }
             LeaveReason::Agreed | LeaveReason::Lost(_) => {}
         }
         match &mut self.group {
@@ -427,12 +451,30 @@ impl Coordinator {
             _ => {
                 let (why, abort) = match reason {
                     LeaveReason::Lost(what) => (format!("{}: {what}", worker.name()), true),
+                    LeaveReason::BadUnit(unit, _) => (format!("{unit} is left out from now on"), true),
                     LeaveReason::Agreed => (format!("paused at step {step}"), false),
                     _ => (format!("finished at step {step}"), false),
                 };
                 self.dissolve(&why, abort, now);
             }
         }
+    }
+
+    /// Leaves a unit out from now on, if there may be another one.
+    fn leave_out(&mut self, unit: &BadUnit, why: &str) -> bool {
+        // Several members of a group may have found it.
+        if self.quarantine.contains_key(unit) {
+            return true;
+        }
+        if self.quarantine.len() >= self.settings.bad_units {
+            return false;
+        }
+        // The next group will come further, and there is an end to it.
+        self.futile_groups = 0;
+        self.quarantine.insert(unit.clone(), why.to_owned());
+        self.effects.push(Effect::SaveQuarantine(self.quarantine.clone()));
+        self.tell(Note::Remark(format!("{unit} is left out from now on: {why}")));
+        true
     }
 
     /// Forms a group when training is due and there are enough idle workers.
@@ -548,8 +590,21 @@ impl Coordinator {
         self.tell(Note::JobDone(job));
     }
 
-    fn job_failed(&mut self, worker: &WorkerId, job: &Job, kind: ErrorKind, message: &str) {
+    fn job_failed(
+        &mut self,
+        worker: &WorkerId,
+        job: &Job,
+        kind: ErrorKind,
+        message: &str,
+        bad_unit: Option<&BadUnit>,
+    ) {
         if !self.job_ended(worker, job) {
+            return;
+        }
+        // Whoever fails over a unit that is left out already has a reason of its own.
+        if let Some(unit) = bad_unit.filter(|unit| !self.quarantine.contains_key(*unit))
+            && self.leave_out(unit, message)
+        {
             return;
         }
         let worth_another_try = matches!(kind, ErrorKind::Retry | ErrorKind::Internal);

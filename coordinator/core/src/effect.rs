@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use ulmus_types::{
-    CheckpointId, CheckpointKind, Digest, ExitStatus, FileEntry, Generation, Job, Step, StepReport, ToWorker,
-    WorkerId,
+    BadUnit, CheckpointId, CheckpointKind, Digest, ExitStatus, FileEntry, Generation, Job, Step, StepReport,
+    ToWorker, WorkerId,
 };
 
 /// Something to do. Effects are performed in order.
@@ -18,6 +18,9 @@ pub enum Effect {
     SaveFingerprint(Digest),
     /// Store reports of updates.
     SaveSteps(Generation, Vec<StepReport>),
+    /// Store the units that everybody leaves out from now on, and why, where workers read it, before anything else is
+    /// done.
+    SaveQuarantine(BTreeMap<BadUnit, String>),
     /// Store that every update is done.
     SaveTrained(Step),
     /// Store that a job is done, and its result (JSON).

@@ -34,6 +34,7 @@ fn settings() -> Settings {
         dead_after: Duration::from_secs(3),
         rejoin_window: Duration::from_secs(10),
         recovery: Duration::from_mins(1),
+        bad_units: 1,
     }
 }
 
@@ -134,6 +135,7 @@ impl World {
                     self.saved.step = self.saved.step.max(report.step);
                 }
             }
+            Effect::SaveQuarantine(quarantine) => self.saved.quarantine = quarantine,
             Effect::SaveTrained(step) => self.saved.trained = Some(step),
             Effect::SaveJob(job, _) => {
                 self.saved.jobs.insert(job.name().to_owned());

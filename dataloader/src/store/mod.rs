@@ -238,6 +238,11 @@ impl Folder {
         Self { prefix, url: self.place(path), ..self.clone() }
     }
 
+    /// The same folder, past the cache.
+    pub(crate) fn uncached(&self) -> Self {
+        Self { cache: None, ..self.clone() }
+    }
+
     /// Whether [`Self::list`] works.
     pub(crate) const fn can_list(&self) -> bool {
         !matches!(self.listing, Listing::None)

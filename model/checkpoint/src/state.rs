@@ -3,13 +3,13 @@
 //! The moments are cut into ranges of the flattened parameters that depend on the number of parameters alone, so
 //! that any number of workers can write them and any other number can read them.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
-use ulmus_types::Step;
+use ulmus_types::{BadUnit, Step};
 
 use crate::{CheckpointError, STATE_FILE};
 
@@ -33,9 +33,9 @@ pub struct TrainState {
     pub quantum: f64,
     /// The position of every data stream, as the data loader writes and reads it.
     pub cursors: Vec<i64>,
-    /// Other counts that go on where they were, by name.
+    /// Units that were left out because they could not be read.
     #[serde(default)]
-    pub counters: BTreeMap<String, i64>,
+    pub quarantine: BTreeSet<BadUnit>,
 }
 
 #[derive(Serialize)]
@@ -174,7 +174,7 @@ mod tests {
             tokens: u64::MAX,
             quantum: (0.1_f64 + 0.2) * 2.0_f64.powi(-60),
             cursors: vec![i64::MIN, -1, 0, 1 << 53, i64::MAX],
-            counters: [("documents".to_owned(), i64::MAX)].into(),
+            quarantine: [BadUnit { source: "web".to_owned(), unit: u64::MAX }].into(),
         };
         let text = state.to_json();
         assert_eq!(TrainState::from_json(&text).unwrap(), state);

@@ -68,6 +68,17 @@ pub enum Pack {
     Corenet,
 }
 
+/// What to do about a unit that is damaged or gone, once it has been read again in vain.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnBadUnit {
+    /// Stop the run.
+    #[default]
+    Fail,
+    /// Leave it out: the coordinator records it, and from then on nobody reads it.
+    Quarantine,
+}
+
 /// One corpus, or one part of a corpus with a share of its own.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -123,6 +134,10 @@ pub struct DataConfig {
     pub pack: Pack,
     /// Words of a piece of a document, for `pack = "corenet"`.
     pub piece_words: u64,
+    /// What to do about a unit that cannot be read.
+    pub on_bad_unit: OnBadUnit,
+    /// Most units that are left out before the run stops after all.
+    pub max_bad_units: u64,
     /// Threads that read and tokenize, per worker.
     pub threads: u64,
     /// Folder on each worker's disk that keeps what was read from remote stores; none if it is not set.
@@ -149,6 +164,8 @@ impl Default for DataConfig {
             normalize: Normalize::Nfc,
             pack: Pack::Concat,
             piece_words: 2048,
+            on_bad_unit: OnBadUnit::Fail,
+            max_bad_units: 16,
             threads: 2,
             cache: None,
             cache_limit: Bytes::mib(100 << 10),
@@ -207,6 +224,13 @@ impl DataConfig {
             self.piece_words,
             "1 to 1048576 words are a piece",
             "write 2048",
+        );
+        problems.check(
+            (1..=10_000).contains(&self.max_bad_units),
+            "data.max_bad_units",
+            self.max_bad_units,
+            "1 to 10000 units may be left out",
+            "write 16, or data.on_bad_unit = \"fail\"",
         );
         problems.check(
             (1..=256).contains(&self.threads),

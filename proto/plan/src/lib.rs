@@ -15,7 +15,7 @@ mod prepare;
 mod train;
 mod units;
 
-pub use data::{DataConfig, Format, Normalize, Pack, SourceConfig};
+pub use data::{DataConfig, Format, Normalize, OnBadUnit, Pack, SourceConfig};
 pub use memory::{HEAD_ROWS, MemoryPlan, worker_memory};
 pub use model::{LayerDims, ModelConfig, Multipliers, Preset};
 pub use norm::{NormKind, ROW_BLOCK};

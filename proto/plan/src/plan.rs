@@ -148,7 +148,7 @@ pub struct Plan {
 }
 
 /// Keys that may change between two starts of the same run, because no trained bit depends on them.
-const MAY_CHANGE: [&str; 9] = [
+const MAY_CHANGE: [&str; 11] = [
     "local.",
     "cluster.",
     "store.",
@@ -158,6 +158,8 @@ const MAY_CHANGE: [&str; 9] = [
     "data.threads",
     "data.cache",
     "data.request_timeout",
+    "data.on_bad_unit",
+    "data.max_bad_units",
 ];
 
 /// Keys that the first plans did not have, and what those plans meant. They count only with another value, so that a

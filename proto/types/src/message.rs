@@ -5,6 +5,7 @@
 //! idempotent: saying the same thing twice changes nothing.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -67,6 +68,21 @@ pub struct StepReport {
     pub communication: Duration,
 }
 
+/// A unit of a source that cannot be read: by its place in the manifest.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct BadUnit {
+    /// Name of the source.
+    pub source: String,
+    /// Number of the unit.
+    pub unit: u64,
+}
+
+impl fmt::Display for BadUnit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "unit {} of source {:?}", self.unit, self.source)
+    }
+}
+
 /// Why a worker is no longer in its group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LeaveReason {
@@ -76,6 +92,8 @@ pub enum LeaveReason {
     Finished,
     /// A source's `max_epochs` is used up; the text names it.
     Exhausted(String),
+    /// A unit of a source cannot be read; the text tells why.
+    BadUnit(BadUnit, String),
     /// The collective broke or was aborted; the text tells what was seen.
     Lost(String),
     /// Training cannot go on: damaged data, a gradient that is not finite.
@@ -268,6 +286,8 @@ pub enum ToCoordinator {
         kind: ErrorKind,
         /// What happened.
         message: String,
+        /// The unit whose fault it is, if it is one's.
+        bad_unit: Option<BadUnit>,
     },
 }
 

@@ -5,10 +5,12 @@
 //! when nobody has a state, everybody takes what rank 0 reads from the newest good checkpoint or makes from the
 //! seed. It is one path for all of them.
 
+use std::collections::BTreeSet;
+
 use tokio::sync::mpsc;
 use ulmus_checkpoint::{TrainState, newest_verified};
 use ulmus_model::{Backend, StatePart};
-use ulmus_types::{Assignment, ErrorKind, LeaveReason, Rank, Step, ToCoordinator};
+use ulmus_types::{Assignment, LeaveReason, Rank, Step, ToCoordinator};
 
 use super::{Report, Training};
 use crate::WorkerError;
@@ -33,12 +35,7 @@ impl<B: Backend> Training<B> {
             reports.blocking_send(Report::Say(ToCoordinator::Formed { generation, step })).ok();
             self.train(assignment, group, control, reports)
         });
-        result.unwrap_or_else(|error| match error {
-            WorkerError::Collective(error) if error.kind() != ErrorKind::InvalidInput => {
-                LeaveReason::Lost(error.to_string())
-            }
-            error => LeaveReason::Failed { kind: error.kind(), message: error.to_string() },
-        })
+        result.unwrap_or_else(LeaveReason::from)
     }
 
     /// Gives every member the newest state in the group.
@@ -47,9 +44,7 @@ impl<B: Backend> Training<B> {
         group: &mut dyn Collective,
         reports: &mpsc::Sender<Report>,
     ) -> Result<(), WorkerError> {
-        if self.corpus.is_none() {
-            self.corpus = Some(self.run.corpus()?.into());
-        }
+        self.open_corpus()?;
         // 0 stands for no state at all.
         let mut steps = vec![0_i64; group.size()];
         steps[group.rank().index()] =
@@ -64,6 +59,25 @@ impl<B: Backend> Training<B> {
         }
         let donor = steps.iter().position(|step| *step == newest).unwrap_or(0);
         self.broadcast(Rank::new(donor as u32), group)
+    }
+
+    /// Opens the corpus without what is left out by now, and reads what is measured on: an error in the middle of a
+    /// measurement would cost the step.
+    fn open_corpus(&mut self) -> Result<(), WorkerError> {
+        let quarantine = self.run.quarantine()?;
+        if self.corpus.is_none() || quarantine != self.quarantine {
+            // Windows that were read with those units in them are of no use any more.
+            (self.loader, self.held_out) = (None, Vec::new());
+            let corpus = self.run.corpus()?;
+            let plan = &self.run.plan;
+            if plan.train.held_out_every > 0 {
+                let held_out =
+                    corpus.held_out(plan.sequence_length(), plan.train.held_out_sequences as usize)?;
+                self.held_out = held_out.sequences;
+            }
+            (self.corpus, self.quarantine) = (Some(corpus.into()), quarantine);
+        }
+        Ok(())
     }
 
     /// Takes up the newest good checkpoint, or begins from the seed.
@@ -98,7 +112,7 @@ impl<B: Backend> Training<B> {
             tokens: 0,
             quantum: self.quantum.value(),
             cursors: cursors.unwrap_or_default(),
-            counters: std::collections::BTreeMap::new(),
+            quarantine: BTreeSet::new(),
         }
     }
 

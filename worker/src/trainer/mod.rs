@@ -7,6 +7,7 @@ mod group;
 mod step;
 mod words;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use tokio::sync::{Semaphore, mpsc};
 use ulmus_checkpoint::TrainState;
 use ulmus_dataloader::{Corpus, Loader, Sequence};
 use ulmus_model::{Backend, BatchShape, MicroBatch, Quantum, Replica};
-use ulmus_types::{Assignment, Digest, Job, LeaveReason, Step, ToCoordinator};
+use ulmus_types::{Assignment, BadUnit, Digest, Job, LeaveReason, Step, ToCoordinator};
 
 use crate::WorkerError;
 use crate::collective::{AbortHandle, CollectiveError, Listener, Place, TcpGroup};
@@ -65,8 +66,10 @@ pub(crate) struct Training<B: Backend> {
     position: Option<TrainState>,
     corpus: Option<Arc<Corpus>>,
     loader: Option<Loader>,
+    /// Units that the corpus is without.
+    quarantine: BTreeSet<BadUnit>,
     /// Sequences that the held-out loss is measured on.
-    held_out: Option<Vec<Sequence>>,
+    held_out: Vec<Sequence>,
     room: Arc<Semaphore>,
 }
 
@@ -134,11 +137,21 @@ impl<B: Backend> Trainer<B> {
     fn work(&mut self, job: Job) -> ToCoordinator {
         let Some(training) = &self.training else {
             let message = "asked for before it was ready".to_owned();
-            return ToCoordinator::JobFailed { job, kind: ulmus_types::ErrorKind::Retry, message };
+            return ToCoordinator::JobFailed {
+                job,
+                kind: ulmus_types::ErrorKind::Retry,
+                message,
+                bad_unit: None,
+            };
         };
         match jobs::work(&training.run, self.threads, &job) {
             Ok(result) => ToCoordinator::JobDone { job, result: result.to_string() },
-            Err(error) => ToCoordinator::JobFailed { job, kind: error.kind(), message: error.to_string() },
+            Err(error) => ToCoordinator::JobFailed {
+                job,
+                kind: error.kind(),
+                message: error.to_string(),
+                bad_unit: error.bad_unit(),
+            },
         }
     }
 }
@@ -184,7 +197,8 @@ impl<B: Backend> Training<B> {
             position: None,
             corpus: None,
             loader: None,
-            held_out: None,
+            quarantine: BTreeSet::new(),
+            held_out: Vec::new(),
             room: Arc::new(Semaphore::new(HELD)),
         })
     }

@@ -182,9 +182,7 @@ impl<B: Backend> Training<B> {
         reports: &mpsc::Sender<Report>,
     ) -> LeaveReason {
         match obstacle {
-            Some(Obstacle::Failed(error)) => {
-                LeaveReason::Failed { kind: error.kind(), message: error.to_string() }
-            }
+            Some(Obstacle::Failed(error)) => error.into(),
             // The one whose share it was says why.
             _ if agreed.failed > 0 => LeaveReason::Agreed,
             obstacle => {
@@ -245,6 +243,7 @@ impl<B: Backend> Training<B> {
         position.step = position.step.next();
         position.tokens += agreed.valid as u64;
         position.cursors.clone_from(&agreed.cursors);
+        position.quarantine.clone_from(&self.quarantine);
         let (step, tokens) = (position.step, position.tokens);
         let elapsed = begun.elapsed();
         let due = plan.train.held_out_every > 0
@@ -267,17 +266,11 @@ impl<B: Backend> Training<B> {
     fn held_out_loss(&mut self, group: &mut dyn Collective) -> Result<Option<f64>, WorkerError> {
         let plan = Arc::clone(&self.run.plan);
         let length = plan.sequence_length();
-        if self.held_out.is_none() {
-            let corpus = self.corpus.as_ref().expect("the corpus is opened before a group agrees");
-            let held_out = corpus.held_out(length, plan.train.held_out_sequences as usize)?;
-            self.held_out = Some(held_out.sequences);
-        }
-        let sequences = self.held_out.as_ref().expect("filled above");
         let rows = plan.train.micro_batch as usize;
         let masked =
             Sequence { inputs: vec![0; length], targets: vec![IGNORE; length], doc_starts: vec![0; length] };
         let mut words = Words::default();
-        for batch in sequences.chunks(rows).skip(group.rank().index()).step_by(group.size()) {
+        for batch in self.held_out.chunks(rows).skip(group.rank().index()).step_by(group.size()) {
             let mut batch = batch.to_vec();
             batch.resize(rows, masked.clone());
             let loss = self.replica.loss(&micro_batch(&batch, length))?;
