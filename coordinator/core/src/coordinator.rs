@@ -601,13 +601,12 @@ impl Coordinator {
         if !self.job_ended(worker, job) {
             return;
         }
-        // Whoever fails over a unit that is left out already has a reason of its own.
-        if let Some(unit) = bad_unit.filter(|unit| !self.quarantine.contains_key(*unit))
-            && self.leave_out(unit, message)
-        {
+        // It may have begun before the unit was left out.
+        let was_known = bad_unit.is_some_and(|unit| self.quarantine.contains_key(unit));
+        if !was_known && bad_unit.is_some_and(|unit| self.leave_out(unit, message)) {
             return;
         }
-        let worth_another_try = matches!(kind, ErrorKind::Retry | ErrorKind::Internal);
+        let worth_another_try = was_known || matches!(kind, ErrorKind::Retry | ErrorKind::Internal);
         if worth_another_try && self.jobs.failed(job) {
             self.tell(Note::Remark(format!(
                 "{} failed on {}, trying again: {message}",
