@@ -7,6 +7,7 @@
 
 use std::borrow::Cow;
 
+use crate::ftfy;
 use ulmus_plan::{DataConfig, Normalize, Pack};
 use unicode_normalization::{IsNormalized, UnicodeNormalization, is_nfc_quick};
 
@@ -101,8 +102,10 @@ fn pieces(text: &str, words: usize) -> impl Iterator<Item = &str> {
     })
 }
 
-fn normalized(text: &str, normalize: Normalize) -> Cow<'_, str> {
+/// A text as it is tokenized.
+pub fn normalized(text: &str, normalize: Normalize) -> Cow<'_, str> {
     match normalize {
+        Normalize::Ftfy => ftfy::fix(text),
         Normalize::Nfc if is_nfc_quick(text.chars()) != IsNormalized::Yes => {
             text.nfc().collect::<String>().into()
         }

@@ -15,6 +15,7 @@ mod corpus;
 mod document;
 mod error;
 mod format;
+mod ftfy;
 mod loader;
 mod manifest;
 mod order;
@@ -26,6 +27,7 @@ mod store;
 mod tokenizer;
 
 pub use corpus::{Corpus, Counts, HeldOut};
+pub use document::normalized;
 pub use error::DataError;
 pub use loader::{Cursors, Loader};
 pub use manifest::Manifest;

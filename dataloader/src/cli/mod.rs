@@ -33,6 +33,10 @@ enum Command {
     ///
     /// Example: echo '[1, 15043]' | dataloader decode --tokenizer tokenizer.model
     Decode(tokens::Decode),
+    /// Do to texts what a plan does before it tokenizes them: a JSON string per line to the same.
+    ///
+    /// Example: echo '"schÃ¶n &amp; gut"' | dataloader normalize --as ftfy
+    Normalize(tokens::Normalize),
 }
 
 impl Arguments {
@@ -42,6 +46,7 @@ impl Arguments {
             Command::Count(count) => count.run(),
             Command::Encode(encode) => encode.run(),
             Command::Decode(decode) => decode.run(),
+            Command::Normalize(normalize) => normalize.run(),
         }?;
         Ok(ExitStatus::Done)
     }

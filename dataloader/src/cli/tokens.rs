@@ -1,12 +1,12 @@
-//! `encode` and `decode`: filters from standard input to standard output.
+//! `encode`, `decode` and `normalize`: filters from standard input to standard output.
 
 use std::io::{self, BufRead, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use serde::Serialize;
-use serde::de::DeserializeOwned;
-use ulmus_dataloader::Tokenizer;
+use serde::de::{DeserializeOwned, IntoDeserializer, value};
+use serde::{Deserialize, Serialize};
+use ulmus_dataloader::{Tokenizer, normalized};
 use ulmus_rt::{Failure, finish_output};
 use ulmus_types::{ErrorKind, ExitStatus};
 
@@ -71,6 +71,22 @@ impl Decode {
         filter("a JSON list of token ids", |ids: Vec<u32>, out: &mut dyn Write| {
             write_json(out, &tokenizer.decode(&ids))
         })
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Normalize {
+    /// What is done: nfc, ftfy or none, as data.normalize of a plan says it.
+    #[arg(long = "as", value_name = "NAME")]
+    form: String,
+}
+
+impl Normalize {
+    pub(super) fn run(&self) -> Result<(), Failure> {
+        let form = self.form.as_str().into_deserializer();
+        let form = ulmus_plan::Normalize::deserialize(form)
+            .map_err(|error: value::Error| Failure::new(ExitStatus::InvalidInput, format!("--as {error}")))?;
+        filter("a JSON string", |text: String, out: &mut dyn Write| write_json(out, &normalized(&text, form)))
     }
 }
 

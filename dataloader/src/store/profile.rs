@@ -3,9 +3,10 @@
 //! What the environment says wins. Profiles that need another program or a login (`credential_process`, `sso_*`,
 //! `role_arn`) are not followed; `aws configure export-credentials --format env` turns them into variables.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use ini::Ini;
+use configparser::ini::Ini;
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey as Key};
 
 const FROM_CREDENTIALS: [(&str, Key); 3] = [
@@ -44,7 +45,7 @@ fn from_files(
     if !has_credentials && let Some(section) = section(credentials, name)? {
         found = true;
         for (key, config) in FROM_CREDENTIALS {
-            if let Some(value) = section.get(key) {
+            if let Some(Some(value)) = section.get(key) {
                 builder = builder.with_config(config, value);
             }
         }
@@ -55,7 +56,7 @@ fn from_files(
         found = true;
         for (key, config) in FROM_CONFIG {
             if builder.get_config_value(&config).is_none()
-                && let Some(value) = section.get(key)
+                && let Some(Some(value)) = section.get(key)
             {
                 builder = builder.with_config(config, value);
             }
@@ -70,13 +71,19 @@ fn from_files(
 }
 
 /// A section of a file; none where the file or the section is not there.
-fn section(file: Option<&Path>, name: &str) -> Result<Option<ini::Properties>, String> {
+fn section(file: Option<&Path>, name: &str) -> Result<Option<Section>, String> {
     let Some(file) = file.filter(|file| file.is_file()) else { return Ok(None) };
+    let mut ini = Ini::new_cs();
+    // A secret may hold any character.
+    ini.set_inline_comment_symbols(Some(&[]));
     // The message of the parser could quote a line with a secret.
-    let ini =
-        Ini::load_from_file(file).map_err(|_| format!("{} cannot be read; correct it", file.display()))?;
-    Ok(ini.section(Some(name)).cloned())
+    let mut sections =
+        ini.load(file).map_err(|_| format!("{} cannot be read; correct it", file.display()))?;
+    Ok(sections.remove(name))
 }
+
+/// Values by their keys.
+type Section = HashMap<String, Option<String>>;
 
 #[cfg(test)]
 mod tests {

@@ -52,6 +52,9 @@ pub enum Normalize {
     /// Unicode normal form C.
     #[default]
     Nfc,
+    /// What Python's ftfy does: mends text that was decoded in the wrong way, entities, curly quotes, control
+    /// characters; then form C. The published recipe.
+    Ftfy,
     /// Nothing.
     None,
 }
