@@ -56,8 +56,8 @@ pub enum Check {
 pub enum Command {
     /// Print a commented plan to begin with.
     Init {
-        /// The published model to begin from.
-        #[arg(long, value_name = "PRESET", default_value = "openelm-270m")]
+        /// The plan to begin from: a published model, such as openelm-1_1b, or its twin openelm-1_1b-modern.
+        #[arg(long, value_name = "NAME", default_value = "openelm-270m")]
         from: String,
     },
     /// A worker that this program started itself.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use ulmus_plan::{Plan, Preset};
+use ulmus_plan::Plan;
 use ulmus_rt::{Failure, load_plans};
 use ulmus_types::ExitStatus;
 
@@ -19,22 +19,27 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Vec<Plan>, Failure> {
     load_plans(path, overrides, pieces)
 }
 
-/// The commented plan of a published model.
+/// The commented plans that come with the program, by name.
+const PUBLISHED: [(&str, &str); 8] = [
+    ("openelm-270m", include_str!("../../plans/openelm-270m.toml")),
+    ("openelm-270m-modern", include_str!("../../plans/openelm-270m-modern.toml")),
+    ("openelm-450m", include_str!("../../plans/openelm-450m.toml")),
+    ("openelm-450m-modern", include_str!("../../plans/openelm-450m-modern.toml")),
+    ("openelm-1_1b", include_str!("../../plans/openelm-1_1b.toml")),
+    ("openelm-1_1b-modern", include_str!("../../plans/openelm-1_1b-modern.toml")),
+    ("openelm-3b", include_str!("../../plans/openelm-3b.toml")),
+    ("openelm-3b-modern", include_str!("../../plans/openelm-3b-modern.toml")),
+];
+
+/// The commented plan of a published model, or its twin with documents packed as they are today.
 ///
 /// # Errors
-/// When there is no such preset.
+/// When there is no such plan.
 pub fn published(name: &str) -> Result<&'static str, Failure> {
-    Ok(match Preset::from_name(name) {
-        Some(Preset::Openelm270m) => include_str!("../../plans/openelm-270m.toml"),
-        Some(Preset::Openelm450m) => include_str!("../../plans/openelm-450m.toml"),
-        Some(Preset::Openelm1_1b) => include_str!("../../plans/openelm-1_1b.toml"),
-        Some(Preset::Openelm3b) => include_str!("../../plans/openelm-3b.toml"),
-        None => {
-            let names = Preset::ALL.map(Preset::name).join(", ");
-            return Err(Failure::new(
-                ExitStatus::InvalidInput,
-                format!("no preset {name:?}; use one of {names}"),
-            ));
-        }
+    // Models are also called by their size with a point.
+    let name = name.replace('.', "_");
+    PUBLISHED.iter().find(|(known, _)| *known == name).map(|(_, plan)| *plan).ok_or_else(|| {
+        let names = PUBLISHED.map(|(name, _)| name).join(", ");
+        Failure::new(ExitStatus::InvalidInput, format!("no plan {name:?}; use one of {names}"))
     })
 }

@@ -7,6 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use cargo_metadata::{DependencyKind, MetadataCommand};
+use ulmus_plan::{Normalize, Pack};
 use ulmus_tests::repository;
 
 /// Which crate may use which of ours, outside tests. Nothing points up, so there are no circles.
@@ -117,6 +118,16 @@ fn published_plans_have_the_published_sizes() {
             (350_000, 5000, 5)
         );
         assert_eq!(plan.tokens_per_step(), 4_194_304);
+        assert_eq!((plan.data.normalize, plan.data.pack), (Normalize::Ftfy, Pack::Corenet));
+
+        // Its twin differs in how documents are packed, and in nothing else.
+        let twin = repository().join(format!("plans/openelm-{name}-modern.toml"));
+        let mut twin = ulmus_plan::read(&fs::read_to_string(twin).unwrap(), &[]).unwrap().remove(0);
+        assert_eq!((twin.data.normalize, twin.data.pack), (Normalize::Nfc, Pack::Concat));
+        assert_eq!(twin.run.name.to_string(), format!("{}-modern", plan.run.name));
+        (twin.data.normalize, twin.data.pack) = (Normalize::Ftfy, Pack::Corenet);
+        twin.run.name.clone_from(&plan.run.name);
+        assert_eq!(twin, plan);
     }
 }
 
