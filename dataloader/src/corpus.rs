@@ -130,6 +130,11 @@ impl Corpus {
         self.quarantine.is_empty()
     }
 
+    /// The rules for documents.
+    pub(crate) const fn rules(&self) -> &Rules {
+        &self.rules
+    }
+
     /// All lanes of the plan.
     pub fn lanes(&self) -> impl Iterator<Item = LaneId> {
         (0..self.mixture.lanes() as u32).map(LaneId::new)
@@ -176,7 +181,7 @@ impl Corpus {
             let mut encoder = self.tokenizer.encoder();
             while let Some((source, unit, listed)) = units.get(next.fetch_add(1, Ordering::Relaxed)) {
                 for documents in self.sources.segments(*source, *unit) {
-                    self.pack(&mut encoder, &documents?);
+                    self.pack(&mut encoder, documents?.iter().map(String::as_str));
                 }
                 done(listed.bytes);
             }
@@ -190,7 +195,11 @@ impl Corpus {
     }
 
     /// The training documents among some, packed.
-    pub(crate) fn pack(&self, encoder: &mut Encoder, documents: &[String]) -> Packed {
+    pub(crate) fn pack<'t>(
+        &self,
+        encoder: &mut Encoder,
+        documents: impl IntoIterator<Item = &'t str>,
+    ) -> Packed {
         let mut packed = Packed::new(self.rules.pack);
         let count = |counter: &AtomicU64, by: usize| {
             counter.fetch_add(by as u64, Ordering::Relaxed);
@@ -215,7 +224,7 @@ impl Corpus {
     }
 
     /// BOS, the ids of `text`, EOS; none where the token filter drops it.
-    fn tokens(&self, encoder: &mut Encoder, text: &str) -> Option<Vec<u32>> {
+    pub(crate) fn tokens(&self, encoder: &mut Encoder, text: &str) -> Option<Vec<u32>> {
         let mut tokens = vec![self.tokenizer.bos()];
         encoder.encode(text, &mut tokens);
         tokens.push(self.tokenizer.eos());
@@ -308,7 +317,8 @@ mod tests {
             let mut encoder = corpus.tokenizer().encoder();
             let mut sequences = Vec::new();
             for documents in corpus.sources.all_documents() {
-                let packed = corpus.pack(&mut encoder, &documents.unwrap());
+                let documents = documents.unwrap();
+                let packed = corpus.pack(&mut encoder, documents.iter().map(String::as_str));
                 sequences
                     .extend((0..packed.sequences(length)).map(|index| packed.sequence(index, length, 300)));
             }

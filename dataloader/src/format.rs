@@ -116,15 +116,25 @@ fn runs(sizes: &[u64], limit: u64) -> impl Iterator<Item = (u64, u64, u64)> {
     })
 }
 
+/// A text, and where it stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Document {
+    /// Index of its file in the source.
+    pub(crate) file: u32,
+    /// Where it stands in the file: row (parquet), or byte of the (decompressed) file at which its line begins.
+    pub(crate) at: u64,
+    pub(crate) text: String,
+}
+
 /// A unit that is being read, a segment at a time. Chains and large row groups have more than one.
 #[derive(Debug)]
 pub(crate) enum Segments {
     /// Documents that were read at once, until they are taken.
-    Whole(Option<Vec<String>>),
+    Whole(Option<Vec<Document>>),
     /// Rows of a parquet file.
-    Rows(Box<Rows>),
+    Rows(Box<Rows>, u32),
     /// A chain, and the key of its texts.
-    Chain(Chain, String),
+    Chain(Chain, u32, String),
 }
 
 impl Segments {
@@ -141,48 +151,57 @@ impl Segments {
         let file = &files[unit.file as usize];
         let documents = match format {
             Format::JsonGz | Format::JsonZst => {
-                return Ok(Self::Chain(Chain::open(folder, file, format, limit, segment)?, text.to_owned()));
+                let chain = Chain::open(folder, file, format, limit, segment)?;
+                return Ok(Self::Chain(chain, unit.file, text.to_owned()));
             }
             Format::Parquet => {
                 let groups = unit.first as usize..unit.end as usize;
                 let rows = ParquetFile::open(folder, file)?.rows(text, groups, limit, segment)?;
-                return Ok(Self::Rows(Box::new(rows)));
+                return Ok(Self::Rows(Box::new(rows), unit.file));
             }
             _ if segment > 0 => None,
             Format::Jsonl => Some(lines(folder, file, text, unit)?),
             Format::Text => {
-                let files = files[unit.first as usize..unit.end as usize].iter();
-                Some(
-                    files
-                        .map(|file| utf8(folder, file, &folder.read_all(file)?))
-                        .collect::<Result<_, _>>()?,
-                )
+                let read = |number: u64| {
+                    let file = &files[number as usize];
+                    let text = utf8(folder, file, &folder.read_all(file)?)?;
+                    Ok(Document { file: number as u32, at: 0, text })
+                };
+                Some((unit.first..unit.end).map(read).collect::<Result<_, DataError>>()?)
             }
         };
         Ok(Self::Whole(documents))
     }
 
     /// The documents of the next segment, in order; none at the end.
-    pub(crate) fn next(&mut self) -> Result<Option<Vec<String>>, DataError> {
-        let (chain, key) = match self {
-            Self::Whole(documents) => return Ok(documents.take()),
-            Self::Rows(rows) => return rows.next(),
-            Self::Chain(chain, key) => (chain, key),
-        };
-        let Some(lines) = chain.next()? else { return Ok(None) };
-        let text = |Line { at, bytes }: Line| {
-            let place = || format!("{} at byte {at} of its text", chain.place());
-            if bytes.trim_ascii().is_empty() { None } else { text_of_line(&bytes, key, place).transpose() }
-        };
-        lines.into_iter().filter_map(text).collect::<Result<_, _>>().map(Some)
+    pub(crate) fn next(&mut self) -> Result<Option<Vec<Document>>, DataError> {
+        match self {
+            Self::Whole(documents) => Ok(documents.take()),
+            Self::Rows(rows, file) => {
+                let document = |(at, text)| Document { file: *file, at, text };
+                Ok(rows.next()?.map(|rows| rows.into_iter().map(document).collect()))
+            }
+            Self::Chain(chain, file, key) => {
+                let Some(lines) = chain.next()? else { return Ok(None) };
+                let document = |Line { at, bytes }: Line| {
+                    if bytes.trim_ascii().is_empty() {
+                        return None;
+                    }
+                    let place = || format!("{} at byte {at} of its text", chain.place());
+                    let text = text_of_line(&bytes, key, place).transpose()?;
+                    Some(text.map(|text| Document { file: *file, at, text }))
+                };
+                lines.into_iter().filter_map(document).collect::<Result<_, _>>().map(Some)
+            }
+        }
     }
 
     /// The segment that comes next.
     pub(crate) const fn position(&self) -> u64 {
         match self {
             Self::Whole(documents) => documents.is_none() as u64,
-            Self::Rows(rows) => rows.segment(),
-            Self::Chain(chain, _) => chain.segment(),
+            Self::Rows(rows, _) => rows.segment(),
+            Self::Chain(chain, ..) => chain.segment(),
         }
     }
 
@@ -190,8 +209,8 @@ impl Segments {
     pub(crate) fn ended(&mut self) -> Result<bool, DataError> {
         match self {
             Self::Whole(documents) => Ok(documents.is_none()),
-            Self::Rows(rows) => Ok(rows.ends()),
-            Self::Chain(chain, _) => chain.ends(),
+            Self::Rows(rows, _) => Ok(rows.ends()),
+            Self::Chain(chain, ..) => chain.ends(),
         }
     }
 }
@@ -205,7 +224,7 @@ fn utf8(folder: &Folder, file: &FileInfo, bytes: &[u8]) -> Result<String, DataEr
 }
 
 /// The texts of the JSON objects on the lines that begin within the unit.
-fn lines(folder: &Folder, file: &FileInfo, key: &str, unit: Unit) -> Result<Vec<String>, DataError> {
+fn lines(folder: &Folder, file: &FileInfo, key: &str, unit: Unit) -> Result<Vec<Document>, DataError> {
     // One byte more in front tells whether a line begins exactly at the unit.
     let begin = unit.first.saturating_sub(1);
     let mut bytes = folder.read_range(file, begin..unit.end)?.to_vec();
@@ -226,17 +245,17 @@ fn lines(folder: &Folder, file: &FileInfo, key: &str, unit: Unit) -> Result<Vec<
     let Some(first_line) = first_line.filter(|at| begin + (*at as u64) < unit.end) else {
         return Ok(Vec::new());
     };
-    let mut texts = Vec::new();
+    let mut documents = Vec::new();
     let mut at = first_line;
     for line in bytes[first_line..].split_inclusive(|byte| *byte == b'\n') {
         if !line.trim_ascii().is_empty() {
-            texts.extend(text_of_line(line, key, || {
-                format!("{} at byte {}", folder.place(&file.path), begin + at as u64)
-            })?);
+            let at = begin + at as u64;
+            let text = text_of_line(line, key, || format!("{} at byte {at}", folder.place(&file.path)))?;
+            documents.extend(text.map(|text| Document { file: unit.file, at, text }));
         }
         at += line.len();
     }
-    Ok(texts)
+    Ok(documents)
 }
 
 /// The text of one JSON object; none where it is null.
@@ -268,6 +287,14 @@ fn text_of_line(line: &[u8], key: &str, place: impl Fn() -> String) -> Result<Op
     }
 }
 
+/// Rows of a file, if it tells them without being read.
+pub(crate) fn rows(folder: &Folder, file: &FileInfo, format: Format) -> Result<Option<u64>, DataError> {
+    match format {
+        Format::Parquet => Ok(Some(ParquetFile::open(folder, file)?.row_count())),
+        Format::Jsonl | Format::JsonGz | Format::JsonZst | Format::Text => Ok(None),
+    }
+}
+
 /// Names and types of what a file holds, for people.
 pub(crate) fn schema(folder: &Folder, file: &FileInfo, format: Format) -> Result<String, DataError> {
     Ok(match format {
@@ -291,7 +318,7 @@ mod tests {
         for unit in units {
             let mut segments = Segments::open(folder, &files, format, "text", unit, limit, 0)?;
             while let Some(documents) = segments.next()? {
-                texts.extend(documents);
+                texts.extend(documents.into_iter().map(|document| document.text));
             }
         }
         Ok(texts)

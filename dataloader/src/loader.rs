@@ -87,13 +87,33 @@ struct Window {
     place: Place,
     /// Where the next window begins.
     next: Place,
-    segments: Vec<Packed>,
+    segments: Vec<Part>,
     /// (segment of the window, sequence of the segment), shuffled.
     order: Vec<(u32, u32)>,
     /// The unit within which the next window begins, if it does.
     open: Option<Segments>,
     /// Kept for the next window of the same epoch.
     _epoch: Arc<Epoch>,
+}
+
+/// A segment of a window.
+#[derive(Debug)]
+struct Part {
+    /// Its unit, by number in the manifest.
+    unit: u32,
+    segment: u32,
+    packed: Packed,
+}
+
+/// Where a sequence comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Origin {
+    pub(crate) source: usize,
+    pub(crate) epoch: u64,
+    pub(crate) unit: u32,
+    pub(crate) segment: u32,
+    /// Its number among the sequences of the segment.
+    pub(crate) index: u32,
 }
 
 type WindowResult = Result<Window, DataError>;
@@ -205,10 +225,20 @@ impl Loader {
             for _ in 0..per_lane {
                 let emitted = |stream| self.streams.get(&stream).map_or(0, |open| open.emitted);
                 let stream = self.corpus.mixture.next_stream(*lane, emitted);
-                sequences.push(self.take_from(stream)?);
+                sequences.push(self.take_from(stream)?.1);
             }
         }
         Ok(sequences)
+    }
+
+    /// Passes over the next sequence of a lane, and tells where it comes from.
+    ///
+    /// # Errors
+    /// As for [`Self::take`].
+    pub fn pass(&mut self, lane: LaneId) -> Result<Origin, DataError> {
+        let emitted = |stream| self.streams.get(&stream).map_or(0, |open| open.emitted);
+        let stream = self.corpus.mixture.next_stream(lane, emitted);
+        Ok(self.take_from(stream)?.0)
     }
 
     /// Where the hosted lanes stand after what has been taken; zero for all others.
@@ -222,7 +252,7 @@ impl Loader {
     }
 
     /// The next sequence of a stream.
-    fn take_from(&mut self, stream: usize) -> Result<Sequence, DataError> {
+    fn take_from(&mut self, stream: usize) -> Result<(Origin, Sequence), DataError> {
         let open = self.streams.get_mut(&stream).expect("only hosted lanes are asked for");
         if open.window.is_none() {
             let mut arrived = open.ahead.arrives();
@@ -245,13 +275,21 @@ impl Loader {
             return Err(DataError::Position { name: self.corpus.sources.name(source).to_owned() });
         };
         let pad = self.corpus.tokenizer().pad();
-        let sequence = window.segments[*segment as usize].sequence(*index as usize, self.length, pad);
+        let Part { unit, segment, packed } = &window.segments[*segment as usize];
+        let origin = Origin {
+            source: self.corpus.mixture.streams()[stream].source,
+            epoch: window.place.epoch,
+            unit: *unit,
+            segment: *segment,
+            index: *index,
+        };
+        let sequence = packed.sequence(*index as usize, self.length, pad);
         open.emitted += 1;
         open.offset += 1;
         if open.offset as usize == window.order.len() {
             (open.window, open.offset) = (None, 0);
         }
-        Ok(sequence)
+        Ok((origin, sequence))
     }
 }
 
@@ -363,10 +401,11 @@ impl Reader {
                         .map_err(bad)?,
                 };
                 if let Some(documents) = reading.next().map_err(bad)? {
-                    let packed = self.corpus.pack(encoder, &documents);
+                    let texts = documents.iter().map(|document| document.text.as_str());
+                    let packed = self.corpus.pack(encoder, texts);
                     let number = segments.len() as u32;
                     order.extend((0..packed.sequences(self.length) as u32).map(|index| (number, index)));
-                    segments.push(packed);
+                    segments.push(Part { unit: *unit, segment: next.segment, packed });
                 }
                 if reading.ended().map_err(bad)? {
                     next = Place { unit: next.unit + 1, segment: 0, ..next };

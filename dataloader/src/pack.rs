@@ -8,6 +8,8 @@
 //! In the published recipe (`pack = "corenet"`) each piece of a document is a sequence by itself: of more than T + 1
 //! tokens the rest is lost, of fewer the sequence is padded.
 
+use std::ops::Range;
+
 use ulmus_plan::Pack;
 
 /// Target of a position that is not trained on.
@@ -66,8 +68,8 @@ impl Packed {
         }
     }
 
-    /// Sequence number `index`. The tail is filled with `pad`, masked.
-    pub(crate) fn sequence(&self, index: usize, length: usize, pad: u32) -> Sequence {
+    /// The tokens that are inputs of sequence number `index`.
+    pub(crate) fn range(&self, index: usize, length: usize) -> Range<usize> {
         let (begin, end) = match self.pack {
             Pack::Concat => (index * length, self.tokens.len() - 1),
             Pack::Corenet => {
@@ -75,6 +77,13 @@ impl Packed {
                 (self.starts[index] as usize, end)
             }
         };
+        begin..end.min(begin + length)
+    }
+
+    /// Sequence number `index`. The tail is filled with `pad`, masked.
+    pub(crate) fn sequence(&self, index: usize, length: usize, pad: u32) -> Sequence {
+        let range = self.range(index, length);
+        let begin = range.start;
         let mut sequence = Sequence {
             inputs: Vec::with_capacity(length),
             targets: Vec::with_capacity(length),
@@ -82,7 +91,7 @@ impl Packed {
         };
         let mut next_document = self.starts.partition_point(|start| *start as usize <= begin);
         let mut doc_start = 0;
-        for at in begin..(begin + length).min(end) {
+        for at in range {
             if self.starts.get(next_document).is_some_and(|start| *start as usize == at) {
                 next_document += 1;
                 doc_start = (at - begin) as u32;

@@ -1,10 +1,11 @@
 //! Sources that are open: from the manifest to documents.
 
+use serde::Serialize;
 use ulmus_plan::{DataConfig, SourceConfig};
 use ulmus_types::Problems;
 
 use crate::error::DataError;
-use crate::format::{self, Segments, Unit};
+use crate::format::{self, Document, Segments, Unit};
 use crate::manifest::{self, Manifest, SourceManifest};
 use crate::store::{Folder, Stores, Traffic};
 
@@ -82,7 +83,9 @@ impl Sources {
                 }
             }
             let segment = opened.as_mut()?.next().transpose()?;
-            Some(segment.map_err(|error| error.of_unit(self.name(source), unit)))
+            let texts =
+                |documents: Vec<Document>| documents.into_iter().map(|document| document.text).collect();
+            Some(segment.map(texts).map_err(|error| error.of_unit(self.name(source), unit)))
         })
     }
 
@@ -137,6 +140,12 @@ impl Sources {
         self.0[source].folder.traffic()
     }
 
+    /// Where a file of a source lies, for messages.
+    pub(crate) fn place(&self, source: usize, file: usize) -> String {
+        let Source { folder, listed, .. } = &self.0[source];
+        folder.place(&listed.files[file].path)
+    }
+
     /// Name of a source.
     pub(crate) fn name(&self, source: usize) -> &str {
         &self.0[source].listed.name
@@ -144,7 +153,7 @@ impl Sources {
 }
 
 /// What `--check sources` found in one source.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct SourceReport {
     /// Name of the source.
     pub name: String,
@@ -152,6 +161,8 @@ pub struct SourceReport {
     pub files: usize,
     /// Their size in bytes, as stored.
     pub bytes: u64,
+    /// Rows of the first file, if it tells them.
+    pub rows: Option<u64>,
     /// Columns and types of the first file.
     pub schema: String,
     /// The beginning of its first text.
@@ -195,11 +206,12 @@ fn report(
         None => None,
     };
     let documents = documents.unwrap_or_default();
-    let sample = documents.first().ok_or_else(|| DataError::Empty { name: source.name.clone() })?;
+    let sample = &documents.first().ok_or_else(|| DataError::Empty { name: source.name.clone() })?.text;
     Ok(SourceReport {
         name: source.name.clone(),
         files: files.len(),
         bytes: files.iter().map(|file| file.size).sum(),
+        rows: format::rows(&folder, &files[0], format)?,
         schema: format::schema(&folder, &files[0], format)?,
         sample: sample.chars().take(SAMPLE_CHARACTERS).collect(),
     })

@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use ulmus_dataloader::{
     Corpus, Cursors, DataError, Folder, IGNORE, Loader, Manifest, Sequence, Sources, Tokenizer, train,
 };
-use ulmus_plan::{Bytes, DataConfig, Format, SourceConfig};
+use ulmus_plan::{Bytes, DataConfig, Format, Pack, SourceConfig};
 use ulmus_types::LaneId;
 
 const LENGTH: usize = 32;
@@ -149,6 +149,43 @@ fn plans() -> impl Strategy<Value = (Vec<Text>, u64, u64)> {
         format,
     });
     (prop::collection::vec(source, 1..4), 1_u64..9, 1_u64..30)
+}
+
+/// Whoever asks where a sequence comes from is told its very tokens.
+#[test]
+fn every_sequence_is_explained() {
+    let texts = [Format::Jsonl, Format::JsonGz].map(|format| Text {
+        documents: 80,
+        tokens: 1,
+        max_epochs: None,
+        format,
+    });
+    for pack in [Pack::Concat, Pack::Corenet] {
+        let config = DataConfig { pack, piece_words: 5, ..window(6) };
+        let corpus = Arc::new(corpus(&texts, 2, &config).unwrap());
+        let lanes: Vec<LaneId> = corpus.lanes().collect();
+        let open = || Loader::open(Arc::clone(&corpus), LENGTH, &lanes, &corpus.start()).unwrap();
+        let (mut taking, mut passing) = (open(), open());
+        for number in 0..120 {
+            let lane = lanes[number % lanes.len()];
+            let sequence = taking.take(&[lane], 1).unwrap().remove(0);
+            let explanation = corpus.explain(passing.pass(lane).unwrap(), LENGTH).unwrap();
+            let pad = corpus.tokenizer().pad();
+            let filled: Vec<u32> = sequence.inputs.into_iter().filter(|id| *id != pad).collect();
+            let lengths: usize = explanation.documents.iter().map(|document| document.part.len()).sum();
+            assert_eq!(lengths, filled.len());
+            let told: String = explanation.documents.iter().map(|document| document.text.as_str()).collect();
+            // Each part is decoded by itself, without a blank in front.
+            let bare = |text: String| text.replace(' ', "");
+            assert_eq!(bare(told), bare(corpus.tokenizer().decode(&filled)));
+            assert!(
+                explanation
+                    .documents
+                    .iter()
+                    .all(|document| document.file.ends_with("jsonl") == (explanation.source == "source-0"))
+            );
+        }
+    }
 }
 
 proptest! {

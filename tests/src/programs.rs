@@ -14,7 +14,7 @@ use std::sync::OnceLock;
 
 use cargo_metadata::Message;
 
-/// Where the three programs are.
+/// Where the programs are.
 #[derive(Debug)]
 pub struct Programs {
     /// The coordinator.
@@ -23,6 +23,8 @@ pub struct Programs {
     pub worker: PathBuf,
     /// The evaluator.
     pub evaluator: PathBuf,
+    /// The program of the data plane.
+    pub dataloader: PathBuf,
 }
 
 /// The root of the repository.
@@ -74,5 +76,10 @@ fn build() -> Programs {
     let status = cargo.wait().expect("cargo can be waited for");
     assert!(status.success(), "the programs cannot be built: {status}");
     let mut take = |name: &str| built.remove(name).expect("the workspace has this program");
-    Programs { coordinator: take("coordinator"), worker: take("worker"), evaluator: take("evaluator") }
+    Programs {
+        coordinator: take("coordinator"),
+        worker: take("worker"),
+        evaluator: take("evaluator"),
+        dataloader: take("dataloader"),
+    }
 }

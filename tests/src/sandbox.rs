@@ -101,6 +101,11 @@ impl Sandbox {
         self.start(&programs().evaluator, arguments)
     }
 
+    /// Starts the program of the data plane.
+    pub fn dataloader(&self, arguments: &[&str]) -> Process {
+        self.start(&programs().dataloader, arguments)
+    }
+
     fn start(&self, program: &Path, arguments: &[&str]) -> Process {
         let mut command = Command::new(program);
         command.args(arguments).current_dir(self.home.path());

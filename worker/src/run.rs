@@ -13,9 +13,9 @@ use crate::WorkerError;
 
 /// The manifest of the data, in the run's folder.
 pub(crate) const MANIFEST: &str = "data/manifest.json";
-/// The tokenizer as SentencePiece reads it.
 /// Units that are left out.
 const QUARANTINE: &str = "quarantine.json";
+/// The tokenizer as SentencePiece reads it.
 pub(crate) const TOKENIZER_MODEL: &str = "tokenizer.model";
 /// The same tokenizer as transformers reads it.
 pub(crate) const TOKENIZER_JSON: &str = "tokenizer.json";

@@ -1,6 +1,8 @@
 //! Arguments of the program; a module for each group of commands.
 
 mod count;
+mod explain;
+mod inspect;
 mod tokens;
 
 use clap::{Parser, Subcommand};
@@ -25,6 +27,14 @@ enum Command {
     ///
     /// Example: dataloader count --plan pretrain.toml --source pile --json
     Count(count::Count),
+    /// Show files, rows, columns and the first text of a plan's sources.
+    ///
+    /// Example: dataloader inspect --plan pretrain.toml
+    Inspect(inspect::Inspect),
+    /// Show the exact documents, with file and row, of a sequence of a step.
+    ///
+    /// Example: dataloader explain --plan pretrain.toml --step 1200 --sequence 17
+    Explain(explain::Explain),
     /// Turn texts into token ids: a JSON string per line to a JSON list per line.
     ///
     /// Example: echo '"Hello"' | dataloader encode --tokenizer tokenizer.model
@@ -44,6 +54,8 @@ impl Arguments {
     pub(crate) fn run(self) -> Result<ExitStatus, Failure> {
         match self.command {
             Command::Count(count) => count.run(),
+            Command::Inspect(inspect) => inspect.run(),
+            Command::Explain(explain) => explain.run(),
             Command::Encode(encode) => encode.run(),
             Command::Decode(decode) => decode.run(),
             Command::Normalize(normalize) => normalize.run(),

@@ -53,6 +53,11 @@ impl<'a> ParquetFile<'a> {
         columns.map(|c| format!("{}: {}", c.path().string(), type_name(c))).collect::<Vec<_>>().join(", ")
     }
 
+    /// Rows of all groups.
+    pub(crate) fn row_count(&self) -> u64 {
+        self.metadata.file_metadata().num_rows().max(0).cast_unsigned()
+    }
+
     /// Index of the string column of that name.
     fn text_column(&self, name: &str) -> Result<usize, DataError> {
         let columns = self.metadata.file_metadata().schema_descr().columns();
@@ -131,7 +136,7 @@ mod tests {
         let file = ParquetFile::open(&folder, &info)?;
         let groups = file.row_group_sizes(column)?.len();
         let mut rows = file.rows(column, 0..groups, u64::MAX, 0)?;
-        Ok(rows.next()?.unwrap_or_default())
+        Ok(rows.next()?.unwrap_or_default().into_iter().map(|(_, text)| text).collect())
     }
 
     #[test]
@@ -167,10 +172,11 @@ mod tests {
         };
         for limit in [100, 4000, 1 << 20, 1 << 40] {
             let all = segments(0, limit);
-            assert_eq!(all.concat(), texts);
+            let numbered: Vec<(u64, String)> = (0..).zip(texts.iter().cloned()).collect();
+            assert_eq!(all.concat(), numbered);
             let mut at = 0;
             for (number, segment) in (0..).zip(&all) {
-                for text in segment {
+                for (_, text) in segment {
                     assert!((number * limit..(number + 1) * limit).contains(&at), "{number} {at}");
                     at += text.len() as u64;
                 }

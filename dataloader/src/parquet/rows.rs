@@ -27,7 +27,9 @@ pub(crate) struct Rows {
     groups: Range<usize>,
     bytes: Arc<Mutex<Held>>,
     group: Option<Group>,
-    /// Bytes of the texts before the next row.
+    /// The next row of the file.
+    number: u64,
+    /// Bytes of the texts before it.
     at: u64,
     segment: u64,
     limit: u64,
@@ -61,6 +63,8 @@ impl Rows {
         let place = file.folder.place(&file.file.path);
         let metadata = file.metadata;
         let damaged = |reason| DataError::Damaged { file: place.clone(), reason };
+        let before = metadata.row_groups().iter().take(groups.start);
+        let number = before.map(|group| group.num_rows().max(0).cast_unsigned()).sum();
         let mut ranges = Vec::new();
         for number in groups.clone() {
             let group = metadata.row_groups().get(number);
@@ -71,8 +75,19 @@ impl Rows {
         let steps = Steps::new(file.folder, file.file, ranges);
         let bytes = Arc::new(Mutex::new(Held { steps, start: 0, bytes: Bytes::new(), error: None }));
         let name = column.to_owned();
-        let mut rows =
-            Self { metadata, column: index, groups, bytes, group: None, at: 0, segment, limit, name, place };
+        let mut rows = Self {
+            metadata,
+            column: index,
+            groups,
+            bytes,
+            group: None,
+            number,
+            at: 0,
+            segment,
+            limit,
+            name,
+            place,
+        };
         rows.read_to(segment * limit, |_| ())?;
         Ok(rows)
     }
@@ -87,27 +102,27 @@ impl Rows {
         self.groups.is_empty() && self.group.is_none()
     }
 
-    /// The texts of the next segment, rows without text left out; none at the end.
-    pub(crate) fn next(&mut self) -> Result<Option<Vec<String>>, DataError> {
+    /// Numbers and texts of the rows of the next segment, rows without text left out; none at the end.
+    pub(crate) fn next(&mut self) -> Result<Option<Vec<(u64, String)>>, DataError> {
         if self.ends() {
             return Ok(None);
         }
         self.segment += 1;
-        let mut texts = Vec::new();
-        self.read_to(self.segment * self.limit, |text| texts.push(text))?;
-        Ok(Some(texts))
+        let mut rows = Vec::new();
+        self.read_to(self.segment * self.limit, |row| rows.push(row))?;
+        Ok(Some(rows))
     }
 
     /// Reads the rows that begin before `end`.
-    fn read_to(&mut self, end: u64, mut give: impl FnMut(String)) -> Result<(), DataError> {
+    fn read_to(&mut self, end: u64, mut give: impl FnMut((u64, String))) -> Result<(), DataError> {
         while self.at < end && !self.ends() {
-            let value = self.row()?;
-            if let Some((number, value)) = value {
+            let row = self.number;
+            if let Some((number, value)) = self.row()? {
                 self.at += value.len() as u64;
-                let text = String::from_utf8(value.data().to_vec());
-                give(text.map_err(|error| {
+                let text = String::from_utf8(value.data().to_vec()).map_err(|error| {
                     self.damaged(format!("row group {number}, column {:?}: {error}", self.name))
-                })?);
+                })?;
+                give((row, text));
             }
         }
         Ok(())
@@ -146,6 +161,7 @@ impl Rows {
                 return Err(ParquetError::General(format!("{} announced rows are not there", group.left)));
             }
             group.left -= 1;
+            self.number += 1;
         }
         if group.left == 0 {
             self.group = None;
