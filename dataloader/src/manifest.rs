@@ -68,12 +68,13 @@ impl Manifest {
         serde_json::to_vec(self).expect("a manifest can be written as JSON")
     }
 
-    /// Hash of what decides the stream: names, sizes and units, but not the version marks of the store, which are
-    /// other ones where the same files lie on another disk.
+    /// Hash of what decides the stream: names, sizes and units, but not where the files lie, nor the version marks of
+    /// their store, which are other ones for the same files elsewhere.
     pub fn digest(&self) -> Digest {
         let mut content = self.clone();
-        for file in content.sources.iter_mut().flat_map(|source| &mut source.files) {
-            file.version = None;
+        for source in &mut content.sources {
+            source.url = None;
+            source.files.iter_mut().for_each(|file| file.version = None);
         }
         Digest::of(&content.to_json())
     }

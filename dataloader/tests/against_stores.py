@@ -16,6 +16,7 @@ import http.server
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -89,6 +90,14 @@ class Faults(threading.Thread):
             if not more:
                 return
             head += more
+        head, body = head.split(b"\r\n\r\n", 1)
+        head += b"\r\n\r\n"
+        length = re.search(rb"\r\ncontent-length: *(\d+)\r\n", head, re.IGNORECASE)
+        while length and len(body) < int(length[1]):
+            more = client.recv(1 << 16)
+            if not more:
+                return
+            body += more
         self.heads.append(head)
         self.requests += 1
         fault = None
@@ -107,7 +116,7 @@ class Faults(threading.Thread):
                 line, rest = head.split(b"\r\n", 1)
                 if self.host:
                     rest = rest.replace(f"127.0.0.1:{self.port}".encode(), self.host.encode())
-                server.sendall(line + b"\r\nconnection: close\r\n" + rest)
+                server.sendall(line + b"\r\nconnection: close\r\n" + rest + body)
                 answer = b""
                 while more := server.recv(1 << 16):
                     answer += more
@@ -127,7 +136,8 @@ def make_corpus(folder):
 
     (folder / "sub").mkdir(parents=True)
     for number in range(3):
-        lines = "".join(json.dumps({"text": text()}) + "\n" for _ in range(800))
+        # The first is more than one request can be for.
+        lines = "".join(json.dumps({"text": text()}) + "\n" for _ in range(800 if number else 2800))
         (folder / f"lines-{number:05}.jsonl").write_text(lines)
         table = pyarrow.table({"url": ["x"] * 500, "content": [text() for _ in range(500)]})
         pyarrow.parquet.write_table(table, folder / "sub" / f"part {number}.parquet", row_group_size=50)
@@ -137,12 +147,12 @@ def make_corpus(folder):
         (folder / f"lines-{number:05}.json.gz").write_bytes(b"".join(members))
 
 
-def plan(path, url, more="", list_file=None):
+def plan(path, url, more="", list_file=None, by_name=False):
     """A plan with one source for each format."""
     sources = [("lines", "lines-*.jsonl", "text"), ("parquet", "sub/*.parquet", "content"), ("gzip", "*.json.gz", "text")]
     listed = f'list = "{list_file}"\n' if list_file else ""
     text = "".join(
-        f'[[data.source]]\nname = "{name}"\nurl = "{url}"\nfiles = ["{files}"]\ntext = "{key}"\ntokens = 1\n{listed}'
+        f'[[data.source]]\nname = "{name}"\nurl = "{url}{"/" + name if by_name else ""}"\nfiles = ["{files}"]\ntext = "{key}"\ntokens = 1\n{listed}'
         for name, files, key in sources
     )
     path.write_text(
@@ -165,6 +175,18 @@ def count(program, plan_path, environment):
     if done.returncode != 0:
         return done.returncode, done.stderr
     return 0, {source["source"]: source for source in json.loads(done.stdout)}
+
+
+def mirror(program, plan_path, to, environment, *more):
+    """Files copied, bytes copied, files that were there."""
+    done = subprocess.run(
+        [program, "mirror", "--plan", str(plan_path), "--to", to, *more],
+        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return [int(number) for number in re.findall(r"\d+", done.stdout.split("\n")[0])] if done.returncode == 0 else done.stderr
 
 
 def same(found, expected):
@@ -309,6 +331,32 @@ def run(program, place, corpus, files, processes):
     wrong = s3(port) | {"AWS_SECRET_ACCESS_KEY": SECRET + "x"}
     code, message = count(program, plan(place / "wrong.toml", "s3://corpora/web"), wrong)
     check("s3, a wrong key", code not in (0, None) and SECRET not in message and "s3://corpora/web" in message, message)
+
+    # Copies: from a network that fails to a disk and to a store, verified; the second time there is nothing to do.
+    faults = Faults(port)
+    for name, to in (("a disk", str(place / "copies")), ("s3", "s3://corpora/copies")):
+        from_plan = plan(place / "mirror.toml", "s3://corpora/web")
+        first, second = (mirror(program, from_plan, to, s3(faults.port)) for _ in range(2))
+        size = sum((corpus / file).stat().st_size for file in files)
+        check(f"mirror to {name}", first == [len(files), size, 0] and second == [0, 0, len(files)], f"{first} {second}")
+    copied = {str(file.relative_to(place / "copies")): file for file in (place / "copies").rglob("*") if file.is_file()}
+    kinds = {"jsonl": "lines", "parquet": "parquet", "gz": "gzip"}
+    same_bytes = all((corpus / file).read_bytes() == copied[f"{kinds[file.rsplit('.')[-1]]}/{file}"].read_bytes() for file in files)
+    check("mirror, the same bytes", same_bytes)
+    found = count(program, plan(place / "copies.toml", "s3://corpora/copies", by_name=True), s3(port))[1]
+    check("mirror, the same counts", same(found, expected), found)
+    (place / "s3/corpora/web" / files[0]).write_bytes(b"")
+    client.upload_file(str(corpus / files[0]), "corpora", f"web/{files[0]}")
+    body = bytearray((corpus / files[1]).read_bytes())
+    body[10] ^= 1
+    client.put_object(Bucket="corpora", Key=f"web/{files[1]}", Body=bytes(body))
+    again = mirror(program, plan(place / "mirror.toml", "s3://corpora/web"), str(place / "copies"), s3(port))
+    check("mirror, a changed file is copied anew", again[0] == 1 and again[2] == len(files) - 1, again)
+    client.upload_file(str(corpus / files[1]), "corpora", f"web/{files[1]}")
+    begun = time.monotonic()
+    slow = mirror(program, plan(place / "mirror.toml", "s3://corpora/web"), str(place / "slow"), s3(port), "--rate", "8MB")
+    took = time.monotonic() - begun
+    check("mirror, the rate is kept", slow[0] == len(files) and took > (size - 20e6) / 8e6, f"{slow} {took}")
 
     # The cache, with a limit that holds everything, and one that does not.
     cache = place / "cache"

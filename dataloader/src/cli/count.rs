@@ -55,13 +55,11 @@ impl Count {
         })?;
         let TokenizerConfig { bos, eos, .. } = &plan.tokenizer;
         let tokenizer = super::tokens::open(&path, bos.as_deref(), eos.as_deref())?;
-        let known: Vec<&str> = plan.data.source.iter().map(|source| source.name.as_str()).collect();
-        if let Some(name) = self.sources.iter().find(|name| !known.contains(&name.as_str())) {
-            return Err(wrong(format!("the plan has no source {name:?}; use one of {known:?}")));
-        }
-        let chosen = plan.data.source.iter();
-        let chosen = chosen.filter(|source| self.sources.is_empty() || self.sources.contains(&source.name));
-        let counted = chosen
+        let mut data = plan.data.clone();
+        super::choose(&mut data, &self.sources)?;
+        let counted = data
+            .source
+            .iter()
             .map(|source| count(&plan, source, tokenizer.clone()))
             .collect::<Result<Vec<_>, Failure>>()?;
         if self.json {

@@ -3,10 +3,12 @@
 mod count;
 mod explain;
 mod inspect;
+mod mirror;
 mod tokens;
 
 use clap::{Parser, Subcommand};
 use ulmus_dataloader::DataError;
+use ulmus_plan::DataConfig;
 use ulmus_rt::Failure;
 use ulmus_types::ExitStatus;
 
@@ -35,6 +37,10 @@ enum Command {
     ///
     /// Example: dataloader explain --plan pretrain.toml --step 1200 --sequence 17
     Explain(explain::Explain),
+    /// Copy a plan's sources to a store of your own. Can be interrupted, and goes on with the same command.
+    ///
+    /// Example: dataloader mirror --plan pretrain.toml --to /mnt/corpora --rate 200MB
+    Mirror(mirror::Mirror),
     /// Turn texts into token ids: a JSON string per line to a JSON list per line.
     ///
     /// Example: echo '"Hello"' | dataloader encode --tokenizer tokenizer.model
@@ -56,12 +62,24 @@ impl Arguments {
             Command::Count(count) => count.run(),
             Command::Inspect(inspect) => inspect.run(),
             Command::Explain(explain) => explain.run(),
+            Command::Mirror(mirror) => mirror.run(),
             Command::Encode(encode) => encode.run(),
             Command::Decode(decode) => decode.run(),
             Command::Normalize(normalize) => normalize.run(),
         }?;
         Ok(ExitStatus::Done)
     }
+}
+
+/// Leaves the sources of these names in, or all if there are none.
+fn choose(data: &mut DataConfig, names: &[String]) -> Result<(), Failure> {
+    let known: Vec<&str> = data.source.iter().map(|source| source.name.as_str()).collect();
+    if let Some(name) = names.iter().find(|name| !known.contains(&name.as_str())) {
+        let message = format!("the plan has no source {name:?}; use one of {known:?}");
+        return Err(Failure::new(ExitStatus::InvalidInput, message));
+    }
+    data.source.retain(|source| names.is_empty() || names.contains(&source.name));
+    Ok(())
 }
 
 fn failure(error: &DataError) -> Failure {

@@ -28,7 +28,9 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
-use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt};
+use object_store::{
+    GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart,
+};
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
@@ -38,6 +40,7 @@ pub(crate) use self::steps::Steps;
 
 use self::cache::Cache;
 use crate::error::DataError;
+use crate::mirror::Pace;
 
 /// Most bytes of one request, so that its deadline is one for a known amount.
 const PIECE: u64 = 8 << 20;
@@ -200,6 +203,34 @@ fn open_hub(_: &Stores, url: &str) -> Result<Folder, DataError> {
     Err(DataError::Url { url: url.to_owned(), reason: reason.to_owned() })
 }
 
+impl Stores {
+    /// Opens a folder to write to; one on this machine is made if it is not there.
+    ///
+    /// # Errors
+    /// When the address has an unknown form, or the folder cannot be made.
+    pub(crate) fn make(&self, url: &str) -> Result<Folder, DataError> {
+        let path = match url.split_once("://") {
+            None if !url.starts_with("run:") => Some(url),
+            Some(("file", path)) => Some(path),
+            Some(("http" | "https" | "hf", _)) => {
+                let reason = "nothing can be written there; write a path, s3://, gs:// or az://".to_owned();
+                return Err(DataError::Url { url: url.to_owned(), reason });
+            }
+            _ => None,
+        };
+        if let Some(path) = path {
+            std::fs::create_dir_all(path)
+                .map_err(|error| DataError::Url { url: url.to_owned(), reason: error.to_string() })?;
+        }
+        self.open(url)
+    }
+}
+
+/// Waits for what the runtime of this module does.
+pub(crate) fn wait_for<T>(operation: impl Future<Output = T>) -> T {
+    IO.block_on(operation)
+}
+
 impl Folder {
     /// The folder `prefix` of a run's own store.
     pub fn of_run(store: Arc<dyn ObjectStore>, prefix: &str) -> Self {
@@ -353,10 +384,10 @@ impl Folder {
     }
 
     /// Reads a range in pieces, several at once.
-    async fn fetch(&self, file: &FileInfo, range: Range<u64>) -> Result<Bytes, DataError> {
-        let starts = (range.start..range.end).step_by(PIECE as usize);
-        let pieces = starts.map(|start| start..(start + PIECE).min(range.end));
-        let mut pieces = futures::stream::iter(pieces).map(|piece| self.piece(file, piece)).buffered(AT_ONCE);
+    pub(crate) async fn fetch(&self, file: &FileInfo, range: Range<u64>) -> Result<Bytes, DataError> {
+        let mut pieces = futures::stream::iter(in_pieces(range.clone()))
+            .map(|piece| self.piece(file, piece))
+            .buffered(AT_ONCE);
         let first = pieces.try_next().await?.unwrap_or_default();
         if first.len() as u64 == range.end - range.start {
             return Ok(first);
@@ -392,9 +423,65 @@ impl Folder {
 
     /// Writes a file whole.
     pub(crate) fn write(&self, path: &str, bytes: Vec<u8>) -> Result<(), DataError> {
-        IO.block_on(self.store.put(&self.at(path), bytes.into()))
-            .map_err(|error| self.error(path, &error))?;
+        IO.block_on(self.put(path, bytes))
+    }
+
+    /// Writes a file whole.
+    pub(crate) async fn put(&self, path: &str, bytes: Vec<u8>) -> Result<(), DataError> {
+        let (at, bytes) = (self.at(path), PutPayload::from(bytes));
+        let put = || self.store.put(&at, bytes.clone());
+        retried(put).await.map_err(|error| self.error(path, &error))?;
         Ok(())
+    }
+
+    /// Copies a file to the same path of another folder, reads the copy back, and gives the hash of both.
+    pub(crate) async fn copy(
+        &self,
+        file: &FileInfo,
+        to: &Self,
+        pace: &Pace,
+        done: impl Fn(u64),
+    ) -> Result<String, DataError> {
+        let failed = |error: object_store::Error| to.error(&file.path, &error);
+        let mut hasher = blake3::Hasher::new();
+        let mut pieces = futures::stream::iter(in_pieces(0..file.size))
+            .map(async |piece| {
+                pace.pass(piece.end - piece.start).await;
+                self.fetch(file, piece).await
+            })
+            .buffered(AT_ONCE);
+        if file.size <= PIECE {
+            let bytes = pieces.try_next().await?.unwrap_or_default();
+            hasher.update(&bytes);
+            done(bytes.len() as u64);
+            to.put(&file.path, bytes.into()).await?;
+        } else {
+            let upload = to.store.put_multipart(&to.at(&file.path)).await.map_err(failed)?;
+            let mut upload = WriteMultipart::new_with_chunk_size(upload, PIECE as usize);
+            while let Some(bytes) = pieces.try_next().await? {
+                upload.wait_for_capacity(AT_ONCE).await.map_err(failed)?;
+                hasher.update(&bytes);
+                done(bytes.len() as u64);
+                upload.put(bytes);
+            }
+            upload.finish().await.map_err(failed)?;
+        }
+        let read = hasher.finalize();
+        let mut written = blake3::Hasher::new();
+        let copy = FileInfo { version: None, ..file.clone() };
+        let mut pieces = futures::stream::iter(in_pieces(0..file.size))
+            .map(|piece| to.fetch(&copy, piece))
+            .buffered(AT_ONCE);
+        while let Some(bytes) = pieces.try_next().await? {
+            written.update(&bytes);
+        }
+        if written.finalize() != read {
+            return Err(DataError::Damaged {
+                file: to.place(&file.path),
+                reason: format!("it is another than {}, of which it is a copy", self.place(&file.path)),
+            });
+        }
+        Ok(read.to_hex().to_string())
     }
 
     fn at(&self, path: &str) -> Path {
@@ -429,6 +516,12 @@ impl Folder {
             error => DataError::Store { file, reason: error.to_string() },
         }
     }
+}
+
+/// A range in pieces.
+fn in_pieces(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    let starts = (range.start..range.end).step_by(PIECE as usize);
+    starts.map(move |start| start..(start + PIECE).min(range.end))
 }
 
 /// Makes an operation again that failed for a reason that may pass. Single requests are made again below

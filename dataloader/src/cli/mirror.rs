@@ -1,0 +1,58 @@
+//! `mirror`: copies of a plan's sources in a store of one's own.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use ulmus_dataloader::mirror;
+use ulmus_plan::Bytes;
+use ulmus_rt::{Failure, load_plans, print};
+use ulmus_types::ExitStatus;
+
+#[derive(Debug, Args)]
+pub(crate) struct Mirror {
+    /// Plan whose sources are copied.
+    #[arg(long, value_name = "FILE")]
+    plan: PathBuf,
+    /// Another value for a key of the plan.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+    /// Folder for the copies: a path, s3://, gs:// or az://. Each source gets a folder of its name there.
+    #[arg(long, value_name = "URL")]
+    to: String,
+    /// Most bytes that are copied in a second, such as 200MB.
+    #[arg(long, value_name = "BYTES")]
+    rate: Option<Bytes>,
+    /// Copy these sources only.
+    #[arg(long = "source", value_name = "NAME")]
+    sources: Vec<String>,
+}
+
+impl Mirror {
+    pub(super) fn run(&self) -> Result<(), Failure> {
+        let plan = load_plans(&self.plan, &self.overrides, |_| None)?.swap_remove(0);
+        let mut data = plan.data;
+        super::choose(&mut data, &self.sources)?;
+        if let Some(source) = data.source.iter().find(|source| source.url.starts_with("run:")) {
+            let message =
+                format!("source {:?} is made by the run itself; name others with --source", source.name);
+            return Err(Failure::new(ExitStatus::InvalidInput, message));
+        }
+        let style = "{bytes} {bytes_per_sec} {elapsed}";
+        let bar = ProgressBar::new_spinner()
+            .with_style(ProgressStyle::with_template(style).expect("the template is right"));
+        let mirrored = mirror(&data, &self.to, self.rate.map(Bytes::get), |bytes| bar.inc(bytes))
+            .map_err(|error| super::failure(&error))?;
+        bar.finish_and_clear();
+        let mut lines = vec![format!(
+            "copied {} files, {} bytes; {} were there already",
+            mirrored.files, mirrored.bytes, mirrored.skipped
+        )];
+        let to = self.to.trim_end_matches('/');
+        lines.push("to read the copies, write in the plan, and leave out list:".to_owned());
+        lines.extend(
+            data.source.iter().map(|source| format!("  {}: url = \"{to}/{}\"", source.name, source.name)),
+        );
+        print(&lines.join("\n"))
+    }
+}

@@ -1,0 +1,140 @@
+//! Copies the sources of a plan to a store of one's own, before a run or for several.
+//!
+//! A file appears under its name only when it is whole. It is then read back and compared with what was read from its
+//! origin, and a note of that is left beside it (`.mirror/`), so that a copy that was interrupted goes on where it was,
+//! and a file that has changed since is copied anew.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use backon::{ExponentialBuilder, Retryable};
+use futures::{StreamExt, TryStreamExt};
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+use ulmus_plan::DataConfig;
+
+use crate::error::DataError;
+use crate::manifest::Manifest;
+use crate::store::{FileInfo, Stores, wait_for};
+
+/// Files that are copied at once.
+const AT_ONCE: usize = 4;
+/// How often a file is begun again.
+const AGAIN: usize = 4;
+/// Folder of the notes.
+const NOTES: &str = ".mirror";
+
+/// What was copied, and what was there already.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Mirrored {
+    /// Files that were copied.
+    pub files: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Files that had been copied before.
+    pub skipped: u64,
+}
+
+/// What was copied.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Note {
+    /// The file at its origin.
+    origin: FileInfo,
+    /// BLAKE3 of its contents.
+    blake3: String,
+}
+
+/// Copies every source to a folder of its name below `to`, at most `rate` bytes a second, and writes the manifest of
+/// the copies to `manifest.json` there. `done` hears of bytes as they are copied or found. Blocks.
+///
+/// # Errors
+/// When a source cannot be listed or read, or the target cannot be written; when a copy is not what was read.
+pub fn mirror(
+    config: &DataConfig,
+    to: &str,
+    rate: Option<u64>,
+    done: impl Fn(u64) + Sync,
+) -> Result<Mirrored, DataError> {
+    let stores = Stores::new(config, None)?;
+    let target = stores.make(to)?;
+    let origin = Manifest::freeze(config, None)?;
+    let pace = Pace { rate, begun: Instant::now(), passed: AtomicU64::new(0) };
+    let mut mirrored = Mirrored::default();
+    for (source, listed) in config.source.iter().zip(&origin.sources) {
+        let from = stores.open(listed.url.as_deref().unwrap_or(&source.url))?;
+        let (copies, notes) = (target.child(&source.name), target.child(&format!("{NOTES}/{}", source.name)));
+        let there: BTreeMap<String, u64> =
+            copies.list()?.into_iter().map(|file| (file.path, file.size)).collect();
+        let noted: BTreeMap<String, FileInfo> =
+            notes.list()?.into_iter().map(|note| (note.path.clone(), note)).collect();
+        let copy = async |file: &FileInfo| {
+            let note = format!("{}.json", file.path);
+            if there.get(&file.path) == Some(&file.size)
+                && let Some(known) = noted.get(&note)
+                && serde_json::from_slice(&notes.fetch(known, 0..known.size).await?)
+                    .is_ok_and(|Note { origin, .. }| origin == *file)
+            {
+                done(file.size);
+                return Ok::<bool, DataError>(true);
+            }
+            // Not every request of an upload can be made again by itself.
+            let blake3 = (|| from.copy(file, &copies, &pace, &done))
+                .retry(ExponentialBuilder::default().with_jitter().with_max_times(AGAIN))
+                .when(|error| matches!(error, DataError::Store { .. }))
+                .await?;
+            let note_of = Note { origin: file.clone(), blake3 };
+            let text = serde_json::to_vec(&note_of).expect("a note can be written as JSON");
+            notes.put(&note, text).await?;
+            Ok(false)
+        };
+        let results: Vec<(u64, bool)> = wait_for(
+            futures::stream::iter(&listed.files)
+                .map(|file| async move { (file.size, copy(file).await) })
+                .buffer_unordered(AT_ONCE)
+                .map(|(size, result)| result.map(|skipped| (size, skipped)))
+                .try_collect(),
+        )?;
+        for (size, skipped) in results {
+            if skipped {
+                mirrored.skipped += 1;
+            } else {
+                mirrored.files += 1;
+                mirrored.bytes += size;
+            }
+        }
+    }
+    // The same names, sizes and units: whoever reads the copies reads the same stream.
+    let frozen = Manifest::freeze(&of_copies(config, to), None)?;
+    debug_assert_eq!(frozen.digest(), origin.digest());
+    target.write("manifest.json", frozen.to_json())?;
+    Ok(mirrored)
+}
+
+/// The plan's data with the copies as its sources.
+fn of_copies(config: &DataConfig, to: &str) -> DataConfig {
+    let mut config = config.clone();
+    for source in &mut config.source {
+        source.url = format!("{}/{}", to.trim_end_matches('/'), source.name);
+        source.list = None;
+    }
+    config
+}
+
+/// Keeps a rate over all files.
+pub(crate) struct Pace {
+    rate: Option<u64>,
+    begun: Instant,
+    passed: AtomicU64,
+}
+
+impl Pace {
+    /// Waits until so many bytes more are within the rate.
+    pub(crate) async fn pass(&self, bytes: u64) {
+        let before = self.passed.fetch_add(bytes, Ordering::Relaxed);
+        if let Some(rate) = self.rate {
+            let due = Duration::from_secs_f64(before as f64 / rate.max(1) as f64);
+            tokio::time::sleep_until(self.begun + due).await;
+        }
+    }
+}
