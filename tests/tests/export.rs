@@ -5,7 +5,7 @@ use std::fs;
 
 use serde_json::Value;
 use ulmus_model::hf;
-use ulmus_tests::Sandbox;
+use ulmus_tests::{Sandbox, TINY};
 
 fn json(text: &str) -> Value {
     serde_json::from_str(text).expect("what is called JSON is JSON")
@@ -66,4 +66,26 @@ fn a_model_that_has_no_such_layout_is_trained_and_measured_without_the_export() 
     let run = sandbox.run("tiny");
     assert!(!run.path().join("export").exists());
     assert_eq!(run.json("results/benchmark.json")["details"]["norm"], "layer");
+}
+
+#[test]
+fn a_tokenizer_json_is_all_that_another_vocabulary_takes() {
+    let sandbox = Sandbox::new();
+    let golden = ulmus_tests::repository().join("tests/golden/tiny/tokenizer.json");
+    // One line, and no `vocab_size`.
+    let plan = TINY.replace("pieces = 600", &format!("file = \"{}\"", golden.display()));
+    let plan = plan.replace("vocab_size = 640\n", "");
+    sandbox.write("plan.toml", plan);
+    sandbox.coordinator(&["--set", "train.iterations=10", "--set", "checkpoint.average=1"]).succeeds();
+    let run = sandbox.run("tiny");
+    let plan = ulmus_plan::read(&run.read("plan.resolved.toml"), &[]).expect("a resolved plan is a plan");
+    assert_eq!((plan[0].tokenizer.pieces, plan[0].model.vocab_size), (512, 640));
+    let export = run.path().join("export");
+    assert!(!export.join("tokenizer.model").exists());
+    assert_eq!(fs::read(export.join("tokenizer.json")).unwrap(), fs::read(golden).unwrap());
+    assert_eq!(run.json("export/tokenizer_config.json")["eos_token"], "</s>");
+
+    let folder = export.to_str().expect("a sandbox has a name in ASCII");
+    let measure = ["run", "--model", folder, "--tasks", "perplexity", "--data", "corpus/0000.md"];
+    sandbox.evaluator(&measure).succeeds();
 }
