@@ -76,7 +76,7 @@ fn a_tokenizer_json_is_all_that_another_vocabulary_takes() {
     let plan = TINY.replace("pieces = 600", &format!("file = \"{}\"", golden.display()));
     let plan = plan.replace("vocab_size = 640\n", "");
     sandbox.write("plan.toml", plan);
-    sandbox.coordinator(&["--set", "train.iterations=10", "--set", "checkpoint.average=1"]).succeeds();
+    sandbox.coordinator(&["--set", "train.iterations=20", "--set", "checkpoint.average=1"]).succeeds();
     let run = sandbox.run("tiny");
     let plan = ulmus_plan::read(&run.read("plan.resolved.toml"), &[]).expect("a resolved plan is a plan");
     assert_eq!((plan[0].tokenizer.pieces, plan[0].model.vocab_size), (512, 640));
