@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
 use ulmus_types::BadUnit;
@@ -23,7 +24,9 @@ impl QuarantineFile {
         // Whoever reads it sees the old list or the new one, even after a loss of power.
         let written = || {
             let folder = self.0.parent().unwrap_or(&self.0);
-            let mut file = tempfile::NamedTempFile::new_in(folder)?;
+            // Workers may be other users.
+            let readable = fs::Permissions::from_mode(0o644);
+            let mut file = tempfile::Builder::new().permissions(readable).tempfile_in(folder)?;
             std::io::Write::write_all(&mut file, &text)?;
             file.as_file().sync_all()?;
             file.persist(&self.0)?;

@@ -30,7 +30,8 @@ pub struct Corpus {
     quarantine: BTreeSet<(usize, usize)>,
     rules: Rules,
     tokenizer: Tokenizer,
-    counters: Counters,
+    /// Of each source.
+    counters: Vec<Counters>,
 }
 
 /// What has been read since the corpus was opened, read-ahead included. Documents of the second epoch count again.
@@ -61,6 +62,21 @@ struct Counters {
     short_tokens: AtomicU64,
     held_out: AtomicU64,
     tokens: AtomicU64,
+}
+
+impl Counters {
+    fn read(&self) -> Counts {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Counts {
+            documents: read(&self.documents),
+            characters: read(&self.characters),
+            bytes: read(&self.bytes),
+            short_characters: read(&self.short_characters),
+            short_tokens: read(&self.short_tokens),
+            held_out: read(&self.held_out),
+            tokens: read(&self.tokens),
+        }
+    }
 }
 
 /// Documents that are never trained on, in the fixed order in which they are measured.
@@ -106,7 +122,7 @@ impl Corpus {
             quarantine: BTreeSet::new(),
             rules: Rules::new(config, seed),
             tokenizer,
-            counters: Counters::default(),
+            counters: weights.iter().map(|_| Counters::default()).collect(),
         })
     }
 
@@ -150,18 +166,9 @@ impl Corpus {
         Cursors::start(self.mixture.streams().len())
     }
 
-    /// What has been read so far.
-    pub fn counts(&self) -> Counts {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        Counts {
-            documents: read(&self.counters.documents),
-            characters: read(&self.counters.characters),
-            bytes: read(&self.counters.bytes),
-            short_characters: read(&self.counters.short_characters),
-            short_tokens: read(&self.counters.short_tokens),
-            held_out: read(&self.counters.held_out),
-            tokens: read(&self.counters.tokens),
-        }
+    /// What has been read of each source so far, in the order of the plan.
+    pub fn counts(&self) -> Vec<Counts> {
+        self.counters.iter().map(Counters::read).collect()
     }
 
     /// What reading the sources has cost so far, in the order of the plan.
@@ -175,13 +182,13 @@ impl Corpus {
     ///
     /// # Errors
     /// As for reading any unit.
-    pub fn count_all(&self, done: impl Fn(u64) + Sync) -> Result<Counts, DataError> {
+    pub fn count_all(&self, done: impl Fn(u64) + Sync) -> Result<Vec<Counts>, DataError> {
         let (units, next) = (self.sources.units().collect::<Vec<_>>(), AtomicUsize::new(0));
         let read = || {
             let mut encoder = self.tokenizer.encoder();
             while let Some((source, unit, listed)) = units.get(next.fetch_add(1, Ordering::Relaxed)) {
                 for documents in self.sources.segments(*source, *unit) {
-                    self.pack(&mut encoder, documents?.iter().map(String::as_str));
+                    self.pack(*source, &mut encoder, documents?.iter().map(String::as_str));
                 }
                 done(listed.bytes);
             }
@@ -194,32 +201,34 @@ impl Corpus {
         Ok(self.counts())
     }
 
-    /// The training documents among some, packed.
+    /// The training documents among some of a source, packed.
     pub(crate) fn pack<'t>(
         &self,
+        source: usize,
         encoder: &mut Encoder,
         documents: impl IntoIterator<Item = &'t str>,
     ) -> Packed {
         let mut packed = Packed::new(self.rules.pack);
+        let counters = &self.counters[source];
         let count = |counter: &AtomicU64, by: usize| {
             counter.fetch_add(by as u64, Ordering::Relaxed);
         };
         for document in documents {
-            count(&self.counters.documents, 1);
-            count(&self.counters.characters, document.chars().count());
-            count(&self.counters.bytes, document.len());
+            count(&counters.documents, 1);
+            count(&counters.characters, document.chars().count());
+            count(&counters.bytes, document.len());
             for verdict in self.rules.judge(document) {
                 match verdict {
-                    Verdict::Short => count(&self.counters.short_characters, 1),
-                    Verdict::HeldOut(_) => count(&self.counters.held_out, 1),
+                    Verdict::Short => count(&counters.short_characters, 1),
+                    Verdict::HeldOut(_) => count(&counters.held_out, 1),
                     Verdict::Kept(text) => match self.tokens(encoder, &text) {
                         Some(tokens) => packed.push(tokens),
-                        None => count(&self.counters.short_tokens, 1),
+                        None => count(&counters.short_tokens, 1),
                     },
                 }
             }
         }
-        count(&self.counters.tokens, packed.tokens());
+        count(&counters.tokens, packed.tokens());
         packed
     }
 
@@ -318,7 +327,7 @@ mod tests {
             let mut sequences = Vec::new();
             for documents in corpus.sources.all_documents() {
                 let documents = documents.unwrap();
-                let packed = corpus.pack(&mut encoder, documents.iter().map(String::as_str));
+                let packed = corpus.pack(0, &mut encoder, documents.iter().map(String::as_str));
                 sequences
                     .extend((0..packed.sequences(length)).map(|index| packed.sequence(index, length, 300)));
             }

@@ -219,7 +219,7 @@ pub enum DataError {
 
 impl DataError {
     /// Whether it is a matter of what a file holds, and others may be fine.
-    const fn is_of_unit(&self) -> bool {
+    pub(crate) const fn is_of_unit(&self) -> bool {
         matches!(
             self,
             Self::Missing { .. }

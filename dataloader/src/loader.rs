@@ -10,19 +10,19 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
-use ulmus_types::LaneId;
+use ulmus_types::{ErrorKind, LaneId};
 
-use crate::corpus::Corpus;
+use crate::corpus::{Corpus, Counts};
 use crate::error::DataError;
 use crate::format::Segments;
 use crate::order::{Epoch, window_order};
 use crate::pack::{Packed, Sequence};
+use crate::sources::AGAIN;
+use crate::store::Traffic;
 use crate::tokenizer::Encoder;
-
-/// How often a unit that cannot be read is read again.
-const AGAIN: usize = 2;
 
 /// Words per stream.
 const WORDS: usize = 4;
@@ -116,6 +116,25 @@ pub struct Origin {
     pub(crate) index: u32,
 }
 
+/// How reading a source goes on this worker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceMetrics {
+    /// Name of the source.
+    pub source: String,
+    /// What was read since the corpus was opened.
+    pub counts: Counts,
+    /// What that has cost.
+    pub traffic: Traffic,
+    /// Time in which a step waited for it.
+    pub waited: Duration,
+    /// Streams of it that this worker reads.
+    pub streams: usize,
+    /// Those of them whose next window is in memory.
+    pub ready: usize,
+    /// Epoch of the stream that has come least far.
+    pub epoch: u64,
+}
+
 type WindowResult = Result<Window, DataError>;
 
 /// A request for the first window with any sequence at or after a place.
@@ -155,6 +174,8 @@ pub struct Loader {
     jobs: Option<Sender<Job>>,
     threads: Vec<JoinHandle<()>>,
     streams: BTreeMap<usize, Open>,
+    /// Time spent waiting for windows, by source.
+    waits: Vec<Duration>,
 }
 
 impl Loader {
@@ -180,7 +201,8 @@ impl Loader {
                     .expect("a thread for reading can be started")
             })
             .collect();
-        let mut loader = Self { corpus, length, jobs: Some(jobs), threads, streams: BTreeMap::new() };
+        let waits = vec![Duration::ZERO; corpus.max_epochs.len()];
+        let mut loader = Self { corpus, length, jobs: Some(jobs), threads, streams: BTreeMap::new(), waits };
         loader.host(lanes, cursors)?;
         Ok(loader)
     }
@@ -241,6 +263,29 @@ impl Loader {
         Ok(self.take_from(stream)?.0)
     }
 
+    /// How reading goes, source by source.
+    pub fn metrics(&self) -> Vec<SourceMetrics> {
+        let (counts, traffic) = (self.corpus.counts(), self.corpus.traffic());
+        let of = |source: usize| {
+            let streams: Vec<&Open> = self
+                .streams
+                .iter()
+                .filter(|(stream, _)| self.corpus.mixture.streams()[**stream].source == source)
+                .map(|(_, open)| open)
+                .collect();
+            SourceMetrics {
+                source: self.corpus.sources.name(source).to_owned(),
+                counts: counts[source],
+                traffic: traffic[source],
+                waited: self.waits[source],
+                streams: streams.len(),
+                ready: streams.iter().filter(|open| !open.ahead.window.is_empty()).count(),
+                epoch: streams.iter().map(|open| open.ahead.place.epoch).min().unwrap_or_default(),
+            }
+        };
+        (0..counts.len()).map(of).collect()
+    }
+
     /// Where the hosted lanes stand after what has been taken; zero for all others.
     pub fn cursors(&self) -> Cursors {
         let mut cursors = self.corpus.start();
@@ -255,7 +300,14 @@ impl Loader {
     fn take_from(&mut self, stream: usize) -> Result<(Origin, Sequence), DataError> {
         let open = self.streams.get_mut(&stream).expect("only hosted lanes are asked for");
         if open.window.is_none() {
+            let asked = Instant::now();
             let mut arrived = open.ahead.arrives();
+            if matches!(&arrived, Err(error) if error.kind() == ErrorKind::Retry) {
+                // It was read ahead, maybe long ago, and the store may be back.
+                open.ahead = Ahead::ask(self.jobs.as_ref(), stream, open.ahead.place, None);
+                arrived = open.ahead.arrives();
+            }
+            self.waits[self.corpus.mixture.streams()[stream].source] += asked.elapsed();
             // After an error the same window is asked for again, so that the caller may try again.
             let (next, unit) = match &mut arrived {
                 Ok(window) => (window.next, window.open.take()),
@@ -402,7 +454,7 @@ impl Reader {
                 };
                 if let Some(documents) = reading.next().map_err(bad)? {
                     let texts = documents.iter().map(|document| document.text.as_str());
-                    let packed = self.corpus.pack(encoder, texts);
+                    let packed = self.corpus.pack(stream.source, encoder, texts);
                     let number = segments.len() as u32;
                     order.extend((0..packed.sequences(self.length) as u32).map(|index| (number, index)));
                     segments.push(Part { unit: *unit, segment: next.segment, packed });

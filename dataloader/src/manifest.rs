@@ -176,7 +176,7 @@ fn names_of_list(list: &str, source: &SourceConfig, stores: &Stores) -> Result<V
             _ if line.is_empty() || line.starts_with('#') => {}
             Some(name) => names.push(name.to_owned()),
             None if line.contains("://") => {
-                return Err(refuse(format!("line {number}, {line:?}, is not below url = {:?}", source.url)));
+                return Err(refuse(format!("line {number} is not below url = {:?}", source.url)));
             }
             None => names.push(line.to_owned()),
         }

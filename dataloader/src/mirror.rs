@@ -104,19 +104,35 @@ pub fn mirror(
             }
         }
     }
+    for (source, listed) in
+        config.source.iter().zip(&origin.sources).filter(|(source, _)| source.list.is_some())
+    {
+        let names: String = listed.files.iter().map(|file| file.path.clone() + "\n").collect();
+        target.write(&list_of(&source.name), names.into())?;
+    }
     // The same names, sizes and units: whoever reads the copies reads the same stream.
     let frozen = Manifest::freeze(&of_copies(config, to), None)?;
-    debug_assert_eq!(frozen.digest(), origin.digest());
+    if frozen.digest() != origin.digest() {
+        let reason =
+            "its files are not those of the origin, in their order; delete what it has besides".to_owned();
+        return Err(DataError::Url { url: to.to_owned(), reason });
+    }
     target.write("manifest.json", frozen.to_json())?;
     Ok(mirrored)
+}
+
+/// Where the names of a source's files stand, in their order.
+fn list_of(source: &str) -> String {
+    format!("{source}.list")
 }
 
 /// The plan's data with the copies as its sources.
 fn of_copies(config: &DataConfig, to: &str) -> DataConfig {
     let mut config = config.clone();
     for source in &mut config.source {
-        source.url = format!("{}/{}", to.trim_end_matches('/'), source.name);
-        source.list = None;
+        let to = to.trim_end_matches('/');
+        source.url = format!("{to}/{}", source.name);
+        source.list = source.list.as_ref().map(|_| format!("{to}/{}", list_of(&source.name)));
     }
     config
 }

@@ -9,6 +9,9 @@ use crate::format::{self, Document, Segments, Unit};
 use crate::manifest::{self, Manifest, SourceManifest};
 use crate::store::{Folder, Stores, Traffic};
 
+/// How often a unit that cannot be read is read again.
+pub(crate) const AGAIN: usize = 2;
+
 /// The sources of a plan, as the manifest lists them.
 #[derive(Debug)]
 pub struct Sources(Vec<Source>);
@@ -64,7 +67,7 @@ impl Sources {
         again: bool,
     ) -> Result<Segments, DataError> {
         let Source { folder, text, listed, limit } = &self.0[source];
-        let folder = if again { &folder.uncached() } else { folder };
+        let folder = if again { &folder.afresh() } else { folder };
         Segments::open(folder, &listed.files, listed.format, text, listed.units[unit], *limit, segment)
     }
 
@@ -74,18 +77,29 @@ impl Sources {
         source: usize,
         unit: usize,
     ) -> impl Iterator<Item = Result<Vec<String>, DataError>> {
-        let mut opened = None;
+        let (mut opened, mut number) = (None, 0);
+        let mut next = move |again: bool| {
+            let mut reading = match opened.take().filter(|_| !again) {
+                Some(reading) => reading,
+                None => self.open_unit(source, unit, number, again)?,
+            };
+            let documents = reading.next()?;
+            number = reading.position();
+            opened = Some(reading);
+            Ok::<_, DataError>(documents)
+        };
         std::iter::from_fn(move || {
-            if opened.is_none() {
-                match self.open_unit(source, unit, 0, false) {
-                    Ok(segments) => opened = Some(segments),
-                    Err(error) => return Some(Err(error.of_unit(self.name(source), unit))),
+            // What cannot be read may have been damaged on its way.
+            let mut read = next(false);
+            for _ in 0..AGAIN {
+                if read.as_ref().is_err_and(DataError::is_of_unit) {
+                    read = next(true);
                 }
             }
-            let segment = opened.as_mut()?.next().transpose()?;
             let texts =
                 |documents: Vec<Document>| documents.into_iter().map(|document| document.text).collect();
-            Some(segment.map(texts).map_err(|error| error.of_unit(self.name(source), unit)))
+            let read = read.map_err(|error| error.of_unit(self.name(source), unit)).transpose()?;
+            Some(read.map(texts))
         })
     }
 

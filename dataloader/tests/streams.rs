@@ -259,7 +259,7 @@ proptest! {
                 prop_assert!(matches!(end, DataError::Exhausted { .. }), "{end}");
             }
             let targets = sequences.iter().flat_map(|s| &s.targets).filter(|target| **target != IGNORE).count() as u64;
-            let counts = corpus.counts();
+            let counts = corpus.counts().remove(0);
             prop_assert_eq!(counts.documents, epochs * text.documents as u64);
             prop_assert_eq!(targets, counts.tokens - counts.documents);
             let found = beginnings(corpus.tokenizer(), &sequences);
@@ -317,7 +317,7 @@ fn a_corpus_that_the_filters_empty_says_so() {
     assert!(message.contains("no document of source \"source-0\" passes the filters"), "{message}");
     // The other lane's reader counts on until it is stopped.
     drop(loader);
-    assert_eq!(corpus.counts().short_tokens, corpus.counts().documents);
+    assert_eq!(corpus.counts()[0].short_tokens, corpus.counts()[0].documents);
 }
 
 #[test]
@@ -340,5 +340,5 @@ fn held_out_documents_are_fixed_and_never_trained_on() {
             assert!(trained.keys().all(|number| !expected.contains_key(number)), "{trained:?}");
         }
     }
-    assert_eq!(corpus.counts().held_out, held_out.texts.len() as u64);
+    assert_eq!(corpus.counts()[0].held_out, held_out.texts.len() as u64);
 }

@@ -73,7 +73,7 @@ fn prepare(run: &Run) -> Result<Value, WorkerError> {
     }
     run.write(MANIFEST, manifest.to_json())?;
     let (pieces, tokenizer_digest) = (tokenizer.pieces(), tokenizer.digest());
-    must_hold_text(run, run.corpus_of(&manifest, tokenizer)?.without(&run.quarantine()?))?;
+    must_hold_text(run, run.corpus_of(&manifest, tokenizer)?)?;
     Ok(json!({
         "prepared": shards,
         "files": manifest.files(),

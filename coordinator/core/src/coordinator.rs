@@ -601,6 +601,8 @@ impl Coordinator {
         if !self.job_ended(worker, job) {
             return;
         }
+        // Preparing freezes the units, so none has a number before it is done.
+        let bad_unit = bad_unit.filter(|_| *job != Job::Prepare);
         // It may have begun before the unit was left out.
         let was_known = bad_unit.is_some_and(|unit| self.quarantine.contains_key(unit));
         if !was_known && bad_unit.is_some_and(|unit| self.leave_out(unit, message)) {

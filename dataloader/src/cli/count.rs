@@ -80,7 +80,7 @@ fn count(plan: &Plan, source: &SourceConfig, tokenizer: Tokenizer) -> Result<Cou
     let style = ProgressStyle::with_template(style).expect("the template is right");
     let bar = ProgressBar::new(manifest.bytes()).with_style(style).with_prefix(source.name.clone());
     let begun = Instant::now();
-    let counts = corpus.count_all(|bytes| bar.inc(bytes)).map_err(failure)?;
+    let counts = corpus.count_all(|bytes| bar.inc(bytes)).map_err(failure)?.remove(0);
     let seconds = begun.elapsed().as_secs_f64();
     bar.finish_and_clear();
     Ok(Counted {

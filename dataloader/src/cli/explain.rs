@@ -1,5 +1,6 @@
 //! `explain`: the exact documents of any sequence of any step.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -45,6 +46,8 @@ pub(crate) struct Explain {
 struct State {
     step: u64,
     cursors: Vec<i64>,
+    #[serde(default)]
+    quarantine: BTreeSet<BadUnit>,
 }
 
 impl Explain {
@@ -60,11 +63,20 @@ impl Explain {
             )));
         }
         let run = Path::new(plan.store.url.trim_start_matches("file://")).join(plan.run.name.to_string());
-        let corpus = Arc::new(corpus(&plan, &run)?);
+        let (before, after) = states(&run, step)?;
+        let recorded: Option<Vec<(BadUnit, String)>> = read_json(&run.join("quarantine.json"))?;
+        let now = recorded.unwrap_or_default().into_iter().map(|(unit, _)| unit).collect();
+        let then = before.as_ref().map(|state| state.quarantine.clone()).unwrap_or_default();
+        if after.map_or(now, |state| state.quarantine) != then {
+            return Err(wrong(format!(
+                "between the checkpoints around step {step} units were left out (see quarantine.json), so what it read is not known for sure; ask for another step"
+            )));
+        }
+        let corpus = Arc::new(corpus(&plan, &run, &then)?);
         let per_lane = plan.train.sequences / plan.data.lanes;
         let lane = LaneId::new((sequence / per_lane) as u32);
-        let (done, cursors) = match newest_state(&run, step)? {
-            Some(State { step, cursors }) => (step, Cursors::from_words(cursors)),
+        let (done, cursors) = match before {
+            Some(State { step, cursors, .. }) => (step, Cursors::from_words(cursors)),
             None => (0, corpus.start()),
         };
         let failure = |error: DataError| super::failure(&error);
@@ -89,50 +101,44 @@ impl Explain {
 }
 
 /// The data of the run, if its folder is there, or of the plan as it would begin now.
-fn corpus(plan: &Plan, run: &Path) -> Result<Corpus, Failure> {
+fn corpus(plan: &Plan, run: &Path, left_out: &BTreeSet<BadUnit>) -> Result<Corpus, Failure> {
     let failure = |error: DataError| super::failure(&error);
     let TokenizerConfig { file, bos, eos, .. } = &plan.tokenizer;
     let open = |path: &Path| super::tokens::open(path, bos.as_deref(), eos.as_deref());
-    let (manifest, tokenizer, folder, left_out): (_, Tokenizer, _, Vec<BadUnit>) =
-        if run.join(MANIFEST).is_file() {
-            let manifest = std::fs::read(run.join(MANIFEST)).map_err(|error| unreadable(run, &error))?;
-            let [model, json] = ["tokenizer.model", "tokenizer.json"].map(|name| run.join(name));
-            let store = LocalFileSystem::new_with_prefix(run).map_err(|error| unreadable(run, &error))?;
-            let recorded: Option<Vec<(BadUnit, String)>> = read_json(&run.join("quarantine.json"))?;
-            (
-                Manifest::from_json(&manifest).map_err(failure)?,
-                open(if model.is_file() { &model } else { &json })?,
-                Some(Folder::of_run(Arc::new(store), "")),
-                recorded.unwrap_or_default().into_iter().map(|(unit, _)| unit).collect(),
-            )
-        } else {
-            let file = file.as_ref().ok_or_else(|| {
-                wrong(format!(
-                    "{} has no run yet, and the plan no tokenizer.file; run it first, or name the tokenizer",
-                    run.display()
-                ))
-            })?;
-            let manifest = Manifest::freeze(&plan.data, None).map_err(failure)?;
-            (manifest, open(Path::new(file))?, None, Vec::new())
-        };
+    let (manifest, tokenizer, folder): (_, Tokenizer, _) = if run.join(MANIFEST).is_file() {
+        let manifest = std::fs::read(run.join(MANIFEST)).map_err(|error| unreadable(run, &error))?;
+        let [model, json] = ["tokenizer.model", "tokenizer.json"].map(|name| run.join(name));
+        let store = LocalFileSystem::new_with_prefix(run).map_err(|error| unreadable(run, &error))?;
+        (
+            Manifest::from_json(&manifest).map_err(failure)?,
+            open(if model.is_file() { &model } else { &json })?,
+            Some(Folder::of_run(Arc::new(store), "")),
+        )
+    } else {
+        let file = file.as_ref().ok_or_else(|| {
+            wrong(format!(
+                "{} has no run yet, and the plan no tokenizer.file; run it first, or name the tokenizer",
+                run.display()
+            ))
+        })?;
+        let manifest = Manifest::freeze(&plan.data, None).map_err(failure)?;
+        (manifest, open(Path::new(file))?, None)
+    };
     let sources = Sources::open(&plan.data, &manifest, folder.as_ref()).map_err(failure)?;
     let corpus = Corpus::new(&plan.data, plan.run.seed, sources, tokenizer).map_err(failure)?;
-    Ok(corpus.without(&left_out))
+    Ok(corpus.without(left_out))
 }
 
-/// The newest checkpoint of the run from before a step.
-fn newest_state(run: &Path, step: u64) -> Result<Option<State>, Failure> {
-    let mut newest: Option<State> = None;
-    let Ok(checkpoints) = std::fs::read_dir(run.join("checkpoints")) else { return Ok(None) };
+/// The newest checkpoint of the run from before a step, and the first one from after it.
+fn states(run: &Path, step: u64) -> Result<(Option<State>, Option<State>), Failure> {
+    let Ok(checkpoints) = std::fs::read_dir(run.join("checkpoints")) else { return Ok((None, None)) };
+    let mut states = BTreeMap::new();
     for checkpoint in checkpoints.flatten() {
         let state: Option<State> = read_json(&checkpoint.path().join("state.json"))?;
-        if let Some(state) = state.filter(|state| state.step < step)
-            && newest.as_ref().is_none_or(|newest| newest.step < state.step)
-        {
-            newest = Some(state);
-        }
+        states.extend(state.map(|state| (state.step, state)));
     }
-    Ok(newest)
+    let mut after = states.split_off(&step);
+    Ok((states.pop_last().map(|(_, state)| state), after.pop_first().map(|(_, state)| state)))
 }
 
 /// What a file holds; none if it is not there.

@@ -49,10 +49,12 @@ impl Mirror {
             mirrored.files, mirrored.bytes, mirrored.skipped
         )];
         let to = self.to.trim_end_matches('/');
-        lines.push("to read the copies, write in the plan, and leave out list:".to_owned());
-        lines.extend(
-            data.source.iter().map(|source| format!("  {}: url = \"{to}/{}\"", source.name, source.name)),
-        );
+        lines.push("to read the copies, write in the plan:".to_owned());
+        lines.extend(data.source.iter().map(|source| {
+            let name = &source.name;
+            let list = source.list.as_ref().map(|_| format!(", list = \"{to}/{name}.list\""));
+            format!("  {name}: url = \"{to}/{name}\"{}", list.unwrap_or_default())
+        }));
         print(&lines.join("\n"))
     }
 }

@@ -210,8 +210,10 @@ impl Client {
     /// What the hub's API answers, and the address of the next page.
     async fn json<T: DeserializeOwned>(&self, url: &str) -> Result<(T, Option<String>), Failed> {
         let attempt = async || {
-            let answer = self.send(&Method::GET, url, &HeaderMap::new()).await;
-            let answer = answer.map_err(|error| Failed::for_now(error.to_string()))?;
+            // A dataset may have moved.
+            let redirects = Redirects::new(self.clone());
+            let answer = redirects.follow(&Method::GET, url, &HeaderMap::new()).await;
+            let (answer, _) = answer.map_err(|error| Failed::for_now(error.to_string()))?;
             let (parts, body) = answer.into_parts();
             let (status, next) = (parts.status, next_page(&parts.headers));
             if !status.is_success() {
@@ -312,6 +314,26 @@ impl Redirects {
         Self { client, known: Arc::default() }
     }
 
+    /// The answer at the end of all redirects, and where that is.
+    async fn follow(
+        &self,
+        method: &Method,
+        url: &str,
+        headers: &HeaderMap,
+    ) -> Result<(HttpResponse, String), HttpError> {
+        let mut at = url.to_owned();
+        for _ in 0..MOST_REDIRECTS {
+            let answer = self.client.send(method, &at, headers).await?;
+            let location = answer.headers().get(LOCATION).and_then(|location| location.to_str().ok());
+            let Some(location) = location.filter(|_| answer.status().is_redirection()) else {
+                return Ok((answer, at));
+            };
+            let next = Url::parse(&at).and_then(|at| at.join(location));
+            at = next.map_or_else(|_| location.to_owned(), String::from);
+        }
+        Err(HttpError::new(HttpErrorKind::Unknown, Refused::Circle))
+    }
+
     fn known(&self, url: &str) -> Option<String> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         known.get(url).filter(|(_, since)| since.elapsed() < REMEMBERED).map(|(place, _)| place.clone())
@@ -346,20 +368,11 @@ impl HttpService for Redirects {
             }
             self.remember(&asked, None);
         }
-        let mut at = asked.clone();
-        for _ in 0..MOST_REDIRECTS {
-            let answer = self.client.send(method, &at, headers).await?;
-            let location = answer.headers().get(LOCATION).and_then(|location| location.to_str().ok());
-            let Some(location) = location.filter(|_| answer.status().is_redirection()) else {
-                if at != asked && answer.status().is_success() {
-                    self.remember(&asked, Some(at));
-                }
-                return Ok(answer);
-            };
-            let next = Url::parse(&at).and_then(|at| at.join(location));
-            at = next.map_or_else(|_| location.to_owned(), String::from);
+        let (answer, at) = self.follow(method, &asked, headers).await?;
+        if at != asked && answer.status().is_success() {
+            self.remember(&asked, Some(at));
         }
-        Err(HttpError::new(HttpErrorKind::Unknown, Refused::Circle))
+        Ok(answer)
     }
 }
 

@@ -21,7 +21,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use backon::{ExponentialBuilder, Retryable};
 use bytes::Bytes;
@@ -44,8 +44,12 @@ use crate::mirror::Pace;
 
 /// Most bytes of one request, so that its deadline is one for a known amount.
 const PIECE: u64 = 8 << 20;
+/// Parts of an upload that S3 takes.
+const MOST_PARTS: u64 = 10_000;
 /// Requests of one read that are under way at once.
 const AT_ONCE: usize = 4;
+/// How long an operation is begun again.
+const PATIENCE: Duration = Duration::from_mins(1);
 /// Files that are asked about at once.
 const STATS_AT_ONCE: usize = 16;
 
@@ -78,6 +82,8 @@ pub struct Folder {
     /// once, and a copy of the folder on another disk is the same run. Nor where an address holds fixed contents.
     has_versions: bool,
     cache: Option<Arc<Cache>>,
+    /// Whether what is in the cache is in doubt.
+    afresh: bool,
     counters: Arc<Counters>,
 }
 
@@ -174,6 +180,7 @@ impl Stores {
                     listing,
                     has_versions: true,
                     cache,
+                    afresh: false,
                     counters,
                 })
             }
@@ -193,6 +200,7 @@ fn open_hub(stores: &Stores, url: &str) -> Result<Folder, DataError> {
         listing: Listing::Hub(Arc::new(hub)),
         has_versions: false,
         cache: stores.cache.clone(),
+        afresh: false,
         counters,
     })
 }
@@ -241,6 +249,7 @@ impl Folder {
             listing: Listing::Store,
             has_versions: false,
             cache: None,
+            afresh: false,
             counters: Arc::default(),
         }
     }
@@ -258,6 +267,7 @@ impl Folder {
             listing: Listing::Store,
             has_versions: true,
             cache: None,
+            afresh: false,
             counters: Arc::default(),
         })
     }
@@ -265,13 +275,13 @@ impl Folder {
     /// A folder below this one.
     #[must_use]
     pub fn child(&self, path: &str) -> Self {
-        let prefix = self.prefix.parts().chain(Path::from(path).parts()).collect();
+        let prefix = self.prefix.parts().chain(parsed(path).parts()).collect();
         Self { prefix, url: self.place(path), ..self.clone() }
     }
 
-    /// The same folder, past the cache.
-    pub(crate) fn uncached(&self) -> Self {
-        Self { cache: None, ..self.clone() }
+    /// The same folder, whose cache is written and not read.
+    pub(crate) fn afresh(&self) -> Self {
+        Self { afresh: true, ..self.clone() }
     }
 
     /// Whether [`Self::list`] works.
@@ -371,7 +381,9 @@ impl Folder {
         let Some(cache) = self.cache.clone() else {
             return Reading::Under(IO.spawn(async move { folder.fetch(&file, range).await }));
         };
-        if let Some(bytes) = cache.get(&self.url, &file, &range) {
+        if !self.afresh
+            && let Some(bytes) = cache.get(&self.url, &file, &range)
+        {
             self.counters.cached.fetch_add(bytes.len() as u64, Ordering::Relaxed);
             return Reading::Here(bytes);
         }
@@ -457,12 +469,22 @@ impl Folder {
             to.put(&file.path, bytes.into()).await?;
         } else {
             let upload = to.store.put_multipart(&to.at(&file.path)).await.map_err(failed)?;
-            let mut upload = WriteMultipart::new_with_chunk_size(upload, PIECE as usize);
-            while let Some(bytes) = pieces.try_next().await? {
-                upload.wait_for_capacity(AT_ONCE).await.map_err(failed)?;
-                hasher.update(&bytes);
-                done(bytes.len() as u64);
-                upload.put(bytes);
+            // Stores take so many parts of an upload, and no more.
+            let part = PIECE.max(file.size.div_ceil(MOST_PARTS));
+            let mut upload = WriteMultipart::new_with_chunk_size(upload, part as usize);
+            let copied = async {
+                while let Some(bytes) = pieces.try_next().await? {
+                    upload.wait_for_capacity(AT_ONCE).await.map_err(failed)?;
+                    hasher.update(&bytes);
+                    done(bytes.len() as u64);
+                    upload.put(bytes);
+                }
+                Ok(())
+            };
+            if let Err(error) = copied.await {
+                // What is left of it would be paid for. When that fails too, the first error is the one to tell.
+                let _left_over = upload.abort().await;
+                return Err(error);
             }
             upload.finish().await.map_err(failed)?;
         }
@@ -485,7 +507,7 @@ impl Folder {
     }
 
     fn at(&self, path: &str) -> Path {
-        self.prefix.parts().chain(Path::from(path).parts()).collect()
+        self.prefix.parts().chain(parsed(path).parts()).collect()
     }
 
     fn info(&self, path: String, meta: &ObjectMeta) -> FileInfo {
@@ -531,10 +553,19 @@ async fn retried<T, F: Future<Output = object_store::Result<T>>>(
 ) -> object_store::Result<T> {
     let backoff = ExponentialBuilder::default()
         .with_jitter()
-        .with_min_delay(Duration::from_millis(200))
+        .with_min_delay(Duration::from_millis(500))
         .with_max_delay(Duration::from_secs(15))
-        .with_max_times(4);
-    operation.retry(backoff).when(|error| matches!(error, object_store::Error::Generic { .. })).await
+        .with_max_times(20);
+    let begun = Instant::now();
+    let worth_it = |error: &object_store::Error| {
+        matches!(error, object_store::Error::Generic { .. }) && begun.elapsed() < PATIENCE
+    };
+    operation.retry(backoff).when(worth_it).await
+}
+
+/// A path as listings tell it; one that no listing has is written in its way.
+fn parsed(path: &str) -> Path {
+    Path::parse(path).unwrap_or_else(|_| Path::from(path))
 }
 
 /// An entity tag without its quotes: some stores leave them out of listings.

@@ -20,7 +20,7 @@ use super::Counters;
 const LONGEST_PAUSE: Duration = Duration::from_mins(5);
 const CONNECT: Duration = Duration::from_secs(10);
 
-/// Back-off with jitter. With the attempts above, a server is given about a minute, so that its restart is no error.
+/// Back-off with jitter. The attempts above give a server a minute, so that its restart is no error.
 pub(super) fn retries() -> RetryConfig {
     RetryConfig {
         backoff: BackoffConfig {
@@ -28,7 +28,7 @@ pub(super) fn retries() -> RetryConfig {
             max_backoff: Duration::from_secs(15),
             base: 2.0,
         },
-        max_retries: 4,
+        max_retries: 2,
         retry_timeout: Duration::from_mins(5),
     }
 }

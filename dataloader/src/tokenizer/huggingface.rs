@@ -93,14 +93,18 @@ pub(super) fn read(json: &[u8], bos: Option<&str>, eos: Option<&str>) -> Result<
     if pieces >= 1 << 24 {
         return Err(format!("it has an id of {}; give the tokenizer.json of a model", pieces - 1));
     }
+    // Elsewhere the usual names may be those of pieces of markup.
+    let special: Vec<&str> =
+        file.added_tokens.iter().filter(|added| added.special).map(|added| added.content.as_str()).collect();
     let find = |what: &str, named: Option<&str>, common: &[&str]| match named {
         Some(name) => match ids.get(name) {
             Some(id) => Ok(Some(End { id: *id, name: name.to_owned() })),
             None => Err(format!("it has no token {name:?}; correct tokenizer.{what}")),
         },
-        None => {
-            Ok(common.iter().find_map(|name| Some(End { id: *ids.get(*name)?, name: (*name).to_owned() })))
-        }
+        None => Ok(common
+            .iter()
+            .filter(|name| special.is_empty() || special.contains(*name))
+            .find_map(|name| Some(End { id: *ids.get(*name)?, name: (*name).to_owned() }))),
     };
     let eos = find("eos", eos, &EOS)?
         .ok_or("it does not tell the token that ends a document; write its name as tokenizer.eos")?;
@@ -137,11 +141,19 @@ pub(super) fn count_pieces(json: &[u8]) -> Option<usize> {
     ids.into_values().max().map(|id| id as usize + 1)
 }
 
+/// A text of which no model has pieces.
+const UNLIKELY: &str = "\u{e000} \u{10fffd}";
+
 /// The way through Hugging Face's own library.
 fn reference(json: &[u8]) -> Result<Box<tokenizers::Tokenizer>, String> {
     let mut reference = tokenizers::Tokenizer::from_bytes(json)
         .map_err(|error| format!("it cannot be read: {error}; give a tokenizer.json of a known kind"))?;
     reference.set_encode_special_tokens(true);
+    if let Err(error) = reference.encode_fast(UNLIKELY, false) {
+        return Err(format!(
+            "it cannot encode every text ({error}); give a file with a token for what is unknown"
+        ));
+    }
     reference.with_truncation(None).map_err(|error| error.to_string())?.with_padding(None);
     Ok(Box::new(reference))
 }

@@ -268,6 +268,7 @@ impl SourceConfig {
     /// Takes an address that ends in a glob apart.
     pub(crate) fn complete(&mut self) {
         if self.files.is_empty()
+            && secret(&self.url).is_none()
             && let Some(glob) = self.url.find(['*', '?', '[', '{'])
             && let Some(folder) = self.url[..glob].rfind('/')
         {
@@ -291,9 +292,10 @@ impl SourceConfig {
                 format!("write {name} = {example:?}"),
             );
         }
-        if let Some(shown) = secret(&self.url) {
+        for (name, address) in [("url", Some(&self.url)), ("list", self.list.as_ref())] {
+            let Some(shown) = address.and_then(|address| secret(address)) else { continue };
             problems.add(
-                key("url"),
+                key(name),
                 shown,
                 "a plan is stored and shown, so an address in it has no password, token or query",
                 "leave that out; credentials come from the environment or the files of the provider's own tools"
@@ -407,6 +409,9 @@ mod tests {
             text: "text".to_owned(),
             ..SourceConfig::default()
         };
+        let mut whole = SourceConfig { files: Vec::new(), ..source.clone() };
+        whole.complete();
+        assert_eq!(whole.url, source.url);
         let mut problems = Problems::new();
         source.check("data.source.0", false, &mut problems);
         assert_eq!(

@@ -239,6 +239,10 @@ impl Plan {
             });
         }
         self.data.source.iter_mut().for_each(SourceConfig::complete);
+        if self.tokenizer.file.is_some() {
+            // The file has as many as it has; what followed from them is in the vocabulary.
+            self.tokenizer.pieces = TokenizerConfig::default().pieces;
+        }
         self.cluster.min_workers = self.cluster.min_workers.max(1);
     }
 

@@ -61,21 +61,13 @@ impl<B: Backend> Training<B> {
         self.broadcast(Rank::new(donor as u32), group)
     }
 
-    /// Opens the corpus without what is left out by now, and reads what is measured on: an error in the middle of a
-    /// measurement would cost the step.
+    /// Opens the corpus without what is left out by now.
     fn open_corpus(&mut self) -> Result<(), WorkerError> {
         let quarantine = self.run.quarantine()?;
         if self.corpus.is_none() || quarantine != self.quarantine {
             // Windows that were read with those units in them are of no use any more.
-            (self.loader, self.held_out) = (None, Vec::new());
-            let corpus = self.run.corpus()?;
-            let plan = &self.run.plan;
-            if plan.train.held_out_every > 0 {
-                let held_out =
-                    corpus.held_out(plan.sequence_length(), plan.train.held_out_sequences as usize)?;
-                self.held_out = held_out.sequences;
-            }
-            (self.corpus, self.quarantine) = (Some(corpus.into()), quarantine);
+            (self.loader, self.held_out) = (None, None);
+            (self.corpus, self.quarantine) = (Some(self.run.corpus()?.into()), quarantine);
         }
         Ok(())
     }

@@ -69,7 +69,7 @@ pub(crate) struct Training<B: Backend> {
     /// Units that the corpus is without.
     quarantine: BTreeSet<BadUnit>,
     /// Sequences that the held-out loss is measured on.
-    held_out: Vec<Sequence>,
+    held_out: Option<Vec<Sequence>>,
     room: Arc<Semaphore>,
 }
 
@@ -198,7 +198,7 @@ impl<B: Backend> Training<B> {
             corpus: None,
             loader: None,
             quarantine: BTreeSet::new(),
-            held_out: Vec::new(),
+            held_out: None,
             room: Arc::new(Semaphore::new(HELD)),
         })
     }

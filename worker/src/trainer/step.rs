@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
-use ulmus_dataloader::{Cursors, DataError, Loader, Sequence};
+use ulmus_dataloader::{Cursors, DataError, Loader, Sequence, SourceMetrics};
 use ulmus_model::{Backend, IGNORE, LossSum, Out, Quantum, ViewMut};
 use ulmus_types::{
-    Assignment, CheckpointId, CheckpointKind, Generation, LaneId, LeaveReason, StepReport, ToCoordinator,
+    Assignment, CheckpointId, CheckpointKind, Generation, LaneId, LeaveReason, Step, StepReport,
+    ToCoordinator,
 };
 
 use super::words::Words;
@@ -115,6 +116,7 @@ impl<B: Backend> Training<B> {
         if let Some(sums) = &mut sums {
             self.clear(sums);
         }
+        self.read_held_out()?;
         let plan = Arc::clone(&self.run.plan);
         let per_lane = (plan.train.sequences / plan.data.lanes) as usize;
         let loader = self.loader.as_mut().expect("lanes are hosted before a step");
@@ -138,6 +140,23 @@ impl<B: Backend> Training<B> {
         }
         words.cursors = loader.cursors().words().to_vec();
         Ok(words)
+    }
+
+    /// Reads what is measured on, in the step that will measure first: an error after the update would cost the step.
+    fn read_held_out(&mut self) -> Result<(), Obstacle> {
+        let plan = &self.run.plan;
+        if self.held_out.is_none() && self.measures_after(self.step().next()) {
+            let corpus = self.corpus.as_ref().expect("the corpus is opened before a group agrees");
+            let held_out = corpus.held_out(plan.sequence_length(), plan.train.held_out_sequences as usize);
+            self.held_out = Some(held_out.map_err(|error| Obstacle::Failed(error.into()))?.sequences);
+        }
+        Ok(())
+    }
+
+    fn measures_after(&self, step: Step) -> bool {
+        let train = &self.run.plan.train;
+        train.held_out_every > 0
+            && (step.get().is_multiple_of(train.held_out_every) || step.get() == train.iterations)
     }
 
     fn clear(&self, sums: &mut B::Buffer<i64>) {
@@ -246,8 +265,7 @@ impl<B: Backend> Training<B> {
         position.quarantine.clone_from(&self.quarantine);
         let (step, tokens) = (position.step, position.tokens);
         let elapsed = begun.elapsed();
-        let due = plan.train.held_out_every > 0
-            && (step.get().is_multiple_of(plan.train.held_out_every) || step.get() == plan.train.iterations);
+        let due = self.measures_after(step);
         Ok(StepReport {
             step,
             tokens,
@@ -270,7 +288,8 @@ impl<B: Backend> Training<B> {
         let masked =
             Sequence { inputs: vec![0; length], targets: vec![IGNORE; length], doc_starts: vec![0; length] };
         let mut words = Words::default();
-        for batch in self.held_out.chunks(rows).skip(group.rank().index()).step_by(group.size()) {
+        let sequences = self.held_out.as_ref().expect("they were read before the update");
+        for batch in sequences.chunks(rows).skip(group.rank().index()).step_by(group.size()) {
             let mut batch = batch.to_vec();
             batch.resize(rows, masked.clone());
             let loss = self.replica.loss(&micro_batch(&batch, length))?;
@@ -284,8 +303,30 @@ impl<B: Backend> Training<B> {
         Ok((sum[0] > 0).then(|| Quantum::loss_from_fixed(sum[1]) / sum[0] as f64))
     }
 
-    /// Copies the state to host memory, to be stored from there.
+    /// Copies the state to host memory, to be stored from there; a moment to say how reading goes, too.
     fn keep(&mut self, kind: CheckpointKind, generation: Generation, reports: &mpsc::Sender<Report>) {
+        for SourceMetrics { source, counts, traffic, waited, streams, ready, epoch } in
+            self.loader.iter().flat_map(Loader::metrics)
+        {
+            tracing::info!(
+                step = self.step().get(),
+                source,
+                epoch,
+                documents = counts.documents,
+                tokens = counts.tokens,
+                dropped_short = counts.short_characters + counts.short_tokens,
+                held_out = counts.held_out,
+                text_bytes = counts.bytes,
+                fetched_bytes = traffic.fetched_bytes,
+                cached_bytes = traffic.cached_bytes,
+                failed_requests = traffic.failed_requests,
+                bad_units = self.quarantine.iter().filter(|unit| unit.source == source).count(),
+                waited_s = waited.as_secs_f64(),
+                streams,
+                streams_ready = ready,
+                "data"
+            );
+        }
         // Waits while two older ones are still on their way to the store.
         let room = self.run.wait(Arc::clone(&self.room).acquire_owned());
         let held = Held {
