@@ -5,17 +5,19 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use serde::Serialize;
-use ulmus_plan::DataConfig;
+use ulmus_plan::{DataConfig, Pack};
 use ulmus_types::{BadUnit, LaneId};
 
 use crate::document::{Rules, Verdict};
 use crate::error::DataError;
+use crate::format::Content;
 use crate::loader::Cursors;
 use crate::order::Mixture;
 use crate::pack::{Packed, Sequence};
 use crate::sources::Sources;
 use crate::store::Traffic;
 use crate::tokenizer::{Encoder, Tokenizer};
+use crate::tokens::Vocabulary;
 
 /// Everything that decides what is read, except where a lane stands. Shared by threads.
 #[derive(Debug)]
@@ -34,14 +36,24 @@ pub struct Corpus {
     counters: Vec<Counters>,
 }
 
+/// What becomes of a document, or of a piece of it.
+pub(crate) enum Judged {
+    FewCharacters,
+    FewTokens,
+    /// Not for training, but for measuring: its text, normalised, and as below.
+    HeldOut(String, Vec<u32>),
+    /// For training: BOS, its ids, EOS.
+    Kept(Vec<u32>),
+}
+
 /// What has been read since the corpus was opened, read-ahead included. Documents of the second epoch count again.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Counts {
     /// Documents that were decoded.
     pub documents: u64,
-    /// Code points of their text.
+    /// Code points of their text; none are counted where token ids are read.
     pub characters: u64,
-    /// Bytes of their text.
+    /// Bytes of their text; the same.
     pub bytes: u64,
     /// Dropped because they have too few characters.
     pub short_characters: u64,
@@ -82,7 +94,7 @@ impl Counters {
 /// Documents that are never trained on, in the fixed order in which they are measured.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HeldOut {
-    /// Their texts, normalised.
+    /// Their texts, normalised; as their tokens say them where those are read.
     pub texts: Vec<String>,
     /// The same texts as sequences.
     pub sequences: Vec<Sequence>,
@@ -92,7 +104,7 @@ impl Corpus {
     /// Combines what a plan says with its manifest's sources.
     ///
     /// # Errors
-    /// When a source has fewer units than lanes that read it.
+    /// When a source has fewer units than lanes that read it, or holds token ids that would have to be cut into words.
     pub fn new(
         config: &DataConfig,
         seed: u64,
@@ -111,9 +123,14 @@ impl Corpus {
                     most: (mixture.lanes() * units / lanes).max(1),
                 });
             }
+            if sources.holds_tokens(source) && config.pack == Pack::Corenet {
+                return Err(DataError::Words { name: sources.name(source).to_owned() });
+            }
         }
+        let ends = [tokenizer.bos(), tokenizer.eos()];
+        let vocabulary = Vocabulary { ends, pieces: tokenizer.pieces() as u32 };
         Ok(Self {
-            sources,
+            sources: sources.of_tokens(vocabulary),
             mixture,
             seed,
             window: config.window,
@@ -187,8 +204,8 @@ impl Corpus {
         let read = || {
             let mut encoder = self.tokenizer.encoder();
             while let Some((source, unit, listed)) = units.get(next.fetch_add(1, Ordering::Relaxed)) {
-                for documents in self.sources.segments(*source, *unit) {
-                    self.pack(*source, &mut encoder, documents?.iter().map(String::as_str));
+                for documents in self.sources.segments(*source, *unit, 0) {
+                    self.pack(*source, &mut encoder, documents?.into_iter().map(|document| document.content));
                 }
                 done(listed.bytes);
             }
@@ -202,11 +219,11 @@ impl Corpus {
     }
 
     /// The training documents among some of a source, packed.
-    pub(crate) fn pack<'t>(
+    pub(crate) fn pack(
         &self,
         source: usize,
         encoder: &mut Encoder,
-        documents: impl IntoIterator<Item = &'t str>,
+        documents: impl IntoIterator<Item = Content>,
     ) -> Packed {
         let mut packed = Packed::new(self.rules.pack);
         let counters = &self.counters[source];
@@ -215,16 +232,16 @@ impl Corpus {
         };
         for document in documents {
             count(&counters.documents, 1);
-            count(&counters.characters, document.chars().count());
-            count(&counters.bytes, document.len());
-            for verdict in self.rules.judge(document) {
-                match verdict {
-                    Verdict::Short => count(&counters.short_characters, 1),
-                    Verdict::HeldOut(_) => count(&counters.held_out, 1),
-                    Verdict::Kept(text) => match self.tokens(encoder, &text) {
-                        Some(tokens) => packed.push(tokens),
-                        None => count(&counters.short_tokens, 1),
-                    },
+            if let Content::Text(text) = &document {
+                count(&counters.characters, text.chars().count());
+                count(&counters.bytes, text.len());
+            }
+            for judged in self.judge(encoder, document) {
+                match judged {
+                    Judged::FewCharacters => count(&counters.short_characters, 1),
+                    Judged::FewTokens => count(&counters.short_tokens, 1),
+                    Judged::HeldOut(..) => count(&counters.held_out, 1),
+                    Judged::Kept(tokens) => packed.push(tokens),
                 }
             }
         }
@@ -232,12 +249,39 @@ impl Corpus {
         packed
     }
 
-    /// BOS, the ids of `text`, EOS; none where the token filter drops it.
-    pub(crate) fn tokens(&self, encoder: &mut Encoder, text: &str) -> Option<Vec<u32>> {
-        let mut tokens = vec![self.tokenizer.bos()];
-        encoder.encode(text, &mut tokens);
-        tokens.push(self.tokenizer.eos());
-        (tokens.len() as u64 >= self.rules.min_tokens).then_some(tokens)
+    /// What becomes of a document, or of each of its pieces.
+    pub(crate) fn judge(&self, encoder: &mut Encoder, document: Content) -> Vec<Judged> {
+        let (bos, eos) = (self.tokenizer.bos(), self.tokenizer.eos());
+        let long_enough = |tokens: &Vec<u32>| tokens.len() as u64 >= self.rules.min_tokens;
+        let mut of_text = |text: &str| {
+            let mut tokens = vec![bos];
+            encoder.encode(text, &mut tokens);
+            tokens.push(eos);
+            Some(tokens).filter(long_enough)
+        };
+        match document {
+            Content::Text(text) => {
+                let judged = |verdict| match verdict {
+                    Verdict::Short => Judged::FewCharacters,
+                    Verdict::HeldOut(text) => match of_text(&text) {
+                        Some(tokens) => Judged::HeldOut(text.into_owned(), tokens),
+                        None => Judged::FewTokens,
+                    },
+                    Verdict::Kept(text) => of_text(&text).map_or(Judged::FewTokens, Judged::Kept),
+                };
+                self.rules.judge(&text).into_iter().map(judged).collect()
+            }
+            Content::Tokens(ids) => {
+                let tokens: Vec<u32> = [bos].into_iter().chain(ids.iter().copied()).chain([eos]).collect();
+                vec![if !long_enough(&tokens) {
+                    Judged::FewTokens
+                } else if self.rules.holds_out(&ids) {
+                    Judged::HeldOut(self.tokenizer.decode(&ids), tokens)
+                } else {
+                    Judged::Kept(tokens)
+                }]
+            }
+        }
     }
 
     /// The first `sequences` held-out sequences of `length` tokens, or all that there are. Units are read in turn
@@ -251,15 +295,14 @@ impl Corpus {
         let mut packed = Packed::new(self.rules.pack);
         let mut units = self.sources.units_in_turn();
         units.retain(|(source, unit)| !self.leaves_out(*source, *unit));
-        for documents in units.iter().flat_map(|(source, unit)| self.sources.segments(*source, *unit)) {
+        for documents in units.iter().flat_map(|(source, unit)| self.sources.segments(*source, *unit, 0)) {
             for document in documents? {
-                for verdict in self.rules.judge(&document) {
-                    if let Verdict::HeldOut(text) = verdict
-                        && let Some(tokens) = self.tokens(&mut encoder, &text)
+                for judged in self.judge(&mut encoder, document.content) {
+                    if let Judged::HeldOut(text, tokens) = judged
                         && !packed.fills(sequences, length)
                     {
+                        texts.push(text);
                         packed.push(tokens);
-                        texts.push(text.into_owned());
                     }
                 }
             }
@@ -327,7 +370,7 @@ mod tests {
             let mut sequences = Vec::new();
             for documents in corpus.sources.all_documents() {
                 let documents = documents.unwrap();
-                let packed = corpus.pack(0, &mut encoder, documents.iter().map(String::as_str));
+                let packed = corpus.pack(0, &mut encoder, documents.into_iter().map(Content::Text));
                 sequences
                     .extend((0..packed.sequences(length)).map(|index| packed.sequence(index, length, 300)));
             }

@@ -78,14 +78,27 @@ impl Rules {
         }
     }
 
+    /// Whether a document is held out that is known by its tokens alone.
+    pub(crate) fn holds_out(&self, tokens: &[u32]) -> bool {
+        let mut hasher = blake3::Hasher::new_derive_key("ulmus held-out tokens");
+        hasher.update(&self.seed.to_le_bytes());
+        for token in tokens {
+            hasher.update(&token.to_le_bytes());
+        }
+        first_word(&hasher) < self.held_out_below
+    }
+
     /// Decides by contents, so that equal texts are held out together, wherever they lie.
     fn hash(&self, text: &str) -> u64 {
         let mut hasher = blake3::Hasher::new_derive_key("ulmus held-out documents");
         hasher.update(&self.seed.to_le_bytes()).update(text.as_bytes());
-        let hash = hasher.finalize();
-        let first = hash.as_bytes().first_chunk().expect("a hash has 32 bytes");
-        u64::from_le_bytes(*first)
+        first_word(&hasher)
     }
+}
+
+fn first_word(hasher: &blake3::Hasher) -> u64 {
+    let hash = hasher.finalize();
+    u64::from_le_bytes(*hash.as_bytes().first_chunk().expect("a hash has 32 bytes"))
 }
 
 /// Cuts a text at every so many blanks; two blanks in a row have an empty word between them.

@@ -192,6 +192,21 @@ pub enum DataError {
         /// What is wrong, and what to do.
         reason: String,
     },
+    /// Token ids where text is needed.
+    #[error(
+        "source {name:?} holds token ids, and this needs text; name the tokenizer that made them in tokenizer.file, or \
+         give another source"
+    )]
+    Tokens {
+        /// The source.
+        name: String,
+    },
+    /// Token ids cannot be cut into pieces of so many words.
+    #[error("token ids of source {name:?} cannot be cut into pieces of words; set data.pack = \"concat\"")]
+    Words {
+        /// The source.
+        name: String,
+    },
     /// A crate whose sources are not on the machine.
     #[error(
         "crate {name:?} is not unpacked in {folder}; run `cargo fetch`, or take it out of prepare.crates"

@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use serde::Serialize;
 
-use crate::corpus::Corpus;
-use crate::document::Verdict;
+use crate::corpus::{Corpus, Judged};
 use crate::error::DataError;
+use crate::format::Document;
 use crate::loader::Origin;
 use crate::pack::Packed;
 
@@ -32,7 +32,7 @@ pub struct Explanation {
 pub struct Excerpt {
     /// Its file.
     pub file: String,
-    /// Row (parquet), or byte of the decompressed file at which its line begins (lines); 0 for plain text.
+    /// Row (parquet), or byte of the decompressed file at which its line or its ids begin; 0 for plain text.
     pub at: u64,
     /// Tokens of the document, or of the piece of it, BOS and EOS included.
     pub tokens: usize,
@@ -54,11 +54,10 @@ impl Corpus {
         let mut packed = Packed::new(self.rules().pack);
         let mut pieces = Vec::new();
         for document in reading.next()?.unwrap_or_default() {
-            for verdict in self.rules().judge(&document.text) {
-                if let Verdict::Kept(text) = verdict
-                    && let Some(tokens) = self.tokens(&mut encoder, &text)
-                {
-                    pieces.push((document.file, document.at, tokens.clone()));
+            let Document { file, at, content } = document;
+            for judged in self.judge(&mut encoder, content) {
+                if let Judged::Kept(tokens) = judged {
+                    pieces.push((file, at, tokens.clone()));
                     packed.push(tokens);
                 }
             }

@@ -12,9 +12,10 @@ use crate::chain::{Chain, Line};
 use crate::error::DataError;
 use crate::parquet::{ParquetFile, Rows};
 use crate::store::{FileInfo, Folder};
+use crate::tokens::{self, Vocabulary};
 
-/// Bytes that are read beyond the end of a unit to find the end of its last line.
-const LINE_STEP: u64 = 64 << 10;
+/// Bytes that are read beyond the end of a unit to find the end of its last line, at first and at most.
+const LINE_STEPS: [u64; 2] = [64 << 10, 8 << 20];
 
 /// What is shuffled: as much as fits into `data.unit`, at least one row group, line or file. Row groups that are larger,
 /// and chains, are read in segments. Written as `[file, first, end, bytes]`.
@@ -23,8 +24,8 @@ const LINE_STEP: u64 = 64 << 10;
 pub(crate) struct Unit {
     /// Index of its (first) file in the source.
     pub(crate) file: u32,
-    /// Where it begins: row group (parquet), byte (jsonl; the first line that begins here or later), file (text);
-    /// chains have stored bytes here, all of the file.
+    /// Where it begins: row group (parquet), byte (jsonl and token ids; the first line or document that begins here or
+    /// later), file (text); chains have stored bytes here, all of the file.
     pub(crate) first: u64,
     /// Where it ends, in the same measure; not included.
     pub(crate) end: u64,
@@ -44,65 +45,117 @@ impl From<Unit> for (u32, u64, u64, u64) {
     }
 }
 
-/// Cuts a source into units of at most `limit` bytes of text where that is possible. Empty files have none.
-pub(crate) fn units(
-    folder: &Folder,
-    files: &[FileInfo],
-    format: Format,
-    text: &str,
-    limit: u64,
-) -> Result<Vec<Unit>, DataError> {
-    let mut units = Vec::new();
-    match format {
-        Format::Parquet => {
-            // Footers may lie on a server far away, so several are asked for at once.
-            let sizes: Vec<Vec<u64>> = files
-                .par_iter()
-                .map(|file| ParquetFile::open(folder, file)?.row_group_sizes(text))
-                .collect::<Result<_, _>>()?;
-            for (index, sizes) in (0..).zip(&sizes) {
-                units.extend(runs(sizes, limit).map(|(first, end, bytes)| Unit {
+/// How the files of a source are read.
+#[derive(Debug, Clone)]
+pub(crate) struct Layout {
+    pub(crate) format: Format,
+    /// Column or key of the text.
+    pub(crate) text: String,
+    /// Most bytes of text in a unit, and in a segment of one.
+    pub(crate) limit: u64,
+    /// What ids mean, where files hold them.
+    pub(crate) vocabulary: Option<Vocabulary>,
+}
+
+impl Layout {
+    /// Cuts files into units of at most `limit` bytes of text where that is possible. Empty files have none.
+    pub(crate) fn units(&self, folder: &Folder, files: &[FileInfo]) -> Result<Vec<Unit>, DataError> {
+        let Self { format, text, limit, .. } = self;
+        let limit = *limit;
+        let mut units = Vec::new();
+        let mut cut = |file: u32, size: u64, step: u64| {
+            let ends = (1..).map(|n| n * step).take_while(|end| *end < size).chain([size]);
+            let mut first = 0;
+            for end in ends.filter(|end| *end > 0) {
+                units.push(Unit { file, first, end, bytes: end - first });
+                first = end;
+            }
+        };
+        match format {
+            Format::Jsonl => (0..).zip(files).for_each(|(index, file)| cut(index, file.size, limit)),
+            Format::U16 | Format::U32 => {
+                let step = tokens::step(*format, limit);
+                (0..).zip(files).for_each(|(index, file)| cut(index, file.size, step));
+            }
+            Format::Parquet => {
+                // Footers may lie on a server far away, so several are asked for at once.
+                let sizes: Vec<Vec<u64>> = files
+                    .par_iter()
+                    .map(|file| ParquetFile::open(folder, file)?.row_group_sizes(text))
+                    .collect::<Result<_, _>>()?;
+                for (index, sizes) in (0..).zip(&sizes) {
+                    units.extend(runs(sizes, limit).map(|(first, end, bytes)| Unit {
+                        file: index,
+                        first,
+                        end,
+                        bytes,
+                    }));
+                }
+            }
+            Format::JsonGz | Format::JsonZst => {
+                let chains = (0..).zip(files).filter(|(_, file)| file.size > 0);
+                units.extend(chains.map(|(index, file)| Unit {
                     file: index,
+                    first: 0,
+                    end: file.size,
+                    bytes: file.size,
+                }));
+            }
+            Format::Text => {
+                let sizes: Vec<u64> = files.iter().map(|file| file.size).collect();
+                units.extend(runs(&sizes, limit).map(|(first, end, bytes)| Unit {
+                    file: first as u32,
                     first,
                     end,
                     bytes,
                 }));
             }
         }
-        Format::Jsonl => {
-            for (index, file) in (0..).zip(files) {
-                let ends = (1..).map(|n| n * limit).take_while(|end| *end < file.size).chain([file.size]);
-                let mut first = 0;
-                for end in ends.filter(|end| *end > 0) {
-                    units.push(Unit { file: index, first, end, bytes: end - first });
-                    first = end;
-                }
-            }
-        }
-        Format::JsonGz | Format::JsonZst => {
-            let chains = (0..).zip(files).filter(|(_, file)| file.size > 0);
-            units.extend(chains.map(|(index, file)| Unit {
-                file: index,
-                first: 0,
-                end: file.size,
-                bytes: file.size,
-            }));
-        }
-        Format::Text => {
-            let sizes: Vec<u64> = files.iter().map(|file| file.size).collect();
-            units.extend(runs(&sizes, limit).map(|(first, end, bytes)| Unit {
-                file: first as u32,
-                first,
-                end,
-                bytes,
-            }));
-        }
+        Ok(units)
     }
-    Ok(units)
+
+    /// Opens a unit at a segment.
+    pub(crate) fn open(
+        &self,
+        folder: &Folder,
+        files: &[FileInfo],
+        unit: Unit,
+        segment: u64,
+    ) -> Result<Segments, DataError> {
+        let Self { format, text, limit, vocabulary } = self;
+        let file = &files[unit.file as usize];
+        let documents = match format {
+            Format::JsonGz | Format::JsonZst => {
+                let chain = Chain::open(folder, file, *format, *limit, segment)?;
+                return Ok(Segments::Chain(chain, unit.file, text.clone()));
+            }
+            Format::Parquet => {
+                let groups = unit.first as usize..unit.end as usize;
+                let rows = ParquetFile::open(folder, file)?.rows(text, groups, *limit, segment)?;
+                return Ok(Segments::Rows(Box::new(rows), unit.file));
+            }
+            _ if segment > 0 => None,
+            Format::Jsonl => Some(lines(folder, file, text, unit)?),
+            Format::U16 | Format::U32 => {
+                let documents = tokens::documents(folder, file, *format, unit, *vocabulary)?;
+                let document = |(at, ids)| Document { file: unit.file, at, content: Content::Tokens(ids) };
+                Some(documents.into_iter().map(document).collect())
+            }
+            Format::Text => {
+                let read = |number: u64| {
+                    let file = &files[number as usize];
+                    let text = utf8(folder, file, &folder.read_all(file)?)?;
+                    Ok(Document { file: number as u32, at: 0, content: Content::Text(text) })
+                };
+                Some((unit.first..unit.end).map(read).collect::<Result<_, DataError>>()?)
+            }
+        };
+        Ok(Segments::Whole(documents))
+    }
 }
 
 /// Joins neighbours as long as their sum stays within `limit`: `(first, end, sum)` of each run.
-fn runs(sizes: &[u64], limit: u64) -> impl Iterator<Item = (u64, u64, u64)> {
+pub(crate) fn runs(sizes: &[u64], limit: u64) -> impl Iterator<Item = (u64, u64, u64)> {
     let mut at = 0;
     std::iter::from_fn(move || {
         let first = at;
@@ -116,14 +169,22 @@ fn runs(sizes: &[u64], limit: u64) -> impl Iterator<Item = (u64, u64, u64)> {
     })
 }
 
-/// A text, and where it stands.
+/// A document, and where it stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Document {
     /// Index of its file in the source.
     pub(crate) file: u32,
-    /// Where it stands in the file: row (parquet), or byte of the (decompressed) file at which its line begins.
+    /// Where it stands in the file: row (parquet), or byte of the (decompressed) file at which its line or its ids begin.
     pub(crate) at: u64,
-    pub(crate) text: String,
+    pub(crate) content: Content,
+}
+
+/// What a document says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Content {
+    Text(String),
+    /// Ids of a text, without BOS and EOS.
+    Tokens(Vec<u32>),
 }
 
 /// A unit that is being read, a segment at a time. Chains and large row groups have more than one.
@@ -138,47 +199,12 @@ pub(crate) enum Segments {
 }
 
 impl Segments {
-    /// Opens a unit, cut into segments of at most `limit` bytes, at a segment.
-    pub(crate) fn open(
-        folder: &Folder,
-        files: &[FileInfo],
-        format: Format,
-        text: &str,
-        unit: Unit,
-        limit: u64,
-        segment: u64,
-    ) -> Result<Self, DataError> {
-        let file = &files[unit.file as usize];
-        let documents = match format {
-            Format::JsonGz | Format::JsonZst => {
-                let chain = Chain::open(folder, file, format, limit, segment)?;
-                return Ok(Self::Chain(chain, unit.file, text.to_owned()));
-            }
-            Format::Parquet => {
-                let groups = unit.first as usize..unit.end as usize;
-                let rows = ParquetFile::open(folder, file)?.rows(text, groups, limit, segment)?;
-                return Ok(Self::Rows(Box::new(rows), unit.file));
-            }
-            _ if segment > 0 => None,
-            Format::Jsonl => Some(lines(folder, file, text, unit)?),
-            Format::Text => {
-                let read = |number: u64| {
-                    let file = &files[number as usize];
-                    let text = utf8(folder, file, &folder.read_all(file)?)?;
-                    Ok(Document { file: number as u32, at: 0, text })
-                };
-                Some((unit.first..unit.end).map(read).collect::<Result<_, DataError>>()?)
-            }
-        };
-        Ok(Self::Whole(documents))
-    }
-
     /// The documents of the next segment, in order; none at the end.
     pub(crate) fn next(&mut self) -> Result<Option<Vec<Document>>, DataError> {
         match self {
             Self::Whole(documents) => Ok(documents.take()),
             Self::Rows(rows, file) => {
-                let document = |(at, text)| Document { file: *file, at, text };
+                let document = |(at, text)| Document { file: *file, at, content: Content::Text(text) };
                 Ok(rows.next()?.map(|rows| rows.into_iter().map(document).collect()))
             }
             Self::Chain(chain, file, key) => {
@@ -189,7 +215,7 @@ impl Segments {
                     }
                     let place = || format!("{} at byte {at} of its text", chain.place());
                     let text = text_of_line(&bytes, key, place).transpose()?;
-                    Some(text.map(|text| Document { file: *file, at, text }))
+                    Some(text.map(|text| Document { file: *file, at, content: Content::Text(text) }))
                 };
                 lines.into_iter().filter_map(document).collect::<Result<_, _>>().map(Some)
             }
@@ -228,30 +254,32 @@ fn lines(folder: &Folder, file: &FileInfo, key: &str, unit: Unit) -> Result<Vec<
     // One byte more in front tells whether a line begins exactly at the unit.
     let begin = unit.first.saturating_sub(1);
     let mut bytes = folder.read_range(file, begin..unit.end)?.to_vec();
-    let mut end = unit.end;
-    while bytes.last() != Some(&b'\n') && end < file.size {
-        let more = folder.read_range(file, end..(end + LINE_STEP).min(file.size))?;
-        end += more.len() as u64;
-        match more.iter().position(|byte| *byte == b'\n') {
-            Some(newline) => bytes.extend(&more[..=newline]),
-            None => bytes.extend(more),
-        }
-    }
     let first_line = match unit.first {
         0 => Some(0),
         // A line that begins in an earlier unit is read there.
         _ => bytes.iter().position(|byte| *byte == b'\n').map(|newline| newline + 1),
     };
+    // Within a line that is longer than a unit none begins.
     let Some(first_line) = first_line.filter(|at| begin + (*at as u64) < unit.end) else {
         return Ok(Vec::new());
     };
+    let (mut end, [mut step, most]) = (unit.end, LINE_STEPS);
+    while bytes.last() != Some(&b'\n') && end < file.size {
+        let more = folder.read_range(file, end..(end + step).min(file.size))?;
+        end += more.len() as u64;
+        step = (2 * step).min(most);
+        match more.iter().position(|byte| *byte == b'\n') {
+            Some(newline) => bytes.extend(&more[..=newline]),
+            None => bytes.extend(more),
+        }
+    }
     let mut documents = Vec::new();
     let mut at = first_line;
     for line in bytes[first_line..].split_inclusive(|byte| *byte == b'\n') {
         if !line.trim_ascii().is_empty() {
             let at = begin + at as u64;
             let text = text_of_line(line, key, || format!("{} at byte {at}", folder.place(&file.path)))?;
-            documents.extend(text.map(|text| Document { file: unit.file, at, text }));
+            documents.extend(text.map(|text| Document { file: unit.file, at, content: Content::Text(text) }));
         }
         at += line.len();
     }
@@ -291,7 +319,7 @@ fn text_of_line(line: &[u8], key: &str, place: impl Fn() -> String) -> Result<Op
 pub(crate) fn rows(folder: &Folder, file: &FileInfo, format: Format) -> Result<Option<u64>, DataError> {
     match format {
         Format::Parquet => Ok(Some(ParquetFile::open(folder, file)?.row_count())),
-        Format::Jsonl | Format::JsonGz | Format::JsonZst | Format::Text => Ok(None),
+        _ => Ok(None),
     }
 }
 
@@ -301,6 +329,7 @@ pub(crate) fn schema(folder: &Folder, file: &FileInfo, format: Format) -> Result
         Format::Parquet => ParquetFile::open(folder, file)?.schema(),
         Format::Jsonl | Format::JsonGz | Format::JsonZst => "one JSON object per line".to_owned(),
         Format::Text => "one document per file".to_owned(),
+        Format::U16 | Format::U32 => format!("token ids of {} bytes", tokens::width(format)),
     })
 }
 
@@ -313,15 +342,22 @@ mod tests {
 
     fn read(folder: &Folder, format: Format, limit: u64) -> Result<Vec<String>, DataError> {
         let files = folder.list()?;
-        let units = units(folder, &files, format, "text", limit)?;
+        let layout = layout(format, limit);
         let mut texts = Vec::new();
-        for unit in units {
-            let mut segments = Segments::open(folder, &files, format, "text", unit, limit, 0)?;
+        for unit in layout.units(folder, &files)? {
+            let mut segments = layout.open(folder, &files, unit, 0)?;
             while let Some(documents) = segments.next()? {
-                texts.extend(documents.into_iter().map(|document| document.text));
+                texts.extend(documents.into_iter().map(|document| match document.content {
+                    Content::Text(text) => text,
+                    Content::Tokens(ids) => format!("{ids:?}"),
+                }));
             }
         }
         Ok(texts)
+    }
+
+    fn layout(format: Format, limit: u64) -> Layout {
+        Layout { format, text: "text".to_owned(), limit, vocabulary: None }
     }
 
     proptest! {
@@ -357,7 +393,7 @@ mod tests {
             folder.write(name, text.as_bytes().to_vec()).unwrap();
         }
         let files = folder.list().unwrap();
-        assert_eq!(units(&folder, &files, Format::Text, "text", 4).unwrap().len(), 2);
+        assert_eq!(layout(Format::Text, 4).units(&folder, &files).unwrap().len(), 2);
         assert_eq!(read(&folder, Format::Text, 4).unwrap(), ["a", "bb", "ccccccccc"]);
     }
 
@@ -381,7 +417,7 @@ mod tests {
         folder.write("a.txt", b"caf\xe9".to_vec()).unwrap();
         let info = stat(&folder, "a.txt");
         let unit = Unit { file: 0, first: 0, end: 1, bytes: 4 };
-        let message = Segments::open(&folder, &[info], Format::Text, "", unit, 4, 0).unwrap_err().to_string();
+        let message = layout(Format::Text, 4).open(&folder, &[info], unit, 0).unwrap_err().to_string();
         assert!(message.contains("a.txt is not UTF-8"), "{message}");
     }
 }

@@ -453,8 +453,8 @@ impl Reader {
                         .map_err(bad)?,
                 };
                 if let Some(documents) = reading.next().map_err(bad)? {
-                    let texts = documents.iter().map(|document| document.text.as_str());
-                    let packed = self.corpus.pack(stream.source, encoder, texts);
+                    let contents = documents.into_iter().map(|document| document.content);
+                    let packed = self.corpus.pack(stream.source, encoder, contents);
                     let number = segments.len() as u32;
                     order.extend((0..packed.sequences(self.length) as u32).map(|index| (number, index)));
                     segments.push(Part { unit: *unit, segment: next.segment, packed });

@@ -9,8 +9,9 @@ use ulmus_plan::{DataConfig, Format, SourceConfig};
 use ulmus_types::Digest;
 
 use crate::error::DataError;
-use crate::format::{self, Unit};
+use crate::format::{Layout, Unit};
 use crate::store::{FileInfo, Folder, Stores};
+use crate::tokens;
 
 const FORMAT_VERSION: u32 = 1;
 
@@ -94,7 +95,8 @@ fn freeze(source: &SourceConfig, limit: u64, stores: &Stores) -> Result<SourceMa
     let folder = stores.open(&source.url)?;
     let files = list(source, &folder, stores)?;
     let format = format_of(source, &folder, &files)?;
-    let units = format::units(&folder, &files, format, &source.text, limit)?;
+    let layout = Layout { format, text: source.text.clone(), limit, vocabulary: None };
+    let units = layout.units(&folder, &files)?;
     if units.is_empty() {
         return Err(DataError::Empty { name: source.name.clone() });
     }
@@ -217,10 +219,12 @@ pub(crate) fn format_of(
     };
     let first = match formats.next() {
         Some((_, Some(format))) => format,
+        Some((file, None)) if Format::may_be_tokens(&file.path) => return tokens::format_of(folder, file),
         Some((file, None)) => {
             return Err(unknown(
                 file,
-                "write format = \"parquet\", \"jsonl\", \"json.gz\", \"json.zst\" or \"text\" in the plan",
+                "write format = \"parquet\", \"jsonl\", \"json.gz\", \"json.zst\", \"text\", \"u16\" or \"u32\" in \
+                 the plan",
             ));
         }
         None => return Err(DataError::Empty { name: source.name.clone() }),

@@ -1,13 +1,14 @@
 //! Sources that are open: from the manifest to documents.
 
 use serde::Serialize;
-use ulmus_plan::{DataConfig, SourceConfig};
+use ulmus_plan::{DataConfig, Format, SourceConfig};
 use ulmus_types::Problems;
 
 use crate::error::DataError;
-use crate::format::{self, Document, Segments, Unit};
+use crate::format::{self, Content, Document, Layout, Segments, Unit};
 use crate::manifest::{self, Manifest, SourceManifest};
 use crate::store::{Folder, Stores, Traffic};
+use crate::tokens::Vocabulary;
 
 /// How often a unit that cannot be read is read again.
 pub(crate) const AGAIN: usize = 2;
@@ -19,10 +20,8 @@ pub struct Sources(Vec<Source>);
 #[derive(Debug)]
 struct Source {
     folder: Folder,
-    text: String,
     listed: SourceManifest,
-    /// Most text of a segment.
-    limit: u64,
+    layout: Layout,
 }
 
 impl Sources {
@@ -46,12 +45,23 @@ impl Sources {
         let open = |(source, listed): (&SourceConfig, &SourceManifest)| {
             Ok(Source {
                 folder: stores.open(listed.url.as_deref().unwrap_or(&source.url))?,
-                text: source.text.clone(),
                 listed: listed.clone(),
-                limit: config.unit.get(),
+                layout: layout(source, listed.format, config),
             })
         };
         Ok(Self(config.source.iter().zip(&manifest.sources).map(open).collect::<Result<_, DataError>>()?))
+    }
+
+    /// Says what the ids mean that some sources hold.
+    #[must_use]
+    pub(crate) fn of_tokens(mut self, vocabulary: Vocabulary) -> Self {
+        self.0.iter_mut().for_each(|source| source.layout.vocabulary = Some(vocabulary));
+        self
+    }
+
+    /// Whether a source holds token ids instead of text.
+    pub(crate) fn holds_tokens(&self, source: usize) -> bool {
+        self.0[source].listed.format.holds_tokens()
     }
 
     /// Opens a unit at a segment; `again` passes by the cache, when what was read before is in doubt. Blocks, as
@@ -66,18 +76,19 @@ impl Sources {
         segment: u64,
         again: bool,
     ) -> Result<Segments, DataError> {
-        let Source { folder, text, listed, limit } = &self.0[source];
+        let Source { folder, listed, layout } = &self.0[source];
         let folder = if again { &folder.afresh() } else { folder };
-        Segments::open(folder, &listed.files, listed.format, text, listed.units[unit], *limit, segment)
+        layout.open(folder, &listed.files, listed.units[unit], segment)
     }
 
-    /// The documents of a unit, a segment at a time. Blocks.
+    /// The documents of a unit, a segment at a time, from one of them on. Blocks.
     pub(crate) fn segments(
         &self,
         source: usize,
         unit: usize,
-    ) -> impl Iterator<Item = Result<Vec<String>, DataError>> {
-        let (mut opened, mut number) = (None, 0);
+        from: u64,
+    ) -> impl Iterator<Item = Result<Vec<Document>, DataError>> {
+        let (mut opened, mut number) = (None, from);
         let mut next = move |again: bool| {
             let mut reading = match opened.take().filter(|_| !again) {
                 Some(reading) => reading,
@@ -96,16 +107,22 @@ impl Sources {
                     read = next(true);
                 }
             }
-            let texts =
-                |documents: Vec<Document>| documents.into_iter().map(|document| document.text).collect();
-            let read = read.map_err(|error| error.of_unit(self.name(source), unit)).transpose()?;
-            Some(read.map(texts))
+            read.map_err(|error| error.of_unit(self.name(source), unit)).transpose()
         })
+    }
+
+    /// The texts of a unit, a segment at a time. Blocks.
+    fn texts(&self, source: usize, unit: usize) -> impl Iterator<Item = Result<Vec<String>, DataError>> {
+        let text = move |document: Document| match document.content {
+            Content::Text(text) => Ok(text),
+            Content::Tokens(_) => Err(DataError::Tokens { name: self.name(source).to_owned() }),
+        };
+        self.segments(source, unit, 0).map(move |documents| documents?.into_iter().map(text).collect())
     }
 
     /// Every document of every source, in the order of the manifest. Blocks.
     pub fn all_documents(&self) -> impl Iterator<Item = Result<Vec<String>, DataError>> {
-        self.units().flat_map(|(source, unit, _)| self.segments(source, unit))
+        self.units().flat_map(|(source, unit, _)| self.texts(source, unit))
     }
 
     /// Whole documents that hold about `bytes` of text, from units spread evenly over all sources. Blocks.
@@ -119,7 +136,7 @@ impl Sources {
         for (source, index, unit) in self.units() {
             passed += u128::from(unit.bytes);
             // Segments are read while the sample lags behind its share of what has been passed.
-            let mut segments = self.segments(source, index);
+            let mut segments = self.texts(source, index);
             while u128::from(taken) * u128::from(total) < passed * u128::from(bytes) {
                 let Some(documents) = segments.next() else { break };
                 let documents = documents?;
@@ -160,6 +177,11 @@ impl Sources {
         folder.place(&listed.files[file].path)
     }
 
+    /// Name of a file of a source, below its `url`.
+    pub(crate) fn file(&self, source: usize, file: usize) -> &str {
+        &self.0[source].listed.files[file].path
+    }
+
     /// Name of a source.
     pub(crate) fn name(&self, source: usize) -> &str {
         &self.0[source].listed.name
@@ -179,12 +201,14 @@ pub struct SourceReport {
     pub rows: Option<u64>,
     /// Columns and types of the first file.
     pub schema: String,
-    /// The beginning of its first text.
+    /// The beginning of its first text, or its first token ids.
     pub sample: String,
 }
 
 /// Characters of a text that are shown as a sample.
 const SAMPLE_CHARACTERS: usize = 60;
+/// Ids, where there is no text.
+const SAMPLE_TOKENS: usize = 12;
 
 /// Opens every source, lists its files and reads one unit of it. Blocks; reads no more than that.
 pub fn inspect(config: &DataConfig, run: Option<&Folder>) -> (Vec<SourceReport>, Problems) {
@@ -209,24 +233,33 @@ fn report(
     config: &DataConfig,
     run: Option<&Folder>,
 ) -> Result<SourceReport, DataError> {
-    let (stores, unit) = (Stores::new(config, run)?, config.unit.get());
+    let stores = Stores::new(config, run)?;
     let folder = stores.open(&source.url)?;
     let files = manifest::list(source, &folder, &stores)?;
     let format = manifest::format_of(source, &folder, &files)?;
     let first = &files[..1];
-    let units = format::units(&folder, first, format, &source.text, unit)?;
-    let documents = match units.first() {
-        Some(at) => Segments::open(&folder, first, format, &source.text, *at, unit, 0)?.next()?,
+    let layout = layout(source, format, config);
+    let documents = match layout.units(&folder, first)?.first() {
+        Some(at) => layout.open(&folder, first, *at, 0)?.next()?,
         None => None,
     };
     let documents = documents.unwrap_or_default();
-    let sample = &documents.first().ok_or_else(|| DataError::Empty { name: source.name.clone() })?.text;
+    let first = documents.first().ok_or_else(|| DataError::Empty { name: source.name.clone() })?;
+    let sample = match &first.content {
+        Content::Text(text) => text.chars().take(SAMPLE_CHARACTERS).collect(),
+        Content::Tokens(ids) => format!("{:?}", &ids[..ids.len().min(SAMPLE_TOKENS)]),
+    };
     Ok(SourceReport {
         name: source.name.clone(),
         files: files.len(),
         bytes: files.iter().map(|file| file.size).sum(),
         rows: format::rows(&folder, &files[0], format)?,
         schema: format::schema(&folder, &files[0], format)?,
-        sample: sample.chars().take(SAMPLE_CHARACTERS).collect(),
+        sample,
     })
+}
+
+/// How a source is read, as far as that is known without a tokenizer.
+fn layout(source: &SourceConfig, format: Format, config: &DataConfig) -> Layout {
+    Layout { format, text: source.text.clone(), limit: config.unit.get(), vocabulary: None }
 }

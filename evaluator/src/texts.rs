@@ -51,7 +51,7 @@ fn sources_of(path: &Path, column: &str) -> Result<Vec<SourceConfig>, EvaluatorE
                 .collect();
             (!files.is_empty()).then(|| source(path, format, files))
         };
-        let found: Vec<_> = Format::ALL.into_iter().filter_map(of_format).collect();
+        let found: Vec<_> = Format::TEXT.into_iter().filter_map(of_format).collect();
         if found.is_empty() {
             return Err(refuse("the folder has no .parquet, .jsonl, .json.gz, .json.zst, .txt or .md files"));
         }

@@ -8,9 +8,8 @@ use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use ulmus_dataloader::{Corpus, Counts, Manifest, Sources, Tokenizer, Traffic};
-use ulmus_plan::{DataConfig, Plan, SourceConfig, TokenizerConfig};
-use ulmus_rt::{Failure, load_plans, print};
-use ulmus_types::ExitStatus;
+use ulmus_plan::{DataConfig, Plan, SourceConfig};
+use ulmus_rt::{Failure, print};
 
 #[derive(Debug, Args)]
 pub(crate) struct Count {
@@ -46,15 +45,8 @@ struct Counted {
 
 impl Count {
     pub(super) fn run(&self) -> Result<(), Failure> {
-        let pieces = |file: &str| ulmus_dataloader::count_pieces(&std::fs::read(file).ok()?);
-        // Variants share their corpora unless they say otherwise; the first one's are counted.
-        let plan = load_plans(&self.plan, &self.overrides, pieces)?.swap_remove(0);
-        let path = self.tokenizer.clone().or_else(|| plan.tokenizer.file.as_ref().map(PathBuf::from));
-        let path = path.ok_or_else(|| {
-            wrong("the plan names no tokenizer.file; give --tokenizer tokenizer.model".to_owned())
-        })?;
-        let TokenizerConfig { bos, eos, .. } = &plan.tokenizer;
-        let tokenizer = super::tokens::open(&path, bos.as_deref(), eos.as_deref())?;
+        let plan = super::load(&self.plan, &self.overrides)?;
+        let tokenizer = super::tokens::of_plan(&plan, self.tokenizer.as_deref())?;
         let mut data = plan.data.clone();
         super::choose(&mut data, &self.sources)?;
         let counted = data
@@ -125,8 +117,4 @@ fn table(counted: &[Counted]) -> Table {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
-}
-
-fn wrong(message: String) -> Failure {
-    Failure::new(ExitStatus::InvalidInput, message)
 }

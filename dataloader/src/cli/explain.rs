@@ -13,7 +13,7 @@ use ulmus_dataloader::{
     Corpus, Cursors, DataError, Explanation, Folder, Loader, Manifest, Sources, Tokenizer,
 };
 use ulmus_plan::{Plan, TokenizerConfig};
-use ulmus_rt::{Failure, load_plans, print};
+use ulmus_rt::{Failure, print};
 use ulmus_types::{BadUnit, ErrorKind, ExitStatus, LaneId};
 
 /// Characters of a document that are shown at each of its ends.
@@ -52,8 +52,7 @@ struct State {
 
 impl Explain {
     pub(super) fn run(&self) -> Result<(), Failure> {
-        let pieces = |file: &str| ulmus_dataloader::count_pieces(&std::fs::read(file).ok()?);
-        let plan = load_plans(&self.plan, &self.overrides, pieces)?.swap_remove(0);
+        let plan = super::load(&self.plan, &self.overrides)?;
         let (step, sequence) = (self.step, self.sequence);
         if !(1..=plan.train.iterations).contains(&step) || sequence >= plan.train.sequences {
             return Err(wrong(format!(

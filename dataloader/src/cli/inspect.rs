@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use ulmus_dataloader::{SourceReport, inspect};
-use ulmus_rt::{Failure, load_plans, print};
+use ulmus_rt::{Failure, print};
 use ulmus_types::ExitStatus;
 
 #[derive(Debug, Args)]
@@ -23,8 +23,7 @@ pub(crate) struct Inspect {
 
 impl Inspect {
     pub(super) fn run(&self) -> Result<(), Failure> {
-        let plan = load_plans(&self.plan, &self.overrides, |_| None)?.swap_remove(0);
-        let mut data = plan.data;
+        let mut data = super::load(&self.plan, &self.overrides)?.data;
         // What a run prepares for itself is not there before it.
         data.source.retain(|source| !source.url.starts_with("run:"));
         let (reports, problems) = inspect(&data, None);

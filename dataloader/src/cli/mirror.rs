@@ -6,8 +6,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use ulmus_dataloader::mirror;
 use ulmus_plan::Bytes;
-use ulmus_rt::{Failure, load_plans, print};
-use ulmus_types::ExitStatus;
+use ulmus_rt::{Failure, print};
 
 #[derive(Debug, Args)]
 pub(crate) struct Mirror {
@@ -30,14 +29,9 @@ pub(crate) struct Mirror {
 
 impl Mirror {
     pub(super) fn run(&self) -> Result<(), Failure> {
-        let plan = load_plans(&self.plan, &self.overrides, |_| None)?.swap_remove(0);
-        let mut data = plan.data;
+        let mut data = super::load(&self.plan, &self.overrides)?.data;
         super::choose(&mut data, &self.sources)?;
-        if let Some(source) = data.source.iter().find(|source| source.url.starts_with("run:")) {
-            let message =
-                format!("source {:?} is made by the run itself; name others with --source", source.name);
-            return Err(Failure::new(ExitStatus::InvalidInput, message));
-        }
+        super::refuse_own(&data)?;
         let style = "{bytes} {bytes_per_sec} {elapsed}";
         let bar = ProgressBar::new_spinner()
             .with_style(ProgressStyle::with_template(style).expect("the template is right"));

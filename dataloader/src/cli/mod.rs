@@ -4,12 +4,15 @@ mod count;
 mod explain;
 mod inspect;
 mod mirror;
+mod shards;
 mod tokens;
 
+use std::path::Path;
+
 use clap::{Parser, Subcommand};
-use ulmus_dataloader::DataError;
-use ulmus_plan::DataConfig;
-use ulmus_rt::Failure;
+use ulmus_dataloader::{DataError, count_pieces};
+use ulmus_plan::{DataConfig, Plan};
+use ulmus_rt::{Failure, load_plans};
 use ulmus_types::ExitStatus;
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong input (the message says what to change), \
@@ -41,6 +44,15 @@ enum Command {
     ///
     /// Example: dataloader mirror --plan pretrain.toml --to /mnt/corpora --rate 200MB
     Mirror(mirror::Mirror),
+    /// Write the texts of a plan's sources to parquet shards of even size, which can be entered anywhere and shuffled.
+    /// Can be interrupted, and goes on with the same command.
+    ///
+    /// Example: dataloader pack --plan pretrain.toml --source books --to /mnt/corpora
+    Pack(shards::PackShards),
+    /// Write the documents of a plan's sources, filtered and tokenized, to shards of token ids. Can be interrupted, too.
+    ///
+    /// Example: dataloader tokenize --plan pretrain.toml --to /mnt/tokens
+    Tokenize(shards::Tokenize),
     /// Turn texts into token ids: a JSON string per line to a JSON list per line.
     ///
     /// Example: echo '"Hello"' | dataloader encode --tokenizer tokenizer.model
@@ -63,11 +75,31 @@ impl Arguments {
             Command::Inspect(inspect) => inspect.run(),
             Command::Explain(explain) => explain.run(),
             Command::Mirror(mirror) => mirror.run(),
+            Command::Pack(pack) => pack.run(),
+            Command::Tokenize(tokenize) => tokenize.run(),
             Command::Encode(encode) => encode.run(),
             Command::Decode(decode) => decode.run(),
             Command::Normalize(normalize) => normalize.run(),
         }?;
         Ok(ExitStatus::Done)
+    }
+}
+
+/// The plan in a file; of several variants, which share their corpora, the first one.
+fn load(plan: &Path, overrides: &[String]) -> Result<Plan, Failure> {
+    let pieces = |file: &str| count_pieces(&std::fs::read(file).ok()?);
+    Ok(load_plans(plan, overrides, pieces)?.swap_remove(0))
+}
+
+/// What a run makes for itself is not there before it.
+fn refuse_own(data: &DataConfig) -> Result<(), Failure> {
+    match data.source.iter().find(|source| source.url.starts_with("run:")) {
+        Some(source) => {
+            let message =
+                format!("source {:?} is made by the run itself; name others with --source", source.name);
+            Err(Failure::new(ExitStatus::InvalidInput, message))
+        }
+        None => Ok(()),
     }
 }
 

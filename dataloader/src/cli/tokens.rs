@@ -7,6 +7,7 @@ use clap::Args;
 use serde::de::{DeserializeOwned, IntoDeserializer, value};
 use serde::{Deserialize, Serialize};
 use ulmus_dataloader::{Tokenizer, normalized};
+use ulmus_plan::{Plan, TokenizerConfig};
 use ulmus_rt::{Failure, finish_output};
 use ulmus_types::{ErrorKind, ExitStatus};
 
@@ -88,6 +89,16 @@ impl Normalize {
             .map_err(|error: value::Error| Failure::new(ExitStatus::InvalidInput, format!("--as {error}")))?;
         filter("a JSON string", |text: String, out: &mut dyn Write| write_json(out, &normalized(&text, form)))
     }
+}
+
+/// The tokenizer in `file`, or else that of a plan.
+pub(super) fn of_plan(plan: &Plan, file: Option<&Path>) -> Result<Tokenizer, Failure> {
+    let TokenizerConfig { file: of_plan, bos, eos, .. } = &plan.tokenizer;
+    let file = file.or_else(|| of_plan.as_deref().map(Path::new)).ok_or_else(|| {
+        let message = "the plan names no tokenizer.file; give --tokenizer tokenizer.model";
+        Failure::new(ExitStatus::InvalidInput, message.to_owned())
+    })?;
+    open(file, bos.as_deref(), eos.as_deref())
 }
 
 /// Reads a tokenizer, with the names of BOS and EOS where its file does not tell them.

@@ -23,11 +23,25 @@ pub enum Format {
     JsonZst,
     /// One document per file.
     Text,
+    /// Token ids of two bytes each, tokenized before.
+    U16,
+    /// Token ids of four bytes each, tokenized before.
+    U32,
 }
 
 impl Format {
-    /// All of them.
-    pub const ALL: [Self; 5] = [Self::Parquet, Self::Jsonl, Self::JsonGz, Self::JsonZst, Self::Text];
+    /// Those of text.
+    pub const TEXT: [Self; 5] = [Self::Parquet, Self::Jsonl, Self::JsonGz, Self::JsonZst, Self::Text];
+
+    /// Whether a file holds token ids instead of text.
+    pub const fn holds_tokens(self) -> bool {
+        matches!(self, Self::U16 | Self::U32)
+    }
+
+    /// Whether a file name's suffix is one that files of token ids have. Their size is not told by it.
+    pub fn may_be_tokens(name: &str) -> bool {
+        matches!(name.rsplit_once('.'), Some((_, "bin" | "npy")))
+    }
 
     /// The format that a file name's suffix tells.
     pub fn of_file(name: &str) -> Option<Self> {
@@ -102,7 +116,7 @@ pub struct SourceConfig {
     /// Format, where the file suffix does not tell it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub format: Option<Format>,
-    /// Column or key of the text.
+    /// Column or key of the text; unused where documents have neither.
     pub text: String,
     /// Tokens that the source counts for in the mixture.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -277,6 +291,17 @@ impl SourceConfig {
         }
     }
 
+    /// Whether a document is a part of a row or an object, which needs a name. Not known before files are looked at, so
+    /// that suffixes decide.
+    fn has_text_key(&self) -> bool {
+        let format = |file: &String| self.format.or_else(|| Format::of_file(file));
+        let has = |file: &String| match format(file) {
+            Some(format) => format != Format::Text && !format.holds_tokens(),
+            None => !Format::may_be_tokens(file),
+        };
+        self.files.is_empty() || self.files.iter().any(has)
+    }
+
     fn check(&self, at: &str, mixed: bool, problems: &mut Problems) {
         let key = |name: &str| format!("{at}.{name}");
         for (name, value, example) in [
@@ -285,7 +310,7 @@ impl SourceConfig {
             ("text", &self.text, "text"),
         ] {
             problems.check(
-                !value.is_empty(),
+                !value.is_empty() || name == "text" && !self.has_text_key(),
                 key(name),
                 "missing",
                 "every source needs it",

@@ -1,0 +1,112 @@
+//! `pack` and `tokenize`: shards of even size, of texts or of token ids.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use ulmus_dataloader::{DataError, Manifest, Written, pack, tokenize};
+use ulmus_plan::{Bytes, DataConfig, Plan};
+use ulmus_rt::{Failure, print};
+
+/// What both have in common.
+#[derive(Debug, Args)]
+struct Shards {
+    /// Plan whose sources are read.
+    #[arg(long, value_name = "FILE")]
+    plan: PathBuf,
+    /// Another value for a key of the plan, such as data.threads=8.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+    /// Folder for the shards: a path, s3://, gs:// or az://. Each source gets a folder of its name there.
+    #[arg(long, value_name = "URL")]
+    to: String,
+    /// Bytes of text in a shard. Each thread holds one in memory.
+    #[arg(long, value_name = "BYTES", default_value = "256MiB")]
+    shard: Bytes,
+    /// Write these sources only.
+    #[arg(long = "source", value_name = "NAME")]
+    sources: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PackShards {
+    #[command(flatten)]
+    shards: Shards,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Tokenize {
+    #[command(flatten)]
+    shards: Shards,
+    /// A `tokenizer.model` or `tokenizer.json`; the plan's tokenizer.file if not given.
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    /// Write the ids alone, as nanoGPT and OLMo read them, without the header of a `.npy` file.
+    #[arg(long)]
+    raw: bool,
+}
+
+impl PackShards {
+    pub(super) fn run(&self) -> Result<(), Failure> {
+        let Shards { to, shard, .. } = &self.shards;
+        let (_, data) = self.shards.load()?;
+        let written = shown(&data, |done| pack(&data, to, shard.get(), done))?;
+        self.shards.report(&data, written, "*.parquet\"], text = \"text\"")
+    }
+}
+
+impl Tokenize {
+    pub(super) fn run(&self) -> Result<(), Failure> {
+        let Shards { to, shard, .. } = &self.shards;
+        let (plan, data) = self.shards.load()?;
+        let tokenizer = super::tokens::of_plan(&plan, self.tokenizer.as_deref())?;
+        let two_bytes = tokenizer.pieces() <= 1 << 16;
+        let written =
+            shown(&data, |done| tokenize(&data, tokenizer.clone(), to, shard.get(), !self.raw, done))?;
+        let files = match (self.raw, two_bytes) {
+            (false, _) => "*.npy\"]",
+            (true, true) => "*.bin\"], format = \"u16\"",
+            (true, false) => "*.bin\"], format = \"u32\"",
+        };
+        self.shards.report(&data, written, files)
+    }
+}
+
+/// Shows how far it is.
+fn shown(
+    data: &DataConfig,
+    write: impl FnOnce(&(dyn Fn(u64) + Sync)) -> Result<Written, DataError>,
+) -> Result<Written, Failure> {
+    let failure = |error| super::failure(&error);
+    let total = Manifest::freeze(data, None).map_err(failure)?.bytes();
+    let style = "{wide_bar} {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left";
+    let style = ProgressStyle::with_template(style).expect("the template is right");
+    let bar = ProgressBar::new(total).with_style(style);
+    let written = write(&|bytes| bar.inc(bytes)).map_err(failure)?;
+    bar.finish_and_clear();
+    Ok(written)
+}
+
+impl Shards {
+    fn load(&self) -> Result<(Plan, DataConfig), Failure> {
+        let plan = super::load(&self.plan, &self.overrides)?;
+        let mut data = plan.data.clone();
+        super::choose(&mut data, &self.sources)?;
+        super::refuse_own(&data)?;
+        Ok((plan, data))
+    }
+
+    fn report(&self, data: &DataConfig, written: Written, files: &str) -> Result<(), Failure> {
+        let Written { shards, documents, skipped } = written;
+        let to = self.to.trim_end_matches('/');
+        let mut lines =
+            vec![format!("{shards} shards of {documents} documents; {skipped} were there already")];
+        lines.push("to read them, write in the plan:".to_owned());
+        lines.extend(
+            data.source
+                .iter()
+                .map(|source| format!("  {0}: url = \"{to}/{0}\", files = [\"{files}", source.name)),
+        );
+        print(&lines.join("\n"))
+    }
+}

@@ -1,0 +1,329 @@
+//! Shards of token ids that were tokenized before: numbers of 2 or 4 bytes, little end first, one document after the
+//! other.
+//!
+//! Three forms are read: ids alone (nanoGPT's `.bin`, the memory maps that OLMo calls `.npy`), llm.c's `.bin` with its
+//! header of 1024 bytes, and the `.npy` of `NumPy` itself. Documents stand between tokens that begin or end one, BOS and EOS of
+//! the plan's tokenizer: whether such a token leads, trails or both makes no difference, and neither does a second one.
+//! A document belongs to the unit in whose bytes it begins.
+
+use ulmus_plan::Format;
+
+use crate::error::DataError;
+use crate::format::Unit;
+use crate::store::{FileInfo, Folder};
+
+/// Most bytes of a header.
+const HEADER: u64 = 4096;
+/// llm.c: the first number of a file, and the size of its ids. The third one counts them.
+const LLM_C: [(u32, Format); 2] = [(20_240_520, Format::U16), (20_240_801, Format::U32)];
+const LLM_C_HEADER: usize = 1024;
+const NUMPY: &[u8] = b"\x93NUMPY";
+/// Bytes that are read at once beyond the end of a unit to find the end of its last document.
+const STEP: u64 = 1 << 20;
+/// Tokens after which a document is taken for a file without any ends of documents.
+const MOST: usize = 1 << 28;
+
+/// What ids mean.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Vocabulary {
+    /// Tokens that stand between documents.
+    pub(crate) ends: [u32; 2],
+    /// Ids are below.
+    pub(crate) pieces: u32,
+}
+
+/// What stands in front of the ids of a file.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Header {
+    bytes: usize,
+    /// Size of the ids and how many there are, if it tells them.
+    holds: Option<(Format, u64)>,
+}
+
+impl Header {
+    /// Reads the beginning of a file.
+    fn read(file: &[u8]) -> Result<Self, String> {
+        if let Some(rest) = file.strip_prefix(NUMPY) {
+            return Self::numpy(rest).ok_or("its header is not one of NumPy's".to_owned())?;
+        }
+        let word = |index: usize| Some(u32::from_le_bytes(*file.get(4 * index..)?.first_chunk()?));
+        let known = LLM_C.iter().find(|(magic, _)| file.len() >= LLM_C_HEADER && word(0) == Some(*magic));
+        Ok(match (known, word(2)) {
+            (Some((_, format)), Some(count)) => {
+                Self { bytes: LLM_C_HEADER, holds: Some((*format, u64::from(count))) }
+            }
+            _ => Self::default(),
+        })
+    }
+
+    /// What follows the mark of a `.npy` file: version, length, and a Python dictionary.
+    fn numpy(rest: &[u8]) -> Option<Result<Self, String>> {
+        let (begin, length) = match rest.first()? {
+            1 => (4, usize::from(u16::from_le_bytes(*rest.get(2..)?.first_chunk()?))),
+            _ => (6, u32::from_le_bytes(*rest.get(2..)?.first_chunk()?) as usize),
+        };
+        let text = std::str::from_utf8(rest.get(begin..begin + length)?).ok()?;
+        let value = |key: &str| Some(text.split_once(key)?.1.trim_start_matches([':', ' ']));
+        let dtype = value("'descr'")?.strip_prefix('\'')?.split('\'').next()?;
+        let format = match dtype {
+            "<u2" => Format::U16,
+            "<u4" => Format::U32,
+            other => {
+                return Some(Err(format!("its numbers are {other:?}; write them as uint16 or uint32")));
+            }
+        };
+        let (shape, _) = value("'shape'")?.strip_prefix('(')?.split_once(')')?;
+        let sides = shape.split(',').map(str::trim).filter(|side| !side.is_empty());
+        let count =
+            sides.map(|side| side.parse::<u64>().ok()).try_fold(1, |count, side| Some(count * side?))?;
+        if count > 0 && value("'fortran_order'")?.starts_with("True") {
+            return Some(Err("it is in Fortran's order; write it in that of C".to_owned()));
+        }
+        Some(Ok(Self { bytes: NUMPY.len() + begin + length, holds: Some((format, count)) }))
+    }
+}
+
+/// Bytes of a token.
+pub(crate) const fn width(format: Format) -> u64 {
+    if matches!(format, Format::U16) { 2 } else { 4 }
+}
+
+/// Bytes of a unit for so many bytes of text, at about four of them to a token. The header is in the first unit.
+pub(crate) fn step(format: Format, text: u64) -> u64 {
+    (text / 4 * width(format)).max(HEADER)
+}
+
+const fn name(format: Format) -> &'static str {
+    if matches!(format, Format::U16) { "u16" } else { "u32" }
+}
+
+/// The format that a file's header tells.
+pub(crate) fn format_of(folder: &Folder, file: &FileInfo) -> Result<Format, DataError> {
+    let refuse =
+        |reason| DataError::Format { file: folder.place(&file.path), format: "a shard of token ids", reason };
+    let header = Header::read(&folder.read_range(file, 0..file.size.min(HEADER))?).map_err(refuse)?;
+    let unknown = || {
+        refuse(
+            "it has no header; write format = \"u16\" or \"u32\", the size of its numbers, in the plan"
+                .to_owned(),
+        )
+    };
+    header.holds.map(|(format, _)| format).ok_or_else(unknown)
+}
+
+/// Where a document begins in its file, in bytes, and its ids.
+pub(crate) type Tokens = (u64, Vec<u32>);
+
+/// The documents that begin within the unit, without the tokens between them. With no vocabulary, all ids of the unit.
+pub(crate) fn documents(
+    folder: &Folder,
+    file: &FileInfo,
+    format: Format,
+    unit: Unit,
+    vocabulary: Option<Vocabulary>,
+) -> Result<Vec<Tokens>, DataError> {
+    let place = || folder.place(&file.path);
+    let refuse = |reason| DataError::Format { file: place(), format: "a shard of token ids", reason };
+    let width = width(format);
+    let decode = |from: u64, bytes: &[u8]| {
+        let ids = ids(format, bytes);
+        match (vocabulary, ids.iter().max()) {
+            (Some(Vocabulary { pieces, .. }), Some(most)) if *most >= pieces => Err(refuse(format!(
+                "it has token {most} after byte {from}, and the tokenizer has {pieces} pieces; name the tokenizer that \
+                 made it in tokenizer.file, and the size of its numbers as format"
+            ))),
+            _ => Ok(ids),
+        }
+    };
+    // One token more in front tells whether a document begins exactly at the unit.
+    let mut at = unit.first.saturating_sub(width);
+    let mut bytes = folder.read_range(file, at..unit.end)?;
+    if unit.first == 0 {
+        let Header { bytes: header, holds } = Header::read(&bytes).map_err(refuse)?;
+        let stored = (file.size - header as u64) / width;
+        match holds {
+            Some((other, _)) if other != format => {
+                return Err(refuse(format!(
+                    "its header says that its numbers are {}, not {}",
+                    name(other),
+                    name(format)
+                )));
+            }
+            Some((_, count)) if count != stored => {
+                let reason = format!("its header counts {count} tokens, and there are {stored}");
+                return Err(DataError::Damaged { file: place(), reason });
+            }
+            _ => at = header as u64,
+        }
+        bytes = bytes.slice(header..);
+    }
+    if !(file.size - at).is_multiple_of(width) {
+        let reason = format!("its {} bytes are not whole numbers of {width}", file.size);
+        return Err(DataError::Damaged { file: place(), reason });
+    }
+    let first = decode(at, &bytes)?;
+    let Some(Vocabulary { ends, .. }) = vocabulary else { return Ok(vec![(at, first)]) };
+    let is_end = |id: &u32| ends.contains(id);
+    let mut documents: Vec<Tokens> = Vec::new();
+    // What comes before the first end was begun in an earlier unit, if there is one.
+    let mut begins_here = unit.first == 0;
+    let mut unfinished = false;
+    for tokens in first.split(is_end) {
+        unfinished = begins_here && !tokens.is_empty();
+        if unfinished {
+            documents.push((at, tokens.to_vec()));
+        }
+        begins_here = true;
+        at += (tokens.len() as u64 + 1) * width;
+    }
+    let mut end = unit.end;
+    while unfinished && end < file.size {
+        let more = end..(end + STEP).min(file.size);
+        let ids = decode(end, &folder.read_range(file, more.clone())?)?;
+        let (begin, tokens) = documents.last_mut().expect("an unfinished document was put there");
+        let rest = ids.split(is_end).next().unwrap_or_default();
+        tokens.extend(rest);
+        if tokens.len() > MOST {
+            let [bos, eos] = ends;
+            let length = tokens.len();
+            return Err(refuse(format!(
+                "the document at byte {begin} has {length} tokens and goes on; documents end at token {bos} or {eos}, so \
+                 name the token that ends those of this file as tokenizer.eos"
+            )));
+        }
+        unfinished = rest.len() == ids.len();
+        end = more.end;
+    }
+    Ok(documents)
+}
+
+fn ids(format: Format, bytes: &[u8]) -> Vec<u32> {
+    match format {
+        Format::U16 => bytes.as_chunks().0.iter().map(|id| u32::from(u16::from_le_bytes(*id))).collect(),
+        _ => bytes.as_chunks().0.iter().map(|id| u32::from_le_bytes(*id)).collect(),
+    }
+}
+
+/// A `.npy` file of ids, or the ids alone.
+///
+/// Ids of two bytes must be below 65536.
+pub(crate) fn write(ids: &[u32], format: Format, header: bool) -> Vec<u8> {
+    let mut file = Vec::new();
+    if header {
+        let dtype = width(format);
+        let mut text =
+            format!("{{'descr': '<u{dtype}', 'fortran_order': False, 'shape': ({},), }}", ids.len());
+        // NumPy wants the ids to begin at a multiple of 64, after a line end.
+        let length = (NUMPY.len() + 4 + text.len() + 1).next_multiple_of(64) - NUMPY.len() - 4;
+        text.push_str(&" ".repeat(length - text.len() - 1));
+        text.push('\n');
+        file.extend(NUMPY);
+        file.extend([1, 0]);
+        file.extend((length as u16).to_le_bytes());
+        file.extend(text.as_bytes());
+    }
+    for id in ids {
+        file.extend(&id.to_le_bytes()[..width(format) as usize]);
+    }
+    file
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::store::tests::{memory, stat};
+
+    const BOS: u32 = 1;
+    const EOS: u32 = 2;
+    const VOCABULARY: Vocabulary = Vocabulary { ends: [BOS, EOS], pieces: 60_000 };
+
+    fn llm_c(ids: &[u32]) -> Vec<u8> {
+        let mut header = [20_240_520, 1, ids.len() as u32].map(u32::to_le_bytes).concat();
+        header.resize(LLM_C_HEADER, 0);
+        [header, write(ids, Format::U16, false)].concat()
+    }
+
+    fn file(bytes: Vec<u8>) -> (Folder, FileInfo) {
+        let folder = memory();
+        folder.write("a.bin", bytes).unwrap();
+        let info = stat(&folder, "a.bin");
+        (folder, info)
+    }
+
+    fn read(
+        (folder, info): &(Folder, FileInfo),
+        format: Format,
+        step: u64,
+    ) -> Result<Vec<Vec<u32>>, DataError> {
+        let starts = (0..info.size).step_by(step as usize);
+        let units =
+            starts.map(|first| Unit { file: 0, first, end: (first + step).min(info.size), bytes: step });
+        let read = |unit| documents(folder, info, format, unit, Some(VOCABULARY));
+        let documents = units.map(read).collect::<Result<Vec<_>, _>>()?.concat();
+        Ok(documents.into_iter().map(|(_, ids)| ids).collect())
+    }
+
+    proptest! {
+        #[test]
+        fn every_document_is_in_one_unit(
+            lengths in prop::collection::vec(1_usize..3000, 0..20),
+            leads: bool,
+            trails: bool,
+            step in 1024_u64..5000,
+        ) {
+            prop_assume!(leads || trails);
+            let documents: Vec<Vec<u32>> =
+                (0..).zip(&lengths).map(|(number, length)| vec![100 + number; *length]).collect();
+            let stream: Vec<u32> = documents
+                .iter()
+                .flat_map(|d| leads.then_some(BOS).into_iter().chain(d.iter().copied()).chain(trails.then_some(EOS)))
+                .collect();
+            let step = step / 4 * 4;
+            for format in [Format::U16, Format::U32] {
+                for header in [false, true] {
+                    let file = file(write(&stream, format, header));
+                    prop_assert_eq!(&read(&file, format, step).unwrap(), &documents);
+                }
+            }
+            prop_assert_eq!(&read(&file(llm_c(&stream)), Format::U16, step).unwrap(), &documents);
+        }
+    }
+
+    #[test]
+    fn headers_tell_the_size_of_numbers() {
+        let of = |bytes: Vec<u8>| {
+            let (folder, info) = file(bytes);
+            format_of(&folder, &info)
+        };
+        assert_eq!(of(write(&[1, 70_000], Format::U32, true)).unwrap(), Format::U32);
+        assert_eq!(of(write(&[1, 7], Format::U16, true)).unwrap(), Format::U16);
+        assert_eq!(of(llm_c(&[1, 7])).unwrap(), Format::U16);
+        let message = of(write(&[1, 7], Format::U16, false)).unwrap_err().to_string();
+        assert!(message.contains("write format = \"u16\" or \"u32\""), "{message}");
+        // As `numpy.save` writes int64, and two rows of three.
+        let numpy =
+            |dict: &str| [NUMPY, &[1, 0], &(dict.len() as u16).to_le_bytes()[..], dict.as_bytes()].concat();
+        let message = of(numpy("{'descr': '<i8', 'fortran_order': False, 'shape': (3,), }")).unwrap_err();
+        assert!(message.to_string().contains("\"<i8\"; write them as uint16"), "{message}");
+        let header =
+            Header::read(&numpy("{'descr': '<u2', 'fortran_order': False, 'shape': (2, 3), }")).unwrap();
+        assert_eq!(header.holds, Some((Format::U16, 6)));
+    }
+
+    #[test]
+    fn mistakes_and_damage_are_told() {
+        let whole = write(&[BOS, 500, 501, EOS], Format::U16, true);
+        let (cut, odd) = (whole[..whole.len() - 2].to_vec(), [&whole[..], &[0]].concat());
+        for (bytes, format, words) in [
+            (cut, Format::U16, "counts 4 tokens, and there are 3"),
+            (odd, Format::U16, "are not whole numbers of 2"),
+            (whole, Format::U32, "its numbers are u16, not u32"),
+            (write(&[5, 60_000], Format::U16, false), Format::U16, "the tokenizer has 60000 pieces"),
+        ] {
+            let message = read(&file(bytes), format, 1024).unwrap_err().to_string();
+            assert!(message.contains(words), "{message}");
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! Shards of texts and of token ids, written by a program that is killed and begins again.
+
+#![expect(clippy::unwrap_used, reason = "a test stops at what it does not expect")]
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use serde_json::Value;
+
+const TOKENIZER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/tiny/tokenizer.model");
+
+fn dataloader() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dataloader"));
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+fn succeeds(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// 6 MB of lines, of very different length.
+fn lines() -> Vec<u8> {
+    let mut lines = String::new();
+    for number in 0..3000_usize {
+        let words = "some words of a text ".repeat(number * 37 % 190);
+        writeln!(lines, "{{\"text\": \"{number} {words}\"}}").unwrap();
+    }
+    lines.into_bytes()
+}
+
+/// A plan of one source.
+fn plan(place: &Path, name: &str, url: &Path, files: &str) -> String {
+    let path = place.join(format!("{name}.toml"));
+    let text = format!(
+        "[model]\npreset = \"openelm-270m\"\n[tokenizer]\nfile = {TOKENIZER:?}\n[data]\nunit = \"256KiB\"\nthreads = 2\n\
+         [[data.source]]\nname = \"books\"\nurl = \"{}\"\nfiles = [{files:?}]\ntext = \"text\"\n",
+        url.display()
+    );
+    std::fs::write(&path, text).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+/// Names and contents of the shards in a folder, without those that were half written when a program was killed.
+fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let Ok(entries) = std::fs::read_dir(folder.join("books")) else { return BTreeMap::new() };
+    let read =
+        |path: &Path| (path.file_name().unwrap().to_str().unwrap().to_owned(), std::fs::read(path).unwrap());
+    let paths = entries.map(|entry| entry.unwrap().path());
+    paths.filter(|path| !path.to_str().unwrap().contains('#')).map(|path| read(&path)).collect()
+}
+
+/// Kills the program whenever it has written another shard, and starts it again until it is done.
+fn killed_often(arguments: &[&str], folder: &Path) -> u32 {
+    let mut kills = 0;
+    loop {
+        let before = files(folder).len();
+        let mut program = dataloader().args(arguments).spawn().unwrap();
+        let begun = Instant::now();
+        let status = loop {
+            if let Some(status) = program.try_wait().unwrap() {
+                break Some(status);
+            }
+            if files(folder).len() > before {
+                program.kill().unwrap();
+                program.wait().unwrap();
+                break None;
+            }
+            assert!(begun.elapsed() < Duration::from_mins(2), "nothing more was written");
+            std::thread::park_timeout(Duration::from_millis(1));
+        };
+        match status {
+            Some(status) => {
+                assert!(status.success());
+                return kills;
+            }
+            None => kills += 1,
+        }
+    }
+}
+
+#[test]
+fn killed_and_begun_again_the_same_shards_are_written() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let lines = lines();
+    let corpus = place.join("corpus");
+    std::fs::create_dir(&corpus).unwrap();
+    std::fs::write(corpus.join("a.jsonl"), &lines).unwrap();
+    let mut chain = GzEncoder::new(Vec::new(), Compression::default());
+    chain.write_all(&lines).unwrap();
+    std::fs::write(corpus.join("a.json.gz"), chain.finish().unwrap()).unwrap();
+    // One row group of 6 MB, which is read in segments.
+    let large = plan(place, "large", &corpus, "a.jsonl");
+    let large = ["pack", "--plan", &large, "--set", "data.unit=64MiB", "--to", place.to_str().unwrap()];
+    succeeds(dataloader().args(large));
+    std::fs::rename(place.join("books/part-00000-000.parquet"), corpus.join("a.parquet")).unwrap();
+
+    let mut counts = Vec::new();
+    for file in ["a.jsonl", "a.json.gz", "a.parquet"] {
+        let plan_of_file = plan(place, "texts", &corpus, file);
+        for (command, suffix) in [("pack", "parquet"), ("tokenize", "npy")] {
+            let [at_once, often] =
+                ["at-once", "often"].map(|name| place.join(format!("{file}-{command}-{name}")));
+            let arguments = |to: &Path| {
+                let to = to.to_str().unwrap();
+                ["--plan", &plan_of_file, "--shard", "500KB", "--to", to].map(str::to_owned)
+            };
+            succeeds(dataloader().arg(command).args(arguments(&at_once)));
+            let written = files(&at_once);
+            assert!(
+                written.len() > 6 && written.keys().all(|name| name.ends_with(suffix)),
+                "{:?}",
+                written.keys()
+            );
+            let arguments = arguments(&often);
+            let arguments: Vec<&str> =
+                [command].into_iter().chain(arguments.iter().map(String::as_str)).collect();
+            assert!(killed_often(&arguments, &often) > 2, "{file}");
+            assert!(files(&often) == written, "{file}: other shards than without kills");
+            let again = succeeds(dataloader().args(&arguments));
+            assert!(again.contains(&format!("{} were there already", written.len())), "{again}");
+            let other = dataloader().args(&arguments).args(["--set", "data.unit=1MiB"]).output().unwrap();
+            assert_eq!(other.status.code(), Some(2), "{other:?}");
+
+            // What is read of the shards is what is read of the texts.
+            for source in [&corpus, &at_once.join("books")] {
+                let files = if *source == corpus { file.to_owned() } else { format!("*.{suffix}") };
+                let counted = plan(place, "counted", source, &files);
+                let set = ["--set", "data.holdout=0.000001"];
+                let counted = succeeds(dataloader().args(["count", "--json", "--plan", &counted]).args(set));
+                let counted: Value = serde_json::from_str(&counted).unwrap();
+                counts.push(counted[0]["tokens"].as_u64().unwrap());
+            }
+        }
+    }
+    assert!(counts[0] > 1_000_000 && counts.iter().all(|tokens| *tokens == counts[0]), "{counts:?}");
+}
+
+#[test]
+fn token_ids_are_no_texts() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    // Documents of 400 ids, each with EOS behind it.
+    let ids: Vec<u8> =
+        (0..4010_u16).flat_map(|n| if n % 401 == 400 { 2_u16 } else { 300 }.to_le_bytes()).collect();
+    std::fs::write(place.join("a.bin"), ids).unwrap();
+    let plan = plan(place, "ids", place, "a.bin");
+    let refused = |arguments: &[&str], words: &str| {
+        let output = dataloader().args(arguments).args(["--plan", &plan]).output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(2) && message.contains(words), "{message}");
+    };
+    refused(&["count"], "write format = \"u16\" or \"u32\"");
+    let u16 = ["--set", "data.source.0.format=u16"];
+    let to = ["--to", place.to_str().unwrap()];
+    refused(&[&["pack"][..], &u16, &to].concat(), "holds token ids, and this needs text");
+    refused(&[&["tokenize"][..], &u16, &to].concat(), "holds token ids, and this needs text");
+    refused(&[&["count", "--set", "data.pack=corenet"][..], &u16].concat(), "set data.pack = \"concat\"");
+    refused(&["count", "--set", "data.source.0.format=u32"], "name the tokenizer that made it");
+    let counted = succeeds(dataloader().args(["count", "--json", "--plan", &plan]).args(u16));
+    let counted: Value = serde_json::from_str(&counted).unwrap();
+    assert_eq!((&counted[0]["documents"], &counted[0]["tokens"]), (&10.into(), &4020.into()));
+    assert!(succeeds(dataloader().args(["inspect", "--plan", &plan]).args(u16)).contains("[300, 300"));
+}
