@@ -12,14 +12,17 @@ use tokio_util::task::TaskTracker;
 use ulmus_checkpoint::{Manifest, Store};
 use ulmus_coord_core::{Coordinator, Effect, Event, Note, Outcome, Saved, Settings};
 use ulmus_rt::{Failure, Shutdown};
-use ulmus_types::{CheckpointId, Digest, ErrorKind, ExitStatus, Generation, StepReport, ToWorker, WorkerId};
+use ulmus_types::{
+    CheckpointId, Digest, ErrorKind, ExitStatus, Generation, SourceReading, Step, StepReport, ToWorker,
+    WorkerId,
+};
 
 use crate::console::Console;
 use crate::local::LocalWorkers;
-use crate::metrics::MetricsFile;
+use crate::metrics::{MetricsFile, SourcesFile};
 use crate::quarantine::QuarantineFile;
 use crate::server::{SessionEvent, SessionNumber};
-use crate::store::{MetricsRow, RunStore, StoreError, StoredCheckpoint};
+use crate::store::{MetricsRow, ReadingRow, RunStore, StoreError, StoredCheckpoint};
 
 /// How often time passes for the core.
 const TICK: Duration = Duration::from_millis(100);
@@ -32,6 +35,7 @@ pub(crate) struct Parts {
     pub(crate) memory: RunStore,
     pub(crate) files: Store,
     pub(crate) metrics: MetricsFile,
+    pub(crate) sources: SourcesFile,
     pub(crate) quarantine: QuarantineFile,
     pub(crate) console: Console,
     pub(crate) locals: Option<LocalWorkers>,
@@ -143,6 +147,7 @@ impl Driver {
                 self.parts.memory.save_quarantine(&quarantine)?;
                 self.parts.quarantine.write(&quarantine)?;
             }
+            Effect::SaveReading(worker, step, sources) => self.save_reading(&worker, step, sources)?,
             Effect::SaveTrained(step) => self.parts.memory.save_trained(step)?,
             Effect::SaveJob(job, result) => self.parts.memory.save_job(&job, &result)?,
             Effect::Send(worker, message) => self.send(&worker, message),
@@ -201,6 +206,23 @@ impl Driver {
         {
             self.parts.kill_after = None;
             self.parts.console.line(&format!("--demo-failure: killed worker {name} with SIGKILL"));
+        }
+        Ok(())
+    }
+
+    fn save_reading(
+        &mut self,
+        worker: &WorkerId,
+        step: Step,
+        sources: Vec<SourceReading>,
+    ) -> Result<(), StoreError> {
+        for reading in sources {
+            let row = ReadingRow { step, worker: worker.name().to_owned(), reading };
+            self.parts.memory.save_reading(&row)?;
+            if let Err(error) = self.parts.sources.append(&row) {
+                let line = format!("sources.csv cannot be written: {error}; run.sqlite has all of it");
+                self.parts.console.line(&line);
+            }
         }
         Ok(())
     }

@@ -1,7 +1,8 @@
-//! `metrics.csv`: one row per step, for spreadsheets and notebooks.
+//! `metrics.csv`, one row per step, and `sources.csv`, one per source and worker at each of its checkpoints; for
+//! spreadsheets and notebooks.
 //!
-//! The first six columns depend on nothing but the plan and are equal bit for bit between runs; numbers are the
-//! shortest decimals that read back as the same bits. The file is a copy of what `run.sqlite` holds: it is
+//! The first six columns of the metrics depend on nothing but the plan and are equal bit for bit between runs; numbers
+//! are the shortest decimals that read back as the same bits. The files are copies of what `run.sqlite` holds: they are
 //! written anew at every start, and appended to while the run goes on.
 
 use std::fs::File;
@@ -10,7 +11,7 @@ use std::path::Path;
 
 use ulmus_types::Step;
 
-use crate::store::MetricsRow;
+use crate::store::{MetricsRow, ReadingRow};
 
 const HEADER: [&str; 12] = [
     "step",
@@ -79,4 +80,62 @@ impl MetricsFile {
         self.last = Some(row);
         Ok(())
     }
+}
+
+/// How reading goes, source by source.
+#[derive(Debug)]
+pub(crate) struct SourcesFile(csv::Writer<File>);
+
+impl SourcesFile {
+    /// Writes the file anew with `rows`.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub(crate) fn create(path: &Path, rows: &[ReadingRow]) -> io::Result<Self> {
+        let mut file = Self(csv::Writer::from_path(path)?);
+        let header = columns(&ReadingRow::default()).map(|(name, _)| name);
+        file.0.write_record(header)?;
+        for row in rows {
+            file.append(row)?;
+        }
+        file.0.flush()?;
+        Ok(file)
+    }
+
+    /// Adds a row.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub(crate) fn append(&mut self, row: &ReadingRow) -> io::Result<()> {
+        self.0.write_record(columns(row).map(|(_, value)| value))?;
+        self.0.flush()
+    }
+}
+
+/// Names and values of a row. Rates are those since the worker opened its data.
+fn columns(row: &ReadingRow) -> [(&'static str, String); 19] {
+    let ReadingRow { step, worker, reading } = row;
+    let seconds = reading.elapsed.as_secs_f64();
+    let rate = |count: u64| count as f64 / seconds.max(1e-9);
+    [
+        ("step", step.to_string()),
+        ("worker", worker.clone()),
+        ("source", reading.source.clone()),
+        ("epochs", format!("{:.4}", reading.epochs)),
+        ("tokens", reading.tokens.to_string()),
+        ("tokens_per_second", format!("{:.1}", rate(reading.tokens))),
+        ("text_mb_per_second", format!("{:.3}", rate(reading.text_bytes) / 1e6)),
+        ("wait_s", format!("{:.6}", reading.waited.as_secs_f64())),
+        ("streams", reading.streams.to_string()),
+        ("streams_ready", reading.ready.to_string()),
+        ("documents", reading.documents.to_string()),
+        ("short_characters", reading.short_characters.to_string()),
+        ("short_tokens", reading.short_tokens.to_string()),
+        ("held_out", reading.held_out.to_string()),
+        ("bad_units", reading.bad_units.to_string()),
+        ("fetched_bytes", reading.fetched_bytes.to_string()),
+        ("cached_bytes", reading.cached_bytes.to_string()),
+        ("failed_requests", reading.failed_requests.to_string()),
+        ("seconds", format!("{seconds:.3}")),
+    ]
 }

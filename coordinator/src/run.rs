@@ -19,7 +19,7 @@ use crate::console::{Console, print};
 use crate::driver::{Ended, Parts, drive, finish_commits};
 use crate::folder::{FolderError, RunFolder};
 use crate::local::LocalWorkers;
-use crate::metrics::MetricsFile;
+use crate::metrics::{MetricsFile, SourcesFile};
 use crate::quarantine::QuarantineFile;
 use crate::server::{MESSAGE_LIMIT, Sessions};
 use crate::store::{RunStore, StoreError};
@@ -130,6 +130,7 @@ async fn run_one(
     let rows = memory.metrics().map_err(|error| stored(&error))?;
     let metrics_path = folder.path().join("metrics.csv");
     let metrics = MetricsFile::create(&metrics_path, &rows).map_err(|error| failed(&metrics_path, &error))?;
+    let sources = sources_file(&memory, folder.path())?;
     let console = Console::new(plan.train.iterations, saved.step);
     console.line(&format!("run {} in {}; workers join at {address}", plan.run.name, folder.path().display()));
     let finished_before = saved.jobs.contains("benchmark");
@@ -154,6 +155,7 @@ async fn run_one(
         memory,
         files: folder.store().clone(),
         metrics,
+        sources,
         quarantine,
         console,
         locals,
@@ -175,6 +177,7 @@ async fn run_one(
     let rows = memory.metrics().map_err(|error| stored(&error))?;
     // Steps that were trained twice, or reported late, are in their place in the record and not in the file.
     MetricsFile::create(&metrics_path, &rows).map_err(|error| failed(&metrics_path, &error))?;
+    sources_file(&memory, folder.path())?;
     let results = memory.results().map_err(|error| stored(&error))?;
     let left_out = memory.saved().map_err(|error| stored(&error))?.quarantine;
     match outcome.status {
@@ -267,6 +270,13 @@ fn start_locals(plan: &Plan, folder: &RunFolder, finished: bool) -> Result<Optio
 
 fn failed(path: &std::path::Path, error: &std::io::Error) -> Failure {
     Failure::new(ExitStatus::Failed, format!("{}: {error}", path.display()))
+}
+
+/// `sources.csv`, written anew.
+fn sources_file(memory: &RunStore, folder: &std::path::Path) -> Result<SourcesFile, Failure> {
+    let path = folder.join("sources.csv");
+    let rows = memory.readings().map_err(|error| stored(&error))?;
+    SourcesFile::create(&path, &rows).map_err(|error| failed(&path, &error))
 }
 
 fn in_folder(error: &FolderError) -> Failure {

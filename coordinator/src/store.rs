@@ -12,8 +12,8 @@ use rusqlite::{Connection, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 use ulmus_coord_core::Saved;
 use ulmus_types::{
-    BadUnit, CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Job, Step, StepReport,
-    WorkerId,
+    BadUnit, CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Job, SourceReading,
+    Step, StepReport, WorkerId,
 };
 
 const SCHEMA: &str = "
@@ -27,6 +27,8 @@ const SCHEMA: &str = "
         step INTEGER PRIMARY KEY, tokens INTEGER NOT NULL, loss REAL NOT NULL, z_loss REAL NOT NULL,
         grad_norm REAL NOT NULL, lr REAL NOT NULL, held_out_loss REAL, elapsed_ns INTEGER NOT NULL,
         data_wait_ns INTEGER NOT NULL, communication_ns INTEGER NOT NULL, generation INTEGER NOT NULL) STRICT;
+    CREATE TABLE IF NOT EXISTS readings (
+        step INTEGER, worker TEXT, source TEXT, reading TEXT NOT NULL, PRIMARY KEY (step, worker, source)) STRICT;
 ";
 
 /// Why the run's memory cannot be used.
@@ -97,6 +99,17 @@ pub(crate) struct MetricsRow {
     pub(crate) report: StepReport,
     /// The last generation that did it.
     pub(crate) generation: Generation,
+}
+
+/// How reading a source went on a worker.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct ReadingRow {
+    /// The last update before.
+    pub(crate) step: Step,
+    /// Name of the worker.
+    pub(crate) worker: String,
+    /// What it says.
+    pub(crate) reading: SourceReading,
 }
 
 /// The run's memory.
@@ -321,6 +334,37 @@ impl RunStore {
         Ok(query.query_map([], metrics_row)?.collect::<Result<_, _>>()?)
     }
 
+    /// Stores how reading goes.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub(crate) fn save_reading(&self, row: &ReadingRow) -> Result<(), StoreError> {
+        let ReadingRow { step, worker, reading } = row;
+        self.connection.execute(
+            "INSERT OR REPLACE INTO readings VALUES (?1, ?2, ?3, ?4)",
+            params![step.get(), worker, reading.source, encode(reading)],
+        )?;
+        Ok(())
+    }
+
+    /// How reading went, oldest first.
+    ///
+    /// # Errors
+    /// When the database cannot be read or holds damaged values.
+    pub(crate) fn readings(&self) -> Result<Vec<ReadingRow>, StoreError> {
+        let mut query = self
+            .connection
+            .prepare("SELECT step, worker, reading FROM readings ORDER BY step, worker, source")?;
+        let rows: Vec<(u64, String, String)> = query
+            .query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?
+            .collect::<Result<_, _>>()?;
+        rows.into_iter()
+            .map(|(step, worker, reading)| {
+                Ok(ReadingRow { step: Step::new(step), worker, reading: decode("reading", &reading)? })
+            })
+            .collect()
+    }
+
     /// Stores the result of a job.
     ///
     /// # Errors
@@ -440,6 +484,8 @@ mod tests {
             state: Digest::of(b"state"),
             files: [("a".to_owned(), entry)].into(),
         };
+        let reading = SourceReading { source: "web".into(), epochs: 0.5, ..SourceReading::default() };
+        let row = ReadingRow { step: Step::new(2), worker: "w".into(), reading };
         {
             let mut store = RunStore::open(&path).unwrap();
             store.save_generation(Generation::new(1), std::slice::from_ref(&worker)).unwrap();
@@ -447,6 +493,7 @@ mod tests {
             store.save_steps(Generation::new(1), &[report(1, 8.0), report(2, 7.0)]).unwrap();
             store.save_checkpoint(&checkpoint).unwrap();
             store.save_job(&Job::Prepare, "{\"shards\":3}").unwrap();
+            store.save_reading(&row).unwrap();
         }
         let store = RunStore::open(&path).unwrap();
         let saved = store.saved().unwrap();
@@ -461,6 +508,7 @@ mod tests {
         assert_eq!(store.saved().unwrap().checkpoints, [(id, CheckpointKind::Milestone)].into());
         assert_eq!(store.metrics().unwrap()[1].report, report(2, 7.0));
         assert_eq!(store.results().unwrap()["prepare"]["shards"], 3);
+        assert_eq!(store.readings().unwrap(), [row]);
     }
 
     #[test]

@@ -158,7 +158,12 @@ impl Corpus {
         self.quarantine.contains(&(source, unit))
     }
 
-    /// Whether any unit is.
+    /// How many units of a source are left out.
+    pub(crate) fn left_out_of(&self, source: usize) -> usize {
+        self.quarantine.iter().filter(|(of, _)| *of == source).count()
+    }
+
+    /// Whether none is.
     pub(crate) fn is_whole(&self) -> bool {
         self.quarantine.is_empty()
     }

@@ -34,7 +34,7 @@ pub use corpus::{Corpus, Counts, HeldOut};
 pub use document::normalized;
 pub use error::DataError;
 pub use explain::{Excerpt, Explanation};
-pub use loader::{Cursors, Loader, Origin, SourceMetrics};
+pub use loader::{Cursors, Loader, Origin};
 pub use manifest::Manifest;
 pub use mirror::{Mirrored, mirror};
 pub use pack::{IGNORE, Sequence};

@@ -13,15 +13,14 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
-use ulmus_types::{ErrorKind, LaneId};
+use ulmus_types::{ErrorKind, LaneId, SourceReading};
 
-use crate::corpus::{Corpus, Counts};
+use crate::corpus::Corpus;
 use crate::error::DataError;
 use crate::format::Segments;
-use crate::order::{Epoch, window_order};
+use crate::order::{Epoch, Stream, window_order};
 use crate::pack::{Packed, Sequence};
 use crate::sources::AGAIN;
-use crate::store::Traffic;
 use crate::tokenizer::Encoder;
 
 /// Words per stream.
@@ -116,25 +115,6 @@ pub struct Origin {
     pub(crate) index: u32,
 }
 
-/// How reading a source goes on this worker.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SourceMetrics {
-    /// Name of the source.
-    pub source: String,
-    /// What was read since the corpus was opened.
-    pub counts: Counts,
-    /// What that has cost.
-    pub traffic: Traffic,
-    /// Time in which a step waited for it.
-    pub waited: Duration,
-    /// Streams of it that this worker reads.
-    pub streams: usize,
-    /// Those of them whose next window is in memory.
-    pub ready: usize,
-    /// Epoch of the stream that has come least far.
-    pub epoch: u64,
-}
-
 type WindowResult = Result<Window, DataError>;
 
 /// A request for the first window with any sequence at or after a place.
@@ -174,8 +154,10 @@ pub struct Loader {
     jobs: Option<Sender<Job>>,
     threads: Vec<JoinHandle<()>>,
     streams: BTreeMap<usize, Open>,
+    epochs: Arc<Epochs>,
     /// Time spent waiting for windows, by source.
     waits: Vec<Duration>,
+    opened: Instant,
 }
 
 impl Loader {
@@ -202,7 +184,16 @@ impl Loader {
             })
             .collect();
         let waits = vec![Duration::ZERO; corpus.max_epochs.len()];
-        let mut loader = Self { corpus, length, jobs: Some(jobs), threads, streams: BTreeMap::new(), waits };
+        let mut loader = Self {
+            corpus,
+            length,
+            jobs: Some(jobs),
+            threads,
+            streams: BTreeMap::new(),
+            epochs,
+            waits,
+            opened: Instant::now(),
+        };
         loader.host(lanes, cursors)?;
         Ok(loader)
     }
@@ -264,26 +255,46 @@ impl Loader {
     }
 
     /// How reading goes, source by source.
-    pub fn metrics(&self) -> Vec<SourceMetrics> {
+    pub fn readings(&self) -> Vec<SourceReading> {
         let (counts, traffic) = (self.corpus.counts(), self.corpus.traffic());
         let of = |source: usize| {
-            let streams: Vec<&Open> = self
-                .streams
-                .iter()
-                .filter(|(stream, _)| self.corpus.mixture.streams()[**stream].source == source)
-                .map(|(_, open)| open)
-                .collect();
-            SourceMetrics {
+            let of_source = |stream: &usize| self.corpus.mixture.streams()[*stream].source == source;
+            let streams: Vec<(&usize, &Open)> =
+                self.streams.iter().filter(|(stream, _)| of_source(stream)).collect();
+            let epochs = streams.iter().map(|(stream, open)| self.epochs_passed(**stream, open));
+            let (counts, traffic) = (counts[source], traffic[source]);
+            SourceReading {
                 source: self.corpus.sources.name(source).to_owned(),
-                counts: counts[source],
-                traffic: traffic[source],
+                epochs: epochs.reduce(f64::min).unwrap_or_default(),
+                documents: counts.documents,
+                tokens: counts.tokens,
+                text_bytes: counts.bytes,
+                short_characters: counts.short_characters,
+                short_tokens: counts.short_tokens,
+                held_out: counts.held_out,
+                bad_units: self.corpus.left_out_of(source) as u64,
+                fetched_bytes: traffic.fetched_bytes,
+                cached_bytes: traffic.cached_bytes,
+                failed_requests: traffic.failed_requests,
+                streams: streams.len() as u64,
+                ready: streams.iter().filter(|(_, open)| !open.ahead.window.is_empty()).count() as u64,
                 waited: self.waits[source],
-                streams: streams.len(),
-                ready: streams.iter().filter(|open| !open.ahead.window.is_empty()).count(),
-                epoch: streams.iter().map(|open| open.ahead.place.epoch).min().unwrap_or_default(),
+                elapsed: self.opened.elapsed(),
             }
         };
         (0..counts.len()).map(of).collect()
+    }
+
+    /// Epochs that a stream has passed, with the share of its units in the one it is in.
+    fn epochs_passed(&self, stream: usize, open: &Open) -> f64 {
+        let Place { epoch, unit, .. } = open.window.as_ref().map_or(open.ahead.place, |window| window.place);
+        let Stream { source, place, .. } = self.corpus.mixture.streams()[stream];
+        let units = self.epochs.get(&self.corpus, source, epoch).units(place).len();
+        let in_window = open.window.as_ref().map_or(0.0, |window| {
+            let end = if window.next.epoch > epoch { units as u32 } else { window.next.unit };
+            f64::from(end - unit) * open.offset as f64 / window.order.len() as f64
+        });
+        epoch as f64 + (f64::from(unit) + in_window) / units.max(1) as f64
     }
 
     /// Where the hosted lanes stand after what has been taken; zero for all others.

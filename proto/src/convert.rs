@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use ulmus_types::{
     Assignment, BadUnit, CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Hello,
-    Incarnation, Job, LeaveReason, Peer, Rank, Snapshot, Step, StepReport, ToCoordinator, ToWorker, Wish,
-    WorkerId, WorkerStatus,
+    Incarnation, Job, LeaveReason, Peer, Rank, Snapshot, SourceReading, Step, StepReport, ToCoordinator,
+    ToWorker, Wish, WorkerId, WorkerStatus,
 };
 
 use crate::v1;
@@ -138,6 +138,52 @@ impl From<v1::StepReport> for StepReport {
     }
 }
 
+impl From<SourceReading> for v1::SourceReading {
+    fn from(reading: SourceReading) -> Self {
+        Self {
+            source: reading.source,
+            epochs: reading.epochs,
+            documents: reading.documents,
+            tokens: reading.tokens,
+            text_bytes: reading.text_bytes,
+            short_characters: reading.short_characters,
+            short_tokens: reading.short_tokens,
+            held_out: reading.held_out,
+            bad_units: reading.bad_units,
+            fetched_bytes: reading.fetched_bytes,
+            cached_bytes: reading.cached_bytes,
+            failed_requests: reading.failed_requests,
+            streams: reading.streams,
+            ready: reading.ready,
+            waited_ns: nanos(reading.waited),
+            elapsed_ns: nanos(reading.elapsed),
+        }
+    }
+}
+
+impl From<v1::SourceReading> for SourceReading {
+    fn from(reading: v1::SourceReading) -> Self {
+        Self {
+            source: reading.source,
+            epochs: reading.epochs,
+            documents: reading.documents,
+            tokens: reading.tokens,
+            text_bytes: reading.text_bytes,
+            short_characters: reading.short_characters,
+            short_tokens: reading.short_tokens,
+            held_out: reading.held_out,
+            bad_units: reading.bad_units,
+            fetched_bytes: reading.fetched_bytes,
+            cached_bytes: reading.cached_bytes,
+            failed_requests: reading.failed_requests,
+            streams: reading.streams,
+            ready: reading.ready,
+            waited: Duration::from_nanos(reading.waited_ns),
+            elapsed: Duration::from_nanos(reading.elapsed_ns),
+        }
+    }
+}
+
 impl From<Job> for v1::Job {
     fn from(job: Job) -> Self {
         use v1::job::Job as Wire;
@@ -224,6 +270,10 @@ impl From<ToCoordinator> for v1::FromWorker {
                 generation: generation.get(),
                 reports: reports.into_iter().map(Into::into).collect(),
             }),
+            ToCoordinator::Reading { step, sources } => Wire::Reading(v1::Reading {
+                step: step.get(),
+                sources: sources.into_iter().map(Into::into).collect(),
+            }),
             ToCoordinator::Left { generation, step, reason } => {
                 use v1::left::Reason;
                 let reason = match reason {
@@ -307,6 +357,10 @@ impl TryFrom<v1::FromWorker> for ToCoordinator {
             Wire::Steps(steps) => Self::Steps {
                 generation: Generation::new(steps.generation),
                 reports: steps.reports.into_iter().map(Into::into).collect(),
+            },
+            Wire::Reading(reading) => Self::Reading {
+                step: Step::new(reading.step),
+                sources: reading.sources.into_iter().map(Into::into).collect(),
             },
             Wire::Left(left) => {
                 use v1::left::Reason;
@@ -499,6 +553,24 @@ mod tests {
             data_wait: Duration::from_secs(2),
             communication: Duration::ZERO,
         };
+        let reading = SourceReading {
+            source: "web".into(),
+            epochs: 0.25,
+            documents: 3,
+            tokens: 4,
+            text_bytes: 5,
+            short_characters: 6,
+            short_tokens: 7,
+            held_out: 8,
+            bad_units: 9,
+            fetched_bytes: 10,
+            cached_bytes: 11,
+            failed_requests: 12,
+            streams: 13,
+            ready: 14,
+            waited: Duration::from_millis(7),
+            elapsed: Duration::from_secs(8),
+        };
         let mut messages = vec![
             ToCoordinator::StoreRead(Ok("nonce".into())),
             ToCoordinator::StoreRead(Err("no such folder".into())),
@@ -506,6 +578,7 @@ mod tests {
             ToCoordinator::Beat { collective: 9 },
             ToCoordinator::Notice("a file is damaged".into()),
             ToCoordinator::Formed { generation, step: Step::new(4) },
+            ToCoordinator::Reading { step: Step::new(5), sources: vec![reading, SourceReading::default()] },
             ToCoordinator::Steps { generation, reports: vec![report] },
             ToCoordinator::Snapshot(Snapshot {
                 checkpoint: checkpoint(),

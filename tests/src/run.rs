@@ -130,6 +130,17 @@ impl RunFolder {
         rows.into_iter()
     }
 
+    /// The rows of `sources.csv`, by column.
+    ///
+    /// # Panics
+    /// When there is no such file.
+    pub fn sources(&self) -> Vec<BTreeMap<String, String>> {
+        let text = self.read("sources.csv");
+        let mut lines = text.lines().map(|line| line.split(',').map(str::to_owned));
+        let header: Vec<String> = lines.next().into_iter().flatten().collect();
+        lines.map(|row| header.iter().cloned().zip(row).collect()).collect()
+    }
+
     /// Names of the complete checkpoints, oldest first.
     ///
     /// # Panics

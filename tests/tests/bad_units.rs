@@ -1,5 +1,7 @@
 //! Files that vanish while a run goes on.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use serde_json::Value;
 use ulmus_tests::{Process, Sandbox, TINY};
 
@@ -61,6 +63,18 @@ fn units_that_vanish_are_left_out_and_recorded() {
         !kept.is_empty() && kept.iter().all(|unit| recorded.iter().any(|(known, _)| known == unit)),
         "{state}"
     );
+
+    // How reading went is on record, of both workers at each of their checkpoints, left-out units included.
+    let rows = run.sources();
+    let of_last = |row: &&BTreeMap<String, String>| row["step"] == "60" && row["source"] == "prose";
+    let workers: BTreeSet<&str> = rows.iter().filter(of_last).map(|row| row["worker"].as_str()).collect();
+    assert_eq!(workers.len(), 2, "{rows:?}");
+    for row in rows.iter().filter(of_last) {
+        let number = |column: &str| row[column].parse::<f64>().expect("a number");
+        assert_eq!(row["bad_units"], kept.len().to_string());
+        assert!(number("tokens") > 10_000.0 && number("text_mb_per_second") > 0.0, "{row:?}");
+        assert!(number("epochs") > 0.0 && number("streams") >= number("streams_ready"), "{row:?}");
+    }
 
     // Nothing is done again, and nothing is forgotten.
     let again = sandbox.coordinator(&quarantine).succeeds();

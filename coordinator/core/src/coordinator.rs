@@ -189,6 +189,9 @@ impl Coordinator {
             ToCoordinator::Ready(fingerprint) => self.ready(worker, fingerprint),
             ToCoordinator::Formed { generation, step } => self.formed(worker, generation, step),
             ToCoordinator::Steps { generation, reports } => self.steps(generation, reports),
+            ToCoordinator::Reading { step, sources } => {
+                self.effects.push(Effect::SaveReading(worker.clone(), step, sources));
+            }
             ToCoordinator::Left { generation, step, reason } => {
                 self.left(worker, generation, step, reason, now);
             }

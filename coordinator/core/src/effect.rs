@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use ulmus_types::{
-    BadUnit, CheckpointId, CheckpointKind, Digest, ExitStatus, FileEntry, Generation, Job, Step, StepReport,
-    ToWorker, WorkerId,
+    BadUnit, CheckpointId, CheckpointKind, Digest, ExitStatus, FileEntry, Generation, Job, SourceReading,
+    Step, StepReport, ToWorker, WorkerId,
 };
 
 /// Something to do. Effects are performed in order.
@@ -18,6 +18,8 @@ pub enum Effect {
     SaveFingerprint(Digest),
     /// Store reports of updates.
     SaveSteps(Generation, Vec<StepReport>),
+    /// Store how reading goes on a worker, source by source.
+    SaveReading(WorkerId, Step, Vec<SourceReading>),
     /// Store the units that everybody leaves out from now on, and why, where workers read it, before anything else is
     /// done.
     SaveQuarantine(BTreeMap<BadUnit, String>),

@@ -141,7 +141,7 @@ impl World {
                 self.saved.jobs.insert(job.name().to_owned());
             }
             Effect::Send(worker, message) => self.receive(&worker, message),
-            Effect::Disconnect(_) | Effect::Tell(_) => {}
+            Effect::Disconnect(_) | Effect::Tell(_) | Effect::SaveReading(..) => {}
             Effect::Commit { checkpoint, kind, files, .. } => {
                 assert_eq!(files.len(), 3, "a manifest names every part");
                 self.kinds.insert(checkpoint, kind);

@@ -15,7 +15,7 @@ pub use digest::{Digest, DigestError};
 pub use error::{ErrorKind, ExitStatus};
 pub use ids::{CheckpointId, Generation, IdError, Incarnation, LaneId, Rank, RunName, Step, WorkerId};
 pub use message::{
-    Assignment, BadUnit, CheckpointKind, FileEntry, Hello, Job, LeaveReason, Peer, Snapshot, StepReport,
-    ToCoordinator, ToWorker, Wish, WorkerStatus,
+    Assignment, BadUnit, CheckpointKind, FileEntry, Hello, Job, LeaveReason, Peer, Snapshot, SourceReading,
+    StepReport, ToCoordinator, ToWorker, Wish, WorkerStatus,
 };
 pub use problem::{Problem, Problems};

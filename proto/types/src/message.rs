@@ -68,6 +68,43 @@ pub struct StepReport {
     pub communication: Duration,
 }
 
+/// How reading a source goes on one worker, since it opened its data.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct SourceReading {
+    /// Name of the source.
+    pub source: String,
+    /// Epochs that the stream has passed that has come least far.
+    pub epochs: f64,
+    /// Documents that were decoded, read-ahead included.
+    pub documents: u64,
+    /// Tokens of those that are left after the filters.
+    pub tokens: u64,
+    /// Bytes of their text before the filters; none where token ids are read.
+    pub text_bytes: u64,
+    /// Documents with too few characters.
+    pub short_characters: u64,
+    /// Documents with too few tokens.
+    pub short_tokens: u64,
+    /// Documents that are held out.
+    pub held_out: u64,
+    /// Units that are left out, by everybody.
+    pub bad_units: u64,
+    /// Bytes that came from the store.
+    pub fetched_bytes: u64,
+    /// Bytes that came from the cache on disk.
+    pub cached_bytes: u64,
+    /// Requests that failed, most of which were then made again.
+    pub failed_requests: u64,
+    /// Streams that the worker reads.
+    pub streams: u64,
+    /// Those of them whose next window is in memory.
+    pub ready: u64,
+    /// Time in which steps waited for the source.
+    pub waited: Duration,
+    /// Time in which all this was counted.
+    pub elapsed: Duration,
+}
+
 /// A unit of a source that cannot be read: by its place in the manifest.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct BadUnit {
@@ -243,6 +280,13 @@ pub enum ToCoordinator {
         generation: Generation,
         /// One per update.
         reports: Vec<StepReport>,
+    },
+    /// How reading goes, at a checkpoint.
+    Reading {
+        /// Updates done.
+        step: Step,
+        /// One per source.
+        sources: Vec<SourceReading>,
     },
     /// It is out of its group, idle, with the state after `step`.
     Left {

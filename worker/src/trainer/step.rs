@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
-use ulmus_dataloader::{Cursors, DataError, Loader, Sequence, SourceMetrics};
+use ulmus_dataloader::{Cursors, DataError, Loader, Sequence};
 use ulmus_model::{Backend, IGNORE, LossSum, Out, Quantum, ViewMut};
 use ulmus_types::{
     Assignment, CheckpointId, CheckpointKind, Generation, LaneId, LeaveReason, Step, StepReport,
@@ -305,27 +305,9 @@ impl<B: Backend> Training<B> {
 
     /// Copies the state to host memory, to be stored from there; a moment to say how reading goes, too.
     fn keep(&mut self, kind: CheckpointKind, generation: Generation, reports: &mpsc::Sender<Report>) {
-        for SourceMetrics { source, counts, traffic, waited, streams, ready, epoch } in
-            self.loader.iter().flat_map(Loader::metrics)
-        {
-            tracing::info!(
-                step = self.step().get(),
-                source,
-                epoch,
-                documents = counts.documents,
-                tokens = counts.tokens,
-                dropped_short = counts.short_characters + counts.short_tokens,
-                held_out = counts.held_out,
-                text_bytes = counts.bytes,
-                fetched_bytes = traffic.fetched_bytes,
-                cached_bytes = traffic.cached_bytes,
-                failed_requests = traffic.failed_requests,
-                bad_units = self.quarantine.iter().filter(|unit| unit.source == source).count(),
-                waited_s = waited.as_secs_f64(),
-                streams,
-                streams_ready = ready,
-                "data"
-            );
+        if let Some(loader) = &self.loader {
+            let reading = ToCoordinator::Reading { step: self.step(), sources: loader.readings() };
+            reports.blocking_send(Report::Say(reading)).ok();
         }
         // Waits while two older ones are still on their way to the store.
         let room = self.run.wait(Arc::clone(&self.room).acquire_owned());
