@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use ulmus_plan::{Plan, worker_memory};
+use ulmus_plan::{Plan, data_memory, worker_memory};
 
 /// The whole report on a plan that broke no rule.
 pub fn report(plan: &Plan) -> String {
@@ -79,17 +79,15 @@ fn write_report(text: &mut String, plan: &Plan) -> std::fmt::Result {
     )?;
     writeln!(text, "average              of the last {}", plan.checkpoint.average)?;
 
-    writeln!(text, "\n# communication and shares")?;
-    writeln!(text, "workers  micro-batches each  bytes sent per worker and step")?;
+    writeln!(text, "\n# shares and communication")?;
+    writeln!(text, "workers  micro-batches each  memory of data, bytes  bytes sent per worker and step")?;
     for workers in [1, 2, 4, 8, 16, 128].into_iter().filter(|workers| *workers <= train.micro_batches()) {
         // Reduce-scatter of i64 and all-gather of f32 over a ring.
         let sent = 12 * parameters * (workers - 1) / workers;
-        writeln!(
-            text,
-            "{workers:>7}  {:>18}  {:>17}",
-            train.micro_batches().div_ceil(workers),
-            grouped(sent)
-        )?;
+        let micro_batches = train.micro_batches().div_ceil(workers);
+        let lanes = micro_batches * train.micro_batch * plan.data.lanes / train.sequences;
+        let data = data_memory(&plan.data, lanes, plan.sequence_length());
+        writeln!(text, "{workers:>7}  {micro_batches:>18}  {:>21}  {:>30}", grouped(data), grouped(sent))?;
     }
     Ok(())
 }

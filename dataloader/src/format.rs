@@ -14,8 +14,8 @@ use crate::parquet::{ParquetFile, Rows};
 use crate::store::{FileInfo, Folder};
 use crate::tokens::{self, Vocabulary};
 
-/// Bytes that are read beyond the end of a unit to find the end of its last line, at first and at most.
-const LINE_STEPS: [u64; 2] = [64 << 10, 8 << 20];
+/// Bytes that are read beyond the end of a unit to find the end of its last document, at first and at most.
+pub(crate) const TAIL_STEPS: [u64; 2] = [64 << 10, 8 << 20];
 
 /// What is shuffled: as much as fits into `data.unit`, at least one row group, line or file. Row groups that are larger,
 /// and chains, are read in segments. Written as `[file, first, end, bytes]`.
@@ -263,7 +263,7 @@ fn lines(folder: &Folder, file: &FileInfo, key: &str, unit: Unit) -> Result<Vec<
     let Some(first_line) = first_line.filter(|at| begin + (*at as u64) < unit.end) else {
         return Ok(Vec::new());
     };
-    let (mut end, [mut step, most]) = (unit.end, LINE_STEPS);
+    let (mut end, [mut step, most]) = (unit.end, TAIL_STEPS);
     while bytes.last() != Some(&b'\n') && end < file.size {
         let more = folder.read_range(file, end..(end + step).min(file.size))?;
         end += more.len() as u64;

@@ -110,9 +110,7 @@ pub fn tokenize(
         corpus: &corpus,
         source,
         encoder: corpus.tokenizer().encoder(),
-        ids: Vec::new(),
-        format,
-        header,
+        ids: tokens::Writer::new(format, header),
     };
     let suffix = if header { "npy" } else { "bin" };
     let work = Work { config, sources: &corpus.sources, shard, suffix, of };
@@ -166,9 +164,7 @@ struct TokenIds<'a> {
     corpus: &'a Corpus,
     source: usize,
     encoder: Encoder,
-    ids: Vec<u32>,
-    format: Format,
-    header: bool,
+    ids: tokens::Writer,
 }
 
 impl Shard for TokenIds<'_> {
@@ -179,7 +175,7 @@ impl Shard for TokenIds<'_> {
         for judged in self.corpus.judge(&mut self.encoder, document.content) {
             if let Judged::HeldOut(_, tokens) | Judged::Kept(tokens) = judged {
                 // Without BOS: one token between two documents is what others expect.
-                self.ids.extend(&tokens[1..]);
+                self.ids.push(&tokens[1..]);
             }
         }
         Ok(())
@@ -190,7 +186,7 @@ impl Shard for TokenIds<'_> {
     }
 
     fn into_file(self) -> Vec<u8> {
-        tokens::write(&self.ids, self.format, self.header)
+        self.ids.finish()
     }
 }
 

@@ -9,7 +9,7 @@
 use ulmus_plan::Format;
 
 use crate::error::DataError;
-use crate::format::Unit;
+use crate::format::{TAIL_STEPS, Unit};
 use crate::store::{FileInfo, Folder};
 
 /// Most bytes of a header.
@@ -18,8 +18,8 @@ const HEADER: u64 = 4096;
 const LLM_C: [(u32, Format); 2] = [(20_240_520, Format::U16), (20_240_801, Format::U32)];
 const LLM_C_HEADER: usize = 1024;
 const NUMPY: &[u8] = b"\x93NUMPY";
-/// Bytes that are read at once beyond the end of a unit to find the end of its last document.
-const STEP: u64 = 1 << 20;
+/// Bytes in front of the ids of a `.npy` file of ours: a multiple of 64, as its readers expect.
+const NUMPY_HEADER: usize = 128;
 /// Tokens after which a document is taken for a file without any ends of documents.
 const MOST: usize = 1 << 28;
 
@@ -176,9 +176,10 @@ pub(crate) fn documents(
         begins_here = true;
         at += (tokens.len() as u64 + 1) * width;
     }
-    let mut end = unit.end;
+    let (mut end, [mut step, most]) = (unit.end, TAIL_STEPS);
     while unfinished && end < file.size {
-        let more = end..(end + STEP).min(file.size);
+        let more = end..(end + step).min(file.size);
+        step = (2 * step).min(most);
         let ids = decode(end, &folder.read_range(file, more.clone())?)?;
         let (begin, tokens) = documents.last_mut().expect("an unfinished document was put there");
         let rest = ids.split(is_end).next().unwrap_or_default();
@@ -204,28 +205,46 @@ fn ids(format: Format, bytes: &[u8]) -> Vec<u32> {
     }
 }
 
-/// A `.npy` file of ids, or the ids alone.
-///
-/// Ids of two bytes must be below 65536.
-pub(crate) fn write(ids: &[u32], format: Format, header: bool) -> Vec<u8> {
-    let mut file = Vec::new();
-    if header {
-        let dtype = width(format);
-        let mut text =
-            format!("{{'descr': '<u{dtype}', 'fortran_order': False, 'shape': ({},), }}", ids.len());
-        // NumPy wants the ids to begin at a multiple of 64, after a line end.
-        let length = (NUMPY.len() + 4 + text.len() + 1).next_multiple_of(64) - NUMPY.len() - 4;
-        text.push_str(&" ".repeat(length - text.len() - 1));
-        text.push('\n');
-        file.extend(NUMPY);
-        file.extend([1, 0]);
-        file.extend((length as u16).to_le_bytes());
-        file.extend(text.as_bytes());
+/// A `.npy` file of ids that is being made, or one of the ids alone.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    format: Format,
+    header: usize,
+    file: Vec<u8>,
+}
+
+impl Writer {
+    pub(crate) fn new(format: Format, header: bool) -> Self {
+        let header = if header { NUMPY_HEADER } else { 0 };
+        Self { format, header, file: vec![b' '; header] }
     }
-    for id in ids {
-        file.extend(&id.to_le_bytes()[..width(format) as usize]);
+
+    /// Adds ids, which must fit into the format.
+    pub(crate) fn push(&mut self, ids: &[u32]) {
+        match self.format {
+            Format::U16 => self.file.extend(ids.iter().flat_map(|id| (*id as u16).to_le_bytes())),
+            _ => self.file.extend(ids.iter().flat_map(|id| id.to_le_bytes())),
+        }
     }
-    file
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.file.len() == self.header
+    }
+
+    /// The file.
+    pub(crate) fn finish(mut self) -> Vec<u8> {
+        if self.header > 0 {
+            let width = width(self.format);
+            let count = (self.file.len() - self.header) as u64 / width;
+            let text = format!("{{'descr': '<u{width}', 'fortran_order': False, 'shape': ({count},), }}");
+            // Version 1.0, and the length of what follows up to the ids: the dictionary, blanks and a line end.
+            let begin = [NUMPY, &[1, 0], &((NUMPY_HEADER - NUMPY.len() - 4) as u16).to_le_bytes()].concat();
+            self.file[..begin.len()].copy_from_slice(&begin);
+            self.file[begin.len()..begin.len() + text.len()].copy_from_slice(text.as_bytes());
+            self.file[NUMPY_HEADER - 1] = b'\n';
+        }
+        self.file
+    }
 }
 
 #[cfg(test)]
@@ -237,6 +256,12 @@ mod tests {
 
     const BOS: u32 = 1;
     const EOS: u32 = 2;
+    fn write(ids: &[u32], format: Format, header: bool) -> Vec<u8> {
+        let mut writer = Writer::new(format, header);
+        writer.push(ids);
+        writer.finish()
+    }
+
     const VOCABULARY: Vocabulary = Vocabulary { ends: [BOS, EOS], pieces: 60_000 };
 
     fn llm_c(ids: &[u32]) -> Vec<u8> {

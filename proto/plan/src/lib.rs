@@ -16,7 +16,7 @@ mod train;
 mod units;
 
 pub use data::{DataConfig, Format, Normalize, OnBadUnit, Pack, SourceConfig};
-pub use memory::{HEAD_ROWS, MemoryPlan, worker_memory};
+pub use memory::{HEAD_ROWS, MemoryPlan, data_memory, worker_memory};
 pub use model::{LayerDims, ModelConfig, Multipliers, Preset};
 pub use norm::{NormKind, ROW_BLOCK};
 pub use parse::{read, tokenizer_to_count};

@@ -3,6 +3,7 @@
 //! It lets `--check` answer before anything starts, without any compute crate. A test of the model crate
 //! compares both; only small scratch per thread (attention scores, matrix packing) is left out.
 
+use crate::data::DataConfig;
 use crate::model::ModelConfig;
 use crate::train::TrainConfig;
 
@@ -24,6 +25,18 @@ pub struct MemoryPlan {
     pub activations: u64,
     /// All of it.
     pub total: u64,
+}
+
+/// Most bytes that the data of a worker takes which reads so many lanes, for sequences of `length` tokens; documents
+/// larger than a unit come on top.
+///
+/// Each stream has the window in use and the next one: at least `data.window` sequences, and up to a unit more. Each
+/// thread has a unit of text at up to three stages, and its tokens.
+pub fn data_memory(data: &DataConfig, lanes: u64, length: usize) -> u64 {
+    let streams = lanes + data.source.len() as u64 - 1;
+    // Two fifths of a token to a byte of text: English has less, source code about as much.
+    let tokens = data.window * length as u64 + data.unit.get() * 2 / 5;
+    streams * 2 * 4 * tokens + data.threads * 4 * data.unit.get()
 }
 
 /// The plan for micro-batches of sequences of `length` positions.
