@@ -9,7 +9,13 @@ use std::sync::Arc;
 
 use object_store::ObjectStoreExt;
 use object_store::memory::InMemory;
+use parquet::data_type::{ByteArray, ByteArrayType};
+use parquet::errors::Result as ParquetResult;
+use parquet::file::properties::WriterProperties;
+use parquet::file::writer::SerializedFileWriter;
+use parquet::schema::parser::parse_message_type;
 use proptest::prelude::*;
+use serde_json::json;
 use ulmus_dataloader::{
     Corpus, Cursors, DataError, Folder, IGNORE, Loader, Manifest, Sequence, Sources, Tokenizer, train,
 };
@@ -36,8 +42,10 @@ fn tokenizer() -> Tokenizer {
     train(&sample, 285).unwrap()
 }
 
-/// Lines as a file of that format holds them, gzip in two members.
-fn stored(lines: &[u8], format: Format) -> Vec<u8> {
+/// Texts as a file of that format holds them: lines, gzip in two members, rows of one group, or ids.
+fn stored(texts: &[String], format: Format) -> Vec<u8> {
+    let lines: String = texts.iter().map(|text| json!({ "text": text }).to_string() + "\n").collect();
+    let lines = lines.as_bytes();
     let gzip = |part: &[u8]| {
         let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
         encoder.write_all(part).unwrap();
@@ -49,8 +57,29 @@ fn stored(lines: &[u8], format: Format) -> Vec<u8> {
             [gzip(first), gzip(second)].concat()
         }
         Format::JsonZst => zstd::encode_all(lines, 0).unwrap(),
+        Format::Parquet => rows(texts).unwrap(),
+        Format::U16 => {
+            let tokenizer = tokenizer();
+            let ids = texts.iter().flat_map(|text| [tokenizer.encode(text), vec![tokenizer.eos()]].concat());
+            ids.flat_map(|id| (id as u16).to_le_bytes()).collect()
+        }
         _ => lines.to_vec(),
     }
+}
+
+/// A parquet file with a page for every row, so that its one group has several segments.
+fn rows(texts: &[String]) -> ParquetResult<Vec<u8>> {
+    let schema = Arc::new(parse_message_type("message schema { required binary text (UTF8); }")?);
+    let properties = WriterProperties::builder().set_data_page_row_count_limit(1).set_write_batch_size(1);
+    let properties = properties.set_dictionary_enabled(false).build();
+    let mut writer = SerializedFileWriter::new(Vec::new(), schema, Arc::new(properties))?;
+    let mut group = writer.next_row_group()?;
+    let mut column = group.next_column()?.unwrap();
+    let texts: Vec<ByteArray> = texts.iter().map(|text| ByteArray::from(text.as_str())).collect();
+    column.typed::<ByteArrayType>().write_batch(&texts, None, None)?;
+    column.close()?;
+    group.close()?;
+    writer.into_inner()
 }
 
 /// Writes the sources into a run folder and opens them.
@@ -66,19 +95,19 @@ fn corpus(texts: &[Text], lanes: u64, config: &DataConfig) -> Result<Corpus, Dat
         let (suffix, per_file) = match spec.format {
             Format::JsonGz => ("json.gz", 5),
             Format::JsonZst => ("json.zst", 5),
+            Format::Parquet => ("parquet", 7),
+            Format::U16 => ("bin", 6),
             _ => ("jsonl", 25),
         };
         for (file, documents) in (0..spec.documents).collect::<Vec<_>>().chunks(per_file).enumerate() {
-            let lines: String = documents
-                .iter()
-                .map(|d| serde_json::json!({"text": text(source, *d)}).to_string() + "\n")
-                .collect();
-            put(format!("{source}/{file:03}.{suffix}"), stored(lines.as_bytes(), spec.format));
+            let texts: Vec<String> = documents.iter().map(|document| text(source, *document)).collect();
+            put(format!("{source}/{file:03}.{suffix}"), stored(&texts, spec.format));
         }
         sources.push(SourceConfig {
             name: format!("source-{source}"),
             url: format!("run:{source}"),
             files: vec![format!("*.{suffix}")],
+            format: Some(spec.format),
             text: "text".to_owned(),
             tokens: Some(spec.tokens),
             max_epochs: spec.max_epochs,
@@ -95,7 +124,7 @@ fn corpus(texts: &[Text], lanes: u64, config: &DataConfig) -> Result<Corpus, Dat
 fn window(sequences: u64) -> DataConfig {
     DataConfig {
         window: sequences,
-        unit: Bytes::new(500),
+        unit: Bytes::new(250),
         min_characters: 0,
         min_tokens: 0,
         holdout: 0.0,
@@ -141,8 +170,15 @@ fn beginnings(tokenizer: &Tokenizer, sequences: &[Sequence]) -> BTreeMap<String,
 }
 
 fn plans() -> impl Strategy<Value = (Vec<Text>, u64, u64)> {
-    let format = prop_oneof![Just(Format::Jsonl), Just(Format::JsonGz), Just(Format::JsonZst)];
-    let source = (60_usize..150, 1_u64..20, format).prop_map(|(documents, tokens, format)| Text {
+    let format = prop_oneof![
+        Just(Format::Jsonl),
+        Just(Format::JsonGz),
+        Just(Format::JsonZst),
+        Just(Format::Parquet),
+        Just(Format::U16)
+    ];
+    let documents = prop_oneof![60_usize..80, 60_usize..150, 300_usize..600];
+    let source = (documents, 1_u64..20, format).prop_map(|(documents, tokens, format)| Text {
         documents,
         tokens,
         max_epochs: None,
@@ -191,11 +227,12 @@ fn every_sequence_is_explained() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
-    /// Lanes move between 1 to 8 workers at every step; the sequences stay the same.
+    /// Lanes move between 1 to 8 workers at every step, and some workers are killed within one, which is then done again
+    /// by others; the sequences stay the same.
     #[test]
     fn workers_do_not_change_the_stream(
         (texts, lanes, window_size) in plans(),
-        moves in prop::collection::vec((1_usize..9, any::<u64>()), 1..6),
+        moves in prop::collection::vec((1_usize..9, any::<u64>(), prop::option::of(0_usize..8)), 1..6),
         threads in 1_u64..4,
     ) {
         let config = DataConfig { threads, ..window(window_size) };
@@ -203,16 +240,25 @@ proptest! {
         let (expected, cursors) = alone(&corpus, moves.len(), 2);
         let lanes: Vec<LaneId> = corpus.lanes().collect();
         let mut loaders: Vec<Loader> = Vec::new();
+        let mut hosting: Vec<Vec<LaneId>> = Vec::new();
         let mut at = corpus.start();
-        for (step, (workers, assignment)) in moves.iter().enumerate() {
+        for (step, (workers, assignment, killed)) in moves.iter().enumerate() {
             let host = |lane: &LaneId| (assignment.rotate_left(lane.get() * 7) % *workers as u64) as usize;
             let hosted = |worker: usize| lanes.iter().copied().filter(|lane| host(lane) == worker).collect::<Vec<_>>();
-            loaders.truncate(*workers);
-            for (worker, loader) in loaders.iter_mut().enumerate() {
-                loader.host(&hosted(worker), &at).unwrap();
+            if let Some(killed) = killed.filter(|killed| *killed < loaders.len()) {
+                // All are somewhere within the step when one of them dies.
+                for (loader, hosted) in loaders.iter_mut().zip(&hosting) {
+                    loader.take(&hosted[..hosted.len().min(killed + 1)], 1).unwrap();
+                }
+                drop(loaders.remove(killed));
             }
-            for worker in loaders.len()..*workers {
-                loaders.push(Loader::open(Arc::clone(&corpus), LENGTH, &hosted(worker), &at).unwrap());
+            loaders.truncate(*workers);
+            hosting = (0..*workers).map(hosted).collect();
+            for (worker, loader) in loaders.iter_mut().enumerate() {
+                loader.host(&hosting[worker], &at).unwrap();
+            }
+            for hosted in hosting.iter().skip(loaders.len()) {
+                loaders.push(Loader::open(Arc::clone(&corpus), LENGTH, hosted, &at).unwrap());
             }
             for lane in &lanes {
                 let taken = loaders[host(lane)].take(&[*lane], 2).unwrap();

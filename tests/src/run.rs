@@ -107,6 +107,14 @@ impl RunFolder {
         }
     }
 
+    /// How many steps `metrics.csv` has.
+    ///
+    /// # Panics
+    /// When there is no such file.
+    pub fn steps_so_far(&self) -> usize {
+        self.rows().count()
+    }
+
     /// The generations that contributed to the run, each with the number of its steps.
     ///
     /// # Panics

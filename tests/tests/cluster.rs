@@ -1,6 +1,7 @@
 //! The first promise: the same plan gives the same bits, for any number of workers, with any process killed at
 //! any time. Every test ends with the comparison to one undisturbed run of a single worker.
 
+use std::collections::BTreeSet;
 use std::sync::OnceLock;
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -222,6 +223,39 @@ fn a_run_whose_every_process_was_killed_goes_on_from_its_checkpoint() {
     let said = sandbox.coordinator(&again).succeeds();
     assert!(said.contains("2 workers train from step") && !said.contains("from step 0 of"), "{said}");
     assert_undisturbed(&sandbox);
+}
+
+/// Twenty times over, all processes end after a few steps more, by Ctrl-C and by SIGKILL in turn.
+#[test]
+fn a_run_that_is_stopped_at_twenty_points_gives_the_same_bits() {
+    let long = ["--set", "train.iterations=500", "--set", "cluster.rejoin_window=100ms"];
+    let at_once = Sandbox::new();
+    at_once.coordinator(&long).succeeds();
+
+    let sandbox = Sandbox::new();
+    let run = sandbox.run("tiny");
+    let steps = || if run.path().join("metrics.csv").exists() { run.steps_so_far() } else { 0 };
+    let (mut points, mut draw) = (BTreeSet::new(), 1_u64);
+    for number in 0..20 {
+        let before = steps();
+        let workers = format!("local.workers={}", 1 + number % 3);
+        let coordinator = sandbox.coordinator(&[&long[..], &["--set", &workers]].concat());
+        // Numbers that look random, the same in every test.
+        draw = draw.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let more = 1 + (draw >> 33) as usize % 9;
+        until("a few steps more", || (steps() >= before + more).then_some(()));
+        points.insert(steps());
+        if number % 2 == 0 {
+            coordinator.signal(Signal::INT);
+            assert_eq!(coordinator.ends().code, Some(130));
+        } else {
+            coordinator.kill();
+            kill_orphans(run.local_workers().into_values().filter(|pid| is_alive(*pid)));
+        }
+    }
+    assert!(points.len() > 15 && steps() < 490, "{points:?}");
+    sandbox.coordinator(&long).succeeds();
+    run.bits().assert_equal(&at_once.run("tiny").bits());
 }
 
 #[test]
