@@ -184,8 +184,17 @@ fn mistakes_name_what_to_write() {
     nameless["added_tokens"][0]["content"] = json!("<|border|>");
     let mut broken = byte_level(&gpt2(), &Value::Null, false, 5);
     broken["model"]["merges"][2] = json!("x nothing");
+    // Bytes for what is unknown, but not all of them, and no token for the rest.
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/tiny/tokenizer.json");
+    let mut holed: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let pieces = holed["model"]["vocab"].as_object_mut().unwrap();
+    for (piece, other) in [("<unk>", "<other>"), ("<0xC3>", "<0xXX>")] {
+        let id = pieces.remove(piece).unwrap();
+        pieces.insert(other.to_owned(), id);
+    }
     for (file, eos, words) in [
         (json!({"a": 1}), None, "no tokenizer.json"),
+        (holed, None, "it cannot encode every text"),
         (nameless.clone(), None, "write its name as tokenizer.eos"),
         (nameless.clone(), Some("<|edge|>"), "no token \"<|edge|>\"; correct tokenizer.eos"),
         (broken, None, "its merge 2 has parts that are no tokens"),

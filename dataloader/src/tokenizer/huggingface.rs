@@ -141,15 +141,20 @@ pub(super) fn count_pieces(json: &[u8]) -> Option<usize> {
     ids.into_values().max().map(|id| id as usize + 1)
 }
 
-/// A text of which no model has pieces.
-const UNLIKELY: &str = "\u{e000} \u{10fffd}";
+/// A text with every byte that UTF-8 can have, and characters of which no model has pieces.
+fn unlikely() -> String {
+    let ranges = [0..0x800, 0xe000..0xe040, 0xf_0000..0xf_0040, 0x10_fff0..0x10_fffe];
+    // One character for each first byte of three and of four.
+    let leads = (0x800..0x1_0000).step_by(0x800).chain((0x1_0000..0x11_0000).step_by(0x1_0000));
+    ranges.into_iter().flatten().chain(leads).filter_map(char::from_u32).collect()
+}
 
 /// The way through Hugging Face's own library.
 fn reference(json: &[u8]) -> Result<Box<tokenizers::Tokenizer>, String> {
     let mut reference = tokenizers::Tokenizer::from_bytes(json)
         .map_err(|error| format!("it cannot be read: {error}; give a tokenizer.json of a known kind"))?;
     reference.set_encode_special_tokens(true);
-    if let Err(error) = reference.encode_fast(UNLIKELY, false) {
+    if let Err(error) = reference.encode_fast(unlikely(), false) {
         return Err(format!(
             "it cannot encode every text ({error}); give a file with a token for what is unknown"
         ));

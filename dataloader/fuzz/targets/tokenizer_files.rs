@@ -1,0 +1,20 @@
+//! A tokenizer file of any bytes is read or refused, and what is read encodes and decodes.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use ulmus_dataloader::Tokenizer;
+
+fuzz_target!(|bytes: &[u8]| {
+    let name = if bytes.first() == Some(&b'{') { "tokenizer.json" } else { "tokenizer.model" };
+    if let Ok(tokenizer) = Tokenizer::read(bytes, name, None, None) {
+        for text in ["", "Hello  world, 1234\n\u{e9}e\u{301} \u{1F600}<s>", "aaaaaaaaaaaaaaaaaaaaaaaa"] {
+            let ids = tokenizer.encode(text);
+            assert!(ids.iter().all(|id| (*id as usize) < tokenizer.pieces()));
+            // Of other kinds, another crate's decoders do it, which trust what the file says.
+            if tokenizer.is_native() {
+                tokenizer.decode(&ids);
+            }
+        }
+    }
+});
