@@ -4,22 +4,42 @@
 //! follows from it. A file that differs from its entry is an error when it is read, not a changed run.
 
 use globset::GlobBuilder;
+use object_store::path::Path;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 use ulmus_plan::{DataConfig, Format, SourceConfig};
 use ulmus_types::Digest;
 
 use crate::error::DataError;
 use crate::format::{Layout, Unit};
 use crate::store::{FileInfo, Folder, Stores};
+use crate::tokenizer::Tokenizer;
 use crate::tokens;
 
 const FORMAT_VERSION: u32 = 1;
 
-/// Files and units of all sources.
+/// Files and units of all sources, and the tokenizer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
     format_version: u32,
     pub(crate) sources: Vec<SourceManifest>,
+    /// The file of the tokenizer, once it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tokenizer: Option<TokenizerFile>,
+}
+
+/// What tells a tokenizer's file from others; those who publish one give its SHA-256 too.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct TokenizerFile {
+    bytes: u64,
+    sha256: Digest,
+}
+
+impl TokenizerFile {
+    fn of(tokenizer: &Tokenizer) -> Self {
+        let (_, file) = tokenizer.file();
+        Self { bytes: file.len() as u64, sha256: Digest::from_bytes(Sha256::digest(file).into()) }
+    }
 }
 
 /// Files and units of one source.
@@ -44,7 +64,31 @@ impl Manifest {
     pub fn freeze(config: &DataConfig, run: Option<&Folder>) -> Result<Self, DataError> {
         let stores = Stores::new(config, run)?;
         let sources = config.source.iter().map(|source| freeze(source, config.unit.get(), &stores));
-        Ok(Self { format_version: FORMAT_VERSION, sources: sources.collect::<Result<_, _>>()? })
+        let sources = sources.collect::<Result<_, _>>()?;
+        Ok(Self { format_version: FORMAT_VERSION, sources, tokenizer: None })
+    }
+
+    /// The same, with the tokenizer that all of it is read with.
+    #[must_use]
+    pub fn with_tokenizer(self, tokenizer: &Tokenizer) -> Self {
+        Self { tokenizer: Some(TokenizerFile::of(tokenizer)), ..self }
+    }
+
+    /// Makes sure that a tokenizer is the one of the manifest, if that names one.
+    ///
+    /// # Errors
+    /// When it is another.
+    pub fn check_tokenizer(&self, tokenizer: &Tokenizer) -> Result<(), DataError> {
+        let (now, name) = (TokenizerFile::of(tokenizer), tokenizer.file().0);
+        match &self.tokenizer {
+            Some(then) if *then != now => Err(DataError::Changed {
+                file: name.to_owned(),
+                what: "the SHA-256",
+                then: then.sha256.to_string(),
+                now: now.sha256.to_string(),
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Reads what [`Self::to_json`] wrote.
@@ -176,6 +220,8 @@ fn names_of_list(list: &str, source: &SourceConfig, stores: &Stores) -> Result<V
     for (number, line) in (1..).zip(text.lines().map(str::trim)) {
         match line.strip_prefix(&root) {
             _ if line.is_empty() || line.starts_with('#') => {}
+            // In addresses of the web, names are written with %20 and the like.
+            Some(name) if root.starts_with("http") => names.push(decoded(name)),
             Some(name) => names.push(name.to_owned()),
             None if line.contains("://") => {
                 return Err(refuse(format!("line {number} is not below url = {:?}", source.url)));
@@ -184,6 +230,11 @@ fn names_of_list(list: &str, source: &SourceConfig, stores: &Stores) -> Result<V
         }
     }
     Ok(names)
+}
+
+/// A name as it is without percent signs, unless it would be no text then.
+fn decoded(name: &str) -> String {
+    Path::from_url_path(name).map_or_else(|_| name.to_owned(), |path| path.to_string())
 }
 
 /// Splits `part-{:05}.parquet` into what is before and after the counter, and its width.
@@ -274,6 +325,25 @@ mod tests {
         assert_eq!(paths(&["**/*.txt", "x/00008.md"], None), ["x/00009.txt", "x/00010.txt", "x/00008.md"]);
         assert_eq!(paths(&["x/{:05}.txt"], Some([9, 11])), ["x/00009.txt", "x/00010.txt"]);
         assert_eq!(paths(&["x/*", "x/0001{}.txt"], Some([0, 1])).len(), 3);
+    }
+
+    #[test]
+    fn another_tokenizer_is_refused() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/tiny/tokenizer");
+        let read = |suffix: &str| {
+            let bytes = std::fs::read(format!("{path}.{suffix}")).unwrap();
+            Tokenizer::read(&bytes, suffix, None, None).unwrap()
+        };
+        let manifest = Manifest::freeze(&source(&["y.jsonl"], None), Some(&corpus())).unwrap();
+        let manifest = manifest.with_tokenizer(&read("model"));
+        let stored = manifest.to_json();
+        // As sha256sum tells it.
+        let sha256 = "fbec0020c50e2132ff4f419cb494796008c17ecb3535a880065753d4412e3ca3";
+        assert!(String::from_utf8_lossy(&stored).contains(sha256));
+        let manifest = Manifest::from_json(&stored).unwrap();
+        manifest.check_tokenizer(&read("model")).unwrap();
+        let message = manifest.check_tokenizer(&read("json")).unwrap_err().to_string();
+        assert!(message.contains("tokenizer.json has changed") && message.contains(sha256), "{message}");
     }
 
     #[test]

@@ -89,6 +89,25 @@ fn counted_files_are_read_by_ranges() {
 }
 
 #[test]
+fn a_list_names_files_by_their_addresses() {
+    let place = tempfile::tempdir().unwrap();
+    let (files, texts) = corpus();
+    let second = files.lock().unwrap().remove("part-00001.jsonl").unwrap();
+    // In a request, and in an address, the blank is written with a percent sign.
+    files.lock().unwrap().insert("part%20two.jsonl".to_owned(), second);
+    let url = serve(files);
+    let list = place.path().join("urls.txt");
+    std::fs::write(&list, format!("part-00000.jsonl\n{url}/part%20two.jsonl\n")).unwrap();
+    let mut config = config(&url, "*.jsonl");
+    config.source[0].list = Some(list.to_str().unwrap().to_owned());
+    let manifest = Manifest::freeze(&config, None).unwrap();
+    assert!(String::from_utf8_lossy(&manifest.to_json()).contains("\"part two.jsonl\""));
+    let sources = Sources::open(&config, &manifest, None).unwrap();
+    let read: Vec<String> = sources.all_documents().flat_map(Result::unwrap).collect();
+    assert_eq!(read, texts);
+}
+
+#[test]
 fn a_file_that_changes_is_refused() {
     let (files, _) = corpus();
     let config = config(&serve(Arc::clone(&files)), "part-00000.jsonl");

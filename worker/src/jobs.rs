@@ -59,6 +59,7 @@ fn prepare(run: &Run) -> Result<Value, WorkerError> {
     };
     let manifest = Manifest::freeze(&plan.data, Some(&run.folder()))?;
     let tokenizer = tokenizer(run, &manifest)?;
+    let manifest = manifest.with_tokenizer(&tokenizer);
     let rows = plan.model.vocab_size;
     if tokenizer.pieces() >= rows {
         let pieces = tokenizer.pieces();

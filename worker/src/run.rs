@@ -72,7 +72,9 @@ impl Run {
     /// The run's data as the prepare job has frozen it, without units that cannot be read.
     pub(crate) fn corpus(&self) -> Result<Corpus, WorkerError> {
         let manifest = Manifest::from_json(&self.read(MANIFEST)?)?;
-        Ok(self.corpus_of(&manifest, self.tokenizer()?)?.without(&self.quarantine()?))
+        let tokenizer = self.tokenizer()?;
+        manifest.check_tokenizer(&tokenizer)?;
+        Ok(self.corpus_of(&manifest, tokenizer)?.without(&self.quarantine()?))
     }
 
     /// Units that cannot be read, as the coordinator has recorded them.

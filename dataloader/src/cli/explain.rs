@@ -123,6 +123,7 @@ fn corpus(plan: &Plan, run: &Path, left_out: &BTreeSet<BadUnit>) -> Result<Corpu
         let manifest = Manifest::freeze(&plan.data, None).map_err(failure)?;
         (manifest, open(Path::new(file))?, None)
     };
+    manifest.check_tokenizer(&tokenizer).map_err(failure)?;
     let sources = Sources::open(&plan.data, &manifest, folder.as_ref()).map_err(failure)?;
     let corpus = Corpus::new(&plan.data, plan.run.seed, sources, tokenizer).map_err(failure)?;
     Ok(corpus.without(left_out))
