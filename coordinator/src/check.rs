@@ -80,7 +80,7 @@ fn write_report(text: &mut String, plan: &Plan) -> std::fmt::Result {
     writeln!(text, "average              of the last {}", plan.checkpoint.average)?;
 
     writeln!(text, "\n# shares and communication")?;
-    writeln!(text, "workers  micro-batches each  memory of data, bytes  bytes sent per worker and step")?;
+    writeln!(text, "workers  micro-batches each  memory of data, about  bytes sent per worker and step")?;
     for workers in [1, 2, 4, 8, 16, 128].into_iter().filter(|workers| *workers <= train.micro_batches()) {
         // Reduce-scatter of i64 and all-gather of f32 over a ring.
         let sent = 12 * parameters * (workers - 1) / workers;

@@ -208,9 +208,15 @@ impl Corpus {
         let (units, next) = (self.sources.units().collect::<Vec<_>>(), AtomicUsize::new(0));
         let read = || {
             let mut encoder = self.tokenizer.encoder();
+            // With an error, nobody begins another unit.
+            let failed = |error| {
+                next.store(units.len(), Ordering::Relaxed);
+                error
+            };
             while let Some((source, unit, listed)) = units.get(next.fetch_add(1, Ordering::Relaxed)) {
                 for documents in self.sources.segments(*source, *unit, 0) {
-                    self.pack(*source, &mut encoder, documents?.into_iter().map(|document| document.content));
+                    let documents = documents.map_err(failed)?;
+                    self.pack(*source, &mut encoder, documents.into_iter().map(|document| document.content));
                 }
                 done(listed.bytes);
             }

@@ -207,6 +207,14 @@ pub enum DataError {
         /// The source.
         name: String,
     },
+    /// A folder that shards cannot be written to.
+    #[error("{folder} cannot take these shards: {reason}; name another folder, or empty it")]
+    Target {
+        /// Its place.
+        folder: String,
+        /// What is there.
+        reason: String,
+    },
     /// A crate whose sources are not on the machine.
     #[error(
         "crate {name:?} is not unpacked in {folder}; run `cargo fetch`, or take it out of prepare.crates"

@@ -74,6 +74,8 @@ impl Layout {
         match format {
             Format::Jsonl => (0..).zip(files).for_each(|(index, file)| cut(index, file.size, limit)),
             Format::U16 | Format::U32 => {
+                // Headers may lie on a server far away, so several are asked for at once.
+                files.par_iter().try_for_each(|file| tokens::check(folder, file, *format))?;
                 let step = tokens::step(*format, limit);
                 (0..).zip(files).for_each(|(index, file)| cut(index, file.size, step));
             }

@@ -268,9 +268,15 @@ pub(crate) fn format_of(
         format: "of a known suffix",
         reason: reason.to_owned(),
     };
+    let mixed = |file| unknown(file, "the files of one source have one format; split it into two sources");
     let first = match formats.next() {
         Some((_, Some(format))) => format,
-        Some((file, None)) if Format::may_be_tokens(&file.path) => return tokens::format_of(folder, file),
+        Some((file, None)) if Format::may_be_tokens(&file.path) => {
+            if let Some((other, _)) = formats.find(|(file, _)| !Format::may_be_tokens(&file.path)) {
+                return Err(mixed(other));
+            }
+            return tokens::format_of(folder, file);
+        }
         Some((file, None)) => {
             return Err(unknown(
                 file,
@@ -281,9 +287,7 @@ pub(crate) fn format_of(
         None => return Err(DataError::Empty { name: source.name.clone() }),
     };
     match formats.find(|(_, format)| *format != Some(first)) {
-        Some((file, _)) => {
-            Err(unknown(file, "the files of one source have one format; split it into two sources"))
-        }
+        Some((file, _)) => Err(mixed(file)),
         None => Ok(first),
     }
 }

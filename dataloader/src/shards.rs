@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -21,11 +21,11 @@ use crate::format::{Content, Document, runs};
 use crate::manifest::Manifest;
 use crate::parquet;
 use crate::sources::Sources;
-use crate::store::{Folder, Stores};
+use crate::store::{FileInfo, Folder, Stores};
 use crate::tokenizer::{Encoder, Tokenizer};
 use crate::tokens;
 
-/// What has been written, in the folder of the shards.
+/// What has been written, in the folder of a source's shards.
 const NOTE: &str = ".shards.json";
 
 /// What was written, now and before.
@@ -39,12 +39,13 @@ pub struct Written {
     pub skipped: u64,
 }
 
-/// How far each job is.
+/// How far each job of a source is.
 #[derive(Debug, Serialize, Deserialize)]
 struct Note {
     /// Hash of what decides the shards.
     of: Digest,
-    jobs: BTreeMap<String, Progress>,
+    /// By number.
+    jobs: BTreeMap<usize, Progress>,
 }
 
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
@@ -64,22 +65,22 @@ trait Shard {
 
 /// Writes the texts of every source, as they are, to `<to>/<source>/part-….parquet`: about `shard` bytes of text in a
 /// file, and row groups that are units. Column `text` has the text, `origin` file and place of each. `done` hears of
-/// bytes as the manifest has them. Blocks.
+/// bytes as the manifest has them, and how many there are in all. Blocks.
 ///
 /// # Errors
-/// When a source cannot be read, or the folder cannot be written or holds other shards.
+/// When a source cannot be read, or the folder cannot be written or holds anything else.
 pub fn pack(
     config: &DataConfig,
     to: &str,
     shard: u64,
-    done: impl Fn(u64) + Sync,
+    done: impl Fn(u64, u64) + Sync,
 ) -> Result<Written, DataError> {
     let (manifest, sources) = open(config)?;
     let unit = config.unit.get();
-    let of = json!([manifest.digest(), "texts"]);
+    let of = json!("texts");
     let begin = |source| Texts { sources: &sources, source, unit, groups: Vec::new(), last: 0 };
-    let job = Work { config, sources: &sources, shard, suffix: "parquet", of };
-    job.write(to, begin, done)
+    let work = Work { config, manifest: &manifest, sources: &sources, shard, suffix: "parquet", of };
+    work.write(to, begin, done)
 }
 
 /// Writes the documents of every source that pass the plan's filters, normalised and tokenized, to
@@ -95,7 +96,7 @@ pub fn tokenize(
     to: &str,
     shard: u64,
     header: bool,
-    done: impl Fn(u64) + Sync,
+    done: impl Fn(u64, u64) + Sync,
 ) -> Result<Written, DataError> {
     if let (Pack::Corenet, Some(source)) = (config.pack, config.source.first()) {
         return Err(DataError::Words { name: source.name.clone() });
@@ -103,7 +104,8 @@ pub fn tokenize(
     let (manifest, sources) = open(config)?;
     let format = if tokenizer.pieces() <= 1 << 16 { Format::U16 } else { Format::U32 };
     let DataConfig { normalize, min_characters, min_tokens, .. } = config;
-    let of = json!([manifest.digest(), tokenizer.digest(), header, normalize, min_characters, min_tokens]);
+    let ends = [tokenizer.bos(), tokenizer.eos()];
+    let of = json!([tokenizer.digest(), ends, header, normalize, min_characters, min_tokens]);
     // One lane, which has units in any case.
     let corpus = Corpus::new(&DataConfig { lanes: 1, ..config.clone() }, 0, sources, tokenizer)?;
     let begin = |source| TokenIds {
@@ -113,7 +115,7 @@ pub fn tokenize(
         ids: tokens::Writer::new(format, header),
     };
     let suffix = if header { "npy" } else { "bin" };
-    let work = Work { config, sources: &corpus.sources, shard, suffix, of };
+    let work = Work { config, manifest: &manifest, sources: &corpus.sources, shard, suffix, of };
     work.write(to, begin, done)
 }
 
@@ -174,8 +176,10 @@ impl Shard for TokenIds<'_> {
         }
         for judged in self.corpus.judge(&mut self.encoder, document.content) {
             if let Judged::HeldOut(_, tokens) | Judged::Kept(tokens) = judged {
-                // Without BOS: one token between two documents is what others expect.
-                self.ids.push(&tokens[1..]);
+                // Without BOS: one token between two documents is what others expect. Between two of them there would be none.
+                if tokens.len() > 2 {
+                    self.ids.push(&tokens[1..]);
+                }
             }
         }
         Ok(())
@@ -193,18 +197,26 @@ impl Shard for TokenIds<'_> {
 /// What is written.
 struct Work<'a> {
     config: &'a DataConfig,
+    manifest: &'a Manifest,
     sources: &'a Sources,
     /// Bytes of text that make a shard.
     shard: u64,
     suffix: &'static str,
-    /// What decides them, besides their size and that of units.
+    /// What decides them, besides the source, their size and that of units.
     of: serde_json::Value,
 }
 
+/// Where the shards of a source go.
+struct Target {
+    folder: Folder,
+    note: Mutex<Note>,
+}
+
 /// Units of a source that become shards of their own.
-struct Job {
+struct Job<'a> {
     source: usize,
-    name: String,
+    target: &'a Target,
+    number: usize,
     units: Range<usize>,
 }
 
@@ -213,27 +225,21 @@ impl Work<'_> {
         &self,
         to: &str,
         begin: impl Fn(usize) -> S + Sync,
-        done: impl Fn(u64) + Sync,
+        done: impl Fn(u64, u64) + Sync,
     ) -> Result<Written, DataError> {
-        let target = Stores::new(self.config, None)?.make(to)?;
-        let of = Digest::of(json!([self.of, self.shard, self.config.unit.get()]).to_string().as_bytes());
-        let note = match target.stat(vec![NOTE.to_owned()]) {
-            Err(DataError::Missing { .. }) => Note { of, jobs: BTreeMap::new() },
-            known => serde_json::from_slice(&target.read_all(&known?[0])?).map_err(|error| {
-                let reason = error.to_string();
-                DataError::Format { file: target.place(NOTE), format: "a note of shards", reason }
-            })?,
-        };
-        if note.of != of {
-            let reason =
-                "it has shards of other files, or made in another way; name another folder, or empty it";
-            return Err(DataError::Url { url: to.to_owned(), reason: reason.to_owned() });
-        }
-        let before: u64 = note.jobs.values().map(|progress| progress.shards).sum();
-        let (jobs, next, note) = (self.jobs(), AtomicUsize::new(0), Mutex::new(note));
+        let root = Stores::new(self.config, None)?.make(to)?;
+        let targets = (0..self.config.source.len()).map(|source| self.target(&root, source));
+        let targets: Vec<Target> = targets.collect::<Result<_, _>>()?;
+        let before = sum(&targets, |progress| progress.shards);
+        let done = |bytes| done(bytes, self.manifest.bytes());
+        let (jobs, next) = (self.jobs(&targets), AtomicUsize::new(0));
         let write = || {
             while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
-                self.write_job(job, &target, &note, &begin, &done)?;
+                if let Err(error) = self.write_job(job, &begin, done) {
+                    // Nobody begins another job.
+                    next.store(jobs.len(), Ordering::Relaxed);
+                    return Err(error);
+                }
             }
             Ok(())
         };
@@ -241,22 +247,53 @@ impl Work<'_> {
             let threads: Vec<_> = (0..self.config.threads.max(1)).map(|_| scope.spawn(write)).collect();
             threads.into_iter().try_for_each(|thread| thread.join().unwrap_or(Err(DataError::Stopped)))
         })?;
-        let note = note.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let sum = |count: fn(&Progress) -> u64| note.jobs.values().map(count).sum();
         Ok(Written {
-            shards: sum(|progress| progress.shards),
-            documents: sum(|progress| progress.documents),
+            shards: sum(&targets, |progress| progress.shards),
+            documents: sum(&targets, |progress| progress.documents),
             skipped: before,
         })
     }
 
-    fn jobs(&self) -> Vec<Job> {
-        let jobs = (0..self.config.source.len()).flat_map(|source| {
+    /// The folder of a source's shards, which holds nothing else, and what is there already.
+    fn target(&self, root: &Folder, source: usize) -> Result<Target, DataError> {
+        let name = self.sources.name(source);
+        let folder = root.child(name);
+        let refuse = |reason: &str| DataError::Target { folder: root.place(name), reason: reason.to_owned() };
+        let there: BTreeMap<String, FileInfo> =
+            folder.list()?.into_iter().map(|file| (file.path.clone(), file)).collect();
+        let (listed, text) = (&self.manifest.sources[source], &self.config.source[source].text);
+        let of = json!([listed, text, self.of, self.shard, self.config.unit.get()]);
+        let of = Digest::of(of.to_string().as_bytes());
+        let mut note = match there.get(NOTE) {
+            None if there.is_empty() => Note { of, jobs: BTreeMap::new() },
+            None => return Err(refuse("it has other files")),
+            Some(known) => serde_json::from_slice(&folder.read_all(known)?)
+                .map_err(|_| refuse("its note of shards is damaged"))?,
+        };
+        if note.of != of {
+            return Err(refuse("it has shards of other files, or made in another way"));
+        }
+        // Shards that are lost are made again, with the others of their job.
+        let is_there = |name: String| there.get(&name).is_some_and(|file| file.size > 0);
+        note.jobs.retain(|job, progress| (0..progress.shards).all(|part| is_there(self.file(*job, part))));
+        let target = Target { folder, note: Mutex::new(note) };
+        // Before the first shard, so that none is there without it.
+        target.save(&target.note())?;
+        Ok(target)
+    }
+
+    fn file(&self, job: usize, part: u64) -> String {
+        format!("part-{job:05}-{part:03}.{}", self.suffix)
+    }
+
+    fn jobs<'t>(&self, targets: &'t [Target]) -> Vec<Job<'t>> {
+        let jobs = targets.iter().enumerate().flat_map(|(source, target)| {
             let sizes = self.sources.unit_sizes(source);
             let runs: Vec<_> = runs(&sizes, self.shard).collect();
-            (0..).zip(runs).map(move |(number, (first, end, _))| Job {
+            runs.into_iter().enumerate().map(move |(number, (first, end, _))| Job {
                 source,
-                name: format!("{}/part-{number:05}", self.sources.name(source)),
+                target,
+                number,
                 units: first as usize..end as usize,
             })
         });
@@ -265,15 +302,12 @@ impl Work<'_> {
 
     fn write_job<S: Shard>(
         &self,
-        job: &Job,
-        target: &Folder,
-        note: &Mutex<Note>,
+        job: &Job<'_>,
         begin: impl Fn(usize) -> S,
         done: impl Fn(u64),
     ) -> Result<(), DataError> {
-        let locked = || note.lock().unwrap_or_else(PoisonError::into_inner);
         let sizes = self.sources.unit_sizes(job.source);
-        let known = locked().jobs.get(&job.name).copied();
+        let known = job.target.note().jobs.get(&job.number).copied();
         let mut progress =
             known.unwrap_or(Progress { next: Some((job.units.start, 0)), ..Progress::default() });
         let first = progress.next.map_or(job.units.end, |(unit, _)| unit);
@@ -293,7 +327,7 @@ impl Work<'_> {
                 if bytes >= self.shard {
                     progress.next = Some((unit, segment));
                     let full = std::mem::replace(&mut shard, begin(job.source));
-                    self.put(job, target, note, &mut progress, full)?;
+                    self.put(job, &mut progress, full)?;
                     bytes = 0;
                 }
             }
@@ -301,27 +335,35 @@ impl Work<'_> {
             progress.next = (unit + 1 < job.units.end).then_some((unit + 1, 0));
         }
         if known.is_none_or(|known| known.next.is_some()) {
-            self.put(job, target, note, &mut progress, shard)?;
+            self.put(job, &mut progress, shard)?;
         }
         Ok(())
     }
 
     /// Writes a shard, then the note that says so.
-    fn put<S: Shard>(
-        &self,
-        job: &Job,
-        target: &Folder,
-        note: &Mutex<Note>,
-        progress: &mut Progress,
-        shard: S,
-    ) -> Result<(), DataError> {
+    fn put<S: Shard>(&self, job: &Job<'_>, progress: &mut Progress, shard: S) -> Result<(), DataError> {
         if !shard.is_empty() {
-            let name = format!("{}-{:03}.{}", job.name, progress.shards, self.suffix);
-            target.write(&name, shard.into_file())?;
+            job.target.folder.write(&self.file(job.number, progress.shards), shard.into_file())?;
             progress.shards += 1;
         }
-        let mut note = note.lock().unwrap_or_else(PoisonError::into_inner);
-        note.jobs.insert(job.name.clone(), *progress);
-        target.write(NOTE, serde_json::to_vec(&*note).expect("a note can be written as JSON"))
+        let mut note = job.target.note();
+        note.jobs.insert(job.number, *progress);
+        job.target.save(&note)
     }
+}
+
+impl Target {
+    fn note(&self) -> MutexGuard<'_, Note> {
+        // A thread that panicked has inserted whole entries only.
+        self.note.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn save(&self, note: &Note) -> Result<(), DataError> {
+        self.folder.write(NOTE, serde_json::to_vec(note).expect("a note can be written as JSON"))
+    }
+}
+
+/// Over all jobs.
+fn sum(targets: &[Target], count: fn(&Progress) -> u64) -> u64 {
+    targets.iter().map(|target| target.note().jobs.values().map(count).sum::<u64>()).sum()
 }

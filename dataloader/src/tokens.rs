@@ -56,6 +56,26 @@ impl Header {
         })
     }
 
+    /// Makes sure that it is one of this format, and of a file of this size.
+    fn check(&self, folder: &Folder, file: &FileInfo, format: Format) -> Result<(), DataError> {
+        let damaged = |reason| DataError::Damaged { file: folder.place(&file.path), reason };
+        let (width, size) = (width(format), file.size - self.bytes as u64);
+        match self.holds {
+            Some((other, _)) if other != format => {
+                let reason =
+                    format!("its header says that its numbers are {}, not {}", name(other), name(format));
+                Err(refused(folder, file, reason))
+            }
+            Some((_, count)) if count != size / width => {
+                Err(damaged(format!("its header counts {count} tokens, and there are {}", size / width)))
+            }
+            _ if !size.is_multiple_of(width) => {
+                Err(damaged(format!("its {} bytes are not whole numbers of {width}", file.size)))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// What follows the mark of a `.npy` file: version, length, and a Python dictionary.
     fn numpy(rest: &[u8]) -> Option<Result<Self, String>> {
         let (begin, length) = match rest.first()? {
@@ -74,8 +94,9 @@ impl Header {
         };
         let (shape, _) = value("'shape'")?.strip_prefix('(')?.split_once(')')?;
         let sides = shape.split(',').map(str::trim).filter(|side| !side.is_empty());
-        let count =
-            sides.map(|side| side.parse::<u64>().ok()).try_fold(1, |count, side| Some(count * side?))?;
+        let count = sides
+            .map(|side| side.parse::<u64>().ok())
+            .try_fold(1_u64, |count, side| count.checked_mul(side?))?;
         if count > 0 && value("'fortran_order'")?.starts_with("True") {
             return Some(Err("it is in Fortran's order; write it in that of C".to_owned()));
         }
@@ -99,16 +120,26 @@ const fn name(format: Format) -> &'static str {
 
 /// The format that a file's header tells.
 pub(crate) fn format_of(folder: &Folder, file: &FileInfo) -> Result<Format, DataError> {
-    let refuse =
-        |reason| DataError::Format { file: folder.place(&file.path), format: "a shard of token ids", reason };
-    let header = Header::read(&folder.read_range(file, 0..file.size.min(HEADER))?).map_err(refuse)?;
     let unknown = || {
-        refuse(
-            "it has no header; write format = \"u16\" or \"u32\", the size of its numbers, in the plan"
-                .to_owned(),
-        )
+        let reason =
+            "it has no header; write format = \"u16\" or \"u32\", the size of its numbers, in the plan";
+        refused(folder, file, reason.to_owned())
     };
-    header.holds.map(|(format, _)| format).ok_or_else(unknown)
+    header(folder, file)?.holds.map(|(format, _)| format).ok_or_else(unknown)
+}
+
+/// Makes sure that a file's header, if there is one, tells this format and the file's size.
+pub(crate) fn check(folder: &Folder, file: &FileInfo, format: Format) -> Result<(), DataError> {
+    header(folder, file)?.check(folder, file, format)
+}
+
+fn header(folder: &Folder, file: &FileInfo) -> Result<Header, DataError> {
+    let first = folder.read_range(file, 0..file.size.min(HEADER))?;
+    Header::read(&first).map_err(|reason| refused(folder, file, reason))
+}
+
+fn refused(folder: &Folder, file: &FileInfo, reason: String) -> DataError {
+    DataError::Format { file: folder.place(&file.path), format: "a shard of token ids", reason }
 }
 
 /// Where a document begins in its file, in bytes, and its ids.
@@ -122,8 +153,7 @@ pub(crate) fn documents(
     unit: Unit,
     vocabulary: Option<Vocabulary>,
 ) -> Result<Vec<Tokens>, DataError> {
-    let place = || folder.place(&file.path);
-    let refuse = |reason| DataError::Format { file: place(), format: "a shard of token ids", reason };
+    let refuse = |reason| refused(folder, file, reason);
     let width = width(format);
     let decode = |from: u64, bytes: &[u8]| {
         let ids = ids(format, bytes);
@@ -139,27 +169,10 @@ pub(crate) fn documents(
     let mut at = unit.first.saturating_sub(width);
     let mut bytes = folder.read_range(file, at..unit.end)?;
     if unit.first == 0 {
-        let Header { bytes: header, holds } = Header::read(&bytes).map_err(refuse)?;
-        let stored = (file.size - header as u64) / width;
-        match holds {
-            Some((other, _)) if other != format => {
-                return Err(refuse(format!(
-                    "its header says that its numbers are {}, not {}",
-                    name(other),
-                    name(format)
-                )));
-            }
-            Some((_, count)) if count != stored => {
-                let reason = format!("its header counts {count} tokens, and there are {stored}");
-                return Err(DataError::Damaged { file: place(), reason });
-            }
-            _ => at = header as u64,
-        }
-        bytes = bytes.slice(header..);
-    }
-    if !(file.size - at).is_multiple_of(width) {
-        let reason = format!("its {} bytes are not whole numbers of {width}", file.size);
-        return Err(DataError::Damaged { file: place(), reason });
+        let header = Header::read(&bytes).map_err(refuse)?;
+        header.check(folder, file, format)?;
+        at = header.bytes as u64;
+        bytes = bytes.slice(header.bytes..);
     }
     let first = decode(at, &bytes)?;
     let Some(Vocabulary { ends, .. }) = vocabulary else { return Ok(vec![(at, first)]) };

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -55,7 +55,9 @@ fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let read =
         |path: &Path| (path.file_name().unwrap().to_str().unwrap().to_owned(), std::fs::read(path).unwrap());
     let paths = entries.map(|entry| entry.unwrap().path());
-    paths.filter(|path| !path.to_str().unwrap().contains('#')).map(|path| read(&path)).collect()
+    let name = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().to_owned();
+    let is_shard = |path: &PathBuf| name(path).starts_with("part-") && !name(path).contains('#');
+    paths.filter(is_shard).map(|path| read(&path)).collect()
 }
 
 /// Kills the program whenever it has written another shard, and starts it again until it is done.
@@ -128,8 +130,17 @@ fn killed_and_begun_again_the_same_shards_are_written() {
             assert!(files(&often) == written, "{file}: other shards than without kills");
             let again = succeeds(dataloader().args(&arguments));
             assert!(again.contains(&format!("{} were there already", written.len())), "{again}");
-            let other = dataloader().args(&arguments).args(["--set", "data.unit=1MiB"]).output().unwrap();
-            assert_eq!(other.status.code(), Some(2), "{other:?}");
+            // What was made otherwise does not go there, and what is lost is made again.
+            for other in ["data.unit=1MiB", "data.source.0.text=title"] {
+                let other = dataloader().args(&arguments).args(["--set", other]).output().unwrap();
+                let message = String::from_utf8_lossy(&other.stderr);
+                assert_eq!(other.status.code(), Some(2), "{message}");
+                let words = ["shards of other files, or made in another way", "no column \"title\""];
+                assert!(words.iter().any(|words| message.contains(words)), "{message}");
+            }
+            std::fs::remove_file(often.join("books").join(written.keys().next().unwrap())).unwrap();
+            succeeds(dataloader().args(&arguments));
+            assert!(files(&often) == written, "{file}: other shards than before one was lost");
 
             // What is read of the shards is what is read of the texts.
             for source in [&corpus, &at_once.join("books")] {
@@ -143,6 +154,55 @@ fn killed_and_begun_again_the_same_shards_are_written() {
         }
     }
     assert!(counts[0] > 1_000_000 && counts.iter().all(|tokens| *tokens == counts[0]), "{counts:?}");
+}
+
+#[test]
+fn nothing_else_is_written_over() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    std::fs::create_dir(place.join("books")).unwrap();
+    let name = "part-00000-000.parquet";
+    let corpus = place.join("corpus");
+    std::fs::create_dir(&corpus).unwrap();
+    std::fs::write(corpus.join("a.jsonl"), lines()).unwrap();
+    std::fs::write(place.join("books").join(name), "a corpus of one's own").unwrap();
+    let plan = plan(place, "texts", &corpus, "a.jsonl");
+    let output =
+        dataloader().args(["pack", "--plan", &plan, "--to", place.to_str().unwrap()]).output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(2) && message.contains("it has other files"), "{message}");
+    assert_eq!(std::fs::read(place.join("books").join(name)).unwrap(), b"a corpus of one's own");
+
+    // Another source goes beside it.
+    let named = std::fs::read_to_string(&plan).unwrap().replace("\"books\"", "\"web\"");
+    std::fs::write(&plan, named).unwrap();
+    succeeds(dataloader().args(["pack", "--plan", &plan, "--to", place.to_str().unwrap()]));
+    assert!(place.join("web").join(name).exists());
+}
+
+#[test]
+fn every_file_of_ids_is_looked_at_before_any_is_read() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let numpy = |dtype: &str| {
+        let text = format!("{{'descr': '{dtype}', 'fortran_order': False, 'shape': (4,), }}\n");
+        [&b"\x93NUMPY\x01\x00"[..], &(text.len() as u16).to_le_bytes(), text.as_bytes(), &[2; 16]].concat()
+    };
+    let two = numpy("<u2");
+    std::fs::write(place.join("a.npy"), &two[..two.len() - 8]).unwrap();
+    for (name, bytes, words) in [
+        ("b.npy", numpy("<u4"), "its numbers are u32, not u16"),
+        ("b.npy", numpy("<i8"), "its numbers are \"<i8\""),
+        ("b.npy", two, "counts 4 tokens, and there are 8"),
+        ("b.jsonl", Vec::new(), "the files of one source have one format"),
+    ] {
+        std::fs::write(place.join(name), bytes).unwrap();
+        let plan = plan(place, "ids", place, "[ab].*");
+        let output = dataloader().args(["count", "--plan", &plan]).output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && message.contains(words), "{message}");
+        std::fs::remove_file(place.join(name)).unwrap();
+    }
 }
 
 #[test]
@@ -161,9 +221,9 @@ fn token_ids_are_no_texts() {
     };
     refused(&["count"], "write format = \"u16\" or \"u32\"");
     let u16 = ["--set", "data.source.0.format=u16"];
-    let to = ["--to", place.to_str().unwrap()];
-    refused(&[&["pack"][..], &u16, &to].concat(), "holds token ids, and this needs text");
-    refused(&[&["tokenize"][..], &u16, &to].concat(), "holds token ids, and this needs text");
+    let [texts, ids] = ["texts", "ids"].map(|name| place.join(name).to_str().unwrap().to_owned());
+    refused(&[&["pack", "--to", &texts][..], &u16].concat(), "holds token ids, and this needs text");
+    refused(&[&["tokenize", "--to", &ids][..], &u16].concat(), "holds token ids, and this needs text");
     refused(&[&["count", "--set", "data.pack=corenet"][..], &u16].concat(), "set data.pack = \"concat\"");
     refused(&["count", "--set", "data.source.0.format=u32"], "name the tokenizer that made it");
     let counted = succeeds(dataloader().args(["count", "--json", "--plan", &plan]).args(u16));

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use ulmus_dataloader::{DataError, Manifest, Written, pack, tokenize};
+use ulmus_dataloader::{DataError, Written, pack, tokenize};
 use ulmus_plan::{Bytes, DataConfig, Plan};
 use ulmus_rt::{Failure, print};
 
@@ -50,7 +50,7 @@ impl PackShards {
     pub(super) fn run(&self) -> Result<(), Failure> {
         let Shards { to, shard, .. } = &self.shards;
         let (_, data) = self.shards.load()?;
-        let written = shown(&data, |done| pack(&data, to, shard.get(), done))?;
+        let written = shown(|done| pack(&data, to, shard.get(), done))?;
         self.shards.report(&data, written, "*.parquet\"], text = \"text\"")
     }
 }
@@ -61,8 +61,7 @@ impl Tokenize {
         let (plan, data) = self.shards.load()?;
         let tokenizer = super::tokens::of_plan(&plan, self.tokenizer.as_deref())?;
         let two_bytes = tokenizer.pieces() <= 1 << 16;
-        let written =
-            shown(&data, |done| tokenize(&data, tokenizer.clone(), to, shard.get(), !self.raw, done))?;
+        let written = shown(|done| tokenize(&data, tokenizer.clone(), to, shard.get(), !self.raw, done))?;
         let files = match (self.raw, two_bytes) {
             (false, _) => "*.npy\"]",
             (true, true) => "*.bin\"], format = \"u16\"",
@@ -74,17 +73,17 @@ impl Tokenize {
 
 /// Shows how far it is.
 fn shown(
-    data: &DataConfig,
-    write: impl FnOnce(&(dyn Fn(u64) + Sync)) -> Result<Written, DataError>,
+    write: impl FnOnce(&(dyn Fn(u64, u64) + Sync)) -> Result<Written, DataError>,
 ) -> Result<Written, Failure> {
-    let failure = |error| super::failure(&error);
-    let total = Manifest::freeze(data, None).map_err(failure)?.bytes();
     let style = "{wide_bar} {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left";
     let style = ProgressStyle::with_template(style).expect("the template is right");
-    let bar = ProgressBar::new(total).with_style(style);
-    let written = write(&|bytes| bar.inc(bytes)).map_err(failure)?;
+    let bar = ProgressBar::no_length().with_style(style);
+    let written = write(&|bytes, total| {
+        bar.set_length(total);
+        bar.inc(bytes);
+    });
     bar.finish_and_clear();
-    Ok(written)
+    written.map_err(|error| super::failure(&error))
 }
 
 impl Shards {

@@ -27,16 +27,19 @@ pub struct MemoryPlan {
     pub total: u64,
 }
 
-/// Most bytes that the data of a worker takes which reads so many lanes, for sequences of `length` tokens; documents
-/// larger than a unit come on top.
+/// Bytes of a chain that are read ahead or being decompressed.
+const CHAIN: u64 = 4 << 20;
+
+/// About the most bytes that the data of a worker takes which reads so many lanes, for sequences of `length` tokens.
+/// Documents larger than a unit come on top, and text with less than 2.5 bytes to a token.
 ///
-/// Each stream has the window in use and the next one: at least `data.window` sequences, and up to a unit more. Each
-/// thread has a unit of text at up to three stages, and its tokens.
+/// Each stream has the window in use and the next one: at least `data.window` sequences, and up to a unit more; of a
+/// chain, some MiB that are read ahead. Each thread has a unit of text at up to three stages, and its tokens.
 pub fn data_memory(data: &DataConfig, lanes: u64, length: usize) -> u64 {
     let streams = lanes + data.source.len() as u64 - 1;
     // Two fifths of a token to a byte of text: English has less, source code about as much.
     let tokens = data.window * length as u64 + data.unit.get() * 2 / 5;
-    streams * 2 * 4 * tokens + data.threads * 4 * data.unit.get()
+    streams * (2 * 4 * tokens + CHAIN) + data.threads * 4 * data.unit.get()
 }
 
 /// The plan for micro-batches of sequences of `length` positions.

@@ -73,7 +73,7 @@ pub struct StepReport {
 pub struct SourceReading {
     /// Name of the source.
     pub source: String,
-    /// Epochs that the stream has passed that has come least far.
+    /// Epochs that the stream has passed that has come least far, by whole units: of a compressed file, when it is read.
     pub epochs: f64,
     /// Documents that were decoded, read-ahead included.
     pub documents: u64,
