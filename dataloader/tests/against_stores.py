@@ -68,12 +68,13 @@ def wait_for(port):
 
 
 class Faults(threading.Thread):
-    """A proxy with one request per connection. Every third one fails, in one way after the other."""
+    """A proxy with one request per connection. Every third one fails, in one way after the other; and the answer to the
+    first request that ends an upload is lost."""
 
     def __init__(self, port, host=None):
         super().__init__(daemon=True)
         self.target, self.requests, self.faults = port, 0, {"503": 0, "cut": 0, "hang": 0}
-        self.heads, self.host = [], host
+        self.heads, self.host, self.ended = [], host, False
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.port = self.listener.getsockname()[1]
         self.start()
@@ -104,6 +105,8 @@ class Faults(threading.Thread):
         if self.requests % 3 == 0:
             fault = ["503", "cut", "hang", "cut"][self.requests // 3 % 4]
             self.faults[fault] += 1
+        elif head.startswith(b"POST ") and b"uploadId=" in head.split(b"\r\n")[0] and not self.ended:
+            self.ended, fault = True, "lost"
         with client:
             if fault == "503":
                 client.sendall(b"HTTP/1.1 503 Slow Down\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
@@ -120,6 +123,8 @@ class Faults(threading.Thread):
                 answer = b""
                 while more := server.recv(1 << 16):
                     answer += more
+                if fault == "lost":
+                    return
                 try:
                     client.sendall(answer[: len(answer) // 2] if fault == "cut" else answer)
                 except ConnectionError:

@@ -486,7 +486,12 @@ impl Folder {
                 let _left_over = upload.abort().await;
                 return Err(error);
             }
-            upload.finish().await.map_err(failed)?;
+            match upload.finish().await {
+                // The answer to a request that ended the upload was lost, and when asked again, the store knows of none. What
+                // is read back tells whether that is so.
+                Ok(_) | Err(object_store::Error::NotFound { .. }) => (),
+                Err(error) => return Err(failed(error)),
+            }
         }
         let read = hasher.finalize();
         let mut written = blake3::Hasher::new();
