@@ -199,15 +199,15 @@ fn norm_backward(bencher: Bencher<'_, '_>, kind: NormKind) {
 }
 
 /// Cosines and sines; their values do not matter.
-struct RopeTables([Vec<f32>; 2]);
+struct RopeTables([Vec<f32>; 2], Vec<u32>);
 
 impl RopeTables {
     fn new() -> Self {
-        Self([(); 2].map(|()| values(LENGTH * HEADS.width / 2)))
+        Self([(); 2].map(|()| values(LENGTH * HEADS.width / 2)), vec![0; ROWS / LENGTH])
     }
 
-    fn view(&self) -> Rope<'_, Vec<f32>> {
-        Rope { cos: all(&self.0[0]), sin: all(&self.0[1]), first: 0, length: LENGTH }
+    fn view(&self) -> Rope<'_, Cpu> {
+        Rope { cos: all(&self.0[0]), sin: all(&self.0[1]), first: all(&self.1), length: LENGTH }
     }
 }
 

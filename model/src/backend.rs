@@ -2,7 +2,8 @@
 //!
 //! A backend owns typed buffers and about ten kernels, each with its backward. The network above it plans every
 //! buffer once and never looks inside one; transfers between host and device are explicit. Kernels take *views*:
-//! a buffer and a range of it, so that all parameters (and all gradients) can be one flat buffer each.
+//! a buffer and a range of it, so that all parameters (and all gradients) can be one flat buffer each. What passes
+//! from layer to layer are *activations*, whose number format is the device's business.
 //!
 //! Contract of every kernel: what it writes depends only on the contents and shapes of its arguments, never on
 //! the number of threads or on timing: reductions are cut by shape and joined in a fixed order. Kernels may run
@@ -88,6 +89,12 @@ impl<'a, T> ViewMut<'a, T> {
     }
 }
 
+/// Activations of backend `B` to read.
+pub type Acts<'a, B> = View<'a, <B as Backend>::Activations>;
+/// Activations of backend `B` to write.
+pub type ActsMut<'a, B> = ViewMut<'a, <B as Backend>::Activations>;
+/// Parameters of backend `B` to read.
+pub type Params<'a, B> = View<'a, <B as Backend>::Parameters>;
 /// A view of backend `B` to read `T` from.
 pub type In<'a, B, T = f32> = View<'a, <B as Backend>::Buffer<T>>;
 /// A view of backend `B` to write `T` to.
@@ -151,14 +158,14 @@ pub struct Norm<'a, T> {
 
 /// Rotary tables, and the positions of the rows that they are applied to.
 #[derive(Debug)]
-pub struct Rope<'a, T> {
+pub struct Rope<'a, B: Backend> {
     /// Cosines, `[positions, H/2]`.
-    pub cos: View<'a, T>,
+    pub cos: In<'a, B>,
     /// Sines, `[positions, H/2]`.
-    pub sin: View<'a, T>,
-    /// Position of row 0.
-    pub first: usize,
-    /// Rows per sequence: row r has position `first + r % length`.
+    pub sin: In<'a, B>,
+    /// Position of the first row of each span.
+    pub first: In<'a, B, u32>,
+    /// Rows per span: row r has position `first[r / length] + r % length`.
     pub length: usize,
 }
 
@@ -173,24 +180,25 @@ pub struct AttentionShape {
     pub heads: Heads,
 }
 
-/// Rows that follow each other in one sequence.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Span {
-    /// The sequence.
-    pub sequence: usize,
-    /// Position of the first row.
-    pub position: usize,
-    /// Number of rows.
-    pub rows: usize,
+/// Spans of rows, each of which continues one sequence. They are on the device, so that a pass over other positions is
+/// the same pass.
+#[derive(Debug)]
+pub struct Spans<'a, B: Backend> {
+    /// The sequence of each span; all different.
+    pub sequences: In<'a, B, u32>,
+    /// Position of the first row of each span.
+    pub first: In<'a, B, u32>,
+    /// Rows per span.
+    pub length: usize,
 }
 
 /// Where the fused head and loss puts its gradients.
 #[derive(Debug)]
-pub struct HeadGradients<'a, T> {
+pub struct HeadGradients<'a, B: Backend> {
     /// `[R, D]`, overwritten.
-    pub hidden: ViewMut<'a, T>,
+    pub hidden: ActsMut<'a, B>,
     /// `[V, D]`, overwritten.
-    pub table: ViewMut<'a, T>,
+    pub table: Out<'a, B>,
     /// Weight of the z-loss.
     pub z_loss: f32,
 }
@@ -216,8 +224,20 @@ pub struct AdamW {
 
 /// A device. Cloning gives another handle to the same one.
 pub trait Backend: Clone + Debug + Send + Sync + 'static {
+    /// Rows of which the logits exist at one time while a loss is computed.
+    const HEAD_ROWS: usize;
+
     /// Memory of the device.
     type Buffer<T: Element>: Debug + Send + Sync;
+
+    /// What passes between layers, and its gradients, in the format that suits the precision.
+    type Activations: Debug + Send + Sync;
+
+    /// Weights in training: in f32, and as matrix products read them.
+    type Parameters: Debug + Send + Sync;
+
+    /// A pass that was recorded, to be done again.
+    type Graph: Debug + Default + Send + Sync;
 
     /// A matrix `[outputs, inputs]` for inference: read only, and stored as this device reads it best.
     type Weights: Debug + Send + Sync;
@@ -238,6 +258,36 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// [`ModelError::OutOfMemory`].
     fn allocate<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>, ModelError>;
 
+    /// Bytes of one activation.
+    fn activation_bytes(&self) -> usize;
+
+    /// `len` activations of 0.
+    ///
+    /// # Errors
+    /// [`ModelError::OutOfMemory`].
+    fn activations(&self, len: usize) -> Result<Self::Activations, ModelError>;
+
+    /// Replaces activations, rounded to their format; lengths are equal.
+    fn set_activations(&self, to: ActsMut<'_, Self>, from: &[f32]);
+
+    /// Copies activations to the host; lengths are equal.
+    fn read_activations(&self, from: Acts<'_, Self>, to: &mut [f32]);
+
+    /// Bytes of one parameter.
+    fn parameter_bytes(&self) -> usize;
+
+    /// `len` parameters of 0.
+    ///
+    /// # Errors
+    /// [`ModelError::OutOfMemory`].
+    fn parameters(&self, len: usize) -> Result<Self::Parameters, ModelError>;
+
+    /// The parameters in f32.
+    fn values<'a>(&self, parameters: Params<'a, Self>) -> In<'a, Self>;
+
+    /// Replaces parameters; lengths are equal.
+    fn set_parameters(&self, to: ViewMut<'_, Self::Parameters>, from: &[f32]);
+
     /// Copies `from` to the device; lengths are equal.
     fn upload<T: Element>(&self, to: Out<'_, Self, T>, from: &[T]);
 
@@ -251,49 +301,53 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// threads is paid once and not once per kernel.
     fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R;
 
+    /// Does `work`, which may only call kernels, or what it was the last time with this graph: it must be the same
+    /// kernels on the same views, whose contents may be others.
+    fn replay(&self, graph: &mut Self::Graph, work: impl FnOnce() + Send);
+
     /// `out[r] = table[ids[r]]`, rows of `width`.
-    fn embed(&self, out: Out<'_, Self>, table: In<'_, Self>, ids: In<'_, Self, u32>, width: usize);
+    fn embed(&self, out: ActsMut<'_, Self>, table: Params<'_, Self>, ids: In<'_, Self, u32>, width: usize);
 
     /// `table_gradient[ids[r]] += gradient[r]`, in the order of the rows.
     fn embed_backward(
         &self,
         table_gradient: Out<'_, Self>,
-        gradient: In<'_, Self>,
+        gradient: Acts<'_, Self>,
         ids: In<'_, Self, u32>,
         width: usize,
     );
 
     /// `out = x · weightᵀ`.
-    fn linear(&self, out: Out<'_, Self>, x: In<'_, Self>, weight: In<'_, Self>, shape: LinearShape);
+    fn linear(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, weight: Params<'_, Self>, shape: LinearShape);
 
     /// `weight_gradient = gradientᵀ · x`.
     fn linear_backward_weight(
         &self,
         weight_gradient: Out<'_, Self>,
-        gradient: In<'_, Self>,
-        x: In<'_, Self>,
+        gradient: Acts<'_, Self>,
+        x: Acts<'_, Self>,
         shape: LinearShape,
     );
 
     /// `x_gradient = gradient · weight`.
     fn linear_backward_input(
         &self,
-        x_gradient: Out<'_, Self>,
-        gradient: In<'_, Self>,
-        weight: In<'_, Self>,
+        x_gradient: ActsMut<'_, Self>,
+        gradient: Acts<'_, Self>,
+        weight: Params<'_, Self>,
         shape: LinearShape,
     );
 
     /// `out = norm(x)` over rows of as many elements as the norm has weights.
-    fn norm(&self, out: Out<'_, Self>, x: In<'_, Self>, norm: Norm<'_, Self::Buffer<f32>>);
+    fn norm(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, norm: Norm<'_, Self::Buffer<f32>>);
 
     /// `sum = x + delta`, `out = norm(sum)`.
     fn add_norm(
         &self,
-        sum: Out<'_, Self>,
-        out: Out<'_, Self>,
-        x: In<'_, Self>,
-        delta: In<'_, Self>,
+        sum: ActsMut<'_, Self>,
+        out: ActsMut<'_, Self>,
+        x: Acts<'_, Self>,
+        delta: Acts<'_, Self>,
         norm: Norm<'_, Self::Buffer<f32>>,
     );
 
@@ -301,10 +355,10 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// (the residual path has put its part there), else overwritten.
     fn norm_backward(
         &self,
-        x_gradient: Out<'_, Self>,
+        x_gradient: ActsMut<'_, Self>,
         weight_gradient: Out<'_, Self>,
-        gradient: In<'_, Self>,
-        x: In<'_, Self>,
+        gradient: Acts<'_, Self>,
+        x: Acts<'_, Self>,
         norm: Norm<'_, Self::Buffer<f32>>,
         accumulate: bool,
     );
@@ -312,21 +366,21 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// Packed rows with query and key heads normed and rotated; values copied.
     fn qk_norm_rope(
         &self,
-        out: Out<'_, Self>,
-        packed: In<'_, Self>,
+        out: ActsMut<'_, Self>,
+        packed: Acts<'_, Self>,
         norm: Norm<'_, Self::Buffer<f32>>,
-        rope: Rope<'_, Self::Buffer<f32>>,
+        rope: Rope<'_, Self>,
         heads: Heads,
     );
 
     /// Replaces `packed` by its gradient, and overwrites the gradients of the two norm weights (`[2, H]`).
     fn qk_norm_rope_backward(
         &self,
-        packed: Out<'_, Self>,
+        packed: ActsMut<'_, Self>,
         weights_gradient: Out<'_, Self>,
-        gradient: In<'_, Self>,
+        gradient: Acts<'_, Self>,
         norm: Norm<'_, Self::Buffer<f32>>,
-        rope: Rope<'_, Self::Buffer<f32>>,
+        rope: Rope<'_, Self>,
         heads: Heads,
     );
 
@@ -335,9 +389,9 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// A query attends to keys `doc_starts[its row]..=its own position`.
     fn attention(
         &self,
-        out: Out<'_, Self>,
+        out: ActsMut<'_, Self>,
         lse: Out<'_, Self>,
-        packed: In<'_, Self>,
+        packed: Acts<'_, Self>,
         doc_starts: In<'_, Self, u32>,
         shape: AttentionShape,
     );
@@ -345,32 +399,32 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// Overwrites the gradient of the packed rows.
     fn attention_backward(
         &self,
-        packed_gradient: Out<'_, Self>,
-        gradient: In<'_, Self>,
-        out: In<'_, Self>,
+        packed_gradient: ActsMut<'_, Self>,
+        gradient: Acts<'_, Self>,
+        out: Acts<'_, Self>,
         lse: In<'_, Self>,
-        packed: In<'_, Self>,
+        packed: Acts<'_, Self>,
         doc_starts: In<'_, Self, u32>,
         shape: AttentionShape,
     );
 
     /// `out = silu(first half of the row) · second half`; `out` has rows of `width`, `x` of `2 · width`.
-    fn swiglu(&self, out: Out<'_, Self>, x: In<'_, Self>, width: usize);
+    fn swiglu(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, width: usize);
 
     /// Replaces `x`, rows of `2 · width`, by its gradient.
-    fn swiglu_backward(&self, x: Out<'_, Self>, gradient: In<'_, Self>, width: usize);
+    fn swiglu_backward(&self, x: ActsMut<'_, Self>, gradient: Acts<'_, Self>, width: usize);
 
     /// Output head and loss in one: per row, `cross_entropy = logsumexp(logits) − logits[target]` and `lse` =
     /// logsumexp, both 0 where the target is [`IGNORE`]. `gradients`, if asked for, are those of
     /// `Σ cross_entropy + z_loss · lse²`.
-    /// `logits` is scratch for some rows of `[V]` at a time: logits of the whole batch never exist.
+    /// `logits` is scratch for up to [`Backend::HEAD_ROWS`] rows of `[V]`: logits of the whole batch never exist.
     fn head_loss(
         &self,
         cross_entropy: Out<'_, Self>,
         lse: Out<'_, Self>,
-        gradients: Option<HeadGradients<'_, Self::Buffer<f32>>>,
-        hidden: In<'_, Self>,
-        table: In<'_, Self>,
+        gradients: Option<HeadGradients<'_, Self>>,
+        hidden: Acts<'_, Self>,
+        table: Params<'_, Self>,
         targets: In<'_, Self, u32>,
         logits: Out<'_, Self>,
         shape: LinearShape,
@@ -379,7 +433,7 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// One AdamW step for one range of parameters and their moments.
     fn adamw(
         &self,
-        weights: Out<'_, Self>,
+        weights: ViewMut<'_, Self::Parameters>,
         first: Out<'_, Self>,
         second: Out<'_, Self>,
         gradient: In<'_, Self>,
@@ -415,10 +469,13 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     ) -> Result<Self::Weights, ModelError>;
 
     /// `out[r] = table[ids[r]]`.
-    fn embed_weights(&self, out: Out<'_, Self>, table: &Self::Weights, ids: In<'_, Self, u32>);
+    fn embed_weights(&self, out: ActsMut<'_, Self>, table: &Self::Weights, ids: In<'_, Self, u32>);
 
     /// `out = x · weightsᵀ` for that many rows. A row of the result has the same bits whatever the other rows are.
-    fn linear_weights(&self, out: Out<'_, Self>, x: In<'_, Self>, weights: &Self::Weights, rows: usize);
+    fn linear_weights(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, weights: &Self::Weights, rows: usize);
+
+    /// As [`Backend::linear_weights`], with the result in f32: the logits of that many rows.
+    fn logits(&self, out: Out<'_, Self>, x: Acts<'_, Self>, table: &Self::Weights, rows: usize);
 
     /// Room for texts of up to `capacity` tokens.
     ///
@@ -437,10 +494,10 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// rows are.
     fn cached_attention(
         &self,
-        out: Out<'_, Self>,
+        out: ActsMut<'_, Self>,
         cache: &mut Self::Cache,
-        packed: In<'_, Self>,
-        spans: &[Span],
+        packed: Acts<'_, Self>,
+        spans: Spans<'_, Self>,
     );
 
     /// Cross-entropy of each row of logits, 0 where the target is [`IGNORE`]. The logits are scratch afterwards.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use ulmus_plan::ModelConfig;
 
-use crate::backend::{Backend, Heads, IGNORE, Span, View, ViewMut};
+use crate::backend::{Backend, Heads, IGNORE, Spans, View, ViewMut};
 use crate::error::ModelError;
 use crate::format::{CacheFormat, WeightFormat};
 use crate::network::{Norms, Planner, RopeTables, heads, read, write};
@@ -140,22 +140,26 @@ pub struct Generator<B: Backend> {
     capacity: usize,
     /// Tokens of each sequence in the cache.
     positions: Vec<usize>,
-    /// The rows of a pass; kept so that a decoded token allocates nothing.
-    spans: Vec<Span>,
+    /// Which sequences a pass continues, from which positions on; on the host and on the device.
+    spans: [Vec<u32>; 2],
+    span_sequences: B::Buffer<u32>,
+    span_positions: B::Buffer<u32>,
+    /// Per number of sequences that get a token, from 1 on.
+    graphs: Vec<B::Graph>,
     rope: RopeTables<B>,
     /// Per layer.
     cache: Vec<B::Cache>,
     ids: B::Buffer<u32>,
     targets: B::Buffer<u32>,
-    stream: B::Buffer<f32>,
-    next_stream: B::Buffer<f32>,
-    normed: B::Buffer<f32>,
-    packed: B::Buffer<f32>,
-    rotated: B::Buffer<f32>,
-    attended: B::Buffer<f32>,
-    branch: B::Buffer<f32>,
-    gate_up: B::Buffer<f32>,
-    gated: B::Buffer<f32>,
+    stream: B::Activations,
+    middle: B::Activations,
+    normed: B::Activations,
+    packed: B::Activations,
+    rotated: B::Activations,
+    attended: B::Activations,
+    branch: B::Activations,
+    gate_up: B::Activations,
+    gated: B::Activations,
     norms: Norms<B>,
     cross_entropy: B::Buffer<f32>,
     logits: B::Buffer<f32>,
@@ -197,20 +201,23 @@ impl<B: Backend> Generator<B> {
         Ok(Self {
             capacity,
             positions: vec![0; sequences],
-            spans: Vec::with_capacity(sequences),
+            spans: [Vec::with_capacity(sequences), Vec::with_capacity(sequences)],
+            span_sequences: plan.buffer(sequences)?,
+            span_positions: plan.buffer(sequences)?,
+            graphs: (0..sequences).map(|_| B::Graph::default()).collect(),
             cache,
             rope: RopeTables::new(plan, config, capacity)?,
             ids: plan.buffer(rows)?,
             targets: plan.buffer(rows)?,
-            stream: plan.buffer(rows * d)?,
-            next_stream: plan.buffer(rows * d)?,
-            normed: plan.buffer(rows * d)?,
-            packed: plan.buffer(rows * packed)?,
-            rotated: plan.buffer(rows * packed)?,
-            attended: plan.buffer(rows * query_heads * config.head_dim)?,
-            branch: plan.buffer(rows * d)?,
-            gate_up: plan.buffer(rows * 2 * ffn)?,
-            gated: plan.buffer(rows * ffn)?,
+            stream: plan.activations(rows * d)?,
+            middle: plan.activations(rows * d)?,
+            normed: plan.activations(rows * d)?,
+            packed: plan.activations(rows * packed)?,
+            rotated: plan.activations(rows * packed)?,
+            attended: plan.activations(rows * query_heads * config.head_dim)?,
+            branch: plan.activations(rows * d)?,
+            gate_up: plan.activations(rows * 2 * ffn)?,
+            gated: plan.activations(rows * ffn)?,
             norms: Norms::new(plan, config, rows)?,
             cross_entropy: plan.buffer(rows)?,
             logits: plan.buffer(SCORE_ROWS.max(sequences) * config.vocab_size)?,
@@ -255,17 +262,14 @@ impl<B: Backend> Generator<B> {
     /// As for [`Generator::feed`], and if there is no such sequence.
     pub fn feed_to(&mut self, sequence: usize, tokens: &[u32]) -> Result<&[f32], ModelError> {
         self.check(sequence, tokens, &[])?;
-        let model = Arc::clone(&self.model);
-        model.backend.run(|| {
-            let mut rows = 0;
-            for part in tokens.chunks(PROMPT_ROWS) {
-                rows = part.len();
-                self.advance(part, |spans, positions| {
-                    spans.push(Span { sequence, position: positions[sequence], rows });
-                });
-            }
-            self.head(rows - 1..rows);
-        });
+        for part in tokens.chunks(PROMPT_ROWS) {
+            self.advance([sequence].into_iter(), part);
+        }
+        let rows = (tokens.len() - 1) % PROMPT_ROWS + 1;
+        if rows > 1 {
+            let model = Arc::clone(&self.model);
+            model.backend.run(|| self.head(rows - 1..rows));
+        }
         Ok(self.logits(1))
     }
 
@@ -284,21 +288,10 @@ impl<B: Backend> Generator<B> {
         if tokens.is_empty() {
             return Err(ModelError::Batch("there is no token to feed".to_owned()));
         }
-        let model = Arc::clone(&self.model);
         let mut next = std::mem::take(&mut self.tokens);
         next.clear();
         next.extend(tokens.iter().map(|(_, token)| token));
-        model.backend.run(|| {
-            self.advance(&next, |spans, positions| {
-                let span = |(sequence, _): &(usize, u32)| Span {
-                    sequence: *sequence,
-                    position: positions[*sequence],
-                    rows: 1,
-                };
-                spans.extend(tokens.iter().map(span));
-            });
-            self.head(0..tokens.len());
-        });
+        self.advance(tokens.iter().map(|(sequence, _)| *sequence), &next);
         self.tokens = next;
         Ok(self.logits(tokens.len()))
     }
@@ -307,7 +300,7 @@ impl<B: Backend> Generator<B> {
     fn head(&mut self, rows: Range<usize>) {
         let Self { model, normed, logits, .. } = self;
         let (d, vocabulary) = (model.config.model_dim, model.config.vocab_size);
-        model.backend.linear_weights(
+        model.backend.logits(
             write(logits, rows.len() * vocabulary),
             View::new(normed, rows.start * d..rows.end * d),
             &model.embedding,
@@ -338,11 +331,9 @@ impl<B: Backend> Generator<B> {
         let parts = tokens.chunks(PROMPT_ROWS).zip(targets.chunks(PROMPT_ROWS));
         for ((tokens, targets), losses) in parts.zip(losses.chunks_mut(PROMPT_ROWS)) {
             let rows = tokens.len();
+            self.advance([0].into_iter(), tokens);
+            model.backend.upload(write(&mut self.targets, rows), targets);
             model.backend.run(|| {
-                self.advance(tokens, |spans, positions| {
-                    spans.push(Span { sequence: 0, position: positions[0], rows });
-                });
-                model.backend.upload(write(&mut self.targets, rows), targets);
                 for start in (0..rows).step_by(SCORE_ROWS) {
                     let end = rows.min(start + SCORE_ROWS);
                     let len = (end - start) * vocabulary;
@@ -421,15 +412,42 @@ impl<B: Backend> Generator<B> {
         Err(ModelError::Batch(problem))
     }
 
-    /// Sends the tokens of some spans, which `place` makes from the sequences' positions, through all layers; leaves
-    /// the final norm's output in `normed`.
-    fn advance(&mut self, tokens: &[u32], place: impl FnOnce(&mut Vec<Span>, &[usize])) {
-        let Self { model, rope, cache, ids, stream, next_stream, normed, packed, rotated, .. } = self;
-        let Self { attended, branch, gate_up, gated, norms, positions, spans, .. } = self;
-        spans.clear();
-        place(spans, positions);
-        let (backend, d, rows) = (&model.backend, model.config.model_dim, tokens.len());
-        backend.upload(write(ids, rows), tokens);
+    /// Appends tokens to some sequences, equally many to each, and sends them through all layers; leaves the final norm's
+    /// output in `normed`. If each gets one token, the logits are made, too.
+    fn advance(&mut self, sequences: impl Iterator<Item = usize>, tokens: &[u32]) {
+        let model = Arc::clone(&self.model);
+        let [own, first] = &mut self.spans;
+        own.clear();
+        first.clear();
+        for sequence in sequences {
+            own.push(sequence as u32);
+            first.push(self.positions[sequence] as u32);
+        }
+        let (spans, rows) = (own.len(), tokens.len());
+        let length = rows / spans;
+        for sequence in own.iter() {
+            self.positions[*sequence as usize] += length;
+        }
+        model.backend.upload(write(&mut self.span_sequences, spans), own);
+        model.backend.upload(write(&mut self.span_positions, spans), first);
+        model.backend.upload(write(&mut self.ids, rows), tokens);
+        if length > 1 {
+            return model.backend.run(|| self.layers(spans, length));
+        }
+        // Every decoded token takes the same way.
+        let mut graph = std::mem::take(&mut self.graphs[spans - 1]);
+        model.backend.replay(&mut graph, || {
+            self.layers(spans, 1);
+            self.head(0..spans);
+        });
+        self.graphs[spans - 1] = graph;
+    }
+
+    /// From the ids of some spans to the output of the final norm.
+    fn layers(&mut self, spans: usize, length: usize) {
+        let Self { model, rope, cache, ids, stream, middle, normed, packed, rotated, .. } = self;
+        let Self { attended, branch, gate_up, gated, norms, span_sequences, span_positions, .. } = self;
+        let (backend, d, rows) = (&model.backend, model.config.model_dim, spans * length);
         backend.embed_weights(write(stream, rows * d), &model.embedding, read(ids, rows));
         for (index, (layer, cache)) in model.layers.iter().zip(cache).enumerate() {
             let (heads, ffn) = (layer.heads, layer.ffn);
@@ -439,58 +457,48 @@ impl<B: Backend> Generator<B> {
                 backend.norm(write(normed, rows * d), read(stream, rows * d), attn_norm);
             } else {
                 backend.add_norm(
-                    write(next_stream, rows * d),
+                    write(stream, rows * d),
                     write(normed, rows * d),
-                    read(stream, rows * d),
+                    read(middle, rows * d),
                     read(branch, rows * d),
                     attn_norm,
                 );
-                std::mem::swap(stream, next_stream);
             }
             backend.linear_weights(write(packed, rows * width), read(normed, rows * d), &layer.qkv, rows);
-            let mut first = 0;
-            for span in &*spans {
-                let elements = first * width..(first + span.rows) * width;
-                backend.qk_norm_rope(
-                    ViewMut::new(rotated, elements.clone()),
-                    View::new(packed, elements),
-                    norms.of(read(&layer.qk_norm, 2 * heads.width)),
-                    rope.at(span.position, span.rows),
-                    heads,
-                );
-                first += span.rows;
-            }
+            backend.qk_norm_rope(
+                write(rotated, rows * width),
+                read(packed, rows * width),
+                norms.of(read(&layer.qk_norm, 2 * heads.width)),
+                rope.at(read(span_positions, spans), length),
+                heads,
+            );
             backend.cached_attention(
                 write(attended, rows * query_width),
                 cache,
                 read(rotated, rows * width),
-                spans,
+                Spans { sequences: read(span_sequences, spans), first: read(span_positions, spans), length },
             );
             let attended = read(attended, rows * query_width);
             backend.linear_weights(write(branch, rows * d), attended, &layer.out_proj, rows);
             backend.add_norm(
-                write(next_stream, rows * d),
+                write(middle, rows * d),
                 write(normed, rows * d),
                 read(stream, rows * d),
                 read(branch, rows * d),
                 norms.of(read(&layer.ffn_norm, d)),
             );
-            std::mem::swap(stream, next_stream);
             let normed = read(normed, rows * d);
             backend.linear_weights(write(gate_up, rows * 2 * ffn), normed, &layer.proj_1, rows);
             backend.swiglu(write(gated, rows * ffn), read(gate_up, rows * 2 * ffn), ffn);
             backend.linear_weights(write(branch, rows * d), read(gated, rows * ffn), &layer.proj_2, rows);
         }
         backend.add_norm(
-            write(next_stream, rows * d),
+            write(stream, rows * d),
             write(normed, rows * d),
-            read(stream, rows * d),
+            read(middle, rows * d),
             read(branch, rows * d),
             norms.of(read(&model.final_norm, d)),
         );
-        for span in &*spans {
-            positions[span.sequence] += span.rows;
-        }
     }
 }
 

@@ -23,8 +23,8 @@ mod sample;
 mod tensors;
 
 pub use backend::{
-    AdamW, AttentionShape, BLOCK, Backend, Element, HeadGradients, Heads, IGNORE, In, LinearShape, Norm, Out,
-    ROW_BLOCK, Rope, Span, View, ViewMut,
+    Acts, ActsMut, AdamW, AttentionShape, BLOCK, Backend, Element, HeadGradients, Heads, IGNORE, In,
+    LinearShape, Norm, Out, Params, ROW_BLOCK, Rope, Spans, View, ViewMut,
 };
 pub use batch::{BatchShape, LossSum, MicroBatch};
 pub use cpu::{Cpu, Memory};

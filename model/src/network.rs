@@ -8,10 +8,10 @@
 //!
 //! `x` is the residual stream: `x = embedding`, per layer `x += attention(norm(x))`, `x += ffn(norm(x))`.
 
-use ulmus_plan::{HEAD_ROWS, ModelConfig, NormKind};
+use ulmus_plan::{ModelConfig, NormKind};
 
 use crate::backend::{
-    AttentionShape, Backend, Element, HeadGradients, Heads, LinearShape, Norm, Rope, View, ViewMut,
+    AttentionShape, Backend, Element, HeadGradients, Heads, In, LinearShape, Norm, Rope, View, ViewMut,
 };
 use crate::batch::{BatchShape, MicroBatch};
 use crate::error::ModelError;
@@ -31,6 +31,16 @@ impl<'a, B: Backend> Planner<'a, B> {
     pub(crate) fn buffer<T: Element>(&mut self, len: usize) -> Result<B::Buffer<T>, ModelError> {
         self.bytes += (len * size_of::<T>()) as u64;
         self.backend.allocate(len)
+    }
+
+    pub(crate) fn activations(&mut self, len: usize) -> Result<B::Activations, ModelError> {
+        self.bytes += (len * self.backend.activation_bytes()) as u64;
+        self.backend.activations(len)
+    }
+
+    pub(crate) fn parameters(&mut self, len: usize) -> Result<B::Parameters, ModelError> {
+        self.bytes += (len * self.backend.parameter_bytes()) as u64;
+        self.backend.parameters(len)
     }
 }
 
@@ -66,8 +76,8 @@ impl<B: Backend> RopeTables<B> {
         Ok(tables)
     }
 
-    /// For rows of sequences of `length` whose first position is `first`.
-    pub(crate) fn at(&self, first: usize, length: usize) -> Rope<'_, B::Buffer<f32>> {
+    /// For spans of `length` rows, the first of which have those positions.
+    pub(crate) fn at<'a>(&'a self, first: In<'a, B, u32>, length: usize) -> Rope<'a, B> {
         Rope { cos: read(&self.cos, self.len), sin: read(&self.sin, self.len), first, length }
     }
 }
@@ -113,25 +123,25 @@ impl<B: Backend> Norms<B> {
 #[derive(Debug)]
 struct Activations<B: Backend> {
     /// Queries, keys, values, `[R, packed]`; their gradient in the backward.
-    packed: B::Buffer<f32>,
+    packed: B::Activations,
     /// Output of the attention, `[R, query width]`.
-    attended: B::Buffer<f32>,
+    attended: B::Activations,
     /// Logsumexp of the scores, `[sequences, query heads, length]`.
     lse: B::Buffer<f32>,
     /// Residual stream between attention and FFN, `[R, D]`.
-    middle: B::Buffer<f32>,
+    middle: B::Activations,
     /// Both halves of `proj_1`, `[R, 2F]`; their gradient in the backward.
-    gate_up: B::Buffer<f32>,
+    gate_up: B::Activations,
 }
 
 impl<B: Backend> Activations<B> {
     fn new(plan: &mut Planner<'_, B>, rows: usize, d: usize, widths: Widths) -> Result<Self, ModelError> {
         Ok(Self {
-            packed: plan.buffer(rows * widths.packed)?,
-            attended: plan.buffer(rows * widths.query)?,
+            packed: plan.activations(rows * widths.packed)?,
+            attended: plan.activations(rows * widths.query)?,
             lse: plan.buffer(rows * widths.query_heads)?,
-            middle: plan.buffer(rows * d)?,
-            gate_up: plan.buffer(rows * 2 * widths.ffn)?,
+            middle: plan.activations(rows * d)?,
+            gate_up: plan.activations(rows * 2 * widths.ffn)?,
         })
     }
 }
@@ -171,17 +181,17 @@ impl Widths {
 #[derive(Debug)]
 struct Scratch<B: Backend> {
     /// Input of the attention, of the FFN or of the head: a norm of the stream, `[R, D]`.
-    normed: B::Buffer<f32>,
+    normed: B::Activations,
     /// Queries and keys after norm and rotation, and values, `[R, packed]`.
-    rotated: B::Buffer<f32>,
+    rotated: B::Activations,
     /// The gradient of `rotated`.
-    rotated_gradient: B::Buffer<f32>,
+    rotated_gradient: B::Activations,
     /// After SwiGLU, `[R, F]`.
-    gated: B::Buffer<f32>,
+    gated: B::Activations,
     /// Output of a branch before it joins the stream, or the gradient of the attention's output.
-    branch: B::Buffer<f32>,
+    branch: B::Activations,
     /// Gradient of the residual stream.
-    stream: B::Buffer<f32>,
+    stream: B::Activations,
     norms: Norms<B>,
     /// Logits of some rows.
     logits: B::Buffer<f32>,
@@ -199,11 +209,13 @@ pub(crate) struct Network<B: Backend> {
     head_dim: usize,
     vocabulary: usize,
     rope: RopeTables<B>,
+    /// Every sequence begins at position 0.
+    first: B::Buffer<u32>,
     inputs: B::Buffer<u32>,
     targets: B::Buffer<u32>,
     doc_starts: B::Buffer<u32>,
     /// Residual stream before each layer, and after the last, `[R, D]`.
-    x: Vec<B::Buffer<f32>>,
+    x: Vec<B::Activations>,
     /// Of each layer; or of one, and layers are computed again in the backward.
     activations: Vec<Activations<B>>,
     cross_entropy: B::Buffer<f32>,
@@ -228,14 +240,14 @@ impl<B: Backend> Network<B> {
             layout.layers().iter().map(|layer| Widths::of(layer, config.head_dim)).collect();
         let widest = widths.iter().copied().fold(Widths::default(), Widths::max);
         let kept = if recompute { vec![widest] } else { widths };
-        let logits_len = rows.min(HEAD_ROWS) * config.vocab_size;
+        let logits_len = rows.min(B::HEAD_ROWS) * config.vocab_size;
         let scratch = Scratch {
-            normed: plan.buffer(rows * d)?,
-            rotated: plan.buffer(rows * widest.packed)?,
-            rotated_gradient: plan.buffer(rows * widest.packed)?,
-            gated: plan.buffer(rows * widest.ffn)?,
-            branch: plan.buffer(rows * d.max(widest.query))?,
-            stream: plan.buffer(rows * d)?,
+            normed: plan.activations(rows * d)?,
+            rotated: plan.activations(rows * widest.packed)?,
+            rotated_gradient: plan.activations(rows * widest.packed)?,
+            gated: plan.activations(rows * widest.ffn)?,
+            branch: plan.activations(rows * d.max(widest.query))?,
+            stream: plan.activations(rows * d)?,
             norms: Norms::new(plan, config, rows)?,
             logits: plan.buffer(logits_len)?,
             logits_len,
@@ -248,10 +260,11 @@ impl<B: Backend> Network<B> {
             head_dim: config.head_dim,
             vocabulary: config.vocab_size,
             rope: RopeTables::new(plan, config, length)?,
+            first: plan.buffer(sequences)?,
             inputs: plan.buffer(rows)?,
             targets: plan.buffer(rows)?,
             doc_starts: plan.buffer(rows)?,
-            x: (0..=layout.layers().len()).map(|_| plan.buffer(rows * d)).collect::<Result<_, _>>()?,
+            x: (0..=layout.layers().len()).map(|_| plan.activations(rows * d)).collect::<Result<_, _>>()?,
             activations: kept
                 .into_iter()
                 .map(|widths| Activations::new(plan, rows, d, widths))
@@ -285,7 +298,7 @@ impl<B: Backend> Network<B> {
     }
 
     /// Residual stream to final norm of the loaded batch.
-    pub(crate) fn forward(&mut self, weights: &B::Buffer<f32>) {
+    pub(crate) fn forward(&mut self, weights: &B::Parameters) {
         let (rows, d) = (self.rows(), self.model_dim);
         let table = View::new(weights, self.layout.embedding());
         self.backend.embed(write(&mut self.x[0], rows * d), table, read(&self.inputs, rows), d);
@@ -310,23 +323,24 @@ impl<B: Backend> Network<B> {
                 write(&mut scratch.normed, rows * d),
                 read(&kept.middle, rows * d),
                 read(&scratch.branch, rows * d),
-                scratch.norms.of(View::new(weights, next_norm)),
+                scratch.norms.of(backend.values(View::new(weights, next_norm))),
             );
         }
     }
 
     /// Makes a layer's normed input from the stream before it.
-    fn norm_input(&mut self, weights: &B::Buffer<f32>, layer: usize) {
+    fn norm_input(&mut self, weights: &B::Parameters, layer: usize) {
         let len = self.rows() * self.model_dim;
+        let attn_norm = self.layout.layers()[layer].attn_norm.clone();
         self.backend.norm(
             write(&mut self.scratch.normed, len),
             read(&self.x[layer], len),
-            self.scratch.norms.of(View::new(weights, self.layout.layers()[layer].attn_norm.clone())),
+            self.scratch.norms.of(self.backend.values(View::new(weights, attn_norm))),
         );
     }
 
     /// From a layer's normed input to both halves of `proj_1`: all that its backward needs.
-    fn layer(&mut self, weights: &B::Buffer<f32>, layer: usize) {
+    fn layer(&mut self, weights: &B::Parameters, layer: usize) {
         let (rows, d) = (self.rows(), self.model_dim);
         let Self { backend, layout, scratch, rope, x, activations, .. } = self;
         let weight = |range: &std::ops::Range<usize>| View::new(weights, range.clone());
@@ -343,8 +357,8 @@ impl<B: Backend> Network<B> {
         backend.qk_norm_rope(
             write(&mut scratch.rotated, packed),
             read(&kept.packed, packed),
-            scratch.norms.of(weight(&at.qk_norm)),
-            rope.at(0, self.length),
+            scratch.norms.of(backend.values(weight(&at.qk_norm))),
+            rope.at(read(&self.first, self.sequences), self.length),
             heads,
         );
         backend.attention(
@@ -365,7 +379,7 @@ impl<B: Backend> Network<B> {
             write(&mut scratch.normed, rows * d),
             read(&x[layer], rows * d),
             read(&scratch.branch, rows * d),
-            scratch.norms.of(weight(&at.ffn_norm)),
+            scratch.norms.of(backend.values(weight(&at.ffn_norm))),
         );
         backend.linear(
             write(&mut kept.gate_up, rows * 2 * ffn),
@@ -376,11 +390,11 @@ impl<B: Backend> Network<B> {
     }
 
     /// Head and loss of the loaded batch, after [`Network::forward`].
-    pub(crate) fn loss(&mut self, weights: &B::Buffer<f32>) {
+    pub(crate) fn loss(&mut self, weights: &B::Parameters) {
         self.head(weights, None);
     }
 
-    fn head(&mut self, weights: &B::Buffer<f32>, gradient: Option<(&mut B::Buffer<f32>, f32)>) {
+    fn head(&mut self, weights: &B::Parameters, gradient: Option<(&mut B::Buffer<f32>, f32)>) {
         let (rows, d) = (self.rows(), self.model_dim);
         let table = self.layout.embedding();
         let Scratch { normed, branch, logits, logits_len, .. } = &mut self.scratch;
@@ -405,7 +419,7 @@ impl<B: Backend> Network<B> {
     /// Overwrites all of `gradient`, and the activations.
     pub(crate) fn loss_backward(
         &mut self,
-        weights: &B::Buffer<f32>,
+        weights: &B::Parameters,
         gradient: &mut B::Buffer<f32>,
         z_loss: f32,
     ) {
@@ -417,7 +431,7 @@ impl<B: Backend> Network<B> {
             ViewMut::new(gradient, self.layout.final_norm()),
             read(branch, rows * d),
             read(&self.x[layers], rows * d),
-            norms.of(View::new(weights, self.layout.final_norm())),
+            norms.of(self.backend.values(View::new(weights, self.layout.final_norm()))),
             false,
         );
         for layer in (0..layers).rev() {
@@ -438,7 +452,7 @@ impl<B: Backend> Network<B> {
     }
 
     /// Takes the stream's gradient from behind a layer's FFN to before it.
-    fn ffn_backward(&mut self, weights: &B::Buffer<f32>, gradient: &mut B::Buffer<f32>, layer: usize) {
+    fn ffn_backward(&mut self, weights: &B::Parameters, gradient: &mut B::Buffer<f32>, layer: usize) {
         let (rows, d) = (self.rows(), self.model_dim);
         let Self { backend, layout, activations, scratch, .. } = self;
         let at = &layout.layers()[layer];
@@ -468,7 +482,7 @@ impl<B: Backend> Network<B> {
 
         let shape = LinearShape { rows, inputs: d, outputs: 2 * ffn };
         let middle = || read(&kept.middle, rows * d);
-        let norm = scratch.norms.of(weight(&at.ffn_norm));
+        let norm = scratch.norms.of(backend.values(weight(&at.ffn_norm)));
         backend.norm(write(&mut scratch.normed, rows * d), middle(), norm);
         backend.linear_backward_weight(
             ViewMut::new(gradient, at.proj_1.clone()),
@@ -487,13 +501,13 @@ impl<B: Backend> Network<B> {
             ViewMut::new(gradient, at.ffn_norm.clone()),
             read(&scratch.normed, rows * d),
             middle(),
-            scratch.norms.of(weight(&at.ffn_norm)),
+            scratch.norms.of(backend.values(weight(&at.ffn_norm))),
             true,
         );
     }
 
     /// Takes the stream's gradient from behind a layer's attention to before it.
-    fn attention_backward(&mut self, weights: &B::Buffer<f32>, gradient: &mut B::Buffer<f32>, layer: usize) {
+    fn attention_backward(&mut self, weights: &B::Parameters, gradient: &mut B::Buffer<f32>, layer: usize) {
         let (rows, d) = (self.rows(), self.model_dim);
         let Self { backend, layout, x, activations, scratch, rope, .. } = self;
         let at = &layout.layers()[layer];
@@ -518,8 +532,8 @@ impl<B: Backend> Network<B> {
         backend.qk_norm_rope(
             write(&mut scratch.rotated, packed),
             read(&kept.packed, packed),
-            scratch.norms.of(weight(&at.qk_norm)),
-            rope.at(0, self.length),
+            scratch.norms.of(backend.values(weight(&at.qk_norm))),
+            rope.at(read(&self.first, self.sequences), self.length),
             heads,
         );
         backend.attention_backward(
@@ -535,14 +549,14 @@ impl<B: Backend> Network<B> {
             write(&mut kept.packed, packed),
             ViewMut::new(gradient, at.qk_norm.clone()),
             read(&scratch.rotated_gradient, packed),
-            scratch.norms.of(weight(&at.qk_norm)),
-            rope.at(0, self.length),
+            scratch.norms.of(backend.values(weight(&at.qk_norm))),
+            rope.at(read(&self.first, self.sequences), self.length),
             heads,
         );
 
         let shape = LinearShape { rows, inputs: d, outputs: heads.packed_width() };
         let x = || read(&x[layer], rows * d);
-        let norm = scratch.norms.of(weight(&at.attn_norm));
+        let norm = scratch.norms.of(backend.values(weight(&at.attn_norm)));
         backend.norm(write(&mut scratch.normed, rows * d), x(), norm);
         backend.linear_backward_weight(
             ViewMut::new(gradient, at.qkv.clone()),
@@ -561,7 +575,7 @@ impl<B: Backend> Network<B> {
             ViewMut::new(gradient, at.attn_norm.clone()),
             read(&scratch.normed, rows * d),
             x(),
-            scratch.norms.of(weight(&at.attn_norm)),
+            scratch.norms.of(backend.values(weight(&at.attn_norm))),
             true,
         );
     }
@@ -673,7 +687,7 @@ mod tests {
                     write(&mut out, packed.len()),
                     read(&packed, packed.len()),
                     norms.of(read(&vec![1.0; 64], 64)),
-                    rope.at(first, count),
+                    rope.at(read(&vec![first as u32], 1), count),
                     heads,
                 );
                 for ((x, out), expected) in x.chunks(32).zip(out.chunks(96)).zip(expected.chunks(32)) {

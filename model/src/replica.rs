@@ -11,7 +11,7 @@ use std::ops::Range;
 use ulmus_plan::{ModelConfig, TrainConfig};
 use ulmus_types::Digest;
 
-use crate::backend::{AdamW, BLOCK, Backend, IGNORE, View, ViewMut};
+use crate::backend::{AdamW, BLOCK, Backend, IGNORE, In, View, ViewMut};
 use crate::batch::{BatchShape, LossSum, MicroBatch};
 use crate::error::ModelError;
 use crate::exact::Quantum;
@@ -58,7 +58,7 @@ pub struct Replica<B: Backend> {
     backend: B,
     layout: Layout,
     network: Network<B>,
-    weights: B::Buffer<f32>,
+    weights: B::Parameters,
     first_moment: B::Buffer<f32>,
     second_moment: B::Buffer<f32>,
     gradient: B::Buffer<f32>,
@@ -86,7 +86,7 @@ impl<B: Backend> Replica<B> {
         let len = layout.parameters();
         Ok(Self {
             network,
-            weights: plan.buffer(len)?,
+            weights: plan.parameters(len)?,
             first_moment: plan.buffer(len)?,
             second_moment: plan.buffer(len)?,
             gradient: plan.buffer(len)?,
@@ -122,7 +122,7 @@ impl<B: Backend> Replica<B> {
                 part.clear();
                 part.extend(values.by_ref().take(CHUNK));
                 let to = ViewMut::new(&mut self.weights, start..start + part.len());
-                self.backend.upload(to, &part);
+                self.backend.set_parameters(to, &part);
             }
         }
         let zeros = vec![0.0; CHUNK.min(self.layout.parameters())];
@@ -273,27 +273,30 @@ impl<B: Backend> Replica<B> {
         Ok(norm)
     }
 
-    fn part(&self, part: StatePart) -> &B::Buffer<f32> {
+    fn part(&self, part: StatePart, range: Range<usize>) -> In<'_, B> {
         match part {
-            StatePart::Weights => &self.weights,
-            StatePart::FirstMoment => &self.first_moment,
-            StatePart::SecondMoment => &self.second_moment,
+            StatePart::Weights => self.backend.values(View::new(&self.weights, range)),
+            StatePart::FirstMoment => View::new(&self.first_moment, range),
+            StatePart::SecondMoment => View::new(&self.second_moment, range),
         }
     }
 
     /// Copies elements `start..start + to.len()` of a part of the state.
     pub fn read_state(&self, part: StatePart, start: usize, to: &mut [f32]) {
-        self.backend.download(View::new(self.part(part), start..start + to.len()), to);
+        self.backend.download(self.part(part, start..start + to.len()), to);
     }
 
     /// Replaces elements `start..start + from.len()` of a part of the state.
     pub fn write_state(&mut self, part: StatePart, start: usize, from: &[f32]) {
-        let buffer = match part {
-            StatePart::Weights => &mut self.weights,
+        let range = start..start + from.len();
+        let moment = match part {
+            StatePart::Weights => {
+                return self.backend.set_parameters(ViewMut::new(&mut self.weights, range), from);
+            }
             StatePart::FirstMoment => &mut self.first_moment,
             StatePart::SecondMoment => &mut self.second_moment,
         };
-        self.backend.upload(ViewMut::new(buffer, start..start + from.len()), from);
+        self.backend.upload(ViewMut::new(moment, range), from);
     }
 
     /// The whole state, copied to the host.
@@ -327,21 +330,21 @@ impl<B: Backend> Replica<B> {
 
     /// BLAKE3 over weights and moments: equal on all workers after every step.
     pub fn state_hash(&self) -> Digest {
-        self.hash(&StatePart::ALL.map(|part| self.part(part)))
+        self.hash(StatePart::ALL.iter().map(|part| |range| self.part(*part, range)))
     }
 
     /// BLAKE3 over the gradient: the fingerprint of device and library for a known batch.
     pub fn gradient_hash(&self) -> Digest {
-        self.hash(&[&self.gradient])
+        self.hash([|range| View::new(&self.gradient, range)])
     }
 
-    fn hash(&self, buffers: &[&B::Buffer<f32>]) -> Digest {
+    fn hash<'a>(&'a self, vectors: impl IntoIterator<Item = impl Fn(Range<usize>) -> In<'a, B>>) -> Digest {
         let mut hasher = blake3::Hasher::new();
         let mut host = vec![0.0; CHUNK.min(self.layout.parameters())];
-        for buffer in buffers {
+        for vector in vectors {
             for range in chunks(self.layout.parameters()) {
                 let host = &mut host[..range.len()];
-                self.backend.download(View::new(*buffer, range), host);
+                self.backend.download(vector(range), host);
                 hasher.update(bytemuck::cast_slice(host));
             }
         }

@@ -28,6 +28,31 @@ impl<B: Backend> Device<B> {
         buffer
     }
 
+    fn acts(&self, values: &[f32]) -> B::Activations {
+        let mut activations = self.0.activations(values.len()).unwrap();
+        self.0.set_activations(all_mut(&mut activations, values.len()), values);
+        activations
+    }
+
+    fn params(&self, values: &[f32]) -> B::Parameters {
+        let mut parameters = self.0.parameters(values.len()).unwrap();
+        self.0.set_parameters(all_mut(&mut parameters, values.len()), values);
+        parameters
+    }
+
+    /// Runs a kernel that fills activations, which are NaN before.
+    fn fill_acts(&self, len: usize, kernel: impl FnOnce(ViewMut<'_, B::Activations>)) -> Vec<f32> {
+        let mut activations = self.acts(&vec![f32::NAN; len]);
+        kernel(all_mut(&mut activations, len));
+        self.get_acts(&activations, len)
+    }
+
+    fn get_acts(&self, activations: &B::Activations, len: usize) -> Vec<f32> {
+        let mut values = vec![0.0; len];
+        self.0.read_activations(all(activations, len), &mut values);
+        values
+    }
+
     /// Runs a kernel that fills a buffer of `len`, which holds NaN before.
     fn fill(&self, len: usize, kernel: impl FnOnce(ViewMut<'_, B::Buffer<f32>>)) -> Vec<f32> {
         let mut buffer = self.put(&vec![f32::NAN; len]);
@@ -147,15 +172,15 @@ fn pass_norm<B: Backend>(
 ) -> [Vec<f32>; 3] {
     let (len, d) = (x.len(), weight.len());
     let mut norm = NormOnDevice::new(device, kind, weight, kind.row_scratch(len / d, d));
-    let (x, upstream) = (device.put(x), device.put(upstream));
-    let out = device.fill(len, |out| device.0.norm(out, all(&x, len), norm.view()));
-    let mut x_gradient = device.put(&residual.map_or_else(|| vec![f32::NAN; len], <[f32]>::to_vec));
+    let (x, upstream) = (device.acts(x), device.acts(upstream));
+    let out = device.fill_acts(len, |out| device.0.norm(out, all(&x, len), norm.view()));
+    let mut x_gradient = device.acts(&residual.map_or_else(|| vec![f32::NAN; len], <[f32]>::to_vec));
     let weight_gradient = device.fill(d, |weight_gradient| {
         let (x_gradient, accumulate) = (all_mut(&mut x_gradient, len), residual.is_some());
         let (upstream, x) = (all(&upstream, len), all(&x, len));
         device.0.norm_backward(x_gradient, weight_gradient, upstream, x, norm.view(), accumulate);
     });
-    [out, device.get(&x_gradient, len), weight_gradient]
+    [out, device.get_acts(&x_gradient, len), weight_gradient]
 }
 
 fn norm<B: Backend>(device: &Device<B>, kind: NormKind) {
@@ -174,15 +199,15 @@ fn norm<B: Backend>(device: &Device<B>, kind: NormKind) {
         }
 
         let (len, delta) = (rows * d, random(rows * d, 5));
-        let (x_, delta_) = (device.put(&x), device.put(&delta));
-        let mut sum = device.put(&vec![f32::NAN; len]);
+        let (x_, delta_) = (device.acts(&x), device.acts(&delta));
+        let mut sum = device.acts(&vec![f32::NAN; len]);
         let mut norm = NormOnDevice::new(device, kind, &weight, kind.row_scratch(rows, d));
-        let out = device.fill(len, |out| {
+        let out = device.fill_acts(len, |out| {
             let (x, delta) = (all(&x_, len), all(&delta_, len));
             device.0.add_norm(all_mut(&mut sum, len), out, x, delta, norm.view());
         });
         let expected: Vec<f64> = wide(&x).iter().zip(wide(&delta)).map(|(x, delta)| x + delta).collect();
-        assert_close("add_norm, sum", &device.get(&sum, len), &expected, FORWARD);
+        assert_close("add_norm, sum", &device.get_acts(&sum, len), &expected, FORWARD);
         assert_close("add_norm", &out, &reference_norm(kind, &expected, &wide(&weight)), FORWARD);
     }
 }
@@ -192,11 +217,12 @@ fn linear<B: Backend>(device: &Device<B>) {
         let shape = LinearShape { rows, inputs, outputs };
         let (x, weight, upstream) =
             (random(rows * inputs, 1), random(outputs * inputs, 2), random(rows * outputs, 3));
-        let (x_, weight_, upstream_) = (device.put(&x), device.put(&weight), device.put(&upstream));
+        let (x_, weight_, upstream_) = (device.acts(&x), device.params(&weight), device.acts(&upstream));
         let (x_view, weight_view) = (|| all(&x_, rows * inputs), || all(&weight_, outputs * inputs));
-        let out = device.fill(rows * outputs, |out| device.0.linear(out, x_view(), weight_view(), shape));
+        let out =
+            device.fill_acts(rows * outputs, |out| device.0.linear(out, x_view(), weight_view(), shape));
         let gradient = || all(&upstream_, rows * outputs);
-        let x_gradient = device.fill(rows * inputs, |into| {
+        let x_gradient = device.fill_acts(rows * inputs, |into| {
             device.0.linear_backward_input(into, gradient(), weight_view(), shape);
         });
         let weight_gradient = device.fill(outputs * inputs, |into| {
@@ -215,8 +241,8 @@ fn embedding<B: Backend>(device: &Device<B>) {
     let (vocabulary, width) = (5, 7);
     let ids = [3, 0, 3, 4, 3];
     let (table, upstream) = (random(vocabulary * width, 1), random(ids.len() * width, 2));
-    let (table_, upstream_, ids_) = (device.put(&table), device.put(&upstream), device.put(&ids));
-    let out = device.fill(ids.len() * width, |out| {
+    let (table_, upstream_, ids_) = (device.params(&table), device.acts(&upstream), device.put(&ids));
+    let out = device.fill_acts(ids.len() * width, |out| {
         device.0.embed(out, all(&table_, vocabulary * width), all(&ids_, ids.len()), width);
     });
     // It adds to what the tied head has left.
@@ -239,12 +265,12 @@ fn swiglu<B: Backend>(device: &Device<B>) {
     let (rows, width) = (ROW_BLOCK + 3, 19);
     let x: Vec<f32> = random(rows * 2 * width, 1).iter().map(|x| x * 6.0).collect();
     let upstream = random(rows * width, 2);
-    let (x_, upstream_) = (device.put(&x), device.put(&upstream));
-    let out = device.fill(rows * width, |out| device.0.swiglu(out, all(&x_, rows * 2 * width), width));
-    let mut gradient = device.put(&x);
+    let (x_, upstream_) = (device.acts(&x), device.acts(&upstream));
+    let out = device.fill_acts(rows * width, |out| device.0.swiglu(out, all(&x_, rows * 2 * width), width));
+    let mut gradient = device.acts(&x);
     let into = all_mut(&mut gradient, rows * 2 * width);
     device.0.swiglu_backward(into, all(&upstream_, rows * width), width);
-    let gradient = device.get(&gradient, rows * 2 * width);
+    let gradient = device.get_acts(&gradient, rows * 2 * width);
     let reference = |inputs: &[Vec<f64>]| {
         let rows = inputs[0].chunks(2 * width);
         rows.flat_map(|x| (0..width).map(|i| x[i] / (1.0 + (-x[i]).exp()) * x[width + i]).collect::<Vec<_>>())
@@ -257,7 +283,7 @@ fn swiglu<B: Backend>(device: &Device<B>) {
 struct PackedRows {
     heads: Heads,
     length: usize,
-    first: usize,
+    first: u32,
     cos: Vec<f32>,
     sin: Vec<f32>,
     packed: Vec<f32>,
@@ -267,9 +293,10 @@ struct PackedRows {
 
 impl PackedRows {
     fn random(heads: Heads, sequences: usize, length: usize) -> Self {
-        let (len, half, first) = (sequences * length * heads.packed_width(), heads.width / 2, 3);
+        let (len, half, first) = (sequences * length * heads.packed_width(), heads.width / 2, 3u32);
         let angle = |i: usize| (i / half) as f64 * 100f64.powf(-((i % half) as f64) / half as f64);
-        let table = |of: fn(f64) -> f64| (0..(first + length) * half).map(|i| of(angle(i)) as f32).collect();
+        let table =
+            |of: fn(f64) -> f64| (0..(first as usize + length) * half).map(|i| of(angle(i)) as f32).collect();
         let (cos, sin) = (table(f64::cos), table(f64::sin));
         let (packed, weights, upstream) = (random(len, 1), random(2 * heads.width, 2), random(len, 3));
         Self { heads, length, first, cos, sin, packed, weights, upstream }
@@ -280,22 +307,24 @@ impl PackedRows {
         let Self { heads, length, first, cos, sin, packed, weights, upstream } = self;
         let (len, rows) = (packed.len(), packed.len() / heads.packed_width());
         let (cos_, sin_) = (device.put(cos), device.put(sin));
+        let sequences = rows / length;
+        let first = device.put(&vec![*first; sequences]);
         let rope = || {
             let (cos, sin) = (all(&cos_, cos.len()), all(&sin_, sin.len()));
-            Rope { cos, sin, first: *first, length: *length }
+            Rope { cos, sin, first: all(&first, sequences), length: *length }
         };
         let scratch = kind.head_scratch(rows, [heads.query, heads.key_value], heads.width);
         let mut norm = NormOnDevice::new(device, kind, weights, scratch);
-        let (packed_, upstream) = (device.put(packed), device.put(upstream));
-        let out = device.fill(len, |out| {
+        let (packed_, upstream) = (device.acts(packed), device.acts(upstream));
+        let out = device.fill_acts(len, |out| {
             device.0.qk_norm_rope(out, all(&packed_, len), norm.view(), rope(), *heads);
         });
-        let mut gradient = device.put(packed);
+        let mut gradient = device.acts(packed);
         let weights_gradient = device.fill(weights.len(), |weights_gradient| {
             let (gradient, upstream) = (all_mut(&mut gradient, len), all(&upstream, len));
             device.0.qk_norm_rope_backward(gradient, weights_gradient, upstream, norm.view(), rope(), *heads);
         });
-        [out, device.get(&gradient, len), weights_gradient]
+        [out, device.get_acts(&gradient, len), weights_gradient]
     }
 
     fn reference(&self, kind: NormKind, inputs: &[Vec<f64>]) -> Vec<f64> {
@@ -309,7 +338,7 @@ impl PackedRows {
                 }
                 let side = if head < self.heads.query { 0 } else { h };
                 let x = reference_norm(kind, x, &inputs[1][side..side + h]);
-                let at = (self.first + row % self.length) * half;
+                let at = (self.first as usize + row % self.length) * half;
                 let cos = |i: usize| f64::from(self.cos[at + i]);
                 let sin = |i: usize| f64::from(self.sin[at + i]);
                 out.extend((0..half).map(|i| x[i] * cos(i) - x[half + i] * sin(i)));
@@ -382,7 +411,7 @@ fn attention<B: Backend>(device: &Device<B>) {
     let shape = AttentionShape { sequences, length, heads };
     let packed: Vec<f32> = random(rows * width, 1).iter().map(|x| 2.0 * x).collect();
     let upstream = random(out_len, 2);
-    let (packed_, upstream_) = (device.put(&packed), device.put(&upstream));
+    let (packed_, upstream_) = (device.acts(&packed), device.acts(&upstream));
     // One document; documents that begin within a block, at its edge, and at every position.
     let starts_of = |breaks: &[usize]| -> Vec<u32> {
         let start = |p: usize| *breaks.iter().rfind(|b| **b <= p).unwrap() as u32;
@@ -394,7 +423,7 @@ fn attention<B: Backend>(device: &Device<B>) {
         let doc_starts = [patterns[first].as_slice(), &patterns[second]].concat();
         let starts_ = device.put(&doc_starts);
         let mut lse = device.put(&vec![f32::NAN; rows * heads.query]);
-        let mut out = device.put(&vec![f32::NAN; out_len]);
+        let mut out = device.acts(&vec![f32::NAN; out_len]);
         device.0.attention(
             all_mut(&mut out, out_len),
             all_mut(&mut lse, rows * heads.query),
@@ -402,7 +431,7 @@ fn attention<B: Backend>(device: &Device<B>) {
             all(&starts_, rows),
             shape,
         );
-        let gradient = device.fill(rows * width, |gradient| {
+        let gradient = device.fill_acts(rows * width, |gradient| {
             device.0.attention_backward(
                 gradient,
                 all(&upstream_, out_len),
@@ -416,7 +445,7 @@ fn attention<B: Backend>(device: &Device<B>) {
         let reference = |inputs: &[Vec<f64>]| {
             reference_attention(&inputs[0], shape, |query, key| key >= doc_starts[query] as usize)
         };
-        check("attention", reference, &[&packed], &device.get(&out, out_len), &upstream, &[&gradient]);
+        check("attention", reference, &[&packed], &device.get_acts(&out, out_len), &upstream, &[&gradient]);
     }
 }
 
@@ -426,11 +455,11 @@ fn head_loss<B: Backend>(device: &Device<B>) {
     let targets = [3, 36, IGNORE, 0, 5, 5, IGNORE, 20, 7];
     let z_loss = 0.05;
     let (hidden, table) = (random(rows * inputs, 1), random(outputs * inputs, 2));
-    let (hidden_, table_, targets_) = (device.put(&hidden), device.put(&table), device.put(&targets));
+    let (hidden_, table_, targets_) = (device.acts(&hidden), device.params(&table), device.put(&targets));
     let chunk_rows = 4;
     let mut logits = device.put(&vec![f32::NAN; chunk_rows * outputs]);
     let (mut ce, mut lse) = (device.put(&vec![f32::NAN; rows]), device.put(&vec![f32::NAN; rows]));
-    let mut hidden_gradient = device.put(&vec![f32::NAN; rows * inputs]);
+    let mut hidden_gradient = device.acts(&vec![f32::NAN; rows * inputs]);
     let mut table_gradient = device.put(&vec![f32::NAN; outputs * inputs]);
     let mut losses = |with_gradients: bool| {
         let gradients = with_gradients.then(|| HeadGradients {
@@ -465,7 +494,7 @@ fn head_loss<B: Backend>(device: &Device<B>) {
         }
         vec![total]
     };
-    let hidden_gradient = device.get(&hidden_gradient, rows * inputs);
+    let hidden_gradient = device.get_acts(&hidden_gradient, rows * inputs);
     let table_gradient = device.get(&table_gradient, outputs * inputs);
     let gradients: [&[f32]; 2] = [&hidden_gradient, &table_gradient];
     check("head and loss", reference, &[&hidden, &table], &[loss], &[1.0], &gradients);
@@ -474,7 +503,7 @@ fn head_loss<B: Backend>(device: &Device<B>) {
 fn adamw<B: Backend>(device: &Device<B>) {
     let len = 1000;
     let (beta1, beta2, lr, decay, epsilon) = (0.9, 0.95, 0.01, 0.1, 1e-8);
-    let mut weights = device.put(&random(len, 1));
+    let mut weights = device.params(&random(len, 1));
     let (mut first, mut second) = (device.put(&vec![0.0; len]), device.put(&vec![0.0; len]));
     let mut reference: Vec<[f64; 3]> = wide(&random(len, 1)).into_iter().map(|w| [w, 0.0, 0.0]).collect();
     for step in 1..=3 {
@@ -505,9 +534,12 @@ fn adamw<B: Backend>(device: &Device<B>) {
             },
         );
     }
-    for (part, buffer) in [&weights, &first, &second].into_iter().enumerate() {
+    let parts = [device.0.values(all(&weights, len)), all(&first, len), all(&second, len)];
+    for (part, found) in parts.into_iter().enumerate() {
+        let mut values = vec![f32::NAN; len];
+        device.0.download(found, &mut values);
         let expected: Vec<f64> = reference.iter().map(|state| state[part]).collect();
-        assert_close("adamw", &device.get(buffer, len), &expected, FORWARD);
+        assert_close("adamw", &values, &expected, FORWARD);
     }
 }
 

@@ -12,7 +12,7 @@ mod kernels;
 use std::sync::Arc;
 
 use kernels::attention::{self, Upstream};
-use kernels::cache::Cache;
+use kernels::cache::{self, Cache};
 use kernels::matrix::Output;
 use kernels::norm::{self, RopeTables};
 pub use kernels::peak::Memory;
@@ -23,7 +23,7 @@ use tracing::trace_span;
 use ulmus_plan::Precision;
 
 use crate::backend::{
-    AdamW, AttentionShape, Backend, Element, HeadGradients, Heads, In, LinearShape, Norm, Out, Rope, Span,
+    AdamW, AttentionShape, Backend, Element, HeadGradients, Heads, In, LinearShape, Norm, Out, Rope, Spans,
     View, ViewMut,
 };
 use crate::error::ModelError;
@@ -87,14 +87,30 @@ impl<'a> Norm<'a, Vec<f32>> {
     }
 }
 
-impl<'a> Rope<'a, Vec<f32>> {
+impl<'a> Rope<'a, Cpu> {
     fn tables(self) -> RopeTables<'a> {
-        RopeTables { cos: self.cos.slice(), sin: self.sin.slice(), first: self.first, length: self.length }
+        RopeTables {
+            cos: self.cos.slice(),
+            sin: self.sin.slice(),
+            first: self.first.slice(),
+            length: self.length,
+        }
+    }
+}
+
+impl<'a> Spans<'a, Cpu> {
+    fn slices(self) -> cache::Spans<'a> {
+        cache::Spans { sequences: self.sequences.slice(), first: self.first.slice(), length: self.length }
     }
 }
 
 impl Backend for Cpu {
+    const HEAD_ROWS: usize = ulmus_plan::HEAD_ROWS;
+
     type Buffer<T: Element> = Vec<T>;
+    type Activations = Vec<f32>;
+    type Parameters = Vec<f32>;
+    type Graph = ();
     type Weights = Weights;
     type Cache = Cache;
 
@@ -114,6 +130,38 @@ impl Backend for Cpu {
         Ok(buffer)
     }
 
+    fn activation_bytes(&self) -> usize {
+        size_of::<f32>()
+    }
+
+    fn activations(&self, len: usize) -> Result<Vec<f32>, ModelError> {
+        self.allocate(len)
+    }
+
+    fn set_activations(&self, to: Out<'_, Self>, from: &[f32]) {
+        self.upload(to, from);
+    }
+
+    fn read_activations(&self, from: In<'_, Self>, to: &mut [f32]) {
+        self.download(from, to);
+    }
+
+    fn parameter_bytes(&self) -> usize {
+        size_of::<f32>()
+    }
+
+    fn parameters(&self, len: usize) -> Result<Vec<f32>, ModelError> {
+        self.allocate(len)
+    }
+
+    fn values<'a>(&self, parameters: In<'a, Self>) -> In<'a, Self> {
+        parameters
+    }
+
+    fn set_parameters(&self, to: Out<'_, Self>, from: &[f32]) {
+        self.upload(to, from);
+    }
+
     fn upload<T: Element>(&self, to: Out<'_, Self, T>, from: &[T]) {
         to.slice().copy_from_slice(from);
     }
@@ -128,6 +176,10 @@ impl Backend for Cpu {
 
     fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         self.pool.install(work)
+    }
+
+    fn replay(&self, (): &mut (), work: impl FnOnce() + Send) {
+        self.run(work);
     }
 
     fn embed(&self, out: Out<'_, Self>, table: In<'_, Self>, ids: In<'_, Self, u32>, width: usize) {
@@ -216,7 +268,7 @@ impl Backend for Cpu {
         out: Out<'_, Self>,
         packed: In<'_, Self>,
         norm: Norm<'_, Vec<f32>>,
-        rope: Rope<'_, Vec<f32>>,
+        rope: Rope<'_, Self>,
         heads: Heads,
     ) {
         let (out, packed, norm, rope) = (out.slice(), packed.slice(), norm.slices(), rope.tables());
@@ -229,7 +281,7 @@ impl Backend for Cpu {
         weights_gradient: Out<'_, Self>,
         gradient: In<'_, Self>,
         norm: Norm<'_, Vec<f32>>,
-        rope: Rope<'_, Vec<f32>>,
+        rope: Rope<'_, Self>,
         heads: Heads,
     ) {
         let (packed, weights_into, gradient) = (packed.slice(), weights_gradient.slice(), gradient.slice());
@@ -284,7 +336,7 @@ impl Backend for Cpu {
         &self,
         cross_entropy: Out<'_, Self>,
         lse: Out<'_, Self>,
-        gradients: Option<HeadGradients<'_, Vec<f32>>>,
+        gradients: Option<HeadGradients<'_, Self>>,
         hidden: In<'_, Self>,
         table: In<'_, Self>,
         targets: In<'_, Self, u32>,
@@ -365,6 +417,10 @@ impl Backend for Cpu {
         self.kernel(trace_span!("linear"), || weights.linear(out, x, rows));
     }
 
+    fn logits(&self, out: Out<'_, Self>, x: In<'_, Self>, table: &Weights, rows: usize) {
+        self.linear_weights(out, x, table, rows);
+    }
+
     fn cache(
         &self,
         sequences: usize,
@@ -375,8 +431,14 @@ impl Backend for Cpu {
         Cache::new(sequences, capacity, heads, format)
     }
 
-    fn cached_attention(&self, out: Out<'_, Self>, cache: &mut Cache, packed: In<'_, Self>, spans: &[Span]) {
-        let (out, packed) = (out.slice(), packed.slice());
+    fn cached_attention(
+        &self,
+        out: Out<'_, Self>,
+        cache: &mut Cache,
+        packed: In<'_, Self>,
+        spans: Spans<'_, Self>,
+    ) {
+        let (out, packed, spans) = (out.slice(), packed.slice(), spans.slices());
         self.kernel(trace_span!("attention"), || cache.attend(out, packed, spans));
     }
 

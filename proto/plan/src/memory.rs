@@ -66,7 +66,8 @@ pub fn worker_memory(model: &ModelConfig, train: &TrainConfig, length: usize) ->
     let norms = model.norm_scratch(rows as usize) as u64;
     let logits = rows.min(HEAD_ROWS as u64) * model.vocab_size as u64;
     let rope = length as u64 * head;
-    let activations = 4 * (rows * per_row + norms + logits + rope);
+    // Each sequence's first position, too.
+    let activations = 4 * (rows * per_row + train.micro_batch + norms + logits + rope);
     let count = model.parameters();
     // A single micro-batch is its own sum, in place.
     let reduction = if train.micro_batches() == 1 { 0 } else { 8 * count };

@@ -11,12 +11,28 @@ use super::lines::Line;
 use super::matrix::{Matrix, Shared};
 use super::pages::Pages;
 use super::panel::{Kernel, LANES, by_kernel, place_of};
-use crate::backend::{Heads, Span};
+use crate::backend::Heads;
 use crate::error::ModelError;
 use crate::format::CacheFormat;
 
 /// Rows from which on storing is worth waking other threads.
 const SERIAL_ROWS: usize = 64;
+
+/// As [`crate::backend::Spans`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Spans<'a> {
+    pub sequences: &'a [u32],
+    pub first: &'a [u32],
+    pub length: usize,
+}
+
+impl Spans<'_> {
+    /// Sequence, position and row of the first row of each span.
+    fn iter(&self) -> impl Iterator<Item = (usize, usize, usize)> {
+        let pairs = self.sequences.iter().zip(self.first);
+        pairs.enumerate().map(|(index, (s, first))| (*s as usize, *first as usize, index * self.length))
+    }
+}
 
 /// Keys and values of one layer, for several sequences.
 #[derive(Debug)]
@@ -49,21 +65,20 @@ impl Cache {
     }
 
     /// Keeps keys and values of the packed rows of all spans, and lets their queries attend to what they may see.
-    pub(crate) fn attend(&mut self, out: &mut [f32], packed: &[f32], spans: &[Span]) {
+    pub(crate) fn attend(&mut self, out: &mut [f32], packed: &[f32], spans: Spans<'_>) {
         let width = self.heads.packed_width();
         let packed = Matrix::new(packed, packed.len() / width, width, width);
         self.store(packed, spans);
         by_kernel!(match self.format, CacheFormat { F32, F16, Bf16 }, kernel => self.attend_by(kernel, out, packed, spans));
     }
 
-    fn store(&mut self, packed: Matrix<'_>, spans: &[Span]) {
+    fn store(&mut self, packed: Matrix<'_>, spans: Spans<'_>) {
         let (heads, format, panels, head_lines) = (self.heads, self.format, self.panels, self.head_lines());
         let store = |(index, lines): (usize, &mut [Line])| {
             let (sequence, head) = (index / heads.key_value, index % heads.key_value);
-            let mut row = 0;
-            for span in spans {
-                if span.sequence == sequence {
-                    for (row, position) in (row..row + span.rows).zip(span.position..) {
+            for (own, first, row) in spans.iter() {
+                if own == sequence {
+                    for (row, position) in (row..row + spans.length).zip(first..) {
                         let key = &packed.row(row)[(heads.query + head) * heads.width..];
                         let pair = [&key[..heads.width], &key[heads.key_value_width()..][..heads.width]];
                         match format {
@@ -77,7 +92,6 @@ impl Cache {
                         }
                     }
                 }
-                row += span.rows;
             }
         };
         if packed.rows() < SERIAL_ROWS {
@@ -87,41 +101,34 @@ impl Cache {
         }
     }
 
-    fn attend_by<K: Kernel>(&self, kernel: K, out: &mut [f32], packed: Matrix<'_>, spans: &[Span]) {
+    fn attend_by<K: Kernel>(&self, kernel: K, out: &mut [f32], packed: Matrix<'_>, spans: Spans<'_>) {
         let Heads { key_value, width, .. } = self.heads;
         let (most, group) = (block_positions(self.heads), self.heads.group());
         let stride = self.heads.query_width();
         let out = Shared::new(out);
-        let blocks: usize = spans.iter().map(|span| span.rows.div_ceil(most)).sum();
+        let per_span = spans.length.div_ceil(most);
+        let blocks = spans.sequences.len() * per_span;
         let work = |index: usize| {
-            let (mut block, head, mut row) = (index / key_value, index % key_value, 0);
-            for span in spans {
-                let own = span.rows.div_ceil(most);
-                if block >= own {
-                    (block, row) = (block - own, row + span.rows);
-                    continue;
-                }
-                let skip = block * most;
-                let positions = most.min(span.rows - skip);
-                let block = Block { first: span.position + skip, positions, group, first_key: 0 };
-                let lines = &self.lines[(span.sequence * key_value + head) * self.head_lines()..]
-                    [..self.head_lines()];
-                let (keys, values) = lines.split_at(self.panels.all_by_position());
-                let head_panels = KeysValues { panels: self.panels, keys, values };
-                let column = head * group * width;
-                // SAFETY: a block of rows and the heads of a group are this task's alone.
-                let mut out =
-                    unsafe { out.block((row + skip) * stride + column, positions, group * width, stride) };
-                with_scratch(|scratch| {
-                    let queries = packed.rows_of(row + skip..row + skip + positions);
-                    let rows = scratch.block_rows(block.rows(), width);
-                    block.gather(rows, queries, block.first, column, width);
-                    let visible = |row: usize| 0..block.first + row % positions + 1;
-                    scratch.attend(kernel, head_panels, block, visible, |_, _| ());
-                    block.scatter(scratch.block_rows(block.rows(), width), &mut out, block.first, 0, width);
-                });
-                return;
-            }
+            let (block, head) = (index / key_value, index % key_value);
+            let (span, skip) = (block / per_span, block % per_span * most);
+            let (sequence, row) = (spans.sequences[span] as usize, span * spans.length + skip);
+            let first = spans.first[span] as usize + skip;
+            let positions = most.min(spans.length - skip);
+            let block = Block { first, positions, group, first_key: 0 };
+            let lines = &self.lines[(sequence * key_value + head) * self.head_lines()..][..self.head_lines()];
+            let (keys, values) = lines.split_at(self.panels.all_by_position());
+            let head_panels = KeysValues { panels: self.panels, keys, values };
+            let column = head * group * width;
+            // SAFETY: a block of rows and the heads of a group are this task's alone.
+            let mut out = unsafe { out.block(row * stride + column, positions, group * width, stride) };
+            with_scratch(|scratch| {
+                let queries = packed.rows_of(row..row + positions);
+                let rows = scratch.block_rows(block.rows(), width);
+                block.gather(rows, queries, block.first, column, width);
+                let visible = |row: usize| 0..block.first + row % positions + 1;
+                scratch.attend(kernel, head_panels, block, visible, |_, _| ());
+                block.scatter(scratch.block_rows(block.rows(), width), &mut out, block.first, 0, width);
+            });
         };
         if rayon::current_num_threads() == 1 {
             (0..blocks * key_value).for_each(work);
@@ -181,7 +188,7 @@ mod tests {
             cache.lines.fill(Line([u32::MAX; 16]));
             for position in 0..37 {
                 let mut out = [f32::NAN; 2 * 6];
-                cache.attend(&mut out, &packed, &[Span { sequence: 0, position, rows: 1 }]);
+                cache.attend(&mut out, &packed, Spans { sequences: &[0], first: &[position], length: 1 });
                 assert!(out.iter().all(|x| (x - 0.5).abs() < 0.01), "{format:?} at {position}: {out:?}");
             }
         }

@@ -2,19 +2,19 @@
 
 use super::super::simd::LANES;
 
-/// Cosines and sines `[positions, H/2]`; row r has position `first + r % length`.
+/// Cosines and sines `[positions, H/2]`; row r has position `first[r / length] + r % length`.
 #[derive(Clone, Copy)]
 pub(crate) struct RopeTables<'a> {
     pub cos: &'a [f32],
     pub sin: &'a [f32],
-    pub first: usize,
+    pub first: &'a [u32],
     pub length: usize,
 }
 
 impl<'a> RopeTables<'a> {
     #[inline(always)]
     pub(super) fn row(&self, row: usize, half: usize) -> (&'a [f32], &'a [f32]) {
-        let at = (self.first + row % self.length) * half;
+        let at = (self.first[row / self.length] as usize + row % self.length) * half;
         (&self.cos[at..at + half], &self.sin[at..at + half])
     }
 }
