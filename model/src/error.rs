@@ -13,6 +13,14 @@ pub enum ModelError {
         /// Size of the buffer that did not fit.
         bytes: usize,
     },
+    /// A device that cannot be used.
+    #[error("GPU {ordinal} cannot be used: {problem}")]
+    Device {
+        /// Its number.
+        ordinal: usize,
+        /// Why, and what is needed.
+        problem: String,
+    },
     /// A batch that does not fit the model or its buffers.
     #[error("micro-batch refused: {0}")]
     Batch(String),
@@ -77,6 +85,7 @@ impl ModelError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::OutOfMemory { .. }
+            | Self::Device { .. }
             | Self::Batch(_)
             | Self::GradientRange { .. }
             | Self::GradientNorm { .. }

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use half::{bf16, f16};
 
 /// How the matrices of a [`crate::Model`] are kept. Norm weights are float32 in every format, and so are all sums.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum WeightFormat {
     /// 32-bit floats; 4 bytes per weight.
     #[default]

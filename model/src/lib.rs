@@ -10,6 +10,7 @@
 mod backend;
 mod batch;
 mod cpu;
+mod cuda;
 mod error;
 mod exact;
 mod format;
@@ -28,6 +29,7 @@ pub use backend::{
 };
 pub use batch::{BatchShape, LossSum, MicroBatch};
 pub use cpu::{Cpu, Memory};
+pub use cuda::Cuda;
 pub use error::ModelError;
 pub use exact::Quantum;
 pub use format::{CacheFormat, WeightFormat};

@@ -692,3 +692,9 @@ proptest! {
         }
     }
 }
+
+#[test]
+#[ignore = "needs a GPU or the emulator: .ci/run cuda"]
+fn cuda_conforms() {
+    conform(ulmus_model::Cuda::new(0).unwrap());
+}

@@ -1,0 +1,22 @@
+#!/bin/sh
+# Builds the CUDA emulator: build.sh OUT_DIR. With OUT_DIR in LD_LIBRARY_PATH, programs that load libcuda, libnvrtc and
+# libcublasLt get these, and run their kernels on the CPU (x86-64 with AVX2; kernels are compiled with g++ as well).
+set -eu
+
+out=$1
+source=$(dirname "$0")
+mkdir -p "$out/include"
+cp "$source/abi.h" "$source/device.h" "$source/intrinsics.cuh" "$out/include"
+
+library() {
+    name=$1
+    shift
+    # To another name first: a process may be using the library that is there.
+    "${CXX:-g++}" -std=c++17 -O2 -Wall -Wextra -march=x86-64-v3 -fPIC -shared -fvisibility=hidden -pthread \
+        -Wl,-z,defs -Wl,-soname,"$name" -o "$out/$name.new" "$@" -ldl
+    mv "$out/$name.new" "$out/$name"
+}
+
+library libcuda.so "$source/driver.cpp" "$source/scheduler.cpp"
+library libnvrtc.so "$source/nvrtc.cpp"
+library libcublasLt.so "$source/cublaslt.cpp"

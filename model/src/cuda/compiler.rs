@@ -1,0 +1,171 @@
+//! NVRTC: kernels compiled for the device at hand, and kept on disk for the next start.
+
+use std::ffi::{CStr, CString, c_char};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use cudarc::nvrtc::result::NvrtcError;
+use cudarc::nvrtc::sys;
+use ulmus_types::Digest;
+
+use super::program::{HEADERS, Variant};
+
+/// Bytes of shared memory that a kernel may use without asking for more.
+pub(super) const STATIC_SHARED: usize = 48 << 10;
+
+/// The compiler, for one architecture.
+#[derive(Debug)]
+pub(super) struct Compiler {
+    architecture: String,
+    version: (i32, i32),
+    /// Where cubins are kept, if there is such a place.
+    cache: Option<PathBuf>,
+}
+
+impl Compiler {
+    /// For a device of that compute capability.
+    pub(super) fn new((major, minor): (i32, i32)) -> Result<Self, String> {
+        // SAFETY: only looks whether the library can be loaded.
+        if !unsafe { sys::is_culib_present() } {
+            let found = "libnvrtc is not found; install CUDA 13's NVRTC or set LD_LIBRARY_PATH to it";
+            return Err(found.to_owned());
+        }
+        let mut version = (0, 0);
+        // SAFETY: both point to integers.
+        unsafe { sys::nvrtcVersion(&raw mut version.0, &raw mut version.1) }
+            .result()
+            .map_err(|error| format!("NVRTC does not say its version: {error}"))?;
+        Ok(Self { architecture: format!("sm_{major}{minor}"), version, cache: cache_folder() })
+    }
+
+    /// Version of NVRTC.
+    pub(super) fn version(&self) -> (i32, i32) {
+        self.version
+    }
+
+    /// The cubin of a variant: from the cache, or compiled.
+    pub(super) fn compile(&self, variant: Variant) -> Result<Vec<u8>, String> {
+        let options = self.options(variant);
+        let Some(file) = self.cache.as_ref().map(|folder| folder.join(self.key(variant, &options))) else {
+            return compile(variant, &options);
+        };
+        if let Ok(image) = fs::read(&file) {
+            return Ok(image);
+        }
+        let image = compile(variant, &options)?;
+        if let Err(error) = keep(&file, &image) {
+            tracing::debug!(file = %file.display(), %error, "a compiled kernel could not be kept");
+        }
+        Ok(image)
+    }
+
+    fn options(&self, variant: Variant) -> Vec<String> {
+        let mut options = variant.options();
+        options.push(format!("--gpu-architecture={}", self.architecture));
+        options.push("--std=c++17".to_owned());
+        options
+    }
+
+    /// Name of a cubin: all that decides its bytes.
+    fn key(&self, variant: Variant, options: &[String]) -> String {
+        let (file, source) = variant.program.source();
+        let mut text = format!("{:?} {options:?}\n{source}", self.version);
+        for (_, header) in HEADERS {
+            text.push_str(header);
+        }
+        format!("{file}-{}.cubin", Digest::of(text.as_bytes()).short())
+    }
+}
+
+/// `ULMUS_KERNEL_CACHE`, else `ulmus/kernels` in the user's folder for such things.
+fn cache_folder() -> Option<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    set("ULMUS_KERNEL_CACHE").or_else(|| {
+        let cache = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")))?;
+        Some(cache.join("ulmus/kernels"))
+    })
+}
+
+/// Writes the file whole or not at all: others may write and read it at the same time.
+fn keep(file: &Path, image: &[u8]) -> std::io::Result<()> {
+    if let Some(folder) = file.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    let own = file.with_extension(format!("{}.partial", std::process::id()));
+    fs::write(&own, image)?;
+    fs::rename(&own, file)
+}
+
+fn compile(variant: Variant, options: &[String]) -> Result<Vec<u8>, String> {
+    let (file, source) = variant.program.source();
+    tracing::debug!(file, ?options, "compiling");
+    let text = |text: &str| CString::new(text).expect("sources and options have no zero byte");
+    let (source, name) = (text(source), text(file));
+    let headers: Vec<[CString; 2]> =
+        HEADERS.iter().map(|(name, source)| [text(name), text(source)]).collect();
+    let header_names: Vec<*const c_char> = headers.iter().map(|[name, _]| name.as_ptr()).collect();
+    let header_sources: Vec<*const c_char> = headers.iter().map(|[_, source]| source.as_ptr()).collect();
+    let options: Vec<CString> = options.iter().map(|option| text(option)).collect();
+    let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
+    let failed = |error: NvrtcError| format!("NVRTC says {error}");
+
+    let mut program = std::ptr::null_mut();
+    // SAFETY: all strings end with zero and live through the call, which copies them.
+    unsafe {
+        sys::nvrtcCreateProgram(
+            &raw mut program,
+            source.as_ptr(),
+            name.as_ptr(),
+            headers.len() as i32,
+            header_sources.as_ptr(),
+            header_names.as_ptr(),
+        )
+    }
+    .result()
+    .map_err(failed)?;
+    let mut program = Program(program);
+    // SAFETY: the program was created; options as above.
+    let compiled = unsafe { sys::nvrtcCompileProgram(program.0, options.len() as i32, options.as_ptr()) };
+    if let Err(error) = compiled.result() {
+        return Err(format!("{error}\n{}", program.log()));
+    }
+    program.image().map_err(failed)
+}
+
+/// A program, destroyed at the end.
+struct Program(sys::nvrtcProgram);
+
+impl Program {
+    fn log(&self) -> String {
+        let mut bytes = 0;
+        // SAFETY: the program exists; the second call writes as many bytes as the first says.
+        unsafe {
+            if sys::nvrtcGetProgramLogSize(self.0, &raw mut bytes).result().is_err() {
+                return String::new();
+            }
+            let mut log = vec![0_u8; bytes];
+            if sys::nvrtcGetProgramLog(self.0, log.as_mut_ptr().cast()).result().is_err() {
+                return String::new();
+            }
+            CStr::from_bytes_until_nul(&log).map(|log| log.to_string_lossy().into_owned()).unwrap_or_default()
+        }
+    }
+
+    fn image(&mut self) -> Result<Vec<u8>, NvrtcError> {
+        let mut bytes = 0;
+        // SAFETY: the program is compiled; the second call writes as many bytes as the first says.
+        unsafe {
+            sys::nvrtcGetCUBINSize(self.0, &raw mut bytes).result()?;
+            let mut image = vec![0_u8; bytes];
+            sys::nvrtcGetCUBIN(self.0, image.as_mut_ptr().cast()).result()?;
+            Ok(image)
+        }
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // SAFETY: created once, destroyed once.
+        let _ = unsafe { sys::nvrtcDestroyProgram(&raw mut self.0) };
+    }
+}

@@ -1,0 +1,455 @@
+//! The driver: a device with one stream, its memory, kernels and recorded passes.
+//!
+//! Everything that a process does on a device goes through one stream and so happens in the order of the calls.
+//! A device that fails in the middle of a pass has lost what it was computing, and nothing on it can be used again: the
+//! error ends the process, with the driver's words, and the run goes on without it.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cudarc::driver::{CudaContext, DriverError, result, sys};
+
+use super::compiler::{self, Compiler};
+use super::matmul::Matmul;
+use super::program::Variant;
+use crate::error::ModelError;
+
+/// A device of this process.
+pub(super) struct Device {
+    context: Arc<CudaContext>,
+    stream: sys::CUstream,
+    name: String,
+    compiler: Compiler,
+    modules: Mutex<HashMap<Variant, Module>>,
+    matmul: Mutex<Matmul>,
+    /// What kernels need for the length of a call; grown, never given back, as recorded passes know its addresses.
+    scratch: Mutex<Vec<Raw>>,
+}
+
+// SAFETY: handles of the driver may be used from any thread that has the context bound, which every call here sees to.
+unsafe impl Send for Device {}
+// SAFETY: as above; what is changed is behind locks.
+unsafe impl Sync for Device {}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Device").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// Says what was being done when the device failed, and ends the process' use of it.
+fn must<T>(act: &str, result: Result<T, DriverError>) -> T {
+    result.unwrap_or_else(|error| {
+        panic!("the GPU failed to {act}: {error:?}; its memory is lost, so this process cannot go on")
+    })
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Number of devices; 0 without a driver.
+pub(super) fn count() -> usize {
+    // SAFETY: only looks whether the library can be loaded.
+    let present = unsafe { sys::is_culib_present() };
+    let count = || result::init().and_then(|()| result::device::get_count());
+    if present { count().map_or(0, |count| count.max(0) as usize) } else { 0 }
+}
+
+impl Device {
+    pub(super) fn open(ordinal: usize) -> Result<Arc<Self>, ModelError> {
+        let refused = |problem: String| ModelError::Device { ordinal, problem };
+        let driver = |error: DriverError| refused(format!("the driver says {error:?}"));
+        if count() == 0 {
+            return Err(refused("there is no NVIDIA driver, or it has no device".to_owned()));
+        }
+        let context = CudaContext::new(ordinal).map_err(driver)?;
+        let name = context.name().map_err(driver)?;
+        let capability = context.compute_capability().map_err(driver)?;
+        if capability < (8, 0) {
+            let (major, minor) = capability;
+            return Err(refused(format!(
+                "{name} has compute capability {major}.{minor}; 8.0 or more is needed"
+            )));
+        }
+        let compiler = Compiler::new(capability).map_err(refused)?;
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(driver)?;
+        let matmul = Mutex::new(Matmul::new(stream).map_err(refused)?);
+        let (modules, scratch) = (Mutex::default(), Mutex::default());
+        Ok(Arc::new(Self { context, stream, name, compiler, modules, matmul, scratch }))
+    }
+
+    /// Name of the device, and version of the compiler.
+    pub(super) fn describe(&self) -> String {
+        let (major, minor) = self.compiler.version();
+        format!("{}, CUDA {major}.{minor}", self.name)
+    }
+
+    fn bind(&self) {
+        must("be used by a thread", self.context.bind_to_thread());
+    }
+
+    /// Waits until everything called so far is done.
+    fn synchronise(&self) {
+        self.bind();
+        // SAFETY: the stream lives as long as the device.
+        must("finish its work", unsafe { result::stream::synchronize(self.stream) });
+    }
+
+    /// Products of matrices.
+    pub(super) fn matmul(&self) -> MutexGuard<'_, Matmul> {
+        self.bind();
+        lock(&self.matmul)
+    }
+
+    /// At least that many bytes for kernels of one call.
+    ///
+    /// # Panics
+    /// If the device has not so much.
+    pub(super) fn scratch(self: &Arc<Self>, bytes: usize) -> Address {
+        let mut scratch = lock(&self.scratch);
+        if let Some(raw) = scratch.iter().find(|raw| raw.bytes >= bytes) {
+            return Address(raw.address);
+        }
+        let raw = Raw::new(self, bytes.next_power_of_two())
+            .unwrap_or_else(|error| panic!("the GPU has no room for the scratch of a kernel: {error}"));
+        let address = Address(raw.address);
+        scratch.push(raw);
+        address
+    }
+
+    /// Starts a kernel: `blocks` of `threads`, which share `shared` bytes of memory. Arguments are those of its
+    /// definition, in number, order and size.
+    pub(super) fn launch(
+        &self,
+        variant: Variant,
+        kernel: &'static str,
+        [blocks, threads]: [[usize; 3]; 2],
+        shared: usize,
+        arguments: &mut [*mut c_void],
+    ) {
+        if blocks.contains(&0) {
+            return;
+        }
+        self.bind();
+        let function = self.function(variant, kernel, shared);
+        let dim = |[x, y, z]: [usize; 3]| (x as u32, y as u32, z as u32);
+        // SAFETY: the arguments point to values that live through the call, which copies them; addresses among them are
+        // of views that the caller borrows, and the stream's order keeps them valid until the kernel is done.
+        let result = unsafe {
+            result::launch_kernel(function, dim(blocks), dim(threads), shared as u32, self.stream, arguments)
+        };
+        if result.is_err() {
+            tracing::error!(kernel, ?blocks, ?threads, shared, "launch refused");
+        }
+        must(kernel, result);
+    }
+
+    fn function(&self, variant: Variant, kernel: &'static str, shared: usize) -> sys::CUfunction {
+        let mut modules = lock(&self.modules);
+        let module = modules.entry(variant).or_insert_with(|| {
+            let image = self
+                .compiler
+                .compile(variant)
+                .unwrap_or_else(|problem| panic!("{} does not compile: {problem}", variant.program.file()));
+            // SAFETY: the image is a whole cubin.
+            let handle = must("load a module", unsafe { result::module::load_data(image.as_ptr().cast()) });
+            Module { handle, functions: HashMap::new() }
+        });
+        *module.functions.entry(kernel).or_insert_with(|| {
+            let name = CString::new(kernel).expect("names of kernels have no zero byte");
+            // SAFETY: the module is loaded.
+            let function = must(kernel, unsafe { result::module::get_function(module.handle, name) });
+            if shared > compiler::STATIC_SHARED {
+                let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                // SAFETY: the function is loaded.
+                let set =
+                    unsafe { result::function::set_function_attribute(function, attribute, shared as i32) };
+                must(kernel, set);
+            }
+            function
+        })
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // What cannot be given back now goes with the process.
+        if self.context.bind_to_thread().is_ok() {
+            lock(&self.scratch).clear();
+            for (_, module) in lock(&self.modules).drain() {
+                // SAFETY: nothing runs any more: buffers and graphs keep the device alive.
+                let _ = unsafe { result::module::unload(module.handle) };
+            }
+            // SAFETY: as above.
+            let _ = unsafe { result::stream::destroy(self.stream) };
+        }
+    }
+}
+
+/// A compiled file of kernels.
+struct Module {
+    handle: sys::CUmodule,
+    functions: HashMap<&'static str, sys::CUfunction>,
+}
+
+/// An address on the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(transparent)]
+pub(super) struct Address(pub u64);
+
+impl Address {
+    pub(super) const NULL: Self = Self(0);
+
+    pub(super) fn add(self, bytes: usize) -> Self {
+        Self(self.0 + bytes as u64)
+    }
+}
+
+/// What a kernel takes by value.
+///
+/// # Safety
+/// The type has the layout that the kernel's definition gives it.
+pub(super) unsafe trait Argument {}
+
+// SAFETY: a pointer of 8 bytes.
+unsafe impl Argument for Address {}
+// SAFETY: `int`.
+unsafe impl Argument for i32 {}
+// SAFETY: `long long`.
+unsafe impl Argument for i64 {}
+// SAFETY: `float`.
+unsafe impl Argument for f32 {}
+// SAFETY: `double`.
+unsafe impl Argument for f64 {}
+
+/// Rows of heads, as in attention.cu.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct HeadRows {
+    /// First row of the first head of the first sequence.
+    pub base: Address,
+    /// Elements from a sequence to the next.
+    pub sequence: i64,
+    /// Elements from a head to the next.
+    pub head: i64,
+    /// Elements from a row to the next.
+    pub row: i64,
+}
+// SAFETY: a pointer and three `long long`.
+unsafe impl Argument for HeadRows {}
+
+/// Some columns of rows, as in naive.cu.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct ColumnRows {
+    /// First column of the first row.
+    pub base: Address,
+    /// Elements from a row to the next.
+    pub stride: i32,
+}
+// SAFETY: a pointer and an `int`.
+unsafe impl Argument for ColumnRows {}
+
+/// A matrix for inference, as in matvec.cu.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct MatrixData {
+    pub values: Address,
+    pub scales: Address,
+}
+// SAFETY: two pointers.
+unsafe impl Argument for MatrixData {}
+
+/// As in optimizer.cu.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct AdamWStep {
+    pub gradient_scale: f32,
+    pub decay: f32,
+    pub beta1: f32,
+    pub beta2: f32,
+    pub step_size: f32,
+    pub second_correction: f32,
+    pub epsilon: f32,
+}
+// SAFETY: seven `float`.
+unsafe impl Argument for AdamWStep {}
+
+/// Where an argument is, for the driver.
+pub(super) fn argument<T: Argument>(value: &T) -> *mut c_void {
+    std::ptr::from_ref(value).cast_mut().cast()
+}
+
+/// Memory without an owner that keeps the device.
+struct Raw {
+    address: u64,
+    bytes: usize,
+}
+
+impl Raw {
+    fn new(device: &Device, bytes: usize) -> Result<Self, ModelError> {
+        device.bind();
+        // SAFETY: the context is bound; the driver refuses 0 bytes, which an empty buffer need not have.
+        match unsafe { result::malloc_sync(bytes.max(1)) } {
+            Ok(address) => Ok(Self { address, bytes }),
+            Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                Err(ModelError::OutOfMemory { bytes })
+            }
+            Err(error) => must("give out memory", Err(error)),
+        }
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new`, freed once; freeing waits for what uses it. What fails goes with the process.
+        let _ = unsafe { result::free_sync(self.address) };
+    }
+}
+
+/// Memory of a device.
+pub(super) struct Memory {
+    // Before the device, whose context it needs.
+    raw: Raw,
+    device: Arc<Device>,
+}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Memory").field("bytes", &self.raw.bytes).finish_non_exhaustive()
+    }
+}
+
+impl Memory {
+    /// That many bytes of 0.
+    pub(super) fn zeroed(device: &Arc<Device>, bytes: usize) -> Result<Self, ModelError> {
+        let raw = Raw::new(device, bytes)?;
+        device.fill_zero(Address(raw.address), bytes);
+        Ok(Self { raw, device: Arc::clone(device) })
+    }
+
+    pub(super) fn address(&self) -> Address {
+        Address(self.raw.address)
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // The context may be bound to another thread; `Raw` frees next.
+        let _ = self.device.context.bind_to_thread();
+    }
+}
+
+impl Device {
+    /// Makes bytes 0.
+    pub(super) fn fill_zero(&self, to: Address, bytes: usize) {
+        if bytes > 0 {
+            self.bind();
+            // SAFETY: the caller owns these bytes of the device.
+            must("clear memory", unsafe { result::memset_d8_async(to.0, 0, bytes, self.stream) });
+        }
+    }
+
+    /// Copies from the host; the data may change as soon as this returns.
+    pub(super) fn upload<T: bytemuck::Pod>(&self, to: Address, from: &[T]) {
+        if !from.is_empty() {
+            self.bind();
+            // SAFETY: the caller owns as many bytes of the device. Pageable memory is read before the driver returns.
+            must("copy to it", unsafe { result::memcpy_htod_async(to.0, from, self.stream) });
+        }
+    }
+
+    /// Copies to the host, after everything called so far.
+    pub(super) fn download<T: bytemuck::Pod>(&self, from: Address, to: &mut [T]) {
+        if !to.is_empty() {
+            self.bind();
+            // SAFETY: the caller owns as many bytes of the device; `to` is waited for below.
+            must("copy from it", unsafe { result::memcpy_dtoh_async(to, from.0, self.stream) });
+            self.synchronise();
+        }
+    }
+}
+
+/// A pass that is done the first time, recorded the second time, and replayed from then on: what its kernels need once
+/// (modules, algorithms, scratch) is there before it is recorded.
+#[derive(Debug, Default)]
+pub struct Graph(State);
+
+#[derive(Default)]
+enum State {
+    #[default]
+    New,
+    Warm,
+    Recorded {
+        graph: sys::CUgraphExec,
+        device: Arc<Device>,
+    },
+}
+
+// SAFETY: as for `Device`; a graph is launched through `&mut`.
+unsafe impl Send for State {}
+// SAFETY: as above.
+unsafe impl Sync for State {}
+
+impl fmt::Debug for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::New => "New",
+            Self::Warm => "Warm",
+            Self::Recorded { .. } => "Recorded",
+        })
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        if let Self::Recorded { graph, device } = self {
+            device.synchronise();
+            // SAFETY: recorded once, destroyed once, and done.
+            let _ = unsafe { result::graph::exec_destroy(*graph) };
+        }
+    }
+}
+
+impl Graph {
+    /// See [`crate::Backend::replay`].
+    pub(super) fn replay(&mut self, device: &Arc<Device>, work: impl FnOnce()) {
+        device.bind();
+        match self.0 {
+            State::New => {
+                work();
+                self.0 = State::Warm;
+                return;
+            }
+            State::Warm => {
+                self.0 = State::Recorded { graph: device.record(work), device: Arc::clone(device) };
+            }
+            State::Recorded { .. } => {}
+        }
+        if let State::Recorded { graph, .. } = &self.0 {
+            // SAFETY: recorded on this device; the buffers it names belong to the caller of the same views.
+            must("replay a pass", unsafe { result::graph::launch(*graph, device.stream) });
+        }
+    }
+}
+
+impl Device {
+    fn record(&self, work: impl FnOnce()) -> sys::CUgraphExec {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is this device's, and captures nothing yet.
+        must("begin to record a pass", unsafe { result::stream::begin_capture(self.stream, mode) });
+        work();
+        // SAFETY: begun above.
+        let graph = must("record a pass", unsafe { result::stream::end_capture(self.stream) });
+        let flags = sys::CUgraphInstantiate_flags(0);
+        // SAFETY: the graph is whole; it is not needed once it is instantiated.
+        unsafe {
+            let ready = must("prepare a pass", result::graph::instantiate(graph, flags));
+            must("forget a recording", result::graph::destroy(graph));
+            ready
+        }
+    }
+}

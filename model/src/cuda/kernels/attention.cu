@@ -1,0 +1,428 @@
+// Causal attention with grouped queries in bfloat16 on tensor cores, forward and backward: FlashAttention-2 (Dao 2023),
+// cut so that no sum depends on timing. The scores of a block of queries and a block of keys exist only in registers.
+//
+// A warp has TILES tiles of 16 rows: of queries in the forward and in the gradient of queries, of keys in the gradient
+// of keys and values. Where rows are queries, columns are keys, and the other way round. Blocks of columns pass through
+// shared memory, the next one while the warps work on one.
+//
+// HEAD: width of a head, 64 or 128. TILES, WARPS: shape of a block of rows. COLUMNS: columns in shared memory at a time.
+#include "common.cuh"
+
+constexpr int THREADS = WARPS * WARP;
+constexpr int ROWS = WARPS * TILES * 16;
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LN_2 = 0.6931471805599453f;
+
+// Rows of heads: row r of sequence s and head h begins at base + s * sequence + h * head + r * row.
+struct Heads {
+    bf16 *base;
+    long long sequence, head, row;
+
+    DEVICE bf16 *at(int s, int h) const { return base + s * sequence + h * head; }
+};
+
+// Tiles [rows, HEAD] in shared memory. Chunks of 8 numbers are swapped about within a row, so that the same chunk of 8
+// rows lies in 8 different banks.
+DEVICE bf16 *chunk(bf16 *tile, int row, int index) { return tile + row * HEAD + ((index ^ (row & 7)) * 8); }
+
+// Begins to load rows first..first + count; those from `limit` on become 0.
+template <int COUNT>
+DEVICE void load_rows(bf16 *tile, const bf16 *rows, long long stride, int first, int limit) {
+    constexpr int CHUNKS = HEAD / 8;
+    static_assert(COUNT * CHUNKS % THREADS == 0, "every thread has as many chunks");
+#pragma unroll
+    for (int i = 0; i < COUNT * CHUNKS / THREADS; i++) {
+        int at = i * THREADS + threadIdx.x, row = at / CHUNKS, index = at % CHUNKS;
+        bool valid = first + row < limit;
+        const bf16 *from = rows + (valid ? (long long)(first + row) * stride + index * 8 : 0);
+        copy_async(chunk(tile, row, index), from, valid);
+    }
+}
+
+// The left operand [16, 16] at row `row`, column 16 * step of a tile.
+DEVICE void load_left(unsigned (&a)[4], bf16 *tile, int row, int step) {
+    int lane = threadIdx.x % WARP;
+    load_tiles(a, chunk(tile, row + lane % 16, step * 2 + lane / 16));
+}
+
+// acc += left . right^T for each tile of 16 rows, where rows of `right` are the columns of the result.
+template <int M, int N, class Left>
+DEVICE void multiply_rows(float (&acc)[M][N / 8][4], Left left, bf16 *right) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int step = 0; step < HEAD / 16; step++) {
+        unsigned a[M][4];
+#pragma unroll
+        for (int m = 0; m < M; m++) left(a[m], m, step);
+#pragma unroll
+        for (int n = 0; n < N / 16; n++) {
+            unsigned b[4];
+            load_tiles(b, chunk(right, n * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma_bf16(acc[m][2 * n], a[m], {b[0], b[1]});
+                mma_bf16(acc[m][2 * n + 1], a[m], {b[2], b[3]});
+            }
+        }
+    }
+}
+
+// acc += left . right for each tile of 16 rows, where `left` [16, K] are results of another product, rounded.
+template <int M, int K>
+DEVICE void multiply_columns(float (&acc)[M][HEAD / 8][4], const float (&left)[M][K / 8][4], bf16 *right) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int step = 0; step < K / 16; step++) {
+        unsigned a[M][4];
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            const float(&low)[4] = left[m][2 * step], (&high)[4] = left[m][2 * step + 1];
+            a[m][0] = bf16x2_from_floats(low[0], low[1]);
+            a[m][1] = bf16x2_from_floats(low[2], low[3]);
+            a[m][2] = bf16x2_from_floats(high[0], high[1]);
+            a[m][3] = bf16x2_from_floats(high[2], high[3]);
+        }
+#pragma unroll
+        for (int n = 0; n < HEAD / 16; n++) {
+            unsigned b[4];
+            load_tiles_transposed(b, chunk(right, step * 16 + lane % 16, n * 2 + lane / 16));
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma_bf16(acc[m][2 * n], a[m], {b[0], b[1]});
+                mma_bf16(acc[m][2 * n + 1], a[m], {b[2], b[3]});
+            }
+        }
+    }
+}
+
+template <int M, int N>
+DEVICE void clear(float (&acc)[M][N][4]) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) acc[m][n][i] = 0;
+}
+
+// Where this thread's results are in a tile of 16 rows: rows row(0) and row(1); columns 8 n + column and the next.
+DEVICE int own_row(int half) { return threadIdx.x % WARP / 4 + 8 * half; }
+DEVICE int own_column() { return threadIdx.x % 4 * 2; }
+
+// Writes this thread's part of rows [16, HEAD], each row times its factor.
+DEVICE void store_rows(bf16 *rows, long long stride, int first, int limit, const float (&acc)[HEAD / 8][4],
+                       float factor_low, float factor_high) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int row = first + own_row(half);
+        float factor = half ? factor_high : factor_low;
+        if (row < limit)
+#pragma unroll
+            for (int n = 0; n < HEAD / 8; n++) {
+                unsigned pair = bf16x2_from_floats(acc[n][2 * half] * factor, acc[n][2 * half + 1] * factor);
+                *reinterpret_cast<unsigned *>(rows + row * stride + n * 8 + own_column()) = pair;
+            }
+    }
+}
+
+// Output and logsumexp of the scaled scores. The keys of span s are those of sequence sequences[s] (s, if null) up to
+// position first[s] + length (first[s] is 0, if null), and its queries the last `length` of them. A query sees keys from
+// doc_starts[its row] on (from 0, if null) to its own position. Grid (blocks of queries, heads, spans).
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attention(Heads out, float *lse, Heads queries, Heads keys, Heads values, const unsigned *doc_starts,
+              const unsigned *sequences, const unsigned *first, int length, int group, float scale) {
+    DYNAMIC_SHARED(shared);
+    bf16 *query_tile = reinterpret_cast<bf16 *>(shared);
+    bf16 *key_tiles = query_tile + ROWS * HEAD, *value_tiles = key_tiles + 2 * COLUMNS * HEAD;
+    // The blocks with most keys begin first.
+    int block = gridDim.x - 1 - blockIdx.x, head = blockIdx.y, span = blockIdx.z;
+    int sequence = sequences ? sequences[span] : span;
+    int offset = first ? first[span] : 0;
+    int begin = block * ROWS, end = min(length, begin + ROWS);
+    const bf16 *key = keys.at(sequence, head / group), *value = values.at(sequence, head / group);
+    const unsigned *starts = doc_starts ? doc_starts + (long long)span * length : 0;
+    int first_key = starts ? starts[begin] / COLUMNS * COLUMNS : 0;
+    int last_start = starts ? starts[end - 1] : 0;
+    int limit = offset + end;
+    int warp_row = threadIdx.x / WARP * TILES * 16;
+
+    load_rows<ROWS>(query_tile, queries.at(span, head), queries.row, begin, length);
+    load_rows<COLUMNS>(key_tiles, key, keys.row, first_key, limit);
+    load_rows<COLUMNS>(value_tiles, value, values.row, first_key, limit);
+    copy_async_commit();
+
+    unsigned query[TILES][HEAD / 16][4];
+    float acc[TILES][HEAD / 8][4], most[TILES][2], sum[TILES][2];
+    clear(acc);
+    int start[TILES][2];
+#pragma unroll
+    for (int m = 0; m < TILES; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            most[m][half] = negative_infinity();
+            sum[m][half] = 0;
+            int row = begin + warp_row + m * 16 + own_row(half);
+            start[m][half] = starts ? starts[min(row, length - 1)] : 0;
+        }
+    float scale_log2 = scale * LOG2_E;
+    for (int key_begin = first_key, stage = 0; key_begin < limit; key_begin += COLUMNS, stage ^= 1) {
+        copy_async_wait<0>();
+        // All have the block, and have left the one before, whose place the next one takes.
+        __syncthreads();
+        if (key_begin == first_key)
+#pragma unroll
+            for (int m = 0; m < TILES; m++)
+#pragma unroll
+                for (int step = 0; step < HEAD / 16; step++)
+                    load_left(query[m][step], query_tile, warp_row + m * 16, step);
+        int next = key_begin + COLUMNS;
+        if (next < limit) {
+            load_rows<COLUMNS>(key_tiles + (stage ^ 1) * COLUMNS * HEAD, key, keys.row, next, limit);
+            load_rows<COLUMNS>(value_tiles + (stage ^ 1) * COLUMNS * HEAD, value, values.row, next, limit);
+        }
+        copy_async_commit();
+
+        float scores[TILES][COLUMNS / 8][4];
+        clear(scores);
+        auto left = [&](unsigned(&a)[4], int m, int step) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) a[i] = query[m][step][i];
+        };
+        multiply_rows<TILES, COLUMNS>(scores, left, key_tiles + stage * COLUMNS * HEAD);
+        bool all_visible = next <= offset + begin + 1 && key_begin >= last_start;
+#pragma unroll
+        for (int m = 0; m < TILES; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int position = offset + begin + warp_row + m * 16 + own_row(half);
+                float greatest = most[m][half];
+#pragma unroll
+                for (int n = 0; n < COLUMNS / 8; n++)
+#pragma unroll
+                    for (int i = 2 * half; i < 2 * half + 2; i++) {
+                        int at = key_begin + n * 8 + own_column() + i % 2;
+                        if (!all_visible && (at > position || at < start[m][half])) scores[m][n][i] = negative_infinity();
+                        greatest = fmaxf(greatest, scores[m][n][i]);
+                    }
+                greatest = lanes_max<4>(greatest);
+                // A row that has seen no key yet.
+                float shift = greatest == negative_infinity() ? 0 : greatest * scale_log2;
+                float factor = exp2_fast(most[m][half] * scale_log2 - shift);
+                float total = 0;
+#pragma unroll
+                for (int n = 0; n < COLUMNS / 8; n++)
+#pragma unroll
+                    for (int i = 2 * half; i < 2 * half + 2; i++) {
+                        scores[m][n][i] = exp2_fast(fmaf(scores[m][n][i], scale_log2, -shift));
+                        total += scores[m][n][i];
+                    }
+                sum[m][half] = sum[m][half] * factor + total;
+                most[m][half] = greatest;
+#pragma unroll
+                for (int n = 0; n < HEAD / 8; n++)
+#pragma unroll
+                    for (int i = 2 * half; i < 2 * half + 2; i++) acc[m][n][i] *= factor;
+            }
+        multiply_columns<TILES, COLUMNS>(acc, scores, value_tiles + stage * COLUMNS * HEAD);
+    }
+
+#pragma unroll
+    for (int m = 0; m < TILES; m++) {
+        float factors[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float total = lanes_sum<4>(sum[m][half]);
+            factors[half] = 1.0f / total;
+            int row = begin + warp_row + m * 16 + own_row(half);
+            if (lse && row < length && threadIdx.x % 4 == 0)
+                lse[((long long)span * gridDim.y + head) * length + row] = most[m][half] * scale + log2f(total) * LN_2;
+        }
+        store_rows(out.at(span, head), out.row, begin + warp_row + m * 16, length, acc[m], factors[0], factors[1]);
+    }
+}
+
+// The sum over each head of out * gradient, [sequences, heads, length]; 8 lanes per head. Grid (blocks of rows, heads,
+// sequences).
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attention_delta(float *delta, Heads out, Heads gradient, int length) {
+    int row = blockIdx.x * (THREADS / 8) + threadIdx.x / 8;
+    float sum = 0;
+    if (row < length)
+        for (int column = threadIdx.x % 8 * 8; column < HEAD; column += 64) {
+            float a[8], b[8];
+            load(a, out.at(blockIdx.z, blockIdx.y) + row * out.row + column);
+            load(b, gradient.at(blockIdx.z, blockIdx.y) + row * gradient.row + column);
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum += a[i] * b[i];
+        }
+    sum = lanes_sum<8>(sum);
+    if (row < length && threadIdx.x % 8 == 0)
+        delta[((long long)blockIdx.z * gridDim.y + blockIdx.y) * length + row] = sum;
+}
+
+// Probability of a score, and what its gradient is: p (dp - delta).
+DEVICE float probability(float score, float scale_log2, float lse) {
+    return exp2_fast(fmaf(score, scale_log2, -lse * LOG2_E));
+}
+
+// The gradient of the queries. Grid (blocks of queries, heads, sequences).
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attention_backward_queries(Heads query_gradient, Heads gradient, const float *lse, const float *delta,
+                               Heads queries, Heads keys, Heads values, const unsigned *doc_starts, int length,
+                               int group, float scale) {
+    DYNAMIC_SHARED(shared);
+    bf16 *query_tile = reinterpret_cast<bf16 *>(shared), *gradient_tile = query_tile + ROWS * HEAD;
+    bf16 *key_tiles = gradient_tile + ROWS * HEAD, *value_tiles = key_tiles + 2 * COLUMNS * HEAD;
+    int block = gridDim.x - 1 - blockIdx.x, head = blockIdx.y, sequence = blockIdx.z;
+    int begin = block * ROWS, end = min(length, begin + ROWS);
+    const bf16 *key = keys.at(sequence, head / group), *value = values.at(sequence, head / group);
+    const unsigned *starts = doc_starts + (long long)sequence * length;
+    int first_key = starts[begin] / COLUMNS * COLUMNS, last_start = starts[end - 1];
+    int warp_row = threadIdx.x / WARP * TILES * 16;
+
+    load_rows<ROWS>(query_tile, queries.at(sequence, head), queries.row, begin, length);
+    load_rows<ROWS>(gradient_tile, gradient.at(sequence, head), gradient.row, begin, length);
+    load_rows<COLUMNS>(key_tiles, key, keys.row, first_key, end);
+    load_rows<COLUMNS>(value_tiles, value, values.row, first_key, end);
+    copy_async_commit();
+
+    long long of_head = ((long long)sequence * gridDim.y + head) * length;
+    float acc[TILES][HEAD / 8][4], row_lse[TILES][2], row_delta[TILES][2];
+    int start[TILES][2];
+    clear(acc);
+#pragma unroll
+    for (int m = 0; m < TILES; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int row = min(begin + warp_row + m * 16 + own_row(half), length - 1);
+            row_lse[m][half] = lse[of_head + row];
+            row_delta[m][half] = delta[of_head + row];
+            start[m][half] = starts[row];
+        }
+    float scale_log2 = scale * LOG2_E;
+    for (int key_begin = first_key, stage = 0; key_begin < end; key_begin += COLUMNS, stage ^= 1) {
+        copy_async_wait<0>();
+        __syncthreads();
+        int next = key_begin + COLUMNS;
+        if (next < end) {
+            load_rows<COLUMNS>(key_tiles + (stage ^ 1) * COLUMNS * HEAD, key, keys.row, next, end);
+            load_rows<COLUMNS>(value_tiles + (stage ^ 1) * COLUMNS * HEAD, value, values.row, next, end);
+        }
+        copy_async_commit();
+
+        bf16 *own_keys = key_tiles + stage * COLUMNS * HEAD, *own_values = value_tiles + stage * COLUMNS * HEAD;
+        float scores[TILES][COLUMNS / 8][4], slopes[TILES][COLUMNS / 8][4];
+        clear(scores);
+        clear(slopes);
+        multiply_rows<TILES, COLUMNS>(
+            scores,
+            [&](unsigned(&a)[4], int m, int step) { load_left(a, query_tile, warp_row + m * 16, step); }, own_keys);
+        multiply_rows<TILES, COLUMNS>(
+            slopes,
+            [&](unsigned(&a)[4], int m, int step) { load_left(a, gradient_tile, warp_row + m * 16, step); },
+            own_values);
+        bool all_visible = next <= begin + 1 && key_begin >= last_start;
+#pragma unroll
+        for (int m = 0; m < TILES; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int position = begin + warp_row + m * 16 + own_row(half);
+#pragma unroll
+                for (int n = 0; n < COLUMNS / 8; n++)
+#pragma unroll
+                    for (int i = 2 * half; i < 2 * half + 2; i++) {
+                        int at = key_begin + n * 8 + own_column() + i % 2;
+                        bool visible = all_visible || (at <= position && at >= start[m][half]);
+                        float p = probability(scores[m][n][i], scale_log2, row_lse[m][half]);
+                        slopes[m][n][i] = visible ? p * (slopes[m][n][i] - row_delta[m][half]) : 0;
+                    }
+            }
+        multiply_columns<TILES, COLUMNS>(acc, slopes, own_keys);
+    }
+#pragma unroll
+    for (int m = 0; m < TILES; m++)
+        store_rows(query_gradient.at(sequence, head), query_gradient.row, begin + warp_row + m * 16, length, acc[m],
+                   scale, scale);
+}
+
+// The gradients of keys and values: rows are keys, columns the queries of all heads of a group that may see them, one
+// head after the other. Grid (blocks of keys, key/value heads, sequences).
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attention_backward_keys(Heads key_gradient, Heads value_gradient, Heads gradient, const float *lse,
+                            const float *delta, Heads queries, Heads keys, Heads values, const unsigned *doc_starts,
+                            int length, int group, float scale) {
+    DYNAMIC_SHARED(shared);
+    bf16 *key_tile = reinterpret_cast<bf16 *>(shared), *value_tile = key_tile + ROWS * HEAD;
+    bf16 *query_tiles = value_tile + ROWS * HEAD, *gradient_tiles = query_tiles + 2 * COLUMNS * HEAD;
+    int begin = blockIdx.x * ROWS, end = min(length, begin + ROWS), head = blockIdx.y, sequence = blockIdx.z;
+    const unsigned *starts = doc_starts + (long long)sequence * length;
+    int first_query = begin / COLUMNS * COLUMNS;
+    // Queries see none of these keys from where a document begins after the last of them.
+    int limit = length;
+    while (limit - COLUMNS > first_query && starts[(limit - 1) / COLUMNS * COLUMNS] >= end)
+        limit = (limit - 1) / COLUMNS * COLUMNS;
+    int warp_row = threadIdx.x / WARP * TILES * 16;
+    int blocks = (limit - first_query + COLUMNS - 1) / COLUMNS;
+
+    auto load_block = [&](int index) {
+        int query_head = head * group + index / blocks, at = first_query + index % blocks * COLUMNS;
+        int place = index % 2 * COLUMNS * HEAD;
+        load_rows<COLUMNS>(query_tiles + place, queries.at(sequence, query_head), queries.row, at, length);
+        load_rows<COLUMNS>(gradient_tiles + place, gradient.at(sequence, query_head), gradient.row, at, length);
+    };
+    load_rows<ROWS>(key_tile, keys.at(sequence, head), keys.row, begin, length);
+    load_rows<ROWS>(value_tile, values.at(sequence, head), values.row, begin, length);
+    load_block(0);
+    copy_async_commit();
+
+    float key_acc[TILES][HEAD / 8][4], value_acc[TILES][HEAD / 8][4];
+    clear(key_acc);
+    clear(value_acc);
+    float scale_log2 = scale * LOG2_E;
+    for (int index = 0; index < group * blocks; index++) {
+        copy_async_wait<0>();
+        __syncthreads();
+        if (index + 1 < group * blocks) load_block(index + 1);
+        copy_async_commit();
+
+        int query_begin = first_query + index % blocks * COLUMNS;
+        long long of_head = ((long long)sequence * gridDim.y * group + head * group + index / blocks) * length;
+        bf16 *own_queries = query_tiles + index % 2 * COLUMNS * HEAD;
+        bf16 *own_gradient = gradient_tiles + index % 2 * COLUMNS * HEAD;
+        float scores[TILES][COLUMNS / 8][4], slopes[TILES][COLUMNS / 8][4];
+        clear(scores);
+        clear(slopes);
+        multiply_rows<TILES, COLUMNS>(
+            scores, [&](unsigned(&a)[4], int m, int step) { load_left(a, key_tile, warp_row + m * 16, step); },
+            own_queries);
+        multiply_rows<TILES, COLUMNS>(
+            slopes, [&](unsigned(&a)[4], int m, int step) { load_left(a, value_tile, warp_row + m * 16, step); },
+            own_gradient);
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 8; n++)
+#pragma unroll
+            for (int next = 0; next < 2; next++) {
+                int position = query_begin + n * 8 + own_column() + next, row = min(position, length - 1);
+                float column_lse = lse[of_head + row], column_delta = delta[of_head + row];
+                int start = starts[row];
+#pragma unroll
+                for (int m = 0; m < TILES; m++)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        int at = begin + warp_row + m * 16 + own_row(half), i = 2 * half + next;
+                        bool visible = at <= position && at >= start && position < length;
+                        float p = visible ? probability(scores[m][n][i], scale_log2, column_lse) : 0;
+                        scores[m][n][i] = p;
+                        slopes[m][n][i] = visible ? p * (slopes[m][n][i] - column_delta) : 0;
+                    }
+            }
+        multiply_columns<TILES, COLUMNS>(value_acc, scores, own_gradient);
+        multiply_columns<TILES, COLUMNS>(key_acc, slopes, own_queries);
+    }
+#pragma unroll
+    for (int m = 0; m < TILES; m++) {
+        int row = begin + warp_row + m * 16;
+        store_rows(key_gradient.at(sequence, head), key_gradient.row, row, length, key_acc[m], scale, scale);
+        store_rows(value_gradient.at(sequence, head), value_gradient.row, row, length, value_acc[m], 1, 1);
+    }
+}

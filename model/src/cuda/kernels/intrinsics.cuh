@@ -1,0 +1,85 @@
+// What CUDA C has no word for without the toolkit's headers: number formats, tensor cores, asynchronous copies.
+//
+// The only inline PTX. The emulator (model/emulator) has a file of the same name with the same functions in plain C++.
+#pragma once
+
+#define DEVICE __device__ __forceinline__
+
+// `unsigned char name[]`: shared memory of the size that the launch asks for.
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+
+// The number nearest to `x`, ties to even, in bfloat16.
+DEVICE unsigned short bf16_from_float(float x) {
+    unsigned short bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+
+// Two numbers in bfloat16; `low` has the lower address.
+DEVICE unsigned bf16x2_from_floats(float low, float high) {
+    unsigned bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+
+// The number nearest to `x`, ties to even, in IEEE half precision.
+DEVICE unsigned short f16_from_float(float x) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+
+DEVICE float f16_to_float(unsigned short bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+}
+
+// 2^x to about 2 ulp; 0 for -infinity.
+DEVICE float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// d += a · b for tiles [16, 16], [16, 8] of bfloat16, spread over a warp as PTX says of mma.m16n8k16.
+DEVICE void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Four tiles [8, 8] of 16 bits from shared memory; lane l gives the address of row l % 8 of tile l / 8.
+DEVICE void load_tiles(unsigned (&tiles)[4], const void *row) {
+    unsigned address = (unsigned)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(tiles[0]), "=r"(tiles[1]), "=r"(tiles[2]), "=r"(tiles[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// The same, each tile transposed.
+DEVICE void load_tiles_transposed(unsigned (&tiles)[4], const void *row) {
+    unsigned address = (unsigned)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(tiles[0]), "=r"(tiles[1]), "=r"(tiles[2]), "=r"(tiles[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// Begins to copy 16 bytes from global to shared memory, or zeros if not `valid`. Both addresses are multiples of 16.
+DEVICE void copy_async(void *shared, const void *global, bool valid) {
+    unsigned address = (unsigned)__cvta_generic_to_shared(shared);
+    int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
+}
+
+// Ends a group of copies.
+DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until all but the newest `N` groups of this thread's copies are done.
+template <int N>
+DEVICE void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}

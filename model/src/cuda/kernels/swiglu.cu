@@ -1,0 +1,36 @@
+// SwiGLU: out = silu(gate) * up, where a row is all gates, then all ups.
+#include "common.cuh"
+
+DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// A thread per vector of a row; grid (vectors, rows).
+extern "C" __global__ void swiglu(act *out, const act *x, int width) {
+    int column = (blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    if (column >= width) return;
+    const act *row = x + (size_t)blockIdx.y * 2 * width + column;
+    float gate[VEC], up[VEC];
+    load(gate, row);
+    load(up, row + width);
+#pragma unroll
+    for (int i = 0; i < VEC; i++) up[i] *= gate[i] * sigmoid(gate[i]);
+    store(out + (size_t)blockIdx.y * width + column, up);
+}
+
+// Replaces gates and ups by their gradients.
+extern "C" __global__ void swiglu_backward(act *x, const act *gradient, int width) {
+    int column = (blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    if (column >= width) return;
+    act *row = x + (size_t)blockIdx.y * 2 * width + column;
+    float gate[VEC], up[VEC], upstream[VEC];
+    load(gate, row);
+    load(up, row + width);
+    load(upstream, gradient + (size_t)blockIdx.y * width + column);
+#pragma unroll
+    for (int i = 0; i < VEC; i++) {
+        float s = sigmoid(gate[i]), g = upstream[i];
+        upstream[i] = g * up[i] * s * (1.0f + gate[i] * (1.0f - s));
+        up[i] = g * gate[i] * s;
+    }
+    store(row, upstream);
+    store(row + width, up);
+}

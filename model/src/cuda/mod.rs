@@ -1,0 +1,787 @@
+//! The CUDA backend: a GPU of NVIDIA, through its driver alone.
+//!
+//! Kernels are CUDA C ([`program`] says which file is compiled how), compiled by NVRTC for the device at hand; large
+//! matrix products are cublasLt's. With [`Precision::Bf16`], activations, their gradients and a copy of the weights are
+//! in bfloat16, and sums, gradients of weights, weights and moments in f32; with [`Precision::F32`] all is f32.
+//!
+//! This module chooses kernels, their variants and their grids; it touches no memory.
+
+#[expect(unsafe_code, reason = "calls of a foreign library; see the module")]
+mod compiler;
+#[expect(unsafe_code, reason = "calls of a foreign library; see the module")]
+mod driver;
+#[expect(unsafe_code, reason = "calls of a foreign library; see the module")]
+mod matmul;
+mod norm;
+mod program;
+mod weights;
+
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+pub(crate) use driver::Graph;
+use driver::{AdamWStep, Address, Device, HeadRows, Memory};
+use matmul::{Form, Operand};
+use program::{Format, Program, Tiling, Variant};
+use tracing::trace_span;
+use ulmus_plan::Precision;
+pub(crate) use weights::{Cache, Weights};
+
+use crate::backend::{
+    Acts, ActsMut, AdamW, AttentionShape, BLOCK, Backend, Element, HeadGradients, Heads, In, LinearShape,
+    Norm, Out, Params, Rope, Spans, View, ViewMut,
+};
+use crate::error::ModelError;
+use crate::exact::Quantum;
+use crate::format::{CacheFormat, WeightFormat};
+
+/// A GPU. Results have the same bits on devices of one kind with the same libraries.
+#[derive(Debug, Clone)]
+pub struct Cuda {
+    device: Arc<Device>,
+    /// Of activations.
+    format: Format,
+}
+
+impl Cuda {
+    /// Number of GPUs that the driver shows to this process; 0 without a driver.
+    pub fn devices() -> usize {
+        driver::count()
+    }
+
+    /// The GPU of that number.
+    ///
+    /// # Errors
+    /// [`ModelError::Device`] if there is none, it is too old, or a library is missing.
+    pub fn new(ordinal: usize) -> Result<Self, ModelError> {
+        Ok(Self { device: Device::open(ordinal)?, format: Format::F32 })
+    }
+}
+
+/// Numbers on the device.
+#[derive(Debug)]
+pub struct Buffer<T> {
+    memory: Memory,
+    element: PhantomData<T>,
+}
+
+/// Activations, in the format of the backend that made them.
+#[derive(Debug)]
+pub struct Activations {
+    memory: Memory,
+    format: Format,
+}
+
+/// Weights in f32, and rounded as matrix products read them.
+#[derive(Debug)]
+pub struct Parameters {
+    values: Buffer<f32>,
+    rounded: Option<Memory>,
+}
+
+impl<T> View<'_, Buffer<T>> {
+    fn address(&self) -> Address {
+        self.buffer.memory.address().add(self.range.start * size_of::<T>())
+    }
+}
+
+impl<T> ViewMut<'_, Buffer<T>> {
+    fn address(&self) -> Address {
+        self.buffer.memory.address().add(self.range.start * size_of::<T>())
+    }
+}
+
+impl View<'_, Activations> {
+    fn address(&self) -> Address {
+        self.buffer.memory.address().add(self.range.start * self.buffer.format.bytes())
+    }
+}
+
+impl ViewMut<'_, Activations> {
+    fn address(&self) -> Address {
+        self.buffer.memory.address().add(self.range.start * self.buffer.format.bytes())
+    }
+}
+
+impl View<'_, Parameters> {
+    /// As matrix products read them.
+    fn operand(&self, stride: usize) -> Operand {
+        let (memory, format) = match &self.buffer.rounded {
+            Some(rounded) => (rounded, Format::Bf16),
+            None => (&self.buffer.values.memory, Format::F32),
+        };
+        let address = memory.address().add(self.range.start * format.bytes());
+        Operand { address, format, stride }
+    }
+}
+
+/// Calls a kernel: `launch!(cuda, program, vector, "name", blocks, threads, shared; arguments)`.
+macro_rules! launch {
+    ($cuda:expr, $program:expr, $vector:expr, $kernel:literal, $blocks:expr, $threads:expr, $shared:expr;
+     $($argument:expr),+ $(,)?) => {{
+        let variant = Variant { program: $program, activation: $cuda.format, vector: $vector };
+        $cuda.device.launch(
+            variant,
+            $kernel,
+            [$blocks, $threads],
+            $shared,
+            &mut [$(crate::cuda::driver::argument(&$argument)),+],
+        );
+    }};
+}
+use launch;
+
+/// Blocks of one dimension.
+fn line(blocks: usize) -> [usize; 3] {
+    [blocks, 1, 1]
+}
+
+/// Threads of the kernels that have one per vector.
+const THREADS: usize = 256;
+
+impl Cuda {
+    /// Activations that are loaded at once: 16 bytes of them, if all widths and addresses allow it.
+    fn vector(&self, widths: &[usize], addresses: &[Address]) -> usize {
+        let most = 16 / self.format.bytes();
+        let wide = widths.iter().all(|width| width.is_multiple_of(most))
+            && addresses.iter().all(|address| address.0.is_multiple_of(16));
+        if wide { most } else { 1 }
+    }
+
+    fn operand(&self, address: Address, stride: usize) -> Operand {
+        Operand { address, format: self.format, stride }
+    }
+
+    /// `out = Σ rows of partial`.
+    fn sum_rows(&self, out: Address, partial: Address, rows: usize, width: usize) {
+        launch!(self, Program::Sums, 1, "sum_rows", line(width.div_ceil(32)), [32, 32, 1], 0;
+            out, partial, rows as i32, width as i32);
+    }
+}
+
+/// Heads that attention.cu is made for, and how it is cut: forward, backward.
+fn tilings(head: usize) -> Option<[Tiling; 2]> {
+    match head {
+        64 => Some([Tiling { tiles: 2, warps: 4, columns: 64 }, Tiling { tiles: 1, warps: 8, columns: 64 }]),
+        128 => Some([Tiling { tiles: 1, warps: 8, columns: 64 }, Tiling { tiles: 1, warps: 8, columns: 32 }]),
+        _ => None,
+    }
+}
+
+/// Where queries, keys and values are in packed rows.
+fn packed_heads(packed: Address, heads: Heads, length: usize, format: Format) -> [HeadRows; 3] {
+    let width = heads.packed_width();
+    let at = |column: usize| HeadRows {
+        base: packed.add(column * format.bytes()),
+        sequence: (length * width) as i64,
+        head: heads.width as i64,
+        row: width as i64,
+    };
+    [at(0), at(heads.query_width()), at(heads.query_width() + heads.key_value_width())]
+}
+
+/// Where heads are in rows of queries alone.
+fn query_heads(rows: Address, heads: Heads, length: usize) -> HeadRows {
+    let width = heads.query_width();
+    HeadRows { base: rows, sequence: (length * width) as i64, head: heads.width as i64, row: width as i64 }
+}
+
+/// What scores are multiplied by.
+fn score_scale(heads: Heads) -> f32 {
+    1.0 / (heads.width as f32).sqrt()
+}
+
+/// Rows of a block of attention_any.cu.
+const ANY_ROWS: usize = 4;
+
+impl Backend for Cuda {
+    const HEAD_ROWS: usize = 4096;
+
+    type Buffer<T: Element> = Buffer<T>;
+    type Activations = Activations;
+    type Parameters = Parameters;
+    type Graph = Graph;
+    type Weights = Weights;
+    type Cache = Cache;
+
+    fn describe(&self) -> String {
+        self.device.describe()
+    }
+
+    fn with_precision(self, precision: Precision) -> Self {
+        let format = match precision {
+            Precision::F32 => Format::F32,
+            Precision::Bf16 => Format::Bf16,
+        };
+        Self { format, ..self }
+    }
+
+    fn allocate<T: Element>(&self, len: usize) -> Result<Buffer<T>, ModelError> {
+        let memory = Memory::zeroed(&self.device, len * size_of::<T>())?;
+        Ok(Buffer { memory, element: PhantomData })
+    }
+
+    fn activation_bytes(&self) -> usize {
+        self.format.bytes()
+    }
+
+    fn activations(&self, len: usize) -> Result<Activations, ModelError> {
+        let memory = Memory::zeroed(&self.device, len * self.format.bytes())?;
+        Ok(Activations { memory, format: self.format })
+    }
+
+    fn set_activations(&self, to: ActsMut<'_, Self>, from: &[f32]) {
+        assert_eq!(to.len(), from.len(), "as many numbers as places");
+        match self.format {
+            Format::F32 => self.device.upload(to.address(), from),
+            Format::Bf16 => {
+                let rounded: Vec<half::bf16> = from.iter().map(|x| half::bf16::from_f32(*x)).collect();
+                self.device.upload(to.address(), &rounded);
+            }
+            Format::F16 => unreachable!("no precision has activations of f16"),
+        }
+    }
+
+    fn read_activations(&self, from: Acts<'_, Self>, to: &mut [f32]) {
+        assert_eq!(to.len(), from.len(), "as many numbers as places");
+        match self.format {
+            Format::F32 => self.device.download(from.address(), to),
+            Format::Bf16 => {
+                let mut rounded = vec![half::bf16::ZERO; to.len()];
+                self.device.download(from.address(), &mut rounded);
+                to.iter_mut().zip(rounded).for_each(|(to, from)| *to = from.to_f32());
+            }
+            Format::F16 => unreachable!("no precision has activations of f16"),
+        }
+    }
+
+    fn parameter_bytes(&self) -> usize {
+        match self.format {
+            Format::F32 => size_of::<f32>(),
+            format => size_of::<f32>() + format.bytes(),
+        }
+    }
+
+    fn parameters(&self, len: usize) -> Result<Parameters, ModelError> {
+        let rounded = (self.format != Format::F32)
+            .then(|| Memory::zeroed(&self.device, len * self.format.bytes()))
+            .transpose()?;
+        Ok(Parameters { values: self.allocate(len)?, rounded })
+    }
+
+    fn values<'a>(&self, parameters: Params<'a, Self>) -> In<'a, Self> {
+        View::new(&parameters.buffer.values, parameters.range)
+    }
+
+    fn set_parameters(&self, to: ViewMut<'_, Parameters>, from: &[f32]) {
+        let ViewMut { buffer, range } = to;
+        let values = ViewMut::new(&mut buffer.values, range.clone()).address();
+        self.device.upload(values, from);
+        if let Some(rounded) = &buffer.rounded {
+            let rounded = rounded.address().add(range.start * self.format.bytes());
+            let vector = self.vector(&[from.len()], &[values, rounded]);
+            let blocks = line(from.len().div_ceil(THREADS * vector));
+            launch!(self, Program::Optimizer, vector, "round_values", blocks, line(THREADS), 0;
+                rounded, values, from.len() as i64);
+        }
+    }
+
+    fn upload<T: Element>(&self, to: Out<'_, Self, T>, from: &[T]) {
+        assert_eq!(to.len(), from.len(), "as many elements as places");
+        self.device.upload(to.address(), from);
+    }
+
+    fn download<T: Element>(&self, from: In<'_, Self, T>, to: &mut [T]) {
+        assert_eq!(to.len(), from.len(), "as many elements as places");
+        self.device.download(from.address(), to);
+    }
+
+    fn on_host<T: Element, R>(&self, buffer: Out<'_, Self, T>, work: impl FnOnce(&mut [T]) -> R) -> R {
+        let mut host = vec![T::zeroed(); buffer.len()];
+        self.device.download(buffer.address(), &mut host);
+        let result = work(&mut host);
+        self.device.upload(buffer.address(), &host);
+        result
+    }
+
+    fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        work()
+    }
+
+    fn replay(&self, graph: &mut Graph, work: impl FnOnce() + Send) {
+        graph.replay(&self.device, work);
+    }
+
+    fn embed(&self, out: ActsMut<'_, Self>, table: Params<'_, Self>, ids: In<'_, Self, u32>, width: usize) {
+        let _span = trace_span!("embed").entered();
+        let (out, table) = (out.address(), table.operand(width));
+        let vector = self.vector(&[width], &[out, table.address]);
+        let program = Program::Embed { table: table.format };
+        launch!(self, program, vector, "embed", line(ids.len()), line(128), 0;
+            out, table.address, ids.address(), width as i32);
+    }
+
+    fn embed_backward(
+        &self,
+        table_gradient: Out<'_, Self>,
+        gradient: Acts<'_, Self>,
+        ids: In<'_, Self, u32>,
+        width: usize,
+    ) {
+        let _span = trace_span!("embed").entered();
+        let (into, gradient) = (table_gradient.address(), gradient.address());
+        let vector = self.vector(&[width], &[into, gradient]);
+        let program = Program::Embed { table: self.format };
+        launch!(self, program, vector, "embed_backward", line(ids.len()), line(128), 0;
+            into, gradient, ids.address(), ids.len() as i32, width as i32);
+    }
+
+    fn linear(
+        &self,
+        out: ActsMut<'_, Self>,
+        x: Acts<'_, Self>,
+        weight: Params<'_, Self>,
+        shape: LinearShape,
+    ) {
+        let _span = trace_span!("linear").entered();
+        let LinearShape { rows, inputs, outputs } = shape;
+        let operands = [self.operand(x.address(), inputs), weight.operand(inputs)];
+        let out = self.operand(out.address(), outputs);
+        self.device.matmul().multiply(Form::ByRows, [rows, outputs, inputs], operands, out, false);
+    }
+
+    fn linear_backward_weight(
+        &self,
+        weight_gradient: Out<'_, Self>,
+        gradient: Acts<'_, Self>,
+        x: Acts<'_, Self>,
+        shape: LinearShape,
+    ) {
+        let _span = trace_span!("linear").entered();
+        let LinearShape { rows, inputs, outputs } = shape;
+        let operands = [self.operand(gradient.address(), outputs), self.operand(x.address(), inputs)];
+        let out = Operand { address: weight_gradient.address(), format: Format::F32, stride: inputs };
+        self.device.matmul().multiply(Form::ByColumns, [outputs, inputs, rows], operands, out, false);
+    }
+
+    fn linear_backward_input(
+        &self,
+        x_gradient: ActsMut<'_, Self>,
+        gradient: Acts<'_, Self>,
+        weight: Params<'_, Self>,
+        shape: LinearShape,
+    ) {
+        let _span = trace_span!("linear").entered();
+        let LinearShape { rows, inputs, outputs } = shape;
+        let operands = [self.operand(gradient.address(), outputs), weight.operand(inputs)];
+        let out = self.operand(x_gradient.address(), inputs);
+        self.device.matmul().multiply(Form::Plain, [rows, inputs, outputs], operands, out, false);
+    }
+
+    fn norm(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, norm: Norm<'_, Buffer<f32>>) {
+        let _span = trace_span!("norm").entered();
+        self.norm_rows(out.address(), x.address(), x.len(), &norm);
+    }
+
+    fn add_norm(
+        &self,
+        sum: ActsMut<'_, Self>,
+        out: ActsMut<'_, Self>,
+        x: Acts<'_, Self>,
+        delta: Acts<'_, Self>,
+        norm: Norm<'_, Buffer<f32>>,
+    ) {
+        let _span = trace_span!("norm").entered();
+        let len = x.len();
+        self.add_norm_rows([sum.address(), out.address()], [x.address(), delta.address()], len, &norm);
+    }
+
+    fn norm_backward(
+        &self,
+        x_gradient: ActsMut<'_, Self>,
+        weight_gradient: Out<'_, Self>,
+        gradient: Acts<'_, Self>,
+        x: Acts<'_, Self>,
+        norm: Norm<'_, Buffer<f32>>,
+        accumulate: bool,
+    ) {
+        let _span = trace_span!("norm").entered();
+        self.norm_rows_backward(
+            [x_gradient.address(), weight_gradient.address()],
+            [gradient.address(), x.address()],
+            x.len(),
+            &norm,
+            accumulate,
+        );
+    }
+
+    fn qk_norm_rope(
+        &self,
+        out: ActsMut<'_, Self>,
+        packed: Acts<'_, Self>,
+        norm: Norm<'_, Buffer<f32>>,
+        rope: Rope<'_, Self>,
+        heads: Heads,
+    ) {
+        let _span = trace_span!("qk_norm_rope").entered();
+        self.norm_heads(
+            out.address(),
+            packed.address(),
+            packed.len() / heads.packed_width(),
+            &norm,
+            &rope,
+            heads,
+        );
+    }
+
+    fn qk_norm_rope_backward(
+        &self,
+        packed: ActsMut<'_, Self>,
+        weights_gradient: Out<'_, Self>,
+        gradient: Acts<'_, Self>,
+        norm: Norm<'_, Buffer<f32>>,
+        rope: Rope<'_, Self>,
+        heads: Heads,
+    ) {
+        let _span = trace_span!("qk_norm_rope").entered();
+        let rows = gradient.len() / heads.packed_width();
+        self.norm_heads_backward(
+            [packed.address(), weights_gradient.address()],
+            gradient.address(),
+            rows,
+            &norm,
+            &rope,
+            heads,
+        );
+    }
+
+    fn attention(
+        &self,
+        out: ActsMut<'_, Self>,
+        lse: Out<'_, Self>,
+        packed: Acts<'_, Self>,
+        doc_starts: In<'_, Self, u32>,
+        shape: AttentionShape,
+    ) {
+        let _span = trace_span!("attention").entered();
+        let AttentionShape { sequences, length, heads } = shape;
+        let [queries, keys, values] = packed_heads(packed.address(), heads, length, self.format);
+        let pass = AttentionPass {
+            out: query_heads(out.address(), heads, length),
+            lse: lse.address(),
+            queries,
+            keys,
+            values,
+            cached: self.format,
+            doc_starts: doc_starts.address(),
+            sequences: Address::NULL,
+            first: Address::NULL,
+            spans: sequences,
+            length,
+            heads,
+        };
+        self.attention_pass(&pass);
+    }
+
+    fn attention_backward(
+        &self,
+        packed_gradient: ActsMut<'_, Self>,
+        gradient: Acts<'_, Self>,
+        out: Acts<'_, Self>,
+        lse: In<'_, Self>,
+        packed: Acts<'_, Self>,
+        doc_starts: In<'_, Self, u32>,
+        shape: AttentionShape,
+    ) {
+        let _span = trace_span!("attention").entered();
+        let AttentionShape { sequences, length, heads } = shape;
+        let [queries, keys, values] = packed_heads(packed.address(), heads, length, self.format);
+        let [query_gradient, key_gradient, value_gradient] =
+            packed_heads(packed_gradient.address(), heads, length, self.format);
+        let (out, gradient) =
+            (query_heads(out.address(), heads, length), query_heads(gradient.address(), heads, length));
+        let delta = self.device.scratch(sequences * length * heads.query * size_of::<f32>());
+        let (lse, doc_starts, scale) = (lse.address(), doc_starts.address(), score_scale(heads));
+        let (length_, group) = (length as i32, heads.group() as i32);
+        let grid = |rows: usize, heads: usize| [length.div_ceil(rows), heads, sequences];
+        if let Some([_, tiling]) = self.tiled(heads, &[queries, out, gradient, query_gradient]) {
+            let program = Program::Attention { head: heads.width, tiling };
+            let threads = line(tiling.warps * 32);
+            let shared = tiling.shared(heads.width, 2);
+            let rows = tiling.warps * 4;
+            launch!(self, program, 8, "attention_delta", grid(rows, heads.query), threads, 0;
+                delta, out, gradient, length_);
+            launch!(self, program, 8, "attention_backward_queries", grid(tiling.rows(), heads.query), threads, shared;
+                query_gradient, gradient, lse, delta, queries, keys, values, doc_starts, length_, group, scale);
+            launch!(self, program, 8, "attention_backward_keys", grid(tiling.rows(), heads.key_value), threads, shared;
+                key_gradient, value_gradient, gradient, lse, delta, queries, keys, values, doc_starts, length_,
+                group, scale);
+        } else {
+            let program = Program::AttentionAny { head: heads.width, cached: self.format };
+            let threads = line(ANY_ROWS * 32);
+            launch!(self, program, 1, "attention_backward_queries", grid(ANY_ROWS, heads.query), threads, 0;
+                query_gradient, delta, out, gradient, lse, queries, keys, values, doc_starts, length_, group, scale);
+            launch!(self, program, 1, "attention_backward_keys", grid(ANY_ROWS, heads.key_value), threads, 0;
+                key_gradient, value_gradient, delta, gradient, lse, queries, keys, values, doc_starts, length_,
+                group, scale);
+        }
+    }
+
+    fn swiglu(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, width: usize) {
+        let _span = trace_span!("swiglu").entered();
+        let rows = out.len() / width;
+        let (out, x) = (out.address(), x.address());
+        let vector = self.vector(&[width], &[out, x]);
+        let blocks = [width.div_ceil(THREADS * vector), rows, 1];
+        launch!(self, Program::Swiglu, vector, "swiglu", blocks, line(THREADS), 0; out, x, width as i32);
+    }
+
+    fn swiglu_backward(&self, x: ActsMut<'_, Self>, gradient: Acts<'_, Self>, width: usize) {
+        let _span = trace_span!("swiglu").entered();
+        let rows = gradient.len() / width;
+        let (x, gradient) = (x.address(), gradient.address());
+        let vector = self.vector(&[width], &[x, gradient]);
+        let blocks = [width.div_ceil(THREADS * vector), rows, 1];
+        launch!(self, Program::Swiglu, vector, "swiglu_backward", blocks, line(THREADS), 0;
+            x, gradient, width as i32);
+    }
+
+    fn head_loss(
+        &self,
+        cross_entropy: Out<'_, Self>,
+        lse: Out<'_, Self>,
+        gradients: Option<HeadGradients<'_, Self>>,
+        hidden: Acts<'_, Self>,
+        table: Params<'_, Self>,
+        targets: In<'_, Self, u32>,
+        logits: Out<'_, Self>,
+        shape: LinearShape,
+    ) {
+        let _span = trace_span!("head_loss").entered();
+        let LinearShape { rows, inputs, outputs } = shape;
+        let chunk = logits.len() / outputs;
+        let table = table.operand(inputs);
+        let logits = Operand { address: logits.address(), format: Format::F32, stride: outputs };
+        let gradients = gradients.map(|g| (g.hidden.address(), g.table.address(), g.z_loss));
+        for start in (0..rows).step_by(chunk) {
+            let rows = chunk.min(rows - start);
+            let of_activations = |address: Address| address.add(start * inputs * self.format.bytes());
+            let of_rows = |address: Address| address.add(start * size_of::<f32>());
+            let hidden = self.operand(of_activations(hidden.address()), inputs);
+            let (losses, lse) = (of_rows(cross_entropy.address()), of_rows(lse.address()));
+            let targets = of_rows(targets.address());
+            self.device.matmul().multiply(
+                Form::ByRows,
+                [rows, outputs, inputs],
+                [hidden, table],
+                logits,
+                false,
+            );
+            let Some((hidden_gradient, table_gradient, z_loss)) = gradients else {
+                self.loss_of_rows(losses, lse, logits.address, targets, rows, outputs);
+                continue;
+            };
+            let vector = if outputs.is_multiple_of(4) { 4 } else { 1 };
+            launch!(self, Program::Loss, vector, "loss_backward", line(rows), line(512), 0;
+                losses, lse, logits.address, targets, outputs as i32, z_loss);
+            // A row of gradients is as far from the next as rows of logits are.
+            let stride = outputs * size_of::<f32>() / self.format.bytes();
+            let slopes = self.operand(logits.address, stride);
+            let hidden_gradient = self.operand(of_activations(hidden_gradient), inputs);
+            let table_gradient = Operand { address: table_gradient, format: Format::F32, stride: inputs };
+            let mut matmul = self.device.matmul();
+            matmul.multiply(Form::Plain, [rows, inputs, outputs], [slopes, table], hidden_gradient, false);
+            matmul.multiply(
+                Form::ByColumns,
+                [outputs, inputs, rows],
+                [slopes, hidden],
+                table_gradient,
+                start > 0,
+            );
+        }
+    }
+
+    fn adamw(
+        &self,
+        weights: ViewMut<'_, Parameters>,
+        first: Out<'_, Self>,
+        second: Out<'_, Self>,
+        gradient: In<'_, Self>,
+        step: AdamW,
+    ) {
+        let _span = trace_span!("adamw").entered();
+        let ViewMut { buffer, range } = weights;
+        let len = range.len();
+        let values = View::new(&buffer.values, range.clone()).address();
+        let rounded = buffer
+            .rounded
+            .as_ref()
+            .map_or(Address::NULL, |rounded| rounded.address().add(range.start * self.format.bytes()));
+        let (first, second, gradient) = (first.address(), second.address(), gradient.address());
+        let vector = self.vector(&[len], &[values, rounded, first, second, gradient]);
+        let AdamW { gradient_scale, decay, beta1, beta2, step_size, second_correction, epsilon } = step;
+        let step = AdamWStep { gradient_scale, decay, beta1, beta2, step_size, second_correction, epsilon };
+        let blocks = line(len.div_ceil(THREADS * vector));
+        launch!(self, Program::Optimizer, vector, "adamw", blocks, line(THREADS), 0;
+            values, rounded, first, second, gradient, len as i64, step);
+    }
+
+    fn block_squares(&self, sums: &mut [f64], x: In<'_, Self>) {
+        let _span = trace_span!("block_squares").entered();
+        let on_device = self.device.scratch(size_of_val(sums));
+        launch!(self, Program::Optimizer, 1, "block_squares", line(sums.len()), line(THREADS), 0;
+            on_device, x.address(), x.len() as i64, BLOCK as i32);
+        self.device.download(on_device, sums);
+    }
+
+    fn quantise_add(&self, sums: Out<'_, Self, i64>, gradient: In<'_, Self>, quantum: &Quantum) -> bool {
+        let _span = trace_span!("quantise").entered();
+        let (len, blocks) = (gradient.len() as i64, line(gradient.len().div_ceil(THREADS)));
+        self.all_inside(|outside| {
+            launch!(self, Program::Optimizer, 1, "quantise_add", blocks, line(THREADS), 0;
+                sums.address(), outside, gradient.address(), len, 1.0 / quantum.value(), quantum.limit());
+        })
+    }
+
+    fn in_range(&self, gradient: In<'_, Self>, quantum: &Quantum) -> bool {
+        let _span = trace_span!("quantise").entered();
+        let (len, blocks) = (gradient.len() as i64, line(gradient.len().div_ceil(THREADS)));
+        self.all_inside(|outside| {
+            launch!(self, Program::Optimizer, 1, "in_range", blocks, line(THREADS), 0;
+                outside, gradient.address(), len, quantum.limit());
+        })
+    }
+
+    fn quantise_mean(&self, gradient: Out<'_, Self>, quantum: &Quantum, scale: f64) {
+        let _span = trace_span!("quantise").entered();
+        let (len, blocks) = (gradient.len() as i64, line(gradient.len().div_ceil(THREADS)));
+        launch!(self, Program::Optimizer, 1, "quantise_mean", blocks, line(THREADS), 0;
+            gradient.address(), len, 1.0 / quantum.value(), scale);
+    }
+
+    fn dequantise(&self, mean: Out<'_, Self>, sums: In<'_, Self, i64>, scale: f64) {
+        let _span = trace_span!("quantise").entered();
+        let (len, blocks) = (sums.len() as i64, line(sums.len().div_ceil(THREADS)));
+        launch!(self, Program::Optimizer, 1, "dequantise", blocks, line(THREADS), 0;
+            mean.address(), sums.address(), len, scale);
+    }
+
+    fn weights(&self, values: &[f32], outputs: usize, format: WeightFormat) -> Result<Weights, ModelError> {
+        Weights::new(&self.device, values, outputs, format)
+    }
+
+    fn embed_weights(&self, out: ActsMut<'_, Self>, table: &Weights, ids: In<'_, Self, u32>) {
+        let _span = trace_span!("embed").entered();
+        self.embed_rows(out.address(), table, ids.address(), ids.len());
+    }
+
+    fn linear_weights(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, weights: &Weights, rows: usize) {
+        let _span = trace_span!("linear").entered();
+        self.times_weights(out.address(), self.format, x.address(), weights, rows);
+    }
+
+    fn logits(&self, out: Out<'_, Self>, x: Acts<'_, Self>, table: &Weights, rows: usize) {
+        let _span = trace_span!("linear").entered();
+        self.times_weights(out.address(), Format::F32, x.address(), table, rows);
+    }
+
+    fn cache(
+        &self,
+        sequences: usize,
+        capacity: usize,
+        heads: Heads,
+        format: CacheFormat,
+    ) -> Result<Cache, ModelError> {
+        Cache::new(&self.device, sequences, capacity, heads, format.into())
+    }
+
+    fn cached_attention(
+        &self,
+        out: ActsMut<'_, Self>,
+        cache: &mut Cache,
+        packed: Acts<'_, Self>,
+        spans: Spans<'_, Self>,
+    ) {
+        let _span = trace_span!("attention").entered();
+        self.attend_cached(out.address(), cache, packed.address(), &spans);
+    }
+
+    fn cross_entropy(&self, out: Out<'_, Self>, logits: Out<'_, Self>, targets: In<'_, Self, u32>) {
+        let _span = trace_span!("cross_entropy").entered();
+        let (rows, vocabulary) = (targets.len(), logits.len() / targets.len().max(1));
+        let (out, logits, targets) = (out.address(), logits.address(), targets.address());
+        self.loss_of_rows(out, Address::NULL, logits, targets, rows, vocabulary);
+    }
+}
+
+/// One forward of attention, over packed rows or over what is cached.
+struct AttentionPass {
+    out: HeadRows,
+    lse: Address,
+    queries: HeadRows,
+    keys: HeadRows,
+    values: HeadRows,
+    /// Format of keys and values.
+    cached: Format,
+    doc_starts: Address,
+    sequences: Address,
+    first: Address,
+    spans: usize,
+    length: usize,
+    heads: Heads,
+}
+
+impl Cuda {
+    /// How attention.cu is cut for such heads, if it is for them: bfloat16 in rows that begin at multiples of 16 bytes.
+    fn tiled(&self, heads: Heads, rows: &[HeadRows]) -> Option<[Tiling; 2]> {
+        let aligned = |rows: &HeadRows| {
+            let strides = [rows.sequence, rows.head, rows.row];
+            rows.base.0.is_multiple_of(16) && strides.iter().all(|stride| stride % 8 == 0)
+        };
+        if self.format == Format::Bf16 && rows.iter().all(aligned) { tilings(heads.width) } else { None }
+    }
+
+    fn attention_pass(&self, pass: &AttentionPass) {
+        let AttentionPass { out, lse, queries, keys, values, cached, .. } = *pass;
+        let AttentionPass { doc_starts, sequences, first, spans, length, heads, .. } = *pass;
+        let (length_, group, scale) = (length as i32, heads.group() as i32, score_scale(heads));
+        let grid = |rows: usize| [length.div_ceil(rows), heads.query, spans];
+        match self.tiled(heads, &[out, queries, keys, values]) {
+            Some([tiling, _]) if cached == Format::Bf16 => {
+                let program = Program::Attention { head: heads.width, tiling };
+                let shared = tiling.shared(heads.width, 1);
+                launch!(self, program, 8, "attention", grid(tiling.rows()), line(tiling.warps * 32), shared;
+                    out, lse, queries, keys, values, doc_starts, sequences, first, length_, group, scale);
+            }
+            _ => {
+                let program = Program::AttentionAny { head: heads.width, cached };
+                launch!(self, program, 1, "attention", grid(ANY_ROWS), line(ANY_ROWS * 32), 0;
+                    out, lse, queries, keys, values, doc_starts, sequences, first, length_, group, scale);
+            }
+        }
+    }
+
+    fn loss_of_rows(
+        &self,
+        out: Address,
+        lse: Address,
+        logits: Address,
+        targets: Address,
+        rows: usize,
+        vocabulary: usize,
+    ) {
+        let vector = if vocabulary.is_multiple_of(4) && logits.0.is_multiple_of(16) { 4 } else { 1 };
+        launch!(self, Program::Loss, vector, "cross_entropy", line(rows), line(512), 0;
+            out, lse, logits, targets, vocabulary as i32);
+    }
+
+    /// Whether a kernel has left its flag for what is outside of a range as it was.
+    fn all_inside(&self, kernel: impl FnOnce(Address)) -> bool {
+        let flag = self.device.scratch(size_of::<u32>());
+        self.device.fill_zero(flag, size_of::<u32>());
+        kernel(flag);
+        let mut outside = [0_u32];
+        self.device.download(flag, &mut outside);
+        outside == [0]
+    }
+}

@@ -1,0 +1,167 @@
+//! Which file of kernels is compiled how.
+
+use crate::format::{CacheFormat, WeightFormat};
+
+/// Format of numbers on the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Format {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl Format {
+    pub(super) fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
+    /// Its name in the kernels.
+    fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
+impl From<CacheFormat> for Format {
+    fn from(format: CacheFormat) -> Self {
+        match format {
+            CacheFormat::F32 => Self::F32,
+            CacheFormat::F16 => Self::F16,
+            CacheFormat::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+/// Block shapes of attention.cu.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Tiling {
+    /// Tiles of 16 rows per warp.
+    pub tiles: usize,
+    /// Warps of a block.
+    pub warps: usize,
+    /// Columns in shared memory at a time.
+    pub columns: usize,
+}
+
+impl Tiling {
+    /// Rows of a block.
+    pub(super) fn rows(self) -> usize {
+        self.tiles * self.warps * 16
+    }
+
+    /// Bytes of shared memory for `row_tiles` tiles of rows and two stages of two tiles of columns.
+    pub(super) fn shared(self, head: usize, row_tiles: usize) -> usize {
+        2 * head * (row_tiles * self.rows() + 4 * self.columns)
+    }
+}
+
+/// A file of kernels and what it is compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Program {
+    Norm { width: usize, centred: bool },
+    Heads { half: usize, lanes: usize, centred: bool },
+    Naive,
+    Sums,
+    Swiglu,
+    Embed { table: Format },
+    Loss,
+    Optimizer,
+    Attention { head: usize, tiling: Tiling },
+    AttentionAny { head: usize, cached: Format },
+    Matvec { weights: WeightFormat, rows: usize, result: Format, loads: usize },
+    Cache { head: usize, cached: Format, group: Option<usize> },
+    Convert { from: Format, to: Format },
+}
+
+impl Program {
+    /// Name of the file.
+    pub(super) fn file(self) -> &'static str {
+        self.source().0
+    }
+
+    /// Name and text of the file.
+    pub(super) fn source(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Norm { .. } => ("norm.cu", include_str!("kernels/norm.cu")),
+            Self::Heads { .. } => ("heads.cu", include_str!("kernels/heads.cu")),
+            Self::Naive => ("naive.cu", include_str!("kernels/naive.cu")),
+            Self::Sums => ("sums.cu", include_str!("kernels/sums.cu")),
+            Self::Swiglu => ("swiglu.cu", include_str!("kernels/swiglu.cu")),
+            Self::Embed { .. } => ("embed.cu", include_str!("kernels/embed.cu")),
+            Self::Loss => ("loss.cu", include_str!("kernels/loss.cu")),
+            Self::Optimizer => ("optimizer.cu", include_str!("kernels/optimizer.cu")),
+            Self::Attention { .. } => ("attention.cu", include_str!("kernels/attention.cu")),
+            Self::AttentionAny { .. } => ("attention_any.cu", include_str!("kernels/attention_any.cu")),
+            Self::Matvec { .. } => ("matvec.cu", include_str!("kernels/matvec.cu")),
+            Self::Cache { .. } => ("cache.cu", include_str!("kernels/cache.cu")),
+            Self::Convert { .. } => ("convert.cu", include_str!("kernels/convert.cu")),
+        }
+    }
+
+    fn defines(self) -> Vec<(&'static str, String)> {
+        let flag = |on: bool| u8::from(on).to_string();
+        match self {
+            Self::Norm { width, centred } => vec![("WIDTH", width.to_string()), ("CENTRED", flag(centred))],
+            Self::Heads { half, lanes, centred } => vec![
+                ("HALF", half.to_string()),
+                ("HEAD_LANES", lanes.to_string()),
+                ("CENTRED", flag(centred)),
+            ],
+            Self::Naive | Self::Sums | Self::Swiglu | Self::Loss | Self::Optimizer => Vec::new(),
+            Self::Embed { table } => vec![("TABLE", table.name().to_owned())],
+            Self::Attention { head, tiling: Tiling { tiles, warps, columns } } => vec![
+                ("HEAD", head.to_string()),
+                ("TILES", tiles.to_string()),
+                ("WARPS", warps.to_string()),
+                ("COLUMNS", columns.to_string()),
+            ],
+            Self::AttentionAny { head, cached } => {
+                vec![("HEAD", head.to_string()), ("CACHED", cached.name().to_owned())]
+            }
+            Self::Matvec { weights, rows, result, loads } => vec![
+                ("WEIGHTS", format!("WEIGHTS_{}", weights.name().to_uppercase())),
+                ("ROWS", rows.to_string()),
+                ("RESULT", result.name().to_owned()),
+                ("LOADS", loads.to_string()),
+            ],
+            Self::Cache { head, cached, group } => {
+                let mut defines = vec![("HEAD", head.to_string()), ("CACHED", cached.name().to_owned())];
+                defines.extend(group.map(|group| ("GROUP", group.to_string())));
+                defines
+            }
+            Self::Convert { from, to } => {
+                vec![("FROM", from.name().to_owned()), ("TO", to.name().to_owned())]
+            }
+        }
+    }
+}
+
+/// A program for activations in a format, with loads of `vector` of them at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Variant {
+    pub program: Program,
+    pub activation: Format,
+    pub vector: usize,
+}
+
+impl Variant {
+    /// Its definitions, as options of the compiler.
+    pub(super) fn options(self) -> Vec<String> {
+        let mut defines = self.program.defines();
+        defines.push(("ACTIVATION", self.activation.name().to_owned()));
+        defines.push(("VEC", self.vector.to_string()));
+        defines.into_iter().map(|(name, value)| format!("-D{name}={value}")).collect()
+    }
+}
+
+/// What every file includes.
+pub(super) const HEADERS: [(&str, &str); 2] = [
+    ("common.cuh", include_str!("kernels/common.cuh")),
+    ("intrinsics.cuh", include_str!("kernels/intrinsics.cuh")),
+];
