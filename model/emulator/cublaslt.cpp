@@ -301,12 +301,10 @@ struct Product {
     }
 };
 
+// Null unless the caller has loaded the emulated driver.
 ulmus::Enqueue find_enqueue() {
-    void *symbol = dlsym(RTLD_DEFAULT, "ulmus_emulator_enqueue");
-    if (!symbol) {
-        if (void *driver = dlopen("libcuda.so", RTLD_NOW | RTLD_NOLOAD)) symbol = dlsym(driver, "ulmus_emulator_enqueue");
-    }
-    return reinterpret_cast<ulmus::Enqueue>(symbol);
+    void *driver = dlopen("libcuda.so", RTLD_NOW | RTLD_NOLOAD);
+    return driver ? reinterpret_cast<ulmus::Enqueue>(dlsym(driver, "ulmus_emulator_enqueue")) : nullptr;
 }
 
 } // namespace

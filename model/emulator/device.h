@@ -363,7 +363,9 @@ struct Vote {
 
     static void combine(void *const *lanes, unsigned mask) {
         unsigned result = 0;
-        each_lane(mask, [&](unsigned lane) { result |= (unsigned) static_cast<Vote *>(lanes[lane])->predicate << lane; });
+        each_lane(mask, [&](unsigned lane) {
+            if (static_cast<Vote *>(lanes[lane])->predicate) result |= 1u << lane;
+        });
         each_lane(mask, [&](unsigned lane) { static_cast<Vote *>(lanes[lane])->result = result; });
     }
 };

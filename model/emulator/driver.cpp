@@ -131,10 +131,7 @@ class Memory {
             auto area = static_cast<const char *>(block.area);
             if (target < area || target >= area + block.area_bytes) continue;
             const char *kind = block.kind == DEVICE ? "device" : "host";
-            if (target < begin)
-                std::snprintf(text, size, ": %td bytes before %zu bytes of %s memory", begin - target, block.bytes, kind);
-            else
-                std::snprintf(text, size, ": at byte %td of %zu bytes of %s memory", target - begin, block.bytes, kind);
+            std::snprintf(text, size, ": at byte %td of %zu bytes of %s memory", target - begin, block.bytes, kind);
         }
     }
 
@@ -242,8 +239,8 @@ class Captures {
 
     void remove(const Capture *capture) {
         std::lock_guard lock(mutex_);
-        active_.erase(std::remove_if(active_.begin(), active_.end(), [=](auto &other) { return other.get() == capture; }),
-                      active_.end());
+        auto same = [=](auto &other) { return other.get() == capture; };
+        active_.erase(std::remove_if(active_.begin(), active_.end(), same), active_.end());
     }
 
     // For calls that wait for the device: a capture's mode says whose of them are an error, and spoil the capture.
@@ -291,26 +288,36 @@ CUresult enqueue(void *stream_handle, const char *name, std::function<void()> wo
 
 // ---- modules
 
-struct Module;
-
-struct Function {
-    std::string name;
-    const ulmus::Kernel *kernel;
-    ulmus::StaticShared all_static_shared; // of all the module's kernels
-    int static_shared;                     // bytes of this kernel's own
-    std::atomic<int> max_dynamic_shared;
-    const Module *module;
-};
+struct Function;
 
 struct Module {
     void *library = nullptr;
     ulmus::StaticShared static_shared;
     std::map<std::string, int> shared_sizes; // by the prefix of the names of a function's own variables
     std::mutex mutex;
-    std::map<std::string, Function> functions;
+    std::map<std::string, Function *> functions; // those that somebody has asked for
 
     ~Module() {
         if (library) dlclose(library);
+    }
+};
+
+struct Function {
+    std::shared_ptr<Module> module;
+    std::string name;
+    const ulmus::Kernel *kernel;
+    int static_shared;
+    std::atomic<int> max_dynamic_shared{0};
+
+    Function(std::shared_ptr<Module> from, const char *name, const ulmus::Kernel *kernel)
+        : module(std::move(from)), name(name), kernel(kernel) {
+        auto size = module->shared_sizes.find("_ZZ" + std::to_string(this->name.size()) + name);
+        static_shared = size == module->shared_sizes.end() ? 0 : size->second;
+    }
+
+    // Bytes of dynamic shared memory with which it may be launched.
+    int allowed_shared() const {
+        return std::max<int>(max_dynamic_shared, MAX_SHARED_WITHOUT_REQUEST - static_shared);
     }
 };
 
@@ -404,10 +411,10 @@ ulmus::StaticShared find_static_shared(void *library) {
 // A launch with its own copy of the parameters.
 class PreparedLaunch {
   public:
-    PreparedLaunch(std::shared_ptr<Module> module, const Function &function, ulmus::Index grid, ulmus::Index block,
-                   unsigned dynamic_shared, void *const *parameters)
-        : module_(std::move(module)), function_(&function), grid_(grid), block_(block), dynamic_shared_(dynamic_shared) {
-        const ulmus::Kernel &kernel = *function.kernel;
+    PreparedLaunch(std::shared_ptr<Function> function, ulmus::Index grid, ulmus::Index block, unsigned dynamic_shared,
+                   void *const *parameters)
+        : function_(std::move(function)), grid_(grid), block_(block), dynamic_shared_(dynamic_shared) {
+        const ulmus::Kernel &kernel = *function_->kernel;
         for (unsigned i = 0; i < kernel.parameter_count; i++) {
             auto bytes = static_cast<const unsigned char *>(parameters[i]);
             std::vector<Unit> value((kernel.parameter_sizes[i] + sizeof(Unit) - 1) / sizeof(Unit));
@@ -420,7 +427,7 @@ class PreparedLaunch {
         std::vector<void *> parameters;
         for (auto &value : values_) parameters.push_back(value.data());
         ulmus::run({function_->kernel, function_->name.c_str(), parameters.data(), grid_, block_, dynamic_shared_,
-                    function_->all_static_shared});
+                    function_->module->static_shared});
     }
 
   private:
@@ -428,8 +435,7 @@ class PreparedLaunch {
         unsigned char bytes[16];
     };
 
-    std::shared_ptr<Module> module_; // lives as long as a graph that has its functions
-    const Function *function_;
+    std::shared_ptr<Function> function_; // and its module: they live as long as a graph that has them
     ulmus::Index grid_, block_;
     unsigned dynamic_shared_;
     std::vector<std::vector<Unit>> values_;
@@ -495,23 +501,17 @@ CUresult check_launch(const Function &function, ulmus::Index grid, ulmus::Index 
     if (block.x > 1024 || block.y > 1024 || block.z > 64) return CUDA_ERROR_INVALID_VALUE;
     unsigned threads = block.x * block.y * block.z, bound = function.kernel->max_threads;
     if (threads > ulmus::MAX_BLOCK || (bound != 0 && threads > bound)) return CUDA_ERROR_INVALID_VALUE;
-    int allowed = std::max<int>(function.max_dynamic_shared, MAX_SHARED_WITHOUT_REQUEST - function.static_shared);
-    return int(dynamic_shared) > allowed || dynamic_shared > ulmus::MAX_SHARED ? CUDA_ERROR_INVALID_VALUE
-                                                                              : CUDA_SUCCESS;
+    return dynamic_shared > unsigned(function.allowed_shared()) ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
 
-std::shared_ptr<Module> module_of(const Function *function) { return handles<Module>().find(function->module); }
-
-CUresult launch(const Function *function, ulmus::Index grid, ulmus::Index block, unsigned dynamic_shared, void *stream,
+CUresult launch(const Function *handle, ulmus::Index grid, ulmus::Index block, unsigned dynamic_shared, void *stream,
                 void *const *parameters) {
     TRY(check_context());
+    auto function = handles<Function>().find(handle);
     if (!function) return CUDA_ERROR_INVALID_HANDLE;
-    auto module = module_of(function);
-    if (!module) return CUDA_ERROR_INVALID_HANDLE;
     TRY(check_launch(*function, grid, block, dynamic_shared));
     if (function->kernel->parameter_count > 0 && !parameters) return CUDA_ERROR_INVALID_VALUE;
-    return enqueue(stream, function->name.c_str(),
-                   PreparedLaunch(module, *function, grid, block, dynamic_shared, parameters));
+    return enqueue(stream, function->name.c_str(), PreparedLaunch(function, grid, block, dynamic_shared, parameters));
 }
 
 struct ErrorText {
@@ -944,7 +944,14 @@ API CUresult cuModuleLoadDataEx(Module **module, const void *bytes, unsigned, in
     return cuModuleLoadData(module, bytes);
 }
 
-API CUresult cuModuleUnload(Module *module) { return handles<Module>().remove(module); }
+API CUresult cuModuleUnload(Module *handle) {
+    auto module = handles<Module>().find(handle);
+    if (!module) return CUDA_ERROR_INVALID_HANDLE;
+    std::lock_guard lock(module->mutex);
+    for (const auto &[name, function] : module->functions) handles<Function>().remove(function);
+    module->functions.clear();
+    return handles<Module>().remove(handle);
+}
 
 API CUresult cuModuleGetFunction(Function **function, Module *handle, const char *name) {
     TRY(check_context());
@@ -953,46 +960,49 @@ API CUresult cuModuleGetFunction(Function **function, Module *handle, const char
     void *symbol = dlsym(module->library, (std::string("ulmus_kernel_") + name).c_str());
     if (!symbol) return CUDA_ERROR_NOT_FOUND;
     std::lock_guard lock(module->mutex);
-    auto [entry, added] = module->functions.try_emplace(name);
-    *function = &entry->second;
-    if (!added) return CUDA_SUCCESS;
-    entry->second.name = name;
-    entry->second.kernel = static_cast<const ulmus::Kernel *>(symbol);
-    entry->second.all_static_shared = module->static_shared;
-    auto size = module->shared_sizes.find("_ZZ" + std::to_string(std::strlen(name)) + name);
-    entry->second.static_shared = size == module->shared_sizes.end() ? 0 : size->second;
-    entry->second.module = module.get();
+    Function *&known = module->functions[name];
+    if (!known) {
+        auto kernel = static_cast<const ulmus::Kernel *>(symbol);
+        known = handles<Function>().add(std::make_shared<Function>(module, name, kernel));
+    }
+    *function = known;
     return CUDA_SUCCESS;
 }
 
-enum FunctionAttribute { MAX_THREADS = 0, STATIC_SHARED = 1, REGISTERS = 4, BINARY_VERSION = 6, MAX_DYNAMIC_SHARED = 8 };
+enum FunctionAttribute {
+    MAX_THREADS = 0,
+    STATIC_SHARED = 1,
+    REGISTERS = 4,
+    BINARY_VERSION = 6,
+    MAX_DYNAMIC_SHARED = 8,
+};
 
-API CUresult cuFuncSetAttribute(Function *function, int attribute, int value) {
-    if (!function || !module_of(function)) return CUDA_ERROR_INVALID_HANDLE;
+API CUresult cuFuncSetAttribute(Function *handle, int attribute, int value) {
+    auto function = handles<Function>().find(handle);
+    if (!function) return CUDA_ERROR_INVALID_HANDLE;
     if (attribute != MAX_DYNAMIC_SHARED) return CUDA_SUCCESS;
     if (value < 0 || value > int(ulmus::MAX_SHARED) - function->static_shared) return CUDA_ERROR_INVALID_VALUE;
     function->max_dynamic_shared = value;
     return CUDA_SUCCESS;
 }
 
-API CUresult cuFuncGetAttribute(int *value, int attribute, Function *function) {
-    if (!function || !module_of(function)) return CUDA_ERROR_INVALID_HANDLE;
+API CUresult cuFuncGetAttribute(int *value, int attribute, Function *handle) {
+    auto function = handles<Function>().find(handle);
+    if (!function) return CUDA_ERROR_INVALID_HANDLE;
     unsigned bound = function->kernel->max_threads;
     switch (attribute) {
     case MAX_THREADS: *value = bound != 0 ? bound : ulmus::MAX_BLOCK; break;
     case STATIC_SHARED: *value = function->static_shared; break;
     case REGISTERS: *value = 32; break;
     case BINARY_VERSION: *value = 90; break;
-    case MAX_DYNAMIC_SHARED:
-        *value = std::max<int>(function->max_dynamic_shared, MAX_SHARED_WITHOUT_REQUEST - function->static_shared);
-        break;
+    case MAX_DYNAMIC_SHARED: *value = function->allowed_shared(); break;
     default: *value = 0;
     }
     return CUDA_SUCCESS;
 }
 
 API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, Function *function, int, std::size_t) {
-    if (!function || !module_of(function)) return CUDA_ERROR_INVALID_HANDLE;
+    if (!handles<Function>().find(function)) return CUDA_ERROR_INVALID_HANDLE;
     *blocks = 2;
     return CUDA_SUCCESS;
 }

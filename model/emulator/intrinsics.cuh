@@ -52,27 +52,31 @@ struct Mma {
 
     // All products are exact; sums are of double precision, rounded once.
     static __noinline__ void combine(void *const *lanes, unsigned) {
-        typedef double Row __attribute__((vector_size(64)));
-        double a[16][16];
-        Row b[16], d[16];
+        typedef double Half __attribute__((vector_size(32))); // of a row of eight
+        alignas(32) double a[16][16], b[16][8], d[16][8];
         for (int lane = 0; lane < 32; lane++) {
             const Mma &own = *static_cast<const Mma *>(lanes[lane]);
-            int g = lane / 4, t = lane % 4;
+            int g = lane / 4, t = lane % 4 * 2;
             for (int i = 0; i < 4; i++) {
-                double *pair = &a[g + i % 2 * 8][2 * t + i / 2 * 8];
-                pair[0] = low_bf16(own.a[i]);
-                pair[1] = high_bf16(own.a[i]);
+                a[g + i % 2 * 8][t + i / 2 * 8] = low_bf16(own.a[i]);
+                a[g + i % 2 * 8][t + i / 2 * 8 + 1] = high_bf16(own.a[i]);
+                d[g + i / 2 * 8][t + i % 2] = own.d[i];
             }
             for (int i = 0; i < 2; i++) {
-                b[2 * t + 8 * i][g] = low_bf16(own.b[i]);
-                b[2 * t + 8 * i + 1][g] = high_bf16(own.b[i]);
+                b[t + 8 * i][g] = low_bf16(own.b[i]);
+                b[t + 8 * i + 1][g] = high_bf16(own.b[i]);
             }
-            for (int i = 0; i < 4; i++) d[g + i / 2 * 8][2 * t + i % 2] = own.d[i];
         }
         for (int row = 0; row < 16; row++) {
-            Row sum = d[row];
-            for (int k = 0; k < 16; k++) sum += a[row][k] * b[k];
-            d[row] = sum;
+            Half *sums = reinterpret_cast<Half *>(d[row]);
+            Half low = sums[0], high = sums[1];
+            for (int k = 0; k < 16; k++) {
+                const Half *factors = reinterpret_cast<const Half *>(b[k]);
+                low += a[row][k] * factors[0];
+                high += a[row][k] * factors[1];
+            }
+            sums[0] = low;
+            sums[1] = high;
         }
         for (int lane = 0; lane < 32; lane++) {
             const Mma &own = *static_cast<const Mma *>(lanes[lane]);

@@ -17,15 +17,14 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
-#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 // `ulmus_switch` keeps what a function must keep for its caller, saves the stack pointer and goes on on another stack.
+// It jumps there as the processor expects a `ret` to return to the last caller.
 // A new fiber's saved registers are r12: function, r13: its argument, r15: its `Thread`.
 asm(R"(
     .text
@@ -47,7 +46,8 @@ ulmus_switch:
     popq %r12
     popq %rbx
     popq %rbp
-    ret
+    popq %rcx
+    jmpq *%rcx
 
     .hidden ulmus_fiber_entry
     .globl ulmus_fiber_entry
@@ -425,8 +425,9 @@ void Worker::fail_stuck() const {
         const Warp &warp = warps_[fiber.warp];
         if (!(warp.collecting & fiber.bit())) continue;
         unsigned missing = fiber.mask & ~warp.collecting;
-        fail(&fiber, "deadlock: waits at %s with mask %08x for lanes %08x, of which %08x have returned and %08x wait at "
-             "%s; %u of the block's %u threads wait there",
+        fail(&fiber,
+             "deadlock: waits at %s with mask %08x for lanes %08x, of which %08x have returned and %08x wait at %s; "
+             "%u of the block's %u threads wait there",
              fiber.operation, fiber.mask, missing, missing & ~warp.alive, missing & warp.at_barrier,
              barrier_ ? barrier_ : "a barrier", waiting_, alive_);
     }
@@ -603,7 +604,7 @@ Activity::Activity(const char *name) : outer_(activity) {
 Activity::~Activity() { activity = outer_; }
 
 void run(const Launch &launch) {
-    constexpr std::uint64_t WORTH_SHARING = 512; // threads
+    constexpr std::uint64_t WORTH_SHARING = 4096; // threads
     Blocks blocks(launch);
     std::uint64_t threads = blocks.count() * launch.block.x * launch.block.y * launch.block.z;
     if (blocks.count() < 2 || threads < WORTH_SHARING || std::thread::hardware_concurrency() < 2) return work(blocks);

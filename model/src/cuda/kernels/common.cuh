@@ -110,13 +110,13 @@ DEVICE float lanes_max(float x) {
 template <int THREADS, int GROUPS>
 DEVICE float group_sum(float x, float *shared) {
     x = lanes_sum<WARP>(x);
-    constexpr int WARPS = THREADS / WARP;
+    constexpr int OWN_WARPS = THREADS / WARP;
     __syncthreads();
     if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = x;
     __syncthreads();
-    const float *own = shared + threadIdx.x / THREADS * WARPS;
+    const float *own = shared + threadIdx.x / THREADS * OWN_WARPS;
     float total = own[0];
 #pragma unroll
-    for (int warp = 1; warp < WARPS; warp++) total += own[warp];
+    for (int warp = 1; warp < OWN_WARPS; warp++) total += own[warp];
     return total;
 }

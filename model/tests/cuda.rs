@@ -1,0 +1,309 @@
+//! The CUDA backend: what any backend has to pass, then its fast paths and whole models against the CPU's.
+//!
+//! On a machine without a GPU, `.ci/run cuda` runs this on the emulator of `model/emulator`.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod conformance;
+
+use std::sync::Arc;
+
+use conformance::{Device, PackedRows, all, all_mut, assert_close, conform, pass_norm, random, wide};
+use half::bf16;
+use ulmus_model::{
+    AttentionShape, Backend, BatchShape, Cpu, Cuda, Generator, HeadGradients, Heads, IGNORE, LinearShape,
+    MicroBatch, Model, ModelError, ROW_BLOCK, Replica, State, WeightFormat,
+};
+use ulmus_plan::{ModelConfig, NormKind, Precision, Preset};
+
+/// What outputs are called, and their values.
+type Outputs = Vec<(String, Vec<f32>)>;
+
+fn cuda(precision: Precision) -> Cuda {
+    Cuda::new(0).unwrap().with_precision(precision)
+}
+
+/// Numbers in (-1, 1) that bfloat16 holds, so that what differs is what kernels do.
+fn numbers(len: usize, seed: u64) -> Vec<f32> {
+    random(len, seed).into_iter().map(|x| bf16::from_f32(x).to_f32()).collect()
+}
+
+/// What kernels make of shapes whose rows are whole vectors and whose heads have the published widths.
+fn wide_shapes<B: Backend>(device: &Device<B>, kind: NormKind) -> Outputs {
+    let mut outputs = Outputs::new();
+    for (rows, d) in [(2 * ROW_BLOCK + 3, 1280), (5, 2048), (3, 264)] {
+        let (x, upstream) = (numbers(rows * d, 1), numbers(rows * d, 2));
+        let pass = pass_norm(device, kind, [&x, &random(d, 3), &upstream], Some(&x));
+        let names = ["norm", "its gradient", "its weight's gradient"];
+        outputs.extend(names.map(|name| format!("{name} of {rows} x {d}")).into_iter().zip(pass));
+    }
+    for heads in [
+        Heads { query: 4, key_value: 2, width: 64 },
+        Heads { query: 3, key_value: 1, width: 128 },
+        Heads { query: 2, key_value: 1, width: 48 },
+    ] {
+        let mut rows = PackedRows::random(heads, 2, ROW_BLOCK - 5);
+        rows.packed = numbers(rows.packed.len(), 4);
+        let names = ["heads", "their gradient", "their weights' gradient"];
+        outputs.extend(
+            names.map(|name| format!("{name} of {}", heads.width)).into_iter().zip(rows.pass(device, kind)),
+        );
+    }
+    outputs
+}
+
+/// Attention of documents of many lengths.
+fn attention<B: Backend>(device: &Device<B>) -> Outputs {
+    let mut outputs = Outputs::new();
+    for (heads, length) in [
+        (Heads { query: 4, key_value: 2, width: 64 }, 300),
+        (Heads { query: 4, key_value: 1, width: 128 }, 260),
+        (Heads { query: 2, key_value: 2, width: 64 }, 33),
+        (Heads { query: 2, key_value: 1, width: 16 }, 70),
+    ] {
+        let sequences = 2;
+        let (rows, width) = (sequences * length, heads.packed_width());
+        let out_len = rows * heads.query_width();
+        let packed: Vec<f32> = numbers(rows * width, 1).iter().map(|x| 2.0 * x).collect();
+        let start = |breaks: &[usize], row: usize| *breaks.iter().rfind(|at| **at <= row).unwrap() as u32;
+        let breaks: [&[usize]; 2] = [&[0], &[0, 1, 30, 64, 129, 131, 256]];
+        let doc_starts: Vec<u32> =
+            breaks.iter().flat_map(|breaks| (0..length).map(|row| start(breaks, row))).collect();
+        let (packed, starts) = (device.acts(&packed), device.put(&doc_starts));
+        let upstream = device.acts(&numbers(out_len, 2));
+        let shape = AttentionShape { sequences, length, heads };
+        let mut out = device.acts(&vec![f32::NAN; out_len]);
+        let lse = device.fill(rows * heads.query, |lse| {
+            let (packed, starts) = (all(&packed, rows * width), all(&starts, rows));
+            device.0.attention(all_mut(&mut out, out_len), lse, packed, starts, shape);
+        });
+        let kept = device.put(&lse);
+        let gradient = device.fill_acts(rows * width, |gradient| {
+            device.0.attention_backward(
+                gradient,
+                all(&upstream, out_len),
+                all(&out, out_len),
+                all(&kept, lse.len()),
+                all(&packed, rows * width),
+                all(&starts, rows),
+                shape,
+            );
+        });
+        let name = |what| format!("{what} of {} heads of {}, {length} rows", heads.query, heads.width);
+        outputs.push((name("attention"), device.get_acts(&out, out_len)));
+        outputs.push((name("logsumexp"), lse));
+        outputs.push((name("gradient of attention"), gradient));
+    }
+    outputs
+}
+
+/// Products, embedding, SwiGLU and the head.
+fn products<B: Backend>(device: &Device<B>) -> Outputs {
+    let mut outputs = Outputs::new();
+    let LinearShape { rows, inputs, outputs: wide } = LinearShape { rows: 70, inputs: 64, outputs: 264 };
+    let shape = LinearShape { rows, inputs, outputs: wide };
+    let weight = device.params(&numbers(wide * inputs, 1));
+    let x = device.acts(&numbers(rows * inputs, 2));
+    let upstream = device.acts(&numbers(rows * wide, 3));
+    let weight = || all(&weight, wide * inputs);
+    let (x, upstream) = (|| all(&x, rows * inputs), || all(&upstream, rows * wide));
+    let of_acts =
+        |len, kernel: &dyn Fn(ulmus_model::ViewMut<'_, B::Activations>)| device.fill_acts(len, kernel);
+    outputs
+        .push(("linear".to_owned(), of_acts(rows * wide, &|out| device.0.linear(out, x(), weight(), shape))));
+    outputs.push((
+        "its gradient".to_owned(),
+        of_acts(rows * inputs, &|out| device.0.linear_backward_input(out, upstream(), weight(), shape)),
+    ));
+    outputs.push((
+        "its weight's gradient".to_owned(),
+        device.fill(wide * inputs, |out| device.0.linear_backward_weight(out, upstream(), x(), shape)),
+    ));
+    let width = wide / 2;
+    outputs
+        .push(("swiglu".to_owned(), of_acts(rows * width, &|out| device.0.swiglu(out, upstream(), width))));
+    let mut slopes = device.acts(&numbers(rows * wide, 3));
+    let of_gated = device.acts(&numbers(rows * width, 4));
+    device.0.swiglu_backward(all_mut(&mut slopes, rows * wide), all(&of_gated, rows * width), width);
+    outputs.push(("its gradient".to_owned(), device.get_acts(&slopes, rows * wide)));
+
+    let ids: Vec<u32> = (0..300).map(|row| (row * row) % 7).collect();
+    let on_device = device.put(&ids);
+    let ids_ = || all(&on_device, ids.len());
+    let embedded = of_acts(ids.len() * inputs, &|out| device.0.embed(out, weight(), ids_(), inputs));
+    outputs.push(("embedding".to_owned(), embedded));
+    let mut table_gradient = device.put(&random(wide * inputs, 5));
+    let gradient = device.acts(&numbers(ids.len() * inputs, 6));
+    let into = all_mut(&mut table_gradient, wide * inputs);
+    device.0.embed_backward(into, all(&gradient, ids.len() * inputs), ids_(), inputs);
+    outputs.push(("its gradient".to_owned(), device.get(&table_gradient, wide * inputs)));
+
+    let targets: Vec<u32> = (0..rows as u32).map(|row| if row % 5 == 0 { IGNORE } else { row * 3 }).collect();
+    let targets = device.put(&targets);
+    let mut logits = device.put(&vec![f32::NAN; 32 * wide]);
+    let (mut ce, mut lse) = (device.put(&vec![f32::NAN; rows]), device.put(&vec![f32::NAN; rows]));
+    let mut hidden_gradient = device.acts(&vec![f32::NAN; rows * inputs]);
+    let mut table_gradient = device.put(&vec![f32::NAN; wide * inputs]);
+    device.0.head_loss(
+        all_mut(&mut ce, rows),
+        all_mut(&mut lse, rows),
+        Some(HeadGradients {
+            hidden: all_mut(&mut hidden_gradient, rows * inputs),
+            table: all_mut(&mut table_gradient, wide * inputs),
+            z_loss: 0.05,
+        }),
+        x(),
+        weight(),
+        all(&targets, rows),
+        all_mut(&mut logits, 32 * wide),
+        shape,
+    );
+    outputs.push(("cross-entropy".to_owned(), device.get(&ce, rows)));
+    outputs.push(("its logsumexp".to_owned(), device.get(&lse, rows)));
+    outputs.push(("gradient of hidden rows".to_owned(), device.get_acts(&hidden_gradient, rows * inputs)));
+    outputs.push(("gradient of the table".to_owned(), device.get(&table_gradient, wide * inputs)));
+    outputs
+}
+
+fn assert_agree(found: Outputs, expected: Outputs, tolerance: f64) {
+    for ((what, found), (same, expected)) in found.into_iter().zip(expected) {
+        assert_eq!(what, same);
+        assert_close(&what, &found, &wide(&expected), tolerance);
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU or the emulator: .ci/run cuda"]
+fn conforms_in_f32() {
+    conform(cuda(Precision::F32));
+}
+
+/// In bfloat16 a result is rounded to 2^-9 of itself, and some are made of rounded ones.
+#[test]
+#[ignore = "needs a GPU or the emulator: .ci/run cuda"]
+fn kernels_agree_with_those_of_the_cpu() {
+    let cpu = Device(Cpu::new(2));
+    for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 6e-3)] {
+        let gpu = Device(cuda(precision));
+        for kind in NormKind::ALL {
+            assert_agree(wide_shapes(&gpu, kind), wide_shapes(&cpu, kind), tolerance);
+        }
+        assert_agree(products(&gpu), products(&cpu), tolerance);
+        assert_agree(attention(&gpu), attention(&cpu), tolerance);
+    }
+}
+
+fn config() -> ModelConfig {
+    ModelConfig {
+        vocab_size: 264,
+        model_dim: 256,
+        num_transformer_layers: 3,
+        max_context_length: 512,
+        ..Preset::Openelm270m.config()
+    }
+}
+
+/// Two sequences of 150 tokens with a document's end in each.
+fn batch(config: &ModelConfig) -> MicroBatch {
+    let (sequences, length) = (2, 150);
+    let token = |at: usize| (at * at + 7 * at) as u32 % config.vocab_size as u32;
+    let breaks = [40, 130];
+    MicroBatch {
+        sequences,
+        length,
+        inputs: (0..sequences * length).map(token).collect(),
+        targets: (0..sequences * length)
+            .map(|at| if breaks.contains(&(at % length)) { IGNORE } else { token(at + 1) })
+            .collect(),
+        doc_starts: (0..sequences * length)
+            .map(|at| {
+                let row = at % length;
+                breaks.iter().rfind(|at| **at < row).map_or(0, |at| *at as u32 + 1)
+            })
+            .collect(),
+    }
+}
+
+fn replica<B: Backend>(backend: B, recompute: bool) -> Replica<B> {
+    let config = config();
+    let shape = BatchShape { recompute, ..BatchShape::new(2, 150) };
+    let mut replica = Replica::new(backend, &config, shape, 1e-4).unwrap();
+    replica.initialise(5);
+    replica
+}
+
+/// Mean loss, gradient, and the state after a step.
+fn step<B: Backend>(replica: &mut Replica<B>) -> (f64, Vec<f32>, State) {
+    let sum = replica.forward_backward(&batch(&config())).unwrap();
+    let mut gradient = vec![0.0; replica.layout().parameters()];
+    replica.read_gradient(0, &mut gradient);
+    replica.update(&ulmus_plan::TrainConfig::default(), 1e-3, 0).unwrap();
+    (sum.ce / sum.valid as f64, gradient, replica.state())
+}
+
+#[test]
+#[ignore = "needs a GPU or the emulator: .ci/run cuda"]
+fn a_training_step_agrees_with_the_cpus() {
+    let (loss, gradient, state) = step(&mut replica(Cpu::new(2), false));
+    for (precision, tolerance) in [(Precision::F32, 1e-4), (Precision::Bf16, 3e-2)] {
+        let own = step(&mut replica(cuda(precision), false));
+        assert!((own.0 / loss - 1.0).abs() < tolerance / 3.0, "{precision:?}: loss {} is not {loss}", own.0);
+        assert_close("gradient", &own.1, &wide(&gradient), tolerance);
+        // Not the weights: the first step is the gradient's sign, which nearly no gradient may lack.
+        assert_close("first moment", &own.2.first_moment, &wide(&state.first_moment), tolerance);
+        assert_close("second moment", &own.2.second_moment, &wide(&state.second_moment), 2.0 * tolerance);
+        // Layers that are computed again, and everything done a second time: the same bits.
+        for recompute in [true, false] {
+            let again = step(&mut replica(cuda(precision), recompute));
+            assert_eq!((again.0, &again.1), (own.0, &own.1), "{precision:?}, recompute {recompute}");
+            assert_eq!(again.2, own.2, "{precision:?}, recompute {recompute}");
+        }
+    }
+}
+
+/// Logits after a prompt, after each of some tokens, and of a second sequence beside it; losses of a text.
+fn inference<B: Backend>(backend: B, format: WeightFormat) -> Outputs {
+    let config = config();
+    let mut replica = Replica::new(Cpu::new(2), &config, BatchShape::new(1, 1), 0.0).unwrap();
+    replica.initialise(5);
+    let model = Model::in_format(backend, &config, &replica.state().weights, format).unwrap();
+    let mut generator = Generator::with_sequences(Arc::new(model), 400, 2).unwrap();
+    let text: Vec<u32> = (0..320).map(|at| (at * at + 3 * at) as u32 % config.vocab_size as u32).collect();
+    let mut outputs = Outputs::new();
+    outputs.push(("prompt".to_owned(), generator.feed(&text[..300]).unwrap().to_vec()));
+    outputs.push(("other prompt".to_owned(), generator.feed_to(1, &text[5..10]).unwrap().to_vec()));
+    for at in 300..304 {
+        let logits = generator.feed_each(&[(0, text[at]), (1, text[at - 290])]).unwrap().to_vec();
+        outputs.push((format!("tokens {at}"), logits));
+    }
+    for at in 304..308 {
+        outputs.push((format!("token {at}"), generator.feed(&text[at..=at]).unwrap().to_vec()));
+    }
+    generator.reset();
+    let losses = generator.score(&text[..310], &text[1..311]).unwrap();
+    outputs.push(("losses".to_owned(), losses));
+    outputs
+}
+
+#[test]
+#[ignore = "needs a GPU or the emulator: .ci/run cuda"]
+fn inference_agrees_with_the_cpus() {
+    for (format, tolerance) in [
+        (WeightFormat::F32, 1e-4),
+        (WeightFormat::F16, 5e-3),
+        (WeightFormat::Bf16, 3e-2),
+        // The CPU rounds activations to 8 bits.
+        (WeightFormat::Q8_0, 4e-2),
+    ] {
+        let own = inference(cuda(Precision::F32), format);
+        assert_eq!(own, inference(cuda(Precision::F32), format), "{format}");
+        assert_agree(own, inference(Cpu::new(2), format), tolerance);
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU or the emulator: .ci/run cuda"]
+fn a_device_that_is_not_there_is_refused() {
+    let beyond = Cuda::devices();
+    assert!(matches!(Cuda::new(beyond), Err(ModelError::Device { ordinal, .. }) if ordinal == beyond));
+}
