@@ -169,3 +169,22 @@ impl Drop for Program {
         let _ = unsafe { sys::nvrtcDestroyProgram(&raw mut self.0) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every kernel that the published models use, for A100, RTX 40 and H100.
+    #[test]
+    #[ignore = "needs NVRTC: .ci/run cuda"]
+    fn everything_compiles_for_every_architecture() {
+        for capability in [(8, 0), (8, 9), (9, 0)] {
+            let compiler = Compiler { cache: None, ..Compiler::new(capability).unwrap() };
+            for variant in Variant::published() {
+                let image =
+                    compiler.compile(variant).unwrap_or_else(|problem| panic!("{variant:?}: {problem}"));
+                assert!(image.starts_with(b"\x7fELF"), "{variant:?} is no cubin");
+            }
+        }
+    }
+}

@@ -24,7 +24,7 @@ impl Norm<'_, Buffer<f32>> {
 }
 
 /// Lanes that have one head: as many as there are vectors in half of it, and at most a warp.
-fn head_lanes(half: usize, vector: usize) -> usize {
+pub(super) fn head_lanes(half: usize, vector: usize) -> usize {
     half.div_ceil(vector).next_power_of_two().min(32)
 }
 

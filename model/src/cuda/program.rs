@@ -165,3 +165,63 @@ pub(super) const HEADERS: [(&str, &str); 2] = [
     ("common.cuh", include_str!("kernels/common.cuh")),
     ("intrinsics.cuh", include_str!("kernels/intrinsics.cuh")),
 ];
+
+#[cfg(test)]
+impl Variant {
+    /// What the published models are trained and used with, in both precisions, and what tests use.
+    pub(super) fn published() -> Vec<Self> {
+        use ulmus_plan::Preset;
+
+        use super::{norm::head_lanes, tilings};
+
+        let mut programs = vec![
+            Program::Naive,
+            Program::Sums,
+            Program::Swiglu,
+            Program::Loss,
+            Program::Optimizer,
+            Program::Convert { from: Format::F32, to: Format::F16 },
+            Program::Convert { from: Format::Bf16, to: Format::F16 },
+        ];
+        programs.extend([Format::F32, Format::Bf16].map(|table| Program::Embed { table }));
+        for (weights, most) in [
+            (WeightFormat::F32, 4),
+            (WeightFormat::F16, 8),
+            (WeightFormat::Bf16, 8),
+            (WeightFormat::Q8_0, 16),
+        ] {
+            for (rows, loads) in [(1, most), (4, most), (8, most), (1, 1)] {
+                let of = |result| Program::Matvec { weights, rows, result, loads };
+                programs.extend([Format::F32, Format::Bf16].map(of));
+            }
+        }
+        let mut variants = Vec::new();
+        for activation in [Format::F32, Format::Bf16] {
+            let wide = 16 / activation.bytes();
+            for vector in [1, wide] {
+                let mut programs = programs.clone();
+                for config in Preset::ALL.map(Preset::config) {
+                    let (width, head) = (config.model_dim, config.head_dim);
+                    for centred in [false, true] {
+                        let lanes = head_lanes(head / 2, vector);
+                        programs.push(Program::Norm { width, centred });
+                        programs.push(Program::Heads { half: head / 2, lanes, centred });
+                    }
+                    for cached in [Format::F32, Format::F16, Format::Bf16] {
+                        let group = (vector == wide).then_some(config.num_gqa_groups);
+                        programs.push(Program::Cache { head, cached, group });
+                        programs.push(Program::AttentionAny { head, cached });
+                    }
+                    if (activation, vector) == (Format::Bf16, wide) {
+                        let of = |tiling| Program::Attention { head, tiling };
+                        programs.extend(tilings(head).expect("published heads have tilings").map(of));
+                    }
+                }
+                variants.extend(programs.into_iter().map(|program| Self { program, activation, vector }));
+            }
+        }
+        let mut seen = std::collections::HashSet::new();
+        variants.retain(|variant| seen.insert(*variant));
+        variants
+    }
+}
