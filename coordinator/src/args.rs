@@ -70,6 +70,12 @@ pub enum Command {
         /// Its name.
         #[arg(long)]
         name: String,
+        /// What to compute on.
+        #[arg(long)]
+        device: ulmus_plan::Device,
+        /// Which of the local workers it is.
+        #[arg(long)]
+        nth: usize,
         /// Compute threads.
         #[arg(long)]
         threads: usize,

@@ -12,6 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use ulmus_plan::LocalConfig;
 
 /// How long a worker must have lived for its end not to count as a failed start.
 const SETTLED: Duration = Duration::from_secs(30);
@@ -39,7 +40,7 @@ enum Process {
 pub(crate) struct LocalWorkers {
     folder: PathBuf,
     address_file: PathBuf,
-    threads: u64,
+    config: LocalConfig,
     slots: Vec<Slot>,
 }
 
@@ -48,9 +49,10 @@ impl LocalWorkers {
     ///
     /// # Errors
     /// When a worker cannot be started.
-    pub(crate) fn start(folder: &Path, address_file: PathBuf, count: u64, threads: u64) -> io::Result<Self> {
-        let mut workers = Self { folder: folder.to_path_buf(), address_file, threads, slots: Vec::new() };
-        for index in 0..count {
+    pub(crate) fn start(folder: &Path, address_file: PathBuf, config: &LocalConfig) -> io::Result<Self> {
+        let mut workers =
+            Self { folder: folder.to_path_buf(), address_file, config: config.clone(), slots: Vec::new() };
+        for index in 0..config.workers {
             let name = format!("local-{index}");
             let process = workers.left_behind(&name).map(Process::Adopted);
             workers.slots.push(Slot { name, process, started: Instant::now(), failed_starts: 0 });
@@ -81,7 +83,7 @@ impl LocalWorkers {
                     log.display()
                 )));
             }
-            let child = self.spawn(&self.slots[index].name)?;
+            let child = self.spawn(index, &self.slots[index].name)?;
             fs::write(self.pid_file(&self.slots[index].name), format!("{}\n", child.id()))?;
             let slot = &mut self.slots[index];
             slot.process = Some(Process::Child(child));
@@ -114,12 +116,14 @@ impl LocalWorkers {
         }
     }
 
-    fn spawn(&self, name: &str) -> io::Result<Child> {
+    fn spawn(&self, index: usize, name: &str) -> io::Result<Child> {
         let log = OpenOptions::new().create(true).append(true).open(self.log_file(name))?;
         Command::new(std::env::current_exe()?)
             .arg("local-worker")
             .args(["--name", name])
-            .args(["--threads", &self.threads.to_string()])
+            .args(["--device", &self.config.device.to_string()])
+            .args(["--nth", &index.to_string()])
+            .args(["--threads", &self.config.threads.to_string()])
             .arg("--join-file")
             .arg(&self.address_file)
             .stdin(Stdio::null())

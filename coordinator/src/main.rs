@@ -20,8 +20,8 @@ fn start(args: Args) -> Result<ExitStatus, Failure> {
             return Ok(ExitStatus::Done);
         }
         #[cfg(feature = "local-workers")]
-        Some(Command::LocalWorker { join_file, name, threads }) => {
-            return ulmus_worker::run_local(join_file, name, threads);
+        Some(Command::LocalWorker { join_file, name, device, nth, threads }) => {
+            return ulmus_worker::run_local(join_file, name, device, nth, threads);
         }
         None => {}
     }

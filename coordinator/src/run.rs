@@ -263,7 +263,7 @@ fn start_locals(plan: &Plan, folder: &RunFolder, finished: bool) -> Result<Optio
     }
     let address_file: PathBuf =
         std::path::absolute(folder.address_file()).map_err(|error| failed(folder.path(), &error))?;
-    LocalWorkers::start(folder.path(), address_file, plan.local.workers, plan.local.threads)
+    LocalWorkers::start(folder.path(), address_file, &plan.local)
         .map(Some)
         .map_err(|error| failed(folder.path(), &error))
 }

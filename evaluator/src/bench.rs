@@ -64,6 +64,9 @@ pub struct BenchResult {
     pub norm: NormKind,
     /// Compute threads.
     pub threads: usize,
+    /// What computes.
+    #[serde(default)]
+    pub device: String,
     /// Type of weights and activations.
     pub dtype: String,
     /// Median over the runs: prompt tokens per second, while prompts are processed.
@@ -133,6 +136,7 @@ pub fn bench<B: Backend>(
         parameters: model.config().parameters(),
         norm: model.config().norm,
         threads,
+        device: model.backend().describe(),
         dtype: model.format().to_string(),
         prompt_tokens_per_second: median.prompt,
         generate_tokens_per_second: median.generation,

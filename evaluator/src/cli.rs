@@ -12,8 +12,8 @@ use ulmus_evaluator::{
     BenchConfig, BenchResult, EvaluatorError, LoadedModel, PerplexityResult, Transcript, bench, load_model,
     load_tokenizer, perplexity, read_texts, synthetic_weights,
 };
-use ulmus_model::{Cpu, Generator, Model, Sampler, Sampling, WeightFormat};
-use ulmus_plan::{ModelConfig, NormKind, Preset};
+use ulmus_model::{Backend, Generator, Model, Opened, Sampler, Sampling, WeightFormat};
+use ulmus_plan::{Device, ModelConfig, NormKind, Preset};
 use ulmus_rt::{Failure, finish_output, print};
 use ulmus_types::{Digest, ExitStatus};
 
@@ -185,9 +185,16 @@ struct Compute {
     /// Compute threads; all cores if not given. Results are the same for any number.
     #[arg(long, value_name = "N", env = "ULMUS_THREADS", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
+    /// What to compute on: auto (a GPU if there is one), cpu, cuda or cuda:N.
+    #[arg(long, env = "ULMUS_DEVICE", value_name = "DEVICE", default_value_t)]
+    device: Device,
 }
 
 impl Compute {
+    fn open(&self) -> Result<Opened, Failure> {
+        Opened::new(self.device, self.threads(), 0).map_err(failure)
+    }
+
     fn threads(&self) -> usize {
         self.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from)
     }
@@ -197,9 +204,18 @@ impl Arguments {
     /// Does what was asked for.
     pub(crate) fn run(self) -> Result<ExitStatus, Failure> {
         match self.command {
-            Command::Run(run) => run.run(),
-            Command::Bench(bench) => bench.run(),
-            Command::Generate(generate) => generate.run(),
+            Command::Run(run) => match run.compute.open()? {
+                Opened::Cpu(backend) => run.run(backend),
+                Opened::Cuda(backend) => run.run(backend),
+            },
+            Command::Bench(bench) => match bench.compute.open()? {
+                Opened::Cpu(backend) => bench.run(backend),
+                Opened::Cuda(backend) => bench.run(backend),
+            },
+            Command::Generate(generate) => match generate.compute.open()? {
+                Opened::Cpu(backend) => generate.run(backend),
+                Opened::Cuda(backend) => generate.run(backend),
+            },
         }?;
         Ok(ExitStatus::Done)
     }
@@ -235,7 +251,7 @@ struct Results {
 }
 
 impl Run {
-    fn run(&self) -> Result<(), Failure> {
+    fn run<B: Backend>(&self, backend: B) -> Result<(), Failure> {
         if let Some(output) = &self.output {
             // Told before the work, not after it.
             let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty());
@@ -245,7 +261,7 @@ impl Run {
                 return Err(Failure::new(ExitStatus::InvalidInput, message));
             }
         }
-        let loaded = load_model(&self.model, self.compute.threads(), self.dtype.format()).map_err(failure)?;
+        let loaded = load_model(&self.model, backend, self.dtype.format()).map_err(failure)?;
         let tokenizer = load_tokenizer(&self.model, &loaded).map_err(failure)?;
         let config = loaded.model.config();
         let context = match self.context {
@@ -284,16 +300,16 @@ impl Run {
 }
 
 impl Bench {
-    fn run(&self) -> Result<(), Failure> {
+    fn run<B: Backend>(&self, backend: B) -> Result<(), Failure> {
         let threads = self.compute.threads();
         let model = if let Some(preset) = self.subject.preset {
             let config = ModelConfig { norm: self.norm, ..preset.config() };
             let weights = synthetic_weights(&config);
-            let model = Model::in_format(Cpu::new(threads), &config, &weights, self.dtype.format());
+            let model = Model::in_format(backend, &config, &weights, self.dtype.format());
             Arc::new(model.map_err(failure)?)
         } else {
             let directory = self.subject.model.as_deref().expect("one of the group is required");
-            load_model(directory, threads, self.dtype.format()).map_err(failure)?.model
+            load_model(directory, backend, self.dtype.format()).map_err(failure)?.model
         };
         let config = BenchConfig {
             prompt: self.prompt,
@@ -315,9 +331,9 @@ impl Generate {
             .map_err(|message| Failure::new(ExitStatus::InvalidInput, message))
     }
 
-    fn run(&self) -> Result<(), Failure> {
+    fn run<B: Backend>(&self, backend: B) -> Result<(), Failure> {
         let mut sampler = Sampler::new(self.sampling()?, self.seed, 0);
-        let loaded = load_model(&self.model, self.compute.threads(), self.dtype.format()).map_err(failure)?;
+        let loaded = load_model(&self.model, backend, self.dtype.format()).map_err(failure)?;
         let tokenizer = load_tokenizer(&self.model, &loaded).map_err(failure)?;
         let LoadedModel { model, .. } = loaded;
         let prompt = tokenizer.encode(&self.prompt);
@@ -378,12 +394,12 @@ fn bench_table(result: &BenchResult) -> String {
     }
     let machine = &result.machine;
     format!(
-        "{table}\nmedian of {} runs after a dry run; {} parameters, norm {}, {}, batch {batch}, {} threads\n{}, {} cores, {}",
+        "{table}\nmedian of {} runs after a dry run; {} parameters, norm {}, {}, batch {batch}, {}\n{}, {} cores, {}",
         result.runs.len(),
         result.parameters,
         result.norm.name(),
         result.dtype,
-        result.threads,
+        result.device,
         machine.processor,
         machine.cores,
         machine.platform,

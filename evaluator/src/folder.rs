@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use ulmus_dataloader::Tokenizer;
 use ulmus_model::hf::{self, SpecialTokens};
-use ulmus_model::{Cpu, Model, WeightFormat};
+use ulmus_model::{Backend, Model, WeightFormat};
 use ulmus_types::Digest;
 
 use crate::error::EvaluatorError;
@@ -16,11 +16,11 @@ use crate::error::EvaluatorError;
 /// Vocabularies are rounded up, so that matrices have convenient sizes, to at most a multiple of this.
 const VOCABULARY_STEP: usize = 256;
 
-/// A model on the CPU.
+/// A model on a device.
 #[derive(Debug, Clone)]
-pub struct LoadedModel {
+pub struct LoadedModel<B: Backend> {
     /// The model.
-    pub model: Arc<Model<Cpu>>,
+    pub model: Arc<Model<B>>,
     /// The special tokens that its config names.
     pub tokens: SpecialTokens,
     /// Hash of the weights as flat f32, however they are stored.
@@ -32,15 +32,15 @@ pub struct LoadedModel {
 /// # Errors
 /// When `directory` is no model folder, or a file in it is damaged or of a model that is not supported, or a weight is
 /// not finite in the format.
-pub fn load_model(
+pub fn load_model<B: Backend>(
     directory: &Path,
-    threads: usize,
+    backend: B,
     format: WeightFormat,
-) -> Result<LoadedModel, EvaluatorError> {
+) -> Result<LoadedModel<B>, EvaluatorError> {
     require(directory, "config.json")?;
     let read = hf::read(directory)?;
     let digest = Digest::of(bytemuck::cast_slice(&read.weights));
-    let model = Arc::new(Model::in_format(Cpu::new(threads), &read.config, &read.weights, format)?);
+    let model = Arc::new(Model::in_format(backend, &read.config, &read.weights, format)?);
     Ok(LoadedModel { model, tokens: read.tokens, digest })
 }
 
@@ -48,7 +48,10 @@ pub fn load_model(
 ///
 /// # Errors
 /// When the folder has none, or it does not fit the model.
-pub fn load_tokenizer(directory: &Path, model: &LoadedModel) -> Result<Tokenizer, EvaluatorError> {
+pub fn load_tokenizer<B: Backend>(
+    directory: &Path,
+    model: &LoadedModel<B>,
+) -> Result<Tokenizer, EvaluatorError> {
     let path = require(directory, "tokenizer.json").or_else(|_| require(directory, "tokenizer.model"));
     // Where there are both, the model is the original.
     let path = require(directory, "tokenizer.model").or(path)?;
@@ -103,13 +106,15 @@ fn require(directory: &Path, file: &'static str) -> Result<PathBuf, EvaluatorErr
 mod tests {
     use ulmus_types::ErrorKind;
 
+    use ulmus_model::Cpu;
+
     use super::*;
     use crate::synthetic_weights;
 
     #[test]
     fn a_tokenizer_of_another_vocabulary_is_refused() {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/tiny");
-        let loaded = load_model(&directory, 1, WeightFormat::F32).unwrap();
+        let loaded = load_model(&directory, Cpu::new(1), WeightFormat::F32).unwrap();
         let with_vocabulary = |vocab_size| {
             let config = ulmus_plan::ModelConfig { vocab_size, ..loaded.model.config().clone() };
             let model = Model::new(Cpu::new(1), &config, &synthetic_weights(&config)).unwrap();

@@ -149,12 +149,14 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use ulmus_model::Cpu;
+
     use super::*;
     use crate::{LoadedModel, load_model, load_tokenizer};
 
-    fn tiny() -> (LoadedModel, Tokenizer) {
+    fn tiny() -> (LoadedModel<Cpu>, Tokenizer) {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/tiny");
-        let model = load_model(&directory, 1, ulmus_model::WeightFormat::F32).unwrap();
+        let model = load_model(&directory, Cpu::new(1), ulmus_model::WeightFormat::F32).unwrap();
         let tokenizer = load_tokenizer(&directory, &model).unwrap();
         (model, tokenizer)
     }
@@ -189,7 +191,11 @@ mod tests {
     }
 
     /// The definition, without cache and windows: one forward pass for each token.
-    fn nll_by_definition(model: &LoadedModel, tokens: &[u32], window_of: impl Fn(usize) -> usize) -> f64 {
+    fn nll_by_definition(
+        model: &LoadedModel<Cpu>,
+        tokens: &[u32],
+        window_of: impl Fn(usize) -> usize,
+    ) -> f64 {
         let mut generator = Generator::new(Arc::clone(&model.model), tokens.len()).unwrap();
         (1..tokens.len())
             .map(|target| {

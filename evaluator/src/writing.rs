@@ -91,12 +91,14 @@ impl<'a> Transcript<'a> {
 mod tests {
     use std::path::Path;
 
+    use ulmus_model::Cpu;
+
     use super::*;
     use crate::{LoadedModel, load_model, load_tokenizer};
 
-    fn tiny() -> (LoadedModel, Tokenizer) {
+    fn tiny() -> (LoadedModel<Cpu>, Tokenizer) {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/tiny");
-        let model = load_model(&directory, 1, ulmus_model::WeightFormat::F32).unwrap();
+        let model = load_model(&directory, Cpu::new(1), ulmus_model::WeightFormat::F32).unwrap();
         let tokenizer = load_tokenizer(&directory, &model).unwrap();
         (model, tokenizer)
     }

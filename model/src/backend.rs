@@ -301,6 +301,10 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// threads is paid once and not once per kernel.
     fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R;
 
+    /// From now on waits for each kernel, so that the spans around kernels have their times; says whether that
+    /// makes a difference. Only for measuring.
+    fn time_kernels_apart(&self) -> bool;
+
     /// Does `work`, which may only call kernels, or what it was the last time with this graph: it must be the same
     /// kernels on the same views, whose contents may be others.
     fn replay(&self, graph: &mut Self::Graph, work: impl FnOnce() + Send);

@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use half::{bf16, f16};
+use ulmus_plan::Precision;
 
 /// How the matrices of a [`crate::Model`] are kept. Norm weights are float32 in every format, and so are all sums.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -31,6 +32,14 @@ impl WeightFormat {
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
             Self::Q8_0 => "q8_0",
+        }
+    }
+
+    /// Of activations beside weights of the format, on a device that keeps them in the precision.
+    pub(crate) fn precision(self) -> Precision {
+        match self {
+            Self::F32 | Self::F16 | Self::Q8_0 => Precision::F32,
+            Self::Bf16 => Precision::Bf16,
         }
     }
 

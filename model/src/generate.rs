@@ -68,6 +68,7 @@ impl<B: Backend> Model<B> {
         weights: &[f32],
         format: WeightFormat,
     ) -> Result<Self, ModelError> {
+        let backend = backend.with_precision(format.precision());
         let layout = Layout::new(config);
         layout.check_len(weights)?;
         check_values(&layout, weights, format)?;

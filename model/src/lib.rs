@@ -11,6 +11,7 @@ mod backend;
 mod batch;
 mod cpu;
 mod cuda;
+mod device;
 mod error;
 mod exact;
 mod format;
@@ -30,6 +31,7 @@ pub use backend::{
 pub use batch::{BatchShape, LossSum, MicroBatch};
 pub use cpu::{Cpu, Memory};
 pub use cuda::Cuda;
+pub use device::Opened;
 pub use error::ModelError;
 pub use exact::Quantum;
 pub use format::{CacheFormat, WeightFormat};

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
-use ulmus_plan::{ModelConfig, NormKind, Plan, Precision, Preset};
+use ulmus_plan::{Device, ModelConfig, NormKind, Plan, Precision, Preset};
 use ulmus_rt::{Failure, load_plans};
 use ulmus_types::ExitStatus;
 
@@ -61,6 +61,9 @@ pub struct BenchArgs {
     /// Compute threads [default: all cores].
     #[arg(long, env = "ULMUS_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
+    /// What to compute on: auto (a GPU if there is one), cpu, cuda or cuda:N.
+    #[arg(long, env = "ULMUS_DEVICE", value_name = "DEVICE", default_value_t)]
+    device: Device,
     /// Timed steps, after one that is not; the median is reported.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
@@ -137,6 +140,7 @@ impl BenchArgs {
                 Dtype::Bf16 => Precision::Bf16,
             },
             recompute: self.recompute,
+            device: self.device,
             threads: self.threads.map_or_else(all_cores, usize::from),
             steps: self.steps as usize,
         })
@@ -155,8 +159,8 @@ pub struct JoinArgs {
     #[arg(long, env = "ULMUS_JOIN", value_name = "HOST:PORT", required = true)]
     pub join: Option<String>,
 
-    /// What to compute on; auto takes the best there is.
-    #[arg(long, env = "ULMUS_DEVICE", value_enum, default_value = "auto")]
+    /// What to compute on: auto (a GPU if there is one), cpu, cuda or cuda:N.
+    #[arg(long, env = "ULMUS_DEVICE", value_name = "DEVICE", default_value_t)]
     pub device: Device,
 
     /// Compute threads [default: all cores].
@@ -176,20 +180,15 @@ pub struct JoinArgs {
     pub join_timeout: Duration,
 }
 
-/// What a worker computes on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Device {
-    /// The best there is.
-    Auto,
-    /// The processor.
-    Cpu,
-}
-
 /// What a worker is told when it starts.
 #[derive(Debug, Clone)]
 pub struct WorkerConfig {
     /// The coordinator.
     pub join: Join,
+    /// What to compute on.
+    pub device: Device,
+    /// Which worker of this machine it is, for a device that is told by that.
+    pub nth: usize,
     /// Compute threads.
     pub threads: usize,
     /// Its name.
@@ -202,18 +201,18 @@ pub struct WorkerConfig {
 
 impl WorkerConfig {
     /// A worker that the coordinator itself started.
-    pub fn local(join_file: PathBuf, name: String, threads: usize) -> Self {
+    pub fn local(join_file: PathBuf, name: String, device: Device, nth: usize, threads: usize) -> Self {
         let join = Join::File(join_file);
-        Self { join, threads, name, advertise: None, join_timeout: Duration::from_mins(5) }
+        Self { join, device, nth, threads, name, advertise: None, join_timeout: Duration::from_mins(5) }
     }
 }
 
 impl From<JoinArgs> for WorkerConfig {
     fn from(args: JoinArgs) -> Self {
-        // The processor is the only device of this build, so both choices mean it.
-        let (Device::Auto | Device::Cpu) = args.device;
         Self {
             join: Join::Address(args.join.expect("clap refuses to join nothing")),
+            device: args.device,
+            nth: 0,
             threads: args.threads.unwrap_or_else(all_cores).max(1),
             name: args.name.unwrap_or_else(default_name),
             advertise: args.advertise,

@@ -16,8 +16,8 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use ulmus_evaluator::{Machine, median};
-use ulmus_model::{BatchShape, Cpu, Memory, MicroBatch, ModelError, Replica};
-use ulmus_plan::{ModelConfig, NormKind, Precision, TrainConfig, worker_memory};
+use ulmus_model::{Backend, BatchShape, Cpu, Memory, MicroBatch, ModelError, Opened, Replica};
+use ulmus_plan::{Device, ModelConfig, NormKind, Precision, TrainConfig};
 
 /// What is timed.
 #[derive(Debug, Clone)]
@@ -34,6 +34,8 @@ pub(crate) struct BenchConfig {
     pub precision: Precision,
     /// Whether layers are computed again in the backward.
     pub recompute: bool,
+    /// What computes.
+    pub device: Device,
     /// Compute threads.
     pub threads: usize,
     /// Timed steps, at least 1, after one that is not.
@@ -57,10 +59,15 @@ pub(crate) struct BenchResult {
     pub dtype: &'static str,
     /// Whether layers are computed again in the backward.
     pub recompute: bool,
+    /// What computes.
+    pub device: String,
     /// Compute threads.
     pub threads: usize,
     /// Positions trained per second, by the median step.
     pub tokens_per_second: f64,
+    /// 10^12 operations per second of that: three times those of a forward with all scores of attention, whether
+    /// they count or not, as is usual for such figures.
+    pub model_tflops: f64,
     /// Seconds of each step, in order.
     pub step_seconds: Vec<f64>,
     /// Seconds per step in each kernel, the longest first; `other` is outside all of them.
@@ -87,7 +94,14 @@ pub(crate) struct KernelTime {
 /// # Errors
 /// If the model has no memory.
 pub(crate) fn bench(config: BenchConfig) -> Result<BenchResult, ModelError> {
-    let BenchConfig { name, model, batch, sequence, precision, recompute, threads, steps } = config;
+    match Opened::new(config.device, config.threads, 0)? {
+        Opened::Cpu(backend) => bench_on(backend, config),
+        Opened::Cuda(backend) => bench_on(backend, config),
+    }
+}
+
+fn bench_on<B: Backend>(backend: B, config: BenchConfig) -> Result<BenchResult, ModelError> {
+    let BenchConfig { name, model, batch, sequence, precision, recompute, threads, steps, .. } = config;
     let spans = SpanTimes::default();
     // Somebody who has installed another one gets no kernel times.
     drop(tracing::subscriber::set_global_default(tracing_subscriber::registry().with(spans.clone())));
@@ -95,8 +109,8 @@ pub(crate) fn bench(config: BenchConfig) -> Result<BenchResult, ModelError> {
     let sequences = batch as u64;
     let recipe = TrainConfig { sequences, micro_batch: sequences, recompute, ..TrainConfig::default() };
     let shape = BatchShape { sequences: batch, length: sequence, recompute };
-    let backend = ulmus_model::Backend::with_precision(Cpu::new(threads), precision);
-    let mut replica = Replica::new(backend, &model, shape, recipe.z_loss)?;
+    let backend = backend.with_precision(precision);
+    let mut replica = Replica::new(backend.clone(), &model, shape, recipe.z_loss)?;
     replica.initialise(0);
     let mut random = ChaCha8Rng::seed_from_u64(0);
     let mut train = |step: u64| -> Result<f64, ModelError> {
@@ -111,9 +125,17 @@ pub(crate) fn bench(config: BenchConfig) -> Result<BenchResult, ModelError> {
     };
     train(0)?;
     spans.take();
-    let step_seconds = (1..=steps.max(1) as u64).map(&mut train).collect::<Result<Vec<_>, _>>()?;
-    let kernels = kernel_times(&spans.take(), &step_seconds);
-    let memory = worker_memory(&model, &recipe, sequence);
+    let steps = steps.max(1) as u64;
+    let step_seconds = (1..=steps).map(&mut train).collect::<Result<Vec<_>, _>>()?;
+    let apart = if backend.time_kernels_apart() {
+        // Kernels that run beside the host are timed one by one, in steps that count for nothing else.
+        spans.take();
+        (1..=steps).map(&mut train).collect::<Result<Vec<_>, _>>()?
+    } else {
+        step_seconds.clone()
+    };
+    let kernels = kernel_times(&spans.take(), &apart);
+    let tokens_per_second = (batch * sequence) as f64 / median(&step_seconds);
     Ok(BenchResult {
         model: name,
         parameters: model.parameters(),
@@ -122,14 +144,31 @@ pub(crate) fn bench(config: BenchConfig) -> Result<BenchResult, ModelError> {
         sequence,
         dtype: precision.name(),
         recompute,
+        device: backend.describe(),
         threads,
-        tokens_per_second: (batch * sequence) as f64 / median(&step_seconds),
+        tokens_per_second,
+        model_tflops: tokens_per_second * training_operations(&model, sequence) / 1e12,
         step_seconds,
         kernels,
         peak_rss_bytes: peak_rss_bytes(),
-        planned_bytes: memory.total,
+        planned_bytes: replica.planned_bytes(),
         machine: Machine::this(),
     })
+}
+
+/// Operations per trained position: two per weight of a matrix, the head included, and two per number of each key and
+/// value; three times that with the backward.
+fn training_operations(model: &ModelConfig, sequence: usize) -> f64 {
+    let layers = model.layers();
+    let matrices: usize = layers
+        .iter()
+        .map(|layer| {
+            let heads = (2 * layer.q_heads + 2 * layer.kv_heads) * model.head_dim;
+            model.model_dim * (heads + 3 * layer.ffn_dim)
+        })
+        .sum();
+    let scores: usize = layers.iter().map(|layer| 2 * sequence * layer.q_heads * model.head_dim).sum();
+    (6 * (matrices + model.vocab_size * model.model_dim + scores)) as f64
 }
 
 fn kernel_times(spans: &BTreeMap<&'static str, Duration>, step_seconds: &[f64]) -> Vec<KernelTime> {
@@ -157,7 +196,7 @@ fn peak_rss_bytes() -> Option<u64> {
 struct SpanTimes(Arc<Mutex<BTreeMap<&'static str, Duration>>>);
 
 /// When a span was opened.
-struct Opened(Instant);
+struct Begun(Instant);
 
 impl SpanTimes {
     fn take(&self) -> BTreeMap<&'static str, Duration> {
@@ -168,13 +207,13 @@ impl SpanTimes {
 impl<S: tracing::Subscriber + for<'a> LookupSpan<'a>> Layer<S> for SpanTimes {
     fn on_new_span(&self, _: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
         if let Some(span) = context.span(id) {
-            span.extensions_mut().insert(Opened(Instant::now()));
+            span.extensions_mut().insert(Begun(Instant::now()));
         }
     }
 
     fn on_close(&self, id: Id, context: Context<'_, S>) {
         let Some(span) = context.span(&id) else { return };
-        let Some(time) = span.extensions().get::<Opened>().map(|opened| opened.0.elapsed()) else { return };
+        let Some(time) = span.extensions().get::<Begun>().map(|begun| begun.0.elapsed()) else { return };
         let mut times = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         *times.entry(span.name()).or_default() += time;
     }
@@ -289,7 +328,7 @@ impl BenchResult {
             self.peak_rss_bytes.map_or("unknown".to_owned(), |rss| format!("{:.2} GB", gigabytes(rss)));
         format!(
             "{table}\n{:.1} tokens/s (median of {} steps after one that is not counted): {} of {} parameters, norm {}, {} x {}, {}, \
-             {} threads\npeak memory {measured}, planned {:.2} GB\n{}, {} cores, {}",
+             {}, {:.2} TFLOP/s\npeak memory {measured}, planned {:.2} GB\n{}, {} cores, {}",
             self.tokens_per_second,
             self.step_seconds.len(),
             self.model,
@@ -298,7 +337,8 @@ impl BenchResult {
             self.batch,
             self.sequence,
             self.dtype,
-            self.threads,
+            self.device,
+            self.model_tflops,
             gigabytes(self.planned_bytes),
             self.machine.processor,
             self.machine.cores,
@@ -309,7 +349,20 @@ impl BenchResult {
 
 #[cfg(test)]
 mod tests {
+    use ulmus_plan::Preset;
+
     use super::*;
+
+    /// By the shapes of the paper, with its vocabulary of 32,000.
+    #[test]
+    fn operations_are_those_of_the_published_shapes() {
+        let of = |preset: Preset| {
+            let model = ModelConfig { vocab_size: 32_000, ..preset.config() };
+            (training_operations(&model, 2048) / 1e6).round() / 1e3
+        };
+        let all = Preset::ALL.map(of);
+        assert_eq!(all, [2.025, 3.315, 7.542, 20.278]);
+    }
 
     #[test]
     fn time_outside_of_kernels_is_told() {

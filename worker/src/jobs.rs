@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use ulmus_dataloader::{Corpus, Manifest, Tokenizer, cargo_home};
 use ulmus_evaluator::{BenchConfig, bench, continuations, perplexity};
 use ulmus_model::hf::{SpecialTokens, config_json, generation_config_json};
-use ulmus_model::{Cpu, Layout, Model, weights_from_safetensors, weights_to_safetensors};
+use ulmus_model::{Backend, Layout, Model, weights_from_safetensors, weights_to_safetensors};
 use ulmus_types::{CheckpointId, Digest, FileEntry, Job};
 
 use crate::WorkerError;
@@ -23,15 +23,20 @@ const AVERAGE: &str = "average/model.safetensors";
 const AVERAGE_MANIFEST: &str = "average/manifest.json";
 
 /// Does a job; gives its result as JSON.
-pub(crate) fn work(run: &Run, threads: usize, job: &Job) -> Result<Value, WorkerError> {
+pub(crate) fn work<B: Backend>(
+    run: &Run,
+    backend: &B,
+    threads: usize,
+    job: &Job,
+) -> Result<Value, WorkerError> {
     let result = match job {
         Job::Prepare => prepare(run)?,
         Job::Average(checkpoints) => average(run, checkpoints)?,
-        Job::EvaluateAverage => evaluate(run, &averaged(run, threads)?)?,
-        Job::Evaluate(checkpoint) => evaluate(run, &trained(run, *checkpoint, threads)?)?,
-        Job::Continue(checkpoints) => continue_text(run, checkpoints, threads)?,
+        Job::EvaluateAverage => evaluate(run, &averaged(run, backend)?)?,
+        Job::Evaluate(checkpoint) => evaluate(run, &trained(run, *checkpoint, backend)?)?,
+        Job::Continue(checkpoints) => continue_text(run, checkpoints, backend)?,
         Job::Export => export(run)?,
-        Job::Benchmark => benchmark(run, threads)?,
+        Job::Benchmark => benchmark(run, backend, threads)?,
     };
     run.write(&format!("results/{}.json", job.name()), pretty(&result))?;
     Ok(result)
@@ -142,17 +147,21 @@ fn averaged_weights(run: &Run) -> Result<Vec<f32>, WorkerError> {
     Ok(weights_from_safetensors(&Layout::new(&run.plan.model), &run.read(AVERAGE)?)?)
 }
 
-fn averaged(run: &Run, threads: usize) -> Result<Arc<Model<Cpu>>, WorkerError> {
-    model(run, &averaged_weights(run)?, threads)
+fn averaged<B: Backend>(run: &Run, backend: &B) -> Result<Arc<Model<B>>, WorkerError> {
+    model(run, &averaged_weights(run)?, backend)
 }
 
-fn trained(run: &Run, checkpoint: CheckpointId, threads: usize) -> Result<Arc<Model<Cpu>>, WorkerError> {
+fn trained<B: Backend>(
+    run: &Run,
+    checkpoint: CheckpointId,
+    backend: &B,
+) -> Result<Arc<Model<B>>, WorkerError> {
     let layout = Layout::new(&run.plan.model);
-    model(run, &run.wait(weights(&run.store, checkpoint, &layout))?, threads)
+    model(run, &run.wait(weights(&run.store, checkpoint, &layout))?, backend)
 }
 
-fn model(run: &Run, weights: &[f32], threads: usize) -> Result<Arc<Model<Cpu>>, WorkerError> {
-    Ok(Arc::new(Model::new(Cpu::new(threads), &run.plan.model, weights)?))
+fn model<B: Backend>(run: &Run, weights: &[f32], backend: &B) -> Result<Arc<Model<B>>, WorkerError> {
+    Ok(Arc::new(Model::new(backend.clone(), &run.plan.model, weights)?))
 }
 
 /// Held-out documents in their fixed order, up to the plan's limit.
@@ -173,7 +182,7 @@ fn held_out_texts(run: &Run, corpus: &Corpus) -> Result<Vec<String>, WorkerError
         .collect())
 }
 
-fn evaluate(run: &Run, model: &Arc<Model<Cpu>>) -> Result<Value, WorkerError> {
+fn evaluate<B: Backend>(run: &Run, model: &Arc<Model<B>>) -> Result<Value, WorkerError> {
     let corpus = run.corpus()?;
     let texts = held_out_texts(run, &corpus)?;
     let result = perplexity(model, corpus.tokenizer(), &texts, run.plan.sequence_length())?;
@@ -181,7 +190,11 @@ fn evaluate(run: &Run, model: &Arc<Model<Cpu>>) -> Result<Value, WorkerError> {
 }
 
 /// What the model wrote at several points of its training, after the same held-out text.
-fn continue_text(run: &Run, checkpoints: &[CheckpointId], threads: usize) -> Result<Value, WorkerError> {
+fn continue_text<B: Backend>(
+    run: &Run,
+    checkpoints: &[CheckpointId],
+    backend: &B,
+) -> Result<Value, WorkerError> {
     let corpus = run.corpus()?;
     let texts = held_out_texts(run, &corpus)?;
     let first = texts.get(..1).unwrap_or_default();
@@ -189,7 +202,7 @@ fn continue_text(run: &Run, checkpoints: &[CheckpointId], threads: usize) -> Res
     let mut prompt = String::new();
     let mut written = Vec::new();
     for checkpoint in checkpoints {
-        let model = trained(run, *checkpoint, threads)?;
+        let model = trained(run, *checkpoint, backend)?;
         let (start, length) = (config.prompt as usize, config.continuation as usize);
         for continuation in continuations(&model, corpus.tokenizer(), first, start, length)? {
             prompt = continuation.prompt;
@@ -219,7 +232,7 @@ fn export(run: &Run) -> Result<Value, WorkerError> {
     Ok(json!({ "folder": "export", "files": files }))
 }
 
-fn benchmark(run: &Run, threads: usize) -> Result<Value, WorkerError> {
+fn benchmark<B: Backend>(run: &Run, backend: &B, threads: usize) -> Result<Value, WorkerError> {
     let config = &run.plan.benchmark;
     let config = BenchConfig {
         prompt: config.prompt as usize,
@@ -227,7 +240,7 @@ fn benchmark(run: &Run, threads: usize) -> Result<Value, WorkerError> {
         runs: config.runs as usize,
         batch: 1,
     };
-    let result = bench(&averaged(run, threads)?, config, threads)?;
+    let result = bench(&averaged(run, backend)?, config, threads)?;
     Ok(json!({
         "prompt_tokens_per_second": result.median.prompt,
         "generate_tokens_per_second": result.median.generation,

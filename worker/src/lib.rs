@@ -25,7 +25,8 @@ use std::path::PathBuf;
 use rand::Rng;
 use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
-use ulmus_model::{Backend, Cpu};
+use ulmus_model::{Backend, Opened};
+use ulmus_plan::Device;
 use ulmus_rt::{Failure, LogTarget, Shutdown};
 use ulmus_types::{ExitStatus, Incarnation, WorkerId};
 
@@ -60,7 +61,23 @@ pub async fn run(config: WorkerConfig, shutdown: &Shutdown) -> Result<ExitStatus
         Some(host) => format!("{host}:{}", listener.address().port()),
         None => listener.address().to_string(),
     };
-    let backend = Cpu::new(config.threads);
+    let opened = Opened::new(config.device, config.threads, config.nth)
+        .map_err(|error| Failure::of(error.kind(), &error))?;
+    match opened {
+        Opened::Cpu(backend) => Box::pin(work(backend, config, worker, listener, address, shutdown)).await,
+        Opened::Cuda(backend) => Box::pin(work(backend, config, worker, listener, address, shutdown)).await,
+    }
+}
+
+/// Runs a worker that has its device and its address.
+async fn work<B: Backend>(
+    backend: B,
+    config: WorkerConfig,
+    worker: WorkerId,
+    listener: Listener,
+    address: String,
+    shutdown: &Shutdown,
+) -> Result<ExitStatus, Failure> {
     let identity = Identity { worker, address, device: backend.describe(), threads: config.threads as u32 };
     tracing::info!(worker = %identity.worker, address = identity.address, device = identity.device, "worker starts");
 
@@ -153,8 +170,14 @@ pub fn run_process(config: WorkerConfig) -> Result<ExitStatus, Failure> {
 ///
 /// # Errors
 /// As [`run`].
-pub fn run_local(join_file: PathBuf, name: String, threads: usize) -> Result<ExitStatus, Failure> {
-    run_process(WorkerConfig::local(join_file, name, threads))
+pub fn run_local(
+    join_file: PathBuf,
+    name: String,
+    device: Device,
+    nth: usize,
+    threads: usize,
+) -> Result<ExitStatus, Failure> {
+    run_process(WorkerConfig::local(join_file, name, device, nth, threads))
 }
 
 /// Times training steps and prints what was measured.

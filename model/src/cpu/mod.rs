@@ -178,6 +178,10 @@ impl Backend for Cpu {
         self.pool.install(work)
     }
 
+    fn time_kernels_apart(&self) -> bool {
+        false
+    }
+
     fn replay(&self, (): &mut (), work: impl FnOnce() + Send) {
         self.run(work);
     }

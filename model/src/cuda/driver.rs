@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{CudaContext, DriverError, result, sys};
@@ -26,6 +27,8 @@ pub(super) struct Device {
     matmul: Mutex<Matmul>,
     /// What kernels need for the length of a call; grown, never given back, as recorded passes know its addresses.
     scratch: Mutex<Vec<Raw>>,
+    /// Whether each kernel is waited for.
+    apart: AtomicBool,
 }
 
 // SAFETY: handles of the driver may be used from any thread that has the context bound, which every call here sees to.
@@ -77,8 +80,8 @@ impl Device {
         let compiler = Compiler::new(capability).map_err(refused)?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(driver)?;
         let matmul = Mutex::new(Matmul::new(stream).map_err(refused)?);
-        let (modules, scratch) = (Mutex::default(), Mutex::default());
-        Ok(Arc::new(Self { context, stream, name, compiler, modules, matmul, scratch }))
+        let (modules, scratch, apart) = (Mutex::default(), Mutex::default(), AtomicBool::default());
+        Ok(Arc::new(Self { context, stream, name, compiler, modules, matmul, scratch, apart }))
     }
 
     /// Name of the device, and version of the compiler.
@@ -96,6 +99,17 @@ impl Device {
         self.bind();
         // SAFETY: the stream lives as long as the device.
         must("finish its work", unsafe { result::stream::synchronize(self.stream) });
+    }
+
+    /// From now on each kernel is waited for.
+    pub(super) fn time_apart(&self) {
+        self.apart.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn wait_if_apart(&self) {
+        if self.apart.load(Ordering::Relaxed) {
+            self.synchronise();
+        }
     }
 
     /// Products of matrices.

@@ -131,6 +131,18 @@ macro_rules! launch {
 }
 use launch;
 
+/// A kernel being called.
+struct Kernel<'a> {
+    device: &'a Device,
+    _span: tracing::span::EnteredSpan,
+}
+
+impl Drop for Kernel<'_> {
+    fn drop(&mut self) {
+        self.device.wait_if_apart();
+    }
+}
+
 /// Blocks of one dimension.
 fn line(blocks: usize) -> [usize; 3] {
     [blocks, 1, 1]
@@ -140,6 +152,11 @@ fn line(blocks: usize) -> [usize; 3] {
 const THREADS: usize = 256;
 
 impl Cuda {
+    /// The span of a kernel, until it is called or, if kernels are timed apart, done.
+    fn kernel(&self, span: tracing::Span) -> Kernel<'_> {
+        Kernel { device: &self.device, _span: span.entered() }
+    }
+
     /// Activations that are loaded at once: 16 bytes of them, if all widths and addresses allow it.
     fn vector(&self, widths: &[usize], addresses: &[Address]) -> usize {
         let most = 16 / self.format.bytes();
@@ -308,12 +325,17 @@ impl Backend for Cuda {
         work()
     }
 
+    fn time_kernels_apart(&self) -> bool {
+        self.device.time_apart();
+        true
+    }
+
     fn replay(&self, graph: &mut Graph, work: impl FnOnce() + Send) {
         graph.replay(&self.device, work);
     }
 
     fn embed(&self, out: ActsMut<'_, Self>, table: Params<'_, Self>, ids: In<'_, Self, u32>, width: usize) {
-        let _span = trace_span!("embed").entered();
+        let _kernel = self.kernel(trace_span!("embed"));
         let (out, table) = (out.address(), table.operand(width));
         let vector = self.vector(&[width], &[out, table.address]);
         let program = Program::Embed { table: table.format };
@@ -328,7 +350,7 @@ impl Backend for Cuda {
         ids: In<'_, Self, u32>,
         width: usize,
     ) {
-        let _span = trace_span!("embed").entered();
+        let _kernel = self.kernel(trace_span!("embed"));
         let (into, gradient) = (table_gradient.address(), gradient.address());
         let vector = self.vector(&[width], &[into, gradient]);
         let program = Program::Embed { table: self.format };
@@ -343,7 +365,7 @@ impl Backend for Cuda {
         weight: Params<'_, Self>,
         shape: LinearShape,
     ) {
-        let _span = trace_span!("linear").entered();
+        let _kernel = self.kernel(trace_span!("linear"));
         let LinearShape { rows, inputs, outputs } = shape;
         let operands = [self.operand(x.address(), inputs), weight.operand(inputs)];
         let out = self.operand(out.address(), outputs);
@@ -357,7 +379,7 @@ impl Backend for Cuda {
         x: Acts<'_, Self>,
         shape: LinearShape,
     ) {
-        let _span = trace_span!("linear").entered();
+        let _kernel = self.kernel(trace_span!("linear"));
         let LinearShape { rows, inputs, outputs } = shape;
         let operands = [self.operand(gradient.address(), outputs), self.operand(x.address(), inputs)];
         let out = Operand { address: weight_gradient.address(), format: Format::F32, stride: inputs };
@@ -371,7 +393,7 @@ impl Backend for Cuda {
         weight: Params<'_, Self>,
         shape: LinearShape,
     ) {
-        let _span = trace_span!("linear").entered();
+        let _kernel = self.kernel(trace_span!("linear"));
         let LinearShape { rows, inputs, outputs } = shape;
         let operands = [self.operand(gradient.address(), outputs), weight.operand(inputs)];
         let out = self.operand(x_gradient.address(), inputs);
@@ -379,7 +401,7 @@ impl Backend for Cuda {
     }
 
     fn norm(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, norm: Norm<'_, Buffer<f32>>) {
-        let _span = trace_span!("norm").entered();
+        let _kernel = self.kernel(trace_span!("norm"));
         self.norm_rows(out.address(), x.address(), x.len(), &norm);
     }
 
@@ -391,7 +413,7 @@ impl Backend for Cuda {
         delta: Acts<'_, Self>,
         norm: Norm<'_, Buffer<f32>>,
     ) {
-        let _span = trace_span!("norm").entered();
+        let _kernel = self.kernel(trace_span!("norm"));
         let len = x.len();
         self.add_norm_rows([sum.address(), out.address()], [x.address(), delta.address()], len, &norm);
     }
@@ -405,7 +427,7 @@ impl Backend for Cuda {
         norm: Norm<'_, Buffer<f32>>,
         accumulate: bool,
     ) {
-        let _span = trace_span!("norm").entered();
+        let _kernel = self.kernel(trace_span!("norm"));
         self.norm_rows_backward(
             [x_gradient.address(), weight_gradient.address()],
             [gradient.address(), x.address()],
@@ -423,7 +445,7 @@ impl Backend for Cuda {
         rope: Rope<'_, Self>,
         heads: Heads,
     ) {
-        let _span = trace_span!("qk_norm_rope").entered();
+        let _kernel = self.kernel(trace_span!("qk_norm_rope"));
         self.norm_heads(
             out.address(),
             packed.address(),
@@ -443,7 +465,7 @@ impl Backend for Cuda {
         rope: Rope<'_, Self>,
         heads: Heads,
     ) {
-        let _span = trace_span!("qk_norm_rope").entered();
+        let _kernel = self.kernel(trace_span!("qk_norm_rope"));
         let rows = gradient.len() / heads.packed_width();
         self.norm_heads_backward(
             [packed.address(), weights_gradient.address()],
@@ -463,7 +485,7 @@ impl Backend for Cuda {
         doc_starts: In<'_, Self, u32>,
         shape: AttentionShape,
     ) {
-        let _span = trace_span!("attention").entered();
+        let _kernel = self.kernel(trace_span!("attention"));
         let AttentionShape { sequences, length, heads } = shape;
         let [queries, keys, values] = packed_heads(packed.address(), heads, length, self.format);
         let pass = AttentionPass {
@@ -493,7 +515,7 @@ impl Backend for Cuda {
         doc_starts: In<'_, Self, u32>,
         shape: AttentionShape,
     ) {
-        let _span = trace_span!("attention").entered();
+        let _kernel = self.kernel(trace_span!("attention"));
         let AttentionShape { sequences, length, heads } = shape;
         let [queries, keys, values] = packed_heads(packed.address(), heads, length, self.format);
         let [query_gradient, key_gradient, value_gradient] =
@@ -528,7 +550,7 @@ impl Backend for Cuda {
     }
 
     fn swiglu(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, width: usize) {
-        let _span = trace_span!("swiglu").entered();
+        let _kernel = self.kernel(trace_span!("swiglu"));
         let rows = out.len() / width;
         let (out, x) = (out.address(), x.address());
         let vector = self.vector(&[width], &[out, x]);
@@ -537,7 +559,7 @@ impl Backend for Cuda {
     }
 
     fn swiglu_backward(&self, x: ActsMut<'_, Self>, gradient: Acts<'_, Self>, width: usize) {
-        let _span = trace_span!("swiglu").entered();
+        let _kernel = self.kernel(trace_span!("swiglu"));
         let rows = gradient.len() / width;
         let (x, gradient) = (x.address(), gradient.address());
         let vector = self.vector(&[width], &[x, gradient]);
@@ -557,7 +579,7 @@ impl Backend for Cuda {
         logits: Out<'_, Self>,
         shape: LinearShape,
     ) {
-        let _span = trace_span!("head_loss").entered();
+        let _kernel = self.kernel(trace_span!("head_loss"));
         let LinearShape { rows, inputs, outputs } = shape;
         let chunk = logits.len() / outputs;
         let table = table.operand(inputs);
@@ -609,7 +631,7 @@ impl Backend for Cuda {
         gradient: In<'_, Self>,
         step: AdamW,
     ) {
-        let _span = trace_span!("adamw").entered();
+        let _kernel = self.kernel(trace_span!("adamw"));
         let ViewMut { buffer, range } = weights;
         let len = range.len();
         let values = View::new(&buffer.values, range.clone()).address();
@@ -627,7 +649,7 @@ impl Backend for Cuda {
     }
 
     fn block_squares(&self, sums: &mut [f64], x: In<'_, Self>) {
-        let _span = trace_span!("block_squares").entered();
+        let _kernel = self.kernel(trace_span!("block_squares"));
         let on_device = self.device.scratch(size_of_val(sums));
         launch!(self, Program::Optimizer, 1, "block_squares", line(sums.len()), line(THREADS), 0;
             on_device, x.address(), x.len() as i64, BLOCK as i32);
@@ -635,7 +657,7 @@ impl Backend for Cuda {
     }
 
     fn quantise_add(&self, sums: Out<'_, Self, i64>, gradient: In<'_, Self>, quantum: &Quantum) -> bool {
-        let _span = trace_span!("quantise").entered();
+        let _kernel = self.kernel(trace_span!("quantise"));
         let (len, blocks) = (gradient.len() as i64, line(gradient.len().div_ceil(THREADS)));
         self.all_inside(|outside| {
             launch!(self, Program::Optimizer, 1, "quantise_add", blocks, line(THREADS), 0;
@@ -644,7 +666,7 @@ impl Backend for Cuda {
     }
 
     fn in_range(&self, gradient: In<'_, Self>, quantum: &Quantum) -> bool {
-        let _span = trace_span!("quantise").entered();
+        let _kernel = self.kernel(trace_span!("quantise"));
         let (len, blocks) = (gradient.len() as i64, line(gradient.len().div_ceil(THREADS)));
         self.all_inside(|outside| {
             launch!(self, Program::Optimizer, 1, "in_range", blocks, line(THREADS), 0;
@@ -653,14 +675,14 @@ impl Backend for Cuda {
     }
 
     fn quantise_mean(&self, gradient: Out<'_, Self>, quantum: &Quantum, scale: f64) {
-        let _span = trace_span!("quantise").entered();
+        let _kernel = self.kernel(trace_span!("quantise"));
         let (len, blocks) = (gradient.len() as i64, line(gradient.len().div_ceil(THREADS)));
         launch!(self, Program::Optimizer, 1, "quantise_mean", blocks, line(THREADS), 0;
             gradient.address(), len, 1.0 / quantum.value(), scale);
     }
 
     fn dequantise(&self, mean: Out<'_, Self>, sums: In<'_, Self, i64>, scale: f64) {
-        let _span = trace_span!("quantise").entered();
+        let _kernel = self.kernel(trace_span!("quantise"));
         let (len, blocks) = (sums.len() as i64, line(sums.len().div_ceil(THREADS)));
         launch!(self, Program::Optimizer, 1, "dequantise", blocks, line(THREADS), 0;
             mean.address(), sums.address(), len, scale);
@@ -671,17 +693,17 @@ impl Backend for Cuda {
     }
 
     fn embed_weights(&self, out: ActsMut<'_, Self>, table: &Weights, ids: In<'_, Self, u32>) {
-        let _span = trace_span!("embed").entered();
+        let _kernel = self.kernel(trace_span!("embed"));
         self.embed_rows(out.address(), table, ids.address(), ids.len());
     }
 
     fn linear_weights(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, weights: &Weights, rows: usize) {
-        let _span = trace_span!("linear").entered();
+        let _kernel = self.kernel(trace_span!("linear"));
         self.times_weights(out.address(), self.format, x.address(), weights, rows);
     }
 
     fn logits(&self, out: Out<'_, Self>, x: Acts<'_, Self>, table: &Weights, rows: usize) {
-        let _span = trace_span!("linear").entered();
+        let _kernel = self.kernel(trace_span!("linear"));
         self.times_weights(out.address(), Format::F32, x.address(), table, rows);
     }
 
@@ -702,12 +724,12 @@ impl Backend for Cuda {
         packed: Acts<'_, Self>,
         spans: Spans<'_, Self>,
     ) {
-        let _span = trace_span!("attention").entered();
+        let _kernel = self.kernel(trace_span!("attention"));
         self.attend_cached(out.address(), cache, packed.address(), &spans);
     }
 
     fn cross_entropy(&self, out: Out<'_, Self>, logits: Out<'_, Self>, targets: In<'_, Self, u32>) {
-        let _span = trace_span!("cross_entropy").entered();
+        let _kernel = self.kernel(trace_span!("cross_entropy"));
         let (rows, vocabulary) = (targets.len(), logits.len() / targets.len().max(1));
         let (out, logits, targets) = (out.address(), logits.address(), targets.address());
         self.loss_of_rows(out, Address::NULL, logits, targets, rows, vocabulary);

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod data;
+mod device;
 mod memory;
 mod model;
 mod norm;
@@ -16,6 +17,7 @@ mod train;
 mod units;
 
 pub use data::{DataConfig, Format, Normalize, OnBadUnit, Pack, SourceConfig};
+pub use device::Device;
 pub use memory::{HEAD_ROWS, MemoryPlan, data_memory, worker_memory};
 pub use model::{LayerDims, ModelConfig, Multipliers, Preset};
 pub use norm::{NormKind, ROW_BLOCK};

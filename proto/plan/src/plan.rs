@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use ulmus_types::{Digest, Problems, RunName};
 
 use crate::data::{DataConfig, SourceConfig};
+use crate::device::Device;
 use crate::model::ModelConfig;
 use crate::norm::NormKind;
 use crate::prepare::{PrepareConfig, TokenizerConfig};
@@ -51,11 +52,13 @@ pub struct LocalConfig {
     pub workers: u64,
     /// Compute threads of each.
     pub threads: u64,
+    /// What each computes on; of several GPUs, the n-th worker has the n-th.
+    pub device: Device,
 }
 
 impl Default for LocalConfig {
     fn default() -> Self {
-        Self { workers: 0, threads: 1 }
+        Self { workers: 0, threads: 1, device: Device::default() }
     }
 }
 

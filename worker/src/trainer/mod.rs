@@ -144,7 +144,7 @@ impl<B: Backend> Trainer<B> {
                 bad_unit: None,
             };
         };
-        match jobs::work(&training.run, self.threads, &job) {
+        match jobs::work(&training.run, &self.backend, self.threads, &job) {
             Ok(result) => ToCoordinator::JobDone { job, result: result.to_string() },
             Err(error) => ToCoordinator::JobFailed {
                 job,
