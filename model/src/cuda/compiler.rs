@@ -166,7 +166,7 @@ impl Program {
 impl Drop for Program {
     fn drop(&mut self) {
         // SAFETY: created once, destroyed once.
-        let _ = unsafe { sys::nvrtcDestroyProgram(&raw mut self.0) };
+        unsafe { sys::nvrtcDestroyProgram(&raw mut self.0) }.result().ok();
     }
 }
 

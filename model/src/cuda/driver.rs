@@ -42,11 +42,14 @@ impl fmt::Debug for Device {
     }
 }
 
-/// Says what was being done when the device failed, and ends the process' use of it.
+/// Ends this thread, and so the process: what the device was computing is lost.
+#[expect(clippy::panic, reason = "kernels have no way to fail, as nothing could go on after it")]
+pub(super) fn lost(act: &str, problem: impl fmt::Display) -> ! {
+    panic!("the GPU failed to {act}: {problem}; what it was computing is lost, so this process cannot go on")
+}
+
 fn must<T>(act: &str, result: Result<T, DriverError>) -> T {
-    result.unwrap_or_else(|error| {
-        panic!("the GPU failed to {act}: {error:?}; its memory is lost, so this process cannot go on")
-    })
+    result.unwrap_or_else(|error| lost(act, format_args!("{error:?}")))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -127,8 +130,8 @@ impl Device {
         if let Some(raw) = scratch.iter().find(|raw| raw.bytes >= bytes) {
             return Address(raw.address);
         }
-        let raw = Raw::new(self, bytes.next_power_of_two())
-            .unwrap_or_else(|error| panic!("the GPU has no room for the scratch of a kernel: {error}"));
+        let raw =
+            Raw::new(self, bytes.next_power_of_two()).unwrap_or_else(|error| lost("give out scratch", error));
         let address = Address(raw.address);
         scratch.push(raw);
         address
@@ -158,7 +161,7 @@ impl Device {
         if result.is_err() {
             tracing::error!(kernel, ?blocks, ?threads, shared, "launch refused");
         }
-        must(kernel, result);
+        must(&format!("start {kernel}"), result);
     }
 
     fn function(&self, variant: Variant, kernel: &'static str, shared: usize) -> sys::CUfunction {
@@ -167,7 +170,7 @@ impl Device {
             let image = self
                 .compiler
                 .compile(variant)
-                .unwrap_or_else(|problem| panic!("{} does not compile: {problem}", variant.program.file()));
+                .unwrap_or_else(|problem| lost(&format!("compile {}", variant.program.file()), problem));
             // SAFETY: the image is a whole cubin.
             let handle = must("load a module", unsafe { result::module::load_data(image.as_ptr().cast()) });
             Module { handle, functions: HashMap::new() }
@@ -195,10 +198,10 @@ impl Drop for Device {
             lock(&self.scratch).clear();
             for (_, module) in lock(&self.modules).drain() {
                 // SAFETY: nothing runs any more: buffers and graphs keep the device alive.
-                let _ = unsafe { result::module::unload(module.handle) };
+                unsafe { result::module::unload(module.handle) }.ok();
             }
             // SAFETY: as above.
-            let _ = unsafe { result::stream::destroy(self.stream) };
+            unsafe { result::stream::destroy(self.stream) }.ok();
         }
     }
 }
@@ -320,7 +323,7 @@ impl Raw {
 impl Drop for Raw {
     fn drop(&mut self) {
         // SAFETY: allocated in `new`, freed once; freeing waits for what uses it. What fails goes with the process.
-        let _ = unsafe { result::free_sync(self.address) };
+        unsafe { result::free_sync(self.address) }.ok();
     }
 }
 
@@ -353,7 +356,7 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         // The context may be bound to another thread; `Raw` frees next.
-        let _ = self.device.context.bind_to_thread();
+        self.device.context.bind_to_thread().ok();
     }
 }
 
@@ -423,7 +426,7 @@ impl Drop for State {
         if let Self::Recorded { graph, device } = self {
             device.synchronise();
             // SAFETY: recorded once, destroyed once, and done.
-            let _ = unsafe { result::graph::exec_destroy(*graph) };
+            unsafe { result::graph::exec_destroy(*graph) }.ok();
         }
     }
 }

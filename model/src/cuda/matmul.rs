@@ -8,7 +8,7 @@ use cudarc::cublaslt::sys;
 use cudarc::driver::result as driver;
 use cudarc::driver::sys::CUstream;
 
-use super::driver::Address;
+use super::driver::{Address, lost};
 use super::program::Format;
 
 /// Bytes that the library may use for a product.
@@ -123,7 +123,7 @@ impl Matmul {
         let handle = self.handle;
         let Product { descriptor, layouts, algorithm } = self.products.entry(shape).or_insert_with(|| {
             Product::new(handle, shape)
-                .unwrap_or_else(|error| panic!("cublasLt has no algorithm for {shape:?}: {error:?}"))
+                .unwrap_or_else(|error| lost("choose an algorithm", format_args!("{error:?} for {shape:?}")))
         });
         let (one, addend) = (1.0_f32, f32::from(u8::from(accumulate)));
         let pointer = |address: u64| address as *mut c_void;
@@ -150,7 +150,7 @@ impl Matmul {
                 self.stream.cast(),
             )
         };
-        done.unwrap_or_else(|error| panic!("cublasLt failed at {shape:?}: {error:?}"));
+        done.unwrap_or_else(|error| lost("multiply matrices", format_args!("{error:?} at {shape:?}")));
     }
 }
 
@@ -160,12 +160,12 @@ impl Drop for Matmul {
         unsafe {
             for product in self.products.values() {
                 for layout in product.layouts {
-                    let _ = result::destroy_matrix_layout(layout);
+                    result::destroy_matrix_layout(layout).ok();
                 }
-                let _ = result::destroy_matmul_desc(product.descriptor);
+                result::destroy_matmul_desc(product.descriptor).ok();
             }
-            let _ = driver::free_sync(self.workspace);
-            let _ = result::destroy_handle(self.handle);
+            driver::free_sync(self.workspace).ok();
+            result::destroy_handle(self.handle).ok();
         }
     }
 }

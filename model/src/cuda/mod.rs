@@ -208,7 +208,7 @@ fn score_scale(heads: Heads) -> f32 {
     1.0 / (heads.width as f32).sqrt()
 }
 
-/// Rows of a block of attention_any.cu.
+/// Rows of a block of `attention_any.cu`.
 const ANY_ROWS: usize = 4;
 
 impl Backend for Cuda {

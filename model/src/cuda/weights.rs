@@ -16,7 +16,7 @@ use crate::format::WeightFormat;
 const MATVEC_ROWS: usize = 8;
 /// Threads of a block in matvec.cu.
 const MATVEC_THREADS: usize = 128;
-/// Numbers that share a scale in q8_0.
+/// Numbers that share a scale in `q8_0`.
 const BLOCK: usize = 32;
 /// Keys of a block in cache.cu, and most query heads per key/value head there.
 const CHUNK: usize = 64;
@@ -29,7 +29,7 @@ pub struct Weights {
     outputs: usize,
     inputs: usize,
     values: Memory,
-    /// Of q8_0: one f16 per row and block.
+    /// Of `q8_0`: one f16 per row and block.
     scales: Option<Memory>,
 }
 
@@ -169,7 +169,7 @@ impl Cuda {
             out, x, weights.data(), weights.inputs as i32, weights.outputs as i32);
     }
 
-    /// A product of large matrices wants one format for both sides: that of the weights, and f16 for q8_0.
+    /// A product of large matrices wants one format for both sides: that of the weights, and f16 for `q8_0`.
     fn times_large(&self, out: Address, result: Format, x: Address, weights: &Weights, rows: usize) {
         let Weights { inputs, outputs, .. } = *weights;
         let format = weights.as_stored().unwrap_or(Format::F16);
