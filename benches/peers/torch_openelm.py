@@ -2,10 +2,12 @@
 
     torch_openelm.py train --threads 1 --dtype f32 [--compile] [--shape tiny] [--batch 4 --sequence 512] --steps 3
     torch_openelm.py infer --threads 1 --dtype bf16 --prompt 512 --generate 128 --runs 3
+    torch_openelm.py train --device cuda --dtype bf16 --compile --shape openelm-1_1b --batch 8 --sequence 2048
 
 The model is that of arXiv 2404.14619 in the forms that PyTorch is fastest with: fused RMS norm, scaled dot product
 attention with grouped queries, tied head, fused AdamW; bf16 training is autocast over float32 weights, bf16
-inference has bf16 weights. Prints one JSON object; memory is peak resident memory above what importing PyTorch takes.
+inference has bf16 weights; `--norm` has the RMS norm of the published code and layer norm, too. Prints one JSON object;
+memory is peak resident memory above what importing PyTorch takes, on a GPU the most that was allocated there.
 """
 
 import argparse
@@ -41,17 +43,27 @@ class Shape:
 SHAPES = {
     "openelm-270m": Shape(32_128, 16, 1280, 64, 4, (0.5, 1.0), (0.5, 4.0), 256),
     "openelm-450m": Shape(32_128, 20, 1536, 64, 4, (0.5, 1.0), (0.5, 4.0), 256),
+    "openelm-1_1b": Shape(32_128, 28, 2048, 64, 4, (0.5, 1.0), (0.5, 4.0), 256),
+    "openelm-3b": Shape(32_128, 36, 3072, 128, 4, (0.5, 1.0), (0.5, 4.0), 256),
     "quickstart": Shape(4096, 4, 128, 32, 2, (0.5, 1.0), (0.5, 4.0), 64),
 }
 
 
-class RmsNorm(nn.Module):
+class Norm(nn.Module):
+    kind = "rms"
+
     def __init__(self, width):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), 1e-6)
+        weight = self.weight.to(x.dtype)
+        if self.kind == "layer":
+            return F.layer_norm(x, weight.shape, weight, None, 1e-5)
+        if self.kind == "naive_rms":
+            wide = x.float()
+            return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).type_as(x) * weight
+        return F.rms_norm(x, weight.shape, weight, 1e-6)
 
 
 def rotate(x, cos, sin):
@@ -63,11 +75,11 @@ class Layer(nn.Module):
     def __init__(self, shape, heads, ffn):
         super().__init__()
         self.heads, self.kv_heads, self.head = heads, heads // shape.group, shape.head
-        self.attention_norm = RmsNorm(shape.width)
+        self.attention_norm = Norm(shape.width)
         self.qkv = nn.Linear(shape.width, (heads + 2 * self.kv_heads) * shape.head, bias=False)
-        self.query_norm, self.key_norm = RmsNorm(shape.head), RmsNorm(shape.head)
+        self.query_norm, self.key_norm = Norm(shape.head), Norm(shape.head)
         self.out = nn.Linear(heads * shape.head, shape.width, bias=False)
-        self.ffn_norm = RmsNorm(shape.width)
+        self.ffn_norm = Norm(shape.width)
         self.up = nn.Linear(shape.width, 2 * ffn, bias=False)
         self.down = nn.Linear(ffn, shape.width, bias=False)
 
@@ -93,7 +105,7 @@ class OpenElm(nn.Module):
         self.shape = shape
         self.embedding = nn.Embedding(shape.vocabulary, shape.width)
         self.layers = nn.ModuleList(Layer(shape, *sizes) for sizes in zip(shape.heads, shape.ffn))
-        self.norm = RmsNorm(shape.width)
+        self.norm = Norm(shape.width)
         frequencies = 10_000.0 ** (-torch.arange(0, shape.head, 2).float() / shape.head)
         angles = torch.arange(positions)[:, None] * frequencies[None]
         self.register_buffer("cos", angles.cos())
@@ -118,7 +130,16 @@ class OpenElm(nn.Module):
 
 
 def peak_bytes():
+    if torch.get_default_device().type == "cuda":
+        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def now():
+    """Seconds, when everything begun is done."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def train(model, arguments, dtype):
@@ -126,7 +147,7 @@ def train(model, arguments, dtype):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
 
     def loss_of(ids):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = model(ids[:, :-1])
         return F.cross_entropy(logits.float().reshape(-1, vocabulary), ids[:, 1:].reshape(-1))
 
@@ -135,12 +156,12 @@ def train(model, arguments, dtype):
 
     def step():
         ids = torch.randint(0, vocabulary, (arguments.batch, arguments.sequence + 1))
-        begun = time.perf_counter()
+        begun = now()
         loss_of(ids).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - begun
+        return now() - begun
 
     step()
     seconds = [step() for _ in range(arguments.steps)]
@@ -155,13 +176,13 @@ def infer(model, arguments, dtype):
     def run():
         caches = model.caches(1, total, dtype)
         ids = torch.randint(0, model.shape.vocabulary, (1, arguments.prompt))
-        begun = time.perf_counter()
+        begun = now()
         token = model(ids, caches, 0, last_only=True)[:, -1].argmax(-1, keepdim=True)
-        prompt = time.perf_counter() - begun
-        begun = time.perf_counter()
+        prompt = now() - begun
+        begun = now()
         for position in range(arguments.prompt, total - 1):
             token = model(token, caches, position, last_only=True)[:, -1].argmax(-1, keepdim=True)
-        return prompt, time.perf_counter() - begun
+        return prompt, now() - begun
 
     run()
     prompts, generations = zip(*(run() for _ in range(arguments.runs)))
@@ -175,6 +196,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["train", "infer"])
     parser.add_argument("--shape", choices=SHAPES, default="openelm-270m")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--norm", choices=["rms", "naive_rms", "layer"], default="rms")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32")
     parser.add_argument("--compile", action="store_true")
@@ -187,11 +210,14 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    torch.set_default_device(arguments.device)
+    Norm.kind = arguments.norm
     imported = peak_bytes()
     model = OpenElm(SHAPES[arguments.shape])
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
     result = (train if arguments.what == "train" else infer)(model, arguments, dtype)
+    result |= {"device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"}
     print(json.dumps({**result, "parameters": parameters, "peak_bytes": peak_bytes() - imported}))
 
 

@@ -10,7 +10,8 @@ use std::sync::Arc;
 use common::{PAD, Tensors, batch, golden, json, largest_difference, mean_gradient, relative_l2};
 use ulmus_model::hf::{self, HfModel};
 use ulmus_model::{
-    Backend, BatchShape, Cpu, Generator, IGNORE, Layout, MicroBatch, Model, Replica, State, WeightFormat,
+    Backend, BatchShape, Cpu, Cuda, Generator, IGNORE, Layout, MicroBatch, Model, Replica, State,
+    WeightFormat,
 };
 use ulmus_plan::{ModelConfig, Precision, Preset, TrainConfig};
 
@@ -28,6 +29,37 @@ const Z_LOSS: f64 = 1e-4;
 /// Relative error of a product whose operands are rounded to bf16: each by up to 2^-9 of itself, evenly, so √2 · 2^-8 / √12.
 const BF16_PRODUCT: f64 = 1.6e-3;
 
+/// The same tests on every device.
+macro_rules! on_every_device {
+    ($($test:ident),+ $(,)?) => {
+        mod cpu {
+            $(#[test]
+            fn $test() {
+                super::$test(&super::Cpu::new(2));
+            })+
+        }
+
+        mod cuda {
+            $(#[test]
+            #[ignore = "needs a GPU or the emulator: .ci/run cuda"]
+            fn $test() {
+                super::$test(&super::Cuda::new(0).unwrap());
+            })+
+        }
+    };
+}
+
+on_every_device! {
+    logits_in_every_format,
+    logits_of_every_position,
+    losses_and_gradients_without_padding,
+    losses_and_gradients_with_padding,
+    losses_and_gradients_with_bf16_products,
+    thirty_steps_of_training_with_bf16_products,
+    thirty_steps_of_training,
+    greedy_text_of_the_initial_weights,
+}
+
 fn model() -> HfModel {
     // The golden directory names its weights file differently, so config and weights are read apart.
     let (config, tokens) = hf::read_config(&golden("")).unwrap();
@@ -36,9 +68,9 @@ fn model() -> HfModel {
     HfModel { config, weights, tokens }
 }
 
-fn replica(sequences: usize, length: usize, precision: Precision) -> Replica<Cpu> {
+fn replica<B: Backend>(backend: &B, sequences: usize, length: usize, precision: Precision) -> Replica<B> {
     let HfModel { config, weights, .. } = model();
-    let backend = Cpu::new(2).with_precision(precision);
+    let backend = backend.clone().with_precision(precision);
     let mut replica = Replica::new(backend, &config, BatchShape::new(sequences, length), Z_LOSS).unwrap();
     let zeros = vec![0.0; weights.len()];
     replica.load_state(&State { weights, first_moment: zeros.clone(), second_moment: zeros }).unwrap();
@@ -55,8 +87,8 @@ fn padded_batch() -> MicroBatch {
     batch(&tensors.shape("input_ids"), tensors.u32("input_ids"), &tensors.u32("targets"))
 }
 
-fn generator(config: &ModelConfig, weights: &[f32]) -> Generator<Cpu> {
-    let model = Arc::new(Model::new(Cpu::new(2), config, weights).unwrap());
+fn generator<B: Backend>(backend: &B, config: &ModelConfig, weights: &[f32]) -> Generator<B> {
+    let model = Arc::new(Model::new(backend.clone(), config, weights).unwrap());
     Generator::new(model, 2 * config.max_context_length).unwrap()
 }
 
@@ -111,8 +143,7 @@ fn parameters_are_in_the_reference_order() {
 }
 
 /// As `every_format_is_close_to_float32` in `generate.rs` derives it, for a model of four layers.
-#[test]
-fn logits_in_every_format() {
+fn logits_in_every_format<B: Backend>(backend: &B) {
     let HfModel { config, weights, .. } = model();
     let tensors = Tensors::open("forward.safetensors");
     let (expected, batch) = (tensors.f32("logits"), full_batch());
@@ -125,7 +156,7 @@ fn logits_in_every_format() {
         (WeightFormat::Bf16, BF16_PRODUCT),
         (WeightFormat::Q8_0, 6.8e-3),
     ] {
-        let model = Model::in_format(Cpu::new(2), &config, &weights, format).unwrap();
+        let model = Model::in_format(backend.clone(), &config, &weights, format).unwrap();
         let mut generator = Generator::new(Arc::new(model), batch.length).unwrap();
         let logits = generator.feed(&batch.inputs[..batch.length]).unwrap();
         let error = squares(&mut logits.iter().zip(expected).map(|(a, b)| a - b));
@@ -135,13 +166,12 @@ fn logits_in_every_format() {
     }
 }
 
-#[test]
-fn logits_of_every_position() {
+fn logits_of_every_position<B: Backend>(backend: &B) {
     let HfModel { config, weights, .. } = model();
     let tensors = Tensors::open("forward.safetensors");
     let expected = tensors.f32("logits");
     let batch = full_batch();
-    let mut generator = generator(&config, &weights);
+    let mut generator = generator(backend, &config, &weights);
     for (tokens, expected) in
         batch.inputs.chunks(batch.length).zip(expected.chunks(batch.length * config.vocab_size))
     {
@@ -157,10 +187,9 @@ fn logits_of_every_position() {
     }
 }
 
-#[test]
-fn losses_and_gradients_without_padding() {
+fn losses_and_gradients_without_padding<B: Backend>(backend: &B) {
     let reference = &json("forward.json")["full"];
-    let mut replica = replica(2, 64, Precision::F32);
+    let mut replica = replica(backend, 2, 64, Precision::F32);
     let (loss, gradient) = mean_gradient(&mut replica, &full_batch()).unwrap();
     let (ce, z) = (loss.mean_ce(), Z_LOSS * loss.mean_z());
     assert!((ce - reference["ce_loss"].as_f64().unwrap()).abs() < LOSS, "{ce}");
@@ -176,7 +205,7 @@ fn losses_and_gradients_without_padding() {
     // The same loss, measured without a gradient and by scoring the text.
     assert_eq!(replica.loss(&full_batch()).unwrap(), loss);
     let HfModel { config, weights, .. } = model();
-    let mut generator = generator(&config, &weights);
+    let mut generator = generator(backend, &config, &weights);
     let batch = full_batch();
     let mut scored = 0.0;
     for (tokens, targets) in batch.inputs.chunks(64).zip(batch.targets.chunks(64)) {
@@ -186,11 +215,10 @@ fn losses_and_gradients_without_padding() {
     assert!((scored / loss.valid as f64 - ce).abs() < LOSS);
 }
 
-#[test]
-fn losses_and_gradients_with_padding() {
+fn losses_and_gradients_with_padding<B: Backend>(backend: &B) {
     let reference = &json("forward.json")["padded"];
     let tensors = Tensors::open("padded.safetensors");
-    let mut replica = replica(3, 64, Precision::F32);
+    let mut replica = replica(backend, 3, 64, Precision::F32);
     let (loss, gradient) = mean_gradient(&mut replica, &padded_batch()).unwrap();
     assert_eq!(loss.valid, reference["valid_targets"].as_u64().unwrap());
     let (ce, z) = (loss.mean_ce(), Z_LOSS * loss.mean_z());
@@ -212,10 +240,9 @@ fn losses_and_gradients_with_padding() {
 
 /// Rounding errors of products are independent, and so add up as squares: over the 4 of each layer and the head's on the
 /// way forward, and twice as many on the way back. Three of their standard deviations are allowed.
-#[test]
-fn losses_and_gradients_with_bf16_products() {
+fn losses_and_gradients_with_bf16_products<B: Backend>(backend: &B) {
     let reference = &json("forward.json")["full"];
-    let mut replica = replica(2, 64, Precision::Bf16);
+    let mut replica = replica(backend, 2, 64, Precision::Bf16);
     let (loss, gradient) = mean_gradient(&mut replica, &full_batch()).unwrap();
     let expected = reference["ce_loss"].as_f64().unwrap();
     assert!((loss.mean_ce() / expected - 1.0).abs() < BF16_LOSS, "{}", loss.mean_ce());
@@ -231,17 +258,18 @@ fn losses_and_gradients_with_bf16_products() {
 }
 
 /// Trains the golden run; gives the replica after 30 steps.
-fn train(
+fn train<B: Backend>(
+    backend: &B,
     precision: Precision,
     check: impl Fn(usize, &serde_json::Value, f64, f64, f64, u64),
-) -> Replica<Cpu> {
+) -> Replica<B> {
     let record = json("train.json");
     let tensors = Tensors::open("train_batches.safetensors");
     let shape = tensors.shape("input_ids");
     let (inputs, targets) = (tensors.u32("input_ids"), tensors.u32("targets"));
     let positions = shape[1] * shape[2];
     let recipe = TrainConfig { iterations: 30, warmup: 5, ..TrainConfig::default() };
-    let mut replica = replica(shape[1], shape[2], precision);
+    let mut replica = replica(backend, shape[1], shape[2], precision);
     for (step, expected) in record["steps"].as_array().unwrap().iter().enumerate() {
         let part = step * positions..(step + 1) * positions;
         let batch = batch(&shape[1..], inputs[part.clone()].to_vec(), &targets[part]);
@@ -255,17 +283,15 @@ fn train(
     replica
 }
 
-#[test]
-fn thirty_steps_of_training_with_bf16_products() {
-    train(Precision::Bf16, |step, expected, ce, _, _, _| {
+fn thirty_steps_of_training_with_bf16_products<B: Backend>(backend: &B) {
+    train(backend, Precision::Bf16, |step, expected, ce, _, _, _| {
         let expected = expected["ce_loss"].as_f64().unwrap();
         assert!((ce / expected - 1.0).abs() < BF16_LOSS, "step {step}: {ce} for {expected}");
     });
 }
 
-#[test]
-fn thirty_steps_of_training() {
-    let replica = train(Precision::F32, |step, expected, ce, total, norm, valid| {
+fn thirty_steps_of_training<B: Backend>(backend: &B) {
+    let replica = train(backend, Precision::F32, |step, expected, ce, total, norm, valid| {
         let number = |key: &str| expected[key].as_f64().unwrap();
         assert_eq!(valid, expected["valid_targets"].as_u64().unwrap());
         assert!((ce - number("ce_loss")).abs() < TRAINING, "step {step}: {ce}");
@@ -306,11 +332,11 @@ fn thirty_steps_of_training() {
     // Greedy text of the trained model, token for token.
     let config = model().config;
     for run in json("generate_trained.json")["runs"].as_object().unwrap().values() {
-        assert_greedy(&mut generator(&config, &state.weights), run);
+        assert_greedy(&mut generator(backend, &config, &state.weights), run);
     }
 }
 
-fn assert_greedy(generator: &mut Generator<Cpu>, expected: &serde_json::Value) {
+fn assert_greedy<B: Backend>(generator: &mut Generator<B>, expected: &serde_json::Value) {
     let tokens = |key: &str| -> Vec<u32> {
         expected[key].as_array().unwrap().iter().map(|x| x.as_u64().unwrap() as u32).collect()
     };
@@ -324,16 +350,15 @@ fn assert_greedy(generator: &mut Generator<Cpu>, expected: &serde_json::Value) {
     assert_eq!(made, expected);
 }
 
-#[test]
-fn greedy_text_of_the_initial_weights() {
+fn greedy_text_of_the_initial_weights<B: Backend>(backend: &B) {
     let HfModel { config, weights, .. } = model();
     let record = json("generate_initial.json");
-    assert_greedy(&mut generator(&config, &weights), &record);
+    assert_greedy(&mut generator(backend, &config, &weights), &record);
     let tensors = Tensors::open("generate_initial.safetensors");
     let tokens = |key: &str| -> Vec<u32> {
         record[key].as_array().unwrap().iter().map(|x| x.as_u64().unwrap() as u32).collect()
     };
-    let mut generator = generator(&config, &weights);
+    let mut generator = generator(backend, &config, &weights);
     let mut logits = generator.feed(&tokens("prompt")).unwrap().to_vec();
     for (token, expected) in
         tokens("generated").iter().zip(tensors.f32("step_logits").chunks(config.vocab_size))

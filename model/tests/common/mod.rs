@@ -10,9 +10,11 @@ use ulmus_model::{Backend, IGNORE, LossSum, MicroBatch, ModelError, Quantum, Rep
 /// The id that pads the golden batches.
 pub(crate) const PAD: u32 = 500;
 
-/// A file of the golden set.
+/// A file of the golden set; `ULMUS_GOLDEN` says where that is if the tests run elsewhere than they were built.
 pub(crate) fn golden(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/a").join(name)
+    let folder = std::env::var_os("ULMUS_GOLDEN").map(PathBuf::from);
+    let here = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/a");
+    folder.unwrap_or_else(here).join(name)
 }
 
 /// A golden JSON file.
