@@ -247,7 +247,10 @@ fn losses_and_gradients_with_bf16_products<B: Backend>(backend: &B) {
     let expected = reference["ce_loss"].as_f64().unwrap();
     assert!((loss.mean_ce() / expected - 1.0).abs() < BF16_LOSS, "{}", loss.mean_ce());
     let products: f64 = 3.0 * (4.0 * model().config.num_transformer_layers as f64 + 1.0);
-    let tolerance = 3.0 * products.sqrt() * BF16_PRODUCT;
+    // What passes between products is rounded, too, on a device that keeps it in two bytes.
+    let in_two_bytes = replica.backend().activation_bytes() == 2;
+    let roundings = if in_two_bytes { 2.0 } else { 1.0 };
+    let tolerance = 3.0 * (roundings * products).sqrt() * BF16_PRODUCT;
     let gradients = Tensors::open("grads.safetensors");
     for tensor in replica.layout().tensors() {
         let difference = relative_l2(&gradient[tensor.range.clone()], &gradients.f32(&tensor.name));
