@@ -160,11 +160,8 @@ fn time_once<B: Backend>(
     let prompt_seconds = start.elapsed().as_secs_f64();
     let start = Instant::now();
     for _ in 1..generate {
-        let logits = generator.feed_each(&next)?;
-        let width = logits.len() / next.len();
-        for ((_, token), logits) in next.iter_mut().zip(logits.chunks_exact(width)) {
-            *token = greedy(logits);
-        }
+        let likeliest = generator.feed_greedy(&next)?;
+        next.iter_mut().zip(likeliest).for_each(|((_, token), next)| *token = *next);
     }
     Ok(Timing { prompt_seconds, generation_seconds: start.elapsed().as_secs_f64() })
 }

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Builds the CUDA emulator: build.sh OUT_DIR. With OUT_DIR in LD_LIBRARY_PATH, programs that load libcuda, libnvrtc and
-# libcublasLt get these, and run their kernels on the CPU (x86-64 with AVX2; kernels are compiled with g++ as well).
+# Builds the CUDA emulator: build.sh OUT_DIR. With OUT_DIR in LD_LIBRARY_PATH, programs that load libcuda, libnvrtc,
+# libcublasLt and libnccl get these, and run their kernels on the CPU (x86-64 with AVX2; kernels are compiled with g++ as
+# well).
 set -eu
 
 out=$1
@@ -20,3 +21,4 @@ library() {
 library libcuda.so "$source/driver.cpp" "$source/scheduler.cpp"
 library libnvrtc.so "$source/nvrtc.cpp"
 library libcublasLt.so "$source/cublaslt.cpp"
+library libnccl.so.2 "$source/nccl.cpp"

@@ -1,7 +1,8 @@
 // libcuda for machines without a GPU: the part of the driver API that our CUDA backend calls.
 //
 // Memory is the process's own, pointers are addresses, modules are shared objects that the emulated NVRTC made. Work on
-// a stream is done before the call returns, except while the stream captures.
+// a stream is done before the call returns, except while the stream captures. What the emulated NCCL does occupies the
+// stream until it is done; calls that put other work there wait for it.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -41,6 +42,7 @@ enum CUresult : unsigned {
     CUDA_ERROR_INVALID_HANDLE = 400,
     CUDA_ERROR_ILLEGAL_STATE = 401,
     CUDA_ERROR_NOT_FOUND = 500,
+    CUDA_ERROR_NOT_READY = 600,
     CUDA_ERROR_NOT_SUPPORTED = 801,
     CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900,
     CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901,
@@ -178,6 +180,13 @@ class Handles {
         return objects_.erase(handle) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
     }
 
+    std::vector<std::shared_ptr<T>> all() {
+        std::lock_guard lock(mutex_);
+        std::vector<std::shared_ptr<T>> objects;
+        for (auto &[handle, object] : objects_) objects.push_back(object);
+        return objects;
+    }
+
   private:
     std::mutex mutex_;
     std::unordered_map<const void *, std::shared_ptr<T>> objects_;
@@ -214,15 +223,65 @@ struct Capture {
     Graph operations;
 };
 
+// What is under way and done by others.
+class Occupations {
+  public:
+    bool ready() const {
+        auto is_done = [](auto &one) { return one.wait_for(std::chrono::seconds(0)) == std::future_status::ready; };
+        return std::all_of(all_.begin(), all_.end(), is_done);
+    }
+
+    void wait() const {
+        for (auto &one : all_) one.wait();
+    }
+
+    // When the last is done, or `time` if that is later.
+    std::chrono::steady_clock::time_point end(std::chrono::steady_clock::time_point time) const {
+        for (auto &one : all_) time = std::max(time, one.get());
+        return time;
+    }
+
+    const std::vector<ulmus::Occupation> &all() const { return all_; }
+
+    void add(const std::vector<ulmus::Occupation> &others) {
+        if (ready()) all_.clear();
+        all_.insert(all_.end(), others.begin(), others.end());
+    }
+
+  private:
+    std::vector<ulmus::Occupation> all_;
+};
+
+struct Context;
+
 struct Stream {
+    const Context *context = nullptr; // null for the default streams
     std::shared_ptr<Capture> capture; // of this stream or of one whose event it waits for
 
     Capture *capturing() const { return capture && !capture->ended ? capture.get() : nullptr; }
+
+    Occupations occupations() {
+        std::lock_guard lock(mutex_);
+        return occupations_;
+    }
+
+    // Gives what was there before.
+    std::vector<ulmus::Occupation> occupy(const std::vector<ulmus::Occupation> &others) {
+        std::lock_guard lock(mutex_);
+        auto before = occupations_.all();
+        occupations_.add(others);
+        return before;
+    }
+
+  private:
+    std::mutex mutex_;
+    Occupations occupations_;
 };
 
 struct Event {
     std::shared_ptr<Capture> capture; // in which it was recorded last
     std::chrono::steady_clock::time_point time;
+    Occupations occupations; // of the stream when it was recorded
     bool recorded = false;
     bool timed = true;
 
@@ -281,9 +340,17 @@ CUresult enqueue(void *stream_handle, const char *name, std::function<void()> wo
         capture->operations.push_back({name, std::move(work)});
         return CUDA_SUCCESS;
     }
+    stream->occupations().wait();
     ulmus::Activity running(name);
     work();
     return CUDA_SUCCESS;
+}
+
+// Waits for the work on all streams of a context.
+void synchronize(const Context *context) {
+    find_stream(nullptr)->occupations().wait();
+    for (auto &stream : handles<Stream>().all())
+        if (stream->context == context) stream->occupations().wait();
 }
 
 // ---- modules
@@ -531,6 +598,7 @@ const ErrorText ERRORS[] = {
     {CUDA_ERROR_INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE", "no such object"},
     {CUDA_ERROR_ILLEGAL_STATE, "CUDA_ERROR_ILLEGAL_STATE", "not possible in this state"},
     {CUDA_ERROR_NOT_FOUND, "CUDA_ERROR_NOT_FOUND", "there is nothing of this name"},
+    {CUDA_ERROR_NOT_READY, "CUDA_ERROR_NOT_READY", "not all is done"},
     {CUDA_ERROR_NOT_SUPPORTED, "CUDA_ERROR_NOT_SUPPORTED", "not supported by the emulator"},
     {CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "not allowed during a capture"},
     {CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
@@ -560,6 +628,20 @@ API int ulmus_emulator_enqueue(void *stream, const char *name, std::function<voi
 }
 
 static_assert(std::is_same_v<decltype(&ulmus_emulator_enqueue), ulmus::Enqueue>);
+
+API int ulmus_emulator_occupy(void *stream_handle, ulmus::Occupation occupation,
+                              std::vector<ulmus::Occupation> *before) {
+    auto stream = find_stream(stream_handle);
+    if (!stream) return CUDA_ERROR_INVALID_HANDLE;
+    if (Capture *capture = stream->capturing()) {
+        capture->invalid = true;
+        return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+    }
+    *before = stream->occupy({std::move(occupation)});
+    return CUDA_SUCCESS;
+}
+
+static_assert(std::is_same_v<decltype(&ulmus_emulator_occupy), ulmus::Occupy>);
 
 // ---- errors
 
@@ -647,12 +729,16 @@ API CUresult cuCtxGetDevice(CUdevice *device) {
     return CUDA_SUCCESS;
 }
 
-API CUresult cuCtxSynchronize() {
-    TRY(check_context());
-    return captures().check_unsafe_call();
+API CUresult cuCtxSynchronize_v2(Context *context) {
+    TRY(captures().check_unsafe_call());
+    synchronize(context);
+    return CUDA_SUCCESS;
 }
 
-API CUresult cuCtxSynchronize_v2(Context *) { return captures().check_unsafe_call(); }
+API CUresult cuCtxSynchronize() {
+    TRY(check_context());
+    return cuCtxSynchronize_v2(current_context);
+}
 
 API CUresult cuCtxSetLimit(int, std::size_t) { return check_context(); }
 
@@ -680,6 +766,7 @@ API CUresult cuMemAlloc_v2(void **address, std::size_t bytes) {
 API CUresult cuMemFree_v2(void *address) {
     TRY(check_context());
     TRY(captures().check_unsafe_call());
+    synchronize(current_context);
     return memory().release(Memory::DEVICE, address);
 }
 
@@ -701,6 +788,7 @@ API CUresult cuMemAllocAsync(void **address, std::size_t bytes, void *stream) {
 
 API CUresult cuMemFreeAsync(void *address, void *stream) {
     TRY(check_not_capturing(stream));
+    find_stream(stream)->occupations().wait();
     return memory().release(Memory::DEVICE, address);
 }
 
@@ -715,6 +803,7 @@ API CUresult cuMemAllocHost_v2(void **address, std::size_t bytes) { return cuMem
 API CUresult cuMemFreeHost(void *address) {
     TRY(check_context());
     TRY(captures().check_unsafe_call());
+    synchronize(current_context);
     return memory().release(Memory::HOST, address);
 }
 
@@ -790,7 +879,9 @@ API CUresult cuMemsetD32_v2(CUdeviceptr to, unsigned value, std::size_t count) {
 
 API CUresult cuStreamCreate(Stream **stream, unsigned) {
     TRY(check_context());
-    *stream = handles<Stream>().add(std::make_shared<Stream>());
+    auto created = std::make_shared<Stream>();
+    created->context = current_context;
+    *stream = handles<Stream>().add(std::move(created));
     return CUDA_SUCCESS;
 }
 
@@ -798,9 +889,16 @@ API CUresult cuStreamCreateWithPriority(Stream **stream, unsigned flags, int) { 
 
 API CUresult cuStreamDestroy_v2(Stream *stream) { return handles<Stream>().remove(stream); }
 
-API CUresult cuStreamSynchronize(Stream *stream) { return check_not_capturing(stream); }
+API CUresult cuStreamSynchronize(Stream *stream) {
+    TRY(check_not_capturing(stream));
+    find_stream(stream)->occupations().wait();
+    return CUDA_SUCCESS;
+}
 
-API CUresult cuStreamQuery(Stream *stream) { return check_not_capturing(stream); }
+API CUresult cuStreamQuery(Stream *stream) {
+    TRY(check_not_capturing(stream));
+    return find_stream(stream)->occupations().ready() ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
+}
 
 API CUresult cuEventCreate(Event **event, unsigned flags) {
     constexpr unsigned NOT_TIMED = 2;
@@ -819,26 +917,36 @@ API CUresult cuEventRecord(Event *event_handle, Stream *stream_handle) {
     if (!event || !stream) return CUDA_ERROR_INVALID_HANDLE;
     event->capture = stream->capturing() ? stream->capture : nullptr;
     event->time = std::chrono::steady_clock::now();
+    event->occupations = stream->occupations();
     event->recorded = true;
     return CUDA_SUCCESS;
 }
 
 API CUresult cuEventRecordWithFlags(Event *event, Stream *stream, unsigned) { return cuEventRecord(event, stream); }
 
-// Everything that an event could stand for is done, unless it stands for a point in a graph.
+// Everything that an event could stand for is done, unless it stands for a point in a graph or after an occupation.
 API CUresult cuEventQuery(Event *handle) {
     auto event = handles<Event>().find(handle);
     if (!event) return CUDA_ERROR_INVALID_HANDLE;
-    return event->captured() ? CUDA_ERROR_CAPTURED_EVENT : CUDA_SUCCESS;
+    if (event->captured()) return CUDA_ERROR_CAPTURED_EVENT;
+    return event->occupations.ready() ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
 }
 
-API CUresult cuEventSynchronize(Event *event) { return cuEventQuery(event); }
+API CUresult cuEventSynchronize(Event *handle) {
+    auto event = handles<Event>().find(handle);
+    if (!event) return CUDA_ERROR_INVALID_HANDLE;
+    if (event->captured()) return CUDA_ERROR_CAPTURED_EVENT;
+    event->occupations.wait();
+    return CUDA_SUCCESS;
+}
 
 API CUresult cuEventElapsedTime_v2(float *milliseconds, Event *start_handle, Event *end_handle) {
     auto start = handles<Event>().find(start_handle), end = handles<Event>().find(end_handle);
     if (!start || !end || !start->recorded || !end->recorded || !start->timed || !end->timed)
         return CUDA_ERROR_INVALID_HANDLE;
-    *milliseconds = std::chrono::duration<float, std::milli>(end->time - start->time).count();
+    if (!start->occupations.ready() || !end->occupations.ready()) return CUDA_ERROR_NOT_READY;
+    auto from = start->occupations.end(start->time), to = end->occupations.end(end->time);
+    *milliseconds = std::chrono::duration<float, std::milli>(to - from).count();
     return CUDA_SUCCESS;
 }
 
@@ -851,7 +959,10 @@ API CUresult cuStreamWaitEvent(Stream *stream_handle, Event *event_handle, unsig
     auto stream = find_stream(stream_handle);
     auto event = handles<Event>().find(event_handle);
     if (!stream || !event) return CUDA_ERROR_INVALID_HANDLE;
-    if (!event->captured()) return CUDA_SUCCESS;
+    if (!event->captured()) {
+        stream->occupy(event->occupations.all());
+        return CUDA_SUCCESS;
+    }
     if (stream->capturing() && stream->capture != event->capture) return CUDA_ERROR_STREAM_CAPTURE_MERGE;
     stream->capture = event->capture;
     return CUDA_SUCCESS;

@@ -504,6 +504,9 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
         spans: Spans<'_, Self>,
     );
 
+    /// The likeliest token of each row of logits; of equal ones the first.
+    fn greedy(&self, out: Out<'_, Self, u32>, logits: In<'_, Self>);
+
     /// Cross-entropy of each row of logits, 0 where the target is [`IGNORE`]. The logits are scratch afterwards.
     fn cross_entropy(&self, out: Out<'_, Self>, logits: Out<'_, Self>, targets: In<'_, Self, u32>);
 }

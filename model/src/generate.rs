@@ -141,16 +141,14 @@ pub struct Generator<B: Backend> {
     capacity: usize,
     /// Tokens of each sequence in the cache.
     positions: Vec<usize>,
-    /// Which sequences a pass continues, from which positions on; on the host and on the device.
-    spans: [Vec<u32>; 2],
-    span_sequences: B::Buffer<u32>,
-    span_positions: B::Buffer<u32>,
+    /// What a pass is told: which sequences it continues, from which positions on, and their tokens.
+    words: Vec<u32>,
+    words_on_device: B::Buffer<u32>,
     /// Per number of sequences that get a token, from 1 on.
     graphs: Vec<B::Graph>,
     rope: RopeTables<B>,
     /// Per layer.
     cache: Vec<B::Cache>,
-    ids: B::Buffer<u32>,
     targets: B::Buffer<u32>,
     stream: B::Activations,
     middle: B::Activations,
@@ -168,6 +166,9 @@ pub struct Generator<B: Backend> {
     tokens: Vec<u32>,
     /// Logits of the last tokens fed, on the host.
     next: Vec<f32>,
+    /// The likeliest tokens, on the device and on the host.
+    likeliest: B::Buffer<u32>,
+    greedy: Vec<u32>,
 }
 
 impl<B: Backend> Generator<B> {
@@ -202,13 +203,11 @@ impl<B: Backend> Generator<B> {
         Ok(Self {
             capacity,
             positions: vec![0; sequences],
-            spans: [Vec::with_capacity(sequences), Vec::with_capacity(sequences)],
-            span_sequences: plan.buffer(sequences)?,
-            span_positions: plan.buffer(sequences)?,
+            words: Vec::with_capacity(2 * sequences + rows),
+            words_on_device: plan.buffer(2 * sequences + rows)?,
             graphs: (0..sequences).map(|_| B::Graph::default()).collect(),
             cache,
             rope: RopeTables::new(plan, config, capacity)?,
-            ids: plan.buffer(rows)?,
             targets: plan.buffer(rows)?,
             stream: plan.activations(rows * d)?,
             middle: plan.activations(rows * d)?,
@@ -224,6 +223,8 @@ impl<B: Backend> Generator<B> {
             logits: plan.buffer(SCORE_ROWS.max(sequences) * config.vocab_size)?,
             tokens: Vec::with_capacity(sequences),
             next: vec![0.0; sequences * config.vocab_size],
+            likeliest: plan.buffer(sequences)?,
+            greedy: vec![0; sequences],
             model,
         })
     }
@@ -280,6 +281,26 @@ impl<B: Backend> Generator<B> {
     /// # Errors
     /// As for [`Generator::feed_to`], and if a sequence comes twice.
     pub fn feed_each(&mut self, tokens: &[(usize, u32)]) -> Result<&[f32], ModelError> {
+        self.advance_each(tokens)?;
+        Ok(self.logits(tokens.len()))
+    }
+
+    /// As [`Generator::feed_each`], but gives the likeliest of the tokens that follow, one for each: logits stay on the
+    /// device.
+    ///
+    /// # Errors
+    /// As for [`Generator::feed_each`].
+    pub fn feed_greedy(&mut self, tokens: &[(usize, u32)]) -> Result<&[u32], ModelError> {
+        self.advance_each(tokens)?;
+        let (count, vocabulary) = (tokens.len(), self.model.config.vocab_size);
+        let Self { model, likeliest, logits, greedy, .. } = self;
+        let logits = read(logits, count * vocabulary);
+        model.backend.run(|| model.backend.greedy(write(likeliest, count), logits));
+        model.backend.download(read(likeliest, count), &mut greedy[..count]);
+        Ok(&greedy[..count])
+    }
+
+    fn advance_each(&mut self, tokens: &[(usize, u32)]) -> Result<(), ModelError> {
         for (index, (sequence, token)) in tokens.iter().enumerate() {
             self.check(*sequence, std::slice::from_ref(token), &[])?;
             if tokens[..index].iter().any(|(before, _)| before == sequence) {
@@ -294,7 +315,7 @@ impl<B: Backend> Generator<B> {
         next.extend(tokens.iter().map(|(_, token)| token));
         self.advance(tokens.iter().map(|(sequence, _)| *sequence), &next);
         self.tokens = next;
-        Ok(self.logits(tokens.len()))
+        Ok(())
     }
 
     /// Makes the logits of some rows that have passed all layers.
@@ -386,7 +407,11 @@ impl<B: Backend> Generator<B> {
             if Some(token) == stop || on_token(token).is_break() || made == max_tokens {
                 break;
             }
-            token = sampler.choose(self.feed(&[token])?);
+            token = if sampler.is_greedy() {
+                self.feed_greedy(&[(0, token)])?[0]
+            } else {
+                sampler.choose(self.feed(&[token])?)
+            };
         }
         Ok(())
     }
@@ -417,21 +442,18 @@ impl<B: Backend> Generator<B> {
     /// output in `normed`. If each gets one token, the logits are made, too.
     fn advance(&mut self, sequences: impl Iterator<Item = usize>, tokens: &[u32]) {
         let model = Arc::clone(&self.model);
-        let [own, first] = &mut self.spans;
-        own.clear();
-        first.clear();
-        for sequence in sequences {
-            own.push(sequence as u32);
-            first.push(self.positions[sequence] as u32);
-        }
-        let (spans, rows) = (own.len(), tokens.len());
+        let words = &mut self.words;
+        words.clear();
+        words.extend(sequences.map(|sequence| sequence as u32));
+        let (spans, rows) = (words.len(), tokens.len());
         let length = rows / spans;
-        for sequence in own.iter() {
-            self.positions[*sequence as usize] += length;
+        for span in 0..spans {
+            let position = &mut self.positions[words[span] as usize];
+            words.push(*position as u32);
+            *position += length;
         }
-        model.backend.upload(write(&mut self.span_sequences, spans), own);
-        model.backend.upload(write(&mut self.span_positions, spans), first);
-        model.backend.upload(write(&mut self.ids, rows), tokens);
+        words.extend(tokens);
+        model.backend.upload(write(&mut self.words_on_device, words.len()), words);
         if length > 1 {
             return model.backend.run(|| self.layers(spans, length));
         }
@@ -446,10 +468,13 @@ impl<B: Backend> Generator<B> {
 
     /// From the ids of some spans to the output of the final norm.
     fn layers(&mut self, spans: usize, length: usize) {
-        let Self { model, rope, cache, ids, stream, middle, normed, packed, rotated, .. } = self;
-        let Self { attended, branch, gate_up, gated, norms, span_sequences, span_positions, .. } = self;
+        let Self { model, rope, cache, words_on_device, stream, middle, normed, packed, rotated, .. } = self;
+        let Self { attended, branch, gate_up, gated, norms, .. } = self;
         let (backend, d, rows) = (&model.backend, model.config.model_dim, spans * length);
-        backend.embed_weights(write(stream, rows * d), &model.embedding, read(ids, rows));
+        let sequences = || read(words_on_device, spans);
+        let positions = || View::new(words_on_device, spans..2 * spans);
+        let ids = View::new(words_on_device, 2 * spans..2 * spans + rows);
+        backend.embed_weights(write(stream, rows * d), &model.embedding, ids);
         for (index, (layer, cache)) in model.layers.iter().zip(cache).enumerate() {
             let (heads, ffn) = (layer.heads, layer.ffn);
             let (width, query_width) = (heads.packed_width(), heads.query_width());
@@ -470,14 +495,14 @@ impl<B: Backend> Generator<B> {
                 write(rotated, rows * width),
                 read(packed, rows * width),
                 norms.of(read(&layer.qk_norm, 2 * heads.width)),
-                rope.at(read(span_positions, spans), length),
+                rope.at(positions(), length),
                 heads,
             );
             backend.cached_attention(
                 write(attended, rows * query_width),
                 cache,
                 read(rotated, rows * width),
-                Spans { sequences: read(span_sequences, spans), first: read(span_positions, spans), length },
+                Spans { sequences: sequences(), first: positions(), length },
             );
             let attended = read(attended, rows * query_width);
             backend.linear_weights(write(branch, rows * d), attended, &layer.out_proj, rows);

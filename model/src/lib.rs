@@ -30,7 +30,7 @@ pub use backend::{
 };
 pub use batch::{BatchShape, LossSum, MicroBatch};
 pub use cpu::{Cpu, Memory};
-pub use cuda::Cuda;
+pub use cuda::{Communicator, CommunicatorId, Cuda, NcclError, Patience};
 pub use device::Opened;
 pub use error::ModelError;
 pub use exact::Quantum;

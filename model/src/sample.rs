@@ -60,6 +60,11 @@ impl Sampler {
         Self { sampling, random, candidates: Vec::new() }
     }
 
+    /// Whether it takes the likeliest token every time.
+    pub(crate) fn is_greedy(&self) -> bool {
+        self.sampling.temperature == 0.0
+    }
+
     /// The next token. Logits that are NaN are never chosen while there are others.
     pub fn choose(&mut self, logits: &[f32]) -> u32 {
         let Sampling { temperature, top_k, top_p } = self.sampling;

@@ -279,6 +279,17 @@ fn inference<B: Backend>(backend: B, format: WeightFormat) -> Outputs {
     for at in 304..308 {
         outputs.push((format!("token {at}"), generator.feed(&text[at..=at]).unwrap().to_vec()));
     }
+    // What the device takes for the likeliest.
+    let begin = |generator: &mut Generator<B>| {
+        generator.reset();
+        generator.feed(&text[..30]).unwrap();
+        generator.feed_to(1, &text[5..10]).unwrap();
+    };
+    begin(&mut generator);
+    let logits = generator.feed_each(&[(1, 9), (0, 3)]).unwrap();
+    let expected: Vec<u32> = logits.chunks(config.vocab_size).map(ulmus_model::greedy).collect();
+    begin(&mut generator);
+    assert_eq!(generator.feed_greedy(&[(1, 9), (0, 3)]).unwrap(), expected);
     generator.reset();
     let losses = generator.score(&text[..310], &text[1..311]).unwrap();
     outputs.push(("losses".to_owned(), losses));

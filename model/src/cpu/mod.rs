@@ -29,6 +29,7 @@ use crate::backend::{
 use crate::error::ModelError;
 use crate::exact::Quantum;
 use crate::format::{CacheFormat, WeightFormat};
+use crate::generate::greedy;
 
 /// The CPU as a device. Results have the same bits for any number of threads.
 #[derive(Debug, Clone)]
@@ -444,6 +445,12 @@ impl Backend for Cpu {
     ) {
         let (out, packed, spans) = (out.slice(), packed.slice(), spans.slices());
         self.kernel(trace_span!("attention"), || cache.attend(out, packed, spans));
+    }
+
+    fn greedy(&self, out: Out<'_, Self, u32>, logits: In<'_, Self>) {
+        let (out, logits) = (out.slice(), logits.slice());
+        let rows = logits.chunks_exact(logits.len() / out.len());
+        out.iter_mut().zip(rows).for_each(|(out, logits)| *out = greedy(logits));
     }
 
     fn cross_entropy(&self, out: Out<'_, Self>, logits: Out<'_, Self>, targets: In<'_, Self, u32>) {

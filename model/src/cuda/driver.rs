@@ -93,8 +93,18 @@ impl Device {
         format!("{}, CUDA {major}.{minor}", self.name)
     }
 
-    fn bind(&self) {
+    pub(super) fn bind(&self) {
         must("be used by a thread", self.context.bind_to_thread());
+    }
+
+    /// Like [`Device::bind`]; says whether it is done.
+    pub(super) fn try_bind(&self) -> bool {
+        self.context.bind_to_thread().is_ok()
+    }
+
+    /// For libraries that put work on it; it lives as long as the device.
+    pub(super) fn stream(&self) -> sys::CUstream {
+        self.stream
     }
 
     /// Waits until everything called so far is done.
@@ -351,6 +361,11 @@ impl Memory {
     pub(super) fn address(&self) -> Address {
         Address(self.raw.address)
     }
+
+    /// Whether this is what its work is ordered by.
+    pub(super) fn is_of(&self, device: &Arc<Device>) -> bool {
+        Arc::ptr_eq(&self.device, device)
+    }
 }
 
 impl Drop for Memory {
@@ -387,6 +402,48 @@ impl Device {
             must("copy from it", unsafe { result::memcpy_dtoh_async(to, from.0, self.stream) });
             self.synchronise();
         }
+    }
+}
+
+/// A point in the order of a device's work.
+pub(super) struct Mark {
+    event: sys::CUevent,
+    device: Arc<Device>,
+}
+
+impl Mark {
+    pub(super) fn new(device: &Arc<Device>) -> Self {
+        device.bind();
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
+        let event = must("make an event", result::event::create(flags));
+        Self { event, device: Arc::clone(device) }
+    }
+
+    /// Puts it after everything called so far.
+    pub(super) fn record(&self) {
+        self.device.bind();
+        // SAFETY: the event is alive, and the stream lives as long as the device.
+        must("record an event", unsafe { result::event::record(self.event, self.device.stream) });
+    }
+
+    /// Whether everything before it is done.
+    pub(super) fn is_reached(&self) -> bool {
+        // SAFETY: the event is alive.
+        match unsafe { result::event::query(self.event) } {
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => false,
+            done => {
+                must("finish its work", done);
+                true
+            }
+        }
+    }
+}
+
+impl Drop for Mark {
+    fn drop(&mut self) {
+        self.device.try_bind();
+        // SAFETY: created once, destroyed once; nobody need have reached it.
+        unsafe { result::event::destroy(self.event) }.ok();
     }
 }
 

@@ -12,6 +12,8 @@ mod compiler;
 mod driver;
 #[expect(unsafe_code, reason = "calls of a foreign library; see the module")]
 mod matmul;
+#[expect(unsafe_code, reason = "calls of a foreign library; see the module")]
+mod nccl;
 mod norm;
 mod program;
 mod weights;
@@ -22,6 +24,7 @@ use std::sync::Arc;
 pub(crate) use driver::Graph;
 use driver::{AdamWStep, Address, Device, HeadRows, Memory};
 use matmul::{Form, Operand};
+pub use nccl::{Communicator, CommunicatorId, NcclError, Patience};
 use program::{Format, Program, Tiling, Variant};
 use tracing::trace_span;
 use ulmus_plan::Precision;
@@ -554,7 +557,7 @@ impl Backend for Cuda {
         let rows = out.len() / width;
         let (out, x) = (out.address(), x.address());
         let vector = self.vector(&[width], &[out, x]);
-        let blocks = [width.div_ceil(THREADS * vector), rows, 1];
+        let blocks = [rows, width.div_ceil(THREADS * vector), 1];
         launch!(self, Program::Swiglu, vector, "swiglu", blocks, line(THREADS), 0; out, x, width as i32);
     }
 
@@ -563,7 +566,7 @@ impl Backend for Cuda {
         let rows = gradient.len() / width;
         let (x, gradient) = (x.address(), gradient.address());
         let vector = self.vector(&[width], &[x, gradient]);
-        let blocks = [width.div_ceil(THREADS * vector), rows, 1];
+        let blocks = [rows, width.div_ceil(THREADS * vector), 1];
         launch!(self, Program::Swiglu, vector, "swiglu_backward", blocks, line(THREADS), 0;
             x, gradient, width as i32);
     }
@@ -726,6 +729,13 @@ impl Backend for Cuda {
     ) {
         let _kernel = self.kernel(trace_span!("attention"));
         self.attend_cached(out.address(), cache, packed.address(), &spans);
+    }
+
+    fn greedy(&self, out: Out<'_, Self, u32>, logits: In<'_, Self>) {
+        let _kernel = self.kernel(trace_span!("greedy"));
+        let (rows, vocabulary) = (out.len(), logits.len() / out.len());
+        launch!(self, Program::Loss, 1, "greedy", line(rows), line(512), 0;
+            out.address(), logits.address(), vocabulary as i32);
     }
 
     fn cross_entropy(&self, out: Out<'_, Self>, logits: Out<'_, Self>, targets: In<'_, Self, u32>) {

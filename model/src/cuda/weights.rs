@@ -207,7 +207,7 @@ impl Cuda {
     fn expand(&self, to: Address, format: Format, weights: &Weights) {
         let as_activations = Self { format, ..self.clone() };
         let (program, loads) = weights.program(1, format, to);
-        let blocks = [weights.inputs.div_ceil(MATVEC_THREADS * loads), weights.outputs, 1];
+        let blocks = [weights.outputs, weights.inputs.div_ceil(MATVEC_THREADS * loads), 1];
         launch!(as_activations, program, loads, "expand", blocks, line(MATVEC_THREADS), 0;
             to, weights.data(), weights.inputs as i32);
     }

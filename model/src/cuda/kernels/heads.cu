@@ -94,9 +94,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     qk_norm_rope(act *out, const act *packed, const float *weights, const float *cos, const float *sin,
                  const unsigned *first, int length, int rows, int query, int key_value) {
     int heads = query + 2 * key_value;
-    long long index = (long long)blockIdx.x * GROUPS + threadIdx.x / HEAD_LANES;
+    unsigned index = blockIdx.x * GROUPS + threadIdx.x / HEAD_LANES;
     // Lanes beyond the last head go along, for the sums over lanes.
-    bool live = index < (long long)rows * heads;
+    bool live = index < (unsigned)(rows * heads);
     if (!live) index = 0;
     int row = index / heads, head = index % heads;
     size_t at = (size_t)index * WIDTH;

@@ -59,6 +59,38 @@ DEVICE LogSum row_log_sum(const float *row, int vocabulary) {
     return block_log_sum(own);
 }
 
+// The greatest of some numbers, and where it is; of equal ones the first, and never one that is no number.
+struct Greatest {
+    float value;
+    unsigned index;
+
+    DEVICE void add(float other, unsigned its) {
+        if (other > value || (other == value && its < index)) {
+            value = other;
+            index = its;
+        }
+    }
+};
+
+// The likeliest token of each row; a block per row.
+extern "C" __global__ void __launch_bounds__(THREADS) greedy(unsigned *out, const float *logits, int vocabulary) {
+    __shared__ Greatest shared[WARPS];
+    const float *row = logits + (size_t)blockIdx.x * vocabulary;
+    Greatest own = {negative_infinity(), 0};
+    for (int column = threadIdx.x; column < vocabulary; column += THREADS) own.add(row[column], column);
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) {
+        float value = __shfl_xor_sync(ALL_LANES, own.value, step);
+        own.add(value, __shfl_xor_sync(ALL_LANES, own.index, step));
+    }
+    if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = own;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (int warp = 1; warp < WARPS; warp++) own.add(shared[warp].value, shared[warp].index);
+        out[blockIdx.x] = own.index;
+    }
+}
+
 // Cross-entropy of each row, 0 where the target is IGNORE; a block per row. `lse` may be null.
 extern "C" __global__ void __launch_bounds__(THREADS)
     cross_entropy(float *out, float *lse, const float *logits, const unsigned *targets, int vocabulary) {

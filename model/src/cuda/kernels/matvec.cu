@@ -97,11 +97,11 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP)
     }
 }
 
-// Weights as numbers, for products with many rows; grid (vectors, outputs).
+// Weights as numbers, for products with many rows; grid (outputs, vectors).
 extern "C" __global__ void __launch_bounds__(WARPS *WARP) expand(act *out, Weights weights, int inputs) {
-    int column = (blockIdx.x * WARPS * WARP + threadIdx.x) * LOADS;
+    int column = (blockIdx.y * WARPS * WARP + threadIdx.x) * LOADS;
     if (column >= inputs) return;
     float x[LOADS];
-    weights.get(x, blockIdx.y, inputs, column);
-    store(out + (size_t)blockIdx.y * inputs + column, x);
+    weights.get(x, blockIdx.x, inputs, column);
+    store(out + (size_t)blockIdx.x * inputs + column, x);
 }

@@ -3,28 +3,28 @@
 
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// A thread per vector of a row; grid (vectors, rows).
+// A thread per vector of a row; grid (rows, vectors).
 extern "C" __global__ void swiglu(act *out, const act *x, int width) {
-    int column = (blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    int column = (blockIdx.y * blockDim.x + threadIdx.x) * VEC;
     if (column >= width) return;
-    const act *row = x + (size_t)blockIdx.y * 2 * width + column;
+    const act *row = x + (size_t)blockIdx.x * 2 * width + column;
     float gate[VEC], up[VEC];
     load(gate, row);
     load(up, row + width);
 #pragma unroll
     for (int i = 0; i < VEC; i++) up[i] *= gate[i] * sigmoid(gate[i]);
-    store(out + (size_t)blockIdx.y * width + column, up);
+    store(out + (size_t)blockIdx.x * width + column, up);
 }
 
 // Replaces gates and ups by their gradients.
 extern "C" __global__ void swiglu_backward(act *x, const act *gradient, int width) {
-    int column = (blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    int column = (blockIdx.y * blockDim.x + threadIdx.x) * VEC;
     if (column >= width) return;
-    act *row = x + (size_t)blockIdx.y * 2 * width + column;
+    act *row = x + (size_t)blockIdx.x * 2 * width + column;
     float gate[VEC], up[VEC], upstream[VEC];
     load(gate, row);
     load(up, row + width);
-    load(upstream, gradient + (size_t)blockIdx.y * width + column);
+    load(upstream, gradient + (size_t)blockIdx.x * width + column);
 #pragma unroll
     for (int i = 0; i < VEC; i++) {
         float s = sigmoid(gate[i]), g = upstream[i];

@@ -1,0 +1,598 @@
+//! NCCL: what the processes of a group sum and share, from device to device.
+//!
+//! Operations are put on the device's one stream and so come after the kernels called before. They are waited for by
+//! polling, as NCCL says nothing when a peer has died: whoever calls an operation says how long it may take. What has
+//! gone wrong once is aborted, which leaves the device as it was but for what the buffers of the operation hold.
+
+use std::error::Error;
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::fmt;
+use std::ops::Range;
+use std::ptr;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use cudarc::nccl::sys::{self, cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t};
+
+use super::driver::{Address, Device, Mark};
+use super::{Buffer, Cuda};
+use crate::backend::{Out, ViewMut};
+
+/// Asked again and again while an operation is not done: why to give it up now, if so.
+pub type Patience<'a> = &'a (dyn Fn() -> Option<String> + Sync);
+
+/// Why an operation, or the forming of a group, did not succeed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NcclError {
+    /// There is no library to call.
+    #[error(
+        "{problem}; install NCCL 2.18 or newer (in Python's package nvidia-nccl-cu13, for instance) and set \
+         LD_LIBRARY_PATH to the folder that has libnccl.so.2"
+    )]
+    Library {
+        /// What is the matter with it.
+        problem: String,
+    },
+    /// The library does not do it, or failed at it.
+    #[error("NCCL failed to {act}: {problem}")]
+    Refused {
+        /// What was tried.
+        act: &'static str,
+        /// What it said.
+        problem: String,
+    },
+    /// The caller's patience has ended.
+    #[error("gave up waiting for NCCL to {act}: {reason}")]
+    GivenUp {
+        /// What was tried.
+        act: &'static str,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What the library's functions return: a number of [`ncclResult_t`], or one that only newer versions have.
+type Status = u32;
+
+const SUCCESS: Status = ncclResult_t::ncclSuccess as Status;
+const IN_PROGRESS: Status = ncclResult_t::ncclInProgress as Status;
+
+fn is_accepted(status: Status) -> bool {
+    matches!(status, SUCCESS | IN_PROGRESS)
+}
+
+/// As the library writes its versions.
+const OLDEST: c_int = 21_800;
+
+/// Names of the library. That of Python's packages comes first.
+const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
+
+/// Declares the functions of the library that are used, and how they are found.
+macro_rules! functions {
+    ($($name:ident = $symbol:literal: ($($argument:ty),*) -> $result:ty;)+) => {
+        struct Functions {
+            $($name: unsafe extern "C" fn($($argument),*) -> $result,)+
+            /// Keeps them where they are.
+            _library: libloading::Library,
+        }
+
+        impl Functions {
+            fn of(library: libloading::Library) -> Result<Self, libloading::Error> {
+                // SAFETY: these are their types in nccl.h, which are the same in all versions that are accepted.
+                unsafe { Ok(Self { $($name: *library.get($symbol)?,)+ _library: library }) }
+            }
+        }
+    };
+}
+
+functions! {
+    version = b"ncclGetVersion\0": (*mut c_int) -> Status;
+    unique_id = b"ncclGetUniqueId\0": (*mut sys::ncclUniqueId) -> Status;
+    init = b"ncclCommInitRankConfig\0":
+        (*mut ncclComm_t, c_int, sys::ncclUniqueId, c_int, *mut sys::ncclConfig_t) -> Status;
+    async_error = b"ncclCommGetAsyncError\0": (ncclComm_t, *mut Status) -> Status;
+    finalize = b"ncclCommFinalize\0": (ncclComm_t) -> Status;
+    destroy = b"ncclCommDestroy\0": (ncclComm_t) -> Status;
+    abort = b"ncclCommAbort\0": (ncclComm_t) -> Status;
+    group_start = b"ncclGroupStart\0": () -> Status;
+    group_end = b"ncclGroupEnd\0": () -> Status;
+    all_reduce = b"ncclAllReduce\0":
+        (*const c_void, *mut c_void, usize, ncclDataType_t, ncclRedOp_t, ncclComm_t, cudaStream_t) -> Status;
+    reduce = b"ncclReduce\0":
+        (*const c_void, *mut c_void, usize, ncclDataType_t, ncclRedOp_t, c_int, ncclComm_t, cudaStream_t) -> Status;
+    broadcast = b"ncclBroadcast\0":
+        (*const c_void, *mut c_void, usize, ncclDataType_t, c_int, ncclComm_t, cudaStream_t) -> Status;
+    error_string = b"ncclGetErrorString\0": (Status) -> *const c_char;
+    last_error = b"ncclGetLastError\0": (ncclComm_t) -> *const c_char;
+}
+
+/// What the system says.
+fn reason(error: &libloading::Error) -> String {
+    error.source().map_or_else(|| error.to_string(), ToString::to_string)
+}
+
+impl Functions {
+    fn load() -> Result<Self, String> {
+        let mut problem = String::new();
+        for name in NAMES {
+            // SAFETY: NCCL does nothing when it is loaded that other code could notice.
+            match unsafe { libloading::Library::new(name) } {
+                Ok(library) => return Self::checked(name, library),
+                Err(error) if problem.is_empty() => problem = reason(&error),
+                Err(_) => {}
+            }
+        }
+        Err(format!("NCCL is not found ({problem})"))
+    }
+
+    fn checked(name: &str, library: libloading::Library) -> Result<Self, String> {
+        let functions =
+            Self::of(library).map_err(|error| format!("{name} is not usable: {}", reason(&error)))?;
+        let mut version = 0;
+        // SAFETY: writes the number that it is given.
+        let status = unsafe { (functions.version)(&raw mut version) };
+        if status != SUCCESS {
+            return Err(format!("{name} does not say its version: {}", functions.problem(status)));
+        }
+        if version < OLDEST {
+            let (major, minor) = (version / 10_000, version / 100 % 100);
+            return Err(format!("{name} is of version {major}.{minor}, which is too old"));
+        }
+        Ok(functions)
+    }
+
+    /// What the library says of a failure.
+    fn problem(&self, status: Status) -> String {
+        let text = |text: *const c_char| {
+            // SAFETY: the library gives null or a string that stays where it is.
+            (!text.is_null()).then(|| unsafe { CStr::from_ptr(text) }.to_string_lossy().trim().to_owned())
+        };
+        // SAFETY: any number has a text.
+        let what = text(unsafe { (self.error_string)(status) });
+        // SAFETY: the library does not look at the communicator.
+        let why = text(unsafe { (self.last_error)(ptr::null_mut()) });
+        let said: Vec<String> = [what, why].into_iter().flatten().filter(|text| !text.is_empty()).collect();
+        if said.is_empty() { format!("error {status}") } else { said.join(": ") }
+    }
+
+    fn refused(&self, act: &'static str, status: Status) -> NcclError {
+        NcclError::Refused { act, problem: self.problem(status) }
+    }
+}
+
+/// The library, which is loaded once.
+fn functions() -> Result<&'static Functions, NcclError> {
+    static LOADED: OnceLock<Result<Functions, String>> = OnceLock::new();
+    LOADED
+        .get_or_init(Functions::load)
+        .as_ref()
+        .map_err(|problem| NcclError::Library { problem: problem.clone() })
+}
+
+/// What the members of a group find one another by. Who makes it must live until the group is formed.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct CommunicatorId([u8; 128]);
+
+impl fmt::Debug for CommunicatorId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let start = self.0.iter().take(8);
+        f.write_str("CommunicatorId(")?;
+        start.into_iter().try_for_each(|byte| write!(f, "{byte:02x}"))?;
+        f.write_str("..)")
+    }
+}
+
+impl CommunicatorId {
+    /// One that no other group has.
+    ///
+    /// # Errors
+    /// [`NcclError::Library`], or [`NcclError::Refused`] if this machine's network does not allow it.
+    pub fn new() -> Result<Self, NcclError> {
+        let functions = functions()?;
+        let mut id = sys::ncclUniqueId { internal: [0; 128] };
+        // SAFETY: writes the bytes that it is given.
+        let status = unsafe { (functions.unique_id)(&raw mut id) };
+        if status == SUCCESS {
+            Ok(Self(id.internal.map(|byte| byte as u8)))
+        } else {
+            Err(functions.refused("make an id for a group", status))
+        }
+    }
+
+    /// What [`CommunicatorId::to_bytes`] gave, here or elsewhere.
+    pub fn from_bytes(bytes: [u8; 128]) -> Self {
+        Self(bytes)
+    }
+
+    /// To be sent to the members.
+    pub fn to_bytes(self) -> [u8; 128] {
+        self.0
+    }
+
+    fn raw(self) -> sys::ncclUniqueId {
+        sys::ncclUniqueId { internal: self.0.map(|byte| byte as c_char) }
+    }
+}
+
+/// A member of a group of processes, each of which has a device. All members call the same operations in the same
+/// order.
+///
+/// # Errors
+/// All operations fail alike, with [`NcclError::Refused`] or [`NcclError::GivenUp`]: after the first error the
+/// communicator is of no more use, and says the same error again. The device is, and so are the buffers, though it is
+/// not known what those of the operation hold.
+pub struct Communicator {
+    functions: &'static Functions,
+    /// Null when it has been given back.
+    handle: ncclComm_t,
+    mark: Mark,
+    device: Arc<Device>,
+    rank: usize,
+    size: usize,
+    failed: Option<NcclError>,
+}
+
+// SAFETY: a communicator may be used by any thread, one at a time.
+unsafe impl Send for Communicator {}
+
+impl fmt::Debug for Communicator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rank, size, failed, .. } = self;
+        f.debug_struct("Communicator")
+            .field("rank", rank)
+            .field("size", size)
+            .field("failed", failed)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What an operation is given besides its data.
+#[derive(Clone, Copy)]
+struct Call {
+    functions: &'static Functions,
+    handle: ncclComm_t,
+    stream: cudaStream_t,
+}
+
+/// Where data begin, as the library wants it.
+fn pointer(address: Address) -> *mut c_void {
+    address.0 as *mut c_void
+}
+
+#[expect(clippy::missing_errors_doc, reason = "said once, at the type")]
+impl Communicator {
+    /// Joins the group of that id as one of `size` members, and waits for the others.
+    ///
+    /// # Errors
+    /// [`NcclError`].
+    pub fn new(
+        cuda: &Cuda,
+        id: &CommunicatorId,
+        rank: usize,
+        size: usize,
+        patience: Patience<'_>,
+    ) -> Result<Self, NcclError> {
+        let device = Arc::clone(&cuda.device);
+        let mut communicator = Self {
+            functions: functions()?,
+            handle: ptr::null_mut(),
+            mark: Mark::new(&device),
+            device,
+            rank,
+            size,
+            failed: None,
+        };
+        let act = "form a group";
+        let formed = communicator.init(*id, act, patience);
+        communicator.settle(formed)?;
+        Ok(communicator)
+    }
+
+    /// This member's place, from 0.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// Members of the group.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Replaces `data` by its sum over all members, modulo 2^64.
+    pub fn all_reduce_i64(
+        &mut self,
+        data: Out<'_, Cuda, i64>,
+        patience: Patience<'_>,
+    ) -> Result<(), NcclError> {
+        let (data, len) = self.place(data);
+        let data = pointer(data);
+        self.run("sum integers", len, patience, |Call { functions, handle, stream }| {
+            // SAFETY: `run` waits until the device is done with what the view borrows.
+            unsafe { (functions.all_reduce)(data, data, len, I64, SUM, handle, stream) }
+        })
+    }
+
+    /// Replaces this member's chunk of `data` by its sum over all members, modulo 2^64; the other chunks hold anything.
+    /// The chunks, one for each member, are parts of `data` that have nothing in common, and may differ in length.
+    ///
+    /// # Panics
+    /// If there are not as many chunks as members, or one is not a part of `data`.
+    pub fn reduce_scatter_i64(
+        &mut self,
+        data: Out<'_, Cuda, i64>,
+        chunks: &[Range<usize>],
+        patience: Patience<'_>,
+    ) -> Result<(), NcclError> {
+        let chunks = self.parts(self.place(data), size_of::<i64>(), chunks);
+        self.run("sum chunks of integers", chunks.len(), patience, |call| {
+            let Call { functions, handle, stream } = call;
+            call.group(&chunks, |Part { root, data, len }| {
+                // SAFETY: `run` waits until the device is done with what the view borrows.
+                unsafe { (functions.reduce)(data, data, len, I64, SUM, root, handle, stream) }
+            })
+        })
+    }
+
+    /// Replaces all other members' chunks of `data` by what those members hold there. Chunks are as for
+    /// [`Communicator::reduce_scatter_i64`].
+    ///
+    /// # Panics
+    /// If there are not as many chunks as members, or one is not a part of `data`.
+    pub fn all_gather_f32(
+        &mut self,
+        data: Out<'_, Cuda, f32>,
+        chunks: &[Range<usize>],
+        patience: Patience<'_>,
+    ) -> Result<(), NcclError> {
+        let chunks = self.parts(self.place(data), size_of::<f32>(), chunks);
+        self.run("gather chunks", chunks.len(), patience, |call| {
+            let Call { functions, handle, stream } = call;
+            call.group(&chunks, |Part { root, data, len }| {
+                // SAFETY: `run` waits until the device is done with what the view borrows.
+                unsafe { (functions.broadcast)(data, data, len, F32, root, handle, stream) }
+            })
+        })
+    }
+
+    /// Replaces `data` by what `root` holds.
+    pub fn broadcast_f32(
+        &mut self,
+        root: usize,
+        data: Out<'_, Cuda, f32>,
+        patience: Patience<'_>,
+    ) -> Result<(), NcclError> {
+        let (data, len) = self.place(data);
+        let (data, root) = (pointer(data), root as c_int);
+        self.run("broadcast", len, patience, |Call { functions, handle, stream }| {
+            // SAFETY: `run` waits until the device is done with what the view borrows.
+            unsafe { (functions.broadcast)(data, data, len, F32, root, handle, stream) }
+        })
+    }
+
+    /// Where the elements are, and how many.
+    fn place<T>(&self, data: ViewMut<'_, Buffer<T>>) -> (Address, usize) {
+        let ViewMut { buffer, range } = data;
+        assert!(buffer.memory.is_of(&self.device), "a buffer is of the communicator's backend");
+        (buffer.memory.address().add(range.start * size_of::<T>()), range.len())
+    }
+
+    /// The chunks that are not empty.
+    fn parts(&self, (data, len): (Address, usize), width: usize, chunks: &[Range<usize>]) -> Vec<Part> {
+        assert_eq!(chunks.len(), self.size, "as many chunks as members");
+        assert!(chunks.iter().all(|chunk| chunk.end <= len), "chunks are parts of the data");
+        let part = |(root, chunk): (usize, &Range<usize>)| Part {
+            root: root as c_int,
+            data: pointer(data.add(chunk.start * width)),
+            len: chunk.len(),
+        };
+        chunks.iter().enumerate().filter(|(_, chunk)| !chunk.is_empty()).map(part).collect()
+    }
+
+    /// Carries out an operation, if there is anything to do.
+    fn run(
+        &mut self,
+        act: &'static str,
+        len: usize,
+        patience: Patience<'_>,
+        call: impl FnOnce(Call) -> Status,
+    ) -> Result<(), NcclError> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        if len == 0 {
+            return Ok(());
+        }
+        self.device.bind();
+        let status = call(Call {
+            functions: self.functions,
+            handle: self.handle,
+            stream: self.device.stream().cast(),
+        });
+        let done = self.finish(status, act, patience);
+        self.settle(done)
+    }
+
+    fn init(
+        &mut self,
+        id: CommunicatorId,
+        act: &'static str,
+        patience: Patience<'_>,
+    ) -> Result<(), NcclError> {
+        // What the header's initialiser has, but that calls must not block.
+        let mut config = sys::ncclConfig_t {
+            size: size_of::<sys::ncclConfig_t>(),
+            magic: 0xcafe_beef,
+            version: OLDEST as u32,
+            blocking: 0,
+            cgaClusterSize: c_int::MIN,
+            minCTAs: c_int::MIN,
+            maxCTAs: c_int::MIN,
+            netName: ptr::null(),
+            splitShare: c_int::MIN,
+        };
+        let (rank, size) = (self.rank as c_int, self.size as c_int);
+        self.device.bind();
+        // SAFETY: the library copies the configuration, and writes the handle before it returns.
+        let status =
+            unsafe { (self.functions.init)(&raw mut self.handle, size, id.raw(), rank, &raw mut config) };
+        self.launched(status, act, patience)
+    }
+
+    /// Waits until an operation is done.
+    fn finish(&self, status: Status, act: &'static str, patience: Patience<'_>) -> Result<(), NcclError> {
+        // Before that, there may be nothing on the stream to wait for.
+        self.launched(status, act, patience)?;
+        self.mark.record();
+        poll(act, patience, || {
+            let done = self.mark.is_reached();
+            // An error is one even if the device has nothing more to do.
+            self.is_idle(act)?;
+            Ok(done)
+        })
+    }
+
+    /// Waits until the library has done what it does before it leaves the rest to the device.
+    fn launched(&self, status: Status, act: &'static str, patience: Patience<'_>) -> Result<(), NcclError> {
+        if !is_accepted(status) {
+            return Err(self.functions.refused(act, status));
+        }
+        poll(act, patience, || self.is_idle(act))
+    }
+
+    /// Whether the library is not in the middle of a call.
+    fn is_idle(&self, act: &'static str) -> Result<bool, NcclError> {
+        let mut state = SUCCESS;
+        // SAFETY: the handle is alive; the number is written.
+        let status = unsafe { (self.functions.async_error)(self.handle, &raw mut state) };
+        match (status, state) {
+            (SUCCESS, SUCCESS) => Ok(true),
+            (SUCCESS | IN_PROGRESS, IN_PROGRESS) => Ok(false),
+            (SUCCESS, error) | (error, _) => Err(self.functions.refused(act, error)),
+        }
+    }
+
+    /// Ends this communicator if something went wrong.
+    fn settle(&mut self, done: Result<(), NcclError>) -> Result<(), NcclError> {
+        if let Err(error) = &done {
+            self.failed = Some(error.clone());
+            self.abort();
+        }
+        done
+    }
+
+    /// Ends whatever is under way, here.
+    fn abort(&mut self) {
+        let handle = std::mem::replace(&mut self.handle, ptr::null_mut());
+        if !handle.is_null() {
+            // SAFETY: the handle was alive, and is not used again.
+            let status = unsafe { (self.functions.abort)(handle) };
+            if !is_accepted(status) {
+                tracing::warn!(problem = self.functions.problem(status), "NCCL did not abort");
+            }
+        }
+    }
+
+    /// Waits for a short while until the others need nothing more of this member; says whether that is so.
+    fn finalize(&self) -> bool {
+        // SAFETY: the handle is alive.
+        let status = unsafe { (self.functions.finalize)(self.handle) };
+        let mut pause = Pause::default();
+        is_accepted(status)
+            && (0..FINALIZE_POLLS)
+                .find_map(|_| match self.is_idle("finish") {
+                    Ok(false) => {
+                        pause.pass();
+                        None
+                    }
+                    Ok(true) => Some(true),
+                    Err(_) => Some(false),
+                })
+                .unwrap_or(false)
+    }
+}
+
+impl Drop for Communicator {
+    fn drop(&mut self) {
+        if self.handle.is_null() || !self.device.try_bind() {
+            return;
+        }
+        if self.finalize() {
+            // SAFETY: the handle was alive, and is not used again. Nothing is left that this could wait for.
+            unsafe { (self.functions.destroy)(self.handle) };
+        } else {
+            self.abort();
+        }
+    }
+}
+
+const I64: ncclDataType_t = ncclDataType_t::ncclInt64;
+const F32: ncclDataType_t = ncclDataType_t::ncclFloat32;
+const SUM: ncclRedOp_t = ncclRedOp_t::ncclSum;
+
+/// A chunk that is not empty, and whose it is.
+#[derive(Clone, Copy)]
+struct Part {
+    root: c_int,
+    data: *mut c_void,
+    len: usize,
+}
+
+impl Call {
+    /// One call for each part, all of which are one operation.
+    fn group(self, parts: &[Part], call: impl Fn(Part) -> Status) -> Status {
+        // SAFETY: ended below, in this thread.
+        let begun = unsafe { (self.functions.group_start)() };
+        if begun != SUCCESS {
+            return begun;
+        }
+        let refused = parts.iter().map(|part| call(*part)).find(|status| !is_accepted(*status));
+        // SAFETY: begun above.
+        let ended = unsafe { (self.functions.group_end)() };
+        refused.unwrap_or(ended)
+    }
+}
+
+/// Polls, a second or two in all, for a communicator that is not needed any more.
+const FINALIZE_POLLS: usize = 20_000;
+
+/// What is done between polls: nothing at first, then a little longer every time.
+#[derive(Default)]
+struct Pause {
+    polls: u32,
+}
+
+impl Pause {
+    /// Polls that come at once.
+    const SPINS: u32 = 256;
+    /// Most microseconds.
+    const LONGEST: u64 = 50;
+
+    /// Says whether it took any time.
+    fn pass(&mut self) -> bool {
+        self.polls = self.polls.saturating_add(1);
+        let Some(slow) = self.polls.checked_sub(Self::SPINS) else {
+            std::thread::yield_now();
+            return false;
+        };
+        let micros = Self::LONGEST.min(1 + u64::from(slow) / 8);
+        std::thread::park_timeout(Duration::from_micros(micros));
+        true
+    }
+}
+
+/// Asks `is_done` until it is, it fails, or patience ends.
+fn poll(
+    act: &'static str,
+    patience: Patience<'_>,
+    is_done: impl Fn() -> Result<bool, NcclError>,
+) -> Result<(), NcclError> {
+    let mut pause = Pause::default();
+    while !is_done()? {
+        if pause.pass()
+            && let Some(reason) = patience()
+        {
+            return Err(NcclError::GivenUp { act, reason });
+        }
+    }
+    Ok(())
+}
