@@ -7,6 +7,11 @@
 // `unsigned char name[]`: shared memory of the size that the launch asks for.
 #define DYNAMIC_SHARED(name) unsigned char *const name = ulmus_thread->dynamic_shared
 
+// Kernels run one after the other here.
+DEVICE void begin_kernel() {}
+
+DEVICE void prefetch(const void *) {}
+
 // The number nearest to `x`, ties to even, in bfloat16.
 DEVICE unsigned short bf16_from_float(float x) {
     unsigned bits = __float_as_uint(x);

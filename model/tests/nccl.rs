@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use ulmus_model::{Backend, Communicator, CommunicatorId, Cuda, Element, NcclError, Quantum, View, ViewMut};
 
 /// No test takes so long.
-const LONG: Duration = Duration::from_secs(120);
+const LONG: Duration = Duration::from_mins(2);
 /// What a member says when it is in the middle of a series of operations.
 const READY: &str = "in the middle";
 
@@ -85,6 +85,11 @@ fn within(time: Duration) -> impl Fn() -> Option<String> + Sync {
 
 /// Starts this test again, once for each member.
 fn start(test: &str, size: usize, groups: usize) -> Vec<Child> {
+    start_with(test, size, groups, true)
+}
+
+/// The same, and says whether members may have one GPU.
+fn start_with(test: &str, size: usize, groups: usize, share: bool) -> Vec<Child> {
     let ids: Vec<String> = (0..groups).map(|_| to_hex(CommunicatorId::new().unwrap())).collect();
     let member = |rank: usize| {
         Command::new(std::env::current_exe().unwrap())
@@ -92,7 +97,7 @@ fn start(test: &str, size: usize, groups: usize) -> Vec<Child> {
             .env(RANK, rank.to_string())
             .env(SIZE, size.to_string())
             .env(IDS, ids.join(","))
-            .env("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+            .env("NCCL_MULTI_RANK_GPU_ENABLE", u8::from(share).to_string())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -335,4 +340,17 @@ fn an_operation_that_not_all_call_is_given_up() {
     let mut communicator =
         Communicator::new(&member.cuda, &member.ids[1], member.rank, member.size, &within(LONG)).unwrap();
     operations(&member, &mut communicator);
+}
+
+#[test]
+#[ignore = "needs GPUs with NCCL, or the emulator: .ci/run cuda"]
+fn a_gpu_that_may_not_be_shared_is_refused() {
+    let Some(member) = Member::of_this_process() else {
+        return finish(start_with("a_gpu_that_may_not_be_shared_is_refused", 2, 1, false));
+    };
+    let cuda = Cuda::new(0).unwrap();
+    let error =
+        Communicator::new(&cuda, &member.ids[0], member.rank, member.size, &within(LONG)).unwrap_err();
+    assert!(matches!(&error, NcclError::Refused { .. }), "{error}");
+    assert!(error.to_string().contains("invalid usage"), "{error}");
 }

@@ -29,6 +29,8 @@ pub(super) struct Device {
     scratch: Mutex<Vec<Raw>>,
     /// Whether each kernel is waited for.
     apart: AtomicBool,
+    /// Whether kernels can wait for the ones before themselves.
+    begins_ahead: bool,
 }
 
 // SAFETY: handles of the driver may be used from any thread that has the context bound, which every call here sees to.
@@ -84,7 +86,8 @@ impl Device {
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(driver)?;
         let matmul = Mutex::new(Matmul::new(stream).map_err(refused)?);
         let (modules, scratch, apart) = (Mutex::default(), Mutex::default(), AtomicBool::default());
-        Ok(Arc::new(Self { context, stream, name, compiler, modules, matmul, scratch, apart }))
+        let begins_ahead = capability >= (9, 0);
+        Ok(Arc::new(Self { context, stream, name, compiler, modules, matmul, scratch, apart, begins_ahead }))
     }
 
     /// Name of the device, and version of the compiler.
@@ -162,12 +165,32 @@ impl Device {
         }
         self.bind();
         let function = self.function(variant, kernel, shared);
-        let dim = |[x, y, z]: [usize; 3]| (x as u32, y as u32, z as u32);
+        // The kernel may be brought on its way while the ones before still run: it waits for them itself.
+        let mut ahead = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let [blocks_x, blocks_y, blocks_z] = blocks.map(|count| count as u32);
+        let [threads_x, threads_y, threads_z] = threads.map(|count| count as u32);
+        let config = sys::CUlaunchConfig {
+            gridDimX: blocks_x,
+            gridDimY: blocks_y,
+            gridDimZ: blocks_z,
+            blockDimX: threads_x,
+            blockDimY: threads_y,
+            blockDimZ: threads_z,
+            sharedMemBytes: shared as u32,
+            hStream: self.stream,
+            attrs: &raw mut ahead,
+            numAttrs: u32::from(self.begins_ahead),
+        };
         // SAFETY: the arguments point to values that live through the call, which copies them; addresses among them are
         // of views that the caller borrows, and the stream's order keeps them valid until the kernel is done.
         let result = unsafe {
-            result::launch_kernel(function, dim(blocks), dim(threads), shared as u32, self.stream, arguments)
-        };
+            sys::cuLaunchKernelEx(&raw const config, function, arguments.as_mut_ptr(), std::ptr::null_mut())
+        }
+        .result();
         if result.is_err() {
             tracing::error!(kernel, ?blocks, ?threads, shared, "launch refused");
         }

@@ -225,3 +225,32 @@ impl Variant {
         variants
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One that did not wait would run beside those before it, and let those after it do so.
+    #[test]
+    fn every_kernel_waits_for_those_before_it() {
+        let mut files = std::collections::BTreeMap::new();
+        for variant in Variant::published() {
+            let (file, source) = variant.program.source();
+            files.insert(file, source);
+        }
+        assert_eq!(files.len(), 13);
+        for (file, source) in files {
+            let kernels: Vec<&str> = source.split("extern \"C\" __global__").skip(1).collect();
+            assert!(!kernels.is_empty(), "{file}");
+            for kernel in kernels {
+                let (head, body) = kernel.split_once('{').unwrap();
+                let (before, _) =
+                    body.split_once("begin_kernel();").unwrap_or_else(|| panic!("{file}:{head}"));
+                // Nothing but where the thread is, and weights, which nobody writes.
+                let early =
+                    before.trim().is_empty() || head.contains(" matvec(") && before.contains("weights.bring");
+                assert!(early, "{file}:{head}");
+            }
+        }
+    }
+}

@@ -131,6 +131,7 @@ DEVICE void store_rows(bf16 *rows, long long stride, int first, int limit, const
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention(Heads out, float *lse, Heads queries, Heads keys, Heads values, const unsigned *doc_starts,
               const unsigned *sequences, const unsigned *first, int length, int group, float scale) {
+    begin_kernel();
     DYNAMIC_SHARED(shared);
     bf16 *query_tile = reinterpret_cast<bf16 *>(shared);
     bf16 *key_tiles = query_tile + ROWS * HEAD, *value_tiles = key_tiles + 2 * COLUMNS * HEAD;
@@ -245,6 +246,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // sequences).
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_delta(float *delta, Heads out, Heads gradient, int length) {
+    begin_kernel();
     int row = blockIdx.x * (THREADS / 8) + threadIdx.x / 8;
     float sum = 0;
     if (row < length)
@@ -270,6 +272,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     attention_backward_queries(Heads query_gradient, Heads gradient, const float *lse, const float *delta,
                                Heads queries, Heads keys, Heads values, const unsigned *doc_starts, int length,
                                int group, float scale) {
+    begin_kernel();
     DYNAMIC_SHARED(shared);
     bf16 *query_tile = reinterpret_cast<bf16 *>(shared), *gradient_tile = query_tile + ROWS * HEAD;
     bf16 *key_tiles = gradient_tile + ROWS * HEAD, *value_tiles = key_tiles + 2 * COLUMNS * HEAD;
@@ -351,6 +354,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     attention_backward_keys(Heads key_gradient, Heads value_gradient, Heads gradient, const float *lse,
                             const float *delta, Heads queries, Heads keys, Heads values, const unsigned *doc_starts,
                             int length, int group, float scale) {
+    begin_kernel();
     DYNAMIC_SHARED(shared);
     bf16 *key_tile = reinterpret_cast<bf16 *>(shared), *value_tile = key_tile + ROWS * HEAD;
     bf16 *query_tiles = value_tile + ROWS * HEAD, *gradient_tiles = query_tiles + 2 * COLUMNS * HEAD;

@@ -59,6 +59,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP)
     attention(Heads<act> out, float *lse, Heads<act> queries, Heads<CACHED> keys, Heads<CACHED> values,
               const unsigned *doc_starts, const unsigned *sequences, const unsigned *first, int length, int group,
               float scale) {
+    begin_kernel();
     int row = blockIdx.x * WARPS + threadIdx.x / WARP, head = blockIdx.y, span = blockIdx.z, lane = threadIdx.x % WARP;
     if (row >= length) return;
     int sequence = sequences ? sequences[span] : span;
@@ -88,6 +89,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP)
     attention_backward_queries(Heads<act> query_gradient, float *delta, Heads<act> out, Heads<act> gradient,
                                const float *lse, Heads<act> queries, Heads<act> keys, Heads<act> values,
                                const unsigned *doc_starts, int length, int group, float scale) {
+    begin_kernel();
     int row = blockIdx.x * WARPS + threadIdx.x / WARP, head = blockIdx.y, sequence = blockIdx.z;
     int lane = threadIdx.x % WARP;
     if (row >= length) return;
@@ -113,6 +115,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP)
     attention_backward_keys(Heads<act> key_gradient, Heads<act> value_gradient, const float *delta,
                             Heads<act> gradient, const float *lse, Heads<act> queries, Heads<act> keys,
                             Heads<act> values, const unsigned *doc_starts, int length, int group, float scale) {
+    begin_kernel();
     int row = blockIdx.x * WARPS + threadIdx.x / WARP, head = blockIdx.y, sequence = blockIdx.z;
     int lane = threadIdx.x % WARP;
     if (row >= length) return;

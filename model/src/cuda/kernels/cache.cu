@@ -8,6 +8,7 @@
 // Puts keys and values of packed rows into the cache; a block per row.
 extern "C" __global__ void cache_store(CACHED *keys, CACHED *values, const act *packed, const unsigned *sequences,
                                        const unsigned *first, int length, int capacity, int query, int key_value) {
+    begin_kernel();
     int span = blockIdx.x / length;
     size_t position = first[span] + blockIdx.x % length;
     const act *row = packed + ((size_t)blockIdx.x * (query + 2 * key_value) + query) * HEAD;
@@ -53,6 +54,7 @@ DEVICE void join(Weighted &own, const Weighted &other) {
 extern "C" __global__ void __launch_bounds__(WARPS *WARP)
     attend_chunk(float *parts, const act *packed, const CACHED *keys, const CACHED *values, const unsigned *sequences,
                  const unsigned *first, int capacity, int query, int key_value, float scale) {
+    begin_kernel();
     __shared__ Weighted shared[WARPS][GROUP][LANES];
     int span = blockIdx.z, head = blockIdx.y, begin = blockIdx.x * CHUNK, end = first[span] + 1;
     if (begin >= end) return;
@@ -110,6 +112,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP)
 // Joins the chunks; grid (query heads, spans), a thread per element of a head.
 extern "C" __global__ void __launch_bounds__(HEAD)
     join_chunks(act *out, const float *parts, const unsigned *first, int chunks) {
+    begin_kernel();
     size_t query_head = (size_t)blockIdx.y * gridDim.x + blockIdx.x;
     const float *part = parts + query_head * chunks * (HEAD + 2);
     int count = first[blockIdx.y] / CHUNK + 1;

@@ -4,6 +4,7 @@
 #include "common.cuh"
 
 extern "C" __global__ void convert(TO *to, const FROM *from, long long len) {
+    begin_kernel();
     long long at = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (at >= len) return;
     float x[VEC];

@@ -6,6 +6,7 @@ constexpr int THREADS = 128;
 // out[r] = table[ids[r]]; a block per row. TABLE: format of the table.
 extern "C" __global__ void __launch_bounds__(THREADS)
     embed(act *out, const TABLE *table, const unsigned *ids, int width) {
+    begin_kernel();
     const TABLE *from = table + (size_t)ids[blockIdx.x] * width;
     act *to = out + (size_t)blockIdx.x * width;
     for (int column = threadIdx.x * VEC; column < width; column += THREADS * VEC) {
@@ -18,6 +19,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // table_gradient[ids[r]] += gradient[r]; a block per row. The block of the first row with an id adds all rows with it.
 extern "C" __global__ void __launch_bounds__(THREADS)
     embed_backward(float *table_gradient, const act *gradient, const unsigned *ids, int rows, int width) {
+    begin_kernel();
     __shared__ int matches[THREADS];
     __shared__ int counts[THREADS / WARP];
     unsigned id = ids[blockIdx.x];

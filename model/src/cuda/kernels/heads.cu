@@ -93,6 +93,7 @@ struct Angles {
 extern "C" __global__ void __launch_bounds__(THREADS)
     qk_norm_rope(act *out, const act *packed, const float *weights, const float *cos, const float *sin,
                  const unsigned *first, int length, int rows, int query, int key_value) {
+    begin_kernel();
     int heads = query + 2 * key_value;
     unsigned index = blockIdx.x * GROUPS + threadIdx.x / HEAD_LANES;
     // Lanes beyond the last head go along, for the sums over lanes.
@@ -172,6 +173,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     qk_norm_rope_backward(act *packed, float *partial, const act *gradient, const float *weights, const float *cos,
                           const float *sin, const unsigned *first, int length, int rows, int block_rows, int query,
                           int key_value) {
+    begin_kernel();
     __shared__ __align__(16) float shared[GROUPS * WIDTH];
     int heads = query + 2 * key_value;
     int begin = blockIdx.x * block_rows, end = min(rows, begin + block_rows);

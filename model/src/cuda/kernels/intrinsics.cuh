@@ -8,6 +8,18 @@
 // `unsigned char name[]`: shared memory of the size that the launch asks for.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 
+// What every kernel does first: lets the next kernel of the stream be started, whose threads come as far as this, and waits
+// until the kernels before are done. So the start of a kernel costs no time of its own (Hopper and later).
+DEVICE void begin_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Brings the 128 bytes about an address into the L2 cache.
+DEVICE void prefetch(const void *address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
 // The number nearest to `x`, ties to even, in bfloat16.
 DEVICE unsigned short bf16_from_float(float x) {
     unsigned short bits;

@@ -74,6 +74,7 @@ struct Greatest {
 
 // The likeliest token of each row; a block per row.
 extern "C" __global__ void __launch_bounds__(THREADS) greedy(unsigned *out, const float *logits, int vocabulary) {
+    begin_kernel();
     __shared__ Greatest shared[WARPS];
     const float *row = logits + (size_t)blockIdx.x * vocabulary;
     Greatest own = {negative_infinity(), 0};
@@ -94,6 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) greedy(unsigned *out, cons
 // Cross-entropy of each row, 0 where the target is IGNORE; a block per row. `lse` may be null.
 extern "C" __global__ void __launch_bounds__(THREADS)
     cross_entropy(float *out, float *lse, const float *logits, const unsigned *targets, int vocabulary) {
+    begin_kernel();
     unsigned target = targets[blockIdx.x];
     const float *row = logits + (size_t)blockIdx.x * vocabulary;
     float loss = 0, log_sum = 0;
@@ -112,6 +114,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // row of gradients takes the place of its logits; as activations, it takes the first part of it.
 extern "C" __global__ void __launch_bounds__(THREADS)
     loss_backward(float *out, float *lse, float *logits, const unsigned *targets, int vocabulary, float z_loss) {
+    begin_kernel();
     unsigned target = targets[blockIdx.x];
     float *row = logits + (size_t)blockIdx.x * vocabulary;
     act *gradient = reinterpret_cast<act *>(row);

@@ -34,6 +34,13 @@ struct Weights {
 #pragma unroll
         for (int i = 0; i < LOADS; i++) to[i] = raw.values[i] * scale;
     }
+
+    // Brings a row into the L2 cache.
+    DEVICE void bring(int output, int inputs) const {
+        const char *row = reinterpret_cast<const char *>(values + (size_t)output * inputs);
+        int bytes = inputs * sizeof(*values);
+        for (int at = threadIdx.x % WARP * 128; at < bytes; at += WARP * 128) prefetch(row + at);
+    }
 };
 #else
 #if WEIGHTS == WEIGHTS_F32
@@ -50,6 +57,13 @@ struct Weights {
     DEVICE void get(float (&to)[LOADS], int output, int inputs, int column) const {
         load(to, values + (size_t)output * inputs + column);
     }
+
+    // Brings a row into the L2 cache.
+    DEVICE void bring(int output, int inputs) const {
+        const char *row = reinterpret_cast<const char *>(values + (size_t)output * inputs);
+        int bytes = inputs * sizeof(*values);
+        for (int at = threadIdx.x % WARP * 128; at < bytes; at += WARP * 128) prefetch(row + at);
+    }
 };
 #endif
 
@@ -57,6 +71,9 @@ struct Weights {
 extern "C" __global__ void __launch_bounds__(WARPS *WARP)
     matvec(RESULT *out, const act *x, Weights weights, int inputs, int outputs) {
     int first = (blockIdx.x * WARPS + threadIdx.x / WARP) * OUTPUTS, lane = threadIdx.x % WARP;
+    // Weights never change, so they need not wait for the kernels before.
+    for (int o = first; o < min(first + OUTPUTS, outputs); o++) weights.bring(o, inputs);
+    begin_kernel();
     if (first >= outputs) return;
     float sums[OUTPUTS][ROWS];
 #pragma unroll
@@ -90,6 +107,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP)
 // out[r] = weights[ids[r]]; a block per row.
 extern "C" __global__ void __launch_bounds__(WARPS *WARP)
     embed(act *out, Weights table, const unsigned *ids, int width) {
+    begin_kernel();
     for (int column = threadIdx.x * LOADS; column < width; column += WARPS * WARP * LOADS) {
         float x[LOADS];
         table.get(x, ids[blockIdx.x], width, column);
@@ -99,6 +117,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP)
 
 // Weights as numbers, for products with many rows; grid (outputs, vectors).
 extern "C" __global__ void __launch_bounds__(WARPS *WARP) expand(act *out, Weights weights, int inputs) {
+    begin_kernel();
     int column = (blockIdx.y * WARPS * WARP + threadIdx.x) * LOADS;
     if (column >= inputs) return;
     float x[LOADS];

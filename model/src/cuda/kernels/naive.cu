@@ -18,57 +18,67 @@ struct Columns {
 // to = from, as f32.
 extern "C" __global__ void __launch_bounds__(THREADS)
     widen(float *to, Columns<const act> from, int width, long long len) {
+    begin_kernel();
     if (own() < len) to[own()] = to_float(from.at(own(), width));
 }
 
 // to = from, rounded; added to what is there if `accumulate`.
 extern "C" __global__ void __launch_bounds__(THREADS)
     narrow(Columns<act> to, const float *from, int width, long long len, int accumulate) {
+    begin_kernel();
     if (own() >= len) return;
     act &into = to.at(own(), width);
     put(into, accumulate ? to_float(into) + from[own()] : from[own()]);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) copy_wide(float *to, const float *from, long long len) {
+    begin_kernel();
     if (own() < len) to[own()] = from[own()];
 }
 
 // to = from of the same format.
 extern "C" __global__ void __launch_bounds__(THREADS)
     copy(Columns<act> to, Columns<const act> from, int width, long long len) {
+    begin_kernel();
     if (own() < len) to.at(own(), width) = from.at(own(), width);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     add(act *sum, const act *a, const act *b, long long len) {
+    begin_kernel();
     if (own() < len) put(sum[own()], to_float(a[own()]) + to_float(b[own()]));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     multiply(float *out, const float *a, const float *b, long long len) {
+    begin_kernel();
     if (own() < len) out[own()] = a[own()] * b[own()];
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     sum(float *out, const float *a, const float *b, long long len) {
+    begin_kernel();
     if (own() < len) out[own()] = a[own()] + b[own()];
 }
 
 // Each row times its factor.
 extern "C" __global__ void __launch_bounds__(THREADS)
     multiply_rows(float *out, const float *x, const float *factors, int width, long long len) {
+    begin_kernel();
     if (own() < len) out[own()] = x[own()] * factors[own() / width];
 }
 
 // Each column times its factor.
 extern "C" __global__ void __launch_bounds__(THREADS)
     multiply_columns(float *out, const float *x, const float *factors, int width, long long len) {
+    begin_kernel();
     if (own() < len) out[own()] = x[own()] * factors[own() % width];
 }
 
 // The mean of each row; a warp per row.
 extern "C" __global__ void __launch_bounds__(THREADS)
     mean_of_rows(float *means, const float *x, int width, int rows) {
+    begin_kernel();
     int row = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP;
     if (row >= rows) return;
     float total = 0;
@@ -78,24 +88,28 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) inverse_root(float *scale, const float *mean, long long len) {
+    begin_kernel();
     if (own() < len) scale[own()] = 1.0f / sqrtf(mean[own()] + 1e-6f);
 }
 
 // The gradient of the mean squares, from that of their inverse roots: both are means of rows.
 extern "C" __global__ void __launch_bounds__(THREADS)
     inverse_root_backward(float *mean, const float *scale, long long len) {
+    begin_kernel();
     if (own() < len) mean[own()] = -0.5f * mean[own()] * scale[own()] * scale[own()] * scale[own()];
 }
 
 // The gradient of squares: 2 x times the gradient of their row's mean.
 extern "C" __global__ void __launch_bounds__(THREADS)
     square_backward(float *out, const float *x, const float *mean, int width, long long len) {
+    begin_kernel();
     if (own() < len) out[own()] = 2.0f * x[own()] * mean[own() / width];
 }
 
 // Sums over blocks of rows; grid (columns, blocks of rows).
 extern "C" __global__ void __launch_bounds__(THREADS)
     sum_blocks(float *partial, const float *x, int width, int rows, int block_rows) {
+    begin_kernel();
     int column = blockIdx.x * THREADS + threadIdx.x;
     if (column >= width) return;
     float total = 0;
@@ -108,6 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 extern "C" __global__ void __launch_bounds__(THREADS)
     rotate(Columns<act> to, const float *from, const float *cos, const float *sin, const unsigned *first, int length,
            int count, int half, long long pairs) {
+    begin_kernel();
     if (own() >= pairs) return;
     long long head = own() / half;
     int row = head / count, column = own() % half;
@@ -121,6 +136,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 extern "C" __global__ void __launch_bounds__(THREADS)
     rotate_back(float *to, Columns<const act> from, const float *cos, const float *sin, const unsigned *first,
                 int length, int count, int half, long long pairs) {
+    begin_kernel();
     if (own() >= pairs) return;
     long long head = own() / half;
     int row = head / count, column = own() % half;

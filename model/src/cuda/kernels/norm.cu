@@ -69,6 +69,7 @@ DEVICE void normalise(act *out, Row &row, const float *weight) {
 
 // out = norm(x); a block per row.
 extern "C" __global__ void __launch_bounds__(THREADS) norm_rows(act *out, const act *x, const float *weight) {
+    begin_kernel();
     size_t at = (size_t)blockIdx.x * WIDTH;
     Row row;
     row.load(x + at);
@@ -78,6 +79,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_rows(act *out, const 
 // sum = x + delta, out = norm(sum); a block per row.
 extern "C" __global__ void __launch_bounds__(THREADS)
     add_norm(act *sum, act *out, const act *x, const act *delta, const float *weight) {
+    begin_kernel();
     size_t at = (size_t)blockIdx.x * WIDTH;
     Row row, other;
     row.load(x + at);
@@ -98,6 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 extern "C" __global__ void __launch_bounds__(THREADS *GROUPS)
     norm_backward(act *x_gradient, float *partial, const act *gradient, const act *x, const float *weight, int rows,
                   int block_rows, int accumulate) {
+    begin_kernel();
     __shared__ float shared[GROUPS * THREADS / WARP];
     int group = threadIdx.x / THREADS;
     int begin = blockIdx.x * block_rows;

@@ -5,6 +5,7 @@ constexpr int THREADS = 256;
 
 // Copies parameters in the format of the activations, which matrix products read.
 extern "C" __global__ void __launch_bounds__(THREADS) round_values(act *out, const float *values, long long len) {
+    begin_kernel();
     long long at = ((long long)blockIdx.x * THREADS + threadIdx.x) * VEC;
     if (at >= len) return;
     float x[VEC];
@@ -19,6 +20,7 @@ struct AdamW {
 // One step; `rounded` is the copy of the weights that matrix products read, or null.
 extern "C" __global__ void __launch_bounds__(THREADS)
     adamw(float *weights, act *rounded, float *first, float *second, const float *gradient, long long len, AdamW step) {
+    begin_kernel();
     long long at = ((long long)blockIdx.x * THREADS + threadIdx.x) * VEC;
     if (at >= len) return;
     float w[VEC], m[VEC], v[VEC], g[VEC];
@@ -43,6 +45,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // Sum of squares of each `block` elements, in f64; a thread block per such block.
 extern "C" __global__ void __launch_bounds__(THREADS)
     block_squares(double *sums, const float *x, long long len, int block) {
+    begin_kernel();
     __shared__ double shared[THREADS];
     long long begin = (long long)blockIdx.x * block, end = begin + block < len ? begin + block : len;
     double sum = 0;
@@ -59,6 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 extern "C" __global__ void __launch_bounds__(THREADS)
     quantise_add(long long *sums, unsigned *outside, const float *gradient, long long len, double inverse,
                  double limit) {
+    begin_kernel();
     long long at = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (at >= len) return;
     double x = gradient[at];
@@ -68,6 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     in_range(unsigned *outside, const float *gradient, long long len, double limit) {
+    begin_kernel();
     long long at = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (at < len && !(fabs((double)gradient[at]) <= limit)) atomicOr(outside, 1u);
 }
@@ -75,6 +80,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // The gradient in quanta, as integers, times `scale`.
 extern "C" __global__ void __launch_bounds__(THREADS)
     quantise_mean(float *gradient, long long len, double inverse, double scale) {
+    begin_kernel();
     long long at = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (at >= len) return;
     gradient[at] = __double2float_rn(__ll2double_rn(__double2ll_rn(gradient[at] * inverse)) * scale);
@@ -82,6 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     dequantise(float *mean, const long long *sums, long long len, double scale) {
+    begin_kernel();
     long long at = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (at >= len) return;
     mean[at] = __double2float_rn(__ll2double_rn(sums[at]) * scale);

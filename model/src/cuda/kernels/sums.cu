@@ -7,6 +7,7 @@ constexpr int PARTS = 32;
 // out[c] = sum of partial[r][c]; a block of COLUMNS x PARTS threads per COLUMNS columns.
 extern "C" __global__ void __launch_bounds__(COLUMNS *PARTS)
     sum_rows(float *out, const float *partial, int rows, int width) {
+    begin_kernel();
     __shared__ float shared[PARTS][COLUMNS];
     int column = blockIdx.x * COLUMNS + threadIdx.x;
     int per_part = (rows + PARTS - 1) / PARTS;

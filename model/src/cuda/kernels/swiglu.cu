@@ -5,6 +5,7 @@ DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // A thread per vector of a row; grid (rows, vectors).
 extern "C" __global__ void swiglu(act *out, const act *x, int width) {
+    begin_kernel();
     int column = (blockIdx.y * blockDim.x + threadIdx.x) * VEC;
     if (column >= width) return;
     const act *row = x + (size_t)blockIdx.x * 2 * width + column;
@@ -18,6 +19,7 @@ extern "C" __global__ void swiglu(act *out, const act *x, int width) {
 
 // Replaces gates and ups by their gradients.
 extern "C" __global__ void swiglu_backward(act *x, const act *gradient, int width) {
+    begin_kernel();
     int column = (blockIdx.y * blockDim.x + threadIdx.x) * VEC;
     if (column >= width) return;
     act *row = x + (size_t)blockIdx.x * 2 * width + column;
