@@ -3,7 +3,7 @@
 //! From the bottom up: a [`Backend`] computes ([`Cpu`] is one), a network runs a fixed forward and backward over
 //! buffers planned once, a [`Replica`] is what a worker trains, a [`Generator`] decodes with a KV cache, and
 //! [`hf`] reads and writes Hugging Face directories. [`Quantum`] makes sums of gradients exact, so that a run has
-//! the same bits for any number of workers. This crate does no networking and knows no clock.
+//! the same bits for any number of workers. This crate knows no clock, and no network but that which NCCL sees to.
 
 #![deny(unsafe_code)]
 
