@@ -9,6 +9,8 @@
 
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Read};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::{Buf, Bytes};
 use flate2::bufread::MultiGzDecoder;
@@ -28,6 +30,8 @@ pub(crate) struct Chain {
     at: u64,
     segment: u64,
     limit: u64,
+    /// Stored bytes that the decoder has taken.
+    taken: Arc<AtomicU64>,
 }
 
 impl fmt::Debug for Chain {
@@ -52,15 +56,20 @@ impl Chain {
         segment: u64,
     ) -> Result<Self, DataError> {
         let place = folder.place(&file.path);
-        let stored =
-            Stored { steps: Steps::new(folder, file, std::iter::once(0..file.size)), fetched: Bytes::new() };
+        let taken = Arc::new(AtomicU64::new(0));
+        let stored = Stored {
+            steps: Steps::new(folder, file, std::iter::once(0..file.size)),
+            fetched: Bytes::new(),
+            taken: Arc::clone(&taken),
+        };
         let text: Box<dyn Read + Send> = if format == Format::JsonZst {
             let decoder = zstd::stream::read::Decoder::with_buffer(stored);
             Box::new(decoder.map_err(|error| told(&place, error))?)
         } else {
             Box::new(MultiGzDecoder::new(stored))
         };
-        let mut chain = Self { text: BufReader::with_capacity(BUFFER, text), place, at: 0, segment, limit };
+        let text = BufReader::with_capacity(BUFFER, text);
+        let mut chain = Self { text, place, at: 0, segment, limit, taken };
         if segment > 0 {
             // Up to the byte before: it tells whether a line begins exactly at the segment.
             chain.pass(segment * limit - 1)?;
@@ -78,6 +87,11 @@ impl Chain {
     /// The next segment that is read.
     pub(crate) const fn segment(&self) -> u64 {
         self.segment
+    }
+
+    /// Bytes of the file, as it is stored, that have been used up.
+    pub(crate) fn taken(&self) -> u64 {
+        self.taken.load(Ordering::Relaxed)
     }
 
     /// The lines of the next segment; none at the end of the file.
@@ -126,6 +140,7 @@ fn told(place: &str, error: io::Error) -> DataError {
 struct Stored {
     steps: Steps,
     fetched: Bytes,
+    taken: Arc<AtomicU64>,
 }
 
 impl BufRead for Stored {
@@ -140,6 +155,7 @@ impl BufRead for Stored {
 
     fn consume(&mut self, amount: usize) {
         self.fetched.advance(amount);
+        self.taken.fetch_add(amount as u64, Ordering::Relaxed);
     }
 }
 

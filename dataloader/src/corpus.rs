@@ -199,8 +199,8 @@ impl Corpus {
         sources.map(|source| self.sources.traffic(source)).collect()
     }
 
-    /// Reads every unit once, on `data.threads` threads, and tells what was found; `done` hears the bytes of each unit,
-    /// as the manifest has them. Blocks.
+    /// Reads every unit once, on `data.threads` threads, and tells what was found; `done` hears of bytes,
+    /// as the manifest has them, when they are behind. Blocks.
     ///
     /// # Errors
     /// As for reading any unit.
@@ -213,12 +213,11 @@ impl Corpus {
                 next.store(units.len(), Ordering::Relaxed);
                 error
             };
-            while let Some((source, unit, listed)) = units.get(next.fetch_add(1, Ordering::Relaxed)) {
-                for documents in self.sources.segments(*source, *unit, 0) {
+            while let Some((source, unit, _)) = units.get(next.fetch_add(1, Ordering::Relaxed)) {
+                for documents in self.sources.segments(*source, *unit, 0, &done) {
                     let documents = documents.map_err(failed)?;
                     self.pack(*source, &mut encoder, documents.into_iter().map(|document| document.content));
                 }
-                done(listed.bytes);
             }
             Ok(())
         };
@@ -306,7 +305,9 @@ impl Corpus {
         let mut packed = Packed::new(self.rules.pack);
         let mut units = self.sources.units_in_turn();
         units.retain(|(source, unit)| !self.leaves_out(*source, *unit));
-        for documents in units.iter().flat_map(|(source, unit)| self.sources.segments(*source, *unit, 0)) {
+        for documents in
+            units.iter().flat_map(|(source, unit)| self.sources.segments(*source, *unit, 0, |_| ()))
+        {
             for document in documents? {
                 for judged in self.judge(&mut encoder, document.content) {
                     if let Judged::HeldOut(text, tokens) = judged
@@ -396,6 +397,41 @@ mod tests {
             let targets: Vec<u32> = targets.map(|id| if id == IGNORE { 300 } else { id }).collect();
             assert_eq!(inputs, tensor("samples"), "{case}");
             assert_eq!(targets, tensor("targets"), "{case}");
+        }
+    }
+
+    #[test]
+    fn progress_within_a_file_adds_up_to_its_size() {
+        let place = tempfile::tempdir().unwrap();
+        let text = |number: u32| blake3::hash(&number.to_le_bytes()).to_hex().repeat(40);
+        let texts: Vec<Vec<String>> = (0..800).map(|number| vec![text(number)]).collect();
+        let mut chain = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        for line in texts.iter().map(|text| serde_json::json!({ "text": text[0] })) {
+            std::io::Write::write_all(&mut chain, format!("{line}\n").as_bytes()).unwrap();
+        }
+        std::fs::write(place.path().join("a.json.gz"), chain.finish().unwrap()).unwrap();
+        std::fs::write(place.path().join("a.parquet"), crate::parquet::write(&["text"], &[texts])).unwrap();
+        for file in ["a.json.gz", "a.parquet"] {
+            let config = DataConfig {
+                lanes: 1,
+                unit: ulmus_plan::Bytes::new(64 << 10),
+                source: vec![SourceConfig {
+                    name: "one".to_owned(),
+                    url: place.path().display().to_string(),
+                    files: vec![file.to_owned()],
+                    text: "text".to_owned(),
+                    ..SourceConfig::default()
+                }],
+                ..DataConfig::default()
+            };
+            let manifest = Manifest::freeze(&config, None).unwrap();
+            let sources = Sources::open(&config, &manifest, None).unwrap();
+            let corpus = Corpus::new(&config, 0, sources, bytes_only()).unwrap();
+            let steps = std::sync::Mutex::new(Vec::new());
+            corpus.count_all(|bytes| steps.lock().unwrap().push(bytes)).unwrap();
+            let steps = steps.into_inner().unwrap();
+            assert_eq!(steps.iter().sum::<u64>(), manifest.bytes(), "{file}");
+            assert!(steps.iter().filter(|bytes| **bytes > 0).count() > 2, "{file}: {steps:?}");
         }
     }
 }

@@ -233,6 +233,16 @@ impl Segments {
         }
     }
 
+    /// How much of the unit is behind the segments that were read, in the measure of [`Unit::bytes`]; about, where that
+    /// counts what is not text. Of a unit that is read at once nothing, until it is over.
+    pub(crate) fn passed(&self) -> u64 {
+        match self {
+            Self::Whole(_) => 0,
+            Self::Rows(rows, _) => rows.passed(),
+            Self::Chain(chain, ..) => chain.taken(),
+        }
+    }
+
     /// Whether nothing is left.
     pub(crate) fn ended(&mut self) -> Result<bool, DataError> {
         match self {

@@ -314,7 +314,7 @@ impl Work<'_> {
         done(sizes[job.units.start..first].iter().sum());
         let (mut shard, mut bytes) = (begin(job.source), 0);
         while let Some((unit, mut segment)) = progress.next {
-            for documents in self.sources.segments(job.source, unit, segment) {
+            for documents in self.sources.segments(job.source, unit, segment, &done) {
                 segment += 1;
                 for document in documents? {
                     progress.documents += 1;
@@ -331,7 +331,6 @@ impl Work<'_> {
                     bytes = 0;
                 }
             }
-            done(sizes[unit]);
             progress.next = (unit + 1 < job.units.end).then_some((unit + 1, 0));
         }
         if known.is_none_or(|known| known.next.is_some()) {

@@ -81,14 +81,17 @@ impl Sources {
         layout.open(folder, &listed.files, listed.units[unit], segment)
     }
 
-    /// The documents of a unit, a segment at a time, from one of them on. Blocks.
+    /// The documents of a unit, a segment at a time, from one of them on; `passed` hears how many of the unit's bytes, as
+    /// the manifest has them, are behind each, and in the end of all that are left. Blocks.
     pub(crate) fn segments(
         &self,
         source: usize,
         unit: usize,
         from: u64,
+        passed: impl Fn(u64),
     ) -> impl Iterator<Item = Result<Vec<Document>, DataError>> {
         let (mut opened, mut number) = (None, from);
+        let mut left = self.0[source].listed.units[unit].bytes;
         let mut next = move |again: bool| {
             let mut reading = match opened.take().filter(|_| !again) {
                 Some(reading) => reading,
@@ -96,6 +99,10 @@ impl Sources {
             };
             let documents = reading.next()?;
             number = reading.position();
+            let whole = self.0[source].listed.units[unit].bytes;
+            let rest = if documents.is_some() { whole.saturating_sub(reading.passed()) } else { 0 };
+            passed(left.saturating_sub(rest));
+            left = left.min(rest);
             opened = Some(reading);
             Ok::<_, DataError>(documents)
         };
@@ -117,7 +124,8 @@ impl Sources {
             Content::Text(text) => Ok(text),
             Content::Tokens(_) => Err(DataError::Tokens { name: self.name(source).to_owned() }),
         };
-        self.segments(source, unit, 0).map(move |documents| documents?.into_iter().map(text).collect())
+        self.segments(source, unit, 0, |_| ())
+            .map(move |documents| documents?.into_iter().map(text).collect())
     }
 
     /// Every document of every source, in the order of the manifest. Blocks.

@@ -112,7 +112,9 @@ fn a_plan_s_sources_are_counted() {
     let one = dataloader(&[&count[..], &["--source", "chain", "--json"]].concat(), "");
     assert_eq!(lines(&one)[0][0]["documents"], counted[1]["documents"]);
     let table = dataloader(&count, "");
-    assert!(String::from_utf8_lossy(&table.stdout).contains("chain"), "{table:?}");
+    let table = String::from_utf8_lossy(&table.stdout).into_owned();
+    let weight = format!("chain: tokens = {}, tokens_from = \"dataloader count\"", counted[1]["tokens"]);
+    assert!(table.contains(&weight), "{table}");
     refused(&dataloader(&[&count[..], &["--source", "x"]].concat(), ""), &["no source \"x\"", "chain"]);
     refused(&dataloader(&["count", "--plan", "/no/such"], ""), &["/no/such: No such file"]);
 }

@@ -57,7 +57,13 @@ impl Count {
         if self.json {
             return print(&serde_json::to_string(&counted).expect("counts can be written as JSON"));
         }
-        print(&table(&counted).to_string())
+        let weight = |Counted { source, counts, .. }: &Counted| {
+            format!("  {source}: tokens = {}, tokens_from = \"dataloader count\"", counts.tokens)
+        };
+        let mut lines =
+            vec![table(&counted).to_string(), "as weights in the mixture, write in the plan:".to_owned()];
+        lines.extend(counted.iter().map(weight));
+        print(&lines.join("\n"))
     }
 }
 

@@ -97,6 +97,11 @@ impl Rows {
         self.segment
     }
 
+    /// Bytes of the texts that have been read, or passed over.
+    pub(crate) const fn passed(&self) -> u64 {
+        self.at
+    }
+
     /// Whether nothing is left.
     pub(crate) fn ends(&self) -> bool {
         self.groups.is_empty() && self.group.is_none()
