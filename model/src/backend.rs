@@ -17,6 +17,7 @@ use std::ops::Range;
 pub use ulmus_plan::ROW_BLOCK;
 use ulmus_plan::{NormKind, Precision};
 
+use crate::cuda::{CommunicatorId, NcclError, Patience};
 use crate::error::ModelError;
 use crate::exact::Quantum;
 use crate::format::{CacheFormat, WeightFormat};
@@ -245,6 +246,10 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// Keys and values that one layer has seen, of several sequences.
     type Cache: Debug + Send + Sync;
 
+    /// A group of devices of several processes that sum among themselves. All its members call the same operations in the
+    /// same order; after an error it is of no more use, and what the buffers of the operation hold is not known.
+    type Communicator: Debug + Send;
+
     /// One line about the device for reports, for instance `cpu, 2 threads`.
     fn describe(&self) -> String;
 
@@ -296,6 +301,49 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
 
     /// Lets the host work on a buffer: in place where it is the host's memory, else on a copy that is put back.
     fn on_host<T: Element, R>(&self, buffer: Out<'_, Self, T>, work: impl FnOnce(&mut [T]) -> R) -> R;
+
+    /// Whether the device can be in a [`Backend::Communicator`]; if not, its sums are for the host.
+    ///
+    /// # Errors
+    /// When it could, but for what is missing here.
+    fn communicates(&self) -> Result<bool, NcclError>;
+
+    /// Joins the group of that id as one of `size` members, and waits for the others.
+    ///
+    /// # Errors
+    /// [`NcclError`].
+    fn communicator(
+        &self,
+        id: &CommunicatorId,
+        rank: usize,
+        size: usize,
+        patience: Patience<'_>,
+    ) -> Result<Self::Communicator, NcclError>;
+
+    /// Replaces this member's chunk of `data` by its sum over all members, modulo 2^64; the other chunks hold anything
+    /// then. The chunks, one for each member, are parts of `data` that have nothing in common.
+    ///
+    /// # Errors
+    /// [`NcclError`].
+    fn reduce_scatter(
+        &self,
+        communicator: &mut Self::Communicator,
+        data: Out<'_, Self, i64>,
+        chunks: &[Range<usize>],
+        patience: Patience<'_>,
+    ) -> Result<(), NcclError>;
+
+    /// Replaces all other members' chunks of `data` by what those members hold there.
+    ///
+    /// # Errors
+    /// [`NcclError`].
+    fn all_gather(
+        &self,
+        communicator: &mut Self::Communicator,
+        data: Out<'_, Self>,
+        chunks: &[Range<usize>],
+        patience: Patience<'_>,
+    ) -> Result<(), NcclError>;
 
     /// Does `work` close to the device. A whole pass goes through one call, so that entering the device's
     /// threads is paid once and not once per kernel.

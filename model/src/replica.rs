@@ -11,7 +11,7 @@ use std::ops::Range;
 use ulmus_plan::{ModelConfig, TrainConfig};
 use ulmus_types::Digest;
 
-use crate::backend::{AdamW, BLOCK, Backend, IGNORE, In, View, ViewMut};
+use crate::backend::{AdamW, BLOCK, Backend, IGNORE, In, Out, View, ViewMut};
 use crate::batch::{BatchShape, LossSum, MicroBatch};
 use crate::error::ModelError;
 use crate::exact::Quantum;
@@ -188,10 +188,22 @@ impl<B: Backend> Replica<B> {
         }
     }
 
-    /// The gradient becomes the mean over `valid` tokens that `sums` stand for.
-    pub fn set_mean_gradient(&mut self, sums: &B::Buffer<i64>, quantum: &Quantum, valid: u64) {
+    /// Elements `range` of the gradient become the mean over `valid` tokens that `sums` stand for.
+    pub fn set_mean_gradient(
+        &mut self,
+        sums: &B::Buffer<i64>,
+        range: Range<usize>,
+        quantum: &Quantum,
+        valid: u64,
+    ) {
+        let gradient = ViewMut::new(&mut self.gradient, range.clone());
+        self.backend.dequantise(gradient, View::new(sums, range), quantum.mean_scale(valid));
+    }
+
+    /// The gradient.
+    pub fn gradient(&mut self) -> Out<'_, B> {
         let len = self.layout.parameters();
-        self.backend.dequantise(write(&mut self.gradient, len), read(sums, len), quantum.mean_scale(valid));
+        write(&mut self.gradient, len)
     }
 
     /// Whether the gradient can be quantised.
@@ -215,8 +227,8 @@ impl<B: Backend> Replica<B> {
 
     /// Lets the host work on the gradient.
     pub fn gradient_on_host<R>(&mut self, work: impl FnOnce(&mut [f32]) -> R) -> R {
-        let len = self.layout.parameters();
-        self.backend.on_host(write(&mut self.gradient, len), work)
+        let backend = self.backend.clone();
+        backend.on_host(self.gradient(), work)
     }
 
     /// Copies elements `start..start + to.len()` of the gradient.

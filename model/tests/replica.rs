@@ -78,7 +78,7 @@ fn distributed_step(workers: &mut [Replica<Cpu>], batches: &[u32], step: u64) ->
     workers
         .iter_mut()
         .map(|replica| {
-            replica.set_mean_gradient(&total, &quantum, valid);
+            replica.set_mean_gradient(&total, 0..parameters, &quantum, valid);
             (loss, replica.update(&recipe(), recipe().learning_rate(step), step).unwrap())
         })
         .collect()
@@ -142,9 +142,10 @@ fn a_single_micro_batch_is_its_own_exact_sum() {
     let loss = through_sums.forward_backward(&micro_batch(7)).unwrap();
     in_place.forward_backward(&micro_batch(7)).unwrap();
     let quantum = Quantum::new(160, 1);
-    let mut sums = vec![0; through_sums.layout().parameters()];
+    let parameters = through_sums.layout().parameters();
+    let mut sums = vec![0; parameters];
     through_sums.quantise_add(&mut sums, &quantum).unwrap();
-    through_sums.set_mean_gradient(&sums, &quantum, loss.valid);
+    through_sums.set_mean_gradient(&sums, 0..parameters, &quantum, loss.valid);
     in_place.check_gradient(&quantum).unwrap();
     in_place.quantise_mean_gradient(&quantum, loss.valid);
     assert_eq!(in_place.gradient_hash(), through_sums.gradient_hash());

@@ -9,6 +9,8 @@
 )]
 mod kernels;
 
+use std::convert::Infallible;
+use std::ops::Range;
 use std::sync::Arc;
 
 use kernels::attention::{self, Upstream};
@@ -26,6 +28,7 @@ use crate::backend::{
     AdamW, AttentionShape, Backend, Element, HeadGradients, Heads, In, LinearShape, Norm, Out, Rope, Spans,
     View, ViewMut,
 };
+use crate::cuda::{CommunicatorId, NcclError, Patience};
 use crate::error::ModelError;
 use crate::exact::Quantum;
 use crate::format::{CacheFormat, WeightFormat};
@@ -114,6 +117,7 @@ impl Backend for Cpu {
     type Graph = ();
     type Weights = Weights;
     type Cache = Cache;
+    type Communicator = Infallible;
 
     fn describe(&self) -> String {
         format!("cpu, {} threads", self.threads())
@@ -173,6 +177,40 @@ impl Backend for Cpu {
 
     fn on_host<T: Element, R>(&self, buffer: Out<'_, Self, T>, work: impl FnOnce(&mut [T]) -> R) -> R {
         work(buffer.slice())
+    }
+
+    fn communicates(&self) -> Result<bool, NcclError> {
+        Ok(false)
+    }
+
+    fn communicator(
+        &self,
+        _: &CommunicatorId,
+        _: usize,
+        _: usize,
+        _: Patience<'_>,
+    ) -> Result<Infallible, NcclError> {
+        Err(NcclError::Library { problem: "processors have no communicators".to_owned() })
+    }
+
+    fn reduce_scatter(
+        &self,
+        communicator: &mut Infallible,
+        _: Out<'_, Self, i64>,
+        _: &[Range<usize>],
+        _: Patience<'_>,
+    ) -> Result<(), NcclError> {
+        match *communicator {}
+    }
+
+    fn all_gather(
+        &self,
+        communicator: &mut Infallible,
+        _: Out<'_, Self>,
+        _: &[Range<usize>],
+        _: Patience<'_>,
+    ) -> Result<(), NcclError> {
+        match *communicator {}
     }
 
     fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {

@@ -19,6 +19,7 @@ mod program;
 mod weights;
 
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::sync::Arc;
 
 pub(crate) use driver::Graph;
@@ -223,6 +224,7 @@ impl Backend for Cuda {
     type Graph = Graph;
     type Weights = Weights;
     type Cache = Cache;
+    type Communicator = Communicator;
 
     fn describe(&self) -> String {
         self.device.describe()
@@ -322,6 +324,40 @@ impl Backend for Cuda {
         let result = work(&mut host);
         self.device.upload(buffer.address(), &host);
         result
+    }
+
+    fn communicates(&self) -> Result<bool, NcclError> {
+        CommunicatorId::can_be_made().map(|()| true)
+    }
+
+    fn communicator(
+        &self,
+        id: &CommunicatorId,
+        rank: usize,
+        size: usize,
+        patience: Patience<'_>,
+    ) -> Result<Communicator, NcclError> {
+        Communicator::new(self, id, rank, size, patience)
+    }
+
+    fn reduce_scatter(
+        &self,
+        communicator: &mut Communicator,
+        data: Out<'_, Self, i64>,
+        chunks: &[Range<usize>],
+        patience: Patience<'_>,
+    ) -> Result<(), NcclError> {
+        communicator.reduce_scatter_i64(data, chunks, patience)
+    }
+
+    fn all_gather(
+        &self,
+        communicator: &mut Communicator,
+        data: Out<'_, Self>,
+        chunks: &[Range<usize>],
+        patience: Patience<'_>,
+    ) -> Result<(), NcclError> {
+        communicator.all_gather_f32(data, chunks, patience)
     }
 
     fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {

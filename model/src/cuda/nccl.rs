@@ -183,6 +183,14 @@ impl fmt::Debug for CommunicatorId {
 }
 
 impl CommunicatorId {
+    /// Whether there is a library to call.
+    ///
+    /// # Errors
+    /// [`NcclError::Library`].
+    pub(super) fn can_be_made() -> Result<(), NcclError> {
+        functions().map(|_| ())
+    }
+
     /// One that no other group has.
     ///
     /// # Errors

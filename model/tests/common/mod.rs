@@ -90,7 +90,7 @@ pub(crate) fn mean_gradient<B: Backend>(
     let loss = replica.forward_backward(batch)?;
     let mut sums = replica.backend().allocate(parameters)?;
     replica.quantise_add(&mut sums, &quantum)?;
-    replica.set_mean_gradient(&sums, &quantum, loss.valid);
+    replica.set_mean_gradient(&sums, 0..parameters, &quantum, loss.valid);
     let mut gradient = vec![0.0; parameters];
     replica.read_gradient(0, &mut gradient);
     Ok((loss, gradient))

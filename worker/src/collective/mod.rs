@@ -11,11 +11,13 @@
 //! - [`chunk`]: which part of a vector belongs to which member.
 //! - [`TcpGroup`]: a ring over TCP. [`Listener`]: the port at which a process takes part in one ring after another.
 //! - [`AbortHandle`]: how other threads end a blocked operation.
+//! - [`Watch`]: whether a group stands that reduces in another way just now, from device to device.
 
 mod frame;
 mod listener;
 mod tcp;
 mod wake;
+mod watch;
 
 #[cfg(test)]
 mod tests;
@@ -29,6 +31,7 @@ use ulmus_types::{ErrorKind, Rank};
 pub use listener::Listener;
 pub use tcp::{Place, TcpGroup};
 pub use wake::AbortHandle;
+pub use watch::Watch;
 
 /// Boundaries of chunks fall on multiples of this many elements, where there are enough of them: whole blocks of
 /// the gradient norm, which is summed block by block.
@@ -89,6 +92,10 @@ pub trait Collective: Send {
 
     /// Ends any operation, now or later, from another thread.
     fn abort_handle(&self) -> AbortHandle;
+
+    /// Tells whether the group still stands, while its members do something together in another way that takes no longer
+    /// than `within`.
+    fn watch(&self, within: Duration) -> Result<Watch, CollectiveError>;
 }
 
 /// Why an operation, or the forming of a group, did not succeed.
@@ -131,6 +138,9 @@ pub enum CollectiveError {
         /// Why.
         reason: &'static str,
     },
+    /// The devices' own way to reduce failed.
+    #[error("{0}")]
+    Device(String),
     /// This machine's network does not do what it should.
     #[error("{act}: {reason}")]
     Network {
@@ -145,7 +155,9 @@ impl CollectiveError {
     /// What can be done about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Aborted | Self::PeerLost { .. } | Self::Timeout { .. } => ErrorKind::Retry,
+            Self::Aborted | Self::PeerLost { .. } | Self::Timeout { .. } | Self::Device(_) => {
+                ErrorKind::Retry
+            }
             Self::Refused { .. } => ErrorKind::Fenced,
             Self::Protocol { .. } => ErrorKind::Internal,
             Self::Network { .. } => ErrorKind::InvalidInput,

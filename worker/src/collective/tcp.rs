@@ -22,6 +22,7 @@ use ulmus_types::{Digest, Generation, Peer, Rank};
 use super::frame::{Answer, ElementType, Greeting, Header, Operation};
 use super::listener::Listener;
 use super::wake::{AbortHandle, readable, wait, writable};
+use super::watch::Watch;
 use super::{Collective, CollectiveError, Data, chunk};
 
 /// Pause before a neighbour that could not be reached is tried again.
@@ -247,6 +248,20 @@ impl Collective for TcpGroup {
     fn abort_handle(&self) -> AbortHandle {
         self.abort.clone()
     }
+
+    fn watch(&self, within: Duration) -> Result<Watch, CollectiveError> {
+        if let Some(failure) = &self.failure {
+            return Err(failure.clone());
+        }
+        let ends = self.ring.iter().flat_map(|ring| {
+            [(ring.next_rank, ring.next.try_clone()), (ring.previous_rank, ring.previous.try_clone())]
+        });
+        let neighbours = ends
+            .map(|(rank, end)| Ok((rank, end?)))
+            .collect::<io::Result<_>>()
+            .map_err(|error| network("cannot watch sockets", &error))?;
+        Ok(Watch::new(self.abort.clone(), neighbours, within))
+    }
 }
 
 /// What can be sent as it lies in memory.
@@ -428,7 +443,7 @@ impl<'a> Incoming<'a> {
 }
 
 /// `None` when the socket is not ready.
-fn or_would_block(result: io::Result<usize>) -> io::Result<Option<usize>> {
+pub(super) fn or_would_block(result: io::Result<usize>) -> io::Result<Option<usize>> {
     match result {
         Ok(count) => Ok(Some(count)),
         Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(None),
@@ -436,7 +451,7 @@ fn or_would_block(result: io::Result<usize>) -> io::Result<Option<usize>> {
     }
 }
 
-fn lost(rank: Rank, error: &io::Error) -> CollectiveError {
+pub(super) fn lost(rank: Rank, error: &io::Error) -> CollectiveError {
     let reason = match error.kind() {
         ErrorKind::UnexpectedEof => "it closed the connection".to_owned(),
         _ => error.to_string(),

@@ -3,6 +3,7 @@
 //! It knows nothing of gRPC. Commands come in one at a time; what it has to say goes out as messages. While it is
 //! busy, only [`Control`] reaches it.
 
+mod devices;
 mod group;
 mod step;
 mod words;

@@ -14,6 +14,7 @@ use ulmus_types::{
     ToCoordinator,
 };
 
+use super::devices::Devices;
 use super::words::Words;
 use super::{Report, Training, micro_batch};
 use crate::WorkerError;
@@ -52,6 +53,9 @@ impl<B: Backend> Training<B> {
         let alone = group.size() == 1 && lanes.len() == 1;
         let parameters = self.replica.layout().parameters();
         let mut sums = if alone { None } else { Some(self.replica.backend().allocate(parameters)?) };
+        let mut devices = Devices::join(&self.replica.backend().clone(), parameters, group, |notice| {
+            reports.blocking_send(Report::Say(ToCoordinator::Notice(notice))).ok();
+        })?;
         while self.step().get() < plan.train.iterations {
             let begun = Instant::now();
             let mut times = Times::default();
@@ -62,7 +66,8 @@ impl<B: Backend> Training<B> {
             if agreed.failed > 0 || agreed.exhausted > 0 {
                 return Ok(self.stopped(&agreed, share.err(), assignment.generation, reports));
             }
-            let grad_norm = self.update(sums.as_mut(), agreed.valid as u64, group, &mut times)?;
+            let grad_norm =
+                self.update(sums.as_mut(), devices.as_mut(), agreed.valid as u64, group, &mut times)?;
             let report = self.finish_step(&agreed, grad_norm, begun, &times, group)?;
             let step = report.step.get();
             let said = ToCoordinator::Steps { generation: assignment.generation, reports: vec![report] };
@@ -218,19 +223,28 @@ impl<B: Backend> Training<B> {
     fn update(
         &mut self,
         sums: Option<&mut B::Buffer<i64>>,
+        devices: Option<&mut Devices<B>>,
         valid: u64,
         group: &mut dyn Collective,
         times: &mut Times,
     ) -> Result<f64, WorkerError> {
-        match sums {
-            None => self.replica.quantise_mean_gradient(&self.quantum, valid),
-            Some(sums) if group.size() == 1 => self.replica.set_mean_gradient(sums, &self.quantum, valid),
-            Some(sums) => {
-                // Integers are reduced, so that the sum does not depend on the order; finished floats are gathered.
-                let parameters = self.replica.layout().parameters();
+        let parameters = self.replica.layout().parameters();
+        let waiting = Instant::now();
+        let backend = self.replica.backend().clone();
+        // Integers are reduced, so that the sum does not depend on the order; finished floats are gathered.
+        match (sums, devices) {
+            (None, _) => self.replica.quantise_mean_gradient(&self.quantum, valid),
+            (Some(sums), _) if group.size() == 1 => {
+                self.replica.set_mean_gradient(sums, 0..parameters, &self.quantum, valid);
+            }
+            (Some(sums), Some(devices)) => {
+                devices.reduce_scatter(&backend, ViewMut::new(sums, 0..parameters), group)?;
+                self.replica.set_mean_gradient(sums, devices.own(group), &self.quantum, valid);
+                devices.all_gather(&backend, self.replica.gradient(), group)?;
+                times.communication += waiting.elapsed();
+            }
+            (Some(sums), None) => {
                 let own = chunk(parameters, group.size(), group.rank().index());
-                let waiting = Instant::now();
-                let backend = self.replica.backend().clone();
                 backend.on_host(ViewMut::new(sums, 0..parameters), |sums| {
                     group.reduce_scatter((&mut *sums).into())?;
                     self.replica.gradient_on_host(|mean| {

@@ -1,0 +1,49 @@
+//! Workers whose devices sum the gradients among themselves: the same bits as one worker alone, with one of them killed in
+//! the middle. For machines with a GPU, which all workers may share (`NCCL_MULTI_RANK_GPU_ENABLE=1`, NCCL 2.30 or newer);
+//! without one, `.ci/run cuda` runs this on the emulator.
+
+use rustix::process::{Signal, kill_process};
+use ulmus_tests::{Sandbox, until};
+
+/// An emulated device takes a second for a step.
+const SHORT: [&str; 14] = [
+    "--set",
+    "local.device=cuda",
+    "--set",
+    "train.iterations=12",
+    "--set",
+    "train.warmup=2",
+    "--set",
+    "train.held_out_every=6",
+    "--set",
+    "checkpoint.average=1",
+    "--set",
+    "evaluate.text=1KiB",
+    "--set",
+    "benchmark.generate=2",
+];
+
+#[test]
+#[ignore = "needs a GPU, or the emulator"]
+fn devices_that_lose_one_of_them_give_the_same_bits() {
+    let alone = Sandbox::new();
+    alone.coordinator(&SHORT).succeeds();
+
+    let sandbox = Sandbox::new();
+    let run = sandbox.run("tiny");
+    let coordinator = sandbox
+        .coordinator(&[&SHORT[..], &["--set", "local.workers=2", "--set", "cluster.min_workers=2"]].concat());
+    coordinator.says("generation 1: 2 workers train from step 0 of 12");
+    until("a few steps", || {
+        (run.path().join("metrics.csv").exists() && run.steps_so_far() >= 3).then_some(())
+    });
+    kill_process(run.local_workers()["local-1"], Signal::KILL).expect("it trains");
+    coordinator.says("worker local-1 is lost");
+    coordinator.succeeds();
+
+    let generations = run.generations();
+    assert!(generations.len() > 1 && !run.read("logs/local-0.log").contains("through the host"));
+    let joined = run.read("logs/local-0.log").matches("devices sum gradients among themselves").count();
+    assert!(joined > 1, "{joined} groups of devices in {generations:?}");
+    run.bits().assert_equal(&alone.run("tiny").bits());
+}

@@ -1,0 +1,56 @@
+//! Whether a group still stands while its devices reduce among themselves: their library says nothing when a peer dies.
+
+use std::io;
+use std::net::TcpStream;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use ulmus_types::Rank;
+
+use super::CollectiveError;
+use super::tcp::{lost, or_would_block};
+use super::wake::AbortHandle;
+
+/// A neighbour whose connection has ended may just have finished what this member is about to finish.
+const GRACE: Duration = Duration::from_millis(250);
+
+/// The connections of a member, to look at. Of one operation.
+#[derive(Debug)]
+pub struct Watch {
+    abort: AbortHandle,
+    neighbours: Vec<(Rank, TcpStream)>,
+    begun: Instant,
+    within: Duration,
+    /// When a connection was first seen to have ended.
+    ended: OnceLock<Instant>,
+}
+
+impl Watch {
+    pub(super) fn new(abort: AbortHandle, neighbours: Vec<(Rank, TcpStream)>, within: Duration) -> Self {
+        Self { abort, neighbours, begun: Instant::now(), within, ended: OnceLock::new() }
+    }
+
+    /// Why the operation will not end well, if so: it was aborted, a neighbour is gone, or it has taken too long.
+    pub fn broken(&self) -> Option<CollectiveError> {
+        if self.abort.is_aborted() {
+            return Some(CollectiveError::Aborted);
+        }
+        if let Some((rank, error)) = self.neighbours.iter().find_map(|(rank, end)| Some((*rank, ended(end)?)))
+            && self.ended.get_or_init(Instant::now).elapsed() > GRACE
+        {
+            return Some(lost(rank, &error));
+        }
+        let (rank, _) = self.neighbours.first().filter(|_| self.begun.elapsed() > self.within)?;
+        let operation = "an operation of the devices".to_owned();
+        Some(CollectiveError::Timeout { rank: *rank, operation, after: self.within })
+    }
+}
+
+/// How a connection has ended, if it has. Data that are there belong to the next operation.
+fn ended(stream: &TcpStream) -> Option<io::Error> {
+    match or_would_block(stream.peek(&mut [0])) {
+        Ok(Some(0)) => Some(io::ErrorKind::UnexpectedEof.into()),
+        Ok(_) => None,
+        Err(error) => Some(error),
+    }
+}
