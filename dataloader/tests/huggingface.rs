@@ -125,7 +125,8 @@ fn readers(file: &Value) -> (Tokenizer, tokenizers::Tokenizer) {
     let mut theirs = tokenizers::Tokenizer::from_bytes(&bytes).unwrap();
     theirs.set_encode_special_tokens(true);
     // In the file that is like LLaMA's, control tokens are not listed as such.
-    let ends = if file["added_tokens"][0].is_null() { [Some("<s>"), Some("</s>")] } else { [None, None] };
+    let is_listed = file["added_tokens"][0]["content"] == "<|endoftext|>";
+    let ends = if is_listed { [None, None] } else { [Some("<s>"), Some("</s>")] };
     (Tokenizer::read(&bytes, "tokenizer.json", ends[0], ends[1]).unwrap(), theirs)
 }
 
@@ -165,6 +166,74 @@ fn common_kinds_have_a_way_of_their_own() {
                 "{name}"
             );
             assert!(!ours.encode("a <|endoftext|> b").contains(&end), "{name}");
+        }
+    }
+}
+
+/// Settings and texts that once had other ids or other decoded texts than the library's.
+#[test]
+fn rare_settings_are_the_library_s() {
+    let nfc = json!({"type": "NFC"});
+    let base = byte_level(&gpt2(), &nfc, false, 60);
+    let added = |tokens: &[(&str, bool, bool)]| {
+        let mut file = base.clone();
+        let list = file["added_tokens"].as_array_mut().unwrap();
+        for (content, special, normalized) in tokens {
+            let id = list[0]["id"].as_u64().unwrap() + list.len() as u64;
+            list.push(json!({"id": id, "content": content, "special": special, "normalized": normalized,
+                "single_word": false, "lstrip": false, "rstrip": false}));
+        }
+        file
+    };
+    let mut gap = base.clone();
+    gap["added_tokens"][2]["id"] = json!(2000);
+    let mut no_decoder = base.clone();
+    no_decoder["decoder"] = Value::Null;
+    let mut twice = base.clone();
+    let merges = twice["model"]["merges"].as_array_mut().unwrap();
+    merges.push(merges[0].clone());
+    let llama = files().into_iter().find(|(name, ..)| *name == "llama").unwrap().1;
+    let mut star = llama.clone();
+    let id = star["model"]["vocab"].as_object().unwrap().len();
+    star["added_tokens"] = json!([{"id": id, "content": "★", "special": true, "normalized": false,
+        "single_word": false, "lstrip": false, "rstrip": false}]);
+    for (name, file) in [
+        ("found before normal form", added(&[("=", false, false), (">", false, true)])),
+        ("two passes", added(&[("at", false, true), ("tT", false, false), ("t ", false, false)])),
+        ("within a control token", added(&[("<|a|>", true, false), ("|>", false, false)])),
+        ("a token of the bytes' characters", added(&[("é", false, false), ("Ġ", false, false)])),
+        ("a gap in the ids", gap),
+        ("no decoder", no_decoder),
+        ("a merge twice", twice),
+        (
+            "a blank that is possessive",
+            byte_level(&split(&LLAMA3.replace(r"\s+(?!", r"\s++(?!")), &nfc, false, 60),
+        ),
+        ("llama", llama),
+        ("a control token of one character", star),
+    ] {
+        let (ours, theirs) = readers(&file);
+        for text in [
+            "=\u{338} >\u{338}",
+            "that hatT t  x",
+            "<|a|> |>",
+            "é Ġ ★ ",
+            "    a    b  \n  c",
+            "a\u{5c8}\u{316}\u{301}",
+            "\u{11935}\u{11930}",
+        ] {
+            let expected = theirs.encode_fast(text, false).unwrap();
+            assert_eq!(ours.encode(text), expected.get_ids(), "{name}: {text:?}");
+        }
+        let mut random = 7_u32;
+        for _ in 0..300 {
+            let ids: Vec<u32> = (0..4)
+                .map(|_| {
+                    random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                    (random >> 8) % ours.pieces() as u32
+                })
+                .collect();
+            assert_eq!(ours.decode(&ids), theirs.decode(&ids, true).unwrap(), "{name}: {ids:?}");
         }
     }
 }

@@ -73,13 +73,8 @@ impl Bpe {
     /// The tables of a vocabulary; `escapes` says that a blank is the same as [`BLANK`].
     pub(super) fn new(vocabulary: &Vocabulary, escapes: bool) -> Self {
         let by_text = vocabulary.by_text();
-        let mut symbols: HashMap<char, Symbol> = HashMap::new();
-        for (id, piece) in vocabulary.of_texts().chain(vocabulary.of_kind(PieceType::Control)) {
-            let mut chars = piece.text.chars();
-            if let (Some(c), None) = (chars.next(), chars.next()) {
-                symbols.insert(c, id);
-            }
-        }
+        let texts = vocabulary.of_texts().map(|(id, piece)| (piece.text.as_str(), id));
+        let symbols = singles(texts);
         let of_char = |c: char| symbols.get(&c).copied().unwrap_or(CHARACTER | c as u32);
         let of_text = |text: &str| {
             let mut chars = text.chars();
@@ -94,12 +89,13 @@ impl Bpe {
             .filter(|(_, piece)| piece.text.chars().nth(1).is_some())
             .map(|(id, piece)| (id, piece.text.as_str(), piece.score))
             .collect();
+        // By this order 0.0 comes before -0.0, as in SentencePiece 0.2.3.
         ranked.sort_by(|(.., a), (.., b)| b.total_cmp(a));
         let mut joins = Vec::new();
-        let (mut priority, mut before) = (0, f32::INFINITY);
+        let (mut priority, mut before) = (0, None);
         for (id, text, score) in ranked {
-            priority += u32::from(score < before);
-            before = score;
+            let falls = before.is_some_and(|before: f32| before.total_cmp(&score).is_gt());
+            (priority, before) = (priority + u32::from(falls), Some(score));
             for (at, _) in text.char_indices().skip(1) {
                 let (left, right) = text.split_at(at);
                 if let (Some(left), Some(right)) = (of_text(left), of_text(right)) {
@@ -108,21 +104,27 @@ impl Bpe {
             }
         }
 
+        let unused = vocabulary.of_kind(PieceType::Unused).map(|(id, _)| id).collect();
+        Self { unused, ..Self::of_symbols(symbols, escapes, Pairs::new(&joins)) }
+    }
+
+    /// The tables of a list of merges, each a pair, its rank and the piece; `tokens` are those that texts are made of.
+    pub(super) fn of_merges<'t>(
+        tokens: impl IntoIterator<Item = (&'t str, u32)>,
+        merges: &[((u32, u32), u32, u32)],
+    ) -> Self {
+        Self::of_symbols(singles(tokens), true, Pairs::of_merges(merges))
+    }
+
+    fn of_symbols(symbols: HashMap<char, Symbol>, escapes: bool, pairs: Pairs) -> Self {
+        let of_char = |c: char| symbols.get(&c).copied().unwrap_or(CHARACTER | c as u32);
         let mut basic: Box<[Symbol]> =
             (0..0x1_0000).map(|code| char::from_u32(code).map_or(CHARACTER | code, of_char)).collect();
         if escapes {
             basic[usize::from(b' ')] = of_char(BLANK);
         }
         let others = symbols.into_iter().filter(|(c, _)| *c as usize >= basic.len()).collect();
-        let unused = vocabulary.of_kind(PieceType::Unused).map(|(id, _)| id).collect();
-        Self { basic, others, pairs: Pairs::new(&joins), unused }
-    }
-
-    /// The tables of a list of merges, each a pair, its rank and the piece.
-    pub(super) fn of_merges(vocabulary: &Vocabulary, merges: &[((u32, u32), u32, u32)]) -> Self {
-        let mut bpe = Self::new(vocabulary, true);
-        bpe.pairs = Pairs::of_merges(merges);
-        bpe
+        Self { basic, others, pairs, unused: HashSet::new() }
     }
 
     /// The tables of a list of merges over bytes, whose symbols are given.
@@ -168,7 +170,29 @@ impl Bpe {
         self.load(scratch, parts);
         self.join(scratch);
         for symbol in &scratch.symbols {
-            push(vocabulary, &scratch.parts, *symbol, ids);
+            self.push(vocabulary, &scratch.parts, *symbol, ids);
+        }
+    }
+
+    /// Adds the ids of a symbol, of unused pieces those of their parts; what has none is unknown.
+    fn push(
+        &self,
+        vocabulary: &Vocabulary,
+        parts: &HashMap<u32, (Symbol, Symbol)>,
+        symbol: Symbol,
+        ids: &mut Vec<u32>,
+    ) {
+        if symbol & CHARACTER != 0 {
+            let c = char::from_u32(symbol & !CHARACTER).expect("a character's symbol holds its code point");
+            vocabulary.push_unknown(ids, c);
+        } else if let Some((left, right)) = parts.get(&symbol) {
+            self.push(vocabulary, parts, *left, ids);
+            self.push(vocabulary, parts, *right, ids);
+        } else if !self.is_local() && self.unused.contains(&symbol) {
+            let text = &vocabulary.pieces[symbol as usize].text;
+            text.chars().for_each(|c| vocabulary.push_unknown(ids, c));
+        } else {
+            ids.push(symbol & !ALONE);
         }
     }
 
@@ -277,17 +301,14 @@ impl Bpe {
     }
 }
 
-/// Adds the ids of a symbol, of unused pieces those of their parts.
-fn push(vocabulary: &Vocabulary, parts: &HashMap<u32, (Symbol, Symbol)>, symbol: Symbol, ids: &mut Vec<u32>) {
-    if symbol & CHARACTER != 0 {
-        let c = char::from_u32(symbol & !CHARACTER).expect("a character's symbol holds its code point");
-        vocabulary.push_unknown(ids, c);
-    } else if let Some((left, right)) = parts.get(&symbol) {
-        push(vocabulary, parts, *left, ids);
-        push(vocabulary, parts, *right, ids);
-    } else {
-        ids.push(symbol & !ALONE);
-    }
+/// Those of some pieces that are single characters.
+fn singles<'t>(pieces: impl IntoIterator<Item = (&'t str, u32)>) -> HashMap<char, Symbol> {
+    let single = |(text, id): (&str, u32)| {
+        let mut chars = text.chars();
+        let first = chars.next()?;
+        chars.next().is_none().then_some((first, id))
+    };
+    pieces.into_iter().filter_map(single).collect()
 }
 
 /// A part of a text.
@@ -322,12 +343,11 @@ impl Pairs {
         pairs
     }
 
-    /// Of a pair that is listed twice, the first counts.
+    /// Of a pair that is listed twice, the last counts.
     fn of_merges(merges: &[((u32, u32), u32, u32)]) -> Self {
         let mut seen = HashSet::new();
-        let first = merges.iter().filter(|(pair, ..)| seen.insert(*pair));
-        let joins: Vec<_> =
-            first.map(|(pair, rank, id)| (*pair, Join { priority: *rank, id: *id })).collect();
+        let last = merges.iter().rev().filter(|(pair, ..)| seen.insert(*pair));
+        let joins: Vec<_> = last.map(|(pair, rank, id)| (*pair, Join { priority: *rank, id: *id })).collect();
         Self::new(&joins)
     }
 

@@ -3,12 +3,40 @@
 
 use std::collections::HashMap;
 
+use std::borrow::Cow;
+
 use aho_corasick::AhoCorasick;
-use unicode_normalization::{IsNormalized, UnicodeNormalization, is_nfc_quick};
+use unicode_normalization::{IsNormalized, is_nfc_quick};
+use unicode_normalization_alignments::UnicodeNormalization;
 
 use super::bpe::{Bpe, Part, Scratch};
 use super::cache::{Cache, Key};
 use super::words::Words;
+
+/// Tokens that are found in texts before words are cut. Control tokens are passed over, as text, and yet nothing else is
+/// found within one; they have no id here.
+#[derive(Debug)]
+pub(super) struct Added {
+    pub(super) matcher: AhoCorasick,
+    pub(super) ids: Vec<Option<u32>>,
+}
+
+impl Added {
+    /// Gives the text between such tokens, and the tokens.
+    fn cut<'t>(this: Option<&Self>, text: &'t str, mut give: impl FnMut(Result<&'t str, u32>)) {
+        let mut end = 0;
+        if let Some(Self { matcher, ids }) = this {
+            for found in matcher.find_iter(text) {
+                if let Some(id) = ids[found.pattern().as_usize()] {
+                    give(Ok(&text[end..found.start()]));
+                    give(Err(id));
+                    end = found.end();
+                }
+            }
+        }
+        give(Ok(&text[end..]));
+    }
+}
 
 /// The tables of a model.
 #[derive(Debug)]
@@ -19,32 +47,32 @@ pub(super) struct ByteLevel {
     pub(super) bpe: Bpe,
     /// Tokens by their bytes, where a word that is a token is taken as it is.
     pub(super) whole: HashMap<Vec<u8>, u32>,
-    /// Tokens that are found in texts before words are cut.
-    pub(super) added: Option<(AhoCorasick, Vec<u32>)>,
+    /// Tokens that are found in texts before they are normalised, and those that are found after that.
+    pub(super) added: [Option<Added>; 2],
     /// The bytes of each token; none of control tokens.
     pub(super) bytes: Vec<Option<Vec<u8>>>,
 }
 
 impl ByteLevel {
     pub(super) fn encode(&self, cache: &mut Cache, scratch: &mut Scratch, text: &str, ids: &mut Vec<u32>) {
-        if self.nfc && is_nfc_quick(text.chars()) != IsNormalized::Yes {
-            let text: String = text.nfc().collect();
-            self.encode_parts(cache, scratch, &text, ids);
-        } else {
-            self.encode_parts(cache, scratch, text, ids);
-        }
+        let [before, after] = &self.added;
+        Added::cut(before.as_ref(), text, |part| match part {
+            Err(id) => ids.push(id),
+            Ok(text) => Added::cut(after.as_ref(), &self.normalised(text), |part| match part {
+                Err(id) => ids.push(id),
+                Ok(text) => self.encode_text(cache, scratch, text, ids),
+            }),
+        });
     }
 
-    fn encode_parts(&self, cache: &mut Cache, scratch: &mut Scratch, text: &str, ids: &mut Vec<u32>) {
-        let mut end = 0;
-        if let Some((matcher, added)) = &self.added {
-            for found in matcher.find_iter(text) {
-                self.encode_text(cache, scratch, &text[end..found.start()], ids);
-                ids.push(added[found.pattern().as_usize()]);
-                end = found.end();
-            }
+    /// In normal form C by the tables of Hugging Face's library, which know fewer characters than those that tell quickly
+    /// that nothing is to be done.
+    fn normalised<'t>(&self, text: &'t str) -> Cow<'t, str> {
+        if self.nfc && is_nfc_quick(text.chars()) != IsNormalized::Yes {
+            text.nfc().map(|(c, _)| c).collect()
+        } else {
+            Cow::Borrowed(text)
         }
-        self.encode_text(cache, scratch, &text[end..], ids);
     }
 
     fn encode_text(&self, cache: &mut Cache, scratch: &mut Scratch, text: &str, ids: &mut Vec<u32>) {

@@ -10,15 +10,15 @@ use std::collections::{BTreeMap, HashMap};
 
 use aho_corasick::{AhoCorasick, MatchKind};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::bpe::Bpe;
-use super::byte_level::{ByteLevel, characters};
+use super::byte_level::{self, ByteLevel, characters};
 use super::model::PieceType;
 use super::normalizer::Normalizer;
 use super::vocabulary::{Piece, Vocabulary, byte_of};
 use super::words::Words;
-use super::{End, Kind, SentencePiece, Tables};
+use super::{Bytes, End, Kind, SentencePiece, Tables};
 
 /// Names that BOS and EOS commonly have.
 const BOS: [&str; 6] = ["<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[BOS]", "[CLS]"];
@@ -55,7 +55,6 @@ impl Added {
 #[derive(Deserialize)]
 struct Model {
     dropout: Option<f32>,
-    unk_token: Option<String>,
     continuing_subword_prefix: Option<String>,
     end_of_word_suffix: Option<String>,
     #[serde(default)]
@@ -110,11 +109,14 @@ pub(super) fn read(json: &[u8], bos: Option<&str>, eos: Option<&str>) -> Result<
         .ok_or("it does not tell the token that ends a document; write its name as tokenizer.eos")?;
     // A model that has no token for the beginning has one for the border between documents.
     let bos = find("bos", bos, &BOS)?.unwrap_or_else(|| eos.clone());
-    let kind = match fast(&file, &ids, (bos.id, eos.id), pieces as usize)? {
-        Some(kind) => kind,
-        None => Kind::Reference(reference(json)?),
-    };
-    Ok(Tables::new(kind, bos, eos))
+    if let Some(kind) = fast(&file, &ids, pieces as usize)? {
+        return Ok(Tables::new(kind, bos, eos));
+    }
+    let reference = reference(json)?;
+    // The library gives added tokens numbers of its own where those of the file leave a gap.
+    let known = |end: End| End { id: reference.token_to_id(&end.name).unwrap_or(end.id), ..end };
+    let (bos, eos) = (known(bos), known(eos));
+    Ok(Tables::new(Kind::Reference(reference), bos, eos))
 }
 
 /// The ids of all tokens.
@@ -164,12 +166,7 @@ fn reference(json: &[u8]) -> Result<Box<tokenizers::Tokenizer>, String> {
 }
 
 /// The tables of a file, if its settings are among those that have a fast way.
-fn fast(
-    file: &File,
-    ids: &HashMap<String, u32>,
-    ends: (u32, u32),
-    pieces: usize,
-) -> Result<Option<Kind>, String> {
+fn fast(file: &File, ids: &HashMap<String, u32>, pieces: usize) -> Result<Option<Kind>, String> {
     if file.model.get("type").is_some_and(|kind| kind != "BPE") {
         return Ok(None);
     }
@@ -181,8 +178,13 @@ fn fast(
     {
         return Ok(None);
     }
+    if has_gaps(&model, &file.added_tokens) {
+        return Ok(None);
+    }
     let mut joins = Vec::new();
-    for (rank, merge) in (0..).zip(&model.merges) {
+    // The file that merges once were in began with its version.
+    let is_merge = |merge: &&Merge| !matches!(merge, Merge::Line(line) if line.starts_with("#version"));
+    for (rank, merge) in (0..).zip(model.merges.iter().filter(is_merge)) {
         let parts = merge.parts().and_then(|(left, right)| {
             let id = model.vocab.get(&format!("{left}{right}"))?;
             Some(((*model.vocab.get(left)?, *model.vocab.get(right)?), *id))
@@ -195,9 +197,10 @@ fn fast(
     let found: Vec<&Added> = file.added_tokens.iter().filter(|added| !added.special).collect();
     if let Some((words, nfc)) = words(file)
         && !model.byte_fallback
-        && found.iter().all(|added| !["single_word", "lstrip", "rstrip"].iter().any(|setting| added.is(setting)))
-        // Where texts are changed first, the library looks for some tokens before and for others behind that.
-        && (!nfc || found.iter().all(|added| added.content.is_ascii()))
+        && found
+            .iter()
+            .all(|added| !["single_word", "lstrip", "rstrip"].iter().any(|setting| added.is(setting)))
+        && file.decoder.as_ref().is_some_and(|decoder| decoder["type"] == "ByteLevel")
     {
         return Ok(byte_level(&model, &file.added_tokens, words, nfc, &joins, pieces)?.map(Kind::ByteLevel));
     }
@@ -206,9 +209,21 @@ fn fast(
         && !model.ignore_merges
         && found.is_empty()
     {
-        return Ok(sentencepiece(&model, &file.added_tokens, ids, normalizer, &joins, ends, pieces));
+        return Ok(sentencepiece(&model, &file.added_tokens, ids, normalizer, &joins, pieces));
     }
     Ok(None)
+}
+
+/// Whether the library would number added tokens in another way than the file.
+fn has_gaps(model: &Model, added: &[Added]) -> bool {
+    let mut added: Vec<&Added> = added.iter().collect();
+    added.sort_by_key(|added| added.id);
+    let mut next = model.vocab.len() as u32;
+    added.into_iter().any(|added| {
+        let expected = model.vocab.get(&added.content).copied().unwrap_or(next);
+        next = next.max(expected + 1);
+        added.id != expected
+    })
 }
 
 /// How a byte-level file cuts words, and whether it normalises texts first; none if it is another kind of file.
@@ -251,35 +266,54 @@ fn byte_level(
         (0..=u8::MAX).map(|byte| (characters[usize::from(byte)], byte)).collect();
     let mut bytes = vec![None; pieces];
     let mut whole = HashMap::new();
-    for (text, id) in &model.vocab {
+    for (text, id) in model.vocab.iter().filter(|_| model.ignore_merges) {
         let spelt: Option<Vec<u8>> = text.chars().map(|c| byte_of.get(&c).copied()).collect();
-        if let Some(spelt) = &spelt
-            && model.ignore_merges
-        {
-            whole.insert(spelt.clone(), *id);
-        }
-        bytes[*id as usize] = spelt;
+        whole.extend(spelt.map(|spelt| (spelt, *id)));
+    }
+    // A token that is not of these characters alone stands for its own.
+    let decoded = |text: &str| -> Vec<u8> {
+        let spelt: Option<Vec<u8>> = text.chars().map(|c| byte_of.get(&c).copied()).collect();
+        spelt.unwrap_or_else(|| text.as_bytes().to_vec())
+    };
+    for (text, id) in &model.vocab {
+        bytes[*id as usize] = Some(decoded(text));
     }
     for token in added {
-        bytes[token.id as usize] = (!token.special).then(|| token.content.clone().into_bytes());
+        bytes[token.id as usize] = (!token.special).then(|| decoded(&token.content));
     }
-    let found = added.iter().filter(|added| !added.special && !added.content.is_empty());
-    let (ids, texts): (Vec<u32>, Vec<&str>) = found.map(|added| (added.id, added.content.as_str())).unzip();
+    let added = [finder(added, false)?, finder(added, true)?];
+    Ok(Some(ByteLevel { words, nfc, bpe: Bpe::of_bytes(&symbols, joins), whole, added, bytes }))
+}
+
+/// What finds those added tokens that are looked for in normalised texts, or in others; none if that changes nothing.
+fn finder(added: &[Added], normalized: bool) -> Result<Option<byte_level::Added>, String> {
+    let found: Vec<&Added> = added
+        .iter()
+        .filter(|added| added.is("normalized") == normalized && !added.content.is_empty())
+        .collect();
+    let ids: Vec<Option<u32>> = found.iter().map(|added| (!added.special).then_some(added.id)).collect();
+    if ids.iter().all(Option::is_none) {
+        return Ok(None);
+    }
+    let texts = found.iter().map(|added| &added.content);
     let matcher = AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(texts);
     let matcher = matcher.map_err(|error| format!("its added tokens cannot be searched for: {error}"))?;
-    let added = (!ids.is_empty()).then_some((matcher, ids));
-    Ok(Some(ByteLevel { words, nfc, bpe: Bpe::of_bytes(&symbols, joins), whole, added, bytes }))
+    Ok(Some(byte_level::Added { matcher, ids }))
 }
 
 /// What a file over SentencePiece's characters does to blanks; none if it is another kind of file.
 fn blanks(file: &File) -> Option<Normalizer> {
-    let drops = file.decoder.as_ref().is_some_and(|decoder| {
-        let steps = decoder["decoders"].as_array();
-        let steps = steps.map_or(std::slice::from_ref(decoder), Vec::as_slice);
-        steps.iter().any(|step| {
-            step["type"] == "Strip" || step["type"] == "Metaspace" && step["prepend_scheme"] != "never"
-        })
-    });
+    let steps = file.decoder.as_ref()?["decoders"].as_array()?;
+    let usual = [
+        json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
+        json!({"type": "ByteFallback"}),
+        json!({"type": "Fuse"}),
+    ];
+    let drops = match steps.strip_prefix(&usual)? {
+        [] => false,
+        [strip] if *strip == json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}) => true,
+        _ => return None,
+    };
     let replaces = |step: &Value| {
         step["type"] == "Replace" && step["pattern"]["String"] == " " && step["content"] == "▁"
     };
@@ -315,25 +349,18 @@ fn sentencepiece(
     ids: &HashMap<String, u32>,
     normalizer: Normalizer,
     joins: &[((u32, u32), u32, u32)],
-    (bos, eos): (u32, u32),
     pieces: usize,
 ) -> Option<Kind> {
     let unused = Piece { text: String::new(), score: 0.0, kind: PieceType::Control };
     let mut list = vec![unused; pieces];
     for (text, id) in ids {
-        let kind = if model.unk_token.as_ref() == Some(text) {
-            PieceType::Unknown
-        } else if byte_of(text).is_some() {
-            PieceType::Byte
-        } else {
-            PieceType::Normal
-        };
+        let kind = if byte_of(text).is_some() { PieceType::Byte } else { PieceType::Normal };
         list[*id as usize] = Piece { text: text.clone(), score: 0.0, kind };
     }
     for added in added {
         list[added.id as usize].kind = PieceType::Control;
     }
-    let vocabulary = Vocabulary::of_pieces(list, bos, eos).ok()?;
-    let bpe = Bpe::of_merges(&vocabulary, joins);
-    Some(Kind::SentencePiece(SentencePiece::new(vocabulary, normalizer, bpe)))
+    let vocabulary = Vocabulary::of_pieces(list).ok()?;
+    let bpe = Bpe::of_merges(model.vocab.iter().map(|(text, id)| (text.as_str(), *id)), joins);
+    Some(Kind::SentencePiece(SentencePiece::new(vocabulary, normalizer, bpe, Bytes::Together)))
 }

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::bpe::Bpe;
 use super::model::PieceType;
 use super::vocabulary::{Unknown, Vocabulary};
-use super::{Kind, SentencePiece, Tokenizer};
+use super::{End, Kind, SentencePiece, Tokenizer};
 
 impl Tokenizer {
     /// The contents of `tokenizer.json`; none if the model does to a text what this form cannot tell.
@@ -28,7 +28,7 @@ impl Tokenizer {
         let vocab: Map<String, Value> =
             (0..).zip(pieces).map(|(id, piece): (u32, _)| (piece.text.clone(), json!(id))).collect();
         let unknown = vocabulary.of_kind(PieceType::Unknown).next().map(|(_, piece)| &piece.text);
-        let bos = &pieces[vocabulary.bos as usize].text;
+        let End { id: bos_id, name: bos } = &self.0.bos;
         let one = |sequence: &str| json!([{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": sequence, "type_id": 0}}]);
         let mut pair = one("A").as_array().cloned().unwrap_or_default();
         pair.extend(one("B").as_array().cloned().unwrap_or_default());
@@ -52,7 +52,7 @@ impl Tokenizer {
                 "type": "TemplateProcessing",
                 "single": one("A"),
                 "pair": pair,
-                "special_tokens": {bos: {"id": bos, "ids": [vocabulary.bos], "tokens": [bos]}},
+                "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
             },
             "decoder": {"type": "Sequence", "decoders": decoders},
             "model": {

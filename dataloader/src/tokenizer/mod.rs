@@ -33,7 +33,7 @@ use bpe::{Bpe, Part, Scratch};
 use byte_level::ByteLevel;
 use cache::{Cache, Key};
 use joints::Joints;
-use model::{ModelProto, ModelType};
+use model::{ModelProto, ModelType, PieceType};
 use normalizer::Normalizer;
 use vocabulary::{BLANK, Vocabulary};
 
@@ -73,6 +73,17 @@ struct SentencePiece {
     joints: Joints,
     /// What each piece decodes to.
     surfaces: Vec<Vec<u8>>,
+    bytes: Bytes,
+}
+
+/// What becomes of byte pieces in a row that are not UTF-8.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Bytes {
+    /// Each that is wrong becomes U+FFFD. A control piece ends the row. So does SentencePiece.
+    Apart,
+    /// All of the row become U+FFFD. Control pieces are not there at all, and a blank in front is dropped whatever made it. So
+    /// does Hugging Face's library.
+    Together,
 }
 
 /// Encodes texts. Each thread has its own: it remembers what became of the words that it has seen.
@@ -120,18 +131,11 @@ impl Tokenizer {
     /// The text of `ids`. Control ids and ids beyond the pieces (such as the pad id) have none; each byte that is not
     /// UTF-8 becomes U+FFFD.
     pub fn decode(&self, ids: &[u32]) -> String {
-        let bytes = match &self.0.kind {
+        match &self.0.kind {
             Kind::SentencePiece(model) => model.decode(ids),
-            Kind::ByteLevel(model) => return String::from_utf8_lossy(&model.decode(ids)).into_owned(),
-            Kind::Reference(reference) => return reference.decode(ids, true).unwrap_or_default(),
-        };
-        // A sign for each byte that is wrong, not one for several.
-        let mut text = String::with_capacity(bytes.len());
-        for chunk in bytes.utf8_chunks() {
-            text.push_str(chunk.valid());
-            text.extend(chunk.invalid().iter().map(|_| char::REPLACEMENT_CHARACTER));
+            Kind::ByteLevel(model) => String::from_utf8_lossy(&model.decode(ids)).into_owned(),
+            Kind::Reference(reference) => reference.decode(ids, true).unwrap_or_default(),
         }
-        text
     }
 
     /// Begins every document.
@@ -225,45 +229,80 @@ impl SentencePiece {
         let vocabulary = Vocabulary::new(&model)?;
         let normalizer = Normalizer::new(&model, &vocabulary)?;
         let bpe = Bpe::new(&vocabulary, normalizer.escapes());
-        Ok(Self::new(vocabulary, normalizer, bpe))
+        Ok(Self::new(vocabulary, normalizer, bpe, Bytes::Apart))
     }
 
-    fn new(vocabulary: Vocabulary, normalizer: Normalizer, bpe: Bpe) -> Self {
+    fn new(vocabulary: Vocabulary, normalizer: Normalizer, bpe: Bpe, bytes: Bytes) -> Self {
         let joints = Joints::new(&vocabulary, normalizer.escapes());
         let surfaces = vocabulary.pieces.iter().map(|piece| vocabulary.surface(piece)).collect();
-        Self { vocabulary, normalizer, bpe, joints, surfaces }
+        Self { vocabulary, normalizer, bpe, joints, surfaces, bytes }
     }
 
     fn tables(self, bos: Option<&str>, eos: Option<&str>) -> Result<Tables, String> {
         let Vocabulary { pieces, bos: own_bos, eos: own_eos, .. } = &self.vocabulary;
-        let end = |named: Option<&str>, own: u32| {
+        let end = |what: &str, named: Option<&str>, own: Option<u32>| {
             let id = match named {
-                Some(name) => (0..).zip(pieces).find(|(_, piece)| piece.text == name).map(|(id, _)| id),
-                None => Some(own),
+                Some(name) => (0..)
+                    .zip(pieces)
+                    .find(|(_, piece)| piece.text == name)
+                    .map(|(id, _)| id)
+                    .ok_or_else(|| format!("it has no piece {name:?}; correct tokenizer.{what}"))?,
+                None => own.ok_or_else(|| {
+                    format!("it names no piece as its {what}; write the name of one as tokenizer.{what}")
+                })?,
             };
-            let id = id.ok_or_else(|| {
-                format!("it has no piece {named:?}; correct tokenizer.bos and tokenizer.eos")
-            })?;
             Ok::<End, String>(End { id, name: pieces[id as usize].text.clone() })
         };
-        let (bos, eos) = (end(bos, *own_bos)?, end(eos, *own_eos)?);
+        let (bos, eos) = (end("bos", bos, *own_bos)?, end("eos", eos, *own_eos)?);
         Ok(Tables::new(Kind::SentencePiece(self), bos, eos))
     }
 
-    fn decode(&self, ids: &[u32]) -> Vec<u8> {
+    fn decode(&self, ids: &[u32]) -> String {
         let (drops_blank, drops_all) = self.normalizer.drops_blanks();
+        let apart = self.bytes == Bytes::Apart;
         let mut bytes = Vec::with_capacity(ids.len() * 4);
-        let mut at_start = drops_blank;
+        let mut at_start = drops_blank && apart;
+        // Where what comes before and what comes behind are not one row of bytes.
+        let mut seams = Vec::new();
         for id in ids {
             let Some(surface) = self.surfaces.get(*id as usize) else { continue };
-            if at_start && bytes.is_empty() && self.vocabulary.begins_with_blank(*id) {
+            if surface.is_empty() && apart {
+                seams.push(bytes.len());
+            } else if at_start && bytes.is_empty() && self.vocabulary.begins_with_blank(*id) {
                 at_start = drops_all;
                 bytes.extend_from_slice(&surface[1..]);
             } else {
                 bytes.extend_from_slice(surface);
             }
         }
-        bytes
+        let mut text = match String::from_utf8(bytes) {
+            Ok(text) if seams.is_empty() => text,
+            Ok(text) => mended(text.as_bytes(), &seams),
+            Err(error) if apart => mended(error.as_bytes(), &seams),
+            Err(_) => self.decode_rows(ids),
+        };
+        if drops_blank && !apart && text.starts_with(' ') {
+            text.remove(0);
+        }
+        text
+    }
+
+    /// The text of ids with rows of bytes that are not UTF-8, each of which is kept or lost whole.
+    fn decode_rows(&self, ids: &[u32]) -> String {
+        let kind = |id: u32| self.vocabulary.pieces.get(id as usize).map(|piece| piece.kind);
+        let shown: Vec<u32> = ids
+            .iter()
+            .copied()
+            .filter(|id| kind(*id).is_some_and(|kind| kind != PieceType::Control))
+            .collect();
+        let rows = shown.chunk_by(|a, b| [a, b].iter().all(|id| kind(**id) == Some(PieceType::Byte)));
+        let text = |row: &[u32]| {
+            let bytes: Vec<u8> = row.iter().flat_map(|id| &self.surfaces[*id as usize]).copied().collect();
+            String::from_utf8(bytes).unwrap_or_else(|error| {
+                error.as_bytes().iter().map(|_| char::REPLACEMENT_CHARACTER).collect()
+            })
+        };
+        rows.map(text).collect()
     }
 
     fn encode(
@@ -308,6 +347,21 @@ impl SentencePiece {
         }
         vocabulary.merge_unknown(ids, start);
     }
+}
+
+/// Bytes as text, with a sign for each byte that is wrong, not one for several.
+fn mended(bytes: &[u8], seams: &[usize]) -> String {
+    let mut text = String::with_capacity(bytes.len());
+    let ends = seams.iter().copied().chain([bytes.len()]);
+    let mut begin = 0;
+    for end in ends {
+        for chunk in bytes[begin..end].utf8_chunks() {
+            text.push_str(chunk.valid());
+            text.extend(chunk.invalid().iter().map(|_| char::REPLACEMENT_CHARACTER));
+        }
+        begin = end;
+    }
+    text
 }
 
 impl fmt::Debug for Tokenizer {

@@ -152,7 +152,9 @@ impl Model {
                 stack.extend([right.clone(), left.clone()]);
                 continue;
             }
-            let found = id(&symbol);
+            // An unused piece that is one character has no parts, and is as unknown as any.
+            let is_unused = known.get(symbol.as_str()).is_some_and(|piece| piece.1 == PieceType::Unused);
+            let found = id(&symbol).filter(|_| !is_unused);
             match found {
                 Some(id) => ids.push(id),
                 None if self.byte_fallback => {
@@ -217,6 +219,8 @@ fn every_wrong_byte_is_shown() {
     let byte = |byte: u32| 3 + byte;
     let ids = [byte(0xE2), byte(0x96), 259, byte(0xC3), byte(0xA9), byte(0xFF)];
     assert_eq!(tokenizer.decode(&ids), "\u{FFFD}\u{FFFD}xé\u{FFFD}");
+    // A control piece ends a row of bytes.
+    assert_eq!(tokenizer.decode(&[byte(0xC3), tokenizer.eos(), byte(0xA9)]), "\u{FFFD}\u{FFFD}");
 }
 
 /// Both files were made by Google's trainer; the reference reads the second.
@@ -264,7 +268,7 @@ fn what_is_not_supported_is_refused() {
         (Vec::new(), "no pieces"),
         (unigram.encode_to_vec(), "BPE"),
         (incomplete.encode_to_vec(), "all 256 byte pieces"),
-        (no_end.encode_to_vec(), "no EOS piece"),
+        (no_end.encode_to_vec(), "write the name of one as tokenizer.eos"),
     ] {
         let message = Tokenizer::read(&bytes, "x.model", None, None).unwrap_err().to_string();
         assert!(message.contains(word) && message.contains("x.model"), "{message}");

@@ -30,8 +30,9 @@ pub(super) struct Vocabulary {
     pub unknown: Unknown,
     /// What an unknown piece looks like when it is decoded.
     pub unknown_surface: String,
-    pub bos: u32,
-    pub eos: u32,
+    /// The ends that the model itself names.
+    pub bos: Option<u32>,
+    pub eos: Option<u32>,
 }
 
 impl Vocabulary {
@@ -47,11 +48,8 @@ impl Vocabulary {
                 text: piece.text.clone().unwrap_or_default(),
             })
             .collect();
-        let special = |what: &str, id: i32| {
-            let id = u32::try_from(id).ok().filter(|id| (*id as usize) < pieces.len());
-            id.ok_or_else(|| format!("it has no {what} piece; give a model with one"))
-        };
-        let (bos, eos) = (special("BOS", trainer.bos_id())?, special("EOS", trainer.eos_id())?);
+        let special = |id: i32| u32::try_from(id).ok().filter(|id| (*id as usize) < pieces.len());
+        let (bos, eos) = (special(trainer.bos_id()), special(trainer.eos_id()));
         let unknown = if trainer.byte_fallback() {
             Unknown::Bytes(byte_pieces(&pieces)?)
         } else {
@@ -62,9 +60,9 @@ impl Vocabulary {
     }
 
     /// A vocabulary with a piece for each byte.
-    pub(super) fn of_pieces(pieces: Vec<Piece>, bos: u32, eos: u32) -> Result<Self, String> {
+    pub(super) fn of_pieces(pieces: Vec<Piece>) -> Result<Self, String> {
         let unknown = Unknown::Bytes(byte_pieces(&pieces)?);
-        Ok(Self { pieces, unknown, unknown_surface: String::new(), bos, eos })
+        Ok(Self { pieces, unknown, unknown_surface: String::new(), bos: None, eos: None })
     }
 
     /// Pieces that texts are made of, with their ids.
@@ -143,5 +141,7 @@ fn byte_pieces(pieces: &[Piece]) -> Result<Box<[u32; 256]>, String> {
 
 /// The byte of a piece such as `<0x0A>`.
 pub(super) fn byte_of(piece: &str) -> Option<u8> {
-    u8::from_str_radix(piece.strip_prefix("<0x")?.strip_suffix('>')?, 16).ok()
+    let digits = piece.strip_prefix("<0x")?.strip_suffix('>')?;
+    let is_digit = |digit: u8| matches!(digit, b'0'..=b'9' | b'A'..=b'F');
+    (digits.len() == 2 && digits.bytes().all(is_digit)).then(|| u8::from_str_radix(digits, 16).ok())?
 }

@@ -30,6 +30,10 @@ impl Words {
             return Some(Self::GPT2);
         }
         let rest = CONTRACTIONS.iter().find_map(|start| expression.strip_prefix(start))?;
+        // Elsewhere possessive quantifiers change nothing: what they do not give back could not be used by what follows.
+        if rest.contains(r"\s++(?!") {
+            return None;
+        }
         [(1, r"\p{N}"), (3, r"\p{N}{1,3}")].into_iter().find_map(|(digits, number)| {
             let all = format!(
                 r"[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{number}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -200,6 +204,7 @@ mod tests {
     fn other_expressions_are_not_taken_for_known_ones() {
         assert_eq!(Words::of_expression(&CL100K.replace("{1,3}", "{1,4}")), None);
         assert_eq!(Words::of_expression(&GPT2.replace("'s|", "")), None);
+        assert_eq!(Words::of_expression(&CL100K.replace(r"\s+(?!", r"\s++(?!")), None);
         let possessive = CL100K
             .replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "'(?i:[sdmt]|ll|ve|re)")
             .replace("]?\\p", "]?+\\p");
