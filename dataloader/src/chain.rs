@@ -22,6 +22,10 @@ use crate::store::{FileInfo, Folder, Steps};
 /// Decompressed bytes that are held beside the segment.
 const BUFFER: usize = 256 << 10;
 
+/// Of a zstd frame, as a power of two: the format's own limit. Some corpora are stored with `--long=31`, and then take as
+/// much memory.
+const LONGEST_WINDOW: u32 = 31;
+
 /// A chain that is being read.
 pub(crate) struct Chain {
     text: BufReader<Box<dyn Read + Send>>,
@@ -63,7 +67,10 @@ impl Chain {
             taken: Arc::clone(&taken),
         };
         let text: Box<dyn Read + Send> = if format == Format::JsonZst {
-            let decoder = zstd::stream::read::Decoder::with_buffer(stored);
+            let decoder = zstd::stream::read::Decoder::with_buffer(stored).and_then(|mut decoder| {
+                decoder.window_log_max(LONGEST_WINDOW)?;
+                Ok(decoder)
+            });
             Box::new(decoder.map_err(|error| told(&place, error))?)
         } else {
             Box::new(MultiGzDecoder::new(stored))

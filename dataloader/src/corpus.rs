@@ -14,7 +14,7 @@ use crate::format::Content;
 use crate::loader::Cursors;
 use crate::order::Mixture;
 use crate::pack::{Packed, Sequence};
-use crate::sources::Sources;
+use crate::sources::{Sources, enough_units};
 use crate::store::Traffic;
 use crate::tokenizer::{Encoder, Tokenizer};
 use crate::tokens::Vocabulary;
@@ -115,14 +115,7 @@ impl Corpus {
         let mixture = Mixture::new(config.lanes, &weights);
         for source in 0..weights.len() {
             let (units, lanes) = (sources.unit_sizes(source).len(), mixture.ends_of_source(source).len() - 1);
-            if units < lanes {
-                return Err(DataError::FewUnits {
-                    name: sources.name(source).to_owned(),
-                    units,
-                    lanes,
-                    most: (mixture.lanes() * units / lanes).max(1),
-                });
-            }
+            enough_units(sources.name(source), units, lanes, mixture.lanes())?;
             if sources.holds_tokens(source) && config.pack == Pack::Corenet {
                 return Err(DataError::Words { name: sources.name(source).to_owned() });
             }

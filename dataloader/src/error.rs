@@ -27,6 +27,16 @@ pub enum DataError {
         /// The store's own words.
         reason: String,
     },
+    /// The disk is full, or does not let this user in.
+    #[error(
+        "{file} cannot be accessed: {reason}; free some space or correct the permissions, then run the same command again"
+    )]
+    Disk {
+        /// Its place.
+        file: String,
+        /// The system's own words.
+        reason: String,
+    },
     /// The folder of the cache cannot be used.
     #[error("the cache {folder} cannot be opened: {error}; correct data.cache, or leave it out")]
     Cache {
@@ -201,14 +211,20 @@ pub enum DataError {
         /// The source.
         name: String,
     },
+    /// Shards of token ids hold whole documents.
+    #[error(
+        "the plan cuts documents into pieces of words (data.pack = \"corenet\"), and shards of token ids hold whole ones; add --set \
+         data.pack=concat, and write that in the plan that reads them"
+    )]
+    Pieces,
     /// Token ids cannot be cut into pieces of so many words.
     #[error("token ids of source {name:?} cannot be cut into pieces of words; set data.pack = \"concat\"")]
     Words {
         /// The source.
         name: String,
     },
-    /// A folder that shards cannot be written to.
-    #[error("{folder} cannot take these shards: {reason}; name another folder, or empty it")]
+    /// A folder that shards or copies cannot be written to.
+    #[error("{folder} cannot be written to: {reason}; name another folder, or empty it")]
     Target {
         /// Its place.
         folder: String,
@@ -270,7 +286,7 @@ impl DataError {
                 ErrorKind::Corrupt
             }
             Self::BadUnit { error, .. } => error.kind(),
-            Self::Stopped => ErrorKind::Internal,
+            Self::Stopped | Self::Disk { .. } => ErrorKind::Internal,
             _ => ErrorKind::InvalidInput,
         }
     }

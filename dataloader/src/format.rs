@@ -298,10 +298,43 @@ fn lines(folder: &Folder, file: &FileInfo, key: &str, unit: Unit) -> Result<Vec<
     Ok(documents)
 }
 
+/// A line of JSON whose escapes for half a surrogate pair have become U+FFFD; none if there are none.
+fn without_lone_surrogates(line: &[u8]) -> Option<Vec<u8>> {
+    let half = |at: usize| {
+        let digits = std::str::from_utf8(line.get(at..at + 6)?.strip_prefix(b"\\u")?).ok()?;
+        u16::from_str_radix(digits, 16).ok().filter(|half| (0xd800..0xe000).contains(half))
+    };
+    let (mut mended, mut at) = (Vec::with_capacity(line.len()), 0);
+    while at < line.len() {
+        let (length, lone) = match (half(at), half(at + 6)) {
+            (Some(..0xdc00), Some(0xdc00..)) => (12, false),
+            (Some(_), _) => (6, true),
+            // Whatever is escaped, the next character begins behind it.
+            _ if line[at] == b'\\' => (2.min(line.len() - at), false),
+            _ => (1, false),
+        };
+        if lone {
+            mended.extend_from_slice(br"\ufffd");
+        } else {
+            mended.extend_from_slice(&line[at..at + length]);
+        }
+        at += length;
+    }
+    (mended != line).then_some(mended)
+}
+
 /// The text of one JSON object; none where it is null.
 fn text_of_line(line: &[u8], key: &str, place: impl Fn() -> String) -> Result<Option<String>, DataError> {
     let wrong = |reason: String| DataError::Format { file: place(), format: "jsonl", reason };
-    let value: serde_json::Value = serde_json::from_slice(line).map_err(|error| wrong(error.to_string()))?;
+    // Files that some editors have written begin with a mark of their encoding.
+    let line = line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(line);
+    let value = serde_json::from_slice(line).or_else(|error| {
+        // Crawled texts have halves of surrogate pairs. As in Python, where they are let in, they do not cost the document.
+        let mended = without_lone_surrogates(line).ok_or(error)?;
+        serde_json::from_slice(&mended)
+    });
+    let value: serde_json::Value =
+        value.map_err(|error| wrong(error.to_string().replace("line 1 column", "character")))?;
     let serde_json::Value::Object(mut object) = value else {
         return Err(wrong("the line is no JSON object".to_owned()));
     };
@@ -370,6 +403,28 @@ mod tests {
 
     fn layout(format: Format, limit: u64) -> Layout {
         Layout { format, text: "text".to_owned(), limit, vocabulary: None }
+    }
+
+    #[test]
+    fn what_crawled_lines_have_does_not_cost_a_document() {
+        let folder = memory();
+        let lines = [
+            r#"\u{feff}{"text": "marked"}"#.replace(r"\u{feff}", "\u{feff}"),
+            r#"{"text": "half \ud83d, other half \udE00, both \ud83d\ude00, none \\ud83d"}"#.to_owned(),
+            r#"{"text": "\ud83d\ud83d\ude00"}"#.to_owned(),
+        ];
+        folder.write("a.jsonl", lines.join("\n").into()).unwrap();
+        assert_eq!(
+            read(&folder, Format::Jsonl, 1 << 20).unwrap(),
+            [
+                "marked",
+                "half \u{fffd}, other half \u{fffd}, both \u{1f600}, none \\ud83d",
+                "\u{fffd}\u{1f600}"
+            ]
+        );
+        folder.write("a.jsonl", br#"{"text": "\ud83d\x"}"#.to_vec()).unwrap();
+        let message = read(&folder, Format::Jsonl, 1 << 20).unwrap_err().to_string();
+        assert!(message.contains("invalid escape at character 18"), "{message}");
     }
 
     proptest! {

@@ -4,7 +4,7 @@
 //! origin, and a note of that is left beside it (`.mirror/`), so that a copy that was interrupted goes on where it was,
 //! and a file that has changed since is copied anew.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -57,10 +57,19 @@ pub fn mirror(
     done: impl Fn(u64) + Sync,
 ) -> Result<Mirrored, DataError> {
     let stores = Stores::new(config, None)?;
-    let target = stores.make(to)?;
+    let target = stores.make_apart(to, &config.source)?;
     let origin = Manifest::freeze(config, None)?;
     let pace = Pace { rate, begun: Instant::now(), passed: AtomicU64::new(0) };
     let mut mirrored = Mirrored::default();
+    // Before anything is copied: a file that does not belong there would be read with the copies.
+    for (source, listed) in config.source.iter().zip(&origin.sources) {
+        let known: BTreeSet<&str> = listed.files.iter().map(|file| file.path.as_str()).collect();
+        let there = target.child(&source.name).list()?;
+        if let Some(other) = there.into_iter().find(|file| !known.contains(file.path.as_str())) {
+            let reason = format!("it has {:?}, which is not of the source", other.path);
+            return Err(DataError::Target { folder: target.place(&source.name), reason });
+        }
+    }
     for (source, listed) in config.source.iter().zip(&origin.sources) {
         let from = stores.open(listed.url.as_deref().unwrap_or(&source.url))?;
         let (copies, notes) = (target.child(&source.name), target.child(&format!("{NOTES}/{}", source.name)));

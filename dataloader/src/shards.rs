@@ -98,8 +98,8 @@ pub fn tokenize(
     header: bool,
     done: impl Fn(u64, u64) + Sync,
 ) -> Result<Written, DataError> {
-    if let (Pack::Corenet, Some(source)) = (config.pack, config.source.first()) {
-        return Err(DataError::Words { name: source.name.clone() });
+    if config.pack == Pack::Corenet {
+        return Err(DataError::Pieces);
     }
     let (manifest, sources) = open(config)?;
     let format = if tokenizer.pieces() <= 1 << 16 { Format::U16 } else { Format::U32 };
@@ -227,7 +227,7 @@ impl Work<'_> {
         begin: impl Fn(usize) -> S + Sync,
         done: impl Fn(u64, u64) + Sync,
     ) -> Result<Written, DataError> {
-        let root = Stores::new(self.config, None)?.make(to)?;
+        let root = Stores::new(self.config, None)?.make_apart(to, &self.config.source)?;
         let targets = (0..self.config.source.len()).map(|source| self.target(&root, source));
         let targets: Vec<Target> = targets.collect::<Result<_, _>>()?;
         let before = sum(&targets, |progress| progress.shards);
@@ -258,20 +258,24 @@ impl Work<'_> {
     fn target(&self, root: &Folder, source: usize) -> Result<Target, DataError> {
         let name = self.sources.name(source);
         let folder = root.child(name);
-        let refuse = |reason: &str| DataError::Target { folder: root.place(name), reason: reason.to_owned() };
+        let refuse = |reason: String| DataError::Target { folder: root.place(name), reason };
         let there: BTreeMap<String, FileInfo> =
             folder.list()?.into_iter().map(|file| (file.path.clone(), file)).collect();
         let (listed, text) = (&self.manifest.sources[source], &self.config.source[source].text);
         let of = json!([listed, text, self.of, self.shard, self.config.unit.get()]);
         let of = Digest::of(of.to_string().as_bytes());
         let mut note = match there.get(NOTE) {
-            None if there.is_empty() => Note { of, jobs: BTreeMap::new() },
-            None => return Err(refuse("it has other files")),
+            None => match there.keys().next() {
+                None => Note { of, jobs: BTreeMap::new() },
+                Some(other) => return Err(refuse(format!("it has other files, {other:?} for one"))),
+            },
             Some(known) => serde_json::from_slice(&folder.read_all(known)?)
-                .map_err(|_| refuse("its note of shards is damaged"))?,
+                .map_err(|_| refuse("its note of shards is damaged".to_owned()))?,
         };
         if note.of != of {
-            return Err(refuse("it has shards of other files, or made in another way"));
+            let reason =
+                "it has shards of other files, or made with another --shard, data.unit, filter or tokenizer";
+            return Err(refuse(reason.to_owned()));
         }
         // Shards that are lost are made again, with the others of their job.
         let is_there = |name: String| there.get(&name).is_some_and(|file| file.size > 0);

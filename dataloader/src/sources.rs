@@ -7,6 +7,7 @@ use ulmus_types::Problems;
 use crate::error::DataError;
 use crate::format::{self, Content, Document, Layout, Segments, Unit};
 use crate::manifest::{self, Manifest, SourceManifest};
+use crate::order::Mixture;
 use crate::store::{Folder, Stores, Traffic};
 use crate::tokens::Vocabulary;
 
@@ -196,6 +197,20 @@ impl Sources {
     }
 }
 
+/// Makes sure that every lane which reads a source has a unit of it; `all_lanes` are those of the plan.
+pub(crate) fn enough_units(
+    name: &str,
+    units: usize,
+    lanes: usize,
+    all_lanes: usize,
+) -> Result<(), DataError> {
+    if units >= lanes {
+        return Ok(());
+    }
+    let most = (all_lanes * units / lanes).max(1);
+    Err(DataError::FewUnits { name: name.to_owned(), units, lanes, most })
+}
+
 /// What `--check sources` found in one source.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct SourceReport {
@@ -222,8 +237,11 @@ const SAMPLE_TOKENS: usize = 12;
 pub fn inspect(config: &DataConfig, run: Option<&Folder>) -> (Vec<SourceReport>, Problems) {
     let mut problems = Problems::new();
     let mut reports = Vec::new();
+    let weights: Vec<u64> = config.source.iter().map(|source| source.tokens.unwrap_or(1)).collect();
+    let mixture = Mixture::new(config.lanes, &weights);
     for (index, source) in config.source.iter().enumerate() {
-        match report(source, config, run) {
+        let lanes = mixture.ends_of_source(index).len() - 1;
+        match report(source, lanes, mixture.lanes(), config, run) {
             Ok(report) => reports.push(report),
             Err(error) => problems.add(
                 format!("data.source.{index}"),
@@ -238,6 +256,8 @@ pub fn inspect(config: &DataConfig, run: Option<&Folder>) -> (Vec<SourceReport>,
 
 fn report(
     source: &SourceConfig,
+    lanes: usize,
+    all_lanes: usize,
     config: &DataConfig,
     run: Option<&Folder>,
 ) -> Result<SourceReport, DataError> {
@@ -253,6 +273,10 @@ fn report(
     };
     let documents = documents.unwrap_or_default();
     let first = documents.first().ok_or_else(|| DataError::Empty { name: source.name.clone() })?;
+    // A file that is not empty has one unit at least, so that all are looked at only where there are few.
+    if files.iter().filter(|file| file.size > 0).count() < lanes {
+        enough_units(&source.name, layout.units(&folder, &files)?.len(), lanes, all_lanes)?;
+    }
     let sample = match &first.content {
         Content::Text(text) => text.chars().take(SAMPLE_CHARACTERS).collect(),
         Content::Tokens(ids) => format!("{:?}", &ids[..ids.len().min(SAMPLE_TOKENS)]),

@@ -135,7 +135,7 @@ fn killed_and_begun_again_the_same_shards_are_written() {
                 let other = dataloader().args(&arguments).args(["--set", other]).output().unwrap();
                 let message = String::from_utf8_lossy(&other.stderr);
                 assert_eq!(other.status.code(), Some(2), "{message}");
-                let words = ["shards of other files, or made in another way", "no column \"title\""];
+                let words = ["shards of other files, or made with another", "no column \"title\""];
                 assert!(words.iter().any(|words| message.contains(words)), "{message}");
             }
             std::fs::remove_file(often.join("books").join(written.keys().next().unwrap())).unwrap();
@@ -173,6 +173,19 @@ fn nothing_else_is_written_over() {
     assert!(output.status.code() == Some(2) && message.contains("it has other files"), "{message}");
     assert_eq!(std::fs::read(place.join("books").join(name)).unwrap(), b"a corpus of one's own");
 
+    // What is written is not what is read, then or next time.
+    let own = place.join("own");
+    std::fs::create_dir_all(own.join("books")).unwrap();
+    std::fs::copy(corpus.join("a.jsonl"), own.join("books/a.jsonl")).unwrap();
+    for (read, files) in [(own.join("books"), "*.jsonl"), (own.clone(), "**/*.jsonl")] {
+        let plan = crate::plan(place, "circle", &read, files);
+        for command in ["pack", "tokenize", "mirror"] {
+            let arguments = [command, "--plan", &plan, "--to", own.to_str().unwrap()];
+            let output = dataloader().args(arguments).output().unwrap();
+            let message = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.code() == Some(2) && message.contains("is read from there"), "{message}");
+        }
+    }
     // Another source goes beside it.
     let named = std::fs::read_to_string(&plan).unwrap().replace("\"books\"", "\"web\"");
     std::fs::write(&plan, named).unwrap();

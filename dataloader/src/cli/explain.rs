@@ -52,7 +52,7 @@ struct State {
 
 impl Explain {
     pub(super) fn run(&self) -> Result<(), Failure> {
-        let plan = super::load(&self.plan, &self.overrides)?;
+        let plan = super::load_weighted(&self.plan, &self.overrides)?;
         let (step, sequence) = (self.step, self.sequence);
         if !(1..=plan.train.iterations).contains(&step) || sequence >= plan.train.sequences {
             return Err(wrong(format!(

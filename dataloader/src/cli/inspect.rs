@@ -26,6 +26,8 @@ impl Inspect {
         let mut data = super::load(&self.plan, &self.overrides)?.data;
         // What a run prepares for itself is not there before it.
         data.source.retain(|source| !source.url.starts_with("run:"));
+        // How many lanes read a source depends on weights, which are not known yet.
+        data.lanes = 1;
         let (reports, problems) = inspect(&data, None);
         if !reports.is_empty() && self.json {
             print(&serde_json::to_string(&reports).expect("reports can be written as JSON"))?;

@@ -11,7 +11,7 @@ use std::path::Path;
 
 use clap::{Parser, Subcommand};
 use ulmus_dataloader::{DataError, count_pieces};
-use ulmus_plan::{DataConfig, Plan};
+use ulmus_plan::{DataConfig, Plan, even_weights};
 use ulmus_rt::{Failure, load_plans};
 use ulmus_types::ExitStatus;
 
@@ -85,8 +85,16 @@ impl Arguments {
     }
 }
 
-/// The plan in a file; of several variants, which share their corpora, the first one.
+/// The plan in a file, whose sources may have no weights yet: nothing mixes them here.
 fn load(plan: &Path, overrides: &[String]) -> Result<Plan, Failure> {
+    // A file that cannot be read is told of below.
+    let text = std::fs::read_to_string(plan).unwrap_or_default();
+    let weights = even_weights(&text, overrides);
+    load_weighted(plan, &[overrides, &weights].concat())
+}
+
+/// The plan in a file; of several variants, which share their corpora, the first one.
+fn load_weighted(plan: &Path, overrides: &[String]) -> Result<Plan, Failure> {
     let pieces = |file: &str| count_pieces(&std::fs::read(file).ok()?);
     Ok(load_plans(plan, overrides, pieces)?.swap_remove(0))
 }

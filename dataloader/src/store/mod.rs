@@ -17,8 +17,11 @@ mod steps;
 #[cfg(feature = "http")]
 mod wire;
 
+use std::error::Error;
 use std::fmt;
+use std::io;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
@@ -34,7 +37,7 @@ use object_store::{
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
-use ulmus_plan::DataConfig;
+use ulmus_plan::{DataConfig, SourceConfig};
 
 pub(crate) use self::steps::Steps;
 
@@ -212,6 +215,29 @@ fn open_hub(_: &Stores, url: &str) -> Result<Folder, DataError> {
 }
 
 impl Stores {
+    /// As [`Self::make`], but refuses a folder in which something would be read that is written there: a source's own, or one
+    /// below it that a glob reaches.
+    ///
+    /// # Errors
+    /// As for [`Self::make`], and then.
+    pub(crate) fn make_apart(&self, url: &str, sources: &[SourceConfig]) -> Result<Folder, DataError> {
+        let folder = self.make(url)?;
+        let Some(target) = on_disk(url) else { return Ok(folder) };
+        let is_read = |source: &&SourceConfig| {
+            on_disk(&source.url).is_some_and(|read| {
+                let reaches = source.files.iter().any(|file| file.contains("**"));
+                target.join(&source.name) == read || reaches && target.starts_with(read)
+            })
+        };
+        match sources.iter().find(is_read) {
+            Some(source) => Err(DataError::Target {
+                folder: url.to_owned(),
+                reason: format!("source {:?} is read from there", source.name),
+            }),
+            None => Ok(folder),
+        }
+    }
+
     /// Opens a folder to write to; one on this machine is made if it is not there.
     ///
     /// # Errors
@@ -232,6 +258,16 @@ impl Stores {
         }
         self.open(url)
     }
+}
+
+/// Where a folder of this machine really lies.
+fn on_disk(url: &str) -> Option<PathBuf> {
+    let path = match url.split_once("://") {
+        None => url,
+        Some(("file", path)) => path,
+        Some(_) => return None,
+    };
+    std::fs::canonicalize(path).ok()
 }
 
 /// Waits for what the runtime of this module does.
@@ -540,6 +576,7 @@ impl Folder {
         let file = self.place(path);
         match error {
             object_store::Error::NotFound { .. } => DataError::Missing { file },
+            error if let Some(io) = of_disk(error) => DataError::Disk { file, reason: io.to_string() },
             error => DataError::Store { file, reason: error.to_string() },
         }
     }
@@ -563,9 +600,28 @@ async fn retried<T, F: Future<Output = object_store::Result<T>>>(
         .with_max_times(20);
     let begun = Instant::now();
     let worth_it = |error: &object_store::Error| {
-        matches!(error, object_store::Error::Generic { .. }) && begun.elapsed() < PATIENCE
+        matches!(error, object_store::Error::Generic { .. })
+            && of_disk(error).is_none()
+            && begun.elapsed() < PATIENCE
     };
     operation.retry(backoff).when(worth_it).await
+}
+
+/// The error of a disk that will be the same in a minute, if it is one.
+fn of_disk(error: &object_store::Error) -> Option<&io::Error> {
+    let mut cause: Option<&(dyn Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<io::Error>() {
+            use io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+            let lasts =
+                matches!(io.kind(), StorageFull | QuotaExceeded | ReadOnlyFilesystem | PermissionDenied);
+            if lasts {
+                return Some(io);
+            }
+        }
+        cause = error.source();
+    }
+    None
 }
 
 /// A path as listings tell it; one that no listing has is written in its way.
@@ -640,6 +696,21 @@ pub(crate) mod tests {
         assert!(message.contains("a.txt has changed since the run began: size was 3, now 6"), "{message}");
         std::fs::remove_file(place.path().join("a.txt")).unwrap();
         assert!(matches!(folder.read_all(&files[0]), Err(DataError::Missing { .. })));
+    }
+
+    #[test]
+    fn a_full_disk_is_not_waited_for() {
+        let of = |kind: io::ErrorKind| object_store::Error::Generic {
+            store: "local",
+            source: Box::new(io::Error::from(kind)),
+        };
+        let folder = memory();
+        let full = folder.error("a", &of(io::ErrorKind::StorageFull));
+        assert!(
+            matches!(&full, DataError::Disk { .. }) && full.to_string().contains("free some space"),
+            "{full}"
+        );
+        assert!(matches!(folder.error("a", &of(io::ErrorKind::TimedOut)), DataError::Store { .. }));
     }
 
     #[test]

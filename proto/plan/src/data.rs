@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use ulmus_types::Problems;
+use ulmus_types::{Problems, RunName};
 
 use crate::units::Bytes;
 
@@ -317,6 +317,13 @@ impl SourceConfig {
                 format!("write {name} = {example:?}"),
             );
         }
+        problems.check(
+            self.name.is_empty() || self.name.parse::<RunName>().is_ok(),
+            key("name"),
+            format!("{:?}", self.name),
+            "folders have it: 1 to 64 letters, digits, '-', '_' and '.', beginning with a letter or digit",
+            "write name = \"web\"",
+        );
         for (name, address) in [("url", Some(&self.url)), ("list", self.list.as_ref())] {
             let Some(shown) = address.and_then(|address| secret(address)) else { continue };
             problems.add(

@@ -21,7 +21,7 @@ pub use device::Device;
 pub use memory::{HEAD_ROWS, MemoryPlan, data_memory, worker_memory};
 pub use model::{LayerDims, ModelConfig, Multipliers, Preset};
 pub use norm::{NormKind, ROW_BLOCK};
-pub use parse::{read, tokenizer_to_count};
+pub use parse::{even_weights, read, tokenizer_to_count};
 pub use plan::{BenchmarkConfig, ClusterConfig, EvaluateConfig, LocalConfig, Plan, RunConfig, StoreConfig};
 pub use prepare::{PrepareConfig, TokenizerConfig};
 pub use train::{CheckpointConfig, Precision, TrainConfig};

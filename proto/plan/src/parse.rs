@@ -65,6 +65,17 @@ pub fn tokenizer_to_count(text: &str, overrides: &[String]) -> Option<String> {
     known.is_none().then(|| file.to_owned())
 }
 
+/// Overrides that give the sources of a plan which have no weight the same one, for what reads them without mixing them.
+pub fn even_weights(text: &str, overrides: &[String]) -> Vec<String> {
+    let Ok(mut table) = text.parse::<Table>() else { return Vec::new() };
+    for assignment in overrides {
+        set(&mut table, assignment, &mut Problems::new());
+    }
+    let sources = lookup(&table, "data.source").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    let without = (0..).zip(sources).filter(|(_, source)| source.get("tokens").is_none());
+    without.map(|(index, _): (usize, _)| format!("data.source.{index}.tokens=1")).collect()
+}
+
 /// Rows for the pieces of a tokenizer and the pad id, where the plan does not say how many. Multiples of 128 suit the
 /// matrix units of all devices.
 fn follow_tokenizer(table: &mut Table) {
@@ -329,6 +340,20 @@ mod tests {
         assert_eq!(wanted("", &["model.vocab_size=512".to_owned()]), None);
         assert_eq!(wanted("pieces = 5\n", &[]), None);
         assert_eq!(tokenizer_to_count("[run]\n", &[]), None);
+    }
+
+    #[test]
+    fn sources_can_be_read_before_they_have_weights() {
+        let source = |name: &str| {
+            format!("[[data.source]]\nname = {name:?}\nurl = \"x\"\nfiles = [\"*\"]\ntext = \"text\"\n")
+        };
+        let text = format!("[run]\nname = \"a\"\n{}{}tokens = 7\n", source("one"), source("two"));
+        assert!(one(&text, &[]).unwrap_err().to_string().contains("data.source.0.tokens"));
+        let weights = even_weights(&text, &[]);
+        assert_eq!(weights, ["data.source.0.tokens=1"]);
+        let plan = read(&text, &weights).unwrap().remove(0);
+        let tokens: Vec<_> = plan.data.source.iter().map(|source| source.tokens).collect();
+        assert_eq!(tokens, [Some(1), Some(7)]);
     }
 
     #[test]
