@@ -72,6 +72,18 @@ def some_unused(proto):
         piece.type = piece.UNUSED
 
 
+def odd_characters(proto):
+    """Pieces of one character that texts have no way to."""
+    characters = [piece for piece in proto.pieces if piece.type == piece.NORMAL and len(piece.piece) == 1]
+    for number, piece in enumerate(random.Random(2).sample(characters, len(characters) // 3)):
+        piece.type = piece.UNUSED if number % 2 else piece.CONTROL
+
+
+def two_zeros(proto):
+    for number, piece in enumerate(piece for piece in proto.pieces if piece.type == piece.NORMAL):
+        piece.score = -0.0 if number % 3 else 0.0
+
+
 def not_escaped(proto):
     proto.normalizer_spec.escape_whitespaces = False
     for piece in proto.pieces:
@@ -94,7 +106,7 @@ def models(texts):
         model = trained(sample, options)
         yield name, model
         if name in ("as LLaMA", "unknown piece"):
-            for change in (equal_scores, some_unused, not_escaped, large):
+            for change in (equal_scores, some_unused, odd_characters, two_zeros, not_escaped, large):
                 yield f"{name}, {change.__name__.replace('_', ' ')}", changed(model, change)
 
 
@@ -110,7 +122,11 @@ def random_ids(pieces, count):
     """Lists of ids that no text has, bytes and control pieces among them."""
     numbers = random.Random(2)
     few = [*range(3), *range(3, min(pieces, 259), 16)]
-    return [[numbers.choice(few) if numbers.random() < 0.3 else numbers.randrange(pieces) for _ in range(12)] for _ in range(count)]
+    return [
+        [numbers.choice(few) if numbers.random() < share else numbers.randrange(pieces) for _ in range(12)]
+        for share in (0.3, 0.95)
+        for _ in range(count)
+    ]
 
 
 def compare(name, model, texts, program):
