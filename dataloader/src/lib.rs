@@ -40,6 +40,6 @@ pub use mirror::{Mirrored, mirror};
 pub use pack::{IGNORE, Sequence};
 pub use prepare::{Prepared, cargo_home, matching_files, prepare};
 pub use shards::{Written, pack, tokenize};
-pub use sources::{SourceReport, Sources, inspect};
+pub use sources::{Inspection, SourceReport, Sources, inspect};
 pub use store::{Folder, Traffic};
 pub use tokenizer::{Encoder, Tokenizer, count_pieces, train};

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 use ulmus_plan::{DataConfig, Format, SourceConfig};
-use ulmus_types::Problems;
+use ulmus_types::{ErrorKind, Problems};
 
 use crate::error::DataError;
 use crate::format::{self, Content, Document, Layout, Segments, Unit};
@@ -233,25 +233,38 @@ const SAMPLE_CHARACTERS: usize = 60;
 /// Ids, where there is no text.
 const SAMPLE_TOKENS: usize = 12;
 
+/// What was found in all sources.
+#[derive(Debug, Default)]
+pub struct Inspection {
+    /// Of the sources that can be read.
+    pub reports: Vec<SourceReport>,
+    /// Of the others.
+    pub problems: Problems,
+    /// What can be done about the first of those.
+    pub kind: Option<ErrorKind>,
+}
+
 /// Opens every source, lists its files and reads one unit of it. Blocks; reads no more than that.
-pub fn inspect(config: &DataConfig, run: Option<&Folder>) -> (Vec<SourceReport>, Problems) {
-    let mut problems = Problems::new();
-    let mut reports = Vec::new();
+pub fn inspect(config: &DataConfig, run: Option<&Folder>) -> Inspection {
+    let mut inspection = Inspection::default();
     let weights: Vec<u64> = config.source.iter().map(|source| source.tokens.unwrap_or(1)).collect();
     let mixture = Mixture::new(config.lanes, &weights);
     for (index, source) in config.source.iter().enumerate() {
         let lanes = mixture.ends_of_source(index).len() - 1;
         match report(source, lanes, mixture.lanes(), config, run) {
-            Ok(report) => reports.push(report),
-            Err(error) => problems.add(
-                format!("data.source.{index}"),
-                format!("{:?}", source.name),
-                "a source can be opened and read",
-                error.to_string(),
-            ),
+            Ok(report) => inspection.reports.push(report),
+            Err(error) => {
+                inspection.kind.get_or_insert(error.kind());
+                inspection.problems.add(
+                    format!("data.source.{index}"),
+                    format!("{:?}", source.name),
+                    "a source can be opened and read",
+                    error.to_string(),
+                );
+            }
         }
     }
-    (reports, problems)
+    inspection
 }
 
 fn report(

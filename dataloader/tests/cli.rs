@@ -118,3 +118,24 @@ fn a_plan_s_sources_are_counted() {
     refused(&dataloader(&[&count[..], &["--source", "x"]].concat(), ""), &["no source \"x\"", "chain"]);
     refused(&dataloader(&["count", "--plan", "/no/such"], ""), &["/no/such: No such file"]);
 }
+
+#[test]
+fn damage_has_an_exit_code_of_its_own() {
+    let place = tempfile::tempdir().unwrap();
+    let plan = place.path().join("plan.toml");
+    let folder = place.path().display();
+    let text = format!(
+        "[model]\npreset = \"openelm-270m\"\n[tokenizer]\nfile = \"x\"\n[[data.source]]\nname = \"cut\"\nurl = \"{folder}\"\nfiles = [\"a.json.gz\"]\ntext = \"text\"\n"
+    );
+    std::fs::write(&plan, text).unwrap();
+    let whole = std::fs::read(format!("{GOLDEN}/a/data/books-0000.json.gz")).unwrap();
+    std::fs::write(place.path().join("a.json.gz"), &whole[..whole.len() - 9]).unwrap();
+    let tokenizer = tokenizer();
+    let plan = plan.to_str().unwrap();
+    for more in [&["inspect"][..], &["count", "--tokenizer", &tokenizer]] {
+        let output = dataloader(&[more, &["--plan", plan]].concat(), "");
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(5), "{message}");
+        assert!(message.contains("a.json.gz is damaged"), "{message}");
+    }
+}

@@ -35,9 +35,9 @@ pub fn check_sources(plan: &Plan) -> Result<String, Failure> {
         // How many lanes read each of the others depends on all.
         data.lanes = 1;
     }
-    let (reports, more) = inspect(&data, None);
-    problems.extend(more);
-    for report in reports {
+    let inspection = inspect(&data, None);
+    problems.extend(inspection.problems);
+    for report in inspection.reports {
         writeln!(
             text,
             "source {}: {} files, {} bytes, {}; begins {:?}",

@@ -4,9 +4,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
-use ulmus_dataloader::{SourceReport, inspect};
+use ulmus_dataloader::{Inspection, SourceReport, inspect};
 use ulmus_rt::{Failure, print};
-use ulmus_types::ExitStatus;
 
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
@@ -28,16 +27,15 @@ impl Inspect {
         data.source.retain(|source| !source.url.starts_with("run:"));
         // How many lanes read a source depends on weights, which are not known yet.
         data.lanes = 1;
-        let (reports, problems) = inspect(&data, None);
+        let Inspection { reports, problems, kind } = inspect(&data, None);
         if !reports.is_empty() && self.json {
             print(&serde_json::to_string(&reports).expect("reports can be written as JSON"))?;
         } else if !reports.is_empty() {
             print(&table(&reports).to_string())?;
         }
-        if problems.is_empty() {
-            Ok(())
-        } else {
-            Err(Failure::new(ExitStatus::InvalidInput, problems.to_string()))
+        match kind {
+            None => Ok(()),
+            Some(kind) => Err(Failure::new(kind.into(), problems.to_string())),
         }
     }
 }

@@ -347,7 +347,7 @@ mod tests {
         let source = |name: &str| {
             format!("[[data.source]]\nname = {name:?}\nurl = \"x\"\nfiles = [\"*\"]\ntext = \"text\"\n")
         };
-        let text = format!("[run]\nname = \"a\"\n{}{}tokens = 7\n", source("one"), source("two"));
+        let text = format!("[tokenizer]\nfile = \"t.model\"\n{}{}tokens = 7\n", source("one"), source("two"));
         assert!(one(&text, &[]).unwrap_err().to_string().contains("data.source.0.tokens"));
         let weights = even_weights(&text, &[]);
         assert_eq!(weights, ["data.source.0.tokens=1"]);

@@ -266,6 +266,32 @@ fn the_death_of_a_member_is_noticed_by_all() {
     }
 }
 
+/// What a member sees that looks at its group while it does something else.
+#[test]
+fn a_watch_tells_who_is_lost() {
+    let broken = |watch: &Watch| std::iter::repeat_with(|| watch.broken()).flatten().next();
+    run_ring(2, |mut group| {
+        let watch = group.watch(PATIENCE).unwrap();
+        assert_eq!(watch.broken(), None);
+        let late = group.watch(Duration::ZERO).unwrap();
+        assert!(matches!(broken(&late), Some(CollectiveError::Timeout { .. })));
+        // What the other sends already is for the next operation.
+        group.all_reduce((&mut [1_i64; 8][..]).into()).unwrap();
+        assert_eq!(watch.broken(), None);
+        if group.rank() == Rank::new(1) {
+            return;
+        }
+        let lost = broken(&watch);
+        assert!(
+            matches!(lost, Some(CollectiveError::PeerLost { rank, .. }) if rank == Rank::new(1)),
+            "{lost:?}"
+        );
+        let watch = group.watch(PATIENCE).unwrap();
+        group.abort_handle().abort();
+        assert_eq!(watch.broken(), Some(CollectiveError::Aborted));
+    });
+}
+
 #[test]
 fn a_silent_member_is_named() {
     let mut listeners: Vec<_> = (0..2).map(listen).collect();

@@ -35,38 +35,24 @@ impl<B: Backend> Devices<B> {
         if size == 1 {
             return Ok(None);
         }
-        let mut able = |result: Result<bool, NcclError>| {
-            result.unwrap_or_else(|error| {
-                tell(format!("gradients go through the host: {error}"));
-                false
-            })
+        let able = or_tell(backend.communicates(), &mut tell).filter(|able| *able);
+        if all(group, able)?.is_none() {
+            return Ok(None);
+        }
+        let id = match rank {
+            0 => or_tell(CommunicatorId::new(), &mut tell).map(|id| bytemuck::cast(id.to_bytes())),
+            _ => Some([0; ID_WORDS]),
         };
-        if !all(group, able(backend.communicates()))? {
-            return Ok(None);
-        }
-        let made = if rank == 0 { CommunicatorId::new().map(Some) } else { Ok(None) };
-        let mut words = [0; ID_WORDS];
-        if let Ok(Some(id)) = made {
-            words = bytemuck::cast(id.to_bytes());
-        }
-        if !all(group, able(made.map(|_| true)))? {
-            return Ok(None);
-        }
+        let Some(mut words) = all(group, id)? else { return Ok(None) };
         group.broadcast(Rank::new(0), (&mut words[..]).into())?;
         let id = CommunicatorId::from_bytes(bytemuck::cast(words));
         let watch = group.watch(FORM_WITHIN)?;
         let broken = || watch.broken().map(|error| error.to_string());
-        let joined = backend.communicator(&id, rank, size, &broken);
-        let (communicator, joined) = match joined {
-            Ok(communicator) => (Some(communicator), Ok(true)),
-            Err(error) => (None, Err(error)),
-        };
-        if !all(group, able(joined))? {
-            return Ok(None);
-        }
+        let joined = or_tell(backend.communicator(&id, rank, size, &broken), &mut tell);
+        let Some(communicator) = all(group, joined)? else { return Ok(None) };
         tracing::info!(size, "devices sum gradients among themselves");
         let chunks = (0..size).map(|rank| chunk(parameters, size, rank)).collect();
-        Ok(communicator.map(|communicator| Self { communicator, chunks }))
+        Ok(Some(Self { communicator, chunks }))
     }
 
     /// This member's chunk of the gradient.
@@ -111,9 +97,13 @@ impl<B: Backend> Devices<B> {
     }
 }
 
-/// Whether all members say yes.
-fn all(group: &mut dyn Collective, yes: bool) -> Result<bool, CollectiveError> {
-    let mut count = [i64::from(yes)];
+/// What this member has, if all members have theirs.
+fn all<T>(group: &mut dyn Collective, mine: Option<T>) -> Result<Option<T>, CollectiveError> {
+    let mut count = [i64::from(mine.is_some())];
     group.all_reduce((&mut count[..]).into())?;
-    Ok(count[0] == group.size() as i64)
+    Ok(mine.filter(|_| count[0] == group.size() as i64))
+}
+
+fn or_tell<T>(result: Result<T, NcclError>, tell: &mut impl FnMut(String)) -> Option<T> {
+    result.map_err(|error| tell(format!("gradients go through the host: {error}"))).ok()
 }
