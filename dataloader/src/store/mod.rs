@@ -219,7 +219,7 @@ impl Stores {
     /// below it that a glob reaches.
     ///
     /// # Errors
-    /// As for [`Self::make`], and then.
+    /// As for [`Self::make`], and when it is such a folder.
     pub(crate) fn make_apart(&self, url: &str, sources: &[SourceConfig]) -> Result<Folder, DataError> {
         let folder = self.make(url)?;
         let Some(target) = on_disk(url) else { return Ok(folder) };
