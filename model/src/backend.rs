@@ -42,6 +42,18 @@ pub const IGNORE: u32 = u32::MAX;
 /// Elements per block of [`Backend::block_squares`]. Shard boundaries are block boundaries.
 pub const BLOCK: usize = 65_536;
 
+/// What member `rank` of `size` owns of a range that is reduced over them: an equal share, and the fewer than `size`
+/// elements at the end that are left over, which all own.
+///
+/// # Panics
+/// If there is no such member.
+pub fn owned(range: Range<usize>, rank: usize, size: usize) -> [Range<usize>; 2] {
+    assert!(rank < size, "member {rank} of {size}");
+    let share = range.len() / size;
+    let start = range.start + rank * share;
+    [start..start + share, range.start + size * share..range.end]
+}
+
 /// A part of a buffer, to read from.
 #[derive(Debug)]
 pub struct View<'a, T> {
@@ -293,6 +305,13 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// Replaces parameters; lengths are equal.
     fn set_parameters(&self, to: ViewMut<'_, Self::Parameters>, from: &[f32]);
 
+    /// Lets `work` write the parameters in f32, and rounds them for matrix products.
+    fn write_values<R>(
+        &self,
+        parameters: ViewMut<'_, Self::Parameters>,
+        work: impl FnOnce(Out<'_, Self>) -> R,
+    ) -> R;
+
     /// Copies `from` to the device; lengths are equal.
     fn upload<T: Element>(&self, to: Out<'_, Self, T>, from: &[T]);
 
@@ -320,20 +339,30 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
         patience: Patience<'_>,
     ) -> Result<Self::Communicator, NcclError>;
 
-    /// Replaces this member's chunk of `data` by its sum over all members, modulo 2^64; the other chunks hold anything
-    /// then. The chunks, one for each member, are parts of `data` that have nothing in common.
+    /// Begins to replace what this member owns of `data` ([`owned`]) by its sum over all members, modulo 2^64; the rest
+    /// holds anything then. Comes after the kernels called so far, and beside those called from now on, which must leave
+    /// `data` alone until [`Backend::finish_reductions`].
     ///
     /// # Errors
     /// [`NcclError`].
-    fn reduce_scatter(
+    fn begin_reduce_scatter(
         &self,
         communicator: &mut Self::Communicator,
         data: Out<'_, Self, i64>,
-        chunks: &[Range<usize>],
         patience: Patience<'_>,
     ) -> Result<(), NcclError>;
 
-    /// Replaces all other members' chunks of `data` by what those members hold there.
+    /// Waits for all that [`Backend::begin_reduce_scatter`] has begun.
+    ///
+    /// # Errors
+    /// [`NcclError`].
+    fn finish_reductions(
+        &self,
+        communicator: &mut Self::Communicator,
+        patience: Patience<'_>,
+    ) -> Result<(), NcclError>;
+
+    /// Replaces what other members own of each of these parts of `data` by what they hold there.
     ///
     /// # Errors
     /// [`NcclError`].
@@ -341,7 +370,19 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
         &self,
         communicator: &mut Self::Communicator,
         data: Out<'_, Self>,
-        chunks: &[Range<usize>],
+        parts: &[Range<usize>],
+        patience: Patience<'_>,
+    ) -> Result<(), NcclError>;
+
+    /// Replaces `data` by what member `root` holds.
+    ///
+    /// # Errors
+    /// [`NcclError`].
+    fn broadcast(
+        &self,
+        communicator: &mut Self::Communicator,
+        root: usize,
+        data: Out<'_, Self>,
         patience: Patience<'_>,
     ) -> Result<(), NcclError>;
 
@@ -495,16 +536,25 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// Sum of squares of each [`BLOCK`] of `x`, in f64.
     fn block_squares(&self, sums: &mut [f64], x: In<'_, Self>);
 
-    /// Adds the gradient, in quanta, to `sums`; says whether all of it was within the quantum's limit. If not,
-    /// `sums` must not be used.
-    #[must_use = "sums are unusable when this is false"]
-    fn quantise_add(&self, sums: Out<'_, Self, i64>, gradient: In<'_, Self>, quantum: &Quantum) -> bool;
+    /// Adds the gradient, in quanta, to `sums`, or puts it in their place. `outside` becomes 1 if an element is NaN or
+    /// beyond the quantum's limit; `sums` must not be used then.
+    fn quantise(
+        &self,
+        sums: Out<'_, Self, i64>,
+        outside: Out<'_, Self, u32>,
+        gradient: In<'_, Self>,
+        quantum: &Quantum,
+        accumulate: bool,
+    );
 
-    /// Whether all of the gradient is within the quantum's limit.
-    fn in_range(&self, gradient: In<'_, Self>, quantum: &Quantum) -> bool;
-
-    /// What [`Backend::quantise_add`] to zeros and [`Backend::dequantise`] make of a gradient, in its place.
-    fn quantise_mean(&self, gradient: Out<'_, Self>, quantum: &Quantum, scale: f64);
+    /// What [`Backend::quantise`] and [`Backend::dequantise`] make of a gradient, in its place; `outside` as there.
+    fn quantise_mean(
+        &self,
+        gradient: Out<'_, Self>,
+        outside: Out<'_, Self, u32>,
+        quantum: &Quantum,
+        scale: f64,
+    );
 
     /// `mean = sums · scale`: to f64, scaled, rounded once to f32.
     fn dequantise(&self, mean: Out<'_, Self>, sums: In<'_, Self, i64>, scale: f64);

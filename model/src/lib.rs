@@ -26,7 +26,7 @@ mod tensors;
 
 pub use backend::{
     Acts, ActsMut, AdamW, AttentionShape, BLOCK, Backend, Element, HeadGradients, Heads, IGNORE, In,
-    LinearShape, Norm, Out, Params, ROW_BLOCK, Rope, Spans, View, ViewMut,
+    LinearShape, Norm, Out, Params, ROW_BLOCK, Rope, Spans, View, ViewMut, owned,
 };
 pub use batch::{BatchShape, LossSum, MicroBatch};
 pub use cpu::{Cpu, Memory};
@@ -37,6 +37,6 @@ pub use exact::Quantum;
 pub use format::{CacheFormat, WeightFormat};
 pub use generate::{Generator, Model, greedy};
 pub use params::{Layout, Tensor};
-pub use replica::{Replica, State, StatePart};
+pub use replica::{Replica, State, StatePart, Sums};
 pub use sample::{Sampler, Sampling};
 pub use tensors::{weights_from_safetensors, weights_to_safetensors};

@@ -3,10 +3,13 @@
 //! There is no tape: each layer's activations have their place, and the backward walks the layers from last to
 //! first. What costs no matrix product (norms, rotations, SwiGLU) is not kept but made again; whole layers are, if
 //! the batch's shape says so. Nothing is allocated after [`Network::new`]. Every range of the gradient is written exactly once per
-//! pass (the tied embedding: by the head, then added to by the input side), so it is never cleared; the gradient
-//! of a layer is complete when the loop has passed it.
+//! pass (the tied embedding: by the head, then added to by the input side), so it is never cleared. A pass is cut into
+//! *segments*, behind each of which another part of the gradient is complete and can be summed while the others are
+//! computed; where the device records passes, each is a recording.
 //!
 //! `x` is the residual stream: `x = embedding`, per layer `x += attention(norm(x))`, `x += ffn(norm(x))`.
+
+use std::ops::Range;
 
 use ulmus_plan::{ModelConfig, NormKind};
 
@@ -198,6 +201,34 @@ struct Scratch<B: Backend> {
     logits_len: usize,
 }
 
+/// Fewest parameters of a segment, but for the last: their sums are 32 MiB, enough to keep a network busy.
+const SEGMENT: usize = 1 << 22;
+
+/// A part of a pass: the backward of some layers. The first has the forward and the head before it, the last the
+/// embedding behind it.
+#[derive(Debug)]
+struct Segment<B: Backend> {
+    layers: Range<usize>,
+    /// What is complete of the gradient behind it.
+    gradient: Range<usize>,
+    graph: B::Graph,
+}
+
+/// From the last layer to the first.
+fn segments<B: Backend>(layout: &Layout) -> Vec<Segment<B>> {
+    let (mut behind, mut end) = (layout.layers().len(), layout.parameters());
+    let mut segments = Vec::new();
+    for (layer, at) in layout.layers().iter().enumerate().rev() {
+        let start = if layer == 0 { 0 } else { at.qkv.start };
+        if layer == 0 || end - start >= SEGMENT {
+            let (layers, gradient) = (layer..behind, start..end);
+            segments.push(Segment { layers, gradient, graph: B::Graph::default() });
+            (behind, end) = (layer, start);
+        }
+    }
+    segments
+}
+
 /// A model's forward and backward for micro-batches of one shape.
 #[derive(Debug)]
 pub(crate) struct Network<B: Backend> {
@@ -222,6 +253,7 @@ pub(crate) struct Network<B: Backend> {
     lse: B::Buffer<f32>,
     /// Both on the host.
     losses: [Vec<f32>; 2],
+    segments: Vec<Segment<B>>,
     scratch: Scratch<B>,
     planned_bytes: u64,
 }
@@ -272,6 +304,7 @@ impl<B: Backend> Network<B> {
             cross_entropy: plan.buffer(rows)?,
             lse: plan.buffer(rows)?,
             losses: [vec![0.0; rows], vec![0.0; rows]],
+            segments: segments(layout),
             scratch,
             planned_bytes: plan.bytes,
             backend,
@@ -343,7 +376,7 @@ impl<B: Backend> Network<B> {
     fn layer(&mut self, weights: &B::Parameters, layer: usize) {
         let (rows, d) = (self.rows(), self.model_dim);
         let Self { backend, layout, scratch, rope, x, activations, .. } = self;
-        let weight = |range: &std::ops::Range<usize>| View::new(weights, range.clone());
+        let weight = |range: &Range<usize>| View::new(weights, range.clone());
         let at = &layout.layers()[layer];
         let heads = heads(at, self.head_dim);
         let (packed, query, ffn) = (rows * heads.packed_width(), rows * heads.query_width(), at.dims.ffn_dim);
@@ -415,34 +448,68 @@ impl<B: Backend> Network<B> {
         );
     }
 
-    /// Loss and gradient of `Σ cross_entropy + z_loss · lse²` of the loaded batch, after [`Network::forward`].
-    /// Overwrites all of `gradient`, and the activations.
-    pub(crate) fn loss_backward(
+    /// Loss and gradient of `Σ cross_entropy + z_loss · lse²` of the loaded batch. Overwrites all of `gradient`, and the
+    /// activations; `complete` gets it with each range of it that is complete. Weights, gradient and `z_loss` are the same
+    /// with every call.
+    pub(crate) fn forward_backward(
         &mut self,
         weights: &B::Parameters,
         gradient: &mut B::Buffer<f32>,
         z_loss: f32,
+        mut complete: impl FnMut(&B::Buffer<f32>, Range<usize>),
     ) {
+        let backend = self.backend.clone();
+        let mut segments = std::mem::take(&mut self.segments);
+        for Segment { layers, gradient: range, graph } in &mut segments {
+            backend.replay(graph, || {
+                if layers.end == self.layout.layers().len() {
+                    self.forward(weights);
+                    self.head_backward(weights, gradient, z_loss);
+                }
+                self.layers_backward(weights, gradient, layers.clone());
+                if layers.start == 0 {
+                    self.embed_backward(gradient);
+                }
+            });
+            complete(gradient, range.clone());
+        }
+        self.segments = segments;
+    }
+
+    /// From the final norm to the loss, and back to the stream.
+    fn head_backward(&mut self, weights: &B::Parameters, gradient: &mut B::Buffer<f32>, z_loss: f32) {
         self.head(weights, Some((gradient, z_loss)));
-        let (rows, d, layers) = (self.rows(), self.model_dim, self.layout.layers().len());
+        let (len, layers) = (self.rows() * self.model_dim, self.layout.layers().len());
         let Scratch { stream, branch, norms, .. } = &mut self.scratch;
         self.backend.norm_backward(
-            write(stream, rows * d),
+            write(stream, len),
             ViewMut::new(gradient, self.layout.final_norm()),
-            read(branch, rows * d),
-            read(&self.x[layers], rows * d),
+            read(branch, len),
+            read(&self.x[layers], len),
             norms.of(self.backend.values(View::new(weights, self.layout.final_norm()))),
             false,
         );
-        for layer in (0..layers).rev() {
+    }
+
+    fn layers_backward(
+        &mut self,
+        weights: &B::Parameters,
+        gradient: &mut B::Buffer<f32>,
+        layers: Range<usize>,
+    ) {
+        for layer in layers.rev() {
             // The last layer's activations are there in any case.
-            if self.activations.len() == 1 && layer + 1 < layers {
+            if self.activations.len() == 1 && layer + 1 < self.layout.layers().len() {
                 self.norm_input(weights, layer);
                 self.layer(weights, layer);
             }
             self.ffn_backward(weights, gradient, layer);
             self.attention_backward(weights, gradient, layer);
         }
+    }
+
+    fn embed_backward(&mut self, gradient: &mut B::Buffer<f32>) {
+        let (rows, d) = (self.rows(), self.model_dim);
         self.backend.embed_backward(
             ViewMut::new(gradient, self.layout.embedding()),
             read(&self.scratch.stream, rows * d),
@@ -458,7 +525,7 @@ impl<B: Backend> Network<B> {
         let at = &layout.layers()[layer];
         let ffn = at.dims.ffn_dim;
         let kept = kept(activations, layer);
-        let weight = |range: &std::ops::Range<usize>| View::new(weights, range.clone());
+        let weight = |range: &Range<usize>| View::new(weights, range.clone());
 
         let shape = LinearShape { rows, inputs: ffn, outputs: d };
         backend.swiglu(write(&mut scratch.gated, rows * ffn), read(&kept.gate_up, rows * 2 * ffn), ffn);
@@ -514,7 +581,7 @@ impl<B: Backend> Network<B> {
         let heads = heads(at, self.head_dim);
         let (packed, query) = (rows * heads.packed_width(), rows * heads.query_width());
         let kept = kept(activations, layer);
-        let weight = |range: &std::ops::Range<usize>| View::new(weights, range.clone());
+        let weight = |range: &Range<usize>| View::new(weights, range.clone());
 
         let shape = LinearShape { rows, inputs: heads.query_width(), outputs: d };
         backend.linear_backward_weight(
@@ -631,6 +698,26 @@ mod tests {
         assert_eq!(found.len(), expected.len());
         let worst = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(worst <= tolerance, "{worst:e}");
+    }
+
+    #[test]
+    fn segments_complete_every_gradient_once() {
+        for preset in ulmus_plan::Preset::ALL {
+            let layout = Layout::new(&preset.config());
+            let segments = segments::<Cpu>(&layout);
+            let (mut layer, mut end) = (layout.layers().len(), layout.parameters());
+            for Segment { layers, gradient, .. } in &segments {
+                assert_eq!((layers.end, gradient.end), (layer, end), "{preset:?}");
+                (layer, end) = (layers.start, gradient.start);
+            }
+            assert_eq!((layer, end), (0, 0), "{preset:?}");
+            let (last, others) = segments.split_last().unwrap();
+            assert!(others.iter().all(|segment| segment.gradient.len() >= SEGMENT), "{preset:?}");
+            assert!(last.gradient.end > layout.embedding().end && others.len() >= 10, "{preset:?}");
+        }
+        // A small model is one.
+        let config = ModelConfig { model_dim: 64, vocab_size: 100, ..ModelConfig::default() };
+        assert_eq!(segments::<Cpu>(&Layout::new(&config)).len(), 1);
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! One worker's copy of the training state, and the operations of a step on it.
 //!
-//! A step, as a worker drives it: for each of its micro-batches [`Replica::forward_backward`] (overwrites the
-//! gradient) and [`Replica::quantise_add`] (adds it exactly to integer sums); the sums are reduced over the
-//! workers; [`Replica::set_mean_gradient`] turns them into the mean gradient; [`Replica::update`] clips and steps.
+//! A step, as a worker drives it: for each of its micro-batches [`Replica::add_gradient`], which adds the gradient
+//! exactly to integer [`Sums`]; the sums are reduced over the workers; [`Replica::set_mean_gradient`] turns them into the
+//! mean gradient; [`Replica::update`] clips and steps.
 //! Two replicas with the same state and the same mean gradient have the same state afterwards, bit for bit.
 //! It does not know how sums travel, nor what a batch is made of.
 
@@ -52,6 +52,48 @@ pub struct State {
     pub second_moment: Vec<f32>,
 }
 
+/// Exact sums of gradients, one integer per parameter.
+#[derive(Debug)]
+pub struct Sums<B: Backend> {
+    values: B::Buffer<i64>,
+    len: usize,
+    /// What they hold is of no use any more.
+    cleared: bool,
+}
+
+impl<B: Backend> Sums<B> {
+    /// For a model of that layout.
+    ///
+    /// # Errors
+    /// [`ModelError::OutOfMemory`].
+    pub fn new(backend: &B, layout: &Layout) -> Result<Self, ModelError> {
+        let len = layout.parameters();
+        Ok(Self { values: backend.allocate(len)?, len, cleared: true })
+    }
+
+    /// Begins a new sum: the next gradient takes the place of what is here.
+    pub fn clear(&mut self) {
+        self.cleared = true;
+    }
+
+    /// All of them, of at least one gradient.
+    ///
+    /// # Panics
+    /// If no gradient was added.
+    pub fn values(&mut self) -> Out<'_, B, i64> {
+        self.part(0..self.len)
+    }
+
+    /// Those of some parameters.
+    ///
+    /// # Panics
+    /// As [`Sums::values`].
+    pub fn part(&mut self, range: Range<usize>) -> Out<'_, B, i64> {
+        assert!(!self.cleared, "a gradient was added");
+        ViewMut::new(&mut self.values, range)
+    }
+}
+
 /// Weights, moments and gradient of one model on one device, and the network that computes with them.
 #[derive(Debug)]
 pub struct Replica<B: Backend> {
@@ -62,6 +104,8 @@ pub struct Replica<B: Backend> {
     first_moment: B::Buffer<f32>,
     second_moment: B::Buffer<f32>,
     gradient: B::Buffer<f32>,
+    /// Not 0 if an element of a gradient was out of the quantum's range.
+    outside: B::Buffer<u32>,
     /// Per block of the gradient, on the host.
     squares: Vec<f64>,
     z_loss: f32,
@@ -90,6 +134,7 @@ impl<B: Backend> Replica<B> {
             first_moment: plan.buffer(len)?,
             second_moment: plan.buffer(len)?,
             gradient: plan.buffer(len)?,
+            outside: backend.allocate(1)?,
             squares: vec![0.0; len.div_ceil(BLOCK)],
             z_loss: z_loss as f32,
             planned_bytes: plan.bytes,
@@ -108,7 +153,7 @@ impl<B: Backend> Replica<B> {
         &self.backend
     }
 
-    /// Bytes of all buffers of this replica. The integer sums belong to the caller.
+    /// Bytes of all buffers of this replica, but for a flag. The integer sums belong to the caller.
     pub fn planned_bytes(&self) -> u64 {
         self.planned_bytes + self.network.planned_bytes()
     }
@@ -140,12 +185,41 @@ impl<B: Backend> Replica<B> {
     /// [`ModelError::Batch`] if the batch does not fit the planned shape or the vocabulary.
     pub fn forward_backward(&mut self, batch: &MicroBatch) -> Result<LossSum, ModelError> {
         self.network.load(batch)?;
-        let Self { backend, network, weights, gradient, z_loss, .. } = self;
-        backend.run(|| {
-            network.forward(weights);
-            network.loss_backward(weights, gradient, *z_loss);
-        });
+        let Self { network, weights, gradient, z_loss, .. } = self;
+        network.forward_backward(weights, gradient, *z_loss, |_, _| {});
         Ok(self.loss_sum(batch))
+    }
+
+    /// As [`Replica::forward_backward`], and adds the gradient, in quanta, to the sums. `complete` gets them with each
+    /// range of them that this gradient is in, while others are still being computed.
+    ///
+    /// # Errors
+    /// As for [`Replica::forward_backward`]; [`ModelError::GradientRange`] if an element is NaN, infinite or beyond the
+    /// quantum's limit; the sums are void then.
+    pub fn add_gradient(
+        &mut self,
+        batch: &MicroBatch,
+        sums: &mut Sums<B>,
+        quantum: &Quantum,
+        mut complete: impl FnMut(&mut Sums<B>, Range<usize>),
+    ) -> Result<LossSum, ModelError> {
+        self.network.load(batch)?;
+        let accumulate = !std::mem::replace(&mut sums.cleared, false);
+        let Self { backend, network, weights, gradient, outside, z_loss, .. } = self;
+        backend.upload(write(outside, 1), &[0]);
+        network.forward_backward(weights, gradient, *z_loss, |gradient, range| {
+            let gradient = View::new(gradient, range.clone());
+            backend.quantise(sums.part(range.clone()), write(outside, 1), gradient, quantum, accumulate);
+            complete(sums, range);
+        });
+        self.check_range(quantum)?;
+        Ok(self.loss_sum(batch))
+    }
+
+    fn check_range(&self, quantum: &Quantum) -> Result<(), ModelError> {
+        let mut outside = [0];
+        self.backend.download(read(&self.outside, 1), &mut outside);
+        if outside == [0] { Ok(()) } else { Err(ModelError::GradientRange { limit: quantum.limit() }) }
     }
 
     /// Loss sums of the batch; the gradient stays as it is.
@@ -174,30 +248,10 @@ impl<B: Backend> Replica<B> {
         sum
     }
 
-    /// Adds the gradient, in quanta, to the first [`Layout::parameters`] elements of `sums`.
-    ///
-    /// # Errors
-    /// [`ModelError::GradientRange`] if an element is NaN, infinite or beyond the quantum's limit; `sums` is void
-    /// then.
-    pub fn quantise_add(&self, sums: &mut B::Buffer<i64>, quantum: &Quantum) -> Result<(), ModelError> {
-        let len = self.layout.parameters();
-        if self.backend.quantise_add(write(sums, len), read(&self.gradient, len), quantum) {
-            Ok(())
-        } else {
-            Err(ModelError::GradientRange { limit: quantum.limit() })
-        }
-    }
-
     /// Elements `range` of the gradient become the mean over `valid` tokens that `sums` stand for.
-    pub fn set_mean_gradient(
-        &mut self,
-        sums: &B::Buffer<i64>,
-        range: Range<usize>,
-        quantum: &Quantum,
-        valid: u64,
-    ) {
+    pub fn set_mean_gradient(&mut self, sums: &Sums<B>, range: Range<usize>, quantum: &Quantum, valid: u64) {
         let gradient = ViewMut::new(&mut self.gradient, range.clone());
-        self.backend.dequantise(gradient, View::new(sums, range), quantum.mean_scale(valid));
+        self.backend.dequantise(gradient, View::new(&sums.values, range), quantum.mean_scale(valid));
     }
 
     /// The gradient.
@@ -206,23 +260,18 @@ impl<B: Backend> Replica<B> {
         write(&mut self.gradient, len)
     }
 
-    /// Whether the gradient can be quantised.
+    /// The gradient becomes the mean over `valid` tokens: bit for bit what it would become through sums of this gradient
+    /// alone, without memory for them.
     ///
     /// # Errors
-    /// [`ModelError::GradientRange`] if an element is NaN, infinite or beyond the quantum's limit.
-    pub fn check_gradient(&self, quantum: &Quantum) -> Result<(), ModelError> {
-        if self.backend.in_range(read(&self.gradient, self.layout.parameters()), quantum) {
-            Ok(())
-        } else {
-            Err(ModelError::GradientRange { limit: quantum.limit() })
-        }
-    }
-
-    /// The gradient, which [`Replica::check_gradient`] has passed, becomes the mean over `valid` tokens: bit for bit
-    /// what it would become through sums of this gradient alone, without memory for them.
-    pub fn quantise_mean_gradient(&mut self, quantum: &Quantum, valid: u64) {
-        let len = self.layout.parameters();
-        self.backend.quantise_mean(write(&mut self.gradient, len), quantum, quantum.mean_scale(valid));
+    /// [`ModelError::GradientRange`] if an element is NaN, infinite or beyond the quantum's limit; the gradient is void
+    /// then.
+    pub fn quantise_mean_gradient(&mut self, quantum: &Quantum, valid: u64) -> Result<(), ModelError> {
+        let Self { backend, layout, gradient, outside, .. } = self;
+        backend.upload(write(outside, 1), &[0]);
+        let gradient = write(gradient, layout.parameters());
+        backend.quantise_mean(gradient, write(outside, 1), quantum, quantum.mean_scale(valid));
+        self.check_range(quantum)
     }
 
     /// Lets the host work on the gradient.
@@ -290,6 +339,16 @@ impl<B: Backend> Replica<B> {
             StatePart::Weights => self.backend.values(View::new(&self.weights, range)),
             StatePart::FirstMoment => View::new(&self.first_moment, range),
             StatePart::SecondMoment => View::new(&self.second_moment, range),
+        }
+    }
+
+    /// Lets `work` write a whole part of the state, on the device.
+    pub fn write_part<R>(&mut self, part: StatePart, work: impl FnOnce(Out<'_, B>) -> R) -> R {
+        let len = self.layout.parameters();
+        match part {
+            StatePart::Weights => self.backend.write_values(write(&mut self.weights, len), work),
+            StatePart::FirstMoment => work(write(&mut self.first_moment, len)),
+            StatePart::SecondMoment => work(write(&mut self.second_moment, len)),
         }
     }
 

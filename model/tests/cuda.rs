@@ -261,6 +261,20 @@ fn a_training_step_agrees_with_the_cpus() {
     }
 }
 
+/// Passes are recorded in their second step and replayed from the third on.
+#[test]
+#[ignore = "needs a GPU or the emulator: .ci/run cuda"]
+fn steps_that_are_replayed_have_the_bits_of_first_ones() {
+    for (precision, recompute) in [(Precision::F32, true), (Precision::Bf16, false)] {
+        let mut recorded = replica(cuda(precision), recompute);
+        for _ in 0..4 {
+            let mut new = replica(cuda(precision), recompute);
+            new.load_state(&recorded.state()).unwrap();
+            assert_eq!(step(&mut recorded), step(&mut new), "{precision:?}");
+        }
+    }
+}
+
 /// Logits after a prompt, after each of some tokens, and of a second sequence beside it; losses of a text.
 fn inference<B: Backend>(backend: B, format: WeightFormat) -> Outputs {
     let config = config();

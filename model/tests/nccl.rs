@@ -8,12 +8,13 @@
 
 use std::fmt::Write as _;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::ops::Range;
 use std::process::{Child, Command, Stdio};
 use std::thread::park_timeout;
 use std::time::{Duration, Instant};
 
-use ulmus_model::{Backend, Communicator, CommunicatorId, Cuda, Element, NcclError, Quantum, View, ViewMut};
+use ulmus_model::{
+    Backend, Communicator, CommunicatorId, Cuda, Element, NcclError, Quantum, View, ViewMut, owned,
+};
 
 /// No test takes so long.
 const LONG: Duration = Duration::from_mins(2);
@@ -157,59 +158,76 @@ fn sum(vectors: impl Iterator<Item = Vec<i64>>) -> Vec<i64> {
     vectors.reduce(add).unwrap()
 }
 
-/// Chunks of different lengths, one of which is empty if there are three or more.
-fn uneven(len: usize, size: usize) -> Vec<Range<usize>> {
-    let weights = &[3, 1, 0, 5][..size];
-    let cut = |rank: usize| len * weights[..rank].iter().sum::<usize>() / weights.iter().sum::<usize>();
-    (0..size).map(|rank| cut(rank)..cut(rank + 1)).collect()
+/// Sums over all members, of what each of them owns.
+fn reduce(
+    communicator: &mut Communicator,
+    data: ViewMut<'_, <Cuda as Backend>::Buffer<i64>>,
+    patience: Duration,
+) -> Result<(), NcclError> {
+    communicator.begin_reduce_scatter(data, &within(patience))?;
+    communicator.finish(&within(patience))
 }
 
 /// Each operation on vectors of several lengths, and what it has to give.
 fn operations(member: &Member, communicator: &mut Communicator) {
     let (rank, size) = (communicator.rank(), communicator.size());
     for len in [1, 7, 1000, 100_003] {
-        let chunks = uneven(len, size);
         let summed = sum((0..size).map(|rank| integers(len, rank)));
-
         let mut data = member.put(&integers(len, rank));
-        communicator.all_reduce_i64(all(&mut data, len), &within(LONG)).unwrap();
-        assert_eq!(member.get(&data, len), summed);
+        reduce(communicator, all(&mut data, len), LONG).unwrap();
+        let found = member.get(&data, len);
+        for own in owned(0..len, rank, size) {
+            assert_eq!(found[own.clone()], summed[own]);
+        }
 
-        let mut data = member.put(&integers(len, rank));
-        communicator.reduce_scatter_i64(all(&mut data, len), &chunks, &within(LONG)).unwrap();
-        let own = chunks[rank].clone();
-        assert_eq!(member.get(&data, len)[own.clone()], summed[own]);
-
+        // The second part is left as it is.
+        let parts = [0..len / 3, len / 2..len];
+        let of = |rank: usize| floats(len, 100 + rank);
+        let mut expected = vec![f32::NAN; len];
+        for (rank, part) in (0..size).flat_map(|rank| parts.clone().map(|part| (rank, part))) {
+            let [own, rest] = owned(part, rank, size);
+            expected[own.clone()].copy_from_slice(&of(rank)[own]);
+            // All have it.
+            expected[rest.clone()].copy_from_slice(&of(0)[rest]);
+        }
         let mut values = vec![f32::NAN; len];
-        values[chunks[rank].clone()].copy_from_slice(&floats(len, 100 + rank)[chunks[rank].clone()]);
+        for [own, rest] in parts.clone().map(|part| owned(part, rank, size)) {
+            values[own.clone()].copy_from_slice(&of(rank)[own]);
+            values[rest.clone()].copy_from_slice(&of(0)[rest]);
+        }
         let mut data = member.put(&values);
-        communicator.all_gather_f32(all(&mut data, len), &chunks, &within(LONG)).unwrap();
-        let expected: Vec<f32> = chunks
-            .iter()
-            .enumerate()
-            .flat_map(|(rank, chunk)| floats(len, 100 + rank)[chunk.clone()].to_vec())
-            .collect();
+        communicator.all_gather(all(&mut data, len), &parts, &within(LONG)).unwrap();
         assert_eq!(bits(&member.get(&data, len)), bits(&expected));
 
         for root in 0..size {
             let mut data = member.put(&floats(len, 200 + rank));
-            communicator.broadcast_f32(root, all(&mut data, len), &within(LONG)).unwrap();
+            communicator.broadcast(root, all(&mut data, len), &within(LONG)).unwrap();
             assert_eq!(bits(&member.get(&data, len)), bits(&floats(len, 200 + root)));
         }
     }
-    // A part of a buffer, and nothing at all.
+    // Parts of a buffer, one of them empty, that are all begun before one is waited for.
     let mut data = member.put(&integers(100, rank));
-    communicator.all_reduce_i64(ViewMut::new(&mut data, 30..50), &within(LONG)).unwrap();
-    communicator.all_reduce_i64(ViewMut::new(&mut data, 60..60), &within(LONG)).unwrap();
-    let mut expected = integers(100, rank);
-    expected[30..50].copy_from_slice(&sum((0..size).map(|rank| integers(100, rank)))[30..50]);
-    assert_eq!(member.get(&data, 100), expected);
+    for part in [30..50, 60..60, 70..100] {
+        communicator.begin_reduce_scatter(ViewMut::new(&mut data, part), &within(LONG)).unwrap();
+    }
+    communicator.finish(&within(LONG)).unwrap();
+    let found = member.get(&data, 100);
+    let summed = sum((0..size).map(|rank| integers(100, rank)));
+    for own in [30..50, 70..100].into_iter().flat_map(|part| owned(part, rank, size)) {
+        assert_eq!(found[own.clone()], summed[own]);
+    }
+    let untouched = integers(100, rank);
+    assert_eq!([&found[..30], &found[50..70]], [&untouched[..30], &untouched[50..70]]);
     // The largest and the smallest number, exactly.
     let share = |total: i64| total / size as i64 + if rank == 0 { total % size as i64 } else { 0 };
-    let mut data =
-        member.put(&[share(i64::MAX), share(i64::MIN), share(-1), if rank == 0 { i64::MIN } else { 0 }]);
-    communicator.all_reduce_i64(all(&mut data, 4), &within(LONG)).unwrap();
-    assert_eq!(member.get(&data, 4), [i64::MAX, i64::MIN, -1, i64::MIN]);
+    let extremes = [i64::MAX, i64::MIN, -1, i64::MIN];
+    let mine = [share(i64::MAX), share(i64::MIN), share(-1), if rank == 0 { i64::MIN } else { 0 }];
+    let mut data = member.put(&mine);
+    reduce(communicator, all(&mut data, 4), LONG).unwrap();
+    let found = member.get(&data, 4);
+    for own in owned(0..4, rank, size) {
+        assert_eq!(found[own.clone()], extremes[own]);
+    }
 }
 
 #[test]
@@ -224,34 +242,48 @@ fn operations_give_what_they_should() {
     }
 }
 
-/// Gradients become integers, are summed, and become means: kernels, an operation and kernels on one stream, with
-/// nothing between them that waits for the device.
+/// Gradients become integers, are summed, and become means: an operation comes after the kernels that were called before,
+/// and others run beside it.
 #[test]
 #[ignore = "needs GPUs with NCCL, or the emulator: .ci/run cuda"]
-fn kernels_come_before_and_after() {
+fn kernels_come_before_and_beside() {
     let Some(member) = Member::of_this_process() else {
-        return finish(start("kernels_come_before_and_after", 2, 1));
+        return finish(start("kernels_come_before_and_beside", 2, 1));
     };
     let mut communicator = member.join();
-    let len = 1 << 18;
+    let cuda = &member.cuda;
+    let (len, parts) = (1 << 18, [1 << 17..1 << 18, 0..1 << 17]);
     let quantum = Quantum::new(1024, 4);
     let gradient = |rank: usize, step: usize| -> Vec<f32> {
         integers(len, 10 * step + rank).iter().map(|x| *x as f32 / i64::MAX as f32 * 1e-3).collect()
     };
     let scale = quantum.mean_scale(1000);
-    let mut sums = member.put(&vec![0_i64; len]);
+    let mut sums = member.put(&vec![7_i64; len]);
     let mut mean = member.put(&vec![f32::NAN; len]);
+    let mut outside = member.put(&[0_u32]);
     for step in 0..5 {
         let own = member.put(&gradient(member.rank, step));
-        member.cuda.upload(all(&mut sums, len), &vec![0; len]);
-        assert!(member.cuda.quantise_add(all(&mut sums, len), View::new(&own, 0..len), &quantum));
-        communicator.all_reduce_i64(all(&mut sums, len), &within(LONG)).unwrap();
-        member.cuda.dequantise(all(&mut mean, len), View::new(&sums, 0..len), scale);
-        communicator.broadcast_f32(1, all(&mut mean, len), &within(LONG)).unwrap();
+        for part in parts.clone() {
+            let gradient = View::new(&own, part.clone());
+            cuda.quantise(
+                ViewMut::new(&mut sums, part.clone()),
+                all(&mut outside, 1),
+                gradient,
+                &quantum,
+                false,
+            );
+            communicator.begin_reduce_scatter(ViewMut::new(&mut sums, part), &within(LONG)).unwrap();
+        }
+        communicator.finish(&within(LONG)).unwrap();
+        for own in parts.iter().flat_map(|part| owned(part.clone(), member.rank, member.size)) {
+            cuda.dequantise(ViewMut::new(&mut mean, own.clone()), View::new(&sums, own), scale);
+        }
+        communicator.all_gather(all(&mut mean, len), &parts, &within(LONG)).unwrap();
         let fixed = |rank| gradient(rank, step).iter().map(|x| quantum.quantise(*x).unwrap()).collect();
         let mut expected = vec![0.0; len];
         quantum.mean_into(&sum((0..member.size).map(fixed)), 1000, &mut expected);
         assert_eq!(bits(&member.get(&mean, len)), bits(&expected), "step {step}");
+        assert_eq!(member.get(&outside, 1), [0]);
     }
 }
 
@@ -277,7 +309,7 @@ fn survivors_of_a_killed_member_go_on_without_it() {
     let mut rounds = 0;
     let (error, took) = loop {
         let began = Instant::now();
-        match communicator.all_reduce_i64(all(&mut data, len), &within(patience)) {
+        match reduce(&mut communicator, all(&mut data, len), patience) {
             Ok(()) => rounds += 1,
             Err(error) => break (error, began.elapsed()),
         }
@@ -289,15 +321,16 @@ fn survivors_of_a_killed_member_go_on_without_it() {
     assert!(rounds >= 20, "{rounds} rounds, {error}");
     // With NCCL itself, the connection may break as well.
     assert!(matches!(error, NcclError::GivenUp { .. } | NcclError::Refused { .. }), "{error}");
-    assert_eq!(communicator.all_reduce_i64(all(&mut data, len), &within(patience)), Err(error));
+    assert_eq!(reduce(&mut communicator, all(&mut data, len), patience), Err(error));
 
     // The same device and buffer.
     let (rank, size) = (member.rank - usize::from(member.rank > VICTIM), member.size - 1);
     let mut communicator =
         Communicator::new(&member.cuda, &member.ids[1], rank, size, &within(LONG)).unwrap();
     member.cuda.upload(all(&mut data, len), &integers(len, rank));
-    communicator.all_reduce_i64(all(&mut data, len), &within(LONG)).unwrap();
-    assert_eq!(member.get(&data, len), sum((0..size).map(|rank| integers(len, rank))));
+    reduce(&mut communicator, all(&mut data, len), LONG).unwrap();
+    let [own, _] = owned(0..len, rank, size);
+    assert_eq!(member.get(&data, len)[own.clone()], sum((0..size).map(|rank| integers(len, rank)))[own]);
     operations(&member, &mut communicator);
 }
 
@@ -324,21 +357,27 @@ fn a_group_that_lacks_a_member_is_given_up() {
 #[ignore = "needs GPUs with NCCL, or the emulator: .ci/run cuda"]
 fn an_operation_that_not_all_call_is_given_up() {
     let Some(member) = Member::of_this_process() else {
-        return finish(start("an_operation_that_not_all_call_is_given_up", 2, 2));
+        return finish(start("an_operation_that_not_all_call_is_given_up", 2, 3));
     };
     let len = 1 << 20;
     let mut data = member.put(&integers(len, member.rank));
     let mut communicator = member.join();
-    communicator.all_reduce_i64(all(&mut data, len), &within(LONG)).unwrap();
+    reduce(&mut communicator, all(&mut data, len), LONG).unwrap();
     if member.rank == 0 {
-        let error =
-            communicator.all_reduce_i64(all(&mut data, len), &|| Some("told to".to_owned())).unwrap_err();
+        communicator.begin_reduce_scatter(all(&mut data, len), &within(LONG)).unwrap();
+        let error = communicator.finish(&|| Some("told to".to_owned())).unwrap_err();
         assert!(matches!(&error, NcclError::GivenUp { reason, .. } if reason == "told to"), "{error}");
+        // One that is begun again, and given up with its communicator.
+        let id = &member.ids[1];
+        let mut communicator = Communicator::new(&member.cuda, id, 0, member.size, &within(LONG)).unwrap();
+        communicator.begin_reduce_scatter(all(&mut data, len), &within(LONG)).unwrap();
     } else {
         drop(communicator);
+        let id = &member.ids[1];
+        drop(Communicator::new(&member.cuda, id, 1, member.size, &within(LONG)).unwrap());
     }
     let mut communicator =
-        Communicator::new(&member.cuda, &member.ids[1], member.rank, member.size, &within(LONG)).unwrap();
+        Communicator::new(&member.cuda, &member.ids[2], member.rank, member.size, &within(LONG)).unwrap();
     operations(&member, &mut communicator);
 }
 

@@ -9,7 +9,7 @@ use common::{mean_gradient, relative_l2};
 use proptest::prelude::*;
 use ulmus_model::{
     Backend as _, BatchShape, Cpu, IGNORE, LossSum, MicroBatch, ModelError, Quantum, Replica, State,
-    StatePart,
+    StatePart, Sums,
 };
 use ulmus_plan::{ModelConfig, Multipliers, NormKind, Precision, TrainConfig, worker_memory};
 
@@ -61,24 +61,36 @@ fn replica(threads: usize) -> Replica<Cpu> {
 fn distributed_step(workers: &mut [Replica<Cpu>], batches: &[u32], step: u64) -> Vec<(LossSum, f64)> {
     let quantum = Quantum::new(160 * batches.len() as u64, batches.len() as u64);
     let (count, parameters) = (workers.len(), workers[0].layout().parameters());
-    let mut total = vec![0i64; parameters];
     let (mut ce, mut z, mut valid) = (0i64, 0i64, 0);
+    let mut all: Vec<Sums<Cpu>> = Vec::new();
     for (worker, replica) in workers.iter_mut().enumerate() {
-        let mut own = vec![0i64; parameters];
+        let mut own = Sums::new(replica.backend(), replica.layout()).unwrap();
         for seed in batches.iter().skip(worker).step_by(count) {
-            let loss = replica.forward_backward(&micro_batch(*seed)).unwrap();
-            replica.quantise_add(&mut own, &quantum).unwrap();
+            let mut complete = 0;
+            let loss = replica.add_gradient(&micro_batch(*seed), &mut own, &quantum, |_, range| {
+                complete += range.len();
+            });
+            assert_eq!(complete, parameters);
+            let loss = loss.unwrap();
             ce += quantum.loss_to_fixed(loss.ce).unwrap();
             z += quantum.loss_to_fixed(loss.z).unwrap();
             valid += loss.valid;
         }
-        total.iter_mut().zip(own).for_each(|(total, own)| *total += own);
+        all.push(own);
+    }
+    let mut total = vec![0i64; parameters];
+    for (worker, own) in workers.iter().zip(&mut all) {
+        worker.backend().on_host(own.values(), |own| {
+            total.iter_mut().zip(own).for_each(|(total, own)| *total += *own);
+        });
     }
     let loss = LossSum { ce: Quantum::loss_from_fixed(ce), z: Quantum::loss_from_fixed(z), valid };
     workers
         .iter_mut()
-        .map(|replica| {
-            replica.set_mean_gradient(&total, 0..parameters, &quantum, valid);
+        .zip(all)
+        .map(|(replica, mut sums)| {
+            replica.backend().upload(sums.values(), &total);
+            replica.set_mean_gradient(&sums, 0..parameters, &quantum, valid);
             (loss, replica.update(&recipe(), recipe().learning_rate(step), step).unwrap())
         })
         .collect()
@@ -139,19 +151,20 @@ fn gradients_have_the_same_bits_for_any_number_of_threads() {
 #[test]
 fn a_single_micro_batch_is_its_own_exact_sum() {
     let (mut through_sums, mut in_place) = (replica(2), replica(2));
-    let loss = through_sums.forward_backward(&micro_batch(7)).unwrap();
-    in_place.forward_backward(&micro_batch(7)).unwrap();
     let quantum = Quantum::new(160, 1);
     let parameters = through_sums.layout().parameters();
-    let mut sums = vec![0; parameters];
-    through_sums.quantise_add(&mut sums, &quantum).unwrap();
-    through_sums.set_mean_gradient(&sums, 0..parameters, &quantum, loss.valid);
-    in_place.check_gradient(&quantum).unwrap();
-    in_place.quantise_mean_gradient(&quantum, loss.valid);
-    assert_eq!(in_place.gradient_hash(), through_sums.gradient_hash());
-
+    let mut sums = Sums::new(through_sums.backend(), through_sums.layout()).unwrap();
+    // A sum that is begun anew has nothing of the one before.
+    for seed in [3, 7] {
+        sums.clear();
+        let loss = through_sums.add_gradient(&micro_batch(seed), &mut sums, &quantum, |_, _| {}).unwrap();
+        through_sums.set_mean_gradient(&sums, 0..parameters, &quantum, loss.valid);
+        assert_eq!(in_place.forward_backward(&micro_batch(seed)).unwrap(), loss);
+        in_place.quantise_mean_gradient(&quantum, loss.valid).unwrap();
+        assert_eq!(in_place.gradient_hash(), through_sums.gradient_hash());
+    }
     in_place.write_gradient(77, &[f32::NAN]);
-    assert!(matches!(in_place.check_gradient(&quantum), Err(ModelError::GradientRange { .. })));
+    assert!(matches!(in_place.quantise_mean_gradient(&quantum, 160), Err(ModelError::GradientRange { .. })));
 }
 
 /// Longer texts and wider layers, so that products are large enough to be split over threads.
@@ -245,10 +258,10 @@ fn numbers_that_are_not_finite_stop_the_step() {
     let mut replica = replica(1);
     let quantum = Quantum::new(160, 1);
     let parameters = replica.layout().parameters();
-    replica.forward_backward(&micro_batch(1)).unwrap();
+    let loss = replica.forward_backward(&micro_batch(1)).unwrap();
     for bad in [f32::NAN, f32::INFINITY, 1e30] {
         replica.write_gradient(77, &[bad]);
-        let error = replica.quantise_add(&mut vec![0; parameters], &quantum).unwrap_err();
+        let error = replica.quantise_mean_gradient(&quantum, loss.valid).unwrap_err();
         assert!(matches!(error, ModelError::GradientRange { .. }), "{error}");
     }
     replica.write_gradient(77, &[f32::INFINITY]);
@@ -260,7 +273,13 @@ fn numbers_that_are_not_finite_stop_the_step() {
     let loss = replica.forward_backward(&micro_batch(1)).unwrap();
     assert!(loss.ce.is_nan());
     assert_eq!(quantum.loss_to_fixed(loss.ce), None);
-    assert!(replica.quantise_add(&mut vec![0; parameters], &quantum).is_err());
+    let mut sums = Sums::new(replica.backend(), replica.layout()).unwrap();
+    let added = replica.add_gradient(&micro_batch(1), &mut sums, &quantum, |_, _| {});
+    assert!(matches!(added, Err(ModelError::GradientRange { .. })));
+    // The next gradient is judged by itself.
+    replica.initialise(11);
+    sums.clear();
+    replica.add_gradient(&micro_batch(1), &mut sums, &quantum, |_, _| {}).unwrap();
 }
 
 #[test]

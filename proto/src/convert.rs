@@ -263,6 +263,9 @@ impl From<ToCoordinator> for v1::FromWorker {
                 Wire::Ready(v1::Ready { fingerprint: fingerprint.as_bytes().to_vec() })
             }
             ToCoordinator::Beat { collective } => Wire::Beat(v1::Beat { collective }),
+            ToCoordinator::Connected(generation) => {
+                Wire::Connected(v1::Connected { generation: generation.get() })
+            }
             ToCoordinator::Formed { generation, step } => {
                 Wire::Formed(v1::Formed { generation: generation.get(), step: step.get() })
             }
@@ -351,6 +354,7 @@ impl TryFrom<v1::FromWorker> for ToCoordinator {
             }),
             Wire::Ready(ready) => Self::Ready(digest("ready.fingerprint", &ready.fingerprint)?),
             Wire::Beat(beat) => Self::Beat { collective: beat.collective },
+            Wire::Connected(connected) => Self::Connected(Generation::new(connected.generation)),
             Wire::Formed(formed) => {
                 Self::Formed { generation: Generation::new(formed.generation), step: Step::new(formed.step) }
             }
@@ -577,6 +581,7 @@ mod tests {
             ToCoordinator::Ready(Digest::of(b"x")),
             ToCoordinator::Beat { collective: 9 },
             ToCoordinator::Notice("a file is damaged".into()),
+            ToCoordinator::Connected(generation),
             ToCoordinator::Formed { generation, step: Step::new(4) },
             ToCoordinator::Reading { step: Step::new(5), sources: vec![reading, SourceReading::default()] },
             ToCoordinator::Steps { generation, reports: vec![report] },

@@ -187,6 +187,7 @@ impl Coordinator {
             ToCoordinator::Hello(_) | ToCoordinator::Beat { .. } => {}
             ToCoordinator::StoreRead(read) => self.store_read(worker, read),
             ToCoordinator::Ready(fingerprint) => self.ready(worker, fingerprint),
+            ToCoordinator::Connected(generation) => self.connected(worker, generation),
             ToCoordinator::Formed { generation, step } => self.formed(worker, generation, step),
             ToCoordinator::Steps { generation, reports } => self.steps(generation, reports),
             ToCoordinator::Reading { step, sources } => {
@@ -364,6 +365,15 @@ impl Coordinator {
         self.group = Group::Dissolving { waiting, until: now + LEAVE_WITHIN };
     }
 
+    fn connected(&mut self, worker: &WorkerId, generation: Generation) {
+        if generation == self.generation
+            && let Group::Forming { members, connected, .. } = &mut self.group
+            && members.contains(worker)
+        {
+            connected.insert(worker.clone());
+        }
+    }
+
     fn formed(&mut self, worker: &WorkerId, generation: Generation, step: Step) {
         if generation != self.generation {
             return;
@@ -512,7 +522,12 @@ impl Coordinator {
             self.members.set(&worker, Activity::InGroup(self.generation));
             self.send(&worker, ToWorker::Assign(assignment));
         }
-        self.group = Group::Forming { members: idle, formed: BTreeSet::new(), until: now + FORM_WITHIN };
+        self.group = Group::Forming {
+            members: idle,
+            connected: BTreeSet::new(),
+            formed: BTreeSet::new(),
+            until: now + FORM_WITHIN,
+        };
     }
 
     fn training_is_due(&self) -> bool {
@@ -644,7 +659,10 @@ impl Coordinator {
             self.lost(&worker, "it fell silent", now);
         }
         let late = match &self.group {
-            Group::Adopting { until, .. } | Group::Forming { until, .. } if *until <= now => true,
+            Group::Adopting { until, .. } => *until <= now,
+            Group::Forming { members, connected, until, .. } => {
+                *until <= now && connected.len() < members.len()
+            }
             Group::Dissolving { waiting, until } if *until <= now => {
                 for worker in waiting.clone() {
                     self.effects.push(Effect::Disconnect(worker.clone()));

@@ -27,8 +27,14 @@ pub(crate) enum Group {
     Absent { enough_since: Option<Duration> },
     /// After a restart of the coordinator: members of the stored generation come back until the deadline.
     Adopting { members: Vec<WorkerId>, back: BTreeSet<WorkerId>, until: Duration },
-    /// Members were assigned and connect to each other.
-    Forming { members: Vec<WorkerId>, formed: BTreeSet<WorkerId>, until: Duration },
+    /// Members were assigned and connect to each other, for which they have until the deadline; then they agree on a
+    /// state, which takes as long as it takes.
+    Forming {
+        members: Vec<WorkerId>,
+        connected: BTreeSet<WorkerId>,
+        formed: BTreeSet<WorkerId>,
+        until: Duration,
+    },
     /// Members train. `pausing` tells that they were asked to pause or stop.
     Training { members: Vec<WorkerId>, pausing: bool },
     /// Members leave; those in `waiting` have not said so yet.

@@ -45,6 +45,7 @@ struct Worker {
     group: Option<Assignment>,
     /// Of the last group.
     generation: Option<Generation>,
+    connected: bool,
     formed: bool,
     aborted: bool,
     wish: Option<Wish>,
@@ -172,7 +173,7 @@ impl World {
                 assert!(worker.job.is_none(), "{id} is busy");
                 worker.generation = Some(assignment.generation);
                 worker.group = Some(assignment);
-                worker.formed = false;
+                (worker.connected, worker.formed) = (false, false);
                 worker.aborted = false;
                 worker.wish = None;
             }
@@ -230,6 +231,7 @@ impl World {
             step: None,
             group: None,
             generation: None,
+            connected: false,
             formed: false,
             aborted: false,
             wish: None,
@@ -322,6 +324,10 @@ impl World {
                 self.advance(generation, &members);
             }
         }
+        self.finish_jobs();
+    }
+
+    fn finish_jobs(&mut self) {
         for worker in self.workers.values_mut().filter(|worker| worker.caught_up) {
             if let Some(job) = worker.job.take() {
                 worker.outbox.push_back(ToCoordinator::JobDone { job, result: "{}".into() });
@@ -343,6 +349,14 @@ impl World {
         let stored = self.saved.checkpoints.keys().map(|id| id.step().get()).max().unwrap_or(0);
         let newest = members.iter().filter_map(|id| self.workers[id].step).max().unwrap_or(stored);
         let first = members[0].clone();
+        if !self.workers[&first].connected {
+            for id in members {
+                let worker = self.workers.get_mut(id).unwrap();
+                worker.connected = true;
+                worker.outbox.push_back(ToCoordinator::Connected(generation));
+            }
+            return;
+        }
         if !self.workers[&first].formed {
             for id in members {
                 let worker = self.workers.get_mut(id).unwrap();
@@ -549,6 +563,46 @@ fn a_coordinator_that_returns_does_not_disturb_a_healthy_group() {
         world.turn();
     }
     assert_eq!(world.saved.generation, generation);
+}
+
+/// Members that do not reach each other in time get another chance; those that do may take long to agree on a state, as
+/// one that has to be read and sent may be large.
+#[test]
+fn a_group_is_late_until_it_is_connected_and_not_after() {
+    let mut world = World::new();
+    world.join(0);
+    world.join(1);
+    let wait = |world: &mut World| {
+        world.deliver();
+        (0..80).for_each(|_| world.tick());
+        world.deliver();
+    };
+    for _ in 0..100 {
+        world.deliver();
+        world.commit_all();
+        if world.saved.generation > Generation::default() {
+            break;
+        }
+        world.tick();
+        world.finish_jobs();
+    }
+    let first = world.saved.generation;
+    wait(&mut world);
+    assert!(world.workers.values().all(|worker| worker.aborted), "nobody connects");
+    for _ in 0..100 {
+        if world.saved.generation > first && world.workers.values().all(|worker| worker.connected) {
+            break;
+        }
+        world.work();
+        world.deliver();
+        world.tick();
+    }
+    wait(&mut world);
+    let waits = |worker: &Worker| worker.connected && !worker.formed && !worker.aborted;
+    assert!(world.workers.values().all(waits));
+    (0..5).for_each(|_| world.turn());
+    assert!(world.recorded.len() > 1);
+    assert_eq!(world.saved.generation, first.next());
 }
 
 #[test]

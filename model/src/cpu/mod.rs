@@ -167,6 +167,10 @@ impl Backend for Cpu {
         self.upload(to, from);
     }
 
+    fn write_values<R>(&self, parameters: Out<'_, Self>, work: impl FnOnce(Out<'_, Self>) -> R) -> R {
+        work(parameters)
+    }
+
     fn upload<T: Element>(&self, to: Out<'_, Self, T>, from: &[T]) {
         to.slice().copy_from_slice(from);
     }
@@ -193,13 +197,16 @@ impl Backend for Cpu {
         Err(NcclError::Library { problem: "processors have no communicators".to_owned() })
     }
 
-    fn reduce_scatter(
+    fn begin_reduce_scatter(
         &self,
         communicator: &mut Infallible,
         _: Out<'_, Self, i64>,
-        _: &[Range<usize>],
         _: Patience<'_>,
     ) -> Result<(), NcclError> {
+        match *communicator {}
+    }
+
+    fn finish_reductions(&self, communicator: &mut Infallible, _: Patience<'_>) -> Result<(), NcclError> {
         match *communicator {}
     }
 
@@ -208,6 +215,16 @@ impl Backend for Cpu {
         communicator: &mut Infallible,
         _: Out<'_, Self>,
         _: &[Range<usize>],
+        _: Patience<'_>,
+    ) -> Result<(), NcclError> {
+        match *communicator {}
+    }
+
+    fn broadcast(
+        &self,
+        communicator: &mut Infallible,
+        _: usize,
+        _: Out<'_, Self>,
         _: Patience<'_>,
     ) -> Result<(), NcclError> {
         match *communicator {}
@@ -426,19 +443,29 @@ impl Backend for Cpu {
         self.kernel(trace_span!("block_squares"), || optimizer::block_squares(sums, x));
     }
 
-    fn quantise_add(&self, sums: Out<'_, Self, i64>, gradient: In<'_, Self>, quantum: &Quantum) -> bool {
-        let (sums, gradient) = (sums.slice(), gradient.slice());
-        self.kernel(trace_span!("quantise"), || optimizer::quantise_add(sums, gradient, quantum))
+    fn quantise(
+        &self,
+        sums: Out<'_, Self, i64>,
+        outside: Out<'_, Self, u32>,
+        gradient: In<'_, Self>,
+        quantum: &Quantum,
+        accumulate: bool,
+    ) {
+        let (sums, outside, gradient) = (sums.slice(), &mut outside.slice()[0], gradient.slice());
+        self.kernel(trace_span!("quantise"), || {
+            optimizer::quantise(sums, outside, gradient, quantum, accumulate);
+        });
     }
 
-    fn in_range(&self, gradient: In<'_, Self>, quantum: &Quantum) -> bool {
-        let gradient = gradient.slice();
-        self.kernel(trace_span!("quantise"), || optimizer::in_range(gradient, quantum))
-    }
-
-    fn quantise_mean(&self, gradient: Out<'_, Self>, quantum: &Quantum, scale: f64) {
-        let gradient = gradient.slice();
-        self.kernel(trace_span!("quantise"), || optimizer::quantise_mean(gradient, quantum, scale));
+    fn quantise_mean(
+        &self,
+        gradient: Out<'_, Self>,
+        outside: Out<'_, Self, u32>,
+        quantum: &Quantum,
+        scale: f64,
+    ) {
+        let (gradient, outside) = (gradient.slice(), &mut outside.slice()[0]);
+        self.kernel(trace_span!("quantise"), || optimizer::quantise_mean(gradient, outside, quantum, scale));
     }
 
     fn dequantise(&self, mean: Out<'_, Self>, sums: In<'_, Self, i64>, scale: f64) {

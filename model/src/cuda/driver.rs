@@ -105,11 +105,6 @@ impl Device {
         self.context.bind_to_thread().is_ok()
     }
 
-    /// For libraries that put work on it; it lives as long as the device.
-    pub(super) fn stream(&self) -> sys::CUstream {
-        self.stream
-    }
-
     /// Waits until everything called so far is done.
     fn synchronise(&self) {
         self.bind();
@@ -360,8 +355,11 @@ impl Drop for Raw {
     }
 }
 
-/// Memory of a device.
-pub(super) struct Memory {
+/// Memory of a device. Clones are the same memory, which is given back with the last of them.
+#[derive(Clone)]
+pub(super) struct Memory(Arc<Owned>);
+
+struct Owned {
     // Before the device, whose context it needs.
     raw: Raw,
     device: Arc<Device>,
@@ -369,7 +367,7 @@ pub(super) struct Memory {
 
 impl fmt::Debug for Memory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Memory").field("bytes", &self.raw.bytes).finish_non_exhaustive()
+        f.debug_struct("Memory").field("bytes", &self.0.raw.bytes).finish_non_exhaustive()
     }
 }
 
@@ -378,20 +376,20 @@ impl Memory {
     pub(super) fn zeroed(device: &Arc<Device>, bytes: usize) -> Result<Self, ModelError> {
         let raw = Raw::new(device, bytes)?;
         device.fill_zero(Address(raw.address), bytes);
-        Ok(Self { raw, device: Arc::clone(device) })
+        Ok(Self(Arc::new(Owned { raw, device: Arc::clone(device) })))
     }
 
     pub(super) fn address(&self) -> Address {
-        Address(self.raw.address)
+        Address(self.0.raw.address)
     }
 
     /// Whether this is what its work is ordered by.
     pub(super) fn is_of(&self, device: &Arc<Device>) -> bool {
-        Arc::ptr_eq(&self.device, device)
+        Arc::ptr_eq(&self.0.device, device)
     }
 }
 
-impl Drop for Memory {
+impl Drop for Owned {
     fn drop(&mut self) {
         // The context may be bound to another thread; `Raw` frees next.
         self.device.context.bind_to_thread().ok();
@@ -428,6 +426,44 @@ impl Device {
     }
 }
 
+/// A line of work beside that of the device's kernels, and before it where both want the same multiprocessor.
+pub(super) struct Stream {
+    raw: sys::CUstream,
+    device: Arc<Device>,
+}
+
+impl Stream {
+    pub(super) fn new(device: &Arc<Device>) -> Self {
+        device.bind();
+        let mut raw = std::ptr::null_mut();
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: the handle is written. A priority beyond the range is its nearest end.
+        let made = unsafe { sys::cuStreamCreateWithPriority(&raw mut raw, flags, i32::MIN) }.result();
+        must("make a stream", made);
+        Self { raw, device: Arc::clone(device) }
+    }
+
+    /// For libraries that put work on it.
+    pub(super) fn raw(&self) -> sys::CUstream {
+        self.raw
+    }
+
+    /// What is put on it from now on begins after the mark.
+    pub(super) fn wait_for(&self, mark: &Mark) {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: stream and event are alive.
+        must("let work wait", unsafe { result::stream::wait_event(self.raw, mark.event, flags) });
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.device.try_bind();
+        // SAFETY: created once, destroyed once; what is still on it is done nevertheless.
+        unsafe { result::stream::destroy(self.raw) }.ok();
+    }
+}
+
 /// A point in the order of a device's work.
 pub(super) struct Mark {
     event: sys::CUevent,
@@ -442,11 +478,20 @@ impl Mark {
         Self { event, device: Arc::clone(device) }
     }
 
-    /// Puts it after everything called so far.
+    /// Puts it after all kernels called so far.
     pub(super) fn record(&self) {
+        self.record_on(self.device.stream);
+    }
+
+    /// Puts it after all that the stream was given so far.
+    pub(super) fn record_behind(&self, stream: &Stream) {
+        self.record_on(stream.raw);
+    }
+
+    fn record_on(&self, stream: sys::CUstream) {
         self.device.bind();
-        // SAFETY: the event is alive, and the stream lives as long as the device.
-        must("record an event", unsafe { result::event::record(self.event, self.device.stream) });
+        // SAFETY: the event and the stream are alive.
+        must("record an event", unsafe { result::event::record(self.event, stream) });
     }
 
     /// Whether everything before it is done.
@@ -516,6 +561,8 @@ impl Graph {
     pub(super) fn replay(&mut self, device: &Arc<Device>, work: impl FnOnce()) {
         device.bind();
         match self.0 {
+            // Kernels of a recorded pass cannot be told apart.
+            _ if device.apart.load(Ordering::Relaxed) => return work(),
             State::New => {
                 work();
                 self.0 = State::Warm;

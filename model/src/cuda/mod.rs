@@ -296,16 +296,25 @@ impl Backend for Cuda {
     }
 
     fn set_parameters(&self, to: ViewMut<'_, Parameters>, from: &[f32]) {
-        let ViewMut { buffer, range } = to;
-        let values = ViewMut::new(&mut buffer.values, range.clone()).address();
-        self.device.upload(values, from);
+        self.write_values(to, |values| self.upload(values, from));
+    }
+
+    fn write_values<R>(
+        &self,
+        parameters: ViewMut<'_, Parameters>,
+        work: impl FnOnce(Out<'_, Self>) -> R,
+    ) -> R {
+        let ViewMut { buffer, range } = parameters;
+        let result = work(ViewMut::new(&mut buffer.values, range.clone()));
         if let Some(rounded) = &buffer.rounded {
+            let values = View::new(&buffer.values, range.clone()).address();
             let rounded = rounded.address().add(range.start * self.format.bytes());
-            let vector = self.vector(&[from.len()], &[values, rounded]);
-            let blocks = line(from.len().div_ceil(THREADS * vector));
+            let vector = self.vector(&[range.len()], &[values, rounded]);
+            let blocks = line(range.len().div_ceil(THREADS * vector));
             launch!(self, Program::Optimizer, vector, "round_values", blocks, line(THREADS), 0;
-                rounded, values, from.len() as i64);
+                rounded, values, range.len() as i64);
         }
+        result
     }
 
     fn upload<T: Element>(&self, to: Out<'_, Self, T>, from: &[T]) {
@@ -340,24 +349,41 @@ impl Backend for Cuda {
         Communicator::new(self, id, rank, size, patience)
     }
 
-    fn reduce_scatter(
+    fn begin_reduce_scatter(
         &self,
         communicator: &mut Communicator,
         data: Out<'_, Self, i64>,
-        chunks: &[Range<usize>],
         patience: Patience<'_>,
     ) -> Result<(), NcclError> {
-        communicator.reduce_scatter_i64(data, chunks, patience)
+        communicator.begin_reduce_scatter(data, patience)
+    }
+
+    fn finish_reductions(
+        &self,
+        communicator: &mut Communicator,
+        patience: Patience<'_>,
+    ) -> Result<(), NcclError> {
+        communicator.finish(patience)
     }
 
     fn all_gather(
         &self,
         communicator: &mut Communicator,
         data: Out<'_, Self>,
-        chunks: &[Range<usize>],
+        parts: &[Range<usize>],
         patience: Patience<'_>,
     ) -> Result<(), NcclError> {
-        communicator.all_gather_f32(data, chunks, patience)
+        communicator.all_gather(data, parts, patience)
+    }
+
+    fn broadcast(
+        &self,
+        communicator: &mut Communicator,
+        root: usize,
+        data: Out<'_, Self>,
+        patience: Patience<'_>,
+    ) -> Result<(), NcclError> {
+        communicator.broadcast(root, data, patience)
     }
 
     fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
@@ -695,29 +721,32 @@ impl Backend for Cuda {
         self.device.download(on_device, sums);
     }
 
-    fn quantise_add(&self, sums: Out<'_, Self, i64>, gradient: In<'_, Self>, quantum: &Quantum) -> bool {
+    fn quantise(
+        &self,
+        sums: Out<'_, Self, i64>,
+        outside: Out<'_, Self, u32>,
+        gradient: In<'_, Self>,
+        quantum: &Quantum,
+        accumulate: bool,
+    ) {
         let _kernel = self.kernel(trace_span!("quantise"));
         let (len, blocks) = (gradient.len() as i64, line(gradient.len().div_ceil(THREADS)));
-        self.all_inside(|outside| {
-            launch!(self, Program::Optimizer, 1, "quantise_add", blocks, line(THREADS), 0;
-                sums.address(), outside, gradient.address(), len, 1.0 / quantum.value(), quantum.limit());
-        })
+        launch!(self, Program::Optimizer, 1, "quantise", blocks, line(THREADS), 0;
+            sums.address(), outside.address(), gradient.address(), len, 1.0 / quantum.value(), quantum.limit(),
+            i32::from(accumulate));
     }
 
-    fn in_range(&self, gradient: In<'_, Self>, quantum: &Quantum) -> bool {
-        let _kernel = self.kernel(trace_span!("quantise"));
-        let (len, blocks) = (gradient.len() as i64, line(gradient.len().div_ceil(THREADS)));
-        self.all_inside(|outside| {
-            launch!(self, Program::Optimizer, 1, "in_range", blocks, line(THREADS), 0;
-                outside, gradient.address(), len, quantum.limit());
-        })
-    }
-
-    fn quantise_mean(&self, gradient: Out<'_, Self>, quantum: &Quantum, scale: f64) {
+    fn quantise_mean(
+        &self,
+        gradient: Out<'_, Self>,
+        outside: Out<'_, Self, u32>,
+        quantum: &Quantum,
+        scale: f64,
+    ) {
         let _kernel = self.kernel(trace_span!("quantise"));
         let (len, blocks) = (gradient.len() as i64, line(gradient.len().div_ceil(THREADS)));
         launch!(self, Program::Optimizer, 1, "quantise_mean", blocks, line(THREADS), 0;
-            gradient.address(), len, 1.0 / quantum.value(), scale);
+            gradient.address(), outside.address(), len, 1.0 / quantum.value(), quantum.limit(), scale);
     }
 
     fn dequantise(&self, mean: Out<'_, Self>, sums: In<'_, Self, i64>, scale: f64) {
@@ -841,15 +870,5 @@ impl Cuda {
         let vector = if vocabulary.is_multiple_of(4) && logits.0.is_multiple_of(16) { 4 } else { 1 };
         launch!(self, Program::Loss, vector, "cross_entropy", line(rows), line(512), 0;
             out, lse, logits, targets, vocabulary as i32);
-    }
-
-    /// Whether a kernel has left its flag for what is outside of a range as it was.
-    fn all_inside(&self, kernel: impl FnOnce(Address)) -> bool {
-        let flag = self.device.scratch(size_of::<u32>());
-        self.device.fill_zero(flag, size_of::<u32>());
-        kernel(flag);
-        let mut outside = [0_u32];
-        self.device.download(flag, &mut outside);
-        outside == [0]
     }
 }

@@ -1,8 +1,9 @@
 //! NCCL: what the processes of a group sum and share, from device to device.
 //!
-//! Operations are put on the device's one stream and so come after the kernels called before. They are waited for by
-//! polling, as NCCL says nothing when a peer has died: whoever calls an operation says how long it may take. What has
-//! gone wrong once is aborted, which leaves the device as it was but for what the buffers of the operation hold.
+//! Operations have a stream of their own: they come after the kernels called before, and run beside those called later.
+//! They are waited for by polling, as NCCL says nothing when a peer has died: whoever calls an operation says how long it
+//! may take. What has gone wrong once is aborted, which leaves the device as it was but for what the buffers of the
+//! operation hold.
 
 use std::error::Error;
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -14,9 +15,9 @@ use std::time::Duration;
 
 use cudarc::nccl::sys::{self, cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t};
 
-use super::driver::{Address, Device, Mark};
+use super::driver::{Device, Mark, Memory, Stream};
 use super::{Buffer, Cuda};
-use crate::backend::{Out, ViewMut};
+use crate::backend::{Out, ViewMut, owned};
 
 /// Asked again and again while an operation is not done: why to give it up now, if so.
 pub type Patience<'a> = &'a (dyn Fn() -> Option<String> + Sync);
@@ -98,8 +99,10 @@ functions! {
     group_end = b"ncclGroupEnd\0": () -> Status;
     all_reduce = b"ncclAllReduce\0":
         (*const c_void, *mut c_void, usize, ncclDataType_t, ncclRedOp_t, ncclComm_t, cudaStream_t) -> Status;
-    reduce = b"ncclReduce\0":
-        (*const c_void, *mut c_void, usize, ncclDataType_t, ncclRedOp_t, c_int, ncclComm_t, cudaStream_t) -> Status;
+    reduce_scatter = b"ncclReduceScatter\0":
+        (*const c_void, *mut c_void, usize, ncclDataType_t, ncclRedOp_t, ncclComm_t, cudaStream_t) -> Status;
+    all_gather = b"ncclAllGather\0":
+        (*const c_void, *mut c_void, usize, ncclDataType_t, ncclComm_t, cudaStream_t) -> Status;
     broadcast = b"ncclBroadcast\0":
         (*const c_void, *mut c_void, usize, ncclDataType_t, c_int, ncclComm_t, cudaStream_t) -> Status;
     error_string = b"ncclGetErrorString\0": (Status) -> *const c_char;
@@ -233,7 +236,13 @@ pub struct Communicator {
     functions: &'static Functions,
     /// Null when it has been given back.
     handle: ncclComm_t,
-    mark: Mark,
+    stream: Stream,
+    /// Before the last operation, among the kernels.
+    called: Mark,
+    /// Behind the last operation.
+    done: Mark,
+    /// What operations that were begun work on.
+    begun: Vec<Memory>,
     device: Arc<Device>,
     rank: usize,
     size: usize,
@@ -262,11 +271,6 @@ struct Call {
     stream: cudaStream_t,
 }
 
-/// Where data begin, as the library wants it.
-fn pointer(address: Address) -> *mut c_void {
-    address.0 as *mut c_void
-}
-
 #[expect(clippy::missing_errors_doc, reason = "said once, at the type")]
 impl Communicator {
     /// Joins the group of that id as one of `size` members, and waits for the others.
@@ -284,7 +288,10 @@ impl Communicator {
         let mut communicator = Self {
             functions: functions()?,
             handle: ptr::null_mut(),
-            mark: Mark::new(&device),
+            stream: Stream::new(&device),
+            called: Mark::new(&device),
+            done: Mark::new(&device),
+            begun: Vec::new(),
             device,
             rank,
             size,
@@ -306,118 +313,128 @@ impl Communicator {
         self.size
     }
 
-    /// Replaces `data` by its sum over all members, modulo 2^64.
-    pub fn all_reduce_i64(
+    /// Begins to replace what this member owns of `data` ([`owned`]) by its sum over all members, modulo 2^64; the rest
+    /// holds anything then. Kernels leave `data` alone until [`Communicator::finish`].
+    pub fn begin_reduce_scatter(
         &mut self,
         data: Out<'_, Cuda, i64>,
         patience: Patience<'_>,
     ) -> Result<(), NcclError> {
-        let (data, len) = self.place(data);
-        let data = pointer(data);
-        self.run("sum integers", len, patience, |Call { functions, handle, stream }| {
-            // SAFETY: `run` waits until the device is done with what the view borrows.
-            unsafe { (functions.all_reduce)(data, data, len, I64, SUM, handle, stream) }
-        })
-    }
-
-    /// Replaces this member's chunk of `data` by its sum over all members, modulo 2^64; the other chunks hold anything.
-    /// The chunks, one for each member, are parts of `data` that have nothing in common, and may differ in length.
-    ///
-    /// # Panics
-    /// If there are not as many chunks as members, or one is not a part of `data`.
-    pub fn reduce_scatter_i64(
-        &mut self,
-        data: Out<'_, Cuda, i64>,
-        chunks: &[Range<usize>],
-        patience: Patience<'_>,
-    ) -> Result<(), NcclError> {
-        let chunks = self.parts(self.place(data), size_of::<i64>(), chunks);
-        self.run("sum chunks of integers", chunks.len(), patience, |call| {
+        let part = self.part(&data, 0..data.len());
+        self.begin(data.buffer.memory.clone(), "sum integers", patience, |call| {
             let Call { functions, handle, stream } = call;
-            call.group(&chunks, |Part { root, data, len }| {
-                // SAFETY: `run` waits until the device is done with what the view borrows.
-                unsafe { (functions.reduce)(data, data, len, I64, SUM, root, handle, stream) }
+            let Part { all, own, share, rest, left } = part;
+            call.group(|| {
+                // SAFETY: the memory is held until the device is done with it.
+                let summed = unsafe { (functions.reduce_scatter)(all, own, share, I64, SUM, handle, stream) };
+                if left == 0 || !is_accepted(summed) {
+                    return summed;
+                }
+                // SAFETY: as above.
+                unsafe { (functions.all_reduce)(rest, rest, left, I64, SUM, handle, stream) }
             })
         })
     }
 
-    /// Replaces all other members' chunks of `data` by what those members hold there. Chunks are as for
-    /// [`Communicator::reduce_scatter_i64`].
+    /// Waits for all that was begun.
+    pub fn finish(&mut self, patience: Patience<'_>) -> Result<(), NcclError> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        let act = "finish what was begun";
+        let done = if self.begun.is_empty() {
+            Ok(())
+        } else {
+            poll(act, patience, || {
+                let done = self.done.is_reached();
+                // An error is one even if the device has nothing more to do.
+                self.is_idle(act)?;
+                Ok(done)
+            })
+        };
+        self.settle(done)
+    }
+
+    /// Replaces what other members own of each of these parts of `data` by what they hold there.
     ///
     /// # Panics
-    /// If there are not as many chunks as members, or one is not a part of `data`.
-    pub fn all_gather_f32(
+    /// If a range is not a part of `data`.
+    pub fn all_gather(
         &mut self,
         data: Out<'_, Cuda, f32>,
-        chunks: &[Range<usize>],
+        parts: &[Range<usize>],
         patience: Patience<'_>,
     ) -> Result<(), NcclError> {
-        let chunks = self.parts(self.place(data), size_of::<f32>(), chunks);
-        self.run("gather chunks", chunks.len(), patience, |call| {
+        let parts: Vec<Part> = parts.iter().map(|part| self.part(&data, part.clone())).collect();
+        self.begin(data.buffer.memory.clone(), "gather numbers", patience, |call| {
             let Call { functions, handle, stream } = call;
-            call.group(&chunks, |Part { root, data, len }| {
-                // SAFETY: `run` waits until the device is done with what the view borrows.
-                unsafe { (functions.broadcast)(data, data, len, F32, root, handle, stream) }
+            call.group(|| {
+                let gathered = parts.iter().map(|Part { all, own, share, .. }| {
+                    // SAFETY: the memory is held until the device is done with it.
+                    unsafe { (functions.all_gather)(*own, *all, *share, F32, handle, stream) }
+                });
+                // The first that is not.
+                gathered.into_iter().find(|status| !is_accepted(*status)).unwrap_or(SUCCESS)
             })
-        })
+        })?;
+        self.finish(patience)
     }
 
     /// Replaces `data` by what `root` holds.
-    pub fn broadcast_f32(
+    pub fn broadcast(
         &mut self,
         root: usize,
         data: Out<'_, Cuda, f32>,
         patience: Patience<'_>,
     ) -> Result<(), NcclError> {
-        let (data, len) = self.place(data);
-        let (data, root) = (pointer(data), root as c_int);
-        self.run("broadcast", len, patience, |Call { functions, handle, stream }| {
-            // SAFETY: `run` waits until the device is done with what the view borrows.
-            unsafe { (functions.broadcast)(data, data, len, F32, root, handle, stream) }
-        })
+        let (Part { all, .. }, len, root) = (self.part(&data, 0..data.len()), data.len(), root as c_int);
+        self.begin(
+            data.buffer.memory.clone(),
+            "broadcast",
+            patience,
+            |Call { functions, handle, stream }| {
+                // SAFETY: the memory is held until the device is done with it.
+                unsafe { (functions.broadcast)(all, all, len, F32, root, handle, stream) }
+            },
+        )?;
+        self.finish(patience)
     }
 
-    /// Where the elements are, and how many.
-    fn place<T>(&self, data: ViewMut<'_, Buffer<T>>) -> (Address, usize) {
-        let ViewMut { buffer, range } = data;
-        assert!(buffer.memory.is_of(&self.device), "a buffer is of the communicator's backend");
-        (buffer.memory.address().add(range.start * size_of::<T>()), range.len())
+    /// Where a part of the data is, and what of it this member owns.
+    fn part<T>(&self, data: &ViewMut<'_, Buffer<T>>, part: Range<usize>) -> Part {
+        assert!(data.buffer.memory.is_of(&self.device), "a buffer is of the communicator's backend");
+        assert!(part.end <= data.len(), "a part of the data");
+        let at = |element: usize| data.address().add(element * size_of::<T>()).0 as *mut c_void;
+        let [own, rest] = owned(part.clone(), self.rank, self.size);
+        Part {
+            all: at(part.start),
+            own: at(own.start),
+            share: own.len(),
+            rest: at(rest.start),
+            left: rest.len(),
+        }
     }
 
-    /// The chunks that are not empty.
-    fn parts(&self, (data, len): (Address, usize), width: usize, chunks: &[Range<usize>]) -> Vec<Part> {
-        assert_eq!(chunks.len(), self.size, "as many chunks as members");
-        assert!(chunks.iter().all(|chunk| chunk.end <= len), "chunks are parts of the data");
-        let part = |(root, chunk): (usize, &Range<usize>)| Part {
-            root: root as c_int,
-            data: pointer(data.add(chunk.start * width)),
-            len: chunk.len(),
-        };
-        chunks.iter().enumerate().filter(|(_, chunk)| !chunk.is_empty()).map(part).collect()
-    }
-
-    /// Carries out an operation, if there is anything to do.
-    fn run(
+    /// Gives an operation on that memory to the device.
+    fn begin(
         &mut self,
+        memory: Memory,
         act: &'static str,
-        len: usize,
         patience: Patience<'_>,
         call: impl FnOnce(Call) -> Status,
     ) -> Result<(), NcclError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
-        if len == 0 {
-            return Ok(());
-        }
+        self.begun.push(memory);
         self.device.bind();
-        let status = call(Call {
-            functions: self.functions,
-            handle: self.handle,
-            stream: self.device.stream().cast(),
-        });
-        let done = self.finish(status, act, patience);
-        self.settle(done)
+        self.called.record();
+        self.stream.wait_for(&self.called);
+        let status =
+            call(Call { functions: self.functions, handle: self.handle, stream: self.stream.raw().cast() });
+        let launched = self.launched(status, act, patience);
+        self.done.record_behind(&self.stream);
+        if launched.is_err() { self.settle(launched) } else { Ok(()) }
     }
 
     fn init(
@@ -446,19 +463,6 @@ impl Communicator {
         self.launched(status, act, patience)
     }
 
-    /// Waits until an operation is done.
-    fn finish(&self, status: Status, act: &'static str, patience: Patience<'_>) -> Result<(), NcclError> {
-        // Before that, there may be nothing on the stream to wait for.
-        self.launched(status, act, patience)?;
-        self.mark.record();
-        poll(act, patience, || {
-            let done = self.mark.is_reached();
-            // An error is one even if the device has nothing more to do.
-            self.is_idle(act)?;
-            Ok(done)
-        })
-    }
-
     /// Waits until the library has done what it does before it leaves the rest to the device.
     fn launched(&self, status: Status, act: &'static str, patience: Patience<'_>) -> Result<(), NcclError> {
         if !is_accepted(status) {
@@ -479,12 +483,13 @@ impl Communicator {
         }
     }
 
-    /// Ends this communicator if something went wrong.
+    /// Nothing is under way any more; ends this communicator if something went wrong.
     fn settle(&mut self, done: Result<(), NcclError>) -> Result<(), NcclError> {
         if let Err(error) = &done {
             self.failed = Some(error.clone());
             self.abort();
         }
+        self.begun.clear();
         done
     }
 
@@ -524,7 +529,8 @@ impl Drop for Communicator {
         if self.handle.is_null() || !self.device.try_bind() {
             return;
         }
-        if self.finalize() {
+        // What was begun and not waited for may never be done.
+        if self.begun.is_empty() && self.finalize() {
             // SAFETY: the handle was alive, and is not used again. Nothing is left that this could wait for.
             unsafe { (self.functions.destroy)(self.handle) };
         } else {
@@ -537,26 +543,29 @@ const I64: ncclDataType_t = ncclDataType_t::ncclInt64;
 const F32: ncclDataType_t = ncclDataType_t::ncclFloat32;
 const SUM: ncclRedOp_t = ncclRedOp_t::ncclSum;
 
-/// A chunk that is not empty, and whose it is.
+/// A part of some data, as the library wants it: where it begins, this member's share of it and how many elements that
+/// has, and what is left over at the end.
 #[derive(Clone, Copy)]
 struct Part {
-    root: c_int,
-    data: *mut c_void,
-    len: usize,
+    all: *mut c_void,
+    own: *mut c_void,
+    share: usize,
+    rest: *mut c_void,
+    left: usize,
 }
 
 impl Call {
-    /// One call for each part, all of which are one operation.
-    fn group(self, parts: &[Part], call: impl Fn(Part) -> Status) -> Status {
+    /// Makes one operation of several calls.
+    fn group(self, calls: impl FnOnce() -> Status) -> Status {
         // SAFETY: ended below, in this thread.
         let begun = unsafe { (self.functions.group_start)() };
         if begun != SUCCESS {
             return begun;
         }
-        let refused = parts.iter().map(|part| call(*part)).find(|status| !is_accepted(*status));
+        let called = calls();
         // SAFETY: begun above.
         let ended = unsafe { (self.functions.group_end)() };
-        refused.unwrap_or(ended)
+        if is_accepted(called) { ended } else { called }
     }
 }
 

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 
 use safetensors::{Dtype, SafeTensors};
-use ulmus_model::{Backend, IGNORE, LossSum, MicroBatch, ModelError, Quantum, Replica};
+use ulmus_model::{Backend, IGNORE, LossSum, MicroBatch, ModelError, Quantum, Replica, Sums};
 
 /// The id that pads the golden batches.
 pub(crate) const PAD: u32 = 500;
@@ -87,9 +87,8 @@ pub(crate) fn mean_gradient<B: Backend>(
 ) -> Result<(LossSum, Vec<f32>), ModelError> {
     let quantum = Quantum::new(batch.inputs.len() as u64, 1);
     let parameters = replica.layout().parameters();
-    let loss = replica.forward_backward(batch)?;
-    let mut sums = replica.backend().allocate(parameters)?;
-    replica.quantise_add(&mut sums, &quantum)?;
+    let mut sums = Sums::new(replica.backend(), replica.layout())?;
+    let loss = replica.add_gradient(batch, &mut sums, &quantum, |_, _| {})?;
     replica.set_mean_gradient(&sums, 0..parameters, &quantum, loss.valid);
     let mut gradient = vec![0.0; parameters];
     replica.read_gradient(0, &mut gradient);

@@ -552,28 +552,40 @@ fn reductions<B: Backend>(device: &Device<B>) {
     let quantum = Quantum::new(1 << 20, 5);
     let start: Vec<i64> = (0..len as i64).collect();
     let mut sums = device.put(&start);
-    assert!(device.0.quantise_add(all_mut(&mut sums, len), all(&x_, len), &quantum));
+    let mut outside = device.put(&[0_u32]);
+    let expect = |found: &[i64], before: &dyn Fn(usize) -> i64| {
+        let mut each = found.iter().zip(&x).enumerate();
+        assert!(each.all(|(at, (sum, x))| *sum == before(at) + quantum.quantise(*x).unwrap()));
+    };
+    device.0.quantise(all_mut(&mut sums, len), all_mut(&mut outside, 1), all(&x_, len), &quantum, true);
+    expect(&device.get(&sums, len), &|at| start[at]);
+    device.0.quantise(all_mut(&mut sums, len), all_mut(&mut outside, 1), all(&x_, len), &quantum, false);
     let sums_back = device.get(&sums, len);
-    assert!(
-        sums_back
-            .iter()
-            .zip(start.iter().zip(&x))
-            .all(|(sum, (s, x))| *sum == s + quantum.quantise(*x).unwrap())
-    );
+    expect(&sums_back, &|_| 0);
     let scale = quantum.mean_scale(321);
     let mean = device.fill(len, |mean| device.0.dequantise(mean, all(&sums, len), scale));
     let mut expected = vec![0.0; len];
     quantum.mean_into(&sums_back, 321, &mut expected);
     assert_eq!(mean, expected);
+    let mut alone = device.put(&x);
+    device.0.quantise_mean(all_mut(&mut alone, len), all_mut(&mut outside, 1), &quantum, scale);
+    assert_eq!(device.get(&alone, len), expected);
+    assert_eq!(device.get(&outside, 1), [0]);
     for (position, bad) in [(0, f32::NAN), (BLOCK, f32::INFINITY), (len - 1, quantum.limit() as f32 * 1.001)]
     {
         let mut x = x.clone();
         x[position] = bad;
-        let x_ = device.put(&x);
-        assert!(
-            !device.0.quantise_add(all_mut(&mut sums, len), all(&x_, len), &quantum),
-            "{bad} at {position}"
-        );
+        let mut x_ = device.put(&x);
+        for mean in [false, true] {
+            let mut outside = device.put(&[0_u32]);
+            if mean {
+                device.0.quantise_mean(all_mut(&mut x_, len), all_mut(&mut outside, 1), &quantum, scale);
+            } else {
+                let (sums, x) = (all_mut(&mut sums, len), all(&x_, len));
+                device.0.quantise(sums, all_mut(&mut outside, 1), x, &quantum, true);
+            }
+            assert_eq!(device.get(&outside, 1), [1], "{bad} at {position}");
+        }
     }
 }
 

@@ -267,7 +267,9 @@ pub enum ToCoordinator {
         /// Sequence number of the collective it is in; a rank that hangs is the one that stays behind.
         collective: u64,
     },
-    /// Its group is connected and agrees on the step to go on from.
+    /// It has reached its neighbours in the group, and now takes part in agreeing on a state, which may take long.
+    Connected(Generation),
+    /// Its group agrees on the step to go on from.
     Formed {
         /// The group.
         generation: Generation,

@@ -1,14 +1,18 @@
 //! Devices that reduce the gradients among themselves, if all of a group can: over `NVLink` or the network's own cards,
 //! without a copy on the host. The ring over TCP stays for all that is small, and tells who is lost.
+//!
+//! Gradients are summed while others are still computed: [`Devices::begin`] with each part that is complete, and
+//! [`Devices::finish`] when the group has agreed that the step counts. What was begun for a step that does not count is
+//! given up with the devices.
 
 use std::ops::Range;
 use std::time::Duration;
 
-use ulmus_model::{Backend, CommunicatorId, NcclError, Out, Patience};
+use ulmus_model::{Backend, CommunicatorId, NcclError, Out, Sums, owned};
 use ulmus_types::Rank;
 
 use super::STALL;
-use crate::collective::{Collective, CollectiveError, chunk};
+use crate::collective::{Collective, CollectiveError, Watch};
 
 /// How long the devices may take to find each other.
 const FORM_WITHIN: Duration = Duration::from_mins(1);
@@ -17,17 +21,19 @@ const ID_WORDS: usize = 16;
 
 /// The devices of a group.
 pub(super) struct Devices<B: Backend> {
+    backend: B,
     communicator: B::Communicator,
-    /// Of the gradient; each member's.
-    chunks: Vec<Range<usize>>,
+    rank: usize,
+    size: usize,
+    /// Parts of the sums that are being reduced.
+    begun: Vec<Range<usize>>,
 }
 
 impl<B: Backend> Devices<B> {
     /// Joins the devices of all members, or none if one of them cannot; `tell` hears why this one cannot, though its kind
     /// could.
     pub(super) fn join(
-        backend: &B,
-        parameters: usize,
+        backend: B,
         group: &mut dyn Collective,
         mut tell: impl FnMut(String),
     ) -> Result<Option<Self>, CollectiveError> {
@@ -47,54 +53,75 @@ impl<B: Backend> Devices<B> {
         group.broadcast(Rank::new(0), (&mut words[..]).into())?;
         let id = CommunicatorId::from_bytes(bytemuck::cast(words));
         let watch = group.watch(FORM_WITHIN)?;
-        let broken = || watch.broken().map(|error| error.to_string());
-        let joined = or_tell(backend.communicator(&id, rank, size, &broken), &mut tell);
+        let joined = or_tell(backend.communicator(&id, rank, size, &patience(&watch)), &mut tell);
         let Some(communicator) = all(group, joined)? else { return Ok(None) };
         tracing::info!(size, "devices sum gradients among themselves");
-        let chunks = (0..size).map(|rank| chunk(parameters, size, rank)).collect();
-        Ok(Some(Self { communicator, chunks }))
+        Ok(Some(Self { backend, communicator, rank, size, begun: Vec::new() }))
     }
 
-    /// This member's chunk of the gradient.
-    pub(super) fn own(&self, group: &dyn Collective) -> Range<usize> {
-        self.chunks[group.rank().index()].clone()
-    }
-
-    /// Replaces this member's chunk of `sums` by the sum over all members.
-    pub(super) fn reduce_scatter(
+    /// Begins to sum a part of the sums over all members.
+    pub(super) fn begin(
         &mut self,
-        backend: &B,
-        sums: Out<'_, B, i64>,
-        group: &dyn Collective,
+        sums: &mut Sums<B>,
+        part: Range<usize>,
+        watch: &Watch,
     ) -> Result<(), CollectiveError> {
-        self.together(group, |communicator, chunks, patience| {
-            backend.reduce_scatter(communicator, sums, chunks, patience)
-        })
+        let data = sums.part(part.clone());
+        self.begun.push(part);
+        self.backend
+            .begin_reduce_scatter(&mut self.communicator, data, &patience(watch))
+            .map_err(|error| why(watch, &error))
     }
 
-    /// Replaces all other members' chunks of `gradient` by theirs.
+    /// Waits for all that was begun; gives the parts.
+    pub(super) fn finish(&mut self, group: &dyn Collective) -> Result<Vec<Range<usize>>, CollectiveError> {
+        let watch = group.watch(STALL)?;
+        self.backend
+            .finish_reductions(&mut self.communicator, &patience(&watch))
+            .map_err(|error| why(&watch, &error))?;
+        Ok(std::mem::take(&mut self.begun))
+    }
+
+    /// What this member owns of a part.
+    pub(super) fn owned(&self, part: Range<usize>) -> [Range<usize>; 2] {
+        owned(part, self.rank, self.size)
+    }
+
+    /// Replaces what other members own of these parts of the gradient by what they hold there.
     pub(super) fn all_gather(
         &mut self,
-        backend: &B,
         gradient: Out<'_, B>,
+        parts: &[Range<usize>],
         group: &dyn Collective,
-    ) -> Result<(), CollectiveError> {
-        self.together(group, |communicator, chunks, patience| {
-            backend.all_gather(communicator, gradient, chunks, patience)
-        })
-    }
-
-    fn together(
-        &mut self,
-        group: &dyn Collective,
-        operation: impl FnOnce(&mut B::Communicator, &[Range<usize>], Patience<'_>) -> Result<(), NcclError>,
     ) -> Result<(), CollectiveError> {
         let watch = group.watch(STALL)?;
-        let broken = || watch.broken().map(|error| error.to_string());
-        operation(&mut self.communicator, &self.chunks, &broken)
-            // The library's own words for a lost peer are of some connection.
-            .map_err(|error| watch.broken().unwrap_or_else(|| CollectiveError::Device(error.to_string())))
+        self.backend
+            .all_gather(&mut self.communicator, gradient, parts, &patience(&watch))
+            .map_err(|error| why(&watch, &error))
     }
+
+    /// Replaces `data` by what `root` holds.
+    pub(super) fn broadcast(
+        &mut self,
+        root: Rank,
+        data: Out<'_, B>,
+        group: &dyn Collective,
+    ) -> Result<(), CollectiveError> {
+        let watch = group.watch(STALL)?;
+        self.backend
+            .broadcast(&mut self.communicator, root.index(), data, &patience(&watch))
+            .map_err(|error| why(&watch, &error))
+    }
+}
+
+/// Waits as long as the group stands.
+fn patience(watch: &Watch) -> impl Fn() -> Option<String> + Sync {
+    || watch.broken().map(|error| error.to_string())
+}
+
+/// The library's own words for a lost peer are of some connection.
+fn why(watch: &Watch, error: &NcclError) -> CollectiveError {
+    watch.broken().unwrap_or_else(|| CollectiveError::Device(error.to_string()))
 }
 
 /// What this member has, if all members have theirs.

@@ -12,6 +12,7 @@ use ulmus_checkpoint::{TrainState, newest_verified};
 use ulmus_model::{Backend, StatePart};
 use ulmus_types::{Assignment, LeaveReason, Rank, Step, ToCoordinator};
 
+use super::devices::Devices;
 use super::{Report, Training};
 use crate::WorkerError;
 use crate::collective::Collective;
@@ -30,18 +31,32 @@ impl<B: Backend> Training<B> {
         control: &Control,
         reports: &mpsc::Sender<Report>,
     ) -> LeaveReason {
-        let result = self.agree(group, reports).and_then(|()| {
-            let (generation, step) = (assignment.generation, self.step());
-            reports.blocking_send(Report::Say(ToCoordinator::Formed { generation, step })).ok();
-            self.train(assignment, group, control, reports)
-        });
-        result.unwrap_or_else(LeaveReason::from)
+        self.train_in(assignment, group, control, reports).unwrap_or_else(LeaveReason::from)
+    }
+
+    fn train_in(
+        &mut self,
+        assignment: &Assignment,
+        group: &mut dyn Collective,
+        control: &Control,
+        reports: &mpsc::Sender<Report>,
+    ) -> Result<LeaveReason, WorkerError> {
+        let generation = assignment.generation;
+        reports.blocking_send(Report::Say(ToCoordinator::Connected(generation))).ok();
+        let mut devices = Devices::join(self.replica.backend().clone(), group, |notice| {
+            reports.blocking_send(Report::Say(ToCoordinator::Notice(notice))).ok();
+        })?;
+        self.agree(group, devices.as_mut(), reports)?;
+        let step = self.step();
+        reports.blocking_send(Report::Say(ToCoordinator::Formed { generation, step })).ok();
+        self.train(assignment, devices, group, control, reports)
     }
 
     /// Gives every member the newest state in the group.
     fn agree(
         &mut self,
         group: &mut dyn Collective,
+        devices: Option<&mut Devices<B>>,
         reports: &mpsc::Sender<Report>,
     ) -> Result<(), WorkerError> {
         self.open_corpus()?;
@@ -58,7 +73,7 @@ impl<B: Backend> Training<B> {
             return Ok(());
         }
         let donor = steps.iter().position(|step| *step == newest).unwrap_or(0);
-        self.broadcast(Rank::new(donor as u32), group)
+        self.broadcast(Rank::new(donor as u32), group, devices)
     }
 
     /// Opens the corpus without what is left out by now.
@@ -109,7 +124,12 @@ impl<B: Backend> Training<B> {
     }
 
     /// Everybody gets the state of `donor`.
-    fn broadcast(&mut self, donor: Rank, group: &mut dyn Collective) -> Result<(), WorkerError> {
+    fn broadcast(
+        &mut self,
+        donor: Rank,
+        group: &mut dyn Collective,
+        devices: Option<&mut Devices<B>>,
+    ) -> Result<(), WorkerError> {
         let gives = group.rank() == donor;
         // What is half overwritten is no state.
         let position = self.position.take().filter(|_| gives).unwrap_or_else(|| self.beginning());
@@ -118,6 +138,29 @@ impl<B: Backend> Training<B> {
             .chain(position.cursors.iter().copied())
             .collect();
         group.broadcast(donor, (&mut words[..]).into())?;
+        match devices {
+            Some(devices) => {
+                for part in StatePart::ALL {
+                    self.replica.write_part(part, |values| devices.broadcast(donor, values, group))?;
+                }
+            }
+            None => self.broadcast_through_hosts(donor, group)?,
+        }
+        self.position = Some(TrainState {
+            step: Step::new(words[0] as u64),
+            tokens: words[1] as u64,
+            cursors: words[2..].to_vec(),
+            ..position
+        });
+        Ok(())
+    }
+
+    fn broadcast_through_hosts(
+        &mut self,
+        donor: Rank,
+        group: &mut dyn Collective,
+    ) -> Result<(), WorkerError> {
+        let gives = group.rank() == donor;
         let parameters = self.replica.layout().parameters();
         let mut chunk = vec![0_f32; CHUNK.min(parameters)];
         for part in StatePart::ALL {
@@ -132,12 +175,6 @@ impl<B: Backend> Training<B> {
                 }
             }
         }
-        self.position = Some(TrainState {
-            step: Step::new(words[0] as u64),
-            tokens: words[1] as u64,
-            cursors: words[2..].to_vec(),
-            ..position
-        });
         Ok(())
     }
 }

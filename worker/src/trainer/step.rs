@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use ulmus_dataloader::{Cursors, DataError, Loader, Sequence};
-use ulmus_model::{Backend, IGNORE, LossSum, Out, Quantum, ViewMut};
+use ulmus_model::{Backend, IGNORE, LossSum, MicroBatch, Quantum, Sums};
 use ulmus_types::{
     Assignment, CheckpointId, CheckpointKind, Generation, LaneId, LeaveReason, Step, StepReport,
     ToCoordinator,
@@ -16,14 +16,11 @@ use ulmus_types::{
 
 use super::devices::Devices;
 use super::words::Words;
-use super::{Report, Training, micro_batch};
+use super::{Report, STALL, Training, micro_batch};
 use crate::WorkerError;
 use crate::collective::{Collective, chunk};
 use crate::control::{Control, Wishes};
 use crate::snapshot::Held;
-
-/// Zeros that are copied to the device at once.
-static ZEROS: [i64; 1 << 14] = [0; 1 << 14];
 
 /// Why this worker's share of a step cannot be used.
 enum Obstacle {
@@ -43,6 +40,7 @@ impl<B: Backend> Training<B> {
     pub(super) fn train(
         &mut self,
         assignment: &Assignment,
+        mut devices: Option<Devices<B>>,
         group: &mut dyn Collective,
         control: &Control,
         reports: &mpsc::Sender<Report>,
@@ -51,19 +49,21 @@ impl<B: Backend> Training<B> {
         let lanes = self.host_lanes(assignment)?;
         // A single micro-batch is its own sum.
         let alone = group.size() == 1 && lanes.len() == 1;
-        let parameters = self.replica.layout().parameters();
-        let mut sums = if alone { None } else { Some(self.replica.backend().allocate(parameters)?) };
-        let mut devices = Devices::join(&self.replica.backend().clone(), parameters, group, |notice| {
-            reports.blocking_send(Report::Say(ToCoordinator::Notice(notice))).ok();
-        })?;
+        let mut sums = if alone {
+            None
+        } else {
+            Some(Sums::new(self.replica.backend(), self.replica.layout()).map_err(WorkerError::from)?)
+        };
         while self.step().get() < plan.train.iterations {
             let begun = Instant::now();
             let mut times = Times::default();
-            let share = self.share(&lanes, sums.as_mut(), &mut times);
+            let share = self.share(&lanes, sums.as_mut(), devices.as_mut(), group, &mut times);
             let wishes = control.take_wishes();
             let agreed =
                 self.exchange_words(share.as_ref().ok(), share.as_ref().err(), wishes, group, &mut times)?;
             if agreed.failed > 0 || agreed.exhausted > 0 {
+                // What was begun to be summed never will be.
+                drop(devices);
                 return Ok(self.stopped(&agreed, share.err(), assignment.generation, reports));
             }
             let grad_norm =
@@ -111,40 +111,70 @@ impl<B: Backend> Training<B> {
         Ok(lanes)
     }
 
-    /// This worker's micro-batches: gradients into `sums`, losses into words.
+    /// This worker's micro-batches: gradients into `sums`, losses into words. With the last of them the devices begin to
+    /// sum what is complete.
     fn share(
         &mut self,
         lanes: &[Vec<LaneId>],
-        mut sums: Option<&mut B::Buffer<i64>>,
+        mut sums: Option<&mut Sums<B>>,
+        mut devices: Option<&mut Devices<B>>,
+        group: &dyn Collective,
         times: &mut Times,
     ) -> Result<Words, Obstacle> {
         if let Some(sums) = &mut sums {
-            self.clear(sums);
+            sums.clear();
         }
         self.read_held_out()?;
         let plan = Arc::clone(&self.run.plan);
         let per_lane = (plan.train.sequences / plan.data.lanes) as usize;
-        let loader = self.loader.as_mut().expect("lanes are hosted before a step");
         let mut words = Words::default();
-        for lanes in lanes {
+        let count = lanes.len();
+        for (index, lanes) in lanes.iter().enumerate() {
             let waiting = Instant::now();
+            let loader = self.loader.as_mut().expect("lanes are hosted before a step");
             let rows = loader.take(lanes, per_lane).map_err(|error| match error {
                 DataError::Exhausted { .. } => Obstacle::Exhausted(error.to_string()),
                 error => Obstacle::Failed(error.into()),
             })?;
             times.data += waiting.elapsed();
             let batch = micro_batch(&rows, plan.sequence_length());
+            let last = index + 1 == count;
+            let reducing = devices.as_deref_mut().filter(|_| last);
             let loss =
-                self.replica.forward_backward(&batch).map_err(|error| Obstacle::Failed(error.into()))?;
+                self.gradient(&batch, sums.as_deref_mut(), reducing, group).map_err(Obstacle::Failed)?;
             add_loss(&mut words, &loss, &self.quantum)?;
-            match &mut sums {
-                Some(sums) => self.replica.quantise_add(sums, &self.quantum),
-                None => self.replica.check_gradient(&self.quantum),
-            }
-            .map_err(|error| Obstacle::Failed(error.into()))?;
         }
+        let loader = self.loader.as_ref().expect("lanes are hosted before a step");
         words.cursors = loader.cursors().words().to_vec();
         Ok(words)
+    }
+
+    /// Computes the gradient of a micro-batch and adds it to `sums`; without any it becomes the mean.
+    fn gradient(
+        &mut self,
+        batch: &MicroBatch,
+        sums: Option<&mut Sums<B>>,
+        devices: Option<&mut Devices<B>>,
+        group: &dyn Collective,
+    ) -> Result<LossSum, WorkerError> {
+        let Self { replica, quantum, .. } = self;
+        let Some(sums) = sums else {
+            let loss = replica.forward_backward(batch)?;
+            replica.quantise_mean_gradient(quantum, loss.valid)?;
+            return Ok(loss);
+        };
+        let Some(devices) = devices else {
+            return Ok(replica.add_gradient(batch, sums, quantum, |_, _| {})?);
+        };
+        let watch = group.watch(STALL)?;
+        let mut begun = Ok(());
+        let loss = replica.add_gradient(batch, sums, quantum, |sums, part| {
+            if begun.is_ok() {
+                begun = devices.begin(sums, part, &watch);
+            }
+        })?;
+        begun?;
+        Ok(loss)
     }
 
     /// Reads what is measured on, in the step that will measure first: an error after the update would cost the step.
@@ -162,15 +192,6 @@ impl<B: Backend> Training<B> {
         let train = &self.run.plan.train;
         train.held_out_every > 0
             && (step.get().is_multiple_of(train.held_out_every) || step.get() == train.iterations)
-    }
-
-    fn clear(&self, sums: &mut B::Buffer<i64>) {
-        let parameters = self.replica.layout().parameters();
-        for start in (0..parameters).step_by(ZEROS.len()) {
-            let end = parameters.min(start + ZEROS.len());
-            let part: Out<'_, B, i64> = ViewMut::new(sums, start..end);
-            self.replica.backend().upload(part, &ZEROS[..end - start]);
-        }
     }
 
     /// Sums the control words over the group.
@@ -222,33 +243,36 @@ impl<B: Backend> Training<B> {
     /// Reduces the gradients over the group and does the update; gives the gradient's norm.
     fn update(
         &mut self,
-        sums: Option<&mut B::Buffer<i64>>,
+        sums: Option<&mut Sums<B>>,
         devices: Option<&mut Devices<B>>,
         valid: u64,
         group: &mut dyn Collective,
         times: &mut Times,
     ) -> Result<f64, WorkerError> {
-        let parameters = self.replica.layout().parameters();
+        let Self { replica, quantum, .. } = self;
+        let parameters = replica.layout().parameters();
         let waiting = Instant::now();
-        let backend = self.replica.backend().clone();
         // Integers are reduced, so that the sum does not depend on the order; finished floats are gathered.
         match (sums, devices) {
-            (None, _) => self.replica.quantise_mean_gradient(&self.quantum, valid),
+            // The gradient is the mean already.
+            (None, _) => {}
             (Some(sums), _) if group.size() == 1 => {
-                self.replica.set_mean_gradient(sums, 0..parameters, &self.quantum, valid);
+                replica.set_mean_gradient(sums, 0..parameters, quantum, valid);
             }
             (Some(sums), Some(devices)) => {
-                devices.reduce_scatter(&backend, ViewMut::new(sums, 0..parameters), group)?;
-                self.replica.set_mean_gradient(sums, devices.own(group), &self.quantum, valid);
-                devices.all_gather(&backend, self.replica.gradient(), group)?;
+                let parts = devices.finish(group)?;
+                for own in parts.iter().flat_map(|part| devices.owned(part.clone())) {
+                    replica.set_mean_gradient(sums, own, quantum, valid);
+                }
+                devices.all_gather(replica.gradient(), &parts, group)?;
                 times.communication += waiting.elapsed();
             }
             (Some(sums), None) => {
                 let own = chunk(parameters, group.size(), group.rank().index());
-                backend.on_host(ViewMut::new(sums, 0..parameters), |sums| {
+                replica.backend().clone().on_host(sums.values(), |sums| {
                     group.reduce_scatter((&mut *sums).into())?;
-                    self.replica.gradient_on_host(|mean| {
-                        self.quantum.mean_into(&sums[own.clone()], valid, &mut mean[own]);
+                    replica.gradient_on_host(|mean| {
+                        quantum.mean_into(&sums[own.clone()], valid, &mut mean[own]);
                         group.all_gather(mean.into())
                     })
                 })?;

@@ -61,57 +61,57 @@ vectorised! {
     }
 }
 
-/// Adds the gradient in quanta; false if any element is out of range.
-pub(crate) fn quantise_add(sums: &mut [i64], gradient: &[f32], quantum: &Quantum) -> bool {
+/// Adds the gradient in quanta, or puts it in place of the sums; `outside` becomes 1 if any element is out of range.
+pub(crate) fn quantise(
+    sums: &mut [i64],
+    outside: &mut u32,
+    gradient: &[f32],
+    quantum: &Quantum,
+    accumulate: bool,
+) {
     // A power of two, so that multiplying by its inverse is exact.
     let (inverse, limit) = (1.0 / quantum.value(), quantum.limit());
-    sums.par_chunks_mut(BLOCK)
+    let in_range = sums
+        .par_chunks_mut(BLOCK)
         .zip(gradient.par_chunks(BLOCK))
-        .map(|(sums, gradient)| quantise_block(sums, gradient, inverse, limit))
-        .reduce(|| true, |a, b| a & b)
+        .map(|(sums, gradient)| quantise_block(sums, gradient, inverse, limit, accumulate))
+        .reduce(|| true, |a, b| a & b);
+    *outside |= u32::from(!in_range);
 }
 
 vectorised! {
-    fn quantise_block(sums: &mut [i64], gradient: &[f32], inverse: f64, limit: f64) -> bool {
+    fn quantise_block(sums: &mut [i64], gradient: &[f32], inverse: f64, limit: f64, accumulate: bool) -> bool {
         let mut in_range = true;
         for (sum, gradient) in sums.iter_mut().zip(gradient) {
             let gradient = f64::from(*gradient);
             in_range &= gradient.abs() <= limit;
+            let before = if accumulate { *sum } else { 0 };
             // In range nothing wraps; out of range the sums are void anyway.
-            *sum = sum.wrapping_add((gradient * inverse).round_ties_even() as i64);
+            *sum = before.wrapping_add((gradient * inverse).round_ties_even() as i64);
         }
         in_range
     }
 }
 
-/// Whether every element is in range.
-pub(crate) fn in_range(gradient: &[f32], quantum: &Quantum) -> bool {
-    let limit = quantum.limit();
-    gradient.par_chunks(BLOCK).map(|block| block_in_range(block, limit)).reduce(|| true, |a, b| a & b)
+/// The gradient in quanta, as integers, times `scale`; `outside` becomes 1 if any element is out of range.
+pub(crate) fn quantise_mean(gradient: &mut [f32], outside: &mut u32, quantum: &Quantum, scale: f64) {
+    let (inverse, limit) = (1.0 / quantum.value(), quantum.limit());
+    let in_range = gradient
+        .par_chunks_mut(BLOCK)
+        .map(|block| quantise_mean_block(block, inverse, limit, scale))
+        .reduce(|| true, |a, b| a & b);
+    *outside |= u32::from(!in_range);
 }
 
 vectorised! {
-    fn block_in_range(gradient: &[f32], limit: f64) -> bool {
+    fn quantise_mean_block(gradient: &mut [f32], inverse: f64, limit: f64, scale: f64) -> bool {
         let mut in_range = true;
         for gradient in gradient {
-            in_range &= f64::from(*gradient).abs() <= limit;
+            let wide = f64::from(*gradient);
+            in_range &= wide.abs() <= limit;
+            *gradient = ((wide * inverse).round_ties_even() as i64 as f64 * scale) as f32;
         }
         in_range
-    }
-}
-
-/// The gradient in quanta, as integers, times `scale`.
-pub(crate) fn quantise_mean(gradient: &mut [f32], quantum: &Quantum, scale: f64) {
-    let inverse = 1.0 / quantum.value();
-    gradient.par_chunks_mut(BLOCK).for_each(|block| quantise_mean_block(block, inverse, scale));
-}
-
-vectorised! {
-    fn quantise_mean_block(gradient: &mut [f32], inverse: f64, scale: f64) {
-        for gradient in gradient {
-            let quanta = (f64::from(*gradient) * inverse).round_ties_even() as i64;
-            *gradient = (quanta as f64 * scale) as f32;
-        }
     }
 }
 

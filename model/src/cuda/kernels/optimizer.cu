@@ -58,32 +58,32 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x == 0) sums[blockIdx.x] = shared[0];
 }
 
-// Adds the gradient in quanta, rounded half to even; `outside` becomes 1 if an element is beyond the limit.
+// In quanta, rounded half to even; `outside` becomes 1 if it is beyond the limit.
+__device__ __forceinline__ long long quanta(float gradient, unsigned *outside, double inverse, double limit) {
+    double x = gradient;
+    if (!(fabs(x) <= limit)) atomicOr(outside, 1u);
+    return __double2ll_rn(x * inverse);
+}
+
+// Adds the gradient in quanta, or puts it in place of the sums.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    quantise_add(long long *sums, unsigned *outside, const float *gradient, long long len, double inverse,
-                 double limit) {
+    quantise(long long *sums, unsigned *outside, const float *gradient, long long len, double inverse, double limit,
+             int accumulate) {
     begin_kernel();
     long long at = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (at >= len) return;
-    double x = gradient[at];
-    if (!(fabs(x) <= limit)) atomicOr(outside, 1u);
-    sums[at] += __double2ll_rn(x * inverse);
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS)
-    in_range(unsigned *outside, const float *gradient, long long len, double limit) {
-    begin_kernel();
-    long long at = (long long)blockIdx.x * THREADS + threadIdx.x;
-    if (at < len && !(fabs((double)gradient[at]) <= limit)) atomicOr(outside, 1u);
+    long long own = quanta(gradient[at], outside, inverse, limit);
+    sums[at] = accumulate ? sums[at] + own : own;
 }
 
 // The gradient in quanta, as integers, times `scale`.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    quantise_mean(float *gradient, long long len, double inverse, double scale) {
+    quantise_mean(float *gradient, unsigned *outside, long long len, double inverse, double limit, double scale) {
     begin_kernel();
     long long at = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (at >= len) return;
-    gradient[at] = __double2float_rn(__ll2double_rn(__double2ll_rn(gradient[at] * inverse)) * scale);
+    long long own = quanta(gradient[at], outside, inverse, limit);
+    gradient[at] = __double2float_rn(__ll2double_rn(own) * scale);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
