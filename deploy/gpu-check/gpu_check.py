@@ -121,13 +121,16 @@ class Check:
     def training(self):
         peak = self.limits[0] if self.limits else None
         self.say("\n## Training, bf16, sequences of 2048, one micro-batch per update\n")
+        self.say("Ulmus with `train.algorithms = \"measured\"`, and, in brackets, with `library`.\n")
         self.say("| model | batch | Ulmus tokens/s | MFU | memory, GB | PyTorch (torch.compile) | memory, GB | ratio |")
         self.say("|---|---|---|---|---|---|---|---|")
         report = {}
         for preset, batch in self.arguments.training:
             shape = ["--dtype", "bf16", "--batch", batch, "--sequence", 2048, "--steps", 10]
+            ulmus = [BIN / "worker", "bench", "--preset", preset, "--device", "cuda", *shape, "--json"]
             found = self.by_turns(f"training {preset}", {
-                "ulmus": [BIN / "worker", "bench", "--preset", preset, "--device", "cuda", *shape, "--json"],
+                "ulmus": [*ulmus, "--algorithms", "measured"],
+                "library": ulmus,
                 "torch": [sys.executable, PEER, "train", "--device", "cuda", "--shape", preset, "--compile", *shape],
             })
             report[preset] = found
@@ -138,9 +141,9 @@ class Check:
                 tflops = statistics.median(r["model_tflops"] for r in found["ulmus"])
                 mfu = f"{100 * tflops / peak:.1f} %"
             cell = lambda of, name: f"{of[name]:,.0f}" if name in of else "-"
-            ratio = f"{rate['ulmus'] / rate['torch']:.2f}" if len(rate) == 2 else "-"
+            ratio = f"{rate['ulmus'] / rate['torch']:.2f}" if {"ulmus", "torch"} <= rate.keys() else "-"
             self.say(
-                f"| {preset} | {batch} | {cell(rate, 'ulmus')} | {mfu} | {cell(memory, 'ulmus')} "
+                f"| {preset} | {batch} | {cell(rate, 'ulmus')} ({cell(rate, 'library')}) | {mfu} | {cell(memory, 'ulmus')} "
                 f"| {cell(rate, 'torch')} | {cell(memory, 'torch')} | {ratio} |"
             )
         for preset, found in report.items():

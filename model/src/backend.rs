@@ -394,6 +394,19 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// makes a difference. Only for measuring.
     fn time_kernels_apart(&self) -> bool;
 
+    /// Does `work`, choosing the fastest of several algorithms for each product of matrices that it is the first to need;
+    /// gives their names, if there was a choice. Another may be the fastest the next time, and has other bits: `known` are
+    /// the names that an earlier call gave on a device that describes itself alike, whose choice is taken. Work outside of
+    /// such a call takes what is likely to be the fastest, and is always the same.
+    ///
+    /// # Errors
+    /// [`ModelError::Algorithms`] if `known` are no such names.
+    fn choose_algorithms<R>(
+        &self,
+        known: Option<&str>,
+        work: impl FnOnce() -> R,
+    ) -> Result<(R, Option<String>), ModelError>;
+
     /// Does `work`, which may only call kernels, or what it was the last time with this graph: it must be the same
     /// kernels on the same views, whose contents may be others.
     fn replay(&self, graph: &mut Self::Graph, work: impl FnOnce() + Send);

@@ -21,6 +21,9 @@ pub enum ModelError {
         /// Why, and what is needed.
         problem: String,
     },
+    /// Names of algorithms that are none.
+    #[error("names of algorithms refused: {0}")]
+    Algorithms(String),
     /// A batch that does not fit the model or its buffers.
     #[error("micro-batch refused: {0}")]
     Batch(String),
@@ -95,7 +98,7 @@ impl ModelError {
                 ErrorKind::InvalidInput
             }
             Self::File { .. } => ErrorKind::Internal,
-            Self::Tensors(_) => ErrorKind::Corrupt,
+            Self::Tensors(_) | Self::Algorithms(_) => ErrorKind::Corrupt,
         }
     }
 }

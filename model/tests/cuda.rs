@@ -275,6 +275,37 @@ fn steps_that_are_replayed_have_the_bits_of_first_ones() {
     }
 }
 
+/// The fastest algorithms of one process are those of all; without a choice they are the library's, every time.
+#[test]
+#[ignore = "needs a GPU or the emulator: .ci/run cuda"]
+fn chosen_algorithms_give_their_bits_wherever_they_are_told() {
+    let choose = |device: &Cuda, known: Option<&str>| {
+        let (step, names) =
+            device.choose_algorithms(known, || step(&mut replica(device.clone(), false))).unwrap();
+        (step, names.unwrap())
+    };
+    let chooser = cuda(Precision::Bf16);
+    let (fastest, names) = choose(&chooser, None);
+    assert_eq!(choose(&cuda(Precision::Bf16), Some(&names)), (fastest.clone(), names.clone()));
+    let unchosen = step(&mut replica(cuda(Precision::Bf16), false));
+    assert_eq!(choose(&cuda(Precision::Bf16), Some("[]")), (unchosen.clone(), "[]".to_owned()));
+    // The emulator's first proposal is slow, and each of them adds up in another order.
+    if chooser.describe().contains("Emulated") {
+        assert_ne!(fastest.1, unchosen.1);
+        let others = names
+            .replace(",1,0,", ",0,0,")
+            .replace(",2,0,", ",1,0,")
+            .replace(",0,0,0,0,0,0,0]", ",2,0,0,0,0,0,0]");
+        assert_ne!(others, names);
+        // One that has chosen by itself takes the choice of another.
+        let (theirs, _) = choose(&chooser, Some(&others));
+        assert_ne!(theirs.1, fastest.1);
+        assert_eq!(theirs, choose(&cuda(Precision::Bf16), Some(&others)).0);
+    }
+    let error = chooser.choose_algorithms(Some("[1]"), || ()).unwrap_err();
+    assert!(matches!(error, ModelError::Algorithms(_)), "{error}");
+}
+
 /// Logits after a prompt, after each of some tokens, and of a second sequence beside it; losses of a text.
 fn inference<B: Backend>(backend: B, format: WeightFormat) -> Outputs {
     let config = config();

@@ -55,3 +55,22 @@ fn devices_that_lose_one_of_them_give_the_same_bits() {
     assert!(joined > 1, "{joined} groups of devices in {generations:?}");
     run.bits().assert_equal(&alone.run("tiny").bits());
 }
+
+/// What is the fastest is a matter of luck, and workers with different algorithms have different bits and do not train
+/// together.
+#[test]
+#[ignore = "needs a GPU, or the emulator"]
+fn workers_share_the_algorithms_that_one_has_chosen() {
+    let sandbox = Sandbox::new();
+    let more = ["--set", "local.workers=2", "--set", "cluster.min_workers=2", "--set", "train.iterations=3"];
+    let coordinator =
+        sandbox.coordinator(&[&SHORT[..], &more, &["--set", "train.algorithms=measured"]].concat());
+    coordinator.says("generation 1: 2 workers train from step 0 of 3");
+    coordinator.succeeds();
+    let run = sandbox.run("tiny");
+    let files = std::fs::read_dir(run.path()).expect("the run has a folder");
+    let names = files.map(|file| file.expect("it is readable").file_name().into_string().expect("a name"));
+    let chosen: Vec<String> = names.filter(|name| name.starts_with("algorithms-")).collect();
+    assert_eq!(chosen.len(), 1, "{chosen:?}");
+    assert!(run.read(&chosen[0]).contains("ByColumns"));
+}

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
-use ulmus_plan::{Device, ModelConfig, NormKind, Plan, Precision, Preset};
+use ulmus_plan::{Algorithms, Device, ModelConfig, NormKind, Plan, Precision, Preset};
 use ulmus_rt::{Failure, load_plans};
 use ulmus_types::ExitStatus;
 
@@ -58,6 +58,9 @@ pub struct BenchArgs {
     /// Compute layers again in the backward instead of keeping their activations.
     #[arg(long)]
     recompute: bool,
+    /// How a GPU's library multiplies matrices, as `train.algorithms` of a plan.
+    #[arg(long, value_enum, default_value = "library")]
+    algorithms: Choice,
     /// Compute threads [default: all cores].
     #[arg(long, env = "ULMUS_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
@@ -102,6 +105,14 @@ impl RooflineArgs {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Choice {
+    /// As it proposes itself.
+    Library,
+    /// As is the fastest, by trying.
+    Measured,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Dtype {
     /// 32-bit floats.
     F32,
@@ -140,6 +151,10 @@ impl BenchArgs {
                 Dtype::Bf16 => Precision::Bf16,
             },
             recompute: self.recompute,
+            algorithms: match self.algorithms {
+                Choice::Library => Algorithms::Library,
+                Choice::Measured => Algorithms::Measured,
+            },
             device: self.device,
             threads: self.threads.map_or_else(all_cores, usize::from),
             steps: self.steps as usize,

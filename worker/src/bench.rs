@@ -1,6 +1,6 @@
 //! `worker bench`: how fast this machine trains; `worker roofline`: what it could do at most.
 //!
-//! A step is one whole update of one micro-batch without a group: forward, backward, clipping and AdamW. The time per
+//! A step is one whole update of one micro-batch without a group: forward, backward, exact mean, clipping and AdamW. The time per
 //! kernel is that of the spans that the model crate opens around its kernels.
 
 use std::collections::BTreeMap;
@@ -16,8 +16,8 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use ulmus_evaluator::{Machine, median};
-use ulmus_model::{Backend, BatchShape, Cpu, Memory, MicroBatch, ModelError, Opened, Replica};
-use ulmus_plan::{Device, ModelConfig, NormKind, Precision, TrainConfig};
+use ulmus_model::{Backend, BatchShape, Cpu, Memory, MicroBatch, ModelError, Opened, Quantum, Replica};
+use ulmus_plan::{Algorithms, Device, ModelConfig, NormKind, Precision, TrainConfig};
 
 /// What is timed.
 #[derive(Debug, Clone)]
@@ -34,6 +34,8 @@ pub(crate) struct BenchConfig {
     pub precision: Precision,
     /// Whether layers are computed again in the backward.
     pub recompute: bool,
+    /// How a GPU's library multiplies.
+    pub algorithms: Algorithms,
     /// What computes.
     pub device: Device,
     /// Compute threads.
@@ -59,6 +61,8 @@ pub(crate) struct BenchResult {
     pub dtype: &'static str,
     /// Whether layers are computed again in the backward.
     pub recompute: bool,
+    /// How a GPU's library multiplies.
+    pub algorithms: Algorithms,
     /// What computes.
     pub device: String,
     /// Compute threads.
@@ -101,7 +105,9 @@ pub(crate) fn bench(config: BenchConfig) -> Result<BenchResult, ModelError> {
 }
 
 fn bench_on<B: Backend>(backend: B, config: BenchConfig) -> Result<BenchResult, ModelError> {
-    let BenchConfig { name, model, batch, sequence, precision, recompute, threads, steps, .. } = config;
+    let BenchConfig {
+        name, model, batch, sequence, precision, recompute, algorithms, threads, steps, ..
+    } = config;
     let spans = SpanTimes::default();
     // Somebody who has installed another one gets no kernel times.
     drop(tracing::subscriber::set_global_default(tracing_subscriber::registry().with(spans.clone())));
@@ -113,17 +119,22 @@ fn bench_on<B: Backend>(backend: B, config: BenchConfig) -> Result<BenchResult, 
     let mut replica = Replica::new(backend.clone(), &model, shape, recipe.z_loss)?;
     replica.initialise(0);
     let mut random = ChaCha8Rng::seed_from_u64(0);
+    let quantum = Quantum::new((batch * sequence) as u64, 1);
     let mut train = |step: u64| -> Result<f64, ModelError> {
         let mut tokens = || -> Vec<u32> {
             (0..batch * sequence).map(|_| random.random_range(0..model.vocab_size as u32)).collect()
         };
         let micro_batch = MicroBatch::of_whole_documents(batch, sequence, tokens(), tokens());
         let begun = Instant::now();
-        replica.forward_backward(&micro_batch)?;
+        let loss = replica.forward_backward(&micro_batch)?;
+        replica.quantise_mean_gradient(&quantum, loss.valid)?;
         replica.update(&recipe, recipe.learning_rate(step), step)?;
         Ok(begun.elapsed().as_secs_f64())
     };
-    train(0)?;
+    match algorithms {
+        Algorithms::Library => train(0)?,
+        Algorithms::Measured => backend.choose_algorithms(None, || train(0))?.0?,
+    };
     spans.take();
     let steps = steps.max(1) as u64;
     let step_seconds = (1..=steps).map(&mut train).collect::<Result<Vec<_>, _>>()?;
@@ -144,6 +155,7 @@ fn bench_on<B: Backend>(backend: B, config: BenchConfig) -> Result<BenchResult, 
         sequence,
         dtype: precision.name(),
         recompute,
+        algorithms,
         device: backend.describe(),
         threads,
         tokens_per_second,

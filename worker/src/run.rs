@@ -53,6 +53,11 @@ impl Run {
         self.wait(self.store.put(path, contents))
     }
 
+    /// Writes a file of the run's folder unless there is one of this name; answers whether it wrote it.
+    pub(crate) fn write_new(&self, path: &str, contents: Vec<u8>) -> Result<bool, StoreError> {
+        self.wait(self.store.put_new(path, contents))
+    }
+
     /// The run's folder as sources with `run:` URLs see it.
     pub(crate) fn folder(&self) -> Folder {
         let (objects, prefix) = self.store.objects();

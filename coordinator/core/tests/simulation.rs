@@ -38,6 +38,14 @@ fn settings() -> Settings {
     }
 }
 
+/// How far the forming of a group has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Assigned,
+    Connected,
+    Formed,
+}
+
 /// A worker that does what the real one promises.
 #[derive(Debug, Clone)]
 struct Worker {
@@ -45,8 +53,7 @@ struct Worker {
     group: Option<Assignment>,
     /// Of the last group.
     generation: Option<Generation>,
-    connected: bool,
-    formed: bool,
+    stage: Stage,
     aborted: bool,
     wish: Option<Wish>,
     reports: Vec<StepReport>,
@@ -173,7 +180,7 @@ impl World {
                 assert!(worker.job.is_none(), "{id} is busy");
                 worker.generation = Some(assignment.generation);
                 worker.group = Some(assignment);
-                (worker.connected, worker.formed) = (false, false);
+                worker.stage = Stage::Assigned;
                 worker.aborted = false;
                 worker.wish = None;
             }
@@ -231,8 +238,7 @@ impl World {
             step: None,
             group: None,
             generation: None,
-            connected: false,
-            formed: false,
+            stage: Stage::Assigned,
             aborted: false,
             wish: None,
             reports: Vec::new(),
@@ -349,19 +355,19 @@ impl World {
         let stored = self.saved.checkpoints.keys().map(|id| id.step().get()).max().unwrap_or(0);
         let newest = members.iter().filter_map(|id| self.workers[id].step).max().unwrap_or(stored);
         let first = members[0].clone();
-        if !self.workers[&first].connected {
+        if self.workers[&first].stage == Stage::Assigned {
             for id in members {
                 let worker = self.workers.get_mut(id).unwrap();
-                worker.connected = true;
+                worker.stage = Stage::Connected;
                 worker.outbox.push_back(ToCoordinator::Connected(generation));
             }
             return;
         }
-        if !self.workers[&first].formed {
+        if self.workers[&first].stage == Stage::Connected {
             for id in members {
                 let worker = self.workers.get_mut(id).unwrap();
                 worker.step = Some(newest);
-                worker.formed = true;
+                worker.stage = Stage::Formed;
                 let step = Step::new(newest);
                 worker.outbox.push_back(ToCoordinator::Formed { generation, step });
             }
@@ -590,7 +596,9 @@ fn a_group_is_late_until_it_is_connected_and_not_after() {
     wait(&mut world);
     assert!(world.workers.values().all(|worker| worker.aborted), "nobody connects");
     for _ in 0..100 {
-        if world.saved.generation > first && world.workers.values().all(|worker| worker.connected) {
+        if world.saved.generation > first
+            && world.workers.values().all(|worker| worker.stage == Stage::Connected)
+        {
             break;
         }
         world.work();
@@ -598,7 +606,7 @@ fn a_group_is_late_until_it_is_connected_and_not_after() {
         world.tick();
     }
     wait(&mut world);
-    let waits = |worker: &Worker| worker.connected && !worker.formed && !worker.aborted;
+    let waits = |worker: &Worker| worker.stage == Stage::Connected && !worker.aborted;
     assert!(world.workers.values().all(waits));
     (0..5).for_each(|_| world.turn());
     assert!(world.recorded.len() > 1);

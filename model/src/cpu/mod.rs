@@ -238,6 +238,14 @@ impl Backend for Cpu {
         false
     }
 
+    fn choose_algorithms<R>(
+        &self,
+        _: Option<&str>,
+        work: impl FnOnce() -> R,
+    ) -> Result<(R, Option<String>), ModelError> {
+        Ok((work(), None))
+    }
+
     fn replay(&self, (): &mut (), work: impl FnOnce() + Send) {
         self.run(work);
     }

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use cudarc::driver::{CudaContext, DriverError, result, sys};
 
 use super::compiler::{self, Compiler};
-use super::matmul::Matmul;
+use super::matmul::{self, Matmul};
 use super::program::Variant;
 use crate::error::ModelError;
 
@@ -90,10 +90,11 @@ impl Device {
         Ok(Arc::new(Self { context, stream, name, compiler, modules, matmul, scratch, apart, begins_ahead }))
     }
 
-    /// Name of the device, and version of the compiler.
+    /// Name of the device, and versions of the libraries that decide what it computes.
     pub(super) fn describe(&self) -> String {
         let (major, minor) = self.compiler.version();
-        format!("{}, CUDA {major}.{minor}", self.name)
+        let [blas_major, blas_minor, blas_patch] = matmul::version();
+        format!("{}, CUDA {major}.{minor}, cuBLAS {blas_major}.{blas_minor}.{blas_patch}", self.name)
     }
 
     pub(super) fn bind(&self) {
@@ -512,6 +513,42 @@ impl Drop for Mark {
         self.device.try_bind();
         // SAFETY: created once, destroyed once; nobody need have reached it.
         unsafe { result::event::destroy(self.event) }.ok();
+    }
+}
+
+/// Tells how long the device takes for something.
+pub(super) struct Timer([sys::CUevent; 2]);
+
+impl Timer {
+    /// The context is bound, here and in what follows.
+    pub(super) fn new() -> Self {
+        let event = || result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        Self([(); 2].map(|()| must("make an event", event())))
+    }
+
+    pub(super) fn start(&self, stream: sys::CUstream) {
+        // SAFETY: the event is alive, and so is the stream.
+        must("record an event", unsafe { result::event::record(self.0[0], stream) });
+    }
+
+    /// Milliseconds for what the stream was given since the start; waits for it.
+    pub(super) fn stop(&self, stream: sys::CUstream) -> f32 {
+        let [start, end] = self.0;
+        // SAFETY: as above; both were recorded.
+        unsafe {
+            must("record an event", result::event::record(end, stream));
+            must("finish its work", result::event::synchronize(end));
+            must("tell the time", result::event::elapsed(start, end))
+        }
+    }
+}
+
+impl Drop for Timer {
+    fn drop(&mut self) {
+        for event in self.0 {
+            // SAFETY: created once, destroyed once.
+            unsafe { result::event::destroy(event) }.ok();
+        }
     }
 }
 

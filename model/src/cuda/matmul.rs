@@ -1,23 +1,37 @@
-//! Products of large matrices by cublasLt. Sums are in f32, in an order that shapes, device and library decide.
+//! Products of large matrices by cublasLt. Sums are in f32, in an order that depends on the algorithm alone.
+//!
+//! For each shape the library proposes algorithms, the one first that it takes for the fastest. That is what is used, and
+//! is the same wherever device and library are; or, while [`Matmul::begin_choosing`] is in force, the one that *is* the
+//! fastest, or the one that somebody has found so before. As that may be another one the next time, and sums in another
+//! order, it is for whoever asks for it to keep what was chosen.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
 use cudarc::driver::result as driver;
 use cudarc::driver::sys::CUstream;
+use serde::{Deserialize, Serialize};
 
-use super::driver::{Address, lost};
+use super::driver::{Address, Timer, lost};
 use super::program::Format;
 
 /// Bytes that the library may use for a product.
 const WORKSPACE: usize = 32 << 20;
 /// Alignment that all memory of a device has.
 const ALIGNMENT: u64 = 256;
+/// Proposals that are tried for a product.
+const PROPOSALS: usize = 8;
+/// Times that each is timed, after one that is not.
+const TRIALS: usize = 3;
+/// Products that are timed together.
+const TOGETHER: usize = 4;
+/// An earlier proposal is as good as one that is faster by less than this.
+const AS_GOOD: f32 = 1.02;
 
 /// What is multiplied, row-major: `out` is [m, n].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(super) enum Form {
     /// `a [m, k] · b [n, k]ᵀ`
     ByRows,
@@ -44,7 +58,7 @@ impl Operand {
 }
 
 /// All that decides the algorithm of a product.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 struct Shape {
     form: Form,
     size: [usize; 3],
@@ -55,7 +69,21 @@ struct Shape {
     accumulate: bool,
 }
 
+/// Algorithms by the shape of the product, in the library's own words for them.
+type Choices = BTreeMap<Shape, [u64; 8]>;
+
+/// Where algorithms come from.
+enum Source {
+    /// The library's first proposal.
+    Library,
+    /// What was the fastest is taken, and written down.
+    Measured(Choices),
+    /// What somebody has written down.
+    Known(Choices),
+}
+
 /// What the library needs for a product.
+#[derive(Clone, Copy)]
 struct Product {
     descriptor: sys::cublasLtMatmulDesc_t,
     layouts: [sys::cublasLtMatrixLayout_t; 3],
@@ -68,6 +96,7 @@ pub(super) struct Matmul {
     stream: CUstream,
     workspace: u64,
     products: HashMap<Shape, Product>,
+    source: Source,
 }
 
 // SAFETY: handles may be used from any thread, one at a time, which the lock around this sees to.
@@ -93,7 +122,7 @@ impl Matmul {
         // SAFETY: the caller has bound the context.
         let workspace = unsafe { driver::malloc_sync(WORKSPACE) }
             .map_err(|error| format!("there is no room for cublasLt's workspace: {error:?}"))?;
-        Ok(Self { handle, stream, workspace, products: HashMap::new() })
+        Ok(Self { handle, stream, workspace, products: HashMap::new(), source: Source::Library })
     }
 
     /// `out = a · b`, or added to `out`.
@@ -120,19 +149,99 @@ impl Matmul {
             alignments: [a, b, out].map(Operand::alignment),
             accumulate,
         };
-        let handle = self.handle;
-        let Product { descriptor, layouts, algorithm } = self.products.entry(shape).or_insert_with(|| {
-            Product::new(handle, shape)
-                .unwrap_or_else(|error| lost("choose an algorithm", format_args!("{error:?} for {shape:?}")))
-        });
+        let product = self.product(shape, [a, b], out);
+        self.call(&product, &product.algorithm, [a, b], out, accumulate)
+            .unwrap_or_else(|error| lost("multiply matrices", format_args!("{error:?} at {shape:?}")));
+    }
+
+    fn product(&mut self, shape: Shape, operands: [Operand; 2], out: Operand) -> Product {
+        if let Some(product) = self.products.get(&shape) {
+            return *product;
+        }
+        let product = self
+            .new_product(shape, operands, out)
+            .unwrap_or_else(|error| lost("choose an algorithm", format_args!("{error:?} for {shape:?}")));
+        self.products.insert(shape, product);
+        product
+    }
+
+    fn new_product(
+        &mut self,
+        shape: Shape,
+        operands: [Operand; 2],
+        out: Operand,
+    ) -> Result<Product, CublasError> {
+        let mut product = Product::new(self.handle, shape)?;
+        match &self.source {
+            Source::Library => {}
+            Source::Known(choices) => {
+                if let Some(data) = choices.get(&shape) {
+                    product.algorithm.data = *data;
+                    product.check(self.handle)?;
+                }
+            }
+            Source::Measured(choices) => {
+                // To try it would add to what is there; without adding it is the same product.
+                let twin = Shape { accumulate: false, ..shape };
+                if let Some(data) = choices.get(&twin) {
+                    product.algorithm.data = *data;
+                } else if !shape.accumulate {
+                    product.algorithm = self.fastest(&product, shape, operands, out)?;
+                }
+            }
+        }
+        if let Source::Measured(choices) = &mut self.source {
+            choices.insert(shape, product.algorithm.data);
+        }
+        Ok(product)
+    }
+
+    /// The fastest of the library's proposals, with these operands; `out` is overwritten.
+    fn fastest(
+        &self,
+        product: &Product,
+        shape: Shape,
+        operands: [Operand; 2],
+        out: Operand,
+    ) -> Result<sys::cublasLtMatmulAlgo_t, CublasError> {
+        let Product { descriptor, layouts, .. } = *product;
+        let proposals = propose(self.handle, descriptor, layouts, shape.alignments, PROPOSALS)?;
+        let timer = Timer::new();
+        let time = |algorithm| -> Result<f32, CublasError> {
+            let run = || self.call(product, algorithm, operands, out, false);
+            run()?;
+            let mut best = f32::INFINITY;
+            for _ in 0..TRIALS {
+                timer.start(self.stream);
+                (0..TOGETHER).try_for_each(|_| run())?;
+                best = best.min(timer.stop(self.stream));
+            }
+            Ok(best)
+        };
+        let times = proposals.iter().map(time).collect::<Result<Vec<_>, _>>()?;
+        let best = times.iter().copied().fold(f32::INFINITY, f32::min);
+        let chosen = times.iter().position(|time| *time <= best * AS_GOOD).unwrap_or(0);
+        tracing::debug!(?shape, ?times, chosen, "algorithm of a product");
+        Ok(proposals[chosen])
+    }
+
+    fn call(
+        &self,
+        product: &Product,
+        algorithm: &sys::cublasLtMatmulAlgo_t,
+        [a, b]: [Operand; 2],
+        out: Operand,
+        accumulate: bool,
+    ) -> Result<(), CublasError> {
+        let Product { descriptor, layouts, .. } = product;
         let (one, addend) = (1.0_f32, f32::from(u8::from(accumulate)));
         let pointer = |address: u64| address as *mut c_void;
         // The library counts by columns: its first matrix is our second, and all are transposed.
         // SAFETY: descriptors are alive, the scalars are read before the call returns, and addresses are of views that
         // the caller borrows.
-        let done = unsafe {
+        unsafe {
             result::matmul(
-                handle,
+                self.handle,
                 *descriptor,
                 (&raw const one).cast(),
                 (&raw const addend).cast(),
@@ -144,25 +253,60 @@ impl Matmul {
                 layouts[2],
                 pointer(out.address.0),
                 layouts[2],
-                &raw const *algorithm,
+                algorithm,
                 pointer(self.workspace),
                 WORKSPACE,
                 self.stream.cast(),
             )
-        };
-        done.unwrap_or_else(|error| lost("multiply matrices", format_args!("{error:?} at {shape:?}")));
+        }
     }
+
+    /// From now on products that are new have the algorithm that `known` names, which is what [`Matmul::end_choosing`]
+    /// gave; without it, the fastest.
+    ///
+    /// # Errors
+    /// If `known` is nothing of that kind.
+    pub(super) fn begin_choosing(&mut self, known: Option<&str>) -> Result<(), serde_json::Error> {
+        self.source = match known {
+            None => Source::Measured(Choices::new()),
+            Some(text) => {
+                let choices: Vec<(Shape, [u64; 8])> = serde_json::from_str(text)?;
+                // They take the place of what this process has chosen.
+                for (shape, _) in &choices {
+                    if let Some(product) = self.products.remove(shape) {
+                        product.destroy();
+                    }
+                }
+                Source::Known(choices.into_iter().collect())
+            }
+        };
+        Ok(())
+    }
+
+    /// Products that are new from now on have the library's first proposal; says what was chosen.
+    pub(super) fn end_choosing(&mut self) -> String {
+        let choices = match std::mem::replace(&mut self.source, Source::Library) {
+            Source::Library => Choices::new(),
+            Source::Measured(choices) | Source::Known(choices) => choices,
+        };
+        let choices: Vec<_> = choices.into_iter().collect();
+        serde_json::to_string(&choices).expect("numbers and names of variants are JSON")
+    }
+}
+
+/// Version of the library, for whoever has a [`Matmul`].
+pub(super) fn version() -> [usize; 3] {
+    // SAFETY: a function without arguments of a library that is loaded.
+    let version = unsafe { sys::cublasLtGetVersion() };
+    [version / 10_000, version / 100 % 100, version % 100]
 }
 
 impl Drop for Matmul {
     fn drop(&mut self) {
         // SAFETY: each was created once; what cannot be given back goes with the process.
         unsafe {
-            for product in self.products.values() {
-                for layout in product.layouts {
-                    result::destroy_matrix_layout(layout).ok();
-                }
-                result::destroy_matmul_desc(product.descriptor).ok();
+            for (_, product) in self.products.drain() {
+                product.destroy();
             }
             driver::free_sync(self.workspace).ok();
             result::destroy_handle(self.handle).ok();
@@ -205,18 +349,56 @@ impl Product {
             result::create_matrix_layout(input, a[0], a[1], a_stride)?,
             result::create_matrix_layout(output, n, m, out_stride)?,
         ];
-        let algorithm = choose(handle, descriptor, layouts, shape.alignments)?;
+        let algorithm = propose(handle, descriptor, layouts, shape.alignments, 1)?[0];
         Ok(Self { descriptor, layouts, algorithm })
+    }
+
+    /// Whether the library can do it by its algorithm, in the workspace that there is.
+    fn check(&self, handle: sys::cublasLtHandle_t) -> Result<(), CublasError> {
+        let [first, second, out] = self.layouts;
+        // SAFETY: numbers alone.
+        let mut found = unsafe { std::mem::zeroed::<sys::cublasLtMatmulHeuristicResult_t>() };
+        // SAFETY: everything given is alive, and the result is written.
+        unsafe {
+            sys::cublasLtMatmulAlgoCheck(
+                handle,
+                self.descriptor,
+                first,
+                second,
+                out,
+                out,
+                &raw const self.algorithm,
+                &raw mut found,
+            )
+            .result()?;
+        }
+        if found.workspaceSize <= WORKSPACE {
+            Ok(())
+        } else {
+            Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED))
+        }
+    }
+
+    fn destroy(self) {
+        // SAFETY: each was created once, and is not used again; what cannot be given back goes with the process.
+        unsafe {
+            for layout in self.layouts {
+                result::destroy_matrix_layout(layout).ok();
+            }
+            result::destroy_matmul_desc(self.descriptor).ok();
+        }
     }
 }
 
-/// The library's first choice, which is the same wherever device and library are.
-fn choose(
+/// The library's proposals, at least one and at most `count`, the one first that it takes for the fastest. They are the
+/// same wherever device and library are.
+fn propose(
     handle: sys::cublasLtHandle_t,
     descriptor: sys::cublasLtMatmulDesc_t,
     [first, second, out]: [sys::cublasLtMatrixLayout_t; 3],
     [a, b, c]: [u32; 3],
-) -> Result<sys::cublasLtMatmulAlgo_t, CublasError> {
+    count: usize,
+) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, CublasError> {
     use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
     let preferences = result::create_matmul_pref()?;
     let workspace = WORKSPACE as u64;
@@ -229,8 +411,12 @@ fn choose(
         (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, 1 << c),
         (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, 1 << c),
     ];
-    // SAFETY: the first attribute is 8 bytes wide and the others 4; everything given is alive.
-    let found = unsafe {
+    // SAFETY: numbers alone.
+    let empty = unsafe { std::mem::zeroed::<sys::cublasLtMatmulHeuristicResult_t>() };
+    let (mut found, mut number) = (vec![empty; count], 0);
+    // SAFETY: the first attribute is 8 bytes wide and the others 4; everything given is alive, and there are as many
+    // results as are asked for.
+    let done = unsafe {
         result::set_matmul_pref_attribute(
             preferences,
             Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
@@ -245,10 +431,27 @@ fn choose(
                 size_of::<u32>(),
             )?;
         }
-        let found =
-            result::get_matmul_algo_heuristic(handle, descriptor, first, second, out, out, preferences);
+        let done = sys::cublasLtMatmulAlgoGetHeuristic(
+            handle,
+            descriptor,
+            first,
+            second,
+            out,
+            out,
+            preferences,
+            count as i32,
+            found.as_mut_ptr(),
+            &raw mut number,
+        )
+        .result();
         result::destroy_matmul_pref(preferences)?;
-        found
+        done
     };
-    Ok(found?.algo)
+    done?;
+    let usable = found.iter().take(number as usize).filter(|found| found.state.result().is_ok());
+    let proposals: Vec<_> = usable.map(|found| found.algo).collect();
+    if proposals.is_empty() {
+        return Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED));
+    }
+    Ok(proposals)
 }

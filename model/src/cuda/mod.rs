@@ -395,6 +395,17 @@ impl Backend for Cuda {
         true
     }
 
+    fn choose_algorithms<R>(
+        &self,
+        known: Option<&str>,
+        work: impl FnOnce() -> R,
+    ) -> Result<(R, Option<String>), ModelError> {
+        let begun = self.device.matmul().begin_choosing(known);
+        begun.map_err(|error| ModelError::Algorithms(error.to_string()))?;
+        let result = work();
+        Ok((result, Some(self.device.matmul().end_choosing())))
+    }
+
     fn replay(&self, graph: &mut Graph, work: impl FnOnce() + Send) {
         graph.replay(&self.device, work);
     }

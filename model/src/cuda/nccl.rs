@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use cudarc::nccl::sys::{self, cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t};
 
-use super::driver::{Device, Mark, Memory, Stream};
+use super::driver::{Address, Device, Mark, Memory, Stream};
 use super::{Buffer, Cuda};
 use crate::backend::{Out, ViewMut, owned};
 
@@ -320,8 +320,9 @@ impl Communicator {
         data: Out<'_, Cuda, i64>,
         patience: Patience<'_>,
     ) -> Result<(), NcclError> {
-        let part = self.part(&data, 0..data.len());
-        self.begin(data.buffer.memory.clone(), "sum integers", patience, |call| {
+        let place = self.place(data);
+        let part = self.part(&place, 0..place.len);
+        self.begin(place.memory, "sum integers", patience, |call| {
             let Call { functions, handle, stream } = call;
             let Part { all, own, share, rest, left } = part;
             call.group(|| {
@@ -365,8 +366,9 @@ impl Communicator {
         parts: &[Range<usize>],
         patience: Patience<'_>,
     ) -> Result<(), NcclError> {
-        let parts: Vec<Part> = parts.iter().map(|part| self.part(&data, part.clone())).collect();
-        self.begin(data.buffer.memory.clone(), "gather numbers", patience, |call| {
+        let place = self.place(data);
+        let parts: Vec<Part> = parts.iter().map(|part| self.part(&place, part.clone())).collect();
+        self.begin(place.memory, "gather numbers", patience, |call| {
             let Call { functions, handle, stream } = call;
             call.group(|| {
                 let gathered = parts.iter().map(|Part { all, own, share, .. }| {
@@ -387,24 +389,27 @@ impl Communicator {
         data: Out<'_, Cuda, f32>,
         patience: Patience<'_>,
     ) -> Result<(), NcclError> {
-        let (Part { all, .. }, len, root) = (self.part(&data, 0..data.len()), data.len(), root as c_int);
-        self.begin(
-            data.buffer.memory.clone(),
-            "broadcast",
-            patience,
-            |Call { functions, handle, stream }| {
-                // SAFETY: the memory is held until the device is done with it.
-                unsafe { (functions.broadcast)(all, all, len, F32, root, handle, stream) }
-            },
-        )?;
+        let (place, root) = (self.place(data), root as c_int);
+        let (Part { all, .. }, len) = (self.part(&place, 0..place.len), place.len);
+        self.begin(place.memory, "broadcast", patience, |Call { functions, handle, stream }| {
+            // SAFETY: the memory is held until the device is done with it.
+            unsafe { (functions.broadcast)(all, all, len, F32, root, handle, stream) }
+        })?;
         self.finish(patience)
     }
 
+    fn place<T>(&self, data: ViewMut<'_, Buffer<T>>) -> Place {
+        let ViewMut { buffer, range } = data;
+        assert!(buffer.memory.is_of(&self.device), "a buffer is of the communicator's backend");
+        let width = size_of::<T>();
+        let first = buffer.memory.address().add(range.start * width);
+        Place { memory: buffer.memory.clone(), first, len: range.len(), width }
+    }
+
     /// Where a part of the data is, and what of it this member owns.
-    fn part<T>(&self, data: &ViewMut<'_, Buffer<T>>, part: Range<usize>) -> Part {
-        assert!(data.buffer.memory.is_of(&self.device), "a buffer is of the communicator's backend");
-        assert!(part.end <= data.len(), "a part of the data");
-        let at = |element: usize| data.address().add(element * size_of::<T>()).0 as *mut c_void;
+    fn part(&self, place: &Place, part: Range<usize>) -> Part {
+        assert!(part.end <= place.len, "a part of the data");
+        let at = |element: usize| place.first.add(element * place.width).0 as *mut c_void;
         let [own, rest] = owned(part.clone(), self.rank, self.size);
         Part {
             all: at(part.start),
@@ -542,6 +547,16 @@ impl Drop for Communicator {
 const I64: ncclDataType_t = ncclDataType_t::ncclInt64;
 const F32: ncclDataType_t = ncclDataType_t::ncclFloat32;
 const SUM: ncclRedOp_t = ncclRedOp_t::ncclSum;
+
+/// The data of an operation.
+struct Place {
+    memory: Memory,
+    first: Address,
+    /// Elements.
+    len: usize,
+    /// Bytes of an element.
+    width: usize,
+}
 
 /// A part of some data, as the library wants it: where it begins, this member's share of it and how many elements that
 /// has, and what is left over at the end.

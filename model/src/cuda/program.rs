@@ -1,9 +1,11 @@
 //! Which file of kernels is compiled how.
 
+use serde::{Deserialize, Serialize};
+
 use crate::format::{CacheFormat, WeightFormat};
 
 /// Format of numbers on the device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(super) enum Format {
     F32,
     F16,

@@ -24,5 +24,5 @@ pub use norm::{NormKind, ROW_BLOCK};
 pub use parse::{even_weights, read, tokenizer_to_count};
 pub use plan::{BenchmarkConfig, ClusterConfig, EvaluateConfig, LocalConfig, Plan, RunConfig, StoreConfig};
 pub use prepare::{PrepareConfig, TokenizerConfig};
-pub use train::{CheckpointConfig, Precision, TrainConfig};
+pub use train::{Algorithms, CheckpointConfig, Precision, TrainConfig};
 pub use units::Bytes;

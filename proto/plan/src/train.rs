@@ -26,6 +26,18 @@ impl Precision {
     }
 }
 
+/// How a GPU's library multiplies matrices, where it has several ways, which sum in different orders.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Algorithms {
+    /// As it proposes itself: the same wherever device and library are.
+    #[default]
+    Library,
+    /// As is the fastest, by trying. The first worker of a kind of device does so, and keeps it in the run's folder for
+    /// all; another run may find another.
+    Measured,
+}
+
 /// How the weights are trained. The defaults are the published recipe of OpenELM-270M.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -61,6 +73,8 @@ pub struct TrainConfig {
     /// Compute layers again in the backward instead of keeping their activations: a third more work, less memory,
     /// the same bits.
     pub recompute: bool,
+    /// How a GPU's library multiplies matrices.
+    pub algorithms: Algorithms,
     /// Updates between two measurements of the held-out loss; 0 measures it never.
     pub held_out_every: u64,
     /// Sequences of held-out text per measurement.
@@ -85,6 +99,7 @@ impl Default for TrainConfig {
             z_loss: 1e-4,
             precision: Precision::F32,
             recompute: false,
+            algorithms: Algorithms::Library,
             held_out_every: 5000,
             held_out_sequences: 1024,
         }

@@ -3,6 +3,7 @@
 //! It knows nothing of gRPC. Commands come in one at a time; what it has to say goes out as messages. While it is
 //! busy, only [`Control`] reaches it.
 
+mod algorithms;
 mod devices;
 mod group;
 mod step;
@@ -19,6 +20,7 @@ use tokio::sync::{Semaphore, mpsc};
 use ulmus_checkpoint::TrainState;
 use ulmus_dataloader::{Corpus, Loader, Sequence};
 use ulmus_model::{Backend, BatchShape, MicroBatch, Quantum, Replica};
+use ulmus_plan::Algorithms;
 use ulmus_types::{Assignment, BadUnit, Digest, Job, LeaveReason, Step, ToCoordinator};
 
 use crate::WorkerError;
@@ -188,7 +190,12 @@ impl<B: Backend> Training<B> {
         let shape = BatchShape { sequences, length, recompute: plan.train.recompute };
         let backend = backend.with_precision(plan.train.precision);
         let mut replica = Replica::new(backend, &plan.model, shape, plan.train.z_loss)?;
-        let fingerprint = fingerprint(&mut replica, plan.model.vocab_size, sequences, length)?;
+        let backend = replica.backend().clone();
+        let mut fingerprint = || fingerprint(&mut replica, plan.model.vocab_size, sequences, length);
+        let fingerprint = match plan.train.algorithms {
+            Algorithms::Library => fingerprint()?,
+            Algorithms::Measured => algorithms::measured(&run, &backend, fingerprint)?,
+        };
         let positions = plan.train.sequences * length as u64;
         Ok(Self {
             run,
@@ -211,7 +218,7 @@ impl<B: Backend> Training<B> {
 }
 
 /// The hash of the gradients of one fixed micro-batch: it tells this machine's arithmetic from another's, and is
-/// the dry run that finds out whether the model fits.
+/// the dry run that finds out whether the model fits, and which algorithms are fast.
 fn fingerprint<B: Backend>(
     replica: &mut Replica<B>,
     vocabulary: usize,
