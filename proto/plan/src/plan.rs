@@ -167,8 +167,12 @@ const MAY_CHANGE: [&str; 11] = [
 
 /// Keys that the first plans did not have, and what those plans meant. They count only with another value, so that a
 /// run can go on from its checkpoints after an update.
-const ADDED: [(&str, &str); 3] =
-    [("checkpoint.export", "true"), ("model.norm", "\"rms\""), ("data.piece_words", "2048")];
+const ADDED: [(&str, &str); 4] = [
+    ("checkpoint.export", "true"),
+    ("model.norm", "\"rms\""),
+    ("data.piece_words", "2048"),
+    ("train.algorithms", "\"library\""),
+];
 
 impl Plan {
     /// Tokens of one update, padding included.

@@ -109,6 +109,18 @@ DEVICE void clear(float (&acc)[M][N][4]) {
 DEVICE int own_row(int half) { return threadIdx.x % WARP / 4 + 8 * half; }
 DEVICE int own_column() { return threadIdx.x % 4 * 2; }
 
+// Replaces what is hidden; in most blocks nothing is, and asking takes as long as the products.
+template <int M, int N, class Hidden>
+DEVICE void hide(float (&results)[M][N][4], float by, Hidden hidden) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (hidden(m, i / 2, n * 8 + own_column() + i % 2)) results[m][n][i] = by;
+}
+
 // Writes this thread's part of rows [16, HEAD], each row times its factor.
 DEVICE void store_rows(bf16 *rows, long long stride, int first, int limit, const float (&acc)[HEAD / 8][4],
                        float factor_low, float factor_high) {
@@ -190,21 +202,20 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             for (int i = 0; i < 4; i++) a[i] = query[m][step][i];
         };
         multiply_rows<TILES, COLUMNS>(scores, left, key_tiles + stage * COLUMNS * HEAD);
-        bool all_visible = next <= offset + begin + 1 && key_begin >= last_start;
+        if (next > offset + begin + 1 || key_begin < last_start)
+            hide(scores, negative_infinity(), [&](int m, int half, int column) {
+                int position = offset + begin + warp_row + m * 16 + own_row(half), at = key_begin + column;
+                return at > position || at < start[m][half];
+            });
 #pragma unroll
         for (int m = 0; m < TILES; m++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                int position = offset + begin + warp_row + m * 16 + own_row(half);
                 float greatest = most[m][half];
 #pragma unroll
                 for (int n = 0; n < COLUMNS / 8; n++)
 #pragma unroll
-                    for (int i = 2 * half; i < 2 * half + 2; i++) {
-                        int at = key_begin + n * 8 + own_column() + i % 2;
-                        if (!all_visible && (at > position || at < start[m][half])) scores[m][n][i] = negative_infinity();
-                        greatest = fmaxf(greatest, scores[m][n][i]);
-                    }
+                    for (int i = 2 * half; i < 2 * half + 2; i++) greatest = fmaxf(greatest, scores[m][n][i]);
                 greatest = lanes_max<4>(greatest);
                 // A row that has seen no key yet.
                 float shift = greatest == negative_infinity() ? 0 : greatest * scale_log2;
@@ -262,9 +273,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         delta[((long long)blockIdx.z * gridDim.y + blockIdx.y) * length + row] = sum;
 }
 
-// Probability of a score, and what its gradient is: p (dp - delta).
-DEVICE float probability(float score, float scale_log2, float lse) {
-    return exp2_fast(fmaf(score, scale_log2, -lse * LOG2_E));
+// Probability of a score, where `lse_log2` is the logsumexp as a power of 2. Its gradient is p (dp - delta).
+DEVICE float probability(float score, float scale_log2, float lse_log2) {
+    return exp2_fast(fmaf(score, scale_log2, -lse_log2));
 }
 
 // The gradient of the queries. Grid (blocks of queries, heads, sequences).
@@ -298,7 +309,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int row = min(begin + warp_row + m * 16 + own_row(half), length - 1);
-            row_lse[m][half] = lse[of_head + row];
+            row_lse[m][half] = lse[of_head + row] * LOG2_E;
             row_delta[m][half] = delta[of_head + row];
             start[m][half] = starts[row];
         }
@@ -324,22 +335,20 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             slopes,
             [&](unsigned(&a)[4], int m, int step) { load_left(a, gradient_tile, warp_row + m * 16, step); },
             own_values);
-        bool all_visible = next <= begin + 1 && key_begin >= last_start;
 #pragma unroll
         for (int m = 0; m < TILES; m++)
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int position = begin + warp_row + m * 16 + own_row(half);
+            for (int n = 0; n < COLUMNS / 8; n++)
 #pragma unroll
-                for (int n = 0; n < COLUMNS / 8; n++)
-#pragma unroll
-                    for (int i = 2 * half; i < 2 * half + 2; i++) {
-                        int at = key_begin + n * 8 + own_column() + i % 2;
-                        bool visible = all_visible || (at <= position && at >= start[m][half]);
-                        float p = probability(scores[m][n][i], scale_log2, row_lse[m][half]);
-                        slopes[m][n][i] = visible ? p * (slopes[m][n][i] - row_delta[m][half]) : 0;
-                    }
-            }
+                for (int i = 0; i < 4; i++) {
+                    float p = probability(scores[m][n][i], scale_log2, row_lse[m][i / 2]);
+                    slopes[m][n][i] = p * (slopes[m][n][i] - row_delta[m][i / 2]);
+                }
+        if (next > begin + 1 || key_begin < last_start)
+            hide(slopes, 0, [&](int m, int half, int column) {
+                int position = begin + warp_row + m * 16 + own_row(half), at = key_begin + column;
+                return at > position || at < start[m][half];
+            });
         multiply_columns<TILES, COLUMNS>(acc, slopes, own_keys);
     }
 #pragma unroll
@@ -347,6 +356,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         store_rows(query_gradient.at(sequence, head), query_gradient.row, begin + warp_row + m * 16, length, acc[m],
                    scale, scale);
 }
+
+constexpr int NO_KEY = 0x7fffffff;
+
+// What the gradients of keys and values need of each query in a block of columns.
+struct Queries {
+    float lse_log2[COLUMNS], delta[COLUMNS];
+    // The first key that it sees; NO_KEY if there is no such query.
+    int start[COLUMNS];
+};
 
 // The gradients of keys and values: rows are keys, columns the queries of all heads of a group that may see them, one
 // head after the other. Grid (blocks of keys, key/value heads, sequences).
@@ -374,10 +392,32 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         load_rows<COLUMNS>(query_tiles + place, queries.at(sequence, query_head), queries.row, at, length);
         load_rows<COLUMNS>(gradient_tiles + place, gradient.at(sequence, query_head), gradient.row, at, length);
     };
+    // One thread for each query: loaded before the work on the block before, and put in place after it.
+    static_assert(COLUMNS <= THREADS, "a thread for each column");
+    __shared__ Queries stages[2];
+    float next_lse = 0, next_delta = 0;
+    int next_start = 0;
+    auto load_queries = [&](int index) {
+        if (threadIdx.x >= COLUMNS) return;
+        int query_head = head * group + index / blocks, at = first_query + index % blocks * COLUMNS + threadIdx.x;
+        long long place = ((long long)sequence * gridDim.y * group + query_head) * length + min(at, length - 1);
+        next_lse = lse[place];
+        next_delta = delta[place];
+        next_start = at < length ? starts[at] : NO_KEY;
+    };
+    auto put_queries = [&](int index) {
+        if (threadIdx.x >= COLUMNS) return;
+        Queries &stage = stages[index % 2];
+        stage.lse_log2[threadIdx.x] = next_lse * LOG2_E;
+        stage.delta[threadIdx.x] = next_delta;
+        stage.start[threadIdx.x] = next_start;
+    };
     load_rows<ROWS>(key_tile, keys.at(sequence, head), keys.row, begin, length);
     load_rows<ROWS>(value_tile, values.at(sequence, head), values.row, begin, length);
     load_block(0);
     copy_async_commit();
+    load_queries(0);
+    put_queries(0);
 
     float key_acc[TILES][HEAD / 8][4], value_acc[TILES][HEAD / 8][4];
     clear(key_acc);
@@ -386,11 +426,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int index = 0; index < group * blocks; index++) {
         copy_async_wait<0>();
         __syncthreads();
-        if (index + 1 < group * blocks) load_block(index + 1);
+        bool more = index + 1 < group * blocks;
+        if (more) {
+            load_block(index + 1);
+            load_queries(index + 1);
+        }
         copy_async_commit();
 
         int query_begin = first_query + index % blocks * COLUMNS;
-        long long of_head = ((long long)sequence * gridDim.y * group + head * group + index / blocks) * length;
+        const Queries &block = stages[index % 2];
         bf16 *own_queries = query_tiles + index % 2 * COLUMNS * HEAD;
         bf16 *own_gradient = gradient_tiles + index % 2 * COLUMNS * HEAD;
         float scores[TILES][COLUMNS / 8][4], slopes[TILES][COLUMNS / 8][4];
@@ -403,25 +447,30 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             slopes, [&](unsigned(&a)[4], int m, int step) { load_left(a, value_tile, warp_row + m * 16, step); },
             own_gradient);
 #pragma unroll
-        for (int n = 0; n < COLUMNS / 8; n++)
+        for (int n = 0; n < COLUMNS / 8; n++) {
+            int column = n * 8 + own_column();
+            float2 lse_log2 = *reinterpret_cast<const float2 *>(&block.lse_log2[column]);
+            float2 delta = *reinterpret_cast<const float2 *>(&block.delta[column]);
 #pragma unroll
-            for (int next = 0; next < 2; next++) {
-                int position = query_begin + n * 8 + own_column() + next, row = min(position, length - 1);
-                float column_lse = lse[of_head + row], column_delta = delta[of_head + row];
-                int start = starts[row];
+            for (int m = 0; m < TILES; m++)
 #pragma unroll
-                for (int m = 0; m < TILES; m++)
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        int at = begin + warp_row + m * 16 + own_row(half), i = 2 * half + next;
-                        bool visible = at <= position && at >= start && position < length;
-                        float p = visible ? probability(scores[m][n][i], scale_log2, column_lse) : 0;
-                        scores[m][n][i] = p;
-                        slopes[m][n][i] = visible ? p * (slopes[m][n][i] - column_delta) : 0;
-                    }
-            }
+                for (int i = 0; i < 4; i++) {
+                    float p = probability(scores[m][n][i], scale_log2, i % 2 ? lse_log2.y : lse_log2.x);
+                    scores[m][n][i] = p;
+                    slopes[m][n][i] = p * (slopes[m][n][i] - (i % 2 ? delta.y : delta.x));
+                }
+        }
+        if (query_begin + 1 < end || block.start[COLUMNS - 1] > begin) {
+            auto hidden = [&](int m, int half, int column) {
+                int at = begin + warp_row + m * 16 + own_row(half);
+                return at > query_begin + column || at < block.start[column];
+            };
+            hide(scores, 0, hidden);
+            hide(slopes, 0, hidden);
+        }
         multiply_columns<TILES, COLUMNS>(value_acc, scores, own_gradient);
         multiply_columns<TILES, COLUMNS>(key_acc, slopes, own_queries);
+        if (more) put_queries(index + 1);
     }
 #pragma unroll
     for (int m = 0; m < TILES; m++) {
