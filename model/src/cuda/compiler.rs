@@ -10,9 +10,6 @@ use ulmus_types::Digest;
 
 use super::program::{HEADERS, Variant};
 
-/// Bytes of shared memory that a kernel may use without asking for more.
-pub(super) const STATIC_SHARED: usize = 48 << 10;
-
 /// The compiler, for one architecture.
 #[derive(Debug)]
 pub(super) struct Compiler {

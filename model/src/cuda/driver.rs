@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{CudaContext, DriverError, result, sys};
 
-use super::compiler::{self, Compiler};
+use super::compiler::Compiler;
 use super::matmul::{self, Matmul};
 use super::program::Variant;
 use crate::error::ModelError;
@@ -208,7 +208,8 @@ impl Device {
             let name = CString::new(kernel).expect("names of kernels have no zero byte");
             // SAFETY: the module is loaded.
             let function = must(kernel, unsafe { result::module::get_function(module.handle, name) });
-            if shared > compiler::STATIC_SHARED {
+            // More than 48 KiB have to be asked for, together with what the kernel declares.
+            if shared > 0 {
                 let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                 // SAFETY: the function is loaded.
                 let set =

@@ -180,11 +180,24 @@ impl Cuda {
     }
 }
 
-/// Heads that attention.cu is made for, and how it is cut: forward, backward.
-fn tilings(head: usize) -> Option<[Tiling; 2]> {
+/// How attention.cu is cut.
+#[derive(Debug, Clone, Copy)]
+struct Tilings {
+    forward: Tiling,
+    /// For the gradient of queries.
+    queries: Tiling,
+    /// For the gradients of keys and values.
+    keys: Tiling,
+}
+
+/// For the heads that it is made for. With two tiles of rows per warp what is read from shared memory serves twice, and
+/// the products are what takes the time, on an H100; gradients of wide keys have no registers for it. Two blocks of 4
+/// warps are on a multiprocessor at a time.
+fn tilings(head: usize) -> Option<Tilings> {
+    let of = |tiles, warps, columns| Tiling { tiles, warps, columns };
     match head {
-        64 => Some([Tiling { tiles: 2, warps: 4, columns: 64 }, Tiling { tiles: 1, warps: 8, columns: 64 }]),
-        128 => Some([Tiling { tiles: 1, warps: 8, columns: 64 }, Tiling { tiles: 1, warps: 8, columns: 32 }]),
+        64 => Some(Tilings { forward: of(2, 4, 64), queries: of(2, 4, 64), keys: of(2, 4, 32) }),
+        128 => Some(Tilings { forward: of(2, 4, 32), queries: of(2, 4, 32), keys: of(1, 8, 32) }),
         _ => None,
     }
 }
@@ -602,16 +615,20 @@ impl Backend for Cuda {
         let (lse, doc_starts, scale) = (lse.address(), doc_starts.address(), score_scale(heads));
         let (length_, group) = (length as i32, heads.group() as i32);
         let grid = |rows: usize, heads: usize| [length.div_ceil(rows), heads, sequences];
-        if let Some([_, tiling]) = self.tiled(heads, &[queries, out, gradient, query_gradient]) {
-            let program = Program::Attention { head: heads.width, tiling };
-            let threads = line(tiling.warps * 32);
-            let shared = tiling.shared(heads.width, 2);
-            let rows = tiling.warps * 4;
-            launch!(self, program, 8, "attention_delta", grid(rows, heads.query), threads, 0;
+        if let Some(tilings) = self.tiled(heads, &[queries, out, gradient, query_gradient]) {
+            let of = |tiling: Tiling| {
+                let program = Program::Attention { head: heads.width, tiling };
+                (program, line(tiling.warps * 32), tiling.shared(heads.width, 2))
+            };
+            let (program, threads, shared) = of(tilings.queries);
+            let (rows, each) = (tilings.queries.rows(), tilings.queries.warps * 4);
+            launch!(self, program, 8, "attention_delta", grid(each, heads.query), threads, 0;
                 delta, out, gradient, length_);
-            launch!(self, program, 8, "attention_backward_queries", grid(tiling.rows(), heads.query), threads, shared;
+            launch!(self, program, 8, "attention_backward_queries", grid(rows, heads.query), threads, shared;
                 query_gradient, gradient, lse, delta, queries, keys, values, doc_starts, length_, group, scale);
-            launch!(self, program, 8, "attention_backward_keys", grid(tiling.rows(), heads.key_value), threads, shared;
+            let (program, threads, shared) = of(tilings.keys);
+            let rows = tilings.keys.rows();
+            launch!(self, program, 8, "attention_backward_keys", grid(rows, heads.key_value), threads, shared;
                 key_gradient, value_gradient, gradient, lse, delta, queries, keys, values, doc_starts, length_,
                 group, scale);
         } else {
@@ -841,7 +858,7 @@ struct AttentionPass {
 
 impl Cuda {
     /// How attention.cu is cut for such heads, if it is for them: bfloat16 in rows that begin at multiples of 16 bytes.
-    fn tiled(&self, heads: Heads, rows: &[HeadRows]) -> Option<[Tiling; 2]> {
+    fn tiled(&self, heads: Heads, rows: &[HeadRows]) -> Option<Tilings> {
         let aligned = |rows: &HeadRows| {
             let strides = [rows.sequence, rows.head, rows.row];
             rows.base.0.is_multiple_of(16) && strides.iter().all(|stride| stride % 8 == 0)
@@ -855,7 +872,7 @@ impl Cuda {
         let (length_, group, scale) = (length as i32, heads.group() as i32, score_scale(heads));
         let grid = |rows: usize| [length.div_ceil(rows), heads.query, spans];
         match self.tiled(heads, &[out, queries, keys, values]) {
-            Some([tiling, _]) if cached == Format::Bf16 => {
+            Some(Tilings { forward: tiling, .. }) if cached == Format::Bf16 => {
                 let program = Program::Attention { head: heads.width, tiling };
                 let shared = tiling.shared(heads.width, 1);
                 launch!(self, program, 8, "attention", grid(tiling.rows()), line(tiling.warps * 32), shared;

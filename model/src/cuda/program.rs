@@ -215,8 +215,9 @@ impl Variant {
                         programs.push(Program::AttentionAny { head, cached });
                     }
                     if (activation, vector) == (Format::Bf16, wide) {
-                        let of = |tiling| Program::Attention { head, tiling };
-                        programs.extend(tilings(head).expect("published heads have tilings").map(of));
+                        let tilings = tilings(head).expect("published heads have tilings");
+                        let all = [tilings.forward, tilings.queries, tilings.keys];
+                        programs.extend(all.map(|tiling| Program::Attention { head, tiling }));
                     }
                 }
                 variants.extend(programs.into_iter().map(|program| Self { program, activation, vector }));
