@@ -249,10 +249,10 @@ fn swiglu(bencher: Bencher<'_, '_>) {
 #[divan::bench]
 fn swiglu_backward(bencher: Bencher<'_, '_>) {
     let backend = backend(Precision::F32);
-    let (mut x, gradient) = (values(ROWS * 2 * FFN), values(ROWS * FFN));
+    let (mut x, mut gradient) = (values(ROWS * 2 * FFN), values(ROWS * FFN));
     bencher
-        .counter(floats(5 * ROWS * FFN))
-        .bench_local(|| backend.swiglu_backward(all_mut(&mut x), all(&gradient), FFN));
+        .counter(floats(6 * ROWS * FFN))
+        .bench_local(|| backend.swiglu_backward(all_mut(&mut x), all_mut(&mut gradient), FFN));
 }
 
 #[divan::bench]

@@ -517,8 +517,8 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// `out = silu(first half of the row) · second half`; `out` has rows of `width`, `x` of `2 · width`.
     fn swiglu(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, width: usize);
 
-    /// Replaces `x`, rows of `2 · width`, by its gradient.
-    fn swiglu_backward(&self, x: ActsMut<'_, Self>, gradient: Acts<'_, Self>, width: usize);
+    /// Replaces `x`, rows of `2 · width`, by its gradient, and the gradient of the output by the output.
+    fn swiglu_backward(&self, x: ActsMut<'_, Self>, gradient: ActsMut<'_, Self>, width: usize);
 
     /// Output head and loss in one: per row, `cross_entropy = logsumexp(logits) − logits[target]` and `lse` =
     /// logsumexp, both 0 where the target is [`IGNORE`]. `gradients`, if asked for, are those of

@@ -528,13 +528,6 @@ impl<B: Backend> Network<B> {
         let weight = |range: &Range<usize>| View::new(weights, range.clone());
 
         let shape = LinearShape { rows, inputs: ffn, outputs: d };
-        backend.swiglu(write(&mut scratch.gated, rows * ffn), read(&kept.gate_up, rows * 2 * ffn), ffn);
-        backend.linear_backward_weight(
-            ViewMut::new(gradient, at.proj_2.clone()),
-            read(&scratch.stream, rows * d),
-            read(&scratch.gated, rows * ffn),
-            shape,
-        );
         backend.linear_backward_input(
             write(&mut scratch.gated, rows * ffn),
             read(&scratch.stream, rows * d),
@@ -543,8 +536,14 @@ impl<B: Backend> Network<B> {
         );
         backend.swiglu_backward(
             write(&mut kept.gate_up, rows * 2 * ffn),
-            read(&scratch.gated, rows * ffn),
+            write(&mut scratch.gated, rows * ffn),
             ffn,
+        );
+        backend.linear_backward_weight(
+            ViewMut::new(gradient, at.proj_2.clone()),
+            read(&scratch.stream, rows * d),
+            read(&scratch.gated, rows * ffn),
+            shape,
         );
 
         let shape = LinearShape { rows, inputs: d, outputs: 2 * ffn };

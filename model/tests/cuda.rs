@@ -123,8 +123,8 @@ fn products<B: Backend>(device: &Device<B>) -> Outputs {
     outputs
         .push(("swiglu".to_owned(), of_acts(rows * width, &|out| device.0.swiglu(out, upstream(), width))));
     let mut slopes = device.acts(&numbers(rows * wide, 3));
-    let of_gated = device.acts(&numbers(rows * width, 4));
-    device.0.swiglu_backward(all_mut(&mut slopes, rows * wide), all(&of_gated, rows * width), width);
+    let mut of_gated = device.acts(&numbers(rows * width, 4));
+    device.0.swiglu_backward(all_mut(&mut slopes, rows * wide), all_mut(&mut of_gated, rows * width), width);
     outputs.push(("its gradient".to_owned(), device.get_acts(&slopes, rows * wide)));
 
     let ids: Vec<u32> = (0..300).map(|row| (row * row) % 7).collect();

@@ -395,7 +395,7 @@ impl Backend for Cpu {
         self.kernel(trace_span!("swiglu"), || swiglu::swiglu(out, x, width));
     }
 
-    fn swiglu_backward(&self, x: Out<'_, Self>, gradient: In<'_, Self>, width: usize) {
+    fn swiglu_backward(&self, x: Out<'_, Self>, gradient: Out<'_, Self>, width: usize) {
         let (x, gradient) = (x.slice(), gradient.slice());
         self.kernel(trace_span!("swiglu"), || swiglu::swiglu_backward(x, gradient, width));
     }

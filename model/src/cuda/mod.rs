@@ -651,7 +651,7 @@ impl Backend for Cuda {
         launch!(self, Program::Swiglu, vector, "swiglu", blocks, line(THREADS), 0; out, x, width as i32);
     }
 
-    fn swiglu_backward(&self, x: ActsMut<'_, Self>, gradient: Acts<'_, Self>, width: usize) {
+    fn swiglu_backward(&self, x: ActsMut<'_, Self>, gradient: ActsMut<'_, Self>, width: usize) {
         let _kernel = self.kernel(trace_span!("swiglu"));
         let rows = gradient.len() / width;
         let (x, gradient) = (x.address(), gradient.address());

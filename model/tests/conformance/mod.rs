@@ -261,11 +261,12 @@ fn swiglu<B: Backend>(device: &Device<B>) {
     let (rows, width) = (ROW_BLOCK + 3, 19);
     let x: Vec<f32> = random(rows * 2 * width, 1).iter().map(|x| x * 6.0).collect();
     let upstream = random(rows * width, 2);
-    let (x_, upstream_) = (device.acts(&x), device.acts(&upstream));
+    let (x_, mut upstream_) = (device.acts(&x), device.acts(&upstream));
     let out = device.fill_acts(rows * width, |out| device.0.swiglu(out, all(&x_, rows * 2 * width), width));
     let mut gradient = device.acts(&x);
     let into = all_mut(&mut gradient, rows * 2 * width);
-    device.0.swiglu_backward(into, all(&upstream_, rows * width), width);
+    device.0.swiglu_backward(into, all_mut(&mut upstream_, rows * width), width);
+    assert_eq!(device.get_acts(&upstream_, rows * width), out, "made again");
     let gradient = device.get_acts(&gradient, rows * 2 * width);
     let reference = |inputs: &[Vec<f64>]| {
         let rows = inputs[0].chunks(2 * width);

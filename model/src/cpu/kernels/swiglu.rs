@@ -23,23 +23,26 @@ vectorised! {
     }
 }
 
-/// Both halves become their gradients.
-pub(crate) fn swiglu_backward(x: &mut [f32], gradient: &[f32], width: usize) {
+/// Both halves become their gradients, and the gradient of the output becomes the output.
+pub(crate) fn swiglu_backward(x: &mut [f32], gradient: &mut [f32], width: usize) {
     x.par_chunks_mut(ROW_BLOCK * 2 * width)
-        .zip(gradient.par_chunks(ROW_BLOCK * width))
+        .zip(gradient.par_chunks_mut(ROW_BLOCK * width))
         .for_each(|(x, gradient)| swiglu_backward_rows(x, gradient, width));
 }
 
 vectorised! {
-    fn swiglu_backward_rows(x: &mut [f32], gradient: &[f32], width: usize) {
+    fn swiglu_backward_rows(x: &mut [f32], gradient: &mut [f32], width: usize) {
         for row in 0..gradient.len() / width {
-            let gradient = &gradient[row * width..][..width];
+            let gradient = &mut gradient[row * width..][..width];
             let (gate, up) = x[row * 2 * width..][..2 * width].split_at_mut(width);
             for i in 0..width {
-                let sigmoid = 1.0 / (1.0 + exp(-gate[i]));
+                let inverse = 1.0 + exp(-gate[i]);
+                let sigmoid = 1.0 / inverse;
                 let silu = gate[i] * sigmoid;
-                gate[i] = gradient[i] * up[i] * (sigmoid + silu * (1.0 - sigmoid));
-                up[i] = gradient[i] * silu;
+                let (slope, out) = (gradient[i], gate[i] / inverse * up[i]);
+                gate[i] = slope * up[i] * (sigmoid + silu * (1.0 - sigmoid));
+                up[i] = slope * silu;
+                gradient[i] = out;
             }
         }
     }
