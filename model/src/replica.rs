@@ -320,14 +320,16 @@ impl<B: Backend> Replica<B> {
         let decayed = AdamW { decay: (1.0 - lr * recipe.weight_decay) as f32, ..plain };
         let Self { backend, layout, weights, first_moment, second_moment, gradient, .. } = self;
         backend.run(|| {
-            for tensor in layout.tensors() {
-                let range = || tensor.range.clone();
+            // Neighbours that are treated alike in one go: there are many small ones.
+            for tensors in layout.tensors().chunk_by(|a, b| a.decays() == b.decays()) {
+                let (first, last) = (&tensors[0], &tensors[tensors.len() - 1]);
+                let range = || first.range.start..last.range.end;
                 backend.adamw(
                     ViewMut::new(weights, range()),
                     ViewMut::new(first_moment, range()),
                     ViewMut::new(second_moment, range()),
                     View::new(gradient, range()),
-                    if tensor.decays() { decayed } else { plain },
+                    if first.decays() { decayed } else { plain },
                 );
             }
         });
