@@ -448,25 +448,26 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             own_gradient);
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; n++) {
-            int column = n * 8 + own_column();
-            float2 lse_log2 = *reinterpret_cast<const float2 *>(&block.lse_log2[column]);
-            float2 delta = *reinterpret_cast<const float2 *>(&block.delta[column]);
+            float2 lse = *reinterpret_cast<const float2 *>(&block.lse_log2[n * 8 + own_column()]);
 #pragma unroll
             for (int m = 0; m < TILES; m++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    float p = probability(scores[m][n][i], scale_log2, i % 2 ? lse_log2.y : lse_log2.x);
-                    scores[m][n][i] = p;
-                    slopes[m][n][i] = p * (slopes[m][n][i] - (i % 2 ? delta.y : delta.x));
-                }
+                for (int i = 0; i < 4; i++)
+                    scores[m][n][i] = probability(scores[m][n][i], scale_log2, i % 2 ? lse.y : lse.x);
         }
-        if (query_begin + 1 < end || block.start[COLUMNS - 1] > begin) {
-            auto hidden = [&](int m, int half, int column) {
+        if (query_begin + 1 < end || block.start[COLUMNS - 1] > begin)
+            hide(scores, 0, [&](int m, int half, int column) {
                 int at = begin + warp_row + m * 16 + own_row(half);
                 return at > query_begin + column || at < block.start[column];
-            };
-            hide(scores, 0, hidden);
-            hide(slopes, 0, hidden);
+            });
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 8; n++) {
+            float2 delta = *reinterpret_cast<const float2 *>(&block.delta[n * 8 + own_column()]);
+#pragma unroll
+            for (int m = 0; m < TILES; m++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    slopes[m][n][i] = scores[m][n][i] * (slopes[m][n][i] - (i % 2 ? delta.y : delta.x));
         }
         multiply_columns<TILES, COLUMNS>(value_acc, scores, own_gradient);
         multiply_columns<TILES, COLUMNS>(key_acc, slopes, own_queries);
