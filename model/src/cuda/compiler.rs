@@ -43,14 +43,15 @@ impl Compiler {
     /// The cubin of a variant: from the cache, or compiled.
     pub(super) fn compile(&self, variant: Variant) -> Result<Vec<u8>, String> {
         let options = self.options(variant);
-        let Some(file) = self.cache.as_ref().map(|folder| folder.join(self.key(variant, &options))) else {
-            return Ok(compile(variant, &options)?.image);
-        };
-        if let Ok(image) = fs::read(&file) {
+        let file = self.cache.as_ref().map(|folder| folder.join(self.key(variant, &options)));
+        if let Some(image) = file.as_ref().and_then(|file| fs::read(file).ok()) {
             return Ok(image);
         }
-        let Compiled { image, .. } = compile(variant, &options)?;
-        if let Err(error) = keep(&file, &image) {
+        let Compiled { image, log } = compile(variant, &options)?;
+        tracing::debug!(file = variant.program.file(), log, "compiled");
+        if let Some(file) = file
+            && let Err(error) = keep(&file, &image)
+        {
             tracing::debug!(file = %file.display(), %error, "a compiled kernel could not be kept");
         }
         Ok(image)
@@ -133,9 +134,7 @@ fn compile(variant: Variant, options: &[String]) -> Result<Compiled, String> {
         return Err(format!("{error}\n{}", program.log()));
     }
     let image = program.image().map_err(failed)?;
-    let log = program.log();
-    tracing::debug!(file, log, "compiled");
-    Ok(Compiled { image, log })
+    Ok(Compiled { image, log: program.log() })
 }
 
 /// A program, destroyed at the end.
