@@ -181,15 +181,18 @@ fn widen(half: u16) -> f32 {
 #[inline(always)]
 fn sum_bf16<const ROWS: usize>(left: &[u32], right: &[Line], half: usize, sums: &mut Sums<ROWS>) {
     let left = left.as_chunks::<ROWS>().0.as_chunks::<2>().0;
-    let right: &[[[[u16; 2]; HALF]; 2]] = bytemuck::cast_slice(right);
+    let right = right.as_chunks::<2>().0;
     let mut own = *sums;
     for step in 0..left.len().min(right.len()) {
+        // Two numbers in a word, the lower half first.
+        let mut lanes = [[0_f32; HALF]; 2];
+        for lane in 0..HALF {
+            let pair = u32::from_le(right[step][half].0[lane]);
+            lanes[0][lane] = f32::from_bits(pair << 16);
+            lanes[1][lane] = f32::from_bits(pair & 0xffff_0000);
+        }
         for depth in 0..2 {
-            let mut lanes = [0_f32; HALF];
-            for lane in 0..HALF {
-                lanes[lane] = f32::from_bits(u32::from(right[step][half][lane][depth]) << 16);
-            }
-            add_depth(&left[step][depth], &lanes, &mut own);
+            add_depth(&left[step][depth], &lanes[depth], &mut own);
         }
     }
     *sums = own;
