@@ -16,7 +16,8 @@ pub(crate) struct Console {
     bar: ProgressBar,
     terminal: bool,
     iterations: u64,
-    last_tokens: u64,
+    /// The update that was told last, and all tokens until then.
+    last: Option<(Step, u64)>,
     speed: Option<f64>,
     held_out: Option<f64>,
     last_plain: Option<Instant>,
@@ -34,7 +35,7 @@ impl Console {
         bar.set_style(style);
         bar.set_position(done.get());
         bar.reset_eta();
-        Self { bar, terminal, iterations, last_tokens: 0, speed: None, held_out: None, last_plain: None }
+        Self { bar, terminal, iterations, last: None, speed: None, held_out: None, last_plain: None }
     }
 
     /// Prints a line, above the progress bar if there is one.
@@ -78,12 +79,15 @@ impl Console {
 
     /// Tells about an update.
     pub(crate) fn step(&mut self, report: &StepReport) {
-        let tokens = report.tokens.saturating_sub(self.last_tokens) as f64;
-        let first = self.last_tokens == 0;
-        self.last_tokens = report.tokens;
-        if !first {
-            let now = tokens / report.elapsed.as_secs_f64().max(1e-9);
-            self.speed = Some(self.speed.map_or(now, |speed| 0.9 * speed + 0.1 * now));
+        match self.last.replace((report.step, report.tokens)) {
+            // Workers repeat what may not have been heard.
+            Some((step, _)) if step == report.step => return,
+            Some((step, tokens)) if step.next() == report.step => {
+                let tokens = report.tokens.saturating_sub(tokens) as f64;
+                let now = tokens / report.elapsed.as_secs_f64().max(1e-9);
+                self.speed = Some(self.speed.map_or(now, |speed| 0.9 * speed + 0.1 * now));
+            }
+            _ => {}
         }
         self.held_out = report.held_out_loss.or(self.held_out);
         let held_out = self.held_out.map(|loss| format!(" held-out {loss:.3}")).unwrap_or_default();
