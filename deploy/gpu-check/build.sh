@@ -9,7 +9,7 @@ cargo build --release --locked --bin worker --bin evaluator
 for program in worker evaluator; do
     strip -o "$bin/$program" "$target/release/$program"
 done
-for test in cuda golden; do
+for test in cuda golden nccl; do
     built=$(cargo test --release --locked -p ulmus-model --test "$test" --no-run --message-format=json |
         sed -n "s/.*\"name\":\"$test\".*\"executable\":\"\([^\"]*\)\".*/\1/p")
     strip -o "$bin/$test" "$built"

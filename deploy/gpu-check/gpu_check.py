@@ -4,6 +4,7 @@
     python deploy/gpu-check/gpu_check.py --out gpu-report       # on the GPU machine, with PyTorch
 
 The parts, each by itself with `--only`: `parity` (every kernel and the golden run against the CPU and the reference),
+`collectives` (up to four processes that sum by NCCL, one of which is killed; on one GPU that needs NCCL 2.30, see `--nccl`),
 `training` (tokens/s and MFU of bf16 training, 2048 positions), `inference` (the paper's table: 35 tokens of prompt,
 1024 new ones, batch 1), `norms` (what RMS norm costs as the authors wrote it, fused, and layer norm). Every figure is
 the median of `--rounds` runs, each in a process of its own; Ulmus and its peer take turns. A part that fails is told
@@ -11,6 +12,7 @@ in the report and ends nothing else; the exit code is 1 then.
 """
 
 import argparse
+import ctypes
 import datetime
 import json
 import os
@@ -29,9 +31,18 @@ PEER = ROOT / "benches/peers/torch_openelm.py"
 LIMITS = {"H100": (989.5, 3350), "H200": (989.5, 4800), "A100": (312, 2039), "4090": (165, 1008)}
 
 
-def query(fields):
+def query(fields, every=False):
+    """Of the first GPU, or of all."""
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return lines if every else lines[0]
+
+
+def nccl_of_torch():
+    """The folder of the NCCL that came with PyTorch."""
+    import nvidia.nccl
+
+    return Path(list(nvidia.nccl.__path__)[0]) / "lib"
 
 
 class Failed(Exception):
@@ -102,10 +113,29 @@ class Check:
         return {name: found for name, found in results.items() if found}
 
     def parity(self):
-        self.say("\n## Parity\n\n| test | result |\n|---|---|")
-        environment = {**os.environ, "ULMUS_GOLDEN": str(ROOT / "tests/golden/a"), "RUST_BACKTRACE": "0"}
+        self.say("\n## Parity\n")
+        environment = {"ULMUS_GOLDEN": str(ROOT / "tests/golden/a")}
+        return self.tests([("cuda", []), ("golden", ["cuda::"])], environment)
+
+    def collectives(self):
+        folder = self.arguments.nccl or nccl_of_torch()
+        version = ctypes.c_int()
+        ctypes.CDLL(str(folder / "libnccl.so.2")).ncclGetVersion(ctypes.byref(version))
+        major, minor = version.value // 10000, version.value // 100 % 100
+        self.say(f"\n## Collectives, NCCL {major}.{minor}\n")
+        if (major, minor) < (2, 30) and len(query("name", every=True)) < 4:
+            self.say("Not run: four processes on fewer GPUs need NCCL 2.30; name the folder of one with --nccl.")
+            return {"nccl": version.value}
+        paths = [str(folder), os.environ.get("LD_LIBRARY_PATH", "")]
+        environment = {"LD_LIBRARY_PATH": ":".join(filter(None, paths))}
+        return {"nccl": version.value, **self.tests([("nccl", [])], environment)}
+
+    def tests(self, programs, environment):
+        """Runs test programs; says what became of each test."""
+        self.say("| test | result |\n|---|---|")
+        environment = {**os.environ, **environment, "RUST_BACKTRACE": "0"}
         results = {}
-        for program, filters in (("cuda", []), ("golden", ["cuda::"])):
+        for program, filters in programs:
             command = [BIN / program, "--ignored", "--test-threads", "1", *filters]
             done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
             for line in done.stdout.splitlines():
@@ -224,11 +254,12 @@ def training_subject(text):
 
 
 def main():
-    parts = ["parity", "training", "inference", "norms"]
+    parts = ["parity", "collectives", "training", "inference", "norms"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--nccl", type=Path, metavar="FOLDER", help="where libnccl.so.2 is [default: PyTorch's]")
     parser.add_argument("--limit", type=int, default=300, help="seconds of one run")
     parser.add_argument("--training", nargs="+", type=training_subject, metavar="MODEL=BATCH",
                         default=[("openelm-270m", 16), ("openelm-1_1b", 8)])
