@@ -42,6 +42,9 @@ pub const IGNORE: u32 = u32::MAX;
 /// Elements per block of [`Backend::block_squares`]. Shard boundaries are block boundaries.
 pub const BLOCK: usize = 65_536;
 
+/// For [`Backend::choose_algorithms`]: no names, so that what the library proposes first is taken, which is always the same.
+pub const FIRST_PROPOSALS: &str = "[]";
+
 /// What member `rank` of `size` owns of a range that is reduced over them: an equal share, and the fewer than `size`
 /// elements at the end that are left over, which all own.
 ///
@@ -394,10 +397,10 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// makes a difference. Only for measuring.
     fn time_kernels_apart(&self) -> bool;
 
-    /// Does `work`, choosing the fastest of several algorithms for each product of matrices that it is the first to need;
-    /// gives their names, if there was a choice. Another may be the fastest the next time, and has other bits: `known` are
-    /// the names that an earlier call gave on a device that describes itself alike, whose choice is taken. Work outside of
-    /// such a call takes what is likely to be the fastest, and is always the same.
+    /// Does `work`, choosing the fastest of several algorithms for each product of matrices that it needs; gives their names,
+    /// if there was a choice. Another may be the fastest the next time, and has other bits: `known` are the names that an
+    /// earlier call gave on a device that describes itself alike, whose choice is taken, or [`FIRST_PROPOSALS`]. Products
+    /// that `work` did not need, and all if there never was such a call, are made by the library's first proposal.
     ///
     /// # Errors
     /// [`ModelError::Algorithms`] if `known` are no such names.

@@ -25,8 +25,8 @@ mod sample;
 mod tensors;
 
 pub use backend::{
-    Acts, ActsMut, AdamW, AttentionShape, BLOCK, Backend, Element, HeadGradients, Heads, IGNORE, In,
-    LinearShape, Norm, Out, Params, ROW_BLOCK, Rope, Spans, View, ViewMut, owned,
+    Acts, ActsMut, AdamW, AttentionShape, BLOCK, Backend, Element, FIRST_PROPOSALS, HeadGradients, Heads,
+    IGNORE, In, LinearShape, Norm, Out, Params, ROW_BLOCK, Rope, Spans, View, ViewMut, owned,
 };
 pub use batch::{BatchShape, LossSum, MicroBatch};
 pub use cpu::{Cpu, Memory};

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use conformance::{Device, PackedRows, all, all_mut, assert_close, conform, pass_norm, random, wide};
 use half::bf16;
 use ulmus_model::{
-    AttentionShape, Backend, BatchShape, Cpu, Cuda, Generator, HeadGradients, Heads, IGNORE, LinearShape,
-    MicroBatch, Model, ModelError, ROW_BLOCK, Replica, State, WeightFormat,
+    AttentionShape, Backend, BatchShape, Cpu, Cuda, FIRST_PROPOSALS, Generator, HeadGradients, Heads, IGNORE,
+    LinearShape, MicroBatch, Model, ModelError, ROW_BLOCK, Replica, State, WeightFormat,
 };
 use ulmus_plan::{ModelConfig, NormKind, Precision, Preset};
 
@@ -288,7 +288,10 @@ fn chosen_algorithms_give_their_bits_wherever_they_are_told() {
     let (fastest, names) = choose(&chooser, None);
     assert_eq!(choose(&cuda(Precision::Bf16), Some(&names)), (fastest.clone(), names.clone()));
     let unchosen = step(&mut replica(cuda(Precision::Bf16), false));
-    assert_eq!(choose(&cuda(Precision::Bf16), Some("[]")), (unchosen.clone(), "[]".to_owned()));
+    let none = FIRST_PROPOSALS.to_owned();
+    assert_eq!(choose(&cuda(Precision::Bf16), Some(&none)), (unchosen.clone(), none.clone()));
+    // Nothing of an earlier choice is left.
+    assert_eq!(choose(&chooser, Some(&none)), (unchosen.clone(), none));
     // The emulator's first proposal is slow, and each of them adds up in another order.
     if chooser.describe().contains("Emulated") {
         assert_ne!(fastest.1, unchosen.1);

@@ -261,8 +261,8 @@ impl Matmul {
         }
     }
 
-    /// From now on products that are new have the algorithm that `known` names, which is what [`Matmul::end_choosing`]
-    /// gave; without it, the fastest.
+    /// From now on products have the algorithm that `known` names, which is what [`Matmul::end_choosing`] gave; without it,
+    /// the fastest. What was chosen before, for whatever purpose, is forgotten.
     ///
     /// # Errors
     /// If `known` is nothing of that kind.
@@ -271,15 +271,12 @@ impl Matmul {
             None => Source::Measured(Choices::new()),
             Some(text) => {
                 let choices: Vec<(Shape, [u64; 8])> = serde_json::from_str(text)?;
-                // They take the place of what this process has chosen.
-                for (shape, _) in &choices {
-                    if let Some(product) = self.products.remove(shape) {
-                        product.destroy();
-                    }
-                }
                 Source::Known(choices.into_iter().collect())
             }
         };
+        for (_, product) in self.products.drain() {
+            product.destroy();
+        }
         Ok(())
     }
 

@@ -19,7 +19,7 @@ use rand_chacha::ChaCha8Rng;
 use tokio::sync::{Semaphore, mpsc};
 use ulmus_checkpoint::TrainState;
 use ulmus_dataloader::{Corpus, Loader, Sequence};
-use ulmus_model::{Backend, BatchShape, MicroBatch, Quantum, Replica};
+use ulmus_model::{Backend, BatchShape, FIRST_PROPOSALS, MicroBatch, Quantum, Replica};
 use ulmus_plan::Algorithms;
 use ulmus_types::{Assignment, BadUnit, Digest, Job, LeaveReason, Step, ToCoordinator};
 
@@ -191,9 +191,10 @@ impl<B: Backend> Training<B> {
         let backend = backend.with_precision(plan.train.precision);
         let mut replica = Replica::new(backend, &plan.model, shape, plan.train.z_loss)?;
         let backend = replica.backend().clone();
-        let mut fingerprint = || fingerprint(&mut replica, plan.model.vocab_size, sequences, length);
+        let fingerprint = || fingerprint(&mut replica, plan.model.vocab_size, sequences, length);
         let fingerprint = match plan.train.algorithms {
-            Algorithms::Library => fingerprint()?,
+            // Not what an earlier run has chosen in this process.
+            Algorithms::Library => backend.choose_algorithms(Some(FIRST_PROPOSALS), fingerprint)?.0?,
             Algorithms::Measured => algorithms::measured(&run, &backend, fingerprint)?,
         };
         let positions = plan.train.sequences * length as u64;
