@@ -306,7 +306,9 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     fn values<'a>(&self, parameters: Params<'a, Self>) -> In<'a, Self>;
 
     /// Replaces parameters; lengths are equal.
-    fn set_parameters(&self, to: ViewMut<'_, Self::Parameters>, from: &[f32]);
+    fn set_parameters(&self, to: ViewMut<'_, Self::Parameters>, from: &[f32]) {
+        self.write_values(to, |values| self.upload(values, from));
+    }
 
     /// Lets `work` write the parameters in f32, and rounds them for matrix products.
     fn write_values<R>(

@@ -365,6 +365,9 @@ fn an_operation_that_not_all_call_is_given_up() {
     reduce(&mut communicator, all(&mut data, len), LONG).unwrap();
     if member.rank == 0 {
         communicator.begin_reduce_scatter(all(&mut data, len), &within(LONG)).unwrap();
+        // It is never done, and kernels and copies do not wait for it.
+        let other = member.put(&integers(100, 1));
+        assert_eq!(member.get(&other, 100), integers(100, 1));
         let error = communicator.finish(&|| Some("told to".to_owned())).unwrap_err();
         assert!(matches!(&error, NcclError::GivenUp { reason, .. } if reason == "told to"), "{error}");
         // One that is begun again, and given up with its communicator.

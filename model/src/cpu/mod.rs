@@ -163,10 +163,6 @@ impl Backend for Cpu {
         parameters
     }
 
-    fn set_parameters(&self, to: Out<'_, Self>, from: &[f32]) {
-        self.upload(to, from);
-    }
-
     fn write_values<R>(&self, parameters: Out<'_, Self>, work: impl FnOnce(Out<'_, Self>) -> R) -> R {
         work(parameters)
     }

@@ -308,10 +308,6 @@ impl Backend for Cuda {
         View::new(&parameters.buffer.values, parameters.range)
     }
 
-    fn set_parameters(&self, to: ViewMut<'_, Parameters>, from: &[f32]) {
-        self.write_values(to, |values| self.upload(values, from));
-    }
-
     fn write_values<R>(
         &self,
         parameters: ViewMut<'_, Parameters>,
