@@ -38,15 +38,22 @@ def query(fields, every=False):
     return lines if every else lines[0]
 
 
-def nccl_of_torch():
-    """The folder of the NCCL that came with PyTorch."""
-    import nvidia.nccl
-
-    return Path(list(nvidia.nccl.__path__)[0]) / "lib"
-
-
 class Failed(Exception):
     pass
+
+
+def nccl(folder):
+    """Folder and version of NCCL: that one, or PyTorch's."""
+    try:
+        if folder is None:
+            import nvidia.nccl
+
+            folder = Path(list(nvidia.nccl.__path__)[0]) / "lib"
+        version = ctypes.c_int()
+        ctypes.CDLL(str(folder / "libnccl.so.2")).ncclGetVersion(ctypes.byref(version))
+    except (ImportError, OSError) as error:
+        raise Failed(f"no NCCL: {error}; name the folder of libnccl.so.2 with --nccl")
+    return folder, (version.value // 10000, version.value // 100 % 100)
 
 
 class Peak:
@@ -118,17 +125,17 @@ class Check:
         return self.tests([("cuda", []), ("golden", ["cuda::"])], environment)
 
     def collectives(self):
-        folder = self.arguments.nccl or nccl_of_torch()
-        version = ctypes.c_int()
-        ctypes.CDLL(str(folder / "libnccl.so.2")).ncclGetVersion(ctypes.byref(version))
-        major, minor = version.value // 10000, version.value // 100 % 100
-        self.say(f"\n## Collectives, NCCL {major}.{minor}\n")
-        if (major, minor) < (2, 30) and len(query("name", every=True)) < 4:
+        found = self.attempt("collectives", lambda: nccl(self.arguments.nccl))
+        if not found:
+            return {}
+        folder, version = found
+        self.say(f"\n## Collectives, NCCL {version[0]}.{version[1]}\n")
+        if version < (2, 30) and len(query("name", every=True)) < 4:
             self.say("Not run: four processes on fewer GPUs need NCCL 2.30; name the folder of one with --nccl.")
-            return {"nccl": version.value}
+            return {"nccl": version}
         paths = [str(folder), os.environ.get("LD_LIBRARY_PATH", "")]
         environment = {"LD_LIBRARY_PATH": ":".join(filter(None, paths))}
-        return {"nccl": version.value, **self.tests([("nccl", [])], environment)}
+        return {"nccl": version, **self.tests([("nccl", [])], environment)}
 
     def tests(self, programs, environment):
         """Runs test programs; says what became of each test."""
