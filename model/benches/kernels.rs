@@ -7,7 +7,8 @@
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
 use ulmus_model::{
-    AdamW, AttentionShape, BLOCK, Backend, Cpu, HeadGradients, Heads, LinearShape, Norm, Rope, View, ViewMut,
+    AdamW, AttentionShape, BLOCK, Backend, Cpu, HeadGradients, Heads, LinearShape, Norm, Rope,
+    TrainingBackend as _, View, ViewMut,
 };
 use ulmus_plan::{HEAD_ROWS, NormKind, Precision};
 

@@ -11,9 +11,9 @@ use std::sync::Arc;
 use ulmus_plan::ModelConfig;
 
 use crate::backend::{Backend, Heads, IGNORE, Spans, View, ViewMut};
+use crate::buffers::{Norms, Planner, RopeTables, heads, read, write};
 use crate::error::ModelError;
 use crate::format::{CacheFormat, WeightFormat};
-use crate::network::{Norms, Planner, RopeTables, heads, read, write};
 use crate::params::{LayerLayout, Layout};
 use crate::sample::{Sampler, Sampling};
 

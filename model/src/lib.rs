@@ -9,6 +9,7 @@
 
 mod backend;
 mod batch;
+mod buffers;
 mod cpu;
 mod cuda;
 mod device;
@@ -26,7 +27,8 @@ mod tensors;
 
 pub use backend::{
     Acts, ActsMut, AdamW, AttentionShape, BLOCK, Backend, Element, FIRST_PROPOSALS, HeadGradients, Heads,
-    IGNORE, In, LinearShape, Norm, Out, Params, ROW_BLOCK, Rope, Spans, View, ViewMut, owned,
+    IGNORE, In, LinearShape, Norm, Out, Params, ROW_BLOCK, Rope, Spans, TrainingBackend, View, ViewMut,
+    owned,
 };
 pub use batch::{BatchShape, LossSum, MicroBatch};
 pub use cpu::{Cpu, Memory};

@@ -11,12 +11,13 @@ use std::ops::Range;
 use ulmus_plan::{ModelConfig, TrainConfig};
 use ulmus_types::Digest;
 
-use crate::backend::{AdamW, BLOCK, Backend, IGNORE, In, Out, View, ViewMut};
+use crate::backend::{AdamW, BLOCK, IGNORE, In, Out, TrainingBackend, View, ViewMut};
 use crate::batch::{BatchShape, LossSum, MicroBatch};
+use crate::buffers::{Planner, read, write};
 use crate::error::ModelError;
 use crate::exact::Quantum;
 use crate::init::initial_values;
-use crate::network::{Network, Planner, read, write};
+use crate::network::Network;
 use crate::params::Layout;
 
 /// Elements that go through the host at a time when a state is hashed or filled.
@@ -54,14 +55,14 @@ pub struct State {
 
 /// Exact sums of gradients, one integer per parameter.
 #[derive(Debug)]
-pub struct Sums<B: Backend> {
+pub struct Sums<B: TrainingBackend> {
     values: B::Buffer<i64>,
     len: usize,
     /// What they hold is of no use any more.
     cleared: bool,
 }
 
-impl<B: Backend> Sums<B> {
+impl<B: TrainingBackend> Sums<B> {
     /// For a model of that layout.
     ///
     /// # Errors
@@ -96,7 +97,7 @@ impl<B: Backend> Sums<B> {
 
 /// Weights, moments and gradient of one model on one device, and the network that computes with them.
 #[derive(Debug)]
-pub struct Replica<B: Backend> {
+pub struct Replica<B: TrainingBackend> {
     backend: B,
     layout: Layout,
     network: Network<B>,
@@ -112,7 +113,7 @@ pub struct Replica<B: Backend> {
     planned_bytes: u64,
 }
 
-impl<B: Backend> Replica<B> {
+impl<B: TrainingBackend> Replica<B> {
     /// Plans a replica for micro-batches of one shape; all its memory is taken here, all of it zero.
     /// `z_loss` is the weight of the squared logsumexp in the loss whose gradient is computed. `config` has passed
     /// [`ModelConfig::check`].

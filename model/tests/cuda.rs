@@ -12,7 +12,7 @@ use conformance::{Device, PackedRows, all, all_mut, assert_close, conform, pass_
 use half::bf16;
 use ulmus_model::{
     AttentionShape, Backend, BatchShape, Cpu, Cuda, FIRST_PROPOSALS, Generator, HeadGradients, Heads, IGNORE,
-    LinearShape, MicroBatch, Model, ModelError, ROW_BLOCK, Replica, State, WeightFormat,
+    LinearShape, MicroBatch, Model, ModelError, ROW_BLOCK, Replica, State, TrainingBackend, WeightFormat,
 };
 use ulmus_plan::{ModelConfig, NormKind, Precision, Preset};
 
@@ -29,7 +29,7 @@ fn numbers(len: usize, seed: u64) -> Vec<f32> {
 }
 
 /// What kernels make of shapes whose rows are whole vectors and whose heads have the published widths.
-fn wide_shapes<B: Backend>(device: &Device<B>, kind: NormKind) -> Outputs {
+fn wide_shapes<B: TrainingBackend>(device: &Device<B>, kind: NormKind) -> Outputs {
     let mut outputs = Outputs::new();
     for (rows, d) in [(2 * ROW_BLOCK + 3, 1280), (5, 2048), (3, 264)] {
         let (x, upstream) = (numbers(rows * d, 1), numbers(rows * d, 2));
@@ -53,7 +53,7 @@ fn wide_shapes<B: Backend>(device: &Device<B>, kind: NormKind) -> Outputs {
 }
 
 /// Attention of documents of many lengths.
-fn attention<B: Backend>(device: &Device<B>) -> Outputs {
+fn attention<B: TrainingBackend>(device: &Device<B>) -> Outputs {
     let mut outputs = Outputs::new();
     for (heads, length) in [
         (Heads { query: 4, key_value: 2, width: 64 }, 300),
@@ -98,7 +98,7 @@ fn attention<B: Backend>(device: &Device<B>) -> Outputs {
 }
 
 /// Products, embedding, SwiGLU and the head.
-fn products<B: Backend>(device: &Device<B>) -> Outputs {
+fn products<B: TrainingBackend>(device: &Device<B>) -> Outputs {
     let mut outputs = Outputs::new();
     let LinearShape { rows, inputs, outputs: wide } = LinearShape { rows: 70, inputs: 64, outputs: 264 };
     let shape = LinearShape { rows, inputs, outputs: wide };
@@ -224,7 +224,7 @@ fn batch(config: &ModelConfig) -> MicroBatch {
     }
 }
 
-fn replica<B: Backend>(backend: B, recompute: bool) -> Replica<B> {
+fn replica<B: TrainingBackend>(backend: B, recompute: bool) -> Replica<B> {
     let config = config();
     let shape = BatchShape { recompute, ..BatchShape::new(2, 150) };
     let mut replica = Replica::new(backend, &config, shape, 1e-4).unwrap();
@@ -233,7 +233,7 @@ fn replica<B: Backend>(backend: B, recompute: bool) -> Replica<B> {
 }
 
 /// Mean loss, gradient, and the state after a step.
-fn step<B: Backend>(replica: &mut Replica<B>) -> (f64, Vec<f32>, State) {
+fn step<B: TrainingBackend>(replica: &mut Replica<B>) -> (f64, Vec<f32>, State) {
     let sum = replica.forward_backward(&batch(&config())).unwrap();
     let mut gradient = vec![0.0; replica.layout().parameters()];
     replica.read_gradient(0, &mut gradient);

@@ -11,7 +11,7 @@ use common::{PAD, Tensors, batch, golden, json, largest_difference, mean_gradien
 use ulmus_model::hf::{self, HfModel};
 use ulmus_model::{
     Backend, BatchShape, Cpu, Cuda, Generator, IGNORE, Layout, MicroBatch, Model, Replica, State,
-    WeightFormat,
+    TrainingBackend, WeightFormat,
 };
 use ulmus_plan::{ModelConfig, Precision, Preset, TrainConfig};
 
@@ -68,7 +68,12 @@ fn model() -> HfModel {
     HfModel { config, weights, tokens }
 }
 
-fn replica<B: Backend>(backend: &B, sequences: usize, length: usize, precision: Precision) -> Replica<B> {
+fn replica<B: TrainingBackend>(
+    backend: &B,
+    sequences: usize,
+    length: usize,
+    precision: Precision,
+) -> Replica<B> {
     let HfModel { config, weights, .. } = model();
     let backend = backend.clone().with_precision(precision);
     let mut replica = Replica::new(backend, &config, BatchShape::new(sequences, length), Z_LOSS).unwrap();
@@ -187,7 +192,7 @@ fn logits_of_every_position<B: Backend>(backend: &B) {
     }
 }
 
-fn losses_and_gradients_without_padding<B: Backend>(backend: &B) {
+fn losses_and_gradients_without_padding<B: TrainingBackend>(backend: &B) {
     let reference = &json("forward.json")["full"];
     let mut replica = replica(backend, 2, 64, Precision::F32);
     let (loss, gradient) = mean_gradient(&mut replica, &full_batch()).unwrap();
@@ -215,7 +220,7 @@ fn losses_and_gradients_without_padding<B: Backend>(backend: &B) {
     assert!((scored / loss.valid as f64 - ce).abs() < LOSS);
 }
 
-fn losses_and_gradients_with_padding<B: Backend>(backend: &B) {
+fn losses_and_gradients_with_padding<B: TrainingBackend>(backend: &B) {
     let reference = &json("forward.json")["padded"];
     let tensors = Tensors::open("padded.safetensors");
     let mut replica = replica(backend, 3, 64, Precision::F32);
@@ -240,7 +245,7 @@ fn losses_and_gradients_with_padding<B: Backend>(backend: &B) {
 
 /// Rounding errors of products are independent, and so add up as squares: over the 4 of each layer and the head's on the
 /// way forward, and twice as many on the way back. Three of their standard deviations are allowed.
-fn losses_and_gradients_with_bf16_products<B: Backend>(backend: &B) {
+fn losses_and_gradients_with_bf16_products<B: TrainingBackend>(backend: &B) {
     let reference = &json("forward.json")["full"];
     let mut replica = replica(backend, 2, 64, Precision::Bf16);
     let (loss, gradient) = mean_gradient(&mut replica, &full_batch()).unwrap();
@@ -261,7 +266,7 @@ fn losses_and_gradients_with_bf16_products<B: Backend>(backend: &B) {
 }
 
 /// Trains the golden run; gives the replica after 30 steps.
-fn train<B: Backend>(
+fn train<B: TrainingBackend>(
     backend: &B,
     precision: Precision,
     check: impl Fn(usize, &serde_json::Value, f64, f64, f64, u64),
@@ -286,14 +291,14 @@ fn train<B: Backend>(
     replica
 }
 
-fn thirty_steps_of_training_with_bf16_products<B: Backend>(backend: &B) {
+fn thirty_steps_of_training_with_bf16_products<B: TrainingBackend>(backend: &B) {
     train(backend, Precision::Bf16, |step, expected, ce, _, _, _| {
         let expected = expected["ce_loss"].as_f64().unwrap();
         assert!((ce / expected - 1.0).abs() < BF16_LOSS, "step {step}: {ce} for {expected}");
     });
 }
 
-fn thirty_steps_of_training<B: Backend>(backend: &B) {
+fn thirty_steps_of_training<B: TrainingBackend>(backend: &B) {
     let replica = train(backend, Precision::F32, |step, expected, ce, total, norm, valid| {
         let number = |key: &str| expected[key].as_f64().unwrap();
         assert_eq!(valid, expected["valid_targets"].as_u64().unwrap());

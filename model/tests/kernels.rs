@@ -6,7 +6,7 @@ mod conformance;
 
 use conformance::{Device, PackedRows, all, assert_close, conform, pass_norm, random, wide};
 use proptest::prelude::*;
-use ulmus_model::{Backend as _, Cpu, Heads, LinearShape, ROW_BLOCK};
+use ulmus_model::{Cpu, Heads, LinearShape, ROW_BLOCK, TrainingBackend as _};
 use ulmus_plan::NormKind;
 use ulmus_types::Digest;
 

@@ -13,7 +13,8 @@ use std::thread::park_timeout;
 use std::time::{Duration, Instant};
 
 use ulmus_model::{
-    Backend, Communicator, CommunicatorId, Cuda, Element, NcclError, Quantum, View, ViewMut, owned,
+    Backend, Communicator, CommunicatorId, Cuda, Element, NcclError, Quantum, TrainingBackend as _, View,
+    ViewMut, owned,
 };
 
 /// No test takes so long.

@@ -9,7 +9,7 @@ use common::{mean_gradient, relative_l2};
 use proptest::prelude::*;
 use ulmus_model::{
     Backend as _, BatchShape, Cpu, IGNORE, LossSum, MicroBatch, ModelError, Quantum, Replica, State,
-    StatePart, Sums,
+    StatePart, Sums, TrainingBackend as _,
 };
 use ulmus_plan::{ModelConfig, Multipliers, NormKind, Precision, TrainConfig, worker_memory};
 

@@ -16,7 +16,9 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use ulmus_evaluator::{Machine, median};
-use ulmus_model::{Backend, BatchShape, Cpu, Memory, MicroBatch, ModelError, Opened, Quantum, Replica};
+use ulmus_model::{
+    BatchShape, Cpu, Memory, MicroBatch, ModelError, Opened, Quantum, Replica, TrainingBackend,
+};
 use ulmus_plan::{Algorithms, Device, ModelConfig, NormKind, Precision, TrainConfig};
 
 /// What is timed.
@@ -104,7 +106,7 @@ pub(crate) fn bench(config: BenchConfig) -> Result<BenchResult, ModelError> {
     }
 }
 
-fn bench_on<B: Backend>(backend: B, config: BenchConfig) -> Result<BenchResult, ModelError> {
+fn bench_on<B: TrainingBackend>(backend: B, config: BenchConfig) -> Result<BenchResult, ModelError> {
     let BenchConfig {
         name, model, batch, sequence, precision, recompute, algorithms, threads, steps, ..
     } = config;

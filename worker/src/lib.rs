@@ -25,7 +25,7 @@ use std::path::PathBuf;
 use rand::Rng;
 use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
-use ulmus_model::{Backend, Opened};
+use ulmus_model::{Opened, TrainingBackend};
 use ulmus_plan::Device;
 use ulmus_rt::{Failure, LogTarget, Shutdown};
 use ulmus_types::{ExitStatus, Incarnation, WorkerId};
@@ -70,7 +70,7 @@ pub async fn run(config: WorkerConfig, shutdown: &Shutdown) -> Result<ExitStatus
 }
 
 /// Runs a worker that has its device and its address.
-async fn work<B: Backend>(
+async fn work<B: TrainingBackend>(
     backend: B,
     config: WorkerConfig,
     worker: WorkerId,

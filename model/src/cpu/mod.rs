@@ -8,29 +8,21 @@
     reason = "vectorised versions, disjoint blocks and the matrix product; see the module"
 )]
 mod kernels;
+mod training;
 
-use std::convert::Infallible;
-use std::ops::Range;
 use std::sync::Arc;
 
-use kernels::attention::{self, Upstream};
 use kernels::cache::{self, Cache};
-use kernels::matrix::Output;
 use kernels::norm::{self, RopeTables};
 pub use kernels::peak::Memory;
 use kernels::weights::Weights;
-use kernels::{head, linear, optimizer, swiglu};
+use kernels::{head, swiglu};
 use rayon::ThreadPool;
 use tracing::trace_span;
 use ulmus_plan::Precision;
 
-use crate::backend::{
-    AdamW, AttentionShape, Backend, Element, HeadGradients, Heads, In, LinearShape, Norm, Out, Rope, Spans,
-    View, ViewMut,
-};
-use crate::cuda::{CommunicatorId, NcclError, Patience};
+use crate::backend::{Backend, Element, Heads, In, Norm, Out, Rope, Spans, View, ViewMut};
 use crate::error::ModelError;
-use crate::exact::Quantum;
 use crate::format::{CacheFormat, WeightFormat};
 use crate::generate::greedy;
 
@@ -109,15 +101,11 @@ impl<'a> Spans<'a, Cpu> {
 }
 
 impl Backend for Cpu {
-    const HEAD_ROWS: usize = ulmus_plan::HEAD_ROWS;
-
     type Buffer<T: Element> = Vec<T>;
     type Activations = Vec<f32>;
-    type Parameters = Vec<f32>;
     type Graph = ();
     type Weights = Weights;
     type Cache = Cache;
-    type Communicator = Infallible;
 
     fn describe(&self) -> String {
         format!("cpu, {} threads", self.threads())
@@ -151,22 +139,6 @@ impl Backend for Cpu {
         self.download(from, to);
     }
 
-    fn parameter_bytes(&self) -> usize {
-        size_of::<f32>()
-    }
-
-    fn parameters(&self, len: usize) -> Result<Vec<f32>, ModelError> {
-        self.allocate(len)
-    }
-
-    fn values<'a>(&self, parameters: In<'a, Self>) -> In<'a, Self> {
-        parameters
-    }
-
-    fn write_values<R>(&self, parameters: Out<'_, Self>, work: impl FnOnce(Out<'_, Self>) -> R) -> R {
-        work(parameters)
-    }
-
     fn upload<T: Element>(&self, to: Out<'_, Self, T>, from: &[T]) {
         to.slice().copy_from_slice(from);
     }
@@ -175,122 +147,12 @@ impl Backend for Cpu {
         to.copy_from_slice(from.slice());
     }
 
-    fn on_host<T: Element, R>(&self, buffer: Out<'_, Self, T>, work: impl FnOnce(&mut [T]) -> R) -> R {
-        work(buffer.slice())
-    }
-
-    fn communicates(&self) -> Result<bool, NcclError> {
-        Ok(false)
-    }
-
-    fn communicator(
-        &self,
-        _: &CommunicatorId,
-        _: usize,
-        _: usize,
-        _: Patience<'_>,
-    ) -> Result<Infallible, NcclError> {
-        Err(NcclError::Library { problem: "processors have no communicators".to_owned() })
-    }
-
-    fn begin_reduce_scatter(
-        &self,
-        communicator: &mut Infallible,
-        _: Out<'_, Self, i64>,
-        _: Patience<'_>,
-    ) -> Result<(), NcclError> {
-        match *communicator {}
-    }
-
-    fn finish_reductions(&self, communicator: &mut Infallible, _: Patience<'_>) -> Result<(), NcclError> {
-        match *communicator {}
-    }
-
-    fn all_gather(
-        &self,
-        communicator: &mut Infallible,
-        _: Out<'_, Self>,
-        _: &[Range<usize>],
-        _: Patience<'_>,
-    ) -> Result<(), NcclError> {
-        match *communicator {}
-    }
-
-    fn broadcast(
-        &self,
-        communicator: &mut Infallible,
-        _: usize,
-        _: Out<'_, Self>,
-        _: Patience<'_>,
-    ) -> Result<(), NcclError> {
-        match *communicator {}
-    }
-
     fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         self.pool.install(work)
     }
 
-    fn time_kernels_apart(&self) -> bool {
-        false
-    }
-
-    fn choose_algorithms<R>(
-        &self,
-        _: Option<&str>,
-        work: impl FnOnce() -> R,
-    ) -> Result<(R, Option<String>), ModelError> {
-        Ok((work(), None))
-    }
-
     fn replay(&self, (): &mut (), work: impl FnOnce() + Send) {
         self.run(work);
-    }
-
-    fn embed(&self, out: Out<'_, Self>, table: In<'_, Self>, ids: In<'_, Self, u32>, width: usize) {
-        let _span = trace_span!("embed").entered();
-        linear::embed(out.slice(), table.slice(), ids.slice(), width);
-    }
-
-    fn embed_backward(
-        &self,
-        table_gradient: Out<'_, Self>,
-        gradient: In<'_, Self>,
-        ids: In<'_, Self, u32>,
-        width: usize,
-    ) {
-        let _span = trace_span!("embed").entered();
-        linear::embed_backward(table_gradient.slice(), gradient.slice(), ids.slice(), width);
-    }
-
-    fn linear(&self, out: Out<'_, Self>, x: In<'_, Self>, weight: In<'_, Self>, shape: LinearShape) {
-        let (out, x, weight) = (out.slice(), x.slice(), weight.slice());
-        self.kernel(trace_span!("linear"), || linear::linear(out, x, weight, shape, self.precision));
-    }
-
-    fn linear_backward_weight(
-        &self,
-        weight_gradient: Out<'_, Self>,
-        gradient: In<'_, Self>,
-        x: In<'_, Self>,
-        shape: LinearShape,
-    ) {
-        let (into, gradient, x) = (weight_gradient.slice(), gradient.slice(), x.slice());
-        self.kernel(trace_span!("linear"), || {
-            linear::linear_backward_weight(into, gradient, x, shape, Output::Overwrite, self.precision);
-        });
-    }
-
-    fn linear_backward_input(
-        &self,
-        x_gradient: Out<'_, Self>,
-        gradient: In<'_, Self>,
-        weight: In<'_, Self>,
-        shape: LinearShape,
-    ) {
-        let (into, gradient, weight) = (x_gradient.slice(), gradient.slice(), weight.slice());
-        self.kernel(trace_span!("linear"), || {
-            linear::linear_backward_input(into, gradient, weight, shape, self.precision);
-        });
     }
 
     fn norm(&self, out: Out<'_, Self>, x: In<'_, Self>, norm: Norm<'_, Vec<f32>>) {
@@ -311,22 +173,6 @@ impl Backend for Cpu {
         self.kernel(trace_span!("norm"), || norm.add_forward(sum, out, x, delta));
     }
 
-    fn norm_backward(
-        &self,
-        x_gradient: Out<'_, Self>,
-        weight_gradient: Out<'_, Self>,
-        gradient: In<'_, Self>,
-        x: In<'_, Self>,
-        norm: Norm<'_, Vec<f32>>,
-        accumulate: bool,
-    ) {
-        let (x_gradient, weight_gradient) = (x_gradient.slice(), weight_gradient.slice());
-        let (gradient, x, norm) = (gradient.slice(), x.slice(), norm.slices());
-        self.kernel(trace_span!("norm"), || {
-            norm.backward(x_gradient, weight_gradient, gradient, x, accumulate);
-        });
-    }
-
     fn qk_norm_rope(
         &self,
         out: Out<'_, Self>,
@@ -339,142 +185,9 @@ impl Backend for Cpu {
         self.kernel(trace_span!("qk_norm_rope"), || norm.heads(out, packed, rope, heads));
     }
 
-    fn qk_norm_rope_backward(
-        &self,
-        packed: Out<'_, Self>,
-        weights_gradient: Out<'_, Self>,
-        gradient: In<'_, Self>,
-        norm: Norm<'_, Vec<f32>>,
-        rope: Rope<'_, Self>,
-        heads: Heads,
-    ) {
-        let (packed, weights_into, gradient) = (packed.slice(), weights_gradient.slice(), gradient.slice());
-        let (norm, rope) = (norm.slices(), rope.tables());
-        self.kernel(trace_span!("qk_norm_rope"), || {
-            norm.heads_backward(packed, weights_into, gradient, rope, heads);
-        });
-    }
-
-    fn attention(
-        &self,
-        out: Out<'_, Self>,
-        lse: Out<'_, Self>,
-        packed: In<'_, Self>,
-        doc_starts: In<'_, Self, u32>,
-        shape: AttentionShape,
-    ) {
-        let (out, lse, packed, doc_starts) = (out.slice(), lse.slice(), packed.slice(), doc_starts.slice());
-        self.kernel(trace_span!("attention"), || {
-            attention::attention(out, lse, packed, doc_starts, shape, self.precision);
-        });
-    }
-
-    fn attention_backward(
-        &self,
-        packed_gradient: Out<'_, Self>,
-        gradient: In<'_, Self>,
-        out: In<'_, Self>,
-        lse: In<'_, Self>,
-        packed: In<'_, Self>,
-        doc_starts: In<'_, Self, u32>,
-        shape: AttentionShape,
-    ) {
-        let (into, packed, doc_starts) = (packed_gradient.slice(), packed.slice(), doc_starts.slice());
-        let upstream = Upstream { gradient: gradient.slice(), out: out.slice(), lse: lse.slice() };
-        self.kernel(trace_span!("attention"), || {
-            attention::attention_backward(into, upstream, packed, doc_starts, shape, self.precision);
-        });
-    }
-
     fn swiglu(&self, out: Out<'_, Self>, x: In<'_, Self>, width: usize) {
         let (out, x) = (out.slice(), x.slice());
         self.kernel(trace_span!("swiglu"), || swiglu::swiglu(out, x, width));
-    }
-
-    fn swiglu_backward(&self, x: Out<'_, Self>, gradient: Out<'_, Self>, width: usize) {
-        let (x, gradient) = (x.slice(), gradient.slice());
-        self.kernel(trace_span!("swiglu"), || swiglu::swiglu_backward(x, gradient, width));
-    }
-
-    fn head_loss(
-        &self,
-        cross_entropy: Out<'_, Self>,
-        lse: Out<'_, Self>,
-        gradients: Option<HeadGradients<'_, Self>>,
-        hidden: In<'_, Self>,
-        table: In<'_, Self>,
-        targets: In<'_, Self, u32>,
-        logits: Out<'_, Self>,
-        shape: LinearShape,
-    ) {
-        let (cross_entropy, lse, logits) = (cross_entropy.slice(), lse.slice(), logits.slice());
-        let (hidden, table, targets) = (hidden.slice(), table.slice(), targets.slice());
-        let gradients = gradients.map(|gradients| head::Gradients {
-            hidden: gradients.hidden.slice(),
-            table: gradients.table.slice(),
-            z_loss: gradients.z_loss,
-        });
-        self.kernel(trace_span!("head_loss"), || {
-            head::head_loss(
-                cross_entropy,
-                lse,
-                gradients,
-                hidden,
-                table,
-                targets,
-                logits,
-                shape,
-                self.precision,
-            );
-        });
-    }
-
-    fn adamw(
-        &self,
-        weights: Out<'_, Self>,
-        first: Out<'_, Self>,
-        second: Out<'_, Self>,
-        gradient: In<'_, Self>,
-        step: AdamW,
-    ) {
-        let (weights, first, second, gradient) =
-            (weights.slice(), first.slice(), second.slice(), gradient.slice());
-        self.kernel(trace_span!("adamw"), || optimizer::adamw(weights, first, second, gradient, step));
-    }
-
-    fn block_squares(&self, sums: &mut [f64], x: In<'_, Self>) {
-        let x = x.slice();
-        self.kernel(trace_span!("block_squares"), || optimizer::block_squares(sums, x));
-    }
-
-    fn quantise(
-        &self,
-        sums: Out<'_, Self, i64>,
-        outside: Out<'_, Self, u32>,
-        gradient: In<'_, Self>,
-        quantum: &Quantum,
-        accumulate: bool,
-    ) {
-        let (sums, outside, gradient) = (sums.slice(), &mut outside.slice()[0], gradient.slice());
-        self.kernel(trace_span!("quantise"), || {
-            optimizer::quantise(sums, outside, gradient, quantum, accumulate);
-        });
-    }
-
-    fn quantise_mean(
-        &self,
-        gradient: Out<'_, Self>,
-        outside: Out<'_, Self, u32>,
-        quantum: &Quantum,
-        scale: f64,
-    ) {
-        let (gradient, outside) = (gradient.slice(), &mut outside.slice()[0]);
-        self.kernel(trace_span!("quantise"), || optimizer::quantise_mean(gradient, outside, quantum, scale));
-    }
-
-    fn dequantise(&self, mean: Out<'_, Self>, sums: In<'_, Self, i64>, scale: f64) {
-        let (mean, sums) = (mean.slice(), sums.slice());
-        self.kernel(trace_span!("quantise"), || optimizer::dequantise(mean, sums, scale));
     }
 
     fn weights(&self, values: &[f32], outputs: usize, format: WeightFormat) -> Result<Weights, ModelError> {

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 
 use safetensors::{Dtype, SafeTensors};
-use ulmus_model::{Backend, IGNORE, LossSum, MicroBatch, ModelError, Quantum, Replica, Sums};
+use ulmus_model::{IGNORE, LossSum, MicroBatch, ModelError, Quantum, Replica, Sums, TrainingBackend};
 
 /// The id that pads the golden batches.
 pub(crate) const PAD: u32 = 500;
@@ -81,7 +81,7 @@ pub(crate) fn largest_difference(found: &[f32], reference: &[f32]) -> f64 {
 }
 
 /// One micro-batch, its gradient made the mean over valid tokens through the exact sum.
-pub(crate) fn mean_gradient<B: Backend>(
+pub(crate) fn mean_gradient<B: TrainingBackend>(
     replica: &mut Replica<B>,
     batch: &MicroBatch,
 ) -> Result<(LossSum, Vec<f32>), ModelError> {

@@ -2,8 +2,8 @@
 //! differences. Written for any backend; the sizes cross the kernels' blocks and fit no vector width.
 
 use ulmus_model::{
-    AdamW, AttentionShape, BLOCK, Backend, Element, HeadGradients, Heads, IGNORE, LinearShape, Norm, Quantum,
-    ROW_BLOCK, Rope, View, ViewMut,
+    AdamW, AttentionShape, BLOCK, Element, HeadGradients, Heads, IGNORE, LinearShape, Norm, Quantum,
+    ROW_BLOCK, Rope, TrainingBackend, View, ViewMut,
 };
 use ulmus_plan::NormKind;
 
@@ -17,7 +17,7 @@ const STEP: f64 = 1e-5;
 /// Moves test data to and from a backend.
 pub(crate) struct Device<B>(pub(crate) B);
 
-impl<B: Backend> Device<B> {
+impl<B: TrainingBackend> Device<B> {
     pub(crate) fn put<T: Element>(&self, values: &[T]) -> B::Buffer<T> {
         let mut buffer = self.0.allocate(values.len()).unwrap();
         self.0.upload(ViewMut::new(&mut buffer, 0..values.len()), values);
@@ -141,13 +141,13 @@ fn reference_norm(kind: NormKind, x: &[f64], weight: &[f64]) -> Vec<f64> {
 }
 
 /// A norm, and scratch that begins as NaN.
-struct NormOnDevice<B: Backend> {
+struct NormOnDevice<B: TrainingBackend> {
     kind: NormKind,
     weight: (B::Buffer<f32>, usize),
     scratch: (B::Buffer<f32>, usize),
 }
 
-impl<B: Backend> NormOnDevice<B> {
+impl<B: TrainingBackend> NormOnDevice<B> {
     fn new(device: &Device<B>, kind: NormKind, weight: &[f32], scratch: usize) -> Self {
         let scratch = (device.put(&vec![f32::NAN; scratch]), scratch);
         Self { kind, weight: (device.put(weight), weight.len()), scratch }
@@ -160,7 +160,7 @@ impl<B: Backend> NormOnDevice<B> {
 }
 
 /// Output of a norm, and the gradients of rows (added to what is given, if anything) and weights.
-pub(crate) fn pass_norm<B: Backend>(
+pub(crate) fn pass_norm<B: TrainingBackend>(
     device: &Device<B>,
     kind: NormKind,
     [x, weight, upstream]: [&[f32]; 3],
@@ -179,7 +179,7 @@ pub(crate) fn pass_norm<B: Backend>(
     [out, device.get_acts(&x_gradient, len), weight_gradient]
 }
 
-fn norm<B: Backend>(device: &Device<B>, kind: NormKind) {
+fn norm<B: TrainingBackend>(device: &Device<B>, kind: NormKind) {
     for (rows, d) in [(ROW_BLOCK + 6, 20), (1, 33), (2 * ROW_BLOCK + 1, 7)] {
         let (x, weight, upstream, residual) =
             (random(rows * d, 1), random(d, 2), random(rows * d, 3), random(rows * d, 4));
@@ -208,7 +208,7 @@ fn norm<B: Backend>(device: &Device<B>, kind: NormKind) {
     }
 }
 
-fn linear<B: Backend>(device: &Device<B>) {
+fn linear<B: TrainingBackend>(device: &Device<B>) {
     for (rows, inputs, outputs) in [(5, 7, 9), (1, 21, 67), (70, 33, 18)] {
         let shape = LinearShape { rows, inputs, outputs };
         let (x, weight, upstream) =
@@ -233,7 +233,7 @@ fn linear<B: Backend>(device: &Device<B>) {
     }
 }
 
-fn embedding<B: Backend>(device: &Device<B>) {
+fn embedding<B: TrainingBackend>(device: &Device<B>) {
     let (vocabulary, width) = (5, 7);
     let ids = [3, 0, 3, 4, 3];
     let (table, upstream) = (random(vocabulary * width, 1), random(ids.len() * width, 2));
@@ -257,7 +257,7 @@ fn embedding<B: Backend>(device: &Device<B>) {
     check("embedding", reference, &[&table], &out, &upstream, &[&gradient]);
 }
 
-fn swiglu<B: Backend>(device: &Device<B>) {
+fn swiglu<B: TrainingBackend>(device: &Device<B>) {
     let (rows, width) = (ROW_BLOCK + 3, 19);
     let x: Vec<f32> = random(rows * 2 * width, 1).iter().map(|x| x * 6.0).collect();
     let upstream = random(rows * width, 2);
@@ -300,7 +300,7 @@ impl PackedRows {
     }
 
     /// Output, and the gradients of packed rows and weights.
-    pub(crate) fn pass<B: Backend>(&self, device: &Device<B>, kind: NormKind) -> [Vec<f32>; 3] {
+    pub(crate) fn pass<B: TrainingBackend>(&self, device: &Device<B>, kind: NormKind) -> [Vec<f32>; 3] {
         let Self { heads, length, first, cos, sin, packed, weights, upstream } = self;
         let (len, rows) = (packed.len(), packed.len() / heads.packed_width());
         let (cos_, sin_) = (device.put(cos), device.put(sin));
@@ -346,7 +346,7 @@ impl PackedRows {
     }
 }
 
-fn qk_norm_rope<B: Backend>(device: &Device<B>, kind: NormKind) {
+fn qk_norm_rope<B: TrainingBackend>(device: &Device<B>, kind: NormKind) {
     let heads = |query, key_value, width| Heads { query, key_value, width };
     for (heads, sequences, length) in [
         (heads(4, 2, 6), 2, ROW_BLOCK / 2 + 5),
@@ -400,7 +400,7 @@ fn reference_attention(
     out
 }
 
-fn attention<B: Backend>(device: &Device<B>) {
+fn attention<B: TrainingBackend>(device: &Device<B>) {
     let heads = Heads { query: 2, key_value: 1, width: 6 };
     let (sequences, length) = (2, 70);
     let (rows, width) = (sequences * length, heads.packed_width());
@@ -446,7 +446,7 @@ fn attention<B: Backend>(device: &Device<B>) {
     }
 }
 
-fn head_loss<B: Backend>(device: &Device<B>) {
+fn head_loss<B: TrainingBackend>(device: &Device<B>) {
     let shape = LinearShape { rows: 9, inputs: 10, outputs: 37 };
     let LinearShape { rows, inputs, outputs } = shape;
     let targets = [3, 36, IGNORE, 0, 5, 5, IGNORE, 20, 7];
@@ -497,7 +497,7 @@ fn head_loss<B: Backend>(device: &Device<B>) {
     check("head and loss", reference, &[&hidden, &table], &[loss], &[1.0], &gradients);
 }
 
-fn adamw<B: Backend>(device: &Device<B>) {
+fn adamw<B: TrainingBackend>(device: &Device<B>) {
     let len = 1000;
     let (beta1, beta2, lr, decay, epsilon) = (0.9, 0.95, 0.01, 0.1, 1e-8);
     let mut weights = device.params(&random(len, 1));
@@ -540,7 +540,7 @@ fn adamw<B: Backend>(device: &Device<B>) {
     }
 }
 
-fn reductions<B: Backend>(device: &Device<B>) {
+fn reductions<B: TrainingBackend>(device: &Device<B>) {
     let len = 2 * BLOCK + 11;
     let x = random(len, 1);
     let x_ = device.put(&x);
@@ -591,7 +591,7 @@ fn reductions<B: Backend>(device: &Device<B>) {
 }
 
 /// The conformance suite: what any backend has to pass.
-pub(crate) fn conform<B: Backend>(backend: B) {
+pub(crate) fn conform<B: TrainingBackend>(backend: B) {
     let device = Device(backend);
     for kind in NormKind::ALL {
         norm(&device, kind);

@@ -2,7 +2,7 @@
 //! differ in the order in which they sum. The first worker of a kind of device keeps its choice in the run's folder.
 
 use ulmus_checkpoint::StoreError;
-use ulmus_model::Backend;
+use ulmus_model::TrainingBackend;
 use ulmus_types::Digest;
 
 use crate::WorkerError;
@@ -10,7 +10,7 @@ use crate::run::Run;
 
 /// Does `work`, which needs all products of matrices that the run will need, with the run's algorithms for this kind of
 /// device. May do it twice.
-pub(super) fn measured<B: Backend, R>(
+pub(super) fn measured<B: TrainingBackend, R>(
     run: &Run,
     backend: &B,
     mut work: impl FnMut() -> Result<R, WorkerError>,

@@ -8,7 +8,7 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use ulmus_model::{Backend, CommunicatorId, NcclError, Out, Sums, owned};
+use ulmus_model::{CommunicatorId, NcclError, Out, Sums, TrainingBackend, owned};
 use ulmus_types::Rank;
 
 use super::STALL;
@@ -20,7 +20,7 @@ const FORM_WITHIN: Duration = Duration::from_mins(1);
 const ID_WORDS: usize = 16;
 
 /// The devices of a group.
-pub(super) struct Devices<B: Backend> {
+pub(super) struct Devices<B: TrainingBackend> {
     backend: B,
     communicator: B::Communicator,
     rank: usize,
@@ -29,7 +29,7 @@ pub(super) struct Devices<B: Backend> {
     begun: Vec<Range<usize>>,
 }
 
-impl<B: Backend> Devices<B> {
+impl<B: TrainingBackend> Devices<B> {
     /// Joins the devices of all members, or none if one of them cannot; `tell` hears why this one cannot, though its kind
     /// could.
     pub(super) fn join(

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 
 use tokio::sync::mpsc;
 use ulmus_checkpoint::{TrainState, newest_verified};
-use ulmus_model::{Backend, StatePart};
+use ulmus_model::{StatePart, TrainingBackend};
 use ulmus_types::{Assignment, LeaveReason, Rank, Step, ToCoordinator};
 
 use super::devices::Devices;
@@ -22,7 +22,7 @@ use crate::snapshot::restore;
 /// Elements of a state that are sent at once.
 const CHUNK: usize = 1 << 22;
 
-impl<B: Backend> Training<B> {
+impl<B: TrainingBackend> Training<B> {
     /// Trains in a group until something ends it; tells why.
     pub(super) fn take_part(
         &mut self,

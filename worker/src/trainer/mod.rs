@@ -19,7 +19,7 @@ use rand_chacha::ChaCha8Rng;
 use tokio::sync::{Semaphore, mpsc};
 use ulmus_checkpoint::TrainState;
 use ulmus_dataloader::{Corpus, Loader, Sequence};
-use ulmus_model::{Backend, BatchShape, FIRST_PROPOSALS, MicroBatch, Quantum, Replica};
+use ulmus_model::{BatchShape, FIRST_PROPOSALS, MicroBatch, Quantum, Replica, TrainingBackend};
 use ulmus_plan::Algorithms;
 use ulmus_types::{Assignment, BadUnit, Digest, Job, LeaveReason, Step, ToCoordinator};
 
@@ -60,7 +60,7 @@ pub(crate) enum Report {
 }
 
 /// The model of a run, and where its training stands.
-pub(crate) struct Training<B: Backend> {
+pub(crate) struct Training<B: TrainingBackend> {
     run: Run,
     replica: Replica<B>,
     quantum: Quantum,
@@ -77,7 +77,7 @@ pub(crate) struct Training<B: Backend> {
 }
 
 /// The thread's state.
-pub(crate) struct Trainer<B: Backend> {
+pub(crate) struct Trainer<B: TrainingBackend> {
     backend: B,
     threads: usize,
     listener: Listener,
@@ -86,7 +86,7 @@ pub(crate) struct Trainer<B: Backend> {
     training: Option<Training<B>>,
 }
 
-impl<B: Backend> Trainer<B> {
+impl<B: TrainingBackend> Trainer<B> {
     pub(crate) fn new(
         backend: B,
         threads: usize,
@@ -183,7 +183,7 @@ fn form(
     TcpGroup::form(listener, &place, &abort, FORM_WITHIN, STALL)
 }
 
-impl<B: Backend> Training<B> {
+impl<B: TrainingBackend> Training<B> {
     fn new(run: Run, backend: B) -> Result<Self, WorkerError> {
         let plan = Arc::clone(&run.plan);
         let (sequences, length) = (plan.train.micro_batch as usize, plan.sequence_length());
@@ -220,7 +220,7 @@ impl<B: Backend> Training<B> {
 
 /// The hash of the gradients of one fixed micro-batch: it tells this machine's arithmetic from another's, and is
 /// the dry run that finds out whether the model fits, and which algorithms are fast.
-fn fingerprint<B: Backend>(
+fn fingerprint<B: TrainingBackend>(
     replica: &mut Replica<B>,
     vocabulary: usize,
     sequences: usize,

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use ulmus_dataloader::{Cursors, DataError, Loader, Sequence};
-use ulmus_model::{Backend, IGNORE, LossSum, MicroBatch, Quantum, Sums};
+use ulmus_model::{IGNORE, LossSum, MicroBatch, Quantum, Sums, TrainingBackend};
 use ulmus_types::{
     Assignment, CheckpointId, CheckpointKind, Generation, LaneId, LeaveReason, Step, StepReport,
     ToCoordinator,
@@ -35,7 +35,7 @@ struct Times {
     communication: Duration,
 }
 
-impl<B: Backend> Training<B> {
+impl<B: TrainingBackend> Training<B> {
     /// Trains until the plan is done, the group agrees to pause, or something breaks.
     pub(super) fn train(
         &mut self,

@@ -314,7 +314,7 @@ impl<'a> Head<'a> {
     }
 }
 
-/// See [`crate::Backend::attention`].
+/// See [`crate::TrainingBackend::attention`].
 pub(crate) fn attention(
     out: &mut [f32],
     lse: &mut [f32],
@@ -386,7 +386,7 @@ pub(crate) struct Upstream<'a> {
     pub lse: &'a [f32],
 }
 
-/// See [`crate::Backend::attention_backward`].
+/// See [`crate::TrainingBackend::attention_backward`].
 pub(crate) fn attention_backward(
     packed_gradient: &mut [f32],
     upstream: Upstream<'_>,

@@ -18,7 +18,7 @@ pub(crate) struct Gradients<'a> {
     pub z_loss: f32,
 }
 
-/// See [`crate::Backend::head_loss`].
+/// See [`crate::TrainingBackend::head_loss`].
 pub(crate) fn head_loss(
     cross_entropy: &mut [f32],
     lse: &mut [f32],
