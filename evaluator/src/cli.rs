@@ -185,14 +185,46 @@ struct Compute {
     /// Compute threads; all cores if not given. Results are the same for any number.
     #[arg(long, value_name = "N", env = "ULMUS_THREADS", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
-    /// What to compute on: auto (a GPU if there is one), cpu, cuda or cuda:N.
-    #[arg(long, env = "ULMUS_DEVICE", value_name = "DEVICE", default_value_t)]
-    device: Device,
+    /// What to compute on: auto (a GPU of NVIDIA if there is one), cpu, cuda or cuda:N; or metal, if built for it.
+    #[arg(long, env = "ULMUS_DEVICE", value_name = "DEVICE", default_value = "auto", value_parser = place)]
+    device: Place,
+}
+
+/// What a model is put on.
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    Device(Device),
+    #[cfg(feature = "metal")]
+    Metal,
+}
+
+fn place(text: &str) -> Result<Place, String> {
+    #[cfg(feature = "metal")]
+    if text == "metal" {
+        return Ok(Place::Metal);
+    }
+    #[cfg(not(feature = "metal"))]
+    if text == "metal" {
+        return Err("this evaluator was built without it; build it with --features metal".to_owned());
+    }
+    text.parse().map(Place::Device)
+}
+
+/// A command that computes.
+trait OnDevice {
+    fn run<B: Backend>(&self, backend: B) -> Result<(), Failure>;
 }
 
 impl Compute {
-    fn open(&self) -> Result<Opened, Failure> {
-        Opened::new(self.device, self.threads(), 0).map_err(failure)
+    fn run(&self, command: &impl OnDevice) -> Result<(), Failure> {
+        match self.device {
+            Place::Device(device) => match Opened::new(device, self.threads(), 0).map_err(failure)? {
+                Opened::Cpu(backend) => command.run(backend),
+                Opened::Cuda(backend) => command.run(backend),
+            },
+            #[cfg(feature = "metal")]
+            Place::Metal => command.run(ulmus_model::Candle::metal().map_err(failure)?),
+        }
     }
 
     fn threads(&self) -> usize {
@@ -203,19 +235,10 @@ impl Compute {
 impl Arguments {
     /// Does what was asked for.
     pub(crate) fn run(self) -> Result<ExitStatus, Failure> {
-        match self.command {
-            Command::Run(run) => match run.compute.open()? {
-                Opened::Cpu(backend) => run.run(backend),
-                Opened::Cuda(backend) => run.run(backend),
-            },
-            Command::Bench(bench) => match bench.compute.open()? {
-                Opened::Cpu(backend) => bench.run(backend),
-                Opened::Cuda(backend) => bench.run(backend),
-            },
-            Command::Generate(generate) => match generate.compute.open()? {
-                Opened::Cpu(backend) => generate.run(backend),
-                Opened::Cuda(backend) => generate.run(backend),
-            },
+        match &self.command {
+            Command::Run(run) => run.compute.run(run),
+            Command::Bench(bench) => bench.compute.run(bench),
+            Command::Generate(generate) => generate.compute.run(generate),
         }?;
         Ok(ExitStatus::Done)
     }
@@ -250,7 +273,7 @@ struct Results {
     perplexity: PerplexityResult,
 }
 
-impl Run {
+impl OnDevice for Run {
     fn run<B: Backend>(&self, backend: B) -> Result<(), Failure> {
         if let Some(output) = &self.output {
             // Told before the work, not after it.
@@ -299,7 +322,7 @@ impl Run {
     }
 }
 
-impl Bench {
+impl OnDevice for Bench {
     fn run<B: Backend>(&self, backend: B) -> Result<(), Failure> {
         let threads = self.compute.threads();
         let model = if let Some(preset) = self.subject.preset {
@@ -330,7 +353,9 @@ impl Generate {
         Sampling::new(temperature, self.top_k, self.top_p.unwrap_or(1.0))
             .map_err(|message| Failure::new(ExitStatus::InvalidInput, message))
     }
+}
 
+impl OnDevice for Generate {
     fn run<B: Backend>(&self, backend: B) -> Result<(), Failure> {
         let mut sampler = Sampler::new(self.sampling()?, self.seed, 0);
         let loaded = load_model(&self.model, backend, self.dtype.format()).map_err(failure)?;

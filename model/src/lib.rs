@@ -10,6 +10,8 @@
 mod backend;
 mod batch;
 mod buffers;
+#[cfg(feature = "metal")]
+mod candle;
 mod cpu;
 mod cuda;
 mod device;
@@ -31,6 +33,8 @@ pub use backend::{
     owned,
 };
 pub use batch::{BatchShape, LossSum, MicroBatch};
+#[cfg(feature = "metal")]
+pub use candle::Candle;
 pub use cpu::{Cpu, Memory};
 pub use cuda::{Communicator, CommunicatorId, Cuda, NcclError, Patience};
 pub use device::Opened;

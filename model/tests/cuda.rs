@@ -5,19 +5,16 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod conformance;
-
-use std::sync::Arc;
+mod inference;
 
 use conformance::{Device, PackedRows, all, all_mut, assert_close, conform, pass_norm, random, wide};
 use half::bf16;
+use inference::{Outputs, config, inference};
 use ulmus_model::{
-    AttentionShape, Backend, BatchShape, Cpu, Cuda, FIRST_PROPOSALS, Generator, HeadGradients, Heads, IGNORE,
-    LinearShape, MicroBatch, Model, ModelError, ROW_BLOCK, Replica, State, TrainingBackend, WeightFormat,
+    AttentionShape, Backend, BatchShape, Cpu, Cuda, FIRST_PROPOSALS, HeadGradients, Heads, IGNORE,
+    LinearShape, MicroBatch, ModelError, ROW_BLOCK, Replica, State, TrainingBackend, WeightFormat,
 };
-use ulmus_plan::{ModelConfig, NormKind, Precision, Preset};
-
-/// What outputs are called, and their values.
-type Outputs = Vec<(String, Vec<f32>)>;
+use ulmus_plan::{ModelConfig, NormKind, Precision};
 
 fn cuda(precision: Precision) -> Cuda {
     Cuda::new(0).unwrap().with_precision(precision)
@@ -193,16 +190,6 @@ fn kernels_agree_with_those_of_the_cpu() {
     }
 }
 
-fn config() -> ModelConfig {
-    ModelConfig {
-        vocab_size: 264,
-        model_dim: 256,
-        num_transformer_layers: 3,
-        max_context_length: 512,
-        ..Preset::Openelm270m.config()
-    }
-}
-
 /// Two sequences of 150 tokens with a document's end in each.
 fn batch(config: &ModelConfig) -> MicroBatch {
     let (sequences, length) = (2, 150);
@@ -309,44 +296,10 @@ fn chosen_algorithms_give_their_bits_wherever_they_are_told() {
     assert!(matches!(error, ModelError::Algorithms(_)), "{error}");
 }
 
-/// Logits after a prompt, after each of some tokens, and of a second sequence beside it; losses of a text.
-fn inference<B: Backend>(backend: B, format: WeightFormat) -> Outputs {
-    let config = config();
-    let mut replica = Replica::new(Cpu::new(2), &config, BatchShape::new(1, 1), 0.0).unwrap();
-    replica.initialise(5);
-    let model = Model::in_format(backend, &config, &replica.state().weights, format).unwrap();
-    let mut generator = Generator::with_sequences(Arc::new(model), 400, 2).unwrap();
-    let text: Vec<u32> = (0..320).map(|at| (at * at + 3 * at) as u32 % config.vocab_size as u32).collect();
-    let mut outputs = Outputs::new();
-    outputs.push(("prompt".to_owned(), generator.feed(&text[..300]).unwrap().to_vec()));
-    outputs.push(("other prompt".to_owned(), generator.feed_to(1, &text[5..10]).unwrap().to_vec()));
-    for at in 300..304 {
-        let logits = generator.feed_each(&[(0, text[at]), (1, text[at - 290])]).unwrap().to_vec();
-        outputs.push((format!("tokens {at}"), logits));
-    }
-    for at in 304..308 {
-        outputs.push((format!("token {at}"), generator.feed(&text[at..=at]).unwrap().to_vec()));
-    }
-    // What the device takes for the likeliest.
-    let begin = |generator: &mut Generator<B>| {
-        generator.reset();
-        generator.feed(&text[..30]).unwrap();
-        generator.feed_to(1, &text[5..10]).unwrap();
-    };
-    begin(&mut generator);
-    let logits = generator.feed_each(&[(1, 9), (0, 3)]).unwrap();
-    let expected: Vec<u32> = logits.chunks(config.vocab_size).map(ulmus_model::greedy).collect();
-    begin(&mut generator);
-    assert_eq!(generator.feed_greedy(&[(1, 9), (0, 3)]).unwrap(), expected);
-    generator.reset();
-    let losses = generator.score(&text[..310], &text[1..311]).unwrap();
-    outputs.push(("losses".to_owned(), losses));
-    outputs
-}
-
 #[test]
 #[ignore = "needs a GPU or the emulator: .ci/run cuda"]
 fn inference_agrees_with_the_cpus() {
+    let config = config();
     for (format, tolerance) in [
         (WeightFormat::F32, 1e-4),
         (WeightFormat::F16, 5e-3),
@@ -354,9 +307,9 @@ fn inference_agrees_with_the_cpus() {
         // The CPU rounds activations to 8 bits.
         (WeightFormat::Q8_0, 4e-2),
     ] {
-        let own = inference(cuda(Precision::F32), format);
-        assert_eq!(own, inference(cuda(Precision::F32), format), "{format}");
-        assert_agree(own, inference(Cpu::new(2), format), tolerance);
+        let own = inference(cuda(Precision::F32), &config, format);
+        assert_eq!(own, inference(cuda(Precision::F32), &config, format), "{format}");
+        assert_agree(own, inference(Cpu::new(2), &config, format), tolerance);
     }
 }
 

@@ -29,10 +29,15 @@ const Z_LOSS: f64 = 1e-4;
 /// Relative error of a product whose operands are rounded to bf16: each by up to 2^-9 of itself, evenly, so √2 · 2^-8 / √12.
 const BF16_PRODUCT: f64 = 1.6e-3;
 
-/// The same tests on every device.
+/// The same tests on every device; those in float32 that need no training on candle's as well.
 macro_rules! on_every_device {
-    ($($test:ident),+ $(,)?) => {
+    (candle too: $($everywhere:ident),+; $($test:ident),+ $(,)?) => {
         mod cpu {
+            $(#[test]
+            fn $everywhere() {
+                super::$everywhere(&super::Cpu::new(2));
+            })+
+
             $(#[test]
             fn $test() {
                 super::$test(&super::Cpu::new(2));
@@ -42,22 +47,35 @@ macro_rules! on_every_device {
         mod cuda {
             $(#[test]
             #[ignore = "needs a GPU or the emulator: .ci/run cuda"]
+            fn $everywhere() {
+                super::$everywhere(&super::Cuda::new(0).unwrap());
+            })+
+
+            $(#[test]
+            #[ignore = "needs a GPU or the emulator: .ci/run cuda"]
             fn $test() {
                 super::$test(&super::Cuda::new(0).unwrap());
+            })+
+        }
+
+        #[cfg(feature = "metal")]
+        mod candle {
+            $(#[test]
+            fn $everywhere() {
+                super::$everywhere(&ulmus_model::Candle::processor());
             })+
         }
     };
 }
 
 on_every_device! {
+    candle too: logits_of_every_position, greedy_text_of_the_initial_weights;
     logits_in_every_format,
-    logits_of_every_position,
     losses_and_gradients_without_padding,
     losses_and_gradients_with_padding,
     losses_and_gradients_with_bf16_products,
     thirty_steps_of_training_with_bf16_products,
     thirty_steps_of_training,
-    greedy_text_of_the_initial_weights,
 }
 
 fn model() -> HfModel {

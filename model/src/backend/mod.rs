@@ -42,6 +42,12 @@ mod sealed {
 /// A target that counts for nothing: masked by padding or by a document's end.
 pub const IGNORE: u32 = u32::MAX;
 
+/// Added to the mean square of an RMS norm, as in the reference.
+pub(crate) const RMS_EPSILON: f32 = 1e-6;
+
+/// Added to the variance of a layer norm, as is usual.
+pub(crate) const LAYER_EPSILON: f32 = 1e-5;
+
 /// A part of a buffer, to read from.
 #[derive(Debug)]
 pub struct View<'a, T> {

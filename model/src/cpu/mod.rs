@@ -13,6 +13,8 @@ mod training;
 use std::sync::Arc;
 
 use kernels::cache::{self, Cache};
+#[cfg(feature = "metal")]
+pub(crate) use kernels::head::cross_entropy;
 use kernels::norm::{self, RopeTables};
 pub use kernels::peak::Memory;
 use kernels::weights::Weights;

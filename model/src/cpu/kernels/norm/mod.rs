@@ -18,9 +18,6 @@ use ulmus_plan::NormKind;
 use super::simd::vectorised;
 use crate::backend::{Heads, ROW_BLOCK};
 
-/// Added to the mean square of an RMS norm, as in the reference.
-const RMS_EPSILON: f32 = 1e-6;
-
 /// A norm: its kind, its weights, and scratch, where the backward finds what the forward has left.
 pub(crate) struct Norm<'a> {
     pub kind: NormKind,

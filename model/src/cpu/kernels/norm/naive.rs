@@ -8,7 +8,7 @@
 use super::passes::{
     combine, fill_rows, map, mean_of_rows, multiply_columns, multiply_rows, sum_columns, update,
 };
-use super::{RMS_EPSILON, ROW_BLOCK};
+use crate::backend::{RMS_EPSILON, ROW_BLOCK};
 
 /// Intermediate results of the norm of R rows of D. The forward leaves `normed` and `scale` for the backward.
 pub(super) struct Scratch<'a> {

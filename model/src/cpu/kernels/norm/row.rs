@@ -2,10 +2,7 @@
 //! differs.
 
 use super::super::simd::{LANES, dot, squares_about, sum, total};
-use super::RMS_EPSILON;
-
-/// Added to the variance of a layer norm, as is usual.
-const LAYER_EPSILON: f32 = 1e-5;
+use crate::backend::{LAYER_EPSILON, RMS_EPSILON};
 
 /// What is taken off a row, and what the rest is multiplied by.
 #[inline(always)]

@@ -1,0 +1,55 @@
+//! Inference over candle's tensors, on the processor: the kernels that Apple's GPUs are given, but not those GPUs.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+mod inference;
+
+use common::relative_l2;
+use inference::{config, inference};
+use ulmus_model::{Backend, Candle, Cpu, ModelError, WeightFormat};
+use ulmus_plan::{ModelConfig, NormKind};
+
+fn assert_agrees_with_the_cpus(config: &ModelConfig, format: WeightFormat, tolerance: f64) {
+    let found = inference(Candle::processor(), config, format);
+    for ((what, found), (_, expected)) in found.iter().zip(inference(Cpu::new(2), config, format)) {
+        let difference = relative_l2(found, &expected);
+        assert!(
+            difference < tolerance,
+            "{:?}, {format}, {what}: relative difference {difference:e}",
+            config.norm
+        );
+    }
+}
+
+#[test]
+fn every_format_agrees_with_the_cpus() {
+    for (format, tolerance) in [
+        (WeightFormat::F32, 1e-4),
+        (WeightFormat::F16, 5e-3),
+        (WeightFormat::Bf16, 3e-2),
+        (WeightFormat::Q8_0, 4e-2),
+    ] {
+        assert_agrees_with_the_cpus(&config(), format, tolerance);
+    }
+}
+
+#[test]
+fn every_norm_agrees_with_the_cpus() {
+    for norm in NormKind::ALL {
+        assert_agrees_with_the_cpus(&ModelConfig { norm, ..config() }, WeightFormat::F32, 1e-4);
+    }
+}
+
+#[test]
+fn what_is_not_there_is_refused() {
+    let problem = |error: ModelError| match error {
+        ModelError::Device { problem, .. } => problem,
+        error => panic!("{error}"),
+    };
+    let matrix = Candle::processor().weights(&[0.5; 2 * 33], 2, WeightFormat::Q8_0);
+    assert!(problem(matrix.unwrap_err()).contains("33"));
+    if !cfg!(target_os = "macos") {
+        assert!(problem(Candle::metal().unwrap_err()).contains("metal"));
+    }
+}
