@@ -248,6 +248,27 @@ fn a_training_step_agrees_with_the_cpus() {
     }
 }
 
+/// The host makes the calls of a pass twice, and no more: the second time it is recorded.
+#[test]
+#[ignore = "needs a GPU or the emulator: .ci/run cuda"]
+fn a_recorded_pass_needs_no_calls() {
+    let (device, rows, width) = (Device(cuda(Precision::F32)), 3, 40);
+    let mut out = device.acts(&vec![f32::NAN; rows * width]);
+    let mut x = device.acts(&vec![0.0; 2 * rows * width]);
+    let (mut graph, mut calls) = (<Cuda as Backend>::Graph::default(), 0);
+    for pass in 0..4 {
+        let values = numbers(2 * rows * width, pass);
+        device.0.set_activations(all_mut(&mut x, values.len()), &values);
+        let once = device.fill_acts(rows * width, |out| device.0.swiglu(out, all(&x, values.len()), width));
+        device.0.replay(&mut graph, || {
+            calls += 1;
+            device.0.swiglu(all_mut(&mut out, rows * width), all(&x, values.len()), width);
+        });
+        assert_eq!(device.get_acts(&out, rows * width), once, "pass {pass}");
+    }
+    assert_eq!(calls, 2);
+}
+
 /// Passes are recorded in their second step and replayed from the third on.
 #[test]
 #[ignore = "needs a GPU or the emulator: .ci/run cuda"]
