@@ -230,11 +230,11 @@ pub(super) fn multiply(
 #[cfg(test)]
 mod tests {
     use super::*;
-    #[cfg(target_arch = "x86_64")]
-    use crate::cpu::kernels::avx512;
     use crate::cpu::kernels::panel::Kernel;
     use crate::cpu::kernels::portable;
     use crate::cpu::kernels::testing::values;
+    #[cfg(target_arch = "x86_64")]
+    use crate::cpu::kernels::{avx2, avx512};
 
     fn product(m: usize, n: usize, k: usize, precision: Precision) -> Vec<f32> {
         let (a, b) = (values(m * k, 1), values(n * k, 2));
@@ -326,22 +326,32 @@ mod tests {
             if let Some(kernel) = avx512::Bf16::detect() {
                 kernel_agrees(kernel, rounded, 1e-6);
             }
+            if let Some(kernel) = avx2::F32::detect() {
+                kernel_agrees(kernel, |x| x, 1e-6);
+                kernel_agrees(avx2::Bf16::detect().unwrap(), rounded, 1e-6);
+            }
         }
+    }
+
+    fn product_by<K: Kernel>(kernel: K) -> Vec<u32> {
+        let (m, n, k) = (61, 70, 1031);
+        let (a, b) = (values(m * k, 1), values(n * k, 2));
+        let mut c = vec![f32::NAN; m * n];
+        let (a, b) = (Matrix::new(&a, m, k, k), Matrix::new(&b, n, k, k).transposed());
+        product::multiply(kernel, &mut MatrixMut::new(&mut c, m, n, n), a, b, Output::Overwrite);
+        c.into_iter().map(f32::to_bits).collect()
     }
 
     #[test]
     fn every_float32_kernel_gives_the_same_bits() {
-        let wide = product(61, 70, 1030, Precision::F32);
-        let (a, b) = (values(61 * 1030, 1), values(70 * 1030, 2));
-        let mut plain = vec![f32::NAN; 61 * 70];
-        product::multiply(
-            portable::F32,
-            &mut MatrixMut::new(&mut plain, 61, 70, 70),
-            Matrix::new(&a, 61, 1030, 1030),
-            Matrix::new(&b, 70, 1030, 1030).transposed(),
-            Output::Overwrite,
-        );
-        assert!(plain.iter().zip(&wide).all(|(a, b)| a.to_bits() == b.to_bits()));
+        let plain = product_by(portable::F32);
+        let widest: Vec<u32> = product(61, 70, 1031, Precision::F32).into_iter().map(f32::to_bits).collect();
+        assert_eq!(plain, widest);
+        #[cfg(target_arch = "x86_64")]
+        if let Some(kernel) = avx2::F32::detect() {
+            assert_eq!(product_by(kernel), plain);
+            assert_eq!(product_by(avx2::Bf16::detect().unwrap()), product_by(portable::Bf16));
+        }
     }
 
     #[test]

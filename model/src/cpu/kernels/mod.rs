@@ -7,6 +7,8 @@
 
 pub(super) mod attention;
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 pub(super) mod cache;
 pub(super) mod head;

@@ -19,11 +19,11 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-#[cfg(target_arch = "x86_64")]
-use super::avx512;
 use super::lines::Line;
 use super::matrix::Matrix;
 use super::q8;
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512};
 use crate::format::WeightFormat;
 
 /// Columns of a right panel.
@@ -73,8 +73,13 @@ macro_rules! by_kernel {
         match $format {
             $($formats::$name => {
                 #[cfg(target_arch = "x86_64")]
-                if let Some($kernel) = $crate::cpu::kernels::avx512::$name::detect() {
-                    return $body;
+                {
+                    if let Some($kernel) = $crate::cpu::kernels::avx512::$name::detect() {
+                        return $body;
+                    }
+                    if let Some($kernel) = $crate::cpu::kernels::avx2::$name::detect() {
+                        return $body;
+                    }
                 }
                 let $kernel = $crate::cpu::kernels::portable::$name;
                 $body
@@ -161,10 +166,16 @@ pub(super) fn pack_right(format: WeightFormat, to: &mut [Line], lanes: Lanes<'_>
             if let Some(kernel) = avx512::F32::detect() {
                 return kernel.pack(bytemuck::cast_slice_mut(to), LANES, lanes);
             }
+            if let Some(kernel) = avx2::F32::detect() {
+                return kernel.pack(bytemuck::cast_slice_mut(to), LANES, lanes);
+            }
         }
         WeightFormat::Bf16 => {
             if let Some(kernel) = avx512::Bf16::detect() {
                 return kernel.pack(bytemuck::cast_slice_mut(to), LANES, lanes);
+            }
+            if let Some(kernel) = avx2::Bf16::detect() {
+                return avx2::pack_right(kernel, bytemuck::cast_slice_mut(to), lanes);
             }
         }
         WeightFormat::F16 | WeightFormat::Q8_0 => {}

@@ -83,11 +83,11 @@ mod tests {
     use half::bf16;
 
     use super::*;
-    #[cfg(target_arch = "x86_64")]
-    use crate::cpu::kernels::avx512;
     use crate::cpu::kernels::portable;
     use crate::cpu::kernels::q8::BLOCK;
     use crate::cpu::kernels::testing::values;
+    #[cfg(target_arch = "x86_64")]
+    use crate::cpu::kernels::{avx2, avx512};
 
     /// Outputs and inputs that are multiples of nothing, and of everything.
     const SHAPES: [(usize, usize); 6] = [(1, 1), (33, 31), (70, 100), (128, 64), (197, 1281), (300, 2100)];
@@ -153,6 +153,14 @@ mod tests {
             if let Some(kernel) = avx512::Q8_0::detect() {
                 agrees(kernel, Q8_0, |x| x, quantised);
             }
+            if let Some(kernel) = avx2::F32::detect() {
+                agrees(kernel, F32, |x| x, sums);
+                agrees(avx2::Bf16::detect().unwrap(), Bf16, rounded, sums);
+            }
+            if let Some(kernel) = avx2::F16::detect() {
+                agrees(kernel, F16, |x| x, sums);
+                agrees(avx2::Q8_0::detect().unwrap(), Q8_0, |x| x, quantised);
+            }
         }
     }
 
@@ -169,9 +177,18 @@ mod tests {
             let half = avx512::F16::detect().unwrap();
             same(product(half, &weights[1], &x), product(portable::F16, &weights[1], &x));
         }
+        let integers = weights(WeightFormat::Q8_0);
         if let Some(kernel) = avx512::Q8_0::detect() {
-            let weights = weights(WeightFormat::Q8_0);
-            same(product(kernel, &weights, &x), product(portable::Q8_0, &weights, &x));
+            same(product(kernel, &integers, &x), product(portable::Q8_0, &integers, &x));
+        }
+        if let (Some(kernel), Some(half)) = (avx2::F32::detect(), avx2::F16::detect()) {
+            let weights = [WeightFormat::F32, WeightFormat::F16, WeightFormat::Bf16].map(weights);
+            same(product(kernel, &weights[0], &x), product(portable::F32, &weights[0], &x));
+            same(product(half, &weights[1], &x), product(portable::F16, &weights[1], &x));
+            let bf16 = avx2::Bf16::detect().unwrap();
+            same(product(bf16, &weights[2], &x), product(portable::Bf16, &weights[2], &x));
+            let kernel = avx2::Q8_0::detect().unwrap();
+            same(product(kernel, &integers, &x), product(portable::Q8_0, &integers, &x));
         }
     }
 
