@@ -40,6 +40,10 @@ pub(super) struct F16(());
 /// Bfloat16 times bfloat16, widened as they are met.
 #[derive(Clone, Copy)]
 pub(super) struct Bf16(());
+/// Float32 numbers that are bfloat16, kept as float32: for operands that are packed for one product, this is faster than to
+/// widen them every time they are met. Bits are those of [`Bf16`].
+#[derive(Clone, Copy)]
+pub(super) struct Rounded(F32);
 /// Integers times integers, a block at a time.
 #[derive(Clone, Copy)]
 pub(super) struct Q8_0(());
@@ -59,6 +63,12 @@ impl F16 {
 impl Bf16 {
     pub(super) fn detect() -> Option<Self> {
         (level() >= Level::Avx2).then_some(Self(()))
+    }
+}
+
+impl Rounded {
+    pub(super) fn detect() -> Option<Self> {
+        F32::detect().map(Self)
     }
 }
 
@@ -167,6 +177,32 @@ kernel!(
     Q8_0, "avx2,fma,f16c", words q8::WORDS, lines 17, pack q8::pack_left, step step_q8, tile tile_q8,
     widths { 1 x 4, 2 x 2, 4 x 1 }
 );
+
+impl Kernel for Rounded {
+    const FORMAT: WeightFormat = F32::FORMAT;
+    const WIDTHS: &'static [usize] = F32::WIDTHS;
+    const WORDS: usize = F32::WORDS;
+
+    fn pack(self, to: &mut [u32], width: usize, lanes: Lanes<'_>) {
+        pack_bfloat16(to, width, lanes);
+    }
+
+    fn pack_right(self, to: &mut [Line], lanes: Lanes<'_>) {
+        pack_bfloat16(bytemuck::cast_slice_mut(to), LANES, lanes);
+    }
+
+    unsafe fn multiply(
+        self,
+        width: usize,
+        steps: usize,
+        left: *const u32,
+        right: *const Line,
+        target: &Target,
+    ) {
+        // SAFETY: promised by the caller.
+        unsafe { self.0.multiply(width, steps, left, right, target) };
+    }
+}
 
 /// The first `count` of a vector.
 #[inline]

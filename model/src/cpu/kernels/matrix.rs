@@ -10,6 +10,8 @@ use ulmus_plan::Precision;
 
 use super::panel::by_kernel;
 use super::product;
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512};
 
 /// A matrix to read, or the transpose of one.
 #[derive(Clone, Copy)]
@@ -224,6 +226,13 @@ pub(super) fn multiply(
         c.rows,
         c.columns
     );
+    #[cfg(target_arch = "x86_64")]
+    if precision == Precision::Bf16
+        && avx512::Bf16::detect().is_none()
+        && let Some(kernel) = avx2::Rounded::detect()
+    {
+        return product::multiply(kernel, c, a, b, output);
+    }
     by_kernel!(match precision, Precision { F32, Bf16 }, kernel => product::multiply(kernel, c, a, b, output));
 }
 
@@ -233,8 +242,6 @@ mod tests {
     use crate::cpu::kernels::panel::Kernel;
     use crate::cpu::kernels::portable;
     use crate::cpu::kernels::testing::values;
-    #[cfg(target_arch = "x86_64")]
-    use crate::cpu::kernels::{avx2, avx512};
 
     fn product(m: usize, n: usize, k: usize, precision: Precision) -> Vec<f32> {
         let (a, b) = (values(m * k, 1), values(n * k, 2));
@@ -350,7 +357,9 @@ mod tests {
         #[cfg(target_arch = "x86_64")]
         if let Some(kernel) = avx2::F32::detect() {
             assert_eq!(product_by(kernel), plain);
-            assert_eq!(product_by(avx2::Bf16::detect().unwrap()), product_by(portable::Bf16));
+            let rounded = product_by(portable::Bf16);
+            assert_eq!(product_by(avx2::Bf16::detect().unwrap()), rounded);
+            assert_eq!(product_by(avx2::Rounded::detect().unwrap()), rounded);
         }
     }
 

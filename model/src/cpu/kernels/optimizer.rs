@@ -79,6 +79,25 @@ pub(crate) fn quantise(
     *outside |= u32::from(!in_range);
 }
 
+/// Between 2^52 and 2^53 floats are integers: adding this rounds, to the even one of two, and leaves the integer in the low
+/// bits.
+const ROUNDER: f64 = 6_755_399_441_055_744.0;
+const HIGH: f64 = 4_294_967_296.0;
+
+/// A float32 in quanta, up to 2^62 of them, rounded half to even: as an upper and a lower part of 32 bits, to both of which
+/// [`ROUNDER`] is added. Few processors turn vectors of f64 into integers. It has 24 significant bits, so nothing but the
+/// lower part's fraction is lost.
+#[inline(always)]
+fn split(quanta: f64) -> (f64, f64) {
+    let high = quanta * (1.0 / HIGH) + ROUNDER;
+    (high, quanta - (high - ROUNDER) * HIGH + ROUNDER)
+}
+
+#[inline(always)]
+fn integer(rounded: f64) -> i64 {
+    rounded.to_bits().wrapping_sub(ROUNDER.to_bits()) as i64
+}
+
 vectorised! {
     fn quantise_block(sums: &mut [i64], gradient: &[f32], inverse: f64, limit: f64, accumulate: bool) -> bool {
         let mut in_range = true;
@@ -86,8 +105,9 @@ vectorised! {
             let gradient = f64::from(*gradient);
             in_range &= gradient.abs() <= limit;
             let before = if accumulate { *sum } else { 0 };
+            let (high, low) = split(gradient * inverse);
             // In range nothing wraps; out of range the sums are void anyway.
-            *sum = before.wrapping_add((gradient * inverse).round_ties_even() as i64);
+            *sum = before.wrapping_add(integer(high) << 32).wrapping_add(integer(low));
         }
         in_range
     }
@@ -109,7 +129,8 @@ vectorised! {
         for gradient in gradient {
             let wide = f64::from(*gradient);
             in_range &= wide.abs() <= limit;
-            *gradient = ((wide * inverse).round_ties_even() as i64 as f64 * scale) as f32;
+            let (high, low) = split(wide * inverse);
+            *gradient = (((high - ROUNDER) * HIGH + (low - ROUNDER)) * scale) as f32;
         }
         in_range
     }
@@ -126,6 +147,40 @@ vectorised! {
     fn dequantise_block(mean: &mut [f32], sums: &[i64], scale: f64) {
         for (mean, sum) in mean.iter_mut().zip(sums) {
             *mean = (*sum as f64 * scale) as f32;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Of all sizes, beyond the limit too, with halves between two integers among them.
+        #[test]
+        fn sums_and_means_are_those_of_the_quantum(
+            numbers in prop::collection::vec((-(1_i32 << 24)..1 << 24, -30..42), 1..70),
+            positions in 1_u64..1 << 24,
+            valid in 1_u64..1 << 24,
+        ) {
+            let quantum = Quantum::new(positions, 1);
+            let value = |(mantissa, exponent)| f64::from(mantissa) * 2_f64.powi(exponent) * quantum.value();
+            let gradient: Vec<f32> = numbers.into_iter().map(|number| value(number) as f32).collect();
+            let expected: Vec<Option<i64>> = gradient.iter().map(|x| quantum.quantise(*x)).collect();
+            let (mut sums, mut outside) = (vec![7; gradient.len()], 0);
+            quantise(&mut sums, &mut outside, &gradient, &quantum, true);
+            prop_assert_eq!(outside == 1, expected.contains(&None));
+            let scale = quantum.mean_scale(valid);
+            let (mut means, mut outside) = (gradient.clone(), 0);
+            quantise_mean(&mut means, &mut outside, &quantum, scale);
+            prop_assert_eq!(outside == 1, expected.contains(&None));
+            for ((sum, mean), expected) in sums.into_iter().zip(means).zip(expected) {
+                if let Some(expected) = expected {
+                    prop_assert_eq!(sum, expected + 7);
+                    prop_assert_eq!(mean.to_bits(), ((expected as f64 * scale) as f32).to_bits());
+                }
+            }
         }
     }
 }

@@ -51,6 +51,11 @@ pub(super) trait Kernel: Copy + Send + Sync {
     /// Packs lanes as a left panel of `width` rows, the rest of which are zero.
     fn pack(self, to: &mut [u32], width: usize, lanes: Lanes<'_>);
 
+    /// Packs lanes as a right panel.
+    fn pack_right(self, to: &mut [Line], lanes: Lanes<'_>) {
+        pack_right(Self::FORMAT, to, lanes);
+    }
+
     /// Sums the products of some steps, from zero or from what is there.
     ///
     /// # Safety

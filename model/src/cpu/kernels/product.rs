@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::lines::{Line, room, room_lines, with_operands};
 use super::matrix::{Matrix, MatrixMut, Output, SharedMatrix, Threads};
-use super::panel::{Kernel, LANES, Lanes, LeftPanels, Target, pack_right, step};
+use super::panel::{Kernel, LANES, Lanes, LeftPanels, Target, step};
 
 /// Lines of a part of a right panel.
 const PART_LINES: usize = 1280;
@@ -163,7 +163,7 @@ pub(super) fn multiply<K: Kernel>(
                     let pack_columns = |(panel, to): (usize, &mut [Line])| {
                         let first = columns.start + panel * LANES;
                         let lanes = first..columns.end.min(first + LANES);
-                        pack_right(K::FORMAT, to, Lanes::new(b.transposed(), lanes, depths.clone()));
+                        kernel.pack_right(to, Lanes::new(b.transposed(), lanes, depths.clone()));
                     };
                     let mut pack_rows = || {
                         // They are those of the columns before.
