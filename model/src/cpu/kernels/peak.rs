@@ -1,5 +1,10 @@
 //! Loops that do nothing but reach the processor's limits of arithmetic and of memory.
 
+#![expect(
+    clippy::needless_range_loop,
+    reason = "iterator adapters are not always inlined in vectorised code"
+)]
+
 use ulmus_plan::Precision;
 
 use super::lines::Line;
@@ -70,8 +75,8 @@ vectorised! {
         for lines in lines.as_chunks::<TOGETHER>().0 {
             for line in 0..TOGETHER {
                 ask_for(&lines[line]);
-                for (sum, word) in sums[line].iter_mut().zip(&lines[line].0) {
-                    *sum = sum.wrapping_add(*word);
+                for word in 0..16 {
+                    sums[line][word] = sums[line][word].wrapping_add(lines[line].0[word]);
                 }
             }
         }
