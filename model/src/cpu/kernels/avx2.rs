@@ -124,33 +124,40 @@ macro_rules! kernel {
             right: *const Line,
             target: &Target,
         ) {
-            for first in (0..VECTORS).step_by(TOGETHER) {
-                if target.columns <= first * VECTOR {
-                    return;
-                }
-                // Here and not in functions: the sums have to be registers from beginning to end.
-                let mut sums: Sums<ROWS, TOGETHER> = [[_mm256_setzero_ps(); TOGETHER]; ROWS];
-                if target.resume {
-                    for row in 0..ROWS {
-                        for vector in 0..TOGETHER {
-                            // SAFETY: promised by the caller.
-                            sums[row][vector] = unsafe { load(target, row, (first + vector) * VECTOR) };
+            // What one pass has read is in the first-level cache for the next.
+            let part = if TOGETHER == VECTORS { steps } else { PART_LINES / $lines };
+            for start in (0..steps).step_by(part.max(1)) {
+                let steps = part.min(steps - start);
+                // SAFETY: promised by the caller.
+                let (left, right) = unsafe { (left.add(start * ROWS * $words), right.add(start * $lines)) };
+                for first in (0..VECTORS).step_by(TOGETHER) {
+                    if target.columns <= first * VECTOR {
+                        break;
+                    }
+                    // Here and not in functions: the sums have to be registers from beginning to end.
+                    let mut sums: Sums<ROWS, TOGETHER> = [[_mm256_setzero_ps(); TOGETHER]; ROWS];
+                    if target.resume || start > 0 {
+                        for row in 0..ROWS {
+                            for vector in 0..TOGETHER {
+                                // SAFETY: promised by the caller.
+                                sums[row][vector] = unsafe { load(target, row, (first + vector) * VECTOR) };
+                            }
                         }
                     }
-                }
-                let (mut left, mut right) = (left, right);
-                for _ in 0..steps {
-                    // SAFETY: promised by the caller; every step of the panels is read once.
-                    unsafe {
-                        $step(&mut sums, left, right, first);
-                        left = left.add(ROWS * $words);
-                        right = right.add($lines);
+                    let (mut left, mut right) = (left, right);
+                    for _ in 0..steps {
+                        // SAFETY: promised by the caller; every step of the panels is read once in a pass.
+                        unsafe {
+                            $step(&mut sums, left, right, first);
+                            left = left.add(ROWS * $words);
+                            right = right.add($lines);
+                        }
                     }
-                }
-                for row in 0..ROWS {
-                    for vector in 0..TOGETHER {
-                        // SAFETY: as above.
-                        unsafe { store(target, row, (first + vector) * VECTOR, sums[row][vector]) };
+                    for row in 0..ROWS {
+                        for vector in 0..TOGETHER {
+                            // SAFETY: as above.
+                            unsafe { store(target, row, (first + vector) * VECTOR, sums[row][vector]) };
+                        }
                     }
                 }
             }
@@ -250,7 +257,12 @@ unsafe fn store(target: &Target, row: usize, column: usize, values: __m256) {
     }
 }
 
-/// Lines ahead of what is read that are asked for.
+/// Lines of a right panel that several passes go through one after the other.
+const PART_LINES: usize = 256;
+
+/// Rows so few that a panel comes from memory once and is waited for.
+const FEW: usize = 4;
+/// Lines ahead of what is read that are asked for then.
 const F32_AHEAD: usize = 24;
 const F16_AHEAD: usize = 24;
 const BF16_AHEAD: usize = 24;
@@ -293,7 +305,7 @@ unsafe fn step_f32<const ROWS: usize, const TOGETHER: usize>(
     right: *const Line,
     first: usize,
 ) {
-    if TOGETHER == VECTORS {
+    if first == 0 && ROWS <= FEW {
         prefetch(right, F32_AHEAD);
         prefetch(right, F32_AHEAD + 1);
     }
@@ -317,7 +329,7 @@ unsafe fn step_f16<const ROWS: usize, const TOGETHER: usize>(
     right: *const Line,
     first: usize,
 ) {
-    if TOGETHER == VECTORS {
+    if first == 0 && ROWS <= FEW {
         prefetch(right, F16_AHEAD);
     }
     let mut vectors = [_mm256_setzero_ps(); TOGETHER];
@@ -341,7 +353,7 @@ unsafe fn step_bf16<const ROWS: usize, const TOGETHER: usize>(
     right: *const Line,
     first: usize,
 ) {
-    if TOGETHER == VECTORS {
+    if first == 0 && ROWS <= FEW {
         prefetch(right, BF16_AHEAD);
         prefetch(right, BF16_AHEAD + 1);
     }
@@ -378,7 +390,7 @@ unsafe fn step_q8<const ROWS: usize, const TOGETHER: usize>(
     // SAFETY: a step is 17 lines of the right panel and `q8::WORDS` words of each row.
     unsafe {
         for word in 0..WORDS {
-            if TOGETHER == VECTORS {
+            if first == 0 && ROWS <= FEW {
                 prefetch(right, 2 * word + Q8_AHEAD);
                 prefetch(right, 2 * word + Q8_AHEAD + 1);
             }
