@@ -21,7 +21,7 @@ use crate::backend::{
 use crate::cpu;
 use crate::error::ModelError;
 use crate::format::{CacheFormat, WeightFormat};
-use crate::generate::greedy;
+use crate::generate::greedy_rows;
 
 /// What candle gives.
 type Computed<T> = Result<T, Error>;
@@ -152,7 +152,7 @@ impl Cache {
         values.slice_set(&heads(query + key_value, key_value)?, 1, first)?;
         let end = first + length;
         // All rows that read the same keys are one matrix.
-        let grouped = (key_value, query / key_value * length, ());
+        let grouped = (key_value, self.heads.group() * length, ());
         let queries = heads(0, query)?.reshape(grouped)?;
         let scores = queries.matmul(&keys.narrow(1, 0, end)?.t()?)?.to_dtype(DType::F32)?;
         let scores = (scores * (1.0 / (width as f64).sqrt()))?.reshape((query, length, end))?;
@@ -166,7 +166,7 @@ impl Cache {
         };
         let shares = ops::softmax_last_dim(&scores)?.to_dtype(format)?.reshape(grouped)?;
         let out = shares.matmul(&values.narrow(1, 0, end)?)?.to_dtype(DType::F32)?;
-        out.reshape((query, length, width))?.transpose(0, 1)?.reshape((length, query * width))
+        out.reshape((query, length, width))?.transpose(0, 1)?.reshape((length, self.heads.query_width()))
     }
 }
 
@@ -369,9 +369,7 @@ impl Backend for Candle {
     }
 
     fn greedy(&self, out: Out<'_, Self, u32>, logits: In<'_, Self>) {
-        let (out, logits) = (out.slice(), logits.slice());
-        let rows = logits.chunks_exact(logits.len() / out.len());
-        out.iter_mut().zip(rows).for_each(|(out, logits)| *out = greedy(logits));
+        greedy_rows(out.slice(), logits.slice());
     }
 
     fn cross_entropy(&self, out: Out<'_, Self>, logits: Out<'_, Self>, targets: In<'_, Self, u32>) {

@@ -536,6 +536,12 @@ pub fn greedy(logits: &[f32]) -> u32 {
     logits.iter().enumerate().fold((0, f32::NEG_INFINITY), best).0 as u32
 }
 
+/// The likeliest token of each row of logits.
+pub(crate) fn greedy_rows(out: &mut [u32], logits: &[f32]) {
+    let rows = logits.chunks_exact(logits.len() / out.len());
+    out.iter_mut().zip(rows).for_each(|(out, logits)| *out = greedy(logits));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -274,7 +274,8 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// `out[r] = table[ids[r]]`.
     fn embed_weights(&self, out: ActsMut<'_, Self>, table: &Self::Weights, ids: In<'_, Self, u32>);
 
-    /// `out = x · weightsᵀ` for that many rows. A row of the result has the same bits whatever the other rows are.
+    /// `out = x · weightsᵀ` for that many rows. A row of the result has the same bits whatever the other rows are, but for
+    /// devices that say otherwise.
     fn linear_weights(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, weights: &Self::Weights, rows: usize);
 
     /// As [`Backend::linear_weights`], with the result in f32: the logits of that many rows.

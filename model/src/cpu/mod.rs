@@ -26,7 +26,7 @@ use ulmus_plan::Precision;
 use crate::backend::{Backend, Element, Heads, In, Norm, Out, Rope, Spans, View, ViewMut};
 use crate::error::ModelError;
 use crate::format::{CacheFormat, WeightFormat};
-use crate::generate::greedy;
+use crate::generate::greedy_rows;
 
 /// The CPU as a device. Results have the same bits for any number of threads.
 #[derive(Debug, Clone)]
@@ -232,9 +232,7 @@ impl Backend for Cpu {
     }
 
     fn greedy(&self, out: Out<'_, Self, u32>, logits: In<'_, Self>) {
-        let (out, logits) = (out.slice(), logits.slice());
-        let rows = logits.chunks_exact(logits.len() / out.len());
-        out.iter_mut().zip(rows).for_each(|(out, logits)| *out = greedy(logits));
+        greedy_rows(out.slice(), logits.slice());
     }
 
     fn cross_entropy(&self, out: Out<'_, Self>, logits: Out<'_, Self>, targets: In<'_, Self, u32>) {

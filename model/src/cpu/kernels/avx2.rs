@@ -43,7 +43,7 @@ pub(super) struct Bf16(());
 /// Float32 numbers that are bfloat16, kept as float32: for operands that are packed for one product, this is faster than to
 /// widen them every time they are met. Bits are those of [`Bf16`].
 #[derive(Clone, Copy)]
-pub(super) struct Rounded(F32);
+pub(super) struct Rounded<K>(K);
 /// Integers times integers, a block at a time.
 #[derive(Clone, Copy)]
 pub(super) struct Q8_0(());
@@ -61,14 +61,16 @@ impl F16 {
 }
 
 impl Bf16 {
+    /// Not where plain loops have wider vectors.
     pub(super) fn detect() -> Option<Self> {
-        (level() >= Level::Avx2).then_some(Self(()))
+        (level() == Level::Avx2).then_some(Self(()))
     }
 }
 
-impl Rounded {
-    pub(super) fn detect() -> Option<Self> {
-        F32::detect().map(Self)
+impl<K: Kernel> Rounded<K> {
+    /// By that kernel of float32.
+    pub(super) fn detect(kernel: K) -> Option<Self> {
+        (K::FORMAT == WeightFormat::F32 && level() >= Level::Avx2).then_some(Self(kernel))
     }
 }
 
@@ -185,10 +187,10 @@ kernel!(
     widths { 1 x 4, 2 x 2, 4 x 1 }
 );
 
-impl Kernel for Rounded {
-    const FORMAT: WeightFormat = F32::FORMAT;
-    const WIDTHS: &'static [usize] = F32::WIDTHS;
-    const WORDS: usize = F32::WORDS;
+impl<K: Kernel> Kernel for Rounded<K> {
+    const FORMAT: WeightFormat = K::FORMAT;
+    const WIDTHS: &'static [usize] = K::WIDTHS;
+    const WORDS: usize = K::WORDS;
 
     fn pack(self, to: &mut [u32], width: usize, lanes: Lanes<'_>) {
         pack_bfloat16(to, width, lanes);
@@ -574,8 +576,8 @@ fn pair(first: __m256i, second: __m256i) -> __m256i {
     _mm256_or_si256(_mm256_srli_epi32::<16>(first), second)
 }
 
-/// Stores the lanes from `first` on of word `word` of a panel, and possibly zeros behind the panel's width, where the
-/// next word of these lanes belongs.
+/// Stores the lanes from `first` on of word `word` of a panel. The first lanes may be followed by zeros behind the panel's
+/// width, where their next word belongs.
 ///
 /// # Safety
 /// AVX2; the panel has that word, and its later words are stored after it.
@@ -583,10 +585,11 @@ fn pair(first: __m256i, second: __m256i) -> __m256i {
 #[target_feature(enable = "avx2")]
 unsafe fn store_lanes(to: &mut [u32], width: usize, first: usize, word: usize, values: __m256i) {
     let at = word * width + first;
+    let fits = first == 0 || first + VECTOR <= width;
     // SAFETY: a whole vector lies in the panel, or the mask ends with it.
     unsafe {
         let address = to.as_mut_ptr().add(at);
-        if at + VECTOR <= to.len() {
+        if fits && at + VECTOR <= to.len() {
             _mm256_storeu_si256(address.cast(), values);
         } else {
             _mm256_maskstore_epi32(address.cast(), mask((width - first).min(to.len() - at)), values);
@@ -618,4 +621,54 @@ fn transpose(rows: &[__m256; VECTOR]) -> [__m256; VECTOR] {
         columns[4 + column] = _mm256_permute2f128_ps::<0x31>(quads[column], quads[4 + column]);
     }
     columns
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::super::matrix::Matrix;
+    use super::super::panel::pack;
+    use super::*;
+
+    /// Ties both ways, what overflows, what is nearly nothing, and what is no number, among others.
+    fn values(len: usize) -> Vec<f32> {
+        let rare =
+            [0x3f80_8000, 0x3f81_8000, 0x7f7f_ffff, 0x8000_0001, 0x7f80_0000, 0x7f80_0001, 0xffc0_1234];
+        let bits = |at: usize| {
+            if at.is_multiple_of(5) { rare[at / 5 % 7] } else { 0x3f00_0000 + at as u32 * 0x1357 }
+        };
+        (0..len).map(|at| f32::from_bits(bits(at))).collect()
+    }
+
+    #[test]
+    fn panels_are_those_of_plain_loops() {
+        if F32::detect().is_none() {
+            return;
+        }
+        for (count, depths) in [(1, 1), (1, 37), (5, 3), (6, 40), (13, 19), (32, 33), (29, 16)] {
+            let values = values(count * depths);
+            let by_lane = Matrix::new(&values, count, depths, depths);
+            for matrix in [by_lane, Matrix::new(&values, depths, count, count).transposed()] {
+                let lanes = || Lanes::new(matrix, 0..count, 0..depths);
+                for width in (1..=LANES).filter(|width| *width >= count) {
+                    let (mut found, mut expected) = (vec![7; width * depths], vec![9; width * depths]);
+                    pack_float32(&mut found, width, lanes());
+                    pack::<1, u32>(&mut expected, width, lanes(), f32::to_bits);
+                    assert_eq!(found, expected, "{count} x {depths} in {width}");
+                    pack_bfloat16(&mut found, width, lanes());
+                    pack::<1, u32>(&mut expected, width, lanes(), |x| bf16::from_f32(x).to_f32().to_bits());
+                    assert_eq!(found, expected, "{count} x {depths} in {width}, rounded");
+                }
+                if let Some(kernel) = Bf16::detect() {
+                    let words = LANES * depths.div_ceil(2);
+                    let (mut found, mut expected) = (vec![7_u32; words], vec![0_u32; words]);
+                    pack_right(kernel, &mut found, lanes());
+                    let pairs = bytemuck::cast_slice_mut(&mut expected);
+                    pack::<2, u16>(pairs, LANES, lanes(), |x| bf16::from_f32(x).to_bits());
+                    assert_eq!(found, expected, "{count} x {depths} in pairs");
+                }
+            }
+        }
+    }
 }
