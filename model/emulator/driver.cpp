@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <future>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -63,8 +64,10 @@ namespace {
 
 constexpr std::size_t PAGE = 4096;
 constexpr std::size_t DEVICE_BYTES = std::size_t(8) << 30;
+constexpr std::size_t HOST_BYTES = std::size_t(64) << 20; // page-locked
 constexpr int MAX_SHARED_WITHOUT_REQUEST = 48 * 1024;
 constexpr int MULTIPROCESSORS = 4;
+constexpr std::chrono::milliseconds COPY_DELAY(20);
 
 std::size_t round_up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
@@ -79,7 +82,8 @@ class Memory {
     CUresult allocate(Kind kind, std::size_t bytes, void **memory) {
         if (bytes == 0) return CUDA_ERROR_INVALID_VALUE;
         std::lock_guard lock(mutex_);
-        if (kind == DEVICE && (bytes > DEVICE_BYTES || used_ + bytes > DEVICE_BYTES)) return CUDA_ERROR_OUT_OF_MEMORY;
+        std::size_t limit = kind == DEVICE ? DEVICE_BYTES : HOST_BYTES;
+        if (bytes > limit || used_[kind] + bytes > limit) return CUDA_ERROR_OUT_OF_MEMORY;
         std::size_t pages = round_up(bytes, PAGE);
         void *area =
             mmap(nullptr, pages + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -93,7 +97,7 @@ class Memory {
         std::memset(first_page, 0xFF, pages);
         char *begin = first_page + pages - round_up(bytes, 16);
         blocks_[begin] = {kind, bytes, area, pages + 2 * PAGE};
-        if (kind == DEVICE) used_ += bytes;
+        used_[kind] += bytes;
         *memory = begin;
         return CUDA_SUCCESS;
     }
@@ -103,26 +107,26 @@ class Memory {
         std::lock_guard lock(mutex_);
         auto found = blocks_.find(static_cast<char *>(memory));
         if (found == blocks_.end() || found->second.kind != kind) return CUDA_ERROR_INVALID_VALUE;
-        if (kind == DEVICE) used_ -= found->second.bytes;
+        used_[kind] -= found->second.bytes;
         munmap(found->second.area, found->second.area_bytes);
         blocks_.erase(found);
         return CUDA_SUCCESS;
     }
 
-    // Whether all bytes are of one allocation.
-    bool contains(CUdeviceptr address, std::size_t bytes) {
+    // Whether all bytes are of one allocation of that kind.
+    bool contains(Kind kind, const void *address, std::size_t bytes) {
         std::lock_guard lock(mutex_);
-        char *first = reinterpret_cast<char *>(address);
+        auto first = static_cast<char *>(const_cast<void *>(address));
         auto next = blocks_.upper_bound(first);
         if (next == blocks_.begin()) return false;
         const auto &[begin, block] = *std::prev(next);
         std::size_t offset = first - begin;
-        return offset <= block.bytes && bytes <= block.bytes - offset;
+        return block.kind == kind && offset <= block.bytes && bytes <= block.bytes - offset;
     }
 
     std::size_t available() {
         std::lock_guard lock(mutex_);
-        return DEVICE_BYTES - used_;
+        return DEVICE_BYTES - used_[DEVICE];
     }
 
     // For a message when the process is about to end: does without the lock if somebody has it.
@@ -147,7 +151,7 @@ class Memory {
 
     std::mutex mutex_;
     std::map<char *, Block> blocks_;
-    std::size_t used_ = 0;
+    std::size_t used_[2] = {};
 };
 
 Memory &memory() {
@@ -811,13 +815,26 @@ static CUresult copy(void *stream, void *to, const void *from, std::size_t bytes
     return enqueue(stream, "a copy of memory", [=] { std::memmove(to, from, bytes); });
 }
 
+static void *pointer(CUdeviceptr address) { return reinterpret_cast<void *>(address); }
+
 // The ends of a copy that are the device's must be memory of the device.
 static CUresult check_range(CUdeviceptr address, std::size_t bytes) {
     TRY(check_context());
-    return memory().contains(address, bytes) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+    return memory().contains(Memory::DEVICE, pointer(address), bytes) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
-static void *pointer(CUdeviceptr address) { return reinterpret_cast<void *>(address); }
+// Goes on, for a while, beside the work of other streams.
+static CUresult copy_beside(Stream &stream, void *to, const void *from, std::size_t bytes) {
+    std::promise<std::chrono::steady_clock::time_point> done;
+    auto before = stream.occupy({done.get_future().share()});
+    std::thread([=, done = std::move(done)]() mutable {
+        for (auto &occupation : before) occupation.wait();
+        std::this_thread::sleep_for(COPY_DELAY);
+        std::memmove(to, from, bytes);
+        done.set_value(std::chrono::steady_clock::now());
+    }).detach();
+    return CUDA_SUCCESS;
+}
 
 API CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, std::size_t bytes, void *stream) {
     TRY(check_range(to, bytes));
@@ -826,6 +843,9 @@ API CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, std::size_t 
 
 API CUresult cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, std::size_t bytes, void *stream) {
     TRY(check_range(from, bytes));
+    auto target = find_stream(stream);
+    if (target && !target->capturing() && memory().contains(Memory::HOST, to, bytes))
+        return copy_beside(*target, to, pointer(from), bytes);
     return copy(stream, to, pointer(from), bytes);
 }
 

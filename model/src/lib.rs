@@ -29,8 +29,8 @@ mod tensors;
 
 pub use backend::{
     Acts, ActsMut, AdamW, AttentionShape, BLOCK, Backend, Element, FIRST_PROPOSALS, HeadGradients, Heads,
-    IGNORE, In, LinearShape, Norm, Out, Params, ROW_BLOCK, Rope, Spans, TrainingBackend, View, ViewMut,
-    owned,
+    HostCopy, IGNORE, In, LinearShape, Norm, Out, Params, ROW_BLOCK, Rope, Spans, TrainingBackend, View,
+    ViewMut, owned,
 };
 pub use batch::{BatchShape, LossSum, MicroBatch};
 #[cfg(feature = "metal")]
@@ -43,6 +43,6 @@ pub use exact::Quantum;
 pub use format::{CacheFormat, WeightFormat};
 pub use generate::{Generator, Model, greedy};
 pub use params::{Layout, Tensor};
-pub use replica::{Replica, State, StatePart, Sums};
+pub use replica::{Replica, State, StateCopy, StatePart, Sums};
 pub use sample::{Sampler, Sampling};
 pub use tensors::{weights_from_safetensors, weights_to_safetensors};

@@ -11,7 +11,7 @@ use std::ops::Range;
 use ulmus_plan::{ModelConfig, TrainConfig};
 use ulmus_types::Digest;
 
-use crate::backend::{AdamW, BLOCK, IGNORE, In, Out, TrainingBackend, View, ViewMut};
+use crate::backend::{AdamW, BLOCK, HostCopy, IGNORE, In, Out, TrainingBackend, View, ViewMut};
 use crate::batch::{BatchShape, LossSum, MicroBatch};
 use crate::buffers::{Planner, read, write};
 use crate::error::ModelError;
@@ -51,6 +51,29 @@ pub struct State {
     pub first_moment: Vec<f32>,
     /// AdamW's second moment.
     pub second_moment: Vec<f32>,
+}
+
+/// The state on the host, which may still be on its way there while training goes on.
+#[derive(Debug)]
+pub struct StateCopy([Box<dyn HostCopy>; 3]);
+
+impl StateCopy {
+    /// One of its vectors; waits until it is there.
+    pub fn part(&self, part: StatePart) -> &[f32] {
+        let [weights, first_moment, second_moment] = &self.0;
+        match part {
+            StatePart::Weights => weights.values(),
+            StatePart::FirstMoment => first_moment.values(),
+            StatePart::SecondMoment => second_moment.values(),
+        }
+    }
+}
+
+impl From<State> for StateCopy {
+    fn from(state: State) -> Self {
+        let State { weights, first_moment, second_moment } = state;
+        Self([Box::new(weights), Box::new(first_moment), Box::new(second_moment)])
+    }
 }
 
 /// Exact sums of gradients, one integer per parameter.
@@ -161,6 +184,7 @@ impl<B: TrainingBackend> Replica<B> {
 
     /// Initial weights of that seed, the same for any number of workers; moments become 0.
     pub fn initialise(&mut self, seed: u64) {
+        self.backend.finish_copies();
         let mut part = Vec::with_capacity(CHUNK);
         for (index, tensor) in self.layout.tensors().iter().enumerate() {
             let mut values = initial_values(tensor, index, seed);
@@ -320,6 +344,7 @@ impl<B: TrainingBackend> Replica<B> {
         };
         let decayed = AdamW { decay: (1.0 - lr * recipe.weight_decay) as f32, ..plain };
         let Self { backend, layout, weights, first_moment, second_moment, gradient, .. } = self;
+        backend.finish_copies();
         backend.run(|| {
             // Neighbours that are treated alike in one go: there are many small ones.
             for tensors in layout.tensors().chunk_by(|a, b| a.decays() == b.decays()) {
@@ -347,6 +372,7 @@ impl<B: TrainingBackend> Replica<B> {
 
     /// Lets `work` write a whole part of the state, on the device.
     pub fn write_part<R>(&mut self, part: StatePart, work: impl FnOnce(Out<'_, B>) -> R) -> R {
+        self.backend.finish_copies();
         let len = self.layout.parameters();
         match part {
             StatePart::Weights => self.backend.write_values(write(&mut self.weights, len), work),
@@ -362,6 +388,7 @@ impl<B: TrainingBackend> Replica<B> {
 
     /// Replaces elements `start..start + from.len()` of a part of the state.
     pub fn write_state(&mut self, part: StatePart, start: usize, from: &[f32]) {
+        self.backend.finish_copies();
         let range = start..start + from.len();
         let moment = match part {
             StatePart::Weights => {
@@ -385,6 +412,12 @@ impl<B: TrainingBackend> Replica<B> {
             first_moment: copy(StatePart::FirstMoment),
             second_moment: copy(StatePart::SecondMoment),
         }
+    }
+
+    /// Begins to copy the whole state to the host. What changes the state comes after that; all else goes on beside it.
+    pub fn copy_state(&self) -> StateCopy {
+        let len = self.layout.parameters();
+        StateCopy(StatePart::ALL.map(|part| self.backend.begin_copy(self.part(part, 0..len))))
     }
 
     /// Replaces the whole state.

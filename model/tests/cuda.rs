@@ -12,7 +12,8 @@ use half::bf16;
 use inference::{Outputs, config, inference};
 use ulmus_model::{
     AttentionShape, Backend, BatchShape, Cpu, Cuda, FIRST_PROPOSALS, HeadGradients, Heads, IGNORE,
-    LinearShape, MicroBatch, ModelError, ROW_BLOCK, Replica, State, TrainingBackend, WeightFormat,
+    LinearShape, MicroBatch, ModelError, ROW_BLOCK, Replica, State, StateCopy, StatePart, TrainingBackend,
+    WeightFormat,
 };
 use ulmus_plan::{ModelConfig, NormKind, Precision};
 
@@ -281,6 +282,49 @@ fn steps_that_are_replayed_have_the_bits_of_first_ones() {
             assert_eq!(step(&mut recorded), step(&mut new), "{precision:?}");
         }
     }
+}
+
+/// Training goes on beside a copy of the state, but for what would change what is still being copied.
+#[test]
+#[ignore = "needs a GPU or the emulator: .ci/run cuda"]
+fn a_copy_of_the_state_is_of_the_moment_that_it_was_begun_at() {
+    type Change = fn(&mut Replica<Cuda>, &State);
+    let of = |copy: &StateCopy| StatePart::ALL.map(|part| copy.part(part).to_vec());
+    let mut replica = replica(cuda(Precision::F32), false);
+    let other = step(&mut replica).2;
+    let mut earlier: Option<(StateCopy, _)> = None;
+    for change in [
+        (|replica, _| _ = replica.update(&ulmus_plan::TrainConfig::default(), 1e-3, 1).unwrap()) as Change,
+        |replica, _| replica.initialise(7),
+        |replica, other| replica.load_state(other).unwrap(),
+        |replica, _| {
+            let backend = replica.backend().clone();
+            replica.write_part(StatePart::Weights, |weights| {
+                let zeros = vec![0.0; weights.len()];
+                backend.upload(weights, &zeros);
+            });
+        },
+    ] {
+        let expected = of(&replica.state().into());
+        assert_eq!(of(&replica.copy_state()), expected);
+        let copy = replica.copy_state();
+        change(&mut replica, &other);
+        assert_eq!(of(&copy), expected);
+        assert_ne!(of(&replica.state().into()), expected);
+        // A new copy takes the memory of those that are gone, but not of this.
+        if let Some((copy, expected)) = earlier.replace((copy, expected)) {
+            assert_eq!(of(&copy), expected);
+        }
+    }
+}
+
+/// As much as the emulator locks no pages for.
+#[test]
+#[ignore = "needs a GPU or the emulator: .ci/run cuda"]
+fn a_copy_needs_no_locked_pages() {
+    let (device, values) = (Device(cuda(Precision::F32)), numbers(17 << 20, 1));
+    let on_device = device.put(&values);
+    assert!(device.0.begin_copy(all(&on_device, values.len())).values() == values);
 }
 
 /// The fastest algorithms of one process are those of all; without a choice they are the library's, every time.

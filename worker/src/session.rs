@@ -274,7 +274,7 @@ mod tests {
             checkpoint: CheckpointId::new(Step::new(step), Generation::new(1)),
             kind: CheckpointKind::Milestone,
             layout: Arc::new(Layout::new(&config)),
-            tensors: State { weights: vec![1.0], first_moment: vec![], second_moment: vec![] },
+            tensors: State { weights: vec![1.0], first_moment: vec![], second_moment: vec![] }.into(),
             train: TrainState {
                 step: Step::new(step),
                 tokens: 0,

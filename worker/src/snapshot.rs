@@ -1,6 +1,7 @@
 //! A copy of the training state in host memory, kept until its checkpoint is committed.
 //!
-//! Taking it is all that blocks training: hashing, encoding and storing run behind, from this copy.
+//! Hashing, encoding and storing run beside training, from this copy; on a GPU so does copying, but that the next update
+//! waits for it.
 
 use std::sync::Arc;
 
@@ -8,7 +9,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use ulmus_checkpoint::{
     CheckpointError, Manifest, STATE_FILE, Store, TrainState, WEIGHTS_FILE, optimizer_shards, read_file,
 };
-use ulmus_model::{Layout, State, weights_from_safetensors, weights_to_safetensors};
+use ulmus_model::{Layout, State, StateCopy, StatePart, weights_from_safetensors, weights_to_safetensors};
 use ulmus_types::{CheckpointId, CheckpointKind, Digest, Snapshot};
 
 use crate::WorkerError;
@@ -19,7 +20,7 @@ pub(crate) struct Held {
     pub(crate) checkpoint: CheckpointId,
     pub(crate) kind: CheckpointKind,
     pub(crate) layout: Arc<Layout>,
-    pub(crate) tensors: State,
+    pub(crate) tensors: StateCopy,
     pub(crate) train: TrainState,
     /// Limits how many states are in memory at once.
     pub(crate) _room: OwnedSemaphorePermit,
@@ -29,8 +30,8 @@ impl Held {
     /// What the coordinator is told of it. Hashes the whole state.
     pub(crate) fn announce(&self) -> Snapshot {
         let mut hasher = blake3::Hasher::new();
-        for part in [&self.tensors.weights, &self.tensors.first_moment, &self.tensors.second_moment] {
-            hasher.update(bytemuck::cast_slice(part));
+        for part in StatePart::ALL {
+            hasher.update(bytemuck::cast_slice(self.tensors.part(part)));
         }
         hasher.update(&self.train.to_json());
         Snapshot {
@@ -50,13 +51,14 @@ impl Held {
 
     /// The contents of one of them; `None` if there is no such file.
     pub(crate) fn encode(&self, file: &str) -> Result<Option<Vec<u8>>, WorkerError> {
+        let part = |part| self.tensors.part(part);
         Ok(match file {
-            WEIGHTS_FILE => Some(weights_to_safetensors(&self.layout, &self.tensors.weights)?),
+            WEIGHTS_FILE => Some(weights_to_safetensors(&self.layout, part(StatePart::Weights))?),
             STATE_FILE => Some(self.train.to_json()),
             _ => optimizer_shards(self.layout.parameters())
                 .into_iter()
                 .find(|shard| shard.file_name() == file)
-                .map(|shard| shard.encode(&self.tensors.first_moment, &self.tensors.second_moment)),
+                .map(|shard| shard.encode(part(StatePart::FirstMoment), part(StatePart::SecondMoment))),
         })
     }
 }

@@ -17,7 +17,8 @@ use std::fmt::Debug;
 use std::ops::Range;
 
 pub use training::{
-    AdamW, AttentionShape, BLOCK, FIRST_PROPOSALS, HeadGradients, LinearShape, Params, TrainingBackend, owned,
+    AdamW, AttentionShape, BLOCK, FIRST_PROPOSALS, HeadGradients, HostCopy, LinearShape, Params,
+    TrainingBackend, owned,
 };
 pub use ulmus_plan::ROW_BLOCK;
 use ulmus_plan::{NormKind, Precision};

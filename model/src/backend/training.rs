@@ -85,6 +85,18 @@ pub struct AdamW {
     pub epsilon: f32,
 }
 
+/// Numbers of a device in memory of the host, which may still be on their way there.
+pub trait HostCopy: Debug + Send + Sync {
+    /// The numbers; waits until all are there.
+    fn values(&self) -> &[f32];
+}
+
+impl HostCopy for Vec<f32> {
+    fn values(&self) -> &[f32] {
+        self
+    }
+}
+
 /// A device that trains.
 pub trait TrainingBackend: Backend {
     /// Rows of which the logits exist at one time while a loss is computed.
@@ -123,6 +135,13 @@ pub trait TrainingBackend: Backend {
 
     /// Lets the host work on a buffer: in place where it is the host's memory, else on a copy that is put back.
     fn on_host<T: Element, R>(&self, buffer: Out<'_, Self, T>, work: impl FnOnce(&mut [T]) -> R) -> R;
+
+    /// Begins to copy to the host, after the kernels called so far and beside those called from now on, which must not
+    /// write `from` until [`TrainingBackend::finish_copies`].
+    fn begin_copy(&self, from: In<'_, Self>) -> Box<dyn HostCopy>;
+
+    /// What is called from now on comes after all copies that were begun.
+    fn finish_copies(&self);
 
     /// Whether the device can be in a [`TrainingBackend::Communicator`]; if not, its sums are for the host.
     ///

@@ -10,8 +10,8 @@ use super::kernels::attention::{self, Upstream};
 use super::kernels::matrix::Output;
 use super::kernels::{head, linear, optimizer, swiglu};
 use crate::backend::{
-    AdamW, AttentionShape, Backend, Element, HeadGradients, Heads, In, LinearShape, Norm, Out, Rope,
-    TrainingBackend,
+    AdamW, AttentionShape, Backend, Element, HeadGradients, Heads, HostCopy, In, LinearShape, Norm, Out,
+    Rope, TrainingBackend,
 };
 use crate::cuda::{CommunicatorId, NcclError, Patience};
 use crate::error::ModelError;
@@ -41,6 +41,12 @@ impl TrainingBackend for Cpu {
     fn on_host<T: Element, R>(&self, buffer: Out<'_, Self, T>, work: impl FnOnce(&mut [T]) -> R) -> R {
         work(buffer.slice())
     }
+
+    fn begin_copy(&self, from: In<'_, Self>) -> Box<dyn HostCopy> {
+        Box::new(from.slice().to_vec())
+    }
+
+    fn finish_copies(&self) {}
 
     fn communicates(&self) -> Result<bool, NcclError> {
         Ok(false)

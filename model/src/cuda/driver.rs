@@ -417,6 +417,12 @@ impl Device {
         }
     }
 
+    /// Kernels called from now on begin after the mark.
+    pub(super) fn wait_for(&self, mark: &Mark) {
+        self.bind();
+        mark.precede(self.stream);
+    }
+
     /// Copies to the host, after everything called so far.
     pub(super) fn download<T: bytemuck::Pod>(&self, from: Address, to: &mut [T]) {
         if !to.is_empty() {
@@ -433,6 +439,11 @@ pub(super) struct Stream {
     raw: sys::CUstream,
     device: Arc<Device>,
 }
+
+// SAFETY: as for `Device`.
+unsafe impl Send for Stream {}
+// SAFETY: as above.
+unsafe impl Sync for Stream {}
 
 impl Stream {
     pub(super) fn new(device: &Arc<Device>) -> Self {
@@ -452,9 +463,14 @@ impl Stream {
 
     /// What is put on it from now on begins after the mark.
     pub(super) fn wait_for(&self, mark: &Mark) {
-        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        // SAFETY: stream and event are alive.
-        must("let work wait", unsafe { result::stream::wait_event(self.raw, mark.event, flags) });
+        mark.precede(self.raw);
+    }
+
+    /// Copies to the host, after all that the stream was given so far; may go on when this has returned.
+    pub(super) fn download<T: bytemuck::Pod>(&self, from: Address, to: &mut [T]) {
+        self.device.bind();
+        // SAFETY: the caller owns as many bytes of the device, and waits before it uses `to`.
+        must("copy from it", unsafe { result::memcpy_dtoh_async(to, from.0, self.raw) });
     }
 }
 
@@ -471,6 +487,11 @@ pub(super) struct Mark {
     event: sys::CUevent,
     device: Arc<Device>,
 }
+
+// SAFETY: as for `Device`.
+unsafe impl Send for Mark {}
+// SAFETY: as above.
+unsafe impl Sync for Mark {}
 
 impl Mark {
     pub(super) fn new(device: &Arc<Device>) -> Self {
@@ -494,6 +515,19 @@ impl Mark {
         self.device.bind();
         // SAFETY: the event and the stream are alive.
         must("record an event", unsafe { result::event::record(self.event, stream) });
+    }
+
+    fn precede(&self, stream: sys::CUstream) {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: the stream and the event are alive.
+        must("let work wait", unsafe { result::stream::wait_event(stream, self.event, flags) });
+    }
+
+    /// Waits until everything before it is done.
+    pub(super) fn wait(&self) {
+        self.device.bind();
+        // SAFETY: the event is alive.
+        must("finish its work", unsafe { result::event::synchronize(self.event) });
     }
 
     /// Whether everything before it is done.

@@ -15,6 +15,8 @@ mod matmul;
 #[expect(unsafe_code, reason = "calls of a foreign library; see the module")]
 mod nccl;
 mod norm;
+#[expect(unsafe_code, reason = "calls of a foreign library; see the module")]
+mod pinned;
 mod program;
 mod training;
 mod weights;
@@ -26,6 +28,7 @@ pub(crate) use driver::Graph;
 use driver::{Address, Device, HeadRows, Memory};
 use matmul::Operand;
 pub use nccl::{Communicator, CommunicatorId, NcclError, Patience};
+use pinned::Copies;
 use program::{Format, Program, Tiling, Variant};
 use tracing::trace_span;
 use ulmus_plan::Precision;
@@ -39,6 +42,7 @@ use crate::format::{CacheFormat, WeightFormat};
 #[derive(Debug, Clone)]
 pub struct Cuda {
     device: Arc<Device>,
+    copies: Arc<Copies>,
     /// Of activations.
     format: Format,
 }
@@ -54,7 +58,8 @@ impl Cuda {
     /// # Errors
     /// [`ModelError::Device`] if there is none, it is too old, or a library is missing.
     pub fn new(ordinal: usize) -> Result<Self, ModelError> {
-        Ok(Self { device: Device::open(ordinal)?, format: Format::F32 })
+        let device = Device::open(ordinal)?;
+        Ok(Self { copies: Arc::new(Copies::new(&device)), device, format: Format::F32 })
     }
 }
 

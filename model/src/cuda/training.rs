@@ -12,8 +12,8 @@ use super::{
     launch, line, packed_heads, query_heads, score_scale,
 };
 use crate::backend::{
-    Acts, ActsMut, AdamW, AttentionShape, BLOCK, Backend, Element, HeadGradients, Heads, In, LinearShape,
-    Norm, Out, Params, Rope, TrainingBackend, View, ViewMut,
+    Acts, ActsMut, AdamW, AttentionShape, BLOCK, Backend, Element, HeadGradients, Heads, HostCopy, In,
+    LinearShape, Norm, Out, Params, Rope, TrainingBackend, View, ViewMut,
 };
 use crate::error::ModelError;
 use crate::exact::Quantum;
@@ -84,6 +84,23 @@ impl TrainingBackend for Cuda {
         let result = work(&mut host);
         self.device.upload(buffer.address(), &host);
         result
+    }
+
+    fn begin_copy(&self, from: In<'_, Self>) -> Box<dyn HostCopy> {
+        let (address, len) = (from.address(), from.len());
+        match self.copies.begin(address, len) {
+            Some(copy) => Box::new(copy),
+            // Slower, and done before anything else goes on.
+            None => {
+                let mut copy = vec![0.0; len];
+                self.device.download(address, &mut copy);
+                Box::new(copy)
+            }
+        }
+    }
+
+    fn finish_copies(&self) {
+        self.copies.finish();
     }
 
     fn communicates(&self) -> Result<bool, NcclError> {

@@ -341,7 +341,7 @@ impl<B: TrainingBackend> Training<B> {
         Ok((sum[0] > 0).then(|| Quantum::loss_from_fixed(sum[1]) / sum[0] as f64))
     }
 
-    /// Copies the state to host memory, to be stored from there; a moment to say how reading goes, too.
+    /// Begins to copy the state to host memory, to be stored from there; a moment to say how reading goes, too.
     fn keep(&mut self, kind: CheckpointKind, generation: Generation, reports: &mpsc::Sender<Report>) {
         if let Some(loader) = &self.loader {
             let reading = ToCoordinator::Reading { step: self.step(), sources: loader.readings() };
@@ -353,7 +353,7 @@ impl<B: TrainingBackend> Training<B> {
             checkpoint: CheckpointId::new(self.step(), generation),
             kind,
             layout: Arc::new(self.replica.layout().clone()),
-            tensors: self.replica.state(),
+            tensors: self.replica.copy_state(),
             train: self.position.clone().expect("a group agrees on a state before it trains"),
             _room: room.expect("the semaphore is never closed"),
         };
