@@ -4,11 +4,12 @@
     python deploy/gpu-check/gpu_check.py --out gpu-report       # on the GPU machine, with PyTorch
 
 The parts, each by itself with `--only`: `parity` (every kernel and the golden run against the CPU and the reference),
-`collectives` (up to four processes that sum by NCCL, one of which is killed; on one GPU that needs NCCL 2.30, see `--nccl`),
-`training` (tokens/s and MFU of bf16 training, 2048 positions), `inference` (the paper's table: 35 tokens of prompt,
-1024 new ones, batch 1), `norms` (what RMS norm costs as the authors wrote it, fused, and layer norm). Every figure is
-the median of `--rounds` runs, each in a process of its own; Ulmus and its peer take turns. A part that fails is told
-in the report and ends nothing else; the exit code is 1 then.
+`collectives` (up to four processes that sum by NCCL, one of which is killed; on one GPU most of that needs NCCL 2.30, see
+`--nccl`), `training` (tokens/s and MFU of bf16 training, 2048 positions), `inference` (the paper's table: 35 tokens of
+prompt, 1024 new ones, batch 1), `norms` (what RMS norm costs as the authors wrote it, fused, and layer norm). Every figure
+is the median of `--rounds` runs, each in a process of its own; Ulmus and its peer take turns. What fails is told in the
+report and ends nothing else; the exit code is 1 then. The report is written after every run, and nothing begins after
+`--deadline`. Parity and training of two models take about 10 minutes with `--rounds 1`, inference of one model 5.
 """
 
 import argparse
@@ -19,7 +20,6 @@ import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -29,6 +29,8 @@ BIN = HERE / "bin"
 PEER = ROOT / "benches/peers/torch_openelm.py"
 # Dense bf16 TFLOP/s and GB/s of memory, by the vendor's data sheets.
 LIMITS = {"H100": (989.5, 3350), "H200": (989.5, 4800), "A100": (312, 2039), "4090": (165, 1008)}
+# Tests of collectives that do with one GPU, whatever the version of NCCL.
+ALONE = ["a_group_of_one_gives_what_it_should", "a_gpu_that_may_not_be_shared_is_refused"]
 
 
 def query(fields, every=False):
@@ -40,6 +42,21 @@ def query(fields, every=False):
 
 class Failed(Exception):
     pass
+
+
+def wheels():
+    """Folders of the libraries that came with PyTorch."""
+    try:
+        import nvidia
+    except ImportError:
+        return []
+    return [folder for path in nvidia.__path__ for folder in sorted(Path(path).glob("*/lib"))]
+
+
+def environment(first=()):
+    """Of Ulmus, which finds its libraries as any program does, and those of PyTorch's wheels where there are no others."""
+    folders = [*first, *filter(None, [os.environ.get("LD_LIBRARY_PATH")]), *wheels()]
+    return {**os.environ, "LD_LIBRARY_PATH": ":".join(map(str, folders)), "RUST_BACKTRACE": "0"}
 
 
 def nccl(folder):
@@ -60,37 +77,33 @@ class Peak:
     """The most memory in use on the GPU while something runs, in MiB."""
 
     def __enter__(self):
-        self.most, self.stop = 0, threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
+        command = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--loop-ms=500"]
+        self.watch = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         return self
 
-    def watch(self):
-        while not self.stop.wait(0.5):
-            self.most = max(self.most, int(query("memory.used")))
-
     def __exit__(self, *_):
-        self.stop.set()
-        self.thread.join()
+        self.watch.terminate()
+        said = self.watch.communicate()[0].splitlines()
+        self.most = max((int(line) for line in said if line.strip().isdigit()), default=0)
 
 
-def run(command, limit):
-    begun = time.monotonic()
-    with Peak() as peak:
-        try:
-            done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=limit)
-        except subprocess.TimeoutExpired:
-            raise Failed(f"{' '.join(map(str, command))}: not done after {limit} s")
+def call(command, limit, environment=None):
+    """What a program said, or why it failed."""
+    command = [str(word) for word in command]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
+    except subprocess.TimeoutExpired as expired:
+        raise Failed(f"{' '.join(command)}: not done after {limit:.0f} s\n{str(expired.stderr or '')[-1500:]}")
     if done.returncode != 0:
-        raise Failed(f"{' '.join(map(str, command))}: exit code {done.returncode}\n{done.stderr[-1500:]}")
-    result = json.loads(done.stdout[done.stdout.index("{") :])
-    return {**result, "gpu_memory_mib": peak.most, "wall_seconds": round(time.monotonic() - begun, 1)}
+        raise Failed(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
+    return done.stdout
 
 
 class Check:
     def __init__(self, arguments):
         self.arguments = arguments
-        self.report = {"date": str(datetime.date.today()), "parts": {}}
+        self.end = time.monotonic() + arguments.deadline
+        self.report = {"date": str(datetime.date.today()), "tests": {}, "runs": {}, "seconds": {}}
         name = query("name")
         self.report["gpu"] = {"name": name, "driver": query("driver_version"), "memory_mib": query("memory.total")}
         self.limits = next((limits for key, limits in LIMITS.items() if key in name), None)
@@ -104,56 +117,88 @@ class Check:
     def attempt(self, what, work):
         try:
             return work()
-        except Failed as error:
+        except Exception as error:
             self.failed = True
-            self.say(f"\n**{what} failed**\n\n```\n{error}\n```\n")
+            detail = str(error) if isinstance(error, Failed) else f"{type(error).__name__}: {error}"
+            self.say(f"\n**{what} failed**\n\n```\n{detail}\n```\n")
             return None
 
+    def seconds(self):
+        """That a run may take."""
+        left = self.end - time.monotonic()
+        if left < 5:
+            raise Failed("not begun: the deadline has passed")
+        return min(self.arguments.limit, left)
+
+    def run(self, command, environment):
+        begun = time.monotonic()
+        with Peak() as peak:
+            said = call(command, self.seconds(), environment)
+        result = json.loads(said[said.index("{") :])
+        return {**result, "gpu_memory_mib": peak.most, "wall_seconds": round(time.monotonic() - begun, 1)}
+
     def by_turns(self, title, contestants):
-        """Medians of what each contestant says, over rounds in which every one runs once."""
+        """What each contestant says, over rounds in which every one runs once; one that has failed runs no more."""
         results = {name: [] for name in contestants}
+        failed = set()
         for _ in range(self.arguments.rounds):
             for name, command in contestants.items():
-                result = self.attempt(f"{title}, {name}", lambda: run(command, self.arguments.limit))
-                if result:
-                    results[name].append(result)
+                if name in failed:
+                    continue
+                own = None if name == "torch" else environment()
+                result = self.attempt(f"{title}, {name}", lambda: self.run(command, own))
+                if result is None:
+                    failed.add(name)
+                    continue
+                results[name].append(result)
+                self.report["runs"][title] = results
+                self.write()
         return {name: found for name, found in results.items() if found}
 
     def parity(self):
         self.say("\n## Parity\n")
-        environment = {"ULMUS_GOLDEN": str(ROOT / "tests/golden/a")}
-        return self.tests([("cuda", []), ("golden", ["cuda::"])], environment)
+        golden = {"ULMUS_GOLDEN": str(ROOT / "tests/golden/a")}
+        self.tests([("cuda", []), ("golden", ["cuda::"])], {**environment(), **golden})
 
     def collectives(self):
         found = self.attempt("collectives", lambda: nccl(self.arguments.nccl))
         if not found:
-            return {}
+            return
         folder, version = found
         self.say(f"\n## Collectives, NCCL {version[0]}.{version[1]}\n")
+        chosen = []
         if version < (2, 30) and len(query("name", every=True)) < 4:
-            self.say("Not run: four processes on fewer GPUs need NCCL 2.30; name the folder of one with --nccl.")
-            return {"nccl": version}
-        paths = [str(folder), os.environ.get("LD_LIBRARY_PATH", "")]
-        environment = {"LD_LIBRARY_PATH": ":".join(filter(None, paths))}
-        return {"nccl": version, **self.tests([("nccl", [])], environment)}
+            self.say("Four processes on fewer GPUs need NCCL 2.30: name the folder of one with --nccl.\n")
+            chosen = ALONE
+        self.tests([("nccl", chosen)], environment([folder]))
 
     def tests(self, programs, environment):
-        """Runs test programs; says what became of each test."""
+        """Each in a process of its own, as a fault of the device ends a process; what fails is tried again without what
+        could be to blame: recorded passes, and kernels that begin ahead."""
         self.say("| test | result |\n|---|---|")
-        environment = {**os.environ, **environment, "RUST_BACKTRACE": "0"}
-        results = {}
+        problems = []
         for program, filters in programs:
-            command = [BIN / program, "--ignored", "--test-threads", "1", *filters]
-            done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
-            for line in done.stdout.splitlines():
-                if line.startswith("test ") and " ... " in line:
-                    name, _, outcome = line[5:].partition(" ... ")
-                    results[f"{program}: {name}"] = outcome
-                    self.say(f"| {program}: {name} | {outcome} |")
-            if done.returncode != 0:
-                self.failed = True
-                self.say(f"\n```\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}\n```\n")
-        return results
+            command = [BIN / program, "--ignored", *filters]
+            listed = self.attempt(f"list {program}", lambda: call([*command, "--list"], self.seconds(), environment))
+            names = [line.removesuffix(": test") for line in (listed or "").splitlines() if line.endswith(": test")]
+            for name in names:
+                one = [BIN / program, "--ignored", "--exact", "--nocapture", name]
+                try:
+                    call(one, self.seconds(), environment)
+                    outcome = "ok"
+                except Exception as error:
+                    self.failed, outcome = True, "FAILED"
+                    problems.append(f"{program}: {name}\n{error}")
+                    try:
+                        call(one, self.seconds(), {**environment, "ULMUS_GPU_SERIAL": "1"})
+                        outcome = "FAILED, but not with ULMUS_GPU_SERIAL=1"
+                    except Exception as error:
+                        problems.append(f"{program}: {name}, ULMUS_GPU_SERIAL=1\n{error}")
+                self.report["tests"][f"{program}: {name}"] = outcome
+                self.say(f"| {program}: {name} | {outcome} |")
+                self.write()
+        for problem in problems:
+            self.say(f"\n```\n{problem}\n```\n")
 
     def training(self):
         peak = self.limits[0] if self.limits else None
@@ -187,14 +232,14 @@ class Check:
             if "ulmus" in found:
                 kernels = found["ulmus"][-1]["kernels"]
                 total = sum(kernel["seconds"] for kernel in kernels)
-                self.say(f"\nKernels of a step of {preset}, timed one by one:\n\n| kernel | ms | share |\n|---|---|---|")
+                self.say(f"\nKernels of a step of {preset}, each waited for, which adds some 10 us to a call:\n")
+                self.say("| kernel | ms | share |\n|---|---|---|")
                 for kernel in kernels:
                     ms, share = 1e3 * kernel["seconds"], 100 * kernel["seconds"] / total
                     self.say(f"| {kernel['kernel']} | {ms:.2f} | {share:.1f} % |")
-        return report
 
     def bench(self, preset, norm):
-        lengths = ["--prompt", 35, "--generate", 1024, "--runs", 3, "--dtype", "bf16"]
+        lengths = ["--prompt", 35, "--generate", 1024, "--runs", self.arguments.runs, "--dtype", "bf16"]
         return {
             "ulmus": [BIN / "evaluator", "bench", "--preset", preset, "--norm", norm, "--device", "cuda", *lengths,
                       "--json"],
@@ -215,7 +260,6 @@ class Check:
             ratio = f"{middle('ulmus', generate) / middle('torch', generate):.2f}"
         cells = [cell(middle(name, key)) for name in ("ulmus", "torch") for key in (prompt, generate)]
         self.say(f"| {label} | {cells[0]} | {cells[1]} | {share} | {cells[2]} | {cells[3]} | {ratio} |")
-        return found
 
     def table(self, title):
         self.say(f"\n## {title}\n")
@@ -226,17 +270,14 @@ class Check:
 
     def inference(self):
         self.table("Inference, bf16, batch 1, 35 + 1024 tokens")
-        return {preset: self.rates(preset, preset, "rms") for preset in self.arguments.inference}
+        for preset in self.arguments.inference:
+            self.rates(preset, preset, "rms")
 
     def norms(self):
         self.table("What the norm costs: the same with other norms")
-        kinds = ("naive_rms", "rms", "layer")
-        label = lambda preset, norm: f"{preset}, {norm}"
-        return {
-            label(preset, norm): self.rates(label(preset, norm), preset, norm)
-            for preset in self.arguments.norms
-            for norm in kinds
-        }
+        for preset in self.arguments.norms:
+            for norm in ("naive_rms", "rms", "layer"):
+                self.rates(f"{preset}, {norm}", preset, norm)
 
     def all(self):
         gpu = self.report["gpu"]
@@ -244,8 +285,9 @@ class Check:
                  f"{self.arguments.rounds} rounds by turns")
         for part in self.arguments.only:
             begun = time.monotonic()
-            self.report["parts"][part] = getattr(self, part)()
-            self.say(f"\n({part}: {time.monotonic() - begun:.0f} s)")
+            self.attempt(part, getattr(self, part))
+            self.report["seconds"][part] = round(time.monotonic() - begun)
+            self.say(f"\n({part}: {self.report['seconds'][part]} s)")
             self.write()
 
     def write(self):
@@ -266,8 +308,10 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=3, help="texts that a run of inference writes, after a first")
     parser.add_argument("--nccl", type=Path, metavar="FOLDER", help="where libnccl.so.2 is [default: PyTorch's]")
     parser.add_argument("--limit", type=int, default=300, help="seconds of one run")
+    parser.add_argument("--deadline", type=int, default=6 * 3600, help="seconds of all")
     parser.add_argument("--training", nargs="+", type=training_subject, metavar="MODEL=BATCH",
                         default=[("openelm-270m", 16), ("openelm-1_1b", 8)])
     models = [f"openelm-{size}" for size in ("270m", "450m", "1_1b", "3b")]

@@ -343,7 +343,18 @@ fn chosen_algorithms_give_their_bits_wherever_they_are_told() {
     let none = FIRST_PROPOSALS.to_owned();
     assert_eq!(choose(&cuda(Precision::Bf16), Some(&none)), (unchosen.clone(), none.clone()));
     // Nothing of an earlier choice is left.
-    assert_eq!(choose(&chooser, Some(&none)), (unchosen.clone(), none));
+    assert_eq!(choose(&chooser, Some(&none)), (unchosen.clone(), none.clone()));
+    // Nor in passes that were recorded with it.
+    let mut recorded = replica(chooser.clone(), false);
+    for (known, expected) in [(&names, &fastest), (&none, &unchosen)] {
+        let steps = || {
+            for _ in 0..3 {
+                recorded.initialise(5);
+                assert_eq!(&step(&mut recorded), expected);
+            }
+        };
+        chooser.choose_algorithms(Some(known), steps).unwrap();
+    }
     // The emulator's first proposal is slow, and each of them adds up in another order.
     if chooser.describe().contains("Emulated") {
         assert_ne!(fastest.1, unchosen.1);

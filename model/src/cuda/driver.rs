@@ -19,7 +19,6 @@ use crate::error::ModelError;
 
 /// A device of this process.
 pub(super) struct Device {
-    context: Arc<CudaContext>,
     stream: sys::CUstream,
     name: String,
     compiler: Compiler,
@@ -31,6 +30,12 @@ pub(super) struct Device {
     apart: AtomicBool,
     /// Whether kernels can wait for the ones before themselves.
     begins_ahead: bool,
+    /// Whether passes are recorded.
+    records: bool,
+    /// Whether the device reads the host's memory by itself, and so maybe later.
+    reads_host: bool,
+    // The last, as all of the above is given back within it.
+    context: Arc<CudaContext>,
 }
 
 // SAFETY: handles of the driver may be used from any thread that has the context bound, which every call here sees to.
@@ -86,8 +91,24 @@ impl Device {
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(driver)?;
         let matmul = Mutex::new(Matmul::new(stream).map_err(refused)?);
         let (modules, scratch, apart) = (Mutex::default(), Mutex::default(), AtomicBool::default());
-        let begins_ahead = capability >= (9, 0);
-        Ok(Arc::new(Self { context, stream, name, compiler, modules, matmul, scratch, apart, begins_ahead }))
+        let records = std::env::var_os("ULMUS_GPU_SERIAL").is_none_or(|set| set.is_empty());
+        let begins_ahead = records && capability >= (9, 0);
+        let host_tables =
+            sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES;
+        let reads_host = context.attribute(host_tables).map_err(driver)? != 0;
+        Ok(Arc::new(Self {
+            stream,
+            name,
+            compiler,
+            modules,
+            matmul,
+            scratch,
+            apart,
+            begins_ahead,
+            records,
+            reads_host,
+            context,
+        }))
     }
 
     /// Name of the device, and versions of the libraries that decide what it computes.
@@ -412,8 +433,12 @@ impl Device {
     pub(super) fn upload<T: bytemuck::Pod>(&self, to: Address, from: &[T]) {
         if !from.is_empty() {
             self.bind();
-            // SAFETY: the caller owns as many bytes of the device. Pageable memory is read before the driver returns.
+            // SAFETY: the caller owns as many bytes of the device. Pageable memory is read before the driver returns, or,
+            // where the device reads it, before this function does.
             must("copy to it", unsafe { result::memcpy_htod_async(to.0, from, self.stream) });
+            if self.reads_host {
+                self.synchronise();
+            }
         }
     }
 
@@ -525,9 +550,14 @@ impl Mark {
 
     /// Waits until everything before it is done.
     pub(super) fn wait(&self) {
-        self.device.bind();
+        must("finish its work", self.try_wait());
+    }
+
+    /// Like [`Mark::wait`]; says whether the device can still be used.
+    pub(super) fn try_wait(&self) -> Result<(), DriverError> {
+        self.device.try_bind();
         // SAFETY: the event is alive.
-        must("finish its work", unsafe { result::event::synchronize(self.event) });
+        unsafe { result::event::synchronize(self.event) }
     }
 
     /// Whether everything before it is done.
@@ -588,9 +618,13 @@ impl Drop for Timer {
 }
 
 /// A pass that is done the first time, recorded the second time, and replayed from then on: what its kernels need once
-/// (modules, algorithms, scratch) is there before it is recorded.
+/// (modules, algorithms, scratch) is there before it is recorded. Another choice of algorithms makes it a new one.
 #[derive(Debug, Default)]
-pub struct Graph(State);
+pub struct Graph {
+    state: State,
+    /// How often algorithms had been chosen when it was first done.
+    choices: usize,
+}
 
 #[derive(Default)]
 enum State {
@@ -621,9 +655,13 @@ impl fmt::Debug for State {
 impl Drop for State {
     fn drop(&mut self) {
         if let Self::Recorded { graph, device } = self {
-            device.synchronise();
-            // SAFETY: recorded once, destroyed once, and done.
-            unsafe { result::graph::exec_destroy(*graph) }.ok();
+            device.try_bind();
+            // SAFETY: the stream lives as long as the device; recorded once, destroyed once, and done. What fails goes with
+            // the process.
+            unsafe {
+                result::stream::synchronize(device.stream).ok();
+                result::graph::exec_destroy(*graph).ok();
+            }
         }
     }
 }
@@ -632,20 +670,24 @@ impl Graph {
     /// See [`crate::Backend::replay`].
     pub(super) fn replay(&mut self, device: &Arc<Device>, work: impl FnOnce()) {
         device.bind();
-        match self.0 {
+        let choices = device.matmul().choices();
+        if self.choices != choices {
+            *self = Self { state: State::New, choices };
+        }
+        match self.state {
             // Kernels of a recorded pass cannot be told apart.
-            _ if device.apart.load(Ordering::Relaxed) => return work(),
+            _ if !device.records || device.apart.load(Ordering::Relaxed) => return work(),
             State::New => {
                 work();
-                self.0 = State::Warm;
+                self.state = State::Warm;
                 return;
             }
             State::Warm => {
-                self.0 = State::Recorded { graph: device.record(work), device: Arc::clone(device) };
+                self.state = State::Recorded { graph: device.record(work), device: Arc::clone(device) };
             }
             State::Recorded { .. } => {}
         }
-        if let State::Recorded { graph, .. } = &self.0 {
+        if let State::Recorded { graph, .. } = &self.state {
             // SAFETY: recorded on this device; the buffers it names belong to the caller of the same views.
             must("replay a pass", unsafe { result::graph::launch(*graph, device.stream) });
         }

@@ -97,6 +97,7 @@ pub(super) struct Matmul {
     workspace: u64,
     products: HashMap<Shape, Product>,
     source: Source,
+    choices: usize,
 }
 
 // SAFETY: handles may be used from any thread, one at a time, which the lock around this sees to.
@@ -122,7 +123,7 @@ impl Matmul {
         // SAFETY: the caller has bound the context.
         let workspace = unsafe { driver::malloc_sync(WORKSPACE) }
             .map_err(|error| format!("there is no room for cublasLt's workspace: {error:?}"))?;
-        Ok(Self { handle, stream, workspace, products: HashMap::new(), source: Source::Library })
+        Ok(Self { handle, stream, workspace, products: HashMap::new(), source: Source::Library, choices: 0 })
     }
 
     /// `out = a · b`, or added to `out`.
@@ -218,7 +219,9 @@ impl Matmul {
             }
             Ok(best)
         };
-        let times = proposals.iter().map(time).collect::<Result<Vec<_>, _>>()?;
+        // One that does not work is the slowest.
+        let times: Vec<f32> =
+            proposals.iter().map(|proposal| time(proposal).unwrap_or(f32::INFINITY)).collect();
         let best = times.iter().copied().fold(f32::INFINITY, f32::min);
         let chosen = times.iter().position(|time| *time <= best * AS_GOOD).unwrap_or(0);
         tracing::debug!(?shape, ?times, chosen, "algorithm of a product");
@@ -277,7 +280,13 @@ impl Matmul {
         for (_, product) in self.products.drain() {
             product.destroy();
         }
+        self.choices += 1;
         Ok(())
+    }
+
+    /// How often [`Matmul::begin_choosing`] was called: products that were recorded before are others now.
+    pub(super) fn choices(&self) -> usize {
+        self.choices
     }
 
     /// Products that are new from now on have the library's first proposal; says what was chosen.

@@ -125,7 +125,9 @@ struct Kernel<'a> {
 
 impl Drop for Kernel<'_> {
     fn drop(&mut self) {
-        self.device.wait_if_apart();
+        if !std::thread::panicking() {
+            self.device.wait_if_apart();
+        }
     }
 }
 
@@ -418,17 +420,18 @@ impl Cuda {
         let AttentionPass { out, lse, queries, keys, values, cached, .. } = *pass;
         let AttentionPass { doc_starts, sequences, first, spans, length, heads, .. } = *pass;
         let (length_, group, scale) = (length as i32, heads.group() as i32, score_scale(heads));
-        let grid = |rows: usize| [length.div_ceil(rows), heads.query, spans];
         match self.tiled(heads, &[out, queries, keys, values]) {
             Some(Tilings { forward: tiling, .. }) if cached == Format::Bf16 => {
                 let program = Program::Attention { head: heads.width, tiling };
                 let shared = tiling.shared(heads.width, 1);
-                launch!(self, program, 8, "attention", grid(tiling.rows()), line(tiling.warps * 32), shared;
+                let all = [heads.query, length.div_ceil(tiling.rows()), spans];
+                launch!(self, program, 8, "attention", all, line(tiling.warps * 32), shared;
                     out, lse, queries, keys, values, doc_starts, sequences, first, length_, group, scale);
             }
             _ => {
                 let program = Program::AttentionAny { head: heads.width, cached };
-                launch!(self, program, 1, "attention", grid(ANY_ROWS), line(ANY_ROWS * 32), 0;
+                let all = [length.div_ceil(ANY_ROWS), heads.query, spans];
+                launch!(self, program, 1, "attention", all, line(ANY_ROWS * 32), 0;
                     out, lse, queries, keys, values, doc_starts, sequences, first, length_, group, scale);
             }
         }

@@ -230,7 +230,7 @@ impl<'a> Naive<'a> {
         let (len, width) = (self.len(), self.width);
         self.multiply(self.terms, self.other, self.normed);
         let blocks = self.rows.div_ceil(ROW_BLOCK);
-        launch!(self.cuda, Program::Naive, 1, "sum_blocks", [width.div_ceil(THREADS), blocks, 1], line(THREADS), 0;
+        launch!(self.cuda, Program::Naive, 1, "sum_blocks", [blocks, width.div_ceil(THREADS), 1], line(THREADS), 0;
             self.partial, self.terms, width as i32, self.rows as i32, ROW_BLOCK as i32);
         self.cuda.sum_rows(weight_gradient, self.partial, blocks, width);
         launch!(self.cuda, Program::Naive, 1, "multiply_columns", Self::blocks(len), line(THREADS), 0;

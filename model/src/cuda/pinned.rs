@@ -120,7 +120,7 @@ impl HostCopy for PinnedCopy {
 
 impl Drop for PinnedCopy {
     fn drop(&mut self) {
-        // The memory is free for others afterwards.
-        self.arrived.wait();
+        // The memory is free for others afterwards. A device that is lost writes it no more.
+        self.arrived.try_wait().ok();
     }
 }

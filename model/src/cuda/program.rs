@@ -223,6 +223,8 @@ impl Variant {
                 variants.extend(programs.into_iter().map(|program| Self { program, activation, vector }));
             }
         }
+        // The optimizer, whose work is in f32, for activations in bf16.
+        variants.push(Self { program: Program::Optimizer, activation: Format::Bf16, vector: 4 });
         let mut seen = std::collections::HashSet::new();
         variants.retain(|variant| seen.insert(*variant));
         variants

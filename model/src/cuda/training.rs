@@ -18,6 +18,9 @@ use crate::backend::{
 use crate::error::ModelError;
 use crate::exact::Quantum;
 
+/// Elements of a thread of the kernels that round gradients, as in optimizer.cu.
+const OWN: usize = 4;
+
 /// Weights in f32, and rounded as matrix products read them.
 #[derive(Debug)]
 pub struct Parameters {
@@ -88,15 +91,13 @@ impl TrainingBackend for Cuda {
 
     fn begin_copy(&self, from: In<'_, Self>) -> Box<dyn HostCopy> {
         let (address, len) = (from.address(), from.len());
-        match self.copies.begin(address, len) {
-            Some(copy) => Box::new(copy),
-            // Slower, and done before anything else goes on.
-            None => {
-                let mut copy = vec![0.0; len];
-                self.device.download(address, &mut copy);
-                Box::new(copy)
-            }
+        if let Some(copy) = self.copies.begin(address, len) {
+            return Box::new(copy);
         }
+        // Slower, and done before anything else goes on.
+        let mut copy = vec![0.0; len];
+        self.device.download(address, &mut copy);
+        Box::new(copy)
     }
 
     fn finish_copies(&self) {
@@ -331,14 +332,15 @@ impl TrainingBackend for Cuda {
                 (program, line(tiling.warps * 32), tiling.shared(heads.width, 2))
             };
             let (program, threads, shared) = of(tilings.queries);
-            let (rows, each) = (tilings.queries.rows(), tilings.queries.warps * 4);
+            let (blocks, each) = (length.div_ceil(tilings.queries.rows()), tilings.queries.warps * 4);
             launch!(self, program, 8, "attention_delta", grid(each, heads.query), threads, 0;
                 delta, out, gradient, length_);
-            launch!(self, program, 8, "attention_backward_queries", grid(rows, heads.query), threads, shared;
+            let all = [heads.query, blocks, sequences];
+            launch!(self, program, 8, "attention_backward_queries", all, threads, shared;
                 query_gradient, gradient, lse, delta, queries, keys, values, doc_starts, length_, group, scale);
             let (program, threads, shared) = of(tilings.keys);
-            let rows = tilings.keys.rows();
-            launch!(self, program, 8, "attention_backward_keys", grid(rows, heads.key_value), threads, shared;
+            let all = [heads.key_value, sequences, length.div_ceil(tilings.keys.rows())];
+            launch!(self, program, 8, "attention_backward_keys", all, threads, shared;
                 key_gradient, value_gradient, gradient, lse, delta, queries, keys, values, doc_starts, length_,
                 group, scale);
         } else {
@@ -434,7 +436,8 @@ impl TrainingBackend for Cuda {
             .as_ref()
             .map_or(Address::NULL, |rounded| rounded.address().add(range.start * self.format.bytes()));
         let (first, second, gradient) = (first.address(), second.address(), gradient.address());
-        let vector = self.vector(&[len], &[values, rounded, first, second, gradient]);
+        // What takes the time is in f32.
+        let vector = self.vector(&[len], &[values, rounded, first, second, gradient]).min(4);
         let AdamW { gradient_scale, decay, beta1, beta2, step_size, second_correction, epsilon } = step;
         let step = AdamWStep { gradient_scale, decay, beta1, beta2, step_size, second_correction, epsilon };
         let blocks = line(len.div_ceil(THREADS * vector));
@@ -459,7 +462,7 @@ impl TrainingBackend for Cuda {
         accumulate: bool,
     ) {
         let _kernel = self.kernel(trace_span!("quantise"));
-        let (len, blocks) = (gradient.len() as i64, line(gradient.len().div_ceil(THREADS)));
+        let (len, blocks) = (gradient.len() as i64, line(gradient.len().div_ceil(THREADS * OWN)));
         launch!(self, Program::Optimizer, 1, "quantise", blocks, line(THREADS), 0;
             sums.address(), outside.address(), gradient.address(), len, 1.0 / quantum.value(), quantum.limit(),
             i32::from(accumulate));
@@ -473,14 +476,14 @@ impl TrainingBackend for Cuda {
         scale: f64,
     ) {
         let _kernel = self.kernel(trace_span!("quantise"));
-        let (len, blocks) = (gradient.len() as i64, line(gradient.len().div_ceil(THREADS)));
+        let (len, blocks) = (gradient.len() as i64, line(gradient.len().div_ceil(THREADS * OWN)));
         launch!(self, Program::Optimizer, 1, "quantise_mean", blocks, line(THREADS), 0;
             gradient.address(), outside.address(), len, 1.0 / quantum.value(), quantum.limit(), scale);
     }
 
     fn dequantise(&self, mean: Out<'_, Self>, sums: In<'_, Self, i64>, scale: f64) {
         let _kernel = self.kernel(trace_span!("quantise"));
-        let (len, blocks) = (sums.len() as i64, line(sums.len().div_ceil(THREADS)));
+        let (len, blocks) = (sums.len() as i64, line(sums.len().div_ceil(THREADS * OWN)));
         launch!(self, Program::Optimizer, 1, "dequantise", blocks, line(THREADS), 0;
             mean.address(), sums.address(), len, scale);
     }

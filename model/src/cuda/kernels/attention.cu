@@ -121,6 +121,12 @@ DEVICE void hide(float (&results)[M][N][4], float by, Hidden hidden) {
                 if (hidden(m, i / 2, n * 8 + own_column() + i % 2)) results[m][n][i] = by;
 }
 
+// Whether queries of this warp, the first of which is at `position`, see keys begin..begin + COLUMNS. `start` is the first
+// key that the thread's first query sees.
+DEVICE bool sees_keys(int begin, int position, int start) {
+    return begin < position + TILES * 16 && begin + COLUMNS > __shfl_sync(ALL_LANES, start, 0);
+}
+
 // Writes this thread's part of rows [16, HEAD], each row times its factor.
 DEVICE void store_rows(bf16 *rows, long long stride, int first, int limit, const float (&acc)[HEAD / 8][4],
                        float factor_low, float factor_high) {
@@ -139,7 +145,8 @@ DEVICE void store_rows(bf16 *rows, long long stride, int first, int limit, const
 
 // Output and logsumexp of the scaled scores. The keys of span s are those of sequence sequences[s] (s, if null) up to
 // position first[s] + length (first[s] is 0, if null), and its queries the last `length` of them. A query sees keys from
-// doc_starts[its row] on (from 0, if null) to its own position. Grid (blocks of queries, heads, spans).
+// doc_starts[its row] on (from 0, if null) to its own position. Grid (heads, blocks of queries, spans), so that of each
+// span the blocks with most keys begin first, and what heads share is in the cache.
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention(Heads out, float *lse, Heads queries, Heads keys, Heads values, const unsigned *doc_starts,
               const unsigned *sequences, const unsigned *first, int length, int group, float scale) {
@@ -147,8 +154,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     DYNAMIC_SHARED(shared);
     bf16 *query_tile = reinterpret_cast<bf16 *>(shared);
     bf16 *key_tiles = query_tile + ROWS * HEAD, *value_tiles = key_tiles + 2 * COLUMNS * HEAD;
-    // The blocks with most keys begin first.
-    int block = gridDim.x - 1 - blockIdx.x, head = blockIdx.y, span = blockIdx.z;
+    int block = gridDim.y - 1 - blockIdx.y, head = blockIdx.x, span = blockIdx.z;
     int sequence = sequences ? sequences[span] : span;
     int offset = first ? first[span] : 0;
     int begin = block * ROWS, end = min(length, begin + ROWS);
@@ -195,6 +201,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         copy_async_commit();
 
+        // With wide heads there are no registers to ask.
+        if (HEAD == 64 && !sees_keys(key_begin, offset + begin + warp_row, start[0][0])) continue;
         float scores[TILES][COLUMNS / 8][4];
         clear(scores);
         auto left = [&](unsigned(&a)[4], int m, int step) {
@@ -247,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             factors[half] = 1.0f / total;
             int row = begin + warp_row + m * 16 + own_row(half);
             if (lse && row < length && threadIdx.x % 4 == 0)
-                lse[((long long)span * gridDim.y + head) * length + row] = most[m][half] * scale + log2f(total) * LN_2;
+                lse[((long long)span * gridDim.x + head) * length + row] = most[m][half] * scale + log2f(total) * LN_2;
         }
         store_rows(out.at(span, head), out.row, begin + warp_row + m * 16, length, acc[m], factors[0], factors[1]);
     }
@@ -278,7 +286,7 @@ DEVICE float probability(float score, float scale_log2, float lse_log2) {
     return exp2_fast(fmaf(score, scale_log2, -lse_log2));
 }
 
-// The gradient of the queries. Grid (blocks of queries, heads, sequences).
+// The gradient of the queries. Grid (heads, blocks of queries, sequences).
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_backward_queries(Heads query_gradient, Heads gradient, const float *lse, const float *delta,
                                Heads queries, Heads keys, Heads values, const unsigned *doc_starts, int length,
@@ -287,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     DYNAMIC_SHARED(shared);
     bf16 *query_tile = reinterpret_cast<bf16 *>(shared), *gradient_tile = query_tile + ROWS * HEAD;
     bf16 *key_tiles = gradient_tile + ROWS * HEAD, *value_tiles = key_tiles + 2 * COLUMNS * HEAD;
-    int block = gridDim.x - 1 - blockIdx.x, head = blockIdx.y, sequence = blockIdx.z;
+    int block = gridDim.y - 1 - blockIdx.y, head = blockIdx.x, sequence = blockIdx.z;
     int begin = block * ROWS, end = min(length, begin + ROWS);
     const bf16 *key = keys.at(sequence, head / group), *value = values.at(sequence, head / group);
     const unsigned *starts = doc_starts + (long long)sequence * length;
@@ -300,7 +308,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     load_rows<COLUMNS>(value_tiles, value, values.row, first_key, end);
     copy_async_commit();
 
-    long long of_head = ((long long)sequence * gridDim.y + head) * length;
+    long long of_head = ((long long)sequence * gridDim.x + head) * length;
     float acc[TILES][HEAD / 8][4], row_lse[TILES][2], row_delta[TILES][2];
     int start[TILES][2];
     clear(acc);
@@ -324,6 +332,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         copy_async_commit();
 
+        if (!sees_keys(key_begin, begin + warp_row, start[0][0])) continue;
         bf16 *own_keys = key_tiles + stage * COLUMNS * HEAD, *own_values = value_tiles + stage * COLUMNS * HEAD;
         float scores[TILES][COLUMNS / 8][4], slopes[TILES][COLUMNS / 8][4];
         clear(scores);
@@ -367,7 +376,7 @@ struct Queries {
 };
 
 // The gradients of keys and values: rows are keys, columns the queries of all heads of a group that may see them, one
-// head after the other. Grid (blocks of keys, key/value heads, sequences).
+// head after the other. Grid (key/value heads, sequences, blocks of keys): there are few blocks, and the first take longest.
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_backward_keys(Heads key_gradient, Heads value_gradient, Heads gradient, const float *lse,
                             const float *delta, Heads queries, Heads keys, Heads values, const unsigned *doc_starts,
@@ -376,15 +385,23 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     DYNAMIC_SHARED(shared);
     bf16 *key_tile = reinterpret_cast<bf16 *>(shared), *value_tile = key_tile + ROWS * HEAD;
     bf16 *query_tiles = value_tile + ROWS * HEAD, *gradient_tiles = query_tiles + 2 * COLUMNS * HEAD;
-    int begin = blockIdx.x * ROWS, end = min(length, begin + ROWS), head = blockIdx.y, sequence = blockIdx.z;
+    int begin = blockIdx.z * ROWS, end = min(length, begin + ROWS), head = blockIdx.x, sequence = blockIdx.y;
+    load_rows<ROWS>(key_tile, keys.at(sequence, head), keys.row, begin, length);
+    load_rows<ROWS>(value_tile, values.at(sequence, head), values.row, begin, length);
+
     const unsigned *starts = doc_starts + (long long)sequence * length;
-    int first_query = begin / COLUMNS * COLUMNS;
-    // Queries see none of these keys from where a document begins after the last of them.
-    int limit = length;
-    while (limit - COLUMNS > first_query && starts[(limit - 1) / COLUMNS * COLUMNS] >= end)
-        limit = (limit - 1) / COLUMNS * COLUMNS;
+    int first_block = begin / COLUMNS, first_query = first_block * COLUMNS;
+    // Queries see none of these keys from the block on whose first is of a document that begins after them.
+    int blocks = (length + COLUMNS - 1) / COLUMNS;
+    for (int least = first_block + 1; least < blocks;) {
+        int middle = (least + blocks) / 2;
+        if (starts[middle * COLUMNS] >= end)
+            blocks = middle;
+        else
+            least = middle + 1;
+    }
+    blocks -= first_block;
     int warp_row = threadIdx.x / WARP * TILES * 16;
-    int blocks = (limit - first_query + COLUMNS - 1) / COLUMNS;
 
     auto load_block = [&](int index) {
         int query_head = head * group + index / blocks, at = first_query + index % blocks * COLUMNS;
@@ -394,13 +411,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     };
     // One thread for each query: loaded before the work on the block before, and put in place after it.
     static_assert(COLUMNS <= THREADS, "a thread for each column");
-    __shared__ Queries stages[2];
+    __shared__ __align__(16) Queries stages[2];
     float next_lse = 0, next_delta = 0;
     int next_start = 0;
     auto load_queries = [&](int index) {
         if (threadIdx.x >= COLUMNS) return;
         int query_head = head * group + index / blocks, at = first_query + index % blocks * COLUMNS + threadIdx.x;
-        long long place = ((long long)sequence * gridDim.y * group + query_head) * length + min(at, length - 1);
+        long long place = ((long long)sequence * gridDim.x * group + query_head) * length + min(at, length - 1);
         next_lse = lse[place];
         next_delta = delta[place];
         next_start = at < length ? starts[at] : NO_KEY;
@@ -412,8 +429,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         stage.delta[threadIdx.x] = next_delta;
         stage.start[threadIdx.x] = next_start;
     };
-    load_rows<ROWS>(key_tile, keys.at(sequence, head), keys.row, begin, length);
-    load_rows<ROWS>(value_tile, values.at(sequence, head), values.row, begin, length);
     load_block(0);
     copy_async_commit();
     load_queries(0);
@@ -437,40 +452,43 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const Queries &block = stages[index % 2];
         bf16 *own_queries = query_tiles + index % 2 * COLUMNS * HEAD;
         bf16 *own_gradient = gradient_tiles + index % 2 * COLUMNS * HEAD;
-        float scores[TILES][COLUMNS / 8][4], slopes[TILES][COLUMNS / 8][4];
-        clear(scores);
-        clear(slopes);
-        multiply_rows<TILES, COLUMNS>(
-            scores, [&](unsigned(&a)[4], int m, int step) { load_left(a, key_tile, warp_row + m * 16, step); },
-            own_queries);
-        multiply_rows<TILES, COLUMNS>(
-            slopes, [&](unsigned(&a)[4], int m, int step) { load_left(a, value_tile, warp_row + m * 16, step); },
-            own_gradient);
+        // A warp whose keys none of these queries sees has no part in it.
+        if (query_begin + COLUMNS > begin + warp_row && block.start[0] < begin + warp_row + TILES * 16) {
+            float scores[TILES][COLUMNS / 8][4], slopes[TILES][COLUMNS / 8][4];
+            clear(scores);
+            clear(slopes);
+            multiply_rows<TILES, COLUMNS>(
+                scores, [&](unsigned(&a)[4], int m, int step) { load_left(a, key_tile, warp_row + m * 16, step); },
+                own_queries);
+            multiply_rows<TILES, COLUMNS>(
+                slopes, [&](unsigned(&a)[4], int m, int step) { load_left(a, value_tile, warp_row + m * 16, step); },
+                own_gradient);
 #pragma unroll
-        for (int n = 0; n < COLUMNS / 8; n++) {
-            float2 lse = *reinterpret_cast<const float2 *>(&block.lse_log2[n * 8 + own_column()]);
+            for (int n = 0; n < COLUMNS / 8; n++) {
+                float2 lse = *reinterpret_cast<const float2 *>(&block.lse_log2[n * 8 + own_column()]);
 #pragma unroll
-            for (int m = 0; m < TILES; m++)
+                for (int m = 0; m < TILES; m++)
 #pragma unroll
-                for (int i = 0; i < 4; i++)
-                    scores[m][n][i] = probability(scores[m][n][i], scale_log2, i % 2 ? lse.y : lse.x);
+                    for (int i = 0; i < 4; i++)
+                        scores[m][n][i] = probability(scores[m][n][i], scale_log2, i % 2 ? lse.y : lse.x);
+            }
+            if (query_begin + 1 < end || block.start[COLUMNS - 1] > begin)
+                hide(scores, 0, [&](int m, int half, int column) {
+                    int at = begin + warp_row + m * 16 + own_row(half);
+                    return at > query_begin + column || at < block.start[column];
+                });
+#pragma unroll
+            for (int n = 0; n < COLUMNS / 8; n++) {
+                float2 delta = *reinterpret_cast<const float2 *>(&block.delta[n * 8 + own_column()]);
+#pragma unroll
+                for (int m = 0; m < TILES; m++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        slopes[m][n][i] = scores[m][n][i] * (slopes[m][n][i] - (i % 2 ? delta.y : delta.x));
+            }
+            multiply_columns<TILES, COLUMNS>(value_acc, scores, own_gradient);
+            multiply_columns<TILES, COLUMNS>(key_acc, slopes, own_queries);
         }
-        if (query_begin + 1 < end || block.start[COLUMNS - 1] > begin)
-            hide(scores, 0, [&](int m, int half, int column) {
-                int at = begin + warp_row + m * 16 + own_row(half);
-                return at > query_begin + column || at < block.start[column];
-            });
-#pragma unroll
-        for (int n = 0; n < COLUMNS / 8; n++) {
-            float2 delta = *reinterpret_cast<const float2 *>(&block.delta[n * 8 + own_column()]);
-#pragma unroll
-            for (int m = 0; m < TILES; m++)
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    slopes[m][n][i] = scores[m][n][i] * (slopes[m][n][i] - (i % 2 ? delta.y : delta.x));
-        }
-        multiply_columns<TILES, COLUMNS>(value_acc, scores, own_gradient);
-        multiply_columns<TILES, COLUMNS>(key_acc, slopes, own_queries);
         if (more) put_queries(index + 1);
     }
 #pragma unroll

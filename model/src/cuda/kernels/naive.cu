@@ -106,16 +106,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (own() < len) out[own()] = 2.0f * x[own()] * mean[own() / width];
 }
 
-// Sums over blocks of rows; grid (columns, blocks of rows).
+// Sums over blocks of rows; grid (blocks of rows, columns).
 extern "C" __global__ void __launch_bounds__(THREADS)
     sum_blocks(float *partial, const float *x, int width, int rows, int block_rows) {
     begin_kernel();
-    int column = blockIdx.x * THREADS + threadIdx.x;
+    int column = blockIdx.y * THREADS + threadIdx.x;
     if (column >= width) return;
     float total = 0;
-    int end = min(rows, (int)(blockIdx.y + 1) * block_rows);
-    for (int row = blockIdx.y * block_rows; row < end; row++) total += x[(size_t)row * width + column];
-    partial[(size_t)blockIdx.y * width + column] = total;
+    int begin = blockIdx.x * block_rows, end = min(rows, begin + block_rows);
+    for (int row = begin; row < end; row++) total += x[(size_t)row * width + column];
+    partial[(size_t)blockIdx.x * width + column] = total;
 }
 
 // Rotates heads, or turns them back, as in heads.cu. Rows have `count` heads of width 2 half.

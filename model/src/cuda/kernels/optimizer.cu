@@ -58,38 +58,66 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x == 0) sums[blockIdx.x] = shared[0];
 }
 
+// Elements of a thread, THREADS apart: it waits for the loads of all at once.
+constexpr int OWN = 4;
+
+DEVICE long long own(int i) { return ((long long)blockIdx.x * OWN + i) * THREADS + threadIdx.x; }
+
+// What is beyond `len` becomes 0.
+template <class T>
+DEVICE void load_own(T (&to)[OWN], const T *from, long long len) {
+#pragma unroll
+    for (int i = 0; i < OWN; i++) to[i] = own(i) < len ? from[own(i)] : 0;
+}
+
+template <class T>
+DEVICE void store_own(T *to, const T (&from)[OWN], long long len) {
+#pragma unroll
+    for (int i = 0; i < OWN; i++)
+        if (own(i) < len) to[own(i)] = from[i];
+}
+
 // In quanta, rounded half to even; `outside` becomes 1 if it is beyond the limit.
-__device__ __forceinline__ long long quanta(float gradient, unsigned *outside, double inverse, double limit) {
+DEVICE long long quanta(float gradient, unsigned *outside, double inverse, double limit) {
     double x = gradient;
     if (!(fabs(x) <= limit)) atomicOr(outside, 1u);
     return __double2ll_rn(x * inverse);
 }
+
+DEVICE float mean_of(long long sum, double scale) { return __double2float_rn(__ll2double_rn(sum) * scale); }
 
 // Adds the gradient in quanta, or puts it in place of the sums.
 extern "C" __global__ void __launch_bounds__(THREADS)
     quantise(long long *sums, unsigned *outside, const float *gradient, long long len, double inverse, double limit,
              int accumulate) {
     begin_kernel();
-    long long at = (long long)blockIdx.x * THREADS + threadIdx.x;
-    if (at >= len) return;
-    long long own = quanta(gradient[at], outside, inverse, limit);
-    sums[at] = accumulate ? sums[at] + own : own;
+    float x[OWN];
+    long long sum[OWN] = {};
+    load_own(x, gradient, len);
+    if (accumulate) load_own(sum, sums, len);
+#pragma unroll
+    for (int i = 0; i < OWN; i++) sum[i] += quanta(x[i], outside, inverse, limit);
+    store_own(sums, sum, len);
 }
 
 // The gradient in quanta, as integers, times `scale`.
 extern "C" __global__ void __launch_bounds__(THREADS)
     quantise_mean(float *gradient, unsigned *outside, long long len, double inverse, double limit, double scale) {
     begin_kernel();
-    long long at = (long long)blockIdx.x * THREADS + threadIdx.x;
-    if (at >= len) return;
-    long long own = quanta(gradient[at], outside, inverse, limit);
-    gradient[at] = __double2float_rn(__ll2double_rn(own) * scale);
+    float x[OWN];
+    load_own(x, gradient, len);
+#pragma unroll
+    for (int i = 0; i < OWN; i++) x[i] = mean_of(quanta(x[i], outside, inverse, limit), scale);
+    store_own(gradient, x, len);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     dequantise(float *mean, const long long *sums, long long len, double scale) {
     begin_kernel();
-    long long at = (long long)blockIdx.x * THREADS + threadIdx.x;
-    if (at >= len) return;
-    mean[at] = __double2float_rn(__ll2double_rn(sums[at]) * scale);
+    long long sum[OWN];
+    float x[OWN];
+    load_own(sum, sums, len);
+#pragma unroll
+    for (int i = 0; i < OWN; i++) x[i] = mean_of(sum[i], scale);
+    store_own(mean, x, len);
 }
