@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::{Buf, Bytes};
-use flate2::bufread::MultiGzDecoder;
+use flate2::bufread::GzDecoder;
 use ulmus_plan::Format;
 
 use crate::error::DataError;
@@ -73,7 +73,7 @@ impl Chain {
             });
             Box::new(decoder.map_err(|error| told(&place, error))?)
         } else {
-            Box::new(MultiGzDecoder::new(stored))
+            Box::new(Members(Some(GzDecoder::new(stored))))
         };
         let text = BufReader::with_capacity(BUFFER, text);
         let mut chain = Self { text, place, at: 0, segment, limit, taken };
@@ -141,6 +141,36 @@ fn told(place: &str, error: io::Error) -> DataError {
     error
         .downcast::<DataError>()
         .unwrap_or_else(|error| DataError::Damaged { file: place.to_owned(), reason: error.to_string() })
+}
+
+/// The members of a gzip file. Zeros behind one are padding, as `gzip` and Python take them.
+struct Members(Option<GzDecoder<Stored>>);
+
+impl Read for Members {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while let Some(member) = &mut self.0 {
+            let read = member.read(buffer)?;
+            if read > 0 || buffer.is_empty() {
+                return Ok(read);
+            }
+            let more = skip_zeros(member.get_mut())?;
+            let ended = self.0.take().filter(|_| more);
+            self.0 = ended.map(|member| GzDecoder::new(member.into_inner()));
+        }
+        Ok(0)
+    }
+}
+
+/// Whether anything comes behind them.
+fn skip_zeros(stored: &mut Stored) -> io::Result<bool> {
+    loop {
+        let bytes = stored.fill_buf()?;
+        let (zeros, whole) = (bytes.iter().take_while(|byte| **byte == 0).count(), bytes.len());
+        stored.consume(zeros);
+        if zeros < whole || whole == 0 {
+            return Ok(whole > 0);
+        }
+    }
 }
 
 /// The bytes of a file as they are stored.
@@ -245,6 +275,20 @@ mod tests {
             for from in 0..all.len() {
                 prop_assert_eq!(&all[from..], segments(&members, Format::JsonGz, limit, from as u64).unwrap());
             }
+        }
+    }
+
+    #[test]
+    fn zeros_behind_a_member_are_padding() {
+        let zeros = vec![0; 70_000];
+        let padded = [gzip(b"a\nb"), zeros.clone(), gzip(b"c\n"), vec![0], gzip(b""), zeros].concat();
+        assert_eq!(
+            segments(&file(padded.clone()), Format::JsonGz, 100, 0).unwrap(),
+            [[&b"a\n"[..], b"bc\n"]]
+        );
+        for behind in [&b"x"[..], b"\x1f\x8b"] {
+            let error = segments(&file([&padded, behind].concat()), Format::JsonGz, 100, 0).unwrap_err();
+            assert!(matches!(error, DataError::Damaged { .. }), "{error}");
         }
     }
 

@@ -14,7 +14,7 @@ pub enum DataError {
         reason: String,
     },
     /// A file is not there.
-    #[error("{file} does not exist; check url and files of its source")]
+    #[error("{file} does not exist; check url, files and list of its source")]
     Missing {
         /// Its place.
         file: String,

@@ -6,6 +6,7 @@
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use ulmus_plan::Format;
 
 use crate::chain::{Chain, Line};
@@ -323,6 +324,19 @@ fn without_lone_surrogates(line: &[u8]) -> Option<Vec<u8>> {
     (mended != line).then_some(mended)
 }
 
+/// What an object has under a key, or, as `meta.text`, an object within it; null where that is null.
+fn field(object: &mut serde_json::Map<String, Value>, key: &str) -> Option<Value> {
+    if let Some(value) = object.remove(key) {
+        return Some(value);
+    }
+    let (outer, inner) = key.split_once('.')?;
+    match object.get_mut(outer)? {
+        Value::Object(object) => field(object, inner),
+        Value::Null => Some(Value::Null),
+        _ => None,
+    }
+}
+
 /// The text of one JSON object; none where it is null.
 fn text_of_line(line: &[u8], key: &str, place: impl Fn() -> String) -> Result<Option<String>, DataError> {
     let wrong = |reason: String| DataError::Format { file: place(), format: "jsonl", reason };
@@ -333,21 +347,21 @@ fn text_of_line(line: &[u8], key: &str, place: impl Fn() -> String) -> Result<Op
         let mended = without_lone_surrogates(line).ok_or(error)?;
         serde_json::from_slice(&mended)
     });
-    let value: serde_json::Value =
+    let value: Value =
         value.map_err(|error| wrong(error.to_string().replace("line 1 column", "character")))?;
-    let serde_json::Value::Object(mut object) = value else {
+    let Value::Object(mut object) = value else {
         return Err(wrong("the line is no JSON object".to_owned()));
     };
-    match object.remove(key) {
-        Some(serde_json::Value::String(text)) => Ok(Some(text)),
-        Some(serde_json::Value::Null) => Ok(None),
+    match field(&mut object, key) {
+        Some(Value::String(text)) => Ok(Some(text)),
+        Some(Value::Null) => Ok(None),
         Some(other) => Err(DataError::ColumnType {
             file: place(),
             column: key.to_owned(),
             found: match other {
-                serde_json::Value::Bool(_) => "a truth value",
-                serde_json::Value::Number(_) => "a number",
-                serde_json::Value::Array(_) => "a list",
+                Value::Bool(_) => "a truth value",
+                Value::Number(_) => "a number",
+                Value::Array(_) => "a list",
                 _ => "an object",
             }
             .to_owned(),
@@ -425,6 +439,29 @@ mod tests {
         folder.write("a.jsonl", br#"{"text": "\ud83d\x"}"#.to_vec()).unwrap();
         let message = read(&folder, Format::Jsonl, 1 << 20).unwrap_err().to_string();
         assert!(message.contains("invalid escape at character 18"), "{message}");
+    }
+
+    #[test]
+    fn a_text_may_lie_within_an_object() {
+        for (line, expected) in [
+            (r#"{"meta": {"text": "inner", "more": {}}}"#, Ok(vec!["inner"])),
+            (
+                r#"{"meta": {"text": "inner"}, "meta.text": "of this very name"}"#,
+                Ok(vec!["of this very name"]),
+            ),
+            (r#"{"meta": {"text": null}}"#, Ok(vec![])),
+            (r#"{"meta": null}"#, Ok(vec![])),
+            (r#"{"meta": {"other": "x"}}"#, Err("no column \"meta.text\"")),
+            (r#"{"meta": "x"}"#, Err("no column \"meta.text\"")),
+            (r#"{"meta": {"text": {}}}"#, Err("holds an object")),
+        ] {
+            let text = text_of_line(line.as_bytes(), "meta.text", || "a.jsonl".to_owned());
+            match (text, expected) {
+                (Ok(text), Ok(expected)) => assert_eq!(Vec::from_iter(text), expected, "{line}"),
+                (Err(error), Err(words)) => assert!(error.to_string().contains(words), "{line}: {error}"),
+                (text, _) => panic!("{line}: {text:?}"),
+            }
+        }
     }
 
     proptest! {

@@ -173,9 +173,9 @@ pub(crate) fn list(
                 DataError::Pattern { pattern: pattern.clone(), reason: error.kind().to_string() }
             })?;
             let glob = glob.compile_matcher();
-            if let Some(named) = &named {
-                files
-                    .extend(folder.stat(named.iter().filter(|name| glob.is_match(name)).cloned().collect())?);
+            if let (Some(named), Some(list)) = (&named, &source.list) {
+                let found = folder.stat(named.iter().filter(|name| glob.is_match(name)).cloned().collect());
+                files.extend(found.map_err(|error| named_by(list, error))?);
                 continue;
             }
             let listing = match &listing {
@@ -205,6 +205,18 @@ pub(crate) fn list(
         });
     }
     Ok(files)
+}
+
+/// The error about a file that a list names.
+fn named_by(list: &str, error: DataError) -> DataError {
+    match error {
+        DataError::Missing { file } => DataError::Format {
+            file: list.to_owned(),
+            format: "a list of files",
+            reason: format!("it names {file}, which does not exist"),
+        },
+        error => error,
+    }
 }
 
 /// Names of files below a source's `url`, as its list has them: one address or name on a line.

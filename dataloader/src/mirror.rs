@@ -2,7 +2,8 @@
 //!
 //! A file appears under its name only when it is whole. It is then read back and compared with what was read from its
 //! origin, and a note of that is left beside it (`.mirror/`), so that a copy that was interrupted goes on where it was,
-//! and a file that has changed since is copied anew.
+//! and a file that has changed since, here or there, is copied anew. Two mirrors at once into one folder are in each
+//! other's way.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -41,6 +42,8 @@ pub struct Mirrored {
 struct Note {
     /// The file at its origin.
     origin: FileInfo,
+    /// The copy, as its store knows it.
+    copy: FileInfo,
     /// BLAKE3 of its contents.
     blake3: String,
 }
@@ -73,16 +76,15 @@ pub fn mirror(
     for (source, listed) in config.source.iter().zip(&origin.sources) {
         let from = stores.open(listed.url.as_deref().unwrap_or(&source.url))?;
         let (copies, notes) = (target.child(&source.name), target.child(&format!("{NOTES}/{}", source.name)));
-        let there: BTreeMap<String, u64> =
-            copies.list()?.into_iter().map(|file| (file.path, file.size)).collect();
         let noted: BTreeMap<String, FileInfo> =
             notes.list()?.into_iter().map(|note| (note.path.clone(), note)).collect();
         let copy = async |file: &FileInfo| {
             let note = format!("{}.json", file.path);
-            if there.get(&file.path) == Some(&file.size)
-                && let Some(known) = noted.get(&note)
-                && serde_json::from_slice(&notes.fetch(known, 0..known.size).await?)
-                    .is_ok_and(|Note { origin, .. }| origin == *file)
+            if let Some(known) = noted.get(&note)
+                && let Ok(Note { origin, copy, .. }) =
+                    serde_json::from_slice(&notes.fetch(known, 0..known.size).await?)
+                && origin == *file
+                && copies.is_still(&copy).await?
             {
                 done(file.size);
                 return Ok::<bool, DataError>(true);
@@ -92,7 +94,8 @@ pub fn mirror(
                 .retry(ExponentialBuilder::default().with_jitter().with_max_times(AGAIN))
                 .when(|error| matches!(error, DataError::Store { .. }))
                 .await?;
-            let note_of = Note { origin: file.clone(), blake3 };
+            let copy = copies.head(file.path.clone()).await?;
+            let note_of = Note { origin: file.clone(), copy, blake3 };
             let text = serde_json::to_vec(&note_of).expect("a note can be written as JSON");
             notes.put(&note, text).await?;
             Ok(false)

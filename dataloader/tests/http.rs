@@ -105,6 +105,14 @@ fn a_list_names_files_by_their_addresses() {
     let sources = Sources::open(&config, &manifest, None).unwrap();
     let read: Vec<String> = sources.all_documents().flat_map(Result::unwrap).collect();
     assert_eq!(read, texts);
+
+    std::fs::write(&list, "part-00000.jsonl\npart-9.jsonl\n").unwrap();
+    let message = Manifest::freeze(&config, None).unwrap_err().to_string();
+    let words = [list.to_str().unwrap(), "it names", "/corpus/part-9.jsonl, which does not exist"];
+    assert!(words.iter().all(|words| message.contains(words)), "{message}");
+    std::fs::remove_file(&list).unwrap();
+    let message = Manifest::freeze(&config, None).unwrap_err().to_string();
+    assert!(message.contains("urls.txt does not exist; check url, files and list"), "{message}");
 }
 
 #[test]

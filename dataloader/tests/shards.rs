@@ -49,6 +49,13 @@ fn plan(place: &Path, name: &str, url: &Path, files: &str) -> String {
     path.to_str().unwrap().to_owned()
 }
 
+/// Names of what was half written when a program was killed.
+fn left_over(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder.join("books")).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    names.filter(|name| name.contains('#')).collect()
+}
+
 /// Names and contents of the shards in a folder, without those that were half written when a program was killed.
 fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let Ok(entries) = std::fs::read_dir(folder.join("books")) else { return BTreeMap::new() };
@@ -128,6 +135,7 @@ fn killed_and_begun_again_the_same_shards_are_written() {
                 [command].into_iter().chain(arguments.iter().map(String::as_str)).collect();
             assert!(killed_often(&arguments, &often) > 2, "{file}");
             assert!(files(&often) == written, "{file}: other shards than without kills");
+            assert_eq!(left_over(&often), [""; 0]);
             let again = succeeds(dataloader().args(&arguments));
             assert!(again.contains(&format!("{} were there already", written.len())), "{again}");
             // What was made otherwise does not go there, and what is lost is made again.
@@ -154,6 +162,47 @@ fn killed_and_begun_again_the_same_shards_are_written() {
         }
     }
     assert!(counts[0] > 1_000_000 && counts.iter().all(|tokens| *tokens == counts[0]), "{counts:?}");
+}
+
+#[test]
+fn a_copy_that_was_killed_or_changed_is_made_anew() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let [corpus, copies] = ["corpus", "copies"].map(|name| place.join(name));
+    std::fs::create_dir(&corpus).unwrap();
+    // So large that it comes in parts.
+    std::fs::write(corpus.join("a.jsonl"), lines().repeat(4)).unwrap();
+    std::fs::write(corpus.join("b.jsonl"), lines()).unwrap();
+    let plan = plan(place, "texts", &corpus, "*.jsonl");
+    let arguments = ["mirror", "--plan", &plan, "--to", copies.to_str().unwrap()];
+    for _ in 0..2 {
+        let mut slow = dataloader().args(arguments).args(["--rate", "1MB"]).spawn().unwrap();
+        let begun = Instant::now();
+        while !copies.join("books").exists() || left_over(&copies).is_empty() {
+            assert!(begun.elapsed() < Duration::from_mins(1), "nothing was begun");
+            std::thread::park_timeout(Duration::from_millis(1));
+        }
+        slow.kill().unwrap();
+        slow.wait().unwrap();
+    }
+    let copied = |expected: &str| {
+        let said = succeeds(dataloader().args(arguments));
+        assert!(said.contains(expected), "{said}");
+        assert_eq!(left_over(&copies), [""; 0]);
+        for name in ["a.jsonl", "b.jsonl"] {
+            assert!(
+                std::fs::read(corpus.join(name)).unwrap()
+                    == std::fs::read(copies.join("books").join(name)).unwrap()
+            );
+        }
+    };
+    copied("2 files");
+    copied("0 files");
+    // As large as before.
+    let mut bytes = lines();
+    bytes[1000] ^= 1;
+    std::fs::write(copies.join("books/b.jsonl"), bytes).unwrap();
+    copied("1 file");
 }
 
 #[test]

@@ -77,6 +77,8 @@ pub(crate) struct Stores {
 #[derive(Clone)]
 pub struct Folder {
     store: Arc<dyn ObjectStore>,
+    /// Where the store is, if it is on this machine and others do not write to it as well.
+    root: Option<PathBuf>,
     prefix: Path,
     /// For messages.
     url: String,
@@ -178,6 +180,7 @@ impl Stores {
                 let cache = self.cache.clone();
                 Ok(Folder {
                     store,
+                    root: None,
                     prefix,
                     url: url.to_owned(),
                     listing,
@@ -198,6 +201,7 @@ fn open_hub(stores: &Stores, url: &str) -> Result<Folder, DataError> {
     let (hub, store) = opened.map_err(|failed| hub_error(url, failed))?;
     Ok(Folder {
         store,
+        root: None,
         prefix: Path::default(),
         url: hub.pinned(),
         listing: Listing::Hub(Arc::new(hub)),
@@ -280,6 +284,7 @@ impl Folder {
     pub fn of_run(store: Arc<dyn ObjectStore>, prefix: &str) -> Self {
         Self {
             store,
+            root: None,
             prefix: Path::from(prefix),
             url: "run:".to_owned(),
             listing: Listing::Store,
@@ -298,6 +303,7 @@ impl Folder {
         let store = LocalFileSystem::new_with_prefix(&path).map_err(|error| error.to_string())?;
         Ok(Self {
             store: Arc::new(store),
+            root: Some(path),
             prefix: Path::default(),
             url: url.to_owned(),
             listing: Listing::Store,
@@ -390,12 +396,24 @@ impl Folder {
             };
             return paths.into_iter().map(find).collect();
         }
-        let head = async |path: String| {
-            let at = self.at(&path);
-            let meta = retried(|| self.store.head(&at)).await.map_err(|error| self.error(&path, &error))?;
-            Ok(self.info(path, &meta))
-        };
-        IO.block_on(futures::stream::iter(paths).map(head).buffered(STATS_AT_ONCE).try_collect())
+        let heads = futures::stream::iter(paths).map(|path| self.head(path));
+        IO.block_on(heads.buffered(STATS_AT_ONCE).try_collect())
+    }
+
+    /// Size and version of a file.
+    pub(crate) async fn head(&self, path: String) -> Result<FileInfo, DataError> {
+        let at = self.at(&path);
+        let meta = retried(|| self.store.head(&at)).await.map_err(|error| self.error(&path, &error))?;
+        Ok(self.info(path, &meta))
+    }
+
+    /// Whether a file is there, and the one that was described.
+    pub(crate) async fn is_still(&self, file: &FileInfo) -> Result<bool, DataError> {
+        match self.head(file.path.clone()).await {
+            Ok(now) => Ok(self.compare(file, &now).is_ok()),
+            Err(DataError::Missing { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// The bytes of `range` of a file, which must still be the one that `file` describes.
@@ -477,6 +495,7 @@ impl Folder {
     /// Writes a file whole.
     pub(crate) async fn put(&self, path: &str, bytes: Vec<u8>) -> Result<(), DataError> {
         let (at, bytes) = (self.at(path), PutPayload::from(bytes));
+        self.remove_left_over(&at);
         let put = || self.store.put(&at, bytes.clone());
         retried(put).await.map_err(|error| self.error(path, &error))?;
         Ok(())
@@ -504,6 +523,7 @@ impl Folder {
             done(bytes.len() as u64);
             to.put(&file.path, bytes.into()).await?;
         } else {
+            to.remove_left_over(&to.at(&file.path));
             let upload = to.store.put_multipart(&to.at(&file.path)).await.map_err(failed)?;
             // Stores take so many parts of an upload, and no more.
             let part = PIECE.max(file.size.div_ceil(MOST_PARTS));
@@ -545,6 +565,17 @@ impl Folder {
             });
         }
         Ok(read.to_hex().to_string())
+    }
+
+    /// Removes what a program that was killed has left of a file: a store on disk writes to `name#1` beside it, or the
+    /// next that is free.
+    fn remove_left_over(&self, at: &Path) {
+        let Some(root) = &self.root else { return };
+        let beside = |number: u32| root.join(format!("{at}#{number}"));
+        let mut number = 1;
+        while std::fs::remove_file(beside(number)).is_ok() {
+            number += 1;
+        }
     }
 
     fn at(&self, path: &str) -> Path {
