@@ -11,7 +11,7 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::task::TaskTracker;
 use ulmus_checkpoint::{Manifest, Store};
 use ulmus_coord_core::{Coordinator, Effect, Event, Note, Outcome, Saved, Settings};
-use ulmus_rt::{Failure, Shutdown};
+use ulmus_rt::{Failure, Shutdown, with_causes};
 use ulmus_types::{
     CheckpointId, Digest, ErrorKind, ExitStatus, Generation, SourceReading, Step, StepReport, ToWorker,
     WorkerId,
@@ -20,7 +20,7 @@ use ulmus_types::{
 use crate::console::Console;
 use crate::local::LocalWorkers;
 use crate::metrics::{MetricsFile, SourcesFile};
-use crate::quarantine::QuarantineFile;
+use crate::quarantine;
 use crate::server::{SessionEvent, SessionNumber};
 use crate::store::{MetricsRow, ReadingRow, RunStore, StoreError, StoredCheckpoint};
 
@@ -36,7 +36,6 @@ pub(crate) struct Parts {
     pub(crate) files: Store,
     pub(crate) metrics: MetricsFile,
     pub(crate) sources: SourcesFile,
-    pub(crate) quarantine: QuarantineFile,
     pub(crate) console: Console,
     pub(crate) locals: Option<LocalWorkers>,
     /// Kill a local worker once this many updates are done.
@@ -90,7 +89,7 @@ pub(crate) async fn drive(
             }
         };
         if let Some(event) = event
-            && let Some(outcome) = driver.happened(event)?
+            && let Some(outcome) = driver.happened(event).await?
         {
             break outcome;
         }
@@ -100,11 +99,11 @@ pub(crate) async fn drive(
 }
 
 impl Driver {
-    fn happened(&mut self, event: Event) -> Result<Option<Outcome>, Failure> {
+    async fn happened(&mut self, event: Event) -> Result<Option<Outcome>, Failure> {
         let effects = self.core.on(self.started.elapsed(), event);
         let mut outcome = None;
         for effect in effects {
-            let performed = self.perform(effect).map_err(|error| Failure::of(error.kind(), &error))?;
+            let performed = self.perform(effect).await.map_err(|error| Failure::of(error.kind(), &error))?;
             outcome = outcome.or(performed);
         }
         Ok(outcome)
@@ -135,7 +134,7 @@ impl Driver {
         self.sessions.get(worker).is_some_and(|(current, _)| *current == session)
     }
 
-    fn perform(&mut self, effect: Effect) -> Result<Option<Outcome>, StoreError> {
+    async fn perform(&mut self, effect: Effect) -> Result<Option<Outcome>, StoreError> {
         match effect {
             Effect::SaveGeneration(generation, members) => {
                 self.parts.memory.save_generation(generation, &members)?;
@@ -143,9 +142,9 @@ impl Driver {
             Effect::SaveGroupEnded(generation) => self.parts.memory.save_group_ended(generation)?,
             Effect::SaveFingerprint(fingerprint) => self.parts.memory.save_fingerprint(fingerprint)?,
             Effect::SaveSteps(generation, reports) => self.save_steps(generation, reports)?,
-            Effect::SaveQuarantine(quarantine) => {
-                self.parts.memory.save_quarantine(&quarantine)?;
-                self.parts.quarantine.write(&quarantine)?;
+            Effect::SaveQuarantine(units) => {
+                self.parts.memory.save_quarantine(&units)?;
+                quarantine::write(&self.parts.files, &units).await.map_err(StoreError::Files)?;
             }
             Effect::SaveReading(worker, step, sources) => self.save_reading(&worker, step, sources)?,
             Effect::SaveTrained(step) => self.parts.memory.save_trained(step)?,
@@ -165,7 +164,8 @@ impl Driver {
                 self.parts.tasks.spawn(async move {
                     // What is left over is found by the next start.
                     if let Err(error) = ulmus_checkpoint::delete(&files, checkpoint).await {
-                        tracing::info!(%checkpoint, %error, "an old recovery checkpoint could not be deleted");
+                        let error = with_causes(&error);
+                        tracing::info!(%checkpoint, error, "an old recovery checkpoint could not be deleted");
                     }
                 });
             }
@@ -234,7 +234,7 @@ impl Driver {
         self.parts.tasks.spawn(async move {
             let event = match ulmus_checkpoint::commit(&files, &manifest).await {
                 Ok(()) => Event::CheckpointCommitted(id),
-                Err(error) => Event::CommitFailed(id, error.to_string()),
+                Err(error) => Event::CommitFailed(id, with_causes(&error)),
             };
             // The loop may be over already; then the next start commits.
             commits.send(event).await.ok();

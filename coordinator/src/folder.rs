@@ -1,7 +1,8 @@
 //! The folder of a run: who may write it, and for which plan.
 //!
 //! Protects that a run has one coordinator and one plan. The lock is the operating system's, so a killed
-//! coordinator leaves none behind.
+//! coordinator leaves none behind. Where the run is kept in an object store, what is the coordinator's own is on its
+//! disk, and a mark in both tells that they belong together.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
@@ -30,6 +31,28 @@ pub(crate) enum FolderError {
         /// The keys that differ, a line each.
         changes: String,
     },
+    /// Its store holds what another coordinator has begun.
+    #[error(
+        "{store} holds a run whose coordinator has its own files elsewhere than in {folder}; start it there, give this \
+         run another name with --set run.name=NAME, or delete what the store holds"
+    )]
+    Elsewhere {
+        /// The store.
+        store: String,
+        /// Where the coordinator's own files would be.
+        folder: PathBuf,
+    },
+    /// The coordinator's own files are of a run that another store holds.
+    #[error(
+        "{folder} has a run that is not kept in {store}; correct store.url, or give this run another name with \
+         --set run.name=NAME"
+    )]
+    OtherStore {
+        /// The coordinator's own files.
+        folder: PathBuf,
+        /// The store.
+        store: String,
+    },
     /// Its plan cannot be read.
     #[error("{0} is damaged: {1}; restore it, or delete the folder")]
     DamagedPlan(PathBuf, String),
@@ -50,13 +73,24 @@ impl FolderError {
     /// What can be done about it.
     pub(crate) fn kind(&self) -> ErrorKind {
         match self {
-            Self::Locked(_) => ErrorKind::Refused,
+            Self::Locked(_) | Self::Elsewhere { .. } | Self::OtherStore { .. } => ErrorKind::Refused,
             Self::PlanChanged { .. } => ErrorKind::InvalidInput,
             Self::DamagedPlan(..) => ErrorKind::Corrupt,
             Self::Io { .. } => ErrorKind::Internal,
             Self::Store(error) => error.kind(),
         }
     }
+}
+
+/// Name of the mark that a store and a folder have in common.
+const MARK: &str = "coordinator.mark";
+
+/// Name of the coordinator's memory, which is there once a run has begun.
+const DATABASE: &str = "run.sqlite";
+
+/// What nobody else comes upon.
+pub(crate) fn unguessable() -> String {
+    format!("{:016x}{:016x}", rand::random::<u64>(), rand::random::<u64>())
 }
 
 /// A run folder that this process holds the lock of.
@@ -73,15 +107,14 @@ impl RunFolder {
     ///
     /// # Errors
     /// When somebody else has it, when it holds another plan's run, or when it cannot be written.
-    pub(crate) fn open(plan: &Plan) -> Result<Self, FolderError> {
+    pub(crate) async fn open(plan: &Plan) -> Result<Self, FolderError> {
         let location = format!("{}/{}", plan.store.url.trim_end_matches('/'), plan.run.name);
         let store = Store::create(&location)?;
-        let path = store.directory().map_or_else(|| PathBuf::from(&location), Path::to_path_buf);
+        let own = || Path::new(&plan.store.local).join(plan.run.name.to_string());
+        let path = store.directory().map_or_else(own, Path::to_path_buf);
         let io = |path: &Path, error: io::Error| FolderError::Io { path: path.to_path_buf(), error };
-        for folder in ["logs", "results"] {
-            let folder = path.join(folder);
-            fs::create_dir_all(&folder).map_err(|error| io(&folder, error))?;
-        }
+        let logs = path.join("logs");
+        fs::create_dir_all(&logs).map_err(|error| io(&logs, error))?;
         let lock_path = path.join("lock");
         let lock = OpenOptions::new()
             .create(true)
@@ -96,7 +129,39 @@ impl RunFolder {
         }
         let folder = Self { path, store, _lock: lock };
         folder.keep_plan(plan)?;
+        folder.claim().await?;
         Ok(folder)
+    }
+
+    /// Marks an object store as this folder's, which it is from then on.
+    async fn claim(&self) -> Result<(), FolderError> {
+        let other_store =
+            || FolderError::OtherStore { folder: self.path.clone(), store: self.store.to_string() };
+        let path = self.path.join(MARK);
+        let own = match fs::read_to_string(&path) {
+            Ok(mark) => Some(mark),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(FolderError::Io { path, error }),
+        };
+        if self.store.directory().is_some() {
+            return if own.is_none() { Ok(()) } else { Err(other_store()) };
+        }
+        if self.path.join(DATABASE).exists() {
+            let there = match self.store.get(MARK).await {
+                Err(StoreError::NotFound { .. }) => None,
+                there => Some(there?),
+            };
+            let same = own.zip(there).is_some_and(|(own, there)| there == own);
+            return if same { Ok(()) } else { Err(other_store()) };
+        }
+        let own = own.unwrap_or_else(unguessable);
+        self.write(MARK, &own)?;
+        // An answer may have been lost: what counts is what is there.
+        self.store.put_new(MARK, own.clone()).await?;
+        if self.store.get(MARK).await? == own {
+            return Ok(());
+        }
+        Err(FolderError::Elsewhere { store: self.store.to_string(), folder: self.path.clone() })
     }
 
     fn keep_plan(&self, plan: &Plan) -> Result<(), FolderError> {
@@ -123,7 +188,26 @@ impl RunFolder {
         self.write("plan.resolved.toml", &plan.to_toml())
     }
 
-    /// Where it is.
+    /// Where the run is kept, as workers anywhere open it.
+    ///
+    /// # Errors
+    /// When the folder is gone.
+    pub(crate) fn location(&self) -> Result<String, FolderError> {
+        let Some(directory) = self.store.directory() else { return Ok(self.store.location().to_owned()) };
+        let path = fs::canonicalize(directory)
+            .map_err(|error| FolderError::Io { path: directory.to_path_buf(), error })?;
+        Ok(path.to_string_lossy().into_owned())
+    }
+
+    /// Where the run is kept, for people.
+    pub(crate) fn shown(&self) -> String {
+        match self.store.directory() {
+            Some(_) => self.path.display().to_string(),
+            None => self.store.to_string(),
+        }
+    }
+
+    /// Where the coordinator's own files are.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
@@ -143,6 +227,11 @@ impl RunFolder {
         fs::write(&temporary, text)
             .and_then(|()| fs::rename(&temporary, &path))
             .map_err(|error| FolderError::Io { path, error })
+    }
+
+    /// Where the coordinator's memory is.
+    pub(crate) fn database(&self) -> PathBuf {
+        self.path.join(DATABASE)
     }
 
     /// Tells local workers where the coordinator listens.

@@ -17,10 +17,10 @@ use ulmus_types::{Digest, ExitStatus};
 
 use crate::console::{Console, print};
 use crate::driver::{Ended, Parts, drive, finish_commits};
-use crate::folder::{FolderError, RunFolder};
+use crate::folder::{FolderError, RunFolder, unguessable};
 use crate::local::LocalWorkers;
 use crate::metrics::{MetricsFile, SourcesFile};
-use crate::quarantine::QuarantineFile;
+use crate::quarantine;
 use crate::server::{MESSAGE_LIMIT, Sessions};
 use crate::store::{RunStore, StoreError};
 use crate::summary;
@@ -116,10 +116,10 @@ async fn run_one(
     kill_after: Option<u64>,
     shutdown: &Shutdown,
 ) -> Result<Finished, Failure> {
-    let folder = RunFolder::open(plan).map_err(|error| in_folder(&error))?;
+    let folder = RunFolder::open(plan).await.map_err(|error| in_folder(&error))?;
     ulmus_rt::init_telemetry(&LogTarget::File(folder.path().join("logs/coordinator.log")))
         .map_err(|error| failed(&folder.path().join("logs"), &error))?;
-    let memory = RunStore::open(&folder.path().join("run.sqlite")).map_err(|error| stored(&error))?;
+    let memory = RunStore::open(&folder.database()).map_err(|error| stored(&error))?;
     finish_commits(&memory, folder.store(), plan.digest()).await?;
     let listener = bind(plan, options).await?;
     let address =
@@ -132,7 +132,7 @@ async fn run_one(
     let metrics = MetricsFile::create(&metrics_path, &rows).map_err(|error| failed(&metrics_path, &error))?;
     let sources = sources_file(&memory, folder.path())?;
     let console = Console::new(plan.train.iterations, saved.step);
-    console.line(&format!("run {} in {}; workers join at {address}", plan.run.name, folder.path().display()));
+    console.line(&format!("run {} in {}; workers join at {address}", plan.run.name, folder.shown()));
     let finished_before = saved.jobs.contains("benchmark");
     let locals = start_locals(plan, &folder, finished_before)?;
     if locals.is_none() && !finished_before {
@@ -144,19 +144,17 @@ async fn run_one(
     let (close, closed) = oneshot::channel::<()>();
     let server = serve(listener, events, tasks.clone(), closed);
     let server = tasks.spawn(server);
-    let quarantine = QuarantineFile(folder.path().join("quarantine.json"));
     if !saved.quarantine.is_empty() {
-        quarantine.write(&saved.quarantine).map_err(|error| stored(&error))?;
+        quarantine::write(folder.store(), &saved.quarantine).await.map_err(|error| in_store(&error))?;
     }
     let parts = Parts {
-        settings: settings(plan, &folder)?,
+        settings: settings(plan, &folder).await?,
         saved,
         plan_digest: plan.digest(),
         memory,
         files: folder.store().clone(),
         metrics,
         sources,
-        quarantine,
         console,
         locals,
         kill_after,
@@ -225,15 +223,13 @@ async fn serve(
         .await
 }
 
-fn settings(plan: &Plan, folder: &RunFolder) -> Result<Settings, Failure> {
-    let nonce = format!("{:016x}{:016x}", rand::random::<u64>(), rand::random::<u64>());
-    let nonce_path = "coordinator.nonce".to_owned();
-    folder.write(&nonce_path, &nonce).map_err(|error| in_folder(&error))?;
-    let store = std::fs::canonicalize(folder.path()).map_err(|error| failed(folder.path(), &error))?;
+async fn settings(plan: &Plan, folder: &RunFolder) -> Result<Settings, Failure> {
+    let (nonce, nonce_path) = (unguessable(), "coordinator.nonce".to_owned());
+    folder.store().put(&nonce_path, nonce.clone()).await.map_err(|error| in_store(&error))?;
     Ok(Settings {
         run: plan.run.name.clone(),
         plan: plan.to_toml(),
-        store: store.to_string_lossy().into_owned(),
+        store: folder.location().map_err(|error| in_folder(&error))?,
         nonce_path,
         nonce,
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -280,6 +276,10 @@ fn sources_file(memory: &RunStore, folder: &std::path::Path) -> Result<SourcesFi
 }
 
 fn in_folder(error: &FolderError) -> Failure {
+    Failure::of(error.kind(), error)
+}
+
+fn in_store(error: &ulmus_checkpoint::StoreError) -> Failure {
     Failure::of(error.kind(), error)
 }
 

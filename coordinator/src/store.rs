@@ -5,7 +5,7 @@
 //! depend on this file; workers train on while nobody writes it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension, params};
@@ -45,14 +45,9 @@ pub(crate) enum StoreError {
         /// What is wrong with it.
         reason: String,
     },
-    /// A file that workers read cannot be written.
-    #[error("{path}: {error}; is the disk full or the run folder read-only?")]
-    File {
-        /// Its path.
-        path: PathBuf,
-        /// Why.
-        error: std::io::Error,
-    },
+    /// What workers read cannot be written.
+    #[error(transparent)]
+    Files(ulmus_checkpoint::StoreError),
     /// A step that was trained twice gave other numbers.
     #[error(
         "step {step} was trained twice and gave another {column}: {first} and then {second}; the machines of this run do not compute alike"
@@ -71,9 +66,10 @@ pub(crate) enum StoreError {
 
 impl StoreError {
     /// What can be done about it.
-    pub(crate) const fn kind(&self) -> ErrorKind {
+    pub(crate) fn kind(&self) -> ErrorKind {
         match self {
-            Self::Sqlite(_) | Self::File { .. } => ErrorKind::Internal,
+            Self::Sqlite(_) => ErrorKind::Internal,
+            Self::Files(error) => error.kind(),
             Self::Damaged { .. } | Self::Diverged { .. } => ErrorKind::Corrupt,
         }
     }

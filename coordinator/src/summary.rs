@@ -64,16 +64,16 @@ fn write_page(
     for (unit, why) in left_out {
         writeln!(page, "left out: {unit}: {why}")?;
     }
-    let at = folder.path().display();
+    let (at, own) = (folder.shown(), folder.path().display());
     writeln!(page)?;
     if plan.checkpoint.export {
         writeln!(page, "model for transformers, mlx-lm, llama.cpp   {at}/export")?;
     }
     writeln!(page, "checkpoints                                  {at}/checkpoints")?;
-    writeln!(page, "metrics, one row per step                    {at}/metrics.csv")?;
+    writeln!(page, "metrics, one row per step                    {own}/metrics.csv")?;
     writeln!(page, "results as JSON                              {at}/results")?;
     writeln!(page, "\ntry next")?;
-    if plan.checkpoint.export {
+    if plan.checkpoint.export && folder.store().directory().is_some() {
         writeln!(
             page,
             "  cargo run --release --bin evaluator -- generate --model {at}/export --prompt \"The\" --max-tokens 64 --greedy"

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""What `dataloader` reads from real stores, through a network that fails, against the same files on disk.
+"""What `dataloader` reads from real stores, through a network that fails, against the same files on disk; and runs that
+are kept in them.
 
     python against_stores.py DATALOADER
 
@@ -268,6 +269,27 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
         return self.answer(404)
 
 
+def keep_run(program, place, name, url, environment):
+    """Rows of the loss curve of a small run that is kept at `url`, or what went wrong."""
+    folder = place / f"run in {name}"
+    folder.mkdir()
+    (folder / "plan.toml").write_text(
+        f'[run]\nname = "small"\n[store]\nurl = "{url}"\n[local]\nworkers = 2\n[tokenizer]\nfile = "{TOKENIZER}"\n'
+        "[model]\nmax_context_length = 128\nnum_transformer_layers = 2\nmodel_dim = 64\nhead_dim = 16\nnum_gqa_groups = 2\n"
+        f'[data]\nlanes = 4\nthreads = 1\nholdout = 0.05\n[[data.source]]\nname = "lines"\nurl = "{place}/corpus"\n'
+        'files = ["lines-*1.jsonl"]\ntext = "text"\n[train]\niterations = 12\nsequences = 8\nmicro_batch = 2\nwarmup = 2\n'
+        "held_out_every = 0\n[checkpoint]\nevery = 4\naverage = 2\n[evaluate]\ntext = \"4KiB\"\n[benchmark]\ngenerate = 4\nruns = 1\n"
+    )
+    done = subprocess.run(
+        [str(Path(program).resolve().with_name("coordinator")), "--plan", "plan.toml"],
+        cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=300,
+    )
+    if done.returncode != 0:
+        return done.stdout[-1000:] + done.stderr[-1000:]
+    rows = (folder / "runs/small/metrics.csv").read_text().splitlines()
+    return [row.split(",")[:6] for row in rows]
+
+
 def start(processes, *command, **more):
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **more)
     processes.append(process)
@@ -309,6 +331,13 @@ def run(program, place, corpus, files, processes):
         all_kinds = all(faults.faults.values())
         check(f"{name}, faults are counted", failed > 0 and all_kinds, f"{failed} failed, faults {faults.faults}")
 
+    curve = keep_run(program, place, "disk", "runs", {})
+    check("a run on the disk", isinstance(curve, list) and len(curve) == 13, curve)
+
+    def keep(name, url, environment):
+        found = keep_run(program, place, name, url, environment)
+        check(f"a run in {name}", found == curve, found)
+
     # S3.
     port = free_port()
     (place / "s3").mkdir()
@@ -330,6 +359,7 @@ def run(program, place, corpus, files, processes):
         return {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_ENDPOINT": f"http://127.0.0.1:{port}"}
 
     through_faults("s3", port, lambda _: "s3://corpora/web", s3)
+    keep("s3", "s3://corpora/runs", s3(port))
     (place / "aws").write_text(f"[lab]\naws_access_key_id = reader\naws_secret_access_key = {SECRET}\n")
     profile = {"AWS_PROFILE": "lab", "AWS_SHARED_CREDENTIALS_FILE": str(place / "aws"), "AWS_ENDPOINT": f"http://127.0.0.1:{port}"}
     compare("s3, credentials of a file", "s3://corpora/web", profile)
@@ -396,6 +426,7 @@ def run(program, place, corpus, files, processes):
         return {"GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(key)}
 
     through_faults("gcs", port, lambda _: "gs://corpora/web", gcs, f"127.0.0.1:{port}")
+    keep("gcs", "gs://corpora/runs", gcs(port))
 
     # Azure Blob Storage.
     port = free_port()
@@ -419,6 +450,7 @@ def run(program, place, corpus, files, processes):
         }
 
     through_faults("azure", port, lambda _: "az://corpora/web", az)
+    keep("azure", "az://corpora/runs", az(port))
 
     # A web server with a list of its files.
     port = free_port()

@@ -12,7 +12,12 @@ const EXACT_COLUMNS: usize = 6;
 
 /// The folder of a run.
 #[derive(Debug, Clone)]
-pub struct RunFolder(PathBuf);
+pub struct RunFolder {
+    /// What is the coordinator's own.
+    own: PathBuf,
+    /// What workers share: the same, unless that is in an object store.
+    shared: PathBuf,
+}
 
 /// Everything of a finished run that must be equal bit for bit, however it came about.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,12 +63,18 @@ impl Bits {
 
 impl RunFolder {
     pub(crate) fn new(path: PathBuf) -> Self {
-        Self(path)
+        Self { own: path.clone(), shared: path }
     }
 
-    /// Where it is.
+    /// The same, if what workers share is elsewhere.
+    #[must_use]
+    pub fn shared_in(self, shared: PathBuf) -> Self {
+        Self { shared, ..self }
+    }
+
+    /// Where the coordinator's own files are.
     pub fn path(&self) -> &Path {
-        &self.0
+        &self.own
     }
 
     /// A file of it, as text.
@@ -71,7 +82,8 @@ impl RunFolder {
     /// # Panics
     /// When it is not there.
     pub fn read(&self, name: &str) -> String {
-        let path = self.0.join(name);
+        let [own, shared] = [&self.own, &self.shared].map(|folder| folder.join(name));
+        let path = if own.exists() { own } else { shared };
         let text = fs::read_to_string(&path);
         assert!(text.is_ok(), "{}: {text:?}", path.display());
         text.unwrap_or_default()
@@ -154,7 +166,7 @@ impl RunFolder {
     /// # Panics
     /// When there is no folder of them.
     pub fn checkpoints(&self) -> Vec<String> {
-        let entries = fs::read_dir(self.0.join("checkpoints")).expect("the run has checkpoints");
+        let entries = fs::read_dir(self.shared.join("checkpoints")).expect("the run has checkpoints");
         let mut names: Vec<String> = entries
             .filter_map(Result::ok)
             .filter(|entry| entry.path().join("manifest.json").exists())
@@ -169,7 +181,7 @@ impl RunFolder {
     /// # Panics
     /// When a name is no text.
     pub fn local_workers(&self) -> BTreeMap<String, Pid> {
-        let Ok(entries) = fs::read_dir(self.0.join("logs")) else { return BTreeMap::new() };
+        let Ok(entries) = fs::read_dir(self.own.join("logs")) else { return BTreeMap::new() };
         let pid_files = entries.filter_map(Result::ok).map(|entry| entry.path());
         pid_files
             .filter(|path| path.extension().is_some_and(|extension| extension == "pid"))
@@ -188,11 +200,11 @@ impl RunFolder {
     pub fn contents(&self) -> BTreeMap<PathBuf, Vec<u8>> {
         let passing = ["logs", "lock", "coordinator.nonce", "coordinator.address"];
         let mut files = BTreeMap::new();
-        let mut folders = vec![self.0.clone()];
+        let mut folders = vec![self.own.clone()];
         while let Some(folder) = folders.pop() {
             for entry in fs::read_dir(&folder).expect("a run's folder can be read").filter_map(Result::ok) {
                 let path = entry.path();
-                let name = path.strip_prefix(&self.0).expect("it lies below").to_path_buf();
+                let name = path.strip_prefix(&self.own).expect("it lies below").to_path_buf();
                 if passing.iter().any(|passing| name == Path::new(passing)) {
                     continue;
                 }

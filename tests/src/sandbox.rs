@@ -21,6 +21,7 @@ use crate::run::RunFolder;
 #[derive(Debug)]
 pub struct Sandbox {
     home: TempDir,
+    environment: Vec<(String, String)>,
     outputs: Mutex<Vec<(String, Arc<Output>)>>,
 }
 
@@ -54,12 +55,18 @@ impl Sandbox {
 
     fn empty() -> Self {
         let home = tempfile::tempdir().expect("a temporary folder can be made");
-        Self { home, outputs: Mutex::default() }
+        Self { home, environment: Vec::new(), outputs: Mutex::default() }
     }
 
     /// A path in it.
     pub fn path(&self, name: &str) -> PathBuf {
         self.home.path().join(name)
+    }
+
+    /// Programs that are started from now on have these variables as well.
+    pub fn set_environment(&mut self, variables: &[(&str, &str)]) {
+        self.environment =
+            variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
     }
 
     /// Writes a file.
@@ -115,6 +122,7 @@ impl Sandbox {
                 command.env_remove(name);
             }
         }
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         let process = Process::start(&mut command);
         let name = program.file_name().unwrap_or(OsStr::new("?")).to_string_lossy();
         let title = format!("{name} {}", arguments.join(" "));

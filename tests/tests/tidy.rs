@@ -18,10 +18,11 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
         ("ulmus-rt", vec!["ulmus-plan", "ulmus-types"]),
         ("ulmus-proto", vec!["ulmus-types"]),
         ("ulmus-coord-core", vec!["ulmus-types"]),
-        ("ulmus-checkpoint", vec!["ulmus-types"]),
+        ("ulmus-checkpoint", vec!["ulmus-objects", "ulmus-types"]),
         ("ulmus-model", vec!["ulmus-plan", "ulmus-types"]),
         ("ulmus-oracle", vec!["ulmus-model", "ulmus-plan"]),
-        ("ulmus-dataloader", vec!["ulmus-plan", "ulmus-rt", "ulmus-types"]),
+        ("ulmus-objects", vec![]),
+        ("ulmus-dataloader", vec!["ulmus-objects", "ulmus-plan", "ulmus-rt", "ulmus-types"]),
         ("ulmus-evaluator", vec!["ulmus-dataloader", "ulmus-model", "ulmus-plan", "ulmus-rt", "ulmus-types"]),
         (
             "ulmus-worker",

@@ -17,7 +17,7 @@ use tonic::transport::Endpoint;
 use ulmus_checkpoint::{Store, write_part};
 use ulmus_proto::v1::coordinator_client::CoordinatorClient;
 use ulmus_proto::{kind_of, v1};
-use ulmus_rt::{Failure, Shutdown};
+use ulmus_rt::{Failure, Shutdown, with_causes};
 use ulmus_types::{ErrorKind, ExitStatus, FileEntry, Hello, Snapshot, ToCoordinator, ToWorker, WorkerId};
 
 use crate::control::Control;
@@ -353,7 +353,7 @@ async fn open(plan: &str, location: &str, nonce_path: &str) -> Result<(Run, Stri
         .pop()
         .ok_or_else(|| "the plan is empty".to_owned())?;
     let store = Store::open(location).map_err(|error| error.to_string())?;
-    let nonce = store.get(nonce_path).await.map_err(|error| error.to_string())?;
+    let nonce = store.get(nonce_path).await.map_err(|error| with_causes(&error))?;
     let nonce = String::from_utf8_lossy(&nonce).into_owned();
     Ok((Run::new(plan, store, Handle::current()), nonce))
 }
@@ -372,7 +372,7 @@ async fn write(
             .map_err(|error| error.to_string())?
             .ok_or_else(|| format!("{} has no file {file}", held.checkpoint))?;
         let entry =
-            write_part(store, held.checkpoint, &file, contents).await.map_err(|error| error.to_string())?;
+            write_part(store, held.checkpoint, &file, contents).await.map_err(|error| with_causes(&error))?;
         written.insert(file, entry);
     }
     Ok(written)

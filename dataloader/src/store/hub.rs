@@ -24,9 +24,10 @@ use reqwest::{Method, StatusCode, redirect};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
+use ulmus_objects::Failures;
 use url::Url;
 
-use super::{Counters, FileInfo, wire};
+use super::FileInfo;
 
 const SCHEME: &str = "hf://datasets/";
 const ENDPOINT: &str = "https://huggingface.co";
@@ -86,12 +87,12 @@ impl Hub {
     pub(super) async fn open(
         url: &str,
         timeout: Duration,
-        counters: &Arc<Counters>,
+        failures: &Arc<Failures>,
     ) -> Result<(Self, Arc<dyn ObjectStore>), Failed> {
         let dataset = Dataset::parse(url).map_err(Failed::finally)?;
         let endpoint = std::env::var("HF_ENDPOINT").unwrap_or_else(|_| ENDPOINT.to_owned());
         let client =
-            Client::new(endpoint.trim_end_matches('/'), timeout, counters).map_err(Failed::finally)?;
+            Client::new(endpoint.trim_end_matches('/'), timeout, failures).map_err(Failed::finally)?;
         let Dataset { id, revision, .. } = &dataset;
         let commit = if is_commit(revision) {
             revision.clone()
@@ -102,9 +103,9 @@ impl Hub {
         let files = [&client.endpoint, "datasets", id, "resolve", &commit, &dataset.folder];
         let builder = HttpBuilder::new()
             .with_url(files.join("/").trim_end_matches('/'))
-            .with_retry(wire::retries())
+            .with_retry(ulmus_objects::retries())
             .with_http_connector(Redirects::new(client.clone()));
-        let builder = wire::settings(timeout)
+        let builder = ulmus_objects::settings(timeout)
             .into_iter()
             .fold(builder, |builder, (key, value)| builder.with_config(key, value));
         let store = builder.build().map_err(|error| Failed::finally(error.to_string()))?;
@@ -170,7 +171,7 @@ struct Client {
 }
 
 impl Client {
-    fn new(endpoint: &str, timeout: Duration, counters: &Arc<Counters>) -> Result<Self, String> {
+    fn new(endpoint: &str, timeout: Duration, failures: &Arc<Failures>) -> Result<Self, String> {
         // The first caller decides for the process; later ones find that it has one.
         let _known = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder()
@@ -187,7 +188,7 @@ impl Client {
         });
         Ok(Self {
             endpoint: endpoint.to_owned(),
-            http: wire::watched(HttpClient::new(http), counters),
+            http: ulmus_objects::watched(HttpClient::new(http), failures),
             token: token.transpose()?,
         })
     }

@@ -7,15 +7,10 @@
 //! Web servers have no listing: files below `http(s)://` are named, counted by a pattern with `{:05}`, or listed
 //! elsewhere (`list` of a source).
 
-mod address;
 mod cache;
 #[cfg(feature = "http")]
 mod hub;
-#[cfg(feature = "aws")]
-mod profile;
 mod steps;
-#[cfg(feature = "http")]
-mod wire;
 
 use std::error::Error;
 use std::fmt;
@@ -37,6 +32,7 @@ use object_store::{
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
+use ulmus_objects::Failures;
 use ulmus_plan::{DataConfig, SourceConfig};
 
 pub(crate) use self::steps::Steps;
@@ -108,14 +104,7 @@ enum Listing {
 struct Counters {
     fetched: AtomicU64,
     cached: AtomicU64,
-    failures: AtomicU64,
-}
-
-#[cfg(feature = "http")]
-impl Counters {
-    fn failed(&self) {
-        self.failures.fetch_add(1, Ordering::Relaxed);
-    }
+    failures: Arc<Failures>,
 }
 
 /// What reading a source has cost.
@@ -174,7 +163,7 @@ impl Stores {
             Some(("hf", _)) => open_hub(self, url),
             Some((scheme, _)) => {
                 let counters = Arc::new(Counters::default());
-                let opened = address::open(scheme, url, self.timeout, &counters);
+                let opened = ulmus_objects::open(url, self.timeout, &counters.failures);
                 let (store, prefix) = opened.map_err(refuse)?;
                 let listing = if matches!(scheme, "http" | "https") { Listing::None } else { Listing::Store };
                 let cache = self.cache.clone();
@@ -197,7 +186,7 @@ impl Stores {
 #[cfg(feature = "http")]
 fn open_hub(stores: &Stores, url: &str) -> Result<Folder, DataError> {
     let counters = Arc::new(Counters::default());
-    let opened = IO.block_on(hub::Hub::open(url, stores.timeout, &counters));
+    let opened = IO.block_on(hub::Hub::open(url, stores.timeout, &counters.failures));
     let (hub, store) = opened.map_err(|failed| hub_error(url, failed))?;
     Ok(Folder {
         store,
@@ -351,7 +340,7 @@ impl Folder {
         Traffic {
             fetched_bytes: fetched.load(Ordering::Relaxed),
             cached_bytes: cached.load(Ordering::Relaxed),
-            failed_requests: failures.load(Ordering::Relaxed),
+            failed_requests: failures.count(),
         }
     }
 
@@ -620,7 +609,7 @@ fn in_pieces(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
 }
 
 /// Makes an operation again that failed for a reason that may pass. Single requests are made again below
-/// (`wire::retries`); here that is for answers that begin well and then break off.
+/// (`ulmus_objects::retries`); here that is for answers that begin well and then break off.
 async fn retried<T, F: Future<Output = object_store::Result<T>>>(
     operation: impl FnMut() -> F,
 ) -> object_store::Result<T> {

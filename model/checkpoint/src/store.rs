@@ -21,6 +21,8 @@ use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, WriteMultipart};
 use ulmus_types::ErrorKind;
 
+/// What a request of a remote store may take.
+const REQUEST: Duration = Duration::from_mins(1);
 /// Larger files go up in pieces, so that one lost packet does not repeat gigabytes and no store's limit on the
 /// size of a single request (5 GiB at the smallest) is met.
 const PIECE_BYTES: usize = 16 << 20;
@@ -107,11 +109,15 @@ impl fmt::Display for Store {
 }
 
 impl Store {
-    /// Opens the existing folder at `location`: a path, or a `file://` URL.
+    /// Opens the existing folder at `location`: a path, a `file://` URL, or a folder of an object store, such as
+    /// `s3://bucket/path`, which is not asked for anything yet.
     ///
     /// # Errors
     /// [`StoreError::Location`] when there is no such folder, or no such kind of store in this build.
     pub fn open(location: &str) -> Result<Self, StoreError> {
+        if is_remote(location) {
+            return Self::remote(location);
+        }
         Self::at(location, local_directory(location)?)
     }
 
@@ -120,12 +126,22 @@ impl Store {
     /// # Errors
     /// [`StoreError::Location`] when it cannot be made, or when there is no such kind of store in this build.
     pub fn create(location: &str) -> Result<Self, StoreError> {
+        if is_remote(location) {
+            return Self::remote(location);
+        }
         let directory = local_directory(location)?;
         std::fs::create_dir_all(&directory).map_err(|error| StoreError::Location {
             location: location.to_owned(),
             reason: error.to_string(),
         })?;
         Self::at(location, directory)
+    }
+
+    fn remote(location: &str) -> Result<Self, StoreError> {
+        let opened = ulmus_objects::open(location, REQUEST, &Arc::default());
+        let (objects, prefix) =
+            opened.map_err(|reason| StoreError::Location { location: location.to_owned(), reason })?;
+        Ok(Self::from_objects(objects, prefix, location))
     }
 
     fn at(location: &str, directory: PathBuf) -> Result<Self, StoreError> {
@@ -340,6 +356,10 @@ impl Store {
             .notify(|error, pause| tracing::debug!(%error, ?pause, act, path, "store is out of order, will retry"))
             .await
             .map_err(|source| match source {
+                object_store::Error::NotFound { .. } if act == "write" => StoreError::Location {
+                    location: self.location.to_string(),
+                    reason: "there is no such bucket or container; make it, or correct the name".to_owned(),
+                },
                 object_store::Error::NotFound { .. } => {
                     StoreError::NotFound { path: path.to_owned(), store: self.location.to_string() }
                 }
@@ -353,18 +373,24 @@ impl Store {
     }
 }
 
+/// Whether `location` is in an object store that runs can be kept in.
+pub fn is_remote(location: &str) -> bool {
+    let scheme = location.split_once("://").map_or("", |(scheme, _)| scheme);
+    matches!(scheme, "s3" | "s3a" | "gs" | "az" | "abfs" | "abfss")
+}
+
 /// The absolute directory that `location` names.
 fn local_directory(location: &str) -> Result<PathBuf, StoreError> {
     let refuse = |reason: String| StoreError::Location { location: location.to_owned(), reason };
     let path = if let Some((scheme, _)) = location.split_once("://") {
         if scheme != "file" {
-            let rule = "write a local path or a file:// URL";
-            return Err(refuse(format!("this build has no store for {scheme}://; {rule}")));
+            let rule = "write a path, file://, s3://, gs:// or az://";
+            return Err(refuse(format!("no run can be kept behind {scheme}://; {rule}")));
         }
         let url = url::Url::parse(location).map_err(|error| refuse(error.to_string()))?;
         url.to_file_path().map_err(|()| refuse("a file:// URL has an absolute path".to_owned()))?
     } else if location.is_empty() {
-        return Err(refuse("it is empty; write a local path or a file:// URL".to_owned()));
+        return Err(refuse("it is empty; write a path, file://, s3://, gs:// or az://".to_owned()));
     } else {
         PathBuf::from(location)
     };
@@ -417,7 +443,7 @@ mod tests {
         let file = home.path().join("file");
         std::fs::write(&file, "x").unwrap();
         for (location, reason) in [
-            ("s3://bucket/run", "s3://"),
+            ("https://host/run", "no run can be kept behind https://"),
             ("", "empty"),
             ("file:relative", "shared with this machine"),
             ("/nowhere/at/all", "shared with this machine"),

@@ -34,13 +34,16 @@ impl Default for RunConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct StoreConfig {
-    /// Folder that holds run folders: a path or a `file://` URL.
+    /// Folder that holds run folders: a path, a `file://` URL, or a folder of an object store (`s3://`, `gs://`, `az://`).
     pub url: String,
+    /// Folder on the coordinator's disk that holds what is its own of a run (database, lock, logs, metrics), if `url` is in
+    /// an object store.
+    pub local: String,
 }
 
 impl Default for StoreConfig {
     fn default() -> Self {
-        Self { url: "runs".to_owned() }
+        Self { url: "runs".to_owned(), local: "runs".to_owned() }
     }
 }
 

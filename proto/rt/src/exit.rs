@@ -21,17 +21,7 @@ impl Failure {
 
     /// The failure that an error of this kind leads to; `error` is printed with its sources.
     pub fn of(kind: ErrorKind, error: &(dyn std::error::Error + 'static)) -> Self {
-        let mut message = error.to_string();
-        let mut source = error.source();
-        while let Some(cause) = source {
-            let text = cause.to_string();
-            // Many errors repeat their source in their own text.
-            if !message.contains(&text) {
-                message = format!("{message}: {text}");
-            }
-            source = cause.source();
-        }
-        Self::new(kind.into(), message)
+        Self::new(kind.into(), with_causes(error))
     }
 
     /// The exit code it leads to.
@@ -79,4 +69,19 @@ pub fn report(result: Result<ExitStatus, Failure>) -> ExitCode {
             failure.status.into()
         }
     }
+}
+
+/// An error in one line, with its causes.
+pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut message = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let text = cause.to_string();
+        // Many errors repeat their source in their own text.
+        if !message.contains(&text) {
+            message = format!("{message}: {text}");
+        }
+        source = cause.source();
+    }
+    message
 }

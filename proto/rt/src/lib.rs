@@ -7,7 +7,7 @@ mod plans;
 mod shutdown;
 mod telemetry;
 
-pub use exit::{Failure, finish_output, print, report};
+pub use exit::{Failure, finish_output, print, report, with_causes};
 pub use plans::load_plans;
 pub use shutdown::Shutdown;
 pub use telemetry::{LogTarget, init as init_telemetry};

@@ -21,6 +21,7 @@ use ulmus_checkpoint::TrainState;
 use ulmus_dataloader::{Corpus, Loader, Sequence};
 use ulmus_model::{BatchShape, FIRST_PROPOSALS, MicroBatch, Quantum, Replica, TrainingBackend};
 use ulmus_plan::Algorithms;
+use ulmus_rt::with_causes;
 use ulmus_types::{Assignment, BadUnit, Digest, Job, LeaveReason, Step, ToCoordinator};
 
 use crate::WorkerError;
@@ -118,7 +119,7 @@ impl<B: TrainingBackend> Trainer<B> {
                 self.training = Some(training);
                 ready
             }
-            Err(error) => ToCoordinator::Notice(format!("cannot take up the run: {error}")),
+            Err(error) => ToCoordinator::Notice(format!("cannot take up the run: {}", with_causes(&error))),
         }
     }
 
@@ -152,7 +153,7 @@ impl<B: TrainingBackend> Trainer<B> {
             Err(error) => ToCoordinator::JobFailed {
                 job,
                 kind: error.kind(),
-                message: error.to_string(),
+                message: with_causes(&error),
                 bad_unit: error.bad_unit(),
             },
         }

@@ -14,14 +14,14 @@ use reqwest::StatusCode;
 use reqwest::header::{HeaderMap, RETRY_AFTER};
 use tokio::time::Instant;
 
-use super::Counters;
+use super::Failures;
 
 /// No pause is longer, whatever a server asks for.
 const LONGEST_PAUSE: Duration = Duration::from_mins(5);
 const CONNECT: Duration = Duration::from_secs(10);
 
 /// Back-off with jitter. The attempts above give a server a minute, so that its restart is no error.
-pub(super) fn retries() -> RetryConfig {
+pub fn retries() -> RetryConfig {
     RetryConfig {
         backoff: BackoffConfig {
             init_backoff: Duration::from_millis(100),
@@ -34,7 +34,7 @@ pub(super) fn retries() -> RetryConfig {
 }
 
 /// Settings of a client, for the builder of any store. HTTP without TLS is used only where an address says `http://`.
-pub(super) fn settings(timeout: Duration) -> [(ClientConfigKey, String); 3] {
+pub fn settings(timeout: Duration) -> [(ClientConfigKey, String); 3] {
     [
         (ClientConfigKey::Timeout, format!("{}ms", timeout.as_millis())),
         (ClientConfigKey::ConnectTimeout, format!("{}ms", CONNECT.min(timeout).as_millis())),
@@ -42,9 +42,9 @@ pub(super) fn settings(timeout: Duration) -> [(ClientConfigKey, String); 3] {
     ]
 }
 
-/// Makes clients that report to a source's counters.
+/// Makes clients that report to a source's failures.
 #[derive(Debug)]
-pub(super) struct Connector(pub(super) Arc<Counters>);
+pub(super) struct Connector(pub(super) Arc<Failures>);
 
 impl HttpConnector for Connector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
@@ -55,14 +55,14 @@ impl HttpConnector for Connector {
 }
 
 /// A client that counts what fails, and waits when its server asks for it.
-pub(super) fn watched(client: HttpClient, counters: &Arc<Counters>) -> HttpClient {
-    HttpClient::new(Watched { client, counters: Arc::clone(counters), resume: Mutex::new(None) })
+pub fn watched(client: HttpClient, failures: &Arc<Failures>) -> HttpClient {
+    HttpClient::new(Watched { client, failures: Arc::clone(failures), resume: Mutex::new(None) })
 }
 
 #[derive(Debug)]
 struct Watched {
     client: HttpClient,
-    counters: Arc<Counters>,
+    failures: Arc<Failures>,
     /// When the server wants to be asked again.
     resume: Mutex<Option<Instant>>,
 }
@@ -74,7 +74,7 @@ impl HttpService for Watched {
         if let Some(resume) = resume {
             tokio::time::sleep_until(resume).await;
         }
-        let response = self.client.execute(request).await.inspect_err(|_| self.counters.failed())?;
+        let response = self.client.execute(request).await.inspect_err(|_| self.failures.add())?;
         let (status, wanted) = (response.status(), pause(response.headers()));
         if let Some(wanted) = wanted.filter(|_| is_overload(status) || exhausted(response.headers())) {
             let resume = Instant::now() + wanted.min(LONGEST_PAUSE);
@@ -82,13 +82,13 @@ impl HttpService for Watched {
             tracing::info!(seconds = wanted.as_secs(), "the server asks for a pause");
         }
         if is_overload(status) || status.is_server_error() {
-            self.counters.failed();
+            self.failures.add();
         }
         // A connection that is cut fails while the body is read.
-        let counters = Arc::clone(&self.counters);
+        let failures = Arc::clone(&self.failures);
         Ok(response.map(|body| {
             HttpResponseBody::new(body.map_err(move |error| {
-                counters.failed();
+                failures.add();
                 error
             }))
         }))

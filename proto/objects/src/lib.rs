@@ -1,0 +1,138 @@
+//! From addresses to object stores. Credentials come from the environment and the files that each provider's own tools
+//! write, never from an address. Data is read and runs are kept through this.
+
+#[cfg(feature = "aws")]
+mod profile;
+#[cfg(feature = "http")]
+mod wire;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use object_store::ObjectStore;
+use object_store::path::Path;
+
+#[cfg(feature = "http")]
+pub use wire::{retries, settings, watched};
+
+/// Requests that failed, most of which were then made again.
+#[derive(Debug, Default)]
+pub struct Failures(AtomicU64);
+
+impl Failures {
+    /// How many so far.
+    pub fn count(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// One more.
+    #[cfg(feature = "http")]
+    pub(crate) fn add(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Everything behind one address form.
+pub type Opened = Result<(Arc<dyn ObjectStore>, Path), String>;
+
+/// Opens the store of an address such as `s3://bucket/path`, and gives the path within it. A request that takes longer
+/// than `timeout` has failed.
+///
+/// # Errors
+/// In words, when there is no such store, or it is none of this build.
+pub fn open(url: &str, timeout: Duration, failures: &Arc<Failures>) -> Opened {
+    let scheme = url.split_once("://").map_or("", |(scheme, _)| scheme);
+    match scheme {
+        "http" | "https" => http(url, timeout, failures),
+        "s3" | "s3a" => s3(url, timeout, failures),
+        "gs" => gcs(url, timeout, failures),
+        "az" | "abfs" | "abfss" => azure(url, timeout, failures),
+        _ => Err(format!(
+            "{scheme}:// is not known; write a path, file://, s3://, gs://, az://, hf://datasets/, http://, https:// or run:"
+        )),
+    }
+}
+
+/// What is told where a store was left out of the program.
+#[cfg(not(all(feature = "http", feature = "aws", feature = "gcp", feature = "azure")))]
+fn left_out(feature: &str) -> Opened {
+    Err(format!("this program was built without the feature `{feature}`; build with it, or write a path"))
+}
+
+#[cfg(feature = "http")]
+fn http(url: &str, timeout: Duration, failures: &Arc<Failures>) -> Opened {
+    use object_store::http::HttpBuilder;
+
+    let builder = HttpBuilder::new().with_url(url).with_retry(wire::retries());
+    let builder = wire::settings(timeout)
+        .into_iter()
+        .fold(builder, |builder, (key, value)| builder.with_config(key, value));
+    let store = builder.with_http_connector(wire::Connector(Arc::clone(failures))).build();
+    Ok((Arc::new(store.map_err(|error| error.to_string())?), Path::default()))
+}
+
+#[cfg(not(feature = "http"))]
+fn http(_: &str, _: Duration, _: &Arc<Failures>) -> Opened {
+    left_out("http")
+}
+
+/// The path in a bucket or container that an address names.
+#[cfg(any(feature = "aws", feature = "gcp", feature = "azure"))]
+fn path_of(url: &str) -> Result<Path, String> {
+    let url = url::Url::parse(url).map_err(|error| error.to_string())?;
+    let (_, path) = object_store::ObjectStoreScheme::parse(&url).map_err(|error| error.to_string())?;
+    Ok(path)
+}
+
+#[cfg(feature = "aws")]
+fn s3(url: &str, timeout: Duration, failures: &Arc<Failures>) -> Opened {
+    use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
+
+    let builder = AmazonS3Builder::from_env().with_url(url).with_retry(wire::retries());
+    let builder = wire::settings(timeout)
+        .into_iter()
+        .fold(builder, |builder, (key, value)| builder.with_config(AmazonS3ConfigKey::Client(key), value));
+    let builder = profile::fill(builder)?;
+    let store = builder.with_http_connector(wire::Connector(Arc::clone(failures))).build();
+    Ok((Arc::new(store.map_err(|error| error.to_string())?), path_of(url)?))
+}
+
+#[cfg(not(feature = "aws"))]
+fn s3(_: &str, _: Duration, _: &Arc<Failures>) -> Opened {
+    left_out("aws")
+}
+
+#[cfg(feature = "gcp")]
+fn gcs(url: &str, timeout: Duration, failures: &Arc<Failures>) -> Opened {
+    use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
+
+    let builder = GoogleCloudStorageBuilder::from_env().with_url(url).with_retry(wire::retries());
+    let builder = wire::settings(timeout)
+        .into_iter()
+        .fold(builder, |builder, (key, value)| builder.with_config(GoogleConfigKey::Client(key), value));
+    let store = builder.with_http_connector(wire::Connector(Arc::clone(failures))).build();
+    Ok((Arc::new(store.map_err(|error| error.to_string())?), path_of(url)?))
+}
+
+#[cfg(not(feature = "gcp"))]
+fn gcs(_: &str, _: Duration, _: &Arc<Failures>) -> Opened {
+    left_out("gcp")
+}
+
+#[cfg(feature = "azure")]
+fn azure(url: &str, timeout: Duration, failures: &Arc<Failures>) -> Opened {
+    use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
+
+    let builder = MicrosoftAzureBuilder::from_env().with_url(url).with_retry(wire::retries());
+    let builder = wire::settings(timeout)
+        .into_iter()
+        .fold(builder, |builder, (key, value)| builder.with_config(AzureConfigKey::Client(key), value));
+    let store = builder.with_http_connector(wire::Connector(Arc::clone(failures))).build();
+    Ok((Arc::new(store.map_err(|error| error.to_string())?), path_of(url)?))
+}
+
+#[cfg(not(feature = "azure"))]
+fn azure(_: &str, _: Duration, _: &Arc<Failures>) -> Opened {
+    left_out("azure")
+}

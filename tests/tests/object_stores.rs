@@ -1,0 +1,135 @@
+//! Runs that are kept in an object store: the same bits as on a disk, whatever is killed. The store is versitygw, an S3 server
+//! that keeps each object in a file of its name; `.ci/run stores` installs it.
+
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
+
+use rustix::process::{Signal, kill_process};
+use ulmus_tests::{RunFolder, Sandbox, until};
+
+const KEY: &str = "writer";
+const SECRET: &str = "only-the-server-knows-this-key";
+
+/// A sandbox, and an S3 server with the bucket `runs`.
+struct Cloud {
+    sandbox: Sandbox,
+    server: Child,
+    address: String,
+}
+
+fn serve(sandbox: &Sandbox, address: &str) -> Child {
+    let server = Command::new("versitygw")
+        .args(["--access", KEY, "--secret", SECRET, "--port", address, "posix"])
+        .arg(sandbox.path("s3"))
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("versitygw is installed");
+    until("the S3 server", || std::net::TcpStream::connect(address).ok());
+    server
+}
+
+impl Cloud {
+    fn new() -> Self {
+        let sandbox = Sandbox::new();
+        std::fs::create_dir_all(sandbox.path("s3/runs")).expect("a bucket is a folder");
+        let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
+        let address = free.expect("a port is free").to_string();
+        let server = serve(&sandbox, &address);
+        let mut cloud = Self { sandbox, server, address };
+        cloud.set_secret(SECRET);
+        cloud
+    }
+
+    fn restart_server(&mut self) {
+        self.server.kill().expect("it runs");
+        self.server.wait().expect("it is a child");
+        self.server = serve(&self.sandbox, &self.address);
+    }
+
+    fn set_secret(&mut self, secret: &str) {
+        self.sandbox.set_environment(&[
+            ("AWS_ACCESS_KEY_ID", KEY),
+            ("AWS_SECRET_ACCESS_KEY", secret),
+            ("AWS_ENDPOINT", &format!("http://{}", self.address)),
+            ("AWS_REGION", "us-east-1"),
+        ]);
+    }
+
+    fn coordinator(&self, more: &[&str]) -> ulmus_tests::Process {
+        self.sandbox.coordinator(&[&["--set", "store.url=s3://runs/of/a team"], more].concat())
+    }
+
+    fn run(&self) -> RunFolder {
+        self.sandbox.run("tiny").shared_in(self.sandbox.path("s3/runs/of/a team/tiny"))
+    }
+}
+
+impl Drop for Cloud {
+    fn drop(&mut self) {
+        self.server.kill().ok();
+        self.server.wait().ok();
+    }
+}
+
+#[test]
+#[ignore = "needs versitygw: .ci/run stores"]
+fn a_run_in_an_object_store_has_the_same_bits_whatever_is_killed() {
+    let on_disk = Sandbox::new();
+    on_disk.coordinator(&[]).succeeds();
+
+    let mut cloud = Cloud::new();
+    let coordinator = cloud.coordinator(&["--set", "local.workers=2"]);
+    coordinator.says("checkpoint step-00000010-g1 stored");
+    kill_process(cloud.run().local_workers()["local-1"], Signal::KILL).expect("it trains");
+    coordinator.says("worker local-1 is lost");
+    cloud.restart_server();
+    coordinator.says("checkpoint step-00000020");
+    coordinator.kill();
+    for pid in cloud.run().local_workers().into_values() {
+        kill_process(pid, Signal::KILL).expect("it outlives its coordinator");
+    }
+    let said = cloud.coordinator(&["--set", "local.workers=2"]).succeeds();
+    assert!(
+        said.contains("/s3://runs/of/a team/tiny/export") || said.contains("s3://runs/of/a team/tiny/export"),
+        "{said}"
+    );
+    cloud.run().bits().assert_equal(&on_disk.run("tiny").bits());
+    // What is on the coordinator's disk is its own: the rest is in the store alone.
+    let own = cloud.sandbox.run("tiny");
+    assert!(cloud.run().generations().len() > 1 && !own.path().join("checkpoints").exists());
+    for other in ["runs", "s3://runs/of/another team"] {
+        let moved = cloud.coordinator(&["--set", &format!("store.url={other}")]).ends();
+        assert_eq!(moved.code, Some(3), "{}", moved.output);
+        assert!(moved.output.contains("runs/tiny has a run that is not kept in"), "{}", moved.output);
+    }
+}
+
+#[test]
+#[ignore = "needs versitygw: .ci/run stores"]
+fn whoever_cannot_reach_the_store_or_comes_second_is_refused() {
+    let mut cloud = Cloud::new();
+    let coordinator = cloud.coordinator(&["--set", "local.workers=0"]);
+    let address = coordinator.address();
+    // With its files elsewhere, another coordinator would begin anew what the store has.
+    let second = cloud.coordinator(&["--set", "store.local=elsewhere"]).ends();
+    assert_eq!(second.code, Some(3), "{}", second.output);
+    assert!(
+        second.output.contains("has its own files elsewhere than in elsewhere/tiny"),
+        "{}",
+        second.output
+    );
+    let bucket = ["--set", "store.url=s3://no-such-bucket", "--set", "store.local=nowhere"];
+    let nowhere = cloud.sandbox.coordinator(&bucket).ends();
+    assert_eq!(nowhere.code, Some(2), "{}", nowhere.output);
+    assert!(nowhere.output.contains("there is no such bucket"), "{}", nowhere.output);
+
+    cloud.set_secret("a wrong one");
+    let refused = cloud.sandbox.worker(&address, "stranger").ends();
+    assert_ne!(refused.code, Some(0), "{}", refused.output);
+    assert!(refused.output.contains("SignatureDoesNotMatch"), "{}", refused.output);
+    cloud.set_secret(SECRET);
+    let member = cloud.sandbox.worker(&address, "member");
+    coordinator.says("1 worker trains from step 0 of 60");
+    coordinator.succeeds();
+    member.succeeds();
+}
