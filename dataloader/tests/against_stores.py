@@ -334,7 +334,7 @@ def run(program, place, corpus, files, processes):
     curve = keep_run(program, place, "disk", "runs", {})
     check("a run on the disk", isinstance(curve, list) and len(curve) == 13, curve)
 
-    def keep(name, url, environment):
+    def run_in(name, url, environment):
         found = keep_run(program, place, name, url, environment)
         check(f"a run in {name}", found == curve, found)
 
@@ -359,7 +359,7 @@ def run(program, place, corpus, files, processes):
         return {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_ENDPOINT": f"http://127.0.0.1:{port}"}
 
     through_faults("s3", port, lambda _: "s3://corpora/web", s3)
-    keep("s3", "s3://corpora/runs", s3(port))
+    run_in("s3", "s3://corpora/runs", s3(port))
     (place / "aws").write_text(f"[lab]\naws_access_key_id = reader\naws_secret_access_key = {SECRET}\n")
     profile = {"AWS_PROFILE": "lab", "AWS_SHARED_CREDENTIALS_FILE": str(place / "aws"), "AWS_ENDPOINT": f"http://127.0.0.1:{port}"}
     compare("s3, credentials of a file", "s3://corpora/web", profile)
@@ -426,7 +426,7 @@ def run(program, place, corpus, files, processes):
         return {"GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(key)}
 
     through_faults("gcs", port, lambda _: "gs://corpora/web", gcs, f"127.0.0.1:{port}")
-    keep("gcs", "gs://corpora/runs", gcs(port))
+    run_in("gcs", "gs://corpora/runs", gcs(port))
 
     # Azure Blob Storage.
     port = free_port()
@@ -450,7 +450,7 @@ def run(program, place, corpus, files, processes):
         }
 
     through_faults("azure", port, lambda _: "az://corpora/web", az)
-    keep("azure", "az://corpora/runs", az(port))
+    run_in("azure", "az://corpora/runs", az(port))
 
     # A web server with a list of its files.
     port = free_port()

@@ -97,6 +97,12 @@ fn a_run_in_an_object_store_has_the_same_bits_whatever_is_killed() {
     // What is on the coordinator's disk is its own: the rest is in the store alone.
     let own = cloud.sandbox.run("tiny");
     assert!(cloud.run().generations().len() > 1 && !own.path().join("checkpoints").exists());
+    // What a step was made of is told from the store.
+    let explain = |sandbox: &Sandbox, url: &str| {
+        let step = ["explain", "--plan", "plan.toml", "--step", "42", "--sequence", "3", "--set", url];
+        sandbox.dataloader(&step).succeeds()
+    };
+    assert_eq!(explain(&cloud.sandbox, "store.url=s3://runs/of/a team"), explain(&on_disk, "store.url=runs"));
     for other in ["runs", "s3://runs/of/another team"] {
         let moved = cloud.coordinator(&["--set", &format!("store.url={other}")]).ends();
         assert_eq!(moved.code, Some(3), "{}", moved.output);

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use object_store::local::LocalFileSystem;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use ulmus_dataloader::{
@@ -21,10 +20,12 @@ const SHOWN: usize = 60;
 
 /// Where a run keeps its manifest.
 const MANIFEST: &str = "data/manifest.json";
+/// And one of its tokenizers.
+const TOKENIZERS: [&str; 2] = ["tokenizer.model", "tokenizer.json"];
 
 #[derive(Debug, Args)]
 pub(crate) struct Explain {
-    /// Plan of the run. If its run folder is there, the files, tokenizer and checkpoints of the run are used.
+    /// Plan of the run. If the run has begun, the files, tokenizer and checkpoints of the run are used.
     #[arg(long, value_name = "FILE")]
     plan: PathBuf,
     /// Another value for a key of the plan, such as run.name=other.
@@ -61,9 +62,10 @@ impl Explain {
                 plan.train.sequences - 1
             )));
         }
-        let run = Path::new(plan.store.url.trim_start_matches("file://")).join(plan.run.name.to_string());
-        let (before, after) = states(&run, step)?;
-        let recorded: Option<Vec<(BadUnit, String)>> = read_json(&run.join("quarantine.json"))?;
+        let url = format!("{}/{}", plan.store.url.trim_end_matches('/'), plan.run.name);
+        let run = Folder::find_run(&url).map_err(|error| super::failure(&error))?;
+        let (before, after) = states(run.as_ref(), step)?;
+        let recorded: Option<Vec<(BadUnit, String)>> = read_json(run.as_ref(), "quarantine.json")?;
         let now = recorded.unwrap_or_default().into_iter().map(|(unit, _)| unit).collect();
         let then = before.as_ref().map(|state| state.quarantine.clone()).unwrap_or_default();
         if after.map_or(now, |state| state.quarantine) != then {
@@ -71,7 +73,7 @@ impl Explain {
                 "between the checkpoints around step {step} units were left out (see quarantine.json), so what it read is not known for sure; ask for another step"
             )));
         }
-        let corpus = Arc::new(corpus(&plan, &run, &then)?);
+        let corpus = Arc::new(corpus(&plan, run.as_ref(), &url, &then)?);
         let per_lane = plan.train.sequences / plan.data.lanes;
         let lane = LaneId::new((sequence / per_lane) as u32);
         let (done, cursors) = match before {
@@ -99,51 +101,63 @@ impl Explain {
     }
 }
 
-/// The data of the run, if its folder is there, or of the plan as it would begin now.
-fn corpus(plan: &Plan, run: &Path, left_out: &BTreeSet<BadUnit>) -> Result<Corpus, Failure> {
+/// The data of the run, if it has begun, or of the plan as it would begin now.
+fn corpus(
+    plan: &Plan,
+    run: Option<&Folder>,
+    url: &str,
+    left_out: &BTreeSet<BadUnit>,
+) -> Result<Corpus, Failure> {
     let failure = |error: DataError| super::failure(&error);
     let TokenizerConfig { file, bos, eos, .. } = &plan.tokenizer;
-    let open = |path: &Path| super::tokens::open(path, bos.as_deref(), eos.as_deref());
-    let (manifest, tokenizer, folder): (_, Tokenizer, _) = if run.join(MANIFEST).is_file() {
-        let manifest = std::fs::read(run.join(MANIFEST)).map_err(|error| unreadable(run, &error))?;
-        let [model, json] = ["tokenizer.model", "tokenizer.json"].map(|name| run.join(name));
-        let store = LocalFileSystem::new_with_prefix(run).map_err(|error| unreadable(run, &error))?;
-        (
-            Manifest::from_json(&manifest).map_err(failure)?,
-            open(if model.is_file() { &model } else { &json })?,
-            Some(Folder::of_run(Arc::new(store), "")),
-        )
+    let (bos, eos) = (bos.as_deref(), eos.as_deref());
+    let (manifest, tokenizer) = if let Some(manifest) = read(run, MANIFEST)? {
+        let (name, bytes) = match read(run, TOKENIZERS[0])? {
+            Some(model) => (TOKENIZERS[0], model),
+            None => (TOKENIZERS[1], read(run, TOKENIZERS[1])?.unwrap_or_default()),
+        };
+        let tokenizer = Tokenizer::read(&bytes, name, bos, eos)
+            .map_err(|error| unreadable(&format!("{url}/{name}"), &error))?;
+        (Manifest::from_json(&manifest).map_err(failure)?, tokenizer)
     } else {
         let file = file.as_ref().ok_or_else(|| {
             wrong(format!(
-                "{} has no run yet, and the plan no tokenizer.file; run it first, or name the tokenizer",
-                run.display()
+                "{url} has no run yet, and the plan no tokenizer.file; run it first, or name the tokenizer"
             ))
         })?;
         let manifest = Manifest::freeze(&plan.data, None).map_err(failure)?;
-        (manifest, open(Path::new(file))?, None)
+        (manifest, super::tokens::open(Path::new(file), bos, eos)?)
     };
     manifest.check_tokenizer(&tokenizer).map_err(failure)?;
-    let sources = Sources::open(&plan.data, &manifest, folder.as_ref()).map_err(failure)?;
+    let sources = Sources::open(&plan.data, &manifest, run).map_err(failure)?;
     let corpus = Corpus::new(&plan.data, plan.run.seed, sources, tokenizer).map_err(failure)?;
     Ok(corpus.without(left_out))
 }
 
 /// The newest checkpoint of the run from before a step, and the first one from after it.
-fn states(run: &Path, step: u64) -> Result<(Option<State>, Option<State>), Failure> {
-    let Ok(checkpoints) = std::fs::read_dir(run.join("checkpoints")) else { return Ok((None, None)) };
+fn states(run: Option<&Folder>, step: u64) -> Result<(Option<State>, Option<State>), Failure> {
+    let checkpoints = run.map(|run| run.child("checkpoints"));
+    let paths = checkpoints.as_ref().map(Folder::paths).transpose();
     let mut states = BTreeMap::new();
-    for checkpoint in checkpoints.flatten() {
-        let state: Option<State> = read_json(&checkpoint.path().join("state.json"))?;
-        states.extend(state.map(|state| (state.step, state)));
+    for path in paths.map_err(|error| super::failure(&error))?.into_iter().flatten() {
+        if path.ends_with("/state.json") {
+            let state: Option<State> = read_json(checkpoints.as_ref(), &path)?;
+            states.extend(state.map(|state| (state.step, state)));
+        }
     }
     let mut after = states.split_off(&step);
     Ok((states.pop_last().map(|(_, state)| state), after.pop_first().map(|(_, state)| state)))
 }
 
-/// What a file holds; none if it is not there.
-fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Failure> {
-    let Ok(bytes) = std::fs::read(path) else { return Ok(None) };
+/// A file of a folder; none if it is not there.
+fn read(folder: Option<&Folder>, path: &str) -> Result<Option<Vec<u8>>, Failure> {
+    let bytes = folder.map(|folder| folder.read(path)).transpose();
+    bytes.map(Option::flatten).map_err(|error| super::failure(&error))
+}
+
+/// What it holds.
+fn read_json<T: DeserializeOwned>(folder: Option<&Folder>, path: &str) -> Result<Option<T>, Failure> {
+    let Some(bytes) = read(folder, path)? else { return Ok(None) };
     serde_json::from_slice(&bytes).map(Some).map_err(|error| unreadable(path, &error))
 }
 
@@ -177,6 +191,6 @@ fn wrong(message: String) -> Failure {
     Failure::new(ExitStatus::InvalidInput, message)
 }
 
-fn unreadable(path: &Path, error: &impl std::fmt::Display) -> Failure {
-    Failure::new(ErrorKind::Corrupt.into(), format!("{}: {error}; restore it", path.display()))
+fn unreadable(path: &str, error: &impl std::fmt::Display) -> Failure {
+    Failure::new(ErrorKind::Corrupt.into(), format!("{path}: {error}; restore it"))
 }

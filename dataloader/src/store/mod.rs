@@ -284,6 +284,39 @@ impl Folder {
         }
     }
 
+    /// The folder of a run, on a disk or in an object store; `None` if it is on a disk and not there.
+    ///
+    /// # Errors
+    /// When the address has an unknown form.
+    pub fn find_run(url: &str) -> Result<Option<Self>, DataError> {
+        let path = url.strip_prefix("file://").unwrap_or(url);
+        if !path.contains("://") && !std::path::Path::new(path).is_dir() {
+            return Ok(None);
+        }
+        let folder = Stores::new(&DataConfig::default(), None)?.open(url)?;
+        Ok(Some(Self { url: "run:".to_owned(), has_versions: false, ..folder }))
+    }
+
+    /// A whole file; `None` if it is not there.
+    ///
+    /// # Errors
+    /// When the store does not give it.
+    pub fn read(&self, path: &str) -> Result<Option<Vec<u8>>, DataError> {
+        match self.stat(vec![path.to_owned()]) {
+            Ok(found) => self.read_all(&found[0]).map(|bytes| Some(bytes.into())),
+            Err(DataError::Missing { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Paths of all files below the folder, sorted.
+    ///
+    /// # Errors
+    /// When the store does not list them.
+    pub fn paths(&self) -> Result<Vec<String>, DataError> {
+        Ok(self.list()?.into_iter().map(|file| file.path).collect())
+    }
+
     fn local(url: &str, path: &str) -> Result<Self, String> {
         let path = std::path::absolute(path).map_err(|error| error.to_string())?;
         if !path.is_dir() {
