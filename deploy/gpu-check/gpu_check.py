@@ -6,10 +6,12 @@
 The parts, each by itself with `--only`: `parity` (every kernel and the golden run against the CPU and the reference),
 `collectives` (up to four processes that sum by NCCL, one of which is killed; on one GPU most of that needs NCCL 2.30, see
 `--nccl`), `training` (tokens/s and MFU of bf16 training, 2048 positions), `inference` (the paper's table: 35 tokens of
-prompt, 1024 new ones, batch 1), `norms` (what RMS norm costs as the authors wrote it, fused, and layer norm). Every figure
-is the median of `--rounds` runs, each in a process of its own; Ulmus and its peer take turns. What fails is told in the
-report and ends nothing else; the exit code is 1 then. The report is written after every run, and nothing begins after
-`--deadline`. Parity and training of two models take about 10 minutes with `--rounds 1`, inference of one model 5.
+prompt, 1024 new ones, batch 1), `norms` (what RMS norm costs as the authors wrote it, fused, and layer norm); and, only
+when asked for, `sanitizer` (the kernels under CUDA's compute-sanitizer, which sees races and reads beyond the end).
+
+Every figure is the median of `--rounds` runs, each in a process of its own; Ulmus and its peer take turns. What fails is
+told in the report and ends nothing else; the exit code is 1 then. The report is written after every run, and nothing
+begins after `--deadline`.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import ctypes
 import datetime
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -172,6 +175,18 @@ class Check:
             chosen = ALONE
         self.tests([("nccl", chosen)], environment([folder]))
 
+    def sanitizer(self):
+        self.say("\n## Compute sanitizer\n")
+        program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+        kernels = [BIN / "cuda", "--ignored", "--exact", "kernels_agree_with_those_of_the_cpu"]
+        for tool in ("memcheck", "racecheck", "synccheck"):
+            command = [program, "--tool", tool, "--error-exitcode", 9, *kernels]
+            said = self.attempt(tool, lambda: call(command, self.seconds(), environment()))
+            if said is not None:
+                self.report["tests"][f"sanitizer: {tool}"] = "ok"
+                self.say(f"{tool}: nothing found")
+            self.write()
+
     def tests(self, programs, environment):
         """Each in a process of its own, as a fault of the device ends a process; what fails is tried again without what
         could be to blame: recorded passes, and kernels that begin ahead."""
@@ -306,7 +321,7 @@ def main():
     parts = ["parity", "collectives", "training", "inference", "norms"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--only", nargs="+", choices=[*parts, "sanitizer"], default=parts)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--runs", type=int, default=3, help="texts that a run of inference writes, after a first")
     parser.add_argument("--nccl", type=Path, metavar="FOLDER", help="where libnccl.so.2 is [default: PyTorch's]")
