@@ -162,7 +162,7 @@ impl Driver {
                 self.parts.memory.forget(checkpoint)?;
                 let files = self.parts.files.clone();
                 self.parts.tasks.spawn(async move {
-                    // What is left over is found by the next start.
+                    // What is left over is found when the run is done.
                     if let Err(error) = ulmus_checkpoint::delete(&files, checkpoint).await {
                         let error = with_causes(&error);
                         tracing::info!(%checkpoint, error, "an old recovery checkpoint could not be deleted");

@@ -5,7 +5,7 @@
 //! disk, and a mark in both tells that they belong together.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io;
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -23,7 +23,7 @@ pub(crate) enum FolderError {
     Locked(PathBuf),
     /// It holds a run with another plan.
     #[error(
-        "{folder} holds a run with another plan:\n{changes}\ngive this run another name with --set run.name=NAME, or delete the folder"
+        "{folder} holds a run with another plan:\n{changes}\ngive this run another name with --set run.name=NAME, or delete the folder, and what an object store has of it"
     )]
     PlanChanged {
         /// The folder.
@@ -128,8 +128,8 @@ impl RunFolder {
             Err(TryLockError::Error(error)) => return Err(io(&lock_path, error)),
         }
         let folder = Self { path, store, _lock: lock };
-        folder.keep_plan(plan)?;
         folder.claim().await?;
+        folder.keep_plan(plan)?;
         Ok(folder)
     }
 
@@ -138,30 +138,36 @@ impl RunFolder {
         let other_store =
             || FolderError::OtherStore { folder: self.path.clone(), store: self.store.to_string() };
         let path = self.path.join(MARK);
+        let has_begun = self.path.join(DATABASE).exists();
         let own = match fs::read_to_string(&path) {
             Ok(mark) => Some(mark),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(FolderError::Io { path, error }),
         };
         if self.store.directory().is_some() {
-            return if own.is_none() { Ok(()) } else { Err(other_store()) };
+            // A mark without a run is of a store that was never reached.
+            return if own.is_some() && has_begun { Err(other_store()) } else { Ok(()) };
         }
-        if self.path.join(DATABASE).exists() {
-            let there = match self.store.get(MARK).await {
-                Err(StoreError::NotFound { .. }) => None,
-                there => Some(there?),
-            };
-            let same = own.zip(there).is_some_and(|(own, there)| there == own);
-            return if same { Ok(()) } else { Err(other_store()) };
+        let there = match self.store.get(MARK).await {
+            Err(StoreError::NotFound { .. }) => None,
+            there => Some(there?),
+        };
+        match (own, there) {
+            (Some(own), Some(there)) if there == own => Ok(()),
+            _ if has_begun => Err(other_store()),
+            (_, Some(_)) => Err(self.elsewhere()),
+            (own, None) => {
+                let own = own.unwrap_or_else(unguessable);
+                self.write(MARK, &own)?;
+                // An answer may have been lost: what counts is what is there.
+                self.store.put_new(MARK, own.clone()).await?;
+                if self.store.get(MARK).await? == own { Ok(()) } else { Err(self.elsewhere()) }
+            }
         }
-        let own = own.unwrap_or_else(unguessable);
-        self.write(MARK, &own)?;
-        // An answer may have been lost: what counts is what is there.
-        self.store.put_new(MARK, own.clone()).await?;
-        if self.store.get(MARK).await? == own {
-            return Ok(());
-        }
-        Err(FolderError::Elsewhere { store: self.store.to_string(), folder: self.path.clone() })
+    }
+
+    fn elsewhere(&self) -> FolderError {
+        FolderError::Elsewhere { store: self.store.to_string(), folder: self.path.clone() }
     }
 
     fn keep_plan(&self, plan: &Plan) -> Result<(), FolderError> {
@@ -217,16 +223,21 @@ impl RunFolder {
         &self.store
     }
 
-    /// Writes a small file of the folder whole.
+    /// Writes a small file of the folder whole; it is there after a loss of power, too.
     ///
     /// # Errors
     /// When it cannot be written.
     pub(crate) fn write(&self, name: &str, text: &str) -> Result<(), FolderError> {
         let path = self.path.join(name);
         let temporary = self.path.join(format!("{name}.new"));
-        fs::write(&temporary, text)
-            .and_then(|()| fs::rename(&temporary, &path))
-            .map_err(|error| FolderError::Io { path, error })
+        let written = || {
+            let mut file = File::create(&temporary)?;
+            file.write_all(text.as_bytes())?;
+            file.sync_all()?;
+            fs::rename(&temporary, &path)?;
+            File::open(&self.path)?.sync_all()
+        };
+        written().map_err(|error| FolderError::Io { path: path.clone(), error })
     }
 
     /// Where the coordinator's memory is.

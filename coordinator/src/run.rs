@@ -1,5 +1,6 @@
 //! One run from its plan to its last phase: opens what it needs, drives it, and closes in order.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,7 +13,7 @@ use tonic::transport::Server;
 use ulmus_coord_core::Settings;
 use ulmus_plan::{OnBadUnit, Plan};
 use ulmus_proto::v1::coordinator_server::CoordinatorServer;
-use ulmus_rt::{Failure, LogTarget, Shutdown};
+use ulmus_rt::{Failure, LogTarget, Shutdown, with_causes};
 use ulmus_types::{Digest, ExitStatus};
 
 use crate::console::{Console, print};
@@ -116,7 +117,13 @@ async fn run_one(
     kill_after: Option<u64>,
     shutdown: &Shutdown,
 ) -> Result<Finished, Failure> {
-    let folder = RunFolder::open(plan).await.map_err(|error| in_folder(&error))?;
+    let folder = tokio::select! {
+        folder = RunFolder::open(plan) => folder.map_err(|error| in_folder(&error))?,
+        // A store that does not answer is not waited for then.
+        () = shutdown.requested() => {
+            return Err(Failure::new(ExitStatus::Interrupted, "stopped before the run was opened"));
+        }
+    };
     ulmus_rt::init_telemetry(&LogTarget::File(folder.path().join("logs/coordinator.log")))
         .map_err(|error| failed(&folder.path().join("logs"), &error))?;
     let memory = RunStore::open(&folder.database()).map_err(|error| stored(&error))?;
@@ -178,6 +185,12 @@ async fn run_one(
     sources_file(&memory, folder.path())?;
     let results = memory.results().map_err(|error| stored(&error))?;
     let left_out = memory.saved().map_err(|error| stored(&error))?.quarantine;
+    if outcome.status == ExitStatus::Done {
+        // Nobody writes any more. What is not deleted now costs space and nothing else.
+        if let Err(error) = ulmus_checkpoint::collect_garbage(folder.store(), &BTreeSet::new()).await {
+            tracing::info!(error = with_causes(&error), "left over of checkpoints could not be deleted");
+        }
+    }
     match outcome.status {
         ExitStatus::Done => print(&summary::page(plan, options, &folder, &rows, &results, &left_out)),
         ExitStatus::Interrupted => print(&outcome.message),

@@ -115,7 +115,7 @@ fn corpus(texts: &[Text], lanes: u64, config: &DataConfig) -> Result<Corpus, Dat
         });
     }
     let config = DataConfig { lanes, source: sources, ..config.clone() };
-    let run = Folder::of_run(store, "");
+    let run = Folder::of_run(store, object_store::path::Path::default());
     let manifest = Manifest::freeze(&config, Some(&run))?;
     Corpus::new(&config, 11, Sources::open(&config, &manifest, Some(&run))?, tokenizer())
 }

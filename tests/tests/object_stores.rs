@@ -40,9 +40,12 @@ impl Cloud {
         cloud
     }
 
-    fn restart_server(&mut self) {
+    fn stop_server(&mut self) {
         self.server.kill().expect("it runs");
         self.server.wait().expect("it is a child");
+    }
+
+    fn start_server(&mut self) {
         self.server = serve(&self.sandbox, &self.address);
     }
 
@@ -80,9 +83,11 @@ fn a_run_in_an_object_store_has_the_same_bits_whatever_is_killed() {
     let mut cloud = Cloud::new();
     let coordinator = cloud.coordinator(&["--set", "local.workers=2"]);
     coordinator.says("checkpoint step-00000010-g1 stored");
+    // Who forms a group reads the store, and waits for it.
+    cloud.stop_server();
     kill_process(cloud.run().local_workers()["local-1"], Signal::KILL).expect("it trains");
     coordinator.says("worker local-1 is lost");
-    cloud.restart_server();
+    cloud.start_server();
     coordinator.says("checkpoint step-00000020");
     coordinator.kill();
     for pid in cloud.run().local_workers().into_values() {
@@ -124,14 +129,17 @@ fn whoever_cannot_reach_the_store_or_comes_second_is_refused() {
         "{}",
         second.output
     );
-    let bucket = ["--set", "store.url=s3://no-such-bucket", "--set", "store.local=nowhere"];
+    let bucket = ["--set", "store.url=s3://no-such-bucket", "--set", "run.name=other"];
     let nowhere = cloud.sandbox.coordinator(&bucket).ends();
     assert_eq!(nowhere.code, Some(2), "{}", nowhere.output);
     assert!(nowhere.output.contains("there is no such bucket"), "{}", nowhere.output);
+    // Which does not keep the same run from being kept elsewhere.
+    cloud.sandbox.coordinator(&["--set", "run.name=other"]).succeeds();
 
     cloud.set_secret("a wrong one");
     let refused = cloud.sandbox.worker(&address, "stranger").ends();
     assert_ne!(refused.code, Some(0), "{}", refused.output);
+    assert!(refused.output.contains("no access to coordinator.nonce"), "{}", refused.output);
     assert!(refused.output.contains("SignatureDoesNotMatch"), "{}", refused.output);
     cloud.set_secret(SECRET);
     let member = cloud.sandbox.worker(&address, "member");

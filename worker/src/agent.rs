@@ -14,7 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::TaskTracker;
 use tonic::Streaming;
 use tonic::transport::Endpoint;
-use ulmus_checkpoint::{Store, write_part};
+use ulmus_checkpoint::{Store, StoreError, write_part};
 use ulmus_proto::v1::coordinator_client::CoordinatorClient;
 use ulmus_proto::{kind_of, v1};
 use ulmus_rt::{Failure, Shutdown, with_causes};
@@ -81,7 +81,7 @@ struct Agent {
 enum Done {
     Hashed(Snapshot),
     Said(ToCoordinator),
-    Opened(Result<Run, String>, String),
+    Opened(Result<Run, (ErrorKind, String)>, String),
 }
 
 /// How a connection ended.
@@ -277,7 +277,12 @@ impl Agent {
                 }
                 self.run = Some(run);
             }
-            Done::Opened(Err(error), _) => self.say(ToCoordinator::StoreRead(Err(error))),
+            Done::Opened(Err((ErrorKind::Retry, error)), _) => {
+                tracing::info!(error, "the run's store does not answer");
+                // Nobody is to blame: it is asked again with a new connection.
+                self.outgoing = None;
+            }
+            Done::Opened(Err((_, error)), _) => self.say(ToCoordinator::StoreRead(Err(error))),
         }
     }
 
@@ -347,13 +352,15 @@ enum Rejected {
     Final(Failure),
 }
 
-async fn open(plan: &str, location: &str, nonce_path: &str) -> Result<(Run, String), String> {
+async fn open(plan: &str, location: &str, nonce_path: &str) -> Result<(Run, String), (ErrorKind, String)> {
+    let wrong = |problem: String| (ErrorKind::InvalidInput, problem);
     let plan = ulmus_plan::read(plan, &[])
-        .map_err(|problems| problems.to_string())?
+        .map_err(|problems| wrong(problems.to_string()))?
         .pop()
-        .ok_or_else(|| "the plan is empty".to_owned())?;
-    let store = Store::open(location).map_err(|error| error.to_string())?;
-    let nonce = store.get(nonce_path).await.map_err(|error| with_causes(&error))?;
+        .ok_or_else(|| wrong("the plan is empty".to_owned()))?;
+    let failed = |error: StoreError| (error.kind(), with_causes(&error));
+    let store = Store::open(location).map_err(failed)?;
+    let nonce = store.get(nonce_path).await.map_err(failed)?;
     let nonce = String::from_utf8_lossy(&nonce).into_owned();
     Ok((Run::new(plan, store, Handle::current()), nonce))
 }

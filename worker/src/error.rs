@@ -4,6 +4,7 @@ use ulmus_checkpoint::{CheckpointError, StoreError};
 use ulmus_dataloader::DataError;
 use ulmus_evaluator::EvaluatorError;
 use ulmus_model::ModelError;
+use ulmus_rt::with_causes;
 use ulmus_types::{BadUnit, ErrorKind, LeaveReason};
 
 use crate::collective::CollectiveError;
@@ -53,7 +54,7 @@ pub enum WorkerError {
 impl From<WorkerError> for LeaveReason {
     /// Why a worker leaves its group over an error.
     fn from(error: WorkerError) -> Self {
-        let message = error.to_string();
+        let message = with_causes(&error);
         if let Some(unit) = error.bad_unit() {
             return Self::BadUnit(unit, message);
         }
@@ -61,6 +62,9 @@ impl From<WorkerError> for LeaveReason {
             WorkerError::Collective(error) if error.kind() != ErrorKind::InvalidInput => Self::Lost(message),
             // A store that does not answer may do so when the group forms again.
             WorkerError::Data(DataError::Store { .. }) => Self::Lost(message),
+            WorkerError::Store(_) | WorkerError::Checkpoint(_) if error.kind() == ErrorKind::Retry => {
+                Self::Lost(message)
+            }
             error => Self::Failed { kind: error.kind(), message },
         }
     }

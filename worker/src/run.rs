@@ -61,7 +61,7 @@ impl Run {
     /// The run's folder as sources with `run:` URLs see it.
     pub(crate) fn folder(&self) -> Folder {
         let (objects, prefix) = self.store.objects();
-        Folder::of_run(objects, prefix.as_ref())
+        Folder::of_run(objects, prefix)
     }
 
     /// The run's tokenizer.

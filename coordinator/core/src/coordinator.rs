@@ -154,7 +154,7 @@ impl Coordinator {
             Event::Disconnected(worker) => self.lost(&worker, "its connection ended", now),
             Event::CheckpointCommitted(checkpoint) => self.committed(checkpoint),
             Event::CommitFailed(checkpoint, why) => {
-                self.snapshots.commit_failed(checkpoint);
+                self.snapshots.commit_failed(checkpoint, now);
                 self.tell(Note::Remark(format!("manifest of {checkpoint} not stored, trying again: {why}")));
             }
             Event::StopRequested => self.stopping_since = self.stopping_since.or(Some(now)),
@@ -701,7 +701,7 @@ impl Coordinator {
         for (worker, checkpoint, files) in self.snapshots.assign(&training, now) {
             self.send(&worker, ToWorker::Write { checkpoint, files });
         }
-        for complete in self.snapshots.complete() {
+        for complete in self.snapshots.complete(now) {
             let crate::snapshots::Complete { checkpoint, kind, state, files } = complete;
             self.effects.push(Effect::Commit { checkpoint, kind, state, files });
         }

@@ -11,7 +11,7 @@ use ulmus_types::{CheckpointId, CheckpointKind, Digest, FileEntry, Snapshot, Wor
 
 /// How long parts wait for the other members to announce the same state, so that the work can be shared.
 const SHARE_WAIT: Duration = Duration::from_secs(1);
-/// How long a part that could not be stored waits.
+/// How long a part, or a manifest, that could not be stored waits.
 const RETRY_WAIT: Duration = Duration::from_secs(2);
 
 /// One part.
@@ -30,6 +30,8 @@ struct Pending {
     holders: BTreeSet<WorkerId>,
     parts: BTreeMap<String, Part>,
     committing: bool,
+    /// Until then its manifest, which could not be stored, waits.
+    not_before: Duration,
     since: Duration,
 }
 
@@ -66,6 +68,7 @@ impl Snapshots {
                 .map(|name| (name.clone(), Part::Unassigned { not_before: Duration::ZERO }))
                 .collect(),
             committing: false,
+            not_before: now,
             since: now,
         });
         if pending.state != snapshot.state {
@@ -131,10 +134,10 @@ impl Snapshots {
     }
 
     /// Checkpoints that became complete, each told once.
-    pub(crate) fn complete(&mut self) -> Vec<Complete> {
+    pub(crate) fn complete(&mut self, now: Duration) -> Vec<Complete> {
         let mut complete = Vec::new();
         for (&checkpoint, pending) in &mut self.0 {
-            if pending.committing {
+            if pending.committing || now < pending.not_before {
                 continue;
             }
             let files: Option<BTreeMap<String, FileEntry>> = pending
@@ -154,9 +157,10 @@ impl Snapshots {
     }
 
     /// The manifest could not be stored: tell the checkpoint as complete again.
-    pub(crate) fn commit_failed(&mut self, checkpoint: CheckpointId) {
+    pub(crate) fn commit_failed(&mut self, checkpoint: CheckpointId, now: Duration) {
         if let Some(pending) = self.0.get_mut(&checkpoint) {
             pending.committing = false;
+            pending.not_before = now + RETRY_WAIT;
         }
     }
 

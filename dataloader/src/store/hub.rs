@@ -103,7 +103,7 @@ impl Hub {
         let files = [&client.endpoint, "datasets", id, "resolve", &commit, &dataset.folder];
         let builder = HttpBuilder::new()
             .with_url(files.join("/").trim_end_matches('/'))
-            .with_retry(ulmus_objects::retries())
+            .with_retry(ulmus_objects::retries(super::RETRIES))
             .with_http_connector(Redirects::new(client.clone()));
         let builder = ulmus_objects::settings(timeout)
             .into_iter()

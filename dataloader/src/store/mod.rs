@@ -32,7 +32,7 @@ use object_store::{
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
-use ulmus_objects::Failures;
+use ulmus_objects::{Failures, Requests};
 use ulmus_plan::{DataConfig, SourceConfig};
 
 pub(crate) use self::steps::Steps;
@@ -47,6 +47,8 @@ const PIECE: u64 = 8 << 20;
 const MOST_PARTS: u64 = 10_000;
 /// Requests of one read that are under way at once.
 const AT_ONCE: usize = 4;
+/// How often a request is made again by itself.
+const RETRIES: usize = 2;
 /// How long an operation is begun again.
 const PATIENCE: Duration = Duration::from_mins(1);
 /// Files that are asked about at once.
@@ -163,7 +165,8 @@ impl Stores {
             Some(("hf", _)) => open_hub(self, url),
             Some((scheme, _)) => {
                 let counters = Arc::new(Counters::default());
-                let opened = ulmus_objects::open(url, self.timeout, &counters.failures);
+                let requests = Requests { timeout: self.timeout, retries: RETRIES };
+                let opened = ulmus_objects::open(url, requests, &counters.failures);
                 let (store, prefix) = opened.map_err(refuse)?;
                 let listing = if matches!(scheme, "http" | "https") { Listing::None } else { Listing::Store };
                 let cache = self.cache.clone();
@@ -270,11 +273,11 @@ pub(crate) fn wait_for<T>(operation: impl Future<Output = T>) -> T {
 
 impl Folder {
     /// The folder `prefix` of a run's own store.
-    pub fn of_run(store: Arc<dyn ObjectStore>, prefix: &str) -> Self {
+    pub fn of_run(store: Arc<dyn ObjectStore>, prefix: Path) -> Self {
         Self {
             store,
             root: None,
-            prefix: Path::from(prefix),
+            prefix,
             url: "run:".to_owned(),
             listing: Listing::Store,
             has_versions: false,
@@ -720,7 +723,7 @@ pub(crate) mod tests {
 
     /// An empty folder in memory.
     pub(crate) fn memory() -> Folder {
-        Folder::of_run(Arc::new(InMemory::new()), "")
+        Folder::of_run(Arc::new(InMemory::new()), Path::default())
     }
 
     /// What the folder knows of one file.

@@ -19,10 +19,14 @@ use futures::{StreamExt, TryStreamExt};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, WriteMultipart};
+use tokio::time::Instant;
+use ulmus_objects::Requests;
 use ulmus_types::ErrorKind;
 
 /// What a request of a remote store may take.
 const REQUEST: Duration = Duration::from_mins(1);
+/// How long an operation is begun again.
+const PATIENCE: Duration = Duration::from_mins(1);
 /// Larger files go up in pieces, so that one lost packet does not repeat gigabytes and no store's limit on the
 /// size of a single request (5 GiB at the smallest) is met.
 const PIECE_BYTES: usize = 16 << 20;
@@ -51,6 +55,18 @@ pub enum StoreError {
         /// Why not, and what to write instead.
         reason: String,
     },
+    /// It may not be used.
+    #[error(
+        "no access to {path} in {store}; look at the credentials in the environment, or in the files of the store's own tools"
+    )]
+    Denied {
+        /// The path within the store.
+        path: String,
+        /// The store.
+        store: String,
+        /// The store's own error.
+        source: Box<object_store::Error>,
+    },
     /// The store answered with an error, on every attempt if trying again could have helped.
     #[error("cannot {act} {path} in {store}")]
     Operation {
@@ -70,7 +86,9 @@ impl StoreError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Operation { source, .. } if is_transient(source) => ErrorKind::Retry,
-            Self::NotFound { .. } | Self::Location { .. } | Self::Operation { .. } => ErrorKind::InvalidInput,
+            Self::NotFound { .. } | Self::Location { .. } | Self::Denied { .. } | Self::Operation { .. } => {
+                ErrorKind::InvalidInput
+            }
         }
     }
 }
@@ -138,7 +156,9 @@ impl Store {
     }
 
     fn remote(location: &str) -> Result<Self, StoreError> {
-        let opened = ulmus_objects::open(location, REQUEST, &Arc::default());
+        // Operations are begun again here, and so not below.
+        let requests = Requests { timeout: REQUEST, retries: 0 };
+        let opened = ulmus_objects::open(location, requests, &Arc::default());
         let (objects, prefix) =
             opened.map_err(|reason| StoreError::Location { location: location.to_owned(), reason })?;
         Ok(Self::from_objects(objects, prefix, location))
@@ -196,7 +216,7 @@ impl Store {
     /// Writes a whole file and replaces what was there. Readers see the old or the new contents, never a part.
     ///
     /// # Errors
-    /// When the store refuses, or is out of order for longer than the retries last (about half a minute).
+    /// When the store refuses, or is out of order for longer than a minute.
     ///
     /// # Cancel safety
     /// Dropping the future leaves the old or the new contents.
@@ -236,13 +256,22 @@ impl Store {
         let mut pieces = WriteMultipart::new_with_chunk_size(upload, PIECE_BYTES);
         for start in (0..contents.len()).step_by(PIECE_BYTES) {
             if let Err(error) = pieces.wait_for_capacity(PIECES_IN_FLIGHT).await {
-                // Best effort: the store drops what was begun on its own after a while.
+                // Best effort: what is left may be paid for until a rule of the bucket drops it.
                 drop(pieces.abort().await);
                 return Err(error);
             }
             pieces.put(contents.slice(start..contents.len().min(start + PIECE_BYTES)));
         }
-        pieces.finish().await.map(drop)
+        match pieces.finish().await {
+            // The answer to the request that ended the upload was lost, and when asked again, the store knows of none. What
+            // is there tells whether that is so.
+            Err(object_store::Error::NotFound { .. })
+                if self.objects.head(target).await?.size == contents.len() as u64 =>
+            {
+                Ok(())
+            }
+            finished => finished.map(drop),
+        }
     }
 
     /// Reads a whole file.
@@ -251,7 +280,20 @@ impl Store {
     /// [`StoreError::NotFound`], or when the store refuses or is out of order.
     pub async fn get(&self, path: &str) -> Result<Bytes, StoreError> {
         let target = self.resolve(path);
-        self.attempt("read", path, || async { self.objects.get(&target).await?.bytes().await }).await
+        let read = || async {
+            let found = self.objects.get(&target).await?;
+            let size = found.meta.size;
+            // What is small comes as it is at one moment.
+            Ok(if size <= READ_BYTES { Ok(found.bytes().await?) } else { Err(size) })
+        };
+        match self.attempt("read", path, read).await? {
+            Ok(bytes) => Ok(bytes),
+            Err(size) => {
+                let mut whole = Vec::with_capacity(size as usize);
+                self.read_pieces(path, |piece| whole.extend_from_slice(piece)).await?;
+                Ok(whole.into())
+            }
+        }
     }
 
     /// Gives a file to `take`, piece by piece and in order, while the next ones are under way.
@@ -350,9 +392,10 @@ impl Store {
             .with_max_delay(Duration::from_secs(10))
             .with_max_times(7)
             .with_jitter();
+        let begun = Instant::now();
         operation
             .retry(pauses)
-            .when(is_transient)
+            .when(|error| is_transient(error) && begun.elapsed() < PATIENCE)
             .notify(|error, pause| tracing::debug!(%error, ?pause, act, path, "store is out of order, will retry"))
             .await
             .map_err(|source| match source {
@@ -363,6 +406,12 @@ impl Store {
                 object_store::Error::NotFound { .. } => {
                     StoreError::NotFound { path: path.to_owned(), store: self.location.to_string() }
                 }
+                source @ (object_store::Error::PermissionDenied { .. }
+                | object_store::Error::Unauthenticated { .. }) => StoreError::Denied {
+                    path: path.to_owned(),
+                    store: self.location.to_string(),
+                    source: source.into(),
+                },
                 source => StoreError::Operation {
                     act,
                     path: path.to_owned(),
@@ -407,7 +456,8 @@ mod tests {
         let store = Store::create(home.path().join("runs/a b").to_str().unwrap()).unwrap();
         let shards = store.folder("shards");
         shards.put("x/1.bin", vec![1, 2, 3]).await.unwrap();
-        shards.put("x/0.bin", vec![0; PIECE_BYTES * 2 + 5]).await.unwrap();
+        let large: Vec<u8> = (0..PIECE_BYTES * 2 + 5).map(|at| (at / 1000) as u8).collect();
+        shards.put("x/0.bin", large.clone()).await.unwrap();
 
         let files = store.list("shards").await.unwrap();
         let found: Vec<_> = files.iter().map(|file| (file.path.as_str(), file.bytes)).collect();
@@ -415,6 +465,7 @@ mod tests {
         assert_eq!(shards.list("").await.unwrap()[1].path, "x/1.bin");
         assert_eq!(store.list_folders("").await.unwrap(), ["shards"]);
         assert_eq!(&store.get("shards/x/1.bin").await.unwrap()[..], [1, 2, 3]);
+        assert!(store.get("shards/x/0.bin").await.unwrap() == large);
         assert!(shards.directory().unwrap().join("x/1.bin").is_file());
 
         assert!(!shards.put_new("x/1.bin", vec![9]).await.unwrap());

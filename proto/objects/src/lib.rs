@@ -36,18 +36,26 @@ impl Failures {
 /// Everything behind one address form.
 pub type Opened = Result<(Arc<dyn ObjectStore>, Path), String>;
 
-/// Opens the store of an address such as `s3://bucket/path`, and gives the path within it. A request that takes longer
-/// than `timeout` has failed.
+/// How requests are made.
+#[derive(Debug, Clone, Copy)]
+pub struct Requests {
+    /// One that takes longer has failed.
+    pub timeout: Duration,
+    /// How often one that has failed is made again.
+    pub retries: usize,
+}
+
+/// Opens the store of an address such as `s3://bucket/path`, and gives the path within it.
 ///
 /// # Errors
 /// In words, when there is no such store, or it is none of this build.
-pub fn open(url: &str, timeout: Duration, failures: &Arc<Failures>) -> Opened {
+pub fn open(url: &str, requests: Requests, failures: &Arc<Failures>) -> Opened {
     let scheme = url.split_once("://").map_or("", |(scheme, _)| scheme);
     match scheme {
-        "http" | "https" => http(url, timeout, failures),
-        "s3" | "s3a" => s3(url, timeout, failures),
-        "gs" => gcs(url, timeout, failures),
-        "az" | "abfs" | "abfss" => azure(url, timeout, failures),
+        "http" | "https" => http(url, requests, failures),
+        "s3" | "s3a" => s3(url, requests, failures),
+        "gs" => gcs(url, requests, failures),
+        "az" | "abfs" | "abfss" => azure(url, requests, failures),
         _ => Err(format!(
             "{scheme}:// is not known; write a path, file://, s3://, gs://, az://, hf://datasets/, http://, https:// or run:"
         )),
@@ -61,11 +69,11 @@ fn left_out(feature: &str) -> Opened {
 }
 
 #[cfg(feature = "http")]
-fn http(url: &str, timeout: Duration, failures: &Arc<Failures>) -> Opened {
+fn http(url: &str, requests: Requests, failures: &Arc<Failures>) -> Opened {
     use object_store::http::HttpBuilder;
 
-    let builder = HttpBuilder::new().with_url(url).with_retry(wire::retries());
-    let builder = wire::settings(timeout)
+    let builder = HttpBuilder::new().with_url(url).with_retry(wire::retries(requests.retries));
+    let builder = wire::settings(requests.timeout)
         .into_iter()
         .fold(builder, |builder, (key, value)| builder.with_config(key, value));
     let store = builder.with_http_connector(wire::Connector(Arc::clone(failures))).build();
@@ -73,7 +81,7 @@ fn http(url: &str, timeout: Duration, failures: &Arc<Failures>) -> Opened {
 }
 
 #[cfg(not(feature = "http"))]
-fn http(_: &str, _: Duration, _: &Arc<Failures>) -> Opened {
+fn http(_: &str, _: Requests, _: &Arc<Failures>) -> Opened {
     left_out("http")
 }
 
@@ -86,11 +94,11 @@ fn path_of(url: &str) -> Result<Path, String> {
 }
 
 #[cfg(feature = "aws")]
-fn s3(url: &str, timeout: Duration, failures: &Arc<Failures>) -> Opened {
+fn s3(url: &str, requests: Requests, failures: &Arc<Failures>) -> Opened {
     use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 
-    let builder = AmazonS3Builder::from_env().with_url(url).with_retry(wire::retries());
-    let builder = wire::settings(timeout)
+    let builder = AmazonS3Builder::from_env().with_url(url).with_retry(wire::retries(requests.retries));
+    let builder = wire::settings(requests.timeout)
         .into_iter()
         .fold(builder, |builder, (key, value)| builder.with_config(AmazonS3ConfigKey::Client(key), value));
     let builder = profile::fill(builder)?;
@@ -99,16 +107,17 @@ fn s3(url: &str, timeout: Duration, failures: &Arc<Failures>) -> Opened {
 }
 
 #[cfg(not(feature = "aws"))]
-fn s3(_: &str, _: Duration, _: &Arc<Failures>) -> Opened {
+fn s3(_: &str, _: Requests, _: &Arc<Failures>) -> Opened {
     left_out("aws")
 }
 
 #[cfg(feature = "gcp")]
-fn gcs(url: &str, timeout: Duration, failures: &Arc<Failures>) -> Opened {
+fn gcs(url: &str, requests: Requests, failures: &Arc<Failures>) -> Opened {
     use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 
-    let builder = GoogleCloudStorageBuilder::from_env().with_url(url).with_retry(wire::retries());
-    let builder = wire::settings(timeout)
+    let builder =
+        GoogleCloudStorageBuilder::from_env().with_url(url).with_retry(wire::retries(requests.retries));
+    let builder = wire::settings(requests.timeout)
         .into_iter()
         .fold(builder, |builder, (key, value)| builder.with_config(GoogleConfigKey::Client(key), value));
     let store = builder.with_http_connector(wire::Connector(Arc::clone(failures))).build();
@@ -116,16 +125,16 @@ fn gcs(url: &str, timeout: Duration, failures: &Arc<Failures>) -> Opened {
 }
 
 #[cfg(not(feature = "gcp"))]
-fn gcs(_: &str, _: Duration, _: &Arc<Failures>) -> Opened {
+fn gcs(_: &str, _: Requests, _: &Arc<Failures>) -> Opened {
     left_out("gcp")
 }
 
 #[cfg(feature = "azure")]
-fn azure(url: &str, timeout: Duration, failures: &Arc<Failures>) -> Opened {
+fn azure(url: &str, requests: Requests, failures: &Arc<Failures>) -> Opened {
     use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 
-    let builder = MicrosoftAzureBuilder::from_env().with_url(url).with_retry(wire::retries());
-    let builder = wire::settings(timeout)
+    let builder = MicrosoftAzureBuilder::from_env().with_url(url).with_retry(wire::retries(requests.retries));
+    let builder = wire::settings(requests.timeout)
         .into_iter()
         .fold(builder, |builder, (key, value)| builder.with_config(AzureConfigKey::Client(key), value));
     let store = builder.with_http_connector(wire::Connector(Arc::clone(failures))).build();
@@ -133,6 +142,6 @@ fn azure(url: &str, timeout: Duration, failures: &Arc<Failures>) -> Opened {
 }
 
 #[cfg(not(feature = "azure"))]
-fn azure(_: &str, _: Duration, _: &Arc<Failures>) -> Opened {
+fn azure(_: &str, _: Requests, _: &Arc<Failures>) -> Opened {
     left_out("azure")
 }

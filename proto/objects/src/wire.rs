@@ -20,15 +20,16 @@ use super::Failures;
 const LONGEST_PAUSE: Duration = Duration::from_mins(5);
 const CONNECT: Duration = Duration::from_secs(10);
 
-/// Back-off with jitter. The attempts above give a server a minute, so that its restart is no error.
-pub fn retries() -> RetryConfig {
+/// Back-off with jitter, for a request that is made again so often. The attempts above give a server a minute, so that its
+/// restart is no error.
+pub fn retries(max_retries: usize) -> RetryConfig {
     RetryConfig {
         backoff: BackoffConfig {
             init_backoff: Duration::from_millis(100),
             max_backoff: Duration::from_secs(15),
             base: 2.0,
         },
-        max_retries: 2,
+        max_retries,
         retry_timeout: Duration::from_mins(5),
     }
 }

@@ -385,7 +385,7 @@ impl SourceConfig {
 }
 
 /// An address as it may be shown, if it carries what may be a secret.
-fn secret(url: &str) -> Option<String> {
+pub(crate) fn secret(url: &str) -> Option<String> {
     let (scheme, rest) = url.split_once("://")?;
     let host = rest.split(['/', '?']).next().unwrap_or_default();
     // In this scheme alone, `@` stands between a container and its account.

@@ -395,6 +395,18 @@ mod tests {
     }
 
     #[test]
+    fn a_run_is_kept_where_runs_can_be() {
+        for url in ["runs", "/runs", "file:///runs", "s3://bucket/runs", "gs://b/r", "abfss://c@account/r"] {
+            assert_eq!(one(SMALL, &[&format!("store.url={url}")]).unwrap().store.url, url);
+        }
+        for url in ["https://host/runs", "s3://key:word@bucket/runs", "az://container/runs?sig=word"] {
+            let problems = one(SMALL, &[&format!("store.url={url}")]).unwrap_err();
+            assert_eq!(problems.iter().next().unwrap().key, "store.url");
+            assert!(!problems.to_string().contains("word"), "{problems}");
+        }
+    }
+
+    #[test]
     fn text_that_is_not_toml_names_its_line() {
         let problems = one("[run]\nname = \n", &[]).unwrap_err();
         assert_eq!(problems.iter().next().unwrap().key, "line 2");

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use ulmus_types::{Digest, Problems, RunName};
 
-use crate::data::{DataConfig, SourceConfig};
+use crate::data::{DataConfig, SourceConfig, secret};
 use crate::device::Device;
 use crate::model::ModelConfig;
 use crate::norm::NormKind;
@@ -39,6 +39,27 @@ pub struct StoreConfig {
     /// Folder on the coordinator's disk that holds what is its own of a run (database, lock, logs, metrics), if `url` is in
     /// an object store.
     pub local: String,
+}
+
+impl StoreConfig {
+    fn check(&self, problems: &mut Problems) {
+        let shown = secret(&self.url);
+        problems.check(
+            shown.is_none(),
+            "store.url",
+            shown.as_deref().unwrap_or_default(),
+            "an address stands in the run's plan, and is shown and sent to workers, so it carries no secret",
+            "leave out what is before @ and behind ?, and give credentials in the environment or in the files of the store's own tools",
+        );
+        let scheme = self.url.split_once("://").map_or("file", |(scheme, _)| scheme);
+        problems.check(
+            ["file", "s3", "s3a", "gs", "az", "abfs", "abfss"].contains(&scheme),
+            "store.url",
+            &self.url,
+            "no run can be kept there",
+            "write a path, file://, s3://, gs:// or az://",
+        );
+    }
 }
 
 impl Default for StoreConfig {
@@ -266,6 +287,7 @@ impl Plan {
         self.train.check(problems);
         self.data.check(self.train.sequences, self.train.micro_batch, problems);
         self.checkpoint.check(self.train.iterations, problems);
+        self.store.check(problems);
         problems.check(
             !self.checkpoint.export || self.model.norm != NormKind::Layer,
             "checkpoint.export",
