@@ -145,8 +145,12 @@ impl RunFolder {
             Err(error) => return Err(FolderError::Io { path, error }),
         };
         if self.store.directory().is_some() {
-            // A mark without a run is of a store that was never reached.
-            return if own.is_some() && has_begun { Err(other_store()) } else { Ok(()) };
+            return match own {
+                None => Ok(()),
+                Some(_) if has_begun => Err(other_store()),
+                // Without a run it is of a store that was never reached.
+                Some(_) => fs::remove_file(&path).map_err(|error| FolderError::Io { path, error }),
+            };
         }
         let there = match self.store.get(MARK).await {
             Err(StoreError::NotFound { .. }) => None,
