@@ -7,7 +7,7 @@ mod inference;
 
 use common::relative_l2;
 use inference::{config, inference};
-use ulmus_model::{Backend, Candle, Cpu, ModelError, WeightFormat};
+use ulmus_model::{Backend, Candle, Cpu, ModelError, View, ViewMut, WeightFormat};
 use ulmus_plan::{ModelConfig, NormKind};
 
 fn assert_agrees_with_the_cpus(config: &ModelConfig, format: WeightFormat, tolerance: f64) {
@@ -45,6 +45,31 @@ fn eight_bits_cost_about_as_much_as_the_cpus() {
             own < 0.06 && candles < 2.0 * own,
             "{what}: relative differences {own:e}, candle's {candles:e}"
         );
+    }
+}
+
+/// Activations that 8 bits hold exactly, so that all that is left to differ is how weights are read and summed.
+#[test]
+fn eight_bit_products_of_whole_numbers_agree_with_the_cpus() {
+    fn product<B: Backend>(backend: &B, [rows, inputs, outputs]: [usize; 3]) -> Vec<f32> {
+        let wave = |at: usize| ((at * at + 7 * at) % 255) as f32 - 127.0;
+        let values: Vec<f32> = (0..outputs * inputs).map(|at| wave(at + 1) * 0.001).collect();
+        // The largest of each block of 32 is 127.
+        let x: Vec<f32> =
+            (0..rows * inputs).map(|at| if at % 32 == 0 { 127.0 } else { wave(3 * at) }).collect();
+        let weights = backend.weights(&values, outputs, WeightFormat::Q8_0).unwrap();
+        let (mut from, mut to) =
+            (backend.activations(x.len()).unwrap(), backend.activations(rows * outputs).unwrap());
+        backend.set_activations(ViewMut::new(&mut from, 0..x.len()), &x);
+        let out = ViewMut::new(&mut to, 0..rows * outputs);
+        backend.run(|| backend.linear_weights(out, View::new(&from, 0..x.len()), &weights, rows));
+        let mut found = vec![0.0; rows * outputs];
+        backend.read_activations(View::new(&to, 0..rows * outputs), &mut found);
+        found
+    }
+    for shape in [[1, 64, 40], [5, 256, 96], [70, 128, 33]] {
+        let difference = relative_l2(&product(&Candle::processor(), shape), &product(&Cpu::new(2), shape));
+        assert!(difference < 1e-5, "{shape:?}: relative difference {difference:e}");
     }
 }
 

@@ -267,7 +267,8 @@ fn a_recorded_pass_needs_no_calls() {
         });
         assert_eq!(device.get_acts(&out, rows * width), once, "pass {pass}");
     }
-    assert_eq!(calls, 2);
+    // Unless the surroundings forbid it.
+    assert_eq!(calls, if std::env::var_os("ULMUS_GPU_SERIAL").is_some() { 4 } else { 2 });
 }
 
 /// Passes are recorded in their second step and replayed from the third on.

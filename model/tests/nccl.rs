@@ -328,7 +328,7 @@ fn survivors_of_a_killed_member_go_on_without_it() {
             writeln!(std::io::stdout(), "{READY}").unwrap();
         }
     };
-    assert!(took < Duration::from_secs(15), "gave up after {took:?}");
+    assert!(took < Duration::from_secs(2), "gave up after {took:?}");
     assert!(rounds >= 20, "{rounds} rounds, {error}");
     // With NCCL itself, the connection may break as well.
     assert!(matches!(error, NcclError::GivenUp { .. } | NcclError::Refused { .. }), "{error}");
@@ -355,7 +355,7 @@ fn a_group_that_lacks_a_member_is_given_up() {
     let patience = within(Duration::from_millis(300));
     let error = Communicator::new(&member.cuda, &member.ids[0], member.rank, 3, &patience).unwrap_err();
     assert!(matches!(error, NcclError::GivenUp { .. }), "{error}");
-    assert!(began.elapsed() < Duration::from_secs(15), "gave up after {:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(3), "gave up after {:?}", began.elapsed());
     // That does no harm to the device.
     let id = &member.ids[1];
     let mut communicator =

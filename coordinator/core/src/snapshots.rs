@@ -190,3 +190,28 @@ fn unassign(pending: &mut Pending, worker: &WorkerId, not_before: Duration) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ulmus_types::{Generation, Incarnation, Step};
+
+    use super::*;
+
+    #[test]
+    fn a_manifest_that_could_not_be_stored_waits() {
+        let worker = WorkerId::new("w", Incarnation::new(1)).unwrap();
+        let checkpoint = CheckpointId::new(Step::new(5), Generation::new(1));
+        let (kind, state) = (CheckpointKind::Milestone, Digest::of(b"state"));
+        let snapshot = Snapshot { checkpoint, kind, state, files: vec!["a".to_owned()] };
+        let mut snapshots = Snapshots::default();
+        let now = Duration::from_secs(100);
+        snapshots.announced(&worker, &snapshot, now).unwrap();
+        assert_eq!(snapshots.assign(std::slice::from_ref(&worker), now).len(), 1);
+        let entry = FileEntry { bytes: 1, digest: state };
+        snapshots.written(checkpoint, [("a".to_owned(), entry)].into());
+        assert_eq!(snapshots.complete(now).len(), 1);
+        snapshots.commit_failed(checkpoint, now);
+        assert!(snapshots.complete(now + RETRY_WAIT / 2).is_empty());
+        assert_eq!(snapshots.complete(now + RETRY_WAIT).len(), 1);
+    }
+}

@@ -20,7 +20,7 @@ pub use gc::{collect_garbage, delete};
 pub use manifest::Manifest;
 pub use reader::{newest_verified, read_file, read_manifest, verify};
 pub use state::{OptimizerShard, TrainState, optimizer_shards};
-pub use store::{Store, StoreError, StoredFile, is_remote};
+pub use store::{Store, StoreError, StoredFile};
 pub use writer::{commit, write_part};
 
 use ulmus_types::{CheckpointId, Digest, ErrorKind};

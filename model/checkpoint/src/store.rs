@@ -265,11 +265,10 @@ impl Store {
         match pieces.finish().await {
             // The answer to the request that ended the upload was lost, and when asked again, the store knows of none. What
             // is there tells whether that is so.
-            Err(object_store::Error::NotFound { .. })
-                if self.objects.head(target).await?.size == contents.len() as u64 =>
-            {
-                Ok(())
-            }
+            Err(lost @ object_store::Error::NotFound { .. }) => match self.objects.head(target).await {
+                Ok(found) if found.size == contents.len() as u64 => Ok(()),
+                _ => Err(object_store::Error::Generic { store: "upload", source: Box::new(lost) }),
+            },
             finished => finished.map(drop),
         }
     }
@@ -423,7 +422,7 @@ impl Store {
 }
 
 /// Whether `location` is in an object store that runs can be kept in.
-pub fn is_remote(location: &str) -> bool {
+fn is_remote(location: &str) -> bool {
     let scheme = location.split_once("://").map_or("", |(scheme, _)| scheme);
     matches!(scheme, "s3" | "s3a" | "gs" | "az" | "abfs" | "abfss")
 }
