@@ -1,9 +1,9 @@
 //! The command line.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use ulmus_rt::HostPort;
 
 /// Runs a pretraining plan: prepares data, trains on workers, averages, evaluates, benchmarks and exports.
 ///
@@ -21,7 +21,12 @@ pub struct Args {
 
     /// Address for workers [default: 127.0.0.1:7070, or any free port when the plan starts local workers].
     #[arg(long, env = "ULMUS_LISTEN", value_name = "HOST:PORT")]
-    pub listen: Option<SocketAddr>,
+    pub listen: Option<HostPort>,
+
+    /// The file with the join token that workers must show, which is made if there is none; or set `ULMUS_TOKEN` to
+    /// what such a file says [default: join.token in the run's folder].
+    #[arg(long, env = "ULMUS_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
 
     /// Replace a key of the plan; may be given several times.
     #[arg(long = "set", value_name = "KEY.PATH=VALUE")]
@@ -32,6 +37,19 @@ pub struct Args {
     #[arg(long, num_args = 0..=1, default_missing_value = "plan", value_name = "WHAT")]
     pub check: Option<Check>,
 
+    /// Rebuild a lost run.sqlite from the checkpoints in the run folder, and go on from there.
+    #[arg(long)]
+    pub recover: bool,
+
+    /// Begin anew where every checkpoint of the run is damaged.
+    #[arg(long)]
+    pub from_start: bool,
+
+    /// What SIGTERM does: save and stop the run, or leave the workers to the next coordinator, for which they wait while
+    /// they train on [default: stop when the plan starts local workers, else detach]. Ctrl-C always saves and stops.
+    #[arg(long, env = "ULMUS_ON_TERM", value_name = "WHAT")]
+    pub on_term: Option<OnTerm>,
+
     /// Kill a local worker with SIGKILL in the middle of training, and compare the final weights with those of
     /// the undisturbed run.
     #[arg(long)]
@@ -40,6 +58,15 @@ pub struct Args {
     /// What to do instead of running a plan.
     #[command(subcommand)]
     pub command: Option<Command>,
+}
+
+/// What SIGTERM does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnTerm {
+    /// Leave the workers to the next coordinator.
+    Detach,
+    /// Save and stop the run.
+    Stop,
 }
 
 /// How much to check.

@@ -33,12 +33,13 @@ fn write_report(text: &mut String, plan: &Plan) -> std::fmt::Result {
         train.sequences,
         plan.sequence_length()
     )?;
-    writeln!(text, "tokens in all        {}", grouped(per_step * train.iterations))?;
+    writeln!(text, "tokens in all        {}", grouped(per_step.saturating_mul(train.iterations)))?;
     writeln!(text, "micro-batches        {} of {} sequences", train.micro_batches(), train.micro_batch)?;
     for source in &plan.data.source {
         if let Some(tokens) = source.tokens {
             let all: u64 = plan.data.source.iter().filter_map(|source| source.tokens).sum();
-            let epochs = (per_step * train.iterations) as f64 * (tokens as f64 / all as f64) / tokens as f64;
+            let in_all = per_step as f64 * train.iterations as f64;
+            let epochs = in_all * (tokens as f64 / all as f64) / tokens as f64;
             writeln!(
                 text,
                 "source {:<24} {:>17} tokens, {:.2} epochs; {}",
@@ -75,9 +76,21 @@ fn write_report(text: &mut String, plan: &Plan) -> std::fmt::Result {
         text,
         "milestones           {milestones}, every {} steps; {} bytes in all",
         plan.checkpoint.every,
-        grouped(12 * parameters * milestones)
+        grouped((12 * parameters).saturating_mul(milestones))
     )?;
     writeln!(text, "average              of the last {}", plan.checkpoint.average)?;
+
+    writeln!(text, "\n# evaluation")?;
+    match (plan.data.holdout, plan.evaluate.text.get()) {
+        (0.0, _) => writeln!(text, "none: data.holdout = 0 keeps no text back to measure on")?,
+        (_, 0) => writeln!(text, "none: evaluate.text is 0")?,
+        (share, _) => writeln!(
+            text,
+            "on up to {} of the documents that are held out, one of {:.0}; with fewer of them there may be none",
+            plan.evaluate.text,
+            share.recip()
+        )?,
+    }
 
     writeln!(text, "\n# shares and communication")?;
     writeln!(text, "workers  micro-batches each  memory of data, about  bytes sent per worker and step")?;

@@ -44,6 +44,12 @@ impl Console {
         self.bar.suspend(|| print(text));
     }
 
+    /// Prints a line that somebody should act on.
+    pub(crate) fn alarm(&self, text: &str) {
+        tracing::warn!("{text}");
+        self.bar.suspend(|| print(&format!("ALARM: {text}")));
+    }
+
     /// Tells about something that happened.
     pub(crate) fn note(&mut self, note: &Note) {
         match note {
@@ -73,7 +79,14 @@ impl Console {
                 self.line(&format!("{} on {}: {}", job.name(), worker.name(), purpose(job)));
             }
             Note::JobDone(job) => self.line(&format!("{} done", job.name())),
+            Note::Drained(worker) => {
+                self.line(&format!("worker {} has left, as it was asked to", worker.name()));
+            }
+            Note::SitsOut(worker, pause, why) => {
+                self.line(&format!("worker {} sits out for {} s: {why}", worker.name(), pause.as_secs()));
+            }
             Note::Remark(text) => self.line(text),
+            Note::Alarm(text) => self.alarm(text),
         }
     }
 
@@ -124,7 +137,7 @@ fn purpose(job: &Job) -> String {
     }
 }
 
-/// Prints a line to standard output. A reader that has gone away is no reason to stop.
-pub fn print(text: &str) {
+/// Prints a line while a run goes on: nobody to read it is no reason to stop. What is printed in the end must arrive.
+fn print(text: &str) {
     writeln!(std::io::stdout(), "{text}").ok();
 }

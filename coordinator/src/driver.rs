@@ -1,20 +1,21 @@
 //! The shell around the pure core: takes events in, performs effects in order.
 //!
 //! One task owns everything that changes. It persists before it sends: an effect that must be durable is done
-//! when the next one begins. Writing manifests is the only slow effect, and runs beside the loop.
+//! when the next one begins. A disk that takes nothing makes effects wait in their order, and nobody is told what is not
+//! stored; workers train on meanwhile. Reading back and committing checkpoints is slow, and runs beside the loop.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 use tokio_util::task::TaskTracker;
-use ulmus_checkpoint::{Manifest, Store};
-use ulmus_coord_core::{Coordinator, Effect, Event, Note, Outcome, Saved, Settings};
-use ulmus_rt::{Failure, Shutdown, with_causes};
+use ulmus_checkpoint::{CheckpointError, Manifest, Store};
+use ulmus_coord_core::{Coordinator, Effect, Event, Outcome, Saved, Settings};
+use ulmus_rt::{Failure, Shutdown, Signal, with_causes};
 use ulmus_types::{
-    CheckpointId, Digest, ErrorKind, ExitStatus, Generation, SourceReading, Step, StepReport, ToWorker,
-    WorkerId,
+    CheckpointId, Digest, ErrorKind, ExitStatus, Generation, RunId, SourceReading, Step, StepReport,
+    ToCoordinator, ToWorker, WorkerId,
 };
 
 use crate::console::Console;
@@ -26,6 +27,10 @@ use crate::store::{MetricsRow, ReadingRow, RunStore, StoreError, StoredCheckpoin
 
 /// How often time passes for the core.
 const TICK: Duration = Duration::from_millis(100);
+/// How often a disk that took nothing is tried again.
+const DISK_RETRY: Duration = Duration::from_secs(1);
+/// How long a stop waits for such a disk.
+const STOP_WAIT: Duration = Duration::from_secs(10);
 
 /// What the driver works with.
 pub(crate) struct Parts {
@@ -38,6 +43,8 @@ pub(crate) struct Parts {
     pub(crate) sources: SourcesFile,
     pub(crate) console: Console,
     pub(crate) locals: Option<LocalWorkers>,
+    /// Leave on SIGTERM without a word, for the next coordinator to take over.
+    pub(crate) detach_on_term: bool,
     /// Kill a local worker once this many updates are done.
     pub(crate) kill_after: Option<u64>,
     pub(crate) tasks: TaskTracker,
@@ -48,7 +55,16 @@ struct Driver {
     core: Coordinator,
     parts: Parts,
     sessions: BTreeMap<WorkerId, (SessionNumber, mpsc::Sender<ToWorker>)>,
-    commits: mpsc::Sender<Event>,
+    /// What has been found out beside the loop.
+    found: mpsc::Sender<Event>,
+    /// Effects that are still to be performed, in order: those behind a disk that takes nothing wait.
+    effects: VecDeque<Effect>,
+    /// Since when it takes nothing, and when it is tried again.
+    stalled: Option<(Instant, Instant)>,
+    /// Whether it was told that the files for spreadsheets cannot be written.
+    csv_failed: bool,
+    /// Whether the core was told that local workers are hopeless.
+    locals_failed: bool,
     started: Instant,
 }
 
@@ -66,31 +82,47 @@ pub(crate) async fn drive(
     mut sessions: mpsc::Receiver<SessionEvent>,
     shutdown: &Shutdown,
 ) -> Result<Ended, Failure> {
-    let (commits, mut committed) = mpsc::channel(16);
+    let (found, mut findings) = mpsc::channel(16);
     let saved = std::mem::take(&mut parts.saved);
     let core = Coordinator::new(parts.settings.clone(), saved, Duration::ZERO);
-    let mut driver = Driver { core, parts, sessions: BTreeMap::new(), commits, started: Instant::now() };
+    let mut driver = Driver {
+        core,
+        parts,
+        sessions: BTreeMap::new(),
+        found,
+        effects: VecDeque::new(),
+        stalled: None,
+        csv_failed: false,
+        locals_failed: false,
+        started: Instant::now(),
+    };
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut asked_to_stop = false;
+    let mut asked_to_stop: Option<Instant> = None;
     let outcome = loop {
         let event = tokio::select! {
             biased;
-            () = shutdown.requested(), if !asked_to_stop => {
-                asked_to_stop = true;
+            signal = shutdown.requested(), if asked_to_stop.is_none() => {
+                asked_to_stop = Some(Instant::now());
+                if signal == Signal::Terminate && driver.parts.detach_on_term {
+                    break detached();
+                }
                 driver.parts.console.line("saving and stopping; press Ctrl-C again to stop at once");
                 Some(Event::StopRequested)
             }
-            Some(event) = committed.recv() => Some(event),
+            Some(event) = findings.recv() => Some(event),
             Some(event) = sessions.recv() => driver.session(event),
             _ = tick.tick() => {
-                driver.look_after_locals()?;
+                if let Some(event) = driver.look_after_locals() {
+                    driver.happened(event);
+                }
                 Some(Event::Ticked)
             }
         };
-        if let Some(event) = event
-            && let Some(outcome) = driver.happened(event).await?
-        {
+        if let Some(event) = event {
+            driver.happened(event);
+        }
+        if let Some(outcome) = driver.settle(asked_to_stop).await? {
             break outcome;
         }
     };
@@ -99,25 +131,97 @@ pub(crate) async fn drive(
 }
 
 impl Driver {
-    async fn happened(&mut self, event: Event) -> Result<Option<Outcome>, Failure> {
-        let effects = self.core.on(self.started.elapsed(), event);
-        let mut outcome = None;
-        for effect in effects {
-            let performed = self.perform(effect).await.map_err(|error| Failure::of(error.kind(), &error))?;
-            outcome = outcome.or(performed);
+    fn happened(&mut self, event: Event) {
+        let event = self.compared(event);
+        self.effects.extend(self.core.on(self.started.elapsed(), event));
+    }
+
+    /// Reports that contradict the record are not heard as reports, nor results that are none.
+    fn compared(&self, event: Event) -> Event {
+        let Event::Said { worker, message, .. } = &event else { return event };
+        let reports = match message {
+            ToCoordinator::Steps { reports, .. } => reports,
+            ToCoordinator::Ready(ready) => &ready.reports,
+            // A result that cannot be read would end the run when its last page is written.
+            ToCoordinator::JobDone { job, result } if !is_object(result) => {
+                let why = format!("the result of {} is no JSON object", job.name());
+                return Event::SaidImpossible(worker.clone(), why);
+            }
+            _ => return event,
+        };
+        match self.parts.memory.agrees(reports) {
+            Err(error @ StoreError::Diverged { .. }) => {
+                Event::Contradicted(worker.clone(), error.to_string())
+            }
+            // A record that cannot be read cannot be written either, and that is where it is told.
+            Ok(()) | Err(_) => event,
         }
-        Ok(outcome)
+    }
+
+    /// Performs what is to be done, as far as the disk takes it.
+    async fn settle(&mut self, asked_to_stop: Option<Instant>) -> Result<Option<Outcome>, Failure> {
+        if let Some((since, again)) = self.stalled {
+            let stopped = asked_to_stop.is_some_and(|at| at.elapsed() > STOP_WAIT);
+            if Instant::now() < again && !stopped {
+                return Ok(None);
+            }
+            if since.elapsed() > self.parts.settings.max_age || stopped {
+                let message = format!(
+                    "run.sqlite could not be written for {} s; free space on its disk, then start the same command again",
+                    since.elapsed().as_secs()
+                );
+                return Err(Failure::new(ExitStatus::Failed, message));
+            }
+        }
+        while let Some(effect) = self.effects.pop_front() {
+            match self.perform(&effect).await {
+                Ok(None) => self.resumed(),
+                Ok(Some(outcome)) => return Ok(Some(outcome)),
+                Err(error) if error.is_of_disk() => {
+                    self.effects.push_front(effect);
+                    self.stall(&error);
+                    break;
+                }
+                // Two reports of one step came while the disk took nothing.
+                Err(error @ StoreError::Diverged { .. }) => self.parts.console.alarm(&error.to_string()),
+                Err(error) => return Err(Failure::of(error.kind(), &error)),
+            }
+        }
+        Ok(None)
+    }
+
+    fn stall(&mut self, error: &StoreError) {
+        let now = Instant::now();
+        let since = self.stalled.map_or(now, |(since, _)| since);
+        if self.stalled.is_none() {
+            let most = humantime::format_duration(self.parts.settings.max_age);
+            let text = format!("{}; training goes on, for {most} at most", with_causes(error));
+            self.parts.console.alarm(&text);
+        }
+        self.stalled = Some((since, now + DISK_RETRY));
+    }
+
+    fn resumed(&mut self) {
+        if self.stalled.take().is_some() {
+            self.parts.console.line("run.sqlite can be written again; nothing was lost");
+        }
     }
 
     fn session(&mut self, event: SessionEvent) -> Option<Event> {
         match event {
             SessionEvent::Opened { session, hello, outbox } => {
                 let worker = hello.worker.clone();
+                // Somebody who is not let in takes nobody's place.
+                if let Err((kind, reason)) = self.core.judge(&hello) {
+                    self.parts.console.line(&format!("refused: {reason}"));
+                    outbox.try_send(ToWorker::Refused { kind, reason }).ok();
+                    return None;
+                }
                 self.sessions.insert(worker.clone(), (session, outbox));
-                Some(Event::Said(worker, ulmus_types::ToCoordinator::Hello(hello)))
+                Some(Event::Said { worker, run: hello.run, message: ToCoordinator::Hello(hello) })
             }
-            SessionEvent::Said { session, worker, message } => {
-                self.is_current(&worker, session).then_some(Event::Said(worker, message))
+            SessionEvent::Said { session, worker, run, message } => {
+                self.is_current(&worker, session).then_some(Event::Said { worker, run, message })
             }
             SessionEvent::Closed { session, worker } => {
                 let current = self.is_current(&worker, session);
@@ -134,50 +238,54 @@ impl Driver {
         self.sessions.get(worker).is_some_and(|(current, _)| *current == session)
     }
 
-    async fn perform(&mut self, effect: Effect) -> Result<Option<Outcome>, StoreError> {
+    async fn perform(&mut self, effect: &Effect) -> Result<Option<Outcome>, StoreError> {
+        let memory = &mut self.parts.memory;
         match effect {
-            Effect::SaveGeneration(generation, members) => {
-                self.parts.memory.save_generation(generation, &members)?;
-            }
-            Effect::SaveGroupEnded(generation) => self.parts.memory.save_group_ended(generation)?,
-            Effect::SaveFingerprint(fingerprint) => self.parts.memory.save_fingerprint(fingerprint)?,
-            Effect::SaveSteps(generation, reports) => self.save_steps(generation, reports)?,
+            Effect::SaveGeneration(generation, members) => memory.save_generation(*generation, members)?,
+            Effect::SaveGroupEnded(generation) => memory.save_group_ended(*generation)?,
+            Effect::SaveFingerprint(fingerprint) => memory.save_fingerprint(*fingerprint)?,
+            Effect::SaveSteps(generation, reports) => self.save_steps(*generation, reports)?,
             Effect::SaveQuarantine(units) => {
-                self.parts.memory.save_quarantine(&units)?;
-                quarantine::write(&self.parts.files, &units).await.map_err(StoreError::Files)?;
+                memory.save_quarantine(units)?;
+                quarantine::write(&self.parts.files, units).await.map_err(StoreError::Files)?;
             }
-            Effect::SaveReading(worker, step, sources) => self.save_reading(&worker, step, sources)?,
-            Effect::SaveTrained(step) => self.parts.memory.save_trained(step)?,
-            Effect::SaveJob(job, result) => self.parts.memory.save_job(&job, &result)?,
-            Effect::Send(worker, message) => self.send(&worker, message),
+            Effect::SaveReading(worker, step, sources) => self.save_reading(worker, *step, sources)?,
+            Effect::SaveTrained(step) => memory.save_trained(*step)?,
+            Effect::SaveCommitted(checkpoint) => memory.committed(*checkpoint)?,
+            Effect::SaveDamaged(checkpoint) => memory.forget(*checkpoint)?,
+            Effect::SaveJobStarted(job, worker) => memory.save_owner(job, worker)?,
+            Effect::SaveJob(job, result) => memory.save_job(job, result)?,
+            Effect::SaveJobUndone(name) => memory.forget_job(name)?,
+            Effect::Send(worker, message) => self.send(worker, message.clone()),
             Effect::Disconnect(worker) => {
-                self.sessions.remove(&worker);
+                self.sessions.remove(worker);
             }
             Effect::Commit { checkpoint, kind, state, files } => {
-                let stored = StoredCheckpoint { id: checkpoint, kind, state, files };
-                self.parts.memory.save_checkpoint(&stored)?;
+                let (id, kind, state, files) = (*checkpoint, *kind, *state, files.clone());
+                let stored = StoredCheckpoint { id, kind, state, files };
+                memory.save_checkpoint(&stored)?;
                 self.commit(stored);
             }
             Effect::Delete(checkpoint) => {
-                self.parts.memory.forget(checkpoint)?;
-                let files = self.parts.files.clone();
-                self.parts.tasks.spawn(async move {
-                    // What is left over is found when the run is done.
-                    if let Err(error) = ulmus_checkpoint::delete(&files, checkpoint).await {
-                        let error = with_causes(&error);
-                        tracing::info!(%checkpoint, error, "an old recovery checkpoint could not be deleted");
-                    }
-                });
+                memory.forget(*checkpoint)?;
+                self.delete(*checkpoint);
             }
-            Effect::Tell(note) => {
-                if let Note::Checkpoint(checkpoint, _) = &note {
-                    self.parts.memory.committed(*checkpoint)?;
-                }
-                self.parts.console.note(&note);
-            }
-            Effect::Exit(outcome) => return Ok(Some(outcome)),
+            Effect::Verify(checkpoints) => self.verify(checkpoints.clone()),
+            Effect::Tell(note) => self.parts.console.note(note),
+            Effect::Exit(outcome) => return Ok(Some(outcome.clone())),
         }
         Ok(None)
+    }
+
+    fn delete(&self, checkpoint: CheckpointId) {
+        let files = self.parts.files.clone();
+        self.parts.tasks.spawn(async move {
+            // What is left over is found when the run is done.
+            if let Err(error) = ulmus_checkpoint::delete(&files, checkpoint).await {
+                let error = with_causes(&error);
+                tracing::info!(%checkpoint, error, "an old recovery checkpoint could not be deleted");
+            }
+        });
     }
 
     fn send(&mut self, worker: &WorkerId, message: ToWorker) {
@@ -189,15 +297,12 @@ impl Driver {
         }
     }
 
-    fn save_steps(&mut self, generation: Generation, reports: Vec<StepReport>) -> Result<(), StoreError> {
-        self.parts.memory.save_steps(generation, &reports)?;
+    fn save_steps(&mut self, generation: Generation, reports: &[StepReport]) -> Result<(), StoreError> {
+        self.parts.memory.save_steps(generation, reports)?;
         for report in reports {
-            self.parts.console.step(&report);
-            if let Err(error) = self.parts.metrics.append(MetricsRow { report, generation }) {
-                self.parts
-                    .console
-                    .line(&format!("metrics.csv cannot be written: {error}; run.sqlite has all of it"));
-            }
+            self.parts.console.step(report);
+            let appended = self.parts.metrics.append(MetricsRow { report: report.clone(), generation });
+            self.tell_of_csv("metrics.csv", appended);
         }
         if let Some(after) = self.parts.kill_after
             && self.core.step().get() >= after
@@ -214,48 +319,112 @@ impl Driver {
         &mut self,
         worker: &WorkerId,
         step: Step,
-        sources: Vec<SourceReading>,
+        sources: &[SourceReading],
     ) -> Result<(), StoreError> {
         for reading in sources {
-            let row = ReadingRow { step, worker: worker.name().to_owned(), reading };
+            let row = ReadingRow { step, worker: worker.name().to_owned(), reading: reading.clone() };
             self.parts.memory.save_reading(&row)?;
-            if let Err(error) = self.parts.sources.append(&row) {
-                let line = format!("sources.csv cannot be written: {error}; run.sqlite has all of it");
-                self.parts.console.line(&line);
-            }
+            let appended = self.parts.sources.append(&row);
+            self.tell_of_csv("sources.csv", appended);
         }
         Ok(())
     }
 
+    /// The files for spreadsheets are copies: what they miss is written at the next start.
+    fn tell_of_csv(&mut self, file: &str, appended: std::io::Result<()>) {
+        match appended {
+            Ok(()) => {}
+            Err(_) if self.csv_failed => {}
+            Err(error) => {
+                self.csv_failed = true;
+                let text = format!("{file} cannot be written: {error}; run.sqlite has all of it");
+                self.parts.console.alarm(&text);
+            }
+        }
+    }
+
+    /// Reads a checkpoint's parts back, and makes it exist if they are what was announced.
     fn commit(&self, checkpoint: StoredCheckpoint) {
         let id = checkpoint.id;
-        let manifest = manifest(checkpoint, self.parts.plan_digest);
-        let (files, commits) = (self.parts.files.clone(), self.commits.clone());
+        let manifest = manifest(checkpoint, self.parts.settings.id, self.parts.plan_digest);
+        let (files, found) = (self.parts.files.clone(), self.found.clone());
         self.parts.tasks.spawn(async move {
-            let event = match ulmus_checkpoint::commit(&files, &manifest).await {
-                Ok(()) => Event::CheckpointCommitted(id),
-                Err(error) => Event::CommitFailed(id, with_causes(&error)),
+            let failed = |error: CheckpointError| Event::CommitFailed(id, error.kind(), with_causes(&error));
+            let event = match ulmus_checkpoint::damaged_files(&files, &manifest).await {
+                Err(error) => failed(error),
+                Ok(damaged) if !damaged.is_empty() => {
+                    let why = damaged.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+                    let names = damaged.into_iter().filter_map(CheckpointError::into_file).collect();
+                    Event::PartsDamaged(id, names, why)
+                }
+                Ok(_) => match ulmus_checkpoint::commit(&files, &manifest).await {
+                    Ok(()) => Event::CheckpointCommitted(id),
+                    Err(error) => failed(error),
+                },
             };
             // The loop may be over already; then the next start commits.
-            commits.send(event).await.ok();
+            found.send(event).await.ok();
         });
     }
 
-    fn look_after_locals(&mut self) -> Result<(), Failure> {
-        match &mut self.parts.locals {
-            Some(locals) => {
-                locals.maintain().map_err(|error| Failure::new(ExitStatus::Failed, error.to_string()))
+    /// Reads committed checkpoints, and tells which are damaged.
+    fn verify(&self, checkpoints: Vec<CheckpointId>) {
+        let (files, found) = (self.parts.files.clone(), self.found.clone());
+        let run = self.parts.settings.id;
+        self.parts.tasks.spawn(async move {
+            // The newest is needed first.
+            for id in checkpoints.into_iter().rev() {
+                match ulmus_checkpoint::verify(&files, id, run).await {
+                    Err(error) if error.condemns() => {
+                        let damaged = Event::CheckpointDamaged(id, with_causes(&error));
+                        if found.send(damaged).await.is_err() {
+                            return;
+                        }
+                    }
+                    Err(error) => tracing::info!(checkpoint = %id, error = with_causes(&error), "cannot be verified now"),
+                    Ok(_) => tracing::info!(checkpoint = %id, "verified"),
+                }
             }
-            None => Ok(()),
+        });
+    }
+
+    fn look_after_locals(&mut self) -> Option<Event> {
+        let locals = self.parts.locals.as_mut()?;
+        for failure in locals.maintain() {
+            self.parts.console.alarm(&failure);
+        }
+        let hopeless = locals.hopeless();
+        match hopeless {
+            Some(why) if !std::mem::replace(&mut self.locals_failed, true) => {
+                self.parts.console.alarm(&format!("{why}; it is started again later and later"));
+                Some(Event::LocalWorkersFailed(why))
+            }
+            Some(why) => Some(Event::LocalWorkersFailed(why)),
+            None => {
+                self.locals_failed = false;
+                None
+            }
         }
     }
 }
 
+/// Everything is left as it is: workers train on, and look for the next coordinator.
+fn detached() -> Outcome {
+    let message =
+        "stopped, and left the workers to the next coordinator; start the same command again within 5 min";
+    Outcome { status: ExitStatus::Interrupted, message: message.to_owned(), detached: true }
+}
+
+fn is_object(json: &str) -> bool {
+    serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(json).is_ok()
+}
+
 /// The manifest of a stored checkpoint.
-pub(crate) fn manifest(checkpoint: StoredCheckpoint, plan_digest: Digest) -> Manifest {
+pub(crate) fn manifest(checkpoint: StoredCheckpoint, run: RunId, plan_digest: Digest) -> Manifest {
     Manifest {
         checkpoint: checkpoint.id,
         kind: checkpoint.kind,
+        run: Some(run),
         plan_digest,
         state_digest: checkpoint.state,
         files: checkpoint.files,
@@ -266,19 +435,26 @@ pub(crate) fn manifest(checkpoint: StoredCheckpoint, plan_digest: Digest) -> Man
 pub(crate) async fn finish_commits(
     memory: &RunStore,
     files: &Store,
+    run: RunId,
     plan_digest: Digest,
 ) -> Result<Vec<CheckpointId>, Failure> {
     let fail = |error: StoreError| Failure::of(error.kind(), &error);
     let mut finished = Vec::new();
     for checkpoint in memory.checkpoints(false).map_err(fail)? {
         let id = checkpoint.id;
-        match ulmus_checkpoint::commit(files, &manifest(checkpoint, plan_digest)).await {
-            Ok(()) => {
+        let manifest = manifest(checkpoint, run, plan_digest);
+        let is_whole = match ulmus_checkpoint::damaged_files(files, &manifest).await {
+            Ok(damaged) => damaged.is_empty(),
+            Err(error) => return Err(Failure::of(error.kind(), &error)),
+        };
+        let committed = if is_whole { ulmus_checkpoint::commit(files, &manifest).await } else { Ok(()) };
+        match committed {
+            Ok(()) if is_whole => {
                 memory.committed(id).map_err(fail)?;
                 finished.push(id);
             }
             Err(error) if error.kind() == ErrorKind::Retry => return Err(Failure::of(error.kind(), &error)),
-            Err(_) => memory.forget(id).map_err(fail)?,
+            Ok(()) | Err(_) => memory.forget(id).map_err(fail)?,
         }
     }
     Ok(finished)

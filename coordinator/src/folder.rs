@@ -7,6 +7,7 @@
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use ulmus_checkpoint::{Store, StoreError};
@@ -106,8 +107,9 @@ impl RunFolder {
     /// Opens the folder of the plan's run, or makes it, and locks it.
     ///
     /// # Errors
-    /// When somebody else has it, when it holds another plan's run, or when it cannot be written.
-    pub(crate) async fn open(plan: &Plan) -> Result<Self, FolderError> {
+    /// When somebody else has it, when it holds another plan's run, or when it cannot be written. With `recover` the
+    /// coordinator's own files may be lost though the store has a mark.
+    pub(crate) async fn open(plan: &Plan, recover: bool) -> Result<Self, FolderError> {
         let location = format!("{}/{}", plan.store.url.trim_end_matches('/'), plan.run.name);
         let store = Store::create(&location)?;
         let own = || Path::new(&plan.store.local).join(plan.run.name.to_string());
@@ -128,13 +130,13 @@ impl RunFolder {
             Err(TryLockError::Error(error)) => return Err(io(&lock_path, error)),
         }
         let folder = Self { path, store, _lock: lock };
-        folder.claim().await?;
+        folder.claim(recover).await?;
         folder.keep_plan(plan)?;
         Ok(folder)
     }
 
     /// Marks an object store as this folder's, which it is from then on.
-    async fn claim(&self) -> Result<(), FolderError> {
+    async fn claim(&self, recover: bool) -> Result<(), FolderError> {
         let other_store =
             || FolderError::OtherStore { folder: self.path.clone(), store: self.store.to_string() };
         let path = self.path.join(MARK);
@@ -159,6 +161,11 @@ impl RunFolder {
         match (own, there) {
             (Some(own), Some(there)) if there == own => Ok(()),
             _ if has_begun => Err(other_store()),
+            // Its own files were lost, and it takes the store over.
+            (_, Some(there)) if recover => {
+                let there = String::from_utf8_lossy(&there).into_owned();
+                self.write(MARK, &there)
+            }
             (_, Some(_)) => Err(self.elsewhere()),
             (own, None) => {
                 let own = own.unwrap_or_else(unguessable);
@@ -247,6 +254,23 @@ impl RunFolder {
     /// Where the coordinator's memory is.
     pub(crate) fn database(&self) -> PathBuf {
         self.path.join(DATABASE)
+    }
+
+    /// Keeps the coordinator's memory to its user. What `SQLite` writes beside it later has the same mode.
+    ///
+    /// # Errors
+    /// When the mode cannot be set.
+    pub(crate) fn hide_database(&self) -> Result<(), FolderError> {
+        for suffix in ["", "-wal", "-shm"] {
+            let path = self.path.join(format!("{DATABASE}{suffix}"));
+            match fs::set_permissions(&path, fs::Permissions::from_mode(0o600)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(FolderError::Io { path, error });
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Tells local workers where the coordinator listens.

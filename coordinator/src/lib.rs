@@ -14,11 +14,11 @@ mod local;
 mod metrics;
 pub mod plans;
 mod quarantine;
+mod recover;
 mod run;
 mod server;
 mod store;
 mod summary;
 
 pub use check::report;
-pub use console::print;
 pub use run::{Options, run};

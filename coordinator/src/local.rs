@@ -13,11 +13,16 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use ulmus_plan::LocalConfig;
+use ulmus_transport::JoinToken;
 
 /// How long a worker must have lived for its end not to count as a failed start.
 const SETTLED: Duration = Duration::from_secs(30);
-/// Starts in a row that may fail.
+/// Starts in a row that may fail before nobody counts on the worker any more. It is still started again.
 const FAILED_STARTS: u32 = 5;
+/// Pause before a worker whose last start failed is started again; each further failure doubles it.
+const PAUSE: Duration = Duration::from_millis(500);
+/// The longest such pause.
+const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 
 /// One worker.
 #[derive(Debug)]
@@ -26,6 +31,7 @@ struct Slot {
     process: Option<Process>,
     started: Instant,
     failed_starts: u32,
+    not_before: Instant,
 }
 
 #[derive(Debug)]
@@ -40,56 +46,76 @@ enum Process {
 pub(crate) struct LocalWorkers {
     folder: PathBuf,
     address_file: PathBuf,
+    token: JoinToken,
     config: LocalConfig,
     slots: Vec<Slot>,
 }
 
 impl LocalWorkers {
-    /// Takes over the workers that an earlier coordinator left, and starts those that are missing.
-    ///
-    /// # Errors
-    /// When a worker cannot be started.
-    pub(crate) fn start(folder: &Path, address_file: PathBuf, config: &LocalConfig) -> io::Result<Self> {
-        let mut workers =
-            Self { folder: folder.to_path_buf(), address_file, config: config.clone(), slots: Vec::new() };
-        for index in 0..config.workers {
+    /// Takes over the workers that an earlier coordinator left; [`Self::maintain`] starts those that are missing.
+    pub(crate) fn start(
+        folder: &Path,
+        address_file: PathBuf,
+        token: JoinToken,
+        config: &LocalConfig,
+    ) -> Self {
+        let (folder, config) = (folder.to_path_buf(), config.clone());
+        let mut workers = Self { folder, address_file, token, config, slots: Vec::new() };
+        for index in 0..workers.config.workers {
             let name = format!("local-{index}");
             let process = workers.left_behind(&name).map(Process::Adopted);
-            workers.slots.push(Slot { name, process, started: Instant::now(), failed_starts: 0 });
+            let now = Instant::now();
+            workers.slots.push(Slot { name, process, started: now, failed_starts: 0, not_before: now });
         }
-        workers.maintain()?;
-        Ok(workers)
+        workers
     }
 
-    /// Starts again what has ended.
-    ///
-    /// # Errors
-    /// When a worker cannot be started, or ended several times right after its start.
-    pub(crate) fn maintain(&mut self) -> io::Result<()> {
+    /// Starts again what has ended, later and later if it ends right after its start; tells what could not be started, once.
+    pub(crate) fn maintain(&mut self) -> Vec<String> {
+        let now = Instant::now();
+        let mut failures = Vec::new();
         for index in 0..self.slots.len() {
-            if self.slots[index].is_alive()? {
+            let slot = &mut self.slots[index];
+            if slot.is_alive() {
                 continue;
             }
-            let slot = &mut self.slots[index];
             if slot.process.take().is_some() {
-                slot.failed_starts =
-                    if slot.started.elapsed() > SETTLED { 0 } else { slot.failed_starts + 1 };
+                slot.has_ended(now);
             }
-            if slot.failed_starts == FAILED_STARTS {
-                let log = self.log_file(&self.slots[index].name);
-                return Err(io::Error::other(format!(
-                    "worker {} ended {FAILED_STARTS} times right after its start; see {}",
-                    self.slots[index].name,
-                    log.display()
-                )));
+            if now < slot.not_before {
+                continue;
             }
-            let child = self.spawn(index, &self.slots[index].name)?;
-            fs::write(self.pid_file(&self.slots[index].name), format!("{}\n", child.id()))?;
+            let name = slot.name.clone();
+            let started = self.spawn(index, &name).and_then(|child| {
+                let pid = child.id();
+                // Kept even if its number cannot be written: a worker that nobody knows could not be stopped.
+                self.slots[index].process = Some(Process::Child(child));
+                fs::write(self.pid_file(&name), format!("{pid}\n"))
+            });
             let slot = &mut self.slots[index];
-            slot.process = Some(Process::Child(child));
-            slot.started = Instant::now();
+            slot.started = now;
+            if let Err(error) = started {
+                if slot.process.is_none() {
+                    slot.has_ended(now);
+                }
+                if slot.failed_starts <= 1 {
+                    failures.push(format!("worker {name}: {error}; trying again"));
+                }
+            }
         }
-        Ok(())
+        failures
+    }
+
+    /// Why no local worker can be counted on, if so.
+    pub(crate) fn hopeless(&self) -> Option<String> {
+        let all = self.slots.iter().all(|slot| slot.failed_starts >= FAILED_STARTS);
+        let slot = self.slots.first().filter(|_| all)?;
+        let log = self.log_file(&slot.name);
+        let name = &slot.name;
+        Some(format!(
+            "worker {name} ended {FAILED_STARTS} times right after its start; see {}",
+            log.display()
+        ))
     }
 
     /// Kills one worker with SIGKILL, and tells which.
@@ -105,7 +131,7 @@ impl LocalWorkers {
     pub(crate) async fn finish(mut self) {
         let deadline = Instant::now() + Duration::from_secs(5);
         let mut tick = tokio::time::interval(Duration::from_millis(20));
-        while self.slots.iter_mut().any(|slot| slot.is_alive().unwrap_or(false)) {
+        while self.slots.iter_mut().any(Slot::is_alive) {
             if Instant::now() > deadline {
                 for pid in self.slots.iter().filter_map(Slot::pid) {
                     kill_process(pid, Signal::KILL).ok();
@@ -126,6 +152,8 @@ impl LocalWorkers {
             .args(["--threads", &self.config.threads.to_string()])
             .arg("--join-file")
             .arg(&self.address_file)
+            // Only its user can read a process's environment.
+            .env("ULMUS_TOKEN", self.token.reveal())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
@@ -161,11 +189,23 @@ impl Slot {
         }
     }
 
-    fn is_alive(&mut self) -> io::Result<bool> {
-        Ok(match &mut self.process {
+    /// Its process has ended, or could not be started.
+    fn has_ended(&mut self, now: Instant) {
+        self.failed_starts = if self.started.elapsed() > SETTLED { 0 } else { self.failed_starts + 1 };
+        // A worker that was killed once is back at once.
+        let pause = match self.failed_starts.checked_sub(2) {
+            Some(doublings) => (PAUSE * 2_u32.pow(doublings.min(10))).min(LONGEST_PAUSE),
+            None => Duration::ZERO,
+        };
+        self.not_before = now + pause;
+    }
+
+    fn is_alive(&mut self) -> bool {
+        match &mut self.process {
             None => false,
-            Some(Process::Child(child)) => child.try_wait()?.is_none(),
+            // What cannot be asked about is not started a second time.
+            Some(Process::Child(child)) => child.try_wait().map_or(true, |ended| ended.is_none()),
             Some(Process::Adopted(pid)) => test_kill_process(*pid).is_ok(),
-        })
+        }
     }
 }

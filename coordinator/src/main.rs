@@ -2,21 +2,24 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use tokio_util::task::TaskTracker;
 use ulmus_coordinator::args::{Args, Check, Command};
-use ulmus_coordinator::{Options, plans, print, report, run};
-use ulmus_rt::{Failure, Shutdown};
+use ulmus_coordinator::{Options, plans, report, run};
+use ulmus_rt::{Failure, Shutdown, print};
+use ulmus_transport::{TokenSource, raise_file_limit};
 use ulmus_types::ExitStatus;
 
 fn main() -> ExitCode {
-    ulmus_rt::report(start(Args::parse()))
+    match ulmus_rt::arguments() {
+        Ok(args) => ulmus_rt::report(start(args)),
+        Err(code) => code,
+    }
 }
 
 fn start(args: Args) -> Result<ExitStatus, Failure> {
     match args.command {
         Some(Command::Init { from }) => {
-            print(plans::published(&from)?.trim_end());
+            print(plans::published(&from)?.trim_end())?;
             return Ok(ExitStatus::Done);
         }
         #[cfg(feature = "local-workers")]
@@ -29,19 +32,28 @@ fn start(args: Args) -> Result<ExitStatus, Failure> {
     let plans = plans::load(&path, &args.overrides)?;
     if let Some(check) = args.check {
         for plan in &plans {
-            print(&report(plan));
+            print(&report(plan))?;
         }
         return match check {
             Check::Plan => Ok(ExitStatus::Done),
             Check::Sources => check_sources(&plans),
         };
     }
+    raise_file_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .map_err(|error| Failure::new(ExitStatus::Failed, format!("cannot start: {error}")))?;
-    let options = Options { plan: path, listen: args.listen, demo_failure: args.demo_failure };
+    let options = Options {
+        plan: path,
+        listen: args.listen,
+        token: TokenSource::told(args.token_file),
+        demo_failure: args.demo_failure,
+        recover: args.recover,
+        from_start: args.from_start,
+        on_term: args.on_term,
+    };
     runtime.block_on(async {
         let tasks = TaskTracker::new();
         let shutdown = Shutdown::on_signals(&tasks)
@@ -53,7 +65,7 @@ fn start(args: Args) -> Result<ExitStatus, Failure> {
 #[cfg(feature = "local-workers")]
 fn check_sources(plans: &[ulmus_plan::Plan]) -> Result<ExitStatus, Failure> {
     for plan in plans {
-        print(&ulmus_worker::check_sources(plan)?);
+        print(&ulmus_worker::check_sources(plan)?)?;
     }
     Ok(ExitStatus::Done)
 }

@@ -8,8 +8,9 @@
 use std::fs::File;
 use std::io;
 use std::path::Path;
+use std::time::Duration;
 
-use ulmus_types::Step;
+use ulmus_types::{Generation, Step, StepReport};
 
 use crate::store::{MetricsRow, ReadingRow};
 
@@ -48,6 +49,15 @@ impl MetricsFile {
         }
         file.csv.flush()?;
         Ok(file)
+    }
+
+    /// The rows of such a file, up to the first that cannot be read: of a run whose database was lost.
+    pub(crate) fn read(path: &Path) -> Vec<MetricsRow> {
+        let Ok(mut file) = csv::Reader::from_path(path) else { return Vec::new() };
+        if file.headers().is_ok_and(|header| header.iter().take(HEADER.len()).eq(HEADER)) {
+            return file.records().map_while(|record| parse(&record.ok()?)).collect();
+        }
+        Vec::new()
     }
 
     /// Adds a row, unless the step has one already.
@@ -138,4 +148,29 @@ fn columns(row: &ReadingRow) -> [(&'static str, String); 19] {
         ("failed_requests", reading.failed_requests.to_string()),
         ("seconds", format!("{seconds:.3}")),
     ]
+}
+
+fn parse(record: &csv::StringRecord) -> Option<MetricsRow> {
+    let number = |column: usize| record.get(column)?.parse::<f64>().ok().filter(|number| number.is_finite());
+    let count = |column: usize| record.get(column)?.parse::<u64>().ok();
+    let seconds = |column: usize| Duration::try_from_secs_f64(number(column)?).ok();
+    let held_out_loss = match record.get(9)? {
+        "" => None,
+        _ => Some(number(9)?),
+    };
+    Some(MetricsRow {
+        report: StepReport {
+            step: Step::new(count(0)?),
+            tokens: count(1)?,
+            loss: number(2)?,
+            z_loss: number(3)?,
+            grad_norm: number(4)?,
+            lr: number(5)?,
+            held_out_loss,
+            elapsed: seconds(10)?,
+            data_wait: seconds(7)?,
+            communication: seconds(8)?,
+        },
+        generation: Generation::new(count(11)?),
+    })
 }

@@ -1,27 +1,28 @@
 //! One run from its plan to its last phase: opens what it needs, drives it, and closes in order.
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::task::TaskTracker;
-use tonic::transport::Server;
+use tonic::service::Routes;
 use ulmus_coord_core::Settings;
 use ulmus_plan::{OnBadUnit, Plan};
 use ulmus_proto::v1::coordinator_server::CoordinatorServer;
-use ulmus_rt::{Failure, LogTarget, Shutdown, with_causes};
-use ulmus_types::{Digest, ExitStatus};
+use ulmus_rt::{Failure, HostPort, LogTarget, Shutdown, print, with_causes};
+use ulmus_transport::{Bound, Credentials, CredentialsError, Limits, RuntimeError, TokenSource};
+use ulmus_types::{Digest, ExitStatus, NONCE_FILE, RunId, RunSecret, nonce_digest};
 
-use crate::console::{Console, print};
+use crate::args::OnTerm;
+use crate::console::Console;
 use crate::driver::{Ended, Parts, drive, finish_commits};
 use crate::folder::{FolderError, RunFolder, unguessable};
 use crate::local::LocalWorkers;
 use crate::metrics::{MetricsFile, SourcesFile};
 use crate::quarantine;
+use crate::recover::{gather, refuse_to_forget};
 use crate::server::{MESSAGE_LIMIT, Sessions};
 use crate::store::{RunStore, StoreError};
 use crate::summary;
@@ -37,9 +38,17 @@ pub struct Options {
     /// Where the plan is, for the summary's advice.
     pub plan: PathBuf,
     /// Where to listen.
-    pub listen: Option<SocketAddr>,
+    pub listen: Option<HostPort>,
+    /// The token that workers must show.
+    pub token: TokenSource,
     /// Run the plan a second time with a killed worker, and compare.
     pub demo_failure: bool,
+    /// Rebuild a lost database from the run folder.
+    pub recover: bool,
+    /// Begin anew where every checkpoint is damaged.
+    pub from_start: bool,
+    /// What SIGTERM does; by default it depends on the plan.
+    pub on_term: Option<OnTerm>,
 }
 
 /// Runs plans one after the other; several are variants of one, and are compared at the end.
@@ -47,7 +56,14 @@ pub struct Options {
 /// # Errors
 /// With the exit code and what a person is told. What was committed is never lost.
 pub async fn run(plans: &[Plan], options: &Options, shutdown: &Shutdown) -> Result<ExitStatus, Failure> {
+    if !matches!(options.token, TokenSource::Unsaid) && (plans.len() > 1 || options.demo_failure) {
+        let message = "a token is for one run, and these are several, each with a key of its own; leave out \
+                       --token-file, and unset ULMUS_TOKEN_FILE and ULMUS_TOKEN: every run then makes its own";
+        return Err(Failure::new(ExitStatus::InvalidInput, message));
+    }
     let mut compared = Vec::new();
+    // The next plan does not depend on whether the page of this one was printed.
+    let mut printed = Ok(());
     for plan in plans {
         if options.demo_failure && plan.local.workers == 0 {
             let message =
@@ -55,8 +71,9 @@ pub async fn run(plans: &[Plan], options: &Options, shutdown: &Shutdown) -> Resu
             return Err(Failure::new(ExitStatus::InvalidInput, message));
         }
         let finished = run_one(plan, options, None, shutdown).await?;
+        printed = printed.and(finished.printed);
         if finished.status != ExitStatus::Done {
-            return Ok(finished.status);
+            return printed.map(|()| finished.status);
         }
         compared.push((plan.run.name.to_string(), plan.model.parameters(), finished.results));
         if options.demo_failure {
@@ -68,9 +85,9 @@ pub async fn run(plans: &[Plan], options: &Options, shutdown: &Shutdown) -> Resu
         }
     }
     if compared.len() > 1 {
-        print(&format!("\n{}", summary::comparison(&compared)));
+        printed = printed.and_then(|()| print(&format!("\n{}", summary::comparison(&compared))));
     }
-    Ok(ExitStatus::Done)
+    printed.map(|()| ExitStatus::Done)
 }
 
 /// Runs the plan again under another name, kills a worker in the middle, and compares the final states.
@@ -86,6 +103,7 @@ async fn run_disturbed(
         .parse()
         .map_err(|error| Failure::new(ExitStatus::InvalidInput, format!("--demo-failure: {error}")))?;
     let finished = run_one(&disturbed, options, Some(plan.train.iterations / 2), shutdown).await?;
+    finished.printed?;
     if finished.status != ExitStatus::Done {
         return Ok(finished.status);
     }
@@ -94,9 +112,9 @@ async fn run_disturbed(
     };
     print(&format!(
         "\nfinal state undisturbed          {undisturbed}\nfinal state with a killed worker {state}"
-    ));
+    ))?;
     if undisturbed == state {
-        print("the same bits: losing a worker changed nothing");
+        print("the same bits: losing a worker changed nothing")?;
         Ok(ExitStatus::Done)
     } else {
         Err(Failure::new(ExitStatus::Corrupt, "the final states differ"))
@@ -109,6 +127,8 @@ struct Finished {
     /// Hash of the state of the newest checkpoint.
     state: Option<Digest>,
     results: std::collections::BTreeMap<String, serde_json::Value>,
+    /// Whether what it had to tell in the end was printed.
+    printed: Result<(), Failure>,
 }
 
 async fn run_one(
@@ -118,20 +138,25 @@ async fn run_one(
     shutdown: &Shutdown,
 ) -> Result<Finished, Failure> {
     let folder = tokio::select! {
-        folder = RunFolder::open(plan) => folder.map_err(|error| in_folder(&error))?,
+        folder = RunFolder::open(plan, options.recover) => folder.map_err(|error| in_folder(&error))?,
         // A store that does not answer is not waited for then.
-        () = shutdown.requested() => {
+        _ = shutdown.requested() => {
             return Err(Failure::new(ExitStatus::Interrupted, "stopped before the run was opened"));
         }
     };
     ulmus_rt::init_telemetry(&LogTarget::File(folder.path().join("logs/coordinator.log")))
         .map_err(|error| failed(&folder.path().join("logs"), &error))?;
-    let memory = RunStore::open(&folder.database()).map_err(|error| stored(&error))?;
-    finish_commits(&memory, folder.store(), plan.digest()).await?;
-    let listener = bind(plan, options).await?;
-    let address =
-        listener.local_addr().map_err(|error| Failure::new(ExitStatus::Failed, error.to_string()))?;
+    let credentials = credentials(&folder, options)?;
+    let memory = open_database(plan, options, &folder).await?;
+    folder.hide_database().map_err(|error| in_folder(&error))?;
+    let (id, secret) = memory.identity().map_err(|error| stored(&error))?;
+    finish_commits(&memory, folder.store(), id, plan.digest()).await?;
+    let bound = bind(plan, options).await?;
+    let address = bound.address().map_err(|error| Failure::new(ExitStatus::Failed, error.to_string()))?;
     folder.write_address(address).map_err(|error| in_folder(&error))?;
+    let published = ulmus_transport::publish(address.port(), &credentials.token);
+    // Nobody can connect before: a worker would find the token of the last coordinator at this port, or none.
+    let listener = bound.listen().map_err(|error| cannot_listen(address, &error))?;
 
     let saved = memory.saved().map_err(|error| stored(&error))?;
     let rows = memory.metrics().map_err(|error| stored(&error))?;
@@ -141,21 +166,29 @@ async fn run_one(
     let console = Console::new(plan.train.iterations, saved.step);
     console.line(&format!("run {} in {}; workers join at {address}", plan.run.name, folder.shown()));
     let finished_before = saved.jobs.contains("benchmark");
-    let locals = start_locals(plan, &folder, finished_before)?;
-    if locals.is_none() && !finished_before {
-        console.line(&format!("waiting for workers: worker --join {address}"));
+    let locals = start_locals(plan, &folder, &credentials, finished_before)?;
+    if !finished_before {
+        if locals.is_none() {
+            console.line(&format!("waiting for workers: worker --join {address}"));
+        }
+        tell_how_to_join(&console, address, &credentials, published.as_ref().err());
     }
 
     let tasks = TaskTracker::new();
     let (events, sessions) = mpsc::channel(EVENTS);
     let (close, closed) = oneshot::channel::<()>();
-    let server = serve(listener, events, tasks.clone(), closed);
-    let server = tasks.spawn(server);
+    let routes = Routes::new(
+        CoordinatorServer::new(Sessions::new(events, tasks.clone())).max_decoding_message_size(MESSAGE_LIMIT),
+    );
+    let server = tasks.spawn(async move {
+        let closed = async { drop(closed.await) };
+        ulmus_transport::serve(listener, routes, &credentials, Limits::of_this_process(), closed).await
+    });
     if !saved.quarantine.is_empty() {
         quarantine::write(folder.store(), &saved.quarantine).await.map_err(|error| in_store(&error))?;
     }
     let parts = Parts {
-        settings: settings(plan, &folder).await?,
+        settings: settings(plan, options, &folder, id, secret).await?,
         saved,
         plan_digest: plan.digest(),
         memory,
@@ -164,6 +197,10 @@ async fn run_one(
         sources,
         console,
         locals,
+        detach_on_term: match options.on_term {
+            Some(what) => what == OnTerm::Detach,
+            None => plan.local.workers == 0,
+        },
         kill_after,
         tasks: tasks.clone(),
     };
@@ -173,8 +210,11 @@ async fn run_one(
     tokio::time::timeout(CLOSE_WITHIN, server).await.ok();
     let Ended { outcome, memory, console, locals } = ended?;
     console.finish();
-    if let Some(locals) = locals {
-        locals.finish().await;
+    match locals {
+        // They are left to the next coordinator.
+        Some(_) if outcome.detached => {}
+        Some(locals) => locals.finish().await,
+        None => {}
     }
     tasks.close();
     tokio::time::timeout(CLOSE_WITHIN, tasks.wait()).await.ok();
@@ -191,70 +231,160 @@ async fn run_one(
             tracing::info!(error = with_causes(&error), "left over of checkpoints could not be deleted");
         }
     }
-    match outcome.status {
+    let printed = match outcome.status {
         ExitStatus::Done => print(&summary::page(plan, options, &folder, &rows, &results, &left_out)),
         ExitStatus::Interrupted => print(&outcome.message),
         status => return Err(Failure::new(status, outcome.message)),
-    }
+    };
     let state = memory
         .checkpoints(true)
         .map_err(|error| stored(&error))?
         .into_iter()
         .max_by_key(|c| c.id)
         .map(|c| c.state);
-    Ok(Finished { status: outcome.status, state, results })
+    Ok(Finished { status: outcome.status, state, results, printed })
 }
 
-async fn bind(plan: &Plan, options: &Options) -> Result<TcpListener, Failure> {
+/// Opens the run's database, or rebuilds it if it was lost and that is asked for.
+async fn open_database(plan: &Plan, options: &Options, folder: &RunFolder) -> Result<RunStore, Failure> {
+    let path = folder.database();
+    let mut memory = match RunStore::open(&path) {
+        Err(StoreError::NoDatabase(_)) if options.recover => {
+            let aside = path.with_extension("sqlite.damaged");
+            std::fs::rename(&path, &aside).map_err(|error| failed(&path, &error))?;
+            print(&format!("{} is damaged; it is kept as {}", path.display(), aside.display()))?;
+            RunStore::open(&path)
+        }
+        opened => opened,
+    }
+    .map_err(|error| stored(&error))?;
+    if !memory.is_new().map_err(|error| stored(&error))? {
+        return Ok(memory);
+    }
+    if !options.recover {
+        refuse_to_forget(folder, &options.plan.display().to_string()).await?;
+        return Ok(memory);
+    }
+    let (recovered, damaged) = gather(folder, plan).await?;
+    for fault in damaged {
+        print(&format!("ALARM: {fault}"))?;
+    }
+    memory.recover(&recovered).map_err(|error| stored(&error))?;
+    let newest = recovered.checkpoints.iter().map(|checkpoint| checkpoint.id).max();
+    print(&format!(
+        "run.sqlite is rebuilt from {} checkpoints{} and {} steps of metrics.csv; jobs are done again",
+        recovered.checkpoints.len(),
+        newest.map_or_else(String::new, |newest| format!(", the newest of them {newest},")),
+        recovered.metrics.len()
+    ))?;
+    Ok(memory)
+}
+
+fn credentials(folder: &RunFolder, options: &Options) -> Result<Credentials, Failure> {
+    Credentials::of_run(folder.path(), &options.token)
+        .map_err(|error: CredentialsError| Failure::of(error.kind(), &error))
+}
+
+/// Tells what workers need that do not find the token by themselves.
+fn tell_how_to_join(
+    console: &Console,
+    address: SocketAddr,
+    credentials: &Credentials,
+    unpublished: Option<&RuntimeError>,
+) {
+    if let Some(error) = unpublished {
+        console.line(&format!("workers of this machine do not find the token by themselves: {error}"));
+    }
+    // An address that stands for all of this machine is none that others can join.
+    let (mut here, mut there) = (address.to_string(), Some(address.to_string()));
+    if address.ip().is_unspecified() {
+        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        here = format!("localhost:{}", address.port());
+        there = Some(format!("{host}:{}", address.port()));
+    } else if address.ip().is_loopback() {
+        there = None;
+    }
+    let token = match &credentials.token_file {
+        Some(path) => {
+            let path = std::path::absolute(path).unwrap_or_else(|_| path.clone()).display().to_string();
+            console.line(&format!("join by hand with: worker --join {here} --token-file {path}"));
+            format!("what {path} says")
+        }
+        None => "this token".to_owned(),
+    };
+    if let Some(there) = there {
+        console.line(&format!("from other machines: worker --join {there}, with ULMUS_TOKEN set to {token}"));
+    }
+}
+
+async fn bind(plan: &Plan, options: &Options) -> Result<Bound, Failure> {
     let default = if plan.local.workers > 0 { 0 } else { 7070 };
-    let address = options.listen.unwrap_or(SocketAddr::from(([127, 0, 0, 1], default)));
-    TcpListener::bind(address).await.map_err(|error| {
+    let refused = |status, address: &HostPort, reason: &str| {
         let message =
-            format!("cannot listen on {address}: {error}; choose another address with --listen HOST:PORT");
-        Failure::new(ExitStatus::Refused, message)
-    })
+            format!("cannot listen on {address}: {reason}; choose another address with --listen HOST:PORT");
+        Failure::new(status, message)
+    };
+    let address = match &options.listen {
+        Some(address) if address.port().is_none() => {
+            let reason = format!("it has no port; write for instance {}", address.clone().with_port(7070));
+            return Err(refused(ExitStatus::InvalidInput, address, &reason));
+        }
+        Some(address) => address.clone(),
+        None => HostPort::of_ip(Ipv4Addr::LOCALHOST.into(), default),
+    };
+    let found = tokio::net::lookup_host((address.host(), address.port().unwrap_or(default))).await;
+    let found = found.map_err(|error| refused(ExitStatus::InvalidInput, &address, &error.to_string()))?;
+    // Of a name's addresses, the first that is free.
+    let mut last = "the name has no address".to_owned();
+    for candidate in found {
+        match Bound::new(candidate) {
+            Ok(bound) => return Ok(bound),
+            Err(error) => last = error.to_string(),
+        }
+    }
+    Err(refused(ExitStatus::Refused, &address, &last))
 }
 
-async fn serve(
-    listener: TcpListener,
-    events: mpsc::Sender<crate::server::SessionEvent>,
-    tasks: TaskTracker,
-    closed: oneshot::Receiver<()>,
-) -> Result<(), tonic::transport::Error> {
-    let (health, health_service) = tonic_health::server::health_reporter();
-    let sessions =
-        CoordinatorServer::new(Sessions::new(events, tasks)).max_decoding_message_size(MESSAGE_LIMIT);
-    health.set_serving::<CoordinatorServer<Sessions>>().await;
-    Server::builder()
-        .http2_keepalive_interval(Some(Duration::from_secs(10)))
-        .tcp_nodelay(true)
-        .add_service(health_service)
-        .add_service(sessions)
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
-            closed.await.ok();
-        })
-        .await
+fn cannot_listen(address: SocketAddr, error: &std::io::Error) -> Failure {
+    let message =
+        format!("cannot listen on {address}: {error}; choose another address with --listen HOST:PORT");
+    Failure::new(ExitStatus::Refused, message)
 }
 
-async fn settings(plan: &Plan, folder: &RunFolder) -> Result<Settings, Failure> {
-    let (nonce, nonce_path) = (unguessable(), "coordinator.nonce".to_owned());
-    folder.store().put(&nonce_path, nonce.clone()).await.map_err(|error| in_store(&error))?;
+async fn settings(
+    plan: &Plan,
+    options: &Options,
+    folder: &RunFolder,
+    id: RunId,
+    secret: RunSecret,
+) -> Result<Settings, Failure> {
+    let nonce = unguessable();
+    // Anybody may read it who may read the run: workers of other users have to, and without the token it is of no use.
+    folder.store().put(NONCE_FILE, nonce.clone()).await.map_err(|error| in_store(&error))?;
     Ok(Settings {
         run: plan.run.name.clone(),
+        id,
+        secret,
         plan: plan.to_toml(),
         store: folder.location().map_err(|error| in_folder(&error))?,
-        nonce_path,
-        nonce,
+        nonce: nonce_digest(nonce.as_bytes()),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         expected_workers: plan.local.workers.max(plan.cluster.min_workers) as usize,
         min_workers: plan.cluster.min_workers as usize,
         micro_batches: plan.train.micro_batches(),
         iterations: plan.train.iterations,
+        tokens_per_step: plan.train.sequences * plan.sequence_length() as u64,
+        milestone_every: plan.checkpoint.every,
+        checkpoint_files: ulmus_checkpoint::files_of(plan.model.parameters() as usize),
         average: plan.checkpoint.average,
         export: plan.checkpoint.export,
+        sources: plan.data.source.iter().map(|source| source.name.clone()).collect(),
+        may_exhaust: plan.data.source.iter().any(|source| source.max_epochs.is_some()),
+        from_start: options.from_start,
         dead_after: plan.cluster.dead_after,
         rejoin_window: plan.cluster.rejoin_window,
         recovery: plan.checkpoint.recovery,
+        max_age: plan.checkpoint.oldest(),
         bad_units: match plan.data.on_bad_unit {
             OnBadUnit::Fail => 0,
             OnBadUnit::Quarantine => plan.data.max_bad_units as usize,
@@ -262,7 +392,12 @@ async fn settings(plan: &Plan, folder: &RunFolder) -> Result<Settings, Failure> 
     })
 }
 
-fn start_locals(plan: &Plan, folder: &RunFolder, finished: bool) -> Result<Option<LocalWorkers>, Failure> {
+fn start_locals(
+    plan: &Plan,
+    folder: &RunFolder,
+    credentials: &Credentials,
+    finished: bool,
+) -> Result<Option<LocalWorkers>, Failure> {
     if plan.local.workers == 0 || finished {
         return Ok(None);
     }
@@ -272,9 +407,7 @@ fn start_locals(plan: &Plan, folder: &RunFolder, finished: bool) -> Result<Optio
     }
     let address_file: PathBuf =
         std::path::absolute(folder.address_file()).map_err(|error| failed(folder.path(), &error))?;
-    LocalWorkers::start(folder.path(), address_file, &plan.local)
-        .map(Some)
-        .map_err(|error| failed(folder.path(), &error))
+    Ok(Some(LocalWorkers::start(folder.path(), address_file, credentials.token.clone(), &plan.local)))
 }
 
 fn failed(path: &std::path::Path, error: &std::io::Error) -> Failure {

@@ -8,8 +8,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status, Streaming};
 use ulmus_proto::v1::coordinator_server;
-use ulmus_proto::{status_of, v1};
-use ulmus_types::{ErrorKind, Hello, ToCoordinator, ToWorker, WorkerId};
+use ulmus_proto::{from_worker, status_of, v1};
+use ulmus_transport::Caller;
+use ulmus_types::{ErrorKind, Hello, RunId, ToCoordinator, ToWorker, WorkerId};
 
 /// Messages that may wait for a worker. One that does not take them in time is cut off: a beat a second and a
 /// few messages per step never come near it.
@@ -41,6 +42,8 @@ pub(crate) enum SessionEvent {
         session: SessionNumber,
         /// The worker.
         worker: WorkerId,
+        /// The run that it speaks of.
+        run: Option<RunId>,
         /// What.
         message: ToCoordinator,
     },
@@ -76,10 +79,12 @@ impl coordinator_server::Coordinator for Sessions {
         &self,
         request: Request<Streaming<v1::FromWorker>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
+        let caller = Caller::of(&request)?;
         let mut incoming = request.into_inner();
-        let ToCoordinator::Hello(hello) = next(&mut incoming).await?.ok_or_else(no_hello)? else {
+        let Some((_, ToCoordinator::Hello(hello))) = next(&mut incoming).await? else {
             return Err(no_hello());
         };
+        caller.admit();
         let session = SessionNumber(self.count.fetch_add(1, std::sync::atomic::Ordering::Relaxed));
         let worker = hello.worker.clone();
         let (outbox, outgoing) = mpsc::channel(OUTBOX);
@@ -87,8 +92,8 @@ impl coordinator_server::Coordinator for Sessions {
         let events = self.events.clone();
         self.tasks.spawn(async move {
             // A stream that breaks, ends or says what cannot be read is over: the worker has to connect anew.
-            while let Ok(Some(message)) = next(&mut incoming).await {
-                let said = SessionEvent::Said { session, worker: worker.clone(), message };
+            while let Ok(Some((run, message))) = next(&mut incoming).await {
+                let said = SessionEvent::Said { session, worker: worker.clone(), run, message };
                 if events.send(said).await.is_err() {
                     return;
                 }
@@ -114,10 +119,9 @@ fn no_hello() -> Status {
     status_of(ErrorKind::InvalidInput, "the first message of a session must be a hello")
 }
 
-async fn next(incoming: &mut Streaming<v1::FromWorker>) -> Result<Option<ToCoordinator>, Status> {
+async fn next(
+    incoming: &mut Streaming<v1::FromWorker>,
+) -> Result<Option<(Option<RunId>, ToCoordinator)>, Status> {
     let Some(message) = incoming.message().await? else { return Ok(None) };
-    let message = message
-        .try_into()
-        .map_err(|error: ulmus_proto::WireError| status_of(ErrorKind::InvalidInput, error.to_string()))?;
-    Ok(Some(message))
+    from_worker(message).map(Some).map_err(|error| status_of(ErrorKind::InvalidInput, error.to_string()))
 }

@@ -12,12 +12,14 @@ use rusqlite::{Connection, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 use ulmus_coord_core::Saved;
 use ulmus_types::{
-    BadUnit, CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Job, SourceReading,
-    Step, StepReport, WorkerId,
+    BadUnit, CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Job, RunId, RunSecret,
+    SourceReading, Step, StepReport, WorkerId,
 };
 
 const SCHEMA: &str = "
     CREATE TABLE IF NOT EXISTS generations (generation INTEGER PRIMARY KEY, members TEXT NOT NULL) STRICT;
+    CREATE TABLE IF NOT EXISTS ended (generation INTEGER PRIMARY KEY) STRICT;
+    CREATE TABLE IF NOT EXISTS owners (job TEXT PRIMARY KEY, worker TEXT NOT NULL) STRICT;
     CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
     CREATE TABLE IF NOT EXISTS checkpoints (
         id TEXT PRIMARY KEY, kind TEXT NOT NULL, state TEXT NOT NULL, files TEXT NOT NULL,
@@ -34,9 +36,15 @@ const SCHEMA: &str = "
 /// Why the run's memory cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StoreError {
-    /// SQLite refuses: a full disk, a damaged file, a folder that is not writable.
-    #[error("run.sqlite: {0}; is the disk full, or the run folder on a network file system?")]
-    Sqlite(#[from] rusqlite::Error),
+    /// The disk takes nothing: it is full, or cannot be written any more.
+    #[error("run.sqlite cannot be written: {0}; free space on its disk, or make it writable again")]
+    Disk(rusqlite::Error),
+    /// The file is no database, or a damaged one.
+    #[error("run.sqlite is damaged: {0}; restore it, or move it away and start with --recover")]
+    NoDatabase(rusqlite::Error),
+    /// SQLite refuses for another reason.
+    #[error("run.sqlite: {0}")]
+    Sqlite(rusqlite::Error),
     /// A stored value is not what was written.
     #[error("run.sqlite holds a damaged {what}: {reason}; restore it, or start the run under another name")]
     Damaged {
@@ -49,9 +57,7 @@ pub(crate) enum StoreError {
     #[error(transparent)]
     Files(ulmus_checkpoint::StoreError),
     /// A step that was trained twice gave other numbers.
-    #[error(
-        "step {step} was trained twice and gave another {column}: {first} and then {second}; the machines of this run do not compute alike"
-    )]
+    #[error("step {step} was trained twice and gave another {column}: {first} and then {second}")]
     Diverged {
         /// The step.
         step: Step,
@@ -68,9 +74,39 @@ impl StoreError {
     /// What can be done about it.
     pub(crate) fn kind(&self) -> ErrorKind {
         match self {
-            Self::Sqlite(_) => ErrorKind::Internal,
+            Self::Sqlite(_) | Self::Disk(_) => ErrorKind::Internal,
             Self::Files(error) => error.kind(),
-            Self::Damaged { .. } | Self::Diverged { .. } => ErrorKind::Corrupt,
+            Self::NoDatabase(_) | Self::Damaged { .. } | Self::Diverged { .. } => ErrorKind::Corrupt,
+        }
+    }
+}
+
+impl StoreError {
+    /// Whether it may pass when somebody frees space: nothing is wrong with what was to be written.
+    pub(crate) fn is_of_disk(&self) -> bool {
+        match self {
+            Self::Disk(_) => true,
+            Self::Files(error) => matches!(error.kind(), ErrorKind::Retry | ErrorKind::Internal),
+            _ => false,
+        }
+    }
+}
+
+impl From<rusqlite::Error> for StoreError {
+    fn from(error: rusqlite::Error) -> Self {
+        use rusqlite::ErrorCode;
+        match error.sqlite_error_code() {
+            Some(
+                ErrorCode::DiskFull
+                | ErrorCode::ReadOnly
+                | ErrorCode::SystemIoFailure
+                | ErrorCode::CannotOpen
+                | ErrorCode::PermissionDenied
+                | ErrorCode::DatabaseBusy
+                | ErrorCode::DatabaseLocked,
+            ) => Self::Disk(error),
+            Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => Self::NoDatabase(error),
+            _ => Self::Sqlite(error),
         }
     }
 }
@@ -127,21 +163,66 @@ impl RunStore {
         Ok(Self { connection })
     }
 
+    /// What tells this run from every other, and the secret that its workers are known by: made at its first start, and by
+    /// a program that knows of them for a run that had none.
+    ///
+    /// # Errors
+    /// When the database cannot be read or written.
+    pub(crate) fn identity(&self) -> Result<(RunId, RunSecret), StoreError> {
+        let id = match self.fact("run_id")? {
+            Some(id) => id,
+            None => self.take_identity(RunId::from_bytes(rand::random()))?,
+        };
+        let kept: Option<Digest> = self.fact("secret")?;
+        let secret = kept.unwrap_or_else(|| Digest::from_bytes(rand::random()));
+        if kept.is_none() {
+            self.durably(|| self.save_fact("secret", &secret))?;
+        }
+        Ok((id, RunSecret::from_bytes(*secret.as_bytes())))
+    }
+
+    /// Gives the run an id.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub(crate) fn take_identity(&self, id: RunId) -> Result<RunId, StoreError> {
+        self.durably(|| self.save_fact("run_id", &id))?;
+        Ok(id)
+    }
+
+    /// Whether nothing was ever done: the file is new, or was lost.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub(crate) fn is_new(&self) -> Result<bool, StoreError> {
+        let count: u64 = self.connection.query_row(
+            "SELECT (SELECT count(*) FROM generations) + (SELECT count(*) FROM jobs) + (SELECT count(*) FROM steps)",
+            [],
+            |row| row.get(0),
+        )?;
+        Ok(count == 0)
+    }
+
+    /// Writes so that a loss of power does not undo it.
+    fn durably<T>(&self, write: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
+        // WAL with NORMAL does not sync each transaction.
+        self.connection.pragma_update(None, "synchronous", "FULL")?;
+        let written = write();
+        self.connection.pragma_update(None, "synchronous", "NORMAL")?;
+        written
+    }
+
     /// Everything that [`ulmus_coord_core::Coordinator`] goes on from.
     ///
     /// # Errors
     /// When the database cannot be read or holds damaged values.
     pub(crate) fn saved(&self) -> Result<Saved, StoreError> {
-        let newest: Option<(u64, String)> = self
-            .connection
-            .query_row(
-                "SELECT generation, members FROM generations ORDER BY generation DESC LIMIT 1",
-                [],
-                |row| Ok((row.get(0)?, row.get(1)?)),
-            )
-            .optional()?;
-        let (generation, group) = match newest {
-            Some((generation, members)) => (Generation::new(generation), decode("generation", &members)?),
+        let rosters = self.rosters()?;
+        let ended: Option<u64> =
+            self.connection.query_row("SELECT max(generation) FROM ended", [], |row| row.get(0))?;
+        let (generation, group) = match rosters.last_key_value() {
+            Some((generation, members)) if ended != Some(generation.get()) => (*generation, members.clone()),
+            Some((generation, _)) => (*generation, Vec::new()),
             None => (Generation::default(), Vec::new()),
         };
         let checkpoints =
@@ -153,13 +234,60 @@ impl RunStore {
         Ok(Saved {
             generation,
             group,
+            rosters,
             fingerprint: self.fact("fingerprint")?,
             checkpoints,
             quarantine: self.fact::<Vec<_>>("quarantine")?.unwrap_or_default().into_iter().collect(),
             trained: self.fact("trained")?,
             jobs,
-            step: Step::new(step.unwrap_or(0)),
+            owners: self.owners()?,
+            // Of a run that lost its database the steps before a checkpoint may be unknown.
+            step: Step::new(step.unwrap_or(0)).max(self.fact("recovered")?.unwrap_or_default()),
         })
+    }
+
+    /// The members of the last generations.
+    fn rosters(&self) -> Result<BTreeMap<Generation, Vec<WorkerId>>, StoreError> {
+        let mut query = self
+            .connection
+            .prepare("SELECT generation, members FROM generations ORDER BY generation DESC LIMIT 256")?;
+        let rows: Vec<(u64, String)> =
+            query.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<Result<_, _>>()?;
+        rows.into_iter()
+            .map(|(generation, members)| Ok((Generation::new(generation), decode("generation", &members)?)))
+            .collect()
+    }
+
+    fn owners(&self) -> Result<BTreeMap<Job, WorkerId>, StoreError> {
+        let mut query = self.connection.prepare("SELECT job, worker FROM owners")?;
+        let rows: Vec<(String, String)> =
+            query.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<Result<_, _>>()?;
+        rows.into_iter().map(|(job, worker)| Ok((decode("job", &job)?, decode("worker", &worker)?))).collect()
+    }
+
+    /// Begins the record of a run whose database was lost: its id, its checkpoints, and generations above all that were
+    /// ever seen.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub(crate) fn recover(&mut self, recovered: &Recovered) -> Result<(), StoreError> {
+        if let Some(id) = recovered.run {
+            self.take_identity(id)?;
+        }
+        for checkpoint in &recovered.checkpoints {
+            self.save_checkpoint(checkpoint)?;
+            self.committed(checkpoint.id)?;
+        }
+        if !recovered.quarantine.is_empty() {
+            self.save_quarantine(&recovered.quarantine)?;
+        }
+        for row in &recovered.metrics {
+            self.save_steps(row.generation, std::slice::from_ref(&row.report))?;
+        }
+        let step = recovered.checkpoints.iter().map(|checkpoint| checkpoint.id.step()).max();
+        self.save_fact("recovered", &step.unwrap_or_default())?;
+        self.save_generation(recovered.generation, &[])?;
+        self.save_group_ended(recovered.generation)
     }
 
     /// Stores a generation, synced to disk.
@@ -171,14 +299,13 @@ impl RunStore {
         generation: Generation,
         members: &[WorkerId],
     ) -> Result<(), StoreError> {
-        // WAL with NORMAL does not sync each transaction; a generation must not be lost with the machine's power.
-        self.connection.pragma_update(None, "synchronous", "FULL")?;
-        self.connection.execute(
-            "INSERT INTO generations (generation, members) VALUES (?1, ?2)",
-            params![generation.get(), encode(&members)],
-        )?;
-        self.connection.pragma_update(None, "synchronous", "NORMAL")?;
-        Ok(())
+        self.durably(|| {
+            self.connection.execute(
+                "INSERT OR REPLACE INTO generations (generation, members) VALUES (?1, ?2)",
+                params![generation.get(), encode(&members)],
+            )?;
+            Ok(())
+        })
     }
 
     /// Stores that the group of a generation is no more.
@@ -186,10 +313,8 @@ impl RunStore {
     /// # Errors
     /// When the database cannot be written.
     pub(crate) fn save_group_ended(&self, generation: Generation) -> Result<(), StoreError> {
-        self.connection.execute(
-            "UPDATE generations SET members = '[]' WHERE generation = ?1",
-            params![generation.get()],
-        )?;
+        self.connection
+            .execute("INSERT OR REPLACE INTO ended (generation) VALUES (?1)", params![generation.get()])?;
         Ok(())
     }
 
@@ -279,6 +404,21 @@ impl RunStore {
             .collect()
     }
 
+    /// Whether reports agree with what is recorded of the same steps, in all that is deterministic.
+    ///
+    /// # Errors
+    /// [`StoreError::Diverged`] when they do not; or when the database cannot be read.
+    pub(crate) fn agrees(&self, reports: &[StepReport]) -> Result<(), StoreError> {
+        let mut query = self.connection.prepare("SELECT * FROM steps WHERE step = ?1")?;
+        for report in reports {
+            let earlier = query.query_row(params![report.step.get()], metrics_row).optional()?;
+            if let Some(earlier) = earlier {
+                compare(&earlier.report, report)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Stores reports of updates. One that is there already must be the same in all that is deterministic; it is
     /// replaced unless a later generation made it.
     ///
@@ -361,6 +501,27 @@ impl RunStore {
             .collect()
     }
 
+    /// Stores the worker that a job was given to.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub(crate) fn save_owner(&self, job: &Job, worker: &WorkerId) -> Result<(), StoreError> {
+        self.connection.execute(
+            "INSERT OR REPLACE INTO owners (job, worker) VALUES (?1, ?2)",
+            params![encode(job), encode(worker)],
+        )?;
+        Ok(())
+    }
+
+    /// Forgets that the job of this name is done.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub(crate) fn forget_job(&self, name: &str) -> Result<(), StoreError> {
+        self.connection.execute("DELETE FROM jobs WHERE name = ?1", params![name])?;
+        Ok(())
+    }
+
     /// Stores the result of a job.
     ///
     /// # Errors
@@ -399,6 +560,21 @@ impl RunStore {
         )?;
         Ok(())
     }
+}
+
+/// What a run folder tells of a run whose database was lost.
+#[derive(Debug, Default)]
+pub(crate) struct Recovered {
+    /// The id that its manifests name.
+    pub(crate) run: Option<RunId>,
+    /// Checkpoints every byte of which is there.
+    pub(crate) checkpoints: Vec<StoredCheckpoint>,
+    /// Units that were left out.
+    pub(crate) quarantine: BTreeMap<BadUnit, String>,
+    /// What is known of its steps.
+    pub(crate) metrics: Vec<MetricsRow>,
+    /// A generation above all that were seen.
+    pub(crate) generation: Generation,
 }
 
 fn encode(value: &impl Serialize) -> String {

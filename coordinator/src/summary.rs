@@ -1,6 +1,6 @@
 //! The last page of a run: loss curve, results, and where things are.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 use comfy_table::Table;
@@ -54,13 +54,16 @@ fn write_page(
             writeln!(page, "held-out loss {}", held_out.join(", "))?;
         }
     }
-    if let Some(continuations) = results.get("continuations") {
+    if let Some(continuations) = results.get("continuations").filter(|result| result["skipped"].is_null()) {
         writeln!(page, "\nheld-out text: {}", quoted(&continuations["prompt"]))?;
         for entry in continuations["continuations"].as_array().into_iter().flatten() {
             writeln!(page, "  {}: {}", entry["checkpoint"].as_str().unwrap_or("?"), quoted(&entry["text"]))?;
         }
     }
     writeln!(page, "\n{}", table(plan, results))?;
+    for line in remarks(results) {
+        writeln!(page, "{line}")?;
+    }
     for (unit, why) in left_out {
         writeln!(page, "left out: {unit}: {why}")?;
     }
@@ -76,7 +79,7 @@ fn write_page(
     if plan.checkpoint.export && folder.store().directory().is_some() {
         writeln!(
             page,
-            "  cargo run --release --bin evaluator -- generate --model {at}/export --prompt \"The\" --max-tokens 64 --greedy"
+            "  cargo run --release --bin evaluator -- generate --model {at}/export --prompt \"The\" --greedy"
         )?;
     }
     if plan.local.workers > 0 && !options.demo_failure {
@@ -85,6 +88,19 @@ fn write_page(
     }
     writeln!(page, "  cargo run --release --bin coordinator -- init --from openelm-270m > pretrain.toml")?;
     Ok(())
+}
+
+/// What was not measured, or on less than all, and why; each reason once.
+fn remarks(results: &BTreeMap<String, Value>) -> BTreeSet<String> {
+    let mut remarks = BTreeSet::new();
+    for (name, result) in results {
+        let what = if name == "continuations" { "continued" } else { "evaluated" };
+        remarks.extend(result["skipped"].as_str().map(|why| format!("not {what}: {why}")));
+        remarks.extend(
+            result["left_out"].as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned),
+        );
+    }
+    remarks
 }
 
 fn curve(metrics: &[MetricsRow]) -> String {
@@ -162,4 +178,26 @@ pub(crate) fn comparison(variants: &[(String, u64, BTreeMap<String, Value>)]) ->
         table.add_row([name.clone(), grouped(*parameters), loss("evaluate-average"), loss("evaluate-last")]);
     }
     table
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_was_not_measured_is_told_once() {
+        let results = [
+            ("average", json!({"checkpoints": []})),
+            ("continuations", json!({"skipped": "no text"})),
+            ("evaluate-average", json!({"loss": 1.0, "left_out": ["unit 3 is left out"]})),
+            ("evaluate-last", json!({"loss": 1.0, "left_out": ["unit 3 is left out"]})),
+        ];
+        let results = results.map(|(name, result)| (name.to_owned(), result)).into();
+        assert_eq!(Vec::from_iter(remarks(&results)), ["not continued: no text", "unit 3 is left out"]);
+        let none =
+            ["evaluate-average", "evaluate-last"].map(|name| (name.to_owned(), json!({"skipped": "x"})));
+        assert_eq!(Vec::from_iter(remarks(&none.into())), ["not evaluated: x"]);
+    }
 }

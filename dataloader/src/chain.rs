@@ -17,6 +17,7 @@ use flate2::bufread::GzDecoder;
 use ulmus_plan::Format;
 
 use crate::error::DataError;
+use crate::format::refuse_pointer;
 use crate::store::{FileInfo, Folder, Steps};
 
 /// Decompressed bytes that are held beside the segment.
@@ -61,11 +62,12 @@ impl Chain {
     ) -> Result<Self, DataError> {
         let place = folder.place(&file.path);
         let taken = Arc::new(AtomicU64::new(0));
-        let stored = Stored {
+        let mut stored = Stored {
             steps: Steps::new(folder, file, std::iter::once(0..file.size)),
             fetched: Bytes::new(),
             taken: Arc::clone(&taken),
         };
+        refuse_pointer(folder, file, stored.fill_buf().map_err(|error| told(&place, error))?)?;
         let text: Box<dyn Read + Send> = if format == Format::JsonZst {
             let decoder = zstd::stream::read::Decoder::with_buffer(stored).and_then(|mut decoder| {
                 decoder.window_log_max(LONGEST_WINDOW)?;

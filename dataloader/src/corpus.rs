@@ -10,7 +10,7 @@ use ulmus_types::{BadUnit, LaneId};
 
 use crate::document::{Rules, Verdict};
 use crate::error::DataError;
-use crate::format::Content;
+use crate::format::{Content, Document};
 use crate::loader::Cursors;
 use crate::order::Mixture;
 use crate::pack::{Packed, Sequence};
@@ -287,6 +287,52 @@ impl Corpus {
         }
     }
 
+    /// Whether any document is held out. Looks, in the order of [`Self::held_out`], until there is one, through units of at
+    /// most that many bytes, as the manifest has them; `None` if there may be one behind them. Units that cannot be
+    /// read are passed by: whoever needs them tells of them. Blocks.
+    ///
+    /// # Errors
+    /// When a store cannot be read.
+    pub fn holds_out_any(&self, most: u64) -> Result<Option<bool>, DataError> {
+        if self.rules.holds_out_none() {
+            return Ok(Some(false));
+        }
+        let mut encoder = self.tokenizer.encoder();
+        let mut bytes = 0;
+        for (source, unit) in self.sources.units_in_turn() {
+            if bytes >= most {
+                return Ok(None);
+            }
+            bytes += self.sources.unit_sizes(source)[unit];
+            for documents in self.sources.segments(source, unit, 0, |_| ()) {
+                let documents = match documents {
+                    Err(DataError::BadUnit { .. }) => break,
+                    documents => documents?,
+                };
+                for Document { content, .. } in documents {
+                    // Tokenizing all the others would take most of the time.
+                    let chosen = match &content {
+                        Content::Text(text) => self
+                            .rules
+                            .judge(text)
+                            .iter()
+                            .any(|verdict| matches!(verdict, Verdict::HeldOut(_))),
+                        Content::Tokens(ids) => self.rules.holds_out(ids),
+                    };
+                    if chosen
+                        && self
+                            .judge(&mut encoder, content)
+                            .iter()
+                            .any(|judged| matches!(judged, Judged::HeldOut(..)))
+                    {
+                        return Ok(Some(true));
+                    }
+                }
+            }
+        }
+        Ok(Some(false))
+    }
+
     /// The first `sequences` held-out sequences of `length` tokens, or all that there are. Units are read in turn
     /// over the sources, so that each is represented; the order is fixed by the manifest. Blocks.
     ///
@@ -297,6 +343,9 @@ impl Corpus {
         let mut encoder = self.tokenizer.encoder();
         let mut packed = Packed::new(self.rules.pack);
         let mut units = self.sources.units_in_turn();
+        if self.rules.holds_out_none() {
+            units.clear();
+        }
         units.retain(|(source, unit)| !self.leaves_out(*source, *unit));
         for documents in
             units.iter().flat_map(|(source, unit)| self.sources.segments(*source, *unit, 0, |_| ()))

@@ -48,6 +48,11 @@ impl Rules {
         }
     }
 
+    /// Whether no document is held out, whatever its text.
+    pub(crate) const fn holds_out_none(&self) -> bool {
+        self.held_out_below == 0
+    }
+
     /// Judges a document, or each of its pieces.
     pub(crate) fn judge<'a>(&self, text: &'a str) -> Vec<Verdict<'a>> {
         match self.pack {

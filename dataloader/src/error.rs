@@ -27,6 +27,37 @@ pub enum DataError {
         /// The store's own words.
         reason: String,
     },
+    /// The store has answered, and will not answer otherwise.
+    #[error("{file} is not given: {reason}; correct the address, or the credentials in the environment")]
+    Refused {
+        /// Its place.
+        file: String,
+        /// The store's own words.
+        reason: String,
+    },
+    /// A web server that gives whole files alone.
+    #[error(
+        "{file} cannot be read in parts: its web server does not answer requests for a range of bytes; use a server that \
+         does, or fetch the files and write a path"
+    )]
+    NoRanges {
+        /// Its place.
+        file: String,
+    },
+    /// A file of a name that cannot be asked for.
+    #[error("{file} cannot be read: {reason}; rename it, or correct files")]
+    Name {
+        /// Its place.
+        file: String,
+        /// What is wrong with the name.
+        reason: String,
+    },
+    /// A file that stands for one in Git LFS.
+    #[error("{file} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its repository")]
+    Pointer {
+        /// Its place.
+        file: String,
+    },
     /// The disk is full, or does not let this user in.
     #[error(
         "{file} cannot be accessed: {reason}; free some space or correct the permissions, then run the same command again"
@@ -95,6 +126,26 @@ pub enum DataError {
         column: String,
         /// Its type.
         found: String,
+    },
+    /// A column that is there more than once.
+    #[error("{file} has {count} columns {column:?}; write it with a name for each")]
+    Columns {
+        /// Its place.
+        file: String,
+        /// The name in the plan.
+        column: String,
+        /// How many.
+        count: usize,
+    },
+    /// A column that only who has its key can read.
+    #[error(
+        "column {column:?} of {file} is encrypted, and no keys are kept here; write it without encryption"
+    )]
+    Encrypted {
+        /// Its place.
+        file: String,
+        /// The name in the plan.
+        column: String,
     },
     /// Stored bytes are damaged.
     #[error("{file} is damaged: {reason}; fetch it again from its origin")]
@@ -243,13 +294,16 @@ pub enum DataError {
     },
     /// There is nothing to prepare.
     #[error(
-        "no text was found: nothing in {places:?} matches {include:?}; correct prepare.paths or prepare.include"
+        "no text was found: nothing in {places:?} that matches {include:?} was taken ({found}); correct prepare.paths, \
+         prepare.include or prepare.cap"
     )]
     NoText {
         /// Crates and paths of the plan.
         places: Vec<String>,
         /// Globs of the plan.
         include: Vec<String>,
+        /// What was found, and why it was passed by.
+        found: String,
     },
     /// A reading thread ended before its work was done.
     #[error("a reading thread stopped; this is a defect, see the log for its panic")]
@@ -263,6 +317,9 @@ impl DataError {
             self,
             Self::Missing { .. }
                 | Self::Format { .. }
+                | Self::Pointer { .. }
+                | Self::Columns { .. }
+                | Self::Encrypted { .. }
                 | Self::Column { .. }
                 | Self::ColumnType { .. }
                 | Self::Damaged { .. }

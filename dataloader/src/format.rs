@@ -6,11 +6,12 @@
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use ulmus_plan::Format;
 
 use crate::chain::{Chain, Line};
+use crate::contents;
 use crate::error::DataError;
+use crate::line::{is_blank, text_of_line};
 use crate::parquet::{ParquetFile, Rows};
 use crate::store::{FileInfo, Folder};
 use crate::tokens::{self, Vocabulary};
@@ -125,20 +126,20 @@ impl Layout {
         unit: Unit,
         segment: u64,
     ) -> Result<Segments, DataError> {
-        let Self { format, text, limit, vocabulary } = self;
+        let Self { format, text: key, limit, vocabulary } = self;
         let file = &files[unit.file as usize];
         let documents = match format {
             Format::JsonGz | Format::JsonZst => {
                 let chain = Chain::open(folder, file, *format, *limit, segment)?;
-                return Ok(Segments::Chain(chain, unit.file, text.clone()));
+                return Ok(Segments::Chain(chain, unit.file, key.clone()));
             }
             Format::Parquet => {
                 let groups = unit.first as usize..unit.end as usize;
-                let rows = ParquetFile::open(folder, file)?.rows(text, groups, *limit, segment)?;
+                let rows = ParquetFile::open(folder, file)?.rows(key, groups, *limit, segment)?;
                 return Ok(Segments::Rows(Box::new(rows), unit.file));
             }
             _ if segment > 0 => None,
-            Format::Jsonl => Some(lines(folder, file, text, unit)?),
+            Format::Jsonl => Some(lines(folder, file, key, unit)?),
             Format::U16 | Format::U32 => {
                 let documents = tokens::documents(folder, file, *format, unit, *vocabulary)?;
                 let document = |(at, ids)| Document { file: unit.file, at, content: Content::Tokens(ids) };
@@ -147,8 +148,8 @@ impl Layout {
             Format::Text => {
                 let read = |number: u64| {
                     let file = &files[number as usize];
-                    let text = utf8(folder, file, &folder.read_all(file)?)?;
-                    Ok(Document { file: number as u32, at: 0, content: Content::Text(text) })
+                    let content = Content::Text(text(folder, file)?);
+                    Ok(Document { file: number as u32, at: 0, content })
                 };
                 Some((unit.first..unit.end).map(read).collect::<Result<_, DataError>>()?)
             }
@@ -213,7 +214,7 @@ impl Segments {
             Self::Chain(chain, file, key) => {
                 let Some(lines) = chain.next()? else { return Ok(None) };
                 let document = |Line { at, bytes }: Line| {
-                    if bytes.trim_ascii().is_empty() {
+                    if is_blank(&bytes) {
                         return None;
                     }
                     let place = || format!("{} at byte {at} of its text", chain.place());
@@ -254,12 +255,22 @@ impl Segments {
     }
 }
 
-fn utf8(folder: &Folder, file: &FileInfo, bytes: &[u8]) -> Result<String, DataError> {
-    String::from_utf8(bytes.to_vec()).map_err(|error| DataError::Format {
+fn text(folder: &Folder, file: &FileInfo) -> Result<String, DataError> {
+    let bytes = folder.read_all(file)?;
+    refuse_pointer(folder, file, &bytes)?;
+    contents::text_of(&bytes).map(str::to_owned).map_err(|reason| DataError::Format {
         file: folder.place(&file.path),
         format: "UTF-8",
-        reason: error.to_string(),
+        reason: reason.to_string(),
     })
+}
+
+/// Makes sure that a file, which begins so, is not what Git LFS leaves in its place.
+pub(crate) fn refuse_pointer(folder: &Folder, file: &FileInfo, begin: &[u8]) -> Result<(), DataError> {
+    if contents::is_pointer(begin, file.size) {
+        return Err(DataError::Pointer { file: folder.place(&file.path) });
+    }
+    Ok(())
 }
 
 /// The texts of the JSON objects on the lines that begin within the unit.
@@ -267,6 +278,9 @@ fn lines(folder: &Folder, file: &FileInfo, key: &str, unit: Unit) -> Result<Vec<
     // One byte more in front tells whether a line begins exactly at the unit.
     let begin = unit.first.saturating_sub(1);
     let mut bytes = folder.read_range(file, begin..unit.end)?.to_vec();
+    if unit.first == 0 {
+        refuse_pointer(folder, file, &bytes)?;
+    }
     let first_line = match unit.first {
         0 => Some(0),
         // A line that begins in an earlier unit is read there.
@@ -289,7 +303,7 @@ fn lines(folder: &Folder, file: &FileInfo, key: &str, unit: Unit) -> Result<Vec<
     let mut documents = Vec::new();
     let mut at = first_line;
     for line in bytes[first_line..].split_inclusive(|byte| *byte == b'\n') {
-        if !line.trim_ascii().is_empty() {
+        if !is_blank(line) {
             let at = begin + at as u64;
             let text = text_of_line(line, key, || format!("{} at byte {at}", folder.place(&file.path)))?;
             documents.extend(text.map(|text| Document { file: unit.file, at, content: Content::Text(text) }));
@@ -297,81 +311,6 @@ fn lines(folder: &Folder, file: &FileInfo, key: &str, unit: Unit) -> Result<Vec<
         at += line.len();
     }
     Ok(documents)
-}
-
-/// A line of JSON whose escapes for half a surrogate pair have become U+FFFD; none if there are none.
-fn without_lone_surrogates(line: &[u8]) -> Option<Vec<u8>> {
-    let half = |at: usize| {
-        let digits = std::str::from_utf8(line.get(at..at + 6)?.strip_prefix(b"\\u")?).ok()?;
-        u16::from_str_radix(digits, 16).ok().filter(|half| (0xd800..0xe000).contains(half))
-    };
-    let (mut mended, mut at) = (Vec::with_capacity(line.len()), 0);
-    while at < line.len() {
-        let (length, lone) = match (half(at), half(at + 6)) {
-            (Some(..0xdc00), Some(0xdc00..)) => (12, false),
-            (Some(_), _) => (6, true),
-            // Whatever is escaped, the next character begins behind it.
-            _ if line[at] == b'\\' => (2.min(line.len() - at), false),
-            _ => (1, false),
-        };
-        if lone {
-            mended.extend_from_slice(br"\ufffd");
-        } else {
-            mended.extend_from_slice(&line[at..at + length]);
-        }
-        at += length;
-    }
-    (mended != line).then_some(mended)
-}
-
-/// What an object has under a key, or, as `meta.text`, an object within it; null where that is null.
-fn field(object: &mut serde_json::Map<String, Value>, key: &str) -> Option<Value> {
-    if let Some(value) = object.remove(key) {
-        return Some(value);
-    }
-    let (outer, inner) = key.split_once('.')?;
-    match object.get_mut(outer)? {
-        Value::Object(object) => field(object, inner),
-        Value::Null => Some(Value::Null),
-        _ => None,
-    }
-}
-
-/// The text of one JSON object; none where it is null.
-fn text_of_line(line: &[u8], key: &str, place: impl Fn() -> String) -> Result<Option<String>, DataError> {
-    let wrong = |reason: String| DataError::Format { file: place(), format: "jsonl", reason };
-    // Files that some editors have written begin with a mark of their encoding.
-    let line = line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(line);
-    let value = serde_json::from_slice(line).or_else(|error| {
-        // Crawled texts have halves of surrogate pairs. As in Python, where they are let in, they do not cost the document.
-        let mended = without_lone_surrogates(line).ok_or(error)?;
-        serde_json::from_slice(&mended)
-    });
-    let value: Value =
-        value.map_err(|error| wrong(error.to_string().replace("line 1 column", "character")))?;
-    let Value::Object(mut object) = value else {
-        return Err(wrong("the line is no JSON object".to_owned()));
-    };
-    match field(&mut object, key) {
-        Some(Value::String(text)) => Ok(Some(text)),
-        Some(Value::Null) => Ok(None),
-        Some(other) => Err(DataError::ColumnType {
-            file: place(),
-            column: key.to_owned(),
-            found: match other {
-                Value::Bool(_) => "a truth value",
-                Value::Number(_) => "a number",
-                Value::Array(_) => "a list",
-                _ => "an object",
-            }
-            .to_owned(),
-        }),
-        None => Err(DataError::Column {
-            file: place(),
-            column: key.to_owned(),
-            columns: object.into_iter().map(|(name, _)| name).collect(),
-        }),
-    }
 }
 
 /// Rows of a file, if it tells them without being read.
@@ -439,29 +378,6 @@ mod tests {
         folder.write("a.jsonl", br#"{"text": "\ud83d\x"}"#.to_vec()).unwrap();
         let message = read(&folder, Format::Jsonl, 1 << 20).unwrap_err().to_string();
         assert!(message.contains("invalid escape at character 18"), "{message}");
-    }
-
-    #[test]
-    fn a_text_may_lie_within_an_object() {
-        for (line, expected) in [
-            (r#"{"meta": {"text": "inner", "more": {}}}"#, Ok(vec!["inner"])),
-            (
-                r#"{"meta": {"text": "inner"}, "meta.text": "of this very name"}"#,
-                Ok(vec!["of this very name"]),
-            ),
-            (r#"{"meta": {"text": null}}"#, Ok(vec![])),
-            (r#"{"meta": null}"#, Ok(vec![])),
-            (r#"{"meta": {"other": "x"}}"#, Err("no column \"meta.text\"")),
-            (r#"{"meta": "x"}"#, Err("no column \"meta.text\"")),
-            (r#"{"meta": {"text": {}}}"#, Err("holds an object")),
-        ] {
-            let text = text_of_line(line.as_bytes(), "meta.text", || "a.jsonl".to_owned());
-            match (text, expected) {
-                (Ok(text), Ok(expected)) => assert_eq!(Vec::from_iter(text), expected, "{line}"),
-                (Err(error), Err(words)) => assert!(error.to_string().contains(words), "{line}: {error}"),
-                (text, _) => panic!("{line}: {text:?}"),
-            }
-        }
     }
 
     proptest! {

@@ -11,12 +11,15 @@
 #![forbid(unsafe_code)]
 
 mod chain;
+mod contents;
 mod corpus;
 mod document;
 mod error;
 mod explain;
 mod format;
 mod ftfy;
+mod glob;
+mod line;
 mod loader;
 mod manifest;
 mod mirror;
@@ -29,7 +32,9 @@ mod sources;
 mod store;
 mod tokenizer;
 mod tokens;
+mod walk;
 
+pub use contents::without_mark;
 pub use corpus::{Corpus, Counts, HeldOut};
 pub use document::normalized;
 pub use error::DataError;
@@ -38,8 +43,8 @@ pub use loader::{Cursors, Loader, Origin};
 pub use manifest::Manifest;
 pub use mirror::{Mirrored, mirror};
 pub use pack::{IGNORE, Sequence};
-pub use prepare::{Prepared, cargo_home, matching_files, prepare};
+pub use prepare::{PassedBy, Prepared, cargo_home, matching_files, prepare};
 pub use shards::{Written, pack, tokenize};
 pub use sources::{Inspection, SourceReport, Sources, inspect};
-pub use store::{Folder, Traffic};
+pub use store::{Folder, Traffic, files_below};
 pub use tokenizer::{Encoder, Tokenizer, count_pieces, train};

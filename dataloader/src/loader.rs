@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use ulmus_types::{ErrorKind, LaneId, SourceReading};
 
 use crate::corpus::Corpus;
@@ -25,6 +25,8 @@ use crate::tokenizer::Encoder;
 
 /// Words per stream.
 const WORDS: usize = 4;
+/// How often somebody who waits for text says so.
+const TELL_EVERY: Duration = Duration::from_millis(250);
 
 /// Where every stream of every lane stands: four words each (sequences given, epoch, where the window begins, offset in
 /// the window), no contents. A window begins at a unit (the low 32 bits) and a segment of it (the high ones).
@@ -233,12 +235,26 @@ impl Loader {
     /// Of the readers, and [`DataError::Exhausted`] when a source has been read as often as the plan allows. The
     /// loader then stands somewhere within the call: go on from earlier cursors with [`Self::host`].
     pub fn take(&mut self, lanes: &[LaneId], per_lane: usize) -> Result<Vec<Sequence>, DataError> {
+        self.take_telling(lanes, per_lane, &mut || {})
+    }
+
+    /// As [`Self::take`]; while it waits for text it calls `waits` several times a second, so that a thread that waits can
+    /// be told from one that stands still.
+    ///
+    /// # Errors
+    /// As [`Self::take`].
+    pub fn take_telling(
+        &mut self,
+        lanes: &[LaneId],
+        per_lane: usize,
+        waits: &mut dyn FnMut(),
+    ) -> Result<Vec<Sequence>, DataError> {
         let mut sequences = Vec::with_capacity(lanes.len() * per_lane);
         for lane in lanes {
             for _ in 0..per_lane {
                 let emitted = |stream| self.streams.get(&stream).map_or(0, |open| open.emitted);
                 let stream = self.corpus.mixture.next_stream(*lane, emitted);
-                sequences.push(self.take_from(stream)?.1);
+                sequences.push(self.take_from(stream, waits)?.1);
             }
         }
         Ok(sequences)
@@ -251,7 +267,7 @@ impl Loader {
     pub fn pass(&mut self, lane: LaneId) -> Result<Origin, DataError> {
         let emitted = |stream| self.streams.get(&stream).map_or(0, |open| open.emitted);
         let stream = self.corpus.mixture.next_stream(lane, emitted);
-        Ok(self.take_from(stream)?.0)
+        Ok(self.take_from(stream, &mut || {})?.0)
     }
 
     /// How reading goes, source by source.
@@ -308,15 +324,15 @@ impl Loader {
     }
 
     /// The next sequence of a stream.
-    fn take_from(&mut self, stream: usize) -> Result<(Origin, Sequence), DataError> {
+    fn take_from(&mut self, stream: usize, waits: &mut dyn FnMut()) -> Result<(Origin, Sequence), DataError> {
         let open = self.streams.get_mut(&stream).expect("only hosted lanes are asked for");
         if open.window.is_none() {
             let asked = Instant::now();
-            let mut arrived = open.ahead.arrives();
+            let mut arrived = open.ahead.arrives(waits);
             if matches!(&arrived, Err(error) if error.kind() == ErrorKind::Retry) {
                 // It was read ahead, maybe long ago, and the store may be back.
                 open.ahead = Ahead::ask(self.jobs.as_ref(), stream, open.ahead.place, None);
-                arrived = open.ahead.arrives();
+                arrived = open.ahead.arrives(waits);
             }
             self.waits[self.corpus.mixture.streams()[stream].source] += asked.elapsed();
             // After an error the same window is asked for again, so that the caller may try again.
@@ -332,7 +348,7 @@ impl Loader {
             if !self.corpus.is_whole() {
                 // Units that were in this window are left out since, so it ends earlier.
                 (open.window, open.offset) = (None, 0);
-                return self.take_from(stream);
+                return self.take_from(stream, waits);
             }
             let source = self.corpus.mixture.streams()[stream].source;
             return Err(DataError::Position { name: self.corpus.sources.name(source).to_owned() });
@@ -381,8 +397,16 @@ impl Ahead {
         Self { place, window, _wanted: wanted }
     }
 
-    fn arrives(&self) -> WindowResult {
-        self.window.recv().unwrap_or(Err(DataError::Stopped))
+    fn arrives(&self, waits: &mut dyn FnMut()) -> WindowResult {
+        let mut arrived = self.window.try_recv().map_err(|error| match error {
+            TryRecvError::Empty => RecvTimeoutError::Timeout,
+            TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
+        });
+        while matches!(arrived, Err(RecvTimeoutError::Timeout)) {
+            waits();
+            arrived = self.window.recv_timeout(TELL_EVERY);
+        }
+        arrived.unwrap_or(Err(DataError::Stopped))
     }
 }
 

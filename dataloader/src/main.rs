@@ -6,8 +6,9 @@ mod cli;
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 fn main() -> ExitCode {
-    ulmus_rt::report(cli::Arguments::parse().run())
+    match ulmus_rt::arguments::<cli::Arguments>() {
+        Ok(arguments) => ulmus_rt::report(arguments.run()),
+        Err(code) => code,
+    }
 }

@@ -3,15 +3,16 @@
 //! It is made once, stored with the run, and never made again: what it lists is what is read, in an order that
 //! follows from it. A file that differs from its entry is an error when it is read, not a changed run.
 
-use globset::GlobBuilder;
 use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use ulmus_plan::{DataConfig, Format, SourceConfig};
 use ulmus_types::Digest;
 
+use crate::contents;
 use crate::error::DataError;
 use crate::format::{Layout, Unit};
+use crate::glob::FileGlob;
 use crate::store::{FileInfo, Folder, Stores};
 use crate::tokenizer::Tokenizer;
 use crate::tokens;
@@ -138,6 +139,9 @@ impl Manifest {
 fn freeze(source: &SourceConfig, limit: u64, stores: &Stores) -> Result<SourceManifest, DataError> {
     let folder = stores.open(&source.url)?;
     let files = list(source, &folder, stores)?;
+    if !folder.can_list() {
+        must_give_ranges(&folder, &files)?;
+    }
     let format = format_of(source, &folder, &files)?;
     let layout = Layout { format, text: source.text.clone(), limit, vocabulary: None };
     let units = layout.units(&folder, &files)?;
@@ -148,6 +152,15 @@ fn freeze(source: &SourceConfig, limit: u64, stores: &Stores) -> Result<SourceMa
     Ok(SourceManifest { name: source.name.clone(), url, format, files, units })
 }
 
+/// Finds out now, and not in the first step, when a web server gives no parts of its files.
+pub(crate) fn must_give_ranges(folder: &Folder, files: &[FileInfo]) -> Result<(), DataError> {
+    // A part that is the whole would tell nothing.
+    match files.iter().find(|file| file.size > 1) {
+        Some(file) => folder.read_range(file, 0..1).map(drop),
+        None => Ok(()),
+    }
+}
+
 /// The files of a source: sorted where they are found by glob, in the order of the list or of the plan where they are
 /// named there.
 pub(crate) fn list(
@@ -155,44 +168,44 @@ pub(crate) fn list(
     folder: &Folder,
     stores: &Stores,
 ) -> Result<Vec<FileInfo>, DataError> {
-    let named = source.list.as_ref().map(|list| names_of_list(list, source, stores)).transpose()?;
-    let mut listing: Option<Vec<FileInfo>> = None;
+    let named = source.list.as_ref().map(|list| names_of_list(list, source, folder, stores)).transpose()?;
+    let patterns: Vec<String> = source.files.iter().map(|pattern| plain(pattern, folder)).collect();
+    let is_glob = |pattern: &&String| pattern.contains(['*', '?', '[']);
+    let globs =
+        patterns.iter().filter(is_glob).map(|glob| FileGlob::new(glob)).collect::<Result<Vec<_>, _>>()?;
+    if let Some(pattern) = patterns.iter().find(is_glob).filter(|_| named.is_none() && !folder.can_list()) {
+        return Err(DataError::Pattern {
+            pattern: pattern.clone(),
+            reason:
+                "a web server does not list its files; name them, count them with {:05} and range, or give a \
+                     list of them"
+                    .to_owned(),
+        });
+    }
+    let found = match (&named, &source.list) {
+        (Some(named), Some(list)) => globs
+            .iter()
+            .map(|glob| folder.stat(named.iter().filter(|name| glob.matches(name)).cloned().collect()))
+            .collect::<Result<_, _>>()
+            .map_err(|error| named_by(list, error))?,
+        _ if globs.is_empty() => Vec::new(),
+        _ => folder.find(&globs)?,
+    };
+    let mut found = found.into_iter();
     let mut files = Vec::new();
-    for pattern in &source.files {
-        if pattern.contains(['*', '?', '[']) {
-            if named.is_none() && !folder.can_list() {
-                return Err(DataError::Pattern {
-                    pattern: pattern.clone(),
-                    reason:
-                        "a web server does not list its files; name them, count them with {:05} and range, \
-                             or give a list of them"
-                            .to_owned(),
-                });
-            }
-            let glob = GlobBuilder::new(pattern).literal_separator(true).build().map_err(|error| {
-                DataError::Pattern { pattern: pattern.clone(), reason: error.kind().to_string() }
-            })?;
-            let glob = glob.compile_matcher();
-            if let (Some(named), Some(list)) = (&named, &source.list) {
-                let found = folder.stat(named.iter().filter(|name| glob.is_match(name)).cloned().collect());
-                files.extend(found.map_err(|error| named_by(list, error))?);
-                continue;
-            }
-            let listing = match &listing {
-                Some(listing) => listing,
-                None => listing.insert(folder.list()?),
-            };
-            files.extend(listing.iter().filter(|file| glob.is_match(&file.path)).cloned());
-        } else {
-            let [first, end] = source.range.unwrap_or([0, 1]);
-            let names = match counter(pattern)? {
-                Some((before, width, after)) => {
-                    (first..end).map(|id| format!("{before}{id:0width$}{after}")).collect()
-                }
-                None => vec![pattern.clone()],
-            };
-            files.extend(folder.stat(names)?);
+    for pattern in &patterns {
+        if is_glob(&pattern) {
+            files.extend(found.next().into_iter().flatten());
+            continue;
         }
+        let [first, end] = source.range.unwrap_or([0, 1]);
+        let names = match counter(pattern)? {
+            Some((before, width, after)) => {
+                (first..end).map(|id| format!("{before}{id:0width$}{after}")).collect()
+            }
+            None => vec![pattern.clone()],
+        };
+        files.extend(folder.stat(names)?);
     }
     // A file that two patterns name is read once.
     let mut seen = std::collections::BTreeSet::new();
@@ -205,6 +218,13 @@ pub(crate) fn list(
         });
     }
     Ok(files)
+}
+
+/// A name below a folder without the parts that say nothing: `./a` is `a`. On a disk, so is `a//b`; elsewhere that is a name
+/// of its own.
+fn plain(name: &str, folder: &Folder) -> String {
+    let parts = name.split('/').filter(|part| *part != "." && !(part.is_empty() && folder.is_on_disk()));
+    parts.collect::<Vec<_>>().join("/")
 }
 
 /// The error about a file that a list names.
@@ -220,13 +240,18 @@ fn named_by(list: &str, error: DataError) -> DataError {
 }
 
 /// Names of files below a source's `url`, as its list has them: one address or name on a line.
-fn names_of_list(list: &str, source: &SourceConfig, stores: &Stores) -> Result<Vec<String>, DataError> {
+fn names_of_list(
+    list: &str,
+    source: &SourceConfig,
+    below: &Folder,
+    stores: &Stores,
+) -> Result<Vec<String>, DataError> {
     let (folder, name) = list.rsplit_once('/').unwrap_or((".", list));
     let folder = stores.open(folder)?;
     let bytes = folder.read_all(&folder.stat(vec![name.to_owned()])?[0])?;
     let refuse =
         |reason: String| DataError::Format { file: folder.place(name), format: "a list of files", reason };
-    let text = std::str::from_utf8(&bytes).map_err(|error| refuse(error.to_string()))?;
+    let text = contents::text_of(&bytes).map_err(|error| refuse(error.to_string()))?;
     let root = format!("{}/", source.url.trim_end_matches('/'));
     let mut names = Vec::new();
     for (number, line) in (1..).zip(text.lines().map(str::trim)) {
@@ -234,11 +259,11 @@ fn names_of_list(list: &str, source: &SourceConfig, stores: &Stores) -> Result<V
             _ if line.is_empty() || line.starts_with('#') => {}
             // In addresses of the web, names are written with %20 and the like.
             Some(name) if root.starts_with("http") => names.push(decoded(name)),
-            Some(name) => names.push(name.to_owned()),
+            Some(name) => names.push(plain(name, below)),
             None if line.contains("://") => {
                 return Err(refuse(format!("line {number} is not below url = {:?}", source.url)));
             }
-            None => names.push(line.to_owned()),
+            None => names.push(plain(line, below)),
         }
     }
     Ok(names)
@@ -274,20 +299,22 @@ pub(crate) fn format_of(
     if let Some(format) = source.format {
         return Ok(format);
     }
-    let mut formats = files.iter().map(|file| (file, Format::of_file(&file.path)));
+    let mut rest = files.iter().map(|file| (file, Format::of_file(&file.path)));
     let unknown = |file: &FileInfo, reason: &str| DataError::Format {
         file: folder.place(&file.path),
         format: "of a known suffix",
         reason: reason.to_owned(),
     };
     let mixed = |file| unknown(file, "the files of one source have one format; split it into two sources");
-    let first = match formats.next() {
+    let first = match rest.next() {
         Some((_, Some(format))) => format,
         Some((file, None)) if Format::may_be_tokens(&file.path) => {
-            if let Some((other, _)) = formats.find(|(file, _)| !Format::may_be_tokens(&file.path)) {
+            if let Some((other, _)) = rest.find(|(file, _)| !Format::may_be_tokens(&file.path)) {
                 return Err(mixed(other));
             }
-            return tokens::format_of(folder, file);
+            // A file that is empty tells nothing.
+            let full = files.iter().find(|file| file.size > 0);
+            return tokens::format_of(folder, full.unwrap_or(file));
         }
         Some((file, None)) => {
             return Err(unknown(
@@ -298,7 +325,7 @@ pub(crate) fn format_of(
         }
         None => return Err(DataError::Empty { name: source.name.clone() }),
     };
-    match formats.find(|(_, format)| *format != Some(first)) {
+    match rest.find(|(_, format)| *format != Some(first)) {
         Some((file, _)) => Err(mixed(file)),
         None => Ok(first),
     }

@@ -2,22 +2,26 @@
 //!
 //! The same list gives the same shards, byte for byte, on every machine: the order is that of the plan and of
 //! sorted paths, and nothing of the machine (absolute paths, times, threads) goes in. Equal texts are taken once,
-//! and of the files that hold licences one of each name. There is a single writer.
+//! and of the licences that crates carry one of each name. What is passed by is counted. There is a single writer.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
-use globset::{GlobBuilder, GlobMatcher};
+use serde::Serialize;
 use ulmus_plan::PrepareConfig;
 use ulmus_types::Digest;
 
+use crate::contents::{self, NoText};
 use crate::error::DataError;
+use crate::glob::FileGlob;
 use crate::parquet;
-use crate::store::Folder;
+use crate::store::{Folder, of_walk};
+use crate::walk::{self, Walked, walk};
 
 /// What was made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prepared {
     /// Shards.
     pub shards: usize,
@@ -27,13 +31,113 @@ pub struct Prepared {
     pub bytes: u64,
     /// Hash of all shards in order.
     pub digest: Digest,
+    /// Files and folders that were found, whether or not they were taken.
+    pub found: usize,
+    /// Why the others were not taken.
+    pub passed_by: Vec<PassedBy>,
+}
+
+impl Prepared {
+    /// What was found and taken, in a line for people.
+    pub fn summary(&self) -> String {
+        let Self { found, documents, bytes, passed_by, .. } = self;
+        format!(
+            "took {documents} of {found} files, {bytes} bytes of text{}",
+            after("; passed by: ", passed_by)
+        )
+    }
+}
+
+/// What was passed by for one reason.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PassedBy {
+    /// Why.
+    pub reason: String,
+    /// How many.
+    pub count: usize,
+    /// Name of the first.
+    pub first: String,
+}
+
+/// Everything that was passed by, behind some words, if there is anything.
+fn after(words: &str, passed_by: &[PassedBy]) -> String {
+    let told = |PassedBy { reason, count, first }: &PassedBy| match count {
+        1 => format!("{first:?}, which {reason}"),
+        _ => format!("{count} ({first:?} for one), each of which {reason}"),
+    };
+    if passed_by.is_empty() {
+        return String::new();
+    }
+    format!("{words}{}", passed_by.iter().map(told).collect::<Vec<_>>().join("; "))
 }
 
 /// A file to take: its place on this machine, and its name in the corpus.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Found {
     name: String,
+    /// The name that globs are matched with. It differs where two of the plan's paths end alike.
+    matched: String,
     path: PathBuf,
+    of_crate: bool,
+}
+
+/// Why a file is not taken, in the order in which that is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Reason {
+    Cap { size: u64, cap: u64 },
+    NoRoom,
+    Utf16,
+    NotUtf8,
+    Pointer,
+    Equal,
+    Licence,
+    Empty,
+    NotIncluded,
+    Name,
+    Walk(walk::Passed),
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Cap { size, cap } => {
+                return write!(f, "has {size} bytes, more than prepare.cap allows for all text ({cap})");
+            }
+            Self::NoRoom => "comes when prepare.cap is used up",
+            Self::Utf16 => "is UTF-16, not UTF-8",
+            Self::NotUtf8 => "is not UTF-8",
+            Self::Pointer => "is a pointer of Git LFS (run `git lfs pull`)",
+            Self::Equal => "has the text of another file, but for white space",
+            Self::Licence => "is a licence of a crate, and another crate has one of this name",
+            Self::Empty => "is empty",
+            Self::NotIncluded => "matches nothing in prepare.include",
+            Self::Name => "has a name that is not UTF-8",
+            Self::Walk(walk::Passed::Hidden) => "is hidden, as its name begins with a dot",
+            Self::Walk(walk::Passed::Loop) => "is a link to a folder in which it lies",
+            Self::Walk(walk::Passed::Dangling) => "is a link that leads nowhere",
+            Self::Walk(walk::Passed::Special) => "is neither a file nor a folder",
+        })
+    }
+}
+
+/// What was passed by: how often for each reason, and what first.
+#[derive(Debug, Default)]
+struct Tally(BTreeMap<Reason, (usize, String)>);
+
+impl Tally {
+    fn add(&mut self, reason: Reason, name: &str) {
+        self.0.entry(reason).or_insert_with(|| (0, name.to_owned())).0 += 1;
+    }
+
+    fn count(&self) -> usize {
+        self.0.values().map(|(count, _)| count).sum()
+    }
+
+    fn passed_by(self) -> Vec<PassedBy> {
+        let told =
+            |(reason, (count, first)): (Reason, _)| PassedBy { reason: reason.to_string(), count, first };
+        self.0.into_iter().map(told).collect()
+    }
 }
 
 /// Where cargo keeps its files: `$CARGO_HOME`, else `.cargo` in the home folder.
@@ -48,14 +152,14 @@ pub fn cargo_home() -> PathBuf {
 /// Row groups hold at most `unit` bytes of text, so that each can be a unit.
 ///
 /// # Errors
-/// When a crate or path is not there, nothing matches, or the store does not take a shard.
+/// When a crate or path is not there, nothing can be taken, or the store does not take a shard.
 pub fn prepare(
     config: &PrepareConfig,
     cargo_home: &Path,
     unit: u64,
     shards: &Folder,
 ) -> Result<Prepared, DataError> {
-    let documents = documents(config, cargo_home)?;
+    let (documents, tally) = documents(config, cargo_home)?;
     let mut hasher = blake3::Hasher::new();
     let parts = split(&documents, config.shard.get());
     for (number, part) in parts.iter().enumerate() {
@@ -72,6 +176,8 @@ pub fn prepare(
         documents: documents.len(),
         bytes: documents.iter().map(|document| document.text.len() as u64).sum(),
         digest: Digest::from_bytes(*hasher.finalize().as_bytes()),
+        found: documents.len() + tally.count(),
+        passed_by: tally.passed_by(),
     })
 }
 
@@ -80,9 +186,9 @@ pub fn prepare(
 /// # Errors
 /// When a crate or path is not there, or nothing matches.
 pub fn matching_files(config: &PrepareConfig, cargo_home: &Path) -> Result<usize, DataError> {
-    let globs = config.include.iter().map(|pattern| glob(pattern)).collect::<Result<Vec<_>, _>>()?;
-    let found = find(config, cargo_home)?;
-    Ok(found.iter().filter(|found| globs.iter().any(|glob| glob.is_match(&found.name))).count())
+    let globs = globs(config)?;
+    let found = find(config, cargo_home, &mut Tally::default())?;
+    Ok(found.iter().filter(|found| globs.iter().any(|glob| glob.fits(&found.matched))).count())
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,51 +216,86 @@ fn split(documents: &[Document], limit: u64) -> Vec<&[Document]> {
 }
 
 /// Reads what the plan names, up to its cap: everything that the first glob matches, then the second, …
-fn documents(config: &PrepareConfig, cargo_home: &Path) -> Result<Vec<Document>, DataError> {
-    let found = find(config, cargo_home)?;
+fn documents(config: &PrepareConfig, cargo_home: &Path) -> Result<(Vec<Document>, Tally), DataError> {
+    let mut tally = Tally::default();
+    let globs = globs(config)?;
+    let found = find(config, cargo_home, &mut tally)?;
+    // The first glob that matches a file decides when it is read.
+    let mut files: Vec<Vec<&Found>> = vec![Vec::new(); globs.len()];
+    for file in &found {
+        match globs.iter().position(|glob| glob.fits(&file.matched)) {
+            Some(glob) => files[glob].push(file),
+            None => tally.add(Reason::NotIncluded, &file.name),
+        }
+    }
+    let cap = config.cap.get();
+    // None once the cap is used up.
+    let mut left = Some(cap);
     let mut documents = Vec::new();
-    let mut taken = BTreeSet::new();
-    let mut seen = BTreeSet::new();
-    let mut licences = BTreeSet::new();
-    let mut left = config.cap.get();
-    for pattern in &config.include {
-        let glob = glob(pattern)?;
-        for Found { name, path } in found.iter().filter(|found| glob.is_match(&found.name)) {
-            if !taken.insert(name) || licence(name).is_some_and(|licence| !licences.insert(licence)) {
-                continue;
+    let (mut seen, mut licences) = (BTreeSet::new(), BTreeSet::new());
+    for Found { name, path, of_crate, .. } in files.into_iter().flatten() {
+        let Some(room) = left else {
+            // What comes behind the first that does not fit is left out with it: the cap cuts a list off, and does not
+            // thin it out.
+            tally.add(Reason::NoRoom, name);
+            continue;
+        };
+        let licence = licence(name).filter(|_| *of_crate);
+        let text = if licence.is_some_and(|licence| !licences.insert(licence)) {
+            Err(Reason::Licence)
+        } else {
+            text(path, cap)?
+        };
+        let taken = text.and_then(|text| {
+            if text.is_empty() {
+                return Err(Reason::Empty);
             }
-            let bytes = std::fs::read(path).map_err(|error| DataError::Store {
-                file: path.display().to_string(),
-                reason: error.to_string(),
-            })?;
-            // Files that are no text are no documents.
-            let Ok(text) = String::from_utf8(bytes) else { continue };
-            if text.is_empty() || !seen.insert(fingerprint(&text)) {
-                continue;
+            if !seen.insert(fingerprint(&text)) {
+                return Err(Reason::Equal);
             }
-            match left.checked_sub(text.len() as u64) {
-                Some(rest) => left = rest,
-                None => return Ok(documents),
-            }
-            documents.push(Document { text, path: name.clone() });
+            left = room.checked_sub(text.len() as u64);
+            left.map(|_| Document { text, path: name.clone() }).ok_or(Reason::NoRoom)
+        });
+        match taken {
+            Ok(document) => documents.push(document),
+            Err(reason) => tally.add(reason, name),
         }
     }
     if documents.is_empty() {
+        let passed_by = tally.passed_by();
+        let found =
+            if passed_by.is_empty() { "there are no files".to_owned() } else { after("", &passed_by) };
         return Err(DataError::NoText {
             places: config.crates.iter().chain(&config.paths).cloned().collect(),
             include: config.include.clone(),
+            found,
         });
     }
-    Ok(documents)
+    Ok((documents, tally))
 }
 
-fn glob(pattern: &str) -> Result<GlobMatcher, DataError> {
-    let glob = GlobBuilder::new(pattern).literal_separator(true).build();
-    let glob = glob.map_err(|error| DataError::Pattern {
-        pattern: pattern.to_owned(),
-        reason: error.kind().to_string(),
-    })?;
-    Ok(glob.compile_matcher())
+/// What a file says, or why it is no text to take.
+fn text(path: &Path, cap: u64) -> Result<Result<String, Reason>, DataError> {
+    let failed = |error: std::io::Error| DataError::Disk {
+        file: path.display().to_string(),
+        reason: error.to_string(),
+    };
+    let size = std::fs::metadata(path).map_err(failed)?.len();
+    if size > cap {
+        return Ok(Err(Reason::Cap { size, cap }));
+    }
+    let bytes = std::fs::read(path).map_err(failed)?;
+    if contents::is_pointer(&bytes, bytes.len() as u64) {
+        return Ok(Err(Reason::Pointer));
+    }
+    Ok(contents::text_of(&bytes).map(str::to_owned).map_err(|reason| match reason {
+        NoText::Utf16 => Reason::Utf16,
+        NoText::Other(_) => Reason::NotUtf8,
+    }))
+}
+
+fn globs(config: &PrepareConfig) -> Result<Vec<FileGlob>, DataError> {
+    config.include.iter().map(|pattern| FileGlob::new(pattern)).collect()
 }
 
 /// Equal for texts that differ in white space only.
@@ -175,8 +316,9 @@ fn licence(name: &str) -> Option<String> {
 }
 
 /// All files below the crates and paths of the plan, in its order; within each, sorted by path.
-fn find(config: &PrepareConfig, cargo_home: &Path) -> Result<Vec<Found>, DataError> {
+fn find(config: &PrepareConfig, cargo_home: &Path, tally: &mut Tally) -> Result<Vec<Found>, DataError> {
     let mut found = Vec::new();
+    let mut taken = BTreeSet::new();
     for entry in &config.crates {
         let folder_name = entry.replace(' ', "-");
         let sources = cargo_home.join("registry/src");
@@ -185,15 +327,30 @@ fn find(config: &PrepareConfig, cargo_home: &Path) -> Result<Vec<Found>, DataErr
             registries.into_iter().map(|registry| registry.join(&folder_name)).find(|path| path.is_dir());
         let folder = folder
             .ok_or_else(|| DataError::Crate { name: entry.clone(), folder: sources.display().to_string() })?;
-        walk(&folder, &folder_name, &mut found)?;
+        // One that is named twice is read once.
+        if taken.insert(folder_name.clone()) {
+            add(&folder, [&folder_name, &folder_name], true, &mut found, tally)?;
+        }
     }
     for path in &config.paths {
         let path = std::path::absolute(path).unwrap_or_else(|_| path.into());
-        let name = path.file_name().and_then(OsStr::to_str).unwrap_or("files").to_owned();
+        let matched = path.file_name().and_then(OsStr::to_str).unwrap_or("files").to_owned();
+        // Two paths may end alike. Where they differ is a matter of the machine, so they are numbered.
+        let (stem, suffix) = match matched.rsplit_once('.') {
+            Some((stem, suffix)) if path.is_file() && !stem.is_empty() => (stem, format!(".{suffix}")),
+            _ => (matched.as_str(), String::new()),
+        };
+        let mut name = matched.clone();
+        for number in 2.. {
+            if taken.insert(name.clone()) {
+                break;
+            }
+            name = format!("{stem}-{number}{suffix}");
+        }
         if path.is_file() {
-            found.push(Found { name, path });
+            found.push(Found { name, matched, path, of_crate: false });
         } else if path.is_dir() {
-            walk(&path, &name, &mut found)?;
+            add(&path, [&name, &matched], false, &mut found, tally)?;
         } else {
             return Err(DataError::Missing { file: path.display().to_string() });
         }
@@ -201,25 +358,24 @@ fn find(config: &PrepareConfig, cargo_home: &Path) -> Result<Vec<Found>, DataErr
     Ok(found)
 }
 
-/// Files below a folder, sorted by name. Hidden ones, links and names that are not UTF-8 are passed over.
-fn walk(folder: &Path, name: &str, found: &mut Vec<Found>) -> Result<(), DataError> {
-    let entries = children(folder).map_err(|error| DataError::Store {
-        file: folder.display().to_string(),
-        reason: error.to_string(),
-    })?;
-    for path in entries {
-        let Some(last) = path.file_name().and_then(OsStr::to_str).filter(|last| !last.starts_with('.'))
-        else {
-            continue;
-        };
-        let name = format!("{name}/{last}");
-        if path.is_symlink() {
-            continue;
-        }
-        if path.is_dir() {
-            walk(&path, &name, found)?;
-        } else {
-            found.push(Found { name, path });
+/// Adds the files below a folder, which has one name in the corpus and another one for globs.
+fn add(
+    folder: &Path,
+    [name, matched]: [&str; 2],
+    of_crate: bool,
+    found: &mut Vec<Found>,
+    tally: &mut Tally,
+) -> Result<(), DataError> {
+    let walk = walk(folder, false).map_err(|(folder, error)| of_walk(&folder, &error))?;
+    for (reason, below) in walk.passed {
+        tally.add(Reason::Walk(reason), &format!("{name}/{below}"));
+    }
+    for Walked { name: below, path, is_utf8, is_again } in walk.files {
+        let name = format!("{name}/{below}");
+        if !is_utf8 {
+            tally.add(Reason::Name, &name);
+        } else if !is_again {
+            found.push(Found { name, matched: format!("{matched}/{below}"), path, of_crate });
         }
     }
     Ok(())
@@ -283,7 +439,7 @@ mod tests {
     #[test]
     fn prose_comes_first_and_copies_once() {
         let place = machine();
-        let all = documents(&config(place.path(), 1000), place.path()).unwrap();
+        let (all, tally) = documents(&config(place.path(), 1000), place.path()).unwrap();
         let expected = [
             "a-1.0.0/LICENSE.md",
             "a-1.0.0/README.md",
@@ -292,7 +448,19 @@ mod tests {
             "a-1.0.0/src/lib.rs",
         ];
         assert_eq!(names(&all), expected);
-        let some = documents(&config(place.path(), 45), place.path()).unwrap();
+        let told = |reason: &str, count, first: &str| PassedBy {
+            reason: reason.to_owned(),
+            count,
+            first: first.to_owned(),
+        };
+        let expected_passed = [
+            told("is UTF-16, not UTF-8", 1, "notes/binary.md"),
+            told("has the text of another file, but for white space", 1, "b-2.0.0/README.md"),
+            told("is a licence of a crate, and another crate has one of this name", 1, "b-2.0.0/LICENSE.md"),
+            told("is hidden, as its name begins with a dot", 1, "a-1.0.0/.hidden.md"),
+        ];
+        assert_eq!(tally.passed_by(), expected_passed);
+        let (some, _) = documents(&config(place.path(), 45), place.path()).unwrap();
         assert_eq!(names(&some), expected[..3]);
     }
 
@@ -308,6 +476,151 @@ mod tests {
         assert_eq!((first.shards, first.documents, first.bytes), (2, 5, 61));
         let files = shards.list().unwrap();
         assert_eq!(files[1].path, "part-00001.parquet");
+    }
+
+    #[test]
+    fn paths_that_end_alike_are_both_taken() {
+        let place = tempfile::tempdir().unwrap();
+        for language in ["en", "de"] {
+            for number in 0..40 {
+                let name = format!("{language}/texts/{number}.txt");
+                write(place.path(), &[(&name, &format!("{language} text number {number}"))]);
+            }
+            write(place.path(), &[(&format!("{language}/a-1.0.0/b.txt"), &format!("{language} b"))]);
+        }
+        write(place.path(), &[("registry/src/index/a-1.0.0/b.txt", "of the crate")]);
+        let of = |paths: &[&str]| {
+            let paths = paths.iter().map(|path| place.path().join(path).display().to_string()).collect();
+            let include = vec!["texts/*.txt".to_owned(), "**/*.txt".to_owned()];
+            let crates = vec!["a 1.0.0".to_owned()];
+            PrepareConfig { crates, paths, include, ..PrepareConfig::default() }
+        };
+        let read = |paths: &[&str]| documents(&of(paths), place.path()).unwrap().0;
+        let folders = read(&["en/texts", "de/texts"]);
+        assert_eq!(folders.len(), 81);
+        // Globs are matched with the name that the folder has.
+        assert_eq!(
+            (folders[40].path.as_str(), folders[40].text.as_str()),
+            ("texts-2/0.txt", "de text number 0")
+        );
+        let files = read(&["en/texts/1.txt", "de/texts/1.txt", "de/texts/1.txt"]);
+        assert_eq!(names(&files), ["a-1.0.0/b.txt", "1.txt", "1-2.txt"]);
+        let crates = read(&["en/a-1.0.0", "de/a-1.0.0"]);
+        assert_eq!(names(&crates), ["a-1.0.0/b.txt", "a-1.0.0-2/b.txt", "a-1.0.0-3/b.txt"]);
+    }
+
+    #[test]
+    fn texts_of_people_may_be_called_like_licences() {
+        let place = tempfile::tempdir().unwrap();
+        let stems = ["notice", "Notices-2021", "copyright law", "copying", "LICENSE"];
+        for (number, stem) in (0..40).zip(stems.iter().cycle()) {
+            write(place.path(), &[(&format!("all/m{number}/{stem}.txt"), &format!("text {number}"))]);
+        }
+        let config = PrepareConfig {
+            paths: vec![place.path().join("all").display().to_string()],
+            ..PrepareConfig::default()
+        };
+        assert_eq!(documents(&config, place.path()).unwrap().0.len(), 40);
+    }
+
+    #[test]
+    fn what_is_passed_by_is_counted_and_named() {
+        let place = tempfile::tempdir().unwrap();
+        let folder = place.path().join("all");
+        let latin1 = |number: u8| [b"caf\xe9 ".as_slice(), &[b'a' + number]].concat();
+        std::fs::create_dir(&folder).unwrap();
+        for number in 0..20 {
+            std::fs::write(folder.join(format!("good{number}.txt")), format!("text {number}")).unwrap();
+            std::fs::write(folder.join(format!("latin{number}.txt")), latin1(number)).unwrap();
+        }
+        let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n";
+        let big = vec![b'x'; 70_000];
+        for (name, bytes) in [
+            ("marked.txt", &b"\xef\xbb\xbfmarked"[..]),
+            ("wide.txt", b"\xff\xfea\0"),
+            ("big.txt", &big),
+            ("empty.txt", b""),
+            ("large.txt", pointer.as_bytes()),
+            ("table.csv", b"1,2"),
+        ] {
+            std::fs::write(folder.join(name), bytes).unwrap();
+        }
+        let config = PrepareConfig {
+            paths: vec![folder.display().to_string()],
+            cap: Bytes::new(64 << 10),
+            ..PrepareConfig::default()
+        };
+        let shards = memory();
+        let prepared = prepare(&config, place.path(), 1 << 20, &shards).unwrap();
+        assert_eq!((prepared.documents, prepared.found), (21, 46));
+        let passed_by: Vec<_> =
+            prepared.passed_by.iter().map(|p| (p.reason.as_str(), p.count, p.first.as_str())).collect();
+        assert_eq!(
+            passed_by,
+            [
+                ("has 70000 bytes, more than prepare.cap allows for all text (65536)", 1, "all/big.txt"),
+                ("is UTF-16, not UTF-8", 1, "all/wide.txt"),
+                ("is not UTF-8", 20, "all/latin0.txt"),
+                ("is a pointer of Git LFS (run `git lfs pull`)", 1, "all/large.txt"),
+                ("is empty", 1, "all/empty.txt"),
+                ("matches nothing in prepare.include", 1, "all/table.csv"),
+            ]
+        );
+        let summary = prepared.summary();
+        let words = [
+            "took 21 of 46 files",
+            "\"all/big.txt\", which has 70000 bytes",
+            "20 (\"all/latin0.txt\" for one)",
+        ];
+        assert!(words.iter().all(|words| summary.contains(words)), "{summary}");
+        let (all, _) = documents(&config, place.path()).unwrap();
+        assert!(all.iter().any(|document| document.text == "marked"));
+
+        let only = PrepareConfig { paths: vec![folder.join("big.txt").display().to_string()], ..config };
+        let message = documents(&only, place.path()).unwrap_err().to_string();
+        let words = ["\"big.txt\"", "70000 bytes", "prepare.cap"];
+        assert!(words.iter().all(|words| message.contains(words)), "{message}");
+    }
+
+    #[test]
+    fn a_file_that_can_never_fit_keeps_no_other_out() {
+        let place = tempfile::tempdir().unwrap();
+        let text = |size: usize, letter: &str| letter.repeat(size);
+        write(
+            place.path(),
+            &[
+                ("all/a.txt", &text(70_000, "a")),
+                ("all/b.txt", &text(40_000, "b")),
+                ("all/c.txt", &text(40_000, "c")),
+                ("all/d.txt", &text(10_000, "d")),
+            ],
+        );
+        let config = PrepareConfig {
+            paths: vec![place.path().join("all").display().to_string()],
+            cap: Bytes::new(64 << 10),
+            ..PrepareConfig::default()
+        };
+        let (documents, tally) = documents(&config, place.path()).unwrap();
+        assert_eq!(names(&documents), ["all/b.txt"]);
+        let passed_by: Vec<_> = tally.passed_by().into_iter().map(|p| (p.first, p.count)).collect();
+        assert_eq!(passed_by, [("all/a.txt".to_owned(), 1), ("all/c.txt".to_owned(), 2)]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_are_followed() {
+        let place = tempfile::tempdir().unwrap();
+        write(place.path(), &[("hub/blobs/1", "first"), ("hub/blobs/2", "second")]);
+        let snapshot = place.path().join("hub/snapshots/main");
+        std::fs::create_dir_all(&snapshot).unwrap();
+        for (target, link) in [("../../blobs/1", "1.txt"), ("../../blobs/2", "2.txt"), ("..", "up")] {
+            std::os::unix::fs::symlink(target, snapshot.join(link)).unwrap();
+        }
+        let config =
+            PrepareConfig { paths: vec![snapshot.display().to_string()], ..PrepareConfig::default() };
+        let (documents, tally) = documents(&config, place.path()).unwrap();
+        assert_eq!(names(&documents), ["main/1.txt", "main/2.txt"]);
+        assert_eq!(tally.passed_by()[0].first, "main/up");
     }
 
     #[test]

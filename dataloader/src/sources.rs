@@ -8,7 +8,7 @@ use crate::error::DataError;
 use crate::format::{self, Content, Document, Layout, Segments, Unit};
 use crate::manifest::{self, Manifest, SourceManifest};
 use crate::order::Mixture;
-use crate::store::{Folder, Stores, Traffic};
+use crate::store::{FileInfo, Folder, Stores, Traffic};
 use crate::tokens::Vocabulary;
 
 /// How often a unit that cannot be read is read again.
@@ -244,7 +244,7 @@ pub struct Inspection {
     pub kind: Option<ErrorKind>,
 }
 
-/// Opens every source, lists its files and reads one unit of it. Blocks; reads no more than that.
+/// Opens every source, lists its files and reads it up to its first document. Blocks.
 pub fn inspect(config: &DataConfig, run: Option<&Folder>) -> Inspection {
     let mut inspection = Inspection::default();
     let weights: Vec<u64> = config.source.iter().map(|source| source.tokens.unwrap_or(1)).collect();
@@ -278,19 +278,17 @@ fn report(
     let folder = stores.open(&source.url)?;
     let files = manifest::list(source, &folder, &stores)?;
     let format = manifest::format_of(source, &folder, &files)?;
-    let first = &files[..1];
+    if !folder.can_list() {
+        manifest::must_give_ranges(&folder, &files)?;
+    }
     let layout = layout(source, format, config);
-    let documents = match layout.units(&folder, first)?.first() {
-        Some(at) => layout.open(&folder, first, *at, 0)?.next()?,
-        None => None,
-    };
-    let documents = documents.unwrap_or_default();
-    let first = documents.first().ok_or_else(|| DataError::Empty { name: source.name.clone() })?;
+    let first = first_document(&layout, &folder, &files)?;
+    let first = first.ok_or_else(|| DataError::Empty { name: source.name.clone() })?;
     // A file that is not empty has one unit at least, so that all are looked at only where there are few.
     if files.iter().filter(|file| file.size > 0).count() < lanes {
         enough_units(&source.name, layout.units(&folder, &files)?.len(), lanes, all_lanes)?;
     }
-    let sample = match &first.content {
+    let sample = match &first {
         Content::Text(text) => text.chars().take(SAMPLE_CHARACTERS).collect(),
         Content::Tokens(ids) => format!("{:?}", &ids[..ids.len().min(SAMPLE_TOKENS)]),
     };
@@ -302,6 +300,31 @@ fn report(
         schema: format::schema(&folder, &files[0], format)?,
         sample,
     })
+}
+
+/// The first document of a source that says anything. Writers that share work leave files of no rows, and rows of no text.
+fn first_document(
+    layout: &Layout,
+    folder: &Folder,
+    files: &[FileInfo],
+) -> Result<Option<Content>, DataError> {
+    for file in files {
+        let file = std::slice::from_ref(file);
+        for unit in layout.units(folder, file)? {
+            let mut segments = layout.open(folder, file, unit, 0)?;
+            while let Some(documents) = segments.next()? {
+                let says = |content: &Content| match content {
+                    Content::Text(text) => !text.trim().is_empty(),
+                    Content::Tokens(ids) => !ids.is_empty(),
+                };
+                let found = documents.into_iter().map(|document| document.content).find(says);
+                if found.is_some() {
+                    return Ok(found);
+                }
+            }
+        }
+    }
+    Ok(None)
 }
 
 /// How a source is read, as far as that is known without a tokenizer.

@@ -68,6 +68,24 @@ fn mistakes_are_told_with_their_place() {
         &dataloader(&["encode", "--tokenizer", "/no/such"], ""),
         &["/no/such cannot be read", "tokenizer.model"],
     );
+    refused(
+        &dataloader(&["decode", "--tokenizer", &tokenizer], "[1, 2]\n[3, 512]\n"),
+        &["line 2", "token 512 does not exist", "512 pieces"],
+    );
+}
+
+#[test]
+fn a_byte_order_mark_is_no_text() {
+    let place = tempfile::tempdir().unwrap();
+    let marked = |name: &str| {
+        let path = place.path().join(name);
+        let json = std::fs::read(format!("{GOLDEN}/tiny/tokenizer.json")).unwrap();
+        std::fs::write(&path, [b"\xef\xbb\xbf".as_slice(), &json].concat()).unwrap();
+        path.display().to_string()
+    };
+    let plain = dataloader(&["encode", "--tokenizer", &format!("{GOLDEN}/tiny/tokenizer.json")], "\"a\"\n");
+    let both = dataloader(&["encode", "--tokenizer", &marked("tokenizer.json")], "\u{feff}\"a\"\n");
+    assert_eq!(lines(&plain), lines(&both));
 }
 
 #[test]

@@ -367,11 +367,23 @@ fn a_corpus_that_the_filters_empty_says_so() {
 }
 
 #[test]
+fn where_no_document_is_held_out_that_is_known() {
+    let texts = [Text { documents: 300, tokens: 1, max_epochs: None, format: Format::Jsonl }];
+    for holdout in [0.0, 1e-12] {
+        let corpus = corpus(&texts, 2, &DataConfig { holdout, ..window(8) }).unwrap();
+        assert_eq!(corpus.holds_out_any(u64::MAX).unwrap(), Some(false));
+        assert!(corpus.held_out(LENGTH, 5).unwrap().texts.is_empty());
+    }
+}
+
+#[test]
 fn held_out_documents_are_fixed_and_never_trained_on() {
     let texts = [Text { documents: 300, tokens: 1, max_epochs: Some(1), format: Format::Jsonl }];
     let corpus = Arc::new(corpus(&texts, 2, &DataConfig { holdout: 0.2, ..window(8) }).unwrap());
     let held_out = corpus.held_out(LENGTH, 1000).unwrap();
     assert!((30..90).contains(&held_out.texts.len()), "{}", held_out.texts.len());
+    assert_eq!(corpus.holds_out_any(u64::MAX).unwrap(), Some(true));
+    assert_eq!(corpus.holds_out_any(0).unwrap(), None);
     let few = corpus.held_out(LENGTH, 5).unwrap();
     assert_eq!(few.sequences, held_out.sequences[..5]);
     assert_eq!(few.texts, held_out.texts[..few.texts.len()]);

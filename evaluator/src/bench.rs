@@ -120,7 +120,7 @@ pub fn bench<B: Backend>(
 ) -> Result<BenchResult, EvaluatorError> {
     let BenchConfig { prompt, generate, runs, batch } = config;
     let context = model.config().max_context_length;
-    if prompt == 0 || generate < 2 || prompt + generate > context {
+    if prompt == 0 || generate < 2 || prompt.saturating_add(generate) > context {
         return Err(EvaluatorError::Lengths { prompt, generate, context });
     }
     let mut generator = Generator::with_sequences(Arc::clone(model), prompt + generate, batch)?;

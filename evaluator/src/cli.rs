@@ -20,6 +20,11 @@ use ulmus_types::{Digest, ExitStatus};
 /// Version of the result files.
 const FORMAT_VERSION: u32 = 1;
 
+/// Tokens of the prompt that `bench` times if nobody says how many, where there is room for them.
+const PROMPT_TOKENS: usize = 35;
+/// Tokens that are generated if nobody says how many, where there is room for them.
+const MAX_TOKENS: usize = 128;
+
 const EXIT_CODES: &str =
     "Exit codes: 0 done, 1 failed, 2 wrong input (the message says what to change), 5 damaged data.";
 
@@ -61,7 +66,7 @@ struct Run {
     #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
     data: Vec<PathBuf>,
     /// Column (parquet) or key (jsonl) of the text.
-    #[arg(long, value_name = "NAME", default_value = "text")]
+    #[arg(long, value_name = "NAME", default_value = "text", allow_hyphen_values = true)]
     text: String,
     /// Most tokens of context for a prediction; the model's own maximum if not given.
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
@@ -89,12 +94,12 @@ struct Bench {
     /// Kind of the preset's norms: `rms`, `naive_rms` or `layer`; those of a model folder are `rms`.
     #[arg(long, value_name = "KIND", default_value = "rms", conflicts_with = "model")]
     norm: NormKind,
-    /// Tokens of the prompt.
-    #[arg(long, value_name = "N", default_value_t = 35)]
-    prompt: usize,
-    /// New tokens; the first counts as part of the prompt's processing.
-    #[arg(long, value_name = "N", default_value_t = 128)]
-    generate: usize,
+    /// Tokens of the prompt [default: 35, or what the context has room for].
+    #[arg(long, value_name = "N")]
+    prompt: Option<usize>,
+    /// New tokens; the first counts as part of the prompt's processing [default: 128, or what the context has room for].
+    #[arg(long, value_name = "N")]
+    generate: Option<usize>,
     /// Timed runs after the dry run; the median is reported.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
@@ -153,11 +158,11 @@ struct Generate {
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
     /// Beginning of the text.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: String,
-    /// Most tokens to write; the model may end its text earlier.
-    #[arg(long, value_name = "N", default_value_t = 128)]
-    max_tokens: usize,
+    /// Most tokens to write; the model may end its text earlier [default: 128, or what its context has room for].
+    #[arg(long, value_name = "N")]
+    max_tokens: Option<usize>,
     /// Take the likeliest token every time, which is the default.
     #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p"])]
     greedy: bool,
@@ -334,9 +339,11 @@ impl OnDevice for Bench {
             let directory = self.subject.model.as_deref().expect("one of the group is required");
             load_model(directory, backend, self.dtype.format()).map_err(failure)?.model
         };
+        let context = model.config().max_context_length;
+        let prompt = self.prompt.unwrap_or_else(|| context.saturating_sub(2).clamp(1, PROMPT_TOKENS));
         let config = BenchConfig {
-            prompt: self.prompt,
-            generate: self.generate,
+            prompt,
+            generate: self.generate.unwrap_or_else(|| context.saturating_sub(prompt).clamp(2, MAX_TOKENS)),
             runs: self.runs as usize,
             batch: usize::from(self.batch),
         };
@@ -355,6 +362,27 @@ impl Generate {
     }
 }
 
+impl Generate {
+    /// Tokens that may be written behind a prompt of so many, BOS included, in a model of that context.
+    fn room(&self, prompt: usize, context: usize) -> Result<usize, Failure> {
+        let room = context.saturating_sub(prompt);
+        let message = match self.max_tokens {
+            None if room > 0 => return Ok(room.min(MAX_TOKENS)),
+            Some(wanted) if prompt <= context && wanted <= room => return Ok(wanted),
+            Some(wanted) if room > 0 => format!(
+                "a prompt of {prompt} tokens and --max-tokens {wanted} do not fit the model's context of {context}; \
+                 shorten the prompt or use --max-tokens {room}"
+            ),
+            _ => format!(
+                "a prompt of {prompt} tokens, BOS among them, leaves nothing of the model's context of {context}; \
+                 shorten it to at most {}",
+                context.saturating_sub(1)
+            ),
+        };
+        Err(Failure::new(ExitStatus::InvalidInput, message))
+    }
+}
+
 impl OnDevice for Generate {
     fn run<B: Backend>(&self, backend: B) -> Result<(), Failure> {
         let mut sampler = Sampler::new(self.sampling()?, self.seed, 0);
@@ -363,24 +391,18 @@ impl OnDevice for Generate {
         let LoadedModel { model, .. } = loaded;
         let prompt = tokenizer.encode(&self.prompt);
         let begun: Vec<u32> = std::iter::once(tokenizer.bos()).chain(prompt.iter().copied()).collect();
-        let (context, wanted) = (model.config().max_context_length, begun.len() + self.max_tokens);
-        if wanted > context {
-            let message = format!(
-                "a prompt of {} tokens and --max-tokens {} do not fit the model's context of {context}; \
-                 shorten the prompt or use --max-tokens {}",
-                begun.len(),
-                self.max_tokens,
-                context.saturating_sub(begun.len()),
-            );
-            return Err(Failure::new(ExitStatus::InvalidInput, message));
-        }
+        let max_tokens = self.room(begun.len(), model.config().max_context_length)?;
+        let wanted = begun.len() + max_tokens;
         let mut generator = Generator::new(model, wanted).map_err(failure)?;
         let mut transcript = Transcript::after(&tokenizer, &prompt);
         let mut stdout = io::stdout().lock();
-        let mut written = stdout.write_all(self.prompt.as_bytes()).and_then(|()| stdout.flush());
+        // The end of the prompt may become something else together with what follows; it comes with that.
+        let pending = transcript.pending();
+        let certain = self.prompt.strip_suffix(&pending).unwrap_or(&self.prompt);
+        let mut written = stdout.write_all(certain.as_bytes()).and_then(|()| stdout.flush());
         if written.is_ok() {
             generator
-                .generate_with(&mut sampler, &begun, self.max_tokens, Some(tokenizer.eos()), |token| {
+                .generate_with(&mut sampler, &begun, max_tokens, Some(tokenizer.eos()), |token| {
                     written =
                         stdout.write_all(transcript.push(token).as_bytes()).and_then(|()| stdout.flush());
                     if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }

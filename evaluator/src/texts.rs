@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use ulmus_dataloader::{Manifest, Sources};
+use ulmus_dataloader::{Manifest, Sources, files_below};
 use ulmus_plan::{DataConfig, Format, SourceConfig};
 
 use crate::error::EvaluatorError;
@@ -40,9 +40,9 @@ fn sources_of(path: &Path, column: &str) -> Result<Vec<SourceConfig>, EvaluatorE
         ..SourceConfig::default()
     };
     if path.is_dir() {
-        let mut names = Vec::new();
-        collect(path, "", &mut names).map_err(|_| refuse("the folder cannot be listed"))?;
-        names.sort();
+        let names = files_below(path, |name| {
+            Format::of_file(name).is_some_and(|format| Format::TEXT.contains(&format))
+        })?;
         let of_format = |format| {
             let files: Vec<String> = names
                 .iter()
@@ -67,21 +67,6 @@ fn sources_of(path: &Path, column: &str) -> Result<Vec<SourceConfig>, EvaluatorE
     })?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     Ok(vec![source(folder, format, vec![literal(name)])])
-}
-
-/// Paths of all files below `folder`, with `/` between their parts.
-fn collect(folder: &Path, prefix: &str, names: &mut Vec<String>) -> std::io::Result<()> {
-    for entry in std::fs::read_dir(folder)? {
-        let entry = entry?;
-        let Ok(name) = entry.file_name().into_string() else { continue };
-        let path = entry.path();
-        if path.is_dir() {
-            collect(&path, &format!("{prefix}{name}/"), names)?;
-        } else {
-            names.push(format!("{prefix}{name}"));
-        }
-    }
-    Ok(())
 }
 
 /// The pattern that matches this name and no other.
@@ -110,6 +95,35 @@ mod tests {
         write("folder/ignored.bin", "\u{0}");
         let texts = read_texts(&[lines, home.path().join("folder")], "body").unwrap();
         assert_eq!(texts, ["one", "two", "a", "b"]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn every_file_of_a_folder_is_read_once() {
+        use std::os::unix::fs::symlink;
+
+        let home = tempfile::tempdir().unwrap();
+        let folder = home.path().join("b");
+        std::fs::create_dir_all(folder.join("real")).unwrap();
+        for (name, text) in [
+            ("x.txt", "\u{feff}text"),
+            ("real/y.txt", "more"),
+            ("._x.txt", "\0"),
+            (".notes.txt", "hidden"),
+            ("[z].jsonl", "{\"body\": \"line\", \"score\": NaN}"),
+        ] {
+            std::fs::write(folder.join(name), text).unwrap();
+        }
+        for (target, link) in [(".", "self"), (".", "again"), ("..", "up"), ("real", "other")] {
+            symlink(target, folder.join(link)).unwrap();
+        }
+        let read = |name: &str| read_texts(&[folder.join(name)], "body").unwrap();
+        assert_eq!(read(""), ["line", "more", "text"]);
+        assert_eq!(read(".notes.txt"), ["hidden"]);
+        std::fs::write(folder.join("a\n.txt"), "lost").unwrap();
+        let error = read_texts(&[folder], "body").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        assert!(error.to_string().contains("rename it"), "{error}");
     }
 
     #[test]

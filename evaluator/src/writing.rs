@@ -40,10 +40,11 @@ pub fn continuations<B: Backend>(
             written.push(token);
             ControlFlow::Continue(())
         })?;
-        // Decoded together, because a piece's leading blank is text in the middle and not at the beginning.
-        let prompt_text = tokenizer.decode(&prompt);
+        // Decoded together, because a piece's leading blank is text in the middle and not at the beginning. What of the
+        // prompt depends on what follows belongs to the continuation.
+        let prompt_text = tokenizer.decode_settled(&prompt);
         let whole = tokenizer.decode(&[prompt, written].concat());
-        let text = whole.strip_prefix(&prompt_text).unwrap_or(&whole).to_owned();
+        let text = whole.get(prompt_text.len()..).unwrap_or_default().to_owned();
         Ok(Continuation { prompt: prompt_text, text })
     };
     texts.iter().map(write).collect()
@@ -51,8 +52,9 @@ pub fn continuations<B: Backend>(
 
 /// Turns tokens into text as they come.
 ///
-/// A character may consist of several tokens (one for each byte), so text is given out only up to the last
-/// character that is complete.
+/// What a token is as text may depend on those behind it: a character may consist of several tokens, and some tokenizers
+/// decode rows of bytes together. So text is given out only as far as it is certain; all that was given out is in the end
+/// what all tokens are when they are decoded together.
 #[derive(Debug)]
 pub struct Transcript<'a> {
     tokenizer: &'a Tokenizer,
@@ -61,29 +63,28 @@ pub struct Transcript<'a> {
 }
 
 impl<'a> Transcript<'a> {
-    /// A transcript of what follows `prompt`, which is not given out itself.
+    /// A transcript of what follows `prompt`, which is not given out itself, apart from what [`Self::pending`] tells.
     pub fn after(tokenizer: &'a Tokenizer, prompt: &[u32]) -> Self {
-        Self { tokenizer, tokens: prompt.to_vec(), given: tokenizer.decode(prompt).len() }
+        Self { tokenizer, tokens: prompt.to_vec(), given: tokenizer.decode_settled(prompt).len() }
+    }
+
+    /// The end of the text so far that what comes may still change. It is given out later, as what it has become then.
+    pub fn pending(&self) -> String {
+        self.tokenizer.decode(&self.tokens).get(self.given..).unwrap_or_default().to_owned()
     }
 
     /// Adds a token; answers the text that is new.
     pub fn push(&mut self, token: u32) -> String {
         self.tokens.push(token);
-        let text = self.tokenizer.decode(&self.tokens);
-        let complete = text.trim_end_matches(char::REPLACEMENT_CHARACTER).len();
-        self.give(&text[..complete])
+        let settled = self.tokenizer.decode_settled(&self.tokens);
+        let new = settled.get(self.given..).unwrap_or_default().to_owned();
+        self.given += new.len();
+        new
     }
 
     /// The rest, complete or not.
-    pub fn finish(mut self) -> String {
-        let text = self.tokenizer.decode(&self.tokens);
-        self.give(&text)
-    }
-
-    fn give(&mut self, text: &str) -> String {
-        let new = text.get(self.given..).unwrap_or_default().to_owned();
-        self.given += new.len();
-        new
+    pub fn finish(self) -> String {
+        self.pending()
     }
 }
 
@@ -91,6 +92,8 @@ impl<'a> Transcript<'a> {
 mod tests {
     use std::path::Path;
 
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
     use ulmus_model::Cpu;
 
     use super::*;
@@ -101,6 +104,131 @@ mod tests {
         let model = load_model(&directory, Cpu::new(1), ulmus_model::WeightFormat::F32).unwrap();
         let tokenizer = load_tokenizer(&directory, &model).unwrap();
         (model, tokenizer)
+    }
+
+    /// The tokenizer of a `tokenizer.json` with these changes.
+    fn changed(base: &Value, change: impl FnOnce(&mut Value)) -> Tokenizer {
+        let mut file = base.clone();
+        change(&mut file);
+        Tokenizer::read(file.to_string().as_bytes(), "tokenizer.json", Some("<s>"), Some("</s>")).unwrap()
+    }
+
+    /// Decoders of every kind: those that append, those that look back for bytes, and one that looks back for anything.
+    fn decoders() -> Vec<(&'static str, Tokenizer)> {
+        let (_, own) = tiny();
+        let llama: Value = serde_json::from_str(&own.to_json().unwrap()).unwrap();
+        let listed = llama["model"]["vocab"].as_object().unwrap().len();
+        // A token that is found in texts is more than our own way of such files can do.
+        let through_library = |file: &mut Value| {
+            file["added_tokens"] = json!([{ "id": listed, "content": "<found>", "special": false, "single_word": false,
+                "lstrip": false, "rstrip": false, "normalized": false }]);
+        };
+        let decoder = |decoder: Value| {
+            changed(&llama, |file| {
+                through_library(file);
+                file["decoder"] = decoder;
+            })
+        };
+        let bytes = json!({"type": "ByteFallback"});
+        let (fuse, blanks) = (
+            json!({"type": "Fuse"}),
+            json!({"type": "Replace", "pattern": {"String": "\u{2581}"}, "content": " "}),
+        );
+        let strip = json!({"type": "Strip", "content": " ", "start": 1, "stop": 0});
+        let late = json!({"type": "Replace", "pattern": {"String": "e"}, "content": "three"});
+        let sequence = |steps: &[&Value]| decoder(json!({"type": "Sequence", "decoders": steps}));
+        vec![
+            ("each byte by itself", own),
+            ("rows of bytes", changed(&llama, |_| ())),
+            (
+                "rows of bytes, no blank dropped",
+                changed(&llama, |file| {
+                    file["normalizer"] = blanks_of_gemma();
+                    file["decoder"] = json!({"type": "Sequence", "decoders": [&blanks, &bytes, &fuse]});
+                }),
+            ),
+            ("rows of bytes, by the library", changed(&llama, through_library)),
+            ("rows of bytes, tokens apart", sequence(&[&bytes, &blanks])),
+            ("no bytes", sequence(&[&blanks, &fuse, &strip])),
+            (
+                "bytes of characters",
+                decoder(
+                    json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}),
+                ),
+            ),
+            ("words", decoder(json!({"type": "WordPiece", "prefix": "##", "cleanup": true}))),
+            ("ends of words", decoder(json!({"type": "BPEDecoder", "suffix": "e"}))),
+            (
+                "blanks",
+                decoder(
+                    json!({"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": "always", "split": true}),
+                ),
+            ),
+            ("no decoder", decoder(Value::Null)),
+            ("anything", sequence(&[&bytes, &fuse, &late])),
+        ]
+    }
+
+    fn blanks_of_gemma() -> Value {
+        json!({"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"})
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(128))]
+        /// Bytes are the tokens 3 to 258, and most of what is tried.
+        #[test]
+        fn what_is_shown_is_never_taken_back_and_nothing_is_lost(
+            tokens in prop::collection::vec(
+                prop_oneof![4 => 3_u32..259, 3 => 259_u32..520, 1 => 0_u32..3, 3 => prop::sample::select(
+                    vec![3 + 0x0a, 3 + 0x41, 3 + 0xe2, 3 + 0x82, 3 + 0xac, 3 + 0xf0, 3 + 0x9f, 3 + 0x98, 3 + 0x80]
+                )],
+                0..24,
+            ),
+            prompt in 0_usize..24,
+        ) {
+            thread_local! { static DECODERS: Vec<(&'static str, Tokenizer)> = decoders(); }
+            DECODERS.with(|decoders| {
+                for (kind, tokenizer) in decoders {
+                    let (prompt, written) = tokens.split_at(prompt.min(tokens.len()));
+                    let whole = tokenizer.decode(&tokens);
+                    let mut transcript = Transcript::after(tokenizer, prompt);
+                    let begun = tokenizer.decode(prompt);
+                    let pending = transcript.pending();
+                    prop_assert!(begun.ends_with(&pending), "{}", kind);
+                    let mut shown = begun[..begun.len() - pending.len()].to_owned();
+                    prop_assert!(whole.starts_with(&shown), "{}: {:?} of {:?}", kind, shown, whole);
+                    for token in written {
+                        shown += &transcript.push(*token);
+                        prop_assert!(whole.starts_with(&shown), "{}: {:?} of {:?}", kind, shown, whole);
+                    }
+                    shown += &transcript.finish();
+                    prop_assert_eq!(shown, whole, "{}", kind);
+                }
+                Ok(())
+            })?;
+        }
+    }
+
+    #[test]
+    fn a_byte_that_does_not_go_with_the_one_before_loses_nothing() {
+        let (_, tokenizer) = decoders().swap_remove(1);
+        let word = |text: &str| tokenizer.encode(text)[0];
+        let byte = |byte: u32| 3 + byte;
+        let (a, b) = (word("the"), word("on"));
+        let after = |tokens: &[u32]| {
+            let mut transcript = Transcript::after(&tokenizer, &[]);
+            let given: Vec<String> = tokens.iter().map(|token| transcript.push(*token)).collect();
+            (given, transcript.finish())
+        };
+        let tokens = [a, byte(0x0a), byte(0xe2), b, byte(0x82), a];
+        let (given, rest) = after(&tokens);
+        // A row of bytes waits for its end, and words behind it come at once.
+        assert_eq!(given[1..3], ["", ""]);
+        assert!(given[3].starts_with("\u{fffd}\u{fffd}") && given[3].len() > 6, "{given:?}");
+        assert_eq!(given.concat() + &rest, tokenizer.decode(&tokens));
+        // A whole character is shown as soon as something else follows, or nothing.
+        let (given, rest) = after(&[byte(0xe2), byte(0x82), byte(0xac)]);
+        assert_eq!((given.concat().as_str(), rest.as_str()), ("", "\u{20ac}"));
     }
 
     #[test]

@@ -132,6 +132,80 @@ fn generate_goes_on_from_the_prompt() {
     assert_eq!(generate("0"), "The old teacher\n");
 }
 
+#[test]
+fn a_prompt_may_look_like_a_flag() {
+    let model = model();
+    for prompt in ["-x", "--greedy", "- one\n- two", "-1"] {
+        let arguments =
+            ["generate", "--model", model.to_str().unwrap(), "--max-tokens", "2", "--prompt", prompt];
+        let text = stdout(&evaluator(&arguments));
+        assert!(text.starts_with(prompt), "{text:?}");
+    }
+}
+
+/// The tiny model with another context and vocabulary.
+fn reshaped(folder: &Path, changes: &[(&str, &str)]) {
+    for name in ["config.json", "model.safetensors", "tokenizer.model"] {
+        std::fs::copy(model().join(name), folder.join(name)).expect("it can be copied");
+    }
+    let mut config = std::fs::read_to_string(folder.join("config.json")).expect("it was copied");
+    for (from, to) in changes {
+        assert!(config.contains(from), "{config}");
+        config = config.replace(from, to);
+    }
+    std::fs::write(folder.join("config.json"), config).expect("it can be written");
+}
+
+#[test]
+fn a_model_of_a_small_context_writes_what_it_has_room_for() {
+    let home = tempfile::tempdir().unwrap();
+    reshaped(home.path(), &[("\"max_context_length\": 2048", "\"max_context_length\": 12")]);
+    let folder = home.path().to_str().unwrap();
+    let generate = |prompt: &str, more: &[&str]| {
+        evaluator(&[&["generate", "--model", folder, "--prompt", prompt][..], more].concat())
+    };
+    let text = stdout(&generate("The", &[]));
+    assert!(text.len() > "The\n".len(), "{text:?}");
+    stdout(&evaluator(&["bench", "--model", folder, "--runs", "1"]));
+    // Advice that can be followed, and none that cannot.
+    let message = |output: Output| {
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let long = message(generate("The", &["--max-tokens", "100"]));
+    let most = long.trim().rsplit(' ').next().unwrap();
+    stdout(&generate("The", &["--max-tokens", most]));
+    for more in [&[][..], &["--max-tokens", "5"], &["--max-tokens", "0"]] {
+        let long = message(generate("The old teacher counts an iron pot at the market", more));
+        assert!(long.contains("shorten it to at most 11") && !long.contains("use --max-tokens"), "{long}");
+    }
+}
+
+#[test]
+fn output_that_cannot_be_written_is_a_failure() {
+    let home = tempfile::tempdir().unwrap();
+    let data = home.path().join("text.txt");
+    std::fs::write(&data, "Some text.").unwrap();
+    let (model, data) = (model(), data.to_str().unwrap());
+    let model = model.to_str().unwrap();
+    for arguments in [
+        &["--help"][..],
+        &["--version"],
+        &["run", "--help"],
+        &["run", "--model", model, "--data", data],
+        &["bench", "--model", model, "--runs", "1", "--generate", "2"],
+        &["bench", "--model", model, "--runs", "1", "--generate", "2", "--json"],
+        &["generate", "--model", model, "--prompt", "The", "--max-tokens", "2"],
+    ] {
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_evaluator")).args(arguments).stdout(full).output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {message}");
+        assert!(message.contains("No space left"), "{message}");
+    }
+}
+
 /// Fails with code 2, tells the reason on standard error, and nothing else anywhere.
 fn assert_refused(arguments: &[&str], reasons: &[&str]) {
     let output = evaluator(arguments);

@@ -163,8 +163,14 @@ pub fn read(directory: &Path) -> Result<HfModel, ModelError> {
     let (config, tokens) = read_config(directory)?;
     let layout = Layout::new(&config);
     let mut reader = WeightReader::new(&layout);
-    let index = directory.join(INDEX);
-    let (files, whole) = if index.exists() {
+    let (index, single) = (directory.join(INDEX), directory.join(WEIGHTS));
+    // As transformers does: where there are both, the index is of what the one file was made of.
+    let (files, whole) = if single.exists() {
+        if index.exists() {
+            tracing::warn!(read = %single.display(), passed_by = %index.display(), "a model in one file, and an index");
+        }
+        (vec![single.clone()], single)
+    } else if index.exists() {
         let shards: ShardIndex = read_json(&index)?;
         let names: BTreeSet<String> = shards.weight_map.into_values().collect();
         if let Some(name) = names.iter().find(|name| Path::new(name).components().count() != 1) {
@@ -175,8 +181,7 @@ pub fn read(directory: &Path) -> Result<HfModel, ModelError> {
         }
         (names.iter().map(|name| directory.join(name)).collect(), index)
     } else {
-        let file = directory.join(WEIGHTS);
-        (vec![file.clone()], file)
+        (vec![single.clone()], single)
     };
     for path in files {
         let file = File::open(&path).map_err(ModelError::file("read", &path))?;
@@ -194,7 +199,9 @@ struct ShardIndex {
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
     let text = std::fs::read(path).map_err(ModelError::file("read", path))?;
-    serde_json::from_slice(&text).map_err(|error| ModelError::format(path, error.to_string()))
+    // Some editors write a byte order mark in front.
+    let json = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&text);
+    serde_json::from_slice(json).map_err(|error| ModelError::format(path, error.to_string()))
 }
 
 /// `config.json` as it is written: widths expanded per layer, as in the published models.
@@ -212,7 +219,7 @@ struct ExportedConfig<'a> {
     num_query_heads: Vec<usize>,
     num_kv_heads: Vec<usize>,
     num_gqa_groups: usize,
-    ffn_multipliers: Vec<f64>,
+    ffn_multipliers: Multipliers,
     ffn_with_glu: bool,
     ffn_dim_divisor: usize,
     activation_fn_name: &'a str,
@@ -249,7 +256,11 @@ pub fn config_json(config: &ModelConfig, tokens: SpecialTokens) -> Result<String
         num_query_heads: layers.iter().map(|layer| layer.q_heads).collect(),
         num_kv_heads: layers.iter().map(|layer| layer.kv_heads).collect(),
         num_gqa_groups: config.num_gqa_groups,
-        ffn_multipliers: config.ffn_multipliers.expand(config.num_transformer_layers),
+        ffn_multipliers: match &config.ffn_multipliers {
+            // A list of two would be rounded when it is read.
+            uniform @ Multipliers::Uniform(_) if layers.len() == 2 => uniform.clone(),
+            multipliers => Multipliers::Layers(multipliers.expand(layers.len())),
+        },
         ffn_with_glu: true,
         ffn_dim_divisor: config.ffn_dim_divisor,
         activation_fn_name: "swish",

@@ -196,6 +196,23 @@ fn shards_are_put_together() {
 }
 
 #[test]
+fn one_file_comes_before_an_index() {
+    let directory = directory();
+    let index = directory.path().join("model.safetensors.index.json");
+    std::fs::write(&index, r#"{"weight_map": {"a": "model-00000.safetensors"}}"#).unwrap();
+    assert_eq!(hf::read(directory.path()).unwrap().weights, weights());
+}
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_a_config() {
+    let directory = directory();
+    let path = directory.path().join("config.json");
+    let config = std::fs::read(&path).unwrap();
+    std::fs::write(&path, [b"\xef\xbb\xbf".as_slice(), &config].concat()).unwrap();
+    assert_eq!(hf::read(directory.path()).unwrap().weights, weights());
+}
+
+#[test]
 fn weights_that_do_not_fit_are_refused_by_name() {
     let tensors = stored_f32();
     assert!(

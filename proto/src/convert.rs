@@ -7,9 +7,10 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ulmus_types::{
-    Assignment, BadUnit, CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Hello,
-    Incarnation, Job, LeaveReason, Peer, Rank, Snapshot, SourceReading, Step, StepReport, ToCoordinator,
-    ToWorker, Wish, WorkerId, WorkerStatus,
+    Assignment, BadUnit, Blame, CheckpointId, CheckpointKind, Digest, ErrorKind, ExitStatus, FileEntry,
+    Generation, GroupKey, Heartbeat, Hello, Incarnation, Job, LeaveReason, Peer, Rank, Ready, Repair, RunId,
+    Section, SessionSecret, Snapshot, SourceReading, Step, StepReport, ToCoordinator, ToWorker, Wish,
+    WorkerId, WorkerStatus,
 };
 
 use crate::v1;
@@ -34,11 +35,21 @@ fn required<T>(field: &'static str, value: Option<T>) -> Result<T, WireError> {
     value.ok_or(WireError::Missing(field))
 }
 
+fn array<const N: usize>(field: &'static str, bytes: &[u8]) -> Result<[u8; N], WireError> {
+    bytes.try_into().map_err(|_| WireError::Invalid { field, value: format!("{} bytes", bytes.len()) })
+}
+
 fn digest(field: &'static str, bytes: &[u8]) -> Result<Digest, WireError> {
-    let bytes: [u8; 32] = bytes
-        .try_into()
-        .map_err(|_| WireError::Invalid { field, value: format!("{} bytes", bytes.len()) })?;
-    Ok(Digest::from_bytes(bytes))
+    array(field, bytes).map(Digest::from_bytes)
+}
+
+/// An empty field is none.
+fn run_id(field: &'static str, bytes: &[u8]) -> Result<Option<RunId>, WireError> {
+    if bytes.is_empty() { Ok(None) } else { array(field, bytes).map(RunId::from_bytes).map(Some) }
+}
+
+fn generation(number: u64) -> Option<Generation> {
+    (number > 0).then(|| Generation::new(number))
 }
 
 fn nanos(duration: Duration) -> u64 {
@@ -221,6 +232,106 @@ impl TryFrom<v1::Job> for Job {
     }
 }
 
+impl From<Snapshot> for v1::Snapshot {
+    fn from(snapshot: Snapshot) -> Self {
+        let kind = match snapshot.kind {
+            CheckpointKind::Milestone => v1::CheckpointKind::Milestone,
+            CheckpointKind::Recovery => v1::CheckpointKind::Recovery,
+        };
+        Self {
+            checkpoint: Some(snapshot.checkpoint.into()),
+            kind: kind.into(),
+            state: snapshot.state.as_bytes().to_vec(),
+            files: snapshot.files,
+        }
+    }
+}
+
+impl TryFrom<v1::Snapshot> for Snapshot {
+    type Error = WireError;
+
+    fn try_from(snapshot: v1::Snapshot) -> Result<Self, WireError> {
+        Ok(Self {
+            kind: match snapshot.kind() {
+                v1::CheckpointKind::Milestone => CheckpointKind::Milestone,
+                v1::CheckpointKind::Recovery => CheckpointKind::Recovery,
+                v1::CheckpointKind::Unspecified => return Err(WireError::Missing("snapshot.kind")),
+            },
+            checkpoint: required("snapshot.checkpoint", snapshot.checkpoint)?.into(),
+            state: digest("snapshot.state", &snapshot.state)?,
+            files: snapshot.files,
+        })
+    }
+}
+
+impl From<Heartbeat> for v1::Beat {
+    fn from(heartbeat: Heartbeat) -> Self {
+        let section = match heartbeat.section {
+            Section::Idle => v1::Section::Idle,
+            Section::Forming => v1::Section::Forming,
+            Section::Computing => v1::Section::Computing,
+            Section::Collective => v1::Section::Collective,
+            Section::Reading => v1::Section::Reading,
+            Section::Measuring => v1::Section::Measuring,
+            Section::Storing => v1::Section::Storing,
+        };
+        Self {
+            collective: heartbeat.collective,
+            generation: heartbeat.generation.get(),
+            section: section.into(),
+            since_ns: nanos(heartbeat.since),
+            busy_ns: nanos(heartbeat.busy),
+        }
+    }
+}
+
+impl From<v1::Beat> for Heartbeat {
+    fn from(beat: v1::Beat) -> Self {
+        Self {
+            section: match beat.section() {
+                v1::Section::Idle => Section::Idle,
+                v1::Section::Forming => Section::Forming,
+                v1::Section::Computing => Section::Computing,
+                v1::Section::Collective => Section::Collective,
+                v1::Section::Reading => Section::Reading,
+                v1::Section::Measuring => Section::Measuring,
+                v1::Section::Storing => Section::Storing,
+            },
+            generation: Generation::new(beat.generation),
+            collective: beat.collective,
+            since: Duration::from_nanos(beat.since_ns),
+            busy: Duration::from_nanos(beat.busy_ns),
+        }
+    }
+}
+
+fn suspect((rank, blame): (Rank, Blame)) -> v1::Suspect {
+    let blame = match blame {
+        Blame::Unreachable => v1::Blame::Unreachable,
+        Blame::Absent => v1::Blame::Absent,
+        Blame::Lost => v1::Blame::Lost,
+        Blame::Silent => v1::Blame::Silent,
+        Blame::Damaged => v1::Blame::Damaged,
+    };
+    v1::Suspect { rank: rank.get(), blame: blame.into() }
+}
+
+fn suspected(suspect: v1::Suspect) -> Result<(Rank, Blame), WireError> {
+    let blame = match suspect.blame() {
+        v1::Blame::Unreachable => Blame::Unreachable,
+        v1::Blame::Absent => Blame::Absent,
+        v1::Blame::Lost => Blame::Lost,
+        v1::Blame::Silent => Blame::Silent,
+        v1::Blame::Damaged => Blame::Damaged,
+        v1::Blame::Unspecified => return Err(WireError::Missing("suspect.blame")),
+    };
+    Ok((Rank::new(suspect.rank), blame))
+}
+
+fn exit_status(code: u32) -> Result<ExitStatus, WireError> {
+    ExitStatus::of_code(code).ok_or_else(|| WireError::Invalid { field: "finish", value: code.to_string() })
+}
+
 fn written(files: BTreeMap<String, FileEntry>) -> Vec<v1::FileEntry> {
     files
         .into_iter()
@@ -234,8 +345,9 @@ fn written(files: BTreeMap<String, FileEntry>) -> Vec<v1::FileEntry> {
 
 // ---- worker to coordinator
 
-impl From<ToCoordinator> for v1::FromWorker {
-    fn from(message: ToCoordinator) -> Self {
+impl From<(Option<RunId>, ToCoordinator)> for v1::FromWorker {
+    /// A message, and the run that it speaks of.
+    fn from((run, message): (Option<RunId>, ToCoordinator)) -> Self {
         use v1::from_worker::Message as Wire;
         let message = match message {
             ToCoordinator::Hello(hello) => Wire::Hello(v1::Hello {
@@ -250,19 +362,26 @@ impl From<ToCoordinator> for v1::FromWorker {
                     WorkerStatus::Training(generation) => Some(v1::hello::Status::Training(generation.get())),
                     WorkerStatus::Working(job) => Some(v1::hello::Status::Working(job.into())),
                 },
+                run: hello.run.map_or_else(Vec::new, |run| run.to_bytes().to_vec()),
+                secret: hello.secret.map_or_else(Vec::new, |secret| secret.as_bytes().to_vec()),
             }),
             ToCoordinator::StoreRead(read) => {
                 use v1::store_read::Result as Wire;
                 let result = match read {
-                    Ok(nonce) => Wire::Nonce(nonce),
+                    Ok(nonce) => Wire::NonceDigest(nonce.as_bytes().to_vec()),
                     Err(error) => Wire::Error(error),
                 };
                 v1::from_worker::Message::StoreRead(v1::StoreRead { result: Some(result) })
             }
-            ToCoordinator::Ready(fingerprint) => {
-                Wire::Ready(v1::Ready { fingerprint: fingerprint.as_bytes().to_vec() })
-            }
-            ToCoordinator::Beat { collective } => Wire::Beat(v1::Beat { collective }),
+            ToCoordinator::Ready(ready) => Wire::Ready(v1::Ready {
+                fingerprint: ready.fingerprint.as_bytes().to_vec(),
+                generation: ready.generation.map_or(0, Generation::get),
+                reports: ready.reports.into_iter().map(Into::into).collect(),
+                snapshots: ready.snapshots.into_iter().map(Into::into).collect(),
+            }),
+            ToCoordinator::Unfit { kind, message } => Wire::Unfit(failure(kind, message)),
+            ToCoordinator::Draining => Wire::Draining(true),
+            ToCoordinator::Heartbeat(heartbeat) => Wire::Beat(heartbeat.into()),
             ToCoordinator::Connected(generation) => {
                 Wire::Connected(v1::Connected { generation: generation.get() })
             }
@@ -279,6 +398,10 @@ impl From<ToCoordinator> for v1::FromWorker {
             }),
             ToCoordinator::Left { generation, step, reason } => {
                 use v1::left::Reason;
+                let suspect = match &reason {
+                    LeaveReason::Lost { suspect: of, .. } => of.map(suspect),
+                    _ => None,
+                };
                 let reason = match reason {
                     LeaveReason::Agreed => Reason::Agreed(true),
                     LeaveReason::Finished => Reason::Finished(true),
@@ -286,53 +409,56 @@ impl From<ToCoordinator> for v1::FromWorker {
                     LeaveReason::BadUnit(BadUnit { source, unit }, message) => {
                         Reason::BadUnit(v1::BadUnit { source, unit, message })
                     }
-                    LeaveReason::Lost(what) => Reason::Lost(what),
+                    LeaveReason::Lost { message, .. } => Reason::Lost(message),
                     LeaveReason::Failed { kind, message } => Reason::Failed(failure(kind, message)),
                 };
-                Wire::Left(v1::Left { generation: generation.get(), step: step.get(), reason: Some(reason) })
+                let (generation, step) = (generation.get(), step.get());
+                Wire::Left(v1::Left { generation, step, reason: Some(reason), suspect })
             }
-            ToCoordinator::Snapshot(snapshot) => {
-                let kind = match snapshot.kind {
-                    CheckpointKind::Milestone => v1::CheckpointKind::Milestone,
-                    CheckpointKind::Recovery => v1::CheckpointKind::Recovery,
-                };
-                Wire::Snapshot(v1::Snapshot {
-                    checkpoint: Some(snapshot.checkpoint.into()),
-                    kind: kind.into(),
-                    state: snapshot.state.as_bytes().to_vec(),
-                    files: snapshot.files,
-                })
-            }
+            ToCoordinator::Snapshot(snapshot) => Wire::Snapshot(snapshot.into()),
             ToCoordinator::Written { checkpoint, files } => {
                 Wire::Written(v1::Written { checkpoint: Some(checkpoint.into()), files: written(files) })
             }
-            ToCoordinator::WriteFailed { checkpoint, message } => {
-                Wire::WriteFailed(v1::WriteFailed { checkpoint: Some(checkpoint.into()), message })
+            ToCoordinator::WriteFailed { checkpoint, kind, message } => {
+                let failure = Some(failure(kind, message));
+                Wire::WriteFailed(v1::WriteFailed { checkpoint: Some(checkpoint.into()), failure })
             }
             ToCoordinator::Notice(text) => Wire::Notice(text),
             ToCoordinator::JobDone { job, result } => {
                 Wire::JobDone(v1::JobDone { job: Some(job.into()), result })
             }
-            ToCoordinator::JobFailed { job, kind, message, bad_unit } => Wire::JobFailed(v1::JobFailed {
-                job: Some(job.into()),
-                failure: Some(failure(kind, message)),
-                bad_unit: bad_unit.map(|BadUnit { source, unit }| v1::BadUnit {
-                    source,
-                    unit,
-                    message: String::new(),
-                }),
-            }),
+            ToCoordinator::JobFailed { job, kind, message, bad_unit, damaged } => {
+                Wire::JobFailed(v1::JobFailed {
+                    job: Some(job.into()),
+                    failure: Some(failure(kind, message)),
+                    bad_unit: bad_unit.map(|BadUnit { source, unit }| v1::BadUnit {
+                        source,
+                        unit,
+                        message: String::new(),
+                    }),
+                    damaged: damaged.map(Into::into),
+                })
+            }
         };
-        Self { message: Some(message) }
+        Self { message: Some(message), run: run.map_or_else(Vec::new, |run| run.to_bytes().to_vec()) }
     }
 }
 
-impl TryFrom<v1::FromWorker> for ToCoordinator {
+/// Reads a message of a worker, and the run that it speaks of.
+///
+/// # Errors
+/// When a field is missing or cannot be.
+pub fn from_worker(message: v1::FromWorker) -> Result<(Option<RunId>, ToCoordinator), WireError> {
+    let run = run_id("run", &message.run)?;
+    Ok((run, required("message", message.message)?.try_into()?))
+}
+
+impl TryFrom<v1::from_worker::Message> for ToCoordinator {
     type Error = WireError;
 
-    fn try_from(message: v1::FromWorker) -> Result<Self, WireError> {
+    fn try_from(message: v1::from_worker::Message) -> Result<Self, WireError> {
         use v1::from_worker::Message as Wire;
-        Ok(match required("message", message.message)? {
+        Ok(match message {
             Wire::Hello(hello) => Self::Hello(Hello {
                 worker: required("hello.worker", hello.worker)?.try_into()?,
                 version: hello.version,
@@ -347,13 +473,28 @@ impl TryFrom<v1::FromWorker> for ToCoordinator {
                     }
                     Some(v1::hello::Status::Working(job)) => WorkerStatus::Working(job.try_into()?),
                 },
+                run: run_id("hello.run", &hello.run)?,
+                secret: match hello.secret.as_slice() {
+                    [] => None,
+                    bytes => Some(SessionSecret::from_bytes(array("hello.secret", bytes)?)),
+                },
             }),
             Wire::StoreRead(read) => Self::StoreRead(match required("store_read.result", read.result)? {
-                v1::store_read::Result::Nonce(nonce) => Ok(nonce),
+                v1::store_read::Result::NonceDigest(nonce) => Ok(digest("store_read.nonce_digest", &nonce)?),
                 v1::store_read::Result::Error(error) => Err(error),
             }),
-            Wire::Ready(ready) => Self::Ready(digest("ready.fingerprint", &ready.fingerprint)?),
-            Wire::Beat(beat) => Self::Beat { collective: beat.collective },
+            Wire::Ready(ready) => Self::Ready(Ready {
+                fingerprint: digest("ready.fingerprint", &ready.fingerprint)?,
+                generation: generation(ready.generation),
+                reports: ready.reports.into_iter().map(Into::into).collect(),
+                snapshots: ready.snapshots.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
+            }),
+            Wire::Unfit(failure) => {
+                let (kind, message) = failed(failure)?;
+                Self::Unfit { kind, message }
+            }
+            Wire::Draining(_) => Self::Draining,
+            Wire::Beat(beat) => Self::Heartbeat(beat.into()),
             Wire::Connected(connected) => Self::Connected(Generation::new(connected.generation)),
             Wire::Formed(formed) => {
                 Self::Formed { generation: Generation::new(formed.generation), step: Step::new(formed.step) }
@@ -375,7 +516,9 @@ impl TryFrom<v1::FromWorker> for ToCoordinator {
                     Reason::BadUnit(v1::BadUnit { source, unit, message }) => {
                         LeaveReason::BadUnit(BadUnit { source, unit }, message)
                     }
-                    Reason::Lost(what) => LeaveReason::Lost(what),
+                    Reason::Lost(message) => {
+                        LeaveReason::Lost { suspect: left.suspect.map(suspected).transpose()?, message }
+                    }
                     Reason::Failed(failure) => {
                         let (kind, message) = failed(failure)?;
                         LeaveReason::Failed { kind, message }
@@ -384,16 +527,7 @@ impl TryFrom<v1::FromWorker> for ToCoordinator {
                 let (generation, step) = (Generation::new(left.generation), Step::new(left.step));
                 Self::Left { generation, step, reason }
             }
-            Wire::Snapshot(snapshot) => Self::Snapshot(Snapshot {
-                kind: match snapshot.kind() {
-                    v1::CheckpointKind::Milestone => CheckpointKind::Milestone,
-                    v1::CheckpointKind::Recovery => CheckpointKind::Recovery,
-                    v1::CheckpointKind::Unspecified => return Err(WireError::Missing("snapshot.kind")),
-                },
-                checkpoint: required("snapshot.checkpoint", snapshot.checkpoint)?.into(),
-                state: digest("snapshot.state", &snapshot.state)?,
-                files: snapshot.files,
-            }),
+            Wire::Snapshot(snapshot) => Self::Snapshot(snapshot.try_into()?),
             Wire::Written(written) => {
                 let mut files = BTreeMap::new();
                 for file in written.files {
@@ -405,10 +539,11 @@ impl TryFrom<v1::FromWorker> for ToCoordinator {
                     files,
                 }
             }
-            Wire::WriteFailed(failed) => Self::WriteFailed {
-                checkpoint: required("write_failed.checkpoint", failed.checkpoint)?.into(),
-                message: failed.message,
-            },
+            Wire::WriteFailed(write) => {
+                let (kind, message) = failed(required("write_failed.failure", write.failure)?)?;
+                let checkpoint = required("write_failed.checkpoint", write.checkpoint)?.into();
+                Self::WriteFailed { checkpoint, kind, message }
+            }
             Wire::Notice(text) => Self::Notice(text),
             Wire::JobDone(done) => {
                 Self::JobDone { job: required("job_done.job", done.job)?.try_into()?, result: done.result }
@@ -421,6 +556,7 @@ impl TryFrom<v1::FromWorker> for ToCoordinator {
                     kind,
                     message,
                     bad_unit,
+                    damaged: job.damaged.map(Into::into),
                 }
             }
         })
@@ -447,9 +583,13 @@ impl From<ToWorker> for v1::FromCoordinator {
     fn from(message: ToWorker) -> Self {
         use v1::from_coordinator::Message as Wire;
         let message = match message {
-            ToWorker::Welcome { run, plan, store, nonce_path } => {
-                Wire::Welcome(v1::Welcome { run: run.into(), plan, store, nonce_path })
-            }
+            ToWorker::Welcome { run, id, secret, plan, store } => Wire::Welcome(v1::Welcome {
+                run: run.into(),
+                id: id.to_bytes().to_vec(),
+                secret: secret.as_bytes().to_vec(),
+                plan,
+                store,
+            }),
             ToWorker::Refused { kind, reason } => Wire::Refused(failure(kind, reason)),
             ToWorker::Assign(assignment) => Wire::Assign(v1::Assignment {
                 generation: assignment.generation.get(),
@@ -459,6 +599,12 @@ impl From<ToWorker> for v1::FromCoordinator {
                 next: Some(assignment.next.into()),
                 first_micro_batch: assignment.micro_batches.start,
                 end_micro_batch: assignment.micro_batches.end,
+                recorded: assignment.recorded.get(),
+                may_begin: assignment.may_begin,
+                key: assignment.key.as_bytes().to_vec(),
+                repair: assignment
+                    .repair
+                    .map_or_else(Vec::new, |repair| repair.milestones.into_iter().map(Step::get).collect()),
             }),
             ToWorker::Abort(generation) => Wire::Abort(generation.get()),
             ToWorker::Wish(generation, wish) => {
@@ -475,7 +621,7 @@ impl From<ToWorker> for v1::FromCoordinator {
             }
             ToWorker::Release(checkpoint) => Wire::Release(checkpoint.into()),
             ToWorker::Run(job) => Wire::Run(job.into()),
-            ToWorker::Finish => Wire::Finish(true),
+            ToWorker::Finish(status) => Wire::Finish(status.code().into()),
         };
         Self { message: Some(message) }
     }
@@ -492,9 +638,10 @@ impl TryFrom<v1::FromCoordinator> for ToWorker {
                     field: "welcome.run",
                     value: error.to_string(),
                 })?,
+                id: required("welcome.id", run_id("welcome.id", &welcome.id)?)?,
+                secret: SessionSecret::from_bytes(array("welcome.secret", &welcome.secret)?),
                 plan: welcome.plan,
                 store: welcome.store,
-                nonce_path: welcome.nonce_path,
             },
             Wire::Refused(refused) => {
                 let (kind, reason) = failed(refused)?;
@@ -504,9 +651,14 @@ impl TryFrom<v1::FromCoordinator> for ToWorker {
                 generation: Generation::new(assignment.generation),
                 rank: Rank::new(assignment.rank),
                 size: assignment.size,
+                key: GroupKey::from_bytes(array("assignment.key", &assignment.key)?),
                 previous: required("assignment.previous", assignment.previous)?.try_into()?,
                 next: required("assignment.next", assignment.next)?.try_into()?,
                 micro_batches: assignment.first_micro_batch..assignment.end_micro_batch,
+                recorded: Step::new(assignment.recorded),
+                may_begin: assignment.may_begin,
+                repair: (!assignment.repair.is_empty())
+                    .then(|| Repair { milestones: assignment.repair.into_iter().map(Step::new).collect() }),
             }),
             Wire::Abort(generation) => Self::Abort(Generation::new(generation)),
             Wire::Wish(wish) => {
@@ -525,7 +677,7 @@ impl TryFrom<v1::FromCoordinator> for ToWorker {
             },
             Wire::Release(checkpoint) => Self::Release(checkpoint.into()),
             Wire::Run(job) => Self::Run(job.try_into()?),
-            Wire::Finish(_) => Self::Finish,
+            Wire::Finish(code) => Self::Finish(exit_status(code)?),
         })
     }
 }
@@ -575,37 +727,74 @@ mod tests {
             waited: Duration::from_millis(7),
             elapsed: Duration::from_secs(8),
         };
+        let snapshot = Snapshot {
+            checkpoint: checkpoint(),
+            kind: CheckpointKind::Recovery,
+            state: Digest::of(b"s"),
+            files: vec!["a".into(), "b".into()],
+        };
         let mut messages = vec![
-            ToCoordinator::StoreRead(Ok("nonce".into())),
+            ToCoordinator::StoreRead(Ok(Digest::of(b"nonce"))),
             ToCoordinator::StoreRead(Err("no such folder".into())),
-            ToCoordinator::Ready(Digest::of(b"x")),
-            ToCoordinator::Beat { collective: 9 },
+            ToCoordinator::Ready(Ready {
+                fingerprint: Digest::of(b"x"),
+                generation: Some(generation),
+                reports: vec![report.clone()],
+                snapshots: vec![snapshot.clone()],
+            }),
+            ToCoordinator::Ready(Ready {
+                fingerprint: Digest::of(b"x"),
+                generation: None,
+                reports: Vec::new(),
+                snapshots: Vec::new(),
+            }),
+            ToCoordinator::Unfit { kind: ErrorKind::Internal, message: "no memory".into() },
+            ToCoordinator::Draining,
             ToCoordinator::Notice("a file is damaged".into()),
             ToCoordinator::Connected(generation),
             ToCoordinator::Formed { generation, step: Step::new(4) },
             ToCoordinator::Reading { step: Step::new(5), sources: vec![reading, SourceReading::default()] },
             ToCoordinator::Steps { generation, reports: vec![report] },
-            ToCoordinator::Snapshot(Snapshot {
-                checkpoint: checkpoint(),
-                kind: CheckpointKind::Recovery,
-                state: Digest::of(b"s"),
-                files: vec!["a".into(), "b".into()],
-            }),
+            ToCoordinator::Snapshot(snapshot),
             ToCoordinator::Written {
                 checkpoint: checkpoint(),
                 files: [("a".to_owned(), FileEntry { bytes: 1, digest: Digest::of(b"a") })].into(),
             },
-            ToCoordinator::WriteFailed { checkpoint: checkpoint(), message: "full".into() },
+            ToCoordinator::WriteFailed {
+                checkpoint: checkpoint(),
+                kind: ErrorKind::Internal,
+                message: "full".into(),
+            },
             ToCoordinator::JobDone { job: Job::Average(vec![checkpoint()]), result: "{}".into() },
             ToCoordinator::JobFailed {
                 job: Job::Prepare,
                 kind: ErrorKind::Corrupt,
                 message: "m".into(),
                 bad_unit: Some(BadUnit { source: "web".into(), unit: 3 }),
+                damaged: Some(checkpoint()),
             },
         ];
+        let sections = [
+            Section::Idle,
+            Section::Forming,
+            Section::Computing,
+            Section::Collective,
+            Section::Reading,
+            Section::Measuring,
+            Section::Storing,
+        ];
+        messages.extend(sections.map(|section| {
+            let (since, busy) = (Duration::from_millis(3), Duration::from_secs(4));
+            ToCoordinator::Heartbeat(Heartbeat { generation, collective: 9, section, since, busy })
+        }));
         let busy = WorkerStatus::Working(Job::Evaluate(checkpoint()));
-        for status in [WorkerStatus::Idle, WorkerStatus::Training(generation), busy] {
+        let id = RunId::from_bytes([3; 16]);
+        let secret = SessionSecret::from_bytes([4; 32]);
+        for (status, run, secret) in [
+            (WorkerStatus::Idle, None, None),
+            (WorkerStatus::Training(generation), Some(id), Some(secret)),
+            (busy, Some(id), None),
+        ] {
             messages.push(ToCoordinator::Hello(Hello {
                 worker: worker(),
                 version: "1".into(),
@@ -613,6 +802,8 @@ mod tests {
                 device: "cpu".into(),
                 threads: 2,
                 pid: 3,
+                run,
+                secret,
                 status,
             }));
         }
@@ -621,14 +812,20 @@ mod tests {
             LeaveReason::Finished,
             LeaveReason::Exhausted("web".into()),
             LeaveReason::BadUnit(BadUnit { source: "web".into(), unit: 7 }, "cut".into()),
-            LeaveReason::Lost("rank 1".into()),
+            LeaveReason::Lost { suspect: None, message: "rank 1".into() },
             LeaveReason::Failed { kind: ErrorKind::InvalidInput, message: "nan".into() },
         ] {
             messages.push(ToCoordinator::Left { generation, step: Step::new(1), reason });
         }
+        for blame in [Blame::Unreachable, Blame::Absent, Blame::Lost, Blame::Silent, Blame::Damaged] {
+            let reason = LeaveReason::Lost { suspect: Some((Rank::new(2), blame)), message: "gone".into() };
+            messages.push(ToCoordinator::Left { generation, step: Step::new(1), reason });
+        }
         for message in messages {
-            let wire = v1::FromWorker::from(message.clone());
-            assert_eq!(ToCoordinator::try_from(wire), Ok(message));
+            for run in [None, Some(id)] {
+                let wire = v1::FromWorker::from((run, message.clone()));
+                assert_eq!(from_worker(wire), Ok((run, message.clone())));
+            }
         }
     }
 
@@ -638,24 +835,29 @@ mod tests {
         let mut messages = vec![
             ToWorker::Welcome {
                 run: "r".parse().unwrap(),
+                id: RunId::from_bytes([1; 16]),
+                secret: SessionSecret::from_bytes([2; 32]),
                 plan: "p".into(),
                 store: "s".into(),
-                nonce_path: "n".into(),
             },
             ToWorker::Refused { kind: ErrorKind::Refused, reason: "version".into() },
             ToWorker::Assign(Assignment {
                 generation: Generation::new(1),
                 rank: Rank::new(2),
                 size: 3,
+                key: GroupKey::from_bytes([7; 32]),
                 previous: peer.clone(),
                 next: peer,
                 micro_batches: 4..6,
+                recorded: Step::new(7),
+                may_begin: true,
+                repair: Some(Repair { milestones: [Step::new(3), Step::new(6)].into() }),
             }),
             ToWorker::Abort(Generation::new(5)),
             ToWorker::Acknowledge(Step::new(6)),
             ToWorker::Write { checkpoint: checkpoint(), files: vec!["a".into()] },
             ToWorker::Release(checkpoint()),
-            ToWorker::Finish,
+            ToWorker::Finish(ExitStatus::Interrupted),
         ];
         messages.extend(
             [Wish::Save, Wish::Pause, Wish::Stop].map(|wish| ToWorker::Wish(Generation::new(1), wish)),
@@ -680,13 +882,12 @@ mod tests {
 
     #[test]
     fn what_lacks_a_field_is_refused_by_its_name() {
-        let empty = v1::FromWorker { message: None };
-        assert_eq!(ToCoordinator::try_from(empty), Err(WireError::Missing("message")));
+        assert_eq!(from_worker(v1::FromWorker::default()), Err(WireError::Missing("message")));
+        let of = |message| from_worker(v1::FromWorker { message: Some(message), run: Vec::new() });
         let hello = v1::from_worker::Message::Hello(v1::Hello::default());
-        let error = ToCoordinator::try_from(v1::FromWorker { message: Some(hello) });
-        assert_eq!(error, Err(WireError::Missing("hello.worker")));
-        let ready = v1::from_worker::Message::Ready(v1::Ready { fingerprint: vec![1, 2] });
-        let error = ToCoordinator::try_from(v1::FromWorker { message: Some(ready) });
+        assert_eq!(of(hello), Err(WireError::Missing("hello.worker")));
+        let ready = v1::Ready { fingerprint: vec![1, 2], ..v1::Ready::default() };
+        let error = of(v1::from_worker::Message::Ready(ready));
         assert!(matches!(error, Err(WireError::Invalid { field: "ready.fingerprint", .. })));
     }
 }

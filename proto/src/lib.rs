@@ -14,5 +14,5 @@ pub mod v1 {
 mod convert;
 mod status;
 
-pub use convert::WireError;
+pub use convert::{WireError, from_worker};
 pub use status::{kind_of, status_of};

@@ -10,16 +10,24 @@
 
 #![forbid(unsafe_code)]
 
+mod disk;
+mod freeze;
+mod network;
 mod plans;
 mod process;
 mod programs;
+mod random;
 mod run;
 mod sandbox;
 mod wait;
 
+pub use disk::SmallDisk;
+pub use freeze::{Frozen, freeze_thread, has_thread};
+pub use network::Network;
 pub use plans::{TINY, write_prose};
 pub use process::{Ended, Process};
 pub use programs::{Programs, programs, repository};
+pub use random::Random;
 pub use run::{Bits, RunFolder};
 pub use sandbox::Sandbox;
 pub use wait::until;

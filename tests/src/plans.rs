@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use crate::random::Random;
+
 /// A plan with every phase: three layers of different widths, 60 updates, a milestone every ten.
 ///
 /// An update has four micro-batches, so up to four workers take part. Text is expected in the folder `corpus`.
@@ -79,7 +81,7 @@ const WORDS: usize = 2000;
 /// # Panics
 /// When it cannot be written.
 pub fn write_prose(folder: &Path) {
-    let mut random = Random(1);
+    let mut random = Random::new(1);
     let words: Vec<String> = (0..WORDS).map(|_| word(&mut random)).collect();
     std::fs::create_dir_all(folder).expect("the folder can be made");
     for document in 0..DOCUMENTS {
@@ -107,17 +109,4 @@ fn sentence(words: &[String], random: &mut Random) -> String {
         at = (at * 31 + random.below(8) * 257 + 7) % words.len();
     }
     sentence.join(" ") + "."
-}
-
-/// `SplitMix64`: the same numbers everywhere, for ever.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((mixed ^ (mixed >> 31)) % end as u64) as usize
-    }
 }

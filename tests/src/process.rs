@@ -1,7 +1,7 @@
 //! A running program, everything that it says, and how it ends.
 
 use std::io::{BufRead, BufReader, Read};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -127,6 +127,19 @@ impl Process {
     /// When it has ended and was waited for.
     pub fn signal(&self, signal: Signal) {
         kill_process(self.pid(), signal).expect("a child can be signalled until it was waited for");
+    }
+
+    /// How it has ended, if it has.
+    ///
+    /// # Panics
+    /// Never for a child.
+    pub fn has_ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("a child can be waited for")
+    }
+
+    /// Everything that it has said so far, standard error included, in lines.
+    pub fn said(&self) -> String {
+        self.output.text()
     }
 
     /// Kills it with SIGKILL, and waits until it is gone.

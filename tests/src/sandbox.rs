@@ -14,6 +14,9 @@ use crate::process::{Output, Process};
 use crate::programs::programs;
 use crate::run::RunFolder;
 
+/// Name of the user's runtime folder in a sandbox.
+const RUNTIME: &str = "runtime";
+
 /// A temporary folder with `plan.toml` and `corpus/`, in which programs are started.
 ///
 /// When it is dropped, local workers that are still alive are killed, and if the test has failed, everything
@@ -50,11 +53,14 @@ impl Sandbox {
     pub fn copy_of(other: &Self) -> Self {
         let sandbox = Self::empty();
         copy(other.home.path(), sandbox.home.path());
+        // What a coordinator left there for workers is of a run elsewhere.
+        fs::remove_dir_all(sandbox.path(RUNTIME).join("ulmus")).ok();
         sandbox
     }
 
     fn empty() -> Self {
         let home = tempfile::tempdir().expect("a temporary folder can be made");
+        fs::create_dir(home.path().join(RUNTIME)).expect("a folder can be made in it");
         Self { home, environment: Vec::new(), outputs: Mutex::default() }
     }
 
@@ -93,6 +99,14 @@ impl Sandbox {
         self.start(&programs().coordinator, arguments)
     }
 
+    /// Starts a program in a network namespace, or in that of the test.
+    pub fn start_in(&self, namespace: Option<&str>, program: &Path, arguments: &[&str]) -> Process {
+        let Some(namespace) = namespace else { return self.start(program, arguments) };
+        let program = program.to_str().expect("programs are built where names are text");
+        // It becomes the program, and is no process beside it.
+        self.start(Path::new("ip"), &[&["netns", "exec", namespace, program], arguments].concat())
+    }
+
     /// Starts a worker of one thread that joins a coordinator.
     pub fn worker(&self, address: &str, name: &str) -> Process {
         self.worker_bare(&["--join", address, "--name", name, "--threads", "1", "--device", "cpu"])
@@ -122,6 +136,8 @@ impl Sandbox {
                 command.env_remove(name);
             }
         }
+        // A user of its own, as far as coordinators and workers find each other by themselves.
+        command.env("XDG_RUNTIME_DIR", self.path(RUNTIME));
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         let process = Process::start(&mut command);
         let name = program.file_name().unwrap_or(OsStr::new("?")).to_string_lossy();

@@ -186,11 +186,21 @@ fn a_name_that_is_taken_is_refused_without_haste() {
 fn every_program_explains_itself() {
     let sandbox = Sandbox::new();
     let coordinator = sandbox.coordinator_bare(&["--help"]).succeeds();
-    for text in ["--plan", "--set", "--check", "--listen", "--demo-failure", "init", "130", "ULMUS_LISTEN"] {
+    for text in [
+        "--plan",
+        "--set",
+        "--check",
+        "--listen",
+        "--token-file",
+        "--demo-failure",
+        "init",
+        "130",
+        "ULMUS_LISTEN",
+    ] {
         assert!(coordinator.contains(text), "coordinator --help has no {text}");
     }
     let worker = sandbox.worker_bare(&["--help"]).succeeds();
-    for flag in ["join", "device", "threads", "name", "advertise", "join-timeout"] {
+    for flag in ["join", "token-file", "device", "threads", "name", "advertise", "join-timeout"] {
         let variable = format!("ULMUS_{}", flag.to_uppercase().replace('-', "_"));
         assert!(worker.contains(&format!("--{flag}")) && worker.contains(&variable), "{flag}: {worker}");
     }
@@ -203,12 +213,14 @@ fn every_program_explains_itself() {
 
 #[test]
 fn a_worker_that_does_not_see_the_store_is_refused() {
-    use tokio_stream::StreamExt;
     use ulmus_proto::v1;
-    use ulmus_types::{Digest, Hello, Incarnation, ToCoordinator, ToWorker, WorkerId, WorkerStatus};
+    use ulmus_transport::TokenSource;
+    use ulmus_types::{
+        Digest, Hello, Incarnation, Ready, ToCoordinator, ToWorker, WorkerId, WorkerStatus, nonce_digest,
+    };
 
     /// Plays a worker that says these things, and gives the reason for which it is refused.
-    async fn refused(address: &str, version: &str, says: Vec<ToCoordinator>) -> String {
+    async fn refused(address: &str, token: &TokenSource, version: &str, says: Vec<ToCoordinator>) -> String {
         let hello = ToCoordinator::Hello(Hello {
             worker: WorkerId::new("stranger", Incarnation::new(1)).unwrap(),
             version: version.to_owned(),
@@ -216,18 +228,27 @@ fn a_worker_that_does_not_see_the_store_is_refused() {
             device: "none".to_owned(),
             threads: 1,
             pid: 1,
+            run: None,
+            secret: None,
             status: WorkerStatus::Idle,
         });
-        let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{address}")).unwrap();
-        let channel = endpoint.connect().await.unwrap();
-        let mut client = v1::coordinator_client::CoordinatorClient::new(channel);
-        let messages = std::iter::once(hello).chain(says).map(v1::FromWorker::from).collect::<Vec<_>>();
+        let link = ulmus_transport::connect(address, token).await.unwrap();
+        let mut client = v1::coordinator_client::CoordinatorClient::new(link.service());
         // The stream stays open after its last message, as a worker's does.
-        let outgoing = tokio_stream::iter(messages).chain(tokio_stream::pending());
+        let (say, messages) = tokio::sync::mpsc::channel(8);
+        say.send(v1::FromWorker::from((None, hello))).await.unwrap();
+        let outgoing = tokio_stream::wrappers::ReceiverStream::new(messages);
         let mut incoming = client.session(outgoing).await.unwrap().into_inner();
+        let mut says = says.into_iter();
         while let Some(message) = incoming.message().await.unwrap() {
-            if let Ok(ToWorker::Refused { reason, .. }) = message.try_into() {
-                return reason;
+            match message.try_into() {
+                Ok(ToWorker::Refused { reason, .. }) => return reason,
+                Ok(ToWorker::Welcome { id, .. }) => {
+                    for message in says.by_ref() {
+                        say.send(v1::FromWorker::from((Some(id), message))).await.unwrap();
+                    }
+                }
+                _ => {}
             }
         }
         "never refused".to_owned()
@@ -236,16 +257,17 @@ fn a_worker_that_does_not_see_the_store_is_refused() {
     let sandbox = Sandbox::new();
     let coordinator = sandbox.coordinator(&["--set", "local.workers=0"]);
     let address = coordinator.address();
+    let token = TokenSource::File(sandbox.run("tiny").path().join("join.token"));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let ours = env!("CARGO_PKG_VERSION");
-        let reason = refused(&address, "0.0.1", vec![]).await;
+        let reason = refused(&address, &token, "0.0.1", vec![]).await;
         assert!(reason.contains("version 0.0.1") && reason.contains(ours), "{reason}");
         let blind = ToCoordinator::StoreRead(Err("no such folder".to_owned()));
-        let reason = refused(&address, ours, vec![blind]).await;
+        let reason = refused(&address, &token, ours, vec![blind]).await;
         assert!(reason.contains("no such folder") && reason.contains("store.url"), "{reason}");
-        let other = ToCoordinator::StoreRead(Ok("something else".to_owned()));
-        let reason = refused(&address, ours, vec![other]).await;
+        let other = ToCoordinator::StoreRead(Ok(nonce_digest(b"something else")));
+        let reason = refused(&address, &token, ours, vec![other]).await;
         assert!(reason.contains("another folder"), "{reason}");
     });
     // A real worker sets the run's fingerprint; then one with another is refused.
@@ -253,9 +275,14 @@ fn a_worker_that_does_not_see_the_store_is_refused() {
     coordinator.says("worker real joined");
     let nonce = sandbox.run("tiny").read("coordinator.nonce");
     runtime.block_on(async {
-        let sees = ToCoordinator::StoreRead(Ok(nonce));
-        let odd = ToCoordinator::Ready(Digest::of(b"other arithmetic"));
-        let reason = refused(&address, env!("CARGO_PKG_VERSION"), vec![sees, odd]).await;
+        let sees = ToCoordinator::StoreRead(Ok(nonce_digest(nonce.as_bytes())));
+        let odd = ToCoordinator::Ready(Ready {
+            fingerprint: Digest::of(b"other arithmetic"),
+            generation: None,
+            reports: Vec::new(),
+            snapshots: Vec::new(),
+        });
+        let reason = refused(&address, &token, env!("CARGO_PKG_VERSION"), vec![sees, odd]).await;
         assert!(reason.contains("computes other bits") && reason.contains("stranger"), "{reason}");
     });
     coordinator.succeeds();

@@ -144,7 +144,7 @@ fn the_first_worker_of_a_group_can_be_killed_too() {
 #[test]
 fn a_worker_that_hangs_is_left_behind_and_comes_back() {
     let sandbox = Sandbox::new();
-    let coordinator = lone_coordinator(&sandbox, &["--set", "cluster.dead_after=2s"]);
+    let coordinator = lone_coordinator(&sandbox, &["--set", "cluster.dead_after=3s"]);
     let steady = sandbox.worker(&coordinator.address(), "steady");
     let hanging = sandbox.worker(&coordinator.address(), "hanging");
     coordinator.says(": 2 workers train from step");

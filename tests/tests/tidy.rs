@@ -17,6 +17,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
         ("ulmus-plan", vec!["ulmus-types"]),
         ("ulmus-rt", vec!["ulmus-plan", "ulmus-types"]),
         ("ulmus-proto", vec!["ulmus-types"]),
+        ("ulmus-transport", vec!["ulmus-types"]),
         ("ulmus-coord-core", vec!["ulmus-types"]),
         ("ulmus-checkpoint", vec!["ulmus-objects", "ulmus-types"]),
         ("ulmus-model", vec!["ulmus-plan", "ulmus-types"]),
@@ -34,6 +35,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
                 "ulmus-plan",
                 "ulmus-proto",
                 "ulmus-rt",
+                "ulmus-transport",
                 "ulmus-types",
             ],
         ),
@@ -45,6 +47,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
                 "ulmus-plan",
                 "ulmus-proto",
                 "ulmus-rt",
+                "ulmus-transport",
                 "ulmus-types",
                 // Only by feature; see below.
                 "ulmus-worker",

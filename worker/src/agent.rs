@@ -13,12 +13,15 @@ use tokio::time::MissedTickBehavior;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::TaskTracker;
 use tonic::Streaming;
-use tonic::transport::Endpoint;
 use ulmus_checkpoint::{Store, StoreError, write_part};
 use ulmus_proto::v1::coordinator_client::CoordinatorClient;
 use ulmus_proto::{kind_of, v1};
 use ulmus_rt::{Failure, Shutdown, with_causes};
-use ulmus_types::{ErrorKind, ExitStatus, FileEntry, Hello, Snapshot, ToCoordinator, ToWorker, WorkerId};
+use ulmus_transport::{ConnectError, TokenSource};
+use ulmus_types::{
+    Digest, ErrorKind, ExitStatus, FileEntry, HEARTBEAT_INTERVAL, Hello, NONCE_FILE, RunId, Snapshot,
+    ToCoordinator, ToWorker, Wish, WorkerId, nonce_digest,
+};
 
 use crate::control::Control;
 use crate::run::Run;
@@ -26,8 +29,6 @@ use crate::session::{Action, Session};
 use crate::snapshot::Held;
 use crate::trainer::{Command, Report};
 
-/// How often a worker tells that it lives.
-const BEAT: Duration = Duration::from_secs(1);
 /// How long a worker that was once welcome looks for its coordinator.
 const ALONE: Duration = Duration::from_mins(5);
 /// Longest pause between two tries to connect.
@@ -58,12 +59,15 @@ pub(crate) struct Identity {
 /// What the loop is given.
 pub(crate) struct Parts {
     pub(crate) join: Join,
+    pub(crate) token: TokenSource,
     /// How long to look for a coordinator that was never reached.
     pub(crate) join_timeout: Duration,
+    /// How long a worker that was asked to leave may take to hand over.
+    pub(crate) grace: Duration,
     pub(crate) identity: Identity,
     pub(crate) control: Control,
     pub(crate) commands: Sender<Command>,
-    pub(crate) reports: mpsc::Receiver<Report>,
+    pub(crate) reports: mpsc::Receiver<(RunId, Report)>,
 }
 
 /// The loop's state.
@@ -74,14 +78,24 @@ struct Agent {
     tasks: TaskTracker,
     done: mpsc::Sender<Done>,
     finished: mpsc::Receiver<Done>,
-    outgoing: Option<mpsc::Sender<ToCoordinator>>,
+    outgoing: Option<mpsc::Sender<(Option<RunId>, ToCoordinator)>>,
+    /// Whether the coordinator of this connection has said which run it leads.
+    is_welcome: bool,
+    /// Until when the worker has to be gone, once it was asked to leave.
+    leave_by: Option<Instant>,
+    /// Why the run cannot be taken up here.
+    unfit: Option<Failure>,
+    /// Whether somebody else was found last where the coordinator of this worker's run was.
+    displaced: bool,
+    /// The last refusal that another try may change.
+    refusal: Option<String>,
 }
 
-/// Work that went on beside the loop.
+/// Work that went on beside the loop, and the run that it was for.
 enum Done {
-    Hashed(Snapshot),
-    Said(ToCoordinator),
-    Opened(Result<Run, (ErrorKind, String)>, String),
+    Hashed(RunId, Snapshot),
+    Said(RunId, ToCoordinator),
+    Opened(RunId, Result<(Run, Digest), (ErrorKind, String)>),
 }
 
 /// How a connection ended.
@@ -106,16 +120,20 @@ pub(crate) async fn serve(parts: Parts, shutdown: &Shutdown) -> Result<ExitStatu
         done,
         finished,
         outgoing: None,
+        is_welcome: false,
+        leave_by: None,
+        unfit: None,
+        displaced: false,
+        refusal: None,
     };
     let mut alone_since = Instant::now();
     let mut welcome = false;
     let mut pause = Duration::from_millis(50);
     loop {
-        let (ended, welcomed) = tokio::select! {
-            biased;
-            () = shutdown.requested() => return Ok(ExitStatus::Interrupted),
-            ended = agent.connection() => ended?,
-        };
+        let (ended, welcomed) = agent.connection(shutdown).await?;
+        if let Some(failure) = agent.unfit.take() {
+            return Err(failure);
+        }
         let why = match ended {
             Ended::Finished(status) => return Ok(status),
             Ended::Lost(why) => why,
@@ -128,47 +146,84 @@ pub(crate) async fn serve(parts: Parts, shutdown: &Shutdown) -> Result<ExitStatu
         if alone_since.elapsed() > patience {
             let message =
                 format!("no coordinator for {patience:?}: {why}; check the address, and that it is running");
-            return Err(Failure::new(ExitStatus::Unavailable, message));
+            let status = if agent.displaced { ExitStatus::Refused } else { ExitStatus::Unavailable };
+            return Err(Failure::new(status, message));
         }
-        agent.wait(pause, shutdown).await;
+        if let Some(status) = agent.wait(pause, shutdown).await {
+            return Ok(status);
+        }
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 
 impl Agent {
-    /// Lets time pass between two connections; the trainer goes on and is heard.
-    async fn wait(&mut self, pause: Duration, shutdown: &Shutdown) {
+    /// Lets time pass between two connections; the trainer goes on and is heard. How the worker ends, if it does.
+    async fn wait(&mut self, pause: Duration, shutdown: &Shutdown) -> Option<ExitStatus> {
         let end = tokio::time::sleep(pause);
         tokio::pin!(end);
         loop {
+            if self.leave_by.is_some() && self.session.is_free() {
+                return Some(ExitStatus::Interrupted);
+            }
             tokio::select! {
                 biased;
-                () = shutdown.requested() => return,
-                () = &mut end => return,
-                Some(report) = self.parts.reports.recv() => self.reported(report),
+                _ = shutdown.requested(), if self.leave_by.is_none() => self.drain(),
+                () = passed(self.leave_by) => return Some(self.leave_unheard()),
+                () = &mut end => return None,
+                Some((run, report)) = self.parts.reports.recv() => self.reported(run, report),
                 Some(done) = self.finished.recv() => self.has_done(done),
             }
         }
     }
 
+    /// The worker was asked to leave: it finishes its step, hands over what it has, and goes.
+    fn drain(&mut self) {
+        tracing::info!(grace = ?self.parts.grace, "asked to leave; handing over");
+        self.leave_by = Some(Instant::now() + self.parts.grace);
+        // The group need not hear of it from the coordinator, which may be away.
+        self.parts.control.wish_now(Wish::Stop);
+        for action in self.session.drain() {
+            self.act(action);
+        }
+    }
+
+    fn leave_unheard(&self) -> ExitStatus {
+        if !self.session.is_free() {
+            tracing::warn!(
+                "the time to hand over has passed; what was not stored is with the others, or lost"
+            );
+        }
+        ExitStatus::Interrupted
+    }
+
     /// One connection from hello to its end; also tells whether the worker was welcome.
-    async fn connection(&mut self) -> Result<(Ended, bool), Failure> {
-        let (outgoing, mut incoming) = match self.connect().await {
+    async fn connection(&mut self, shutdown: &Shutdown) -> Result<(Ended, bool), Failure> {
+        self.is_welcome = false;
+        let connected = tokio::select! {
+            biased;
+            _ = shutdown.requested(), if self.leave_by.is_none() => {
+                self.drain();
+                return Ok((Ended::Lost("asked to leave".to_owned()), false));
+            }
+            connected = self.connect() => connected,
+        };
+        let (outgoing, mut incoming) = match connected {
             Ok(streams) => streams,
             Err(Rejected::Later(why)) => return Ok((Ended::Lost(why), false)),
             Err(Rejected::Final(failure)) => return Err(failure),
         };
         self.outgoing = Some(outgoing);
         self.session.unheard();
-        let mut beat = tokio::time::interval(BEAT);
-        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut welcome = false;
+        let mut heartbeat = tokio::time::interval(HEARTBEAT_INTERVAL);
+        heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let ended = loop {
             tokio::select! {
                 biased;
+                _ = shutdown.requested(), if self.leave_by.is_none() => self.drain(),
+                () = passed(self.leave_by) => break Ok(Ended::Finished(self.leave_unheard())),
                 message = incoming.message() => match message {
                     Ok(Some(message)) => match self.received(message) {
-                        Ok(None) => welcome = true,
+                        Ok(None) => {}
                         Ok(Some(ended)) => break Ok(ended),
                         Err(failure) => break Err(failure),
                     },
@@ -176,18 +231,21 @@ impl Agent {
                     Err(status) => break Ok(Ended::Lost(status.message().to_owned())),
                 },
                 Some(done) = self.finished.recv() => self.has_done(done),
-                Some(report) = self.parts.reports.recv() => self.reported(report),
-                _ = beat.tick() => self.say(ToCoordinator::Beat { collective: self.parts.control.entered() }),
+                Some((run, report)) = self.parts.reports.recv() => self.reported(run, report),
+                _ = heartbeat.tick() => {
+                    self.say(ToCoordinator::Heartbeat(self.parts.control.heartbeat()));
+                }
             }
         };
         self.outgoing = None;
         self.session.unheard();
-        ended.map(|ended| (ended, welcome))
+        ended.map(|ended| (ended, self.is_welcome))
     }
 
     async fn connect(
         &mut self,
-    ) -> Result<(mpsc::Sender<ToCoordinator>, Streaming<v1::FromCoordinator>), Rejected> {
+    ) -> Result<(mpsc::Sender<(Option<RunId>, ToCoordinator)>, Streaming<v1::FromCoordinator>), Rejected>
+    {
         let address = match &self.parts.join {
             Join::Address(address) => address.clone(),
             Join::File(path) => tokio::fs::read_to_string(path)
@@ -195,20 +253,13 @@ impl Agent {
                 .map_err(|error| Rejected::Later(format!("{}: {error}", path.display())))?,
         };
         let address = address.trim();
-        let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|error| {
-            let message = format!("{address:?} is no address: {error}; write --join HOST:PORT");
-            Rejected::Final(Failure::new(ExitStatus::InvalidInput, message))
-        })?;
-        let later = |error: &dyn std::error::Error| Rejected::Later(format!("{address}: {error}"));
-        let channel = endpoint
-            .connect_timeout(Duration::from_secs(3))
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(Duration::from_secs(5))
-            .connect()
+        self.displaced = false;
+        let link = ulmus_transport::connect(address, &self.parts.token)
             .await
-            .map_err(|error| later(&error))?;
+            .map_err(|error| self.rejected(&error))?;
         let (outgoing, messages) = mpsc::channel(OUTGOING);
         let identity = self.parts.identity.clone();
+        let (run, secret) = self.session.run().unzip();
         let hello = ToCoordinator::Hello(Hello {
             worker: identity.worker,
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -216,19 +267,30 @@ impl Agent {
             device: identity.device,
             threads: identity.threads,
             pid: std::process::id(),
+            run,
+            secret,
             status: self.session.status(),
         });
-        outgoing.try_send(hello).expect("the channel is new");
+        outgoing.try_send((run, hello)).expect("the channel is new");
         let messages = ReceiverStream::new(messages).map(v1::FromWorker::from);
-        let incoming = CoordinatorClient::new(channel)
-            .max_decoding_message_size(MESSAGE_LIMIT)
-            .session(messages)
-            .await
-            .map_err(|status| match kind_of(&status) {
+        let mut client = CoordinatorClient::new(link.service()).max_decoding_message_size(MESSAGE_LIMIT);
+        let incoming = client.session(messages).await.map_err(|status| match link.refusal(&status) {
+            Some(error) => self.rejected(&error),
+            None => match kind_of(&status) {
                 ErrorKind::Retry => Rejected::Later(format!("{address}: {}", status.message())),
                 kind => Rejected::Final(Failure::new(kind.into(), status.message().to_owned())),
-            })?;
+            },
+        })?;
         Ok((outgoing, incoming.into_inner()))
+    }
+
+    /// Once it was welcome, a worker waits for its own coordinator, whoever has the address meanwhile.
+    fn rejected(&mut self, error: &ConnectError) -> Rejected {
+        self.displaced = error.kind() == ErrorKind::Refused && self.run.is_some();
+        match error.kind() {
+            kind if kind == ErrorKind::Retry || self.displaced => Rejected::Later(error.to_string()),
+            kind => Rejected::Final(Failure::of(kind, error)),
+        }
     }
 
     fn received(&mut self, message: v1::FromCoordinator) -> Result<Option<Ended>, Failure> {
@@ -239,13 +301,18 @@ impl Agent {
                 return Err(Failure::new(ExitStatus::Refused, error.to_string()));
             }
         };
+        self.is_welcome |= matches!(message, ToWorker::Welcome { .. });
         for action in self.session.received(message) {
             match action {
-                Action::Leave => {
-                    return Ok(Some(Ended::Finished(ExitStatus::Done)));
-                }
+                Action::Leave(status) => return Ok(Some(Ended::Finished(status))),
                 // The name is still taken by a life of this worker that the coordinator has not given up yet.
-                Action::Refused(ErrorKind::Retry, reason) => return Ok(Some(Ended::Lost(reason))),
+                Action::Refused(ErrorKind::Retry, reason) => {
+                    if self.refusal.as_ref() != Some(&reason) {
+                        tracing::warn!(reason, "refused; trying again");
+                        self.refusal = Some(reason.clone());
+                    }
+                    return Ok(Some(Ended::Lost(reason)));
+                }
                 Action::Refused(kind, reason) => return Err(Failure::new(kind.into(), reason)),
                 action => self.act(action),
             }
@@ -253,60 +320,89 @@ impl Agent {
         Ok(None)
     }
 
-    fn reported(&mut self, report: Report) {
-        for action in self.session.reported(report) {
+    fn reported(&mut self, run: RunId, report: Report) {
+        for action in self.session.reported(run, report) {
             self.act(action);
         }
     }
 
+    /// Whether something is of the run that the worker belongs to now.
+    fn is_current(&self, run: RunId) -> bool {
+        self.session.run().is_some_and(|(id, _)| id == run)
+    }
+
     fn has_done(&mut self, done: Done) {
         match done {
-            Done::Said(message) => self.say(message),
-            Done::Hashed(snapshot) => {
+            Done::Said(run, message) if self.is_current(run) => self.say(message),
+            Done::Hashed(run, snapshot) if self.is_current(run) => {
                 for action in self.session.hashed(snapshot) {
                     self.act(action);
                 }
             }
-            Done::Opened(Ok(run), nonce) => {
+            Done::Opened(id, Ok((run, nonce))) if self.is_current(id) => {
                 self.say(ToCoordinator::StoreRead(Ok(nonce)));
                 let known = self.run.as_ref().is_some_and(|known| known.digest() == run.digest());
                 let ready = if known { self.session.opened() } else { None };
                 match ready {
                     Some(actions) => actions.into_iter().for_each(|action| self.act(action)),
+                    // The trainer is at it, and will say so.
+                    None if known => {}
                     None => self.command(Command::Warm(run.clone())),
                 }
                 self.run = Some(run);
             }
-            Done::Opened(Err((ErrorKind::Retry, error)), _) => {
+            Done::Opened(id, Err((ErrorKind::Retry, error))) if self.is_current(id) => {
                 tracing::info!(error, "the run's store does not answer");
                 // Nobody is to blame: it is asked again with a new connection.
                 self.outgoing = None;
             }
-            Done::Opened(Err((_, error)), _) => self.say(ToCoordinator::StoreRead(Err(error))),
+            Done::Opened(id, Err((_, error))) if self.is_current(id) => {
+                self.say(ToCoordinator::StoreRead(Err(error)));
+            }
+            // Of a run that is no longer this worker's.
+            Done::Said(..) | Done::Hashed(..) | Done::Opened(..) => {}
         }
     }
 
     fn act(&mut self, action: Action) {
         match action {
             Action::Say(message) => self.say(message),
-            Action::Open { plan, store, nonce_path } => self.open(plan, store, nonce_path),
+            Action::ChangeRun => {
+                tracing::warn!(
+                    "the coordinator leads another run; what this worker had of the one before is dropped"
+                );
+                self.parts.control.change_run();
+                self.run = None;
+            }
+            Action::Open { id, plan, store } => self.open(id, plan, store),
             Action::Command(command) => self.command(command),
             Action::Abort(generation) => self.parts.control.abort(generation),
             Action::Wish(generation, wish) => self.parts.control.wish(generation, wish),
             Action::Hash(held) => {
+                let Some((run, _)) = self.session.run() else { return };
                 let done = self.done.clone();
-                self.tasks.spawn_blocking(move || done.blocking_send(Done::Hashed(held.announce())).ok());
+                self.tasks
+                    .spawn_blocking(move || done.blocking_send(Done::Hashed(run, held.announce())).ok());
             }
             Action::Write(held, files) => self.write(held, files),
+            Action::GiveUp(kind, message) => {
+                let message = format!("cannot take up the run: {message}");
+                self.unfit = Some(Failure::new(kind.into(), message));
+            }
             // These end the connection and are dealt with where they come in.
-            Action::Leave | Action::Refused(..) => {}
+            Action::Leave(_) | Action::Refused(..) => {}
         }
     }
 
-    /// Says something, if somebody listens. What must not be lost is remembered by the session.
+    /// Says something, if somebody listens. What must not be lost is remembered by the session. Before its welcome a worker
+    /// does not know whom it speaks to, and says no more than that it lives.
     fn say(&mut self, message: ToCoordinator) {
+        if !self.is_welcome && !matches!(message, ToCoordinator::Heartbeat(_)) {
+            return;
+        }
+        let run = self.session.run().filter(|_| self.is_welcome).map(|(run, _)| run);
         if let Some(outgoing) = &self.outgoing
-            && outgoing.try_send(message).is_err()
+            && outgoing.try_send((run, message)).is_err()
         {
             // The stream stands still; a new one says everything again.
             self.outgoing = None;
@@ -319,29 +415,26 @@ impl Agent {
     }
 
     /// Reads the nonce in the run's store, which proves that this worker sees it, and takes up the plan.
-    fn open(&self, plan: String, location: String, nonce_path: String) {
+    fn open(&self, id: RunId, plan: String, location: String) {
         let done = self.done.clone();
         self.tasks.spawn(async move {
-            let opened = open(&plan, &location, &nonce_path).await;
-            let (run, nonce) = match opened {
-                Ok((run, nonce)) => (Ok(run), nonce),
-                Err(error) => (Err(error), String::new()),
-            };
-            done.send(Done::Opened(run, nonce)).await.ok();
+            done.send(Done::Opened(id, open(id, &plan, &location).await)).await.ok();
         });
     }
 
     /// Encodes and stores parts of a state.
     fn write(&self, held: Arc<Held>, files: Vec<String>) {
-        let Some(store) = self.run.as_ref().map(|run| run.store.clone()) else { return };
+        let Some((run, _)) = self.session.run() else { return };
         let done = self.done.clone();
         self.tasks.spawn(async move {
             let checkpoint = held.checkpoint;
+            // Where the run lies that the state is of, whichever this worker belongs to by then.
+            let store = held.store.clone();
             let message = match write(&store, held, files).await {
                 Ok(files) => ToCoordinator::Written { checkpoint, files },
-                Err(message) => ToCoordinator::WriteFailed { checkpoint, message },
+                Err((kind, message)) => ToCoordinator::WriteFailed { checkpoint, kind, message },
             };
-            done.send(Done::Said(message)).await.ok();
+            done.send(Done::Said(run, message)).await.ok();
         });
     }
 }
@@ -352,7 +445,15 @@ enum Rejected {
     Final(Failure),
 }
 
-async fn open(plan: &str, location: &str, nonce_path: &str) -> Result<(Run, String), (ErrorKind, String)> {
+/// Waits until a moment has come; for ever if there is none.
+async fn passed(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn open(id: RunId, plan: &str, location: &str) -> Result<(Run, Digest), (ErrorKind, String)> {
     let wrong = |problem: String| (ErrorKind::InvalidInput, problem);
     let plan = ulmus_plan::read(plan, &[])
         .map_err(|problems| wrong(problems.to_string()))?
@@ -360,26 +461,27 @@ async fn open(plan: &str, location: &str, nonce_path: &str) -> Result<(Run, Stri
         .ok_or_else(|| wrong("the plan is empty".to_owned()))?;
     let failed = |error: StoreError| (error.kind(), with_causes(&error));
     let store = Store::open(location).map_err(failed)?;
-    let nonce = store.get(nonce_path).await.map_err(failed)?;
-    let nonce = String::from_utf8_lossy(&nonce).into_owned();
-    Ok((Run::new(plan, store, Handle::current()), nonce))
+    let nonce = nonce_digest(&store.get(NONCE_FILE).await.map_err(failed)?);
+    Ok((Run::new(id, plan, store, Handle::current()), nonce))
 }
 
 async fn write(
     store: &Store,
     held: Arc<Held>,
     files: Vec<String>,
-) -> Result<BTreeMap<String, FileEntry>, String> {
+) -> Result<BTreeMap<String, FileEntry>, (ErrorKind, String)> {
+    let defect = |message: String| (ErrorKind::Internal, message);
     let mut written = BTreeMap::new();
     for file in files {
         let (encoded, name) = (Arc::clone(&held), file.clone());
         let contents = tokio::task::spawn_blocking(move || encoded.encode(&name))
             .await
-            .map_err(|error| error.to_string())?
-            .map_err(|error| error.to_string())?
-            .ok_or_else(|| format!("{} has no file {file}", held.checkpoint))?;
-        let entry =
-            write_part(store, held.checkpoint, &file, contents).await.map_err(|error| with_causes(&error))?;
+            .map_err(|error| defect(error.to_string()))?
+            .map_err(|error| (error.kind(), with_causes(&error)))?
+            .ok_or_else(|| defect(format!("{} has no file {file}", held.checkpoint)))?;
+        let entry = write_part(store, held.checkpoint, &file, contents)
+            .await
+            .map_err(|error| (error.kind(), with_causes(&error)))?;
         written.insert(file, entry);
     }
     Ok(written)

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand, ValueEnum};
 use ulmus_plan::{Algorithms, Device, ModelConfig, NormKind, Plan, Precision, Preset};
 use ulmus_rt::{Failure, load_plans};
+use ulmus_transport::TokenSource;
 use ulmus_types::ExitStatus;
 
 use crate::agent::Join;
@@ -13,8 +14,9 @@ use crate::bench::BenchConfig;
 
 /// Joins a coordinator and works for it: reads, tokenizes, trains, and does its jobs.
 ///
-/// Exit codes: 0 the run is over, 1 failed, 2 wrong input, 3 refused (another version, another fingerprint, a
-/// store that is not shared), 4 fenced, 6 no coordinator, 130 interrupted.
+/// Exit codes: 0 the run is done; else that of the run: 1 failed, 2 wrong input, 5 damaged data, 130 interrupted; or
+/// the worker's own: 3 refused (no token or a wrong one, another version, another fingerprint, a store that is not shared), 4 fenced,
+/// 6 no coordinator, 130 it was asked to leave and has handed over.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "worker", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Args {
@@ -182,6 +184,11 @@ pub struct JoinArgs {
     #[arg(long, env = "ULMUS_THREADS", value_name = "N")]
     pub threads: Option<usize>,
 
+    /// The file with the coordinator's join token; or set `ULMUS_TOKEN` to what that file says [default: the user's
+    /// runtime folder, where a coordinator of the same user on this machine leaves it].
+    #[arg(long, env = "ULMUS_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+
     /// A name that tells this worker from others [default: made from the host's name].
     #[arg(long, env = "ULMUS_NAME", value_name = "NAME")]
     pub name: Option<String>,
@@ -193,6 +200,11 @@ pub struct JoinArgs {
     /// How long to look for the coordinator.
     #[arg(long, env = "ULMUS_JOIN_TIMEOUT", value_name = "TIME", default_value = "60s", value_parser = humantime::parse_duration)]
     pub join_timeout: Duration,
+
+    /// How long the worker may take to hand over what it has when it is asked to leave (SIGTERM or Ctrl-C); a second
+    /// signal ends it at once.
+    #[arg(long, env = "ULMUS_GRACE", value_name = "TIME", default_value = "25s", value_parser = humantime::parse_duration)]
+    pub grace: Duration,
 }
 
 /// What a worker is told when it starts.
@@ -200,6 +212,8 @@ pub struct JoinArgs {
 pub struct WorkerConfig {
     /// The coordinator.
     pub join: Join,
+    /// What to show it.
+    pub token: TokenSource,
     /// What to compute on.
     pub device: Device,
     /// Which worker of this machine it is, for a device that is told by that.
@@ -212,13 +226,19 @@ pub struct WorkerConfig {
     pub advertise: Option<String>,
     /// How long to look for the coordinator.
     pub join_timeout: Duration,
+    /// How long it may take to hand over when it is asked to leave.
+    pub grace: Duration,
 }
+
+/// How long a worker may take to hand over by default; less than Kubernetes waits before it kills.
+const GRACE: Duration = Duration::from_secs(25);
 
 impl WorkerConfig {
     /// A worker that the coordinator itself started.
     pub fn local(join_file: PathBuf, name: String, device: Device, nth: usize, threads: usize) -> Self {
-        let join = Join::File(join_file);
-        Self { join, device, nth, threads, name, advertise: None, join_timeout: Duration::from_mins(5) }
+        let (join, token) = (Join::File(join_file), TokenSource::told(None));
+        let join_timeout = Duration::from_mins(5);
+        Self { join, token, device, nth, threads, name, advertise: None, join_timeout, grace: GRACE }
     }
 }
 
@@ -226,12 +246,14 @@ impl From<JoinArgs> for WorkerConfig {
     fn from(args: JoinArgs) -> Self {
         Self {
             join: Join::Address(args.join.expect("clap refuses to join nothing")),
+            token: TokenSource::told(args.token_file),
             device: args.device,
             nth: 0,
             threads: args.threads.unwrap_or_else(all_cores).max(1),
             name: args.name.unwrap_or_else(default_name),
             advertise: args.advertise,
             join_timeout: args.join_timeout,
+            grace: args.grace,
         }
     }
 }

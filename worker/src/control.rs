@@ -1,10 +1,13 @@
-//! What the session tells the trainer while it is busy: to leave a group at once, or wishes for the end of a step.
+//! What the session tells the trainer while it is busy: to leave a group at once, or wishes for the end of a step; and what
+//! the trainer is doing, which the agent tells with every heartbeat.
 //!
 //! The trainer owns everything else; this is the only state that both threads see.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-use ulmus_types::{Generation, Wish};
+use rustix::time::{ClockId, clock_gettime};
+use ulmus_types::{Generation, Heartbeat, Section, Wish};
 
 use crate::collective::AbortHandle;
 
@@ -16,12 +19,21 @@ pub(crate) struct Wishes {
     pub(crate) stop: bool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     /// Every generation up to this one is to be left.
     aborted: Generation,
     group: Option<(Generation, AbortHandle)>,
     wishes: Wishes,
+    /// What the trainer does, and since when.
+    section: (Section, Instant),
+}
+
+impl Default for State {
+    fn default() -> Self {
+        let section = (Section::Idle, Instant::now());
+        Self { aborted: Generation::default(), group: None, wishes: Wishes::default(), section }
+    }
 }
 
 /// Shared by the session and the trainer.
@@ -39,17 +51,51 @@ impl Control {
         let mut state = self.state();
         state.wishes = Wishes::default();
         state.group = Some((generation, abort));
+        state.section = (Section::Forming, Instant::now());
         state.aborted < generation
     }
 
     /// The trainer is out of its group.
     pub(crate) fn leave(&self) {
-        self.state().group = None;
+        let mut state = self.state();
+        state.group = None;
+        state.section = (Section::Idle, Instant::now());
     }
 
-    /// Collective operations that the group has entered.
-    pub(crate) fn entered(&self) -> u64 {
-        self.state().group.as_ref().map_or(0, |(_, abort)| abort.entered())
+    /// The trainer begins something; answers what it did until then.
+    pub(crate) fn begin(&self, section: Section) -> Section {
+        let mut state = self.state();
+        std::mem::replace(&mut state.section, (section, Instant::now())).0
+    }
+
+    /// What the coordinator is told of this process.
+    pub(crate) fn heartbeat(&self) -> Heartbeat {
+        let busy = clock_gettime(ClockId::ProcessCPUTime);
+        let busy = Duration::new(busy.tv_sec.unsigned_abs(), u32::try_from(busy.tv_nsec).unwrap_or(0));
+        let state = self.state();
+        let (section, since) = state.section;
+        let (generation, collective) = state
+            .group
+            .as_ref()
+            .map_or((Generation::default(), 0), |(generation, abort)| (*generation, abort.entered()));
+        Heartbeat { generation, collective, section, since: since.elapsed(), busy }
+    }
+
+    /// The worker belongs to another run from now on, whose generations are counted anew.
+    pub(crate) fn change_run(&self) {
+        let mut state = self.state();
+        if let Some((_, abort)) = &state.group {
+            abort.abort();
+        }
+        state.aborted = Generation::default();
+    }
+
+    /// Passes a wish on to the group at hand, whichever it is.
+    pub(crate) fn wish_now(&self, wish: Wish) {
+        let generation = self.state().group.as_ref().map(|(generation, _)| *generation);
+        if let Some(generation) = generation {
+            self.wish(generation, wish);
+        }
     }
 
     /// Leave `generation` at once, whether it has begun or not.

@@ -5,7 +5,7 @@ use ulmus_dataloader::DataError;
 use ulmus_evaluator::EvaluatorError;
 use ulmus_model::ModelError;
 use ulmus_rt::with_causes;
-use ulmus_types::{BadUnit, ErrorKind, LeaveReason};
+use ulmus_types::{BadUnit, CheckpointId, ErrorKind, LeaveReason};
 
 use crate::collective::CollectiveError;
 
@@ -41,9 +41,29 @@ pub enum WorkerError {
     /// Parts of the plan that do not fit each other, found when they were opened.
     #[error("{0}")]
     Plan(String),
+    /// A file of the run's folder is not what was written there.
+    #[error("{file} is damaged: {reason}; {act}")]
+    Damaged {
+        /// Its path in the run's folder.
+        file: String,
+        /// How it differs.
+        reason: String,
+        /// What to do.
+        act: &'static str,
+    },
     /// A loss that is not finite.
     #[error("{0}")]
     Diverged(String),
+    /// There were checkpoints, and none is left that holds.
+    #[error(
+        "no checkpoint of this run holds in {store} ({faults}); restore one, or start the coordinator with --from-start to begin anew"
+    )]
+    NoCheckpoint {
+        /// Where they should be.
+        store: String,
+        /// What is wrong with those that are there.
+        faults: String,
+    },
     /// Checkpoints of another plan lie in the run's folder.
     #[error(
         "the checkpoints in {0} belong to another plan; give this run another name, or delete the folder"
@@ -59,11 +79,13 @@ impl From<WorkerError> for LeaveReason {
             return Self::BadUnit(unit, message);
         }
         match error {
-            WorkerError::Collective(error) if error.kind() != ErrorKind::InvalidInput => Self::Lost(message),
+            WorkerError::Collective(error) if error.kind() != ErrorKind::InvalidInput => {
+                Self::Lost { suspect: error.blames(), message }
+            }
             // A store that does not answer may do so when the group forms again.
-            WorkerError::Data(DataError::Store { .. }) => Self::Lost(message),
+            WorkerError::Data(DataError::Store { .. }) => Self::Lost { suspect: None, message },
             WorkerError::Store(_) | WorkerError::Checkpoint(_) if error.kind() == ErrorKind::Retry => {
-                Self::Lost(message)
+                Self::Lost { suspect: None, message }
             }
             error => Self::Failed { kind: error.kind(), message },
         }
@@ -81,6 +103,14 @@ impl WorkerError {
         }
     }
 
+    /// The checkpoint that is damaged, if that is the reason.
+    pub(crate) fn damaged_checkpoint(&self) -> Option<CheckpointId> {
+        match self {
+            Self::Checkpoint(error) => error.damaged(),
+            _ => None,
+        }
+    }
+
     /// What can be done about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
@@ -90,6 +120,7 @@ impl WorkerError {
             Self::Checkpoint(error) => error.kind(),
             Self::Store(error) => error.kind(),
             Self::Collective(error) => error.kind(),
+            Self::NoCheckpoint { .. } | Self::Damaged { .. } => ErrorKind::Corrupt,
             Self::Diverged(_) => ErrorKind::Internal,
             Self::File { .. } | Self::Plan(_) | Self::OtherPlan(_) => ErrorKind::InvalidInput,
         }

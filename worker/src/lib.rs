@@ -19,7 +19,7 @@ mod session;
 mod snapshot;
 mod trainer;
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::PathBuf;
 
 use rand::Rng;
@@ -27,7 +27,7 @@ use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
 use ulmus_model::{Opened, TrainingBackend};
 use ulmus_plan::Device;
-use ulmus_rt::{Failure, LogTarget, Shutdown};
+use ulmus_rt::{Failure, HostPort, LogTarget, Shutdown};
 use ulmus_types::{ExitStatus, Incarnation, WorkerId};
 
 pub use agent::Join;
@@ -58,7 +58,7 @@ pub async fn run(config: WorkerConfig, shutdown: &Shutdown) -> Result<ExitStatus
         Failure::new(ExitStatus::Refused, message)
     })?;
     let address = match advertised {
-        Some(host) => format!("{host}:{}", listener.address().port()),
+        Some(host) => host.with_port(listener.address().port()).to_string(),
         None => listener.address().to_string(),
     };
     let opened = Opened::new(config.device, config.threads, config.nth)
@@ -93,8 +93,8 @@ async fn work<B: TrainingBackend>(
             drop(died);
         })
         .map_err(|error| Failure::new(ExitStatus::Failed, format!("cannot start the trainer: {error}")))?;
-    let parts =
-        Parts { join: config.join, join_timeout: config.join_timeout, identity, control, commands, reports };
+    let WorkerConfig { join, token, join_timeout, grace, .. } = config;
+    let parts = Parts { join, token, join_timeout, grace, identity, control, commands, reports };
     tokio::select! {
         result = Box::pin(agent::serve(parts, shutdown)) => result,
         // It ends before the agent only by a panic, which its log tells.
@@ -103,28 +103,38 @@ async fn work<B: TrainingBackend>(
 }
 
 /// Where to listen for other workers, and the host to tell them if it differs.
-fn addresses(config: &WorkerConfig) -> Result<(SocketAddr, Option<String>), Failure> {
-    if let Some(advertise) = &config.advertise {
-        let (host, port) = match advertise.rsplit_once(':') {
-            Some((host, port)) => {
-                let port = port.parse().map_err(|_| {
-                    let message =
-                        format!("--advertise {advertise}: {port:?} is no port; write HOST or HOST:PORT");
-                    Failure::new(ExitStatus::InvalidInput, message)
-                })?;
-                (host, port)
+fn addresses(config: &WorkerConfig) -> Result<(SocketAddr, Option<HostPort>), Failure> {
+    let wrong = |flag: &str, text: &str, reason: &str| {
+        Failure::new(ExitStatus::InvalidInput, format!("{flag} {text}: {reason}"))
+    };
+    let join = match &config.join {
+        Join::File(_) => None,
+        Join::Address(text) => {
+            let address: HostPort = text.parse().map_err(|reason: String| wrong("--join", text, &reason))?;
+            if address.port().is_none() {
+                let whole = address.with_port(7070);
+                let reason = format!("it has no port; write HOST:PORT, for instance {whole}");
+                return Err(wrong("--join", text, &reason));
             }
-            None => (advertise.as_str(), 0),
+            Some(address)
+        }
+    };
+    if let Some(text) = &config.advertise {
+        let address: HostPort = text.parse().map_err(|reason: String| wrong("--advertise", text, &reason))?;
+        // What is reached by IPv6 alone must listen there.
+        let any = if address.is_ipv6() {
+            IpAddr::from(Ipv6Addr::UNSPECIFIED)
+        } else {
+            Ipv4Addr::UNSPECIFIED.into()
         };
-        return Ok((SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)), Some(host.to_owned())));
+        return Ok((SocketAddr::new(any, address.port().unwrap_or(0)), Some(address)));
     }
-    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let Join::Address(address) = &config.join else { return Ok((loopback, None)) };
-    let coordinator = address.to_socket_addrs().ok().and_then(|mut found| found.next()).ok_or_else(|| {
-        let message = format!("--join {address}: no such host; write HOST:PORT");
-        Failure::new(ExitStatus::InvalidInput, message)
+    let Some(join) = join else { return Ok((SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), None)) };
+    let found = join.resolve().map_err(|error| {
+        let reason = format!("no such host ({error}); write HOST:PORT as the coordinator tells it");
+        wrong("--join", &join.to_string(), &reason)
     })?;
-    Ok((SocketAddr::from((own_address_towards(coordinator), 0)), None))
+    Ok((SocketAddr::from((own_address_towards(found[0]), 0)), None))
 }
 
 /// The address of this machine that packets to `other` come from. Nothing is sent.
@@ -132,7 +142,7 @@ fn own_address_towards(other: SocketAddr) -> IpAddr {
     let any: SocketAddr = if other.is_ipv4() {
         SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0))
     } else {
-        SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, 0))
+        SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0))
     };
     UdpSocket::bind(any)
         .and_then(|socket| {
@@ -202,4 +212,58 @@ pub fn run_roofline(args: &args::RooflineArgs) -> Result<ExitStatus, Failure> {
 
 fn json(value: &impl serde::Serialize) -> String {
     serde_json::to_string_pretty(value).expect("plain data is valid JSON")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn told(join: &str, advertise: Option<&str>) -> Result<(String, Option<String>), String> {
+        let config = WorkerConfig {
+            join: Join::Address(join.to_owned()),
+            token: ulmus_transport::TokenSource::Unsaid,
+            grace: std::time::Duration::ZERO,
+            device: Device::Cpu,
+            nth: 0,
+            threads: 1,
+            name: "w".to_owned(),
+            advertise: advertise.map(str::to_owned),
+            join_timeout: Duration::from_secs(1),
+        };
+        addresses(&config)
+            .map(|(bind, told)| (bind.to_string(), told.map(|host| host.with_port(9).to_string())))
+            .map_err(|failure| failure.to_string())
+    }
+
+    #[test]
+    fn others_are_told_an_address_that_they_can_use() {
+        for (advertise, bind, address) in [
+            ("host.invalid", "0.0.0.0:0", "host.invalid:9"),
+            ("host.invalid:7000", "0.0.0.0:7000", "host.invalid:9"),
+            ("192.0.2.1:7000", "0.0.0.0:7000", "192.0.2.1:9"),
+            ("::1", "[::]:0", "[::1]:9"),
+            ("[::1]", "[::]:0", "[::1]:9"),
+            ("[::1]:7000", "[::]:7000", "[::1]:9"),
+        ] {
+            let expected = Ok((bind.to_owned(), Some(address.to_owned())));
+            assert_eq!(told("127.0.0.1:7070", Some(advertise)), expected, "{advertise}");
+        }
+        assert_eq!(told("127.0.0.1:7070", None), Ok(("127.0.0.1:0".to_owned(), None)));
+    }
+
+    #[test]
+    fn addresses_that_are_none_are_told_with_what_to_write() {
+        for (join, advertise, words) in [
+            ("nonsense", None, "--join nonsense: it has no port; write HOST:PORT"),
+            ("no.such.host.invalid:1", None, "no such host"),
+            ("::1", None, "[::1]:7070"),
+            ("127.0.0.1:1", Some("[::1"), "--advertise [::1: its bracket is not closed"),
+            ("127.0.0.1:1", Some("host:x"), "\"x\" is no port; write HOST or HOST:PORT"),
+        ] {
+            let message = told(join, advertise).unwrap_err();
+            assert!(message.contains(words), "{message}");
+        }
+    }
 }

@@ -2,11 +2,13 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use ulmus_worker::{Args, Command, run_bench, run_process, run_roofline};
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args: Args = match ulmus_rt::arguments() {
+        Ok(args) => args,
+        Err(code) => return code,
+    };
     ulmus_rt::report(match args.command {
         Some(Command::Bench(bench)) => run_bench(&bench),
         Some(Command::Roofline(roofline)) => run_roofline(&roofline),

@@ -7,7 +7,7 @@ use tokio::runtime::Handle;
 use ulmus_checkpoint::{Store, StoreError};
 use ulmus_dataloader::{Corpus, DataError, Folder, Manifest, Sources, Tokenizer};
 use ulmus_plan::{Plan, TokenizerConfig};
-use ulmus_types::{BadUnit, Digest};
+use ulmus_types::{BadUnit, Digest, RunId};
 
 use crate::WorkerError;
 
@@ -23,19 +23,20 @@ pub(crate) const TOKENIZER_JSON: &str = "tokenizer.json";
 /// A run: its plan, and its folder.
 #[derive(Debug, Clone)]
 pub(crate) struct Run {
+    pub(crate) id: RunId,
     pub(crate) plan: Arc<Plan>,
     pub(crate) store: Store,
     runtime: Handle,
 }
 
 impl Run {
-    pub(crate) fn new(plan: Plan, store: Store, runtime: Handle) -> Self {
-        Self { plan: Arc::new(plan), store, runtime }
+    pub(crate) fn new(id: RunId, plan: Plan, store: Store, runtime: Handle) -> Self {
+        Self { id, plan: Arc::new(plan), store, runtime }
     }
 
     /// Tells groups of different runs apart.
     pub(crate) fn digest(&self) -> Digest {
-        Digest::of(format!("{} {}", self.plan.run.name, self.plan.digest()).as_bytes())
+        Digest::of(format!("{} {}", self.id, self.plan.digest()).as_bytes())
     }
 
     /// Waits for a store operation; for the trainer's thread, which is not one of the runtime's.

@@ -2,14 +2,15 @@
 //!
 //! It remembers what the coordinator has not confirmed yet (reports, states that wait to be stored, results of
 //! jobs), so that nothing is lost when the connection or the coordinator goes away: a session that begins anew
-//! says it all again, and saying it twice is harmless.
+//! says it all again, and saying it twice is harmless. All of it is of one run: a coordinator of another one gets
+//! nothing of it, and the worker begins there as a new one.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use ulmus_types::{
-    CheckpointId, Digest, ErrorKind, Generation, Job, Rank, Snapshot, StepReport, ToCoordinator, ToWorker,
-    Wish, WorkerStatus,
+    CheckpointId, Digest, ErrorKind, ExitStatus, Generation, Job, Rank, Ready, RunId, SessionSecret,
+    Snapshot, StepReport, ToCoordinator, ToWorker, Wish, WorkerStatus,
 };
 
 use crate::snapshot::Held;
@@ -20,14 +21,16 @@ use crate::trainer::{Command, Report};
 pub(crate) enum Action {
     /// Send a message, if there is a connection.
     Say(ToCoordinator),
+    /// The coordinator leads another run than the one before: drop what is of that one.
+    ChangeRun,
     /// Open the run: read the nonce, and build the model.
     Open {
+        /// The run.
+        id: RunId,
         /// The resolved plan, TOML.
         plan: String,
         /// The run's folder.
         store: String,
-        /// The file to read there.
-        nonce_path: String,
     },
     /// Hand something to the trainer.
     Command(Command),
@@ -39,8 +42,10 @@ pub(crate) enum Action {
     Hash(Arc<Held>),
     /// Store parts of a state, then say so.
     Write(Arc<Held>, Vec<String>),
-    /// The run is over.
-    Leave,
+    /// The run is over, or goes on without this worker.
+    Leave(ExitStatus),
+    /// The run cannot be taken up here.
+    GiveUp(ErrorKind, String),
     /// The coordinator does not want this worker.
     Refused(ErrorKind, String),
 }
@@ -48,6 +53,10 @@ pub(crate) enum Action {
 /// What is remembered from one connection to the next.
 #[derive(Debug, Default)]
 pub(crate) struct Session {
+    /// The run that it belongs to, and what the welcome there gave it.
+    run: Option<(RunId, SessionSecret)>,
+    /// It was asked to leave.
+    draining: bool,
     fingerprint: Option<Digest>,
     /// The last group that the worker was assigned to.
     assigned: Option<(Generation, Rank)>,
@@ -79,17 +88,48 @@ impl Session {
         }
     }
 
+    /// The run that it belongs to, and what proves that.
+    pub(crate) const fn run(&self) -> Option<(RunId, SessionSecret)> {
+        self.run
+    }
+
+    /// Whether nothing would be lost if it ended now.
+    pub(crate) fn is_free(&self) -> bool {
+        !self.trains && self.held.is_empty() && self.result.is_none() && self.left.is_none()
+    }
+
+    /// It was asked to leave.
+    pub(crate) fn drain(&mut self) -> Vec<Action> {
+        self.draining = true;
+        vec![Action::Say(ToCoordinator::Draining)]
+    }
+
+    fn welcome(&mut self, id: RunId, secret: SessionSecret) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if self.run.is_some_and(|(run, _)| run != id) {
+            *self = Self { draining: self.draining, ..Self::default() };
+            actions.push(Action::ChangeRun);
+        }
+        self.run = Some((id, secret));
+        if self.draining {
+            actions.push(Action::Say(ToCoordinator::Draining));
+        }
+        actions
+    }
+
     /// Takes a message of the coordinator.
     pub(crate) fn received(&mut self, message: ToWorker) -> Vec<Action> {
         match message {
-            ToWorker::Welcome { plan, store, nonce_path, .. } => {
-                vec![Action::Open { plan, store, nonce_path }]
+            ToWorker::Welcome { id, secret, plan, store, .. } => {
+                let mut actions = self.welcome(id, secret);
+                actions.push(Action::Open { id, plan, store });
+                actions
             }
             ToWorker::Refused { kind, reason } => vec![Action::Refused(kind, reason)],
             ToWorker::Assign(assignment) => {
                 self.assigned = Some((assignment.generation, assignment.rank));
                 self.trains = true;
-                vec![Action::Command(Command::Train(assignment))]
+                self.command(|run| Command::Train(run, assignment))
             }
             ToWorker::Abort(generation) => vec![Action::Abort(generation)],
             ToWorker::Wish(generation, wish) => vec![Action::Wish(generation, wish)],
@@ -104,7 +144,8 @@ impl Session {
                     vec![Action::Write(Arc::clone(held), files)]
                 } else {
                     let message = "this worker does not hold it any more".to_owned();
-                    vec![Action::Say(ToCoordinator::WriteFailed { checkpoint, message })]
+                    let kind = ErrorKind::Retry;
+                    vec![Action::Say(ToCoordinator::WriteFailed { checkpoint, kind, message })]
                 }
             }
             ToWorker::Release(checkpoint) => {
@@ -113,15 +154,27 @@ impl Session {
             }
             ToWorker::Run(job) => {
                 self.job = Some(job.clone());
-                vec![Action::Command(Command::Do(job))]
+                self.command(|run| Command::Do(run, job))
             }
-            ToWorker::Finish => vec![Action::Leave],
+            ToWorker::Finish(status) => vec![Action::Leave(status)],
         }
     }
 
-    /// Takes a report of the trainer.
-    pub(crate) fn reported(&mut self, report: Report) -> Vec<Action> {
+    /// A command for the trainer. Without a run there is none: nobody was welcomed who could be commanded.
+    fn command(&self, command: impl FnOnce(RunId) -> Command) -> Vec<Action> {
+        self.run.map(|(run, _)| Action::Command(command(run))).into_iter().collect()
+    }
+
+    /// Takes a report of the trainer. What it still has to say of another run is not heard.
+    pub(crate) fn reported(&mut self, run: RunId, report: Report) -> Vec<Action> {
+        if self.run.is_none_or(|(id, _)| id != run) {
+            return Vec::new();
+        }
         match report {
+            Report::Warm(fingerprint) => {
+                self.fingerprint = Some(fingerprint);
+                self.opened().unwrap_or_default()
+            }
             Report::Keep(held) => {
                 self.held.insert(held.checkpoint, (Arc::clone(&held), None));
                 vec![Action::Hash(held)]
@@ -136,9 +189,9 @@ impl Session {
                 }
             }
             Report::Say(message) => match message {
-                ToCoordinator::Ready(fingerprint) => {
-                    self.fingerprint = Some(fingerprint);
-                    self.opened().unwrap_or_default()
+                ToCoordinator::Unfit { kind, message } => {
+                    let said = ToCoordinator::Unfit { kind, message: message.clone() };
+                    vec![Action::Say(said), Action::GiveUp(kind, message)]
                 }
                 ToCoordinator::Left { .. } => {
                     self.left = Some(message);
@@ -188,22 +241,20 @@ impl Session {
 
     /// The run was opened. A worker that is ready already says so at once, though its trainer may be busy.
     pub(crate) fn opened(&mut self) -> Option<Vec<Action>> {
-        let ready = ToCoordinator::Ready(self.fingerprint?);
+        let fingerprint = self.fingerprint?;
         self.caught_up = true;
-        let mut said = self.unconfirmed();
-        said.push(ready);
+        let ready = ToCoordinator::Ready(Ready {
+            fingerprint,
+            generation: self.assigned.map(|(generation, _)| generation),
+            reports: self.reports.iter().cloned().collect(),
+            snapshots: self.held.values().filter_map(|(_, snapshot)| snapshot.clone()).collect(),
+        });
+        let mut said = vec![ready];
         if let Some(result) = self.result.take() {
             self.job = None;
             said.push(result);
         }
         Some(said.into_iter().map(Action::Say).collect())
-    }
-
-    /// Everything that the coordinator may not have heard.
-    fn unconfirmed(&self) -> Vec<ToCoordinator> {
-        let states =
-            self.held.values().filter_map(|(_, snapshot)| snapshot.clone()).map(ToCoordinator::Snapshot);
-        self.unsent_reports().into_iter().chain(states).collect()
     }
 
     /// Reports come before a state that will be stored, and before the end of a group: what the next group
@@ -224,11 +275,13 @@ impl Session {
 mod tests {
     use std::time::Duration;
 
+    use object_store::memory::InMemory;
+    use object_store::path::Path;
     use tokio::sync::Semaphore;
-    use ulmus_checkpoint::TrainState;
+    use ulmus_checkpoint::{Store, TrainState};
     use ulmus_model::{Layout, State};
     use ulmus_plan::ModelConfig;
-    use ulmus_types::{Assignment, CheckpointKind, Incarnation, LeaveReason, Peer, Step, WorkerId};
+    use ulmus_types::{Assignment, CheckpointKind, GroupKey, Incarnation, LeaveReason, Peer, Step, WorkerId};
 
     use super::*;
 
@@ -238,9 +291,13 @@ mod tests {
             generation: Generation::new(generation),
             rank: Rank::new(rank),
             size: 2,
+            key: GroupKey::from_bytes([0; 32]),
             previous: peer.clone(),
             next: peer,
             micro_batches: 0..1,
+            recorded: Step::default(),
+            may_begin: true,
+            repair: None,
         })
     }
 
@@ -282,6 +339,7 @@ mod tests {
                 cursors: vec![],
                 quarantine: std::collections::BTreeSet::new(),
             },
+            store: Store::from_objects(Arc::new(InMemory::new()), Path::default(), "memory"),
             _room: room,
         })
     }
@@ -300,16 +358,36 @@ mod tests {
         said(actions)
             .into_iter()
             .filter_map(|message| match message {
-                ToCoordinator::Steps { reports, .. } => Some(reports.iter().map(|report| report.step.get())),
+                ToCoordinator::Steps { reports, .. } | ToCoordinator::Ready(Ready { reports, .. }) => {
+                    Some(reports.iter().map(|report| report.step.get()))
+                }
                 _ => None,
             })
             .flatten()
             .collect()
     }
 
-    fn ready() -> Session {
+    const RUN: RunId = RunId::from_bytes([1; 16]);
+
+    fn welcome(id: RunId) -> ToWorker {
+        ToWorker::Welcome {
+            run: "run".parse().unwrap(),
+            id,
+            secret: SessionSecret::from_bytes([2; 32]),
+            plan: String::new(),
+            store: "store".to_owned(),
+        }
+    }
+
+    fn welcomed() -> Session {
         let mut session = Session::default();
-        session.reported(Report::Say(ToCoordinator::Ready(Digest::of(b"arithmetic"))));
+        session.received(welcome(RUN));
+        session
+    }
+
+    fn ready() -> Session {
+        let mut session = welcomed();
+        session.reported(RUN, Report::Warm(Digest::of(b"arithmetic")));
         session
     }
 
@@ -317,21 +395,21 @@ mod tests {
     fn a_new_report_waits_behind_those_that_were_not_confirmed() {
         let mut session = ready();
         session.received(assignment(1, 0));
-        session.reported(steps(1, 1));
+        session.reported(RUN, steps(1, 1));
         session.unheard();
-        assert!(session.reported(steps(1, 2)).is_empty());
+        assert!(session.reported(RUN, steps(1, 2)).is_empty());
         assert_eq!(reported_steps(&session.opened().unwrap()), [1, 2]);
-        assert_eq!(reported_steps(&session.reported(steps(1, 3))), [3]);
+        assert_eq!(reported_steps(&session.reported(RUN, steps(1, 3))), [3]);
     }
 
     #[test]
     fn steps_of_a_group_that_ended_unheard_are_reported_later() {
         let mut session = ready();
         session.received(assignment(1, 0));
-        session.reported(steps(1, 1));
+        session.reported(RUN, steps(1, 1));
         session.unheard();
-        session.reported(steps(1, 2));
-        session.reported(left(1));
+        session.reported(RUN, steps(1, 2));
+        session.reported(RUN, left(1));
         assert_eq!(session.status(), WorkerStatus::Idle);
         assert_eq!(reported_steps(&session.opened().unwrap()), [1, 2]);
     }
@@ -340,25 +418,25 @@ mod tests {
     fn rank_0_reports_and_at_the_end_everybody_tells_what_it_may_not_have_told() {
         let mut leader = ready();
         leader.received(assignment(1, 0));
-        assert_eq!(reported_steps(&leader.reported(steps(1, 1))), [1]);
+        assert_eq!(reported_steps(&leader.reported(RUN, steps(1, 1))), [1]);
 
         let mut other = ready();
         other.received(assignment(1, 1));
-        assert!(other.reported(steps(1, 1)).is_empty());
-        assert!(other.reported(steps(1, 2)).is_empty());
+        assert!(other.reported(RUN, steps(1, 1)).is_empty());
+        assert!(other.reported(RUN, steps(1, 2)).is_empty());
         other.received(ToWorker::Acknowledge(Step::new(1)));
-        let last = other.reported(left(1));
+        let last = other.reported(RUN, left(1));
         assert!(matches!(said(&last)[..], [ToCoordinator::Steps { .. }, ToCoordinator::Left { .. }]));
         assert_eq!(reported_steps(&last), [2]);
     }
 
     #[test]
     fn a_worker_leaves_only_after_what_it_keeps_is_announced() {
-        let mut session = Session::default();
+        let mut session = welcomed();
         session.received(assignment(1, 0));
         let state = held(9);
-        assert!(matches!(session.reported(Report::Keep(Arc::clone(&state)))[..], [Action::Hash(_)]));
-        assert!(session.reported(left(1)).is_empty());
+        assert!(matches!(session.reported(RUN, Report::Keep(Arc::clone(&state)))[..], [Action::Hash(_)]));
+        assert!(session.reported(RUN, left(1)).is_empty());
         assert_eq!(session.status(), WorkerStatus::Training(Generation::new(1)));
         let actions = session.hashed(state.announce());
         assert!(matches!(said(&actions)[..], [ToCoordinator::Snapshot(_), ToCoordinator::Left { .. }]));
@@ -367,22 +445,44 @@ mod tests {
 
     #[test]
     fn a_new_connection_hears_again_what_was_not_confirmed() {
-        let mut session = Session::default();
+        let mut session = welcomed();
         assert!(session.opened().is_none(), "it is not ready yet");
-        session.reported(Report::Say(ToCoordinator::Ready(Digest::of(b"arithmetic"))));
+        session.reported(RUN, Report::Warm(Digest::of(b"arithmetic")));
         session.received(assignment(1, 0));
-        session.reported(steps(1, 1));
+        session.reported(RUN, steps(1, 1));
         let state = held(1);
-        session.reported(Report::Keep(Arc::clone(&state)));
+        session.reported(RUN, Report::Keep(Arc::clone(&state)));
         session.hashed(state.announce());
         let again = session.opened().unwrap();
-        assert!(matches!(
-            said(&again)[..],
-            [ToCoordinator::Steps { .. }, ToCoordinator::Snapshot(_), ToCoordinator::Ready(_)]
-        ));
+        let [ToCoordinator::Ready(ready)] = said(&again)[..] else { panic!("{again:?}") };
+        assert_eq!((ready.reports.len(), ready.snapshots.len()), (1, 1));
         session.received(ToWorker::Acknowledge(Step::new(1)));
         session.received(ToWorker::Release(state.checkpoint));
-        assert_eq!(said(&session.opened().unwrap()).len(), 1);
+        let again = session.opened().unwrap();
+        let [ToCoordinator::Ready(ready)] = said(&again)[..] else { panic!("{again:?}") };
+        assert!(ready.reports.is_empty() && ready.snapshots.is_empty());
+    }
+
+    #[test]
+    fn nothing_of_one_run_is_told_to_another() {
+        let mut session = ready();
+        session.received(assignment(1, 0));
+        session.reported(RUN, steps(1, 1));
+        let state = held(1);
+        session.reported(RUN, Report::Keep(Arc::clone(&state)));
+        session.unheard();
+        let other = RunId::from_bytes([9; 16]);
+        let actions = session.received(welcome(other));
+        assert!(matches!(actions[..], [Action::ChangeRun, Action::Open { .. }]), "{actions:?}");
+        assert_eq!(session.status(), WorkerStatus::Idle);
+        // What its threads still do for the run before is not heard.
+        assert!(session.hashed(state.announce()).is_empty());
+        assert!(session.reported(RUN, steps(1, 2)).is_empty());
+        assert!(session.reported(RUN, left(1)).is_empty());
+        assert!(session.opened().is_none(), "it is not ready for this run yet");
+        let actions = session.reported(other, Report::Warm(Digest::of(b"arithmetic")));
+        let [ToCoordinator::Ready(ready)] = said(&actions)[..] else { panic!("{actions:?}") };
+        assert_eq!((ready.generation, ready.reports.len(), ready.snapshots.len()), (None, 0, 0));
     }
 
     #[test]
@@ -392,7 +492,7 @@ mod tests {
         let done = ToCoordinator::JobDone { job: job.clone(), result: "{}".into() };
         session.received(ToWorker::Run(job.clone()));
         session.unheard();
-        assert!(session.reported(Report::Say(done.clone())).is_empty());
+        assert!(session.reported(RUN, Report::Say(done.clone())).is_empty());
         assert_eq!(session.status(), WorkerStatus::Working(job));
         let again = session.opened().unwrap();
         assert_eq!(said(&again).last(), Some(&&done));
@@ -401,7 +501,7 @@ mod tests {
 
     #[test]
     fn what_is_not_held_any_more_cannot_be_written() {
-        let mut session = Session::default();
+        let mut session = welcomed();
         let checkpoint = CheckpointId::new(Step::new(1), Generation::new(1));
         let actions = session.received(ToWorker::Write { checkpoint, files: vec!["a".into()] });
         assert!(matches!(said(&actions)[..], [ToCoordinator::WriteFailed { .. }]));

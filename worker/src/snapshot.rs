@@ -22,6 +22,8 @@ pub(crate) struct Held {
     pub(crate) layout: Arc<Layout>,
     pub(crate) tensors: StateCopy,
     pub(crate) train: TrainState,
+    /// Where it is to be stored.
+    pub(crate) store: Store,
     /// Limits how many states are in memory at once.
     pub(crate) _room: OwnedSemaphorePermit,
 }
@@ -38,15 +40,8 @@ impl Held {
             checkpoint: self.checkpoint,
             kind: self.kind,
             state: Digest::from_bytes(*hasher.finalize().as_bytes()),
-            files: self.files(),
+            files: ulmus_checkpoint::files_of(self.layout.parameters()),
         }
-    }
-
-    /// The files of the checkpoint; the same on every worker.
-    fn files(&self) -> Vec<String> {
-        let shards = optimizer_shards(self.layout.parameters());
-        let moments = shards.iter().map(ulmus_checkpoint::OptimizerShard::file_name);
-        [WEIGHTS_FILE.to_owned(), STATE_FILE.to_owned()].into_iter().chain(moments).collect()
     }
 
     /// The contents of one of them; `None` if there is no such file.

@@ -1,6 +1,7 @@
 //! What the driver has to do, in the imperative.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use ulmus_types::{
     BadUnit, CheckpointId, CheckpointKind, Digest, ExitStatus, FileEntry, Generation, Job, SourceReading,
@@ -25,13 +26,21 @@ pub enum Effect {
     SaveQuarantine(BTreeMap<BadUnit, String>),
     /// Store that every update is done.
     SaveTrained(Step),
+    /// Store that the manifest of a checkpoint is written.
+    SaveCommitted(CheckpointId),
+    /// Forget a checkpoint that is damaged; its files stay where they are.
+    SaveDamaged(CheckpointId),
+    /// Store that a job was given to a worker: nobody else's result counts.
+    SaveJobStarted(Job, WorkerId),
     /// Store that a job is done, and its result (JSON).
     SaveJob(Job, String),
+    /// Forget that the job of this name is done: what it made is damaged.
+    SaveJobUndone(String),
     /// Send a message to a worker.
     Send(WorkerId, ToWorker),
     /// Close a worker's stream.
     Disconnect(WorkerId),
-    /// Write the manifest of a checkpoint whose parts are all stored, then `latest`.
+    /// Read the parts of a checkpoint back, which are all stored; then write its manifest, and then `latest`.
     Commit {
         /// The checkpoint.
         checkpoint: CheckpointId,
@@ -44,6 +53,8 @@ pub enum Effect {
     },
     /// Delete a recovery checkpoint that newer ones replace.
     Delete(CheckpointId),
+    /// Read committed checkpoints and tell which are damaged; nobody waits for it.
+    Verify(Vec<CheckpointId>),
     /// Tell a person.
     Tell(Note),
     /// End the process.
@@ -57,6 +68,10 @@ pub enum Note {
     Joined(WorkerId),
     /// A worker is gone, and why it is thought so.
     Lost(WorkerId, String),
+    /// A worker was asked to leave, has handed over what it had, and is gone.
+    Drained(WorkerId),
+    /// A worker gets no work for a while, and why.
+    SitsOut(WorkerId, Duration, String),
     /// A group trains.
     GroupFormed {
         /// Its generation.
@@ -76,6 +91,8 @@ pub enum Note {
     JobDone(Job),
     /// Anything else that is not routine: a refusal, something that is tried again, data that is used up.
     Remark(String),
+    /// Something that somebody should look after while the run goes on.
+    Alarm(String),
 }
 
 /// How the run ended.
@@ -85,4 +102,6 @@ pub struct Outcome {
     pub status: ExitStatus,
     /// What a person is told.
     pub message: String,
+    /// Workers were left to the next coordinator.
+    pub detached: bool,
 }

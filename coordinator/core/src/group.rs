@@ -16,7 +16,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::time::Duration;
 
-use ulmus_types::{Assignment, Generation, Peer, Rank, WorkerId};
+use ulmus_types::{Assignment, Blame, Generation, GroupKey, Peer, Rank, Repair, Step, WorkerId};
 
 use crate::members::Members;
 
@@ -25,8 +25,9 @@ use crate::members::Members;
 pub(crate) enum Group {
     /// There is none. `enough_since` tells since when there have been enough workers for one.
     Absent { enough_since: Option<Duration> },
-    /// After a restart of the coordinator: members of the stored generation come back until the deadline.
-    Adopting { members: Vec<WorkerId>, back: BTreeSet<WorkerId>, until: Duration },
+    /// After a restart of the coordinator: members of the stored generation come back until the deadline, but for those
+    /// that are known to be `gone`.
+    Adopting { members: Vec<WorkerId>, back: BTreeSet<WorkerId>, gone: BTreeSet<WorkerId>, until: Duration },
     /// Members were assigned and connect to each other, for which they have until the deadline; then they agree on a
     /// state, which takes as long as it takes.
     Forming {
@@ -35,10 +36,10 @@ pub(crate) enum Group {
         formed: BTreeSet<WorkerId>,
         until: Duration,
     },
-    /// Members train. `pausing` tells that they were asked to pause or stop.
-    Training { members: Vec<WorkerId>, pausing: bool },
-    /// Members leave; those in `waiting` have not said so yet.
-    Dissolving { waiting: BTreeSet<WorkerId>, until: Duration },
+    /// Members train, since then. `pausing` tells that they were asked to pause or stop.
+    Training { members: Vec<WorkerId>, since: Duration, pausing: bool },
+    /// Members leave, since then; those in `waiting` have not said so yet.
+    Dissolving { waiting: BTreeSet<WorkerId>, since: Duration },
 }
 
 impl Group {
@@ -70,12 +71,46 @@ pub(crate) fn share(micro_batches: u64, rank: u64, size: u64) -> Range<u64> {
     (micro_batches * rank / size)..(micro_batches * (rank + 1) / size)
 }
 
+/// What a member of the last group said of a neighbour that it could not work with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Suspicion {
+    pub(crate) by: WorkerId,
+    pub(crate) of: WorkerId,
+    pub(crate) blame: Blame,
+}
+
+/// Which of the workers that accuse each other the next group does without. `proven` have trained together before, so
+/// that it is a newcomer's fault if one is involved; otherwise whoever is named most often is the one.
+pub(crate) fn culprits(suspicions: &[Suspicion], proven: &[WorkerId]) -> BTreeSet<WorkerId> {
+    // A connection that ended says nothing: everybody's ends when one member leaves.
+    let mut left: Vec<&Suspicion> = suspicions.iter().filter(|said| said.blame != Blame::Lost).collect();
+    let mut culprits = BTreeSet::new();
+    while !left.is_empty() {
+        let involved: BTreeSet<&WorkerId> = left.iter().flat_map(|said| [&said.by, &said.of]).collect();
+        let weight = |worker: &WorkerId| {
+            let named = left.iter().filter(|said| said.of == *worker).count();
+            let accuses = left.iter().filter(|said| said.by == *worker).count();
+            let direct =
+                left.iter().filter(|said| said.of == *worker && said.blame == Blame::Unreachable).count();
+            (!proven.contains(worker), named + accuses, direct)
+        };
+        let Some(worst) = involved.into_iter().max_by_key(|worker| weight(worker)).cloned() else { break };
+        left.retain(|said| said.by != worst && said.of != worst);
+        culprits.insert(worst);
+    }
+    culprits
+}
+
 /// One assignment per member, in rank order. Each knows only its neighbours in the ring.
 pub(crate) fn assignments(
     generation: Generation,
     group: &[WorkerId],
     members: &Members,
     micro_batches: u64,
+    key: GroupKey,
+    recorded: Step,
+    may_begin: bool,
+    repair: Option<&Repair>,
 ) -> Vec<(WorkerId, Assignment)> {
     let size = group.len();
     let peer = |index: usize| {
@@ -91,9 +126,13 @@ pub(crate) fn assignments(
                 generation,
                 rank: Rank::new(index as u32),
                 size: size as u32,
+                key,
                 previous: peer(index + size - 1),
                 next: peer(index + 1),
                 micro_batches: share(micro_batches, index as u64, size as u64),
+                recorded,
+                may_begin,
+                repair: repair.cloned(),
             };
             (worker.clone(), assignment)
         })
@@ -102,7 +141,30 @@ pub(crate) fn assignments(
 
 #[cfg(test)]
 mod tests {
+    use ulmus_types::Incarnation;
+
     use super::*;
+
+    #[test]
+    fn a_newcomer_or_whoever_is_named_most_often_is_left_out() {
+        let worker = |name: &str| WorkerId::new(name, Incarnation::new(1)).unwrap();
+        let said = |by: &str, of: &str, blame| Suspicion { by: worker(by), of: worker(of), blame };
+        let (a, b, c, d) = (worker("a"), worker("b"), worker("c"), worker("d"));
+        let proven = [a.clone(), b.clone(), c.clone()];
+        // The newcomer reaches its neighbour, and nobody reaches it.
+        let unreachable = [said("c", "d", Blame::Unreachable), said("d", "c", Blame::Absent)];
+        assert_eq!(culprits(&unreachable, &proven), BTreeSet::from([d.clone()]));
+        // The same among those that have worked together: whoever could not be reached.
+        assert_eq!(culprits(&unreachable, &[c.clone(), d.clone()]), BTreeSet::from([d]));
+        // Two broken links have one end in common.
+        let cut =
+            [said("a", "b", Blame::Silent), said("b", "c", Blame::Silent), said("c", "b", Blame::Silent)];
+        assert_eq!(culprits(&cut, &proven), BTreeSet::from([b]));
+        // Of a single broken link one end goes on.
+        assert_eq!(culprits(&[said("a", "c", Blame::Silent)], &proven).len(), 1);
+        assert!(culprits(&[said("a", "c", Blame::Lost), said("c", "a", Blame::Lost)], &proven).is_empty());
+        let _ = (a, c);
+    }
 
     #[test]
     fn shares_cover_every_micro_batch_once() {

@@ -24,12 +24,21 @@ pub(crate) struct Jobs {
     export: bool,
     done: BTreeSet<String>,
     running: BTreeMap<Job, WorkerId>,
+    /// The last worker that each job was given to: nobody else's result counts.
+    owners: BTreeMap<Job, WorkerId>,
     failures: BTreeMap<String, u32>,
+    /// Names of workers on which a job has failed.
+    failed_on: BTreeMap<String, BTreeSet<String>>,
 }
 
 impl Jobs {
-    pub(crate) fn new(done: BTreeSet<String>, average: u64, export: bool) -> Self {
-        Self { average, export, done, ..Self::default() }
+    pub(crate) fn new(
+        done: BTreeSet<String>,
+        owners: BTreeMap<Job, WorkerId>,
+        average: u64,
+        export: bool,
+    ) -> Self {
+        Self { average, export, done, owners, ..Self::default() }
     }
 
     pub(crate) fn is_done(&self, name: &str) -> bool {
@@ -41,14 +50,21 @@ impl Jobs {
     }
 
     pub(crate) fn started(&mut self, job: Job, worker: WorkerId) {
+        self.owners.insert(job.clone(), worker.clone());
         self.running.insert(job, worker);
     }
 
-    /// A worker does a job that an earlier coordinator gave it, or this one before the connection broke.
+    /// A worker does a job that an earlier coordinator gave it, or this one before the connection broke. What it was not
+    /// given, or another was given since, is not its own.
     pub(crate) fn resumed(&mut self, job: Job, worker: WorkerId) {
-        if !self.is_done(job.name()) {
+        if !self.is_done(job.name()) && self.owners.get(&job) == Some(&worker) {
             self.running.entry(job).or_insert(worker);
         }
+    }
+
+    /// Whether a worker was ever given a job.
+    pub(crate) fn was_given(&self, worker: &WorkerId) -> bool {
+        self.owners.values().any(|owner| owner == worker)
     }
 
     /// Whether `worker` was really the one that does it.
@@ -64,11 +80,22 @@ impl Jobs {
         self.done.insert(job.name().to_owned());
     }
 
-    /// Whether it may be tried again.
-    pub(crate) fn failed(&mut self, job: &Job) -> bool {
+    /// What a job made is of no use any more.
+    pub(crate) fn undone(&mut self, name: &str) {
+        self.done.remove(name);
+    }
+
+    /// Whether it may be tried again, on whatever worker.
+    pub(crate) fn failed(&mut self, job: &Job, worker: &WorkerId) -> bool {
+        self.failed_on.entry(job.name().to_owned()).or_default().insert(worker.name().to_owned());
         let failures = self.failures.entry(job.name().to_owned()).or_insert(0);
         *failures += 1;
         *failures < ATTEMPTS
+    }
+
+    /// Whether a job has failed on a worker of this name.
+    pub(crate) fn has_failed_on(&self, job: &Job, worker: &WorkerId) -> bool {
+        self.failed_on.get(job.name()).is_some_and(|names| names.contains(worker.name()))
     }
 
     pub(crate) fn lost(&mut self, worker: &WorkerId) {
@@ -135,7 +162,7 @@ mod tests {
     fn names(export: bool) -> Vec<&'static str> {
         let last = CheckpointId::new(Step::new(8), Generation::new(1));
         let checkpoints = BTreeMap::from([(last, CheckpointKind::Milestone)]);
-        let mut jobs = Jobs::new(BTreeSet::new(), 5, export);
+        let mut jobs = Jobs::new(BTreeSet::new(), BTreeMap::new(), 5, export);
         let mut names = Vec::new();
         while !jobs.all_done(true, &checkpoints) {
             for job in jobs.ready(true, &checkpoints) {

@@ -14,17 +14,25 @@
 //!
 //! The caller performs effects in order. Those that begin with `Save` must be durable before the next one is
 //! performed: a generation that was assigned but not stored could be assigned twice.
+//!
+//! What a worker says is held against who it is and what is possible now before it is heard; see `check`.
 
 #![forbid(unsafe_code)]
 
+mod check;
+mod checkpoints;
 mod coordinator;
+mod deadlines;
 mod effect;
 mod event;
 mod group;
 mod invariants;
 mod jobs;
+mod joining;
 mod members;
 mod snapshots;
+mod training;
+mod work;
 
 pub use coordinator::{Coordinator, Saved, Settings};
 pub use effect::{Effect, Note, Outcome};

@@ -1,9 +1,20 @@
-//! The workers that are connected, and what each of them does.
+//! The workers that are connected, what each of them does, and who sits out.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use ulmus_types::{Digest, Generation, Hello, Job, WorkerId};
+use ulmus_types::{Digest, Generation, Heartbeat, Hello, Job, WorkerId};
+
+/// How long a worker sits out after its first fault; each further one doubles it.
+const FIRST_PENALTY: Duration = Duration::from_secs(5);
+/// The longest that a worker sits out.
+const LONGEST_PENALTY: Duration = Duration::from_mins(5);
+/// After this long without a fault earlier ones are forgotten.
+const FORGIVEN_AFTER: Duration = Duration::from_mins(10);
+/// Notices that a worker may give at once; after that one more each second.
+const NOTICES: u32 = 20;
+/// Processor time per second that tells a process that works from one whose agent alone lives.
+const WORKS: f64 = 0.01;
 
 /// What a connected worker does.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,65 +31,203 @@ pub(crate) enum Activity {
     Working(Job),
 }
 
+impl Activity {
+    /// Whether it has shown that it may take part.
+    pub(crate) const fn is_admitted(&self) -> bool {
+        !matches!(self, Self::Greeted | Self::Warming)
+    }
+}
+
 /// A connected worker.
 #[derive(Debug, Clone)]
 pub(crate) struct Member {
     pub(crate) hello: Hello,
     pub(crate) activity: Activity,
+    /// Since when it does that.
+    pub(crate) since: Duration,
     pub(crate) fingerprint: Option<Digest>,
     /// When it was last heard of.
-    pub(crate) heard: Duration,
+    pub(crate) last_seen: Duration,
+    /// When its process was last seen to compute.
+    pub(crate) last_busy: Duration,
+    /// Its last heartbeat, and when it came.
+    pub(crate) heartbeat: (Heartbeat, Duration),
+    /// It was asked to leave and wants to hand over.
+    pub(crate) draining: bool,
+    /// Notices that it may still give, and when that was counted.
+    notices: (u32, Duration),
+}
+
+impl Member {
+    pub(crate) fn on_heartbeat(&mut self, heartbeat: Heartbeat, now: Duration) {
+        let (earlier, at) = self.heartbeat;
+        let used = heartbeat.busy.saturating_sub(earlier.busy);
+        if used.as_secs_f64() >= WORKS * now.saturating_sub(at).as_secs_f64() {
+            self.last_busy = now;
+        }
+        self.heartbeat = (heartbeat, now);
+    }
+
+    /// Whether it may give another notice now.
+    pub(crate) fn may_notify(&mut self, now: Duration) -> bool {
+        let (left, at) = self.notices;
+        let more = now.saturating_sub(at).as_secs();
+        let left = left.saturating_add(u32::try_from(more).unwrap_or(NOTICES)).min(NOTICES);
+        self.notices = (left.saturating_sub(1), if more > 0 { now } else { at });
+        left > 0
+    }
+}
+
+/// Why a worker sits out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// Its process ended while it took part. Once is nobody's fault, and if nobody else is there it is taken again.
+    Died,
+    /// Others cannot work with it: it cannot be reached, froze, or said what cannot be.
+    Unworkable,
+}
+
+/// What is remembered of a worker's faults, by its name, for all its lives.
+#[derive(Debug, Clone)]
+struct Penalty {
+    faults: u32,
+    last: Duration,
+    until: Duration,
+    fault: Fault,
 }
 
 /// All connected workers, in the order of their names.
 #[derive(Debug, Default)]
-pub(crate) struct Members(BTreeMap<WorkerId, Member>);
+pub(crate) struct Members {
+    connected: BTreeMap<WorkerId, Member>,
+    penalties: BTreeMap<String, Penalty>,
+}
 
 impl Members {
     pub(crate) fn welcome(&mut self, hello: Hello, now: Duration) {
-        let member =
-            Member { activity: Activity::Greeted, fingerprint: None, heard: now, hello: hello.clone() };
-        self.0.insert(hello.worker, member);
+        let member = Member {
+            activity: Activity::Greeted,
+            since: now,
+            fingerprint: None,
+            last_seen: now,
+            last_busy: now,
+            heartbeat: (Heartbeat::default(), now),
+            draining: false,
+            notices: (NOTICES, now),
+            hello: hello.clone(),
+        };
+        self.connected.insert(hello.worker, member);
     }
 
     pub(crate) fn get(&self, worker: &WorkerId) -> Option<&Member> {
-        self.0.get(worker)
+        self.connected.get(worker)
     }
 
     pub(crate) fn get_mut(&mut self, worker: &WorkerId) -> Option<&mut Member> {
-        self.0.get_mut(worker)
+        self.connected.get_mut(worker)
     }
 
     pub(crate) fn remove(&mut self, worker: &WorkerId) -> Option<Member> {
-        self.0.remove(worker)
+        self.connected.remove(worker)
     }
 
-    pub(crate) fn set(&mut self, worker: &WorkerId, activity: Activity) {
-        if let Some(member) = self.0.get_mut(worker) {
+    pub(crate) fn set(&mut self, worker: &WorkerId, activity: Activity, now: Duration) {
+        if let Some(member) = self.connected.get_mut(worker) {
             member.activity = activity;
+            member.since = now;
+            member.last_busy = now;
         }
     }
 
-    pub(crate) fn ids(&self) -> Vec<WorkerId> {
-        self.0.keys().cloned().collect()
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&WorkerId, &Member)> {
+        self.connected.iter()
     }
 
-    /// Those that can take work.
-    pub(crate) fn idle(&self) -> Vec<WorkerId> {
-        self.0.iter().filter(|(_, m)| m.activity == Activity::Idle).map(|(id, _)| id.clone()).collect()
+    pub(crate) fn ids(&self) -> Vec<WorkerId> {
+        self.connected.keys().cloned().collect()
+    }
+
+    /// Those that can take work now.
+    pub(crate) fn available(&self, now: Duration) -> Vec<WorkerId> {
+        self.idle(|name| self.penalty(name, now).is_none())
+    }
+
+    /// Those that may be taken where there are not enough others: they sit out because their process ended, which
+    /// disturbs nobody who is not there.
+    pub(crate) fn available_if_needed(&self, now: Duration) -> Vec<WorkerId> {
+        self.idle(|name| self.penalty(name, now) != Some(Fault::Unworkable))
+    }
+
+    fn idle(&self, may_work: impl Fn(&str) -> bool) -> Vec<WorkerId> {
+        let can = |member: &Member| member.activity == Activity::Idle && !member.draining;
+        self.connected
+            .iter()
+            .filter(|(id, member)| can(member) && may_work(id.name()))
+            .map(|(id, _)| id.clone())
+            .collect()
+    }
+
+    fn penalty(&self, name: &str, now: Duration) -> Option<Fault> {
+        self.penalties.get(name).filter(|penalty| now < penalty.until).map(|penalty| penalty.fault)
+    }
+
+    /// A worker has caused trouble; how long it sits out.
+    pub(crate) fn punish(&mut self, worker: &WorkerId, fault: Fault, now: Duration) -> Duration {
+        let penalty = self.penalties.entry(worker.name().to_owned()).or_insert(Penalty {
+            faults: 0,
+            last: now,
+            until: now,
+            fault,
+        });
+        if now.saturating_sub(penalty.last) > FORGIVEN_AFTER {
+            penalty.faults = 0;
+        }
+        let doublings = match fault {
+            Fault::Died => penalty.faults.checked_sub(1),
+            Fault::Unworkable => Some(penalty.faults),
+        };
+        penalty.faults += 1;
+        let pause = doublings
+            .map_or(Duration::ZERO, |doublings| FIRST_PENALTY * 2_u32.pow(doublings.min(10)))
+            .min(LONGEST_PENALTY);
+        (penalty.last, penalty.until, penalty.fault) = (now, now + pause, fault);
+        pause
     }
 
     /// Another life of the same worker that is still connected.
     pub(crate) fn namesake(&self, worker: &WorkerId) -> Option<WorkerId> {
-        self.0.keys().find(|other| other.name() == worker.name() && *other != worker).cloned()
+        self.connected.keys().find(|other| other.name() == worker.name() && *other != worker).cloned()
     }
 
     /// Those that were not heard of since `now - dead_after`.
-    pub(crate) fn silent(&self, now: Duration, dead_after: Duration) -> Vec<WorkerId> {
-        self.0
+    pub(crate) fn timed_out(&self, now: Duration, dead_after: Duration) -> Vec<WorkerId> {
+        self.connected
             .iter()
-            .filter(|(_, member)| now.saturating_sub(member.heard) > dead_after)
+            .filter(|(_, member)| now.saturating_sub(member.last_seen) > dead_after)
             .map(|(id, _)| id.clone())
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ulmus_types::Incarnation;
+
+    use super::*;
+
+    #[test]
+    fn faults_cost_more_and_more_until_they_are_forgiven() {
+        let mut members = Members::default();
+        let worker = |life| WorkerId::new("w", Incarnation::new(life)).unwrap();
+        let at = Duration::from_secs;
+        assert_eq!(members.punish(&worker(1), Fault::Died, at(0)), at(0), "once is nobody's fault");
+        assert_eq!(members.punish(&worker(2), Fault::Died, at(1)), at(5), "its next life is the same worker");
+        assert_eq!(members.punish(&worker(3), Fault::Unworkable, at(2)), at(20));
+        for second in 3..20 {
+            members.punish(&worker(4), Fault::Died, at(second));
+        }
+        assert_eq!(members.punish(&worker(4), Fault::Died, at(20)), LONGEST_PENALTY);
+        let later = at(21) + FORGIVEN_AFTER;
+        assert_eq!(members.punish(&worker(5), Fault::Unworkable, later), FIRST_PENALTY);
     }
 }

@@ -13,12 +13,18 @@ use ulmus_types::{CheckpointId, CheckpointKind, Digest, FileEntry, Snapshot, Wor
 const SHARE_WAIT: Duration = Duration::from_secs(1);
 /// How long a part, or a manifest, that could not be stored waits.
 const RETRY_WAIT: Duration = Duration::from_secs(2);
+/// How long a part may take to be stored before anything was measured.
+const WRITE_WITHIN: Duration = Duration::from_mins(1);
+/// How long storing may fail before states are given up that training would have to wait for.
+const FAILING_FOR: Duration = Duration::from_secs(5);
+/// States that may wait to be stored before training has to wait for them: as many as a worker keeps.
+const WAITING: usize = 2;
 
 /// One part.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Part {
     Unassigned { not_before: Duration },
-    Assigned(WorkerId),
+    Assigned { to: WorkerId, since: Duration },
     Written(FileEntry),
 }
 
@@ -29,6 +35,8 @@ struct Pending {
     state: Digest,
     holders: BTreeSet<WorkerId>,
     parts: BTreeMap<String, Part>,
+    /// Who was ever asked for parts: what others say of them is not heard.
+    asked: BTreeSet<WorkerId>,
     committing: bool,
     /// Until then its manifest, which could not be stored, waits.
     not_before: Duration,
@@ -37,7 +45,15 @@ struct Pending {
 
 /// All checkpoints that are not committed yet.
 #[derive(Debug, Default)]
-pub(crate) struct Snapshots(BTreeMap<CheckpointId, Pending>);
+pub(crate) struct Snapshots {
+    pending: BTreeMap<CheckpointId, Pending>,
+    /// Names of workers that failed to store something, and how often since they last did: they are asked last.
+    unable: BTreeMap<String, u32>,
+    /// Since when nothing could be stored, and why.
+    failing: Option<(Duration, String)>,
+    /// The longest that storing a part has taken.
+    slowest: Duration,
+}
 
 /// A checkpoint whose parts are all stored.
 pub(crate) struct Complete {
@@ -58,7 +74,7 @@ impl Snapshots {
         snapshot: &Snapshot,
         now: Duration,
     ) -> Result<(), Vec<WorkerId>> {
-        let pending = self.0.entry(snapshot.checkpoint).or_insert_with(|| Pending {
+        let pending = self.pending.entry(snapshot.checkpoint).or_insert_with(|| Pending {
             kind: snapshot.kind,
             state: snapshot.state,
             holders: BTreeSet::new(),
@@ -67,6 +83,7 @@ impl Snapshots {
                 .iter()
                 .map(|name| (name.clone(), Part::Unassigned { not_before: Duration::ZERO }))
                 .collect(),
+            asked: BTreeSet::new(),
             committing: false,
             not_before: now,
             since: now,
@@ -78,65 +95,169 @@ impl Snapshots {
         Ok(())
     }
 
-    /// Parts to ask of holders now. `members` is the group that trains, whose members all announce.
+    /// Parts to ask of holders now. `members` is the group that trains, whose members all announce; those in `leaving` are
+    /// asked only where nobody else holds a state.
     pub(crate) fn assign(
         &mut self,
         members: &[WorkerId],
+        leaving: &BTreeSet<WorkerId>,
         now: Duration,
     ) -> Vec<(WorkerId, CheckpointId, Vec<String>)> {
         let mut asked = Vec::new();
-        for (&checkpoint, pending) in &mut self.0 {
+        for (&checkpoint, pending) in &mut self.pending {
             let all_announced = members.iter().all(|member| pending.holders.contains(member));
             if !all_announced && now < pending.since + SHARE_WAIT {
                 continue;
             }
-            let holders: Vec<&WorkerId> = pending.holders.iter().collect();
-            if holders.is_empty() {
-                continue;
-            }
+            // Those that have failed least, and stay, come first.
+            let rank = |holder: &WorkerId| {
+                (leaving.contains(holder), self.unable.get(holder.name()).copied().unwrap_or(0))
+            };
+            let Some(best) = pending.holders.iter().map(rank).min() else { continue };
+            let holders: Vec<&WorkerId> =
+                pending.holders.iter().filter(|holder| rank(holder) == best).collect();
             let mut of_worker: BTreeMap<&WorkerId, Vec<String>> = BTreeMap::new();
             for (index, (name, part)) in pending.parts.iter_mut().enumerate() {
                 if matches!(part, Part::Unassigned { not_before } if *not_before <= now) {
                     let holder = holders[index % holders.len()];
-                    *part = Part::Assigned(holder.clone());
+                    *part = Part::Assigned { to: holder.clone(), since: now };
                     of_worker.entry(holder).or_default().push(name.clone());
                 }
             }
+            pending.asked.extend(of_worker.keys().map(|worker| (*worker).clone()));
             asked.extend(of_worker.into_iter().map(|(worker, names)| (worker.clone(), checkpoint, names)));
         }
         asked
     }
 
+    /// Whether a worker was asked for parts of a checkpoint; `None` if the checkpoint does not wait any more.
+    pub(crate) fn was_asked(&self, checkpoint: CheckpointId, worker: &WorkerId) -> Option<bool> {
+        self.pending.get(&checkpoint).map(|pending| pending.asked.contains(worker))
+    }
+
     /// A holder stored parts.
-    pub(crate) fn written(&mut self, checkpoint: CheckpointId, files: BTreeMap<String, FileEntry>) {
-        let Some(pending) = self.0.get_mut(&checkpoint) else { return };
+    pub(crate) fn written(
+        &mut self,
+        checkpoint: CheckpointId,
+        worker: &WorkerId,
+        files: BTreeMap<String, FileEntry>,
+        now: Duration,
+    ) {
+        let Some(pending) = self.pending.get_mut(&checkpoint) else { return };
+        self.unable.remove(worker.name());
         for (name, entry) in files {
             if let Some(part) = pending.parts.get_mut(&name) {
+                if let Part::Assigned { since, .. } = part {
+                    self.slowest = self.slowest.max(now.saturating_sub(*since));
+                }
                 *part = Part::Written(entry);
             }
         }
     }
 
     /// A holder could not store what it was asked for.
-    pub(crate) fn write_failed(&mut self, checkpoint: CheckpointId, worker: &WorkerId, now: Duration) {
-        if let Some(pending) = self.0.get_mut(&checkpoint) {
-            unassign(pending, worker, now + RETRY_WAIT);
+    pub(crate) fn write_failed(
+        &mut self,
+        checkpoint: CheckpointId,
+        worker: &WorkerId,
+        why: &str,
+        now: Duration,
+    ) {
+        let Some(pending) = self.pending.get_mut(&checkpoint) else { return };
+        let failures = self.unable.entry(worker.name().to_owned()).or_insert(0);
+        *failures += 1;
+        // Another holder is asked at once; who is asked again waits.
+        let others =
+            pending.holders.iter().any(|other| other != worker && !self.unable.contains_key(other.name()));
+        unassign(pending, worker, if others { now } else { now + RETRY_WAIT });
+        if !others {
+            self.failing.get_or_insert_with(|| (now, why.to_owned()));
         }
+    }
+
+    /// Workers that have been asked for parts for too long: their parts are open again.
+    pub(crate) fn overdue(&mut self, now: Duration) -> Vec<(WorkerId, CheckpointId)> {
+        // What is asked of a worker at once is stored one after the other.
+        let within = WRITE_WITHIN.max(self.slowest * 4);
+        let mut overdue = BTreeSet::new();
+        for (&checkpoint, pending) in &self.pending {
+            for part in pending.parts.values() {
+                if let Part::Assigned { to, since } = part
+                    && now.saturating_sub(*since) > within
+                {
+                    overdue.insert((to.clone(), checkpoint));
+                }
+            }
+        }
+        for (worker, checkpoint) in &overdue {
+            self.write_failed(*checkpoint, worker, "it took too long", now);
+        }
+        overdue.into_iter().collect()
+    }
+
+    /// Since when nothing can be stored, and why.
+    pub(crate) fn failing(&self) -> Option<&(Duration, String)> {
+        self.failing.as_ref()
+    }
+
+    /// A state that is given up because nothing can be stored and training would have to wait for it: who holds it. It
+    /// has to be trained again if it is needed in the end.
+    pub(crate) fn give_up(
+        &mut self,
+        now: Duration,
+    ) -> Option<(CheckpointId, CheckpointKind, BTreeSet<WorkerId>)> {
+        let (since, _) = self.failing.as_ref()?;
+        if now.saturating_sub(*since) < FAILING_FOR || self.pending.len() < WAITING {
+            return None;
+        }
+        let candidates = self.pending.iter().filter(|(_, pending)| !pending.committing);
+        let id = candidates
+            .min_by_key(|(id, pending)| (pending.kind == CheckpointKind::Milestone, **id))
+            .map(|(id, _)| *id)?;
+        self.pending.remove(&id).map(|pending| (id, pending.kind, pending.holders))
+    }
+
+    /// Parts that were read back and are not what was announced: they have to be stored again.
+    pub(crate) fn parts_damaged(&mut self, checkpoint: CheckpointId, files: &[String], now: Duration) {
+        let Some(pending) = self.pending.get_mut(&checkpoint) else { return };
+        pending.committing = false;
+        for name in files {
+            if let Some(part) = pending.parts.get_mut(name) {
+                *part = Part::Unassigned { not_before: now };
+            }
+        }
+        if pending.holders.is_empty() {
+            self.pending.remove(&checkpoint);
+        }
+    }
+
+    /// Whether a worker is needed to store something: it was asked to, or nobody else holds it.
+    pub(crate) fn need(&self, worker: &WorkerId) -> bool {
+        self.pending.values().filter(|pending| !pending.committing).any(|pending| {
+            let asked =
+                pending.parts.values().any(|part| matches!(part, Part::Assigned { to, .. } if to == worker));
+            asked || (pending.holders.contains(worker) && pending.holders.len() == 1)
+        })
+    }
+
+    /// States that a worker has announced and that wait.
+    pub(crate) fn held_by(&self, worker: &WorkerId) -> usize {
+        self.pending.values().filter(|pending| pending.holders.contains(worker)).count()
     }
 
     /// A worker is gone: its parts are open again, and states that nobody else holds are lost.
     pub(crate) fn lost(&mut self, worker: &WorkerId) {
-        for pending in self.0.values_mut() {
+        for pending in self.pending.values_mut() {
             pending.holders.remove(worker);
             unassign(pending, worker, Duration::ZERO);
         }
-        self.0.retain(|_, pending| pending.committing || !pending.holders.is_empty());
+        self.pending.retain(|_, pending| is_stored(pending) || !pending.holders.is_empty());
     }
 
     /// Checkpoints that became complete, each told once.
     pub(crate) fn complete(&mut self, now: Duration) -> Vec<Complete> {
         let mut complete = Vec::new();
-        for (&checkpoint, pending) in &mut self.0 {
+        for (&checkpoint, pending) in &mut self.pending {
             if pending.committing || now < pending.not_before {
                 continue;
             }
@@ -157,10 +278,11 @@ impl Snapshots {
     }
 
     /// The manifest could not be stored: tell the checkpoint as complete again.
-    pub(crate) fn commit_failed(&mut self, checkpoint: CheckpointId, now: Duration) {
-        if let Some(pending) = self.0.get_mut(&checkpoint) {
+    pub(crate) fn commit_failed(&mut self, checkpoint: CheckpointId, why: &str, now: Duration) {
+        if let Some(pending) = self.pending.get_mut(&checkpoint) {
             pending.committing = false;
             pending.not_before = now + RETRY_WAIT;
+            self.failing.get_or_insert_with(|| (now, why.to_owned()));
         }
     }
 
@@ -169,23 +291,29 @@ impl Snapshots {
         &mut self,
         checkpoint: CheckpointId,
     ) -> Option<(CheckpointKind, BTreeSet<WorkerId>)> {
-        self.0.remove(&checkpoint).map(|pending| (pending.kind, pending.holders))
+        self.failing = None;
+        self.pending.remove(&checkpoint).map(|pending| (pending.kind, pending.holders))
     }
 
     /// Whether nothing is on its way.
     pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.pending.is_empty()
     }
 
     /// Whether each of them has somebody who could store it.
     pub(crate) fn all_are_held(&self) -> bool {
-        self.0.values().all(|pending| pending.committing || !pending.holders.is_empty())
+        self.pending.values().all(|pending| is_stored(pending) || !pending.holders.is_empty())
     }
+}
+
+/// Whether all parts are stored, so that nobody needs to hold the state for them.
+fn is_stored(pending: &Pending) -> bool {
+    pending.parts.values().all(|part| matches!(part, Part::Written(_)))
 }
 
 fn unassign(pending: &mut Pending, worker: &WorkerId, not_before: Duration) {
     for part in pending.parts.values_mut() {
-        if matches!(part, Part::Assigned(holder) if holder == worker) {
+        if matches!(part, Part::Assigned { to, .. } if to == worker) {
             *part = Part::Unassigned { not_before };
         }
     }
@@ -206,12 +334,71 @@ mod tests {
         let mut snapshots = Snapshots::default();
         let now = Duration::from_secs(100);
         snapshots.announced(&worker, &snapshot, now).unwrap();
-        assert_eq!(snapshots.assign(std::slice::from_ref(&worker), now).len(), 1);
+        assert_eq!(snapshots.assign(std::slice::from_ref(&worker), &BTreeSet::new(), now).len(), 1);
         let entry = FileEntry { bytes: 1, digest: state };
-        snapshots.written(checkpoint, [("a".to_owned(), entry)].into());
+        snapshots.written(checkpoint, &worker, [("a".to_owned(), entry)].into(), now);
         assert_eq!(snapshots.complete(now).len(), 1);
-        snapshots.commit_failed(checkpoint, now);
+        snapshots.commit_failed(checkpoint, "no answer", now);
         assert!(snapshots.complete(now + RETRY_WAIT / 2).is_empty());
         assert_eq!(snapshots.complete(now + RETRY_WAIT).len(), 1);
+    }
+
+    #[test]
+    fn a_part_that_one_holder_cannot_store_is_asked_of_another() {
+        let worker = |name: &str| WorkerId::new(name, Incarnation::new(1)).unwrap();
+        let (able, unable) = (worker("able"), worker("unable"));
+        let of = |step| Snapshot {
+            checkpoint: CheckpointId::new(Step::new(step), Generation::new(1)),
+            kind: CheckpointKind::Milestone,
+            state: Digest::of(b"state"),
+            files: vec!["a".to_owned(), "b".to_owned()],
+        };
+        let nobody = BTreeSet::new();
+        let members = [able.clone(), unable.clone()];
+        let mut snapshots = Snapshots::default();
+        let now = Duration::from_secs(100);
+        for member in &members {
+            snapshots.announced(member, &of(5), now).unwrap();
+        }
+        let asked = snapshots.assign(&members, &nobody, now);
+        assert_eq!(asked.len(), 2, "the work is shared: {asked:?}");
+        let failed = of(5).checkpoint;
+        snapshots.write_failed(failed, &unable, "no space", now);
+        let again = snapshots.assign(&members, &nobody, now);
+        assert_eq!(again, [(able.clone(), failed, vec!["b".to_owned()])], "at once, and of the other one");
+        assert!(snapshots.failing().is_none(), "somebody can store");
+        // Of the next checkpoint it is not asked, until it has stored something.
+        for member in &members {
+            snapshots.announced(member, &of(10), now).unwrap();
+        }
+        let next = snapshots.assign(&members, &nobody, now);
+        assert!(next.iter().all(|(worker, ..)| *worker == able), "{next:?}");
+        // When nobody can, that is an alarm, and the oldest state is given up for the sake of training.
+        snapshots.write_failed(failed, &able, "no space", now);
+        let (since, why) = snapshots.failing().unwrap();
+        assert_eq!((*since, why.as_str()), (now, "no space"));
+        assert!(snapshots.give_up(now).is_none(), "it may pass");
+        let (given_up, _, holders) = snapshots.give_up(now + FAILING_FOR).unwrap();
+        assert_eq!((given_up, holders.len()), (failed, 2));
+    }
+
+    #[test]
+    fn a_part_that_takes_too_long_is_asked_of_another() {
+        let worker = |name: &str| WorkerId::new(name, Incarnation::new(1)).unwrap();
+        let members = [worker("a"), worker("b")];
+        let checkpoint = CheckpointId::new(Step::new(5), Generation::new(1));
+        let (kind, state) = (CheckpointKind::Recovery, Digest::of(b"state"));
+        let snapshot = Snapshot { checkpoint, kind, state, files: vec!["a".to_owned()] };
+        let mut snapshots = Snapshots::default();
+        let now = Duration::from_secs(100);
+        for member in &members {
+            snapshots.announced(member, &snapshot, now).unwrap();
+        }
+        let (first, ..) = snapshots.assign(&members, &BTreeSet::new(), now).remove(0);
+        assert!(snapshots.overdue(now + WRITE_WITHIN).is_empty());
+        let later = now + WRITE_WITHIN + Duration::from_secs(1);
+        assert_eq!(snapshots.overdue(later), [(first.clone(), checkpoint)]);
+        let (second, ..) = snapshots.assign(&members, &BTreeSet::new(), later).remove(0);
+        assert_ne!(first, second);
     }
 }

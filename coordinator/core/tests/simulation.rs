@@ -1,5 +1,6 @@
-//! The coordinator against simulated workers: random joins, deaths, restarts of the coordinator, stops and lost
-//! parts of checkpoints, from seeds that proptest shrinks. Debug builds check the invariants after every event.
+//! The coordinator against simulated workers: random joins, deaths, restarts of the coordinator, stops, lost parts of
+//! checkpoints, damaged milestones, workers that are asked to leave and strangers that say anything at all, from seeds
+//! that proptest shrinks. Debug builds check the invariants after every event.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -9,31 +10,44 @@ use std::time::Duration;
 use proptest::prelude::*;
 use ulmus_coord_core::{Coordinator, Effect, Event, Outcome, Saved, Settings};
 use ulmus_types::{
-    Assignment, CheckpointId, CheckpointKind, Digest, ExitStatus, FileEntry, Generation, Hello, Incarnation,
-    Job, LeaveReason, Snapshot, Step, StepReport, ToCoordinator, ToWorker, Wish, WorkerId, WorkerStatus,
+    Assignment, BadUnit, Blame, CheckpointId, CheckpointKind, Digest, ErrorKind, ExitStatus, FileEntry,
+    Generation, Heartbeat, Hello, Incarnation, Job, LeaveReason, Rank, Ready, RunId, RunSecret, Section,
+    SessionSecret, Snapshot, SourceReading, Step, StepReport, ToCoordinator, ToWorker, Wish, WorkerId,
+    WorkerStatus,
 };
 
 const ITERATIONS: u64 = 12;
 const GRID: u64 = 3;
 const VERSION: &str = "1.0.0";
+const AVERAGE: u64 = 2;
+const RUN: RunId = RunId::from_bytes([7; 16]);
+const FILES: [&str; 3] = ["a", "b", "c"];
 
 fn settings() -> Settings {
     Settings {
         run: "sim".parse().unwrap(),
+        id: RUN,
+        secret: RunSecret::from_bytes([8; 32]),
         plan: String::new(),
         store: "store".into(),
-        nonce_path: "nonce".into(),
-        nonce: "secret".into(),
+        nonce: Digest::of(b"secret"),
         version: VERSION.into(),
         expected_workers: 2,
         min_workers: 1,
         micro_batches: 4,
         iterations: ITERATIONS,
-        average: 2,
+        tokens_per_step: 100,
+        milestone_every: GRID,
+        checkpoint_files: FILES.map(str::to_owned).to_vec(),
+        average: AVERAGE,
         export: true,
+        sources: ["web".to_owned()].into(),
+        from_start: false,
+        may_exhaust: false,
         dead_after: Duration::from_secs(3),
         rejoin_window: Duration::from_secs(10),
         recovery: Duration::from_mins(1),
+        max_age: Duration::from_mins(3),
         bad_units: 1,
     }
 }
@@ -59,6 +73,8 @@ struct Worker {
     reports: Vec<StepReport>,
     held: BTreeSet<CheckpointId>,
     job: Option<Job>,
+    secret: Option<SessionSecret>,
+    draining: bool,
     /// Whether the coordinator of this connection was told everything that was not confirmed.
     caught_up: bool,
     /// What it has said and the coordinator not yet heard.
@@ -70,6 +86,21 @@ impl Worker {
         let generation = self.generation?;
         let reports = self.reports.clone();
         (!reports.is_empty()).then_some(ToCoordinator::Steps { generation, reports })
+    }
+
+    fn ready(&self) -> ToCoordinator {
+        ToCoordinator::Ready(Ready {
+            fingerprint: Digest::of(b"arithmetic"),
+            generation: self.generation,
+            reports: self.reports.clone(),
+            snapshots: self.held.iter().copied().map(state).collect(),
+        })
+    }
+
+    /// The last milestone that its group makes again, and the first.
+    fn repair(&self) -> Option<(u64, u64)> {
+        let repair = self.group.as_ref()?.repair.as_ref()?;
+        Some((repair.milestones.first()?.get(), repair.milestones.last()?.get()))
     }
 }
 
@@ -83,6 +114,26 @@ struct World {
     kinds: BTreeMap<CheckpointId, CheckpointKind>,
     outcome: Option<Outcome>,
     recorded: BTreeMap<Step, f64>,
+    /// Milestones that were damaged.
+    damaged: BTreeSet<u64>,
+    /// Workers whose session the coordinator has ended.
+    cut: BTreeSet<WorkerId>,
+    /// Whether workers may have said what cannot be, and be told so.
+    strangers: bool,
+}
+
+fn hello_of(worker: &WorkerId, version: &str) -> Hello {
+    Hello {
+        worker: worker.clone(),
+        version: version.into(),
+        address: String::new(),
+        device: String::new(),
+        threads: 1,
+        pid: 1,
+        run: None,
+        secret: None,
+        status: WorkerStatus::Idle,
+    }
 }
 
 fn report(step: u64) -> StepReport {
@@ -113,6 +164,9 @@ impl World {
             kinds: BTreeMap::new(),
             outcome: None,
             recorded: BTreeMap::new(),
+            damaged: BTreeSet::new(),
+            cut: BTreeSet::new(),
+            strangers: false,
         }
     }
 
@@ -128,6 +182,7 @@ impl World {
             Effect::SaveGeneration(generation, group) => {
                 assert!(generation > self.saved.generation, "{generation} was assigned before");
                 self.saved.generation = generation;
+                self.saved.rosters.insert(generation, group.clone());
                 self.saved.group = group;
             }
             Effect::SaveGroupEnded(generation) => {
@@ -145,11 +200,28 @@ impl World {
             }
             Effect::SaveQuarantine(quarantine) => self.saved.quarantine = quarantine,
             Effect::SaveTrained(step) => self.saved.trained = Some(step),
+            Effect::SaveCommitted(checkpoint) => {
+                self.saved.checkpoints.insert(checkpoint, self.kinds[&checkpoint]);
+            }
+            Effect::SaveDamaged(checkpoint) => {
+                assert!(self.saved.checkpoints.remove(&checkpoint).is_some());
+            }
+            Effect::SaveJobStarted(job, worker) => {
+                self.saved.owners.insert(job, worker);
+            }
+            Effect::SaveJobUndone(name) => {
+                self.saved.jobs.remove(&name);
+            }
             Effect::SaveJob(job, _) => {
                 self.saved.jobs.insert(job.name().to_owned());
             }
             Effect::Send(worker, message) => self.receive(&worker, message),
-            Effect::Disconnect(_) | Effect::Tell(_) | Effect::SaveReading(..) => {}
+            Effect::Disconnect(worker) => {
+                if self.workers.contains_key(&worker) {
+                    self.cut.insert(worker);
+                }
+            }
+            Effect::Tell(_) | Effect::SaveReading(..) | Effect::Verify(_) => {}
             Effect::Commit { checkpoint, kind, files, .. } => {
                 assert_eq!(files.len(), 3, "a manifest names every part");
                 self.kinds.insert(checkpoint, kind);
@@ -165,16 +237,21 @@ impl World {
     fn receive(&mut self, id: &WorkerId, message: ToWorker) {
         let Some(worker) = self.workers.get_mut(id) else { return };
         match message {
-            ToWorker::Welcome { .. } => {
+            ToWorker::Welcome { id, secret, .. } => {
+                assert_eq!(id, RUN);
                 worker.caught_up = true;
-                worker.outbox.push_back(ToCoordinator::StoreRead(Ok("secret".into())));
-                worker.outbox.extend(worker.unconfirmed());
-                for checkpoint in worker.held.clone() {
-                    worker.outbox.push_back(snapshot(checkpoint));
+                worker.secret = Some(secret);
+                worker.outbox.push_back(ToCoordinator::StoreRead(Ok(Digest::of(b"secret"))));
+                worker.outbox.push_back(worker.ready());
+                if worker.draining {
+                    worker.outbox.push_back(ToCoordinator::Draining);
                 }
-                worker.outbox.push_back(ToCoordinator::Ready(Digest::of(b"arithmetic")));
             }
-            ToWorker::Refused { reason, .. } => panic!("{id} refused: {reason}"),
+            ToWorker::Refused { reason, .. } => {
+                assert!(self.strangers, "{id} refused: {reason}");
+                self.workers.remove(id);
+                self.cut.remove(id);
+            }
             ToWorker::Assign(assignment) => {
                 assert!(worker.group.is_none(), "{id} is in a group already");
                 assert!(worker.job.is_none(), "{id} is busy");
@@ -203,7 +280,13 @@ impl World {
                 worker.held.remove(&checkpoint);
             }
             ToWorker::Run(job) => worker.job = Some(job),
-            ToWorker::Finish => {}
+            ToWorker::Finish(status) => {
+                if status == ExitStatus::Interrupted && worker.draining {
+                    assert!(worker.group.is_none(), "{id} was let go while it trains");
+                    self.workers.remove(id);
+                    self.cut.remove(id);
+                }
+            }
         }
     }
 
@@ -223,8 +306,68 @@ impl World {
             device: "sim".into(),
             threads: 1,
             pid: 1,
+            run: worker.secret.map(|_| RUN),
+            secret: worker.secret,
             status,
         }));
+    }
+
+    /// Those whose session was ended connect anew.
+    fn reconnect(&mut self) {
+        for id in std::mem::take(&mut self.cut) {
+            assert!(self.strangers, "{id} was cut off though it did nothing wrong");
+            self.hello(&id);
+        }
+    }
+
+    /// A stranger says something; one that was greeted has got no further.
+    fn babble(&mut self, greeted: bool, this_run: bool, message: ToCoordinator) {
+        let Some(core) = &self.core else { return };
+        let name = if greeted { "stranger" } else { "nobody" };
+        let id = WorkerId::new(name, Incarnation::new(1)).unwrap();
+        if greeted {
+            let hello = hello_of(&id, VERSION);
+            if core.judge(&hello).is_ok() {
+                self.event(Event::Said {
+                    worker: id.clone(),
+                    run: None,
+                    message: ToCoordinator::Hello(hello),
+                });
+            }
+        }
+        let run = if this_run { RUN } else { RunId::from_bytes([9; 16]) };
+        self.event(Event::Said { worker: id, run: Some(run), message });
+    }
+
+    /// A worker is asked to leave.
+    fn drain(&mut self, index: usize) {
+        let Some(id) = self.workers.keys().nth(index % self.workers.len().max(1)).cloned() else { return };
+        let worker = self.workers.get_mut(&id).unwrap();
+        if !std::mem::replace(&mut worker.draining, true) && worker.caught_up {
+            worker.outbox.push_back(ToCoordinator::Draining);
+        }
+    }
+
+    /// A stored milestone is found to be damaged.
+    fn damage(&mut self, index: usize) {
+        let milestones: Vec<CheckpointId> = self
+            .saved
+            .checkpoints
+            .iter()
+            .filter(|(_, kind)| **kind == CheckpointKind::Milestone)
+            .map(|(id, _)| *id)
+            .collect();
+        // Nothing reads them any more.
+        if milestones.is_empty() || self.core.is_none() || self.saved.jobs.contains("average") {
+            return;
+        }
+        let id = milestones[index % milestones.len()];
+        // A run all of whose checkpoints are damaged stops, which is another test.
+        if milestones.len() < 2 {
+            return;
+        }
+        self.damaged.insert(id.step().get());
+        self.event(Event::CheckpointDamaged(id, "a bit was flipped".into()));
     }
 
     fn join(&mut self, name: u8) {
@@ -244,6 +387,8 @@ impl World {
             reports: Vec::new(),
             held: BTreeSet::new(),
             job: None,
+            secret: None,
+            draining: false,
             caught_up: false,
             outbox: VecDeque::new(),
         };
@@ -254,6 +399,7 @@ impl World {
     fn kill(&mut self, index: usize) {
         let Some(id) = self.workers.keys().nth(index % self.workers.len().max(1)).cloned() else { return };
         self.workers.remove(&id);
+        self.cut.remove(&id);
         self.event(Event::Disconnected(id));
     }
 
@@ -275,8 +421,12 @@ impl World {
 
     fn commit_all(&mut self) {
         while let Some(checkpoint) = self.commits.pop_front() {
-            self.saved.checkpoints.insert(checkpoint, self.kinds[&checkpoint]);
-            self.event(Event::CheckpointCommitted(checkpoint));
+            match self.core {
+                Some(_) => self.event(Event::CheckpointCommitted(checkpoint)),
+                None => {
+                    self.saved.checkpoints.insert(checkpoint, self.kinds[&checkpoint]);
+                }
+            }
         }
     }
 
@@ -297,15 +447,41 @@ impl World {
     }
 
     fn hear(&mut self, id: &WorkerId) {
-        if let Some(message) = self.workers.get_mut(id).and_then(|worker| worker.outbox.pop_front()) {
-            self.event(Event::Said(id.clone(), message));
-        }
+        let Some(message) = self.workers.get_mut(id).and_then(|worker| worker.outbox.pop_front()) else {
+            return;
+        };
+        let Some(core) = &self.core else { return };
+        let run = match &message {
+            ToCoordinator::Hello(hello) => {
+                if let Err((_, reason)) = core.judge(hello) {
+                    assert!(self.strangers, "{id} refused: {reason}");
+                    self.workers.remove(id);
+                    return;
+                }
+                self.cut.remove(id);
+                hello.run
+            }
+            _ => Some(RUN),
+        };
+        self.event(Event::Said { worker: id.clone(), run, message });
     }
 
     fn tick(&mut self) {
         self.now += Duration::from_millis(500);
-        for id in self.workers.keys().cloned().collect::<Vec<_>>() {
-            self.event(Event::Said(id, ToCoordinator::Beat { collective: 0 }));
+        for (id, generation) in self
+            .workers
+            .iter()
+            .map(|(id, worker)| (id.clone(), worker.group.as_ref().map(|group| group.generation)))
+            .collect::<Vec<_>>()
+        {
+            let heartbeat = Heartbeat {
+                generation: generation.unwrap_or_default(),
+                section: if generation.is_some() { Section::Computing } else { Section::Idle },
+                busy: self.now,
+                ..Heartbeat::default()
+            };
+            let message = ToCoordinator::Heartbeat(heartbeat);
+            self.event(Event::Said { worker: id, run: Some(RUN), message });
         }
         self.event(Event::Ticked);
     }
@@ -324,7 +500,8 @@ impl World {
             let broken = members.len() < size || members.iter().any(|id| self.workers[id].aborted);
             if broken {
                 for id in &members {
-                    self.leave(id, generation, LeaveReason::Lost("a member is gone".into()));
+                    let message = "a member is gone".into();
+                    self.leave(id, generation, LeaveReason::Lost { suspect: None, message });
                 }
             } else {
                 self.advance(generation, &members);
@@ -352,8 +529,12 @@ impl World {
     }
 
     fn advance(&mut self, generation: Generation, members: &[WorkerId]) {
-        let stored = self.saved.checkpoints.keys().map(|id| id.step().get()).max().unwrap_or(0);
-        let newest = members.iter().filter_map(|id| self.workers[id].step).max().unwrap_or(stored);
+        let repair = self.workers[&members[0]].repair();
+        let usable = |step: &u64| repair.is_none_or(|(first, _)| *step < first);
+        let stored =
+            self.saved.checkpoints.keys().map(|id| id.step().get()).filter(usable).max().unwrap_or(0);
+        let newest =
+            members.iter().filter_map(|id| self.workers[id].step).filter(usable).max().unwrap_or(stored);
         let first = members[0].clone();
         if self.workers[&first].stage == Stage::Assigned {
             for id in members {
@@ -373,12 +554,19 @@ impl World {
             }
             return;
         }
+        let newest = self.workers[&first].step.unwrap_or(newest);
         let wish =
             members.iter().filter_map(|id| self.workers[id].wish).max_by_key(|wish| *wish == Wish::Stop);
-        let finished = newest >= ITERATIONS;
+        let last = repair.map_or(ITERATIONS, |(_, last)| last);
+        let finished = newest >= last;
         let step = if finished { newest } else { newest + 1 };
-        let due = !finished && (step % GRID == 0 || step == ITERATIONS);
-        let kind = if due { CheckpointKind::Milestone } else { CheckpointKind::Recovery };
+        let on_grid = step % GRID == 0 || step == ITERATIONS;
+        let asked_again = |step: u64| {
+            let repair = self.workers[&first].group.as_ref().and_then(|group| group.repair.clone());
+            repair.is_none_or(|repair| repair.milestones.contains(&Step::new(step)))
+        };
+        let due = !finished && on_grid && asked_again(step);
+        let kind = if on_grid { CheckpointKind::Milestone } else { CheckpointKind::Recovery };
         let checkpoint = CheckpointId::new(Step::new(step), generation);
         for id in members {
             let worker = self.workers.get_mut(id).unwrap();
@@ -394,13 +582,11 @@ impl World {
                 self.kinds.insert(checkpoint, kind);
                 worker.held.insert(checkpoint);
                 worker.outbox.extend(worker.unconfirmed());
-                let ToCoordinator::Snapshot(mut said) = snapshot(checkpoint) else { unreachable!() };
-                said.kind = kind;
-                worker.outbox.push_back(ToCoordinator::Snapshot(said));
+                worker.outbox.push_back(ToCoordinator::Snapshot(state(checkpoint)));
             }
             worker.wish = None;
         }
-        if finished || step == ITERATIONS {
+        if finished || step == last {
             for id in members {
                 self.leave(id, generation, LeaveReason::Finished);
             }
@@ -412,6 +598,7 @@ impl World {
     }
 
     fn turn(&mut self) {
+        self.reconnect();
         self.deliver();
         self.work();
         self.deliver();
@@ -420,18 +607,108 @@ impl World {
     }
 }
 
-fn snapshot(checkpoint: CheckpointId) -> ToCoordinator {
-    let kind = if checkpoint.step().get().is_multiple_of(GRID) {
-        CheckpointKind::Milestone
-    } else {
-        CheckpointKind::Recovery
-    };
-    ToCoordinator::Snapshot(Snapshot {
+fn state(checkpoint: CheckpointId) -> Snapshot {
+    let step = checkpoint.step().get();
+    let on_grid = step.is_multiple_of(GRID) || step == ITERATIONS;
+    Snapshot {
         checkpoint,
-        kind,
-        state: Digest::of(&checkpoint.step().get().to_le_bytes()),
-        files: vec!["a".into(), "b".into(), "c".into()],
-    })
+        kind: if on_grid { CheckpointKind::Milestone } else { CheckpointKind::Recovery },
+        state: Digest::of(&step.to_le_bytes()),
+        files: FILES.map(str::to_owned).to_vec(),
+    }
+}
+
+/// Anything that can be said, with numbers around those that are possible.
+fn anything() -> impl Strategy<Value = ToCoordinator> {
+    let number = || prop_oneof![0_u64..20, Just(u64::MAX), Just(1 << 63)];
+    let step = move || number().prop_map(Step::new);
+    let generation = move || prop_oneof![0_u64..6, Just(u64::MAX)].prop_map(Generation::new);
+    let text = || {
+        prop_oneof![Just(String::new()), Just("\u{1b}[2J".to_owned()), Just("web".to_owned()), "[a-c./]{0,9}"]
+    };
+    let real = || prop_oneof![Just(f64::NAN), Just(f64::INFINITY), Just(-1.0), Just(2.5)];
+    let checkpoint =
+        move || (step(), generation()).prop_map(|(step, generation)| CheckpointId::new(step, generation));
+    let reports = move || {
+        prop::collection::vec((step(), number(), real()), 0..3).prop_map(|reports| {
+            let of = |(step, tokens, loss)| StepReport { step, tokens, loss, ..report(1) };
+            reports.into_iter().map(of).collect::<Vec<_>>()
+        })
+    };
+    let snapshot = move || {
+        (checkpoint(), any::<bool>(), prop::collection::vec(text(), 0..4)).prop_map(
+            |(checkpoint, milestone, files)| {
+                let kind = if milestone { CheckpointKind::Milestone } else { CheckpointKind::Recovery };
+                let files = if files.len() == 3 { FILES.map(str::to_owned).to_vec() } else { files };
+                Snapshot { checkpoint, kind, state: Digest::of(b"invented"), files }
+            },
+        )
+    };
+    let job = move || {
+        prop_oneof![
+            Just(Job::Prepare),
+            Just(Job::Export),
+            Just(Job::Benchmark),
+            checkpoint().prop_map(|id| Job::Average(vec![id])),
+        ]
+    };
+    let reason = move || {
+        prop_oneof![
+            Just(LeaveReason::Agreed),
+            Just(LeaveReason::Finished),
+            text().prop_map(LeaveReason::Exhausted),
+            (text(), number(), text())
+                .prop_map(|(source, unit, why)| LeaveReason::BadUnit(BadUnit { source, unit }, why)),
+            (0_u32..9, text()).prop_map(|(rank, message)| LeaveReason::Lost {
+                suspect: Some((Rank::new(rank), Blame::Unreachable)),
+                message
+            }),
+            text().prop_map(|message| LeaveReason::Failed { kind: ErrorKind::Corrupt, message }),
+        ]
+    };
+    let entry = FileEntry { bytes: u64::MAX, digest: Digest::of(b"invented") };
+    prop_oneof![
+        text().prop_map(|nonce| ToCoordinator::StoreRead(Ok(Digest::of(nonce.as_bytes())))),
+        text().prop_map(|error| ToCoordinator::StoreRead(Err(error))),
+        (prop::option::of(generation()), reports(), prop::collection::vec(snapshot(), 0..2)).prop_map(
+            |(generation, reports, snapshots)| ToCoordinator::Ready(Ready {
+                fingerprint: Digest::of(b"other arithmetic"),
+                generation,
+                reports,
+                snapshots,
+            })
+        ),
+        text().prop_map(|message| ToCoordinator::Unfit { kind: ErrorKind::Internal, message }),
+        Just(ToCoordinator::Draining),
+        (generation(), number()).prop_map(|(generation, collective)| {
+            ToCoordinator::Heartbeat(Heartbeat { generation, collective, ..Heartbeat::default() })
+        }),
+        generation().prop_map(ToCoordinator::Connected),
+        (generation(), step()).prop_map(|(generation, step)| ToCoordinator::Formed { generation, step }),
+        (generation(), reports())
+            .prop_map(|(generation, reports)| ToCoordinator::Steps { generation, reports }),
+        (step(), text(), real()).prop_map(|(step, source, epochs)| {
+            let reading = SourceReading { source, epochs, ..SourceReading::default() };
+            ToCoordinator::Reading { step, sources: vec![reading] }
+        }),
+        (generation(), step(), reason()).prop_map(|(generation, step, reason)| ToCoordinator::Left {
+            generation,
+            step,
+            reason
+        }),
+        snapshot().prop_map(ToCoordinator::Snapshot),
+        (checkpoint(), text()).prop_map(move |(checkpoint, name)| {
+            ToCoordinator::Written { checkpoint, files: [(name, entry)].into() }
+        }),
+        (checkpoint(), text()).prop_map(|(checkpoint, message)| {
+            ToCoordinator::WriteFailed { checkpoint, kind: ErrorKind::Internal, message }
+        }),
+        text().prop_map(ToCoordinator::Notice),
+        (job(), text()).prop_map(|(job, result)| ToCoordinator::JobDone { job, result }),
+        (job(), text(), prop::option::of(checkpoint())).prop_map(|(job, message, damaged)| {
+            ToCoordinator::JobFailed { job, kind: ErrorKind::Corrupt, message, bad_unit: None, damaged }
+        }),
+    ]
 }
 
 #[derive(Debug, Clone)]
@@ -443,6 +720,12 @@ enum Act {
     /// Workers work, and nobody hears of it yet.
     Work,
     Hear(usize, usize),
+    /// A worker is asked to leave.
+    Drain(usize),
+    /// A milestone is damaged.
+    Damage(usize),
+    /// Somebody says something, who was let in or not, of this run or not.
+    Babble(bool, bool, Box<ToCoordinator>),
     Turn,
 }
 
@@ -454,9 +737,25 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
         2 => Just(Act::Restart),
         3 => Just(Act::Work),
         3 => (0_usize..5, 1_usize..4).prop_map(|(worker, messages)| Act::Hear(worker, messages)),
+        1 => (0_usize..5).prop_map(Act::Drain),
+        1 => (0_usize..5).prop_map(Act::Damage),
         6 => Just(Act::Turn),
     ];
     prop::collection::vec(act, 0..60)
+}
+
+/// As [`acts`], among strangers.
+fn acts_among_strangers() -> impl Strategy<Value = Vec<Act>> {
+    let babble = || {
+        (any::<bool>(), any::<bool>(), anything())
+            .prop_map(|(greeted, this_run, message)| Act::Babble(greeted, this_run, Box::new(message)))
+    };
+    (acts(), prop::collection::vec((0_usize..80, babble()), 1..40)).prop_map(|(mut acts, babbles)| {
+        for (at, babble) in babbles {
+            acts.insert(at.min(acts.len()), babble);
+        }
+        acts
+    })
 }
 
 fn play(world: &mut World, acts: Vec<Act>) {
@@ -468,6 +767,9 @@ fn play(world: &mut World, acts: Vec<Act>) {
             Act::Restart => world.restart(),
             Act::Work => world.work(),
             Act::Hear(index, count) => world.deliver_some(index, count),
+            Act::Drain(index) => world.drain(index),
+            Act::Damage(index) => world.damage(index),
+            Act::Babble(greeted, this_run, message) => world.babble(greeted, this_run, *message),
             Act::Turn => world.turn(),
         }
         if world.outcome.is_some() {
@@ -511,7 +813,49 @@ proptest! {
             .filter(|(_, kind)| **kind == CheckpointKind::Milestone)
             .map(|(id, _)| id.step().get())
             .collect();
-        prop_assert_eq!(milestones, (GRID..=ITERATIONS).step_by(GRID as usize).collect());
+        // Damaged ones are made again if they are averaged.
+        let averaged = ITERATIONS - (AVERAGE - 1) * GRID;
+        let wanted = (GRID..=ITERATIONS)
+            .step_by(GRID as usize)
+            .filter(|step| *step >= averaged || !world.damaged.contains(step));
+        prop_assert!(wanted.clone().all(|step| milestones.contains(&step)), "{milestones:?}");
+    }
+
+    /// What strangers say changes nothing: the run finishes with the same record.
+    #[test]
+    fn strangers_change_nothing(acts in acts_among_strangers()) {
+        let mut world = World::new();
+        play(&mut world, acts);
+        finish(&mut world, 300);
+        let outcome = world.outcome.clone().unwrap();
+        prop_assert_eq!(outcome.status, ExitStatus::Done, "{}", outcome.message);
+        let steps: Vec<u64> = world.recorded.keys().map(|step| step.get()).collect();
+        prop_assert_eq!(steps, (1..=ITERATIONS).collect::<Vec<_>>());
+        prop_assert_eq!(world.saved.fingerprint, Some(Digest::of(b"arithmetic")));
+        prop_assert!(world.saved.checkpoints.keys().all(|id| id.step().get() <= ITERATIONS));
+    }
+
+    /// Whatever a worker that belongs to the run says, the coordinator is there afterwards, or ends with a reason.
+    #[test]
+    fn no_message_of_a_member_breaks_the_coordinator(
+        acts in acts(),
+        messages in prop::collection::vec((0_usize..5, anything()), 1..20),
+    ) {
+        let mut world = World::new();
+        world.strangers = true;
+        world.join(0);
+        world.join(1);
+        play(&mut world, acts);
+        for (index, message) in messages {
+            if world.outcome.is_some() || world.workers.is_empty() {
+                return Ok(());
+            }
+            world.reconnect();
+            let id = world.workers.keys().nth(index % world.workers.len()).cloned().unwrap();
+            // What it says of the fate of a job or a group it is believed.
+            world.event(Event::Said { worker: id, run: Some(RUN), message });
+            world.deliver_some(index, 2);
+        }
     }
 
     /// A stop that is asked for at any time ends the run, and the next start goes on and finishes.
@@ -615,15 +959,7 @@ fn a_group_is_late_until_it_is_connected_and_not_after() {
 
 #[test]
 fn workers_that_must_not_join_are_told_why() {
-    let hello = |version: &str| Hello {
-        worker: WorkerId::new("w", Incarnation::new(1)).unwrap(),
-        version: version.into(),
-        address: String::new(),
-        device: String::new(),
-        threads: 1,
-        pid: 1,
-        status: WorkerStatus::Idle,
-    };
+    let worker = WorkerId::new("w", Incarnation::new(1)).unwrap();
     let refused = |effects: &[Effect]| {
         effects.iter().find_map(|effect| match effect {
             Effect::Send(_, ToWorker::Refused { reason, .. }) => Some(reason.clone()),
@@ -632,21 +968,223 @@ fn workers_that_must_not_join_are_told_why() {
     };
     let start = |saved: Saved| Coordinator::new(settings(), saved, Duration::ZERO);
     let say = |core: &mut Coordinator, message| {
-        core.on(Duration::ZERO, Event::Said(WorkerId::new("w", Incarnation::new(1)).unwrap(), message))
+        core.on(Duration::ZERO, Event::Said { worker: worker.clone(), run: Some(RUN), message })
     };
+    let hello = || ToCoordinator::Hello(hello_of(&worker, VERSION));
 
-    let mut core = start(Saved::default());
-    let reason = refused(&say(&mut core, ToCoordinator::Hello(hello("0.9")))).unwrap();
+    let (_, reason) = start(Saved::default()).judge(&hello_of(&worker, "0.9")).unwrap_err();
     assert!(reason.contains("version 0.9"), "{reason}");
 
     let mut core = start(Saved::default());
-    say(&mut core, ToCoordinator::Hello(hello(VERSION)));
+    say(&mut core, hello());
     let reason = refused(&say(&mut core, ToCoordinator::StoreRead(Err("no such folder".into())))).unwrap();
     assert!(reason.contains("no such folder") && reason.contains("store.url"), "{reason}");
 
     let mut core = start(Saved { fingerprint: Some(Digest::of(b"the run's")), ..Saved::default() });
-    say(&mut core, ToCoordinator::Hello(hello(VERSION)));
-    say(&mut core, ToCoordinator::StoreRead(Ok("secret".into())));
-    let reason = refused(&say(&mut core, ToCoordinator::Ready(Digest::of(b"another")))).unwrap();
+    say(&mut core, hello());
+    say(&mut core, ToCoordinator::StoreRead(Ok(Digest::of(b"secret"))));
+    let ready = Ready {
+        fingerprint: Digest::of(b"another"),
+        generation: None,
+        reports: Vec::new(),
+        snapshots: Vec::new(),
+    };
+    let reason = refused(&say(&mut core, ToCoordinator::Ready(ready))).unwrap();
     assert!(reason.contains("computes other bits"), "{reason}");
+}
+
+#[test]
+fn nobody_takes_the_place_of_a_worker_without_its_secret() {
+    let worker = WorkerId::new("w", Incarnation::new(1)).unwrap();
+    let mut core = Coordinator::new(settings(), Saved::default(), Duration::ZERO);
+    let hello = hello_of(&worker, VERSION);
+    let effects = core.on(
+        Duration::ZERO,
+        Event::Said { worker: worker.clone(), run: None, message: ToCoordinator::Hello(hello.clone()) },
+    );
+    let secret = effects
+        .iter()
+        .find_map(|effect| match effect {
+            Effect::Send(_, ToWorker::Welcome { secret, .. }) => Some(*secret),
+            _ => None,
+        })
+        .unwrap();
+    // Name and incarnation are in every log.
+    assert_eq!(core.judge(&hello).unwrap_err().0, ErrorKind::Refused);
+    let guess = Some(SessionSecret::from_bytes([0; 32]));
+    assert!(core.judge(&Hello { run: Some(RUN), secret: guess, ..hello.clone() }).is_err());
+    assert!(core.judge(&Hello { run: Some(RUN), secret: Some(secret), ..hello.clone() }).is_ok());
+    // Nor does a new name help to claim work.
+    let other = WorkerId::new("x", Incarnation::new(2)).unwrap();
+    let claims = WorkerStatus::Working(Job::Export);
+    assert!(core.judge(&Hello { status: claims, ..hello_of(&other, VERSION) }).is_err());
+}
+
+/// D5 of `docs/faults.md`.
+#[test]
+fn a_local_worker_that_keeps_dying_ends_no_run_that_others_carry() {
+    let hopeless = || Event::LocalWorkersFailed("worker local-0 ended 5 times right after its start".into());
+    let mut world = World::new();
+    world.join(0);
+    while world.recorded.len() < 2 {
+        world.turn();
+    }
+    world.event(hopeless());
+    assert_eq!(world.outcome, None, "a remote worker trains");
+    world.kill(0);
+    world.event(hopeless());
+    assert_eq!(world.outcome.unwrap().status, ExitStatus::Failed);
+}
+
+/// D12 of `docs/faults.md`.
+#[test]
+fn a_coordinator_that_slept_loses_nobody() {
+    let mut world = World::new();
+    world.join(0);
+    world.join(1);
+    while world.recorded.len() < 4 {
+        world.turn();
+    }
+    let generation = world.saved.generation;
+    // The tick is served before the heartbeats that wait.
+    world.now += Duration::from_mins(10);
+    world.event(Event::Ticked);
+    world.now += Duration::from_millis(100);
+    world.event(Event::Ticked);
+    assert!(world.workers.values().all(|worker| !worker.aborted), "nobody was silent");
+    while world.recorded.len() < 6 {
+        world.turn();
+    }
+    assert_eq!(world.saved.generation, generation);
+}
+
+/// D15 of `docs/faults.md`.
+#[test]
+fn nobody_waits_for_the_dead() {
+    let mut world = World::new();
+    world.join(0);
+    world.join(1);
+    while world.recorded.len() < 4 {
+        world.turn();
+    }
+    // Everything is killed; new lives of both workers are there before the window is over.
+    world.die();
+    world.workers.clear();
+    world.restart();
+    let restarted = world.now;
+    world.join(0);
+    world.join(1);
+    let generation = world.saved.generation;
+    while world.saved.generation == generation {
+        world.turn();
+        assert!(world.now < restarted + Duration::from_secs(5), "the window is 10 s");
+    }
+}
+
+/// D16 of `docs/faults.md`.
+#[test]
+fn a_job_that_failed_on_one_worker_is_tried_on_another() {
+    let mut world = World::new();
+    world.join(0);
+    world.join(1);
+    world.deliver();
+    let prepares = |world: &World| {
+        world.workers.iter().find(|(_, worker)| worker.job.is_some()).map(|(id, _)| id.clone())
+    };
+    let first = prepares(&world).unwrap();
+    let failed = ToCoordinator::JobFailed {
+        job: Job::Prepare,
+        kind: ErrorKind::InvalidInput,
+        message: "no such folder".into(),
+        bad_unit: None,
+        damaged: None,
+    };
+    let say = |world: &mut World, worker: &WorkerId| {
+        world.workers.get_mut(worker).unwrap().job = None;
+        world.event(Event::Said { worker: worker.clone(), run: Some(RUN), message: failed.clone() });
+    };
+    say(&mut world, &first);
+    let second = prepares(&world).unwrap();
+    assert_ne!(first, second);
+    assert_eq!(world.outcome, None);
+    // What fails on all of them is wrong everywhere.
+    say(&mut world, &second);
+    assert_eq!(world.outcome.unwrap().status, ExitStatus::InvalidInput);
+}
+
+#[test]
+fn groups_that_make_no_progress_end_the_run() {
+    let mut world = World::new();
+    world.join(0);
+    world.join(1);
+    for _ in 0..200 {
+        world.deliver();
+        world.finish_jobs();
+        world.commit_all();
+        world.tick();
+        for id in world.workers.keys().cloned().collect::<Vec<_>>() {
+            if let Some(group) = world.workers[&id].group.clone() {
+                let message = "no reason".into();
+                world.leave(&id, group.generation, LeaveReason::Lost { suspect: None, message });
+            }
+        }
+        if let Some(outcome) = world.outcome {
+            assert_eq!(outcome.status, ExitStatus::Failed);
+            assert!(outcome.message.contains("10 groups in a row made no progress"), "{}", outcome.message);
+            return;
+        }
+    }
+    panic!("the run goes on for ever");
+}
+
+#[test]
+fn a_stop_that_nobody_hears_ends_in_time() {
+    let mut world = World::new();
+    world.join(0);
+    while world.recorded.len() < 2 {
+        world.turn();
+    }
+    world.event(Event::StopRequested);
+    for _ in 0..300 {
+        world.tick();
+        if let Some(outcome) = world.outcome {
+            assert_eq!(outcome.status, ExitStatus::Failed);
+            assert!(outcome.message.contains("stopped without saving"), "{}", outcome.message);
+            return;
+        }
+    }
+    panic!("the stop takes for ever");
+}
+
+#[test]
+fn a_trainer_that_stands_still_is_left_behind() {
+    let mut world = World::new();
+    world.join(0);
+    world.join(1);
+    while world.recorded.len() < 4 {
+        world.turn();
+    }
+    let generation = world.saved.generation;
+    let frozen = world.workers.keys().next_back().unwrap().clone();
+    let begun = world.now;
+    // Its agent beats on; the other one waits for it in the next operation.
+    while !world.workers.values().any(|worker| worker.aborted) {
+        world.now += Duration::from_millis(500);
+        for id in world.workers.keys().cloned().collect::<Vec<_>>() {
+            let waits = id != frozen;
+            let heartbeat = Heartbeat {
+                generation,
+                collective: if waits { 10 } else { 9 },
+                section: if waits { Section::Collective } else { Section::Computing },
+                since: world.now.saturating_sub(begun),
+                busy: world.now,
+            };
+            let message = ToCoordinator::Heartbeat(heartbeat);
+            world.event(Event::Said { worker: id, run: Some(RUN), message });
+        }
+        world.event(Event::Ticked);
+        assert!(world.now < begun + Duration::from_secs(10), "it is not noticed");
+    }
+    assert!(world.cut.contains(&frozen), "the one that stands still is the culprit");
+    assert_eq!(world.cut.len(), 1);
 }

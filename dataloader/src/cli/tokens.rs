@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::de::{DeserializeOwned, IntoDeserializer, value};
 use serde::{Deserialize, Serialize};
-use ulmus_dataloader::{Tokenizer, normalized};
+use ulmus_dataloader::{Tokenizer, normalized, without_mark};
 use ulmus_plan::{Plan, TokenizerConfig};
 use ulmus_rt::{Failure, finish_output};
 use ulmus_types::{ErrorKind, ExitStatus};
@@ -61,7 +61,7 @@ impl Encode {
             ids.extend(bos);
             encoder.encode(&text, &mut ids);
             ids.extend(eos);
-            write_json(out, &ids)
+            Ok(write_json(out, &ids)?)
         })
     }
 }
@@ -69,8 +69,14 @@ impl Encode {
 impl Decode {
     pub(super) fn run(&self) -> Result<(), Failure> {
         let tokenizer = self.tokenizer.open()?;
+        let pieces = tokenizer.pieces();
         filter("a JSON list of token ids", |ids: Vec<u32>, out: &mut dyn Write| {
-            write_json(out, &tokenizer.decode(&ids))
+            match ids.iter().find(|id| !tokenizer.has(**id)) {
+                Some(id) => Err(Answer::Wrong(format!(
+                    "token {id} does not exist: the tokenizer has {pieces} pieces"
+                ))),
+                None => Ok(write_json(out, &tokenizer.decode(&ids))?),
+            }
         })
     }
 }
@@ -87,7 +93,9 @@ impl Normalize {
         let form = self.form.as_str().into_deserializer();
         let form = ulmus_plan::Normalize::deserialize(form)
             .map_err(|error: value::Error| Failure::new(ExitStatus::InvalidInput, format!("--as {error}")))?;
-        filter("a JSON string", |text: String, out: &mut dyn Write| write_json(out, &normalized(&text, form)))
+        filter("a JSON string", |text: String, out: &mut dyn Write| {
+            Ok(write_json(out, &normalized(&text, form))?)
+        })
     }
 }
 
@@ -113,10 +121,23 @@ pub(super) fn open(path: &Path, bos: Option<&str>, eos: Option<&str>) -> Result<
     Tokenizer::read(&bytes, &name, bos, eos).map_err(|error| super::failure(&error))
 }
 
+/// Why a line has no answer.
+enum Answer {
+    /// What is wrong with it.
+    Wrong(String),
+    Output(io::Error),
+}
+
+impl From<io::Error> for Answer {
+    fn from(error: io::Error) -> Self {
+        Self::Output(error)
+    }
+}
+
 /// Has `answer` write a line for each line of input.
 fn filter<T: DeserializeOwned>(
     expected: &str,
-    mut answer: impl FnMut(T, &mut dyn Write) -> io::Result<()>,
+    mut answer: impl FnMut(T, &mut dyn Write) -> Result<(), Answer>,
 ) -> Result<(), Failure> {
     let mut input = io::stdin().lock();
     let mut out = BufWriter::new(io::stdout().lock());
@@ -127,12 +148,17 @@ fn filter<T: DeserializeOwned>(
         if read.map_err(|error| Failure::of(ErrorKind::Internal, &error))? == 0 {
             break;
         }
-        let value = serde_json::from_slice(&line).map_err(|error| {
-            let message = format!("line {number} of the input is not {expected}: {error}");
+        let wrong = |reason: String| {
+            let message = format!("line {number} of the input is not {expected}: {reason}");
             Failure::new(ExitStatus::InvalidInput, message)
-        })?;
-        if let Err(error) = answer(value, &mut out) {
-            return finish_output(Err(error));
+        };
+        // Of the first line, where a file begins that was written by some editors.
+        let line = if number == 1 { without_mark(&line) } else { &line };
+        let value = serde_json::from_slice(line).map_err(|error| wrong(error.to_string()))?;
+        match answer(value, &mut out) {
+            Ok(()) => (),
+            Err(Answer::Wrong(reason)) => return Err(wrong(reason)),
+            Err(Answer::Output(error)) => return finish_output(Err(error)),
         }
     }
     finish_output(out.flush())

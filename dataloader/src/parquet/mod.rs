@@ -8,7 +8,7 @@ mod write;
 
 use std::ops::Range;
 
-use parquet::basic::{ConvertedType, Type as Physical};
+use parquet::basic::{ConvertedType, LogicalType, Type as Physical};
 use parquet::errors::ParquetError;
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 use parquet::schema::types::ColumnDescPtr;
@@ -17,6 +17,7 @@ pub(crate) use self::rows::Rows;
 pub(crate) use self::write::write;
 
 use crate::error::DataError;
+use crate::format::refuse_pointer;
 use crate::store::{FileInfo, Folder};
 
 /// Bytes that are read from the end of a file in the hope that its whole footer is among them.
@@ -37,6 +38,7 @@ impl<'a> ParquetFile<'a> {
         let mut wanted = TAIL.min(file.size);
         loop {
             let tail = folder.read_range(file, file.size - wanted..file.size)?;
+            refuse_pointer(folder, file, &tail)?;
             match reader.try_parse_sized(&tail, file.size) {
                 Ok(()) => break,
                 Err(ParquetError::NeedMoreData(needed)) => wanted = needed as u64,
@@ -58,33 +60,57 @@ impl<'a> ParquetFile<'a> {
         self.metadata.file_metadata().num_rows().max(0).cast_unsigned()
     }
 
-    /// Index of the string column of that name.
-    fn text_column(&self, name: &str) -> Result<usize, DataError> {
+    /// Index of the string column of that name; none where all of its rows are null, of no type.
+    fn text_column(&self, name: &str) -> Result<Option<usize>, DataError> {
         let columns = self.metadata.file_metadata().schema_descr().columns();
-        let place = || self.folder.place(&self.file.path);
-        let found =
-            columns.iter().position(|c| c.path().string() == name).ok_or_else(|| DataError::Column {
-                file: place(),
-                column: name.to_owned(),
-                columns: columns.iter().map(|c| c.path().string()).collect(),
-            })?;
-        let column = &columns[found];
-        let is_text = column.physical_type() == Physical::BYTE_ARRAY
-            && column.max_rep_level() == 0
-            && matches!(column.converted_type(), ConvertedType::UTF8 | ConvertedType::NONE);
-        if !is_text {
+        let (place, column) = (|| self.folder.place(&self.file.path), || name.to_owned());
+        let of_name: Vec<usize> =
+            (0..columns.len()).filter(|at| columns[*at].path().string() == name).collect();
+        let found = match of_name[..] {
+            [found] => found,
+            [] => {
+                let is_below = |c: &&ColumnDescPtr| {
+                    c.path().string().strip_prefix(name).is_some_and(|rest| rest.starts_with('.'))
+                };
+                let texts = |c: &&ColumnDescPtr| is_text(c);
+                return Err(match columns.iter().find(is_below) {
+                    // What is within a list cannot be named.
+                    Some(inner) if inner.max_rep_level() > 0 => {
+                        DataError::ColumnType { file: place(), column: column(), found: type_name(inner) }
+                    }
+                    _ => DataError::Column {
+                        file: place(),
+                        column: column(),
+                        columns: columns.iter().filter(texts).map(|c| c.path().string()).collect(),
+                    },
+                });
+            }
+            _ => {
+                let count = of_name.len();
+                return Err(DataError::Columns { file: place(), column: column(), count });
+            }
+        };
+        if matches!(columns[found].logical_type_ref(), Some(LogicalType::Unknown)) {
+            return Ok(None);
+        }
+        if !is_text(&columns[found]) {
             return Err(DataError::ColumnType {
                 file: place(),
-                column: name.to_owned(),
-                found: type_name(column),
+                column: column(),
+                found: type_name(&columns[found]),
             });
         }
-        Ok(found)
+        let groups = self.metadata.row_groups();
+        if groups.iter().any(|group| group.column(found).crypto_metadata().is_some()) {
+            return Err(DataError::Encrypted { file: place(), column: column() });
+        }
+        Ok(Some(found))
     }
 
-    /// Bytes of text in each row group, as the footer tells them: without encodings that share equal values.
+    /// Bytes of text in each row group, as the footer tells them: without encodings that share equal values. None where no
+    /// row has a text.
     pub(crate) fn row_group_sizes(&self, column: &str) -> Result<Vec<u64>, DataError> {
-        let column = self.text_column(column)?;
+        let Some(column) = self.text_column(column)? else { return Ok(Vec::new()) };
         let sizes = self.metadata.row_groups().iter();
         Ok(sizes.map(|group| group.column(column).uncompressed_size().max(0).cast_unsigned()).collect())
     }
@@ -99,6 +125,13 @@ impl<'a> ParquetFile<'a> {
     ) -> Result<Rows, DataError> {
         Rows::open(self, column, groups, limit, segment)
     }
+}
+
+/// Whether a column holds strings, one in a row.
+fn is_text(column: &ColumnDescPtr) -> bool {
+    column.physical_type() == Physical::BYTE_ARRAY
+        && column.max_rep_level() == 0
+        && matches!(column.converted_type(), ConvertedType::UTF8 | ConvertedType::NONE)
 }
 
 fn type_name(column: &ColumnDescPtr) -> String {

@@ -59,10 +59,11 @@ impl Rows {
         limit: u64,
         segment: u64,
     ) -> Result<Self, DataError> {
-        let index = file.text_column(column)?;
+        let found = file.text_column(column)?;
         let place = file.folder.place(&file.file.path);
         let metadata = file.metadata;
         let damaged = |reason| DataError::Damaged { file: place.clone(), reason };
+        let index = found.ok_or_else(|| damaged(format!("column {column:?} has lost its texts")))?;
         let before = metadata.row_groups().iter().take(groups.start);
         let number = before.map(|group| group.num_rows().max(0).cast_unsigned()).sum();
         let mut ranges = Vec::new();

@@ -97,12 +97,12 @@ impl Hub {
         let commit = if is_commit(revision) {
             revision.clone()
         } else {
-            let path = format!("/api/datasets/{id}/revision/{}", revision.replace('/', "%2F"));
-            client.json::<Revision>(&format!("{}{path}", client.endpoint)).await?.0.sha
+            let path = ["api", "datasets"].into_iter().chain(id.split('/')).chain(["revision", revision]);
+            client.json::<Revision>(client.address(path)?.as_str()).await?.0.sha
         };
-        let files = [&client.endpoint, "datasets", id, "resolve", &commit, &dataset.folder];
+        let files = ["datasets"].into_iter().chain(id.split('/')).chain(["resolve", &commit]);
         let builder = HttpBuilder::new()
-            .with_url(files.join("/").trim_end_matches('/'))
+            .with_url(client.address(files.chain(dataset.folder.split('/')))?)
             .with_retry(ulmus_objects::retries(super::RETRIES))
             .with_http_connector(Redirects::new(client.clone()));
         let builder = ulmus_objects::settings(timeout)
@@ -121,16 +121,21 @@ impl Hub {
     /// All files below the folder, in any order. Their versions are hashes of their contents.
     pub(super) async fn list(&self) -> Result<Vec<FileInfo>, Failed> {
         let Dataset { id, folder, .. } = &self.dataset;
-        let tree = format!("{}/api/datasets/{id}/tree/{}/{folder}", self.client.endpoint, self.commit);
-        let mut next = Some(format!("{}?recursive=true", tree.trim_end_matches('/')));
+        let tree = ["api", "datasets"].into_iter().chain(id.split('/')).chain(["tree", &self.commit]);
+        let tree = self.client.address(tree.chain(folder.split('/')))?;
+        let mut next = Some(format!("{tree}?recursive=true"));
         let mut files = Vec::new();
         while let Some(page) = next {
             let entries: Vec<Entry>;
             (entries, next) = self.client.json(&page).await?;
             for Entry { kind, path, size, oid, lfs } in entries {
-                let below = if folder.is_empty() { Some(path.as_str()) } else { path.strip_prefix(folder) };
+                let below = if folder.is_empty() {
+                    Some(path.as_str())
+                } else {
+                    path.strip_prefix(folder).and_then(|path| path.strip_prefix('/'))
+                };
                 if let Some(path) = below.filter(|_| kind == "file") {
-                    let path = path.trim_start_matches('/').to_owned();
+                    let path = path.to_owned();
                     files.push(FileInfo { path, size, version: Some(lfs.map_or(oid, |lfs| lfs.oid)) });
                 }
             }
@@ -187,17 +192,31 @@ impl Client {
             Ok::<_, String>(value)
         });
         Ok(Self {
-            endpoint: endpoint.to_owned(),
+            // As addresses are written that are made of it.
+            endpoint: Url::parse(endpoint)
+                .map_or_else(|_| endpoint.to_owned(), |url| url.as_str().trim_end_matches('/').to_owned()),
             http: ulmus_objects::watched(HttpClient::new(http), failures),
             token: token.transpose()?,
         })
+    }
+
+    /// The address of a path on the hub, whatever signs its parts have. Empty parts are none.
+    fn address<'a>(&self, parts: impl IntoIterator<Item = &'a str>) -> Result<Url, Failed> {
+        let refuse = |reason: String| {
+            Failed::finally(format!("HF_ENDPOINT = {:?} cannot be used: {reason}", self.endpoint))
+        };
+        let mut url = Url::parse(&self.endpoint).map_err(|error| refuse(error.to_string()))?;
+        let mut path = url.path_segments_mut().map_err(|()| refuse("it has no path".to_owned()))?;
+        path.pop_if_empty().extend(parts.into_iter().filter(|part| !part.is_empty()));
+        drop(path);
+        Ok(url)
     }
 
     /// One request, with the token where it goes to the hub.
     async fn send(&self, method: &Method, url: &str, headers: &HeaderMap) -> Result<HttpResponse, HttpError> {
         let mut request = HttpRequest::new(HttpRequestBody::empty());
         *request.uri_mut() =
-            url.parse().map_err(|error| HttpError::new(HttpErrorKind::Unknown, Refused::from(error)))?;
+            url.parse().map_err(|error| HttpError::new(HttpErrorKind::Decode, Refused::from(error)))?;
         request.method_mut().clone_from(method);
         request.headers_mut().clone_from(headers);
         if url.starts_with(&format!("{}/", self.endpoint))
@@ -214,7 +233,10 @@ impl Client {
             // A dataset may have moved.
             let redirects = Redirects::new(self.clone());
             let answer = redirects.follow(&Method::GET, url, &HeaderMap::new()).await;
-            let (answer, _) = answer.map_err(|error| Failed::for_now(error.to_string()))?;
+            let (answer, _) = answer.map_err(|error| {
+                let for_now = error.kind() != HttpErrorKind::Decode;
+                Failed { reason: error.to_string(), for_now }
+            })?;
             let (parts, body) = answer.into_parts();
             let (status, next) = (parts.status, next_page(&parts.headers));
             if !status.is_success() {
@@ -271,7 +293,11 @@ fn told(status: StatusCode, has_token: bool) -> String {
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => format!(
             "the hub answers {status}: there is no dataset of this name, or it needs a token; set HF_TOKEN"
         ),
-        StatusCode::NOT_FOUND => format!("the hub answers {status}: it has no such dataset or revision"),
+        StatusCode::NOT_FOUND => {
+            format!(
+                "the hub answers {status}: it has no such dataset, revision or folder; correct the address"
+            )
+        }
         _ => format!("the hub answers {status}"),
     }
 }
@@ -332,7 +358,7 @@ impl Redirects {
             let next = Url::parse(&at).and_then(|at| at.join(location));
             at = next.map_or_else(|_| location.to_owned(), String::from);
         }
-        Err(HttpError::new(HttpErrorKind::Unknown, Refused::Circle))
+        Err(HttpError::new(HttpErrorKind::Decode, Refused::Circle))
     }
 
     fn known(&self, url: &str) -> Option<String> {
@@ -398,6 +424,22 @@ mod tests {
         for url in ["hf://datasets/a", "hf://models/a/b", "hf://datasets/a/b@"] {
             assert!(parse(url).unwrap_err().contains("hf://datasets/<organisation>/<name>"), "{url}");
         }
+    }
+
+    #[test]
+    fn addresses_have_signs_that_mean_something() {
+        let client = Client::new("https://hub/x", Duration::from_secs(1), &Arc::default()).unwrap();
+        for (folder, expected) in [
+            ("my folder/a#b", "https://hub/x/tree/my%20folder/a%23b"),
+            ("what?/100%/a+b", "https://hub/x/tree/what%3F/100%25/a+b"),
+            ("größe/", "https://hub/x/tree/gr%C3%B6%C3%9Fe"),
+            ("", "https://hub/x/tree"),
+        ] {
+            let address = client.address(["tree"].into_iter().chain(folder.split('/')));
+            assert_eq!(address.ok().map(String::from).as_deref(), Some(expected));
+        }
+        let revision = client.address(["revision", "refs/pr/1"]);
+        assert_eq!(revision.ok().map(String::from).as_deref(), Some("https://hub/x/revision/refs%2Fpr%2F1"));
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod cache;
 mod hub;
 mod steps;
 
+use std::collections::BTreeSet;
 use std::error::Error;
 use std::fmt;
 use std::io;
@@ -39,7 +40,9 @@ pub(crate) use self::steps::Steps;
 
 use self::cache::Cache;
 use crate::error::DataError;
+use crate::glob::FileGlob;
 use crate::mirror::Pace;
+use crate::walk::{Walked, walk};
 
 /// Most bytes of one request, so that its deadline is one for a known amount.
 const PIECE: u64 = 8 << 20;
@@ -159,11 +162,12 @@ impl Stores {
             let run = run.ok_or_else(|| refuse("there is no run folder here; write a path".to_owned()))?;
             return Ok(run.child(path));
         }
-        match url.split_once("://") {
-            None => Folder::local(url, url).map_err(refuse),
-            Some(("file", path)) => Folder::local(url, path).map_err(refuse),
-            Some(("hf", _)) => open_hub(self, url),
-            Some((scheme, _)) => {
+        if let Some(path) = on_disk(url).map_err(refuse)? {
+            return Folder::local(url, path).map_err(refuse);
+        }
+        match url.split_once("://").map_or("", |(scheme, _)| scheme) {
+            "hf" => open_hub(self, url),
+            scheme => {
                 let counters = Arc::new(Counters::default());
                 let requests = Requests { timeout: self.timeout, retries: RETRIES };
                 let opened = ulmus_objects::open(url, requests, &counters.failures);
@@ -218,9 +222,10 @@ impl Stores {
     /// As for [`Self::make`], and when it is such a folder.
     pub(crate) fn make_apart(&self, url: &str, sources: &[SourceConfig]) -> Result<Folder, DataError> {
         let folder = self.make(url)?;
-        let Some(target) = on_disk(url) else { return Ok(folder) };
+        let real = |url: &str| std::fs::canonicalize(on_disk(url).ok()??).ok();
+        let Some(target) = real(url) else { return Ok(folder) };
         let is_read = |source: &&SourceConfig| {
-            on_disk(&source.url).is_some_and(|read| {
+            real(&source.url).is_some_and(|read| {
                 let reaches = source.files.iter().any(|file| file.contains("**"));
                 target.join(&source.name) == read || reaches && target.starts_with(read)
             })
@@ -239,31 +244,84 @@ impl Stores {
     /// # Errors
     /// When the address has an unknown form, or the folder cannot be made.
     pub(crate) fn make(&self, url: &str) -> Result<Folder, DataError> {
-        let path = match url.split_once("://") {
-            None if !url.starts_with("run:") => Some(url),
-            Some(("file", path)) => Some(path),
-            Some(("http" | "https" | "hf", _)) => {
-                let reason = "nothing can be written there; write a path, s3://, gs:// or az://".to_owned();
-                return Err(DataError::Url { url: url.to_owned(), reason });
-            }
-            _ => None,
-        };
-        if let Some(path) = path {
-            std::fs::create_dir_all(path)
-                .map_err(|error| DataError::Url { url: url.to_owned(), reason: error.to_string() })?;
+        let refuse = |reason: String| DataError::Url { url: url.to_owned(), reason };
+        if matches!(url.split_once("://"), Some(("http" | "https" | "hf", _))) {
+            return Err(refuse(
+                "nothing can be written there; write a path, s3://, gs:// or az://".to_owned(),
+            ));
+        }
+        if let Some(path) = on_disk(url).map_err(refuse)? {
+            std::fs::create_dir_all(path).map_err(|error| refuse(error.to_string()))?;
         }
         self.open(url)
     }
 }
 
-/// Where a folder of this machine really lies.
-fn on_disk(url: &str) -> Option<PathBuf> {
-    let path = match url.split_once("://") {
-        None => url,
-        Some(("file", path)) => path,
-        Some(_) => return None,
-    };
-    std::fs::canonicalize(path).ok()
+/// The folder of this machine that an address names, if it names one.
+fn on_disk(url: &str) -> Result<Option<PathBuf>, String> {
+    match url.split_once("://") {
+        None if url.starts_with("run:") => Ok(None),
+        None => Ok(Some(url.into())),
+        Some(("file", path)) => {
+            // Neither can begin anything else in the address of a file.
+            let address = format!("file://{}", path.replace('#', "%23").replace('?', "%3F"));
+            let address = url::Url::parse(&address).map_err(|error| error.to_string())?;
+            let path =
+                address.to_file_path().map_err(|()| "a file:// address has an absolute path".to_owned())?;
+            Ok(Some(path))
+        }
+        Some(_) => Ok(None),
+    }
+}
+
+/// Paths of the files below a folder of this machine that are wanted, sorted, with `/` between their parts. Hidden ones
+/// are passed by, and so are links that lead upwards, or to what is in the folder anyway.
+///
+/// # Errors
+/// When a folder cannot be listed, or a file that is wanted has a name that cannot be asked for.
+pub fn files_below(
+    folder: &std::path::Path,
+    wanted: impl Fn(&str) -> bool,
+) -> Result<Vec<String>, DataError> {
+    let found = walk(folder, false).map_err(|(folder, error)| of_walk(&folder, &error))?;
+    let mut paths = Vec::new();
+    for file in found.files.into_iter().filter(|file| !file.is_again && wanted(&file.name)) {
+        askable(&file).map_err(|reason| DataError::Name { file: file.path.display().to_string(), reason })?;
+        paths.push(file.name);
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+/// An error of a folder that cannot be listed.
+pub(crate) fn of_walk(folder: &std::path::Path, error: &io::Error) -> DataError {
+    DataError::Disk { file: folder.display().to_string(), reason: error.to_string() }
+}
+
+/// Makes sure that a file can be asked for by its name.
+fn askable(file: &Walked) -> Result<(), String> {
+    if !file.is_utf8 {
+        return Err("its name is not UTF-8".to_owned());
+    }
+    // A store on disk writes to names like this first.
+    let last = file.name.rsplit('/').next().unwrap_or_default();
+    let is_unfinished =
+        |(_, number): (&str, &str)| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+    if last.split_once('#').is_some_and(is_unfinished) {
+        return Err("names that end in # and a number are those of files that are being written".to_owned());
+    }
+    Path::parse(&file.name).map(drop).map_err(|error| told(&error))
+}
+
+/// What is wrong with a path.
+fn told(error: &object_store::path::Error) -> String {
+    match error {
+        object_store::path::Error::EmptySegment { .. } => "a part of its path is empty".to_owned(),
+        object_store::path::Error::BadSegment { source, .. } => {
+            format!("its path cannot be asked for: {source}")
+        }
+        error => error.to_string(),
+    }
 }
 
 /// Waits for what the runtime of this module does.
@@ -292,8 +350,8 @@ impl Folder {
     /// # Errors
     /// When the address has an unknown form.
     pub fn find_run(url: &str) -> Result<Option<Self>, DataError> {
-        let path = url.strip_prefix("file://").unwrap_or(url);
-        if !path.contains("://") && !std::path::Path::new(path).is_dir() {
+        let path = on_disk(url).map_err(|reason| DataError::Url { url: url.to_owned(), reason })?;
+        if path.is_some_and(|path| !path.is_dir()) {
             return Ok(None);
         }
         let folder = Stores::new(&DataConfig::default(), None)?.open(url)?;
@@ -320,7 +378,7 @@ impl Folder {
         Ok(self.list()?.into_iter().map(|file| file.path).collect())
     }
 
-    fn local(url: &str, path: &str) -> Result<Self, String> {
+    fn local(url: &str, path: PathBuf) -> Result<Self, String> {
         let path = std::path::absolute(path).map_err(|error| error.to_string())?;
         if !path.is_dir() {
             return Err(format!("{} is not a folder on this machine; correct the path", path.display()));
@@ -349,6 +407,11 @@ impl Folder {
     /// The same folder, whose cache is written and not read.
     pub(crate) fn afresh(&self) -> Self {
         Self { afresh: true, ..self.clone() }
+    }
+
+    /// Whether it is a folder of this machine, named by its path.
+    pub(crate) const fn is_on_disk(&self) -> bool {
+        self.root.is_some()
     }
 
     /// Whether [`Self::list`] works.
@@ -386,8 +449,14 @@ impl Folder {
         format!("{}{separator}{path}", self.url)
     }
 
-    /// All files below the folder, sorted by path.
+    /// All files below the folder that can be asked for, sorted by path.
     pub(crate) fn list(&self) -> Result<Vec<FileInfo>, DataError> {
+        if self.root.is_some() {
+            let walked = self.walk(true)?.into_iter().filter(|file| askable(file).is_ok());
+            let mut paths: Vec<String> = walked.map(|file| file.name).collect();
+            paths.sort();
+            return self.stat(paths);
+        }
         let mut files = match &self.listing {
             #[cfg(feature = "http")]
             Listing::Hub(hub) => IO.block_on(hub.list()).map_err(|failed| hub_error(&self.url, failed))?,
@@ -395,6 +464,52 @@ impl Folder {
         };
         files.sort_by(|a, b| a.path.cmp(&b.path));
         Ok(files)
+    }
+
+    /// The files below the folder that each of some patterns names, sorted by path.
+    ///
+    /// # Errors
+    /// When the folder cannot be listed, or a pattern names a file that cannot be asked for.
+    pub(crate) fn find(&self, globs: &[FileGlob]) -> Result<Vec<Vec<FileInfo>>, DataError> {
+        let refuse = |path: &str, reason| DataError::Name { file: self.place(path), reason };
+        if self.root.is_none() {
+            let listed = self.list()?;
+            let names = |path: &str| globs.iter().any(|glob| glob.matches(path));
+            let below = format!("{}/", self.prefix);
+            for name in self.counters.failures.odd_names() {
+                let path = if below == "/" { Some(name.as_str()) } else { name.strip_prefix(&below) };
+                if let Some(path) = path.filter(|path| names(path)) {
+                    return Err(refuse(path, "its path cannot be asked for".to_owned()));
+                }
+            }
+            let found =
+                |glob: &FileGlob| listed.iter().filter(|file| glob.matches(&file.path)).cloned().collect();
+            return Ok(globs.iter().map(found).collect());
+        }
+        let walked = self.walk(globs.iter().any(FileGlob::names_hidden))?;
+        let again: BTreeSet<&str> =
+            walked.iter().filter(|file| file.is_again).map(|file| file.name.as_str()).collect();
+        // What is read under its own name is not read again, unless that is asked for.
+        let names =
+            |glob: &FileGlob, path: &str| glob.matches(path) && !(glob.is_deep() && again.contains(path));
+        let mut paths = BTreeSet::new();
+        for file in walked.iter().filter(|file| globs.iter().any(|glob| names(glob, &file.name))) {
+            askable(file).map_err(|reason| refuse(&file.name, reason))?;
+            paths.insert(file.name.clone());
+        }
+        let listed = self.stat(paths.into_iter().collect())?;
+        let found = |glob: &FileGlob| listed.iter().filter(|file| names(glob, &file.path)).cloned().collect();
+        Ok(globs.iter().map(found).collect())
+    }
+
+    /// What lies below the folder, where it is on this machine.
+    fn walk(&self, enters_hidden: bool) -> Result<Vec<Walked>, DataError> {
+        let folder = self.root.iter().map(|root| root.join(self.prefix.as_ref())).collect::<PathBuf>();
+        match walk(&folder, enters_hidden) {
+            Ok(walk) => Ok(walk.files),
+            Err((_, error)) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err((folder, error)) => Err(of_walk(&folder, &error)),
+        }
     }
 
     fn list_store(&self) -> Result<Vec<FileInfo>, DataError> {
@@ -411,6 +526,10 @@ impl Folder {
 
     /// Size and version of the files at `paths`, in their order.
     pub(crate) fn stat(&self, paths: Vec<String>) -> Result<Vec<FileInfo>, DataError> {
+        for path in &paths {
+            let refuse = |error| DataError::Name { file: self.place(path), reason: told(&error) };
+            Path::parse(path).map_err(refuse)?;
+        }
         #[cfg(feature = "http")]
         if let Listing::Hub(_) = self.listing {
             // One listing instead of a request for each file.
@@ -428,8 +547,15 @@ impl Folder {
     /// Size and version of a file.
     pub(crate) async fn head(&self, path: String) -> Result<FileInfo, DataError> {
         let at = self.at(&path);
-        let meta = retried(|| self.store.head(&at)).await.map_err(|error| self.error(&path, &error))?;
-        Ok(self.info(path, &meta))
+        let meta = match retried(|| self.store.head(&at)).await {
+            // Some web servers know of no HEAD. The size of a file is told with any part of it, too.
+            Err(error) if status(&error) == Some(405) => {
+                let options = GetOptions { range: Some(GetRange::Bounded(0..1)), ..GetOptions::default() };
+                retried(|| self.store.get_opts(&at, options.clone())).await.map(|begin| begin.meta)
+            }
+            meta => meta,
+        };
+        Ok(self.info(path.clone(), &meta.map_err(|error| self.error(&path, &error))?))
     }
 
     /// Whether a file is there, and the one that was described.
@@ -632,7 +758,10 @@ impl Folder {
         let file = self.place(path);
         match error {
             object_store::Error::NotFound { .. } => DataError::Missing { file },
+            object_store::Error::InvalidPath { source } => DataError::Name { file, reason: told(source) },
             error if let Some(io) = of_disk(error) => DataError::Disk { file, reason: io.to_string() },
+            error if lacks_ranges(error) => DataError::NoRanges { file },
+            error if is_final(error) => DataError::Refused { file, reason: error.to_string() },
             error => DataError::Store { file, reason: error.to_string() },
         }
     }
@@ -658,6 +787,8 @@ async fn retried<T, F: Future<Output = object_store::Result<T>>>(
     let worth_it = |error: &object_store::Error| {
         matches!(error, object_store::Error::Generic { .. })
             && of_disk(error).is_none()
+            && !lacks_ranges(error)
+            && !is_final(error)
             && begun.elapsed() < PATIENCE
     };
     operation.retry(backoff).when(worth_it).await
@@ -678,6 +809,50 @@ fn of_disk(error: &object_store::Error) -> Option<&io::Error> {
         cause = error.source();
     }
     None
+}
+
+/// Whether a store would say the same in a minute: who asks has no right to, or what was asked for is wrong.
+fn is_final(error: &object_store::Error) -> bool {
+    use object_store::Error::{NotImplemented, NotSupported, PermissionDenied, Unauthenticated};
+    if matches!(
+        error,
+        PermissionDenied { .. } | Unauthenticated { .. } | NotSupported { .. } | NotImplemented { .. }
+    ) {
+        return true;
+    }
+    if let Some(status) = status(error) {
+        let told = error.to_string();
+        // S3 says so of a request that was slow, or whose token is about to be renewed.
+        let passes = ["RequestTimeout", "ExpiredToken"].iter().any(|code| told.contains(code));
+        return matches!(status, 300..=401 | 403..=405 | 410 | 416) && !passes;
+    }
+    let mut cause: Option<&(dyn Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        // A bucket of another region, which the store does not name.
+        if error.to_string().starts_with("Received redirect without LOCATION") {
+            return true;
+        }
+        if let Some(io) = error.downcast_ref::<io::Error>() {
+            // The kind of a circle of links has no name yet.
+            return matches!(io.kind(), io::ErrorKind::NotADirectory | io::ErrorKind::InvalidFilename)
+                || format!("{:?}", io.kind()) == "FilesystemLoop";
+        }
+        cause = error.source();
+    }
+    false
+}
+
+/// The status that a server has answered with. The library keeps it to itself, and tells it in words.
+fn status(error: &object_store::Error) -> Option<u16> {
+    let told = error.to_string();
+    let (_, status) = told.split_once("non-2xx status code: ")?;
+    status.get(..3)?.parse().ok()
+}
+
+/// Whether a server has sent the whole of a file when it was asked for a part.
+fn lacks_ranges(error: &object_store::Error) -> bool {
+    let told = error.to_string();
+    told.contains("Range request not supported") || told.contains("non-partial response when range requested")
 }
 
 /// A path as listings tell it; one that no listing has is written in its way.

@@ -98,7 +98,9 @@ pub(super) fn read(json: &[u8], bos: Option<&str>, eos: Option<&str>) -> Result<
     let find = |what: &str, named: Option<&str>, common: &[&str]| match named {
         Some(name) => match ids.get(name) {
             Some(id) => Ok(Some(End { id: *id, name: name.to_owned() })),
-            None => Err(format!("it has no token {name:?}; correct tokenizer.{what}")),
+            None => {
+                Err(format!("it has no token {name:?}; correct tokenizer.{what} of the plan, or --{what}"))
+            }
         },
         None => Ok(common
             .iter()
@@ -106,7 +108,7 @@ pub(super) fn read(json: &[u8], bos: Option<&str>, eos: Option<&str>) -> Result<
             .find_map(|name| Some(End { id: *ids.get(*name)?, name: (*name).to_owned() }))),
     };
     let eos = find("eos", eos, &EOS)?
-        .ok_or("it does not tell the token that ends a document; write its name as tokenizer.eos")?;
+        .ok_or("it does not tell the token that ends a document; write its name as tokenizer.eos in the plan, or --eos")?;
     // A model that has no token for the beginning has one for the border between documents.
     let bos = find("bos", bos, &BOS)?.unwrap_or_else(|| eos.clone());
     if let Some(kind) = fast(&file, &ids, pieces as usize)? {

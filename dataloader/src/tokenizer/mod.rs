@@ -8,7 +8,8 @@
 //! pieces to be found first, or that have pieces to be taken apart again take longer ways to the same end.
 //!
 //! Texts are taken literally: `<s>` in a text stays five characters' worth of pieces and never becomes the control
-//! id. Unigram models are refused.
+//! id. Unigram models of SentencePiece are refused. Those of a `tokenizer.json` go through the library, with the scores of
+//! the file as they are; its Python wheel has others in their last bits, and so other ids where two ways to cut a text tie.
 
 mod bpe;
 mod byte_level;
@@ -18,6 +19,7 @@ mod joints;
 mod json;
 mod model;
 mod normalizer;
+mod settled;
 mod train;
 mod vocabulary;
 mod words;
@@ -28,6 +30,7 @@ use std::sync::Arc;
 use prost::Message;
 use ulmus_types::Digest;
 
+use crate::contents::{is_pointer, without_mark};
 use crate::error::DataError;
 use bpe::{Bpe, Part, Scratch};
 use byte_level::ByteLevel;
@@ -102,6 +105,10 @@ impl Tokenizer {
     /// # Errors
     /// When the bytes are neither, or the file has no such tokens.
     pub fn read(bytes: &[u8], name: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self, DataError> {
+        let bytes = without_mark(bytes);
+        if is_pointer(bytes, bytes.len() as u64) {
+            return Err(DataError::Pointer { file: name.to_owned() });
+        }
         let tables = if is_json(bytes) {
             huggingface::read(bytes, bos, eos)
         } else {
@@ -134,6 +141,8 @@ impl Tokenizer {
         match &self.0.kind {
             Kind::SentencePiece(model) => model.decode(ids),
             Kind::ByteLevel(model) => String::from_utf8_lossy(&model.decode(ids)).into_owned(),
+            // Some of the library's decoders panic if there is nothing to decode.
+            Kind::Reference(_) if ids.iter().all(|id| self.is_byte(*id).is_none()) => String::new(),
             Kind::Reference(reference) => reference.decode(ids, true).unwrap_or_default(),
         }
     }
@@ -156,6 +165,14 @@ impl Tokenizer {
     /// Fills the tail of sequences; never a target. It is the first id after the pieces.
     pub fn pad(&self) -> u32 {
         self.pieces() as u32
+    }
+
+    /// Whether there is a piece of this id.
+    pub fn has(&self, id: u32) -> bool {
+        match &self.0.kind {
+            Kind::Reference(reference) => reference.id_to_token(id).is_some(),
+            Kind::SentencePiece(_) | Kind::ByteLevel(_) => (id as usize) < self.pieces(),
+        }
     }
 
     /// Number of pieces. A model needs one row more, for the pad id.
@@ -186,6 +203,7 @@ impl Tokenizer {
 
 /// How many pieces a tokenizer file has, whatever its BOS and EOS; none if it is no tokenizer.
 pub fn count_pieces(file: &[u8]) -> Option<usize> {
+    let file = without_mark(file);
     if is_json(file) {
         huggingface::count_pieces(file)
     } else {
@@ -246,9 +264,9 @@ impl SentencePiece {
                     .zip(pieces)
                     .find(|(_, piece)| piece.text == name)
                     .map(|(id, _)| id)
-                    .ok_or_else(|| format!("it has no piece {name:?}; correct tokenizer.{what}"))?,
+                    .ok_or_else(|| format!("it has no piece {name:?}; correct tokenizer.{what} of the plan, or --{what}"))?,
                 None => own.ok_or_else(|| {
-                    format!("it names no piece as its {what}; write the name of one as tokenizer.{what}")
+                    format!("it names no piece as its {what}; write the name of one as tokenizer.{what} in the plan, or --{what}")
                 })?,
             };
             Ok::<End, String>(End { id, name: pieces[id as usize].text.clone() })

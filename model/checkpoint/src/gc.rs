@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 
 use ulmus_types::{CheckpointId, CheckpointKind};
 
-use crate::reader::{directories, read_manifest};
+use crate::reader::{checkpoints, read_manifest};
 use crate::{CheckpointError, FOLDER, Store, manifest_path};
 
 /// Recovery checkpoints that are kept: the newest, and one to go back to if it turns out to be damaged.
@@ -33,7 +33,7 @@ pub async fn collect_garbage(
     in_flight: &BTreeSet<CheckpointId>,
 ) -> Result<Vec<CheckpointId>, CheckpointError> {
     let mut found = Vec::new();
-    for id in directories(store).await? {
+    for id in checkpoints(store).await? {
         let what = match read_manifest(store, id).await {
             Ok(manifest) => Found::Committed(manifest.kind),
             Err(CheckpointError::NoManifest(_)) => Found::Unfinished,

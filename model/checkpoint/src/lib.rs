@@ -18,12 +18,12 @@ mod writer;
 
 pub use gc::{collect_garbage, delete};
 pub use manifest::Manifest;
-pub use reader::{newest_verified, read_file, read_manifest, verify};
-pub use state::{OptimizerShard, TrainState, optimizer_shards};
+pub use reader::{checkpoints, damaged_files, newest_verified, read_file, read_manifest, verify};
+pub use state::{OptimizerShard, TrainState, files_of, optimizer_shards};
 pub use store::{Store, StoreError, StoredFile};
 pub use writer::{commit, write_part};
 
-use ulmus_types::{CheckpointId, Digest, ErrorKind};
+use ulmus_types::{CheckpointId, Digest, ErrorKind, RunId};
 
 /// The file of a checkpoint that holds the weights, with Hugging Face names.
 pub const WEIGHTS_FILE: &str = "model.safetensors";
@@ -66,6 +66,16 @@ pub enum CheckpointError {
         file: String,
         /// What is wrong with it.
         fault: FileFault,
+    },
+    /// It is of another run, though it lies in this one's folder.
+    #[error("checkpoint {id} is of run {}, and this is run {}; move it out of this run's folder", other.short(), run.short())]
+    OtherRun {
+        /// The checkpoint.
+        id: CheckpointId,
+        /// The run that looks for it.
+        run: RunId,
+        /// The run that it is of.
+        other: RunId,
     },
     /// Another checkpoint was committed under this name.
     #[error("checkpoint {0} is committed already, with other contents; leave and rejoin the run")]
@@ -116,12 +126,32 @@ impl CheckpointError {
                 ErrorKind::Corrupt
             }
             Self::Version { .. } => ErrorKind::InvalidInput,
+            Self::OtherRun { .. } => ErrorKind::Refused,
             Self::AlreadyCommitted(_) => ErrorKind::Fenced,
         }
     }
 
+    /// The file that is at fault, if it is one's.
+    pub fn into_file(self) -> Option<String> {
+        match self {
+            Self::File { file, .. } => Some(file),
+            _ => None,
+        }
+    }
+
+    /// The checkpoint that is not what was written, if one is.
+    pub fn damaged(&self) -> Option<CheckpointId> {
+        match self {
+            Self::NoManifest(id)
+            | Self::Manifest { id, .. }
+            | Self::File { id, .. }
+            | Self::OtherRun { id, .. } => Some(*id),
+            _ => None,
+        }
+    }
+
     /// Whether the checkpoint itself is at fault, so that an older one may be used, rather than the way to it.
-    fn condemns(&self) -> bool {
+    pub fn condemns(&self) -> bool {
         !matches!(self, Self::Store(_))
     }
 }

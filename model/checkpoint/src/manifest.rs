@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use ulmus_types::{CheckpointId, CheckpointKind, Digest, FileEntry};
+use ulmus_types::{CheckpointId, CheckpointKind, Digest, FileEntry, RunId};
 
 use crate::CheckpointError;
 
@@ -22,6 +22,9 @@ pub struct Manifest {
     pub checkpoint: CheckpointId,
     /// Why it was made.
     pub kind: CheckpointKind,
+    /// The run that it is of; the first programs did not write it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<RunId>,
     /// The hash of the resolved plan that the run follows.
     pub plan_digest: Digest,
     /// The hash of the training state, equal on all workers.
@@ -95,6 +98,7 @@ mod tests {
         Manifest {
             checkpoint: CheckpointId::new(Step::new(50), Generation::new(2)),
             kind: CheckpointKind::Milestone,
+            run: Some(RunId::from_bytes([7; 16])),
             plan_digest: Digest::of(b"plan"),
             state_digest: Digest::of(b"state"),
             files: [("model.safetensors".to_owned(), FileEntry::of(b"weights"))].into(),

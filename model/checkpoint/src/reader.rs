@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use ulmus_types::{CheckpointId, Digest, FileEntry};
+use ulmus_types::{CheckpointId, Digest, FileEntry, RunId, Step};
 
 use crate::store::StoreError;
 use crate::{CheckpointError, FOLDER, FileFault, Manifest, Store, file_path, manifest_path};
@@ -23,12 +23,33 @@ pub async fn read_manifest(store: &Store, id: CheckpointId) -> Result<Manifest, 
     }
 }
 
-/// Reads the manifest of `id` and every byte that it vouches for.
+/// Reads the manifest of `id`, which must be of this run, and every byte that it vouches for.
 ///
 /// # Errors
-/// As [`read_manifest`]; [`CheckpointError::File`] names the first file that is not what was written.
-pub async fn verify(store: &Store, id: CheckpointId) -> Result<Manifest, CheckpointError> {
+/// As [`read_manifest`]; [`CheckpointError::OtherRun`]; [`CheckpointError::File`] names the first file that is not what
+/// was written.
+pub async fn verify(store: &Store, id: CheckpointId, run: RunId) -> Result<Manifest, CheckpointError> {
     let manifest = read_manifest(store, id).await?;
+    // Manifests of the first programs name no run.
+    if let Some(other) = manifest.run.filter(|other| *other != run) {
+        return Err(CheckpointError::OtherRun { id, run, other });
+    }
+    match damaged_files(store, &manifest).await?.into_iter().next() {
+        Some(damaged) => Err(damaged),
+        None => Ok(manifest),
+    }
+}
+
+/// Reads every byte that a manifest vouches for, and tells which files are not what it says, each as a
+/// [`CheckpointError::File`].
+///
+/// # Errors
+/// Only those of the store.
+pub async fn damaged_files(
+    store: &Store,
+    manifest: &Manifest,
+) -> Result<Vec<CheckpointError>, CheckpointError> {
+    let id = manifest.checkpoint;
     // Lengths first: they cost one request, and hashing a large checkpoint to find its last file cut costs minutes.
     let lengths: BTreeMap<_, _> = store
         .list(&format!("{FOLDER}/{id}"))
@@ -36,20 +57,27 @@ pub async fn verify(store: &Store, id: CheckpointId) -> Result<Manifest, Checkpo
         .into_iter()
         .map(|file| (file.path, file.bytes))
         .collect();
+    let mut damaged = Vec::new();
+    let mut whole = Vec::new();
     for (file, entry) in &manifest.files {
-        let found = lengths.get(&file_path(id, file)).copied();
-        check_length(found, entry).map_err(|fault| CheckpointError::File {
-            id,
-            file: file.clone(),
-            fault,
-        })?;
+        match check_length(lengths.get(&file_path(id, file)).copied(), entry) {
+            Ok(()) => whole.push((file, entry)),
+            Err(fault) => damaged.push(CheckpointError::File { id, file: file.clone(), fault }),
+        }
     }
-    for (file, entry) in &manifest.files {
+    if !damaged.is_empty() {
+        return Ok(damaged);
+    }
+    for (file, entry) in whole {
         let mut contents = Contents::hashed_only();
         let read = store.read_pieces(&file_path(id, file), |piece| contents.add(piece)).await;
-        settle(id, file, entry, read.map(|()| contents))?;
+        match settle(id, file, entry, read.map(|()| contents)) {
+            Ok(_) => {}
+            Err(error) if error.condemns() => damaged.push(error),
+            Err(error) => return Err(error),
+        }
     }
-    Ok(manifest)
+    Ok(damaged)
 }
 
 /// Reads one file of a checkpoint and checks it on the way.
@@ -66,16 +94,19 @@ pub async fn read_file(store: &Store, manifest: &Manifest, file: &str) -> Result
     settle(id, file, entry, read.map(|()| contents))
 }
 
-/// The newest checkpoint that holds byte for byte, and those that are newer and do not, with the reasons.
+/// The newest checkpoint of this run, of those of a step up to `last`, that holds byte for byte; and those that are newer
+/// and do not, with the reasons.
 ///
 /// # Errors
 /// Only those of the store, as [`CheckpointError::Store`].
 pub async fn newest_verified(
     store: &Store,
+    run: RunId,
+    last: Step,
 ) -> Result<(Option<Manifest>, Vec<(CheckpointId, CheckpointError)>), CheckpointError> {
     let mut refused = Vec::new();
-    for id in directories(store).await?.into_iter().rev() {
-        match verify(store, id).await {
+    for id in checkpoints(store).await?.into_iter().rev().filter(|id| id.step() <= last) {
+        match verify(store, id, run).await {
             Ok(manifest) => return Ok((Some(manifest), refused)),
             Err(error) if error.condemns() => refused.push((id, error)),
             Err(error) => return Err(error),
@@ -85,7 +116,10 @@ pub async fn newest_verified(
 }
 
 /// All directories that could be checkpoints, oldest first.
-pub(crate) async fn directories(store: &Store) -> Result<Vec<CheckpointId>, CheckpointError> {
+///
+/// # Errors
+/// Only those of the store.
+pub async fn checkpoints(store: &Store) -> Result<Vec<CheckpointId>, CheckpointError> {
     let names = store.list_folders(FOLDER).await?;
     let mut ids: Vec<CheckpointId> = names.iter().filter_map(|name| name.parse().ok()).collect();
     ids.sort();

@@ -86,6 +86,12 @@ pub fn optimizer_shards(parameters: usize) -> Vec<OptimizerShard> {
     shards(parameters, SHARD_ELEMENTS)
 }
 
+/// The files of a checkpoint of a model with this many parameters, in the order in which workers announce them.
+pub fn files_of(parameters: usize) -> Vec<String> {
+    let moments = optimizer_shards(parameters).into_iter().map(|shard| shard.file_name());
+    [crate::WEIGHTS_FILE.to_owned(), crate::STATE_FILE.to_owned()].into_iter().chain(moments).collect()
+}
+
 fn shards(parameters: usize, elements: usize) -> Vec<OptimizerShard> {
     (0..parameters.div_ceil(elements))
         .map(|index| OptimizerShard {

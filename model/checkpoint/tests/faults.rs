@@ -19,7 +19,7 @@ use ulmus_checkpoint::{
     CheckpointError, FileFault, Manifest, Store, collect_garbage, commit, newest_verified, read_file, verify,
     write_part,
 };
-use ulmus_types::{CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Step};
+use ulmus_types::{CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, RunId, Step};
 
 /// What happens to one write.
 #[derive(Debug, Clone, Copy)]
@@ -133,8 +133,19 @@ fn id(step: u64, generation: u64) -> CheckpointId {
 
 fn manifest(id: CheckpointId, kind: CheckpointKind, files: BTreeMap<String, FileEntry>) -> Manifest {
     let plan_digest = Digest::of(b"plan");
-    Manifest { checkpoint: id, kind, plan_digest, state_digest: Digest::of(id.to_string().as_bytes()), files }
+    Manifest {
+        checkpoint: id,
+        kind,
+        run: Some(RUN),
+        plan_digest,
+        state_digest: Digest::of(id.to_string().as_bytes()),
+        files,
+    }
 }
+
+const RUN: RunId = RunId::from_bytes([3; 16]);
+/// No step is too late.
+const ANY: Step = Step::new(u64::MAX);
 
 const PARTS: [&str; 3] = ["model.safetensors", "optimizer-00000.safetensors", "state.json"];
 
@@ -166,7 +177,7 @@ async fn busy_stores_and_lost_answers_are_overcome() {
     let saved = save(&store, id(50, 1), CheckpointKind::Milestone).await.unwrap();
 
     let store = healthy(&objects);
-    assert_eq!(verify(&store, id(50, 1)).await.unwrap(), saved);
+    assert_eq!(verify(&store, id(50, 1), RUN).await.unwrap(), saved);
     assert_eq!(store.get("latest").await.unwrap(), "step-00000050-g1\n");
     assert_eq!(read_file(&store, &saved, PARTS[0]).await.unwrap(), contents(id(50, 1), PARTS[0]));
 }
@@ -205,7 +216,7 @@ async fn a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used() {
             Some(contents) => store.put(&path, contents).await.unwrap(),
             None => store.delete(&path).await.unwrap(),
         }
-        let (found, refused) = newest_verified(&store).await.unwrap();
+        let (found, refused) = newest_verified(&store, RUN, ANY).await.unwrap();
         assert_eq!(found.as_ref(), Some(&old));
         let [(refused, CheckpointError::File { file, fault, .. })] = &refused[..] else {
             panic!("{refused:?}")
@@ -217,7 +228,7 @@ async fn a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used() {
         assert!(error.to_string().contains("step-00000100-g1: file optimizer-00000"), "{error}");
         store.put(&path, whole.clone()).await.unwrap();
     }
-    assert_eq!(newest_verified(&store).await.unwrap().0, Some(new));
+    assert_eq!(newest_verified(&store, RUN, ANY).await.unwrap().0, Some(new));
 }
 
 #[tokio::test]
@@ -229,7 +240,7 @@ async fn a_fenced_group_cannot_replace_a_committed_checkpoint() {
     let other = Manifest { state_digest: Digest::of(b"other"), ..committed.clone() };
     let error = commit(&store, &other).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Fenced, "{error}");
-    assert_eq!(verify(&store, id(50, 1)).await.unwrap(), committed);
+    assert_eq!(verify(&store, id(50, 1), RUN).await.unwrap(), committed);
 }
 
 #[tokio::test]
@@ -251,7 +262,7 @@ async fn garbage_goes_and_nothing_else() {
     let left = store.list_folders("checkpoints").await.unwrap();
     let names = [id(15, 1), id(17, 1), id(30, 1), id(40, 1), id(50, 2)].map(|id| id.to_string());
     assert_eq!(left, names);
-    assert_eq!(newest_verified(&store).await.unwrap().0.unwrap().checkpoint, id(40, 1));
+    assert_eq!(newest_verified(&store, RUN, ANY).await.unwrap().0.unwrap().checkpoint, id(40, 1));
 }
 
 proptest! {
@@ -271,7 +282,7 @@ proptest! {
             let fault = torn.map_or(Fault::Dead, Fault::TornThenDead);
             let saved = save(&Faulty::store(&objects, [(dies_at, fault)]), new, CheckpointKind::Recovery).await;
 
-            let (found, refused) = newest_verified(&healthy(&objects)).await.unwrap();
+            let (found, refused) = newest_verified(&healthy(&objects), RUN, ANY).await.unwrap();
             let found = found.expect("the old checkpoint is never lost");
             if found.checkpoint == new {
                 prop_assert!(dies_at >= 3, "parts were missing");
@@ -289,7 +300,7 @@ proptest! {
             let torn_manifest = torn.is_some() && dies_at == 3;
             let again = if torn_manifest { id(100, 3) } else { new };
             let saved = save(&healthy(&objects), again, CheckpointKind::Recovery).await.unwrap();
-            prop_assert_eq!(newest_verified(&healthy(&objects)).await.unwrap().0, Some(saved));
+            prop_assert_eq!(newest_verified(&healthy(&objects), RUN, ANY).await.unwrap().0, Some(saved));
             Ok(())
         })?;
     }
@@ -303,4 +314,21 @@ async fn the_fake_counts_every_write_of_the_protocol() {
     save(&store, id(50, 1), CheckpointKind::Milestone).await.unwrap();
     assert!(store.put("x", "a sixth write").await.is_err());
     assert!(objects.head(&Path::from("run/latest")).await.is_ok());
+}
+
+#[tokio::test]
+async fn only_checkpoints_of_the_run_and_up_to_a_step_are_taken() {
+    let objects = Arc::new(InMemory::new());
+    let store = healthy(&objects);
+    let old = save(&store, id(50, 1), CheckpointKind::Milestone).await.unwrap();
+    let new = save(&store, id(100, 2), CheckpointKind::Milestone).await.unwrap();
+    let newest = async |run, last| newest_verified(&store, run, Step::new(last)).await.unwrap();
+    assert_eq!(newest(RUN, 100).await.0, Some(new));
+    let (found, refused) = newest(RUN, 99).await;
+    assert!(found == Some(old) && refused.is_empty());
+    let other = RunId::from_bytes([4; 16]);
+    let (found, refused) = newest(other, 100).await;
+    assert_eq!((found, refused.len()), (None, 2));
+    let error = refused[0].1.to_string();
+    assert!(error.contains("is of run 03030303, and this is run 04040404"), "{error}");
 }

@@ -6,8 +6,9 @@ mod profile;
 #[cfg(feature = "http")]
 mod wire;
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use object_store::ObjectStore;
@@ -16,20 +17,35 @@ use object_store::path::Path;
 #[cfg(feature = "http")]
 pub use wire::{retries, settings, watched};
 
-/// Requests that failed, most of which were then made again.
+/// What went wrong at a store: requests that failed, most of which were then made again, and names that its listings had and
+/// that no request can be made for.
 #[derive(Debug, Default)]
-pub struct Failures(AtomicU64);
+pub struct Failures {
+    requests: AtomicU64,
+    names: Mutex<BTreeSet<String>>,
+}
 
 impl Failures {
-    /// How many so far.
+    /// How many requests so far.
     pub fn count(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+        self.requests.load(Ordering::Relaxed)
     }
 
-    /// One more.
+    /// Names that were left out of listings, as the whole store has them.
+    pub fn odd_names(&self) -> BTreeSet<String> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// One request more.
     #[cfg(feature = "http")]
     pub(crate) fn add(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
+        self.requests.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Another name.
+    #[cfg(feature = "http")]
+    pub(crate) fn add_name(&self, name: String) {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner).insert(name);
     }
 }
 
@@ -51,6 +67,8 @@ pub struct Requests {
 /// In words, when there is no such store, or it is none of this build.
 pub fn open(url: &str, requests: Requests, failures: &Arc<Failures>) -> Opened {
     let scheme = url.split_once("://").map_or("", |(scheme, _)| scheme);
+    // Addresses have neither fragments nor queries here, and a percent sign may stand for itself.
+    let url = &literal(url);
     match scheme {
         "http" | "https" => http(url, requests, failures),
         "s3" | "s3a" => s3(url, requests, failures),
@@ -60,6 +78,19 @@ pub fn open(url: &str, requests: Requests, failures: &Arc<Failures>) -> Opened {
             "{scheme}:// is not known; write a path, file://, s3://, gs://, az://, hf://datasets/, http://, https:// or run:"
         )),
     }
+}
+
+/// An address in which `#`, and a percent sign that begins no escape, are written so that they mean themselves.
+fn literal(url: &str) -> String {
+    let is_escape = |at: usize| {
+        url.as_bytes().get(at + 1..at + 3).is_some_and(|digits| digits.iter().all(u8::is_ascii_hexdigit))
+    };
+    let written = |(at, c): (usize, char)| match c {
+        '#' => "%23".to_owned(),
+        '%' if !is_escape(at) => "%25".to_owned(),
+        c => c.to_string(),
+    };
+    url.char_indices().map(written).collect()
 }
 
 /// What is told where a store was left out of the program.
@@ -144,4 +175,33 @@ fn azure(url: &str, requests: Requests, failures: &Arc<Failures>) -> Opened {
 #[cfg(not(feature = "azure"))]
 fn azure(_: &str, _: Requests, _: &Arc<Failures>) -> Opened {
     left_out("azure")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signs_of_an_address_may_mean_themselves() {
+        for (url, expected) in [
+            ("s3://b/a#1/x y", "s3://b/a%231/x y"),
+            ("https://h/100%/a%20b", "https://h/100%25/a%20b"),
+            ("gs://b/50%2", "gs://b/50%252"),
+        ] {
+            assert_eq!(literal(url), expected);
+        }
+    }
+
+    #[cfg(feature = "aws")]
+    #[test]
+    fn folders_of_buckets_have_any_name() {
+        for (url, expected) in [
+            ("s3://b/my folder/a#1", "my folder/a#1"),
+            ("s3://b/a+b/ä", "a+b/ä"),
+            ("s3://b/100%/x", "100%/x"),
+            ("s3://b/a%20b", "a b"),
+        ] {
+            assert_eq!(path_of(&literal(url)).unwrap().as_ref(), expected, "{url}");
+        }
+    }
 }

@@ -9,9 +9,10 @@ use object_store::client::{
     ClientConfigKey, ClientOptions, HttpClient, HttpConnector, HttpError, HttpRequest, HttpResponse,
     HttpResponseBody, HttpService, ReqwestConnector,
 };
+use object_store::path::Path;
 use object_store::{BackoffConfig, RetryConfig};
 use reqwest::StatusCode;
-use reqwest::header::{HeaderMap, RETRY_AFTER};
+use reqwest::header::{CONTENT_LENGTH, HeaderMap, RETRY_AFTER};
 use tokio::time::Instant;
 
 use super::Failures;
@@ -75,6 +76,7 @@ impl HttpService for Watched {
         if let Some(resume) = resume {
             tokio::time::sleep_until(resume).await;
         }
+        let lists = is_listing(&request);
         let response = self.client.execute(request).await.inspect_err(|_| self.failures.add())?;
         let (status, wanted) = (response.status(), pause(response.headers()));
         if let Some(wanted) = wanted.filter(|_| is_overload(status) || exhausted(response.headers())) {
@@ -85,6 +87,9 @@ impl HttpService for Watched {
         if is_overload(status) || status.is_server_error() {
             self.failures.add();
         }
+        if lists && status.is_success() {
+            return self.without_odd_names(response).await.inspect_err(|_| self.failures.add());
+        }
         // A connection that is cut fails while the body is read.
         let failures = Arc::clone(&self.failures);
         Ok(response.map(|body| {
@@ -94,6 +99,82 @@ impl HttpService for Watched {
             }))
         }))
     }
+}
+
+impl Watched {
+    /// The answer to a listing, without what could not be asked for anyway: a single such name would cost the whole answer.
+    async fn without_odd_names(&self, response: HttpResponse) -> Result<HttpResponse, HttpError> {
+        let (mut parts, body) = response.into_parts();
+        let body = body.bytes().await?;
+        let Ok(text) = std::str::from_utf8(&body) else {
+            return Ok(HttpResponse::from_parts(parts, body.into()));
+        };
+        let (kept, odd) = cleaned(text);
+        for name in odd {
+            self.failures.add_name(name);
+        }
+        parts.headers.remove(CONTENT_LENGTH);
+        Ok(HttpResponse::from_parts(parts, kept.into()))
+    }
+}
+
+/// Whether a request is for a listing: of S3 and Google, or of Azure.
+fn is_listing(request: &HttpRequest) -> bool {
+    let query = request.uri().query().unwrap_or_default();
+    query.split('&').any(|pair| matches!(pair, "list-type=2" | "comp=list"))
+}
+
+/// A listing without the entries whose names no request can be made for, and those names. What stands for a folder is left
+/// out, too, and has no name.
+fn cleaned(listing: &str) -> (String, Vec<String>) {
+    let is_azure = listing.contains("<Blob>");
+    let (begin, end, name) =
+        if is_azure { ("<Blob>", "</Blob>", "Name") } else { ("<Contents>", "</Contents>", "Key") };
+    let (mut kept, mut odd) = (String::with_capacity(listing.len()), Vec::new());
+    let mut rest = listing;
+    while let Some(at) = rest.find(begin)
+        && let Some(length) = rest[at..].find(end)
+    {
+        let (entry, after) = rest.split_at(at + length + end.len());
+        let (before, entry) = entry.split_at(at);
+        kept.push_str(before);
+        match name_of(entry, name) {
+            Some(name) if name.ends_with('/') => (),
+            Some(name) if name.starts_with('/') || Path::parse(&name).is_err() => odd.push(name),
+            _ => kept.push_str(entry),
+        }
+        rest = after;
+    }
+    kept.push_str(rest);
+    (kept, odd)
+}
+
+/// The text of an element within an entry.
+fn name_of(entry: &str, element: &str) -> Option<String> {
+    let (_, rest) = entry.split_once(&format!("<{element}>"))?;
+    let (text, _) = rest.split_once(&format!("</{element}>"))?;
+    let mut parts = text.split('&');
+    let mut name = parts.next()?.to_owned();
+    for part in parts {
+        let (escape, rest) = part.split_once(';')?;
+        name.push(match escape {
+            "amp" => '&',
+            "lt" => '<',
+            "gt" => '>',
+            "quot" => '"',
+            "apos" => '\'',
+            number => {
+                let number = number.strip_prefix('#')?;
+                let code = match number.strip_prefix(['x', 'X']) {
+                    Some(digits) => u32::from_str_radix(digits, 16),
+                    None => number.parse(),
+                };
+                char::from_u32(code.ok()?)?
+            }
+        });
+        name.push_str(rest);
+    }
+    Some(name)
 }
 
 fn is_overload(status: StatusCode) -> bool {
@@ -120,6 +201,21 @@ fn rate_limit(headers: &HeaderMap, parameter: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn odd_names_do_not_cost_a_listing() {
+        let entry = |key: &str| format!("<Contents><Key>{key}</Key><Size>1</Size></Contents>");
+        let of = |keys: &[&str]| {
+            let entries: String = keys.iter().map(|key| entry(key)).collect();
+            format!("<ListBucketResult><Name>b</Name>{entries}<KeyCount>1</KeyCount></ListBucketResult>")
+        };
+        let all = ["a/b.jsonl", "a/x//y.jsonl", "a/./c", "/d", "a/", "e&amp;f&#x20;g", "h&#10;i", "j/../k"];
+        let (kept, odd) = cleaned(&of(&all));
+        assert_eq!(kept, of(&["a/b.jsonl", "e&amp;f&#x20;g"]));
+        assert_eq!(odd, ["a/x//y.jsonl", "a/./c", "/d", "h\ni", "j/../k"]);
+        let azure = "<Blobs><Blob><Name>a</Name></Blob><Blob><Name>b//c</Name></Blob></Blobs><NextMarker/>";
+        assert_eq!(cleaned(azure).0, "<Blobs><Blob><Name>a</Name></Blob></Blobs><NextMarker/>");
+    }
 
     #[test]
     fn pauses_are_read_from_both_headers() {

@@ -96,6 +96,11 @@ pub enum OnBadUnit {
     Quarantine,
 }
 
+/// Most files that a range counts out.
+const MOST_FILES: u64 = 10_000_000;
+/// Most tokens that a source may count for; of many sources the sum is still a number of 64 bits.
+const MOST_TOKENS: u64 = 1_000_000_000_000_000;
+
 /// One corpus, or one part of a corpus with a share of its own.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -352,6 +357,13 @@ impl SourceConfig {
                     format!("write range = [{first}, {}]", first + 1),
                 );
                 problems.check(
+                    end.saturating_sub(first) <= MOST_FILES,
+                    key("range"),
+                    format!("[{first}, {end}]"),
+                    format!("at most {MOST_FILES} files are counted out"),
+                    "write a shorter range, or name the files by a list",
+                );
+                problems.check(
                     counted,
                     key("files"),
                     format!("{:?}", self.files),
@@ -368,10 +380,11 @@ impl SourceConfig {
             ),
         }
         problems.check(
-            self.tokens.is_some_and(|tokens| tokens > 0) || !mixed,
+            self.tokens.is_some_and(|tokens| (1..=MOST_TOKENS).contains(&tokens))
+                || !mixed && self.tokens.is_none_or(|tokens| tokens <= MOST_TOKENS),
             key("tokens"),
             self.tokens.map_or("missing".to_owned(), |tokens| tokens.to_string()),
-            "sources are mixed in proportion to their token counts",
+            format!("sources are mixed in proportion to their token counts, 1 to {MOST_TOKENS}"),
             "write tokens = 665_000_000_000 and tokens_from = \"where the count comes from\"",
         );
         problems.check(

@@ -39,7 +39,7 @@ pub fn data_memory(data: &DataConfig, lanes: u64, length: usize) -> u64 {
     let streams = lanes + data.source.len() as u64 - 1;
     // Two fifths of a token to a byte of text: English has less, source code about as much.
     let tokens = data.window * length as u64 + data.unit.get() * 2 / 5;
-    streams * (2 * 4 * tokens + CHAIN) + data.threads * 4 * data.unit.get()
+    streams.saturating_mul(2 * 4 * tokens + CHAIN).saturating_add(data.threads * 4 * data.unit.get())
 }
 
 /// The plan for micro-batches of sequences of `length` positions.
@@ -67,11 +67,14 @@ pub fn worker_memory(model: &ModelConfig, train: &TrainConfig, length: usize) ->
     let logits = rows.min(HEAD_ROWS as u64) * model.vocab_size as u64;
     let rope = length as u64 * head;
     // Each sequence's first position, too.
-    let activations = 4 * (rows * per_row + train.micro_batch + norms + logits + rope);
+    let activations =
+        4 * (u128::from(rows) * u128::from(per_row) + u128::from(train.micro_batch + norms + logits + rope));
+    // More than any machine has, in any case.
+    let activations = u64::try_from(activations).unwrap_or(u64::MAX);
     let count = model.parameters();
     // A single micro-batch is its own sum, in place.
     let reduction = if train.micro_batches() == 1 { 0 } else { 8 * count };
     let (parameters, gradients, optimizer) = (4 * count, 4 * count, 8 * count);
-    let total = parameters + gradients + optimizer + reduction + activations;
+    let total = (parameters + gradients + optimizer + reduction).saturating_add(activations);
     MemoryPlan { parameters, gradients, optimizer, reduction, activations, total }
 }

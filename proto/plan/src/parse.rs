@@ -8,10 +8,12 @@ use ulmus_types::Problems;
 
 use crate::model::Preset;
 use crate::plan::Plan;
+use crate::units::Bytes;
 
 /// Reads a plan file: one plan, or one for each of its `[variants]`.
 ///
-/// `overrides` are `key.path=value` pairs that replace what the file says; a value that is not TOML is text.
+/// `overrides` are `key.path=value` pairs that replace what the file says. A value that is not TOML is text, and so is any
+/// but a quoted one where the key's is: a name may look like a number.
 ///
 /// # Errors
 /// Every problem of the plan, in no case only the first.
@@ -206,29 +208,65 @@ fn remove(table: &mut Table, path: &str) -> bool {
     removed
 }
 
-/// The known key of the same table that is spelt most alike.
-fn suggestion(path: &str) -> String {
-    let mut full = Plan { prepare: Some(crate::PrepareConfig::default()), ..Plan::default() };
+/// A plan that says every key, those too that most plans leave out; of lists it has one entry.
+fn every_key() -> Table {
+    let text = || Some(String::new());
+    let one = || vec![String::new()];
+    let mut full = Plan {
+        prepare: Some(crate::PrepareConfig {
+            crates: one(),
+            paths: one(),
+            ..crate::PrepareConfig::default()
+        }),
+        ..Plan::default()
+    };
     full.data.source.push(crate::SourceConfig {
+        files: one(),
+        list: text(),
         range: Some([0, 1]),
         format: Some(crate::Format::Parquet),
         tokens: Some(1),
-        tokens_from: Some(String::new()),
+        tokens_from: text(),
         max_epochs: Some(1),
         ..crate::SourceConfig::default()
     });
-    full.tokenizer.file = Some(String::new());
-    let known = Table::try_from(&full).expect("a plan has no value that TOML lacks");
+    full.data.cache = text();
+    full.tokenizer.file = text();
+    full.tokenizer.bos = text();
+    full.tokenizer.eos = text();
+    let mut table = Table::try_from(&full).expect("a plan has no value that TOML lacks");
+    if let Some(Value::Table(model)) = table.get_mut("model") {
+        model.insert("preset".to_owned(), Value::String(String::new()));
+    }
+    table
+}
+
+/// What [`every_key`] has at a place of a plan. Only the first entry of a list is known: all are alike.
+fn alike<'a>(known: &'a Table, segments: &[String]) -> Option<&'a Value> {
+    let first =
+        |segment: &String| if segment.parse::<usize>().is_ok() { "0".to_owned() } else { segment.clone() };
+    lookup(known, &segments.iter().map(first).collect::<Vec<_>>().join("."))
+}
+
+/// Whether the value of a key, be it one of a variant, is text.
+fn is_text(segments: &[String]) -> bool {
+    let segments = match segments {
+        [first, _, rest @ ..] if first == "variants" => rest,
+        all => all,
+    };
+    let known = every_key();
+    let text = alike(&known, segments).and_then(Value::as_str);
+    // Sizes may be numbers as well.
+    text.is_some_and(|text| text.parse::<Bytes>().is_err())
+}
+
+/// The known key of the same table that is spelt most alike.
+fn suggestion(path: &str) -> String {
+    let known = every_key();
     let mut segments = segments(path);
     let last = segments.pop().unwrap_or_default();
-    let siblings = if segments.is_empty() {
-        Some(&known)
-    } else {
-        // Only the first entry of a list is known: all are alike.
-        let parent: Vec<&str> =
-            segments.iter().map(|s| if s.parse::<usize>().is_ok() { "0" } else { s }).collect();
-        lookup(&known, &parent.join(".")).and_then(Value::as_table)
-    };
+    let siblings =
+        if segments.is_empty() { Some(&known) } else { alike(&known, &segments).and_then(Value::as_table) };
     let names: Vec<&String> = siblings.into_iter().flat_map(Table::keys).collect();
     let nearest = names
         .iter()
@@ -257,12 +295,13 @@ fn set(table: &mut Table, assignment: &str, problems: &mut Problems) {
         return;
     };
     let text = text.trim();
+    let segments = segments(path.trim());
     let value = format!("value = {text}")
         .parse::<Table>()
         .ok()
         .and_then(|mut table| table.remove("value"))
+        .filter(|value| value.is_str() || !is_text(&segments))
         .unwrap_or_else(|| Value::String(text.to_owned()));
-    let segments = segments(path.trim());
     let Some((last, parents)) = segments.split_last() else {
         problems.add("--set", assignment, "names no key", "write for instance train.iterations=100");
         return;
@@ -354,6 +393,115 @@ mod tests {
         let plan = read(&text, &weights).unwrap().remove(0);
         let tokens: Vec<_> = plan.data.source.iter().map(|source| source.tokens).collect();
         assert_eq!(tokens, [Some(1), Some(7)]);
+    }
+
+    #[test]
+    fn what_is_set_is_text_where_the_key_is() {
+        for name in ["1234567", "1e3", "inf", "nan", "true", "0x10", "2026-11-29", "\"1234567\""] {
+            let plan = one(SMALL, &[&format!("run.name={name}")]).unwrap();
+            assert_eq!(plan.run.name.to_string(), name.trim_matches('"'));
+        }
+        let source = |key: &str| {
+            let text = format!(
+                "{}\n[[data.source]]\nname = \"a\"\nurl = \"b\"\nfiles = [\"c\"]\ntext = \"d\"\n[variants.1.model]\n",
+                SMALL.replace("[prepare]", "[tokenizer]\nfile = \"t\"\n[prepare]")
+            );
+            let plan = one(&text, &[&format!("{key}=1e3")]).unwrap_or_else(|problems| panic!("{problems}"));
+            lookup(&Table::try_from(&plan).unwrap(), key.strip_prefix("variants.1.").unwrap_or(key)).cloned()
+        };
+        for key in [
+            "store.url",
+            "store.local",
+            "tokenizer.file",
+            "tokenizer.bos",
+            "tokenizer.eos",
+            "prepare.paths.0",
+            "data.cache",
+            "data.source.0.name",
+            "data.source.0.url",
+            "data.source.0.files.0",
+            "data.source.0.list",
+            "data.source.0.text",
+            "data.source.0.tokens_from",
+            "variants.1.store.url",
+        ] {
+            assert_eq!(source(key), Some(Value::String("1e3".to_owned())), "{key}");
+        }
+        // Other keys, and lists of texts, are what TOML says; a size may be a number.
+        let plan =
+            one(SMALL, &["data.unit=65_536", "train.z_loss=1e-3", "prepare.paths=[\"a\", \"b\"]"]).unwrap();
+        assert_eq!((plan.data.unit.get(), plan.train.z_loss), (65_536, 1e-3));
+        assert_eq!(plan.prepare.unwrap().paths, ["a", "b"]);
+        for (set, words) in [
+            ("model.norm=1", "unknown variant `1`"),
+            ("model.preset=270", "write one of openelm-270m"),
+            ("local.device=0", "no device is called `0`"),
+            ("run.seed=x", "expected u64"),
+        ] {
+            let text = one(SMALL, &[set]).unwrap_err().to_string();
+            assert!(text.contains(words), "{set}: {text}");
+        }
+    }
+
+    #[test]
+    fn numbers_that_no_run_could_keep_are_refused_with_what_fits() {
+        for (set, key, fix) in [
+            ("benchmark.generate=1", "benchmark.generate", "write 1024"),
+            ("benchmark.generate=0", "benchmark.generate", "write 1024"),
+            ("benchmark.generate=2048", "benchmark.generate", "at most 2013"),
+            ("benchmark.prompt=0", "benchmark.prompt", "write 35"),
+            ("benchmark.prompt=2047", "benchmark.generate", "benchmark.prompt to at most 2046"),
+            ("benchmark.prompt=9223372036854775807", "benchmark.prompt", "write 35"),
+            ("benchmark.runs=0", "benchmark.runs", "write 3"),
+            ("benchmark.runs=1000000", "benchmark.runs", "write 3"),
+            ("evaluate.prompt=2048", "evaluate.continuation", "evaluate.prompt"),
+            ("evaluate.text=16EiB", "evaluate.text", "write"),
+            ("tokenizer.sample=0B", "tokenizer.sample", "8MiB"),
+            ("cluster.rejoin_window=100years", "cluster.rejoin_window", "10s"),
+            ("checkpoint.recovery=100years", "checkpoint.recovery", "10m"),
+            ("train.iterations=9223372036854775807", "train.iterations", "350000"),
+            ("train.sequences=1073741824", "train.sequences", "set train.sequences to "),
+            ("train.held_out_sequences=9223372036854775807", "train.held_out_sequences", "64"),
+        ] {
+            let problems = one(SMALL, &[set]).expect_err(set);
+            assert!(
+                problems.iter().any(|problem| problem.key == key && problem.fix.contains(fix)),
+                "{set}: {problems}"
+            );
+        }
+        for set in ["benchmark.generate=2", "evaluate.prompt=0", "evaluate.continuation=0", "evaluate.text=0"]
+        {
+            assert!(one(SMALL, &[set]).is_ok(), "{set}");
+        }
+        // What is advised for too large an update is taken.
+        let problems = one(SMALL, &["train.sequences=1073741824", "model.vocab_size=65536"]).unwrap_err();
+        let fix = problems.iter().find(|problem| problem.key == "train.sequences").unwrap().fix.clone();
+        let most = fix.rsplit(' ').next().unwrap();
+        let set =
+            [&format!("train.sequences={most}"), &format!("data.lanes={most}"), "model.vocab_size=65536"];
+        assert!(one(SMALL, &set).is_ok(), "{fix}");
+    }
+
+    #[test]
+    fn the_largest_plan_can_be_added_up() {
+        let large = [
+            "model.vocab_size=1048576",
+            "model.max_context_length=1048576",
+            "model.model_dim=65536",
+            "model.num_transformer_layers=512",
+            "model.qkv_multipliers=64.0",
+            "model.ffn_multipliers=64.0",
+            "train.iterations=1099511627776",
+            "checkpoint.every=1",
+            "data.window=1048576",
+            "data.unit=1GiB",
+            "train.held_out_every=0",
+            "train.sequences=4",
+            "data.lanes=4",
+        ];
+        let plan = one(SMALL, &large).unwrap();
+        assert!(crate::worker_memory(&plan.model, &plan.train, plan.sequence_length()).total > 1 << 50);
+        assert!(crate::data_memory(&plan.data, 8, plan.sequence_length()) > 1 << 40);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use ulmus_types::{Digest, Problems, RunName};
+use ulmus_types::{Digest, HEARTBEAT_INTERVAL, Problems, RunName};
 
 use crate::data::{DataConfig, SourceConfig, secret};
 use crate::device::Device;
@@ -174,12 +174,21 @@ pub struct Plan {
     pub benchmark: BenchmarkConfig,
 }
 
+/// Most text that models are measured on.
+const MOST_TEXT: Bytes = Bytes::mib(1 << 20);
+/// Nats that a sum of losses over one update may reach, as integers carry it round a group.
+const MOST_NATS: f64 = (1_u64 << 31) as f64;
+
+/// Longest text that any model takes.
+const MOST_TOKENS: u64 = 1 << 20;
+
 /// Keys that may change between two starts of the same run, because no trained bit depends on them.
-const MAY_CHANGE: [&str; 11] = [
+const MAY_CHANGE: [&str; 12] = [
     "local.",
     "cluster.",
     "store.",
     "checkpoint.recovery",
+    "checkpoint.max_age",
     "evaluate.",
     "benchmark.",
     "data.threads",
@@ -307,7 +316,7 @@ impl Plan {
             "data.holdout",
             self.data.holdout,
             "the held-out loss needs held-out documents",
-            "set it to 0.0005, or train.held_out_every to 0",
+            "set it to 0.0005, or train.held_out_every to 0 for a run that is not evaluated",
         );
         problems.check(
             self.local.workers <= 256,
@@ -331,35 +340,76 @@ impl Plan {
             "lower it, or lower train.micro_batch",
         );
         problems.check(
-            (Duration::from_secs(1)..=Duration::from_hours(1)).contains(&self.cluster.dead_after),
+            (3 * HEARTBEAT_INTERVAL..=Duration::from_hours(1)).contains(&self.cluster.dead_after),
             "cluster.dead_after",
             humantime_serde::re::humantime::format_duration(self.cluster.dead_after),
-            "1s to 1h",
+            "3s, which is three heartbeats, to 1h",
             "write \"3s\"",
         );
         problems.check(
-            self.benchmark.prompt > 0 && self.benchmark.generate > 0 && self.benchmark.runs > 0,
-            "benchmark",
-            format!(
-                "{} + {} tokens, {} runs",
-                self.benchmark.prompt, self.benchmark.generate, self.benchmark.runs
-            ),
-            "a measurement needs a prompt, tokens to generate and a run",
-            "write prompt = 35, generate = 1024, runs = 3",
+            self.cluster.rejoin_window <= Duration::from_hours(24),
+            "cluster.rejoin_window",
+            humantime_serde::re::humantime::format_duration(self.cluster.rejoin_window),
+            "at most 24h",
+            "write \"10s\"",
         );
-        let context = self.model.max_context_length as u64;
-        for (key, tokens) in [
-            ("benchmark.generate", self.benchmark.prompt + self.benchmark.generate),
-            ("evaluate.continuation", self.evaluate.prompt + self.evaluate.continuation),
+        let Self { benchmark, evaluate, .. } = self;
+        // The first new token is part of the prompt's processing, so that one alone has no time of its own.
+        for (key, value, least, most, fix) in [
+            ("benchmark.prompt", benchmark.prompt, 1, MOST_TOKENS, "write 35"),
+            ("benchmark.generate", benchmark.generate, 2, MOST_TOKENS, "write 1024"),
+            ("benchmark.runs", benchmark.runs, 1, 1000, "write 3"),
+            ("evaluate.prompt", evaluate.prompt, 0, MOST_TOKENS, "write 40"),
+            ("evaluate.continuation", evaluate.continuation, 0, MOST_TOKENS, "write 48"),
         ] {
+            let rule = format!("{least} to {most}");
+            problems.check((least..=most).contains(&value), key, value, rule, fix);
+        }
+        problems.check(
+            evaluate.text <= MOST_TEXT,
+            "evaluate.text",
+            evaluate.text,
+            format!("at most {MOST_TEXT}"),
+            "write \"1MiB\"",
+        );
+        self.check_update(problems);
+        let context = self.model.max_context_length as u64;
+        for (key, prompt, more, least) in [
+            ("benchmark.generate", benchmark.prompt, benchmark.generate, 2),
+            ("evaluate.continuation", evaluate.prompt, evaluate.continuation, 0),
+        ] {
+            let (section, _) = key.split_once('.').expect("the keys above have a section");
             problems.check(
-                tokens <= context,
+                prompt.saturating_add(more) <= context,
                 key,
-                tokens,
-                format!("prompt and generated text have room in model.max_context_length = {context}"),
-                "lower it",
+                more,
+                format!(
+                    "the {prompt} tokens of {section}.prompt and these have room in model.max_context_length = {context}"
+                ),
+                match context.checked_sub(prompt).filter(|room| *room >= least) {
+                    Some(room) => format!("set it to at most {room}, or lower {section}.prompt"),
+                    None => format!("lower {section}.prompt to at most {}", context.saturating_sub(least)),
+                },
             );
         }
+    }
+
+    /// Losses of an untrained model must have room in the sums of an update: `ln V` per token, and of the z-loss its square.
+    fn check_update(&self, problems: &mut Problems) {
+        let per_token = (self.model.vocab_size.max(3) as f64).ln().powi(2);
+        let most = MOST_NATS / (per_token * self.model.max_context_length.max(1) as f64);
+        let most = (most as u64).max(1);
+        let micro = self.train.micro_batch.max(1);
+        problems.check(
+            self.train.sequences <= most,
+            "train.sequences",
+            self.train.sequences,
+            format!(
+                "the losses of an update are summed up to 2^31: of {most} sequences of {} tokens at most",
+                self.model.max_context_length
+            ),
+            format!("set train.sequences to {}", (most / micro).max(1) * micro),
+        );
     }
 }
 

@@ -123,6 +123,13 @@ impl TokenizerConfig {
             "write 4095",
         );
         problems.check(
+            self.sample.get() > 0,
+            "tokenizer.sample",
+            self.sample,
+            "a tokenizer is trained on some text",
+            "write \"8MiB\"",
+        );
+        problems.check(
             self.pieces < vocab_size,
             "tokenizer.pieces",
             self.pieces,

@@ -130,10 +130,10 @@ impl TrainConfig {
     /// Reports every rule that is broken.
     pub fn check(&self, problems: &mut Problems) {
         problems.check(
-            self.iterations > 0,
+            (1..=1 << 40).contains(&self.iterations),
             "train.iterations",
             self.iterations,
-            "at least one update",
+            format!("1 to {} updates", 1_u64 << 40),
             "write 350000 for the published recipe",
         );
         problems.check(
@@ -176,10 +176,10 @@ impl TrainConfig {
             format!("set it to {}", self.iterations / 10),
         );
         problems.check(
-            self.held_out_every == 0 || self.held_out_sequences > 0,
+            self.held_out_every == 0 || (1..=1 << 24).contains(&self.held_out_sequences),
             "train.held_out_sequences",
             self.held_out_sequences,
-            "a measurement needs at least one sequence",
+            format!("a measurement needs 1 to {} sequences", 1 << 24),
             "set it to 64, or train.held_out_every to 0",
         );
     }
@@ -198,15 +198,24 @@ pub struct CheckpointConfig {
     pub recovery: Duration,
     /// Whether the average is also written in Hugging Face layout.
     pub export: bool,
+    /// How old the newest stored state may become while nothing can be stored, as on a full disk, before the run ends; by
+    /// default three times `recovery`.
+    #[serde(with = "humantime_serde", skip_serializing_if = "Option::is_none")]
+    pub max_age: Option<Duration>,
 }
 
 impl Default for CheckpointConfig {
     fn default() -> Self {
-        Self { every: 5000, average: 5, recovery: Duration::from_mins(10), export: true }
+        Self { every: 5000, average: 5, recovery: Duration::from_mins(10), export: true, max_age: None }
     }
 }
 
 impl CheckpointConfig {
+    /// How old the newest stored state may become while nothing can be stored.
+    pub fn oldest(&self) -> Duration {
+        self.max_age.unwrap_or(self.recovery * 3)
+    }
+
     /// Whether the state after `step` updates is a milestone of a run of `iterations`: on the grid, or the last.
     pub fn is_milestone(&self, step: u64, iterations: u64) -> bool {
         step > 0 && (step.is_multiple_of(self.every.max(1)) || step == iterations)
@@ -236,10 +245,10 @@ impl CheckpointConfig {
             ),
         );
         problems.check(
-            self.recovery >= Duration::from_secs(1),
+            (Duration::from_secs(1)..=Duration::from_hours(365 * 24)).contains(&self.recovery),
             "checkpoint.recovery",
             humantime_serde::re::humantime::format_duration(self.recovery),
-            "at least 1s",
+            "1s to 1 year",
             "write \"10m\"",
         );
     }

@@ -30,6 +30,18 @@ impl Failure {
     }
 }
 
+/// What a program was told on its command line; else the exit code, when that was wrong or asked for help alone, which is
+/// printed then.
+///
+/// # Errors
+/// With the exit code to end with.
+pub fn arguments<A: clap::Parser>() -> Result<A, ExitCode> {
+    A::try_parse().map_err(|told| match finish_output(told.print()) {
+        Ok(()) => ExitCode::from(u8::try_from(told.exit_code()).unwrap_or(1)),
+        Err(failure) => report(Err(failure)),
+    })
+}
+
 /// What became of an output. A reader that has seen enough, such as `head`, is no failure.
 ///
 /// # Errors

@@ -2,12 +2,14 @@
 
 #![forbid(unsafe_code)]
 
+mod address;
 mod exit;
 mod plans;
 mod shutdown;
 mod telemetry;
 
-pub use exit::{Failure, finish_output, print, report, with_causes};
+pub use address::HostPort;
+pub use exit::{Failure, arguments, finish_output, print, report, with_causes};
 pub use plans::load_plans;
-pub use shutdown::Shutdown;
+pub use shutdown::{Shutdown, Signal};
 pub use telemetry::{LogTarget, init as init_telemetry};

@@ -1,20 +1,32 @@
 //! From signals to a token that every part of a program watches.
 
+use std::sync::{Arc, OnceLock};
+
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use ulmus_types::ExitStatus;
 
+/// Which signal asked a program to stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Signal {
+    /// SIGINT: somebody pressed Ctrl-C.
+    Interrupt,
+    /// SIGTERM: a scheduler, a service manager or a person wants the process gone.
+    Terminate,
+}
+
 /// Tells a program to save and stop. The second signal ends it at once.
 #[derive(Debug, Clone)]
 pub struct Shutdown {
     token: CancellationToken,
+    signal: Arc<OnceLock<Signal>>,
 }
 
 impl Shutdown {
     /// A shutdown that nobody has asked for, and that only [`Self::request`] brings about.
     pub fn manual() -> Self {
-        Self { token: CancellationToken::new() }
+        Self { token: CancellationToken::new(), signal: Arc::default() }
     }
 
     /// A shutdown that SIGINT and SIGTERM bring about.
@@ -25,34 +37,31 @@ impl Shutdown {
         let shutdown = Self::manual();
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
-        let token = shutdown.token.clone();
+        let asked = shutdown.clone();
         tasks.spawn(async move {
             for count in 0.. {
-                tokio::select! {
-                    _ = interrupt.recv() => {}
-                    _ = terminate.recv() => {}
-                }
+                let signal = tokio::select! {
+                    _ = interrupt.recv() => Signal::Interrupt,
+                    _ = terminate.recv() => Signal::Terminate,
+                };
                 if count > 0 {
                     std::process::exit(i32::from(ExitStatus::Interrupted.code()));
                 }
-                token.cancel();
+                asked.request(signal);
             }
         });
         Ok(shutdown)
     }
 
-    /// Asks for it.
-    pub fn request(&self) {
+    /// Asks for it, as this signal would.
+    pub fn request(&self, signal: Signal) {
+        self.signal.get_or_init(|| signal);
         self.token.cancel();
     }
 
-    /// Whether it was asked for.
-    pub fn is_requested(&self) -> bool {
-        self.token.is_cancelled()
-    }
-
     /// Waits until it is asked for. Cancel safe.
-    pub async fn requested(&self) {
+    pub async fn requested(&self) -> Signal {
         self.token.cancelled().await;
+        *self.signal.get_or_init(|| Signal::Interrupt)
     }
 }

@@ -56,6 +56,24 @@ impl ExitStatus {
     }
 }
 
+impl ExitStatus {
+    const ALL: [Self; 8] = [
+        Self::Done,
+        Self::Failed,
+        Self::InvalidInput,
+        Self::Refused,
+        Self::Fenced,
+        Self::Corrupt,
+        Self::Unavailable,
+        Self::Interrupted,
+    ];
+
+    /// The status that a number stands for.
+    pub fn of_code(code: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|status| u32::from(status.code()) == code)
+    }
+}
+
 impl From<ErrorKind> for ExitStatus {
     fn from(kind: ErrorKind) -> Self {
         match kind {

@@ -5,17 +5,28 @@
 
 #![forbid(unsafe_code)]
 
+mod blame;
 mod digest;
 mod error;
 mod ids;
+mod key;
 mod message;
+mod nonce;
 mod problem;
+mod secret;
+mod text;
 
+pub use blame::Blame;
 pub use digest::{Digest, DigestError};
 pub use error::{ErrorKind, ExitStatus};
-pub use ids::{CheckpointId, Generation, IdError, Incarnation, LaneId, Rank, RunName, Step, WorkerId};
+pub use ids::{CheckpointId, Generation, IdError, Incarnation, LaneId, Rank, RunId, RunName, Step, WorkerId};
+pub use key::GroupKey;
 pub use message::{
-    Assignment, BadUnit, CheckpointKind, FileEntry, Hello, Job, LeaveReason, Peer, Snapshot, SourceReading,
-    StepReport, ToCoordinator, ToWorker, Wish, WorkerStatus,
+    Assignment, BadUnit, CheckpointKind, FileEntry, HEARTBEAT_INTERVAL, Heartbeat, Hello, Job, LeaveReason,
+    Peer, Ready, Repair, Section, Snapshot, SourceReading, StepReport, ToCoordinator, ToWorker, Wish,
+    WorkerStatus,
 };
+pub use nonce::{NONCE_FILE, nonce_digest};
 pub use problem::{Problem, Problems};
+pub use secret::{RunSecret, SessionSecret};
+pub use text::for_people;

@@ -1,17 +1,24 @@
 //! What coordinator and worker say to each other, free of any wire format.
 //!
-//! A worker opens one stream and says [`Hello`]; everything else follows from it. Every message about training
-//! names its generation, so that what was said under an older one can be told apart and fenced. Reports are
+//! A worker opens one stream and says [`Hello`]; everything else follows from it. Whatever it says after that carries
+//! the id of the run that it speaks of, so that nothing of one run is ever taken for another's. Every message about
+//! training names its generation, so that what was said under an older one can be told apart and fenced. Reports are
 //! idempotent: saying the same thing twice changes nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Range;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{CheckpointId, Digest, ErrorKind, Generation, Rank, RunName, Step, WorkerId};
+use crate::{
+    Blame, CheckpointId, Digest, ErrorKind, ExitStatus, Generation, GroupKey, Rank, RunId, RunName,
+    SessionSecret, Step, WorkerId,
+};
+
+/// How often a worker tells that it lives.
+pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How a worker introduces itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +35,10 @@ pub struct Hello {
     pub threads: u32,
     /// Process id, so that a coordinator knows its own children again.
     pub pid: u32,
+    /// The run that it belongs to already, because it was welcomed there before.
+    pub run: Option<RunId>,
+    /// What the welcome to that run gave it: proves that it is the worker that it says it is.
+    pub secret: Option<SessionSecret>,
     /// What it is doing; a worker that rejoins may be in the middle of training or of a job.
     pub status: WorkerStatus,
 }
@@ -131,8 +142,13 @@ pub enum LeaveReason {
     Exhausted(String),
     /// A unit of a source cannot be read; the text tells why.
     BadUnit(BadUnit, String),
-    /// The collective broke or was aborted; the text tells what was seen.
-    Lost(String),
+    /// The collective broke or was aborted.
+    Lost {
+        /// The neighbour whose fault it seems to be, and how, if it was seen.
+        suspect: Option<(Rank, Blame)>,
+        /// What was seen.
+        message: String,
+    },
     /// Training cannot go on: damaged data, a gradient that is not finite.
     Failed {
         /// What can be done about it.
@@ -140,6 +156,63 @@ pub enum LeaveReason {
         /// What happened.
         message: String,
     },
+}
+
+/// What a worker's trainer is doing, as far as waiting for it is concerned.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Section {
+    /// Nothing, or a job.
+    #[default]
+    Idle,
+    /// It forms a group: connects, and agrees on a state.
+    Forming,
+    /// It computes its share of a step.
+    Computing,
+    /// It is in a collective operation with the others.
+    Collective,
+    /// It waits for text that is not there yet.
+    Reading,
+    /// It measures the held-out loss.
+    Measuring,
+    /// It waits until an older state is stored.
+    Storing,
+}
+
+/// That a worker lives, and how far it has come.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Heartbeat {
+    /// The group that it is in, if any.
+    pub generation: Generation,
+    /// Collective operations of the group that it has entered: of a group that stands still, the member that stays
+    /// behind is the culprit.
+    pub collective: u64,
+    /// What the trainer is doing.
+    pub section: Section,
+    /// How long ago it began that, or last said that it still waits.
+    pub since: Duration,
+    /// Processor time that the process has used so far: a job that does not move uses none.
+    pub busy: Duration,
+}
+
+/// Steps that are trained once more because a milestone is damaged.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Repair {
+    /// Milestones to make again. Training begins from the newest good checkpoint before the first of them and ends
+    /// with the last.
+    pub milestones: BTreeSet<Step>,
+}
+
+/// Everything that a worker that can take work has not been told is recorded.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Ready {
+    /// Hash of one fixed micro-batch's gradients: tells its arithmetic.
+    pub fingerprint: Digest,
+    /// The last group that it was in.
+    pub generation: Option<Generation>,
+    /// Updates that were done there and not yet confirmed, oldest first.
+    pub reports: Vec<StepReport>,
+    /// States that it keeps in memory.
+    pub snapshots: Vec<Snapshot>,
 }
 
 /// Whether a checkpoint is kept.
@@ -234,12 +307,20 @@ pub struct Assignment {
     pub rank: Rank,
     /// Workers in it.
     pub size: u32,
+    /// By which its members know each other.
+    pub key: GroupKey,
     /// The one before it in the ring.
     pub previous: Peer,
     /// The one after it in the ring.
     pub next: Peer,
     /// Its share of every update's micro-batches.
     pub micro_batches: Range<u64>,
+    /// Updates that the coordinator has recorded: no checkpoint of a later step is taken up.
+    pub recorded: Step,
+    /// Whether training may begin from the seed, if no member has a state and no checkpoint holds.
+    pub may_begin: bool,
+    /// Set when the group trains some steps once more.
+    pub repair: Option<Repair>,
 }
 
 /// What a group is asked to do at the end of a step that all its members agree on.
@@ -258,15 +339,21 @@ pub enum Wish {
 pub enum ToCoordinator {
     /// The first message.
     Hello(Hello),
-    /// The nonce that the worker read in the run's store, or why it could not.
-    StoreRead(Result<String, String>),
-    /// The worker can take work; the hash of one fixed micro-batch's gradients tells its arithmetic.
-    Ready(Digest),
-    /// It lives.
-    Beat {
-        /// Sequence number of the collective it is in; a rank that hangs is the one that stays behind.
-        collective: u64,
+    /// What the worker read in the run's store, as [`crate::nonce_digest`] of it, or why it could not.
+    StoreRead(Result<Digest, String>),
+    /// The worker can take work.
+    Ready(Ready),
+    /// The worker cannot take up the run, and leaves.
+    Unfit {
+        /// What can be done about it.
+        kind: ErrorKind,
+        /// Why.
+        message: String,
     },
+    /// The worker was asked to leave: it wants to hand over what it has, and go.
+    Draining,
+    /// It lives.
+    Heartbeat(Heartbeat),
     /// It has reached its neighbours in the group, and now takes part in agreeing on a state, which may take long.
     Connected(Generation),
     /// Its group agrees on the step to go on from.
@@ -312,6 +399,8 @@ pub enum ToCoordinator {
     WriteFailed {
         /// The checkpoint.
         checkpoint: CheckpointId,
+        /// What can be done about it.
+        kind: ErrorKind,
         /// What happened.
         message: String,
     },
@@ -334,7 +423,34 @@ pub enum ToCoordinator {
         message: String,
         /// The unit whose fault it is, if it is one's.
         bad_unit: Option<BadUnit>,
+        /// The checkpoint that is damaged, if that is the reason.
+        damaged: Option<CheckpointId>,
     },
+}
+
+impl ToCoordinator {
+    /// What kind of message it is, for a person.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Hello(_) => "hello",
+            Self::StoreRead(_) => "store read",
+            Self::Ready(_) => "ready",
+            Self::Unfit { .. } => "unfit",
+            Self::Draining => "draining",
+            Self::Heartbeat(_) => "heartbeat",
+            Self::Connected(_) => "connected",
+            Self::Formed { .. } => "formed",
+            Self::Steps { .. } => "steps",
+            Self::Reading { .. } => "reading",
+            Self::Left { .. } => "left",
+            Self::Snapshot(_) => "snapshot",
+            Self::Written { .. } => "written",
+            Self::WriteFailed { .. } => "write failed",
+            Self::Notice(_) => "notice",
+            Self::JobDone { .. } => "job done",
+            Self::JobFailed { .. } => "job failed",
+        }
+    }
 }
 
 /// From coordinator to worker.
@@ -344,12 +460,14 @@ pub enum ToWorker {
     Welcome {
         /// The run.
         run: RunName,
+        /// Tells it from every other run, of whatever name.
+        id: RunId,
+        /// What this worker proves with that it is itself, when it has to connect anew.
+        secret: SessionSecret,
         /// The resolved plan, as TOML.
         plan: String,
-        /// The folder of the run, as a URL.
+        /// The folder of the run, as a URL. The worker must prove that it sees it: see [`crate::nonce_digest`].
         store: String,
-        /// A file in that folder, and the worker must say what it contains.
-        nonce_path: String,
     },
     /// The worker may not join, or no longer.
     Refused {
@@ -377,6 +495,6 @@ pub enum ToWorker {
     Release(CheckpointId),
     /// Do a job.
     Run(Job),
-    /// The run is over; leave.
-    Finish,
+    /// The run is over, or goes on without this worker; leave, with this exit code.
+    Finish(ExitStatus),
 }

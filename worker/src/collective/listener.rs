@@ -2,28 +2,39 @@
 //!
 //! It is bound once, so that its address can be told to others before any group exists. A thread of its own accepts
 //! connections and reads who is calling; what it protects is that a connection reaches the group it is meant for and
-//! no other: callers of an older generation, of another run or looking for an earlier life of this process are told
-//! so and dropped. Neighbours that are ahead, because they heard of a new generation first, are kept until this
-//! process hears of it too.
+//! no other: callers of an older generation, of another run, without the group's key or looking for an earlier life of
+//! this process are told so and dropped. Neighbours that are ahead, because they heard of a new generation first, are
+//! kept until this process hears of it too; only then it has the key that tells whether they are neighbours.
+//!
+//! Anybody can call, so whatever a stranger can fill is small, of its own, and gives way to the newest: a member sends
+//! all of its greeting at once, and calls again when it was dropped.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use ulmus_types::{Digest, Generation, Incarnation};
+use socket2::SockRef;
+use ulmus_types::{Digest, Generation, GroupKey, Incarnation};
 
 use super::frame::{Answer, Greeting};
+use super::link;
 use super::wake::{Wake, readable, wait};
 
 /// How long a caller may take to say who it is.
-const GREETING_TIME: Duration = Duration::from_secs(5);
+const GREETING_TIME: Duration = Duration::from_secs(2);
 /// How long a neighbour that is ahead is kept. It calls again if it still wants to.
 const PARKING_TIME: Duration = Duration::from_secs(30);
-/// Callers that are kept at a time; a group has one for each process, so more are a mistake or an attack.
-const CALLERS: usize = 64;
+/// Callers at a time that have not said who they are; one more takes the place of the oldest.
+const CALLERS: usize = 128;
+/// How many of them may be from one address.
+const CALLERS_OF_ONE_ADDRESS: usize = 64;
+/// Callers at a time that have said who they are and wait for their group; a process has one for each generation.
+const PARKED: usize = 64;
+/// Callers that the system keeps until they are accepted. Where there is room, nobody has to come again a second later.
+const BACKLOG: i32 = 4096;
 /// Pause after the system could not accept a connection, for instance because of too many open files.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -48,23 +59,52 @@ struct Shared {
 #[derive(Debug, Default)]
 struct State {
     /// The newest group that this process was assigned to.
-    newest: Option<(Digest, Generation)>,
-    parked: Vec<Parked>,
+    newest: Option<Membership>,
+    /// Members of that group.
+    proved: Parked,
+    /// Who says that it is of a later one.
+    early: Parked,
 }
 
+/// What a process knows of its newest group.
+#[derive(Debug, Clone, Copy)]
+struct Membership {
+    run: Digest,
+    generation: Generation,
+    key: GroupKey,
+}
+
+/// Callers that wait for their group, the oldest first; of each place in a group only the last one.
+#[derive(Debug, Default)]
+struct Parked(Vec<Parking>);
+
 #[derive(Debug)]
-struct Parked {
+struct Parking {
     greeting: Greeting,
+    proof: blake3::Hash,
     stream: TcpStream,
     until: Instant,
 }
 
 /// Somebody who has not finished the greeting.
+#[derive(Debug)]
 struct Caller {
+    from: IpAddr,
     stream: TcpStream,
     bytes: [u8; Greeting::BYTES],
     filled: usize,
     until: Instant,
+}
+
+/// What is done with a caller that has said who it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    /// It is a member of the newest group.
+    Proved,
+    /// It may be one of a later group.
+    Early,
+    /// It cannot be let in, whatever comes.
+    Refused(Answer),
 }
 
 impl Listener {
@@ -75,6 +115,8 @@ impl Listener {
     pub fn bind(address: SocketAddr, incarnation: Incarnation) -> io::Result<Self> {
         let socket = TcpListener::bind(address)?;
         socket.set_nonblocking(true)?;
+        // The standard library asks for a short queue; the system allows what it allows.
+        SockRef::from(&socket).listen(BACKLOG)?;
         let address = socket.local_addr()?;
         let shared = Arc::new(Shared {
             incarnation,
@@ -99,39 +141,32 @@ impl Listener {
         self.shared.incarnation
     }
 
-    /// From now on this process is in `generation` of `run`: whoever calls for an older one is refused.
-    pub(super) fn advance(&mut self, run: Digest, generation: Generation) {
+    /// From now on this process is in `generation` of `run`: whoever calls for an older one, or does not have its key, is
+    /// refused.
+    pub(super) fn advance(&mut self, run: Digest, generation: Generation, key: GroupKey) {
         let mut state = self.shared.state();
-        state.newest = Some((run, generation));
-        let parked = std::mem::take(&mut state.parked);
-        for caller in parked {
-            match judge(&caller.greeting, self.shared.incarnation, state.newest) {
-                Some(refusal) => answer(&caller.stream, refusal),
-                None => state.parked.push(caller),
-            }
+        state.newest = Some(Membership { run, generation, key });
+        let waiting =
+            std::mem::take(&mut state.proved.0).into_iter().chain(std::mem::take(&mut state.early.0));
+        for caller in waiting {
+            state.park(caller, self.shared.incarnation);
         }
     }
 
-    /// The connection of the one who greets exactly so, if it has called. Whoever else claims this place in
-    /// the group is refused.
+    /// The connection of the one who greets exactly so, if it has called. Whoever else claims a place in the group is
+    /// refused.
     pub(super) fn take(&mut self, expected: &Greeting) -> Option<TcpStream> {
         self.shared.arrival.lower();
         let mut state = self.shared.state();
+        let key = state.newest?.key;
         let mut taken = None;
-        let parked = std::mem::take(&mut state.parked);
-        for caller in parked {
+        for caller in std::mem::take(&mut state.proved.0) {
             if caller.greeting == *expected {
-                // Of several calls the last counts: the caller gave up the others.
+                answer(&caller.stream, &Answer::welcome(expected, &key));
                 taken = Some(caller.stream);
-            } else if (caller.greeting.run, caller.greeting.generation) == (expected.run, expected.generation)
-            {
-                answer(&caller.stream, Answer::NotYourNeighbour);
             } else {
-                state.parked.push(caller);
+                answer(&caller.stream, &Answer::NotYourNeighbour.refusal());
             }
-        }
-        if let Some(stream) = &taken {
-            answer(stream, Answer::Welcome);
         }
         taken
     }
@@ -167,12 +202,13 @@ impl Shared {
             callers.retain(|caller| caller.until > now);
             let mut until = self.expire(now);
             until = callers.iter().map(|caller| caller.until).chain([until]).min().unwrap_or(until);
-            deaf_until = deaf_until.filter(|deaf| *deaf > now);
+            let deaf = deaf_until.is_some_and(|deaf| deaf > now);
 
             let mut sources = vec![readable(&self.quit)];
-            match deaf_until {
-                Some(deaf) => until = until.min(deaf),
-                None => sources.push(readable(socket)),
+            if deaf {
+                until = deaf_until.map_or(until, |deaf| until.min(deaf));
+            } else {
+                sources.push(readable(socket));
             }
             sources.extend(callers.iter().map(|caller| readable(&caller.stream)));
             if let Err(error) = wait(&mut sources, until) {
@@ -184,64 +220,116 @@ impl Shared {
             }
             drop(sources);
 
-            if deaf_until.is_none() && accept(socket, &mut callers).is_err() {
-                deaf_until = Some(Instant::now() + PAUSE);
-            }
-            for mut caller in std::mem::take(&mut callers) {
-                match caller.read() {
-                    Ok(None) => callers.push(caller),
-                    Ok(Some(greeting)) => self.sort(greeting, caller.stream),
-                    Err(error) => tracing::debug!(%error, "a caller went away before it said who it is"),
+            callers =
+                std::mem::take(&mut callers).into_iter().filter_map(|caller| self.hear(caller)).collect();
+            if !deaf {
+                match self.accept(socket, &mut callers) {
+                    Ok(()) => deaf_until = None,
+                    Err(error) => {
+                        // Said once, not ten times a second.
+                        if deaf_until.is_none() {
+                            tracing::warn!(%error, "cannot accept connections of other workers, will try again");
+                        }
+                        // Files are what is short, and strangers have them.
+                        callers.drain(..callers.len().div_ceil(2));
+                        deaf_until = Some(Instant::now() + PAUSE);
+                    }
                 }
             }
         }
+    }
+
+    /// Accepts whoever is waiting, but no more at a time than are kept. An error asks for a pause.
+    fn accept(&self, socket: &TcpListener, callers: &mut Vec<Caller>) -> io::Result<()> {
+        for _ in 0..CALLERS {
+            match socket.accept() {
+                Ok((stream, address)) => {
+                    if link::prepare(&stream).is_ok() {
+                        let until = Instant::now() + GREETING_TIME;
+                        let (from, bytes) = (address.ip(), [0; Greeting::BYTES]);
+                        let caller = Caller { from, stream, bytes, filled: 0, until };
+                        callers.extend(self.hear(caller));
+                        make_room(callers);
+                    }
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::Interrupted) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what a caller has to say; gives it back when that is not all.
+    fn hear(&self, mut caller: Caller) -> Option<Caller> {
+        match caller.read() {
+            Ok(None) => return Some(caller),
+            Ok(Some((greeting, proof))) => {
+                let until = Instant::now() + PARKING_TIME;
+                let caller = Parking { greeting, proof, stream: caller.stream, until };
+                if self.state().park(caller, self.incarnation) {
+                    self.arrival.raise();
+                }
+            }
+            Err(error) => tracing::debug!(%error, "a caller went away before it said who it is"),
+        }
+        None
     }
 
     /// Drops parked callers whose time is over; answers when the next one's is.
     fn expire(&self, now: Instant) -> Instant {
         let mut state = self.state();
-        state.parked.retain(|caller| caller.until > now);
-        state.parked.iter().map(|caller| caller.until).min().unwrap_or(now + PARKING_TIME)
-    }
-
-    fn sort(&self, greeting: Greeting, stream: TcpStream) {
-        let mut state = self.state();
-        if let Some(refusal) = judge(&greeting, self.incarnation, state.newest) {
-            tracing::debug!(?greeting, reason = refusal.text(), "refused a connection");
-            answer(&stream, refusal);
-            return;
-        }
-        if state.parked.len() == CALLERS {
-            state.parked.remove(0);
-        }
-        state.parked.push(Parked { greeting, stream, until: Instant::now() + PARKING_TIME });
-        self.arrival.raise();
+        state.proved.0.retain(|caller| caller.until > now);
+        state.early.0.retain(|caller| caller.until > now);
+        let waiting = state.proved.0.iter().chain(&state.early.0);
+        waiting.map(|caller| caller.until).min().unwrap_or(now + PARKING_TIME)
     }
 }
 
-/// Accepts whoever is waiting. An error asks for a pause.
-fn accept(socket: &TcpListener, callers: &mut Vec<Caller>) -> io::Result<()> {
-    while callers.len() < CALLERS {
-        match socket.accept() {
-            Ok((stream, _)) => {
-                if stream.set_nonblocking(true).is_ok() && stream.set_nodelay(true).is_ok() {
-                    let until = Instant::now() + GREETING_TIME;
-                    callers.push(Caller { stream, bytes: [0; Greeting::BYTES], filled: 0, until });
-                }
-            }
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
-            Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection of another worker, will try again");
-                return Err(error);
+impl State {
+    /// Keeps a caller until its group takes it, or refuses it. Answers whether it was kept.
+    fn park(&mut self, caller: Parking, me: Incarnation) -> bool {
+        match judge(&caller.greeting, caller.proof, me, self.newest.as_ref()) {
+            Verdict::Proved => self.proved.add(caller),
+            Verdict::Early => self.early.add(caller),
+            Verdict::Refused(refusal) => {
+                tracing::debug!(greeting = ?caller.greeting, reason = refusal.text(), "refused a connection");
+                answer(&caller.stream, &refusal.refusal());
+                return false;
             }
         }
+        true
     }
-    Err(ErrorKind::QuotaExceeded.into())
+}
+
+impl Parked {
+    fn add(&mut self, caller: Parking) {
+        let place = |caller: &Parking| (caller.greeting.generation, caller.greeting.from);
+        // Whoever calls again has given up its earlier call.
+        self.0.retain(|other| place(other) != place(&caller));
+        if self.0.len() == PARKED {
+            self.0.remove(0);
+        }
+        self.0.push(caller);
+    }
+}
+
+/// Drops the oldest caller if the last one is one too many: of its address if there are too many of that.
+fn make_room(callers: &mut Vec<Caller>) {
+    let Some(newest) = callers.last().map(|caller| caller.from) else { return };
+    let mut same = callers.iter().enumerate().filter(|(_, caller)| caller.from == newest);
+    let first_of_address = same.next().map_or(0, |(index, _)| index);
+    // The first one is counted already.
+    if same.count() + 1 > CALLERS_OF_ONE_ADDRESS {
+        callers.remove(first_of_address);
+    } else if callers.len() > CALLERS {
+        callers.remove(0);
+    }
 }
 
 impl Caller {
-    fn read(&mut self) -> io::Result<Option<Greeting>> {
+    fn read(&mut self) -> io::Result<Option<(Greeting, blake3::Hash)>> {
         while self.filled < Greeting::BYTES {
             match self.stream.read(&mut self.bytes[self.filled..]) {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
@@ -255,50 +343,121 @@ impl Caller {
     }
 }
 
-/// Why a caller cannot be let in, whatever comes; `None` when it may be meant for the newest group or a later one.
-fn judge(greeting: &Greeting, me: Incarnation, newest: Option<(Digest, Generation)>) -> Option<Answer> {
+/// What becomes of a caller.
+fn judge(greeting: &Greeting, proof: blake3::Hash, me: Incarnation, newest: Option<&Membership>) -> Verdict {
     if greeting.to_incarnation != me {
-        return Some(Answer::OtherIncarnation);
+        return Verdict::Refused(Answer::OtherIncarnation);
     }
-    let (run, generation) = newest?;
-    if greeting.run != run {
-        Some(Answer::OtherRun)
-    } else if greeting.generation < generation {
-        Some(Answer::StaleGeneration)
+    let Some(Membership { run, generation, key }) = newest else { return Verdict::Early };
+    if greeting.run != *run {
+        Verdict::Refused(Answer::OtherRun)
+    } else if greeting.generation > *generation {
+        Verdict::Early
+    } else if greeting.generation < *generation {
+        Verdict::Refused(Answer::StaleGeneration)
+    } else if greeting.is_proved(proof, key) {
+        Verdict::Proved
     } else {
-        None
+        Verdict::Refused(Answer::OtherKey)
     }
 }
 
-fn answer(mut stream: &TcpStream, answer: Answer) {
-    // One byte fits the empty buffer of a new connection; if the caller is gone, it needs no answer.
-    drop(stream.write(&[answer.encode()]));
+fn answer(mut stream: &TcpStream, answer: &[u8; Answer::BYTES]) {
+    // It fits the empty buffer of a new connection; if the caller is gone, it needs no answer.
+    drop(stream.write(answer));
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use ulmus_types::Rank;
 
     use super::*;
 
-    #[test]
-    fn only_the_newest_group_and_later_ones_are_let_in() {
-        let me = Incarnation::new(5);
-        let run = Digest::of(b"run");
-        let greeting = |run: Digest, generation: u64, to: u64| Greeting {
+    fn greeting(run: Digest, generation: u64, to: u64) -> Greeting {
+        Greeting {
             run,
             generation: Generation::new(generation),
             from: Rank::new(0),
             from_incarnation: Incarnation::new(1),
             to_incarnation: Incarnation::new(to),
+        }
+    }
+
+    #[test]
+    fn only_members_of_the_newest_group_and_later_callers_are_let_in() {
+        let (run, other) = (Digest::of(b"run"), Digest::of(b"other"));
+        let key = GroupKey::from_bytes([1; 32]);
+        let judge = |run: Digest, generation: u64, to: u64, newest: Option<&Membership>| {
+            let greeting = greeting(run, generation, to);
+            let (_, proof) = Greeting::decode(&greeting.encode(&key)).unwrap();
+            super::judge(&greeting, proof, Incarnation::new(5), newest)
         };
-        let newest = Some((run, Generation::new(3)));
-        assert_eq!(judge(&greeting(run, 3, 5), me, newest), None);
-        assert_eq!(judge(&greeting(run, 4, 5), me, newest), None);
-        assert_eq!(judge(&greeting(run, 2, 5), me, newest), Some(Answer::StaleGeneration));
-        assert_eq!(judge(&greeting(run, 3, 6), me, newest), Some(Answer::OtherIncarnation));
-        let other = Digest::of(b"other");
-        assert_eq!(judge(&greeting(other, 3, 5), me, newest), Some(Answer::OtherRun));
-        assert_eq!(judge(&greeting(other, 3, 5), me, None), None);
+        let newest = Membership { run, generation: Generation::new(3), key };
+        assert_eq!(judge(run, 3, 5, Some(&newest)), Verdict::Proved);
+        assert_eq!(judge(run, 4, 5, Some(&newest)), Verdict::Early);
+        assert_eq!(judge(run, 2, 5, Some(&newest)), Verdict::Refused(Answer::StaleGeneration));
+        assert_eq!(judge(run, 3, 6, Some(&newest)), Verdict::Refused(Answer::OtherIncarnation));
+        assert_eq!(judge(other, 3, 5, Some(&newest)), Verdict::Refused(Answer::OtherRun));
+        assert_eq!(judge(other, 3, 5, None), Verdict::Early);
+        let other_key = Membership { key: GroupKey::from_bytes([2; 32]), ..newest };
+        assert_eq!(judge(run, 3, 5, Some(&other_key)), Verdict::Refused(Answer::OtherKey));
+        // Not yet: the key of a later generation is not known.
+        assert_eq!(judge(run, 4, 5, Some(&other_key)), Verdict::Early);
+    }
+
+    fn stream(port: &TcpListener) -> TcpStream {
+        drop(TcpStream::connect(port.local_addr().unwrap()).unwrap());
+        port.accept().unwrap().0
+    }
+
+    #[test]
+    fn the_newest_of_each_place_is_kept_and_no_more_than_fit() {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut parked = Parked::default();
+        let mut add = |rank: u32| {
+            let greeting = Greeting { from: Rank::new(rank), ..greeting(Digest::of(b"run"), 1, 5) };
+            let stream = stream(&port);
+            let descriptor = stream.as_raw_fd();
+            let proof = blake3::hash(b"");
+            parked.add(Parking { greeting, proof, stream, until: Instant::now() });
+            let kept = |caller: &Parking| (caller.greeting.from.get(), caller.stream.as_raw_fd());
+            (descriptor, parked.0.iter().map(kept).collect::<Vec<_>>())
+        };
+        let (_, first) = add(7);
+        assert_eq!(first.len(), 1);
+        let (again, kept) = add(7);
+        assert_eq!(kept, [(7, again)]);
+        for rank in 100..200 {
+            assert!(add(rank).1.len() <= PARKED);
+        }
+        let (_, kept) = add(200);
+        assert_eq!(kept.first().map(|(rank, _)| *rank), Some(201 - PARKED as u32));
+    }
+
+    #[test]
+    fn who_does_not_finish_makes_room_for_the_newest() {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut callers = Vec::new();
+        let add = |callers: &mut Vec<Caller>, from: [u8; 4]| {
+            let bytes = [0; Greeting::BYTES];
+            let stream = stream(&port);
+            callers.push(Caller { from: from.into(), stream, bytes, filled: 0, until: Instant::now() });
+            make_room(callers);
+        };
+        add(&mut callers, [10, 0, 0, 1]);
+        // One address fills its own share.
+        for _ in 0..2 * CALLERS {
+            add(&mut callers, [10, 0, 0, 2]);
+        }
+        assert_eq!(callers.len(), 1 + CALLERS_OF_ONE_ADDRESS);
+        assert_eq!(callers[0].from, IpAddr::from([10, 0, 0, 1]));
+        // Many addresses fill all of it, and the newest are kept.
+        for host in 0..CALLERS as u8 {
+            add(&mut callers, [10, 0, 1, host]);
+        }
+        assert_eq!(callers.len(), CALLERS);
+        assert!(callers.iter().all(|caller| caller.from.to_string().starts_with("10.0.1.")));
     }
 }

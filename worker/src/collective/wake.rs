@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -59,8 +59,14 @@ pub struct AbortHandle {
 struct Shared {
     aborted: AtomicBool,
     wake: Wake,
+    made: Instant,
     entered: AtomicU64,
+    /// When something moved last in the operation that is going on, in milliseconds after `made`, or [`IDLE`].
+    moved: AtomicU64,
 }
+
+/// No operation is going on.
+const IDLE: u64 = u64::MAX;
 
 impl AbortHandle {
     /// A handle for a group that is yet to be formed.
@@ -68,8 +74,13 @@ impl AbortHandle {
     /// # Errors
     /// When the process has no file descriptors left.
     pub fn new() -> io::Result<Self> {
-        let shared =
-            Shared { aborted: AtomicBool::new(false), wake: Wake::new()?, entered: AtomicU64::new(0) };
+        let shared = Shared {
+            aborted: AtomicBool::new(false),
+            wake: Wake::new()?,
+            made: Instant::now(),
+            entered: AtomicU64::new(0),
+            moved: AtomicU64::new(IDLE),
+        };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -89,9 +100,29 @@ impl AbortHandle {
         self.shared.entered.load(Ordering::Relaxed)
     }
 
+    /// How long ago the last byte of the operation that is going on was sent or received, or the operation was entered;
+    /// `None` between two operations.
+    pub fn still_for(&self) -> Option<Duration> {
+        let moved = self.shared.moved.load(Ordering::Relaxed);
+        let moved = (moved != IDLE).then(|| Duration::from_millis(moved))?;
+        Some(self.shared.made.elapsed().saturating_sub(moved))
+    }
+
     /// The group enters its n-th operation.
     pub(super) fn enter(&self, operation: u64) {
         self.shared.entered.store(operation, Ordering::Relaxed);
+        self.moved(Instant::now());
+    }
+
+    /// Something was sent or received.
+    pub(super) fn moved(&self, now: Instant) {
+        let since = now.saturating_duration_since(self.shared.made);
+        self.shared.moved.store(since.as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// The operation is over.
+    pub(super) fn finish(&self) {
+        self.shared.moved.store(IDLE, Ordering::Relaxed);
     }
 }
 

@@ -8,11 +8,14 @@ use std::time::{Duration, Instant};
 use ulmus_types::Rank;
 
 use super::CollectiveError;
-use super::tcp::{lost, or_would_block};
+use super::ring::{lost, or_would_block};
 use super::wake::AbortHandle;
 
 /// A neighbour whose connection has ended may just have finished what this member is about to finish.
 const GRACE: Duration = Duration::from_millis(250);
+
+/// What goes on meanwhile, for a person.
+const OPERATION: &str = "an operation of the devices";
 
 /// The connections of a member, to look at. Of one operation.
 #[derive(Debug)]
@@ -38,10 +41,10 @@ impl Watch {
         if let Some((rank, error)) = self.neighbours.iter().find_map(|(rank, end)| Some((*rank, ended(end)?)))
             && self.ended.get_or_init(Instant::now).elapsed() > GRACE
         {
-            return Some(lost(rank, &error));
+            return Some(lost(rank, &error, &OPERATION));
         }
         let (rank, _) = self.neighbours.first().filter(|_| self.begun.elapsed() > self.within)?;
-        let operation = "an operation of the devices".to_owned();
+        let operation = OPERATION.to_owned();
         Some(CollectiveError::Timeout { rank: *rank, operation, after: self.within })
     }
 }

@@ -127,7 +127,7 @@ fn why(watch: &Watch, error: &NcclError) -> CollectiveError {
 /// What this member has, if all members have theirs.
 fn all<T>(group: &mut dyn Collective, mine: Option<T>) -> Result<Option<T>, CollectiveError> {
     let mut count = [i64::from(mine.is_some())];
-    group.all_reduce((&mut count[..]).into())?;
+    group.all_reduce(&mut count)?;
     Ok(mine.filter(|_| count[0] == group.size() as i64))
 }
 

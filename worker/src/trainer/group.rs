@@ -7,13 +7,12 @@
 
 use std::collections::BTreeSet;
 
-use tokio::sync::mpsc;
 use ulmus_checkpoint::{TrainState, newest_verified};
 use ulmus_model::{StatePart, TrainingBackend};
 use ulmus_types::{Assignment, LeaveReason, Rank, Step, ToCoordinator};
 
 use super::devices::Devices;
-use super::{Report, Training};
+use super::{Reports, Training};
 use crate::WorkerError;
 use crate::collective::Collective;
 use crate::control::Control;
@@ -29,7 +28,7 @@ impl<B: TrainingBackend> Training<B> {
         assignment: &Assignment,
         group: &mut dyn Collective,
         control: &Control,
-        reports: &mpsc::Sender<Report>,
+        reports: &Reports,
     ) -> LeaveReason {
         self.train_in(assignment, group, control, reports).unwrap_or_else(LeaveReason::from)
     }
@@ -39,35 +38,42 @@ impl<B: TrainingBackend> Training<B> {
         assignment: &Assignment,
         group: &mut dyn Collective,
         control: &Control,
-        reports: &mpsc::Sender<Report>,
+        reports: &Reports,
     ) -> Result<LeaveReason, WorkerError> {
         let generation = assignment.generation;
-        reports.blocking_send(Report::Say(ToCoordinator::Connected(generation))).ok();
+        reports.say(ToCoordinator::Connected(generation));
         let mut devices = Devices::join(self.replica.backend().clone(), group, |notice| {
-            reports.blocking_send(Report::Say(ToCoordinator::Notice(notice))).ok();
+            reports.say(ToCoordinator::Notice(notice));
         })?;
-        self.agree(group, devices.as_mut(), reports)?;
+        self.agree(assignment, group, devices.as_mut(), reports)?;
         let step = self.step();
-        reports.blocking_send(Report::Say(ToCoordinator::Formed { generation, step })).ok();
+        reports.say(ToCoordinator::Formed { generation, step });
         self.train(assignment, devices, group, control, reports)
     }
 
     /// Gives every member the newest state in the group.
     fn agree(
         &mut self,
+        assignment: &Assignment,
         group: &mut dyn Collective,
         devices: Option<&mut Devices<B>>,
-        reports: &mpsc::Sender<Report>,
+        reports: &Reports,
     ) -> Result<(), WorkerError> {
         self.open_corpus()?;
+        // A state after the first milestone to make again is of no use for that.
+        if let Some(first) = first_repair(assignment)
+            && self.step() >= first
+        {
+            self.position = None;
+        }
         // 0 stands for no state at all.
         let mut steps = vec![0_i64; group.size()];
         steps[group.rank().index()] =
             self.position.as_ref().map_or(0, |position| position.step.get() as i64 + 1);
-        group.all_reduce((&mut steps[..]).into())?;
+        group.all_reduce(&mut steps)?;
         let newest = steps.iter().copied().max().unwrap_or(0);
         if newest == 0 && group.rank() == Rank::new(0) {
-            self.restore_or_begin(reports)?;
+            self.restore_or_begin(assignment, reports)?;
         }
         if newest > 0 && steps.iter().all(|step| *step == newest) {
             return Ok(());
@@ -87,16 +93,23 @@ impl<B: TrainingBackend> Training<B> {
         Ok(())
     }
 
-    /// Takes up the newest good checkpoint, or begins from the seed.
-    fn restore_or_begin(&mut self, reports: &mpsc::Sender<Report>) -> Result<(), WorkerError> {
+    /// Takes up the newest good checkpoint that may be used, or begins from the seed.
+    fn restore_or_begin(&mut self, assignment: &Assignment, reports: &Reports) -> Result<(), WorkerError> {
         let store = &self.run.store;
-        let (newest, refused) = self.run.wait(newest_verified(store))?;
+        let before = first_repair(assignment).map(|step| Step::new(step.get().saturating_sub(1)));
+        let last = before.map_or(assignment.recorded, |step| step.min(assignment.recorded));
+        let (newest, refused) = self.run.wait(newest_verified(store, self.run.id, last))?;
+        let begins = newest.is_none();
+        if begins && !assignment.may_begin {
+            let faults: Vec<String> = refused.iter().map(|(_, error)| error.to_string()).collect();
+            return Err(WorkerError::NoCheckpoint { store: store.to_string(), faults: faults.join("; ") });
+        }
         for (checkpoint, error) in refused {
             let notice = match &newest {
                 Some(older) => format!("{error}; going on from {} instead of {checkpoint}", older.checkpoint),
                 None => format!("{error}; beginning anew instead of from {checkpoint}"),
             };
-            reports.blocking_send(Report::Say(ToCoordinator::Notice(notice))).ok();
+            reports.say(ToCoordinator::Notice(notice));
         }
         let Some(manifest) = newest else {
             self.replica.initialise(self.run.plan.run.seed);
@@ -177,4 +190,9 @@ impl<B: TrainingBackend> Training<B> {
         }
         Ok(())
     }
+}
+
+/// The first milestone that the group makes again, if it is formed for that.
+fn first_repair(assignment: &Assignment) -> Option<Step> {
+    assignment.repair.as_ref()?.milestones.first().copied()
 }

@@ -7,6 +7,7 @@ mod algorithms;
 mod devices;
 mod group;
 mod step;
+mod watched;
 mod words;
 
 use std::collections::BTreeSet;
@@ -22,7 +23,7 @@ use ulmus_dataloader::{Corpus, Loader, Sequence};
 use ulmus_model::{BatchShape, FIRST_PROPOSALS, MicroBatch, Quantum, Replica, TrainingBackend};
 use ulmus_plan::Algorithms;
 use ulmus_rt::with_causes;
-use ulmus_types::{Assignment, BadUnit, Digest, Job, LeaveReason, Step, ToCoordinator};
+use ulmus_types::{Assignment, BadUnit, Digest, Job, LeaveReason, RunId, Step, ToCoordinator};
 
 use crate::WorkerError;
 use crate::collective::{AbortHandle, CollectiveError, Listener, Place, TcpGroup};
@@ -31,10 +32,12 @@ use crate::jobs;
 use crate::run::Run;
 use crate::snapshot::Held;
 
+use watched::Watched;
+
 /// States that may wait in memory to be stored; a third makes training wait.
 const HELD: usize = 2;
 /// How long a group may take to connect; less than the coordinator allows.
-const FORM_WITHIN: Duration = Duration::from_secs(10);
+const FORM_WITHIN: Duration = Duration::from_secs(4);
 /// How long a collective may stand still. The coordinator notices dead workers long before.
 const STALL: Duration = Duration::from_mins(10);
 /// Seed of the batch that the fingerprint is taken of.
@@ -45,10 +48,10 @@ const FINGERPRINT_SEED: u64 = 0x5eed_f1e9;
 pub(crate) enum Command {
     /// Build the model of a run and take the fingerprint.
     Warm(Run),
-    /// Train in a group.
-    Train(Assignment),
-    /// Do a job.
-    Do(Job),
+    /// Train in a group of a run.
+    Train(RunId, Assignment),
+    /// Do a job of a run.
+    Do(RunId, Job),
 }
 
 /// What the trainer has to say.
@@ -56,8 +59,28 @@ pub(crate) enum Command {
 pub(crate) enum Report {
     /// Something for the coordinator.
     Say(ToCoordinator),
+    /// The run was taken up; the fingerprint of this machine's arithmetic.
+    Warm(Digest),
     /// A state to be stored.
     Keep(Arc<Held>),
+}
+
+/// The trainer's end of the channel to the agent: everything that it says is of one run.
+#[derive(Debug, Clone)]
+pub(crate) struct Reports {
+    run: RunId,
+    sender: mpsc::Sender<(RunId, Report)>,
+}
+
+impl Reports {
+    /// Says something to the coordinator. An agent that is gone hears nothing, and its end ends the process.
+    pub(crate) fn say(&self, message: ToCoordinator) {
+        self.report(Report::Say(message));
+    }
+
+    fn report(&self, report: Report) {
+        self.sender.blocking_send((self.run, report)).ok();
+    }
 }
 
 /// The model of a run, and where its training stands.
@@ -83,7 +106,7 @@ pub(crate) struct Trainer<B: TrainingBackend> {
     threads: usize,
     listener: Listener,
     control: Control,
-    reports: mpsc::Sender<Report>,
+    reports: mpsc::Sender<(RunId, Report)>,
     training: Option<Training<B>>,
 }
 
@@ -93,7 +116,7 @@ impl<B: TrainingBackend> Trainer<B> {
         threads: usize,
         listener: Listener,
         control: Control,
-        reports: mpsc::Sender<Report>,
+        reports: mpsc::Sender<(RunId, Report)>,
     ) -> Self {
         Self { backend, threads, listener, control, reports, training: None }
     }
@@ -101,37 +124,46 @@ impl<B: TrainingBackend> Trainer<B> {
     /// Works until the session is gone.
     pub(crate) fn serve(mut self, commands: &Receiver<Command>) {
         for command in commands {
-            let said = match command {
-                Command::Warm(run) => self.warm(run),
-                Command::Train(assignment) => self.train(&assignment),
-                Command::Do(job) => self.work(job),
+            let (run, report) = match command {
+                Command::Warm(run) => (run.id, self.warm(run)),
+                Command::Train(run, assignment) => (run, Report::Say(self.train(&assignment))),
+                Command::Do(run, job) => (run, Report::Say(self.work(job))),
             };
-            if self.reports.blocking_send(Report::Say(said)).is_err() {
+            if self.reports.blocking_send((run, report)).is_err() {
                 return;
             }
         }
     }
 
-    fn warm(&mut self, run: Run) -> ToCoordinator {
+    fn warm(&mut self, run: Run) -> Report {
+        // Of another run; two models need not fit.
+        self.training = None;
         match Training::new(run, self.backend.clone()) {
             Ok(training) => {
-                let ready = ToCoordinator::Ready(training.fingerprint);
+                let fingerprint = training.fingerprint;
                 self.training = Some(training);
-                ready
+                Report::Warm(fingerprint)
             }
-            Err(error) => ToCoordinator::Notice(format!("cannot take up the run: {}", with_causes(&error))),
+            Err(error) => {
+                Report::Say(ToCoordinator::Unfit { kind: error.kind(), message: with_causes(&error) })
+            }
         }
     }
 
     fn train(&mut self, assignment: &Assignment) -> ToCoordinator {
         let generation = assignment.generation;
         let Some(training) = &mut self.training else {
-            let reason = LeaveReason::Lost("assigned before it was ready".to_owned());
+            let message = "assigned before it was ready".to_owned();
+            let reason = LeaveReason::Lost { suspect: None, message };
             return ToCoordinator::Left { generation, step: Step::default(), reason };
         };
+        let reports = Reports { run: training.run.id, sender: self.reports.clone() };
         let reason = match form(&mut self.listener, &self.control, &training.run, assignment) {
-            Ok(mut group) => training.take_part(assignment, &mut group, &self.control, &self.reports),
-            Err(error) => LeaveReason::Lost(error.to_string()),
+            Ok(group) => {
+                let mut group = Watched::new(group, self.control.clone());
+                training.take_part(assignment, &mut group, &self.control, &reports)
+            }
+            Err(error) => LeaveReason::from(WorkerError::from(error)),
         };
         self.control.leave();
         tracing::info!(%generation, ?reason, "left the group");
@@ -146,15 +178,25 @@ impl<B: TrainingBackend> Trainer<B> {
                 kind: ulmus_types::ErrorKind::Retry,
                 message,
                 bad_unit: None,
+                damaged: None,
             };
         };
-        match jobs::work(&training.run, &self.backend, self.threads, &job) {
-            Ok(result) => ToCoordinator::JobDone { job, result: result.to_string() },
+        let reports = Reports { run: training.run.id, sender: self.reports.clone() };
+        let say = |text: String| reports.say(ToCoordinator::Notice(text));
+        match jobs::work(&training.run, &self.backend, self.threads, &job, &say) {
+            Ok(result) => {
+                // What a job has found is told to people at once; its result is for programs.
+                for line in result["prepared"]["summary"].as_str().unwrap_or_default().lines() {
+                    say(format!("prepare {line}"));
+                }
+                ToCoordinator::JobDone { job, result: result.to_string() }
+            }
             Err(error) => ToCoordinator::JobFailed {
                 job,
                 kind: error.kind(),
                 message: with_causes(&error),
                 bad_unit: error.bad_unit(),
+                damaged: error.damaged_checkpoint(),
             },
         }
     }
@@ -178,6 +220,7 @@ fn form(
         generation: assignment.generation,
         rank: assignment.rank,
         size: assignment.size,
+        key: assignment.key,
         previous: assignment.previous.clone(),
         next: assignment.next.clone(),
     };

@@ -6,21 +6,24 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use ulmus_dataloader::{Cursors, DataError, Loader, Sequence};
 use ulmus_model::{IGNORE, LossSum, MicroBatch, Quantum, Sums, TrainingBackend};
 use ulmus_types::{
-    Assignment, CheckpointId, CheckpointKind, Generation, LaneId, LeaveReason, Step, StepReport,
+    Assignment, CheckpointId, CheckpointKind, Generation, LaneId, LeaveReason, Section, Step, StepReport,
     ToCoordinator,
 };
 
 use super::devices::Devices;
 use super::words::Words;
-use super::{Report, STALL, Training, micro_batch};
+use super::{Report, Reports, STALL, Training, micro_batch};
 use crate::WorkerError;
 use crate::collective::{Collective, chunk};
 use crate::control::{Control, Wishes};
 use crate::snapshot::Held;
+
+/// How often a trainer that waits for a store says so.
+const TELL_EVERY: Duration = Duration::from_millis(250);
 
 /// Why this worker's share of a step cannot be used.
 enum Obstacle {
@@ -43,9 +46,8 @@ impl<B: TrainingBackend> Training<B> {
         mut devices: Option<Devices<B>>,
         group: &mut dyn Collective,
         control: &Control,
-        reports: &mpsc::Sender<Report>,
+        reports: &Reports,
     ) -> Result<LeaveReason, WorkerError> {
-        let plan = Arc::clone(&self.run.plan);
         let lanes = self.host_lanes(assignment)?;
         // A single micro-batch is its own sum.
         let alone = group.size() == 1 && lanes.len() == 1;
@@ -54,36 +56,65 @@ impl<B: TrainingBackend> Training<B> {
         } else {
             Some(Sums::new(self.replica.backend(), self.replica.layout()).map_err(WorkerError::from)?)
         };
-        while self.step().get() < plan.train.iterations {
+        let last = self.last_step(assignment);
+        while self.step() < last {
+            control.begin(Section::Computing);
             let begun = Instant::now();
             let mut times = Times::default();
-            let share = self.share(&lanes, sums.as_mut(), devices.as_mut(), group, &mut times);
+            let share = self.share(&lanes, sums.as_mut(), devices.as_mut(), group, control, &mut times);
             let wishes = control.take_wishes();
             let agreed =
                 self.exchange_words(share.as_ref().ok(), share.as_ref().err(), wishes, group, &mut times)?;
             if agreed.failed > 0 || agreed.exhausted > 0 {
                 // What was begun to be summed never will be.
                 drop(devices);
-                return Ok(self.stopped(&agreed, share.err(), assignment.generation, reports));
+                return Ok(self.stopped(&agreed, share.err(), assignment.generation, control, reports));
             }
-            let grad_norm =
-                self.update(sums.as_mut(), devices.as_mut(), agreed.valid as u64, group, &mut times)?;
-            let report = self.finish_step(&agreed, grad_norm, begun, &times, group)?;
-            let step = report.step.get();
-            let said = ToCoordinator::Steps { generation: assignment.generation, reports: vec![report] };
-            reports.blocking_send(Report::Say(said)).ok();
+            let grad_norm = self.update(
+                sums.as_mut(),
+                devices.as_mut(),
+                agreed.valid as u64,
+                group,
+                control,
+                &mut times,
+            )?;
+            let report = self.finish_step(&agreed, grad_norm, begun, &times, group, control)?;
+            let step = report.step;
+            reports.say(ToCoordinator::Steps { generation: assignment.generation, reports: vec![report] });
 
             let stop = agreed.stop > 0;
-            if plan.checkpoint.is_milestone(step, plan.train.iterations) {
-                self.keep(CheckpointKind::Milestone, assignment.generation, reports);
-            } else if agreed.save > 0 || stop {
-                self.keep(CheckpointKind::Recovery, assignment.generation, reports);
+            if let Some(kind) = self.kept(assignment, step, agreed.save > 0 || stop) {
+                self.keep(kind, assignment.generation, control, reports);
             }
             if stop || agreed.pause > 0 {
                 return Ok(LeaveReason::Agreed);
             }
         }
         Ok(LeaveReason::Finished)
+    }
+
+    /// The last step of the group: that of the plan, or the last one to be made again.
+    fn last_step(&self, assignment: &Assignment) -> Step {
+        let iterations = Step::new(self.run.plan.train.iterations);
+        let repaired = assignment.repair.as_ref().and_then(|repair| repair.milestones.last().copied());
+        repaired.map_or(iterations, |step| step.min(iterations))
+    }
+
+    /// Whether the state after a step is kept, and as what. Of steps that are trained once more the milestones are there
+    /// that are not asked for.
+    fn kept(&self, assignment: &Assignment, step: Step, asked: bool) -> Option<CheckpointKind> {
+        let plan = &self.run.plan;
+        let on_grid = plan.checkpoint.is_milestone(step.get(), plan.train.iterations);
+        let is_milestone = match &assignment.repair {
+            Some(repair) => repair.milestones.contains(&step),
+            None => on_grid,
+        };
+        match (is_milestone, asked) {
+            (true, _) => Some(CheckpointKind::Milestone),
+            (false, true) if on_grid => Some(CheckpointKind::Milestone),
+            (false, true) => Some(CheckpointKind::Recovery),
+            (false, false) => None,
+        }
     }
 
     /// Takes up the lanes of this worker's micro-batches where the state says they are.
@@ -119,6 +150,7 @@ impl<B: TrainingBackend> Training<B> {
         mut sums: Option<&mut Sums<B>>,
         mut devices: Option<&mut Devices<B>>,
         group: &dyn Collective,
+        control: &Control,
         times: &mut Times,
     ) -> Result<Words, Obstacle> {
         if let Some(sums) = &mut sums {
@@ -132,10 +164,15 @@ impl<B: TrainingBackend> Training<B> {
         for (index, lanes) in lanes.iter().enumerate() {
             let waiting = Instant::now();
             let loader = self.loader.as_mut().expect("lanes are hosted before a step");
-            let rows = loader.take(lanes, per_lane).map_err(|error| match error {
+            let mut waits = || {
+                control.begin(Section::Reading);
+            };
+            let rows = loader.take_telling(lanes, per_lane, &mut waits).map_err(|error| match error {
                 DataError::Exhausted { .. } => Obstacle::Exhausted(error.to_string()),
                 error => Obstacle::Failed(error.into()),
-            })?;
+            });
+            control.begin(Section::Computing);
+            let rows = rows?;
             times.data += waiting.elapsed();
             let batch = micro_batch(&rows, plan.sequence_length());
             let last = index + 1 == count;
@@ -213,7 +250,7 @@ impl<B: TrainingBackend> Training<B> {
         words.stop = i64::from(wishes.stop);
         let mut sum = words.to_vec();
         let waiting = Instant::now();
-        group.all_reduce((&mut sum[..]).into())?;
+        group.all_reduce(&mut sum)?;
         times.communication += waiting.elapsed();
         Ok(Words::from_slice(&sum))
     }
@@ -224,14 +261,15 @@ impl<B: TrainingBackend> Training<B> {
         agreed: &Words,
         obstacle: Option<Obstacle>,
         generation: Generation,
-        reports: &mpsc::Sender<Report>,
+        control: &Control,
+        reports: &Reports,
     ) -> LeaveReason {
         match obstacle {
             Some(Obstacle::Failed(error)) => error.into(),
             // The one whose share it was says why.
             _ if agreed.failed > 0 => LeaveReason::Agreed,
             obstacle => {
-                self.keep(CheckpointKind::Milestone, generation, reports);
+                self.keep(CheckpointKind::Milestone, generation, control, reports);
                 match obstacle {
                     Some(Obstacle::Exhausted(source)) => LeaveReason::Exhausted(source),
                     _ => LeaveReason::Agreed,
@@ -247,6 +285,7 @@ impl<B: TrainingBackend> Training<B> {
         devices: Option<&mut Devices<B>>,
         valid: u64,
         group: &mut dyn Collective,
+        control: &Control,
         times: &mut Times,
     ) -> Result<f64, WorkerError> {
         let Self { replica, quantum, .. } = self;
@@ -260,20 +299,22 @@ impl<B: TrainingBackend> Training<B> {
                 replica.set_mean_gradient(sums, 0..parameters, quantum, valid);
             }
             (Some(sums), Some(devices)) => {
+                control.begin(Section::Collective);
                 let parts = devices.finish(group)?;
                 for own in parts.iter().flat_map(|part| devices.owned(part.clone())) {
                     replica.set_mean_gradient(sums, own, quantum, valid);
                 }
                 devices.all_gather(replica.gradient(), &parts, group)?;
+                control.begin(Section::Computing);
                 times.communication += waiting.elapsed();
             }
             (Some(sums), None) => {
                 let own = chunk(parameters, group.size(), group.rank().index());
                 replica.backend().clone().on_host(sums.values(), |sums| {
-                    group.reduce_scatter((&mut *sums).into())?;
+                    group.reduce_scatter(sums)?;
                     replica.gradient_on_host(|mean| {
                         quantum.mean_into(&sums[own.clone()], valid, &mut mean[own]);
-                        group.all_gather(mean.into())
+                        group.all_gather(mean)
                     })
                 })?;
                 times.communication += waiting.elapsed();
@@ -292,6 +333,7 @@ impl<B: TrainingBackend> Training<B> {
         begun: Instant,
         times: &Times,
         group: &mut dyn Collective,
+        control: &Control,
     ) -> Result<StepReport, WorkerError> {
         let plan = Arc::clone(&self.run.plan);
         let lr = plan.train.learning_rate(self.step().get());
@@ -311,7 +353,7 @@ impl<B: TrainingBackend> Training<B> {
             z_loss: plan.train.z_loss * (Quantum::loss_from_fixed(agreed.z) / valid),
             grad_norm,
             lr,
-            held_out_loss: if due { self.held_out_loss(group)? } else { None },
+            held_out_loss: if due { self.held_out_loss(group, control)? } else { None },
             elapsed,
             data_wait: times.data,
             communication: times.communication,
@@ -319,7 +361,11 @@ impl<B: TrainingBackend> Training<B> {
     }
 
     /// Mean cross-entropy on the held-out sequences, which the group shares out. `None` if there are none.
-    fn held_out_loss(&mut self, group: &mut dyn Collective) -> Result<Option<f64>, WorkerError> {
+    fn held_out_loss(
+        &mut self,
+        group: &mut dyn Collective,
+        control: &Control,
+    ) -> Result<Option<f64>, WorkerError> {
         let plan = Arc::clone(&self.run.plan);
         let length = plan.sequence_length();
         let rows = plan.train.micro_batch as usize;
@@ -328,6 +374,7 @@ impl<B: TrainingBackend> Training<B> {
         let mut words = Words::default();
         let sequences = self.held_out.as_ref().expect("they were read before the update");
         for batch in sequences.chunks(rows).skip(group.rank().index()).step_by(group.size()) {
+            control.begin(Section::Measuring);
             let mut batch = batch.to_vec();
             batch.resize(rows, masked.clone());
             let loss = self.replica.loss(&micro_batch(&batch, length))?;
@@ -337,27 +384,41 @@ impl<B: TrainingBackend> Training<B> {
             })?;
         }
         let mut sum = [words.valid, words.loss];
-        group.all_reduce((&mut sum[..]).into())?;
+        group.all_reduce(&mut sum)?;
         Ok((sum[0] > 0).then(|| Quantum::loss_from_fixed(sum[1]) / sum[0] as f64))
     }
 
     /// Begins to copy the state to host memory, to be stored from there; a moment to say how reading goes, too.
-    fn keep(&mut self, kind: CheckpointKind, generation: Generation, reports: &mpsc::Sender<Report>) {
+    fn keep(&mut self, kind: CheckpointKind, generation: Generation, control: &Control, reports: &Reports) {
         if let Some(loader) = &self.loader {
-            let reading = ToCoordinator::Reading { step: self.step(), sources: loader.readings() };
-            reports.blocking_send(Report::Say(reading)).ok();
+            reports.say(ToCoordinator::Reading { step: self.step(), sources: loader.readings() });
         }
         // Waits while two older ones are still on their way to the store.
-        let room = self.run.wait(Arc::clone(&self.room).acquire_owned());
+        let room = self.run.wait(room(&self.room, || {
+            control.begin(Section::Storing);
+        }));
+        control.begin(Section::Computing);
         let held = Held {
             checkpoint: CheckpointId::new(self.step(), generation),
             kind,
             layout: Arc::new(self.replica.layout().clone()),
             tensors: self.replica.copy_state(),
             train: self.position.clone().expect("a group agrees on a state before it trains"),
-            _room: room.expect("the semaphore is never closed"),
+            store: self.run.store.clone(),
+            _room: room,
         };
-        reports.blocking_send(Report::Keep(Arc::new(held))).ok();
+        reports.report(Report::Keep(Arc::new(held)));
+    }
+}
+
+/// Waits for room for another state in memory, and says several times a second that it waits.
+async fn room(rooms: &Arc<Semaphore>, mut waits: impl FnMut()) -> OwnedSemaphorePermit {
+    loop {
+        let room = Arc::clone(rooms).acquire_owned();
+        if let Ok(room) = tokio::time::timeout(TELL_EVERY, room).await {
+            return room.expect("the semaphore is never closed");
+        }
+        waits();
     }
 }
 

@@ -1,0 +1,290 @@
+//! From a worker's hello to its first work, and how it goes.
+
+use std::time::Duration;
+
+use ulmus_types::{
+    Digest, ErrorKind, ExitStatus, Generation, Hello, Ready, ToWorker, WorkerId, WorkerStatus, for_people,
+};
+
+use crate::coordinator::{Coordinator, TEXT_LIMIT};
+use crate::effect::{Effect, Note};
+use crate::group::Group;
+use crate::members::{Activity, Fault};
+
+/// The longest address that other workers are told: a host's name has 253 characters at most.
+const ADDRESS_LIMIT: usize = 300;
+
+impl Coordinator {
+    /// Whether a worker that introduces itself may have a session. Until it is let in, nothing changes for anybody: a
+    /// stranger who takes a worker's name ends no session of that worker.
+    ///
+    /// # Errors
+    /// What the caller is told, and what it can do about it.
+    pub fn judge(&self, hello: &Hello) -> Result<(), (ErrorKind, String)> {
+        let Hello { worker, version, run, secret, status, .. } = hello;
+        let name = worker.name();
+        if hello.address.len() > ADDRESS_LIMIT || hello.address.chars().any(char::is_control) {
+            let reason = format!("worker {name} has an address that cannot be one; see its --advertise");
+            return Err((ErrorKind::Refused, reason));
+        }
+        if *version != self.settings.version {
+            let reason = format!(
+                "worker {name} is version {} and the coordinator {}; install the same version on both",
+                for_people(version, 40),
+                self.settings.version
+            );
+            return Err((ErrorKind::Refused, reason));
+        }
+        let is_known = self.members.get(worker).is_some()
+            || self.jobs.was_given(worker)
+            || self.rosters.values().any(|members| members.contains(worker));
+        let is_itself = *secret == Some(self.settings.secret.session(worker));
+        if (is_known || *run == Some(self.settings.id)) && !is_itself {
+            let reason = format!(
+                "worker {name} does not have what this run gave to the worker of that name and incarnation; start it again"
+            );
+            return Err((ErrorKind::Refused, reason));
+        }
+        if let Some(other) = self.members.namesake(worker) {
+            let reason =
+                format!("a worker named {} is connected already; give this one another --name", other.name());
+            return Err((ErrorKind::Retry, reason));
+        }
+        if run.is_none() && *status != WorkerStatus::Idle {
+            let reason = format!("worker {name} is busy and names no run; start it again");
+            return Err((ErrorKind::Refused, reason));
+        }
+        Ok(())
+    }
+
+    /// A worker that was let in introduces itself.
+    pub(crate) fn on_hello(&mut self, mut hello: Hello, now: Duration) {
+        let worker = hello.worker.clone();
+        if self.members.get(&worker).is_some() {
+            self.lose(&worker, "it reconnected", now);
+        }
+        if let Some(other) = hello.run.filter(|run| *run != self.settings.id) {
+            self.emit(Note::Remark(format!(
+                "{} comes from run {}; this is run {}, and nothing of the other one counts here",
+                worker.name(),
+                other.short(),
+                self.settings.id.short()
+            )));
+            (hello.run, hello.status) = (None, WorkerStatus::Idle);
+        }
+        hello.device = for_people(&hello.device, 200);
+        self.is_proof_of_death(&worker);
+        self.members.welcome(hello, now);
+        let welcome = ToWorker::Welcome {
+            run: self.settings.run.clone(),
+            id: self.settings.id,
+            secret: self.settings.secret.session(&worker),
+            plan: self.settings.plan.clone(),
+            store: self.settings.store.clone(),
+        };
+        self.send(&worker, welcome);
+    }
+
+    /// A new life of a worker proves that earlier ones are over: nobody waits for them to come back.
+    fn is_proof_of_death(&mut self, worker: &WorkerId) {
+        if let Group::Adopting { members, gone, .. } = &mut self.group {
+            let earlier = |id: &&WorkerId| id.name() == worker.name() && *id != worker;
+            gone.extend(members.iter().filter(earlier).cloned());
+        }
+    }
+
+    pub(crate) fn on_store_read(&mut self, worker: &WorkerId, read: Result<Digest, String>, now: Duration) {
+        let store = &self.settings.store;
+        let why = match read {
+            Ok(nonce) if nonce == self.settings.nonce => {
+                self.members.set(worker, Activity::Warming, now);
+                return;
+            }
+            Ok(_) => format!("what it finds at {store} is another folder"),
+            Err(error) => format!("it cannot read {store}: {}", for_people(&error, TEXT_LIMIT)),
+        };
+        let reason = format!(
+            "worker {} does not share the run's store: {why}; set store.url in the plan to a folder or URL that every worker reaches",
+            worker.name()
+        );
+        self.refuse(worker, ErrorKind::Refused, reason);
+    }
+
+    /// A worker can take work, and has told all that was not confirmed.
+    pub(crate) fn on_ready(&mut self, worker: &WorkerId, ready: Ready, now: Duration) {
+        let Ready { fingerprint, generation, reports, snapshots } = ready;
+        if !self.accept_fingerprint(worker, fingerprint) {
+            return;
+        }
+        let Some(member) = self.members.get_mut(worker) else { return };
+        member.fingerprint = Some(fingerprint);
+        let status = member.hello.status.clone();
+        // Reports come before states and before the worker counts as idle: the next group must not begin with more than
+        // is recorded.
+        if let Some(generation) = generation {
+            self.on_steps(generation, reports);
+        }
+        for snapshot in &snapshots {
+            self.on_snapshot(worker, snapshot, now);
+        }
+        self.emit(Note::Joined(worker.clone()));
+        match status {
+            WorkerStatus::Idle => self.members.set(worker, Activity::Idle, now),
+            WorkerStatus::Training(generation) => {
+                self.members.set(worker, Activity::InGroup(generation), now);
+                self.came_back(worker, generation);
+            }
+            WorkerStatus::Working(job) => {
+                self.members.set(worker, Activity::Working(job.clone()), now);
+                self.jobs.resumed(job, worker.clone());
+            }
+        }
+    }
+
+    fn accept_fingerprint(&mut self, worker: &WorkerId, fingerprint: Digest) -> bool {
+        match self.fingerprint {
+            None => {
+                self.fingerprint = Some(fingerprint);
+                self.effect(Effect::SaveFingerprint(fingerprint));
+            }
+            Some(expected) if expected != fingerprint => {
+                let reason = format!(
+                    "worker {} computes other bits than this run: its fingerprint is {}, the run's {}; exact reduction needs machines of one kind, with one version of Ulmus",
+                    worker.name(),
+                    fingerprint.short(),
+                    expected.short()
+                );
+                self.refuse(worker, ErrorKind::Refused, reason);
+                return false;
+            }
+            Some(_) => {}
+        }
+        true
+    }
+
+    /// A worker that was training while the coordinator, or its connection, was gone.
+    fn came_back(&mut self, worker: &WorkerId, generation: Generation) {
+        if generation == self.generation
+            && let Group::Adopting { members, back, .. } = &mut self.group
+            && members.contains(worker)
+        {
+            back.insert(worker.clone());
+            return;
+        }
+        self.send(worker, ToWorker::Abort(generation));
+    }
+
+    /// Goes on with a group that has come back whole, or ends it as soon as it is known that it cannot.
+    pub(crate) fn adopt(&mut self, now: Duration) {
+        let Group::Adopting { members, back, gone, until } = &self.group else { return };
+        if back.len() == members.len() {
+            let (members, size) = (members.clone(), members.len());
+            self.group = Group::Training { members, since: now, pausing: false };
+            self.had_a_group = true;
+            self.emit(Note::GroupFormed { generation: self.generation, size, step: self.step });
+        } else if *until <= now {
+            let missing: Vec<&str> =
+                members.iter().filter(|id| !back.contains(id)).map(WorkerId::name).collect();
+            let why = format!("{} did not come back", missing.join(", "));
+            self.dissolve(&why, true, now);
+        } else if !gone.is_empty() && members.iter().all(|id| back.contains(id) || gone.contains(id)) {
+            let gone: Vec<&str> = gone.iter().map(WorkerId::name).collect();
+            let why = format!("{} was started anew", gone.join(", "));
+            self.dissolve(&why, true, now);
+        }
+    }
+
+    /// A worker cannot take up the run; it leaves by itself.
+    pub(crate) fn on_unfit(&mut self, worker: &WorkerId, kind: ErrorKind, message: &str) {
+        let message = for_people(message, TEXT_LIMIT);
+        self.unfit = Some((kind, message.clone()));
+        self.emit(Note::Lost(worker.clone(), format!("it cannot take up the run: {message}")));
+        self.members.remove(worker);
+        self.effect(Effect::Disconnect(worker.clone()));
+    }
+
+    pub(crate) fn on_local_workers_failed(&mut self, why: &str) {
+        // Others carry the run.
+        if self.members.iter().any(|(_, member)| member.activity.is_admitted()) {
+            return;
+        }
+        let (status, message) = match &self.unfit {
+            Some((kind, message)) => ((*kind).into(), format!("{why}: {message}")),
+            None => (ExitStatus::Failed, why.to_owned()),
+        };
+        self.exit(status, message);
+    }
+
+    /// A worker was asked to leave. What it does comes to an end first, or is handed over.
+    pub(crate) fn on_draining(&mut self, worker: &WorkerId) {
+        let Some(member) = self.members.get_mut(worker) else { return };
+        if member.draining {
+            return;
+        }
+        member.draining = true;
+        let text = format!("{} was asked to leave, and hands over", worker.name());
+        self.emit(Note::Remark(text));
+    }
+
+    /// Lets those go that were asked to leave and are not needed any more.
+    pub(crate) fn dismiss_drained(&mut self) {
+        let free: Vec<WorkerId> = self
+            .members
+            .iter()
+            .filter(|(id, member)| {
+                let is_busy = match &member.activity {
+                    Activity::InGroup(_) => true,
+                    // Another worker does it from the beginning; that gives the same files.
+                    Activity::Working(_) => false,
+                    // One that was here before has not yet told what it has.
+                    Activity::Greeted | Activity::Warming => member.hello.run.is_some(),
+                    Activity::Idle => self.snapshots.need(id),
+                };
+                member.draining && !is_busy
+            })
+            .map(|(id, _)| id.clone())
+            .collect();
+        for worker in free {
+            self.send(&worker, ToWorker::Finish(ExitStatus::Interrupted));
+            self.effect(Effect::Disconnect(worker.clone()));
+            self.members.remove(&worker);
+            self.jobs.lost(&worker);
+            self.snapshots.lost(&worker);
+            self.emit(Note::Drained(worker));
+        }
+    }
+
+    pub(crate) fn refuse(&mut self, worker: &WorkerId, kind: ErrorKind, reason: String) {
+        self.emit(Note::Remark(format!("refused: {reason}")));
+        self.send(worker, ToWorker::Refused { kind, reason });
+        self.effect(Effect::Disconnect(worker.clone()));
+        // One that is refused after its welcome has no part in anything yet.
+        self.members.remove(worker);
+    }
+
+    /// A worker is gone.
+    pub(crate) fn lose(&mut self, worker: &WorkerId, why: &str, now: Duration) {
+        let Some(member) = self.members.remove(worker) else { return };
+        self.emit(Note::Lost(worker.clone(), why.to_owned()));
+        self.jobs.lost(worker);
+        self.snapshots.lost(worker);
+        if !self.group.contains(worker) {
+            return;
+        }
+        match &mut self.group {
+            Group::Dissolving { waiting, .. } => {
+                waiting.remove(worker);
+            }
+            // It may come back with the state that it has, as long as the window is open.
+            Group::Adopting { back, .. } => {
+                back.remove(worker);
+            }
+            _ => {
+                self.dissolve(&format!("{} is lost", worker.name()), true, now);
+                if !member.draining {
+                    self.sit_out(worker, Fault::Died, "it was lost while it trained, again", now);
+                }
+            }
+        }
+    }
+}

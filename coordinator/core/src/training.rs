@@ -1,0 +1,383 @@
+//! The group: forming it, hearing of its steps, asking things of it, and ending it.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use ulmus_types::{
+    Assignment, BadUnit, CheckpointId, ErrorKind, ExitStatus, Generation, LeaveReason, Rank, Repair, Step,
+    StepReport, ToWorker, Wish, WorkerId, WorkerStatus, for_people,
+};
+
+use crate::coordinator::{Coordinator, TEXT_LIMIT};
+use crate::deadlines::CONNECT_WITHIN;
+use crate::effect::{Effect, Note};
+use crate::group::{self, Group, Suspicion};
+use crate::members::{Activity, Fault};
+
+/// Groups that may fail in a row without one update before the run stops.
+const FUTILE_GROUPS: u32 = 10;
+/// Updates that the time of a step is judged by.
+const PACE: usize = 32;
+
+impl Coordinator {
+    pub(crate) fn dissolve(&mut self, why: &str, abort: bool, now: Duration) {
+        let waiting: BTreeSet<WorkerId> = self
+            .group
+            .members()
+            .into_iter()
+            .filter(|id| {
+                self.members.get(id).is_some_and(|m| m.activity == Activity::InGroup(self.generation))
+            })
+            .collect();
+        if abort {
+            for worker in &waiting {
+                self.send(worker, ToWorker::Abort(self.generation));
+            }
+        }
+        self.emit(Note::GroupEnded(self.generation, why.to_owned()));
+        self.group = Group::Dissolving { waiting, since: now };
+    }
+
+    pub(crate) fn on_connected(&mut self, worker: &WorkerId, generation: Generation) {
+        if generation == self.generation
+            && let Group::Forming { members, connected, .. } = &mut self.group
+            && members.contains(worker)
+        {
+            connected.insert(worker.clone());
+        }
+    }
+
+    pub(crate) fn on_formed(&mut self, worker: &WorkerId, generation: Generation, step: Step, now: Duration) {
+        if generation != self.generation {
+            return;
+        }
+        let Group::Forming { members, formed, .. } = &mut self.group else { return };
+        if members.contains(worker) {
+            formed.insert(worker.clone());
+        }
+        if formed.len() == members.len() {
+            let size = members.len();
+            self.group = Group::Training { members: std::mem::take(members), since: now, pausing: false };
+            self.emit(Note::GroupFormed { generation, size, step });
+        }
+    }
+
+    /// Files reports, those of groups that have ended too: whoever has them was there when the step was done.
+    pub(crate) fn on_steps(&mut self, generation: Generation, reports: Vec<StepReport>) {
+        let (Some(first), Some(last)) = (reports.first(), reports.last()) else { return };
+        let (first, last) = (first.step, last.step);
+        if first > self.step.next() {
+            self.emit(Note::Alarm(format!(
+                "the record lacks steps {} to {}: they were lost with the coordinator's power; the training is not affected",
+                self.step.next(),
+                first.get() - 1
+            )));
+        }
+        self.has_heard_steps = true;
+        if last > self.step {
+            self.futile_groups = 0;
+            self.contradictions = 0;
+            self.failures.clear();
+        }
+        if generation == self.generation
+            && let Group::Training { members, .. } = &self.group
+        {
+            self.proven.clone_from(members);
+            let share = self.settings.micro_batches.div_ceil(members.len() as u64).max(1);
+            for report in &reports {
+                self.pace.push_back(report.elapsed.saturating_sub(report.data_wait) / share as u32);
+            }
+            while self.pace.len() > PACE {
+                self.pace.pop_front();
+            }
+        }
+        self.step = self.step.max(last);
+        self.effect(Effect::SaveSteps(generation, reports));
+        for member in self.members.ids() {
+            self.send(&member, ToWorker::Acknowledge(last));
+        }
+    }
+
+    pub(crate) fn on_left(
+        &mut self,
+        worker: &WorkerId,
+        generation: Generation,
+        step: Step,
+        reason: LeaveReason,
+        now: Duration,
+    ) {
+        match self.members.get(worker).map(|member| &member.activity) {
+            Some(Activity::InGroup(of)) if *of == generation => {
+                self.members.set(worker, Activity::Idle, now);
+            }
+            // It rejoined while it was training, and left before it was ready again.
+            Some(Activity::Greeted | Activity::Warming) => {
+                if let Some(member) = self.members.get_mut(worker) {
+                    member.hello.status = WorkerStatus::Idle;
+                }
+                return;
+            }
+            _ => return,
+        }
+        if generation != self.generation {
+            return;
+        }
+        match &reason {
+            LeaveReason::Finished | LeaveReason::Exhausted(_) => self.on_trained(step, &reason),
+            LeaveReason::Failed { kind, message } => {
+                if self.on_training_failed(worker, step, *kind, message, now) {
+                    return;
+                }
+            }
+            LeaveReason::BadUnit(unit, why) => {
+                let why = for_people(why, TEXT_LIMIT);
+                if !self.leave_out(unit, &why) {
+                    let message = self.too_many_bad_units(&why);
+                    return self
+                        .exit(ExitStatus::Corrupt, format!("training stopped after step {step}: {message}"));
+                }
+            }
+            LeaveReason::Lost { suspect: Some((rank, blame)), .. } => {
+                if let Some(of) = self.rank(generation, *rank) {
+                    self.suspicions.push(Suspicion { by: worker.clone(), of, blame: *blame });
+                }
+            }
+            LeaveReason::Agreed | LeaveReason::Lost { suspect: None, .. } => {}
+        }
+        match &mut self.group {
+            Group::Dissolving { waiting, .. } => {
+                waiting.remove(worker);
+            }
+            Group::Absent { .. } => {}
+            _ => {
+                let (why, abort) = match reason {
+                    LeaveReason::Lost { message, .. } => {
+                        (format!("{}: {}", worker.name(), for_people(&message, TEXT_LIMIT)), true)
+                    }
+                    LeaveReason::BadUnit(unit, _) => (format!("{unit} is left out from now on"), true),
+                    LeaveReason::Failed { .. } => (format!("{} could not go on", worker.name()), true),
+                    LeaveReason::Agreed => (format!("paused at step {step}"), false),
+                    _ => (format!("finished at step {step}"), false),
+                };
+                self.dissolve(&why, abort, now);
+            }
+        }
+    }
+
+    /// The worker that had a rank in a generation.
+    fn rank(&self, generation: Generation, rank: Rank) -> Option<WorkerId> {
+        self.rosters.get(&generation)?.get(rank.index()).cloned()
+    }
+
+    /// Every update is done, or some were done once more.
+    fn on_trained(&mut self, step: Step, reason: &LeaveReason) {
+        if self.trained.is_some() {
+            return;
+        }
+        if let LeaveReason::Exhausted(source) = reason {
+            let source = for_people(source, TEXT_LIMIT);
+            self.emit(Note::Remark(format!(
+                "the run ends at step {step} of {}: {source}",
+                self.settings.iterations
+            )));
+        }
+        self.trained = Some(step);
+        self.effect(Effect::SaveTrained(step));
+    }
+
+    /// Training failed on a worker, while the others are well. It may be the worker's fault alone, so another group tries
+    /// without it, if there is one. Whether the run has ended.
+    fn on_training_failed(
+        &mut self,
+        worker: &WorkerId,
+        step: Step,
+        kind: ErrorKind,
+        message: &str,
+        now: Duration,
+    ) -> bool {
+        let message = for_people(message, TEXT_LIMIT);
+        let message = format!("training stopped after step {step} on {}: {message}", worker.name());
+        self.failures.insert(worker.clone(), (kind, message.clone()));
+        let others = self
+            .members
+            .iter()
+            .filter(|(id, member)| {
+                member.activity.is_admitted() && !member.draining && !self.failures.contains_key(id)
+            })
+            .count();
+        if self.failures.len() > 1 || others < self.settings.min_workers {
+            self.exit(kind.into(), message);
+            return true;
+        }
+        self.emit(Note::Alarm(format!("{message}; another worker tries the step")));
+        self.sit_out(worker, Fault::Unworkable, "training failed on it", now);
+        false
+    }
+
+    fn too_many_bad_units(&self, why: &str) -> String {
+        match self.settings.bad_units {
+            0 => format!("{why}; or set data.on_bad_unit = \"quarantine\" to leave such units out"),
+            most => {
+                format!("{why}; {most} units are left out already, and data.max_bad_units allows no more")
+            }
+        }
+    }
+
+    /// Leaves a unit out from now on, if there may be another one.
+    pub(crate) fn leave_out(&mut self, unit: &BadUnit, why: &str) -> bool {
+        // Several members of a group may have found it.
+        if self.quarantine.contains_key(unit) {
+            return true;
+        }
+        if self.quarantine.len() >= self.settings.bad_units {
+            return false;
+        }
+        // The next group will come further, and there is an end to it.
+        self.futile_groups = 0;
+        self.quarantine.insert(unit.clone(), why.to_owned());
+        self.effect(Effect::SaveQuarantine(self.quarantine.clone()));
+        self.emit(Note::Remark(format!("{unit} is left out from now on: {why}")));
+        true
+    }
+
+    /// After a group has ended: who the next one does without, because others could not work with it.
+    pub(crate) fn judge_suspicions(&mut self, now: Duration) {
+        let suspicions = std::mem::take(&mut self.suspicions);
+        let connected = |id: &WorkerId| self.members.get(id).is_some();
+        let between_living: Vec<Suspicion> =
+            suspicions.into_iter().filter(|said| connected(&said.by) && connected(&said.of)).collect();
+        for worker in group::culprits(&between_living, &self.proven) {
+            let said: BTreeSet<String> = between_living
+                .iter()
+                .filter(|said| said.of == worker || said.by == worker)
+                .map(|said| format!("{} says that {} is {:?}", said.by.name(), said.of.name(), said.blame))
+                .collect();
+            let why = said.into_iter().collect::<Vec<_>>().join(", ").to_lowercase();
+            self.sit_out(&worker, Fault::Unworkable, &why, now);
+        }
+    }
+
+    /// Workers for the next group.
+    fn candidates(&self, now: Duration) -> Vec<WorkerId> {
+        let available = self.members.available(now);
+        if available.len() >= self.settings.min_workers {
+            return available;
+        }
+        self.members.available_if_needed(now)
+    }
+
+    /// Forms a group when training is due and there are enough idle workers.
+    pub(crate) fn form(&mut self, now: Duration) {
+        if !self.training_is_due() {
+            return;
+        }
+        let mut idle = self.candidates(now);
+        let Group::Absent { enough_since } = &mut self.group else { return };
+        if idle.len() < self.settings.min_workers {
+            *enough_since = None;
+            return;
+        }
+        let since = *enough_since.get_or_insert(now);
+        // Later groups are of whoever is there: the survivors of a loss do not wait for a replacement.
+        let first = !self.had_a_group;
+        if first && idle.len() < self.settings.expected_workers && now < since + self.settings.rejoin_window {
+            return;
+        }
+        if self.futile_groups == FUTILE_GROUPS {
+            let message = format!("{FUTILE_GROUPS} groups in a row made no progress; see the workers' logs");
+            return self.exit(ExitStatus::Failed, message);
+        }
+        self.futile_groups += 1;
+        self.had_a_group = true;
+        // Those that have proved themselves have the first ranks; the state is with one of them.
+        idle.sort_by_key(|worker| !self.proven.contains(worker));
+        idle.truncate(self.settings.micro_batches as usize);
+        self.generation = self.generation.next();
+        self.effect(Effect::SaveGeneration(self.generation, idle.clone()));
+        self.remember_roster(self.generation, idle.clone());
+        let repair = self.repair();
+        if let Some(Repair { milestones }) = &repair {
+            let steps: Vec<String> = milestones.iter().map(ToString::to_string).collect();
+            self.emit(Note::Alarm(format!(
+                "training again for the milestones of steps {}",
+                steps.join(", ")
+            )));
+        }
+        let assignments: Vec<(WorkerId, Assignment)> = group::assignments(
+            self.generation,
+            &idle,
+            &self.members,
+            self.settings.micro_batches,
+            self.settings.secret.group(self.generation),
+            self.step,
+            self.settings.from_start || !self.had_checkpoints || repair.is_some(),
+            repair.as_ref(),
+        );
+        for (worker, assignment) in assignments {
+            self.members.set(&worker, Activity::InGroup(self.generation), now);
+            self.send(&worker, ToWorker::Assign(assignment));
+        }
+        self.group = Group::Forming {
+            members: idle,
+            connected: BTreeSet::new(),
+            formed: BTreeSet::new(),
+            until: now + CONNECT_WITHIN,
+        };
+    }
+
+    fn training_is_due(&self) -> bool {
+        self.jobs.is_done("prepare")
+            && !self.is_trained_and_stored()
+            && self.stopping_since.is_none()
+            && (self.trained.is_none() || self.snapshots.is_empty())
+    }
+
+    /// Milestones that are averaged in the end, and are not there though their steps were passed.
+    pub(crate) fn missing_milestones(&self) -> BTreeSet<Step> {
+        let Some(trained) = self.trained else { return BTreeSet::new() };
+        let every = self.settings.milestone_every.max(1);
+        let grid = (1..=trained.get() / every).rev().map(|index| Step::new(index * every));
+        let needed = std::iter::once(trained).chain(grid.filter(|step| *step != trained));
+        let there: BTreeSet<Step> =
+            crate::jobs::milestones(&self.checkpoints).into_iter().map(CheckpointId::step).collect();
+        needed.take(self.settings.average as usize).filter(|step| !there.contains(step)).collect()
+    }
+
+    /// What the next group has to train once more.
+    fn repair(&self) -> Option<Repair> {
+        let milestones = self.missing_milestones();
+        (!milestones.is_empty()).then_some(Repair { milestones })
+    }
+
+    /// Whether every update is done and every milestone that is averaged is stored.
+    pub(crate) fn is_trained_and_stored(&self) -> bool {
+        // What comes after the average does not need them any more.
+        self.trained.is_some() && (self.jobs.is_done("average") || self.missing_milestones().is_empty())
+    }
+
+    /// Asks a training group for what can wait until the end of a step.
+    pub(crate) fn request(&mut self, now: Duration) {
+        let may_join = !self.members.available(now).is_empty();
+        let is_storing = !self.snapshots.is_empty();
+        let Group::Training { members, pausing, .. } = &mut self.group else { return };
+        let is_draining = |id: &WorkerId| self.members.get(id).is_some_and(|member| member.draining);
+        let has_room = (members.len() as u64) < self.settings.micro_batches;
+        let wish = if *pausing {
+            return;
+        } else if self.stopping_since.is_some() || members.iter().any(is_draining) {
+            // What a leaving member knows is stored, or held by those that stay.
+            Wish::Stop
+        } else if may_join && has_room {
+            Wish::Pause
+        } else if now >= self.saved_at + self.settings.recovery && !is_storing {
+            Wish::Save
+        } else {
+            return;
+        };
+        *pausing = wish != Wish::Save;
+        self.saved_at = now;
+        for member in members.clone() {
+            self.send(&member, ToWorker::Wish(self.generation, wish));
+        }
+    }
+}

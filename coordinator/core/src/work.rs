@@ -1,0 +1,105 @@
+//! Jobs: who does which, and what becomes of their results.
+
+use std::time::Duration;
+
+use ulmus_types::{BadUnit, CheckpointId, ErrorKind, Job, ToWorker, WorkerId, for_people};
+
+use crate::coordinator::{Coordinator, TEXT_LIMIT};
+use crate::effect::{Effect, Note};
+use crate::members::Activity;
+
+impl Coordinator {
+    /// The worker can take other work. Whether its result counts: not if another was given the job meanwhile.
+    fn job_ended(&mut self, worker: &WorkerId, job: &Job, now: Duration) -> bool {
+        if self.members.get(worker).is_some_and(|m| m.activity == Activity::Working(job.clone())) {
+            self.members.set(worker, Activity::Idle, now);
+        }
+        self.jobs.ended(job, worker)
+    }
+
+    pub(crate) fn on_job_done(&mut self, worker: &WorkerId, job: Job, result: String, now: Duration) {
+        if !self.job_ended(worker, &job, now) {
+            return;
+        }
+        self.jobs.succeeded(&job);
+        self.effect(Effect::SaveJob(job.clone(), result));
+        self.emit(Note::JobDone(job));
+    }
+
+    pub(crate) fn on_job_failed(
+        &mut self,
+        worker: &WorkerId,
+        job: &Job,
+        kind: ErrorKind,
+        message: &str,
+        bad_unit: Option<&BadUnit>,
+        damaged: Option<CheckpointId>,
+        now: Duration,
+    ) {
+        if !self.job_ended(worker, job, now) {
+            return;
+        }
+        let message = for_people(message, TEXT_LIMIT);
+        if let Some(checkpoint) = damaged.filter(|id| self.checkpoints.contains_key(id)) {
+            return self.on_damaged(checkpoint, &message);
+        }
+        // Preparing freezes the units, so none has a number before it is done.
+        let bad_unit = bad_unit.filter(|_| *job != Job::Prepare);
+        // It may have begun before the unit was left out.
+        let was_known = bad_unit.is_some_and(|unit| self.quarantine.contains_key(unit));
+        if !was_known && bad_unit.is_some_and(|unit| self.leave_out(unit, &message)) {
+            return;
+        }
+        let may_try_again = self.jobs.failed(job, worker);
+        // What they all read can be made again.
+        if kind == ErrorKind::Corrupt && may_try_again && reads_average(job) {
+            self.jobs.undone("average");
+            self.effect(Effect::SaveJobUndone("average".to_owned()));
+            return self.emit(Note::Alarm(format!("{message}; the average is made again")));
+        }
+        // What is wrong with one worker need not be wrong with the next; what is wrong with the input is.
+        let others = self.members.iter().any(|(id, member)| {
+            member.activity.is_admitted() && !member.draining && !self.jobs.has_failed_on(job, id)
+        });
+        let is_worth_it = was_known || others || matches!(kind, ErrorKind::Retry | ErrorKind::Internal);
+        if may_try_again && is_worth_it {
+            self.emit(Note::Remark(format!(
+                "{} failed on {}, trying again: {message}",
+                job.name(),
+                worker.name()
+            )));
+        } else {
+            self.exit(kind.into(), format!("{} failed on {}: {message}", job.name(), worker.name()));
+        }
+    }
+
+    pub(crate) fn start_jobs(&mut self, now: Duration) {
+        if self.stopping_since.is_some() {
+            return;
+        }
+        let mut idle = self.members.available(now);
+        if idle.is_empty() {
+            idle = self.members.available_if_needed(now);
+        }
+        for job in self.jobs.ready(self.is_trained_and_stored(), &self.checkpoints) {
+            let failed = |worker: &WorkerId| self.jobs.has_failed_on(&job, worker);
+            let Some(index) = (0..idle.len()).min_by_key(|index| failed(&idle[*index])) else { break };
+            let elsewhere = self.members.iter().any(|(id, member)| {
+                member.activity.is_admitted() && !member.draining && !self.jobs.has_failed_on(&job, id)
+            });
+            if failed(&idle[index]) && elsewhere {
+                continue;
+            }
+            let worker = idle.remove(index);
+            self.members.set(&worker, Activity::Working(job.clone()), now);
+            self.jobs.started(job.clone(), worker.clone());
+            self.effect(Effect::SaveJobStarted(job.clone(), worker.clone()));
+            self.send(&worker, ToWorker::Run(job.clone()));
+            self.emit(Note::JobStarted(job, worker));
+        }
+    }
+}
+
+fn reads_average(job: &Job) -> bool {
+    matches!(job, Job::EvaluateAverage | Job::Export | Job::Benchmark)
+}

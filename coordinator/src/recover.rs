@@ -1,0 +1,107 @@
+//! A run whose database was lost, from what its folder still tells.
+//!
+//! Checkpoints vouch for themselves, so that every one of them that holds byte for byte is taken up, with a generation
+//! above all that were ever seen: a worker of the lost time cannot be taken for a member of a new group. The metrics come
+//! from `metrics.csv`; jobs are done again.
+
+use std::collections::BTreeSet;
+
+use ulmus_checkpoint::{CheckpointError, Store};
+use ulmus_plan::Plan;
+use ulmus_rt::{Failure, with_causes};
+use ulmus_types::{BadUnit, ExitStatus, Generation, RunId};
+
+use crate::folder::RunFolder;
+use crate::metrics::MetricsFile;
+use crate::store::{Recovered, StoredCheckpoint};
+
+/// What is wrong when there is no database and there are checkpoints: nobody may begin a run in the middle without a word.
+///
+/// # Errors
+/// When there are any, with what to do; or when the store does not answer.
+pub(crate) async fn refuse_to_forget(folder: &RunFolder, plan: &str) -> Result<(), Failure> {
+    let found = ulmus_checkpoint::checkpoints(folder.store())
+        .await
+        .map_err(|error| Failure::of(error.kind(), &error))?;
+    let Some(newest) = found.last() else { return Ok(()) };
+    let message = format!(
+        "{} is lost or empty, and there are {} checkpoints in {}, the newest of them {newest}; restore it, or rebuild it \
+         from what is there with: coordinator --plan {plan} --recover",
+        folder.database().display(),
+        found.len(),
+        folder.shown()
+    );
+    Err(Failure::new(ExitStatus::Corrupt, message))
+}
+
+/// Gathers what the folder tells, and what was found to be damaged.
+///
+/// # Errors
+/// When its checkpoints are of several runs or of another plan, or the store does not answer.
+pub(crate) async fn gather(folder: &RunFolder, plan: &Plan) -> Result<(Recovered, Vec<String>), Failure> {
+    let store = folder.store();
+    let failed = |error: &CheckpointError| Failure::of(error.kind(), error);
+    let mut recovered = Recovered::default();
+    let mut damaged = Vec::new();
+    let mut runs: BTreeSet<RunId> = BTreeSet::new();
+    for id in ulmus_checkpoint::checkpoints(store).await.map_err(|error| failed(&error))? {
+        recovered.generation = recovered.generation.max(id.generation());
+        let manifest = match ulmus_checkpoint::read_manifest(store, id).await {
+            Ok(manifest) => manifest,
+            Err(error) if error.condemns() => {
+                damaged.push(with_causes(&error));
+                continue;
+            }
+            Err(error) => return Err(failed(&error)),
+        };
+        if manifest.plan_digest != plan.digest() {
+            let message = format!(
+                "checkpoint {id} in {} belongs to another plan; give this run another name with --set run.name=NAME",
+                folder.shown()
+            );
+            return Err(Failure::new(ExitStatus::InvalidInput, message));
+        }
+        runs.extend(manifest.run);
+        let faults =
+            ulmus_checkpoint::damaged_files(store, &manifest).await.map_err(|error| failed(&error))?;
+        if faults.is_empty() {
+            recovered.checkpoints.push(StoredCheckpoint {
+                id,
+                kind: manifest.kind,
+                state: manifest.state_digest,
+                files: manifest.files,
+            });
+        } else {
+            damaged.extend(faults.iter().map(|fault| with_causes(fault)));
+        }
+    }
+    if runs.len() > 1 {
+        let runs: Vec<String> = runs.into_iter().map(RunId::short).collect();
+        let message = format!(
+            "{} holds checkpoints of several runs: {}; move those of all but one away",
+            folder.shown(),
+            runs.join(", ")
+        );
+        return Err(Failure::new(ExitStatus::Corrupt, message));
+    }
+    recovered.run = runs.into_iter().next();
+    recovered.quarantine = quarantine(store).await?;
+    recovered.metrics = MetricsFile::read(&folder.path().join("metrics.csv"));
+    let of_metrics = recovered.metrics.iter().map(|row| row.generation).max().unwrap_or_default();
+    recovered.generation = Generation::new(recovered.generation.max(of_metrics).get() + 1000);
+    Ok((recovered, damaged))
+}
+
+async fn quarantine(store: &Store) -> Result<std::collections::BTreeMap<BadUnit, String>, Failure> {
+    let contents = match store.get("quarantine.json").await {
+        Err(ulmus_checkpoint::StoreError::NotFound { .. }) => return Ok(std::collections::BTreeMap::new()),
+        contents => contents.map_err(|error| Failure::of(error.kind(), &error))?,
+    };
+    let units: Vec<(BadUnit, String)> = serde_json::from_slice(&contents).map_err(|error| {
+        Failure::new(
+            ExitStatus::Corrupt,
+            format!("quarantine.json is damaged: {error}; restore it, or delete it"),
+        )
+    })?;
+    Ok(units.into_iter().collect())
+}

@@ -1,0 +1,189 @@
+//! The real program: where it listens, what it prints, and a whole run of a plan that leaves nothing to measure.
+
+#![cfg(feature = "local-workers")]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+
+use serde_json::Value;
+
+const PLAN: &str = r#"
+[run]
+name = "small"
+[local]
+workers = 1
+device = "cpu"
+[cluster]
+dead_after = "10s" # machines that test are busy
+[tokenizer]
+file = "TOKENIZER"
+[model]
+vocab_size = 640
+max_context_length = 64
+num_transformer_layers = 1
+model_dim = 32
+head_dim = 16
+num_gqa_groups = 1
+ffn_dim_divisor = 16
+[data]
+lanes = 1
+min_characters = 1
+min_tokens = 1
+[[data.source]]
+name = "texts"
+url = "texts"
+files = ["*.txt"]
+text = "text"
+[train]
+iterations = 6
+warmup = 1
+sequences = 2
+micro_batch = 2
+held_out_every = 2
+[checkpoint]
+every = 3
+average = 2
+[evaluate]
+prompt = 4
+continuation = 4
+[benchmark]
+prompt = 2
+generate = 2
+runs = 1
+"#;
+
+/// A folder with the plan and 40 texts.
+fn place() -> tempfile::TempDir {
+    let home = tempfile::tempdir().unwrap();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/tiny/tokenizer.model");
+    std::fs::write(home.path().join("plan.toml"), PLAN.replace("TOKENIZER", golden.to_str().unwrap()))
+        .unwrap();
+    std::fs::create_dir(home.path().join("texts")).unwrap();
+    for number in 0..40 {
+        let text = format!("Text number {number} has some words. ").repeat(12);
+        std::fs::write(home.path().join(format!("texts/{number:02}.txt")), text).unwrap();
+    }
+    home
+}
+
+fn coordinator(home: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_coordinator"));
+    command.current_dir(home).args(arguments).stdin(Stdio::null());
+    for variable in ["ULMUS_PLAN", "ULMUS_LISTEN"] {
+        command.env_remove(variable);
+    }
+    command
+}
+
+fn output(home: &Path, arguments: &[&str]) -> Output {
+    coordinator(home, arguments).output().expect("the program can be started")
+}
+
+#[track_caller]
+fn assert_refused(output: &Output, texts: &[&str]) {
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    for text in texts {
+        assert!(message.contains(text), "says nothing of {text:?}: {message}");
+    }
+}
+
+#[test]
+fn output_that_cannot_be_written_is_a_failure() {
+    let home = place();
+    for arguments in [
+        &["--help"][..],
+        &["--version"],
+        &["init"],
+        &["init", "--from", "openelm-270m"],
+        &["--plan", "plan.toml", "--check"],
+        &["--plan", "plan.toml", "--check", "sources"],
+    ] {
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let output = coordinator(home.path(), arguments).stdout(full).output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {message}");
+        assert!(message.contains("No space left"), "{message}");
+        assert!(output_is_whole(home.path(), arguments), "{arguments:?}");
+    }
+    assert!(!home.path().join("runs").exists(), "nothing was started");
+}
+
+fn output_is_whole(home: &Path, arguments: &[&str]) -> bool {
+    let output = output(home, arguments);
+    output.status.success() && !output.stdout.is_empty()
+}
+
+/// Ends with its value.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
+#[test]
+fn it_listens_at_names_as_well() {
+    let home = place();
+    for (listen, at) in [("localhost:0", ":"), ("127.0.0.1:0", "127.0.0.1:"), ("[::1]:0", "[::1]:")] {
+        if listen.starts_with('[') && std::net::TcpListener::bind(listen).is_err() {
+            continue;
+        }
+        let arguments = ["--plan", "plan.toml", "--listen", listen, "--set", "local.workers=0"];
+        // A name that is a number is one all the same.
+        let arguments = [&arguments[..], &["--set", "run.name=1234567"]].concat();
+        let mut running =
+            Running(coordinator(home.path(), &arguments).stdout(Stdio::piped()).spawn().unwrap());
+        let mut line = String::new();
+        BufReader::new(running.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert!(
+            line.starts_with("run 1234567 in ") && line.contains(&format!("join at {at}")) || at == ":",
+            "{line}"
+        );
+        let port: u16 = line.trim().rsplit(':').next().unwrap().parse().unwrap();
+        assert!(port > 0, "{line}");
+    }
+    for (listen, texts) in [
+        ("localhost", &["it has no port", "localhost:7070"][..]),
+        ("::1", &["no port", "[::1]:7070"]),
+        (":7070", &["no host", "0.0.0.0"]),
+        ("localhost:x", &["\"x\" is no port"]),
+        ("no.such.host.invalid:7070", &["cannot listen on no.such.host.invalid:7070", "--listen HOST:PORT"]),
+    ] {
+        let arguments = ["--plan", "plan.toml", "--set", "local.workers=0", "--listen", listen];
+        assert_refused(&output(home.path(), &arguments), texts);
+    }
+}
+
+#[test]
+fn a_run_without_held_out_text_says_so_before_it_trains_and_is_finished() {
+    let home = place();
+    let arguments = ["--plan", "plan.toml", "--set", "data.holdout=1e-9"];
+    let finished = output(home.path(), &arguments);
+    let said = String::from_utf8_lossy(&finished.stdout).into_owned();
+    assert!(finished.status.success(), "{said}{}", String::from_utf8_lossy(&finished.stderr));
+    let notice = said.find("no document is held out").expect(&said);
+    let trains = said.find("trains from step 0").expect(&said);
+    assert!(notice < trains && said.contains("train.held_out_every is 2"), "{said}");
+    assert!(said.contains("\nnot evaluated: no document is held out"), "{said}");
+    assert!(said.contains("\nnot continued: no document is held out"), "{said}");
+    let result = |name: &str| -> Value {
+        serde_json::from_slice(&std::fs::read(home.path().join("runs/small").join(name)).unwrap()).unwrap()
+    };
+    for name in ["evaluate-average", "evaluate-last", "continuations"] {
+        assert!(result(&format!("results/{name}.json"))["skipped"].is_string());
+    }
+    assert!(result("results/benchmark.json")["generate_tokens_per_second"].as_f64().unwrap() > 0.0);
+    assert!(home.path().join("runs/small/export/model.safetensors").is_file());
+    let again = output(home.path(), &arguments);
+    assert!(again.status.success() && String::from_utf8_lossy(&again.stdout).contains("not evaluated"));
+    // The page of a run that is finished must arrive, too.
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let lost = coordinator(home.path(), &arguments).stdout(full).output().unwrap();
+    assert_eq!(lost.status.code(), Some(1), "{lost:?}");
+}

@@ -1,0 +1,89 @@
+//! Patterns of file names, as shells and `rsync` read them: `*` stays within a folder, `**` does not, and what is hidden
+//! is passed by unless the pattern names its dot.
+
+use globset::{GlobBuilder, GlobMatcher};
+
+use crate::error::DataError;
+
+/// A pattern that is matched with paths below a folder.
+#[derive(Debug, Clone)]
+pub(crate) struct FileGlob {
+    whole: GlobMatcher,
+    /// Its parts, those alone that begin with a dot.
+    dotted: Vec<Option<GlobMatcher>>,
+    /// Whether it looks into folders that it does not name.
+    is_deep: bool,
+}
+
+impl FileGlob {
+    pub(crate) fn new(pattern: &str) -> Result<Self, DataError> {
+        let compile = |part: &str| {
+            let glob = GlobBuilder::new(part).literal_separator(true).build();
+            glob.map(|glob| glob.compile_matcher()).map_err(|error| DataError::Pattern {
+                pattern: pattern.to_owned(),
+                reason: error.kind().to_string(),
+            })
+        };
+        let dotted = pattern.split('/').map(|part| is_hidden(part).then(|| compile(part)).transpose());
+        Ok(Self {
+            whole: compile(pattern)?,
+            dotted: dotted.collect::<Result<_, _>>()?,
+            is_deep: pattern.contains("**"),
+        })
+    }
+
+    /// Whether it fits a path, hidden or not.
+    pub(crate) fn fits(&self, path: &str) -> bool {
+        self.whole.is_match(path)
+    }
+
+    /// Whether it names the file at a path.
+    pub(crate) fn matches(&self, path: &str) -> bool {
+        // Without `**`, a part of the pattern stands for one of the path.
+        let names = |(at, part): (usize, &str)| {
+            let named = if self.is_deep { &self.dotted[..] } else { &self.dotted[at..=at] };
+            !is_hidden(part) || named.iter().flatten().any(|dotted| dotted.is_match(part))
+        };
+        self.fits(path) && path.split('/').enumerate().all(names)
+    }
+
+    /// Whether it names anything hidden.
+    pub(crate) fn names_hidden(&self) -> bool {
+        self.dotted.iter().any(Option::is_some)
+    }
+
+    /// Whether it looks into folders that it does not name.
+    pub(crate) const fn is_deep(&self) -> bool {
+        self.is_deep
+    }
+}
+
+/// Whether a part of a path is hidden.
+fn is_hidden(part: &str) -> bool {
+    part.starts_with('.')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_hidden_is_named_by_its_dot() {
+        for (pattern, path, expected) in [
+            ("*.jsonl", "a.jsonl", true),
+            ("*.jsonl", "._a.jsonl", false),
+            ("*.jsonl", "x/a.jsonl", false),
+            ("**/*.jsonl", "a.jsonl", true),
+            ("**/*.jsonl", ".ipynb_checkpoints/a.jsonl", false),
+            ("**/*.jsonl", "x/.y/a.jsonl", false),
+            ("**/*", ".shards.json", false),
+            (".*/*.jsonl", ".x/a.jsonl", true),
+            (".*/*.jsonl", ".x/.a.jsonl", false),
+            ("**/.x/*", "a/.x/b", true),
+            ("._*.jsonl", "._a.jsonl", true),
+            ("[.]a", ".a", false),
+        ] {
+            assert_eq!(FileGlob::new(pattern).unwrap().matches(path), expected, "{pattern} {path}");
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! The files below a folder of this machine.
+//!
+//! Links are followed, to files and to folders, but not upwards: a link to a folder in which it lies would never end.
+//! Whoever counts every file once leaves out what is reached again through a link within the folder.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// A file below a folder.
+#[derive(Debug, Clone)]
+pub(crate) struct Walked {
+    /// Path below the folder, with `/` between its parts, and U+FFFD for what is not UTF-8.
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
+    /// Whether `name` is all of it.
+    pub(crate) is_utf8: bool,
+    /// Whether a link leads to it whose target lies in the folder too, so that it has another name there.
+    pub(crate) is_again: bool,
+}
+
+/// Why something below a folder is no file to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Passed {
+    /// Its name begins with a dot.
+    Hidden,
+    /// A link to a folder in which it lies.
+    Loop,
+    /// A link whose target is not there, or not reached.
+    Dangling,
+    /// A socket, a pipe or a device.
+    Special,
+}
+
+/// What lies below a folder: within each folder sorted by name.
+#[derive(Debug, Default)]
+pub(crate) struct Walk {
+    pub(crate) files: Vec<Walked>,
+    /// What was passed by, with its name.
+    pub(crate) passed: Vec<(Passed, String)>,
+    enters_hidden: bool,
+    root: PathBuf,
+    /// Folders in which the walk is, without links.
+    within: Vec<PathBuf>,
+}
+
+/// Finds all files below a folder; what is hidden only if that is wanted.
+///
+/// # Errors
+/// When a folder cannot be listed, with its path.
+pub(crate) fn walk(folder: &Path, enters_hidden: bool) -> Result<Walk, (PathBuf, io::Error)> {
+    let root = fs::canonicalize(folder).map_err(|error| (folder.to_owned(), error))?;
+    let mut walk = Walk { enters_hidden, root: root.clone(), ..Walk::default() };
+    let place = Place { prefix: String::new(), is_utf8: true, is_again: false };
+    walk.enter(folder, &root, &place)?;
+    Ok(walk)
+}
+
+/// A folder on the way.
+struct Place {
+    /// What names of its files begin with.
+    prefix: String,
+    is_utf8: bool,
+    is_again: bool,
+}
+
+impl Walk {
+    fn enter(&mut self, folder: &Path, real: &Path, place: &Place) -> Result<(), (PathBuf, io::Error)> {
+        let failed = |error| (folder.to_owned(), error);
+        let entries = match fs::read_dir(folder) {
+            // It has been removed since the one above it was listed.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !place.prefix.is_empty() => {
+                return Ok(());
+            }
+            entries => entries.map_err(failed)?,
+        };
+        let mut names =
+            entries.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>().map_err(failed)?;
+        names.sort();
+        self.within.push(real.to_path_buf());
+        for file_name in names {
+            let path = folder.join(&file_name);
+            let name = format!("{}{}", place.prefix, file_name.to_string_lossy());
+            if !self.enters_hidden && file_name.as_encoded_bytes().starts_with(b".") {
+                self.passed.push((Passed::Hidden, name));
+                continue;
+            }
+            let is_utf8 = place.is_utf8 && file_name.to_str().is_some();
+            let is_link = path.is_symlink();
+            let Ok(metadata) = fs::metadata(&path) else {
+                // Other files have been removed since the folder was listed.
+                if is_link {
+                    self.passed.push((Passed::Dangling, name));
+                }
+                continue;
+            };
+            if metadata.is_file() {
+                self.files.push(Walked { name, path, is_utf8, is_again: place.is_again });
+            } else if metadata.is_dir() {
+                let target = if is_link {
+                    fs::canonicalize(&path).map_err(|error| (path.clone(), error))?
+                } else {
+                    real.join(&file_name)
+                };
+                if is_link && self.within.iter().any(|folder| folder.starts_with(&target)) {
+                    self.passed.push((Passed::Loop, name));
+                    continue;
+                }
+                let is_again = place.is_again || is_link && target.starts_with(&self.root);
+                let below = Place { prefix: format!("{name}/"), is_utf8, is_again };
+                self.enter(&path, &target, &below)?;
+            } else {
+                self.passed.push((Passed::Special, name));
+            }
+        }
+        self.within.pop();
+        Ok(())
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn write(place: &Path, name: &str) {
+        let path = place.join(name);
+        fs::create_dir_all(path.parent().expect("it lies in a folder")).expect("the folder can be made");
+        fs::write(path, name).expect("the file can be written");
+    }
+
+    fn names(walk: &Walk) -> Vec<&str> {
+        walk.files.iter().map(|file| file.name.as_str()).collect()
+    }
+
+    #[test]
+    fn links_are_followed_and_never_upwards() {
+        let place = tempfile::tempdir().unwrap();
+        let (root, outside) = (place.path().join("root"), place.path().join("outside"));
+        write(&root, "a/x.txt");
+        write(&root, "b/y.txt");
+        write(&outside, "z.txt");
+        for (target, link) in [
+            (".", "self"),
+            ("..", "a/up"),
+            ("../..", "a/above"),
+            ("../b", "a/b"),
+            ("../a", "b/a"),
+            ("../outside", "out"),
+            ("../root", "root"),
+            ("../outside/z.txt", "z.txt"),
+            ("nowhere", "gone"),
+            ("circle", "circle"),
+        ] {
+            symlink(target, root.join(link)).unwrap();
+        }
+        let walk = walk(&root, false).unwrap();
+        assert_eq!(names(&walk), ["a/b/y.txt", "a/x.txt", "b/a/x.txt", "b/y.txt", "out/z.txt", "z.txt"]);
+        let again: Vec<_> = walk.files.iter().map(|file| file.is_again).collect();
+        assert_eq!(again, [true, false, true, false, false, false]);
+        let of = |reason| {
+            let passed = walk.passed.iter().filter(|(passed, _)| *passed == reason);
+            passed.map(|(_, name)| name.as_str()).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            of(Passed::Loop),
+            ["a/above", "a/b/a", "a/up", "b/a/above", "b/a/b", "b/a/up", "root", "self"]
+        );
+        assert_eq!(of(Passed::Dangling), ["circle", "gone"]);
+    }
+
+    #[test]
+    fn odd_names_are_found() {
+        let place = tempfile::tempdir().unwrap();
+        write(place.path(), "b\n1.txt");
+        write(place.path(), ".hidden/c.txt");
+        fs::write(place.path().join(OsStr::from_bytes(b"caf\xe9.txt")), "").unwrap();
+        let listed = walk(place.path(), false).unwrap();
+        assert_eq!(names(&listed), ["b\n1.txt", "caf\u{fffd}.txt"]);
+        assert_eq!(listed.files.iter().map(|file| file.is_utf8).collect::<Vec<_>>(), [true, false]);
+        assert_eq!(listed.passed, [(Passed::Hidden, ".hidden".to_owned())]);
+        assert_eq!(names(&walk(place.path(), true).unwrap())[0], ".hidden/c.txt");
+    }
+}

@@ -1,0 +1,244 @@
+//! The worker's end: finds its token, makes sure of the coordinator, and only then shows the secret.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, SignatureScheme};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tonic::metadata::AsciiMetadataValue;
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request, Status};
+use ulmus_types::ErrorKind;
+
+use crate::identity::{HTTP2, provider};
+use crate::source::{Found, LookupError, TokenSource, in_runtime_folder};
+use crate::token::{JoinToken, KeyHash};
+
+/// How long a coordinator may take to answer at all.
+const REACH_WITHIN: Duration = Duration::from_secs(3);
+/// How long TLS may take.
+const HANDSHAKE_WITHIN: Duration = Duration::from_secs(5);
+/// How often the other side has to answer when nothing is said.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+
+/// Why there is no session with a coordinator.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The address cannot be one.
+    #[error("{0:?} is no address: {1}; write --join HOST:PORT")]
+    Address(String, io::Error),
+    /// Nobody is there, or nobody who speaks as a coordinator does.
+    #[error("{0}: {1}")]
+    Unreachable(String, String),
+    /// The worker has no token to show.
+    #[error("cannot join {0}: {1}")]
+    Token(String, LookupError),
+    /// Somebody is there whose key is not the one that the token tells.
+    #[error(
+        "whoever answers at {0} has another key than the coordinator that the token of {1} is for, and was told \
+         nothing; correct --join, or pass the token of the run that is led there: its coordinator's join.token"
+    )]
+    OtherKey(String, String),
+    /// The coordinator has the right key and does not accept the secret.
+    #[error(
+        "the coordinator at {0} does not accept the secret in the token of {1}; pass the token that it was started \
+         with: its --token-file, or its join.token"
+    )]
+    WrongSecret(String, String),
+}
+
+impl ConnectError {
+    /// What can be done about it.
+    pub const fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Address(..) => ErrorKind::InvalidInput,
+            Self::Unreachable(..) => ErrorKind::Retry,
+            Self::Token(..) | Self::OtherKey(..) | Self::WrongSecret(..) => ErrorKind::Refused,
+        }
+    }
+}
+
+/// A connection to a coordinator that has the right key.
+#[derive(Debug)]
+pub struct Link {
+    channel: Channel,
+    address: String,
+    found: Found,
+}
+
+/// Opens a connection to the coordinator at `address` (`host:port`). The token is looked up anew with every call.
+///
+/// # Errors
+/// When nobody is there, when there is no token, or when the other side has not the token's key. It was told nothing
+/// then.
+pub async fn connect(address: &str, source: &TokenSource) -> Result<Link, ConnectError> {
+    let token_error = |error| ConnectError::Token(address.to_owned(), error);
+    let known = match source.look_up() {
+        // No coordinator would change that.
+        Err(error @ LookupError::Malformed(..)) => return Err(token_error(error)),
+        known => known,
+    };
+    let unreachable = |why: String| ConnectError::Unreachable(address.to_owned(), why);
+    let stream = match tokio::time::timeout(REACH_WITHIN, TcpStream::connect(address)).await {
+        Err(_) => return Err(unreachable(format!("no answer within {REACH_WITHIN:?}"))),
+        Ok(Err(error)) if error.kind() == io::ErrorKind::InvalidInput => {
+            return Err(ConnectError::Address(address.to_owned(), error));
+        }
+        Ok(stream) => stream.map_err(|error| unreachable(error.to_string()))?,
+    };
+    let failed = |error: io::Error| unreachable(error.to_string());
+    // Only where somebody listens is a token missed: it may come with its coordinator.
+    let found = if let Some(found) = known.map_err(token_error)? {
+        found
+    } else {
+        let (here, there) = (stream.local_addr().map_err(failed)?, stream.peer_addr().map_err(failed)?);
+        let is_here = there.ip().to_canonical().is_loopback() || here.ip() == there.ip();
+        in_runtime_folder(there.port(), is_here).map_err(token_error)?
+    };
+    stream.set_nodelay(true).map_err(failed)?;
+    let stream = match tokio::time::timeout(HANDSHAKE_WITHIN, encrypt(stream, found.token.key())).await {
+        Err(_) => return Err(unreachable(format!("no TLS within {HANDSHAKE_WITHIN:?}"))),
+        Ok(Err(error)) if is_other_key(&error) => {
+            return Err(ConnectError::OtherKey(address.to_owned(), found.origin));
+        }
+        Ok(stream) => stream.map_err(|error| unreachable(format!("no TLS 1.3 there: {error}")))?,
+    };
+    let channel = over(stream).await.map_err(|error| unreachable(error.to_string()))?;
+    Ok(Link { channel, address: address.to_owned(), found })
+}
+
+impl Link {
+    /// What calls are made through: it shows the secret with each of them.
+    pub fn service(&self) -> InterceptedService<Channel, Bearer> {
+        InterceptedService::new(self.channel.clone(), Bearer::new(&self.found.token))
+    }
+
+    /// What it means that a call ended so, if that is a matter of this crate.
+    pub fn refusal(&self, status: &Status) -> Option<ConnectError> {
+        (status.code() == Code::Unauthenticated)
+            .then(|| ConnectError::WrongSecret(self.address.clone(), self.found.origin.clone()))
+    }
+}
+
+/// Shows the secret with a call.
+#[derive(Clone)]
+pub struct Bearer(AsciiMetadataValue);
+
+impl Bearer {
+    fn new(token: &JoinToken) -> Self {
+        let mut value: AsciiMetadataValue =
+            token.bearer().parse().expect("hexadecimal digits can stand in a header");
+        value.set_sensitive(true);
+        Self(value)
+    }
+}
+
+impl fmt::Debug for Bearer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Bearer(…)")
+    }
+}
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        request.metadata_mut().insert("authorization", self.0.clone());
+        Ok(request)
+    }
+}
+
+/// HTTP/2 over this one stream: when that is over, so is the channel.
+async fn over(stream: TlsStream<TcpStream>) -> Result<Channel, tonic::transport::Error> {
+    let mut stream = Some(TokioIo::new(stream));
+    let connector = tower::service_fn(move |_| {
+        let stream = stream.take().ok_or(io::ErrorKind::NotConnected);
+        async move { stream.map_err(io::Error::from) }
+    });
+    // TLS is done with, and the name is never resolved.
+    Endpoint::from_static("http://coordinator")
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .connect_with_connector(connector)
+        .await
+}
+
+async fn encrypt(stream: TcpStream, key: KeyHash) -> io::Result<TlsStream<TcpStream>> {
+    let provider = provider();
+    let verifier = Arc::new(Pinned { key, provider: Arc::clone(&provider) });
+    let mut config = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .expect("the provider has TLS 1.3")
+        .dangerous()
+        .with_custom_certificate_verifier(verifier)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![HTTP2.to_vec()];
+    config.enable_sni = false;
+    config.resumption = rustls::client::Resumption::disabled();
+    let nobody = ServerName::try_from("coordinator").expect("it is a name");
+    TlsConnector::from(Arc::new(config)).connect(nobody, stream).await
+}
+
+/// Accepts one key, whatever its certificate says: names, dates and signers mean nothing here.
+#[derive(Debug)]
+struct Pinned {
+    key: KeyHash,
+    provider: Arc<CryptoProvider>,
+}
+
+/// How [`Pinned`] says that it has found another key.
+const OTHER_KEY: rustls::Error =
+    rustls::Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure);
+
+fn is_other_key(error: &io::Error) -> bool {
+    let error = error.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>());
+    error.is_some_and(|error| *error == OTHER_KEY)
+}
+
+impl ServerCertVerifier for Pinned {
+    fn verify_server_cert(
+        &self,
+        certificate: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        if KeyHash::of(certificate) == Some(self.key) {
+            Ok(ServerCertVerified::assertion())
+        } else {
+            Err(OTHER_KEY)
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::Error::General("TLS 1.2 is not spoken here".to_owned()))
+    }
+
+    /// That the other side has the key, and not only its certificate.
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, certificate, signature, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}

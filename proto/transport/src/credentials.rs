@@ -1,0 +1,189 @@
+//! What a run's coordinator has to accept sessions: its key, and its token.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use ulmus_types::ErrorKind;
+
+use crate::hidden;
+use crate::identity::{IDENTITY_FILE, Identity, IdentityError};
+use crate::source::TokenSource;
+use crate::token::{JoinToken, MalformedToken};
+
+/// Name of the token in the coordinator's own folder.
+pub const TOKEN_FILE: &str = "join.token";
+
+/// What a run's coordinator has to accept sessions.
+#[derive(Debug, Clone)]
+pub struct Credentials {
+    /// Its key.
+    pub identity: Identity,
+    /// What workers show.
+    pub token: JoinToken,
+    /// Where workers that see the coordinator's disk find it; none if it came from the environment.
+    pub token_file: Option<PathBuf>,
+}
+
+/// Why a run has no credentials.
+#[derive(Debug, thiserror::Error)]
+pub enum CredentialsError {
+    /// Of the key.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The key is gone.
+    #[error(
+        "{0} is missing, though {1} tells workers its hash; restore it, or delete {1}: workers then need the new token"
+    )]
+    KeyIsGone(PathBuf, PathBuf),
+    /// What should be a token is none.
+    #[error("{0}: {1}; or leave it out, and a token is made")]
+    Malformed(String, MalformedToken),
+    /// The token is of another key.
+    #[error("{origin} is the token of another run: workers would not accept the key of {folder}; {advice}")]
+    OtherKey {
+        /// Where it came from.
+        origin: String,
+        /// The run's folder.
+        folder: PathBuf,
+        /// What to do.
+        advice: String,
+    },
+    /// A file cannot be read or written.
+    #[error("{0}: {1}; correct the path or its permissions")]
+    Io(PathBuf, io::Error),
+}
+
+impl CredentialsError {
+    /// What can be done about it.
+    pub const fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Identity(error) => error.kind(),
+            Self::KeyIsGone(..) => ErrorKind::Corrupt,
+            Self::Malformed(..) => ErrorKind::InvalidInput,
+            Self::OtherKey { .. } => ErrorKind::Refused,
+            Self::Io(..) => ErrorKind::Internal,
+        }
+    }
+}
+
+impl Credentials {
+    /// The credentials of the run whose coordinator has its own files in `folder`. A key is made once. So is a token,
+    /// unless one is given; a given file that does not exist is written.
+    ///
+    /// # Errors
+    /// When something is damaged, cannot be read or written, or belongs to another run.
+    pub fn of_run(folder: &Path, given: &TokenSource) -> Result<Self, CredentialsError> {
+        let (kept, key) = (folder.join(TOKEN_FILE), folder.join(IDENTITY_FILE));
+        if kept.exists() && !key.exists() {
+            return Err(CredentialsError::KeyIsGone(key, kept));
+        }
+        let identity = Identity::of_run(folder)?;
+        let (text, origin, advice, token_file) = match given {
+            TokenSource::Text(text) => {
+                let advice = format!("unset ULMUS_TOKEN, or set it to what {} says", kept.display());
+                (text.clone(), "ULMUS_TOKEN".to_owned(), advice, None)
+            }
+            TokenSource::File(path) => {
+                let own = || own_token(&kept, &identity);
+                let advice = "name another file with --token-file, or delete this one";
+                (read_or_write(path, own)?, path.display().to_string(), advice.to_owned(), Some(path.clone()))
+            }
+            TokenSource::Unsaid => {
+                let advice = "delete it: workers then need the new token".to_owned();
+                (own_token(&kept, &identity)?, kept.display().to_string(), advice, Some(kept))
+            }
+        };
+        let token: JoinToken =
+            text.parse().map_err(|error| CredentialsError::Malformed(origin.clone(), error))?;
+        if token.key() != identity.hash() {
+            return Err(CredentialsError::OtherKey { origin, folder: folder.to_path_buf(), advice });
+        }
+        Ok(Self { identity, token, token_file })
+    }
+}
+
+/// The token that is kept with the run, which is made when it is first asked for.
+fn own_token(path: &Path, identity: &Identity) -> Result<String, CredentialsError> {
+    read_or_write(path, || Ok(JoinToken::new(identity.hash()).reveal()))
+}
+
+/// A file's text. If there is no such file, it is written first, for its owner alone.
+fn read_or_write(
+    path: &Path,
+    make: impl FnOnce() -> Result<String, CredentialsError>,
+) -> Result<String, CredentialsError> {
+    let failed = |error| CredentialsError::Io(path.to_path_buf(), error);
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(text),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let text = make()?.trim().to_owned();
+            hidden::write(path, &format!("{text}\n")).map_err(failed)?;
+            Ok(text)
+        }
+        Err(error) => Err(failed(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn of_run(folder: &Path, given: &TokenSource) -> Result<Credentials, CredentialsError> {
+        Credentials::of_run(folder, given)
+    }
+
+    #[test]
+    fn a_run_keeps_its_token() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = of_run(folder.path(), &TokenSource::Unsaid).unwrap();
+        assert_eq!(first.token.key(), first.identity.hash());
+        let file = folder.path().join(TOKEN_FILE);
+        assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(of_run(folder.path(), &TokenSource::Unsaid).unwrap().token, first.token);
+        assert_eq!(first.token_file, Some(file));
+    }
+
+    #[test]
+    fn a_token_file_is_written_once_and_then_obeyed() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("shared.token");
+        let given = TokenSource::File(file.clone());
+        let first = of_run(folder.path(), &given).unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), first.token.reveal() + "\n");
+        assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+        // Another secret for the same key, as somebody makes who wants to keep old workers out.
+        let other = JoinToken::new(first.identity.hash());
+        fs::write(&file, other.reveal()).unwrap();
+        assert_eq!(of_run(folder.path(), &given).unwrap().token, other);
+        assert_eq!(of_run(folder.path(), &TokenSource::Text(other.reveal())).unwrap().token, other);
+    }
+
+    #[test]
+    fn tokens_of_other_keys_are_refused() {
+        let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let foreign = of_run(other.path(), &TokenSource::Unsaid).unwrap();
+        let file = TokenSource::File(foreign.token_file.clone().unwrap());
+        for (given, advice) in [(file, "--token-file"), (TokenSource::Text(foreign.token.reveal()), "unset")]
+        {
+            let error = of_run(folder.path(), &given).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Refused);
+            assert!(error.to_string().contains(advice), "{error}");
+        }
+        let error = of_run(folder.path(), &TokenSource::Text("secret".into())).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        assert!(!error.to_string().contains("\"secret\""), "{error}");
+    }
+
+    #[test]
+    fn a_token_without_its_key_is_not_passed_over() {
+        let folder = tempfile::tempdir().unwrap();
+        of_run(folder.path(), &TokenSource::Unsaid).unwrap();
+        fs::remove_file(folder.path().join(IDENTITY_FILE)).unwrap();
+        let error = of_run(folder.path(), &TokenSource::Unsaid).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        assert!(error.to_string().contains(TOKEN_FILE), "{error}");
+    }
+}

@@ -1,0 +1,289 @@
+//! Faults that an outsider found: wrong results without any attacker, and single bad workers that stopped a healthy run.
+//! Each test ends with the bits of an undisturbed run, or with the right exit code and what to do.
+
+use std::fs;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use rustix::process::Signal;
+use ulmus_tests::{Bits, Process, Sandbox, freeze_thread, until};
+
+const UNDER_WAY: &str = "checkpoint step-00000010-g1 stored";
+
+fn undisturbed() -> &'static Bits {
+    static BITS: OnceLock<Bits> = OnceLock::new();
+    BITS.get_or_init(|| {
+        let sandbox = Sandbox::new();
+        sandbox.coordinator(&[]).succeeds();
+        sandbox.run("tiny").bits()
+    })
+}
+
+fn assert_undisturbed(sandbox: &Sandbox) {
+    sandbox.run("tiny").bits().assert_equal(undisturbed());
+}
+
+fn lone_coordinator(sandbox: &Sandbox, more: &[&str]) -> Process {
+    sandbox.coordinator(&[&["--set", "local.workers=0"], more].concat())
+}
+
+fn flip_bit(path: &Path) {
+    let mut content = fs::read(path).expect("the file is there");
+    let middle = content.len() / 2;
+    content[middle] ^= 1;
+    fs::write(path, content).expect("it can be written");
+}
+
+/// Stops a run of two local workers behind its third milestone.
+fn interrupted(sandbox: &Sandbox) {
+    let coordinator = sandbox.coordinator(&["--set", "local.workers=2"]);
+    coordinator.says("checkpoint step-00000030-g1 stored");
+    coordinator.signal(Signal::INT);
+    assert_eq!(coordinator.ends().code, Some(130));
+}
+
+/// D1: a worker carried states and reports of one run into another.
+#[test]
+fn a_worker_brings_nothing_of_one_run_into_another() {
+    let sandbox = Sandbox::new();
+    let first = lone_coordinator(&sandbox, &["--set", "run.name=other", "--set", "train.max_lr=0.003"]);
+    let address = first.address();
+    let worker = sandbox.worker(&address, "wanderer");
+    first.says("checkpoint step-00000020-g1 stored");
+    first.kill();
+    // Its coordinator is gone, and at the same address there is one of another run.
+    let listen = ["--plan", "plan.toml", "--listen", &address, "--set", "local.workers=1"];
+    let second = sandbox.coordinator_bare(&listen);
+    second.says("comes from run");
+    let said = second.succeeds();
+    assert!(said.contains("from step 0 of 60"), "{said}");
+    worker.succeeds();
+    assert_undisturbed(&sandbox);
+}
+
+/// D3: a worker that others cannot reach ended a healthy run.
+#[test]
+fn a_worker_that_nobody_reaches_sits_out() {
+    let sandbox = Sandbox::new();
+    let coordinator = lone_coordinator(&sandbox, &["--set", "train.iterations=400"]);
+    let address = coordinator.address();
+    let well = [sandbox.worker(&address, "a"), sandbox.worker(&address, "b")];
+    coordinator.says(": 2 workers train from step");
+    // It tells others a name that nobody knows.
+    let join = [
+        "--join",
+        &address,
+        "--name",
+        "hidden",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--advertise",
+        "nowhere.invalid",
+    ];
+    let hidden = sandbox.worker_bare(&join);
+    let line = coordinator.says("worker hidden sits out");
+    assert!(line.contains("unreachable"), "{line}");
+    let said = coordinator.succeeds();
+    assert!(said.contains("2 workers train"), "{said}");
+    for worker in well {
+        worker.succeeds();
+    }
+    hidden.ends();
+}
+
+/// D6: a trainer that stands still while its agent lives was noticed after ten minutes.
+#[test]
+fn a_frozen_trainer_is_noticed_within_seconds() {
+    let sandbox = Sandbox::new();
+    let fast = ["--set", "train.iterations=400", "--set", "cluster.dead_after=4s"];
+    let coordinator = lone_coordinator(&sandbox, &fast);
+    let address = coordinator.address();
+    let well = sandbox.worker(&address, "well");
+    let frozen = sandbox.worker(&address, "frozen");
+    coordinator.says(": 2 workers train from step");
+    coordinator.says("checkpoint step-00000020");
+    let Some(freezer) = freeze_thread(frozen.pid(), "trainer") else { return };
+    let line = coordinator.says("worker frozen is lost");
+    assert!(line.contains("stood still") || line.contains("did not leave its group"), "{line}");
+    coordinator.says(": 1 worker trains from step");
+    drop(freezer);
+    coordinator.succeeds();
+    well.succeeds();
+    frozen.ends();
+}
+
+/// D6: with a single worker a frozen trainer was never noticed, though another waits.
+#[test]
+fn a_waiting_worker_takes_over_from_a_frozen_one() {
+    let sandbox = Sandbox::new();
+    // One micro-batch per update: the second worker can only wait.
+    let one =
+        ["--set", "train.iterations=200", "--set", "train.sequences=4", "--set", "cluster.dead_after=4s"];
+    let coordinator = lone_coordinator(&sandbox, &one);
+    let address = coordinator.address();
+    let frozen = sandbox.worker(&address, "a-frozen");
+    coordinator.says("checkpoint step-00000010");
+    let waiting = sandbox.worker(&address, "b-waiting");
+    coordinator.says("worker b-waiting joined");
+    let Some(freezer) = freeze_thread(frozen.pid(), "trainer") else { return };
+    coordinator.says("worker a-frozen is lost");
+    coordinator.succeeds();
+    waiting.succeeds();
+    drop(freezer);
+    frozen.ends();
+}
+
+/// D7: a damaged milestone made a run that could not end.
+#[test]
+fn a_damaged_milestone_is_trained_again() {
+    for what in ["a flipped bit", "a folder that is gone"] {
+        let sandbox = Sandbox::new();
+        let coordinator = sandbox.coordinator(&[]);
+        // All milestones are there, and the average is not.
+        coordinator.says("checkpoint step-00000060-g1 stored");
+        coordinator.kill();
+        let run = sandbox.run("tiny");
+        until("its worker to be gone", || {
+            for pid in run.local_workers().into_values() {
+                rustix::process::kill_process(pid, Signal::KILL).ok();
+            }
+            (!run.path().join("results/average.json").exists()).then_some(())
+        });
+        let folder = run.path().join("checkpoints/step-00000050-g1");
+        match what {
+            "a flipped bit" => flip_bit(&folder.join("model.safetensors")),
+            _ => fs::remove_dir_all(&folder).expect("it is there"),
+        }
+        let said = sandbox.coordinator(&["--set", "cluster.rejoin_window=1s"]).succeeds();
+        assert!(said.contains("training again for the milestones of steps 50"), "{what}: {said}");
+        assert_undisturbed_but(&sandbox, "step-00000050-g1");
+    }
+}
+
+/// As [`assert_undisturbed`], without a checkpoint that is damaged and stays where it is.
+fn assert_undisturbed_but(sandbox: &Sandbox, damaged: &str) {
+    fs::remove_dir_all(sandbox.run("tiny").path().join("checkpoints").join(damaged)).ok();
+    assert_undisturbed(sandbox);
+}
+
+/// D8: without its database a run began in the middle, and nobody was told.
+#[test]
+fn a_lost_database_stops_the_run_and_is_rebuilt_when_asked() {
+    for truncated in [false, true] {
+        let sandbox = Sandbox::new();
+        interrupted(&sandbox);
+        let run = sandbox.run("tiny");
+        for suffix in ["", "-wal", "-shm"] {
+            fs::remove_file(run.path().join(format!("run.sqlite{suffix}"))).ok();
+        }
+        if truncated {
+            fs::write(run.path().join("run.sqlite"), []).expect("it can be written");
+        }
+        let ended = sandbox.coordinator(&[]).ends();
+        assert_eq!(ended.code, Some(5), "{}", ended.output);
+        assert!(ended.output.contains("coordinator --plan plan.toml --recover"), "{}", ended.output);
+        let said = sandbox.coordinator(&["--recover"]).succeeds();
+        assert!(said.contains("rebuilt from"), "{said}");
+        assert!(!said.contains("from step 0 of"), "{said}");
+        assert_undisturbed(&sandbox);
+        let generations = run.generations();
+        assert!(generations.keys().any(|generation| *generation > 1000), "{generations:?}");
+    }
+}
+
+/// D10: a worker that was asked to leave died in the middle of a step.
+#[test]
+fn a_worker_that_is_asked_to_leave_hands_over() {
+    let sandbox = Sandbox::new();
+    let coordinator = lone_coordinator(&sandbox, &[]);
+    let address = coordinator.address();
+    let stays = sandbox.worker(&address, "stays");
+    let leaves = sandbox.worker(&address, "leaves");
+    coordinator.says(": 2 workers train from step");
+    leaves.signal(Signal::TERM);
+    assert_eq!(leaves.ends().code, Some(130));
+    coordinator.says("worker leaves has left, as it was asked to");
+    let said = coordinator.succeeds();
+    assert!(!said.contains("worker leaves is lost"), "{said}");
+    stays.succeeds();
+    assert_undisturbed(&sandbox);
+}
+
+/// D10: all workers that are asked to leave at once save what they have.
+#[test]
+fn nothing_is_lost_when_all_workers_are_asked_to_leave() {
+    let sandbox = Sandbox::new();
+    let coordinator =
+        lone_coordinator(&sandbox, &["--set", "checkpoint.every=30", "--set", "checkpoint.average=1"]);
+    let address = coordinator.address();
+    let workers = [sandbox.worker(&address, "a"), sandbox.worker(&address, "b")];
+    coordinator.says(": 2 workers train from step");
+    coordinator.says("step ");
+    for worker in &workers {
+        worker.signal(Signal::TERM);
+    }
+    for worker in workers {
+        assert_eq!(worker.ends().code, Some(130));
+    }
+    let run = sandbox.run("tiny");
+    let done = run.steps_so_far();
+    let stored = coordinator.says(&format!("checkpoint step-{done:08}"));
+    assert!(stored.contains("stored"), "{stored}");
+    let next = sandbox.worker(&address, "next");
+    coordinator.says(&format!("1 worker trains from step {done} of 60"));
+    coordinator.succeeds();
+    next.succeeds();
+}
+
+/// D10: a coordinator that is asked to leave lets its workers train on.
+#[test]
+fn workers_train_on_when_the_coordinator_is_replaced() {
+    let sandbox = Sandbox::new();
+    let coordinator = lone_coordinator(&sandbox, &[]);
+    let address = coordinator.address();
+    let worker = sandbox.worker(&address, "a");
+    coordinator.says(UNDER_WAY);
+    coordinator.signal(Signal::TERM);
+    let ended = coordinator.ends();
+    assert_eq!(ended.code, Some(130), "{}", ended.output);
+    assert!(ended.output.contains("left the workers to the next coordinator"), "{}", ended.output);
+    let listen = ["--plan", "plan.toml", "--listen", &address, "--set", "local.workers=0"];
+    sandbox.coordinator_bare(&listen).succeeds();
+    worker.succeeds();
+    assert_eq!(sandbox.run("tiny").generations().len(), 1, "the group was not disturbed");
+    assert_undisturbed(&sandbox);
+}
+
+/// D13: workers ended with 0 when the run had failed.
+#[test]
+fn workers_end_as_their_run_does() {
+    let sandbox = Sandbox::new();
+    let coordinator = lone_coordinator(&sandbox, &["--set", "prepare.paths=[\"nowhere\"]"]);
+    let worker = sandbox.worker(&coordinator.address(), "a");
+    let ended = coordinator.ends();
+    assert_eq!(ended.code, Some(2), "{}", ended.output);
+    assert_eq!(worker.ends().code, ended.code);
+}
+
+/// D14: a run all of whose checkpoints are damaged began at 0.
+#[test]
+fn a_run_without_a_good_checkpoint_stops_unless_told_otherwise() {
+    let sandbox = Sandbox::new();
+    interrupted(&sandbox);
+    let run = sandbox.run("tiny");
+    for checkpoint in run.checkpoints() {
+        flip_bit(&run.path().join("checkpoints").join(checkpoint).join("model.safetensors"));
+    }
+    let ended = sandbox.coordinator(&[]).ends();
+    assert_eq!(ended.code, Some(5), "{}", ended.output);
+    assert!(ended.output.contains("--from-start"), "{}", ended.output);
+    let damaged = run.checkpoints();
+    let said = sandbox.coordinator(&["--from-start"]).succeeds();
+    assert!(said.contains("from step 0 of 60"), "{said}");
+    for checkpoint in damaged {
+        fs::remove_dir_all(run.path().join("checkpoints").join(checkpoint)).expect("it is there");
+    }
+    assert_undisturbed(&sandbox);
+}

@@ -1,0 +1,243 @@
+//! How a member finds its neighbours: it calls the next one, while the one before calls it.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use rustix::event::PollFd;
+use rustix::io::Errno;
+use socket2::{Domain, Protocol, Socket, Type};
+use ulmus_types::GroupKey;
+
+use super::frame::{Answer, Greeting};
+use super::listener::Listener;
+use super::ring::{network, or_would_block};
+use super::tcp::Place;
+use super::wake::{AbortHandle, Wake, readable, wait, writable};
+use super::{CollectiveError, link};
+
+/// Pause before a neighbour that could not be reached is tried again.
+const REDIAL: Duration = Duration::from_millis(50);
+/// How long one address may take to connect, before the next one of the same name is tried.
+const DIAL_WITHIN: Duration = Duration::from_secs(3);
+
+/// Calls the next member and waits for the call of the previous one, both at once. Gives both connections.
+pub(super) fn connect(
+    listener: &mut Listener,
+    place: &Place,
+    abort: &AbortHandle,
+    patience: Duration,
+) -> Result<(TcpStream, TcpStream), CollectiveError> {
+    let deadline = Instant::now() + patience;
+    let (next_rank, previous_rank) = (place.neighbour(1), place.neighbour(place.size - 1));
+    let expected = Greeting {
+        run: place.run,
+        generation: place.generation,
+        from: previous_rank,
+        from_incarnation: place.previous.worker.incarnation(),
+        to_incarnation: listener.incarnation(),
+    };
+    let greeting = Greeting {
+        from: place.rank,
+        from_incarnation: listener.incarnation(),
+        to_incarnation: place.next.worker.incarnation(),
+        ..expected
+    };
+    listener.advance(place.run, place.generation, place.key);
+    let mut call = Call::new(&place.next.address, greeting, place.key);
+    let mut previous = None;
+    loop {
+        if abort.is_aborted() {
+            return Err(CollectiveError::Aborted);
+        }
+        // It may call again after it gave up a call that was answered late: then only the last one counts.
+        previous = listener.take(&expected).or(previous);
+        call.go_on();
+        match (call.stage, previous) {
+            (Stage::Answered(_, answer), _) if answer != Answer::Welcome => {
+                return Err(CollectiveError::Refused { rank: next_rank, reason: answer.text() });
+            }
+            (Stage::Answered(next, _), Some(previous)) => return Ok((next, previous)),
+            (stage, waiting) => (call.stage, previous) = (stage, waiting),
+        }
+        if Instant::now() >= deadline {
+            let (generation, after) = (place.generation, patience);
+            return Err(match &call.stage {
+                Stage::Answered(..) => CollectiveError::NeverCame { rank: previous_rank, generation, after },
+                _ => CollectiveError::Unreachable {
+                    rank: next_rank,
+                    address: place.next.address.clone(),
+                    generation,
+                    after,
+                    reason: call.reason(),
+                },
+            });
+        }
+        let (source, until) = call.stage.awaited();
+        let mut sources = vec![readable(abort), readable(listener)];
+        sources.extend(source);
+        let until = until.map_or(deadline, |until| until.min(deadline));
+        wait(&mut sources, until).map_err(|error| network("cannot wait for sockets", &error))?;
+    }
+}
+
+/// A call to the next member, made again and again until a member answers.
+struct Call<'a> {
+    address: &'a str,
+    greeting: Greeting,
+    key: GroupKey,
+    attempts: usize,
+    stage: Stage,
+    /// What went wrong last.
+    trouble: Option<String>,
+}
+
+enum Stage {
+    Pausing(Instant),
+    LookingUp(Lookup),
+    Dialling(TcpStream, Instant),
+    Greeted(TcpStream, Reply),
+    Answered(TcpStream, Answer),
+}
+
+/// As much of the answer as has come.
+struct Reply {
+    bytes: [u8; Answer::BYTES],
+    filled: usize,
+}
+
+impl Stage {
+    /// What it waits for, and until when.
+    fn awaited(&self) -> (Option<PollFd<'_>>, Option<Instant>) {
+        match self {
+            Self::Pausing(end) => (None, Some(*end)),
+            Self::LookingUp(lookup) => (Some(readable(&*lookup.done)), None),
+            Self::Dialling(stream, end) => (Some(writable(stream)), Some(*end)),
+            Self::Greeted(stream, _) => (Some(readable(stream)), None),
+            Self::Answered(..) => (None, None),
+        }
+    }
+}
+
+impl<'a> Call<'a> {
+    fn new(address: &'a str, greeting: Greeting, key: GroupKey) -> Self {
+        Self { address, greeting, key, attempts: 0, stage: Stage::Pausing(Instant::now()), trouble: None }
+    }
+
+    /// Why nobody has answered yet.
+    fn reason(&self) -> String {
+        match (&self.stage, &self.trouble) {
+            (Stage::Greeted(..), None) => "it took the call and did not answer it".to_owned(),
+            (Stage::Greeted(..), Some(trouble)) => {
+                format!("it took the call and did not answer it; before that: {trouble}")
+            }
+            (_, Some(trouble)) => trouble.clone(),
+            (_, None) => "it does not answer".to_owned(),
+        }
+    }
+
+    /// Goes on until there is something to wait for.
+    fn go_on(&mut self) {
+        loop {
+            let stage = std::mem::replace(&mut self.stage, Stage::Pausing(Instant::now() + REDIAL));
+            match self.step(stage) {
+                Ok((stage, true)) => self.stage = stage,
+                Ok((stage, false)) => {
+                    self.stage = stage;
+                    return;
+                }
+                Err(error) => {
+                    self.trouble = Some(error.to_string());
+                    return;
+                }
+            }
+        }
+    }
+
+    /// The stage that follows, and whether it is another one.
+    fn step(&mut self, stage: Stage) -> io::Result<(Stage, bool)> {
+        match stage {
+            Stage::Pausing(until) if Instant::now() < until => Ok((stage, false)),
+            Stage::Pausing(_) => match self.address.parse() {
+                Ok(address) => Ok((self.dial(&[address])?, true)),
+                Err(_) => Ok((Stage::LookingUp(Lookup::begin(self.address)?), true)),
+            },
+            Stage::LookingUp(lookup) => match lookup.found.try_recv() {
+                Ok(found) => Ok((self.dial(&found?)?, true)),
+                Err(mpsc::TryRecvError::Empty) => Ok((Stage::LookingUp(lookup), false)),
+                Err(mpsc::TryRecvError::Disconnected) => Err(ErrorKind::NotFound.into()),
+            },
+            Stage::Dialling(stream, until) => {
+                if let Some(error) = stream.take_error()? {
+                    return Err(error);
+                }
+                match stream.peer_addr() {
+                    Ok(_) => Ok((self.greet(stream)?, true)),
+                    Err(error) if error.kind() != ErrorKind::NotConnected => Err(error),
+                    Err(_) if Instant::now() >= until => Err(Errno::TIMEDOUT.into()),
+                    Err(_) => Ok((Stage::Dialling(stream, until), false)),
+                }
+            }
+            Stage::Greeted(mut stream, mut reply) => {
+                match or_would_block(stream.read(&mut reply.bytes[reply.filled..]))? {
+                    None => return Ok((Stage::Greeted(stream, reply), false)),
+                    Some(0) => return Err(ErrorKind::UnexpectedEof.into()),
+                    Some(count) => reply.filled += count,
+                }
+                if reply.filled < Answer::BYTES {
+                    return Ok((Stage::Greeted(stream, reply), true));
+                }
+                let answer = Answer::decode(&reply.bytes, &self.greeting, &self.key)
+                    .ok_or_else(|| io::Error::other("what answers there is no member of the group"))?;
+                Ok((Stage::Answered(stream, answer), true))
+            }
+            Stage::Answered(..) => Ok((stage, false)),
+        }
+    }
+
+    /// Begins to connect, to each of the name's addresses in turn.
+    fn dial(&mut self, addresses: &[SocketAddr]) -> io::Result<Stage> {
+        let address = addresses.get(self.attempts % addresses.len().max(1)).ok_or(ErrorKind::NotFound)?;
+        self.attempts += 1;
+        let socket = Socket::new(Domain::for_address(*address), Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_nonblocking(true)?;
+        match socket.connect(&(*address).into()) {
+            Err(error) if error.raw_os_error() != Some(Errno::INPROGRESS.raw_os_error()) => Err(error),
+            _ => Ok(Stage::Dialling(socket.into(), Instant::now() + DIAL_WITHIN)),
+        }
+    }
+
+    fn greet(&mut self, mut stream: TcpStream) -> io::Result<Stage> {
+        link::prepare(&stream)?;
+        // A new connection has room for one packet.
+        if stream.write(&self.greeting.encode(&self.key))? < Greeting::BYTES {
+            return Err(ErrorKind::WriteZero.into());
+        }
+        Ok(Stage::Greeted(stream, Reply { bytes: [0; Answer::BYTES], filled: 0 }))
+    }
+}
+
+/// A name that is being looked up, on a thread of its own: the system's resolver may take longer than a group has, and
+/// cannot be interrupted.
+struct Lookup {
+    found: mpsc::Receiver<io::Result<Vec<SocketAddr>>>,
+    /// Raised when it was found, or was not.
+    done: Arc<Wake>,
+}
+
+impl Lookup {
+    fn begin(name: &str) -> io::Result<Self> {
+        let done = Arc::new(Wake::new()?);
+        let (tell, found) = mpsc::channel();
+        std::thread::Builder::new().name("collective-lookup".to_owned()).spawn({
+            let (name, done) = (name.to_owned(), Arc::clone(&done));
+            move || {
+                // Nobody hears it when the call has ended.
+                tell.send(name.to_socket_addrs().map(Iterator::collect)).ok();
+                done.raise();
+            }
+        })?;
+        Ok(Self { found, done })
+    }
+}
