@@ -26,8 +26,9 @@ use ulmus_tests::{
 
 /// Updates of the run.
 const STEPS: usize = 700;
-/// After so many it is left alone.
+/// After so many it is left alone, or after this time if faults keep it from advancing.
 const DISTURBED: usize = STEPS * 85 / 100;
+const DISTURBED_FOR: Duration = Duration::from_secs(30);
 /// The plan, as it differs from the tiny one: more steps, and smaller ones. What is averaged reaches back to where faults are.
 const KEYS: [&str; 13] = [
     "local.workers=0",
@@ -561,7 +562,7 @@ impl<'a> Chaos<'a> {
             self.start_worker();
         }
         let mut next = Instant::now() + self.random.millis(0, 6000);
-        while self.steps < DISTURBED {
+        while self.steps < DISTURBED && self.began.elapsed() < DISTURBED_FOR {
             self.look();
             if Instant::now() < next {
                 continue;
