@@ -24,8 +24,10 @@ const WARM_STILL_FOR: Duration = Duration::from_mins(3);
 const FORM_STILL_FOR: Duration = Duration::from_secs(30);
 /// How long a process may stand still that does a job: stores are asked again for a minute, and there may be several.
 const JOB_STILL_FOR: Duration = Duration::from_mins(5);
-/// How long a section of a step may take before any step was measured.
-const FIRST_STEP_WITHIN: Duration = Duration::from_mins(2);
+/// How long a section may take before anything was measured: a micro-batch of a large model takes minutes on a processor.
+const FIRST_SECTION_WITHIN: Duration = Duration::from_mins(10);
+/// The least that it may take when only the warm-up was measured, which computes one micro-batch.
+const WARMED_SECTION_AT_LEAST: Duration = Duration::from_secs(30);
 /// How long an agent may take to hash what its trainer has left.
 const HASHED_WITHIN: Duration = Duration::from_mins(30);
 /// The least time that a section may take, and never less than a worker may be silent: computers pause.
@@ -160,9 +162,13 @@ impl Coordinator {
             | Section::Collective
             | Section::Reading
             | Section::Measuring
-            | Section::Storing => self.step_time().map_or(FIRST_STEP_WITHIN, |step| {
-                SECTION_AT_LEAST.max(self.settings.dead_after).max(step * 2 + Duration::from_secs(3))
-            }),
+            | Section::Storing => match (self.step_time(), member.warmed_within) {
+                (Some(step), _) => {
+                    SECTION_AT_LEAST.max(self.settings.dead_after).max(step * 2 + Duration::from_secs(3))
+                }
+                (None, Some(warm_up)) => WARMED_SECTION_AT_LEAST.max(warm_up * 4),
+                (None, None) => FIRST_SECTION_WITHIN,
+            },
             // As long as the process computes, and a while more.
             Section::Forming | Section::Idle => {
                 let still = now.saturating_sub(member.last_busy);

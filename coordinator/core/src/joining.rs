@@ -118,6 +118,9 @@ impl Coordinator {
         }
         let Some(member) = self.members.get_mut(worker) else { return };
         member.fingerprint = Some(fingerprint);
+        if member.hello.run.is_none() {
+            member.warmed_within = Some(now.saturating_sub(member.since));
+        }
         let status = member.hello.status.clone();
         // Reports come before states and before the worker counts as idle: the next group must not begin with more than
         // is recorded.

@@ -52,6 +52,8 @@ pub(crate) struct Member {
     pub(crate) last_busy: Duration,
     /// Its last heartbeat, and when it came.
     pub(crate) heartbeat: (Heartbeat, Duration),
+    /// How long its warm-up took, which computes one micro-batch; not known of one that was warm already.
+    pub(crate) warmed_within: Option<Duration>,
     /// It was asked to leave and wants to hand over.
     pub(crate) draining: bool,
     /// Notices that it may still give, and when that was counted.
@@ -112,6 +114,7 @@ impl Members {
             last_seen: now,
             last_busy: now,
             heartbeat: (Heartbeat::default(), now),
+            warmed_within: None,
             draining: false,
             notices: (NOTICES, now),
             hello: hello.clone(),
