@@ -356,6 +356,13 @@ mod tests {
     }
 
     #[test]
+    fn a_unit_may_begin_where_the_header_ends() {
+        let documents = [vec![100_u32], vec![101, 101]];
+        let stream = [100, EOS, 101, 101, EOS];
+        assert_eq!(read(&file(llm_c(&stream)), Format::U16, HEADER).unwrap(), documents);
+    }
+
+    #[test]
     fn headers_tell_the_size_of_numbers() {
         let of = |bytes: Vec<u8>| {
             let (folder, info) = file(bytes);
