@@ -9,6 +9,7 @@ use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use ulmus_checkpoint::{Store, StoreError};
 use ulmus_plan::Plan;
@@ -81,6 +82,12 @@ impl FolderError {
             Self::Store(error) => error.kind(),
         }
     }
+
+    /// Whether it may pass when somebody frees space.
+    fn is_of_disk(&self) -> bool {
+        use io::ErrorKind::{QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+        matches!(self, Self::Io { error, .. } if matches!(error.kind(), QuotaExceeded | ReadOnlyFilesystem | StorageFull))
+    }
 }
 
 /// Name of the mark that a store and a folder have in common.
@@ -88,6 +95,13 @@ const MARK: &str = "coordinator.mark";
 
 /// Name of the coordinator's memory, which is there once a run has begun.
 const DATABASE: &str = "run.sqlite";
+
+/// A file that shows whether the disk takes something: as much as a start writes.
+const PROBE: &str = "disk.probe";
+const PROBE_BYTES: usize = 64 << 10;
+
+/// How often a disk that took nothing is tried again.
+const DISK_RETRY: Duration = Duration::from_secs(1);
 
 /// What nobody else comes upon.
 pub(crate) fn unguessable() -> String {
@@ -130,9 +144,30 @@ impl RunFolder {
             Err(TryLockError::Error(error)) => return Err(io(&lock_path, error)),
         }
         let folder = Self { path, store, _lock: lock };
+        folder.wait_for_disk(plan.checkpoint.oldest()).await?;
         folder.claim(recover).await?;
         folder.keep_plan(plan)?;
         Ok(folder)
+    }
+
+    /// Waits while the disk takes nothing, for so long at most: workers of a run that has begun are training on.
+    async fn wait_for_disk(&self, most: Duration) -> Result<(), FolderError> {
+        let began = Instant::now();
+        let mut told = false;
+        let probe = "-".repeat(PROBE_BYTES);
+        while let Err(error) = self.write(PROBE, &probe) {
+            let may_pass = error.is_of_disk() && self.database().exists() && began.elapsed() < most;
+            if !may_pass {
+                return Err(error);
+            }
+            if !std::mem::replace(&mut told, true) {
+                let most = humantime::format_duration(most);
+                ulmus_rt::print(&format!("ALARM: {error}; waiting for it, for {most} at most")).ok();
+            }
+            tokio::time::sleep(DISK_RETRY).await;
+        }
+        let path = self.path.join(PROBE);
+        fs::remove_file(&path).map_err(|error| FolderError::Io { path, error })
     }
 
     /// Marks an object store as this folder's, which it is from then on.

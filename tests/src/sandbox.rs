@@ -107,6 +107,22 @@ impl Sandbox {
         self.start(Path::new("ip"), &[&["netns", "exec", namespace, program], arguments].concat())
     }
 
+    /// Starts a program to which everything in `folder` is read-only; `None`, said on standard error, where the system
+    /// does not permit that.
+    #[expect(clippy::print_stderr, reason = "a person must see what was not tested")]
+    pub fn start_read_only(&self, folder: &Path, program: &Path, arguments: &[&str]) -> Option<Process> {
+        if !Command::new("unshare").args(["--mount", "true"]).status().is_ok_and(|status| status.success()) {
+            eprintln!("not tested: a mount namespace takes root");
+            return None;
+        }
+        let mount = r#"mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@""#;
+        let text = |path: &Path| path.to_str().expect("paths of tests are text").to_owned();
+        let (folder, program) = (text(folder), text(program));
+        // The shell becomes the program, and is no process beside it.
+        let first = ["--mount", "sh", "-c", mount, &folder, &program];
+        Some(self.start(Path::new("unshare"), &[&first[..], arguments].concat()))
+    }
+
     /// Starts a worker of one thread that joins a coordinator.
     pub fn worker(&self, address: &str, name: &str) -> Process {
         self.worker_bare(&["--join", address, "--name", name, "--threads", "1", "--device", "cpu"])

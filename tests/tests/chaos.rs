@@ -378,11 +378,10 @@ impl<'a> Chaos<'a> {
         let stays: Vec<usize> =
             (0..self.workers.len()).filter(|&number| self.workers[number].asked_to_leave.is_none()).collect();
         let chosen = (!stays.is_empty()).then(|| stays[self.random.below(stays.len())]);
-        // A coordinator may refuse to start on a full disk, and that is right.
-        let disk_is_full = self.is_pending(|what| *what == Later::FreeDisk);
-        let coordinator = self.coordinator.as_ref().is_some_and(|coordinator| {
-            coordinator.asked_to_leave.is_none() && !coordinator.stopped && !disk_is_full
-        });
+        let coordinator = self
+            .coordinator
+            .as_ref()
+            .is_some_and(|coordinator| coordinator.asked_to_leave.is_none() && !coordinator.stopped);
         let pause = Pause {
             kind,
             began: now,
@@ -466,9 +465,7 @@ impl<'a> Chaos<'a> {
                 Some(what) => what,
                 None => return false,
             },
-            (Kind::FillDisk, _)
-                if coordinator && !self.is_pending(|what| *what == Later::StartCoordinator) =>
-            {
+            (Kind::FillDisk, _) if !self.is_pending(|what| *what == Later::FreeDisk) => {
                 let Some(disk) = &self.disk else { return false };
                 disk.fill();
                 let time = self.random.millis(500, 4000);

@@ -2,11 +2,12 @@
 //! Each test ends with the bits of an undisturbed run, or with the right exit code and what to do.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::sync::OnceLock;
 
 use rustix::process::Signal;
-use ulmus_tests::{Bits, Process, Sandbox, freeze_thread, until};
+use ulmus_tests::{Bits, Process, Sandbox, SmallDisk, freeze_thread, programs, until};
 
 const UNDER_WAY: &str = "checkpoint step-00000010-g1 stored";
 
@@ -91,6 +92,64 @@ fn a_worker_that_nobody_reaches_sits_out() {
         worker.succeeds();
     }
     hidden.ends();
+}
+
+/// D4: a worker that cannot store stopped training for ever.
+#[test]
+fn a_worker_that_cannot_store_costs_only_itself() {
+    let sandbox = Sandbox::new();
+    let coordinator = lone_coordinator(&sandbox, &[]);
+    let address = coordinator.address();
+    let run = sandbox.run("tiny");
+    // The first of both in any order, and so the first that is asked.
+    let join = ["--join", &address, "--name", "a", "--threads", "1", "--device", "cpu"];
+    let Some(reader) = sandbox.start_read_only(run.path(), &programs().worker, &join) else { return };
+    coordinator.says("worker a joined");
+    let writer = sandbox.worker(&address, "b");
+    let said = coordinator.succeeds();
+    assert!(said.contains("a could not store its part"), "{said}");
+    reader.succeeds();
+    writer.succeeds();
+    assert_undisturbed(&sandbox);
+}
+
+/// A local worker trains on a disk that is full once the first milestone is stored; `None` where none can be mounted.
+fn on_a_full_disk(sandbox: &Sandbox, max_age: &str) -> Option<(SmallDisk, Process)> {
+    let disk = SmallDisk::new(64)?;
+    symlink(disk.path(), sandbox.path("runs")).expect("the sandbox has no runs yet");
+    let coordinator = sandbox.coordinator(&["--set", &format!("checkpoint.max_age={max_age}")]);
+    coordinator.says(UNDER_WAY);
+    disk.fill();
+    coordinator.says("ALARM");
+    Some((disk, coordinator))
+}
+
+/// D9: a full disk ended the coordinator, and it could not be started on one.
+#[test]
+fn a_full_disk_is_waited_for() {
+    let sandbox = Sandbox::new();
+    let Some((disk, coordinator)) = on_a_full_disk(&sandbox, "1min") else { return };
+    coordinator.kill();
+    let next = sandbox.coordinator(&[]);
+    next.says("waiting for it");
+    disk.free();
+    next.succeeds();
+    assert_undisturbed(&sandbox);
+}
+
+/// D9: but not for ever.
+#[test]
+fn a_disk_that_stays_full_ends_the_run() {
+    let sandbox = Sandbox::new();
+    let Some((disk, coordinator)) = on_a_full_disk(&sandbox, "3s") else { return };
+    let ended = coordinator.ends();
+    assert_eq!(ended.code, Some(1), "{}", ended.output);
+    assert!(ended.output.contains("free space"), "{}", ended.output);
+    let ended = sandbox.coordinator(&["--set", "checkpoint.max_age=3s"]).ends();
+    assert_eq!(ended.code, Some(1), "{}", ended.output);
+    disk.free();
+    sandbox.coordinator(&[]).succeeds();
+    assert_undisturbed(&sandbox);
 }
 
 /// D6: a trainer that stands still while its agent lives was noticed after ten minutes.
