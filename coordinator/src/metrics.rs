@@ -29,6 +29,14 @@ const HEADER: [&str; 12] = [
     "attempt",
 ];
 
+/// Writes a file beside the one that is there, which stays until the new one is whole: it may be all that is left.
+fn anew<T>(path: &Path, write: impl FnOnce(File) -> io::Result<T>) -> io::Result<T> {
+    let temporary = path.with_extension("csv.new");
+    let written = write(File::create(&temporary)?)?;
+    std::fs::rename(&temporary, path)?;
+    Ok(written)
+}
+
 /// The file, and the last row that it has.
 #[derive(Debug)]
 pub(crate) struct MetricsFile {
@@ -42,13 +50,15 @@ impl MetricsFile {
     /// # Errors
     /// When it cannot be written.
     pub(crate) fn create(path: &Path, rows: &[MetricsRow]) -> io::Result<Self> {
-        let mut file = Self { csv: csv::Writer::from_path(path)?, last: None };
-        file.csv.write_record(HEADER)?;
-        for row in rows {
-            file.append(row.clone())?;
-        }
-        file.csv.flush()?;
-        Ok(file)
+        anew(path, |file| {
+            let mut file = Self { csv: csv::Writer::from_writer(file), last: None };
+            file.csv.write_record(HEADER)?;
+            for row in rows {
+                file.append(row.clone())?;
+            }
+            file.csv.flush()?;
+            Ok(file)
+        })
     }
 
     /// The rows of such a file, up to the first that cannot be read: of a run whose database was lost.
@@ -102,14 +112,16 @@ impl SourcesFile {
     /// # Errors
     /// When it cannot be written.
     pub(crate) fn create(path: &Path, rows: &[ReadingRow]) -> io::Result<Self> {
-        let mut file = Self(csv::Writer::from_path(path)?);
-        let header = columns(&ReadingRow::default()).map(|(name, _)| name);
-        file.0.write_record(header)?;
-        for row in rows {
-            file.append(row)?;
-        }
-        file.0.flush()?;
-        Ok(file)
+        anew(path, |file| {
+            let mut file = Self(csv::Writer::from_writer(file));
+            let header = columns(&ReadingRow::default()).map(|(name, _)| name);
+            file.0.write_record(header)?;
+            for row in rows {
+                file.append(row)?;
+            }
+            file.0.flush()?;
+            Ok(file)
+        })
     }
 
     /// Adds a row.

@@ -221,8 +221,10 @@ async fn run_one(
 
     let rows = memory.metrics().map_err(|error| stored(&error))?;
     // Steps that were trained twice, or reported late, are in their place in the record and not in the file.
-    MetricsFile::create(&metrics_path, &rows).map_err(|error| failed(&metrics_path, &error))?;
-    sources_file(&memory, folder.path())?;
+    let written = MetricsFile::create(&metrics_path, &rows).map_err(|error| failed(&metrics_path, &error));
+    if let Err(failure) = written.map(drop).and(sources_file(&memory, folder.path()).map(drop)) {
+        print(&format!("ALARM: {failure}; run.sqlite has all of it"))?;
+    }
     let results = memory.results().map_err(|error| stored(&error))?;
     let left_out = memory.saved().map_err(|error| stored(&error))?.quarantine;
     if outcome.status == ExitStatus::Done {

@@ -190,7 +190,7 @@ impl RunStore {
         Ok(id)
     }
 
-    /// Whether nothing was ever done: the file is new, or was lost.
+    /// Whether nothing was ever done: the file is new, or was lost and is not yet rebuilt.
     ///
     /// # Errors
     /// When the database cannot be read.
@@ -200,7 +200,7 @@ impl RunStore {
             [],
             |row| row.get(0),
         )?;
-        Ok(count == 0)
+        Ok(count == 0 || self.fact("recovering")? == Some(true))
     }
 
     /// Writes so that a loss of power does not undo it.
@@ -271,6 +271,8 @@ impl RunStore {
     /// # Errors
     /// When the database cannot be written.
     pub(crate) fn recover(&mut self, recovered: &Recovered) -> Result<(), StoreError> {
+        // Whoever is stopped half-way begins once more.
+        self.durably(|| self.save_fact("recovering", &true))?;
         if let Some(id) = recovered.run {
             self.take_identity(id)?;
         }
@@ -287,7 +289,8 @@ impl RunStore {
         let step = recovered.checkpoints.iter().map(|checkpoint| checkpoint.id.step()).max();
         self.save_fact("recovered", &step.unwrap_or_default())?;
         self.save_generation(recovered.generation, &[])?;
-        self.save_group_ended(recovered.generation)
+        self.save_group_ended(recovered.generation)?;
+        self.durably(|| self.save_fact("recovering", &false))
     }
 
     /// Stores a generation, synced to disk.

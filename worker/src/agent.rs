@@ -79,6 +79,8 @@ struct Agent {
     done: mpsc::Sender<Done>,
     finished: mpsc::Receiver<Done>,
     outgoing: Option<mpsc::Sender<(Option<RunId>, ToCoordinator)>>,
+    /// Connections so far: what was found out for an earlier one is not told to the next.
+    connections: u64,
     /// Whether the coordinator of this connection has said which run it leads.
     is_welcome: bool,
     /// Until when the worker has to be gone, once it was asked to leave.
@@ -95,7 +97,8 @@ struct Agent {
 enum Done {
     Hashed(RunId, Snapshot),
     Said(RunId, ToCoordinator),
-    Opened(RunId, Result<(Run, Digest), (ErrorKind, String)>),
+    /// For which connection, too.
+    Opened(u64, RunId, Result<(Run, Digest), (ErrorKind, String)>),
 }
 
 /// How a connection ended.
@@ -120,6 +123,7 @@ pub(crate) async fn serve(parts: Parts, shutdown: &Shutdown) -> Result<ExitStatu
         done,
         finished,
         outgoing: None,
+        connections: 0,
         is_welcome: false,
         leave_by: None,
         unfit: None,
@@ -151,6 +155,9 @@ pub(crate) async fn serve(parts: Parts, shutdown: &Shutdown) -> Result<ExitStatu
         }
         if let Some(status) = agent.wait(pause, shutdown).await {
             return Ok(status);
+        }
+        if let Some(failure) = agent.unfit.take() {
+            return Err(failure);
         }
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
@@ -199,9 +206,11 @@ impl Agent {
     /// One connection from hello to its end; also tells whether the worker was welcome.
     async fn connection(&mut self, shutdown: &Shutdown) -> Result<(Ended, bool), Failure> {
         self.is_welcome = false;
+        self.connections += 1;
         let connected = tokio::select! {
             biased;
             _ = shutdown.requested(), if self.leave_by.is_none() => {
+                self.session.unheard();
                 self.drain();
                 return Ok((Ended::Lost("asked to leave".to_owned()), false));
             }
@@ -209,11 +218,13 @@ impl Agent {
         };
         let (outgoing, mut incoming) = match connected {
             Ok(streams) => streams,
-            Err(Rejected::Later(why)) => return Ok((Ended::Lost(why), false)),
+            Err(Rejected::Later(why)) => {
+                self.session.unheard();
+                return Ok((Ended::Lost(why), false));
+            }
             Err(Rejected::Final(failure)) => return Err(failure),
         };
         self.outgoing = Some(outgoing);
-        self.session.unheard();
         let mut heartbeat = tokio::time::interval(HEARTBEAT_INTERVAL);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let ended = loop {
@@ -269,7 +280,7 @@ impl Agent {
             pid: std::process::id(),
             run,
             secret,
-            status: self.session.status(),
+            status: self.session.greet(),
         });
         outgoing.try_send((run, hello)).expect("the channel is new");
         let messages = ReceiverStream::new(messages).map(v1::FromWorker::from);
@@ -339,11 +350,12 @@ impl Agent {
                     self.act(action);
                 }
             }
-            Done::Opened(id, Ok((run, nonce))) if self.is_current(id) => {
+            // Of a connection that has ended, or of a run that is no longer this worker's.
+            Done::Opened(connection, id, _) if connection != self.connections || !self.is_current(id) => {}
+            Done::Opened(_, _, Ok((run, nonce))) => {
                 self.say(ToCoordinator::StoreRead(Ok(nonce)));
                 let known = self.run.as_ref().is_some_and(|known| known.digest() == run.digest());
-                let ready = if known { self.session.opened() } else { None };
-                match ready {
+                match self.session.opened(known) {
                     Some(actions) => actions.into_iter().for_each(|action| self.act(action)),
                     // The trainer is at it, and will say so.
                     None if known => {}
@@ -351,16 +363,15 @@ impl Agent {
                 }
                 self.run = Some(run);
             }
-            Done::Opened(id, Err((ErrorKind::Retry, error))) if self.is_current(id) => {
+            Done::Opened(_, _, Err((ErrorKind::Retry, error))) => {
                 tracing::info!(error, "the run's store does not answer");
                 // Nobody is to blame: it is asked again with a new connection.
                 self.outgoing = None;
             }
-            Done::Opened(id, Err((_, error))) if self.is_current(id) => {
+            Done::Opened(_, _, Err((_, error))) => {
                 self.say(ToCoordinator::StoreRead(Err(error)));
             }
-            // Of a run that is no longer this worker's.
-            Done::Said(..) | Done::Hashed(..) | Done::Opened(..) => {}
+            Done::Said(..) | Done::Hashed(..) => {}
         }
     }
 
@@ -416,9 +427,9 @@ impl Agent {
 
     /// Reads the nonce in the run's store, which proves that this worker sees it, and takes up the plan.
     fn open(&self, id: RunId, plan: String, location: String) {
-        let done = self.done.clone();
+        let (done, connection) = (self.done.clone(), self.connections);
         self.tasks.spawn(async move {
-            done.send(Done::Opened(id, open(id, &plan, &location).await)).await.ok();
+            done.send(Done::Opened(connection, id, open(id, &plan, &location).await)).await.ok();
         });
     }
 

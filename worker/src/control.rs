@@ -74,17 +74,22 @@ impl Control {
         let busy = Duration::new(busy.tv_sec.unsigned_abs(), u32::try_from(busy.tv_nsec).unwrap_or(0));
         let state = self.state();
         let (section, since) = state.section;
-        let (generation, collective) = state
-            .group
-            .as_ref()
-            .map_or((Generation::default(), 0), |(generation, abort)| (*generation, abort.entered()));
-        Heartbeat { generation, collective, section, since: since.elapsed(), busy }
+        let mut since = since.elapsed();
+        let Some((generation, abort)) = &state.group else {
+            return Heartbeat { generation: Generation::default(), collective: 0, section, since, busy };
+        };
+        // An operation that moves on does not stand still, however slow the network is.
+        if section == Section::Collective {
+            since = abort.still_for().map_or(since, |still| still.min(since));
+        }
+        Heartbeat { generation: *generation, collective: abort.entered(), section, since, busy }
     }
 
     /// The worker belongs to another run from now on, whose generations are counted anew.
     pub(crate) fn change_run(&self) {
         let mut state = self.state();
-        if let Some((_, abort)) = &state.group {
+        // The trainer is on its way out, and what it does until then is of no generation of this run.
+        if let Some((_, abort)) = state.group.take() {
             abort.abort();
         }
         state.aborted = Generation::default();

@@ -50,6 +50,22 @@ pub(crate) enum Action {
     Refused(ErrorKind, String),
 }
 
+/// How far a connection has come.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Connection {
+    /// There is none.
+    #[default]
+    Away,
+    /// A hello was said. What the worker says before it is answered is heard by nobody.
+    Greeting,
+    /// The coordinator has answered.
+    Welcome,
+    /// The run was opened: now the coordinator waits for the worker to be ready.
+    Opened,
+    /// The coordinator has been told all reports. Until then new ones wait behind: a report confirms all before it.
+    CaughtUp,
+}
+
 /// What is remembered from one connection to the next.
 #[derive(Debug, Default)]
 pub(crate) struct Session {
@@ -65,9 +81,8 @@ pub(crate) struct Session {
     /// Reports that are not confirmed. Rank 0 sends them as they come. Everybody keeps them, and sends them when
     /// a group ends or a connection begins: their rank 0 may have died before it was heard.
     reports: VecDeque<StepReport>,
-    /// Whether the coordinator of this connection has been told all of them. Until then new ones wait behind: a
-    /// report confirms all before it.
-    caught_up: bool,
+    /// How far the connection has come.
+    connection: Connection,
     /// States that are to be stored, and what the coordinator is told of them once they are hashed.
     held: BTreeMap<CheckpointId, (Arc<Held>, Option<Snapshot>)>,
     /// That the worker left its group. It is said after what it keeps is announced: a coordinator that hears of
@@ -79,8 +94,18 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// What the worker is doing, for its hello.
-    pub(crate) fn status(&self) -> WorkerStatus {
+    /// What the worker is doing, for its hello. Until that is answered the worker does nothing else, as far as the
+    /// coordinator knows.
+    pub(crate) fn greet(&mut self) -> WorkerStatus {
+        self.connection = Connection::Greeting;
+        self.status()
+    }
+
+    fn is_caught_up(&self) -> bool {
+        self.connection == Connection::CaughtUp
+    }
+
+    fn status(&self) -> WorkerStatus {
         match (self.assigned, &self.job) {
             (Some((generation, _)), _) if self.trains => WorkerStatus::Training(generation),
             (_, Some(job)) => WorkerStatus::Working(job.clone()),
@@ -111,9 +136,11 @@ impl Session {
             actions.push(Action::ChangeRun);
         }
         self.run = Some((id, secret));
+        self.connection = self.connection.max(Connection::Welcome);
         if self.draining {
             actions.push(Action::Say(ToCoordinator::Draining));
         }
+        actions.extend(self.leave());
         actions
     }
 
@@ -173,7 +200,7 @@ impl Session {
         match report {
             Report::Warm(fingerprint) => {
                 self.fingerprint = Some(fingerprint);
-                self.opened().unwrap_or_default()
+                self.ready().unwrap_or_default()
             }
             Report::Keep(held) => {
                 self.held.insert(held.checkpoint, (Arc::clone(&held), None));
@@ -182,7 +209,7 @@ impl Session {
             Report::Say(ToCoordinator::Steps { reports, .. }) => {
                 self.reports.extend(reports.iter().cloned());
                 match self.assigned {
-                    Some((generation, rank)) if rank == Rank::new(0) && self.caught_up => {
+                    Some((generation, rank)) if rank == Rank::new(0) && self.is_caught_up() => {
                         vec![Action::Say(ToCoordinator::Steps { generation, reports })]
                     }
                     _ => Vec::new(),
@@ -197,7 +224,7 @@ impl Session {
                     self.left = Some(message);
                     self.leave()
                 }
-                ToCoordinator::JobDone { .. } | ToCoordinator::JobFailed { .. } if !self.caught_up => {
+                ToCoordinator::JobDone { .. } | ToCoordinator::JobFailed { .. } if !self.is_caught_up() => {
                     self.result = Some(message);
                     Vec::new()
                 }
@@ -222,7 +249,10 @@ impl Session {
 
     /// Says that the worker left its group, once everything that it keeps is announced.
     fn leave(&mut self) -> Vec<Action> {
-        if self.held.values().any(|(_, announced)| announced.is_none()) {
+        // Said before the welcome it would be lost, and the hello has said that the worker trains.
+        if self.connection == Connection::Greeting
+            || self.held.values().any(|(_, announced)| announced.is_none())
+        {
             return Vec::new();
         }
         let Some(message) = self.left.take() else { return Vec::new() };
@@ -234,15 +264,24 @@ impl Session {
         self.say_after_reports(message)
     }
 
-    /// A connection begins or ends; the coordinator of the next one may have heard nothing.
+    /// A connection has ended; the coordinator of the next one may have heard nothing.
     pub(crate) fn unheard(&mut self) {
-        self.caught_up = false;
+        self.connection = Connection::Away;
     }
 
-    /// The run was opened. A worker that is ready already says so at once, though its trainer may be busy.
-    pub(crate) fn opened(&mut self) -> Option<Vec<Action>> {
-        let fingerprint = self.fingerprint?;
-        self.caught_up = true;
+    /// The run was opened, and is `known` to the trainer or has to be taken up first. A worker that is ready already says so
+    /// at once, though its trainer may be busy.
+    pub(crate) fn opened(&mut self, known: bool) -> Option<Vec<Action>> {
+        self.connection = self.connection.max(Connection::Opened);
+        if !known {
+            self.fingerprint = None;
+        }
+        self.ready()
+    }
+
+    fn ready(&mut self) -> Option<Vec<Action>> {
+        let fingerprint = self.fingerprint.filter(|_| self.connection >= Connection::Opened)?;
+        self.connection = Connection::CaughtUp;
         let ready = ToCoordinator::Ready(Ready {
             fingerprint,
             generation: self.assigned.map(|(generation, _)| generation),
@@ -260,7 +299,7 @@ impl Session {
     /// Reports come before a state that will be stored, and before the end of a group: what the next group
     /// begins with must not be ahead of what the coordinator knows, for all who know more may die.
     fn say_after_reports(&self, message: ToCoordinator) -> Vec<Action> {
-        let reports = self.unsent_reports().filter(|_| self.caught_up);
+        let reports = self.unsent_reports().filter(|_| self.is_caught_up());
         reports.into_iter().chain([message]).map(Action::Say).collect()
     }
 
@@ -387,8 +426,28 @@ mod tests {
 
     fn ready() -> Session {
         let mut session = welcomed();
+        assert!(session.opened(true).is_none(), "it is not warm yet");
         session.reported(RUN, Report::Warm(Digest::of(b"arithmetic")));
         session
+    }
+
+    #[test]
+    fn a_worker_that_leaves_between_hello_and_welcome_says_so_after_it() {
+        let mut session = ready();
+        session.received(assignment(1, 0));
+        session.unheard();
+        assert_eq!(session.greet(), WorkerStatus::Training(Generation::new(1)));
+        assert!(session.reported(RUN, left(1)).is_empty());
+        let actions = session.received(welcome(RUN));
+        assert!(matches!(said(&actions)[..], [ToCoordinator::Left { .. }]), "{actions:?}");
+        assert_eq!(session.status(), WorkerStatus::Idle);
+    }
+
+    #[test]
+    fn a_worker_that_is_warm_before_it_has_read_the_store_is_ready_after_that() {
+        let mut session = welcomed();
+        assert!(session.reported(RUN, Report::Warm(Digest::of(b"arithmetic"))).is_empty());
+        assert!(matches!(said(&session.opened(true).unwrap())[..], [ToCoordinator::Ready(_)]));
     }
 
     #[test]
@@ -398,7 +457,7 @@ mod tests {
         session.reported(RUN, steps(1, 1));
         session.unheard();
         assert!(session.reported(RUN, steps(1, 2)).is_empty());
-        assert_eq!(reported_steps(&session.opened().unwrap()), [1, 2]);
+        assert_eq!(reported_steps(&session.opened(true).unwrap()), [1, 2]);
         assert_eq!(reported_steps(&session.reported(RUN, steps(1, 3))), [3]);
     }
 
@@ -411,7 +470,7 @@ mod tests {
         session.reported(RUN, steps(1, 2));
         session.reported(RUN, left(1));
         assert_eq!(session.status(), WorkerStatus::Idle);
-        assert_eq!(reported_steps(&session.opened().unwrap()), [1, 2]);
+        assert_eq!(reported_steps(&session.opened(true).unwrap()), [1, 2]);
     }
 
     #[test]
@@ -446,19 +505,19 @@ mod tests {
     #[test]
     fn a_new_connection_hears_again_what_was_not_confirmed() {
         let mut session = welcomed();
-        assert!(session.opened().is_none(), "it is not ready yet");
+        assert!(session.opened(true).is_none(), "it is not ready yet");
         session.reported(RUN, Report::Warm(Digest::of(b"arithmetic")));
         session.received(assignment(1, 0));
         session.reported(RUN, steps(1, 1));
         let state = held(1);
         session.reported(RUN, Report::Keep(Arc::clone(&state)));
         session.hashed(state.announce());
-        let again = session.opened().unwrap();
+        let again = session.opened(true).unwrap();
         let [ToCoordinator::Ready(ready)] = said(&again)[..] else { panic!("{again:?}") };
         assert_eq!((ready.reports.len(), ready.snapshots.len()), (1, 1));
         session.received(ToWorker::Acknowledge(Step::new(1)));
         session.received(ToWorker::Release(state.checkpoint));
-        let again = session.opened().unwrap();
+        let again = session.opened(true).unwrap();
         let [ToCoordinator::Ready(ready)] = said(&again)[..] else { panic!("{again:?}") };
         assert!(ready.reports.is_empty() && ready.snapshots.is_empty());
     }
@@ -479,7 +538,7 @@ mod tests {
         assert!(session.hashed(state.announce()).is_empty());
         assert!(session.reported(RUN, steps(1, 2)).is_empty());
         assert!(session.reported(RUN, left(1)).is_empty());
-        assert!(session.opened().is_none(), "it is not ready for this run yet");
+        assert!(session.opened(true).is_none(), "it is not ready for this run yet");
         let actions = session.reported(other, Report::Warm(Digest::of(b"arithmetic")));
         let [ToCoordinator::Ready(ready)] = said(&actions)[..] else { panic!("{actions:?}") };
         assert_eq!((ready.generation, ready.reports.len(), ready.snapshots.len()), (None, 0, 0));
@@ -494,7 +553,7 @@ mod tests {
         session.unheard();
         assert!(session.reported(RUN, Report::Say(done.clone())).is_empty());
         assert_eq!(session.status(), WorkerStatus::Working(job));
-        let again = session.opened().unwrap();
+        let again = session.opened(true).unwrap();
         assert_eq!(said(&again).last(), Some(&&done));
         assert_eq!(session.status(), WorkerStatus::Idle);
     }

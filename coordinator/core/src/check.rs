@@ -56,27 +56,21 @@ impl Coordinator {
                 }
                 Verdict::Heard
             }
-            ToCoordinator::Draining => Verdict::Heard,
             ToCoordinator::StoreRead(_) => when(*activity == Activity::Greeted, "it was not asked"),
             ToCoordinator::Unfit { .. } => when(!activity.is_admitted(), "it has taken up the run already"),
             ToCoordinator::Ready(ready) => self.check_ready(worker, activity, ready),
-            ToCoordinator::Notice(_) => {
-                when(*activity != Activity::Greeted, "it has not shown that it belongs here")
-            }
+            ToCoordinator::Notice(_) if *activity == Activity::Greeted => check_unready(member, message),
+            ToCoordinator::Draining | ToCoordinator::Notice(_) => Verdict::Heard,
             _ if !activity.is_admitted() => check_unready(member, message),
             ToCoordinator::Connected(generation) => self.check_group(activity, *generation),
             ToCoordinator::Formed { generation, step } => {
-                if *step > self.step {
-                    return impossible(format!("{step} updates were not reported; {} were", self.step));
-                }
+                object!(self.objection_to_step(*step, self.latest()));
                 self.check_group(activity, *generation)
             }
             ToCoordinator::Steps { generation, reports } => self.check_steps(worker, *generation, reports),
             ToCoordinator::Reading { step, sources } => self.check_reading(activity, *step, sources),
             ToCoordinator::Left { generation, step, reason } => {
-                if *step > self.step {
-                    return impossible(format!("{step} updates were not reported; {} were", self.step));
-                }
+                object!(self.objection_to_step(*step, self.latest()));
                 object!(self.objection_to_end(*step, reason));
                 self.check_group(activity, *generation)
             }
@@ -114,7 +108,7 @@ impl Coordinator {
                         impossible @ Verdict::Impossible(_) => return impossible,
                     }
                 }
-                let last = ready.reports.last().map_or(self.step, |report| report.step.max(self.step));
+                let last = ready.reports.last().map_or(self.step, |report| report.step).max(self.latest());
                 ready
                     .snapshots
                     .iter()
@@ -126,6 +120,16 @@ impl Coordinator {
                 "it was in no group and reports steps",
             ),
         }
+    }
+
+    /// The last update that anybody can know of. What was recorded may have been lost with the machine's power, before this
+    /// process began.
+    fn latest(&self) -> Step {
+        if self.has_heard_steps { self.step } else { Step::new(self.settings.iterations).max(self.step) }
+    }
+
+    fn objection_to_step(&self, step: Step, latest: Step) -> Option<String> {
+        (step > latest).then(|| format!("{step} updates were not reported; {} were", self.step))
     }
 
     /// What only a member of the group of this generation says, while it is one.
@@ -146,8 +150,7 @@ impl Coordinator {
         if !reports.iter().all(|report| steps.contains(&report.step.get())) {
             return impossible(format!("the run has steps 1 to {}", self.settings.iterations));
         }
-        // What was recorded may have been lost with the machine's power, before this process began.
-        if first.step > self.step.next() && self.has_heard_steps {
+        if first.step > self.latest().next() {
             return impossible(format!(
                 "step {} was not reported before step {}",
                 self.step.next(),
@@ -215,7 +218,7 @@ impl Coordinator {
             LeaveReason::Exhausted(_) if !self.settings.may_exhaust => {
                 Some("no source of the plan can be used up".to_owned())
             }
-            LeaveReason::Exhausted(_) if step != self.step => {
+            LeaveReason::Exhausted(_) if step < self.step => {
                 Some(format!("the run has come to step {}, and this is {step}", self.step))
             }
             LeaveReason::BadUnit(unit, _) if !self.settings.sources.contains(&unit.source) => {
@@ -226,7 +229,7 @@ impl Coordinator {
     }
 
     fn check_snapshot(&self, worker: &WorkerId, snapshot: &Snapshot) -> Verdict {
-        object!(self.objection_to_snapshot(worker, snapshot, self.step));
+        object!(self.objection_to_snapshot(worker, snapshot, self.latest()));
         if self.snapshots.held_by(worker) >= SNAPSHOTS {
             return impossible(format!("it holds {SNAPSHOTS} states already"));
         }
@@ -240,8 +243,8 @@ impl Coordinator {
         if !self.was_member(worker, checkpoint.generation()) {
             return Some(format!("it was no member of generation {}", checkpoint.generation()));
         }
-        if step > last {
-            return Some(format!("{step} updates were not reported; {last} were"));
+        if let Some(why) = self.objection_to_step(step, last) {
+            return Some(why);
         }
         let every = self.settings.milestone_every.max(1);
         let on_grid =
@@ -263,9 +266,9 @@ impl Coordinator {
     fn check_asked(&self, worker: &WorkerId, checkpoint: CheckpointId) -> Verdict {
         match self.snapshots.was_asked(checkpoint, worker) {
             Some(true) => Verdict::Heard,
-            Some(false) => impossible(format!("it was not asked for parts of {checkpoint}")),
-            None if self.was_member(worker, checkpoint.generation()) => Verdict::Stale,
-            None => impossible(format!("it was no member of generation {}", checkpoint.generation())),
+            // An earlier coordinator may have asked it.
+            _ if self.was_member(worker, checkpoint.generation()) => Verdict::Stale,
+            _ => impossible(format!("it was no member of generation {}", checkpoint.generation())),
         }
     }
 

@@ -137,6 +137,8 @@ pub struct Coordinator {
     pub(crate) contradictions: u32,
     /// Whether this coordinator has led a group; the first one waits for the expected workers.
     pub(crate) had_a_group: bool,
+    /// When a worker that may take part was last there.
+    pub(crate) admitted_at: Option<Duration>,
     /// Workers on which training failed since the last update, and what was said of it.
     pub(crate) failures: BTreeMap<WorkerId, (ErrorKind, String)>,
     /// When the last checkpoint was asked for.
@@ -171,8 +173,7 @@ impl Coordinator {
         let milestones = crate::jobs::milestones(&saved.checkpoints);
         let averaged = milestones.iter().rev().take(settings.average as usize).copied();
         let doubted: BTreeSet<CheckpointId> = last.into_iter().chain(averaged).collect();
-        // What comes after the average does not read them any more.
-        if !doubted.is_empty() && !jobs.is_done("average") {
+        if !doubted.is_empty() && jobs.read_milestones() {
             effects.push(Effect::Verify(doubted.into_iter().collect()));
         }
         Self {
@@ -195,6 +196,7 @@ impl Coordinator {
             pace: VecDeque::new(),
             futile_groups: 0,
             had_a_group: false,
+            admitted_at: None,
             failures: BTreeMap::new(),
             saved_at: now,
             committed_at: now,
@@ -221,16 +223,16 @@ impl Coordinator {
             Event::Said { worker, run, message } => self.on_said(&worker, run, message, now),
             Event::Contradicted(worker, why) => self.on_contradicted(&worker, &why, now),
             Event::SaidImpossible(worker, why) => self.expel(&worker, &why, now),
-            Event::Disconnected(worker) => self.lose(&worker, "its connection ended", now),
+            Event::Disconnected(worker) => self.lose(&worker, "its connection ended", Fault::Died, now),
             Event::CheckpointCommitted(checkpoint) => self.on_committed(checkpoint, now),
             Event::CommitFailed(checkpoint, kind, why) => self.on_commit_failed(checkpoint, kind, &why, now),
             Event::PartsDamaged(checkpoint, files, why) => {
                 self.emit(Note::Alarm(format!("{why}; it is stored once more")));
-                self.snapshots.parts_damaged(checkpoint, &files, now);
+                self.snapshots.parts_damaged(checkpoint, &files, &why, now);
             }
             Event::CheckpointDamaged(checkpoint, why) => self.on_damaged(checkpoint, &why),
             Event::StopRequested => self.stopping_since = self.stopping_since.or(Some(now)),
-            Event::LocalWorkersFailed(why) => self.on_local_workers_failed(&why),
+            Event::LocalWorkersFailed(why) => self.on_local_workers_failed(&why, now),
         }
         if !self.exited {
             self.advance(now);
@@ -381,9 +383,9 @@ impl Coordinator {
         if self.members.get(worker).is_none() {
             return;
         }
-        self.effects.push(Effect::Disconnect(worker.clone()));
-        self.lose(worker, why, now);
-        self.sit_out(worker, Fault::Unworkable, why, now);
+        let reason = format!("the coordinator ended this session: {why}");
+        self.send(worker, ToWorker::Refused { kind: ErrorKind::Retry, reason });
+        self.drop_worker(worker, why, Fault::Unworkable, now);
     }
 
     /// A worker gets no work for a while.

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use ulmus_types::{ExitStatus, Section, WorkerId};
+use ulmus_types::{ExitStatus, Generation, Section, WorkerId};
 
 use crate::coordinator::Coordinator;
 use crate::effect::Effect;
@@ -44,11 +44,24 @@ impl Coordinator {
     pub(crate) fn on_tick(&mut self, now: Duration) {
         for worker in self.members.timed_out(now, self.settings.dead_after) {
             let why = format!("no heartbeat for {:.1} s", self.settings.dead_after.as_secs_f64());
-            self.drop_worker(&worker, &why, now);
+            self.drop_worker(&worker, &why, Fault::Died, now);
+        }
+        if self.members.iter().any(|(_, member)| member.activity.is_admitted()) {
+            self.admitted_at = Some(now);
         }
         for (worker, why) in self.standing_still(now) {
-            self.drop_worker(&worker, &why, now);
-            self.sit_out(&worker, Fault::Unworkable, &why, now);
+            let job = match self.members.get(&worker).map(|member| &member.activity) {
+                Some(Activity::Working(job)) => Some(job.clone()),
+                _ => None,
+            };
+            self.drop_worker(&worker, &why, Fault::Unworkable, now);
+            if let Some(job) = job
+                && !self.jobs.failed(&job, &worker)
+            {
+                let message =
+                    format!("{} came to no end on any worker; {}: {why}", job.name(), worker.name());
+                self.exit(ExitStatus::Failed, message);
+            }
         }
         self.watch_group(now);
         self.watch_storing(now);
@@ -60,14 +73,14 @@ impl Coordinator {
         }
     }
 
-    fn drop_worker(&mut self, worker: &WorkerId, why: &str, now: Duration) {
+    pub(crate) fn drop_worker(&mut self, worker: &WorkerId, why: &str, fault: Fault, now: Duration) {
         self.effect(Effect::Disconnect(worker.clone()));
-        self.lose(worker, why, now);
+        self.lose(worker, why, fault, now);
     }
 
     /// Workers outside of steps whose process does not compute any more.
     fn standing_still(&self, now: Duration) -> Vec<(WorkerId, String)> {
-        let late = |member: &Member| {
+        let late = |id: &WorkerId, member: &Member| {
             let still = now.saturating_sub(member.last_busy);
             let within = match &member.activity {
                 Activity::Greeted => {
@@ -76,12 +89,16 @@ impl Coordinator {
                         .then(|| format!("it did not read the store for {since:.0?}"));
                 }
                 Activity::Warming => WARM_STILL_FOR,
-                Activity::Working(_) => JOB_STILL_FOR,
+                Activity::Working(job) => JOB_STILL_FOR * 2_u32.pow(self.jobs.failures(job)),
+                // The group that it is on its way out of is not looked at any more.
+                Activity::InGroup(_) if !self.group.contains(id) => {
+                    return self.late_to_leave(member, member.since, now);
+                }
                 Activity::Idle | Activity::InGroup(_) => return None,
             };
             (still > within).then(|| format!("its process has stood still for {still:.0?}"))
         };
-        self.members.iter().filter_map(|(id, member)| Some((id.clone(), late(member)?))).collect()
+        self.members.iter().filter_map(|(id, member)| Some((id.clone(), late(id, member)?))).collect()
     }
 
     fn watch_group(&mut self, now: Duration) {
@@ -118,19 +135,8 @@ impl Coordinator {
             Group::Dissolving { waiting, since } => {
                 let since = *since;
                 let late = |worker: &WorkerId| {
-                    let member = self.members.get(worker)?;
-                    let (heartbeat, at) = member.heartbeat;
-                    let (section, passed) = self.in_section(member, since, now);
-                    let within = match section {
-                        // The trainer has left, or sleeps; what it keeps is being hashed.
-                        _ if heartbeat.generation != self.generation => HASHED_WITHIN,
-                        Section::Collective => LEAVE_WITHIN,
-                        section => self.section_within(section, member, now),
-                    };
-                    // Only a heartbeat that was sent after the group ended tells anything.
-                    let told = at > since + Duration::from_secs(1);
-                    (told && passed > within)
-                        .then(|| (worker.clone(), format!("it did not leave its group within {passed:.1?}")))
+                    let why = self.late_to_leave(self.members.get(worker)?, since, now)?;
+                    Some((worker.clone(), why))
                 };
                 let late: Vec<(WorkerId, String)> = waiting.iter().filter_map(late).collect();
                 self.freeze_out(late, now);
@@ -140,19 +146,24 @@ impl Coordinator {
 
     fn freeze_out(&mut self, frozen: Vec<(WorkerId, String)>, now: Duration) {
         for (worker, why) in frozen {
-            self.drop_worker(&worker, &why, now);
-            self.sit_out(&worker, Fault::Unworkable, &why, now);
+            self.drop_worker(&worker, &why, Fault::Unworkable, now);
         }
     }
 
-    /// For how long a member has been in its section, which began no earlier than the group did.
-    fn in_section(&self, member: &Member, begun: Duration, now: Duration) -> (Section, Duration) {
+    /// Whether a member takes too long to leave its group, which has been ending since then.
+    fn late_to_leave(&self, member: &Member, since: Duration, now: Duration) -> Option<String> {
+        let Activity::InGroup(generation) = member.activity else { return None };
         let (heartbeat, at) = member.heartbeat;
-        if heartbeat.generation != self.generation {
-            return (Section::Forming, now.saturating_sub(begun));
-        }
-        let since = at.saturating_sub(heartbeat.since).max(begun);
-        (heartbeat.section, now.saturating_sub(since))
+        let (section, passed) = in_section(member, generation, since, now);
+        let within = match section {
+            // The trainer has left, or sleeps; what it keeps is being hashed.
+            _ if heartbeat.generation != generation => HASHED_WITHIN,
+            Section::Collective => LEAVE_WITHIN,
+            section => self.section_within(section, member, now),
+        };
+        // Only a heartbeat that was sent after the group ended tells anything.
+        let told = at > since + Duration::from_secs(1);
+        (told && passed > within).then(|| format!("it did not leave its group within {passed:.1?}"))
     }
 
     /// How long a section may take.
@@ -164,9 +175,10 @@ impl Coordinator {
             | Section::Measuring
             | Section::Storing => match (self.step_time(), member.warmed_within) {
                 (Some(step), _) => {
-                    SECTION_AT_LEAST.max(self.settings.dead_after).max(step * 2 + Duration::from_secs(3))
+                    let measured = step * 2 + Duration::from_secs(3);
+                    SECTION_AT_LEAST.max(self.settings.dead_after).max(measured) * self.leniency()
                 }
-                (None, Some(warm_up)) => WARMED_SECTION_AT_LEAST.max(warm_up * 4),
+                (None, Some(warm_up)) => WARMED_SECTION_AT_LEAST.max(warm_up * 4) * self.leniency(),
                 (None, None) => FIRST_SECTION_WITHIN,
             },
             // As long as the process computes, and a while more.
@@ -175,6 +187,12 @@ impl Coordinator {
                 if still > FORM_STILL_FOR { FORM_STILL_FOR } else { Duration::MAX }
             }
         }
+    }
+
+    /// The machines or their links may have become slower than they were: each group that did no update doubles what the
+    /// next one is given.
+    fn leniency(&self) -> u32 {
+        2_u32.pow(self.futile_groups.saturating_sub(1).min(10))
     }
 
     /// The time that a step of the group at hand should take, by those before it.
@@ -202,7 +220,7 @@ impl Coordinator {
         let least = members.iter().map(|(_, member)| entered(member)).min().unwrap_or(0);
         let most = members.iter().map(|(_, member)| entered(member)).max().unwrap_or(0);
         let frozen = |(id, member): &(&WorkerId, &Member)| {
-            let (section, passed) = self.in_section(member, begun, now);
+            let (section, passed) = in_section(member, self.generation, begun, now);
             let waits = section == Section::Collective && (entered(member) > least || least == most);
             let late = passed > self.section_within(section, member, now);
             (late && !waits).then(|| {
@@ -222,7 +240,7 @@ impl Coordinator {
         let mut operations = BTreeSet::new();
         let mut least = Duration::MAX;
         for member in members.iter().filter_map(|id| self.members.get(id)) {
-            let (section, passed) = self.in_section(member, begun, now);
+            let (section, passed) = in_section(member, self.generation, begun, now);
             if section != Section::Collective {
                 return None;
             }
@@ -234,4 +252,19 @@ impl Coordinator {
         }
         (operations.len() == 1).then_some(least)
     }
+}
+
+/// What a member of a group does, and for how long; its section began no earlier than the group did.
+fn in_section(
+    member: &Member,
+    generation: Generation,
+    begun: Duration,
+    now: Duration,
+) -> (Section, Duration) {
+    let (heartbeat, at) = member.heartbeat;
+    if heartbeat.generation != generation {
+        return (Section::Forming, now.saturating_sub(begun));
+    }
+    let since = at.saturating_sub(heartbeat.since).max(begun);
+    (heartbeat.section, now.saturating_sub(since))
 }

@@ -45,6 +45,11 @@ impl Jobs {
         self.done.contains(name)
     }
 
+    /// Whether a job is left that reads milestones.
+    pub(crate) fn read_milestones(&self) -> bool {
+        ["average", "evaluate-last", "continuations"].into_iter().any(|name| !self.is_done(name))
+    }
+
     pub(crate) fn running(&self) -> &BTreeMap<Job, WorkerId> {
         &self.running
     }
@@ -91,6 +96,11 @@ impl Jobs {
         let failures = self.failures.entry(job.name().to_owned()).or_insert(0);
         *failures += 1;
         *failures < ATTEMPTS
+    }
+
+    /// How often a job has failed.
+    pub(crate) fn failures(&self, job: &Job) -> u32 {
+        self.failures.get(job.name()).copied().unwrap_or(0)
     }
 
     /// Whether a job has failed on a worker of this name.

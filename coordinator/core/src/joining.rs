@@ -61,7 +61,7 @@ impl Coordinator {
     pub(crate) fn on_hello(&mut self, mut hello: Hello, now: Duration) {
         let worker = hello.worker.clone();
         if self.members.get(&worker).is_some() {
-            self.lose(&worker, "it reconnected", now);
+            self.lose(&worker, "it reconnected", Fault::Died, now);
         }
         if let Some(other) = hello.run.filter(|run| *run != self.settings.id) {
             self.emit(Note::Remark(format!(
@@ -130,6 +130,7 @@ impl Coordinator {
         for snapshot in &snapshots {
             self.on_snapshot(worker, snapshot, now);
         }
+        self.admitted_at = Some(now);
         self.emit(Note::Joined(worker.clone()));
         match status {
             WorkerStatus::Idle => self.members.set(worker, Activity::Idle, now),
@@ -190,10 +191,18 @@ impl Coordinator {
                 members.iter().filter(|id| !back.contains(id)).map(WorkerId::name).collect();
             let why = format!("{} did not come back", missing.join(", "));
             self.dissolve(&why, true, now);
-        } else if !gone.is_empty() && members.iter().all(|id| back.contains(id) || gone.contains(id)) {
-            let gone: Vec<&str> = gone.iter().map(WorkerId::name).collect();
-            let why = format!("{} was started anew", gone.join(", "));
-            self.dissolve(&why, true, now);
+        } else {
+            // Whoever is here without the group has left it, and will not come back to it.
+            let has_left = |id: &WorkerId| {
+                self.members.get(id).is_some_and(|member| {
+                    member.activity.is_admitted() && member.activity != Activity::InGroup(self.generation)
+                })
+            };
+            let is_over = |id: &&WorkerId| gone.contains(*id) || has_left(id);
+            if members.iter().all(|id| back.contains(id) || is_over(&id)) {
+                let over: Vec<&str> = members.iter().filter(is_over).map(WorkerId::name).collect();
+                self.dissolve(&format!("it ended while nobody led it ({})", over.join(", ")), true, now);
+            }
         }
     }
 
@@ -206,9 +215,10 @@ impl Coordinator {
         self.effect(Effect::Disconnect(worker.clone()));
     }
 
-    pub(crate) fn on_local_workers_failed(&mut self, why: &str) {
-        // Others carry the run.
-        if self.members.iter().any(|(_, member)| member.activity.is_admitted()) {
+    pub(crate) fn on_local_workers_failed(&mut self, why: &str, now: Duration) {
+        // Others carry the run, or will, or did a moment ago.
+        let were_there = |at: Duration| now < at + self.settings.rejoin_window;
+        if self.members.iter().next().is_some() || self.admitted_at.is_some_and(were_there) {
             return;
         }
         let (status, message) = match &self.unfit {
@@ -265,16 +275,15 @@ impl Coordinator {
         self.members.remove(worker);
     }
 
-    /// A worker is gone.
-    pub(crate) fn lose(&mut self, worker: &WorkerId, why: &str, now: Duration) {
+    /// A worker is gone, or is treated as if it were.
+    pub(crate) fn lose(&mut self, worker: &WorkerId, why: &str, fault: Fault, now: Duration) {
         let Some(member) = self.members.remove(worker) else { return };
         self.emit(Note::Lost(worker.clone(), why.to_owned()));
         self.jobs.lost(worker);
         self.snapshots.lost(worker);
-        if !self.group.contains(worker) {
-            return;
-        }
+        let mut trained = false;
         match &mut self.group {
+            group if !group.contains(worker) => {}
             Group::Dissolving { waiting, .. } => {
                 waiting.remove(worker);
             }
@@ -284,10 +293,15 @@ impl Coordinator {
             }
             _ => {
                 self.dissolve(&format!("{} is lost", worker.name()), true, now);
-                if !member.draining {
-                    self.sit_out(worker, Fault::Died, "it was lost while it trained, again", now);
-                }
+                trained = true;
             }
+        }
+        match fault {
+            Fault::Unworkable => self.sit_out(worker, fault, why, now),
+            Fault::Died if trained && !member.draining => {
+                self.sit_out(worker, fault, "it was lost while it trained, again", now);
+            }
+            Fault::Died => {}
         }
     }
 }

@@ -15,6 +15,8 @@ const SHARE_WAIT: Duration = Duration::from_secs(1);
 const RETRY_WAIT: Duration = Duration::from_secs(2);
 /// How long a part may take to be stored before anything was measured.
 const WRITE_WITHIN: Duration = Duration::from_mins(1);
+/// How long reading a checkpoint back may take before anything was measured.
+const COMMIT_WITHIN: Duration = Duration::from_mins(5);
 /// How long storing may fail before states are given up that training would have to wait for.
 const FAILING_FOR: Duration = Duration::from_secs(5);
 /// States that may wait to be stored before training has to wait for them: as many as a worker keeps.
@@ -25,7 +27,7 @@ const WAITING: usize = 2;
 enum Part {
     Unassigned { not_before: Duration },
     Assigned { to: WorkerId, since: Duration },
-    Written(FileEntry),
+    Written { by: WorkerId, entry: FileEntry },
 }
 
 /// A checkpoint that is not committed yet.
@@ -37,7 +39,8 @@ struct Pending {
     parts: BTreeMap<String, Part>,
     /// Who was ever asked for parts: what others say of them is not heard.
     asked: BTreeSet<WorkerId>,
-    committing: bool,
+    /// Since when its parts are read back and its manifest is written.
+    committing: Option<Duration>,
     /// Until then its manifest, which could not be stored, waits.
     not_before: Duration,
     since: Duration,
@@ -84,7 +87,7 @@ impl Snapshots {
                 .map(|name| (name.clone(), Part::Unassigned { not_before: Duration::ZERO }))
                 .collect(),
             asked: BTreeSet::new(),
-            committing: false,
+            committing: None,
             not_before: now,
             since: now,
         });
@@ -150,7 +153,7 @@ impl Snapshots {
                 if let Part::Assigned { since, .. } = part {
                     self.slowest = self.slowest.max(now.saturating_sub(*since));
                 }
-                *part = Part::Written(entry);
+                *part = Part::Written { by: worker.clone(), entry };
             }
         }
     }
@@ -163,16 +166,28 @@ impl Snapshots {
         why: &str,
         now: Duration,
     ) {
-        let Some(pending) = self.pending.get_mut(&checkpoint) else { return };
-        let failures = self.unable.entry(worker.name().to_owned()).or_insert(0);
-        *failures += 1;
-        // Another holder is asked at once; who is asked again waits.
-        let others =
-            pending.holders.iter().any(|other| other != worker && !self.unable.contains_key(other.name()));
-        unassign(pending, worker, if others { now } else { now + RETRY_WAIT });
-        if !others {
-            self.failing.get_or_insert_with(|| (now, why.to_owned()));
+        let not_before = self.could_not(checkpoint, worker, why, now);
+        if let Some(pending) = self.pending.get_mut(&checkpoint) {
+            unassign(pending, worker, not_before);
         }
+    }
+
+    /// Counts that a holder could not store something; from when on it may be asked for again.
+    fn could_not(
+        &mut self,
+        checkpoint: CheckpointId,
+        worker: &WorkerId,
+        why: &str,
+        now: Duration,
+    ) -> Duration {
+        *self.unable.entry(worker.name().to_owned()).or_insert(0) += 1;
+        let is_able = |other: &WorkerId| other != worker && !self.unable.contains_key(other.name());
+        // Another holder is asked at once; who is asked again waits.
+        if self.pending.get(&checkpoint).is_some_and(|pending| pending.holders.iter().any(is_able)) {
+            return now;
+        }
+        self.failing.get_or_insert_with(|| (now, why.to_owned()));
+        now + RETRY_WAIT
     }
 
     /// Workers that have been asked for parts for too long: their parts are open again.
@@ -192,6 +207,14 @@ impl Snapshots {
         for (worker, checkpoint) in &overdue {
             self.write_failed(*checkpoint, worker, "it took too long", now);
         }
+        for (checkpoint, pending) in &self.pending {
+            // All parts are read back, one after the other.
+            let within = COMMIT_WITHIN.max(self.slowest * pending.parts.len() as u32);
+            if pending.committing.is_some_and(|since| now.saturating_sub(since) > within) {
+                let why = format!("reading {checkpoint} back and writing its manifest comes to no end");
+                self.failing.get_or_insert((now, why));
+            }
+        }
         overdue.into_iter().collect()
     }
 
@@ -210,7 +233,7 @@ impl Snapshots {
         if now.saturating_sub(*since) < FAILING_FOR || self.pending.len() < WAITING {
             return None;
         }
-        let candidates = self.pending.iter().filter(|(_, pending)| !pending.committing);
+        let candidates = self.pending.iter().filter(|(_, pending)| pending.committing.is_none());
         let id = candidates
             .min_by_key(|(id, pending)| (pending.kind == CheckpointKind::Milestone, **id))
             .map(|(id, _)| *id)?;
@@ -218,22 +241,37 @@ impl Snapshots {
     }
 
     /// Parts that were read back and are not what was announced: they have to be stored again.
-    pub(crate) fn parts_damaged(&mut self, checkpoint: CheckpointId, files: &[String], now: Duration) {
+    pub(crate) fn parts_damaged(
+        &mut self,
+        checkpoint: CheckpointId,
+        files: &[String],
+        why: &str,
+        now: Duration,
+    ) {
         let Some(pending) = self.pending.get_mut(&checkpoint) else { return };
-        pending.committing = false;
-        for name in files {
-            if let Some(part) = pending.parts.get_mut(name) {
-                *part = Part::Unassigned { not_before: now };
-            }
-        }
+        pending.committing = None;
         if pending.holders.is_empty() {
             self.pending.remove(&checkpoint);
+            return;
+        }
+        let writer = |name: &String| match pending.parts.get(name)? {
+            Part::Written { by, .. } => Some(by.clone()),
+            _ => None,
+        };
+        let writers: BTreeSet<WorkerId> = files.iter().filter_map(writer).collect();
+        let again = writers.iter().map(|worker| self.could_not(checkpoint, worker, why, now)).max();
+        let not_before = again.unwrap_or(now);
+        let Some(pending) = self.pending.get_mut(&checkpoint) else { return };
+        for name in files {
+            if let Some(part) = pending.parts.get_mut(name) {
+                *part = Part::Unassigned { not_before };
+            }
         }
     }
 
     /// Whether a worker is needed to store something: it was asked to, or nobody else holds it.
     pub(crate) fn need(&self, worker: &WorkerId) -> bool {
-        self.pending.values().filter(|pending| !pending.committing).any(|pending| {
+        self.pending.values().filter(|pending| pending.committing.is_none()).any(|pending| {
             let asked =
                 pending.parts.values().any(|part| matches!(part, Part::Assigned { to, .. } if to == worker));
             asked || (pending.holders.contains(worker) && pending.holders.len() == 1)
@@ -252,25 +290,29 @@ impl Snapshots {
             unassign(pending, worker, Duration::ZERO);
         }
         self.pending.retain(|_, pending| is_stored(pending) || !pending.holders.is_empty());
+        // Whatever failed, nothing of it is left to be stored.
+        if self.pending.is_empty() {
+            self.failing = None;
+        }
     }
 
     /// Checkpoints that became complete, each told once.
     pub(crate) fn complete(&mut self, now: Duration) -> Vec<Complete> {
         let mut complete = Vec::new();
         for (&checkpoint, pending) in &mut self.pending {
-            if pending.committing || now < pending.not_before {
+            if pending.committing.is_some() || now < pending.not_before {
                 continue;
             }
             let files: Option<BTreeMap<String, FileEntry>> = pending
                 .parts
                 .iter()
                 .map(|(name, part)| match part {
-                    Part::Written(entry) => Some((name.clone(), *entry)),
+                    Part::Written { entry, .. } => Some((name.clone(), *entry)),
                     _ => None,
                 })
                 .collect();
             if let Some(files) = files {
-                pending.committing = true;
+                pending.committing = Some(now);
                 complete.push(Complete { checkpoint, kind: pending.kind, state: pending.state, files });
             }
         }
@@ -280,7 +322,7 @@ impl Snapshots {
     /// The manifest could not be stored: tell the checkpoint as complete again.
     pub(crate) fn commit_failed(&mut self, checkpoint: CheckpointId, why: &str, now: Duration) {
         if let Some(pending) = self.pending.get_mut(&checkpoint) {
-            pending.committing = false;
+            pending.committing = None;
             pending.not_before = now + RETRY_WAIT;
             self.failing.get_or_insert_with(|| (now, why.to_owned()));
         }
@@ -308,7 +350,7 @@ impl Snapshots {
 
 /// Whether all parts are stored, so that nobody needs to hold the state for them.
 fn is_stored(pending: &Pending) -> bool {
-    pending.parts.values().all(|part| matches!(part, Part::Written(_)))
+    pending.parts.values().all(|part| matches!(part, Part::Written { .. }))
 }
 
 fn unassign(pending: &mut Pending, worker: &WorkerId, not_before: Duration) {
@@ -341,6 +383,36 @@ mod tests {
         snapshots.commit_failed(checkpoint, "no answer", now);
         assert!(snapshots.complete(now + RETRY_WAIT / 2).is_empty());
         assert_eq!(snapshots.complete(now + RETRY_WAIT).len(), 1);
+    }
+
+    #[test]
+    fn who_stores_damaged_parts_is_asked_last_and_waits() {
+        let worker = |name: &str| WorkerId::new(name, Incarnation::new(1)).unwrap();
+        let (first, second) = (worker("first"), worker("second"));
+        let checkpoint = CheckpointId::new(Step::new(5), Generation::new(1));
+        let (kind, state) = (CheckpointKind::Milestone, Digest::of(b"state"));
+        let snapshot = Snapshot { checkpoint, kind, state, files: vec!["a".to_owned()] };
+        let members = [first.clone(), second.clone()];
+        let mut snapshots = Snapshots::default();
+        let mut now = Duration::from_secs(100);
+        for member in &members {
+            snapshots.announced(member, &snapshot, now).unwrap();
+        }
+        let mut asked = Vec::new();
+        for _ in 0..3 {
+            let [(worker, ..)] = &snapshots.assign(&members, &BTreeSet::new(), now)[..] else { panic!() };
+            asked.push(worker.clone());
+            let entry = FileEntry { bytes: 1, digest: state };
+            snapshots.written(checkpoint, worker, [("a".to_owned(), entry)].into(), now);
+            assert_eq!(snapshots.complete(now).len(), 1);
+            snapshots.parts_damaged(checkpoint, &["a".to_owned()], "a bit was flipped", now);
+            if asked.len() > 1 {
+                assert!(snapshots.failing().is_some());
+                assert!(snapshots.assign(&members, &BTreeSet::new(), now).is_empty(), "everybody waits");
+                now += RETRY_WAIT;
+            }
+        }
+        assert_eq!(asked[..2], [first, second], "{asked:?}");
     }
 
     #[test]

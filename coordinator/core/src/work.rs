@@ -40,7 +40,8 @@ impl Coordinator {
             return;
         }
         let message = for_people(message, TEXT_LIMIT);
-        if let Some(checkpoint) = damaged.filter(|id| self.checkpoints.contains_key(id)) {
+        // It may have been found out already that the checkpoint is damaged, and the job is another one then.
+        if let Some(checkpoint) = damaged.filter(|id| milestones_of(job).contains(id)) {
             return self.on_damaged(checkpoint, &message);
         }
         // Preparing freezes the units, so none has a number before it is done.
@@ -102,4 +103,13 @@ impl Coordinator {
 
 fn reads_average(job: &Job) -> bool {
     matches!(job, Job::EvaluateAverage | Job::Export | Job::Benchmark)
+}
+
+/// The milestones that a job reads.
+fn milestones_of(job: &Job) -> &[CheckpointId] {
+    match job {
+        Job::Average(milestones) | Job::Continue(milestones) => milestones,
+        Job::Evaluate(milestone) => std::slice::from_ref(milestone),
+        Job::Prepare | Job::EvaluateAverage | Job::Export | Job::Benchmark => &[],
+    }
 }

@@ -247,6 +247,8 @@ impl World {
                     worker.outbox.push_back(ToCoordinator::Draining);
                 }
             }
+            // Its session ends, and it connects anew.
+            ToWorker::Refused { kind: ErrorKind::Retry, .. } => {}
             ToWorker::Refused { reason, .. } => {
                 assert!(self.strangers, "{id} refused: {reason}");
                 self.workers.remove(id);
@@ -360,15 +362,16 @@ impl World {
             .filter(|(_, kind)| **kind == CheckpointKind::Milestone)
             .map(|(id, _)| *id)
             .collect();
+        let read = ["average", "evaluate-last", "continuations"];
         // Nothing reads them any more.
-        if milestones.is_empty() || self.core.is_none() || self.saved.jobs.contains("average") {
+        if self.core.is_none() || read.iter().all(|job| self.saved.jobs.contains(*job)) {
             return;
         }
-        let id = milestones[index % milestones.len()];
         // A run all of whose checkpoints are damaged stops, which is another test.
         if milestones.len() < 2 {
             return;
         }
+        let id = milestones[index % milestones.len()];
         self.damaged.insert(id.step().get());
         self.event(Event::CheckpointDamaged(id, "a bit was flipped".into()));
     }
@@ -1035,8 +1038,78 @@ fn a_local_worker_that_keeps_dying_ends_no_run_that_others_carry() {
     world.event(hopeless());
     assert_eq!(world.outcome, None, "a remote worker trains");
     world.kill(0);
-    world.event(hopeless());
+    let killed = world.now;
+    while world.outcome.is_none() {
+        world.turn();
+        world.event(hopeless());
+    }
     assert_eq!(world.outcome.unwrap().status, ExitStatus::Failed);
+    assert!(
+        world.now + Duration::from_secs(1) > killed + settings().rejoin_window,
+        "its connection may have been all that it lost"
+    );
+}
+
+/// D7 of `docs/faults.md`: what reads the last milestone after it was averaged.
+#[test]
+fn a_milestone_that_is_damaged_after_it_was_averaged_is_trained_again() {
+    let mut world = World::new();
+    world.join(0);
+    while !world.saved.jobs.contains("average") {
+        world.turn();
+    }
+    let last = *world.saved.checkpoints.keys().last().unwrap();
+    world.event(Event::CheckpointDamaged(last, "a bit was flipped".into()));
+    assert!(!world.saved.checkpoints.contains_key(&last));
+    finish(&mut world, 200);
+    assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
+    assert!(world.saved.checkpoints.keys().any(|id| id.step() == last.step()));
+}
+
+/// What the coordinator wrote last was lost with the power of its machine; a worker elsewhere knows better.
+#[test]
+fn whoever_knows_more_than_the_record_is_heard() {
+    let mut world = World::new();
+    world.join(0);
+    world.join(1);
+    while world.recorded.len() < 5 {
+        world.turn();
+    }
+    world.die();
+    world.kill(0);
+    world.work();
+    world.saved.step = Step::new(2);
+    let generation = world.saved.generation;
+    world.restart();
+    finish(&mut world, 200);
+    assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
+    assert!(world.saved.generation.get() <= generation.get() + 2, "{}", world.saved.generation);
+}
+
+/// A worker that was asked for its part by the coordinator before says that it is stored.
+#[test]
+fn an_answer_to_an_earlier_coordinator_is_no_offence() {
+    let mut world = World::new();
+    world.join(0);
+    world.join(1);
+    let held =
+        |world: &World| world.workers.values().flat_map(|worker| worker.held.iter().copied()).next_back();
+    while held(&world).is_none() {
+        world.work();
+        world.deliver();
+        world.tick();
+    }
+    let checkpoint = held(&world).unwrap();
+    world.restart();
+    // The first is asked for everything.
+    world.deliver_some(0, 3);
+    world.deliver_some(1, 3);
+    let second = world.workers.keys().nth(1).unwrap().clone();
+    let entry = FileEntry { bytes: 1, digest: Digest::of(b"part") };
+    let message = ToCoordinator::Written { checkpoint, files: BTreeMap::from([("a".to_owned(), entry)]) };
+    world.event(Event::Said { worker: second, run: Some(RUN), message });
+    assert!(world.cut.is_empty(), "{:?}", world.cut);
+    finish(&mut world, 200);
 }
 
 /// D12 of `docs/faults.md`.

@@ -79,7 +79,8 @@ impl<B: TrainingBackend> Training<B> {
             return Ok(());
         }
         let donor = steps.iter().position(|step| *step == newest).unwrap_or(0);
-        self.broadcast(Rank::new(donor as u32), group, devices)
+        let is_newest = newest > 0 && steps[group.rank().index()] == newest;
+        self.broadcast(Rank::new(donor as u32), is_newest, group, devices)
     }
 
     /// Opens the corpus without what is left out by now.
@@ -136,16 +137,20 @@ impl<B: TrainingBackend> Training<B> {
         }
     }
 
-    /// Everybody gets the state of `donor`.
+    /// Everybody gets the state of `donor`. Whoever has it keeps it, whatever becomes of the others meanwhile.
     fn broadcast(
         &mut self,
         donor: Rank,
+        is_newest: bool,
         group: &mut dyn Collective,
         devices: Option<&mut Devices<B>>,
     ) -> Result<(), WorkerError> {
-        let gives = group.rank() == donor;
+        // Devices receive in place.
+        let keeps = group.rank() == donor || (is_newest && devices.is_none());
         // What is half overwritten is no state.
-        let position = self.position.take().filter(|_| gives).unwrap_or_else(|| self.beginning());
+        let position = if keeps { self.position.clone() } else { None };
+        self.position.clone_from(&position);
+        let position = position.unwrap_or_else(|| self.beginning());
         let mut words: Vec<i64> = [position.step.get() as i64, position.tokens as i64]
             .into_iter()
             .chain(position.cursors.iter().copied())
@@ -157,7 +162,7 @@ impl<B: TrainingBackend> Training<B> {
                     self.replica.write_part(part, |values| devices.broadcast(donor, values, group))?;
                 }
             }
-            None => self.broadcast_through_hosts(donor, group)?,
+            None => self.broadcast_through_hosts(donor, keeps, group)?,
         }
         self.position = Some(TrainState {
             step: Step::new(words[0] as u64),
@@ -171,6 +176,7 @@ impl<B: TrainingBackend> Training<B> {
     fn broadcast_through_hosts(
         &mut self,
         donor: Rank,
+        keeps: bool,
         group: &mut dyn Collective,
     ) -> Result<(), WorkerError> {
         let gives = group.rank() == donor;
@@ -183,7 +189,7 @@ impl<B: TrainingBackend> Training<B> {
                     self.replica.read_state(part, start, chunk);
                 }
                 group.broadcast(donor, (&mut *chunk).into())?;
-                if !gives {
+                if !keeps {
                     self.replica.write_state(part, start, chunk);
                 }
             }

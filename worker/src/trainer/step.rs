@@ -4,8 +4,10 @@
 //! changed anything, so the step can be redone from the same cursors; after that everybody can finish it alone.
 
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::RecvTimeoutError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use ulmus_dataloader::{Cursors, DataError, Loader, Sequence};
 use ulmus_model::{IGNORE, LossSum, MicroBatch, Quantum, Sums, TrainingBackend};
@@ -22,7 +24,7 @@ use crate::collective::{Collective, chunk};
 use crate::control::{Control, Wishes};
 use crate::snapshot::Held;
 
-/// How often a trainer that waits for a store says so.
+/// How often a trainer that waits for a store, or for text, says so.
 const TELL_EVERY: Duration = Duration::from_millis(250);
 
 /// Why this worker's share of a step cannot be used.
@@ -156,7 +158,7 @@ impl<B: TrainingBackend> Training<B> {
         if let Some(sums) = &mut sums {
             sums.clear();
         }
-        self.read_held_out()?;
+        self.read_held_out(control)?;
         let plan = Arc::clone(&self.run.plan);
         let per_lane = (plan.train.sequences / plan.data.lanes) as usize;
         let mut words = Words::default();
@@ -214,14 +216,28 @@ impl<B: TrainingBackend> Training<B> {
         Ok(loss)
     }
 
-    /// Reads what is measured on, in the step that will measure first: an error after the update would cost the step.
-    fn read_held_out(&mut self) -> Result<(), Obstacle> {
-        let plan = &self.run.plan;
-        if self.held_out.is_none() && self.measures_after(self.step().next()) {
-            let corpus = self.corpus.as_ref().expect("the corpus is opened before a group agrees");
-            let held_out = corpus.held_out(plan.sequence_length(), plan.train.held_out_sequences as usize);
-            self.held_out = Some(held_out.map_err(|error| Obstacle::Failed(error.into()))?.sequences);
+    /// Reads what is measured on, in the step that will measure first: an error after the update would cost the step. Of a
+    /// large corpus that takes minutes, and the trainer says all the time that it waits.
+    fn read_held_out(&mut self, control: &Control) -> Result<(), Obstacle> {
+        let train = &self.run.plan.train;
+        if self.held_out.is_some() || !self.measures_after(self.step().next()) {
+            return Ok(());
         }
+        let corpus = self.corpus.as_ref().expect("the corpus is opened before a group agrees");
+        let (length, sequences) = (self.run.plan.sequence_length(), train.held_out_sequences as usize);
+        let held_out = thread::scope(|scope| {
+            let (tell, told) = crossbeam_channel::bounded(1);
+            scope.spawn(move || tell.send(corpus.held_out(length, sequences)));
+            let held_out = loop {
+                match told.recv_timeout(TELL_EVERY) {
+                    Err(RecvTimeoutError::Timeout) => control.begin(Section::Reading),
+                    read => break read.expect("who reads tells what it has read"),
+                };
+            };
+            control.begin(Section::Computing);
+            held_out
+        });
+        self.held_out = Some(held_out.map_err(|error| Obstacle::Failed(error.into()))?.sequences);
         Ok(())
     }
 
