@@ -5,8 +5,10 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use ulmus_coord_core::Note;
-use ulmus_types::{CheckpointKind, Job, Step, StepReport};
+use ulmus_types::{CheckpointKind, Job, Step, StepReport, for_people};
 
+/// The longest text of a worker that is shown.
+const TEXT_LIMIT: usize = 2000;
 /// Time between two plain lines about steps.
 const PLAIN_EVERY: Duration = Duration::from_secs(5);
 
@@ -78,7 +80,6 @@ impl Console {
                 self.bar.set_prefix(job.name());
                 self.line(&format!("{} on {}: {}", job.name(), worker.name(), purpose(job)));
             }
-            Note::JobDone(job) => self.line(&format!("{} done", job.name())),
             Note::Drained(worker) => {
                 self.line(&format!("worker {} has left, as it was asked to", worker.name()));
             }
@@ -88,6 +89,15 @@ impl Console {
             Note::Remark(text) => self.line(text),
             Note::Alarm(text) => self.alarm(text),
         }
+    }
+
+    /// Tells how a job has ended: its result says why, if there was nothing to do.
+    pub(crate) fn job_done(&self, job: &Job, result: &str) {
+        let result: serde_json::Value = serde_json::from_str(result).unwrap_or_default();
+        self.line(&match result["skipped"].as_str() {
+            Some(why) => format!("{} skipped: {}", job.name(), for_people(why, TEXT_LIMIT)),
+            None => format!("{} done", job.name()),
+        });
     }
 
     /// Tells about an update.

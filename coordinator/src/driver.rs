@@ -254,7 +254,10 @@ impl Driver {
             Effect::SaveCommitted(checkpoint) => memory.committed(*checkpoint)?,
             Effect::SaveDamaged(checkpoint) => memory.forget(*checkpoint)?,
             Effect::SaveJobStarted(job, worker) => memory.save_owner(job, worker)?,
-            Effect::SaveJob(job, result) => memory.save_job(job, result)?,
+            Effect::SaveJob(job, result) => {
+                memory.save_job(job, result)?;
+                self.parts.console.job_done(job, result);
+            }
             Effect::SaveJobUndone(name) => memory.forget_job(name)?,
             Effect::Send(worker, message) => self.send(worker, message.clone()),
             Effect::Disconnect(worker) => {

@@ -78,7 +78,7 @@ impl FolderError {
             Self::Locked(_) | Self::Elsewhere { .. } | Self::OtherStore { .. } => ErrorKind::Refused,
             Self::PlanChanged { .. } => ErrorKind::InvalidInput,
             Self::DamagedPlan(..) => ErrorKind::Corrupt,
-            Self::Io { .. } => ErrorKind::Internal,
+            Self::Io { .. } => ErrorKind::Disk,
             Self::Store(error) => error.kind(),
         }
     }

@@ -14,6 +14,9 @@ use ulmus_types::{Generation, Step, StepReport};
 
 use crate::store::{MetricsRow, ReadingRow};
 
+/// Name of the metrics.
+pub(crate) const METRICS_FILE: &str = "metrics.csv";
+
 const HEADER: [&str; 12] = [
     "step",
     "tokens",

@@ -12,18 +12,33 @@ use ulmus_rt::{Failure, with_causes};
 use ulmus_types::{BadUnit, ExitStatus, Generation, RunId};
 
 use crate::folder::RunFolder;
-use crate::metrics::MetricsFile;
+use crate::metrics::{METRICS_FILE, MetricsFile};
 use crate::store::{Recovered, StoredCheckpoint};
 
-/// What is wrong when there is no database and there are checkpoints: nobody may begin a run in the middle without a word.
+/// What is wrong when there is no database and a run has begun: nobody may begin it in the middle, or anew, without a word.
 ///
 /// # Errors
-/// When there are any, with what to do; or when the store does not answer.
-pub(crate) async fn refuse_to_forget(folder: &RunFolder, plan: &str) -> Result<(), Failure> {
+/// When there are checkpoints or rows of metrics, with what to do; or when the store does not answer.
+pub(crate) async fn refuse_to_forget(
+    folder: &RunFolder,
+    plan: &str,
+    from_start: bool,
+) -> Result<(), Failure> {
     let found = ulmus_checkpoint::checkpoints(folder.store())
         .await
         .map_err(|error| Failure::of(error.kind(), &error))?;
-    let Some(newest) = found.last() else { return Ok(()) };
+    let Some(newest) = found.last() else {
+        let rows = MetricsFile::read(&folder.path().join(METRICS_FILE));
+        let Some(last) = rows.last().filter(|_| !from_start) else { return Ok(()) };
+        let message = format!(
+            "{} is lost or empty, there is no checkpoint in {}, and {METRICS_FILE} knows of {} steps; restore them, or begin \
+             anew with: coordinator --plan {plan} --from-start",
+            folder.database().display(),
+            folder.shown(),
+            last.report.step
+        );
+        return Err(Failure::new(ExitStatus::Corrupt, message));
+    };
     let message = format!(
         "{} is lost or empty, and there are {} checkpoints in {}, the newest of them {newest}; restore it, or rebuild it \
          from what is there with: coordinator --plan {plan} --recover",
@@ -86,7 +101,7 @@ pub(crate) async fn gather(folder: &RunFolder, plan: &Plan) -> Result<(Recovered
     }
     recovered.run = runs.into_iter().next();
     recovered.quarantine = quarantine(store).await?;
-    recovered.metrics = MetricsFile::read(&folder.path().join("metrics.csv"));
+    recovered.metrics = MetricsFile::read(&folder.path().join(METRICS_FILE));
     let of_metrics = recovered.metrics.iter().map(|row| row.generation).max().unwrap_or_default();
     recovered.generation = Generation::new(recovered.generation.max(of_metrics).get() + 1000);
     Ok((recovered, damaged))

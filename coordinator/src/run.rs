@@ -12,7 +12,9 @@ use ulmus_coord_core::Settings;
 use ulmus_plan::{OnBadUnit, Plan};
 use ulmus_proto::v1::coordinator_server::CoordinatorServer;
 use ulmus_rt::{Failure, HostPort, LogTarget, Shutdown, print, with_causes};
-use ulmus_transport::{Bound, Credentials, CredentialsError, Limits, RuntimeError, TokenSource};
+use ulmus_transport::{
+    Bound, Credentials, CredentialsError, IDENTITY_FILE, Limits, RuntimeError, TOKEN_FILE, TokenSource,
+};
 use ulmus_types::{Digest, ExitStatus, NONCE_FILE, RunId, RunSecret, nonce_digest};
 
 use crate::args::OnTerm;
@@ -20,7 +22,7 @@ use crate::console::Console;
 use crate::driver::{Ended, Parts, drive, finish_commits};
 use crate::folder::{FolderError, RunFolder, unguessable};
 use crate::local::LocalWorkers;
-use crate::metrics::{MetricsFile, SourcesFile};
+use crate::metrics::{METRICS_FILE, MetricsFile, SourcesFile};
 use crate::quarantine;
 use crate::recover::{gather, refuse_to_forget};
 use crate::server::{MESSAGE_LIMIT, Sessions};
@@ -147,6 +149,13 @@ async fn run_one(
     ulmus_rt::init_telemetry(&LogTarget::File(folder.path().join("logs/coordinator.log")))
         .map_err(|error| failed(&folder.path().join("logs"), &error))?;
     let credentials = credentials(&folder, options)?;
+    for file in &credentials.exposed {
+        print(&format!(
+            "ALARM: others could read {}, and cannot any more; if others use this machine, delete it with what is beside it \
+             ({TOKEN_FILE}, {IDENTITY_FILE}), and start again: workers then need the new token",
+            file.display()
+        ))?;
+    }
     let memory = open_database(plan, options, &folder).await?;
     folder.hide_database().map_err(|error| in_folder(&error))?;
     let (id, secret) = memory.identity().map_err(|error| stored(&error))?;
@@ -160,7 +169,7 @@ async fn run_one(
 
     let saved = memory.saved().map_err(|error| stored(&error))?;
     let rows = memory.metrics().map_err(|error| stored(&error))?;
-    let metrics_path = folder.path().join("metrics.csv");
+    let metrics_path = folder.path().join(METRICS_FILE);
     let metrics = MetricsFile::create(&metrics_path, &rows).map_err(|error| failed(&metrics_path, &error))?;
     let sources = sources_file(&memory, folder.path())?;
     let console = Console::new(plan.train.iterations, saved.step);
@@ -264,12 +273,22 @@ async fn open_database(plan: &Plan, options: &Options, folder: &RunFolder) -> Re
         return Ok(memory);
     }
     if !options.recover {
-        refuse_to_forget(folder, &options.plan.display().to_string()).await?;
+        refuse_to_forget(folder, &options.plan.display().to_string(), options.from_start).await?;
         return Ok(memory);
     }
     let (recovered, damaged) = gather(folder, plan).await?;
-    for fault in damaged {
+    for fault in &damaged {
         print(&format!("ALARM: {fault}"))?;
+    }
+    let had_begun = !damaged.is_empty() || !recovered.metrics.is_empty();
+    if recovered.checkpoints.is_empty() && had_begun && !options.from_start {
+        let message = format!(
+            "no checkpoint in {} can be used, so that training would begin anew; put back copies of them, or begin anew with: \
+             coordinator --plan {} --recover --from-start",
+            folder.shown(),
+            options.plan.display()
+        );
+        return Err(Failure::new(ExitStatus::Corrupt, message));
     }
     memory.recover(&recovered).map_err(|error| stored(&error))?;
     let newest = recovered.checkpoints.iter().map(|checkpoint| checkpoint.id).max();

@@ -74,7 +74,8 @@ impl StoreError {
     /// What can be done about it.
     pub(crate) fn kind(&self) -> ErrorKind {
         match self {
-            Self::Sqlite(_) | Self::Disk(_) => ErrorKind::Internal,
+            Self::Disk(_) => ErrorKind::Disk,
+            Self::Sqlite(_) => ErrorKind::Internal,
             Self::Files(error) => error.kind(),
             Self::NoDatabase(_) | Self::Damaged { .. } | Self::Diverged { .. } => ErrorKind::Corrupt,
         }
@@ -86,7 +87,7 @@ impl StoreError {
     pub(crate) fn is_of_disk(&self) -> bool {
         match self {
             Self::Disk(_) => true,
-            Self::Files(error) => matches!(error.kind(), ErrorKind::Retry | ErrorKind::Internal),
+            Self::Files(error) => matches!(error.kind(), ErrorKind::Retry | ErrorKind::Disk),
             _ => false,
         }
     }

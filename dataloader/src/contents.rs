@@ -11,15 +11,15 @@ pub fn without_mark(text: &[u8]) -> &[u8] {
 }
 
 /// Whether a file stands for one that Git LFS keeps elsewhere; it is enough to know how it begins and how long it is.
-pub(crate) fn is_pointer(begin: &[u8], size: u64) -> bool {
+pub fn is_pointer(begin: &[u8], size: u64) -> bool {
     size < POINTER.1 as u64 && begin.starts_with(POINTER.0)
 }
 
 /// Why a file is no text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum NoText {
-    #[error("its byte order mark is that of UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`")]
-    Utf16,
+    #[error("it is {0}; convert it with `iconv -f {0} -t UTF-8`")]
+    Wide(&'static str),
     #[error(
         "byte {0} begins no character; convert it, for instance with `iconv -f LATIN1 -t UTF-8`, or leave it out"
     )]
@@ -28,10 +28,61 @@ pub(crate) enum NoText {
 
 /// A whole file as text, without its byte order mark.
 pub(crate) fn text_of(file: &[u8]) -> Result<&str, NoText> {
-    if file.starts_with(b"\xff\xfe") || file.starts_with(b"\xfe\xff") {
-        return Err(NoText::Utf16);
+    if let Some(encoding) = wide_encoding(file) {
+        return Err(NoText::Wide(encoding));
     }
     let text = without_mark(file);
     let mark = file.len() - text.len();
     std::str::from_utf8(text).map_err(|error| NoText::Other(mark + error.valid_up_to()))
+}
+
+/// The encoding of a file whose characters take 2 or 4 bytes: by its byte order mark, or because half or more of the bytes
+/// that it begins with are zero, which no text in UTF-8 has.
+fn wide_encoding(file: &[u8]) -> Option<&'static str> {
+    const LOOKED_AT: usize = 1024;
+    let marks: [(&[u8], _); 4] = [
+        (b"\xff\xfe\0\0", "UTF-32"),
+        (b"\0\0\xfe\xff", "UTF-32"),
+        (b"\xff\xfe", "UTF-16"),
+        (b"\xfe\xff", "UTF-16"),
+    ];
+    if let Some((_, encoding)) = marks.into_iter().find(|(mark, _)| file.starts_with(mark)) {
+        return Some(encoding);
+    }
+    let begin = &file[..file.len().min(LOOKED_AT)];
+    let zeros = |first: usize| {
+        let bytes = begin.iter().skip(first).step_by(2);
+        (bytes.clone().filter(|byte| **byte == 0).count(), bytes.count())
+    };
+    let mostly = |(zeros, all): (usize, usize)| all > 1 && zeros * 10 >= all * 9;
+    match (mostly(zeros(0)), mostly(zeros(1))) {
+        (true, false) => Some("UTF-16BE"),
+        (false, true) => Some("UTF-16LE"),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_of_wide_characters_is_none() {
+        let text = "Words, and more of them.\n";
+        let wide = |bytes: fn(u16) -> [u8; 2]| text.encode_utf16().flat_map(bytes).collect::<Vec<u8>>();
+        let marked = |mark: &[u8], bytes: Vec<u8>| [mark, &bytes].concat();
+        let utf32: Vec<u8> = text.chars().flat_map(|c| u32::from(c).to_le_bytes()).collect();
+        for (file, encoding) in [
+            (wide(u16::to_le_bytes), "UTF-16LE"),
+            (wide(u16::to_be_bytes), "UTF-16BE"),
+            (marked(b"\xff\xfe", wide(u16::to_le_bytes)), "UTF-16"),
+            (marked(b"\xfe\xff", wide(u16::to_be_bytes)), "UTF-16"),
+            (marked(b"\xff\xfe\0\0", utf32), "UTF-32"),
+        ] {
+            assert_eq!(text_of(&file), Err(NoText::Wide(encoding)));
+        }
+        for text in [text, "", "\0", "a\0b", "\u{feff}x"] {
+            assert!(text_of(text.as_bytes()).is_ok(), "{text:?}");
+        }
+    }
 }

@@ -210,10 +210,10 @@ pub enum DataError {
         /// A number of lanes that would do.
         most: usize,
     },
-    /// No document passes the filters.
+    /// No document is left to train on.
     #[error(
-        "no document of source {name:?} passes the filters; lower data.min_characters and data.min_tokens, \
-         or give it longer texts"
+        "no document of source {name:?} is left to train on: each is empty, shorter than data.min_characters or \
+         data.min_tokens, or held out; lower those and data.holdout, or give it more or longer texts"
     )]
     Empty {
         /// The source.
@@ -343,7 +343,8 @@ impl DataError {
                 ErrorKind::Corrupt
             }
             Self::BadUnit { error, .. } => error.kind(),
-            Self::Stopped | Self::Disk { .. } => ErrorKind::Internal,
+            Self::Disk { .. } => ErrorKind::Disk,
+            Self::Stopped => ErrorKind::Internal,
             _ => ErrorKind::InvalidInput,
         }
     }

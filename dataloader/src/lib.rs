@@ -34,7 +34,7 @@ mod tokenizer;
 mod tokens;
 mod walk;
 
-pub use contents::without_mark;
+pub use contents::{is_pointer, without_mark};
 pub use corpus::{Corpus, Counts, HeldOut};
 pub use document::normalized;
 pub use error::DataError;

@@ -17,7 +17,9 @@ use crate::store::{FileInfo, Folder, Stores};
 use crate::tokenizer::Tokenizer;
 use crate::tokens;
 
-const FORMAT_VERSION: u32 = 1;
+const FORMAT_VERSION: u32 = 2;
+/// The format of the first programs, whose manifests have no digest.
+const UNSIGNED: u32 = 1;
 
 /// Files and units of all sources, and the tokenizer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -95,34 +97,45 @@ impl Manifest {
     /// Reads what [`Self::to_json`] wrote.
     ///
     /// # Errors
-    /// When it is something else, or of a newer version.
+    /// When it is something else, of a newer version, or not what was written.
     pub fn from_json(json: &[u8]) -> Result<Self, DataError> {
         let refuse = |reason: String| DataError::Manifest { reason };
+        let signature = signature(json);
+        if let Some((digest, unsigned)) = &signature
+            && *digest != Digest::of(unsigned).to_string()
+        {
+            return Err(refuse("its digest is that of another text".to_owned()));
+        }
         let manifest: Self = serde_json::from_slice(json).map_err(|error| refuse(error.to_string()))?;
-        if manifest.format_version == FORMAT_VERSION {
-            Ok(manifest)
-        } else {
-            Err(refuse(format!(
-                "it has version {}, this program knows {FORMAT_VERSION}",
-                manifest.format_version
-            )))
+        match (manifest.format_version, signature) {
+            (FORMAT_VERSION, Some(_)) => Ok(manifest),
+            (FORMAT_VERSION, None) => Err(refuse("its digest is not where it was written".to_owned())),
+            (UNSIGNED, _) => Ok(Self { format_version: FORMAT_VERSION, ..manifest }),
+            (version, _) => {
+                Err(refuse(format!("it has version {version}, this program knows {FORMAT_VERSION}")))
+            }
         }
     }
 
-    /// The stored form.
+    /// The stored form. Its first field is the digest of the text without it: a flipped bit would be another stream.
     pub fn to_json(&self) -> Vec<u8> {
+        let unsigned = self.to_unsigned();
+        [SIGNED, Digest::of(&unsigned).to_string().as_bytes(), b"\",", &unsigned[1..]].concat()
+    }
+
+    fn to_unsigned(&self) -> Vec<u8> {
         serde_json::to_vec(self).expect("a manifest can be written as JSON")
     }
 
     /// Hash of what decides the stream: names, sizes and units, but not where the files lie, nor the version marks of
     /// their store, which are other ones for the same files elsewhere.
     pub fn digest(&self) -> Digest {
-        let mut content = self.clone();
+        let mut content = Self { format_version: UNSIGNED, ..self.clone() };
         for source in &mut content.sources {
             source.url = None;
             source.files.iter_mut().for_each(|file| file.version = None);
         }
-        Digest::of(&content.to_json())
+        Digest::of(&content.to_unsigned())
     }
 
     /// Number of files, over all sources.
@@ -134,6 +147,18 @@ impl Manifest {
     pub fn bytes(&self) -> u64 {
         self.sources.iter().flat_map(|source| &source.units).map(|unit| unit.bytes).sum()
     }
+}
+
+/// How a manifest begins that has a digest.
+const SIGNED: &[u8] = b"{\"digest\":\"";
+
+/// The digest in a manifest's text, and the text that it is of.
+fn signature(json: &[u8]) -> Option<(String, Vec<u8>)> {
+    let rest = json.strip_prefix(SIGNED)?;
+    let end = rest.iter().position(|byte| *byte == b'"')?;
+    let (digest, rest) = rest.split_at(end);
+    let unsigned = [b"{", rest.get(2..)?].concat();
+    Some((String::from_utf8_lossy(digest).into_owned(), unsigned))
 }
 
 fn freeze(source: &SourceConfig, limit: u64, stores: &Stores) -> Result<SourceManifest, DataError> {
@@ -380,6 +405,15 @@ mod tests {
         let manifest = Manifest::freeze(&source(&["y.jsonl"], None), Some(&corpus())).unwrap();
         let manifest = manifest.with_tokenizer(&read("model"));
         let stored = manifest.to_json();
+        // A bit that is flipped anywhere is found, or the text is not read at all.
+        for at in (0..stored.len()).step_by(7) {
+            let mut damaged = stored.clone();
+            damaged[at] ^= 4;
+            assert!(Manifest::from_json(&damaged).is_err(), "byte {at}");
+        }
+        // As the first programs wrote it.
+        let old = Manifest { format_version: UNSIGNED, ..manifest.clone() };
+        assert_eq!(Manifest::from_json(&old.to_unsigned()).unwrap(), manifest);
         // As sha256sum tells it.
         let sha256 = "fbec0020c50e2132ff4f419cb494796008c17ecb3535a880065753d4412e3ca3";
         assert!(String::from_utf8_lossy(&stored).contains(sha256));
@@ -419,9 +453,8 @@ mod tests {
         assert_eq!(marked.digest(), manifest.digest());
         marked.sources[0].files[0].size += 1;
         assert_ne!(marked.digest(), manifest.digest());
-        let newer = String::from_utf8(manifest.to_json())
-            .unwrap()
-            .replace("\"format_version\":1", "\"format_version\":2");
-        assert!(Manifest::from_json(newer.as_bytes()).unwrap_err().to_string().contains("version 2"));
+        let newer = Manifest { format_version: FORMAT_VERSION + 1, ..manifest };
+        let message = Manifest::from_json(&newer.to_json()).unwrap_err().to_string();
+        assert!(message.contains("version 3"), "{message}");
     }
 }

@@ -86,7 +86,7 @@ struct Found {
 enum Reason {
     Cap { size: u64, cap: u64 },
     NoRoom,
-    Utf16,
+    Wide(&'static str),
     NotUtf8,
     Pointer,
     Equal,
@@ -104,7 +104,7 @@ impl fmt::Display for Reason {
                 return write!(f, "has {size} bytes, more than prepare.cap allows for all text ({cap})");
             }
             Self::NoRoom => "comes when prepare.cap is used up",
-            Self::Utf16 => "is UTF-16, not UTF-8",
+            Self::Wide(encoding) => return write!(f, "is {encoding}, not UTF-8"),
             Self::NotUtf8 => "is not UTF-8",
             Self::Pointer => "is a pointer of Git LFS (run `git lfs pull`)",
             Self::Equal => "has the text of another file, but for white space",
@@ -289,7 +289,7 @@ fn text(path: &Path, cap: u64) -> Result<Result<String, Reason>, DataError> {
         return Ok(Err(Reason::Pointer));
     }
     Ok(contents::text_of(&bytes).map(str::to_owned).map_err(|reason| match reason {
-        NoText::Utf16 => Reason::Utf16,
+        NoText::Wide(encoding) => Reason::Wide(encoding),
         NoText::Other(_) => Reason::NotUtf8,
     }))
 }

@@ -360,7 +360,7 @@ fn a_corpus_that_the_filters_empty_says_so() {
     let lanes: Vec<LaneId> = corpus.lanes().collect();
     let mut loader = Loader::open(Arc::clone(&corpus), LENGTH, &lanes, &corpus.start()).unwrap();
     let message = loader.take(&lanes, 1).unwrap_err().to_string();
-    assert!(message.contains("no document of source \"source-0\" passes the filters"), "{message}");
+    assert!(message.contains("no document of source \"source-0\" is left to train on"), "{message}");
     // The other lane's reader counts on until it is stopped.
     drop(loader);
     assert_eq!(corpus.counts()[0].short_tokens, corpus.counts()[0].documents);

@@ -23,6 +23,12 @@ pub enum EvaluatorError {
         /// The file that a model folder has.
         missing: &'static str,
     },
+    /// A file that stands for one in Git LFS.
+    #[error("{} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its repository", path.display())]
+    Pointer {
+        /// The file.
+        path: PathBuf,
+    },
     /// Tokenizer and model do not belong together.
     #[error("the tokenizer in {} does not fit its model: {reason}; put the files of one export together", path.display())]
     Mismatch {

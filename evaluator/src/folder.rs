@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ulmus_dataloader::{Tokenizer, without_mark};
+use ulmus_dataloader::{Tokenizer, is_pointer, without_mark};
 use ulmus_model::hf::{self, SpecialTokens};
 use ulmus_model::{Backend, Model, WeightFormat};
 use ulmus_types::Digest;
@@ -36,6 +36,7 @@ pub fn load_model<B: Backend>(
     format: WeightFormat,
 ) -> Result<LoadedModel<B>, EvaluatorError> {
     require(directory, "config.json")?;
+    refuse_pointers(directory)?;
     let read = hf::read(directory)?;
     let digest = Digest::of(bytemuck::cast_slice(&read.weights));
     let model = Arc::new(Model::in_format(backend, &read.config, &read.weights, format)?);
@@ -89,6 +90,21 @@ fn names_of_ends(directory: &Path) -> Result<[Option<String>; 2], String> {
         token.as_str().or_else(|| token["content"].as_str()).map(str::to_owned)
     };
     Ok([name("bos_token"), name("eos_token")])
+}
+
+/// Makes sure that no file of a model is what Git LFS leaves in its place.
+fn refuse_pointers(directory: &Path) -> Result<(), EvaluatorError> {
+    let mut names: Vec<PathBuf> =
+        std::fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    names.sort();
+    for path in names {
+        let is_small = path.metadata().is_ok_and(|file| file.is_file() && file.len() < 4096);
+        let begin = if is_small { std::fs::read(&path).unwrap_or_default() } else { Vec::new() };
+        if is_pointer(&begin, begin.len() as u64) {
+            return Err(EvaluatorError::Pointer { path });
+        }
+    }
+    Ok(())
 }
 
 fn require(directory: &Path, file: &'static str) -> Result<PathBuf, EvaluatorError> {

@@ -60,6 +60,14 @@ pub enum ModelError {
         /// What is wrong, and what is accepted.
         problem: String,
     },
+    /// A file that is not whole.
+    #[error("{} was cut or damaged: {problem}; fetch it again from its origin", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What was found.
+        problem: String,
+    },
     /// A model that the Hugging Face layout has no word for.
     #[error(
         "a model with model.norm = {norm:?} has no Hugging Face layout: OpenELM's code there knows RMS norm alone; \
@@ -98,7 +106,7 @@ impl ModelError {
                 ErrorKind::InvalidInput
             }
             Self::File { .. } => ErrorKind::Internal,
-            Self::Tensors(_) | Self::Algorithms(_) => ErrorKind::Corrupt,
+            Self::Damaged { .. } | Self::Tensors(_) | Self::Algorithms(_) => ErrorKind::Corrupt,
         }
     }
 }

@@ -16,7 +16,7 @@ use ulmus_types::Problems;
 
 use crate::error::ModelError;
 use crate::params::Layout;
-use crate::tensors::{WeightReader, metadata, views};
+use crate::tensors::{Problem, WeightReader, metadata, views};
 
 const CONFIG: &str = "config.json";
 const GENERATION_CONFIG: &str = "generation_config.json";
@@ -185,7 +185,10 @@ pub fn read(directory: &Path) -> Result<HfModel, ModelError> {
     };
     for path in files {
         let file = File::open(&path).map_err(ModelError::file("read", &path))?;
-        reader.read(BufReader::new(file)).map_err(|problem| ModelError::format(&path, problem))?;
+        reader.read(BufReader::new(file)).map_err(|problem| match problem {
+            Problem::Damaged(problem) => ModelError::Damaged { path: path.clone(), problem },
+            Problem::Format(problem) => ModelError::format(&path, problem),
+        })?;
     }
     let weights = reader.finish().map_err(|problem| ModelError::format(&whole, problem))?;
     Ok(HfModel { config, weights, tokens })

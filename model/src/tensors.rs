@@ -37,7 +37,7 @@ pub fn weights_to_safetensors(layout: &Layout, weights: &[f32]) -> Result<Vec<u8
 /// [`ModelError::Tensors`] if the bytes are not those of a model of this layout.
 pub fn weights_from_safetensors(layout: &Layout, bytes: &[u8]) -> Result<Vec<f32>, ModelError> {
     let mut reader = WeightReader::new(layout);
-    reader.read(Cursor::new(bytes)).map_err(ModelError::Tensors)?;
+    reader.read(Cursor::new(bytes)).map_err(|problem| ModelError::Tensors(problem.into_text()))?;
     reader.finish().map_err(ModelError::Tensors)
 }
 
@@ -65,6 +65,28 @@ fn refused(error: &SafeTensorError) -> ModelError {
 // Stored tensors are little-endian, and slices are cast to bytes as they lie.
 const _: () = assert!(cfg!(target_endian = "little"), "big-endian machines are not supported");
 
+/// Why a file gives no weights; sentences without its name.
+#[derive(Debug)]
+pub(crate) enum Problem {
+    /// Bytes are missing, or are there besides.
+    Damaged(String),
+    /// It is not what this program reads.
+    Format(String),
+}
+
+impl Problem {
+    fn into_text(self) -> String {
+        let (Self::Damaged(text) | Self::Format(text)) = self;
+        text
+    }
+}
+
+impl From<String> for Problem {
+    fn from(problem: String) -> Self {
+        Self::Format(problem)
+    }
+}
+
 /// Collects the flat vector from one or several files. Problems are sentences without the file's name.
 #[derive(Debug)]
 pub(crate) struct WeightReader<'a> {
@@ -80,16 +102,16 @@ impl<'a> WeightReader<'a> {
     }
 
     /// Takes all tensors of one file.
-    pub(crate) fn read(&mut self, mut file: impl Read + Seek) -> Result<(), String> {
+    pub(crate) fn read(&mut self, mut file: impl Read + Seek) -> Result<(), Problem> {
         let (metadata, start) = read_header(&mut file)?;
         for name in metadata.offset_keys() {
             if name == "lm_head.weight" {
                 continue;
             }
-            let info = metadata.info(&name).ok_or("the header contradicts itself")?;
+            let info = metadata.info(&name).ok_or_else(|| "the header contradicts itself".to_owned())?;
             let index = self.index_of(&name)?;
             if std::mem::replace(&mut self.seen[index], true) {
-                return Err(format!("tensor {name} is there twice"));
+                return Err(format!("tensor {name} is there twice").into());
             }
             self.read_tensor(&mut file, start, &name, info, index)?;
         }
@@ -146,13 +168,13 @@ impl<'a> WeightReader<'a> {
 }
 
 /// The header, and where the data begins; checks that the file is as long as its header says.
-fn read_header(file: &mut (impl Read + Seek)) -> Result<(Metadata, u64), String> {
+fn read_header(file: &mut (impl Read + Seek)) -> Result<(Metadata, u64), Problem> {
     let not_safetensors = |why: &dyn std::fmt::Display| format!("this is not a safetensors file: {why}");
     let mut length = [0; LENGTH_BYTES as usize];
     file.read_exact(&mut length).map_err(|error| not_safetensors(&error))?;
     let length = u64::from_le_bytes(length);
     if length > LONGEST_HEADER {
-        return Err(not_safetensors(&format!("its header would have {length} bytes")));
+        return Err(not_safetensors(&format!("its header would have {length} bytes")).into());
     }
     let mut header = Vec::new();
     file.take(length).read_to_end(&mut header).map_err(|error| not_safetensors(&error))?;
@@ -161,9 +183,9 @@ fn read_header(file: &mut (impl Read + Seek)) -> Result<(Metadata, u64), String>
     let expected = start + metadata.data_len() as u64;
     let found = file.seek(SeekFrom::End(0)).map_err(|error| not_safetensors(&error))?;
     if found != expected {
-        return Err(format!(
-            "the file has {found} bytes and its header describes {expected}; it was cut or damaged"
-        ));
+        return Err(Problem::Damaged(format!(
+            "the file has {found} bytes and its header describes {expected}"
+        )));
     }
     Ok((metadata, start))
 }

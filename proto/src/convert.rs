@@ -93,6 +93,7 @@ impl From<ErrorKind> for v1::ErrorKind {
             ErrorKind::InvalidInput => Self::InvalidInput,
             ErrorKind::Refused => Self::Refused,
             ErrorKind::Corrupt => Self::Corrupt,
+            ErrorKind::Disk => Self::Disk,
             ErrorKind::Internal => Self::Internal,
         }
     }
@@ -109,6 +110,7 @@ fn failed(failure: v1::Failure) -> Result<(ErrorKind, String), WireError> {
         v1::ErrorKind::InvalidInput => ErrorKind::InvalidInput,
         v1::ErrorKind::Refused => ErrorKind::Refused,
         v1::ErrorKind::Corrupt => ErrorKind::Corrupt,
+        v1::ErrorKind::Disk => ErrorKind::Disk,
         v1::ErrorKind::Internal => ErrorKind::Internal,
         v1::ErrorKind::Unspecified => return Err(WireError::Missing("failure.kind")),
     };

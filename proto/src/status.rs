@@ -11,6 +11,7 @@ pub fn status_of(kind: ErrorKind, message: impl Into<String>) -> Status {
         ErrorKind::InvalidInput => Code::InvalidArgument,
         ErrorKind::Refused => Code::FailedPrecondition,
         ErrorKind::Corrupt => Code::DataLoss,
+        ErrorKind::Disk => Code::ResourceExhausted,
         ErrorKind::Internal => Code::Internal,
     };
     Status::new(code, message)
@@ -23,6 +24,7 @@ pub fn kind_of(status: &Status) -> ErrorKind {
         Code::InvalidArgument | Code::Unimplemented | Code::OutOfRange => ErrorKind::InvalidInput,
         Code::FailedPrecondition | Code::PermissionDenied | Code::Unauthenticated => ErrorKind::Refused,
         Code::DataLoss => ErrorKind::Corrupt,
+        Code::ResourceExhausted => ErrorKind::Disk,
         Code::Internal => ErrorKind::Internal,
         _ => ErrorKind::Retry,
     }
@@ -40,6 +42,7 @@ mod tests {
             ErrorKind::InvalidInput,
             ErrorKind::Refused,
             ErrorKind::Corrupt,
+            ErrorKind::Disk,
             ErrorKind::Internal,
         ] {
             assert_eq!(kind_of(&status_of(kind, "")), kind);

@@ -101,11 +101,12 @@ fn a_worker_that_cannot_store_costs_only_itself() {
     let coordinator = lone_coordinator(&sandbox, &[]);
     let address = coordinator.address();
     let run = sandbox.run("tiny");
-    // The first of both in any order, and so the first that is asked.
+    // A run whose only worker cannot store has to end.
+    let writer = sandbox.worker(&address, "b");
+    coordinator.says("worker b joined");
+    // The first of both in any order, and so the first that is asked for what is made later.
     let join = ["--join", &address, "--name", "a", "--threads", "1", "--device", "cpu"];
     let Some(reader) = sandbox.start_read_only(run.path(), &programs().worker, &join) else { return };
-    coordinator.says("worker a joined");
-    let writer = sandbox.worker(&address, "b");
     let said = coordinator.succeeds();
     assert!(said.contains("a could not store its part"), "{said}");
     reader.succeeds();

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
+use ulmus_checkpoint::StoreError;
 use ulmus_dataloader::{Corpus, Manifest, Tokenizer, cargo_home};
 use ulmus_evaluator::{BenchConfig, bench, continuations, perplexity};
 use ulmus_model::hf::{SpecialTokens, config_json, generation_config_json};
@@ -198,13 +199,17 @@ fn average_file(run: &Run) -> Result<Vec<u8>, WorkerError> {
         act: "put back a copy of it (export/model.safetensors holds the same average, if it was written), or start a run of \
               another name",
     };
-    let manifest: Written = serde_json::from_slice(&run.read(AVERAGE_MANIFEST)?)
+    let read = |path: &str| match run.read(path) {
+        Err(StoreError::NotFound { .. }) => Err(damaged(path, "it does not exist".to_owned())),
+        read => Ok(read?),
+    };
+    let manifest: Written = serde_json::from_slice(&read(AVERAGE_MANIFEST)?)
         .map_err(|error| damaged(AVERAGE_MANIFEST, error.to_string()))?;
     let expected = manifest
         .files
         .get("model.safetensors")
         .ok_or_else(|| damaged(AVERAGE_MANIFEST, "it does not list model.safetensors".to_owned()))?;
-    let file = run.read(AVERAGE)?;
+    let file = read(AVERAGE)?;
     let found = FileEntry::of(&file);
     if found != *expected {
         let (has, had) = (found, expected);
@@ -572,8 +577,14 @@ mod tests {
                 assert!(error.to_string().starts_with("average/model.safetensors is damaged"), "{error}");
             }
         }
-        place.run.write(AVERAGE, whole).unwrap();
+        place.run.write(AVERAGE, whole.clone()).unwrap();
         place.work(&Job::EvaluateAverage).unwrap();
+        let manifest = place.run.read(AVERAGE_MANIFEST).unwrap();
+        for (path, contents) in [(AVERAGE, &whole), (AVERAGE_MANIFEST, &manifest)] {
+            place.run.wait(place.run.store.delete(path)).unwrap();
+            assert_eq!(place.work(&Job::Export).unwrap_err().kind(), ErrorKind::Corrupt, "{path} is gone");
+            place.run.write(path, contents.clone()).unwrap();
+        }
         place.run.write(AVERAGE_MANIFEST, b"{".to_vec()).unwrap();
         let error = place.work(&Job::Export).unwrap_err();
         assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("average/manifest.json"));

@@ -155,7 +155,7 @@ impl Coordinator {
         let oldest = self.committed_at.max(since.saturating_sub(self.settings.recovery));
         if now.saturating_sub(oldest) > self.settings.max_age {
             let message = format!(
-                "nothing could be stored for {}: {why}; free space in {}, then start the same command again",
+                "nothing could be stored for {}: {why}; make sure that {} takes files, then start the same command again",
                 humantime(now.saturating_sub(since)),
                 self.settings.store
             );

@@ -87,8 +87,6 @@ pub enum Note {
     Checkpoint(CheckpointId, CheckpointKind),
     /// A job has begun.
     JobStarted(Job, WorkerId),
-    /// A job has ended.
-    JobDone(Job),
     /// Anything else that is not routine: a refusal, something that is tried again, data that is used up.
     Remark(String),
     /// Something that somebody should look after while the run goes on.

@@ -10,11 +10,14 @@
 //! measured with it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use ulmus_types::{CheckpointId, CheckpointKind, Job, WorkerId};
 
 /// How often a job may fail before the run gives up.
 const ATTEMPTS: u32 = 3;
+/// When a job is tried again whose result could not be written.
+const DISK_RETRY: Duration = Duration::from_secs(2);
 
 /// What is done, and what is being done.
 #[derive(Debug, Default)]
@@ -29,6 +32,8 @@ pub(crate) struct Jobs {
     failures: BTreeMap<String, u32>,
     /// Names of workers on which a job has failed.
     failed_on: BTreeMap<String, BTreeSet<String>>,
+    /// Jobs whose results no disk takes: since when, and when they are tried again.
+    waiting: BTreeMap<String, (Duration, Duration)>,
 }
 
 impl Jobs {
@@ -82,6 +87,7 @@ impl Jobs {
     }
 
     pub(crate) fn succeeded(&mut self, job: &Job) {
+        self.waiting.remove(job.name());
         self.done.insert(job.name().to_owned());
     }
 
@@ -96,6 +102,19 @@ impl Jobs {
         let failures = self.failures.entry(job.name().to_owned()).or_insert(0);
         *failures += 1;
         *failures < ATTEMPTS
+    }
+
+    /// What a job made could not be written. For how long that has been so.
+    pub(crate) fn could_not_write(&mut self, job: &Job, worker: &WorkerId, now: Duration) -> Duration {
+        self.failed_on.entry(job.name().to_owned()).or_default().insert(worker.name().to_owned());
+        let (since, again) = self.waiting.entry(job.name().to_owned()).or_insert((now, now));
+        *again = now + DISK_RETRY;
+        now.saturating_sub(*since)
+    }
+
+    /// Whether a job waits for a disk that takes something.
+    pub(crate) fn waits(&self, job: &Job, now: Duration) -> bool {
+        self.waiting.get(job.name()).is_some_and(|(_, again)| now < *again)
     }
 
     /// How often a job has failed.

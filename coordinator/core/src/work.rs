@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use ulmus_types::{BadUnit, CheckpointId, ErrorKind, Job, ToWorker, WorkerId, for_people};
+use ulmus_types::{BadUnit, CheckpointId, ErrorKind, ExitStatus, Job, ToWorker, WorkerId, for_people};
 
+use crate::checkpoints::humantime;
 use crate::coordinator::{Coordinator, TEXT_LIMIT};
 use crate::effect::{Effect, Note};
 use crate::members::Activity;
@@ -22,8 +23,7 @@ impl Coordinator {
             return;
         }
         self.jobs.succeeded(&job);
-        self.effect(Effect::SaveJob(job.clone(), result));
-        self.emit(Note::JobDone(job));
+        self.effect(Effect::SaveJob(job, result));
     }
 
     pub(crate) fn on_job_failed(
@@ -51,6 +51,10 @@ impl Coordinator {
         if !was_known && bad_unit.is_some_and(|unit| self.leave_out(unit, &message)) {
             return;
         }
+        // Before a run has anything to lose, whoever started it is there to mend it.
+        if kind == ErrorKind::Disk && *job != Job::Prepare {
+            return self.wait_for_disk(worker, job, &message, now);
+        }
         let may_try_again = self.jobs.failed(job, worker);
         // What they all read can be made again.
         if kind == ErrorKind::Corrupt && may_try_again && reads_average(job) {
@@ -59,9 +63,7 @@ impl Coordinator {
             return self.emit(Note::Alarm(format!("{message}; the average is made again")));
         }
         // What is wrong with one worker need not be wrong with the next; what is wrong with the input is.
-        let others = self.members.iter().any(|(id, member)| {
-            member.activity.is_admitted() && !member.draining && !self.jobs.has_failed_on(job, id)
-        });
+        let others = self.others_may_do(job);
         let is_worth_it = was_known || others || matches!(kind, ErrorKind::Retry | ErrorKind::Internal);
         if may_try_again && is_worth_it {
             self.emit(Note::Remark(format!(
@@ -72,6 +74,31 @@ impl Coordinator {
         } else {
             self.exit(kind.into(), format!("{} failed on {}: {message}", job.name(), worker.name()));
         }
+    }
+
+    /// What a job made could not be written: other workers are asked, and all of them again, for as long as training would go
+    /// on without a stored state.
+    fn wait_for_disk(&mut self, worker: &WorkerId, job: &Job, message: &str, now: Duration) {
+        let others = self.others_may_do(job);
+        let waited = self.jobs.could_not_write(job, worker, now);
+        let (name, most) = (job.name(), humantime(self.settings.max_age));
+        if waited > self.settings.max_age {
+            let message =
+                format!("{name} could not be written for {}: {message}", humantime(self.settings.max_age));
+            return self.exit(ExitStatus::Failed, message);
+        }
+        if waited == Duration::ZERO || others {
+            let text =
+                format!("{name} failed on {}: {message}; trying again, for {most} at most", worker.name());
+            self.emit(Note::Alarm(text));
+        }
+    }
+
+    /// Whether a worker is there on which a job has not failed.
+    fn others_may_do(&self, job: &Job) -> bool {
+        self.members.iter().any(|(id, member)| {
+            member.activity.is_admitted() && !member.draining && !self.jobs.has_failed_on(job, id)
+        })
     }
 
     pub(crate) fn start_jobs(&mut self, now: Duration) {
@@ -85,10 +112,7 @@ impl Coordinator {
         for job in self.jobs.ready(self.is_trained_and_stored(), &self.checkpoints) {
             let failed = |worker: &WorkerId| self.jobs.has_failed_on(&job, worker);
             let Some(index) = (0..idle.len()).min_by_key(|index| failed(&idle[*index])) else { break };
-            let elsewhere = self.members.iter().any(|(id, member)| {
-                member.activity.is_admitted() && !member.draining && !self.jobs.has_failed_on(&job, id)
-            });
-            if failed(&idle[index]) && elsewhere {
+            if failed(&idle[index]) && (self.others_may_do(&job) || self.jobs.waits(&job, now)) {
                 continue;
             }
             let worker = idle.remove(index);

@@ -1026,6 +1026,40 @@ fn nobody_takes_the_place_of_a_worker_without_its_secret() {
     assert!(core.judge(&Hello { status: claims, ..hello_of(&other, VERSION) }).is_err());
 }
 
+/// D9 of `docs/faults.md`: what is made after training waits for a disk as training does.
+#[test]
+fn a_job_waits_for_a_disk_that_takes_nothing() {
+    let mut world = World::new();
+    world.join(0);
+    let averages = |world: &World| {
+        let mut workers = world.workers.iter();
+        workers.find_map(|(id, worker)| match &worker.job {
+            Some(job @ Job::Average(_)) => Some((id.clone(), job.clone())),
+            _ => None,
+        })
+    };
+    while averages(&world).is_none() {
+        world.turn();
+    }
+    let began = world.now;
+    while world.outcome.is_none() {
+        if let Some((worker, job)) = averages(&world) {
+            world.workers.get_mut(&worker).unwrap().job = None;
+            let message = ToCoordinator::JobFailed {
+                job,
+                kind: ErrorKind::Disk,
+                message: "no space is left".into(),
+                bad_unit: None,
+                damaged: None,
+            };
+            world.event(Event::Said { worker, run: Some(RUN), message });
+        }
+        world.tick();
+    }
+    assert!(world.now >= began + settings().max_age);
+    assert_eq!(world.outcome.unwrap().status, ExitStatus::Failed);
+}
+
 /// D5 of `docs/faults.md`.
 #[test]
 fn a_local_worker_that_keeps_dying_ends_no_run_that_others_carry() {

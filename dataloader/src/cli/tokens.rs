@@ -18,10 +18,10 @@ pub(crate) struct TokenizerFile {
     #[arg(long, value_name = "FILE")]
     tokenizer: PathBuf,
     /// Name of the token that begins documents, where the file does not tell it.
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", allow_hyphen_values = true)]
     bos: Option<String>,
     /// Name of the token that ends documents, where the file does not tell it.
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", allow_hyphen_values = true)]
     eos: Option<String>,
 }
 

@@ -142,13 +142,21 @@ fn type_name(column: &ColumnDescPtr) -> String {
     }
 }
 
+/// What begins as parquet and does not end so was cut.
 fn not_parquet(folder: &Folder, file: &FileInfo, error: &ParquetError) -> DataError {
-    DataError::Format { file: folder.place(&file.path), format: "parquet", reason: error.to_string() }
+    const MAGIC: &[u8] = b"PAR1";
+    let (place, reason) = (folder.place(&file.path), error.to_string());
+    let begin = folder.read_range(file, 0..file.size.min(MAGIC.len() as u64));
+    if begin.is_ok_and(|begin| begin == MAGIC) {
+        return DataError::Damaged { file: place, reason };
+    }
+    DataError::Format { file: place, format: "parquet", reason }
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use ulmus_types::ErrorKind;
 
     use super::*;
     use crate::store::tests::{memory, stat};
@@ -225,9 +233,10 @@ mod tests {
         let bytes = write(&["text", "path"], &[rows(&["one"])]);
         let message = read(bytes.clone(), "content").unwrap_err().to_string();
         assert!(message.contains(r#"set text of its source to one of ["text", "path"]"#), "{message}");
-        let message = read(b"PAR1 no parquet".to_vec(), "text").unwrap_err().to_string();
+        let message = read(b"not parquet".to_vec(), "text").unwrap_err().to_string();
         assert!(message.contains("a.parquet is not parquet"), "{message}");
-        assert!(read(bytes[..bytes.len() - 3].to_vec(), "text").is_err());
+        let cut = read(bytes[..bytes.len() - 3].to_vec(), "text").unwrap_err();
+        assert_eq!(cut.kind(), ErrorKind::Corrupt, "{cut}");
         assert!(read(Vec::new(), "text").is_err());
     }
 

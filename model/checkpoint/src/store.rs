@@ -9,6 +9,7 @@
 
 use std::fmt;
 use std::future::Future;
+use std::io;
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -67,6 +68,20 @@ pub enum StoreError {
         /// The store's own error.
         source: Box<object_store::Error>,
     },
+    /// Its disk takes nothing.
+    #[error(
+        "cannot {act} {path} in {store}: {source}; free space there, or give this user the right to write"
+    )]
+    Disk {
+        /// What was tried.
+        act: &'static str,
+        /// The path within the store.
+        path: String,
+        /// The store.
+        store: String,
+        /// The system's own error.
+        source: io::Error,
+    },
     /// The store answered with an error, on every attempt if trying again could have helped.
     #[error("cannot {act} {path} in {store}")]
     Operation {
@@ -86,6 +101,7 @@ impl StoreError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Operation { source, .. } if is_transient(source) => ErrorKind::Retry,
+            Self::Disk { .. } => ErrorKind::Disk,
             Self::NotFound { .. } | Self::Location { .. } | Self::Denied { .. } | Self::Operation { .. } => {
                 ErrorKind::InvalidInput
             }
@@ -95,7 +111,22 @@ impl StoreError {
 
 /// Stores put outages, throttling and time-outs under `Generic`; everything else says the same the next time.
 fn is_transient(error: &object_store::Error) -> bool {
-    matches!(error, object_store::Error::Generic { .. })
+    matches!(error, object_store::Error::Generic { .. }) && of_disk(error).is_none()
+}
+
+/// The error of a disk that takes nothing, if it is one. Who asked decides for how long that is waited for.
+fn of_disk(error: &object_store::Error) -> Option<io::ErrorKind> {
+    use io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<io::Error>() {
+            let kind = io.kind();
+            return matches!(kind, PermissionDenied | QuotaExceeded | ReadOnlyFilesystem | StorageFull)
+                .then_some(kind);
+        }
+        cause = error.source();
+    }
+    None
 }
 
 fn is_taken(error: &object_store::Error) -> bool {
@@ -398,6 +429,12 @@ impl Store {
             .notify(|error, pause| tracing::debug!(%error, ?pause, act, path, "store is out of order, will retry"))
             .await
             .map_err(|source| match source {
+                source if let Some(kind) = of_disk(&source) => StoreError::Disk {
+                    act,
+                    path: path.to_owned(),
+                    store: self.location.to_string(),
+                    source: kind.into(),
+                },
                 object_store::Error::NotFound { .. } if act == "write" => StoreError::Location {
                     location: self.location.to_string(),
                     reason: "there is no such bucket or container; make it, or correct the name".to_owned(),

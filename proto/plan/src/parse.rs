@@ -547,7 +547,7 @@ mod tests {
         for url in ["runs", "/runs", "file:///runs", "s3://bucket/runs", "gs://b/r", "abfss://c@account/r"] {
             assert_eq!(one(SMALL, &[&format!("store.url={url}")]).unwrap().store.url, url);
         }
-        for url in ["https://host/runs", "s3://key:word@bucket/runs", "az://container/runs?sig=word"] {
+        for url in ["", "https://host/runs", "s3://key:word@bucket/runs", "az://container/runs?sig=word"] {
             let problems = one(SMALL, &[&format!("store.url={url}")]).unwrap_err();
             assert_eq!(problems.iter().next().unwrap().key, "store.url");
             assert!(!problems.to_string().contains("word"), "{problems}");

@@ -51,6 +51,15 @@ impl StoreConfig {
             "an address stands in the run's plan, and is shown and sent to workers, so it carries no secret",
             "leave out what is before @ and behind ?, and give credentials in the environment or in the files of the store's own tools",
         );
+        for (key, folder) in [("store.url", &self.url), ("store.local", &self.local)] {
+            problems.check(
+                !folder.trim().is_empty(),
+                key,
+                "\"\"",
+                "a run must be kept somewhere",
+                "write a folder, for instance runs",
+            );
+        }
         let scheme = self.url.split_once("://").map_or("file", |(scheme, _)| scheme);
         problems.check(
             ["file", "s3", "s3a", "gs", "az", "abfs", "abfss"].contains(&scheme),

@@ -22,6 +22,8 @@ pub struct Credentials {
     pub token: JoinToken,
     /// Where workers that see the coordinator's disk find it; none if it came from the environment.
     pub token_file: Option<PathBuf>,
+    /// Files of the run that others could read until now.
+    pub exposed: Vec<PathBuf>,
 }
 
 /// Why a run has no credentials.
@@ -55,13 +57,14 @@ pub enum CredentialsError {
 
 impl CredentialsError {
     /// What can be done about it.
-    pub const fn kind(&self) -> ErrorKind {
+    pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Identity(error) => error.kind(),
             Self::KeyIsGone(..) => ErrorKind::Corrupt,
             Self::Malformed(..) => ErrorKind::InvalidInput,
             Self::OtherKey { .. } => ErrorKind::Refused,
-            Self::Io(..) => ErrorKind::Internal,
+            Self::Io(_, error) if error.kind() == io::ErrorKind::NotFound => ErrorKind::InvalidInput,
+            Self::Io(..) => ErrorKind::Disk,
         }
     }
 }
@@ -98,7 +101,18 @@ impl Credentials {
         if token.key() != identity.hash() {
             return Err(CredentialsError::OtherKey { origin, folder: folder.to_path_buf(), advice });
         }
-        Ok(Self { identity, token, token_file })
+        // Whom a file shares its secret with that somebody names is that person's decision.
+        let mut exposed = Vec::new();
+        for path in [folder.join(TOKEN_FILE), key] {
+            match hidden::hide(&path) {
+                Ok(true) => exposed.push(path),
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(CredentialsError::Io(path, error));
+                }
+                _ => {}
+            }
+        }
+        Ok(Self { identity, token, token_file, exposed })
     }
 }
 
@@ -144,6 +158,20 @@ mod tests {
         assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(of_run(folder.path(), &TokenSource::Unsaid).unwrap().token, first.token);
         assert_eq!(first.token_file, Some(file));
+    }
+
+    #[test]
+    fn files_that_others_could_read_are_hidden_and_told() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(of_run(folder.path(), &TokenSource::Unsaid).unwrap().exposed.is_empty());
+        let files = [folder.path().join(TOKEN_FILE), folder.path().join(IDENTITY_FILE)];
+        for file in &files {
+            fs::set_permissions(file, fs::Permissions::from_mode(0o644)).unwrap();
+        }
+        assert_eq!(of_run(folder.path(), &TokenSource::Unsaid).unwrap().exposed, files);
+        for file in &files {
+            assert_eq!(fs::metadata(file).unwrap().permissions().mode() & 0o777, 0o600);
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use tempfile::NamedTempFile;
@@ -15,4 +16,13 @@ pub(crate) fn write(path: &Path, text: &str) -> io::Result<()> {
     file.as_file().sync_all()?;
     file.persist(path)?;
     File::open(folder)?.sync_all()
+}
+
+/// Makes sure that only its owner can read or write a file; whether others could.
+pub(crate) fn hide(path: &Path) -> io::Result<bool> {
+    let exposed = std::fs::metadata(path)?.permissions().mode() & 0o077 != 0;
+    if exposed {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    }
+    Ok(exposed)
 }

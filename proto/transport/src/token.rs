@@ -88,7 +88,8 @@ impl FromStr for JoinToken {
     type Err = MalformedToken;
 
     fn from_str(text: &str) -> Result<Self, MalformedToken> {
-        let text = text.trim();
+        // Some editors write a byte order mark in front.
+        let text = text.trim_start_matches('\u{feff}').trim();
         let halves = text.strip_prefix("ulmus-").and_then(|halves| halves.split_once('-'));
         let parsed = halves.and_then(|(secret, key)| {
             Some(Self { secret: Secret(unhex(secret)?), key: KeyHash(unhex(key)?) })

@@ -15,6 +15,8 @@ pub enum ErrorKind {
     Refused,
     /// Stored bytes are not what was written.
     Corrupt,
+    /// A disk takes nothing: it is full, or may not be written.
+    Disk,
     /// A defect of Ulmus or of its machine.
     Internal,
 }
@@ -82,7 +84,7 @@ impl From<ErrorKind> for ExitStatus {
             ErrorKind::InvalidInput => Self::InvalidInput,
             ErrorKind::Refused => Self::Refused,
             ErrorKind::Corrupt => Self::Corrupt,
-            ErrorKind::Internal => Self::Failed,
+            ErrorKind::Disk | ErrorKind::Internal => Self::Failed,
         }
     }
 }
