@@ -5,7 +5,7 @@
 
 FOLDER has texts (*.md, *.txt); without it, the Markdown files of the crates that cargo has unpacked. From them and from
 some sentences in many scripts, texts are made that were encoded and decoded in the wrong way, once or twice. Ends with an
-error if fewer texts agree than README.md states.
+error if fewer texts agree than docs/data.md states.
 """
 
 import json

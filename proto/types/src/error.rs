@@ -21,7 +21,7 @@ pub enum ErrorKind {
     Internal,
 }
 
-/// The exit codes of all programs. The README lists them.
+/// The exit codes of all programs; `docs/run-folder.md` lists them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ExitStatus {
     /// 0: everything that was asked for is done.
