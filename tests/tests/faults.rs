@@ -253,6 +253,34 @@ fn a_lost_database_stops_the_run_and_is_rebuilt_when_asked() {
     }
 }
 
+/// D14: rebuilding the database of a run without a good checkpoint began it anew without a word.
+#[test]
+fn a_lost_database_beside_damaged_checkpoints_stops_the_run() {
+    let sandbox = Sandbox::new();
+    interrupted(&sandbox);
+    let run = sandbox.run("tiny");
+    for suffix in ["", "-wal", "-shm"] {
+        fs::remove_file(run.path().join(format!("run.sqlite{suffix}"))).ok();
+    }
+    let checkpoints = run.checkpoints().into_iter().map(|name| run.path().join("checkpoints").join(name));
+    let checkpoints: Vec<_> = checkpoints.collect();
+    for checkpoint in &checkpoints {
+        flip_bit(&checkpoint.join("model.safetensors"));
+    }
+    let ended = sandbox.coordinator(&["--recover"]).ends();
+    assert_eq!(ended.code, Some(5), "{}", ended.output);
+    assert!(ended.output.contains("--recover --from-start"), "{}", ended.output);
+    // Nor is a run forgotten of which the metrics alone are left.
+    let kept = sandbox.path("kept");
+    fs::rename(run.path().join("checkpoints"), &kept).expect("they are there");
+    let ended = sandbox.coordinator(&[]).ends();
+    assert_eq!(ended.code, Some(5), "{}", ended.output);
+    assert!(ended.output.contains("metrics.csv knows of"), "{}", ended.output);
+    let said = sandbox.coordinator(&["--from-start"]).succeeds();
+    assert!(said.contains("from step 0 of 60"), "{said}");
+    assert_undisturbed(&sandbox);
+}
+
 /// D10: a worker that was asked to leave died in the middle of a step.
 #[test]
 fn a_worker_that_is_asked_to_leave_hands_over() {

@@ -135,6 +135,42 @@ fn published_plans_have_the_published_sizes() {
     }
 }
 
+/// What stands between two marks, each time.
+fn between<'a>(text: &'a str, open: &'a str, close: &'a str) -> impl Iterator<Item = &'a str> {
+    text.split(open).skip(1).filter_map(move |rest| rest.split_once(close)).map(|(inner, _)| inner)
+}
+
+#[test]
+fn documents_link_to_files_that_are_there() {
+    for file in sources(repository()).into_iter().filter(|file| file.extension().unwrap() == "md") {
+        let text = fs::read_to_string(&file).unwrap();
+        for link in between(&text, "](", ")").filter(|link| !link.contains("://") && !link.starts_with('#')) {
+            let path = file.parent().unwrap().join(link.split('#').next().unwrap());
+            assert!(path.exists(), "{} links to {link}", file.display());
+        }
+    }
+}
+
+/// Each row ends in files and the tests in them.
+#[test]
+fn faults_name_tests_that_are_there() {
+    let page = fs::read_to_string(repository().join("docs/faults.md")).unwrap();
+    let mut named = 0;
+    let last_columns = page.lines().filter_map(|row| row.strip_suffix(" |")?.rsplit_once(" | "));
+    for (_, tests) in last_columns {
+        let mut source = String::new();
+        for name in tests.split('`').skip(1).step_by(2) {
+            if name.ends_with(".rs") {
+                source = fs::read_to_string(repository().join(name)).unwrap();
+            } else {
+                assert!(source.contains(&format!("fn {name}(")), "no test {name}");
+                named += 1;
+            }
+        }
+    }
+    assert!(named > 60, "{named}");
+}
+
 #[test]
 fn nothing_unfinished_and_no_machine_is_in_the_sources() {
     // Written in pieces, so that this file does not find itself.
