@@ -19,6 +19,10 @@ test:
 chaos seeds="SEEDS=5" first="FIRST=1":
     CHAOS_{{ seeds }} CHAOS_{{ first }} .ci/run chaos
 
+# Writes the pages of the documents that follow from the sources.
+docs:
+    ULMUS_WRITE_DOCS=1 cargo test --workspace --test plan_page
+
 # What a change must pass: as CI, and the policy on dependencies.
 check: deny
     .ci/run

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
-use ulmus_rt::HostPort;
+use ulmus_process::HostPort;
 
 /// Runs a pretraining plan: prepares data, trains on workers, averages, evaluates, benchmarks and exports.
 ///

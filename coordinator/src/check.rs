@@ -46,7 +46,7 @@ fn write_report(text: &mut String, plan: &Plan) -> std::fmt::Result {
                 source.name,
                 grouped(tokens),
                 epochs,
-                source.tokens_from.as_deref().unwrap_or("origin not told")
+                source.tokens_from.as_deref().unwrap_or("source not stated")
             )?;
         }
     }

@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use ulmus_coord_core::Note;
+use ulmus_coord_core::Notification;
 use ulmus_types::{CheckpointKind, Job, Step, StepReport, for_people};
 
 /// The longest text of a worker that is shown.
@@ -53,11 +53,11 @@ impl Console {
     }
 
     /// Tells about something that happened.
-    pub(crate) fn note(&mut self, note: &Note) {
+    pub(crate) fn note(&mut self, note: &Notification) {
         match note {
-            Note::Joined(worker) => self.line(&format!("worker {} joined", worker.name())),
-            Note::Lost(worker, why) => self.line(&format!("worker {} is lost: {why}", worker.name())),
-            Note::GroupFormed { generation, size, step } => {
+            Notification::Joined(worker) => self.line(&format!("worker {} joined", worker.name())),
+            Notification::Lost(worker, why) => self.line(&format!("worker {} is lost: {why}", worker.name())),
+            Notification::GroupFormed { generation, size, step } => {
                 self.bar.set_prefix("pretrain");
                 self.bar.set_position(step.get());
                 self.bar.reset_eta();
@@ -68,26 +68,28 @@ impl Console {
                     self.iterations
                 ));
             }
-            Note::GroupEnded(generation, why) => self.line(&format!("generation {generation} ended: {why}")),
-            Note::Checkpoint(id, kind) => {
+            Notification::GroupEnded(generation, why) => {
+                self.line(&format!("generation {generation} ended: {why}"));
+            }
+            Notification::Checkpoint(id, kind) => {
                 let kind = match kind {
                     CheckpointKind::Milestone => "milestone",
                     CheckpointKind::Recovery => "recovery",
                 };
                 self.line(&format!("checkpoint {id} stored ({kind})"));
             }
-            Note::JobStarted(job, worker) => {
+            Notification::JobStarted(job, worker) => {
                 self.bar.set_prefix(job.name());
                 self.line(&format!("{} on {}: {}", job.name(), worker.name(), purpose(job)));
             }
-            Note::Drained(worker) => {
+            Notification::Drained(worker) => {
                 self.line(&format!("worker {} has left, as it was asked to", worker.name()));
             }
-            Note::SitsOut(worker, pause, why) => {
+            Notification::SitsOut(worker, pause, why) => {
                 self.line(&format!("worker {} sits out for {} s: {why}", worker.name(), pause.as_secs()));
             }
-            Note::Remark(text) => self.line(text),
-            Note::Alarm(text) => self.alarm(text),
+            Notification::Info(text) => self.line(text),
+            Notification::Alarm(text) => self.alarm(text),
         }
     }
 

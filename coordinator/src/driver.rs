@@ -11,19 +11,19 @@ use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 use tokio_util::task::TaskTracker;
 use ulmus_checkpoint::{CheckpointError, Manifest, Store};
-use ulmus_coord_core::{Coordinator, Effect, Event, Outcome, Saved, Settings};
-use ulmus_rt::{Failure, Shutdown, Signal, with_causes};
+use ulmus_coord_core::{Coordinator, Effect, Event, Outcome, PersistentState, Settings};
+use ulmus_process::{Failure, Shutdown, Signal, with_causes};
 use ulmus_types::{
     CheckpointId, Digest, ErrorKind, ExitStatus, Generation, RunId, SourceReading, Step, StepReport,
     ToCoordinator, ToWorker, WorkerId,
 };
 
 use crate::console::Console;
+use crate::database::{Database, MetricsRow, ReadingRow, StoreError, StoredCheckpoint};
 use crate::local::LocalWorkers;
 use crate::metrics::{MetricsFile, SourcesFile};
 use crate::quarantine;
 use crate::server::{SessionEvent, SessionNumber};
-use crate::store::{MetricsRow, ReadingRow, RunStore, StoreError, StoredCheckpoint};
 
 /// How often time passes for the core.
 const TICK: Duration = Duration::from_millis(100);
@@ -35,9 +35,9 @@ const STOP_WAIT: Duration = Duration::from_secs(10);
 /// What the driver works with.
 pub(crate) struct Parts {
     pub(crate) settings: Settings,
-    pub(crate) saved: Saved,
+    pub(crate) saved: PersistentState,
     pub(crate) plan_digest: Digest,
-    pub(crate) memory: RunStore,
+    pub(crate) database: Database,
     pub(crate) files: Store,
     pub(crate) metrics: MetricsFile,
     pub(crate) sources: SourcesFile,
@@ -71,7 +71,7 @@ struct Driver {
 /// How a run ended, and what is left to use.
 pub(crate) struct Ended {
     pub(crate) outcome: Outcome,
-    pub(crate) memory: RunStore,
+    pub(crate) database: Database,
     pub(crate) console: Console,
     pub(crate) locals: Option<LocalWorkers>,
 }
@@ -126,8 +126,8 @@ pub(crate) async fn drive(
             break outcome;
         }
     };
-    let Parts { memory, console, locals, .. } = driver.parts;
-    Ok(Ended { outcome, memory, console, locals })
+    let Parts { database, console, locals, .. } = driver.parts;
+    Ok(Ended { outcome, database, console, locals })
 }
 
 impl Driver {
@@ -149,7 +149,7 @@ impl Driver {
             }
             _ => return event,
         };
-        match self.parts.memory.agrees(reports) {
+        match self.parts.database.agrees(reports) {
             Err(error @ StoreError::Diverged { .. }) => {
                 Event::Contradicted(worker.clone(), error.to_string())
             }
@@ -239,26 +239,26 @@ impl Driver {
     }
 
     async fn perform(&mut self, effect: &Effect) -> Result<Option<Outcome>, StoreError> {
-        let memory = &mut self.parts.memory;
+        let database = &mut self.parts.database;
         match effect {
-            Effect::SaveGeneration(generation, members) => memory.save_generation(*generation, members)?,
-            Effect::SaveGroupEnded(generation) => memory.save_group_ended(*generation)?,
-            Effect::SaveFingerprint(fingerprint) => memory.save_fingerprint(*fingerprint)?,
+            Effect::SaveGeneration(generation, members) => database.save_generation(*generation, members)?,
+            Effect::SaveGroupEnded(generation) => database.save_group_ended(*generation)?,
+            Effect::SaveFingerprint(fingerprint) => database.save_fingerprint(*fingerprint)?,
             Effect::SaveSteps(generation, reports) => self.save_steps(*generation, reports)?,
             Effect::SaveQuarantine(units) => {
-                memory.save_quarantine(units)?;
+                database.save_quarantine(units)?;
                 quarantine::write(&self.parts.files, units).await.map_err(StoreError::Files)?;
             }
             Effect::SaveReading(worker, step, sources) => self.save_reading(worker, *step, sources)?,
-            Effect::SaveTrained(step) => memory.save_trained(*step)?,
-            Effect::SaveCommitted(checkpoint) => memory.committed(*checkpoint)?,
-            Effect::SaveDamaged(checkpoint) => memory.forget(*checkpoint)?,
-            Effect::SaveJobStarted(job, worker) => memory.save_owner(job, worker)?,
+            Effect::SaveTrained(step) => database.save_trained(*step)?,
+            Effect::SaveCommitted(checkpoint) => database.committed(*checkpoint)?,
+            Effect::SaveDamaged(checkpoint) => database.forget(*checkpoint)?,
+            Effect::SaveJobStarted(job, worker) => database.save_owner(job, worker)?,
             Effect::SaveJob(job, result) => {
-                memory.save_job(job, result)?;
+                database.save_job(job, result)?;
                 self.parts.console.job_done(job, result);
             }
-            Effect::SaveJobUndone(name) => memory.forget_job(name)?,
+            Effect::SaveJobUndone(name) => database.forget_job(name)?,
             Effect::Send(worker, message) => self.send(worker, message.clone()),
             Effect::Disconnect(worker) => {
                 self.sessions.remove(worker);
@@ -266,15 +266,15 @@ impl Driver {
             Effect::Commit { checkpoint, kind, state, files } => {
                 let (id, kind, state, files) = (*checkpoint, *kind, *state, files.clone());
                 let stored = StoredCheckpoint { id, kind, state, files };
-                memory.save_checkpoint(&stored)?;
+                database.save_checkpoint(&stored)?;
                 self.commit(stored);
             }
             Effect::Delete(checkpoint) => {
-                memory.forget(*checkpoint)?;
+                database.forget(*checkpoint)?;
                 self.delete(*checkpoint);
             }
             Effect::Verify(checkpoints) => self.verify(checkpoints.clone()),
-            Effect::Tell(note) => self.parts.console.note(note),
+            Effect::Notify(note) => self.parts.console.note(note),
             Effect::Exit(outcome) => return Ok(Some(outcome.clone())),
         }
         Ok(None)
@@ -295,13 +295,13 @@ impl Driver {
         let Some((_, outbox)) = self.sessions.get(worker) else { return };
         // A worker that does not take its messages is as good as gone; its session ends with its outbox.
         if outbox.try_send(message).is_err() {
-            tracing::info!(%worker, "its messages pile up; closing its session");
+            tracing::info!(%worker, "outgoing queue full; closing its session");
             self.sessions.remove(worker);
         }
     }
 
     fn save_steps(&mut self, generation: Generation, reports: &[StepReport]) -> Result<(), StoreError> {
-        self.parts.memory.save_steps(generation, reports)?;
+        self.parts.database.save_steps(generation, reports)?;
         for report in reports {
             self.parts.console.step(report);
             let appended = self.parts.metrics.append(MetricsRow { report: report.clone(), generation });
@@ -326,7 +326,7 @@ impl Driver {
     ) -> Result<(), StoreError> {
         for reading in sources {
             let row = ReadingRow { step, worker: worker.name().to_owned(), reading: reading.clone() };
-            self.parts.memory.save_reading(&row)?;
+            self.parts.database.save_reading(&row)?;
             let appended = self.parts.sources.append(&row);
             self.tell_of_csv("sources.csv", appended);
         }
@@ -436,14 +436,14 @@ pub(crate) fn manifest(checkpoint: StoredCheckpoint, run: RunId, plan_digest: Di
 
 /// Writes manifests whose parts were all stored when an earlier coordinator died.
 pub(crate) async fn finish_commits(
-    memory: &RunStore,
+    database: &Database,
     files: &Store,
     run: RunId,
     plan_digest: Digest,
 ) -> Result<Vec<CheckpointId>, Failure> {
     let fail = |error: StoreError| Failure::of(error.kind(), &error);
     let mut finished = Vec::new();
-    for checkpoint in memory.checkpoints(false).map_err(fail)? {
+    for checkpoint in database.checkpoints(false).map_err(fail)? {
         let id = checkpoint.id;
         let manifest = manifest(checkpoint, run, plan_digest);
         let is_whole = match ulmus_checkpoint::damaged_files(files, &manifest).await {
@@ -453,11 +453,11 @@ pub(crate) async fn finish_commits(
         let committed = if is_whole { ulmus_checkpoint::commit(files, &manifest).await } else { Ok(()) };
         match committed {
             Ok(()) if is_whole => {
-                memory.committed(id).map_err(fail)?;
+                database.committed(id).map_err(fail)?;
                 finished.push(id);
             }
             Err(error) if error.kind() == ErrorKind::Retry => return Err(Failure::of(error.kind(), &error)),
-            Ok(()) | Err(_) => memory.forget(id).map_err(fail)?,
+            Ok(()) | Err(_) => database.forget(id).map_err(fail)?,
         }
     }
     Ok(finished)

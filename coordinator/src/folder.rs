@@ -93,7 +93,7 @@ impl FolderError {
 /// Name of the mark that a store and a folder have in common.
 const MARK: &str = "coordinator.mark";
 
-/// Name of the coordinator's memory, which is there once a run has begun.
+/// Name of the coordinator's database, which is there once a run has begun.
 const DATABASE: &str = "run.sqlite";
 
 /// A file that shows whether the disk takes something: as much as a start writes.
@@ -162,7 +162,7 @@ impl RunFolder {
             }
             if !std::mem::replace(&mut told, true) {
                 let most = humantime::format_duration(most);
-                ulmus_rt::print(&format!("ALARM: {error}; waiting for it, for {most} at most")).ok();
+                ulmus_process::print(&format!("ALARM: {error}; waiting for it, for {most} at most")).ok();
             }
             tokio::time::sleep(DISK_RETRY).await;
         }
@@ -286,12 +286,12 @@ impl RunFolder {
         written().map_err(|error| FolderError::Io { path: path.clone(), error })
     }
 
-    /// Where the coordinator's memory is.
+    /// Where the coordinator's database is.
     pub(crate) fn database(&self) -> PathBuf {
         self.path.join(DATABASE)
     }
 
-    /// Keeps the coordinator's memory to its user. What `SQLite` writes beside it later has the same mode.
+    /// Keeps the coordinator's database to its user. What `SQLite` writes beside it later has the same mode.
     ///
     /// # Errors
     /// When the mode cannot be set.

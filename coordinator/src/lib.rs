@@ -8,6 +8,7 @@
 pub mod args;
 mod check;
 mod console;
+mod database;
 mod driver;
 mod folder;
 mod local;
@@ -17,7 +18,6 @@ mod quarantine;
 mod recover;
 mod run;
 mod server;
-mod store;
 mod summary;
 
 pub use check::report;

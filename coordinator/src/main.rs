@@ -5,13 +5,13 @@ use std::process::ExitCode;
 use tokio_util::task::TaskTracker;
 use ulmus_coordinator::args::{Args, Check, Command};
 use ulmus_coordinator::{Options, plans, report, run};
-use ulmus_rt::{Failure, Shutdown, print};
+use ulmus_process::{Failure, Shutdown, print};
 use ulmus_transport::{TokenSource, raise_file_limit};
 use ulmus_types::ExitStatus;
 
 fn main() -> ExitCode {
-    match ulmus_rt::arguments() {
-        Ok(args) => ulmus_rt::report(start(args)),
+    match ulmus_process::arguments() {
+        Ok(args) => ulmus_process::report(start(args)),
         Err(code) => code,
     }
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use ulmus_types::{Generation, Step, StepReport};
 
-use crate::store::{MetricsRow, ReadingRow};
+use crate::database::{MetricsRow, ReadingRow};
 
 /// Name of the metrics.
 pub(crate) const METRICS_FILE: &str = "metrics.csv";

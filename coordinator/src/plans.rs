@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use ulmus_plan::Plan;
-use ulmus_rt::{Failure, load_plans};
+use ulmus_process::{Failure, load_plans};
 use ulmus_types::ExitStatus;
 
 /// Reads a plan file with overrides; a plan with variants gives several.

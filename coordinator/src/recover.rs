@@ -8,12 +8,12 @@ use std::collections::BTreeSet;
 
 use ulmus_checkpoint::{CheckpointError, Store};
 use ulmus_plan::Plan;
-use ulmus_rt::{Failure, with_causes};
+use ulmus_process::{Failure, with_causes};
 use ulmus_types::{BadUnit, ExitStatus, Generation, RunId};
 
+use crate::database::{Recovered, StoredCheckpoint};
 use crate::folder::RunFolder;
 use crate::metrics::{METRICS_FILE, MetricsFile};
-use crate::store::{Recovered, StoredCheckpoint};
 
 /// What is wrong when there is no database and a run has begun: nobody may begin it in the middle, or anew, without a word.
 ///

@@ -10,8 +10,8 @@ use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
 use ulmus_coord_core::Settings;
 use ulmus_plan::{OnBadUnit, Plan};
+use ulmus_process::{Failure, HostPort, LogTarget, Shutdown, print, with_causes};
 use ulmus_proto::v1::coordinator_server::CoordinatorServer;
-use ulmus_rt::{Failure, HostPort, LogTarget, Shutdown, print, with_causes};
 use ulmus_transport::{
     Bound, Credentials, CredentialsError, IDENTITY_FILE, Limits, RuntimeError, TOKEN_FILE, TokenSource,
 };
@@ -19,6 +19,7 @@ use ulmus_types::{Digest, ExitStatus, NONCE_FILE, RunId, RunSecret, nonce_digest
 
 use crate::args::OnTerm;
 use crate::console::Console;
+use crate::database::{Database, StoreError};
 use crate::driver::{Ended, Parts, drive, finish_commits};
 use crate::folder::{FolderError, RunFolder, unguessable};
 use crate::local::LocalWorkers;
@@ -26,7 +27,6 @@ use crate::metrics::{METRICS_FILE, MetricsFile, SourcesFile};
 use crate::quarantine;
 use crate::recover::{gather, refuse_to_forget};
 use crate::server::{MESSAGE_LIMIT, Sessions};
-use crate::store::{RunStore, StoreError};
 use crate::summary;
 
 /// Events of sessions that may wait for the driver.
@@ -146,7 +146,7 @@ async fn run_one(
             return Err(Failure::new(ExitStatus::Interrupted, "stopped before the run was opened"));
         }
     };
-    ulmus_rt::init_telemetry(&LogTarget::File(folder.path().join("logs/coordinator.log")))
+    ulmus_process::init_telemetry(&LogTarget::File(folder.path().join("logs/coordinator.log")))
         .map_err(|error| failed(&folder.path().join("logs"), &error))?;
     let credentials = credentials(&folder, options)?;
     for file in &credentials.exposed {
@@ -156,10 +156,10 @@ async fn run_one(
             file.display()
         ))?;
     }
-    let memory = open_database(plan, options, &folder).await?;
+    let database = open_database(plan, options, &folder).await?;
     folder.hide_database().map_err(|error| in_folder(&error))?;
-    let (id, secret) = memory.identity().map_err(|error| stored(&error))?;
-    finish_commits(&memory, folder.store(), id, plan.digest()).await?;
+    let (id, secret) = database.identity().map_err(|error| stored(&error))?;
+    finish_commits(&database, folder.store(), id, plan.digest()).await?;
     let bound = bind(plan, options).await?;
     let address = bound.address().map_err(|error| Failure::new(ExitStatus::Failed, error.to_string()))?;
     folder.write_address(address).map_err(|error| in_folder(&error))?;
@@ -167,11 +167,11 @@ async fn run_one(
     // Nobody can connect before: a worker would find the token of the last coordinator at this port, or none.
     let listener = bound.listen().map_err(|error| cannot_listen(address, &error))?;
 
-    let saved = memory.saved().map_err(|error| stored(&error))?;
-    let rows = memory.metrics().map_err(|error| stored(&error))?;
+    let saved = database.saved().map_err(|error| stored(&error))?;
+    let rows = database.metrics().map_err(|error| stored(&error))?;
     let metrics_path = folder.path().join(METRICS_FILE);
     let metrics = MetricsFile::create(&metrics_path, &rows).map_err(|error| failed(&metrics_path, &error))?;
-    let sources = sources_file(&memory, folder.path())?;
+    let sources = sources_file(&database, folder.path())?;
     let console = Console::new(plan.train.iterations, saved.step);
     console.line(&format!("run {} in {}; workers join at {address}", plan.run.name, folder.shown()));
     let finished_before = saved.jobs.contains("benchmark");
@@ -200,7 +200,7 @@ async fn run_one(
         settings: settings(plan, options, &folder, id, secret).await?,
         saved,
         plan_digest: plan.digest(),
-        memory,
+        database,
         files: folder.store().clone(),
         metrics,
         sources,
@@ -217,7 +217,7 @@ async fn run_one(
     // The order of closing: no new sessions, streams drained, local workers gone, writes finished.
     drop(close);
     tokio::time::timeout(CLOSE_WITHIN, server).await.ok();
-    let Ended { outcome, memory, console, locals } = ended?;
+    let Ended { outcome, database, console, locals } = ended?;
     console.finish();
     match locals {
         // They are left to the next coordinator.
@@ -228,14 +228,14 @@ async fn run_one(
     tasks.close();
     tokio::time::timeout(CLOSE_WITHIN, tasks.wait()).await.ok();
 
-    let rows = memory.metrics().map_err(|error| stored(&error))?;
+    let rows = database.metrics().map_err(|error| stored(&error))?;
     // Steps that were trained twice, or reported late, are in their place in the record and not in the file.
     let written = MetricsFile::create(&metrics_path, &rows).map_err(|error| failed(&metrics_path, &error));
-    if let Err(failure) = written.map(drop).and(sources_file(&memory, folder.path()).map(drop)) {
+    if let Err(failure) = written.map(drop).and(sources_file(&database, folder.path()).map(drop)) {
         print(&format!("ALARM: {failure}; run.sqlite has all of it"))?;
     }
-    let results = memory.results().map_err(|error| stored(&error))?;
-    let left_out = memory.saved().map_err(|error| stored(&error))?.quarantine;
+    let results = database.results().map_err(|error| stored(&error))?;
+    let left_out = database.saved().map_err(|error| stored(&error))?.quarantine;
     if outcome.status == ExitStatus::Done {
         // Nobody writes any more. What is not deleted now costs space and nothing else.
         if let Err(error) = ulmus_checkpoint::collect_garbage(folder.store(), &BTreeSet::new()).await {
@@ -247,7 +247,7 @@ async fn run_one(
         ExitStatus::Interrupted => print(&outcome.message),
         status => return Err(Failure::new(status, outcome.message)),
     };
-    let state = memory
+    let state = database
         .checkpoints(true)
         .map_err(|error| stored(&error))?
         .into_iter()
@@ -257,24 +257,24 @@ async fn run_one(
 }
 
 /// Opens the run's database, or rebuilds it if it was lost and that is asked for.
-async fn open_database(plan: &Plan, options: &Options, folder: &RunFolder) -> Result<RunStore, Failure> {
+async fn open_database(plan: &Plan, options: &Options, folder: &RunFolder) -> Result<Database, Failure> {
     let path = folder.database();
-    let mut memory = match RunStore::open(&path) {
+    let mut database = match Database::open(&path) {
         Err(StoreError::NoDatabase(_)) if options.recover => {
             let aside = path.with_extension("sqlite.damaged");
             std::fs::rename(&path, &aside).map_err(|error| failed(&path, &error))?;
             print(&format!("{} is damaged; it is kept as {}", path.display(), aside.display()))?;
-            RunStore::open(&path)
+            Database::open(&path)
         }
         opened => opened,
     }
     .map_err(|error| stored(&error))?;
-    if !memory.is_new().map_err(|error| stored(&error))? {
-        return Ok(memory);
+    if !database.is_new().map_err(|error| stored(&error))? {
+        return Ok(database);
     }
     if !options.recover {
         refuse_to_forget(folder, &options.plan.display().to_string(), options.from_start).await?;
-        return Ok(memory);
+        return Ok(database);
     }
     let (recovered, damaged) = gather(folder, plan).await?;
     for fault in &damaged {
@@ -290,7 +290,7 @@ async fn open_database(plan: &Plan, options: &Options, folder: &RunFolder) -> Re
         );
         return Err(Failure::new(ExitStatus::Corrupt, message));
     }
-    memory.recover(&recovered).map_err(|error| stored(&error))?;
+    database.recover(&recovered).map_err(|error| stored(&error))?;
     let newest = recovered.checkpoints.iter().map(|checkpoint| checkpoint.id).max();
     print(&format!(
         "run.sqlite is rebuilt from {} checkpoints{} and {} steps of metrics.csv; jobs are done again",
@@ -298,7 +298,7 @@ async fn open_database(plan: &Plan, options: &Options, folder: &RunFolder) -> Re
         newest.map_or_else(String::new, |newest| format!(", the newest of them {newest},")),
         recovered.metrics.len()
     ))?;
-    Ok(memory)
+    Ok(database)
 }
 
 fn credentials(folder: &RunFolder, options: &Options) -> Result<Credentials, Failure> {
@@ -436,9 +436,9 @@ fn failed(path: &std::path::Path, error: &std::io::Error) -> Failure {
 }
 
 /// `sources.csv`, written anew.
-fn sources_file(memory: &RunStore, folder: &std::path::Path) -> Result<SourcesFile, Failure> {
+fn sources_file(database: &Database, folder: &std::path::Path) -> Result<SourcesFile, Failure> {
     let path = folder.join("sources.csv");
-    let rows = memory.readings().map_err(|error| stored(&error))?;
+    let rows = database.readings().map_err(|error| stored(&error))?;
     SourcesFile::create(&path, &rows).map_err(|error| failed(&path, &error))
 }
 

@@ -11,9 +11,9 @@ use ulmus_plan::Plan;
 use ulmus_types::BadUnit;
 
 use crate::check::grouped;
+use crate::database::MetricsRow;
 use crate::folder::RunFolder;
 use crate::run::Options;
-use crate::store::MetricsRow;
 
 /// Everything that a finished run has to tell.
 pub(crate) fn page(

@@ -152,7 +152,7 @@ fn it_listens_at_names_as_well() {
         ("localhost", &["it has no port", "localhost:7070"][..]),
         ("::1", &["no port", "[::1]:7070"]),
         (":7070", &["no host", "0.0.0.0"]),
-        ("localhost:x", &["\"x\" is no port"]),
+        ("localhost:x", &["invalid port \"x\""]),
         ("no.such.host.invalid:7070", &["cannot listen on no.such.host.invalid:7070", "--listen HOST:PORT"]),
     ] {
         let arguments = ["--plan", "plan.toml", "--set", "local.workers=0", "--listen", listen];

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use ulmus_plan::Format;
 
-use crate::chain::{Chain, Line};
+use crate::compressed::{CompressedReader, Line};
 use crate::contents;
 use crate::error::DataError;
 use crate::line::{is_blank, text_of_line};
@@ -130,8 +130,8 @@ impl Layout {
         let file = &files[unit.file as usize];
         let documents = match format {
             Format::JsonGz | Format::JsonZst => {
-                let chain = Chain::open(folder, file, *format, *limit, segment)?;
-                return Ok(Segments::Chain(chain, unit.file, key.clone()));
+                let chain = CompressedReader::open(folder, file, *format, *limit, segment)?;
+                return Ok(Segments::CompressedReader(chain, unit.file, key.clone()));
             }
             Format::Parquet => {
                 let groups = unit.first as usize..unit.end as usize;
@@ -199,7 +199,7 @@ pub(crate) enum Segments {
     /// Rows of a parquet file.
     Rows(Box<Rows>, u32),
     /// A chain, and the key of its texts.
-    Chain(Chain, u32, String),
+    CompressedReader(CompressedReader, u32, String),
 }
 
 impl Segments {
@@ -211,7 +211,7 @@ impl Segments {
                 let document = |(at, text)| Document { file: *file, at, content: Content::Text(text) };
                 Ok(rows.next()?.map(|rows| rows.into_iter().map(document).collect()))
             }
-            Self::Chain(chain, file, key) => {
+            Self::CompressedReader(chain, file, key) => {
                 let Some(lines) = chain.next()? else { return Ok(None) };
                 let document = |Line { at, bytes }: Line| {
                     if is_blank(&bytes) {
@@ -231,7 +231,7 @@ impl Segments {
         match self {
             Self::Whole(documents) => documents.is_none() as u64,
             Self::Rows(rows, _) => rows.segment(),
-            Self::Chain(chain, ..) => chain.segment(),
+            Self::CompressedReader(chain, ..) => chain.segment(),
         }
     }
 
@@ -241,7 +241,7 @@ impl Segments {
         match self {
             Self::Whole(_) => 0,
             Self::Rows(rows, _) => rows.passed(),
-            Self::Chain(chain, ..) => chain.taken(),
+            Self::CompressedReader(chain, ..) => chain.taken(),
         }
     }
 
@@ -250,7 +250,7 @@ impl Segments {
         match self {
             Self::Whole(documents) => Ok(documents.is_none()),
             Self::Rows(rows, _) => Ok(rows.ends()),
-            Self::Chain(chain, ..) => chain.ends(),
+            Self::CompressedReader(chain, ..) => chain.ends(),
         }
     }
 }

@@ -10,7 +10,7 @@
 
 #![forbid(unsafe_code)]
 
-mod chain;
+mod compressed;
 mod contents;
 mod corpus;
 mod document;

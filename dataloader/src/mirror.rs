@@ -62,7 +62,7 @@ pub fn mirror(
     let stores = Stores::new(config, None)?;
     let target = stores.make_apart(to, &config.source)?;
     let origin = Manifest::freeze(config, None)?;
-    let pace = Pace { rate, begun: Instant::now(), passed: AtomicU64::new(0) };
+    let limiter = RateLimiter { rate, begun: Instant::now(), passed: AtomicU64::new(0) };
     let mut mirrored = Mirrored::default();
     // Before anything is copied: a file that does not belong there would be read with the copies.
     for (source, listed) in config.source.iter().zip(&origin.sources) {
@@ -90,7 +90,7 @@ pub fn mirror(
                 return Ok::<bool, DataError>(true);
             }
             // Not every request of an upload can be made again by itself.
-            let blake3 = (|| from.copy(file, &copies, &pace, &done))
+            let blake3 = (|| from.copy(file, &copies, &limiter, &done))
                 .retry(ExponentialBuilder::default().with_jitter().with_max_times(AGAIN))
                 .when(|error| matches!(error, DataError::Store { .. }))
                 .await?;
@@ -150,15 +150,15 @@ fn of_copies(config: &DataConfig, to: &str) -> DataConfig {
 }
 
 /// Keeps a rate over all files.
-pub(crate) struct Pace {
+pub(crate) struct RateLimiter {
     rate: Option<u64>,
     begun: Instant,
     passed: AtomicU64,
 }
 
-impl Pace {
+impl RateLimiter {
     /// Waits until so many bytes more are within the rate.
-    pub(crate) async fn pass(&self, bytes: u64) {
+    pub(crate) async fn acquire(&self, bytes: u64) {
         let before = self.passed.fetch_add(bytes, Ordering::Relaxed);
         if let Some(rate) = self.rate {
             let due = Duration::from_secs_f64(before as f64 / rate.max(1) as f64);

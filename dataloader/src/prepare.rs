@@ -41,10 +41,7 @@ impl Prepared {
     /// What was found and taken, in a line for people.
     pub fn summary(&self) -> String {
         let Self { found, documents, bytes, passed_by, .. } = self;
-        format!(
-            "took {documents} of {found} files, {bytes} bytes of text{}",
-            after("; passed by: ", passed_by)
-        )
+        format!("took {documents} of {found} files, {bytes} bytes of text{}", after("; skipped: ", passed_by))
     }
 }
 
@@ -61,14 +58,11 @@ pub struct PassedBy {
 
 /// Everything that was passed by, behind some words, if there is anything.
 fn after(words: &str, passed_by: &[PassedBy]) -> String {
-    let told = |PassedBy { reason, count, first }: &PassedBy| match count {
-        1 => format!("{first:?}, which {reason}"),
-        _ => format!("{count} ({first:?} for one), each of which {reason}"),
-    };
+    let told = |PassedBy { reason, count, first }: &PassedBy| format!("{count} {reason} (first: {first:?})");
     if passed_by.is_empty() {
         return String::new();
     }
-    format!("{words}{}", passed_by.iter().map(told).collect::<Vec<_>>().join("; "))
+    format!("{words}{}", passed_by.iter().map(told).collect::<Vec<_>>().join(", "))
 }
 
 /// A file to take: its place on this machine, and its name in the corpus.
@@ -101,21 +95,21 @@ impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Cap { size, cap } => {
-                return write!(f, "has {size} bytes, more than prepare.cap allows for all text ({cap})");
+                return write!(f, "larger than prepare.cap ({size} bytes of at most {cap})");
             }
-            Self::NoRoom => "comes when prepare.cap is used up",
-            Self::Wide(encoding) => return write!(f, "is {encoding}, not UTF-8"),
-            Self::NotUtf8 => "is not UTF-8",
-            Self::Pointer => "is a pointer of Git LFS (run `git lfs pull`)",
-            Self::Equal => "has the text of another file, but for white space",
-            Self::Licence => "is a licence of a crate, and another crate has one of this name",
-            Self::Empty => "is empty",
-            Self::NotIncluded => "matches nothing in prepare.include",
-            Self::Name => "has a name that is not UTF-8",
-            Self::Walk(walk::Passed::Hidden) => "is hidden, as its name begins with a dot",
-            Self::Walk(walk::Passed::Loop) => "is a link to a folder in which it lies",
-            Self::Walk(walk::Passed::Dangling) => "is a link that leads nowhere",
-            Self::Walk(walk::Passed::Special) => "is neither a file nor a folder",
+            Self::NoRoom => "beyond prepare.cap",
+            Self::Wide(encoding) => return write!(f, "in {encoding}, not UTF-8"),
+            Self::NotUtf8 => "not UTF-8",
+            Self::Pointer => "a pointer of Git LFS (run `git lfs pull`)",
+            Self::Equal => "with the same text as another file, but for white space",
+            Self::Licence => "a licence that another crate has as well",
+            Self::Empty => "empty",
+            Self::NotIncluded => "not in prepare.include",
+            Self::Name => "with a name that is not UTF-8",
+            Self::Walk(walk::Passed::Hidden) => "hidden (the name begins with a dot)",
+            Self::Walk(walk::Passed::Loop) => "a link to a folder that contains it",
+            Self::Walk(walk::Passed::Dangling) => "a dangling link",
+            Self::Walk(walk::Passed::Special) => "neither a file nor a folder",
         })
     }
 }
@@ -454,10 +448,10 @@ mod tests {
             first: first.to_owned(),
         };
         let expected_passed = [
-            told("is UTF-16, not UTF-8", 1, "notes/binary.md"),
-            told("has the text of another file, but for white space", 1, "b-2.0.0/README.md"),
-            told("is a licence of a crate, and another crate has one of this name", 1, "b-2.0.0/LICENSE.md"),
-            told("is hidden, as its name begins with a dot", 1, "a-1.0.0/.hidden.md"),
+            told("in UTF-16, not UTF-8", 1, "notes/binary.md"),
+            told("with the same text as another file, but for white space", 1, "b-2.0.0/README.md"),
+            told("a licence that another crate has as well", 1, "b-2.0.0/LICENSE.md"),
+            told("hidden (the name begins with a dot)", 1, "a-1.0.0/.hidden.md"),
         ];
         assert_eq!(tally.passed_by(), expected_passed);
         let (some, _) = documents(&config(place.path(), 45), place.path()).unwrap();
@@ -558,19 +552,19 @@ mod tests {
         assert_eq!(
             passed_by,
             [
-                ("has 70000 bytes, more than prepare.cap allows for all text (65536)", 1, "all/big.txt"),
-                ("is UTF-16, not UTF-8", 1, "all/wide.txt"),
-                ("is not UTF-8", 20, "all/latin0.txt"),
-                ("is a pointer of Git LFS (run `git lfs pull`)", 1, "all/large.txt"),
-                ("is empty", 1, "all/empty.txt"),
-                ("matches nothing in prepare.include", 1, "all/table.csv"),
+                ("larger than prepare.cap (70000 bytes of at most 65536)", 1, "all/big.txt"),
+                ("in UTF-16, not UTF-8", 1, "all/wide.txt"),
+                ("not UTF-8", 20, "all/latin0.txt"),
+                ("a pointer of Git LFS (run `git lfs pull`)", 1, "all/large.txt"),
+                ("empty", 1, "all/empty.txt"),
+                ("not in prepare.include", 1, "all/table.csv"),
             ]
         );
         let summary = prepared.summary();
         let words = [
             "took 21 of 46 files",
-            "\"all/big.txt\", which has 70000 bytes",
-            "20 (\"all/latin0.txt\" for one)",
+            "1 larger than prepare.cap (70000 bytes of at most 65536) (first: \"all/big.txt\")",
+            "20 not UTF-8 (first: \"all/latin0.txt\")",
         ];
         assert!(words.iter().all(|words| summary.contains(words)), "{summary}");
         let (all, _) = documents(&config, place.path()).unwrap();

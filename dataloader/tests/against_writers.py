@@ -149,7 +149,7 @@ def main():
         check("a flipped bit is found", code == 5 and "texts.parquet is damaged" in message, message)
         (place / "texts.parquet").write_bytes(whole[: len(whole) // 2])
         code, message = count(program, place, "texts.parquet", "text")
-        check("half a file is refused", code == 2 and "is not parquet" in message, message)
+        check("half a file is refused", code == 5 and "is damaged" in message, message)
         code, message = count(program, place, "lines.jsonl", "txt")
         check("a wrong key is named", code == 2 and '["text"]' in message, message)
 

@@ -12,9 +12,9 @@ use ulmus_evaluator::{
     BenchConfig, BenchResult, EvaluatorError, LoadedModel, PerplexityResult, Transcript, bench, load_model,
     load_tokenizer, perplexity, read_texts, synthetic_weights,
 };
-use ulmus_model::{Backend, Generator, Model, Opened, Sampler, Sampling, WeightFormat};
+use ulmus_model::{AnyBackend, Backend, Generator, Model, Sampler, Sampling, WeightFormat};
 use ulmus_plan::{Device, ModelConfig, NormKind, Preset};
-use ulmus_rt::{Failure, finish_output, print};
+use ulmus_process::{Failure, finish_output, print};
 use ulmus_types::{Digest, ExitStatus};
 
 /// Version of the result files.
@@ -157,25 +157,25 @@ struct Generate {
     /// Model folder.
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
-    /// Beginning of the text.
+    /// The text to continue.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: String,
     /// Most tokens to write; the model may end its text earlier [default: 128, or what its context has room for].
     #[arg(long, value_name = "N")]
     max_tokens: Option<usize>,
-    /// Take the likeliest token every time, which is the default.
+    /// Take the most likely token every time, which is the default.
     #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p"])]
     greedy: bool,
-    /// Choose by chance: 1 as the model's probabilities say, less for likelier tokens, 0 for the likeliest.
+    /// Sampling temperature: 1 samples the model's distribution, lower is more deterministic, 0 is greedy.
     #[arg(long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f32>,
-    /// Choose only among the likeliest K tokens.
+    /// Sample from the K most likely tokens only.
     #[arg(long, value_name = "K")]
     top_k: Option<usize>,
-    /// Choose only among the likeliest tokens whose probabilities reach P together.
+    /// Nucleus sampling: sample from the most likely tokens whose probabilities add up to P.
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     top_p: Option<f32>,
-    /// Start of the random numbers: the same seed gives the same text.
+    /// Random seed: the same seed gives the same text.
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
     /// Type of weights.
@@ -223,9 +223,9 @@ trait OnDevice {
 impl Compute {
     fn run(&self, command: &impl OnDevice) -> Result<(), Failure> {
         match self.device {
-            Place::Device(device) => match Opened::new(device, self.threads(), 0).map_err(failure)? {
-                Opened::Cpu(backend) => command.run(backend),
-                Opened::Cuda(backend) => command.run(backend),
+            Place::Device(device) => match AnyBackend::new(device, self.threads(), 0).map_err(failure)? {
+                AnyBackend::Cpu(backend) => command.run(backend),
+                AnyBackend::Cuda(backend) => command.run(backend),
             },
             #[cfg(feature = "metal")]
             Place::Metal => command.run(ulmus_model::Candle::metal().map_err(failure)?),

@@ -7,8 +7,8 @@ mod cli;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    match ulmus_rt::arguments::<cli::Arguments>() {
-        Ok(arguments) => ulmus_rt::report(arguments.run()),
+    match ulmus_process::arguments::<cli::Arguments>() {
+        Ok(arguments) => ulmus_process::report(arguments.run()),
         Err(code) => code,
     }
 }

@@ -8,14 +8,14 @@ use crate::error::ModelError;
 
 /// A device that is ready.
 #[derive(Debug, Clone)]
-pub enum Opened {
+pub enum AnyBackend {
     /// The processor.
     Cpu(Cpu),
     /// A GPU.
     Cuda(Cuda),
 }
 
-impl Opened {
+impl AnyBackend {
     /// Opens a device for the `nth` worker of this machine, with that many threads if it is the processor.
     ///
     /// # Errors

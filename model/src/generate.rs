@@ -125,7 +125,7 @@ fn check_values(layout: &Layout, weights: &[f32], format: WeightFormat) -> Resul
             let bad = 1 + refused.count();
             let name = &tensor.name;
             return Err(ModelError::Tensors(format!(
-                "{name} has {bad} values, the first {value}, that are no numbers up to {most:e}, the most of {format}"
+                "{name} has {bad} values outside the finite range of {format} (±{most:e}), the first is {value}"
             )));
         }
     }

@@ -36,8 +36,8 @@ pub use batch::{BatchShape, LossSum, MicroBatch};
 #[cfg(feature = "metal")]
 pub use candle::Candle;
 pub use cpu::{Cpu, Memory};
-pub use cuda::{Communicator, CommunicatorId, Cuda, NcclError, Patience};
-pub use device::Opened;
+pub use cuda::{Communicator, CommunicatorId, Cuda, GiveUp, NcclError};
+pub use device::AnyBackend;
 pub use error::ModelError;
 pub use exact::Quantum;
 pub use format::{CacheFormat, WeightFormat};

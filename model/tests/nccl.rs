@@ -79,7 +79,7 @@ fn all<T>(buffer: &mut T, len: usize) -> ViewMut<'_, T> {
     ViewMut::new(buffer, 0..len)
 }
 
-/// Patience that ends some time from now.
+/// Gives up some time from now.
 fn within(time: Duration) -> impl Fn() -> Option<String> + Sync {
     let end = Instant::now() + time;
     move || (Instant::now() > end).then(|| format!("{time:?} have passed"))

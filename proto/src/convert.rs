@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use ulmus_types::{
     Assignment, BadUnit, Blame, CheckpointId, CheckpointKind, Digest, ErrorKind, ExitStatus, FileEntry,
-    Generation, GroupKey, Heartbeat, Hello, Incarnation, Job, LeaveReason, Peer, Rank, Ready, Repair, RunId,
-    Section, SessionSecret, Snapshot, SourceReading, Step, StepReport, ToCoordinator, ToWorker, Wish,
-    WorkerId, WorkerStatus,
+    Generation, GroupKey, GroupRequest, Heartbeat, Hello, Incarnation, Job, LeaveReason, Peer, Rank, Ready,
+    Repair, RunId, Section, SessionSecret, Snapshot, SourceReading, Step, StepReport, ToCoordinator,
+    ToWorker, WorkerId, WorkerStatus,
 };
 
 use crate::v1;
@@ -609,13 +609,13 @@ impl From<ToWorker> for v1::FromCoordinator {
                     .map_or_else(Vec::new, |repair| repair.milestones.into_iter().map(Step::get).collect()),
             }),
             ToWorker::Abort(generation) => Wire::Abort(generation.get()),
-            ToWorker::Wish(generation, wish) => {
-                let kind = match wish {
-                    Wish::Save => v1::WishKind::Save,
-                    Wish::Pause => v1::WishKind::Pause,
-                    Wish::Stop => v1::WishKind::Stop,
+            ToWorker::Request(generation, request) => {
+                let kind = match request {
+                    GroupRequest::Save => v1::RequestKind::Save,
+                    GroupRequest::Pause => v1::RequestKind::Pause,
+                    GroupRequest::Stop => v1::RequestKind::Stop,
                 };
-                Wire::Wish(v1::Wish { generation: generation.get(), kind: kind.into() })
+                Wire::Request(v1::GroupRequest { generation: generation.get(), kind: kind.into() })
             }
             ToWorker::Acknowledge(step) => Wire::Acknowledge(step.get()),
             ToWorker::Write { checkpoint, files } => {
@@ -663,14 +663,14 @@ impl TryFrom<v1::FromCoordinator> for ToWorker {
                     .then(|| Repair { milestones: assignment.repair.into_iter().map(Step::new).collect() }),
             }),
             Wire::Abort(generation) => Self::Abort(Generation::new(generation)),
-            Wire::Wish(wish) => {
-                let kind = match wish.kind() {
-                    v1::WishKind::Save => Wish::Save,
-                    v1::WishKind::Pause => Wish::Pause,
-                    v1::WishKind::Stop => Wish::Stop,
-                    v1::WishKind::Unspecified => return Err(WireError::Missing("wish.kind")),
+            Wire::Request(request) => {
+                let kind = match request.kind() {
+                    v1::RequestKind::Save => GroupRequest::Save,
+                    v1::RequestKind::Pause => GroupRequest::Pause,
+                    v1::RequestKind::Stop => GroupRequest::Stop,
+                    v1::RequestKind::Unspecified => return Err(WireError::Missing("request.kind")),
                 };
-                Self::Wish(Generation::new(wish.generation), kind)
+                Self::Request(Generation::new(request.generation), kind)
             }
             Wire::Acknowledge(step) => Self::Acknowledge(Step::new(step)),
             Wire::Write(write) => Self::Write {
@@ -862,7 +862,8 @@ mod tests {
             ToWorker::Finish(ExitStatus::Interrupted),
         ];
         messages.extend(
-            [Wish::Save, Wish::Pause, Wish::Stop].map(|wish| ToWorker::Wish(Generation::new(1), wish)),
+            [GroupRequest::Save, GroupRequest::Pause, GroupRequest::Stop]
+                .map(|request| ToWorker::Request(Generation::new(1), request)),
         );
         messages.extend(
             [

@@ -15,16 +15,19 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
     BTreeMap::from([
         ("ulmus-types", vec![]),
         ("ulmus-plan", vec!["ulmus-types"]),
-        ("ulmus-rt", vec!["ulmus-plan", "ulmus-types"]),
+        ("ulmus-process", vec!["ulmus-plan", "ulmus-types"]),
         ("ulmus-proto", vec!["ulmus-types"]),
         ("ulmus-transport", vec!["ulmus-types"]),
         ("ulmus-coord-core", vec!["ulmus-types"]),
-        ("ulmus-checkpoint", vec!["ulmus-objects", "ulmus-types"]),
+        ("ulmus-checkpoint", vec!["ulmus-storage", "ulmus-types"]),
         ("ulmus-model", vec!["ulmus-plan", "ulmus-types"]),
         ("ulmus-oracle", vec!["ulmus-model", "ulmus-plan"]),
-        ("ulmus-objects", vec![]),
-        ("ulmus-dataloader", vec!["ulmus-objects", "ulmus-plan", "ulmus-rt", "ulmus-types"]),
-        ("ulmus-evaluator", vec!["ulmus-dataloader", "ulmus-model", "ulmus-plan", "ulmus-rt", "ulmus-types"]),
+        ("ulmus-storage", vec![]),
+        ("ulmus-dataloader", vec!["ulmus-storage", "ulmus-plan", "ulmus-process", "ulmus-types"]),
+        (
+            "ulmus-evaluator",
+            vec!["ulmus-dataloader", "ulmus-model", "ulmus-plan", "ulmus-process", "ulmus-types"],
+        ),
         (
             "ulmus-worker",
             vec![
@@ -34,7 +37,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
                 "ulmus-model",
                 "ulmus-plan",
                 "ulmus-proto",
-                "ulmus-rt",
+                "ulmus-process",
                 "ulmus-transport",
                 "ulmus-types",
             ],
@@ -46,7 +49,7 @@ fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
                 "ulmus-coord-core",
                 "ulmus-plan",
                 "ulmus-proto",
-                "ulmus-rt",
+                "ulmus-process",
                 "ulmus-transport",
                 "ulmus-types",
                 // Only by feature; see below.
@@ -160,7 +163,7 @@ fn faults_name_tests_that_are_there() {
     for (_, tests) in last_columns {
         let mut source = String::new();
         for name in tests.split('`').skip(1).step_by(2) {
-            if name.ends_with(".rs") {
+            if Path::new(name).extension().is_some_and(|suffix| suffix == "rs") {
                 source = fs::read_to_string(repository().join(name)).unwrap();
             } else {
                 assert!(source.contains(&format!("fn {name}(")), "no test {name}");

@@ -14,19 +14,19 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::TaskTracker;
 use tonic::Streaming;
 use ulmus_checkpoint::{Store, StoreError, write_part};
+use ulmus_process::{Failure, Shutdown, with_causes};
 use ulmus_proto::v1::coordinator_client::CoordinatorClient;
 use ulmus_proto::{kind_of, v1};
-use ulmus_rt::{Failure, Shutdown, with_causes};
 use ulmus_transport::{ConnectError, TokenSource};
 use ulmus_types::{
-    Digest, ErrorKind, ExitStatus, FileEntry, HEARTBEAT_INTERVAL, Hello, NONCE_FILE, RunId, Snapshot,
-    ToCoordinator, ToWorker, Wish, WorkerId, nonce_digest,
+    Digest, ErrorKind, ExitStatus, FileEntry, GroupRequest, HEARTBEAT_INTERVAL, Hello, NONCE_FILE, RunId,
+    Snapshot, ToCoordinator, ToWorker, WorkerId, nonce_digest,
 };
 
 use crate::control::Control;
 use crate::run::Run;
 use crate::session::{Action, Session};
-use crate::snapshot::Held;
+use crate::snapshot::PendingSnapshot;
 use crate::trainer::{Command, Report};
 
 /// How long a worker that was once welcome looks for its coordinator.
@@ -188,7 +188,7 @@ impl Agent {
         tracing::info!(grace = ?self.parts.grace, "asked to leave; handing over");
         self.leave_by = Some(Instant::now() + self.parts.grace);
         // The group need not hear of it from the coordinator, which may be away.
-        self.parts.control.wish_now(Wish::Stop);
+        self.parts.control.request_now(GroupRequest::Stop);
         for action in self.session.drain() {
             self.act(action);
         }
@@ -388,7 +388,7 @@ impl Agent {
             Action::Open { id, plan, store } => self.open(id, plan, store),
             Action::Command(command) => self.command(command),
             Action::Abort(generation) => self.parts.control.abort(generation),
-            Action::Wish(generation, wish) => self.parts.control.wish(generation, wish),
+            Action::Request(generation, request) => self.parts.control.request(generation, request),
             Action::Hash(held) => {
                 let Some((run, _)) = self.session.run() else { return };
                 let done = self.done.clone();
@@ -434,7 +434,7 @@ impl Agent {
     }
 
     /// Encodes and stores parts of a state.
-    fn write(&self, held: Arc<Held>, files: Vec<String>) {
+    fn write(&self, held: Arc<PendingSnapshot>, files: Vec<String>) {
         let Some((run, _)) = self.session.run() else { return };
         let done = self.done.clone();
         self.tasks.spawn(async move {
@@ -478,7 +478,7 @@ async fn open(id: RunId, plan: &str, location: &str) -> Result<(Run, Digest), (E
 
 async fn write(
     store: &Store,
-    held: Arc<Held>,
+    held: Arc<PendingSnapshot>,
     files: Vec<String>,
 ) -> Result<BTreeMap<String, FileEntry>, (ErrorKind, String)> {
     let defect = |message: String| (ErrorKind::Internal, message);

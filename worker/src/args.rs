@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use ulmus_plan::{Algorithms, Device, ModelConfig, NormKind, Plan, Precision, Preset};
-use ulmus_rt::{Failure, load_plans};
+use ulmus_process::{Failure, load_plans};
 use ulmus_transport::TokenSource;
 use ulmus_types::ExitStatus;
 

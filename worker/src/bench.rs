@@ -17,7 +17,7 @@ use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use ulmus_evaluator::{Machine, median};
 use ulmus_model::{
-    BatchShape, Cpu, Memory, MicroBatch, ModelError, Opened, Quantum, Replica, TrainingBackend,
+    AnyBackend, BatchShape, Cpu, Memory, MicroBatch, ModelError, Quantum, Replica, TrainingBackend,
 };
 use ulmus_plan::{Algorithms, Device, ModelConfig, NormKind, Precision, TrainConfig};
 
@@ -100,9 +100,9 @@ pub(crate) struct KernelTime {
 /// # Errors
 /// If the model has no memory.
 pub(crate) fn bench(config: BenchConfig) -> Result<BenchResult, ModelError> {
-    match Opened::new(config.device, config.threads, 0)? {
-        Opened::Cpu(backend) => bench_on(backend, config),
-        Opened::Cuda(backend) => bench_on(backend, config),
+    match AnyBackend::new(config.device, config.threads, 0)? {
+        AnyBackend::Cpu(backend) => bench_on(backend, config),
+        AnyBackend::Cuda(backend) => bench_on(backend, config),
     }
 }
 
@@ -140,7 +140,7 @@ fn bench_on<B: TrainingBackend>(backend: B, config: BenchConfig) -> Result<Bench
     spans.take();
     let steps = steps.max(1) as u64;
     let step_seconds = (1..=steps).map(&mut train).collect::<Result<Vec<_>, _>>()?;
-    let apart = if backend.time_kernels_apart() {
+    let apart = if backend.serialize_kernels() {
         // Kernels that run beside the host are timed one by one, in steps that count for nothing else.
         spans.take();
         (1..=steps).map(&mut train).collect::<Result<Vec<_>, _>>()?

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use ulmus_dataloader::{Tokenizer, cargo_home, inspect};
 use ulmus_plan::{Plan, TokenizerConfig};
-use ulmus_rt::Failure;
+use ulmus_process::Failure;
 use ulmus_types::{ExitStatus, Problems};
 
 /// How many pieces a tokenizer file has; none if it cannot be read here.

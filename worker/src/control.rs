@@ -1,4 +1,4 @@
-//! What the session tells the trainer while it is busy: to leave a group at once, or wishes for the end of a step; and what
+//! What the session tells the trainer while it is busy: to leave a group at once, or requests for the end of a step; and what
 //! the trainer is doing, which the agent tells with every heartbeat.
 //!
 //! The trainer owns everything else; this is the only state that both threads see.
@@ -7,13 +7,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
-use ulmus_types::{Generation, Heartbeat, Section, Wish};
+use ulmus_types::{Generation, GroupRequest, Heartbeat, Section};
 
 use crate::collective::AbortHandle;
 
-/// Wishes that came in for one generation.
+/// Requests that came in for one generation.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Wishes {
+pub(crate) struct Requests {
     pub(crate) save: bool,
     pub(crate) pause: bool,
     pub(crate) stop: bool,
@@ -24,7 +24,7 @@ struct State {
     /// Every generation up to this one is to be left.
     aborted: Generation,
     group: Option<(Generation, AbortHandle)>,
-    wishes: Wishes,
+    requests: Requests,
     /// What the trainer does, and since when.
     section: (Section, Instant),
 }
@@ -32,7 +32,7 @@ struct State {
 impl Default for State {
     fn default() -> Self {
         let section = (Section::Idle, Instant::now());
-        Self { aborted: Generation::default(), group: None, wishes: Wishes::default(), section }
+        Self { aborted: Generation::default(), group: None, requests: Requests::default(), section }
     }
 }
 
@@ -49,7 +49,7 @@ impl Control {
     /// The trainer enters a group. False if it was told to leave that group before it got there.
     pub(crate) fn enter(&self, generation: Generation, abort: AbortHandle) -> bool {
         let mut state = self.state();
-        state.wishes = Wishes::default();
+        state.requests = Requests::default();
         state.group = Some((generation, abort));
         state.section = (Section::Forming, Instant::now());
         state.aborted < generation
@@ -95,11 +95,11 @@ impl Control {
         state.aborted = Generation::default();
     }
 
-    /// Passes a wish on to the group at hand, whichever it is.
-    pub(crate) fn wish_now(&self, wish: Wish) {
+    /// Passes a request on to the group at hand, whichever it is.
+    pub(crate) fn request_now(&self, request: GroupRequest) {
         let generation = self.state().group.as_ref().map(|(generation, _)| *generation);
         if let Some(generation) = generation {
-            self.wish(generation, wish);
+            self.request(generation, request);
         }
     }
 
@@ -114,21 +114,21 @@ impl Control {
         }
     }
 
-    /// Passes a wish on to the group, if it is still the one that was meant.
-    pub(crate) fn wish(&self, generation: Generation, wish: Wish) {
+    /// Passes a request on to the group, if it is still the one that was meant.
+    pub(crate) fn request(&self, generation: Generation, request: GroupRequest) {
         let mut state = self.state();
         if state.group.as_ref().is_some_and(|(of, _)| *of == generation) {
-            match wish {
-                Wish::Save => state.wishes.save = true,
-                Wish::Pause => state.wishes.pause = true,
-                Wish::Stop => state.wishes.stop = true,
+            match request {
+                GroupRequest::Save => state.requests.save = true,
+                GroupRequest::Pause => state.requests.pause = true,
+                GroupRequest::Stop => state.requests.stop = true,
             }
         }
     }
 
-    /// The wishes that came in since the last call.
-    pub(crate) fn take_wishes(&self) -> Wishes {
-        std::mem::take(&mut self.state().wishes)
+    /// The requests that came in since the last call.
+    pub(crate) fn take_requests(&self) -> Requests {
+        std::mem::take(&mut self.state().requests)
     }
 }
 
@@ -153,10 +153,10 @@ mod tests {
     fn wishes_reach_only_the_group_that_is_meant() {
         let control = Control::default();
         control.enter(Generation::new(2), AbortHandle::new().unwrap());
-        control.wish(Generation::new(1), Wish::Stop);
-        assert_eq!(control.take_wishes(), Wishes::default());
-        control.wish(Generation::new(2), Wish::Pause);
-        assert!(control.take_wishes().pause);
-        assert_eq!(control.take_wishes(), Wishes::default());
+        control.request(Generation::new(1), GroupRequest::Stop);
+        assert_eq!(control.take_requests(), Requests::default());
+        control.request(Generation::new(2), GroupRequest::Pause);
+        assert!(control.take_requests().pause);
+        assert_eq!(control.take_requests(), Requests::default());
     }
 }

@@ -4,7 +4,7 @@ use ulmus_checkpoint::{CheckpointError, StoreError};
 use ulmus_dataloader::DataError;
 use ulmus_evaluator::EvaluatorError;
 use ulmus_model::ModelError;
-use ulmus_rt::with_causes;
+use ulmus_process::with_causes;
 use ulmus_types::{BadUnit, CheckpointId, ErrorKind, LeaveReason};
 
 use crate::collective::CollectiveError;

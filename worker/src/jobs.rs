@@ -14,7 +14,7 @@ use ulmus_evaluator::{BenchConfig, bench, continuations, perplexity};
 use ulmus_model::hf::{SpecialTokens, config_json, generation_config_json};
 use ulmus_model::{Backend, Layout, Model, weights_from_safetensors, weights_to_safetensors};
 use ulmus_plan::{OnBadUnit, Plan};
-use ulmus_rt::with_causes;
+use ulmus_process::with_causes;
 use ulmus_types::{CheckpointId, Digest, FileEntry, Job};
 
 use crate::WorkerError;

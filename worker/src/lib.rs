@@ -25,9 +25,9 @@ use std::path::PathBuf;
 use rand::Rng;
 use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
-use ulmus_model::{Opened, TrainingBackend};
+use ulmus_model::{AnyBackend, TrainingBackend};
 use ulmus_plan::Device;
-use ulmus_rt::{Failure, HostPort, LogTarget, Shutdown};
+use ulmus_process::{Failure, HostPort, LogTarget, Shutdown};
 use ulmus_types::{ExitStatus, Incarnation, WorkerId};
 
 pub use agent::Join;
@@ -61,11 +61,15 @@ pub async fn run(config: WorkerConfig, shutdown: &Shutdown) -> Result<ExitStatus
         Some(host) => host.with_port(listener.address().port()).to_string(),
         None => listener.address().to_string(),
     };
-    let opened = Opened::new(config.device, config.threads, config.nth)
+    let opened = AnyBackend::new(config.device, config.threads, config.nth)
         .map_err(|error| Failure::of(error.kind(), &error))?;
     match opened {
-        Opened::Cpu(backend) => Box::pin(work(backend, config, worker, listener, address, shutdown)).await,
-        Opened::Cuda(backend) => Box::pin(work(backend, config, worker, listener, address, shutdown)).await,
+        AnyBackend::Cpu(backend) => {
+            Box::pin(work(backend, config, worker, listener, address, shutdown)).await
+        }
+        AnyBackend::Cuda(backend) => {
+            Box::pin(work(backend, config, worker, listener, address, shutdown)).await
+        }
     }
 }
 
@@ -159,7 +163,7 @@ fn own_address_towards(other: SocketAddr) -> IpAddr {
 pub fn run_process(config: WorkerConfig) -> Result<ExitStatus, Failure> {
     let failed =
         |what: &str, error: std::io::Error| Failure::new(ExitStatus::Failed, format!("{what}: {error}"));
-    ulmus_rt::init_telemetry(&LogTarget::Stderr).map_err(|error| failed("cannot log", error))?;
+    ulmus_process::init_telemetry(&LogTarget::Stderr).map_err(|error| failed("cannot log", error))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -196,7 +200,7 @@ pub fn run_local(
 /// When the plan cannot be read, the model has no memory, or nobody takes the result.
 pub fn run_bench(args: &args::BenchArgs) -> Result<ExitStatus, Failure> {
     let result = bench::bench(args.config()?).map_err(|error| Failure::of(error.kind(), &error))?;
-    ulmus_rt::print(&if args.json { json(&result) } else { result.table() })?;
+    ulmus_process::print(&if args.json { json(&result) } else { result.table() })?;
     Ok(ExitStatus::Done)
 }
 
@@ -206,7 +210,7 @@ pub fn run_bench(args: &args::BenchArgs) -> Result<ExitStatus, Failure> {
 /// When there is no memory to measure, or nobody takes the result.
 pub fn run_roofline(args: &args::RooflineArgs) -> Result<ExitStatus, Failure> {
     let result = bench::roofline(args.threads()).map_err(|error| Failure::of(error.kind(), &error))?;
-    ulmus_rt::print(&if args.json { json(&result) } else { result.table() })?;
+    ulmus_process::print(&if args.json { json(&result) } else { result.table() })?;
     Ok(ExitStatus::Done)
 }
 
@@ -260,7 +264,7 @@ mod tests {
             ("no.such.host.invalid:1", None, "no such host"),
             ("::1", None, "[::1]:7070"),
             ("127.0.0.1:1", Some("[::1"), "--advertise [::1: its bracket is not closed"),
-            ("127.0.0.1:1", Some("host:x"), "\"x\" is no port; write HOST or HOST:PORT"),
+            ("127.0.0.1:1", Some("host:x"), "invalid port \"x\"; write HOST or HOST:PORT"),
         ] {
             let message = told(join, advertise).unwrap_err();
             assert!(message.contains(words), "{message}");

@@ -9,11 +9,11 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use ulmus_types::{
-    CheckpointId, Digest, ErrorKind, ExitStatus, Generation, Job, Rank, Ready, RunId, SessionSecret,
-    Snapshot, StepReport, ToCoordinator, ToWorker, Wish, WorkerStatus,
+    CheckpointId, Digest, ErrorKind, ExitStatus, Generation, GroupRequest, Job, Rank, Ready, RunId,
+    SessionSecret, Snapshot, StepReport, ToCoordinator, ToWorker, WorkerStatus,
 };
 
-use crate::snapshot::Held;
+use crate::snapshot::PendingSnapshot;
 use crate::trainer::{Command, Report};
 
 /// What the shell has to do.
@@ -36,12 +36,12 @@ pub(crate) enum Action {
     Command(Command),
     /// Leave the group of this generation.
     Abort(Generation),
-    /// Pass a wish on.
-    Wish(Generation, Wish),
+    /// Pass a request on.
+    Request(Generation, GroupRequest),
     /// Hash a state, then call [`Session::hashed`].
-    Hash(Arc<Held>),
+    Hash(Arc<PendingSnapshot>),
     /// Store parts of a state, then say so.
-    Write(Arc<Held>, Vec<String>),
+    Write(Arc<PendingSnapshot>, Vec<String>),
     /// The run is over, or goes on without this worker.
     Leave(ExitStatus),
     /// The run cannot be taken up here.
@@ -84,7 +84,7 @@ pub(crate) struct Session {
     /// How far the connection has come.
     connection: Connection,
     /// States that are to be stored, and what the coordinator is told of them once they are hashed.
-    held: BTreeMap<CheckpointId, (Arc<Held>, Option<Snapshot>)>,
+    held: BTreeMap<CheckpointId, (Arc<PendingSnapshot>, Option<Snapshot>)>,
     /// That the worker left its group. It is said after what it keeps is announced: a coordinator that hears of
     /// a finished group and knows of no state to store would have the last steps trained again.
     left: Option<ToCoordinator>,
@@ -159,7 +159,7 @@ impl Session {
                 self.command(|run| Command::Train(run, assignment))
             }
             ToWorker::Abort(generation) => vec![Action::Abort(generation)],
-            ToWorker::Wish(generation, wish) => vec![Action::Wish(generation, wish)],
+            ToWorker::Request(generation, request) => vec![Action::Request(generation, request)],
             ToWorker::Acknowledge(step) => {
                 while self.reports.front().is_some_and(|report| report.step <= step) {
                     self.reports.pop_front();
@@ -362,11 +362,11 @@ mod tests {
         Report::Say(ToCoordinator::Left { generation, step, reason })
     }
 
-    fn held(step: u64) -> Arc<Held> {
+    fn held(step: u64) -> Arc<PendingSnapshot> {
         let config =
             ModelConfig { num_transformer_layers: 1, model_dim: 8, head_dim: 8, ..ModelConfig::default() };
         let room = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
-        Arc::new(Held {
+        Arc::new(PendingSnapshot {
             checkpoint: CheckpointId::new(Step::new(step), Generation::new(1)),
             kind: CheckpointKind::Milestone,
             layout: Arc::new(Layout::new(&config)),

@@ -16,7 +16,7 @@ use crate::WorkerError;
 
 /// The state after a step.
 #[derive(Debug)]
-pub(crate) struct Held {
+pub(crate) struct PendingSnapshot {
     pub(crate) checkpoint: CheckpointId,
     pub(crate) kind: CheckpointKind,
     pub(crate) layout: Arc<Layout>,
@@ -28,7 +28,7 @@ pub(crate) struct Held {
     pub(crate) _room: OwnedSemaphorePermit,
 }
 
-impl Held {
+impl PendingSnapshot {
     /// What the coordinator is told of it. Hashes the whole state.
     pub(crate) fn announce(&self) -> Snapshot {
         let mut hasher = blake3::Hasher::new();

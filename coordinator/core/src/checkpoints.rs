@@ -8,7 +8,7 @@ use ulmus_types::{
 };
 
 use crate::coordinator::{Coordinator, TEXT_LIMIT};
-use crate::effect::{Effect, Note};
+use crate::effect::{Effect, Notification};
 use crate::group::Group;
 
 impl Coordinator {
@@ -61,7 +61,7 @@ impl Coordinator {
             _ => "others are asked; free space or give it the right to write there",
         };
         let text = format!("{} could not store its part of {checkpoint}: {message}; {advice}", worker.name());
-        self.emit(Note::Remark(text));
+        self.emit(Notification::Info(text));
     }
 
     pub(crate) fn on_commit_failed(
@@ -77,7 +77,9 @@ impl Coordinator {
             ErrorKind::Fenced | ErrorKind::Refused | ErrorKind::Corrupt => {
                 self.exit(kind.into(), format!("manifest of {checkpoint} not stored: {why}"));
             }
-            _ => self.emit(Note::Remark(format!("manifest of {checkpoint} not stored, trying again: {why}"))),
+            _ => self.emit(Notification::Info(format!(
+                "manifest of {checkpoint} not stored, trying again: {why}"
+            ))),
         }
     }
 
@@ -91,9 +93,9 @@ impl Coordinator {
             self.send(&worker, ToWorker::Release(checkpoint));
         }
         if std::mem::take(&mut self.storing_alarmed) {
-            self.emit(Note::Remark("checkpoints can be stored again".to_owned()));
+            self.emit(Notification::Info("checkpoints can be stored again".to_owned()));
         }
-        self.emit(Note::Checkpoint(checkpoint, kind));
+        self.emit(Notification::Checkpoint(checkpoint, kind));
         self.retire_recovery();
     }
 
@@ -120,7 +122,7 @@ impl Coordinator {
             CheckpointKind::Milestone => "it counts as absent, and is trained again if it is to be averaged",
             CheckpointKind::Recovery => "it counts as absent",
         };
-        self.emit(Note::Alarm(format!("{why}; {consequence}")));
+        self.emit(Notification::Alarm(format!("{why}; {consequence}")));
     }
 
     /// What is to be done about a store that takes nothing.
@@ -130,12 +132,12 @@ impl Coordinator {
                 "{} takes too long to store its part of {checkpoint}; others are asked",
                 worker.name()
             );
-            self.emit(Note::Remark(text));
+            self.emit(Notification::Info(text));
         }
         let Some((since, why)) = self.snapshots.failing().cloned() else { return };
         if !self.storing_alarmed {
             self.storing_alarmed = true;
-            self.emit(Note::Alarm(format!(
+            self.emit(Notification::Alarm(format!(
                 "nothing can be stored: {why}; training goes on until the newest stored state is {} old",
                 humantime(self.settings.max_age)
             )));
@@ -148,7 +150,7 @@ impl Coordinator {
                 CheckpointKind::Milestone => "it is trained again if it is to be averaged",
                 CheckpointKind::Recovery => "newer ones replace it",
             };
-            self.emit(Note::Alarm(format!(
+            self.emit(Notification::Alarm(format!(
                 "the state of {checkpoint} is given up, so that training goes on; {consequence}"
             )));
         }

@@ -12,7 +12,7 @@ use ulmus_types::{
 };
 
 use crate::check::Verdict;
-use crate::effect::{Effect, Note, Outcome};
+use crate::effect::{Effect, Notification, Outcome};
 use crate::event::Event;
 use crate::group::{Group, Suspicion};
 use crate::invariants;
@@ -82,7 +82,7 @@ pub struct Settings {
 
 /// What the store remembers of the run; the default is a run that has not begun.
 #[derive(Debug, Clone, Default)]
-pub struct Saved {
+pub struct PersistentState {
     /// The last generation that was assigned.
     pub generation: Generation,
     /// Its members, unless its group has ended.
@@ -159,7 +159,7 @@ pub struct Coordinator {
 
 impl Coordinator {
     /// Takes up a run where the store says it was. `now` is any monotonic time.
-    pub fn new(settings: Settings, saved: Saved, now: Duration) -> Self {
+    pub fn new(settings: Settings, saved: PersistentState, now: Duration) -> Self {
         let group = if saved.group.is_empty() {
             Group::ABSENT
         } else {
@@ -227,7 +227,7 @@ impl Coordinator {
             Event::CheckpointCommitted(checkpoint) => self.on_committed(checkpoint, now),
             Event::CommitFailed(checkpoint, kind, why) => self.on_commit_failed(checkpoint, kind, &why, now),
             Event::PartsDamaged(checkpoint, files, why) => {
-                self.emit(Note::Alarm(format!("{why}; it is stored once more")));
+                self.emit(Notification::Alarm(format!("{why}; it is stored once more")));
                 self.snapshots.parts_damaged(checkpoint, &files, &why, now);
             }
             Event::CheckpointDamaged(checkpoint, why) => self.on_damaged(checkpoint, &why),
@@ -345,7 +345,7 @@ impl Coordinator {
         let Some(member) = self.members.get_mut(worker) else { return };
         if member.may_notify(now) {
             let text = for_people(text, TEXT_LIMIT);
-            self.emit(Note::Remark(format!("{}: {text}", worker.name())));
+            self.emit(Notification::Info(format!("{}: {text}", worker.name())));
         }
     }
 
@@ -392,7 +392,7 @@ impl Coordinator {
     pub(crate) fn sit_out(&mut self, worker: &WorkerId, fault: Fault, why: &str, now: Duration) {
         let pause = self.members.punish(worker, fault, now);
         if pause > Duration::ZERO {
-            self.emit(Note::SitsOut(worker.clone(), pause, why.to_owned()));
+            self.emit(Notification::SitsOut(worker.clone(), pause, why.to_owned()));
         }
     }
 
@@ -417,8 +417,8 @@ impl Coordinator {
         self.effects.push(Effect::Send(worker.clone(), message));
     }
 
-    pub(crate) fn emit(&mut self, note: Note) {
-        self.effects.push(Effect::Tell(note));
+    pub(crate) fn emit(&mut self, note: Notification) {
+        self.effects.push(Effect::Notify(note));
     }
 
     pub(crate) fn exit(&mut self, status: ExitStatus, message: String) {

@@ -56,14 +56,14 @@ pub enum Effect {
     /// Read committed checkpoints and tell which are damaged; nobody waits for it.
     Verify(Vec<CheckpointId>),
     /// Tell a person.
-    Tell(Note),
+    Notify(Notification),
     /// End the process.
     Exit(Outcome),
 }
 
 /// What a person wants to know while the run goes on.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Note {
+pub enum Notification {
     /// A worker may take work.
     Joined(WorkerId),
     /// A worker is gone, and why it is thought so.
@@ -88,7 +88,7 @@ pub enum Note {
     /// A job has begun.
     JobStarted(Job, WorkerId),
     /// Anything else that is not routine: a refusal, something that is tried again, data that is used up.
-    Remark(String),
+    Info(String),
     /// Something that somebody should look after while the run goes on.
     Alarm(String),
 }

@@ -7,7 +7,7 @@ use ulmus_types::{
 };
 
 use crate::coordinator::{Coordinator, TEXT_LIMIT};
-use crate::effect::{Effect, Note};
+use crate::effect::{Effect, Notification};
 use crate::group::Group;
 use crate::members::{Activity, Fault};
 
@@ -64,7 +64,7 @@ impl Coordinator {
             self.lose(&worker, "it reconnected", Fault::Died, now);
         }
         if let Some(other) = hello.run.filter(|run| *run != self.settings.id) {
-            self.emit(Note::Remark(format!(
+            self.emit(Notification::Info(format!(
                 "{} comes from run {}; this is run {}, and nothing of the other one counts here",
                 worker.name(),
                 other.short(),
@@ -131,7 +131,7 @@ impl Coordinator {
             self.on_snapshot(worker, snapshot, now);
         }
         self.admitted_at = Some(now);
-        self.emit(Note::Joined(worker.clone()));
+        self.emit(Notification::Joined(worker.clone()));
         match status {
             WorkerStatus::Idle => self.members.set(worker, Activity::Idle, now),
             WorkerStatus::Training(generation) => {
@@ -185,7 +185,7 @@ impl Coordinator {
             let (members, size) = (members.clone(), members.len());
             self.group = Group::Training { members, since: now, pausing: false };
             self.had_a_group = true;
-            self.emit(Note::GroupFormed { generation: self.generation, size, step: self.step });
+            self.emit(Notification::GroupFormed { generation: self.generation, size, step: self.step });
         } else if *until <= now {
             let missing: Vec<&str> =
                 members.iter().filter(|id| !back.contains(id)).map(WorkerId::name).collect();
@@ -210,7 +210,7 @@ impl Coordinator {
     pub(crate) fn on_unfit(&mut self, worker: &WorkerId, kind: ErrorKind, message: &str) {
         let message = for_people(message, TEXT_LIMIT);
         self.unfit = Some((kind, message.clone()));
-        self.emit(Note::Lost(worker.clone(), format!("it cannot take up the run: {message}")));
+        self.emit(Notification::Lost(worker.clone(), format!("it cannot take up the run: {message}")));
         self.members.remove(worker);
         self.effect(Effect::Disconnect(worker.clone()));
     }
@@ -236,7 +236,7 @@ impl Coordinator {
         }
         member.draining = true;
         let text = format!("{} was asked to leave, and hands over", worker.name());
-        self.emit(Note::Remark(text));
+        self.emit(Notification::Info(text));
     }
 
     /// Lets those go that were asked to leave and are not needed any more.
@@ -263,12 +263,12 @@ impl Coordinator {
             self.members.remove(&worker);
             self.jobs.lost(&worker);
             self.snapshots.lost(&worker);
-            self.emit(Note::Drained(worker));
+            self.emit(Notification::Drained(worker));
         }
     }
 
     pub(crate) fn refuse(&mut self, worker: &WorkerId, kind: ErrorKind, reason: String) {
-        self.emit(Note::Remark(format!("refused: {reason}")));
+        self.emit(Notification::Info(format!("refused: {reason}")));
         self.send(worker, ToWorker::Refused { kind, reason });
         self.effect(Effect::Disconnect(worker.clone()));
         // One that is refused after its welcome has no part in anything yet.
@@ -278,7 +278,7 @@ impl Coordinator {
     /// A worker is gone, or is treated as if it were.
     pub(crate) fn lose(&mut self, worker: &WorkerId, why: &str, fault: Fault, now: Duration) {
         let Some(member) = self.members.remove(worker) else { return };
-        self.emit(Note::Lost(worker.clone(), why.to_owned()));
+        self.emit(Notification::Lost(worker.clone(), why.to_owned()));
         self.jobs.lost(worker);
         self.snapshots.lost(worker);
         let mut trained = false;

@@ -34,6 +34,6 @@ mod snapshots;
 mod training;
 mod work;
 
-pub use coordinator::{Coordinator, Saved, Settings};
-pub use effect::{Effect, Note, Outcome};
+pub use coordinator::{Coordinator, PersistentState, Settings};
+pub use effect::{Effect, Notification, Outcome};
 pub use event::Event;

@@ -4,13 +4,13 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use ulmus_types::{
-    Assignment, BadUnit, CheckpointId, ErrorKind, ExitStatus, Generation, LeaveReason, Rank, Repair, Step,
-    StepReport, ToWorker, Wish, WorkerId, WorkerStatus, for_people,
+    Assignment, BadUnit, CheckpointId, ErrorKind, ExitStatus, Generation, GroupRequest, LeaveReason, Rank,
+    Repair, Step, StepReport, ToWorker, WorkerId, WorkerStatus, for_people,
 };
 
 use crate::coordinator::{Coordinator, TEXT_LIMIT};
 use crate::deadlines::CONNECT_WITHIN;
-use crate::effect::{Effect, Note};
+use crate::effect::{Effect, Notification};
 use crate::group::{self, Group, Suspicion};
 use crate::members::{Activity, Fault};
 
@@ -34,7 +34,7 @@ impl Coordinator {
                 self.send(worker, ToWorker::Abort(self.generation));
             }
         }
-        self.emit(Note::GroupEnded(self.generation, why.to_owned()));
+        self.emit(Notification::GroupEnded(self.generation, why.to_owned()));
         self.group = Group::Dissolving { waiting, since: now };
     }
 
@@ -58,7 +58,7 @@ impl Coordinator {
         if formed.len() == members.len() {
             let size = members.len();
             self.group = Group::Training { members: std::mem::take(members), since: now, pausing: false };
-            self.emit(Note::GroupFormed { generation, size, step });
+            self.emit(Notification::GroupFormed { generation, size, step });
         }
     }
 
@@ -67,7 +67,7 @@ impl Coordinator {
         let (Some(first), Some(last)) = (reports.first(), reports.last()) else { return };
         let (first, last) = (first.step, last.step);
         if first > self.step.next() {
-            self.emit(Note::Alarm(format!(
+            self.emit(Notification::Alarm(format!(
                 "the record lacks steps {} to {}: they were lost with the coordinator's power; the training is not affected",
                 self.step.next(),
                 first.get() - 1
@@ -176,7 +176,7 @@ impl Coordinator {
         }
         if let LeaveReason::Exhausted(source) = reason {
             let source = for_people(source, TEXT_LIMIT);
-            self.emit(Note::Remark(format!(
+            self.emit(Notification::Info(format!(
                 "the run ends at step {step} of {}: {source}",
                 self.settings.iterations
             )));
@@ -209,7 +209,7 @@ impl Coordinator {
             self.exit(kind.into(), message);
             return true;
         }
-        self.emit(Note::Alarm(format!("{message}; another worker tries the step")));
+        self.emit(Notification::Alarm(format!("{message}; another worker tries the step")));
         self.sit_out(worker, Fault::Unworkable, "training failed on it", now);
         false
     }
@@ -236,7 +236,7 @@ impl Coordinator {
         self.futile_groups = 0;
         self.quarantine.insert(unit.clone(), why.to_owned());
         self.effect(Effect::SaveQuarantine(self.quarantine.clone()));
-        self.emit(Note::Remark(format!("{unit} is left out from now on: {why}")));
+        self.emit(Notification::Info(format!("{unit} is left out from now on: {why}")));
         true
     }
 
@@ -298,7 +298,7 @@ impl Coordinator {
         let repair = self.repair();
         if let Some(Repair { milestones }) = &repair {
             let steps: Vec<String> = milestones.iter().map(ToString::to_string).collect();
-            self.emit(Note::Alarm(format!(
+            self.emit(Notification::Alarm(format!(
                 "training again for the milestones of steps {}",
                 steps.join(", ")
             )));
@@ -361,22 +361,22 @@ impl Coordinator {
         let Group::Training { members, pausing, .. } = &mut self.group else { return };
         let is_draining = |id: &WorkerId| self.members.get(id).is_some_and(|member| member.draining);
         let has_room = (members.len() as u64) < self.settings.micro_batches;
-        let wish = if *pausing {
+        let request = if *pausing {
             return;
         } else if self.stopping_since.is_some() || members.iter().any(is_draining) {
             // What a leaving member knows is stored, or held by those that stay.
-            Wish::Stop
+            GroupRequest::Stop
         } else if may_join && has_room {
-            Wish::Pause
+            GroupRequest::Pause
         } else if now >= self.saved_at + self.settings.recovery && !is_storing {
-            Wish::Save
+            GroupRequest::Save
         } else {
             return;
         };
-        *pausing = wish != Wish::Save;
+        *pausing = request != GroupRequest::Save;
         self.saved_at = now;
         for member in members.clone() {
-            self.send(&member, ToWorker::Wish(self.generation, wish));
+            self.send(&member, ToWorker::Request(self.generation, request));
         }
     }
 }

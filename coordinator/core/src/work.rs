@@ -6,7 +6,7 @@ use ulmus_types::{BadUnit, CheckpointId, ErrorKind, ExitStatus, Job, ToWorker, W
 
 use crate::checkpoints::humantime;
 use crate::coordinator::{Coordinator, TEXT_LIMIT};
-use crate::effect::{Effect, Note};
+use crate::effect::{Effect, Notification};
 use crate::members::Activity;
 
 impl Coordinator {
@@ -60,13 +60,13 @@ impl Coordinator {
         if kind == ErrorKind::Corrupt && may_try_again && reads_average(job) {
             self.jobs.undone("average");
             self.effect(Effect::SaveJobUndone("average".to_owned()));
-            return self.emit(Note::Alarm(format!("{message}; the average is made again")));
+            return self.emit(Notification::Alarm(format!("{message}; the average is made again")));
         }
         // What is wrong with one worker need not be wrong with the next; what is wrong with the input is.
         let others = self.others_may_do(job);
         let is_worth_it = was_known || others || matches!(kind, ErrorKind::Retry | ErrorKind::Internal);
         if may_try_again && is_worth_it {
-            self.emit(Note::Remark(format!(
+            self.emit(Notification::Info(format!(
                 "{} failed on {}, trying again: {message}",
                 job.name(),
                 worker.name()
@@ -90,7 +90,7 @@ impl Coordinator {
         if waited == Duration::ZERO || others {
             let text =
                 format!("{name} failed on {}: {message}; trying again, for {most} at most", worker.name());
-            self.emit(Note::Alarm(text));
+            self.emit(Notification::Alarm(text));
         }
     }
 
@@ -120,7 +120,7 @@ impl Coordinator {
             self.jobs.started(job.clone(), worker.clone());
             self.effect(Effect::SaveJobStarted(job.clone(), worker.clone()));
             self.send(&worker, ToWorker::Run(job.clone()));
-            self.emit(Note::JobStarted(job, worker));
+            self.emit(Notification::JobStarted(job, worker));
         }
     }
 }

@@ -8,11 +8,11 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use proptest::prelude::*;
-use ulmus_coord_core::{Coordinator, Effect, Event, Outcome, Saved, Settings};
+use ulmus_coord_core::{Coordinator, Effect, Event, Outcome, PersistentState, Settings};
 use ulmus_types::{
     Assignment, BadUnit, Blame, CheckpointId, CheckpointKind, Digest, ErrorKind, ExitStatus, FileEntry,
-    Generation, Heartbeat, Hello, Incarnation, Job, LeaveReason, Rank, Ready, RunId, RunSecret, Section,
-    SessionSecret, Snapshot, SourceReading, Step, StepReport, ToCoordinator, ToWorker, Wish, WorkerId,
+    Generation, GroupRequest, Heartbeat, Hello, Incarnation, Job, LeaveReason, Rank, Ready, RunId, RunSecret,
+    Section, SessionSecret, Snapshot, SourceReading, Step, StepReport, ToCoordinator, ToWorker, WorkerId,
     WorkerStatus,
 };
 
@@ -69,7 +69,7 @@ struct Worker {
     generation: Option<Generation>,
     stage: Stage,
     aborted: bool,
-    wish: Option<Wish>,
+    request: Option<GroupRequest>,
     reports: Vec<StepReport>,
     held: BTreeSet<CheckpointId>,
     job: Option<Job>,
@@ -106,7 +106,7 @@ impl Worker {
 
 struct World {
     core: Option<Coordinator>,
-    saved: Saved,
+    saved: PersistentState,
     workers: BTreeMap<WorkerId, Worker>,
     commits: VecDeque<CheckpointId>,
     now: Duration,
@@ -153,10 +153,10 @@ fn report(step: u64) -> StepReport {
 
 impl World {
     fn new() -> Self {
-        let core = Coordinator::new(settings(), Saved::default(), Duration::ZERO);
+        let core = Coordinator::new(settings(), PersistentState::default(), Duration::ZERO);
         Self {
             core: Some(core),
-            saved: Saved::default(),
+            saved: PersistentState::default(),
             workers: BTreeMap::new(),
             commits: VecDeque::new(),
             now: Duration::ZERO,
@@ -221,7 +221,7 @@ impl World {
                     self.cut.insert(worker);
                 }
             }
-            Effect::Tell(_) | Effect::SaveReading(..) | Effect::Verify(_) => {}
+            Effect::Notify(_) | Effect::SaveReading(..) | Effect::Verify(_) => {}
             Effect::Commit { checkpoint, kind, files, .. } => {
                 assert_eq!(files.len(), 3, "a manifest names every part");
                 self.kinds.insert(checkpoint, kind);
@@ -261,14 +261,14 @@ impl World {
                 worker.group = Some(assignment);
                 worker.stage = Stage::Assigned;
                 worker.aborted = false;
-                worker.wish = None;
+                worker.request = None;
             }
             ToWorker::Abort(generation) => {
                 worker.aborted |= worker.group.as_ref().is_some_and(|group| group.generation <= generation);
             }
-            ToWorker::Wish(generation, wish) => {
+            ToWorker::Request(generation, request) => {
                 if worker.group.as_ref().is_some_and(|group| group.generation == generation) {
-                    worker.wish = Some(wish);
+                    worker.request = Some(request);
                 }
             }
             ToWorker::Acknowledge(step) => worker.reports.retain(|report| report.step > step),
@@ -389,7 +389,7 @@ impl World {
             generation: None,
             stage: Stage::Assigned,
             aborted: false,
-            wish: None,
+            request: None,
             reports: Vec::new(),
             held: BTreeSet::new(),
             job: None,
@@ -561,8 +561,10 @@ impl World {
             return;
         }
         let newest = self.workers[&first].step.unwrap_or(newest);
-        let wish =
-            members.iter().filter_map(|id| self.workers[id].wish).max_by_key(|wish| *wish == Wish::Stop);
+        let request = members
+            .iter()
+            .filter_map(|id| self.workers[id].request)
+            .max_by_key(|request| *request == GroupRequest::Stop);
         let last = repair.map_or(ITERATIONS, |(_, last)| last);
         let finished = newest >= last;
         let step = if finished { newest } else { newest + 1 };
@@ -584,19 +586,19 @@ impl World {
             if *id == first && worker.caught_up {
                 worker.outbox.push_back(ToCoordinator::Steps { generation, reports: vec![report(step)] });
             }
-            if due || matches!(wish, Some(Wish::Stop | Wish::Save)) {
+            if due || matches!(request, Some(GroupRequest::Stop | GroupRequest::Save)) {
                 self.kinds.insert(checkpoint, kind);
                 worker.held.insert(checkpoint);
                 worker.outbox.extend(worker.unconfirmed());
                 worker.outbox.push_back(ToCoordinator::Snapshot(state(checkpoint)));
             }
-            worker.wish = None;
+            worker.request = None;
         }
         if finished || step == last {
             for id in members {
                 self.leave(id, generation, LeaveReason::Finished);
             }
-        } else if matches!(wish, Some(Wish::Stop | Wish::Pause)) {
+        } else if matches!(request, Some(GroupRequest::Stop | GroupRequest::Pause)) {
             for id in members {
                 self.leave(id, generation, LeaveReason::Agreed);
             }
@@ -972,21 +974,22 @@ fn workers_that_must_not_join_are_told_why() {
             _ => None,
         })
     };
-    let start = |saved: Saved| Coordinator::new(settings(), saved, Duration::ZERO);
+    let start = |saved: PersistentState| Coordinator::new(settings(), saved, Duration::ZERO);
     let say = |core: &mut Coordinator, message| {
         core.on(Duration::ZERO, Event::Said { worker: worker.clone(), run: Some(RUN), message })
     };
     let hello = || ToCoordinator::Hello(hello_of(&worker, VERSION));
 
-    let (_, reason) = start(Saved::default()).judge(&hello_of(&worker, "0.9")).unwrap_err();
+    let (_, reason) = start(PersistentState::default()).judge(&hello_of(&worker, "0.9")).unwrap_err();
     assert!(reason.contains("version 0.9"), "{reason}");
 
-    let mut core = start(Saved::default());
+    let mut core = start(PersistentState::default());
     say(&mut core, hello());
     let reason = refused(&say(&mut core, ToCoordinator::StoreRead(Err("no such folder".into())))).unwrap();
     assert!(reason.contains("no such folder") && reason.contains("store.url"), "{reason}");
 
-    let mut core = start(Saved { fingerprint: Some(Digest::of(b"the run's")), ..Saved::default() });
+    let mut core =
+        start(PersistentState { fingerprint: Some(Digest::of(b"the run's")), ..PersistentState::default() });
     say(&mut core, hello());
     say(&mut core, ToCoordinator::StoreRead(Ok(Digest::of(b"secret"))));
     let ready = Ready {
@@ -1002,7 +1005,7 @@ fn workers_that_must_not_join_are_told_why() {
 #[test]
 fn nobody_takes_the_place_of_a_worker_without_its_secret() {
     let worker = WorkerId::new("w", Incarnation::new(1)).unwrap();
-    let mut core = Coordinator::new(settings(), Saved::default(), Duration::ZERO);
+    let mut core = Coordinator::new(settings(), PersistentState::default(), Duration::ZERO);
     let hello = hello_of(&worker, VERSION);
     let effects = core.on(
         Duration::ZERO,

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use ulmus_dataloader::{Corpus, Counts, Manifest, Sources, Tokenizer, Traffic};
 use ulmus_plan::{DataConfig, Plan, SourceConfig};
-use ulmus_rt::{Failure, print};
+use ulmus_process::{Failure, print};
 
 #[derive(Debug, Args)]
 pub(crate) struct Count {

@@ -12,7 +12,7 @@ use ulmus_dataloader::{
     Corpus, Cursors, DataError, Explanation, Folder, Loader, Manifest, Sources, Tokenizer,
 };
 use ulmus_plan::{Plan, TokenizerConfig};
-use ulmus_rt::{Failure, print};
+use ulmus_process::{Failure, print};
 use ulmus_types::{BadUnit, ErrorKind, ExitStatus, LaneId};
 
 /// Characters of a document that are shown at each of its ends.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use ulmus_dataloader::{Inspection, SourceReport, inspect};
-use ulmus_rt::{Failure, print};
+use ulmus_process::{Failure, print};
 
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {

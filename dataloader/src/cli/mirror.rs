@@ -6,7 +6,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use ulmus_dataloader::mirror;
 use ulmus_plan::Bytes;
-use ulmus_rt::{Failure, print};
+use ulmus_process::{Failure, print};
 
 #[derive(Debug, Args)]
 pub(crate) struct Mirror {

@@ -6,7 +6,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use ulmus_dataloader::{DataError, Written, pack, tokenize};
 use ulmus_plan::{Bytes, DataConfig, Plan};
-use ulmus_rt::{Failure, print};
+use ulmus_process::{Failure, print};
 
 /// What both have in common.
 #[derive(Debug, Args)]

@@ -8,7 +8,7 @@ use serde::de::{DeserializeOwned, IntoDeserializer, value};
 use serde::{Deserialize, Serialize};
 use ulmus_dataloader::{Tokenizer, normalized, without_mark};
 use ulmus_plan::{Plan, TokenizerConfig};
-use ulmus_rt::{Failure, finish_output};
+use ulmus_process::{Failure, finish_output};
 use ulmus_types::{ErrorKind, ExitStatus};
 
 /// Which tokenizer.

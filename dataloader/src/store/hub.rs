@@ -24,7 +24,7 @@ use reqwest::{Method, StatusCode, redirect};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
-use ulmus_objects::Failures;
+use ulmus_storage::Failures;
 use url::Url;
 
 use super::FileInfo;
@@ -103,9 +103,9 @@ impl Hub {
         let files = ["datasets"].into_iter().chain(id.split('/')).chain(["resolve", &commit]);
         let builder = HttpBuilder::new()
             .with_url(client.address(files.chain(dataset.folder.split('/')))?)
-            .with_retry(ulmus_objects::retries(super::RETRIES))
+            .with_retry(ulmus_storage::retries(super::RETRIES))
             .with_http_connector(Redirects::new(client.clone()));
-        let builder = ulmus_objects::settings(timeout)
+        let builder = ulmus_storage::settings(timeout)
             .into_iter()
             .fold(builder, |builder, (key, value)| builder.with_config(key, value));
         let store = builder.build().map_err(|error| Failed::finally(error.to_string()))?;
@@ -195,7 +195,7 @@ impl Client {
             // As addresses are written that are made of it.
             endpoint: Url::parse(endpoint)
                 .map_or_else(|_| endpoint.to_owned(), |url| url.as_str().trim_end_matches('/').to_owned()),
-            http: ulmus_objects::watched(HttpClient::new(http), failures),
+            http: ulmus_storage::watched(HttpClient::new(http), failures),
             token: token.transpose()?,
         })
     }

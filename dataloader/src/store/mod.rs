@@ -33,15 +33,15 @@ use object_store::{
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
-use ulmus_objects::{Failures, Requests};
 use ulmus_plan::{DataConfig, SourceConfig};
+use ulmus_storage::{Failures, Requests};
 
 pub(crate) use self::steps::Steps;
 
 use self::cache::Cache;
 use crate::error::DataError;
 use crate::glob::FileGlob;
-use crate::mirror::Pace;
+use crate::mirror::RateLimiter;
 use crate::walk::{Walked, walk};
 
 /// Most bytes of one request, so that its deadline is one for a known amount.
@@ -53,7 +53,7 @@ const AT_ONCE: usize = 4;
 /// How often a request is made again by itself.
 const RETRIES: usize = 2;
 /// How long an operation is begun again.
-const PATIENCE: Duration = Duration::from_mins(1);
+const RETRY_DEADLINE: Duration = Duration::from_mins(1);
 /// Files that are asked about at once.
 const STATS_AT_ONCE: usize = 16;
 
@@ -170,7 +170,7 @@ impl Stores {
             scheme => {
                 let counters = Arc::new(Counters::default());
                 let requests = Requests { timeout: self.timeout, retries: RETRIES };
-                let opened = ulmus_objects::open(url, requests, &counters.failures);
+                let opened = ulmus_storage::open(url, requests, &counters.failures);
                 let (store, prefix) = opened.map_err(refuse)?;
                 let listing = if matches!(scheme, "http" | "https") { Listing::None } else { Listing::Store };
                 let cache = self.cache.clone();
@@ -657,14 +657,14 @@ impl Folder {
         &self,
         file: &FileInfo,
         to: &Self,
-        pace: &Pace,
+        limiter: &RateLimiter,
         done: impl Fn(u64),
     ) -> Result<String, DataError> {
         let failed = |error: object_store::Error| to.error(&file.path, &error);
         let mut hasher = blake3::Hasher::new();
         let mut pieces = futures::stream::iter(in_pieces(0..file.size))
             .map(async |piece| {
-                pace.pass(piece.end - piece.start).await;
+                limiter.acquire(piece.end - piece.start).await;
                 self.fetch(file, piece).await
             })
             .buffered(AT_ONCE);
@@ -774,7 +774,7 @@ fn in_pieces(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
 }
 
 /// Makes an operation again that failed for a reason that may pass. Single requests are made again below
-/// (`ulmus_objects::retries`); here that is for answers that begin well and then break off.
+/// (`ulmus_storage::retries`); here that is for answers that begin well and then break off.
 async fn retried<T, F: Future<Output = object_store::Result<T>>>(
     operation: impl FnMut() -> F,
 ) -> object_store::Result<T> {
@@ -789,7 +789,7 @@ async fn retried<T, F: Future<Output = object_store::Result<T>>>(
             && of_disk(error).is_none()
             && !lacks_ranges(error)
             && !is_final(error)
-            && begun.elapsed() < PATIENCE
+            && begun.elapsed() < RETRY_DEADLINE
     };
     operation.retry(backoff).when(worth_it).await
 }

@@ -11,7 +11,7 @@ use unicode_normalization_alignments::UnicodeNormalization;
 
 use super::bpe::{Bpe, Part, Scratch};
 use super::cache::{Cache, Key};
-use super::words::Words;
+use super::pretokenizer::PreTokenizer;
 
 /// Tokens that are found in texts before words are cut. Control tokens are passed over, as text, and yet nothing else is
 /// found within one; they have no id here.
@@ -41,7 +41,7 @@ impl Added {
 /// The tables of a model.
 #[derive(Debug)]
 pub(super) struct ByteLevel {
-    pub(super) words: Words,
+    pub(super) words: PreTokenizer,
     /// Whether texts are brought into normal form C first.
     pub(super) nfc: bool,
     pub(super) bpe: Bpe,

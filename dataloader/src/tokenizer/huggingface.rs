@@ -16,8 +16,8 @@ use super::bpe::Bpe;
 use super::byte_level::{self, ByteLevel, characters};
 use super::model::PieceType;
 use super::normalizer::Normalizer;
+use super::pretokenizer::PreTokenizer;
 use super::vocabulary::{Piece, Vocabulary, byte_of};
-use super::words::Words;
 use super::{Bytes, End, Kind, SentencePiece, Tables};
 
 /// Names that BOS and EOS commonly have.
@@ -85,7 +85,7 @@ impl Merge {
 /// Reads a file; `bos` and `eos` are their names where the plan gives them.
 pub(super) fn read(json: &[u8], bos: Option<&str>, eos: Option<&str>) -> Result<Tables, String> {
     let file: File = serde_json::from_slice(json).map_err(|error| {
-        format!("it is no tokenizer.json ({error}); give that of a model, or a tokenizer.model")
+        format!("not a tokenizer.json ({error}); give the file of a model, or a tokenizer.model")
     })?;
     let ids = ids(&file);
     let pieces = ids.values().max().ok_or("it has no tokens; give the tokenizer.json of a model")? + 1;
@@ -229,7 +229,7 @@ fn has_gaps(model: &Model, added: &[Added]) -> bool {
 }
 
 /// How a byte-level file cuts words, and whether it normalises texts first; none if it is another kind of file.
-fn words(file: &File) -> Option<(Words, bool)> {
+fn words(file: &File) -> Option<(PreTokenizer, bool)> {
     let nfc = match &file.normalizer {
         None => false,
         Some(normalizer) if normalizer["type"] == "NFC" => true,
@@ -242,18 +242,18 @@ fn words(file: &File) -> Option<(Words, bool)> {
             && step["use_regex"].as_bool().unwrap_or(true) == expression
     };
     if bytes(pre, true) {
-        return Some((Words::GPT2, nfc));
+        return Some((PreTokenizer::GPT2, nfc));
     }
     let [split, last] = pre["pretokenizers"].as_array()?.as_slice() else { return None };
     let is_split = split["type"] == "Split" && split["behavior"] == "Isolated" && split["invert"] == false;
-    let words = Words::of_expression(split["pattern"]["Regex"].as_str()?)?;
+    let words = PreTokenizer::of_expression(split["pattern"]["Regex"].as_str()?)?;
     (is_split && bytes(last, false)).then_some((words, nfc))
 }
 
 fn byte_level(
     model: &Model,
     added: &[Added],
-    words: Words,
+    words: PreTokenizer,
     nfc: bool,
     joins: &[((u32, u32), u32, u32)],
     pieces: usize,

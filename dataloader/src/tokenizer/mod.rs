@@ -3,7 +3,7 @@
 //! SentencePiece BPE (`tokenizer.model`) and the two common families of `tokenizer.json` ([`huggingface`]) are our own;
 //! other kinds of `tokenizer.json` go through Hugging Face's library.
 //!
-//! With SentencePiece's characters, a text is cut into chunks where nothing can be joined ([`joints`]); of each, the ids are known from before
+//! With SentencePiece's characters, a text is cut into chunks where nothing can be joined ([`boundaries`]); of each, the ids are known from before
 //! ([`cache`]) or made ([`bpe`]). Models that do more to a text than put a blank in front ([`normalizer`]), that name
 //! pieces to be found first, or that have pieces to be taken apart again take longer ways to the same end.
 //!
@@ -11,18 +11,18 @@
 //! id. Unigram models of SentencePiece are refused. Those of a `tokenizer.json` go through the library, with the scores of
 //! the file as they are; its Python wheel has others in their last bits, and so other ids where two ways to cut a text tie.
 
+mod boundaries;
 mod bpe;
 mod byte_level;
 mod cache;
 mod huggingface;
-mod joints;
 mod json;
 mod model;
 mod normalizer;
+mod pretokenizer;
 mod settled;
 mod train;
 mod vocabulary;
-mod words;
 
 use std::fmt;
 use std::sync::Arc;
@@ -32,10 +32,10 @@ use ulmus_types::Digest;
 
 use crate::contents::{is_pointer, without_mark};
 use crate::error::DataError;
+use boundaries::SplitTable;
 use bpe::{Bpe, Part, Scratch};
 use byte_level::ByteLevel;
 use cache::{Cache, Key};
-use joints::Joints;
 use model::{ModelProto, ModelType, PieceType};
 use normalizer::Normalizer;
 use vocabulary::{BLANK, Vocabulary};
@@ -73,7 +73,7 @@ struct SentencePiece {
     vocabulary: Vocabulary,
     normalizer: Normalizer,
     bpe: Bpe,
-    joints: Joints,
+    boundaries: SplitTable,
     /// What each piece decodes to.
     surfaces: Vec<Vec<u8>>,
     bytes: Bytes,
@@ -251,9 +251,9 @@ impl SentencePiece {
     }
 
     fn new(vocabulary: Vocabulary, normalizer: Normalizer, bpe: Bpe, bytes: Bytes) -> Self {
-        let joints = Joints::new(&vocabulary, normalizer.escapes());
+        let boundaries = SplitTable::new(&vocabulary, normalizer.escapes());
         let surfaces = vocabulary.pieces.iter().map(|piece| vocabulary.surface(piece)).collect();
-        Self { vocabulary, normalizer, bpe, joints, surfaces, bytes }
+        Self { vocabulary, normalizer, bpe, boundaries, surfaces, bytes }
     }
 
     fn tables(self, bos: Option<&str>, eos: Option<&str>) -> Result<Tables, String> {
@@ -331,7 +331,7 @@ impl SentencePiece {
         text: &str,
         ids: &mut Vec<u32>,
     ) {
-        let Self { vocabulary, normalizer, bpe, joints, .. } = self;
+        let Self { vocabulary, normalizer, bpe, boundaries, .. } = self;
         let start = ids.len();
         let mut chunk = |chunk: &str| {
             let key = Key::new(chunk.as_bytes());
@@ -347,18 +347,18 @@ impl SentencePiece {
         if normalizer.is_plain() && bpe.is_local() {
             let mut rest = text;
             if normalizer.prefixes(text) {
-                let end = joints.first_end(BLANK, text);
+                let end = boundaries.first_end(BLANK, text);
                 first.clear();
                 first.push(BLANK);
                 first.push_str(&text[..end]);
                 chunk(first);
                 rest = &text[end..];
             }
-            joints.cut(rest, chunk);
+            boundaries.cut(rest, chunk);
         } else {
             let text = normalizer.apply(text);
             if bpe.is_local() && !normalizer.has_user_defined() {
-                joints.cut(&text, chunk);
+                boundaries.cut(&text, chunk);
             } else {
                 bpe.encode(vocabulary, scratch, normalizer.parts(&text), ids);
             }

@@ -21,13 +21,13 @@ use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, WriteMultipart};
 use tokio::time::Instant;
-use ulmus_objects::Requests;
+use ulmus_storage::Requests;
 use ulmus_types::ErrorKind;
 
 /// What a request of a remote store may take.
 const REQUEST: Duration = Duration::from_mins(1);
 /// How long an operation is begun again.
-const PATIENCE: Duration = Duration::from_mins(1);
+const RETRY_DEADLINE: Duration = Duration::from_mins(1);
 /// Larger files go up in pieces, so that one lost packet does not repeat gigabytes and no store's limit on the
 /// size of a single request (5 GiB at the smallest) is met.
 const PIECE_BYTES: usize = 16 << 20;
@@ -69,9 +69,7 @@ pub enum StoreError {
         source: Box<object_store::Error>,
     },
     /// Its disk takes nothing.
-    #[error(
-        "cannot {act} {path} in {store}: {source}; free space there, or give this user the right to write"
-    )]
+    #[error("cannot {act} {path} in {store}: {why}; free space there, or give this user the right to write")]
     Disk {
         /// What was tried.
         act: &'static str,
@@ -79,8 +77,8 @@ pub enum StoreError {
         path: String,
         /// The store.
         store: String,
-        /// The system's own error.
-        source: io::Error,
+        /// What the system says.
+        why: io::ErrorKind,
     },
     /// The store answered with an error, on every attempt if trying again could have helped.
     #[error("cannot {act} {path} in {store}")]
@@ -189,7 +187,7 @@ impl Store {
     fn remote(location: &str) -> Result<Self, StoreError> {
         // Operations are begun again here, and so not below.
         let requests = Requests { timeout: REQUEST, retries: 0 };
-        let opened = ulmus_objects::open(location, requests, &Arc::default());
+        let opened = ulmus_storage::open(location, requests, &Arc::default());
         let (objects, prefix) =
             opened.map_err(|reason| StoreError::Location { location: location.to_owned(), reason })?;
         Ok(Self::from_objects(objects, prefix, location))
@@ -425,16 +423,13 @@ impl Store {
         let begun = Instant::now();
         operation
             .retry(pauses)
-            .when(|error| is_transient(error) && begun.elapsed() < PATIENCE)
-            .notify(|error, pause| tracing::debug!(%error, ?pause, act, path, "store is out of order, will retry"))
+            .when(|error| is_transient(error) && begun.elapsed() < RETRY_DEADLINE)
+            .notify(|error, pause| tracing::debug!(%error, ?pause, act, path, "store unavailable, retrying"))
             .await
             .map_err(|source| match source {
-                source if let Some(kind) = of_disk(&source) => StoreError::Disk {
-                    act,
-                    path: path.to_owned(),
-                    store: self.location.to_string(),
-                    source: kind.into(),
-                },
+                source if let Some(why) = of_disk(&source) => {
+                    StoreError::Disk { act, path: path.to_owned(), store: self.location.to_string(), why }
+                }
                 object_store::Error::NotFound { .. } if act == "write" => StoreError::Location {
                     location: self.location.to_string(),
                     reason: "there is no such bucket or container; make it, or correct the name".to_owned(),

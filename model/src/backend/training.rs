@@ -7,7 +7,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 
 use super::{Acts, ActsMut, Backend, Element, Heads, In, Norm, Out, Rope, View, ViewMut};
-use crate::cuda::{CommunicatorId, NcclError, Patience};
+use crate::cuda::{CommunicatorId, GiveUp, NcclError};
 use crate::error::ModelError;
 use crate::exact::Quantum;
 
@@ -158,7 +158,7 @@ pub trait TrainingBackend: Backend {
         id: &CommunicatorId,
         rank: usize,
         size: usize,
-        patience: Patience<'_>,
+        give_up: GiveUp<'_>,
     ) -> Result<Self::Communicator, NcclError>;
 
     /// Begins to replace what this member owns of `data` ([`owned`]) by its sum over all members, modulo 2^64; the rest
@@ -171,7 +171,7 @@ pub trait TrainingBackend: Backend {
         &self,
         communicator: &mut Self::Communicator,
         data: Out<'_, Self, i64>,
-        patience: Patience<'_>,
+        give_up: GiveUp<'_>,
     ) -> Result<(), NcclError>;
 
     /// Waits for all that [`TrainingBackend::begin_reduce_scatter`] has begun.
@@ -181,7 +181,7 @@ pub trait TrainingBackend: Backend {
     fn finish_reductions(
         &self,
         communicator: &mut Self::Communicator,
-        patience: Patience<'_>,
+        give_up: GiveUp<'_>,
     ) -> Result<(), NcclError>;
 
     /// Replaces what other members own of each of these parts of `data` by what they hold there.
@@ -193,7 +193,7 @@ pub trait TrainingBackend: Backend {
         communicator: &mut Self::Communicator,
         data: Out<'_, Self>,
         parts: &[Range<usize>],
-        patience: Patience<'_>,
+        give_up: GiveUp<'_>,
     ) -> Result<(), NcclError>;
 
     /// Replaces `data` by what member `root` holds.
@@ -205,12 +205,12 @@ pub trait TrainingBackend: Backend {
         communicator: &mut Self::Communicator,
         root: usize,
         data: Out<'_, Self>,
-        patience: Patience<'_>,
+        give_up: GiveUp<'_>,
     ) -> Result<(), NcclError>;
 
     /// From now on waits for each kernel, so that the spans around kernels have their times; says whether that
     /// makes a difference. Only for measuring.
-    fn time_kernels_apart(&self) -> bool;
+    fn serialize_kernels(&self) -> bool;
 
     /// Does `work`, choosing the fastest of several algorithms for each product of matrices that it needs; gives their names,
     /// if there was a choice. Another may be the fastest the next time, and has other bits: `known` are the names that an

@@ -16,7 +16,7 @@ use kernels::cache::{self, Cache};
 #[cfg(feature = "metal")]
 pub(crate) use kernels::head::cross_entropy;
 use kernels::norm::{self, RopeTables};
-pub use kernels::peak::Memory;
+pub use kernels::roofline::Memory;
 use kernels::weights::Weights;
 use kernels::{head, swiglu};
 use rayon::ThreadPool;
@@ -58,7 +58,7 @@ impl Cpu {
     /// Multiplies and adds in registers on every thread, as fast as the processor can, for about a tenth of a second;
     /// gives the operations of all threads, and the caller has the clock. Nothing if there is no instruction for it.
     pub fn saturate(&self, precision: Precision) -> Option<f64> {
-        self.pool.broadcast(|_| kernels::peak::saturate(precision)).into_iter().sum()
+        self.pool.broadcast(|_| kernels::roofline::saturate(precision)).into_iter().sum()
     }
 
     /// Number of threads.

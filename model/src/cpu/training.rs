@@ -13,7 +13,7 @@ use crate::backend::{
     AdamW, AttentionShape, Backend, Element, HeadGradients, Heads, HostCopy, In, LinearShape, Norm, Out,
     Rope, TrainingBackend,
 };
-use crate::cuda::{CommunicatorId, NcclError, Patience};
+use crate::cuda::{CommunicatorId, GiveUp, NcclError};
 use crate::error::ModelError;
 use crate::exact::Quantum;
 
@@ -57,7 +57,7 @@ impl TrainingBackend for Cpu {
         _: &CommunicatorId,
         _: usize,
         _: usize,
-        _: Patience<'_>,
+        _: GiveUp<'_>,
     ) -> Result<Infallible, NcclError> {
         Err(NcclError::Library { problem: "processors have no communicators".to_owned() })
     }
@@ -66,12 +66,12 @@ impl TrainingBackend for Cpu {
         &self,
         communicator: &mut Infallible,
         _: Out<'_, Self, i64>,
-        _: Patience<'_>,
+        _: GiveUp<'_>,
     ) -> Result<(), NcclError> {
         match *communicator {}
     }
 
-    fn finish_reductions(&self, communicator: &mut Infallible, _: Patience<'_>) -> Result<(), NcclError> {
+    fn finish_reductions(&self, communicator: &mut Infallible, _: GiveUp<'_>) -> Result<(), NcclError> {
         match *communicator {}
     }
 
@@ -80,7 +80,7 @@ impl TrainingBackend for Cpu {
         communicator: &mut Infallible,
         _: Out<'_, Self>,
         _: &[Range<usize>],
-        _: Patience<'_>,
+        _: GiveUp<'_>,
     ) -> Result<(), NcclError> {
         match *communicator {}
     }
@@ -90,12 +90,12 @@ impl TrainingBackend for Cpu {
         communicator: &mut Infallible,
         _: usize,
         _: Out<'_, Self>,
-        _: Patience<'_>,
+        _: GiveUp<'_>,
     ) -> Result<(), NcclError> {
         match *communicator {}
     }
 
-    fn time_kernels_apart(&self) -> bool {
+    fn serialize_kernels(&self) -> bool {
         false
     }
 

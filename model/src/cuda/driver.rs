@@ -27,11 +27,11 @@ pub(super) struct Device {
     /// What kernels need for the length of a call; grown, never given back, as recorded passes know its addresses.
     scratch: Mutex<Vec<Raw>>,
     /// Whether each kernel is waited for.
-    apart: AtomicBool,
+    serialized: AtomicBool,
     /// Whether kernels can wait for the ones before themselves.
-    begins_ahead: bool,
+    programmatic_launch: bool,
     /// Whether passes are recorded.
-    records: bool,
+    cuda_graphs: bool,
     /// Whether the device reads the host's memory by itself, and so maybe later.
     reads_host: bool,
     // The last, as all of the above is given back within it.
@@ -90,9 +90,9 @@ impl Device {
         let compiler = Compiler::new(capability).map_err(refused)?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(driver)?;
         let matmul = Mutex::new(Matmul::new(stream).map_err(refused)?);
-        let (modules, scratch, apart) = (Mutex::default(), Mutex::default(), AtomicBool::default());
-        let records = std::env::var_os("ULMUS_GPU_SERIAL").is_none_or(|set| set.is_empty());
-        let begins_ahead = records && capability >= (9, 0);
+        let (modules, scratch, serialized) = (Mutex::default(), Mutex::default(), AtomicBool::default());
+        let cuda_graphs = std::env::var_os("ULMUS_GPU_SERIAL").is_none_or(|set| set.is_empty());
+        let programmatic_launch = cuda_graphs && capability >= (9, 0);
         let host_tables =
             sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES;
         let reads_host = context.attribute(host_tables).map_err(driver)? != 0;
@@ -103,9 +103,9 @@ impl Device {
             modules,
             matmul,
             scratch,
-            apart,
-            begins_ahead,
-            records,
+            serialized,
+            programmatic_launch,
+            cuda_graphs,
             reads_host,
             context,
         }))
@@ -135,12 +135,12 @@ impl Device {
     }
 
     /// From now on each kernel is waited for.
-    pub(super) fn time_apart(&self) {
-        self.apart.store(true, Ordering::Relaxed);
+    pub(super) fn serialize(&self) {
+        self.serialized.store(true, Ordering::Relaxed);
     }
 
-    pub(super) fn wait_if_apart(&self) {
-        if self.apart.load(Ordering::Relaxed) {
+    pub(super) fn wait_if_serialized(&self) {
+        if self.serialized.load(Ordering::Relaxed) {
             self.synchronise();
         }
     }
@@ -200,7 +200,7 @@ impl Device {
             sharedMemBytes: shared as u32,
             hStream: self.stream,
             attrs: &raw mut ahead,
-            numAttrs: u32::from(self.begins_ahead),
+            numAttrs: u32::from(self.programmatic_launch),
         };
         // SAFETY: the arguments point to values that live through the call, which copies them; addresses among them are
         // of views that the caller borrows, and the stream's order keeps them valid until the kernel is done.
@@ -676,7 +676,7 @@ impl Graph {
         }
         match self.state {
             // Kernels of a recorded pass cannot be told apart.
-            _ if !device.records || device.apart.load(Ordering::Relaxed) => return work(),
+            _ if !device.cuda_graphs || device.serialized.load(Ordering::Relaxed) => return work(),
             State::New => {
                 work();
                 self.state = State::Warm;

@@ -27,7 +27,7 @@ use std::sync::Arc;
 pub(crate) use driver::Graph;
 use driver::{Address, Device, HeadRows, Memory};
 use matmul::Operand;
-pub use nccl::{Communicator, CommunicatorId, NcclError, Patience};
+pub use nccl::{Communicator, CommunicatorId, GiveUp, NcclError};
 use pinned::Copies;
 use program::{Format, Program, Tiling, Variant};
 use tracing::trace_span;
@@ -126,7 +126,7 @@ struct Kernel<'a> {
 impl Drop for Kernel<'_> {
     fn drop(&mut self) {
         if !std::thread::panicking() {
-            self.device.wait_if_apart();
+            self.device.wait_if_serialized();
         }
     }
 }

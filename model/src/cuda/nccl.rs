@@ -20,7 +20,7 @@ use super::{Buffer, Cuda};
 use crate::backend::{Out, ViewMut, owned};
 
 /// Asked again and again while an operation is not done: why to give it up now, if so.
-pub type Patience<'a> = &'a (dyn Fn() -> Option<String> + Sync);
+pub type GiveUp<'a> = &'a (dyn Fn() -> Option<String> + Sync);
 
 /// Why an operation, or the forming of a group, did not succeed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -282,7 +282,7 @@ impl Communicator {
         id: &CommunicatorId,
         rank: usize,
         size: usize,
-        patience: Patience<'_>,
+        give_up: GiveUp<'_>,
     ) -> Result<Self, NcclError> {
         let device = Arc::clone(&cuda.device);
         let mut communicator = Self {
@@ -298,7 +298,7 @@ impl Communicator {
             failed: None,
         };
         let act = "form a group";
-        let formed = communicator.init(*id, act, patience);
+        let formed = communicator.init(*id, act, give_up);
         communicator.settle(formed)?;
         Ok(communicator)
     }
@@ -318,11 +318,11 @@ impl Communicator {
     pub fn begin_reduce_scatter(
         &mut self,
         data: Out<'_, Cuda, i64>,
-        patience: Patience<'_>,
+        give_up: GiveUp<'_>,
     ) -> Result<(), NcclError> {
         let place = self.place(data);
         let part = self.part(&place, 0..place.len);
-        self.begin(place.memory, "sum integers", patience, |call| {
+        self.begin(place.memory, "sum integers", give_up, |call| {
             let Call { functions, handle, stream } = call;
             let Part { all, own, share, rest, left } = part;
             call.group(|| {
@@ -338,7 +338,7 @@ impl Communicator {
     }
 
     /// Waits for all that was begun.
-    pub fn finish(&mut self, patience: Patience<'_>) -> Result<(), NcclError> {
+    pub fn finish(&mut self, give_up: GiveUp<'_>) -> Result<(), NcclError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
@@ -346,7 +346,7 @@ impl Communicator {
         let done = if self.begun.is_empty() {
             Ok(())
         } else {
-            poll(act, patience, || {
+            poll(act, give_up, || {
                 let done = self.done.is_reached();
                 // An error is one even if the device has nothing more to do.
                 self.is_idle(act)?;
@@ -364,11 +364,11 @@ impl Communicator {
         &mut self,
         data: Out<'_, Cuda, f32>,
         parts: &[Range<usize>],
-        patience: Patience<'_>,
+        give_up: GiveUp<'_>,
     ) -> Result<(), NcclError> {
         let place = self.place(data);
         let parts: Vec<Part> = parts.iter().map(|part| self.part(&place, part.clone())).collect();
-        self.begin(place.memory, "gather numbers", patience, |call| {
+        self.begin(place.memory, "gather numbers", give_up, |call| {
             let Call { functions, handle, stream } = call;
             call.group(|| {
                 let gathered = parts.iter().map(|Part { all, own, share, .. }| {
@@ -379,7 +379,7 @@ impl Communicator {
                 gathered.into_iter().find(|status| !is_accepted(*status)).unwrap_or(SUCCESS)
             })
         })?;
-        self.finish(patience)
+        self.finish(give_up)
     }
 
     /// Replaces `data` by what `root` holds.
@@ -387,15 +387,15 @@ impl Communicator {
         &mut self,
         root: usize,
         data: Out<'_, Cuda, f32>,
-        patience: Patience<'_>,
+        give_up: GiveUp<'_>,
     ) -> Result<(), NcclError> {
         let (place, root) = (self.place(data), root as c_int);
         let (Part { all, .. }, len) = (self.part(&place, 0..place.len), place.len);
-        self.begin(place.memory, "broadcast", patience, |Call { functions, handle, stream }| {
+        self.begin(place.memory, "broadcast", give_up, |Call { functions, handle, stream }| {
             // SAFETY: the memory is held until the device is done with it.
             unsafe { (functions.broadcast)(all, all, len, F32, root, handle, stream) }
         })?;
-        self.finish(patience)
+        self.finish(give_up)
     }
 
     fn place<T>(&self, data: ViewMut<'_, Buffer<T>>) -> Place {
@@ -425,7 +425,7 @@ impl Communicator {
         &mut self,
         memory: Memory,
         act: &'static str,
-        patience: Patience<'_>,
+        give_up: GiveUp<'_>,
         call: impl FnOnce(Call) -> Status,
     ) -> Result<(), NcclError> {
         if let Some(error) = &self.failed {
@@ -437,17 +437,12 @@ impl Communicator {
         self.stream.wait_for(&self.called);
         let status =
             call(Call { functions: self.functions, handle: self.handle, stream: self.stream.raw().cast() });
-        let launched = self.launched(status, act, patience);
+        let launched = self.launched(status, act, give_up);
         self.done.record_behind(&self.stream);
         if launched.is_err() { self.settle(launched) } else { Ok(()) }
     }
 
-    fn init(
-        &mut self,
-        id: CommunicatorId,
-        act: &'static str,
-        patience: Patience<'_>,
-    ) -> Result<(), NcclError> {
+    fn init(&mut self, id: CommunicatorId, act: &'static str, give_up: GiveUp<'_>) -> Result<(), NcclError> {
         // What the header's initialiser has, but that calls must not block.
         let mut config = sys::ncclConfig_t {
             size: size_of::<sys::ncclConfig_t>(),
@@ -465,15 +460,15 @@ impl Communicator {
         // SAFETY: the library copies the configuration, and writes the handle before it returns.
         let status =
             unsafe { (self.functions.init)(&raw mut self.handle, size, id.raw(), rank, &raw mut config) };
-        self.launched(status, act, patience)
+        self.launched(status, act, give_up)
     }
 
     /// Waits until the library has done what it does before it leaves the rest to the device.
-    fn launched(&self, status: Status, act: &'static str, patience: Patience<'_>) -> Result<(), NcclError> {
+    fn launched(&self, status: Status, act: &'static str, give_up: GiveUp<'_>) -> Result<(), NcclError> {
         if !is_accepted(status) {
             return Err(self.functions.refused(act, status));
         }
-        poll(act, patience, || self.is_idle(act))
+        poll(act, give_up, || self.is_idle(act))
     }
 
     /// Whether the library is not in the middle of a call.
@@ -615,13 +610,13 @@ impl Pause {
 /// Asks `is_done` until it is, it fails, or patience ends.
 fn poll(
     act: &'static str,
-    patience: Patience<'_>,
+    give_up: GiveUp<'_>,
     is_done: impl Fn() -> Result<bool, NcclError>,
 ) -> Result<(), NcclError> {
     let mut pause = Pause::default();
     while !is_done()? {
         if pause.pass()
-            && let Some(reason) = patience()
+            && let Some(reason) = give_up()
         {
             return Err(NcclError::GivenUp { act, reason });
         }

@@ -8,8 +8,8 @@ use super::driver::{AdamWStep, Address, Memory};
 use super::matmul::{Form, Operand};
 use super::program::{Format, Program, Tiling, Variant};
 use super::{
-    ANY_ROWS, AttentionPass, Buffer, Communicator, CommunicatorId, Cuda, NcclError, Patience, THREADS,
-    launch, line, packed_heads, query_heads, score_scale,
+    ANY_ROWS, AttentionPass, Buffer, Communicator, CommunicatorId, Cuda, GiveUp, NcclError, THREADS, launch,
+    line, packed_heads, query_heads, score_scale,
 };
 use crate::backend::{
     Acts, ActsMut, AdamW, AttentionShape, BLOCK, Backend, Element, HeadGradients, Heads, HostCopy, In,
@@ -113,26 +113,26 @@ impl TrainingBackend for Cuda {
         id: &CommunicatorId,
         rank: usize,
         size: usize,
-        patience: Patience<'_>,
+        give_up: GiveUp<'_>,
     ) -> Result<Communicator, NcclError> {
-        Communicator::new(self, id, rank, size, patience)
+        Communicator::new(self, id, rank, size, give_up)
     }
 
     fn begin_reduce_scatter(
         &self,
         communicator: &mut Communicator,
         data: Out<'_, Self, i64>,
-        patience: Patience<'_>,
+        give_up: GiveUp<'_>,
     ) -> Result<(), NcclError> {
-        communicator.begin_reduce_scatter(data, patience)
+        communicator.begin_reduce_scatter(data, give_up)
     }
 
     fn finish_reductions(
         &self,
         communicator: &mut Communicator,
-        patience: Patience<'_>,
+        give_up: GiveUp<'_>,
     ) -> Result<(), NcclError> {
-        communicator.finish(patience)
+        communicator.finish(give_up)
     }
 
     fn all_gather(
@@ -140,9 +140,9 @@ impl TrainingBackend for Cuda {
         communicator: &mut Communicator,
         data: Out<'_, Self>,
         parts: &[Range<usize>],
-        patience: Patience<'_>,
+        give_up: GiveUp<'_>,
     ) -> Result<(), NcclError> {
-        communicator.all_gather(data, parts, patience)
+        communicator.all_gather(data, parts, give_up)
     }
 
     fn broadcast(
@@ -150,13 +150,13 @@ impl TrainingBackend for Cuda {
         communicator: &mut Communicator,
         root: usize,
         data: Out<'_, Self>,
-        patience: Patience<'_>,
+        give_up: GiveUp<'_>,
     ) -> Result<(), NcclError> {
-        communicator.broadcast(root, data, patience)
+        communicator.broadcast(root, data, give_up)
     }
 
-    fn time_kernels_apart(&self) -> bool {
-        self.device.time_apart();
+    fn serialize_kernels(&self) -> bool {
+        self.device.serialize();
         true
     }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use ulmus_types::{Problems, RunName};
 
-use crate::units::Bytes;
+use crate::bytes::Bytes;
 
 /// How a file holds its documents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,8 +66,8 @@ pub enum Normalize {
     /// Unicode normal form C.
     #[default]
     Nfc,
-    /// What Python's ftfy does: mends text that was decoded in the wrong way, entities, curly quotes, control
-    /// characters; then form C. The published recipe.
+    /// What Python's ftfy does (the published recipe): repairs wrongly decoded text, entities, curly quotes and control
+    /// characters; then form C.
     Ftfy,
     /// Nothing.
     None,
@@ -80,8 +80,8 @@ pub enum Pack {
     /// Documents are joined with BOS and EOS and cut; attention never crosses from one into another.
     #[default]
     Concat,
-    /// The published recipe: documents are cut into pieces of so many words, and each piece is a sequence, whose end
-    /// is cut off or padded.
+    /// The published recipe: documents are split into pieces of `piece_words` words, and each piece is a sequence, truncated
+    /// or padded.
     Corenet,
 }
 
@@ -92,7 +92,7 @@ pub enum OnBadUnit {
     /// Stop the run.
     #[default]
     Fail,
-    /// Leave it out: the coordinator records it, and from then on nobody reads it.
+    /// Record it and skip it on all workers.
     Quarantine,
 }
 
@@ -105,31 +105,31 @@ const MOST_TOKENS: u64 = 1_000_000_000_000_000;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SourceConfig {
-    /// Its name in reports.
+    /// Name of the source in reports.
     pub name: String,
     /// Folder of the files: a path, `file://`, `s3://`, `gs://`, `az://`, `hf://datasets/<organisation>/<name>`,
-    /// `http(s)://`, or `run:` for the run's own folder. With a glob at its end it says `files` too.
+    /// `http(s)://`, or `run:` for the run's own folder. An address that ends in a glob sets `files` too.
     pub url: String,
-    /// Files below `url`: names, globs, or patterns with `{}` or `{:05}` that `range` fills in.
+    /// Files below `url`: names, globs, or patterns such as `part-{:05}.parquet`, which `range` fills in.
     pub files: Vec<String>,
-    /// A text file with one address or name per line, which takes the place of a listing of `url`.
+    /// A text file with one address or name per line, used instead of listing `url`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub list: Option<String>,
     /// File ids `[first, end)` for the patterns.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub range: Option<[u64; 2]>,
-    /// Format, where the file suffix does not tell it.
+    /// Format of the files; by default that of their suffix.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub format: Option<Format>,
-    /// Column or key of the text; unused where documents have neither.
+    /// Column or key of the text, such as `text` or `doc.body.text`. Plain text and token ids need none.
     pub text: String,
-    /// Tokens that the source counts for in the mixture.
+    /// Weight of the source in the mixture, in tokens; required if there are several sources.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokens: Option<u64>,
-    /// Where that count comes from.
+    /// Where that number comes from, for people.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokens_from: Option<String>,
-    /// Passes over the source after which the run ends; without it there is no limit.
+    /// Number of epochs after which the run ends.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_epochs: Option<u64>,
 }
@@ -138,36 +138,37 @@ pub struct SourceConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct DataConfig {
-    /// Logical streams K. Each gives the same number of sequences to every update.
+    /// Number of logical streams, K; must divide `train.sequences`. Each gives the same number of sequences to every step.
     pub lanes: u64,
-    /// Most text in one unit, the smallest piece that is read whole.
+    /// Maximum size of a unit, the smallest piece of text that is read whole.
     pub unit: Bytes,
     /// Sequences that are shuffled together within a lane.
     pub window: u64,
-    /// Share of the documents that is never trained on.
+    /// Fraction of the documents that is held out for validation and never trained on.
     pub holdout: f64,
-    /// Shortest document in characters, counted as the reference does.
+    /// Minimum length of a document in characters: code points of its lower-cased text without ASCII punctuation and repeated
+    /// blanks, as in the published recipe.
     pub min_characters: u64,
-    /// Shortest document in tokens, BOS and EOS included.
+    /// Minimum length of a document in tokens, BOS and EOS included.
     pub min_tokens: u64,
-    /// Normalisation of every document.
+    /// Text normalisation.
     pub normalize: Normalize,
     /// How documents become sequences.
     pub pack: Pack,
-    /// Words of a piece of a document, for `pack = "corenet"`.
+    /// Words per piece of a document, with `pack = "corenet"`.
     pub piece_words: u64,
-    /// What to do about a unit that cannot be read.
+    /// What to do if a unit is still unreadable after retries.
     pub on_bad_unit: OnBadUnit,
-    /// Most units that are left out before the run stops after all.
+    /// Maximum number of units that may be skipped.
     pub max_bad_units: u64,
     /// Threads that read and tokenize, per worker.
     pub threads: u64,
-    /// Folder on each worker's disk that keeps what was read from remote stores; none if it is not set.
+    /// Folder on each worker's disk that caches what was read from remote stores.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache: Option<String>,
-    /// Most bytes in that folder.
+    /// Maximum size of that cache.
     pub cache_limit: Bytes,
-    /// Deadline of a request to a remote store, which is for 8 MiB at most. Requests that fail are made again.
+    /// Timeout of a request to a remote store, which is for 8 MiB at most. Failed requests are retried.
     #[serde(with = "humantime_serde")]
     pub request_timeout: Duration,
     /// The corpora.

@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bytes;
 mod data;
 mod device;
 mod memory;
@@ -14,8 +15,8 @@ mod parse;
 mod plan;
 mod prepare;
 mod train;
-mod units;
 
+pub use bytes::Bytes;
 pub use data::{DataConfig, Format, Normalize, OnBadUnit, Pack, SourceConfig};
 pub use device::Device;
 pub use memory::{HEAD_ROWS, MemoryPlan, data_memory, worker_memory};
@@ -25,4 +26,3 @@ pub use parse::{even_weights, read, tokenizer_to_count};
 pub use plan::{BenchmarkConfig, ClusterConfig, EvaluateConfig, LocalConfig, Plan, RunConfig, StoreConfig};
 pub use prepare::{PrepareConfig, TokenizerConfig};
 pub use train::{Algorithms, CheckpointConfig, Precision, TrainConfig};
-pub use units::Bytes;

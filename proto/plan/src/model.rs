@@ -85,27 +85,27 @@ pub struct LayerDims {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ModelConfig {
-    /// Rows of the embedding matrix: the pieces of the tokenizer, a pad id, rounded up to a multiple of 128.
+    /// Rows of the embedding matrix. Not set, it is the tokenizer's vocabulary and a pad id, rounded up to a multiple of 128.
     pub vocab_size: usize,
-    /// Longest sequence that the model is trained on.
+    /// Sequence length in tokens.
     pub max_context_length: usize,
-    /// Number of decoder layers N.
+    /// Number of decoder layers, N.
     pub num_transformer_layers: usize,
-    /// Width of the residual stream.
+    /// Width of the residual stream (hidden size).
     pub model_dim: usize,
     /// Width of one attention head.
     pub head_dim: usize,
-    /// Query heads that share one key/value head.
+    /// Query heads that share a key/value head (grouped-query attention).
     pub num_gqa_groups: usize,
-    /// α: width of attention relative to `model_dim`.
+    /// α: width of attention relative to `model_dim`. A number, a pair (first and last layer, interpolated), or one per layer.
     pub qkv_multipliers: Multipliers,
-    /// β: width of the FFN relative to `model_dim`.
+    /// β: width of the FFN relative to `model_dim`, written like α.
     pub ffn_multipliers: Multipliers,
     /// FFN widths are multiples of this.
     pub ffn_dim_divisor: usize,
-    /// Base of the rotary position embedding.
+    /// Base of the rotary position embedding (rope theta).
     pub rope_freq_constant: f64,
-    /// Kind of all norms. Not of the published file: there it is RMS norm.
+    /// Kind of every norm. Not a key of the published `config.json`, where it is RMS norm.
     pub norm: NormKind,
 }
 

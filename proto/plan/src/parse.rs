@@ -6,9 +6,9 @@
 use toml::{Table, Value};
 use ulmus_types::Problems;
 
+use crate::bytes::Bytes;
 use crate::model::Preset;
 use crate::plan::Plan;
-use crate::units::Bytes;
 
 /// Reads a plan file: one plan, or one for each of its `[variants]`.
 ///
@@ -325,7 +325,7 @@ fn set(table: &mut Table, assignment: &str, problems: &mut Problems) {
             let index: usize = last.parse().expect("parsed in the guard");
             parent[index] = value;
         }
-        _ => problems.add(path.trim(), text, "there is no such place in the plan", "name a key of the plan"),
+        _ => problems.add(path.trim(), text, "the plan has no such key", "name a key of the plan"),
     }
     if let Value::Table(root) = root {
         *table = root;

@@ -6,13 +6,13 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use ulmus_types::{Digest, HEARTBEAT_INTERVAL, Problems, RunName};
 
+use crate::bytes::Bytes;
 use crate::data::{DataConfig, SourceConfig, secret};
 use crate::device::Device;
 use crate::model::ModelConfig;
 use crate::norm::NormKind;
 use crate::prepare::{PrepareConfig, TokenizerConfig};
 use crate::train::{CheckpointConfig, TrainConfig};
-use crate::units::Bytes;
 
 /// Which run this is.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -20,7 +20,7 @@ use crate::units::Bytes;
 pub struct RunConfig {
     /// Name of the run and of its folder.
     pub name: RunName,
-    /// Decides the initial weights, the order of the data and the held-out documents.
+    /// Random seed of the initial weights, the order of the data and the choice of held-out documents.
     pub seed: u64,
 }
 
@@ -34,10 +34,9 @@ impl Default for RunConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct StoreConfig {
-    /// Folder that holds run folders: a path, a `file://` URL, or a folder of an object store (`s3://`, `gs://`, `az://`).
+    /// Folder of run folders: a path, `file://`, or in an object store (`s3://`, `gs://`, `az://`). Every worker must reach it.
     pub url: String,
-    /// Folder on the coordinator's disk that holds what is its own of a run (database, lock, logs, metrics), if `url` is in
-    /// an object store.
+    /// Folder on the coordinator's disk for its own files (database, lock, logs, metrics), if `url` is in an object store.
     pub local: String,
 }
 
@@ -81,11 +80,11 @@ impl Default for StoreConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct LocalConfig {
-    /// How many; 0 when workers join from elsewhere.
+    /// Workers that the coordinator starts itself; 0 when they join from elsewhere.
     pub workers: u64,
-    /// Compute threads of each.
+    /// Compute threads of each of them.
     pub threads: u64,
-    /// What each computes on; of several GPUs, the n-th worker has the n-th.
+    /// What they compute on: `auto`, `cpu`, `cuda` or `cuda:N`. Of several GPUs the n-th worker gets the n-th.
     pub device: Device,
 }
 
@@ -99,13 +98,13 @@ impl Default for LocalConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ClusterConfig {
-    /// Training starts, and goes on, with at least this many workers.
+    /// Minimum number of workers needed to start and to continue.
     pub min_workers: u64,
-    /// A worker that is not heard of for so long is dead.
+    /// A worker is declared dead after this long without a heartbeat. Heartbeats come every second; at least three of them.
     #[serde(with = "humantime_serde")]
     pub dead_after: Duration,
-    /// How long a returning coordinator waits for the workers of the group it knew, and how long a starting
-    /// one waits for more workers than the minimum.
+    /// How long a restarted coordinator waits for the members of its last group, and a new one for more workers than the
+    /// minimum.
     #[serde(with = "humantime_serde")]
     pub rejoin_window: Duration,
 }
@@ -120,9 +119,9 @@ impl Default for ClusterConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct EvaluateConfig {
-    /// Most held-out text.
+    /// Maximum amount of held-out text to evaluate on; 0 for no evaluation.
     pub text: Bytes,
-    /// Tokens of held-out text that a continuation starts from.
+    /// Tokens of held-out text that each continuation is prompted with.
     pub prompt: u64,
     /// Tokens of each greedy continuation.
     pub continuation: u64,
@@ -142,7 +141,7 @@ pub struct BenchmarkConfig {
     pub prompt: u64,
     /// Tokens to generate.
     pub generate: u64,
-    /// Measured runs, after one dry run.
+    /// Measured runs, after a warm-up run.
     pub runs: u64,
 }
 

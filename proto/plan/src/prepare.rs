@@ -3,22 +3,22 @@
 use serde::{Deserialize, Serialize};
 use ulmus_types::Problems;
 
-use crate::units::Bytes;
+use crate::bytes::Bytes;
 
 /// Which text becomes parquet shards before training. Prose comes first, then sources; the same list gives the
 /// same shards on every machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct PrepareConfig {
-    /// Most text to take.
+    /// Maximum amount of text to take.
     pub cap: Bytes,
     /// Text per shard.
     pub shard: Bytes,
-    /// Crates, as "name version", whose unpacked sources cargo keeps.
+    /// Crates, as "name version", whose sources cargo has unpacked.
     pub crates: Vec<String>,
-    /// Folders or files.
+    /// Folders or files on this machine.
     pub paths: Vec<String>,
-    /// Globs of the files to take, prose before sources.
+    /// Globs of the files to take; those of the first glob come first.
     pub include: Vec<String>,
 }
 
@@ -84,15 +84,15 @@ pub struct TokenizerConfig {
     /// A SentencePiece `tokenizer.model` or a Hugging Face `tokenizer.json`; without it one is trained.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
-    /// Name of the token that begins documents, where the file does not tell it.
+    /// Name of the BOS token, where the file does not state it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bos: Option<String>,
-    /// Name of the token that ends documents, where the file does not tell it.
+    /// Name of the EOS token, where the file does not state it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eos: Option<String>,
-    /// Pieces of a tokenizer that is trained, or of `file`; without `model.vocab_size` they decide it.
+    /// Vocabulary size of a tokenizer that is trained, or the one that `file` has. Decides `model.vocab_size` if that is not set.
     pub pieces: u64,
-    /// Text that it is trained on.
+    /// Amount of text that it is trained on.
     pub sample: Bytes,
 }
 

@@ -30,11 +30,11 @@ impl Precision {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Algorithms {
-    /// As it proposes itself: the same wherever device and library are.
+    /// Its first heuristic, the same wherever device and library are.
     #[default]
     Library,
-    /// As is the fastest, by trying. The first worker of a kind of device does so, and keeps it in the run's folder for
-    /// all; another run may find another.
+    /// The fastest: the first worker of a kind of device measures, and shares its choice through the run folder. Another run
+    /// may measure another, and then differs in its bits.
     Measured,
 }
 
@@ -42,42 +42,42 @@ pub enum Algorithms {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct TrainConfig {
-    /// Number of optimizer updates, exactly.
+    /// Number of optimizer steps (`max_steps`), exactly.
     pub iterations: u64,
-    /// Sequences per update, over all workers.
+    /// Sequences per step over all workers (global batch size).
     pub sequences: u64,
-    /// Sequences that go through the model at once. Workers take whole micro-batches.
+    /// Sequences that go through the model at once (micro-batch size). Workers take whole micro-batches.
     pub micro_batch: u64,
-    /// Highest learning rate, reached when the warm-up ends.
+    /// Peak learning rate, reached at the end of the warm-up.
     pub max_lr: f64,
-    /// Where the cosine ends.
+    /// Learning rate at the end of the cosine schedule.
     pub min_lr: f64,
-    /// Updates of linear warm-up.
+    /// Steps of linear warm-up.
     pub warmup: u64,
-    /// Learning rate of the very first update.
+    /// Learning rate of the first step.
     pub warmup_init_lr: f64,
-    /// Decay of the first moment.
+    /// AdamW: decay of the first moment.
     pub beta1: f64,
-    /// Decay of the second moment.
+    /// AdamW: decay of the second moment.
     pub beta2: f64,
-    /// Added to the root of the second moment.
+    /// AdamW: added to the root of the second moment.
     pub epsilon: f64,
-    /// Decoupled weight decay of every tensor with two dimensions (the embedding too).
+    /// AdamW: decoupled weight decay of every tensor with two dimensions, the embedding included.
     pub weight_decay: f64,
-    /// Largest L2 norm of the whole gradient.
+    /// Gradient clipping: maximum L2 norm of the whole gradient (`grad_clip`).
     pub clip: f64,
-    /// Weight of the z-loss, mean of squared log-sum-exp.
+    /// Weight of the z-loss, the mean squared log-sum-exp of the logits.
     pub z_loss: f64,
-    /// What the operands of matrix products are rounded to.
+    /// Precision of the operands of matrix products; sums, weights and everything else are float32.
     pub precision: Precision,
-    /// Compute layers again in the backward instead of keeping their activations: a third more work, less memory,
-    /// the same bits.
+    /// Activation checkpointing: recompute layers in the backward pass instead of keeping their activations. A third more
+    /// work, less memory, bit-identical.
     pub recompute: bool,
-    /// How a GPU's library multiplies matrices.
+    /// How cuBLASLt chooses matrix multiplication algorithms, which sum in different orders.
     pub algorithms: Algorithms,
-    /// Updates between two measurements of the held-out loss; 0 measures it never.
+    /// Steps between two evaluations of the held-out loss (`eval_interval`); 0 for none.
     pub held_out_every: u64,
-    /// Sequences of held-out text per measurement.
+    /// Held-out sequences per evaluation.
     pub held_out_sequences: u64,
 }
 
@@ -189,16 +189,16 @@ impl TrainConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct CheckpointConfig {
-    /// Updates between two milestones, which are kept.
+    /// Steps between two milestones, which are kept.
     pub every: u64,
     /// How many of the last milestones are averaged.
     pub average: u64,
-    /// Time between two recovery checkpoints, of which only the newest two are kept.
+    /// Time between two recovery checkpoints, of which the newest two are kept.
     #[serde(with = "humantime_serde")]
     pub recovery: Duration,
-    /// Whether the average is also written in Hugging Face layout.
+    /// Whether to write the average in Hugging Face layout. A model with `norm = "layer"` has none there.
     pub export: bool,
-    /// How old the newest stored state may become while nothing can be stored, as on a full disk, before the run ends; by
+    /// How old the newest stored state may become while nothing can be stored, as on a full disk, before the run ends. By
     /// default three times `recovery`.
     #[serde(with = "humantime_serde", skip_serializing_if = "Option::is_none")]
     pub max_age: Option<Duration>,

@@ -35,7 +35,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     /// The address cannot be one.
-    #[error("{0:?} is no address: {1}; write --join HOST:PORT")]
+    #[error("invalid address {0:?}: {1}; write --join HOST:PORT")]
     Address(String, io::Error),
     /// Nobody is there, or nobody who speaks as a coordinator does.
     #[error("{0}: {1}")]

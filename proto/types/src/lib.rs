@@ -22,8 +22,8 @@ pub use error::{ErrorKind, ExitStatus};
 pub use ids::{CheckpointId, Generation, IdError, Incarnation, LaneId, Rank, RunId, RunName, Step, WorkerId};
 pub use key::GroupKey;
 pub use message::{
-    Assignment, BadUnit, CheckpointKind, FileEntry, HEARTBEAT_INTERVAL, Heartbeat, Hello, Job, LeaveReason,
-    Peer, Ready, Repair, Section, Snapshot, SourceReading, StepReport, ToCoordinator, ToWorker, Wish,
+    Assignment, BadUnit, CheckpointKind, FileEntry, GroupRequest, HEARTBEAT_INTERVAL, Heartbeat, Hello, Job,
+    LeaveReason, Peer, Ready, Repair, Section, Snapshot, SourceReading, StepReport, ToCoordinator, ToWorker,
     WorkerStatus,
 };
 pub use nonce::{NONCE_FILE, nonce_digest};

@@ -325,7 +325,7 @@ pub struct Assignment {
 
 /// What a group is asked to do at the end of a step that all its members agree on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Wish {
+pub enum GroupRequest {
     /// Keep a recovery checkpoint.
     Save,
     /// Leave the group, keeping the state, so that a new one can be formed.
@@ -481,7 +481,7 @@ pub enum ToWorker {
     /// Leave the group at once: a member is lost.
     Abort(Generation),
     /// Pass on at the end of a step.
-    Wish(Generation, Wish),
+    Request(Generation, GroupRequest),
     /// Reports up to this step are stored.
     Acknowledge(Step),
     /// Store these parts of a snapshot.

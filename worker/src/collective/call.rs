@@ -10,11 +10,11 @@ use rustix::io::Errno;
 use socket2::{Domain, Protocol, Socket, Type};
 use ulmus_types::GroupKey;
 
+use super::abort::{AbortHandle, WakeupPipe, readable, wait, writable};
 use super::frame::{Answer, Greeting};
 use super::listener::Listener;
 use super::ring::{network, or_would_block};
 use super::tcp::Place;
-use super::wake::{AbortHandle, Wake, readable, wait, writable};
 use super::{CollectiveError, link};
 
 /// Pause before a neighbour that could not be reached is tried again.
@@ -223,12 +223,12 @@ impl<'a> Call<'a> {
 struct Lookup {
     found: mpsc::Receiver<io::Result<Vec<SocketAddr>>>,
     /// Raised when it was found, or was not.
-    done: Arc<Wake>,
+    done: Arc<WakeupPipe>,
 }
 
 impl Lookup {
     fn begin(name: &str) -> io::Result<Self> {
-        let done = Arc::new(Wake::new()?);
+        let done = Arc::new(WakeupPipe::new()?);
         let (tell, found) = mpsc::channel();
         std::thread::Builder::new().name("collective-lookup".to_owned()).spawn({
             let (name, done) = (name.to_owned(), Arc::clone(&done));

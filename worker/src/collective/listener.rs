@@ -19,9 +19,9 @@ use std::time::{Duration, Instant};
 use socket2::SockRef;
 use ulmus_types::{Digest, Generation, GroupKey, Incarnation};
 
+use super::abort::{WakeupPipe, readable, wait};
 use super::frame::{Answer, Greeting};
 use super::link;
-use super::wake::{Wake, readable, wait};
 
 /// How long a caller may take to say who it is.
 const GREETING_TIME: Duration = Duration::from_secs(2);
@@ -51,9 +51,9 @@ struct Shared {
     incarnation: Incarnation,
     state: Mutex<State>,
     /// Raised when a caller has been parked.
-    arrival: Wake,
+    arrival: WakeupPipe,
     /// Raised when the thread must end.
-    quit: Wake,
+    quit: WakeupPipe,
 }
 
 #[derive(Debug, Default)]
@@ -121,8 +121,8 @@ impl Listener {
         let shared = Arc::new(Shared {
             incarnation,
             state: Mutex::default(),
-            arrival: Wake::new()?,
-            quit: Wake::new()?,
+            arrival: WakeupPipe::new()?,
+            quit: WakeupPipe::new()?,
         });
         let thread = std::thread::Builder::new().name("collective-listener".to_owned()).spawn({
             let shared = Arc::clone(&shared);

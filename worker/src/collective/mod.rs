@@ -15,13 +15,13 @@
 //! - [`AbortHandle`]: how other threads end a blocked operation.
 //! - [`Watch`]: whether a group stands that reduces in another way just now, from device to device.
 
+mod abort;
 mod call;
 mod frame;
 mod link;
 mod listener;
 mod ring;
 mod tcp;
-mod wake;
 mod watch;
 
 #[cfg(test)]
@@ -32,9 +32,9 @@ use std::time::Duration;
 
 use ulmus_types::{Blame, ErrorKind, Generation, Rank};
 
+pub use abort::AbortHandle;
 pub use listener::Listener;
 pub use tcp::{Place, TcpGroup};
-pub use wake::AbortHandle;
 pub use watch::Watch;
 
 /// Boundaries of chunks fall on multiples of this many elements, where there are enough of them: whole blocks of

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 use ulmus_types::Rank;
 
+use super::abort::{AbortHandle, readable, wait};
 use super::frame::{Checksum, Decoded, Header};
-use super::wake::{AbortHandle, readable, wait};
 use super::{CollectiveError, link};
 
 /// Bytes that go through a socket at once: few calls, and still in the cache when the checksum is taken.

@@ -13,11 +13,11 @@ use std::time::Duration;
 use bytemuck::{Pod, cast_slice, cast_slice_mut};
 use ulmus_types::{Digest, Generation, GroupKey, Peer, Rank};
 
+use super::abort::AbortHandle;
 use super::call::connect;
 use super::frame::{ElementType, Header, Operation};
 use super::listener::Listener;
 use super::ring::{End, Ring, network};
-use super::wake::AbortHandle;
 use super::watch::Watch;
 use super::{Collective, CollectiveError, Data, chunk};
 

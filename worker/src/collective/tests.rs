@@ -322,7 +322,7 @@ fn a_member_that_comes_early_is_kept_until_its_group_is_known() {
         let peers = &peers;
         let early = scope.spawn(move || form(second, &place(2, 1, peers)).unwrap());
         // The early one has called when the port of the other says so.
-        wake::wait(&mut [wake::readable(first)], std::time::Instant::now() + PATIENCE).unwrap();
+        abort::wait(&mut [abort::readable(first)], std::time::Instant::now() + PATIENCE).unwrap();
         form(first, &place(2, 0, peers)).unwrap();
         drop(early.join().unwrap());
     });
@@ -497,7 +497,7 @@ fn nobody_is_a_member_without_the_key() {
     // Early, when nobody can tell yet; and in a generation that is known.
     let mut early = TcpStream::connect(listeners[0].address()).unwrap();
     early.write_all(&greeting.encode(&other_key)).unwrap();
-    wake::wait(&mut [wake::readable(&listeners[0])], Instant::now() + PATIENCE).unwrap();
+    abort::wait(&mut [abort::readable(&listeners[0])], Instant::now() + PATIENCE).unwrap();
     let [first, second] = &mut listeners[..] else { unreachable!() };
     std::thread::scope(|scope| {
         let peers = &peers;
@@ -725,7 +725,7 @@ fn early_strangers_do_not_keep_members_out() {
     std::thread::scope(|scope| {
         let peers = &peers;
         let early = scope.spawn(move || form(second, &place(2, 1, peers)).unwrap());
-        wake::wait(&mut [wake::readable(first)], Instant::now() + PATIENCE).unwrap();
+        abort::wait(&mut [abort::readable(first)], Instant::now() + PATIENCE).unwrap();
         let mut calls: Vec<TcpStream> = (0..300).map(|index| stranger(3 + index, 0)).collect();
         calls.push(stranger(2, 1));
         let within = Duration::from_secs(2);

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use ulmus_types::Rank;
 
 use super::CollectiveError;
+use super::abort::AbortHandle;
 use super::ring::{lost, or_would_block};
-use super::wake::AbortHandle;
 
 /// A neighbour whose connection has ended may just have finished what this member is about to finish.
 const GRACE: Duration = Duration::from_millis(250);

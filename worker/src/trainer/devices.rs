@@ -53,7 +53,7 @@ impl<B: TrainingBackend> Devices<B> {
         group.broadcast(Rank::new(0), (&mut words[..]).into())?;
         let id = CommunicatorId::from_bytes(bytemuck::cast(words));
         let watch = group.watch(FORM_WITHIN)?;
-        let joined = or_tell(backend.communicator(&id, rank, size, &patience(&watch)), &mut tell);
+        let joined = or_tell(backend.communicator(&id, rank, size, &give_up(&watch)), &mut tell);
         let Some(communicator) = all(group, joined)? else { return Ok(None) };
         tracing::info!(size, "devices sum gradients among themselves");
         Ok(Some(Self { backend, communicator, rank, size, begun: Vec::new() }))
@@ -69,7 +69,7 @@ impl<B: TrainingBackend> Devices<B> {
         let data = sums.part(part.clone());
         self.begun.push(part);
         self.backend
-            .begin_reduce_scatter(&mut self.communicator, data, &patience(watch))
+            .begin_reduce_scatter(&mut self.communicator, data, &give_up(watch))
             .map_err(|error| why(watch, &error))
     }
 
@@ -77,7 +77,7 @@ impl<B: TrainingBackend> Devices<B> {
     pub(super) fn finish(&mut self, group: &dyn Collective) -> Result<Vec<Range<usize>>, CollectiveError> {
         let watch = group.watch(STALL)?;
         self.backend
-            .finish_reductions(&mut self.communicator, &patience(&watch))
+            .finish_reductions(&mut self.communicator, &give_up(&watch))
             .map_err(|error| why(&watch, &error))?;
         Ok(std::mem::take(&mut self.begun))
     }
@@ -96,7 +96,7 @@ impl<B: TrainingBackend> Devices<B> {
     ) -> Result<(), CollectiveError> {
         let watch = group.watch(STALL)?;
         self.backend
-            .all_gather(&mut self.communicator, gradient, parts, &patience(&watch))
+            .all_gather(&mut self.communicator, gradient, parts, &give_up(&watch))
             .map_err(|error| why(&watch, &error))
     }
 
@@ -109,13 +109,13 @@ impl<B: TrainingBackend> Devices<B> {
     ) -> Result<(), CollectiveError> {
         let watch = group.watch(STALL)?;
         self.backend
-            .broadcast(&mut self.communicator, root.index(), data, &patience(&watch))
+            .broadcast(&mut self.communicator, root.index(), data, &give_up(&watch))
             .map_err(|error| why(&watch, &error))
     }
 }
 
 /// Waits as long as the group stands.
-fn patience(watch: &Watch) -> impl Fn() -> Option<String> + Sync {
+fn give_up(watch: &Watch) -> impl Fn() -> Option<String> + Sync {
     || watch.broken().map(|error| error.to_string())
 }
 

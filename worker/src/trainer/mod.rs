@@ -4,11 +4,11 @@
 //! busy, only [`Control`] reaches it.
 
 mod algorithms;
+mod consensus;
 mod devices;
 mod group;
 mod step;
 mod watched;
-mod words;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use ulmus_checkpoint::TrainState;
 use ulmus_dataloader::{Corpus, Loader, Sequence};
 use ulmus_model::{BatchShape, FIRST_PROPOSALS, MicroBatch, Quantum, Replica, TrainingBackend};
 use ulmus_plan::Algorithms;
-use ulmus_rt::with_causes;
+use ulmus_process::with_causes;
 use ulmus_types::{Assignment, BadUnit, Digest, Job, LeaveReason, RunId, Step, ToCoordinator};
 
 use crate::WorkerError;
@@ -30,7 +30,7 @@ use crate::collective::{AbortHandle, CollectiveError, Listener, Place, TcpGroup}
 use crate::control::Control;
 use crate::jobs;
 use crate::run::Run;
-use crate::snapshot::Held;
+use crate::snapshot::PendingSnapshot;
 
 use watched::Watched;
 
@@ -62,7 +62,7 @@ pub(crate) enum Report {
     /// The run was taken up; the fingerprint of this machine's arithmetic.
     Warm(Digest),
     /// A state to be stored.
-    Keep(Arc<Held>),
+    Keep(Arc<PendingSnapshot>),
 }
 
 /// The trainer's end of the channel to the agent: everything that it says is of one run.

@@ -16,13 +16,13 @@ use ulmus_types::{
     ToCoordinator,
 };
 
+use super::consensus::StepConsensus;
 use super::devices::Devices;
-use super::words::Words;
 use super::{Report, Reports, STALL, Training, micro_batch};
 use crate::WorkerError;
 use crate::collective::{Collective, chunk};
-use crate::control::{Control, Wishes};
-use crate::snapshot::Held;
+use crate::control::{Control, Requests};
+use crate::snapshot::PendingSnapshot;
 
 /// How often a trainer that waits for a store, or for text, says so.
 const TELL_EVERY: Duration = Duration::from_millis(250);
@@ -64,9 +64,9 @@ impl<B: TrainingBackend> Training<B> {
             let begun = Instant::now();
             let mut times = Times::default();
             let share = self.share(&lanes, sums.as_mut(), devices.as_mut(), group, control, &mut times);
-            let wishes = control.take_wishes();
+            let requests = control.take_requests();
             let agreed =
-                self.exchange_words(share.as_ref().ok(), share.as_ref().err(), wishes, group, &mut times)?;
+                self.reach_consensus(share.as_ref().ok(), share.as_ref().err(), requests, group, &mut times)?;
             if agreed.failed > 0 || agreed.exhausted > 0 {
                 // What was begun to be summed never will be.
                 drop(devices);
@@ -154,14 +154,14 @@ impl<B: TrainingBackend> Training<B> {
         group: &dyn Collective,
         control: &Control,
         times: &mut Times,
-    ) -> Result<Words, Obstacle> {
+    ) -> Result<StepConsensus, Obstacle> {
         if let Some(sums) = &mut sums {
             sums.clear();
         }
         self.read_held_out(control)?;
         let plan = Arc::clone(&self.run.plan);
         let per_lane = (plan.train.sequences / plan.data.lanes) as usize;
-        let mut words = Words::default();
+        let mut words = StepConsensus::default();
         let count = lanes.len();
         for (index, lanes) in lanes.iter().enumerate() {
             let waiting = Instant::now();
@@ -248,33 +248,34 @@ impl<B: TrainingBackend> Training<B> {
     }
 
     /// Sums the control words over the group.
-    fn exchange_words(
+    fn reach_consensus(
         &self,
-        share: Option<&Words>,
+        share: Option<&StepConsensus>,
         obstacle: Option<&Obstacle>,
-        wishes: Wishes,
+        requests: Requests,
         group: &mut dyn Collective,
         times: &mut Times,
-    ) -> Result<Words, WorkerError> {
+    ) -> Result<StepConsensus, WorkerError> {
         let cursors = self.position.as_ref().map_or(0, |position| position.cursors.len());
-        let mut words =
-            share.cloned().unwrap_or_else(|| Words { cursors: vec![0; cursors], ..Words::default() });
+        let mut words = share
+            .cloned()
+            .unwrap_or_else(|| StepConsensus { cursors: vec![0; cursors], ..StepConsensus::default() });
         words.failed = i64::from(matches!(obstacle, Some(Obstacle::Failed(_))));
         words.exhausted = i64::from(matches!(obstacle, Some(Obstacle::Exhausted(_))));
-        words.save = i64::from(wishes.save);
-        words.pause = i64::from(wishes.pause);
-        words.stop = i64::from(wishes.stop);
+        words.save = i64::from(requests.save);
+        words.pause = i64::from(requests.pause);
+        words.stop = i64::from(requests.stop);
         let mut sum = words.to_vec();
         let waiting = Instant::now();
         group.all_reduce(&mut sum)?;
         times.communication += waiting.elapsed();
-        Ok(Words::from_slice(&sum))
+        Ok(StepConsensus::from_slice(&sum))
     }
 
     /// What this worker says when the group stopped before an update.
     fn stopped(
         &mut self,
-        agreed: &Words,
+        agreed: &StepConsensus,
         obstacle: Option<Obstacle>,
         generation: Generation,
         control: &Control,
@@ -344,7 +345,7 @@ impl<B: TrainingBackend> Training<B> {
     /// Moves the position on, measures the held-out loss where it is due, and makes the report.
     fn finish_step(
         &mut self,
-        agreed: &Words,
+        agreed: &StepConsensus,
         grad_norm: f64,
         begun: Instant,
         times: &Times,
@@ -387,7 +388,7 @@ impl<B: TrainingBackend> Training<B> {
         let rows = plan.train.micro_batch as usize;
         let masked =
             Sequence { inputs: vec![0; length], targets: vec![IGNORE; length], doc_starts: vec![0; length] };
-        let mut words = Words::default();
+        let mut words = StepConsensus::default();
         let sequences = self.held_out.as_ref().expect("they were read before the update");
         for batch in sequences.chunks(rows).skip(group.rank().index()).step_by(group.size()) {
             control.begin(Section::Measuring);
@@ -414,7 +415,7 @@ impl<B: TrainingBackend> Training<B> {
             control.begin(Section::Storing);
         }));
         control.begin(Section::Computing);
-        let held = Held {
+        let held = PendingSnapshot {
             checkpoint: CheckpointId::new(self.step(), generation),
             kind,
             layout: Arc::new(self.replica.layout().clone()),
@@ -439,7 +440,7 @@ async fn room(rooms: &Arc<Semaphore>, mut waits: impl FnMut()) -> OwnedSemaphore
 }
 
 /// Adds a micro-batch's losses in fixed point, so that their sum does not depend on who adds what.
-fn add_loss(words: &mut Words, loss: &LossSum, quantum: &Quantum) -> Result<(), Obstacle> {
+fn add_loss(words: &mut StepConsensus, loss: &LossSum, quantum: &Quantum) -> Result<(), Obstacle> {
     let fixed = |sum: f64| {
         quantum.loss_to_fixed(sum).ok_or_else(|| {
             let error = format!(

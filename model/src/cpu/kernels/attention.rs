@@ -11,7 +11,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 use ulmus_plan::Precision;
 
-use super::lines::{Line, room, room_lines};
+use super::aligned::{Line, room, room_lines};
 use super::matrix::{Matrix, MatrixMut, Output, Shared, Threads};
 use super::panel::{Kernel, LANES, Lanes, LeftPanels, by_kernel, pack_right, step};
 use super::product::{Product, pack_left};

@@ -20,7 +20,7 @@ use std::arch::x86_64::{
     _mm256_xor_si256,
 };
 
-use super::lines::Line;
+use super::aligned::Line;
 use super::panel::{Kernel, LANES, Lanes, Target};
 use super::q8::{self, BLOCK};
 use super::simd::{Level, level};

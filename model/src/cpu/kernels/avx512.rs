@@ -16,7 +16,7 @@ use std::arch::x86_64::{
     _mm512_unpacklo_epi32,
 };
 
-use super::lines::Line;
+use super::aligned::Line;
 use super::panel::{Kernel, LANES, Lanes, Target};
 use super::q8::{self, BLOCK};
 use super::simd::{Level, level};

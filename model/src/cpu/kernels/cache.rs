@@ -6,10 +6,10 @@
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::aligned::Line;
 use super::attention::{Block, HeadPanels, KeysValues, block_positions, with_scratch};
-use super::lines::Line;
+use super::huge_pages::Pages;
 use super::matrix::{Matrix, Shared};
-use super::pages::Pages;
 use super::panel::{Kernel, LANES, by_kernel, place_of};
 use crate::backend::Heads;
 use crate::error::ModelError;

@@ -5,6 +5,7 @@
 //! with unsafe code: vectorised versions ([`simd`]), kernels of the matrix product ([`panel`]) and disjoint blocks
 //! ([`matrix`]).
 
+mod aligned;
 pub(super) mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -12,17 +13,16 @@ mod avx2;
 mod avx512;
 pub(super) mod cache;
 pub(super) mod head;
+mod huge_pages;
 pub(super) mod linear;
-mod lines;
 pub(super) mod matrix;
 pub(super) mod norm;
 pub(super) mod optimizer;
-mod pages;
 mod panel;
-pub(super) mod peak;
 mod portable;
 mod product;
 mod q8;
+pub(super) mod roofline;
 pub(super) mod simd;
 pub(super) mod swiglu;
 pub(super) mod weights;

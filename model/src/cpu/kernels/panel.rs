@@ -19,7 +19,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-use super::lines::Line;
+use super::aligned::Line;
 use super::matrix::Matrix;
 use super::q8;
 #[cfg(target_arch = "x86_64")]

@@ -10,7 +10,7 @@
 
 use half::bf16;
 
-use super::lines::Line;
+use super::aligned::Line;
 use super::panel::{Kernel, LANES, Lanes, Target, pack};
 use super::q8::{self, BLOCK};
 use super::simd::vectorised;

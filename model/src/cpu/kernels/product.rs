@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::lines::{Line, room, room_lines, with_operands};
+use super::aligned::{Line, room, room_lines, with_operands};
 use super::matrix::{Matrix, MatrixMut, Output, SharedMatrix, Threads};
 use super::panel::{Kernel, LANES, Lanes, LeftPanels, Target, step};
 

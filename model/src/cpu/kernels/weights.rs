@@ -5,9 +5,9 @@
 
 use rayon::prelude::*;
 
-use super::lines::{room, with_operands};
+use super::aligned::{room, with_operands};
+use super::huge_pages::Pages;
 use super::matrix::{Matrix, MatrixMut, Output, Threads};
-use super::pages::Pages;
 use super::panel::{Kernel, LANES, Lanes, LeftPanels, by_kernel, pack_right, step, unpack};
 use super::product::{Product, pack_left};
 use crate::error::ModelError;

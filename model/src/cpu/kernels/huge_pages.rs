@@ -6,7 +6,7 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
-use super::lines::Line;
+use super::aligned::Line;
 use crate::error::ModelError;
 
 /// Size and alignment of a large page.

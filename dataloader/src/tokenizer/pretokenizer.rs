@@ -15,12 +15,12 @@ const CONTRACTIONS: [&str; 2] = ["(?i:'s|'t|'re|'ve|'m|'ll|'d)|", "'(?i:[sdmt]|l
 
 /// The rules of an expression.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Words {
+pub(super) struct PreTokenizer {
     /// Characters of a number; no limit, and a blank in front, as GPT-2 has it, if it is none.
     digits: Option<usize>,
 }
 
-impl Words {
+impl PreTokenizer {
     /// GPT-2's rules.
     pub(super) const GPT2: Self = Self { digits: None };
 
@@ -190,7 +190,7 @@ mod tests {
             text in "([a-zA-Z]{1,3}|[0-9²٣]{1,4}|'(s|S|ſ|re|LL|x|d)?|[ \t\n\r\u{a0}\u{2003}\u{85}]{1,3}|[.,!<|>_é中\u{301}😀]{1,3}){0,12}"
         ) {
             for expression in [GPT2, CL100K, QWEN] {
-                let words = Words::of_expression(expression).unwrap();
+                let words = PreTokenizer::of_expression(expression).unwrap();
                 let mut cut = Vec::new();
                 words.cut(&text, |word| cut.push(word));
                 let expression = Regex::new(expression).unwrap();
@@ -202,12 +202,12 @@ mod tests {
 
     #[test]
     fn other_expressions_are_not_taken_for_known_ones() {
-        assert_eq!(Words::of_expression(&CL100K.replace("{1,3}", "{1,4}")), None);
-        assert_eq!(Words::of_expression(&GPT2.replace("'s|", "")), None);
-        assert_eq!(Words::of_expression(&CL100K.replace(r"\s+(?!", r"\s++(?!")), None);
+        assert_eq!(PreTokenizer::of_expression(&CL100K.replace("{1,3}", "{1,4}")), None);
+        assert_eq!(PreTokenizer::of_expression(&GPT2.replace("'s|", "")), None);
+        assert_eq!(PreTokenizer::of_expression(&CL100K.replace(r"\s+(?!", r"\s++(?!")), None);
         let possessive = CL100K
             .replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "'(?i:[sdmt]|ll|ve|re)")
             .replace("]?\\p", "]?+\\p");
-        assert_eq!(Words::of_expression(&possessive), Some(Words { digits: Some(3) }));
+        assert_eq!(PreTokenizer::of_expression(&possessive), Some(PreTokenizer { digits: Some(3) }));
     }
 }

@@ -7,8 +7,8 @@
 
 use ulmus_plan::Precision;
 
-use super::lines::Line;
-use super::pages::Pages;
+use super::aligned::Line;
+use super::huge_pages::Pages;
 use super::portable;
 use super::simd::vectorised;
 #[cfg(target_arch = "x86_64")]

@@ -69,7 +69,9 @@ impl FromStr for HostPort {
             match behind.strip_prefix(':') {
                 Some(port) => (host, Some(port)),
                 None if behind.is_empty() => (host, None),
-                None => return Err(format!("{behind:?} behind its bracket is no port; write [{host}]:PORT")),
+                None => {
+                    return Err(format!("invalid port {behind:?} behind the bracket; write [{host}]:PORT"));
+                }
             }
         } else if is_ipv6(text) {
             (text, None)
@@ -92,8 +94,9 @@ impl FromStr for HostPort {
         let port = port.map(|port| {
             let digits = !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
             let number = port.parse().ok().filter(|_| digits);
-            number
-                .ok_or_else(|| format!("{port:?} is no port; write HOST or HOST:PORT, a port of 0 to 65535"))
+            number.ok_or_else(|| {
+                format!("invalid port {port:?}; write HOST or HOST:PORT, with a port from 0 to 65535")
+            })
         });
         Ok(Self { host: host.to_owned(), port: port.transpose()? })
     }
@@ -156,10 +159,10 @@ mod tests {
             ("[host]:1", "no IPv6 address"),
             ("[]:1", "no IPv6 address"),
             ("[::1]7000", "write [::1]:PORT"),
-            ("[::1]:x", "\"x\" is no port"),
-            ("host:", "\"\" is no port"),
-            ("host:x", "\"x\" is no port"),
-            ("host:+1", "\"+1\" is no port"),
+            ("[::1]:x", "invalid port \"x\""),
+            ("host:", "invalid port \"\""),
+            ("host:x", "invalid port \"x\""),
+            ("host:+1", "invalid port \"+1\""),
             ("host:65536", "0 to 65535"),
             ("host:1:2", "\"host:1\" is no host"),
             ("http://host:1", "no host"),

@@ -7,7 +7,7 @@ use super::vocabulary::{BLANK, Vocabulary};
 
 /// Which characters are adjacent in some piece.
 #[derive(Debug, Clone)]
-pub(super) struct Joints {
+pub(super) struct SplitTable {
     /// Of each left neighbour, a bit per right one.
     ascii: Box<[u128; 128]>,
     /// A bit per hash of all other pairs. Pairs that share one make chunks longer than they need be, nothing else.
@@ -15,27 +15,28 @@ pub(super) struct Joints {
     escapes: bool,
 }
 
-/// Bits of [`Joints::others`], as a power of two.
+/// Bits of [`SplitTable::others`], as a power of two.
 const BITS: u32 = 18;
 
-impl Joints {
+impl SplitTable {
     /// Those of a vocabulary; `escapes` says that a blank is the same as [`BLANK`].
     pub(super) fn new(vocabulary: &Vocabulary, escapes: bool) -> Self {
-        let mut joints = Self { ascii: Box::new([0; 128]), others: vec![0; 1 << (BITS - 6)].into(), escapes };
+        let mut boundaries =
+            Self { ascii: Box::new([0; 128]), others: vec![0; 1 << (BITS - 6)].into(), escapes };
         let pairs: HashSet<(char, char)> = vocabulary
             .of_texts()
             .flat_map(|(_, piece)| piece.text.chars().zip(piece.text.chars().skip(1)))
             .collect();
         for (left, right) in pairs {
-            let (left, right) = (joints.fold(left), joints.fold(right));
+            let (left, right) = (boundaries.fold(left), boundaries.fold(right));
             if left < 128 && right < 128 {
-                joints.ascii[left as usize] |= 1 << right;
+                boundaries.ascii[left as usize] |= 1 << right;
             } else {
                 let bit = hash(left, right);
-                joints.others[bit >> 6] |= 1 << (bit & 63);
+                boundaries.others[bit >> 6] |= 1 << (bit & 63);
             }
         }
-        joints
+        boundaries
     }
 
     /// The code point of a character, the blank's for both of its forms.

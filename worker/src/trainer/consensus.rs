@@ -5,7 +5,7 @@
 
 /// What one worker adds, and what everybody gets.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Words {
+pub(super) struct StepConsensus {
     /// Tokens with a target.
     pub(super) valid: i64,
     /// Sum of cross-entropies, in fixed point.
@@ -26,7 +26,7 @@ pub(super) struct Words {
     pub(super) cursors: Vec<i64>,
 }
 
-impl Words {
+impl StepConsensus {
     pub(super) fn to_vec(&self) -> Vec<i64> {
         let fixed =
             [self.valid, self.loss, self.z, self.failed, self.exhausted, self.save, self.pause, self.stop];
@@ -55,7 +55,7 @@ mod tests {
 
     #[test]
     fn words_round_trip() {
-        let words = Words {
+        let words = StepConsensus {
             valid: 1,
             loss: -2,
             z: 3,
@@ -66,6 +66,6 @@ mod tests {
             stop: 8,
             cursors: vec![9, 10],
         };
-        assert_eq!(Words::from_slice(&words.to_vec()), words);
+        assert_eq!(StepConsensus::from_slice(&words.to_vec()), words);
     }
 }

@@ -1,7 +1,7 @@
 //! Waiting for several sockets at once, and ending the wait from another thread.
 //!
 //! Everything that blocks in this module blocks in [`wait`], with a deadline, and has an [`AbortHandle`]'s or
-//! another [`Wake`] among the things it waits for. So nothing ever has to be interrupted by force.
+//! another [`WakeupPipe`] among the things it waits for. So nothing ever has to be interrupted by force.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -15,12 +15,12 @@ use rustix::io::Errno;
 
 /// A flag that a thread in [`wait`] can see: readable once it has been raised.
 #[derive(Debug)]
-pub(super) struct Wake {
+pub(super) struct WakeupPipe {
     raised: UnixStream,
     seen: UnixStream,
 }
 
-impl Wake {
+impl WakeupPipe {
     pub(super) fn new() -> io::Result<Self> {
         let (raised, seen) = UnixStream::pair()?;
         raised.set_nonblocking(true)?;
@@ -28,7 +28,7 @@ impl Wake {
         Ok(Self { raised, seen })
     }
 
-    /// Makes it readable, until [`Wake::lower`].
+    /// Makes it readable, until [`WakeupPipe::lower`].
     pub(super) fn raise(&self) {
         // A full buffer says that it has been raised before.
         drop((&self.raised).write(&[1]));
@@ -41,7 +41,7 @@ impl Wake {
     }
 }
 
-impl AsFd for Wake {
+impl AsFd for WakeupPipe {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.seen.as_fd()
     }
@@ -58,7 +58,7 @@ pub struct AbortHandle {
 #[derive(Debug)]
 struct Shared {
     aborted: AtomicBool,
-    wake: Wake,
+    wake: WakeupPipe,
     made: Instant,
     entered: AtomicU64,
     /// When something moved last in the operation that is going on, in milliseconds after `made`, or [`IDLE`].
@@ -76,7 +76,7 @@ impl AbortHandle {
     pub fn new() -> io::Result<Self> {
         let shared = Shared {
             aborted: AtomicBool::new(false),
-            wake: Wake::new()?,
+            wake: WakeupPipe::new()?,
             made: Instant::now(),
             entered: AtomicU64::new(0),
             moved: AtomicU64::new(IDLE),

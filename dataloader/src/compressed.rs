@@ -28,7 +28,7 @@ const BUFFER: usize = 256 << 10;
 const LONGEST_WINDOW: u32 = 31;
 
 /// A chain that is being read.
-pub(crate) struct Chain {
+pub(crate) struct CompressedReader {
     text: BufReader<Box<dyn Read + Send>>,
     place: String,
     /// Where the next line begins in the decompressed stream.
@@ -39,9 +39,9 @@ pub(crate) struct Chain {
     taken: Arc<AtomicU64>,
 }
 
-impl fmt::Debug for Chain {
+impl fmt::Debug for CompressedReader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Chain({}, segment {})", self.place, self.segment)
+        write!(f, "CompressedReader({}, segment {})", self.place, self.segment)
     }
 }
 
@@ -51,7 +51,7 @@ pub(crate) struct Line {
     pub(crate) bytes: Vec<u8>,
 }
 
-impl Chain {
+impl CompressedReader {
     /// Opens a file at the beginning of a segment.
     pub(crate) fn open(
         folder: &Folder,
@@ -237,7 +237,7 @@ mod tests {
         limit: u64,
         from: u64,
     ) -> Result<Vec<Vec<Vec<u8>>>, DataError> {
-        let mut chain = Chain::open(folder, info, format, limit, from)?;
+        let mut chain = CompressedReader::open(folder, info, format, limit, from)?;
         let mut all = Vec::new();
         while let Some(lines) = chain.next()? {
             all.push(lines.into_iter().map(|line| line.bytes).collect());

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
-use ulmus_coord_core::Saved;
+use ulmus_coord_core::PersistentState;
 use ulmus_types::{
     BadUnit, CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Job, RunId, RunSecret,
     SourceReading, Step, StepReport, WorkerId,
@@ -33,7 +33,7 @@ const SCHEMA: &str = "
         step INTEGER, worker TEXT, source TEXT, reading TEXT NOT NULL, PRIMARY KEY (step, worker, source)) STRICT;
 ";
 
-/// Why the run's memory cannot be used.
+/// Why the run's database cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StoreError {
     /// The disk takes nothing: it is full, or cannot be written any more.
@@ -145,14 +145,14 @@ pub(crate) struct ReadingRow {
     pub(crate) reading: SourceReading,
 }
 
-/// The run's memory.
+/// The run's database.
 #[derive(Debug)]
-pub(crate) struct RunStore {
+pub(crate) struct Database {
     connection: Connection,
 }
 
-impl RunStore {
-    /// Opens the memory of a run, or begins it.
+impl Database {
+    /// Opens the database of a run, or begins it.
     ///
     /// # Errors
     /// When the file cannot be opened or is no database.
@@ -217,7 +217,7 @@ impl RunStore {
     ///
     /// # Errors
     /// When the database cannot be read or holds damaged values.
-    pub(crate) fn saved(&self) -> Result<Saved, StoreError> {
+    pub(crate) fn saved(&self) -> Result<PersistentState, StoreError> {
         let rosters = self.rosters()?;
         let ended: Option<u64> =
             self.connection.query_row("SELECT max(generation) FROM ended", [], |row| row.get(0))?;
@@ -232,7 +232,7 @@ impl RunStore {
         let jobs: BTreeSet<String> = jobs.query_map([], |row| row.get(0))?.collect::<Result<_, _>>()?;
         let step: Option<u64> =
             self.connection.query_row("SELECT max(step) FROM steps", [], |row| row.get(0))?;
-        Ok(Saved {
+        Ok(PersistentState {
             generation,
             group,
             rosters,
@@ -663,7 +663,7 @@ mod tests {
         let reading = SourceReading { source: "web".into(), epochs: 0.5, ..SourceReading::default() };
         let row = ReadingRow { step: Step::new(2), worker: "w".into(), reading };
         {
-            let mut store = RunStore::open(&path).unwrap();
+            let mut store = Database::open(&path).unwrap();
             store.save_generation(Generation::new(1), std::slice::from_ref(&worker)).unwrap();
             store.save_fingerprint(Digest::of(b"f")).unwrap();
             store.save_steps(Generation::new(1), &[report(1, 8.0), report(2, 7.0)]).unwrap();
@@ -671,7 +671,7 @@ mod tests {
             store.save_job(&Job::Prepare, "{\"shards\":3}").unwrap();
             store.save_reading(&row).unwrap();
         }
-        let store = RunStore::open(&path).unwrap();
+        let store = Database::open(&path).unwrap();
         let saved = store.saved().unwrap();
         assert_eq!(
             (saved.generation, saved.group, saved.step),
@@ -690,7 +690,7 @@ mod tests {
     #[test]
     fn a_step_that_is_trained_twice_must_agree() {
         let folder = tempfile::tempdir().unwrap();
-        let mut store = RunStore::open(&folder.path().join("run.sqlite")).unwrap();
+        let mut store = Database::open(&folder.path().join("run.sqlite")).unwrap();
         store.save_steps(Generation::new(1), &[report(1, 8.0)]).unwrap();
         store.save_steps(Generation::new(2), &[report(1, 8.0)]).unwrap();
         store.save_steps(Generation::new(1), &[report(1, 8.0)]).unwrap();
