@@ -262,7 +262,7 @@ fn mistakes_name_what_to_write() {
         pieces.insert(other.to_owned(), id);
     }
     for (file, eos, words) in [
-        (json!({"a": 1}), None, "no tokenizer.json"),
+        (json!({"a": 1}), None, "not a tokenizer.json"),
         (holed, None, "it cannot encode every text"),
         (nameless.clone(), None, "write its name as tokenizer.eos"),
         (nameless.clone(), Some("<|edge|>"), "no token \"<|edge|>\"; correct tokenizer.eos"),

@@ -134,8 +134,8 @@ struct Tally {
     redone: usize,
     groups: usize,
     pauses: Vec<Duration>,
-    /// After a worker was killed, and nothing else was wrong.
-    kills: Vec<Duration>,
+    /// Of faults beside which nothing else was wrong.
+    alone: BTreeMap<Kind, Vec<Duration>>,
     /// The system does not let one process stop a thread of another.
     cannot_freeze: bool,
 }
@@ -280,9 +280,13 @@ impl<'a> Chaos<'a> {
         assert!(quiet < PATIENCE, "no new step for {quiet:?}");
         let attempt = complete.rsplit(',').next().unwrap_or_default();
         for pause in std::mem::take(&mut self.pauses) {
-            // Whoever is killed may have been the group's or not: the first has its steps reported by another one.
+            // Whoever is disturbed may have been of the group or not: if so, the next steps are another one's.
             let is_over = match pause.kind {
-                Kind::KillWorker if pause.alone => attempt != pause.attempt,
+                Kind::KillWorker | Kind::StopWorker | Kind::FreezeTrainer | Kind::CutNetwork
+                    if pause.alone =>
+                {
+                    attempt != pause.attempt
+                }
                 _ => true,
             };
             if steps <= pause.steps || !is_over {
@@ -293,8 +297,8 @@ impl<'a> Chaos<'a> {
             }
             let took = now - pause.began;
             self.tally.pauses.push(took);
-            if pause.kind == Kind::KillWorker && pause.alone {
-                self.tally.kills.push(took);
+            if pause.alone {
+                self.tally.alone.entry(pause.kind).or_default().push(took);
             }
         }
     }
@@ -706,13 +710,14 @@ fn a_run_that_is_disturbed_ends_with_the_same_bits() {
         eprintln!("seed {seed}: {faults} faults in {:.0} s, {how}", began.elapsed().as_secs_f64());
         failed.extend(went.is_err().then_some(seed));
     }
-    let Tally { faults, redone, groups, mut pauses, mut kills, .. } = tally;
+    let Tally { faults, redone, groups, mut pauses, alone, .. } = tally;
     eprintln!(
-        "{seeds} seeds, {} faults {faults:?}; {groups} groups, {redone} steps redone; from a fault to the next new step: \
-         {}; after the death of a worker alone: {}",
+        "{seeds} seeds, {} faults {faults:?}; {groups} groups, {redone} steps redone; from a fault to the next new step: {}",
         faults.values().sum::<usize>(),
         median_and_most(&mut pauses),
-        median_and_most(&mut kills),
     );
+    for (kind, mut times) in alone {
+        eprintln!("{kind:?} alone: {}", median_and_most(&mut times));
+    }
     assert!(failed.is_empty(), "failing seeds: {failed:?}");
 }
