@@ -17,6 +17,7 @@ pub(crate) struct FileGlob {
 
 impl FileGlob {
     pub(crate) fn new(pattern: &str) -> Result<Self, DataError> {
+        let pattern = pattern.trim_start_matches("./");
         let compile = |part: &str| {
             let glob = GlobBuilder::new(part).literal_separator(true).build();
             glob.map(|glob| glob.compile_matcher()).map_err(|error| DataError::Pattern {
@@ -82,6 +83,7 @@ mod tests {
             ("**/.x/*", "a/.x/b", true),
             ("._*.jsonl", "._a.jsonl", true),
             ("[.]a", ".a", false),
+            ("./x/*.md", "x/a.md", true),
         ] {
             assert_eq!(FileGlob::new(pattern).unwrap().matches(path), expected, "{pattern} {path}");
         }

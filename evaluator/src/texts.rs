@@ -58,7 +58,12 @@ fn sources_of(path: &Path, column: &str) -> Result<Vec<SourceConfig>, EvaluatorE
         return Ok(found);
     }
     if !path.is_file() {
-        return Err(refuse("there is no such file or folder"));
+        let is_there = path.exists();
+        return Err(refuse(if is_there {
+            "it is neither a file nor a folder; save what it gives to a file"
+        } else {
+            "there is no such file or folder"
+        }));
     }
     let name =
         path.file_name().and_then(|name| name.to_str()).ok_or_else(|| refuse("the name is not UTF-8"))?;
@@ -141,6 +146,7 @@ mod tests {
         for (path, reason) in [
             (home.path().join("missing.txt"), "no such file"),
             (unknown, "the suffix tells no format"),
+            (PathBuf::from("/dev/null"), "neither a file nor a folder"),
             (empty, "no text to evaluate"),
         ] {
             let error = read_texts(std::slice::from_ref(&path), "text").unwrap_err();

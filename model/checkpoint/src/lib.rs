@@ -37,7 +37,9 @@ pub enum CheckpointError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// Saving never finished, or the manifest was deleted.
-    #[error("checkpoint {0} has no manifest.json: saving it did not finish; use an older one")]
+    #[error(
+        "checkpoint {0} has no manifest.json: it was deleted, or saving it did not finish; use an older one"
+    )]
     NoManifest(CheckpointId),
     /// The manifest is not what was written.
     #[error("checkpoint {id} has a damaged manifest.json ({reason}); use an older one")]

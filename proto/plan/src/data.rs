@@ -45,6 +45,7 @@ impl Format {
 
     /// The format that a file name's suffix tells.
     pub fn of_file(name: &str) -> Option<Self> {
+        let name = name.to_ascii_lowercase();
         let (stem, suffix) = name.rsplit_once('.')?;
         let lines =
             || matches!(stem.rsplit_once('.').map(|(_, inner)| inner), Some("json" | "jsonl" | "ndjson"));

@@ -296,6 +296,11 @@ fn set(table: &mut Table, assignment: &str, problems: &mut Problems) {
     };
     let text = text.trim();
     let segments = segments(path.trim());
+    if !is_text(&segments) && text.parse::<i128>().is_ok_and(|number| i64::try_from(number).is_err()) {
+        let rule = format!("a whole number is at least {} and at most {}", i64::MIN, i64::MAX);
+        problems.add(path.trim(), text, rule, "set a smaller one");
+        return;
+    }
     let value = format!("value = {text}")
         .parse::<Table>()
         .ok()
@@ -393,6 +398,14 @@ mod tests {
         let plan = read(&text, &weights).unwrap().remove(0);
         let tokens: Vec<_> = plan.data.source.iter().map(|source| source.tokens).collect();
         assert_eq!(tokens, [Some(1), Some(7)]);
+    }
+
+    #[test]
+    fn a_number_that_no_plan_can_hold_is_refused_as_one() {
+        let problems = one(SMALL, &["run.seed=9223372036854775808"]).unwrap_err();
+        let problem = problems.iter().next().unwrap();
+        assert_eq!(problem.key, "run.seed");
+        assert!(problem.rule.contains("at most 9223372036854775807"), "{problem:?}");
     }
 
     #[test]

@@ -103,7 +103,8 @@ impl<B: TrainingBackend> Training<B> {
         let begins = newest.is_none();
         if begins && !assignment.may_begin {
             let faults: Vec<String> = refused.iter().map(|(_, error)| error.to_string()).collect();
-            return Err(WorkerError::NoCheckpoint { store: store.to_string(), faults: faults.join("; ") });
+            let faults = if faults.is_empty() { "there is none".to_owned() } else { faults.join("; ") };
+            return Err(WorkerError::NoCheckpoint { store: store.to_string(), faults });
         }
         for (checkpoint, error) in refused {
             let notice = match &newest {
