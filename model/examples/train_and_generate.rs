@@ -6,9 +6,7 @@
 
 use std::sync::Arc;
 
-use ulmus_model::{
-    BatchShape, Cpu, Generator, MicroBatch, Model, ModelError, Quantum, Replica, StatePart, greedy,
-};
+use ulmus_model::{BatchShape, Cpu, Generator, MicroBatch, Model, ModelError, Quantum, Replica, greedy};
 use ulmus_plan::{ModelConfig, Multipliers, TrainConfig};
 
 const VOCABULARY: u32 = 64;
@@ -48,7 +46,7 @@ fn main() -> Result<(), ModelError> {
         }
     }
     let state = replica.state();
-    let model = Arc::new(Model::new(Cpu::new(1), &config, state.part(StatePart::Weights))?);
+    let model = Arc::new(Model::new(Cpu::new(1), &config, &state.weights)?);
     let mut generator = Generator::new(model, LENGTH)?;
     let mut written = vec![5, 6, 7, 8];
     let mut next = greedy(generator.feed(&written)?);

@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::sync::OnceLock;
+use std::time::Instant;
 
 use rustix::process::Signal;
 use ulmus_tests::{Bits, Process, Sandbox, SmallDisk, freeze_thread, programs, until};
@@ -84,7 +85,11 @@ fn a_worker_that_nobody_reaches_sits_out() {
         "nowhere.invalid",
     ];
     let hidden = sandbox.worker_bare(&join);
+    coordinator.says("worker hidden joined");
+    let began = Instant::now();
     let line = coordinator.says("worker hidden sits out");
+    coordinator.says(": 2 workers train from step");
+    eprintln!("the others train on {:.1?} after somebody joined whom nobody reaches", began.elapsed());
     assert!(line.contains("unreachable"), "{line}");
     let said = coordinator.succeeds();
     assert!(said.contains("2 workers train"), "{said}");
@@ -165,9 +170,11 @@ fn a_frozen_trainer_is_noticed_within_seconds() {
     coordinator.says(": 2 workers train from step");
     coordinator.says("checkpoint step-00000020");
     let Some(freezer) = freeze_thread(frozen.pid(), "trainer") else { return };
+    let began = Instant::now();
     let line = coordinator.says("worker frozen is lost");
     assert!(line.contains("stood still") || line.contains("did not leave its group"), "{line}");
     coordinator.says(": 1 worker trains from step");
+    eprintln!("the other one trains on {:.1?} after its trainer froze", began.elapsed());
     drop(freezer);
     coordinator.succeeds();
     well.succeeds();
@@ -188,7 +195,10 @@ fn a_waiting_worker_takes_over_from_a_frozen_one() {
     let waiting = sandbox.worker(&address, "b-waiting");
     coordinator.says("worker b-waiting joined");
     let Some(freezer) = freeze_thread(frozen.pid(), "trainer") else { return };
+    let began = Instant::now();
     coordinator.says("worker a-frozen is lost");
+    coordinator.says(": 1 worker trains from step");
+    eprintln!("the waiting one trains {:.1?} after the trainer of the other froze", began.elapsed());
     coordinator.succeeds();
     waiting.succeeds();
     drop(freezer);
