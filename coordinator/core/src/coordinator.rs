@@ -173,7 +173,7 @@ impl Coordinator {
         let milestones = crate::jobs::milestones(&saved.checkpoints);
         let averaged = milestones.iter().rev().take(settings.average as usize).copied();
         let doubted: BTreeSet<CheckpointId> = last.into_iter().chain(averaged).collect();
-        if !doubted.is_empty() && jobs.read_milestones() {
+        if !doubted.is_empty() && jobs.need_milestones() {
             effects.push(Effect::Verify(doubted.into_iter().collect()));
         }
         Self {

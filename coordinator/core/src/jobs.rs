@@ -51,7 +51,7 @@ impl Jobs {
     }
 
     /// Whether a job is left that reads milestones.
-    pub(crate) fn read_milestones(&self) -> bool {
+    pub(crate) fn need_milestones(&self) -> bool {
         ["average", "evaluate-last", "continuations"].into_iter().any(|name| !self.is_done(name))
     }
 

@@ -351,7 +351,7 @@ impl Coordinator {
 
     /// Whether every update is done and every milestone that is averaged is stored.
     pub(crate) fn is_trained_and_stored(&self) -> bool {
-        self.trained.is_some() && (!self.jobs.read_milestones() || self.missing_milestones().is_empty())
+        self.trained.is_some() && (!self.jobs.need_milestones() || self.missing_milestones().is_empty())
     }
 
     /// Asks a training group for what can wait until the end of a step.

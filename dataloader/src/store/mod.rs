@@ -34,7 +34,7 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 use ulmus_plan::{DataConfig, SourceConfig};
-use ulmus_storage::{Failures, Requests};
+use ulmus_storage::{Failures, Requests, of_disk};
 
 pub(crate) use self::steps::Steps;
 
@@ -792,23 +792,6 @@ async fn retried<T, F: Future<Output = object_store::Result<T>>>(
             && begun.elapsed() < RETRY_DEADLINE
     };
     operation.retry(backoff).when(worth_it).await
-}
-
-/// The error of a disk that will be the same in a minute, if it is one.
-fn of_disk(error: &object_store::Error) -> Option<&io::Error> {
-    let mut cause: Option<&(dyn Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        if let Some(io) = error.downcast_ref::<io::Error>() {
-            use io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
-            let lasts =
-                matches!(io.kind(), StorageFull | QuotaExceeded | ReadOnlyFilesystem | PermissionDenied);
-            if lasts {
-                return Some(io);
-            }
-        }
-        cause = error.source();
-    }
-    None
 }
 
 /// Whether a store would say the same in a minute: who asks has no right to, or what was asked for is wrong.

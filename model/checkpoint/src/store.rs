@@ -21,7 +21,7 @@ use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, WriteMultipart};
 use tokio::time::Instant;
-use ulmus_storage::Requests;
+use ulmus_storage::{Requests, of_disk};
 use ulmus_types::ErrorKind;
 
 /// What a request of a remote store may take.
@@ -110,21 +110,6 @@ impl StoreError {
 /// Stores put outages, throttling and time-outs under `Generic`; everything else says the same the next time.
 fn is_transient(error: &object_store::Error) -> bool {
     matches!(error, object_store::Error::Generic { .. }) && of_disk(error).is_none()
-}
-
-/// The error of a disk that takes nothing, if it is one. Who asked decides for how long that is waited for.
-fn of_disk(error: &object_store::Error) -> Option<io::ErrorKind> {
-    use io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        if let Some(io) = error.downcast_ref::<io::Error>() {
-            let kind = io.kind();
-            return matches!(kind, PermissionDenied | QuotaExceeded | ReadOnlyFilesystem | StorageFull)
-                .then_some(kind);
-        }
-        cause = error.source();
-    }
-    None
 }
 
 fn is_taken(error: &object_store::Error) -> bool {
@@ -427,7 +412,7 @@ impl Store {
             .notify(|error, pause| tracing::debug!(%error, ?pause, act, path, "store unavailable, retrying"))
             .await
             .map_err(|source| match source {
-                source if let Some(why) = of_disk(&source) => {
+                source if let Some(why) = of_disk(&source).map(io::Error::kind) => {
                     StoreError::Disk { act, path: path.to_owned(), store: self.location.to_string(), why }
                 }
                 object_store::Error::NotFound { .. } if act == "write" => StoreError::Location {

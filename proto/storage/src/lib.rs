@@ -7,6 +7,8 @@ mod profile;
 mod wire;
 
 use std::collections::BTreeSet;
+use std::error::Error;
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -16,6 +18,22 @@ use object_store::path::Path;
 
 #[cfg(feature = "http")]
 pub use wire::{retries, settings, watched};
+
+/// The error of a disk that takes nothing, if it is one: it will be the same in a minute. Who asked decides for how long that
+/// is waited for.
+pub fn of_disk(error: &object_store::Error) -> Option<&io::Error> {
+    use io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    let mut cause: Option<&(dyn Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<io::Error>()
+            && matches!(io.kind(), StorageFull | QuotaExceeded | ReadOnlyFilesystem | PermissionDenied)
+        {
+            return Some(io);
+        }
+        cause = error.source();
+    }
+    None
+}
 
 /// What went wrong at a store: requests that failed, most of which were then made again, and names that its listings had and
 /// that no request can be made for.
