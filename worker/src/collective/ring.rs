@@ -11,6 +11,7 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
+use socket2::SockRef;
 use ulmus_types::Rank;
 
 use super::abort::{AbortHandle, readable, wait};
@@ -39,7 +40,29 @@ pub(super) struct End {
     pub(super) stream: TcpStream,
 }
 
+impl End {
+    /// Fails when the next member has closed the connection. Where packets reach it no longer, nothing else may tell: what
+    /// is sent to it is lost, and never answered.
+    fn still_takes(&self) -> io::Result<()> {
+        match or_would_block(self.stream.peek(&mut [0]))? {
+            None => Ok(()),
+            Some(0) => Err(ErrorKind::UnexpectedEof.into()),
+            Some(_) => {
+                Err(io::Error::new(ErrorKind::InvalidData, "it sent data against the direction of the ring"))
+            }
+        }
+    }
+}
+
 impl Ring {
+    /// Closes both connections so that the neighbours are told at once, whatever they do or have sent.
+    pub(super) fn reset(self) {
+        for end in [&self.next, &self.previous] {
+            // Without it the connection is closed in order, which is noticed later.
+            drop(SockRef::from(&end.stream).set_linger(Some(Duration::ZERO)));
+        }
+    }
+
     /// Sends a frame to the next member while receiving one from the previous. `received` comes with the header
     /// that its frame must have, but for the length, which the buffer gives.
     pub(super) fn exchange(
@@ -88,8 +111,9 @@ impl Ring {
                     return Err(CollectiveError::Timeout { rank, operation, after: self.stall });
                 }
             }
+            // The next member sends nothing: what can be read of it is that it has closed the connection.
             let ends = [
-                (&self.next, outgoing.as_ref().map(|_| PollFlags::OUT)),
+                (&self.next, outgoing.as_ref().map(|_| PollFlags::OUT | PollFlags::IN)),
                 (&self.previous, incoming.as_ref().map(|_| PollFlags::IN)),
             ];
             let mut sources = vec![readable(abort)];
@@ -101,6 +125,9 @@ impl Ring {
                 }),
             );
             wait(&mut sources, deadline).map_err(|error| network("cannot wait for sockets", &error))?;
+            if outgoing.is_some() {
+                self.next.still_takes().map_err(|error| lost(&self.next, &error))?;
+            }
             let broken =
                 sources.iter().any(|source| source.revents().intersects(PollFlags::ERR | PollFlags::HUP));
             for ((end, awaited), open) in ends.into_iter().zip(&mut open) {

@@ -4,7 +4,7 @@
 //! any algorithm can send; broadcast passes segments on as they come.
 //!
 //! Only one thread uses a group. It blocks in [`wait`] alone, together with the group's [`AbortHandle`]. Sockets
-//! belong to one generation and are closed at the first error, so that the error goes round the ring and no member
+//! belong to one generation and are reset at the first error, so that the error goes round the ring and no member
 //! is left waiting for one that has given up.
 
 use std::io;
@@ -123,7 +123,9 @@ impl TcpGroup {
         result.map_err(|error| {
             // A connection that breaks while this member is being aborted breaks because of the abort.
             let error = if self.abort.is_aborted() { CollectiveError::Aborted } else { error };
-            self.ring = None;
+            if let Some(ring) = self.ring.take() {
+                ring.reset();
+            }
             self.failure.insert(error).clone()
         })
     }
