@@ -188,13 +188,14 @@ fn a_cut_link_ends_the_group_within_seconds() {
 /// Data are under way to a member that they do not reach, and its leaving is all that its neighbour gets to know.
 #[test]
 #[ignore = "wants root and network namespaces"]
+#[expect(clippy::disallowed_methods, reason = "nothing tells that nothing more will come")]
 fn a_member_that_leaves_behind_a_cut_link_is_noticed_at_once() {
     let network = Network::new();
     let mut members = Members::formed(&network, None);
     assert!(network.drop_towards(1));
     members.train(0);
     members.train(2);
-    // What reaches its neighbour reaches it meanwhile.
+    // So that its neighbour waits for nothing but to be rid of its own data.
     std::thread::sleep(AT_ONCE);
     members.leave(1);
     let left = Instant::now();
