@@ -10,7 +10,7 @@ for program in worker evaluator; do
     strip -o "$bin/$program" "$target/release/$program"
 done
 for test in cuda golden nccl; do
-    built=$(cargo test --release --locked -p ulmus-model --test "$test" --no-run --message-format=json |
+    built=$(cargo test --release --locked -p ulmus-cuda -p ulmus-conformance --test "$test" --no-run --message-format=json |
         sed -n "s/.*\"name\":\"$test\".*\"executable\":\"\([^\"]*\)\".*/\1/p")
     strip -o "$bin/$test" "$built"
 done

@@ -7,8 +7,9 @@
 use std::error::Error;
 use std::path::PathBuf;
 
+use ulmus_backend::WeightFormat;
+use ulmus_cpu::Cpu;
 use ulmus_evaluator::{load_model, load_tokenizer, perplexity, read_texts};
-use ulmus_model::{Cpu, WeightFormat};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let paths: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use ulmus_model::{Backend, Generator, Layout, Model, ModelError, greedy};
+use ulmus_backend::{Backend, greedy};
+use ulmus_model::{Generator, Layout, Model, ModelError};
 use ulmus_plan::{ModelConfig, NormKind};
 
 use crate::error::EvaluatorError;
@@ -210,7 +211,7 @@ pub fn synthetic_weights(config: &ModelConfig) -> Vec<f32> {
 
 #[cfg(test)]
 mod tests {
-    use ulmus_model::Cpu;
+    use ulmus_cpu::Cpu;
     use ulmus_plan::Multipliers;
 
     use super::*;

@@ -8,11 +8,13 @@ use std::sync::Arc;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
+use ulmus_backend::{Backend, WeightFormat};
+use ulmus_device::AnyBackend;
 use ulmus_evaluator::{
     BenchConfig, BenchResult, EvaluatorError, LoadedModel, PerplexityResult, Transcript, bench, load_model,
     load_tokenizer, perplexity, read_texts, synthetic_weights,
 };
-use ulmus_model::{AnyBackend, Backend, Generator, Model, Sampler, Sampling, WeightFormat};
+use ulmus_model::{Generator, Model, Sampler, Sampling};
 use ulmus_plan::{Device, ModelConfig, NormKind, Preset};
 use ulmus_process::{Failure, finish_output, print};
 use ulmus_types::{Digest, ExitStatus};
@@ -228,7 +230,7 @@ impl Compute {
                 AnyBackend::Cuda(backend) => command.run(backend),
             },
             #[cfg(feature = "metal")]
-            Place::Metal => command.run(ulmus_model::Candle::metal().map_err(failure)?),
+            Place::Metal => command.run(ulmus_candle::Candle::metal().map_err(failure)?),
         }
     }
 

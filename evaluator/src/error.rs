@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use ulmus_backend::BackendError;
 use ulmus_dataloader::DataError;
 use ulmus_model::ModelError;
 use ulmus_types::ErrorKind;
@@ -9,6 +10,9 @@ use ulmus_types::ErrorKind;
 /// An error of the evaluator crate.
 #[derive(Debug, thiserror::Error)]
 pub enum EvaluatorError {
+    /// The device cannot be used.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
     /// The model cannot be read or run.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -67,6 +71,7 @@ impl EvaluatorError {
     /// What can be done about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
+            Self::Backend(error) => error.kind(),
             Self::Model(error) => error.kind(),
             Self::Data(error) => error.kind(),
             _ => ErrorKind::InvalidInput,

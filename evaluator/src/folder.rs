@@ -7,9 +7,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use ulmus_backend::{Backend, WeightFormat};
 use ulmus_dataloader::{Tokenizer, is_pointer, without_mark};
+use ulmus_model::Model;
 use ulmus_model::hf::{self, SpecialTokens};
-use ulmus_model::{Backend, Model, WeightFormat};
 use ulmus_types::Digest;
 
 use crate::error::EvaluatorError;
@@ -120,7 +121,7 @@ fn require(directory: &Path, file: &'static str) -> Result<PathBuf, EvaluatorErr
 mod tests {
     use ulmus_types::ErrorKind;
 
-    use ulmus_model::Cpu;
+    use ulmus_cpu::Cpu;
 
     use super::*;
     use crate::synthetic_weights;

@@ -10,8 +10,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use ulmus_backend::Backend;
 use ulmus_dataloader::{IGNORE, Tokenizer};
-use ulmus_model::{Backend, Generator, Model};
+use ulmus_model::{Generator, Model};
 
 use crate::error::EvaluatorError;
 
@@ -149,7 +150,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use ulmus_model::Cpu;
+    use ulmus_cpu::Cpu;
 
     use super::*;
     use crate::{LoadedModel, load_model, load_tokenizer};

@@ -4,8 +4,9 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use ulmus_backend::Backend;
 use ulmus_dataloader::Tokenizer;
-use ulmus_model::{Backend, Generator, Model};
+use ulmus_model::{Generator, Model};
 
 use crate::error::EvaluatorError;
 
@@ -94,7 +95,7 @@ mod tests {
 
     use proptest::prelude::*;
     use serde_json::{Value, json};
-    use ulmus_model::Cpu;
+    use ulmus_cpu::Cpu;
 
     use super::*;
     use crate::{LoadedModel, load_model, load_tokenizer};

@@ -6,7 +6,8 @@
 
 use std::sync::Arc;
 
-use ulmus_model::{BatchShape, Cpu, Generator, MicroBatch, Model, ModelError, Quantum, Replica, greedy};
+use ulmus_cpu::Cpu;
+use ulmus_model::{BatchShape, Generator, MicroBatch, Model, ModelError, Quantum, Replica, greedy};
 use ulmus_plan::{ModelConfig, Multipliers, TrainConfig};
 
 const VOCABULARY: u32 = 64;

@@ -2,7 +2,8 @@
 
 use std::ops::AddAssign;
 
-use crate::backend::IGNORE;
+use ulmus_backend::IGNORE;
+
 use crate::error::ModelError;
 
 /// What a replica is planned for.

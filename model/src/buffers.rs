@@ -1,8 +1,8 @@
 //! Buffers that training and inference plan alike: once, before the first pass.
 
+use ulmus_backend::{Backend, Element, Heads, In, Norm, Rope, TrainingBackend, View, ViewMut};
 use ulmus_plan::{ModelConfig, NormKind};
 
-use crate::backend::{Backend, Element, Heads, In, Norm, Rope, TrainingBackend, View, ViewMut};
 use crate::error::ModelError;
 use crate::params::LayerLayout;
 
@@ -19,19 +19,19 @@ impl<'a, B: Backend> Planner<'a, B> {
 
     pub(crate) fn buffer<T: Element>(&mut self, len: usize) -> Result<B::Buffer<T>, ModelError> {
         self.bytes += (len * size_of::<T>()) as u64;
-        self.backend.allocate(len)
+        Ok(self.backend.allocate(len)?)
     }
 
     pub(crate) fn activations(&mut self, len: usize) -> Result<B::Activations, ModelError> {
         self.bytes += (len * self.backend.activation_bytes()) as u64;
-        self.backend.activations(len)
+        Ok(self.backend.activations(len)?)
     }
 }
 
 impl<B: TrainingBackend> Planner<'_, B> {
     pub(crate) fn parameters(&mut self, len: usize) -> Result<B::Parameters, ModelError> {
         self.bytes += (len * self.backend.parameter_bytes()) as u64;
-        self.backend.parameters(len)
+        Ok(self.backend.parameters(len)?)
     }
 }
 
@@ -118,8 +118,8 @@ pub(crate) fn heads(layer: &LayerLayout, head_dim: usize) -> Heads {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::Cpu;
     use safetensors::SafeTensors;
+    use ulmus_cpu::Cpu;
 
     /// Reads the reference's RMS norms and rotations.
     fn pieces() -> impl Fn(&str) -> Vec<f32> {

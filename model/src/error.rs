@@ -2,28 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
+use ulmus_backend::BackendError;
 use ulmus_types::ErrorKind;
 
 /// An error of the model crate.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
-    /// The device has no room for a buffer.
-    #[error("no memory for a buffer of {bytes} bytes; use a smaller train.micro_batch or model")]
-    OutOfMemory {
-        /// Size of the buffer that did not fit.
-        bytes: usize,
-    },
-    /// A device that cannot be used.
-    #[error("GPU {ordinal} cannot be used: {problem}")]
-    Device {
-        /// Its number.
-        ordinal: usize,
-        /// Why, and what is needed.
-        problem: String,
-    },
-    /// Names of algorithms that are none.
-    #[error("names of algorithms refused: {0}")]
-    Algorithms(String),
+    /// The device.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
     /// A batch that does not fit the model or its buffers.
     #[error("micro-batch refused: {0}")]
     Batch(String),
@@ -95,9 +82,8 @@ impl ModelError {
     /// What the caller can do.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::OutOfMemory { .. }
-            | Self::Device { .. }
-            | Self::Batch(_)
+            Self::Backend(error) => error.kind(),
+            Self::Batch(_)
             | Self::GradientRange { .. }
             | Self::GradientNorm { .. }
             | Self::Format { .. }
@@ -106,7 +92,7 @@ impl ModelError {
                 ErrorKind::InvalidInput
             }
             Self::File { .. } => ErrorKind::Internal,
-            Self::Damaged { .. } | Self::Tensors(_) | Self::Algorithms(_) => ErrorKind::Corrupt,
+            Self::Damaged { .. } | Self::Tensors(_) => ErrorKind::Corrupt,
         }
     }
 }

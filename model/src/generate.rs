@@ -8,12 +8,11 @@
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
+use ulmus_backend::{Backend, CacheFormat, Heads, IGNORE, Spans, View, ViewMut, WeightFormat};
 use ulmus_plan::ModelConfig;
 
-use crate::backend::{Backend, Heads, IGNORE, Spans, View, ViewMut};
 use crate::buffers::{Norms, Planner, RopeTables, heads, read, write};
 use crate::error::ModelError;
-use crate::format::{CacheFormat, WeightFormat};
 use crate::params::{LayerLayout, Layout};
 use crate::sample::{Sampler, Sampling};
 
@@ -61,7 +60,7 @@ impl<B: Backend> Model<B> {
     ///
     /// # Errors
     /// [`ModelError::Tensors`] if there is not one weight per parameter, or one that is not finite in the format;
-    /// [`ModelError::OutOfMemory`].
+    /// [`ModelError::Backend`].
     pub fn in_format(
         backend: B,
         config: &ModelConfig,
@@ -175,7 +174,7 @@ impl<B: Backend> Generator<B> {
     /// Plans a generator for one text of up to `capacity` tokens.
     ///
     /// # Errors
-    /// [`ModelError::OutOfMemory`].
+    /// [`ModelError::Backend`].
     pub fn new(model: Arc<Model<B>>, capacity: usize) -> Result<Self, ModelError> {
         Self::with_sequences(model, capacity, 1)
     }
@@ -183,7 +182,7 @@ impl<B: Backend> Generator<B> {
     /// Plans a generator for that many texts (at least one) of up to `capacity` tokens each.
     ///
     /// # Errors
-    /// [`ModelError::OutOfMemory`].
+    /// [`ModelError::Backend`].
     pub fn with_sequences(
         model: Arc<Model<B>>,
         capacity: usize,
@@ -525,30 +524,5 @@ impl<B: Backend> Generator<B> {
             read(branch, rows * d),
             norms.of(read(&model.final_norm, d)),
         );
-    }
-}
-
-/// The likeliest token; of equal ones the first.
-pub fn greedy(logits: &[f32]) -> u32 {
-    let best = |best: (usize, f32), (token, logit): (usize, &f32)| {
-        if *logit > best.1 { (token, *logit) } else { best }
-    };
-    logits.iter().enumerate().fold((0, f32::NEG_INFINITY), best).0 as u32
-}
-
-/// The likeliest token of each row of logits.
-pub(crate) fn greedy_rows(out: &mut [u32], logits: &[f32]) {
-    let rows = logits.chunks_exact(logits.len() / out.len());
-    out.iter_mut().zip(rows).for_each(|(out, logits)| *out = greedy(logits));
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn greedy_takes_the_first_of_equals() {
-        assert_eq!(greedy(&[0.5, 2.0, 2.0, -1.0]), 1);
-        assert_eq!(greedy(&[f32::NAN, -3.0]), 1);
     }
 }

@@ -11,9 +11,9 @@
 
 use std::ops::Range;
 
+use ulmus_backend::{AttentionShape, HeadGradients, LinearShape, TrainingBackend, View, ViewMut};
 use ulmus_plan::ModelConfig;
 
-use crate::backend::{AttentionShape, HeadGradients, LinearShape, TrainingBackend, View, ViewMut};
 use crate::batch::{BatchShape, MicroBatch};
 use crate::buffers::{Norms, Planner, RopeTables, heads, read, write};
 use crate::error::ModelError;
@@ -562,7 +562,7 @@ fn kept<B: TrainingBackend>(activations: &mut [Activations<B>], layer: usize) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::Cpu;
+    use ulmus_cpu::Cpu;
 
     #[test]
     fn segments_complete_every_gradient_once() {

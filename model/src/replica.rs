@@ -8,14 +8,13 @@
 
 use std::ops::Range;
 
+use ulmus_backend::{AdamW, BLOCK, HostCopy, IGNORE, In, Out, Quantum, TrainingBackend, View, ViewMut};
 use ulmus_plan::{ModelConfig, TrainConfig};
 use ulmus_types::Digest;
 
-use crate::backend::{AdamW, BLOCK, HostCopy, IGNORE, In, Out, TrainingBackend, View, ViewMut};
 use crate::batch::{BatchShape, LossSum, MicroBatch};
 use crate::buffers::{Planner, read, write};
 use crate::error::ModelError;
-use crate::exact::Quantum;
 use crate::init::initial_values;
 use crate::network::Network;
 use crate::params::Layout;
@@ -89,7 +88,7 @@ impl<B: TrainingBackend> Sums<B> {
     /// For a model of that layout.
     ///
     /// # Errors
-    /// [`ModelError::OutOfMemory`].
+    /// [`ModelError::Backend`].
     pub fn new(backend: &B, layout: &Layout) -> Result<Self, ModelError> {
         let len = layout.parameters();
         Ok(Self { values: backend.allocate(len)?, len, cleared: true })
@@ -142,7 +141,7 @@ impl<B: TrainingBackend> Replica<B> {
     /// [`ModelConfig::check`].
     ///
     /// # Errors
-    /// [`ModelError::OutOfMemory`]; [`ModelError::Batch`] for an empty shape.
+    /// [`ModelError::Backend`]; [`ModelError::Batch`] for an empty shape.
     pub fn new(backend: B, config: &ModelConfig, shape: BatchShape, z_loss: f64) -> Result<Self, ModelError> {
         let BatchShape { sequences, length, .. } = shape;
         if sequences == 0 || length == 0 {

@@ -6,7 +6,7 @@
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::generate::greedy;
+use ulmus_backend::greedy;
 
 /// How a token is chosen. The default is the likeliest one, every time.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -8,9 +8,9 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use ulmus_model::{
-    Backend, BatchShape, Cpu, Generator, MicroBatch, Model, Quantum, Replica, Sampler, Sampling, WeightFormat,
-};
+use ulmus_backend::{Backend, Quantum, WeightFormat};
+use ulmus_cpu::Cpu;
+use ulmus_model::{BatchShape, Generator, MicroBatch, Model, Replica, Sampler, Sampling};
 use ulmus_plan::{ModelConfig, Multipliers, NormKind, Precision, TrainConfig};
 
 struct Counting;

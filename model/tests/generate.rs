@@ -2,15 +2,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-mod common;
-
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use common::largest_difference;
-use ulmus_model::{
-    BatchShape, Cpu, Generator, IGNORE, MicroBatch, Model, ModelError, Replica, WeightFormat, greedy,
-};
+use ulmus_backend::{IGNORE, WeightFormat, greedy};
+use ulmus_conformance::reference::largest_difference;
+use ulmus_cpu::Cpu;
+use ulmus_model::{BatchShape, Generator, MicroBatch, Model, ModelError, Replica};
 use ulmus_plan::{ModelConfig, Multipliers, NormKind};
 
 fn config() -> ModelConfig {

@@ -3,16 +3,14 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-mod common;
-
 use std::collections::HashMap;
 use std::path::Path;
 
-use common::{golden, json};
 use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use tempfile::TempDir;
+use ulmus_conformance::reference::{golden, json};
 use ulmus_model::hf::{self, HfModel, SpecialTokens};
 use ulmus_model::{Layout, ModelError, weights_from_safetensors, weights_to_safetensors};
 use ulmus_plan::{ModelConfig, Multipliers, NormKind};

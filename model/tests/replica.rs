@@ -3,14 +3,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-mod common;
-
-use common::{mean_gradient, relative_l2};
 use proptest::prelude::*;
-use ulmus_model::{
-    Backend as _, BatchShape, Cpu, IGNORE, LossSum, MicroBatch, ModelError, Quantum, Replica, State,
-    StatePart, Sums, TrainingBackend as _,
-};
+use ulmus_backend::{Backend as _, BackendError, IGNORE, Quantum, TrainingBackend as _};
+use ulmus_conformance::reference::mean_gradient;
+use ulmus_conformance::relative_l2;
+use ulmus_cpu::Cpu;
+use ulmus_model::{BatchShape, LossSum, MicroBatch, ModelError, Replica, State, StatePart, Sums};
 use ulmus_plan::{ModelConfig, Multipliers, NormKind, Precision, TrainConfig, worker_memory};
 
 fn config() -> ModelConfig {
@@ -349,7 +347,7 @@ fn what_does_not_fit_is_refused() {
         Replica::new(Cpu::new(1), &config(), BatchShape::new(0, 80), 0.0),
         Err(ModelError::Batch(_))
     ));
-    assert!(matches!(Cpu::new(1).allocate::<f32>(usize::MAX / 8), Err(ModelError::OutOfMemory { .. })));
+    assert!(matches!(Cpu::new(1).allocate::<f32>(usize::MAX / 8), Err(BackendError::OutOfMemory { .. })));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Rules of the repository that no compiler checks.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::panic, clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -10,84 +10,63 @@ use cargo_metadata::{DependencyKind, MetadataCommand};
 use ulmus_plan::{Normalize, Pack};
 use ulmus_tests::repository;
 
-/// Which crate may use which of ours, outside tests. Nothing points up, so there are no circles.
-fn allowed() -> BTreeMap<&'static str, Vec<&'static str>> {
-    BTreeMap::from([
-        ("ulmus-types", vec![]),
-        ("ulmus-plan", vec!["ulmus-types"]),
-        ("ulmus-process", vec!["ulmus-plan", "ulmus-types"]),
-        ("ulmus-proto", vec!["ulmus-types"]),
-        ("ulmus-transport", vec!["ulmus-types"]),
-        ("ulmus-coord-core", vec!["ulmus-types"]),
-        ("ulmus-checkpoint", vec!["ulmus-storage", "ulmus-types"]),
-        ("ulmus-model", vec!["ulmus-plan", "ulmus-types"]),
-        ("ulmus-oracle", vec!["ulmus-model", "ulmus-plan"]),
-        ("ulmus-storage", vec![]),
-        ("ulmus-dataloader", vec!["ulmus-storage", "ulmus-plan", "ulmus-process", "ulmus-types"]),
-        (
-            "ulmus-evaluator",
-            vec!["ulmus-dataloader", "ulmus-model", "ulmus-plan", "ulmus-process", "ulmus-types"],
-        ),
-        (
-            "ulmus-worker",
-            vec![
-                "ulmus-checkpoint",
-                "ulmus-dataloader",
-                "ulmus-evaluator",
-                "ulmus-model",
-                "ulmus-plan",
-                "ulmus-proto",
-                "ulmus-process",
-                "ulmus-transport",
-                "ulmus-types",
-            ],
-        ),
-        (
-            "ulmus-coordinator",
-            vec![
-                "ulmus-checkpoint",
-                "ulmus-coord-core",
-                "ulmus-plan",
-                "ulmus-proto",
-                "ulmus-process",
-                "ulmus-transport",
-                "ulmus-types",
-                // Only by feature; see below.
-                "ulmus-worker",
-            ],
-        ),
-    ])
+/// A row of the code map in ARCHITECTURE.md.
+struct Row {
+    folder: String,
+    /// Names of our crates that it may use outside tests, and whether only by a feature.
+    may_use: BTreeMap<String, bool>,
+}
+
+/// The code map, by names of crates.
+fn code_map() -> BTreeMap<String, Row> {
+    let text = fs::read_to_string(repository().join("ARCHITECTURE.md")).unwrap();
+    let (_, section) = text.split_once("\n## Code map\n").unwrap();
+    let rows = section.lines().skip_while(|line| !line.starts_with("|---")).skip(1);
+    rows.take_while(|line| line.starts_with('|'))
+        .map(|line| {
+            let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+            let [folder, name, _, may_use] = cells[..] else { panic!("four cells are in a row: {line}") };
+            let may_use = may_use.split(", ").filter(|on| *on != "nothing").map(|on| {
+                let plain = on.strip_suffix(" (feature)");
+                (format!("ulmus-{}", plain.unwrap_or(on)), plain.is_some())
+            });
+            let row = Row { folder: folder.trim_matches('`').to_owned(), may_use: may_use.collect() };
+            (name.trim_matches('`').to_owned(), row)
+        })
+        .collect()
 }
 
 /// Crates whose purity rests on what they cannot do.
-const PURE: [&str; 4] = ["ulmus-types", "ulmus-plan", "ulmus-coord-core", "ulmus-model"];
+const PURE: [&str; 5] = ["ulmus-types", "ulmus-plan", "ulmus-coord-core", "ulmus-backend", "ulmus-model"];
 const IMPURE: [&str; 5] = ["tokio", "tonic", "rusqlite", "object_store", "tracing"];
-/// Kernels open spans, so that whoever has a clock can see where the time goes; they write nothing with them.
+/// Says which of two files it reads; it decides nothing by it.
 const EXCEPTION: (&str, &str) = ("ulmus-model", "tracing");
 
+/// Nothing points up in the code map, so there are no circles.
 #[test]
 fn crates_use_only_what_they_may() {
     let metadata = MetadataCommand::new().current_dir(repository()).no_deps().exec().unwrap();
-    let allowed = allowed();
+    let map = code_map();
     let mut seen = BTreeSet::new();
     for package in &metadata.packages {
         let name = package.name.as_str();
-        let Some(allowed) = allowed.get(name) else {
-            assert_eq!(name, "ulmus-tests", "a new crate needs a place in this table");
-            continue;
-        };
+        let row = map.get(name).unwrap_or_else(|| panic!("{name} has no place in the code map"));
+        assert_eq!(package.manifest_path.parent().unwrap(), repository().join(&row.folder), "{name}");
         seen.insert(name.to_owned());
+        let mut unused: BTreeSet<&String> = row.may_use.keys().collect();
         for dependency in package.dependencies.iter().filter(|d| d.kind == DependencyKind::Normal) {
             let on = dependency.name.as_str();
-            assert!(!on.starts_with("ulmus-") || allowed.contains(&on), "{name} may not use {on}");
             let pure = !PURE.contains(&name) || !IMPURE.contains(&on) || (name, on) == EXCEPTION;
             assert!(pure, "{name} is pure and may not use {on}");
-            if (name, on) == ("ulmus-coordinator", "ulmus-worker") {
-                assert!(dependency.optional, "a coordinator builds without what workers need");
+            if on.starts_with("ulmus-") {
+                let by_feature = row.may_use.get(on).unwrap_or_else(|| panic!("{name} may not use {on}"));
+                assert_eq!(dependency.optional, *by_feature, "{name}, {on}: by a feature or not");
+                unused.remove(&dependency.name);
             }
         }
+        assert!(unused.is_empty(), "the code map says that {name} uses {unused:?}");
     }
-    assert_eq!(seen.len(), allowed.len(), "the table names a crate that is not there");
+    assert_eq!(seen, map.into_keys().collect(), "the code map names a crate that is not there");
 }
 
 #[test]

@@ -15,10 +15,11 @@ use tracing::span::{Attributes, Id};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
+use ulmus_backend::{Quantum, TrainingBackend};
+use ulmus_cpu::{Cpu, Memory};
+use ulmus_device::AnyBackend;
 use ulmus_evaluator::{Machine, median};
-use ulmus_model::{
-    AnyBackend, BatchShape, Cpu, Memory, MicroBatch, ModelError, Quantum, Replica, TrainingBackend,
-};
+use ulmus_model::{BatchShape, MicroBatch, ModelError, Replica};
 use ulmus_plan::{Algorithms, Device, ModelConfig, NormKind, Precision, TrainConfig};
 
 /// What is timed.
@@ -258,7 +259,7 @@ const ROOFLINE_BYTES: usize = 256 << 20;
 /// Measures the machine.
 ///
 /// # Errors
-/// [`ModelError::OutOfMemory`].
+/// [`ModelError::Backend`].
 pub(crate) fn roofline(threads: usize) -> Result<Roofline, ModelError> {
     let backend = Cpu::new(threads);
     let arithmetic = |precision| {

@@ -1,5 +1,6 @@
 //! Why a worker cannot do what it was asked to.
 
+use ulmus_backend::BackendError;
 use ulmus_checkpoint::{CheckpointError, StoreError};
 use ulmus_dataloader::DataError;
 use ulmus_evaluator::EvaluatorError;
@@ -15,6 +16,9 @@ pub enum WorkerError {
     /// Of the data.
     #[error(transparent)]
     Data(#[from] DataError),
+    /// Of the device.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
     /// Of the model.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -115,6 +119,7 @@ impl WorkerError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Data(error) => error.kind(),
+            Self::Backend(error) => error.kind(),
             Self::Model(error) => error.kind(),
             Self::Evaluation(error) => error.kind(),
             Self::Checkpoint(error) => error.kind(),

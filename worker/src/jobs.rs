@@ -8,11 +8,12 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
+use ulmus_backend::Backend;
 use ulmus_checkpoint::StoreError;
 use ulmus_dataloader::{Corpus, Manifest, Tokenizer, cargo_home};
 use ulmus_evaluator::{BenchConfig, bench, continuations, perplexity};
 use ulmus_model::hf::{SpecialTokens, config_json, generation_config_json};
-use ulmus_model::{Backend, Layout, Model, weights_from_safetensors, weights_to_safetensors};
+use ulmus_model::{Layout, Model, weights_from_safetensors, weights_to_safetensors};
 use ulmus_plan::{OnBadUnit, Plan};
 use ulmus_process::with_causes;
 use ulmus_types::{CheckpointId, Digest, FileEntry, Job};
@@ -387,9 +388,10 @@ mod tests {
 
     use tempfile::TempDir;
     use tokio::runtime::Runtime;
+    use ulmus_backend::WeightFormat;
     use ulmus_checkpoint::Store;
+    use ulmus_cpu::Cpu;
     use ulmus_evaluator::{load_model, load_tokenizer, synthetic_weights};
-    use ulmus_model::{Cpu, WeightFormat};
     use ulmus_types::{BadUnit, ErrorKind, Generation, Step};
 
     use ulmus_types::RunId;

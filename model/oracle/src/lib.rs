@@ -2,7 +2,8 @@
 //! plain, and what the model crate is compared with.
 
 use candle_core::{D, Device, Error, Result, Tensor, Var};
-use ulmus_model::{IGNORE, MicroBatch};
+use ulmus_backend::IGNORE;
+use ulmus_model::MicroBatch;
 use ulmus_plan::{ModelConfig, NormKind};
 
 /// A model of one variable per tensor.

@@ -3,7 +3,9 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use proptest::prelude::*;
-use ulmus_model::{BatchShape, Cpu, IGNORE, Layout, MicroBatch, Replica, StatePart};
+use ulmus_backend::IGNORE;
+use ulmus_cpu::Cpu;
+use ulmus_model::{BatchShape, Layout, MicroBatch, Replica, StatePart};
 use ulmus_oracle::Oracle;
 use ulmus_plan::{ModelConfig, Multipliers, NormKind};
 

@@ -1,8 +1,8 @@
 //! One choice of algorithms for all workers of a run: which of several is the fastest, a device finds out by trying, and they
 //! differ in the order in which they sum. The first worker of a kind of device keeps its choice in the run's folder.
 
+use ulmus_backend::TrainingBackend;
 use ulmus_checkpoint::StoreError;
-use ulmus_model::TrainingBackend;
 use ulmus_types::Digest;
 
 use crate::WorkerError;

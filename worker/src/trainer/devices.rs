@@ -8,7 +8,8 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use ulmus_model::{CommunicatorId, NcclError, Out, Sums, TrainingBackend, owned};
+use ulmus_backend::{CommunicatorError, CommunicatorId, Out, TrainingBackend, owned};
+use ulmus_model::Sums;
 use ulmus_types::Rank;
 
 use super::STALL;
@@ -46,7 +47,7 @@ impl<B: TrainingBackend> Devices<B> {
             return Ok(None);
         }
         let id = match rank {
-            0 => or_tell(CommunicatorId::new(), &mut tell).map(|id| bytemuck::cast(id.to_bytes())),
+            0 => or_tell(backend.communicator_id(), &mut tell).map(|id| bytemuck::cast(id.to_bytes())),
             _ => Some([0; ID_WORDS]),
         };
         let Some(mut words) = all(group, id)? else { return Ok(None) };
@@ -120,7 +121,7 @@ fn give_up(watch: &Watch) -> impl Fn() -> Option<String> + Sync {
 }
 
 /// The library's own words for a lost peer are of some connection.
-fn why(watch: &Watch, error: &NcclError) -> CollectiveError {
+fn why(watch: &Watch, error: &CommunicatorError) -> CollectiveError {
     watch.broken().unwrap_or_else(|| CollectiveError::Device(error.to_string()))
 }
 
@@ -131,6 +132,6 @@ fn all<T>(group: &mut dyn Collective, mine: Option<T>) -> Result<Option<T>, Coll
     Ok(mine.filter(|_| count[0] == group.size() as i64))
 }
 
-fn or_tell<T>(result: Result<T, NcclError>, tell: &mut impl FnMut(String)) -> Option<T> {
+fn or_tell<T>(result: Result<T, CommunicatorError>, tell: &mut impl FnMut(String)) -> Option<T> {
     result.map_err(|error| tell(format!("gradients go through the host: {error}"))).ok()
 }

@@ -7,8 +7,9 @@
 
 use std::collections::BTreeSet;
 
+use ulmus_backend::TrainingBackend;
 use ulmus_checkpoint::{TrainState, newest_verified};
-use ulmus_model::{StatePart, TrainingBackend};
+use ulmus_model::StatePart;
 use ulmus_types::{Assignment, LeaveReason, Rank, Step, ToCoordinator};
 
 use super::devices::Devices;

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::RecvTimeoutError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use ulmus_backend::{IGNORE, Quantum, TrainingBackend};
 use ulmus_dataloader::{Cursors, DataError, Loader, Sequence};
-use ulmus_model::{IGNORE, LossSum, MicroBatch, Quantum, Sums, TrainingBackend};
+use ulmus_model::{LossSum, MicroBatch, Sums};
 use ulmus_types::{
     Assignment, CheckpointId, CheckpointKind, Generation, LaneId, LeaveReason, Section, Step, StepReport,
     ToCoordinator,

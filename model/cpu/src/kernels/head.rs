@@ -1,0 +1,91 @@
+//! The output head fused with its loss, some rows at a time.
+//!
+//! Logits of one chunk become, in place, probabilities and then the gradient of the logits; the next chunk reuses
+//! their memory. Chunks are cut by the size of the caller's scratch, which the network plans by shape.
+
+use rayon::prelude::*;
+use ulmus_backend::{IGNORE, LinearShape};
+use ulmus_plan::Precision;
+
+use super::linear::{linear, linear_backward_input, linear_backward_weight};
+use super::matrix::Output;
+use super::simd::{exp, max, sum, vectorised};
+
+/// Where gradients go, and the weight of the z-loss in them.
+pub(crate) struct Gradients<'a> {
+    pub hidden: &'a mut [f32],
+    pub table: &'a mut [f32],
+    pub z_loss: f32,
+}
+
+/// See [`ulmus_backend::TrainingBackend::head_loss`].
+pub(crate) fn head_loss(
+    cross_entropy: &mut [f32],
+    lse: &mut [f32],
+    mut gradients: Option<Gradients<'_>>,
+    hidden: &[f32],
+    table: &[f32],
+    targets: &[u32],
+    logits: &mut [f32],
+    shape: LinearShape,
+    precision: Precision,
+) {
+    let LinearShape { rows, inputs, outputs } = shape;
+    let chunk = logits.len() / outputs;
+    let z_loss = gradients.as_ref().map(|gradients| gradients.z_loss);
+    for start in (0..rows).step_by(chunk) {
+        let part = start..rows.min(start + chunk);
+        let shape = LinearShape { rows: part.len(), ..shape };
+        let hidden = &hidden[part.start * inputs..part.end * inputs];
+        let logits = &mut logits[..part.len() * outputs];
+        linear(logits, hidden, table, shape, precision);
+        logits
+            .par_chunks_exact_mut(outputs)
+            .zip(&targets[part.clone()])
+            .zip(cross_entropy[part.clone()].par_iter_mut().zip(&mut lse[part.clone()]))
+            .for_each(|((logits, target), (cross_entropy, lse))| {
+                (*cross_entropy, *lse) = loss_row(logits, *target, z_loss);
+            });
+        if let Some(gradients) = &mut gradients {
+            let hidden_gradient = &mut gradients.hidden[part.start * inputs..part.end * inputs];
+            linear_backward_input(hidden_gradient, logits, table, shape, precision);
+            let output = if start == 0 { Output::Overwrite } else { Output::Accumulate };
+            linear_backward_weight(gradients.table, logits, hidden, shape, output, precision);
+        }
+    }
+}
+
+/// See [`ulmus_backend::Backend::cross_entropy`].
+pub fn cross_entropy(out: &mut [f32], logits: &mut [f32], targets: &[u32]) {
+    let width = logits.len() / targets.len().max(1);
+    let rows = logits.par_chunks_exact_mut(width.max(1)).zip(targets);
+    rows.zip(out).for_each(|((logits, target), out)| *out = loss_row(logits, *target, None).0);
+}
+
+vectorised! {
+    /// Cross-entropy and logsumexp of one row, both 0 if it is ignored. With a z-loss weight, the logits become
+    /// the gradient of `cross_entropy + z_loss · lse²`: `softmax · (1 + 2 · z_loss · lse) − onehot(target)`.
+    fn loss_row(logits: &mut [f32], target: u32, z_loss: Option<f32>) -> (f32, f32) {
+        if target == IGNORE {
+            if z_loss.is_some() {
+                logits.fill(0.0);
+            }
+            return (0.0, 0.0);
+        }
+        let target = target as usize;
+        let (most, at_target) = (max(logits), logits[target]);
+        for logit in logits.iter_mut() {
+            *logit = exp(*logit - most);
+        }
+        let total = sum(logits);
+        let lse = most + total.ln();
+        if let Some(z_loss) = z_loss {
+            let scale = (1.0 + 2.0 * z_loss * lse) / total;
+            for probability in logits.iter_mut() {
+                *probability *= scale;
+            }
+            logits[target] -= 1.0;
+        }
+        (lse - at_target, lse)
+    }
+}

@@ -1,0 +1,130 @@
+//! Norms of rows: alone, after a residual add, and of heads before the rotary embedding.
+//!
+//! [`fused`] and [`heads`] read a row once, whatever its norm; [`naive`] and [`naive_heads`] are what they are compared
+//! with, and are made of [`passes`].
+
+mod fused;
+mod heads;
+mod naive;
+mod naive_heads;
+mod passes;
+mod rope;
+mod row;
+
+use rayon::prelude::*;
+pub(crate) use rope::RopeTables;
+use ulmus_backend::{Heads, ROW_BLOCK};
+use ulmus_plan::NormKind;
+
+use super::simd::vectorised;
+
+/// A norm: its kind, its weights, and scratch, where the backward finds what the forward has left.
+pub(crate) struct Norm<'a> {
+    pub kind: NormKind,
+    pub weight: &'a [f32],
+    pub scratch: &'a mut [f32],
+}
+
+impl Norm<'_> {
+    /// `out = norm(x)`.
+    pub(crate) fn forward(self, out: &mut [f32], x: &[f32]) {
+        let Self { kind, weight, scratch } = self;
+        match kind {
+            NormKind::Rms => fused::norm::<false>(out, x, weight),
+            NormKind::Layer => fused::norm::<true>(out, x, weight),
+            NormKind::NaiveRms => naive::norm(out, x, weight, scratch),
+        }
+    }
+
+    /// `sum = x + delta`, `out = norm(sum)`.
+    pub(crate) fn add_forward(self, sum: &mut [f32], out: &mut [f32], x: &[f32], delta: &[f32]) {
+        let Self { kind, weight, scratch } = self;
+        match kind {
+            NormKind::Rms => fused::add_norm::<false>(sum, out, x, delta, weight),
+            NormKind::Layer => fused::add_norm::<true>(sum, out, x, delta, weight),
+            NormKind::NaiveRms => naive::add_norm(sum, out, x, delta, weight, scratch),
+        }
+    }
+
+    /// Gradients of the norm.
+    pub(crate) fn backward(
+        self,
+        x_gradient: &mut [f32],
+        weight_gradient: &mut [f32],
+        gradient: &[f32],
+        x: &[f32],
+        accumulate: bool,
+    ) {
+        let Self { kind, weight, scratch } = self;
+        let backward = match kind {
+            NormKind::Rms => fused::norm_backward::<false>,
+            NormKind::Layer => fused::norm_backward::<true>,
+            NormKind::NaiveRms => naive::norm_backward,
+        };
+        backward(x_gradient, weight_gradient, gradient, x, weight, accumulate, scratch);
+    }
+
+    /// Query and key heads normed and rotated, value heads copied. Weights are `[2, H]`.
+    pub(crate) fn heads(self, out: &mut [f32], packed: &[f32], rope: RopeTables<'_>, heads: Heads) {
+        let Self { kind, weight, scratch } = self;
+        match kind {
+            NormKind::Rms => heads::qk_norm_rope::<false>(out, packed, weight, rope, heads),
+            NormKind::Layer => heads::qk_norm_rope::<true>(out, packed, weight, rope, heads),
+            NormKind::NaiveRms => naive_heads::qk_norm_rope(out, packed, weight, rope, heads, scratch),
+        }
+    }
+
+    /// Gradients of [`Norm::heads`], that of `packed` in its place.
+    pub(crate) fn heads_backward(
+        self,
+        packed: &mut [f32],
+        weights_gradient: &mut [f32],
+        gradient: &[f32],
+        rope: RopeTables<'_>,
+        heads: Heads,
+    ) {
+        let Self { kind, weight, scratch } = self;
+        let backward = match kind {
+            NormKind::Rms => heads::qk_norm_rope_backward::<false>,
+            NormKind::Layer => heads::qk_norm_rope_backward::<true>,
+            NormKind::NaiveRms => naive_heads::qk_norm_rope_backward,
+        };
+        backward(packed, weights_gradient, gradient, weight, rope, heads, scratch);
+    }
+}
+
+/// Blocks of [`ROW_BLOCK`] rows of that width, in parallel.
+fn row_blocks(rows: &[f32], width: usize) -> rayon::slice::Chunks<'_, f32> {
+    rows.par_chunks(ROW_BLOCK * width)
+}
+
+/// The same, to write.
+fn row_blocks_mut(rows: &mut [f32], width: usize) -> rayon::slice::ChunksMut<'_, f32> {
+    rows.par_chunks_mut(ROW_BLOCK * width)
+}
+
+/// Row `row` of rows of that width.
+// In vectorised code indices and ranges: iterator adapters are often not inlined there.
+#[inline(always)]
+fn row(rows: &[f32], row: usize, width: usize) -> &[f32] {
+    &rows[row * width..][..width]
+}
+
+#[inline(always)]
+fn row_mut(rows: &mut [f32], row: usize, width: usize) -> &mut [f32] {
+    &mut rows[row * width..][..width]
+}
+
+vectorised! {
+    /// Adds rows of `total.len()`, first to last.
+    fn sum_rows(total: &mut [f32], rows: &[f32]) {
+        total.fill(0.0);
+        let width = total.len();
+        for r in 0..rows.len() / width {
+            let x = row(rows, r, width);
+            for i in 0..width {
+                total[i] += x[i];
+            }
+        }
+    }
+}

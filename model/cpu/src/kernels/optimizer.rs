@@ -1,0 +1,185 @@
+//! What happens to a finished gradient: exact sums, its norm, and AdamW.
+
+use rayon::prelude::*;
+use ulmus_backend::{AdamW, BLOCK, Quantum};
+
+use super::simd::vectorised;
+
+/// One AdamW step.
+pub(crate) fn adamw(
+    weights: &mut [f32],
+    first: &mut [f32],
+    second: &mut [f32],
+    gradient: &[f32],
+    step: AdamW,
+) {
+    weights
+        .par_chunks_mut(BLOCK)
+        .zip(first.par_chunks_mut(BLOCK).zip(second.par_chunks_mut(BLOCK)))
+        .zip(gradient.par_chunks(BLOCK))
+        .for_each(|((weights, (first, second)), gradient)| {
+            adamw_block(weights, first, second, gradient, step);
+        });
+}
+
+vectorised! {
+    fn adamw_block(weights: &mut [f32], first: &mut [f32], second: &mut [f32], gradient: &[f32], step: AdamW) {
+        let moments = first.iter_mut().zip(second);
+        for ((weight, (first, second)), gradient) in weights.iter_mut().zip(moments).zip(gradient) {
+            let gradient = gradient * step.gradient_scale;
+            *first += (1.0 - step.beta1) * (gradient - *first);
+            *second = step.beta2 * *second + (1.0 - step.beta2) * (gradient * gradient);
+            let root = second.sqrt() / step.second_correction + step.epsilon;
+            *weight = *weight * step.decay - step.step_size * (*first / root);
+        }
+    }
+}
+
+/// Sum of squares per block.
+pub(crate) fn block_squares(sums: &mut [f64], x: &[f32]) {
+    sums.par_iter_mut().zip(x.par_chunks(BLOCK)).for_each(|(sum, block)| *sum = squares(block));
+}
+
+vectorised! {
+    fn squares(x: &[f32]) -> f64 {
+        let mut sums = [0f64; 8];
+        let (chunks, rest) = x.as_chunks::<8>();
+        for chunk in chunks {
+            for i in 0..8 {
+                sums[i] += f64::from(chunk[i]) * f64::from(chunk[i]);
+            }
+        }
+        let mut sum = 0.0;
+        for lane in sums {
+            sum += lane;
+        }
+        for x in rest {
+            sum += f64::from(*x) * f64::from(*x);
+        }
+        sum
+    }
+}
+
+/// Adds the gradient in quanta, or puts it in place of the sums; `outside` becomes 1 if any element is out of range.
+pub(crate) fn quantise(
+    sums: &mut [i64],
+    outside: &mut u32,
+    gradient: &[f32],
+    quantum: &Quantum,
+    accumulate: bool,
+) {
+    // A power of two, so that multiplying by its inverse is exact.
+    let (inverse, limit) = (1.0 / quantum.value(), quantum.limit());
+    let in_range = sums
+        .par_chunks_mut(BLOCK)
+        .zip(gradient.par_chunks(BLOCK))
+        .map(|(sums, gradient)| quantise_block(sums, gradient, inverse, limit, accumulate))
+        .reduce(|| true, |a, b| a & b);
+    *outside |= u32::from(!in_range);
+}
+
+/// Between 2^52 and 2^53 floats are integers: adding this rounds, to the even one of two, and leaves the integer in the low
+/// bits.
+const ROUNDER: f64 = 6_755_399_441_055_744.0;
+const HIGH: f64 = 4_294_967_296.0;
+
+/// A float32 in quanta, up to 2^62 of them, rounded half to even: as an upper and a lower part of 32 bits, to both of which
+/// [`ROUNDER`] is added. Few processors turn vectors of f64 into integers. It has 24 significant bits, so nothing but the
+/// lower part's fraction is lost.
+#[inline(always)]
+fn split(quanta: f64) -> (f64, f64) {
+    let high = quanta * (1.0 / HIGH) + ROUNDER;
+    (high, quanta - (high - ROUNDER) * HIGH + ROUNDER)
+}
+
+#[inline(always)]
+fn integer(rounded: f64) -> i64 {
+    rounded.to_bits().wrapping_sub(ROUNDER.to_bits()) as i64
+}
+
+vectorised! {
+    fn quantise_block(sums: &mut [i64], gradient: &[f32], inverse: f64, limit: f64, accumulate: bool) -> bool {
+        let mut in_range = true;
+        for (sum, gradient) in sums.iter_mut().zip(gradient) {
+            let gradient = f64::from(*gradient);
+            in_range &= gradient.abs() <= limit;
+            let before = if accumulate { *sum } else { 0 };
+            let (high, low) = split(gradient * inverse);
+            // In range nothing wraps; out of range the sums are void anyway.
+            *sum = before.wrapping_add(integer(high) << 32).wrapping_add(integer(low));
+        }
+        in_range
+    }
+}
+
+/// The gradient in quanta, as integers, times `scale`; `outside` becomes 1 if any element is out of range.
+pub(crate) fn quantise_mean(gradient: &mut [f32], outside: &mut u32, quantum: &Quantum, scale: f64) {
+    let (inverse, limit) = (1.0 / quantum.value(), quantum.limit());
+    let in_range = gradient
+        .par_chunks_mut(BLOCK)
+        .map(|block| quantise_mean_block(block, inverse, limit, scale))
+        .reduce(|| true, |a, b| a & b);
+    *outside |= u32::from(!in_range);
+}
+
+vectorised! {
+    fn quantise_mean_block(gradient: &mut [f32], inverse: f64, limit: f64, scale: f64) -> bool {
+        let mut in_range = true;
+        for gradient in gradient {
+            let wide = f64::from(*gradient);
+            in_range &= wide.abs() <= limit;
+            let (high, low) = split(wide * inverse);
+            *gradient = (((high - ROUNDER) * HIGH + (low - ROUNDER)) * scale) as f32;
+        }
+        in_range
+    }
+}
+
+/// `mean = sums · scale`.
+pub(crate) fn dequantise(mean: &mut [f32], sums: &[i64], scale: f64) {
+    mean.par_chunks_mut(BLOCK)
+        .zip(sums.par_chunks(BLOCK))
+        .for_each(|(mean, sums)| dequantise_block(mean, sums, scale));
+}
+
+vectorised! {
+    fn dequantise_block(mean: &mut [f32], sums: &[i64], scale: f64) {
+        for (mean, sum) in mean.iter_mut().zip(sums) {
+            *mean = (*sum as f64 * scale) as f32;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Of all sizes, beyond the limit too, with halves between two integers among them.
+        #[test]
+        fn sums_and_means_are_those_of_the_quantum(
+            numbers in prop::collection::vec((-(1_i32 << 24)..1 << 24, -30..42), 1..70),
+            positions in 1_u64..1 << 24,
+            valid in 1_u64..1 << 24,
+        ) {
+            let quantum = Quantum::new(positions, 1);
+            let value = |(mantissa, exponent)| f64::from(mantissa) * 2_f64.powi(exponent) * quantum.value();
+            let gradient: Vec<f32> = numbers.into_iter().map(|number| value(number) as f32).collect();
+            let expected: Vec<Option<i64>> = gradient.iter().map(|x| quantum.quantise(*x)).collect();
+            let (mut sums, mut outside) = (vec![7; gradient.len()], 0);
+            quantise(&mut sums, &mut outside, &gradient, &quantum, true);
+            prop_assert_eq!(outside == 1, expected.contains(&None));
+            let scale = quantum.mean_scale(valid);
+            let (mut means, mut outside) = (gradient.clone(), 0);
+            quantise_mean(&mut means, &mut outside, &quantum, scale);
+            prop_assert_eq!(outside == 1, expected.contains(&None));
+            for ((sum, mean), expected) in sums.into_iter().zip(means).zip(expected) {
+                if let Some(expected) = expected {
+                    prop_assert_eq!(sum, expected + 7);
+                    prop_assert_eq!(mean.to_bits(), ((expected as f64 * scale) as f32).to_bits());
+                }
+            }
+        }
+    }
+}

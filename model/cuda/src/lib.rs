@@ -1,0 +1,460 @@
+//! The CUDA backend: an NVIDIA GPU, through its driver alone.
+//!
+//! Kernels are CUDA C ([`program`] says which file is compiled how), compiled by NVRTC for the device at hand; large
+//! matrix products are cublasLt's. With [`Precision::Bf16`], activations, their gradients and a copy of the weights are
+//! in bfloat16, and sums, gradients of weights, weights and moments in f32; with [`Precision::F32`] all is f32.
+//!
+//! This module chooses kernels, their variants and their grids; it touches no memory.
+
+#[expect(unsafe_code, reason = "calls of a foreign library; see the module")]
+mod compiler;
+#[expect(unsafe_code, reason = "calls of a foreign library; see the module")]
+mod driver;
+#[expect(unsafe_code, reason = "calls of a foreign library; see the module")]
+mod matmul;
+#[expect(unsafe_code, reason = "calls of a foreign library; see the module")]
+mod nccl;
+mod norm;
+#[expect(unsafe_code, reason = "calls of a foreign library; see the module")]
+mod pinned;
+mod program;
+mod training;
+mod weights;
+
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+pub(crate) use driver::Graph;
+use driver::{Address, Device, HeadRows, Memory};
+use matmul::Operand;
+pub use nccl::Communicator;
+use pinned::Copies;
+use program::{Format, Program, Tiling, Variant};
+use tracing::trace_span;
+use ulmus_plan::Precision;
+pub(crate) use weights::{Cache, Weights};
+
+use ulmus_backend::{
+    Acts, ActsMut, Backend, BackendError, CacheFormat, Element, Heads, In, Norm, Out, Rope, Spans, View,
+    ViewMut, WeightFormat,
+};
+
+/// A GPU. Results have the same bits on devices of one kind with the same libraries.
+#[derive(Debug, Clone)]
+pub struct Cuda {
+    device: Arc<Device>,
+    copies: Arc<Copies>,
+    /// Of activations.
+    format: Format,
+}
+
+impl Cuda {
+    /// Number of GPUs that the driver shows to this process; 0 without a driver.
+    pub fn devices() -> usize {
+        driver::count()
+    }
+
+    /// The GPU of that number.
+    ///
+    /// # Errors
+    /// [`BackendError::Device`] if there is none, it is too old, or a library is missing.
+    pub fn new(ordinal: usize) -> Result<Self, BackendError> {
+        let device = Device::open(ordinal)?;
+        Ok(Self { copies: Arc::new(Copies::new(&device)), device, format: Format::F32 })
+    }
+}
+
+/// Numbers on the device.
+#[derive(Debug)]
+pub struct Buffer<T> {
+    memory: Memory,
+    element: PhantomData<T>,
+}
+
+/// Activations, in the format of the backend that made them.
+#[derive(Debug)]
+pub struct Activations {
+    memory: Memory,
+    format: Format,
+}
+
+/// A view of memory of the device.
+trait DeviceView {
+    /// Where it begins.
+    fn address(&self) -> Address;
+}
+
+impl<T> DeviceView for View<'_, Buffer<T>> {
+    fn address(&self) -> Address {
+        self.buffer.memory.address().add(self.range.start * size_of::<T>())
+    }
+}
+
+impl<T> DeviceView for ViewMut<'_, Buffer<T>> {
+    fn address(&self) -> Address {
+        self.buffer.memory.address().add(self.range.start * size_of::<T>())
+    }
+}
+
+impl DeviceView for View<'_, Activations> {
+    fn address(&self) -> Address {
+        self.buffer.memory.address().add(self.range.start * self.buffer.format.bytes())
+    }
+}
+
+impl DeviceView for ViewMut<'_, Activations> {
+    fn address(&self) -> Address {
+        self.buffer.memory.address().add(self.range.start * self.buffer.format.bytes())
+    }
+}
+
+/// Calls a kernel: `launch!(cuda, program, vector, "name", blocks, threads, shared; arguments)`.
+macro_rules! launch {
+    ($cuda:expr, $program:expr, $vector:expr, $kernel:literal, $blocks:expr, $threads:expr, $shared:expr;
+     $($argument:expr),+ $(,)?) => {{
+        let variant = Variant { program: $program, activation: $cuda.format, vector: $vector };
+        $cuda.device.launch(
+            variant,
+            $kernel,
+            [$blocks, $threads],
+            $shared,
+            &mut [$(crate::driver::argument(&$argument)),+],
+        );
+    }};
+}
+use launch;
+
+/// A kernel being called.
+struct Kernel<'a> {
+    device: &'a Device,
+    _span: tracing::span::EnteredSpan,
+}
+
+impl Drop for Kernel<'_> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.device.wait_if_serialized();
+        }
+    }
+}
+
+/// Blocks of one dimension.
+fn line(blocks: usize) -> [usize; 3] {
+    [blocks, 1, 1]
+}
+
+/// Threads of the kernels that have one per vector.
+const THREADS: usize = 256;
+
+impl Cuda {
+    /// The span of a kernel, until it is called or, if kernels are timed apart, done.
+    fn kernel(&self, span: tracing::Span) -> Kernel<'_> {
+        Kernel { device: &self.device, _span: span.entered() }
+    }
+
+    /// Activations that are loaded at once: 16 bytes of them, if all widths and addresses allow it.
+    fn vector(&self, widths: &[usize], addresses: &[Address]) -> usize {
+        let most = 16 / self.format.bytes();
+        let wide = widths.iter().all(|width| width.is_multiple_of(most))
+            && addresses.iter().all(|address| address.0.is_multiple_of(16));
+        if wide { most } else { 1 }
+    }
+
+    fn operand(&self, address: Address, stride: usize) -> Operand {
+        Operand { address, format: self.format, stride }
+    }
+
+    /// `out = Σ rows of partial`.
+    fn sum_rows(&self, out: Address, partial: Address, rows: usize, width: usize) {
+        launch!(self, Program::Sums, 1, "sum_rows", line(width.div_ceil(32)), [32, 32, 1], 0;
+            out, partial, rows as i32, width as i32);
+    }
+}
+
+/// How attention.cu is cut.
+#[derive(Debug, Clone, Copy)]
+struct Tilings {
+    forward: Tiling,
+    /// For the gradient of queries.
+    queries: Tiling,
+    /// For the gradients of keys and values.
+    keys: Tiling,
+}
+
+/// For the heads that it is made for. With two tiles of rows per warp what is read from shared memory serves twice, and
+/// the products are what takes the time, on an H100; gradients of wide keys have no registers for it. Two blocks of 4
+/// warps are on a multiprocessor at a time.
+fn tilings(head: usize) -> Option<Tilings> {
+    let of = |tiles, warps, columns| Tiling { tiles, warps, columns };
+    match head {
+        64 => Some(Tilings { forward: of(2, 4, 64), queries: of(2, 4, 64), keys: of(2, 4, 32) }),
+        128 => Some(Tilings { forward: of(2, 4, 32), queries: of(2, 4, 32), keys: of(1, 8, 32) }),
+        _ => None,
+    }
+}
+
+/// Where queries, keys and values are in packed rows.
+fn packed_heads(packed: Address, heads: Heads, length: usize, format: Format) -> [HeadRows; 3] {
+    let width = heads.packed_width();
+    let at = |column: usize| HeadRows {
+        base: packed.add(column * format.bytes()),
+        sequence: (length * width) as i64,
+        head: heads.width as i64,
+        row: width as i64,
+    };
+    [at(0), at(heads.query_width()), at(heads.query_width() + heads.key_value_width())]
+}
+
+/// Where heads are in rows of queries alone.
+fn query_heads(rows: Address, heads: Heads, length: usize) -> HeadRows {
+    let width = heads.query_width();
+    HeadRows { base: rows, sequence: (length * width) as i64, head: heads.width as i64, row: width as i64 }
+}
+
+/// What scores are multiplied by.
+fn score_scale(heads: Heads) -> f32 {
+    1.0 / (heads.width as f32).sqrt()
+}
+
+/// Rows of a block of `attention_any.cu`.
+const ANY_ROWS: usize = 4;
+
+impl Backend for Cuda {
+    type Buffer<T: Element> = Buffer<T>;
+    type Activations = Activations;
+    type Graph = Graph;
+    type Weights = Weights;
+    type Cache = Cache;
+
+    fn describe(&self) -> String {
+        self.device.describe()
+    }
+
+    fn with_precision(self, precision: Precision) -> Self {
+        let format = match precision {
+            Precision::F32 => Format::F32,
+            Precision::Bf16 => Format::Bf16,
+        };
+        Self { format, ..self }
+    }
+
+    fn allocate<T: Element>(&self, len: usize) -> Result<Buffer<T>, BackendError> {
+        let memory = Memory::zeroed(&self.device, len * size_of::<T>())?;
+        Ok(Buffer { memory, element: PhantomData })
+    }
+
+    fn activation_bytes(&self) -> usize {
+        self.format.bytes()
+    }
+
+    fn activations(&self, len: usize) -> Result<Activations, BackendError> {
+        let memory = Memory::zeroed(&self.device, len * self.format.bytes())?;
+        Ok(Activations { memory, format: self.format })
+    }
+
+    fn set_activations(&self, to: ActsMut<'_, Self>, from: &[f32]) {
+        assert_eq!(to.len(), from.len(), "as many numbers as places");
+        match self.format {
+            Format::F32 => self.device.upload(to.address(), from),
+            Format::Bf16 => {
+                let rounded: Vec<half::bf16> = from.iter().map(|x| half::bf16::from_f32(*x)).collect();
+                self.device.upload(to.address(), &rounded);
+            }
+            Format::F16 => unreachable!("no precision has activations of f16"),
+        }
+    }
+
+    fn read_activations(&self, from: Acts<'_, Self>, to: &mut [f32]) {
+        assert_eq!(to.len(), from.len(), "as many numbers as places");
+        match self.format {
+            Format::F32 => self.device.download(from.address(), to),
+            Format::Bf16 => {
+                let mut rounded = vec![half::bf16::ZERO; to.len()];
+                self.device.download(from.address(), &mut rounded);
+                to.iter_mut().zip(rounded).for_each(|(to, from)| *to = from.to_f32());
+            }
+            Format::F16 => unreachable!("no precision has activations of f16"),
+        }
+    }
+
+    fn upload<T: Element>(&self, to: Out<'_, Self, T>, from: &[T]) {
+        assert_eq!(to.len(), from.len(), "as many elements as places");
+        self.device.upload(to.address(), from);
+    }
+
+    fn download<T: Element>(&self, from: In<'_, Self, T>, to: &mut [T]) {
+        assert_eq!(to.len(), from.len(), "as many elements as places");
+        self.device.download(from.address(), to);
+    }
+
+    fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        work()
+    }
+
+    fn replay(&self, graph: &mut Graph, work: impl FnOnce() + Send) {
+        graph.replay(&self.device, work);
+    }
+
+    fn norm(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, norm: Norm<'_, Buffer<f32>>) {
+        let _kernel = self.kernel(trace_span!("norm"));
+        self.norm_rows(out.address(), x.address(), x.len(), &norm);
+    }
+
+    fn add_norm(
+        &self,
+        sum: ActsMut<'_, Self>,
+        out: ActsMut<'_, Self>,
+        x: Acts<'_, Self>,
+        delta: Acts<'_, Self>,
+        norm: Norm<'_, Buffer<f32>>,
+    ) {
+        let _kernel = self.kernel(trace_span!("norm"));
+        let len = x.len();
+        self.add_norm_rows([sum.address(), out.address()], [x.address(), delta.address()], len, &norm);
+    }
+
+    fn qk_norm_rope(
+        &self,
+        out: ActsMut<'_, Self>,
+        packed: Acts<'_, Self>,
+        norm: Norm<'_, Buffer<f32>>,
+        rope: Rope<'_, Self>,
+        heads: Heads,
+    ) {
+        let _kernel = self.kernel(trace_span!("qk_norm_rope"));
+        self.norm_heads(
+            out.address(),
+            packed.address(),
+            packed.len() / heads.packed_width(),
+            &norm,
+            &rope,
+            heads,
+        );
+    }
+
+    fn swiglu(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, width: usize) {
+        let _kernel = self.kernel(trace_span!("swiglu"));
+        let rows = out.len() / width;
+        let (out, x) = (out.address(), x.address());
+        let vector = self.vector(&[width], &[out, x]);
+        let blocks = [rows, width.div_ceil(THREADS * vector), 1];
+        launch!(self, Program::Swiglu, vector, "swiglu", blocks, line(THREADS), 0; out, x, width as i32);
+    }
+
+    fn weights(&self, values: &[f32], outputs: usize, format: WeightFormat) -> Result<Weights, BackendError> {
+        Weights::new(&self.device, values, outputs, format)
+    }
+
+    fn embed_weights(&self, out: ActsMut<'_, Self>, table: &Weights, ids: In<'_, Self, u32>) {
+        let _kernel = self.kernel(trace_span!("embed"));
+        self.embed_rows(out.address(), table, ids.address(), ids.len());
+    }
+
+    fn linear_weights(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, weights: &Weights, rows: usize) {
+        let _kernel = self.kernel(trace_span!("linear"));
+        self.times_weights(out.address(), self.format, x.address(), weights, rows);
+    }
+
+    fn logits(&self, out: Out<'_, Self>, x: Acts<'_, Self>, table: &Weights, rows: usize) {
+        let _kernel = self.kernel(trace_span!("linear"));
+        self.times_weights(out.address(), Format::F32, x.address(), table, rows);
+    }
+
+    fn cache(
+        &self,
+        sequences: usize,
+        capacity: usize,
+        heads: Heads,
+        format: CacheFormat,
+    ) -> Result<Cache, BackendError> {
+        Cache::new(&self.device, sequences, capacity, heads, format.into())
+    }
+
+    fn cached_attention(
+        &self,
+        out: ActsMut<'_, Self>,
+        cache: &mut Cache,
+        packed: Acts<'_, Self>,
+        spans: Spans<'_, Self>,
+    ) {
+        let _kernel = self.kernel(trace_span!("attention"));
+        self.attend_cached(out.address(), cache, packed.address(), &spans);
+    }
+
+    fn greedy(&self, out: Out<'_, Self, u32>, logits: In<'_, Self>) {
+        let _kernel = self.kernel(trace_span!("greedy"));
+        let (rows, vocabulary) = (out.len(), logits.len() / out.len());
+        launch!(self, Program::Loss, 1, "greedy", line(rows), line(512), 0;
+            out.address(), logits.address(), vocabulary as i32);
+    }
+
+    fn cross_entropy(&self, out: Out<'_, Self>, logits: Out<'_, Self>, targets: In<'_, Self, u32>) {
+        let _kernel = self.kernel(trace_span!("cross_entropy"));
+        let (rows, vocabulary) = (targets.len(), logits.len() / targets.len().max(1));
+        let (out, logits, targets) = (out.address(), logits.address(), targets.address());
+        self.loss_of_rows(out, Address::NULL, logits, targets, rows, vocabulary);
+    }
+}
+
+/// One forward of attention, over packed rows or over what is cached.
+struct AttentionPass {
+    out: HeadRows,
+    lse: Address,
+    queries: HeadRows,
+    keys: HeadRows,
+    values: HeadRows,
+    /// Format of keys and values.
+    cached: Format,
+    doc_starts: Address,
+    sequences: Address,
+    first: Address,
+    spans: usize,
+    length: usize,
+    heads: Heads,
+}
+
+impl Cuda {
+    /// How attention.cu is cut for such heads, if it is for them: bfloat16 in rows that begin at multiples of 16 bytes.
+    fn tiled(&self, heads: Heads, rows: &[HeadRows]) -> Option<Tilings> {
+        let aligned = |rows: &HeadRows| {
+            let strides = [rows.sequence, rows.head, rows.row];
+            rows.base.0.is_multiple_of(16) && strides.iter().all(|stride| stride % 8 == 0)
+        };
+        if self.format == Format::Bf16 && rows.iter().all(aligned) { tilings(heads.width) } else { None }
+    }
+
+    fn attention_pass(&self, pass: &AttentionPass) {
+        let AttentionPass { out, lse, queries, keys, values, cached, .. } = *pass;
+        let AttentionPass { doc_starts, sequences, first, spans, length, heads, .. } = *pass;
+        let (length_, group, scale) = (length as i32, heads.group() as i32, score_scale(heads));
+        match self.tiled(heads, &[out, queries, keys, values]) {
+            Some(Tilings { forward: tiling, .. }) if cached == Format::Bf16 => {
+                let program = Program::Attention { head: heads.width, tiling };
+                let shared = tiling.shared(heads.width, 1);
+                let all = [heads.query, length.div_ceil(tiling.rows()), spans];
+                launch!(self, program, 8, "attention", all, line(tiling.warps * 32), shared;
+                    out, lse, queries, keys, values, doc_starts, sequences, first, length_, group, scale);
+            }
+            _ => {
+                let program = Program::AttentionAny { head: heads.width, cached };
+                let all = [length.div_ceil(ANY_ROWS), heads.query, spans];
+                launch!(self, program, 1, "attention", all, line(ANY_ROWS * 32), 0;
+                    out, lse, queries, keys, values, doc_starts, sequences, first, length_, group, scale);
+            }
+        }
+    }
+
+    fn loss_of_rows(
+        &self,
+        out: Address,
+        lse: Address,
+        logits: Address,
+        targets: Address,
+        rows: usize,
+        vocabulary: usize,
+    ) {
+        let vector = if vocabulary.is_multiple_of(4) && logits.0.is_multiple_of(16) { 4 } else { 1 };
+        launch!(self, Program::Loss, vector, "cross_entropy", line(rows), line(512), 0;
+            out, lse, logits, targets, vocabulary as i32);
+    }
+}
