@@ -22,10 +22,10 @@ use ulmus_types::{
     Digest, ErrorKind, ExitStatus, FileEntry, GroupRequest, HEARTBEAT_INTERVAL, Hello, NONCE_FILE, RunId,
     Snapshot, ToCoordinator, ToWorker, WorkerId, nonce_digest,
 };
+use ulmus_worker_core::{Action, Session};
 
 use crate::control::Control;
 use crate::run::Run;
-use crate::session::{Action, Session};
 use crate::snapshot::PendingSnapshot;
 use crate::trainer::{Command, Report};
 
@@ -73,7 +73,7 @@ pub(crate) struct Parts {
 /// The loop's state.
 struct Agent {
     parts: Parts,
-    session: Session,
+    session: Session<Arc<PendingSnapshot>>,
     run: Option<Run>,
     tasks: TaskTracker,
     done: mpsc::Sender<Done>,
@@ -331,7 +331,7 @@ impl Agent {
         Ok(None)
     }
 
-    fn reported(&mut self, run: RunId, report: Report) {
+    fn reported(&mut self, run: RunId, report: Report<Arc<PendingSnapshot>>) {
         for action in self.session.reported(run, report) {
             self.act(action);
         }
@@ -375,7 +375,7 @@ impl Agent {
         }
     }
 
-    fn act(&mut self, action: Action) {
+    fn act(&mut self, action: Action<Arc<PendingSnapshot>>) {
         match action {
             Action::Say(message) => self.say(message),
             Action::ChangeRun => {
@@ -386,7 +386,8 @@ impl Agent {
                 self.run = None;
             }
             Action::Open { id, plan, store } => self.open(id, plan, store),
-            Action::Command(command) => self.command(command),
+            Action::Train(run, assignment) => self.command(Command::Train(run, assignment)),
+            Action::Do(run, job) => self.command(Command::Do(run, job)),
             Action::Abort(generation) => self.parts.control.abort(generation),
             Action::Request(generation, request) => self.parts.control.request(generation, request),
             Action::Hash(held) => {

@@ -15,7 +15,6 @@ mod control;
 mod error;
 mod jobs;
 mod run;
-mod session;
 mod snapshot;
 mod trainer;
 

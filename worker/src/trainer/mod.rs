@@ -44,7 +44,7 @@ const STALL: Duration = Duration::from_mins(10);
 /// Seed of the batch that the fingerprint is taken of.
 const FINGERPRINT_SEED: u64 = 0x5eed_f1e9;
 
-/// What the session hands over.
+/// What the agent hands over.
 #[derive(Debug)]
 pub(crate) enum Command {
     /// Build the model of a run and take the fingerprint.
@@ -56,15 +56,7 @@ pub(crate) enum Command {
 }
 
 /// What the trainer has to say.
-#[derive(Debug)]
-pub(crate) enum Report {
-    /// Something for the coordinator.
-    Say(ToCoordinator),
-    /// The run was taken up; the fingerprint of this machine's arithmetic.
-    Warm(Digest),
-    /// A state to be stored.
-    Keep(Arc<PendingSnapshot>),
-}
+pub(crate) type Report = ulmus_worker_core::Report<Arc<PendingSnapshot>>;
 
 /// The trainer's end of the channel to the agent: everything that it says is of one run.
 #[derive(Debug, Clone)]

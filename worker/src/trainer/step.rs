@@ -425,7 +425,7 @@ impl<B: TrainingBackend> Training<B> {
             store: self.run.store.clone(),
             _room: room,
         };
-        reports.report(Report::Keep(Arc::new(held)));
+        reports.report(Report::Keep(held.checkpoint, Arc::new(held)));
     }
 }
 

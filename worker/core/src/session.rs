@@ -6,19 +6,26 @@
 //! nothing of it, and the worker begins there as a new one.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
 
 use ulmus_types::{
-    CheckpointId, Digest, ErrorKind, ExitStatus, Generation, GroupRequest, Job, Rank, Ready, RunId,
-    SessionSecret, Snapshot, StepReport, ToCoordinator, ToWorker, WorkerStatus,
+    Assignment, CheckpointId, Digest, ErrorKind, ExitStatus, Generation, GroupRequest, Job, Rank, Ready,
+    RunId, SessionSecret, Snapshot, StepReport, ToCoordinator, ToWorker, WorkerStatus,
 };
 
-use crate::snapshot::PendingSnapshot;
-use crate::trainer::{Command, Report};
+/// What the trainer has to say.
+#[derive(Debug)]
+pub enum Report<S> {
+    /// Something for the coordinator.
+    Say(ToCoordinator),
+    /// The run was taken up; the fingerprint of this machine's arithmetic.
+    Warm(Digest),
+    /// A state to be stored, and its handle.
+    Keep(CheckpointId, S),
+}
 
 /// What the shell has to do.
 #[derive(Debug)]
-pub(crate) enum Action {
+pub enum Action<S> {
     /// Send a message, if there is a connection.
     Say(ToCoordinator),
     /// The coordinator leads another run than the one before: drop what is of that one.
@@ -32,16 +39,18 @@ pub(crate) enum Action {
         /// The run's folder.
         store: String,
     },
-    /// Hand something to the trainer.
-    Command(Command),
+    /// Train in a group of a run.
+    Train(RunId, Assignment),
+    /// Do a job of a run.
+    Do(RunId, Job),
     /// Leave the group of this generation.
     Abort(Generation),
     /// Pass a request on.
     Request(Generation, GroupRequest),
     /// Hash a state, then call [`Session::hashed`].
-    Hash(Arc<PendingSnapshot>),
+    Hash(S),
     /// Store parts of a state, then say so.
-    Write(Arc<PendingSnapshot>, Vec<String>),
+    Write(S, Vec<String>),
     /// The run is over, or goes on without this worker.
     Leave(ExitStatus),
     /// The run cannot be taken up here.
@@ -67,8 +76,8 @@ enum Connection {
 }
 
 /// What is remembered from one connection to the next.
-#[derive(Debug, Default)]
-pub(crate) struct Session {
+#[derive(Debug)]
+pub struct Session<S> {
     /// The run that it belongs to, and what the welcome there gave it.
     run: Option<(RunId, SessionSecret)>,
     /// It was asked to leave.
@@ -84,7 +93,7 @@ pub(crate) struct Session {
     /// How far the connection has come.
     connection: Connection,
     /// States that are to be stored, and what the coordinator is told of them once they are hashed.
-    held: BTreeMap<CheckpointId, (Arc<PendingSnapshot>, Option<Snapshot>)>,
+    held: BTreeMap<CheckpointId, (S, Option<Snapshot>)>,
     /// That the worker left its group. It is said after what it keeps is announced: a coordinator that hears of
     /// a finished group and knows of no state to store would have the last steps trained again.
     left: Option<ToCoordinator>,
@@ -93,10 +102,28 @@ pub(crate) struct Session {
     result: Option<ToCoordinator>,
 }
 
-impl Session {
+impl<S> Default for Session<S> {
+    fn default() -> Self {
+        Self {
+            run: None,
+            draining: false,
+            fingerprint: None,
+            assigned: None,
+            trains: false,
+            reports: VecDeque::new(),
+            connection: Connection::default(),
+            held: BTreeMap::new(),
+            left: None,
+            job: None,
+            result: None,
+        }
+    }
+}
+
+impl<S: Clone> Session<S> {
     /// What the worker is doing, for its hello. Until that is answered the worker does nothing else, as far as the
     /// coordinator knows.
-    pub(crate) fn greet(&mut self) -> WorkerStatus {
+    pub fn greet(&mut self) -> WorkerStatus {
         self.connection = Connection::Greeting;
         self.status()
     }
@@ -114,22 +141,22 @@ impl Session {
     }
 
     /// The run that it belongs to, and what proves that.
-    pub(crate) const fn run(&self) -> Option<(RunId, SessionSecret)> {
+    pub const fn run(&self) -> Option<(RunId, SessionSecret)> {
         self.run
     }
 
     /// Whether nothing would be lost if it ended now.
-    pub(crate) fn is_free(&self) -> bool {
+    pub fn is_free(&self) -> bool {
         !self.trains && self.held.is_empty() && self.result.is_none() && self.left.is_none()
     }
 
     /// It was asked to leave.
-    pub(crate) fn drain(&mut self) -> Vec<Action> {
+    pub fn drain(&mut self) -> Vec<Action<S>> {
         self.draining = true;
         vec![Action::Say(ToCoordinator::Draining)]
     }
 
-    fn welcome(&mut self, id: RunId, secret: SessionSecret) -> Vec<Action> {
+    fn welcome(&mut self, id: RunId, secret: SessionSecret) -> Vec<Action<S>> {
         let mut actions = Vec::new();
         if self.run.is_some_and(|(run, _)| run != id) {
             *self = Self { draining: self.draining, ..Self::default() };
@@ -145,7 +172,7 @@ impl Session {
     }
 
     /// Takes a message of the coordinator.
-    pub(crate) fn received(&mut self, message: ToWorker) -> Vec<Action> {
+    pub fn received(&mut self, message: ToWorker) -> Vec<Action<S>> {
         match message {
             ToWorker::Welcome { id, secret, plan, store, .. } => {
                 let mut actions = self.welcome(id, secret);
@@ -156,7 +183,7 @@ impl Session {
             ToWorker::Assign(assignment) => {
                 self.assigned = Some((assignment.generation, assignment.rank));
                 self.trains = true;
-                self.command(|run| Command::Train(run, assignment))
+                self.of_run(|run| Action::Train(run, assignment))
             }
             ToWorker::Abort(generation) => vec![Action::Abort(generation)],
             ToWorker::Request(generation, request) => vec![Action::Request(generation, request)],
@@ -168,7 +195,7 @@ impl Session {
             }
             ToWorker::Write { checkpoint, files } => {
                 if let Some((held, _)) = self.held.get(&checkpoint) {
-                    vec![Action::Write(Arc::clone(held), files)]
+                    vec![Action::Write(held.clone(), files)]
                 } else {
                     let message = "this worker does not hold it any more".to_owned();
                     let kind = ErrorKind::Retry;
@@ -181,19 +208,19 @@ impl Session {
             }
             ToWorker::Run(job) => {
                 self.job = Some(job.clone());
-                self.command(|run| Command::Do(run, job))
+                self.of_run(|run| Action::Do(run, job))
             }
             ToWorker::Finish(status) => vec![Action::Leave(status)],
         }
     }
 
-    /// A command for the trainer. Without a run there is none: nobody was welcomed who could be commanded.
-    fn command(&self, command: impl FnOnce(RunId) -> Command) -> Vec<Action> {
-        self.run.map(|(run, _)| Action::Command(command(run))).into_iter().collect()
+    /// Something to be done for the run. Without a run there is nothing: nobody was welcomed who could be told to.
+    fn of_run(&self, action: impl FnOnce(RunId) -> Action<S>) -> Vec<Action<S>> {
+        self.run.map(|(run, _)| action(run)).into_iter().collect()
     }
 
     /// Takes a report of the trainer. What it still has to say of another run is not heard.
-    pub(crate) fn reported(&mut self, run: RunId, report: Report) -> Vec<Action> {
+    pub fn reported(&mut self, run: RunId, report: Report<S>) -> Vec<Action<S>> {
         if self.run.is_none_or(|(id, _)| id != run) {
             return Vec::new();
         }
@@ -202,8 +229,8 @@ impl Session {
                 self.fingerprint = Some(fingerprint);
                 self.ready().unwrap_or_default()
             }
-            Report::Keep(held) => {
-                self.held.insert(held.checkpoint, (Arc::clone(&held), None));
+            Report::Keep(checkpoint, held) => {
+                self.held.insert(checkpoint, (held.clone(), None));
                 vec![Action::Hash(held)]
             }
             Report::Say(ToCoordinator::Steps { reports, .. }) => {
@@ -239,7 +266,7 @@ impl Session {
     }
 
     /// A state was hashed.
-    pub(crate) fn hashed(&mut self, snapshot: Snapshot) -> Vec<Action> {
+    pub fn hashed(&mut self, snapshot: Snapshot) -> Vec<Action<S>> {
         let Some((_, announced)) = self.held.get_mut(&snapshot.checkpoint) else { return Vec::new() };
         *announced = Some(snapshot.clone());
         let mut actions = self.say_after_reports(ToCoordinator::Snapshot(snapshot));
@@ -248,7 +275,7 @@ impl Session {
     }
 
     /// Says that the worker left its group, once everything that it keeps is announced.
-    fn leave(&mut self) -> Vec<Action> {
+    fn leave(&mut self) -> Vec<Action<S>> {
         // Said before the welcome it would be lost, and the hello has said that the worker trains.
         if self.connection == Connection::Greeting
             || self.held.values().any(|(_, announced)| announced.is_none())
@@ -265,13 +292,13 @@ impl Session {
     }
 
     /// A connection has ended; the coordinator of the next one may have heard nothing.
-    pub(crate) fn unheard(&mut self) {
+    pub fn unheard(&mut self) {
         self.connection = Connection::Away;
     }
 
     /// The run was opened, and is `known` to the trainer or has to be taken up first. A worker that is ready already says so
     /// at once, though its trainer may be busy.
-    pub(crate) fn opened(&mut self, known: bool) -> Option<Vec<Action>> {
+    pub fn opened(&mut self, known: bool) -> Option<Vec<Action<S>>> {
         self.connection = self.connection.max(Connection::Opened);
         if !known {
             self.fingerprint = None;
@@ -279,7 +306,7 @@ impl Session {
         self.ready()
     }
 
-    fn ready(&mut self) -> Option<Vec<Action>> {
+    fn ready(&mut self) -> Option<Vec<Action<S>>> {
         let fingerprint = self.fingerprint.filter(|_| self.connection >= Connection::Opened)?;
         self.connection = Connection::CaughtUp;
         let ready = ToCoordinator::Ready(Ready {
@@ -298,7 +325,7 @@ impl Session {
 
     /// Reports come before a state that will be stored, and before the end of a group: what the next group
     /// begins with must not be ahead of what the coordinator knows, for all who know more may die.
-    fn say_after_reports(&self, message: ToCoordinator) -> Vec<Action> {
+    fn say_after_reports(&self, message: ToCoordinator) -> Vec<Action<S>> {
         let reports = self.unsent_reports().filter(|_| self.is_caught_up());
         reports.into_iter().chain([message]).map(Action::Say).collect()
     }
@@ -314,13 +341,7 @@ impl Session {
 mod tests {
     use std::time::Duration;
 
-    use object_store::memory::InMemory;
-    use object_store::path::Path;
-    use tokio::sync::Semaphore;
-    use ulmus_checkpoint::{Store, TrainState};
-    use ulmus_model::{Layout, State};
-    use ulmus_plan::ModelConfig;
-    use ulmus_types::{Assignment, CheckpointKind, GroupKey, Incarnation, LeaveReason, Peer, Step, WorkerId};
+    use ulmus_types::{CheckpointKind, GroupKey, Incarnation, LeaveReason, Peer, Step, WorkerId};
 
     use super::*;
 
@@ -340,7 +361,7 @@ mod tests {
         })
     }
 
-    fn steps(generation: u64, step: u64) -> Report {
+    fn steps(generation: u64, step: u64) -> Report<Snapshot> {
         let report = StepReport {
             step: Step::new(step),
             tokens: step,
@@ -357,33 +378,26 @@ mod tests {
         Report::Say(ToCoordinator::Steps { generation, reports: vec![report] })
     }
 
-    fn left(generation: u64) -> Report {
+    fn left(generation: u64) -> Report<Snapshot> {
         let (generation, step, reason) = (Generation::new(generation), Step::new(9), LeaveReason::Finished);
         Report::Say(ToCoordinator::Left { generation, step, reason })
     }
 
-    fn held(step: u64) -> Arc<PendingSnapshot> {
-        let config =
-            ModelConfig { num_transformer_layers: 1, model_dim: 8, head_dim: 8, ..ModelConfig::default() };
-        let room = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
-        Arc::new(PendingSnapshot {
+    /// A state, which is its own handle.
+    fn held(step: u64) -> Snapshot {
+        Snapshot {
             checkpoint: CheckpointId::new(Step::new(step), Generation::new(1)),
             kind: CheckpointKind::Milestone,
-            layout: Arc::new(Layout::new(&config)),
-            tensors: State { weights: vec![1.0], first_moment: vec![], second_moment: vec![] }.into(),
-            train: TrainState {
-                step: Step::new(step),
-                tokens: 0,
-                quantum: 1.0,
-                cursors: vec![],
-                quarantine: std::collections::BTreeSet::new(),
-            },
-            store: Store::from_objects(Arc::new(InMemory::new()), Path::default(), "memory"),
-            _room: room,
-        })
+            state: Digest::of(&step.to_le_bytes()),
+            files: vec!["a".to_owned()],
+        }
     }
 
-    fn said(actions: &[Action]) -> Vec<&ToCoordinator> {
+    fn keep(state: &Snapshot) -> Report<Snapshot> {
+        Report::Keep(state.checkpoint, state.clone())
+    }
+
+    fn said(actions: &[Action<Snapshot>]) -> Vec<&ToCoordinator> {
         actions
             .iter()
             .filter_map(|action| match action {
@@ -393,7 +407,7 @@ mod tests {
             .collect()
     }
 
-    fn reported_steps(actions: &[Action]) -> Vec<u64> {
+    fn reported_steps(actions: &[Action<Snapshot>]) -> Vec<u64> {
         said(actions)
             .into_iter()
             .filter_map(|message| match message {
@@ -418,13 +432,13 @@ mod tests {
         }
     }
 
-    fn welcomed() -> Session {
+    fn welcomed() -> Session<Snapshot> {
         let mut session = Session::default();
         session.received(welcome(RUN));
         session
     }
 
-    fn ready() -> Session {
+    fn ready() -> Session<Snapshot> {
         let mut session = welcomed();
         assert!(session.opened(true).is_none(), "it is not warm yet");
         session.reported(RUN, Report::Warm(Digest::of(b"arithmetic")));
@@ -494,10 +508,10 @@ mod tests {
         let mut session = welcomed();
         session.received(assignment(1, 0));
         let state = held(9);
-        assert!(matches!(session.reported(RUN, Report::Keep(Arc::clone(&state)))[..], [Action::Hash(_)]));
+        assert!(matches!(session.reported(RUN, keep(&state))[..], [Action::Hash(_)]));
         assert!(session.reported(RUN, left(1)).is_empty());
         assert_eq!(session.status(), WorkerStatus::Training(Generation::new(1)));
-        let actions = session.hashed(state.announce());
+        let actions = session.hashed(state.clone());
         assert!(matches!(said(&actions)[..], [ToCoordinator::Snapshot(_), ToCoordinator::Left { .. }]));
         assert_eq!(session.status(), WorkerStatus::Idle);
     }
@@ -510,8 +524,8 @@ mod tests {
         session.received(assignment(1, 0));
         session.reported(RUN, steps(1, 1));
         let state = held(1);
-        session.reported(RUN, Report::Keep(Arc::clone(&state)));
-        session.hashed(state.announce());
+        session.reported(RUN, keep(&state));
+        session.hashed(state.clone());
         let again = session.opened(true).unwrap();
         let [ToCoordinator::Ready(ready)] = said(&again)[..] else { panic!("{again:?}") };
         assert_eq!((ready.reports.len(), ready.snapshots.len()), (1, 1));
@@ -528,14 +542,14 @@ mod tests {
         session.received(assignment(1, 0));
         session.reported(RUN, steps(1, 1));
         let state = held(1);
-        session.reported(RUN, Report::Keep(Arc::clone(&state)));
+        session.reported(RUN, keep(&state));
         session.unheard();
         let other = RunId::from_bytes([9; 16]);
         let actions = session.received(welcome(other));
         assert!(matches!(actions[..], [Action::ChangeRun, Action::Open { .. }]), "{actions:?}");
         assert_eq!(session.status(), WorkerStatus::Idle);
         // What its threads still do for the run before is not heard.
-        assert!(session.hashed(state.announce()).is_empty());
+        assert!(session.hashed(state.clone()).is_empty());
         assert!(session.reported(RUN, steps(1, 2)).is_empty());
         assert!(session.reported(RUN, left(1)).is_empty());
         assert!(session.opened(true).is_none(), "it is not ready for this run yet");

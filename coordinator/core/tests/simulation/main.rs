@@ -1,0 +1,716 @@
+//! The coordinator's core against real worker sessions whose trainers are simulated: random joins, deaths, restarts of the
+//! coordinator, stops, damaged milestones, workers that are asked to leave and strangers that say anything at all, from
+//! seeds that proptest shrinks. Debug builds check the invariants after every event. What is recorded and stored must be
+//! that of a run to which nothing happens.
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod strangers;
+mod worker;
+mod world;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use proptest::prelude::*;
+use strangers::anything;
+use ulmus_coord_core::{Coordinator, Effect, Event, Notification, PersistentState, Settings};
+use ulmus_types::{
+    CheckpointKind, Digest, ErrorKind, ExitStatus, Generation, Heartbeat, Hello, Incarnation, Job,
+    LeaveReason, Ready, RunId, RunSecret, Section, SessionSecret, Step, ToCoordinator, ToWorker, WorkerId,
+    WorkerStatus,
+};
+use worker::{Stage, State, Worker};
+use world::World;
+
+const ITERATIONS: u64 = 12;
+const GRID: u64 = 3;
+const VERSION: &str = "1.0.0";
+const AVERAGE: u64 = 2;
+const RUN: RunId = RunId::from_bytes([7; 16]);
+const FILES: [&str; 3] = ["a", "b", "c"];
+
+fn settings() -> Settings {
+    Settings {
+        run: "sim".parse().unwrap(),
+        id: RUN,
+        secret: RunSecret::from_bytes([8; 32]),
+        plan: String::new(),
+        store: "store".into(),
+        nonce: Digest::of(b"secret"),
+        version: VERSION.into(),
+        expected_workers: 2,
+        min_workers: 1,
+        micro_batches: 4,
+        iterations: ITERATIONS,
+        tokens_per_step: 100,
+        milestone_every: GRID,
+        checkpoint_files: FILES.map(str::to_owned).to_vec(),
+        average: AVERAGE,
+        export: true,
+        sources: ["web".to_owned()].into(),
+        from_start: false,
+        may_exhaust: false,
+        dead_after: Duration::from_secs(3),
+        rejoin_window: Duration::from_secs(10),
+        recovery: Duration::from_mins(1),
+        max_age: Duration::from_mins(3),
+        bad_units: 1,
+    }
+}
+
+fn hello_of(worker: &WorkerId, version: &str) -> Hello {
+    Hello {
+        worker: worker.clone(),
+        version: version.into(),
+        address: String::new(),
+        device: String::new(),
+        threads: 1,
+        pid: 1,
+        run: None,
+        secret: None,
+        status: WorkerStatus::Idle,
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Act {
+    Join(u8),
+    Kill(usize),
+    Die,
+    Restart,
+    /// Workers work, and nobody hears of it yet.
+    Work,
+    Hear(usize, usize),
+    /// A worker is asked to leave.
+    Drain(usize),
+    /// A milestone is damaged.
+    Damage(usize),
+    /// Somebody says something, who was let in or not, of this run or not.
+    Babble(bool, bool, Box<ToCoordinator>),
+    Turn,
+}
+
+fn acts() -> impl Strategy<Value = Vec<Act>> {
+    let act = prop_oneof![
+        2 => (0_u8..5).prop_map(Act::Join),
+        2 => (0_usize..5).prop_map(Act::Kill),
+        1 => Just(Act::Die),
+        2 => Just(Act::Restart),
+        3 => Just(Act::Work),
+        3 => (0_usize..5, 1_usize..4).prop_map(|(worker, messages)| Act::Hear(worker, messages)),
+        1 => (0_usize..5).prop_map(Act::Drain),
+        1 => (0_usize..5).prop_map(Act::Damage),
+        6 => Just(Act::Turn),
+    ];
+    prop::collection::vec(act, 0..60)
+}
+
+/// As [`acts`], among strangers.
+fn acts_among_strangers() -> impl Strategy<Value = Vec<Act>> {
+    let babble = || {
+        (any::<bool>(), any::<bool>(), anything())
+            .prop_map(|(greeted, this_run, message)| Act::Babble(greeted, this_run, Box::new(message)))
+    };
+    (acts(), prop::collection::vec((0_usize..80, babble()), 1..40)).prop_map(|(mut acts, babbles)| {
+        for (at, babble) in babbles {
+            acts.insert(at.min(acts.len()), babble);
+        }
+        acts
+    })
+}
+
+fn play(world: &mut World, acts: Vec<Act>) {
+    for act in acts {
+        match act {
+            Act::Join(name) => world.join(name),
+            Act::Kill(index) => world.kill(index),
+            Act::Die => world.die(),
+            Act::Restart => world.restart(),
+            Act::Work => world.work(),
+            Act::Hear(index, count) => world.deliver_some(index, count),
+            Act::Drain(index) => world.drain(index),
+            Act::Damage(index) => world.damage(index),
+            Act::Babble(greeted, this_run, message) => world.babble(greeted, this_run, *message),
+            Act::Turn => world.turn(),
+        }
+        if world.outcome.is_some() {
+            return;
+        }
+    }
+}
+
+fn finish(world: &mut World, turns: usize) {
+    if world.core.is_none() {
+        world.restart();
+    }
+    for _ in 0..turns {
+        if world.outcome.is_some() {
+            return;
+        }
+        world.join(0);
+        world.turn();
+    }
+    panic!("not finished after {turns} quiet turns");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    /// Whatever happens, the run finishes once it is left alone, with every step recorded and every milestone
+    /// stored.
+    #[test]
+    fn every_run_finishes_with_nothing_lost(acts in acts()) {
+        let mut world = World::new();
+        play(&mut world, acts);
+        finish(&mut world, 300);
+        let outcome = world.outcome.clone().unwrap();
+        prop_assert_eq!(outcome.status, ExitStatus::Done, "{}", outcome.message);
+        let steps: Vec<u64> = world.recorded.keys().map(|step| step.get()).collect();
+        prop_assert_eq!(steps, (1..=ITERATIONS).collect::<Vec<_>>());
+        let milestones: BTreeSet<u64> = world
+            .saved
+            .checkpoints
+            .iter()
+            .filter(|(_, kind)| **kind == CheckpointKind::Milestone)
+            .map(|(id, _)| id.step().get())
+            .collect();
+        // Damaged ones are made again if they are averaged.
+        let averaged = ITERATIONS - (AVERAGE - 1) * GRID;
+        let wanted = (GRID..=ITERATIONS)
+            .step_by(GRID as usize)
+            .filter(|step| *step >= averaged || !world.damaged.contains(step));
+        prop_assert!(wanted.clone().all(|step| milestones.contains(&step)), "{milestones:?}");
+        prop_assert!(world.workers.values().all(Worker::is_free), "{:?}", world.workers);
+    }
+
+    /// What strangers say changes nothing: the run finishes with the same record.
+    #[test]
+    fn strangers_change_nothing(acts in acts_among_strangers()) {
+        let mut world = World::new();
+        play(&mut world, acts);
+        finish(&mut world, 300);
+        let outcome = world.outcome.clone().unwrap();
+        prop_assert_eq!(outcome.status, ExitStatus::Done, "{}", outcome.message);
+        let steps: Vec<u64> = world.recorded.keys().map(|step| step.get()).collect();
+        prop_assert_eq!(steps, (1..=ITERATIONS).collect::<Vec<_>>());
+        prop_assert_eq!(world.saved.fingerprint, Some(Digest::of(b"arithmetic")));
+        prop_assert!(world.saved.checkpoints.keys().all(|id| id.step().get() <= ITERATIONS));
+    }
+
+    /// Whatever a worker that belongs to the run says, the coordinator is there afterwards, or ends with a reason.
+    #[test]
+    fn no_message_of_a_member_breaks_the_coordinator(
+        acts in acts(),
+        messages in prop::collection::vec((0_usize..5, anything()), 1..20),
+    ) {
+        let mut world = World::new();
+        world.strangers = true;
+        world.join(0);
+        world.join(1);
+        play(&mut world, acts);
+        for (index, message) in messages {
+            if world.outcome.is_some() || world.workers.is_empty() {
+                return Ok(());
+            }
+            world.reconnect();
+            let id = world.workers.keys().nth(index % world.workers.len()).cloned().unwrap();
+            // What it says of the fate of a job or a group it is believed.
+            world.event(Event::Said { worker: id, run: Some(RUN), message });
+            world.deliver_some(index, 2);
+        }
+    }
+
+    /// A stop that is asked for at any time ends the run, and the next start goes on and finishes.
+    #[test]
+    fn a_stopped_run_goes_on(before in acts()) {
+        let mut world = World::new();
+        play(&mut world, before);
+        if world.outcome.is_none() {
+            if world.core.is_none() {
+                world.restart();
+            }
+            world.event(Event::StopRequested);
+            finish(&mut world, 300);
+            let status = world.outcome.take().unwrap().status;
+            prop_assert!(matches!(status, ExitStatus::Interrupted | ExitStatus::Done));
+            if status == ExitStatus::Interrupted {
+                // Everybody was told to finish.
+                world.workers.clear();
+                world.restart();
+                finish(&mut world, 300);
+                prop_assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
+            }
+        }
+    }
+}
+
+#[test]
+fn survivors_go_on_without_the_dead() {
+    let mut world = World::new();
+    world.join(0);
+    world.join(1);
+    while world.recorded.len() < 4 {
+        world.turn();
+    }
+    let generation = world.saved.generation;
+    world.kill(1);
+    while world.recorded.len() < 6 {
+        world.turn();
+    }
+    assert_eq!(world.saved.generation, generation.next());
+    assert_eq!(world.saved.group.len(), 1);
+}
+
+#[test]
+fn a_coordinator_that_returns_does_not_disturb_a_healthy_group() {
+    let mut world = World::new();
+    world.join(0);
+    world.join(1);
+    while world.recorded.len() < 4 {
+        world.turn();
+    }
+    let generation = world.saved.generation;
+    world.restart();
+    while world.recorded.len() < 7 {
+        world.turn();
+    }
+    assert_eq!(world.saved.generation, generation);
+}
+
+/// Members that do not reach each other in time get another chance; those that do may take long to agree on a state, as
+/// one that has to be read and sent may be large.
+#[test]
+fn a_group_is_late_until_it_is_connected_and_not_after() {
+    let mut world = World::new();
+    world.join(0);
+    world.join(1);
+    let wait = |world: &mut World| {
+        world.deliver();
+        (0..80).for_each(|_| world.tick());
+        world.deliver();
+    };
+    for _ in 0..100 {
+        world.deliver();
+        world.commit_all();
+        if world.saved.generation > Generation::default() {
+            break;
+        }
+        world.tick();
+        world.finish_jobs();
+    }
+    let first = world.saved.generation;
+    wait(&mut world);
+    assert!(world.workers.values().all(Worker::is_aborted), "nobody connects");
+    for _ in 0..100 {
+        if world.saved.generation > first
+            && world.workers.values().all(|worker| worker.stage() == Some(Stage::Connected))
+        {
+            break;
+        }
+        world.work();
+        world.deliver();
+        world.tick();
+    }
+    wait(&mut world);
+    let waits = |worker: &Worker| worker.stage() == Some(Stage::Connected) && !worker.is_aborted();
+    assert!(world.workers.values().all(waits));
+    (0..5).for_each(|_| world.turn());
+    assert!(world.recorded.len() > 1);
+    assert_eq!(world.saved.generation, first.next());
+}
+
+#[test]
+fn workers_that_must_not_join_are_told_why() {
+    let worker = WorkerId::new("w", Incarnation::new(1)).unwrap();
+    let refused = |effects: &[Effect]| {
+        effects.iter().find_map(|effect| match effect {
+            Effect::Send(_, ToWorker::Refused { reason, .. }) => Some(reason.clone()),
+            _ => None,
+        })
+    };
+    let start = |saved: PersistentState| Coordinator::new(settings(), saved, Duration::ZERO);
+    let say = |core: &mut Coordinator, message| {
+        core.on(Duration::ZERO, Event::Said { worker: worker.clone(), run: Some(RUN), message })
+    };
+    let hello = || ToCoordinator::Hello(hello_of(&worker, VERSION));
+
+    let (_, reason) = start(PersistentState::default()).judge(&hello_of(&worker, "0.9")).unwrap_err();
+    assert!(reason.contains("version 0.9"), "{reason}");
+
+    let mut core = start(PersistentState::default());
+    say(&mut core, hello());
+    let reason = refused(&say(&mut core, ToCoordinator::StoreRead(Err("no such folder".into())))).unwrap();
+    assert!(reason.contains("no such folder") && reason.contains("store.url"), "{reason}");
+
+    let mut core =
+        start(PersistentState { fingerprint: Some(Digest::of(b"the run's")), ..PersistentState::default() });
+    say(&mut core, hello());
+    say(&mut core, ToCoordinator::StoreRead(Ok(Digest::of(b"secret"))));
+    let ready = Ready {
+        fingerprint: Digest::of(b"another"),
+        generation: None,
+        reports: Vec::new(),
+        snapshots: Vec::new(),
+    };
+    let reason = refused(&say(&mut core, ToCoordinator::Ready(ready))).unwrap();
+    assert!(reason.contains("computes other bits"), "{reason}");
+}
+
+#[test]
+fn nobody_takes_the_place_of_a_worker_without_its_secret() {
+    let worker = WorkerId::new("w", Incarnation::new(1)).unwrap();
+    let mut core = Coordinator::new(settings(), PersistentState::default(), Duration::ZERO);
+    let hello = hello_of(&worker, VERSION);
+    let effects = core.on(
+        Duration::ZERO,
+        Event::Said { worker: worker.clone(), run: None, message: ToCoordinator::Hello(hello.clone()) },
+    );
+    let secret = effects
+        .iter()
+        .find_map(|effect| match effect {
+            Effect::Send(_, ToWorker::Welcome { secret, .. }) => Some(*secret),
+            _ => None,
+        })
+        .unwrap();
+    // Name and incarnation are in every log.
+    assert_eq!(core.judge(&hello).unwrap_err().0, ErrorKind::Refused);
+    let guess = Some(SessionSecret::from_bytes([0; 32]));
+    assert!(core.judge(&Hello { run: Some(RUN), secret: guess, ..hello.clone() }).is_err());
+    assert!(core.judge(&Hello { run: Some(RUN), secret: Some(secret), ..hello.clone() }).is_ok());
+    // Nor does a new name help to claim work.
+    let other = WorkerId::new("x", Incarnation::new(2)).unwrap();
+    let claims = WorkerStatus::Working(Job::Export);
+    assert!(core.judge(&Hello { status: claims, ..hello_of(&other, VERSION) }).is_err());
+}
+
+/// D9 of `docs/faults.md`: what is made after training waits for a disk as training does.
+#[test]
+fn a_job_waits_for_a_disk_that_takes_nothing() {
+    let mut world = World::new();
+    world.join(0);
+    let averages = |world: &World| {
+        let mut workers = world.workers.iter();
+        workers.find_map(|(id, worker)| match &worker.job {
+            Some(job @ Job::Average(_)) => Some((id.clone(), job.clone())),
+            _ => None,
+        })
+    };
+    while averages(&world).is_none() {
+        world.turn();
+    }
+    let began = world.now;
+    while world.outcome.is_none() {
+        if let Some((worker, job)) = averages(&world) {
+            let worker = world.workers.get_mut(&worker).unwrap();
+            worker.job = None;
+            worker.say(ToCoordinator::JobFailed {
+                job,
+                kind: ErrorKind::Disk,
+                message: "no space is left".into(),
+                bad_unit: None,
+                damaged: None,
+            });
+            world.deliver();
+        }
+        world.tick();
+    }
+    assert!(world.now >= began + settings().max_age);
+    assert_eq!(world.outcome.unwrap().status, ExitStatus::Failed);
+}
+
+/// D5 of `docs/faults.md`.
+#[test]
+fn a_local_worker_that_keeps_dying_ends_no_run_that_others_carry() {
+    let hopeless = || Event::LocalWorkersFailed("worker local-0 ended 5 times right after its start".into());
+    let mut world = World::new();
+    world.join(0);
+    while world.recorded.len() < 2 {
+        world.turn();
+    }
+    world.event(hopeless());
+    assert_eq!(world.outcome, None, "a remote worker trains");
+    world.kill(0);
+    let killed = world.now;
+    while world.outcome.is_none() {
+        world.turn();
+        world.event(hopeless());
+    }
+    assert_eq!(world.outcome.unwrap().status, ExitStatus::Failed);
+    assert!(
+        world.now + Duration::from_secs(1) > killed + settings().rejoin_window,
+        "its connection may have been all that it lost"
+    );
+}
+
+/// D7 of `docs/faults.md`: what reads the last milestone after it was averaged.
+#[test]
+fn a_milestone_that_is_damaged_after_it_was_averaged_is_trained_again() {
+    let mut world = World::new();
+    world.join(0);
+    while !world.saved.jobs.contains("average") {
+        world.turn();
+    }
+    let last = *world.saved.checkpoints.keys().last().unwrap();
+    world.event(Event::CheckpointDamaged(last, "a bit was flipped".into()));
+    assert!(!world.saved.checkpoints.contains_key(&last));
+    finish(&mut world, 200);
+    assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
+    assert!(world.saved.checkpoints.keys().any(|id| id.step() == last.step()));
+}
+
+/// What the coordinator wrote last was lost with the power of its machine; a worker elsewhere knows better.
+#[test]
+fn whoever_knows_more_than_the_record_is_heard() {
+    let mut world = World::new();
+    world.join(0);
+    world.join(1);
+    while world.recorded.len() < 5 {
+        world.turn();
+    }
+    world.die();
+    world.kill(0);
+    world.work();
+    world.saved.step = Step::new(2);
+    let generation = world.saved.generation;
+    world.restart();
+    finish(&mut world, 200);
+    assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
+    assert!(world.saved.generation.get() <= generation.get() + 2, "{}", world.saved.generation);
+}
+
+/// A worker that was asked for its part by the coordinator before says that it is stored.
+#[test]
+fn an_answer_to_an_earlier_coordinator_is_no_offence() {
+    let mut world = World::new();
+    world.join(0);
+    world.join(1);
+    let held = |world: &World| world.workers.values().find_map(|worker| worker.kept.last().copied());
+    while held(&world).is_none() {
+        world.work();
+        world.deliver();
+        world.tick();
+    }
+    let checkpoint = held(&world).unwrap();
+    world.restart();
+    // The first is asked for everything.
+    world.deliver_some(0, 3);
+    world.deliver_some(1, 3);
+    let second = world.workers.keys().nth(1).unwrap().clone();
+    let part = State::after(checkpoint.step().get()).part("a");
+    let message = ToCoordinator::Written { checkpoint, files: BTreeMap::from([("a".to_owned(), part)]) };
+    world.event(Event::Said { worker: second, run: Some(RUN), message });
+    assert!(world.cut.is_empty(), "{:?}", world.cut);
+    finish(&mut world, 200);
+}
+
+/// D12 of `docs/faults.md`.
+#[test]
+fn a_coordinator_that_slept_loses_nobody() {
+    let mut world = World::new();
+    world.join(0);
+    world.join(1);
+    while world.recorded.len() < 4 {
+        world.turn();
+    }
+    let generation = world.saved.generation;
+    // The tick is served before the heartbeats that wait.
+    world.now += Duration::from_mins(10);
+    world.event(Event::Ticked);
+    world.now += Duration::from_millis(100);
+    world.event(Event::Ticked);
+    assert!(!world.workers.values().any(Worker::is_aborted), "nobody was silent");
+    while world.recorded.len() < 6 {
+        world.turn();
+    }
+    assert_eq!(world.saved.generation, generation);
+}
+
+/// D15 of `docs/faults.md`.
+#[test]
+fn nobody_waits_for_the_dead() {
+    let mut world = World::new();
+    world.join(0);
+    world.join(1);
+    while world.recorded.len() < 4 {
+        world.turn();
+    }
+    // Everything is killed; new lives of both workers are there before the window is over.
+    world.die();
+    world.workers.clear();
+    world.restart();
+    let restarted = world.now;
+    world.join(0);
+    world.join(1);
+    let generation = world.saved.generation;
+    while world.saved.generation == generation {
+        world.turn();
+        assert!(world.now < restarted + Duration::from_secs(5), "the window is 10 s");
+    }
+}
+
+/// D16 of `docs/faults.md`.
+#[test]
+fn a_job_that_failed_on_one_worker_is_tried_on_another() {
+    let mut world = World::new();
+    world.join(0);
+    world.join(1);
+    world.deliver();
+    let prepares = |world: &World| {
+        world.workers.iter().find(|(_, worker)| worker.job.is_some()).map(|(id, _)| id.clone())
+    };
+    let first = prepares(&world).unwrap();
+    let failed = ToCoordinator::JobFailed {
+        job: Job::Prepare,
+        kind: ErrorKind::InvalidInput,
+        message: "no such folder".into(),
+        bad_unit: None,
+        damaged: None,
+    };
+    let say = |world: &mut World, worker: &WorkerId| {
+        let worker = world.workers.get_mut(worker).unwrap();
+        worker.job = None;
+        worker.say(failed.clone());
+        world.deliver();
+    };
+    say(&mut world, &first);
+    let second = prepares(&world).unwrap();
+    assert_ne!(first, second);
+    assert_eq!(world.outcome, None);
+    // What fails on all of them is wrong everywhere.
+    say(&mut world, &second);
+    assert_eq!(world.outcome.unwrap().status, ExitStatus::InvalidInput);
+}
+
+#[test]
+fn groups_that_make_no_progress_end_the_run() {
+    let mut world = World::new();
+    world.join(0);
+    world.join(1);
+    for _ in 0..200 {
+        world.deliver();
+        world.finish_jobs();
+        world.commit_all();
+        world.tick();
+        for id in world.workers.keys().cloned().collect::<Vec<_>>() {
+            let worker = world.workers.get_mut(&id).unwrap();
+            if worker.group.is_some() {
+                worker.leave(LeaveReason::Lost { suspect: None, message: "no reason".into() });
+            }
+        }
+        if let Some(outcome) = world.outcome {
+            assert_eq!(outcome.status, ExitStatus::Failed);
+            assert!(outcome.message.contains("10 groups in a row made no progress"), "{}", outcome.message);
+            return;
+        }
+    }
+    panic!("the run goes on for ever");
+}
+
+#[test]
+fn a_stop_that_nobody_hears_ends_in_time() {
+    let mut world = World::new();
+    world.join(0);
+    while world.recorded.len() < 2 {
+        world.turn();
+    }
+    world.event(Event::StopRequested);
+    for _ in 0..300 {
+        world.tick();
+        if let Some(outcome) = world.outcome {
+            assert_eq!(outcome.status, ExitStatus::Failed);
+            assert!(outcome.message.contains("stopped without saving"), "{}", outcome.message);
+            return;
+        }
+    }
+    panic!("the stop takes for ever");
+}
+
+#[test]
+fn a_trainer_that_stands_still_is_left_behind() {
+    let mut world = World::new();
+    world.join(0);
+    world.join(1);
+    while world.recorded.len() < 4 {
+        world.turn();
+    }
+    let generation = world.saved.generation;
+    let frozen = world.workers.keys().next_back().unwrap().clone();
+    let begun = world.now;
+    // Its agent beats on; the other one waits for it in the next operation.
+    while !world.workers.values().any(Worker::is_aborted) {
+        world.now += Duration::from_millis(500);
+        for id in world.workers.keys().cloned().collect::<Vec<_>>() {
+            let waits = id != frozen;
+            let heartbeat = Heartbeat {
+                generation,
+                collective: if waits { 10 } else { 9 },
+                section: if waits { Section::Collective } else { Section::Computing },
+                since: world.now.saturating_sub(begun),
+                busy: world.now,
+            };
+            let message = ToCoordinator::Heartbeat(heartbeat);
+            world.event(Event::Said { worker: id, run: Some(RUN), message });
+        }
+        world.event(Event::Ticked);
+        assert!(world.now < begun + Duration::from_secs(10), "it is not noticed");
+    }
+    assert!(world.cut.contains(&frozen), "the one that stands still is the culprit");
+    assert_eq!(world.cut.len(), 1);
+}
+
+/// A member that was told to leave its group, and says that it lives, but does not leave.
+#[test]
+fn a_member_that_does_not_leave_its_group_is_left_behind() {
+    let mut world = World::new();
+    world.join(0);
+    world.join(1);
+    while world.recorded.len() < 4 {
+        world.turn();
+    }
+    let generation = world.saved.generation;
+    world.kill(0);
+    let (begun, stuck) = (world.now, world.workers.keys().next().unwrap().clone());
+    while world.cut.is_empty() {
+        world.now += Duration::from_millis(500);
+        let heartbeat = Heartbeat {
+            generation,
+            collective: 10,
+            section: Section::Collective,
+            since: world.now.saturating_sub(begun),
+            busy: world.now,
+        };
+        let message = ToCoordinator::Heartbeat(heartbeat);
+        world.event(Event::Said { worker: stuck.clone(), run: Some(RUN), message });
+        world.event(Event::Ticked);
+        assert!(world.now < begun + Duration::from_secs(10), "it is not noticed");
+    }
+    let is_told = |told: &Notification| matches!(told, Notification::Lost(worker, why) if *worker == stuck && why.contains("did not leave its group"));
+    assert!(world.told.iter().any(is_told), "{:?}", world.told);
+}
+
+/// Memory that flips bits, on one of two workers.
+#[test]
+fn a_worker_that_computes_wrongly_stops_the_run_before_a_checkpoint_of_it_is_stored() {
+    let mut world = World::new();
+    world.join(0);
+    world.join(1);
+    while world.recorded.len() < 4 {
+        world.turn();
+    }
+    // Not the one that reports: nothing is seen before their states are compared.
+    let wrong = world
+        .workers
+        .values_mut()
+        .find(|worker| worker.group.as_ref().is_some_and(|group| group.assignment.rank.index() == 1));
+    let wrong = wrong.unwrap();
+    wrong.state = wrong.state.map(State::flipped);
+    while world.outcome.is_none() {
+        world.turn();
+    }
+    let outcome = world.outcome.unwrap();
+    assert_eq!(outcome.status, ExitStatus::Corrupt);
+    assert!(outcome.message.contains("computes wrongly"), "{}", outcome.message);
+    let stored: Vec<u64> = world.saved.checkpoints.keys().map(|id| id.step().get()).collect();
+    assert_eq!(stored, [GRID]);
+}

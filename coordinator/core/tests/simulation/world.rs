@@ -1,0 +1,409 @@
+//! The coordinator's core, what it has stored, and the workers around it.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use ulmus_coord_core::{Coordinator, Effect, Event, Notification, Outcome, PersistentState};
+use ulmus_types::{
+    CheckpointId, CheckpointKind, ExitStatus, Generation, GroupRequest, Heartbeat, Incarnation, LeaveReason,
+    RunId, Section, Step, ToCoordinator, ToWorker, WorkerId,
+};
+
+use crate::worker::{Group, Heard, Stage, State, Worker};
+use crate::{FILES, ITERATIONS, RUN, VERSION, hello_of, settings};
+
+pub(crate) struct World {
+    pub core: Option<Coordinator>,
+    pub saved: PersistentState,
+    pub workers: BTreeMap<WorkerId, Worker>,
+    pub commits: VecDeque<CheckpointId>,
+    pub now: Duration,
+    incarnations: u64,
+    kinds: BTreeMap<CheckpointId, CheckpointKind>,
+    /// What was stored as each checkpoint.
+    stored: BTreeMap<CheckpointId, State>,
+    pub outcome: Option<Outcome>,
+    /// What a person was told.
+    pub told: Vec<Notification>,
+    pub recorded: BTreeMap<Step, f64>,
+    /// Milestones that were damaged.
+    pub damaged: BTreeSet<u64>,
+    /// Workers whose session the coordinator has ended.
+    pub cut: BTreeSet<WorkerId>,
+    /// Whether workers may have said what cannot be, and be told so.
+    pub strangers: bool,
+}
+
+impl World {
+    pub(crate) fn new() -> Self {
+        let core = Coordinator::new(settings(), PersistentState::default(), Duration::ZERO);
+        Self {
+            core: Some(core),
+            saved: PersistentState::default(),
+            workers: BTreeMap::new(),
+            commits: VecDeque::new(),
+            now: Duration::ZERO,
+            incarnations: 0,
+            kinds: BTreeMap::new(),
+            stored: BTreeMap::new(),
+            outcome: None,
+            told: Vec::new(),
+            recorded: BTreeMap::new(),
+            damaged: BTreeSet::new(),
+            cut: BTreeSet::new(),
+            strangers: false,
+        }
+    }
+
+    pub(crate) fn event(&mut self, event: Event) {
+        let Some(core) = &mut self.core else { return };
+        for effect in core.on(self.now, event) {
+            self.perform(effect);
+        }
+    }
+
+    pub(crate) fn perform(&mut self, effect: Effect) {
+        match effect {
+            Effect::SaveGeneration(generation, group) => {
+                assert!(generation > self.saved.generation, "{generation} was assigned before");
+                self.saved.generation = generation;
+                self.saved.rosters.insert(generation, group.clone());
+                self.saved.group = group;
+            }
+            Effect::SaveGroupEnded(generation) => {
+                assert_eq!(generation, self.saved.generation);
+                self.saved.group.clear();
+            }
+            Effect::SaveFingerprint(fingerprint) => self.saved.fingerprint = Some(fingerprint),
+            Effect::SaveSteps(generation, reports) => {
+                assert!(generation <= self.saved.generation);
+                for report in reports {
+                    self.recorded.insert(report.step, report.loss);
+                    // Whatever happened, it is the loss of a run to which nothing happens.
+                    let undisturbed = State::after(report.step.get()).report().loss;
+                    assert!(self.strangers || report.loss == undisturbed, "{report:?}");
+                    self.saved.step = self.saved.step.max(report.step);
+                }
+            }
+            Effect::SaveQuarantine(quarantine) => self.saved.quarantine = quarantine,
+            Effect::SaveTrained(step) => self.saved.trained = Some(step),
+            Effect::SaveCommitted(checkpoint) => {
+                self.saved.checkpoints.insert(checkpoint, self.kinds[&checkpoint]);
+            }
+            Effect::SaveDamaged(checkpoint) => {
+                assert!(self.saved.checkpoints.remove(&checkpoint).is_some());
+            }
+            Effect::SaveJobStarted(job, worker) => {
+                self.saved.owners.insert(job, worker);
+            }
+            Effect::SaveJobUndone(name) => {
+                self.saved.jobs.remove(&name);
+            }
+            Effect::SaveJob(job, _) => {
+                self.saved.jobs.insert(job.name().to_owned());
+            }
+            Effect::Send(worker, message) => self.receive(&worker, message),
+            Effect::Disconnect(worker) => {
+                if self.workers.contains_key(&worker) {
+                    self.cut.insert(worker);
+                }
+            }
+            Effect::Notify(notification) => self.told.push(notification),
+            Effect::SaveReading(..) | Effect::Verify(_) => {}
+            Effect::Commit { checkpoint, kind, state, files } => {
+                let step = checkpoint.step().get();
+                let stored = State { step, digest: state };
+                let parts = FILES.map(|file| (file.to_owned(), stored.part(file)));
+                assert!(self.strangers || files == parts.into(), "a manifest names every part: {files:?}");
+                assert!(self.strangers || stored == State::after(step), "{checkpoint}");
+                self.stored.insert(checkpoint, stored);
+                self.kinds.insert(checkpoint, kind);
+                self.commits.push_back(checkpoint);
+            }
+            Effect::Delete(checkpoint) => {
+                assert_eq!(self.saved.checkpoints.remove(&checkpoint), Some(CheckpointKind::Recovery));
+            }
+            Effect::Exit(outcome) => self.outcome = Some(outcome),
+        }
+    }
+
+    pub(crate) fn receive(&mut self, id: &WorkerId, message: ToWorker) {
+        let Some(worker) = self.workers.get_mut(id) else { return };
+        match &message {
+            ToWorker::Assign(_) => {
+                assert!(self.strangers || worker.group.is_none(), "{id} is in a group already");
+                assert!(self.strangers || worker.job.is_none(), "{id} is busy");
+            }
+            ToWorker::Write { checkpoint, .. } => {
+                let held = worker.kept.contains(checkpoint);
+                assert!(self.strangers || held, "{id} does not hold {checkpoint}");
+            }
+            _ => {}
+        }
+        match worker.receive(message) {
+            Heard::Leaves(ExitStatus::Interrupted) if worker.draining => {
+                assert!(self.strangers || worker.group.is_none(), "{id} was let go while it trains");
+                self.workers.remove(id);
+                self.cut.remove(id);
+            }
+            Heard::Fine | Heard::Leaves(_) => {}
+            Heard::Refused(reason) => {
+                assert!(self.strangers, "{id} refused: {reason}");
+                self.workers.remove(id);
+                self.cut.remove(id);
+            }
+        }
+    }
+
+    /// Those whose session was ended connect anew.
+    pub(crate) fn reconnect(&mut self) {
+        for id in std::mem::take(&mut self.cut) {
+            assert!(self.strangers, "{id} was cut off though it did nothing wrong");
+            if let Some(worker) = self.workers.get_mut(&id) {
+                worker.hello();
+            }
+        }
+    }
+
+    /// A stranger says something; one that was greeted has got no further.
+    pub(crate) fn babble(&mut self, greeted: bool, this_run: bool, message: ToCoordinator) {
+        let Some(core) = &self.core else { return };
+        let name = if greeted { "stranger" } else { "nobody" };
+        let id = WorkerId::new(name, Incarnation::new(1)).unwrap();
+        if greeted {
+            let hello = hello_of(&id, VERSION);
+            if core.judge(&hello).is_ok() {
+                self.event(Event::Said {
+                    worker: id.clone(),
+                    run: None,
+                    message: ToCoordinator::Hello(hello),
+                });
+            }
+        }
+        let run = if this_run { RUN } else { RunId::from_bytes([9; 16]) };
+        self.event(Event::Said { worker: id, run: Some(run), message });
+    }
+
+    /// A worker is asked to leave.
+    pub(crate) fn drain(&mut self, index: usize) {
+        let Some(id) = self.workers.keys().nth(index % self.workers.len().max(1)).cloned() else { return };
+        self.workers.get_mut(&id).unwrap().drain();
+    }
+
+    /// A stored milestone is found to be damaged.
+    pub(crate) fn damage(&mut self, index: usize) {
+        let milestones: Vec<CheckpointId> = self
+            .saved
+            .checkpoints
+            .iter()
+            .filter(|(_, kind)| **kind == CheckpointKind::Milestone)
+            .map(|(id, _)| *id)
+            .collect();
+        let read = ["average", "evaluate-last", "continuations"];
+        // Nothing reads them any more.
+        if self.core.is_none() || read.iter().all(|job| self.saved.jobs.contains(*job)) {
+            return;
+        }
+        // A run all of whose checkpoints are damaged stops, which is another test.
+        if milestones.len() < 2 {
+            return;
+        }
+        let id = milestones[index % milestones.len()];
+        self.damaged.insert(id.step().get());
+        self.event(Event::CheckpointDamaged(id, "a bit was flipped".into()));
+    }
+
+    pub(crate) fn join(&mut self, name: u8) {
+        let name = format!("w{name}");
+        if self.workers.keys().any(|id| id.name() == name) {
+            return;
+        }
+        self.incarnations += 1;
+        let id = WorkerId::new(name, Incarnation::new(self.incarnations)).unwrap();
+        let mut worker = Worker::new(id.clone());
+        worker.hello();
+        self.workers.insert(id, worker);
+    }
+
+    pub(crate) fn kill(&mut self, index: usize) {
+        let Some(id) = self.workers.keys().nth(index % self.workers.len().max(1)).cloned() else { return };
+        self.workers.remove(&id);
+        self.cut.remove(&id);
+        self.event(Event::Disconnected(id));
+    }
+
+    /// The coordinator dies. Workers go on; what they say is heard by nobody.
+    pub(crate) fn die(&mut self) {
+        // Parts that were reported are stored, so an unfinished commit is finished at the next start.
+        self.commit_all();
+        self.core = None;
+    }
+
+    /// The coordinator dies, if it lives, and comes back; everybody has to say hello again.
+    pub(crate) fn restart(&mut self) {
+        self.die();
+        self.core = Some(Coordinator::new(settings(), self.saved.clone(), self.now));
+        self.workers.values_mut().for_each(Worker::hello);
+    }
+
+    pub(crate) fn commit_all(&mut self) {
+        while let Some(checkpoint) = self.commits.pop_front() {
+            match self.core {
+                Some(_) => self.event(Event::CheckpointCommitted(checkpoint)),
+                None => {
+                    self.saved.checkpoints.insert(checkpoint, self.kinds[&checkpoint]);
+                }
+            }
+        }
+    }
+
+    /// Every message that waits is heard, in an order that keeps that of each worker.
+    pub(crate) fn deliver(&mut self) {
+        while let Some(id) = self.workers.iter().find(|(_, w)| !w.outbox.is_empty()).map(|(id, _)| id.clone())
+        {
+            self.hear(&id);
+        }
+    }
+
+    /// Some of the messages of a worker are heard, before anybody else's.
+    pub(crate) fn deliver_some(&mut self, index: usize, count: usize) {
+        let Some(id) = self.workers.keys().nth(index % self.workers.len().max(1)).cloned() else { return };
+        for _ in 0..count {
+            self.hear(&id);
+        }
+    }
+
+    pub(crate) fn hear(&mut self, id: &WorkerId) {
+        let Some((run, message)) = self.workers.get_mut(id).and_then(|worker| worker.outbox.pop_front())
+        else {
+            return;
+        };
+        let Some(core) = &self.core else { return };
+        if let ToCoordinator::Hello(hello) = &message {
+            if let Err((_, reason)) = core.judge(hello) {
+                assert!(self.strangers, "{id} refused: {reason}");
+                self.workers.remove(id);
+                return;
+            }
+            self.cut.remove(id);
+        }
+        self.event(Event::Said { worker: id.clone(), run, message });
+    }
+
+    pub(crate) fn tick(&mut self) {
+        self.now += Duration::from_millis(500);
+        for (id, generation) in
+            self.workers.iter().map(|(id, worker)| (id.clone(), worker.generation())).collect::<Vec<_>>()
+        {
+            let heartbeat = Heartbeat {
+                generation: generation.unwrap_or_default(),
+                section: if generation.is_some() { Section::Computing } else { Section::Idle },
+                busy: self.now,
+                ..Heartbeat::default()
+            };
+            let message = ToCoordinator::Heartbeat(heartbeat);
+            self.event(Event::Said { worker: id, run: Some(RUN), message });
+        }
+        self.event(Event::Ticked);
+    }
+
+    /// States are hashed; groups form and do an update; aborted members leave; jobs are done.
+    pub(crate) fn work(&mut self) {
+        self.workers.values_mut().for_each(Worker::finish_hashing);
+        let mut groups: BTreeMap<Generation, Vec<WorkerId>> = BTreeMap::new();
+        for (id, worker) in &self.workers {
+            if let Some(generation) = worker.generation() {
+                groups.entry(generation).or_default().push(id.clone());
+            }
+        }
+        for (generation, mut members) in groups {
+            members.sort_by_key(|id| self.group(id).assignment.rank);
+            let size = self.group(&members[0]).assignment.size as usize;
+            if members.len() < size || members.iter().any(|id| self.workers[id].is_aborted()) {
+                let message = "a member is gone".to_owned();
+                self.leave(&members, &LeaveReason::Lost { suspect: None, message });
+            } else {
+                self.advance(generation, &members);
+            }
+        }
+        self.finish_jobs();
+    }
+
+    pub(crate) fn finish_jobs(&mut self) {
+        for worker in self.workers.values_mut() {
+            if let Some(job) = worker.job.take() {
+                worker.say(ToCoordinator::JobDone { job, result: "{}".into() });
+            }
+        }
+    }
+
+    pub(crate) fn group(&self, id: &WorkerId) -> &Group {
+        self.workers[id].group.as_ref().unwrap()
+    }
+
+    pub(crate) fn each(&mut self, members: &[WorkerId], mut work: impl FnMut(&mut Worker)) {
+        members.iter().for_each(|id| work(self.workers.get_mut(id).unwrap()));
+    }
+
+    pub(crate) fn leave(&mut self, members: &[WorkerId], reason: &LeaveReason) {
+        self.each(members, |worker| worker.leave(reason.clone()));
+    }
+
+    /// What a group begins with: the newest state of its members, else the newest that is stored, else what the seed
+    /// gives; before the first milestone that it makes again.
+    pub(crate) fn newest(&self, members: &[WorkerId], repair: Option<(u64, u64)>) -> State {
+        let is_usable = |state: &State| repair.is_none_or(|(first, _)| state.step < first);
+        let held = members.iter().filter_map(|id| self.workers[id].state).filter(is_usable);
+        let stored = || self.saved.checkpoints.keys().map(|id| self.stored[id]).filter(is_usable);
+        held.max_by_key(|state| state.step)
+            .or_else(|| stored().max_by_key(|state| state.step))
+            .unwrap_or_else(State::begin)
+    }
+
+    pub(crate) fn advance(&mut self, generation: Generation, members: &[WorkerId]) {
+        let first = &members[0];
+        let repair = self.group(first).repair();
+        match self.group(first).stage {
+            Stage::Assigned => {
+                return self.each(members, |worker| {
+                    worker.group.as_mut().unwrap().stage = Stage::Connected;
+                    worker.say(ToCoordinator::Connected(generation));
+                });
+            }
+            Stage::Connected => {
+                let newest = self.newest(members, repair);
+                return self.each(members, |worker| worker.form(generation, newest));
+            }
+            Stage::Formed => {}
+        }
+        let state = self.workers[first].state.unwrap();
+        let last = repair.map_or(ITERATIONS, |(_, last)| last);
+        if state.step >= last {
+            return self.leave(members, &LeaveReason::Finished);
+        }
+        let next = state.advanced();
+        let requests = members.iter().filter_map(|id| self.group(id).request);
+        let request = requests.max_by_key(|request| *request == GroupRequest::Stop);
+        let keeps = next.is_milestone() && self.group(first).makes_again(next.step)
+            || matches!(request, Some(GroupRequest::Stop | GroupRequest::Save));
+        if keeps {
+            let kind = if next.is_milestone() { CheckpointKind::Milestone } else { CheckpointKind::Recovery };
+            self.kinds.insert(CheckpointId::new(Step::new(next.step), generation), kind);
+        }
+        self.each(members, |worker| worker.advance(generation, &next.report(), keeps));
+        if next.step == last {
+            self.leave(members, &LeaveReason::Finished);
+        } else if matches!(request, Some(GroupRequest::Stop | GroupRequest::Pause)) {
+            self.leave(members, &LeaveReason::Agreed);
+        }
+    }
+
+    pub(crate) fn turn(&mut self) {
+        self.reconnect();
+        self.deliver();
+        self.work();
+        self.deliver();
+        self.commit_all();
+        self.tick();
+    }
+}
