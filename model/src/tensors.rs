@@ -5,7 +5,6 @@
 //! embedding under `lm_head.weight` is passed over. Anything else is refused by name. Tensors are read one at a
 //! time, so a file is never in memory as a whole.
 
-use std::collections::HashMap;
 use std::io::{Cursor, Read, Seek, SeekFrom};
 
 use half::{bf16, f16};
@@ -54,8 +53,9 @@ pub(crate) fn views<'a>(
 }
 
 /// What transformers wants to see before it loads a file.
-pub(crate) fn metadata() -> HashMap<String, String> {
-    HashMap::from([("format".to_owned(), "pt".to_owned())])
+#[expect(clippy::disallowed_types, reason = "safetensors asks for it; one entry has one order")]
+pub(crate) fn metadata() -> std::collections::HashMap<String, String> {
+    std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())])
 }
 
 fn refused(error: &SafeTensorError) -> ModelError {

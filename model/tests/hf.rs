@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use half::{bf16, f16};
@@ -179,7 +179,7 @@ fn shards_are_put_together() {
     let directory = directory();
     std::fs::remove_file(directory.path().join("model.safetensors")).unwrap();
     let tensors = stored_f32();
-    let mut weight_map = HashMap::new();
+    let mut weight_map = BTreeMap::new();
     for (number, part) in tensors.chunks(9).enumerate() {
         let file = format!("model-{number:05}.safetensors");
         store(&directory.path().join(&file), part);

@@ -331,7 +331,7 @@ impl Agent {
         Ok(None)
     }
 
-    fn reported(&mut self, run: RunId, report: Report<Arc<PendingSnapshot>>) {
+    fn reported(&mut self, run: RunId, report: Report) {
         for action in self.session.reported(run, report) {
             self.act(action);
         }

@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use ulmus_plan::Precision;
 
 /// How the matrices of a model are kept. Norm weights are float32 in every format, and so are all sums.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub enum WeightFormat {
     /// 32-bit floats; 4 bytes per weight.
     #[default]

@@ -3,7 +3,7 @@
 //! The moments are cut into ranges of the flattened parameters that depend on the number of parameters alone, so
 //! that any number of workers can write them and any other number can read them.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use safetensors::tensor::TensorView;
@@ -123,8 +123,8 @@ impl OptimizerShard {
             let view = TensorView::new(Dtype::F32, vec![self.range.len()], bytes);
             (name, view.expect("4 bytes per element"))
         });
-        // One entry only: the writer keeps no order among several.
-        let metadata = HashMap::from([("range".to_owned(), self.range_text())]);
+        #[expect(clippy::disallowed_types, reason = "safetensors asks for it; one entry has one order")]
+        let metadata = std::collections::HashMap::from([("range".to_owned(), self.range_text())]);
         safetensors::serialize(views, Some(metadata)).expect("two tensors fit the header")
     }
 

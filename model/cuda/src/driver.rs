@@ -4,7 +4,7 @@
 //! A device that fails in the middle of a pass has lost what it was computing, and nothing on it can be used again: the
 //! error ends the process, with the driver's words, and the run goes on without it.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ffi::{CString, c_void};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,7 +22,7 @@ pub(super) struct Device {
     stream: sys::CUstream,
     name: String,
     compiler: Compiler,
-    modules: Mutex<HashMap<Variant, Module>>,
+    modules: Mutex<BTreeMap<Variant, Module>>,
     matmul: Mutex<Matmul>,
     /// What kernels need for the length of a call; grown, never given back, as recorded passes know its addresses.
     scratch: Mutex<Vec<Raw>>,
@@ -223,7 +223,7 @@ impl Device {
                 .unwrap_or_else(|problem| lost(&format!("compile {}", variant.program.file()), problem));
             // SAFETY: the image is a whole cubin.
             let handle = must("load a module", unsafe { result::module::load_data(image.as_ptr().cast()) });
-            Module { handle, functions: HashMap::new() }
+            Module { handle, functions: BTreeMap::new() }
         });
         *module.functions.entry(kernel).or_insert_with(|| {
             let name = CString::new(kernel).expect("names of kernels have no zero byte");
@@ -247,7 +247,7 @@ impl Drop for Device {
         // What cannot be given back now goes with the process.
         if self.context.bind_to_thread().is_ok() {
             lock(&self.scratch).clear();
-            for (_, module) in lock(&self.modules).drain() {
+            for (_, module) in std::mem::take(&mut *lock(&self.modules)) {
                 // SAFETY: nothing runs any more: buffers and graphs keep the device alive.
                 unsafe { result::module::unload(module.handle) }.ok();
             }
@@ -260,7 +260,7 @@ impl Drop for Device {
 /// A compiled file of kernels.
 struct Module {
     handle: sys::CUmodule,
-    functions: HashMap<&'static str, sys::CUfunction>,
+    functions: BTreeMap<&'static str, sys::CUfunction>,
 }
 
 /// An address on the device.

@@ -5,7 +5,7 @@
 //! fastest, or the one that somebody has found so before. As that may be another one the next time, and sums in another
 //! order, it is for whoever asks for it to keep what was chosen.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 
 use cudarc::cublaslt::result::{self, CublasError};
@@ -95,7 +95,7 @@ pub(super) struct Matmul {
     handle: sys::cublasLtHandle_t,
     stream: CUstream,
     workspace: u64,
-    products: HashMap<Shape, Product>,
+    products: BTreeMap<Shape, Product>,
     source: Source,
     choices: usize,
 }
@@ -123,7 +123,7 @@ impl Matmul {
         // SAFETY: the caller has bound the context.
         let workspace = unsafe { driver::malloc_sync(WORKSPACE) }
             .map_err(|error| format!("there is no room for cublasLt's workspace: {error:?}"))?;
-        Ok(Self { handle, stream, workspace, products: HashMap::new(), source: Source::Library, choices: 0 })
+        Ok(Self { handle, stream, workspace, products: BTreeMap::new(), source: Source::Library, choices: 0 })
     }
 
     /// `out = a · b`, or added to `out`.
@@ -277,7 +277,7 @@ impl Matmul {
                 Source::Known(choices.into_iter().collect())
             }
         };
-        for (_, product) in self.products.drain() {
+        for (_, product) in std::mem::take(&mut self.products) {
             product.destroy();
         }
         self.choices += 1;
@@ -311,7 +311,7 @@ impl Drop for Matmul {
     fn drop(&mut self) {
         // SAFETY: each was created once; what cannot be given back goes with the process.
         unsafe {
-            for (_, product) in self.products.drain() {
+            for (_, product) in std::mem::take(&mut self.products) {
                 product.destroy();
             }
             driver::free_sync(self.workspace).ok();

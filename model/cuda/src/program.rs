@@ -41,7 +41,7 @@ impl From<CacheFormat> for Format {
 }
 
 /// Block shapes of attention.cu.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Tiling {
     /// Tiles of 16 rows per warp.
     pub tiles: usize,
@@ -64,7 +64,7 @@ impl Tiling {
 }
 
 /// A file of kernels and what it is compiled for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Program {
     Norm { width: usize, centred: bool },
     Heads { half: usize, lanes: usize, centred: bool },
@@ -145,7 +145,7 @@ impl Program {
 }
 
 /// A program for activations in a format, with loads of `vector` of them at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Variant {
     pub program: Program,
     pub activation: Format,
@@ -225,7 +225,7 @@ impl Variant {
         }
         // The optimizer, whose work is in f32, for activations in bf16.
         variants.push(Self { program: Program::Optimizer, activation: Format::Bf16, vector: 4 });
-        let mut seen = std::collections::HashSet::new();
+        let mut seen = std::collections::BTreeSet::new();
         variants.retain(|variant| seen.insert(*variant));
         variants
     }

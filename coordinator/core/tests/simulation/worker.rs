@@ -313,14 +313,11 @@ impl Worker {
     /// Reads the nonce, and takes the run up.
     fn open(&mut self) {
         self.outbox.push_back((Some(RUN), ToCoordinator::StoreRead(Ok(Digest::of(b"secret")))));
-        match self.session.opened(self.is_warm) {
-            Some(actions) => {
-                self.act(actions);
-            }
-            None => {
-                self.is_warm = true;
-                self.report(Report::Warm(Digest::of(b"arithmetic")));
-            }
+        if let Some(actions) = self.session.opened(self.is_warm) {
+            self.act(actions);
+        } else {
+            self.is_warm = true;
+            self.report(Report::Warm(Digest::of(b"arithmetic")));
         }
     }
 }

@@ -342,7 +342,9 @@ impl World {
     }
 
     pub(crate) fn each(&mut self, members: &[WorkerId], mut work: impl FnMut(&mut Worker)) {
-        members.iter().for_each(|id| work(self.workers.get_mut(id).unwrap()));
+        for id in members {
+            work(self.workers.get_mut(id).unwrap());
+        }
     }
 
     pub(crate) fn leave(&mut self, members: &[WorkerId], reason: &LeaveReason) {
