@@ -11,9 +11,10 @@ use std::time::Duration;
 use rusqlite::{Connection, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 use ulmus_coord_core::PersistentState;
+use ulmus_run::results::Results;
 use ulmus_types::{
-    BadUnit, CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Job, RunId, RunSecret,
-    SourceReading, Step, StepReport, WorkerId,
+    BadUnit, CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Job, JobKind, RunId,
+    RunSecret, SourceReading, Step, StepReport, WorkerId,
 };
 
 const SCHEMA: &str = "
@@ -229,7 +230,8 @@ impl Database {
         let checkpoints =
             self.checkpoints(true)?.into_iter().map(|checkpoint| (checkpoint.id, checkpoint.kind)).collect();
         let mut jobs = self.connection.prepare("SELECT name FROM jobs")?;
-        let jobs: BTreeSet<String> = jobs.query_map([], |row| row.get(0))?.collect::<Result<_, _>>()?;
+        let jobs: Vec<String> = jobs.query_map([], |row| row.get(0))?.collect::<Result<_, _>>()?;
+        let jobs = jobs.iter().map(|name| job_kind(name)).collect::<Result<BTreeSet<_>, _>>()?;
         let step: Option<u64> =
             self.connection.query_row("SELECT max(step) FROM steps", [], |row| row.get(0))?;
         Ok(PersistentState {
@@ -517,12 +519,12 @@ impl Database {
         Ok(())
     }
 
-    /// Forgets that the job of this name is done.
+    /// Forgets that the job of this kind is done.
     ///
     /// # Errors
     /// When the database cannot be written.
-    pub(crate) fn forget_job(&self, name: &str) -> Result<(), StoreError> {
-        self.connection.execute("DELETE FROM jobs WHERE name = ?1", params![name])?;
+    pub(crate) fn forget_job(&self, kind: JobKind) -> Result<(), StoreError> {
+        self.connection.execute("DELETE FROM jobs WHERE name = ?1", params![kind.name()])?;
         Ok(())
     }
 
@@ -538,15 +540,17 @@ impl Database {
         Ok(())
     }
 
-    /// Results of finished jobs, by name.
+    /// Results of finished jobs.
     ///
     /// # Errors
     /// When the database cannot be read.
-    pub(crate) fn results(&self) -> Result<BTreeMap<String, serde_json::Value>, StoreError> {
+    pub(crate) fn results(&self) -> Result<Results, StoreError> {
         let mut query = self.connection.prepare("SELECT name, result FROM jobs")?;
         let rows: Vec<(String, String)> =
             query.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<Result<_, _>>()?;
-        rows.into_iter().map(|(name, result)| Ok((name, decode("job result", &result)?))).collect()
+        let rows =
+            rows.into_iter().map(|(name, result)| Ok((job_kind(&name)?, decode("job result", &result)?)));
+        rows.collect::<Result<_, StoreError>>().map(Results::new)
     }
 
     fn fact<T: for<'de> Deserialize<'de>>(&self, key: &'static str) -> Result<Option<T>, StoreError> {
@@ -587,6 +591,12 @@ fn encode(value: &impl Serialize) -> String {
 
 fn decode<T: for<'de> Deserialize<'de>>(what: &'static str, text: &str) -> Result<T, StoreError> {
     serde_json::from_str(text).map_err(|error| StoreError::Damaged { what, reason: error.to_string() })
+}
+
+/// The kind of job of a name in the record.
+fn job_kind(name: &str) -> Result<JobKind, StoreError> {
+    let unknown = || StoreError::Damaged { what: "job", reason: format!("no job is called {name:?}") };
+    JobKind::of_name(name).ok_or_else(unknown)
 }
 
 fn nanos(duration: Duration) -> i64 {
@@ -650,7 +660,7 @@ mod tests {
     #[test]
     fn what_is_saved_is_there_after_the_next_start() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("run.sqlite");
+        let path = folder.path().join(ulmus_run::paths::DATABASE);
         let worker = WorkerId::new("w", Incarnation::new(u64::MAX)).unwrap();
         let id = CheckpointId::new(Step::new(2), Generation::new(1));
         let entry = FileEntry { bytes: 3, digest: Digest::of(b"abc") };
@@ -683,14 +693,17 @@ mod tests {
         store.committed(id).unwrap();
         assert_eq!(store.saved().unwrap().checkpoints, [(id, CheckpointKind::Milestone)].into());
         assert_eq!(store.metrics().unwrap()[1].report, report(2, 7.0));
-        assert_eq!(store.results().unwrap()["prepare"]["shards"], 3);
+        assert_eq!(
+            store.results().unwrap(),
+            Results::new([(JobKind::Prepare, serde_json::json!({"shards": 3}))].into())
+        );
         assert_eq!(store.readings().unwrap(), [row]);
     }
 
     #[test]
     fn a_step_that_is_trained_twice_must_agree() {
         let folder = tempfile::tempdir().unwrap();
-        let mut store = Database::open(&folder.path().join("run.sqlite")).unwrap();
+        let mut store = Database::open(&folder.path().join(ulmus_run::paths::DATABASE)).unwrap();
         store.save_steps(Generation::new(1), &[report(1, 8.0)]).unwrap();
         store.save_steps(Generation::new(2), &[report(1, 8.0)]).unwrap();
         store.save_steps(Generation::new(1), &[report(1, 8.0)]).unwrap();

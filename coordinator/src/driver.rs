@@ -13,6 +13,7 @@ use tokio_util::task::TaskTracker;
 use ulmus_checkpoint::{CheckpointError, Manifest, Store};
 use ulmus_coord_core::{Coordinator, Effect, Event, Outcome, PersistentState, Settings};
 use ulmus_process::{Failure, Shutdown, Signal, with_causes};
+use ulmus_run::paths;
 use ulmus_types::{
     CheckpointId, Digest, ErrorKind, ExitStatus, Generation, RunId, SourceReading, Step, StepReport,
     ToCoordinator, ToWorker, WorkerId,
@@ -143,10 +144,10 @@ impl Driver {
             ToCoordinator::Steps { reports, .. } => reports,
             ToCoordinator::Ready(ready) => &ready.reports,
             // A result that cannot be read would end the run when its last page is written.
-            ToCoordinator::JobDone { job, result } if !is_object(result) => {
-                let why = format!("the result of {} is no JSON object", job.name());
-                return Event::SaidImpossible(worker.clone(), why);
-            }
+            ToCoordinator::JobDone { job, result } => match ulmus_run::results::check(job, result) {
+                Ok(()) => return event,
+                Err(error) => return Event::SaidImpossible(worker.clone(), error.to_string()),
+            },
             _ => return event,
         };
         match self.parts.database.agrees(reports) {
@@ -258,7 +259,7 @@ impl Driver {
                 database.save_job(job, result)?;
                 self.parts.console.job_done(job, result);
             }
-            Effect::SaveJobUndone(name) => database.forget_job(name)?,
+            Effect::SaveJobUndone(kind) => database.forget_job(*kind)?,
             Effect::Send(worker, message) => self.send(worker, message.clone()),
             Effect::Disconnect(worker) => {
                 self.sessions.remove(worker);
@@ -305,7 +306,7 @@ impl Driver {
         for report in reports {
             self.parts.console.step(report);
             let appended = self.parts.metrics.append(MetricsRow { report: report.clone(), generation });
-            self.tell_of_csv("metrics.csv", appended);
+            self.tell_of_csv(paths::METRICS, appended);
         }
         if let Some(after) = self.parts.kill_after
             && self.core.step().get() >= after
@@ -328,7 +329,7 @@ impl Driver {
             let row = ReadingRow { step, worker: worker.name().to_owned(), reading: reading.clone() };
             self.parts.database.save_reading(&row)?;
             let appended = self.parts.sources.append(&row);
-            self.tell_of_csv("sources.csv", appended);
+            self.tell_of_csv(paths::SOURCES, appended);
         }
         Ok(())
     }
@@ -416,10 +417,6 @@ fn detached() -> Outcome {
     let message =
         "stopped, and left the workers to the next coordinator; start the same command again within 5 min";
     Outcome { status: ExitStatus::Interrupted, message: message.to_owned(), detached: true }
-}
-
-fn is_object(json: &str) -> bool {
-    serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(json).is_ok()
 }
 
 /// The manifest of a stored checkpoint.

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use ulmus_checkpoint::{Store, StoreError};
 use ulmus_plan::Plan;
+use ulmus_run::paths;
 use ulmus_types::ErrorKind;
 
 /// Why a run folder cannot be used.
@@ -90,12 +91,6 @@ impl FolderError {
     }
 }
 
-/// Name of the mark that a store and a folder have in common.
-const MARK: &str = "coordinator.mark";
-
-/// Name of the coordinator's database, which is there once a run has begun.
-const DATABASE: &str = "run.sqlite";
-
 /// A file that shows whether the disk takes something: as much as a start writes.
 const PROBE: &str = "disk.probe";
 const PROBE_BYTES: usize = 64 << 10;
@@ -129,9 +124,9 @@ impl RunFolder {
         let own = || Path::new(&plan.store.local).join(plan.run.name.to_string());
         let path = store.directory().map_or_else(own, Path::to_path_buf);
         let io = |path: &Path, error: io::Error| FolderError::Io { path: path.to_path_buf(), error };
-        let logs = path.join("logs");
+        let logs = path.join(paths::LOGS);
         fs::create_dir_all(&logs).map_err(|error| io(&logs, error))?;
-        let lock_path = path.join("lock");
+        let lock_path = path.join(paths::LOCK);
         let lock = OpenOptions::new()
             .create(true)
             .truncate(false)
@@ -174,8 +169,8 @@ impl RunFolder {
     async fn claim(&self, recover: bool) -> Result<(), FolderError> {
         let other_store =
             || FolderError::OtherStore { folder: self.path.clone(), store: self.store.to_string() };
-        let path = self.path.join(MARK);
-        let has_begun = self.path.join(DATABASE).exists();
+        let path = self.path.join(paths::MARK);
+        let has_begun = self.path.join(paths::DATABASE).exists();
         let own = match fs::read_to_string(&path) {
             Ok(mark) => Some(mark),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
@@ -189,7 +184,7 @@ impl RunFolder {
                 Some(_) => fs::remove_file(&path).map_err(|error| FolderError::Io { path, error }),
             };
         }
-        let there = match self.store.get(MARK).await {
+        let there = match self.store.get(paths::MARK).await {
             Err(StoreError::NotFound { .. }) => None,
             there => Some(there?),
         };
@@ -199,15 +194,15 @@ impl RunFolder {
             // Its own files were lost, and it takes the store over.
             (_, Some(there)) if recover => {
                 let there = String::from_utf8_lossy(&there).into_owned();
-                self.write(MARK, &there)
+                self.write(paths::MARK, &there)
             }
             (_, Some(_)) => Err(self.elsewhere()),
             (own, None) => {
                 let own = own.unwrap_or_else(unguessable);
-                self.write(MARK, &own)?;
+                self.write(paths::MARK, &own)?;
                 // An answer may have been lost: what counts is what is there.
-                self.store.put_new(MARK, own.clone()).await?;
-                if self.store.get(MARK).await? == own { Ok(()) } else { Err(self.elsewhere()) }
+                self.store.put_new(paths::MARK, own.clone()).await?;
+                if self.store.get(paths::MARK).await? == own { Ok(()) } else { Err(self.elsewhere()) }
             }
         }
     }
@@ -217,7 +212,7 @@ impl RunFolder {
     }
 
     fn keep_plan(&self, plan: &Plan) -> Result<(), FolderError> {
-        let path = self.path.join("plan.resolved.toml");
+        let path = self.path.join(paths::PLAN);
         match fs::read_to_string(&path) {
             Ok(text) => {
                 let earlier = ulmus_plan::read(&text, &[])
@@ -237,7 +232,7 @@ impl RunFolder {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(FolderError::Io { path, error }),
         }
-        self.write("plan.resolved.toml", &plan.to_toml())
+        self.write(paths::PLAN, &plan.to_toml())
     }
 
     /// Where the run is kept, as workers anywhere open it.
@@ -288,7 +283,7 @@ impl RunFolder {
 
     /// Where the coordinator's database is.
     pub(crate) fn database(&self) -> PathBuf {
-        self.path.join(DATABASE)
+        self.path.join(paths::DATABASE)
     }
 
     /// Keeps the coordinator's database to its user. What `SQLite` writes beside it later has the same mode.
@@ -297,7 +292,7 @@ impl RunFolder {
     /// When the mode cannot be set.
     pub(crate) fn hide_database(&self) -> Result<(), FolderError> {
         for suffix in ["", "-wal", "-shm"] {
-            let path = self.path.join(format!("{DATABASE}{suffix}"));
+            let path = self.path.join(format!("{}{suffix}", paths::DATABASE));
             match fs::set_permissions(&path, fs::Permissions::from_mode(0o600)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(FolderError::Io { path, error });
@@ -313,11 +308,11 @@ impl RunFolder {
     /// # Errors
     /// When the file cannot be written.
     pub(crate) fn write_address(&self, address: SocketAddr) -> Result<(), FolderError> {
-        self.write("coordinator.address", &address.to_string())
+        self.write(paths::ADDRESS, &address.to_string())
     }
 
     /// The file that tells it.
     pub(crate) fn address_file(&self) -> PathBuf {
-        self.path.join("coordinator.address")
+        self.path.join(paths::ADDRESS)
     }
 }

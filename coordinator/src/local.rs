@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use ulmus_plan::LocalConfig;
+use ulmus_run::paths;
 use ulmus_transport::JoinToken;
 
 /// How long a worker must have lived for its end not to count as a failed start.
@@ -173,11 +174,11 @@ impl LocalWorkers {
     }
 
     fn log_file(&self, name: &str) -> PathBuf {
-        self.folder.join("logs").join(format!("{name}.log"))
+        self.folder.join(paths::log(name))
     }
 
     fn pid_file(&self, name: &str) -> PathBuf {
-        self.folder.join("logs").join(format!("{name}.pid"))
+        self.folder.join(paths::LOGS).join(format!("{name}.pid"))
     }
 }
 

@@ -14,9 +14,6 @@ use ulmus_types::{Generation, Step, StepReport};
 
 use crate::database::{MetricsRow, ReadingRow};
 
-/// Name of the metrics.
-pub(crate) const METRICS_FILE: &str = "metrics.csv";
-
 const HEADER: [&str; 12] = [
     "step",
     "tokens",

@@ -9,11 +9,12 @@ use std::collections::BTreeSet;
 use ulmus_checkpoint::{CheckpointError, Store};
 use ulmus_plan::Plan;
 use ulmus_process::{Failure, with_causes};
+use ulmus_run::paths;
 use ulmus_types::{BadUnit, ExitStatus, Generation, RunId};
 
 use crate::database::{Recovered, StoredCheckpoint};
 use crate::folder::RunFolder;
-use crate::metrics::{METRICS_FILE, MetricsFile};
+use crate::metrics::MetricsFile;
 
 /// What is wrong when there is no database and a run has begun: nobody may begin it in the middle, or anew, without a word.
 ///
@@ -28,10 +29,10 @@ pub(crate) async fn refuse_to_forget(
         .await
         .map_err(|error| Failure::of(error.kind(), &error))?;
     let Some(newest) = found.last() else {
-        let rows = MetricsFile::read(&folder.path().join(METRICS_FILE));
+        let rows = MetricsFile::read(&folder.path().join(paths::METRICS));
         let Some(last) = rows.last().filter(|_| !from_start) else { return Ok(()) };
         let message = format!(
-            "{} is lost or empty, there is no checkpoint in {}, and {METRICS_FILE} knows of {} steps; restore them, or begin \
+            "{} is lost or empty, there is no checkpoint in {}, and metrics.csv knows of {} steps; restore them, or begin \
              anew with: coordinator --plan {plan} --from-start",
             folder.database().display(),
             folder.shown(),
@@ -101,22 +102,17 @@ pub(crate) async fn gather(folder: &RunFolder, plan: &Plan) -> Result<(Recovered
     }
     recovered.run = runs.into_iter().next();
     recovered.quarantine = quarantine(store).await?;
-    recovered.metrics = MetricsFile::read(&folder.path().join(METRICS_FILE));
+    recovered.metrics = MetricsFile::read(&folder.path().join(paths::METRICS));
     let of_metrics = recovered.metrics.iter().map(|row| row.generation).max().unwrap_or_default();
     recovered.generation = Generation::new(recovered.generation.max(of_metrics).get() + 1000);
     Ok((recovered, damaged))
 }
 
 async fn quarantine(store: &Store) -> Result<std::collections::BTreeMap<BadUnit, String>, Failure> {
-    let contents = match store.get("quarantine.json").await {
+    let contents = match store.get(paths::QUARANTINE).await {
         Err(ulmus_checkpoint::StoreError::NotFound { .. }) => return Ok(std::collections::BTreeMap::new()),
         contents => contents.map_err(|error| Failure::of(error.kind(), &error))?,
     };
-    let units: Vec<(BadUnit, String)> = serde_json::from_slice(&contents).map_err(|error| {
-        Failure::new(
-            ExitStatus::Corrupt,
-            format!("quarantine.json is damaged: {error}; restore it, or delete it"),
-        )
-    })?;
-    Ok(units.into_iter().collect())
+    ulmus_run::quarantine::from_json(&contents)
+        .map_err(|error| Failure::new(error.kind().into(), format!("{error}; restore it, or delete it")))
 }

@@ -12,10 +12,12 @@ use ulmus_coord_core::Settings;
 use ulmus_plan::{OnBadUnit, Plan};
 use ulmus_process::{Failure, HostPort, LogTarget, Shutdown, print, with_causes};
 use ulmus_proto::v1::coordinator_server::CoordinatorServer;
+use ulmus_run::paths;
+use ulmus_run::results::Results;
 use ulmus_transport::{
     Bound, Credentials, CredentialsError, IDENTITY_FILE, Limits, RuntimeError, TOKEN_FILE, TokenSource,
 };
-use ulmus_types::{Digest, ExitStatus, NONCE_FILE, RunId, RunSecret, nonce_digest};
+use ulmus_types::{Digest, ExitStatus, JobKind, RunId, RunSecret, nonce_digest};
 
 use crate::args::OnTerm;
 use crate::console::Console;
@@ -23,7 +25,7 @@ use crate::database::{Database, StoreError};
 use crate::driver::{Ended, Parts, drive, finish_commits};
 use crate::folder::{FolderError, RunFolder, unguessable};
 use crate::local::LocalWorkers;
-use crate::metrics::{METRICS_FILE, MetricsFile, SourcesFile};
+use crate::metrics::{MetricsFile, SourcesFile};
 use crate::quarantine;
 use crate::recover::{gather, refuse_to_forget};
 use crate::server::{MESSAGE_LIMIT, Sessions};
@@ -128,7 +130,7 @@ struct Finished {
     status: ExitStatus,
     /// Hash of the state of the newest checkpoint.
     state: Option<Digest>,
-    results: std::collections::BTreeMap<String, serde_json::Value>,
+    results: Results,
     /// Whether what it had to tell in the end was printed.
     printed: Result<(), Failure>,
 }
@@ -146,8 +148,8 @@ async fn run_one(
             return Err(Failure::new(ExitStatus::Interrupted, "stopped before the run was opened"));
         }
     };
-    ulmus_process::init_telemetry(&LogTarget::File(folder.path().join("logs/coordinator.log")))
-        .map_err(|error| failed(&folder.path().join("logs"), &error))?;
+    ulmus_process::init_telemetry(&LogTarget::File(folder.path().join(paths::log("coordinator"))))
+        .map_err(|error| failed(&folder.path().join(paths::LOGS), &error))?;
     let credentials = credentials(&folder, options)?;
     for file in &credentials.exposed {
         print(&format!(
@@ -169,12 +171,12 @@ async fn run_one(
 
     let saved = database.saved().map_err(|error| stored(&error))?;
     let rows = database.metrics().map_err(|error| stored(&error))?;
-    let metrics_path = folder.path().join(METRICS_FILE);
+    let metrics_path = folder.path().join(paths::METRICS);
     let metrics = MetricsFile::create(&metrics_path, &rows).map_err(|error| failed(&metrics_path, &error))?;
     let sources = sources_file(&database, folder.path())?;
     let console = Console::new(plan.train.iterations, saved.step);
     console.line(&format!("run {} in {}; workers join at {address}", plan.run.name, folder.shown()));
-    let finished_before = saved.jobs.contains("benchmark");
+    let finished_before = saved.jobs.contains(&JobKind::Benchmark);
     let locals = start_locals(plan, &folder, &credentials, finished_before)?;
     if !finished_before {
         if locals.is_none() {
@@ -381,7 +383,7 @@ async fn settings(
 ) -> Result<Settings, Failure> {
     let nonce = unguessable();
     // Anybody may read it who may read the run: workers of other users have to, and without the token it is of no use.
-    folder.store().put(NONCE_FILE, nonce.clone()).await.map_err(|error| in_store(&error))?;
+    folder.store().put(paths::NONCE, nonce.clone()).await.map_err(|error| in_store(&error))?;
     Ok(Settings {
         run: plan.run.name.clone(),
         id,
@@ -437,7 +439,7 @@ fn failed(path: &std::path::Path, error: &std::io::Error) -> Failure {
 
 /// `sources.csv`, written anew.
 fn sources_file(database: &Database, folder: &std::path::Path) -> Result<SourcesFile, Failure> {
-    let path = folder.join("sources.csv");
+    let path = folder.join(paths::SOURCES);
     let rows = database.readings().map_err(|error| stored(&error))?;
     SourcesFile::create(&path, &rows).map_err(|error| failed(&path, &error))
 }

@@ -5,9 +5,10 @@ use std::fmt::Write;
 
 use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
-use serde_json::Value;
 use textplots::{Chart, Plot, Shape};
 use ulmus_plan::Plan;
+use ulmus_run::paths;
+use ulmus_run::results::{Measured, Perplexity, Results};
 use ulmus_types::BadUnit;
 
 use crate::check::grouped;
@@ -21,7 +22,7 @@ pub(crate) fn page(
     options: &Options,
     folder: &RunFolder,
     metrics: &[MetricsRow],
-    results: &BTreeMap<String, Value>,
+    results: &Results,
     left_out: &BTreeMap<BadUnit, String>,
 ) -> String {
     let mut page = String::new();
@@ -36,7 +37,7 @@ fn write_page(
     options: &Options,
     folder: &RunFolder,
     metrics: &[MetricsRow],
-    results: &BTreeMap<String, Value>,
+    results: &Results,
     left_out: &BTreeMap<BadUnit, String>,
 ) -> std::fmt::Result {
     if let (Some(first), Some(last)) = (metrics.first(), metrics.last()) {
@@ -54,10 +55,10 @@ fn write_page(
             writeln!(page, "held-out loss {}", held_out.join(", "))?;
         }
     }
-    if let Some(continuations) = results.get("continuations").filter(|result| result["skipped"].is_null()) {
-        writeln!(page, "\nheld-out text: {}", quoted(&continuations["prompt"]))?;
-        for entry in continuations["continuations"].as_array().into_iter().flatten() {
-            writeln!(page, "  {}: {}", entry["checkpoint"].as_str().unwrap_or("?"), quoted(&entry["text"]))?;
+    if let Some(Measured::Done { result, .. }) = results.continuations() {
+        writeln!(page, "\nheld-out text: {:?}", result.prompt)?;
+        for continuation in result.continuations {
+            writeln!(page, "  {}: {:?}", continuation.checkpoint, continuation.text)?;
         }
     }
     writeln!(page, "\n{}", table(plan, results))?;
@@ -70,11 +71,11 @@ fn write_page(
     let (at, own) = (folder.shown(), folder.path().display());
     writeln!(page)?;
     if plan.checkpoint.export {
-        writeln!(page, "model for transformers, mlx-lm, llama.cpp   {at}/export")?;
+        writeln!(page, "model for transformers, mlx-lm, llama.cpp   {at}/{}", paths::EXPORT)?;
     }
-    writeln!(page, "checkpoints                                  {at}/checkpoints")?;
-    writeln!(page, "metrics, one row per step                    {own}/metrics.csv")?;
-    writeln!(page, "results as JSON                              {at}/results")?;
+    writeln!(page, "checkpoints                                  {at}/{}", paths::CHECKPOINTS)?;
+    writeln!(page, "metrics, one row per step                    {own}/{}", paths::METRICS)?;
+    writeln!(page, "results as JSON                              {at}/{}", paths::RESULTS)?;
     writeln!(page, "\ntry next")?;
     if plan.checkpoint.export && folder.store().directory().is_some() {
         writeln!(
@@ -91,16 +92,20 @@ fn write_page(
 }
 
 /// What was not measured, or on less than all, and why; each reason once.
-fn remarks(results: &BTreeMap<String, Value>) -> BTreeSet<String> {
-    let mut remarks = BTreeSet::new();
-    for (name, result) in results {
-        let what = if name == "continuations" { "continued" } else { "evaluated" };
-        remarks.extend(result["skipped"].as_str().map(|why| format!("not {what}: {why}")));
-        remarks.extend(
-            result["left_out"].as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned),
-        );
+fn remarks(results: &Results) -> BTreeSet<String> {
+    fn of<T>(what: &str, measured: Option<&Measured<T>>) -> Vec<String> {
+        let Some(measured) = measured else { return Vec::new() };
+        let skipped = measured.skipped().map(|why| format!("not {what}: {why}"));
+        skipped.into_iter().chain(measured.left_out().iter().cloned()).collect()
     }
-    remarks
+    [
+        of("evaluated", results.average().as_ref()),
+        of("evaluated", results.last().as_ref()),
+        of("continued", results.continuations().as_ref()),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 fn curve(metrics: &[MetricsRow]) -> String {
@@ -118,37 +123,32 @@ fn curve(metrics: &[MetricsRow]) -> String {
     chart.to_string()
 }
 
-fn table(plan: &Plan, results: &BTreeMap<String, Value>) -> Table {
+fn table(plan: &Plan, results: &Results) -> Table {
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED);
     table.set_header(["result", "average", "last"]);
-    let (average, last) = (results.get("evaluate-average"), results.get("evaluate-last"));
-    let cell = |result: Option<&Value>, key: &str, digits: usize| {
-        result
-            .and_then(|result| result[key].as_f64())
-            .map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"))
+    let (average, last) = (results.average(), results.last());
+    let cell = |measured: &Option<Measured<Perplexity>>, value: fn(&Perplexity) -> f64| {
+        let result = measured.as_ref().and_then(Measured::result);
+        result.map_or_else(|| "-".to_owned(), |result| format!("{:.4}", value(result)))
     };
-    for (name, key) in [
-        ("held-out loss, nats per token", "loss"),
-        ("held-out perplexity", "perplexity"),
-        ("bits per byte", "bits_per_byte"),
-    ] {
-        table.add_row([name.to_owned(), cell(average, key, 4), cell(last, key, 4)]);
-    }
-    let zstd = cell(average, "zstd_bits_per_byte", 4);
-    table.add_row(["bits per byte of zstd -19".to_owned(), zstd.clone(), zstd]);
-    if let Some(benchmark) = results.get("benchmark") {
-        let speed = |key: &str| format!("{:.0}", benchmark[key].as_f64().unwrap_or_default());
-        table.add_row([
-            format!("prompt of {}, tokens/s", plan.benchmark.prompt),
-            speed("prompt_tokens_per_second"),
-            "-".to_owned(),
-        ]);
-        table.add_row([
-            format!("generation of {}, tokens/s", plan.benchmark.generate),
-            speed("generate_tokens_per_second"),
-            "-".to_owned(),
-        ]);
+    let mut row = |name: &str, value: fn(&Perplexity) -> f64| {
+        table.add_row([name.to_owned(), cell(&average, value), cell(&last, value)]);
+    };
+    row("held-out loss, nats per token", |result| result.loss);
+    row("held-out perplexity", |result| result.perplexity);
+    row("bits per byte", |result| result.bits_per_byte);
+    row("bits per byte of zstd -19", |result| result.zstd_bits_per_byte);
+    if let Some(benchmark) = results.benchmark() {
+        for (name, speed) in [
+            (format!("prompt of {}, tokens/s", plan.benchmark.prompt), benchmark.prompt_tokens_per_second),
+            (
+                format!("generation of {}, tokens/s", plan.benchmark.generate),
+                benchmark.generate_tokens_per_second,
+            ),
+        ] {
+            table.add_row([name, format!("{speed:.0}"), "-".to_owned()]);
+        }
     }
     table.add_row([
         "parameters".to_owned(),
@@ -158,46 +158,46 @@ fn table(plan: &Plan, results: &BTreeMap<String, Value>) -> Table {
     table
 }
 
-/// Text on one line.
-fn quoted(value: &Value) -> String {
-    format!("{:?}", value.as_str().unwrap_or_default())
-}
-
 /// Held-out losses of the variants of one plan, side by side.
-pub(crate) fn comparison(variants: &[(String, u64, BTreeMap<String, Value>)]) -> Table {
+pub(crate) fn comparison(variants: &[(String, u64, Results)]) -> Table {
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED);
     table.set_header(["variant", "parameters", "held-out loss (average)", "held-out loss (last)"]);
     for (name, parameters, results) in variants {
-        let loss = |name: &str| {
-            results
-                .get(name)
-                .and_then(|result| result["loss"].as_f64())
-                .map_or_else(|| "-".to_owned(), |loss| format!("{loss:.4}"))
+        let loss = |measured: Option<Measured<Perplexity>>| {
+            let loss = measured.as_ref().and_then(Measured::result).map(|result| result.loss);
+            loss.map_or_else(|| "-".to_owned(), |loss| format!("{loss:.4}"))
         };
-        table.add_row([name.clone(), grouped(*parameters), loss("evaluate-average"), loss("evaluate-last")]);
+        table.add_row([name.clone(), grouped(*parameters), loss(results.average()), loss(results.last())]);
     }
     table
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
+    use ulmus_types::JobKind;
 
     use super::*;
 
     #[test]
     fn what_was_not_measured_is_told_once() {
+        let evaluated = json!({
+            "documents": 1, "bytes": 1, "tokens": 1, "context": 1, "nll": 1.0, "loss": 1.0, "perplexity": 1.0,
+            "bits_per_byte": 1.0, "zstd_bits_per_byte": 1.0, "left_out": ["unit 3 is left out"],
+        });
+        let told = |results: &[(JobKind, &Value)]| {
+            let results = results.iter().map(|(kind, result)| (*kind, (*result).clone())).collect();
+            Vec::from_iter(remarks(&Results::new(results)))
+        };
         let results = [
-            ("average", json!({"checkpoints": []})),
-            ("continuations", json!({"skipped": "no text"})),
-            ("evaluate-average", json!({"loss": 1.0, "left_out": ["unit 3 is left out"]})),
-            ("evaluate-last", json!({"loss": 1.0, "left_out": ["unit 3 is left out"]})),
+            (JobKind::Continuations, &json!({"skipped": "no text"})),
+            (JobKind::EvaluateAverage, &evaluated),
+            (JobKind::EvaluateLast, &evaluated),
         ];
-        let results = results.map(|(name, result)| (name.to_owned(), result)).into();
-        assert_eq!(Vec::from_iter(remarks(&results)), ["not continued: no text", "unit 3 is left out"]);
+        assert_eq!(told(&results), ["not continued: no text", "unit 3 is left out"]);
         let none =
-            ["evaluate-average", "evaluate-last"].map(|name| (name.to_owned(), json!({"skipped": "x"})));
-        assert_eq!(Vec::from_iter(remarks(&none.into())), ["not evaluated: x"]);
+            [JobKind::EvaluateAverage, JobKind::EvaluateLast].map(|kind| (kind, json!({"skipped": "x"})));
+        assert_eq!(told(&none.each_ref().map(|(kind, result)| (*kind, result))), ["not evaluated: x"]);
     }
 }

@@ -43,7 +43,7 @@ pub use loader::{Cursors, Loader, Origin};
 pub use manifest::Manifest;
 pub use mirror::{Mirrored, mirror};
 pub use pack::{IGNORE, Sequence};
-pub use prepare::{PassedBy, Prepared, cargo_home, matching_files, prepare};
+pub use prepare::{Prepared, cargo_home, matching_files, prepare};
 pub use shards::{Written, pack, tokenize};
 pub use sources::{Inspection, SourceReport, Sources, inspect};
 pub use store::{Folder, Traffic, files_below};

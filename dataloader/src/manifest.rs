@@ -7,6 +7,7 @@ use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use ulmus_plan::{DataConfig, Format, SourceConfig};
+use ulmus_run::signed::{self, Style};
 use ulmus_types::Digest;
 
 use crate::contents;
@@ -100,27 +101,20 @@ impl Manifest {
     /// When it is something else, of a newer version, or not what was written.
     pub fn from_json(json: &[u8]) -> Result<Self, DataError> {
         let refuse = |reason: String| DataError::Manifest { reason };
-        let signature = signature(json);
-        if let Some((digest, unsigned)) = &signature
-            && *digest != Digest::of(unsigned).to_string()
-        {
-            return Err(refuse("its digest is that of another text".to_owned()));
-        }
         let manifest: Self = serde_json::from_slice(json).map_err(|error| refuse(error.to_string()))?;
-        match (manifest.format_version, signature) {
-            (FORMAT_VERSION, Some(_)) => Ok(manifest),
-            (FORMAT_VERSION, None) => Err(refuse("its digest is not where it was written".to_owned())),
-            (UNSIGNED, _) => Ok(Self { format_version: FORMAT_VERSION, ..manifest }),
-            (version, _) => {
-                Err(refuse(format!("it has version {version}, this program knows {FORMAT_VERSION}")))
+        match manifest.format_version {
+            FORMAT_VERSION => {
+                signed::verify(json).map_err(refuse)?;
+                Ok(manifest)
             }
+            UNSIGNED => Ok(Self { format_version: FORMAT_VERSION, ..manifest }),
+            version => Err(refuse(format!("it has version {version}, this program knows {FORMAT_VERSION}"))),
         }
     }
 
-    /// The stored form. Its first field is the digest of the text without it: a flipped bit would be another stream.
+    /// The stored form, which vouches for its own bytes: a flipped bit would be another stream.
     pub fn to_json(&self) -> Vec<u8> {
-        let unsigned = self.to_unsigned();
-        [SIGNED, Digest::of(&unsigned).to_string().as_bytes(), b"\",", &unsigned[1..]].concat()
+        signed::to_json(self, Style::Compact).into_bytes()
     }
 
     fn to_unsigned(&self) -> Vec<u8> {
@@ -147,18 +141,6 @@ impl Manifest {
     pub fn bytes(&self) -> u64 {
         self.sources.iter().flat_map(|source| &source.units).map(|unit| unit.bytes).sum()
     }
-}
-
-/// How a manifest begins that has a digest.
-const SIGNED: &[u8] = b"{\"digest\":\"";
-
-/// The digest in a manifest's text, and the text that it is of.
-fn signature(json: &[u8]) -> Option<(String, Vec<u8>)> {
-    let rest = json.strip_prefix(SIGNED)?;
-    let end = rest.iter().position(|byte| *byte == b'"')?;
-    let (digest, rest) = rest.split_at(end);
-    let unsigned = [b"{", rest.get(2..)?].concat();
-    Some((String::from_utf8_lossy(digest).into_owned(), unsigned))
 }
 
 fn freeze(source: &SourceConfig, limit: u64, stores: &Stores) -> Result<SourceManifest, DataError> {

@@ -9,8 +9,8 @@ use std::ffi::OsStr;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
 use ulmus_plan::PrepareConfig;
+use ulmus_run::results::PassedBy;
 use ulmus_types::Digest;
 
 use crate::contents::{self, NoText};
@@ -43,17 +43,6 @@ impl Prepared {
         let Self { found, documents, bytes, passed_by, .. } = self;
         format!("took {documents} of {found} files, {bytes} bytes of text{}", after("; skipped: ", passed_by))
     }
-}
-
-/// What was passed by for one reason.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct PassedBy {
-    /// Why.
-    pub reason: String,
-    /// How many.
-    pub count: usize,
-    /// Name of the first.
-    pub first: String,
 }
 
 /// Everything that was passed by, behind some words, if there is anything.

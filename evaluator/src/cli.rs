@@ -11,12 +11,13 @@ use serde::Serialize;
 use ulmus_backend::{Backend, WeightFormat};
 use ulmus_device::AnyBackend;
 use ulmus_evaluator::{
-    BenchConfig, BenchResult, EvaluatorError, LoadedModel, PerplexityResult, Transcript, bench, load_model,
-    load_tokenizer, perplexity, read_texts, synthetic_weights,
+    BenchConfig, BenchResult, EvaluatorError, LoadedModel, Transcript, bench, load_model, load_tokenizer,
+    perplexity, read_texts, synthetic_weights,
 };
 use ulmus_model::{Generator, Model, Sampler, Sampling};
 use ulmus_plan::{Device, ModelConfig, NormKind, Preset};
 use ulmus_process::{Failure, finish_output, print};
+use ulmus_run::results::Perplexity;
 use ulmus_types::{Digest, ExitStatus};
 
 /// Version of the result files.
@@ -277,7 +278,7 @@ struct ModelSummary<'a> {
 
 #[derive(Debug, Serialize)]
 struct Results {
-    perplexity: PerplexityResult,
+    perplexity: Perplexity,
 }
 
 impl OnDevice for Run {
@@ -415,7 +416,7 @@ impl OnDevice for Generate {
     }
 }
 
-fn perplexity_table(result: &PerplexityResult) -> String {
+fn perplexity_table(result: &Perplexity) -> String {
     let mut table = table(&["perplexity", "value"]);
     for (name, value) in [
         ("documents", result.documents.to_string()),

@@ -11,6 +11,7 @@ use ulmus_backend::{Backend, WeightFormat};
 use ulmus_dataloader::{Tokenizer, is_pointer, without_mark};
 use ulmus_model::Model;
 use ulmus_model::hf::{self, SpecialTokens};
+use ulmus_run::paths;
 use ulmus_types::Digest;
 
 use crate::error::EvaluatorError;
@@ -52,9 +53,10 @@ pub fn load_tokenizer<B: Backend>(
     directory: &Path,
     model: &LoadedModel<B>,
 ) -> Result<Tokenizer, EvaluatorError> {
-    let path = require(directory, "tokenizer.json").or_else(|_| require(directory, "tokenizer.model"));
+    let path =
+        require(directory, paths::TOKENIZER_JSON).or_else(|_| require(directory, paths::TOKENIZER_MODEL));
     // Where there are both, the model is the original.
-    let path = require(directory, "tokenizer.model").or(path)?;
+    let path = require(directory, paths::TOKENIZER_MODEL).or(path)?;
     let mismatch = |reason: String| EvaluatorError::Mismatch { path: directory.to_owned(), reason };
     let bytes = std::fs::read(&path).map_err(|error| mismatch(error.to_string()))?;
     let names = names_of_ends(directory).map_err(mismatch)?;

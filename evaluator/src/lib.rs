@@ -18,6 +18,6 @@ mod writing;
 pub use bench::{BenchConfig, BenchResult, Machine, Rates, Timing, bench, median, synthetic_weights};
 pub use error::EvaluatorError;
 pub use folder::{LoadedModel, load_model, load_tokenizer};
-pub use perplexity::{PerplexityResult, perplexity, zstd_bits_per_byte};
+pub use perplexity::{perplexity, zstd_bits_per_byte};
 pub use texts::read_texts;
 pub use writing::{Continuation, Transcript, continuations};

@@ -9,35 +9,12 @@ use std::io::{self, Write};
 use std::ops::Range;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
 use ulmus_backend::Backend;
 use ulmus_dataloader::{IGNORE, Tokenizer};
 use ulmus_model::{Generator, Model};
+use ulmus_run::results::Perplexity;
 
 use crate::error::EvaluatorError;
-
-/// How well a model predicts some texts.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct PerplexityResult {
-    /// Texts that were scored; empty ones are passed over.
-    pub documents: u64,
-    /// Their length in UTF-8.
-    pub bytes: u64,
-    /// Tokens that were predicted, the EOS of every document included.
-    pub tokens: u64,
-    /// Most tokens of context that a prediction had.
-    pub context: usize,
-    /// Sum of the negative log-likelihoods of all tokens, in nats.
-    pub nll: f64,
-    /// Mean of them.
-    pub loss: f64,
-    /// `exp(loss)`.
-    pub perplexity: f64,
-    /// Bits that the model would need per byte of text: `nll / bytes / ln 2`.
-    pub bits_per_byte: f64,
-    /// What `zstd -19` needs for the same texts in one stream, as a yardstick.
-    pub zstd_bits_per_byte: f64,
-}
 
 /// Scores `texts` with a context of up to `context` tokens.
 ///
@@ -51,7 +28,7 @@ pub fn perplexity<B: Backend>(
     tokenizer: &Tokenizer,
     texts: &[String],
     context: usize,
-) -> Result<PerplexityResult, EvaluatorError> {
+) -> Result<Perplexity, EvaluatorError> {
     let mut generator = Generator::new(Arc::clone(model), context)?;
     let mut encoder = tokenizer.encoder();
     let (mut documents, mut bytes, mut tokens, mut nll) = (0, 0, 0, 0.0);
@@ -68,7 +45,7 @@ pub fn perplexity<B: Backend>(
         return Err(EvaluatorError::NoText("the texts given".to_owned()));
     }
     let loss = nll / tokens as f64;
-    Ok(PerplexityResult {
+    Ok(Perplexity {
         documents,
         bytes,
         tokens,
@@ -154,6 +131,7 @@ mod tests {
 
     use super::*;
     use crate::{LoadedModel, load_model, load_tokenizer};
+    use serde::Deserialize;
 
     fn tiny() -> (LoadedModel<Cpu>, Tokenizer) {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/tiny");

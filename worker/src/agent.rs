@@ -17,10 +17,11 @@ use ulmus_checkpoint::{Store, StoreError, write_part};
 use ulmus_process::{Failure, Shutdown, with_causes};
 use ulmus_proto::v1::coordinator_client::CoordinatorClient;
 use ulmus_proto::{kind_of, v1};
+use ulmus_run::paths;
 use ulmus_transport::{ConnectError, TokenSource};
 use ulmus_types::{
-    Digest, ErrorKind, ExitStatus, FileEntry, GroupRequest, HEARTBEAT_INTERVAL, Hello, NONCE_FILE, RunId,
-    Snapshot, ToCoordinator, ToWorker, WorkerId, nonce_digest,
+    Digest, ErrorKind, ExitStatus, FileEntry, GroupRequest, HEARTBEAT_INTERVAL, Hello, RunId, Snapshot,
+    ToCoordinator, ToWorker, WorkerId, nonce_digest,
 };
 use ulmus_worker_core::{Action, Session};
 
@@ -473,7 +474,7 @@ async fn open(id: RunId, plan: &str, location: &str) -> Result<(Run, Digest), (E
         .ok_or_else(|| wrong("the plan is empty".to_owned()))?;
     let failed = |error: StoreError| (error.kind(), with_causes(&error));
     let store = Store::open(location).map_err(failed)?;
-    let nonce = nonce_digest(&store.get(NONCE_FILE).await.map_err(failed)?);
+    let nonce = nonce_digest(&store.get(paths::NONCE).await.map_err(failed)?);
     Ok((Run::new(id, plan, store, Handle::current()), nonce))
 }
 

@@ -6,8 +6,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use serde::Deserialize;
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::json;
 use ulmus_backend::Backend;
 use ulmus_checkpoint::StoreError;
 use ulmus_dataloader::{Corpus, Manifest, Tokenizer, cargo_home};
@@ -16,65 +16,74 @@ use ulmus_model::hf::{SpecialTokens, config_json, generation_config_json};
 use ulmus_model::{Layout, Model, weights_from_safetensors, weights_to_safetensors};
 use ulmus_plan::{OnBadUnit, Plan};
 use ulmus_process::with_causes;
+use ulmus_run::paths;
+use ulmus_run::results::{
+    self, Average, Benchmark, Continuation, Continuations, Exported, Measured, Perplexity, Prepared, Shards,
+};
 use ulmus_types::{CheckpointId, Digest, FileEntry, Job};
 
 use crate::WorkerError;
-use crate::run::{MANIFEST, Run, TOKENIZER_JSON};
+use crate::run::Run;
 use crate::snapshot::weights;
-
-/// The averaged weights.
-const AVERAGE: &str = "average/model.safetensors";
-/// What they are the average of.
-const AVERAGE_MANIFEST: &str = "average/manifest.json";
 
 /// Most text that is looked through for a document that is held out, before training. With the published share one
 /// document of 2,000 is.
 const LOOK_FOR_HELD_OUT: u64 = 1 << 30;
 
-/// Does a job; gives its result as JSON. `say` tells a person what cannot wait for the end of the run.
+/// Does a job; gives its result as JSON, of the type that [`ulmus_run::results`] has for it. `say` tells a person what cannot
+/// wait for the end of the run.
 pub(crate) fn work<B: Backend>(
     run: &Run,
     backend: &B,
     threads: usize,
     job: &Job,
     say: &dyn Fn(String),
-) -> Result<Value, WorkerError> {
-    let result = match job {
-        Job::Prepare => prepare(run, say)?,
-        Job::Average(checkpoints) => average(run, checkpoints)?,
-        Job::EvaluateAverage => evaluate(run, say, || averaged(run, backend))?,
-        Job::Evaluate(checkpoint) => evaluate(run, say, || trained(run, *checkpoint, backend))?,
-        Job::Continue(checkpoints) => continue_text(run, say, checkpoints, backend)?,
-        Job::Export => export(run)?,
-        Job::Benchmark => benchmark(run, backend, threads)?,
-    };
-    run.write(&format!("results/{}.json", job.name()), pretty(&result))?;
-    Ok(result)
+) -> Result<String, WorkerError> {
+    match job {
+        Job::Prepare => {
+            let prepared = prepare(run, say)?;
+            // What a job has found is told to people at once; its result is for programs.
+            for line in prepared.prepared.iter().flat_map(|shards| shards.summary.lines()) {
+                say(format!("prepare {line}"));
+            }
+            keep(run, job, &prepared)
+        }
+        Job::Average(checkpoints) => keep(run, job, &average(run, checkpoints)?),
+        Job::EvaluateAverage => keep(run, job, &evaluate(run, say, || averaged(run, backend))?),
+        Job::Evaluate(checkpoint) => {
+            keep(run, job, &evaluate(run, say, || trained(run, *checkpoint, backend))?)
+        }
+        Job::Continue(checkpoints) => keep(run, job, &continue_text(run, say, checkpoints, backend)?),
+        Job::Export => keep(run, job, &export(run)?),
+        Job::Benchmark => keep(run, job, &benchmark(run, backend, threads)?),
+    }
 }
 
-fn pretty(value: &Value) -> Vec<u8> {
-    format!("{value:#}\n").into_bytes()
+/// Writes the result of a job.
+fn keep(run: &Run, job: &Job, result: &impl Serialize) -> Result<String, WorkerError> {
+    run.write(&paths::result(job), results::to_json(result))?;
+    Ok(serde_json::to_string(result).expect("results have text keys"))
 }
 
 /// Shards and tokenizer where the plan asks for them, and the frozen manifest of everything that is read.
-fn prepare(run: &Run, say: &dyn Fn(String)) -> Result<Value, WorkerError> {
+fn prepare(run: &Run, say: &dyn Fn(String)) -> Result<Prepared, WorkerError> {
     let plan = &run.plan;
     let shards = match &plan.prepare {
         Some(config) => {
-            let shards = run.folder().child("shards");
+            let shards = run.folder().child(paths::SHARDS);
             let prepared = ulmus_dataloader::prepare(config, &cargo_home(), plan.data.unit.get(), &shards)?;
-            json!({
-                "shards": prepared.shards,
-                "documents": prepared.documents,
-                "bytes": prepared.bytes,
-                "digest": prepared.digest,
-                "found": prepared.found,
-                "taken": prepared.documents,
-                "passed_by": prepared.passed_by,
-                "summary": prepared.summary(),
+            Some(Shards {
+                summary: prepared.summary(),
+                shards: prepared.shards,
+                documents: prepared.documents,
+                bytes: prepared.bytes,
+                digest: prepared.digest,
+                found: prepared.found,
+                taken: prepared.documents,
+                passed_by: prepared.passed_by,
             })
         }
-        None => Value::Null,
+        None => None,
     };
     let manifest = Manifest::freeze(&plan.data, Some(&run.folder()))?;
     let tokenizer = tokenizer(run, &manifest)?;
@@ -83,7 +92,7 @@ fn prepare(run: &Run, say: &dyn Fn(String)) -> Result<Value, WorkerError> {
     for (name, contents) in tokenizer_files(&tokenizer) {
         run.write(name, contents)?;
     }
-    run.write(MANIFEST, manifest.to_json())?;
+    run.write(paths::DATA_MANIFEST, manifest.to_json())?;
     let (pieces, tokenizer_digest) = (tokenizer.pieces(), tokenizer.digest());
     let corpus = Arc::new(run.corpus_of(&manifest, tokenizer)?);
     must_hold_text(run, &corpus)?;
@@ -91,15 +100,15 @@ fn prepare(run: &Run, say: &dyn Fn(String)) -> Result<Value, WorkerError> {
     if held_out == Some(false) {
         say(nothing_to_measure(plan));
     }
-    Ok(json!({
-        "prepared": shards,
-        "files": manifest.files(),
-        "bytes": manifest.bytes(),
-        "manifest": manifest.digest(),
-        "pieces": pieces,
-        "tokenizer": tokenizer_digest,
-        "held_out": held_out,
-    }))
+    Ok(Prepared {
+        prepared: shards,
+        files: manifest.files(),
+        bytes: manifest.bytes(),
+        manifest: manifest.digest(),
+        pieces,
+        tokenizer: tokenizer_digest,
+        held_out,
+    })
 }
 
 /// Makes sure that the model has room for the tokenizer, so that what is exported can be loaded.
@@ -137,7 +146,7 @@ fn no_held_out(plan: &Plan) -> String {
 
 /// The file that a tokenizer was read from and, where it can be made, its `tokenizer.json`.
 fn tokenizer_files(tokenizer: &Tokenizer) -> BTreeMap<&'static str, Vec<u8>> {
-    let json = tokenizer.to_json().map(|json| (TOKENIZER_JSON, json.into_bytes()));
+    let json = tokenizer.to_json().map(|json| (paths::TOKENIZER_JSON, json.into_bytes()));
     let (name, contents) = tokenizer.file();
     json.into_iter().chain([(name, contents.to_vec())]).collect()
 }
@@ -165,7 +174,7 @@ fn must_hold_text(run: &Run, corpus: &Arc<Corpus>) -> Result<(), WorkerError> {
 }
 
 /// The mean of some checkpoints' weights, summed in f64 in the order of their steps and rounded once.
-fn average(run: &Run, checkpoints: &[CheckpointId]) -> Result<Value, WorkerError> {
+fn average(run: &Run, checkpoints: &[CheckpointId]) -> Result<Average, WorkerError> {
     let layout = Layout::new(&run.plan.model);
     let mut sum = vec![0_f64; layout.parameters()];
     for checkpoint in checkpoints {
@@ -178,22 +187,18 @@ fn average(run: &Run, checkpoints: &[CheckpointId]) -> Result<Value, WorkerError
     let mean: Vec<f32> = sum.into_iter().map(|sum| (sum / count) as f32).collect();
     let file = weights_to_safetensors(&layout, &mean)?;
     let entry = FileEntry::of(&file);
-    run.write(AVERAGE, file)?;
-    let result = json!({
-        "checkpoints": checkpoints,
-        "files": { "model.safetensors": entry },
-        "weights": Digest::of(bytemuck::cast_slice(&mean)),
-    });
-    run.write(AVERAGE_MANIFEST, pretty(&result))?;
+    run.write(paths::AVERAGE, file)?;
+    let result = Average {
+        checkpoints: checkpoints.to_vec(),
+        files: [(paths::WEIGHTS.to_owned(), entry)].into(),
+        weights: Digest::of(bytemuck::cast_slice(&mean)),
+    };
+    run.write(paths::AVERAGE_MANIFEST, results::to_json(&result))?;
     Ok(result)
 }
 
 /// The file of the average, as its manifest has it.
 fn average_file(run: &Run) -> Result<Vec<u8>, WorkerError> {
-    #[derive(Deserialize)]
-    struct Written {
-        files: BTreeMap<String, FileEntry>,
-    }
     let damaged = |file: &str, reason: String| WorkerError::Damaged {
         file: file.to_owned(),
         reason,
@@ -204,13 +209,13 @@ fn average_file(run: &Run) -> Result<Vec<u8>, WorkerError> {
         Err(StoreError::NotFound { .. }) => Err(damaged(path, "it does not exist".to_owned())),
         read => Ok(read?),
     };
-    let manifest: Written = serde_json::from_slice(&read(AVERAGE_MANIFEST)?)
-        .map_err(|error| damaged(AVERAGE_MANIFEST, error.to_string()))?;
+    let manifest: Average = serde_json::from_slice(&read(paths::AVERAGE_MANIFEST)?)
+        .map_err(|error| damaged(paths::AVERAGE_MANIFEST, error.to_string()))?;
     let expected = manifest
         .files
-        .get("model.safetensors")
-        .ok_or_else(|| damaged(AVERAGE_MANIFEST, "it does not list model.safetensors".to_owned()))?;
-    let file = read(AVERAGE)?;
+        .get(paths::WEIGHTS)
+        .ok_or_else(|| damaged(paths::AVERAGE_MANIFEST, format!("it does not list {}", paths::WEIGHTS)))?;
+    let file = read(paths::AVERAGE)?;
     let found = FileEntry::of(&file);
     if found != *expected {
         let (has, had) = (found, expected);
@@ -221,7 +226,7 @@ fn average_file(run: &Run) -> Result<Vec<u8>, WorkerError> {
             had.bytes,
             had.digest.short()
         );
-        return Err(damaged(AVERAGE, reason));
+        return Err(damaged(paths::AVERAGE, reason));
     }
     Ok(file)
 }
@@ -244,7 +249,7 @@ fn model<B: Backend>(run: &Run, weights: &[f32], backend: &B) -> Result<Arc<Mode
 }
 
 /// What finished models are measured on.
-struct Measured {
+struct HeldOut {
     tokenizer: Tokenizer,
     /// Held-out documents in their fixed order, up to the plan's limit.
     texts: Vec<String>,
@@ -256,7 +261,7 @@ struct Measured {
 ///
 /// A unit that cannot be read is reported as in training while the coordinator may still leave it out. Otherwise it is
 /// left out here alone: a run that is trained must not depend for ever on a file that only its evaluation needs.
-fn measured(run: &Run, say: &dyn Fn(String)) -> Result<Result<Measured, String>, WorkerError> {
+fn held_out(run: &Run, say: &dyn Fn(String)) -> Result<Result<HeldOut, String>, WorkerError> {
     let limit = run.plan.evaluate.text.get();
     if limit == 0 {
         return Ok(Err("evaluate.text is 0".to_owned()));
@@ -291,33 +296,20 @@ fn measured(run: &Run, say: &dyn Fn(String)) -> Result<Result<Measured, String>,
     if texts.is_empty() {
         return Ok(Err([vec![no_held_out(&run.plan)], left_out].concat().join("; ")));
     }
-    Ok(Ok(Measured { tokenizer: corpus.tokenizer().clone(), texts, left_out }))
-}
-
-/// The result of a job that was not done.
-fn skipped(why: &str) -> Value {
-    json!({ "skipped": why })
-}
-
-/// Adds to a result what was left out on the way to it.
-fn with_left_out(mut result: Value, left_out: &[String]) -> Value {
-    if !left_out.is_empty() {
-        result["left_out"] = json!(left_out);
-    }
-    result
+    Ok(Ok(HeldOut { tokenizer: corpus.tokenizer().clone(), texts, left_out }))
 }
 
 fn evaluate<B: Backend>(
     run: &Run,
     say: &dyn Fn(String),
     model: impl FnOnce() -> Result<Arc<Model<B>>, WorkerError>,
-) -> Result<Value, WorkerError> {
-    let Measured { tokenizer, texts, left_out } = match measured(run, say)? {
-        Ok(measured) => measured,
-        Err(why) => return Ok(skipped(&why)),
+) -> Result<Measured<Perplexity>, WorkerError> {
+    let HeldOut { tokenizer, texts, left_out } = match held_out(run, say)? {
+        Ok(held_out) => held_out,
+        Err(skipped) => return Ok(Measured::Skipped { skipped }),
     };
     let result = perplexity(&model()?, &tokenizer, &texts, run.plan.sequence_length())?;
-    Ok(with_left_out(json!(result), &left_out))
+    Ok(Measured::Done { result, left_out })
 }
 
 /// What the model wrote at several points of its training, after the same held-out text.
@@ -326,10 +318,10 @@ fn continue_text<B: Backend>(
     say: &dyn Fn(String),
     checkpoints: &[CheckpointId],
     backend: &B,
-) -> Result<Value, WorkerError> {
-    let Measured { tokenizer, texts, left_out } = match measured(run, say)? {
-        Ok(measured) => measured,
-        Err(why) => return Ok(skipped(&why)),
+) -> Result<Measured<Continuations>, WorkerError> {
+    let HeldOut { tokenizer, texts, left_out } = match held_out(run, say)? {
+        Ok(held_out) => held_out,
+        Err(skipped) => return Ok(Measured::Skipped { skipped }),
     };
     let config = &run.plan.evaluate;
     let mut prompt = String::new();
@@ -339,33 +331,33 @@ fn continue_text<B: Backend>(
         let (start, length) = (config.prompt as usize, config.continuation as usize);
         for continuation in continuations(&model, &tokenizer, &texts[..1], start, length)? {
             prompt = continuation.prompt;
-            written.push(json!({ "checkpoint": checkpoint, "text": continuation.text }));
+            written.push(Continuation { checkpoint: *checkpoint, text: continuation.text });
         }
     }
-    Ok(with_left_out(json!({ "prompt": prompt, "continuations": written }), &left_out))
+    Ok(Measured::Done { result: Continuations { prompt, continuations: written }, left_out })
 }
 
 /// The average in Hugging Face layout.
-fn export(run: &Run) -> Result<Value, WorkerError> {
+fn export(run: &Run) -> Result<Exported, WorkerError> {
     let tokenizer = run.tokenizer()?;
     let tokens = SpecialTokens { bos: tokenizer.bos(), eos: tokenizer.eos() };
-    let mut files = serde_json::Map::new();
+    let mut files = BTreeMap::new();
     let (bos, eos) = tokenizer.names_of_ends();
     let names = json!({ "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos });
     let contents = [
         ("config.json", config_json(&run.plan.model, tokens)?.into_bytes()),
         ("generation_config.json", generation_config_json(tokens).into_bytes()),
-        ("model.safetensors", average_file(run)?),
-        ("tokenizer_config.json", pretty(&names)),
+        (paths::WEIGHTS, average_file(run)?),
+        ("tokenizer_config.json", results::to_json(&names)),
     ];
     for (name, contents) in contents.into_iter().chain(tokenizer_files(&tokenizer)) {
-        files.insert(name.to_owned(), json!(FileEntry::of(&contents)));
-        run.write(&format!("export/{name}"), contents)?;
+        files.insert(name.to_owned(), FileEntry::of(&contents));
+        run.write(&paths::export_file(name), contents)?;
     }
-    Ok(json!({ "folder": "export", "files": files }))
+    Ok(Exported { folder: paths::EXPORT.to_owned(), files })
 }
 
-fn benchmark<B: Backend>(run: &Run, backend: &B, threads: usize) -> Result<Value, WorkerError> {
+fn benchmark<B: Backend>(run: &Run, backend: &B, threads: usize) -> Result<Benchmark, WorkerError> {
     let config = &run.plan.benchmark;
     let config = BenchConfig {
         prompt: config.prompt as usize,
@@ -374,11 +366,11 @@ fn benchmark<B: Backend>(run: &Run, backend: &B, threads: usize) -> Result<Value
         batch: 1,
     };
     let result = bench(&averaged(run, backend)?, config, threads)?;
-    Ok(json!({
-        "prompt_tokens_per_second": result.median.prompt,
-        "generate_tokens_per_second": result.median.generation,
-        "details": result,
-    }))
+    Ok(Benchmark {
+        prompt_tokens_per_second: result.median.prompt,
+        generate_tokens_per_second: result.median.generation,
+        details: json!(result),
+    })
 }
 
 #[cfg(test)]
@@ -386,6 +378,7 @@ mod tests {
     use std::cell::RefCell;
     use std::path::{Path, PathBuf};
 
+    use serde_json::Value;
     use tempfile::TempDir;
     use tokio::runtime::Runtime;
     use ulmus_backend::WeightFormat;
@@ -477,7 +470,9 @@ mod tests {
         }
 
         fn work(&self, job: &Job) -> Result<Value, WorkerError> {
-            work(&self.run, &Cpu::new(1), 1, job, &|text| self.said.borrow_mut().push(text))
+            let result = work(&self.run, &Cpu::new(1), 1, job, &|text| self.said.borrow_mut().push(text))?;
+            results::check(job, &result).unwrap_or_else(|error| panic!("{error}"));
+            Ok(serde_json::from_str(&result).unwrap())
         }
 
         /// Does what is done before models are looked at, with invented weights.
@@ -485,9 +480,13 @@ mod tests {
             let prepared = self.work(&Job::Prepare).unwrap_or_else(|error| panic!("{error}"));
             let model = &self.run.plan.model;
             let file = weights_to_safetensors(&Layout::new(model), &synthetic_weights(model)).unwrap();
-            let manifest = json!({ "files": { "model.safetensors": FileEntry::of(&file) } });
-            self.run.write(AVERAGE, file).unwrap();
-            self.run.write(AVERAGE_MANIFEST, pretty(&manifest)).unwrap();
+            let manifest = Average {
+                checkpoints: vec![last()],
+                files: [(paths::WEIGHTS.to_owned(), FileEntry::of(&file))].into(),
+                weights: Digest::of(&file),
+            };
+            self.run.write(paths::AVERAGE, file).unwrap();
+            self.run.write(paths::AVERAGE_MANIFEST, results::to_json(&manifest)).unwrap();
             prepared
         }
     }
@@ -568,26 +567,26 @@ mod tests {
     fn a_damaged_average_is_never_used() {
         let place = Place::new(&[]);
         place.train();
-        let whole = place.run.read(AVERAGE).unwrap();
+        let whole = place.run.read(paths::AVERAGE).unwrap();
         let mut flipped = whole.clone();
         *flipped.last_mut().unwrap() ^= 1;
         for damaged in [flipped, whole[..whole.len() - 4].to_vec()] {
-            place.run.write(AVERAGE, damaged).unwrap();
+            place.run.write(paths::AVERAGE, damaged).unwrap();
             for job in [Job::EvaluateAverage, Job::Export, Job::Benchmark] {
                 let error = place.work(&job).unwrap_err();
                 assert_eq!(error.kind(), ErrorKind::Corrupt);
                 assert!(error.to_string().starts_with("average/model.safetensors is damaged"), "{error}");
             }
         }
-        place.run.write(AVERAGE, whole.clone()).unwrap();
+        place.run.write(paths::AVERAGE, whole.clone()).unwrap();
         place.work(&Job::EvaluateAverage).unwrap();
-        let manifest = place.run.read(AVERAGE_MANIFEST).unwrap();
-        for (path, contents) in [(AVERAGE, &whole), (AVERAGE_MANIFEST, &manifest)] {
+        let manifest = place.run.read(paths::AVERAGE_MANIFEST).unwrap();
+        for (path, contents) in [(paths::AVERAGE, &whole), (paths::AVERAGE_MANIFEST, &manifest)] {
             place.run.wait(place.run.store.delete(path)).unwrap();
             assert_eq!(place.work(&Job::Export).unwrap_err().kind(), ErrorKind::Corrupt, "{path} is gone");
             place.run.write(path, contents.clone()).unwrap();
         }
-        place.run.write(AVERAGE_MANIFEST, b"{".to_vec()).unwrap();
+        place.run.write(paths::AVERAGE_MANIFEST, b"{".to_vec()).unwrap();
         let error = place.work(&Job::Export).unwrap_err();
         assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("average/manifest.json"));
     }

@@ -7,18 +7,10 @@ use tokio::runtime::Handle;
 use ulmus_checkpoint::{Store, StoreError};
 use ulmus_dataloader::{Corpus, DataError, Folder, Manifest, Sources, Tokenizer};
 use ulmus_plan::{Plan, TokenizerConfig};
+use ulmus_run::paths;
 use ulmus_types::{BadUnit, Digest, RunId};
 
 use crate::WorkerError;
-
-/// The manifest of the data, in the run's folder.
-pub(crate) const MANIFEST: &str = "data/manifest.json";
-/// Units that are left out.
-const QUARANTINE: &str = "quarantine.json";
-/// The tokenizer as SentencePiece reads it.
-pub(crate) const TOKENIZER_MODEL: &str = "tokenizer.model";
-/// The same tokenizer as transformers reads it.
-pub(crate) const TOKENIZER_JSON: &str = "tokenizer.json";
 
 /// A run: its plan, and its folder.
 #[derive(Debug, Clone)]
@@ -68,16 +60,16 @@ impl Run {
     /// The run's tokenizer.
     pub(crate) fn tokenizer(&self) -> Result<Tokenizer, WorkerError> {
         let TokenizerConfig { bos, eos, .. } = &self.plan.tokenizer;
-        let (name, bytes) = match self.read(TOKENIZER_MODEL) {
-            Err(StoreError::NotFound { .. }) => (TOKENIZER_JSON, self.read(TOKENIZER_JSON)?),
-            model => (TOKENIZER_MODEL, model?),
+        let (name, bytes) = match self.read(paths::TOKENIZER_MODEL) {
+            Err(StoreError::NotFound { .. }) => (paths::TOKENIZER_JSON, self.read(paths::TOKENIZER_JSON)?),
+            model => (paths::TOKENIZER_MODEL, model?),
         };
         Ok(Tokenizer::read(&bytes, name, bos.as_deref(), eos.as_deref())?)
     }
 
     /// The run's data as the prepare job has frozen it, without units that cannot be read.
     pub(crate) fn corpus(&self) -> Result<Corpus, WorkerError> {
-        let manifest = Manifest::from_json(&self.read(MANIFEST)?)?;
+        let manifest = Manifest::from_json(&self.read(paths::DATA_MANIFEST)?)?;
         let tokenizer = self.tokenizer()?;
         manifest.check_tokenizer(&tokenizer)?;
         Ok(self.corpus_of(&manifest, tokenizer)?.without(&self.quarantine()?))
@@ -85,16 +77,13 @@ impl Run {
 
     /// Units that cannot be read, as the coordinator has recorded them.
     pub(crate) fn quarantine(&self) -> Result<BTreeSet<BadUnit>, WorkerError> {
-        let recorded = match self.read(QUARANTINE) {
+        let recorded = match self.read(paths::QUARANTINE) {
             Err(StoreError::NotFound { .. }) => return Ok(BTreeSet::new()),
             recorded => recorded?,
         };
-        let units: Vec<(BadUnit, String)> = serde_json::from_slice(&recorded).map_err(|error| {
-            WorkerError::Plan(format!(
-                "{QUARANTINE} of the run is damaged: {error}; delete it, and restart the coordinator"
-            ))
-        })?;
-        Ok(units.into_iter().map(|(unit, _)| unit).collect())
+        let units = ulmus_run::quarantine::from_json(&recorded)
+            .map_err(|error| WorkerError::Plan(format!("{error}; delete it, and restart the coordinator")))?;
+        Ok(units.into_keys().collect())
     }
 
     /// The data of a manifest.

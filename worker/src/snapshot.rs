@@ -6,10 +6,9 @@
 use std::sync::Arc;
 
 use tokio::sync::OwnedSemaphorePermit;
-use ulmus_checkpoint::{
-    CheckpointError, Manifest, STATE_FILE, Store, TrainState, WEIGHTS_FILE, optimizer_shards, read_file,
-};
+use ulmus_checkpoint::{CheckpointError, Manifest, Store, optimizer_shards, read_file};
 use ulmus_model::{Layout, State, StateCopy, StatePart, weights_from_safetensors, weights_to_safetensors};
+use ulmus_run::{FormatError, TrainState, paths};
 use ulmus_types::{CheckpointId, CheckpointKind, Digest, Snapshot};
 
 use crate::WorkerError;
@@ -48,8 +47,8 @@ impl PendingSnapshot {
     pub(crate) fn encode(&self, file: &str) -> Result<Option<Vec<u8>>, WorkerError> {
         let part = |part| self.tensors.part(part);
         Ok(match file {
-            WEIGHTS_FILE => Some(weights_to_safetensors(&self.layout, part(StatePart::Weights))?),
-            STATE_FILE => Some(self.train.to_json()),
+            paths::WEIGHTS => Some(weights_to_safetensors(&self.layout, part(StatePart::Weights))?),
+            paths::STATE => Some(self.train.to_json()),
             _ => optimizer_shards(self.layout.parameters())
                 .into_iter()
                 .find(|shard| shard.file_name() == file)
@@ -64,7 +63,7 @@ pub(crate) async fn restore(
     manifest: &Manifest,
     layout: &Layout,
 ) -> Result<(State, TrainState), WorkerError> {
-    let weights = read_file(store, manifest, WEIGHTS_FILE).await?;
+    let weights = read_file(store, manifest, paths::WEIGHTS).await?;
     let mut state = State {
         weights: weights_from_safetensors(layout, &weights)?,
         first_moment: vec![0.0; layout.parameters()],
@@ -74,7 +73,8 @@ pub(crate) async fn restore(
         let contents = read_file(store, manifest, &shard.file_name()).await?;
         shard.decode(&contents, &mut state.first_moment, &mut state.second_moment)?;
     }
-    let train = TrainState::from_json(&read_file(store, manifest, STATE_FILE).await?)?;
+    let train = TrainState::from_json(&read_file(store, manifest, paths::STATE).await?)
+        .map_err(|FormatError { file, reason }| CheckpointError::Form { file, reason })?;
     Ok((state, train))
 }
 
@@ -85,9 +85,9 @@ pub(crate) async fn weights(
     layout: &Layout,
 ) -> Result<Vec<f32>, WorkerError> {
     let manifest = ulmus_checkpoint::read_manifest(store, checkpoint).await?;
-    let contents = read_file(store, &manifest, WEIGHTS_FILE).await?;
+    let contents = read_file(store, &manifest, paths::WEIGHTS).await?;
     weights_from_safetensors(layout, &contents).map_err(|error| {
-        let form = CheckpointError::Form { file: WEIGHTS_FILE.to_owned(), reason: error.to_string() };
+        let form = CheckpointError::Form { file: paths::WEIGHTS.to_owned(), reason: error.to_string() };
         WorkerError::Checkpoint(form)
     })
 }

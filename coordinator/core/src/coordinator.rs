@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use ulmus_types::{
-    BadUnit, CheckpointId, CheckpointKind, Digest, ErrorKind, ExitStatus, Generation, Job, RunId, RunName,
-    RunSecret, Step, ToCoordinator, ToWorker, WorkerId, for_people,
+    BadUnit, CheckpointId, CheckpointKind, Digest, ErrorKind, ExitStatus, Generation, Job, JobKind, RunId,
+    RunName, RunSecret, Step, ToCoordinator, ToWorker, WorkerId, for_people,
 };
 
 use crate::check::Verdict;
@@ -98,7 +98,7 @@ pub struct PersistentState {
     /// Set when every update is done.
     pub trained: Option<Step>,
     /// Names of finished jobs.
-    pub jobs: BTreeSet<String>,
+    pub jobs: BTreeSet<JobKind>,
     /// The worker that each job was given to last.
     pub owners: BTreeMap<Job, WorkerId>,
     /// The last update that was reported.

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ulmus_types::{
-    BadUnit, CheckpointId, CheckpointKind, Digest, ExitStatus, FileEntry, Generation, Job, SourceReading,
-    Step, StepReport, ToWorker, WorkerId,
+    BadUnit, CheckpointId, CheckpointKind, Digest, ExitStatus, FileEntry, Generation, Job, JobKind,
+    SourceReading, Step, StepReport, ToWorker, WorkerId,
 };
 
 /// Something to do. Effects are performed in order.
@@ -34,8 +34,8 @@ pub enum Effect {
     SaveJobStarted(Job, WorkerId),
     /// Store that a job is done, and its result (JSON).
     SaveJob(Job, String),
-    /// Forget that the job of this name is done: what it made is damaged.
-    SaveJobUndone(String),
+    /// Forget that the job of this kind is done: what it made is damaged.
+    SaveJobUndone(JobKind),
     /// Send a message to a worker.
     Send(WorkerId, ToWorker),
     /// Close a worker's stream.

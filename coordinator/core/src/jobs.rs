@@ -12,7 +12,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use ulmus_types::{CheckpointId, CheckpointKind, Job, WorkerId};
+use ulmus_types::{CheckpointId, CheckpointKind, Job, JobKind, WorkerId};
 
 /// How often a job may fail before the run gives up.
 const ATTEMPTS: u32 = 3;
@@ -25,20 +25,20 @@ pub(crate) struct Jobs {
     /// Milestones that are averaged.
     average: u64,
     export: bool,
-    done: BTreeSet<String>,
+    done: BTreeSet<JobKind>,
     running: BTreeMap<Job, WorkerId>,
     /// The last worker that each job was given to: nobody else's result counts.
     owners: BTreeMap<Job, WorkerId>,
-    failures: BTreeMap<String, u32>,
+    failures: BTreeMap<JobKind, u32>,
     /// Names of workers on which a job has failed.
-    failed_on: BTreeMap<String, BTreeSet<String>>,
+    failed_on: BTreeMap<JobKind, BTreeSet<String>>,
     /// Jobs whose results no disk takes: since when, and when they are tried again.
-    waiting: BTreeMap<String, (Duration, Duration)>,
+    waiting: BTreeMap<JobKind, (Duration, Duration)>,
 }
 
 impl Jobs {
     pub(crate) fn new(
-        done: BTreeSet<String>,
+        done: BTreeSet<JobKind>,
         owners: BTreeMap<Job, WorkerId>,
         average: u64,
         export: bool,
@@ -46,13 +46,15 @@ impl Jobs {
         Self { average, export, done, owners, ..Self::default() }
     }
 
-    pub(crate) fn is_done(&self, name: &str) -> bool {
-        self.done.contains(name)
+    pub(crate) fn is_done(&self, kind: JobKind) -> bool {
+        self.done.contains(&kind)
     }
 
     /// Whether a job is left that reads milestones.
     pub(crate) fn need_milestones(&self) -> bool {
-        ["average", "evaluate-last", "continuations"].into_iter().any(|name| !self.is_done(name))
+        [JobKind::Average, JobKind::EvaluateLast, JobKind::Continuations]
+            .into_iter()
+            .any(|kind| !self.is_done(kind))
     }
 
     pub(crate) fn running(&self) -> &BTreeMap<Job, WorkerId> {
@@ -67,7 +69,7 @@ impl Jobs {
     /// A worker does a job that an earlier coordinator gave it, or this one before the connection broke. What it was not
     /// given, or another was given since, is not its own.
     pub(crate) fn resumed(&mut self, job: Job, worker: WorkerId) {
-        if !self.is_done(job.name()) && self.owners.get(&job) == Some(&worker) {
+        if !self.is_done(job.kind()) && self.owners.get(&job) == Some(&worker) {
             self.running.entry(job).or_insert(worker);
         }
     }
@@ -87,44 +89,44 @@ impl Jobs {
     }
 
     pub(crate) fn succeeded(&mut self, job: &Job) {
-        self.waiting.remove(job.name());
-        self.done.insert(job.name().to_owned());
+        self.waiting.remove(&job.kind());
+        self.done.insert(job.kind());
     }
 
     /// What a job made is of no use any more.
-    pub(crate) fn undone(&mut self, name: &str) {
-        self.done.remove(name);
+    pub(crate) fn undone(&mut self, kind: JobKind) {
+        self.done.remove(&kind);
     }
 
     /// Whether it may be tried again, on whatever worker.
     pub(crate) fn failed(&mut self, job: &Job, worker: &WorkerId) -> bool {
-        self.failed_on.entry(job.name().to_owned()).or_default().insert(worker.name().to_owned());
-        let failures = self.failures.entry(job.name().to_owned()).or_insert(0);
+        self.failed_on.entry(job.kind()).or_default().insert(worker.name().to_owned());
+        let failures = self.failures.entry(job.kind()).or_insert(0);
         *failures += 1;
         *failures < ATTEMPTS
     }
 
     /// What a job made could not be written. For how long that has been so.
     pub(crate) fn could_not_write(&mut self, job: &Job, worker: &WorkerId, now: Duration) -> Duration {
-        self.failed_on.entry(job.name().to_owned()).or_default().insert(worker.name().to_owned());
-        let (since, again) = self.waiting.entry(job.name().to_owned()).or_insert((now, now));
+        self.failed_on.entry(job.kind()).or_default().insert(worker.name().to_owned());
+        let (since, again) = self.waiting.entry(job.kind()).or_insert((now, now));
         *again = now + DISK_RETRY;
         now.saturating_sub(*since)
     }
 
     /// Whether a job waits for a disk that takes something.
     pub(crate) fn waits(&self, job: &Job, now: Duration) -> bool {
-        self.waiting.get(job.name()).is_some_and(|(_, again)| now < *again)
+        self.waiting.get(&job.kind()).is_some_and(|(_, again)| now < *again)
     }
 
     /// How often a job has failed.
     pub(crate) fn failures(&self, job: &Job) -> u32 {
-        self.failures.get(job.name()).copied().unwrap_or(0)
+        self.failures.get(&job.kind()).copied().unwrap_or(0)
     }
 
     /// Whether a job has failed on a worker of this name.
     pub(crate) fn has_failed_on(&self, job: &Job, worker: &WorkerId) -> bool {
-        self.failed_on.get(job.name()).is_some_and(|names| names.contains(worker.name()))
+        self.failed_on.get(&job.kind()).is_some_and(|names| names.contains(worker.name()))
     }
 
     pub(crate) fn lost(&mut self, worker: &WorkerId) {
@@ -139,7 +141,7 @@ impl Jobs {
     ) -> Vec<Job> {
         self.stage(trained, checkpoints)
             .into_iter()
-            .filter(|job| !self.is_done(job.name()) && !self.running.contains_key(job))
+            .filter(|job| !self.is_done(job.kind()) && !self.running.contains_key(job))
             .collect()
     }
 
@@ -149,12 +151,12 @@ impl Jobs {
         trained: bool,
         checkpoints: &BTreeMap<CheckpointId, CheckpointKind>,
     ) -> bool {
-        trained && self.is_done("benchmark") && self.ready(trained, checkpoints).is_empty()
+        trained && self.is_done(JobKind::Benchmark) && self.ready(trained, checkpoints).is_empty()
     }
 
     /// The first stage of the graph that is not done yet.
     fn stage(&self, trained: bool, checkpoints: &BTreeMap<CheckpointId, CheckpointKind>) -> Vec<Job> {
-        if !self.is_done("prepare") {
+        if !self.is_done(JobKind::Prepare) {
             return vec![Job::Prepare];
         }
         let milestones = milestones(checkpoints);
@@ -167,7 +169,7 @@ impl Jobs {
         let mut results = vec![Job::EvaluateAverage, Job::Evaluate(*last), Job::Continue(shown)];
         results.extend(self.export.then_some(Job::Export));
         let stages = [vec![Job::Average(averaged)], results, vec![Job::Benchmark]];
-        stages.into_iter().find(|stage| stage.iter().any(|job| !self.is_done(job.name()))).unwrap_or_default()
+        stages.into_iter().find(|stage| stage.iter().any(|job| !self.is_done(job.kind()))).unwrap_or_default()
     }
 }
 

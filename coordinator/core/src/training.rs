@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use ulmus_types::{
-    Assignment, BadUnit, CheckpointId, ErrorKind, ExitStatus, Generation, GroupRequest, LeaveReason, Rank,
-    Repair, Step, StepReport, ToWorker, WorkerId, WorkerStatus, for_people,
+    Assignment, BadUnit, CheckpointId, ErrorKind, ExitStatus, Generation, GroupRequest, JobKind, LeaveReason,
+    Rank, Repair, Step, StepReport, ToWorker, WorkerId, WorkerStatus, for_people,
 };
 
 use crate::coordinator::{Coordinator, TEXT_LIMIT};
@@ -326,7 +326,7 @@ impl Coordinator {
     }
 
     fn training_is_due(&self) -> bool {
-        self.jobs.is_done("prepare")
+        self.jobs.is_done(JobKind::Prepare)
             && !self.is_trained_and_stored()
             && self.stopping_since.is_none()
             && (self.trained.is_none() || self.snapshots.is_empty())

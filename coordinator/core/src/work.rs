@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use ulmus_types::{BadUnit, CheckpointId, ErrorKind, ExitStatus, Job, ToWorker, WorkerId, for_people};
+use ulmus_types::{
+    BadUnit, CheckpointId, ErrorKind, ExitStatus, Job, JobKind, ToWorker, WorkerId, for_people,
+};
 
 use crate::checkpoints::humantime;
 use crate::coordinator::{Coordinator, TEXT_LIMIT};
@@ -58,8 +60,8 @@ impl Coordinator {
         let may_try_again = self.jobs.failed(job, worker);
         // What they all read can be made again.
         if kind == ErrorKind::Corrupt && may_try_again && reads_average(job) {
-            self.jobs.undone("average");
-            self.effect(Effect::SaveJobUndone("average".to_owned()));
+            self.jobs.undone(JobKind::Average);
+            self.effect(Effect::SaveJobUndone(JobKind::Average));
             return self.emit(Notification::Alarm(format!("{message}; the average is made again")));
         }
         // What is wrong with one worker need not be wrong with the next; what is wrong with the input is.

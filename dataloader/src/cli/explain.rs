@@ -6,22 +6,16 @@ use std::sync::Arc;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::Deserialize;
-use serde::de::DeserializeOwned;
 use ulmus_dataloader::{
     Corpus, Cursors, DataError, Explanation, Folder, Loader, Manifest, Sources, Tokenizer,
 };
 use ulmus_plan::{Plan, TokenizerConfig};
 use ulmus_process::{Failure, print};
+use ulmus_run::{TrainState, paths, quarantine};
 use ulmus_types::{BadUnit, ErrorKind, ExitStatus, LaneId};
 
 /// Characters of a document that are shown at each of its ends.
 const SHOWN: usize = 60;
-
-/// Where a run keeps its manifest.
-const MANIFEST: &str = "data/manifest.json";
-/// And one of its tokenizers.
-const TOKENIZERS: [&str; 2] = ["tokenizer.model", "tokenizer.json"];
 
 #[derive(Debug, Args)]
 pub(crate) struct Explain {
@@ -42,15 +36,6 @@ pub(crate) struct Explain {
     json: bool,
 }
 
-/// What is read of a checkpoint.
-#[derive(Debug, Deserialize)]
-struct State {
-    step: u64,
-    cursors: Vec<i64>,
-    #[serde(default)]
-    quarantine: BTreeSet<BadUnit>,
-}
-
 impl Explain {
     pub(super) fn run(&self) -> Result<(), Failure> {
         let plan = super::load_weighted(&self.plan, &self.overrides)?;
@@ -65,19 +50,21 @@ impl Explain {
         let url = format!("{}/{}", plan.store.url.trim_end_matches('/'), plan.run.name);
         let run = Folder::find_run(&url).map_err(|error| super::failure(&error))?;
         let (before, after) = states(run.as_ref(), step)?;
-        let recorded: Option<Vec<(BadUnit, String)>> = read_json(run.as_ref(), "quarantine.json")?;
-        let now = recorded.unwrap_or_default().into_iter().map(|(unit, _)| unit).collect();
+        let recorded = read(run.as_ref(), paths::QUARANTINE)?.map(|text| quarantine::from_json(&text));
+        let recorded = recorded.transpose().map_err(|error| unreadable(&error))?;
+        let now = recorded.unwrap_or_default().into_keys().collect();
         let then = before.as_ref().map(|state| state.quarantine.clone()).unwrap_or_default();
         if after.map_or(now, |state| state.quarantine) != then {
             return Err(wrong(format!(
-                "between the checkpoints around step {step} units were left out (see quarantine.json), so what it read is not known for sure; ask for another step"
+                "between the checkpoints around step {step} units were left out (see {}), so what it read is not known for sure; ask for another step",
+                paths::QUARANTINE
             )));
         }
         let corpus = Arc::new(corpus(&plan, run.as_ref(), &url, &then)?);
         let per_lane = plan.train.sequences / plan.data.lanes;
         let lane = LaneId::new((sequence / per_lane) as u32);
         let (done, cursors) = match before {
-            Some(State { step, cursors, .. }) => (step, Cursors::from_words(cursors)),
+            Some(TrainState { step, cursors, .. }) => (step.get(), Cursors::from_words(cursors)),
             None => (0, corpus.start()),
         };
         let failure = |error: DataError| super::failure(&error);
@@ -111,13 +98,13 @@ fn corpus(
     let failure = |error: DataError| super::failure(&error);
     let TokenizerConfig { file, bos, eos, .. } = &plan.tokenizer;
     let (bos, eos) = (bos.as_deref(), eos.as_deref());
-    let (manifest, tokenizer) = if let Some(manifest) = read(run, MANIFEST)? {
-        let (name, bytes) = match read(run, TOKENIZERS[0])? {
-            Some(model) => (TOKENIZERS[0], model),
-            None => (TOKENIZERS[1], read(run, TOKENIZERS[1])?.unwrap_or_default()),
+    let (manifest, tokenizer) = if let Some(manifest) = read(run, paths::DATA_MANIFEST)? {
+        let (name, bytes) = match read(run, paths::TOKENIZER_MODEL)? {
+            Some(model) => (paths::TOKENIZER_MODEL, model),
+            None => (paths::TOKENIZER_JSON, read(run, paths::TOKENIZER_JSON)?.unwrap_or_default()),
         };
         let tokenizer = Tokenizer::read(&bytes, name, bos, eos)
-            .map_err(|error| unreadable(&format!("{url}/{name}"), &error))?;
+            .map_err(|error| unreadable(&format!("{url}/{name}: {error}")))?;
         (Manifest::from_json(&manifest).map_err(failure)?, tokenizer)
     } else {
         let file = file.as_ref().ok_or_else(|| {
@@ -135,14 +122,16 @@ fn corpus(
 }
 
 /// The newest checkpoint of the run from before a step, and the first one from after it.
-fn states(run: Option<&Folder>, step: u64) -> Result<(Option<State>, Option<State>), Failure> {
-    let checkpoints = run.map(|run| run.child("checkpoints"));
+fn states(run: Option<&Folder>, step: u64) -> Result<(Option<TrainState>, Option<TrainState>), Failure> {
+    let checkpoints = run.map(|run| run.child(paths::CHECKPOINTS));
     let paths = checkpoints.as_ref().map(Folder::paths).transpose();
     let mut states = BTreeMap::new();
     for path in paths.map_err(|error| super::failure(&error))?.into_iter().flatten() {
-        if path.ends_with("/state.json") {
-            let state: Option<State> = read_json(checkpoints.as_ref(), &path)?;
-            states.extend(state.map(|state| (state.step, state)));
+        let is_state = path.rsplit_once('/').is_some_and(|(_, name)| name == paths::STATE);
+        if let Some(text) = is_state.then(|| read(checkpoints.as_ref(), &path)).transpose()?.flatten() {
+            let state = TrainState::from_json(&text);
+            let state = state.map_err(|error| unreadable(&format!("{path}: {}", error.reason)))?;
+            states.insert(state.step.get(), state);
         }
     }
     let mut after = states.split_off(&step);
@@ -153,12 +142,6 @@ fn states(run: Option<&Folder>, step: u64) -> Result<(Option<State>, Option<Stat
 fn read(folder: Option<&Folder>, path: &str) -> Result<Option<Vec<u8>>, Failure> {
     let bytes = folder.map(|folder| folder.read(path)).transpose();
     bytes.map(Option::flatten).map_err(|error| super::failure(&error))
-}
-
-/// What it holds.
-fn read_json<T: DeserializeOwned>(folder: Option<&Folder>, path: &str) -> Result<Option<T>, Failure> {
-    let Some(bytes) = read(folder, path)? else { return Ok(None) };
-    serde_json::from_slice(&bytes).map(Some).map_err(|error| unreadable(path, &error))
 }
 
 fn page(step: u64, sequence: u64, lane: LaneId, explanation: &Explanation) -> String {
@@ -191,6 +174,6 @@ fn wrong(message: String) -> Failure {
     Failure::new(ExitStatus::InvalidInput, message)
 }
 
-fn unreadable(path: &str, error: &impl std::fmt::Display) -> Failure {
-    Failure::new(ErrorKind::Corrupt.into(), format!("{path}: {error}; restore it"))
+fn unreadable(what: &impl std::fmt::Display) -> Failure {
+    Failure::new(ErrorKind::Corrupt.into(), format!("{what}; restore it"))
 }

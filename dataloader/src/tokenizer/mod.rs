@@ -28,6 +28,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use prost::Message;
+use ulmus_run::paths;
 use ulmus_types::Digest;
 
 use crate::contents::{is_pointer, without_mark};
@@ -182,7 +183,7 @@ impl Tokenizer {
 
     /// The file that it was read from: the name that such files have, and the bytes.
     pub fn file(&self) -> (&'static str, &[u8]) {
-        let name = if self.is_json() { "tokenizer.json" } else { "tokenizer.model" };
+        let name = if self.is_json() { paths::TOKENIZER_JSON } else { paths::TOKENIZER_MODEL };
         (name, &self.0.file)
     }
 

@@ -6,10 +6,11 @@
 
 use std::collections::BTreeSet;
 
+use ulmus_run::paths;
 use ulmus_types::{CheckpointId, CheckpointKind};
 
 use crate::reader::{checkpoints, read_manifest};
-use crate::{CheckpointError, FOLDER, Store, manifest_path};
+use crate::{CheckpointError, Store, manifest_path};
 
 /// Recovery checkpoints that are kept: the newest, and one to go back to if it turns out to be damaged.
 const RECOVERY_KEPT: usize = 2;
@@ -55,12 +56,12 @@ pub async fn collect_garbage(
 /// When the store refuses or is out of order. Call it again to delete what is left.
 pub async fn delete(store: &Store, id: CheckpointId) -> Result<(), CheckpointError> {
     store.delete(&manifest_path(id)).await?;
-    for file in store.list(&format!("{FOLDER}/{id}")).await? {
+    for file in store.list(&paths::checkpoint(id)).await? {
         store.delete(&file.path).await?;
     }
     if let Some(directory) = store.directory() {
         // Object stores have no empty directories; a local one that stays behind does no harm.
-        drop(std::fs::remove_dir(directory.join(FOLDER).join(id.to_string())));
+        drop(std::fs::remove_dir(directory.join(paths::CHECKPOINTS).join(id.to_string())));
     }
     Ok(())
 }

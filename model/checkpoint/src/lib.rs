@@ -11,24 +11,20 @@
 
 mod gc;
 mod manifest;
+mod optimizer;
 mod reader;
-mod state;
 mod store;
 mod writer;
 
 pub use gc::{collect_garbage, delete};
 pub use manifest::Manifest;
+pub use optimizer::{OptimizerShard, files_of, optimizer_shards};
 pub use reader::{checkpoints, damaged_files, newest_verified, read_file, read_manifest, verify};
-pub use state::{OptimizerShard, TrainState, files_of, optimizer_shards};
 pub use store::{Store, StoreError, StoredFile};
 pub use writer::{commit, write_part};
 
+use ulmus_run::paths;
 use ulmus_types::{CheckpointId, Digest, ErrorKind, RunId};
-
-/// The file of a checkpoint that holds the weights, with Hugging Face names.
-pub const WEIGHTS_FILE: &str = "model.safetensors";
-/// The file of a checkpoint that holds its [`TrainState`].
-pub const STATE_FILE: &str = "state.json";
 
 /// Why a checkpoint cannot be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -158,13 +154,6 @@ impl CheckpointError {
     }
 }
 
-/// The folder of the checkpoints within a run folder.
-const FOLDER: &str = "checkpoints";
-
 fn manifest_path(id: CheckpointId) -> String {
-    file_path(id, "manifest.json")
-}
-
-fn file_path(id: CheckpointId, file: &str) -> String {
-    format!("{FOLDER}/{id}/{file}")
+    paths::checkpoint_file(id, paths::MANIFEST)
 }

@@ -1,19 +1,17 @@
 //! The manifest: the list of what a checkpoint consists of, which vouches for every byte of it.
 //!
-//! It vouches for its own bytes too: the first field holds the hash of the whole text, taken while the 64 digits
-//! of that field are zero. So a changed digit anywhere is noticed, and fields that a later version adds are
-//! covered without being known.
+//! It vouches for its own bytes too, as [`ulmus_run::signed`] has it.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use ulmus_run::signed::{self, Style};
 use ulmus_types::{CheckpointId, CheckpointKind, Digest, FileEntry, RunId};
 
 use crate::CheckpointError;
 
 /// The newest format that this program writes and reads.
 const FORMAT_VERSION: u32 = 1;
-const UNSIGNED: Digest = Digest::from_bytes([0; 32]);
 
 /// What a checkpoint is and what it consists of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,10 +31,9 @@ pub struct Manifest {
     pub files: BTreeMap<String, FileEntry>,
 }
 
-/// The text form; `digest` stays the first field, so that its digits are the first 64 of their kind.
+/// The text form, but for its digest.
 #[derive(Serialize)]
-struct Signed<'a> {
-    digest: Digest,
+struct Versioned<'a> {
     format_version: u32,
     #[serde(flatten)]
     manifest: &'a Manifest,
@@ -45,18 +42,13 @@ struct Signed<'a> {
 /// What every version has.
 #[derive(Deserialize)]
 struct Header {
-    digest: Digest,
     format_version: u32,
 }
 
 impl Manifest {
     /// The text of `manifest.json`: the same manifest has the same text.
     pub(crate) fn to_text(&self) -> String {
-        let unsigned = Signed { digest: UNSIGNED, format_version: FORMAT_VERSION, manifest: self };
-        let mut text = serde_json::to_string_pretty(&unsigned).expect("a manifest has only text keys");
-        text.push('\n');
-        let digest = Digest::of(text.as_bytes());
-        text.replacen(&UNSIGNED.to_string(), &digest.to_string(), 1)
+        signed::to_json(&Versioned { format_version: FORMAT_VERSION, manifest: self }, Style::Pretty)
     }
 
     /// Reads what [`Manifest::to_text`] wrote for `id`, this version's or an older one's.
@@ -65,14 +57,8 @@ impl Manifest {
     /// [`CheckpointError::Version`] for a newer one, [`CheckpointError::Manifest`] for anything else.
     pub(crate) fn from_text(id: CheckpointId, text: &[u8]) -> Result<Self, CheckpointError> {
         let damaged = |reason: String| CheckpointError::Manifest { id, reason };
-        let text = std::str::from_utf8(text).map_err(|error| damaged(error.to_string()))?;
+        let text = signed::verify(text).map_err(damaged)?;
         let header: Header = serde_json::from_str(text).map_err(|error| damaged(error.to_string()))?;
-        let unsigned = text.replacen(&header.digest.to_string(), &UNSIGNED.to_string(), 1);
-        let found = Digest::of(unsigned.as_bytes());
-        if found != header.digest {
-            let (found, expected) = (found.short(), header.digest.short());
-            return Err(damaged(format!("its text has hash {found} instead of {expected}")));
-        }
         if header.format_version > FORMAT_VERSION {
             return Err(CheckpointError::Version {
                 id,
@@ -129,9 +115,10 @@ mod tests {
 
     /// Signs `text` as a later program would.
     fn sign(text: &str) -> String {
-        let unsigned = text.replacen(&text[text.find(": \"").unwrap() + 3..][..64], &UNSIGNED.to_string(), 1);
+        let zeros = "0".repeat(64);
+        let unsigned = text.replacen(&text[text.find(": \"").unwrap() + 3..][..64], &zeros, 1);
         let digest = Digest::of(unsigned.as_bytes());
-        unsigned.replacen(&UNSIGNED.to_string(), &digest.to_string(), 1)
+        unsigned.replacen(&zeros, &digest.to_string(), 1)
     }
 
     #[test]

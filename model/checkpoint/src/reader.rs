@@ -6,10 +6,11 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
+use ulmus_run::paths;
 use ulmus_types::{CheckpointId, Digest, FileEntry, RunId, Step};
 
 use crate::store::StoreError;
-use crate::{CheckpointError, FOLDER, FileFault, Manifest, Store, file_path, manifest_path};
+use crate::{CheckpointError, FileFault, Manifest, Store, manifest_path};
 
 /// Reads the manifest of `id`; its files are not looked at.
 ///
@@ -51,16 +52,12 @@ pub async fn damaged_files(
 ) -> Result<Vec<CheckpointError>, CheckpointError> {
     let id = manifest.checkpoint;
     // Lengths first: they cost one request, and hashing a large checkpoint to find its last file cut costs minutes.
-    let lengths: BTreeMap<_, _> = store
-        .list(&format!("{FOLDER}/{id}"))
-        .await?
-        .into_iter()
-        .map(|file| (file.path, file.bytes))
-        .collect();
+    let lengths: BTreeMap<_, _> =
+        store.list(&paths::checkpoint(id)).await?.into_iter().map(|file| (file.path, file.bytes)).collect();
     let mut damaged = Vec::new();
     let mut whole = Vec::new();
     for (file, entry) in &manifest.files {
-        match check_length(lengths.get(&file_path(id, file)).copied(), entry) {
+        match check_length(lengths.get(&paths::checkpoint_file(id, file)).copied(), entry) {
             Ok(()) => whole.push((file, entry)),
             Err(fault) => damaged.push(CheckpointError::File { id, file: file.clone(), fault }),
         }
@@ -70,7 +67,7 @@ pub async fn damaged_files(
     }
     for (file, entry) in whole {
         let mut contents = Contents::hashed_only();
-        let read = store.read_pieces(&file_path(id, file), |piece| contents.add(piece)).await;
+        let read = store.read_pieces(&paths::checkpoint_file(id, file), |piece| contents.add(piece)).await;
         match settle(id, file, entry, read.map(|()| contents)) {
             Ok(_) => {}
             Err(error) if error.condemns() => damaged.push(error),
@@ -90,7 +87,7 @@ pub async fn read_file(store: &Store, manifest: &Manifest, file: &str) -> Result
         return Err(CheckpointError::File { id, file: file.to_owned(), fault: FileFault::Unlisted });
     };
     let mut contents = Contents::kept(entry.bytes);
-    let read = store.read_pieces(&file_path(id, file), |piece| contents.add(piece)).await;
+    let read = store.read_pieces(&paths::checkpoint_file(id, file), |piece| contents.add(piece)).await;
     settle(id, file, entry, read.map(|()| contents))
 }
 
@@ -120,7 +117,7 @@ pub async fn newest_verified(
 /// # Errors
 /// Only those of the store.
 pub async fn checkpoints(store: &Store) -> Result<Vec<CheckpointId>, CheckpointError> {
-    let names = store.list_folders(FOLDER).await?;
+    let names = store.list_folders(paths::CHECKPOINTS).await?;
     let mut ids: Vec<CheckpointId> = names.iter().filter_map(|name| name.parse().ok()).collect();
     ids.sort();
     Ok(ids)

@@ -12,10 +12,11 @@
 //! Every step may be repeated: the same state has the same bytes, and so the same manifest.
 
 use bytes::Bytes;
+use ulmus_run::paths;
 use ulmus_types::{CheckpointId, FileEntry};
 
 use crate::reader::read_manifest;
-use crate::{CheckpointError, Manifest, Store, file_path, manifest_path};
+use crate::{CheckpointError, Manifest, Store, manifest_path};
 
 /// Writes the file `name` of the checkpoint `id` (step 1), and answers what the manifest must say of it.
 ///
@@ -35,7 +36,7 @@ pub async fn write_part(
     // Gigabytes take a second, which is too long for a thread that serves others.
     let entry =
         tokio::task::spawn_blocking(move || FileEntry::of(&hashed)).await.expect("hashing cannot panic");
-    store.put(&file_path(id, name), contents).await?;
+    store.put(&paths::checkpoint_file(id, name), contents).await?;
     Ok(entry)
 }
 
@@ -56,6 +57,6 @@ pub async fn commit(store: &Store, manifest: &Manifest) -> Result<(), Checkpoint
             return Err(CheckpointError::AlreadyCommitted(id));
         }
     }
-    store.put("latest", format!("{id}\n")).await?;
+    store.put(paths::LATEST, format!("{id}\n")).await?;
     Ok(())
 }

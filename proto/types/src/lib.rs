@@ -23,10 +23,10 @@ pub use ids::{CheckpointId, Generation, IdError, Incarnation, LaneId, Rank, RunI
 pub use key::GroupKey;
 pub use message::{
     Assignment, BadUnit, CheckpointKind, FileEntry, GroupRequest, HEARTBEAT_INTERVAL, Heartbeat, Hello, Job,
-    LeaveReason, Peer, Ready, Repair, Section, Snapshot, SourceReading, StepReport, ToCoordinator, ToWorker,
-    WorkerStatus,
+    JobKind, LeaveReason, Peer, Ready, Repair, Section, Snapshot, SourceReading, StepReport, ToCoordinator,
+    ToWorker, WorkerStatus,
 };
-pub use nonce::{NONCE_FILE, nonce_digest};
+pub use nonce::nonce_digest;
 pub use problem::{Problem, Problems};
 pub use secret::{RunSecret, SessionSecret};
 pub use text::for_people;

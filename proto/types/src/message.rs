@@ -275,17 +275,72 @@ pub enum Job {
 }
 
 impl Job {
-    /// A short name, which is also that of its result file.
+    /// Its kind, whatever it reads.
+    pub const fn kind(&self) -> JobKind {
+        match self {
+            Self::Prepare => JobKind::Prepare,
+            Self::Average(_) => JobKind::Average,
+            Self::EvaluateAverage => JobKind::EvaluateAverage,
+            Self::Evaluate(_) => JobKind::EvaluateLast,
+            Self::Continue(_) => JobKind::Continuations,
+            Self::Export => JobKind::Export,
+            Self::Benchmark => JobKind::Benchmark,
+        }
+    }
+
+    /// The name of its kind.
     pub const fn name(&self) -> &'static str {
+        self.kind().name()
+    }
+}
+
+/// What a job makes. A run has one job of each kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum JobKind {
+    /// Shards, tokenizer and manifest.
+    Prepare,
+    /// The mean of the last milestones.
+    Average,
+    /// Held-out perplexity of the average.
+    EvaluateAverage,
+    /// Held-out perplexity of the last milestone.
+    EvaluateLast,
+    /// Continuations of held-out text.
+    Continuations,
+    /// The average in Hugging Face layout.
+    Export,
+    /// Tokens per second of the average.
+    Benchmark,
+}
+
+impl JobKind {
+    /// Every kind, in the order in which a run comes to them.
+    pub const ALL: [Self; 7] = [
+        Self::Prepare,
+        Self::Average,
+        Self::EvaluateAverage,
+        Self::EvaluateLast,
+        Self::Continuations,
+        Self::Export,
+        Self::Benchmark,
+    ];
+
+    /// A short name, which is also that of its result file.
+    pub const fn name(self) -> &'static str {
         match self {
             Self::Prepare => "prepare",
-            Self::Average(_) => "average",
+            Self::Average => "average",
             Self::EvaluateAverage => "evaluate-average",
-            Self::Evaluate(_) => "evaluate-last",
-            Self::Continue(_) => "continuations",
+            Self::EvaluateLast => "evaluate-last",
+            Self::Continuations => "continuations",
             Self::Export => "export",
             Self::Benchmark => "benchmark",
         }
+    }
+
+    /// The kind of that name.
+    pub fn of_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
     }
 }
 

@@ -5,9 +5,6 @@
 
 use crate::Digest;
 
-/// The file in the run's folder.
-pub const NONCE_FILE: &str = "coordinator.nonce";
-
 /// What a worker answers that has read `content` there.
 pub fn nonce_digest(content: &[u8]) -> Digest {
     Digest::from_bytes(blake3::derive_key("Ulmus, nonce of a run's store", content))

@@ -3,7 +3,7 @@
 
 use ulmus_backend::TrainingBackend;
 use ulmus_checkpoint::StoreError;
-use ulmus_types::Digest;
+use ulmus_run::paths;
 
 use crate::WorkerError;
 use crate::run::Run;
@@ -15,7 +15,7 @@ pub(super) fn measured<B: TrainingBackend, R>(
     backend: &B,
     mut work: impl FnMut() -> Result<R, WorkerError>,
 ) -> Result<R, WorkerError> {
-    let path = path(&backend.describe());
+    let path = paths::algorithms(&backend.describe());
     loop {
         let known = match run.read(&path) {
             Err(StoreError::NotFound { .. }) => None,
@@ -31,9 +31,4 @@ pub(super) fn measured<B: TrainingBackend, R>(
             return Ok(result);
         }
     }
-}
-
-/// Where the choice for devices of that description is.
-fn path(device: &str) -> String {
-    format!("algorithms-{}.json", &Digest::of(device.as_bytes()).to_string()[..12])
 }

@@ -8,8 +8,9 @@
 use std::collections::BTreeSet;
 
 use ulmus_backend::TrainingBackend;
-use ulmus_checkpoint::{TrainState, newest_verified};
+use ulmus_checkpoint::newest_verified;
 use ulmus_model::StatePart;
+use ulmus_run::TrainState;
 use ulmus_types::{Assignment, LeaveReason, Rank, Step, ToCoordinator};
 
 use super::devices::Devices;

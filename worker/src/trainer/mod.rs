@@ -19,11 +19,11 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tokio::sync::{Semaphore, mpsc};
 use ulmus_backend::{FIRST_PROPOSALS, Quantum, TrainingBackend};
-use ulmus_checkpoint::TrainState;
 use ulmus_dataloader::{Corpus, Loader, Sequence};
 use ulmus_model::{BatchShape, MicroBatch, Replica};
 use ulmus_plan::Algorithms;
 use ulmus_process::with_causes;
+use ulmus_run::TrainState;
 use ulmus_types::{Assignment, BadUnit, Digest, Job, LeaveReason, RunId, Step, ToCoordinator};
 
 use crate::WorkerError;
@@ -177,13 +177,7 @@ impl<B: TrainingBackend> Trainer<B> {
         let reports = Reports { run: training.run.id, sender: self.reports.clone() };
         let say = |text: String| reports.say(ToCoordinator::Notice(text));
         match jobs::work(&training.run, &self.backend, self.threads, &job, &say) {
-            Ok(result) => {
-                // What a job has found is told to people at once; its result is for programs.
-                for line in result["prepared"]["summary"].as_str().unwrap_or_default().lines() {
-                    say(format!("prepare {line}"));
-                }
-                ToCoordinator::JobDone { job, result: result.to_string() }
-            }
+            Ok(result) => ToCoordinator::JobDone { job, result },
             Err(error) => ToCoordinator::JobFailed {
                 job,
                 kind: error.kind(),

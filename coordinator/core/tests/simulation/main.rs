@@ -16,7 +16,7 @@ use proptest::prelude::*;
 use strangers::anything;
 use ulmus_coord_core::{Coordinator, Effect, Event, Notification, PersistentState, Settings};
 use ulmus_types::{
-    CheckpointKind, Digest, ErrorKind, ExitStatus, Generation, Heartbeat, Hello, Incarnation, Job,
+    CheckpointKind, Digest, ErrorKind, ExitStatus, Generation, Heartbeat, Hello, Incarnation, Job, JobKind,
     LeaveReason, Ready, RunId, RunSecret, Section, SessionSecret, Step, ToCoordinator, ToWorker, WorkerId,
     WorkerStatus,
 };
@@ -448,7 +448,7 @@ fn a_local_worker_that_keeps_dying_ends_no_run_that_others_carry() {
 fn a_milestone_that_is_damaged_after_it_was_averaged_is_trained_again() {
     let mut world = World::new();
     world.join(0);
-    while !world.saved.jobs.contains("average") {
+    while !world.saved.jobs.contains(&JobKind::Average) {
         world.turn();
     }
     let last = *world.saved.checkpoints.keys().last().unwrap();

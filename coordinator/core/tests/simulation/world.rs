@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use ulmus_coord_core::{Coordinator, Effect, Event, Notification, Outcome, PersistentState};
 use ulmus_types::{
-    CheckpointId, CheckpointKind, ExitStatus, Generation, GroupRequest, Heartbeat, Incarnation, LeaveReason,
-    RunId, Section, Step, ToCoordinator, ToWorker, WorkerId,
+    CheckpointId, CheckpointKind, ExitStatus, Generation, GroupRequest, Heartbeat, Incarnation, JobKind,
+    LeaveReason, RunId, Section, Step, ToCoordinator, ToWorker, WorkerId,
 };
 
 use crate::worker::{Group, Heard, Stage, State, Worker};
@@ -96,11 +96,11 @@ impl World {
             Effect::SaveJobStarted(job, worker) => {
                 self.saved.owners.insert(job, worker);
             }
-            Effect::SaveJobUndone(name) => {
-                self.saved.jobs.remove(&name);
+            Effect::SaveJobUndone(kind) => {
+                self.saved.jobs.remove(&kind);
             }
             Effect::SaveJob(job, _) => {
-                self.saved.jobs.insert(job.name().to_owned());
+                self.saved.jobs.insert(job.kind());
             }
             Effect::Send(worker, message) => self.receive(&worker, message),
             Effect::Disconnect(worker) => {
@@ -199,9 +199,9 @@ impl World {
             .filter(|(_, kind)| **kind == CheckpointKind::Milestone)
             .map(|(id, _)| *id)
             .collect();
-        let read = ["average", "evaluate-last", "continuations"];
+        let read = [JobKind::Average, JobKind::EvaluateLast, JobKind::Continuations];
         // Nothing reads them any more.
-        if self.core.is_none() || read.iter().all(|job| self.saved.jobs.contains(*job)) {
+        if self.core.is_none() || read.iter().all(|job| self.saved.jobs.contains(job)) {
             return;
         }
         // A run all of whose checkpoints are damaged stops, which is another test.

@@ -1,78 +1,24 @@
-//! What a checkpoint holds beside the weights: where training stands, and the optimizer's moments.
+//! What a checkpoint holds beside the weights: the optimizer's moments, and what all of its files are called.
 //!
 //! The moments are cut into ranges of the flattened parameters that depend on the number of parameters alone, so
 //! that any number of workers can write them and any other number can read them.
 
-use std::collections::BTreeSet;
 use std::ops::Range;
 
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
-use serde::{Deserialize, Serialize};
-use ulmus_types::{BadUnit, Step};
 
-use crate::{CheckpointError, STATE_FILE};
+use ulmus_run::paths;
+
+use crate::CheckpointError;
 
 // The files hold little-endian numbers, which are written as they lie in memory.
 const _: () = assert!(cfg!(target_endian = "little"), "ulmus needs a little-endian machine");
 
-const FORMAT_VERSION: u32 = 1;
 /// Elements of one optimizer file: two moments of 64 MiB, small enough to be sent again when a connection breaks.
 const SHARD_ELEMENTS: usize = 16 << 20;
 const FIRST_MOMENT: &str = "exp_avg";
 const SECOND_MOMENT: &str = "exp_avg_sq";
-
-/// Where training stands after `step` updates. Equal on all workers.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct TrainState {
-    /// Updates that the weights have seen.
-    pub step: Step,
-    /// Tokens that they have been trained on.
-    pub tokens: u64,
-    /// The quantum of the exact reduction, a power of two; 0 when the reduction is not exact.
-    pub quantum: f64,
-    /// The position of every data stream, as the data loader writes and reads it.
-    pub cursors: Vec<i64>,
-    /// Units that were left out because they could not be read.
-    #[serde(default)]
-    pub quarantine: BTreeSet<BadUnit>,
-}
-
-#[derive(Serialize)]
-struct Versioned<'a> {
-    format_version: u32,
-    #[serde(flatten)]
-    state: &'a TrainState,
-}
-
-#[derive(Deserialize)]
-struct Header {
-    format_version: u32,
-}
-
-impl TrainState {
-    /// The text of [`STATE_FILE`]: the same state has the same text.
-    pub fn to_json(&self) -> Vec<u8> {
-        serde_json::to_vec(&Versioned { format_version: FORMAT_VERSION, state: self })
-            .expect("a state has only text keys")
-    }
-
-    /// Reads what [`TrainState::to_json`] wrote; fields that this version does not know are passed over.
-    ///
-    /// # Errors
-    /// [`CheckpointError::Form`] when the text is of a newer version or no state at all.
-    pub fn from_json(text: &[u8]) -> Result<Self, CheckpointError> {
-        let wrong = |reason: String| CheckpointError::Form { file: STATE_FILE.to_owned(), reason };
-        let header: Header = serde_json::from_slice(text).map_err(|error| wrong(error.to_string()))?;
-        if header.format_version > FORMAT_VERSION {
-            let found = header.format_version;
-            return Err(wrong(format!(
-                "it has format {found}, this program reads up to {FORMAT_VERSION}; use a newer ulmus"
-            )));
-        }
-        serde_json::from_slice(text).map_err(|error| wrong(error.to_string()))
-    }
-}
 
 /// A fixed range of the flattened parameters, and the optimizer file that belongs to it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,7 +35,7 @@ pub fn optimizer_shards(parameters: usize) -> Vec<OptimizerShard> {
 /// The files of a checkpoint of a model with this many parameters, in the order in which workers announce them.
 pub fn files_of(parameters: usize) -> Vec<String> {
     let moments = optimizer_shards(parameters).into_iter().map(|shard| shard.file_name());
-    [crate::WEIGHTS_FILE.to_owned(), crate::STATE_FILE.to_owned()].into_iter().chain(moments).collect()
+    [paths::WEIGHTS.to_owned(), paths::STATE.to_owned()].into_iter().chain(moments).collect()
 }
 
 fn shards(parameters: usize, elements: usize) -> Vec<OptimizerShard> {
@@ -172,24 +118,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    #[test]
-    fn state_text_round_trips_every_bit() {
-        let state = TrainState {
-            step: Step::new(1_000_000_007),
-            tokens: u64::MAX,
-            quantum: (0.1_f64 + 0.2) * 2.0_f64.powi(-60),
-            cursors: vec![i64::MIN, -1, 0, 1 << 53, i64::MAX],
-            quarantine: [BadUnit { source: "web".to_owned(), unit: u64::MAX }].into(),
-        };
-        let text = state.to_json();
-        assert_eq!(TrainState::from_json(&text).unwrap(), state);
-        let later = String::from_utf8(text).unwrap().replacen("\"step\"", "\"new\":{},\"step\"", 1);
-        assert_eq!(TrainState::from_json(later.as_bytes()).unwrap(), state);
-        let newer = later.replacen("\"format_version\":1", "\"format_version\":2", 1);
-        assert!(TrainState::from_json(newer.as_bytes()).unwrap_err().to_string().contains("newer"));
-        assert!(TrainState::from_json(b"{}").is_err());
-    }
 
     #[test]
     fn published_sizes_are_cut_into_whole_files() {
