@@ -14,10 +14,12 @@ use ulmus_run::TrainState;
 use ulmus_types::{Assignment, LeaveReason, Rank, Step, ToCoordinator};
 
 use super::devices::Devices;
-use super::{Reports, Training};
+use super::member::{Member, Parts};
+use super::{Reading, Reports, Training};
 use crate::WorkerError;
 use crate::collective::Collective;
 use crate::control::Control;
+use crate::run::Run;
 use crate::snapshot::restore;
 
 /// Elements of a state that are sent at once.
@@ -47,26 +49,34 @@ impl<B: TrainingBackend> Training<B> {
         let mut devices = Devices::join(self.replica.backend().clone(), group, |notice| {
             reports.say(ToCoordinator::Notice(notice));
         })?;
-        self.agree(assignment, group, devices.as_mut(), reports)?;
-        let step = self.step();
-        reports.say(ToCoordinator::Formed { generation, step });
-        self.train(assignment, devices, group, control, reports)
+        let mut reading = Reading::open(&self.run, self.reading.take())?;
+        let ended = self.agree(&reading, assignment, group, devices.as_mut(), reports).and_then(|state| {
+            reports.say(ToCoordinator::Formed { generation, step: state.step });
+            let position = self.position.insert(state);
+            let parts = Parts {
+                run: &self.run,
+                replica: &mut self.replica,
+                quantum: &self.quantum,
+                room: &self.room,
+            };
+            Member::new(parts, position, &mut reading, assignment, control, reports)?.train(devices, group)
+        });
+        self.reading = Some(reading);
+        ended
     }
 
     /// Gives every member the newest state in the group.
     fn agree(
         &mut self,
+        reading: &Reading,
         assignment: &Assignment,
         group: &mut dyn Collective,
         devices: Option<&mut Devices<B>>,
         reports: &Reports,
-    ) -> Result<(), WorkerError> {
-        self.open_corpus()?;
+    ) -> Result<TrainState, WorkerError> {
         // A state after the first milestone to make again is of no use for that.
-        if let Some(first) = first_repair(assignment)
-            && self.step() >= first
-        {
-            self.position = None;
+        if let Some(first) = first_repair(assignment) {
+            self.position.take_if(|position| position.step >= first);
         }
         // 0 stands for no state at all.
         let mut steps = vec![0_i64; group.size()];
@@ -75,29 +85,26 @@ impl<B: TrainingBackend> Training<B> {
         group.all_reduce(&mut steps)?;
         let newest = steps.iter().copied().max().unwrap_or(0);
         if newest == 0 && group.rank() == Rank::new(0) {
-            self.restore_or_begin(assignment, reports)?;
+            self.position = Some(self.restore_or_begin(reading, assignment, reports)?);
         }
-        if newest > 0 && steps.iter().all(|step| *step == newest) {
-            return Ok(());
+        if let Some(position) = &self.position
+            && newest > 0
+            && steps.iter().all(|step| *step == newest)
+        {
+            return Ok(position.clone());
         }
         let donor = steps.iter().position(|step| *step == newest).unwrap_or(0);
         let is_newest = newest > 0 && steps[group.rank().index()] == newest;
-        self.broadcast(Rank::new(donor as u32), is_newest, group, devices)
-    }
-
-    /// Opens the corpus without what is left out by now.
-    fn open_corpus(&mut self) -> Result<(), WorkerError> {
-        let quarantine = self.run.quarantine()?;
-        if self.corpus.is_none() || quarantine != self.quarantine {
-            // Windows that were read with those units in them are of no use any more.
-            (self.loader, self.held_out) = (None, None);
-            (self.corpus, self.quarantine) = (Some(self.run.corpus()?.into()), quarantine);
-        }
-        Ok(())
+        self.broadcast(reading, Rank::new(donor as u32), is_newest, group, devices)
     }
 
     /// Takes up the newest good checkpoint that may be used, or begins from the seed.
-    fn restore_or_begin(&mut self, assignment: &Assignment, reports: &Reports) -> Result<(), WorkerError> {
+    fn restore_or_begin(
+        &mut self,
+        reading: &Reading,
+        assignment: &Assignment,
+        reports: &Reports,
+    ) -> Result<TrainState, WorkerError> {
         let store = &self.run.store;
         let before = first_repair(assignment).map(|step| Step::new(step.get().saturating_sub(1)));
         let last = before.map_or(assignment.recorded, |step| step.min(assignment.recorded));
@@ -117,25 +124,22 @@ impl<B: TrainingBackend> Training<B> {
         }
         let Some(manifest) = newest else {
             self.replica.initialise(self.run.plan.run.seed);
-            self.position = Some(self.beginning());
-            return Ok(());
+            return Ok(self.beginning(reading));
         };
         if manifest.plan_digest != self.run.plan.digest() {
             return Err(WorkerError::OtherPlan(store.to_string()));
         }
         let (state, train) = self.run.wait(restore(store, &manifest, self.replica.layout()))?;
         self.replica.load_state(&state)?;
-        self.position = Some(train);
-        Ok(())
+        Ok(train)
     }
 
-    fn beginning(&self) -> TrainState {
-        let cursors = self.corpus.as_ref().map(|corpus| corpus.start().words().to_vec());
+    fn beginning(&self, reading: &Reading) -> TrainState {
         TrainState {
             step: Step::default(),
             tokens: 0,
             quantum: self.quantum.value(),
-            cursors: cursors.unwrap_or_default(),
+            cursors: reading.corpus.start().words().to_vec(),
             quarantine: BTreeSet::new(),
         }
     }
@@ -143,17 +147,17 @@ impl<B: TrainingBackend> Training<B> {
     /// Everybody gets the state of `donor`. Whoever has it keeps it, whatever becomes of the others meanwhile.
     fn broadcast(
         &mut self,
+        reading: &Reading,
         donor: Rank,
         is_newest: bool,
         group: &mut dyn Collective,
         devices: Option<&mut Devices<B>>,
-    ) -> Result<(), WorkerError> {
+    ) -> Result<TrainState, WorkerError> {
         // Devices receive in place.
         let keeps = group.rank() == donor || (is_newest && devices.is_none());
         // What is half overwritten is no state.
-        let position = if keeps { self.position.clone() } else { None };
-        self.position.clone_from(&position);
-        let position = position.unwrap_or_else(|| self.beginning());
+        self.position.take_if(|_| !keeps);
+        let position = self.position.clone().unwrap_or_else(|| self.beginning(reading));
         let mut words: Vec<i64> = [position.step.get() as i64, position.tokens as i64]
             .into_iter()
             .chain(position.cursors.iter().copied())
@@ -167,13 +171,12 @@ impl<B: TrainingBackend> Training<B> {
             }
             None => self.broadcast_through_hosts(donor, keeps, group)?,
         }
-        self.position = Some(TrainState {
+        Ok(TrainState {
             step: Step::new(words[0] as u64),
             tokens: words[1] as u64,
             cursors: words[2..].to_vec(),
             ..position
-        });
-        Ok(())
+        })
     }
 
     fn broadcast_through_hosts(
@@ -198,6 +201,17 @@ impl<B: TrainingBackend> Training<B> {
             }
         }
         Ok(())
+    }
+}
+
+impl Reading {
+    /// The data without what is left out by now. What was read with those units in it is of no use any more.
+    fn open(run: &Run, before: Option<Self>) -> Result<Self, WorkerError> {
+        let quarantine = run.quarantine()?;
+        match before.filter(|reading| reading.quarantine == quarantine) {
+            Some(reading) => Ok(reading),
+            None => Ok(Self { corpus: run.corpus()?.into(), quarantine, loader: None, held_out: None }),
+        }
     }
 }
 

@@ -7,6 +7,7 @@ mod algorithms;
 mod consensus;
 mod devices;
 mod group;
+mod member;
 mod step;
 mod watched;
 
@@ -76,7 +77,7 @@ impl Reports {
     }
 }
 
-/// The model of a run, and where its training stands.
+/// The model of a run, and what is kept of its training from one group to the next.
 pub(crate) struct Training<B: TrainingBackend> {
     run: Run,
     replica: Replica<B>,
@@ -84,13 +85,19 @@ pub(crate) struct Training<B: TrainingBackend> {
     fingerprint: Digest,
     /// What the replica's weights and moments are the state of; `None` until they are one.
     position: Option<TrainState>,
-    corpus: Option<Arc<Corpus>>,
-    loader: Option<Loader>,
+    reading: Option<Reading>,
+    room: Arc<Semaphore>,
+}
+
+/// The run's data, and how far they have been read here.
+struct Reading {
+    corpus: Arc<Corpus>,
     /// Units that the corpus is without.
     quarantine: BTreeSet<BadUnit>,
-    /// Sequences that the held-out loss is measured on.
-    held_out: Option<Vec<Sequence>>,
-    room: Arc<Semaphore>,
+    /// Of the lanes of the last group.
+    loader: Option<Loader>,
+    /// Sequences that the held-out loss is measured on, once they have been read.
+    held_out: Option<Arc<[Sequence]>>,
 }
 
 /// The thread's state.
@@ -235,10 +242,7 @@ impl<B: TrainingBackend> Training<B> {
             quantum: Quantum::new(positions, plan.train.micro_batches()),
             fingerprint,
             position: None,
-            corpus: None,
-            loader: None,
-            quarantine: BTreeSet::new(),
-            held_out: None,
+            reading: None,
             room: Arc::new(Semaphore::new(HELD)),
         })
     }

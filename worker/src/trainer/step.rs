@@ -10,19 +10,16 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::RecvTimeoutError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use ulmus_backend::{IGNORE, Quantum, TrainingBackend};
-use ulmus_dataloader::{Cursors, DataError, Loader, Sequence};
+use ulmus_dataloader::{DataError, Sequence};
 use ulmus_model::{LossSum, MicroBatch, Sums};
-use ulmus_types::{
-    Assignment, CheckpointId, CheckpointKind, Generation, LaneId, LeaveReason, Section, Step, StepReport,
-    ToCoordinator,
-};
+use ulmus_types::{CheckpointId, CheckpointKind, LeaveReason, Section, Step, StepReport, ToCoordinator};
 
 use super::consensus::StepConsensus;
 use super::devices::Devices;
-use super::{Report, Reports, STALL, Training, micro_batch};
+use super::member::Member;
+use super::{Report, STALL, micro_batch};
 use crate::WorkerError;
 use crate::collective::{Collective, chunk};
-use crate::control::{Control, Requests};
 use crate::snapshot::PendingSnapshot;
 
 /// How often a trainer that waits for a store, or for text, says so.
@@ -34,6 +31,14 @@ enum Obstacle {
     Failed(WorkerError),
 }
 
+/// This worker's share of a step.
+struct Share {
+    /// Its losses, and where its lanes stand.
+    words: StepConsensus,
+    /// What is measured on after the step, if anything is.
+    held_out: Option<Arc<[Sequence]>>,
+}
+
 /// Where the time of a step went.
 #[derive(Default)]
 struct Times {
@@ -41,53 +46,45 @@ struct Times {
     communication: Duration,
 }
 
-impl<B: TrainingBackend> Training<B> {
+impl<B: TrainingBackend> Member<'_, B> {
     /// Trains until the plan is done, the group agrees to pause, or something breaks.
     pub(super) fn train(
-        &mut self,
-        assignment: &Assignment,
+        mut self,
         mut devices: Option<Devices<B>>,
         group: &mut dyn Collective,
-        control: &Control,
-        reports: &Reports,
     ) -> Result<LeaveReason, WorkerError> {
-        let lanes = self.host_lanes(assignment)?;
         // A single micro-batch is its own sum.
-        let alone = group.size() == 1 && lanes.len() == 1;
+        let alone = group.size() == 1 && self.lanes.len() == 1;
         let mut sums = if alone {
             None
         } else {
             Some(Sums::new(self.replica.backend(), self.replica.layout()).map_err(WorkerError::from)?)
         };
-        let last = self.last_step(assignment);
+        let generation = self.assignment.generation;
+        let last = self.last_step();
         while self.step() < last {
-            control.begin(Section::Computing);
+            self.control.begin(Section::Computing);
             let begun = Instant::now();
             let mut times = Times::default();
-            let share = self.share(&lanes, sums.as_mut(), devices.as_mut(), group, control, &mut times);
-            let requests = control.take_requests();
-            let agreed =
-                self.reach_consensus(share.as_ref().ok(), share.as_ref().err(), requests, group, &mut times)?;
-            if agreed.failed > 0 || agreed.exhausted > 0 {
-                // What was begun to be summed never will be.
-                drop(devices);
-                return Ok(self.stopped(&agreed, share.err(), assignment.generation, control, reports));
-            }
-            let grad_norm = self.update(
-                sums.as_mut(),
-                devices.as_mut(),
-                agreed.valid as u64,
-                group,
-                control,
-                &mut times,
-            )?;
-            let report = self.finish_step(&agreed, grad_norm, begun, &times, group, control)?;
+            let share = self.share(sums.as_mut(), devices.as_mut(), group, &mut times);
+            let agreed = self.reach_consensus(&share, group, &mut times)?;
+            let share = match share {
+                Ok(share) if agreed.failed == 0 && agreed.exhausted == 0 => share,
+                share => {
+                    // What was begun to be summed never will be.
+                    drop(devices);
+                    return Ok(self.stopped(&agreed, share.err()));
+                }
+            };
+            let valid = agreed.valid as u64;
+            let grad_norm = self.update(sums.as_mut(), devices.as_mut(), valid, group, &mut times)?;
+            let report = self.finish_step(&agreed, &share, grad_norm, begun, &times, group)?;
             let step = report.step;
-            reports.say(ToCoordinator::Steps { generation: assignment.generation, reports: vec![report] });
+            self.reports.say(ToCoordinator::Steps { generation, reports: vec![report] });
 
             let stop = agreed.stop > 0;
-            if let Some(kind) = self.kept(assignment, step, agreed.save > 0 || stop) {
-                self.keep(kind, assignment.generation, control, reports);
+            if let Some(kind) = self.kept(step, agreed.save > 0 || stop) {
+                self.keep(kind);
             }
             if stop || agreed.pause > 0 {
                 return Ok(LeaveReason::Agreed);
@@ -97,18 +94,18 @@ impl<B: TrainingBackend> Training<B> {
     }
 
     /// The last step of the group: that of the plan, or the last one to be made again.
-    fn last_step(&self, assignment: &Assignment) -> Step {
+    fn last_step(&self) -> Step {
         let iterations = Step::new(self.run.plan.train.iterations);
-        let repaired = assignment.repair.as_ref().and_then(|repair| repair.milestones.last().copied());
+        let repaired = self.assignment.repair.as_ref().and_then(|repair| repair.milestones.last().copied());
         repaired.map_or(iterations, |step| step.min(iterations))
     }
 
     /// Whether the state after a step is kept, and as what. Of steps that are trained once more the milestones are there
     /// that are not asked for.
-    fn kept(&self, assignment: &Assignment, step: Step, asked: bool) -> Option<CheckpointKind> {
+    fn kept(&self, step: Step, asked: bool) -> Option<CheckpointKind> {
         let plan = &self.run.plan;
         let on_grid = plan.checkpoint.is_milestone(step.get(), plan.train.iterations);
-        let is_milestone = match &assignment.repair {
+        let is_milestone = match &self.assignment.repair {
             Some(repair) => repair.milestones.contains(&step),
             None => on_grid,
         };
@@ -120,61 +117,34 @@ impl<B: TrainingBackend> Training<B> {
         }
     }
 
-    /// Takes up the lanes of this worker's micro-batches where the state says they are.
-    fn host_lanes(&mut self, assignment: &Assignment) -> Result<Vec<Vec<LaneId>>, WorkerError> {
-        let plan = &self.run.plan;
-        let per_micro_batch = (plan.data.lanes / plan.train.micro_batches()).max(1);
-        let lanes: Vec<Vec<LaneId>> = assignment
-            .micro_batches
-            .clone()
-            .map(|micro_batch| {
-                let first = micro_batch * per_micro_batch;
-                (first..first + per_micro_batch).map(|lane| LaneId::new(lane as u32)).collect()
-            })
-            .collect();
-        let hosted: Vec<LaneId> = lanes.iter().flatten().copied().collect();
-        let position = self.position.as_ref().expect("a group agrees on a state before it trains");
-        let cursors = Cursors::from_words(position.cursors.clone());
-        let corpus = self.corpus.as_ref().expect("the corpus is opened before a group agrees");
-        match &mut self.loader {
-            Some(loader) => loader.host(&hosted, &cursors)?,
-            None => {
-                self.loader = Some(Loader::open(corpus.clone(), plan.sequence_length(), &hosted, &cursors)?);
-            }
-        }
-        Ok(lanes)
-    }
-
     /// This worker's micro-batches: gradients into `sums`, losses into words. With the last of them the devices begin to
     /// sum what is complete.
     fn share(
         &mut self,
-        lanes: &[Vec<LaneId>],
         mut sums: Option<&mut Sums<B>>,
         mut devices: Option<&mut Devices<B>>,
         group: &dyn Collective,
-        control: &Control,
         times: &mut Times,
-    ) -> Result<StepConsensus, Obstacle> {
+    ) -> Result<Share, Obstacle> {
         if let Some(sums) = &mut sums {
             sums.clear();
         }
-        self.read_held_out(control)?;
+        let held_out = self.held_out_sequences()?;
         let plan = Arc::clone(&self.run.plan);
         let per_lane = (plan.train.sequences / plan.data.lanes) as usize;
         let mut words = StepConsensus::default();
-        let count = lanes.len();
-        for (index, lanes) in lanes.iter().enumerate() {
+        let count = self.lanes.len();
+        for index in 0..count {
             let waiting = Instant::now();
-            let loader = self.loader.as_mut().expect("lanes are hosted before a step");
             let mut waits = || {
-                control.begin(Section::Reading);
+                self.control.begin(Section::Reading);
             };
-            let rows = loader.take_telling(lanes, per_lane, &mut waits).map_err(|error| match error {
+            let rows = self.loader.take_telling(&self.lanes[index], per_lane, &mut waits);
+            let rows = rows.map_err(|error| match error {
                 DataError::Exhausted { .. } => Obstacle::Exhausted(error.to_string()),
                 error => Obstacle::Failed(error.into()),
             });
-            control.begin(Section::Computing);
+            self.control.begin(Section::Computing);
             let rows = rows?;
             times.data += waiting.elapsed();
             let batch = micro_batch(&rows, plan.sequence_length());
@@ -182,11 +152,10 @@ impl<B: TrainingBackend> Training<B> {
             let reducing = devices.as_deref_mut().filter(|_| last);
             let loss =
                 self.gradient(&batch, sums.as_deref_mut(), reducing, group).map_err(Obstacle::Failed)?;
-            add_loss(&mut words, &loss, &self.quantum)?;
+            add_loss(&mut words, &loss, self.quantum)?;
         }
-        let loader = self.loader.as_ref().expect("lanes are hosted before a step");
-        words.cursors = loader.cursors().words().to_vec();
-        Ok(words)
+        words.cursors = self.loader.cursors().words().to_vec();
+        Ok(Share { words, held_out })
     }
 
     /// Computes the gradient of a micro-batch and adds it to `sums`; without any it becomes the mean.
@@ -217,14 +186,17 @@ impl<B: TrainingBackend> Training<B> {
         Ok(loss)
     }
 
-    /// Reads what is measured on, in the step that will measure first: an error after the update would cost the step. Of a
-    /// large corpus that takes minutes, and the trainer says all the time that it waits.
-    fn read_held_out(&mut self, control: &Control) -> Result<(), Obstacle> {
-        let train = &self.run.plan.train;
-        if self.held_out.is_some() || !self.measures_after(self.step().next()) {
-            return Ok(());
+    /// What is measured on after this step, if anything is. It is read before: an error after the update would cost the step.
+    /// Of a large corpus that takes minutes, and the trainer says all the time that it waits.
+    fn held_out_sequences(&mut self) -> Result<Option<Arc<[Sequence]>>, Obstacle> {
+        if !self.measures_after(self.step().next()) {
+            return Ok(None);
         }
-        let corpus = self.corpus.as_ref().expect("the corpus is opened before a group agrees");
+        if let Some(held_out) = &self.held_out {
+            return Ok(Some(Arc::clone(held_out)));
+        }
+        let (corpus, control) = (self.corpus, self.control);
+        let train = &self.run.plan.train;
         let (length, sequences) = (self.run.plan.sequence_length(), train.held_out_sequences as usize);
         let held_out = thread::scope(|scope| {
             let (tell, told) = crossbeam_channel::bounded(1);
@@ -238,8 +210,10 @@ impl<B: TrainingBackend> Training<B> {
             control.begin(Section::Computing);
             held_out
         });
-        self.held_out = Some(held_out.map_err(|error| Obstacle::Failed(error.into()))?.sequences);
-        Ok(())
+        let held_out: Arc<[Sequence]> =
+            held_out.map_err(|error| Obstacle::Failed(error.into()))?.sequences.into();
+        *self.held_out = Some(Arc::clone(&held_out));
+        Ok(Some(held_out))
     }
 
     fn measures_after(&self, step: Step) -> bool {
@@ -251,18 +225,19 @@ impl<B: TrainingBackend> Training<B> {
     /// Sums the control words over the group.
     fn reach_consensus(
         &self,
-        share: Option<&StepConsensus>,
-        obstacle: Option<&Obstacle>,
-        requests: Requests,
+        share: &Result<Share, Obstacle>,
         group: &mut dyn Collective,
         times: &mut Times,
     ) -> Result<StepConsensus, WorkerError> {
-        let cursors = self.position.as_ref().map_or(0, |position| position.cursors.len());
-        let mut words = share
-            .cloned()
-            .unwrap_or_else(|| StepConsensus { cursors: vec![0; cursors], ..StepConsensus::default() });
-        words.failed = i64::from(matches!(obstacle, Some(Obstacle::Failed(_))));
-        words.exhausted = i64::from(matches!(obstacle, Some(Obstacle::Exhausted(_))));
+        let requests = self.control.take_requests();
+        let mut words = match share {
+            Ok(share) => share.words.clone(),
+            Err(_) => {
+                StepConsensus { cursors: vec![0; self.position.cursors.len()], ..StepConsensus::default() }
+            }
+        };
+        words.failed = i64::from(matches!(share, Err(Obstacle::Failed(_))));
+        words.exhausted = i64::from(matches!(share, Err(Obstacle::Exhausted(_))));
         words.save = i64::from(requests.save);
         words.pause = i64::from(requests.pause);
         words.stop = i64::from(requests.stop);
@@ -274,20 +249,13 @@ impl<B: TrainingBackend> Training<B> {
     }
 
     /// What this worker says when the group stopped before an update.
-    fn stopped(
-        &mut self,
-        agreed: &StepConsensus,
-        obstacle: Option<Obstacle>,
-        generation: Generation,
-        control: &Control,
-        reports: &Reports,
-    ) -> LeaveReason {
+    fn stopped(&mut self, agreed: &StepConsensus, obstacle: Option<Obstacle>) -> LeaveReason {
         match obstacle {
             Some(Obstacle::Failed(error)) => error.into(),
             // The one whose share it was says why.
             _ if agreed.failed > 0 => LeaveReason::Agreed,
             obstacle => {
-                self.keep(CheckpointKind::Milestone, generation, control, reports);
+                self.keep(CheckpointKind::Milestone);
                 match obstacle {
                     Some(Obstacle::Exhausted(source)) => LeaveReason::Exhausted(source),
                     _ => LeaveReason::Agreed,
@@ -303,10 +271,9 @@ impl<B: TrainingBackend> Training<B> {
         devices: Option<&mut Devices<B>>,
         valid: u64,
         group: &mut dyn Collective,
-        control: &Control,
         times: &mut Times,
     ) -> Result<f64, WorkerError> {
-        let Self { replica, quantum, .. } = self;
+        let Self { replica, quantum, control, .. } = self;
         let parameters = replica.layout().parameters();
         let waiting = Instant::now();
         // Integers are reduced, so that the sum does not depend on the order; finished floats are gathered.
@@ -347,23 +314,24 @@ impl<B: TrainingBackend> Training<B> {
     fn finish_step(
         &mut self,
         agreed: &StepConsensus,
+        share: &Share,
         grad_norm: f64,
         begun: Instant,
         times: &Times,
         group: &mut dyn Collective,
-        control: &Control,
     ) -> Result<StepReport, WorkerError> {
         let plan = Arc::clone(&self.run.plan);
         let lr = plan.train.learning_rate(self.step().get());
         let valid = agreed.valid as f64;
-        let position = self.position.as_mut().expect("a group agrees on a state before it trains");
+        let position = &mut *self.position;
         position.step = position.step.next();
         position.tokens += agreed.valid as u64;
         position.cursors.clone_from(&agreed.cursors);
-        position.quarantine.clone_from(&self.quarantine);
+        position.quarantine.clone_from(self.quarantine);
         let (step, tokens) = (position.step, position.tokens);
         let elapsed = begun.elapsed();
-        let due = self.measures_after(step);
+        let held_out = share.held_out.as_deref();
+        let held_out_loss = held_out.map(|sequences| self.held_out_loss(sequences, group)).transpose()?;
         Ok(StepReport {
             step,
             tokens,
@@ -371,7 +339,7 @@ impl<B: TrainingBackend> Training<B> {
             z_loss: plan.train.z_loss * (Quantum::loss_from_fixed(agreed.z) / valid),
             grad_norm,
             lr,
-            held_out_loss: if due { self.held_out_loss(group, control)? } else { None },
+            held_out_loss: held_out_loss.flatten(),
             elapsed,
             data_wait: times.data,
             communication: times.communication,
@@ -381,8 +349,8 @@ impl<B: TrainingBackend> Training<B> {
     /// Mean cross-entropy on the held-out sequences, which the group shares out. `None` if there are none.
     fn held_out_loss(
         &mut self,
+        sequences: &[Sequence],
         group: &mut dyn Collective,
-        control: &Control,
     ) -> Result<Option<f64>, WorkerError> {
         let plan = Arc::clone(&self.run.plan);
         let length = plan.sequence_length();
@@ -390,13 +358,12 @@ impl<B: TrainingBackend> Training<B> {
         let masked =
             Sequence { inputs: vec![0; length], targets: vec![IGNORE; length], doc_starts: vec![0; length] };
         let mut words = StepConsensus::default();
-        let sequences = self.held_out.as_ref().expect("they were read before the update");
         for batch in sequences.chunks(rows).skip(group.rank().index()).step_by(group.size()) {
-            control.begin(Section::Measuring);
+            self.control.begin(Section::Measuring);
             let mut batch = batch.to_vec();
             batch.resize(rows, masked.clone());
             let loss = self.replica.loss(&micro_batch(&batch, length))?;
-            add_loss(&mut words, &loss, &self.quantum).map_err(|obstacle| match obstacle {
+            add_loss(&mut words, &loss, self.quantum).map_err(|obstacle| match obstacle {
                 Obstacle::Failed(error) => error,
                 Obstacle::Exhausted(what) => WorkerError::Plan(what),
             })?;
@@ -407,25 +374,24 @@ impl<B: TrainingBackend> Training<B> {
     }
 
     /// Begins to copy the state to host memory, to be stored from there; a moment to say how reading goes, too.
-    fn keep(&mut self, kind: CheckpointKind, generation: Generation, control: &Control, reports: &Reports) {
-        if let Some(loader) = &self.loader {
-            reports.say(ToCoordinator::Reading { step: self.step(), sources: loader.readings() });
-        }
+    fn keep(&mut self, kind: CheckpointKind) {
+        let sources = self.loader.readings();
+        self.reports.say(ToCoordinator::Reading { step: self.step(), sources });
         // Waits while two older ones are still on their way to the store.
-        let room = self.run.wait(room(&self.room, || {
-            control.begin(Section::Storing);
+        let room = self.run.wait(room(self.room, || {
+            self.control.begin(Section::Storing);
         }));
-        control.begin(Section::Computing);
+        self.control.begin(Section::Computing);
         let held = PendingSnapshot {
-            checkpoint: CheckpointId::new(self.step(), generation),
+            checkpoint: CheckpointId::new(self.step(), self.assignment.generation),
             kind,
             layout: Arc::new(self.replica.layout().clone()),
             tensors: self.replica.copy_state(),
-            train: self.position.clone().expect("a group agrees on a state before it trains"),
+            train: self.position.clone(),
             store: self.run.store.clone(),
             _room: room,
         };
-        reports.report(Report::Keep(held.checkpoint, Arc::new(held)));
+        self.reports.report(Report::Keep(held.checkpoint, Arc::new(held)));
     }
 }
 
