@@ -192,6 +192,22 @@ impl Database {
         Ok(id)
     }
 
+    /// The hash of the plan that the run follows, once one was kept.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub(crate) fn plan_digest(&self) -> Result<Option<Digest>, StoreError> {
+        self.fact("plan_digest")
+    }
+
+    /// Keeps the hash of the plan that the run follows.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub(crate) fn keep_plan_digest(&self, digest: Digest) -> Result<(), StoreError> {
+        self.save_fact("plan_digest", &digest)
+    }
+
     /// Whether nothing was ever done: the file is new, or was lost and is not yet rebuilt.
     ///
     /// # Errors
@@ -243,6 +259,7 @@ impl Database {
             quarantine: self.fact::<Vec<_>>("quarantine")?.unwrap_or_default().into_iter().collect(),
             trained: self.fact("trained")?,
             jobs,
+            had_checkpoints: self.fact("had_checkpoints")?.unwrap_or_default(),
             owners: self.owners()?,
             // Of a run that lost its database the steps before a checkpoint may be unknown.
             step: Step::new(step.unwrap_or(0)).max(self.fact("recovered")?.unwrap_or_default()),
@@ -372,7 +389,7 @@ impl Database {
     pub(crate) fn committed(&self, id: CheckpointId) -> Result<(), StoreError> {
         self.connection
             .execute("UPDATE checkpoints SET committed = 1 WHERE id = ?1", params![id.to_string()])?;
-        Ok(())
+        self.save_fact("had_checkpoints", &true)
     }
 
     /// Forgets a checkpoint.

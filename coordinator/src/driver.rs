@@ -21,6 +21,7 @@ use ulmus_types::{
 
 use crate::console::Console;
 use crate::database::{Database, MetricsRow, ReadingRow, StoreError, StoredCheckpoint};
+use crate::folder::Lock;
 use crate::local::LocalWorkers;
 use crate::metrics::{MetricsFile, SourcesFile};
 use crate::quarantine;
@@ -36,6 +37,8 @@ const STOP_WAIT: Duration = Duration::from_secs(10);
 /// What the driver works with.
 pub(crate) struct Parts {
     pub(crate) settings: Settings,
+    /// Of the run folder.
+    pub(crate) lock: Lock,
     pub(crate) saved: PersistentState,
     pub(crate) plan_digest: Digest,
     pub(crate) database: Database,
@@ -114,6 +117,11 @@ pub(crate) async fn drive(
             Some(event) = findings.recv() => Some(event),
             Some(event) = sessions.recv() => driver.session(event),
             _ = tick.tick() => {
+                if !driver.parts.lock.holds() {
+                    let message = "the lock of the run folder was deleted or replaced, so that another coordinator may lead this run; \
+                                   make sure that there is one alone, and start it again";
+                    return Err(Failure::new(ExitStatus::Fenced, message));
+                }
                 if let Some(event) = driver.look_after_locals() {
                     driver.happened(event);
                 }

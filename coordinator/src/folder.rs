@@ -7,14 +7,15 @@
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ulmus_checkpoint::{Store, StoreError};
 use ulmus_plan::Plan;
 use ulmus_run::paths;
-use ulmus_types::ErrorKind;
+use ulmus_types::{Digest, ErrorKind};
 
 /// Why a run folder cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -109,7 +110,27 @@ pub(crate) struct RunFolder {
     path: PathBuf,
     store: Store,
     // Held for as long as the value lives.
-    _lock: File,
+    lock: Arc<File>,
+}
+
+/// The lock of a run folder.
+#[derive(Debug)]
+pub(crate) struct Lock {
+    path: PathBuf,
+    file: Arc<File>,
+}
+
+impl Lock {
+    /// Whether the file that is locked is the one that others would lock.
+    pub(crate) fn holds(&self) -> bool {
+        let of = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        let mine = self.file.metadata().map(of);
+        match (fs::metadata(&self.path).map(of), mine) {
+            (Ok(there), Ok(mine)) => there == mine,
+            (Err(error), _) => error.kind() != io::ErrorKind::NotFound,
+            (_, Err(_)) => true,
+        }
+    }
 }
 
 impl RunFolder {
@@ -138,10 +159,9 @@ impl RunFolder {
             Err(TryLockError::WouldBlock) => return Err(FolderError::Locked(path)),
             Err(TryLockError::Error(error)) => return Err(io(&lock_path, error)),
         }
-        let folder = Self { path, store, _lock: lock };
+        let folder = Self { path, store, lock: Arc::new(lock) };
         folder.wait_for_disk(plan.checkpoint.oldest()).await?;
         folder.claim(recover).await?;
-        folder.keep_plan(plan)?;
         Ok(folder)
     }
 
@@ -211,28 +231,69 @@ impl RunFolder {
         FolderError::Elsewhere { store: self.store.to_string(), folder: self.path.clone() }
     }
 
-    fn keep_plan(&self, plan: &Plan) -> Result<(), FolderError> {
+    /// Makes sure that a plan is the one of the run, once anything was done for it. `kept` is the hash of the plan that the
+    /// database has.
+    ///
+    /// # Errors
+    /// When it is another, with the keys that differ.
+    pub(crate) fn check_plan(
+        &self,
+        plan: &Plan,
+        begun: bool,
+        kept: Option<Digest>,
+    ) -> Result<(), FolderError> {
+        if !begun {
+            return Ok(());
+        }
+        let Some(text) = self.kept_plan()? else {
+            let is_another = kept.is_some_and(|kept| kept != plan.digest());
+            let changes =
+                || format!("  its hash is not the one in {}, and {} is lost", paths::DATABASE, paths::PLAN);
+            return if is_another { Err(self.plan_changed(changes())) } else { Ok(()) };
+        };
+        let earlier = ulmus_plan::read(&text, &[]).map_err(|problems| {
+            FolderError::DamagedPlan(self.path.join(paths::PLAN), problems.to_string())
+        })?;
+        let changes: Vec<String> = earlier
+            .iter()
+            .flat_map(|earlier| plan.changed_keys(earlier))
+            .map(|(key, old, new)| format!("  {key} was {old} and is now {new}"))
+            .collect();
+        if changes.is_empty() { Ok(()) } else { Err(self.plan_changed(changes.join("\n"))) }
+    }
+
+    fn plan_changed(&self, changes: String) -> FolderError {
+        FolderError::PlanChanged { folder: self.path.clone(), changes }
+    }
+
+    fn kept_plan(&self) -> Result<Option<String>, FolderError> {
         let path = self.path.join(paths::PLAN);
         match fs::read_to_string(&path) {
-            Ok(text) => {
-                let earlier = ulmus_plan::read(&text, &[])
-                    .map_err(|problems| FolderError::DamagedPlan(path.clone(), problems.to_string()))?;
-                let changes: Vec<String> = earlier
-                    .iter()
-                    .flat_map(|earlier| plan.changed_keys(earlier))
-                    .map(|(key, old, new)| format!("  {key} was {old} and is now {new}"))
-                    .collect();
-                if !changes.is_empty() {
-                    return Err(FolderError::PlanChanged {
-                        folder: self.path.clone(),
-                        changes: changes.join("\n"),
-                    });
-                }
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(FolderError::Io { path, error }),
+            Ok(text) => Ok(Some(text)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(FolderError::Io { path, error }),
         }
+    }
+
+    /// Whether the plan that is kept differs in any key.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub(crate) fn keeps_another(&self, plan: &Plan) -> Result<bool, FolderError> {
+        Ok(self.kept_plan()?.is_some_and(|text| text != plan.to_toml()))
+    }
+
+    /// Keeps the plan, where people see it.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub(crate) fn keep_plan(&self, plan: &Plan) -> Result<(), FolderError> {
         self.write(paths::PLAN, &plan.to_toml())
+    }
+
+    /// Whether the lock is still the one that this process has taken: whoever deletes it lets another coordinator in.
+    pub(crate) fn lock(&self) -> Lock {
+        Lock { path: self.path.join(paths::LOCK), file: Arc::clone(&self.lock) }
     }
 
     /// Where the run is kept, as workers anywhere open it.

@@ -47,6 +47,7 @@ fn start(args: Args) -> Result<ExitStatus, Failure> {
         .map_err(|error| Failure::new(ExitStatus::Failed, format!("cannot start: {error}")))?;
     let options = Options {
         plan: path,
+        overrides: args.overrides,
         listen: args.listen,
         token: TokenSource::told(args.token_file),
         demo_failure: args.demo_failure,

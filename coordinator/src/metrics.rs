@@ -61,13 +61,16 @@ impl MetricsFile {
         })
     }
 
-    /// The rows of such a file, up to the first that cannot be read: of a run whose database was lost.
-    pub(crate) fn read(path: &Path) -> Vec<MetricsRow> {
-        let Ok(mut file) = csv::Reader::from_path(path) else { return Vec::new() };
-        if file.headers().is_ok_and(|header| header.iter().take(HEADER.len()).eq(HEADER)) {
-            return file.records().map_while(|record| parse(&record.ok()?)).collect();
+    /// The rows of such a file that can be read, and how many cannot: of a run whose database was lost.
+    pub(crate) fn read(path: &Path) -> (Vec<MetricsRow>, usize) {
+        let mut reader = csv::ReaderBuilder::new();
+        let Ok(mut file) = reader.flexible(true).from_path(path) else { return (Vec::new(), 0) };
+        if !file.headers().is_ok_and(|header| header.iter().take(HEADER.len()).eq(HEADER)) {
+            return (Vec::new(), file.records().count());
         }
-        Vec::new()
+        let rows: Vec<_> = file.records().map(|record| parse(&record.ok()?)).collect();
+        let unreadable = rows.iter().filter(|row| row.is_none()).count();
+        (rows.into_iter().flatten().collect(), unreadable)
     }
 
     /// Adds a row, unless the step has one already.

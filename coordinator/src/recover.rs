@@ -22,18 +22,18 @@ use crate::metrics::MetricsFile;
 /// When there are checkpoints or rows of metrics, with what to do; or when the store does not answer.
 pub(crate) async fn refuse_to_forget(
     folder: &RunFolder,
-    plan: &str,
+    command: &str,
     from_start: bool,
 ) -> Result<(), Failure> {
     let found = ulmus_checkpoint::checkpoints(folder.store())
         .await
         .map_err(|error| Failure::of(error.kind(), &error))?;
     let Some(newest) = found.last() else {
-        let rows = MetricsFile::read(&folder.path().join(paths::METRICS));
+        let (rows, _) = MetricsFile::read(&folder.path().join(paths::METRICS));
         let Some(last) = rows.last().filter(|_| !from_start) else { return Ok(()) };
         let message = format!(
             "{} is lost or empty, there is no checkpoint in {}, and metrics.csv knows of {} steps; restore them, or begin \
-             anew with: coordinator --plan {plan} --from-start",
+             anew with: {command} --from-start",
             folder.database().display(),
             folder.shown(),
             last.report.step
@@ -42,12 +42,46 @@ pub(crate) async fn refuse_to_forget(
     };
     let message = format!(
         "{} is lost or empty, and there are {} checkpoints in {}, the newest of them {newest}; restore it, or rebuild it \
-         from what is there with: coordinator --plan {plan} --recover",
+         from what is there with: {command} --recover",
         folder.database().display(),
         found.len(),
         folder.shown()
     );
     Err(Failure::new(ExitStatus::Corrupt, message))
+}
+
+/// What shows that a database is not the newest of its run, or not of the run whose checkpoints are beside it.
+///
+/// # Errors
+/// When the store does not answer.
+pub(crate) async fn contradiction(
+    folder: &RunFolder,
+    id: RunId,
+    known: Generation,
+) -> Result<Option<String>, Failure> {
+    let failed = |error: &CheckpointError| Failure::of(error.kind(), error);
+    let store = folder.store();
+    let found = ulmus_checkpoint::checkpoints(store).await.map_err(|error| failed(&error))?;
+    // A generation is in the database before anybody works in it.
+    if let Some(newer) = found.iter().rev().find(|checkpoint| checkpoint.generation() > known) {
+        return Ok(Some(format!("knows of {known} generations, and {} holds {newer}", folder.shown())));
+    }
+    let (rows, _) = MetricsFile::read(&folder.path().join(paths::METRICS));
+    if let Some(newer) = rows.iter().find(|row| row.generation > known) {
+        let step = newer.report.step;
+        return Ok(Some(format!(
+            "knows of {known} generations, and {} has step {step} of generation {}",
+            paths::METRICS,
+            newer.generation
+        )));
+    }
+    let Some(newest) = found.last() else { return Ok(None) };
+    let other = match ulmus_checkpoint::read_manifest(store, *newest).await {
+        Ok(manifest) => manifest.run.filter(|other| *other != id),
+        Err(error) if error.condemns() => None,
+        Err(error) => return Err(failed(&error)),
+    };
+    Ok(other.map(|other| format!("is of run {}, and {newest} of run {}", id.short(), other.short())))
 }
 
 /// Gathers what the folder tells, and what was found to be damaged.
@@ -102,7 +136,11 @@ pub(crate) async fn gather(folder: &RunFolder, plan: &Plan) -> Result<(Recovered
     }
     recovered.run = runs.into_iter().next();
     recovered.quarantine = quarantine(store).await?;
-    recovered.metrics = MetricsFile::read(&folder.path().join(paths::METRICS));
+    let (metrics, unreadable) = MetricsFile::read(&folder.path().join(paths::METRICS));
+    if unreadable > 0 {
+        damaged.push(format!("{unreadable} rows of {} cannot be read, and are lost", paths::METRICS));
+    }
+    recovered.metrics = metrics;
     let of_metrics = recovered.metrics.iter().map(|row| row.generation).max().unwrap_or_default();
     recovered.generation = Generation::new(recovered.generation.max(of_metrics).get() + 1000);
     Ok((recovered, damaged))

@@ -17,7 +17,7 @@ use ulmus_run::results::Results;
 use ulmus_transport::{
     Bound, Credentials, CredentialsError, IDENTITY_FILE, Limits, RuntimeError, TOKEN_FILE, TokenSource,
 };
-use ulmus_types::{Digest, ExitStatus, JobKind, RunId, RunSecret, nonce_digest};
+use ulmus_types::{Digest, ExitStatus, FileEntry, JobKind, RunId, RunSecret, nonce_digest};
 
 use crate::args::OnTerm;
 use crate::console::Console;
@@ -27,7 +27,7 @@ use crate::folder::{FolderError, RunFolder, unguessable};
 use crate::local::LocalWorkers;
 use crate::metrics::{MetricsFile, SourcesFile};
 use crate::quarantine;
-use crate::recover::{gather, refuse_to_forget};
+use crate::recover::{contradiction, gather, refuse_to_forget};
 use crate::server::{MESSAGE_LIMIT, Sessions};
 use crate::summary;
 
@@ -39,8 +39,10 @@ const CLOSE_WITHIN: Duration = Duration::from_secs(3);
 /// What is asked of the coordinator besides the plan.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
-    /// Where the plan is, for the summary's advice.
+    /// Where the plan is, for advice.
     pub plan: PathBuf,
+    /// Values of its keys that were given beside it, for advice.
+    pub overrides: Vec<String>,
     /// Where to listen.
     pub listen: Option<HostPort>,
     /// The token that workers must show.
@@ -53,6 +55,24 @@ pub struct Options {
     pub from_start: bool,
     /// What SIGTERM does; by default it depends on the plan.
     pub on_term: Option<OnTerm>,
+}
+
+impl Options {
+    /// The command that starts this plan again.
+    pub(crate) fn command(&self) -> String {
+        let mut command = format!("coordinator --plan {}", quoted(&self.plan.display().to_string()));
+        for value in &self.overrides {
+            command.push_str(" --set ");
+            command.push_str(&quoted(value));
+        }
+        command
+    }
+}
+
+/// A word as a shell takes it.
+fn quoted(word: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./=:,@%+".contains(&byte);
+    if word.bytes().all(is_plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', "'\\''")) }
 }
 
 /// Runs plans one after the other; several are variants of one, and are compared at the end.
@@ -160,6 +180,9 @@ async fn run_one(
     }
     let database = open_database(plan, options, &folder).await?;
     folder.hide_database().map_err(|error| in_folder(&error))?;
+    let begun = !database.is_new().map_err(|error| stored(&error))?;
+    let kept = database.plan_digest().map_err(|error| stored(&error))?;
+    folder.check_plan(plan, begun, kept).map_err(|error| in_folder(&error))?;
     let (id, secret) = database.identity().map_err(|error| stored(&error))?;
     finish_commits(&database, folder.store(), id, plan.digest()).await?;
     let bound = bind(plan, options).await?;
@@ -169,18 +192,31 @@ async fn run_one(
     // Nobody can connect before: a worker would find the token of the last coordinator at this port, or none.
     let listener = bound.listen().map_err(|error| cannot_listen(address, &error))?;
 
+    for lost in lost_results(&database, &folder).await? {
+        print(&format!("ALARM: {lost}"))?;
+    }
     let saved = database.saved().map_err(|error| stored(&error))?;
+    let finished_before = saved.jobs.contains(&JobKind::Benchmark);
+    if finished_before && folder.keeps_another(plan).map_err(|error| in_folder(&error))? {
+        print(
+            "this run is finished: what was changed in its plan changes no result of it any more; start a run of another name",
+        )?;
+    } else {
+        folder.keep_plan(plan).map_err(|error| in_folder(&error))?;
+        if kept != Some(plan.digest()) {
+            database.keep_plan_digest(plan.digest()).map_err(|error| stored(&error))?;
+        }
+    }
     let rows = database.metrics().map_err(|error| stored(&error))?;
     let metrics_path = folder.path().join(paths::METRICS);
     let metrics = MetricsFile::create(&metrics_path, &rows).map_err(|error| failed(&metrics_path, &error))?;
     let sources = sources_file(&database, folder.path())?;
     let console = Console::new(plan.train.iterations, saved.step);
     console.line(&format!("run {} in {}; workers join at {address}", plan.run.name, folder.shown()));
-    let finished_before = saved.jobs.contains(&JobKind::Benchmark);
     let locals = start_locals(plan, &folder, &credentials, finished_before)?;
     if !finished_before {
         if locals.is_none() {
-            console.line(&format!("waiting for workers: worker --join {address}"));
+            console.line("waiting for workers");
         }
         tell_how_to_join(&console, address, &credentials, published.as_ref().err());
     }
@@ -200,6 +236,7 @@ async fn run_one(
     }
     let parts = Parts {
         settings: settings(plan, options, &folder, id, secret).await?,
+        lock: folder.lock(),
         saved,
         plan_digest: plan.digest(),
         database,
@@ -258,6 +295,27 @@ async fn run_one(
     Ok(Finished { status: outcome.status, state, results, printed })
 }
 
+/// What finished jobs have made and is not there any more. Those jobs are forgotten, so that they are done again.
+async fn lost_results(database: &Database, folder: &RunFolder) -> Result<Vec<String>, Failure> {
+    let results = database.results().map_err(|error| stored(&error))?;
+    let average = results.averaged().map(|average| (JobKind::Average, "average", average.files));
+    let export = results.exported().map(|exported| (JobKind::Export, paths::EXPORT, exported.files));
+    let mut lost = Vec::new();
+    for (kind, place, files) in average.into_iter().chain(export) {
+        let found = folder.store().list(place).await.map_err(|error| in_store(&error))?;
+        let is_there = |name: &str, entry: &FileEntry| {
+            found.iter().any(|file| file.path == format!("{place}/{name}") && file.bytes == entry.bytes)
+        };
+        if let Some((name, _)) = files.iter().find(|(name, entry)| !is_there(name, entry)) {
+            database.forget_job(kind).map_err(|error| stored(&error))?;
+            // It reads what the others have made, and tells that all are done.
+            database.forget_job(JobKind::Benchmark).map_err(|error| stored(&error))?;
+            lost.push(format!("{place}/{name} is not what was written there; {} is done again", kind.name()));
+        }
+    }
+    Ok(lost)
+}
+
 /// Opens the run's database, or rebuilds it if it was lost and that is asked for.
 async fn open_database(plan: &Plan, options: &Options, folder: &RunFolder) -> Result<Database, Failure> {
     let path = folder.database();
@@ -272,10 +330,26 @@ async fn open_database(plan: &Plan, options: &Options, folder: &RunFolder) -> Re
     }
     .map_err(|error| stored(&error))?;
     if !database.is_new().map_err(|error| stored(&error))? {
-        return Ok(database);
-    }
-    if !options.recover {
-        refuse_to_forget(folder, &options.plan.display().to_string(), options.from_start).await?;
+        let (id, _) = database.identity().map_err(|error| stored(&error))?;
+        let known = database.saved().map_err(|error| stored(&error))?.generation;
+        let Some(why) = contradiction(folder, id, known).await? else { return Ok(database) };
+        if !options.recover {
+            let message = format!(
+                "{} {why}: it is an older copy, or of another run; put back the newest one, or rebuild it from what is there with: \
+                 {} --recover",
+                path.display(),
+                options.command()
+            );
+            return Err(Failure::new(ExitStatus::Corrupt, message));
+        }
+        // What is written beside it is in it once it is closed.
+        drop(database);
+        let aside = path.with_extension("sqlite.older");
+        std::fs::rename(&path, &aside).map_err(|error| failed(&path, &error))?;
+        print(&format!("{} {why}; it is kept as {}", path.display(), aside.display()))?;
+        database = Database::open(&path).map_err(|error| stored(&error))?;
+    } else if !options.recover {
+        refuse_to_forget(folder, &options.command(), options.from_start).await?;
         return Ok(database);
     }
     let (recovered, damaged) = gather(folder, plan).await?;
@@ -286,9 +360,9 @@ async fn open_database(plan: &Plan, options: &Options, folder: &RunFolder) -> Re
     if recovered.checkpoints.is_empty() && had_begun && !options.from_start {
         let message = format!(
             "no checkpoint in {} can be used, so that training would begin anew; put back copies of them, or begin anew with: \
-             coordinator --plan {} --recover --from-start",
+             {} --recover --from-start",
             folder.shown(),
-            options.plan.display()
+            options.command()
         );
         return Err(Failure::new(ExitStatus::Corrupt, message));
     }

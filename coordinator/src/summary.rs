@@ -45,14 +45,15 @@ fn write_page(
         writeln!(page, "{}", curve(metrics))?;
         let (from, to) = (first.report.loss, last.report.loss);
         let tokens = grouped(last.report.tokens);
-        writeln!(page, "from {from:.3} to {to:.3} ({:.0} %) in {tokens} tokens", 100.0 * to / from)?;
+        writeln!(page, "from {from:.3} to {to:.3} in {tokens} tokens")?;
         let held_out: Vec<String> = metrics
             .iter()
             .filter_map(|row| Some((row.report.step, row.report.held_out_loss?)))
             .map(|(step, loss)| format!("{loss:.3} at {step}"))
             .collect();
         if !held_out.is_empty() {
-            writeln!(page, "held-out loss {}", held_out.join(", "))?;
+            let sequences = plan.train.held_out_sequences;
+            writeln!(page, "held-out loss on {sequences} sequences: {}", held_out.join(", "))?;
         }
     }
     if let Some(Measured::Done { result, .. }) = results.continuations() {
@@ -84,8 +85,9 @@ fn write_page(
         )?;
     }
     if plan.local.workers > 0 && !options.demo_failure {
-        let plan = options.plan.display();
-        writeln!(page, "  cargo run --release --bin coordinator -- --plan {plan} --demo-failure")?;
+        let command = options.command();
+        let arguments = command.trim_start_matches("coordinator ");
+        writeln!(page, "  cargo run --release --bin coordinator -- {arguments} --demo-failure")?;
     }
     writeln!(page, "  cargo run --release --bin coordinator -- init --from openelm-270m > pretrain.toml")?;
     Ok(())

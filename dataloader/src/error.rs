@@ -13,6 +13,12 @@ pub enum DataError {
         /// What is wrong, and what to write.
         reason: String,
     },
+    /// What is to be prepared is not there.
+    #[error("{path} does not exist; correct prepare.paths")]
+    NoPath {
+        /// As it is named.
+        path: String,
+    },
     /// A file is not there.
     #[error("{file} does not exist; check url, files and list of its source")]
     Missing {

@@ -131,7 +131,7 @@ impl Layout {
         let documents = match format {
             Format::JsonGz | Format::JsonZst => {
                 let chain = CompressedReader::open(folder, file, *format, *limit, segment)?;
-                return Ok(Segments::CompressedReader(chain, unit.file, key.clone()));
+                return Ok(Segments::Lines(chain, unit.file, key.clone()));
             }
             Format::Parquet => {
                 let groups = unit.first as usize..unit.end as usize;
@@ -191,6 +191,13 @@ pub(crate) enum Content {
     Tokens(Vec<u32>),
 }
 
+impl Content {
+    /// The text of a value, without a mark of its encoding: it was a file once.
+    pub(crate) fn text(text: String) -> Self {
+        Self::Text(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
+    }
+}
+
 /// A unit that is being read, a segment at a time. Chains and large row groups have more than one.
 #[derive(Debug)]
 pub(crate) enum Segments {
@@ -198,8 +205,8 @@ pub(crate) enum Segments {
     Whole(Option<Vec<Document>>),
     /// Rows of a parquet file.
     Rows(Box<Rows>, u32),
-    /// A chain, and the key of its texts.
-    CompressedReader(CompressedReader, u32, String),
+    /// Lines of a compressed file, and the key of their texts.
+    Lines(CompressedReader, u32, String),
 }
 
 impl Segments {
@@ -208,18 +215,18 @@ impl Segments {
         match self {
             Self::Whole(documents) => Ok(documents.take()),
             Self::Rows(rows, file) => {
-                let document = |(at, text)| Document { file: *file, at, content: Content::Text(text) };
+                let document = |(at, text)| Document { file: *file, at, content: Content::text(text) };
                 Ok(rows.next()?.map(|rows| rows.into_iter().map(document).collect()))
             }
-            Self::CompressedReader(chain, file, key) => {
-                let Some(lines) = chain.next()? else { return Ok(None) };
+            Self::Lines(reader, file, key) => {
+                let Some(lines) = reader.next()? else { return Ok(None) };
                 let document = |Line { at, bytes }: Line| {
                     if is_blank(&bytes) {
                         return None;
                     }
-                    let place = || format!("{} at byte {at} of its text", chain.place());
+                    let place = || format!("{} at byte {at} of its text", reader.place());
                     let text = text_of_line(&bytes, key, place).transpose()?;
-                    Some(text.map(|text| Document { file: *file, at, content: Content::Text(text) }))
+                    Some(text.map(|text| Document { file: *file, at, content: Content::text(text) }))
                 };
                 lines.into_iter().filter_map(document).collect::<Result<_, _>>().map(Some)
             }
@@ -231,7 +238,7 @@ impl Segments {
         match self {
             Self::Whole(documents) => documents.is_none() as u64,
             Self::Rows(rows, _) => rows.segment(),
-            Self::CompressedReader(chain, ..) => chain.segment(),
+            Self::Lines(chain, ..) => chain.segment(),
         }
     }
 
@@ -241,7 +248,7 @@ impl Segments {
         match self {
             Self::Whole(_) => 0,
             Self::Rows(rows, _) => rows.passed(),
-            Self::CompressedReader(chain, ..) => chain.taken(),
+            Self::Lines(chain, ..) => chain.taken(),
         }
     }
 
@@ -250,7 +257,7 @@ impl Segments {
         match self {
             Self::Whole(documents) => Ok(documents.is_none()),
             Self::Rows(rows, _) => Ok(rows.ends()),
-            Self::CompressedReader(chain, ..) => chain.ends(),
+            Self::Lines(chain, ..) => chain.ends(),
         }
     }
 }
@@ -306,7 +313,7 @@ fn lines(folder: &Folder, file: &FileInfo, key: &str, unit: Unit) -> Result<Vec<
         if !is_blank(line) {
             let at = begin + at as u64;
             let text = text_of_line(line, key, || format!("{} at byte {at}", folder.place(&file.path)))?;
-            documents.extend(text.map(|text| Document { file: unit.file, at, content: Content::Text(text) }));
+            documents.extend(text.map(|text| Document { file: unit.file, at, content: Content::text(text) }));
         }
         at += line.len();
     }

@@ -39,6 +39,7 @@ pub use corpus::{Corpus, Counts, HeldOut};
 pub use document::normalized;
 pub use error::DataError;
 pub use explain::{Excerpt, Explanation};
+pub use line::without_lone_surrogates;
 pub use loader::{Cursors, Loader, Origin};
 pub use manifest::Manifest;
 pub use mirror::{Mirrored, mirror};

@@ -309,7 +309,7 @@ fn string(quoted: &[u8]) -> Result<String, Wrong> {
 }
 
 /// A string of JSON whose escapes for half a surrogate pair have become U+FFFD; none if there are none.
-fn without_lone_surrogates(line: &[u8]) -> Option<Vec<u8>> {
+pub fn without_lone_surrogates(line: &[u8]) -> Option<Vec<u8>> {
     let half = |at: usize| {
         let digits = std::str::from_utf8(line.get(at..at + 6)?.strip_prefix(b"\\u")?).ok()?;
         u16::from_str_radix(digits, 16).ok().filter(|half| (0xd800..0xe000).contains(half))

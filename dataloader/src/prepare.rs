@@ -335,7 +335,7 @@ fn find(config: &PrepareConfig, cargo_home: &Path, tally: &mut Tally) -> Result<
         } else if path.is_dir() {
             add(&path, [&name, &matched], false, &mut found, tally)?;
         } else {
-            return Err(DataError::Missing { file: path.display().to_string() });
+            return Err(DataError::NoPath { path: path.display().to_string() });
         }
     }
     Ok(found)

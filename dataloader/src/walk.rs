@@ -3,6 +3,7 @@
 //! Links are followed, to files and to folders, but not upwards: a link to a folder in which it lies would never end.
 //! Whoever counts every file once leaves out what is reached again through a link within the folder.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -15,7 +16,7 @@ pub(crate) struct Walked {
     pub(crate) path: PathBuf,
     /// Whether `name` is all of it.
     pub(crate) is_utf8: bool,
-    /// Whether a link leads to it whose target lies in the folder too, so that it has another name there.
+    /// Whether a link leads to it and it is found under its own name, too.
     pub(crate) is_again: bool,
 }
 
@@ -39,9 +40,11 @@ pub(crate) struct Walk {
     /// What was passed by, with its name.
     pub(crate) passed: Vec<(Passed, String)>,
     enters_hidden: bool,
-    root: PathBuf,
     /// Folders in which the walk is, without links.
     within: Vec<PathBuf>,
+    /// Files that are found under their own names, and of the others what they really are.
+    own: BTreeSet<PathBuf>,
+    linked: Vec<(usize, PathBuf)>,
 }
 
 /// Finds all files below a folder; what is hidden only if that is wanted.
@@ -50,9 +53,12 @@ pub(crate) struct Walk {
 /// When a folder cannot be listed, with its path.
 pub(crate) fn walk(folder: &Path, enters_hidden: bool) -> Result<Walk, (PathBuf, io::Error)> {
     let root = fs::canonicalize(folder).map_err(|error| (folder.to_owned(), error))?;
-    let mut walk = Walk { enters_hidden, root: root.clone(), ..Walk::default() };
-    let place = Place { prefix: String::new(), is_utf8: true, is_again: false };
+    let mut walk = Walk { enters_hidden, ..Walk::default() };
+    let place = Place { prefix: String::new(), is_utf8: true, is_linked: false };
     walk.enter(folder, &root, &place)?;
+    for (index, real) in std::mem::take(&mut walk.linked) {
+        walk.files[index].is_again = walk.own.contains(&real);
+    }
     Ok(walk)
 }
 
@@ -61,7 +67,8 @@ struct Place {
     /// What names of its files begin with.
     prefix: String,
     is_utf8: bool,
-    is_again: bool,
+    /// Whether a link led here.
+    is_linked: bool,
 }
 
 impl Walk {
@@ -87,15 +94,27 @@ impl Walk {
             }
             let is_utf8 = place.is_utf8 && file_name.to_str().is_some();
             let is_link = path.is_symlink();
-            let Ok(metadata) = fs::metadata(&path) else {
-                // Other files have been removed since the folder was listed.
-                if is_link {
+            let metadata = match fs::metadata(&path) {
+                Ok(metadata) => metadata,
+                Err(error) if is_link && leads_nowhere(&error) => {
                     self.passed.push((Passed::Dangling, name));
+                    continue;
                 }
-                continue;
+                // It has been removed since the folder was listed.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err((path, error)),
             };
             if metadata.is_file() {
-                self.files.push(Walked { name, path, is_utf8, is_again: place.is_again });
+                let real = real.join(&file_name);
+                if is_link {
+                    let real = fs::canonicalize(&path).map_err(|error| (path.clone(), error))?;
+                    self.linked.push((self.files.len(), real));
+                } else if place.is_linked {
+                    self.linked.push((self.files.len(), real));
+                } else {
+                    self.own.insert(real);
+                }
+                self.files.push(Walked { name, path, is_utf8, is_again: false });
             } else if metadata.is_dir() {
                 let target = if is_link {
                     fs::canonicalize(&path).map_err(|error| (path.clone(), error))?
@@ -106,8 +125,8 @@ impl Walk {
                     self.passed.push((Passed::Loop, name));
                     continue;
                 }
-                let is_again = place.is_again || is_link && target.starts_with(&self.root);
-                let below = Place { prefix: format!("{name}/"), is_utf8, is_again };
+                let is_linked = place.is_linked || is_link;
+                let below = Place { prefix: format!("{name}/"), is_utf8, is_linked };
                 self.enter(&path, &target, &below)?;
             } else {
                 self.passed.push((Passed::Special, name));
@@ -116,6 +135,12 @@ impl Walk {
         self.within.pop();
         Ok(())
     }
+}
+
+/// Whether a link has no target, or leads in a circle.
+fn leads_nowhere(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+        || error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error())
 }
 
 #[cfg(all(test, unix))]
@@ -170,6 +195,40 @@ mod tests {
             ["a/above", "a/b/a", "a/up", "b/a/above", "b/a/b", "b/a/up", "root", "self"]
         );
         assert_eq!(of(Passed::Dangling), ["circle", "gone"]);
+    }
+
+    /// Links into what is not walked, as programs make them that switch versions at once; and a file with two names.
+    #[test]
+    fn what_only_a_link_leads_to_is_found_once() {
+        let place = tempfile::tempdir().unwrap();
+        write(place.path(), ".versions/7/a.txt");
+        write(place.path(), "b.txt");
+        symlink(".versions/7", place.path().join("current")).unwrap();
+        symlink("b.txt", place.path().join("c.txt")).unwrap();
+        let walk = walk(place.path(), false).unwrap();
+        assert_eq!(names(&walk), ["b.txt", "c.txt", "current/a.txt"]);
+        assert_eq!(walk.files.iter().map(|file| file.is_again).collect::<Vec<_>>(), [false, true, false]);
+    }
+
+    /// A folder that may be listed but not entered: root may enter any.
+    #[test]
+    fn what_must_not_be_entered_is_told() {
+        let place = tempfile::tempdir().unwrap();
+        write(place.path(), "sub/a.txt");
+        let sub = place.path().join("sub");
+        fs::set_permissions(&sub, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+        let walked = walk(place.path(), false);
+        let may_enter_all = fs::metadata(sub.join("a.txt")).is_ok();
+        fs::set_permissions(&sub, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        match walked {
+            Ok(walk) => assert!(may_enter_all && walk.files.len() == 1),
+            Err((path, error)) => {
+                assert_eq!(
+                    (path.ends_with("sub/a.txt"), error.kind()),
+                    (true, io::ErrorKind::PermissionDenied)
+                );
+            }
+        }
     }
 
     #[test]

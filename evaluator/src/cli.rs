@@ -33,7 +33,7 @@ const EXIT_CODES: &str =
 
 /// Evaluates, benchmarks and samples models in Hugging Face layout.
 ///
-/// A model folder holds config.json, model.safetensors and tokenizer.model, as the `export` folder of a run does.
+/// A model folder holds config.json, model.safetensors and tokenizer.model or tokenizer.json, as the `export` folder of a run does.
 #[derive(Debug, Parser)]
 #[command(name = "evaluator", version, after_help = EXIT_CODES)]
 pub(crate) struct Arguments {
@@ -65,7 +65,7 @@ struct Run {
     /// What to measure.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "perplexity")]
     tasks: Vec<Task>,
-    /// Texts: parquet, jsonl, txt or md files, or folders of them.
+    /// Texts: parquet, jsonl, json.gz, json.zst, txt or md files, or folders of them.
     #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
     data: Vec<PathBuf>,
     /// Column (parquet) or key (jsonl) of the text.
@@ -110,7 +110,7 @@ struct Bench {
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Dtype,
     /// Sequences decoded side by side; rates count the tokens of all.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     batch: u16,
     /// Print JSON instead of a table.
     #[arg(long)]
@@ -191,7 +191,7 @@ struct Generate {
 #[derive(Debug, Args)]
 struct Compute {
     /// Compute threads; all cores if not given. Results are the same for any number.
-    #[arg(long, value_name = "N", env = "ULMUS_THREADS", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", env = "ULMUS_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// What to compute on: auto (a GPU of NVIDIA if there is one), cpu, cuda or cuda:N; or metal, if built for it.
     #[arg(long, env = "ULMUS_DEVICE", value_name = "DEVICE", default_value = "auto", value_parser = place)]

@@ -385,3 +385,91 @@ fn a_run_without_a_good_checkpoint_stops_unless_told_otherwise() {
     }
     assert_undisturbed(&sandbox);
 }
+
+/// D14: that all checkpoints are damaged stopped the run once, and the next start began anew.
+#[test]
+fn a_run_whose_checkpoints_are_all_damaged_stops_every_time() {
+    let sandbox = Sandbox::new();
+    interrupted(&sandbox);
+    let run = sandbox.run("tiny");
+    for name in run.checkpoints() {
+        flip_bit(&run.path().join("checkpoints").join(name).join("model.safetensors"));
+    }
+    for _ in 0..3 {
+        let ended = sandbox.coordinator(&[]).ends();
+        assert_eq!(ended.code, Some(5), "{}", ended.output);
+        assert!(ended.output.contains("--from-start"), "{}", ended.output);
+    }
+    sandbox.coordinator(&["--from-start"]).succeeds();
+    assert_undisturbed(&sandbox);
+}
+
+/// D8: an older copy of the database was taken for the run's, and its generations were assigned once more.
+#[test]
+fn an_older_copy_of_the_database_is_refused_and_rebuilt_when_asked() {
+    let sandbox = Sandbox::new();
+    interrupted(&sandbox);
+    let run = sandbox.run("tiny");
+    let database = run.path().join("run.sqlite");
+    let older = fs::read(&database).expect("it is there");
+    let coordinator = sandbox.coordinator(&[]);
+    coordinator.says("trains from step");
+    coordinator.says("checkpoint step-00000040-g2 stored");
+    coordinator.signal(Signal::INT);
+    coordinator.ends();
+    fs::write(&database, older).expect("it can be written");
+    let ended = sandbox.coordinator(&[]).ends();
+    assert_eq!(ended.code, Some(5), "{}", ended.output);
+    assert!(ended.output.contains("older copy"), "{}", ended.output);
+    let said = sandbox.coordinator(&["--recover"]).succeeds();
+    assert!(said.contains("it is kept as"), "{said}");
+    assert_undisturbed(&sandbox);
+}
+
+/// What a refused start left behind kept the right plan out; and a plan that had prepared nothing could not be mended.
+#[test]
+fn a_start_that_is_refused_changes_no_plan() {
+    let sandbox = Sandbox::new();
+    let mistaken = ["--set", "prepare.paths=[\"corpsu\"]"];
+    let ended = sandbox.coordinator(&mistaken).ends();
+    assert_eq!(ended.code, Some(2), "{}", ended.output);
+    interrupted(&sandbox);
+    let kept = sandbox.run("tiny").path().join("plan.resolved.toml");
+    fs::remove_file(&kept).expect("it is there");
+    let ended = sandbox.coordinator(&["--set", "run.seed=5"]).ends();
+    assert_eq!(ended.code, Some(2), "{}", ended.output);
+    assert!(!kept.exists(), "it is of a plan that was refused");
+    sandbox.coordinator(&[]).succeeds();
+    assert!(kept.exists());
+    assert_undisturbed(&sandbox);
+}
+
+/// A finished run named an export that was not there any more.
+#[test]
+fn what_a_finished_run_has_lost_is_made_again() {
+    let sandbox = Sandbox::new();
+    sandbox.coordinator(&[]).succeeds();
+    let run = sandbox.run("tiny");
+    let before = fs::read(run.path().join("export/model.safetensors")).expect("it was exported");
+    for lost in ["export", "average"] {
+        fs::remove_dir_all(run.path().join(lost)).expect("it is there");
+        let said = sandbox.coordinator(&[]).succeeds();
+        assert!(said.contains("is done again"), "{said}");
+        assert!(run.path().join(lost).join("model.safetensors").exists());
+    }
+    assert_eq!(fs::read(run.path().join("export/model.safetensors")).expect("it is there"), before);
+    let said = sandbox.coordinator(&["--set", "evaluate.text=8KiB"]).succeeds();
+    assert!(said.contains("changes no result"), "{said}");
+    assert!(run.read("plan.resolved.toml").contains("text = \"16"), "{}", run.read("plan.resolved.toml"));
+}
+
+/// Whoever deletes the lock lets a second coordinator in, and there were two.
+#[test]
+fn a_coordinator_without_its_lock_gives_way() {
+    let sandbox = Sandbox::new();
+    let coordinator = sandbox.coordinator(&["--set", "train.iterations=2000", "--set", "train.warmup=10"]);
+    coordinator.says("trains from step");
+    fs::remove_file(sandbox.run("tiny").path().join("lock")).expect("it is there");
+    let ended = coordinator.ends();
+    assert_eq!(ended.code, Some(4), "{}", ended.output);
+}

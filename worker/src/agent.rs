@@ -32,6 +32,8 @@ use crate::trainer::{Command, Report};
 
 /// How long a worker that was once welcome looks for its coordinator.
 const ALONE: Duration = Duration::from_mins(5);
+/// First pause before another try to connect.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(50);
 /// Longest pause between two tries to connect.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// Messages on their way out.
@@ -133,8 +135,9 @@ pub(crate) async fn serve(parts: Parts, shutdown: &Shutdown) -> Result<ExitStatu
     };
     let mut alone_since = Instant::now();
     let mut welcome = false;
-    let mut pause = Duration::from_millis(50);
+    let mut pause = SHORTEST_PAUSE;
     loop {
+        let began = Instant::now();
         let (ended, welcomed) = agent.connection(shutdown).await?;
         if let Some(failure) = agent.unfit.take() {
             return Err(failure);
@@ -144,7 +147,11 @@ pub(crate) async fn serve(parts: Parts, shutdown: &Shutdown) -> Result<ExitStatu
             Ended::Lost(why) => why,
         };
         if welcomed {
-            (welcome, alone_since, pause) = (true, Instant::now(), Duration::from_millis(50));
+            (welcome, alone_since) = (true, Instant::now());
+            // One that welcomes and ends the session again and again is not asked faster and faster.
+            if began.elapsed() > LONGEST_PAUSE {
+                pause = SHORTEST_PAUSE;
+            }
             tracing::info!(why, "the coordinator is gone; looking for it");
         }
         let patience = if welcome { ALONE } else { agent.parts.join_timeout };

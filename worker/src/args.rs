@@ -32,7 +32,7 @@ pub struct Args {
 /// What a worker can do without a coordinator.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Command {
-    /// Time training steps: forward, backward, clipping and AdamW.
+    /// Time training steps: forward, backward, the exact mean, clipping and AdamW.
     ///
     /// Example: worker bench --preset openelm-270m --batch 4 --sequence 512 --dtype bf16 --threads 8
     Bench(BenchArgs),
@@ -64,7 +64,7 @@ pub struct BenchArgs {
     #[arg(long, value_enum, default_value = "library")]
     algorithms: Choice,
     /// Compute threads [default: all cores].
-    #[arg(long, env = "ULMUS_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, env = "ULMUS_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// What to compute on: auto (a GPU if there is one), cpu, cuda or cuda:N.
     #[arg(long, env = "ULMUS_DEVICE", value_name = "DEVICE", default_value_t)]
@@ -93,7 +93,7 @@ struct Subject {
 #[derive(Debug, Clone, Parser)]
 pub struct RooflineArgs {
     /// Compute threads [default: all cores].
-    #[arg(long, env = "ULMUS_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, env = "ULMUS_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// Print JSON instead of a table.
     #[arg(long)]
@@ -181,8 +181,8 @@ pub struct JoinArgs {
     pub device: Device,
 
     /// Compute threads [default: all cores].
-    #[arg(long, env = "ULMUS_THREADS", value_name = "N")]
-    pub threads: Option<usize>,
+    #[arg(long, env = "ULMUS_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
 
     /// The file with the coordinator's join token; or set `ULMUS_TOKEN` to what that file says [default: the user's
     /// runtime folder, where a coordinator of the same user on this machine leaves it].
@@ -249,7 +249,7 @@ impl From<JoinArgs> for WorkerConfig {
             token: TokenSource::told(args.token_file),
             device: args.device,
             nth: 0,
-            threads: args.threads.unwrap_or_else(all_cores).max(1),
+            threads: args.threads.map_or_else(all_cores, usize::from),
             name: args.name.unwrap_or_else(default_name),
             advertise: args.advertise,
             join_timeout: args.join_timeout,

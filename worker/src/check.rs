@@ -23,10 +23,21 @@ pub fn check_sources(plan: &Plan) -> Result<String, Failure> {
         // The run's own shards do not exist yet; what they are made of does.
         let home = cargo_home();
         match ulmus_dataloader::matching_files(prepare, &home) {
+            Ok(0) => problems.add(
+                "prepare.include",
+                format!("{:?}", prepare.include),
+                "a file of prepare.crates or prepare.paths must match",
+                "name other files, or other patterns",
+            ),
             Ok(files) => {
                 writeln!(text, "prepare: {files} files match").expect("writing to a string cannot fail");
             }
-            Err(error) => problems.add("prepare", "sources", "what is named exists", error.to_string()),
+            Err(error) => problems.add(
+                "prepare.paths",
+                format!("{:?}", prepare.paths),
+                "what is named must exist and be readable",
+                error.to_string(),
+            ),
         }
     }
     let mut data = plan.data.clone();
@@ -66,8 +77,8 @@ pub fn check_sources(plan: &Plan) -> Result<String, Failure> {
             Err(error) => problems.add(
                 "tokenizer.file",
                 format!("{path:?}"),
-                "a tokenizer.model or tokenizer.json",
-                error,
+                "it must be a tokenizer.model or tokenizer.json",
+                format!("name another file ({error})"),
             ),
         }
     }

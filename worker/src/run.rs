@@ -36,6 +36,18 @@ impl Run {
         self.runtime.block_on(operation)
     }
 
+    /// A file that the run has made before it began, and cannot go on without.
+    fn read_own(&self, path: &str) -> Result<Vec<u8>, WorkerError> {
+        self.read(path).map_err(|error| match error {
+            StoreError::NotFound { .. } => WorkerError::Damaged {
+                file: path.to_owned(),
+                reason: "it does not exist".to_owned(),
+                act: "put back a copy of it, or start a run of another name",
+            },
+            error => error.into(),
+        })
+    }
+
     /// A file of the run's folder.
     pub(crate) fn read(&self, path: &str) -> Result<Vec<u8>, StoreError> {
         self.wait(self.store.get(path)).map(Vec::from)
@@ -61,7 +73,9 @@ impl Run {
     pub(crate) fn tokenizer(&self) -> Result<Tokenizer, WorkerError> {
         let TokenizerConfig { bos, eos, .. } = &self.plan.tokenizer;
         let (name, bytes) = match self.read(paths::TOKENIZER_MODEL) {
-            Err(StoreError::NotFound { .. }) => (paths::TOKENIZER_JSON, self.read(paths::TOKENIZER_JSON)?),
+            Err(StoreError::NotFound { .. }) => {
+                (paths::TOKENIZER_JSON, self.read_own(paths::TOKENIZER_JSON)?)
+            }
             model => (paths::TOKENIZER_MODEL, model?),
         };
         Ok(Tokenizer::read(&bytes, name, bos.as_deref(), eos.as_deref())?)
@@ -69,7 +83,7 @@ impl Run {
 
     /// The run's data as the prepare job has frozen it, without units that cannot be read.
     pub(crate) fn corpus(&self) -> Result<Corpus, WorkerError> {
-        let manifest = Manifest::from_json(&self.read(paths::DATA_MANIFEST)?)?;
+        let manifest = Manifest::from_json(&self.read_own(paths::DATA_MANIFEST)?)?;
         let tokenizer = self.tokenizer()?;
         manifest.check_tokenizer(&tokenizer)?;
         Ok(self.corpus_of(&manifest, tokenizer)?.without(&self.quarantine()?))

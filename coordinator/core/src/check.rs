@@ -29,6 +29,8 @@ pub(crate) enum Verdict {
     Stale,
     /// It cannot be true; why.
     Impossible(String),
+    /// It comes from a group of this run that the record does not have.
+    Ahead(Generation),
 }
 
 fn impossible(why: impl Into<String>) -> Verdict {
@@ -51,7 +53,9 @@ impl Coordinator {
         match message {
             ToCoordinator::Hello(_) => impossible("it has introduced itself already"),
             ToCoordinator::Heartbeat(heartbeat) => {
-                if heartbeat.generation > self.generation || heartbeat.since > LONGEST {
+                // Whoever comes from elsewhere says so when it is ready.
+                let is_ahead = heartbeat.generation > self.generation && activity.is_admitted();
+                if is_ahead || heartbeat.since > LONGEST {
                     return impossible("it names a group that does not exist yet");
                 }
                 Verdict::Heard
@@ -101,11 +105,12 @@ impl Coordinator {
             return impossible("it was not asked");
         }
         match ready.generation {
+            Some(generation) if generation > self.generation => Verdict::Ahead(generation),
             Some(generation) => {
                 if !ready.reports.is_empty() {
                     match self.check_steps(worker, generation, &ready.reports) {
                         Verdict::Heard | Verdict::Stale => {}
-                        impossible @ Verdict::Impossible(_) => return impossible,
+                        verdict => return verdict,
                     }
                 }
                 let last = ready.reports.last().map_or(self.step, |report| report.step).max(self.latest());

@@ -97,6 +97,8 @@ pub struct PersistentState {
     pub quarantine: BTreeMap<BadUnit, String>,
     /// Set when every update is done.
     pub trained: Option<Step>,
+    /// Whether a checkpoint was ever committed, whatever became of it.
+    pub had_checkpoints: bool,
     /// Names of finished jobs.
     pub jobs: BTreeSet<JobKind>,
     /// The worker that each job was given to last.
@@ -185,7 +187,7 @@ impl Coordinator {
             proven: Vec::new(),
             snapshots: Snapshots::default(),
             jobs,
-            had_checkpoints: !saved.checkpoints.is_empty(),
+            had_checkpoints: saved.had_checkpoints || !saved.checkpoints.is_empty(),
             contradictions: 0,
             checkpoints: saved.checkpoints,
             fingerprint: saved.fingerprint,
@@ -289,6 +291,7 @@ impl Coordinator {
                 let why = format!("its {} cannot be: {why}", message.name());
                 self.expel(worker, &why, now);
             }
+            Verdict::Ahead(generation) => self.refuse_ahead(worker, generation),
         }
     }
 

@@ -145,6 +145,19 @@ impl Coordinator {
         }
     }
 
+    /// A worker that has proved that it belongs to the run knows of a group that the record does not have: the record is
+    /// an older copy. What the worker has cannot be placed in it.
+    pub(crate) fn refuse_ahead(&mut self, worker: &WorkerId, generation: Generation) {
+        let reason = format!(
+            "worker {} was in generation {generation} of this run, and run.sqlite knows of {} at most: it is an older copy; stop \
+             the coordinator and put back the newest one, or go on from what the older one has, and start this worker again",
+            worker.name(),
+            self.generation
+        );
+        self.emit(Notification::Alarm(reason.clone()));
+        self.refuse(worker, ErrorKind::Refused, reason);
+    }
+
     fn accept_fingerprint(&mut self, worker: &WorkerId, fingerprint: Digest) -> bool {
         match self.fingerprint {
             None => {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::de::{DeserializeOwned, IntoDeserializer, value};
 use serde::{Deserialize, Serialize};
-use ulmus_dataloader::{Tokenizer, normalized, without_mark};
+use ulmus_dataloader::{Tokenizer, normalized, without_lone_surrogates, without_mark};
 use ulmus_plan::{Plan, TokenizerConfig};
 use ulmus_process::{Failure, finish_output};
 use ulmus_types::{ErrorKind, ExitStatus};
@@ -103,7 +103,7 @@ impl Normalize {
 pub(super) fn of_plan(plan: &Plan, file: Option<&Path>) -> Result<Tokenizer, Failure> {
     let TokenizerConfig { file: of_plan, bos, eos, .. } = &plan.tokenizer;
     let file = file.or_else(|| of_plan.as_deref().map(Path::new)).ok_or_else(|| {
-        let message = "the plan names no tokenizer.file; give --tokenizer tokenizer.model";
+        let message = "the plan names no tokenizer.file; give --tokenizer tokenizer.model or tokenizer.json";
         Failure::new(ExitStatus::InvalidInput, message.to_owned())
     })?;
     open(file, bos.as_deref(), eos.as_deref())
@@ -154,7 +154,12 @@ fn filter<T: DeserializeOwned>(
         };
         // Of the first line, where a file begins that was written by some editors.
         let line = if number == 1 { without_mark(&line) } else { &line };
-        let value = serde_json::from_slice(line).map_err(|error| wrong(error.to_string()))?;
+        let value = serde_json::from_slice(line).or_else(|error| {
+            // As a source reads it.
+            let mended = without_lone_surrogates(line).ok_or(error)?;
+            serde_json::from_slice(&mended)
+        });
+        let value = value.map_err(|error| wrong(error.to_string()))?;
         match answer(value, &mut out) {
             Ok(()) => (),
             Err(Answer::Wrong(reason)) => return Err(wrong(reason)),

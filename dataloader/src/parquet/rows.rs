@@ -8,6 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::{Buf, Bytes, BytesMut};
+use parquet::basic::ConvertedType;
 use parquet::column::reader::{ColumnReader, ColumnReaderImpl, get_column_reader};
 use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::errors::{ParquetError, Result as ParquetResult};
@@ -126,7 +127,10 @@ impl Rows {
             if let Some((number, value)) = self.row()? {
                 self.at += value.len() as u64;
                 let text = String::from_utf8(value.data().to_vec()).map_err(|error| {
-                    self.damaged(format!("row group {number}, column {:?}: {error}", self.name))
+                    self.not_text(format!(
+                        "row {row}, in row group {number}, column {:?}: {error}",
+                        self.name
+                    ))
                 })?;
                 give((row, text));
             }
@@ -186,6 +190,17 @@ impl Rows {
             ColumnReader::ByteArrayColumnReader(reader) => Ok(Group { number, left: rows, reader }),
             _ => Err(ParquetError::General("the column holds no strings".to_owned())),
         }
+    }
+
+    /// A column that says of itself that it holds text and does not is damaged; one of bytes is not text.
+    fn not_text(&self, reason: String) -> DataError {
+        let column = self.metadata.file_metadata().schema_descr().column(self.column);
+        if column.converted_type() == ConvertedType::UTF8 {
+            return self.damaged(reason);
+        }
+        let reason =
+            format!("{reason}; the column holds bytes: write it as text, or name another one with text");
+        DataError::Format { file: self.place.clone(), format: "text in UTF-8", reason }
     }
 
     fn damaged(&self, reason: String) -> DataError {

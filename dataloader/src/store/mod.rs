@@ -738,6 +738,16 @@ impl Folder {
         FileInfo { path, size: meta.size, version: self.has_versions.then_some(version) }
     }
 
+    /// What tells a version from another: an entity tag without its quotes, which some stores leave out of listings, and of a
+    /// file of this machine without the number that a copy of it does not keep.
+    fn mark<'a>(&self, version: &'a str) -> &'a str {
+        let bare = version.trim_matches('"');
+        match bare.split_once('-') {
+            Some((_inode, time_and_size)) if self.root.is_some() => time_and_size,
+            _ => bare,
+        }
+    }
+
     fn compare(&self, then: &FileInfo, now: &FileInfo) -> Result<(), DataError> {
         let path = &then.path;
         let changed = |what, then: String, now: String| {
@@ -747,7 +757,7 @@ impl Folder {
             return changed("size", then.size.to_string(), now.size.to_string());
         }
         match (&then.version, &now.version) {
-            (Some(then), Some(now)) if bare(then) != bare(now) => {
+            (Some(then), Some(now)) if self.mark(then) != self.mark(now) => {
                 changed("version", then.clone(), now.clone())
             }
             _ => Ok(()),
@@ -841,11 +851,6 @@ fn lacks_ranges(error: &object_store::Error) -> bool {
 /// A path as listings tell it; one that no listing has is written in its way.
 fn parsed(path: &str) -> Path {
     Path::parse(path).unwrap_or_else(|_| Path::from(path))
-}
-
-/// An entity tag without its quotes: some stores leave them out of listings.
-fn bare(version: &str) -> &str {
-    version.trim_matches('"')
 }
 
 #[cfg(feature = "http")]

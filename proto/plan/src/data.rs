@@ -209,7 +209,7 @@ impl DataConfig {
             "data.lanes",
             self.lanes,
             format!(
-                "every lane gives the same number of sequences to an update of train.sequences = {sequences}"
+                "every lane must give the same number of sequences to an update of train.sequences = {sequences}"
             ),
             format!("set it to {}", largest_divisor(sequences, lanes)),
         );
@@ -218,56 +218,56 @@ impl DataConfig {
             !lanes_fit || micro_batch.is_multiple_of(per_lane),
             "train.micro_batch",
             micro_batch,
-            format!("a micro-batch is whole lanes of {per_lane} sequences"),
+            format!("a micro-batch must be whole lanes of {per_lane} sequences"),
             format!("set it to {} or data.lanes to {}", micro_batch.div_ceil(per_lane) * per_lane, sequences),
         );
         problems.check(
             (64 << 10..=1 << 30).contains(&self.unit.get()),
             "data.unit",
             self.unit,
-            "a unit is 64KiB to 1GiB of text",
+            "a unit must be 64KiB to 1GiB of text",
             "write \"8MiB\"",
         );
         problems.check(
             (1..=1 << 20).contains(&self.window),
             "data.window",
             self.window,
-            "1 to 1048576 sequences are shuffled together",
+            "it must be 1 to 1048576 sequences",
             "write 64",
         );
         problems.check(
             (0.0..=0.5).contains(&self.holdout),
             "data.holdout",
             self.holdout,
-            "a share of 0 to 0.5",
+            "it must be a share of 0 to 0.5",
             "write 0.0005",
         );
         problems.check(
             (1..=1 << 20).contains(&self.piece_words),
             "data.piece_words",
             self.piece_words,
-            "1 to 1048576 words are a piece",
+            "a piece must be 1 to 1048576 words",
             "write 2048",
         );
         problems.check(
             (1..=10_000).contains(&self.max_bad_units),
             "data.max_bad_units",
             self.max_bad_units,
-            "1 to 10000 units may be left out",
+            "it must be 1 to 10000 units",
             "write 16, or data.on_bad_unit = \"fail\"",
         );
         problems.check(
             (1..=256).contains(&self.threads),
             "data.threads",
             self.threads,
-            "1 to 256 threads read and tokenize",
+            "it must be 1 to 256 threads",
             "write 2",
         );
         problems.check(
             (Duration::from_secs(1)..=Duration::from_hours(1)).contains(&self.request_timeout),
             "data.request_timeout",
             humantime_serde::re::humantime::format_duration(self.request_timeout),
-            "1s to 1h",
+            "it must be 1s to 1h",
             "write \"1m\"",
         );
         for (index, source) in self.source.iter().enumerate() {
@@ -278,8 +278,8 @@ impl DataConfig {
                 self.source[..index].iter().all(|other| other.name != source.name),
                 format!("data.source.{index}.name"),
                 &source.name,
-                "two sources have this name",
-                "give each its own",
+                "every source must have a name of its own",
+                "rename one",
             );
         }
     }
@@ -345,7 +345,7 @@ impl SourceConfig {
             !self.files.is_empty(),
             key("files"),
             "[]",
-            "every source names its files",
+            "every source must name its files",
             "write files = [\"*.parquet\"]",
         );
         let counted = self.files.iter().any(|file| file.contains('{'));
@@ -355,7 +355,7 @@ impl SourceConfig {
                     first < end,
                     key("range"),
                     format!("[{first}, {end}]"),
-                    "a range is [first, end) with first < end",
+                    "a range must be [first, end) with first < end",
                     format!("write range = [{first}, {}]", first + 1),
                 );
                 problems.check(
@@ -393,7 +393,7 @@ impl SourceConfig {
             self.max_epochs != Some(0),
             key("max_epochs"),
             0,
-            "a source is read at least once",
+            "a source must be read at least once",
             "write 1, or leave it out",
         );
     }

@@ -52,11 +52,16 @@ impl Multipliers {
                 "write for instance [0.5, 4.0]",
             );
         }
+        let is_multiplier = |m: &f64| m.is_finite() && *m > 0.0 && *m <= 64.0;
+        // What lies between two multipliers is one as well.
         problems.check(
-            self.expand(layers).iter().all(|m| m.is_finite() && *m > 0.0 && *m <= 64.0),
+            match self {
+                Self::Uniform(value) => is_multiplier(value),
+                Self::Layers(values) => values.iter().all(is_multiplier),
+            },
             key,
             &written,
-            "multipliers are above 0 and at most 64",
+            "multipliers must be above 0 and at most 64",
             "write for instance [0.5, 4.0]",
         );
     }

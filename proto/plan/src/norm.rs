@@ -16,7 +16,7 @@ pub enum NormKind {
     /// RMS norm, `x / sqrt(mean(x²) + 1e-6) · weight`. A row is read once.
     #[default]
     Rms,
-    /// The mathematics of `Rms`, one operation after the other over the whole tensor, as an eager framework without a
+    /// The mathematics of `rms`, one operation after the other over the whole tensor, as an eager framework without a
     /// fused kernel computes it. For comparison: it only costs time and memory.
     NaiveRms,
     /// Layer norm without bias, `(x − mean(x)) / sqrt(variance(x) + 1e-5) · weight`. A row is read once.

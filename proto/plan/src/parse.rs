@@ -289,7 +289,7 @@ fn set(table: &mut Table, assignment: &str, problems: &mut Problems) {
         problems.add(
             "--set",
             assignment,
-            "an override is key.path=value",
+            "an override must be key.path=value",
             "write for instance train.iterations=100",
         );
         return;

@@ -330,14 +330,14 @@ impl Plan {
             self.local.workers <= 256,
             "local.workers",
             self.local.workers,
-            "at most 256 processes on one machine",
+            "it must be at most 256 processes",
             "write the number of cores, or 0",
         );
         problems.check(
             (1..=1024).contains(&self.local.threads),
             "local.threads",
             self.local.threads,
-            "each worker computes with 1 to 1024 threads",
+            "each worker must compute with 1 to 1024 threads",
             "write 1",
         );
         problems.check(
@@ -351,14 +351,14 @@ impl Plan {
             (3 * HEARTBEAT_INTERVAL..=Duration::from_hours(1)).contains(&self.cluster.dead_after),
             "cluster.dead_after",
             humantime_serde::re::humantime::format_duration(self.cluster.dead_after),
-            "3s, which is three heartbeats, to 1h",
+            "it must be 3s, which is three heartbeats, to 1h",
             "write \"3s\"",
         );
         problems.check(
             self.cluster.rejoin_window <= Duration::from_hours(24),
             "cluster.rejoin_window",
             humantime_serde::re::humantime::format_duration(self.cluster.rejoin_window),
-            "at most 24h",
+            "it must be at most 24h",
             "write \"10s\"",
         );
         let Self { benchmark, evaluate, .. } = self;
@@ -377,7 +377,7 @@ impl Plan {
             evaluate.text <= MOST_TEXT,
             "evaluate.text",
             evaluate.text,
-            format!("at most {MOST_TEXT}"),
+            format!("it must be at most {MOST_TEXT}"),
             "write \"1MiB\"",
         );
         self.check_update(problems);
@@ -392,7 +392,7 @@ impl Plan {
                 key,
                 more,
                 format!(
-                    "the {prompt} tokens of {section}.prompt and these have room in model.max_context_length = {context}"
+                    "the {prompt} tokens of {section}.prompt and these must have room in model.max_context_length = {context}"
                 ),
                 match context.checked_sub(prompt).filter(|room| *room >= least) {
                     Some(room) => format!("set it to at most {room}, or lower {section}.prompt"),

@@ -48,7 +48,7 @@ impl PrepareConfig {
             (64 << 10..=4 << 30).contains(&self.shard.get()),
             "prepare.shard",
             self.shard,
-            "a shard holds 64KiB to 4GiB of text",
+            "a shard must hold 64KiB to 4GiB of text",
             "write \"4MiB\"",
         );
         problems.check(
@@ -90,7 +90,7 @@ pub struct TokenizerConfig {
     /// Name of the EOS token, where the file does not state it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eos: Option<String>,
-    /// Vocabulary size of a tokenizer that is trained, or the one that `file` has. Decides `model.vocab_size` if that is not set.
+    /// Vocabulary size (vocab_size) of a tokenizer that is trained; with `file` it is that of the file, whatever stands here. Decides `model.vocab_size` if that is not set.
     pub pieces: u64,
     /// Amount of text that it is trained on.
     pub sample: Bytes,

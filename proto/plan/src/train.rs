@@ -172,7 +172,7 @@ impl TrainConfig {
             self.warmup < self.iterations.max(1),
             "train.warmup",
             self.warmup,
-            format!("the warm-up ends before train.iterations = {}", self.iterations),
+            format!("the warm-up must end before train.iterations = {}", self.iterations),
             format!("set it to {}", self.iterations / 10),
         );
         problems.check(

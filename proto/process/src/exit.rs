@@ -1,5 +1,6 @@
 //! The one place where an error becomes an exit code.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -55,12 +56,22 @@ pub fn finish_output(result: io::Result<()>) -> Result<(), Failure> {
     }
 }
 
+/// Text as a terminal may be given it: names of files may hold what a terminal takes for a command.
+fn visible(text: &str) -> Cow<'_, str> {
+    let is_command = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
+    if !text.contains(is_command) {
+        return text.into();
+    }
+    let shown = |c: char| if is_command(c) { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(shown).collect::<String>().into()
+}
+
 /// Prints a result and a line's end.
 ///
 /// # Errors
 /// When it could not be written.
 pub fn print(text: &str) -> Result<(), Failure> {
-    finish_output(writeln!(io::stdout().lock(), "{text}"))
+    finish_output(writeln!(io::stdout().lock(), "{}", visible(text)))
 }
 
 impl fmt::Display for Failure {
@@ -77,7 +88,7 @@ pub fn report(result: Result<ExitStatus, Failure>) -> ExitCode {
     match result {
         Ok(status) => status.into(),
         Err(failure) => {
-            eprintln!("error: {failure}");
+            eprintln!("error: {}", visible(&failure.to_string()));
             failure.status.into()
         }
     }

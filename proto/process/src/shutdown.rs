@@ -1,11 +1,15 @@
 //! From signals to a token that every part of a program watches.
 
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use ulmus_types::ExitStatus;
+
+/// Signals so close to each other are one: `timeout` of GNU signals a process, and then its group.
+const ONE_SIGNAL: Duration = Duration::from_millis(100);
 
 /// Which signal asked a program to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,15 +43,20 @@ impl Shutdown {
         let mut terminate = signal(SignalKind::terminate())?;
         let asked = shutdown.clone();
         tasks.spawn(async move {
-            for count in 0.. {
+            let mut first: Option<Instant> = None;
+            loop {
                 let signal = tokio::select! {
                     _ = interrupt.recv() => Signal::Interrupt,
                     _ = terminate.recv() => Signal::Terminate,
                 };
-                if count > 0 {
-                    std::process::exit(i32::from(ExitStatus::Interrupted.code()));
+                match first {
+                    None => {
+                        first = Some(Instant::now());
+                        asked.request(signal);
+                    }
+                    Some(first) if first.elapsed() < ONE_SIGNAL => {}
+                    Some(_) => std::process::exit(i32::from(ExitStatus::Interrupted.code())),
                 }
-                asked.request(signal);
             }
         });
         Ok(shutdown)

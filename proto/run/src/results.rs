@@ -188,6 +188,16 @@ impl Results {
         Self(results)
     }
 
+    /// What the average is of, and where.
+    pub fn averaged(&self) -> Option<Average> {
+        self.of(JobKind::Average)
+    }
+
+    /// What was exported.
+    pub fn exported(&self) -> Option<Exported> {
+        self.of(JobKind::Export)
+    }
+
     /// How well the average predicts held-out text.
     pub fn average(&self) -> Option<Measured<Perplexity>> {
         self.of(JobKind::EvaluateAverage)

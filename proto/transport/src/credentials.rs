@@ -7,7 +7,7 @@ use ulmus_types::ErrorKind;
 
 use crate::hidden;
 use crate::identity::{IDENTITY_FILE, Identity, IdentityError};
-use crate::source::TokenSource;
+use crate::source::{TokenSource, read_token};
 use crate::token::{JoinToken, MalformedToken};
 
 /// Name of the token in the coordinator's own folder.
@@ -127,7 +127,7 @@ fn read_or_write(
     make: impl FnOnce() -> Result<String, CredentialsError>,
 ) -> Result<String, CredentialsError> {
     let failed = |error| CredentialsError::Io(path.to_path_buf(), error);
-    match std::fs::read_to_string(path) {
+    match read_token(path) {
         Ok(text) => Ok(text),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let text = make()?.trim().to_owned();

@@ -1,7 +1,8 @@
 //! Where a token comes from.
 
-use std::io;
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
 
 use crate::runtime::{RuntimeError, published};
 use crate::token::{JoinToken, MalformedToken};
@@ -64,7 +65,7 @@ impl TokenSource {
         match self {
             Self::Unsaid => Ok(None),
             Self::Text(text) => found(text, "ULMUS_TOKEN".to_owned()).map(Some),
-            Self::File(path) => match std::fs::read_to_string(path) {
+            Self::File(path) => match read_token(path) {
                 Ok(text) => found(&text, path.display().to_string()).map(Some),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     Err(LookupError::Missing(path.clone()))
@@ -96,4 +97,17 @@ fn found(text: &str, origin: String) -> Result<Found, LookupError> {
         Ok(token) => Ok(Found { token, origin }),
         Err(error) => Err(LookupError::Malformed(origin, error)),
     }
+}
+/// Most bytes of a file that may hold a token, with all that people write around one.
+const LONGEST: u64 = 64 << 10;
+
+/// The text of a file that should hold a token, and not that of a device without an end.
+pub(crate) fn read_token(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    let read = File::open(path)?.take(LONGEST + 1).read_to_string(&mut text)? as u64;
+    if read > LONGEST {
+        let reason = format!("it has more than {LONGEST} bytes, and a token about a hundred");
+        return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
+    }
+    Ok(text)
 }

@@ -714,3 +714,57 @@ fn a_worker_that_computes_wrongly_stops_the_run_before_a_checkpoint_of_it_is_sto
     let stored: Vec<u64> = world.saved.checkpoints.keys().map(|id| id.step().get()).collect();
     assert_eq!(stored, [GRID]);
 }
+
+/// All checkpoints were damaged, which was recorded, and the run is started once more.
+#[test]
+fn a_run_that_had_checkpoints_never_begins_anew_by_itself() {
+    let mut world = World::new();
+    world.join(0);
+    while world.saved.checkpoints.is_empty() {
+        world.turn();
+    }
+    world.die();
+    world.saved.checkpoints.clear();
+    world.workers.clear();
+    world.restart();
+    world.join(0);
+    let assignment = |world: &World| {
+        world.workers.values().find_map(|worker| Some(worker.group.as_ref()?.assignment.clone()))
+    };
+    while assignment(&world).is_none() {
+        world.deliver();
+        world.tick();
+    }
+    assert!(!assignment(&world).unwrap().may_begin);
+}
+
+/// The record is an older copy: a group was formed since, a member of which still lives.
+#[test]
+fn whoever_comes_from_a_group_that_the_record_does_not_have_is_told_so_once() {
+    let mut world = World::new();
+    world.strangers = true;
+    world.join(0);
+    while world.recorded.len() < 2 {
+        world.turn();
+    }
+    let (older, id) = (world.saved.clone(), world.workers.keys().next().unwrap().clone());
+    world.join(1);
+    while world.saved.generation == older.generation {
+        world.turn();
+    }
+    world.turn();
+    world.die();
+    world.saved = older;
+    world.told.clear();
+    world.restart();
+    (0..10).for_each(|_| world.turn());
+    assert!(!world.workers.contains_key(&id), "it was not refused");
+    let alarms = world
+        .told
+        .iter()
+        .filter(|told| matches!(told, Notification::Alarm(why) if why.contains("older copy")));
+    assert_eq!(alarms.count(), 2, "{:?}", world.told);
+    world.strangers = false;
+    finish(&mut world, 300);
+    assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
+}

@@ -89,6 +89,7 @@ impl World {
             Effect::SaveTrained(step) => self.saved.trained = Some(step),
             Effect::SaveCommitted(checkpoint) => {
                 self.saved.checkpoints.insert(checkpoint, self.kinds[&checkpoint]);
+                self.saved.had_checkpoints = true;
             }
             Effect::SaveDamaged(checkpoint) => {
                 assert!(self.saved.checkpoints.remove(&checkpoint).is_some());
