@@ -90,7 +90,7 @@ pub struct TokenizerConfig {
     /// Name of the EOS token, where the file does not state it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eos: Option<String>,
-    /// Vocabulary size (vocab_size) of a tokenizer that is trained; with `file` it is that of the file, whatever stands here. Decides `model.vocab_size` if that is not set.
+    /// Vocabulary size of a tokenizer that is trained; with `file` it is that of the file, whatever stands here. Decides `model.vocab_size` if that is not set.
     pub pieces: u64,
     /// Amount of text that it is trained on.
     pub sample: Bytes,
