@@ -246,7 +246,7 @@ impl RunFolder {
             return Ok(());
         }
         let Some(text) = self.kept_plan()? else {
-            let is_another = kept.is_some_and(|kept| kept != plan.digest());
+            let is_another = kept.is_some_and(|kept| !plan.has_digest(kept));
             let changes =
                 || format!("  its hash is not the one in {}, and {} is lost", paths::DATABASE, paths::PLAN);
             return if is_another { Err(self.plan_changed(changes())) } else { Ok(()) };

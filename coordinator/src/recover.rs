@@ -104,7 +104,7 @@ pub(crate) async fn gather(folder: &RunFolder, plan: &Plan) -> Result<(Recovered
             }
             Err(error) => return Err(failed(&error)),
         };
-        if manifest.plan_digest != plan.digest() {
+        if !plan.has_digest(manifest.plan_digest) {
             let message = format!(
                 "checkpoint {id} in {} belongs to another plan; give this run another name with --set run.name=NAME",
                 folder.shown()

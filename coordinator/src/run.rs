@@ -11,6 +11,7 @@ use tonic::service::Routes;
 use ulmus_coord_core::Settings;
 use ulmus_plan::{OnBadUnit, Plan};
 use ulmus_process::{Failure, HostPort, LogTarget, Shutdown, print, with_causes};
+use ulmus_proto::MESSAGE_LIMIT;
 use ulmus_proto::v1::coordinator_server::CoordinatorServer;
 use ulmus_run::paths;
 use ulmus_run::results::Results;
@@ -28,7 +29,7 @@ use crate::local::LocalWorkers;
 use crate::metrics::{MetricsFile, SourcesFile};
 use crate::quarantine;
 use crate::recover::{contradiction, gather, refuse_to_forget};
-use crate::server::{MESSAGE_LIMIT, Sessions};
+use crate::server::Sessions;
 use crate::summary;
 
 /// Events of sessions that may wait for the driver.

@@ -16,10 +16,6 @@ use ulmus_types::{ErrorKind, Hello, RunId, ToCoordinator, ToWorker, WorkerId};
 /// few messages per step never come near it.
 const OUTBOX: usize = 1024;
 
-/// Largest message that is taken from a worker: a report of a step is below 1 KiB, and a worker that was
-/// disconnected for long sends many at once.
-pub(crate) const MESSAGE_LIMIT: usize = 16 << 20;
-
 /// Tells one connection of a worker from its next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct SessionNumber(u64);

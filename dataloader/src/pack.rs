@@ -11,9 +11,7 @@
 use std::ops::Range;
 
 use ulmus_plan::Pack;
-
-/// Target of a position that is not trained on.
-pub const IGNORE: u32 = u32::MAX;
+pub use ulmus_types::IGNORE;
 
 /// One row of a micro-batch: three lists of the sequence length T.
 #[derive(Debug, Clone, PartialEq, Eq)]

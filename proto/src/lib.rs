@@ -16,3 +16,7 @@ mod status;
 
 pub use convert::{WireError, from_worker};
 pub use status::{kind_of, status_of};
+
+/// Largest message that either side takes, in bytes: a resolved plan with thousands of file names, or the reports of steps of a
+/// worker that was alone for long.
+pub const MESSAGE_LIMIT: usize = 16 << 20;

@@ -16,7 +16,7 @@ use tonic::Streaming;
 use ulmus_checkpoint::{Store, StoreError, write_part};
 use ulmus_process::{Failure, Shutdown, with_causes};
 use ulmus_proto::v1::coordinator_client::CoordinatorClient;
-use ulmus_proto::{kind_of, v1};
+use ulmus_proto::{MESSAGE_LIMIT, kind_of, v1};
 use ulmus_run::paths;
 use ulmus_transport::{ConnectError, TokenSource};
 use ulmus_types::{
@@ -38,8 +38,6 @@ const SHORTEST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// Messages on their way out.
 const OUTGOING: usize = 1024;
-/// Largest message: a resolved plan with thousands of file names.
-const MESSAGE_LIMIT: usize = 16 << 20;
 
 /// Where the coordinator is.
 #[derive(Debug, Clone)]

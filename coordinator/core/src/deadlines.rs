@@ -7,15 +7,13 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use ulmus_types::{ExitStatus, Generation, Section, WorkerId};
+use ulmus_types::{CONNECT_WITHIN, ExitStatus, Generation, Section, WorkerId};
 
 use crate::coordinator::Coordinator;
 use crate::effect::Effect;
 use crate::group::Group;
 use crate::members::{Activity, Fault, Member};
 
-/// How long a new group may take to connect. Members give up a little earlier.
-pub(crate) const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 /// How long a worker may take to read the store's nonce. Stores are asked again for a minute.
 const GREETED_WITHIN: Duration = Duration::from_secs(90);
 /// How long a process may stand still that warms up.

@@ -4,12 +4,11 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use ulmus_types::{
-    Assignment, BadUnit, CheckpointId, ErrorKind, ExitStatus, Generation, GroupRequest, JobKind, LeaveReason,
-    Rank, Repair, Step, StepReport, ToWorker, WorkerId, WorkerStatus, for_people,
+    Assignment, BadUnit, CONNECT_WITHIN, CheckpointId, ErrorKind, ExitStatus, Generation, GroupRequest,
+    JobKind, LeaveReason, Rank, Repair, Step, StepReport, ToWorker, WorkerId, WorkerStatus, for_people,
 };
 
 use crate::coordinator::{Coordinator, TEXT_LIMIT};
-use crate::deadlines::CONNECT_WITHIN;
 use crate::effect::{Effect, Notification};
 use crate::group::{self, Group, Suspicion};
 use crate::members::{Activity, Fault};

@@ -34,6 +34,7 @@ pub use training::{
 };
 pub use ulmus_plan::ROW_BLOCK;
 use ulmus_plan::{NormKind, Precision};
+pub use ulmus_types::IGNORE;
 
 /// What a buffer can hold.
 pub trait Element: bytemuck::Pod + Send + Sync + Debug + sealed::Sealed {}
@@ -48,9 +49,6 @@ mod sealed {
     impl Sealed for u32 {}
     impl Sealed for i64 {}
 }
-
-/// A target that counts for nothing: masked by padding or by a document's end.
-pub const IGNORE: u32 = u32::MAX;
 
 /// Added to the mean square of an RMS norm, as in the reference.
 pub const RMS_EPSILON: f32 = 1e-6;

@@ -215,6 +215,31 @@ const ADDED: [(&str, &str); 4] = [
     ("train.algorithms", "\"library\""),
 ];
 
+/// How a plan's digest is made; another rule has another line.
+const DIGEST_FORM: &str = "ulmus plan, form 2\n";
+
+/// What trained bits depend on, of all keys with their values.
+fn kept(mut flat: BTreeMap<String, String>) -> BTreeMap<String, String> {
+    flat.retain(|key, value| !may_change(key) && !ADDED.contains(&(key, value)));
+    flat
+}
+
+/// Every key below `at` that has a value, with its value as JSON.
+fn flatten_json(at: String, value: serde_json::Value, flat: &mut BTreeMap<String, String>) {
+    match value {
+        serde_json::Value::Null => {}
+        serde_json::Value::Object(table) => {
+            for (key, value) in table {
+                let path = if at.is_empty() { key } else { format!("{at}.{key}") };
+                flatten_json(path, value, flat);
+            }
+        }
+        leaf => {
+            flat.insert(at, leaf.to_string());
+        }
+    }
+}
+
 impl Plan {
     /// Tokens of one update, padding included.
     pub fn tokens_per_step(&self) -> u64 {
@@ -231,11 +256,21 @@ impl Plan {
         toml::to_string_pretty(self).expect("a plan has no value that TOML lacks")
     }
 
-    /// Hash of everything that trained bits depend on.
+    /// Hash of everything that trained bits depend on: of [`DIGEST_FORM`] and a line `key = value` for each of those keys,
+    /// sorted by key, each value as compact JSON.
     pub fn digest(&self) -> Digest {
-        let mut kept = self.flat();
-        kept.retain(|key, value| !may_change(key) && !ADDED.contains(&(key, value)));
-        Digest::of(format!("{kept:?}").as_bytes())
+        let mut flat = BTreeMap::new();
+        let value = serde_json::to_value(self).expect("a plan has text keys");
+        flatten_json(String::new(), value, &mut flat);
+        let lines = kept(flat).into_iter().map(|(key, value)| format!("{key} = {value}\n"));
+        Digest::of([DIGEST_FORM.to_owned()].into_iter().chain(lines).collect::<String>().as_bytes())
+    }
+
+    /// Whether a hash is this plan's, by the rule of [`Self::digest`] or by that of the first programs.
+    pub fn has_digest(&self, digest: Digest) -> bool {
+        // It rests on how the standard library and the crate `toml` print.
+        let first = || Digest::of(format!("{:?}", kept(self.flat())).as_bytes());
+        digest == self.digest() || digest == first()
     }
 
     /// The keys that differ from `earlier`, each with the earlier and the present value, if trained bits depend

@@ -15,6 +15,7 @@ mod nonce;
 mod problem;
 mod secret;
 mod text;
+mod timing;
 
 pub use blame::Blame;
 pub use digest::{Digest, DigestError};
@@ -22,11 +23,15 @@ pub use error::{ErrorKind, ExitStatus};
 pub use ids::{CheckpointId, Generation, IdError, Incarnation, LaneId, Rank, RunId, RunName, Step, WorkerId};
 pub use key::GroupKey;
 pub use message::{
-    Assignment, BadUnit, CheckpointKind, FileEntry, GroupRequest, HEARTBEAT_INTERVAL, Heartbeat, Hello, Job,
-    JobKind, LeaveReason, Peer, Ready, Repair, Section, Snapshot, SourceReading, StepReport, ToCoordinator,
-    ToWorker, WorkerStatus,
+    Assignment, BadUnit, CheckpointKind, FileEntry, GroupRequest, Heartbeat, Hello, Job, JobKind,
+    LeaveReason, Peer, Ready, Repair, Section, Snapshot, SourceReading, StepReport, ToCoordinator, ToWorker,
+    WorkerStatus,
 };
 pub use nonce::nonce_digest;
 pub use problem::{Problem, Problems};
 pub use secret::{RunSecret, SessionSecret};
 pub use text::for_people;
+pub use timing::{CONNECT_WITHIN, FORM_WITHIN, HEARTBEAT_INTERVAL};
+
+/// Target of a position that is not trained on: padding, or the end of a document.
+pub const IGNORE: u32 = u32::MAX;

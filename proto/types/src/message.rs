@@ -17,9 +17,6 @@ use crate::{
     SessionSecret, Step, WorkerId,
 };
 
-/// How often a worker tells that it lives.
-pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
-
 /// How a worker introduces itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hello {

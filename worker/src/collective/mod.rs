@@ -30,16 +30,13 @@ mod tests;
 use std::ops::Range;
 use std::time::Duration;
 
+use ulmus_backend::BLOCK;
 use ulmus_types::{Blame, ErrorKind, Generation, Rank};
 
 pub use abort::AbortHandle;
 pub use listener::Listener;
 pub use tcp::{Place, TcpGroup};
 pub use watch::Watch;
-
-/// Boundaries of chunks fall on multiples of this many elements, where there are enough of them: whole blocks of
-/// the gradient norm, which is summed block by block.
-pub const BLOCK: usize = 65_536;
 
 /// A vector that is handed round as it is, in host memory.
 #[derive(Debug)]
@@ -224,7 +221,7 @@ impl CollectiveError {
 
 /// The part of a vector of `length` elements that belongs to `rank` in a group of `size`.
 ///
-/// The chunks of all ranks lie end to end; they are whole [`BLOCK`]s (but for the end of the vector), and their
+/// The chunks of all ranks lie end to end; they are whole [`BLOCK`]s, of which the norm of a gradient is summed (but for the end of the vector), and their
 /// numbers of blocks differ by at most one. A vector with fewer blocks than the group has members is cut between
 /// any two elements.
 ///

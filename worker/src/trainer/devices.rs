@@ -16,7 +16,7 @@ use super::STALL;
 use crate::collective::{Collective, CollectiveError, Watch};
 
 /// How long the devices may take to find each other.
-const FORM_WITHIN: Duration = Duration::from_mins(1);
+const JOIN_WITHIN: Duration = Duration::from_mins(1);
 /// An id, as control words.
 const ID_WORDS: usize = 16;
 
@@ -53,7 +53,7 @@ impl<B: TrainingBackend> Devices<B> {
         let Some(mut words) = all(group, id)? else { return Ok(None) };
         group.broadcast(Rank::new(0), (&mut words[..]).into())?;
         let id = CommunicatorId::from_bytes(bytemuck::cast(words));
-        let watch = group.watch(FORM_WITHIN)?;
+        let watch = group.watch(JOIN_WITHIN)?;
         let joined = or_tell(backend.communicator(&id, rank, size, &give_up(&watch)), &mut tell);
         let Some(communicator) = all(group, joined)? else { return Ok(None) };
         tracing::info!(size, "devices sum gradients among themselves");

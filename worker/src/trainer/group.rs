@@ -126,7 +126,7 @@ impl<B: TrainingBackend> Training<B> {
             self.replica.initialise(self.run.plan.run.seed);
             return Ok(self.beginning(reading));
         };
-        if manifest.plan_digest != self.run.plan.digest() {
+        if !self.run.plan.has_digest(manifest.plan_digest) {
             return Err(WorkerError::OtherPlan(store.to_string()));
         }
         let (state, train) = self.run.wait(restore(store, &manifest, self.replica.layout()))?;

@@ -25,7 +25,7 @@ use ulmus_model::{BatchShape, MicroBatch, Replica};
 use ulmus_plan::Algorithms;
 use ulmus_process::with_causes;
 use ulmus_run::TrainState;
-use ulmus_types::{Assignment, BadUnit, Digest, Job, LeaveReason, RunId, Step, ToCoordinator};
+use ulmus_types::{Assignment, BadUnit, Digest, FORM_WITHIN, Job, LeaveReason, RunId, Step, ToCoordinator};
 
 use crate::WorkerError;
 use crate::collective::{AbortHandle, CollectiveError, Listener, Place, TcpGroup};
@@ -38,8 +38,6 @@ use watched::Watched;
 
 /// States that may wait in memory to be stored; a third makes training wait.
 const HELD: usize = 2;
-/// How long a group may take to connect; less than the coordinator allows.
-const FORM_WITHIN: Duration = Duration::from_secs(4);
 /// How long a collective may stand still. The coordinator notices dead workers long before.
 const STALL: Duration = Duration::from_mins(10);
 /// Seed of the batch that the fingerprint is taken of.
