@@ -16,8 +16,8 @@ use crate::order::Mixture;
 use crate::pack::{Packed, Sequence};
 use crate::sources::{Sources, enough_units};
 use crate::store::Traffic;
-use crate::tokenizer::{Encoder, Tokenizer};
 use crate::tokens::Vocabulary;
+use ulmus_tokenizer::{Encoder, Tokenizer};
 
 /// Everything that decides what is read, except where a lane stands. Shared by threads.
 #[derive(Debug)]
@@ -381,9 +381,21 @@ mod tests {
     use super::*;
     use crate::Manifest;
     use crate::pack::IGNORE;
-    use crate::tokenizer::bytes_only;
 
     const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/a/data");
+
+    /// A tokenizer that gives `3 + byte` for each byte of a text: a `tokenizer.model` written by hand.
+    fn bytes_only() -> Tokenizer {
+        let field = |tag: u8, content: &[u8]| [&[tag, content.len() as u8], content].concat();
+        let piece =
+            |text: &str, kind: u8| field(0x0a, &[field(0x0a, text.as_bytes()), vec![0x18, kind]].concat());
+        let special = [("<unk>", 2), ("<s>", 3), ("</s>", 3)].map(|(text, kind)| piece(text, kind)).concat();
+        let bytes: Vec<u8> = (0..=u8::MAX).flat_map(|byte| piece(&format!("<0x{byte:02X}>"), 6)).collect();
+        // BPE that falls back to bytes; nothing is put in front of a text, and blanks stay what they are.
+        let (trainer, normalizer) = ([0x18, 2, 0x98, 0x02, 1], [0x18, 0, 0x20, 0, 0x28, 0]);
+        let file = [special, bytes, field(0x12, &trainer), field(0x1a, &normalizer)].concat();
+        Tokenizer::read(&file, "test", None, None).unwrap()
+    }
 
     /// Sequences as the reference has made them of the same files, in the order of the files.
     #[test]

@@ -1,5 +1,6 @@
 //! What can go wrong between a corpus and a sequence. Every message names the file or source and the next act.
 
+use ulmus_tokenizer::TokenizerError;
 use ulmus_types::ErrorKind;
 
 /// An error of the data plane.
@@ -252,13 +253,8 @@ pub enum DataError {
         name: String,
     },
     /// A tokenizer that cannot be used.
-    #[error("{what} is not a usable tokenizer: {reason}")]
-    Tokenizer {
-        /// The file, or the training.
-        what: String,
-        /// What is wrong, and what to do.
-        reason: String,
-    },
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
     /// Token ids where text is needed.
     #[error(
         "source {name:?} holds token ids, and this needs text; name the tokenizer that made them in tokenizer.file, or \
@@ -349,6 +345,7 @@ impl DataError {
                 ErrorKind::Corrupt
             }
             Self::BadUnit { error, .. } => error.kind(),
+            Self::Tokenizer(error) => error.kind(),
             Self::Disk { .. } => ErrorKind::Disk,
             Self::Stopped => ErrorKind::Internal,
             _ => ErrorKind::InvalidInput,

@@ -274,7 +274,7 @@ fn text(folder: &Folder, file: &FileInfo) -> Result<String, DataError> {
 
 /// Makes sure that a file, which begins so, is not what Git LFS leaves in its place.
 pub(crate) fn refuse_pointer(folder: &Folder, file: &FileInfo, begin: &[u8]) -> Result<(), DataError> {
-    if contents::is_pointer(begin, file.size) {
+    if ulmus_types::is_pointer(begin, file.size) {
         return Err(DataError::Pointer { file: folder.place(&file.path) });
     }
     Ok(())

@@ -30,11 +30,9 @@ mod prepare;
 mod shards;
 mod sources;
 mod store;
-mod tokenizer;
 mod tokens;
 mod walk;
 
-pub use contents::{is_pointer, without_mark};
 pub use corpus::{Corpus, Counts, HeldOut};
 pub use document::normalized;
 pub use error::DataError;
@@ -48,4 +46,3 @@ pub use prepare::{Prepared, cargo_home, matching_files, prepare};
 pub use shards::{Written, pack, tokenize};
 pub use sources::{Inspection, SourceReport, Sources, inspect};
 pub use store::{Folder, Traffic, files_below};
-pub use tokenizer::{Encoder, Tokenizer, count_pieces, train};

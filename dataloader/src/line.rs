@@ -7,8 +7,8 @@ use std::ops::Range;
 
 use serde_json::error::Category;
 
-use crate::contents::without_mark;
 use crate::error::DataError;
+use ulmus_types::without_mark;
 
 /// Whether a line holds nothing, not even an object.
 pub(crate) fn is_blank(line: &[u8]) -> bool {

@@ -21,7 +21,7 @@ use crate::format::Segments;
 use crate::order::{Epoch, Stream, window_order};
 use crate::pack::{Packed, Sequence};
 use crate::sources::AGAIN;
-use crate::tokenizer::Encoder;
+use ulmus_tokenizer::Encoder;
 
 /// Words per stream.
 const WORDS: usize = 4;

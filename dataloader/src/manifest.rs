@@ -15,8 +15,8 @@ use crate::error::DataError;
 use crate::format::{Layout, Unit};
 use crate::glob::FileGlob;
 use crate::store::{FileInfo, Folder, Stores};
-use crate::tokenizer::Tokenizer;
 use crate::tokens;
+use ulmus_tokenizer::Tokenizer;
 
 const FORMAT_VERSION: u32 = 2;
 /// The format of the first programs, whose manifests have no digest.

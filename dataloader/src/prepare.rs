@@ -268,7 +268,7 @@ fn text(path: &Path, cap: u64) -> Result<Result<String, Reason>, DataError> {
         return Ok(Err(Reason::Cap { size, cap }));
     }
     let bytes = std::fs::read(path).map_err(failed)?;
-    if contents::is_pointer(&bytes, bytes.len() as u64) {
+    if ulmus_types::is_pointer(&bytes, bytes.len() as u64) {
         return Ok(Err(Reason::Pointer));
     }
     Ok(contents::text_of(&bytes).map(str::to_owned).map_err(|reason| match reason {

@@ -22,8 +22,8 @@ use crate::manifest::Manifest;
 use crate::parquet;
 use crate::sources::Sources;
 use crate::store::{FileInfo, Folder, Stores};
-use crate::tokenizer::{Encoder, Tokenizer};
 use crate::tokens;
+use ulmus_tokenizer::{Encoder, Tokenizer};
 
 /// What has been written, in the folder of a source's shards.
 const NOTE: &str = ".shards.json";

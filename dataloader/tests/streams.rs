@@ -16,10 +16,9 @@ use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 use proptest::prelude::*;
 use serde_json::json;
-use ulmus_dataloader::{
-    Corpus, Cursors, DataError, Folder, IGNORE, Loader, Manifest, Sequence, Sources, Tokenizer, train,
-};
+use ulmus_dataloader::{Corpus, Cursors, DataError, Folder, IGNORE, Loader, Manifest, Sequence, Sources};
 use ulmus_plan::{Bytes, DataConfig, Format, Pack, SourceConfig};
+use ulmus_tokenizer::{Tokenizer, train};
 use ulmus_types::LaneId;
 
 const LENGTH: usize = 32;

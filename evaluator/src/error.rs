@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use ulmus_backend::BackendError;
 use ulmus_dataloader::DataError;
 use ulmus_model::ModelError;
+use ulmus_tokenizer::TokenizerError;
 use ulmus_types::ErrorKind;
 
 /// An error of the evaluator crate.
@@ -19,6 +20,9 @@ pub enum EvaluatorError {
     /// The texts or the tokenizer cannot be read.
     #[error(transparent)]
     Data(#[from] DataError),
+    /// The tokenizer cannot be used.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
     /// A directory that is no exported model.
     #[error("{} is not a model folder: it has no {missing}; name a folder such as runs/NAME/export", path.display())]
     NotAModel {
@@ -74,6 +78,7 @@ impl EvaluatorError {
             Self::Backend(error) => error.kind(),
             Self::Model(error) => error.kind(),
             Self::Data(error) => error.kind(),
+            Self::Tokenizer(error) => error.kind(),
             _ => ErrorKind::InvalidInput,
         }
     }

@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ulmus_backend::{Backend, WeightFormat};
-use ulmus_dataloader::{Tokenizer, is_pointer, without_mark};
 use ulmus_model::Model;
 use ulmus_model::hf::{self, SpecialTokens};
 use ulmus_run::paths;
+use ulmus_tokenizer::Tokenizer;
 use ulmus_types::Digest;
+use ulmus_types::{is_pointer, without_mark};
 
 use crate::error::EvaluatorError;
 

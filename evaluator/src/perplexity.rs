@@ -10,9 +10,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use ulmus_backend::Backend;
-use ulmus_dataloader::{IGNORE, Tokenizer};
+use ulmus_dataloader::IGNORE;
 use ulmus_model::{Generator, Model};
 use ulmus_run::results::Perplexity;
+use ulmus_tokenizer::Tokenizer;
 
 use crate::error::EvaluatorError;
 

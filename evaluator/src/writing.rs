@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use ulmus_backend::Backend;
-use ulmus_dataloader::Tokenizer;
 use ulmus_model::{Generator, Model};
+use ulmus_tokenizer::Tokenizer;
 
 use crate::error::EvaluatorError;
 

@@ -2,14 +2,15 @@
 
 use std::fmt::Write;
 
-use ulmus_dataloader::{Tokenizer, cargo_home, inspect};
+use ulmus_dataloader::{cargo_home, inspect};
 use ulmus_plan::{Plan, TokenizerConfig};
 use ulmus_process::Failure;
+use ulmus_tokenizer::Tokenizer;
 use ulmus_types::{ExitStatus, Problems};
 
 /// How many pieces a tokenizer file has; none if it cannot be read here.
 pub fn tokenizer_pieces(file: &str) -> Option<usize> {
-    ulmus_dataloader::count_pieces(&std::fs::read(file).ok()?)
+    ulmus_tokenizer::count_pieces(&std::fs::read(file).ok()?)
 }
 
 /// Opens every source (files, schema and one row each) and the tokenizer.

@@ -6,6 +6,7 @@ use ulmus_dataloader::DataError;
 use ulmus_evaluator::EvaluatorError;
 use ulmus_model::ModelError;
 use ulmus_process::with_causes;
+use ulmus_tokenizer::TokenizerError;
 use ulmus_types::{BadUnit, CheckpointId, ErrorKind, LeaveReason};
 
 use crate::collective::CollectiveError;
@@ -22,6 +23,9 @@ pub enum WorkerError {
     /// Of the model.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// Of the tokenizer.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
     /// Of an evaluation.
     #[error(transparent)]
     Evaluation(#[from] EvaluatorError),
@@ -121,6 +125,7 @@ impl WorkerError {
             Self::Data(error) => error.kind(),
             Self::Backend(error) => error.kind(),
             Self::Model(error) => error.kind(),
+            Self::Tokenizer(error) => error.kind(),
             Self::Evaluation(error) => error.kind(),
             Self::Checkpoint(error) => error.kind(),
             Self::Store(error) => error.kind(),

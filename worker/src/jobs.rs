@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::json;
 use ulmus_backend::Backend;
 use ulmus_checkpoint::StoreError;
-use ulmus_dataloader::{Corpus, Manifest, Tokenizer, cargo_home};
+use ulmus_dataloader::{Corpus, Manifest, cargo_home};
 use ulmus_evaluator::{BenchConfig, bench, continuations, perplexity};
 use ulmus_model::hf::{SpecialTokens, config_json, generation_config_json};
 use ulmus_model::{Layout, Model, weights_from_safetensors, weights_to_safetensors};
@@ -20,6 +20,7 @@ use ulmus_run::paths;
 use ulmus_run::results::{
     self, Average, Benchmark, Continuation, Continuations, Exported, Measured, Perplexity, Prepared, Shards,
 };
+use ulmus_tokenizer::Tokenizer;
 use ulmus_types::{CheckpointId, Digest, FileEntry, Job};
 
 use crate::WorkerError;
@@ -160,7 +161,7 @@ fn tokenizer(run: &Run, manifest: &Manifest) -> Result<Tokenizer, WorkerError> {
     }
     let sources = ulmus_dataloader::Sources::open(&run.plan.data, manifest, Some(&run.folder()))?;
     let sample = sources.sample(config.sample.get())?;
-    Ok(ulmus_dataloader::train(&sample, config.pieces as usize)?)
+    Ok(ulmus_tokenizer::train(&sample, config.pieces as usize)?)
 }
 
 /// Finds out now, and not in the first step, when the filters leave nothing.

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use tokio::runtime::Handle;
 use ulmus_checkpoint::{Store, StoreError};
-use ulmus_dataloader::{Corpus, DataError, Folder, Manifest, Sources, Tokenizer};
+use ulmus_dataloader::{Corpus, DataError, Folder, Manifest, Sources};
 use ulmus_plan::{Plan, TokenizerConfig};
 use ulmus_run::paths;
+use ulmus_tokenizer::Tokenizer;
 use ulmus_types::{BadUnit, Digest, RunId};
 
 use crate::WorkerError;

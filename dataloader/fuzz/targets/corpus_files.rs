@@ -8,7 +8,8 @@ use libfuzzer_sys::fuzz_target;
 use object_store::ObjectStoreExt;
 use object_store::memory::InMemory;
 use tokio::runtime::Runtime;
-use ulmus_dataloader::{Corpus, Counts, DataError, Folder, Manifest, Sources, Tokenizer};
+use ulmus_dataloader::{Corpus, Counts, DataError, Folder, Manifest, Sources};
+use ulmus_tokenizer::Tokenizer;
 use ulmus_plan::{Bytes, DataConfig, Format, SourceConfig};
 
 const MODEL: &[u8] = include_bytes!("../../../tests/golden/tiny/tokenizer.model");

@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 
 use kitoken::Kitoken;
 use libfuzzer_sys::fuzz_target;
-use ulmus_dataloader::{Encoder, Tokenizer};
+use ulmus_tokenizer::{Encoder, Tokenizer};
 
 const MODEL: &[u8] = include_bytes!("../../../tests/golden/tiny/tokenizer.model");
 

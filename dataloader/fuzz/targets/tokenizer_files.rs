@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use ulmus_dataloader::Tokenizer;
+use ulmus_tokenizer::Tokenizer;
 
 fuzz_target!(|bytes: &[u8]| {
     let name = if bytes.first() == Some(&b'{') { "tokenizer.json" } else { "tokenizer.model" };

@@ -7,9 +7,10 @@ use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use ulmus_dataloader::{Corpus, Counts, Manifest, Sources, Tokenizer, Traffic};
+use ulmus_dataloader::{Corpus, Counts, Manifest, Sources, Traffic};
 use ulmus_plan::{DataConfig, Plan, SourceConfig};
 use ulmus_process::{Failure, print};
+use ulmus_tokenizer::Tokenizer;
 
 #[derive(Debug, Args)]
 pub(crate) struct Count {

@@ -6,12 +6,11 @@ use std::sync::Arc;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use ulmus_dataloader::{
-    Corpus, Cursors, DataError, Explanation, Folder, Loader, Manifest, Sources, Tokenizer,
-};
+use ulmus_dataloader::{Corpus, Cursors, DataError, Explanation, Folder, Loader, Manifest, Sources};
 use ulmus_plan::{Plan, TokenizerConfig};
 use ulmus_process::{Failure, print};
 use ulmus_run::{TrainState, paths, quarantine};
+use ulmus_tokenizer::Tokenizer;
 use ulmus_types::{BadUnit, ErrorKind, ExitStatus, LaneId};
 
 /// Characters of a document that are shown at each of its ends.

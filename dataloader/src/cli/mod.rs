@@ -10,9 +10,10 @@ mod tokens;
 use std::path::Path;
 
 use clap::{Parser, Subcommand};
-use ulmus_dataloader::{DataError, count_pieces};
+use ulmus_dataloader::DataError;
 use ulmus_plan::{DataConfig, Plan, even_weights};
 use ulmus_process::{Failure, load_plans};
+use ulmus_tokenizer::count_pieces;
 use ulmus_types::ExitStatus;
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong input (the message says what to change), \

@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::de::{DeserializeOwned, IntoDeserializer, value};
 use serde::{Deserialize, Serialize};
-use ulmus_dataloader::{Tokenizer, normalized, without_lone_surrogates, without_mark};
+use ulmus_dataloader::{normalized, without_lone_surrogates};
 use ulmus_plan::{Plan, TokenizerConfig};
 use ulmus_process::{Failure, finish_output};
+use ulmus_tokenizer::Tokenizer;
+use ulmus_types::without_mark;
 use ulmus_types::{ErrorKind, ExitStatus};
 
 /// Which tokenizer.
@@ -118,7 +120,7 @@ pub(super) fn open(path: &Path, bos: Option<&str>, eos: Option<&str>) -> Result<
             format!("{name} cannot be read: {error}; give a tokenizer.model or tokenizer.json"),
         )
     })?;
-    Tokenizer::read(&bytes, &name, bos, eos).map_err(|error| super::failure(&error))
+    Tokenizer::read(&bytes, &name, bos, eos).map_err(|error| super::failure(&error.into()))
 }
 
 /// Why a line has no answer.

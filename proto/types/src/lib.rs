@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod blame;
+mod contents;
 mod digest;
 mod error;
 mod ids;
@@ -18,6 +19,7 @@ mod text;
 mod timing;
 
 pub use blame::Blame;
+pub use contents::{is_pointer, without_mark};
 pub use digest::{Digest, DigestError};
 pub use error::{ErrorKind, ExitStatus};
 pub use ids::{CheckpointId, Generation, IdError, Incarnation, LaneId, Rank, RunId, RunName, Step, WorkerId};

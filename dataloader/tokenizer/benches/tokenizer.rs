@@ -15,7 +15,8 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use kitoken::Kitoken;
-use ulmus_dataloader::{Tokenizer, cargo_home};
+use ulmus_dataloader::cargo_home;
+use ulmus_tokenizer::Tokenizer;
 
 const ROUNDS: usize = 5;
 /// Texts beyond so many bytes are left out.

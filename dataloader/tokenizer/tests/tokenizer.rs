@@ -4,9 +4,9 @@
 
 use kitoken::Kitoken;
 use proptest::prelude::*;
-use ulmus_dataloader::{Encoder, Tokenizer};
+use ulmus_tokenizer::{Encoder, Tokenizer};
 
-const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/tiny/tokenizer.model");
+const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/tiny/tokenizer.model");
 
 fn both() -> (Encoder, Kitoken) {
     let model = std::fs::read(MODEL).unwrap();

@@ -14,7 +14,7 @@ use tokenizers::tokenizer::Trainer;
 use super::Tokenizer;
 use super::model::{ModelProto, ModelType, NormalizerProto, PieceProto, PieceType, TrainerProto};
 use super::vocabulary::BLANK;
-use crate::error::DataError;
+use crate::TokenizerError;
 
 /// Share of the characters of a text that get pieces of their own; the rest falls back to bytes.
 const CHARACTER_COVERAGE: f64 = 0.9995;
@@ -29,8 +29,8 @@ const SPECIALS: [&str; 3] = ["<unk>", "<s>", "</s>"];
 ///
 /// # Errors
 /// When the sample is too small or too uniform for that many pieces.
-pub fn train(documents: &[String], pieces: usize) -> Result<Tokenizer, DataError> {
-    let refuse = |reason: String| DataError::Tokenizer { what: "the training sample".to_owned(), reason };
+pub fn train(documents: &[String], pieces: usize) -> Result<Tokenizer, TokenizerError> {
+    let refuse = |reason: String| TokenizerError::Unusable { what: "the training sample".to_owned(), reason };
     let base = SPECIALS.len() + 256;
     let alphabet = alphabet(documents, pieces.saturating_sub(base) / 2);
     let mut trainer = BpeTrainer::builder()
@@ -195,7 +195,7 @@ mod tests {
     use super::*;
 
     fn sample() -> Vec<String> {
-        let sources = [include_str!("mod.rs"), include_str!("train.rs"), include_str!("../order.rs")];
+        let sources = [include_str!("lib.rs"), include_str!("train.rs"), include_str!("bpe.rs")];
         sources.iter().flat_map(|text| text.split("\n\n")).map(str::to_owned).collect()
     }
 

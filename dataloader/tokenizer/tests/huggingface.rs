@@ -4,7 +4,7 @@
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use ulmus_dataloader::Tokenizer;
+use ulmus_tokenizer::Tokenizer;
 
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -91,7 +91,7 @@ fn split(expression: &str) -> Value {
 
 /// Every kind of file, and whether ours is to have a fast way for it.
 fn files() -> Vec<(&'static str, Value, bool)> {
-    let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/tiny/tokenizer.model");
+    let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/tiny/tokenizer.model");
     let like_llama = Tokenizer::read(&std::fs::read(golden).unwrap(), golden, None, None).unwrap();
     let like_llama: Value = serde_json::from_str(&like_llama.to_json().unwrap()).unwrap();
     let metaspace = |scheme: &str| {
@@ -254,7 +254,7 @@ fn mistakes_name_what_to_write() {
     let mut broken = byte_level(&gpt2(), &Value::Null, false, 5);
     broken["model"]["merges"][2] = json!("x nothing");
     // Bytes for what is unknown, but not all of them, and no token for the rest.
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/tiny/tokenizer.json");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/tiny/tokenizer.json");
     let mut holed: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
     let pieces = holed["model"]["vocab"].as_object_mut().unwrap();
     for (piece, other) in [("<unk>", "<other>"), ("<0xC3>", "<0xXX>")] {

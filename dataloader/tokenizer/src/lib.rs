@@ -11,10 +11,13 @@
 //! id. Unigram models of SentencePiece are refused. Those of a `tokenizer.json` go through the library, with the scores of
 //! the file as they are; its Python wheel has others in their last bits, and so other ids where two ways to cut a text tie.
 
+#![forbid(unsafe_code)]
+
 mod boundaries;
 mod bpe;
 mod byte_level;
 mod cache;
+mod error;
 mod huggingface;
 mod json;
 mod model;
@@ -31,16 +34,16 @@ use prost::Message;
 use ulmus_run::paths;
 use ulmus_types::Digest;
 
-use crate::contents::{is_pointer, without_mark};
-use crate::error::DataError;
 use boundaries::SplitTable;
 use bpe::{Bpe, Part, Scratch};
 use byte_level::ByteLevel;
 use cache::{Cache, Key};
 use model::{ModelProto, ModelType, PieceType};
 use normalizer::Normalizer;
+use ulmus_types::{is_pointer, without_mark};
 use vocabulary::{BLANK, Vocabulary};
 
+pub use error::TokenizerError;
 pub use train::train;
 
 /// A tokenizer. Cloning gives another handle to the same one.
@@ -105,17 +108,22 @@ impl Tokenizer {
     ///
     /// # Errors
     /// When the bytes are neither, or the file has no such tokens.
-    pub fn read(bytes: &[u8], name: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self, DataError> {
+    pub fn read(
+        bytes: &[u8],
+        name: &str,
+        bos: Option<&str>,
+        eos: Option<&str>,
+    ) -> Result<Self, TokenizerError> {
         let bytes = without_mark(bytes);
         if is_pointer(bytes, bytes.len() as u64) {
-            return Err(DataError::Pointer { file: name.to_owned() });
+            return Err(TokenizerError::Pointer { file: name.to_owned() });
         }
         let tables = if is_json(bytes) {
             huggingface::read(bytes, bos, eos)
         } else {
             SentencePiece::read(bytes).and_then(|model| model.tables(bos, eos))
         };
-        let tables = tables.map_err(|reason| DataError::Tokenizer { what: name.to_owned(), reason })?;
+        let tables = tables.map_err(|reason| TokenizerError::Unusable { what: name.to_owned(), reason })?;
         Ok(Self(Arc::new(Tables { file: bytes.to_vec(), digest: Digest::of(bytes), ..tables })))
     }
 
@@ -406,5 +414,3 @@ impl Encoder {
 
 #[cfg(test)]
 mod tests;
-#[cfg(test)]
-pub(crate) use tests::bytes_only;
