@@ -3,6 +3,7 @@
 //! Files are read by the data loader, by the same rules as in training, but not filtered and not normalised: what is
 //! measured is the text as it is.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use ulmus_dataloader::{Manifest, Sources, files_below};
@@ -11,12 +12,14 @@ use ulmus_plan::{DataConfig, Format, SourceConfig};
 use crate::error::EvaluatorError;
 
 /// Reads the documents of all `paths`, in their order: files (parquet, jsonl, json.gz, json.zst, text), or folders with such files at
-/// any depth, sorted by name. `column` is the column or key of the text.
+/// any depth, sorted by name. A file that is named twice is read once. `column` is the column or key of the text.
 ///
 /// # Errors
 /// When a path does not exist or has a suffix that tells no format; when a file is damaged; when there is no text.
 pub fn read_texts(paths: &[PathBuf], column: &str) -> Result<Vec<String>, EvaluatorError> {
-    let sources = paths.iter().map(|path| sources_of(path, column)).collect::<Result<Vec<_>, _>>()?;
+    let mut seen = BTreeSet::new();
+    let sources =
+        paths.iter().map(|path| sources_of(path, column, &mut seen)).collect::<Result<Vec<_>, _>>()?;
     let source = sources.into_iter().flatten().collect();
     let config = DataConfig { source, ..DataConfig::default() };
     let manifest = Manifest::freeze(&config, None)?;
@@ -29,7 +32,13 @@ pub fn read_texts(paths: &[PathBuf], column: &str) -> Result<Vec<String>, Evalua
     Ok(texts)
 }
 
-fn sources_of(path: &Path, column: &str) -> Result<Vec<SourceConfig>, EvaluatorError> {
+/// The sources of a path, without the files that were `seen` before.
+fn sources_of(
+    path: &Path,
+    column: &str,
+    seen: &mut BTreeSet<PathBuf>,
+) -> Result<Vec<SourceConfig>, EvaluatorError> {
+    let mut is_new = |path: &Path| path.canonicalize().map_or(true, |real| seen.insert(real));
     let refuse = |reason| EvaluatorError::Texts { path: path.to_owned(), reason };
     let source = |folder: &Path, format: Format, files: Vec<String>| SourceConfig {
         name: format!("{} {format:?}", path.display()),
@@ -43,6 +52,10 @@ fn sources_of(path: &Path, column: &str) -> Result<Vec<SourceConfig>, EvaluatorE
         let names = files_below(path, |name| {
             Format::of_file(name).is_some_and(|format| Format::TEXT.contains(&format))
         })?;
+        if names.is_empty() {
+            return Err(refuse("the folder has no .parquet, .jsonl, .json.gz, .json.zst, .txt or .md files"));
+        }
+        let names: Vec<String> = names.into_iter().filter(|name| is_new(&path.join(name))).collect();
         let of_format = |format| {
             let files: Vec<String> = names
                 .iter()
@@ -51,11 +64,7 @@ fn sources_of(path: &Path, column: &str) -> Result<Vec<SourceConfig>, EvaluatorE
                 .collect();
             (!files.is_empty()).then(|| source(path, format, files))
         };
-        let found: Vec<_> = Format::TEXT.into_iter().filter_map(of_format).collect();
-        if found.is_empty() {
-            return Err(refuse("the folder has no .parquet, .jsonl, .json.gz, .json.zst, .txt or .md files"));
-        }
-        return Ok(found);
+        return Ok(Format::TEXT.into_iter().filter_map(of_format).collect());
     }
     if !path.is_file() {
         let is_there = path.exists();
@@ -71,7 +80,8 @@ fn sources_of(path: &Path, column: &str) -> Result<Vec<SourceConfig>, EvaluatorE
         refuse("the suffix tells no format; use .parquet, .jsonl, .json.gz, .json.zst, .txt or .md")
     })?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    Ok(vec![source(folder, format, vec![literal(name)])])
+    let files = is_new(path).then(|| source(folder, format, vec![literal(name)]));
+    Ok(files.into_iter().collect())
 }
 
 /// The pattern that matches this name and no other.
@@ -100,6 +110,10 @@ mod tests {
         write("folder/ignored.bin", "\u{0}");
         let texts = read_texts(&[lines, home.path().join("folder")], "body").unwrap();
         assert_eq!(texts, ["one", "two", "a", "b"]);
+        let folder = home.path().join("folder");
+        let twice =
+            read_texts(&[folder.join("b.txt"), folder.clone(), folder.join("a/x.md")], "body").unwrap();
+        assert_eq!(twice, ["b", "a"]);
     }
 
     #[cfg(unix)]
