@@ -16,7 +16,7 @@ use ulmus_process::{Failure, Shutdown, Signal, with_causes};
 use ulmus_run::paths;
 use ulmus_types::{
     CheckpointId, Digest, ErrorKind, ExitStatus, Generation, RunId, SourceReading, Step, StepReport,
-    ToCoordinator, ToWorker, WorkerId,
+    ToCoordinator, ToWorker, WorkerId, for_people,
 };
 
 use crate::console::Console;
@@ -154,7 +154,9 @@ impl Driver {
             // A result that cannot be read would end the run when its last page is written.
             ToCoordinator::JobDone { job, result } => match ulmus_run::results::check(job, result) {
                 Ok(()) => return event,
-                Err(error) => return Event::SaidImpossible(worker.clone(), error.to_string()),
+                Err(error) => {
+                    return Event::SaidImpossible(worker.clone(), for_people(&error.to_string(), 500));
+                }
             },
             _ => return event,
         };

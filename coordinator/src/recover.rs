@@ -66,15 +66,6 @@ pub(crate) async fn contradiction(
     if let Some(newer) = found.iter().rev().find(|checkpoint| checkpoint.generation() > known) {
         return Ok(Some(format!("knows of {known} generations, and {} holds {newer}", folder.shown())));
     }
-    let (rows, _) = MetricsFile::read(&folder.path().join(paths::METRICS));
-    if let Some(newer) = rows.iter().find(|row| row.generation > known) {
-        let step = newer.report.step;
-        return Ok(Some(format!(
-            "knows of {known} generations, and {} has step {step} of generation {}",
-            paths::METRICS,
-            newer.generation
-        )));
-    }
     let Some(newest) = found.last() else { return Ok(None) };
     let other = match ulmus_checkpoint::read_manifest(store, *newest).await {
         Ok(manifest) => manifest.run.filter(|other| *other != id),

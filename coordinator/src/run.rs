@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
@@ -317,13 +317,27 @@ async fn lost_results(database: &Database, folder: &RunFolder) -> Result<Vec<Str
     Ok(lost)
 }
 
+/// Moves a database away, with what `SQLite` has left beside it: a new one would take that for its own.
+fn set_aside(path: &Path, aside: &Path) -> Result<(), Failure> {
+    for suffix in ["", "-wal", "-shm"] {
+        let of = |path: &Path| PathBuf::from(format!("{}{suffix}", path.display()));
+        match std::fs::rename(of(path), of(aside)) {
+            Err(error) if suffix.is_empty() || error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(failed(path, &error));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 /// Opens the run's database, or rebuilds it if it was lost and that is asked for.
 async fn open_database(plan: &Plan, options: &Options, folder: &RunFolder) -> Result<Database, Failure> {
     let path = folder.database();
     let mut database = match Database::open(&path) {
         Err(StoreError::NoDatabase(_)) if options.recover => {
             let aside = path.with_extension("sqlite.damaged");
-            std::fs::rename(&path, &aside).map_err(|error| failed(&path, &error))?;
+            set_aside(&path, &aside)?;
             print(&format!("{} is damaged; it is kept as {}", path.display(), aside.display()))?;
             Database::open(&path)
         }
@@ -343,10 +357,9 @@ async fn open_database(plan: &Plan, options: &Options, folder: &RunFolder) -> Re
             );
             return Err(Failure::new(ExitStatus::Corrupt, message));
         }
-        // What is written beside it is in it once it is closed.
         drop(database);
         let aside = path.with_extension("sqlite.older");
-        std::fs::rename(&path, &aside).map_err(|error| failed(&path, &error))?;
+        set_aside(&path, &aside)?;
         print(&format!("{} {why}; it is kept as {}", path.display(), aside.display()))?;
         database = Database::open(&path).map_err(|error| stored(&error))?;
     } else if !options.recover {

@@ -366,6 +366,11 @@ mod tests {
     }
 
     #[test]
+    fn a_byte_order_mark_before_a_value_is_no_text() {
+        assert_eq!(Content::text("\u{feff}text\u{feff}".into()), Content::Text("text\u{feff}".into()));
+    }
+
+    #[test]
     fn what_crawled_lines_have_does_not_cost_a_document() {
         let folder = memory();
         let lines = [

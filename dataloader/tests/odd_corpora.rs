@@ -335,3 +335,34 @@ mod unix {
         }
     }
 }
+
+/// A file that was put back from a copy with its time is the file that was frozen; one of another time is not.
+#[test]
+fn a_file_that_is_restored_with_its_time_is_the_same() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("a.txt");
+    std::fs::write(&path, "some text").unwrap();
+    let source = ulmus_plan::SourceConfig {
+        name: "texts".into(),
+        url: place.path().display().to_string(),
+        files: vec!["*.txt".into()],
+        text: "text".into(),
+        ..Default::default()
+    };
+    let config = ulmus_plan::DataConfig { source: vec![source], ..Default::default() };
+    let manifest = Manifest::freeze(&config, None).unwrap();
+    let read = || {
+        let sources = Sources::open(&config, &manifest, None)?;
+        sources.all_documents().collect::<Result<Vec<_>, DataError>>()
+    };
+    let time = std::fs::metadata(&path).unwrap().modified().unwrap();
+    let restore = |time| {
+        std::fs::rename(&path, place.path().join("away")).unwrap();
+        std::fs::write(&path, "some text").unwrap();
+        std::fs::File::options().write(true).open(&path).unwrap().set_modified(time).unwrap();
+    };
+    restore(time);
+    assert_eq!(read().unwrap().concat(), ["some text"]);
+    restore(time + std::time::Duration::from_secs(9));
+    assert!(matches!(read().unwrap_err(), DataError::BadUnit { .. } | DataError::Changed { .. }));
+}

@@ -105,7 +105,15 @@ impl Coordinator {
             return impossible("it was not asked");
         }
         match ready.generation {
-            Some(generation) if generation > self.generation => Verdict::Ahead(generation),
+            Some(generation) if generation > self.generation => {
+                // Only who has proved that it belongs to the run is believed to have been in a group of it.
+                let is_of_run = self.members.get(worker).is_some_and(|member| member.hello.run.is_some());
+                if is_of_run {
+                    Verdict::Ahead(generation)
+                } else {
+                    impossible("it was in no group of this run")
+                }
+            }
             Some(generation) => {
                 if !ready.reports.is_empty() {
                     match self.check_steps(worker, generation, &ready.reports) {

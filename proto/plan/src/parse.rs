@@ -597,6 +597,12 @@ mod tests {
         assert_ne!(changed.digest(), plan.digest());
     }
 
+    #[test]
+    fn no_number_of_layers_is_too_large_to_be_refused() {
+        let problems = one(SMALL, &["model.num_transformer_layers=9223372036854775807"]).unwrap_err();
+        assert!(problems.to_string().contains("model.num_transformer_layers"), "{problems}");
+    }
+
     /// Checkpoints and databases hold it.
     #[test]
     fn digests_are_what_they_were() {

@@ -214,4 +214,10 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::Corrupt);
         assert!(error.to_string().contains(TOKEN_FILE), "{error}");
     }
+
+    #[test]
+    fn a_file_without_an_end_is_no_token() {
+        let error = read_token(Path::new("/dev/zero")).unwrap_err();
+        assert!(error.to_string().contains("more than 65536 bytes"), "{error}");
+    }
 }
