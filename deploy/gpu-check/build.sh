@@ -1,5 +1,5 @@
 #!/bin/sh
-# Builds what gpu_check.py runs into deploy/gpu-check/bin: stripped programs that a GPU machine needs no toolchain for.
+# Builds the programs that gpu_check.py runs, stripped, into deploy/gpu-check/bin. The GPU machine needs no toolchain.
 set -eu
 cd "$(dirname "$0")/../.."
 bin=deploy/gpu-check/bin

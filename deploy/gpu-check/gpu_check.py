@@ -1,17 +1,22 @@
-"""Checks and times Ulmus on a GPU, with PyTorch beside it by turns, and writes report.json and report.md.
+"""Tests and times Ulmus on a GPU, alternating with PyTorch, and writes report.json and report.md.
 
     deploy/gpu-check/build.sh                                   # anywhere, with the Rust toolchain
     python deploy/gpu-check/gpu_check.py --out gpu-report       # on the GPU machine, with PyTorch
 
-The parts, each by itself with `--only`: `parity` (every kernel and the golden run against the CPU and the reference),
-`collectives` (up to four processes that sum by NCCL, one of which is killed; on one GPU most of that needs NCCL 2.30, see
-`--nccl`), `training` (tokens/s and MFU of bf16 training, 2048 positions), `inference` (the paper's table: 35 tokens of
-prompt, 1024 new ones, batch 1), `norms` (what RMS norm costs as the authors wrote it, fused, and layer norm); and, only
-when asked for, `sanitizer` (the kernels under CUDA's compute-sanitizer, which sees races and reads beyond the end).
+`--only` selects parts of the check:
 
-Every figure is the median of `--rounds` runs, each in a process of its own; Ulmus and its peer take turns. What fails is
-told in the report and ends nothing else; the exit code is 1 then. The report is written after every run, and nothing
-begins after `--deadline`.
+- `parity`: every kernel and the golden run against the CPU and the reference.
+- `collectives`: up to four processes that reduce with NCCL, one of which is killed. On a single GPU most of this needs
+  NCCL 2.30; see `--nccl`.
+- `training`: tokens/s and MFU of bf16 training with sequences of 2048.
+- `inference`: the paper's table, with a prompt of 35 tokens, 1024 new tokens and batch size 1.
+- `norms`: the cost of RMS norm as the authors wrote it, of fused RMS norm, and of layer norm.
+- `sanitizer` (not run by default): the kernels under CUDA's compute-sanitizer, which detects races and out-of-bounds
+  accesses.
+
+Every figure is the median of `--rounds` runs, each in its own process; Ulmus and its peer alternate. A failure is
+reported and does not stop the rest, but the exit code is then 1. The report is written after every run, and nothing
+starts after `--deadline`.
 """
 
 import argparse
@@ -30,14 +35,14 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BIN = HERE / "bin"
 PEER = ROOT / "benches/peers/torch_openelm.py"
-# Dense bf16 TFLOP/s and GB/s of memory, by the vendor's data sheets.
+# Dense bf16 TFLOP/s and memory bandwidth in GB/s, from the vendor's data sheets.
 LIMITS = {"H100": (989.5, 3350), "H200": (989.5, 4800), "A100": (312, 2039), "4090": (165, 1008)}
-# Tests of collectives that do with one GPU, whatever the version of NCCL.
+# Tests of collectives that need only one GPU with any version of NCCL.
 ALONE = ["a_group_of_one_gives_what_it_should", "a_gpu_that_may_not_be_shared_is_refused"]
 
 
 def query(fields, every=False):
-    """Of the first GPU, or of all."""
+    """What nvidia-smi reports for the first GPU, or for every GPU."""
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     return lines if every else lines[0]
@@ -48,7 +53,7 @@ class Failed(Exception):
 
 
 def wheels():
-    """Folders of the libraries that came with PyTorch."""
+    """The library folders of the NVIDIA wheels that came with PyTorch."""
     try:
         import nvidia
     except ImportError:
@@ -57,13 +62,13 @@ def wheels():
 
 
 def environment(first=()):
-    """Of Ulmus, which finds its libraries as any program does, and those of PyTorch's wheels where there are no others."""
+    """Environment for Ulmus: the folders in `first`, then LD_LIBRARY_PATH, then the libraries of PyTorch's wheels."""
     folders = [*first, *filter(None, [os.environ.get("LD_LIBRARY_PATH")]), *wheels()]
     return {**os.environ, "LD_LIBRARY_PATH": ":".join(map(str, folders)), "RUST_BACKTRACE": "0"}
 
 
 def nccl(folder):
-    """Folder and version of NCCL: that one, or PyTorch's."""
+    """Folder and version of NCCL: the given folder, or PyTorch's."""
     try:
         if folder is None:
             import nvidia.nccl
@@ -72,12 +77,12 @@ def nccl(folder):
         version = ctypes.c_int()
         ctypes.CDLL(str(folder / "libnccl.so.2")).ncclGetVersion(ctypes.byref(version))
     except (ImportError, OSError) as error:
-        raise Failed(f"no NCCL: {error}; name the folder of libnccl.so.2 with --nccl")
+        raise Failed(f"no NCCL: {error}; give the folder of libnccl.so.2 with --nccl")
     return folder, (version.value // 10000, version.value // 100 % 100)
 
 
 class Peak:
-    """The most memory in use on the GPU while something runs, in MiB."""
+    """Peak memory in use on the GPU while the block runs, in MiB."""
 
     def __enter__(self):
         command = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--loop-ms=500"]
@@ -91,7 +96,7 @@ class Peak:
 
 
 def call(command, limit, environment=None):
-    """What a program said, or why it failed."""
+    """Returns what a program prints; raises `Failed` with the reason if it fails."""
     command = [str(word) for word in command]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
@@ -127,10 +132,10 @@ class Check:
             return None
 
     def seconds(self):
-        """That a run may take."""
+        """Time limit of the next run, in seconds."""
         left = self.end - time.monotonic()
         if left < 5:
-            raise Failed("not begun: the deadline has passed")
+            raise Failed("not started: the deadline has passed")
         return min(self.arguments.limit, left)
 
     def run(self, command, environment):
@@ -141,7 +146,7 @@ class Check:
         return {**result, "gpu_memory_mib": peak.most, "wall_seconds": round(time.monotonic() - begun, 1)}
 
     def by_turns(self, title, contestants):
-        """What each contestant says, over rounds in which every one runs once; one that has failed runs no more."""
+        """Results of each contestant. Every round runs each of them once; one that has failed is not run again."""
         results = {name: [] for name in contestants}
         failed = set()
         for _ in range(self.arguments.rounds):
@@ -171,7 +176,7 @@ class Check:
         self.say(f"\n## Collectives, NCCL {version[0]}.{version[1]}\n")
         chosen = []
         if version < (2, 30) and len(query("name", every=True)) < 4:
-            self.say("Four processes on fewer GPUs need NCCL 2.30: name the folder of one with --nccl.\n")
+            self.say("Four processes on fewer GPUs need NCCL 2.30; give its folder with --nccl.\n")
             chosen = ALONE
         self.tests([("nccl", chosen)], environment([folder]))
 
@@ -188,8 +193,8 @@ class Check:
             self.write()
 
     def tests(self, programs, environment):
-        """Each in a process of its own, as a fault of the device ends a process; what fails is tried again without what
-        could be to blame: recorded passes, and kernels that begin ahead."""
+        """Runs each test in its own process, because a device fault ends the process. A test that fails is repeated
+        without CUDA graphs and programmatic dependent launch, which could be to blame."""
         self.say("| test | result |\n|---|---|")
         problems = []
         for program, filters in programs:
@@ -217,8 +222,8 @@ class Check:
 
     def training(self):
         peak = self.limits[0] if self.limits else None
-        self.say("\n## Training, bf16, sequences of 2048, one micro-batch per update\n")
-        self.say("Ulmus with `train.algorithms = \"measured\"`, and, in brackets, with `library`.\n")
+        self.say("\n## Training, bf16, sequences of 2048, one micro-batch per step\n")
+        self.say("Ulmus with `train.algorithms = \"measured\"`; with `library` in brackets.\n")
         self.say("| model | batch | Ulmus tokens/s | MFU | memory, GB | PyTorch (torch.compile) | memory, GB | ratio |")
         self.say("|---|---|---|---|---|---|---|---|")
         report = {}
@@ -247,7 +252,7 @@ class Check:
             if "ulmus" in found:
                 kernels = found["ulmus"][-1]["kernels"]
                 total = sum(kernel["seconds"] for kernel in kernels)
-                self.say(f"\nKernels of a step of {preset}, each waited for, which adds some 10 us to a call:\n")
+                self.say(f"\nKernels of a step of {preset}, serialised, which adds about 10 us to each call:\n")
                 self.say("| kernel | ms | share |\n|---|---|---|")
                 for kernel in kernels:
                     ms, share = 1e3 * kernel["seconds"], 100 * kernel["seconds"] / total
@@ -268,7 +273,7 @@ class Check:
         prompt, generate = "prompt_tokens_per_second", "generate_tokens_per_second"
         share, ratio = "-", "-"
         if "ulmus" in found and self.limits:
-            # Every weight is read once per token.
+            # Each weight is read once per token.
             read = 2 * found["ulmus"][0]["parameters"] * middle("ulmus", generate) / 1e9
             share = f"{100 * read / self.limits[1]:.0f} %"
         if len(found) == 2:
@@ -279,8 +284,8 @@ class Check:
     def table(self, title):
         self.say(f"\n## {title}\n")
         self.say(
-            "| model | Ulmus prompt, tokens/s | generation | of memory bandwidth | PyTorch eager prompt | generation "
-            "| ratio of generation |\n|---|---|---|---|---|---|---|"
+            "| model | Ulmus prompt, tokens/s | generation | memory bandwidth used | PyTorch eager prompt | generation "
+            "| generation ratio |\n|---|---|---|---|---|---|---|"
         )
 
     def inference(self):
@@ -289,7 +294,7 @@ class Check:
             self.rates(preset, preset, "rms")
 
     def norms(self):
-        self.table("What the norm costs: the same with other norms")
+        self.table("Cost of the norm: the same with other norms")
         for preset in self.arguments.norms:
             for norm in ("naive_rms", "rms", "layer"):
                 self.rates(f"{preset}, {norm}", preset, norm)
@@ -297,7 +302,7 @@ class Check:
     def all(self):
         gpu = self.report["gpu"]
         self.say(f"# Ulmus on {gpu['name']}\n\n{self.report['date']}, driver {gpu['driver']}, medians of "
-                 f"{self.arguments.rounds} rounds by turns")
+                 f"{self.arguments.rounds} alternating rounds")
         for part in self.arguments.only:
             begun = time.monotonic()
             self.attempt(part, getattr(self, part))
@@ -320,13 +325,13 @@ def training_subject(text):
 def main():
     parts = ["parity", "collectives", "training", "inference", "norms"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the report")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--only", nargs="+", choices=[*parts, "sanitizer"], default=parts)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--runs", type=int, default=3, help="texts that a run of inference writes, after a first")
-    parser.add_argument("--nccl", type=Path, metavar="FOLDER", help="where libnccl.so.2 is [default: PyTorch's]")
-    parser.add_argument("--limit", type=int, default=300, help="seconds of one run")
-    parser.add_argument("--deadline", type=int, default=6 * 3600, help="seconds of all")
+    parser.add_argument("--runs", type=int, default=3, help="measured generations per inference run, after a warm-up")
+    parser.add_argument("--nccl", type=Path, metavar="FOLDER", help="folder of libnccl.so.2 [default: PyTorch's]")
+    parser.add_argument("--limit", type=int, default=300, help="time limit of one run, in seconds")
+    parser.add_argument("--deadline", type=int, default=6 * 3600, help="time limit of the whole check, in seconds")
     parser.add_argument("--training", nargs="+", type=training_subject, metavar="MODEL=BATCH",
                         default=[("openelm-270m", 16), ("openelm-1_1b", 8)])
     models = [f"openelm-{size}" for size in ("270m", "450m", "1_1b", "3b")]
