@@ -1,4 +1,4 @@
-//! Compiles the contract without protoc.
+//! Compiles the gRPC contract without needing protoc.
 
 use std::path::Path;
 

@@ -1,7 +1,7 @@
-//! Translation between wire messages and domain messages: `From` outwards, `TryFrom` inwards.
+//! Translation between wire messages and domain messages: `From` to the wire, `TryFrom` from it.
 //!
-//! Every field that the domain needs is required here, so that nothing behind this module meets a message that
-//! lacks one.
+//! Every field that the domain needs is required here, so that no code behind this module ever sees an incomplete
+//! message.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -15,18 +15,18 @@ use ulmus_types::{
 
 use crate::v1;
 
-/// A message that lacks something or says something impossible.
+/// A message that lacks a field, or has a field with an impossible value.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
-    /// A required field is not there: the other side is of another version.
+    /// A required field is missing: the other side has a different version.
     #[error("field {0} is missing from the message; use the same version on both sides")]
     Missing(&'static str),
-    /// A field has a value that it cannot have.
-    #[error("field {field} cannot be {value}; use the same version on both sides")]
+    /// A field has an impossible value.
+    #[error("field {field} is invalid: {value}; use the same version on both sides")]
     Invalid {
-        /// The field.
+        /// Name of the field.
         field: &'static str,
-        /// Its value.
+        /// The value, or what is wrong with it.
         value: String,
     },
 }
@@ -43,7 +43,7 @@ fn digest(field: &'static str, bytes: &[u8]) -> Result<Digest, WireError> {
     array(field, bytes).map(Digest::from_bytes)
 }
 
-/// An empty field is none.
+/// An empty field means that there is no run.
 fn run_id(field: &'static str, bytes: &[u8]) -> Result<Option<RunId>, WireError> {
     if bytes.is_empty() { Ok(None) } else { array(field, bytes).map(RunId::from_bytes).map(Some) }
 }
@@ -56,7 +56,7 @@ fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
-// ---- parts
+// ---- parts of messages
 
 impl From<WorkerId> for v1::WorkerId {
     fn from(id: WorkerId) -> Self {
@@ -103,7 +103,7 @@ fn failure(kind: ErrorKind, message: String) -> v1::Failure {
     v1::Failure { kind: v1::ErrorKind::from(kind).into(), message }
 }
 
-fn failed(failure: v1::Failure) -> Result<(ErrorKind, String), WireError> {
+fn read_failure(failure: v1::Failure) -> Result<(ErrorKind, String), WireError> {
     let kind = match failure.kind() {
         v1::ErrorKind::Retry => ErrorKind::Retry,
         v1::ErrorKind::Fenced => ErrorKind::Fenced,
@@ -331,10 +331,10 @@ fn suspected(suspect: v1::Suspect) -> Result<(Rank, Blame), WireError> {
 }
 
 fn exit_status(code: u32) -> Result<ExitStatus, WireError> {
-    ExitStatus::of_code(code).ok_or_else(|| WireError::Invalid { field: "finish", value: code.to_string() })
+    ExitStatus::from_code(code).ok_or_else(|| WireError::Invalid { field: "finish", value: code.to_string() })
 }
 
-fn written(files: BTreeMap<String, FileEntry>) -> Vec<v1::FileEntry> {
+fn file_entries(files: BTreeMap<String, FileEntry>) -> Vec<v1::FileEntry> {
     files
         .into_iter()
         .map(|(name, entry)| v1::FileEntry {
@@ -348,7 +348,7 @@ fn written(files: BTreeMap<String, FileEntry>) -> Vec<v1::FileEntry> {
 // ---- worker to coordinator
 
 impl From<(Option<RunId>, ToCoordinator)> for v1::FromWorker {
-    /// A message, and the run that it speaks of.
+    /// Converts a message and the id of the run that it is about.
     fn from((run, message): (Option<RunId>, ToCoordinator)) -> Self {
         use v1::from_worker::Message as Wire;
         let message = match message {
@@ -419,7 +419,7 @@ impl From<(Option<RunId>, ToCoordinator)> for v1::FromWorker {
             }
             ToCoordinator::Snapshot(snapshot) => Wire::Snapshot(snapshot.into()),
             ToCoordinator::Written { checkpoint, files } => {
-                Wire::Written(v1::Written { checkpoint: Some(checkpoint.into()), files: written(files) })
+                Wire::Written(v1::Written { checkpoint: Some(checkpoint.into()), files: file_entries(files) })
             }
             ToCoordinator::WriteFailed { checkpoint, kind, message } => {
                 let failure = Some(failure(kind, message));
@@ -446,10 +446,10 @@ impl From<(Option<RunId>, ToCoordinator)> for v1::FromWorker {
     }
 }
 
-/// Reads a message of a worker, and the run that it speaks of.
+/// Reads a message from a worker, and the id of the run that it is about.
 ///
 /// # Errors
-/// When a field is missing or cannot be.
+/// When a field is missing or has an impossible value.
 pub fn from_worker(message: v1::FromWorker) -> Result<(Option<RunId>, ToCoordinator), WireError> {
     let run = run_id("run", &message.run)?;
     Ok((run, required("message", message.message)?.try_into()?))
@@ -492,7 +492,7 @@ impl TryFrom<v1::from_worker::Message> for ToCoordinator {
                 snapshots: ready.snapshots.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
             }),
             Wire::Unfit(failure) => {
-                let (kind, message) = failed(failure)?;
+                let (kind, message) = read_failure(failure)?;
                 Self::Unfit { kind, message }
             }
             Wire::Draining(_) => Self::Draining,
@@ -522,7 +522,7 @@ impl TryFrom<v1::from_worker::Message> for ToCoordinator {
                         LeaveReason::Lost { suspect: left.suspect.map(suspected).transpose()?, message }
                     }
                     Reason::Failed(failure) => {
-                        let (kind, message) = failed(failure)?;
+                        let (kind, message) = read_failure(failure)?;
                         LeaveReason::Failed { kind, message }
                     }
                 };
@@ -542,7 +542,7 @@ impl TryFrom<v1::from_worker::Message> for ToCoordinator {
                 }
             }
             Wire::WriteFailed(write) => {
-                let (kind, message) = failed(required("write_failed.failure", write.failure)?)?;
+                let (kind, message) = read_failure(required("write_failed.failure", write.failure)?)?;
                 let checkpoint = required("write_failed.checkpoint", write.checkpoint)?.into();
                 Self::WriteFailed { checkpoint, kind, message }
             }
@@ -551,7 +551,7 @@ impl TryFrom<v1::from_worker::Message> for ToCoordinator {
                 Self::JobDone { job: required("job_done.job", done.job)?.try_into()?, result: done.result }
             }
             Wire::JobFailed(job) => {
-                let (kind, message) = failed(required("job_failed.failure", job.failure)?)?;
+                let (kind, message) = read_failure(required("job_failed.failure", job.failure)?)?;
                 let bad_unit = job.bad_unit.map(|v1::BadUnit { source, unit, .. }| BadUnit { source, unit });
                 Self::JobFailed {
                     job: required("job_failed.job", job.job)?.try_into()?,
@@ -646,7 +646,7 @@ impl TryFrom<v1::FromCoordinator> for ToWorker {
                 store: welcome.store,
             },
             Wire::Refused(refused) => {
-                let (kind, reason) = failed(refused)?;
+                let (kind, reason) = read_failure(refused)?;
                 Self::Refused { kind, reason }
             }
             Wire::Assign(assignment) => Self::Assign(Assignment {

@@ -1,6 +1,6 @@
-//! The gRPC contract, and its translation into the messages that the rest of Ulmus speaks.
+//! The gRPC contract, and its translation into the messages that the rest of Ulmus uses.
 //!
-//! Generated types stay in this crate and in the two thin ends of the stream: everything else uses
+//! Generated types appear only in this crate and at the two thin ends of the stream. Everything else uses
 //! [`ulmus_types::ToCoordinator`] and [`ulmus_types::ToWorker`].
 
 #![forbid(unsafe_code)]
@@ -17,6 +17,6 @@ mod status;
 pub use convert::{WireError, from_worker};
 pub use status::{kind_of, status_of};
 
-/// Largest message that either side takes, in bytes: a resolved plan with thousands of file names, or the reports of steps of a
-/// worker that was alone for long.
+/// Largest message that either side accepts, in bytes. It has room for a resolved plan with thousands of file names, or
+/// for all the step reports of a worker that was long without a coordinator.
 pub const MESSAGE_LIMIT: usize = 16 << 20;

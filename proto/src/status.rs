@@ -1,9 +1,9 @@
-//! Kinds of errors as gRPC status codes, in one place.
+//! Maps error kinds to gRPC status codes and back.
 
 use tonic::{Code, Status};
 use ulmus_types::ErrorKind;
 
-/// The status that tells the other side what it can do.
+/// The status that tells the other side what it can do about the error.
 pub fn status_of(kind: ErrorKind, message: impl Into<String>) -> Status {
     let code = match kind {
         ErrorKind::Retry => Code::Unavailable,
@@ -17,7 +17,7 @@ pub fn status_of(kind: ErrorKind, message: impl Into<String>) -> Status {
     Status::new(code, message)
 }
 
-/// What can be done about a status.
+/// What can be done about an error with this status.
 pub fn kind_of(status: &Status) -> ErrorKind {
     match status.code() {
         Code::Aborted => ErrorKind::Fenced,

@@ -1,49 +1,49 @@
-//! What a caller can do about an error, and how a process tells it to its own caller.
+//! What a caller can do about an error, and the exit code that reports it.
 
 use std::process::ExitCode;
 
-/// Sorts errors by what can be done about them. Every error enum of Ulmus answers `kind()`.
+/// Classifies errors by what can be done about them. Every error enum in Ulmus has a `kind()`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
-    /// It may work when tried again: a slow store, a lost connection.
+    /// Trying again may work: a slow store, a lost connection.
     Retry,
-    /// Somebody newer has taken over: never try again, leave and rejoin.
+    /// A newer generation has taken over: do not try again; leave and rejoin.
     Fenced,
     /// The input is wrong; the message says what to write instead.
     InvalidInput,
-    /// The other side says no: another version, another fingerprint, a store that is not shared.
+    /// The other side refuses: different version, different fingerprint, store not shared.
     Refused,
-    /// Stored bytes are not what was written.
+    /// Stored bytes differ from what was written.
     Corrupt,
-    /// A disk takes nothing: it is full, or may not be written.
+    /// A disk cannot be written: it is full, or permission is denied.
     Disk,
-    /// A defect of Ulmus or of its machine.
+    /// A bug in Ulmus, or a fault of the machine.
     Internal,
 }
 
 /// The exit codes of all programs; `docs/run-folder.md` lists them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ExitStatus {
-    /// 0: everything that was asked for is done.
+    /// 0: everything requested is done.
     Done,
-    /// 1: something failed that is nobody's input: a defect, a full disk.
+    /// 1: a failure that wrong input did not cause: a bug, a full disk.
     Failed,
     /// 2: wrong input; the message says what to write instead.
     InvalidInput,
-    /// 3: refused: port in use, run folder locked, worker of another version.
+    /// 3: refused: port in use, run folder locked, worker of a different version.
     Refused,
-    /// 4: fenced: somebody newer has taken over.
+    /// 4: fenced: a newer process has taken over.
     Fenced,
-    /// 5: stored data is damaged, and there is no older good copy to go back to.
+    /// 5: stored data is damaged, and no older intact copy exists.
     Corrupt,
-    /// 6: nothing answered in time; trying again may work.
+    /// 6: no answer in time; trying again may work.
     Unavailable,
-    /// 130: interrupted, and everything was saved.
+    /// 130: interrupted after saving everything.
     Interrupted,
 }
 
 impl ExitStatus {
-    /// The number that the process returns.
+    /// The exit code as a number.
     pub const fn code(self) -> u8 {
         match self {
             Self::Done => 0,
@@ -70,8 +70,8 @@ impl ExitStatus {
         Self::Interrupted,
     ];
 
-    /// The status that a number stands for.
-    pub fn of_code(code: u32) -> Option<Self> {
+    /// The status with this exit code, if there is one.
+    pub fn from_code(code: u32) -> Option<Self> {
         Self::ALL.into_iter().find(|status| u32::from(status.code()) == code)
     }
 }

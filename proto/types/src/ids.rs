@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// A text that is not the identity it should be.
+/// Text that is not a valid id or name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{text:?} is not a {what}; {rule}")]
 pub struct IdError {
@@ -35,7 +35,7 @@ macro_rules! number {
                 self.0
             }
 
-            /// The one after this.
+            /// The next number.
             #[must_use]
             pub const fn next(self) -> Self {
                 Self(self.0 + 1)
@@ -51,8 +51,8 @@ macro_rules! number {
 }
 
 number! {
-    /// The membership number of a run. It grows with each change of the training group, is stored before any
-    /// assignment is sent, and fences everything that was said under an older one.
+    /// The membership number of a run. It increases with every change of the training group, is stored before any
+    /// assignment is sent, and fences every message sent under an older one.
     Generation(u64)
 }
 number! {
@@ -60,7 +60,7 @@ number! {
     Step(u64)
 }
 number! {
-    /// A worker's place in the training group of one generation, from 0.
+    /// A worker's position in the training group of one generation, from 0.
     Rank(u32)
 }
 number! {
@@ -68,7 +68,7 @@ number! {
     LaneId(u32)
 }
 number! {
-    /// Tells one life of a worker process from its next.
+    /// Distinguishes one life of a worker process from the next.
     Incarnation(u64)
 }
 
@@ -93,18 +93,18 @@ fn is_name(text: &str) -> bool {
         && bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
 }
 
-/// Tells a run from every other one, of whatever name: 16 random bytes, written as 32 hexadecimal digits.
+/// Distinguishes a run from every other, whatever their names: 16 random bytes, written as 32 hexadecimal digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct RunId(u128);
 
 impl RunId {
-    /// An id of random bytes.
+    /// Builds an id from random bytes.
     pub const fn from_bytes(bytes: [u8; 16]) -> Self {
         Self(u128::from_be_bytes(bytes))
     }
 
-    /// Its bytes.
+    /// The 16 bytes of the id.
     pub const fn to_bytes(self) -> [u8; 16] {
         self.0.to_be_bytes()
     }
@@ -128,7 +128,7 @@ impl FromStr for RunId {
         let digits = text.len() == 32 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
         match u128::from_str_radix(text, 16) {
             Ok(id) if digits => Ok(Self(id)),
-            _ => Err(IdError { what: "run id", text: text.to_owned(), rule: "it has 32 hexadecimal digits" }),
+            _ => Err(IdError { what: "run id", text: text.to_owned(), rule: "use 32 hexadecimal digits" }),
         }
     }
 }
@@ -147,7 +147,7 @@ impl From<RunId> for String {
     }
 }
 
-/// The name of a run, and of its folder.
+/// The name of a run and of its folder.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct RunName(String);
@@ -254,7 +254,7 @@ impl CheckpointId {
         Self { step, generation }
     }
 
-    /// The number of updates that the state has seen.
+    /// The number of optimizer updates that the state has seen.
     pub const fn step(self) -> Step {
         self.step
     }
@@ -278,7 +278,7 @@ impl FromStr for CheckpointId {
         let error = || IdError {
             what: "checkpoint name",
             text: text.to_owned(),
-            rule: "it has the form step-00005000-g3",
+            rule: "use the form step-00005000-g3",
         };
         let (step, generation) =
             text.strip_prefix("step-").and_then(|rest| rest.split_once("-g")).ok_or_else(error)?;
@@ -286,7 +286,7 @@ impl FromStr for CheckpointId {
             Step::new(step.parse().map_err(|_| error())?),
             Generation::new(generation.parse().map_err(|_| error())?),
         );
-        // Only the canonical spelling is a name, so that no checkpoint has two.
+        // Only the canonical spelling is accepted, so that no checkpoint has two names.
         if id.to_string() == text { Ok(id) } else { Err(error()) }
     }
 }

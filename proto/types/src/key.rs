@@ -1,13 +1,13 @@
-//! The secret by which the members of one group know each other.
+//! The secret by which the members of one group recognize each other.
 
 use std::fmt;
 
-/// The key of one generation. Whoever has it is a member; it is never printed.
+/// The key of one generation's group. Holding it proves membership; it is never printed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct GroupKey([u8; 32]);
 
 impl GroupKey {
-    /// Takes a key as it came over the wire.
+    /// Wraps a key that was derived, or received over the wire.
     pub const fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }

@@ -1,4 +1,4 @@
-//! Identities, digests and problems that every crate of Ulmus speaks about.
+//! Identities, digests, messages and errors shared by every crate of Ulmus.
 //!
 //! Everything here is plain data: no I/O, no clock, no async. The types are parsed once at the edge and
 //! cannot be confused with each other afterwards: a [`Generation`] is not a [`Step`].
@@ -35,5 +35,5 @@ pub use secret::{RunSecret, SessionSecret};
 pub use text::for_people;
 pub use timing::{CONNECT_WITHIN, FORM_WITHIN, HEARTBEAT_INTERVAL};
 
-/// Target of a position that is not trained on: padding, or the end of a document.
+/// Target value of a position that is not trained on: padding, or the end of a document.
 pub const IGNORE: u32 = u32::MAX;

@@ -1,9 +1,9 @@
-//! What coordinator and worker say to each other, free of any wire format.
+//! The messages between coordinator and worker, independent of any wire format.
 //!
-//! A worker opens one stream and says [`Hello`]; everything else follows from it. Whatever it says after that carries
-//! the id of the run that it speaks of, so that nothing of one run is ever taken for another's. Every message about
-//! training names its generation, so that what was said under an older one can be told apart and fenced. Reports are
-//! idempotent: saying the same thing twice changes nothing.
+//! A worker opens one stream and sends [`Hello`]; everything else follows from it. Every later message carries the id
+//! of the run it is about, so that one run's data is never taken for another's. Every message about training names its
+//! generation, so that messages from an older one can be recognized and fenced. Reports are idempotent: sending the
+//! same one twice changes nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -22,103 +22,103 @@ use crate::{
 pub struct Hello {
     /// Who it is.
     pub worker: WorkerId,
-    /// Version of its build; both sides must be of one version.
+    /// Version of its build; both sides must have the same one.
     pub version: String,
-    /// Where other workers reach it, `host:port`.
+    /// Address at which other workers reach it, `host:port`.
     pub address: String,
-    /// What it computes on, for a person.
+    /// What it computes on, in words for a person.
     pub device: String,
     /// Compute threads.
     pub threads: u32,
-    /// Process id, so that a coordinator knows its own children again.
+    /// Process id, by which a coordinator recognizes its own children.
     pub pid: u32,
-    /// The run that it belongs to already, because it was welcomed there before.
+    /// The run that it already belongs to, if it was welcomed before.
     pub run: Option<RunId>,
-    /// What the welcome to that run gave it: proves that it is the worker that it says it is.
+    /// The secret from that run's welcome, which proves the worker's identity.
     pub secret: Option<SessionSecret>,
-    /// What it is doing; a worker that rejoins may be in the middle of training or of a job.
+    /// What it is doing; a worker that reconnects may be in the middle of training or of a job.
     pub status: WorkerStatus,
 }
 
 /// What a worker is doing at the moment of its [`Hello`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WorkerStatus {
-    /// Nothing. It may hold the state after some step.
+    /// Nothing. It may still hold a training state.
     Idle,
-    /// It trains in the group of this generation.
+    /// Training in the group of this generation.
     Training(Generation),
-    /// It does this job, or has done it and could not say so yet.
+    /// Working on this job, or waiting to report its result.
     Working(Job),
 }
 
-/// One optimizer update as everybody in the group saw it.
+/// One optimizer update, as every member of the group saw it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StepReport {
-    /// Updates done, this one included.
+    /// Updates done, including this one.
     pub step: Step,
     /// Valid tokens trained on so far.
     pub tokens: u64,
     /// Mean cross-entropy per valid token before the update, in nats.
     pub loss: f64,
-    /// Mean z-loss per valid token, weighted.
+    /// Mean weighted z-loss per valid token.
     pub z_loss: f64,
     /// L2 norm of the gradient before clipping.
     pub grad_norm: f64,
     /// Learning rate of the update.
     pub lr: f64,
-    /// Mean cross-entropy on held-out text after the update, where it was measured.
+    /// Mean cross-entropy on held-out (validation) text after the update, in nats, if it was measured.
     pub held_out_loss: Option<f64>,
     /// Wall time of the step.
     pub elapsed: Duration,
-    /// Part of it spent waiting for data.
+    /// Time of the step spent waiting for data.
     pub data_wait: Duration,
-    /// Part of it spent in collectives.
+    /// Time of the step spent in collective operations.
     pub communication: Duration,
 }
 
-/// How reading a source goes on one worker, since it opened its data.
+/// Statistics of reading one source on one worker, since it opened its data.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct SourceReading {
     /// Name of the source.
     pub source: String,
-    /// Epochs that the stream has passed that has come least far, by whole units: of a compressed file, when it is read.
+    /// Epochs completed by the slowest stream, counted in whole units: a compressed file counts once it is fully read.
     pub epochs: f64,
-    /// Documents that were decoded, read-ahead included.
+    /// Documents decoded, including read-ahead.
     pub documents: u64,
-    /// Tokens of those that are left after the filters.
+    /// Tokens of the documents that passed the filters.
     pub tokens: u64,
-    /// Bytes of their text before the filters; none where token ids are read.
+    /// Bytes of text before the filters; 0 for sources of token ids.
     pub text_bytes: u64,
-    /// Documents with too few characters.
+    /// Documents dropped because they had too few characters.
     pub short_characters: u64,
-    /// Documents with too few tokens.
+    /// Documents dropped because they had too few tokens.
     pub short_tokens: u64,
-    /// Documents that are held out.
+    /// Documents held out for validation.
     pub held_out: u64,
-    /// Units that are left out, by everybody.
+    /// Quarantined units, which every worker skips.
     pub bad_units: u64,
-    /// Bytes that came from the store.
+    /// Bytes read from the store.
     pub fetched_bytes: u64,
-    /// Bytes that came from the cache on disk.
+    /// Bytes read from the cache on disk.
     pub cached_bytes: u64,
-    /// Requests that failed, most of which were then made again.
+    /// Failed requests, most of which were then retried.
     pub failed_requests: u64,
-    /// Streams that the worker reads.
+    /// Streams read by this worker.
     pub streams: u64,
-    /// Those of them whose next window is in memory.
+    /// Streams whose next window is in memory.
     pub ready: u64,
-    /// Time in which steps waited for the source.
+    /// Time that steps spent waiting for the source.
     pub waited: Duration,
-    /// Time in which all this was counted.
+    /// Time covered by these statistics.
     pub elapsed: Duration,
 }
 
-/// A unit of a source that cannot be read: by its place in the manifest.
+/// A unit of a source that cannot be read, identified by its position in the manifest.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct BadUnit {
     /// Name of the source.
     pub source: String,
-    /// Number of the unit.
+    /// Index of the unit.
     pub unit: u64,
 }
 
@@ -131,22 +131,22 @@ impl fmt::Display for BadUnit {
 /// Why a worker is no longer in its group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LeaveReason {
-    /// All agreed to pause at this step: for new members, or to stop.
+    /// All members agreed to pause at this step: to admit new members, or to stop.
     Agreed,
     /// Every update of the plan is done.
     Finished,
-    /// A source's `max_epochs` is used up; the text names it.
+    /// A source has used up its `max_epochs`; the text names the source.
     Exhausted(String),
-    /// A unit of a source cannot be read; the text tells why.
+    /// A unit of a source cannot be read; the text says why.
     BadUnit(BadUnit, String),
     /// The collective broke or was aborted.
     Lost {
-        /// The neighbour whose fault it seems to be, and how, if it was seen.
+        /// The neighbour that seems to be at fault, and how, if the member saw one.
         suspect: Option<(Rank, Blame)>,
-        /// What was seen.
+        /// What the member saw.
         message: String,
     },
-    /// Training cannot go on: damaged data, a gradient that is not finite.
+    /// Training cannot continue: damaged data, a non-finite gradient.
     Failed {
         /// What can be done about it.
         kind: ErrorKind,
@@ -155,79 +155,79 @@ pub enum LeaveReason {
     },
 }
 
-/// What a worker's trainer is doing, as far as waiting for it is concerned.
+/// What a worker's trainer is doing; it determines how long others wait for it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Section {
     /// Nothing, or a job.
     #[default]
     Idle,
-    /// It forms a group: connects, and agrees on a state.
+    /// Forming a group: connecting, and agreeing on a state.
     Forming,
-    /// It computes its share of a step.
+    /// Computing its share of a step.
     Computing,
-    /// It is in a collective operation with the others.
+    /// In a collective operation with the other members.
     Collective,
-    /// It waits for text that is not there yet.
+    /// Waiting for text that has not arrived yet.
     Reading,
-    /// It measures the held-out loss.
+    /// Measuring the held-out loss.
     Measuring,
-    /// It waits until an older state is stored.
+    /// Waiting until an older state is stored.
     Storing,
 }
 
-/// That a worker lives, and how far it has come.
+/// Shows that a worker is alive, and how far it has got.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Heartbeat {
     /// The group that it is in, if any.
     pub generation: Generation,
-    /// Collective operations of the group that it has entered: of a group that stands still, the member that stays
-    /// behind is the culprit.
+    /// Number of the group's collective operations that it has entered: when a group stalls, the member that is behind
+    /// the others is the culprit.
     pub collective: u64,
     /// What the trainer is doing.
     pub section: Section,
-    /// How long ago it began that, or last said that it still waits.
+    /// How long ago it entered this section, or last confirmed that it is still waiting.
     pub since: Duration,
-    /// Processor time that the process has used so far: a job that does not move uses none.
+    /// Processor time used by the process so far: a job that hangs uses none.
     pub busy: Duration,
 }
 
-/// Steps that are trained once more because a milestone is damaged.
+/// A request to train some steps again, because a milestone is damaged.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Repair {
-    /// Milestones to make again. Training begins from the newest good checkpoint before the first of them and ends
-    /// with the last.
+    /// Milestones to recreate. Training begins at the newest intact checkpoint before the first of them and ends with
+    /// the last.
     pub milestones: BTreeSet<Step>,
 }
 
-/// Everything that a worker that can take work has not been told is recorded.
+/// Sent when a worker can take work, with everything that the coordinator has not confirmed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ready {
-    /// Hash of one fixed micro-batch's gradients: tells its arithmetic.
+    /// Hash of the gradients of one fixed micro-batch: equal only on machines with the same arithmetic.
     pub fingerprint: Digest,
     /// The last group that it was in.
     pub generation: Option<Generation>,
-    /// Updates that were done there and not yet confirmed, oldest first.
+    /// Updates done in that group and not yet confirmed, oldest first.
     pub reports: Vec<StepReport>,
-    /// States that it keeps in memory.
+    /// States that it holds in memory.
     pub snapshots: Vec<Snapshot>,
 }
 
-/// Whether a checkpoint is kept.
+/// Whether a checkpoint is kept for good.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CheckpointKind {
-    /// On the grid of the plan: kept, and averaged at the end.
+    /// At a step of the plan's milestone interval: kept, and possibly averaged at the end.
     Milestone,
-    /// To come back after a failure: only the newest are kept.
+    /// For recovery after a failure: only the newest are kept.
     Recovery,
 }
 
 /// Size and hash of a stored file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileEntry {
-    /// Its length.
+    /// Length in bytes.
     pub bytes: u64,
-    /// BLAKE3 of its content.
+    /// BLAKE3 hash of the content.
     pub digest: Digest,
 }
 
@@ -238,16 +238,16 @@ impl FileEntry {
     }
 }
 
-/// A state that a worker keeps in memory until it is stored.
+/// A state that a worker holds in memory until it is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {
-    /// Its name.
+    /// The checkpoint that the state will become.
     pub checkpoint: CheckpointId,
-    /// Whether it is kept.
+    /// Whether that checkpoint is kept for good.
     pub kind: CheckpointKind,
-    /// Hash of weights, moments and counters; equal on every worker.
+    /// Hash of weights, moments and counters; the same on every worker.
     pub state: Digest,
-    /// The files that it consists of.
+    /// Names of the files that the checkpoint consists of.
     pub files: Vec<String>,
 }
 
@@ -272,7 +272,7 @@ pub enum Job {
 }
 
 impl Job {
-    /// Its kind, whatever it reads.
+    /// The kind of the job.
     pub const fn kind(&self) -> JobKind {
         match self {
             Self::Prepare => JobKind::Prepare,
@@ -285,13 +285,13 @@ impl Job {
         }
     }
 
-    /// The name of its kind.
+    /// The name of the job's kind.
     pub const fn name(&self) -> &'static str {
         self.kind().name()
     }
 }
 
-/// What a job makes. A run has one job of each kind.
+/// What a job produces. A run has one job of each kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum JobKind {
     /// Shards, tokenizer and manifest.
@@ -311,7 +311,7 @@ pub enum JobKind {
 }
 
 impl JobKind {
-    /// Every kind, in the order in which a run comes to them.
+    /// Every kind, in the order in which a run reaches them.
     pub const ALL: [Self; 7] = [
         Self::Prepare,
         Self::Average,
@@ -322,7 +322,7 @@ impl JobKind {
         Self::Benchmark,
     ];
 
-    /// A short name, which is also that of its result file.
+    /// A short name, also used for the result file.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Prepare => "prepare",
@@ -335,7 +335,7 @@ impl JobKind {
         }
     }
 
-    /// The kind of that name.
+    /// The kind with this name.
     pub fn of_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.name() == name)
     }
@@ -344,71 +344,71 @@ impl JobKind {
 /// A neighbour in the ring.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Peer {
-    /// Where it listens.
+    /// Address at which it listens, `host:port`.
     pub address: String,
-    /// Who must answer there.
+    /// The worker that must answer at that address.
     pub worker: WorkerId,
 }
 
-/// A worker's place in a new group.
+/// A worker's role in a new group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Assignment {
     /// The group.
     pub generation: Generation,
-    /// The worker's place in it.
+    /// The worker's rank in the group.
     pub rank: Rank,
-    /// Workers in it.
+    /// Number of workers in the group.
     pub size: u32,
-    /// By which its members know each other.
+    /// Key by which the members recognize each other.
     pub key: GroupKey,
-    /// The one before it in the ring.
+    /// The previous member in the ring.
     pub previous: Peer,
-    /// The one after it in the ring.
+    /// The next member in the ring.
     pub next: Peer,
-    /// Its share of every update's micro-batches.
+    /// The worker's share of each update's micro-batches.
     pub micro_batches: Range<u64>,
-    /// Updates that the coordinator has recorded: no checkpoint of a later step is taken up.
+    /// Updates that the coordinator has recorded: checkpoints of later steps are ignored.
     pub recorded: Step,
-    /// Whether training may begin from the seed, if no member has a state and no checkpoint holds.
+    /// Whether training may start from the seed, if no member has a state and no checkpoint is intact.
     pub may_begin: bool,
-    /// Set when the group trains some steps once more.
+    /// Set when the group trains some steps again.
     pub repair: Option<Repair>,
 }
 
-/// What a group is asked to do at the end of a step that all its members agree on.
+/// What a group is asked to do at the end of a step on which all its members agree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GroupRequest {
-    /// Keep a recovery checkpoint.
+    /// Save a recovery checkpoint.
     Save,
     /// Leave the group, keeping the state, so that a new one can be formed.
     Pause,
-    /// Keep a recovery checkpoint and leave the group.
+    /// Save a recovery checkpoint and leave the group.
     Stop,
 }
 
-/// From worker to coordinator.
+/// A message from a worker to the coordinator.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ToCoordinator {
     /// The first message.
     Hello(Hello),
-    /// What the worker read in the run's store, as [`crate::nonce_digest`] of it, or why it could not.
+    /// The [`crate::nonce_digest`] of what the worker read in the run's store, or why it could not read it.
     StoreRead(Result<Digest, String>),
     /// The worker can take work.
     Ready(Ready),
-    /// The worker cannot take up the run, and leaves.
+    /// The worker cannot join the run, and leaves.
     Unfit {
         /// What can be done about it.
         kind: ErrorKind,
         /// Why.
         message: String,
     },
-    /// The worker was asked to leave: it wants to hand over what it has, and go.
+    /// The worker was asked to leave: it will hand over what it holds and exit.
     Draining,
-    /// It lives.
+    /// The worker is alive.
     Heartbeat(Heartbeat),
-    /// It has reached its neighbours in the group, and now takes part in agreeing on a state, which may take long.
+    /// It has connected to its neighbours in the group, which now agrees on a state; that may take long.
     Connected(Generation),
-    /// Its group agrees on the step to go on from.
+    /// Its group has agreed on the step to continue from.
     Formed {
         /// The group.
         generation: Generation,
@@ -419,17 +419,17 @@ pub enum ToCoordinator {
     Steps {
         /// The group.
         generation: Generation,
-        /// One per update.
+        /// A report of each update.
         reports: Vec<StepReport>,
     },
-    /// How reading goes, at a checkpoint.
+    /// Reading statistics, sent at a checkpoint.
     Reading {
         /// Updates done.
         step: Step,
-        /// One per source.
+        /// Statistics of each source.
         sources: Vec<SourceReading>,
     },
-    /// It is out of its group, idle, with the state after `step`.
+    /// It has left its group and is idle, with the state after `step`.
     Left {
         /// The group it was in.
         generation: Generation,
@@ -438,16 +438,16 @@ pub enum ToCoordinator {
         /// Why.
         reason: LeaveReason,
     },
-    /// It keeps a state in memory that should be stored.
+    /// It holds a state in memory that should be stored.
     Snapshot(Snapshot),
-    /// It stored parts of a checkpoint.
+    /// It has stored files of a checkpoint.
     Written {
         /// The checkpoint.
         checkpoint: CheckpointId,
-        /// The parts.
+        /// The files.
         files: BTreeMap<String, FileEntry>,
     },
-    /// A part could not be stored.
+    /// It could not store a file of a checkpoint.
     WriteFailed {
         /// The checkpoint.
         checkpoint: CheckpointId,
@@ -456,13 +456,13 @@ pub enum ToCoordinator {
         /// What happened.
         message: String,
     },
-    /// Something that a person should know, such as a damaged checkpoint that was passed over.
+    /// Something that a person should know, such as a damaged checkpoint that was skipped.
     Notice(String),
-    /// A job is done; its result as JSON.
+    /// A job is done.
     JobDone {
         /// The job.
         job: Job,
-        /// JSON.
+        /// Its result, as JSON.
         result: String,
     },
     /// A job failed.
@@ -473,15 +473,15 @@ pub enum ToCoordinator {
         kind: ErrorKind,
         /// What happened.
         message: String,
-        /// The unit whose fault it is, if it is one's.
+        /// The unit that caused the failure, if one did.
         bad_unit: Option<BadUnit>,
-        /// The checkpoint that is damaged, if that is the reason.
+        /// The damaged checkpoint that caused the failure, if one did.
         damaged: Option<CheckpointId>,
     },
 }
 
 impl ToCoordinator {
-    /// What kind of message it is, for a person.
+    /// The name of the message's kind, for a person.
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Hello(_) => "hello",
@@ -505,23 +505,23 @@ impl ToCoordinator {
     }
 }
 
-/// From coordinator to worker.
+/// A message from the coordinator to a worker.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ToWorker {
-    /// The worker may join: this is the run.
+    /// The worker may join the run.
     Welcome {
-        /// The run.
+        /// The name of the run.
         run: RunName,
-        /// Tells it from every other run, of whatever name.
+        /// The id of the run.
         id: RunId,
-        /// What this worker proves with that it is itself, when it has to connect anew.
+        /// The secret with which this worker proves its identity when it reconnects.
         secret: SessionSecret,
         /// The resolved plan, as TOML.
         plan: String,
-        /// The folder of the run, as a URL. The worker must prove that it sees it: see [`crate::nonce_digest`].
+        /// The run folder, as a URL. The worker must prove that it can read it: see [`crate::nonce_digest`].
         store: String,
     },
-    /// The worker may not join, or no longer.
+    /// The worker may not join, or must leave.
     Refused {
         /// What can be done about it.
         kind: ErrorKind,
@@ -532,21 +532,21 @@ pub enum ToWorker {
     Assign(Assignment),
     /// Leave the group at once: a member is lost.
     Abort(Generation),
-    /// Pass on at the end of a step.
+    /// Something for the group to do at the end of a step.
     Request(Generation, GroupRequest),
     /// Reports up to this step are stored.
     Acknowledge(Step),
-    /// Store these parts of a snapshot.
+    /// Store these files of a snapshot.
     Write {
         /// The checkpoint.
         checkpoint: CheckpointId,
-        /// The parts.
+        /// Names of the files.
         files: Vec<String>,
     },
     /// The snapshot need not be kept any longer.
     Release(CheckpointId),
     /// Do a job.
     Run(Job),
-    /// The run is over, or goes on without this worker; leave, with this exit code.
+    /// The run is over, or continues without this worker; exit with this code.
     Finish(ExitStatus),
 }

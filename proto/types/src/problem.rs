@@ -1,15 +1,15 @@
-//! Problems of a plan, collected so that a person sees all of them at once.
+//! Problems of a plan, collected so that a person sees them all at once.
 
 use std::fmt;
 
 /// One thing that is wrong with a plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// Path of the key, for instance `train.sequences`.
+    /// Path of the key, such as `train.sequences`.
     pub key: String,
-    /// The value as written, or "missing".
+    /// The value as written, or `missing`.
     pub value: String,
-    /// The rule that it breaks.
+    /// The rule that the value breaks.
     pub rule: String,
     /// What to write instead.
     pub fix: String,
@@ -21,17 +21,17 @@ impl fmt::Display for Problem {
     }
 }
 
-/// All problems that were found, in the order in which they were found.
+/// All problems found, in the order in which they were found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Problems(Vec<Problem>);
 
 impl Problems {
-    /// Nothing wrong yet.
+    /// An empty collection.
     pub const fn new() -> Self {
         Self(Vec::new())
     }
 
-    /// Records one.
+    /// Records a problem.
     pub fn add(
         &mut self,
         key: impl Into<String>,
@@ -47,7 +47,7 @@ impl Problems {
         });
     }
 
-    /// Records one unless `holds`.
+    /// Records a problem unless `holds`.
     pub fn check(
         &mut self,
         holds: bool,
@@ -61,27 +61,27 @@ impl Problems {
         }
     }
 
-    /// Takes over those of another collection.
+    /// Appends the problems of another collection.
     pub fn extend(&mut self, other: Self) {
         self.0.extend(other.0);
     }
 
-    /// Whether nothing is wrong.
+    /// Whether there are no problems.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// How many there are.
+    /// The number of problems.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// All of them.
+    /// Iterates over the problems.
     pub fn iter(&self) -> std::slice::Iter<'_, Problem> {
         self.0.iter()
     }
 
-    /// `value` if nothing is wrong.
+    /// Returns `value` if there are no problems.
     ///
     /// # Errors
     /// The problems, if there are any.

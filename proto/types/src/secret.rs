@@ -1,6 +1,6 @@
-//! What proves who speaks, derived from one secret of the run.
+//! Secrets that prove a worker's identity, all derived from one secret of the run.
 //!
-//! Nothing here is ever printed: `Debug` hides the bytes, and comparisons take the same time wherever they fail.
+//! None of them is ever printed: `Debug` hides the bytes. Comparisons take constant time.
 
 use std::fmt;
 
@@ -11,18 +11,18 @@ use crate::{Generation, GroupKey, WorkerId};
 pub struct RunSecret([u8; 32]);
 
 impl RunSecret {
-    /// A secret of random bytes.
+    /// Builds a secret from random bytes.
     pub const fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 
-    /// What a worker is given with its welcome. It is the same whenever it is asked for, so that a coordinator that was
-    /// started again knows its workers.
+    /// The secret that a worker gets with its welcome. It is always the same for the same worker, so that a restarted
+    /// coordinator recognizes its workers.
     pub fn session(&self, worker: &WorkerId) -> SessionSecret {
         SessionSecret(self.derive("session", worker.to_string().as_bytes()))
     }
 
-    /// The key of a generation's group. One key tells nothing of another.
+    /// The key of a generation's group. One key reveals nothing about another.
     pub fn group(&self, generation: Generation) -> GroupKey {
         GroupKey::from_bytes(self.derive("ring", &generation.get().to_le_bytes()))
     }
@@ -40,17 +40,17 @@ impl fmt::Debug for RunSecret {
     }
 }
 
-/// What a worker proves with that it is itself, when it connects anew.
+/// The secret with which a worker proves its identity when it reconnects.
 #[derive(Clone, Copy)]
 pub struct SessionSecret([u8; 32]);
 
 impl SessionSecret {
-    /// Takes the bytes that came over the wire.
+    /// Wraps bytes received over the wire.
     pub const fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 
-    /// Its bytes.
+    /// The 32 bytes of the secret.
     pub const fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
@@ -58,7 +58,7 @@ impl SessionSecret {
 
 impl PartialEq for SessionSecret {
     fn eq(&self, other: &Self) -> bool {
-        // The hash's comparison takes constant time.
+        // `blake3::Hash` compares in constant time.
         blake3::Hash::from_bytes(self.0) == blake3::Hash::from_bytes(other.0)
     }
 }

@@ -1,7 +1,7 @@
-//! Text of other processes that a person will read.
+//! Text from other processes that a person will read.
 
 /// Makes text safe to print on a terminal and to append to a log: one line of at most `limit` characters, without
-/// control characters, escapes, and marks that reorder what follows them.
+/// control characters, escape sequences, or marks that reorder the text after them.
 pub fn for_people(text: &str, limit: usize) -> String {
     let mut shown = String::with_capacity(text.len().min(4 * limit));
     let mut count = 0;
@@ -22,7 +22,7 @@ pub fn for_people(text: &str, limit: usize) -> String {
     shown
 }
 
-/// Invisible marks that change the order or the look of what stands beside them.
+/// Whether a character is an invisible mark that changes the order or the look of the text around it.
 const fn reorders(char: char) -> bool {
     matches!(char, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }

@@ -1,14 +1,15 @@
-//! Times that coordinator and workers must agree about.
+//! Times on which coordinator and workers must agree.
 
 use std::time::Duration;
 
-/// How often a worker tells that it lives.
+/// How often a worker sends a heartbeat.
 pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long the coordinator gives the members of a new group to connect to each other.
+/// How long the members of a new group have to connect to each other, as the coordinator sees it.
 pub const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 
-/// When a member gives that up by itself, so that it can say with whom it could not connect.
+/// How long a member itself tries to connect. It is shorter, so that the member can still report which peer it could
+/// not reach.
 pub const FORM_WITHIN: Duration = Duration::from_secs(4);
 
 const _: () = assert!(FORM_WITHIN.as_millis() < CONNECT_WITHIN.as_millis());
