@@ -1,8 +1,8 @@
 //! The shell around the pure core: takes events in, performs effects in order.
 //!
 //! One task owns everything that changes. It persists before it sends: an effect that must be durable is done
-//! when the next one begins. A disk that takes nothing makes effects wait in their order, and nobody is told what is not
-//! stored; workers train on meanwhile. Reading back and committing checkpoints is slow, and runs beside the loop.
+//! when the next one begins. A disk that takes nothing makes effects wait in their order, and nobody is told what is
+//! not stored; workers train on meanwhile. Reading back and committing checkpoints is slow, and runs beside the loop.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -147,7 +147,7 @@ impl Driver {
 
     /// Reports that contradict the record are not heard as reports, nor results that are none.
     fn compared(&self, event: Event) -> Event {
-        let Event::Said { worker, message, .. } = &event else { return event };
+        let Event::Received { worker, message, .. } = &event else { return event };
         let reports = match message {
             ToCoordinator::Steps { reports, .. } => reports,
             ToCoordinator::Ready(ready) => &ready.reports,
@@ -155,7 +155,7 @@ impl Driver {
             ToCoordinator::JobDone { job, result } => match ulmus_run::results::check(job, result) {
                 Ok(()) => return event,
                 Err(error) => {
-                    return Event::SaidImpossible(worker.clone(), for_people(&error.to_string(), 500));
+                    return Event::ReceivedInvalid(worker.clone(), for_people(&error.to_string(), 500));
                 }
             },
             _ => return event,
@@ -223,16 +223,16 @@ impl Driver {
             SessionEvent::Opened { session, hello, outbox } => {
                 let worker = hello.worker.clone();
                 // Somebody who is not let in takes nobody's place.
-                if let Err((kind, reason)) = self.core.judge(&hello) {
+                if let Err((kind, reason)) = self.core.check_hello(&hello) {
                     self.parts.console.line(&format!("refused: {reason}"));
                     outbox.try_send(ToWorker::Refused { kind, reason }).ok();
                     return None;
                 }
                 self.sessions.insert(worker.clone(), (session, outbox));
-                Some(Event::Said { worker, run: hello.run, message: ToCoordinator::Hello(hello) })
+                Some(Event::Received { worker, run: hello.run, message: ToCoordinator::Hello(hello) })
             }
             SessionEvent::Said { session, worker, run, message } => {
-                self.is_current(&worker, session).then_some(Event::Said { worker, run, message })
+                self.is_current(&worker, session).then_some(Event::Received { worker, run, message })
             }
             SessionEvent::Closed { session, worker } => {
                 let current = self.is_current(&worker, session);

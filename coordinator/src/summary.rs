@@ -67,7 +67,7 @@ fn write_page(
         writeln!(page, "{line}")?;
     }
     for (unit, why) in left_out {
-        writeln!(page, "left out: {unit}: {why}")?;
+        writeln!(page, "skipped: {unit}: {why}")?;
     }
     let (at, own) = (folder.shown(), folder.path().display());
     writeln!(page)?;

@@ -44,8 +44,8 @@ fn units_that_vanish_are_left_out_and_recorded() {
     let sandbox = sandbox();
     let quarantine = ["--set", "data.on_bad_unit=quarantine", "--set", "data.max_bad_units=20"];
     let said = vanishing(&sandbox, &quarantine).succeeds();
-    assert!(said.contains("is left out from now on"), "{said}");
-    let page = said.lines().filter(|line| line.starts_with("left out: unit")).count();
+    assert!(said.contains("is skipped from now on"), "{said}");
+    let page = said.lines().filter(|line| line.starts_with("skipped: unit")).count();
 
     let run = sandbox.run("tiny");
     let recorded: Vec<(Value, String)> =
@@ -78,7 +78,7 @@ fn units_that_vanish_are_left_out_and_recorded() {
 
     // Nothing is done again, and nothing is forgotten.
     let again = sandbox.coordinator(&quarantine).succeeds();
-    assert_eq!(again.lines().filter(|line| line.starts_with("left out: unit")).count(), page);
+    assert_eq!(again.lines().filter(|line| line.starts_with("skipped: unit")).count(), page);
 }
 
 #[test]
@@ -88,5 +88,5 @@ fn no_more_units_are_left_out_than_the_plan_allows() {
         vanishing(&sandbox, &["--set", "data.on_bad_unit=quarantine", "--set", "data.max_bad_units=1"])
             .ends();
     assert_eq!(ended.code, Some(5), "{}", ended.output);
-    assert!(ended.output.contains("1 units are left out already"), "{}", ended.output);
+    assert!(ended.output.contains("data.max_bad_units = 1 allows no more"), "{}", ended.output);
 }

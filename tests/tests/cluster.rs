@@ -199,7 +199,7 @@ fn an_interrupted_run_goes_on_with_the_same_command() {
     coordinator.signal(Signal::INT);
     let ended = coordinator.ends();
     assert_eq!(ended.code, Some(130), "{}", ended.output);
-    assert!(ended.output.contains("the same command goes on from there"), "{}", ended.output);
+    assert!(ended.output.contains("the same command resumes from there"), "{}", ended.output);
     let run = sandbox.run("tiny");
     assert!(run.local_workers().values().all(|pid| !is_alive(*pid)), "nothing is left running");
     let done = run.generations().values().sum::<usize>();

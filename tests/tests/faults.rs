@@ -1,5 +1,5 @@
-//! Faults that an outsider found: wrong results without any attacker, and single bad workers that stopped a healthy run.
-//! Each test ends with the bits of an undisturbed run, or with the right exit code and what to do.
+//! Faults that an outsider found: wrong results without any attacker, and single bad workers that stopped a healthy
+//! run. Each test ends with the bits of an undisturbed run, or with the right exit code and what to do.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -172,7 +172,7 @@ fn a_frozen_trainer_is_noticed_within_seconds() {
     let Some(freezer) = freeze_thread(frozen.pid(), "trainer") else { return };
     let began = Instant::now();
     let line = coordinator.says("worker frozen is lost");
-    assert!(line.contains("stood still") || line.contains("did not leave its group"), "{line}");
+    assert!(line.contains("stuck") || line.contains("did not leave its group"), "{line}");
     coordinator.says(": 1 worker trains from step");
     eprintln!("the other one trains on {:.1?} after its trainer froze", began.elapsed());
     drop(freezer);

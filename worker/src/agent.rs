@@ -216,7 +216,7 @@ impl Agent {
         let connected = tokio::select! {
             biased;
             _ = shutdown.requested(), if self.leave_by.is_none() => {
-                self.session.unheard();
+                self.session.on_disconnected();
                 self.drain();
                 return Ok((Ended::Lost("asked to leave".to_owned()), false));
             }
@@ -225,7 +225,7 @@ impl Agent {
         let (outgoing, mut incoming) = match connected {
             Ok(streams) => streams,
             Err(Rejected::Later(why)) => {
-                self.session.unheard();
+                self.session.on_disconnected();
                 return Ok((Ended::Lost(why), false));
             }
             Err(Rejected::Final(failure)) => return Err(failure),
@@ -255,7 +255,7 @@ impl Agent {
             }
         };
         self.outgoing = None;
-        self.session.unheard();
+        self.session.on_disconnected();
         ended.map(|ended| (ended, self.is_welcome))
     }
 
@@ -319,9 +319,9 @@ impl Agent {
             }
         };
         self.is_welcome |= matches!(message, ToWorker::Welcome { .. });
-        for action in self.session.received(message) {
+        for action in self.session.on_message(message) {
             match action {
-                Action::Leave(status) => return Ok(Some(Ended::Finished(status))),
+                Action::Exit(status) => return Ok(Some(Ended::Finished(status))),
                 // The name is still taken by a life of this worker that the coordinator has not given up yet.
                 Action::Refused(ErrorKind::Retry, reason) => {
                     if self.refusal.as_ref() != Some(&reason) {
@@ -338,7 +338,7 @@ impl Agent {
     }
 
     fn reported(&mut self, run: RunId, report: Report) {
-        for action in self.session.reported(run, report) {
+        for action in self.session.on_report(run, report) {
             self.act(action);
         }
     }
@@ -352,7 +352,7 @@ impl Agent {
         match done {
             Done::Said(run, message) if self.is_current(run) => self.say(message),
             Done::Hashed(run, snapshot) if self.is_current(run) => {
-                for action in self.session.hashed(snapshot) {
+                for action in self.session.on_hashed(snapshot) {
                     self.act(action);
                 }
             }
@@ -361,7 +361,7 @@ impl Agent {
             Done::Opened(_, _, Ok((run, nonce))) => {
                 self.say(ToCoordinator::StoreRead(Ok(nonce)));
                 let known = self.run.as_ref().is_some_and(|known| known.digest() == run.digest());
-                match self.session.opened(known) {
+                match self.session.on_opened(known) {
                     Some(actions) => actions.into_iter().for_each(|action| self.act(action)),
                     // The trainer is at it, and will say so.
                     None if known => {}
@@ -383,7 +383,7 @@ impl Agent {
 
     fn act(&mut self, action: Action<Arc<PendingSnapshot>>) {
         match action {
-            Action::Say(message) => self.say(message),
+            Action::Send(message) => self.say(message),
             Action::ChangeRun => {
                 tracing::warn!(
                     "the coordinator leads another run; what this worker had of the one before is dropped"
@@ -393,7 +393,7 @@ impl Agent {
             }
             Action::Open { id, plan, store } => self.open(id, plan, store),
             Action::Train(run, assignment) => self.command(Command::Train(run, assignment)),
-            Action::Do(run, job) => self.command(Command::Do(run, job)),
+            Action::RunJob(run, job) => self.command(Command::Do(run, job)),
             Action::Abort(generation) => self.parts.control.abort(generation),
             Action::Request(generation, request) => self.parts.control.request(generation, request),
             Action::Hash(held) => {
@@ -408,12 +408,12 @@ impl Agent {
                 self.unfit = Some(Failure::new(kind.into(), message));
             }
             // These end the connection and are dealt with where they come in.
-            Action::Leave(_) | Action::Refused(..) => {}
+            Action::Exit(_) | Action::Refused(..) => {}
         }
     }
 
-    /// Says something, if somebody listens. What must not be lost is remembered by the session. Before its welcome a worker
-    /// does not know whom it speaks to, and says no more than that it lives.
+    /// Says something, if somebody listens. What must not be lost is remembered by the session. Before its welcome a
+    /// worker does not know whom it speaks to, and says no more than that it lives.
     fn say(&mut self, message: ToCoordinator) {
         if !self.is_welcome && !matches!(message, ToCoordinator::Heartbeat(_)) {
             return;

@@ -1,7 +1,7 @@
-//! What a worker may say, and when: every message is held against who says it and what is possible now.
+//! Which messages a worker may send, and when: every message is checked against its sender and the current state.
 //!
-//! A message that is late is passed by in silence, since a network makes such messages. One that no worker that works
-//! as it should can say ends the session of whoever said it, and changes nothing.
+//! Late messages are ignored, since networks produce them. A message that no correct worker can send ends its sender's
+//! session and changes nothing else.
 
 use std::time::Duration;
 
@@ -13,23 +13,23 @@ use ulmus_types::{
 use crate::coordinator::Coordinator;
 use crate::members::{Activity, Member};
 
-/// States that a worker may announce before older ones are stored: it keeps fewer.
+/// States that a worker may announce before older ones are stored. A correct worker holds fewer.
 const SNAPSHOTS: usize = 8;
 /// The largest result of a job, in bytes.
 const RESULT_LIMIT: usize = 4 << 20;
-/// The longest that anything is believed to have taken.
+/// The longest duration that is believed.
 const LONGEST: Duration = Duration::from_hours(24 * 366);
 
-/// What is to be done with a message.
+/// How to treat a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// It may be said now.
-    Heard,
-    /// It was true once, or will be told again.
+    /// Act on it.
+    Accept,
+    /// Ignore it: it is out of date, or will be sent again.
     Stale,
-    /// It cannot be true; why.
+    /// Expel its sender: it cannot be true, for this reason.
     Impossible(String),
-    /// It comes from a group of this run that the record does not have.
+    /// Refuse its sender: it was in a generation of this run that the record does not have.
     Ahead(Generation),
 }
 
@@ -37,7 +37,7 @@ fn impossible(why: impl Into<String>) -> Verdict {
     Verdict::Impossible(why.into())
 }
 
-/// Goes on if there is no objection.
+/// Returns from the caller if there is an objection.
 macro_rules! object {
     ($objection:expr) => {
         if let Some(why) = $objection {
@@ -51,30 +51,34 @@ impl Coordinator {
         let Some(member) = self.members.get(worker) else { return Verdict::Stale };
         let activity = &member.activity;
         match message {
-            ToCoordinator::Hello(_) => impossible("it has introduced itself already"),
+            ToCoordinator::Hello(_) => impossible("it has already introduced itself"),
             ToCoordinator::Heartbeat(heartbeat) => {
-                // Whoever comes from elsewhere says so when it is ready.
+                // A worker that is not admitted yet may come from elsewhere; that is checked when it is ready.
                 let is_ahead = heartbeat.generation > self.generation && activity.is_admitted();
                 if is_ahead || heartbeat.since > LONGEST {
                     return impossible("it names a group that does not exist yet");
                 }
-                Verdict::Heard
+                Verdict::Accept
             }
-            ToCoordinator::StoreRead(_) => when(*activity == Activity::Greeted, "it was not asked"),
-            ToCoordinator::Unfit { .. } => when(!activity.is_admitted(), "it has taken up the run already"),
+            ToCoordinator::StoreRead(_) => {
+                accept_if(*activity == Activity::Greeted, "it was not asked for this")
+            }
+            ToCoordinator::Unfit { .. } => {
+                accept_if(!activity.is_admitted(), "it has already joined the run")
+            }
             ToCoordinator::Ready(ready) => self.check_ready(worker, activity, ready),
             ToCoordinator::Notice(_) if *activity == Activity::Greeted => check_unready(member, message),
-            ToCoordinator::Draining | ToCoordinator::Notice(_) => Verdict::Heard,
+            ToCoordinator::Draining | ToCoordinator::Notice(_) => Verdict::Accept,
             _ if !activity.is_admitted() => check_unready(member, message),
             ToCoordinator::Connected(generation) => self.check_group(activity, *generation),
             ToCoordinator::Formed { generation, step } => {
-                object!(self.objection_to_step(*step, self.latest()));
+                object!(self.objection_to_step(*step, self.latest_possible_step()));
                 self.check_group(activity, *generation)
             }
             ToCoordinator::Steps { generation, reports } => self.check_steps(worker, *generation, reports),
             ToCoordinator::Reading { step, sources } => self.check_reading(activity, *step, sources),
             ToCoordinator::Left { generation, step, reason } => {
-                object!(self.objection_to_step(*step, self.latest()));
+                object!(self.objection_to_step(*step, self.latest_possible_step()));
                 object!(self.objection_to_end(*step, reason));
                 self.check_group(activity, *generation)
             }
@@ -86,69 +90,76 @@ impl Coordinator {
             ToCoordinator::WriteFailed { checkpoint, .. } => self.check_asked(worker, *checkpoint),
             ToCoordinator::JobDone { job, result } => {
                 if *activity != Activity::Working(job.clone()) {
-                    return impossible(format!("{} was not asked of it", job.name()));
+                    return impossible(format!("it was not given job {}", job.name()));
                 }
                 if result.len() > RESULT_LIMIT {
-                    return impossible(format!("it has {} bytes", result.len()));
+                    return impossible(format!(
+                        "its result has {} bytes, more than {RESULT_LIMIT}",
+                        result.len()
+                    ));
                 }
-                Verdict::Heard
+                Verdict::Accept
             }
-            ToCoordinator::JobFailed { job, .. } => when(
+            ToCoordinator::JobFailed { job, .. } => accept_if(
                 *activity == Activity::Working(job.clone()),
-                &format!("{} was not asked of it", job.name()),
+                &format!("it was not given job {}", job.name()),
             ),
         }
     }
 
     fn check_ready(&self, worker: &WorkerId, activity: &Activity, ready: &Ready) -> Verdict {
         if *activity != Activity::Warming {
-            return impossible("it was not asked");
+            return impossible("it was not asked for this");
         }
         match ready.generation {
             Some(generation) if generation > self.generation => {
-                // Only who has proved that it belongs to the run is believed to have been in a group of it.
+                // Only a worker that has proved that it belongs to the run can have been in one of its groups.
                 let is_of_run = self.members.get(worker).is_some_and(|member| member.hello.run.is_some());
                 if is_of_run {
                     Verdict::Ahead(generation)
                 } else {
-                    impossible("it was in no group of this run")
+                    impossible("it was never in a group of this run")
                 }
             }
             Some(generation) => {
                 if !ready.reports.is_empty() {
                     match self.check_steps(worker, generation, &ready.reports) {
-                        Verdict::Heard | Verdict::Stale => {}
+                        Verdict::Accept | Verdict::Stale => {}
                         verdict => return verdict,
                     }
                 }
-                let last = ready.reports.last().map_or(self.step, |report| report.step).max(self.latest());
+                let last = ready
+                    .reports
+                    .last()
+                    .map_or(self.step, |report| report.step)
+                    .max(self.latest_possible_step());
                 ready
                     .snapshots
                     .iter()
                     .find_map(|snapshot| self.objection_to_snapshot(worker, snapshot, last))
-                    .map_or(Verdict::Heard, Verdict::Impossible)
+                    .map_or(Verdict::Accept, Verdict::Impossible)
             }
-            None => when(
+            None => accept_if(
                 ready.reports.is_empty() && ready.snapshots.is_empty(),
-                "it was in no group and reports steps",
+                "it reports steps, but was in no group",
             ),
         }
     }
 
-    /// The last update that anybody can know of. What was recorded may have been lost with the machine's power, before this
-    /// process began.
-    fn latest(&self) -> Step {
+    /// The last update that any worker can know of. Records may have been lost in a power failure before this process
+    /// started, so until a step is reported, any step of the run is possible.
+    fn latest_possible_step(&self) -> Step {
         if self.has_heard_steps { self.step } else { Step::new(self.settings.iterations).max(self.step) }
     }
 
     fn objection_to_step(&self, step: Step, latest: Step) -> Option<String> {
-        (step > latest).then(|| format!("{step} updates were not reported; {} were", self.step))
+        (step > latest).then(|| format!("it claims {step} updates, but only {} were reported", self.step))
     }
 
-    /// What only a member of the group of this generation says, while it is one.
+    /// Checks a message that only a current member of this generation's group may send.
     fn check_group(&self, activity: &Activity, generation: Generation) -> Verdict {
         match activity {
-            Activity::InGroup(of) if *of == generation => Verdict::Heard,
+            Activity::InGroup(of) if *of == generation => Verdict::Accept,
             _ if generation > self.generation => impossible(format!("there is no generation {generation}")),
             _ => Verdict::Stale,
         }
@@ -156,16 +167,16 @@ impl Coordinator {
 
     fn check_steps(&self, worker: &WorkerId, generation: Generation, reports: &[StepReport]) -> Verdict {
         if !self.was_member(worker, generation) {
-            return impossible(format!("it was no member of generation {generation}"));
+            return impossible(format!("it was not a member of generation {generation}"));
         }
         let Some(first) = reports.first() else { return Verdict::Stale };
         let steps = 1..=self.settings.iterations;
         if !reports.iter().all(|report| steps.contains(&report.step.get())) {
             return impossible(format!("the run has steps 1 to {}", self.settings.iterations));
         }
-        if first.step > self.latest().next() {
+        if first.step > self.latest_possible_step().next() {
             return impossible(format!(
-                "step {} was not reported before step {}",
+                "step {} must be reported before step {}",
                 self.step.next(),
                 first.step
             ));
@@ -174,28 +185,30 @@ impl Coordinator {
             .windows(2)
             .any(|pair| pair[1].step != pair[0].step.next() || pair[1].tokens <= pair[0].tokens)
         {
-            return impossible("its steps do not follow each other");
+            return impossible("its steps are not consecutive");
         }
         reports
             .iter()
             .find_map(|report| self.objection_to_report(report))
-            .map_or(Verdict::Heard, Verdict::Impossible)
+            .map_or(Verdict::Accept, Verdict::Impossible)
     }
 
     fn objection_to_report(&self, report: &StepReport) -> Option<String> {
         let StepReport { step, tokens, loss, z_loss, grad_norm, lr, held_out_loss, .. } = report;
         let numbers = [*loss, *z_loss, *grad_norm, *lr, held_out_loss.unwrap_or(0.0)];
         if let Some(number) = numbers.into_iter().find(|number| !number.is_finite()) {
-            return Some(format!("step {step} has a number that is {number}"));
+            return Some(format!("step {step} reports the value {number}"));
         }
         if *grad_norm < 0.0 || *lr < 0.0 {
-            return Some(format!("step {step} has a norm of {grad_norm} and a learning rate of {lr}"));
+            return Some(format!(
+                "step {step} reports a gradient norm of {grad_norm} and a learning rate of {lr}"
+            ));
         }
         if *tokens == 0 || *tokens > step.get().saturating_mul(self.settings.tokens_per_step) {
-            return Some(format!("{tokens} tokens cannot be read in {step} steps"));
+            return Some(format!("{step} steps cannot have {tokens} tokens"));
         }
         let longest = report.elapsed.max(report.data_wait).max(report.communication);
-        (longest > LONGEST).then(|| format!("step {step} took {longest:?}"))
+        (longest > LONGEST).then(|| format!("step {step} claims to have taken {longest:?}"))
     }
 
     fn check_reading(&self, activity: &Activity, step: Step, sources: &[SourceReading]) -> Verdict {
@@ -203,7 +216,11 @@ impl Coordinator {
             return impossible(format!("there is no step {step}"));
         }
         if sources.len() > self.settings.sources.len() {
-            return impossible(format!("the plan has {} sources", self.settings.sources.len()));
+            return impossible(format!(
+                "it reports {} sources, and the plan has {}",
+                sources.len(),
+                self.settings.sources.len()
+            ));
         }
         for reading in sources {
             if !self.settings.sources.contains(&reading.source) {
@@ -211,11 +228,11 @@ impl Coordinator {
             }
             let is_long = reading.waited > LONGEST || reading.elapsed > LONGEST * 10;
             if !reading.epochs.is_finite() || reading.epochs < 0.0 || is_long {
-                return impossible("it has numbers that cannot be");
+                return impossible("it has impossible numbers");
             }
         }
         match activity {
-            Activity::InGroup(_) => Verdict::Heard,
+            Activity::InGroup(_) => Verdict::Accept,
             _ => Verdict::Stale,
         }
     }
@@ -225,14 +242,13 @@ impl Coordinator {
             LeaveReason::Finished => {
                 let last = Step::new(self.settings.iterations);
                 let is_repaired = self.trained.is_some_and(|trained| step <= trained);
-                (step != last && !is_repaired)
-                    .then(|| format!("the run ends at step {last}, and this is {step}"))
+                (step != last && !is_repaired).then(|| format!("the run ends at step {last}, not {step}"))
             }
             LeaveReason::Exhausted(_) if !self.settings.may_exhaust => {
-                Some("no source of the plan can be used up".to_owned())
+                Some("no source of the plan can run out".to_owned())
             }
             LeaveReason::Exhausted(_) if step < self.step => {
-                Some(format!("the run has come to step {}, and this is {step}", self.step))
+                Some(format!("the run has already reached step {}, and this is step {step}", self.step))
             }
             LeaveReason::BadUnit(unit, _) if !self.settings.sources.contains(&unit.source) => {
                 Some("the plan has no such source".to_owned())
@@ -242,19 +258,19 @@ impl Coordinator {
     }
 
     fn check_snapshot(&self, worker: &WorkerId, snapshot: &Snapshot) -> Verdict {
-        object!(self.objection_to_snapshot(worker, snapshot, self.latest()));
+        object!(self.objection_to_snapshot(worker, snapshot, self.latest_possible_step()));
         if self.snapshots.held_by(worker) >= SNAPSHOTS {
-            return impossible(format!("it holds {SNAPSHOTS} states already"));
+            return impossible(format!("it already holds {SNAPSHOTS} states"));
         }
-        Verdict::Heard
+        Verdict::Accept
     }
 
-    /// `last` is the last step that was reported.
+    /// What is wrong with a snapshot, if anything. `last` is the last step that can have been reported.
     fn objection_to_snapshot(&self, worker: &WorkerId, snapshot: &Snapshot, last: Step) -> Option<String> {
         let Snapshot { checkpoint, kind, files, .. } = snapshot;
         let step = checkpoint.step();
         if !self.was_member(worker, checkpoint.generation()) {
-            return Some(format!("it was no member of generation {}", checkpoint.generation()));
+            return Some(format!("it was not a member of generation {}", checkpoint.generation()));
         }
         if let Some(why) = self.objection_to_step(step, last) {
             return Some(why);
@@ -262,26 +278,31 @@ impl Coordinator {
         let every = self.settings.milestone_every.max(1);
         let on_grid =
             step.get() > 0 && (step.get().is_multiple_of(every) || step.get() == self.settings.iterations);
-        // A source that is used up ends the run at a step that no plan knows.
+        // A source that runs out ends the run at a step that the plan does not name.
         let may_be = match kind {
             CheckpointKind::Milestone => on_grid || self.settings.may_exhaust,
             CheckpointKind::Recovery => !on_grid,
         };
         if !may_be {
-            return Some(format!("the state after step {step} is no {kind:?}").to_lowercase());
+            return Some(
+                format!("the state after step {step} cannot be a {kind:?} checkpoint").to_lowercase(),
+            );
         }
         (*files != self.settings.checkpoint_files).then(|| {
-            format!("a checkpoint of this plan has {} other files", self.settings.checkpoint_files.len())
+            format!(
+                "its files are not the {} files of this plan's checkpoints",
+                self.settings.checkpoint_files.len()
+            )
         })
     }
 
-    /// What only a worker says that was asked for parts of a checkpoint.
+    /// Checks a message that only a worker that was asked for parts of a checkpoint may send.
     fn check_asked(&self, worker: &WorkerId, checkpoint: CheckpointId) -> Verdict {
         match self.snapshots.was_asked(checkpoint, worker) {
-            Some(true) => Verdict::Heard,
-            // An earlier coordinator may have asked it.
+            Some(true) => Verdict::Accept,
+            // The coordinator may have asked it before it restarted.
             _ if self.was_member(worker, checkpoint.generation()) => Verdict::Stale,
-            _ => impossible(format!("it was no member of generation {}", checkpoint.generation())),
+            _ => impossible(format!("it was not a member of generation {}", checkpoint.generation())),
         }
     }
 
@@ -293,23 +314,24 @@ impl Coordinator {
             .any(|(name, entry)| {
                 !self.settings.checkpoint_files.contains(name) || entry.bytes > i64::MAX as u64
             })
-            .then(|| "a checkpoint has no such file".to_owned())
+            .then(|| "checkpoints of this plan have no such file".to_owned())
     }
 }
 
-fn when(is_possible: bool, otherwise: &str) -> Verdict {
-    if is_possible { Verdict::Heard } else { impossible(otherwise) }
+fn accept_if(is_possible: bool, otherwise: &str) -> Verdict {
+    if is_possible { Verdict::Accept } else { impossible(otherwise) }
 }
 
-/// A worker that was training when its connection broke may be heard before it is ready again.
+/// Checks a message from a worker that is not ready yet. One whose connection broke while it trained may report that it
+/// left.
 fn check_unready(member: &Member, message: &ToCoordinator) -> Verdict {
     match message {
         ToCoordinator::Left { generation, .. }
             if member.hello.status == WorkerStatus::Training(*generation) =>
         {
-            Verdict::Heard
+            Verdict::Accept
         }
-        // It tells them again when it is ready.
+        // It sends everything else again when it is ready.
         _ if member.hello.run.is_some() => Verdict::Stale,
         _ => impossible("it is not ready"),
     }

@@ -1,4 +1,4 @@
-//! States on their way to the store, and what becomes of checkpoints that are there.
+//! Storing checkpoints, and dealing with those that are damaged or no longer needed.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -18,10 +18,10 @@ impl Coordinator {
             return self.send(worker, ToWorker::Release(checkpoint));
         }
         self.saved_at = now;
-        if let Err(others) = self.snapshots.announced(worker, snapshot, now) {
+        if let Err(others) = self.snapshots.on_announced(worker, snapshot, now) {
             let others: Vec<&str> = others.iter().map(WorkerId::name).collect();
             let message = format!(
-                "{} holds another state of {checkpoint} than {}: one of them computes wrongly; check their memory and start again from the checkpoint before",
+                "{} holds a different state of {checkpoint} from {}: one of them computes wrongly; check their memory, then start again from the previous checkpoint",
                 worker.name(),
                 others.join(", ")
             );
@@ -29,7 +29,7 @@ impl Coordinator {
         }
     }
 
-    /// Asks holders for parts, and commits what is complete.
+    /// Asks holders to store parts, and commits checkpoints that are complete.
     pub(crate) fn assign_parts(&mut self, now: Duration) {
         let training = match &self.group {
             Group::Training { members, .. } => members.clone(),
@@ -40,7 +40,7 @@ impl Coordinator {
         for (worker, checkpoint, files) in self.snapshots.assign(&training, &leaving, now) {
             self.send(&worker, ToWorker::Write { checkpoint, files });
         }
-        for complete in self.snapshots.complete(now) {
+        for complete in self.snapshots.take_complete(now) {
             let crate::snapshots::Complete { checkpoint, kind, state, files } = complete;
             self.effect(Effect::Commit { checkpoint, kind, state, files });
         }
@@ -55,10 +55,10 @@ impl Coordinator {
         now: Duration,
     ) {
         let message = for_people(message, TEXT_LIMIT);
-        self.snapshots.write_failed(checkpoint, worker, &message, now);
+        self.snapshots.on_write_failed(checkpoint, worker, &message, now);
         let advice = match kind {
             ErrorKind::Retry => "trying again",
-            _ => "others are asked; free space or give it the right to write there",
+            _ => "other workers are asked; free some space there, or let the worker write there",
         };
         let text = format!("{} could not store its part of {checkpoint}: {message}; {advice}", worker.name());
         self.emit(Notification::Info(text));
@@ -71,20 +71,20 @@ impl Coordinator {
         why: &str,
         now: Duration,
     ) {
-        self.snapshots.commit_failed(checkpoint, why, now);
+        self.snapshots.on_commit_failed(checkpoint, why, now);
         match kind {
-            // Another coordinator has written there, or something that cannot be: no second try changes it.
+            // Another coordinator has written there, or the content is impossible: trying again cannot help.
             ErrorKind::Fenced | ErrorKind::Refused | ErrorKind::Corrupt => {
-                self.exit(kind.into(), format!("manifest of {checkpoint} not stored: {why}"));
+                self.exit(kind.into(), format!("could not store the manifest of {checkpoint}: {why}"));
             }
             _ => self.emit(Notification::Info(format!(
-                "manifest of {checkpoint} not stored, trying again: {why}"
+                "could not store the manifest of {checkpoint}, trying again: {why}"
             ))),
         }
     }
 
     pub(crate) fn on_committed(&mut self, checkpoint: CheckpointId, now: Duration) {
-        let Some((kind, holders)) = self.snapshots.committed(checkpoint) else { return };
+        let Some((kind, holders)) = self.snapshots.on_committed(checkpoint) else { return };
         self.checkpoints.insert(checkpoint, kind);
         self.committed_at = now;
         self.had_checkpoints = true;
@@ -99,7 +99,7 @@ impl Coordinator {
         self.retire_recovery();
     }
 
-    /// Keeps the newest two recovery checkpoints.
+    /// Deletes all recovery checkpoints but the newest two.
     fn retire_recovery(&mut self) {
         let recovery: Vec<CheckpointId> = self
             .checkpoints
@@ -113,23 +113,23 @@ impl Coordinator {
         }
     }
 
-    /// A committed checkpoint is damaged. It does not exist any more; a milestone that will be averaged is trained again
-    /// when all others are done, from the one before it.
+    /// A committed checkpoint is damaged and counts as missing. A milestone that the average needs is trained again,
+    /// from the one before it, after all other training is done.
     pub(crate) fn on_damaged(&mut self, checkpoint: CheckpointId, why: &str) {
         let Some(kind) = self.checkpoints.remove(&checkpoint) else { return };
         self.effect(Effect::SaveDamaged(checkpoint));
         let consequence = match kind {
-            CheckpointKind::Milestone => "it counts as absent, and is trained again if it is to be averaged",
-            CheckpointKind::Recovery => "it counts as absent",
+            CheckpointKind::Milestone => "it counts as missing, and is trained again if the average needs it",
+            CheckpointKind::Recovery => "it counts as missing",
         };
         self.emit(Notification::Alarm(format!("{why}; {consequence}")));
     }
 
-    /// What is to be done about a store that takes nothing.
+    /// Reacts to slow writers, and to a store that cannot be written.
     pub(crate) fn watch_storing(&mut self, now: Duration) {
         for (worker, checkpoint) in self.snapshots.overdue(now) {
             let text = format!(
-                "{} takes too long to store its part of {checkpoint}; others are asked",
+                "{} takes too long to store its part of {checkpoint}; other workers are asked",
                 worker.name()
             );
             self.emit(Notification::Info(text));
@@ -138,8 +138,8 @@ impl Coordinator {
         if !self.storing_alarmed {
             self.storing_alarmed = true;
             self.emit(Notification::Alarm(format!(
-                "nothing can be stored: {why}; training goes on until the newest stored state is {} old",
-                humantime(self.settings.max_age)
+                "nothing can be stored: {why}; training continues until the newest stored state is {} old",
+                whole_seconds(self.settings.max_age)
             )));
         }
         if let Some((checkpoint, kind, holders)) = self.snapshots.give_up(now) {
@@ -147,18 +147,18 @@ impl Coordinator {
                 self.send(&worker, ToWorker::Release(checkpoint));
             }
             let consequence = match kind {
-                CheckpointKind::Milestone => "it is trained again if it is to be averaged",
-                CheckpointKind::Recovery => "newer ones replace it",
+                CheckpointKind::Milestone => "it is trained again if the average needs it",
+                CheckpointKind::Recovery => "newer ones will replace it",
             };
             self.emit(Notification::Alarm(format!(
-                "the state of {checkpoint} is given up, so that training goes on; {consequence}"
+                "giving up the state of {checkpoint} so that training can continue; {consequence}"
             )));
         }
         let oldest = self.committed_at.max(since.saturating_sub(self.settings.recovery));
         if now.saturating_sub(oldest) > self.settings.max_age {
             let message = format!(
-                "nothing could be stored for {}: {why}; make sure that {} takes files, then start the same command again",
-                humantime(now.saturating_sub(since)),
+                "nothing could be stored for {}: {why}; make sure that {} can be written, then run the same command again",
+                whole_seconds(now.saturating_sub(since)),
                 self.settings.store
             );
             self.exit(ExitStatus::Failed, message);
@@ -166,8 +166,8 @@ impl Coordinator {
     }
 }
 
-/// A duration in whole seconds, as a person writes it.
-pub(crate) fn humantime(duration: Duration) -> String {
+/// Formats a duration in whole seconds for a person.
+pub(crate) fn whole_seconds(duration: Duration) -> String {
     let seconds = duration.as_secs();
     match (seconds / 60, seconds % 60) {
         (0, seconds) => format!("{seconds} s"),

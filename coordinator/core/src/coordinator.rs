@@ -1,7 +1,7 @@
-//! The state of a run, and what follows from it whatever has happened.
+//! The state of a run, and what follows from it after every event.
 //!
-//! The transitions stand in the files that are named after what they are about: `joining`, `training`, `checkpoints`,
-//! `work` (jobs) and `deadlines`. What a worker may say, and when, is decided in `check`, before any of them.
+//! The transitions are in files named after their subjects: `joining`, `training`, `checkpoints`, `work` (jobs) and
+//! `deadlines`. Before any of them, `check` decides whether a worker may send a message at all.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -20,55 +20,55 @@ use crate::jobs::Jobs;
 use crate::members::{Fault, Members};
 use crate::snapshots::Snapshots;
 
-/// Reports in a row that may contradict the record before the run stops.
+/// After this many reports since the last update that contradict the record, the run stops.
 const CONTRADICTIONS: u32 = 3;
-/// Generations whose members are remembered.
+/// Number of generations whose members are remembered.
 const ROSTERS: usize = 256;
-/// The longest text of a worker that is shown to a person.
+/// The longest text from a worker that is shown to a person, in characters.
 pub(crate) const TEXT_LIMIT: usize = 2000;
 
-/// What the coordinator is told once, when it starts.
+/// Everything that the coordinator is told once, when it starts.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The run.
+    /// The name of the run.
     pub run: RunName,
-    /// Tells it from every other run.
+    /// Its id.
     pub id: RunId,
-    /// What its workers prove with that they are themselves.
+    /// The secret from which those of workers and groups are derived.
     pub secret: RunSecret,
     /// Its resolved plan, as TOML.
     pub plan: String,
-    /// The run's folder, as workers reach it.
+    /// The run folder, as workers reach it.
     pub store: String,
-    /// What a worker answers that sees it.
+    /// The answer of a worker that can read the run folder.
     pub nonce: Digest,
     /// The only version that workers may have.
     pub version: String,
-    /// Workers that the first group waits for, within `rejoin_window`.
+    /// Number of workers for which the first group waits, up to `rejoin_window`.
     pub expected_workers: usize,
-    /// Workers that a group needs.
+    /// Minimum number of workers in a group.
     pub min_workers: usize,
-    /// Micro-batches per update; more workers than this cannot help.
+    /// Micro-batches per update, and so the maximum number of workers in a group.
     pub micro_batches: u64,
     /// Updates of the whole run.
     pub iterations: u64,
-    /// The most tokens that an update can count.
+    /// Maximum number of tokens in an update.
     pub tokens_per_step: u64,
     /// Updates between two milestones.
     pub milestone_every: u64,
     /// Files of a checkpoint, in the order in which workers announce them.
     pub checkpoint_files: Vec<String>,
-    /// Milestones that are averaged.
+    /// Number of milestones that are averaged.
     pub average: u64,
     /// Whether the average is exported.
     pub export: bool,
-    /// Names of the sources that are read.
+    /// Names of the plan's sources.
     pub sources: BTreeSet<String>,
-    /// Whether training may begin anew where every checkpoint is damaged.
+    /// Whether training may start over if every checkpoint is damaged.
     pub from_start: bool,
-    /// Whether a source can be used up before the last update.
+    /// Whether a source can run out before the last update.
     pub may_exhaust: bool,
-    /// A worker not heard of for so long is dead.
+    /// A worker is declared dead after this long without a heartbeat.
     pub dead_after: Duration,
     /// How long to wait for known or expected workers.
     pub rejoin_window: Duration,
@@ -76,32 +76,32 @@ pub struct Settings {
     pub recovery: Duration,
     /// How old the newest stored state may become while nothing can be stored.
     pub max_age: Duration,
-    /// Units that may be left out because they cannot be read; one more ends the run.
+    /// Maximum number of unreadable units that may be skipped; one more ends the run.
     pub bad_units: usize,
 }
 
-/// What the store remembers of the run; the default is a run that has not begun.
+/// What the database remembers of a run. The default is a run that has not begun.
 #[derive(Debug, Clone, Default)]
 pub struct PersistentState {
-    /// The last generation that was assigned.
+    /// The last assigned generation.
     pub generation: Generation,
-    /// Its members, unless its group has ended.
+    /// Members of the last generation, or empty if its group has ended.
     pub group: Vec<WorkerId>,
-    /// The members of the last generations, ended or not: nobody else may speak of them.
+    /// Members of recent generations, ended or not. Nobody else may send messages about those generations.
     pub rosters: BTreeMap<Generation, Vec<WorkerId>>,
-    /// The fingerprint of the run.
+    /// Fingerprint that every worker of the run must have.
     pub fingerprint: Option<Digest>,
     /// Committed checkpoints.
     pub checkpoints: BTreeMap<CheckpointId, CheckpointKind>,
-    /// Units that are left out, and why.
+    /// Units that are skipped, and why.
     pub quarantine: BTreeMap<BadUnit, String>,
     /// Set when every update is done.
     pub trained: Option<Step>,
-    /// Whether a checkpoint was ever committed, whatever became of it.
+    /// Whether a checkpoint was ever committed, even if it is gone since.
     pub had_checkpoints: bool,
-    /// Names of finished jobs.
+    /// Finished jobs.
     pub jobs: BTreeSet<JobKind>,
-    /// The worker that each job was given to last.
+    /// The worker to which each job was last given.
     pub owners: BTreeMap<Job, WorkerId>,
     /// The last update that was reported.
     pub step: Step,
@@ -116,51 +116,51 @@ pub struct Coordinator {
     pub(crate) generation: Generation,
     pub(crate) rosters: BTreeMap<Generation, Vec<WorkerId>>,
     pub(crate) group: Group,
-    /// What members of the last group said of each other.
+    /// What members of the last group reported about each other.
     pub(crate) suspicions: Vec<Suspicion>,
-    /// The members of the last group that did an update.
+    /// Members of the last group that completed an update.
     pub(crate) proven: Vec<WorkerId>,
     pub(crate) snapshots: Snapshots,
     pub(crate) jobs: Jobs,
     pub(crate) checkpoints: BTreeMap<CheckpointId, CheckpointKind>,
     pub(crate) fingerprint: Option<Digest>,
     pub(crate) quarantine: BTreeMap<BadUnit, String>,
-    /// Set when every update is done; training is over once the milestones that are needed are stored too.
+    /// Set when every update is done; training is over once the needed milestones are also stored.
     pub(crate) trained: Option<Step>,
     pub(crate) step: Step,
-    /// Whether this coordinator has heard of an update.
+    /// Whether an update was reported to this process.
     pub(crate) has_heard_steps: bool,
-    /// Seconds per micro-batch of the last updates.
-    pub(crate) pace: VecDeque<Duration>,
+    /// Time per micro-batch in each of the last updates.
+    pub(crate) micro_batch_times: VecDeque<Duration>,
     pub(crate) futile_groups: u32,
-    /// Whether there ever was a checkpoint: then training does not begin anew without a word.
+    /// Whether there ever was a checkpoint: if so, training never silently starts over.
     pub(crate) had_checkpoints: bool,
     /// Reports since the last update that contradict the record.
     pub(crate) contradictions: u32,
-    /// Whether this coordinator has led a group; the first one waits for the expected workers.
+    /// Whether this process has led a group; only the first one waits for the expected workers.
     pub(crate) had_a_group: bool,
-    /// When a worker that may take part was last there.
+    /// When an admitted worker was last connected.
     pub(crate) admitted_at: Option<Duration>,
-    /// Workers on which training failed since the last update, and what was said of it.
+    /// Workers on which training failed since the last update, and the error of each.
     pub(crate) failures: BTreeMap<WorkerId, (ErrorKind, String)>,
-    /// When the last checkpoint was asked for.
+    /// When a checkpoint was last requested or announced.
     pub(crate) saved_at: Duration,
     /// When the last checkpoint was committed.
     pub(crate) committed_at: Duration,
-    /// Whether the operator was told that nothing can be stored.
+    /// Whether the operator was told that nothing can be stored, and not yet that it works again.
     pub(crate) storing_alarmed: bool,
-    /// Why the last worker could not take up the run.
+    /// Why the last unfit worker could not join the run.
     pub(crate) unfit: Option<(ErrorKind, String)>,
     pub(crate) stopping_since: Option<Duration>,
     pub(crate) last_tick: Option<Duration>,
-    /// Time that this process did not run in, while nobody can be expected to have been heard.
+    /// Total time in which this process did not run and so could not receive messages.
     pub(crate) slept: Duration,
     exited: bool,
     effects: Vec<Effect>,
 }
 
 impl Coordinator {
-    /// Takes up a run where the store says it was. `now` is any monotonic time.
+    /// Resumes a run from its stored state. `now` is the current time of any monotonic clock.
     pub fn new(settings: Settings, saved: PersistentState, now: Duration) -> Self {
         let group = if saved.group.is_empty() {
             Group::ABSENT
@@ -195,7 +195,7 @@ impl Coordinator {
             trained: saved.trained,
             step: saved.step,
             has_heard_steps: false,
-            pace: VecDeque::new(),
+            micro_batch_times: VecDeque::new(),
             futile_groups: 0,
             had_a_group: false,
             admitted_at: None,
@@ -213,24 +213,26 @@ impl Coordinator {
         }
     }
 
-    /// Takes an event and tells what to do about it.
+    /// Handles an event and returns what to do about it.
     pub fn on(&mut self, now: Duration, event: Event) -> Vec<Effect> {
-        let now = self.awake(now, &event);
+        let now = self.time_awake(now, &event);
         match event {
             Event::Ticked => self.on_tick(now),
-            Event::Said { worker, message: ToCoordinator::Hello(hello), .. } => {
+            Event::Received { worker, message: ToCoordinator::Hello(hello), .. } => {
                 debug_assert_eq!(worker, hello.worker);
                 self.on_hello(hello, now);
             }
-            Event::Said { worker, run, message } => self.on_said(&worker, run, message, now),
+            Event::Received { worker, run, message } => self.on_message(&worker, run, message, now),
             Event::Contradicted(worker, why) => self.on_contradicted(&worker, &why, now),
-            Event::SaidImpossible(worker, why) => self.expel(&worker, &why, now),
-            Event::Disconnected(worker) => self.lose(&worker, "its connection ended", Fault::Died, now),
+            Event::ReceivedInvalid(worker, why) => self.expel(&worker, &why, now),
+            Event::Disconnected(worker) => {
+                self.lose_worker(&worker, "its connection ended", Fault::Died, now)
+            }
             Event::CheckpointCommitted(checkpoint) => self.on_committed(checkpoint, now),
             Event::CommitFailed(checkpoint, kind, why) => self.on_commit_failed(checkpoint, kind, &why, now),
             Event::PartsDamaged(checkpoint, files, why) => {
-                self.emit(Notification::Alarm(format!("{why}; it is stored once more")));
-                self.snapshots.parts_damaged(checkpoint, &files, &why, now);
+                self.emit(Notification::Alarm(format!("{why}; it will be stored again")));
+                self.snapshots.on_parts_damaged(checkpoint, &files, &why, now);
             }
             Event::CheckpointDamaged(checkpoint, why) => self.on_damaged(checkpoint, &why),
             Event::StopRequested => self.stopping_since = self.stopping_since.or(Some(now)),
@@ -239,7 +241,7 @@ impl Coordinator {
         if !self.exited {
             self.advance(now);
         }
-        // A run that has ended is left as it was, half-way through whatever ended it.
+        // A run that has ended may be left half-way through a transition.
         debug_assert_eq!(invariants::broken(self).filter(|_| !self.exited), None);
         std::mem::take(&mut self.effects)
     }
@@ -249,9 +251,9 @@ impl Coordinator {
         self.step
     }
 
-    /// Time as far as this process was there to hear anybody: after a pause of the whole process, or of its machine, nobody
-    /// is late because of it.
-    fn awake(&mut self, now: Duration, event: &Event) -> Duration {
+    /// The time for which this process has been running: no worker is late because the coordinator's process or machine
+    /// was paused.
+    fn time_awake(&mut self, now: Duration, event: &Event) -> Duration {
         const LONGEST_TICK: Duration = Duration::from_secs(1);
         if *event == Event::Ticked {
             let passed = self.last_tick.map_or(Duration::ZERO, |last| now.saturating_sub(last));
@@ -260,23 +262,23 @@ impl Coordinator {
             }
             self.last_tick = Some(now);
         }
-        // Between two ticks the clock of what follows stands still, so that a message that waited is no proof of silence.
+        // The clock also stops if a tick is overdue, so that messages that waited for this process do not look late.
         let last = self.last_tick.unwrap_or(now);
         let passed = now.saturating_sub(last);
         let passed = if passed > LONGEST_TICK { Duration::ZERO } else { passed };
         (last + passed).saturating_sub(self.slept)
     }
 
-    fn on_said(&mut self, worker: &WorkerId, run: Option<RunId>, message: ToCoordinator, now: Duration) {
-        // Only those that were welcomed are heard; a fenced life of a worker is not.
+    fn on_message(&mut self, worker: &WorkerId, run: Option<RunId>, message: ToCoordinator, now: Duration) {
+        // Ignore workers that were not welcomed, and earlier lives of those that were.
         let Some(member) = self.members.get_mut(worker) else { return };
         member.last_seen = now;
         if run != Some(self.settings.id) {
-            // Until it has read its welcome a worker has nothing to say but that it lives.
+            // A worker that has not read its welcome yet sends only heartbeats.
             if run.is_some() || !matches!(message, ToCoordinator::Heartbeat(_)) {
-                let of = run.map_or("no run".to_owned(), |run| format!("run {}", run.short()));
+                let about = run.map_or("no run".to_owned(), |run| format!("run {}", run.short()));
                 let why = format!(
-                    "its {} is of {of}, and this is run {}",
+                    "its {} message is about {about}, and this is run {}",
                     message.name(),
                     self.settings.id.short()
                 );
@@ -285,18 +287,18 @@ impl Coordinator {
             return;
         }
         match self.check(worker, &message) {
-            Verdict::Heard => self.take(worker, message, now),
+            Verdict::Accept => self.apply(worker, message, now),
             Verdict::Stale => {}
             Verdict::Impossible(why) => {
-                let why = format!("its {} cannot be: {why}", message.name());
+                let why = format!("its {} message is invalid: {why}", message.name());
                 self.expel(worker, &why, now);
             }
             Verdict::Ahead(generation) => self.refuse_ahead(worker, generation),
         }
     }
 
-    /// Acts on a message that its sender may say now.
-    fn take(&mut self, worker: &WorkerId, message: ToCoordinator, now: Duration) {
+    /// Acts on a message that has passed all checks.
+    fn apply(&mut self, worker: &WorkerId, message: ToCoordinator, now: Duration) {
         match message {
             ToCoordinator::Hello(_) => {}
             ToCoordinator::Heartbeat(heartbeat) => {
@@ -319,7 +321,7 @@ impl Coordinator {
             }
             ToCoordinator::Snapshot(snapshot) => self.on_snapshot(worker, &snapshot, now),
             ToCoordinator::Written { checkpoint, files } => {
-                self.snapshots.written(checkpoint, worker, files, now);
+                self.snapshots.on_written(checkpoint, worker, files, now);
             }
             ToCoordinator::WriteFailed { checkpoint, kind, message } => {
                 self.on_write_failed(worker, checkpoint, kind, &message, now);
@@ -332,13 +334,13 @@ impl Coordinator {
         }
     }
 
-    /// A worker reports a step otherwise than it is recorded. It may be that worker's machine; when several do so, nothing
-    /// that follows could be trusted.
+    /// A worker's report of a step contradicts the record. That worker's machine may be at fault; after several such
+    /// reports, no result could be trusted.
     fn on_contradicted(&mut self, worker: &WorkerId, why: &str, now: Duration) {
         self.contradictions += 1;
-        let machines = "the machines of this run do not compute alike, or one of them is broken";
+        let machines = "the machines of this run compute different results, or one of them is faulty";
         if self.contradictions == CONTRADICTIONS {
-            let message = format!("{why}, as {} says; {machines}", worker.name());
+            let message = format!("{why}, according to {}; {machines}", worker.name());
             return self.exit(ExitStatus::Corrupt, message);
         }
         self.expel(worker, &format!("{why}; {machines}"), now);
@@ -352,18 +354,18 @@ impl Coordinator {
         }
     }
 
-    /// What follows from the state alone, whatever the event was.
+    /// Does what the state calls for, whatever the event was.
     fn advance(&mut self, now: Duration) {
         if matches!(&self.group, Group::Dissolving { waiting, .. } if waiting.is_empty()) {
             self.group = Group::ABSENT;
             self.effects.push(Effect::SaveGroupEnded(self.generation));
             self.judge_suspicions(now);
         }
-        self.adopt(now);
-        self.request(now);
+        self.adopt_group(now);
+        self.request_from_group(now);
         self.assign_parts(now);
         self.dismiss_drained();
-        self.form(now);
+        self.form_group(now);
         self.start_jobs(now);
         if self.jobs.all_done(self.is_trained_and_stored(), &self.checkpoints) {
             self.exit(ExitStatus::Done, "every phase is done".to_owned());
@@ -372,16 +374,18 @@ impl Coordinator {
             && self.snapshots.is_empty()
         {
             let message = match self.checkpoints.keys().last() {
-                Some(last) => format!("interrupted; {last} is stored, the same command goes on from there"),
-                None => "interrupted; the same command begins where this one stopped".to_owned(),
+                Some(last) => {
+                    format!("interrupted; {last} is stored, and the same command resumes from there")
+                }
+                None => "interrupted; the same command continues where this one stopped".to_owned(),
             };
             self.exit(ExitStatus::Interrupted, message);
         }
     }
 
-    // ---- who may speak, and who is out
+    // ---- excluding workers
 
-    /// Ends the session of a worker that said what cannot be. It is no part of anything until it has connected anew.
+    /// Ends the session of a worker that sent an invalid message. It takes no part in the run until it reconnects.
     pub(crate) fn expel(&mut self, worker: &WorkerId, why: &str, now: Duration) {
         if self.members.get(worker).is_none() {
             return;
@@ -391,9 +395,9 @@ impl Coordinator {
         self.drop_worker(worker, why, Fault::Unworkable, now);
     }
 
-    /// A worker gets no work for a while.
+    /// Gives a worker no work for a while, if its fault deserves that.
     pub(crate) fn sit_out(&mut self, worker: &WorkerId, fault: Fault, why: &str, now: Duration) {
-        let pause = self.members.punish(worker, fault, now);
+        let pause = self.members.penalize(worker, fault, now);
         if pause > Duration::ZERO {
             self.emit(Notification::SitsOut(worker.clone(), pause, why.to_owned()));
         }
@@ -420,8 +424,8 @@ impl Coordinator {
         self.effects.push(Effect::Send(worker.clone(), message));
     }
 
-    pub(crate) fn emit(&mut self, note: Notification) {
-        self.effects.push(Effect::Notify(note));
+    pub(crate) fn emit(&mut self, notification: Notification) {
+        self.effects.push(Effect::Notify(notification));
     }
 
     pub(crate) fn exit(&mut self, status: ExitStatus, message: String) {

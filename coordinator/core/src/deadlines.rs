@@ -1,8 +1,9 @@
-//! What may take how long, and who is to blame when it takes longer.
+//! How long each activity may take, and who is to blame when one takes longer.
 //!
-//! A worker whose agent is silent is dead. One whose agent lives and whose trainer stands still is found by its
-//! heartbeats: they tell what the trainer is doing, when it last showed that it is there (while it waits for text or for a
-//! store it says so all the time), and how many collective operations of the group it has entered. A step is judged by the steps before it, so that a frozen trainer is noticed within a few of them.
+//! A worker whose agent is silent is dead. A worker whose agent is alive but whose trainer is stuck is found by its
+//! heartbeats. They say what the trainer is doing, when it last showed a sign of life (while it waits for text or for a
+//! store it gives one all the time), and how many of the group's collective operations it has entered. The time that a
+//! step may take is derived from earlier steps, so that a stuck trainer is noticed within a few step times.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -14,28 +15,28 @@ use crate::effect::Effect;
 use crate::group::Group;
 use crate::members::{Activity, Fault, Member};
 
-/// How long a worker may take to read the store's nonce. Stores are asked again for a minute.
+/// How long a worker may take to read the store's nonce. It retries the store for a minute.
 const GREETED_WITHIN: Duration = Duration::from_secs(90);
-/// How long a process may stand still that warms up.
+/// How long the process of a worker that warms up may be stuck.
 const WARM_STILL_FOR: Duration = Duration::from_mins(3);
-/// How long a process may stand still that forms a group: it reads a state, or waits for others that do.
+/// How long the process of a worker that forms a group may be stuck: it reads a state, or waits for others that do.
 const FORM_STILL_FOR: Duration = Duration::from_secs(30);
-/// How long a process may stand still that does a job: stores are asked again for a minute, and there may be several.
+/// How long the process of a worker that does a job may be stuck: it may retry several stores for a minute each.
 const JOB_STILL_FOR: Duration = Duration::from_mins(5);
-/// How long a section may take before anything was measured: a micro-batch of a large model takes minutes on a processor.
+/// How long a section may take before anything was measured: a micro-batch of a large model takes minutes on a CPU.
 const FIRST_SECTION_WITHIN: Duration = Duration::from_mins(10);
-/// The least that it may take when only the warm-up was measured, which computes one micro-batch.
+/// Lower limit of a section's deadline when only the warm-up was measured, which computes one micro-batch.
 const WARMED_SECTION_AT_LEAST: Duration = Duration::from_secs(30);
-/// How long an agent may take to hash what its trainer has left.
+/// How long an agent may take to hash the states that its trainer has left with it.
 const HASHED_WITHIN: Duration = Duration::from_mins(30);
-/// The least time that a section may take, and never less than a worker may be silent: computers pause.
+/// Lower limit of a section's deadline, which is also never shorter than `dead_after`: computers pause.
 const SECTION_AT_LEAST: Duration = Duration::from_secs(4);
-/// How much longer a group may stand still whose members all wait for each other: the system notices a link that is down
-/// at about that time, and names it.
+/// How much longer a group may be stuck while all its members wait for each other: at about that time the operating
+/// system notices that a link is down, and the error names the link.
 const LINK_MARGIN: Duration = Duration::from_millis(1500);
-/// How long a member that waits for others may take to leave a group: it is woken.
+/// How long a member that waits in a collective operation may take to leave its group. An abort wakes it.
 const LEAVE_WITHIN: Duration = Duration::from_secs(2);
-/// How long a stop may take before the process ends without having saved.
+/// How long a stop may take before the process exits without saving.
 const STOP_WITHIN: Duration = Duration::from_mins(2);
 
 impl Coordinator {
@@ -47,7 +48,7 @@ impl Coordinator {
         if self.members.iter().any(|(_, member)| member.activity.is_admitted()) {
             self.admitted_at = Some(now);
         }
-        for (worker, why) in self.standing_still(now) {
+        for (worker, why) in self.stuck(now) {
             let job = match self.members.get(&worker).map(|member| &member.activity) {
                 Some(Activity::Working(job)) => Some(job.clone()),
                 _ => None,
@@ -57,7 +58,7 @@ impl Coordinator {
                 && !self.jobs.failed(&job, &worker)
             {
                 let message =
-                    format!("{} came to no end on any worker; {}: {why}", job.name(), worker.name());
+                    format!("{} finished on no worker; last, on {}: {why}", job.name(), worker.name());
                 self.exit(ExitStatus::Failed, message);
             }
         }
@@ -73,28 +74,28 @@ impl Coordinator {
 
     pub(crate) fn drop_worker(&mut self, worker: &WorkerId, why: &str, fault: Fault, now: Duration) {
         self.effect(Effect::Disconnect(worker.clone()));
-        self.lose(worker, why, fault, now);
+        self.lose_worker(worker, why, fault, now);
     }
 
-    /// Workers outside of steps whose process does not compute any more.
-    fn standing_still(&self, now: Duration) -> Vec<(WorkerId, String)> {
+    /// Workers that do something other than steps and have exceeded its deadline.
+    fn stuck(&self, now: Duration) -> Vec<(WorkerId, String)> {
         let late = |id: &WorkerId, member: &Member| {
             let still = now.saturating_sub(member.last_busy);
             let within = match &member.activity {
                 Activity::Greeted => {
                     let since = now.saturating_sub(member.since);
                     return (since > GREETED_WITHIN)
-                        .then(|| format!("it did not read the store for {since:.0?}"));
+                        .then(|| format!("it has not read the store for {since:.0?}"));
                 }
                 Activity::Warming => WARM_STILL_FOR,
                 Activity::Working(job) => JOB_STILL_FOR * 2_u32.pow(self.jobs.failures(job)),
-                // The group that it is on its way out of is not looked at any more.
+                // It is leaving a group that `watch_group` no longer watches.
                 Activity::InGroup(_) if !self.group.contains(id) => {
                     return self.late_to_leave(member, member.since, now);
                 }
                 Activity::Idle | Activity::InGroup(_) => return None,
             };
-            (still > within).then(|| format!("its process has stood still for {still:.0?}"))
+            (still > within).then(|| format!("its process has been stuck for {still:.0?}"))
         };
         self.members.iter().filter_map(|(id, member)| Some((id.clone(), late(id, member)?))).collect()
     }
@@ -115,14 +116,14 @@ impl Coordinator {
                     return;
                 }
                 let frozen = self.frozen(members.iter(), *until, now);
-                self.freeze_out(frozen, now);
+                self.drop_all(frozen, now);
             }
             Group::Training { members, since, .. } => {
                 let (members, since) = (members.clone(), *since);
                 let frozen = self.frozen(members.iter(), since, now);
                 if !frozen.is_empty() {
-                    self.freeze_out(frozen, now);
-                } else if let Some(still) = self.all_wait(&members, since, now) {
+                    self.drop_all(frozen, now);
+                } else if let Some(still) = self.all_waiting(&members, since, now) {
                     self.dissolve(
                         &format!("all members have waited for each other for {still:.1?}"),
                         true,
@@ -137,31 +138,31 @@ impl Coordinator {
                     Some((worker.clone(), why))
                 };
                 let late: Vec<(WorkerId, String)> = waiting.iter().filter_map(late).collect();
-                self.freeze_out(late, now);
+                self.drop_all(late, now);
             }
         }
     }
 
-    fn freeze_out(&mut self, frozen: Vec<(WorkerId, String)>, now: Duration) {
-        for (worker, why) in frozen {
+    fn drop_all(&mut self, workers: Vec<(WorkerId, String)>, now: Duration) {
+        for (worker, why) in workers {
             self.drop_worker(&worker, &why, Fault::Unworkable, now);
         }
     }
 
-    /// Whether a member takes too long to leave its group, which has been ending since then.
+    /// The complaint about a member that takes too long to leave its group, which has been ending since `since`.
     fn late_to_leave(&self, member: &Member, since: Duration, now: Duration) -> Option<String> {
         let Activity::InGroup(generation) = member.activity else { return None };
         let (heartbeat, at) = member.heartbeat;
         let (section, passed) = in_section(member, generation, since, now);
         let within = match section {
-            // The trainer has left, or sleeps; what it keeps is being hashed.
+            // The trainer has left the group or is idle, and the states that it left are being hashed.
             _ if heartbeat.generation != generation => HASHED_WITHIN,
             Section::Collective => LEAVE_WITHIN,
             section => self.section_within(section, member, now),
         };
-        // Only a heartbeat that was sent after the group ended tells anything.
-        let told = at > since + Duration::from_secs(1);
-        (told && passed > within).then(|| format!("it did not leave its group within {passed:.1?}"))
+        // Only a heartbeat sent after the group ended is evidence.
+        let is_evidence = at > since + Duration::from_secs(1);
+        (is_evidence && passed > within).then(|| format!("it did not leave its group within {passed:.1?}"))
     }
 
     /// How long a section may take.
@@ -179,7 +180,7 @@ impl Coordinator {
                 (None, Some(warm_up)) => WARMED_SECTION_AT_LEAST.max(warm_up * 4) * self.leniency(),
                 (None, None) => FIRST_SECTION_WITHIN,
             },
-            // As long as the process computes, and a while more.
+            // As long as the process uses the processor, and a while longer.
             Section::Forming | Section::Idle => {
                 let still = now.saturating_sub(member.last_busy);
                 if still > FORM_STILL_FOR { FORM_STILL_FOR } else { Duration::MAX }
@@ -187,22 +188,22 @@ impl Coordinator {
         }
     }
 
-    /// The machines or their links may have become slower than they were: each group that did no update doubles what the
-    /// next one is given.
+    /// The factor by which deadlines are extended. The machines or their links may have become slower than they were,
+    /// so every group that completes no update doubles the deadlines of the next.
     fn leniency(&self) -> u32 {
         2_u32.pow(self.futile_groups.saturating_sub(1).min(10))
     }
 
-    /// The time that a step of the group at hand should take, by those before it.
+    /// The time that a step of the current group should take, judged by earlier steps.
     fn step_time(&self) -> Option<Duration> {
         let size = self.group.members().len().max(1) as u64;
-        let mut pace: Vec<Duration> = self.pace.iter().copied().collect();
-        pace.sort();
-        let median = pace.get(pace.len() / 2)?;
+        let mut times: Vec<Duration> = self.micro_batch_times.iter().copied().collect();
+        times.sort();
+        let median = times.get(times.len() / 2)?;
         Some(*median * self.settings.micro_batches.div_ceil(size).max(1) as u32)
     }
 
-    /// Members whose trainer stands still though it waits for nobody.
+    /// Members whose trainer is stuck although it does not wait for another member.
     fn frozen<'a>(
         &self,
         members: impl Iterator<Item = &'a WorkerId>,
@@ -224,7 +225,7 @@ impl Coordinator {
             (late && !waits).then(|| {
                 let name = format!("{section:?}").to_lowercase();
                 let why = format!(
-                    "its trainer has stood still ({name}) for {passed:.1?}, at collective operation {}",
+                    "its trainer has been stuck ({name}) for {passed:.1?}, at collective operation {}",
                     entered(member)
                 );
                 ((*id).clone(), why)
@@ -233,8 +234,8 @@ impl Coordinator {
         members.iter().filter_map(frozen).collect()
     }
 
-    /// For how long all members have been in the same collective operation, if that is too long.
-    fn all_wait(&self, members: &[WorkerId], begun: Duration, now: Duration) -> Option<Duration> {
+    /// How long all members have been waiting in the same collective operation, if that is too long.
+    fn all_waiting(&self, members: &[WorkerId], begun: Duration, now: Duration) -> Option<Duration> {
         let mut operations = BTreeSet::new();
         let mut least = Duration::MAX;
         for member in members.iter().filter_map(|id| self.members.get(id)) {
@@ -252,7 +253,7 @@ impl Coordinator {
     }
 }
 
-/// What a member of a group does, and for how long; its section began no earlier than the group did.
+/// What a member of a group is doing, and for how long. Time before the group began does not count.
 fn in_section(
     member: &Member,
     generation: Generation,

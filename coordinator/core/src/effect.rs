@@ -1,4 +1,4 @@
-//! What the driver has to do, in the imperative.
+//! What the driver has to do; named in the imperative.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -8,52 +8,51 @@ use ulmus_types::{
     SourceReading, Step, StepReport, ToWorker, WorkerId,
 };
 
-/// Something to do. Effects are performed in order.
+/// Something for the driver to do. Effects are performed in order.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Effect {
-    /// Store that this generation consists of these workers, durably, before anything else is done.
+    /// Durably store that this generation consists of these workers, before anything else is done.
     SaveGeneration(Generation, Vec<WorkerId>),
-    /// Store that this generation's group is no more, so that nobody waits for its members to come back.
+    /// Store that this generation's group has ended, so that nobody waits for its members to come back.
     SaveGroupEnded(Generation),
     /// Store the fingerprint that every worker of the run must have.
     SaveFingerprint(Digest),
     /// Store reports of updates.
     SaveSteps(Generation, Vec<StepReport>),
-    /// Store how reading goes on a worker, source by source.
+    /// Store a worker's reading statistics of each source.
     SaveReading(WorkerId, Step, Vec<SourceReading>),
-    /// Store the units that everybody leaves out from now on, and why, where workers read it, before anything else is
-    /// done.
+    /// Store which units every worker skips from now on, and why, where workers read it, before anything else is done.
     SaveQuarantine(BTreeMap<BadUnit, String>),
     /// Store that every update is done.
     SaveTrained(Step),
     /// Store that the manifest of a checkpoint is written.
     SaveCommitted(CheckpointId),
-    /// Forget a checkpoint that is damaged; its files stay where they are.
+    /// Forget a damaged checkpoint; its files stay where they are.
     SaveDamaged(CheckpointId),
-    /// Store that a job was given to a worker: nobody else's result counts.
+    /// Store that a job was given to a worker: no other worker's result counts.
     SaveJobStarted(Job, WorkerId),
-    /// Store that a job is done, and its result (JSON).
+    /// Store that a job is done, and its result as JSON.
     SaveJob(Job, String),
-    /// Forget that the job of this kind is done: what it made is damaged.
+    /// Forget that the job of this kind is done: its result is damaged.
     SaveJobUndone(JobKind),
     /// Send a message to a worker.
     Send(WorkerId, ToWorker),
     /// Close a worker's stream.
     Disconnect(WorkerId),
-    /// Read the parts of a checkpoint back, which are all stored; then write its manifest, and then `latest`.
+    /// Read back the parts of a checkpoint, all of which are stored; then write its manifest, and then `latest`.
     Commit {
         /// The checkpoint.
         checkpoint: CheckpointId,
-        /// Whether it is kept.
+        /// Whether it is kept for good.
         kind: CheckpointKind,
         /// Hash of the state.
         state: Digest,
         /// Its parts.
         files: BTreeMap<String, FileEntry>,
     },
-    /// Delete a recovery checkpoint that newer ones replace.
+    /// Delete a recovery checkpoint that newer ones have replaced.
     Delete(CheckpointId),
-    /// Read committed checkpoints and tell which are damaged; nobody waits for it.
+    /// Read committed checkpoints in the background and report which are damaged.
     Verify(Vec<CheckpointId>),
     /// Tell a person.
     Notify(Notification),
@@ -61,16 +60,16 @@ pub enum Effect {
     Exit(Outcome),
 }
 
-/// What a person wants to know while the run goes on.
+/// What a person wants to know during the run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Notification {
-    /// A worker may take work.
+    /// A worker has joined and may take work.
     Joined(WorkerId),
-    /// A worker is gone, and why it is thought so.
+    /// A worker is lost, and why.
     Lost(WorkerId, String),
     /// A worker was asked to leave, has handed over what it had, and is gone.
     Drained(WorkerId),
-    /// A worker gets no work for a while, and why.
+    /// A worker gets no work for this long, and why.
     SitsOut(WorkerId, Duration, String),
     /// A group trains.
     GroupFormed {
@@ -87,9 +86,9 @@ pub enum Notification {
     Checkpoint(CheckpointId, CheckpointKind),
     /// A job has begun.
     JobStarted(Job, WorkerId),
-    /// Anything else that is not routine: a refusal, something that is tried again, data that is used up.
+    /// Anything else that is not routine: a refusal, a retry, data that has run out.
     Info(String),
-    /// Something that somebody should look after while the run goes on.
+    /// Something that a person should attend to while the run continues.
     Alarm(String),
 }
 
@@ -98,8 +97,8 @@ pub enum Notification {
 pub struct Outcome {
     /// The exit code.
     pub status: ExitStatus,
-    /// What a person is told.
+    /// The message for a person.
     pub message: String,
-    /// Workers were left to the next coordinator.
+    /// Whether workers were left running for the next coordinator.
     pub detached: bool,
 }

@@ -1,4 +1,4 @@
-//! What can happen to a run, in the past tense.
+//! What can happen to a run; named in the past tense.
 
 use ulmus_types::{CheckpointId, ErrorKind, RunId, ToCoordinator, WorkerId};
 
@@ -8,32 +8,32 @@ use ulmus_types::{CheckpointId, ErrorKind, RunId, ToCoordinator, WorkerId};
 pub enum Event {
     /// Time passed. Expected a few times a second.
     Ticked,
-    /// A worker said something. Its first message is its hello, which [`Coordinator::judge`](crate::Coordinator::judge)
-    /// has let in.
-    Said {
-        /// Who.
+    /// A message arrived. A worker's first one is its hello, which has passed
+    /// [`Coordinator::check_hello`](crate::Coordinator::check_hello).
+    Received {
+        /// Its sender.
         worker: WorkerId,
-        /// The run that it speaks of; none before it was told one.
+        /// The run that it is about; `None` before the sender was told one.
         run: Option<RunId>,
-        /// What.
+        /// The message.
         message: ToCoordinator,
     },
-    /// A worker reports a step otherwise than it is recorded.
+    /// A worker's report of a step contradicts the record; how.
     Contradicted(WorkerId, String),
-    /// What a worker said cannot be, which was found outside the core.
-    SaidImpossible(WorkerId, String),
+    /// A worker's message cannot be valid, for a reason found outside the core.
+    ReceivedInvalid(WorkerId, String),
     /// A worker's stream ended.
     Disconnected(WorkerId),
-    /// Every part of a checkpoint was read back as it was announced, its manifest is stored, and `latest` names it.
+    /// Every part of a checkpoint was read back and verified, its manifest is stored, and `latest` names it.
     CheckpointCommitted(CheckpointId),
-    /// The manifest could not be stored.
+    /// The manifest of a checkpoint could not be stored.
     CommitFailed(CheckpointId, ErrorKind, String),
-    /// Parts of a checkpoint that is about to be committed are not what their writers announced.
+    /// Parts of a checkpoint that was about to be committed differ from what their writers announced.
     PartsDamaged(CheckpointId, Vec<String>, String),
-    /// A committed checkpoint is not what was written any more.
+    /// A committed checkpoint no longer has the content that was written.
     CheckpointDamaged(CheckpointId, String),
-    /// Somebody asked to save and stop.
+    /// A person asked to save and stop.
     StopRequested,
-    /// Local workers end again and again right after their start; why.
+    /// Local workers repeatedly exit right after their start; why.
     LocalWorkersFailed(String),
 }

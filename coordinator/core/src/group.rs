@@ -9,8 +9,7 @@
 //!   Adopting: a returning coordinator waits for the group that it knew; then Training, or Dissolving
 //! ```
 //!
-//! A new generation is made only after everybody who is still there has left the old one, so no worker is ever
-//! in two groups.
+//! A new generation begins only after all remaining members have left the old one, so no worker is ever in two groups.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -20,32 +19,32 @@ use ulmus_types::{Assignment, Blame, Generation, GroupKey, Peer, Rank, Repair, S
 
 use crate::members::Members;
 
-/// Where the group is in its life.
+/// The phase of the group's life.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Group {
-    /// There is none. `enough_since` tells since when there have been enough workers for one.
+    /// There is no group. Since `enough_since` there have been enough workers for one.
     Absent { enough_since: Option<Duration> },
-    /// After a restart of the coordinator: members of the stored generation come back until the deadline, but for those
-    /// that are known to be `gone`.
+    /// The coordinator has restarted, and waits until the deadline for members of the stored generation to come back,
+    /// except for those that are known to be `gone`.
     Adopting { members: Vec<WorkerId>, back: BTreeSet<WorkerId>, gone: BTreeSet<WorkerId>, until: Duration },
-    /// Members were assigned and connect to each other, for which they have until the deadline; then they agree on a
-    /// state, which takes as long as it takes.
+    /// Members were assigned. They connect to each other before the deadline, then agree on a state without a fixed
+    /// deadline.
     Forming {
         members: Vec<WorkerId>,
         connected: BTreeSet<WorkerId>,
         formed: BTreeSet<WorkerId>,
         until: Duration,
     },
-    /// Members train, since then. `pausing` tells that they were asked to pause or stop.
+    /// Members train. `pausing` means that they were asked to pause or stop.
     Training { members: Vec<WorkerId>, since: Duration, pausing: bool },
-    /// Members leave, since then; those in `waiting` have not said so yet.
+    /// Members leave; those in `waiting` have not reported yet that they left.
     Dissolving { waiting: BTreeSet<WorkerId>, since: Duration },
 }
 
 impl Group {
     pub(crate) const ABSENT: Self = Self::Absent { enough_since: None };
 
-    /// The workers that are in the group or on their way out of it.
+    /// The workers that are in the group or still leaving it.
     pub(crate) fn members(&self) -> Vec<WorkerId> {
         match self {
             Self::Absent { .. } => Vec::new(),
@@ -66,12 +65,13 @@ impl Group {
     }
 }
 
-/// The micro-batches of each rank: consecutive, all of them, their numbers differing by one at most.
+/// The micro-batches of a rank. Over all ranks these ranges are consecutive, complete, and differ by at most one in
+/// length.
 pub(crate) fn share(micro_batches: u64, rank: u64, size: u64) -> Range<u64> {
     (micro_batches * rank / size)..(micro_batches * (rank + 1) / size)
 }
 
-/// What a member of the last group said of a neighbour that it could not work with.
+/// What a member of the last group reported about a neighbour with which it could not work.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Suspicion {
     pub(crate) by: WorkerId,
@@ -79,29 +79,29 @@ pub(crate) struct Suspicion {
     pub(crate) blame: Blame,
 }
 
-/// Which of the workers that accuse each other the next group does without. `proven` have trained together before, so
-/// that it is a newcomer's fault if one is involved; otherwise whoever is named most often is the one.
+/// The workers that the next group excludes because of mutual accusations. The `proven` have trained together before,
+/// so a newcomer that is involved is at fault; otherwise the worker that is named most often is.
 pub(crate) fn culprits(suspicions: &[Suspicion], proven: &[WorkerId]) -> BTreeSet<WorkerId> {
-    // A connection that ended says nothing: everybody's ends when one member leaves.
-    let mut left: Vec<&Suspicion> = suspicions.iter().filter(|said| said.blame != Blame::Lost).collect();
+    // A connection that ended proves nothing: when one member leaves, all connections end.
+    let mut open: Vec<&Suspicion> = suspicions.iter().filter(|said| said.blame != Blame::Lost).collect();
     let mut culprits = BTreeSet::new();
-    while !left.is_empty() {
-        let involved: BTreeSet<&WorkerId> = left.iter().flat_map(|said| [&said.by, &said.of]).collect();
+    while !open.is_empty() {
+        let involved: BTreeSet<&WorkerId> = open.iter().flat_map(|said| [&said.by, &said.of]).collect();
         let weight = |worker: &WorkerId| {
-            let named = left.iter().filter(|said| said.of == *worker).count();
-            let accuses = left.iter().filter(|said| said.by == *worker).count();
+            let named = open.iter().filter(|said| said.of == *worker).count();
+            let accuses = open.iter().filter(|said| said.by == *worker).count();
             let direct =
-                left.iter().filter(|said| said.of == *worker && said.blame == Blame::Unreachable).count();
+                open.iter().filter(|said| said.of == *worker && said.blame == Blame::Unreachable).count();
             (!proven.contains(worker), named + accuses, direct)
         };
         let Some(worst) = involved.into_iter().max_by_key(|worker| weight(worker)).cloned() else { break };
-        left.retain(|said| said.by != worst && said.of != worst);
+        open.retain(|said| said.by != worst && said.of != worst);
         culprits.insert(worst);
     }
     culprits
 }
 
-/// One assignment per member, in rank order. Each knows only its neighbours in the ring.
+/// One assignment per member, in rank order. Each names only the member's neighbours in the ring.
 pub(crate) fn assignments(
     generation: Generation,
     group: &[WorkerId],
@@ -154,13 +154,13 @@ mod tests {
         // The newcomer reaches its neighbour, and nobody reaches it.
         let unreachable = [said("c", "d", Blame::Unreachable), said("d", "c", Blame::Absent)];
         assert_eq!(culprits(&unreachable, &proven), BTreeSet::from([d.clone()]));
-        // The same among those that have worked together: whoever could not be reached.
+        // Among workers that have trained together: the one that could not be reached.
         assert_eq!(culprits(&unreachable, &[c.clone(), d.clone()]), BTreeSet::from([d]));
         // Two broken links have one end in common.
         let cut =
             [said("a", "b", Blame::Silent), said("b", "c", Blame::Silent), said("c", "b", Blame::Silent)];
         assert_eq!(culprits(&cut, &proven), BTreeSet::from([b]));
-        // Of a single broken link one end goes on.
+        // Of a single broken link, one end is kept.
         assert_eq!(culprits(&[said("a", "c", Blame::Silent)], &proven).len(), 1);
         assert!(culprits(&[said("a", "c", Blame::Lost), said("c", "a", Blame::Lost)], &proven).is_empty());
         let _ = (a, c);

@@ -16,23 +16,23 @@ use ulmus_types::{CheckpointId, CheckpointKind, Job, JobKind, WorkerId};
 
 /// How often a job may fail before the run gives up.
 const ATTEMPTS: u32 = 3;
-/// When a job is tried again whose result could not be written.
+/// How long a job waits after its result could not be written.
 const DISK_RETRY: Duration = Duration::from_secs(2);
 
-/// What is done, and what is being done.
+/// Which jobs are done and which are running.
 #[derive(Debug, Default)]
 pub(crate) struct Jobs {
-    /// Milestones that are averaged.
+    /// Number of milestones that are averaged.
     average: u64,
     export: bool,
     done: BTreeSet<JobKind>,
     running: BTreeMap<Job, WorkerId>,
-    /// The last worker that each job was given to: nobody else's result counts.
+    /// The worker to which each job was last given: no other worker's result counts.
     owners: BTreeMap<Job, WorkerId>,
     failures: BTreeMap<JobKind, u32>,
     /// Names of workers on which a job has failed.
     failed_on: BTreeMap<JobKind, BTreeSet<String>>,
-    /// Jobs whose results no disk takes: since when, and when they are tried again.
+    /// Jobs whose results could not be written: since when, and when they are tried again.
     waiting: BTreeMap<JobKind, (Duration, Duration)>,
 }
 
@@ -50,7 +50,7 @@ impl Jobs {
         self.done.contains(&kind)
     }
 
-    /// Whether a job is left that reads milestones.
+    /// Whether a job that reads milestones is not done yet.
     pub(crate) fn need_milestones(&self) -> bool {
         [JobKind::Average, JobKind::EvaluateLast, JobKind::Continuations]
             .into_iter()
@@ -66,8 +66,8 @@ impl Jobs {
         self.running.insert(job, worker);
     }
 
-    /// A worker does a job that an earlier coordinator gave it, or this one before the connection broke. What it was not
-    /// given, or another was given since, is not its own.
+    /// A worker still does a job that it was given before its connection broke or the coordinator restarted. The claim
+    /// does not count if the job was never given to it, or has since been given to another worker.
     pub(crate) fn resumed(&mut self, job: Job, worker: WorkerId) {
         if !self.is_done(job.kind()) && self.owners.get(&job) == Some(&worker) {
             self.running.entry(job).or_insert(worker);
@@ -79,7 +79,7 @@ impl Jobs {
         self.owners.values().any(|owner| owner == worker)
     }
 
-    /// Whether `worker` was really the one that does it.
+    /// A worker has ended a job. Returns whether the job was that worker's.
     pub(crate) fn ended(&mut self, job: &Job, worker: &WorkerId) -> bool {
         if self.running.get(job) == Some(worker) {
             self.running.remove(job);
@@ -93,12 +93,12 @@ impl Jobs {
         self.done.insert(job.kind());
     }
 
-    /// What a job made is of no use any more.
+    /// The result of a finished job has become useless.
     pub(crate) fn undone(&mut self, kind: JobKind) {
         self.done.remove(&kind);
     }
 
-    /// Whether it may be tried again, on whatever worker.
+    /// A job has failed on a worker. Returns whether it may be tried again, on any worker.
     pub(crate) fn failed(&mut self, job: &Job, worker: &WorkerId) -> bool {
         self.failed_on.entry(job.kind()).or_default().insert(worker.name().to_owned());
         let failures = self.failures.entry(job.kind()).or_insert(0);
@@ -106,7 +106,7 @@ impl Jobs {
         *failures < ATTEMPTS
     }
 
-    /// What a job made could not be written. For how long that has been so.
+    /// The result of a job could not be written. Returns how long that has been so.
     pub(crate) fn could_not_write(&mut self, job: &Job, worker: &WorkerId, now: Duration) -> Duration {
         self.failed_on.entry(job.kind()).or_default().insert(worker.name().to_owned());
         let (since, again) = self.waiting.entry(job.kind()).or_insert((now, now));
@@ -114,7 +114,7 @@ impl Jobs {
         now.saturating_sub(*since)
     }
 
-    /// Whether a job waits for a disk that takes something.
+    /// Whether a job waits until its result may be written again.
     pub(crate) fn waits(&self, job: &Job, now: Duration) -> bool {
         self.waiting.get(&job.kind()).is_some_and(|(_, again)| now < *again)
     }
@@ -133,7 +133,7 @@ impl Jobs {
         self.running.retain(|_, at| at != worker);
     }
 
-    /// Jobs that can begin now. `trained` tells that training is done and its last checkpoint stored.
+    /// Jobs that can begin now. `trained` means that training is done and its last checkpoint is stored.
     pub(crate) fn ready(
         &self,
         trained: bool,
@@ -173,7 +173,7 @@ impl Jobs {
     }
 }
 
-/// Milestones, oldest first; of one step that was passed twice, the newer.
+/// Milestones, oldest first. Of a step that was trained twice, only the newer milestone.
 pub(crate) fn milestones(checkpoints: &BTreeMap<CheckpointId, CheckpointKind>) -> Vec<CheckpointId> {
     let by_step: BTreeMap<_, _> = checkpoints
         .iter()
@@ -189,7 +189,7 @@ mod tests {
 
     use super::*;
 
-    /// Names of the jobs of a trained run, in the order in which they begin.
+    /// Names of the jobs of a trained run, in the order in which they start.
     fn names(export: bool) -> Vec<&'static str> {
         let last = CheckpointId::new(Step::new(8), Generation::new(1));
         let checkpoints = BTreeMap::from([(last, CheckpointKind::Milestone)]);

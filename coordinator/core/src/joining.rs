@@ -1,4 +1,4 @@
-//! From a worker's hello to its first work, and how it goes.
+//! How workers join, return and leave.
 
 use std::time::Duration;
 
@@ -11,25 +11,25 @@ use crate::effect::{Effect, Notification};
 use crate::group::Group;
 use crate::members::{Activity, Fault};
 
-/// The longest address that other workers are told: a host's name has 253 characters at most.
+/// The longest address that is passed on to other workers, in bytes: a host name has at most 253 characters.
 const ADDRESS_LIMIT: usize = 300;
 
 impl Coordinator {
-    /// Whether a worker that introduces itself may have a session. Until it is let in, nothing changes for anybody: a
-    /// stranger who takes a worker's name ends no session of that worker.
+    /// Checks whether the sender of a hello may have a session. This changes nothing, so a stranger that uses a
+    /// worker's name cannot end that worker's session.
     ///
     /// # Errors
-    /// What the caller is told, and what it can do about it.
-    pub fn judge(&self, hello: &Hello) -> Result<(), (ErrorKind, String)> {
+    /// The kind and the message with which the sender is refused.
+    pub fn check_hello(&self, hello: &Hello) -> Result<(), (ErrorKind, String)> {
         let Hello { worker, version, run, secret, status, .. } = hello;
         let name = worker.name();
         if hello.address.len() > ADDRESS_LIMIT || hello.address.chars().any(char::is_control) {
-            let reason = format!("worker {name} has an address that cannot be one; see its --advertise");
+            let reason = format!("worker {name} has an invalid address; check its --advertise");
             return Err((ErrorKind::Refused, reason));
         }
         if *version != self.settings.version {
             let reason = format!(
-                "worker {name} is version {} and the coordinator {}; install the same version on both",
+                "worker {name} has version {} and the coordinator has version {}; install the same version on both",
                 for_people(version, 40),
                 self.settings.version
             );
@@ -41,31 +41,31 @@ impl Coordinator {
         let is_itself = *secret == Some(self.settings.secret.session(worker));
         if (is_known || *run == Some(self.settings.id)) && !is_itself {
             let reason = format!(
-                "worker {name} does not have what this run gave to the worker of that name and incarnation; start it again"
+                "worker {name} does not have the secret that this run gave to the worker with that name and incarnation; restart it"
             );
             return Err((ErrorKind::Refused, reason));
         }
         if let Some(other) = self.members.namesake(worker) {
             let reason =
-                format!("a worker named {} is connected already; give this one another --name", other.name());
+                format!("a worker named {} is already connected; give this one another --name", other.name());
             return Err((ErrorKind::Retry, reason));
         }
         if run.is_none() && *status != WorkerStatus::Idle {
-            let reason = format!("worker {name} is busy and names no run; start it again");
+            let reason = format!("worker {name} is busy but names no run; restart it");
             return Err((ErrorKind::Refused, reason));
         }
         Ok(())
     }
 
-    /// A worker that was let in introduces itself.
+    /// Welcomes a worker whose hello has passed [`Self::check_hello`].
     pub(crate) fn on_hello(&mut self, mut hello: Hello, now: Duration) {
         let worker = hello.worker.clone();
         if self.members.get(&worker).is_some() {
-            self.lose(&worker, "it reconnected", Fault::Died, now);
+            self.lose_worker(&worker, "it reconnected", Fault::Died, now);
         }
         if let Some(other) = hello.run.filter(|run| *run != self.settings.id) {
             self.emit(Notification::Info(format!(
-                "{} comes from run {}; this is run {}, and nothing of the other one counts here",
+                "{} comes from run {}; this is run {}, so it starts afresh here",
                 worker.name(),
                 other.short(),
                 self.settings.id.short()
@@ -73,7 +73,7 @@ impl Coordinator {
             (hello.run, hello.status) = (None, WorkerStatus::Idle);
         }
         hello.device = for_people(&hello.device, 200);
-        self.is_proof_of_death(&worker);
+        self.end_earlier_lives(&worker);
         self.members.welcome(hello, now);
         let welcome = ToWorker::Welcome {
             run: self.settings.run.clone(),
@@ -85,8 +85,8 @@ impl Coordinator {
         self.send(&worker, welcome);
     }
 
-    /// A new life of a worker proves that earlier ones are over: nobody waits for them to come back.
-    fn is_proof_of_death(&mut self, worker: &WorkerId) {
+    /// A new life of a worker proves that its earlier lives are over, so nobody waits for them to come back.
+    fn end_earlier_lives(&mut self, worker: &WorkerId) {
         if let Group::Adopting { members, gone, .. } = &mut self.group {
             let earlier = |id: &&WorkerId| id.name() == worker.name() && *id != worker;
             gone.extend(members.iter().filter(earlier).cloned());
@@ -100,17 +100,17 @@ impl Coordinator {
                 self.members.set(worker, Activity::Warming, now);
                 return;
             }
-            Ok(_) => format!("what it finds at {store} is another folder"),
+            Ok(_) => format!("on its machine, {store} is another folder"),
             Err(error) => format!("it cannot read {store}: {}", for_people(&error, TEXT_LIMIT)),
         };
         let reason = format!(
-            "worker {} does not share the run's store: {why}; set store.url in the plan to a folder or URL that every worker reaches",
+            "worker {} does not share the run's store: {why}; set store.url in the plan to a folder or URL that every worker can reach",
             worker.name()
         );
         self.refuse(worker, ErrorKind::Refused, reason);
     }
 
-    /// A worker can take work, and has told all that was not confirmed.
+    /// A worker can take work, and has repeated everything that was not confirmed.
     pub(crate) fn on_ready(&mut self, worker: &WorkerId, ready: Ready, now: Duration) {
         let Ready { fingerprint, generation, reports, snapshots } = ready;
         if !self.accept_fingerprint(worker, fingerprint) {
@@ -122,8 +122,8 @@ impl Coordinator {
             member.warmed_within = Some(now.saturating_sub(member.since));
         }
         let status = member.hello.status.clone();
-        // Reports come before states and before the worker counts as idle: the next group must not begin with more than
-        // is recorded.
+        // Record the reports before the states, and before the worker counts as idle: the next group must not begin
+        // with a state that is ahead of the record.
         if let Some(generation) = generation {
             self.on_steps(generation, reports);
         }
@@ -136,7 +136,7 @@ impl Coordinator {
             WorkerStatus::Idle => self.members.set(worker, Activity::Idle, now),
             WorkerStatus::Training(generation) => {
                 self.members.set(worker, Activity::InGroup(generation), now);
-                self.came_back(worker, generation);
+                self.on_rejoined(worker, generation);
             }
             WorkerStatus::Working(job) => {
                 self.members.set(worker, Activity::Working(job.clone()), now);
@@ -145,12 +145,12 @@ impl Coordinator {
         }
     }
 
-    /// A worker that has proved that it belongs to the run knows of a group that the record does not have: the record is
-    /// an older copy. What the worker has cannot be placed in it.
+    /// A worker that has proved that it belongs to the run knows of a generation that the record does not have. So the
+    /// record is an older copy, and the worker's state has no place in it.
     pub(crate) fn refuse_ahead(&mut self, worker: &WorkerId, generation: Generation) {
         let reason = format!(
-            "worker {} was in generation {generation} of this run, and run.sqlite knows of {} at most: it is an older copy; stop \
-             the coordinator and put back the newest one, or go on from what the older one has, and start this worker again",
+            "worker {} was in generation {generation} of this run, but run.sqlite ends at generation {}: it is an older copy; either \
+             stop the coordinator and put back the newest copy, or continue from the older one and restart this worker",
             worker.name(),
             self.generation
         );
@@ -166,7 +166,7 @@ impl Coordinator {
             }
             Some(expected) if expected != fingerprint => {
                 let reason = format!(
-                    "worker {} computes other bits than this run: its fingerprint is {}, the run's {}; exact reduction needs machines of one kind, with one version of Ulmus",
+                    "worker {} computes other bits than this run: its fingerprint is {}, the run's is {}; use machines of one kind, with the same version of Ulmus",
                     worker.name(),
                     fingerprint.short(),
                     expected.short()
@@ -179,8 +179,8 @@ impl Coordinator {
         true
     }
 
-    /// A worker that was training while the coordinator, or its connection, was gone.
-    fn came_back(&mut self, worker: &WorkerId, generation: Generation) {
+    /// A worker is back that went on training while the coordinator or the connection was gone.
+    fn on_rejoined(&mut self, worker: &WorkerId, generation: Generation) {
         if generation == self.generation
             && let Group::Adopting { members, back, .. } = &mut self.group
             && members.contains(worker)
@@ -191,8 +191,8 @@ impl Coordinator {
         self.send(worker, ToWorker::Abort(generation));
     }
 
-    /// Goes on with a group that has come back whole, or ends it as soon as it is known that it cannot.
-    pub(crate) fn adopt(&mut self, now: Duration) {
+    /// Continues with a group all of whose members have come back, or ends it once it is clear that they will not.
+    pub(crate) fn adopt_group(&mut self, now: Duration) {
         let Group::Adopting { members, back, gone, until } = &self.group else { return };
         if back.len() == members.len() {
             let (members, size) = (members.clone(), members.len());
@@ -205,7 +205,7 @@ impl Coordinator {
             let why = format!("{} did not come back", missing.join(", "));
             self.dissolve(&why, true, now);
         } else {
-            // Whoever is here without the group has left it, and will not come back to it.
+            // A member that is connected but not in the group has left it for good.
             let has_left = |id: &WorkerId| {
                 self.members.get(id).is_some_and(|member| {
                     member.activity.is_admitted() && member.activity != Activity::InGroup(self.generation)
@@ -214,24 +214,28 @@ impl Coordinator {
             let is_over = |id: &&WorkerId| gone.contains(*id) || has_left(id);
             if members.iter().all(|id| back.contains(id) || is_over(&id)) {
                 let over: Vec<&str> = members.iter().filter(is_over).map(WorkerId::name).collect();
-                self.dissolve(&format!("it ended while nobody led it ({})", over.join(", ")), true, now);
+                self.dissolve(
+                    &format!("it ended while the coordinator was away ({})", over.join(", ")),
+                    true,
+                    now,
+                );
             }
         }
     }
 
-    /// A worker cannot take up the run; it leaves by itself.
+    /// A worker cannot join the run, and leaves by itself.
     pub(crate) fn on_unfit(&mut self, worker: &WorkerId, kind: ErrorKind, message: &str) {
         let message = for_people(message, TEXT_LIMIT);
         self.unfit = Some((kind, message.clone()));
-        self.emit(Notification::Lost(worker.clone(), format!("it cannot take up the run: {message}")));
+        self.emit(Notification::Lost(worker.clone(), format!("it cannot join the run: {message}")));
         self.members.remove(worker);
         self.effect(Effect::Disconnect(worker.clone()));
     }
 
     pub(crate) fn on_local_workers_failed(&mut self, why: &str, now: Duration) {
-        // Others carry the run, or will, or did a moment ago.
-        let were_there = |at: Duration| now < at + self.settings.rejoin_window;
-        if self.members.iter().next().is_some() || self.admitted_at.is_some_and(were_there) {
+        // Other workers carry the run, or are about to, or did a moment ago.
+        let is_recent = |at: Duration| now < at + self.settings.rejoin_window;
+        if self.members.iter().next().is_some() || self.admitted_at.is_some_and(is_recent) {
             return;
         }
         let (status, message) = match &self.unfit {
@@ -241,18 +245,18 @@ impl Coordinator {
         self.exit(status, message);
     }
 
-    /// A worker was asked to leave. What it does comes to an end first, or is handed over.
+    /// A worker was asked to leave. It first finishes its work, or hands it over.
     pub(crate) fn on_draining(&mut self, worker: &WorkerId) {
         let Some(member) = self.members.get_mut(worker) else { return };
         if member.draining {
             return;
         }
         member.draining = true;
-        let text = format!("{} was asked to leave, and hands over", worker.name());
+        let text = format!("{} was asked to leave, and is handing over its work", worker.name());
         self.emit(Notification::Info(text));
     }
 
-    /// Lets those go that were asked to leave and are not needed any more.
+    /// Dismisses workers that were asked to leave and are no longer needed.
     pub(crate) fn dismiss_drained(&mut self) {
         let free: Vec<WorkerId> = self
             .members
@@ -260,11 +264,11 @@ impl Coordinator {
             .filter(|(id, member)| {
                 let is_busy = match &member.activity {
                     Activity::InGroup(_) => true,
-                    // Another worker does it from the beginning; that gives the same files.
+                    // Another worker starts the job over, which gives the same files.
                     Activity::Working(_) => false,
-                    // One that was here before has not yet told what it has.
+                    // A worker that was here before has not repeated what was not confirmed yet.
                     Activity::Greeted | Activity::Warming => member.hello.run.is_some(),
-                    Activity::Idle => self.snapshots.need(id),
+                    Activity::Idle => self.snapshots.needs(id),
                 };
                 member.draining && !is_busy
             })
@@ -275,7 +279,7 @@ impl Coordinator {
             self.effect(Effect::Disconnect(worker.clone()));
             self.members.remove(&worker);
             self.jobs.lost(&worker);
-            self.snapshots.lost(&worker);
+            self.snapshots.on_worker_lost(&worker);
             self.emit(Notification::Drained(worker));
         }
     }
@@ -284,23 +288,23 @@ impl Coordinator {
         self.emit(Notification::Info(format!("refused: {reason}")));
         self.send(worker, ToWorker::Refused { kind, reason });
         self.effect(Effect::Disconnect(worker.clone()));
-        // One that is refused after its welcome has no part in anything yet.
+        // A worker that is refused after its welcome takes no part in anything yet, so there is nothing else to end.
         self.members.remove(worker);
     }
 
-    /// A worker is gone, or is treated as if it were.
-    pub(crate) fn lose(&mut self, worker: &WorkerId, why: &str, fault: Fault, now: Duration) {
+    /// Removes a worker that is gone, or is treated as if it were.
+    pub(crate) fn lose_worker(&mut self, worker: &WorkerId, why: &str, fault: Fault, now: Duration) {
         let Some(member) = self.members.remove(worker) else { return };
         self.emit(Notification::Lost(worker.clone(), why.to_owned()));
         self.jobs.lost(worker);
-        self.snapshots.lost(worker);
+        self.snapshots.on_worker_lost(worker);
         let mut trained = false;
         match &mut self.group {
             group if !group.contains(worker) => {}
             Group::Dissolving { waiting, .. } => {
                 waiting.remove(worker);
             }
-            // It may come back with the state that it has, as long as the window is open.
+            // It may come back with its state as long as the window is open.
             Group::Adopting { back, .. } => {
                 back.remove(worker);
             }
@@ -312,7 +316,7 @@ impl Coordinator {
         match fault {
             Fault::Unworkable => self.sit_out(worker, fault, why, now),
             Fault::Died if trained && !member.draining => {
-                self.sit_out(worker, fault, "it was lost while it trained, again", now);
+                self.sit_out(worker, fault, "it was lost again during training", now);
             }
             Fault::Died => {}
         }

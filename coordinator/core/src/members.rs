@@ -1,38 +1,38 @@
-//! The workers that are connected, what each of them does, and who sits out.
+//! The connected workers, what each of them is doing, and which of them sit out.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ulmus_types::{Digest, Generation, Heartbeat, Hello, Job, WorkerId};
 
-/// How long a worker sits out after its first fault; each further one doubles it.
+/// How long a worker sits out after its first fault; each further fault doubles the time.
 const FIRST_PENALTY: Duration = Duration::from_secs(5);
 /// The longest that a worker sits out.
 const LONGEST_PENALTY: Duration = Duration::from_mins(5);
-/// After this long without a fault earlier ones are forgotten.
+/// After this long without a fault, earlier ones are forgotten.
 const FORGIVEN_AFTER: Duration = Duration::from_mins(10);
-/// Notices that a worker may give at once; after that one more each second.
+/// Notices that a worker may send at once; after these, one more per second.
 const NOTICES: u32 = 20;
-/// Processor time per second that tells a process that works from one whose agent alone lives.
+/// Processor time per second that distinguishes a process that works from one in which only the agent is alive.
 const WORKS: f64 = 0.01;
 
-/// What a connected worker does.
+/// What a connected worker is doing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Activity {
-    /// It was welcomed, and has to prove that it sees the store.
+    /// It was welcomed, and has to prove that it can read the run folder.
     Greeted,
-    /// It measures its fingerprint.
+    /// It computes its fingerprint.
     Warming,
     /// It can take work.
     Idle,
-    /// It is in the group of this generation, or on its way out of it.
+    /// It is in the group of this generation, or still leaving it.
     InGroup(Generation),
     /// It does a job.
     Working(Job),
 }
 
 impl Activity {
-    /// Whether it has shown that it may take part.
+    /// Whether the worker has been admitted to the run.
     pub(crate) const fn is_admitted(&self) -> bool {
         !matches!(self, Self::Greeted | Self::Warming)
     }
@@ -43,20 +43,20 @@ impl Activity {
 pub(crate) struct Member {
     pub(crate) hello: Hello,
     pub(crate) activity: Activity,
-    /// Since when it does that.
+    /// When that activity began.
     pub(crate) since: Duration,
     pub(crate) fingerprint: Option<Digest>,
-    /// When it was last heard of.
+    /// When its last message arrived.
     pub(crate) last_seen: Duration,
-    /// When its process was last seen to compute.
+    /// When its process was last known to use the processor.
     pub(crate) last_busy: Duration,
-    /// Its last heartbeat, and when it came.
+    /// Its last heartbeat, and when it arrived.
     pub(crate) heartbeat: (Heartbeat, Duration),
-    /// How long its warm-up took, which computes one micro-batch; not known of one that was warm already.
+    /// How long its warm-up took, which computes one micro-batch; `None` if it was already warm when it connected.
     pub(crate) warmed_within: Option<Duration>,
-    /// It was asked to leave and wants to hand over.
+    /// It was asked to leave, and is handing over its work.
     pub(crate) draining: bool,
-    /// Notices that it may still give, and when that was counted.
+    /// Number of notices that it may still send, and when that was last updated.
     notices: (u32, Duration),
 }
 
@@ -70,7 +70,7 @@ impl Member {
         self.heartbeat = (heartbeat, now);
     }
 
-    /// Whether it may give another notice now.
+    /// Whether it may send another notice now; counts it.
     pub(crate) fn may_notify(&mut self, now: Duration) -> bool {
         let (left, at) = self.notices;
         let more = now.saturating_sub(at).as_secs();
@@ -83,13 +83,14 @@ impl Member {
 /// Why a worker sits out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// Its process ended while it took part. Once is nobody's fault, and if nobody else is there it is taken again.
+    /// Its process ended during training. The first time is forgiven, and such a worker is still used if no other is
+    /// available.
     Died,
-    /// Others cannot work with it: it cannot be reached, froze, or said what cannot be.
+    /// Others cannot work with it: it was unreachable or stuck, or sent an invalid message.
     Unworkable,
 }
 
-/// What is remembered of a worker's faults, by its name, for all its lives.
+/// The faults of all lives of a worker, which share its name.
 #[derive(Debug, Clone)]
 struct Penalty {
     faults: u32,
@@ -150,13 +151,13 @@ impl Members {
         self.connected.keys().cloned().collect()
     }
 
-    /// Those that can take work now.
+    /// Workers that can take work now.
     pub(crate) fn available(&self, now: Duration) -> Vec<WorkerId> {
         self.idle(|name| self.penalty(name, now).is_none())
     }
 
-    /// Those that may be taken where there are not enough others: they sit out because their process ended, which
-    /// disturbs nobody who is not there.
+    /// Workers that can take work now, including those that sit out only because their process ended. These are used if
+    /// there are not enough others.
     pub(crate) fn available_if_needed(&self, now: Duration) -> Vec<WorkerId> {
         self.idle(|name| self.penalty(name, now) != Some(Fault::Unworkable))
     }
@@ -174,8 +175,8 @@ impl Members {
         self.penalties.get(name).filter(|penalty| now < penalty.until).map(|penalty| penalty.fault)
     }
 
-    /// A worker has caused trouble; how long it sits out.
-    pub(crate) fn punish(&mut self, worker: &WorkerId, fault: Fault, now: Duration) -> Duration {
+    /// Records a fault of a worker. Returns how long it sits out.
+    pub(crate) fn penalize(&mut self, worker: &WorkerId, fault: Fault, now: Duration) -> Duration {
         let penalty = self.penalties.entry(worker.name().to_owned()).or_insert(Penalty {
             faults: 0,
             last: now,
@@ -197,12 +198,12 @@ impl Members {
         pause
     }
 
-    /// Another life of the same worker that is still connected.
+    /// Another life of the same worker, if one is still connected.
     pub(crate) fn namesake(&self, worker: &WorkerId) -> Option<WorkerId> {
         self.connected.keys().find(|other| other.name() == worker.name() && *other != worker).cloned()
     }
 
-    /// Those that were not heard of since `now - dead_after`.
+    /// Workers that have sent nothing for longer than `dead_after`.
     pub(crate) fn timed_out(&self, now: Duration, dead_after: Duration) -> Vec<WorkerId> {
         self.connected
             .iter()
@@ -223,14 +224,18 @@ mod tests {
         let mut members = Members::default();
         let worker = |life| WorkerId::new("w", Incarnation::new(life)).unwrap();
         let at = Duration::from_secs;
-        assert_eq!(members.punish(&worker(1), Fault::Died, at(0)), at(0), "once is nobody's fault");
-        assert_eq!(members.punish(&worker(2), Fault::Died, at(1)), at(5), "its next life is the same worker");
-        assert_eq!(members.punish(&worker(3), Fault::Unworkable, at(2)), at(20));
+        assert_eq!(members.penalize(&worker(1), Fault::Died, at(0)), at(0), "once is nobody's fault");
+        assert_eq!(
+            members.penalize(&worker(2), Fault::Died, at(1)),
+            at(5),
+            "its next life is the same worker"
+        );
+        assert_eq!(members.penalize(&worker(3), Fault::Unworkable, at(2)), at(20));
         for second in 3..20 {
-            members.punish(&worker(4), Fault::Died, at(second));
+            members.penalize(&worker(4), Fault::Died, at(second));
         }
-        assert_eq!(members.punish(&worker(4), Fault::Died, at(20)), LONGEST_PENALTY);
+        assert_eq!(members.penalize(&worker(4), Fault::Died, at(20)), LONGEST_PENALTY);
         let later = at(21) + FORGIVEN_AFTER;
-        assert_eq!(members.punish(&worker(5), Fault::Unworkable, later), FIRST_PENALTY);
+        assert_eq!(members.penalize(&worker(5), Fault::Unworkable, later), FIRST_PENALTY);
     }
 }

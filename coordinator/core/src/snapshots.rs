@@ -1,8 +1,8 @@
-//! Checkpoints on their way to the store.
+//! Checkpoints that are being stored.
 //!
-//! Every member of a group keeps the state of a checkpoint in memory until its manifest is stored. So the parts
-//! that a dead worker owed are simply asked of another holder; a checkpoint is given up only when nobody holds
-//! it any more, and then training has to pass that step again anyway.
+//! Every member of a group holds the state of a checkpoint in memory until its manifest is stored. If a worker dies,
+//! another holder is asked for its parts. A checkpoint is abandoned only when nobody holds its state any more, and then
+//! training has to repeat that step anyway.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -11,18 +11,18 @@ use ulmus_types::{CheckpointId, CheckpointKind, Digest, FileEntry, Snapshot, Wor
 
 /// How long parts wait for the other members to announce the same state, so that the work can be shared.
 const SHARE_WAIT: Duration = Duration::from_secs(1);
-/// How long a part, or a manifest, that could not be stored waits.
+/// How long a part or a manifest that could not be stored waits before it is tried again.
 const RETRY_WAIT: Duration = Duration::from_secs(2);
-/// How long a part may take to be stored before anything was measured.
+/// How long storing a part may take before anything was measured.
 const WRITE_WITHIN: Duration = Duration::from_mins(1);
-/// How long reading a checkpoint back may take before anything was measured.
+/// How long reading back a checkpoint may take before anything was measured.
 const COMMIT_WITHIN: Duration = Duration::from_mins(5);
-/// How long storing may fail before states are given up that training would have to wait for.
+/// How long storing may fail before states are given up so that training need not wait for them.
 const FAILING_FOR: Duration = Duration::from_secs(5);
-/// States that may wait to be stored before training has to wait for them: as many as a worker keeps.
+/// Number of waiting states at which training has to wait: a worker holds no more.
 const WAITING: usize = 2;
 
-/// One part.
+/// Progress of one part.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Part {
     Unassigned { not_before: Duration },
@@ -37,11 +37,11 @@ struct Pending {
     state: Digest,
     holders: BTreeSet<WorkerId>,
     parts: BTreeMap<String, Part>,
-    /// Who was ever asked for parts: what others say of them is not heard.
+    /// Workers that were ever asked for parts. What others report about parts is ignored.
     asked: BTreeSet<WorkerId>,
-    /// Since when its parts are read back and its manifest is written.
+    /// Since when its parts have been read back and its manifest written; `None` before that.
     committing: Option<Duration>,
-    /// Until then its manifest, which could not be stored, waits.
+    /// When its manifest may be written; later than now if the last attempt failed.
     not_before: Duration,
     since: Duration,
 }
@@ -50,9 +50,9 @@ struct Pending {
 #[derive(Debug, Default)]
 pub(crate) struct Snapshots {
     pending: BTreeMap<CheckpointId, Pending>,
-    /// Names of workers that failed to store something, and how often since they last did: they are asked last.
+    /// Names of workers that failed to store something, and how often since they last succeeded. They are asked last.
     unable: BTreeMap<String, u32>,
-    /// Since when nothing could be stored, and why.
+    /// Since when nothing could be stored, and why; `None` if storing works.
     failing: Option<(Duration, String)>,
     /// The longest that storing a part has taken.
     slowest: Duration,
@@ -67,11 +67,11 @@ pub(crate) struct Complete {
 }
 
 impl Snapshots {
-    /// A worker announced a state.
+    /// A worker has announced a state.
     ///
     /// # Errors
-    /// The workers that hold another state of the same checkpoint: somebody's arithmetic is broken.
-    pub(crate) fn announced(
+    /// The workers that hold a different state of the same checkpoint: some machine computes wrongly.
+    pub(crate) fn on_announced(
         &mut self,
         worker: &WorkerId,
         snapshot: &Snapshot,
@@ -98,8 +98,8 @@ impl Snapshots {
         Ok(())
     }
 
-    /// Parts to ask of holders now. `members` is the group that trains, whose members all announce; those in `leaving` are
-    /// asked only where nobody else holds a state.
+    /// Assigns parts to holders, and returns what to ask of whom. `members` is the training group, all of whose members
+    /// will announce a state; workers in `leaving` are asked only if nobody else holds it.
     pub(crate) fn assign(
         &mut self,
         members: &[WorkerId],
@@ -112,7 +112,7 @@ impl Snapshots {
             if !all_announced && now < pending.since + SHARE_WAIT {
                 continue;
             }
-            // Those that have failed least, and stay, come first.
+            // Holders that stay come first, then those that have failed least often.
             let rank = |holder: &WorkerId| {
                 (leaving.contains(holder), self.unable.get(holder.name()).copied().unwrap_or(0))
             };
@@ -133,13 +133,13 @@ impl Snapshots {
         asked
     }
 
-    /// Whether a worker was asked for parts of a checkpoint; `None` if the checkpoint does not wait any more.
+    /// Whether a worker was asked for parts of a checkpoint; `None` if the checkpoint is no longer waiting.
     pub(crate) fn was_asked(&self, checkpoint: CheckpointId, worker: &WorkerId) -> Option<bool> {
         self.pending.get(&checkpoint).map(|pending| pending.asked.contains(worker))
     }
 
-    /// A holder stored parts.
-    pub(crate) fn written(
+    /// A holder has stored parts.
+    pub(crate) fn on_written(
         &mut self,
         checkpoint: CheckpointId,
         worker: &WorkerId,
@@ -159,21 +159,21 @@ impl Snapshots {
     }
 
     /// A holder could not store what it was asked for.
-    pub(crate) fn write_failed(
+    pub(crate) fn on_write_failed(
         &mut self,
         checkpoint: CheckpointId,
         worker: &WorkerId,
         why: &str,
         now: Duration,
     ) {
-        let not_before = self.could_not(checkpoint, worker, why, now);
+        let not_before = self.count_failure(checkpoint, worker, why, now);
         if let Some(pending) = self.pending.get_mut(&checkpoint) {
             unassign(pending, worker, not_before);
         }
     }
 
-    /// Counts that a holder could not store something; from when on it may be asked for again.
-    fn could_not(
+    /// Counts a failure of a holder to store something. Returns when the part may be asked for again.
+    fn count_failure(
         &mut self,
         checkpoint: CheckpointId,
         worker: &WorkerId,
@@ -182,7 +182,7 @@ impl Snapshots {
     ) -> Duration {
         *self.unable.entry(worker.name().to_owned()).or_insert(0) += 1;
         let is_able = |other: &WorkerId| other != worker && !self.unable.contains_key(other.name());
-        // Another holder is asked at once; who is asked again waits.
+        // Another holder can be asked at once; the same one only after a wait.
         if self.pending.get(&checkpoint).is_some_and(|pending| pending.holders.iter().any(is_able)) {
             return now;
         }
@@ -190,9 +190,9 @@ impl Snapshots {
         now + RETRY_WAIT
     }
 
-    /// Workers that have been asked for parts for too long: their parts are open again.
+    /// Workers that have taken too long to store parts. Their parts can be assigned again.
     pub(crate) fn overdue(&mut self, now: Duration) -> Vec<(WorkerId, CheckpointId)> {
-        // What is asked of a worker at once is stored one after the other.
+        // A worker stores the parts that it is asked for one after the other.
         let within = WRITE_WITHIN.max(self.slowest * 4);
         let mut overdue = BTreeSet::new();
         for (&checkpoint, pending) in &self.pending {
@@ -205,26 +205,26 @@ impl Snapshots {
             }
         }
         for (worker, checkpoint) in &overdue {
-            self.write_failed(*checkpoint, worker, "it took too long", now);
+            self.on_write_failed(*checkpoint, worker, "it took too long", now);
         }
         for (checkpoint, pending) in &self.pending {
             // All parts are read back, one after the other.
             let within = COMMIT_WITHIN.max(self.slowest * pending.parts.len() as u32);
             if pending.committing.is_some_and(|since| now.saturating_sub(since) > within) {
-                let why = format!("reading {checkpoint} back and writing its manifest comes to no end");
+                let why = format!("reading back {checkpoint} and writing its manifest takes too long");
                 self.failing.get_or_insert((now, why));
             }
         }
         overdue.into_iter().collect()
     }
 
-    /// Since when nothing can be stored, and why.
+    /// Since when nothing can be stored, and why; `None` if storing works.
     pub(crate) fn failing(&self) -> Option<&(Duration, String)> {
         self.failing.as_ref()
     }
 
-    /// A state that is given up because nothing can be stored and training would have to wait for it: who holds it. It
-    /// has to be trained again if it is needed in the end.
+    /// Gives up a state if nothing can be stored and training would have to wait for it. Returns the checkpoint and its
+    /// holders. If it is needed in the end, it has to be trained again.
     pub(crate) fn give_up(
         &mut self,
         now: Duration,
@@ -240,8 +240,8 @@ impl Snapshots {
         self.pending.remove(&id).map(|pending| (id, pending.kind, pending.holders))
     }
 
-    /// Parts that were read back and are not what was announced: they have to be stored again.
-    pub(crate) fn parts_damaged(
+    /// Parts that were read back differ from what was announced, and have to be stored again.
+    pub(crate) fn on_parts_damaged(
         &mut self,
         checkpoint: CheckpointId,
         files: &[String],
@@ -259,7 +259,7 @@ impl Snapshots {
             _ => None,
         };
         let writers: BTreeSet<WorkerId> = files.iter().filter_map(writer).collect();
-        let again = writers.iter().map(|worker| self.could_not(checkpoint, worker, why, now)).max();
+        let again = writers.iter().map(|worker| self.count_failure(checkpoint, worker, why, now)).max();
         let not_before = again.unwrap_or(now);
         let Some(pending) = self.pending.get_mut(&checkpoint) else { return };
         for name in files {
@@ -269,8 +269,8 @@ impl Snapshots {
         }
     }
 
-    /// Whether a worker is needed to store something: it was asked to, or nobody else holds it.
-    pub(crate) fn need(&self, worker: &WorkerId) -> bool {
+    /// Whether a worker is still needed to store something: it was asked to, or nobody else holds the state.
+    pub(crate) fn needs(&self, worker: &WorkerId) -> bool {
         self.pending.values().filter(|pending| pending.committing.is_none()).any(|pending| {
             let asked =
                 pending.parts.values().any(|part| matches!(part, Part::Assigned { to, .. } if to == worker));
@@ -278,26 +278,26 @@ impl Snapshots {
         })
     }
 
-    /// States that a worker has announced and that wait.
+    /// Number of waiting states that a worker has announced.
     pub(crate) fn held_by(&self, worker: &WorkerId) -> usize {
         self.pending.values().filter(|pending| pending.holders.contains(worker)).count()
     }
 
-    /// A worker is gone: its parts are open again, and states that nobody else holds are lost.
-    pub(crate) fn lost(&mut self, worker: &WorkerId) {
+    /// A worker is gone. Its parts can be assigned again, and states that nobody else holds are lost.
+    pub(crate) fn on_worker_lost(&mut self, worker: &WorkerId) {
         for pending in self.pending.values_mut() {
             pending.holders.remove(worker);
             unassign(pending, worker, Duration::ZERO);
         }
         self.pending.retain(|_, pending| is_stored(pending) || !pending.holders.is_empty());
-        // Whatever failed, nothing of it is left to be stored.
+        // Whatever failed before, nothing is left to be stored.
         if self.pending.is_empty() {
             self.failing = None;
         }
     }
 
-    /// Checkpoints that became complete, each told once.
-    pub(crate) fn complete(&mut self, now: Duration) -> Vec<Complete> {
+    /// Checkpoints that have become complete; each is returned once.
+    pub(crate) fn take_complete(&mut self, now: Duration) -> Vec<Complete> {
         let mut complete = Vec::new();
         for (&checkpoint, pending) in &mut self.pending {
             if pending.committing.is_some() || now < pending.not_before {
@@ -319,8 +319,8 @@ impl Snapshots {
         complete
     }
 
-    /// The manifest could not be stored: tell the checkpoint as complete again.
-    pub(crate) fn commit_failed(&mut self, checkpoint: CheckpointId, why: &str, now: Duration) {
+    /// The manifest could not be stored. [`Self::take_complete`] will return the checkpoint again.
+    pub(crate) fn on_commit_failed(&mut self, checkpoint: CheckpointId, why: &str, now: Duration) {
         if let Some(pending) = self.pending.get_mut(&checkpoint) {
             pending.committing = None;
             pending.not_before = now + RETRY_WAIT;
@@ -328,8 +328,8 @@ impl Snapshots {
         }
     }
 
-    /// A checkpoint is committed; its kind, and who need not hold it any longer.
-    pub(crate) fn committed(
+    /// A checkpoint is committed. Returns its kind, and the workers that need not hold it any longer.
+    pub(crate) fn on_committed(
         &mut self,
         checkpoint: CheckpointId,
     ) -> Option<(CheckpointKind, BTreeSet<WorkerId>)> {
@@ -337,18 +337,18 @@ impl Snapshots {
         self.pending.remove(&checkpoint).map(|pending| (pending.kind, pending.holders))
     }
 
-    /// Whether nothing is on its way.
+    /// Whether no checkpoint is waiting.
     pub(crate) fn is_empty(&self) -> bool {
         self.pending.is_empty()
     }
 
-    /// Whether each of them has somebody who could store it.
+    /// Whether each checkpoint is stored or held by a worker that can store it.
     pub(crate) fn all_are_held(&self) -> bool {
         self.pending.values().all(|pending| is_stored(pending) || !pending.holders.is_empty())
     }
 }
 
-/// Whether all parts are stored, so that nobody needs to hold the state for them.
+/// Whether all parts are stored, so that nobody needs to hold the state any longer.
 fn is_stored(pending: &Pending) -> bool {
     pending.parts.values().all(|part| matches!(part, Part::Written { .. }))
 }
@@ -375,14 +375,14 @@ mod tests {
         let snapshot = Snapshot { checkpoint, kind, state, files: vec!["a".to_owned()] };
         let mut snapshots = Snapshots::default();
         let now = Duration::from_secs(100);
-        snapshots.announced(&worker, &snapshot, now).unwrap();
+        snapshots.on_announced(&worker, &snapshot, now).unwrap();
         assert_eq!(snapshots.assign(std::slice::from_ref(&worker), &BTreeSet::new(), now).len(), 1);
         let entry = FileEntry { bytes: 1, digest: state };
-        snapshots.written(checkpoint, &worker, [("a".to_owned(), entry)].into(), now);
-        assert_eq!(snapshots.complete(now).len(), 1);
-        snapshots.commit_failed(checkpoint, "no answer", now);
-        assert!(snapshots.complete(now + RETRY_WAIT / 2).is_empty());
-        assert_eq!(snapshots.complete(now + RETRY_WAIT).len(), 1);
+        snapshots.on_written(checkpoint, &worker, [("a".to_owned(), entry)].into(), now);
+        assert_eq!(snapshots.take_complete(now).len(), 1);
+        snapshots.on_commit_failed(checkpoint, "no answer", now);
+        assert!(snapshots.take_complete(now + RETRY_WAIT / 2).is_empty());
+        assert_eq!(snapshots.take_complete(now + RETRY_WAIT).len(), 1);
     }
 
     #[test]
@@ -396,16 +396,16 @@ mod tests {
         let mut snapshots = Snapshots::default();
         let mut now = Duration::from_secs(100);
         for member in &members {
-            snapshots.announced(member, &snapshot, now).unwrap();
+            snapshots.on_announced(member, &snapshot, now).unwrap();
         }
         let mut asked = Vec::new();
         for _ in 0..3 {
             let [(worker, ..)] = &snapshots.assign(&members, &BTreeSet::new(), now)[..] else { panic!() };
             asked.push(worker.clone());
             let entry = FileEntry { bytes: 1, digest: state };
-            snapshots.written(checkpoint, worker, [("a".to_owned(), entry)].into(), now);
-            assert_eq!(snapshots.complete(now).len(), 1);
-            snapshots.parts_damaged(checkpoint, &["a".to_owned()], "a bit was flipped", now);
+            snapshots.on_written(checkpoint, worker, [("a".to_owned(), entry)].into(), now);
+            assert_eq!(snapshots.take_complete(now).len(), 1);
+            snapshots.on_parts_damaged(checkpoint, &["a".to_owned()], "a bit was flipped", now);
             if asked.len() > 1 {
                 assert!(snapshots.failing().is_some());
                 assert!(snapshots.assign(&members, &BTreeSet::new(), now).is_empty(), "everybody waits");
@@ -430,23 +430,23 @@ mod tests {
         let mut snapshots = Snapshots::default();
         let now = Duration::from_secs(100);
         for member in &members {
-            snapshots.announced(member, &of(5), now).unwrap();
+            snapshots.on_announced(member, &of(5), now).unwrap();
         }
         let asked = snapshots.assign(&members, &nobody, now);
         assert_eq!(asked.len(), 2, "the work is shared: {asked:?}");
         let failed = of(5).checkpoint;
-        snapshots.write_failed(failed, &unable, "no space", now);
+        snapshots.on_write_failed(failed, &unable, "no space", now);
         let again = snapshots.assign(&members, &nobody, now);
         assert_eq!(again, [(able.clone(), failed, vec!["b".to_owned()])], "at once, and of the other one");
         assert!(snapshots.failing().is_none(), "somebody can store");
-        // Of the next checkpoint it is not asked, until it has stored something.
+        // It is not asked for parts of the next checkpoint, until it has stored something.
         for member in &members {
-            snapshots.announced(member, &of(10), now).unwrap();
+            snapshots.on_announced(member, &of(10), now).unwrap();
         }
         let next = snapshots.assign(&members, &nobody, now);
         assert!(next.iter().all(|(worker, ..)| *worker == able), "{next:?}");
         // When nobody can, that is an alarm, and the oldest state is given up for the sake of training.
-        snapshots.write_failed(failed, &able, "no space", now);
+        snapshots.on_write_failed(failed, &able, "no space", now);
         let (since, why) = snapshots.failing().unwrap();
         assert_eq!((*since, why.as_str()), (now, "no space"));
         assert!(snapshots.give_up(now).is_none(), "it may pass");
@@ -464,7 +464,7 @@ mod tests {
         let mut snapshots = Snapshots::default();
         let now = Duration::from_secs(100);
         for member in &members {
-            snapshots.announced(member, &snapshot, now).unwrap();
+            snapshots.on_announced(member, &snapshot, now).unwrap();
         }
         let (first, ..) = snapshots.assign(&members, &BTreeSet::new(), now).remove(0);
         assert!(snapshots.overdue(now + WRITE_WITHIN).is_empty());

@@ -1,4 +1,4 @@
-//! The group: forming it, hearing of its steps, asking things of it, and ending it.
+//! The training group: forming it, recording its steps, making requests of it, and ending it.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -13,12 +13,13 @@ use crate::effect::{Effect, Notification};
 use crate::group::{self, Group, Suspicion};
 use crate::members::{Activity, Fault};
 
-/// Groups that may fail in a row without one update before the run stops.
+/// After this many groups in a row without an update, the run stops.
 const FUTILE_GROUPS: u32 = 10;
-/// Updates that the time of a step is judged by.
-const PACE: usize = 32;
+/// Number of updates from which the expected time of a step is derived.
+const TIMED_UPDATES: usize = 32;
 
 impl Coordinator {
+    /// Ends the group. With `abort`, its members are told to leave at once; otherwise they leave by themselves.
     pub(crate) fn dissolve(&mut self, why: &str, abort: bool, now: Duration) {
         let waiting: BTreeSet<WorkerId> = self
             .group
@@ -61,13 +62,13 @@ impl Coordinator {
         }
     }
 
-    /// Files reports, those of groups that have ended too: whoever has them was there when the step was done.
+    /// Records reports, also those of groups that have ended: any worker that has them took part in the step.
     pub(crate) fn on_steps(&mut self, generation: Generation, reports: Vec<StepReport>) {
         let (Some(first), Some(last)) = (reports.first(), reports.last()) else { return };
         let (first, last) = (first.step, last.step);
         if first > self.step.next() {
             self.emit(Notification::Alarm(format!(
-                "the record lacks steps {} to {}: they were lost with the coordinator's power; the training is not affected",
+                "the record lacks steps {} to {}, which were lost when the coordinator's machine failed; training is not affected",
                 self.step.next(),
                 first.get() - 1
             )));
@@ -84,10 +85,11 @@ impl Coordinator {
             self.proven.clone_from(members);
             let share = self.settings.micro_batches.div_ceil(members.len() as u64).max(1);
             for report in &reports {
-                self.pace.push_back(report.elapsed.saturating_sub(report.data_wait) / share as u32);
+                self.micro_batch_times
+                    .push_back(report.elapsed.saturating_sub(report.data_wait) / share as u32);
             }
-            while self.pace.len() > PACE {
-                self.pace.pop_front();
+            while self.micro_batch_times.len() > TIMED_UPDATES {
+                self.micro_batch_times.pop_front();
             }
         }
         self.step = self.step.max(last);
@@ -109,7 +111,7 @@ impl Coordinator {
             Some(Activity::InGroup(of)) if *of == generation => {
                 self.members.set(worker, Activity::Idle, now);
             }
-            // It rejoined while it was training, and left before it was ready again.
+            // It reconnected during training, and left the group before it was ready again.
             Some(Activity::Greeted | Activity::Warming) => {
                 if let Some(member) = self.members.get_mut(worker) {
                     member.hello.status = WorkerStatus::Idle;
@@ -130,14 +132,14 @@ impl Coordinator {
             }
             LeaveReason::BadUnit(unit, why) => {
                 let why = for_people(why, TEXT_LIMIT);
-                if !self.leave_out(unit, &why) {
+                if !self.quarantine_unit(unit, &why) {
                     let message = self.too_many_bad_units(&why);
                     return self
                         .exit(ExitStatus::Corrupt, format!("training stopped after step {step}: {message}"));
                 }
             }
             LeaveReason::Lost { suspect: Some((rank, blame)), .. } => {
-                if let Some(of) = self.rank(generation, *rank) {
+                if let Some(of) = self.worker_with_rank(generation, *rank) {
                     self.suspicions.push(Suspicion { by: worker.clone(), of, blame: *blame });
                 }
             }
@@ -153,8 +155,8 @@ impl Coordinator {
                     LeaveReason::Lost { message, .. } => {
                         (format!("{}: {}", worker.name(), for_people(&message, TEXT_LIMIT)), true)
                     }
-                    LeaveReason::BadUnit(unit, _) => (format!("{unit} is left out from now on"), true),
-                    LeaveReason::Failed { .. } => (format!("{} could not go on", worker.name()), true),
+                    LeaveReason::BadUnit(unit, _) => (format!("{unit} is skipped from now on"), true),
+                    LeaveReason::Failed { .. } => (format!("{} could not continue", worker.name()), true),
                     LeaveReason::Agreed => (format!("paused at step {step}"), false),
                     _ => (format!("finished at step {step}"), false),
                 };
@@ -164,11 +166,11 @@ impl Coordinator {
     }
 
     /// The worker that had a rank in a generation.
-    fn rank(&self, generation: Generation, rank: Rank) -> Option<WorkerId> {
+    fn worker_with_rank(&self, generation: Generation, rank: Rank) -> Option<WorkerId> {
         self.rosters.get(&generation)?.get(rank.index()).cloned()
     }
 
-    /// Every update is done, or some were done once more.
+    /// A group has finished: every update is done, or some were repeated.
     fn on_trained(&mut self, step: Step, reason: &LeaveReason) {
         if self.trained.is_some() {
             return;
@@ -184,8 +186,8 @@ impl Coordinator {
         self.effect(Effect::SaveTrained(step));
     }
 
-    /// Training failed on a worker, while the others are well. It may be the worker's fault alone, so another group tries
-    /// without it, if there is one. Whether the run has ended.
+    /// Training failed on a worker, not on the others. The worker alone may be at fault, so another group tries without
+    /// it if there are enough other workers. Returns whether the run has ended instead.
     fn on_training_failed(
         &mut self,
         worker: &WorkerId,
@@ -208,38 +210,36 @@ impl Coordinator {
             self.exit(kind.into(), message);
             return true;
         }
-        self.emit(Notification::Alarm(format!("{message}; another worker tries the step")));
+        self.emit(Notification::Alarm(format!("{message}; other workers try the step again")));
         self.sit_out(worker, Fault::Unworkable, "training failed on it", now);
         false
     }
 
     fn too_many_bad_units(&self, why: &str) -> String {
         match self.settings.bad_units {
-            0 => format!("{why}; or set data.on_bad_unit = \"quarantine\" to leave such units out"),
-            most => {
-                format!("{why}; {most} units are left out already, and data.max_bad_units allows no more")
-            }
+            0 => format!("{why}; or set data.on_bad_unit = \"quarantine\" to skip such units"),
+            most => format!("{why}; data.max_bad_units = {most} allows no more units to be skipped"),
         }
     }
 
-    /// Leaves a unit out from now on, if there may be another one.
-    pub(crate) fn leave_out(&mut self, unit: &BadUnit, why: &str) -> bool {
-        // Several members of a group may have found it.
+    /// Quarantines a unit: every worker skips it from now on. Returns `false` if the plan allows no more such units.
+    pub(crate) fn quarantine_unit(&mut self, unit: &BadUnit, why: &str) -> bool {
+        // Several members of a group may have reported it.
         if self.quarantine.contains_key(unit) {
             return true;
         }
         if self.quarantine.len() >= self.settings.bad_units {
             return false;
         }
-        // The next group will come further, and there is an end to it.
+        // The next group will get further, and the number of such units is limited.
         self.futile_groups = 0;
         self.quarantine.insert(unit.clone(), why.to_owned());
         self.effect(Effect::SaveQuarantine(self.quarantine.clone()));
-        self.emit(Notification::Info(format!("{unit} is left out from now on: {why}")));
+        self.emit(Notification::Info(format!("{unit} is skipped from now on: {why}")));
         true
     }
 
-    /// After a group has ended: who the next one does without, because others could not work with it.
+    /// After a group has ended, excludes workers with which others could not work from the next one.
     pub(crate) fn judge_suspicions(&mut self, now: Duration) {
         let suspicions = std::mem::take(&mut self.suspicions);
         let connected = |id: &WorkerId| self.members.get(id).is_some();
@@ -256,7 +256,7 @@ impl Coordinator {
         }
     }
 
-    /// Workers for the next group.
+    /// Workers that may be in the next group.
     fn candidates(&self, now: Duration) -> Vec<WorkerId> {
         let available = self.members.available(now);
         if available.len() >= self.settings.min_workers {
@@ -266,7 +266,7 @@ impl Coordinator {
     }
 
     /// Forms a group when training is due and there are enough idle workers.
-    pub(crate) fn form(&mut self, now: Duration) {
+    pub(crate) fn form_group(&mut self, now: Duration) {
         if !self.training_is_due() {
             return;
         }
@@ -277,7 +277,7 @@ impl Coordinator {
             return;
         }
         let since = *enough_since.get_or_insert(now);
-        // Later groups are of whoever is there: the survivors of a loss do not wait for a replacement.
+        // Later groups use the workers that are there: the survivors of a loss do not wait for a replacement.
         let first = !self.had_a_group;
         if first && idle.len() < self.settings.expected_workers && now < since + self.settings.rejoin_window {
             return;
@@ -288,7 +288,7 @@ impl Coordinator {
         }
         self.futile_groups += 1;
         self.had_a_group = true;
-        // Those that have proved themselves have the first ranks; the state is with one of them.
+        // Proven workers get the first ranks; one of them has the state.
         idle.sort_by_key(|worker| !self.proven.contains(worker));
         idle.truncate(self.settings.micro_batches as usize);
         self.generation = self.generation.next();
@@ -297,10 +297,9 @@ impl Coordinator {
         let repair = self.repair();
         if let Some(Repair { milestones }) = &repair {
             let steps: Vec<String> = milestones.iter().map(ToString::to_string).collect();
-            self.emit(Notification::Alarm(format!(
-                "training again for the milestones of steps {}",
-                steps.join(", ")
-            )));
+            let noun = if steps.len() == 1 { "milestone of step" } else { "milestones of steps" };
+            let text = format!("training again for the {noun} {}", steps.join(", "));
+            self.emit(Notification::Alarm(text));
         }
         let assignments: Vec<(WorkerId, Assignment)> = group::assignments(
             self.generation,
@@ -331,30 +330,30 @@ impl Coordinator {
             && (self.trained.is_none() || self.snapshots.is_empty())
     }
 
-    /// Milestones that are averaged in the end, and are not there though their steps were passed.
+    /// Milestones that the average needs and that are missing although training has passed their steps.
     pub(crate) fn missing_milestones(&self) -> BTreeSet<Step> {
         let Some(trained) = self.trained else { return BTreeSet::new() };
         let every = self.settings.milestone_every.max(1);
         let grid = (1..=trained.get() / every).rev().map(|index| Step::new(index * every));
         let needed = std::iter::once(trained).chain(grid.filter(|step| *step != trained));
-        let there: BTreeSet<Step> =
+        let stored: BTreeSet<Step> =
             crate::jobs::milestones(&self.checkpoints).into_iter().map(CheckpointId::step).collect();
-        needed.take(self.settings.average as usize).filter(|step| !there.contains(step)).collect()
+        needed.take(self.settings.average as usize).filter(|step| !stored.contains(step)).collect()
     }
 
-    /// What the next group has to train once more.
+    /// What the next group has to train again, if anything.
     fn repair(&self) -> Option<Repair> {
         let milestones = self.missing_milestones();
         (!milestones.is_empty()).then_some(Repair { milestones })
     }
 
-    /// Whether every update is done and every milestone that is averaged is stored.
+    /// Whether every update is done and every milestone that the average needs is stored.
     pub(crate) fn is_trained_and_stored(&self) -> bool {
         self.trained.is_some() && (!self.jobs.need_milestones() || self.missing_milestones().is_empty())
     }
 
-    /// Asks a training group for what can wait until the end of a step.
-    pub(crate) fn request(&mut self, now: Duration) {
+    /// Requests what is due from a training group, which does it at the end of a step.
+    pub(crate) fn request_from_group(&mut self, now: Duration) {
         let may_join = !self.members.available(now).is_empty();
         let is_storing = !self.snapshots.is_empty();
         let Group::Training { members, pausing, .. } = &mut self.group else { return };
@@ -363,7 +362,7 @@ impl Coordinator {
         let request = if *pausing {
             return;
         } else if self.stopping_since.is_some() || members.iter().any(is_draining) {
-            // What a leaving member knows is stored, or held by those that stay.
+            // Afterwards the leaving member's state is stored, or held by those that stay.
             GroupRequest::Stop
         } else if may_join && has_room {
             GroupRequest::Pause

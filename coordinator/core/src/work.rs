@@ -1,4 +1,4 @@
-//! Jobs: who does which, and what becomes of their results.
+//! Jobs: which worker does which, and what becomes of the results.
 
 use std::time::Duration;
 
@@ -6,13 +6,14 @@ use ulmus_types::{
     BadUnit, CheckpointId, ErrorKind, ExitStatus, Job, JobKind, ToWorker, WorkerId, for_people,
 };
 
-use crate::checkpoints::humantime;
+use crate::checkpoints::whole_seconds;
 use crate::coordinator::{Coordinator, TEXT_LIMIT};
 use crate::effect::{Effect, Notification};
 use crate::members::Activity;
 
 impl Coordinator {
-    /// The worker can take other work. Whether its result counts: not if another was given the job meanwhile.
+    /// A worker has ended a job and can take other work. Returns whether its result counts, which it does not if
+    /// another worker has been given the job since.
     fn job_ended(&mut self, worker: &WorkerId, job: &Job, now: Duration) -> bool {
         if self.members.get(worker).is_some_and(|m| m.activity == Activity::Working(job.clone())) {
             self.members.set(worker, Activity::Idle, now);
@@ -42,29 +43,29 @@ impl Coordinator {
             return;
         }
         let message = for_people(message, TEXT_LIMIT);
-        // It may have been found out already that the checkpoint is damaged, and the job is another one then.
+        // The damage may be known already; then the job is a different one by now.
         if let Some(checkpoint) = damaged.filter(|id| milestones_of(job).contains(id)) {
             return self.on_damaged(checkpoint, &message);
         }
-        // Preparing freezes the units, so none has a number before it is done.
+        // Units have no numbers until the preparation is done.
         let bad_unit = bad_unit.filter(|_| *job != Job::Prepare);
-        // It may have begun before the unit was left out.
+        // The job may have started before the unit was quarantined.
         let was_known = bad_unit.is_some_and(|unit| self.quarantine.contains_key(unit));
-        if !was_known && bad_unit.is_some_and(|unit| self.leave_out(unit, &message)) {
+        if !was_known && bad_unit.is_some_and(|unit| self.quarantine_unit(unit, &message)) {
             return;
         }
-        // Before a run has anything to lose, whoever started it is there to mend it.
+        // At the start of a run there is nothing to lose, and the person who started it can fix the disk.
         if kind == ErrorKind::Disk && *job != Job::Prepare {
             return self.wait_for_disk(worker, job, &message, now);
         }
         let may_try_again = self.jobs.failed(job, worker);
-        // What they all read can be made again.
+        // The average, which all these jobs read, can be recomputed.
         if kind == ErrorKind::Corrupt && may_try_again && reads_average(job) {
             self.jobs.undone(JobKind::Average);
             self.effect(Effect::SaveJobUndone(JobKind::Average));
-            return self.emit(Notification::Alarm(format!("{message}; the average is made again")));
+            return self.emit(Notification::Alarm(format!("{message}; the average will be recomputed")));
         }
-        // What is wrong with one worker need not be wrong with the next; what is wrong with the input is.
+        // A problem of one worker may not affect the next one, but a problem of the input would.
         let others = self.others_may_do(job);
         let is_worth_it = was_known || others || matches!(kind, ErrorKind::Retry | ErrorKind::Internal);
         if may_try_again && is_worth_it {
@@ -78,25 +79,26 @@ impl Coordinator {
         }
     }
 
-    /// What a job made could not be written: other workers are asked, and all of them again, for as long as training would go
-    /// on without a stored state.
+    /// The result of a job could not be written. Other workers try it, and then all of them again, for as long as
+    /// training would continue without a stored state.
     fn wait_for_disk(&mut self, worker: &WorkerId, job: &Job, message: &str, now: Duration) {
         let others = self.others_may_do(job);
         let waited = self.jobs.could_not_write(job, worker, now);
-        let (name, most) = (job.name(), humantime(self.settings.max_age));
+        let (name, most) = (job.name(), whole_seconds(self.settings.max_age));
         if waited > self.settings.max_age {
-            let message =
-                format!("{name} could not be written for {}: {message}", humantime(self.settings.max_age));
+            let message = format!(
+                "{name} could not be written for {}: {message}",
+                whole_seconds(self.settings.max_age)
+            );
             return self.exit(ExitStatus::Failed, message);
         }
         if waited == Duration::ZERO || others {
-            let text =
-                format!("{name} failed on {}: {message}; trying again, for {most} at most", worker.name());
+            let text = format!("{name} failed on {}: {message}; retrying for up to {most}", worker.name());
             self.emit(Notification::Alarm(text));
         }
     }
 
-    /// Whether a worker is there on which a job has not failed.
+    /// Whether a job could be done by a connected worker on which it has not failed.
     fn others_may_do(&self, job: &Job) -> bool {
         self.members.iter().any(|(id, member)| {
             member.activity.is_admitted() && !member.draining && !self.jobs.has_failed_on(job, id)
@@ -131,7 +133,7 @@ fn reads_average(job: &Job) -> bool {
     matches!(job, Job::EvaluateAverage | Job::Export | Job::Benchmark)
 }
 
-/// The milestones that a job reads.
+/// The milestones that a job reads, if any.
 fn milestones_of(job: &Job) -> &[CheckpointId] {
     match job {
         Job::Average(milestones) | Job::Continue(milestones) => milestones,

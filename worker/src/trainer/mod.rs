@@ -67,7 +67,7 @@ pub(crate) struct Reports {
 impl Reports {
     /// Says something to the coordinator. An agent that is gone hears nothing, and its end ends the process.
     pub(crate) fn say(&self, message: ToCoordinator) {
-        self.report(Report::Say(message));
+        self.report(Report::Send(message));
     }
 
     fn report(&self, report: Report) {
@@ -124,8 +124,8 @@ impl<B: TrainingBackend> Trainer<B> {
         for command in commands {
             let (run, report) = match command {
                 Command::Warm(run) => (run.id, self.warm(run)),
-                Command::Train(run, assignment) => (run, Report::Say(self.train(&assignment))),
-                Command::Do(run, job) => (run, Report::Say(self.work(job))),
+                Command::Train(run, assignment) => (run, Report::Send(self.train(&assignment))),
+                Command::Do(run, job) => (run, Report::Send(self.work(job))),
             };
             if self.reports.blocking_send((run, report)).is_err() {
                 return;
@@ -140,10 +140,10 @@ impl<B: TrainingBackend> Trainer<B> {
             Ok(training) => {
                 let fingerprint = training.fingerprint;
                 self.training = Some(training);
-                Report::Warm(fingerprint)
+                Report::WarmedUp(fingerprint)
             }
             Err(error) => {
-                Report::Say(ToCoordinator::Unfit { kind: error.kind(), message: with_causes(&error) })
+                Report::Send(ToCoordinator::Unfit { kind: error.kind(), message: with_causes(&error) })
             }
         }
     }

@@ -391,7 +391,7 @@ impl<B: TrainingBackend> Member<'_, B> {
             store: self.run.store.clone(),
             _room: room,
         };
-        self.reports.report(Report::Keep(held.checkpoint, Arc::new(held)));
+        self.reports.report(Report::Hold(held.checkpoint, Arc::new(held)));
     }
 }
 

@@ -1,7 +1,7 @@
-//! The coordinator's core against real worker sessions whose trainers are simulated: random joins, deaths, restarts of the
-//! coordinator, stops, damaged milestones, workers that are asked to leave and strangers that say anything at all, from
-//! seeds that proptest shrinks. Debug builds check the invariants after every event. What is recorded and stored must be
-//! that of a run to which nothing happens.
+//! The coordinator's core against real worker sessions with simulated trainers. Proptest generates, and shrinks, random
+//! joins, deaths, coordinator restarts, stops, damaged milestones, workers that are asked to leave, and strangers that
+//! send arbitrary messages. Debug builds check the invariants after every event. The record and the stored checkpoints
+//! must be those of an undisturbed run.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -79,14 +79,14 @@ enum Act {
     Kill(usize),
     Die,
     Restart,
-    /// Workers work, and nobody hears of it yet.
+    /// Workers work, and their messages wait.
     Work,
-    Hear(usize, usize),
+    Deliver(usize, usize),
     /// A worker is asked to leave.
     Drain(usize),
     /// A milestone is damaged.
     Damage(usize),
-    /// Somebody says something, who was let in or not, of this run or not.
+    /// Somebody sends a message: admitted or not, about this run or not.
     Babble(bool, bool, Box<ToCoordinator>),
     Turn,
 }
@@ -98,7 +98,7 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
         1 => Just(Act::Die),
         2 => Just(Act::Restart),
         3 => Just(Act::Work),
-        3 => (0_usize..5, 1_usize..4).prop_map(|(worker, messages)| Act::Hear(worker, messages)),
+        3 => (0_usize..5, 1_usize..4).prop_map(|(worker, messages)| Act::Deliver(worker, messages)),
         1 => (0_usize..5).prop_map(Act::Drain),
         1 => (0_usize..5).prop_map(Act::Damage),
         6 => Just(Act::Turn),
@@ -106,7 +106,7 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
     prop::collection::vec(act, 0..60)
 }
 
-/// As [`acts`], among strangers.
+/// Like [`acts`], with messages from strangers in between.
 fn acts_among_strangers() -> impl Strategy<Value = Vec<Act>> {
     let babble = || {
         (any::<bool>(), any::<bool>(), anything())
@@ -128,7 +128,7 @@ fn play(world: &mut World, acts: Vec<Act>) {
             Act::Die => world.die(),
             Act::Restart => world.restart(),
             Act::Work => world.work(),
-            Act::Hear(index, count) => world.deliver_some(index, count),
+            Act::Deliver(index, count) => world.deliver_some(index, count),
             Act::Drain(index) => world.drain(index),
             Act::Damage(index) => world.damage(index),
             Act::Babble(greeted, this_run, message) => world.babble(greeted, this_run, *message),
@@ -157,8 +157,7 @@ fn finish(world: &mut World, turns: usize) {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
-    /// Whatever happens, the run finishes once it is left alone, with every step recorded and every milestone
-    /// stored.
+    /// Whatever happens, the run finishes once it is left alone, with every step recorded and every milestone stored.
     #[test]
     fn every_run_finishes_with_nothing_lost(acts in acts()) {
         let mut world = World::new();
@@ -175,7 +174,7 @@ proptest! {
             .filter(|(_, kind)| **kind == CheckpointKind::Milestone)
             .map(|(id, _)| id.step().get())
             .collect();
-        // Damaged ones are made again if they are averaged.
+        // Damaged milestones are recreated if the average needs them.
         let averaged = ITERATIONS - (AVERAGE - 1) * GRID;
         let wanted = (GRID..=ITERATIONS)
             .step_by(GRID as usize)
@@ -184,7 +183,7 @@ proptest! {
         prop_assert!(world.workers.values().all(Worker::is_free), "{:?}", world.workers);
     }
 
-    /// What strangers say changes nothing: the run finishes with the same record.
+    /// Messages from strangers change nothing: the run finishes with the same record.
     #[test]
     fn strangers_change_nothing(acts in acts_among_strangers()) {
         let mut world = World::new();
@@ -198,7 +197,7 @@ proptest! {
         prop_assert!(world.saved.checkpoints.keys().all(|id| id.step().get() <= ITERATIONS));
     }
 
-    /// Whatever a worker that belongs to the run says, the coordinator is there afterwards, or ends with a reason.
+    /// Whatever a member of the run sends, the coordinator survives, or exits with a reason.
     #[test]
     fn no_message_of_a_member_breaks_the_coordinator(
         acts in acts(),
@@ -215,13 +214,13 @@ proptest! {
             }
             world.reconnect();
             let id = world.workers.keys().nth(index % world.workers.len()).cloned().unwrap();
-            // What it says of the fate of a job or a group it is believed.
-            world.event(Event::Said { worker: id, run: Some(RUN), message });
+            // Its claims about its own job or group are believed, so the run may end.
+            world.event(Event::Received { worker: id, run: Some(RUN), message });
             world.deliver_some(index, 2);
         }
     }
 
-    /// A stop that is asked for at any time ends the run, and the next start goes on and finishes.
+    /// A stop at any time ends the run, and the next start resumes and finishes it.
     #[test]
     fn a_stopped_run_goes_on(before in acts()) {
         let mut world = World::new();
@@ -235,7 +234,7 @@ proptest! {
             let status = world.outcome.take().unwrap().status;
             prop_assert!(matches!(status, ExitStatus::Interrupted | ExitStatus::Done));
             if status == ExitStatus::Interrupted {
-                // Everybody was told to finish.
+                // All workers were told to finish.
                 world.workers.clear();
                 world.restart();
                 finish(&mut world, 300);
@@ -278,8 +277,8 @@ fn a_coordinator_that_returns_does_not_disturb_a_healthy_group() {
     assert_eq!(world.saved.generation, generation);
 }
 
-/// Members that do not reach each other in time get another chance; those that do may take long to agree on a state, as
-/// one that has to be read and sent may be large.
+/// Members that do not connect in time are assigned again. Members that do connect may take long to agree on a state,
+/// since it may be large and has to be read and sent.
 #[test]
 fn a_group_is_late_until_it_is_connected_and_not_after() {
     let mut world = World::new();
@@ -331,11 +330,11 @@ fn workers_that_must_not_join_are_told_why() {
     };
     let start = |saved: PersistentState| Coordinator::new(settings(), saved, Duration::ZERO);
     let say = |core: &mut Coordinator, message| {
-        core.on(Duration::ZERO, Event::Said { worker: worker.clone(), run: Some(RUN), message })
+        core.on(Duration::ZERO, Event::Received { worker: worker.clone(), run: Some(RUN), message })
     };
     let hello = || ToCoordinator::Hello(hello_of(&worker, VERSION));
 
-    let (_, reason) = start(PersistentState::default()).judge(&hello_of(&worker, "0.9")).unwrap_err();
+    let (_, reason) = start(PersistentState::default()).check_hello(&hello_of(&worker, "0.9")).unwrap_err();
     assert!(reason.contains("version 0.9"), "{reason}");
 
     let mut core = start(PersistentState::default());
@@ -364,7 +363,7 @@ fn nobody_takes_the_place_of_a_worker_without_its_secret() {
     let hello = hello_of(&worker, VERSION);
     let effects = core.on(
         Duration::ZERO,
-        Event::Said { worker: worker.clone(), run: None, message: ToCoordinator::Hello(hello.clone()) },
+        Event::Received { worker: worker.clone(), run: None, message: ToCoordinator::Hello(hello.clone()) },
     );
     let secret = effects
         .iter()
@@ -373,18 +372,18 @@ fn nobody_takes_the_place_of_a_worker_without_its_secret() {
             _ => None,
         })
         .unwrap();
-    // Name and incarnation are in every log.
-    assert_eq!(core.judge(&hello).unwrap_err().0, ErrorKind::Refused);
+    // Name and incarnation prove nothing: they are in every log.
+    assert_eq!(core.check_hello(&hello).unwrap_err().0, ErrorKind::Refused);
     let guess = Some(SessionSecret::from_bytes([0; 32]));
-    assert!(core.judge(&Hello { run: Some(RUN), secret: guess, ..hello.clone() }).is_err());
-    assert!(core.judge(&Hello { run: Some(RUN), secret: Some(secret), ..hello.clone() }).is_ok());
-    // Nor does a new name help to claim work.
+    assert!(core.check_hello(&Hello { run: Some(RUN), secret: guess, ..hello.clone() }).is_err());
+    assert!(core.check_hello(&Hello { run: Some(RUN), secret: Some(secret), ..hello.clone() }).is_ok());
+    // A new name does not help to claim work either.
     let other = WorkerId::new("x", Incarnation::new(2)).unwrap();
     let claims = WorkerStatus::Working(Job::Export);
-    assert!(core.judge(&Hello { status: claims, ..hello_of(&other, VERSION) }).is_err());
+    assert!(core.check_hello(&Hello { status: claims, ..hello_of(&other, VERSION) }).is_err());
 }
 
-/// D9 of `docs/faults.md`: what is made after training waits for a disk as training does.
+/// D9 of `docs/faults.md`: jobs wait for a full disk, as training does.
 #[test]
 fn a_job_waits_for_a_disk_that_takes_nothing() {
     let mut world = World::new();
@@ -439,11 +438,11 @@ fn a_local_worker_that_keeps_dying_ends_no_run_that_others_carry() {
     assert_eq!(world.outcome.unwrap().status, ExitStatus::Failed);
     assert!(
         world.now + Duration::from_secs(1) > killed + settings().rejoin_window,
-        "its connection may have been all that it lost"
+        "only its connection may have been lost"
     );
 }
 
-/// D7 of `docs/faults.md`: what reads the last milestone after it was averaged.
+/// D7 of `docs/faults.md`: other jobs read the last milestone after it was averaged.
 #[test]
 fn a_milestone_that_is_damaged_after_it_was_averaged_is_trained_again() {
     let mut world = World::new();
@@ -459,7 +458,7 @@ fn a_milestone_that_is_damaged_after_it_was_averaged_is_trained_again() {
     assert!(world.saved.checkpoints.keys().any(|id| id.step() == last.step()));
 }
 
-/// What the coordinator wrote last was lost with the power of its machine; a worker elsewhere knows better.
+/// The coordinator's last records were lost in a power failure; a worker elsewhere still has them.
 #[test]
 fn whoever_knows_more_than_the_record_is_heard() {
     let mut world = World::new();
@@ -479,13 +478,13 @@ fn whoever_knows_more_than_the_record_is_heard() {
     assert!(world.saved.generation.get() <= generation.get() + 2, "{}", world.saved.generation);
 }
 
-/// A worker that was asked for its part by the coordinator before says that it is stored.
+/// A worker that was asked for its part by the coordinator before its restart reports that the part is stored.
 #[test]
 fn an_answer_to_an_earlier_coordinator_is_no_offence() {
     let mut world = World::new();
     world.join(0);
     world.join(1);
-    let held = |world: &World| world.workers.values().find_map(|worker| worker.kept.last().copied());
+    let held = |world: &World| world.workers.values().find_map(|worker| worker.held.last().copied());
     while held(&world).is_none() {
         world.work();
         world.deliver();
@@ -493,13 +492,13 @@ fn an_answer_to_an_earlier_coordinator_is_no_offence() {
     }
     let checkpoint = held(&world).unwrap();
     world.restart();
-    // The first is asked for everything.
+    // The first worker is asked for all parts.
     world.deliver_some(0, 3);
     world.deliver_some(1, 3);
     let second = world.workers.keys().nth(1).unwrap().clone();
     let part = State::after(checkpoint.step().get()).part("a");
     let message = ToCoordinator::Written { checkpoint, files: BTreeMap::from([("a".to_owned(), part)]) };
-    world.event(Event::Said { worker: second, run: Some(RUN), message });
+    world.event(Event::Received { worker: second, run: Some(RUN), message });
     assert!(world.cut.is_empty(), "{:?}", world.cut);
     finish(&mut world, 200);
 }
@@ -514,7 +513,7 @@ fn a_coordinator_that_slept_loses_nobody() {
         world.turn();
     }
     let generation = world.saved.generation;
-    // The tick is served before the heartbeats that wait.
+    // The tick is handled before the waiting heartbeats.
     world.now += Duration::from_mins(10);
     world.event(Event::Ticked);
     world.now += Duration::from_millis(100);
@@ -535,7 +534,7 @@ fn nobody_waits_for_the_dead() {
     while world.recorded.len() < 4 {
         world.turn();
     }
-    // Everything is killed; new lives of both workers are there before the window is over.
+    // Everything is killed. New lives of both workers connect before the window is over.
     world.die();
     world.workers.clear();
     world.restart();
@@ -577,7 +576,7 @@ fn a_job_that_failed_on_one_worker_is_tried_on_another() {
     let second = prepares(&world).unwrap();
     assert_ne!(first, second);
     assert_eq!(world.outcome, None);
-    // What fails on all of them is wrong everywhere.
+    // A job that fails on all workers fails the run.
     say(&mut world, &second);
     assert_eq!(world.outcome.unwrap().status, ExitStatus::InvalidInput);
 }
@@ -604,7 +603,7 @@ fn groups_that_make_no_progress_end_the_run() {
             return;
         }
     }
-    panic!("the run goes on for ever");
+    panic!("the run never ends");
 }
 
 #[test]
@@ -623,7 +622,7 @@ fn a_stop_that_nobody_hears_ends_in_time() {
             return;
         }
     }
-    panic!("the stop takes for ever");
+    panic!("the stop never ends");
 }
 
 #[test]
@@ -637,7 +636,7 @@ fn a_trainer_that_stands_still_is_left_behind() {
     let generation = world.saved.generation;
     let frozen = world.workers.keys().next_back().unwrap().clone();
     let begun = world.now;
-    // Its agent beats on; the other one waits for it in the next operation.
+    // Its agent keeps sending heartbeats; the other worker waits for it in the next operation.
     while !world.workers.values().any(Worker::is_aborted) {
         world.now += Duration::from_millis(500);
         for id in world.workers.keys().cloned().collect::<Vec<_>>() {
@@ -650,16 +649,16 @@ fn a_trainer_that_stands_still_is_left_behind() {
                 busy: world.now,
             };
             let message = ToCoordinator::Heartbeat(heartbeat);
-            world.event(Event::Said { worker: id, run: Some(RUN), message });
+            world.event(Event::Received { worker: id, run: Some(RUN), message });
         }
         world.event(Event::Ticked);
         assert!(world.now < begun + Duration::from_secs(10), "it is not noticed");
     }
-    assert!(world.cut.contains(&frozen), "the one that stands still is the culprit");
+    assert!(world.cut.contains(&frozen), "the stuck one is the culprit");
     assert_eq!(world.cut.len(), 1);
 }
 
-/// A member that was told to leave its group, and says that it lives, but does not leave.
+/// A member was told to leave its group. It sends heartbeats, but does not leave.
 #[test]
 fn a_member_that_does_not_leave_its_group_is_left_behind() {
     let mut world = World::new();
@@ -681,15 +680,15 @@ fn a_member_that_does_not_leave_its_group_is_left_behind() {
             busy: world.now,
         };
         let message = ToCoordinator::Heartbeat(heartbeat);
-        world.event(Event::Said { worker: stuck.clone(), run: Some(RUN), message });
+        world.event(Event::Received { worker: stuck.clone(), run: Some(RUN), message });
         world.event(Event::Ticked);
         assert!(world.now < begun + Duration::from_secs(10), "it is not noticed");
     }
-    let is_told = |told: &Notification| matches!(told, Notification::Lost(worker, why) if *worker == stuck && why.contains("did not leave its group"));
-    assert!(world.told.iter().any(is_told), "{:?}", world.told);
+    let is_told = |notification: &Notification| matches!(notification, Notification::Lost(worker, why) if *worker == stuck && why.contains("did not leave its group"));
+    assert!(world.notifications.iter().any(is_told), "{:?}", world.notifications);
 }
 
-/// Memory that flips bits, on one of two workers.
+/// One of two workers has memory that flips bits.
 #[test]
 fn a_worker_that_computes_wrongly_stops_the_run_before_a_checkpoint_of_it_is_stored() {
     let mut world = World::new();
@@ -698,7 +697,7 @@ fn a_worker_that_computes_wrongly_stops_the_run_before_a_checkpoint_of_it_is_sto
     while world.recorded.len() < 4 {
         world.turn();
     }
-    // Not the one that reports: nothing is seen before their states are compared.
+    // Not the one that reports steps, so that the fault shows only when states are compared.
     let wrong = world
         .workers
         .values_mut()
@@ -715,7 +714,7 @@ fn a_worker_that_computes_wrongly_stops_the_run_before_a_checkpoint_of_it_is_sto
     assert_eq!(stored, [GRID]);
 }
 
-/// All checkpoints were damaged, which was recorded, and the run is started once more.
+/// All checkpoints were damaged, which was recorded, and then the run is restarted.
 #[test]
 fn a_run_that_had_checkpoints_never_begins_anew_by_itself() {
     let mut world = World::new();
@@ -738,7 +737,7 @@ fn a_run_that_had_checkpoints_never_begins_anew_by_itself() {
     assert!(!assignment(&world).unwrap().may_begin);
 }
 
-/// The record is an older copy: a group was formed since, a member of which still lives.
+/// The record is an older copy: since then a group was formed, one of whose members is still alive.
 #[test]
 fn whoever_comes_from_a_group_that_the_record_does_not_have_is_told_so_once() {
     let mut world = World::new();
@@ -755,15 +754,14 @@ fn whoever_comes_from_a_group_that_the_record_does_not_have_is_told_so_once() {
     world.turn();
     world.die();
     world.saved = older;
-    world.told.clear();
+    world.notifications.clear();
     world.restart();
     (0..10).for_each(|_| world.turn());
     assert!(!world.workers.contains_key(&id), "it was not refused");
-    let alarms = world
-        .told
-        .iter()
-        .filter(|told| matches!(told, Notification::Alarm(why) if why.contains("older copy")));
-    assert_eq!(alarms.count(), 2, "{:?}", world.told);
+    let alarms = world.notifications.iter().filter(
+        |notification| matches!(notification, Notification::Alarm(why) if why.contains("older copy")),
+    );
+    assert_eq!(alarms.count(), 2, "{:?}", world.notifications);
     world.strangers = false;
     finish(&mut world, 300);
     assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);

@@ -1,4 +1,4 @@
-//! What somebody says who does not take part, or takes part and lies.
+//! Messages from senders that do not take part in the run, or that lie.
 
 use proptest::prelude::*;
 use ulmus_types::{
@@ -9,7 +9,7 @@ use ulmus_types::{
 use crate::FILES;
 use crate::worker::State;
 
-/// Anything that can be said, with numbers around those that are possible.
+/// Arbitrary messages, with numbers in and around the possible range.
 pub(crate) fn anything() -> impl Strategy<Value = ToCoordinator> {
     let number = || prop_oneof![0_u64..20, Just(u64::MAX), Just(1 << 63)];
     let step = move || number().prop_map(Step::new);

@@ -1,4 +1,4 @@
-//! A worker of the simulation: the session is the real one; its shell and its trainer are simulated.
+//! A worker of the simulation: its session is real, its shell and its trainer are simulated.
 
 use std::collections::VecDeque;
 
@@ -11,7 +11,7 @@ use ulmus_worker_core::{Action, Report, Session};
 
 use crate::{FILES, GRID, ITERATIONS, RUN, VERSION};
 
-/// What stands for weights and moments: a chain of hashes, which is another one if any step was made from another state.
+/// Stands for weights and moments: a chain of hashes, which differs if any step started from a different state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct State {
     pub step: u64,
@@ -19,7 +19,7 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// What the seed gives.
+    /// The state after initialization from the seed.
     pub(crate) fn begin() -> Self {
         Self { step: 0, digest: Digest::of(b"seed") }
     }
@@ -31,17 +31,17 @@ impl State {
         Self { step, digest: Digest::of(&bytes) }
     }
 
-    /// The state that every worker must have after that many updates.
+    /// The state that every worker must have after this many updates.
     pub(crate) fn after(steps: u64) -> Self {
         (0..steps).fold(Self::begin(), |state, _| state.advanced())
     }
 
-    /// A bit is flipped.
+    /// The state with a flipped bit.
     pub(crate) fn flipped(self) -> Self {
         Self { digest: Digest::of(self.digest.as_bytes()), ..self }
     }
 
-    /// What is reported of the update that led here.
+    /// The report of the update that led to this state.
     pub(crate) fn report(self) -> StepReport {
         let loss = self.digest.as_bytes()[..4].iter().fold(1.0, |loss, byte| loss + f64::from(*byte) / 256.0);
         StepReport { step: Step::new(self.step), tokens: self.step * 100, loss, ..report_of_nothing() }
@@ -56,7 +56,7 @@ impl State {
         Snapshot { checkpoint, kind, state: self.digest, files: FILES.map(str::to_owned).to_vec() }
     }
 
-    /// A part of it, as it is stored.
+    /// The stored form of one file of the state.
     pub(crate) fn part(self, file: &str) -> FileEntry {
         let bytes: Vec<u8> = self.digest.as_bytes().iter().copied().chain(file.bytes()).collect();
         FileEntry { bytes: bytes.len() as u64, digest: Digest::of(&bytes) }
@@ -78,7 +78,7 @@ fn report_of_nothing() -> StepReport {
     }
 }
 
-/// How far the forming of a group has come.
+/// The progress of forming a group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stage {
     Assigned,
@@ -86,14 +86,14 @@ pub(crate) enum Stage {
     Formed,
 }
 
-/// A state that is kept until it is stored.
+/// A state that is held until it is stored.
 #[derive(Debug, Clone)]
-pub(crate) struct Kept {
+pub(crate) struct Held {
     pub checkpoint: CheckpointId,
     pub state: State,
 }
 
-/// What the trainer's thread does.
+/// What the simulated trainer is doing.
 #[derive(Debug)]
 pub(crate) struct Group {
     pub assignment: Assignment,
@@ -103,31 +103,31 @@ pub(crate) struct Group {
 }
 
 impl Group {
-    /// The last milestone that the group makes again, and the first.
+    /// The first and the last milestone that the group recreates.
     pub(crate) fn repair(&self) -> Option<(u64, u64)> {
         let milestones = &self.assignment.repair.as_ref()?.milestones;
         Some((milestones.first()?.get(), milestones.last()?.get()))
     }
 
-    pub(crate) fn makes_again(&self, step: u64) -> bool {
+    pub(crate) fn recreates(&self, step: u64) -> bool {
         let repair = self.assignment.repair.as_ref();
         repair.is_none_or(|repair| repair.milestones.contains(&Step::new(step)))
     }
 }
 
-/// What became of a message.
+/// What a worker does after a message.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Heard {
-    Fine,
-    /// The worker ends.
-    Leaves(ExitStatus),
+pub(crate) enum Reaction {
+    Continues,
+    /// The worker exits.
+    Exits(ExitStatus),
     Refused(String),
 }
 
 #[derive(Debug)]
 pub(crate) struct Worker {
     id: WorkerId,
-    session: Session<Kept>,
+    session: Session<Held>,
     /// Whether the coordinator of this connection has welcomed it.
     is_welcome: bool,
     is_warm: bool,
@@ -135,11 +135,11 @@ pub(crate) struct Worker {
     pub state: Option<State>,
     pub group: Option<Group>,
     pub job: Option<Job>,
-    /// States that it was to keep, the last at the end; they may be released by now.
-    pub kept: Vec<CheckpointId>,
-    /// States that are being hashed, beside training.
-    hashing: VecDeque<Kept>,
-    /// What it has said and the coordinator not yet heard.
+    /// States that it was told to hold, newest last; some may be released by now.
+    pub held: Vec<CheckpointId>,
+    /// States that are being hashed, alongside training.
+    hashing: VecDeque<Held>,
+    /// What it has said and the coordinator not yet reaction.
     pub outbox: VecDeque<(Option<RunId>, ToCoordinator)>,
 }
 
@@ -154,7 +154,7 @@ impl Worker {
             state: None,
             group: None,
             job: None,
-            kept: Vec::new(),
+            held: Vec::new(),
             hashing: VecDeque::new(),
             outbox: VecDeque::new(),
         }
@@ -172,9 +172,9 @@ impl Worker {
         self.group.as_ref().map(|group| group.stage)
     }
 
-    /// Connects, or connects anew.
+    /// Connects or reconnects.
     pub(crate) fn hello(&mut self) {
-        self.session.unheard();
+        self.session.on_disconnected();
         self.is_welcome = false;
         self.outbox.clear();
         let (run, secret) = self.session.run().unzip();
@@ -192,20 +192,20 @@ impl Worker {
         self.outbox.push_back((run, ToCoordinator::Hello(hello)));
     }
 
-    /// States that were to be hashed are.
+    /// Hashes all states that wait to be hashed.
     pub(crate) fn finish_hashing(&mut self) {
-        while let Some(Kept { checkpoint, state }) = self.hashing.pop_front() {
-            let actions = self.session.hashed(state.snapshot(checkpoint));
+        while let Some(Held { checkpoint, state }) = self.hashing.pop_front() {
+            let actions = self.session.on_hashed(state.snapshot(checkpoint));
             self.act(actions);
         }
     }
 
-    /// Whether nothing would be lost if it ended now.
+    /// Whether nothing would be lost if the worker ended now.
     pub(crate) fn is_free(&self) -> bool {
         self.session.is_free()
     }
 
-    /// It is asked to leave.
+    /// The worker is asked to leave.
     pub(crate) fn drain(&mut self) {
         if !std::mem::replace(&mut self.draining, true) {
             if let Some(group) = &mut self.group {
@@ -216,31 +216,31 @@ impl Worker {
         }
     }
 
-    /// The coordinator says something.
-    pub(crate) fn receive(&mut self, message: ToWorker) -> Heard {
+    /// Handles a message from the coordinator.
+    pub(crate) fn receive(&mut self, message: ToWorker) -> Reaction {
         self.is_welcome |= matches!(message, ToWorker::Welcome { .. });
-        let actions = self.session.received(message);
+        let actions = self.session.on_message(message);
         self.act(actions)
     }
 
-    /// The trainer says something for the coordinator.
+    /// The trainer sends a message to the coordinator.
     pub(crate) fn say(&mut self, message: ToCoordinator) {
-        self.report(Report::Say(message));
+        self.report(Report::Send(message));
     }
 
-    fn report(&mut self, report: Report<Kept>) {
-        let actions = self.session.reported(RUN, report);
+    fn report(&mut self, report: Report<Held>) {
+        let actions = self.session.on_report(RUN, report);
         self.act(actions);
     }
 
-    /// It adopts the state of its group.
+    /// The worker adopts the state of its group.
     pub(crate) fn form(&mut self, generation: Generation, state: State) {
         self.state = Some(state);
         self.group.as_mut().unwrap().stage = Stage::Formed;
         self.say(ToCoordinator::Formed { generation, step: Step::new(state.step) });
     }
 
-    /// It has done an update, of which the whole group has one report, and after which the state may be kept.
+    /// The worker has done an update, with the group's common report. With `keep`, the new state is to be stored.
     pub(crate) fn advance(&mut self, generation: Generation, report: &StepReport, keep: bool) {
         let state = self.state.unwrap().advanced();
         self.state = Some(state);
@@ -248,8 +248,8 @@ impl Worker {
         self.say(ToCoordinator::Steps { generation, reports: vec![report.clone()] });
         if keep {
             let checkpoint = CheckpointId::new(Step::new(state.step), generation);
-            self.kept.push(checkpoint);
-            self.report(Report::Keep(checkpoint, Kept { checkpoint, state }));
+            self.held.push(checkpoint);
+            self.report(Report::Hold(checkpoint, Held { checkpoint, state }));
         }
     }
 
@@ -259,16 +259,16 @@ impl Worker {
         self.say(ToCoordinator::Left { generation, step, reason });
     }
 
-    fn act(&mut self, actions: Vec<Action<Kept>>) -> Heard {
-        let mut heard = Heard::Fine;
+    fn act(&mut self, actions: Vec<Action<Held>>) -> Reaction {
+        let mut reaction = Reaction::Continues;
         for action in actions {
             match action {
-                Action::Say(message) => {
+                Action::Send(message) => {
                     if self.is_welcome {
                         self.outbox.push_back((self.session.run().map(|(run, _)| run), message));
                     }
                 }
-                Action::ChangeRun => panic!("there is one run alone"),
+                Action::ChangeRun => panic!("there is only one run"),
                 Action::Open { id, .. } => {
                     assert_eq!(id, RUN);
                     self.open();
@@ -278,7 +278,7 @@ impl Worker {
                     let group = Group { assignment, stage: Stage::Assigned, aborted: false, request: None };
                     self.group = Some(group);
                 }
-                Action::Do(run, job) => {
+                Action::RunJob(run, job) => {
                     assert_eq!(run, RUN);
                     self.job = Some(job);
                 }
@@ -294,30 +294,30 @@ impl Worker {
                         group.request = Some(request);
                     }
                 }
-                Action::Hash(kept) => self.hashing.push_back(kept),
-                Action::Write(Kept { checkpoint, state }, files) => {
+                Action::Hash(held) => self.hashing.push_back(held),
+                Action::Write(Held { checkpoint, state }, files) => {
                     let files = files.into_iter().map(|file| (file.clone(), state.part(&file))).collect();
                     let written = ToCoordinator::Written { checkpoint, files };
                     self.outbox.push_back((Some(RUN), written));
                 }
-                Action::Leave(status) => heard = Heard::Leaves(status),
-                // Its session ends, and it connects anew.
+                Action::Exit(status) => reaction = Reaction::Exits(status),
+                // Its session ends, and it reconnects.
                 Action::Refused(ErrorKind::Retry, _) => {}
-                Action::Refused(_, reason) => heard = Heard::Refused(reason),
+                Action::Refused(_, reason) => reaction = Reaction::Refused(reason),
                 Action::GiveUp(_, reason) => panic!("{reason}"),
             }
         }
-        heard
+        reaction
     }
 
-    /// Reads the nonce, and takes the run up.
+    /// Reads the nonce, and joins the run.
     fn open(&mut self) {
         self.outbox.push_back((Some(RUN), ToCoordinator::StoreRead(Ok(Digest::of(b"secret")))));
-        if let Some(actions) = self.session.opened(self.is_warm) {
+        if let Some(actions) = self.session.on_opened(self.is_warm) {
             self.act(actions);
         } else {
             self.is_warm = true;
-            self.report(Report::Warm(Digest::of(b"arithmetic")));
+            self.report(Report::WarmedUp(Digest::of(b"arithmetic")));
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The coordinator's core, what it has stored, and the workers around it.
+//! The coordinator's core, its stored state, and the workers around it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -9,7 +9,7 @@ use ulmus_types::{
     LeaveReason, RunId, Section, Step, ToCoordinator, ToWorker, WorkerId,
 };
 
-use crate::worker::{Group, Heard, Stage, State, Worker};
+use crate::worker::{Group, Reaction, Stage, State, Worker};
 use crate::{FILES, ITERATIONS, RUN, VERSION, hello_of, settings};
 
 pub(crate) struct World {
@@ -20,17 +20,17 @@ pub(crate) struct World {
     pub now: Duration,
     incarnations: u64,
     kinds: BTreeMap<CheckpointId, CheckpointKind>,
-    /// What was stored as each checkpoint.
+    /// The state that was stored as each checkpoint.
     stored: BTreeMap<CheckpointId, State>,
     pub outcome: Option<Outcome>,
-    /// What a person was told.
-    pub told: Vec<Notification>,
+    /// Everything that a person was told.
+    pub notifications: Vec<Notification>,
     pub recorded: BTreeMap<Step, f64>,
-    /// Milestones that were damaged.
+    /// Steps of milestones that were damaged.
     pub damaged: BTreeSet<u64>,
     /// Workers whose session the coordinator has ended.
     pub cut: BTreeSet<WorkerId>,
-    /// Whether workers may have said what cannot be, and be told so.
+    /// Whether invalid messages may have been sent in workers' names, so that workers may be expelled.
     pub strangers: bool,
 }
 
@@ -47,7 +47,7 @@ impl World {
             kinds: BTreeMap::new(),
             stored: BTreeMap::new(),
             outcome: None,
-            told: Vec::new(),
+            notifications: Vec::new(),
             recorded: BTreeMap::new(),
             damaged: BTreeSet::new(),
             cut: BTreeSet::new(),
@@ -79,7 +79,7 @@ impl World {
                 assert!(generation <= self.saved.generation);
                 for report in reports {
                     self.recorded.insert(report.step, report.loss);
-                    // Whatever happened, it is the loss of a run to which nothing happens.
+                    // Whatever happened, the loss must be that of an undisturbed run.
                     let undisturbed = State::after(report.step.get()).report().loss;
                     assert!(self.strangers || report.loss == undisturbed, "{report:?}");
                     self.saved.step = self.saved.step.max(report.step);
@@ -109,7 +109,7 @@ impl World {
                     self.cut.insert(worker);
                 }
             }
-            Effect::Notify(notification) => self.told.push(notification),
+            Effect::Notify(notification) => self.notifications.push(notification),
             Effect::SaveReading(..) | Effect::Verify(_) => {}
             Effect::Commit { checkpoint, kind, state, files } => {
                 let step = checkpoint.step().get();
@@ -136,19 +136,19 @@ impl World {
                 assert!(self.strangers || worker.job.is_none(), "{id} is busy");
             }
             ToWorker::Write { checkpoint, .. } => {
-                let held = worker.kept.contains(checkpoint);
+                let held = worker.held.contains(checkpoint);
                 assert!(self.strangers || held, "{id} does not hold {checkpoint}");
             }
             _ => {}
         }
         match worker.receive(message) {
-            Heard::Leaves(ExitStatus::Interrupted) if worker.draining => {
+            Reaction::Exits(ExitStatus::Interrupted) if worker.draining => {
                 assert!(self.strangers || worker.group.is_none(), "{id} was let go while it trains");
                 self.workers.remove(id);
                 self.cut.remove(id);
             }
-            Heard::Fine | Heard::Leaves(_) => {}
-            Heard::Refused(reason) => {
+            Reaction::Continues | Reaction::Exits(_) => {}
+            Reaction::Refused(reason) => {
                 assert!(self.strangers, "{id} refused: {reason}");
                 self.workers.remove(id);
                 self.cut.remove(id);
@@ -156,7 +156,7 @@ impl World {
         }
     }
 
-    /// Those whose session was ended connect anew.
+    /// Workers whose session was ended reconnect.
     pub(crate) fn reconnect(&mut self) {
         for id in std::mem::take(&mut self.cut) {
             assert!(self.strangers, "{id} was cut off though it did nothing wrong");
@@ -166,15 +166,15 @@ impl World {
         }
     }
 
-    /// A stranger says something; one that was greeted has got no further.
+    /// A stranger sends a message. One that was `greeted` has sent a hello, and got no further.
     pub(crate) fn babble(&mut self, greeted: bool, this_run: bool, message: ToCoordinator) {
         let Some(core) = &self.core else { return };
         let name = if greeted { "stranger" } else { "nobody" };
         let id = WorkerId::new(name, Incarnation::new(1)).unwrap();
         if greeted {
             let hello = hello_of(&id, VERSION);
-            if core.judge(&hello).is_ok() {
-                self.event(Event::Said {
+            if core.check_hello(&hello).is_ok() {
+                self.event(Event::Received {
                     worker: id.clone(),
                     run: None,
                     message: ToCoordinator::Hello(hello),
@@ -182,7 +182,7 @@ impl World {
             }
         }
         let run = if this_run { RUN } else { RunId::from_bytes([9; 16]) };
-        self.event(Event::Said { worker: id, run: Some(run), message });
+        self.event(Event::Received { worker: id, run: Some(run), message });
     }
 
     /// A worker is asked to leave.
@@ -201,7 +201,7 @@ impl World {
             .map(|(id, _)| *id)
             .collect();
         let read = [JobKind::Average, JobKind::EvaluateLast, JobKind::Continuations];
-        // Nothing reads them any more.
+        // No job reads the milestones any more.
         if self.core.is_none() || read.iter().all(|job| self.saved.jobs.contains(job)) {
             return;
         }
@@ -233,14 +233,14 @@ impl World {
         self.event(Event::Disconnected(id));
     }
 
-    /// The coordinator dies. Workers go on; what they say is heard by nobody.
+    /// The coordinator dies. Workers continue, and nobody receives their messages.
     pub(crate) fn die(&mut self) {
-        // Parts that were reported are stored, so an unfinished commit is finished at the next start.
+        // All parts of an unfinished commit are stored, so the next start finishes it.
         self.commit_all();
         self.core = None;
     }
 
-    /// The coordinator dies, if it lives, and comes back; everybody has to say hello again.
+    /// The coordinator dies, if it is alive, and restarts. All workers have to say hello again.
     pub(crate) fn restart(&mut self) {
         self.die();
         self.core = Some(Coordinator::new(settings(), self.saved.clone(), self.now));
@@ -258,37 +258,37 @@ impl World {
         }
     }
 
-    /// Every message that waits is heard, in an order that keeps that of each worker.
+    /// Delivers every waiting message. Each worker's own messages stay in order.
     pub(crate) fn deliver(&mut self) {
         while let Some(id) = self.workers.iter().find(|(_, w)| !w.outbox.is_empty()).map(|(id, _)| id.clone())
         {
-            self.hear(&id);
+            self.deliver_one(&id);
         }
     }
 
-    /// Some of the messages of a worker are heard, before anybody else's.
+    /// Delivers some messages of one worker before those of any other.
     pub(crate) fn deliver_some(&mut self, index: usize, count: usize) {
         let Some(id) = self.workers.keys().nth(index % self.workers.len().max(1)).cloned() else { return };
         for _ in 0..count {
-            self.hear(&id);
+            self.deliver_one(&id);
         }
     }
 
-    pub(crate) fn hear(&mut self, id: &WorkerId) {
+    pub(crate) fn deliver_one(&mut self, id: &WorkerId) {
         let Some((run, message)) = self.workers.get_mut(id).and_then(|worker| worker.outbox.pop_front())
         else {
             return;
         };
         let Some(core) = &self.core else { return };
         if let ToCoordinator::Hello(hello) = &message {
-            if let Err((_, reason)) = core.judge(hello) {
+            if let Err((_, reason)) = core.check_hello(hello) {
                 assert!(self.strangers, "{id} refused: {reason}");
                 self.workers.remove(id);
                 return;
             }
             self.cut.remove(id);
         }
-        self.event(Event::Said { worker: id.clone(), run, message });
+        self.event(Event::Received { worker: id.clone(), run, message });
     }
 
     pub(crate) fn tick(&mut self) {
@@ -303,7 +303,7 @@ impl World {
                 ..Heartbeat::default()
             };
             let message = ToCoordinator::Heartbeat(heartbeat);
-            self.event(Event::Said { worker: id, run: Some(RUN), message });
+            self.event(Event::Received { worker: id, run: Some(RUN), message });
         }
         self.event(Event::Ticked);
     }
@@ -352,8 +352,8 @@ impl World {
         self.each(members, |worker| worker.leave(reason.clone()));
     }
 
-    /// What a group begins with: the newest state of its members, else the newest that is stored, else what the seed
-    /// gives; before the first milestone that it makes again.
+    /// The state with which a group begins: the newest held by its members, otherwise the newest stored one, otherwise
+    /// that of the seed. A repairing group begins before the first milestone that it recreates.
     pub(crate) fn newest(&self, members: &[WorkerId], repair: Option<(u64, u64)>) -> State {
         let is_usable = |state: &State| repair.is_none_or(|(first, _)| state.step < first);
         let held = members.iter().filter_map(|id| self.workers[id].state).filter(is_usable);
@@ -387,7 +387,7 @@ impl World {
         let next = state.advanced();
         let requests = members.iter().filter_map(|id| self.group(id).request);
         let request = requests.max_by_key(|request| *request == GroupRequest::Stop);
-        let keeps = next.is_milestone() && self.group(first).makes_again(next.step)
+        let keeps = next.is_milestone() && self.group(first).recreates(next.step)
             || matches!(request, Some(GroupRequest::Stop | GroupRequest::Save));
         if keeps {
             let kind = if next.is_milestone() { CheckpointKind::Milestone } else { CheckpointKind::Recovery };
