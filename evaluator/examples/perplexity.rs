@@ -14,7 +14,7 @@ use ulmus_evaluator::{load_model, load_tokenizer, perplexity, read_texts};
 fn main() -> Result<(), Box<dyn Error>> {
     let paths: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();
     let Some((folder, texts)) = paths.split_first() else {
-        println!("perplexity MODEL_FOLDER TEXT...");
+        println!("usage: perplexity MODEL_FOLDER TEXT...");
         return Ok(());
     };
     let threads = std::thread::available_parallelism()?.get();

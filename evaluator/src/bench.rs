@@ -1,8 +1,9 @@
-//! How fast a model reads and writes.
+//! Measures how fast a model processes prompts and generates tokens.
 //!
-//! The protocol of the paper: one sequence at a time (or several side by side, if asked for), with a KV cache, prompt
-//! processing and generation timed apart, after a full dry run with the same lengths. The first new token follows from
-//! the prompt and counts as part of its processing. Nothing stops generation early, and the tokens' values do not change the work.
+//! This is the protocol of the OpenELM paper: one sequence at a time (or several side by side, if asked for), with a KV
+//! cache. Prompt processing and generation are timed separately, after a full dry run with the same lengths. The first
+//! new token follows from the prompt and counts as part of its processing. Nothing stops generation early, and the work
+//! does not depend on which tokens are processed.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -14,17 +15,17 @@ use ulmus_plan::{ModelConfig, NormKind};
 
 use crate::error::EvaluatorError;
 
-/// What is timed.
+/// The lengths and repetitions of a benchmark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BenchConfig {
-    /// Tokens of the prompt, at least 1.
+    /// Tokens in the prompt, at least 1.
     pub prompt: usize,
-    /// New tokens, at least 2; the first is part of the prompt's processing.
+    /// Tokens to generate, at least 2. The first counts as part of prompt processing.
     pub generate: usize,
-    /// Timed runs, at least 1, after the dry run.
+    /// Timed runs after the dry run, at least 1.
     pub runs: usize,
-    /// Sequences, at least 1, that are decoded side by side; each has a prompt of its own, processed one after the
-    /// other. Rates count the tokens of all.
+    /// Sequences that are decoded side by side, at least 1. Each has its own prompt, and prompts are processed one after
+    /// the other. Rates count the tokens of all sequences.
     #[serde(default = "one")]
     pub batch: usize,
 }
@@ -33,61 +34,61 @@ fn one() -> usize {
     1
 }
 
-/// Seconds of one run.
+/// How long the two phases of one run took.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Timing {
-    /// From the prompts to the first new tokens.
+    /// Seconds until every sequence has its first new token.
     pub prompt_seconds: f64,
-    /// From the first new token to the last.
+    /// Seconds from there to the last new token.
     pub generation_seconds: f64,
 }
 
-/// Tokens per second.
+/// Rates in tokens per second.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Rates {
-    /// Of prompt tokens, while the prompt is processed.
+    /// Prompt tokens per second of prompt processing.
     pub prompt: f64,
-    /// Of new tokens, after the first.
+    /// New tokens per second of generation, not counting the first of each sequence.
     pub generation: f64,
-    /// Of all tokens, over the whole time.
+    /// All tokens per second of the whole run.
     pub total: f64,
 }
 
-/// A benchmark and what it was made on.
+/// The result of a benchmark, and the model and machine that it was measured with.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BenchResult {
-    /// What was timed.
+    /// The lengths that were timed.
     pub config: BenchConfig,
-    /// Parameters of the model.
+    /// Number of the model's parameters.
     pub parameters: u64,
-    /// Kind of its norms.
+    /// The kind of the model's norms.
     #[serde(default)]
     pub norm: NormKind,
-    /// Compute threads.
+    /// Number of compute threads.
     pub threads: usize,
-    /// What computes.
+    /// Description of the device that computed.
     #[serde(default)]
     pub device: String,
     /// Type of weights and activations.
     pub dtype: String,
-    /// Median over the runs: prompt tokens per second, while prompts are processed.
+    /// Median over the runs: prompt tokens per second of prompt processing.
     #[serde(default)]
     pub prompt_tokens_per_second: f64,
-    /// Median over the runs: new tokens per second, after the first of each sequence.
+    /// Median over the runs: new tokens per second of generation, not counting the first of each sequence.
     #[serde(default)]
     pub generate_tokens_per_second: f64,
-    /// Median over the runs, of each rate by itself.
+    /// The median of each rate over the runs.
     pub median: Rates,
-    /// Every run, in order.
+    /// The times of all runs, in order.
     pub runs: Vec<Timing>,
-    /// The machine.
+    /// The machine that computed.
     pub machine: Machine,
 }
 
-/// The machine that numbers come from.
+/// The machine that a measurement comes from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
-    /// Name of the processor, where the system tells it.
+    /// Name of the processor, or `unknown` where the system does not say.
     pub processor: String,
     /// Cores that this process may use.
     pub cores: usize,
@@ -110,10 +111,10 @@ impl Machine {
     }
 }
 
-/// Times a model; `threads` is only noted down.
+/// Times a model. `threads` is only recorded in the result.
 ///
 /// # Errors
-/// [`EvaluatorError::Lengths`] for lengths that cannot be timed; or the model has no memory for them.
+/// [`EvaluatorError::Lengths`] for lengths that cannot be timed, or a model error when there is no memory for them.
 pub fn bench<B: Backend>(
     model: &Arc<Model<B>>,
     config: BenchConfig,
@@ -167,7 +168,7 @@ fn time_once<B: Backend>(
     Ok(Timing { prompt_seconds, generation_seconds: start.elapsed().as_secs_f64() })
 }
 
-/// The middle of some values, of which there is at least one, or the mean of both middle ones.
+/// The median of at least one value: the middle one, or the mean of the two in the middle.
 pub fn median(values: &[f64]) -> f64 {
     let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);
@@ -190,11 +191,11 @@ fn median_rates(config: BenchConfig, timings: &[Timing]) -> Rates {
     }
 }
 
-/// Weights of the usual spread for a model of which there are none, to time its shape.
+/// Random weights with the standard deviations of initial ones, to time the shape of a model without its weights.
 pub fn synthetic_weights(config: &ModelConfig) -> Vec<f32> {
     let layout = Layout::new(config);
     let mut weights = vec![1.0; layout.parameters()];
-    // Marsaglia's xorshift: speed does not depend on the values, as long as they stay in a normal range.
+    // Marsaglia's xorshift is random enough: speed does not depend on the values, as long as none is denormal.
     let mut state = 0x9E37_79B9_u32;
     for tensor in layout.tensors() {
         let Some(std) = tensor.initial_std else { continue };

@@ -1,4 +1,4 @@
-//! Arguments, tables and result files of the program; the numbers come from the library.
+//! Arguments, tables and result files of the program. The numbers come from the library.
 
 use std::io::{self, Write};
 use std::ops::ControlFlow;
@@ -20,12 +20,12 @@ use ulmus_process::{Failure, finish_output, print};
 use ulmus_run::results::Perplexity;
 use ulmus_types::{Digest, ExitStatus};
 
-/// Version of the result files.
+/// Format version of the result files.
 const FORMAT_VERSION: u32 = 1;
 
-/// Tokens of the prompt that `bench` times if nobody says how many, where there is room for them.
+/// The default length of the prompt in `bench`, where the context has room for it.
 const PROMPT_TOKENS: usize = 35;
-/// Tokens that are generated if nobody says how many, where there is room for them.
+/// The default number of tokens to generate, where the context has room for them.
 const MAX_TOKENS: usize = 128;
 
 const EXIT_CODES: &str =
@@ -33,7 +33,8 @@ const EXIT_CODES: &str =
 
 /// Evaluates, benchmarks and samples models in Hugging Face layout.
 ///
-/// A model folder holds config.json, model.safetensors and tokenizer.model or tokenizer.json, as the `export` folder of a run does.
+/// A model folder holds config.json, model.safetensors and tokenizer.model or tokenizer.json, like the `export` folder of a
+/// run.
 #[derive(Debug, Parser)]
 #[command(name = "evaluator", version, after_help = EXIT_CODES)]
 pub(crate) struct Arguments {
@@ -43,15 +44,15 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Measure a model on texts; prints a table and writes JSON.
+    /// Measure a model on texts: prints a table and, if asked, writes JSON.
     ///
     /// Example: evaluator run --model runs/quickstart/export --tasks perplexity --data notes.txt --output result.json
     Run(Run),
-    /// Time prompt processing and generation, separately, after a dry run.
+    /// Time prompt processing and generation separately, after a dry run.
     ///
     /// Example: evaluator bench --preset openelm-270m --prompt 35 --generate 128 --threads 8
     Bench(Bench),
-    /// Let a model go on from a prompt; text is printed as it comes.
+    /// Continue a prompt; text is printed as it is generated.
     ///
     /// Example: evaluator generate --model runs/quickstart/export --prompt "The trait" --max-tokens 64 --greedy
     Generate(Generate),
@@ -65,19 +66,19 @@ struct Run {
     /// What to measure.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "perplexity")]
     tasks: Vec<Task>,
-    /// Texts: parquet, jsonl, json.gz, json.zst, txt or md files, or folders of them.
+    /// Texts to measure on: parquet, jsonl, json.gz, json.zst, txt or md files, or folders of them.
     #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
     data: Vec<PathBuf>,
-    /// Column (parquet) or key (jsonl) of the text.
+    /// Column (parquet) or key (jsonl) that holds the text.
     #[arg(long, value_name = "NAME", default_value = "text", allow_hyphen_values = true)]
     text: String,
-    /// Most tokens of context for a prediction; the model's own maximum if not given.
+    /// Maximum number of context tokens for a prediction [default: the model's maximum].
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     context: Option<u32>,
-    /// Type of weights.
+    /// Data type of the weights.
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Dtype,
-    /// Where to write the result.
+    /// File to write the result to.
     #[arg(long, value_name = "FILE.json")]
     output: Option<PathBuf>,
     #[command(flatten)]
@@ -86,7 +87,7 @@ struct Run {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Task {
-    /// Perplexity per token and bits per byte of the text, beside `zstd -19`.
+    /// Perplexity per token, and bits per byte of the text compared with `zstd -19`.
     Perplexity,
 }
 
@@ -94,22 +95,22 @@ enum Task {
 struct Bench {
     #[command(flatten)]
     subject: Subject,
-    /// Kind of the preset's norms: `rms`, `naive_rms` or `layer`; those of a model folder are `rms`.
+    /// Kind of norm for a preset: `rms`, `naive_rms` or `layer`. Model folders always use `rms`.
     #[arg(long, value_name = "KIND", default_value = "rms", conflicts_with = "model")]
     norm: NormKind,
-    /// Tokens of the prompt [default: 35, or what the context has room for].
+    /// Tokens in the prompt [default: 35, or as many as fit in the context].
     #[arg(long, value_name = "N")]
     prompt: Option<usize>,
-    /// New tokens; the first counts as part of the prompt's processing [default: 128, or what the context has room for].
+    /// Tokens to generate; the first counts as part of prompt processing [default: 128, or as many as fit in the context].
     #[arg(long, value_name = "N")]
     generate: Option<usize>,
     /// Timed runs after the dry run; the median is reported.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
-    /// Type of weights.
+    /// Data type of the weights.
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Dtype,
-    /// Sequences decoded side by side; rates count the tokens of all.
+    /// Sequences to decode side by side; rates count the tokens of all of them.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     batch: u16,
     /// Print JSON instead of a table.
@@ -119,14 +120,14 @@ struct Bench {
     compute: Compute,
 }
 
-/// What is timed.
+/// The model to time.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 struct Subject {
     /// Model folder; only its config and weights are used.
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
-    /// A published shape, with synthetic weights: `openelm-270m`, `-450m`, `-1_1b` or `-3b`.
+    /// A published shape with synthetic weights: `openelm-270m`, `-450m`, `-1_1b` or `-3b`.
     #[arg(long, value_name = "NAME")]
     preset: Option<Preset>,
 }
@@ -135,11 +136,11 @@ struct Subject {
 enum Dtype {
     /// 32-bit floats.
     F32,
-    /// 16-bit floats of IEEE 754, and 32-bit activations.
+    /// IEEE 754 half precision; activations stay f32.
     F16,
-    /// 16-bit floats with the range of 32 bits, and activations rounded alike.
+    /// bfloat16, for weights and activations.
     Bf16,
-    /// 8-bit integers with a scale per 32 of them, and activations quantised alike.
+    /// 8-bit integers with a scale per 32 of them, for weights and activations.
     #[value(name = "q8_0")]
     Q8_0,
 }
@@ -163,25 +164,26 @@ struct Generate {
     /// The text to continue.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: String,
-    /// Most tokens to write; the model may end its text earlier [default: 128, or what its context has room for].
+    /// Maximum number of tokens to generate; the model may end the text earlier [default: 128, or as many as fit in its
+    /// context].
     #[arg(long, value_name = "N")]
     max_tokens: Option<usize>,
-    /// Take the most likely token every time, which is the default.
+    /// Always take the most likely token; this is the default.
     #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p"])]
     greedy: bool,
     /// Sampling temperature: 1 samples the model's distribution, lower is more deterministic, 0 is greedy.
     #[arg(long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f32>,
-    /// Sample from the K most likely tokens only.
+    /// Sample only from the K most likely tokens.
     #[arg(long, value_name = "K")]
     top_k: Option<usize>,
-    /// Nucleus sampling: sample from the most likely tokens whose probabilities add up to P.
+    /// Nucleus sampling: sample only from the most likely tokens whose probabilities add up to P.
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     top_p: Option<f32>,
-    /// Random seed: the same seed gives the same text.
+    /// Random seed; the same seed gives the same text.
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
-    /// Type of weights.
+    /// Data type of the weights.
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Dtype,
     #[command(flatten)]
@@ -190,35 +192,35 @@ struct Generate {
 
 #[derive(Debug, Args)]
 struct Compute {
-    /// Compute threads; all cores if not given. Results are the same for any number.
+    /// Number of compute threads, which does not change results [default: all cores].
     #[arg(long, value_name = "N", env = "ULMUS_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// What to compute on: auto (a GPU of NVIDIA if there is one), cpu, cuda or cuda:N; or metal, if built for it.
-    #[arg(long, env = "ULMUS_DEVICE", value_name = "DEVICE", default_value = "auto", value_parser = place)]
-    device: Place,
+    /// Device to compute on: auto (an NVIDIA GPU if there is one), cpu, cuda, cuda:N, or metal if built with it.
+    #[arg(long, env = "ULMUS_DEVICE", value_name = "DEVICE", default_value = "auto", value_parser = parse_device)]
+    device: DeviceChoice,
 }
 
-/// What a model is put on.
+/// What `--device` names.
 #[derive(Debug, Clone, Copy)]
-enum Place {
+enum DeviceChoice {
     Device(Device),
     #[cfg(feature = "metal")]
     Metal,
 }
 
-fn place(text: &str) -> Result<Place, String> {
+fn parse_device(text: &str) -> Result<DeviceChoice, String> {
     #[cfg(feature = "metal")]
     if text == "metal" {
-        return Ok(Place::Metal);
+        return Ok(DeviceChoice::Metal);
     }
     #[cfg(not(feature = "metal"))]
     if text == "metal" {
-        return Err("this evaluator was built without it; build it with --features metal".to_owned());
+        return Err("this evaluator was built without Metal; build it with --features metal".to_owned());
     }
-    text.parse().map(Place::Device)
+    text.parse().map(DeviceChoice::Device)
 }
 
-/// A command that computes.
+/// A command that computes on a device.
 trait OnDevice {
     fn run<B: Backend>(&self, backend: B) -> Result<(), Failure>;
 }
@@ -226,12 +228,14 @@ trait OnDevice {
 impl Compute {
     fn run(&self, command: &impl OnDevice) -> Result<(), Failure> {
         match self.device {
-            Place::Device(device) => match AnyBackend::new(device, self.threads(), 0).map_err(failure)? {
-                AnyBackend::Cpu(backend) => command.run(backend),
-                AnyBackend::Cuda(backend) => command.run(backend),
-            },
+            DeviceChoice::Device(device) => {
+                match AnyBackend::new(device, self.threads(), 0).map_err(failure)? {
+                    AnyBackend::Cpu(backend) => command.run(backend),
+                    AnyBackend::Cuda(backend) => command.run(backend),
+                }
+            }
             #[cfg(feature = "metal")]
-            Place::Metal => command.run(ulmus_candle::Candle::metal().map_err(failure)?),
+            DeviceChoice::Metal => command.run(ulmus_candle::Candle::metal().map_err(failure)?),
         }
     }
 
@@ -241,7 +245,7 @@ impl Compute {
 }
 
 impl Arguments {
-    /// Does what was asked for.
+    /// Runs the command that was given.
     pub(crate) fn run(self) -> Result<ExitStatus, Failure> {
         match &self.command {
             Command::Run(run) => run.compute.run(run),
@@ -257,7 +261,7 @@ fn failure(error: impl Into<EvaluatorError>) -> Failure {
     Failure::of(error.kind(), &error)
 }
 
-/// What `run` writes.
+/// The result file of `run`.
 #[derive(Debug, Serialize)]
 struct ResultFile<'a> {
     format_version: u32,
@@ -284,7 +288,7 @@ struct Results {
 impl OnDevice for Run {
     fn run<B: Backend>(&self, backend: B) -> Result<(), Failure> {
         if let Some(output) = &self.output {
-            // Told before the work, not after it.
+            // An output that cannot be written is reported before the work, not after it.
             let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty());
             if output.is_dir() || folder.is_some_and(|folder| !folder.is_dir()) {
                 let message =
@@ -301,7 +305,7 @@ impl OnDevice for Run {
             Some(context) => {
                 let most = config.max_context_length;
                 let message =
-                    format!("--context {context} is more than the model's {most}; use at most {most}");
+                    format!("--context {context} exceeds the model's maximum of {most}; use at most {most}");
                 return Err(Failure::new(ExitStatus::InvalidInput, message));
             }
         };
@@ -356,7 +360,7 @@ impl OnDevice for Bench {
 }
 
 impl Generate {
-    /// Top-k and top-p alone mean a temperature of 1.
+    /// The sampling that the flags describe. Without `--temperature`, top-k and top-p imply a temperature of 1.
     fn sampling(&self) -> Result<Sampling, Failure> {
         let chance = self.top_k.is_some() || self.top_p.is_some();
         let temperature = self.temperature.unwrap_or(if chance { 1.0 } else { 0.0 });
@@ -366,18 +370,18 @@ impl Generate {
 }
 
 impl Generate {
-    /// Tokens that may be written behind a prompt of so many, BOS included, in a model of that context.
+    /// How many tokens to generate after a prompt of `prompt` tokens (BOS included), within the model's `context`.
     fn room(&self, prompt: usize, context: usize) -> Result<usize, Failure> {
         let room = context.saturating_sub(prompt);
         let message = match self.max_tokens {
             None if room > 0 => return Ok(room.min(MAX_TOKENS)),
             Some(wanted) if prompt <= context && wanted <= room => return Ok(wanted),
             Some(wanted) if room > 0 => format!(
-                "a prompt of {prompt} tokens and --max-tokens {wanted} do not fit the model's context of {context}; \
+                "a prompt of {prompt} tokens and --max-tokens {wanted} do not fit in the model's context of {context}; \
                  shorten the prompt or use --max-tokens {room}"
             ),
             _ => format!(
-                "a prompt of {prompt} tokens, BOS among them, leaves nothing of the model's context of {context}; \
+                "a prompt of {prompt} tokens, including BOS, leaves no room in the model's context of {context}; \
                  shorten it to at most {}",
                 context.saturating_sub(1)
             ),
@@ -399,10 +403,10 @@ impl OnDevice for Generate {
         let mut generator = Generator::new(model, wanted).map_err(failure)?;
         let mut transcript = Transcript::after(&tokenizer, &prompt);
         let mut stdout = io::stdout().lock();
-        // The end of the prompt may become something else together with what follows; it comes with that.
+        // The end of the prompt may still change with the next tokens, so it is printed along with them.
         let pending = transcript.pending();
-        let certain = self.prompt.strip_suffix(&pending).unwrap_or(&self.prompt);
-        let mut written = stdout.write_all(certain.as_bytes()).and_then(|()| stdout.flush());
+        let settled = self.prompt.strip_suffix(&pending).unwrap_or(&self.prompt);
+        let mut written = stdout.write_all(settled.as_bytes()).and_then(|()| stdout.flush());
         if written.is_ok() {
             generator
                 .generate_with(&mut sampler, &begun, max_tokens, Some(tokenizer.eos()), |token| {

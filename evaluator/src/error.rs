@@ -23,56 +23,56 @@ pub enum EvaluatorError {
     /// The tokenizer cannot be used.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// A directory that is no exported model.
+    /// A directory does not hold an exported model.
     #[error("{} is not a model folder: it has no {missing}; name a folder such as runs/NAME/export", path.display())]
     NotAModel {
-        /// What was given.
+        /// The directory that was named.
         path: PathBuf,
-        /// The file that a model folder has.
+        /// A file that every model folder has.
         missing: &'static str,
     },
-    /// A file that stands for one in Git LFS.
-    #[error("{} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its repository", path.display())]
+    /// A file is only a Git LFS pointer.
+    #[error("{} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository", path.display())]
     Pointer {
-        /// The file.
+        /// The pointer.
         path: PathBuf,
     },
     /// Tokenizer and model do not belong together.
-    #[error("the tokenizer in {} does not fit its model: {reason}; put the files of one export together", path.display())]
+    #[error("the tokenizer in {} does not fit its model: {reason}; use the files of a single export", path.display())]
     Mismatch {
         /// The model folder.
         path: PathBuf,
-        /// What differs.
+        /// What differs, with both values.
         reason: String,
     },
-    /// A path of texts that cannot be used.
+    /// No texts can be read from a path.
     #[error("{}: {reason}", path.display())]
     Texts {
-        /// What was given.
+        /// The path that was named.
         path: PathBuf,
-        /// Why not, and what to give instead.
+        /// Why it cannot be read, and what to do about it.
         reason: &'static str,
     },
-    /// Nothing to score.
+    /// There is nothing to score.
     #[error("there is no text to evaluate in {0}; name files with at least one document that is not empty")]
     NoText(String),
-    /// A benchmark of lengths that the model cannot process.
+    /// The model cannot process the lengths of a benchmark.
     #[error(
         "{prompt} prompt tokens and {generate} generated ones cannot be timed with a context of {context}: \
-         use --prompt of at least 1, --generate of at least 2, and {context} together at most"
+         use --prompt of at least 1, --generate of at least 2, and a sum of at most {context}"
     )]
     Lengths {
         /// Prompt tokens.
         prompt: usize,
         /// Tokens to generate.
         generate: usize,
-        /// Longest text of the model.
+        /// The model's maximum context length.
         context: usize,
     },
 }
 
 impl EvaluatorError {
-    /// What can be done about it.
+    /// What the caller can do about the error.
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Backend(error) => error.kind(),

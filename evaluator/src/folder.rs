@@ -1,8 +1,8 @@
-//! From a model folder to a model that can be run.
+//! Loads a model folder into a model that can be run.
 //!
-//! A tokenizer of another model would give plausible but meaningless numbers, so it is refused as far as it can be
-//! told apart: by its special tokens, and by pieces for which the model has no rows. Rows without pieces tell nothing: many
-//! models have spare ones.
+//! The tokenizer of another model would give plausible but meaningless numbers, so it is refused where it can be
+//! recognised: by its special tokens, and by token ids beyond the model's vocabulary. Rows of the vocabulary without a
+//! token prove nothing, because many models have spare ones.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,22 +17,22 @@ use ulmus_types::{is_pointer, without_mark};
 
 use crate::error::EvaluatorError;
 
-/// A model on a device.
+/// A model on a device, with what its folder says about it.
 #[derive(Debug, Clone)]
 pub struct LoadedModel<B: Backend> {
     /// The model.
     pub model: Arc<Model<B>>,
     /// The special tokens that its config names.
     pub tokens: SpecialTokens,
-    /// Hash of the weights as flat f32, however they are stored.
+    /// Hash of the weights as one flat f32 vector, whatever type they are stored in.
     pub digest: Digest,
 }
 
-/// Reads config and weights of a model folder, and keeps its matrices in that format.
+/// Reads the config and the weights of a model folder, and keeps the matrices in `format`.
 ///
 /// # Errors
-/// When `directory` is no model folder, or a file in it is damaged or of a model that is not supported, or a weight is
-/// not finite in the format.
+/// When `directory` is not a model folder, a file in it is damaged, the model is not supported, or a weight is not finite
+/// in `format`.
 pub fn load_model<B: Backend>(
     directory: &Path,
     backend: B,
@@ -46,40 +46,40 @@ pub fn load_model<B: Backend>(
     Ok(LoadedModel { model, tokens: read.tokens, digest })
 }
 
-/// Reads the tokenizer of a model folder, which must be the one of `model`.
+/// Reads the tokenizer of the folder that `model` was loaded from.
 ///
 /// # Errors
-/// When the folder has none, or it does not fit the model.
+/// When the folder has no tokenizer, or the tokenizer does not fit the model.
 pub fn load_tokenizer<B: Backend>(
     directory: &Path,
     model: &LoadedModel<B>,
 ) -> Result<Tokenizer, EvaluatorError> {
     let path =
         require(directory, paths::TOKENIZER_JSON).or_else(|_| require(directory, paths::TOKENIZER_MODEL));
-    // Where there are both, the model is the original.
+    // Where a folder has both files, the JSON was converted from the model.
     let path = require(directory, paths::TOKENIZER_MODEL).or(path)?;
     let mismatch = |reason: String| EvaluatorError::Mismatch { path: directory.to_owned(), reason };
     let bytes = std::fs::read(&path).map_err(|error| mismatch(error.to_string()))?;
-    let names = names_of_ends(directory).map_err(mismatch)?;
+    let names = special_names(directory).map_err(mismatch)?;
     let [bos, eos] = names.each_ref().map(Option::as_deref);
     let tokenizer = Tokenizer::read(&bytes, &path.display().to_string(), bos, eos)?;
 
     let (pieces, vocabulary) = (tokenizer.pieces(), model.model.config().vocab_size);
     if pieces > vocabulary {
-        let has = format!("it has {pieces} pieces, the model a vocabulary of only {vocabulary}");
-        return Err(mismatch(has));
+        let reason = format!("it has {pieces} pieces, but the model a vocabulary of only {vocabulary}");
+        return Err(mismatch(reason));
     }
     let (bos, eos) = (tokenizer.bos(), tokenizer.eos());
     if (bos, eos) != (model.tokens.bos, model.tokens.eos) {
         let SpecialTokens { bos: model_bos, eos: model_eos } = model.tokens;
-        let its = format!("its BOS and EOS are {bos} and {eos}");
-        return Err(mismatch(format!("{its}, those of config.json {model_bos} and {model_eos}")));
+        let own = format!("its BOS and EOS are {bos} and {eos}");
+        return Err(mismatch(format!("{own}, those in config.json {model_bos} and {model_eos}")));
     }
     Ok(tokenizer)
 }
 
-/// Names of BOS and EOS, where `tokenizer_config.json` tells them.
-fn names_of_ends(directory: &Path) -> Result<[Option<String>; 2], String> {
+/// The names of BOS and EOS in `tokenizer_config.json`, as far as the folder has that file and it has them.
+fn special_names(directory: &Path) -> Result<[Option<String>; 2], String> {
     const FILE: &str = "tokenizer_config.json";
     let path = directory.join(FILE);
     if !path.is_file() {
@@ -96,7 +96,7 @@ fn names_of_ends(directory: &Path) -> Result<[Option<String>; 2], String> {
     Ok([name("bos_token"), name("eos_token")])
 }
 
-/// Makes sure that no file of a model is what Git LFS leaves in its place.
+/// Refuses a folder in which Git LFS has left a pointer in place of a file.
 fn refuse_pointers(directory: &Path) -> Result<(), EvaluatorError> {
     let mut names: Vec<PathBuf> =
         std::fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path()).collect();

@@ -1,7 +1,7 @@
 //! Evaluation, generation and benchmarks of models in Hugging Face layout.
 //!
-//! The library is what workers call for a run's evaluation jobs, and what the `evaluator` program calls for
-//! a person; both get the same numbers, because neither adds any. [`perplexity()`] measures held-out text,
+//! Workers call the library for a run's evaluation jobs, and the `evaluator` program calls it for a person; both report
+//! the same numbers, because neither computes any of its own. [`perplexity()`] measures held-out text,
 //! [`continuations`] shows what a model writes, [`bench()`] times it. Results are plain data that serialise to JSON.
 //!
 //! Nothing here decides what to evaluate or where results go, and nothing prints.

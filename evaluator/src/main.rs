@@ -1,4 +1,4 @@
-//! The `evaluator` program: one sub-command per thing that can be asked of a model folder.
+//! The `evaluator` program: one subcommand for each thing that one can ask of a model folder.
 
 #![forbid(unsafe_code)]
 

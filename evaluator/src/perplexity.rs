@@ -1,9 +1,9 @@
-//! How well a model predicts held-out text.
+//! Measures how well a model predicts held-out text.
 //!
-//! Every document is scored alone, as in training: BOS, its tokens, EOS. Each token after BOS is scored exactly once,
-//! with as much context as the model takes; a document longer than that is covered by windows that overlap by
-//! half, so that every token of it has at least half a window of context. Sums are taken in f64, in the order of the
-//! text, so the result does not depend on the number of threads.
+//! Every document is scored by itself, as in training: BOS, its tokens, EOS. Each token after BOS is scored exactly once,
+//! with as much context as allowed. A document longer than the context is covered by windows that overlap by half, so
+//! that each of its later tokens has at least half a window of context. Sums are taken in f64 in the order of the text,
+//! so the result does not depend on the number of threads.
 
 use std::io::{self, Write};
 use std::ops::Range;
@@ -17,10 +17,10 @@ use ulmus_tokenizer::Tokenizer;
 
 use crate::error::EvaluatorError;
 
-/// Scores `texts` with a context of up to `context` tokens.
+/// Scores `texts` with a context of up to `context` tokens. Empty texts are skipped.
 ///
 /// # Errors
-/// [`EvaluatorError::NoText`] when all texts are empty; or the model has no memory for the context.
+/// [`EvaluatorError::NoText`] when all texts are empty, or a model error when there is no memory for the context.
 ///
 /// # Panics
 /// When `context` is 0.
@@ -59,7 +59,7 @@ pub fn perplexity<B: Backend>(
     })
 }
 
-/// Bits per byte of `zstd -19` on all texts in one stream; 0 when they are empty.
+/// Bits per byte that `zstd -19` needs for all texts in one stream, or 0 when all are empty.
 pub fn zstd_bits_per_byte(texts: &[String]) -> f64 {
     let bytes: usize = texts.iter().map(String::len).sum();
     let compress = || -> io::Result<u64> {
@@ -69,7 +69,7 @@ pub fn zstd_bits_per_byte(texts: &[String]) -> f64 {
         }
         Ok(encoder.finish()?.0)
     };
-    let compressed = compress().expect("compressing in memory to nowhere needs nothing but memory");
+    let compressed = compress().expect("a sink that only counts cannot fail");
     if bytes == 0 { 0.0 } else { compressed as f64 * 8.0 / bytes as f64 }
 }
 
@@ -86,7 +86,7 @@ impl Write for CountingSink {
     }
 }
 
-/// Negative log-likelihood in nats of all tokens but the first, which is only context.
+/// Negative log-likelihood, in nats, of all tokens but the first, which is only context.
 fn document_nll<B: Backend>(generator: &mut Generator<B>, tokens: &[u32]) -> Result<f64, EvaluatorError> {
     let mut nll = 0.0;
     for window in windows(tokens.len() - 1, generator.capacity()) {
@@ -100,16 +100,16 @@ fn document_nll<B: Backend>(generator: &mut Generator<B>, tokens: &[u32]) -> Res
     Ok(nll)
 }
 
-/// A stretch of positions that goes through the model at once.
+/// A range of positions that goes through the model at once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Window {
-    /// First position, read as context.
+    /// The first position, from which on the model reads.
     start: usize,
-    /// Positions whose predictions count; the last is also the last that is read.
+    /// The positions whose predictions are scored. Their end is the end of the window, too.
     scored: Range<usize>,
 }
 
-/// Covers `positions` by windows of at most `context`, each position scored once.
+/// Covers `positions` with windows of at most `context` positions, so that each position is scored once.
 fn windows(positions: usize, context: usize) -> impl Iterator<Item = Window> {
     let stride = context.div_ceil(2);
     let mut done = 0;
@@ -161,7 +161,7 @@ mod tests {
         assert!(golden.samples.len() >= 2);
         let mut generator = Generator::new(Arc::clone(&loaded.model), 2048).unwrap();
         for sample in golden.samples {
-            // There, BOS is itself predicted, from another BOS.
+            // The harness also predicts BOS itself, from another BOS.
             let mut tokens = vec![tokenizer.bos(); 2];
             tokens.extend(tokenizer.encode(&sample.text));
             assert_eq!(tokens.len() - 1, sample.n_tokens);
@@ -170,7 +170,7 @@ mod tests {
         }
     }
 
-    /// The definition, without cache and windows: one forward pass for each token.
+    /// The negative log-likelihood by its definition, without a cache or windows: one forward pass for each token.
     fn nll_by_definition(
         model: &LoadedModel<Cpu>,
         tokens: &[u32],
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn rates_follow_from_the_sums_and_empty_texts_are_passed_over() {
+    fn rates_follow_from_the_sums_and_empty_texts_are_skipped() {
         let (model, tokenizer) = tiny();
         let texts = ["a glass of water".to_owned(), String::new(), "S\u{e3}o Paulo".to_owned()];
         let both = perplexity(&model.model, &tokenizer, &texts, 64).unwrap();
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn the_yardstick_tells_repetition_from_noise() {
+    fn zstd_compresses_repetition_but_not_noise() {
         let repeated = "all work and no play ".repeat(500);
         assert!(zstd_bits_per_byte(&[repeated]) < 0.1);
         assert!(zstd_bits_per_byte(&["q8Zr".to_owned()]) > 8.0);

@@ -1,7 +1,7 @@
-//! Texts from files and folders that a person names, as documents.
+//! Reads documents from files and folders that a person names.
 //!
-//! Files are read by the data loader, by the same rules as in training, but not filtered and not normalised: what is
-//! measured is the text as it is.
+//! The data loader reads the files by the same rules as in training, but nothing is filtered or normalised: the text is
+//! measured as it is.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -11,11 +11,12 @@ use ulmus_plan::{DataConfig, Format, SourceConfig};
 
 use crate::error::EvaluatorError;
 
-/// Reads the documents of all `paths`, in their order: files (parquet, jsonl, json.gz, json.zst, text), or folders with such files at
-/// any depth, sorted by name. A file that is named twice is read once. `column` is the column or key of the text.
+/// Reads the documents of all `paths` in order. A path is a file (parquet, jsonl, json.gz, json.zst, text) or a folder with
+/// such files at any depth, which are read sorted by name. A file that is named twice is read once. `column` is the
+/// column or key that holds the text.
 ///
 /// # Errors
-/// When a path does not exist or has a suffix that tells no format; when a file is damaged; when there is no text.
+/// When a path does not exist or its suffix is unknown, when a file is damaged, or when there is no text.
 pub fn read_texts(paths: &[PathBuf], column: &str) -> Result<Vec<String>, EvaluatorError> {
     let mut seen = BTreeSet::new();
     let sources =
@@ -32,7 +33,7 @@ pub fn read_texts(paths: &[PathBuf], column: &str) -> Result<Vec<String>, Evalua
     Ok(texts)
 }
 
-/// The sources of a path, without the files that were `seen` before.
+/// The sources below `path`, without the files that are in `seen` already.
 fn sources_of(
     path: &Path,
     column: &str,
@@ -69,22 +70,21 @@ fn sources_of(
     if !path.is_file() {
         let is_there = path.exists();
         return Err(refuse(if is_there {
-            "it is neither a file nor a folder; save what it gives to a file"
+            "this is neither a file nor a folder; save its contents to a file and name that"
         } else {
             "there is no such file or folder"
         }));
     }
     let name =
         path.file_name().and_then(|name| name.to_str()).ok_or_else(|| refuse("the name is not UTF-8"))?;
-    let format = Format::of_file(name).ok_or_else(|| {
-        refuse("the suffix tells no format; use .parquet, .jsonl, .json.gz, .json.zst, .txt or .md")
-    })?;
+    let format = Format::of_file(name)
+        .ok_or_else(|| refuse("unknown suffix; use .parquet, .jsonl, .json.gz, .json.zst, .txt or .md"))?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let files = is_new(path).then(|| source(folder, format, vec![literal(name)]));
     Ok(files.into_iter().collect())
 }
 
-/// The pattern that matches this name and no other.
+/// The pattern that matches `name` and nothing else.
 fn literal(name: &str) -> String {
     name.chars().map(|c| if "*?[]{}".contains(c) { format!("[{c}]") } else { c.to_string() }).collect()
 }
@@ -146,12 +146,12 @@ mod tests {
     }
 
     #[test]
-    fn names_are_no_patterns() {
+    fn wildcards_in_a_name_are_escaped() {
         assert_eq!(literal("a/[1]{x}*?.md"), "a/[[]1[]][{]x[}][*][?].md");
     }
 
     #[test]
-    fn what_cannot_be_read_is_named() {
+    fn errors_name_the_path_that_cannot_be_read() {
         let home = tempfile::tempdir().unwrap();
         let unknown = home.path().join("data.bin");
         let empty = home.path().join("empty.txt");
@@ -159,7 +159,7 @@ mod tests {
         std::fs::write(&empty, "").unwrap();
         for (path, reason) in [
             (home.path().join("missing.txt"), "no such file"),
-            (unknown, "the suffix tells no format"),
+            (unknown, "unknown suffix"),
             (PathBuf::from("/dev/null"), "neither a file nor a folder"),
             (empty, "no text to evaluate"),
         ] {

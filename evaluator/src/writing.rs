@@ -1,4 +1,4 @@
-//! What a model writes.
+//! Turns what a model generates into text.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -10,19 +10,19 @@ use ulmus_tokenizer::Tokenizer;
 
 use crate::error::EvaluatorError;
 
-/// The beginning of a text, and how a model went on from there.
+/// The beginning of a text, and how a model continued it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Continuation {
-    /// The beginning.
+    /// The beginning of the text.
     pub prompt: String,
-    /// What the model wrote, by taking the likeliest token every time.
+    /// The model's greedy continuation.
     pub text: String,
 }
 
-/// Continues the first `prompt_tokens` tokens of each text by up to `max_tokens`, greedily.
+/// Continues the first `prompt_tokens` tokens of each text greedily, by up to `max_tokens` tokens.
 ///
 /// # Errors
-/// When the model has no memory for a text of that length.
+/// When there is no memory for a text of that length.
 pub fn continuations<B: Backend>(
     model: &Arc<Model<B>>,
     tokenizer: &Tokenizer,
@@ -41,8 +41,8 @@ pub fn continuations<B: Backend>(
             written.push(token);
             ControlFlow::Continue(())
         })?;
-        // Decoded together, because a piece's leading blank is text in the middle and not at the beginning. What of the
-        // prompt depends on what follows belongs to the continuation.
+        // Prompt and continuation are decoded together, because a piece's leading blank is dropped at the beginning of a
+        // text only. Text of the prompt that depends on what follows belongs to the continuation.
         let prompt_text = tokenizer.decode_settled(&prompt);
         let whole = tokenizer.decode(&[prompt, written].concat());
         let text = whole.get(prompt_text.len()..).unwrap_or_default().to_owned();
@@ -51,39 +51,40 @@ pub fn continuations<B: Backend>(
     texts.iter().map(write).collect()
 }
 
-/// Turns tokens into text as they come.
+/// Decodes tokens into text while they arrive.
 ///
-/// What a token is as text may depend on those behind it: a character may consist of several tokens, and some tokenizers
-/// decode rows of bytes together. So text is given out only as far as it is certain; all that was given out is in the end
-/// what all tokens are when they are decoded together.
+/// The text of a token may depend on the tokens after it: a character may consist of several tokens, and some tokenizers
+/// decode runs of bytes together. So text is returned only once later tokens cannot change it, and everything returned
+/// adds up to the text of all tokens decoded together.
 #[derive(Debug)]
 pub struct Transcript<'a> {
     tokenizer: &'a Tokenizer,
     tokens: Vec<u32>,
-    given: usize,
+    /// Bytes of the text that were returned already.
+    returned: usize,
 }
 
 impl<'a> Transcript<'a> {
-    /// A transcript of what follows `prompt`, which is not given out itself, apart from what [`Self::pending`] tells.
+    /// A transcript of what follows `prompt`. The text of the prompt itself is not returned, except for its pending end.
     pub fn after(tokenizer: &'a Tokenizer, prompt: &[u32]) -> Self {
-        Self { tokenizer, tokens: prompt.to_vec(), given: tokenizer.decode_settled(prompt).len() }
+        Self { tokenizer, tokens: prompt.to_vec(), returned: tokenizer.decode_settled(prompt).len() }
     }
 
-    /// The end of the text so far that what comes may still change. It is given out later, as what it has become then.
+    /// The end of the text so far that later tokens may still change. It is returned once it is settled.
     pub fn pending(&self) -> String {
-        self.tokenizer.decode(&self.tokens).get(self.given..).unwrap_or_default().to_owned()
+        self.tokenizer.decode(&self.tokens).get(self.returned..).unwrap_or_default().to_owned()
     }
 
-    /// Adds a token; answers the text that is new.
+    /// Adds a token, and returns the text that has become settled.
     pub fn push(&mut self, token: u32) -> String {
         self.tokens.push(token);
         let settled = self.tokenizer.decode_settled(&self.tokens);
-        let new = settled.get(self.given..).unwrap_or_default().to_owned();
-        self.given += new.len();
+        let new = settled.get(self.returned..).unwrap_or_default().to_owned();
+        self.returned += new.len();
         new
     }
 
-    /// The rest, complete or not.
+    /// Returns the rest of the text, whether or not its last character is complete.
     pub fn finish(self) -> String {
         self.pending()
     }
@@ -107,19 +108,19 @@ mod tests {
         (model, tokenizer)
     }
 
-    /// The tokenizer of a `tokenizer.json` with these changes.
+    /// The tokenizer of a `tokenizer.json` after `change`.
     fn changed(base: &Value, change: impl FnOnce(&mut Value)) -> Tokenizer {
         let mut file = base.clone();
         change(&mut file);
         Tokenizer::read(file.to_string().as_bytes(), "tokenizer.json", Some("<s>"), Some("</s>")).unwrap()
     }
 
-    /// Decoders of every kind: those that append, those that look back for bytes, and one that looks back for anything.
+    /// Decoders of every kind: some only append, some look back for bytes, and one looks back for anything.
     fn decoders() -> Vec<(&'static str, Tokenizer)> {
         let (_, own) = tiny();
         let llama: Value = serde_json::from_str(&own.to_json().unwrap()).unwrap();
         let listed = llama["model"]["vocab"].as_object().unwrap().len();
-        // A token that is found in texts is more than our own way of such files can do.
+        // Our own decoder does not handle tokens that are matched in texts, so such a file goes through the library.
         let through_library = |file: &mut Value| {
             file["added_tokens"] = json!([{ "id": listed, "content": "<found>", "special": false, "single_word": false,
                 "lstrip": false, "rstrip": false, "normalized": false }]);
@@ -176,7 +177,7 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(128))]
-        /// Bytes are the tokens 3 to 258, and most of what is tried.
+        /// The tokens 3 to 258 are single bytes, and most of the tokens that are tried.
         #[test]
         fn what_is_shown_is_never_taken_back_and_nothing_is_lost(
             tokens in prop::collection::vec(
@@ -211,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_byte_that_does_not_go_with_the_one_before_loses_nothing() {
+    fn a_byte_that_does_not_continue_a_character_loses_nothing() {
         let (_, tokenizer) = decoders().swap_remove(1);
         let word = |text: &str| tokenizer.encode(text)[0];
         let byte = |byte: u32| 3 + byte;
@@ -223,11 +224,11 @@ mod tests {
         };
         let tokens = [a, byte(0x0a), byte(0xe2), b, byte(0x82), a];
         let (given, rest) = after(&tokens);
-        // A row of bytes waits for its end, and words behind it come at once.
+        // A run of bytes waits for its end, and the words after it are returned at once.
         assert_eq!(given[1..3], ["", ""]);
         assert!(given[3].starts_with("\u{fffd}\u{fffd}") && given[3].len() > 6, "{given:?}");
         assert_eq!(given.concat() + &rest, tokenizer.decode(&tokens));
-        // A whole character is shown as soon as something else follows, or nothing.
+        // A whole character is returned as soon as something else follows, or the text ends.
         let (given, rest) = after(&[byte(0xe2), byte(0x82), byte(0xac)]);
         assert_eq!((given.concat().as_str(), rest.as_str()), ("", "\u{20ac}"));
     }

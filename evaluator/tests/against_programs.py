@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Whether other programs read an export, and write from it what `evaluator generate --greedy` writes.
+"""Checks that other programs can read an export, and generate the same text as `evaluator generate --greedy`.
 
     python against_programs.py EVALUATOR EXPORT CONVERTER
 
-EXPORT is the folder of a run, CONVERTER llama.cpp's convert_hf_to_gguf.py. Needs mlx-lm and llama-cpp-python. Both decode
-in float32 as we do, but add up in other orders, which so far has parted no text from ours.
+EXPORT is the export folder of a run, CONVERTER llama.cpp's convert_hf_to_gguf.py. Needs mlx-lm and llama-cpp-python. Both
+decode in float32 as we do but sum in other orders, which has not changed any text so far.
 """
 
 import json

@@ -1,4 +1,4 @@
-//! The real program: what it prints, what it writes, how it fails.
+//! Runs the real program: what it prints, what it writes, how it fails.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -38,7 +38,7 @@ fn run_prints_a_table_and_writes_the_same_numbers() {
         (table, std::fs::read_to_string(file).unwrap())
     };
     let (table, written) = run("1", "one.json");
-    // Equal bits for any number of threads.
+    // Results are bit-identical for any number of threads.
     assert_eq!(run("2", "two.json").1, written);
 
     let file: Value = serde_json::from_str(&written).unwrap();
@@ -92,7 +92,7 @@ fn bench_counts_the_tokens_of_all_sequences_in_every_format() {
 }
 
 #[test]
-fn generate_chooses_by_chance_if_asked() {
+fn generate_samples_if_asked() {
     let model = model();
     let generate = |more: &[&str]| {
         let prompt = ["generate", "--model", model.to_str().unwrap(), "--prompt", "The old teacher"];
@@ -120,7 +120,7 @@ fn generate_chooses_by_chance_if_asked() {
 }
 
 #[test]
-fn generate_goes_on_from_the_prompt() {
+fn generate_continues_the_prompt() {
     let model = model();
     let generate = |tokens: &str| {
         let prompt = ["--prompt", "The old teacher", "--max-tokens", tokens, "--greedy"];
@@ -143,7 +143,7 @@ fn a_prompt_may_look_like_a_flag() {
     }
 }
 
-/// The tiny model with another context and vocabulary.
+/// Copies the tiny model into `folder`, with `changes` made to its config.
 fn reshaped(folder: &Path, changes: &[(&str, &str)]) {
     for name in ["config.json", "model.safetensors", "tokenizer.model"] {
         std::fs::copy(model().join(name), folder.join(name)).expect("it can be copied");
@@ -157,7 +157,7 @@ fn reshaped(folder: &Path, changes: &[(&str, &str)]) {
 }
 
 #[test]
-fn a_model_of_a_small_context_writes_what_it_has_room_for() {
+fn a_model_with_a_small_context_generates_what_fits() {
     let home = tempfile::tempdir().unwrap();
     reshaped(home.path(), &[("\"max_context_length\": 2048", "\"max_context_length\": 12")]);
     let folder = home.path().to_str().unwrap();
@@ -167,7 +167,7 @@ fn a_model_of_a_small_context_writes_what_it_has_room_for() {
     let text = stdout(&generate("The", &[]));
     assert!(text.len() > "The\n".len(), "{text:?}");
     stdout(&evaluator(&["bench", "--model", folder, "--runs", "1"]));
-    // Advice that can be followed, and none that cannot.
+    // The message gives advice that works, and no other.
     let message = |output: Output| {
         assert_eq!(output.status.code(), Some(2), "{output:?}");
         String::from_utf8(output.stderr).unwrap()
@@ -206,7 +206,7 @@ fn output_that_cannot_be_written_is_a_failure() {
     }
 }
 
-/// Fails with code 2, tells the reason on standard error, and nothing else anywhere.
+/// Asserts that the program fails with code 2, gives `reasons` on standard error, and prints nothing else.
 fn assert_refused(arguments: &[&str], reasons: &[&str]) {
     let output = evaluator(arguments);
     let message = String::from_utf8(output.stderr.clone()).expect("text");
@@ -248,11 +248,11 @@ fn wrong_input_is_refused_with_what_to_do() {
         &["context of 2048"],
     );
     let arguments = ["generate", "--model", model, "--prompt", "The", "--max-tokens", "5000"];
-    assert_refused(&arguments, &["do not fit", "--max-tokens 2"]);
+    assert_refused(&arguments, &["do not fit in", "--max-tokens 2"]);
 }
 
 #[test]
-fn files_of_different_exports_are_told_apart() {
+fn files_of_different_exports_are_refused_together() {
     let home = tempfile::tempdir().unwrap();
     let text = home.path().join("text.txt");
     std::fs::write(&text, "Some text.").unwrap();
