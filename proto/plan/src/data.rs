@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 use ulmus_types::{Problems, RunName};
 
 use crate::bytes::Bytes;
+use crate::rules::{range, range_or, sound};
+use crate::train::TrainConfig;
 
 /// How a file holds its documents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,9 +100,9 @@ pub enum OnBadUnit {
 }
 
 /// Most files that a range counts out.
-const MOST_FILES: u64 = 10_000_000;
+const MAX_FILES: u64 = 10_000_000;
 /// Most tokens that a source may count for; of many sources the sum is still a number of 64 bits.
-const MOST_TOKENS: u64 = 1_000_000_000_000_000;
+const MAX_TOKENS: u64 = 1_000_000_000_000_000;
 
 /// One corpus, or one part of a corpus with a share of its own.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -200,76 +202,20 @@ impl Default for DataConfig {
 }
 
 impl DataConfig {
-    /// Reports every rule that is broken; `sequences` and `micro_batch` are those of `[train]`.
-    pub fn check(&self, sequences: u64, micro_batch: u64, problems: &mut Problems) {
-        let lanes = self.lanes.max(1);
-        let lanes_fit = self.lanes > 0 && self.lanes <= sequences && sequences.is_multiple_of(lanes);
-        problems.check(
-            lanes_fit,
-            "data.lanes",
-            self.lanes,
-            format!(
-                "every lane must give the same number of sequences to an update of train.sequences = {sequences}"
-            ),
-            format!("set it to {}", largest_divisor(sequences, lanes)),
-        );
-        let per_lane = (sequences / lanes).max(1);
-        problems.check(
-            !lanes_fit || micro_batch.is_multiple_of(per_lane),
-            "train.micro_batch",
-            micro_batch,
-            format!("a micro-batch must be whole lanes of {per_lane} sequences"),
-            format!("set it to {} or data.lanes to {}", micro_batch.div_ceil(per_lane) * per_lane, sequences),
-        );
-        problems.check(
-            (64 << 10..=1 << 30).contains(&self.unit.get()),
-            "data.unit",
-            self.unit,
-            "a unit must be 64KiB to 1GiB of text",
-            "write \"8MiB\"",
-        );
-        problems.check(
-            (1..=1 << 20).contains(&self.window),
-            "data.window",
-            self.window,
-            "it must be 1 to 1048576 sequences",
-            "write 64",
-        );
-        problems.check(
-            (0.0..=0.5).contains(&self.holdout),
-            "data.holdout",
-            self.holdout,
-            "it must be a share of 0 to 0.5",
-            "write 0.0005",
-        );
-        problems.check(
-            (1..=1 << 20).contains(&self.piece_words),
-            "data.piece_words",
-            self.piece_words,
-            "a piece must be 1 to 1048576 words",
-            "write 2048",
-        );
-        problems.check(
-            (1..=10_000).contains(&self.max_bad_units),
-            "data.max_bad_units",
-            self.max_bad_units,
-            "it must be 1 to 10000 units",
-            "write 16, or data.on_bad_unit = \"fail\"",
-        );
-        problems.check(
-            (1..=256).contains(&self.threads),
-            "data.threads",
-            self.threads,
-            "it must be 1 to 256 threads",
-            "write 2",
-        );
-        problems.check(
-            (Duration::from_secs(1)..=Duration::from_hours(1)).contains(&self.request_timeout),
-            "data.request_timeout",
-            humantime_serde::re::humantime::format_duration(self.request_timeout),
-            "it must be 1s to 1h",
-            "write \"1m\"",
-        );
+    /// Reports every rule that is broken; `train` is checked before.
+    pub(crate) fn check(&self, train: &TrainConfig, problems: &mut Problems) {
+        range(problems, "data.unit", self.unit, Bytes::new(64 << 10)..=Bytes::mib(1 << 10));
+        range(problems, "data.window", self.window, 1..=1 << 20);
+        // A run that is evaluated needs held-out documents, so 0 is not advised.
+        let advised = if self.holdout > 0.5 { 0.5 } else { 0.0005 };
+        range_or(problems, "data.holdout", self.holdout, 0.0..=0.5, format!("set it to {advised}"));
+        range(problems, "data.piece_words", self.piece_words, 1..=1 << 20);
+        range(problems, "data.max_bad_units", self.max_bad_units, 1..=10_000);
+        range(problems, "data.threads", self.threads, 1..=256);
+        let (least, most) = (Duration::from_secs(1), Duration::from_hours(1));
+        range(problems, "data.request_timeout", self.request_timeout, least..=most);
+        range(problems, "data.lanes", self.lanes, 1..);
+        self.check_lanes(train, problems);
         for (index, source) in self.source.iter().enumerate() {
             source.check(&format!("data.source.{index}"), self.source.len() > 1, problems);
         }
@@ -280,6 +226,32 @@ impl DataConfig {
                 &source.name,
                 "every source must have a name of its own",
                 "rename one",
+            );
+        }
+    }
+
+    /// Lanes share the sequences of an update evenly, and a micro-batch is some whole lanes.
+    fn check_lanes(&self, train: &TrainConfig, problems: &mut Problems) {
+        let (lanes, sequences, micro_batch) = (self.lanes, train.sequences, train.micro_batch);
+        if sound(problems, &["data.lanes", "train.sequences"]) {
+            problems.check(
+                lanes <= sequences && sequences.is_multiple_of(lanes),
+                "data.lanes",
+                lanes,
+                format!(
+                    "every lane must give the same number of sequences to an update of train.sequences = {sequences}"
+                ),
+                format!("set it to {}", largest_divisor(sequences, lanes)),
+            );
+        }
+        if sound(problems, &["data.lanes", "train.sequences", "train.micro_batch"]) {
+            let per_lane = sequences / lanes;
+            problems.check(
+                micro_batch.is_multiple_of(per_lane),
+                "train.micro_batch",
+                micro_batch,
+                format!("a micro-batch must be whole lanes of {per_lane} sequences"),
+                format!("set it to {} or data.lanes to {sequences}", micro_batch.next_multiple_of(per_lane)),
             );
         }
     }
@@ -359,10 +331,10 @@ impl SourceConfig {
                     format!("write range = [{first}, {}]", first + 1),
                 );
                 problems.check(
-                    end.saturating_sub(first) <= MOST_FILES,
+                    end.saturating_sub(first) <= MAX_FILES,
                     key("range"),
                     format!("[{first}, {end}]"),
-                    format!("at most {MOST_FILES} files are counted out"),
+                    format!("at most {MAX_FILES} files are counted out"),
                     "write a shorter range, or name the files by a list",
                 );
                 problems.check(
@@ -381,20 +353,28 @@ impl SourceConfig {
                 "write range = [0, 100]",
             ),
         }
-        problems.check(
-            self.tokens.is_some_and(|tokens| (1..=MOST_TOKENS).contains(&tokens))
-                || !mixed && self.tokens.is_none_or(|tokens| tokens <= MOST_TOKENS),
-            key("tokens"),
-            self.tokens.map_or("missing".to_owned(), |tokens| tokens.to_string()),
-            format!("sources are mixed in proportion to their token counts, 1 to {MOST_TOKENS}"),
-            "write tokens = 665_000_000_000 and tokens_from = \"where the count comes from\"",
-        );
+        match self.tokens {
+            Some(0) if mixed => problems.add(
+                key("tokens"),
+                0,
+                format!("it must be from 1 to {MAX_TOKENS}, as sources are mixed in proportion to it"),
+                "write the number that `dataloader count` tells",
+            ),
+            Some(tokens) => range(problems, key("tokens"), tokens, ..=MAX_TOKENS),
+            None => problems.check(
+                !mixed,
+                key("tokens"),
+                "missing",
+                "several sources are mixed in proportion to their token counts, so each needs one",
+                "write tokens = 665_000_000_000 and tokens_from = \"where the count comes from\"",
+            ),
+        }
         problems.check(
             self.max_epochs != Some(0),
             key("max_epochs"),
             0,
-            "a source must be read at least once",
-            "write 1, or leave it out",
+            "it must be at least 1",
+            "set it to 1, or leave it out to read the source without end",
         );
     }
 }
@@ -411,7 +391,8 @@ pub(crate) fn secret(url: &str) -> Option<String> {
 
 /// The largest divisor of `n` that is at most `limit`.
 fn largest_divisor(n: u64, limit: u64) -> u64 {
-    (1..=limit.min(n)).rev().find(|d| n.is_multiple_of(*d)).unwrap_or(1)
+    let small = (1..=n.isqrt()).filter(|divisor| n.is_multiple_of(*divisor));
+    small.flat_map(|divisor| [divisor, n / divisor]).filter(|divisor| *divisor <= limit).max().unwrap_or(1)
 }
 
 #[cfg(test)]
@@ -471,7 +452,8 @@ mod tests {
     #[test]
     fn lanes_must_divide_the_batch() {
         let mut problems = Problems::new();
-        DataConfig { lanes: 48, ..DataConfig::default() }.check(128, 16, &mut problems);
+        let train = TrainConfig { sequences: 128, ..TrainConfig::default() };
+        DataConfig { lanes: 48, ..DataConfig::default() }.check(&train, &mut problems);
         let problem = problems.iter().next().expect("48 does not divide 128");
         assert_eq!((problem.key.as_str(), problem.fix.as_str()), ("data.lanes", "set it to 32"));
     }

@@ -14,6 +14,7 @@ mod norm;
 mod parse;
 mod plan;
 mod prepare;
+mod rules;
 mod train;
 
 pub use bytes::Bytes;

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use ulmus_types::Problems;
 
 use crate::norm::NormKind;
+use crate::rules::{range, sound};
 
 /// Width multipliers over the depth of a model (paper: α for attention, β for the FFN).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -38,31 +39,29 @@ impl Multipliers {
         }
     }
 
-    fn check(&self, key: &str, layers: usize, problems: &mut Problems) {
-        let written = match self {
-            Self::Uniform(value) => format!("{value}"),
-            Self::Layers(values) => format!("{values:?}"),
+    /// Reports every rule that is broken; `layers` is not given where it is wrong itself.
+    fn check(&self, key: &str, layers: Option<usize>, published: &str, problems: &mut Problems) {
+        let (written, values) = match self {
+            Self::Uniform(value) => (format!("{value:?}"), std::slice::from_ref(value)),
+            Self::Layers(values) => (format!("{values:?}"), &values[..]),
         };
-        if let Self::Layers(values) = self {
+        let advice = format!("write for instance {published}");
+        if let (Self::Layers(values), Some(layers)) = (self, layers) {
             problems.check(
                 values.len() == 2 || values.len() == layers,
                 key,
                 &written,
                 format!("a list needs 2 values (first and last layer) or {layers} (one per layer)"),
-                "write for instance [0.5, 4.0]",
+                &advice,
             );
         }
-        let is_multiplier = |m: &f64| m.is_finite() && *m > 0.0 && *m <= 64.0;
         // What lies between two multipliers is one as well.
         problems.check(
-            match self {
-                Self::Uniform(value) => is_multiplier(value),
-                Self::Layers(values) => values.iter().all(is_multiplier),
-            },
+            values.iter().all(|multiplier| *multiplier > 0.0 && *multiplier <= 64.0),
             key,
             &written,
             "multipliers must be above 0 and at most 64",
-            "write for instance [0.5, 4.0]",
+            advice,
         );
     }
 }
@@ -238,30 +237,28 @@ impl ModelConfig {
             ("num_gqa_groups", self.num_gqa_groups, 256),
             ("ffn_dim_divisor", self.ffn_dim_divisor, 1 << 16),
         ] {
+            range(problems, key(name), value, 1..=most);
+        }
+        if sound(problems, &[&key("head_dim")]) {
             problems.check(
-                (1..=most).contains(&value),
-                key(name),
-                value,
-                format!("must be 1 to {most}"),
-                "write the value of the published model or a smaller one",
+                self.head_dim.is_multiple_of(2),
+                key("head_dim"),
+                self.head_dim,
+                "rotary embedding pairs the two halves of a head, so it must be even",
+                format!("set it to {}", self.head_dim + 1),
             );
         }
-        problems.check(
-            self.head_dim.is_multiple_of(2),
-            key("head_dim"),
-            self.head_dim,
-            "rotary embedding pairs the two halves of a head, so it must be even",
-            format!("write {}", self.head_dim + 1),
-        );
         problems.check(
             self.rope_freq_constant.is_finite() && self.rope_freq_constant > 1.0,
             key("rope_freq_constant"),
             self.rope_freq_constant,
-            "must be above 1",
-            "write 10000",
+            "it must be above 1",
+            "set it to 10000, as in the published models",
         );
-        self.qkv_multipliers.check(&key("qkv_multipliers"), self.num_transformer_layers, problems);
-        self.ffn_multipliers.check(&key("ffn_multipliers"), self.num_transformer_layers, problems);
+        let layers =
+            sound(problems, &[&key("num_transformer_layers")]).then_some(self.num_transformer_layers);
+        self.qkv_multipliers.check(&key("qkv_multipliers"), layers, "[0.5, 1.0]", problems);
+        self.ffn_multipliers.check(&key("ffn_multipliers"), layers, "[0.5, 4.0]", problems);
     }
 }
 

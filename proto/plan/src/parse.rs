@@ -9,6 +9,7 @@ use ulmus_types::Problems;
 use crate::bytes::Bytes;
 use crate::model::Preset;
 use crate::plan::Plan;
+use crate::prepare::TRAINED_PIECES;
 
 /// Reads a plan file: one plan, or one for each of its `[variants]`.
 ///
@@ -83,7 +84,8 @@ pub fn even_weights(text: &str, overrides: &[String]) -> Vec<String> {
 fn follow_tokenizer(table: &mut Table) {
     let pieces = lookup(table, "tokenizer.pieces").and_then(Value::as_integer);
     let pieces = pieces.and_then(|pieces| u64::try_from(pieces).ok());
-    if let Some(pieces) = pieces.filter(|pieces| *pieces < 1 << 24)
+    let most = if lookup(table, "tokenizer.file").is_some() { 1 << 24 } else { *TRAINED_PIECES.end() };
+    if let Some(pieces) = pieces.filter(|pieces| *pieces <= most)
         && let Value::Table(model) = table.entry("model").or_insert_with(|| Value::Table(Table::new()))
     {
         let rows = (pieces + 1).next_multiple_of(128);
@@ -461,28 +463,54 @@ mod tests {
     #[test]
     fn numbers_that_no_run_could_keep_are_refused_with_what_fits() {
         for (set, key, fix) in [
-            ("benchmark.generate=1", "benchmark.generate", "write 1024"),
-            ("benchmark.generate=0", "benchmark.generate", "write 1024"),
+            ("benchmark.generate=1", "benchmark.generate", "set it to 2"),
+            ("benchmark.generate=0", "benchmark.generate", "set it to 2"),
             ("benchmark.generate=2048", "benchmark.generate", "at most 2013"),
-            ("benchmark.prompt=0", "benchmark.prompt", "write 35"),
-            ("benchmark.prompt=2047", "benchmark.generate", "benchmark.prompt to at most 2046"),
-            ("benchmark.prompt=9223372036854775807", "benchmark.prompt", "write 35"),
-            ("benchmark.runs=0", "benchmark.runs", "write 3"),
-            ("benchmark.runs=1000000", "benchmark.runs", "write 3"),
+            ("benchmark.prompt=0", "benchmark.prompt", "set it to 1"),
+            ("benchmark.prompt=2047", "benchmark.prompt", "set it to 1024"),
+            ("benchmark.prompt=9223372036854775807", "benchmark.prompt", "set it to 1024"),
+            ("benchmark.runs=0", "benchmark.runs", "set it to 1"),
+            ("benchmark.runs=1000000", "benchmark.runs", "set it to 1000"),
             ("evaluate.prompt=2048", "evaluate.continuation", "evaluate.prompt"),
-            ("evaluate.text=16EiB", "evaluate.text", "write"),
-            ("tokenizer.sample=0B", "tokenizer.sample", "8MiB"),
-            ("cluster.rejoin_window=100years", "cluster.rejoin_window", "10s"),
-            ("checkpoint.recovery=100years", "checkpoint.recovery", "10m"),
-            ("train.iterations=9223372036854775807", "train.iterations", "350000"),
+            ("evaluate.text=2TiB", "evaluate.text", "set it to \"1TiB\""),
+            ("tokenizer.sample=0B", "tokenizer.sample", "set it to \"8MiB\""),
+            ("cluster.rejoin_window=100years", "cluster.rejoin_window", "set it to \"1d\""),
+            ("checkpoint.recovery=100years", "checkpoint.recovery", "set it to \"365d\""),
+            ("train.iterations=9223372036854775807", "train.iterations", "set it to 1099511627776"),
             ("train.sequences=1073741824", "train.sequences", "set train.sequences to "),
-            ("train.held_out_sequences=9223372036854775807", "train.held_out_sequences", "64"),
+            ("train.sequences=9223372036854775807", "train.sequences", "set train.sequences to "),
+            ("train.max_lr=5", "train.max_lr", "set it to 0.0053, as in the published recipe"),
+            ("train.z_loss=-1", "train.z_loss", "set it to 0.0"),
+            ("train.min_lr=0.1", "train.min_lr", "set it to 0.0053"),
+            ("checkpoint.every=0", "checkpoint.every", "set it to 20"),
+            ("checkpoint.average=6", "checkpoint.average", "at most 5, or checkpoint.every to at most 16"),
+            ("data.unit=1KiB", "data.unit", "set it to \"64KiB\""),
+            ("data.holdout=0.9", "data.holdout", "set it to 0.5"),
+            ("data.holdout=-0.1", "data.holdout", "set it to 0.0005"),
+            ("tokenizer.pieces=300000", "tokenizer.pieces", "set it to 4095"),
+            ("tokenizer.pieces=8000", "tokenizer.pieces", "set model.vocab_size to 8064"),
+            ("cluster.min_workers=5", "cluster.min_workers", "set it to 4"),
+            ("cluster.dead_after=1s", "cluster.dead_after", "set it to \"3s\""),
+            ("local.threads=0", "local.threads", "set it to 1"),
+            ("model.head_dim=1000", "model.head_dim", "set it to 512"),
+            ("model.qkv_multipliers=65.0", "model.qkv_multipliers", "[0.5, 1.0]"),
+            (
+                "train.held_out_sequences=9223372036854775807",
+                "train.held_out_sequences",
+                "set it to 16777216",
+            ),
         ] {
             let problems = one(SMALL, &[set]).expect_err(set);
-            assert!(
-                problems.iter().any(|problem| problem.key == key && problem.fix.contains(fix)),
-                "{set}: {problems}"
-            );
+            let problem = problems.iter().next().unwrap();
+            assert!(problem.key == key && problem.fix.contains(fix), "{set}: {problems}");
+            assert_eq!(problems.len(), 1, "nothing that only follows from it is reported: {problems}");
+            // What is advised is taken.
+            if let Some(advised) =
+                problem.fix.strip_prefix("set it to ").filter(|advised| !advised.contains(' '))
+            {
+                let advised = format!("{key}={}", advised.trim_matches('"'));
+                assert!(one(SMALL, &[&advised]).is_ok(), "{advised}");
+            }
         }
         for set in ["benchmark.generate=2", "evaluate.prompt=0", "evaluate.continuation=0", "evaluate.text=0"]
         {

@@ -12,6 +12,7 @@ use crate::device::Device;
 use crate::model::ModelConfig;
 use crate::norm::NormKind;
 use crate::prepare::{PrepareConfig, TokenizerConfig};
+use crate::rules::{range, range_or, sound};
 use crate::train::{CheckpointConfig, TrainConfig};
 
 /// Which run this is.
@@ -183,12 +184,7 @@ pub struct Plan {
 }
 
 /// Most text that models are measured on.
-const MOST_TEXT: Bytes = Bytes::mib(1 << 20);
-/// Nats that a sum of losses over one update may reach, as integers carry it round a group.
-const MOST_NATS: f64 = (1_u64 << 31) as f64;
-
-/// Longest text that any model takes.
-const MOST_TOKENS: u64 = 1 << 20;
+const MAX_TEXT: Bytes = Bytes::mib(1 << 20);
 
 /// Keys that may change between two starts of the same run, because no trained bit depends on them.
 const MAY_CHANGE: [&str; 12] = [
@@ -329,24 +325,19 @@ impl Plan {
         self.cluster.min_workers = self.cluster.min_workers.max(1);
     }
 
-    /// Every rule that the plan breaks.
+    /// Reports every rule that the plan breaks.
     pub(crate) fn check(&self, problems: &mut Problems) {
         self.model.check("model", problems);
         if let Some(prepare) = &self.prepare {
             prepare.check(problems);
         }
         self.tokenizer.check(self.prepare.is_some(), self.model.vocab_size as u64, problems);
-        self.train.check(problems);
-        self.data.check(self.train.sequences, self.train.micro_batch, problems);
-        self.checkpoint.check(self.train.iterations, problems);
+        self.train.check(&self.model, problems);
+        self.data.check(&self.train, problems);
+        self.checkpoint.check(&self.train, problems);
         self.store.check(problems);
-        problems.check(
-            !self.checkpoint.export || self.model.norm != NormKind::Layer,
-            "checkpoint.export",
-            self.checkpoint.export,
-            "a model with model.norm = \"layer\" has no Hugging Face layout: OpenELM's code there knows RMS norm alone",
-            "set it to false, or model.norm to \"rms\"",
-        );
+        self.check_processes(problems);
+        self.check_evaluation(problems);
         problems.check(
             !self.data.source.is_empty(),
             "data.source",
@@ -354,105 +345,89 @@ impl Plan {
             "a run needs text",
             "add [[data.source]] with name, url, files and text, or a [prepare] section",
         );
-        problems.check(
-            self.train.held_out_every == 0 || self.data.holdout > 0.0,
-            "data.holdout",
-            self.data.holdout,
-            "the held-out loss needs held-out documents",
-            "set it to 0.0005, or train.held_out_every to 0 for a run that is not evaluated",
-        );
-        problems.check(
-            self.local.workers <= 256,
-            "local.workers",
-            self.local.workers,
-            "it must be at most 256 processes",
-            "write the number of cores, or 0",
-        );
-        problems.check(
-            (1..=1024).contains(&self.local.threads),
-            "local.threads",
-            self.local.threads,
-            "each worker must compute with 1 to 1024 threads",
-            "write 1",
-        );
-        problems.check(
-            self.cluster.min_workers <= self.train.micro_batches().max(1),
-            "cluster.min_workers",
-            self.cluster.min_workers,
-            format!("an update has {} micro-batches, and a worker needs one", self.train.micro_batches()),
-            "lower it, or lower train.micro_batch",
-        );
-        problems.check(
-            (3 * HEARTBEAT_INTERVAL..=Duration::from_hours(1)).contains(&self.cluster.dead_after),
-            "cluster.dead_after",
-            humantime_serde::re::humantime::format_duration(self.cluster.dead_after),
-            "it must be 3s, which is three heartbeats, to 1h",
-            "write \"3s\"",
-        );
-        problems.check(
-            self.cluster.rejoin_window <= Duration::from_hours(24),
-            "cluster.rejoin_window",
-            humantime_serde::re::humantime::format_duration(self.cluster.rejoin_window),
-            "it must be at most 24h",
-            "write \"10s\"",
-        );
-        let Self { benchmark, evaluate, .. } = self;
-        // The first new token is part of the prompt's processing, so that one alone has no time of its own.
-        for (key, value, least, most, fix) in [
-            ("benchmark.prompt", benchmark.prompt, 1, MOST_TOKENS, "write 35"),
-            ("benchmark.generate", benchmark.generate, 2, MOST_TOKENS, "write 1024"),
-            ("benchmark.runs", benchmark.runs, 1, 1000, "write 3"),
-            ("evaluate.prompt", evaluate.prompt, 0, MOST_TOKENS, "write 40"),
-            ("evaluate.continuation", evaluate.continuation, 0, MOST_TOKENS, "write 48"),
-        ] {
-            let rule = format!("{least} to {most}");
-            problems.check((least..=most).contains(&value), key, value, rule, fix);
-        }
-        problems.check(
-            evaluate.text <= MOST_TEXT,
-            "evaluate.text",
-            evaluate.text,
-            format!("it must be at most {MOST_TEXT}"),
-            "write \"1MiB\"",
-        );
-        self.check_update(problems);
-        let context = self.model.max_context_length as u64;
-        for (key, prompt, more, least) in [
-            ("benchmark.generate", benchmark.prompt, benchmark.generate, 2),
-            ("evaluate.continuation", evaluate.prompt, evaluate.continuation, 0),
-        ] {
-            let (section, _) = key.split_once('.').expect("the keys above have a section");
+    }
+
+    /// How many processes there are, and when they count as lost.
+    fn check_processes(&self, problems: &mut Problems) {
+        let Self { local, cluster, train, .. } = self;
+        range(problems, "local.workers", local.workers, 0..=256);
+        range(problems, "local.threads", local.threads, 1..=1024);
+        let (least, most) = (3 * HEARTBEAT_INTERVAL, Duration::from_hours(1));
+        range(problems, "cluster.dead_after", cluster.dead_after, least..=most);
+        range(problems, "cluster.rejoin_window", cluster.rejoin_window, ..=Duration::from_hours(24));
+        if sound(problems, &["train.sequences", "train.micro_batch"]) {
+            let most = train.micro_batches();
             problems.check(
-                prompt.saturating_add(more) <= context,
-                key,
-                more,
+                cluster.min_workers <= most,
+                "cluster.min_workers",
+                cluster.min_workers,
                 format!(
-                    "the {prompt} tokens of {section}.prompt and these must have room in model.max_context_length = {context}"
+                    "each worker needs a micro-batch, and train.sequences = {} are {most} of {}",
+                    train.sequences, train.micro_batch
                 ),
-                match context.checked_sub(prompt).filter(|room| *room >= least) {
-                    Some(room) => format!("set it to at most {room}, or lower {section}.prompt"),
-                    None => format!("lower {section}.prompt to at most {}", context.saturating_sub(least)),
-                },
+                format!("set it to {most}, or lower train.micro_batch"),
             );
         }
     }
 
-    /// Losses of an untrained model must have room in the sums of an update: `ln V` per token, and of the z-loss its square.
-    fn check_update(&self, problems: &mut Problems) {
-        let per_token = (self.model.vocab_size.max(3) as f64).ln().powi(2);
-        let most = MOST_NATS / (per_token * self.model.max_context_length.max(1) as f64);
-        let most = (most as u64).max(1);
-        let micro = self.train.micro_batch.max(1);
+    /// What happens to the finished models.
+    fn check_evaluation(&self, problems: &mut Problems) {
+        let Self { benchmark, evaluate, .. } = self;
         problems.check(
-            self.train.sequences <= most,
-            "train.sequences",
-            self.train.sequences,
-            format!(
-                "the losses of an update are summed up to 2^31: of {most} sequences of {} tokens at most",
-                self.model.max_context_length
-            ),
-            format!("set train.sequences to {}", (most / micro).max(1) * micro),
+            !self.checkpoint.export || self.model.norm != NormKind::Layer,
+            "checkpoint.export",
+            self.checkpoint.export,
+            "a model with model.norm = \"layer\" has no Hugging Face layout: OpenELM's code there knows RMS norm alone",
+            "set it to false, or model.norm to \"rms\"",
         );
+        if sound(problems, &["data.holdout", "train.held_out_every"]) {
+            problems.check(
+                self.train.held_out_every == 0 || self.data.holdout > 0.0,
+                "data.holdout",
+                self.data.holdout,
+                "the held-out loss needs held-out documents",
+                "set it to 0.0005, or train.held_out_every to 0 for a run that is not evaluated",
+            );
+        }
+        range(problems, "benchmark.runs", benchmark.runs, 1..=1000);
+        range(problems, "evaluate.text", evaluate.text, ..=MAX_TEXT);
+        // The first new token is part of the prompt's processing, so that one alone has no time of its own.
+        for (keys, tokens, least) in [
+            (["benchmark.prompt", "benchmark.generate"], [benchmark.prompt, benchmark.generate], [1, 2]),
+            (["evaluate.prompt", "evaluate.continuation"], [evaluate.prompt, evaluate.continuation], [0, 0]),
+        ] {
+            self.check_room(problems, keys, tokens, least);
+        }
+    }
+
+    /// A prompt and the tokens that follow it must fit in the model's context; of each there is a least number.
+    fn check_room(
+        &self,
+        problems: &mut Problems,
+        [prompt_key, more_key]: [&str; 2],
+        [prompt, more]: [u64; 2],
+        [least_prompt, least_more]: [u64; 2],
+    ) {
+        range(problems, more_key, more, least_more..);
+        if !sound(problems, &["model.max_context_length"]) {
+            return;
+        }
+        let context = self.model.max_context_length as u64;
+        let longest = context.saturating_sub(least_more).max(least_prompt);
+        let room = context.saturating_sub(more.max(least_more)).clamp(least_prompt, longest);
+        let advice = format!("set it to {}", prompt.clamp(least_prompt, room));
+        range_or(problems, prompt_key, prompt, least_prompt..=longest, advice);
+        if sound(problems, &[prompt_key, more_key]) {
+            problems.check(
+                prompt + more <= context,
+                more_key,
+                more,
+                format!(
+                    "these and the {prompt} tokens of {prompt_key} must have room in model.max_context_length = {context}"
+                ),
+                format!("set it to at most {}, or lower {prompt_key}", context.saturating_sub(prompt)),
+            );
+        }
     }
 }
 

@@ -1,9 +1,15 @@
 //! Text that is already on the machine, made into a corpus, and the tokenizer that is trained on it.
 
+use std::ops::RangeInclusive;
+
 use serde::{Deserialize, Serialize};
 use ulmus_types::Problems;
 
 use crate::bytes::Bytes;
+use crate::rules::{range, range_or, sound};
+
+/// How many pieces a tokenizer that is trained may have; 256 of them are bytes.
+pub(crate) const TRAINED_PIECES: RangeInclusive<u64> = 512..=1 << 18;
 
 /// Which text becomes parquet shards before training. Prose comes first, then sources; the same list gives the
 /// same shards on every machine.
@@ -36,21 +42,10 @@ impl Default for PrepareConfig {
 
 impl PrepareConfig {
     /// Reports every rule that is broken.
-    pub fn check(&self, problems: &mut Problems) {
-        problems.check(
-            self.cap.get() >= 64 << 10,
-            "prepare.cap",
-            self.cap,
-            "less than 64KiB of text is no corpus",
-            "write \"32MiB\"",
-        );
-        problems.check(
-            (64 << 10..=4 << 30).contains(&self.shard.get()),
-            "prepare.shard",
-            self.shard,
-            "a shard must hold 64KiB to 4GiB of text",
-            "write \"4MiB\"",
-        );
+    pub(crate) fn check(&self, problems: &mut Problems) {
+        let least = Bytes::new(64 << 10);
+        range(problems, "prepare.cap", self.cap, least..);
+        range(problems, "prepare.shard", self.shard, least..=Bytes::mib(4 << 10));
         problems.check(
             !(self.crates.is_empty() && self.paths.is_empty()),
             "prepare.paths",
@@ -103,8 +98,8 @@ impl Default for TokenizerConfig {
 }
 
 impl TokenizerConfig {
-    /// Reports every rule that is broken; `vocab_size` is that of the model.
-    pub fn check(&self, prepares: bool, vocab_size: u64, problems: &mut Problems) {
+    /// Reports every rule that is broken; `vocab_size` is the model's.
+    pub(crate) fn check(&self, prepares: bool, vocab_size: u64, problems: &mut Problems) {
         if self.file.is_some() {
             return;
         }
@@ -115,26 +110,19 @@ impl TokenizerConfig {
             "without [prepare] there is no text to train a tokenizer on",
             "write the path of a tokenizer.model or tokenizer.json",
         );
-        problems.check(
-            (512..=1 << 18).contains(&self.pieces),
-            "tokenizer.pieces",
-            self.pieces,
-            "a tokenizer has 512 to 262144 pieces, 256 of them bytes",
-            "write 4095",
-        );
-        problems.check(
-            self.sample.get() > 0,
-            "tokenizer.sample",
-            self.sample,
-            "a tokenizer is trained on some text",
-            "write \"8MiB\"",
-        );
-        problems.check(
-            self.pieces < vocab_size,
-            "tokenizer.pieces",
-            self.pieces,
-            format!("pieces and the pad id need rows in model.vocab_size = {vocab_size}"),
-            format!("set it to at most {}", vocab_size.saturating_sub(1)),
-        );
+        // No more than the model has rows for.
+        let (least, most) = TRAINED_PIECES.into_inner();
+        let advised = self.pieces.clamp(least, vocab_size.saturating_sub(1).clamp(least, most));
+        range_or(problems, "tokenizer.pieces", self.pieces, TRAINED_PIECES, format!("set it to {advised}"));
+        range_or(problems, "tokenizer.sample", self.sample, Bytes::new(1).., "set it to \"8MiB\"");
+        if sound(problems, &["tokenizer.pieces", "model.vocab_size"]) {
+            problems.check(
+                self.pieces < vocab_size,
+                "tokenizer.pieces",
+                self.pieces,
+                format!("pieces and the pad id need rows in model.vocab_size = {vocab_size}"),
+                format!("set model.vocab_size to {}", (self.pieces + 1).next_multiple_of(128)),
+            );
+        }
     }
 }

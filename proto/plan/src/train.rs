@@ -5,6 +5,12 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use ulmus_types::Problems;
 
+use crate::model::ModelConfig;
+use crate::rules::{range, range_or, sound};
+
+/// Nats that the sum of the losses of one update may reach, as integers carry it round a group.
+const MAX_NATS: f64 = (1_u64 << 31) as f64;
+
 /// What the operands of matrix products are rounded to. Sums, weights and all else are float32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -127,61 +133,80 @@ impl TrainConfig {
         (lr * 1e8).round_ties_even() / 1e8
     }
 
-    /// Reports every rule that is broken.
-    pub fn check(&self, problems: &mut Problems) {
-        problems.check(
-            (1..=1 << 40).contains(&self.iterations),
-            "train.iterations",
-            self.iterations,
-            format!("1 to {} updates", 1_u64 << 40),
-            "write 350000 for the published recipe",
-        );
-        problems.check(
-            self.micro_batch > 0
-                && self.sequences > 0
-                && self.sequences.is_multiple_of(self.micro_batch.max(1)),
-            "train.sequences",
-            self.sequences,
-            format!("an update is whole micro-batches of {} sequences", self.micro_batch),
-            {
-                let micro = self.micro_batch.max(1);
-                let below = (self.sequences / micro).max(1) * micro;
-                format!("set train.sequences to {below} or {}", below + micro)
-            },
-        );
-        for (key, value, low, high) in [
-            ("train.max_lr", self.max_lr, 0.0, 1.0),
-            ("train.min_lr", self.min_lr, 0.0, self.max_lr),
-            ("train.warmup_init_lr", self.warmup_init_lr, 0.0, self.max_lr),
-            ("train.beta1", self.beta1, 0.0, 0.999_999),
-            ("train.beta2", self.beta2, 0.0, 0.999_999_999),
-            ("train.epsilon", self.epsilon, 1e-15, 1.0),
-            ("train.weight_decay", self.weight_decay, 0.0, 10.0),
-            ("train.clip", self.clip, 1e-6, 1e6),
-            ("train.z_loss", self.z_loss, 0.0, 1.0),
+    /// Reports every rule that is broken; `model` is checked before.
+    pub(crate) fn check(&self, model: &ModelConfig, problems: &mut Problems) {
+        range(problems, "train.iterations", self.iterations, 1..=1 << 40);
+        range(problems, "train.micro_batch", self.micro_batch, 1..);
+        range(problems, "train.sequences", self.sequences, 1..);
+        self.check_update(model, problems);
+        // Bounds that only keep out what cannot train are no advice.
+        for (key, value, least, most, published) in [
+            ("train.max_lr", self.max_lr, 0.0, 1.0, 0.0053),
+            ("train.beta1", self.beta1, 0.0, 0.999_999, 0.9),
+            ("train.beta2", self.beta2, 0.0, 0.999_999_999, 0.95),
+            ("train.epsilon", self.epsilon, 1e-15, 1.0, 1e-8),
+            ("train.clip", self.clip, 1e-6, 1e6, 1.0),
         ] {
+            let advice = format!("set it to {published:?}, as in the published recipe");
+            range_or(problems, key, value, least..=most, advice);
+        }
+        let peak = if sound(problems, &["train.max_lr"]) { self.max_lr } else { 1.0 };
+        for (key, value, most) in [
+            ("train.min_lr", self.min_lr, peak),
+            ("train.warmup_init_lr", self.warmup_init_lr, peak),
+            ("train.weight_decay", self.weight_decay, 10.0),
+            ("train.z_loss", self.z_loss, 1.0),
+        ] {
+            range(problems, key, value, 0.0..=most);
+        }
+        if sound(problems, &["train.iterations"]) {
             problems.check(
-                (low..=high).contains(&value),
-                key,
-                value,
-                format!("must be {low} to {high}"),
-                "the published recipe is in plans/openelm-270m.toml",
+                self.warmup < self.iterations,
+                "train.warmup",
+                self.warmup,
+                format!("the warm-up must end before train.iterations = {}", self.iterations),
+                format!("set it to {}", self.iterations / 10),
             );
         }
-        problems.check(
-            self.warmup < self.iterations.max(1),
-            "train.warmup",
-            self.warmup,
-            format!("the warm-up must end before train.iterations = {}", self.iterations),
-            format!("set it to {}", self.iterations / 10),
-        );
-        problems.check(
-            self.held_out_every == 0 || (1..=1 << 24).contains(&self.held_out_sequences),
-            "train.held_out_sequences",
-            self.held_out_sequences,
-            format!("a measurement needs 1 to {} sequences", 1 << 24),
-            "set it to 64, or train.held_out_every to 0",
-        );
+        if self.held_out_every > 0 {
+            range(problems, "train.held_out_sequences", self.held_out_sequences, 1..=1 << 24);
+        }
+    }
+
+    /// An update is whole micro-batches, and no more of them than the sum of their losses has room for.
+    fn check_update(&self, model: &ModelConfig, problems: &mut Problems) {
+        if !sound(problems, &["train.micro_batch", "train.sequences"]) {
+            return;
+        }
+        let micro = self.micro_batch;
+        if sound(problems, &["model.vocab_size", "model.max_context_length"]) {
+            // An untrained model has a loss of `ln V` per token, and of the z-loss its square.
+            let per_token = (model.vocab_size.max(3) as f64).ln().powi(2);
+            let most = ((MAX_NATS / (per_token * model.max_context_length as f64)) as u64).max(1);
+            problems.check(
+                self.sequences <= most,
+                "train.sequences",
+                self.sequences,
+                format!(
+                    "the losses of an update are summed up to 2^31: of {most} sequences of {} tokens at most",
+                    model.max_context_length
+                ),
+                match most / micro {
+                    0 => format!("set train.micro_batch to at most {most}, and this to a multiple of it"),
+                    batches => format!("set train.sequences to {}", batches * micro),
+                },
+            );
+        }
+        if sound(problems, &["train.sequences"]) {
+            let below = (self.micro_batches() * micro).max(micro);
+            problems.check(
+                self.sequences.is_multiple_of(micro),
+                "train.sequences",
+                self.sequences,
+                format!("an update is whole micro-batches of {micro} sequences"),
+                format!("set train.sequences to {below} or {}", below.saturating_add(micro)),
+            );
+        }
     }
 }
 
@@ -221,36 +246,28 @@ impl CheckpointConfig {
         step > 0 && (step.is_multiple_of(self.every.max(1)) || step == iterations)
     }
 
-    /// Reports every rule that is broken.
-    pub fn check(&self, iterations: u64, problems: &mut Problems) {
-        problems.check(
-            self.every > 0,
-            "checkpoint.every",
-            self.every,
-            "the grid has at least one update between milestones",
-            "write 5000 for the published recipe",
-        );
-        let milestones = iterations.div_ceil(self.every.max(1));
-        problems.check(
-            (1..=milestones).contains(&self.average),
-            "checkpoint.average",
-            self.average,
-            format!(
-                "{iterations} iterations with checkpoint.every = {} make {milestones} milestones",
-                self.every
-            ),
-            format!(
-                "set it to at most {milestones}, or checkpoint.every to at most {}",
-                (iterations / self.average.max(1)).max(1)
-            ),
-        );
-        problems.check(
-            (Duration::from_secs(1)..=Duration::from_hours(365 * 24)).contains(&self.recovery),
-            "checkpoint.recovery",
-            humantime_serde::re::humantime::format_duration(self.recovery),
-            "1s to 1 year",
-            "write \"10m\"",
-        );
+    /// Reports every rule that is broken; `train` is checked before.
+    pub(crate) fn check(&self, train: &TrainConfig, problems: &mut Problems) {
+        let iterations = train.iterations;
+        // The longest grid that still has as many milestones as are averaged.
+        let longest = (iterations / self.average.max(1)).max(1);
+        range_or(problems, "checkpoint.every", self.every, 1.., format!("set it to {}", longest.min(5000)));
+        range(problems, "checkpoint.average", self.average, 1..);
+        if sound(problems, &["checkpoint.every", "checkpoint.average", "train.iterations"]) {
+            let milestones = iterations.div_ceil(self.every);
+            problems.check(
+                self.average <= milestones,
+                "checkpoint.average",
+                self.average,
+                format!(
+                    "train.iterations = {iterations} with checkpoint.every = {} makes {milestones} milestones",
+                    self.every
+                ),
+                format!("set it to at most {milestones}, or checkpoint.every to at most {longest}"),
+            );
+        }
+        let (least, most) = (Duration::from_secs(1), Duration::from_hours(365 * 24));
+        range(problems, "checkpoint.recovery", self.recovery, least..=most);
     }
 }
 
