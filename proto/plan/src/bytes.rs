@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 pub struct Bytes(u64);
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "it must be a size")]
 enum ByteSizeText {
     Number(u64),
     Text(String),
@@ -52,7 +52,7 @@ impl FromStr for Bytes {
     fn from_str(text: &str) -> Result<Self, String> {
         text.parse::<ByteSize>()
             .map(|size| Self(size.as_u64()))
-            .map_err(|_| format!("{text:?} is not a size such as \"64MiB\""))
+            .map_err(|_| format!("invalid size {text:?}; write for instance \"64MiB\""))
     }
 }
 

@@ -8,7 +8,9 @@
 mod bytes;
 mod data;
 mod device;
+mod keys;
 mod memory;
+mod mistakes;
 mod model;
 mod norm;
 mod parse;

@@ -13,7 +13,7 @@ use crate::rules::{range, sound};
 
 /// Width multipliers over the depth of a model (paper: α for attention, β for the FFN).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "it must be a number or a list of numbers")]
 pub enum Multipliers {
     /// The same in every layer.
     Uniform(f64),

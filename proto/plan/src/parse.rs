@@ -1,15 +1,18 @@
 //! From TOML text to plans, with *all* mistakes reported at once.
 //!
 //! serde stops at its first error. So a key that cannot be read is recorded and taken out, and the rest is read
-//! again, until nothing is left to complain about; only then are the rules checked.
+//! again, until nothing is left to complain about; only then are the rules checked. A mistake is reported once: a key that
+//! is almost spelt like a known one is read as that, and no rule is checked that relates keys of which one is wrong.
 
 use toml::{Table, Value};
-use ulmus_types::Problems;
+use ulmus_types::{Problem, Problems};
 
-use crate::bytes::Bytes;
+use crate::keys::{self, Unknown, is_text, lookup, segments};
+use crate::mistakes;
 use crate::model::Preset;
 use crate::plan::Plan;
 use crate::prepare::TRAINED_PIECES;
+use crate::rules::sound;
 
 /// Reads a plan file: one plan, or one for each of its `[variants]`.
 ///
@@ -22,7 +25,8 @@ pub fn read(text: &str, overrides: &[String]) -> Result<Vec<Plan>, Problems> {
     let mut problems = Problems::new();
     let mut table = text.parse::<Table>().unwrap_or_else(|error| {
         let line = error.span().map_or(0, |span| text[..span.start].matches('\n').count() + 1);
-        problems.add(format!("line {line}"), "not TOML", error.message(), "correct the line");
+        let (rule, advice) = mistakes::not_toml(error.message());
+        problems.add(format!("line {line}"), "", rule, advice);
         Table::new()
     });
     if !problems.is_empty() {
@@ -35,21 +39,27 @@ pub fn read(text: &str, overrides: &[String]) -> Result<Vec<Plan>, Problems> {
         Some(Value::Table(variants)) if !variants.is_empty() => variants,
         None => return read_one(table, &mut problems).ok_or(problems).map(|plan| vec![plan]),
         Some(other) => {
-            problems.add("variants", other, "must be tables", "write [variants.NAME.model] and its keys");
+            let rule = "it must hold a table for each variant";
+            problems.add("variants", shown(&other), rule, "write [variants.NAME.model] and its keys");
             return Err(problems);
         }
     };
-    let base_name =
-        table.get("run").and_then(|run| run.get("name")).and_then(Value::as_str).unwrap_or("run").to_owned();
     let mut plans = Vec::new();
     for (name, changes) in &variants {
         let mut variant = table.clone();
-        if let Value::Table(changes) = changes {
-            overlay(&mut variant, changes);
+        match changes {
+            Value::Table(changes) => overlay(&mut variant, changes),
+            other => {
+                let key = format!("variants.{name}");
+                problems.add(&key, other, "it must be a table", format!("write [{key}.model] and its keys"));
+            }
         }
         let run = variant.entry("run").or_insert_with(|| Value::Table(Table::new()));
         if let Value::Table(run) = run {
-            run.insert("name".to_owned(), Value::String(format!("{base_name}-{name}")));
+            let base = run.entry("name").or_insert_with(|| Value::String("run".to_owned()));
+            if let Value::String(base) = base {
+                *base = format!("{base}-{name}");
+            }
         }
         plans.extend(read_one(variant, &mut problems));
     }
@@ -93,13 +103,20 @@ fn follow_tokenizer(table: &mut Table) {
     }
 }
 
-fn read_one(mut table: Table, problems: &mut Problems) -> Option<Plan> {
-    follow_tokenizer(&mut table);
-    expand_preset(&mut table, problems);
-    let mut plan = deserialize(table, problems);
+/// One plan, unless something is wrong with it; what is wrong is added to `all` unless another variant has it too.
+fn read_one(table: Table, all: &mut Problems) -> Option<Plan> {
+    let mut problems = Problems::new();
+    let (mut plan, stand_ins) = deserialize(table, &mut problems);
     plan.complete();
-    plan.check(problems);
-    problems.is_empty().then_some(plan)
+    plan.check(&mut problems);
+    let problems = settle(&problems, stand_ins);
+    for problem in &problems {
+        if all.iter().all(|told| told != problem) {
+            let Problem { key, value, rule, fix } = problem.clone();
+            all.add(key, value, rule, fix);
+        }
+    }
+    all.is_empty().then_some(plan)
 }
 
 /// Replaces `model.preset` by the keys that it stands for; keys beside it win.
@@ -107,8 +124,9 @@ fn expand_preset(table: &mut Table, problems: &mut Problems) {
     let Some(Value::Table(model)) = table.get_mut("model") else { return };
     let Some(preset) = model.remove("preset") else { return };
     let Some(known) = preset.as_str().and_then(Preset::from_name) else {
-        let names = Preset::ALL.map(Preset::name).join(", ");
-        problems.add("model.preset", preset, "no such preset", format!("write one of {names}"));
+        let (rule, advice) =
+            mistakes::choice(&Preset::ALL.map(Preset::name), preset.as_str().unwrap_or_default());
+        problems.add("model.preset", preset, rule, advice);
         return;
     };
     let mut expanded = Table::try_from(known.config()).expect("a preset has no value that TOML lacks");
@@ -128,179 +146,162 @@ fn overlay(table: &mut Table, changes: &Table) {
     }
 }
 
-fn deserialize(mut table: Table, problems: &mut Problems) -> Plan {
+/// A value that a key cannot have, and another one that is read in its place, so that the rules can say what fits.
+struct StandIn {
+    segments: Vec<String>,
+    written: Value,
+    read: Value,
+}
+
+impl StandIn {
+    /// 0 for a negative number; and its text for a value that is no text where the key's is, as not every text may do there.
+    fn of(segments: &[String], written: &Value, usual: Option<&Value>, tried: Option<&Self>) -> Option<Self> {
+        let stand_in = |read| Some(Self { segments: segments.to_owned(), written: written.clone(), read });
+        match written {
+            Value::Integer(number) if *number < 0 && tried.is_none() => stand_in(Value::Integer(0)),
+            Value::String(_) | Value::Array(_) | Value::Table(_) => None,
+            _ if tried.is_some_and(|tried| tried.read.is_str()) => None,
+            _ => usual?.as_str().and_then(|_| stand_in(Value::String(written.to_string()))),
+        }
+    }
+}
+
+/// Reads what can be read, and reports the rest.
+fn deserialize(mut table: Table, problems: &mut Problems) -> (Plan, Vec<StandIn>) {
+    let known = keys::every_key();
+    let mut stand_ins: Vec<StandIn> = Vec::new();
+    let mut guessed = Vec::new();
     loop {
+        follow_tokenizer(&mut table);
+        expand_preset(&mut table, problems);
         let mut unknown = Vec::new();
         let mut track = serde_path_to_error::Track::new();
         let value = Value::Table(table.clone());
         let deserializer = serde_path_to_error::Deserializer::new(value, &mut track);
-        let read: Result<Plan, _> =
-            serde_ignored::deserialize(deserializer, |path| unknown.push(path.to_string()));
+        let read: Result<Plan, toml::de::Error> =
+            serde_ignored::deserialize(deserializer, |path| unknown.push(ignored(&path)));
         match read {
-            Ok(plan) => {
-                for key in unknown {
-                    let value = lookup(&table, &key).map_or_else(String::new, ToString::to_string);
-                    problems.add(&key, value, "unknown key", suggestion(&key));
+            Ok(plan) if unknown.is_empty() => return (plan, stand_ins),
+            Ok(_) => {
+                for segments in unknown {
+                    guessed.extend(respell(&mut table, &segments, problems));
                 }
-                return plan;
             }
             Err(error) => {
-                let path = track.path().to_string();
-                let value = lookup(&table, &path).map_or_else(String::new, ToString::to_string);
-                let rule = error.to_string();
-                problems.add(
-                    &path,
-                    value,
-                    rule.trim_end(),
-                    "write a value of that kind, or leave the key out",
-                );
-                if !remove(&mut table, &path) {
-                    return Plan::default();
+                let segments = failed(&track.path());
+                let tried = stand_ins.iter().position(|tried| tried.segments == segments);
+                let tried = tried.map(|at| stand_ins.swap_remove(at));
+                let Some(value) = keys::find(&table, &segments).cloned() else {
+                    problems.add(segments.join("."), "", error.message(), "correct it");
+                    return (Plan::default(), stand_ins);
+                };
+                let written = tried.as_ref().map_or(&value, |tried| &tried.written);
+                let usual = keys::alike(&known, &segments);
+                if let Some(stand_in) = StandIn::of(&segments, written, usual, tried.as_ref()) {
+                    keys::put(&mut table, &segments, stand_in.read.clone());
+                    stand_ins.push(stand_in);
+                    continue;
                 }
+                if !guessed.contains(&segments) {
+                    let key = segments.join(".");
+                    let (rule, advice) = mistakes::in_words(error.message(), &key, written, usual);
+                    problems.add(key, shown(written), rule, advice);
+                }
+                keys::take(&mut table, &segments);
             }
         }
     }
 }
 
-/// Path segments; `a.b[0].c` and `a.b.0.c` are the same.
-fn segments(path: &str) -> Vec<String> {
-    path.replace('[', ".").replace(']', "").split('.').filter(|s| !s.is_empty()).map(str::to_owned).collect()
+/// The path of a key that was not read.
+fn ignored(path: &serde_ignored::Path<'_>) -> Vec<String> {
+    use serde_ignored::Path;
+    let (parent, segment) = match path {
+        Path::Root => return Vec::new(),
+        Path::Seq { parent, index } => (parent, index.to_string()),
+        Path::Map { parent, key } => (parent, key.clone()),
+        Path::Some { parent } | Path::NewtypeStruct { parent } | Path::NewtypeVariant { parent } => {
+            return ignored(parent);
+        }
+    };
+    [ignored(parent), vec![segment]].concat()
 }
 
-fn child<'a>(value: &'a Value, segment: &str) -> Option<&'a Value> {
+/// The path of a value that could not be read.
+fn failed(path: &serde_path_to_error::Path) -> Vec<String> {
+    use serde_path_to_error::Segment;
+    let segment = |segment: &Segment| match segment {
+        Segment::Seq { index } => Some(index.to_string()),
+        Segment::Map { key } => Some(key.clone()),
+        Segment::Enum { .. } | Segment::Unknown => None,
+    };
+    path.iter().filter_map(segment).collect()
+}
+
+/// Reports a key that no plan has and takes it out. If it is clear what was meant, that is read instead and given back, so
+/// that nothing is reported that only follows from its absence.
+fn respell(table: &mut Table, segments: &[String], problems: &mut Problems) -> Option<Vec<String>> {
+    let value = keys::take(table, segments)?;
+    let Unknown { advice, meant } = keys::unknown(segments);
+    let rule = if value.is_table() { "unknown table" } else { "unknown key" };
+    problems.add(segments.join("."), shown(&value), rule, advice);
+    let meant = meant?;
+    match (keys::find(table, &meant), value) {
+        (None, value) => {
+            keys::put(table, &meant, value);
+        }
+        (Some(Value::Table(there)), Value::Table(mut value)) => {
+            overlay(&mut value, &there.clone());
+            keys::put(table, &meant, Value::Table(value));
+        }
+        _ => {}
+    }
+    Some(meant)
+}
+
+/// A value as a problem shows it: none of a table, whose keys are many.
+fn shown(value: &Value) -> String {
     match value {
-        Value::Table(table) => table.get(segment),
-        Value::Array(array) => array.get(segment.parse::<usize>().ok()?),
-        _ => None,
+        Value::Table(_) => String::new(),
+        Value::Array(entries) if entries.iter().any(Value::is_table) => String::new(),
+        value => value.to_string(),
     }
 }
 
-fn lookup<'a>(table: &'a Table, path: &str) -> Option<&'a Value> {
-    let segments = segments(path);
-    let (first, rest) = segments.split_first()?;
-    rest.iter().try_fold(table.get(first)?, |value, segment| child(value, segment))
-}
-
-/// Takes the value at `path` out of `table`, or what can be taken nearest above it.
-fn remove(table: &mut Table, path: &str) -> bool {
-    fn remove_below(value: &mut Value, segments: &[String]) -> bool {
-        let [first, rest @ ..] = segments else { return false };
-        match value {
-            Value::Table(table) => match table.get_mut(first) {
-                Some(below) => remove_below(below, rest) || table.remove(first).is_some(),
-                None => false,
-            },
-            Value::Array(array) => {
-                let Ok(index) = first.parse::<usize>() else { return false };
-                let Some(below) = array.get_mut(index) else { return false };
-                if !remove_below(below, rest) {
-                    array.remove(index);
-                }
-                true
-            }
-            _ => false,
+/// The problems to report: of each key the first alone, as the others follow from it; and values that others stood in for.
+fn settle(problems: &Problems, stand_ins: Vec<StandIn>) -> Problems {
+    let mut settled = Problems::new();
+    for Problem { key, value, rule, fix } in problems {
+        if sound(&settled, &[key]) {
+            let written = stand_ins.iter().find(|stand_in| stand_in.segments.join(".") == *key);
+            let value = written.map_or_else(|| value.clone(), |stand_in| stand_in.written.to_string());
+            settled.add(key, value, rule, fix);
         }
     }
-    let segments = segments(path);
-    let mut root = Value::Table(std::mem::take(table));
-    let removed = remove_below(&mut root, &segments);
-    if let Value::Table(root) = root {
-        *table = root;
-    }
-    removed
-}
-
-/// A plan that says every key, those too that most plans leave out; of lists it has one entry.
-fn every_key() -> Table {
-    let text = || Some(String::new());
-    let one = || vec![String::new()];
-    let mut full = Plan {
-        prepare: Some(crate::PrepareConfig {
-            crates: one(),
-            paths: one(),
-            ..crate::PrepareConfig::default()
-        }),
-        ..Plan::default()
-    };
-    full.data.source.push(crate::SourceConfig {
-        files: one(),
-        list: text(),
-        range: Some([0, 1]),
-        format: Some(crate::Format::Parquet),
-        tokens: Some(1),
-        tokens_from: text(),
-        max_epochs: Some(1),
-        ..crate::SourceConfig::default()
-    });
-    full.data.cache = text();
-    full.tokenizer.file = text();
-    full.tokenizer.bos = text();
-    full.tokenizer.eos = text();
-    let mut table = Table::try_from(&full).expect("a plan has no value that TOML lacks");
-    if let Some(Value::Table(model)) = table.get_mut("model") {
-        model.insert("preset".to_owned(), Value::String(String::new()));
-    }
-    table
-}
-
-/// What [`every_key`] has at a place of a plan. Only the first entry of a list is known: all are alike.
-fn alike<'a>(known: &'a Table, segments: &[String]) -> Option<&'a Value> {
-    let first =
-        |segment: &String| if segment.parse::<usize>().is_ok() { "0".to_owned() } else { segment.clone() };
-    lookup(known, &segments.iter().map(first).collect::<Vec<_>>().join("."))
-}
-
-/// Whether the value of a key, be it one of a variant, is text.
-fn is_text(segments: &[String]) -> bool {
-    let segments = match segments {
-        [first, _, rest @ ..] if first == "variants" => rest,
-        all => all,
-    };
-    let known = every_key();
-    let text = alike(&known, segments).and_then(Value::as_str);
-    // Sizes may be numbers as well.
-    text.is_some_and(|text| text.parse::<Bytes>().is_err())
-}
-
-/// The known key of the same table that is spelt most alike.
-fn suggestion(path: &str) -> String {
-    let known = every_key();
-    let mut segments = segments(path);
-    let last = segments.pop().unwrap_or_default();
-    let siblings =
-        if segments.is_empty() { Some(&known) } else { alike(&known, &segments).and_then(Value::as_table) };
-    let names: Vec<&String> = siblings.into_iter().flat_map(Table::keys).collect();
-    let nearest = names
-        .iter()
-        .map(|name| (strsim::jaro_winkler(name, &last), name))
-        .filter(|(likeness, _)| *likeness > 0.75)
-        .max_by(|a, b| a.0.total_cmp(&b.0));
-    match nearest {
-        Some((_, name)) => format!("did you mean {name}?"),
-        None if names.is_empty() => "remove it".to_owned(),
-        None => {
-            let all: Vec<&str> = names.iter().map(|name| name.as_str()).collect();
-            format!("the keys here are {}", all.join(", "))
+    for StandIn { segments, written, read } in stand_ins {
+        let key = segments.join(".");
+        let (rule, advice) = match read {
+            Value::String(_) => ("it must be text", format!("write it in quotes: \"{written}\"")),
+            _ => ("it must not be negative", "set it to 0".to_owned()),
+        };
+        if sound(&settled, &[&key]) {
+            settled.add(key, written, rule, advice);
         }
     }
+    settled
 }
 
 /// Applies one `key.path=value`.
 fn set(table: &mut Table, assignment: &str, problems: &mut Problems) {
     let Some((path, text)) = assignment.split_once('=') else {
-        problems.add(
-            "--set",
-            assignment,
-            "an override must be key.path=value",
-            "write for instance train.iterations=100",
-        );
+        let advice = "write for instance train.iterations=100";
+        problems.add(format!("--set {assignment}"), "", "an override must be key.path=value", advice);
         return;
     };
     let text = text.trim();
     let segments = segments(path.trim());
     if !is_text(&segments) && text.parse::<i128>().is_ok_and(|number| i64::try_from(number).is_err()) {
-        let rule = format!("a whole number is at least {} and at most {}", i64::MIN, i64::MAX);
-        problems.add(path.trim(), text, rule, "set a smaller one");
+        problems.add(path.trim(), text, mistakes::out_of_bounds(), "set it to one in that range");
         return;
     }
     let value = format!("value = {text}")
@@ -309,33 +310,12 @@ fn set(table: &mut Table, assignment: &str, problems: &mut Problems) {
         .and_then(|mut table| table.remove("value"))
         .filter(|value| value.is_str() || !is_text(&segments))
         .unwrap_or_else(|| Value::String(text.to_owned()));
-    let Some((last, parents)) = segments.split_last() else {
-        problems.add("--set", assignment, "names no key", "write for instance train.iterations=100");
-        return;
-    };
-    let mut root = Value::Table(std::mem::take(table));
-    let mut here = Some(&mut root);
-    for segment in parents {
-        here = here.and_then(|value| match value {
-            Value::Table(table) => {
-                Some(table.entry(segment.clone()).or_insert_with(|| Value::Table(Table::new())))
-            }
-            Value::Array(array) => array.get_mut(segment.parse::<usize>().ok()?),
-            _ => None,
-        });
-    }
-    match here {
-        Some(Value::Table(parent)) => {
-            parent.insert(last.clone(), value);
-        }
-        Some(Value::Array(parent)) if last.parse::<usize>().is_ok_and(|index| index < parent.len()) => {
-            let index: usize = last.parse().expect("parsed in the guard");
-            parent[index] = value;
-        }
-        _ => problems.add(path.trim(), text, "the plan has no such key", "name a key of the plan"),
-    }
-    if let Value::Table(root) = root {
-        *table = root;
+    if segments.is_empty() {
+        let advice = "write for instance train.iterations=100";
+        problems.add(format!("--set {assignment}"), "", "it names no key", advice);
+    } else if !keys::put(table, &segments, value) {
+        let advice = "name a key of the plan, such as train.iterations";
+        problems.add(path.trim(), text, "the plan has no such key", advice);
     }
 }
 
@@ -409,7 +389,7 @@ mod tests {
         let problems = one(SMALL, &["run.seed=9223372036854775808"]).unwrap_err();
         let problem = problems.iter().next().unwrap();
         assert_eq!(problem.key, "run.seed");
-        assert!(problem.rule.contains("at most 9223372036854775807"), "{problem:?}");
+        assert!(problem.rule.contains("to 9223372036854775807"), "{problem:?}");
     }
 
     #[test]
@@ -450,10 +430,10 @@ mod tests {
         assert_eq!((plan.data.unit.get(), plan.train.z_loss), (65_536, 1e-3));
         assert_eq!(plan.prepare.unwrap().paths, ["a", "b"]);
         for (set, words) in [
-            ("model.norm=1", "unknown variant `1`"),
-            ("model.preset=270", "write one of openelm-270m"),
+            ("model.norm=1", "it must be \"rms\", \"naive_rms\" or \"layer\""),
+            ("model.preset=270", "it must be \"openelm-270m\", "),
             ("local.device=0", "no device is called `0`"),
-            ("run.seed=x", "expected u64"),
+            ("run.seed=x", "it must be a whole number"),
         ] {
             let text = one(SMALL, &[set]).unwrap_err().to_string();
             assert!(text.contains(words), "{set}: {text}");
@@ -585,6 +565,159 @@ mod tests {
         assert!(text.contains("did you mean max_lr?"), "{text}");
     }
 
+    /// Every key of a plan that holds no others, by its path.
+    fn leaves(at: &str, value: &Value, found: &mut Vec<String>) {
+        match value {
+            Value::Table(table) => {
+                for (key, value) in table {
+                    leaves(&format!("{at}.{key}"), value, found);
+                }
+            }
+            Value::Array(entries) if entries.iter().any(Value::is_table) => {
+                leaves(&format!("{at}.0"), &entries[0], found);
+            }
+            _ => found.push(at.trim_start_matches('.').to_owned()),
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_told_in_words_of_the_plan() {
+        let mut keys = Vec::new();
+        leaves("", &Value::Table(keys::every_key()), &mut keys);
+        assert!(keys.len() > 70);
+        let text =
+            SMALL.to_owned() + "[[data.source]]\nname = \"a\"\nurl = \"b\"\nfiles = [\"c\"]\ntext = \"d\"\n";
+        let plan: Table = text.parse().unwrap();
+        for wrong in ["\"x y\"", "-3", "1.5", "true", "2026-11-30", "[[]]", "[true]", "{ x = 1 }"] {
+            let wrong = format!("value = {wrong}").parse::<Table>().unwrap().remove("value").unwrap();
+            for key in &keys {
+                let mut plan = plan.clone();
+                assert!(keys::put(&mut plan, &segments(key), wrong.clone()), "{key}");
+                let Err(problems) = read(&toml::to_string(&plan).unwrap(), &[]) else { continue };
+                let problem = problems.iter().next().unwrap();
+                assert!(problems.len() == 1 && problem.key.starts_with(key), "{key} = {wrong}: {problems}");
+                for word in [
+                    "expected",
+                    "invalid type",
+                    "variant",
+                    "enum",
+                    "u64",
+                    "f64",
+                    "struct",
+                    "a sequence",
+                    "a map",
+                ] {
+                    assert!(!problem.rule.contains(word), "{problem}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_value_of_the_wrong_kind_is_told_what_to_write() {
+        for (set, told) in [
+            (
+                "train.micro_batch=\"4\"",
+                "train.micro_batch = \"4\": it must be a whole number; write 4 without quotes",
+            ),
+            (
+                "train.micro_batch=four",
+                "train.micro_batch = \"four\": it must be a whole number; write for instance 16",
+            ),
+            ("train.iterations=1e3", "train.iterations = 1000.0: it must be a whole number; write 1000"),
+            ("train.clip=\"1.0\"", "train.clip = \"1.0\": it must be a number; write 1.0 without quotes"),
+            (
+                "train.recompute=1",
+                "train.recompute = 1: it must be true or false; write true or false, without quotes",
+            ),
+            (
+                "train.precision=bf61",
+                "train.precision = \"bf61\": it must be \"f32\" or \"bf16\"; did you mean \"bf16\"?",
+            ),
+            (
+                "model.norm=none",
+                "model.norm = \"none\": it must be \"rms\", \"naive_rms\" or \"layer\"; write one of these",
+            ),
+            (
+                "model.qkv_multipliers=x",
+                "it must be a number or a list of numbers; write for instance [0.5, 1.0]",
+            ),
+            ("model.preset=openelm-27m", "did you mean \"openelm-270m\"?"),
+            (
+                "cluster.dead_after=9",
+                "cluster.dead_after = \"9\": it must be a time; write \"9s\" for seconds",
+            ),
+            ("checkpoint.max_age=soon", "it must be a time; write for instance \"30m\""),
+            ("data.unit=true", "data.unit = true: invalid size \"true\"; write for instance \"64MiB\""),
+            ("data.unit=[1]", "data.unit = [1]: it must be a size; write for instance \"8MiB\""),
+            // Numbers below 0 have the range of others.
+            ("data.threads=-3", "data.threads = -3: it must be from 1 to 256; set it to 1"),
+            ("data.unit=-3", "data.unit = -3: it must be from 64KiB to 1GiB; set it to \"64KiB\""),
+            ("run.seed=-1", "run.seed = -1: it must not be negative; set it to 0"),
+            ("prepare.paths=docs", "prepare.paths = \"docs\": it must be a list; write [\"docs\"]"),
+            ("prepare.paths=[7]", "prepare.paths.0 = 7: it must be text; write it in quotes: \"7\""),
+            (
+                "data.source={ name = \"a\" }",
+                "data.source: it must be a list; write [[data.source]], in two brackets",
+            ),
+            ("train=5", "train = 5: it must be a table; write [train], and its keys on the lines below"),
+            ("prepare=5", "prepare = 5: it must be a table; write [prepare]"),
+        ] {
+            let problems = one(SMALL, &[set]).expect_err(set);
+            assert_eq!(problems.len(), 1, "{problems}");
+            assert!(problems.to_string().contains(told), "{problems}");
+        }
+        let number = SMALL.replace("\"small\"", "270");
+        let problems = one(&number, &[]).unwrap_err().to_string();
+        assert_eq!(problems.trim(), "run.name = 270: it must be text; write it in quotes: \"270\"");
+        let norm = SMALL.replace("[prepare]", "norm = 1\n[prepare]");
+        assert!(one(&norm, &[]).unwrap_err().to_string().contains("model.norm = 1: it must be \"rms\""));
+    }
+
+    #[test]
+    fn a_misspelt_key_is_one_problem_and_is_read_as_what_was_meant() {
+        let told = |text: &str| one(text, &[]).unwrap_err().to_string().trim().to_owned();
+        for (right, wrong, problem) in [
+            ("[train]", "[trian]", "trian: unknown table; did you mean [train]?"),
+            ("[model]", "[modle]", "modle: unknown table; did you mean [model]?"),
+            ("[prepare]", "[prepair]", "prepair: unknown table; did you mean [prepare]?"),
+            ("paths =", "path =", "prepare.path = [\"docs\"]: unknown key; did you mean paths?"),
+            ("sequences =", "sequnces =", "train.sequnces = 16: unknown key; did you mean sequences?"),
+            ("preset =", "presett =", "model.presett = \"openelm-270m\": unknown key; did you mean preset?"),
+        ] {
+            assert!(SMALL.contains(right));
+            let told =
+                told(&SMALL.replacen(right, wrong, 1).replace("[data]", "[data]\nlanes = 8\n").replacen(
+                    "lanes = 8\n\n        lanes = 8",
+                    "lanes = 8\n",
+                    1,
+                ));
+            assert!(told.starts_with(problem), "{told}");
+            assert_eq!(told.lines().count(), 1, "{told}");
+        }
+        // What is wrong below a misspelt table is told all the same, and a key in the wrong table.
+        let text = SMALL
+            .replace("[train]", "[trian]\nclip = -1.0\nlanes = 8")
+            .replace("lanes = 8\n        [train]", "");
+        assert!(told(&text).contains("train.clip = -1.0"), "{}", told(&text));
+        let text = SMALL.replace("[run]", "\"a.b\" = 1\n[run]");
+        assert!(told(&text).starts_with("a.b = 1: unknown key; the keys here are [benchmark], "));
+        let text = SMALL.replace("[run]", "iterations = 100\n[run]");
+        assert_eq!(told(&text), "iterations = 100: unknown key; did you mean train.iterations?");
+        let text = SMALL.replace(
+            "[data]",
+            "[[data.sources]]\nname = \"a\"\nurl = \"b\"\nfiles = [\"c\"]\ntext = \"d\"\n[data]",
+        );
+        assert_eq!(told(&text), "data.sources: unknown key; did you mean [[data.source]]?");
+    }
+
+    #[test]
+    fn a_mistake_that_all_variants_have_is_told_once() {
+        let text = format!("{SMALL}\n[variants.one.train]\nclip = 1.0\n[variants.two.train]\nclip = 2.0\n");
+        let problems = read(&text, &["data.threads=0".to_owned()]).unwrap_err();
+        assert_eq!(problems.len(), 1, "{problems}");
+    }
+
     #[test]
     fn a_run_is_kept_where_runs_can_be() {
         for url in ["runs", "/runs", "file:///runs", "s3://bucket/runs", "gs://b/r", "abfss://c@account/r"] {
@@ -599,8 +732,17 @@ mod tests {
 
     #[test]
     fn text_that_is_not_toml_names_its_line() {
-        let problems = one("[run]\nname = \n", &[]).unwrap_err();
-        assert_eq!(problems.iter().next().unwrap().key, "line 2");
+        for (text, told) in [
+            ("[run]\nname = \n", "line 2: this is not TOML: a value is neither a number nor text in quotes"),
+            ("[run]\n[data", "line 2: this is not TOML: unclosed table, expected `]`; correct the line"),
+            (
+                "[train]\nsequences = 99999999999999999999",
+                "line 2: a whole number must be from -9223372036854775808",
+            ),
+        ] {
+            let problems = one(text, &[]).unwrap_err().to_string();
+            assert!(problems.trim().starts_with(told), "{problems}");
+        }
     }
 
     #[test]
@@ -611,6 +753,10 @@ mod tests {
         assert_eq!(names, ["small-scaled", "small-uniform"]);
         assert_ne!(plans[0].model, plans[1].model);
         assert_eq!(plans[0].train, plans[1].train);
+        let text = format!("{SMALL}\n[variants]\nuniform = 2.0\n").replace("\"small\"", "7");
+        let problems = read(&text, &[]).unwrap_err();
+        let keys: Vec<&str> = problems.iter().map(|problem| problem.key.as_str()).collect();
+        assert_eq!(keys, ["variants.uniform", "run.name"]);
     }
 
     #[test]
@@ -665,6 +811,6 @@ mod tests {
         assert_eq!(one(&plan.to_toml(), &[]).unwrap(), plan);
         assert!(one(SMALL, &["model.norm=naive_rms"]).is_ok());
         let text = one(SMALL, &["model.norm=batch"]).unwrap_err().to_string();
-        assert!(text.contains("`rms`, `naive_rms`, `layer`"), "{text}");
+        assert!(text.contains("it must be \"rms\", \"naive_rms\" or \"layer\""), "{text}");
     }
 }

@@ -339,7 +339,7 @@ impl Plan {
         self.check_processes(problems);
         self.check_evaluation(problems);
         problems.check(
-            !self.data.source.is_empty(),
+            !self.data.source.is_empty() || !sound(problems, &["prepare"]),
             "data.source",
             "missing",
             "a run needs text",

@@ -104,7 +104,7 @@ impl TokenizerConfig {
             return;
         }
         problems.check(
-            prepares,
+            prepares || !sound(problems, &["prepare"]),
             "tokenizer.file",
             "missing",
             "without [prepare] there is no text to train a tokenizer on",

@@ -17,7 +17,10 @@ pub struct Problem {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} = {}: {}; {}", self.key, self.value, self.rule, self.fix)
+        let Self { key, value, rule, fix } = self;
+        // A whole table is not shown.
+        let equals = if value.is_empty() { "" } else { " = " };
+        write!(f, "{key}{equals}{value}: {rule}; {fix}")
     }
 }
 
