@@ -103,7 +103,7 @@ impl Hub {
         let files = ["datasets"].into_iter().chain(id.split('/')).chain(["resolve", &commit]);
         let builder = HttpBuilder::new()
             .with_url(client.address(files.chain(dataset.folder.split('/')))?)
-            .with_retry(ulmus_storage::retries(super::RETRIES))
+            .with_retry(ulmus_storage::wire_retries())
             .with_http_connector(Redirects::new(client.clone()));
         let builder = ulmus_storage::settings(timeout)
             .into_iter()

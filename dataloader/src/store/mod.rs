@@ -50,8 +50,6 @@ const PIECE: u64 = 8 << 20;
 const MOST_PARTS: u64 = 10_000;
 /// Requests of one read that are under way at once.
 const AT_ONCE: usize = 4;
-/// How often a request is made again by itself.
-const RETRIES: usize = 2;
 /// How long an operation is begun again.
 const RETRY_DEADLINE: Duration = Duration::from_mins(1);
 /// Files that are asked about at once.
@@ -169,7 +167,7 @@ impl Stores {
             "hf" => open_hub(self, url),
             scheme => {
                 let counters = Arc::new(Counters::default());
-                let requests = Requests { timeout: self.timeout, retries: RETRIES };
+                let requests = Requests { timeout: self.timeout };
                 let opened = ulmus_storage::open(url, requests, &counters.failures);
                 let (store, prefix) = opened.map_err(refuse)?;
                 let listing = if matches!(scheme, "http" | "https") { Listing::None } else { Listing::Store };
@@ -439,7 +437,7 @@ impl Folder {
         Traffic {
             fetched_bytes: fetched.load(Ordering::Relaxed),
             cached_bytes: cached.load(Ordering::Relaxed),
-            failed_requests: failures.count(),
+            failed_requests: failures.failed_requests(),
         }
     }
 
@@ -784,7 +782,7 @@ fn in_pieces(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
 }
 
 /// Makes an operation again that failed for a reason that may pass. Single requests are made again below
-/// (`ulmus_storage::retries`); here that is for answers that begin well and then break off.
+/// (`ulmus_storage::wire_retries`); here that is for answers that begin well and then break off.
 async fn retried<T, F: Future<Output = object_store::Result<T>>>(
     operation: impl FnMut() -> F,
 ) -> object_store::Result<T> {

@@ -170,8 +170,7 @@ impl Store {
     }
 
     fn remote(location: &str) -> Result<Self, StoreError> {
-        // Operations are begun again here, and so not below.
-        let requests = Requests { timeout: REQUEST, retries: 0 };
+        let requests = Requests { timeout: REQUEST };
         let opened = ulmus_storage::open(location, requests, &Arc::default());
         let (objects, prefix) =
             opened.map_err(|reason| StoreError::Location { location: location.to_owned(), reason })?;

@@ -1,5 +1,5 @@
 //! The HTTP client below every remote store: a deadline for each request, attempts that are counted, and pauses that
-//! a server asks for. The retries themselves are those of crate `object_store`.
+//! a server asks for. The retries of single requests are those of crate `object_store`.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -15,22 +15,18 @@ use reqwest::StatusCode;
 use reqwest::header::{CONTENT_LENGTH, HeaderMap, RETRY_AFTER};
 use tokio::time::Instant;
 
-use super::Failures;
+use crate::counters::Counters;
+use crate::retry::{FIRST_PAUSE, LONGEST_PAUSE, REQUEST_RETRIES};
 
-/// No pause is longer, whatever a server asks for.
-const LONGEST_PAUSE: Duration = Duration::from_mins(5);
+/// No pause that a server asks for is kept for longer.
+const LONGEST_REQUESTED_PAUSE: Duration = Duration::from_mins(5);
 const CONNECT: Duration = Duration::from_secs(10);
 
-/// Back-off with jitter, for a request that is made again so often. The attempts above give a server a minute, so that its
-/// restart is no error.
-pub fn retries(max_retries: usize) -> RetryConfig {
+/// How often a single request is made again, for the builder of any store.
+pub fn wire_retries() -> RetryConfig {
     RetryConfig {
-        backoff: BackoffConfig {
-            init_backoff: Duration::from_millis(100),
-            max_backoff: Duration::from_secs(15),
-            base: 2.0,
-        },
-        max_retries,
+        backoff: BackoffConfig { init_backoff: FIRST_PAUSE, max_backoff: LONGEST_PAUSE, base: 2.0 },
+        max_retries: REQUEST_RETRIES,
         retry_timeout: Duration::from_mins(5),
     }
 }
@@ -44,9 +40,9 @@ pub fn settings(timeout: Duration) -> [(ClientConfigKey, String); 3] {
     ]
 }
 
-/// Makes clients that report to a source's failures.
+/// Makes clients that report to the counters of a store.
 #[derive(Debug)]
-pub(super) struct Connector(pub(super) Arc<Failures>);
+pub(crate) struct Connector(pub(crate) Arc<Counters>);
 
 impl HttpConnector for Connector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
@@ -57,14 +53,14 @@ impl HttpConnector for Connector {
 }
 
 /// A client that counts what fails, and waits when its server asks for it.
-pub fn watched(client: HttpClient, failures: &Arc<Failures>) -> HttpClient {
-    HttpClient::new(Watched { client, failures: Arc::clone(failures), resume: Mutex::new(None) })
+pub fn watched(client: HttpClient, counters: &Arc<Counters>) -> HttpClient {
+    HttpClient::new(Watched { client, counters: Arc::clone(counters), resume: Mutex::new(None) })
 }
 
 #[derive(Debug)]
 struct Watched {
     client: HttpClient,
-    failures: Arc<Failures>,
+    counters: Arc<Counters>,
     /// When the server wants to be asked again.
     resume: Mutex<Option<Instant>>,
 }
@@ -77,24 +73,24 @@ impl HttpService for Watched {
             tokio::time::sleep_until(resume).await;
         }
         let lists = is_listing(&request);
-        let response = self.client.execute(request).await.inspect_err(|_| self.failures.add())?;
+        let response = self.client.execute(request).await.inspect_err(|_| self.counters.add_failed())?;
         let (status, wanted) = (response.status(), pause(response.headers()));
         if let Some(wanted) = wanted.filter(|_| is_overload(status) || exhausted(response.headers())) {
-            let resume = Instant::now() + wanted.min(LONGEST_PAUSE);
+            let resume = Instant::now() + wanted.min(LONGEST_REQUESTED_PAUSE);
             *self.resume.lock().unwrap_or_else(PoisonError::into_inner) = Some(resume);
             tracing::info!(seconds = wanted.as_secs(), "the server asks for a pause");
         }
         if is_overload(status) || status.is_server_error() {
-            self.failures.add();
+            self.counters.add_failed();
         }
         if lists && status.is_success() {
-            return self.without_odd_names(response).await.inspect_err(|_| self.failures.add());
+            return self.without_odd_names(response).await.inspect_err(|_| self.counters.add_failed());
         }
         // A connection that is cut fails while the body is read.
-        let failures = Arc::clone(&self.failures);
+        let counters = Arc::clone(&self.counters);
         Ok(response.map(|body| {
             HttpResponseBody::new(body.map_err(move |error| {
-                failures.add();
+                counters.add_failed();
                 error
             }))
         }))
@@ -102,7 +98,7 @@ impl HttpService for Watched {
 }
 
 impl Watched {
-    /// The answer to a listing, without what could not be asked for anyway: a single such name would cost the whole answer.
+    /// The answer to a listing without names that no request can be made for: a single one would cost the whole answer.
     async fn without_odd_names(&self, response: HttpResponse) -> Result<HttpResponse, HttpError> {
         let (mut parts, body) = response.into_parts();
         let body = body.bytes().await?;
@@ -111,21 +107,21 @@ impl Watched {
         };
         let (kept, odd) = cleaned(text);
         for name in odd {
-            self.failures.add_name(name);
+            self.counters.add_odd_name(name);
         }
         parts.headers.remove(CONTENT_LENGTH);
         Ok(HttpResponse::from_parts(parts, kept.into()))
     }
 }
 
-/// Whether a request is for a listing: of S3 and Google, or of Azure.
+/// Whether a request asks for a listing, as S3 and Google or as Azure know it.
 fn is_listing(request: &HttpRequest) -> bool {
     let query = request.uri().query().unwrap_or_default();
     query.split('&').any(|pair| matches!(pair, "list-type=2" | "comp=list"))
 }
 
-/// A listing without the entries whose names no request can be made for, and those names. What stands for a folder is left
-/// out, too, and has no name.
+/// A listing without the entries whose names no request can be made for, and those names. Entries that stand for folders are
+/// left out as well, and are not named.
 fn cleaned(listing: &str) -> (String, Vec<String>) {
     let is_azure = listing.contains("<Blob>");
     let (begin, end, name) =
