@@ -305,7 +305,7 @@ async fn lost_results(database: &Database, folder: &RunFolder) -> Result<Vec<Str
     for (kind, place, files) in average.into_iter().chain(export) {
         let found = folder.store().list(place).await.map_err(|error| in_store(&error))?;
         let is_there = |name: &str, entry: &FileEntry| {
-            found.iter().any(|file| file.path == format!("{place}/{name}") && file.bytes == entry.bytes)
+            found.iter().any(|file| file.path == format!("{place}/{name}") && file.size == entry.bytes)
         };
         if let Some((name, _)) = files.iter().find(|(name, entry)| !is_there(name, entry)) {
             database.forget_job(kind).map_err(|error| stored(&error))?;

@@ -141,7 +141,11 @@ fn whoever_cannot_reach_the_store_or_comes_second_is_refused() {
     cloud.set_secret("a wrong one");
     let refused = cloud.sandbox.worker(&address, "stranger").ends();
     assert_ne!(refused.code, Some(0), "{}", refused.output);
-    assert!(refused.output.contains("no access to coordinator.nonce"), "{}", refused.output);
+    assert!(
+        refused.output.contains("no access to s3://runs/of/a team/tiny/coordinator.nonce"),
+        "{}",
+        refused.output
+    );
     assert!(refused.output.contains("SignatureDoesNotMatch"), "{}", refused.output);
     cloud.set_secret(SECRET);
     let member = cloud.sandbox.worker(&address, "member");

@@ -7,10 +7,11 @@
 use std::collections::BTreeSet;
 
 use ulmus_run::paths;
+use ulmus_storage::Store;
 use ulmus_types::{CheckpointId, CheckpointKind};
 
 use crate::reader::{checkpoints, read_manifest};
-use crate::{CheckpointError, Store, manifest_path};
+use crate::{CheckpointError, manifest_path};
 
 /// Recovery checkpoints that are kept: the newest, and one to go back to if it turns out to be damaged.
 const RECOVERY_KEPT: usize = 2;

@@ -4,8 +4,8 @@
 //! [`write_part`] and [`commit`]: parts, then manifest, then pointer) and on one rule of reading: a directory
 //! without a valid manifest, or with one byte that the manifest does not vouch for, is not a checkpoint.
 //!
-//! [`Store`] is the handle on the run folder that everything else of a run goes through as well. What is *in*
-//! the tensors is not this crate's matter: it knows bytes, ranges of a flat vector, and their hashes.
+//! A [`Store`] is the run folder, as everything else of a run sees it as well. What is *in* the tensors is not this crate's
+//! matter: it knows bytes, ranges of a flat vector, and their hashes.
 
 #![forbid(unsafe_code)]
 
@@ -13,14 +13,13 @@ mod gc;
 mod manifest;
 mod optimizer;
 mod reader;
-mod store;
 mod writer;
 
 pub use gc::{collect_garbage, delete};
 pub use manifest::Manifest;
 pub use optimizer::{OptimizerShard, files_of, optimizer_shards};
 pub use reader::{checkpoints, damaged_files, newest_verified, read_file, read_manifest, verify};
-pub use store::{Store, StoreError, StoredFile};
+pub use ulmus_storage::{Store, StoreError};
 pub use writer::{commit, write_part};
 
 use ulmus_run::paths;
@@ -105,6 +104,9 @@ pub enum FileFault {
         /// Bytes found.
         found: u64,
     },
+    /// It became another file, or its store gave less than it said.
+    #[error("changed while it was read")]
+    Changed,
     /// The length is right, the contents are not.
     #[error("has hash {} instead of {}", found.short(), expected.short())]
     Digest {

@@ -7,10 +7,10 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use ulmus_run::paths;
-use ulmus_types::{CheckpointId, Digest, FileEntry, RunId, Step};
+use ulmus_storage::{Store, StoreError};
+use ulmus_types::{CheckpointId, Digest, ErrorKind, FileEntry, RunId, Step};
 
-use crate::store::StoreError;
-use crate::{CheckpointError, FileFault, Manifest, Store, manifest_path};
+use crate::{CheckpointError, FileFault, Manifest, manifest_path};
 
 /// Reads the manifest of `id`; its files are not looked at.
 ///
@@ -53,7 +53,7 @@ pub async fn damaged_files(
     let id = manifest.checkpoint;
     // Lengths first: they cost one request, and hashing a large checkpoint to find its last file cut costs minutes.
     let lengths: BTreeMap<_, _> =
-        store.list(&paths::checkpoint(id)).await?.into_iter().map(|file| (file.path, file.bytes)).collect();
+        store.list(&paths::checkpoint(id)).await?.into_iter().map(|file| (file.path, file.size)).collect();
     let mut damaged = Vec::new();
     let mut whole = Vec::new();
     for (file, entry) in &manifest.files {
@@ -67,7 +67,7 @@ pub async fn damaged_files(
     }
     for (file, entry) in whole {
         let mut contents = Contents::hashed_only();
-        let read = store.read_pieces(&paths::checkpoint_file(id, file), |piece| contents.add(piece)).await;
+        let read = store.get_pieces(&paths::checkpoint_file(id, file), |piece| contents.add(piece)).await;
         match settle(id, file, entry, read.map(|()| contents)) {
             Ok(_) => {}
             Err(error) if error.condemns() => damaged.push(error),
@@ -87,7 +87,7 @@ pub async fn read_file(store: &Store, manifest: &Manifest, file: &str) -> Result
         return Err(CheckpointError::File { id, file: file.to_owned(), fault: FileFault::Unlisted });
     };
     let mut contents = Contents::kept(entry.bytes);
-    let read = store.read_pieces(&paths::checkpoint_file(id, file), |piece| contents.add(piece)).await;
+    let read = store.get_pieces(&paths::checkpoint_file(id, file), |piece| contents.add(piece)).await;
     settle(id, file, entry, read.map(|()| contents))
 }
 
@@ -166,6 +166,7 @@ fn settle(
     let contents = match read {
         Ok(contents) => contents,
         Err(StoreError::NotFound { .. }) => return Err(condemn(FileFault::Missing)),
+        Err(error) if error.kind() == ErrorKind::Corrupt => return Err(condemn(FileFault::Changed)),
         Err(error) => return Err(error.into()),
     };
     check_length(Some(contents.bytes), entry).map_err(condemn)?;

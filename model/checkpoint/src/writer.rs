@@ -13,10 +13,11 @@
 
 use bytes::Bytes;
 use ulmus_run::paths;
+use ulmus_storage::Store;
 use ulmus_types::{CheckpointId, FileEntry};
 
 use crate::reader::read_manifest;
-use crate::{CheckpointError, Manifest, Store, manifest_path};
+use crate::{CheckpointError, Manifest, manifest_path};
 
 /// Writes the file `name` of the checkpoint `id` (step 1), and answers what the manifest must say of it.
 ///

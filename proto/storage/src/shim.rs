@@ -32,3 +32,10 @@ pub fn open(
 pub fn of_disk(error: &object_store::Error) -> Option<&io::Error> {
     crate::cause::of_disk(error)
 }
+
+impl crate::Store {
+    /// The object store and the prefix within it.
+    pub fn objects(&self) -> (Arc<dyn ObjectStore>, Path) {
+        (Arc::clone(&self.objects), self.resolve(""))
+    }
+}
