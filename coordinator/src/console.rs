@@ -80,7 +80,7 @@ impl Console {
             }
             Notification::JobStarted(job, worker) => {
                 self.bar.set_prefix(job.name());
-                self.line(&format!("{} on {}: {}", job.name(), worker.name(), purpose(job)));
+                self.line(&format!("{} on {}: {}", job.name(), worker.name(), job));
             }
             Notification::Drained(worker) => {
                 self.line(&format!("worker {} has left, as it was asked to", worker.name()));
@@ -134,18 +134,6 @@ impl Console {
     /// Takes the progress bar away.
     pub(crate) fn finish(&self) {
         self.bar.finish_and_clear();
-    }
-}
-
-fn purpose(job: &Job) -> String {
-    match job {
-        Job::Prepare => "text to shards, tokenizer and manifest".to_owned(),
-        Job::Average(ids) => format!("mean of the last {} milestones in float64", ids.len()),
-        Job::EvaluateAverage => "held-out perplexity of the average".to_owned(),
-        Job::Evaluate(id) => format!("held-out perplexity of {id}"),
-        Job::Continue(_) => "greedy continuations of held-out text".to_owned(),
-        Job::Export => "Hugging Face layout".to_owned(),
-        Job::Benchmark => "prompt processing and generation".to_owned(),
     }
 }
 

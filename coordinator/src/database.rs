@@ -695,7 +695,7 @@ mod tests {
             store.save_fingerprint(Digest::of(b"f")).unwrap();
             store.save_steps(Generation::new(1), &[report(1, 8.0), report(2, 7.0)]).unwrap();
             store.save_checkpoint(&checkpoint).unwrap();
-            store.save_job(&Job::Prepare, "{\"shards\":3}").unwrap();
+            store.save_job(&Job::new(JobKind::Prepare, Vec::new()).unwrap(), "{\"shards\":3}").unwrap();
             store.save_reading(&row).unwrap();
         }
         let store = Database::open(&path).unwrap();

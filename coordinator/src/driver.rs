@@ -152,7 +152,7 @@ impl Driver {
             ToCoordinator::Steps { reports, .. } => reports,
             ToCoordinator::Ready(ready) => &ready.reports,
             // A result that cannot be read would end the run when its last page is written.
-            ToCoordinator::JobDone { job, result } => match ulmus_run::results::check(job, result) {
+            ToCoordinator::JobDone { job, result } => match ulmus_run::results::check(job.kind(), result) {
                 Ok(()) => return event,
                 Err(error) => {
                     return Event::ReceivedInvalid(worker.clone(), for_people(&error.to_string(), 500));

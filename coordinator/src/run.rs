@@ -197,7 +197,7 @@ async fn run_one(
         print(&format!("ALARM: {lost}"))?;
     }
     let saved = database.saved().map_err(|error| stored(&error))?;
-    let finished_before = saved.jobs.contains(&JobKind::Benchmark);
+    let finished_before = JobKind::of_run(plan.checkpoint.export).is_subset(&saved.jobs);
     if finished_before && folder.keeps_another(plan).map_err(|error| in_folder(&error))? {
         print(
             "this run is finished: what was changed in its plan changes no result of it any more; start a run of another name",
@@ -309,8 +309,6 @@ async fn lost_results(database: &Database, folder: &RunFolder) -> Result<Vec<Str
         };
         if let Some((name, _)) = files.iter().find(|(name, entry)| !is_there(name, entry)) {
             database.forget_job(kind).map_err(|error| stored(&error))?;
-            // It reads what the others have made, and tells that all are done.
-            database.forget_job(JobKind::Benchmark).map_err(|error| stored(&error))?;
             lost.push(format!("{place}/{name} is not what was written there; {} is done again", kind.name()));
         }
     }

@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use ulmus_types::{
     Assignment, BadUnit, Blame, CheckpointId, CheckpointKind, Digest, ErrorKind, ExitStatus, FileEntry,
-    Generation, GroupKey, GroupRequest, Heartbeat, Hello, Incarnation, Job, LeaveReason, Peer, Rank, Ready,
-    Repair, RunId, Section, SessionSecret, Snapshot, SourceReading, Step, StepReport, ToCoordinator,
-    ToWorker, WorkerId, WorkerStatus,
+    Generation, GroupKey, GroupRequest, Heartbeat, Hello, Incarnation, Job, JobKind, LeaveReason, Peer, Rank,
+    Ready, Repair, RunId, Section, SessionSecret, Snapshot, SourceReading, Step, StepReport, ToCoordinator,
+    ToWorker, WorkerId, WorkerStatus, for_people,
 };
 
 use crate::v1;
@@ -199,20 +199,8 @@ impl From<v1::SourceReading> for SourceReading {
 
 impl From<Job> for v1::Job {
     fn from(job: Job) -> Self {
-        use v1::job::Job as Wire;
-        let list = |ids: Vec<CheckpointId>| v1::Checkpoints {
-            checkpoints: ids.into_iter().map(Into::into).collect(),
-        };
-        let job = match job {
-            Job::Prepare => Wire::Prepare(true),
-            Job::Average(ids) => Wire::Average(list(ids)),
-            Job::EvaluateAverage => Wire::EvaluateAverage(true),
-            Job::Evaluate(id) => Wire::Evaluate(id.into()),
-            Job::Continue(ids) => Wire::Continuations(list(ids)),
-            Job::Export => Wire::Export(true),
-            Job::Benchmark => Wire::Benchmark(true),
-        };
-        Self { job: Some(job) }
+        let checkpoints = job.checkpoints().iter().copied().map(Into::into).collect();
+        Self { kind: job.name().to_owned(), checkpoints }
     }
 }
 
@@ -220,17 +208,12 @@ impl TryFrom<v1::Job> for Job {
     type Error = WireError;
 
     fn try_from(job: v1::Job) -> Result<Self, WireError> {
-        use v1::job::Job as Wire;
-        let list = |ids: v1::Checkpoints| ids.checkpoints.into_iter().map(Into::into).collect();
-        Ok(match required("job", job.job)? {
-            Wire::Prepare(_) => Self::Prepare,
-            Wire::Average(ids) => Self::Average(list(ids)),
-            Wire::EvaluateAverage(_) => Self::EvaluateAverage,
-            Wire::Evaluate(id) => Self::Evaluate(id.into()),
-            Wire::Continuations(ids) => Self::Continue(list(ids)),
-            Wire::Export(_) => Self::Export,
-            Wire::Benchmark(_) => Self::Benchmark,
-        })
+        let kind = JobKind::of_name(&job.kind).ok_or_else(|| WireError::Invalid {
+            field: "job.kind",
+            value: format!("{:?}", for_people(&job.kind, 100)),
+        })?;
+        Self::new(kind, job.checkpoints.into_iter().map(Into::into).collect())
+            .map_err(|error| WireError::Invalid { field: "job.checkpoints", value: error.to_string() })
     }
 }
 
@@ -696,6 +679,11 @@ mod tests {
         CheckpointId::new(Step::new(50), Generation::new(2))
     }
 
+    /// A job that reads `count` checkpoints.
+    fn job(kind: JobKind, count: usize) -> Job {
+        Job::new(kind, vec![checkpoint(); count]).unwrap()
+    }
+
     #[test]
     fn every_message_of_a_worker_survives_the_wire() {
         let generation = Generation::new(3);
@@ -767,9 +755,9 @@ mod tests {
                 kind: ErrorKind::Internal,
                 message: "full".into(),
             },
-            ToCoordinator::JobDone { job: Job::Average(vec![checkpoint()]), result: "{}".into() },
+            ToCoordinator::JobDone { job: job(JobKind::Average, 1), result: "{}".into() },
             ToCoordinator::JobFailed {
-                job: Job::Prepare,
+                job: job(JobKind::Prepare, 0),
                 kind: ErrorKind::Corrupt,
                 message: "m".into(),
                 bad_unit: Some(BadUnit { source: "web".into(), unit: 3 }),
@@ -789,7 +777,7 @@ mod tests {
             let (since, busy) = (Duration::from_millis(3), Duration::from_secs(4));
             ToCoordinator::Heartbeat(Heartbeat { generation, collective: 9, section, since, busy })
         }));
-        let busy = WorkerStatus::Working(Job::Evaluate(checkpoint()));
+        let busy = WorkerStatus::Working(job(JobKind::EvaluateLast, 1));
         let id = RunId::from_bytes([3; 16]);
         let secret = SessionSecret::from_bytes([4; 32]);
         for (status, run, secret) in [
@@ -867,13 +855,11 @@ mod tests {
         );
         messages.extend(
             [
-                Job::Prepare,
-                Job::Average(vec![]),
-                Job::EvaluateAverage,
-                Job::Evaluate(checkpoint()),
-                Job::Continue(vec![checkpoint()]),
-                Job::Export,
-                Job::Benchmark,
+                job(JobKind::Prepare, 0),
+                job(JobKind::Average, 5),
+                job(JobKind::EvaluateLast, 1),
+                job(JobKind::Continuations, 3),
+                job(JobKind::Benchmark, 0),
             ]
             .map(ToWorker::Run),
         );
@@ -892,5 +878,14 @@ mod tests {
         let ready = v1::Ready { fingerprint: vec![1, 2], ..v1::Ready::default() };
         let error = of(v1::from_worker::Message::Ready(ready));
         assert!(matches!(error, Err(WireError::Invalid { field: "ready.fingerprint", .. })));
+        let done = |kind: &str, checkpoints| {
+            let job = Some(v1::Job { kind: kind.to_owned(), checkpoints });
+            of(v1::from_worker::Message::JobDone(v1::JobDone { job, result: String::new() }))
+        };
+        assert!(done("export", vec![]).is_ok());
+        let error = done("conquer", vec![]).unwrap_err().to_string();
+        assert!(error.contains("job.kind") && error.contains("conquer"), "{error}");
+        let error = done("export", vec![checkpoint().into()]).unwrap_err().to_string();
+        assert!(error.contains("job.checkpoints") && error.contains("export"), "{error}");
     }
 }

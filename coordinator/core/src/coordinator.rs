@@ -367,7 +367,7 @@ impl Coordinator {
         self.dismiss_drained();
         self.form_group(now);
         self.start_jobs(now);
-        if self.jobs.all_done(self.is_trained_and_stored(), &self.checkpoints) {
+        if self.is_trained_and_stored() && self.jobs.all_done() {
             self.exit(ExitStatus::Done, "every phase is done".to_owned());
         } else if self.stopping_since.is_some()
             && matches!(self.group, Group::Absent { .. })

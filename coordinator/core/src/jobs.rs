@@ -1,18 +1,17 @@
-//! The phases of a run around its training, as a graph of jobs.
+//! The jobs of a run around its training: which are done, which are being done, and which can begin.
 //!
 //! ```text
-//! prepare ─► (training) ─► average ─┬─► evaluate-average ─┬─► benchmark
-//!                                   ├─► evaluate-last ────┤
-//!                                   ├─► continuations ────┤
-//!                                   └─► export ───────────┘
+//!                          ┌─► average ─┬─► evaluate-average ─┐
+//! prepare ─► (training) ─► │            └─► export ───────────┼─► benchmark
+//!                          ├─► evaluate-last ─────────────────┤
+//!                          └─► continuations ─────────────────┘
 //! ```
-//! A plan may leave the export out. The benchmark comes last and alone, because what else runs on the machine would be
-//! measured with it.
+//! The graph is a table: [`JobKind::spec`]. A plan may leave the export out.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use ulmus_types::{CheckpointId, CheckpointKind, Job, JobKind, WorkerId};
+use ulmus_types::{CheckpointId, CheckpointKind, Job, JobKind, JobPhase, Milestones, WorkerId};
 
 /// How often a job may fail before the run gives up.
 const ATTEMPTS: u32 = 3;
@@ -22,9 +21,10 @@ const DISK_RETRY: Duration = Duration::from_secs(2);
 /// Which jobs are done and which are running.
 #[derive(Debug, Default)]
 pub(crate) struct Jobs {
+    /// The jobs that the plan asks for.
+    wanted: BTreeSet<JobKind>,
     /// Number of milestones that are averaged.
     average: u64,
-    export: bool,
     done: BTreeSet<JobKind>,
     running: BTreeMap<Job, WorkerId>,
     /// The worker to which each job was last given: no other worker's result counts.
@@ -43,18 +43,31 @@ impl Jobs {
         average: u64,
         export: bool,
     ) -> Self {
-        Self { average, export, done, owners, ..Self::default() }
+        Self { wanted: JobKind::of_run(export), average, done, owners, ..Self::default() }
     }
 
     pub(crate) fn is_done(&self, kind: JobKind) -> bool {
         self.done.contains(&kind)
     }
 
+    /// Whether every job that training depends on is done.
+    pub(crate) fn training_may_begin(&self) -> bool {
+        self.left().all(|kind| kind.spec().phase != JobPhase::BeforeTraining)
+    }
+
     /// Whether a job that reads milestones is not done yet.
     pub(crate) fn need_milestones(&self) -> bool {
-        [JobKind::Average, JobKind::EvaluateLast, JobKind::Continuations]
-            .into_iter()
-            .any(|kind| !self.is_done(kind))
+        self.left().any(|kind| kind.spec().checkpoints != Milestones::None)
+    }
+
+    /// Whether every job that the plan asks for is done.
+    pub(crate) fn all_done(&self) -> bool {
+        self.left().next().is_none()
+    }
+
+    /// The jobs that are not done yet.
+    fn left(&self) -> impl Iterator<Item = JobKind> {
+        self.wanted.iter().copied().filter(|kind| !self.is_done(*kind))
     }
 
     pub(crate) fn running(&self) -> &BTreeMap<Job, WorkerId> {
@@ -139,37 +152,38 @@ impl Jobs {
         trained: bool,
         checkpoints: &BTreeMap<CheckpointId, CheckpointKind>,
     ) -> Vec<Job> {
-        self.stage(trained, checkpoints)
-            .into_iter()
-            .filter(|job| !self.is_done(job.kind()) && !self.running.contains_key(job))
+        let milestones = milestones(checkpoints);
+        self.left()
+            .filter(|kind| self.may_begin(*kind, trained))
+            .filter_map(|kind| Job::new(kind, self.checkpoints_of(kind, &milestones)).ok())
+            .filter(|job| !self.running.contains_key(job))
             .collect()
     }
 
-    /// Whether nothing is left to do.
-    pub(crate) fn all_done(
-        &self,
-        trained: bool,
-        checkpoints: &BTreeMap<CheckpointId, CheckpointKind>,
-    ) -> bool {
-        trained && self.is_done(JobKind::Benchmark) && self.ready(trained, checkpoints).is_empty()
+    /// Whether what a job reads is there, and nothing runs that must not run beside it.
+    fn may_begin(&self, kind: JobKind, trained: bool) -> bool {
+        let spec = kind.spec();
+        let alone = || self.running.is_empty() && self.left().all(|other| other == kind);
+        (trained || spec.phase == JobPhase::BeforeTraining)
+            && spec.reads.iter().all(|read| self.is_done(*read))
+            && (!spec.exclusive || alone())
     }
 
-    /// The first stage of the graph that is not done yet.
-    fn stage(&self, trained: bool, checkpoints: &BTreeMap<CheckpointId, CheckpointKind>) -> Vec<Job> {
-        if !self.is_done(JobKind::Prepare) {
-            return vec![Job::Prepare];
+    /// The milestones, of all that there are, that a job reads.
+    fn checkpoints_of(&self, kind: JobKind, milestones: &[CheckpointId]) -> Vec<CheckpointId> {
+        let (Some(first), Some(last)) = (milestones.first(), milestones.last()) else { return Vec::new() };
+        match kind.spec().checkpoints {
+            Milestones::None => Vec::new(),
+            Milestones::Last => vec![*last],
+            Milestones::Averaged => {
+                milestones[milestones.len().saturating_sub(self.average as usize)..].to_vec()
+            }
+            Milestones::Spread => {
+                let mut spread = vec![*first, milestones[milestones.len() / 2], *last];
+                spread.dedup();
+                spread
+            }
         }
-        let milestones = milestones(checkpoints);
-        let (true, Some(first), Some(last)) = (trained, milestones.first(), milestones.last()) else {
-            return Vec::new();
-        };
-        let averaged = milestones[milestones.len().saturating_sub(self.average as usize)..].to_vec();
-        let mut shown = vec![*first, milestones[milestones.len() / 2], *last];
-        shown.dedup();
-        let mut results = vec![Job::EvaluateAverage, Job::Evaluate(*last), Job::Continue(shown)];
-        results.extend(self.export.then_some(Job::Export));
-        let stages = [vec![Job::Average(averaged)], results, vec![Job::Benchmark]];
-        stages.into_iter().find(|stage| stage.iter().any(|job| !self.is_done(job.kind()))).unwrap_or_default()
     }
 }
 
@@ -195,7 +209,7 @@ mod tests {
         let checkpoints = BTreeMap::from([(last, CheckpointKind::Milestone)]);
         let mut jobs = Jobs::new(BTreeSet::new(), BTreeMap::new(), 5, export);
         let mut names = Vec::new();
-        while !jobs.all_done(true, &checkpoints) {
+        while !jobs.all_done() {
             for job in jobs.ready(true, &checkpoints) {
                 jobs.succeeded(&job);
                 names.push(job.name());
@@ -207,7 +221,7 @@ mod tests {
     #[test]
     fn a_run_is_done_without_the_export_that_it_does_not_want() {
         let with = names(true);
-        assert_eq!(with[4..], ["continuations", "export", "benchmark"]);
+        assert_eq!(with.last(), Some(&"benchmark"));
         let without: Vec<_> = with.into_iter().filter(|name| *name != "export").collect();
         assert_eq!(names(false), without);
     }

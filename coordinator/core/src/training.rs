@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use ulmus_types::{
     Assignment, BadUnit, CONNECT_WITHIN, CheckpointId, ErrorKind, ExitStatus, Generation, GroupRequest,
-    JobKind, LeaveReason, Rank, Repair, Step, StepReport, ToWorker, WorkerId, WorkerStatus, for_people,
+    LeaveReason, Rank, Repair, Step, StepReport, ToWorker, WorkerId, WorkerStatus, for_people,
 };
 
 use crate::coordinator::{Coordinator, TEXT_LIMIT};
@@ -324,7 +324,7 @@ impl Coordinator {
     }
 
     fn training_is_due(&self) -> bool {
-        self.jobs.is_done(JobKind::Prepare)
+        self.jobs.training_may_begin()
             && !self.is_trained_and_stored()
             && self.stopping_since.is_none()
             && (self.trained.is_none() || self.snapshots.is_empty())

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use ulmus_types::{
-    BadUnit, CheckpointId, ErrorKind, ExitStatus, Job, JobKind, ToWorker, WorkerId, for_people,
+    BadUnit, CheckpointId, ErrorKind, ExitStatus, Job, JobKind, JobPhase, ToWorker, WorkerId, for_people,
 };
 
 use crate::checkpoints::whole_seconds;
@@ -44,23 +44,24 @@ impl Coordinator {
         }
         let message = for_people(message, TEXT_LIMIT);
         // The damage may be known already; then the job is a different one by now.
-        if let Some(checkpoint) = damaged.filter(|id| milestones_of(job).contains(id)) {
+        if let Some(checkpoint) = damaged.filter(|id| job.checkpoints().contains(id)) {
             return self.on_damaged(checkpoint, &message);
         }
         // Units have no numbers until the preparation is done.
-        let bad_unit = bad_unit.filter(|_| *job != Job::Prepare);
+        let spec = job.kind().spec();
+        let bad_unit = bad_unit.filter(|_| spec.phase == JobPhase::AfterTraining);
         // The job may have started before the unit was quarantined.
         let was_known = bad_unit.is_some_and(|unit| self.quarantine.contains_key(unit));
         if !was_known && bad_unit.is_some_and(|unit| self.quarantine_unit(unit, &message)) {
             return;
         }
         // At the start of a run there is nothing to lose, and the person who started it can fix the disk.
-        if kind == ErrorKind::Disk && *job != Job::Prepare {
+        if kind == ErrorKind::Disk && spec.phase == JobPhase::AfterTraining {
             return self.wait_for_disk(worker, job, &message, now);
         }
         let may_try_again = self.jobs.failed(job, worker);
         // The average, which all these jobs read, can be recomputed.
-        if kind == ErrorKind::Corrupt && may_try_again && reads_average(job) {
+        if kind == ErrorKind::Corrupt && may_try_again && spec.reads.contains(&JobKind::Average) {
             self.jobs.undone(JobKind::Average);
             self.effect(Effect::SaveJobUndone(JobKind::Average));
             return self.emit(Notification::Alarm(format!("{message}; the average will be recomputed")));
@@ -126,18 +127,5 @@ impl Coordinator {
             self.send(&worker, ToWorker::Run(job.clone()));
             self.emit(Notification::JobStarted(job, worker));
         }
-    }
-}
-
-fn reads_average(job: &Job) -> bool {
-    matches!(job, Job::EvaluateAverage | Job::Export | Job::Benchmark)
-}
-
-/// The milestones that a job reads, if any.
-fn milestones_of(job: &Job) -> &[CheckpointId] {
-    match job {
-        Job::Average(milestones) | Job::Continue(milestones) => milestones,
-        Job::Evaluate(milestone) => std::slice::from_ref(milestone),
-        Job::Prepare | Job::EvaluateAverage | Job::Export | Job::Benchmark => &[],
     }
 }

@@ -1,6 +1,6 @@
 //! Names of the files of a run folder, relative to it.
 
-use ulmus_types::{CheckpointId, Digest, Job};
+use ulmus_types::{CheckpointId, Digest, JobKind};
 
 /// Every key of the plan, with its value.
 pub const PLAN: &str = "plan.resolved.toml";
@@ -68,8 +68,8 @@ pub fn export_file(file: &str) -> String {
 }
 
 /// The result of a job.
-pub fn result(job: &Job) -> String {
-    format!("{RESULTS}/{}.json", job.name())
+pub fn result(kind: JobKind) -> String {
+    format!("{RESULTS}/{}.json", kind.name())
 }
 
 /// The algorithms that a device has chosen, which describes itself so.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use ulmus_types::{CheckpointId, Digest, FileEntry, Job, JobKind};
+use ulmus_types::{CheckpointId, Digest, FileEntry, JobKind};
 
 use crate::{FormatError, paths};
 
@@ -227,19 +227,19 @@ impl Results {
 ///
 /// # Errors
 /// Says what it lacks.
-pub fn check(job: &Job, result: &str) -> Result<(), FormatError> {
+pub fn check(kind: JobKind, result: &str) -> Result<(), FormatError> {
     fn is<T: DeserializeOwned>(text: &str) -> Result<(), serde_json::Error> {
         serde_json::from_str::<T>(text).map(drop)
     }
-    let checked = match job {
-        Job::Prepare => is::<Prepared>(result),
-        Job::Average(_) => is::<Average>(result),
-        Job::EvaluateAverage | Job::Evaluate(_) => is::<Measured<Perplexity>>(result),
-        Job::Continue(_) => is::<Measured<Continuations>>(result),
-        Job::Export => is::<Exported>(result),
-        Job::Benchmark => is::<Benchmark>(result),
+    let checked = match kind {
+        JobKind::Prepare => is::<Prepared>(result),
+        JobKind::Average => is::<Average>(result),
+        JobKind::EvaluateAverage | JobKind::EvaluateLast => is::<Measured<Perplexity>>(result),
+        JobKind::Continuations => is::<Measured<Continuations>>(result),
+        JobKind::Export => is::<Exported>(result),
+        JobKind::Benchmark => is::<Benchmark>(result),
     };
-    checked.map_err(|error| FormatError::new(paths::result(job), &error))
+    checked.map_err(|error| FormatError::new(paths::result(kind), &error))
 }
 
 /// The contents of a file of results: fields in the order of the alphabet, one per line.
@@ -257,14 +257,14 @@ mod tests {
     #[test]
     fn a_result_is_one_of_its_job() {
         let skipped = r#"{"skipped": "no text"}"#;
-        assert!(check(&Job::EvaluateAverage, skipped).is_ok());
-        let error = check(&Job::Benchmark, skipped).unwrap_err().to_string();
+        assert!(check(JobKind::EvaluateAverage, skipped).is_ok());
+        let error = check(JobKind::Benchmark, skipped).unwrap_err().to_string();
         assert!(
             error.starts_with("results/benchmark.json cannot be read") && error.contains("prompt_"),
             "{error}"
         );
-        assert!(check(&Job::EvaluateAverage, r#"{"loss": 1.0}"#).is_err());
-        assert!(check(&Job::Export, "[]").is_err());
+        assert!(check(JobKind::EvaluateAverage, r#"{"loss": 1.0}"#).is_err());
+        assert!(check(JobKind::Export, "[]").is_err());
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod contents;
 mod digest;
 mod error;
 mod ids;
+mod job;
 mod key;
 mod message;
 mod nonce;
@@ -23,11 +24,11 @@ pub use contents::{is_pointer, without_mark};
 pub use digest::{Digest, DigestError};
 pub use error::{ErrorKind, ExitStatus};
 pub use ids::{CheckpointId, Generation, IdError, Incarnation, LaneId, Rank, RunId, RunName, Step, WorkerId};
+pub use job::{Job, JobKind, JobPhase, JobSpec, Milestones, WrongInputs};
 pub use key::GroupKey;
 pub use message::{
-    Assignment, BadUnit, CheckpointKind, FileEntry, GroupRequest, Heartbeat, Hello, Job, JobKind,
-    LeaveReason, Peer, Ready, Repair, Section, Snapshot, SourceReading, StepReport, ToCoordinator, ToWorker,
-    WorkerStatus,
+    Assignment, BadUnit, CheckpointKind, FileEntry, GroupRequest, Heartbeat, Hello, LeaveReason, Peer, Ready,
+    Repair, Section, Snapshot, SourceReading, StepReport, ToCoordinator, ToWorker, WorkerStatus,
 };
 pub use nonce::nonce_digest;
 pub use problem::{Problem, Problems};

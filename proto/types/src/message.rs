@@ -13,7 +13,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Blame, CheckpointId, Digest, ErrorKind, ExitStatus, Generation, GroupKey, Rank, RunId, RunName,
+    Blame, CheckpointId, Digest, ErrorKind, ExitStatus, Generation, GroupKey, Job, Rank, RunId, RunName,
     SessionSecret, Step, WorkerId,
 };
 
@@ -249,96 +249,6 @@ pub struct Snapshot {
     pub state: Digest,
     /// Names of the files that the checkpoint consists of.
     pub files: Vec<String>,
-}
-
-/// Work on the results of training, done by one worker. Doing it twice gives the same files.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Job {
-    /// Make the shards, the tokenizer and the manifest.
-    Prepare,
-    /// Average these checkpoints in f64.
-    Average(Vec<CheckpointId>),
-    /// Held-out perplexity of the average.
-    EvaluateAverage,
-    /// Held-out perplexity of a checkpoint.
-    Evaluate(CheckpointId),
-    /// Greedy continuations of held-out text from these checkpoints.
-    Continue(Vec<CheckpointId>),
-    /// Write the average in Hugging Face layout.
-    Export,
-    /// Tokens per second of prompt processing and generation.
-    Benchmark,
-}
-
-impl Job {
-    /// The kind of the job.
-    pub const fn kind(&self) -> JobKind {
-        match self {
-            Self::Prepare => JobKind::Prepare,
-            Self::Average(_) => JobKind::Average,
-            Self::EvaluateAverage => JobKind::EvaluateAverage,
-            Self::Evaluate(_) => JobKind::EvaluateLast,
-            Self::Continue(_) => JobKind::Continuations,
-            Self::Export => JobKind::Export,
-            Self::Benchmark => JobKind::Benchmark,
-        }
-    }
-
-    /// The name of the job's kind.
-    pub const fn name(&self) -> &'static str {
-        self.kind().name()
-    }
-}
-
-/// What a job produces. A run has one job of each kind.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum JobKind {
-    /// Shards, tokenizer and manifest.
-    Prepare,
-    /// The mean of the last milestones.
-    Average,
-    /// Held-out perplexity of the average.
-    EvaluateAverage,
-    /// Held-out perplexity of the last milestone.
-    EvaluateLast,
-    /// Continuations of held-out text.
-    Continuations,
-    /// The average in Hugging Face layout.
-    Export,
-    /// Tokens per second of the average.
-    Benchmark,
-}
-
-impl JobKind {
-    /// Every kind, in the order in which a run reaches them.
-    pub const ALL: [Self; 7] = [
-        Self::Prepare,
-        Self::Average,
-        Self::EvaluateAverage,
-        Self::EvaluateLast,
-        Self::Continuations,
-        Self::Export,
-        Self::Benchmark,
-    ];
-
-    /// A short name, also used for the result file.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Prepare => "prepare",
-            Self::Average => "average",
-            Self::EvaluateAverage => "evaluate-average",
-            Self::EvaluateLast => "evaluate-last",
-            Self::Continuations => "continuations",
-            Self::Export => "export",
-            Self::Benchmark => "benchmark",
-        }
-    }
-
-    /// The kind with this name.
-    pub fn of_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|kind| kind.name() == name)
-    }
 }
 
 /// A neighbour in the ring.

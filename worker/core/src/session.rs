@@ -343,7 +343,7 @@ impl<S: Clone> Session<S> {
 mod tests {
     use std::time::Duration;
 
-    use ulmus_types::{CheckpointKind, GroupKey, Incarnation, LeaveReason, Peer, Step, WorkerId};
+    use ulmus_types::{CheckpointKind, GroupKey, Incarnation, JobKind, LeaveReason, Peer, Step, WorkerId};
 
     use super::*;
 
@@ -563,7 +563,7 @@ mod tests {
     #[test]
     fn the_result_of_a_job_waits_for_somebody_to_hear_it() {
         let mut session = ready();
-        let job = Job::Export;
+        let job = Job::new(JobKind::Export, Vec::new()).unwrap();
         let done = ToCoordinator::JobDone { job: job.clone(), result: "{}".into() };
         session.on_message(ToWorker::Run(job.clone()));
         session.on_disconnected();

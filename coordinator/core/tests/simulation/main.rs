@@ -379,7 +379,7 @@ fn nobody_takes_the_place_of_a_worker_without_its_secret() {
     assert!(core.check_hello(&Hello { run: Some(RUN), secret: Some(secret), ..hello.clone() }).is_ok());
     // A new name does not help to claim work either.
     let other = WorkerId::new("x", Incarnation::new(2)).unwrap();
-    let claims = WorkerStatus::Working(Job::Export);
+    let claims = WorkerStatus::Working(Job::new(JobKind::Export, Vec::new()).unwrap());
     assert!(core.check_hello(&Hello { status: claims, ..hello_of(&other, VERSION) }).is_err());
 }
 
@@ -391,7 +391,7 @@ fn a_job_waits_for_a_disk_that_takes_nothing() {
     let averages = |world: &World| {
         let mut workers = world.workers.iter();
         workers.find_map(|(id, worker)| match &worker.job {
-            Some(job @ Job::Average(_)) => Some((id.clone(), job.clone())),
+            Some(job) if job.kind() == JobKind::Average => Some((id.clone(), job.clone())),
             _ => None,
         })
     };
@@ -560,7 +560,7 @@ fn a_job_that_failed_on_one_worker_is_tried_on_another() {
     };
     let first = prepares(&world).unwrap();
     let failed = ToCoordinator::JobFailed {
-        job: Job::Prepare,
+        job: Job::new(JobKind::Prepare, Vec::new()).unwrap(),
         kind: ErrorKind::InvalidInput,
         message: "no such folder".into(),
         bad_unit: None,

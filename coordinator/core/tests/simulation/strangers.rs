@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use ulmus_types::{
     BadUnit, Blame, CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Heartbeat, Job,
-    LeaveReason, Rank, Ready, Snapshot, SourceReading, Step, StepReport, ToCoordinator,
+    JobKind, LeaveReason, Rank, Ready, Snapshot, SourceReading, Step, StepReport, ToCoordinator,
 };
 
 use crate::FILES;
@@ -37,10 +37,10 @@ pub(crate) fn anything() -> impl Strategy<Value = ToCoordinator> {
     };
     let job = move || {
         prop_oneof![
-            Just(Job::Prepare),
-            Just(Job::Export),
-            Just(Job::Benchmark),
-            checkpoint().prop_map(|id| Job::Average(vec![id])),
+            Just(Job::new(JobKind::Prepare, Vec::new()).unwrap()),
+            Just(Job::new(JobKind::Export, Vec::new()).unwrap()),
+            Just(Job::new(JobKind::Benchmark, Vec::new()).unwrap()),
+            checkpoint().prop_map(|id| Job::new(JobKind::Average, vec![id]).unwrap()),
         ]
     };
     let reason = move || {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use ulmus_coord_core::{Coordinator, Effect, Event, Notification, Outcome, PersistentState};
 use ulmus_types::{
     CheckpointId, CheckpointKind, ExitStatus, Generation, GroupRequest, Heartbeat, Incarnation, JobKind,
-    LeaveReason, RunId, Section, Step, ToCoordinator, ToWorker, WorkerId,
+    LeaveReason, Milestones, RunId, Section, Step, ToCoordinator, ToWorker, WorkerId,
 };
 
 use crate::worker::{Group, Reaction, Stage, State, Worker};
@@ -200,9 +200,9 @@ impl World {
             .filter(|(_, kind)| **kind == CheckpointKind::Milestone)
             .map(|(id, _)| *id)
             .collect();
-        let read = [JobKind::Average, JobKind::EvaluateLast, JobKind::Continuations];
+        let mut read = JobKind::ALL.into_iter().filter(|kind| kind.spec().checkpoints != Milestones::None);
         // No job reads the milestones any more.
-        if self.core.is_none() || read.iter().all(|job| self.saved.jobs.contains(job)) {
+        if self.core.is_none() || read.all(|kind| self.saved.jobs.contains(&kind)) {
             return;
         }
         // A run all of whose checkpoints are damaged stops, which is another test.

@@ -1,0 +1,125 @@
+//! What must be there before the first step: shards, the tokenizer, and the frozen manifest of everything that is read.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use ulmus_dataloader::{Corpus, Manifest, cargo_home};
+use ulmus_plan::Plan;
+use ulmus_run::paths;
+use ulmus_run::results::{Prepared, Shards};
+use ulmus_tokenizer::Tokenizer;
+
+use crate::WorkerError;
+use crate::run::Run;
+
+/// Most text that is looked through for a document that is held out, before training. With the published share one
+/// document of 2,000 is.
+const LOOK_FOR_HELD_OUT: u64 = 1 << 30;
+
+/// Shards and tokenizer where the plan asks for them, and the frozen manifest of everything that is read.
+pub(super) fn prepare(run: &Run, say: &dyn Fn(String)) -> Result<Prepared, WorkerError> {
+    let plan = &run.plan;
+    let shards = match &plan.prepare {
+        Some(config) => {
+            let shards = run.folder().child(paths::SHARDS);
+            let prepared = ulmus_dataloader::prepare(config, &cargo_home(), plan.data.unit.get(), &shards)?;
+            Some(Shards {
+                summary: prepared.summary(),
+                shards: prepared.shards,
+                documents: prepared.documents,
+                bytes: prepared.bytes,
+                digest: prepared.digest,
+                found: prepared.found,
+                taken: prepared.documents,
+                passed_by: prepared.passed_by,
+            })
+        }
+        None => None,
+    };
+    let manifest = Manifest::freeze(&plan.data, Some(&run.folder()))?;
+    let tokenizer = tokenizer(run, &manifest)?;
+    let manifest = manifest.with_tokenizer(&tokenizer);
+    must_fit(&tokenizer, plan)?;
+    for (name, contents) in tokenizer_files(&tokenizer) {
+        run.write(name, contents)?;
+    }
+    run.write(paths::DATA_MANIFEST, manifest.to_json())?;
+    let (pieces, tokenizer_digest) = (tokenizer.pieces(), tokenizer.digest());
+    let corpus = Arc::new(run.corpus_of(&manifest, tokenizer)?);
+    must_hold_text(run, &corpus)?;
+    let held_out = corpus.holds_out_any(LOOK_FOR_HELD_OUT)?;
+    if held_out == Some(false) {
+        say(nothing_to_measure(plan));
+    }
+    Ok(Prepared {
+        prepared: shards,
+        files: manifest.files(),
+        bytes: manifest.bytes(),
+        manifest: manifest.digest(),
+        pieces,
+        tokenizer: tokenizer_digest,
+        held_out,
+    })
+}
+
+/// Makes sure that the model has room for the tokenizer, so that what is exported can be loaded.
+fn must_fit(tokenizer: &Tokenizer, plan: &Plan) -> Result<(), WorkerError> {
+    let (pieces, rows) = (tokenizer.pieces(), plan.model.vocab_size);
+    if pieces < rows {
+        return Ok(());
+    }
+    Err(WorkerError::Plan(format!(
+        "the tokenizer has {pieces} pieces, and with the pad id they need {} rows of model.vocab_size = {rows}; set it to {}",
+        pieces + 1,
+        (pieces + 1).next_multiple_of(128)
+    )))
+}
+
+/// What a person must know before a run without held-out documents is trained.
+fn nothing_to_measure(plan: &Plan) -> String {
+    let measures = match plan.train.held_out_every {
+        0 => String::new(),
+        every => format!("; train.held_out_every is {every}, and there will be no held-out loss"),
+    };
+    format!(
+        "{}: the models will be averaged and timed, but not evaluated, and no text will be continued{measures}; to have them \
+         evaluated, stop now and start a run of another name with a larger data.holdout, or with more and smaller documents",
+        no_held_out(plan)
+    )
+}
+
+pub(super) fn no_held_out(plan: &Plan) -> String {
+    match plan.data.holdout {
+        0.0 => "no text is held out, as data.holdout is 0".to_owned(),
+        share => format!("no document is held out: not one fell into the share of data.holdout = {share}"),
+    }
+}
+
+/// The file that a tokenizer was read from and, where it can be made, its `tokenizer.json`.
+pub(super) fn tokenizer_files(tokenizer: &Tokenizer) -> BTreeMap<&'static str, Vec<u8>> {
+    let json = tokenizer.to_json().map(|json| (paths::TOKENIZER_JSON, json.into_bytes()));
+    let (name, contents) = tokenizer.file();
+    json.into_iter().chain([(name, contents.to_vec())]).collect()
+}
+
+/// The tokenizer that the plan names, or one trained on the run's own text.
+fn tokenizer(run: &Run, manifest: &Manifest) -> Result<Tokenizer, WorkerError> {
+    let config = &run.plan.tokenizer;
+    if let Some(path) = &config.file {
+        let bytes = std::fs::read(path).map_err(|error| WorkerError::File { path: path.clone(), error })?;
+        return Ok(Tokenizer::read(&bytes, path, config.bos.as_deref(), config.eos.as_deref())?);
+    }
+    let sources = ulmus_dataloader::Sources::open(&run.plan.data, manifest, Some(&run.folder()))?;
+    let sample = sources.sample(config.sample.get())?;
+    Ok(ulmus_tokenizer::train(&sample, config.pieces as usize)?)
+}
+
+/// Finds out now, and not in the first step, when the filters leave nothing.
+fn must_hold_text(run: &Run, corpus: &Arc<Corpus>) -> Result<(), WorkerError> {
+    let start = corpus.start();
+    let first: Vec<_> = corpus.lanes().take(1).collect();
+    let mut loader =
+        ulmus_dataloader::Loader::open(Arc::clone(corpus), run.plan.sequence_length(), &first, &start)?;
+    loader.take(&first, 1)?;
+    Ok(())
+}

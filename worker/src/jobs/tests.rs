@@ -1,0 +1,312 @@
+//! Jobs on a run of 40 small files, with invented weights.
+
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+use ulmus_backend::WeightFormat;
+use ulmus_checkpoint::Store;
+use ulmus_cpu::Cpu;
+use ulmus_evaluator::{continuations, load_model, load_tokenizer, perplexity, synthetic_weights};
+use ulmus_model::weights_to_safetensors;
+use ulmus_run::results::Average;
+use ulmus_types::{BadUnit, Digest, ErrorKind, FileEntry, Generation, RunId, Step};
+
+use super::*;
+
+/// A plan whose text is in a folder of 40 files; more of it follows.
+const PLAN: &str = r#"
+    [run]
+    name = "small"
+    [tokenizer]
+    file = "TOKENIZER"
+    [model]
+    vocab_size = 640
+    max_context_length = 64
+    num_transformer_layers = 1
+    model_dim = 32
+    head_dim = 16
+    num_gqa_groups = 1
+    ffn_dim_divisor = 16
+    [data]
+    lanes = 1
+    min_characters = 1
+    min_tokens = 1
+    holdout = 0.5
+    [[data.source]]
+    name = "texts"
+    url = "TEXTS"
+    files = ["*.txt"]
+    text = "text"
+    [train]
+    iterations = 10
+    warmup = 1
+    sequences = 2
+    micro_batch = 2
+    [checkpoint]
+    every = 10
+    average = 1
+    [evaluate]
+    prompt = 4
+    continuation = 4
+    [benchmark]
+    prompt = 2
+    generate = 2
+    runs = 1
+"#;
+
+/// A run in a folder of its own, and what its jobs said.
+struct Place {
+    run: Run,
+    said: RefCell<Vec<String>>,
+    home: TempDir,
+    _runtime: Runtime,
+}
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/tiny").join(name)
+}
+
+impl Place {
+    fn with_tokenizer(tokenizer: &Path, overrides: &[&str]) -> Self {
+        let home = tempfile::tempdir().unwrap();
+        let texts = home.path().join("texts");
+        std::fs::create_dir(&texts).unwrap();
+        for number in 0..40 {
+            let text = format!("Text number {number} has some words. ").repeat(12);
+            std::fs::write(texts.join(format!("{number:02}.txt")), text).unwrap();
+        }
+        let plan =
+            PLAN.replace("TOKENIZER", tokenizer.to_str().unwrap()).replace("TEXTS", texts.to_str().unwrap());
+        let overrides: Vec<String> = overrides.iter().map(|&text| text.to_owned()).collect();
+        let plan = ulmus_plan::read(&plan, &overrides).unwrap_or_else(|problems| panic!("{problems}"));
+        let store = Store::create(home.path().join("run").to_str().unwrap()).unwrap();
+        let runtime = Runtime::new().unwrap();
+        let id = RunId::from_bytes([1; 16]);
+        let run = Run::new(id, plan.into_iter().next().unwrap(), store, runtime.handle().clone());
+        Self { run, said: RefCell::default(), home, _runtime: runtime }
+    }
+
+    fn new(overrides: &[&str]) -> Self {
+        Self::with_tokenizer(&golden("tokenizer.model"), overrides)
+    }
+
+    fn work(&self, job: &Job) -> Result<Value, WorkerError> {
+        let result = work(&self.run, &Cpu::new(1), 1, job, &|text| self.said.borrow_mut().push(text))?;
+        results::check(job.kind(), &result).unwrap_or_else(|error| panic!("{error}"));
+        Ok(serde_json::from_str(&result).unwrap())
+    }
+
+    /// Does what is done before models are looked at, with invented weights.
+    fn train(&self) -> Value {
+        let prepared = self.work(&job(JobKind::Prepare)).unwrap_or_else(|error| panic!("{error}"));
+        let model = &self.run.plan.model;
+        let file = weights_to_safetensors(&Layout::new(model), &synthetic_weights(model)).unwrap();
+        let manifest = Average {
+            checkpoints: vec![last()],
+            files: [(paths::WEIGHTS.to_owned(), FileEntry::of(&file))].into(),
+            weights: Digest::of(&file),
+        };
+        self.run.write(paths::AVERAGE, file).unwrap();
+        self.run.write(paths::AVERAGE_MANIFEST, results::to_json(&manifest)).unwrap();
+        prepared
+    }
+}
+
+/// The job of this kind, which reads the last checkpoint if it reads any.
+fn job(kind: JobKind) -> Job {
+    Job::new(kind, Vec::new()).or_else(|_| Job::new(kind, vec![last()])).unwrap()
+}
+
+fn last() -> CheckpointId {
+    CheckpointId::new(Step::new(10), Generation::new(1))
+}
+
+#[test]
+fn a_run_without_held_out_text_says_so_before_it_trains_and_is_finished() {
+    for (overrides, before, why) in [
+        (&["data.holdout=0", "train.held_out_every=0"][..], true, "data.holdout is 0"),
+        (&["data.holdout=1e-9"], true, "not one fell into the share of data.holdout = 0.000000001"),
+        (
+            &["data.holdout=0", "train.held_out_every=0", "data.pack=corenet", "data.piece_words=8"],
+            true,
+            "data.holdout is 0",
+        ),
+        (&["evaluate.text=0"], false, "evaluate.text is 0"),
+    ] {
+        let place = Place::new(overrides);
+        let prepared = place.train();
+        assert_eq!(prepared["held_out"], !before);
+        let said = place.said.take();
+        assert_eq!(said.len(), usize::from(before), "{said:?}");
+        for text in said {
+            assert!(text.contains(why) && text.contains("larger data.holdout"), "{text}");
+            assert_eq!(text.contains("train.held_out_every is 5000"), overrides.len() == 1, "{text}");
+        }
+        for job in [job(JobKind::EvaluateAverage), job(JobKind::EvaluateLast), job(JobKind::Continuations)] {
+            let result = place.work(&job).unwrap_or_else(|error| panic!("{error}"));
+            assert_eq!(result.as_object().unwrap().len(), 1);
+            assert!(result["skipped"].as_str().unwrap().contains(why), "{result}");
+        }
+        place.work(&job(JobKind::Export)).unwrap();
+        place.work(&job(JobKind::Benchmark)).unwrap();
+    }
+    let place = Place::new(&[]);
+    assert_eq!(place.train()["held_out"], true);
+    assert!(place.work(&job(JobKind::EvaluateAverage)).unwrap()["loss"].as_f64().unwrap() > 0.0);
+    assert!(place.said.take().is_empty());
+}
+
+#[test]
+fn a_unit_that_only_the_evaluation_needs_is_left_out_of_it() {
+    let gone = |overrides: &[&str]| {
+        let place = Place::new(&[&["data.unit=64KiB", "evaluate.text=256KiB"], overrides].concat());
+        let path = |number: usize| place.home.path().join(format!("texts/{number:02}.txt"));
+        // Two of them do not fit a unit.
+        for number in 0..40 {
+            std::fs::write(path(number), format!("Text number {number} has some words. ").repeat(1700))
+                .unwrap();
+        }
+        place.train();
+        (0..40).step_by(3).for_each(|number| std::fs::remove_file(path(number)).unwrap());
+        place
+    };
+    let place = gone(&[]);
+    let result = place.work(&job(JobKind::EvaluateAverage)).unwrap_or_else(|error| panic!("{error}"));
+    let left_out = result["left_out"].as_array().unwrap();
+    assert!(left_out.len() > 1 && result["documents"].as_u64().unwrap() > 0, "{result}");
+    let first = left_out[0].as_str().unwrap();
+    assert!(first.starts_with("unit 0 of source \"texts\" is left out of the evaluation: "), "{first}");
+    assert!(first.contains("00.txt"), "{first}");
+    assert_eq!(json!(place.said.take()), result["left_out"]);
+    let left_out = left_out.len();
+
+    // The coordinator leaves units out as in training, while it may.
+    let place = gone(&["data.on_bad_unit=quarantine", "data.max_bad_units=1"]);
+    let unit = place.work(&job(JobKind::EvaluateAverage)).unwrap_err().bad_unit().unwrap();
+    assert_eq!(unit, BadUnit { source: "texts".to_owned(), unit: 0 });
+    place.run.write("quarantine.json", json!([[unit, "it is gone"]]).to_string().into_bytes()).unwrap();
+    let result = place.work(&job(JobKind::EvaluateAverage)).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(result["left_out"].as_array().unwrap().len() + 1, left_out);
+}
+
+#[test]
+fn a_damaged_average_is_never_used() {
+    let place = Place::new(&[]);
+    place.train();
+    let whole = place.run.read(paths::AVERAGE).unwrap();
+    let mut flipped = whole.clone();
+    *flipped.last_mut().unwrap() ^= 1;
+    for damaged in [flipped, whole[..whole.len() - 4].to_vec()] {
+        place.run.write(paths::AVERAGE, damaged).unwrap();
+        for job in [job(JobKind::EvaluateAverage), job(JobKind::Export), job(JobKind::Benchmark)] {
+            let error = place.work(&job).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt);
+            assert!(error.to_string().starts_with("average/model.safetensors is damaged"), "{error}");
+        }
+    }
+    place.run.write(paths::AVERAGE, whole.clone()).unwrap();
+    place.work(&job(JobKind::EvaluateAverage)).unwrap();
+    let manifest = place.run.read(paths::AVERAGE_MANIFEST).unwrap();
+    for (path, contents) in [(paths::AVERAGE, &whole), (paths::AVERAGE_MANIFEST, &manifest)] {
+        place.run.wait(place.run.store.delete(path)).unwrap();
+        assert_eq!(
+            place.work(&job(JobKind::Export)).unwrap_err().kind(),
+            ErrorKind::Corrupt,
+            "{path} is gone"
+        );
+        place.run.write(path, contents.clone()).unwrap();
+    }
+    place.run.write(paths::AVERAGE_MANIFEST, b"{".to_vec()).unwrap();
+    let error = place.work(&job(JobKind::Export)).unwrap_err();
+    assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("average/manifest.json"));
+}
+
+#[test]
+fn a_tokenizer_that_the_model_has_no_room_for_is_refused_before_training() {
+    for rows in [512, 300] {
+        let error =
+            Place::new(&[&format!("model.vocab_size={rows}")]).work(&job(JobKind::Prepare)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        let text = error.to_string();
+        assert!(text.contains(&format!("513 rows of model.vocab_size = {rows}; set it to 640")), "{text}");
+    }
+}
+
+/// A byte-level file with one special token, which ends documents: there is none that begins them.
+fn without_bos() -> Value {
+    let plain = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    let spelt = |byte: u8| {
+        if plain(byte) {
+            return char::from(byte);
+        }
+        char::from_u32(256 + (0..byte).filter(|byte| !plain(*byte)).count() as u32).unwrap()
+    };
+    let vocab: serde_json::Map<_, _> =
+        (0..=u8::MAX).map(|byte| (spelt(byte).to_string(), json!(byte))).collect();
+    let bytes =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    json!({
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
+        "added_tokens": [{"id": 256, "content": "<|endoftext|>", "special": true, "single_word": false,
+            "lstrip": false, "rstrip": false, "normalized": false}],
+        "pre_tokenizer": bytes, "decoder": bytes,
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": "",
+            "end_of_word_suffix": "", "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+            "vocab": vocab, "merges": []},
+    })
+}
+
+#[test]
+fn whatever_is_exported_can_be_loaded() {
+    let place = tempfile::tempdir().unwrap();
+    let without_bos_path = place.path().join("tokenizer.json");
+    std::fs::write(&without_bos_path, without_bos().to_string()).unwrap();
+    let json_named = ["tokenizer.bos=<s>", "tokenizer.eos=</s>"];
+    for (tokenizer, overrides) in [
+        (golden("tokenizer.model"), &["model.vocab_size=513"][..]),
+        (golden("tokenizer.model"), &["model.vocab_size=4096"]),
+        (golden("tokenizer.model"), &["model.vocab_size=1792", "tokenizer.bos=<unk>"]),
+        (golden("tokenizer.json"), &["model.vocab_size=5003", json_named[0], json_named[1]]),
+        (golden("tokenizer.json"), &["model.vocab_size=640", json_named[1], "model.norm=naive_rms"]),
+        (without_bos_path.clone(), &["model.vocab_size=258", "model.max_context_length=12"]),
+        (without_bos_path, &["model.vocab_size=10000", "model.rope_freq_constant=1e300"]),
+        // Widths that two decimals do not tell.
+        (
+            golden("tokenizer.model"),
+            &[
+                "model.num_transformer_layers=2",
+                "model.model_dim=320",
+                "model.ffn_dim_divisor=1",
+                "model.ffn_multipliers=0.3333",
+                "model.qkv_multipliers=0.777",
+            ],
+        ),
+        (
+            golden("tokenizer.model"),
+            &[
+                "model.num_transformer_layers=3",
+                "model.model_dim=320",
+                "model.ffn_dim_divisor=1",
+                "model.ffn_multipliers=[0.3333, 1.1111, 0.7777]",
+                "model.qkv_multipliers=[0.3333, 1.1111]",
+            ],
+        ),
+    ] {
+        let place = Place::with_tokenizer(&tokenizer, overrides);
+        place.train();
+        place.work(&job(JobKind::Export)).unwrap_or_else(|error| panic!("{overrides:?}: {error}"));
+        let folder = place.home.path().join("run/export");
+        let loaded = load_model(&folder, Cpu::new(1), WeightFormat::F32);
+        let loaded = loaded.unwrap_or_else(|error| panic!("{overrides:?}: {error}"));
+        assert_eq!(loaded.model.config().layers(), place.run.plan.model.layers(), "{overrides:?}");
+        let tokenizer = load_tokenizer(&folder, &loaded);
+        let tokenizer = tokenizer.unwrap_or_else(|error| panic!("{overrides:?}: {error}"));
+        assert_eq!(tokenizer.digest(), place.run.tokenizer().unwrap().digest());
+        let texts = ["Some words.".to_owned()];
+        continuations(&loaded.model, &tokenizer, &texts, 4, 4).unwrap();
+        assert!(perplexity(&loaded.model, &tokenizer, &texts, 12).unwrap().loss > 0.0);
+    }
+}
