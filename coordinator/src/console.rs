@@ -4,13 +4,15 @@ use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use ulmus_coord_core::Notification;
+use ulmus_coord_core::{Notification, Phase, Status};
 use ulmus_types::{CheckpointKind, Job, Step, StepReport, for_people};
 
 /// The longest text of a worker that is shown.
 const TEXT_LIMIT: usize = 2000;
 /// Time between two plain lines about steps.
 const PLAIN_EVERY: Duration = Duration::from_secs(5);
+/// How long a run waits for workers before a person is told, and again after each such time.
+const WAITING_EVERY: Duration = Duration::from_secs(30);
 
 /// The display.
 #[derive(Debug)]
@@ -23,6 +25,8 @@ pub(crate) struct Console {
     speed: Option<f64>,
     held_out: Option<f64>,
     last_plain: Option<Instant>,
+    /// Since when the run has been waiting for workers, or when that was last told.
+    waiting: Option<Instant>,
 }
 
 impl Console {
@@ -37,7 +41,16 @@ impl Console {
         bar.set_style(style);
         bar.set_position(done.get());
         bar.reset_eta();
-        Self { bar, terminal, iterations, last: None, speed: None, held_out: None, last_plain: None }
+        Self {
+            bar,
+            terminal,
+            iterations,
+            last: None,
+            speed: None,
+            held_out: None,
+            last_plain: None,
+            waiting: None,
+        }
     }
 
     /// Prints a line, above the progress bar if there is one.
@@ -91,6 +104,26 @@ impl Console {
             Notification::Info(text) => self.line(text),
             Notification::Alarm(text) => self.alarm(text),
         }
+    }
+
+    /// Says who is missing when a run has waited for workers for a while.
+    pub(crate) fn waiting(&mut self, status: &Status) {
+        let Phase::Waiting { ready, needed } = status.phase else {
+            self.waiting = None;
+            return;
+        };
+        if self.waiting.get_or_insert_with(Instant::now).elapsed() < WAITING_EVERY {
+            return;
+        }
+        self.waiting = Some(Instant::now());
+        let members = status.members.iter().map(|member| match member.sits_out {
+            Some(left) => format!("; {} sits out for another {} s", member.worker.name(), left.as_secs()),
+            None => format!("; {} is {}", member.worker.name(), member.doing),
+        });
+        self.line(&format!(
+            "waiting for workers: {ready} of {needed} can take work{}",
+            members.collect::<String>()
+        ));
     }
 
     /// Tells how a job has ended: its result says why, if there was nothing to do.

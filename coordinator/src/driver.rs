@@ -125,6 +125,7 @@ pub(crate) async fn drive(
                 if let Some(event) = driver.look_after_locals() {
                     driver.happened(event);
                 }
+                driver.parts.console.waiting(&driver.core.status());
                 Some(Event::Ticked)
             }
         };

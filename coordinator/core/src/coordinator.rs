@@ -155,7 +155,7 @@ pub struct Coordinator {
     pub(crate) last_tick: Option<Duration>,
     /// Total time in which this process did not run and so could not receive messages.
     pub(crate) slept: Duration,
-    exited: bool,
+    pub(crate) exited: bool,
     effects: Vec<Effect>,
 }
 

@@ -13,6 +13,8 @@ use std::time::Duration;
 
 use ulmus_types::{CheckpointId, CheckpointKind, Job, JobKind, JobPhase, Milestones, WorkerId};
 
+use crate::status::JobStatus;
+
 /// How often a job may fail before the run gives up.
 const ATTEMPTS: u32 = 3;
 /// How long a job waits after its result could not be written.
@@ -68,6 +70,19 @@ impl Jobs {
     /// The jobs that are not done yet.
     fn left(&self) -> impl Iterator<Item = JobKind> {
         self.wanted.iter().copied().filter(|kind| !self.is_done(*kind))
+    }
+
+    /// How far every job that the plan asks for is.
+    pub(crate) fn status(&self) -> BTreeMap<JobKind, JobStatus> {
+        let mut status: BTreeMap<_, _> = self
+            .wanted
+            .iter()
+            .map(|kind| (*kind, if self.is_done(*kind) { JobStatus::Done } else { JobStatus::Waiting }))
+            .collect();
+        status.extend(
+            self.running.iter().map(|(job, worker)| (job.kind(), JobStatus::Running(worker.clone()))),
+        );
+        status
     }
 
     pub(crate) fn running(&self) -> &BTreeMap<Job, WorkerId> {

@@ -31,9 +31,11 @@ mod jobs;
 mod joining;
 mod members;
 mod snapshots;
+mod status;
 mod training;
 mod work;
 
 pub use coordinator::{Coordinator, PersistentState, Settings};
 pub use effect::{Effect, Notification, Outcome};
 pub use event::Event;
+pub use status::{Doing, JobStatus, MemberStatus, Phase, Status};

@@ -171,6 +171,14 @@ impl Members {
             .collect()
     }
 
+    /// How much longer a worker of this name gets no work.
+    pub(crate) fn sits_out(&self, name: &str, now: Duration) -> Option<Duration> {
+        self.penalties
+            .get(name)
+            .and_then(|penalty| penalty.until.checked_sub(now))
+            .filter(|left| !left.is_zero())
+    }
+
     fn penalty(&self, name: &str, now: Duration) -> Option<Fault> {
         self.penalties.get(name).filter(|penalty| now < penalty.until).map(|penalty| penalty.fault)
     }

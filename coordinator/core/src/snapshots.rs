@@ -337,6 +337,11 @@ impl Snapshots {
         self.pending.remove(&checkpoint).map(|pending| (pending.kind, pending.holders))
     }
 
+    /// The checkpoints that are not committed yet.
+    pub(crate) fn ids(&self) -> impl Iterator<Item = CheckpointId> {
+        self.pending.keys().copied()
+    }
+
     /// Whether no checkpoint is waiting.
     pub(crate) fn is_empty(&self) -> bool {
         self.pending.is_empty()

@@ -257,7 +257,7 @@ impl Coordinator {
     }
 
     /// Workers that may be in the next group.
-    fn candidates(&self, now: Duration) -> Vec<WorkerId> {
+    pub(crate) fn candidates(&self, now: Duration) -> Vec<WorkerId> {
         let available = self.members.available(now);
         if available.len() >= self.settings.min_workers {
             return available;
@@ -323,7 +323,7 @@ impl Coordinator {
         };
     }
 
-    fn training_is_due(&self) -> bool {
+    pub(crate) fn training_is_due(&self) -> bool {
         self.jobs.training_may_begin()
             && !self.is_trained_and_stored()
             && self.stopping_since.is_none()

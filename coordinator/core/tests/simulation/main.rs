@@ -410,8 +410,11 @@ fn a_job_waits_for_a_disk_that_takes_nothing() {
                 bad_unit: None,
                 damaged: None,
             });
-            world.deliver();
+        } else {
+            // The disk has room for the results of other jobs.
+            world.work();
         }
+        world.deliver();
         world.tick();
     }
     assert!(world.now >= began + settings().max_age);

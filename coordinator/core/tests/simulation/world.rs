@@ -3,7 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-use ulmus_coord_core::{Coordinator, Effect, Event, Notification, Outcome, PersistentState};
+use ulmus_coord_core::{
+    Coordinator, Doing, Effect, Event, JobStatus, MemberStatus, Notification, Outcome, PersistentState,
+    Phase, Status,
+};
 use ulmus_types::{
     CheckpointId, CheckpointKind, ExitStatus, Generation, GroupRequest, Heartbeat, Incarnation, JobKind,
     LeaveReason, Milestones, RunId, Section, Step, ToCoordinator, ToWorker, WorkerId,
@@ -57,7 +60,9 @@ impl World {
 
     pub(crate) fn event(&mut self, event: Event) {
         let Some(core) = &mut self.core else { return };
-        for effect in core.on(self.now, event) {
+        let effects = core.on(self.now, event);
+        assert_consistent(&core.status());
+        for effect in effects {
             self.perform(effect);
         }
     }
@@ -408,5 +413,31 @@ impl World {
         self.deliver();
         self.commit_all();
         self.tick();
+    }
+}
+
+/// A snapshot of the run contradicts itself nowhere, whatever has happened.
+fn assert_consistent(status: &Status) {
+    let of = |doing: fn(&Doing) -> bool| status.members.iter().filter(|member| doing(&member.doing)).count();
+    let running: Vec<_> = status
+        .jobs
+        .iter()
+        .filter_map(|(kind, job)| match job {
+            JobStatus::Running(worker) => Some((*kind, worker)),
+            JobStatus::Waiting | JobStatus::Done => None,
+        })
+        .collect();
+    for (kind, worker) in &running {
+        let does = |member: &MemberStatus| member.worker == **worker && member.doing == Doing::Working(*kind);
+        assert!(status.members.iter().any(does), "{worker} does not work on {}: {status:?}", kind.name());
+    }
+    match status.phase {
+        Phase::Training => assert!(of(|doing| matches!(doing, Doing::Training(_))) > 0, "{status:?}"),
+        Phase::Jobs => assert!(!running.is_empty(), "{status:?}"),
+        Phase::Storing => assert!(!status.pending_checkpoints.is_empty(), "{status:?}"),
+        Phase::Waiting { ready, needed } => {
+            assert!(ready <= of(|doing| *doing == Doing::Idle) && needed > 0, "{status:?}");
+        }
+        Phase::Forming | Phase::Stopping | Phase::Ended => {}
     }
 }

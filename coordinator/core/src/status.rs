@@ -1,0 +1,171 @@
+//! What a run looks like from outside, for the people and programs that watch it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use ulmus_types::{CheckpointId, Generation, JobKind, Step, WorkerId};
+
+use crate::coordinator::Coordinator;
+use crate::group::Group;
+use crate::members::{Activity, Member};
+
+/// A snapshot of a run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Status {
+    /// What the run is doing.
+    pub phase: Phase,
+    /// Updates that are recorded.
+    pub step: Step,
+    /// The last generation that was assigned.
+    pub generation: Generation,
+    /// The connected workers, ordered by name.
+    pub members: Vec<MemberStatus>,
+    /// The jobs that the plan asks for, and how far each is.
+    pub jobs: BTreeMap<JobKind, JobStatus>,
+    /// States that workers keep in memory until they are stored as checkpoints.
+    pub pending_checkpoints: Vec<CheckpointId>,
+}
+
+/// What a run is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// There are not enough workers for what comes next.
+    Waiting {
+        /// Workers that can take work.
+        ready: usize,
+        /// Workers that are needed.
+        needed: usize,
+    },
+    /// A group forms or dissolves.
+    Forming,
+    /// A group trains.
+    Training,
+    /// Jobs are done before or after training.
+    Jobs,
+    /// The states that are left are stored.
+    Storing,
+    /// It was asked to stop.
+    Stopping,
+    /// It is over.
+    Ended,
+}
+
+/// A connected worker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemberStatus {
+    /// Who it is.
+    pub worker: WorkerId,
+    /// What it computes on, in its own words.
+    pub device: String,
+    /// What it does.
+    pub doing: Doing,
+    /// For how long it has been doing that.
+    pub since: Duration,
+    /// How long ago it was last heard of.
+    pub last_seen: Duration,
+    /// Whether it was asked to leave and hands over what it has.
+    pub draining: bool,
+    /// How much longer it gets no work because of its faults.
+    pub sits_out: Option<Duration>,
+}
+
+/// What a worker does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Doing {
+    /// It has to prove that it sees the run's store.
+    Joining,
+    /// It measures its fingerprint.
+    WarmingUp,
+    /// It can take work.
+    Idle,
+    /// It is in the group of this generation.
+    Training(Generation),
+    /// It does a job of this kind.
+    Working(JobKind),
+}
+
+impl fmt::Display for Doing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Joining => f.write_str("joining"),
+            Self::WarmingUp => f.write_str("warming up"),
+            Self::Idle => f.write_str("idle"),
+            Self::Training(generation) => write!(f, "in generation {generation}"),
+            Self::Working(kind) => write!(f, "working on {}", kind.name()),
+        }
+    }
+}
+
+/// How far a job is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum JobStatus {
+    /// It has not begun.
+    Waiting,
+    /// This worker does it.
+    Running(WorkerId),
+    /// Its result is recorded.
+    Done,
+}
+
+impl Coordinator {
+    /// The run as it was at the last event.
+    pub fn status(&self) -> Status {
+        let now = self.last_tick.unwrap_or_default().saturating_sub(self.slept);
+        Status {
+            phase: self.phase(now),
+            step: self.step,
+            generation: self.generation,
+            members: self.members.iter().map(|(id, member)| self.member_status(id, member, now)).collect(),
+            jobs: self.jobs.status(),
+            pending_checkpoints: self.snapshots.ids().collect(),
+        }
+    }
+
+    fn phase(&self, now: Duration) -> Phase {
+        if self.exited {
+            return Phase::Ended;
+        }
+        if self.stopping_since.is_some() {
+            return Phase::Stopping;
+        }
+        match &self.group {
+            Group::Training { .. } => return Phase::Training,
+            Group::Adopting { .. } | Group::Forming { .. } | Group::Dissolving { .. } => {
+                return Phase::Forming;
+            }
+            Group::Absent { .. } => {}
+        }
+        if !self.jobs.running().is_empty() {
+            return Phase::Jobs;
+        }
+        if !self.training_is_due() && !self.snapshots.is_empty() {
+            return Phase::Storing;
+        }
+        let ready = self.candidates(now).len();
+        let needed = match () {
+            () if !self.training_is_due() => 1,
+            () if self.had_a_group => self.settings.min_workers,
+            () => self.settings.min_workers.max(self.settings.expected_workers),
+        };
+        Phase::Waiting { ready, needed }
+    }
+
+    fn member_status(&self, worker: &WorkerId, member: &Member, now: Duration) -> MemberStatus {
+        MemberStatus {
+            worker: worker.clone(),
+            device: member.hello.device.clone(),
+            doing: match &member.activity {
+                Activity::Greeted => Doing::Joining,
+                Activity::Warming => Doing::WarmingUp,
+                Activity::Idle => Doing::Idle,
+                Activity::InGroup(generation) => Doing::Training(*generation),
+                Activity::Working(job) => Doing::Working(job.kind()),
+            },
+            since: now.saturating_sub(member.since),
+            last_seen: now.saturating_sub(member.last_seen),
+            draining: member.draining,
+            sits_out: self.members.sits_out(worker.name(), now),
+        }
+    }
+}
