@@ -58,6 +58,16 @@ impl Sandbox {
         sandbox
     }
 
+    /// A sandbox that begins with a copy of everything in a folder.
+    ///
+    /// # Panics
+    /// When it cannot be made.
+    pub fn with_contents_of(folder: &Path) -> Self {
+        let sandbox = Self::empty();
+        copy(folder, sandbox.home.path());
+        sandbox
+    }
+
     fn empty() -> Self {
         let home = tempfile::tempdir().expect("a temporary folder can be made");
         fs::create_dir(home.path().join(RUNTIME)).expect("a folder can be made in it");

@@ -50,8 +50,8 @@ impl fmt::Display for Job {
         f.write_str(self.kind.spec().purpose)?;
         match &self.checkpoints[..] {
             [] => Ok(()),
-            [only] => write!(f, " of {only}"),
-            [first, .., last] => write!(f, " of {} checkpoints, {first} to {last}", self.checkpoints.len()),
+            [only] => write!(f, " ({only})"),
+            [first, .., last] => write!(f, " ({} checkpoints, {first} to {last})", self.checkpoints.len()),
         }
     }
 }
@@ -318,8 +318,8 @@ mod tests {
             Job::new(kind, steps.iter().copied().map(id).collect()).unwrap().to_string()
         };
         assert_eq!(shown(JobKind::Export, &[]), "the average in Hugging Face layout");
-        assert_eq!(shown(JobKind::EvaluateLast, &[8]), format!("held-out perplexity of {}", id(8)));
+        assert_eq!(shown(JobKind::EvaluateLast, &[8]), format!("held-out perplexity ({})", id(8)));
         let averaged = shown(JobKind::Average, &[4, 6, 8]);
-        assert_eq!(averaged, format!("mean in float64 of 3 checkpoints, {} to {}", id(4), id(8)));
+        assert_eq!(averaged, format!("mean in float64 (3 checkpoints, {} to {})", id(4), id(8)));
     }
 }
