@@ -30,7 +30,7 @@ pub use format::{CacheFormat, WeightFormat};
 pub use greedy::{greedy, greedy_rows};
 pub use training::{
     AdamW, AttentionShape, BLOCK, FIRST_PROPOSALS, HeadGradients, HostCopy, LinearShape, Params,
-    TrainingBackend, owned,
+    TrainingBackend,
 };
 pub use ulmus_plan::ROW_BLOCK;
 use ulmus_plan::{NormKind, Precision};

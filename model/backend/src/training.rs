@@ -16,18 +16,6 @@ pub const BLOCK: usize = 65_536;
 /// always the same.
 pub const FIRST_PROPOSALS: &str = "[]";
 
-/// What member `rank` of `size` owns of a range that is reduced over them: an equal share, and the fewer than `size`
-/// elements at the end that are left over, which all own.
-///
-/// # Panics
-/// If there is no such member.
-pub fn owned(range: Range<usize>, rank: usize, size: usize) -> [Range<usize>; 2] {
-    assert!(rank < size, "member {rank} of {size}");
-    let share = range.len() / size;
-    let start = range.start + rank * share;
-    [start..start + share, range.start + size * share..range.end]
-}
-
 /// Parameters of backend `B` to read.
 pub type Params<'a, B> = View<'a, <B as TrainingBackend>::Parameters>;
 
@@ -165,7 +153,7 @@ pub trait TrainingBackend: Backend {
         give_up: GiveUp<'_>,
     ) -> Result<Self::Communicator, CommunicatorError>;
 
-    /// Begins to replace what this member owns of `data` ([`owned`]) by its sum over all members, modulo 2^64; the rest
+    /// Begins to replace what this member owns of `data` ([`Partition::equal`](ulmus_types::Partition::equal)) by its sum over all members, modulo 2^64; the rest
     /// holds anything then. Comes after the kernels called so far, and beside those called from now on, which must leave
     /// `data` alone until [`TrainingBackend::finish_reductions`].
     ///

@@ -9,6 +9,7 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
 use ulmus_run::paths;
+use ulmus_types::Partition;
 
 use crate::CheckpointError;
 
@@ -29,7 +30,7 @@ pub struct OptimizerShard {
 
 /// The optimizer files of a model with this many parameters, in order and without gaps.
 pub fn optimizer_shards(parameters: usize) -> Vec<OptimizerShard> {
-    shards(parameters, SHARD_ELEMENTS)
+    shards(&Partition::fixed(parameters, SHARD_ELEMENTS))
 }
 
 /// The files of a checkpoint of a model with this many parameters, in the order in which workers announce them.
@@ -38,13 +39,8 @@ pub fn files_of(parameters: usize) -> Vec<String> {
     [paths::WEIGHTS.to_owned(), paths::STATE.to_owned()].into_iter().chain(moments).collect()
 }
 
-fn shards(parameters: usize, elements: usize) -> Vec<OptimizerShard> {
-    (0..parameters.div_ceil(elements))
-        .map(|index| OptimizerShard {
-            index,
-            range: index * elements..parameters.min((index + 1) * elements),
-        })
-        .collect()
+fn shards(partition: &Partition) -> Vec<OptimizerShard> {
+    partition.parts().enumerate().map(|(index, range)| OptimizerShard { index, range }).collect()
 }
 
 impl OptimizerShard {
@@ -130,7 +126,7 @@ mod tests {
 
     #[test]
     fn a_file_of_another_range_is_refused() {
-        let files = shards(10, 4);
+        let files = shards(&Partition::fixed(10, 4));
         let moments = [1.0_f32; 10];
         let contents = files[0].encode(&moments, &moments);
         let mut target = moments;
@@ -149,7 +145,7 @@ mod tests {
             let (first, second): (Vec<f32>, Vec<f32>) =
                 bits.iter().map(|(a, b)| (f32::from_bits(*a), f32::from_bits(*b))).unzip();
             let (mut read_first, mut read_second) = (vec![0.0; first.len()], vec![0.0; first.len()]);
-            for shard in shards(first.len(), elements) {
+            for shard in shards(&Partition::fixed(first.len(), elements)) {
                 let contents = shard.encode(&first, &second);
                 prop_assert_eq!(&contents, &shard.encode(&first, &second));
                 shard.decode(&contents, &mut read_first, &mut read_second).unwrap();

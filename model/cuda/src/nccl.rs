@@ -14,7 +14,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use cudarc::nccl::sys::{self, cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t};
-use ulmus_backend::{CommunicatorError, CommunicatorId, GiveUp, Out, ViewMut, owned};
+use ulmus_backend::{CommunicatorError, CommunicatorId, GiveUp, Out, ViewMut};
+use ulmus_types::Partition;
 
 use super::driver::{Address, Device, Mark, Memory, Stream};
 use super::{Buffer, Cuda};
@@ -249,7 +250,7 @@ impl Communicator {
         self.size
     }
 
-    /// Begins to replace what this member owns of `data` ([`owned`]) by its sum over all members, modulo 2^64; the rest
+    /// Begins to replace what this member owns of `data` ([`Partition::equal`]) by its sum over all members, modulo 2^64; the rest
     /// holds anything then. Kernels leave `data` alone until [`Communicator::finish`].
     pub fn begin_reduce_scatter(
         &mut self,
@@ -346,7 +347,7 @@ impl Communicator {
     fn part(&self, place: &Place, part: Range<usize>) -> Part {
         assert!(part.end <= place.len, "a part of the data");
         let at = |element: usize| place.first.add(element * place.width).0 as *mut c_void;
-        let [own, rest] = owned(part.clone(), self.rank, self.size);
+        let [own, rest] = Partition::equal(part.clone(), self.size).owned(self.rank);
         Part {
             all: at(part.start),
             own: at(own.start),

@@ -13,9 +13,10 @@ use std::thread::park_timeout;
 use std::time::{Duration, Instant};
 
 use ulmus_backend::{
-    Backend, CommunicatorError, CommunicatorId, Element, Quantum, TrainingBackend as _, View, ViewMut, owned,
+    Backend, CommunicatorError, CommunicatorId, Element, Quantum, TrainingBackend as _, View, ViewMut,
 };
 use ulmus_cuda::{Communicator, Cuda};
+use ulmus_types::Partition;
 
 /// No test takes so long.
 const LONG: Duration = Duration::from_mins(2);
@@ -178,7 +179,7 @@ fn operations(member: &Member, communicator: &mut Communicator) {
         let mut data = member.put(&integers(len, rank));
         reduce(communicator, all(&mut data, len), LONG).unwrap();
         let found = member.get(&data, len);
-        for own in owned(0..len, rank, size) {
+        for own in Partition::equal(0..len, size).owned(rank) {
             assert_eq!(found[own.clone()], summed[own]);
         }
 
@@ -187,13 +188,13 @@ fn operations(member: &Member, communicator: &mut Communicator) {
         let of = |rank: usize| floats(len, 100 + rank);
         let mut expected = vec![f32::NAN; len];
         for (rank, part) in (0..size).flat_map(|rank| parts.clone().map(|part| (rank, part))) {
-            let [own, rest] = owned(part, rank, size);
+            let [own, rest] = Partition::equal(part, size).owned(rank);
             expected[own.clone()].copy_from_slice(&of(rank)[own]);
             // All have it.
             expected[rest.clone()].copy_from_slice(&of(0)[rest]);
         }
         let mut values = vec![f32::NAN; len];
-        for [own, rest] in parts.clone().map(|part| owned(part, rank, size)) {
+        for [own, rest] in parts.clone().map(|part| Partition::equal(part, size).owned(rank)) {
             values[own.clone()].copy_from_slice(&of(rank)[own]);
             values[rest.clone()].copy_from_slice(&of(0)[rest]);
         }
@@ -215,7 +216,7 @@ fn operations(member: &Member, communicator: &mut Communicator) {
     communicator.finish(&within(LONG)).unwrap();
     let found = member.get(&data, 100);
     let summed = sum((0..size).map(|rank| integers(100, rank)));
-    for own in [30..50, 70..100].into_iter().flat_map(|part| owned(part, rank, size)) {
+    for own in [30..50, 70..100].into_iter().flat_map(|part| Partition::equal(part, size).owned(rank)) {
         assert_eq!(found[own.clone()], summed[own]);
     }
     let untouched = integers(100, rank);
@@ -227,7 +228,7 @@ fn operations(member: &Member, communicator: &mut Communicator) {
     let mut data = member.put(&mine);
     reduce(communicator, all(&mut data, 4), LONG).unwrap();
     let found = member.get(&data, 4);
-    for own in owned(0..4, rank, size) {
+    for own in Partition::equal(0..4, size).owned(rank) {
         assert_eq!(found[own.clone()], extremes[own]);
     }
 }
@@ -287,7 +288,9 @@ fn kernels_come_before_and_beside() {
             communicator.begin_reduce_scatter(ViewMut::new(&mut sums, part), &within(LONG)).unwrap();
         }
         communicator.finish(&within(LONG)).unwrap();
-        for own in parts.iter().flat_map(|part| owned(part.clone(), member.rank, member.size)) {
+        for own in
+            parts.iter().flat_map(|part| Partition::equal(part.clone(), member.size).owned(member.rank))
+        {
             cuda.dequantise(ViewMut::new(&mut mean, own.clone()), View::new(&sums, own), scale);
         }
         communicator.all_gather(all(&mut mean, len), &parts, &within(LONG)).unwrap();
@@ -344,7 +347,7 @@ fn survivors_of_a_killed_member_go_on_without_it() {
         Communicator::new(&member.cuda, &member.ids[1], rank, size, &within(LONG)).unwrap();
     member.cuda.upload(all(&mut data, len), &integers(len, rank));
     reduce(&mut communicator, all(&mut data, len), LONG).unwrap();
-    let [own, _] = owned(0..len, rank, size);
+    let [own, _] = Partition::equal(0..len, size).owned(rank);
     assert_eq!(member.get(&data, len)[own.clone()], sum((0..size).map(|rank| integers(len, rank)))[own]);
     operations(&member, &mut communicator);
 }

@@ -14,6 +14,7 @@ mod job;
 mod key;
 mod message;
 mod nonce;
+mod partition;
 mod problem;
 mod secret;
 mod text;
@@ -31,6 +32,7 @@ pub use message::{
     Repair, Section, Snapshot, SourceReading, StepReport, ToCoordinator, ToWorker, WorkerStatus,
 };
 pub use nonce::nonce_digest;
+pub use partition::Partition;
 pub use problem::{Problem, Problems};
 pub use secret::{RunSecret, SessionSecret};
 pub use text::for_people;

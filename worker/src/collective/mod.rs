@@ -10,7 +10,7 @@
 //! What goes round is checked: members prove to each other that they belong to the group, frames carry checksums, and a
 //! link that is dead is noticed within seconds. [`CollectiveError::blames`] tells which neighbour it was.
 //!
-//! - [`chunk`]: which part of a vector belongs to which member.
+//! - [`chunks`]: which part of a vector belongs to which member.
 //! - [`TcpGroup`]: a ring over TCP. [`Listener`]: the port at which a process takes part in one ring after another.
 //! - [`AbortHandle`]: how other threads end a blocked operation.
 //! - [`Watch`]: whether a group stands that reduces in another way just now, from device to device.
@@ -27,11 +27,10 @@ mod watch;
 #[cfg(test)]
 mod tests;
 
-use std::ops::Range;
 use std::time::Duration;
 
 use ulmus_backend::BLOCK;
-use ulmus_types::{Blame, ErrorKind, Generation, Rank};
+use ulmus_types::{Blame, ErrorKind, Generation, Partition, Rank};
 
 pub use abort::AbortHandle;
 pub use listener::Listener;
@@ -74,10 +73,10 @@ pub trait Collective: Send {
     /// Replaces `values` by the sum over all members, modulo 2^64.
     fn all_reduce(&mut self, values: &mut [i64]) -> Result<(), CollectiveError>;
 
-    /// Replaces this member's [`chunk`] of `values` by the sum over all members; the rest holds partial sums.
+    /// Replaces this member's part ([`chunks`]) of `values` by the sum over all members; the rest holds partial sums.
     fn reduce_scatter(&mut self, values: &mut [i64]) -> Result<(), CollectiveError>;
 
-    /// Replaces all other members' [`chunk`]s of `values` by what those members hold there.
+    /// Replaces all other members' parts ([`chunks`]) of `values` by what those members hold there.
     fn all_gather(&mut self, values: &mut [f32]) -> Result<(), CollectiveError>;
 
     /// Replaces `data` by what `root` holds.
@@ -219,22 +218,11 @@ impl CollectiveError {
     }
 }
 
-/// The part of a vector of `length` elements that belongs to `rank` in a group of `size`.
-///
-/// The chunks of all ranks lie end to end; they are whole [`BLOCK`]s, of which the norm of a gradient is summed (but for the end of the vector), and their
-/// numbers of blocks differ by at most one. A vector with fewer blocks than the group has members is cut between
-/// any two elements.
+/// Which part of a vector of `length` elements belongs to which member of a group of `size`: whole [`BLOCK`]s, of which
+/// the norm of a gradient is summed, unless there are fewer blocks than members.
 ///
 /// # Panics
-/// When `rank` is not below `size`.
-pub fn chunk(length: usize, size: usize, rank: usize) -> Range<usize> {
-    assert!(rank < size, "rank {rank} is not in a group of {size}");
-    let blocks = length.div_ceil(BLOCK);
-    let (units, unit) = if blocks < size { (length, 1) } else { (blocks, BLOCK) };
-    let boundary = |rank: usize| {
-        // The first `units % size` chunks have one unit more.
-        let whole = units / size * rank + rank.min(units % size);
-        length.min(whole * unit)
-    };
-    boundary(rank)..boundary(rank + 1)
+/// When `size` is 0.
+pub fn chunks(length: usize, size: usize) -> Partition {
+    Partition::balanced(length, BLOCK, size)
 }

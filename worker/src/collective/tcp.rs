@@ -19,7 +19,7 @@ use super::frame::{ElementType, Header, Operation};
 use super::listener::Listener;
 use super::ring::{End, Ring, network};
 use super::watch::Watch;
-use super::{Collective, CollectiveError, Data, chunk};
+use super::{Collective, CollectiveError, Data, chunks};
 
 /// Bytes that a broadcast passes on at a time: small against the data, large against a packet.
 const SEGMENT: usize = 1 << 20;
@@ -142,11 +142,11 @@ impl TcpGroup {
     fn sum_chunks(&mut self, values: &mut [i64]) -> Result<(), CollectiveError> {
         let header = self.begin(Operation::ReduceScatter, ElementType::I64);
         let Some(ring) = &self.ring else { return Ok(()) };
-        let (length, size) = (values.len(), self.size);
-        self.scratch.resize(chunk(length, size, 0).len(), 0);
+        let (chunks, size) = (chunks(values.len(), self.size), self.size);
+        self.scratch.resize(chunks.part(0).len(), 0);
         for hop in 1..size {
-            let sent = chunk(length, size, (self.rank + size - hop) % size);
-            let added = chunk(length, size, (self.rank + 2 * size - hop - 1) % size);
+            let sent = chunks.part((self.rank + size - hop) % size);
+            let added = chunks.part((self.rank + 2 * size - hop - 1) % size);
             let received = &mut self.scratch[..added.len()];
             let header = Header { part: hop as u32, ..header };
             ring.exchange(
@@ -163,10 +163,10 @@ impl TcpGroup {
     fn spread_chunks<T: Element>(&mut self, values: &mut [T]) -> Result<(), CollectiveError> {
         let header = self.begin(Operation::AllGather, T::TYPE);
         let Some(ring) = &self.ring else { return Ok(()) };
-        let (length, size) = (values.len(), self.size);
+        let (chunks, size) = (chunks(values.len(), self.size), self.size);
         for hop in 1..size {
-            let sent = chunk(length, size, (self.rank + size + 1 - hop) % size);
-            let received = chunk(length, size, (self.rank + size - hop) % size);
+            let sent = chunks.part((self.rank + size + 1 - hop) % size);
+            let received = chunks.part((self.rank + size - hop) % size);
             let [sent, received] =
                 values.get_disjoint_mut([sent, received]).expect("chunks of two ranks do not overlap");
             let header = Header { part: hop as u32, ..header };

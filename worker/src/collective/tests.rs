@@ -83,15 +83,16 @@ fn check_all(size: usize, length: usize) {
     let vector = |rank: usize| (0..length).map(|index| value(rank, index)).collect::<Vec<f32>>();
     let integers = |rank: usize| (0..length).map(|index| integer(rank, index)).collect::<Vec<i64>>();
     let sums: Vec<i64> = (0..length).map(|index| (0..size).map(|rank| integer(rank, index)).sum()).collect();
+    let owned = chunks(length, size);
     let owners: Vec<usize> =
-        (0..size).flat_map(|rank| chunk(length, size, rank).map(move |_| rank)).collect();
+        owned.parts().enumerate().flat_map(|(rank, part)| part.map(move |_| rank)).collect();
     assert_eq!(owners.len(), length);
     let gathered: Vec<f32> = (0..length).map(|index| value(owners[index], index)).collect();
 
     run_ring(size, |mut group| {
         let rank = group.rank().index();
         assert_eq!(group.size(), size);
-        let own = chunk(length, size, rank);
+        let own = owned.part(rank);
 
         let mut data = integers(rank);
         group.all_reduce(&mut data).unwrap();
@@ -113,24 +114,6 @@ fn check_all(size: usize, length: usize) {
             assert_eq!(data, vector(root));
         }
     });
-}
-
-#[test]
-fn chunks_tile_the_vector_on_block_boundaries() {
-    for size in 1..9 {
-        for length in [0, 1, 5, BLOCK - 1, BLOCK * size, BLOCK * size + 1, BLOCK * 40 + 123] {
-            let chunks: Vec<_> = (0..size).map(|rank| chunk(length, size, rank)).collect();
-            assert_eq!((chunks[0].start, chunks[size - 1].end), (0, length));
-            assert!(chunks.windows(2).all(|pair| pair[0].end == pair[1].start));
-            let unit = if length > BLOCK * (size - 1) { BLOCK } else { 1 };
-            assert!(
-                chunks.iter().all(|chunk| chunk.start % unit == 0 || chunk.start == length),
-                "{chunks:?}"
-            );
-            let units = chunks.iter().map(|chunk| chunk.len().div_ceil(unit));
-            assert!(units.clone().max().unwrap() - units.min().unwrap() <= 1, "{chunks:?}");
-        }
-    }
 }
 
 #[test]

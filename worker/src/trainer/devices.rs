@@ -8,9 +8,9 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use ulmus_backend::{CommunicatorError, CommunicatorId, Out, TrainingBackend, owned};
+use ulmus_backend::{CommunicatorError, CommunicatorId, Out, TrainingBackend};
 use ulmus_model::Sums;
-use ulmus_types::Rank;
+use ulmus_types::{Partition, Rank};
 
 use super::STALL;
 use crate::collective::{Collective, CollectiveError, Watch};
@@ -85,7 +85,7 @@ impl<B: TrainingBackend> Devices<B> {
 
     /// What this member owns of a part.
     pub(super) fn owned(&self, part: Range<usize>) -> [Range<usize>; 2] {
-        owned(part, self.rank, self.size)
+        Partition::equal(part, self.size).owned(self.rank)
     }
 
     /// Replaces what other members own of these parts of the gradient by what they hold there.

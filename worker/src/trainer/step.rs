@@ -19,7 +19,7 @@ use super::devices::Devices;
 use super::member::Member;
 use super::{Report, STALL, micro_batch};
 use crate::WorkerError;
-use crate::collective::{Collective, chunk};
+use crate::collective::{Collective, chunks};
 use crate::snapshot::PendingSnapshot;
 
 /// How often a trainer that waits for a store, or for text, says so.
@@ -294,7 +294,7 @@ impl<B: TrainingBackend> Member<'_, B> {
                 times.communication += waiting.elapsed();
             }
             (Some(sums), None) => {
-                let own = chunk(parameters, group.size(), group.rank().index());
+                let own = chunks(parameters, group.size()).part(group.rank().index());
                 replica.backend().clone().on_host(sums.values(), |sums| {
                     group.reduce_scatter(sums)?;
                     replica.gradient_on_host(|mean| {
