@@ -21,7 +21,7 @@ mod tensors;
 pub use batch::{BatchShape, LossSum, MicroBatch};
 pub use error::ModelError;
 pub use generate::{Generator, Model};
-pub use params::{Layout, Tensor};
+pub use params::{Layout, Tensor, Trainable};
 pub use replica::{Replica, State, StateCopy, StatePart, Sums};
 pub use sample::{Sampler, Sampling};
 pub use tensors::{weights_from_safetensors, weights_to_safetensors};

@@ -17,7 +17,7 @@ use ulmus_plan::ModelConfig;
 use crate::batch::{BatchShape, MicroBatch};
 use crate::buffers::{Norms, Planner, RopeTables, heads, read, write};
 use crate::error::ModelError;
-use crate::params::{LayerLayout, Layout};
+use crate::params::{LayerLayout, Layout, Trainable};
 
 /// What the backward of one layer needs from its forward and cannot make again cheaply.
 #[derive(Debug)]
@@ -98,7 +98,7 @@ struct Scratch<B: TrainingBackend> {
     logits_len: usize,
 }
 
-/// Fewest parameters of a segment, but for the last: their sums are 32 MiB, enough to keep a network busy.
+/// Fewest trainable parameters of a segment, but for the last: their sums are 32 MiB, enough to keep a network busy.
 const SEGMENT: usize = 1 << 22;
 
 /// A part of a pass: the backward of some layers. The first has the forward and the head before it, the last the
@@ -112,11 +112,11 @@ struct Segment<B: TrainingBackend> {
 }
 
 /// From the last layer to the first.
-fn segments<B: TrainingBackend>(layout: &Layout) -> Vec<Segment<B>> {
-    let (mut behind, mut end) = (layout.layers().len(), layout.parameters());
+fn segments<B: TrainingBackend>(layout: &Layout, trainable: &Trainable) -> Vec<Segment<B>> {
+    let (mut behind, mut end) = (layout.layers().len(), trainable.parameters());
     let mut segments = Vec::new();
     for (layer, at) in layout.layers().iter().enumerate().rev() {
-        let start = if layer == 0 { 0 } else { at.qkv.start };
+        let start = if layer == 0 { 0 } else { trainable.before(at.qkv.start) };
         if layer == 0 || end - start >= SEGMENT {
             let (layers, gradient) = (layer..behind, start..end);
             segments.push(Segment { layers, gradient, graph: B::Graph::default() });
@@ -131,6 +131,7 @@ fn segments<B: TrainingBackend>(layout: &Layout) -> Vec<Segment<B>> {
 pub(crate) struct Network<B: TrainingBackend> {
     backend: B,
     layout: Layout,
+    trainable: Trainable,
     sequences: usize,
     length: usize,
     model_dim: usize,
@@ -160,6 +161,7 @@ impl<B: TrainingBackend> Network<B> {
         backend: B,
         config: &ModelConfig,
         layout: &Layout,
+        trainable: &Trainable,
         shape: BatchShape,
     ) -> Result<Self, ModelError> {
         let BatchShape { sequences, length, recompute } = shape;
@@ -183,6 +185,7 @@ impl<B: TrainingBackend> Network<B> {
         };
         Ok(Self {
             layout: layout.clone(),
+            trainable: trainable.clone(),
             sequences,
             length,
             model_dim: d,
@@ -201,7 +204,7 @@ impl<B: TrainingBackend> Network<B> {
             cross_entropy: plan.buffer(rows)?,
             lse: plan.buffer(rows)?,
             losses: [vec![0.0; rows], vec![0.0; rows]],
-            segments: segments(layout),
+            segments: segments(layout, trainable),
             scratch,
             planned_bytes: plan.bytes,
             backend,
@@ -330,7 +333,7 @@ impl<B: TrainingBackend> Network<B> {
         let Scratch { normed, branch, logits, logits_len, .. } = &mut self.scratch;
         let gradients = gradient.map(|(gradient, z_loss)| HeadGradients {
             hidden: write(branch, rows * d),
-            table: ViewMut::new(gradient, table.clone()),
+            table: ViewMut::new(gradient, self.trainable.place_or_spare(&table)),
             z_loss,
         });
         self.backend.head_loss(
@@ -380,7 +383,7 @@ impl<B: TrainingBackend> Network<B> {
         let Scratch { stream, branch, norms, .. } = &mut self.scratch;
         self.backend.norm_backward(
             write(stream, len),
-            ViewMut::new(gradient, self.layout.final_norm()),
+            ViewMut::new(gradient, self.trainable.place_or_spare(&self.layout.final_norm())),
             read(branch, len),
             read(&self.x[layers], len),
             norms.of(self.backend.values(View::new(weights, self.layout.final_norm()))),
@@ -406,9 +409,10 @@ impl<B: TrainingBackend> Network<B> {
     }
 
     fn embed_backward(&mut self, gradient: &mut B::Buffer<f32>) {
+        let Some(table) = self.trainable.place(&self.layout.embedding()) else { return };
         let (rows, d) = (self.rows(), self.model_dim);
         self.backend.embed_backward(
-            ViewMut::new(gradient, self.layout.embedding()),
+            ViewMut::new(gradient, table),
             read(&self.scratch.stream, rows * d),
             read(&self.inputs, rows),
             d,
@@ -418,7 +422,7 @@ impl<B: TrainingBackend> Network<B> {
     /// Takes the stream's gradient from behind a layer's FFN to before it.
     fn ffn_backward(&mut self, weights: &B::Parameters, gradient: &mut B::Buffer<f32>, layer: usize) {
         let (rows, d) = (self.rows(), self.model_dim);
-        let Self { backend, layout, activations, scratch, .. } = self;
+        let Self { backend, layout, trainable, activations, scratch, .. } = self;
         let at = &layout.layers()[layer];
         let ffn = at.dims.ffn_dim;
         let kept = kept(activations, layer);
@@ -436,23 +440,27 @@ impl<B: TrainingBackend> Network<B> {
             write(&mut scratch.gated, rows * ffn),
             ffn,
         );
-        backend.linear_backward_weight(
-            ViewMut::new(gradient, at.proj_2.clone()),
-            read(&scratch.stream, rows * d),
-            read(&scratch.gated, rows * ffn),
-            shape,
-        );
+        if let Some(place) = trainable.place(&at.proj_2) {
+            backend.linear_backward_weight(
+                ViewMut::new(gradient, place),
+                read(&scratch.stream, rows * d),
+                read(&scratch.gated, rows * ffn),
+                shape,
+            );
+        }
 
         let shape = LinearShape { rows, inputs: d, outputs: 2 * ffn };
         let middle = || read(&kept.middle, rows * d);
         let norm = scratch.norms.of(backend.values(weight(&at.ffn_norm)));
         backend.norm(write(&mut scratch.normed, rows * d), middle(), norm);
-        backend.linear_backward_weight(
-            ViewMut::new(gradient, at.proj_1.clone()),
-            read(&kept.gate_up, rows * 2 * ffn),
-            read(&scratch.normed, rows * d),
-            shape,
-        );
+        if let Some(place) = trainable.place(&at.proj_1) {
+            backend.linear_backward_weight(
+                ViewMut::new(gradient, place),
+                read(&kept.gate_up, rows * 2 * ffn),
+                read(&scratch.normed, rows * d),
+                shape,
+            );
+        }
         backend.linear_backward_input(
             write(&mut scratch.normed, rows * d),
             read(&kept.gate_up, rows * 2 * ffn),
@@ -461,7 +469,7 @@ impl<B: TrainingBackend> Network<B> {
         );
         backend.norm_backward(
             write(&mut scratch.stream, rows * d),
-            ViewMut::new(gradient, at.ffn_norm.clone()),
+            ViewMut::new(gradient, trainable.place_or_spare(&at.ffn_norm)),
             read(&scratch.normed, rows * d),
             middle(),
             scratch.norms.of(backend.values(weight(&at.ffn_norm))),
@@ -472,7 +480,7 @@ impl<B: TrainingBackend> Network<B> {
     /// Takes the stream's gradient from behind a layer's attention to before it.
     fn attention_backward(&mut self, weights: &B::Parameters, gradient: &mut B::Buffer<f32>, layer: usize) {
         let (rows, d) = (self.rows(), self.model_dim);
-        let Self { backend, layout, x, activations, scratch, rope, .. } = self;
+        let Self { backend, layout, trainable, x, activations, scratch, rope, .. } = self;
         let at = &layout.layers()[layer];
         let heads = heads(at, self.head_dim);
         let (packed, query) = (rows * heads.packed_width(), rows * heads.query_width());
@@ -480,12 +488,14 @@ impl<B: TrainingBackend> Network<B> {
         let weight = |range: &Range<usize>| View::new(weights, range.clone());
 
         let shape = LinearShape { rows, inputs: heads.query_width(), outputs: d };
-        backend.linear_backward_weight(
-            ViewMut::new(gradient, at.out_proj.clone()),
-            read(&scratch.stream, rows * d),
-            read(&kept.attended, query),
-            shape,
-        );
+        if let Some(place) = trainable.place(&at.out_proj) {
+            backend.linear_backward_weight(
+                ViewMut::new(gradient, place),
+                read(&scratch.stream, rows * d),
+                read(&kept.attended, query),
+                shape,
+            );
+        }
         backend.linear_backward_input(
             write(&mut scratch.branch, query),
             read(&scratch.stream, rows * d),
@@ -510,7 +520,7 @@ impl<B: TrainingBackend> Network<B> {
         );
         backend.qk_norm_rope_backward(
             write(&mut kept.packed, packed),
-            ViewMut::new(gradient, at.qk_norm.clone()),
+            ViewMut::new(gradient, trainable.place_or_spare(&at.qk_norm)),
             read(&scratch.rotated_gradient, packed),
             scratch.norms.of(backend.values(weight(&at.qk_norm))),
             rope.at(read(&self.first, self.sequences), self.length),
@@ -521,12 +531,14 @@ impl<B: TrainingBackend> Network<B> {
         let x = || read(&x[layer], rows * d);
         let norm = scratch.norms.of(backend.values(weight(&at.attn_norm)));
         backend.norm(write(&mut scratch.normed, rows * d), x(), norm);
-        backend.linear_backward_weight(
-            ViewMut::new(gradient, at.qkv.clone()),
-            read(&kept.packed, packed),
-            read(&scratch.normed, rows * d),
-            shape,
-        );
+        if let Some(place) = trainable.place(&at.qkv) {
+            backend.linear_backward_weight(
+                ViewMut::new(gradient, place),
+                read(&kept.packed, packed),
+                read(&scratch.normed, rows * d),
+                shape,
+            );
+        }
         backend.linear_backward_input(
             write(&mut scratch.normed, rows * d),
             read(&kept.packed, packed),
@@ -535,7 +547,7 @@ impl<B: TrainingBackend> Network<B> {
         );
         backend.norm_backward(
             write(&mut scratch.stream, rows * d),
-            ViewMut::new(gradient, at.attn_norm.clone()),
+            ViewMut::new(gradient, trainable.place_or_spare(&at.attn_norm)),
             read(&scratch.normed, rows * d),
             x(),
             scratch.norms.of(backend.values(weight(&at.attn_norm))),
@@ -568,7 +580,7 @@ mod tests {
     fn segments_complete_every_gradient_once() {
         for preset in ulmus_plan::Preset::ALL {
             let layout = Layout::new(&preset.config());
-            let segments = segments::<Cpu>(&layout);
+            let segments = segments::<Cpu>(&layout, &Trainable::all(&layout));
             let (mut layer, mut end) = (layout.layers().len(), layout.parameters());
             for Segment { layers, gradient, .. } in &segments {
                 assert_eq!((layers.end, gradient.end), (layer, end), "{preset:?}");
@@ -581,6 +593,7 @@ mod tests {
         }
         // A small model is one.
         let config = ModelConfig { model_dim: 64, vocab_size: 100, ..ModelConfig::default() };
-        assert_eq!(segments::<Cpu>(&Layout::new(&config)).len(), 1);
+        let layout = Layout::new(&config);
+        assert_eq!(segments::<Cpu>(&layout, &Trainable::all(&layout)).len(), 1);
     }
 }

@@ -1,9 +1,9 @@
-//! All parameters of a model as one flat vector of f32 in a fixed order.
+//! All parameters of a model as one flat vector of f32 in a fixed order, and which of them training changes.
 //!
 //! Order: embedding, layers first to last, final norm; within a layer as the reference's own checkpoints have it.
-//! Everything that speaks of "parameter k" (gradients, moments, reductions, checkpoints) means this order, so it
-//! must never change. One neighbourhood is relied upon: `q_norm` and `k_norm` of a layer are adjacent, and
-//! kernels take both as one range.
+//! Weights, and the files that hold them, are in this order, so it must never change. Gradient, moments, sums and optimizer
+//! files have an element for each *trainable* parameter, in the same order. One neighbourhood is relied upon: `q_norm`
+//! and `k_norm` of a layer are adjacent, and kernels take both as one range.
 
 use std::ops::Range;
 
@@ -119,15 +119,7 @@ impl Layout {
 
     /// Refuses a flat vector that has not one element per parameter.
     pub(crate) fn check_len(&self, values: &[f32]) -> Result<(), ModelError> {
-        if values.len() == self.len {
-            Ok(())
-        } else {
-            Err(ModelError::Tensors(format!(
-                "{} values for a model of {} parameters",
-                values.len(),
-                self.len
-            )))
-        }
+        check_len(values, self.len)
     }
 
     pub(crate) fn layers(&self) -> &[LayerLayout] {
@@ -141,6 +133,105 @@ impl Layout {
 
     pub(crate) fn final_norm(&self) -> Range<usize> {
         self.tensors[self.tensors.len() - 1].range.clone()
+    }
+}
+
+/// Refuses a flat vector that has not one element for each of so many parameters.
+pub(crate) fn check_len(values: &[f32], parameters: usize) -> Result<(), ModelError> {
+    if values.len() == parameters {
+        Ok(())
+    } else {
+        Err(ModelError::Tensors(format!("{} values for {parameters} parameters", values.len())))
+    }
+}
+
+/// Neighbouring trainable parameters that are updated alike.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct TrainableRange {
+    /// Where their weights are.
+    pub parameters: Range<usize>,
+    /// Where their gradient and moments are.
+    pub elements: Range<usize>,
+    /// Whether weight decay applies.
+    pub decays: bool,
+}
+
+/// The parameters that training changes: those that have a gradient and moments. All others are frozen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trainable {
+    ranges: Vec<TrainableRange>,
+    len: usize,
+    spare: usize,
+}
+
+impl Trainable {
+    /// All parameters.
+    pub fn all(layout: &Layout) -> Self {
+        Self::of(layout, |_| true)
+    }
+
+    /// The tensors that `trains` chooses; of a layer's `q_norm` and `k_norm` both or none.
+    pub(crate) fn of(layout: &Layout, trains: impl Fn(&Tensor) -> bool) -> Self {
+        let mut trainable = Self { ranges: Vec::new(), len: 0, spare: 0 };
+        for tensor in layout.tensors().iter().filter(|tensor| trains(tensor)) {
+            let elements = trainable.len..trainable.len + tensor.range.len();
+            trainable.len = elements.end;
+            match trainable.ranges.last_mut() {
+                Some(last) if last.parameters.end == tensor.range.start && last.decays == tensor.decays() => {
+                    (last.parameters.end, last.elements.end) = (tensor.range.end, elements.end);
+                }
+                _ => trainable.ranges.push(TrainableRange {
+                    parameters: tensor.range.clone(),
+                    elements,
+                    decays: tensor.decays(),
+                }),
+            }
+        }
+        let layers = layout.layers().iter().flat_map(|at| [&at.qk_norm, &at.ffn_norm, &at.attn_norm]);
+        let fused = layers.cloned().chain([layout.embedding(), layout.final_norm()]);
+        let frozen = fused.filter(|parameters| trainable.place(parameters).is_none());
+        trainable.spare = frozen.map(|parameters| parameters.len()).max().unwrap_or(0);
+        trainable
+    }
+
+    /// Number of trainable parameters.
+    pub fn parameters(&self) -> usize {
+        self.len
+    }
+
+    /// Elements of a buffer for the gradient. Behind those of the trainable parameters is room for what kernels that make
+    /// several gradients at once make of frozen ones: the embedding or a norm.
+    pub(crate) fn gradient_len(&self) -> usize {
+        self.len + self.spare
+    }
+
+    /// What is updated in one go, in order.
+    pub(crate) fn ranges(&self) -> &[TrainableRange] {
+        &self.ranges
+    }
+
+    /// How many of the parameters before that one are trainable.
+    pub(crate) fn before(&self, parameter: usize) -> usize {
+        let index = self.ranges.partition_point(|range| range.parameters.end <= parameter);
+        self.ranges
+            .get(index)
+            .map_or(self.len, |range| range.elements.start + parameter.saturating_sub(range.parameters.start))
+    }
+
+    /// Where the gradient of these parameters is, all of which are trainable or none; `None` if they are frozen.
+    pub(crate) fn place(&self, parameters: &Range<usize>) -> Option<Range<usize>> {
+        let place = self.before(parameters.start)..self.before(parameters.end);
+        assert!(
+            place.is_empty() || place.len() == parameters.len(),
+            "parameters {parameters:?} train together"
+        );
+        (!place.is_empty()).then_some(place)
+    }
+
+    /// Where a kernel that makes several gradients at once puts that of these parameters: in its place, or in the spare
+    /// room if they are frozen.
+    pub(crate) fn place_or_spare(&self, parameters: &Range<usize>) -> Range<usize> {
+        self.place(parameters).unwrap_or(self.len..self.len + parameters.len())
     }
 }
 
@@ -164,6 +255,55 @@ mod tests {
             }
             assert_eq!(next, layout.parameters());
         }
+    }
+
+    #[test]
+    fn everything_has_its_own_place_if_all_parameters_train() {
+        for preset in Preset::ALL {
+            let layout = Layout::new(&preset.config());
+            let trainable = Trainable::all(&layout);
+            assert_eq!((trainable.parameters(), trainable.gradient_len()), (layout.len, layout.len));
+            for tensor in layout.tensors() {
+                assert_eq!(trainable.place(&tensor.range), Some(tensor.range.clone()), "{}", tensor.name);
+            }
+            // Matrices and norms in turn, twice per layer; the embedding is updated with the first matrix.
+            let ranges = trainable.ranges();
+            assert_eq!(ranges[0].parameters, 0..layout.layers()[0].qkv.end);
+            assert_eq!(ranges.len(), 4 * layout.layers().len());
+            assert!(ranges.iter().all(|range| range.parameters == range.elements));
+        }
+    }
+
+    #[test]
+    fn trainable_parameters_lie_end_to_end_in_their_order() {
+        let layout = Layout::new(&Preset::Openelm270m.config());
+        let chosen = |tensor: &Tensor| !tensor.decays() || tensor.name.contains("layers.3.");
+        let trainable = Trainable::of(&layout, chosen);
+        let mut next = 0;
+        for tensor in layout.tensors() {
+            assert_eq!(trainable.before(tensor.range.start), next);
+            let place = next..next + tensor.range.len();
+            if chosen(tensor) {
+                assert_eq!(trainable.place(&tensor.range), Some(place.clone()), "{}", tensor.name);
+                next = place.end;
+            } else {
+                assert_eq!(trainable.place(&tensor.range), None, "{}", tensor.name);
+            }
+        }
+        assert_eq!((trainable.parameters(), trainable.before(layout.parameters())), (next, next));
+        let embedding = layout.embedding();
+        assert_eq!(trainable.place_or_spare(&embedding), next..next + embedding.len());
+        assert_eq!(trainable.gradient_len(), next + embedding.len());
+        let ranges = trainable.ranges();
+        assert!(ranges.windows(2).all(|pair| pair[0].elements.end == pair[1].elements.start));
+        assert!(ranges.iter().all(|range| range.parameters.len() == range.elements.len()));
+    }
+
+    #[test]
+    #[should_panic(expected = "train together")]
+    fn half_of_what_a_kernel_takes_as_one_cannot_be_frozen() {
+        let layout = Layout::new(&Preset::Openelm270m.config());
+        Trainable::of(&layout, |tensor| tensor.name.ends_with("k_norm.weight"));
     }
 
     #[test]

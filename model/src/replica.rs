@@ -17,7 +17,7 @@ use crate::buffers::{Planner, read, write};
 use crate::error::ModelError;
 use crate::init::initial_values;
 use crate::network::Network;
-use crate::params::Layout;
+use crate::params::{Layout, Trainable, TrainableRange, check_len};
 
 /// Elements that go through the host at a time when a state is hashed or filled.
 const CHUNK: usize = 1 << 20;
@@ -41,14 +41,14 @@ impl StatePart {
     pub const ALL: [Self; 3] = [Self::Weights, Self::FirstMoment, Self::SecondMoment];
 }
 
-/// The state on the host: three flat vectors in the order of [`Layout`].
+/// The state on the host: flat vectors in the order of [`Layout`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct State {
-    /// The weights.
+    /// The weights of all parameters.
     pub weights: Vec<f32>,
-    /// AdamW's first moment.
+    /// AdamW's first moment, of the trainable parameters.
     pub first_moment: Vec<f32>,
-    /// AdamW's second moment.
+    /// AdamW's second moment, of the trainable parameters.
     pub second_moment: Vec<f32>,
 }
 
@@ -75,7 +75,7 @@ impl From<State> for StateCopy {
     }
 }
 
-/// Exact sums of gradients, one integer per parameter.
+/// Exact sums of gradients, one integer per trainable parameter.
 #[derive(Debug)]
 pub struct Sums<B: TrainingBackend> {
     values: B::Buffer<i64>,
@@ -85,12 +85,12 @@ pub struct Sums<B: TrainingBackend> {
 }
 
 impl<B: TrainingBackend> Sums<B> {
-    /// For a model of that layout.
+    /// For these parameters.
     ///
     /// # Errors
     /// [`ModelError::Backend`].
-    pub fn new(backend: &B, layout: &Layout) -> Result<Self, ModelError> {
-        let len = layout.parameters();
+    pub fn new(backend: &B, trainable: &Trainable) -> Result<Self, ModelError> {
+        let len = trainable.parameters();
         Ok(Self { values: backend.allocate(len)?, len, cleared: true })
     }
 
@@ -122,6 +122,7 @@ impl<B: TrainingBackend> Sums<B> {
 pub struct Replica<B: TrainingBackend> {
     backend: B,
     layout: Layout,
+    trainable: Trainable,
     network: Network<B>,
     weights: B::Parameters,
     first_moment: B::Buffer<f32>,
@@ -143,25 +144,38 @@ impl<B: TrainingBackend> Replica<B> {
     /// # Errors
     /// [`ModelError::Backend`]; [`ModelError::Batch`] for an empty shape.
     pub fn new(backend: B, config: &ModelConfig, shape: BatchShape, z_loss: f64) -> Result<Self, ModelError> {
+        let layout = Layout::new(config);
+        let trainable = Trainable::all(&layout);
+        Self::with_trainable(backend, config, shape, z_loss, layout, trainable)
+    }
+
+    fn with_trainable(
+        backend: B,
+        config: &ModelConfig,
+        shape: BatchShape,
+        z_loss: f64,
+        layout: Layout,
+        trainable: Trainable,
+    ) -> Result<Self, ModelError> {
         let BatchShape { sequences, length, .. } = shape;
         if sequences == 0 || length == 0 {
             return Err(ModelError::Batch(format!("[{sequences}, {length}] has no position")));
         }
-        let layout = Layout::new(config);
-        let network = Network::new(backend.clone(), config, &layout, shape)?;
+        let network = Network::new(backend.clone(), config, &layout, &trainable, shape)?;
         let plan = &mut Planner::new(&backend);
-        let len = layout.parameters();
+        let len = trainable.parameters();
         Ok(Self {
             network,
-            weights: plan.parameters(len)?,
+            weights: plan.parameters(layout.parameters())?,
             first_moment: plan.buffer(len)?,
             second_moment: plan.buffer(len)?,
-            gradient: plan.buffer(len)?,
+            gradient: plan.buffer(trainable.gradient_len())?,
             outside: backend.allocate(1)?,
             squares: vec![0.0; len.div_ceil(BLOCK)],
             z_loss: z_loss as f32,
             planned_bytes: plan.bytes,
             layout,
+            trainable,
             backend,
         })
     }
@@ -169,6 +183,11 @@ impl<B: TrainingBackend> Replica<B> {
     /// Names, shapes and places of the parameters.
     pub fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// The parameters that it trains.
+    pub fn trainable(&self) -> &Trainable {
+        &self.trainable
     }
 
     /// The device.
@@ -194,8 +213,8 @@ impl<B: TrainingBackend> Replica<B> {
                 self.backend.set_parameters(to, &part);
             }
         }
-        let zeros = vec![0.0; CHUNK.min(self.layout.parameters())];
-        for range in chunks(self.layout.parameters()) {
+        let zeros = vec![0.0; CHUNK.min(self.trainable.parameters())];
+        for range in chunks(self.trainable.parameters()) {
             let zeros = &zeros[..range.len()];
             self.backend.upload(ViewMut::new(&mut self.first_moment, range.clone()), zeros);
             self.backend.upload(ViewMut::new(&mut self.second_moment, range), zeros);
@@ -280,8 +299,7 @@ impl<B: TrainingBackend> Replica<B> {
 
     /// The gradient.
     pub fn gradient(&mut self) -> Out<'_, B> {
-        let len = self.layout.parameters();
-        write(&mut self.gradient, len)
+        write(&mut self.gradient, self.trainable.parameters())
     }
 
     /// The gradient becomes the mean over `valid` tokens: bit for bit what it would become through sums of this gradient
@@ -291,9 +309,9 @@ impl<B: TrainingBackend> Replica<B> {
     /// [`ModelError::GradientRange`] if an element is NaN, infinite or beyond the quantum's limit; the gradient is void
     /// then.
     pub fn quantise_mean_gradient(&mut self, quantum: &Quantum, valid: u64) -> Result<(), ModelError> {
-        let Self { backend, layout, gradient, outside, .. } = self;
+        let Self { backend, trainable, gradient, outside, .. } = self;
         backend.upload(write(outside, 1), &[0]);
-        let gradient = write(gradient, layout.parameters());
+        let gradient = write(gradient, trainable.parameters());
         backend.quantise_mean(gradient, write(outside, 1), quantum, quantum.mean_scale(valid));
         self.check_range(quantum)
     }
@@ -316,7 +334,7 @@ impl<B: TrainingBackend> Replica<B> {
 
     /// L2 norm of the gradient: sums of squares of fixed blocks, added in the order of the blocks, in f64.
     pub fn gradient_norm(&mut self) -> f64 {
-        let gradient = read(&self.gradient, self.layout.parameters());
+        let gradient = read(&self.gradient, self.trainable.parameters());
         self.backend.block_squares(&mut self.squares, gradient);
         self.squares.iter().sum::<f64>().sqrt()
     }
@@ -342,23 +360,28 @@ impl<B: TrainingBackend> Replica<B> {
             epsilon: recipe.epsilon as f32,
         };
         let decayed = AdamW { decay: (1.0 - lr * recipe.weight_decay) as f32, ..plain };
-        let Self { backend, layout, weights, first_moment, second_moment, gradient, .. } = self;
+        let Self { backend, trainable, weights, first_moment, second_moment, gradient, .. } = self;
         backend.finish_copies();
         backend.run(|| {
-            // Neighbours that are treated alike in one go: there are many small ones.
-            for tensors in layout.tensors().chunk_by(|a, b| a.decays() == b.decays()) {
-                let (first, last) = (&tensors[0], &tensors[tensors.len() - 1]);
-                let range = || first.range.start..last.range.end;
+            for TrainableRange { parameters, elements, decays } in trainable.ranges() {
                 backend.adamw(
-                    ViewMut::new(weights, range()),
-                    ViewMut::new(first_moment, range()),
-                    ViewMut::new(second_moment, range()),
-                    View::new(gradient, range()),
-                    if first.decays() { decayed } else { plain },
+                    ViewMut::new(weights, parameters.clone()),
+                    ViewMut::new(first_moment, elements.clone()),
+                    ViewMut::new(second_moment, elements.clone()),
+                    View::new(gradient, elements.clone()),
+                    if *decays { decayed } else { plain },
                 );
             }
         });
         Ok(norm)
+    }
+
+    /// Elements of a part of the state.
+    pub fn part_len(&self, part: StatePart) -> usize {
+        match part {
+            StatePart::Weights => self.layout.parameters(),
+            StatePart::FirstMoment | StatePart::SecondMoment => self.trainable.parameters(),
+        }
     }
 
     fn part(&self, part: StatePart, range: Range<usize>) -> In<'_, B> {
@@ -372,7 +395,7 @@ impl<B: TrainingBackend> Replica<B> {
     /// Lets `work` write a whole part of the state, on the device.
     pub fn write_part<R>(&mut self, part: StatePart, work: impl FnOnce(Out<'_, B>) -> R) -> R {
         self.backend.finish_copies();
-        let len = self.layout.parameters();
+        let len = self.part_len(part);
         match part {
             StatePart::Weights => self.backend.write_values(write(&mut self.weights, len), work),
             StatePart::FirstMoment => work(write(&mut self.first_moment, len)),
@@ -402,7 +425,7 @@ impl<B: TrainingBackend> Replica<B> {
     /// The whole state, copied to the host.
     pub fn state(&self) -> State {
         let copy = |part| {
-            let mut values = vec![0.0; self.layout.parameters()];
+            let mut values = vec![0.0; self.part_len(part)];
             self.read_state(part, 0, &mut values);
             values
         };
@@ -415,18 +438,20 @@ impl<B: TrainingBackend> Replica<B> {
 
     /// Begins to copy the whole state to the host. What changes the state comes after that; all else goes on beside it.
     pub fn copy_state(&self) -> StateCopy {
-        let len = self.layout.parameters();
-        StateCopy(StatePart::ALL.map(|part| self.backend.begin_copy(self.part(part, 0..len))))
+        StateCopy(StatePart::ALL.map(|part| {
+            let all = self.part(part, 0..self.part_len(part));
+            self.backend.begin_copy(all)
+        }))
     }
 
     /// Replaces the whole state.
     ///
     /// # Errors
-    /// [`ModelError::Tensors`] if a vector has not one element per parameter.
+    /// [`ModelError::Tensors`] if a vector has another length than its part of the state.
     pub fn load_state(&mut self, state: &State) -> Result<(), ModelError> {
         let parts = [&state.weights, &state.first_moment, &state.second_moment];
-        for values in parts {
-            self.layout.check_len(values)?;
+        for (part, values) in StatePart::ALL.into_iter().zip(parts) {
+            check_len(values, self.part_len(part))?;
         }
         for (part, values) in StatePart::ALL.into_iter().zip(parts) {
             self.write_state(part, 0, values);
@@ -436,21 +461,22 @@ impl<B: TrainingBackend> Replica<B> {
 
     /// BLAKE3 over weights and moments: equal on all workers after every step.
     pub fn state_hash(&self) -> Digest {
-        self.hash(StatePart::ALL.iter().map(|part| |range| self.part(*part, range)))
+        self.hash(StatePart::ALL.map(|part| self.part(part, 0..self.part_len(part))))
     }
 
     /// BLAKE3 over the gradient: the fingerprint of device and library for a known batch.
     pub fn gradient_hash(&self) -> Digest {
-        self.hash([|range| View::new(&self.gradient, range)])
+        self.hash([read(&self.gradient, self.trainable.parameters())])
     }
 
-    fn hash<'a>(&'a self, vectors: impl IntoIterator<Item = impl Fn(Range<usize>) -> In<'a, B>>) -> Digest {
+    fn hash<'a>(&'a self, vectors: impl IntoIterator<Item = In<'a, B>>) -> Digest {
         let mut hasher = blake3::Hasher::new();
         let mut host = vec![0.0; CHUNK.min(self.layout.parameters())];
-        for vector in vectors {
-            for range in chunks(self.layout.parameters()) {
-                let host = &mut host[..range.len()];
-                self.backend.download(vector(range), host);
+        for View { buffer, range } in vectors {
+            for chunk in chunks(range.len()) {
+                let host = &mut host[..chunk.len()];
+                let chunk = range.start + chunk.start..range.start + chunk.end;
+                self.backend.download(View::new(buffer, chunk), host);
                 hasher.update(bytemuck::cast_slice(host));
             }
         }
@@ -461,4 +487,111 @@ impl<B: TrainingBackend> Replica<B> {
 /// `0..len` in ranges of [`CHUNK`].
 fn chunks(len: usize) -> impl Iterator<Item = Range<usize>> {
     (0..len).step_by(CHUNK).map(move |start| start..len.min(start + CHUNK))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::params::Tensor;
+    use ulmus_cpu::Cpu;
+    use ulmus_plan::Multipliers;
+
+    fn config() -> ModelConfig {
+        ModelConfig {
+            vocab_size: 97,
+            num_transformer_layers: 3,
+            model_dim: 48,
+            head_dim: 12,
+            num_gqa_groups: 2,
+            ffn_multipliers: Multipliers::Uniform(2.0),
+            ffn_dim_divisor: 20,
+            ..ModelConfig::default()
+        }
+    }
+
+    fn replica(trains: impl Fn(&Tensor) -> bool) -> Replica<Cpu> {
+        let layout = Layout::new(&config());
+        let trainable = Trainable::of(&layout, trains);
+        let shape = BatchShape::new(2, 20);
+        let mut replica =
+            Replica::with_trainable(Cpu::new(1), &config(), shape, 1e-4, layout, trainable).unwrap();
+        replica.initialise(5);
+        replica
+    }
+
+    fn batch(step: u64) -> MicroBatch {
+        let tokens = |seed: u64| (0..40).map(|i| ((i * 31 + seed * 17) % 97) as u32).collect();
+        MicroBatch::of_whole_documents(2, 20, tokens(step), tokens(step + 1))
+    }
+
+    fn gradient(replica: &Replica<Cpu>) -> Vec<f32> {
+        let mut gradient = vec![f32::NAN; replica.trainable().parameters()];
+        replica.read_gradient(0, &mut gradient);
+        gradient
+    }
+
+    /// Trains some of the parameters, through sums of two micro-batches, as a worker does.
+    fn train_a_part(trains: impl Fn(&Tensor) -> bool) {
+        let recipe = TrainConfig::default();
+        let (mut replica, mut complete) = (self::replica(&trains), self::replica(|_| true));
+        let elements = replica.trainable().parameters();
+        let before = replica.state();
+        let trained = || tensors().into_iter().filter(|tensor| trains(tensor));
+        assert_eq!(elements, trained().map(|tensor| tensor.range.len()).sum::<usize>());
+        assert_eq!((before.first_moment.len(), before.second_moment.len()), (elements, elements));
+
+        // The gradient is that of a model all of which trains, without what is frozen.
+        let loss = replica.forward_backward(&batch(0)).unwrap();
+        assert_eq!(loss, complete.forward_backward(&batch(0)).unwrap());
+        let all = gradient(&complete);
+        let expected: Vec<f32> = trained().flat_map(|tensor| all[tensor.range.clone()].to_vec()).collect();
+        assert_eq!(gradient(&replica), expected);
+
+        let quantum = Quantum::new(80, 2);
+        let mut sums = Sums::new(replica.backend(), replica.trainable()).unwrap();
+        for step in 0..3 {
+            let (mut valid, mut reduced) = (0, 0);
+            sums.clear();
+            for micro_batch in 0..2 {
+                let batch = batch(2 * step + micro_batch);
+                let loss =
+                    replica.add_gradient(&batch, &mut sums, &quantum, |_, range| reduced += range.len());
+                valid += loss.unwrap().valid;
+            }
+            assert_eq!((reduced, sums.values().len()), (2 * elements, elements));
+            replica.set_mean_gradient(&sums, 0..elements, &quantum, valid);
+            let mean = gradient(&replica).iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+            let norm = replica.update(&recipe, 1e-3, step).unwrap();
+            assert!((norm / mean - 1.0).abs() < 1e-12, "{norm} {mean}");
+        }
+
+        let after = replica.state();
+        let mut moments = 0;
+        for tensor in tensors() {
+            let [old, new] = [&before, &after].map(|state| &state.weights[tensor.range.clone()]);
+            let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(old) != bits(new), trains(&tensor), "{}", tensor.name);
+            if trains(&tensor) {
+                let range = moments..moments + tensor.range.len();
+                moments = range.end;
+                assert!(after.first_moment[range].iter().any(|moment| *moment != 0.0), "{}", tensor.name);
+            }
+        }
+        // The state moves to another replica.
+        let mut other = self::replica(&trains);
+        other.load_state(&after).unwrap();
+        assert_eq!(other.state_hash(), replica.state_hash());
+        assert!(matches!(other.load_state(&complete.state()), Err(ModelError::Tensors(_))));
+    }
+
+    fn tensors() -> Vec<Tensor> {
+        Layout::new(&config()).tensors().to_vec()
+    }
+
+    #[test]
+    fn frozen_parameters_keep_their_bits() {
+        train_a_part(|tensor| !tensor.decays());
+        train_a_part(|tensor| tensor.name.contains("layers.2."));
+        train_a_part(|tensor| !tensor.name.contains("norm") && !tensor.name.contains("layers.1."));
+    }
 }

@@ -58,11 +58,11 @@ fn replica(threads: usize) -> Replica<Cpu> {
 /// One step whose micro-batches are dealt to several workers; all of them apply the same mean gradient.
 fn distributed_step(workers: &mut [Replica<Cpu>], batches: &[u32], step: u64) -> Vec<(LossSum, f64)> {
     let quantum = Quantum::new(160 * batches.len() as u64, batches.len() as u64);
-    let (count, parameters) = (workers.len(), workers[0].layout().parameters());
+    let (count, parameters) = (workers.len(), workers[0].trainable().parameters());
     let (mut ce, mut z, mut valid) = (0i64, 0i64, 0);
     let mut all: Vec<Sums<Cpu>> = Vec::new();
     for (worker, replica) in workers.iter_mut().enumerate() {
-        let mut own = Sums::new(replica.backend(), replica.layout()).unwrap();
+        let mut own = Sums::new(replica.backend(), replica.trainable()).unwrap();
         for seed in batches.iter().skip(worker).step_by(count) {
             let mut complete = 0;
             let loss = replica.add_gradient(&micro_batch(*seed), &mut own, &quantum, |_, range| {
@@ -150,8 +150,8 @@ fn gradients_have_the_same_bits_for_any_number_of_threads() {
 fn a_single_micro_batch_is_its_own_exact_sum() {
     let (mut through_sums, mut in_place) = (replica(2), replica(2));
     let quantum = Quantum::new(160, 1);
-    let parameters = through_sums.layout().parameters();
-    let mut sums = Sums::new(through_sums.backend(), through_sums.layout()).unwrap();
+    let parameters = through_sums.trainable().parameters();
+    let mut sums = Sums::new(through_sums.backend(), through_sums.trainable()).unwrap();
     // A sum that is begun anew has nothing of the one before.
     for seed in [3, 7] {
         sums.clear();
@@ -199,7 +199,7 @@ fn summed_gradient(config: &ModelConfig, batch: &MicroBatch) -> (LossSum, Vec<f3
         Replica::new(Cpu::new(2), config, BatchShape::new(batch.sequences, batch.length), 1e-4).unwrap();
     replica.initialise(3);
     let loss = replica.forward_backward(batch).unwrap();
-    let mut gradient = vec![0.0; replica.layout().parameters()];
+    let mut gradient = vec![0.0; replica.trainable().parameters()];
     replica.read_gradient(0, &mut gradient);
     (loss, gradient)
 }
@@ -271,7 +271,7 @@ fn numbers_that_are_not_finite_stop_the_step() {
     let loss = replica.forward_backward(&micro_batch(1)).unwrap();
     assert!(loss.ce.is_nan());
     assert_eq!(quantum.loss_to_fixed(loss.ce), None);
-    let mut sums = Sums::new(replica.backend(), replica.layout()).unwrap();
+    let mut sums = Sums::new(replica.backend(), replica.trainable()).unwrap();
     let added = replica.add_gradient(&micro_batch(1), &mut sums, &quantum, |_, _| {});
     assert!(matches!(added, Err(ModelError::GradientRange { .. })));
     // The next gradient is judged by itself.

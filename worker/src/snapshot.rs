@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use tokio::sync::OwnedSemaphorePermit;
 use ulmus_checkpoint::{CheckpointError, Manifest, Store, optimizer_shards, read_file};
-use ulmus_model::{Layout, State, StateCopy, StatePart, weights_from_safetensors, weights_to_safetensors};
+use ulmus_model::{
+    Layout, State, StateCopy, StatePart, Trainable, weights_from_safetensors, weights_to_safetensors,
+};
 use ulmus_run::{FormatError, TrainState, paths};
 use ulmus_types::{CheckpointId, CheckpointKind, Digest, Snapshot};
 
@@ -19,6 +21,8 @@ pub(crate) struct PendingSnapshot {
     pub(crate) checkpoint: CheckpointId,
     pub(crate) kind: CheckpointKind,
     pub(crate) layout: Arc<Layout>,
+    /// Parameters that have moments.
+    pub(crate) trainable: usize,
     pub(crate) tensors: StateCopy,
     pub(crate) train: TrainState,
     /// Where it is to be stored.
@@ -39,7 +43,7 @@ impl PendingSnapshot {
             checkpoint: self.checkpoint,
             kind: self.kind,
             state: Digest::from_bytes(*hasher.finalize().as_bytes()),
-            files: ulmus_checkpoint::files_of(self.layout.parameters()),
+            files: ulmus_checkpoint::files_of(self.trainable),
         }
     }
 
@@ -49,7 +53,7 @@ impl PendingSnapshot {
         Ok(match file {
             paths::WEIGHTS => Some(weights_to_safetensors(&self.layout, part(StatePart::Weights))?),
             paths::STATE => Some(self.train.to_json()),
-            _ => optimizer_shards(self.layout.parameters())
+            _ => optimizer_shards(self.trainable)
                 .into_iter()
                 .find(|shard| shard.file_name() == file)
                 .map(|shard| shard.encode(part(StatePart::FirstMoment), part(StatePart::SecondMoment))),
@@ -62,14 +66,15 @@ pub(crate) async fn restore(
     store: &Store,
     manifest: &Manifest,
     layout: &Layout,
+    trainable: &Trainable,
 ) -> Result<(State, TrainState), WorkerError> {
     let weights = read_file(store, manifest, paths::WEIGHTS).await?;
     let mut state = State {
         weights: weights_from_safetensors(layout, &weights)?,
-        first_moment: vec![0.0; layout.parameters()],
-        second_moment: vec![0.0; layout.parameters()],
+        first_moment: vec![0.0; trainable.parameters()],
+        second_moment: vec![0.0; trainable.parameters()],
     };
-    for shard in optimizer_shards(layout.parameters()) {
+    for shard in optimizer_shards(trainable.parameters()) {
         let contents = read_file(store, manifest, &shard.file_name()).await?;
         shard.decode(&contents, &mut state.first_moment, &mut state.second_moment)?;
     }

@@ -1,6 +1,6 @@
 //! What a checkpoint holds beside the weights: the optimizer's moments, and what all of its files are called.
 //!
-//! The moments are cut into ranges of the flattened parameters that depend on the number of parameters alone, so
+//! The moments are cut into ranges of the flattened trainable parameters that depend on the number of these alone, so
 //! that any number of workers can write them and any other number can read them.
 
 use std::ops::Range;
@@ -21,21 +21,21 @@ const SHARD_ELEMENTS: usize = 16 << 20;
 const FIRST_MOMENT: &str = "exp_avg";
 const SECOND_MOMENT: &str = "exp_avg_sq";
 
-/// A fixed range of the flattened parameters, and the optimizer file that belongs to it.
+/// A fixed range of the flattened trainable parameters, and the optimizer file that belongs to it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OptimizerShard {
     index: usize,
     range: Range<usize>,
 }
 
-/// The optimizer files of a model with this many parameters, in order and without gaps.
-pub fn optimizer_shards(parameters: usize) -> Vec<OptimizerShard> {
-    shards(&Partition::fixed(parameters, SHARD_ELEMENTS))
+/// The optimizer files of a model with this many trainable parameters, in order and without gaps.
+pub fn optimizer_shards(trainable: usize) -> Vec<OptimizerShard> {
+    shards(&Partition::fixed(trainable, SHARD_ELEMENTS))
 }
 
-/// The files of a checkpoint of a model with this many parameters, in the order in which workers announce them.
-pub fn files_of(parameters: usize) -> Vec<String> {
-    let moments = optimizer_shards(parameters).into_iter().map(|shard| shard.file_name());
+/// The files of a checkpoint of a model with this many trainable parameters, in the order in which workers announce them.
+pub fn files_of(trainable: usize) -> Vec<String> {
+    let moments = optimizer_shards(trainable).into_iter().map(|shard| shard.file_name());
     [paths::WEIGHTS.to_owned(), paths::STATE.to_owned()].into_iter().chain(moments).collect()
 }
 
@@ -44,7 +44,7 @@ fn shards(partition: &Partition) -> Vec<OptimizerShard> {
 }
 
 impl OptimizerShard {
-    /// The elements of the flattened parameters that it holds.
+    /// The elements that it holds.
     pub fn range(&self) -> Range<usize> {
         self.range.clone()
     }
@@ -54,7 +54,7 @@ impl OptimizerShard {
         format!("optimizer-{:05}.safetensors", self.index)
     }
 
-    /// The contents of its file, cut from both moments of *all* parameters.
+    /// The contents of its file, cut from both moments of *all* trainable parameters.
     ///
     /// # Panics
     /// When the moments are shorter than the range.
@@ -70,7 +70,7 @@ impl OptimizerShard {
         safetensors::serialize(views, Some(metadata)).expect("two tensors fit the header")
     }
 
-    /// Reads the contents of its file into both moments of *all* parameters.
+    /// Reads the contents of its file into both moments of *all* trainable parameters.
     ///
     /// # Errors
     /// [`CheckpointError::Form`] when the contents are of another range or no optimizer file at all.

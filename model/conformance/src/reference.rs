@@ -85,8 +85,8 @@ pub fn mean_gradient<B: TrainingBackend>(
     batch: &MicroBatch,
 ) -> Result<(LossSum, Vec<f32>), ModelError> {
     let quantum = Quantum::new(batch.inputs.len() as u64, 1);
-    let parameters = replica.layout().parameters();
-    let mut sums = Sums::new(replica.backend(), replica.layout())?;
+    let parameters = replica.trainable().parameters();
+    let mut sums = Sums::new(replica.backend(), replica.trainable())?;
     let loss = replica.add_gradient(batch, &mut sums, &quantum, |_, _| {})?;
     replica.set_mean_gradient(&sums, 0..parameters, &quantum, loss.valid);
     let mut gradient = vec![0.0; parameters];

@@ -225,7 +225,7 @@ fn replica<B: TrainingBackend>(backend: B, recompute: bool) -> Replica<B> {
 /// Mean loss, gradient, and the state after a step.
 fn step<B: TrainingBackend>(replica: &mut Replica<B>) -> (f64, Vec<f32>, State) {
     let sum = replica.forward_backward(&batch(&config())).unwrap();
-    let mut gradient = vec![0.0; replica.layout().parameters()];
+    let mut gradient = vec![0.0; replica.trainable().parameters()];
     replica.read_gradient(0, &mut gradient);
     replica.update(&ulmus_plan::TrainConfig::default(), 1e-3, 0).unwrap();
     (sum.ce / sum.valid as f64, gradient, replica.state())

@@ -129,7 +129,8 @@ impl<B: TrainingBackend> Training<B> {
         if !self.run.plan.has_digest(manifest.plan_digest) {
             return Err(WorkerError::OtherPlan(store.to_string()));
         }
-        let (state, train) = self.run.wait(restore(store, &manifest, self.replica.layout()))?;
+        let (state, train) =
+            self.run.wait(restore(store, &manifest, self.replica.layout(), self.replica.trainable()))?;
         self.replica.load_state(&state)?;
         Ok(train)
     }
@@ -186,11 +187,11 @@ impl<B: TrainingBackend> Training<B> {
         group: &mut dyn Collective,
     ) -> Result<(), WorkerError> {
         let gives = group.rank() == donor;
-        let parameters = self.replica.layout().parameters();
-        let mut chunk = vec![0_f32; CHUNK.min(parameters)];
+        let mut chunk = vec![0_f32; CHUNK.min(self.replica.layout().parameters())];
         for part in StatePart::ALL {
-            for start in (0..parameters).step_by(CHUNK) {
-                let chunk = &mut chunk[..CHUNK.min(parameters - start)];
+            let len = self.replica.part_len(part);
+            for start in (0..len).step_by(CHUNK) {
+                let chunk = &mut chunk[..CHUNK.min(len - start)];
                 if gives {
                     self.replica.read_state(part, start, chunk);
                 }

@@ -58,7 +58,7 @@ impl<B: TrainingBackend> Member<'_, B> {
         let mut sums = if alone {
             None
         } else {
-            Some(Sums::new(self.replica.backend(), self.replica.layout()).map_err(WorkerError::from)?)
+            Some(Sums::new(self.replica.backend(), self.replica.trainable()).map_err(WorkerError::from)?)
         };
         let generation = self.assignment.generation;
         let last = self.last_step();
@@ -274,7 +274,7 @@ impl<B: TrainingBackend> Member<'_, B> {
         times: &mut Times,
     ) -> Result<f64, WorkerError> {
         let Self { replica, quantum, control, .. } = self;
-        let parameters = replica.layout().parameters();
+        let parameters = replica.trainable().parameters();
         let waiting = Instant::now();
         // Integers are reduced, so that the sum does not depend on the order; finished floats are gathered.
         match (sums, devices) {
@@ -386,6 +386,7 @@ impl<B: TrainingBackend> Member<'_, B> {
             checkpoint: CheckpointId::new(self.step(), self.assignment.generation),
             kind,
             layout: Arc::new(self.replica.layout().clone()),
+            trainable: self.replica.trainable().parameters(),
             tensors: self.replica.copy_state(),
             train: self.position.clone(),
             store: self.run.store.clone(),
