@@ -7,7 +7,9 @@
 use std::sync::Arc;
 
 use ulmus_cpu::Cpu;
-use ulmus_model::{BatchShape, Generator, MicroBatch, Model, ModelError, Quantum, Replica, greedy};
+use ulmus_model::{
+    BatchShape, Generator, MicroBatch, Model, ModelError, Objective, Quantum, Replica, greedy,
+};
 use ulmus_plan::{ModelConfig, Multipliers, TrainConfig};
 
 const VOCABULARY: u32 = 64;
@@ -28,7 +30,8 @@ fn main() -> Result<(), ModelError> {
     };
     let recipe =
         TrainConfig { iterations: 150, warmup: 10, max_lr: 0.01, min_lr: 0.001, ..TrainConfig::default() };
-    let mut replica = Replica::new(Cpu::new(1), &config, BatchShape::new(4, LENGTH), recipe.z_loss)?;
+    let mut replica =
+        Replica::new(Cpu::new(1), &config, BatchShape::new(4, LENGTH), Objective::next_token(recipe.z_loss))?;
     replica.initialise(0);
     let quantum = Quantum::new((4 * LENGTH) as u64, 1);
     for step in 0..recipe.iterations {

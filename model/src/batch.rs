@@ -1,6 +1,4 @@
-//! What goes into a step, and what its loss is.
-
-use std::ops::AddAssign;
+//! What goes into a step.
 
 use ulmus_backend::IGNORE;
 
@@ -82,37 +80,6 @@ impl MicroBatch {
             }
         }
         Ok(())
-    }
-}
-
-/// Sums over the valid tokens of a batch; they add up over micro-batches.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct LossSum {
-    /// Sum of cross-entropies, in nats.
-    pub ce: f64,
-    /// Sum of squared logsumexps, without the weight of the z-loss.
-    pub z: f64,
-    /// Number of tokens that were predicted.
-    pub valid: u64,
-}
-
-impl LossSum {
-    /// Mean cross-entropy per valid token; NaN if there is none.
-    pub fn mean_ce(&self) -> f64 {
-        self.ce / self.valid as f64
-    }
-
-    /// Mean squared logsumexp per valid token; NaN if there is none.
-    pub fn mean_z(&self) -> f64 {
-        self.z / self.valid as f64
-    }
-}
-
-impl AddAssign for LossSum {
-    fn add_assign(&mut self, other: Self) {
-        self.ce += other.ce;
-        self.z += other.z;
-        self.valid += other.valid;
     }
 }
 

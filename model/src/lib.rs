@@ -13,14 +13,16 @@ mod generate;
 pub mod hf;
 mod init;
 mod network;
+mod objective;
 mod params;
 mod replica;
 mod sample;
 mod tensors;
 
-pub use batch::{BatchShape, LossSum, MicroBatch};
+pub use batch::{BatchShape, MicroBatch};
 pub use error::ModelError;
 pub use generate::{Generator, Model};
+pub use objective::{LossSum, Objective};
 pub use params::{Layout, Tensor, Trainable};
 pub use replica::{Replica, State, StateCopy, StatePart, Sums};
 pub use sample::{Sampler, Sampling};

@@ -11,12 +11,13 @@
 
 use std::ops::Range;
 
-use ulmus_backend::{AttentionShape, HeadGradients, LinearShape, TrainingBackend, View, ViewMut};
+use ulmus_backend::{AttentionShape, LinearShape, TrainingBackend, View, ViewMut};
 use ulmus_plan::ModelConfig;
 
 use crate::batch::{BatchShape, MicroBatch};
 use crate::buffers::{Norms, Planner, RopeTables, heads, read, write};
 use crate::error::ModelError;
+use crate::objective::{LossSum, Objective};
 use crate::params::{LayerLayout, Layout, Trainable};
 
 /// What the backward of one layer needs from its forward and cannot make again cheaply.
@@ -132,6 +133,7 @@ pub(crate) struct Network<B: TrainingBackend> {
     backend: B,
     layout: Layout,
     trainable: Trainable,
+    objective: Objective,
     sequences: usize,
     length: usize,
     model_dim: usize,
@@ -162,6 +164,7 @@ impl<B: TrainingBackend> Network<B> {
         config: &ModelConfig,
         layout: &Layout,
         trainable: &Trainable,
+        objective: Objective,
         shape: BatchShape,
     ) -> Result<Self, ModelError> {
         let BatchShape { sequences, length, recompute } = shape;
@@ -186,6 +189,7 @@ impl<B: TrainingBackend> Network<B> {
         Ok(Self {
             layout: layout.clone(),
             trainable: trainable.clone(),
+            objective,
             sequences,
             length,
             model_dim: d,
@@ -327,14 +331,13 @@ impl<B: TrainingBackend> Network<B> {
         self.head(weights, None);
     }
 
-    fn head(&mut self, weights: &B::Parameters, gradient: Option<(&mut B::Buffer<f32>, f32)>) {
+    fn head(&mut self, weights: &B::Parameters, gradient: Option<&mut B::Buffer<f32>>) {
         let (rows, d) = (self.rows(), self.model_dim);
         let table = self.layout.embedding();
         let Scratch { normed, branch, logits, logits_len, .. } = &mut self.scratch;
-        let gradients = gradient.map(|(gradient, z_loss)| HeadGradients {
-            hidden: write(branch, rows * d),
-            table: ViewMut::new(gradient, self.trainable.place_or_spare(&table)),
-            z_loss,
+        let gradients = gradient.map(|gradient| {
+            let table = ViewMut::new(gradient, self.trainable.place_or_spare(&table));
+            self.objective.head_gradients(write(branch, rows * d), table)
         });
         self.backend.head_loss(
             write(&mut self.cross_entropy, rows),
@@ -348,14 +351,12 @@ impl<B: TrainingBackend> Network<B> {
         );
     }
 
-    /// Loss and gradient of `Σ cross_entropy + z_loss · lse²` of the loaded batch. Overwrites all of `gradient`, and the
-    /// activations; `complete` gets it with each range of it that is complete. Weights, gradient and `z_loss` are the same
-    /// with every call.
+    /// Loss and gradient of the loaded batch. Overwrites all of `gradient`, and the activations; `complete` gets it with
+    /// each range of it that is complete. Weights and gradient are the same buffers with every call.
     pub(crate) fn forward_backward(
         &mut self,
         weights: &B::Parameters,
         gradient: &mut B::Buffer<f32>,
-        z_loss: f32,
         mut complete: impl FnMut(&B::Buffer<f32>, Range<usize>),
     ) {
         let backend = self.backend.clone();
@@ -364,7 +365,7 @@ impl<B: TrainingBackend> Network<B> {
             backend.replay(graph, || {
                 if layers.end == self.layout.layers().len() {
                     self.forward(weights);
-                    self.head_backward(weights, gradient, z_loss);
+                    self.head_backward(weights, gradient);
                 }
                 self.layers_backward(weights, gradient, layers.clone());
                 if layers.start == 0 {
@@ -377,8 +378,8 @@ impl<B: TrainingBackend> Network<B> {
     }
 
     /// From the final norm to the loss, and back to the stream.
-    fn head_backward(&mut self, weights: &B::Parameters, gradient: &mut B::Buffer<f32>, z_loss: f32) {
-        self.head(weights, Some((gradient, z_loss)));
+    fn head_backward(&mut self, weights: &B::Parameters, gradient: &mut B::Buffer<f32>) {
+        self.head(weights, Some(gradient));
         let (len, layers) = (self.rows() * self.model_dim, self.layout.layers().len());
         let Scratch { stream, branch, norms, .. } = &mut self.scratch;
         self.backend.norm_backward(
@@ -555,13 +556,18 @@ impl<B: TrainingBackend> Network<B> {
         );
     }
 
-    /// Per position of the last batch: cross-entropy and logsumexp, 0 where ignored.
-    pub(crate) fn losses(&mut self) -> (&[f32], &[f32]) {
+    /// The objective.
+    pub(crate) fn objective(&self) -> &Objective {
+        &self.objective
+    }
+
+    /// Losses of the batch that was loaded last, after [`Network::loss`] or [`Network::forward_backward`].
+    pub(crate) fn loss_sum(&mut self, batch: &MicroBatch) -> LossSum {
         let rows = self.rows();
         let [cross_entropy, lse] = &mut self.losses;
         self.backend.download(read(&self.cross_entropy, rows), cross_entropy);
         self.backend.download(read(&self.lse, rows), lse);
-        (cross_entropy, lse)
+        Objective::sum(&batch.targets, cross_entropy, lse)
     }
 }
 

@@ -8,15 +8,16 @@
 
 use std::ops::Range;
 
-use ulmus_backend::{AdamW, BLOCK, HostCopy, IGNORE, In, Out, Quantum, TrainingBackend, View, ViewMut};
+use ulmus_backend::{AdamW, BLOCK, HostCopy, In, Out, Quantum, TrainingBackend, View, ViewMut};
 use ulmus_plan::{ModelConfig, TrainConfig};
 use ulmus_types::Digest;
 
-use crate::batch::{BatchShape, LossSum, MicroBatch};
+use crate::batch::{BatchShape, MicroBatch};
 use crate::buffers::{Planner, read, write};
 use crate::error::ModelError;
 use crate::init::initial_values;
 use crate::network::Network;
+use crate::objective::{LossSum, Objective};
 use crate::params::{Layout, Trainable, TrainableRange, check_len};
 
 /// Elements that go through the host at a time when a state is hashed or filled.
@@ -132,28 +133,31 @@ pub struct Replica<B: TrainingBackend> {
     outside: B::Buffer<u32>,
     /// Per block of the gradient, on the host.
     squares: Vec<f64>,
-    z_loss: f32,
     planned_bytes: u64,
 }
 
 impl<B: TrainingBackend> Replica<B> {
-    /// Plans a replica for micro-batches of one shape; all its memory is taken here, all of it zero.
-    /// `z_loss` is the weight of the squared logsumexp in the loss whose gradient is computed. `config` has passed
+    /// Plans a replica for micro-batches of one shape; all its memory is taken here, all of it zero. `config` has passed
     /// [`ModelConfig::check`].
     ///
     /// # Errors
     /// [`ModelError::Backend`]; [`ModelError::Batch`] for an empty shape.
-    pub fn new(backend: B, config: &ModelConfig, shape: BatchShape, z_loss: f64) -> Result<Self, ModelError> {
+    pub fn new(
+        backend: B,
+        config: &ModelConfig,
+        shape: BatchShape,
+        objective: Objective,
+    ) -> Result<Self, ModelError> {
         let layout = Layout::new(config);
         let trainable = Trainable::all(&layout);
-        Self::with_trainable(backend, config, shape, z_loss, layout, trainable)
+        Self::with_trainable(backend, config, shape, objective, layout, trainable)
     }
 
     fn with_trainable(
         backend: B,
         config: &ModelConfig,
         shape: BatchShape,
-        z_loss: f64,
+        objective: Objective,
         layout: Layout,
         trainable: Trainable,
     ) -> Result<Self, ModelError> {
@@ -161,7 +165,7 @@ impl<B: TrainingBackend> Replica<B> {
         if sequences == 0 || length == 0 {
             return Err(ModelError::Batch(format!("[{sequences}, {length}] has no position")));
         }
-        let network = Network::new(backend.clone(), config, &layout, &trainable, shape)?;
+        let network = Network::new(backend.clone(), config, &layout, &trainable, objective, shape)?;
         let plan = &mut Planner::new(&backend);
         let len = trainable.parameters();
         Ok(Self {
@@ -172,7 +176,6 @@ impl<B: TrainingBackend> Replica<B> {
             gradient: plan.buffer(trainable.gradient_len())?,
             outside: backend.allocate(1)?,
             squares: vec![0.0; len.div_ceil(BLOCK)],
-            z_loss: z_loss as f32,
             planned_bytes: plan.bytes,
             layout,
             trainable,
@@ -188,6 +191,11 @@ impl<B: TrainingBackend> Replica<B> {
     /// The parameters that it trains.
     pub fn trainable(&self) -> &Trainable {
         &self.trainable
+    }
+
+    /// What is minimised.
+    pub fn objective(&self) -> &Objective {
+        self.network.objective()
     }
 
     /// The device.
@@ -221,16 +229,15 @@ impl<B: TrainingBackend> Replica<B> {
         }
     }
 
-    /// Loss sums of the batch, and the gradient of `Σ ce + z_loss · lse²` over its valid tokens, which replaces
-    /// the gradient.
+    /// Loss sums of the batch, and the gradient of its [`Objective`], which replaces the gradient.
     ///
     /// # Errors
     /// [`ModelError::Batch`] if the batch does not fit the planned shape or the vocabulary.
     pub fn forward_backward(&mut self, batch: &MicroBatch) -> Result<LossSum, ModelError> {
         self.network.load(batch)?;
-        let Self { network, weights, gradient, z_loss, .. } = self;
-        network.forward_backward(weights, gradient, *z_loss, |_, _| {});
-        Ok(self.loss_sum(batch))
+        let Self { network, weights, gradient, .. } = self;
+        network.forward_backward(weights, gradient, |_, _| {});
+        Ok(network.loss_sum(batch))
     }
 
     /// As [`Replica::forward_backward`], and adds the gradient, in quanta, to the sums. `complete` gets them with each
@@ -248,15 +255,15 @@ impl<B: TrainingBackend> Replica<B> {
     ) -> Result<LossSum, ModelError> {
         self.network.load(batch)?;
         let accumulate = !std::mem::replace(&mut sums.cleared, false);
-        let Self { backend, network, weights, gradient, outside, z_loss, .. } = self;
+        let Self { backend, network, weights, gradient, outside, .. } = self;
         backend.upload(write(outside, 1), &[0]);
-        network.forward_backward(weights, gradient, *z_loss, |gradient, range| {
+        network.forward_backward(weights, gradient, |gradient, range| {
             let gradient = View::new(gradient, range.clone());
             backend.quantise(sums.part(range.clone()), write(outside, 1), gradient, quantum, accumulate);
             complete(sums, range);
         });
         self.check_range(quantum)?;
-        Ok(self.loss_sum(batch))
+        Ok(self.network.loss_sum(batch))
     }
 
     fn check_range(&self, quantum: &Quantum) -> Result<(), ModelError> {
@@ -276,19 +283,7 @@ impl<B: TrainingBackend> Replica<B> {
             network.forward(weights);
             network.loss(weights);
         });
-        Ok(self.loss_sum(batch))
-    }
-
-    /// Sums in the order of the positions, in f64.
-    fn loss_sum(&mut self, batch: &MicroBatch) -> LossSum {
-        let (cross_entropy, lse) = self.network.losses();
-        let mut sum = LossSum::default();
-        for ((target, ce), lse) in batch.targets.iter().zip(cross_entropy).zip(lse) {
-            if *target != IGNORE {
-                sum += LossSum { ce: f64::from(*ce), z: f64::from(*lse).powi(2), valid: 1 };
-            }
-        }
-        sum
+        Ok(network.loss_sum(batch))
     }
 
     /// Elements `range` of the gradient become the mean over `valid` tokens that `sums` stand for.
@@ -513,8 +508,15 @@ mod tests {
         let layout = Layout::new(&config());
         let trainable = Trainable::of(&layout, trains);
         let shape = BatchShape::new(2, 20);
-        let mut replica =
-            Replica::with_trainable(Cpu::new(1), &config(), shape, 1e-4, layout, trainable).unwrap();
+        let mut replica = Replica::with_trainable(
+            Cpu::new(1),
+            &config(),
+            shape,
+            Objective::next_token(1e-4),
+            layout,
+            trainable,
+        )
+        .unwrap();
         replica.initialise(5);
         replica
     }

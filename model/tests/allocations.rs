@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ulmus_backend::{Backend, Quantum, WeightFormat};
 use ulmus_cpu::Cpu;
-use ulmus_model::{BatchShape, Generator, MicroBatch, Model, Replica, Sampler, Sampling};
+use ulmus_model::{BatchShape, Generator, MicroBatch, Model, Objective, Replica, Sampler, Sampling};
 use ulmus_plan::{ModelConfig, Multipliers, NormKind, Precision, TrainConfig};
 
 struct Counting;
@@ -66,7 +66,7 @@ fn steps_allocate_nothing() {
         let config = ModelConfig { norm, ..config.clone() };
         let backend = Cpu::new(THREADS).with_precision(precision);
         let shape = BatchShape { sequences: 2, length: 128, recompute };
-        let mut replica = Replica::new(backend, &config, shape, 1e-4).unwrap();
+        let mut replica = Replica::new(backend, &config, shape, Objective::next_token(1e-4)).unwrap();
         replica.initialise(0);
         let quantum = Quantum::new(256, 1);
         let mut step = |number| {

@@ -8,8 +8,10 @@ use std::sync::Arc;
 use ulmus_backend::{IGNORE, WeightFormat, greedy};
 use ulmus_conformance::reference::largest_difference;
 use ulmus_cpu::Cpu;
-use ulmus_model::{BatchShape, Generator, MicroBatch, Model, ModelError, Replica};
+use ulmus_model::{BatchShape, Generator, MicroBatch, Model, ModelError, Objective, Replica};
 use ulmus_plan::{ModelConfig, Multipliers, NormKind};
+
+const OBJECTIVE: Objective = Objective::next_token(0.0);
 
 fn config() -> ModelConfig {
     ModelConfig {
@@ -32,7 +34,7 @@ fn model() -> Arc<Model<Cpu>> {
 }
 
 fn model_of(config: &ModelConfig) -> Arc<Model<Cpu>> {
-    let mut replica = Replica::new(Cpu::new(1), config, BatchShape::new(1, 1), 0.0).unwrap();
+    let mut replica = Replica::new(Cpu::new(1), config, BatchShape::new(1, 1), OBJECTIVE).unwrap();
     replica.initialise(5);
     Arc::new(Model::new(Cpu::new(2), config, &replica.state().weights).unwrap())
 }
@@ -76,7 +78,7 @@ fn scores_are_those_of(config: &ModelConfig) {
     let text = text(301);
     let (inputs, mut targets) = (text[..300].to_vec(), text[1..].to_vec());
     targets[..20].fill(IGNORE);
-    let mut replica = Replica::new(Cpu::new(2), config, BatchShape::new(1, 300), 0.0).unwrap();
+    let mut replica = Replica::new(Cpu::new(2), config, BatchShape::new(1, 300), OBJECTIVE).unwrap();
     replica.initialise(5);
     let batch = MicroBatch::of_whole_documents(1, 300, inputs.clone(), targets.clone());
     let loss = replica.loss(&batch).unwrap();
@@ -142,7 +144,7 @@ fn what_cannot_be_fed_is_refused_and_leaves_the_text_as_it_was() {
 
 #[test]
 fn a_batch_gives_the_bits_of_single_texts() {
-    let mut replica = Replica::new(Cpu::new(1), &config(), BatchShape::new(1, 1), 0.0).unwrap();
+    let mut replica = Replica::new(Cpu::new(1), &config(), BatchShape::new(1, 1), OBJECTIVE).unwrap();
     replica.initialise(5);
     let weights = replica.state().weights.clone();
     let lengths = [3, 70, 1, 31, 32, 33, 8];
@@ -192,7 +194,7 @@ fn pieces_of_a_prompt_do_not_change_a_bit() {
 fn every_format_is_close_to_float32() {
     // A vocabulary and widths that are multiples of nothing.
     let config = ModelConfig { vocab_size: 32_001, model_dim: 100, ffn_dim_divisor: 50, ..config() };
-    let mut replica = Replica::new(Cpu::new(1), &config, BatchShape::new(1, 1), 0.0).unwrap();
+    let mut replica = Replica::new(Cpu::new(1), &config, BatchShape::new(1, 1), OBJECTIVE).unwrap();
     replica.initialise(9);
     let weights = replica.state().weights.clone();
     let logits = |format| {
@@ -220,7 +222,7 @@ fn every_format_is_close_to_float32() {
 
 #[test]
 fn weights_that_are_not_finite_are_refused_by_name() {
-    let mut replica = Replica::new(Cpu::new(1), &config(), BatchShape::new(1, 1), 0.0).unwrap();
+    let mut replica = Replica::new(Cpu::new(1), &config(), BatchShape::new(1, 1), OBJECTIVE).unwrap();
     replica.initialise(5);
     let layout = ulmus_model::Layout::new(&config());
     for (name, value, format, refused) in [

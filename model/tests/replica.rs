@@ -8,8 +8,10 @@ use ulmus_backend::{Backend as _, BackendError, IGNORE, Quantum, TrainingBackend
 use ulmus_conformance::reference::mean_gradient;
 use ulmus_conformance::relative_l2;
 use ulmus_cpu::Cpu;
-use ulmus_model::{BatchShape, LossSum, MicroBatch, ModelError, Replica, State, StatePart, Sums};
+use ulmus_model::{BatchShape, LossSum, MicroBatch, ModelError, Objective, Replica, State, StatePart, Sums};
 use ulmus_plan::{ModelConfig, Multipliers, NormKind, Precision, TrainConfig, worker_memory};
+
+const OBJECTIVE: Objective = Objective::next_token(1e-4);
 
 fn config() -> ModelConfig {
     ModelConfig {
@@ -50,7 +52,7 @@ fn micro_batch(seed: u32) -> MicroBatch {
 }
 
 fn replica(threads: usize) -> Replica<Cpu> {
-    let mut replica = Replica::new(Cpu::new(threads), &config(), BatchShape::new(2, 80), 1e-4).unwrap();
+    let mut replica = Replica::new(Cpu::new(threads), &config(), BatchShape::new(2, 80), OBJECTIVE).unwrap();
     replica.initialise(11);
     replica
 }
@@ -117,7 +119,7 @@ fn any_number_of_workers_and_threads_gives_the_same_bits() {
 fn training_lowers_the_loss_with_every_norm() {
     let last = NormKind::ALL.map(|norm| {
         let config = ModelConfig { norm, ..config() };
-        let mut replica = Replica::new(Cpu::new(2), &config, BatchShape::new(2, 80), 1e-4).unwrap();
+        let mut replica = Replica::new(Cpu::new(2), &config, BatchShape::new(2, 80), OBJECTIVE).unwrap();
         replica.initialise(11);
         let mut loss =
             |step| distributed_step(std::slice::from_mut(&mut replica), &[1, 2], step)[0].0.mean_ce();
@@ -135,7 +137,8 @@ fn gradients_have_the_same_bits_for_any_number_of_threads() {
     for norm in NormKind::ALL {
         let config = ModelConfig { norm, ..config() };
         let hash = |threads| {
-            let mut replica = Replica::new(Cpu::new(threads), &config, BatchShape::new(2, 80), 1e-4).unwrap();
+            let mut replica =
+                Replica::new(Cpu::new(threads), &config, BatchShape::new(2, 80), OBJECTIVE).unwrap();
             replica.initialise(11);
             let loss = replica.forward_backward(&micro_batch(7)).unwrap();
             (loss, replica.gradient_hash())
@@ -180,7 +183,7 @@ fn larger_products_have_the_same_bits_for_any_number_of_threads() {
     let hash = |threads, precision, recompute| {
         let backend = Cpu::new(threads).with_precision(precision);
         let shape = BatchShape { sequences: 2, length: 256, recompute };
-        let mut replica = Replica::new(backend, &config, shape, 1e-4).unwrap();
+        let mut replica = Replica::new(backend, &config, shape, OBJECTIVE).unwrap();
         replica.initialise(1);
         replica.forward_backward(&batch).unwrap();
         replica.gradient_hash()
@@ -196,7 +199,7 @@ fn larger_products_have_the_same_bits_for_any_number_of_threads() {
 /// A micro-batch's gradient, as a sum over its tokens.
 fn summed_gradient(config: &ModelConfig, batch: &MicroBatch) -> (LossSum, Vec<f32>) {
     let mut replica =
-        Replica::new(Cpu::new(2), config, BatchShape::new(batch.sequences, batch.length), 1e-4).unwrap();
+        Replica::new(Cpu::new(2), config, BatchShape::new(batch.sequences, batch.length), OBJECTIVE).unwrap();
     replica.initialise(3);
     let loss = replica.forward_backward(batch).unwrap();
     let mut gradient = vec![0.0; replica.trainable().parameters()];
@@ -300,12 +303,12 @@ fn the_state_moves_to_another_replica() {
     let mut one = replica(1);
     mean_gradient(&mut one, &micro_batch(1)).unwrap();
     one.update(&recipe(), 0.01, 0).unwrap();
-    let mut other = Replica::new(Cpu::new(1), &config(), BatchShape::new(2, 80), 1e-4).unwrap();
+    let mut other = Replica::new(Cpu::new(1), &config(), BatchShape::new(2, 80), OBJECTIVE).unwrap();
     assert_ne!(other.state_hash(), one.state_hash());
     other.load_state(&one.state()).unwrap();
     assert_eq!(other.state_hash(), one.state_hash());
     // In pieces, as it travels to a worker that joins.
-    let mut third = Replica::new(Cpu::new(2), &config(), BatchShape::new(2, 80), 1e-4).unwrap();
+    let mut third = Replica::new(Cpu::new(2), &config(), BatchShape::new(2, 80), OBJECTIVE).unwrap();
     let parameters = one.layout().parameters();
     for part in StatePart::ALL {
         for start in (0..parameters).step_by(1000) {
@@ -344,7 +347,7 @@ fn what_does_not_fit_is_refused() {
     let short = State { weights: vec![0.0], first_moment: vec![0.0], second_moment: vec![0.0] };
     assert!(matches!(replica.load_state(&short), Err(ModelError::Tensors(_))));
     assert!(matches!(
-        Replica::new(Cpu::new(1), &config(), BatchShape::new(0, 80), 0.0),
+        Replica::new(Cpu::new(1), &config(), BatchShape::new(0, 80), OBJECTIVE),
         Err(ModelError::Batch(_))
     ));
     assert!(matches!(Cpu::new(1).allocate::<f32>(usize::MAX / 8), Err(BackendError::OutOfMemory { .. })));
@@ -367,7 +370,7 @@ fn memory_is_what_the_plan_says() {
         };
         for recompute in [false, true] {
             let shape = BatchShape { sequences, length, recompute };
-            let replica = Replica::new(Cpu::new(1), &config, shape, 0.0).unwrap();
+            let replica = Replica::new(Cpu::new(1), &config, shape, OBJECTIVE).unwrap();
             let plan = worker_memory(&config, &train(1, recompute), length);
             assert_eq!(replica.planned_bytes(), plan.total);
         }

@@ -19,7 +19,7 @@ use ulmus_backend::{Quantum, TrainingBackend};
 use ulmus_cpu::{Cpu, Memory};
 use ulmus_device::AnyBackend;
 use ulmus_evaluator::{Machine, median};
-use ulmus_model::{BatchShape, MicroBatch, ModelError, Replica};
+use ulmus_model::{BatchShape, MicroBatch, ModelError, Objective, Replica};
 use ulmus_plan::{Algorithms, Device, ModelConfig, NormKind, Precision, TrainConfig};
 
 /// What is timed.
@@ -119,7 +119,7 @@ fn bench_on<B: TrainingBackend>(backend: B, config: BenchConfig) -> Result<Bench
     let recipe = TrainConfig { sequences, micro_batch: sequences, recompute, ..TrainConfig::default() };
     let shape = BatchShape { sequences: batch, length: sequence, recompute };
     let backend = backend.with_precision(precision);
-    let mut replica = Replica::new(backend.clone(), &model, shape, recipe.z_loss)?;
+    let mut replica = Replica::new(backend.clone(), &model, shape, Objective::next_token(recipe.z_loss))?;
     replica.initialise(0);
     let mut random = ChaCha8Rng::seed_from_u64(0);
     let quantum = Quantum::new((batch * sequence) as u64, 1);

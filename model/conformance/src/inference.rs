@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use ulmus_backend::{Backend, WeightFormat};
 use ulmus_cpu::Cpu;
-use ulmus_model::{BatchShape, Generator, Model, Replica};
+use ulmus_model::{BatchShape, Generator, Model, Objective, Replica};
 use ulmus_plan::{ModelConfig, Preset};
 
 /// What outputs are called, and their values.
@@ -23,7 +23,8 @@ pub fn config() -> ModelConfig {
 
 /// Logits after a prompt, after each of some tokens, and of a second sequence beside it; losses of a text.
 pub fn inference<B: Backend>(backend: B, config: &ModelConfig, format: WeightFormat) -> Outputs {
-    let mut replica = Replica::new(Cpu::new(2), config, BatchShape::new(1, 1), 0.0).unwrap();
+    let mut replica =
+        Replica::new(Cpu::new(2), config, BatchShape::new(1, 1), Objective::next_token(0.0)).unwrap();
     replica.initialise(5);
     let model = Model::in_format(backend, config, &replica.state().weights, format).unwrap();
     let mut generator = Generator::with_sequences(Arc::new(model), 400, 2).unwrap();

@@ -11,7 +11,7 @@ use ulmus_conformance::relative_l2;
 use ulmus_cpu::Cpu;
 use ulmus_cuda::Cuda;
 use ulmus_model::hf::{self, HfModel};
-use ulmus_model::{BatchShape, Generator, Layout, MicroBatch, Model, Replica, State};
+use ulmus_model::{BatchShape, Generator, Layout, MicroBatch, Model, Objective, Replica, State};
 use ulmus_plan::{ModelConfig, Precision, Preset, TrainConfig};
 
 /// Absolute, on logits of size about 4. The reference and a float64 implementation differ by 8e-6.
@@ -92,7 +92,9 @@ fn replica<B: TrainingBackend>(
 ) -> Replica<B> {
     let HfModel { config, weights, .. } = model();
     let backend = backend.clone().with_precision(precision);
-    let mut replica = Replica::new(backend, &config, BatchShape::new(sequences, length), Z_LOSS).unwrap();
+    let mut replica =
+        Replica::new(backend, &config, BatchShape::new(sequences, length), Objective::next_token(Z_LOSS))
+            .unwrap();
     let zeros = vec![0.0; weights.len()];
     replica.load_state(&State { weights, first_moment: zeros.clone(), second_moment: zeros }).unwrap();
     replica

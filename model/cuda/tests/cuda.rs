@@ -15,7 +15,7 @@ use ulmus_conformance::kernels::{
 };
 use ulmus_cpu::Cpu;
 use ulmus_cuda::Cuda;
-use ulmus_model::{BatchShape, MicroBatch, Replica, State, StateCopy, StatePart};
+use ulmus_model::{BatchShape, MicroBatch, Objective, Replica, State, StateCopy, StatePart};
 use ulmus_plan::ROW_BLOCK;
 use ulmus_plan::{ModelConfig, NormKind, Precision};
 
@@ -217,7 +217,7 @@ fn batch(config: &ModelConfig) -> MicroBatch {
 fn replica<B: TrainingBackend>(backend: B, recompute: bool) -> Replica<B> {
     let config = config();
     let shape = BatchShape { recompute, ..BatchShape::new(2, 150) };
-    let mut replica = Replica::new(backend, &config, shape, 1e-4).unwrap();
+    let mut replica = Replica::new(backend, &config, shape, Objective::next_token(1e-4)).unwrap();
     replica.initialise(5);
     replica
 }

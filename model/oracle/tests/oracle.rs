@@ -5,7 +5,7 @@
 use proptest::prelude::*;
 use ulmus_backend::IGNORE;
 use ulmus_cpu::Cpu;
-use ulmus_model::{BatchShape, Layout, MicroBatch, Replica, StatePart};
+use ulmus_model::{BatchShape, Layout, MicroBatch, Objective, Replica, StatePart};
 use ulmus_oracle::Oracle;
 use ulmus_plan::{ModelConfig, Multipliers, NormKind};
 
@@ -50,7 +50,7 @@ fn compare_with(config: &ModelConfig, shape: BatchShape, seed: u32) {
         doc_starts: (0..rows).map(|row| start(row) as u32).collect(),
     };
 
-    let mut replica = Replica::new(Cpu::new(2), config, shape, Z_LOSS).unwrap();
+    let mut replica = Replica::new(Cpu::new(2), config, shape, Objective::next_token(Z_LOSS)).unwrap();
     replica.initialise(u64::from(seed));
     // Norm weights away from 1, so that they matter.
     for tensor in layout.tensors().iter().filter(|tensor| !tensor.decays()) {

@@ -3,6 +3,8 @@
 //! Because everybody sees the same sum, every decision of the group (to stop, to save, that an update failed) is
 //! taken by all members at the same step without another barrier.
 
+use ulmus_model::{LossSum, Quantum};
+
 /// What one worker adds, and what everybody gets.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct StepConsensus {
@@ -27,6 +29,28 @@ pub(super) struct StepConsensus {
 }
 
 impl StepConsensus {
+    /// Adds a micro-batch's losses in fixed point, so that their sum does not depend on who adds what.
+    ///
+    /// # Errors
+    /// A loss that is not finite or too large to be summed.
+    pub(super) fn add_loss(&mut self, loss: &LossSum, quantum: &Quantum) -> Result<(), f64> {
+        let fixed = |sum: f64| quantum.loss_to_fixed(sum).ok_or(sum);
+        let (ce, z) = (fixed(loss.ce)?, fixed(loss.z)?);
+        self.valid += loss.valid as i64;
+        self.loss += ce;
+        self.z += z;
+        Ok(())
+    }
+
+    /// The losses that were added.
+    pub(super) fn loss_sum(&self) -> LossSum {
+        LossSum {
+            ce: Quantum::loss_from_fixed(self.loss),
+            z: Quantum::loss_from_fixed(self.z),
+            valid: self.valid as u64,
+        }
+    }
+
     pub(super) fn to_vec(&self) -> Vec<i64> {
         let fixed =
             [self.valid, self.loss, self.z, self.failed, self.exhausted, self.save, self.pause, self.stop];

@@ -21,7 +21,7 @@ use rand_chacha::ChaCha8Rng;
 use tokio::sync::{Semaphore, mpsc};
 use ulmus_backend::{FIRST_PROPOSALS, Quantum, TrainingBackend};
 use ulmus_dataloader::{Corpus, Loader, Sequence};
-use ulmus_model::{BatchShape, MicroBatch, Replica};
+use ulmus_model::{BatchShape, MicroBatch, Objective, Replica};
 use ulmus_plan::Algorithms;
 use ulmus_process::with_causes;
 use ulmus_run::TrainState;
@@ -225,7 +225,8 @@ impl<B: TrainingBackend> Training<B> {
         let (sequences, length) = (plan.train.micro_batch as usize, plan.sequence_length());
         let shape = BatchShape { sequences, length, recompute: plan.train.recompute };
         let backend = backend.with_precision(plan.train.precision);
-        let mut replica = Replica::new(backend, &plan.model, shape, plan.train.z_loss)?;
+        let mut replica =
+            Replica::new(backend, &plan.model, shape, Objective::next_token(plan.train.z_loss))?;
         let backend = replica.backend().clone();
         let fingerprint = || fingerprint(&mut replica, plan.model.vocab_size, sequences, length);
         let fingerprint = match plan.train.algorithms {

@@ -152,7 +152,7 @@ impl<B: TrainingBackend> Member<'_, B> {
             let reducing = devices.as_deref_mut().filter(|_| last);
             let loss =
                 self.gradient(&batch, sums.as_deref_mut(), reducing, group).map_err(Obstacle::Failed)?;
-            add_loss(&mut words, &loss, self.quantum)?;
+            words.add_loss(&loss, self.quantum).map_err(|sum| Obstacle::Failed(diverged(sum)))?;
         }
         words.cursors = self.loader.cursors().words().to_vec();
         Ok(Share { words, held_out })
@@ -322,10 +322,10 @@ impl<B: TrainingBackend> Member<'_, B> {
     ) -> Result<StepReport, WorkerError> {
         let plan = Arc::clone(&self.run.plan);
         let lr = plan.train.learning_rate(self.step().get());
-        let valid = agreed.valid as f64;
+        let loss = agreed.loss_sum();
         let position = &mut *self.position;
         position.step = position.step.next();
-        position.tokens += agreed.valid as u64;
+        position.tokens += loss.valid;
         position.cursors.clone_from(&agreed.cursors);
         position.quarantine.clone_from(self.quarantine);
         let (step, tokens) = (position.step, position.tokens);
@@ -335,8 +335,8 @@ impl<B: TrainingBackend> Member<'_, B> {
         Ok(StepReport {
             step,
             tokens,
-            loss: Quantum::loss_from_fixed(agreed.loss) / valid,
-            z_loss: plan.train.z_loss * (Quantum::loss_from_fixed(agreed.z) / valid),
+            loss: loss.mean_ce(),
+            z_loss: self.replica.objective().mean_z_loss(&loss),
             grad_norm,
             lr,
             held_out_loss: held_out_loss.flatten(),
@@ -363,10 +363,7 @@ impl<B: TrainingBackend> Member<'_, B> {
             let mut batch = batch.to_vec();
             batch.resize(rows, masked.clone());
             let loss = self.replica.loss(&micro_batch(&batch, length))?;
-            add_loss(&mut words, &loss, self.quantum).map_err(|obstacle| match obstacle {
-                Obstacle::Failed(error) => error,
-                Obstacle::Exhausted(what) => WorkerError::Plan(what),
-            })?;
+            words.add_loss(&loss, self.quantum).map_err(diverged)?;
         }
         let mut sum = [words.valid, words.loss];
         group.all_reduce(&mut sum)?;
@@ -407,18 +404,9 @@ async fn room(rooms: &Arc<Semaphore>, mut waits: impl FnMut()) -> OwnedSemaphore
     }
 }
 
-/// Adds a micro-batch's losses in fixed point, so that their sum does not depend on who adds what.
-fn add_loss(words: &mut StepConsensus, loss: &LossSum, quantum: &Quantum) -> Result<(), Obstacle> {
-    let fixed = |sum: f64| {
-        quantum.loss_to_fixed(sum).ok_or_else(|| {
-            let error = format!(
-                "the loss of a micro-batch is {sum}; lower train.max_lr or look at the data of this step"
-            );
-            Obstacle::Failed(WorkerError::Diverged(error))
-        })
-    };
-    words.valid += loss.valid as i64;
-    words.loss += fixed(loss.ce)?;
-    words.z += fixed(loss.z)?;
-    Ok(())
+/// For a micro-batch whose loss cannot be summed.
+fn diverged(sum: f64) -> WorkerError {
+    WorkerError::Diverged(format!(
+        "the loss of a micro-batch is {sum}; lower train.max_lr or look at the data of this step"
+    ))
 }
