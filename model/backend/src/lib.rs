@@ -32,7 +32,6 @@ pub use training::{
     AdamW, AttentionShape, BLOCK, FIRST_PROPOSALS, HeadGradients, HostCopy, LinearShape, Params,
     TrainingBackend,
 };
-pub use ulmus_plan::ROW_BLOCK;
 use ulmus_plan::{NormKind, Precision};
 pub use ulmus_types::IGNORE;
 

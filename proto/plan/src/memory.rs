@@ -1,14 +1,56 @@
-//! What a worker's memory holds: the same sums that the model crate makes when it plans its buffers.
+//! What the memory of a worker on a processor holds: the same sums that the model crate makes when it plans its buffers.
 //!
-//! It lets `--check` answer before anything starts, without any compute crate. A test of the model crate
-//! compares both; only small scratch per thread (attention scores, matrix packing) is left out.
+//! It lets `--check` answer before anything starts. A test of the model crate compares both; only small scratch per
+//! thread (attention scores, matrix packing) is left out. Sizes of scratch on which kernels and this estimate must agree
+//! are declared here, and not beside the kernels, because a coordinator answers `--check` without any compute crate.
 
 use crate::data::DataConfig;
-use crate::model::ModelConfig;
+use crate::model::{LayerDims, ModelConfig};
+use crate::norm::NormKind;
 use crate::train::TrainConfig;
 
-/// Rows whose logits exist at one time: the head and its loss go through the batch in chunks of so many rows.
+/// Rows whose logits exist at one time on a processor: the head and its loss go through the batch in chunks of this many
+/// rows.
 pub const HEAD_ROWS: usize = 512;
+
+/// Rows whose contributions to the gradient of a norm's weights are summed on their own, before the partial sums are
+/// added in order.
+pub const ROW_BLOCK: usize = 64;
+
+impl NormKind {
+    /// Elements of scratch for the norm of rows of that width, forward and backward.
+    pub const fn row_scratch(self, rows: usize, width: usize) -> usize {
+        let partial = rows.div_ceil(ROW_BLOCK) * width;
+        match self {
+            Self::Rms | Self::Layer => partial,
+            // Three intermediate tensors, and two of one number per row.
+            Self::NaiveRms => partial + rows * (3 * width + 2),
+        }
+    }
+
+    /// Elements of scratch for the norms of the query and key heads of packed rows.
+    pub fn head_scratch(self, rows: usize, [query, key]: [usize; 2], width: usize) -> usize {
+        match self {
+            Self::Rms | Self::Layer => 2 * self.row_scratch(rows, width),
+            Self::NaiveRms => self.side_scratch(rows * query, width) + self.side_scratch(rows * key, width),
+        }
+    }
+
+    /// Queries or keys as a tensor of their own: themselves, normed, and what norming takes.
+    pub const fn side_scratch(self, heads: usize, width: usize) -> usize {
+        2 * heads * width + self.row_scratch(heads, width)
+    }
+}
+
+impl ModelConfig {
+    /// Elements of scratch that the norms of the model share, for that many rows.
+    pub fn norm_scratch(&self, rows: usize) -> usize {
+        let heads =
+            |layer: LayerDims| self.norm.head_scratch(rows, [layer.q_heads, layer.kv_heads], self.head_dim);
+        let stream = self.norm.row_scratch(rows, self.model_dim);
+        self.layers().into_iter().map(heads).fold(stream, usize::max)
+    }
+}
 
 /// Bytes that a worker plans.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,7 +1,7 @@
 //! SwiGLU: the first half of a row goes through `SiLU`, the second half multiplies.
 
 use rayon::prelude::*;
-use ulmus_backend::ROW_BLOCK;
+use ulmus_plan::ROW_BLOCK;
 
 use super::simd::{exp, vectorised};
 

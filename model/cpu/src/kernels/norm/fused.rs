@@ -1,7 +1,7 @@
 //! Norms that go over the memory of a row once.
 
 use rayon::prelude::*;
-use ulmus_backend::ROW_BLOCK;
+use ulmus_plan::ROW_BLOCK;
 
 use super::super::simd::vectorised;
 use super::row::{norm_backward_row, norm_row};

@@ -1,7 +1,8 @@
 //! Norm and rotary embedding of query and key heads, in one pass over packed rows.
 
 use rayon::prelude::*;
-use ulmus_backend::{Heads, ROW_BLOCK};
+use ulmus_backend::Heads;
+use ulmus_plan::ROW_BLOCK;
 
 use super::super::simd::vectorised;
 use super::rope::{RopeTables, rotate};

@@ -13,8 +13,8 @@ mod row;
 
 use rayon::prelude::*;
 pub(crate) use rope::RopeTables;
-use ulmus_backend::{Heads, ROW_BLOCK};
-use ulmus_plan::NormKind;
+use ulmus_backend::Heads;
+use ulmus_plan::{NormKind, ROW_BLOCK};
 
 use super::simd::vectorised;
 

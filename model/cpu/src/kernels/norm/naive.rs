@@ -5,7 +5,8 @@
 //! nothing is done in one pass that takes an eager framework two. Sums of rounded squares do not have the bits of the
 //! fused norm; results differ by rounding alone.
 
-use ulmus_backend::{RMS_EPSILON, ROW_BLOCK};
+use ulmus_backend::RMS_EPSILON;
+use ulmus_plan::ROW_BLOCK;
 
 use super::passes::{
     combine, fill_rows, map, mean_of_rows, multiply_columns, multiply_rows, sum_columns, update,
