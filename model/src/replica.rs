@@ -322,11 +322,6 @@ impl<B: TrainingBackend> Replica<B> {
         self.backend.download(View::new(&self.gradient, start..start + to.len()), to);
     }
 
-    /// Replaces elements `start..start + from.len()` of the gradient, for instance by what other workers made.
-    pub fn write_gradient(&mut self, start: usize, from: &[f32]) {
-        self.backend.upload(ViewMut::new(&mut self.gradient, start..start + from.len()), from);
-    }
-
     /// L2 norm of the gradient: sums of squares of fixed blocks, added in the order of the blocks, in f64.
     pub fn gradient_norm(&mut self) -> f64 {
         let gradient = read(&self.gradient, self.trainable.parameters());

@@ -44,11 +44,6 @@ fn shards(partition: &Partition) -> Vec<OptimizerShard> {
 }
 
 impl OptimizerShard {
-    /// The elements that it holds.
-    pub fn range(&self) -> Range<usize> {
-        self.range.clone()
-    }
-
     /// The name of its file, such as `optimizer-00000.safetensors`.
     pub fn file_name(&self) -> String {
         format!("optimizer-{:05}.safetensors", self.index)
@@ -61,7 +56,7 @@ impl OptimizerShard {
     pub fn encode(&self, first_moment: &[f32], second_moment: &[f32]) -> Vec<u8> {
         let moments = [(FIRST_MOMENT, first_moment), (SECOND_MOMENT, second_moment)];
         let views = moments.map(|(name, moment)| {
-            let bytes = bytemuck::cast_slice(&moment[self.range()]);
+            let bytes = bytemuck::cast_slice(&moment[self.range.clone()]);
             let view = TensorView::new(Dtype::F32, vec![self.range.len()], bytes);
             (name, view.expect("4 bytes per element"))
         });
@@ -97,7 +92,7 @@ impl OptimizerShard {
                 return Err(wrong(format!("{name} is {dtype:?} {shape:?}, not F32 [{expected}]")));
             }
             let words = view.data().chunks_exact(4);
-            for (value, word) in moment[self.range()].iter_mut().zip(words) {
+            for (value, word) in moment[self.range.clone()].iter_mut().zip(words) {
                 *value = f32::from_le_bytes(word.try_into().expect("4 bytes"));
             }
         }
@@ -120,7 +115,7 @@ mod tests {
         let files = optimizer_shards(271_691_008);
         assert_eq!(files.len(), 17);
         assert_eq!(files[16].file_name(), "optimizer-00016.safetensors");
-        assert_eq!(files[16].range(), 16 * SHARD_ELEMENTS..271_691_008);
+        assert_eq!(files[16].range, 16 * SHARD_ELEMENTS..271_691_008);
         assert!(optimizer_shards(0).is_empty());
     }
 

@@ -34,7 +34,7 @@ enum Obstacle {
 /// This worker's share of a step.
 struct Share {
     /// Its losses, and where its lanes stand.
-    words: StepConsensus,
+    consensus: StepConsensus,
     /// What is measured on after the step, if anything is.
     held_out: Option<Arc<[Sequence]>>,
 }
@@ -132,7 +132,7 @@ impl<B: TrainingBackend> Member<'_, B> {
         let held_out = self.held_out_sequences()?;
         let plan = Arc::clone(&self.run.plan);
         let per_lane = (plan.train.sequences / plan.data.lanes) as usize;
-        let mut words = StepConsensus::default();
+        let mut consensus = StepConsensus::default();
         let count = self.lanes.len();
         for index in 0..count {
             let waiting = Instant::now();
@@ -152,10 +152,10 @@ impl<B: TrainingBackend> Member<'_, B> {
             let reducing = devices.as_deref_mut().filter(|_| last);
             let loss =
                 self.gradient(&batch, sums.as_deref_mut(), reducing, group).map_err(Obstacle::Failed)?;
-            words.add_loss(&loss, self.quantum).map_err(|sum| Obstacle::Failed(diverged(sum)))?;
+            consensus.add_loss(&loss, self.quantum).map_err(|sum| Obstacle::Failed(diverged(sum)))?;
         }
-        words.cursors = self.loader.cursors().words().to_vec();
-        Ok(Share { words, held_out })
+        consensus.cursors = self.loader.cursors().words().to_vec();
+        Ok(Share { consensus, held_out })
     }
 
     /// Computes the gradient of a micro-batch and adds it to `sums`; without any it becomes the mean.
@@ -230,18 +230,18 @@ impl<B: TrainingBackend> Member<'_, B> {
         times: &mut Times,
     ) -> Result<StepConsensus, WorkerError> {
         let requests = self.control.take_requests();
-        let mut words = match share {
-            Ok(share) => share.words.clone(),
+        let mut consensus = match share {
+            Ok(share) => share.consensus.clone(),
             Err(_) => {
                 StepConsensus { cursors: vec![0; self.position.cursors.len()], ..StepConsensus::default() }
             }
         };
-        words.failed = i64::from(matches!(share, Err(Obstacle::Failed(_))));
-        words.exhausted = i64::from(matches!(share, Err(Obstacle::Exhausted(_))));
-        words.save = i64::from(requests.save);
-        words.pause = i64::from(requests.pause);
-        words.stop = i64::from(requests.stop);
-        let mut sum = words.to_vec();
+        consensus.failed = i64::from(matches!(share, Err(Obstacle::Failed(_))));
+        consensus.exhausted = i64::from(matches!(share, Err(Obstacle::Exhausted(_))));
+        consensus.save = i64::from(requests.save);
+        consensus.pause = i64::from(requests.pause);
+        consensus.stop = i64::from(requests.stop);
+        let mut sum = consensus.to_vec();
         let waiting = Instant::now();
         group.all_reduce(&mut sum)?;
         times.communication += waiting.elapsed();
@@ -357,15 +357,15 @@ impl<B: TrainingBackend> Member<'_, B> {
         let rows = plan.train.micro_batch as usize;
         let masked =
             Sequence { inputs: vec![0; length], targets: vec![IGNORE; length], doc_starts: vec![0; length] };
-        let mut words = StepConsensus::default();
+        let mut consensus = StepConsensus::default();
         for batch in sequences.chunks(rows).skip(group.rank().index()).step_by(group.size()) {
             self.control.begin(Section::Measuring);
             let mut batch = batch.to_vec();
             batch.resize(rows, masked.clone());
             let loss = self.replica.loss(&micro_batch(&batch, length))?;
-            words.add_loss(&loss, self.quantum).map_err(diverged)?;
+            consensus.add_loss(&loss, self.quantum).map_err(diverged)?;
         }
-        let mut sum = [words.valid, words.loss];
+        let mut sum = [consensus.valid, consensus.loss];
         group.all_reduce(&mut sum)?;
         Ok((sum[0] > 0).then(|| Quantum::loss_from_fixed(sum[1]) / sum[0] as f64))
     }
