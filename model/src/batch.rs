@@ -1,23 +1,23 @@
-//! What goes into a step.
+//! Micro-batches: their shape, their contents, and what kernels rely upon.
 
 use ulmus_backend::IGNORE;
 
 use crate::error::ModelError;
 
-/// What a replica is planned for.
+/// The shape of the micro-batches that a replica is planned for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchShape {
     /// Sequences of a micro-batch, at least 1.
     pub sequences: usize,
     /// Positions per sequence, at least 1.
     pub length: usize,
-    /// Keep only the input of each layer, and compute the layer again in the backward: a third more work, and the
-    /// memory for the activations of one layer. The gradients have the same bits.
+    /// Keep only the input of each layer, and compute the layer again in the backward pass (activation checkpointing):
+    /// a third more work, and memory for the activations of one layer only. The gradients have the same bits.
     pub recompute: bool,
 }
 
 impl BatchShape {
-    /// A shape that keeps activations.
+    /// A shape that keeps all activations.
     pub fn new(sequences: usize, length: usize) -> Self {
         Self { sequences, length, recompute: false }
     }
@@ -34,7 +34,7 @@ pub struct MicroBatch {
     pub inputs: Vec<u32>,
     /// The token to predict at each position, or [`IGNORE`].
     pub targets: Vec<u32>,
-    /// First position of its sequence that a position may attend to, at most itself.
+    /// The first position of its sequence that a position may attend to; never after itself.
     pub doc_starts: Vec<u32>,
 }
 
@@ -76,7 +76,7 @@ impl MicroBatch {
             }
             let (start, own) = (self.doc_starts[position] as usize, position % length);
             if start > own {
-                return refuse(format!("position {own} has document start {start}, which lies behind it"));
+                return refuse(format!("position {own} has document start {start}, which comes after it"));
             }
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! Buffers that training and inference plan alike: once, before the first pass.
+//! Buffers that both training and inference plan, once, before the first pass.
 
 use ulmus_backend::{Backend, Element, Heads, In, Norm, Rope, TrainingBackend, View, ViewMut};
 use ulmus_plan::{ModelConfig, NormKind};
@@ -67,14 +67,14 @@ impl<B: Backend> RopeTables<B> {
         Ok(tables)
     }
 
-    /// For spans of `length` rows, the first of which have those positions.
+    /// The tables for spans of `length` rows, whose first rows have the positions `first`.
     pub(crate) fn at<'a>(&'a self, first: In<'a, B, u32>, length: usize) -> Rope<'a, B> {
         Rope { cos: read(&self.cos, self.len), sin: read(&self.sin, self.len), first, length }
     }
 }
 
-/// Cosines and sines `[positions, head_dim / 2]`. Exponents, powers, frequencies and angles are each rounded to f32,
-/// as in the reference: at position 2047 the last bit of a frequency is 1e-4 of a radian.
+/// Cosines and sines `[positions, head_dim / 2]`. Exponents, powers, frequencies and angles are each rounded to f32, as
+/// in the reference, because at position 2047 the last bit of a frequency moves the angle by 1e-4 radians.
 fn rope_tables(head_dim: usize, base: f64, positions: usize) -> (Vec<f32>, Vec<f32>) {
     let frequency = |j: usize| {
         let exponent = (2 * j) as f32 / head_dim as f32;
@@ -86,7 +86,7 @@ fn rope_tables(head_dim: usize, base: f64, positions: usize) -> (Vec<f32>, Vec<f
     angles.map(|angle| (angle.cos() as f32, angle.sin() as f32)).unzip()
 }
 
-/// What all norms of a model have in common: their kind, and scratch that they use in turn.
+/// What all norms of a model share: their kind, and scratch that they use in turn.
 #[derive(Debug)]
 pub(crate) struct Norms<B: Backend> {
     kind: NormKind,
@@ -104,13 +104,13 @@ impl<B: Backend> Norms<B> {
         Ok(Self { kind: config.norm, scratch: plan.buffer(len)?, len })
     }
 
-    /// The norm with those weights.
+    /// The norm with the weights `weight`.
     pub(crate) fn of<'a>(&'a mut self, weight: View<'a, B::Buffer<f32>>) -> Norm<'a, B::Buffer<f32>> {
         Norm { kind: self.kind, weight, scratch: write(&mut self.scratch, self.len) }
     }
 }
 
-/// Heads of a layer.
+/// The heads of a layer.
 pub(crate) fn heads(layer: &LayerLayout, head_dim: usize) -> Heads {
     Heads { query: layer.dims.q_heads, key_value: layer.dims.kv_heads, width: head_dim }
 }

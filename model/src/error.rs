@@ -8,10 +8,10 @@ use ulmus_types::ErrorKind;
 /// An error of the model crate.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
-    /// The device.
+    /// The device failed.
     #[error(transparent)]
     Backend(#[from] BackendError),
-    /// A batch that does not fit the model or its buffers.
+    /// A batch or a text does not fit the model or its buffers.
     #[error("micro-batch refused: {0}")]
     Batch(String),
     /// A gradient is NaN, infinite or too large for the exact sum.
@@ -20,7 +20,7 @@ pub enum ModelError {
          lower train.max_lr or look at the data of this step"
     )]
     GradientRange {
-        /// Largest magnitude that one micro-batch may add.
+        /// The largest magnitude that one micro-batch may add.
         limit: f64,
     },
     /// The norm of the mean gradient is NaN or infinite.
@@ -39,7 +39,7 @@ pub enum ModelError {
         /// Why it failed.
         source: std::io::Error,
     },
-    /// A file of a model directory that is not what it should be.
+    /// A file of a model directory does not have the right contents.
     #[error("{}: {problem}", path.display())]
     Format {
         /// Which file.
@@ -47,24 +47,24 @@ pub enum ModelError {
         /// What is wrong, and what is accepted.
         problem: String,
     },
-    /// A file that is not whole.
+    /// A file is not complete.
     #[error("{} was cut or damaged: {problem}; fetch it again from its origin", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What was found.
+        /// What is wrong with it.
         problem: String,
     },
-    /// A model that the Hugging Face layout has no word for.
+    /// The Hugging Face layout cannot describe the model.
     #[error(
-        "a model with model.norm = {norm:?} has no Hugging Face layout: OpenELM's code there knows RMS norm alone; \
+        "a model with model.norm = {norm:?} has no Hugging Face layout: OpenELM's code there only knows RMS norm; \
          set checkpoint.export = false"
     )]
     NoLayout {
-        /// Name of its norm.
+        /// The name of its norm.
         norm: &'static str,
     },
-    /// Tensor bytes that are not those of this model.
+    /// Tensors do not belong to this model.
     #[error("tensors refused: {0}")]
     Tensors(String),
 }
@@ -79,7 +79,7 @@ impl ModelError {
         move |source| Self::File { act, path: path.to_owned(), source }
     }
 
-    /// What the caller can do.
+    /// What the caller can do about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Backend(error) => error.kind(),

@@ -1,9 +1,9 @@
-//! Inference with a KV cache: prompt processing, decoding one token at a time of one or several sequences, scoring
-//! of given text.
+//! Inference with a KV cache: processing a prompt, decoding one or several sequences token by token, and scoring given
+//! text.
 //!
-//! Keys enter the cache after their norm and rotation: position p of the cache is position p of the text for as
-//! long as the cache lives, so rotating once is the same as the reference's rotating at every step. All buffers
-//! are planned in [`Generator::new`]; a decoded token allocates nothing. Weights are shared and never written.
+//! Keys enter the cache after their norm and rotation. Position p of the cache is position p of the text for as long as
+//! the cache lives, so rotating a key once equals the reference's rotating it at every step. All buffers are planned in
+//! [`Generator::new`]; a decoded token allocates nothing. Weights are shared and never written.
 
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
@@ -16,12 +16,12 @@ use crate::error::ModelError;
 use crate::params::{LayerLayout, Layout};
 use crate::sample::{Sampler, Sampling};
 
-/// Rows of a prompt that go through the layers at once.
+/// Rows of a prompt that pass through the layers at once.
 const PROMPT_ROWS: usize = 256;
 /// Rows whose logits exist at once while text is scored.
 const SCORE_ROWS: usize = 64;
 
-/// A trained model on a device, read only, for any number of generators.
+/// A trained model on a device, shared read-only by any number of generators.
 #[derive(Debug)]
 pub struct Model<B: Backend> {
     backend: B,
@@ -32,13 +32,13 @@ pub struct Model<B: Backend> {
     final_norm: B::Buffer<f32>,
 }
 
-/// Weights of one layer.
+/// The weights of one layer.
 #[derive(Debug)]
 struct Layer<B: Backend> {
     heads: Heads,
     ffn: usize,
     qkv: B::Weights,
-    /// `[2, H]`: queries, keys.
+    /// `[2, H]`: queries, then keys.
     qk_norm: B::Buffer<f32>,
     out_proj: B::Weights,
     proj_1: B::Weights,
@@ -48,18 +48,18 @@ struct Layer<B: Backend> {
 }
 
 impl<B: Backend> Model<B> {
-    /// Puts flat weights on the device as they are. `config` has passed [`ModelConfig::check`].
+    /// Puts flat weights on the device in float32. `config` has passed [`ModelConfig::check`].
     ///
     /// # Errors
-    /// As for [`Model::in_format`].
+    /// Those of [`Model::in_format`].
     pub fn new(backend: B, config: &ModelConfig, weights: &[f32]) -> Result<Self, ModelError> {
         Self::in_format(backend, config, weights, WeightFormat::F32)
     }
 
-    /// Puts flat weights on the device, matrices in a format. `config` has passed [`ModelConfig::check`].
+    /// Puts flat weights on the device, matrices in the format `format`. `config` has passed [`ModelConfig::check`].
     ///
     /// # Errors
-    /// [`ModelError::Tensors`] if there is not one weight per parameter, or one that is not finite in the format;
+    /// [`ModelError::Tensors`] if there is not one weight per parameter, or if one is not finite in the format;
     /// [`ModelError::Backend`].
     pub fn in_format(
         backend: B,
@@ -98,12 +98,12 @@ impl<B: Backend> Model<B> {
         Ok(Self { config: config.clone(), format, embedding, layers, final_norm, backend })
     }
 
-    /// Shape of the model.
+    /// The shape of the model.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// Format of the matrices.
+    /// The format of the matrices.
     pub fn format(&self) -> WeightFormat {
         self.format
     }
@@ -131,22 +131,23 @@ fn check_values(layout: &Layout, weights: &[f32], format: WeightFormat) -> Resul
     Ok(())
 }
 
-/// Texts in the making: one, or several *sequences* side by side, each with its own length.
+/// Generates texts: one, or several *sequences* side by side, each with its own length.
 ///
-/// What a sequence becomes has the same bits whatever the others are.
+/// A sequence gets the same bits whatever the others are.
 #[derive(Debug)]
 pub struct Generator<B: Backend> {
     model: Arc<Model<B>>,
     capacity: usize,
-    /// Tokens of each sequence in the cache.
+    /// The number of tokens in the cache, of each sequence.
     positions: Vec<usize>,
-    /// What a pass is told: which sequences it continues, from which positions on, and their tokens.
+    /// The integers that a pass reads: the sequences it continues, the positions it continues them from, and the
+    /// tokens.
     words: Vec<u32>,
     words_on_device: B::Buffer<u32>,
-    /// Per number of sequences that get a token, from 1 on.
+    /// The recorded passes in which one sequence, two, ... get a token each.
     graphs: Vec<B::Graph>,
     rope: RopeTables<B>,
-    /// Per layer.
+    /// One cache per layer.
     cache: Vec<B::Cache>,
     targets: B::Buffer<u32>,
     stream: B::Activations,
@@ -161,11 +162,11 @@ pub struct Generator<B: Backend> {
     norms: Norms<B>,
     cross_entropy: B::Buffer<f32>,
     logits: B::Buffer<f32>,
-    /// Tokens of a pass that come one by one.
+    /// The tokens of a pass that gives each sequence one.
     tokens: Vec<u32>,
-    /// Logits of the last tokens fed, on the host.
+    /// The logits after the last tokens fed, on the host.
     next: Vec<f32>,
-    /// The likeliest tokens, on the device and on the host.
+    /// The likeliest tokens, on the device and (`greedy`) on the host.
     likeliest: B::Buffer<u32>,
     greedy: Vec<u32>,
 }
@@ -179,7 +180,7 @@ impl<B: Backend> Generator<B> {
         Self::with_sequences(model, capacity, 1)
     }
 
-    /// Plans a generator for that many texts (at least one) of up to `capacity` tokens each.
+    /// Plans a generator for `sequences` texts (at least one) of up to `capacity` tokens each.
     ///
     /// # Errors
     /// [`ModelError::Backend`].
@@ -228,27 +229,27 @@ impl<B: Backend> Generator<B> {
         })
     }
 
-    /// Number of sequences.
+    /// The number of sequences.
     pub fn sequences(&self) -> usize {
         self.positions.len()
     }
 
-    /// Tokens fed to the first sequence since the start or the last [`Generator::reset`].
+    /// The number of tokens fed to the first sequence since the start or the last [`Generator::reset`].
     pub fn position(&self) -> usize {
         self.positions[0]
     }
 
-    /// Most tokens that a text may have.
+    /// The most tokens that a text may have.
     pub fn capacity(&self) -> usize {
         self.capacity
     }
 
-    /// Begins new texts.
+    /// Forgets all tokens, to begin new texts.
     pub fn reset(&mut self) {
         self.positions.fill(0);
     }
 
-    /// Appends tokens to the first sequence (a whole prompt, or one decoded token) and gives the logits
+    /// Appends tokens to the first sequence (a whole prompt, or one decoded token) and returns the logits
     /// `[vocabulary]` of the token that follows.
     ///
     /// # Errors
@@ -257,10 +258,10 @@ impl<B: Backend> Generator<B> {
         self.feed_to(0, tokens)
     }
 
-    /// As [`Generator::feed`], for one of the sequences.
+    /// Does the same as [`Generator::feed`] for one of the sequences.
     ///
     /// # Errors
-    /// As for [`Generator::feed`], and if there is no such sequence.
+    /// Those of [`Generator::feed`], and [`ModelError::Batch`] if there is no such sequence.
     pub fn feed_to(&mut self, sequence: usize, tokens: &[u32]) -> Result<&[f32], ModelError> {
         self.check(sequence, tokens, &[])?;
         for part in tokens.chunks(PROMPT_ROWS) {
@@ -274,21 +275,21 @@ impl<B: Backend> Generator<B> {
         Ok(self.logits(1))
     }
 
-    /// Appends one token to each of some sequences, which are all different, and gives the logits of the tokens
-    /// that follow, `[tokens.len(), vocabulary]`.
+    /// Appends one token to each of some sequences and returns the logits of the tokens that follow,
+    /// `[tokens.len(), vocabulary]`.
     ///
     /// # Errors
-    /// As for [`Generator::feed_to`], and if a sequence comes twice.
+    /// Those of [`Generator::feed_to`], and [`ModelError::Batch`] if a sequence is named twice.
     pub fn feed_each(&mut self, tokens: &[(usize, u32)]) -> Result<&[f32], ModelError> {
         self.advance_each(tokens)?;
         Ok(self.logits(tokens.len()))
     }
 
-    /// As [`Generator::feed_each`], but gives the likeliest of the tokens that follow, one for each: logits stay on the
-    /// device.
+    /// Appends one token to each of some sequences and returns, for each, the likeliest token that follows. The logits
+    /// stay on the device.
     ///
     /// # Errors
-    /// As for [`Generator::feed_each`].
+    /// Those of [`Generator::feed_each`].
     pub fn feed_greedy(&mut self, tokens: &[(usize, u32)]) -> Result<&[u32], ModelError> {
         self.advance_each(tokens)?;
         let (count, vocabulary) = (tokens.len(), self.model.config.vocab_size);
@@ -317,7 +318,7 @@ impl<B: Backend> Generator<B> {
         Ok(())
     }
 
-    /// Makes the logits of some rows that have passed all layers.
+    /// Computes the logits of some rows that have passed all layers.
     fn head(&mut self, rows: Range<usize>) {
         let Self { model, normed, logits, .. } = self;
         let (d, vocabulary) = (model.config.model_dim, model.config.vocab_size);
@@ -329,18 +330,18 @@ impl<B: Backend> Generator<B> {
         );
     }
 
-    /// The first rows of logits, brought to the host.
+    /// Copies the first rows of logits to the host.
     fn logits(&mut self, rows: usize) -> &[f32] {
         let len = rows * self.model.config.vocab_size;
         self.model.backend.download(read(&self.logits, len), &mut self.next[..len]);
         &self.next[..len]
     }
 
-    /// Appends tokens to the first sequence and gives, for each, the negative log-likelihood in nats of its target (the
-    /// token that follows it in the text being scored); 0 where the target is [`IGNORE`].
+    /// Appends tokens to the first sequence and returns, for each, the negative log-likelihood in nats of its target
+    /// (the token that follows it in the text being scored); 0 where the target is [`IGNORE`].
     ///
     /// # Errors
-    /// As for [`Generator::feed`], and if there is not one target per token.
+    /// Those of [`Generator::feed`], and [`ModelError::Batch`] if there is not one target per token.
     pub fn score(&mut self, tokens: &[u32], targets: &[u32]) -> Result<Vec<f32>, ModelError> {
         if tokens.len() != targets.len() {
             return Err(ModelError::Batch(format!("{} targets for {} tokens", targets.len(), tokens.len())));
@@ -372,10 +373,10 @@ impl<B: Backend> Generator<B> {
     }
 
     /// Feeds the prompt to the first sequence and then decodes greedily, up to `max_tokens` tokens or until `stop`,
-    /// which is not given out. Each token is passed to `on_token` as soon as it is known; `Break` ends the text.
+    /// which is not passed on. Each token is passed to `on_token` as soon as it is known; `Break` ends the text.
     ///
     /// # Errors
-    /// As for [`Generator::feed`].
+    /// Those of [`Generator::feed`].
     pub fn generate(
         &mut self,
         prompt: &[u32],
@@ -386,10 +387,10 @@ impl<B: Backend> Generator<B> {
         self.generate_with(&mut Sampler::new(Sampling::default(), 0, 0), prompt, max_tokens, stop, on_token)
     }
 
-    /// As [`Generator::generate`], with tokens that `sampler` chooses.
+    /// Does the same as [`Generator::generate`], with tokens that `sampler` chooses.
     ///
     /// # Errors
-    /// As for [`Generator::feed`].
+    /// Those of [`Generator::feed`].
     pub fn generate_with(
         &mut self,
         sampler: &mut Sampler,
@@ -419,7 +420,9 @@ impl<B: Backend> Generator<B> {
         let vocabulary = self.model.config.vocab_size;
         let Some(position) = self.positions.get(sequence) else {
             let most = self.positions.len();
-            return Err(ModelError::Batch(format!("there is no sequence {sequence}, of {most} from 0 on")));
+            return Err(ModelError::Batch(format!(
+                "there is no sequence {sequence}: there are {most}, numbered from 0"
+            )));
         };
         let unknown = |token: &&u32| **token as usize >= vocabulary;
         let problem = if tokens.is_empty() {
@@ -437,8 +440,8 @@ impl<B: Backend> Generator<B> {
         Err(ModelError::Batch(problem))
     }
 
-    /// Appends tokens to some sequences, equally many to each, and sends them through all layers; leaves the final norm's
-    /// output in `normed`. If each gets one token, the logits are made, too.
+    /// Appends tokens to some sequences, the same number to each, and sends them through all layers; leaves the final
+    /// norm's output in `normed`. If each gets one token, computes the logits, too.
     fn advance(&mut self, sequences: impl Iterator<Item = usize>, tokens: &[u32]) {
         let model = Arc::clone(&self.model);
         let words = &mut self.words;
@@ -456,7 +459,7 @@ impl<B: Backend> Generator<B> {
         if length > 1 {
             return model.backend.run(|| self.layers(spans, length));
         }
-        // Every decoded token takes the same way.
+        // Passes that decode are all alike, and can be replayed.
         let mut graph = std::mem::take(&mut self.graphs[spans - 1]);
         model.backend.replay(&mut graph, || {
             self.layers(spans, 1);
@@ -465,7 +468,7 @@ impl<B: Backend> Generator<B> {
         self.graphs[spans - 1] = graph;
     }
 
-    /// From the ids of some spans to the output of the final norm.
+    /// Computes the output of the final norm from the token ids of some spans.
     fn layers(&mut self, spans: usize, length: usize) {
         let Self { model, rope, cache, words_on_device, stream, middle, normed, packed, rotated, .. } = self;
         let Self { attended, branch, gate_up, gated, norms, .. } = self;

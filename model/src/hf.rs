@@ -1,9 +1,9 @@
 //! Hugging Face model directories: `config.json`, `model.safetensors` (or shards with an index),
 //! `generation_config.json`.
 //!
-//! What is written can be loaded by transformers, mlx-lm and llama.cpp as an OpenELM. What is read may come from
-//! anywhere, so a config that asks for something this implementation does not compute is refused, field by field,
-//! rather than computed differently.
+//! Directories written here can be loaded by transformers, mlx-lm and llama.cpp as an OpenELM. Directories read here
+//! may come from anywhere, so a config that asks for something that this implementation does not compute is refused,
+//! naming the field, rather than computed differently.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -23,17 +23,17 @@ const GENERATION_CONFIG: &str = "generation_config.json";
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// Tokens that a model directory names.
+/// The special tokens that a model directory names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SpecialTokens {
-    /// Begins a document.
+    /// The token that begins a document.
     pub bos: u32,
-    /// Ends a document; generation stops at it.
+    /// The token that ends a document; generation stops at it.
     pub eos: u32,
 }
 
 impl Default for SpecialTokens {
-    /// Those of the published models' tokenizer.
+    /// The tokens of the published models' tokenizer.
     fn default() -> Self {
         Self { bos: 1, eos: 2 }
     }
@@ -42,15 +42,15 @@ impl Default for SpecialTokens {
 /// A model directory in memory.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HfModel {
-    /// Shape of the model.
+    /// The shape of the model.
     pub config: ModelConfig,
     /// Flat weights in the order of [`Layout`].
     pub weights: Vec<f32>,
-    /// Tokens of its tokenizer.
+    /// The special tokens of its tokenizer.
     pub tokens: SpecialTokens,
 }
 
-/// Every field that is understood; others are passed over.
+/// Every field that is understood; others are ignored.
 #[derive(Debug, Deserialize)]
 struct ConfigFile {
     model_type: Option<String>,
@@ -76,7 +76,7 @@ struct ConfigFile {
 }
 
 impl ConfigFile {
-    /// The fields that change what is computed; only one value of each is implemented.
+    /// Refuses fields that change what is computed; of each, a single value is implemented.
     fn check_supported(&self) -> Result<(), String> {
         let is = |field: &Option<String>, accepted: &[&str]| {
             field.as_deref().is_none_or(|value| accepted.contains(&value))
@@ -158,16 +158,17 @@ pub fn read_config(directory: &Path) -> Result<(ModelConfig, SpecialTokens), Mod
 /// Reads a model directory.
 ///
 /// # Errors
-/// As [`read_config`], and for weights that are missing, damaged or of another shape.
+/// Those of [`read_config`]; [`ModelError::Damaged`] or [`ModelError::Format`] for weights that are missing, damaged or
+/// of another shape.
 pub fn read(directory: &Path) -> Result<HfModel, ModelError> {
     let (config, tokens) = read_config(directory)?;
     let layout = Layout::new(&config);
     let mut reader = WeightReader::new(&layout);
     let (index, single) = (directory.join(INDEX), directory.join(WEIGHTS));
-    // As transformers does: where there are both, the index is of what the one file was made of.
+    // With both, transformers reads the single file too: the index belongs to the shards that it was merged from.
     let (files, whole) = if single.exists() {
         if index.exists() {
-            tracing::warn!(read = %single.display(), passed_by = %index.display(), "a model in one file, and an index");
+            tracing::warn!(read = %single.display(), passed_by = %index.display(), "the directory has both model.safetensors and an index");
         }
         (vec![single.clone()], single)
     } else if index.exists() {
@@ -194,7 +195,7 @@ pub fn read(directory: &Path) -> Result<HfModel, ModelError> {
     Ok(HfModel { config, weights, tokens })
 }
 
-/// Which file each tensor of a sharded model is in.
+/// The index of a sharded model: the file of each tensor.
 #[derive(Debug, Deserialize)]
 struct ShardIndex {
     weight_map: BTreeMap<String, String>,
@@ -202,12 +203,12 @@ struct ShardIndex {
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
     let text = std::fs::read(path).map_err(ModelError::file("read", path))?;
-    // Some editors write a byte order mark in front.
+    // Some editors write a byte order mark first.
     let json = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&text);
     serde_json::from_slice(json).map_err(|error| ModelError::format(path, error.to_string()))
 }
 
-/// `config.json` as it is written: widths expanded per layer, as in the published models.
+/// The `config.json` that is written: with one width per layer, as in the published models.
 #[derive(Debug, Serialize)]
 #[expect(clippy::struct_excessive_bools, reason = "the file format has these fields")]
 struct ExportedConfig<'a> {
@@ -260,7 +261,7 @@ pub fn config_json(config: &ModelConfig, tokens: SpecialTokens) -> Result<String
         num_kv_heads: layers.iter().map(|layer| layer.kv_heads).collect(),
         num_gqa_groups: config.num_gqa_groups,
         ffn_multipliers: match &config.ffn_multipliers {
-            // A list of two would be rounded when it is read.
+            // A list of two values would be taken for a range, and rounded, by a reader.
             uniform @ Multipliers::Uniform(_) if layers.len() == 2 => uniform.clone(),
             multipliers => Multipliers::Layers(multipliers.expand(layers.len())),
         },
@@ -272,7 +273,7 @@ pub fn config_json(config: &ModelConfig, tokens: SpecialTokens) -> Result<String
         share_input_output_layers: true,
         rope_freq_constant: config.rope_freq_constant,
         rope_max_length: 2 * config.max_context_length,
-        // Read by nobody: the weights are there.
+        // Unused, because the weights are there.
         initializer_range: 0.02,
         use_cache: true,
         bos_token_id: tokens.bos,
@@ -292,8 +293,8 @@ fn json(value: &impl Serialize) -> String {
     text
 }
 
-/// Writes a model directory, which is made if it does not exist; files of these names are replaced.
-/// Tokenizer files are the caller's to add.
+/// Writes a model directory, creating it if necessary and replacing files of the same names. The caller adds the files
+/// of the tokenizer.
 ///
 /// # Errors
 /// [`ModelError::File`] if a file cannot be written; [`ModelError::Tensors`] if there is not one weight per

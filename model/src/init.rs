@@ -1,7 +1,7 @@
 //! Initial weights as a function of a seed alone.
 //!
-//! Each tensor draws from its own `ChaCha8` stream, so the same seed gives the same model on every worker, for any
-//! number of workers, and whatever order tensors are made in.
+//! Each tensor draws from its own `ChaCha8` stream, so a seed gives the same model on every worker, for any number of
+//! workers, and in whatever order the tensors are made.
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -9,7 +9,7 @@ use rand_distr::{Distribution, StandardNormal};
 
 use crate::params::Tensor;
 
-/// Initial values of the tensor that is number `index` of its layout, first to last.
+/// The initial values of a tensor, first to last; `index` is its number in the layout.
 pub(crate) fn initial_values(tensor: &Tensor, index: usize, seed: u64) -> impl Iterator<Item = f32> {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     random.set_stream(index as u64);

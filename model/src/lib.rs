@@ -1,8 +1,9 @@
 //! The OpenELM model: network, training step, decoding, files.
 //!
-//! A network runs a fixed forward and backward over buffers planned once, on any [`Backend`](ulmus_backend::Backend); a
-//! [`Replica`] is what a worker trains, a [`Generator`] decodes with a KV cache, and [`hf`] reads and writes Hugging Face
-//! directories. This crate knows no device, no clock and no network.
+//! A network runs a fixed forward and backward pass over buffers planned once, on any
+//! [`Backend`](ulmus_backend::Backend). A [`Replica`] is what a worker trains, by its [`Objective`]; a [`Generator`]
+//! decodes with a KV cache; [`hf`] reads and writes Hugging Face directories. This crate knows no device and no clock,
+//! and never opens a connection.
 
 #![forbid(unsafe_code)]
 

@@ -1,13 +1,14 @@
-//! The forward and backward of OpenELM over buffers planned once.
+//! The forward and backward passes of OpenELM over buffers planned once.
 //!
-//! There is no tape: each layer's activations have their place, and the backward walks the layers from last to
-//! first. What costs no matrix product (norms, rotations, SwiGLU) is not kept but made again; whole layers are, if
-//! the batch's shape says so. Nothing is allocated after [`Network::new`]. Every range of the gradient is written exactly once per
-//! pass (the tied embedding: by the head, then added to by the input side), so it is never cleared. A pass is cut into
-//! *segments*, behind each of which another part of the gradient is complete and can be summed while the others are
-//! computed; where the device records passes, each is a recording.
+//! There is no tape: each layer's activations have their place, and the backward pass walks the layers from last to
+//! first. Results that cost no matrix product (norms, rotations, SwiGLU) are computed again instead of kept; so are
+//! whole layers, if the batch's shape says so. Nothing is allocated after [`Network::new`]. Each pass overwrites every
+//! range of the gradient exactly once, so the gradient is never cleared; only the tied embedding is written by the head
+//! and then added to by the input side. A pass is cut into *segments*. After each segment another part of the gradient
+//! is complete and can be summed while the next one is computed; where the device records passes, each segment is one
+//! recording.
 //!
-//! `x` is the residual stream: `x = embedding`, per layer `x += attention(norm(x))`, `x += ffn(norm(x))`.
+//! `x` is the residual stream: `x = embedding`, and in each layer `x += attention(norm(x))`, then `x += ffn(norm(x))`.
 
 use std::ops::Range;
 
@@ -20,18 +21,18 @@ use crate::error::ModelError;
 use crate::objective::{LossSum, Objective};
 use crate::params::{LayerLayout, Layout, Trainable};
 
-/// What the backward of one layer needs from its forward and cannot make again cheaply.
+/// Results of one layer's forward pass that its backward pass needs and cannot cheaply compute again.
 #[derive(Debug)]
 struct Activations<B: TrainingBackend> {
-    /// Queries, keys, values, `[R, packed]`; their gradient in the backward.
+    /// Queries, keys and values, `[R, packed]`; their gradient in the backward pass.
     packed: B::Activations,
-    /// Output of the attention, `[R, query width]`.
+    /// The attention's output, `[R, query width]`.
     attended: B::Activations,
     /// Logsumexp of the scores, `[sequences, query heads, length]`.
     lse: B::Buffer<f32>,
-    /// Residual stream between attention and FFN, `[R, D]`.
+    /// The residual stream between attention and FFN, `[R, D]`.
     middle: B::Activations,
-    /// Both halves of `proj_1`, `[R, 2F]`; their gradient in the backward.
+    /// Both halves of `proj_1`'s output, `[R, 2F]`; their gradient in the backward pass.
     gate_up: B::Activations,
 }
 
@@ -47,7 +48,7 @@ impl<B: TrainingBackend> Activations<B> {
     }
 }
 
-/// Widths of one layer, or the greatest of all.
+/// The widths of one layer, or the largest of all layers.
 #[derive(Debug, Clone, Copy, Default)]
 struct Widths {
     packed: usize,
@@ -77,42 +78,42 @@ impl Widths {
     }
 }
 
-/// Buffers that every layer uses in turn. What can be made from kept activations without a matrix product lives here
-/// and is made again in the backward, where its gradient then takes its place.
+/// Buffers that every layer uses in turn. They hold what can be computed from kept activations without a matrix
+/// product; the backward pass computes it again and then puts its gradient in the same place.
 #[derive(Debug)]
 struct Scratch<B: TrainingBackend> {
-    /// Input of the attention, of the FFN or of the head: a norm of the stream, `[R, D]`.
+    /// The normed stream: the input of attention, FFN or head, `[R, D]`.
     normed: B::Activations,
-    /// Queries and keys after norm and rotation, and values, `[R, packed]`.
+    /// Queries and keys after norm and rotation, and the values, `[R, packed]`.
     rotated: B::Activations,
     /// The gradient of `rotated`.
     rotated_gradient: B::Activations,
-    /// After SwiGLU, `[R, F]`.
+    /// SwiGLU's output, `[R, F]`.
     gated: B::Activations,
-    /// Output of a branch before it joins the stream, or the gradient of the attention's output.
+    /// A branch's output before it joins the stream, or the gradient of the attention's output.
     branch: B::Activations,
-    /// Gradient of the residual stream.
+    /// The gradient of the residual stream.
     stream: B::Activations,
     norms: Norms<B>,
-    /// Logits of some rows.
+    /// The logits of some of the rows.
     logits: B::Buffer<f32>,
     logits_len: usize,
 }
 
-/// Fewest trainable parameters of a segment, but for the last: their sums are 32 MiB, enough to keep a network busy.
+/// The fewest trainable parameters of any segment but the last: their sums take 32 MiB, enough to keep a network busy.
 const SEGMENT: usize = 1 << 22;
 
-/// A part of a pass: the backward of some layers. The first has the forward and the head before it, the last the
-/// embedding behind it.
+/// A part of a pass: the backward pass of some layers. The first segment begins with the forward pass and the head, the
+/// last one ends with the embedding.
 #[derive(Debug)]
 struct Segment<B: TrainingBackend> {
     layers: Range<usize>,
-    /// What is complete of the gradient behind it.
+    /// The elements of the gradient that this segment completes.
     gradient: Range<usize>,
     graph: B::Graph,
 }
 
-/// From the last layer to the first.
+/// All segments, from the last layer to the first.
 fn segments<B: TrainingBackend>(layout: &Layout, trainable: &Trainable) -> Vec<Segment<B>> {
     let (mut behind, mut end) = (layout.layers().len(), trainable.parameters());
     let mut segments = Vec::new();
@@ -127,7 +128,7 @@ fn segments<B: TrainingBackend>(layout: &Layout, trainable: &Trainable) -> Vec<S
     segments
 }
 
-/// A model's forward and backward for micro-batches of one shape.
+/// A model's forward and backward passes for micro-batches of one shape.
 #[derive(Debug)]
 pub(crate) struct Network<B: TrainingBackend> {
     backend: B,
@@ -140,18 +141,18 @@ pub(crate) struct Network<B: TrainingBackend> {
     head_dim: usize,
     vocabulary: usize,
     rope: RopeTables<B>,
-    /// Every sequence begins at position 0.
+    /// The position at which each sequence begins: always 0.
     first: B::Buffer<u32>,
     inputs: B::Buffer<u32>,
     targets: B::Buffer<u32>,
     doc_starts: B::Buffer<u32>,
-    /// Residual stream before each layer, and after the last, `[R, D]`.
+    /// The residual stream before each layer and after the last, `[R, D]` each.
     x: Vec<B::Activations>,
-    /// Of each layer; or of one, and layers are computed again in the backward.
+    /// One per layer; or a single one for all, if layers are computed again in the backward pass.
     activations: Vec<Activations<B>>,
     cross_entropy: B::Buffer<f32>,
     lse: B::Buffer<f32>,
-    /// Both on the host.
+    /// Cross-entropy and logsumexp on the host.
     losses: [Vec<f32>; 2],
     segments: Vec<Segment<B>>,
     scratch: Scratch<B>,
@@ -215,7 +216,7 @@ impl<B: TrainingBackend> Network<B> {
         })
     }
 
-    /// Bytes of all activations and scratch.
+    /// Bytes of all buffers: activations, scratch and inputs.
     pub(crate) fn planned_bytes(&self) -> u64 {
         self.planned_bytes
     }
@@ -234,7 +235,7 @@ impl<B: TrainingBackend> Network<B> {
         Ok(())
     }
 
-    /// Residual stream to final norm of the loaded batch.
+    /// The forward pass of the loaded batch, up to the final norm.
     pub(crate) fn forward(&mut self, weights: &B::Parameters) {
         let (rows, d) = (self.rows(), self.model_dim);
         let table = View::new(weights, self.layout.embedding());
@@ -265,7 +266,7 @@ impl<B: TrainingBackend> Network<B> {
         }
     }
 
-    /// Makes a layer's normed input from the stream before it.
+    /// Computes a layer's normed input from the stream before it.
     fn norm_input(&mut self, weights: &B::Parameters, layer: usize) {
         let len = self.rows() * self.model_dim;
         let attn_norm = self.layout.layers()[layer].attn_norm.clone();
@@ -276,7 +277,7 @@ impl<B: TrainingBackend> Network<B> {
         );
     }
 
-    /// From a layer's normed input to both halves of `proj_1`: all that its backward needs.
+    /// Computes everything that a layer's backward pass needs: from its normed input to both halves of `proj_1`.
     fn layer(&mut self, weights: &B::Parameters, layer: usize) {
         let (rows, d) = (self.rows(), self.model_dim);
         let Self { backend, layout, scratch, rope, x, activations, .. } = self;
@@ -326,7 +327,7 @@ impl<B: TrainingBackend> Network<B> {
         );
     }
 
-    /// Head and loss of the loaded batch, after [`Network::forward`].
+    /// The head and the loss of the loaded batch, after [`Network::forward`].
     pub(crate) fn loss(&mut self, weights: &B::Parameters) {
         self.head(weights, None);
     }
@@ -351,8 +352,9 @@ impl<B: TrainingBackend> Network<B> {
         );
     }
 
-    /// Loss and gradient of the loaded batch. Overwrites all of `gradient`, and the activations; `complete` gets it with
-    /// each range of it that is complete. Weights and gradient are the same buffers with every call.
+    /// The loss and the gradient of the loaded batch. Overwrites all of `gradient`, and the activations. Calls
+    /// `complete` with the gradient and each range of it as soon as that is complete. All calls pass the same two
+    /// buffers.
     pub(crate) fn forward_backward(
         &mut self,
         weights: &B::Parameters,
@@ -377,7 +379,7 @@ impl<B: TrainingBackend> Network<B> {
         self.segments = segments;
     }
 
-    /// From the final norm to the loss, and back to the stream.
+    /// From the final norm's output to the loss, and back to the stream's gradient.
     fn head_backward(&mut self, weights: &B::Parameters, gradient: &mut B::Buffer<f32>) {
         self.head(weights, Some(gradient));
         let (len, layers) = (self.rows() * self.model_dim, self.layout.layers().len());
@@ -399,7 +401,7 @@ impl<B: TrainingBackend> Network<B> {
         layers: Range<usize>,
     ) {
         for layer in layers.rev() {
-            // The last layer's activations are there in any case.
+            // The forward pass has just left the last layer's activations.
             if self.activations.len() == 1 && layer + 1 < self.layout.layers().len() {
                 self.norm_input(weights, layer);
                 self.layer(weights, layer);
@@ -420,7 +422,7 @@ impl<B: TrainingBackend> Network<B> {
         );
     }
 
-    /// Takes the stream's gradient from behind a layer's FFN to before it.
+    /// Takes the stream's gradient from the output of a layer's FFN to its input.
     fn ffn_backward(&mut self, weights: &B::Parameters, gradient: &mut B::Buffer<f32>, layer: usize) {
         let (rows, d) = (self.rows(), self.model_dim);
         let Self { backend, layout, trainable, activations, scratch, .. } = self;
@@ -478,7 +480,7 @@ impl<B: TrainingBackend> Network<B> {
         );
     }
 
-    /// Takes the stream's gradient from behind a layer's attention to before it.
+    /// Takes the stream's gradient from the output of a layer's attention to its input.
     fn attention_backward(&mut self, weights: &B::Parameters, gradient: &mut B::Buffer<f32>, layer: usize) {
         let (rows, d) = (self.rows(), self.model_dim);
         let Self { backend, layout, trainable, x, activations, scratch, rope, .. } = self;
@@ -556,12 +558,12 @@ impl<B: TrainingBackend> Network<B> {
         );
     }
 
-    /// The objective.
+    /// What is minimised.
     pub(crate) fn objective(&self) -> &Objective {
         &self.objective
     }
 
-    /// Losses of the batch that was loaded last, after [`Network::loss`] or [`Network::forward_backward`].
+    /// The losses of `batch`, the one loaded, after [`Network::loss`] or [`Network::forward_backward`].
     pub(crate) fn loss_sum(&mut self, batch: &MicroBatch) -> LossSum {
         let rows = self.rows();
         let [cross_entropy, lse] = &mut self.losses;
@@ -571,7 +573,7 @@ impl<B: TrainingBackend> Network<B> {
     }
 }
 
-/// Where a layer's activations are.
+/// The place of a layer's activations.
 fn kept<B: TrainingBackend>(activations: &mut [Activations<B>], layer: usize) -> &mut Activations<B> {
     let index = layer % activations.len();
     &mut activations[index]
@@ -597,7 +599,7 @@ mod tests {
             assert!(others.iter().all(|segment| segment.gradient.len() >= SEGMENT), "{preset:?}");
             assert!(last.gradient.end > layout.embedding().end && others.len() >= 10, "{preset:?}");
         }
-        // A small model is one.
+        // A small model is one segment.
         let config = ModelConfig { model_dim: 64, vocab_size: 100, ..ModelConfig::default() };
         let layout = Layout::new(&config);
         assert_eq!(segments::<Cpu>(&layout, &Trainable::all(&layout)).len(), 1);

@@ -1,9 +1,9 @@
 //! All parameters of a model as one flat vector of f32 in a fixed order, and which of them training changes.
 //!
-//! Order: embedding, layers first to last, final norm; within a layer as the reference's own checkpoints have it.
-//! Weights, and the files that hold them, are in this order, so it must never change. Gradient, moments, sums and optimizer
-//! files have an element for each *trainable* parameter, in the same order. One neighbourhood is relied upon: `q_norm`
-//! and `k_norm` of a layer are adjacent, and kernels take both as one range.
+//! The order is embedding, layers first to last, final norm; within a layer it is that of the reference's checkpoints.
+//! Weights are in this order, in memory and for reductions, so it must never change. Gradient, moments, sums and
+//! optimizer files have one element for each *trainable* parameter, in the same order. Kernels rely on one adjacency:
+//! they take `q_norm` and `k_norm` of a layer as one range.
 
 use std::ops::Range;
 
@@ -14,24 +14,24 @@ use crate::error::ModelError;
 /// One named tensor of the flat vector.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tensor {
-    /// Hugging Face name, for instance `transformer.layers.0.attn.qkv_proj.weight`.
+    /// The Hugging Face name, for instance `transformer.layers.0.attn.qkv_proj.weight`.
     pub name: String,
     /// One or two dimensions, row-major; matrices are `[outputs, inputs]`.
     pub shape: Vec<usize>,
-    /// Elements of the flat vector.
+    /// Where its elements are in the flat vector.
     pub range: Range<usize>,
-    /// Standard deviation of the initial weights; `None` for norm weights, which start at 1.
+    /// The standard deviation of the initial weights; `None` for norm weights, which start at 1.
     pub initial_std: Option<f64>,
 }
 
 impl Tensor {
-    /// Whether weight decay applies: to every tensor with two dimensions, the embedding too.
+    /// Whether weight decay applies. It does to every tensor with two dimensions, the embedding included.
     pub fn decays(&self) -> bool {
         self.shape.len() >= 2
     }
 }
 
-/// Where the parameters of one layer are.
+/// The places of one layer's parameters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct LayerLayout {
     pub dims: LayerDims,
@@ -54,7 +54,7 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// The layout of a model of that shape.
+    /// The layout of a model of this shape.
     pub fn new(config: &ModelConfig) -> Self {
         let mut layout = Self { tensors: Vec::new(), layers: Vec::new(), len: 0 };
         let d = config.model_dim;
@@ -102,12 +102,12 @@ impl Layout {
         range
     }
 
-    /// All tensors in order; their ranges follow each other without a gap.
+    /// All tensors in order; their ranges lie end to end.
     pub fn tensors(&self) -> &[Tensor] {
         &self.tensors
     }
 
-    /// The tensor of that Hugging Face name.
+    /// The tensor with this Hugging Face name.
     pub fn tensor(&self, name: &str) -> Option<&Tensor> {
         self.tensors.iter().find(|tensor| tensor.name == name)
     }
@@ -117,7 +117,7 @@ impl Layout {
         self.len
     }
 
-    /// Refuses a flat vector that has not one element per parameter.
+    /// Refuses a flat vector that does not have one element per parameter.
     pub(crate) fn check_len(&self, values: &[f32]) -> Result<(), ModelError> {
         check_len(values, self.len)
     }
@@ -136,7 +136,7 @@ impl Layout {
     }
 }
 
-/// Refuses a flat vector that has not one element for each of so many parameters.
+/// Refuses a flat vector that does not have one element for each of `parameters` parameters.
 pub(crate) fn check_len(values: &[f32], parameters: usize) -> Result<(), ModelError> {
     if values.len() == parameters {
         Ok(())
@@ -145,18 +145,18 @@ pub(crate) fn check_len(values: &[f32], parameters: usize) -> Result<(), ModelEr
     }
 }
 
-/// Neighbouring trainable parameters that are updated alike.
+/// Adjacent trainable parameters that are updated in one go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct TrainableRange {
-    /// Where their weights are.
+    /// The places of their weights in the vector of all parameters.
     pub parameters: Range<usize>,
-    /// Where their gradient and moments are.
+    /// The places of their gradient and moments in vectors of the trainable parameters.
     pub elements: Range<usize>,
     /// Whether weight decay applies.
     pub decays: bool,
 }
 
-/// The parameters that training changes: those that have a gradient and moments. All others are frozen.
+/// The parameters that training changes. They alone have a gradient and moments; all others are frozen.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Trainable {
     ranges: Vec<TrainableRange>,
@@ -165,12 +165,12 @@ pub struct Trainable {
 }
 
 impl Trainable {
-    /// All parameters.
+    /// Trains all parameters.
     pub fn all(layout: &Layout) -> Self {
         Self::of(layout, |_| true)
     }
 
-    /// The tensors that `trains` chooses; of a layer's `q_norm` and `k_norm` both or none.
+    /// Trains the tensors that `trains` chooses: of a layer's `q_norm` and `k_norm` both or neither.
     pub(crate) fn of(layout: &Layout, trains: impl Fn(&Tensor) -> bool) -> Self {
         let mut trainable = Self { ranges: Vec::new(), len: 0, spare: 0 };
         for tensor in layout.tensors().iter().filter(|tensor| trains(tensor)) {
@@ -199,18 +199,18 @@ impl Trainable {
         self.len
     }
 
-    /// Elements of a buffer for the gradient. Behind those of the trainable parameters is room for what kernels that make
-    /// several gradients at once make of frozen ones: the embedding or a norm.
+    /// Elements of a gradient's buffer. A kernel that computes several gradients at once also computes that of a frozen
+    /// embedding or norm; behind the gradient there is spare room for it.
     pub(crate) fn gradient_len(&self) -> usize {
         self.len + self.spare
     }
 
-    /// What is updated in one go, in order.
+    /// The ranges that are updated in one go each, in order.
     pub(crate) fn ranges(&self) -> &[TrainableRange] {
         &self.ranges
     }
 
-    /// How many of the parameters before that one are trainable.
+    /// The number of trainable parameters before parameter `parameter`.
     pub(crate) fn before(&self, parameter: usize) -> usize {
         let index = self.ranges.partition_point(|range| range.parameters.end <= parameter);
         self.ranges
@@ -218,18 +218,19 @@ impl Trainable {
             .map_or(self.len, |range| range.elements.start + parameter.saturating_sub(range.parameters.start))
     }
 
-    /// Where the gradient of these parameters is, all of which are trainable or none; `None` if they are frozen.
+    /// The place of these parameters' gradient, or `None` if they are frozen. Either all of them are trainable or none
+    /// is.
     pub(crate) fn place(&self, parameters: &Range<usize>) -> Option<Range<usize>> {
         let place = self.before(parameters.start)..self.before(parameters.end);
         assert!(
             place.is_empty() || place.len() == parameters.len(),
-            "parameters {parameters:?} train together"
+            "parameters {parameters:?} train together or not at all"
         );
         (!place.is_empty()).then_some(place)
     }
 
-    /// Where a kernel that makes several gradients at once puts that of these parameters: in its place, or in the spare
-    /// room if they are frozen.
+    /// Where a kernel that computes several gradients at once puts that of these parameters: in its place, or in the
+    /// spare room if they are frozen.
     pub(crate) fn place_or_spare(&self, parameters: &Range<usize>) -> Range<usize> {
         self.place(parameters).unwrap_or(self.len..self.len + parameters.len())
     }

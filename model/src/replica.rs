@@ -1,10 +1,10 @@
 //! One worker's copy of the training state, and the operations of a step on it.
 //!
-//! A step, as a worker drives it: for each of its micro-batches [`Replica::add_gradient`], which adds the gradient
-//! exactly to integer [`Sums`]; the sums are reduced over the workers; [`Replica::set_mean_gradient`] turns them into the
-//! mean gradient; [`Replica::update`] clips and steps.
-//! Two replicas with the same state and the same mean gradient have the same state afterwards, bit for bit.
-//! It does not know how sums travel, nor what a batch is made of.
+//! A worker drives a step like this: for each of its micro-batches it calls [`Replica::add_gradient`], which adds the
+//! gradient exactly to integer [`Sums`]; the sums are reduced over the workers; [`Replica::set_mean_gradient`] turns
+//! them into the mean gradient; [`Replica::update`] clips it and updates the weights. Two replicas with the same state
+//! and the same mean gradient have the same state afterwards, bit for bit. A replica knows neither how sums travel nor
+//! where batches come from.
 
 use std::ops::Range;
 
@@ -20,10 +20,10 @@ use crate::network::Network;
 use crate::objective::{LossSum, Objective};
 use crate::params::{Layout, Trainable, TrainableRange, check_len};
 
-/// Elements that go through the host at a time when a state is hashed or filled.
+/// Elements that pass through the host at a time while a state is hashed or initialised.
 const CHUNK: usize = 1 << 20;
 
-/// Added to the norm before it divides the clipping threshold, as in the reference.
+/// Added to the gradient's norm before the clipping threshold is divided by it, as in the reference.
 const CLIP_EPSILON: f64 = 1e-6;
 
 /// One of the three flat vectors that make up the state.
@@ -53,12 +53,12 @@ pub struct State {
     pub second_moment: Vec<f32>,
 }
 
-/// The state on the host, which may still be on its way there while training goes on.
+/// A copy of the state on the host. It may still be under way while training goes on.
 #[derive(Debug)]
 pub struct StateCopy([Box<dyn HostCopy>; 3]);
 
 impl StateCopy {
-    /// One of its vectors; waits until it is there.
+    /// One of its vectors; waits until the copy of it is complete.
     pub fn part(&self, part: StatePart) -> &[f32] {
         let [weights, first_moment, second_moment] = &self.0;
         match part {
@@ -81,12 +81,12 @@ impl From<State> for StateCopy {
 pub struct Sums<B: TrainingBackend> {
     values: B::Buffer<i64>,
     len: usize,
-    /// What they hold is of no use any more.
+    /// Whether the values are stale, to be overwritten by the next gradient.
     cleared: bool,
 }
 
 impl<B: TrainingBackend> Sums<B> {
-    /// For these parameters.
+    /// Allocates sums for these parameters.
     ///
     /// # Errors
     /// [`ModelError::Backend`].
@@ -95,12 +95,12 @@ impl<B: TrainingBackend> Sums<B> {
         Ok(Self { values: backend.allocate(len)?, len, cleared: true })
     }
 
-    /// Begins a new sum: the next gradient takes the place of what is here.
+    /// Begins a new sum: the next gradient replaces the values instead of being added.
     pub fn clear(&mut self) {
         self.cleared = true;
     }
 
-    /// All of them, of at least one gradient.
+    /// All sums, to which at least one gradient has been added.
     ///
     /// # Panics
     /// If no gradient was added.
@@ -108,10 +108,10 @@ impl<B: TrainingBackend> Sums<B> {
         self.part(0..self.len)
     }
 
-    /// Those of some parameters.
+    /// A range of the sums.
     ///
     /// # Panics
-    /// As [`Sums::values`].
+    /// If no gradient was added.
     pub fn part(&mut self, range: Range<usize>) -> Out<'_, B, i64> {
         assert!(!self.cleared, "a gradient was added");
         ViewMut::new(&mut self.values, range)
@@ -129,16 +129,16 @@ pub struct Replica<B: TrainingBackend> {
     first_moment: B::Buffer<f32>,
     second_moment: B::Buffer<f32>,
     gradient: B::Buffer<f32>,
-    /// Not 0 if an element of a gradient was out of the quantum's range.
+    /// 1 if an element of a gradient was out of the quantum's range, otherwise 0.
     outside: B::Buffer<u32>,
-    /// Per block of the gradient, on the host.
+    /// The sum of squares of each block of the gradient, on the host.
     squares: Vec<f64>,
     planned_bytes: u64,
 }
 
 impl<B: TrainingBackend> Replica<B> {
-    /// Plans a replica for micro-batches of one shape; all its memory is taken here, all of it zero. `config` has passed
-    /// [`ModelConfig::check`].
+    /// Plans a replica for micro-batches of one shape, with all parameters trainable. Allocates all of its memory,
+    /// zeroed. `config` has passed [`ModelConfig::check`].
     ///
     /// # Errors
     /// [`ModelError::Backend`]; [`ModelError::Batch`] for an empty shape.
@@ -188,7 +188,7 @@ impl<B: TrainingBackend> Replica<B> {
         &self.layout
     }
 
-    /// The parameters that it trains.
+    /// The parameters that are trained.
     pub fn trainable(&self) -> &Trainable {
         &self.trainable
     }
@@ -203,12 +203,12 @@ impl<B: TrainingBackend> Replica<B> {
         &self.backend
     }
 
-    /// Bytes of all buffers of this replica, but for a flag. The integer sums belong to the caller.
+    /// Bytes of all buffers of this replica, except for one flag. The integer sums belong to the caller.
     pub fn planned_bytes(&self) -> u64 {
         self.planned_bytes + self.network.planned_bytes()
     }
 
-    /// Initial weights of that seed, the same for any number of workers; moments become 0.
+    /// Sets the weights to the initial ones of this seed, the same for any number of workers, and the moments to 0.
     pub fn initialise(&mut self, seed: u64) {
         self.backend.finish_copies();
         let mut part = Vec::with_capacity(CHUNK);
@@ -229,7 +229,7 @@ impl<B: TrainingBackend> Replica<B> {
         }
     }
 
-    /// Loss sums of the batch, and the gradient of its [`Objective`], which replaces the gradient.
+    /// Replaces the gradient by that of the [`Objective`] on this batch, and returns the batch's loss sums.
     ///
     /// # Errors
     /// [`ModelError::Batch`] if the batch does not fit the planned shape or the vocabulary.
@@ -240,12 +240,13 @@ impl<B: TrainingBackend> Replica<B> {
         Ok(network.loss_sum(batch))
     }
 
-    /// As [`Replica::forward_backward`], and adds the gradient, in quanta, to the sums. `complete` gets them with each
-    /// range of them that this gradient is in, while others are still being computed.
+    /// Does the same as [`Replica::forward_backward`], and adds the gradient, in quanta, to `sums`. As soon as a range
+    /// of the sums includes this gradient, `complete` is called with the sums and that range, while others are still
+    /// being computed.
     ///
     /// # Errors
-    /// As for [`Replica::forward_backward`]; [`ModelError::GradientRange`] if an element is NaN, infinite or beyond the
-    /// quantum's limit; the sums are void then.
+    /// Those of [`Replica::forward_backward`]; [`ModelError::GradientRange`] if an element is NaN, infinite or beyond
+    /// the quantum's limit, which makes the sums void.
     pub fn add_gradient(
         &mut self,
         batch: &MicroBatch,
@@ -272,10 +273,10 @@ impl<B: TrainingBackend> Replica<B> {
         if outside == [0] { Ok(()) } else { Err(ModelError::GradientRange { limit: quantum.limit() }) }
     }
 
-    /// Loss sums of the batch; the gradient stays as it is.
+    /// The loss sums of the batch, without a gradient.
     ///
     /// # Errors
-    /// As for [`Replica::forward_backward`].
+    /// Those of [`Replica::forward_backward`].
     pub fn loss(&mut self, batch: &MicroBatch) -> Result<LossSum, ModelError> {
         self.network.load(batch)?;
         let Self { backend, network, weights, .. } = self;
@@ -286,23 +287,23 @@ impl<B: TrainingBackend> Replica<B> {
         Ok(network.loss_sum(batch))
     }
 
-    /// Elements `range` of the gradient become the mean over `valid` tokens that `sums` stand for.
+    /// Sets elements `range` of the gradient to the mean over `valid` tokens of what `sums` hold there.
     pub fn set_mean_gradient(&mut self, sums: &Sums<B>, range: Range<usize>, quantum: &Quantum, valid: u64) {
         let gradient = ViewMut::new(&mut self.gradient, range.clone());
         self.backend.dequantise(gradient, View::new(&sums.values, range), quantum.mean_scale(valid));
     }
 
-    /// The gradient.
+    /// The gradient of the trainable parameters, on the device.
     pub fn gradient(&mut self) -> Out<'_, B> {
         write(&mut self.gradient, self.trainable.parameters())
     }
 
-    /// The gradient becomes the mean over `valid` tokens: bit for bit what it would become through sums of this gradient
-    /// alone, without memory for them.
+    /// Turns the gradient into the mean over `valid` tokens, bit for bit as if it had gone through sums of its own, but
+    /// without memory for them.
     ///
     /// # Errors
-    /// [`ModelError::GradientRange`] if an element is NaN, infinite or beyond the quantum's limit; the gradient is void
-    /// then.
+    /// [`ModelError::GradientRange`] if an element is NaN, infinite or beyond the quantum's limit, which makes the
+    /// gradient void.
     pub fn quantise_mean_gradient(&mut self, quantum: &Quantum, valid: u64) -> Result<(), ModelError> {
         let Self { backend, trainable, gradient, outside, .. } = self;
         backend.upload(write(outside, 1), &[0]);
@@ -311,7 +312,7 @@ impl<B: TrainingBackend> Replica<B> {
         self.check_range(quantum)
     }
 
-    /// Lets the host work on the gradient.
+    /// Lets the host work on the gradient of the trainable parameters.
     pub fn gradient_on_host<R>(&mut self, work: impl FnOnce(&mut [f32]) -> R) -> R {
         let backend = self.backend.clone();
         backend.on_host(self.gradient(), work)
@@ -322,18 +323,18 @@ impl<B: TrainingBackend> Replica<B> {
         self.backend.download(View::new(&self.gradient, start..start + to.len()), to);
     }
 
-    /// L2 norm of the gradient: sums of squares of fixed blocks, added in the order of the blocks, in f64.
+    /// The L2 norm of the gradient, in f64: the sums of squares of fixed blocks, added in the order of the blocks.
     pub fn gradient_norm(&mut self) -> f64 {
         let gradient = read(&self.gradient, self.trainable.parameters());
         self.backend.block_squares(&mut self.squares, gradient);
         self.squares.iter().sum::<f64>().sqrt()
     }
 
-    /// One AdamW step with the gradient as it stands, clipped to `recipe.clip`; gives the norm before clipping.
+    /// One AdamW step with the present gradient, clipped to the norm `recipe.clip`; returns the norm before clipping.
     /// `step` is the number of updates before this one.
     ///
     /// # Errors
-    /// [`ModelError::GradientNorm`] if the norm is NaN or infinite; nothing is changed then.
+    /// [`ModelError::GradientNorm`] if the norm is NaN or infinite; the state is unchanged.
     pub fn update(&mut self, recipe: &TrainConfig, lr: f64, step: u64) -> Result<f64, ModelError> {
         let norm = self.gradient_norm();
         if !norm.is_finite() {
@@ -366,7 +367,7 @@ impl<B: TrainingBackend> Replica<B> {
         Ok(norm)
     }
 
-    /// Elements of a part of the state.
+    /// The number of elements of a part of the state.
     pub fn part_len(&self, part: StatePart) -> usize {
         match part {
             StatePart::Weights => self.layout.parameters(),
@@ -382,7 +383,7 @@ impl<B: TrainingBackend> Replica<B> {
         }
     }
 
-    /// Lets `work` write a whole part of the state, on the device.
+    /// Lets `work` write one whole part of the state, on the device.
     pub fn write_part<R>(&mut self, part: StatePart, work: impl FnOnce(Out<'_, B>) -> R) -> R {
         self.backend.finish_copies();
         let len = self.part_len(part);
@@ -412,7 +413,7 @@ impl<B: TrainingBackend> Replica<B> {
         self.backend.upload(ViewMut::new(moment, range), from);
     }
 
-    /// The whole state, copied to the host.
+    /// A copy of the whole state on the host.
     pub fn state(&self) -> State {
         let copy = |part| {
             let mut values = vec![0.0; self.part_len(part)];
@@ -426,7 +427,8 @@ impl<B: TrainingBackend> Replica<B> {
         }
     }
 
-    /// Begins to copy the whole state to the host. What changes the state comes after that; all else goes on beside it.
+    /// Begins to copy the whole state to the host. Changes of the state wait for the copy; everything else runs beside
+    /// it.
     pub fn copy_state(&self) -> StateCopy {
         StateCopy(StatePart::ALL.map(|part| {
             let all = self.part(part, 0..self.part_len(part));
@@ -437,7 +439,7 @@ impl<B: TrainingBackend> Replica<B> {
     /// Replaces the whole state.
     ///
     /// # Errors
-    /// [`ModelError::Tensors`] if a vector has another length than its part of the state.
+    /// [`ModelError::Tensors`] if a vector does not have the length of its part of the state.
     pub fn load_state(&mut self, state: &State) -> Result<(), ModelError> {
         let parts = [&state.weights, &state.first_moment, &state.second_moment];
         for (part, values) in StatePart::ALL.into_iter().zip(parts) {
@@ -449,12 +451,12 @@ impl<B: TrainingBackend> Replica<B> {
         Ok(())
     }
 
-    /// BLAKE3 over weights and moments: equal on all workers after every step.
+    /// BLAKE3 of weights and moments: equal on all workers after every step.
     pub fn state_hash(&self) -> Digest {
         self.hash(StatePart::ALL.map(|part| self.part(part, 0..self.part_len(part))))
     }
 
-    /// BLAKE3 over the gradient: the fingerprint of device and library for a known batch.
+    /// BLAKE3 of the gradient: for a known batch, a fingerprint of the device and its library.
     pub fn gradient_hash(&self) -> Digest {
         self.hash([read(&self.gradient, self.trainable.parameters())])
     }
@@ -474,7 +476,7 @@ impl<B: TrainingBackend> Replica<B> {
     }
 }
 
-/// `0..len` in ranges of [`CHUNK`].
+/// The range `0..len` in ranges of [`CHUNK`] elements.
 fn chunks(len: usize) -> impl Iterator<Item = Range<usize>> {
     (0..len).step_by(CHUNK).map(move |start| start..len.min(start + CHUNK))
 }
@@ -537,7 +539,7 @@ mod tests {
         assert_eq!(elements, trained().map(|tensor| tensor.range.len()).sum::<usize>());
         assert_eq!((before.first_moment.len(), before.second_moment.len()), (elements, elements));
 
-        // The gradient is that of a model all of which trains, without what is frozen.
+        // It is part of the gradient of a model that trains all parameters.
         let loss = replica.forward_backward(&batch(0)).unwrap();
         assert_eq!(loss, complete.forward_backward(&batch(0)).unwrap());
         let all = gradient(&complete);

@@ -1,14 +1,14 @@
 //! Choosing the next token from its logits.
 //!
-//! Pure: what is chosen depends on the logits, the settings, the seed, the stream, and how many tokens this sampler
-//! has chosen before. Sequences that are decoded side by side have a stream each.
+//! The choice is pure: it depends on the logits, the settings, the seed, the stream, and the number of tokens that this
+//! sampler has chosen before. Sequences that are decoded side by side have a stream each.
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use ulmus_backend::greedy;
 
-/// How a token is chosen. The default is the likeliest one, every time.
+/// How a token is chosen. The default always takes the likeliest one.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampling {
     temperature: f32,
@@ -23,21 +23,23 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-    /// Logits are divided by `temperature`, where 0 means the likeliest token; of all tokens the `top_k` likeliest are
-    /// kept, and of these the likeliest whose probabilities reach `top_p` together.
+    /// Settings by which logits are divided by `temperature` (0 means the likeliest token), the `top_k` likeliest
+    /// tokens are kept, and of these the fewest, likeliest first, whose probabilities add up to `top_p`.
     ///
     /// # Errors
-    /// A message with the value and what is accepted: a temperature that is finite and not negative, a `top_k` from
-    /// 1, a `top_p` above 0 and up to 1.
+    /// A message with the value and what is accepted: a finite temperature of at least 0, a `top_k` of at least 1, a
+    /// `top_p` above 0 and at most 1.
     pub fn new(temperature: f32, top_k: Option<usize>, top_p: f32) -> Result<Self, String> {
         if !(temperature.is_finite() && temperature >= 0.0) {
-            return Err(format!("temperature {temperature} is not a finite number from 0, which is greedy"));
+            return Err(format!(
+                "temperature {temperature} is not a finite number of at least 0; use 0 for the likeliest token"
+            ));
         }
         if top_k == Some(0) {
             return Err("top-k 0 leaves no token to choose; use at least 1".to_owned());
         }
         if !(top_p > 0.0 && top_p <= 1.0) {
-            return Err(format!("top-p {top_p} is not above 0 and at most 1, which keeps every token"));
+            return Err(format!("top-p {top_p} is not above 0 and at most 1; use 1 to keep every token"));
         }
         Ok(Self { temperature, top_k, top_p })
     }
@@ -48,24 +50,24 @@ impl Sampling {
 pub struct Sampler {
     sampling: Sampling,
     random: ChaCha8Rng,
-    /// Tokens with their logits, then with their shares; reused for every token.
+    /// Tokens with their logits, later with their unnormalised probabilities; reused for every choice.
     candidates: Vec<(f64, u32)>,
 }
 
 impl Sampler {
-    /// A sampler at the beginning of a stream.
+    /// A sampler at the beginning of a random stream.
     pub fn new(sampling: Sampling, seed: u64, stream: u64) -> Self {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         random.set_stream(stream);
         Self { sampling, random, candidates: Vec::new() }
     }
 
-    /// Whether it takes the likeliest token every time.
+    /// Whether it always takes the likeliest token.
     pub(crate) fn is_greedy(&self) -> bool {
         self.sampling.temperature == 0.0
     }
 
-    /// The next token. Logits that are NaN are never chosen while there are others.
+    /// Chooses the next token. A token whose logit is NaN is never chosen unless all are NaN.
     pub fn choose(&mut self, logits: &[f32]) -> u32 {
         let Sampling { temperature, top_k, top_p } = self.sampling;
         if temperature == 0.0 {
@@ -80,7 +82,7 @@ impl Sampler {
         }
         let kept = top_k.unwrap_or(usize::MAX);
         if kept < candidates.len() || top_p < 1.0 {
-            // Of equal ones the first, as in greedy choice.
+            // Of equals the first is likelier, as in greedy choice.
             let likelier = |a: &(f64, u32), b: &(f64, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
             if kept < candidates.len() {
                 candidates.select_nth_unstable_by(kept - 1, likelier);
@@ -91,7 +93,7 @@ impl Sampler {
         let most = candidates.iter().fold(f64::NEG_INFINITY, |most, (logit, _)| most.max(*logit));
         let mut total = 0.0;
         for (value, _) in candidates.iter_mut() {
-            // The likeliest has the share 1 even where it is infinite.
+            // The likeliest has the share 1 even if its logit is infinite.
             *value = if *value == most { 1.0 } else { ((*value - most) / f64::from(temperature)).exp() };
             total += *value;
         }
@@ -105,7 +107,7 @@ impl Sampler {
             candidates.truncate(last + 1);
             total = candidates.iter().map(|(share, _)| share).sum();
         }
-        // 53 random bits: a number from 0, below 1.
+        // 53 random bits make a number from 0 up to, but not including, 1.
         let mut left = (self.random.next_u64() >> 11) as f64 * (0.5_f64).powi(53) * total;
         for (share, token) in candidates.iter() {
             left -= share;
@@ -113,7 +115,7 @@ impl Sampler {
                 return *token;
             }
         }
-        // Sums are rounded: the last that can be chosen.
+        // Rounding left a remainder: take the last token that can be chosen.
         let possible = candidates.iter().rev().find(|(share, _)| *share > 0.0);
         possible.expect("the likeliest has the share 1").1
     }

@@ -1,9 +1,9 @@
-//! Weights as safetensors, with Hugging Face names, from and to the flat vector.
+//! Conversion between the flat vector and safetensors with Hugging Face names.
 //!
-//! A reader takes every tensor of the layout exactly once, from one file or several, in float32, float16 or
-//! bfloat16; names without the prefix `transformer.` (the reference's own) are accepted, and a copy of the tied
-//! embedding under `lm_head.weight` is passed over. Anything else is refused by name. Tensors are read one at a
-//! time, so a file is never in memory as a whole.
+//! A reader takes every tensor of the layout exactly once, from one file or several, in float32, float16 or bfloat16.
+//! Names without the prefix `transformer.`, as the reference writes them, are accepted, and a copy of the tied
+//! embedding under `lm_head.weight` is ignored. Anything else is refused by name. Tensors are read one at a time, so a
+//! file is never in memory as a whole.
 
 use std::io::{Cursor, Read, Seek, SeekFrom};
 
@@ -16,12 +16,12 @@ use crate::params::{Layout, Tensor};
 
 /// Bytes of the header's length, at the start of a file.
 const LENGTH_BYTES: u64 = 8;
-/// Longest header that the format allows.
+/// The longest header that the format allows.
 const LONGEST_HEADER: u64 = 100_000_000;
 /// Elements converted at a time.
 const CHUNK: usize = 1 << 18;
 
-/// The flat vector as the bytes of one safetensors file.
+/// Encodes the flat vector as one safetensors file.
 ///
 /// # Errors
 /// [`ModelError::Tensors`] if there is not one value per parameter.
@@ -30,17 +30,17 @@ pub fn weights_to_safetensors(layout: &Layout, weights: &[f32]) -> Result<Vec<u8
     safetensors::serialize(views(layout, weights)?, Some(metadata())).map_err(|error| refused(&error))
 }
 
-/// The flat vector from the bytes of one safetensors file.
+/// Decodes the flat vector from one safetensors file.
 ///
 /// # Errors
-/// [`ModelError::Tensors`] if the bytes are not those of a model of this layout.
+/// [`ModelError::Tensors`] if the file does not hold exactly the tensors of this layout.
 pub fn weights_from_safetensors(layout: &Layout, bytes: &[u8]) -> Result<Vec<f32>, ModelError> {
     let mut reader = WeightReader::new(layout);
     reader.read(Cursor::new(bytes)).map_err(|problem| ModelError::Tensors(problem.into_text()))?;
     reader.finish().map_err(ModelError::Tensors)
 }
 
-/// Named views for the writers of the crate `safetensors`.
+/// Views of all tensors with their names, for the writers of the crate `safetensors`.
 pub(crate) fn views<'a>(
     layout: &'a Layout,
     weights: &'a [f32],
@@ -52,7 +52,7 @@ pub(crate) fn views<'a>(
     layout.tensors().iter().map(view).collect::<Result<_, _>>().map_err(|error| refused(&error))
 }
 
-/// What transformers wants to see before it loads a file.
+/// The metadata without which transformers does not load a file.
 #[expect(clippy::disallowed_types, reason = "safetensors asks for it; one entry has one order")]
 pub(crate) fn metadata() -> std::collections::HashMap<String, String> {
     std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())])
@@ -62,15 +62,15 @@ fn refused(error: &SafeTensorError) -> ModelError {
     ModelError::Tensors(error.to_string())
 }
 
-// Stored tensors are little-endian, and slices are cast to bytes as they lie.
+// Stored tensors are little-endian, and slices are cast to bytes without conversion.
 const _: () = assert!(cfg!(target_endian = "little"), "big-endian machines are not supported");
 
-/// Why a file gives no weights; sentences without its name.
+/// Why weights cannot be read from a file, in a sentence that does not name the file.
 #[derive(Debug)]
 pub(crate) enum Problem {
-    /// Bytes are missing, or are there besides.
+    /// There are too few bytes or too many.
     Damaged(String),
-    /// It is not what this program reads.
+    /// The contents are not what this program reads.
     Format(String),
 }
 
@@ -87,12 +87,12 @@ impl From<String> for Problem {
     }
 }
 
-/// Collects the flat vector from one or several files. Problems are sentences without the file's name.
+/// Collects the flat vector from one or several files.
 #[derive(Debug)]
 pub(crate) struct WeightReader<'a> {
     layout: &'a Layout,
     weights: Vec<f32>,
-    /// Per tensor of the layout: whether it has been read.
+    /// Whether each tensor of the layout has been read.
     seen: Vec<bool>,
 }
 
@@ -101,7 +101,7 @@ impl<'a> WeightReader<'a> {
         Self { layout, weights: vec![0.0; layout.parameters()], seen: vec![false; layout.tensors().len()] }
     }
 
-    /// Takes all tensors of one file.
+    /// Reads all tensors of one file.
     pub(crate) fn read(&mut self, mut file: impl Read + Seek) -> Result<(), Problem> {
         let (metadata, start) = read_header(&mut file)?;
         for name in metadata.offset_keys() {
@@ -167,7 +167,7 @@ impl<'a> WeightReader<'a> {
     }
 }
 
-/// The header, and where the data begins; checks that the file is as long as its header says.
+/// Reads the header and finds where the data begins; checks that the file is as long as its header says.
 fn read_header(file: &mut (impl Read + Seek)) -> Result<(Metadata, u64), Problem> {
     let not_safetensors = |why: &dyn std::fmt::Display| format!("this is not a safetensors file: {why}");
     let mut length = [0; LENGTH_BYTES as usize];
@@ -190,7 +190,7 @@ fn read_header(file: &mut (impl Read + Seek)) -> Result<(Metadata, u64), Problem
     Ok((metadata, start))
 }
 
-/// Little-endian numbers of that type to f32.
+/// Converts little-endian numbers of the type `dtype` to f32.
 fn convert(bytes: &[u8], dtype: Dtype, values: &mut [f32]) -> Result<(), Dtype> {
     let from_halves = |values: &mut [f32], widen: fn(u16) -> f32| {
         for (value, pair) in values.iter_mut().zip(bytes.chunks_exact(2)) {

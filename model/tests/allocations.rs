@@ -1,5 +1,5 @@
-//! Neither a training step nor a decoded token allocates anything: buffers are planned once, and what is left is a queue
-//! of the thread pool. The allocations of all threads are counted, so these tests run one at a time.
+//! Neither a training step nor a decoded token allocates anything: buffers are planned once, and only the thread pool's
+//! queue still grows. The allocations of all threads are counted, so these tests run one at a time.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![expect(unsafe_code, reason = "an allocator that counts")]
@@ -21,12 +21,12 @@ static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: promised by the caller.
+        // SAFETY: the caller keeps `GlobalAlloc`'s contract, which `System` has as well.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        // SAFETY: promised by the caller.
+        // SAFETY: the caller keeps `GlobalAlloc`'s contract, which `System` has as well.
         unsafe { System.dealloc(memory, layout) };
     }
 }
@@ -36,7 +36,7 @@ static COUNTING: Counting = Counting;
 
 static ALONE: Mutex<()> = Mutex::new(());
 
-/// The pool's queue takes a block of memory for so many pieces of work from outside.
+/// The pool's queue allocates one block of memory for this many jobs from outside.
 const QUEUE_BLOCK: usize = 63;
 
 #[test]
@@ -74,7 +74,7 @@ fn steps_allocate_nothing() {
             replica.quantise_mean_gradient(&quantum, loss.valid).unwrap();
             replica.update(&recipe, 1e-3, number).unwrap();
         };
-        // Each thread gets its scratch when it first has a task of a kind, and who has which task is chance.
+        // Each thread allocates its scratch at its first task of a kind, and which thread gets which task is chance.
         for number in 0..30 {
             step(number);
         }
@@ -83,7 +83,7 @@ fn steps_allocate_nothing() {
             step(number);
         }
         let made = ALLOCATIONS.load(Ordering::Relaxed) - before;
-        // Five pieces of work from outside per step, and a thread may meet a larger task than before.
+        // There are five jobs from outside per step, and a thread may meet a larger task than before.
         let most = (30 * 5_usize).div_ceil(QUEUE_BLOCK) + 1 + 2 * THREADS;
         assert!(made <= most, "{made} allocations in 30 steps");
     }
@@ -128,7 +128,7 @@ fn a_decoded_token_allocates_nothing() {
             }
             let made = ALLOCATIONS.load(Ordering::Relaxed) - before;
             let queue = 2 * 60_usize.div_ceil(QUEUE_BLOCK) + 1;
-            // Of three threads, one or two may have had no work until now; five pieces of scratch each.
+            // One or two of the three threads may have had no work until now; each allocates five pieces of scratch.
             let most = if threads == 1 { queue } else { queue + 5 * (threads - 1) };
             assert!(made <= most, "{format}, {norm:?}, {threads} threads: {made} allocations for 120 tokens");
         }

@@ -43,7 +43,7 @@ fn text(len: usize) -> Vec<u32> {
     (0..len as u32).map(|i| (i * i * 7 + i * 3) % 211).collect()
 }
 
-/// Float32 sums in another order.
+/// Tolerance for float32 sums in another order.
 const LOGITS: f32 = 2e-5;
 
 #[test]
@@ -160,7 +160,7 @@ fn a_batch_gives_the_bits_of_single_texts() {
             next.push((sequence, greedy(&logits)));
         }
         for step in 0..40 {
-            // Now and then a text takes no part.
+            // Now and then a text gets no token.
             let fed: Vec<_> = next.iter().copied().filter(|(sequence, _)| step % 5 != *sequence).collect();
             let logits = batch.feed_each(&fed).unwrap().to_vec();
             for ((sequence, token), logits) in fed.iter().zip(logits.chunks_exact(211)) {

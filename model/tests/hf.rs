@@ -1,5 +1,5 @@
-//! Model directories: what is written can be read, what others write can be read, what is not supported is refused
-//! with the field, the value and what is accepted.
+//! Model directories: what this program and others write can be read; what is not supported is refused with the field, its
+//! value and what is accepted.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -52,7 +52,7 @@ fn store(path: &Path, tensors: &[Stored]) {
     safetensors::serialize_to_file(views, None, path).unwrap();
 }
 
-/// The weights as tensors of some type.
+/// The weights as tensors of the type `dtype`.
 fn stored(dtype: Dtype, encode: impl Fn(f32) -> Vec<u8>) -> Vec<Stored> {
     let weights = weights();
     let layout = Layout::new(&config());
@@ -68,7 +68,7 @@ fn stored_f32() -> Vec<Stored> {
     stored(Dtype::F32, |x| x.to_le_bytes().to_vec())
 }
 
-/// The error of reading a directory whose weights are these.
+/// The error of reading a directory with these weights.
 fn refused(tensors: &[Stored]) -> String {
     let directory = directory();
     store(&directory.path().join("model.safetensors"), tensors);
@@ -77,7 +77,7 @@ fn refused(tensors: &[Stored]) -> String {
     error.to_string()
 }
 
-/// The error of reading a config in which one field is different.
+/// The error of reading a config with one field changed.
 fn refused_config(key: &str, value: serde_json::Value) -> String {
     let directory = directory();
     let path = directory.path().join("config.json");

@@ -1,5 +1,5 @@
-//! What a worker relies upon: bits that depend on nothing but the data, documents that do not see each other,
-//! bad numbers that are caught, memory that is as planned.
+//! What a worker relies on: bits depend on nothing but the data, documents do not see each other, bad numbers are caught,
+//! and memory is as planned.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -114,7 +114,7 @@ fn any_number_of_workers_and_threads_gives_the_same_bits() {
     assert_eq!(run(2, 1, &[4, 1, 5, 3, 2]), reference, "another order");
 }
 
-/// The same data again and again, with every kind of norm; the norm changes what is computed.
+/// Trains on the same data again and again with every kind of norm; the norm changes what is computed.
 #[test]
 fn training_lowers_the_loss_with_every_norm() {
     let last = NormKind::ALL.map(|norm| {
@@ -155,7 +155,7 @@ fn a_single_micro_batch_is_its_own_exact_sum() {
     let quantum = Quantum::new(160, 1);
     let parameters = through_sums.trainable().parameters();
     let mut sums = Sums::new(through_sums.backend(), through_sums.trainable()).unwrap();
-    // A sum that is begun anew has nothing of the one before.
+    // A new sum has nothing of the one before.
     for seed in [3, 7] {
         sums.clear();
         let loss = through_sums.add_gradient(&micro_batch(seed), &mut sums, &quantum, |_, _| {}).unwrap();
@@ -168,7 +168,7 @@ fn a_single_micro_batch_is_its_own_exact_sum() {
     assert!(matches!(in_place.quantise_mean_gradient(&quantum, 160), Err(ModelError::GradientRange { .. })));
 }
 
-/// Longer texts and wider layers, so that products are large enough to be split over threads.
+/// Texts are longer and layers wider here, so that products are large enough to be split over threads.
 #[test]
 fn larger_products_have_the_same_bits_for_any_number_of_threads() {
     let config = ModelConfig {
@@ -269,7 +269,7 @@ fn numbers_that_are_not_finite_stop_the_step() {
     let before = replica.state_hash();
     assert!(matches!(replica.update(&recipe(), 0.01, 0), Err(ModelError::GradientNorm { .. })));
     assert_eq!(replica.state_hash(), before);
-    // A weight that is NaN is seen in the loss and in the gradient.
+    // A weight that is NaN shows in the loss and in the gradient.
     replica.write_state(StatePart::Weights, 0, &vec![f32::NAN; parameters]);
     let loss = replica.forward_backward(&micro_batch(1)).unwrap();
     assert!(loss.ce.is_nan());
@@ -277,7 +277,7 @@ fn numbers_that_are_not_finite_stop_the_step() {
     let mut sums = Sums::new(replica.backend(), replica.trainable()).unwrap();
     let added = replica.add_gradient(&micro_batch(1), &mut sums, &quantum, |_, _| {});
     assert!(matches!(added, Err(ModelError::GradientRange { .. })));
-    // The next gradient is judged by itself.
+    // The next gradient is judged on its own.
     replica.initialise(11);
     sums.clear();
     replica.add_gradient(&micro_batch(1), &mut sums, &quantum, |_, _| {}).unwrap();

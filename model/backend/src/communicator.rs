@@ -1,47 +1,47 @@
-//! Groups of devices that sum among themselves: what their members find one another by, and how they fail.
+//! Groups of devices that sum among themselves: how their members find each other, and how they fail.
 
 use std::fmt;
 
-/// Asked again and again while an operation is not done: why to give it up now, if so.
+/// Called repeatedly while an operation is unfinished; returns the reason to give it up now, if there is one.
 pub type GiveUp<'a> = &'a (dyn Fn() -> Option<String> + Sync);
 
-/// Why an operation, or the forming of a group, did not succeed.
+/// Why an operation, or forming a group, failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CommunicatorError {
-    /// Devices of this kind form no groups.
-    #[error("{device} forms no group of devices; sum on the host")]
+    /// Devices of this kind cannot form groups.
+    #[error("{device} cannot be in a group of devices; sum on the host")]
     Unsupported {
-        /// As the backend describes it.
+        /// The device, as the backend describes it.
         device: String,
     },
-    /// There is no library to call.
+    /// The library cannot be loaded or is too old.
     #[error(
         "{problem}; install NCCL 2.18 or newer (in Python's package nvidia-nccl-cu13, for instance) and set \
          LD_LIBRARY_PATH to the folder that has libnccl.so.2"
     )]
     Library {
-        /// What is the matter with it.
+        /// What is wrong with it.
         problem: String,
     },
-    /// The library does not do it, or failed at it.
+    /// The library refused or failed.
     #[error("NCCL failed to {act}: {problem}")]
     Refused {
         /// What was tried.
         act: &'static str,
-        /// What it said.
+        /// The library's own message.
         problem: String,
     },
-    /// The caller's patience has ended.
+    /// The caller's [`GiveUp`] returned a reason.
     #[error("gave up waiting for NCCL to {act}: {reason}")]
     GivenUp {
         /// What was tried.
         act: &'static str,
-        /// Why.
+        /// The reason.
         reason: String,
     },
 }
 
-/// What the members of a group find one another by. Who makes it must live until the group is formed.
+/// What the members of a group find each other by. The process that makes it must live until the group is formed.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct CommunicatorId([u8; 128]);
 
@@ -55,12 +55,12 @@ impl fmt::Debug for CommunicatorId {
 }
 
 impl CommunicatorId {
-    /// What [`CommunicatorId::to_bytes`] gave, here or elsewhere.
+    /// The id of these bytes, which [`CommunicatorId::to_bytes`] made on any member.
     pub fn from_bytes(bytes: [u8; 128]) -> Self {
         Self(bytes)
     }
 
-    /// To be sent to the members.
+    /// The bytes to send to the other members.
     pub fn to_bytes(self) -> [u8; 128] {
         self.0
     }

@@ -11,21 +11,21 @@ pub enum BackendError {
         /// Size of the buffer that did not fit.
         bytes: usize,
     },
-    /// A device that cannot be used.
+    /// The device cannot be used.
     #[error("GPU {ordinal} cannot be used: {problem}")]
     Device {
-        /// Its number.
+        /// The number of the GPU.
         ordinal: usize,
         /// Why, and what is needed.
         problem: String,
     },
-    /// Names of algorithms that are none.
+    /// A text that should name algorithms does not.
     #[error("names of algorithms refused: {0}")]
     Algorithms(String),
 }
 
 impl BackendError {
-    /// What the caller can do.
+    /// What the caller can do about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::OutOfMemory { .. } | Self::Device { .. } => ErrorKind::InvalidInput,

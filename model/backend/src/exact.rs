@@ -1,9 +1,9 @@
 //! Sums of gradients and losses whose bits do not depend on who adds what, or in which order.
 //!
-//! Floating-point addition is not associative, integer addition is. So each micro-batch's gradient is rounded to
-//! a multiple of one fixed *quantum* and added as a 64-bit integer, on every worker and across workers. The
-//! invariant of this module: **no sum can wrap, and what cannot be represented is reported, never rounded away**.
-//! It knows nothing of devices; kernels take their constants from here.
+//! Floating-point addition is not associative; integer addition is. So each micro-batch's gradient is rounded to a
+//! multiple of one fixed *quantum* and added as a 64-bit integer, on every worker and across workers. The invariant of
+//! this module: **no sum can wrap, and what cannot be represented is reported, never rounded away**. The module knows
+//! nothing of devices; kernels take their constants from here.
 
 /// The unit in which gradients are summed, and the largest gradient that one micro-batch may add.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -13,7 +13,7 @@ pub struct Quantum {
     loss_limit: f64,
 }
 
-/// Bits of headroom: a mean gradient may reach 2^10 per position before it no longer fits.
+/// Bits of headroom: the mean gradient per position may reach 2^10 before it no longer fits.
 const HEADROOM: i32 = 10;
 /// Sums stay at or below 2^62 plus rounding, so that they never wrap.
 const SUM_BITS: i32 = 62;
@@ -21,7 +21,7 @@ const SUM_BITS: i32 = 62;
 const LOSS_FRACTION: i32 = 32;
 
 impl Quantum {
-    /// The quantum of a run whose global batch has that many positions (padding included) in that many
+    /// The quantum of a run, from the number of positions in its global batch (padding included) and the number of
     /// micro-batches: 2^(10 + ceil(log2(positions)) − 62).
     ///
     /// # Panics
@@ -43,24 +43,24 @@ impl Quantum {
         self.value
     }
 
-    /// Largest magnitude of one micro-batch's gradient.
+    /// The largest magnitude that an element of one micro-batch's gradient may have.
     pub fn limit(&self) -> f64 {
         self.limit
     }
 
-    /// The gradient in quanta, rounded half to even; `None` if it is NaN, infinite or beyond the limit.
+    /// An element of a gradient in quanta, rounded half to even; `None` if it is NaN, infinite or beyond the limit.
     #[inline]
     pub fn quantise(&self, gradient: f32) -> Option<i64> {
         let gradient = f64::from(gradient);
         (gradient.abs() <= self.limit).then(|| (gradient / self.value).round_ties_even() as i64)
     }
 
-    /// What one unit of the sum weighs in the mean over `valid` tokens. With no valid token the mean is 0.
+    /// The factor that turns an integer sum into the mean over `valid` tokens; 0 if no token is valid.
     pub fn mean_scale(&self, valid: u64) -> f64 {
         if valid == 0 { 0.0 } else { self.value / valid as f64 }
     }
 
-    /// The mean gradient: exact integer to f64, times [`Quantum::mean_scale`], rounded once to f32.
+    /// The mean gradient: each exact sum in f64, times [`Quantum::mean_scale`], rounded once to f32.
     ///
     /// # Panics
     /// If the slices differ in length.
@@ -72,13 +72,13 @@ impl Quantum {
         }
     }
 
-    /// A micro-batch's loss sum in units of 2^-32; `None` if it is NaN, infinite, or so large that the sum over
-    /// all micro-batches could wrap (a mean of 512 per position at 4 Mi positions).
+    /// A micro-batch's loss sum in units of 2^-32; `None` if it is NaN, infinite, or so large that the sum over all
+    /// micro-batches could wrap (with 4 Mi positions, a mean of 512 per position).
     pub fn loss_to_fixed(&self, sum: f64) -> Option<i64> {
         (sum.abs() <= self.loss_limit).then(|| (sum * 2f64.powi(LOSS_FRACTION)).round_ties_even() as i64)
     }
 
-    /// The loss that is meant by an integer of [`Quantum::loss_to_fixed`], or by a sum of several.
+    /// The loss of an integer that [`Quantum::loss_to_fixed`] made, or of a sum of such integers.
     pub fn loss_from_fixed(sum: i64) -> f64 {
         sum as f64 * 2f64.powi(-LOSS_FRACTION)
     }

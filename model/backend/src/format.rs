@@ -1,4 +1,4 @@
-//! The number formats that a model's matrices, and its keys and values, can be kept in for inference.
+//! Number formats of a model's matrices, and of its cached keys and values, in inference.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,18 +6,19 @@ use std::str::FromStr;
 use half::{bf16, f16};
 use ulmus_plan::Precision;
 
-/// How the matrices of a model are kept. Norm weights are float32 in every format, and so are all sums.
+/// How the matrices of a model are stored. Norm weights and all sums are float32 in every format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub enum WeightFormat {
     /// 32-bit floats; 4 bytes per weight.
     #[default]
     F32,
-    /// 16-bit floats of IEEE 754, times float32 activations; 2 bytes per weight.
+    /// IEEE 754 half precision, multiplied by float32 activations; 2 bytes per weight.
     F16,
-    /// 16-bit floats with the exponent of float32, times activations rounded alike; 2 bytes per weight.
+    /// 16-bit floats with the exponent of float32, multiplied by activations rounded to the same format; 2 bytes per
+    /// weight.
     Bf16,
-    /// Blocks of 32 inputs that share a scale in f16, each weight an 8-bit integer, as in GGUF; activations are
-    /// quantised in the same blocks. 34 bytes per 32 weights.
+    /// 8-bit integers in blocks of 32 inputs that share an f16 scale, as in GGUF; activations are quantised in the same
+    /// blocks. 34 bytes per 32 weights.
     Q8_0,
 }
 
@@ -25,7 +26,7 @@ impl WeightFormat {
     /// Every format.
     pub const ALL: [Self; 4] = [Self::F32, Self::F16, Self::Bf16, Self::Q8_0];
 
-    /// Its name: `f32`, `f16`, `bf16` or `q8_0`.
+    /// The name: `f32`, `f16`, `bf16` or `q8_0`.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -35,7 +36,7 @@ impl WeightFormat {
         }
     }
 
-    /// Of activations beside weights of the format, on a device that keeps them in the precision.
+    /// The precision of activations that are multiplied by weights of this format.
     pub fn precision(self) -> Precision {
         match self {
             Self::F32 | Self::F16 | Self::Q8_0 => Precision::F32,
@@ -43,31 +44,32 @@ impl WeightFormat {
         }
     }
 
-    /// The largest magnitude that stays finite.
+    /// The largest magnitude that stays finite in this format.
     pub fn largest(self) -> f32 {
         match self {
             Self::F32 => f32::MAX,
             Self::F16 => f16::MAX.to_f32(),
             Self::Bf16 => bf16::MAX.to_f32(),
-            // The scale is the largest magnitude of a block over 127.
+            // The scale, an f16, is the largest magnitude of a block divided by 127.
             Self::Q8_0 => f16::MAX.to_f32() * 127.0,
         }
     }
 }
 
-/// How the keys and values of a generator are kept.
+/// How the keys and values of a generator are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CacheFormat {
     /// 32-bit floats.
     F32,
-    /// 16-bit floats of IEEE 754.
+    /// IEEE 754 half precision.
     F16,
-    /// 16-bit floats with the exponent of float32; queries and probabilities are rounded alike.
+    /// 16-bit floats with the exponent of float32; queries and probabilities are rounded to the same format.
     Bf16,
 }
 
 impl CacheFormat {
-    /// With 16 bits beside weights of 16 bits or fewer, so that long texts do not cost more to read than the weights.
+    /// The format that goes with weights of a format: 16 bits with those of 16 bits or fewer, so that reading a long
+    /// text's keys and values does not cost more than reading the weights.
     pub fn beside(weights: WeightFormat) -> Self {
         match weights {
             WeightFormat::F32 => Self::F32,
@@ -98,6 +100,6 @@ impl FromStr for WeightFormat {
 
     fn from_str(name: &str) -> Result<Self, String> {
         let named = Self::ALL.into_iter().find(|format| format.name() == name);
-        named.ok_or_else(|| format!("no weight format is called `{name}`; use f32, f16, bf16 or q8_0"))
+        named.ok_or_else(|| format!("unknown weight format `{name}`; use f32, f16, bf16 or q8_0"))
     }
 }

@@ -1,6 +1,6 @@
 //! The likeliest token of logits, on the host.
 
-/// The likeliest token; of equal ones the first.
+/// The likeliest token, the first one where several are equal. NaN is never the likeliest.
 pub fn greedy(logits: &[f32]) -> u32 {
     let best = |best: (usize, f32), (token, logit): (usize, &f32)| {
         if *logit > best.1 { (token, *logit) } else { best }

@@ -1,13 +1,13 @@
 //! The seam between the model and the device that computes it.
 //!
-//! A [`Backend`] owns typed buffers and the kernels of inference; a [`TrainingBackend`] has those of training as well. What
-//! is above plans every buffer once and never looks inside one; transfers between host and device are explicit. Kernels
-//! take *views*: a buffer and a range of it, so that all parameters (and all gradients) can be one flat buffer each. What
-//! passes from layer to layer are *activations*, whose number format is the device's business.
+//! A [`Backend`] owns typed buffers and the kernels of inference; a [`TrainingBackend`] adds those of training. The
+//! layers above plan every buffer once and never look inside one; transfers between host and device are explicit.
+//! Kernels take *views*: a buffer and a range of its elements, so that all parameters (and all gradients) can share one
+//! flat buffer. *Activations* pass from layer to layer; their number format is the device's business.
 //!
-//! Contract of every kernel: what it writes depends only on the contents and shapes of its arguments, never on
-//! the number of threads or on timing: reductions are cut by shape and joined in a fixed order. Kernels may run
-//! asynchronously, but in the order of the calls; [`Backend::download`] waits for what it reads.
+//! The contract of every kernel: its output depends only on the contents and shapes of its arguments, never on the
+//! number of threads or on timing. Reductions are split by shape and joined in a fixed order. Kernels may run
+//! asynchronously, but in the order of the calls; [`Backend::download`] waits for the data it reads.
 //!
 //! Shape letters: R rows (positions of all sequences), D model width, H head width, V vocabulary, F FFN width.
 
@@ -35,7 +35,7 @@ pub use training::{
 use ulmus_plan::{NormKind, Precision};
 pub use ulmus_types::IGNORE;
 
-/// What a buffer can hold.
+/// A type of element that buffers can hold.
 pub trait Element: bytemuck::Pod + Send + Sync + Debug + sealed::Sealed {}
 
 impl Element for f32 {}
@@ -52,7 +52,7 @@ mod sealed {
 /// Added to the mean square of an RMS norm, as in the reference.
 pub const RMS_EPSILON: f32 = 1e-6;
 
-/// Added to the variance of a layer norm, as is usual.
+/// Added to the variance of a layer norm; the customary value.
 pub const LAYER_EPSILON: f32 = 1e-5;
 
 /// A part of a buffer, to read from.
@@ -60,7 +60,7 @@ pub const LAYER_EPSILON: f32 = 1e-5;
 pub struct View<'a, T> {
     /// The buffer.
     pub buffer: &'a T,
-    /// Elements of it.
+    /// Which of its elements.
     pub range: Range<usize>,
 }
 
@@ -77,7 +77,7 @@ impl<'a, T> View<'a, T> {
         self.range.len()
     }
 
-    /// Whether there is no element.
+    /// Whether the range is empty.
     #[inline]
     pub fn is_empty(&self) -> bool {
         self.range.is_empty()
@@ -89,7 +89,7 @@ impl<'a, T> View<'a, T> {
 pub struct ViewMut<'a, T> {
     /// The buffer.
     pub buffer: &'a mut T,
-    /// Elements of it.
+    /// Which of its elements.
     pub range: Range<usize>,
 }
 
@@ -106,7 +106,7 @@ impl<'a, T> ViewMut<'a, T> {
         self.range.len()
     }
 
-    /// Whether there is no element.
+    /// Whether the range is empty.
     #[inline]
     pub fn is_empty(&self) -> bool {
         self.range.is_empty()
@@ -114,7 +114,7 @@ impl<'a, T> ViewMut<'a, T> {
 }
 
 impl<'a, T> View<'a, Vec<T>> {
-    /// What is seen of memory of the host.
+    /// The elements themselves, where the buffer is host memory.
     #[inline]
     pub fn slice(self) -> &'a [T] {
         &self.buffer[self.range]
@@ -122,7 +122,7 @@ impl<'a, T> View<'a, Vec<T>> {
 }
 
 impl<'a, T> ViewMut<'a, Vec<T>> {
-    /// What is seen of memory of the host.
+    /// The elements themselves, where the buffer is host memory.
     #[inline]
     pub fn slice(self) -> &'a mut [T] {
         &mut self.buffer[self.range]
@@ -138,29 +138,29 @@ pub type In<'a, B, T = f32> = View<'a, <B as Backend>::Buffer<T>>;
 /// A view of backend `B` to write `T` to.
 pub type Out<'a, B, T = f32> = ViewMut<'a, <B as Backend>::Buffer<T>>;
 
-/// Heads of one attention layer. A packed row is all query heads, all key heads, all value heads.
+/// The heads of one attention layer. A packed row holds all query heads, then all key heads, then all value heads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Heads {
-    /// Query heads; head h reads key/value head `h / (query / key_value)`.
+    /// Number of query heads; head h reads key/value head `h / (query / key_value)`.
     pub query: usize,
-    /// Key heads, and as many value heads.
+    /// Number of key heads, and of value heads.
     pub key_value: usize,
     /// H, the width of one head; even.
     pub width: usize,
 }
 
 impl Heads {
-    /// Query heads that read one key/value head.
+    /// Number of query heads that share one key/value head.
     pub fn group(&self) -> usize {
         self.query / self.key_value
     }
 
-    /// Width of all query heads, which is that of the attention's output.
+    /// Total width of the query heads, and of the attention's output.
     pub fn query_width(&self) -> usize {
         self.query * self.width
     }
 
-    /// Width of all key heads, or of all value heads.
+    /// Total width of the key heads, and of the value heads.
     pub fn key_value_width(&self) -> usize {
         self.key_value * self.width
     }
@@ -171,19 +171,19 @@ impl Heads {
     }
 }
 
-/// A norm of rows, or of the query and key heads in packed rows.
+/// A norm over whole rows, or over each query and key head of packed rows.
 #[derive(Debug)]
 pub struct Norm<'a, T> {
-    /// What is computed, and how.
+    /// Which norm, and how it is computed.
     pub kind: NormKind,
-    /// `[D]`; of heads `[2, H]`: queries, keys.
+    /// `[D]`; for heads `[2, H]`: queries, then keys.
     pub weight: View<'a, T>,
-    /// [`NormKind::row_scratch`] elements, or of heads [`NormKind::head_scratch`], at least. A backward finds here what
-    /// the forward of the same rows has left.
+    /// At least [`NormKind::row_scratch`] elements, or [`NormKind::head_scratch`] for heads. A backward pass finds here
+    /// what the forward pass over the same rows left.
     pub scratch: ViewMut<'a, T>,
 }
 
-/// Rotary tables, and the positions of the rows that they are applied to.
+/// Rotary tables, and the positions of the rows they are applied to.
 #[derive(Debug)]
 pub struct Rope<'a, B: Backend> {
     /// Cosines, `[positions, H/2]`.
@@ -196,11 +196,11 @@ pub struct Rope<'a, B: Backend> {
     pub length: usize,
 }
 
-/// Spans of rows, each of which continues one sequence. They are on the device, so that a pass over other positions is
-/// the same pass.
+/// Spans of rows, each of which continues one sequence. The positions are on the device, so that a recorded pass can be
+/// replayed for other positions.
 #[derive(Debug)]
 pub struct Spans<'a, B: Backend> {
-    /// The sequence of each span; all different.
+    /// The sequence of each span; no two are equal.
     pub sequences: In<'a, B, u32>,
     /// Position of the first row of each span.
     pub first: In<'a, B, u32>,
@@ -208,27 +208,27 @@ pub struct Spans<'a, B: Backend> {
     pub length: usize,
 }
 
-/// A device that decodes. Cloning gives another handle to the same one.
+/// A device that decodes. A clone is another handle to the same device.
 pub trait Backend: Clone + Debug + Send + Sync + 'static {
-    /// Memory of the device.
+    /// A buffer in the device's memory.
     type Buffer<T: Element>: Debug + Send + Sync;
 
-    /// What passes between layers, and its gradients, in the format that suits the precision.
+    /// Activations and their gradients, in the number format that suits the precision.
     type Activations: Debug + Send + Sync;
 
-    /// A pass that was recorded, to be done again.
+    /// A recording of a pass, to be replayed.
     type Graph: Debug + Default + Send + Sync;
 
-    /// A matrix `[outputs, inputs]` for inference: read only, and stored as this device reads it best.
+    /// A read-only matrix `[outputs, inputs]` for inference, in the layout that this device reads fastest.
     type Weights: Debug + Send + Sync;
 
-    /// Keys and values that one layer has seen, of several sequences.
+    /// The keys and values that one layer has seen, for several sequences.
     type Cache: Debug + Send + Sync;
 
-    /// One line about the device for reports, for instance `cpu, 2 threads`.
+    /// One line that describes the device in reports, for instance `cpu, 2 threads`.
     fn describe(&self) -> String;
 
-    /// The same device, with another precision of matrix products.
+    /// The same device with another precision of matrix products.
     #[must_use]
     fn with_precision(self, precision: Precision) -> Self;
 
@@ -241,13 +241,13 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// Bytes of one activation.
     fn activation_bytes(&self) -> usize;
 
-    /// `len` activations of 0.
+    /// `len` activations, all zero.
     ///
     /// # Errors
     /// [`BackendError::OutOfMemory`].
     fn activations(&self, len: usize) -> Result<Self::Activations, BackendError>;
 
-    /// Replaces activations, rounded to their format; lengths are equal.
+    /// Replaces activations by `from`, rounded to their format; lengths are equal.
     fn set_activations(&self, to: ActsMut<'_, Self>, from: &[f32]);
 
     /// Copies activations to the host; lengths are equal.
@@ -256,18 +256,18 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// Copies `from` to the device; lengths are equal.
     fn upload<T: Element>(&self, to: Out<'_, Self, T>, from: &[T]);
 
-    /// Copies to the host what all kernels called so far have made; lengths are equal.
+    /// Copies to the host, after all kernels called so far; lengths are equal.
     fn download<T: Element>(&self, from: In<'_, Self, T>, to: &mut [T]);
 
-    /// Does `work` close to the device. A whole pass goes through one call, so that entering the device's
-    /// threads is paid once and not once per kernel.
+    /// Runs `work` on the device's threads. A whole pass goes through one call, so that entering the threads is paid
+    /// for once per pass and not once per kernel.
     fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R;
 
-    /// Does `work`, which may only call kernels, or what it was the last time with this graph: it must be the same
-    /// kernels on the same views, whose contents may be others.
+    /// Runs `work`, which may do nothing but call kernels, or replays what it called the last time with this graph. The
+    /// kernels and their views must be the same every time; the contents of the views may differ.
     fn replay(&self, graph: &mut Self::Graph, work: impl FnOnce() + Send);
 
-    /// `out = norm(x)` over rows of as many elements as the norm has weights.
+    /// `out = norm(x)`, row by row; a row is as long as the norm's weight.
     fn norm(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, norm: Norm<'_, Self::Buffer<f32>>);
 
     /// `sum = x + delta`, `out = norm(sum)`.
@@ -280,7 +280,7 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
         norm: Norm<'_, Self::Buffer<f32>>,
     );
 
-    /// Packed rows with query and key heads normed and rotated; values copied.
+    /// Norms and rotates the query and key heads of packed rows; copies the values.
     fn qk_norm_rope(
         &self,
         out: ActsMut<'_, Self>,
@@ -290,10 +290,10 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
         heads: Heads,
     );
 
-    /// `out = silu(first half of the row) · second half`; `out` has rows of `width`, `x` of `2 · width`.
+    /// `out = silu(first half of the row) · second half`; `out` has rows of `width` elements, `x` of `2 · width`.
     fn swiglu(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, width: usize);
 
-    /// Converts a row-major matrix with that many outputs, whose values are finite in the format.
+    /// Converts a row-major matrix `[outputs, inputs]`, whose values are finite in `format`.
     ///
     /// # Errors
     /// [`BackendError::OutOfMemory`].
@@ -307,14 +307,14 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// `out[r] = table[ids[r]]`.
     fn embed_weights(&self, out: ActsMut<'_, Self>, table: &Self::Weights, ids: In<'_, Self, u32>);
 
-    /// `out = x · weightsᵀ` for that many rows. A row of the result has the same bits whatever the other rows are, but for
-    /// devices that say otherwise.
+    /// `out = x · weightsᵀ` for `rows` rows. A row of the result has the same bits whatever the other rows are, unless
+    /// the device documents otherwise.
     fn linear_weights(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, weights: &Self::Weights, rows: usize);
 
-    /// As [`Backend::linear_weights`], with the result in f32: the logits of that many rows.
+    /// The same as [`Backend::linear_weights`] with the result in f32: the logits of `rows` rows.
     fn logits(&self, out: Out<'_, Self>, x: Acts<'_, Self>, table: &Self::Weights, rows: usize);
 
-    /// Room for texts of up to `capacity` tokens.
+    /// An empty cache for `sequences` texts of up to `capacity` tokens each.
     ///
     /// # Errors
     /// [`BackendError::OutOfMemory`].
@@ -326,9 +326,9 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
         format: CacheFormat,
     ) -> Result<Self::Cache, BackendError>;
 
-    /// Puts keys and values of the packed rows of all spans into the cache, and lets each query attend to the keys of
-    /// its sequence up to its own position: `out` is `[R, query_width]`. A row has the same bits whatever the other
-    /// rows are.
+    /// Puts the keys and values of all spans' packed rows into the cache, and lets each query attend to the keys of its
+    /// sequence up to its own position: `out` is `[R, query_width]`. A row has the same bits whatever the other rows
+    /// are.
     fn cached_attention(
         &self,
         out: ActsMut<'_, Self>,
@@ -337,9 +337,9 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
         spans: Spans<'_, Self>,
     );
 
-    /// The likeliest token of each row of logits; of equal ones the first.
+    /// The likeliest token of each row of logits, the first one where several are equal.
     fn greedy(&self, out: Out<'_, Self, u32>, logits: In<'_, Self>);
 
-    /// Cross-entropy of each row of logits, 0 where the target is [`IGNORE`]. The logits are scratch afterwards.
+    /// Cross-entropy of each row of logits in nats, 0 where the target is [`IGNORE`]. Overwrites the logits.
     fn cross_entropy(&self, out: Out<'_, Self>, logits: Out<'_, Self>, targets: In<'_, Self, u32>);
 }

@@ -1,5 +1,5 @@
-//! What training needs of a device, beside what inference needs of it: backward kernels, the optimizer, exact sums, and
-//! sums over a group of devices.
+//! What training asks of a device beyond inference: backward kernels, the optimizer, exact sums, and sums over a group
+//! of devices.
 //!
 //! Shape letters: R rows (positions of all sequences), D model width, H head width, V vocabulary.
 
@@ -9,11 +9,11 @@ use std::ops::Range;
 use super::{Acts, ActsMut, Backend, Element, Heads, In, Norm, Out, Rope, View, ViewMut};
 use crate::{BackendError, CommunicatorError, CommunicatorId, GiveUp, Quantum};
 
-/// Elements per block of [`TrainingBackend::block_squares`]. Shard boundaries are block boundaries.
+/// Elements per block of [`TrainingBackend::block_squares`]. Members of a ring own whole blocks.
 pub const BLOCK: usize = 65_536;
 
-/// For [`TrainingBackend::choose_algorithms`]: no names, so that what the library proposes first is taken, which is
-/// always the same.
+/// Argument of [`TrainingBackend::choose_algorithms`] that names no algorithm: every product uses the library's first
+/// proposal, which is always the same.
 pub const FIRST_PROPOSALS: &str = "[]";
 
 /// Parameters of backend `B` to read.
@@ -41,7 +41,7 @@ pub struct AttentionShape {
     pub heads: Heads,
 }
 
-/// Where the fused head and loss puts its gradients.
+/// Where the fused head and loss put their gradients.
 #[derive(Debug)]
 pub struct HeadGradients<'a, B: Backend> {
     /// `[R, D]`, overwritten.
@@ -52,28 +52,28 @@ pub struct HeadGradients<'a, B: Backend> {
     pub z_loss: f32,
 }
 
-/// One AdamW step for a range of parameters with one decay.
+/// The numbers of one AdamW step, for parameters that share a weight decay.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamW {
-    /// The gradient is multiplied by this first (clipping).
+    /// Factor of the gradient, applied first (clipping).
     pub gradient_scale: f32,
-    /// `1 − lr · weight_decay`, applied to the weight before the step.
+    /// `1 − lr · weight_decay`, the factor of the weight before the step.
     pub decay: f32,
-    /// Decay of the first moment.
+    /// β1, the decay of the first moment.
     pub beta1: f32,
-    /// Decay of the second moment.
+    /// β2, the decay of the second moment.
     pub beta2: f32,
     /// `lr / (1 − β1^t)`.
     pub step_size: f32,
     /// `sqrt(1 − β2^t)`.
     pub second_correction: f32,
-    /// Added to the root of the corrected second moment.
+    /// Added to the square root of the corrected second moment.
     pub epsilon: f32,
 }
 
-/// Numbers of a device in memory of the host, which may still be on their way there.
+/// A copy in host memory of numbers on a device; the copy may still be under way.
 pub trait HostCopy: Debug + Send + Sync {
-    /// The numbers; waits until all are there.
+    /// The numbers; waits until the copy is complete.
     fn values(&self) -> &[f32];
 }
 
@@ -85,20 +85,21 @@ impl HostCopy for Vec<f32> {
 
 /// A device that trains.
 pub trait TrainingBackend: Backend {
-    /// Rows of which the logits exist at one time while a loss is computed.
+    /// Rows whose logits exist at one time while a loss is computed.
     const HEAD_ROWS: usize;
 
-    /// Weights in training: in f32, and as matrix products read them.
+    /// Weights in training: in f32, and in the format that matrix products read.
     type Parameters: Debug + Send + Sync;
 
-    /// A group of devices of several processes that sum among themselves. All its members call the same operations in the
-    /// same order; after an error it is of no more use, and what the buffers of the operation hold is not known.
+    /// A group of devices, each of its own process, that sum among themselves. All members call the same operations in
+    /// the same order. After an error the group is of no more use, and the contents of the operation's buffers are
+    /// undefined.
     type Communicator: Debug + Send;
 
-    /// Bytes of one parameter.
+    /// Bytes of one parameter on the device.
     fn parameter_bytes(&self) -> usize;
 
-    /// `len` parameters of 0.
+    /// `len` parameters, all zero.
     ///
     /// # Errors
     /// [`BackendError::OutOfMemory`].
@@ -107,41 +108,41 @@ pub trait TrainingBackend: Backend {
     /// The parameters in f32.
     fn values<'a>(&self, parameters: Params<'a, Self>) -> In<'a, Self>;
 
-    /// Replaces parameters; lengths are equal.
+    /// Replaces parameters by `from`; lengths are equal.
     fn set_parameters(&self, to: ViewMut<'_, Self::Parameters>, from: &[f32]) {
         self.write_values(to, |values| self.upload(values, from));
     }
 
-    /// Lets `work` write the parameters in f32, and rounds them for matrix products.
+    /// Lets `work` write the parameters in f32, and then rounds them for matrix products.
     fn write_values<R>(
         &self,
         parameters: ViewMut<'_, Self::Parameters>,
         work: impl FnOnce(Out<'_, Self>) -> R,
     ) -> R;
 
-    /// Lets the host work on a buffer: in place where it is the host's memory, else on a copy that is put back.
+    /// Lets the host work on a buffer: in place if it is host memory, otherwise on a copy that is put back.
     fn on_host<T: Element, R>(&self, buffer: Out<'_, Self, T>, work: impl FnOnce(&mut [T]) -> R) -> R;
 
-    /// Begins to copy to the host, after the kernels called so far and beside those called from now on, which must not
-    /// write `from` until [`TrainingBackend::finish_copies`].
+    /// Begins to copy to the host, after the kernels called so far and beside those called from now on. These must not
+    /// write `from` before [`TrainingBackend::finish_copies`].
     fn begin_copy(&self, from: In<'_, Self>) -> Box<dyn HostCopy>;
 
-    /// What is called from now on comes after all copies that were begun.
+    /// Lets everything called from now on come after all copies begun so far.
     fn finish_copies(&self);
 
-    /// Whether the device can be in a [`TrainingBackend::Communicator`]; if not, its sums are for the host.
+    /// Whether this kind of device can be in a [`TrainingBackend::Communicator`]; if not, the host does the sums.
     ///
     /// # Errors
-    /// When it could, but for what is missing here.
+    /// [`CommunicatorError`] if the kind can, but this machine lacks something.
     fn communicates(&self) -> Result<bool, CommunicatorError>;
 
-    /// An id that no other group has. Who makes it must live until the group is formed.
+    /// An id that no other group has. The process that makes it must live until the group is formed.
     ///
     /// # Errors
     /// [`CommunicatorError`].
     fn communicator_id(&self) -> Result<CommunicatorId, CommunicatorError>;
 
-    /// Joins the group of that id as one of `size` members, and waits for the others.
+    /// Joins the group `id` as member `rank` of `size`, and waits for the others.
     ///
     /// # Errors
     /// [`CommunicatorError`].
@@ -153,9 +154,10 @@ pub trait TrainingBackend: Backend {
         give_up: GiveUp<'_>,
     ) -> Result<Self::Communicator, CommunicatorError>;
 
-    /// Begins to replace what this member owns of `data` ([`Partition::equal`](ulmus_types::Partition::equal)) by its sum over all members, modulo 2^64; the rest
-    /// holds anything then. Comes after the kernels called so far, and beside those called from now on, which must leave
-    /// `data` alone until [`TrainingBackend::finish_reductions`].
+    /// Begins to replace what this member owns of `data`, by [`Partition::equal`](ulmus_types::Partition::equal), with
+    /// its sum over all members, modulo 2^64. The contents of the rest are undefined afterwards. The sum comes after
+    /// the kernels called so far and runs beside those called from now on, which must not touch `data` before
+    /// [`TrainingBackend::finish_reductions`].
     ///
     /// # Errors
     /// [`CommunicatorError`].
@@ -166,7 +168,7 @@ pub trait TrainingBackend: Backend {
         give_up: GiveUp<'_>,
     ) -> Result<(), CommunicatorError>;
 
-    /// Waits for all that [`TrainingBackend::begin_reduce_scatter`] has begun.
+    /// Waits for every sum begun by [`TrainingBackend::begin_reduce_scatter`].
     ///
     /// # Errors
     /// [`CommunicatorError`].
@@ -176,7 +178,7 @@ pub trait TrainingBackend: Backend {
         give_up: GiveUp<'_>,
     ) -> Result<(), CommunicatorError>;
 
-    /// Replaces what other members own of each of these parts of `data` by what they hold there.
+    /// Fills in each of these parts of `data` with what the other members hold in the ranges that they own.
     ///
     /// # Errors
     /// [`CommunicatorError`].
@@ -188,7 +190,7 @@ pub trait TrainingBackend: Backend {
         give_up: GiveUp<'_>,
     ) -> Result<(), CommunicatorError>;
 
-    /// Replaces `data` by what member `root` holds.
+    /// Replaces `data` by member `root`'s.
     ///
     /// # Errors
     /// [`CommunicatorError`].
@@ -200,27 +202,28 @@ pub trait TrainingBackend: Backend {
         give_up: GiveUp<'_>,
     ) -> Result<(), CommunicatorError>;
 
-    /// From now on waits for each kernel, so that the spans around kernels have their times; says whether that
-    /// makes a difference. Only for measuring.
+    /// Waits for each kernel from now on, so that the spans around kernels last as long as the kernels; tells whether
+    /// that makes a difference. Only for measuring.
     fn serialize_kernels(&self) -> bool;
 
-    /// Does `work`, choosing the fastest of several algorithms for each product of matrices that it needs; gives their names,
-    /// if there was a choice. Another may be the fastest the next time, and has other bits: `known` are the names that an
-    /// earlier call gave on a device that describes itself alike, whose choice is taken, or [`FIRST_PROPOSALS`]. Products
-    /// that `work` did not need, and all if there never was such a call, are made by the library's first proposal.
+    /// Runs `work`, choosing the fastest of several algorithms for each matrix product that it needs. Returns their
+    /// names if there was a choice. Algorithms differ in their bits, and another one may be fastest the next time: with
+    /// `known`, the names that an earlier call returned on a device of the same description, that choice is repeated;
+    /// it may also be [`FIRST_PROPOSALS`]. Products that `work` did not need use the library's first proposal, as do
+    /// all products if this is never called.
     ///
     /// # Errors
-    /// [`BackendError::Algorithms`] if `known` are no such names.
+    /// [`BackendError::Algorithms`] if `known` holds no such names.
     fn choose_algorithms<R>(
         &self,
         known: Option<&str>,
         work: impl FnOnce() -> R,
     ) -> Result<(R, Option<String>), BackendError>;
 
-    /// `out[r] = table[ids[r]]`, rows of `width`.
+    /// `out[r] = table[ids[r]]`; rows have `width` elements.
     fn embed(&self, out: ActsMut<'_, Self>, table: Params<'_, Self>, ids: In<'_, Self, u32>, width: usize);
 
-    /// `table_gradient[ids[r]] += gradient[r]`, in the order of the rows.
+    /// `table_gradient[ids[r]] += gradient[r]`, in the order of the rows; rows have `width` elements.
     fn embed_backward(
         &self,
         table_gradient: Out<'_, Self>,
@@ -250,8 +253,8 @@ pub trait TrainingBackend: Backend {
         shape: LinearShape,
     );
 
-    /// Gradients of the norm: `weight_gradient` is overwritten, `x_gradient` is added to if `accumulate`
-    /// (the residual path has put its part there), else overwritten.
+    /// Gradients of the norm. Overwrites `weight_gradient`; adds to `x_gradient` if `accumulate` (it then holds the
+    /// part of the residual path), and otherwise overwrites it.
     fn norm_backward(
         &self,
         x_gradient: ActsMut<'_, Self>,
@@ -262,7 +265,7 @@ pub trait TrainingBackend: Backend {
         accumulate: bool,
     );
 
-    /// Replaces `packed` by its gradient, and overwrites the gradients of the two norm weights (`[2, H]`).
+    /// Replaces `packed` by its gradient, and overwrites the gradients of the two norms' weights (`[2, H]`).
     fn qk_norm_rope_backward(
         &self,
         packed: ActsMut<'_, Self>,
@@ -273,9 +276,9 @@ pub trait TrainingBackend: Backend {
         heads: Heads,
     );
 
-    /// Causal attention with grouped queries, of packed rows: `out` is `[R, query_width]`, `lse` the logsumexp of the
-    /// scaled scores, `[sequences, query heads, length]`.
-    /// A query attends to keys `doc_starts[its row]..=its own position`.
+    /// Causal attention with grouped queries over packed rows: `out` is `[R, query_width]`, `lse` the logsumexp of the
+    /// scaled scores, `[sequences, query heads, length]`. The query of row r attends to the keys at positions from
+    /// `doc_starts[r]` to its own.
     fn attention(
         &self,
         out: ActsMut<'_, Self>,
@@ -285,7 +288,7 @@ pub trait TrainingBackend: Backend {
         shape: AttentionShape,
     );
 
-    /// Overwrites the gradient of the packed rows.
+    /// Overwrites `packed_gradient` with the gradient of the packed rows.
     fn attention_backward(
         &self,
         packed_gradient: ActsMut<'_, Self>,
@@ -297,14 +300,13 @@ pub trait TrainingBackend: Backend {
         shape: AttentionShape,
     );
 
-    /// Replaces `x`, rows of `2 · width`, by its gradient, and the gradient of the output by the output.
+    /// Replaces `x`, rows of `2 · width` elements, by its gradient, and the output's gradient by the output.
     fn swiglu_backward(&self, x: ActsMut<'_, Self>, gradient: ActsMut<'_, Self>, width: usize);
 
-    /// Output head and loss in one: per row, `cross_entropy = logsumexp(logits) − logits[target]` and `lse` =
-    /// logsumexp, both 0 where the target is [`IGNORE`](super::IGNORE). `gradients`, if asked for, are those of
-    /// `Σ cross_entropy + z_loss · lse²`.
-    /// `logits` is scratch for up to [`TrainingBackend::HEAD_ROWS`] rows of `[V]`: logits of the whole batch never
-    /// exist.
+    /// Output head and loss in one. Per row, `lse = logsumexp(logits)` and `cross_entropy = lse − logits[target]`, in
+    /// nats; both are 0 where the target is [`IGNORE`](super::IGNORE). If `gradients` are asked for, they are those of
+    /// `Σ cross_entropy + z_loss · lse²`. `logits` is scratch for up to [`TrainingBackend::HEAD_ROWS`] rows of `[V]`:
+    /// the logits of a whole batch never exist at once.
     fn head_loss(
         &self,
         cross_entropy: Out<'_, Self>,
@@ -317,7 +319,7 @@ pub trait TrainingBackend: Backend {
         shape: LinearShape,
     );
 
-    /// One AdamW step for one range of parameters and their moments.
+    /// One AdamW step for a range of parameters and their moments.
     fn adamw(
         &self,
         weights: ViewMut<'_, Self::Parameters>,
@@ -330,8 +332,8 @@ pub trait TrainingBackend: Backend {
     /// Sum of squares of each [`BLOCK`] of `x`, in f64.
     fn block_squares(&self, sums: &mut [f64], x: In<'_, Self>);
 
-    /// Adds the gradient, in quanta, to `sums`, or puts it in their place. `outside` becomes 1 if an element is NaN or
-    /// beyond the quantum's limit; `sums` must not be used then.
+    /// Adds the gradient, in quanta, to `sums` if `accumulate`, and otherwise overwrites them. Sets `outside` to 1 if
+    /// an element is NaN or beyond the quantum's limit; the sums are void then.
     fn quantise(
         &self,
         sums: Out<'_, Self, i64>,
@@ -341,8 +343,8 @@ pub trait TrainingBackend: Backend {
         accumulate: bool,
     );
 
-    /// What [`TrainingBackend::quantise`] and [`TrainingBackend::dequantise`] make of a gradient, in its place;
-    /// `outside` as there.
+    /// Replaces the gradient by what [`TrainingBackend::quantise`] and then [`TrainingBackend::dequantise`] make of it;
+    /// sets `outside` as the former does.
     fn quantise_mean(
         &self,
         gradient: Out<'_, Self>,
@@ -351,6 +353,6 @@ pub trait TrainingBackend: Backend {
         scale: f64,
     );
 
-    /// `mean = sums · scale`: to f64, scaled, rounded once to f32.
+    /// `mean = sums · scale`, in f64 and rounded once to f32.
     fn dequantise(&self, mean: Out<'_, Self>, sums: In<'_, Self, i64>, scale: f64);
 }

@@ -1,8 +1,8 @@
-//! What is kept: every milestone, the newest two recovery checkpoints, and whatever is being written.
+//! Which checkpoints are kept: every milestone, the newest two recovery checkpoints, and those being written.
 //!
-//! Which directories go is a pure function of what was found; deleting takes the manifest first, so that
-//! a deletion that dies half-way leaves a directory that does not count as a checkpoint. A directory whose
-//! manifest is damaged is left for a person to look at.
+//! Which directories are deleted is a pure function of what was found. The manifest is deleted first, so a deletion
+//! that dies half-way leaves a directory that does not count as a checkpoint. A directory whose manifest is damaged is
+//! left for a person to look at.
 
 use std::collections::BTreeSet;
 
@@ -13,10 +13,10 @@ use ulmus_types::{CheckpointId, CheckpointKind};
 use crate::reader::{checkpoints, read_manifest};
 use crate::{CheckpointError, manifest_path};
 
-/// Recovery checkpoints that are kept: the newest, and one to go back to if it turns out to be damaged.
+/// The number of recovery checkpoints kept: the newest, and one to fall back on if it turns out to be damaged.
 const RECOVERY_KEPT: usize = 2;
 
-/// What a directory was found to be.
+/// What was found in a directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Found {
     Committed(CheckpointKind),
@@ -25,11 +25,11 @@ enum Found {
     Damaged,
 }
 
-/// Deletes what is kept no longer, except `in_flight`, the checkpoints that are being written. Answers what
-/// it deleted.
+/// Deletes checkpoints that need not be kept, except `in_flight`, those that are being written. Returns the ones it
+/// deleted.
 ///
 /// # Errors
-/// When the store refuses or is out of order. Call it again later: what is left over is found again.
+/// When the store refuses or is unavailable. Call it again later: it finds what is left.
 pub async fn collect_garbage(
     store: &Store,
     in_flight: &BTreeSet<CheckpointId>,
@@ -51,23 +51,23 @@ pub async fn collect_garbage(
     Ok(expired)
 }
 
-/// Deletes one checkpoint; one that does not exist is deleted already.
+/// Deletes one checkpoint; succeeds if it does not exist.
 ///
 /// # Errors
-/// When the store refuses or is out of order. Call it again to delete what is left.
+/// When the store refuses or is unavailable. Call it again to delete what is left.
 pub async fn delete(store: &Store, id: CheckpointId) -> Result<(), CheckpointError> {
     store.delete(&manifest_path(id)).await?;
     for file in store.list(&paths::checkpoint(id)).await? {
         store.delete(&file.path).await?;
     }
     if let Some(directory) = store.directory() {
-        // Object stores have no empty directories; a local one that stays behind does no harm.
+        // Object stores have no empty directories; on a disk, one that stays behind does no harm.
         drop(std::fs::remove_dir(directory.join(paths::CHECKPOINTS).join(id.to_string())));
     }
     Ok(())
 }
 
-/// Chooses what goes from directories in ascending order.
+/// Chooses the checkpoints to delete from `found`, which is in ascending order.
 fn expired(found: &[(CheckpointId, Found)], in_flight: &BTreeSet<CheckpointId>) -> Vec<CheckpointId> {
     let newest_committed = found.iter().rev().find(|(_, what)| matches!(what, Found::Committed(_)));
     let Some((newest_committed, _)) = newest_committed else {

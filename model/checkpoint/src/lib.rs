@@ -1,11 +1,11 @@
 //! Immutable, verified checkpoint directories in a run folder.
 //!
-//! The promise: no committed checkpoint is ever lost or half-read. It rests on one order of writing (in
-//! [`write_part`] and [`commit`]: parts, then manifest, then pointer) and on one rule of reading: a directory
-//! without a valid manifest, or with one byte that the manifest does not vouch for, is not a checkpoint.
+//! The promise: no committed checkpoint is ever lost or half-read. It rests on one order of writing (in [`write_part`]
+//! and [`commit`]: parts, then manifest, then pointer) and on one rule of reading: a directory without a valid
+//! manifest, or with a single byte that the manifest does not vouch for, is not a checkpoint.
 //!
-//! A [`Store`] is the run folder, as everything else of a run sees it as well. What is *in* the tensors is not this crate's
-//! matter: it knows bytes, ranges of a flat vector, and their hashes.
+//! [`Store`] is the handle on the run folder, through which all other files of a run are written and read as well. This
+//! crate knows bytes, ranges of a flat vector, and their hashes; the meaning of the tensors is not its concern.
 
 #![forbid(unsafe_code)]
 
@@ -28,10 +28,10 @@ use ulmus_types::{CheckpointId, Digest, ErrorKind, RunId};
 /// Why a checkpoint cannot be written or read.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
-    /// The store did not answer, or refused.
+    /// The store is unavailable or refused.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// Saving never finished, or the manifest was deleted.
+    /// Saving did not finish, or the manifest was deleted.
     #[error(
         "checkpoint {0} has no manifest.json: it was deleted, or saving it did not finish; use an older one"
     )]
@@ -64,20 +64,20 @@ pub enum CheckpointError {
         /// What is wrong with it.
         fault: FileFault,
     },
-    /// It is of another run, though it lies in this one's folder.
+    /// The checkpoint in this run's folder belongs to another run.
     #[error("checkpoint {id} is of run {}, and this is run {}; move it out of this run's folder", other.short(), run.short())]
     OtherRun {
         /// The checkpoint.
         id: CheckpointId,
-        /// The run that looks for it.
+        /// The run whose folder it is in.
         run: RunId,
-        /// The run that it is of.
+        /// The run that it belongs to.
         other: RunId,
     },
     /// Another checkpoint was committed under this name.
     #[error("checkpoint {0} is committed already, with other contents; leave and rejoin the run")]
     AlreadyCommitted(CheckpointId),
-    /// A file has the right bytes, but they are not of the right form.
+    /// A file has the bytes that were written, but not the right form.
     #[error("{file} cannot be read: {reason}")]
     Form {
         /// The file, relative to the checkpoint's directory.
@@ -90,7 +90,7 @@ pub enum CheckpointError {
 /// How a file differs from its entry in the manifest.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FileFault {
-    /// It is not there.
+    /// It does not exist.
     #[error("is missing")]
     Missing,
     /// It is not in the manifest.
@@ -104,10 +104,10 @@ pub enum FileFault {
         /// Bytes found.
         found: u64,
     },
-    /// It became another file, or its store gave less than it said.
+    /// The file was replaced, or its store returned fewer bytes than announced.
     #[error("changed while it was read")]
     Changed,
-    /// The length is right, the contents are not.
+    /// The length is right; the contents are not.
     #[error("has hash {} instead of {}", found.short(), expected.short())]
     Digest {
         /// The hash according to the manifest.
@@ -131,7 +131,7 @@ impl CheckpointError {
         }
     }
 
-    /// The file that is at fault, if it is one's.
+    /// The file at fault, if the error is about one file.
     pub fn into_file(self) -> Option<String> {
         match self {
             Self::File { file, .. } => Some(file),
@@ -139,7 +139,7 @@ impl CheckpointError {
         }
     }
 
-    /// The checkpoint that is not what was written, if one is.
+    /// The checkpoint that is not what was written, if the error is about one.
     pub fn damaged(&self) -> Option<CheckpointId> {
         match self {
             Self::NoManifest(id)
@@ -150,7 +150,7 @@ impl CheckpointError {
         }
     }
 
-    /// Whether the checkpoint itself is at fault, so that an older one may be used, rather than the way to it.
+    /// Whether the checkpoint itself is at fault, rather than the store, so that an older one may be used.
     pub fn condemns(&self) -> bool {
         !matches!(self, Self::Store(_))
     }

@@ -1,6 +1,6 @@
-//! The manifest: the list of what a checkpoint consists of, which vouches for every byte of it.
+//! The manifest: the list of a checkpoint's files, which vouches for every byte of them.
 //!
-//! It vouches for its own bytes too, as [`ulmus_run::signed`] has it.
+//! It also vouches for its own bytes, by the digest that [`ulmus_run::signed`] puts into it.
 
 use std::collections::BTreeMap;
 
@@ -10,28 +10,28 @@ use ulmus_types::{CheckpointId, CheckpointKind, Digest, FileEntry, RunId};
 
 use crate::CheckpointError;
 
-/// The newest format that this program writes and reads.
+/// The format that this program writes, and the newest that it reads.
 const FORMAT_VERSION: u32 = 1;
 
-/// What a checkpoint is and what it consists of.
+/// What a checkpoint is, and which files it consists of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// The checkpoint, which is also the name of its directory.
+    /// The checkpoint; its directory has the same name.
     pub checkpoint: CheckpointId,
     /// Why it was made.
     pub kind: CheckpointKind,
-    /// The run that it is of; the first programs did not write it.
+    /// The run it belongs to; the earliest programs did not write this.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub run: Option<RunId>,
     /// The hash of the resolved plan that the run follows.
     pub plan_digest: Digest,
     /// The hash of the training state, equal on all workers.
     pub state_digest: Digest,
-    /// All other files of the directory.
+    /// All other files of the directory, by name.
     pub files: BTreeMap<String, FileEntry>,
 }
 
-/// The text form, but for its digest.
+/// The text form, without its digest.
 #[derive(Serialize)]
 struct Versioned<'a> {
     format_version: u32,
@@ -39,22 +39,22 @@ struct Versioned<'a> {
     manifest: &'a Manifest,
 }
 
-/// What every version has.
+/// The fields that every version has.
 #[derive(Deserialize)]
 struct Header {
     format_version: u32,
 }
 
 impl Manifest {
-    /// The text of `manifest.json`: the same manifest has the same text.
+    /// The text of `manifest.json`; equal manifests have equal texts.
     pub(crate) fn to_text(&self) -> String {
         signed::to_json(&Versioned { format_version: FORMAT_VERSION, manifest: self }, Style::Pretty)
     }
 
-    /// Reads what [`Manifest::to_text`] wrote for `id`, this version's or an older one's.
+    /// Reads what [`Manifest::to_text`] of this version or an older one wrote for `id`.
     ///
     /// # Errors
-    /// [`CheckpointError::Version`] for a newer one, [`CheckpointError::Manifest`] for anything else.
+    /// [`CheckpointError::Version`] for a newer version, [`CheckpointError::Manifest`] for anything else.
     pub(crate) fn from_text(id: CheckpointId, text: &[u8]) -> Result<Self, CheckpointError> {
         let damaged = |reason: String| CheckpointError::Manifest { id, reason };
         let text = signed::verify(text).map_err(damaged)?;

@@ -1,7 +1,7 @@
-//! What a checkpoint holds beside the weights: the optimizer's moments, and what all of its files are called.
+//! The files of a checkpoint, and the contents of those that hold the optimizer's moments.
 //!
-//! The moments are cut into ranges of the flattened trainable parameters that depend on the number of these alone, so
-//! that any number of workers can write them and any other number can read them.
+//! The moments of the flattened trainable parameters are cut into ranges that depend on the number of these parameters
+//! alone, so any number of workers can write them and any other number can read them.
 
 use std::ops::Range;
 
@@ -13,15 +13,16 @@ use ulmus_types::Partition;
 
 use crate::CheckpointError;
 
-// The files hold little-endian numbers, which are written as they lie in memory.
+// Files hold little-endian numbers, and are written without conversion.
 const _: () = assert!(cfg!(target_endian = "little"), "ulmus needs a little-endian machine");
 
-/// Elements of one optimizer file: two moments of 64 MiB, small enough to be sent again when a connection breaks.
+/// Elements of one optimizer file. Its two moments take 64 MiB each, little enough to be sent again if a connection
+/// breaks.
 const SHARD_ELEMENTS: usize = 16 << 20;
 const FIRST_MOMENT: &str = "exp_avg";
 const SECOND_MOMENT: &str = "exp_avg_sq";
 
-/// A fixed range of the flattened trainable parameters, and the optimizer file that belongs to it.
+/// A fixed range of the flattened trainable parameters, and the optimizer file that holds its moments.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OptimizerShard {
     index: usize,
@@ -33,7 +34,8 @@ pub fn optimizer_shards(trainable: usize) -> Vec<OptimizerShard> {
     shards(&Partition::fixed(trainable, SHARD_ELEMENTS))
 }
 
-/// The files of a checkpoint of a model with this many trainable parameters, in the order in which workers announce them.
+/// The files of a checkpoint of a model with this many trainable parameters, in the order in which workers announce
+/// them.
 pub fn files_of(trainable: usize) -> Vec<String> {
     let moments = optimizer_shards(trainable).into_iter().map(|shard| shard.file_name());
     [paths::WEIGHTS.to_owned(), paths::STATE.to_owned()].into_iter().chain(moments).collect()
@@ -49,7 +51,7 @@ impl OptimizerShard {
         format!("optimizer-{:05}.safetensors", self.index)
     }
 
-    /// The contents of its file, cut from both moments of *all* trainable parameters.
+    /// Encodes its file from both moments of *all* trainable parameters.
     ///
     /// # Panics
     /// When the moments are shorter than the range.
@@ -65,10 +67,10 @@ impl OptimizerShard {
         safetensors::serialize(views, Some(metadata)).expect("two tensors fit the header")
     }
 
-    /// Reads the contents of its file into both moments of *all* trainable parameters.
+    /// Decodes its file into its range of both moments of *all* trainable parameters.
     ///
     /// # Errors
-    /// [`CheckpointError::Form`] when the contents are of another range or no optimizer file at all.
+    /// [`CheckpointError::Form`] when the contents belong to another range or are no optimizer file at all.
     ///
     /// # Panics
     /// When the moments are shorter than the range.

@@ -1,7 +1,7 @@
 //! The rules of reading a checkpoint: nothing is used that the manifest does not vouch for.
 //!
-//! [`newest_verified`] walks from the newest directory to the oldest until one holds, byte for byte. An outage of
-//! the store is never taken for damage: it is an error of the walk, not a reason to go further back.
+//! [`newest_verified`] walks from the newest directory to the oldest until one is intact, byte for byte. An outage of
+//! the store is never taken for damage: it ends the walk with an error and is no reason to go further back.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use ulmus_types::{CheckpointId, Digest, ErrorKind, FileEntry, RunId, Step};
 
 use crate::{CheckpointError, FileFault, Manifest, manifest_path};
 
-/// Reads the manifest of `id`; its files are not looked at.
+/// Reads the manifest of `id`, and none of its files.
 ///
 /// # Errors
 /// [`CheckpointError::NoManifest`], [`CheckpointError::Manifest`], [`CheckpointError::Version`], or the store's.
@@ -24,14 +24,14 @@ pub async fn read_manifest(store: &Store, id: CheckpointId) -> Result<Manifest, 
     }
 }
 
-/// Reads the manifest of `id`, which must be of this run, and every byte that it vouches for.
+/// Reads the manifest of `id`, which must belong to `run`, and every byte that it vouches for.
 ///
 /// # Errors
-/// As [`read_manifest`]; [`CheckpointError::OtherRun`]; [`CheckpointError::File`] names the first file that is not what
-/// was written.
+/// Those of [`read_manifest`]; [`CheckpointError::OtherRun`]; [`CheckpointError::File`], which names the first file
+/// that is not what was written.
 pub async fn verify(store: &Store, id: CheckpointId, run: RunId) -> Result<Manifest, CheckpointError> {
     let manifest = read_manifest(store, id).await?;
-    // Manifests of the first programs name no run.
+    // Manifests of the earliest programs name no run.
     if let Some(other) = manifest.run.filter(|other| *other != run) {
         return Err(CheckpointError::OtherRun { id, run, other });
     }
@@ -41,8 +41,8 @@ pub async fn verify(store: &Store, id: CheckpointId, run: RunId) -> Result<Manif
     }
 }
 
-/// Reads every byte that a manifest vouches for, and tells which files are not what it says, each as a
-/// [`CheckpointError::File`].
+/// Reads every byte that a manifest vouches for, and returns a [`CheckpointError::File`] for each file that is not what
+/// the manifest says.
 ///
 /// # Errors
 /// Only those of the store.
@@ -51,7 +51,8 @@ pub async fn damaged_files(
     manifest: &Manifest,
 ) -> Result<Vec<CheckpointError>, CheckpointError> {
     let id = manifest.checkpoint;
-    // Lengths first: they cost one request, and hashing a large checkpoint to find its last file cut costs minutes.
+    // Lengths first: they cost one request, while hashing a large checkpoint only to find its last file cut costs
+    // minutes.
     let lengths: BTreeMap<_, _> =
         store.list(&paths::checkpoint(id)).await?.into_iter().map(|file| (file.path, file.size)).collect();
     let mut damaged = Vec::new();
@@ -77,7 +78,7 @@ pub async fn damaged_files(
     Ok(damaged)
 }
 
-/// Reads one file of a checkpoint and checks it on the way.
+/// Reads one file of a checkpoint and checks it.
 ///
 /// # Errors
 /// [`CheckpointError::File`] when the file is missing, not in the manifest, or not what was written.
@@ -91,8 +92,8 @@ pub async fn read_file(store: &Store, manifest: &Manifest, file: &str) -> Result
     settle(id, file, entry, read.map(|()| contents))
 }
 
-/// The newest checkpoint of this run, of those of a step up to `last`, that holds byte for byte; and those that are newer
-/// and do not, with the reasons.
+/// Finds the newest checkpoint of `run` that is intact byte for byte, among those of steps up to `last`. Also returns
+/// the newer ones that are not, with the reasons.
 ///
 /// # Errors
 /// Only those of the store, as [`CheckpointError::Store`].
@@ -112,7 +113,7 @@ pub async fn newest_verified(
     Ok((None, refused))
 }
 
-/// All directories that could be checkpoints, oldest first.
+/// Lists all directories whose names are those of checkpoints, oldest first.
 ///
 /// # Errors
 /// Only those of the store.
@@ -123,7 +124,7 @@ pub async fn checkpoints(store: &Store) -> Result<Vec<CheckpointId>, CheckpointE
     Ok(ids)
 }
 
-/// What has been read of a file.
+/// The part of a file that has been read.
 struct Contents {
     hasher: blake3::Hasher,
     bytes: u64,

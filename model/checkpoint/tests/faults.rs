@@ -1,5 +1,5 @@
-//! Checkpoints on stores that fail: whatever happens while one is written, readers find the old one or the
-//! new one, whole.
+//! Checkpoints on stores that fail: whatever happens while one is written, readers find the old one or the new one,
+//! complete.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -26,15 +26,15 @@ use ulmus_types::{CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Ge
 enum Fault {
     /// The store is busy; nothing is written.
     Busy,
-    /// The work is done, the answer is lost.
+    /// The write succeeds, but its answer is lost.
     AnswerLost,
-    /// The writer dies after this many bytes, on a store that shows them; so does every later request.
+    /// The writer dies after this many bytes, which the store keeps; every later request fails.
     TornThenDead(usize),
-    /// The writer dies before; so does every later request.
+    /// The writer dies before the write; every later request fails.
     Dead,
 }
 
-/// An object store whose writes go wrong as planned: the n-th write meets the fault planned for n.
+/// An object store whose n-th write meets the fault planned for n, if there is one.
 #[derive(Debug)]
 struct Faulty {
     objects: Arc<InMemory>,
@@ -172,7 +172,7 @@ fn healthy(objects: &Arc<InMemory>) -> Store {
 async fn busy_stores_and_lost_answers_are_overcome() {
     let objects = Arc::new(InMemory::new());
     let faults = [Fault::Busy, Fault::AnswerLost, Fault::Busy, Fault::Busy, Fault::AnswerLost, Fault::Busy];
-    // Every second write succeeds at least: parts, manifest and pointer all meet faults.
+    // At least every second write succeeds, so parts, manifest and pointer all meet faults.
     let store = Faulty::store(&objects, faults.into_iter().enumerate().map(|(n, fault)| (n * 2, fault)));
     let saved = save(&store, id(50, 1), CheckpointKind::Milestone).await.unwrap();
 
@@ -296,7 +296,7 @@ proptest! {
                 prop_assert!(refused.iter().all(|(id, _)| *id == new));
             }
 
-            // The same group, or the next, finishes what was begun; only a torn manifest needs a new generation.
+            // The same group, or the next, finishes the save; only a torn manifest needs a new generation.
             let torn_manifest = torn.is_some() && dies_at == 3;
             let again = if torn_manifest { id(100, 3) } else { new };
             let saved = save(&healthy(&objects), again, CheckpointKind::Recovery).await.unwrap();
@@ -306,7 +306,7 @@ proptest! {
     }
 }
 
-/// The interface that the fake above relies on: stores are asked through their `put`.
+/// The fake above relies on every write going through `put`.
 #[tokio::test]
 async fn the_fake_counts_every_write_of_the_protocol() {
     let objects = Arc::new(InMemory::new());
