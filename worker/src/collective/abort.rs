@@ -1,7 +1,7 @@
 //! Waiting for several sockets at once, and ending the wait from another thread.
 //!
-//! Everything that blocks in this module blocks in [`wait`], with a deadline, and has an [`AbortHandle`]'s or
-//! another [`WakeupPipe`] among the things it waits for. So nothing ever has to be interrupted by force.
+//! Everything in the parent module that blocks, blocks in [`wait`], with a deadline and with the [`WakeupPipe`] of an
+//! [`AbortHandle`] or another one among the sources. So nothing ever has to be interrupted by force.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
-/// A flag that a thread in [`wait`] can see: readable once it has been raised.
+/// A flag that wakes a thread in [`wait`]: a file descriptor that is readable once the flag is raised.
 #[derive(Debug)]
 pub(super) struct WakeupPipe {
     raised: UnixStream,
@@ -28,13 +28,13 @@ impl WakeupPipe {
         Ok(Self { raised, seen })
     }
 
-    /// Makes it readable, until [`WakeupPipe::lower`].
+    /// Raises the flag, until [`WakeupPipe::lower`].
     pub(super) fn raise(&self) {
-        // A full buffer says that it has been raised before.
+        // If the buffer is full, the flag is raised already.
         drop((&self.raised).write(&[1]));
     }
 
-    /// Makes it unreadable again.
+    /// Lowers the flag.
     pub(super) fn lower(&self) {
         let mut buffer = [0; 64];
         while matches!((&self.seen).read(&mut buffer), Ok(count) if count > 0) {}
@@ -47,9 +47,9 @@ impl AsFd for WakeupPipe {
     }
 }
 
-/// Ends the operations of a group from any thread, and tells how far it has come.
+/// Ends the operations of a group from any thread, and tells how far the group has come.
 ///
-/// It is made before the group, so that forming one can be ended too. It serves one group only.
+/// A handle is made before its group, so that forming the group can be ended, too. It serves one group only.
 #[derive(Debug, Clone)]
 pub struct AbortHandle {
     shared: Arc<Shared>,
@@ -61,15 +61,15 @@ struct Shared {
     wake: WakeupPipe,
     made: Instant,
     entered: AtomicU64,
-    /// When something moved last in the operation that is going on, in milliseconds after `made`, or [`IDLE`].
+    /// When the present operation last sent or received something, in milliseconds after `made`; [`IDLE`] between two.
     moved: AtomicU64,
 }
 
-/// No operation is going on.
+/// There is no present operation.
 const IDLE: u64 = u64::MAX;
 
 impl AbortHandle {
-    /// A handle for a group that is yet to be formed.
+    /// A handle for a group that has yet to be formed.
     ///
     /// # Errors
     /// When the process has no file descriptors left.
@@ -84,7 +84,7 @@ impl AbortHandle {
         Ok(Self { shared: Arc::new(shared) })
     }
 
-    /// Makes the blocked call, and every later one, return [`Aborted`](super::CollectiveError::Aborted) at once.
+    /// Makes a blocked call, and every later one, return [`Aborted`](super::CollectiveError::Aborted) at once.
     pub fn abort(&self) {
         self.shared.aborted.store(true, Ordering::Release);
         self.shared.wake.raise();
@@ -95,32 +95,32 @@ impl AbortHandle {
         self.shared.aborted.load(Ordering::Acquire)
     }
 
-    /// Operations that the group has entered. Of a group that hangs, the member that stays behind is the culprit.
+    /// The number of operations that this member has entered. If a group hangs, the member that lags behind is the
+    /// culprit.
     pub fn entered(&self) -> u64 {
         self.shared.entered.load(Ordering::Relaxed)
     }
 
-    /// How long ago the last byte of the operation that is going on was sent or received, or the operation was entered;
-    /// `None` between two operations.
+    /// How long ago the present operation last sent or received a byte, or was entered; `None` between two operations.
     pub fn still_for(&self) -> Option<Duration> {
         let moved = self.shared.moved.load(Ordering::Relaxed);
         let moved = (moved != IDLE).then(|| Duration::from_millis(moved))?;
         Some(self.shared.made.elapsed().saturating_sub(moved))
     }
 
-    /// The group enters its n-th operation.
+    /// Records that the group enters operation number `operation`.
     pub(super) fn enter(&self, operation: u64) {
         self.shared.entered.store(operation, Ordering::Relaxed);
         self.moved(Instant::now());
     }
 
-    /// Something was sent or received.
+    /// Records that something was sent or received.
     pub(super) fn moved(&self, now: Instant) {
         let since = now.saturating_duration_since(self.shared.made);
         self.shared.moved.store(since.as_millis() as u64, Ordering::Relaxed);
     }
 
-    /// The operation is over.
+    /// Records that the operation is over.
     pub(super) fn finish(&self) {
         self.shared.moved.store(IDLE, Ordering::Relaxed);
     }
@@ -132,23 +132,23 @@ impl AsFd for AbortHandle {
     }
 }
 
-/// Blocks until one of `sources` is ready (or broken), or the time is `until`.
+/// Blocks until one of `sources` is ready (or broken), or until the time `until`.
 pub(super) fn wait(sources: &mut [PollFd<'_>], until: Instant) -> io::Result<()> {
     let left = until.saturating_duration_since(Instant::now());
     let timeout = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
     match poll(sources, Some(&timeout)) {
-        // After a signal the caller looks at its state and comes back.
+        // After a signal the caller checks its state and waits again.
         Ok(_) | Err(Errno::INTR) => Ok(()),
         Err(error) => Err(error.into()),
     }
 }
 
-/// Waits for `source` to have something to read.
+/// A source that is ready when `source` has something to read.
 pub(super) fn readable<Fd: AsFd>(source: &Fd) -> PollFd<'_> {
     PollFd::new(source, PollFlags::IN)
 }
 
-/// Waits for `source` to have room to write.
+/// A source that is ready when `source` has room to write.
 pub(super) fn writable<Fd: AsFd>(source: &Fd) -> PollFd<'_> {
     PollFd::new(source, PollFlags::OUT)
 }

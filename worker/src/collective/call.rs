@@ -1,4 +1,4 @@
-//! How a member finds its neighbours: it calls the next one, while the one before calls it.
+//! How a member connects to its neighbours: it calls the next one while the previous one calls it.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
@@ -17,12 +17,13 @@ use super::ring::{network, or_would_block};
 use super::tcp::Place;
 use super::{CollectiveError, link};
 
-/// Pause before a neighbour that could not be reached is tried again.
+/// Pause before an unreachable neighbour is called again.
 const REDIAL: Duration = Duration::from_millis(50);
-/// How long one address may take to connect, before the next one of the same name is tried.
+/// How long connecting to one address may take before the next address of the same name is tried.
 const DIAL_WITHIN: Duration = Duration::from_secs(3);
 
-/// Calls the next member and waits for the call of the previous one, both at once. Gives both connections.
+/// Calls the next member and waits for the call of the previous one, both at once. Returns both connections in this
+/// order.
 pub(super) fn connect(
     listener: &mut Listener,
     place: &Place,
@@ -51,7 +52,7 @@ pub(super) fn connect(
         if abort.is_aborted() {
             return Err(CollectiveError::Aborted);
         }
-        // It may call again after it gave up a call that was answered late: then only the last one counts.
+        // It may have given up a call that was answered late and called again: only the last call counts.
         previous = listener.take(&expected).or(previous);
         call.go_on();
         match (call.stage, previous) {
@@ -82,14 +83,14 @@ pub(super) fn connect(
     }
 }
 
-/// A call to the next member, made again and again until a member answers.
+/// A call to the next member, repeated until a member answers.
 struct Call<'a> {
     address: &'a str,
     greeting: Greeting,
     key: GroupKey,
     attempts: usize,
     stage: Stage,
-    /// What went wrong last.
+    /// What went wrong at the last attempt.
     trouble: Option<String>,
 }
 
@@ -101,14 +102,14 @@ enum Stage {
     Answered(TcpStream, Answer),
 }
 
-/// As much of the answer as has come.
+/// The part of the answer that has been received.
 struct Reply {
     bytes: [u8; Answer::BYTES],
     filled: usize,
 }
 
 impl Stage {
-    /// What it waits for, and until when.
+    /// What this stage waits for, and until when.
     fn awaited(&self) -> (Option<PollFd<'_>>, Option<Instant>) {
         match self {
             Self::Pausing(end) => (None, Some(*end)),
@@ -125,7 +126,7 @@ impl<'a> Call<'a> {
         Self { address, greeting, key, attempts: 0, stage: Stage::Pausing(Instant::now()), trouble: None }
     }
 
-    /// Why nobody has answered yet.
+    /// Why there is no answer yet, for people.
     fn reason(&self) -> String {
         match (&self.stage, &self.trouble) {
             (Stage::Greeted(..), None) => "it took the call and did not answer it".to_owned(),
@@ -137,7 +138,7 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// Goes on until there is something to wait for.
+    /// Advances until there is something to wait for.
     fn go_on(&mut self) {
         loop {
             let stage = std::mem::replace(&mut self.stage, Stage::Pausing(Instant::now() + REDIAL));
@@ -155,7 +156,7 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// The stage that follows, and whether it is another one.
+    /// The stage that follows, and whether it is a new one.
     fn step(&mut self, stage: Stage) -> io::Result<(Stage, bool)> {
         match stage {
             Stage::Pausing(until) if Instant::now() < until => Ok((stage, false)),
@@ -196,7 +197,7 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// Begins to connect, to each of the name's addresses in turn.
+    /// Begins to connect to one of the name's addresses, a different one at each attempt.
     fn dial(&mut self, addresses: &[SocketAddr]) -> io::Result<Stage> {
         let address = addresses.get(self.attempts % addresses.len().max(1)).ok_or(ErrorKind::NotFound)?;
         self.attempts += 1;
@@ -210,7 +211,7 @@ impl<'a> Call<'a> {
 
     fn greet(&mut self, mut stream: TcpStream) -> io::Result<Stage> {
         link::prepare(&stream)?;
-        // A new connection has room for one packet.
+        // The buffer of a new connection has room for one packet.
         if stream.write(&self.greeting.encode(&self.key))? < Greeting::BYTES {
             return Err(ErrorKind::WriteZero.into());
         }
@@ -218,11 +219,11 @@ impl<'a> Call<'a> {
     }
 }
 
-/// A name that is being looked up, on a thread of its own: the system's resolver may take longer than a group has, and
-/// cannot be interrupted.
+/// A name lookup on a thread of its own, because the system's resolver may take longer than a group may, and cannot be
+/// interrupted.
 struct Lookup {
     found: mpsc::Receiver<io::Result<Vec<SocketAddr>>>,
-    /// Raised when it was found, or was not.
+    /// Raised when the lookup has ended.
     done: Arc<WakeupPipe>,
 }
 
@@ -233,7 +234,7 @@ impl Lookup {
         std::thread::Builder::new().name("collective-lookup".to_owned()).spawn({
             let (name, done) = (name.to_owned(), Arc::clone(&done));
             move || {
-                // Nobody hears it when the call has ended.
+                // If the call has ended, nobody receives it.
                 tell.send(name.to_socket_addrs().map(Iterator::collect)).ok();
                 done.raise();
             }

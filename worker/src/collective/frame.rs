@@ -1,24 +1,24 @@
-//! What goes over a connection besides the data: the greeting and its answer, the header of a frame and its checksum.
+//! The wire format: greeting and answer of a connection, header and checksum of a frame.
 //!
-//! Both sides of a connection prove that they have the key of the group before anything else is said. Every frame then
-//! says what its sender believes to be doing. A receiver that believes something else refuses it before a byte of data
-//! is taken, so that members which have drifted apart never add up unrelated numbers.
+//! Before anything else, both ends of a connection prove that they have the group's key. Every frame then names the
+//! operation that its sender is in. A receiver that is in another one refuses the frame before it accepts a byte of
+//! data, so members that have drifted apart never add up unrelated numbers.
 //!
-//! Header and data have a checksum each. TCP's sum of 16 bits lets one damaged segment of some ten thousand pass, and
-//! cards and middleboxes that compute it anew make a valid one for what they have damaged themselves. A checksum finds
-//! accidents; frames are not proof against somebody who changes them on purpose.
+//! Header and data have a checksum each. TCP's 16-bit sum lets about one in 65,000 damaged segments pass, and network
+//! cards and middleboxes that recompute it make a valid one for what they damaged themselves. Checksums find accidents;
+//! frames are not protected against somebody who changes them on purpose.
 
 use std::hash::Hasher as _;
 
 use twox_hash::xxhash3_64::Hasher;
 use ulmus_types::{Digest, Generation, GroupKey, Incarnation, Rank};
 
-/// First bytes of every connection; the last one is the version of this format.
+/// The first bytes of every connection; the last of them is the version of this format.
 const MAGIC: [u8; 8] = *b"ulmusC\0\x02";
-/// Bytes of a proof that its author has the key.
+/// Bytes of a proof that its author has the group's key.
 const PROOF: usize = blake3::OUT_LEN;
 
-/// The first thing that the caller of a connection sends: who it is, and whom it means.
+/// The first thing that a caller sends: who it is, and whom it is calling.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Greeting {
     pub(super) run: Digest,
@@ -29,7 +29,7 @@ pub(super) struct Greeting {
 }
 
 impl Greeting {
-    /// Bytes with the proof.
+    /// Encoded bytes, proof included.
     pub(super) const BYTES: usize = Self::FIELDS + PROOF;
     const FIELDS: usize = 68;
 
@@ -44,7 +44,7 @@ impl Greeting {
         bytes
     }
 
-    /// Proves that its author has `key`, as the caller or, with the other `role`, as the one who was called.
+    /// The proof that its author has `key`. `role` tells the caller's proof from the answerer's.
     fn proof(&self, role: &[u8], key: &GroupKey) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new_keyed(key.as_bytes());
         hasher.update(role).update(&self.fields()).finalize()
@@ -57,7 +57,7 @@ impl Greeting {
         bytes
     }
 
-    /// The greeting and its proof, which is yet to be looked at; `None` when this is no connection of a group, or one of
+    /// The greeting and its proof, which is not checked yet; `None` if this is not a member's connection, or one of
     /// another version.
     pub(super) fn decode(bytes: &[u8; Self::BYTES]) -> Option<(Self, blake3::Hash)> {
         let greeting = (bytes[..8] == MAGIC).then(|| Self {
@@ -70,7 +70,7 @@ impl Greeting {
         Some((greeting, blake3::Hash::from_bytes(word(bytes, Self::FIELDS))))
     }
 
-    /// Whether the caller has `key`. Hashes are compared in constant time.
+    /// Whether `proof` shows that the caller has `key`. The comparison takes constant time.
     pub(super) fn is_proved(&self, proof: blake3::Hash, key: &GroupKey) -> bool {
         self.proof(b"greeting", key) == proof
     }
@@ -88,7 +88,7 @@ pub(super) enum Answer {
 }
 
 impl Answer {
-    /// Bytes with the proof.
+    /// Encoded bytes, proof included.
     pub(super) const BYTES: usize = 1 + PROOF;
 
     const ALL: [Self; 6] = [
@@ -100,7 +100,7 @@ impl Answer {
         Self::OtherKey,
     ];
 
-    /// A welcome, with the proof that a member says it.
+    /// A welcome, with the proof that a member sent it.
     pub(super) fn welcome(greeting: &Greeting, key: &GroupKey) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
         bytes[0] = Self::Welcome as u8;
@@ -108,15 +108,15 @@ impl Answer {
         bytes
     }
 
-    /// Any other answer. It is often given by one who does not have the key, and proves nothing: whoever could forge it
-    /// could as well close the connection.
+    /// Any other answer, without a proof: often its author does not have the key, and whoever could forge it could just
+    /// as well close the connection.
     pub(super) const fn refusal(self) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
         bytes[0] = self as u8;
         bytes
     }
 
-    /// The answer to `greeting`; `None` when nobody answers so who has the key.
+    /// The answer to `greeting`; `None` if nobody with the key can have sent it.
     pub(super) fn decode(bytes: &[u8; Self::BYTES], greeting: &Greeting, key: &GroupKey) -> Option<Self> {
         let answer = Self::ALL.get(bytes[0] as usize).copied()?;
         let proof = blake3::Hash::from_bytes(word(bytes, 1));
@@ -128,14 +128,14 @@ impl Answer {
             Self::Welcome => "welcome",
             Self::StaleGeneration => "the generation is over; leave the group and wait for the next",
             Self::OtherRun => "it belongs to another run",
-            Self::OtherIncarnation => "the worker that was meant has been restarted",
+            Self::OtherIncarnation => "the worker that was called has been restarted",
             Self::NotYourNeighbour => "another worker has this place in the group",
             Self::OtherKey => "the key is not that of the group; wait for the next generation",
         }
     }
 }
 
-/// Which operation a frame belongs to.
+/// The operation that a frame belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Operation {
     ReduceScatter,
@@ -158,24 +158,24 @@ pub(super) struct Header {
     pub(super) number: u64,
     pub(super) operation: Operation,
     pub(super) element: ElementType,
-    /// Place of the frame within the operation.
+    /// The frame's number within the operation.
     pub(super) part: u32,
     /// Bytes of data that follow.
     pub(super) bytes: u64,
 }
 
-/// What a header turned out to be.
+/// The result of decoding a header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Decoded {
     Header(Header),
-    /// It is as it was sent, and names no operation.
+    /// It arrived undamaged, but names no known operation.
     Unknown,
     /// It is not what was sent.
     Damaged,
 }
 
 impl Header {
-    /// Bytes with the header's own checksum: what it says is believed before the data are there.
+    /// Encoded bytes. They include a checksum of the header itself, which is trusted before the data arrive.
     pub(super) const BYTES: usize = Self::FIELDS + Checksum::BYTES;
     const FIELDS: usize = 32;
 
@@ -228,13 +228,13 @@ impl std::fmt::Display for Header {
     }
 }
 
-/// XXH3 of what has gone over a connection, of 64 bits: it misses one damage of 2^64, at the speed of memory.
+/// The 64-bit XXH3 of a frame. It misses one in 2^64 damaged frames, and is as fast as memory.
 pub(super) struct Checksum(Hasher);
 
 impl Checksum {
     pub(super) const BYTES: usize = 8;
 
-    /// The checksum of a frame with this header, to which its data are yet to be added.
+    /// The checksum of a frame with this header, to which the frame's data must be added.
     pub(super) fn begin(header: &[u8; Header::BYTES]) -> Self {
         let mut hasher = Hasher::new();
         hasher.write(header);
@@ -302,7 +302,7 @@ mod tests {
         assert_eq!(Answer::decode(&welcome, &greeting(), &other), None);
         let elsewhere = Greeting { from: Rank::new(8), ..greeting() };
         assert_eq!(Answer::decode(&welcome, &elsewhere, &key), None);
-        // What the caller has sent is no answer to it.
+        // The caller's own proof is no answer.
         let mut echo = welcome;
         echo[1..].copy_from_slice(&bytes[Greeting::FIELDS..]);
         assert_eq!(Answer::decode(&echo, &greeting(), &key), None);

@@ -1,13 +1,13 @@
 //! The port at which a process takes part in one group after another.
 //!
-//! It is bound once, so that its address can be told to others before any group exists. A thread of its own accepts
-//! connections and reads who is calling; what it protects is that a connection reaches the group it is meant for and
-//! no other: callers of an older generation, of another run, without the group's key or looking for an earlier life of
-//! this process are told so and dropped. Neighbours that are ahead, because they heard of a new generation first, are
-//! kept until this process hears of it too; only then it has the key that tells whether they are neighbours.
+//! The port is bound once, so that others can be told its address before any group exists. A thread of its own accepts
+//! connections and reads their greetings. Its invariant: a connection reaches the group it is meant for and no other.
+//! Callers from an older generation or another run, without the group's key, or looking for an earlier incarnation of
+//! this process are told so and dropped. Neighbours that are early, because they heard of a new generation first, are
+//! kept until this process hears of it, too; only then does it have the key to check them with.
 //!
-//! Anybody can call, so whatever a stranger can fill is small, of its own, and gives way to the newest: a member sends
-//! all of its greeting at once, and calls again when it was dropped.
+//! Anybody can call. So everything that a stranger can fill is bounded and separate from what members use, and the
+//! oldest entry gives way to the newest: a member sends its whole greeting at once, and calls again if it is dropped.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -23,22 +23,23 @@ use super::abort::{WakeupPipe, readable, wait};
 use super::frame::{Answer, Greeting};
 use super::link;
 
-/// How long a caller may take to say who it is.
+/// How long a caller may take to send its greeting.
 const GREETING_TIME: Duration = Duration::from_secs(2);
-/// How long a neighbour that is ahead is kept. It calls again if it still wants to.
+/// How long an early neighbour is kept. It calls again if necessary.
 const PARKING_TIME: Duration = Duration::from_secs(30);
-/// Callers at a time that have not said who they are; one more takes the place of the oldest.
+/// The most callers at a time whose greeting is incomplete; one more replaces the oldest.
 const CALLERS: usize = 128;
-/// How many of them may be from one address.
+/// The most of these from one address.
 const CALLERS_OF_ONE_ADDRESS: usize = 64;
-/// Callers at a time that have said who they are and wait for their group; a process has one for each generation.
+/// The most callers at a time that have greeted and wait for their group. A member has one per generation.
 const PARKED: usize = 64;
-/// Callers that the system keeps until they are accepted. Where there is room, nobody has to come again a second later.
+/// The most callers that the system keeps until they are accepted; one that does not fit would try again a second
+/// later.
 const BACKLOG: i32 = 4096;
-/// Pause after the system could not accept a connection, for instance because of too many open files.
+/// Pause after the system failed to accept a connection, for instance because of too many open files.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// A bound port and the thread that sorts who calls there.
+/// A bound port, and the thread that sorts its callers.
 #[derive(Debug)]
 pub struct Listener {
     address: SocketAddr,
@@ -60,13 +61,13 @@ struct Shared {
 struct State {
     /// The newest group that this process was assigned to.
     newest: Option<Membership>,
-    /// Members of that group.
+    /// Callers that proved to be members of that group.
     proved: Parked,
-    /// Who says that it is of a later one.
+    /// Callers that claim to be members of a later group.
     early: Parked,
 }
 
-/// What a process knows of its newest group.
+/// What this process knows of its newest group.
 #[derive(Debug, Clone, Copy)]
 struct Membership {
     run: Digest,
@@ -74,7 +75,7 @@ struct Membership {
     key: GroupKey,
 }
 
-/// Callers that wait for their group, the oldest first; of each place in a group only the last one.
+/// Callers that wait for their group, oldest first; for each place in a group, only the last caller.
 #[derive(Debug, Default)]
 struct Parked(Vec<Parking>);
 
@@ -86,7 +87,7 @@ struct Parking {
     until: Instant,
 }
 
-/// Somebody who has not finished the greeting.
+/// A caller whose greeting is incomplete.
 #[derive(Debug)]
 struct Caller {
     from: IpAddr,
@@ -96,26 +97,26 @@ struct Caller {
     until: Instant,
 }
 
-/// What is done with a caller that has said who it is.
+/// What becomes of a caller that has greeted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
     /// It is a member of the newest group.
     Proved,
-    /// It may be one of a later group.
+    /// It may be a member of a later group.
     Early,
-    /// It cannot be let in, whatever comes.
+    /// It will never be let in.
     Refused(Answer),
 }
 
 impl Listener {
-    /// Binds `address` (port 0 lets the system choose) and starts to accept. `incarnation` is this process's.
+    /// Binds `address` (with port 0 the system chooses one) and starts to accept. `incarnation` is this process's.
     ///
     /// # Errors
     /// When the address is in use or not this machine's.
     pub fn bind(address: SocketAddr, incarnation: Incarnation) -> io::Result<Self> {
         let socket = TcpListener::bind(address)?;
         socket.set_nonblocking(true)?;
-        // The standard library asks for a short queue; the system allows what it allows.
+        // The standard library asks for a short queue; the system may still shorten this one.
         SockRef::from(&socket).listen(BACKLOG)?;
         let address = socket.local_addr()?;
         let shared = Arc::new(Shared {
@@ -141,8 +142,7 @@ impl Listener {
         self.shared.incarnation
     }
 
-    /// From now on this process is in `generation` of `run`: whoever calls for an older one, or does not have its key, is
-    /// refused.
+    /// Moves on to `generation` of `run`: from now on, callers from an older generation or without its key are refused.
     pub(super) fn advance(&mut self, run: Digest, generation: Generation, key: GroupKey) {
         let mut state = self.shared.state();
         state.newest = Some(Membership { run, generation, key });
@@ -153,8 +153,8 @@ impl Listener {
         }
     }
 
-    /// The connection of the one who greets exactly so, if it has called. Whoever else claims a place in the group is
-    /// refused.
+    /// The connection of the caller with exactly this greeting, if it has called. Refuses all others that claim a place
+    /// in the group.
     pub(super) fn take(&mut self, expected: &Greeting) -> Option<TcpStream> {
         self.shared.arrival.lower();
         let mut state = self.shared.state();
@@ -172,7 +172,7 @@ impl Listener {
     }
 }
 
-/// Readable when somebody has called since the last [`Listener::take`].
+/// Readable if somebody has called since the last [`Listener::take`].
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.shared.arrival.as_fd()
@@ -183,7 +183,7 @@ impl Drop for Listener {
     fn drop(&mut self) {
         self.shared.quit.raise();
         if let Some(thread) = self.thread.take() {
-            // It cannot panic on input; if it did, there is nothing left to stop.
+            // The thread cannot panic on input; even if it had, there would be nothing left to stop.
             drop(thread.join());
         }
     }
@@ -226,11 +226,11 @@ impl Shared {
                 match self.accept(socket, &mut callers) {
                     Ok(()) => deaf_until = None,
                     Err(error) => {
-                        // Said once, not ten times a second.
+                        // Log this once, not ten times a second.
                         if deaf_until.is_none() {
                             tracing::warn!(%error, "cannot accept connections of other workers, will try again");
                         }
-                        // Files are what is short, and strangers have them.
+                        // File descriptors are short, and strangers hold them.
                         callers.drain(..callers.len().div_ceil(2));
                         deaf_until = Some(Instant::now() + PAUSE);
                     }
@@ -239,7 +239,7 @@ impl Shared {
         }
     }
 
-    /// Accepts whoever is waiting, but no more at a time than are kept. An error asks for a pause.
+    /// Accepts waiting callers, but no more at a time than are kept. After an error the caller must pause.
     fn accept(&self, socket: &TcpListener, callers: &mut Vec<Caller>) -> io::Result<()> {
         for _ in 0..CALLERS {
             match socket.accept() {
@@ -261,7 +261,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Reads what a caller has to say; gives it back when that is not all.
+    /// Reads a caller's greeting; returns the caller if the greeting is still incomplete.
     fn hear(&self, mut caller: Caller) -> Option<Caller> {
         match caller.read() {
             Ok(None) => return Some(caller),
@@ -277,7 +277,7 @@ impl Shared {
         None
     }
 
-    /// Drops parked callers whose time is over; answers when the next one's is.
+    /// Drops parked callers whose time is over; returns when the next one's will be.
     fn expire(&self, now: Instant) -> Instant {
         let mut state = self.state();
         state.proved.0.retain(|caller| caller.until > now);
@@ -288,7 +288,7 @@ impl Shared {
 }
 
 impl State {
-    /// Keeps a caller until its group takes it, or refuses it. Answers whether it was kept.
+    /// Keeps a caller until its group takes it, or refuses it. Returns whether it was kept.
     fn park(&mut self, caller: Parking, me: Incarnation) -> bool {
         match judge(&caller.greeting, caller.proof, me, self.newest.as_ref()) {
             Verdict::Proved => self.proved.add(caller),
@@ -306,7 +306,7 @@ impl State {
 impl Parked {
     fn add(&mut self, caller: Parking) {
         let place = |caller: &Parking| (caller.greeting.generation, caller.greeting.from);
-        // Whoever calls again has given up its earlier call.
+        // A caller that calls again has given up its earlier call.
         self.0.retain(|other| place(other) != place(&caller));
         if self.0.len() == PARKED {
             self.0.remove(0);
@@ -315,12 +315,12 @@ impl Parked {
     }
 }
 
-/// Drops the oldest caller if the last one is one too many: of its address if there are too many of that.
+/// Drops the oldest caller if the last one is one too many: the oldest of its address, if that has too many.
 fn make_room(callers: &mut Vec<Caller>) {
     let Some(newest) = callers.last().map(|caller| caller.from) else { return };
     let mut same = callers.iter().enumerate().filter(|(_, caller)| caller.from == newest);
     let first_of_address = same.next().map_or(0, |(index, _)| index);
-    // The first one is counted already.
+    // `same` is past the first one, which counts, too.
     if same.count() + 1 > CALLERS_OF_ONE_ADDRESS {
         callers.remove(first_of_address);
     } else if callers.len() > CALLERS {
@@ -343,7 +343,7 @@ impl Caller {
     }
 }
 
-/// What becomes of a caller.
+/// Decides what becomes of a caller.
 fn judge(greeting: &Greeting, proof: blake3::Hash, me: Incarnation, newest: Option<&Membership>) -> Verdict {
     if greeting.to_incarnation != me {
         return Verdict::Refused(Answer::OtherIncarnation);
@@ -363,7 +363,7 @@ fn judge(greeting: &Greeting, proof: blake3::Hash, me: Incarnation, newest: Opti
 }
 
 fn answer(mut stream: &TcpStream, answer: &[u8; Answer::BYTES]) {
-    // It fits the empty buffer of a new connection; if the caller is gone, it needs no answer.
+    // The answer fits the empty buffer of a new connection; a caller that is gone needs none.
     drop(stream.write(answer));
 }
 
@@ -403,7 +403,7 @@ mod tests {
         assert_eq!(judge(other, 3, 5, None), Verdict::Early);
         let other_key = Membership { key: GroupKey::from_bytes([2; 32]), ..newest };
         assert_eq!(judge(run, 3, 5, Some(&other_key)), Verdict::Refused(Answer::OtherKey));
-        // Not yet: the key of a later generation is not known.
+        // Not refused yet, because the key of a later generation is not known.
         assert_eq!(judge(run, 4, 5, Some(&other_key)), Verdict::Early);
     }
 
@@ -447,7 +447,7 @@ mod tests {
             make_room(callers);
         };
         add(&mut callers, [10, 0, 0, 1]);
-        // One address fills its own share.
+        // One address fills only its own share.
         for _ in 0..2 * CALLERS {
             add(&mut callers, [10, 0, 0, 2]);
         }

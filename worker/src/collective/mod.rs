@@ -1,19 +1,20 @@
 //! Collective operations: how the members of a group add up and share what they hold.
 //!
-//! [`Collective`] is the seam: trainers know it alone. What it promises is that every member of a group calls the
-//! same operations in the same order, and that every member then has the same bits: sums are of integers, and exact.
+//! [`Collective`] is the seam: trainers know nothing else of this module. Every member of a group calls the same
+//! operations in the same order, or the group ends; afterwards every member has the same bits, because sums are of
+//! integers and exact.
 //!
-//! A group is of one generation and is never mended. When anything goes wrong, on any member, all its
-//! connections are closed, which ends the operation everywhere; a new group is formed under a new generation.
-//! This module does not decide who is in a group, and does not retry.
+//! A group belongs to one generation and is never repaired. When anything goes wrong on any member, all its connections
+//! are closed, which ends the operation everywhere; a new group is formed under a new generation. This module does not
+//! decide who is in a group, and does not retry.
 //!
-//! What goes round is checked: members prove to each other that they belong to the group, frames carry checksums, and a
-//! link that is dead is noticed within seconds. [`CollectiveError::blames`] tells which neighbour it was.
+//! Everything sent is checked: members prove to each other that they belong to the group, frames carry checksums, and a
+//! dead link is noticed within seconds. [`CollectiveError::blames`] tells which neighbour was at fault.
 //!
 //! - [`chunks`]: which part of a vector belongs to which member.
 //! - [`TcpGroup`]: a ring over TCP. [`Listener`]: the port at which a process takes part in one ring after another.
 //! - [`AbortHandle`]: how other threads end a blocked operation.
-//! - [`Watch`]: whether a group stands that reduces in another way just now, from device to device.
+//! - [`Watch`]: whether a group still stands while its devices reduce among themselves.
 
 mod abort;
 mod call;
@@ -37,7 +38,7 @@ pub use listener::Listener;
 pub use tcp::{Place, TcpGroup};
 pub use watch::Watch;
 
-/// A vector that is handed round as it is, in host memory.
+/// A vector in host memory, to be broadcast unchanged.
 #[derive(Debug)]
 pub enum Data<'a> {
     /// 64-bit integers.
@@ -61,13 +62,13 @@ impl<'a> From<&'a mut [f32]> for Data<'a> {
 /// The operations of a group. All work in place; lengths and types must be the same on all members.
 ///
 /// # Errors
-/// All operations fail alike: after the first error the group is of no more use, and says the same error again.
-#[expect(clippy::missing_errors_doc, reason = "said once, above")]
+/// All operations fail alike: after the first error the group is of no more use, and returns the same error again.
+#[expect(clippy::missing_errors_doc, reason = "described once, above")]
 pub trait Collective: Send {
-    /// This member's place, from 0.
+    /// This member's rank, from 0.
     fn rank(&self) -> Rank;
 
-    /// Members of the group.
+    /// The number of members.
     fn size(&self) -> usize;
 
     /// Replaces `values` by the sum over all members, modulo 2^64.
@@ -76,40 +77,40 @@ pub trait Collective: Send {
     /// Replaces this member's part ([`chunks`]) of `values` by the sum over all members; the rest holds partial sums.
     fn reduce_scatter(&mut self, values: &mut [i64]) -> Result<(), CollectiveError>;
 
-    /// Replaces all other members' parts ([`chunks`]) of `values` by what those members hold there.
+    /// Replaces the other members' parts ([`chunks`]) of `values` by what those members hold there.
     fn all_gather(&mut self, values: &mut [f32]) -> Result<(), CollectiveError>;
 
-    /// Replaces `data` by what `root` holds.
+    /// Replaces `data` by member `root`'s.
     fn broadcast(&mut self, root: Rank, data: Data<'_>) -> Result<(), CollectiveError>;
 
-    /// Ends any operation, now or later, from another thread.
+    /// A handle that ends any operation, present or future, from another thread.
     fn abort_handle(&self) -> AbortHandle;
 
-    /// Tells whether the group still stands, while its members do something together in another way that takes no longer
-    /// than `within`.
+    /// A watch that tells whether the group still stands, while its members do something together in another way, for
+    /// at most `within`.
     fn watch(&self, within: Duration) -> Result<Watch, CollectiveError>;
 }
 
-/// Why an operation, or the forming of a group, did not succeed.
+/// Why an operation, or forming a group, failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CollectiveError {
-    /// Another thread of this process ended it.
+    /// Another thread of this process ended the operation.
     #[error("the collective was aborted")]
     Aborted,
-    /// Nothing at the next member's address answered as that member.
+    /// Nobody at the next member's address answered as that member.
     #[error(
         "rank {rank} could not be reached at {address} for generation {generation} within {after:?}: {reason}; see that it runs, and that its address and port are open to other workers"
     )]
     Unreachable {
         /// The neighbour.
         rank: Rank,
-        /// Where it should be.
+        /// The neighbour's address.
         address: String,
         /// The group that was to be formed.
         generation: Generation,
-        /// How long it was tried.
+        /// How long this member tried.
         after: Duration,
-        /// What happened last.
+        /// What happened at the last attempt.
         reason: String,
     },
     /// The member before this one did not call.
@@ -119,35 +120,35 @@ pub enum CollectiveError {
         rank: Rank,
         /// The group that was to be formed.
         generation: Generation,
-        /// How long it was waited for.
+        /// How long this member waited.
         after: Duration,
     },
-    /// A neighbour's connection broke: its process died, or it left the group because of an error of its own.
+    /// A neighbour's connection broke: its process died, or it left the group after an error of its own.
     #[error("lost the connection to rank {rank}: {reason}")]
     PeerLost {
         /// The neighbour.
         rank: Rank,
-        /// What the connection said.
+        /// The error of the connection.
         reason: String,
     },
-    /// Nothing moved for too long.
+    /// No byte was sent or received for too long.
     #[error("rank {rank} was silent for {after:?} in {operation}")]
     Timeout {
-        /// The neighbour that was waited for.
+        /// The neighbour that this member was waiting for.
         rank: Rank,
-        /// What was going on.
+        /// The operation.
         operation: String,
-        /// How long.
+        /// How long this member waited.
         after: Duration,
     },
-    /// What came over a link is not what was sent. Nothing of it was used.
+    /// Data changed on the way from a neighbour. None of it was used.
     #[error(
         "what rank {from} ({name}) sent to rank {to} was damaged on the way, {what}; if it happens again, look at the network and the memory of both"
     )]
     Damaged {
         /// The neighbour that sent it.
         from: Rank,
-        /// Who that is, for a person.
+        /// The neighbour's name, for people.
         name: String,
         /// This member.
         to: Rank,
@@ -159,26 +160,26 @@ pub enum CollectiveError {
     Protocol {
         /// The neighbour.
         rank: Rank,
-        /// What was expected, and what came.
+        /// What was expected, and what was received.
         reason: String,
     },
-    /// A neighbour does not want this member in its group.
+    /// A neighbour did not let this member into its group.
     #[error("rank {rank} refused the connection: {reason}")]
     Refused {
         /// The neighbour.
         rank: Rank,
-        /// Why.
+        /// The neighbour's reason.
         reason: &'static str,
     },
-    /// The devices' own way to reduce failed.
+    /// The reduction from device to device failed.
     #[error("{0}")]
     Device(String),
-    /// This machine's network does not do what it should.
+    /// A network function of this machine's system failed.
     #[error("{act}: {reason}")]
     Network {
         /// What was tried.
         act: String,
-        /// What the system said.
+        /// The system's error.
         reason: String,
     },
 }
@@ -200,8 +201,8 @@ impl CollectiveError {
         }
     }
 
-    /// The neighbour that this member holds it against, and what. `None` where the fault is its own or nobody's: it was
-    /// aborted, it belongs to another group, or the programs differ.
+    /// The neighbour that this member blames, and for what. `None` if the fault is its own or nobody's: it was aborted,
+    /// it belongs to another group, or the programs differ.
     pub fn blames(&self) -> Option<(Rank, Blame)> {
         match self {
             Self::Unreachable { rank, .. } => Some((*rank, Blame::Unreachable)),
@@ -218,8 +219,8 @@ impl CollectiveError {
     }
 }
 
-/// Which part of a vector of `length` elements belongs to which member of a group of `size`: whole [`BLOCK`]s, of which
-/// the norm of a gradient is summed, unless there are fewer blocks than members.
+/// Which part of a vector of `length` elements belongs to which member of a group of `size`. Parts are whole
+/// [`BLOCK`]s, by which a gradient's norm is summed, unless there are fewer blocks than members.
 ///
 /// # Panics
 /// When `size` is 0.

@@ -1,9 +1,9 @@
 //! The two connections of a member, and the frames that go over them.
 //!
 //! [`Ring::exchange`] sends and receives at the same time without blocking on either, so frames of any size cannot
-//! deadlock, whatever the socket buffers hold. A frame counts as received when its checksum is right: until then nobody
-//! uses its data or passes them on. Checksums are taken of what goes through the socket, piece by piece while it is in the
-//! processor's cache.
+//! deadlock, whatever the socket buffers hold. A frame counts as received when its checksum is right; until then its
+//! data are neither used nor passed on. Checksums are computed piece by piece, while a piece is in the processor's
+//! cache anyway.
 
 use std::fmt::Display;
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
@@ -18,7 +18,7 @@ use super::abort::{AbortHandle, readable, wait};
 use super::frame::{Checksum, Decoded, Header};
 use super::{CollectiveError, link};
 
-/// Bytes that go through a socket at once: few calls, and still in the cache when the checksum is taken.
+/// Bytes per call of a socket: enough for few calls, little enough to be in the cache when the checksum is computed.
 const PIECE: usize = 1 << 17;
 
 /// The two connections of a member.
@@ -35,13 +35,13 @@ pub(super) struct Ring {
 #[derive(Debug)]
 pub(super) struct End {
     pub(super) rank: Rank,
-    /// Who that is, for a person.
+    /// The neighbour's name, for people.
     pub(super) name: String,
     pub(super) stream: TcpStream,
 }
 
 impl End {
-    /// Fails when the next member has closed the connection. Where packets reach it no longer, nothing else may tell: what
+    /// Fails if the next member has closed the connection. If packets no longer reach it, nothing else may tell: what
     /// is sent to it is lost, and never answered.
     fn still_takes(&self) -> io::Result<()> {
         match or_would_block(self.stream.peek(&mut [0]))? {
@@ -55,16 +55,16 @@ impl End {
 }
 
 impl Ring {
-    /// Closes both connections so that the neighbours are told at once, whatever they do or have sent.
+    /// Closes both connections so that the neighbours notice at once, whatever they are doing or have sent.
     pub(super) fn reset(self) {
         for end in [&self.next, &self.previous] {
-            // Without it the connection is closed in order, which is noticed later.
+            // Should this fail, the connection is closed in order, which is noticed later.
             drop(SockRef::from(&end.stream).set_linger(Some(Duration::ZERO)));
         }
     }
 
-    /// Sends a frame to the next member while receiving one from the previous. `received` comes with the header
-    /// that its frame must have, but for the length, which the buffer gives.
+    /// Sends a frame to the next member while receiving one from the previous. `received` is the header that the frame
+    /// must have, and the buffer for its data, which determines the length in that header.
     pub(super) fn exchange(
         &self,
         abort: &AbortHandle,
@@ -77,7 +77,7 @@ impl Ring {
         let Some(operation) = sent.or(incoming.as_ref().map(|frame| frame.expected)) else { return Ok(()) };
         let lost = |end: &End, error: &io::Error| lost(end.rank, error, &operation);
         let mut deadline = Instant::now() + self.stall;
-        // Whether an end that nothing is awaited of may still say that its link is dead.
+        // Whether an end that is idle now may still report a dead link.
         let mut open = [true; 2];
         while outgoing.is_some() || incoming.is_some() {
             if abort.is_aborted() {
@@ -111,13 +111,13 @@ impl Ring {
                     return Err(CollectiveError::Timeout { rank, operation, after: self.stall });
                 }
             }
-            // The next member sends nothing: what can be read of it is that it has closed the connection.
+            // The next member sends nothing; its end becomes readable when it closes the connection.
             let ends = [
                 (&self.next, outgoing.as_ref().map(|_| PollFlags::OUT | PollFlags::IN)),
                 (&self.previous, incoming.as_ref().map(|_| PollFlags::IN)),
             ];
             let mut sources = vec![readable(abort)];
-            // An error is told of any end, whether something is awaited of it or not.
+            // The system reports errors of any end in the list, even of one that awaits nothing.
             let watched = ends.iter().zip(open).filter(|((_, awaited), open)| awaited.is_some() || *open);
             sources.extend(
                 watched.map(|((end, awaited), _)| {
@@ -133,7 +133,7 @@ impl Ring {
             for ((end, awaited), open) in ends.into_iter().zip(&mut open) {
                 if broken && awaited.is_none() && *open {
                     match end.stream.take_error() {
-                        // Nothing is wrong with this one.
+                        // The error is not at this end.
                         Ok(None) => *open = false,
                         Ok(Some(error)) | Err(error) => return Err(lost(end, &error)),
                     }
@@ -143,7 +143,7 @@ impl Ring {
         Ok(())
     }
 
-    /// Compares header and checksum, as soon as they are there, with what is due.
+    /// Compares header and checksum with the expected ones, as soon as each has arrived.
     fn check(&self, frame: &Incoming<'_>) -> Result<(), CollectiveError> {
         let (rank, expected) = (self.previous.rank, frame.expected);
         let damaged = |what: String| CollectiveError::Damaged {
@@ -179,9 +179,9 @@ struct Outgoing<'a> {
     encoded: [u8; Header::BYTES],
     data: &'a [u8],
     checksum: Checksum,
-    /// Bytes of data that the checksum knows.
+    /// Bytes of data that the checksum includes.
     summed: usize,
-    /// The checksum, once it knows all.
+    /// The encoded checksum, valid once it includes all data.
     trailer: [u8; Checksum::BYTES],
     done: usize,
 }
@@ -199,7 +199,7 @@ impl<'a> Outgoing<'a> {
         self.done == Header::BYTES + self.data.len() + Checksum::BYTES
     }
 
-    /// Writes what the socket takes; answers whether it took anything.
+    /// Writes as much as the socket takes; returns whether it took anything.
     fn write(&mut self, mut stream: &TcpStream) -> io::Result<bool> {
         let length = self.data.len();
         let sent = self.done.saturating_sub(Header::BYTES).min(length);
@@ -234,7 +234,7 @@ struct Incoming<'a> {
 impl<'a> Incoming<'a> {
     fn new(expected: Header, data: &'a mut [u8]) -> Self {
         let expected = Header { bytes: data.len() as u64, ..expected };
-        // A frame with another header is refused before its checksum is looked at.
+        // A frame with another header is refused before its checksum is compared.
         let checksum = Checksum::begin(&expected.encode());
         Self { expected, encoded: [0; Header::BYTES], data, checksum, trailer: [0; Checksum::BYTES], done: 0 }
     }
@@ -243,7 +243,7 @@ impl<'a> Incoming<'a> {
         self.done == Header::BYTES + self.data.len() + Checksum::BYTES
     }
 
-    /// Reads what the socket has, the header first; answers whether it had anything.
+    /// Reads what the socket has, the header first; returns whether it had anything.
     fn read(&mut self, mut stream: &TcpStream) -> io::Result<bool> {
         let length = self.data.len();
         let count = match self.done.checked_sub(Header::BYTES) {
@@ -265,7 +265,7 @@ impl<'a> Incoming<'a> {
     }
 }
 
-/// `None` when the socket is not ready.
+/// Turns "not ready" into `None`.
 pub(super) fn or_would_block(result: io::Result<usize>) -> io::Result<Option<usize>> {
     match result {
         Ok(count) => Ok(Some(count)),
@@ -274,10 +274,10 @@ pub(super) fn or_would_block(result: io::Result<usize>) -> io::Result<Option<usi
     }
 }
 
-/// What the end of a connection says about the neighbour.
+/// What the error of a connection tells about the neighbour.
 pub(super) fn lost(rank: Rank, error: &io::Error, operation: &dyn Display) -> CollectiveError {
     let reason = match error.kind() {
-        // Nobody ended it: the kernel did, because the other machine says nothing any more.
+        // The kernel ended the connection because the other machine no longer answers.
         ErrorKind::TimedOut | ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => {
             let operation = operation.to_string();
             return CollectiveError::Timeout { rank, operation, after: link::DEAD_AFTER };

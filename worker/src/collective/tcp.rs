@@ -1,11 +1,11 @@
 //! A ring over TCP: every member sends to the next and receives from the one before, at the same time.
 //!
-//! Reduce-scatter and all-gather go round the ring in `size - 1` hops of one chunk each, which is the least that
-//! any algorithm can send; broadcast passes segments on as they come.
+//! Reduce-scatter and all-gather go round the ring in `size - 1` hops of one part each, the least that any algorithm
+//! can send; broadcast passes segments on as they arrive.
 //!
-//! Only one thread uses a group. It blocks in [`wait`] alone, together with the group's [`AbortHandle`]. Sockets
-//! belong to one generation and are reset at the first error, so that the error goes round the ring and no member
-//! is left waiting for one that has given up.
+//! Only one thread uses a group. It blocks nowhere but in [`wait`](super::abort::wait), where the group's
+//! [`AbortHandle`] can wake it. Sockets belong to one generation and are reset at the first error, so that the error
+//! goes round the ring and no member is left waiting for one that has given up.
 
 use std::io;
 use std::time::Duration;
@@ -21,7 +21,7 @@ use super::ring::{End, Ring, network};
 use super::watch::Watch;
 use super::{Collective, CollectiveError, Data, chunks};
 
-/// Bytes that a broadcast passes on at a time: small against the data, large against a packet.
+/// Bytes that a broadcast passes on at a time: few compared with the data, many compared with a packet.
 const SEGMENT: usize = 1 << 20;
 
 /// A member's place in a group that is to be formed.
@@ -33,11 +33,11 @@ pub struct Place {
     pub generation: Generation,
     /// This member's rank.
     pub rank: Rank,
-    /// Members of the group.
+    /// The number of members.
     pub size: u32,
-    /// What its members know each other by.
+    /// The key by which members recognise each other.
     pub key: GroupKey,
-    /// The member before this one. A group of one has itself on both sides, and uses neither.
+    /// The member before this one. In a group of one it is this member itself, and is not used.
     pub previous: Peer,
     /// The member after this one.
     pub next: Peer,
@@ -58,23 +58,23 @@ pub struct TcpGroup {
     /// `None` in a group of one.
     ring: Option<Ring>,
     abort: AbortHandle,
-    /// Operations entered, an all-reduce counting as two.
+    /// The number of operations entered; an all-reduce counts as two.
     entered: u64,
-    /// Receives what is then added; kept, so that steps do not allocate. `i64`, for its alignment.
+    /// Receives the integers that are then added. It is kept so that steps do not allocate.
     scratch: Vec<i64>,
     failure: Option<CollectiveError>,
 }
 
 impl TcpGroup {
-    /// Connects to both neighbours. Blocks until both have agreed, `abort` is used, or `patience` is over.
+    /// Connects to both neighbours. Blocks until both have agreed, `abort` is used, or `patience` has passed.
     ///
-    /// `stall` is how long a later operation may go without a single byte moving: longer than the slowest
-    /// member's share of a step.
+    /// `stall` is how long a later operation may go without sending or receiving a byte: longer than the slowest
+    /// member's share of a step takes.
     ///
     /// # Errors
-    /// [`CollectiveError::Refused`] when a neighbour is in a later generation or has been replaced;
-    /// [`CollectiveError::Unreachable`] when the next one does not answer, and [`CollectiveError::NeverCame`] when it
-    /// does and the previous one does not call.
+    /// [`CollectiveError::Refused`] if a neighbour is in a later generation or has been replaced;
+    /// [`CollectiveError::Unreachable`] if the next member does not answer; [`CollectiveError::NeverCame`] if it does,
+    /// but the previous member does not call.
     pub fn form(
         listener: &mut Listener,
         place: &Place,
@@ -121,7 +121,7 @@ impl TcpGroup {
         let result = if self.abort.is_aborted() { Err(CollectiveError::Aborted) } else { operation(self) };
         self.abort.finish();
         result.map_err(|error| {
-            // A connection that breaks while this member is being aborted breaks because of the abort.
+            // If a connection breaks while this member is being aborted, the abort is the cause.
             let error = if self.abort.is_aborted() { CollectiveError::Aborted } else { error };
             if let Some(ring) = self.ring.take() {
                 ring.reset();
@@ -130,7 +130,7 @@ impl TcpGroup {
         })
     }
 
-    /// The header of this operation's frames, but for `part` and `bytes`.
+    /// Enters an operation; returns the header of its frames, without `part` and `bytes`.
     fn begin(&mut self, operation: Operation, element: ElementType) -> Header {
         self.entered += 1;
         self.abort.enter(self.entered);
@@ -138,7 +138,7 @@ impl TcpGroup {
         Header { generation, number, operation, element, part: 0, bytes: 0 }
     }
 
-    /// Rank r's chunk is summed in the order r+1, r+2, ..., r, wherever it is in the ring.
+    /// Leaves each member's part summed over all members, in that member's `values`.
     fn sum_chunks(&mut self, values: &mut [i64]) -> Result<(), CollectiveError> {
         let header = self.begin(Operation::ReduceScatter, ElementType::I64);
         let Some(ring) = &self.ring else { return Ok(()) };
@@ -160,6 +160,7 @@ impl TcpGroup {
         Ok(())
     }
 
+    /// Sends each member's part to all others.
     fn spread_chunks<T: Element>(&mut self, values: &mut [T]) -> Result<(), CollectiveError> {
         let header = self.begin(Operation::AllGather, T::TYPE);
         let Some(ring) = &self.ring else { return Ok(()) };
@@ -167,8 +168,7 @@ impl TcpGroup {
         for hop in 1..size {
             let sent = chunks.part((self.rank + size + 1 - hop) % size);
             let received = chunks.part((self.rank + size - hop) % size);
-            let [sent, received] =
-                values.get_disjoint_mut([sent, received]).expect("chunks of two ranks do not overlap");
+            let [sent, received] = values.get_disjoint_mut([sent, received]).expect("parts do not overlap");
             let header = Header { part: hop as u32, ..header };
             ring.exchange(
                 &self.abort,
@@ -179,7 +179,7 @@ impl TcpGroup {
         Ok(())
     }
 
-    /// Segments travel down the ring from `root`; each member receives one while it passes on the one before.
+    /// Sends segments down the ring from `root`; each member receives one while it passes on the one before.
     fn pass_on<T: Element>(&mut self, root: Rank, values: &mut [T]) -> Result<(), CollectiveError> {
         assert!(root.index() < self.size, "root {root} is not in a group of {}", self.size);
         let header = self.begin(Operation::Broadcast, T::TYPE);
@@ -250,7 +250,7 @@ impl Collective for TcpGroup {
     }
 }
 
-/// What can be sent as it lies in memory.
+/// Elements that are sent as they are in memory.
 trait Element: Pod {
     const TYPE: ElementType;
 }

@@ -14,7 +14,7 @@ use super::*;
 
 mod cut_links;
 
-/// Far longer than anything takes that succeeds.
+/// Far longer than anything that succeeds takes.
 const PATIENCE: Duration = Duration::from_secs(30);
 const LOOPBACK: &str = "127.0.0.1:0";
 const KEY: GroupKey = GroupKey::from_bytes([9; 32]);
@@ -69,7 +69,7 @@ fn run_ring<T: Send>(size: usize, member: impl Fn(TcpGroup) -> T + Sync) -> Vec<
     run_group(&mut listeners, 1, member)
 }
 
-/// Some value that differs between ranks and positions and has no short binary fraction.
+/// A value that differs between ranks and positions and has no short binary fraction.
 fn value(rank: usize, index: usize) -> f32 {
     ((rank * 7919 + index * 104_729) % 1013) as f32 / 7.0 - 70.0
 }
@@ -78,7 +78,7 @@ fn integer(rank: usize, index: usize) -> i64 {
     (value(rank, index) as f64 * 1e15) as i64
 }
 
-/// Runs everything once on vectors of `length` and compares with sums taken alone.
+/// Runs every operation once on vectors of `length` elements and compares the results with sums made by one process.
 fn check_all(size: usize, length: usize) {
     let vector = |rank: usize| (0..length).map(|index| value(rank, index)).collect::<Vec<f32>>();
     let integers = |rank: usize| (0..length).map(|index| integer(rank, index)).collect::<Vec<i64>>();
@@ -172,7 +172,7 @@ fn the_same_processes_form_one_group_after_another() {
     assert_eq!(alone, [Ok([5])]);
 }
 
-/// One member does not take part; `disturb` is done while the others are blocked. Answers their errors.
+/// Calls `disturb` on the one member that does not take part, while the others are blocked; returns the others' errors.
 fn errors_of_blocked(size: usize, disturb: impl Fn(TcpGroup, &[AbortHandle]) + Sync) -> Vec<CollectiveError> {
     let (blocked, seen) = mpsc::channel();
     let seen = std::sync::Mutex::new(seen);
@@ -186,7 +186,7 @@ fn errors_of_blocked(size: usize, disturb: impl Fn(TcpGroup, &[AbortHandle]) + S
         blocked.send(group.abort_handle()).unwrap();
         let mut data = vec![1_i64; 2_000_000];
         let error = group.all_reduce(&mut data).unwrap_err();
-        // The group is of no more use and says why.
+        // The group is of no more use, and returns the same error.
         assert_eq!(group.broadcast(Rank::new(0), data.as_mut_slice().into()), Err(error.clone()));
         Some(error)
     });
@@ -202,7 +202,7 @@ fn an_abort_ends_a_blocked_operation_of_this_member_and_frees_the_others() {
     });
     assert_eq!(errors, [CollectiveError::Aborted]);
 
-    // Only one is aborted, and nobody else does anything: the error goes round the ring.
+    // Only one member is aborted: the error goes round the ring.
     let errors = errors_of_blocked(4, |group, handles| {
         handles[0].abort();
         let mut group = group;
@@ -226,7 +226,7 @@ fn the_death_of_a_member_is_noticed_by_all() {
     }
 }
 
-/// What a member sees that looks at its group while it does something else.
+/// A member watches its group while it does something else.
 #[test]
 fn a_watch_tells_who_is_lost() {
     let broken = |watch: &Watch| std::iter::repeat_with(|| watch.broken()).flatten().next();
@@ -235,7 +235,7 @@ fn a_watch_tells_who_is_lost() {
         assert_eq!(watch.broken(), None);
         let late = group.watch(Duration::ZERO).unwrap();
         assert!(matches!(broken(&late), Some(CollectiveError::Timeout { .. })));
-        // What the other sends already is for the next operation.
+        // What the other member has sent belongs to the next operation.
         group.all_reduce(&mut [1; 8]).unwrap();
         assert_eq!(watch.broken(), None);
         if group.rank() == Rank::new(1) {
@@ -304,7 +304,7 @@ fn a_member_that_comes_early_is_kept_until_its_group_is_known() {
     std::thread::scope(|scope| {
         let peers = &peers;
         let early = scope.spawn(move || form(second, &place(2, 1, peers)).unwrap());
-        // The early one has called when the port of the other says so.
+        // The other's port tells when the early one has called.
         abort::wait(&mut [abort::readable(first)], std::time::Instant::now() + PATIENCE).unwrap();
         form(first, &place(2, 0, peers)).unwrap();
         drop(early.join().unwrap());
@@ -366,7 +366,7 @@ fn strangers_on_the_port_do_no_harm() {
     browser.write_all(format!("GET / HTTP/1.1\r\nX: {}\r\n\r\n", "y".repeat(100)).as_bytes()).unwrap();
     silent.write_all(b"u").unwrap();
     run_group(&mut listeners, 1, drop);
-    // The connection is closed (or reset, for it was not read to its end), without a word.
+    // The connection is closed (or reset, as not all of it was read) without an answer.
     assert!(!matches!(browser.read(&mut [0; 16]), Ok(count) if count > 0));
 }
 
@@ -395,10 +395,10 @@ fn forming_ends_on_abort_and_when_patience_is_over() {
     assert_eq!(error, CollectiveError::Aborted);
 }
 
-/// Neither an address that answers no packet nor a machine that refuses holds a group up for longer than its patience.
+/// Neither an address that answers no packet nor a machine that refuses delays a group beyond its patience.
 #[test]
 fn an_address_that_nobody_answers_is_named_from_both_sides() {
-    // As many connections as a queue of none takes: the system answers no further call.
+    // One connection fills a queue of length zero: the system answers no further call.
     let full = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     full.bind(&LOOPBACK.parse::<SocketAddr>().unwrap().into()).unwrap();
     full.listen(0).unwrap();
@@ -457,7 +457,7 @@ fn neighbours_are_found_by_name() {
     });
 }
 
-/// Whoever knows everything but the key.
+/// The stranger knows everything except the key.
 #[test]
 fn nobody_is_a_member_without_the_key() {
     let other_key = GroupKey::from_bytes([1; 32]);
@@ -477,7 +477,7 @@ fn nobody_is_a_member_without_the_key() {
         Answer::decode(&answer, &greeting, &KEY).unwrap()
     };
 
-    // Early, when nobody can tell yet; and in a generation that is known.
+    // First early, when nobody can check the key yet; then in a known generation.
     let mut early = TcpStream::connect(listeners[0].address()).unwrap();
     early.write_all(&greeting.encode(&other_key)).unwrap();
     abort::wait(&mut [abort::readable(&listeners[0])], Instant::now() + PATIENCE).unwrap();
@@ -504,7 +504,7 @@ fn nobody_is_a_member_without_the_key() {
         let refused = refusal(first, &keyless);
         assert!(refused.contains("key"), "{refused}");
         let error = member.join().unwrap();
-        // The first one took no call of a member: it has another key.
+        // The first one let no member in, because it has another key.
         assert!(error.blames().is_some() || matches!(error, CollectiveError::Refused { .. }), "{error}");
     });
 }
@@ -568,7 +568,7 @@ fn damaging(target: SocketAddr, bit: usize) -> SocketAddr {
     address
 }
 
-/// A single bit on the way from rank 0 to rank 1.
+/// Changes a single bit on the way from rank 0 to rank 1.
 #[test]
 fn damage_on_the_way_ends_the_group_and_names_the_link() {
     let length = 3 * 40_000;
@@ -623,7 +623,7 @@ fn damage_on_the_way_ends_the_group_and_names_the_link() {
     }
 }
 
-/// A greeting that was damaged makes no connection, whatever it says now.
+/// A damaged greeting makes no connection, whatever it says now.
 #[test]
 fn a_damaged_greeting_is_not_taken() {
     for byte in [2, 20, 45, 50, 55, 66, 70, 99] {
@@ -644,7 +644,7 @@ fn a_damaged_greeting_is_not_taken() {
     }
 }
 
-/// Connections that say nothing, some hundred that stay and more all the time.
+/// Several hundred silent connections stay, and new ones keep coming.
 #[test]
 fn idle_strangers_do_not_keep_members_out() {
     let mut listeners: Vec<_> = (0..2).map(listen).collect();
@@ -685,7 +685,7 @@ fn idle_strangers_do_not_keep_members_out() {
     drop(busy);
 }
 
-/// A stranger that knows whom it calls fills the room for early callers, and takes the members' places there.
+/// A stranger that knows whom to call fills the room for early callers, and claims the members' places there.
 #[test]
 fn early_strangers_do_not_keep_members_out() {
     let mut listeners: Vec<_> = (0..2).map(listen).collect();
@@ -718,7 +718,7 @@ fn early_strangers_do_not_keep_members_out() {
     });
 }
 
-/// It answers no longer than it computes, and has no room for what the others send meanwhile.
+/// The slow member reads nothing while it computes, and has no room for what the others send meanwhile.
 #[test]
 fn a_member_that_is_slow_is_not_lost() {
     let (never, silence) = mpsc::channel::<()>();
@@ -735,7 +735,7 @@ fn a_member_that_is_slow_is_not_lost() {
     assert_eq!(sums, [Ok(2), Ok(2)]);
 }
 
-/// What heartbeats tell of a member, seen from another thread.
+/// What heartbeats tell about a member, seen from another thread.
 #[test]
 fn an_operation_that_stands_still_can_be_seen_from_outside() {
     let still = |handle: &AbortHandle| {

@@ -1,4 +1,5 @@
-//! Whether a group still stands while its devices reduce among themselves: their library says nothing when a peer dies.
+//! Tells whether a group still stands while its devices reduce among themselves, because their library does not report
+//! that a peer died.
 
 use std::io;
 use std::net::TcpStream;
@@ -11,20 +12,20 @@ use super::CollectiveError;
 use super::abort::AbortHandle;
 use super::ring::{lost, or_would_block};
 
-/// A neighbour whose connection has ended may just have finished what this member is about to finish.
+/// How long to go on after a neighbour closed its connection: it may have just finished what this member is about to.
 const GRACE: Duration = Duration::from_millis(250);
 
-/// What goes on meanwhile, for a person.
+/// The operation meanwhile, for people.
 const OPERATION: &str = "an operation of the devices";
 
-/// The connections of a member, to look at. Of one operation.
+/// A view of a member's connections, for one operation of its device.
 #[derive(Debug)]
 pub struct Watch {
     abort: AbortHandle,
     neighbours: Vec<(Rank, TcpStream)>,
     begun: Instant,
     within: Duration,
-    /// When a connection was first seen to have ended.
+    /// When a connection was first found to have ended.
     ended: OnceLock<Instant>,
 }
 
@@ -33,7 +34,7 @@ impl Watch {
         Self { abort, neighbours, begun: Instant::now(), within, ended: OnceLock::new() }
     }
 
-    /// Why the operation will not end well, if so: it was aborted, a neighbour is gone, or it has taken too long.
+    /// Why the operation cannot succeed, if so: it was aborted, a neighbour is gone, or it has taken too long.
     pub fn broken(&self) -> Option<CollectiveError> {
         if self.abort.is_aborted() {
             return Some(CollectiveError::Aborted);
@@ -49,7 +50,7 @@ impl Watch {
     }
 }
 
-/// How a connection has ended, if it has. Data that are there belong to the next operation.
+/// How a connection has ended, if it has. Data waiting there belong to the next operation.
 fn ended(stream: &TcpStream) -> Option<io::Error> {
     match or_would_block(stream.peek(&mut [0])) {
         Ok(Some(0)) => Some(io::ErrorKind::UnexpectedEof.into()),

@@ -1,5 +1,6 @@
-//! One choice of algorithms for all workers of a run: which of several is the fastest, a device finds out by trying, and they
-//! differ in the order in which they sum. The first worker of a kind of device keeps its choice in the run's folder.
+//! One choice of algorithms for all workers of a run. Algorithms differ in the order in which they sum, and which is
+//! fastest can only be measured; so the first worker with a kind of device stores its choice in the run's folder for
+//! all others.
 
 use ulmus_backend::TrainingBackend;
 use ulmus_checkpoint::StoreError;
@@ -8,8 +9,8 @@ use ulmus_run::paths;
 use crate::WorkerError;
 use crate::run::Run;
 
-/// Does `work`, which needs all products of matrices that the run will need, with the run's algorithms for this kind of
-/// device. May do it twice.
+/// Does `work` with the run's algorithms for this kind of device, possibly twice. `work` must need all matrix products
+/// that the run will need.
 pub(super) fn measured<B: TrainingBackend, R>(
     run: &Run,
     backend: &B,
@@ -25,7 +26,7 @@ pub(super) fn measured<B: TrainingBackend, R>(
             WorkerError::Plan(format!("{path} of the run is damaged: {error}; delete it"))
         })?;
         let result = result?;
-        // Another worker of this kind may have been faster: its choice is the run's.
+        // If another worker was faster, its choice is the run's.
         let ours = names.filter(|_| known.is_none());
         if ours.map_or(Ok(true), |names| run.write_new(&path, names.into_bytes()))? {
             return Ok(result);

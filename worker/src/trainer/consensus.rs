@@ -1,30 +1,31 @@
-//! Control words: a few integers that are summed over the group with every step.
+//! The step consensus: a few integers that are summed over the group in every step.
 //!
-//! Because everybody sees the same sum, every decision of the group (to stop, to save, that an update failed) is
-//! taken by all members at the same step without another barrier.
+//! All members see the same sum. So they take every decision of the group (to stop, to save, that an update failed) at
+//! the same step, without another barrier.
 
 use ulmus_model::{LossSum, Quantum};
 
-/// What one worker adds, and what everybody gets.
+/// One worker's share of the consensus; and the sum, which all members get.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct StepConsensus {
-    /// Tokens with a target.
+    /// The number of tokens with a target.
     pub(super) valid: i64,
-    /// Sum of cross-entropies, in fixed point.
+    /// The sum of cross-entropies, in fixed point.
     pub(super) loss: i64,
-    /// Sum of squared logsumexps, in fixed point.
+    /// The sum of squared logsumexps, in fixed point.
     pub(super) z: i64,
-    /// Workers whose update cannot be used: a gradient that is not finite, data that cannot be read.
+    /// The number of workers without a usable share, for instance because of a gradient that is not finite or data that
+    /// cannot be read.
     pub(super) failed: i64,
-    /// Workers one of whose sources is used up.
+    /// The number of workers with a source that is used up.
     pub(super) exhausted: i64,
-    /// Workers that were asked for a checkpoint.
+    /// The number of workers that were asked for a checkpoint.
     pub(super) save: i64,
-    /// Workers that were asked to pause.
+    /// The number of workers that were asked to pause.
     pub(super) pause: i64,
-    /// Workers that were asked to stop.
+    /// The number of workers that were asked to stop.
     pub(super) stop: i64,
-    /// Cursors of all lanes, each written by its host and zero elsewhere.
+    /// The cursors of all lanes, each from the worker that hosts the lane and zero from all others.
     pub(super) cursors: Vec<i64>,
 }
 
@@ -32,7 +33,7 @@ impl StepConsensus {
     /// Adds a micro-batch's losses in fixed point, so that their sum does not depend on who adds what.
     ///
     /// # Errors
-    /// A loss that is not finite or too large to be summed.
+    /// The loss, if it is not finite or too large to be summed.
     pub(super) fn add_loss(&mut self, loss: &LossSum, quantum: &Quantum) -> Result<(), f64> {
         let fixed = |sum: f64| quantum.loss_to_fixed(sum).ok_or(sum);
         let (ce, z) = (fixed(loss.ce)?, fixed(loss.z)?);
@@ -42,7 +43,7 @@ impl StepConsensus {
         Ok(())
     }
 
-    /// The losses that were added.
+    /// The sum of the losses that were added.
     pub(super) fn loss_sum(&self) -> LossSum {
         LossSum {
             ce: Quantum::loss_from_fixed(self.loss),

@@ -1,9 +1,9 @@
-//! Devices that reduce the gradients among themselves, if all of a group can: over `NVLink` or the network's own cards,
-//! without a copy on the host. The ring over TCP stays for all that is small, and tells who is lost.
+//! Devices that reduce gradients among themselves, over `NVLink` or directly through network cards, without a copy on
+//! the host; used if every member's device can. The ring over TCP stays for everything small, and tells who is lost.
 //!
-//! Gradients are summed while others are still computed: [`Devices::begin`] with each part that is complete, and
-//! [`Devices::finish`] when the group has agreed that the step counts. What was begun for a step that does not count is
-//! given up with the devices.
+//! Parts of the gradient are summed while others are still being computed: [`Devices::begin`] takes each part once it
+//! is complete, and [`Devices::finish`] waits for them when the group has agreed that the step counts. Sums begun for a
+//! step that does not count are abandoned together with the devices.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -15,9 +15,9 @@ use ulmus_types::{Partition, Rank};
 use super::STALL;
 use crate::collective::{Collective, CollectiveError, Watch};
 
-/// How long the devices may take to find each other.
+/// How long the devices may take to connect to each other.
 const JOIN_WITHIN: Duration = Duration::from_mins(1);
-/// An id, as control words.
+/// The length of an id in 64-bit integers.
 const ID_WORDS: usize = 16;
 
 /// The devices of a group.
@@ -26,13 +26,13 @@ pub(super) struct Devices<B: TrainingBackend> {
     communicator: B::Communicator,
     rank: usize,
     size: usize,
-    /// Parts of the sums that are being reduced.
+    /// The parts of the sums that are being reduced.
     begun: Vec<Range<usize>>,
 }
 
 impl<B: TrainingBackend> Devices<B> {
-    /// Joins the devices of all members, or none if one of them cannot; `tell` hears why this one cannot, though its kind
-    /// could.
+    /// Connects the devices of all members, or none if one of them cannot be connected. `tell` is called with the
+    /// reason if this device's kind could be, but this machine lacks something.
     pub(super) fn join(
         backend: B,
         group: &mut dyn Collective,
@@ -60,7 +60,7 @@ impl<B: TrainingBackend> Devices<B> {
         Ok(Some(Self { backend, communicator, rank, size, begun: Vec::new() }))
     }
 
-    /// Begins to sum a part of the sums over all members.
+    /// Begins to reduce a part of the sums over all members.
     pub(super) fn begin(
         &mut self,
         sums: &mut Sums<B>,
@@ -74,7 +74,7 @@ impl<B: TrainingBackend> Devices<B> {
             .map_err(|error| why(watch, &error))
     }
 
-    /// Waits for all that was begun; gives the parts.
+    /// Waits for all reductions that were begun; returns their parts.
     pub(super) fn finish(&mut self, group: &dyn Collective) -> Result<Vec<Range<usize>>, CollectiveError> {
         let watch = group.watch(STALL)?;
         self.backend
@@ -83,12 +83,12 @@ impl<B: TrainingBackend> Devices<B> {
         Ok(std::mem::take(&mut self.begun))
     }
 
-    /// What this member owns of a part.
+    /// The ranges of a part that this member owns.
     pub(super) fn owned(&self, part: Range<usize>) -> [Range<usize>; 2] {
         Partition::equal(part, self.size).owned(self.rank)
     }
 
-    /// Replaces what other members own of these parts of the gradient by what they hold there.
+    /// Fills in these parts of the gradient with what the other members hold in the ranges that they own.
     pub(super) fn all_gather(
         &mut self,
         gradient: Out<'_, B>,
@@ -101,7 +101,7 @@ impl<B: TrainingBackend> Devices<B> {
             .map_err(|error| why(&watch, &error))
     }
 
-    /// Replaces `data` by what `root` holds.
+    /// Replaces `data` by member `root`'s.
     pub(super) fn broadcast(
         &mut self,
         root: Rank,
@@ -115,17 +115,17 @@ impl<B: TrainingBackend> Devices<B> {
     }
 }
 
-/// Waits as long as the group stands.
+/// Gives an operation up when the group no longer stands.
 fn give_up(watch: &Watch) -> impl Fn() -> Option<String> + Sync {
     || watch.broken().map(|error| error.to_string())
 }
 
-/// The library's own words for a lost peer are of some connection.
+/// The error of a failed operation: a lost peer if the group has one, as the library only reports some connection.
 fn why(watch: &Watch, error: &CommunicatorError) -> CollectiveError {
     watch.broken().unwrap_or_else(|| CollectiveError::Device(error.to_string()))
 }
 
-/// What this member has, if all members have theirs.
+/// Returns `mine` if every member has its own.
 fn all<T>(group: &mut dyn Collective, mine: Option<T>) -> Result<Option<T>, CollectiveError> {
     let mut count = [i64::from(mine.is_some())];
     group.all_reduce(&mut count)?;

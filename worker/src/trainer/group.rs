@@ -1,9 +1,9 @@
 //! A new group agrees on one state before its first step.
 //!
-//! No two survivors of a loss are more than one update apart, because the reduction is a barrier. So whoever has
-//! the newest state gives it to all others: survivors that are a step behind, workers that have just joined, and,
-//! when nobody has a state, everybody takes what rank 0 reads from the newest good checkpoint or makes from the
-//! seed. It is one path for all of them.
+//! No two survivors of a loss are more than one update apart, because the reduction is a barrier. So a member with the
+//! newest state gives it to all others: survivors that are a step behind, and workers that have just joined. If nobody
+//! has a state, rank 0 reads one from the newest good checkpoint or makes one from the seed, and gives it to the others
+//! by the same path.
 
 use std::collections::BTreeSet;
 
@@ -22,11 +22,11 @@ use crate::control::Control;
 use crate::run::Run;
 use crate::snapshot::restore;
 
-/// Elements of a state that are sent at once.
+/// Elements of a state that are sent at a time.
 const CHUNK: usize = 1 << 22;
 
 impl<B: TrainingBackend> Training<B> {
-    /// Trains in a group until something ends it; tells why.
+    /// Trains in a group until something ends it; returns the reason.
     pub(super) fn take_part(
         &mut self,
         assignment: &Assignment,
@@ -74,11 +74,11 @@ impl<B: TrainingBackend> Training<B> {
         devices: Option<&mut Devices<B>>,
         reports: &Reports,
     ) -> Result<TrainState, WorkerError> {
-        // A state after the first milestone to make again is of no use for that.
+        // The first milestone to be made again cannot be made from a state after it.
         if let Some(first) = first_repair(assignment) {
             self.position.take_if(|position| position.step >= first);
         }
-        // 0 stands for no state at all.
+        // 0 means no state at all.
         let mut steps = vec![0_i64; group.size()];
         steps[group.rank().index()] =
             self.position.as_ref().map_or(0, |position| position.step.get() as i64 + 1);
@@ -98,7 +98,7 @@ impl<B: TrainingBackend> Training<B> {
         self.broadcast(reading, Rank::new(donor as u32), is_newest, group, devices)
     }
 
-    /// Takes up the newest good checkpoint that may be used, or begins from the seed.
+    /// Restores the newest good checkpoint that may be used, or begins from the seed.
     fn restore_or_begin(
         &mut self,
         reading: &Reading,
@@ -145,7 +145,7 @@ impl<B: TrainingBackend> Training<B> {
         }
     }
 
-    /// Everybody gets the state of `donor`. Whoever has it keeps it, whatever becomes of the others meanwhile.
+    /// Gives all members the state of `donor`. Members that have it already keep it, even if the others fail meanwhile.
     fn broadcast(
         &mut self,
         reading: &Reading,
@@ -154,9 +154,9 @@ impl<B: TrainingBackend> Training<B> {
         group: &mut dyn Collective,
         devices: Option<&mut Devices<B>>,
     ) -> Result<TrainState, WorkerError> {
-        // Devices receive in place.
+        // Devices receive in place, so they overwrite even an equal state.
         let keeps = group.rank() == donor || (is_newest && devices.is_none());
-        // What is half overwritten is no state.
+        // A state that is only half overwritten is none.
         self.position.take_if(|_| !keeps);
         let position = self.position.clone().unwrap_or_else(|| self.beginning(reading));
         let mut words: Vec<i64> = [position.step.get() as i64, position.tokens as i64]
@@ -206,7 +206,8 @@ impl<B: TrainingBackend> Training<B> {
 }
 
 impl Reading {
-    /// The data without what is left out by now. What was read with those units in it is of no use any more.
+    /// The run's data without the units that are quarantined now. If these are not the same as before, everything read
+    /// before is dropped.
     fn open(run: &Run, before: Option<Self>) -> Result<Self, WorkerError> {
         let quarantine = run.quarantine()?;
         match before.filter(|reading| reading.quarantine == quarantine) {
@@ -216,7 +217,7 @@ impl Reading {
     }
 }
 
-/// The first milestone that the group makes again, if it is formed for that.
+/// The first milestone to be made again, if the group was formed for that.
 fn first_repair(assignment: &Assignment) -> Option<Step> {
     assignment.repair.as_ref()?.milestones.first().copied()
 }

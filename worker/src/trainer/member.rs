@@ -1,4 +1,4 @@
-//! A member of a group that has agreed on a state: all that it trains with is there.
+//! A member of a group that has agreed on a state, and so has everything that it needs to train.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::WorkerError;
 use crate::control::Control;
 use crate::run::Run;
 
-/// What a worker brings into every group.
+/// The parts of a worker's [`Training`](super::Training) that it trains with in every group.
 pub(super) struct Parts<'a, B: TrainingBackend> {
     pub(super) run: &'a Run,
     pub(super) replica: &'a mut Replica<B>,
@@ -28,17 +28,17 @@ pub(super) struct Member<'a, B: TrainingBackend> {
     pub(super) run: &'a Run,
     pub(super) replica: &'a mut Replica<B>,
     pub(super) quantum: &'a Quantum,
-    /// For states that wait to be stored.
+    /// Limits the states that wait in memory to be stored.
     pub(super) room: &'a Arc<Semaphore>,
-    /// What the replica's weights and moments are the state of.
+    /// The position in the run of the replica's weights and moments.
     pub(super) position: &'a mut TrainState,
     pub(super) corpus: &'a Arc<Corpus>,
-    /// Units that the corpus is without.
+    /// The units that the corpus leaves out.
     pub(super) quarantine: &'a BTreeSet<BadUnit>,
     pub(super) loader: &'a mut Loader,
-    /// Lanes of each of this worker's micro-batches, which the loader hosts.
+    /// The lanes of each of this worker's micro-batches; the loader hosts them.
     pub(super) lanes: Vec<Vec<LaneId>>,
-    /// Sequences that the held-out loss is measured on, once they have been read.
+    /// The sequences for the held-out loss, once they have been read.
     pub(super) held_out: &'a mut Option<Arc<[Sequence]>>,
     pub(super) assignment: &'a Assignment,
     pub(super) control: &'a Control,
@@ -46,7 +46,7 @@ pub(super) struct Member<'a, B: TrainingBackend> {
 }
 
 impl<'a, B: TrainingBackend> Member<'a, B> {
-    /// Takes up the lanes of this worker's micro-batches where the state says they are.
+    /// Lets the loader host the lanes of this worker's micro-batches, at the cursors of the agreed state.
     pub(super) fn new(
         parts: Parts<'a, B>,
         position: &'a mut TrainState,
@@ -93,7 +93,7 @@ impl<'a, B: TrainingBackend> Member<'a, B> {
         })
     }
 
-    /// Updates that the state has seen.
+    /// The number of updates that the state has seen.
     pub(super) fn step(&self) -> Step {
         self.position.step
     }

@@ -1,7 +1,7 @@
-//! The trainer: one thread that owns the model, the data and the group, and does what the session hands it.
+//! The trainer: one thread that owns the model, the data and the group, and executes the session's commands.
 //!
-//! It knows nothing of gRPC. Commands come in one at a time; what it has to say goes out as messages. While it is
-//! busy, only [`Control`] reaches it.
+//! It knows nothing of gRPC. Commands come in one at a time, reports go out as messages. While the trainer is busy, it
+//! can be reached by [`Control`] alone.
 
 mod algorithms;
 mod consensus;
@@ -36,14 +36,14 @@ use crate::snapshot::PendingSnapshot;
 
 use watched::Watched;
 
-/// States that may wait in memory to be stored; a third makes training wait.
+/// The number of states that may wait in memory to be stored; a third makes training wait.
 const HELD: usize = 2;
-/// How long a collective may stand still. The coordinator notices dead workers long before.
+/// How long a collective operation may stand still. The coordinator notices dead workers long before.
 const STALL: Duration = Duration::from_mins(10);
-/// Seed of the batch that the fingerprint is taken of.
+/// The seed of the weights and the batch that the fingerprint is taken of.
 const FINGERPRINT_SEED: u64 = 0x5eed_f1e9;
 
-/// What the agent hands over.
+/// A command from the agent.
 #[derive(Debug)]
 pub(crate) enum Command {
     /// Build the model of a run and take the fingerprint.
@@ -54,10 +54,10 @@ pub(crate) enum Command {
     Do(RunId, Job),
 }
 
-/// What the trainer has to say.
+/// A report of the trainer.
 pub(crate) type Report = ulmus_worker_core::Report<Arc<PendingSnapshot>>;
 
-/// The trainer's end of the channel to the agent: everything that it says is of one run.
+/// The trainer's end of the channel to the agent, for the reports of one run.
 #[derive(Debug, Clone)]
 pub(crate) struct Reports {
     run: RunId,
@@ -65,7 +65,7 @@ pub(crate) struct Reports {
 }
 
 impl Reports {
-    /// Says something to the coordinator. An agent that is gone hears nothing, and its end ends the process.
+    /// Sends a message to the coordinator. If the agent is gone the message is lost; the process ends with its agent.
     pub(crate) fn say(&self, message: ToCoordinator) {
         self.report(Report::Send(message));
     }
@@ -75,26 +75,26 @@ impl Reports {
     }
 }
 
-/// The model of a run, and what is kept of its training from one group to the next.
+/// The model of a run, and the state of its training that outlives a group.
 pub(crate) struct Training<B: TrainingBackend> {
     run: Run,
     replica: Replica<B>,
     quantum: Quantum,
     fingerprint: Digest,
-    /// What the replica's weights and moments are the state of; `None` until they are one.
+    /// The position in the run of the replica's weights and moments; `None` while these are no state of the run.
     position: Option<TrainState>,
     reading: Option<Reading>,
     room: Arc<Semaphore>,
 }
 
-/// The run's data, and how far they have been read here.
+/// The run's data, and how far this worker has read them.
 struct Reading {
     corpus: Arc<Corpus>,
-    /// Units that the corpus is without.
+    /// The units that the corpus leaves out.
     quarantine: BTreeSet<BadUnit>,
-    /// Of the lanes of the last group.
+    /// The loader of the last group's lanes.
     loader: Option<Loader>,
-    /// Sequences that the held-out loss is measured on, once they have been read.
+    /// The sequences for the held-out loss, once they have been read.
     held_out: Option<Arc<[Sequence]>>,
 }
 
@@ -119,7 +119,7 @@ impl<B: TrainingBackend> Trainer<B> {
         Self { backend, threads, listener, control, reports, training: None }
     }
 
-    /// Works until the session is gone.
+    /// Executes commands until the session is gone.
     pub(crate) fn serve(mut self, commands: &Receiver<Command>) {
         for command in commands {
             let (run, report) = match command {
@@ -134,7 +134,7 @@ impl<B: TrainingBackend> Trainer<B> {
     }
 
     fn warm(&mut self, run: Run) -> Report {
-        // Of another run; two models need not fit.
+        // Drop another run's model first: memory need not suffice for two.
         self.training = None;
         match Training::new(run, self.backend.clone()) {
             Ok(training) => {
@@ -151,7 +151,7 @@ impl<B: TrainingBackend> Trainer<B> {
     fn train(&mut self, assignment: &Assignment) -> ToCoordinator {
         let generation = assignment.generation;
         let Some(training) = &mut self.training else {
-            let message = "assigned before it was ready".to_owned();
+            let message = "assigned to a group before it was ready".to_owned();
             let reason = LeaveReason::Lost { suspect: None, message };
             return ToCoordinator::Left { generation, step: Step::default(), reason };
         };
@@ -170,7 +170,7 @@ impl<B: TrainingBackend> Trainer<B> {
 
     fn work(&mut self, job: Job) -> ToCoordinator {
         let Some(training) = &self.training else {
-            let message = "asked for before it was ready".to_owned();
+            let message = "asked for a job before it was ready".to_owned();
             return ToCoordinator::JobFailed {
                 job,
                 kind: ulmus_types::ErrorKind::Retry,
@@ -201,7 +201,7 @@ fn form(
     assignment: &Assignment,
 ) -> Result<TcpGroup, CollectiveError> {
     let abort = AbortHandle::new().map_err(|error| CollectiveError::Network {
-        act: "making an abort handle".to_owned(),
+        act: "cannot make an abort handle".to_owned(),
         reason: error.to_string(),
     })?;
     if !control.enter(assignment.generation, abort.clone()) {
@@ -230,7 +230,7 @@ impl<B: TrainingBackend> Training<B> {
         let backend = replica.backend().clone();
         let fingerprint = || fingerprint(&mut replica, plan.model.vocab_size, sequences, length);
         let fingerprint = match plan.train.algorithms {
-            // Not what an earlier run has chosen in this process.
+            // Undo the choice of an earlier run in this process.
             Algorithms::Library => backend.choose_algorithms(Some(FIRST_PROPOSALS), fingerprint)?.0?,
             Algorithms::Measured => algorithms::measured(&run, &backend, fingerprint)?,
         };
@@ -246,14 +246,14 @@ impl<B: TrainingBackend> Training<B> {
         })
     }
 
-    /// Updates that the state has seen.
+    /// The number of updates that the state has seen.
     fn step(&self) -> Step {
         self.position.as_ref().map_or(Step::default(), |position| position.step)
     }
 }
 
-/// The hash of the gradients of one fixed micro-batch: it tells this machine's arithmetic from another's, and is
-/// the dry run that finds out whether the model fits, and which algorithms are fast.
+/// The hash of the gradient of one fixed micro-batch, which tells this machine's arithmetic from another's. Computing
+/// it is also the dry run that finds out whether the model fits into memory, and which algorithms are fast.
 fn fingerprint<B: TrainingBackend>(
     replica: &mut Replica<B>,
     vocabulary: usize,
@@ -270,7 +270,7 @@ fn fingerprint<B: TrainingBackend>(
     Ok(replica.gradient_hash())
 }
 
-/// Rows side by side.
+/// The micro-batch of these sequences, each of `length` positions.
 fn micro_batch(rows: &[Sequence], length: usize) -> MicroBatch {
     let join =
         |part: fn(&Sequence) -> &Vec<u32>| rows.iter().flat_map(|row| part(row).iter().copied()).collect();

@@ -1,7 +1,8 @@
 //! The training loop: read, compute, reduce, update.
 //!
-//! The order of a step is what makes a loss survivable. Until the gradients are reduced everywhere nobody has
-//! changed anything, so the step can be redone from the same cursors; after that everybody can finish it alone.
+//! The order of a step makes the loss of a worker survivable. Until the gradients are reduced everywhere nobody has
+//! changed anything, so the step can be redone from the same cursors; after that every member can finish the step
+//! alone.
 
 use std::sync::Arc;
 use std::thread;
@@ -22,7 +23,7 @@ use crate::WorkerError;
 use crate::collective::{Collective, chunks};
 use crate::snapshot::PendingSnapshot;
 
-/// How often a trainer that waits for a store, or for text, says so.
+/// How often a trainer that waits for a store, or for text, reports that it does.
 const TELL_EVERY: Duration = Duration::from_millis(250);
 
 /// Why this worker's share of a step cannot be used.
@@ -33,9 +34,9 @@ enum Obstacle {
 
 /// This worker's share of a step.
 struct Share {
-    /// Its losses, and where its lanes stand.
+    /// Its losses, and the cursors of its lanes.
     consensus: StepConsensus,
-    /// What is measured on after the step, if anything is.
+    /// The sequences for the held-out loss after the step, if it is due.
     held_out: Option<Arc<[Sequence]>>,
 }
 
@@ -47,7 +48,7 @@ struct Times {
 }
 
 impl<B: TrainingBackend> Member<'_, B> {
-    /// Trains until the plan is done, the group agrees to pause, or something breaks.
+    /// Trains until the plan is done, the group agrees to leave, or something breaks.
     pub(super) fn train(
         mut self,
         mut devices: Option<Devices<B>>,
@@ -71,7 +72,7 @@ impl<B: TrainingBackend> Member<'_, B> {
             let share = match share {
                 Ok(share) if agreed.failed == 0 && agreed.exhausted == 0 => share,
                 share => {
-                    // What was begun to be summed never will be.
+                    // Abandon the sums that were begun.
                     drop(devices);
                     return Ok(self.stopped(&agreed, share.err()));
                 }
@@ -93,15 +94,15 @@ impl<B: TrainingBackend> Member<'_, B> {
         Ok(LeaveReason::Finished)
     }
 
-    /// The last step of the group: that of the plan, or the last one to be made again.
+    /// The last step of the group: the plan's, or that of the last milestone to be made again.
     fn last_step(&self) -> Step {
         let iterations = Step::new(self.run.plan.train.iterations);
         let repaired = self.assignment.repair.as_ref().and_then(|repair| repair.milestones.last().copied());
         repaired.map_or(iterations, |step| step.min(iterations))
     }
 
-    /// Whether the state after a step is kept, and as what. Of steps that are trained once more the milestones are there
-    /// that are not asked for.
+    /// As what the state after a step is kept, if it is. A repair only keeps the milestones that it was formed for; the
+    /// others exist.
     fn kept(&self, step: Step, asked: bool) -> Option<CheckpointKind> {
         let plan = &self.run.plan;
         let on_grid = plan.checkpoint.is_milestone(step.get(), plan.train.iterations);
@@ -117,8 +118,8 @@ impl<B: TrainingBackend> Member<'_, B> {
         }
     }
 
-    /// This worker's micro-batches: gradients into `sums`, losses into words. With the last of them the devices begin to
-    /// sum what is complete.
+    /// Computes this worker's micro-batches: adds their gradients to `sums`, and their losses to the share. During the
+    /// last one the devices begin to reduce the parts that are complete.
     fn share(
         &mut self,
         mut sums: Option<&mut Sums<B>>,
@@ -158,7 +159,8 @@ impl<B: TrainingBackend> Member<'_, B> {
         Ok(Share { consensus, held_out })
     }
 
-    /// Computes the gradient of a micro-batch and adds it to `sums`; without any it becomes the mean.
+    /// Computes the gradient of a micro-batch and adds it to `sums`. Without sums, the gradient becomes the mean at
+    /// once.
     fn gradient(
         &mut self,
         batch: &MicroBatch,
@@ -186,8 +188,9 @@ impl<B: TrainingBackend> Member<'_, B> {
         Ok(loss)
     }
 
-    /// What is measured on after this step, if anything is. It is read before: an error after the update would cost the step.
-    /// Of a large corpus that takes minutes, and the trainer says all the time that it waits.
+    /// The sequences for the held-out loss after this step, if it is due. They are read before the update, because an
+    /// error after it would cost the step. With a large corpus reading takes minutes, and the trainer keeps reporting
+    /// that it waits.
     fn held_out_sequences(&mut self) -> Result<Option<Arc<[Sequence]>>, Obstacle> {
         if !self.measures_after(self.step().next()) {
             return Ok(None);
@@ -204,7 +207,7 @@ impl<B: TrainingBackend> Member<'_, B> {
             let held_out = loop {
                 match told.recv_timeout(TELL_EVERY) {
                     Err(RecvTimeoutError::Timeout) => control.begin(Section::Reading),
-                    read => break read.expect("who reads tells what it has read"),
+                    read => break read.expect("the reader sends its result, or panics"),
                 };
             };
             control.begin(Section::Computing);
@@ -222,7 +225,7 @@ impl<B: TrainingBackend> Member<'_, B> {
             && (step.get().is_multiple_of(train.held_out_every) || step.get() == train.iterations)
     }
 
-    /// Sums the control words over the group.
+    /// Sums the members' shares of the consensus over the group.
     fn reach_consensus(
         &self,
         share: &Result<Share, Obstacle>,
@@ -248,11 +251,11 @@ impl<B: TrainingBackend> Member<'_, B> {
         Ok(StepConsensus::from_slice(&sum))
     }
 
-    /// What this worker says when the group stopped before an update.
+    /// This worker's reason to leave when the group stops before an update.
     fn stopped(&mut self, agreed: &StepConsensus, obstacle: Option<Obstacle>) -> LeaveReason {
         match obstacle {
             Some(Obstacle::Failed(error)) => error.into(),
-            // The one whose share it was says why.
+            // The member whose share failed reports why.
             _ if agreed.failed > 0 => LeaveReason::Agreed,
             obstacle => {
                 self.keep(CheckpointKind::Milestone);
@@ -264,7 +267,7 @@ impl<B: TrainingBackend> Member<'_, B> {
         }
     }
 
-    /// Reduces the gradients over the group and does the update; gives the gradient's norm.
+    /// Reduces the gradients over the group and updates the weights; returns the gradient's norm.
     fn update(
         &mut self,
         sums: Option<&mut Sums<B>>,
@@ -276,7 +279,7 @@ impl<B: TrainingBackend> Member<'_, B> {
         let Self { replica, quantum, control, .. } = self;
         let parameters = replica.trainable().parameters();
         let waiting = Instant::now();
-        // Integers are reduced, so that the sum does not depend on the order; finished floats are gathered.
+        // The sum of integers does not depend on the order; what is gathered are finished floats.
         match (sums, devices) {
             // The gradient is the mean already.
             (None, _) => {}
@@ -310,7 +313,7 @@ impl<B: TrainingBackend> Member<'_, B> {
         Ok(self.replica.update(train, train.learning_rate(step), step)?)
     }
 
-    /// Moves the position on, measures the held-out loss where it is due, and makes the report.
+    /// Advances the position, measures the held-out loss if it is due, and makes the report.
     fn finish_step(
         &mut self,
         agreed: &StepConsensus,
@@ -346,7 +349,8 @@ impl<B: TrainingBackend> Member<'_, B> {
         })
     }
 
-    /// Mean cross-entropy on the held-out sequences, which the group shares out. `None` if there are none.
+    /// The mean cross-entropy of the held-out sequences, in nats; the members share the work. `None` if no token is
+    /// valid.
     fn held_out_loss(
         &mut self,
         sequences: &[Sequence],
@@ -370,11 +374,11 @@ impl<B: TrainingBackend> Member<'_, B> {
         Ok((sum[0] > 0).then(|| Quantum::loss_from_fixed(sum[1]) / sum[0] as f64))
     }
 
-    /// Begins to copy the state to host memory, to be stored from there; a moment to say how reading goes, too.
+    /// Begins to copy the state to host memory, from where it is stored. Also reports how far the data have been read.
     fn keep(&mut self, kind: CheckpointKind) {
         let sources = self.loader.readings();
         self.reports.say(ToCoordinator::Reading { step: self.step(), sources });
-        // Waits while two older ones are still on their way to the store.
+        // This waits while two older states are still being stored.
         let room = self.run.wait(room(self.room, || {
             self.control.begin(Section::Storing);
         }));
@@ -393,7 +397,7 @@ impl<B: TrainingBackend> Member<'_, B> {
     }
 }
 
-/// Waits for room for another state in memory, and says several times a second that it waits.
+/// Waits for room in memory for another state, and calls `waits` several times a second meanwhile.
 async fn room(rooms: &Arc<Semaphore>, mut waits: impl FnMut()) -> OwnedSemaphorePermit {
     loop {
         let room = Arc::clone(rooms).acquire_owned();
@@ -404,7 +408,7 @@ async fn room(rooms: &Arc<Semaphore>, mut waits: impl FnMut()) -> OwnedSemaphore
     }
 }
 
-/// For a micro-batch whose loss cannot be summed.
+/// The error for a micro-batch whose loss cannot be summed.
 fn diverged(sum: f64) -> WorkerError {
     WorkerError::Diverged(format!(
         "the loss of a micro-batch is {sum}; lower train.max_lr or look at the data of this step"

@@ -1,4 +1,4 @@
-//! A group that tells, with each operation, that the trainer waits for others and not they for it.
+//! A group that reports, during each operation, that the trainer waits for others and not they for it.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use ulmus_types::{Rank, Section};
 use crate::collective::{AbortHandle, Collective, CollectiveError, Data, TcpGroup, Watch};
 use crate::control::Control;
 
-/// A group, and whom it tells.
+/// A group, and the control by which it reports.
 #[derive(Debug)]
 pub(super) struct Watched {
     group: TcpGroup,

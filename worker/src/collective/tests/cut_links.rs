@@ -1,5 +1,5 @@
-//! Links that are cut: packets are dropped, and nobody is told. Each member is a process in a network namespace of its
-//! own, with a router between them. Wants root and `ip`.
+//! Links that are cut: packets are dropped without notice. Each member is a process in a network namespace of its own,
+//! with a router between them. Needs root and `ip`.
 //!
 //!     cargo test -p ulmus-worker --lib cut_links -- --ignored --nocapture
 
@@ -12,14 +12,14 @@ use super::*;
 
 const SIZE: usize = 3;
 const RANK: &str = "ULMUS_TEST_RING_RANK";
-/// The rank that does not enter the second operation: the others wait while nothing is under way.
+/// The rank that does not enter the second operation, so that the others wait with nothing in flight.
 const IDLE: &str = "ULMUS_TEST_RING_IDLE";
-/// A dead link is noticed after `DEAD_AFTER`; the rest is for the error to go round.
+/// A dead link is noticed after `DEAD_AFTER`; the rest is time for the error to go round.
 const WITHIN: Duration = Duration::from_secs(5);
 /// A member that gives up tells its neighbours.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
-/// Namespaces `<prefix>0`, ... of the members and `<prefix>r` of the router; gone when it is dropped.
+/// The namespaces `<prefix>0`, ... of the members and `<prefix>r` of the router; deleted on drop.
 struct Network {
     prefix: String,
 }
@@ -51,7 +51,7 @@ impl Network {
         network
     }
 
-    /// Whether the router passes packets on.
+    /// Switches forwarding by the router on or off.
     fn forward(&self, on: bool) -> bool {
         let set = format!("echo {} > /proc/sys/net/ipv4/ip_forward", u8::from(on));
         let router = format!("{}r", self.prefix);
@@ -59,7 +59,7 @@ impl Network {
         status.is_ok_and(|status| status.success())
     }
 
-    /// The router drops what goes to `rank`, and passes on what comes from it.
+    /// Makes the router drop packets to `rank`, but not those from it.
     fn drop_towards(&self, rank: usize) -> bool {
         ip(&format!("-n {}r route add blackhole 10.77.{rank}.2/32", self.prefix))
     }
@@ -88,7 +88,7 @@ impl Drop for Network {
     }
 }
 
-/// The other side of the tests below.
+/// A member's process in the tests below.
 #[test]
 #[ignore = "a process of another test"]
 fn member_of_a_ring() {
@@ -103,12 +103,12 @@ fn member_of_a_ring() {
         .collect();
     let mut listener = Listener::bind(address(rank).parse().unwrap(), Incarnation::new(rank as u64)).unwrap();
     let mut group = form(&mut listener, &place(1, rank, &peers)).unwrap();
-    // The buffers of a socket do not take a third of it.
+    // A third of it does not fit the buffers of a socket.
     let mut data = vec![1_i64; 4_000_000];
     group.all_reduce(&mut data).unwrap();
     println!("\nformed");
     let line = || std::io::stdin().lines().next().map(Result::unwrap);
-    // Until the other process says so, or closes it.
+    // Wait until the other process says so, or closes the pipe.
     if line().is_none() {
         return;
     }
@@ -125,7 +125,7 @@ fn member_of_a_ring() {
     println!("\nblames {:?}: {error}", error.blames().unwrap());
 }
 
-/// The members of a group that has been formed, and what they print.
+/// The members of a formed group, and their output.
 struct Members {
     processes: Vec<Child>,
     outputs: Vec<Box<dyn Iterator<Item = String>>>,
@@ -150,7 +150,7 @@ impl Members {
         self.printed(rank, "training");
     }
 
-    /// Waits for a line that begins so.
+    /// Waits for a line that begins with `begins`.
     fn printed(&mut self, rank: usize, begins: &str) -> String {
         self.outputs[rank].find(|line| line.starts_with(begins)).unwrap()
     }
@@ -169,9 +169,9 @@ impl Members {
 }
 
 #[test]
-#[ignore = "wants root and network namespaces"]
+#[ignore = "needs root and network namespaces"]
 fn a_cut_link_ends_the_group_within_seconds() {
-    // Data are under way or not; both directions are cut or one.
+    // With data in flight or without; with both directions cut or one.
     for (idle, one_way) in [(None, false), (None, true), (Some(2), false), (Some(2), true)] {
         let network = Network::new();
         let mut members = Members::formed(&network, idle);
@@ -185,17 +185,17 @@ fn a_cut_link_ends_the_group_within_seconds() {
     }
 }
 
-/// Data are under way to a member that they do not reach, and its leaving is all that its neighbour gets to know.
+/// Data in flight do not reach a member; all that its neighbours learn is that it leaves.
 #[test]
-#[ignore = "wants root and network namespaces"]
-#[expect(clippy::disallowed_methods, reason = "nothing tells that nothing more will come")]
+#[ignore = "needs root and network namespaces"]
+#[expect(clippy::disallowed_methods, reason = "no event tells that nothing more will come")]
 fn a_member_that_leaves_behind_a_cut_link_is_noticed_at_once() {
     let network = Network::new();
     let mut members = Members::formed(&network, None);
     assert!(network.drop_towards(1));
     members.train(0);
     members.train(2);
-    // So that its neighbour waits for nothing but to be rid of its own data.
+    // Let its neighbour come to wait for nothing but room for its own data.
     std::thread::sleep(AT_ONCE);
     members.leave(1);
     let left = Instant::now();
