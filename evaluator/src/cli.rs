@@ -1,18 +1,20 @@
 //! Arguments, tables and result files of the program. The numbers come from the library.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use ulmus_backend::{Backend, WeightFormat};
 use ulmus_device::AnyBackend;
 use ulmus_evaluator::{
-    BenchConfig, BenchResult, EvaluatorError, LoadedModel, Transcript, bench, load_model, load_tokenizer,
-    perplexity, read_texts, synthetic_weights,
+    BenchConfig, BenchResult, EvaluatorError, LoadedModel, Task, TaskResult, Transcript, bench, load_model,
+    load_tokenizer, read_texts, synthetic_weights,
 };
 use ulmus_model::{Generator, Model, Sampler, Sampling};
 use ulmus_plan::{Device, ModelConfig, NormKind, Preset};
@@ -64,7 +66,7 @@ struct Run {
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
     /// What to measure.
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "perplexity")]
+    #[arg(long, value_name = "NAMES", value_parser = tasks(), value_delimiter = ',', default_value = "perplexity")]
     tasks: Vec<Task>,
     /// Texts to measure on: parquet, jsonl, json.gz, json.zst, txt or md files, or folders of them.
     #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
@@ -85,10 +87,12 @@ struct Run {
     compute: Compute,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Task {
-    /// Perplexity per token, and bits per byte of the text compared with `zstd -19`.
-    Perplexity,
+/// Takes the name of a task.
+fn tasks() -> impl TypedValueParser<Value = Task> {
+    let names = Task::ALL.map(|task| PossibleValue::new(task.name()).help(task.purpose()));
+    PossibleValuesParser::new(names).map(|name| {
+        Task::ALL.into_iter().find(|task| task.name() == name).expect("it is one of the possible values")
+    })
 }
 
 #[derive(Debug, Args)]
@@ -268,7 +272,7 @@ struct ResultFile<'a> {
     evaluator: &'static str,
     model: ModelSummary<'a>,
     data: &'a [PathBuf],
-    results: Results,
+    results: BTreeMap<&'static str, TaskResult>,
 }
 
 #[derive(Debug, Serialize)]
@@ -278,11 +282,6 @@ struct ModelSummary<'a> {
     weights: Digest,
     tokenizer: Digest,
     config: &'a ModelConfig,
-}
-
-#[derive(Debug, Serialize)]
-struct Results {
-    perplexity: Perplexity,
 }
 
 impl OnDevice for Run {
@@ -310,8 +309,13 @@ impl OnDevice for Run {
             }
         };
         let texts = read_texts(&self.data, &self.text).map_err(failure)?;
-        let measured = perplexity(&loaded.model, &tokenizer, &texts, context).map_err(failure)?;
-        print(&perplexity_table(&measured))?;
+        let mut results = BTreeMap::new();
+        // A task that is named twice is done once.
+        for task in BTreeSet::from_iter(self.tasks.iter().copied()) {
+            let result = task.run(&loaded.model, &tokenizer, &texts, context).map_err(failure)?;
+            print(&result_table(&result))?;
+            results.insert(task.name(), result);
+        }
         if let Some(output) = &self.output {
             let file = ResultFile {
                 format_version: FORMAT_VERSION,
@@ -324,7 +328,7 @@ impl OnDevice for Run {
                     config,
                 },
                 data: &self.data,
-                results: Results { perplexity: measured },
+                results,
             };
             std::fs::write(output, json(&file)).map_err(|error| {
                 Failure::new(ExitStatus::Failed, format!("cannot write {}: {error}", output.display()))
@@ -417,6 +421,12 @@ impl OnDevice for Generate {
                 .map_err(failure)?;
         }
         finish_output(written.and_then(|()| writeln!(stdout, "{}", transcript.finish())))
+    }
+}
+
+fn result_table(result: &TaskResult) -> String {
+    match result {
+        TaskResult::Perplexity(result) => perplexity_table(result),
     }
 }
 

@@ -11,7 +11,9 @@
 mod bench;
 mod error;
 mod folder;
+mod likelihood;
 mod perplexity;
+mod task;
 mod texts;
 mod writing;
 
@@ -19,5 +21,6 @@ pub use bench::{BenchConfig, BenchResult, Machine, Rates, Timing, bench, median,
 pub use error::EvaluatorError;
 pub use folder::{LoadedModel, load_model, load_tokenizer};
 pub use perplexity::{perplexity, zstd_bits_per_byte};
+pub use task::{Task, TaskResult};
 pub use texts::read_texts;
 pub use writing::{Continuation, Transcript, continuations};

@@ -6,16 +6,15 @@
 //! so the result does not depend on the number of threads.
 
 use std::io::{self, Write};
-use std::ops::Range;
 use std::sync::Arc;
 
 use ulmus_backend::Backend;
-use ulmus_dataloader::IGNORE;
 use ulmus_model::{Generator, Model};
 use ulmus_run::results::Perplexity;
 use ulmus_tokenizer::Tokenizer;
 
 use crate::error::EvaluatorError;
+use crate::likelihood::rolling_nll;
 
 /// Scores `texts` with a context of up to `context` tokens. Empty texts are skipped.
 ///
@@ -40,7 +39,7 @@ pub fn perplexity<B: Backend>(
         documents += 1;
         bytes += text.len() as u64;
         tokens += document.len() as u64 - 1;
-        nll += document_nll(&mut generator, &document)?;
+        nll += rolling_nll(&mut generator, &document)?;
     }
     if documents == 0 {
         return Err(EvaluatorError::NoText("the texts given".to_owned()));
@@ -86,51 +85,14 @@ impl Write for CountingSink {
     }
 }
 
-/// Negative log-likelihood, in nats, of all tokens but the first, which is only context.
-fn document_nll<B: Backend>(generator: &mut Generator<B>, tokens: &[u32]) -> Result<f64, EvaluatorError> {
-    let mut nll = 0.0;
-    for window in windows(tokens.len() - 1, generator.capacity()) {
-        // The token at position p is the target of position p - 1.
-        let mut targets = vec![IGNORE; window.scored.start - window.start];
-        targets.extend(&tokens[window.scored.start + 1..=window.scored.end]);
-        generator.reset();
-        let losses = generator.score(&tokens[window.start..window.scored.end], &targets)?;
-        nll += losses.iter().copied().map(f64::from).sum::<f64>();
-    }
-    Ok(nll)
-}
-
-/// A range of positions that goes through the model at once.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Window {
-    /// The first position, from which on the model reads.
-    start: usize,
-    /// The positions whose predictions are scored. Their end is the end of the window, too.
-    scored: Range<usize>,
-}
-
-/// Covers `positions` with windows of at most `context` positions, so that each position is scored once.
-fn windows(positions: usize, context: usize) -> impl Iterator<Item = Window> {
-    let stride = context.div_ceil(2);
-    let mut done = 0;
-    std::iter::from_fn(move || {
-        let step = if done == 0 { context } else { stride };
-        let end = positions.min(done + step);
-        let window = Window { start: end.saturating_sub(context), scored: done..end };
-        done = end;
-        (!window.scored.is_empty()).then_some(window)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
 
-    use proptest::prelude::*;
-
     use ulmus_cpu::Cpu;
 
     use super::*;
+    use crate::likelihood::windows;
     use crate::{LoadedModel, load_model, load_tokenizer};
     use serde::Deserialize;
 
@@ -165,7 +127,7 @@ mod tests {
             let mut tokens = vec![tokenizer.bos(); 2];
             tokens.extend(tokenizer.encode(&sample.text));
             assert_eq!(tokens.len() - 1, sample.n_tokens);
-            let nll = document_nll(&mut generator, &tokens).unwrap();
+            let nll = rolling_nll(&mut generator, &tokens).unwrap();
             assert!((nll + sample.ll).abs() < 1e-3, "{nll} against {}", -sample.ll);
         }
     }
@@ -227,24 +189,5 @@ mod tests {
         assert!(zstd_bits_per_byte(&[repeated]) < 0.1);
         assert!(zstd_bits_per_byte(&["q8Zr".to_owned()]) > 8.0);
         assert_eq!(zstd_bits_per_byte(&[]), 0.0);
-    }
-
-    proptest! {
-        #[test]
-        fn windows_score_every_position_once_with_half_a_window_of_context(
-            positions in 0_usize..3000,
-            context in 1_usize..300,
-        ) {
-            let mut done = 0;
-            for window in windows(positions, context) {
-                prop_assert_eq!(window.scored.start, done);
-                prop_assert!(window.start <= window.scored.start);
-                prop_assert!(window.scored.end - window.start <= context);
-                let read_before = window.scored.start - window.start;
-                prop_assert!(done == 0 || read_before >= context / 2);
-                done = window.scored.end;
-            }
-            prop_assert_eq!(done, positions);
-        }
     }
 }
