@@ -151,7 +151,7 @@ fn it_listens_at_names_as_well() {
     for (listen, texts) in [
         ("localhost", &["it has no port", "localhost:7070"][..]),
         ("::1", &["no port", "[::1]:7070"]),
-        (":7070", &["no host", "0.0.0.0"]),
+        (":7070", &["host is missing", "0.0.0.0"]),
         ("localhost:x", &["invalid port \"x\""]),
         ("no.such.host.invalid:7070", &["cannot listen on no.such.host.invalid:7070", "--listen HOST:PORT"]),
     ] {

@@ -263,7 +263,7 @@ mod tests {
             ("nonsense", None, "--join nonsense: it has no port; write HOST:PORT"),
             ("no.such.host.invalid:1", None, "no such host"),
             ("::1", None, "[::1]:7070"),
-            ("127.0.0.1:1", Some("[::1"), "--advertise [::1: its bracket is not closed"),
+            ("127.0.0.1:1", Some("[::1"), "--advertise [::1: the bracket is not closed"),
             ("127.0.0.1:1", Some("host:x"), "invalid port \"x\"; write HOST or HOST:PORT"),
         ] {
             let message = told(join, advertise).unwrap_err();

@@ -1,13 +1,14 @@
-//! Hosts and ports as people write them, in flags of all programs.
+//! Hosts and ports as people write them in the flags of all programs.
 //!
-//! An IPv6 address has colons of its own: with a port behind it stands in brackets, and without one it may.
+//! An IPv6 address contains colons. Followed by a port it must be in brackets; without a port the brackets are
+//! optional.
 
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::str::FromStr;
 
-/// A host, by its name or address, and a port if one was told.
+/// A host, by name or address, and optionally a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostPort {
     host: String,
@@ -15,7 +16,7 @@ pub struct HostPort {
 }
 
 impl HostPort {
-    /// This address and port.
+    /// The host with this address, and a port.
     pub fn of_ip(address: IpAddr, port: u16) -> Self {
         Self { host: address.to_string(), port: Some(port) }
     }
@@ -25,7 +26,7 @@ impl HostPort {
         &self.host
     }
 
-    /// The port, if one was told.
+    /// The port, if there is one.
     pub const fn port(&self) -> Option<u16> {
         self.port
     }
@@ -36,7 +37,7 @@ impl HostPort {
         Self { port: Some(port), ..self }
     }
 
-    /// All addresses of the host; port 0 if none was told. Blocks.
+    /// All addresses of the host, with port 0 if it has none. Blocks.
     ///
     /// # Errors
     /// When no host has this name.
@@ -48,7 +49,7 @@ impl HostPort {
         Ok(found)
     }
 
-    /// Whether the host can be reached by IPv6 alone. A name that is not known here may be known elsewhere. Blocks.
+    /// Whether the host has only IPv6 addresses. `false` if its name cannot be resolved on this machine. Blocks.
     pub fn is_ipv6(&self) -> bool {
         self.resolve().is_ok_and(|found| found.iter().all(SocketAddr::is_ipv6))
     }
@@ -59,18 +60,17 @@ impl FromStr for HostPort {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (host, port) = if let Some(rest) = text.strip_prefix('[') {
-            let (host, behind) =
-                rest.split_once(']').ok_or("its bracket is not closed; write [IPV6]:PORT")?;
+            let (host, rest) = rest.split_once(']').ok_or("the bracket is not closed; write [IPV6]:PORT")?;
             if !is_ipv6(host) {
                 return Err(format!(
-                    "{host:?} in its brackets is no IPv6 address; write for instance [::1]:7070"
+                    "invalid IPv6 address {host:?} in brackets; write for instance [::1]:7070"
                 ));
             }
-            match behind.strip_prefix(':') {
+            match rest.strip_prefix(':') {
                 Some(port) => (host, Some(port)),
-                None if behind.is_empty() => (host, None),
+                None if rest.is_empty() => (host, None),
                 None => {
-                    return Err(format!("invalid port {behind:?} behind the bracket; write [{host}]:PORT"));
+                    return Err(format!("invalid port {rest:?} after the bracket; write [{host}]:PORT"));
                 }
             }
         } else if is_ipv6(text) {
@@ -82,13 +82,15 @@ impl FromStr for HostPort {
             }
         };
         if host.is_empty() {
-            return Err("it has no host; write HOST:PORT, 0.0.0.0 as HOST for all interfaces".to_owned());
+            return Err(
+                "the host is missing; write HOST:PORT, with 0.0.0.0 as HOST for all interfaces".to_owned()
+            );
         }
-        // What is no address in brackets is a name.
+        // A host that is not an IPv6 address must be a name or an IPv4 address.
         let is_name = host.chars().all(|c| c.is_alphanumeric() || "-._".contains(c));
         if !is_name && !is_ipv6(host) {
             return Err(format!(
-                "{host:?} is no host; write HOST or HOST:PORT, and an IPv6 address with a port as [ADDRESS]:PORT"
+                "invalid host {host:?}; write HOST or HOST:PORT, or [ADDRESS]:PORT for an IPv6 address with a port"
             ));
         }
         let port = port.map(|port| {
@@ -102,14 +104,14 @@ impl FromStr for HostPort {
     }
 }
 
-/// Whether it is an IPv6 address, on whatever interface of this machine.
+/// Whether `host` is an IPv6 address, possibly with a zone such as `%eth0`.
 fn is_ipv6(host: &str) -> bool {
     let address = host.split_once('%').map_or(host, |(address, _)| address);
     address.parse::<Ipv6Addr>().is_ok()
 }
 
 impl fmt::Display for HostPort {
-    /// As it is read again.
+    /// Writes the form that [`FromStr`] reads.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.port, self.host.contains(':')) {
             (Some(port), true) => write!(f, "[{}]:{port}", self.host),
@@ -138,7 +140,7 @@ mod tests {
             ("[fe80::1]:0", "fe80::1", Some(0), "[fe80::1]:0"),
             ("[fe80::1%eth0]:7", "fe80::1%eth0", Some(7), "[fe80::1%eth0]:7"),
             ("::ffff:10.0.0.7", "::ffff:10.0.0.7", None, "::ffff:10.0.0.7"),
-            // Without brackets all of it is the address.
+            // Without brackets, all of it is the address.
             ("::1:0", "::1:0", None, "::1:0"),
         ] {
             let read: HostPort = text.parse().unwrap();
@@ -146,27 +148,27 @@ mod tests {
             assert_eq!(read.to_string(), shown);
             assert_eq!(shown.parse(), Ok(read));
         }
-        let told = "[::1]".parse::<HostPort>().unwrap().with_port(9);
-        assert_eq!(told.to_string(), "[::1]:9");
+        let with_port = "[::1]".parse::<HostPort>().unwrap().with_port(9);
+        assert_eq!(with_port.to_string(), "[::1]:9");
     }
 
     #[test]
     fn what_is_no_host_or_port_is_told_with_what_to_write() {
         for (text, words) in [
-            ("", "no host"),
+            ("", "host is missing"),
             (":7070", "0.0.0.0"),
             ("[::1", "not closed"),
-            ("[host]:1", "no IPv6 address"),
-            ("[]:1", "no IPv6 address"),
+            ("[host]:1", "invalid IPv6 address"),
+            ("[]:1", "invalid IPv6 address"),
             ("[::1]7000", "write [::1]:PORT"),
             ("[::1]:x", "invalid port \"x\""),
             ("host:", "invalid port \"\""),
             ("host:x", "invalid port \"x\""),
             ("host:+1", "invalid port \"+1\""),
             ("host:65536", "0 to 65535"),
-            ("host:1:2", "\"host:1\" is no host"),
-            ("http://host:1", "no host"),
-            ("a host:1", "no host"),
+            ("host:1:2", "invalid host \"host:1\""),
+            ("http://host:1", "invalid host"),
+            ("a host:1", "invalid host"),
         ] {
             let error = text.parse::<HostPort>().unwrap_err();
             assert!(error.contains(words), "{text}: {error}");

@@ -1,4 +1,4 @@
-//! The one place where an error becomes an exit code.
+//! The only place where an error becomes an exit code.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use ulmus_types::{ErrorKind, ExitStatus};
 
-/// An error on its way out of a program: what a person is told, and the exit code.
+/// An error that ends a program: the message for a person, and the exit code.
 #[derive(Debug)]
 pub struct Failure {
     status: ExitStatus,
@@ -20,30 +20,29 @@ impl Failure {
         Self { status, message: message.into() }
     }
 
-    /// The failure that an error of this kind leads to; `error` is printed with its sources.
+    /// The failure caused by an error of this kind. The message is that of `error` with its sources.
     pub fn of(kind: ErrorKind, error: &(dyn std::error::Error + 'static)) -> Self {
         Self::new(kind.into(), with_causes(error))
     }
 
-    /// The exit code it leads to.
+    /// The exit status of the program.
     pub const fn status(&self) -> ExitStatus {
         self.status
     }
 }
 
-/// What a program was told on its command line; else the exit code, when that was wrong or asked for help alone, which is
-/// printed then.
+/// Parses the command line. Prints usage errors, and the answers to `--help` and `--version`.
 ///
 /// # Errors
-/// With the exit code to end with.
+/// The exit code, if the program should end now: the command line was wrong, or asked only for help or the version.
 pub fn arguments<A: clap::Parser>() -> Result<A, ExitCode> {
-    A::try_parse().map_err(|told| match finish_output(told.print()) {
-        Ok(()) => ExitCode::from(u8::try_from(told.exit_code()).unwrap_or(1)),
+    A::try_parse().map_err(|usage| match finish_output(usage.print()) {
+        Ok(()) => ExitCode::from(u8::try_from(usage.exit_code()).unwrap_or(1)),
         Err(failure) => report(Err(failure)),
     })
 }
 
-/// What became of an output. A reader that has seen enough, such as `head`, is no failure.
+/// Checks the result of writing output. A reader that closes the pipe early, such as `head`, is not a failure.
 ///
 /// # Errors
 /// When the output could not be written.
@@ -56,7 +55,7 @@ pub fn finish_output(result: io::Result<()>) -> Result<(), Failure> {
     }
 }
 
-/// Text as a terminal may be given it: names of files may hold what a terminal takes for a command.
+/// Escapes control characters for a terminal: file names may contain what a terminal takes for a command.
 fn visible(text: &str) -> Cow<'_, str> {
     let is_command = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
     if !text.contains(is_command) {
@@ -66,10 +65,10 @@ fn visible(text: &str) -> Cow<'_, str> {
     text.chars().map(shown).collect::<String>().into()
 }
 
-/// Prints a result and a line's end.
+/// Prints text and a line feed to standard output.
 ///
 /// # Errors
-/// When it could not be written.
+/// When the text could not be written.
 pub fn print(text: &str) -> Result<(), Failure> {
     finish_output(writeln!(io::stdout().lock(), "{}", visible(text)))
 }
@@ -82,7 +81,7 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
-/// Prints a failure to standard error, and gives the exit code.
+/// Prints a failure to standard error, and returns the exit code.
 #[expect(clippy::print_stderr, reason = "the last words of a program")]
 pub fn report(result: Result<ExitStatus, Failure>) -> ExitCode {
     match result {
@@ -94,13 +93,13 @@ pub fn report(result: Result<ExitStatus, Failure>) -> ExitCode {
     }
 }
 
-/// An error in one line, with its causes.
+/// The message of an error followed by those of its causes, on one line.
 pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
     let mut message = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
         let text = cause.to_string();
-        // Many errors repeat their source in their own text.
+        // Many errors repeat their source's message in their own.
         if !message.contains(&text) {
             message = format!("{message}: {text}");
         }

@@ -1,4 +1,4 @@
-//! Process matters that all programs share: plan files, logs, signals and exit codes.
+//! What all programs do as processes: reading plan files, logging, handling signals, and exit codes.
 
 #![forbid(unsafe_code)]
 

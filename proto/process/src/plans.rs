@@ -1,14 +1,15 @@
-//! Plan files.
+//! Reading plan files.
 
 use std::path::Path;
 
 use ulmus_plan::Plan;
-use ulmus_types::ExitStatus;
+use ulmus_types::{ExitStatus, counted};
 
 use crate::Failure;
 
-/// Reads a plan file with overrides; a plan with variants gives several. `pieces` counts those of a tokenizer file,
-/// which decides `model.vocab_size` where the plan does not say it; none if the file is not on this machine.
+/// Reads a plan file and applies overrides. A plan with variants gives several plans. `pieces` counts the pieces of a
+/// tokenizer file, which determine `model.vocab_size` if the plan does not set it; it returns `None` if the file is not
+/// on this machine.
 ///
 /// # Errors
 /// When the file cannot be read, or with every problem of the plan.
@@ -24,12 +25,11 @@ pub fn load_plans(
         );
         Failure::new(ExitStatus::InvalidInput, message)
     })?;
-    let counted = ulmus_plan::tokenizer_to_count(&text, overrides).and_then(|file| pieces(&file));
-    let counted = counted.map(|pieces| format!("tokenizer.pieces={pieces}"));
-    let overrides: Vec<String> = counted.into_iter().chain(overrides.iter().cloned()).collect();
+    let known = ulmus_plan::tokenizer_to_count(&text, overrides).and_then(|file| pieces(&file));
+    let known = known.map(|pieces| format!("tokenizer.pieces={pieces}"));
+    let overrides: Vec<String> = known.into_iter().chain(overrides.iter().cloned()).collect();
     ulmus_plan::read(&text, &overrides).map_err(|problems| {
-        let count =
-            if problems.len() == 1 { "1 problem".to_owned() } else { format!("{} problems", problems.len()) };
+        let count = counted(problems.len(), "problem");
         Failure::new(ExitStatus::InvalidInput, format!("{}: {count}\n{problems}", path.display()))
     })
 }

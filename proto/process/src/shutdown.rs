@@ -1,4 +1,4 @@
-//! From signals to a token that every part of a program watches.
+//! Turns signals into a token that every part of a program watches.
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -8,19 +8,19 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use ulmus_types::ExitStatus;
 
-/// Signals so close to each other are one: `timeout` of GNU signals a process, and then its group.
+/// Signals this close together count as one: GNU `timeout` signals a process, and then its whole group.
 const ONE_SIGNAL: Duration = Duration::from_millis(100);
 
 /// Which signal asked a program to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Signal {
-    /// SIGINT: somebody pressed Ctrl-C.
+    /// SIGINT: a person pressed Ctrl-C.
     Interrupt,
-    /// SIGTERM: a scheduler, a service manager or a person wants the process gone.
+    /// SIGTERM: a scheduler, a service manager or a person wants the process to end.
     Terminate,
 }
 
-/// Tells a program to save and stop. The second signal ends it at once.
+/// Tells a program to save and stop. A second signal ends it at once.
 #[derive(Debug, Clone)]
 pub struct Shutdown {
     token: CancellationToken,
@@ -28,15 +28,15 @@ pub struct Shutdown {
 }
 
 impl Shutdown {
-    /// A shutdown that nobody has asked for, and that only [`Self::request`] brings about.
+    /// A shutdown that only [`Self::request`] triggers.
     pub fn manual() -> Self {
         Self { token: CancellationToken::new(), signal: Arc::default() }
     }
 
-    /// A shutdown that SIGINT and SIGTERM bring about.
+    /// A shutdown that SIGINT and SIGTERM trigger.
     ///
     /// # Errors
-    /// When the process may not handle signals.
+    /// When signal handlers cannot be installed.
     pub fn on_signals(tasks: &TaskTracker) -> std::io::Result<Self> {
         let shutdown = Self::manual();
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -62,13 +62,13 @@ impl Shutdown {
         Ok(shutdown)
     }
 
-    /// Asks for it, as this signal would.
+    /// Requests the shutdown as this signal would.
     pub fn request(&self, signal: Signal) {
         self.signal.get_or_init(|| signal);
         self.token.cancel();
     }
 
-    /// Waits until it is asked for. Cancel safe.
+    /// Waits until the shutdown is requested. Cancel safe.
     pub async fn requested(&self) -> Signal {
         self.token.cancelled().await;
         *self.signal.get_or_init(|| Signal::Interrupt)

@@ -35,7 +35,7 @@ pub use nonce::nonce_digest;
 pub use partition::Partition;
 pub use problem::{Problem, Problems};
 pub use secret::{RunSecret, SessionSecret};
-pub use text::for_people;
+pub use text::{counted, for_people};
 pub use timing::{CONNECT_WITHIN, FORM_WITHIN, HEARTBEAT_INTERVAL};
 
 /// Target value of a position that is not trained on: padding, or the end of a document.

@@ -1,4 +1,4 @@
-//! Text from other processes that a person will read.
+//! Text that a person will read.
 
 /// Makes text safe to print on a terminal and to append to a log: one line of at most `limit` characters, without
 /// control characters, escape sequences, or marks that reorder the text after them.
@@ -20,6 +20,11 @@ pub fn for_people(text: &str, limit: usize) -> String {
     }
     shown.truncate(shown.trim_end().len());
     shown
+}
+
+/// A count with its noun: `1 worker`, `2 workers`.
+pub fn counted(count: usize, noun: &str) -> String {
+    if count == 1 { format!("1 {noun}") } else { format!("{count} {noun}s") }
 }
 
 /// Whether a character is an invisible mark that changes the order or the look of the text around it.
