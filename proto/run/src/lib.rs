@@ -1,8 +1,8 @@
-//! The run folder: what its files are called ([`paths`]), and what is in those that one program writes and another
-//! reads. It does no I/O.
+//! The run folder: the names of its files ([`paths`]), and the formats of those that one program writes and another
+//! reads. This crate does no I/O.
 //!
-//! `docs/run-folder.md` shows the whole folder. Two formats have crates of their own: the manifest of the data, which the
-//! data loader alone reads, and that of a checkpoint.
+//! `docs/run-folder.md` shows the whole folder. Two formats are defined elsewhere: the manifest of the data in the data
+//! loader, which alone reads it, and the manifest of a checkpoint in the checkpoint crate.
 
 #![forbid(unsafe_code)]
 
@@ -15,13 +15,13 @@ mod state;
 pub use state::TrainState;
 use ulmus_types::ErrorKind;
 
-/// A file that is not what was written.
+/// A file whose content is not in its format.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{file} cannot be read: {reason}")]
 pub struct FormatError {
-    /// Its path in the run folder, or in its part of it.
+    /// Path of the file, relative to the run folder or to the file's own folder in it.
     pub file: String,
-    /// What was expected, and what was found.
+    /// What is wrong with the content.
     pub reason: String,
 }
 

@@ -1,55 +1,56 @@
-//! Names of the files of a run folder, relative to it.
+//! Paths of files in a run folder, relative to it.
 
 use ulmus_types::{CheckpointId, Digest, JobKind};
 
-/// Every key of the plan, with its value.
+/// The plan with the value of every key.
 pub const PLAN: &str = "plan.resolved.toml";
-/// Text that the run has prepared, as parquet.
+/// Folder of the text that the run has prepared, as parquet.
 pub const SHARDS: &str = "shards";
-/// The frozen list of everything that is read.
+/// The frozen list of all data that the run reads.
 pub const DATA_MANIFEST: &str = "data/manifest.json";
-/// The tokenizer as SentencePiece reads it.
+/// The tokenizer in SentencePiece's format.
 pub const TOKENIZER_MODEL: &str = "tokenizer.model";
-/// The same tokenizer as transformers reads it.
+/// The tokenizer in Hugging Face's format.
 pub const TOKENIZER_JSON: &str = "tokenizer.json";
-/// Units that are left out; see [`crate::quarantine`].
+/// Units that every worker skips; see [`crate::quarantine`].
 pub const QUARANTINE: &str = "quarantine.json";
 
 /// Folder of the checkpoints.
 pub const CHECKPOINTS: &str = "checkpoints";
 /// The name of the newest checkpoint.
 pub const LATEST: &str = "latest";
-/// In the folder of a checkpoint, and beside the average: the weights, with Hugging Face names.
+/// Weights with Hugging Face names, in the folder of a checkpoint or of the average.
 pub const WEIGHTS: &str = "model.safetensors";
-/// In the folder of a checkpoint: its [`TrainState`](crate::TrainState).
+/// The [`TrainState`](crate::TrainState) of a checkpoint, in its folder.
 pub const STATE: &str = "state.json";
-/// In the folder of a checkpoint: what it consists of.
+/// The list of a checkpoint's files and their hashes, in its folder.
 pub const MANIFEST: &str = "manifest.json";
 
 /// The mean of the last milestones.
 pub const AVERAGE: &str = "average/model.safetensors";
-/// What it is the mean of, and its hash: an [`Average`](crate::results::Average).
+/// The checkpoints that were averaged, and the hash of the average: an [`Average`](crate::results::Average).
 pub const AVERAGE_MANIFEST: &str = "average/manifest.json";
 /// Folder of the exported model.
 pub const EXPORT: &str = "export";
-/// Folder of the jobs' results.
+/// Folder of the results of jobs.
 pub const RESULTS: &str = "results";
 
-/// One row per step. This and the following are on the coordinator's own disk, if the run is in an object store.
+/// Metrics, one row per step. If the run is in an object store, this file and those below are on the coordinator's
+/// disk.
 pub const METRICS: &str = "metrics.csv";
-/// One row per source and worker, at each of its checkpoints.
+/// Reading statistics, one row per source and worker at each checkpoint.
 pub const SOURCES: &str = "sources.csv";
 /// The coordinator's database.
 pub const DATABASE: &str = "run.sqlite";
 /// Folder of the logs.
 pub const LOGS: &str = "logs";
-/// Locked by the coordinator that leads the run.
+/// File that is locked by the coordinator that leads the run.
 pub const LOCK: &str = "lock";
-/// Where that coordinator listens.
+/// Address at which the coordinator listens.
 pub const ADDRESS: &str = "coordinator.address";
-/// In the store as well: shows that it and the coordinator's own folder belong together.
+/// A mark both in the store and in the coordinator's folder, which shows that the two belong together.
 pub const MARK: &str = "coordinator.mark";
-/// In the store: what a worker proves with that it sees the same store.
+/// The nonce in the store, with which a worker proves that it can read the store.
 pub const NONCE: &str = "coordinator.nonce";
 
 /// The folder of a checkpoint.
@@ -72,7 +73,7 @@ pub fn result(kind: JobKind) -> String {
     format!("{RESULTS}/{}.json", kind.name())
 }
 
-/// The algorithms that a device has chosen, which describes itself so.
+/// The algorithms that were chosen on a device with this description.
 pub fn algorithms(device: &str) -> String {
     format!("algorithms-{}.json", &Digest::of(device.as_bytes()).to_string()[..12])
 }

@@ -1,4 +1,4 @@
-//! `quarantine.json`: the units that everybody leaves out, and why. The coordinator writes it, workers and
+//! `quarantine.json`: the units that every worker skips, and why. The coordinator writes it, workers and
 //! `dataloader explain` read it.
 
 use std::collections::BTreeMap;
@@ -7,7 +7,7 @@ use ulmus_types::BadUnit;
 
 use crate::{FormatError, paths};
 
-/// The text of the file.
+/// The content of the file.
 pub fn to_json(units: &BTreeMap<BadUnit, String>) -> Vec<u8> {
     let units: Vec<_> = units.iter().collect();
     serde_json::to_vec(&units).expect("names and numbers can be written as JSON")
@@ -16,7 +16,7 @@ pub fn to_json(units: &BTreeMap<BadUnit, String>) -> Vec<u8> {
 /// Reads what [`to_json`] wrote.
 ///
 /// # Errors
-/// When it is something else.
+/// When the text has another format.
 pub fn from_json(text: &[u8]) -> Result<BTreeMap<BadUnit, String>, FormatError> {
     let units: Vec<(BadUnit, String)> =
         serde_json::from_slice(text).map_err(|error| FormatError::new(paths::QUARANTINE, &error))?;
@@ -27,7 +27,7 @@ pub fn from_json(text: &[u8]) -> Result<BTreeMap<BadUnit, String>, FormatError> 
 mod tests {
     use super::*;
 
-    /// As it has always been written.
+    /// The format of earlier versions.
     #[test]
     fn the_format_is_stable() {
         let units = [(BadUnit { source: "web".into(), unit: 7 }, "it is gone".to_owned())].into();

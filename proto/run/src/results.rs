@@ -1,4 +1,4 @@
-//! What jobs find: the results that workers send, the coordinator keeps, and `results/NAME.json` shows.
+//! Results of jobs: workers send them, the coordinator keeps them, and `results/NAME.json` shows them.
 
 use std::collections::BTreeMap;
 
@@ -9,90 +9,90 @@ use ulmus_types::{CheckpointId, Digest, FileEntry, JobKind};
 
 use crate::{FormatError, paths};
 
-/// What is read, and what of it was prepared.
+/// The data that a run reads, and what of it was prepared.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Prepared {
-    /// Text that the run has prepared itself.
+    /// Text that the run itself has prepared, if any.
     pub prepared: Option<Shards>,
-    /// Files of all sources.
+    /// Number of files of all sources.
     pub files: usize,
-    /// Bytes of text, as far as can be told without decoding.
+    /// Bytes of text, as far as known without decoding.
     pub bytes: u64,
-    /// Hash of what decides the stream.
+    /// Hash of everything that determines the data stream.
     pub manifest: Digest,
-    /// Pieces of the tokenizer.
+    /// Number of pieces of the tokenizer.
     pub pieces: usize,
     /// Hash of the tokenizer.
     pub tokenizer: Digest,
-    /// Whether any document is held out; unknown when none was found in the text that was looked through.
+    /// Whether any document is held out; `None` if the part of the text that was searched has none.
     pub held_out: Option<bool>,
 }
 
-/// Text that was prepared from files of a machine.
+/// Text that was prepared from local files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shards {
-    /// Shards.
+    /// Number of shards.
     pub shards: usize,
-    /// Documents in them.
+    /// Number of documents in the shards.
     pub documents: usize,
     /// Bytes of text.
     pub bytes: u64,
     /// Hash of all shards in order.
     pub digest: Digest,
-    /// Files and folders that were found, whether or not they were taken.
+    /// Number of files and folders found, whether or not they were used.
     pub found: usize,
-    /// Files that were taken.
+    /// Number of files that were used.
     pub taken: usize,
-    /// Why the others were not taken.
+    /// Why the others were not used.
     pub passed_by: Vec<PassedBy>,
-    /// All of it in lines for people.
+    /// A summary of all this in lines for a person.
     pub summary: String,
 }
 
-/// What was passed by for one reason.
+/// Files that were skipped for the same reason.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PassedBy {
-    /// Why.
+    /// Why they were skipped.
     pub reason: String,
-    /// How many.
+    /// Number of files.
     pub count: usize,
-    /// Name of the first.
+    /// Name of the first one.
     pub first: String,
 }
 
 /// The mean of some checkpoints' weights.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Average {
-    /// What it is the mean of.
+    /// The averaged checkpoints.
     pub checkpoints: Vec<CheckpointId>,
-    /// The file that holds it, [`paths::WEIGHTS`].
+    /// The file that holds the average, [`paths::WEIGHTS`].
     pub files: BTreeMap<String, FileEntry>,
-    /// Hash of its weights.
+    /// Hash of the averaged weights.
     pub weights: Digest,
 }
 
-/// What is measured on held-out text, or why it was not.
+/// A measurement on held-out text, or why there is none.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Measured<T> {
-    /// It was not done.
+    /// Nothing was measured.
     Skipped {
         /// Why not.
         skipped: String,
     },
-    /// It was done.
+    /// The measurement was done.
     Done {
-        /// What was found.
+        /// The result.
         #[serde(flatten)]
         result: T,
-        /// What had to be left out of the text, and why.
+        /// Which units of the text had to be skipped, and why.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         left_out: Vec<String>,
     },
 }
 
 impl<T> Measured<T> {
-    /// What was found.
+    /// The result, if there is one.
     pub fn result(&self) -> Option<&T> {
         match self {
             Self::Skipped { .. } => None,
@@ -100,7 +100,7 @@ impl<T> Measured<T> {
         }
     }
 
-    /// Why nothing was found.
+    /// Why nothing was measured, if nothing was.
     pub fn skipped(&self) -> Option<&str> {
         match self {
             Self::Skipped { skipped } => Some(skipped),
@@ -108,7 +108,7 @@ impl<T> Measured<T> {
         }
     }
 
-    /// What had to be left out, and why.
+    /// Which units had to be skipped, and why.
     pub fn left_out(&self) -> &[String] {
         match self {
             Self::Skipped { .. } => &[],
@@ -120,61 +120,61 @@ impl<T> Measured<T> {
 /// How well a model predicts some texts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Perplexity {
-    /// Texts that were scored; empty ones are passed over.
+    /// Number of scored texts, without empty ones.
     pub documents: u64,
-    /// Their length in UTF-8.
+    /// Bytes of these texts in UTF-8.
     pub bytes: u64,
-    /// Tokens that were predicted, the EOS of every document included.
+    /// Number of predicted tokens, including the EOS of every document.
     pub tokens: u64,
-    /// Most tokens of context that a prediction had.
+    /// Maximum number of context tokens of a prediction.
     pub context: usize,
     /// Sum of the negative log-likelihoods of all tokens, in nats.
     pub nll: f64,
-    /// Mean of them.
+    /// Mean negative log-likelihood per token, in nats.
     pub loss: f64,
     /// `exp(loss)`.
     pub perplexity: f64,
-    /// Bits that the model would need per byte of text: `nll / bytes / ln 2`.
+    /// Bits per byte of text with the model as a compressor: `nll / bytes / ln 2`.
     pub bits_per_byte: f64,
-    /// What `zstd -19` needs for the same texts in one stream, as a yardstick.
+    /// Bits per byte of the same texts as one `zstd -19` stream, for comparison.
     pub zstd_bits_per_byte: f64,
 }
 
-/// What the model wrote at several points of its training.
+/// Continuations of one prompt at several points of training.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Continuations {
-    /// The held-out text before it.
+    /// The held-out text that is continued.
     pub prompt: String,
-    /// In the order of the checkpoints.
+    /// One continuation per checkpoint, in the order of the checkpoints.
     pub continuations: Vec<Continuation>,
 }
 
-/// What the model wrote at one point of its training.
+/// A continuation at one point of training.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Continuation {
-    /// The model.
+    /// The checkpoint of the model.
     pub checkpoint: CheckpointId,
-    /// What it wrote.
+    /// The text that the model generated.
     pub text: String,
 }
 
 /// The average in Hugging Face layout.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exported {
-    /// Where it is, in the run folder.
+    /// Its folder, relative to the run folder.
     pub folder: String,
-    /// Its files.
+    /// The files in that folder.
     pub files: BTreeMap<String, FileEntry>,
 }
 
-/// How fast the average is.
+/// The speed of the average.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Benchmark {
-    /// Prompt tokens per second, while a prompt is processed.
+    /// Prompt tokens processed per second.
     pub prompt_tokens_per_second: f64,
-    /// New tokens per second, after the first.
+    /// Tokens generated per second, after the first.
     pub generate_tokens_per_second: f64,
-    /// As `evaluator bench --json` shows it.
+    /// The output of `evaluator bench --json`.
     pub details: Value,
 }
 
@@ -183,37 +183,37 @@ pub struct Benchmark {
 pub struct Results(BTreeMap<JobKind, Value>);
 
 impl Results {
-    /// Those of jobs that were [`check`]ed when they were kept.
+    /// Wraps results that were [`check`]ed when they were stored.
     pub fn new(results: BTreeMap<JobKind, Value>) -> Self {
         Self(results)
     }
 
-    /// What the average is of, and where.
+    /// The average.
     pub fn averaged(&self) -> Option<Average> {
         self.of(JobKind::Average)
     }
 
-    /// What was exported.
+    /// The exported model.
     pub fn exported(&self) -> Option<Exported> {
         self.of(JobKind::Export)
     }
 
-    /// How well the average predicts held-out text.
+    /// The perplexity of the average on held-out text.
     pub fn average(&self) -> Option<Measured<Perplexity>> {
         self.of(JobKind::EvaluateAverage)
     }
 
-    /// How well the model at the end of training predicts held-out text.
+    /// The perplexity of the model at the end of training on held-out text.
     pub fn last(&self) -> Option<Measured<Perplexity>> {
         self.of(JobKind::EvaluateLast)
     }
 
-    /// What the model wrote.
+    /// The continuations of held-out text.
     pub fn continuations(&self) -> Option<Measured<Continuations>> {
         self.of(JobKind::Continuations)
     }
 
-    /// How fast the average is.
+    /// The speed of the average.
     pub fn benchmark(&self) -> Option<Benchmark> {
         self.of(JobKind::Benchmark)
     }
@@ -223,10 +223,10 @@ impl Results {
     }
 }
 
-/// Makes sure that a text is the result of such a job.
+/// Checks that a text is a result of this kind of job.
 ///
 /// # Errors
-/// Says what it lacks.
+/// When the text has another format; the reason says how it differs.
 pub fn check(kind: JobKind, result: &str) -> Result<(), FormatError> {
     fn is<T: DeserializeOwned>(text: &str) -> Result<(), serde_json::Error> {
         serde_json::from_str::<T>(text).map(drop)
@@ -242,7 +242,7 @@ pub fn check(kind: JobKind, result: &str) -> Result<(), FormatError> {
     checked.map_err(|error| FormatError::new(paths::result(kind), &error))
 }
 
-/// The contents of a file of results: fields in the order of the alphabet, one per line.
+/// The content of a result file: fields in alphabetical order, one per line.
 pub fn to_json(result: &impl Serialize) -> Vec<u8> {
     let value = serde_json::to_value(result).expect("results have text keys");
     format!("{value:#}\n").into_bytes()

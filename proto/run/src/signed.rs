@@ -1,5 +1,5 @@
 //! JSON that vouches for its own bytes: its first field, `digest`, holds the hash of the whole text, taken while the 64
-//! digits of that field are zero. So a changed byte anywhere is noticed, and fields that a later version adds are covered
+//! digits of that field are zero. So any changed byte is detected, and fields that a later version adds are covered
 //! without being known.
 
 use serde::{Deserialize, Serialize};
@@ -9,7 +9,7 @@ const UNSIGNED: Digest = Digest::from_bytes([0; 32]);
 
 #[derive(Serialize)]
 struct Signed<'a, T> {
-    // It stays the first field, so that its digits are the first 64 of their kind.
+    // This must be the first field, so that its zeros are the first ones to be replaced.
     digest: Digest,
     #[serde(flatten)]
     content: &'a T,
@@ -20,16 +20,16 @@ struct Header {
     digest: Digest,
 }
 
-/// How the text is laid out.
+/// The layout of the text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Style {
-    /// For people: one field per line, and a line feed at the end.
+    /// For people: one field per line, with a line feed at the end.
     Pretty,
     /// On one line.
     Compact,
 }
 
-/// The text of a structure with text keys, signed. The same content has the same text.
+/// The signed text of a structure with text keys. The same content always gives the same text.
 pub fn to_json(content: &impl Serialize, style: Style) -> String {
     let unsigned = Signed { digest: UNSIGNED, content };
     let text = match style {
@@ -41,10 +41,10 @@ pub fn to_json(content: &impl Serialize, style: Style) -> String {
     text.replacen(&UNSIGNED.to_string(), &digest.to_string(), 1)
 }
 
-/// Makes sure that a text is as [`to_json`] wrote it; then it can be read like any JSON.
+/// Verifies that a text is as [`to_json`] wrote it. Then it can be read like any JSON.
 ///
 /// # Errors
-/// Says how it differs.
+/// What is wrong with the text, in words.
 pub fn verify(text: &[u8]) -> Result<&str, String> {
     let text = std::str::from_utf8(text).map_err(|error| error.to_string())?;
     let header: Header = serde_json::from_str(text).map_err(|error| error.to_string())?;
@@ -53,7 +53,7 @@ pub fn verify(text: &[u8]) -> Result<&str, String> {
     if found == header.digest {
         Ok(text)
     } else {
-        Err(format!("its text has hash {} instead of {}", found.short(), header.digest.short()))
+        Err(format!("its hash is {} instead of {}", found.short(), header.digest.short()))
     }
 }
 

@@ -1,4 +1,4 @@
-//! `state.json` of a checkpoint: where training stands.
+//! `state.json` of a checkpoint: the progress of training.
 
 use std::collections::BTreeSet;
 
@@ -9,18 +9,18 @@ use crate::{FormatError, paths};
 
 const FORMAT_VERSION: u32 = 1;
 
-/// Where training stands after `step` updates. Equal on all workers.
+/// The progress of training after `step` updates. It is the same on all workers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainState {
     /// Updates that the weights have seen.
     pub step: Step,
-    /// Tokens that they have been trained on.
+    /// Tokens that the weights have been trained on.
     pub tokens: u64,
-    /// The quantum of the exact reduction, a power of two; 0 when the reduction is not exact.
+    /// The quantum (quantization step) of the exact reduction, a power of two; 0 if the reduction is not exact.
     pub quantum: f64,
     /// The position of every data stream, as the data loader writes and reads it.
     pub cursors: Vec<i64>,
-    /// Units that were left out because they could not be read.
+    /// Units that were skipped because they could not be read.
     #[serde(default)]
     pub quarantine: BTreeSet<BadUnit>,
 }
@@ -38,23 +38,23 @@ struct Header {
 }
 
 impl TrainState {
-    /// The text of `state.json`: the same state has the same text.
+    /// The content of `state.json`. The same state always gives the same text.
     pub fn to_json(&self) -> Vec<u8> {
         serde_json::to_vec(&Versioned { format_version: FORMAT_VERSION, state: self })
             .expect("a state has only text keys")
     }
 
-    /// Reads what [`TrainState::to_json`] wrote; fields that this version does not know are passed over.
+    /// Reads what [`TrainState::to_json`] wrote; ignores fields that this version does not know.
     ///
     /// # Errors
-    /// [`FormatError`] when the text is of a newer version or no state at all.
+    /// [`FormatError`] when the text has a newer version, or is not a state at all.
     pub fn from_json(text: &[u8]) -> Result<Self, FormatError> {
         let wrong = |reason: String| FormatError::new(paths::STATE, &reason);
         let header: Header = serde_json::from_slice(text).map_err(|error| wrong(error.to_string()))?;
         if header.format_version > FORMAT_VERSION {
             let found = header.format_version;
             return Err(wrong(format!(
-                "it has format {found}, this program reads up to {FORMAT_VERSION}; use a newer ulmus"
+                "it has format {found}, and this program reads formats up to {FORMAT_VERSION}; use a newer version of Ulmus"
             )));
         }
         serde_json::from_slice(text).map_err(|error| wrong(error.to_string()))
