@@ -49,7 +49,7 @@ fn start(args: Args) -> Result<ExitStatus, Failure> {
         plan: path,
         overrides: args.overrides,
         listen: args.listen,
-        token: TokenSource::told(args.token_file),
+        token: TokenSource::given(args.token_file),
         demo_failure: args.demo_failure,
         recover: args.recover,
         from_start: args.from_start,

@@ -81,7 +81,7 @@ fn quoted(word: &str) -> String {
 /// # Errors
 /// With the exit code and what a person is told. What was committed is never lost.
 pub async fn run(plans: &[Plan], options: &Options, shutdown: &Shutdown) -> Result<ExitStatus, Failure> {
-    if !matches!(options.token, TokenSource::Unsaid) && (plans.len() > 1 || options.demo_failure) {
+    if !matches!(options.token, TokenSource::Unspecified) && (plans.len() > 1 || options.demo_failure) {
         let message = "a token is for one run, and these are several, each with a key of its own; leave out \
                        --token-file, and unset ULMUS_TOKEN_FILE and ULMUS_TOKEN: every run then makes its own";
         return Err(Failure::new(ExitStatus::InvalidInput, message));

@@ -236,7 +236,7 @@ const GRACE: Duration = Duration::from_secs(25);
 impl WorkerConfig {
     /// A worker that the coordinator itself started.
     pub fn local(join_file: PathBuf, name: String, device: Device, nth: usize, threads: usize) -> Self {
-        let (join, token) = (Join::File(join_file), TokenSource::told(None));
+        let (join, token) = (Join::File(join_file), TokenSource::given(None));
         let join_timeout = Duration::from_mins(5);
         Self { join, token, device, nth, threads, name, advertise: None, join_timeout, grace: GRACE }
     }
@@ -246,7 +246,7 @@ impl From<JoinArgs> for WorkerConfig {
     fn from(args: JoinArgs) -> Self {
         Self {
             join: Join::Address(args.join.expect("clap refuses to join nothing")),
-            token: TokenSource::told(args.token_file),
+            token: TokenSource::given(args.token_file),
             device: args.device,
             nth: 0,
             threads: args.threads.map_or_else(all_cores, usize::from),

@@ -227,7 +227,7 @@ mod tests {
     fn told(join: &str, advertise: Option<&str>) -> Result<(String, Option<String>), String> {
         let config = WorkerConfig {
             join: Join::Address(join.to_owned()),
-            token: ulmus_transport::TokenSource::Unsaid,
+            token: ulmus_transport::TokenSource::Unspecified,
             grace: std::time::Duration::ZERO,
             device: Device::Cpu,
             nth: 0,

@@ -1,4 +1,4 @@
-//! The worker's end: finds its token, makes sure of the coordinator, and only then shows the secret.
+//! The worker's end: finds the token, authenticates the coordinator, and only then shows the secret.
 
 use std::fmt;
 use std::io;
@@ -24,34 +24,34 @@ use crate::identity::{HTTP2, provider};
 use crate::source::{Found, LookupError, TokenSource, in_runtime_folder};
 use crate::token::{JoinToken, KeyHash};
 
-/// How long a coordinator may take to answer at all.
+/// How long connecting to the coordinator may take.
 const REACH_WITHIN: Duration = Duration::from_secs(3);
-/// How long TLS may take.
+/// How long the TLS handshake may take.
 const HANDSHAKE_WITHIN: Duration = Duration::from_secs(5);
-/// How often the other side has to answer when nothing is said.
+/// Interval of keep-alive pings, which the other side has to answer.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 
 /// Why there is no session with a coordinator.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// The address cannot be one.
+    /// The address is invalid.
     #[error("invalid address {0:?}: {1}; write --join HOST:PORT")]
     Address(String, io::Error),
-    /// Nobody is there, or nobody who speaks as a coordinator does.
+    /// Nothing answers at the address as a coordinator does.
     #[error("{0}: {1}")]
     Unreachable(String, String),
     /// The worker has no token to show.
     #[error("cannot join {0}: {1}")]
     Token(String, LookupError),
-    /// Somebody is there whose key is not the one that the token tells.
+    /// The other side has a different key from the one in the token.
     #[error(
-        "whoever answers at {0} has another key than the coordinator that the token of {1} is for, and was told \
-         nothing; correct --join, or pass the token of the run that is led there: its coordinator's join.token"
+        "the key of the coordinator at {0} is not the one in the token from {1}, so it was told nothing; correct \
+         --join, or pass the join.token of the coordinator at that address"
     )]
     OtherKey(String, String),
     /// The coordinator has the right key and does not accept the secret.
     #[error(
-        "the coordinator at {0} does not accept the secret in the token of {1}; pass the token that it was started \
+        "the coordinator at {0} does not accept the secret in the token from {1}; pass the token that it was started \
          with: its --token-file, or its join.token"
     )]
     WrongSecret(String, String),
@@ -68,7 +68,7 @@ impl ConnectError {
     }
 }
 
-/// A connection to a coordinator that has the right key.
+/// A connection to a coordinator with the right key.
 #[derive(Debug)]
 pub struct Link {
     channel: Channel,
@@ -76,15 +76,15 @@ pub struct Link {
     found: Found,
 }
 
-/// Opens a connection to the coordinator at `address` (`host:port`). The token is looked up anew with every call.
+/// Opens a connection to the coordinator at `address` (`host:port`). Every call looks up the token again.
 ///
 /// # Errors
-/// When nobody is there, when there is no token, or when the other side has not the token's key. It was told nothing
-/// then.
+/// When nothing answers, when there is no token, or when the other side does not have the key in the token. In all
+/// these cases the other side was told nothing.
 pub async fn connect(address: &str, source: &TokenSource) -> Result<Link, ConnectError> {
     let token_error = |error| ConnectError::Token(address.to_owned(), error);
     let known = match source.look_up() {
-        // No coordinator would change that.
+        // Reaching a coordinator could not change this.
         Err(error @ LookupError::Malformed(..)) => return Err(token_error(error)),
         known => known,
     };
@@ -97,7 +97,7 @@ pub async fn connect(address: &str, source: &TokenSource) -> Result<Link, Connec
         Ok(stream) => stream.map_err(|error| unreachable(error.to_string()))?,
     };
     let failed = |error: io::Error| unreachable(error.to_string());
-    // Only where somebody listens is a token missed: it may come with its coordinator.
+    // A missing token is an error only once something listens: a coordinator publishes the token before it does.
     let found = if let Some(found) = known.map_err(token_error)? {
         found
     } else {
@@ -107,37 +107,37 @@ pub async fn connect(address: &str, source: &TokenSource) -> Result<Link, Connec
     };
     stream.set_nodelay(true).map_err(failed)?;
     let stream = match tokio::time::timeout(HANDSHAKE_WITHIN, encrypt(stream, found.token.key())).await {
-        Err(_) => return Err(unreachable(format!("no TLS within {HANDSHAKE_WITHIN:?}"))),
+        Err(_) => return Err(unreachable(format!("no TLS handshake within {HANDSHAKE_WITHIN:?}"))),
         Ok(Err(error)) if is_other_key(&error) => {
             return Err(ConnectError::OtherKey(address.to_owned(), found.origin));
         }
-        Ok(stream) => stream.map_err(|error| unreachable(format!("no TLS 1.3 there: {error}")))?,
+        Ok(stream) => stream.map_err(|error| unreachable(format!("TLS 1.3 failed: {error}")))?,
     };
-    let channel = over(stream).await.map_err(|error| unreachable(error.to_string()))?;
+    let channel = http2_over(stream).await.map_err(|error| unreachable(error.to_string()))?;
     Ok(Link { channel, address: address.to_owned(), found })
 }
 
 impl Link {
-    /// What calls are made through: it shows the secret with each of them.
+    /// The service through which calls are made. It shows the secret with each of them.
     pub fn service(&self) -> InterceptedService<Channel, Bearer> {
         InterceptedService::new(self.channel.clone(), Bearer::new(&self.found.token))
     }
 
-    /// What it means that a call ended so, if that is a matter of this crate.
+    /// The error behind the status of a failed call, if the transport is the reason for it.
     pub fn refusal(&self, status: &Status) -> Option<ConnectError> {
         (status.code() == Code::Unauthenticated)
             .then(|| ConnectError::WrongSecret(self.address.clone(), self.found.origin.clone()))
     }
 }
 
-/// Shows the secret with a call.
+/// Adds the secret to every call.
 #[derive(Clone)]
 pub struct Bearer(AsciiMetadataValue);
 
 impl Bearer {
     fn new(token: &JoinToken) -> Self {
         let mut value: AsciiMetadataValue =
-            token.bearer().parse().expect("hexadecimal digits can stand in a header");
+            token.bearer().parse().expect("hexadecimal digits are valid in a header");
         value.set_sensitive(true);
         Self(value)
     }
@@ -156,14 +156,14 @@ impl Interceptor for Bearer {
     }
 }
 
-/// HTTP/2 over this one stream: when that is over, so is the channel.
-async fn over(stream: TlsStream<TcpStream>) -> Result<Channel, tonic::transport::Error> {
+/// HTTP/2 over this one stream. The channel ends with the stream.
+async fn http2_over(stream: TlsStream<TcpStream>) -> Result<Channel, tonic::transport::Error> {
     let mut stream = Some(TokioIo::new(stream));
     let connector = tower::service_fn(move |_| {
         let stream = stream.take().ok_or(io::ErrorKind::NotConnected);
         async move { stream.map_err(io::Error::from) }
     });
-    // TLS is done with, and the name is never resolved.
+    // The stream is already encrypted, and the name is never resolved.
     Endpoint::from_static("http://coordinator")
         .http2_keep_alive_interval(KEEP_ALIVE)
         .connect_with_connector(connector)
@@ -182,18 +182,18 @@ async fn encrypt(stream: TcpStream, key: KeyHash) -> io::Result<TlsStream<TcpStr
     config.alpn_protocols = vec![HTTP2.to_vec()];
     config.enable_sni = false;
     config.resumption = rustls::client::Resumption::disabled();
-    let nobody = ServerName::try_from("coordinator").expect("it is a name");
-    TlsConnector::from(Arc::new(config)).connect(nobody, stream).await
+    let unused = ServerName::try_from("coordinator").expect("it is a name");
+    TlsConnector::from(Arc::new(config)).connect(unused, stream).await
 }
 
-/// Accepts one key, whatever its certificate says: names, dates and signers mean nothing here.
+/// Accepts a single key, regardless of the names, dates and signers in its certificate.
 #[derive(Debug)]
 struct Pinned {
     key: KeyHash,
     provider: Arc<CryptoProvider>,
 }
 
-/// How [`Pinned`] says that it has found another key.
+/// The error with which [`Pinned`] rejects a different key.
 const OTHER_KEY: rustls::Error =
     rustls::Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure);
 
@@ -224,10 +224,10 @@ impl ServerCertVerifier for Pinned {
         _: &CertificateDer<'_>,
         _: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(rustls::Error::General("TLS 1.2 is not spoken here".to_owned()))
+        Err(rustls::Error::General("TLS 1.2 is not supported".to_owned()))
     }
 
-    /// That the other side has the key, and not only its certificate.
+    /// Verifies that the other side holds the key, not only its certificate.
     fn verify_tls13_signature(
         &self,
         message: &[u8],

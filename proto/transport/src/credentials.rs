@@ -1,4 +1,4 @@
-//! What a run's coordinator has to accept sessions: its key, and its token.
+//! What a run's coordinator needs to accept sessions: its key and its token.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,42 +10,42 @@ use crate::identity::{IDENTITY_FILE, Identity, IdentityError};
 use crate::source::{TokenSource, read_token};
 use crate::token::{JoinToken, MalformedToken};
 
-/// Name of the token in the coordinator's own folder.
+/// Name of the token file in the coordinator's own folder.
 pub const TOKEN_FILE: &str = "join.token";
 
-/// What a run's coordinator has to accept sessions.
+/// What a run's coordinator needs to accept sessions.
 #[derive(Debug, Clone)]
 pub struct Credentials {
-    /// Its key.
+    /// The coordinator's key.
     pub identity: Identity,
-    /// What workers show.
+    /// The token that workers show.
     pub token: JoinToken,
-    /// Where workers that see the coordinator's disk find it; none if it came from the environment.
+    /// Where workers that can read the coordinator's disk find the token; `None` if it came from the environment.
     pub token_file: Option<PathBuf>,
-    /// Files of the run that others could read until now.
+    /// Files of the run that other users could read until now.
     pub exposed: Vec<PathBuf>,
 }
 
 /// Why a run has no credentials.
 #[derive(Debug, thiserror::Error)]
 pub enum CredentialsError {
-    /// Of the key.
+    /// The key could not be loaded or made.
     #[error(transparent)]
     Identity(#[from] IdentityError),
-    /// The key is gone.
+    /// The key is missing, but a token with its hash exists.
     #[error(
         "{0} is missing, though {1} tells workers its hash; restore it, or delete {1}: workers then need the new token"
     )]
     KeyIsGone(PathBuf, PathBuf),
-    /// What should be a token is none.
-    #[error("{0}: {1}; or leave it out, and a token is made")]
+    /// Something that should be a token is not one.
+    #[error("{0}: {1}; or omit it, and a token is made")]
     Malformed(String, MalformedToken),
-    /// The token is of another key.
+    /// The token belongs to another key.
     #[error("{origin} is the token of another run: workers would not accept the key of {folder}; {advice}")]
     OtherKey {
-        /// Where it came from.
+        /// Where the token came from.
         origin: String,
-        /// The run's folder.
+        /// The coordinator's folder.
         folder: PathBuf,
         /// What to do.
         advice: String,
@@ -70,8 +70,8 @@ impl CredentialsError {
 }
 
 impl Credentials {
-    /// The credentials of the run whose coordinator has its own files in `folder`. A key is made once. So is a token,
-    /// unless one is given; a given file that does not exist is written.
+    /// The credentials of the run whose coordinator keeps its own files in `folder`. A missing key is made. So is a
+    /// missing token, unless one is given; if the given token file does not exist, it is written.
     ///
     /// # Errors
     /// When something is damaged, cannot be read or written, or belongs to another run.
@@ -83,7 +83,7 @@ impl Credentials {
         let identity = Identity::of_run(folder)?;
         let (text, origin, advice, token_file) = match given {
             TokenSource::Text(text) => {
-                let advice = format!("unset ULMUS_TOKEN, or set it to what {} says", kept.display());
+                let advice = format!("unset ULMUS_TOKEN, or set it to the content of {}", kept.display());
                 (text.clone(), "ULMUS_TOKEN".to_owned(), advice, None)
             }
             TokenSource::File(path) => {
@@ -91,7 +91,7 @@ impl Credentials {
                 let advice = "name another file with --token-file, or delete this one";
                 (read_or_write(path, own)?, path.display().to_string(), advice.to_owned(), Some(path.clone()))
             }
-            TokenSource::Unsaid => {
+            TokenSource::Unspecified => {
                 let advice = "delete it: workers then need the new token".to_owned();
                 (own_token(&kept, &identity)?, kept.display().to_string(), advice, Some(kept))
             }
@@ -101,7 +101,7 @@ impl Credentials {
         if token.key() != identity.hash() {
             return Err(CredentialsError::OtherKey { origin, folder: folder.to_path_buf(), advice });
         }
-        // Whom a file shares its secret with that somebody names is that person's decision.
+        // A token file that a person names elsewhere is not touched: who may read it is that person's decision.
         let mut exposed = Vec::new();
         for path in [folder.join(TOKEN_FILE), key] {
             match hidden::hide(&path) {
@@ -116,12 +116,12 @@ impl Credentials {
     }
 }
 
-/// The token that is kept with the run, which is made when it is first asked for.
+/// The token that is kept with the run. It is made when it is first needed.
 fn own_token(path: &Path, identity: &Identity) -> Result<String, CredentialsError> {
     read_or_write(path, || Ok(JoinToken::new(identity.hash()).reveal()))
 }
 
-/// A file's text. If there is no such file, it is written first, for its owner alone.
+/// The content of a file. If the file does not exist, it is written first, readable by its owner alone.
 fn read_or_write(
     path: &Path,
     make: impl FnOnce() -> Result<String, CredentialsError>,
@@ -152,23 +152,23 @@ mod tests {
     #[test]
     fn a_run_keeps_its_token() {
         let folder = tempfile::tempdir().unwrap();
-        let first = of_run(folder.path(), &TokenSource::Unsaid).unwrap();
+        let first = of_run(folder.path(), &TokenSource::Unspecified).unwrap();
         assert_eq!(first.token.key(), first.identity.hash());
         let file = folder.path().join(TOKEN_FILE);
         assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
-        assert_eq!(of_run(folder.path(), &TokenSource::Unsaid).unwrap().token, first.token);
+        assert_eq!(of_run(folder.path(), &TokenSource::Unspecified).unwrap().token, first.token);
         assert_eq!(first.token_file, Some(file));
     }
 
     #[test]
     fn files_that_others_could_read_are_hidden_and_told() {
         let folder = tempfile::tempdir().unwrap();
-        assert!(of_run(folder.path(), &TokenSource::Unsaid).unwrap().exposed.is_empty());
+        assert!(of_run(folder.path(), &TokenSource::Unspecified).unwrap().exposed.is_empty());
         let files = [folder.path().join(TOKEN_FILE), folder.path().join(IDENTITY_FILE)];
         for file in &files {
             fs::set_permissions(file, fs::Permissions::from_mode(0o644)).unwrap();
         }
-        assert_eq!(of_run(folder.path(), &TokenSource::Unsaid).unwrap().exposed, files);
+        assert_eq!(of_run(folder.path(), &TokenSource::Unspecified).unwrap().exposed, files);
         for file in &files {
             assert_eq!(fs::metadata(file).unwrap().permissions().mode() & 0o777, 0o600);
         }
@@ -182,7 +182,7 @@ mod tests {
         let first = of_run(folder.path(), &given).unwrap();
         assert_eq!(fs::read_to_string(&file).unwrap(), first.token.reveal() + "\n");
         assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
-        // Another secret for the same key, as somebody makes who wants to keep old workers out.
+        // Another secret for the same key, which a person makes to keep earlier workers out.
         let other = JoinToken::new(first.identity.hash());
         fs::write(&file, other.reveal()).unwrap();
         assert_eq!(of_run(folder.path(), &given).unwrap().token, other);
@@ -192,7 +192,7 @@ mod tests {
     #[test]
     fn tokens_of_other_keys_are_refused() {
         let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let foreign = of_run(other.path(), &TokenSource::Unsaid).unwrap();
+        let foreign = of_run(other.path(), &TokenSource::Unspecified).unwrap();
         let file = TokenSource::File(foreign.token_file.clone().unwrap());
         for (given, advice) in [(file, "--token-file"), (TokenSource::Text(foreign.token.reveal()), "unset")]
         {
@@ -208,9 +208,9 @@ mod tests {
     #[test]
     fn a_token_without_its_key_is_not_passed_over() {
         let folder = tempfile::tempdir().unwrap();
-        of_run(folder.path(), &TokenSource::Unsaid).unwrap();
+        of_run(folder.path(), &TokenSource::Unspecified).unwrap();
         fs::remove_file(folder.path().join(IDENTITY_FILE)).unwrap();
-        let error = of_run(folder.path(), &TokenSource::Unsaid).unwrap_err();
+        let error = of_run(folder.path(), &TokenSource::Unspecified).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt);
         assert!(error.to_string().contains(TOKEN_FILE), "{error}");
     }

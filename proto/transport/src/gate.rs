@@ -1,9 +1,9 @@
-//! Who waits to be let in, and how many of them there may be.
+//! Limits how many connections may wait to be admitted.
 //!
-//! Whoever comes while it is full takes the place of the connection that has waited longest among those of the
-//! address that has the most. So strangers push out each other, and a worker, which needs a few milliseconds, gets
-//! through between them. There is a gate for TLS and another for hello, so that whoever has come through the first
-//! is out of reach of those who only connect.
+//! A connection that arrives while the gate is full displaces another: of the address with the most waiting
+//! connections, the one that has waited longest. So strangers displace each other, and a worker, which needs a few
+//! milliseconds, gets through between them. There is one gate for the TLS handshake and another for the hello, so that
+//! peers that only connect cannot displace those that have completed the handshake.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -14,57 +14,56 @@ use std::time::Duration;
 use rustix::process::{Resource, getrlimit};
 use tokio_util::sync::CancellationToken;
 
-/// What connections may take before they are admitted.
+/// Limits on connections that are not admitted yet.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// How long TLS may take.
+    /// How long the TLS handshake may take.
     pub handshake: Duration,
-    /// How long it may take from there until hello is said.
+    /// How long a hello may take after the handshake.
     pub hello: Duration,
-    /// Connections of one address that may wait, at either of the two.
+    /// Maximum number of waiting connections per address, at each of the two gates.
     pub per_address: usize,
-    /// Connections that may wait in all, at either of the two.
-    pub in_all: usize,
+    /// Maximum number of waiting connections overall, at each of the two gates.
+    pub total: usize,
 }
 
 impl Limits {
-    /// The limits of a coordinator that may have as many files open as this process: most of them are for workers
-    /// and for the run.
+    /// Limits that fit the number of files that this process may open, most of which are for workers and the run.
     pub fn of_this_process() -> Self {
         let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-        let in_all = usize::try_from(files / 8).unwrap_or(usize::MAX).clamp(1, 128);
+        let total = usize::try_from(files / 8).unwrap_or(usize::MAX).clamp(1, 128);
         Self {
             handshake: Duration::from_secs(5),
             hello: Duration::from_secs(10),
-            per_address: in_all.min(64),
-            in_all,
+            per_address: total.min(64),
+            total,
         }
     }
 }
 
-/// Counts those that wait.
+/// Counts waiting connections.
 #[derive(Debug)]
 pub(crate) struct Gate {
     limits: Limits,
     waiting: Mutex<Waiting>,
-    /// Set at the end, when nobody is let in any more.
+    /// Cancelled at the end, when nobody is admitted any more.
     closed: CancellationToken,
 }
 
-/// The waiting connections of each address, by the order in which they came.
+/// The waiting connections of each address, in the order in which they arrived.
 #[derive(Debug, Default)]
 struct Waiting {
-    came: u64,
+    arrived: u64,
     by_address: BTreeMap<IpAddr, BTreeMap<u64, CancellationToken>>,
 }
 
-/// A connection's place among those that wait, until it is admitted or gone.
+/// A connection's place among those that wait, until the connection is admitted or closed.
 #[derive(Debug)]
 pub(crate) struct Ticket {
     gate: Arc<Gate>,
     address: IpAddr,
     number: u64,
-    pushed_out: CancellationToken,
+    displaced: CancellationToken,
     admitted: AtomicBool,
 }
 
@@ -73,21 +72,21 @@ impl Gate {
         Arc::new(Self { limits, waiting: Mutex::default(), closed: CancellationToken::new() })
     }
 
-    /// Takes somebody in who came from `address`, and pushes out others where there is no room.
+    /// Adds a connection from `address`, and displaces another one if there is no room.
     pub(crate) fn enter(self: &Arc<Self>, address: IpAddr) -> Ticket {
-        let address = neighbourhood(address);
-        let pushed_out = self.closed.child_token();
-        let number = self.waiting().enter(address, pushed_out.clone(), self.limits);
-        Ticket { gate: Arc::clone(self), address, number, pushed_out, admitted: AtomicBool::new(false) }
+        let address = network(address);
+        let displaced = self.closed.child_token();
+        let number = self.waiting().enter(address, displaced.clone(), self.limits);
+        Ticket { gate: Arc::clone(self), address, number, displaced, admitted: AtomicBool::new(false) }
     }
 
-    /// Pushes out all that wait, and everybody who comes.
+    /// Displaces all waiting connections, and all that arrive later.
     pub(crate) fn close(&self) {
         self.closed.cancel();
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
-        // No change below can panic half way.
+        // No change below can panic halfway.
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -96,22 +95,22 @@ impl Waiting {
     fn enter(&mut self, address: IpAddr, connection: CancellationToken, limits: Limits) -> u64 {
         let own = |waiting: &Self| waiting.by_address.get(&address).map_or(0, BTreeMap::len);
         while own(self) >= limits.per_address {
-            self.push_out_oldest(address);
+            self.displace_oldest(address);
         }
-        while self.by_address.values().map(BTreeMap::len).sum::<usize>() >= limits.in_all {
+        while self.by_address.values().map(BTreeMap::len).sum::<usize>() >= limits.total {
             let most = self.by_address.iter().max_by_key(|(_, waiting)| {
                 let oldest = waiting.keys().next().copied();
                 (waiting.len(), std::cmp::Reverse(oldest))
             });
             let Some((&most, _)) = most else { break };
-            self.push_out_oldest(most);
+            self.displace_oldest(most);
         }
-        self.came += 1;
-        self.by_address.entry(address).or_default().insert(self.came, connection);
-        self.came
+        self.arrived += 1;
+        self.by_address.entry(address).or_default().insert(self.arrived, connection);
+        self.arrived
     }
 
-    fn push_out_oldest(&mut self, address: IpAddr) {
+    fn displace_oldest(&mut self, address: IpAddr) {
         let oldest = self.by_address.get(&address).and_then(|waiting| waiting.keys().next().copied());
         if let Some(connection) = oldest.and_then(|oldest| self.leave(address, oldest)) {
             connection.cancel();
@@ -129,7 +128,7 @@ impl Waiting {
 }
 
 impl Ticket {
-    /// From now on the connection neither counts nor ends by itself.
+    /// Admits the connection: from now on it does not count, and cannot be displaced.
     pub(crate) fn admit(&self) {
         self.admitted.store(true, Ordering::Release);
         self.leave();
@@ -139,9 +138,9 @@ impl Ticket {
         self.admitted.load(Ordering::Acquire)
     }
 
-    /// Tells when the connection has to go for another.
-    pub(crate) const fn pushed_out(&self) -> &CancellationToken {
-        &self.pushed_out
+    /// Cancelled when the connection has to make room for another.
+    pub(crate) const fn displaced(&self) -> &CancellationToken {
+        &self.displaced
     }
 
     fn leave(&self) {
@@ -155,8 +154,8 @@ impl Drop for Ticket {
     }
 }
 
-/// What counts as one address: whoever has an IPv6 address has the 2⁶⁴ beside it as well.
-fn neighbourhood(address: IpAddr) -> IpAddr {
+/// What counts as one address: for IPv6 the whole /64 network, because whoever has one address in it has them all.
+fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) if !address.is_loopback() => {
             Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX)).into()
@@ -169,13 +168,13 @@ fn neighbourhood(address: IpAddr) -> IpAddr {
 mod tests {
     use super::*;
 
-    fn gate(per_address: usize, in_all: usize) -> Arc<Gate> {
+    fn gate(per_address: usize, total: usize) -> Arc<Gate> {
         let hour = Duration::from_hours(1);
-        Gate::new(Limits { handshake: hour, hello: hour, per_address, in_all })
+        Gate::new(Limits { handshake: hour, hello: hour, per_address, total })
     }
 
     fn stay(tickets: &[Ticket]) -> Vec<bool> {
-        tickets.iter().map(|ticket| !ticket.pushed_out().is_cancelled()).collect()
+        tickets.iter().map(|ticket| !ticket.displaced().is_cancelled()).collect()
     }
 
     fn enter(gate: &Arc<Gate>, addresses: &[&str]) -> Vec<Ticket> {
@@ -195,7 +194,7 @@ mod tests {
         assert_eq!(stay(&tickets), [true, false, true, true, true]);
         tickets.extend(enter(&gate, &["1.0.0.3"]));
         assert_eq!(stay(&tickets), [true, false, false, true, true, true]);
-        // Everybody has one: the oldest goes.
+        // Every address has one connection: the oldest goes.
         tickets.extend(enter(&gate, &["1.0.0.4"]));
         assert_eq!(stay(&tickets), [false, false, false, true, true, true, true]);
     }

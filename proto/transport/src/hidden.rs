@@ -1,4 +1,4 @@
-//! Files that only their owner can read, at no moment of their life.
+//! Files that only their owner can ever read.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -7,10 +7,10 @@ use std::path::Path;
 
 use tempfile::NamedTempFile;
 
-/// Writes a file whole, for its owner alone; it is there after a loss of power, too.
+/// Writes a file atomically and durably, readable by its owner alone.
 pub(crate) fn write(path: &Path, text: &str) -> io::Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // Such files are made with mode 0600.
+    // `NamedTempFile` creates files with mode 0600.
     let mut file = NamedTempFile::new_in(folder)?;
     file.write_all(text.as_bytes())?;
     file.as_file().sync_all()?;
@@ -18,7 +18,7 @@ pub(crate) fn write(path: &Path, text: &str) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
-/// Makes sure that only its owner can read or write a file; whether others could.
+/// Makes a file accessible to its owner alone. Returns whether others had access before.
 pub(crate) fn hide(path: &Path) -> io::Result<bool> {
     let exposed = std::fs::metadata(path)?.permissions().mode() & 0o077 != 0;
     if exposed {

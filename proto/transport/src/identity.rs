@@ -14,13 +14,13 @@ use ulmus_types::ErrorKind;
 use crate::hidden;
 use crate::token::KeyHash;
 
-/// Name of the file in the coordinator's own folder.
+/// Name of the key file in the coordinator's own folder.
 pub const IDENTITY_FILE: &str = "coordinator.pem";
 
-/// What both sides speak inside TLS.
+/// The protocol inside TLS, as ALPN names it.
 pub(crate) const HTTP2: &[u8] = b"h2";
 
-/// The key that workers know a run's coordinator by. It is made once, and kept with the run.
+/// The key by which workers recognize a run's coordinator. It is made once, and kept with the run.
 #[derive(Debug, Clone)]
 pub struct Identity {
     tls: Arc<ServerConfig>,
@@ -30,13 +30,13 @@ pub struct Identity {
 /// Why a run has no key.
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
-    /// The file is not whole.
+    /// The file is incomplete or inconsistent.
     #[error(
         "{0} is damaged: {1}; restore it, or delete it together with join.token: workers then need the new token"
     )]
     Damaged(PathBuf, String),
     /// The file cannot be read or written.
-    #[error("{0}: {1}; is the disk full or the folder read-only?")]
+    #[error("{0}: {1}; check that the disk is not full and the folder is not read-only")]
     Io(PathBuf, io::Error),
 }
 
@@ -51,7 +51,7 @@ impl IdentityError {
 }
 
 impl Identity {
-    /// The identity that is kept in `folder`, or a new one if there is none.
+    /// Loads the identity that is kept in `folder`, or makes one if there is none.
     ///
     /// # Errors
     /// When it is damaged, or cannot be read or written.
@@ -60,7 +60,7 @@ impl Identity {
         let pem = match std::fs::read(&path) {
             Ok(pem) => pem,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let pem = make();
+                let pem = generate();
                 hidden::write(&path, &pem).map_err(|error| IdentityError::Io(path.clone(), error))?;
                 pem.into_bytes()
             }
@@ -73,18 +73,18 @@ impl Identity {
         let key = PrivateKeyDer::from_pem_slice(pem).map_err(|_| "it has no private key")?;
         let certificate = CertificateDer::from_pem_slice(pem).map_err(|_| "it has no certificate")?;
         let hash = KeyHash::of(&certificate).ok_or("its certificate cannot be read")?;
-        // This also compares the key with that of the certificate.
+        // This also checks that the key matches the certificate.
         let tls = ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .and_then(|config| config.with_no_client_auth().with_single_cert(vec![certificate], key));
         let mut tls = tls.map_err(|error| error.to_string())?;
         tls.alpn_protocols = vec![HTTP2.to_vec()];
-        // A session is resumed by nobody: it would be one more thing that lives longer than a connection.
+        // No session resumption: session tickets would be one more secret that outlives a connection.
         tls.send_tls13_tickets = 0;
         Ok(Self { tls: Arc::new(tls), hash })
     }
 
-    /// The hash that workers compare.
+    /// The hash of the key, which workers compare.
     pub const fn hash(&self) -> KeyHash {
         self.hash
     }
@@ -94,14 +94,14 @@ impl Identity {
     }
 }
 
-/// The one implementation of cryptography that both sides use.
+/// The cryptography provider that both sides use.
 pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
-/// A new key and its certificate. The certificate says nothing of the run or the machine, and never expires: all
-/// that counts is the key.
-fn make() -> String {
+/// Makes a new key and its certificate. The certificate names neither the run nor the machine and never expires, since
+/// only the key matters.
+fn generate() -> String {
     let key = KeyPair::generate().expect("the system has random numbers");
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
@@ -131,7 +131,7 @@ mod tests {
 
     #[test]
     fn half_an_identity_is_damaged() {
-        let (whole, other) = (make(), make());
+        let (whole, other) = (generate(), generate());
         let end = whole.find("-----BEGIN CERTIFICATE").unwrap();
         let mixed = whole[..end].to_owned() + &other[other.find("-----BEGIN CERTIFICATE").unwrap()..];
         for damaged in ["", &whole[..end], &whole[end..], &whole[..whole.len() / 2], &mixed] {

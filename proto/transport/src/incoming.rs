@@ -1,4 +1,4 @@
-//! The coordinator's end: accepts connections, and lets nobody in who has not proved that he knows the token.
+//! The coordinator's end: accepts connections, and serves only peers that prove that they know the token.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -31,47 +31,47 @@ use crate::credentials::Credentials;
 use crate::gate::{Gate, Limits, Ticket};
 use crate::token::JoinToken;
 
-/// How long nothing is accepted after the system had no file or no memory for it.
+/// How long to wait before accepting again after the system ran out of files or memory.
 const PAUSE: Duration = Duration::from_millis(100);
-/// Connections that the kernel keeps until they are accepted.
+/// Connections that the kernel queues until they are accepted.
 const BACKLOG: u32 = 1024;
-/// Streams of a connection. A worker has one.
+/// Maximum number of streams per connection. A worker needs one.
 const STREAMS: u32 = 4;
-/// Bytes of all headers of a request. A worker sends some 300.
+/// Maximum size of a request's headers, in bytes. A worker sends about 300.
 const HEADERS: u32 = 8 << 10;
-/// How often a peer has to answer that takes part in a session. Heartbeats notice a dead worker before.
+/// Interval of keep-alive pings to admitted peers. Missing heartbeats reveal a dead worker earlier.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
-/// An address that nobody else has, and at which nobody can connect yet: what newcomers need to find is put in its
-/// place meanwhile.
+/// An address that is reserved, but does not accept connections yet, so that what newcomers need can be published
+/// first.
 #[derive(Debug)]
 pub struct Bound(TcpSocket);
 
 impl Bound {
-    /// Takes an address.
+    /// Reserves an address.
     ///
     /// # Errors
-    /// When it is in use, or not one of this machine.
+    /// When the address is in use, or does not belong to this machine.
     pub fn new(address: SocketAddr) -> io::Result<Self> {
         let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-        // A coordinator that starts again need not wait until the connections of the last one are forgotten.
+        // A restarted coordinator need not wait until the kernel forgets the connections of the last one.
         socket.set_reuseaddr(true)?;
         socket.bind(address)?;
         Ok(Self(socket))
     }
 
-    /// The address, with the port that the system chose if none was given.
+    /// The address, with the port that the system chose if port 0 was given.
     ///
     /// # Errors
-    /// When the system does not tell it.
+    /// When the system does not report it.
     pub fn address(&self) -> io::Result<SocketAddr> {
         self.0.local_addr()
     }
 
-    /// Lets others connect.
+    /// Starts accepting connections.
     ///
     /// # Errors
-    /// When somebody else listens at the address.
+    /// When another process listens at the address.
     pub fn listen(self) -> io::Result<TcpListener> {
         self.0.listen(BACKLOG)
     }
@@ -85,27 +85,27 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// Who made a request.
+    /// The sender of a request.
     ///
     /// # Errors
-    /// When it did not come in through [`serve`].
+    /// When the request did not come in through [`serve`].
     pub fn of<T>(request: &Request<T>) -> Result<Self, Status> {
         let caller = request.extensions().get::<Self>().cloned();
-        caller.ok_or_else(|| Status::internal("the request came in past the transport"))
+        caller.ok_or_else(|| Status::internal("the request bypassed the transport"))
     }
 
-    /// Its address.
+    /// The peer's address.
     pub const fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// It has said hello. The connection has no deadline any more, and no longer counts among those that wait.
+    /// Admits the connection after its hello: it no longer has a deadline, and no longer counts as waiting.
     pub fn admit(&self) {
         self.ticket.admit();
     }
 }
 
-/// Serves `routes` to those that prove the token, until `closed`; then waits for the streams that are left.
+/// Serves `routes` to peers that prove the token, until `closed`; then waits for the remaining streams.
 ///
 /// # Errors
 /// When the server cannot run.
@@ -136,7 +136,7 @@ pub async fn serve(
     tokio::join!(serving, accepting).0
 }
 
-/// The way of a connection to the server.
+/// The path of a connection to the server.
 #[derive(Clone)]
 struct Entrance {
     acceptor: TlsAcceptor,
@@ -146,7 +146,7 @@ struct Entrance {
     accepted: mpsc::Sender<Connection>,
 }
 
-/// Accepts connections for as long as somebody takes them.
+/// Accepts connections for as long as the server takes them.
 async fn accept(listener: TcpListener, entrance: Entrance) {
     let mut handshakes = JoinSet::new();
     let mut refused = false;
@@ -163,11 +163,11 @@ async fn accept(listener: TcpListener, entrance: Entrance) {
                 let ticket = entrance.handshakes.enter(address.ip());
                 handshakes.spawn(entrance.clone().shake_hands(stream, address, ticket));
             }
-            // It was gone before it was accepted.
-            Err(error) if is_of_one_connection(&error) => {}
+            // The peer was gone before the connection was accepted.
+            Err(error) if concerns_one_connection(&error) => {}
             Err(error) => {
                 if !std::mem::replace(&mut refused, true) {
-                    tracing::warn!(%error, "no connection can be accepted");
+                    tracing::warn!(%error, "cannot accept connections");
                 }
                 tokio::time::sleep(PAUSE).await;
             }
@@ -176,7 +176,7 @@ async fn accept(listener: TcpListener, entrance: Entrance) {
     entrance.hellos.close();
 }
 
-fn is_of_one_connection(error: &io::Error) -> bool {
+fn concerns_one_connection(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted
@@ -184,51 +184,51 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 }
 
 impl Entrance {
-    /// Brings a connection to where it is encrypted, and hands it on.
+    /// Performs the TLS handshake of a connection, and passes the connection to the server.
     async fn shake_hands(self, stream: TcpStream, address: SocketAddr, ticket: Ticket) {
         let shake = async {
             stream.set_nodelay(true)?;
             tokio::time::timeout(self.limits.handshake, self.acceptor.accept(stream)).await?
         };
-        // What went wrong is not worth a line: strangers could fill the log.
-        let Some(Ok(stream)) = ticket.pushed_out().run_until_cancelled(shake).await else { return };
+        // Failures are not logged, because strangers could fill the log.
+        let Some(Ok(stream)) = ticket.displaced().run_until_cancelled(shake).await else { return };
         let ticket = Arc::new(self.hellos.enter(address.ip()));
         let connection = Connection::new(stream, Caller { address, ticket }, self.limits.hello);
-        // Otherwise the server has ended.
+        // If this fails, the server has ended.
         self.accepted.send(connection).await.ok();
     }
 }
 
-/// An encrypted connection. Until it is admitted it breaks at its deadline, or when it is pushed out.
+/// An encrypted connection. Until it is admitted, it breaks at its deadline or when it is displaced.
 struct Connection {
     stream: TlsStream<TcpStream>,
     caller: Caller,
     limit: Option<Limit>,
 }
 
-/// What breaks a connection.
+/// What breaks a connection that is not admitted.
 struct Limit {
     deadline: Pin<Box<Sleep>>,
-    pushed_out: Pin<Box<WaitForCancellationFutureOwned>>,
+    displaced: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
 impl Connection {
     fn new(stream: TlsStream<TcpStream>, caller: Caller, within: Duration) -> Self {
         let limit = Limit {
             deadline: Box::pin(tokio::time::sleep(within)),
-            pushed_out: Box::pin(caller.ticket.pushed_out().clone().cancelled_owned()),
+            displaced: Box::pin(caller.ticket.displaced().clone().cancelled_owned()),
         };
         Self { stream, caller, limit: Some(limit) }
     }
 
-    /// The stream, if it may still be used. Also has the task woken when it may be no longer.
+    /// The stream, if it may still be used. Also has the task woken as soon as it may not.
     fn stream(&mut self, context: &mut Context<'_>) -> io::Result<Pin<&mut TlsStream<TcpStream>>> {
         if self.caller.ticket.is_admitted() {
             self.limit = None;
         }
         if let Some(limit) = &mut self.limit {
             let late = limit.deadline.as_mut().poll(context).is_ready();
-            if late || limit.pushed_out.as_mut().poll(context).is_ready() {
+            if late || limit.displaced.as_mut().poll(context).is_ready() {
                 return Err(io::ErrorKind::TimedOut.into());
             }
         }
@@ -246,7 +246,7 @@ impl AsyncRead for Connection {
     }
 }
 
-// Whoever does not take what is sent to him must not escape his deadline.
+// The deadline also holds for writing: a peer must not escape it by not reading what it is sent.
 impl AsyncWrite for Connection {
     fn poll_write(
         mut self: Pin<&mut Self>,
@@ -273,7 +273,7 @@ impl Connected for Connection {
     }
 }
 
-/// Answers every call that does not prove the token, and says nothing else.
+/// Rejects every call that does not prove the token, always with the same answer.
 #[derive(Clone)]
 struct Guard(JoinToken);
 
@@ -294,11 +294,11 @@ impl Interceptor for Guard {
     }
 }
 
-/// Lets this process open as many files as it is allowed to; what it gets without asking is often a fraction.
+/// Raises this process's limit of open files to the maximum allowed, of which the default is often a fraction.
 pub fn raise_file_limit() {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    // Some systems refuse "no limit"; then everything stays as it was.
+    // Some systems refuse "no limit"; then the limit stays as it was.
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
-        tracing::debug!(%error, "the number of open files cannot be raised");
+        tracing::debug!(%error, "cannot raise the limit of open files");
     }
 }

@@ -1,17 +1,17 @@
-//! Sessions between the coordinator and its workers: the one place where they are opened and accepted.
+//! Opens and accepts the sessions between the coordinator and its workers.
 //!
-//! Every session runs over TLS 1.3. The coordinator's key is made once per run, and nobody signs it: a worker knows it
-//! by its hash, which is half of the *join token*. The other half is a secret, which the worker shows inside TLS, once
-//! the key has proved right. So neither side tells the other anything, its version included, before it knows whom it
-//! talks to:
+//! Every session runs over TLS 1.3. The coordinator's key is made once per run and signed by nobody: a worker
+//! recognizes it by its hash, which is one half of the *join token*. The other half is a secret, which the worker shows
+//! inside TLS once it has verified the key. So neither side tells the other anything, not even its version, before it
+//! knows whom it is talking to:
 //!
-//! 1. The worker connects, and gives up unless the other side holds the key of its token.
-//! 2. It opens the stream with the secret in the header `authorization`. Without the right one every call is answered
-//!    with `UNAUTHENTICATED`, whatever was called.
+//! 1. The worker connects, and gives up unless the other side holds the key in its token.
+//! 2. It opens the stream with the secret in the header `authorization`. Without the right secret, every call to any
+//!    method is answered with `UNAUTHENTICATED`.
 //! 3. It says hello, and the coordinator [admits](Caller::admit) the connection.
 //!
-//! Until then a connection has two deadlines and counts against limits, so that strangers cost little and keep
-//! nobody out: see [`Limits`]. What is said on a session is none of this crate's concern.
+//! Until then a connection has two deadlines and counts against limits, so that strangers cost little and keep nobody
+//! out: see [`Limits`]. This crate does not look at the messages of a session.
 
 #![forbid(unsafe_code)]
 

@@ -1,7 +1,7 @@
-//! The user's runtime folder: how workers find the token of a coordinator of the same user on the same machine.
+//! The user's runtime folder, in which workers find the token of a coordinator of the same user on the same machine.
 //!
-//! It holds a token per port. Nobody but the user can look into it, and it is refused if anybody could: a name in a
-//! folder for temporary files may have been taken by somebody else.
+//! It holds one token per port. It is refused unless it is accessible to the user alone: another user may have created
+//! a folder of the same name in the folder for temporary files.
 
 use std::fs::{self, DirBuilder};
 use std::io;
@@ -13,20 +13,18 @@ use rustix::process::geteuid;
 use crate::hidden;
 use crate::token::JoinToken;
 
-/// Why the folder cannot be used.
+/// Why the runtime folder cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum RuntimeError {
-    /// Somebody else could read or change what is in it.
-    #[error(
-        "{0} is not a folder that you alone can use; delete it, or set XDG_RUNTIME_DIR to a folder of yours"
-    )]
+    /// Other users could read or change its content.
+    #[error("{0} is not a folder that only you can use; delete it, or set XDG_RUNTIME_DIR to such a folder")]
     NotPrivate(PathBuf),
-    /// Something in it cannot be read or written.
+    /// The folder, or a file in it, cannot be read or written.
     #[error("{0}: {1}")]
     Io(PathBuf, io::Error),
 }
 
-/// A token that lies in the folder for as long as this value lives.
+/// A published token. Dropping this value deletes it from the folder.
 #[derive(Debug)]
 pub struct Published {
     path: PathBuf,
@@ -35,17 +33,17 @@ pub struct Published {
 
 impl Drop for Published {
     fn drop(&mut self) {
-        // Another coordinator may have the port, and the file, by now.
+        // By now, another coordinator may have the port and the file.
         if fs::read_to_string(&self.path).is_ok_and(|text| text.trim() == self.text) {
             fs::remove_file(&self.path).ok();
         }
     }
 }
 
-/// Puts a token where workers of the same user on this machine look for that of the coordinator at `port`.
+/// Publishes a token where workers of the same user on this machine look for that of the coordinator at `port`.
 ///
 /// # Errors
-/// When the folder cannot be used. Workers then have to be told the token in another way.
+/// When the folder cannot be used. Workers then have to be given the token in another way.
 pub fn publish(port: u16, token: &JoinToken) -> Result<Published, RuntimeError> {
     publish_in(&folder(), port, token)
 }
@@ -62,7 +60,7 @@ fn publish_in(folder: &Path, port: u16, token: &JoinToken) -> Result<Published, 
     Ok(Published { path, text })
 }
 
-/// What lies there for `port`; none if nothing does. Also the path, for people.
+/// The text published for `port`, if any, and its path for messages.
 pub(crate) fn published(port: u16) -> (PathBuf, Result<Option<String>, RuntimeError>) {
     let folder = folder();
     (file(&folder, port), published_in(&folder, port))
@@ -81,8 +79,8 @@ fn published_in(folder: &Path, port: u16) -> Result<Option<String>, RuntimeError
     }
 }
 
-/// The folder must be one, not a link to one, and the user's alone. Once it is, nobody can change that: others may
-/// neither rename it nor put anything into it.
+/// Checks that the folder is a folder, not a link to one, and accessible to the user alone. Once it is, it stays so:
+/// other users can neither rename it nor put anything into it.
 fn check(folder: &Path) -> Result<(), RuntimeError> {
     let found =
         fs::symlink_metadata(folder).map_err(|error| RuntimeError::Io(folder.to_path_buf(), error))?;

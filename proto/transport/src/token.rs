@@ -1,4 +1,4 @@
-//! The join token: what a worker must know to join a run.
+//! The join token, which a worker needs to join a run.
 
 use std::fmt::{self, Write};
 use std::str::FromStr;
@@ -7,7 +7,7 @@ use rustls::pki_types::CertificateDer;
 use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq;
 
-/// Bytes of either half.
+/// Length of each half in bytes.
 const LENGTH: usize = 32;
 
 /// The SHA-256 hash of a public key, as X.509 encodes it (`SubjectPublicKeyInfo`).
@@ -15,15 +15,14 @@ const LENGTH: usize = 32;
 pub struct KeyHash([u8; LENGTH]);
 
 impl KeyHash {
-    /// The hash of a certificate's key; none if it is no certificate.
+    /// The hash of a certificate's key; `None` if the certificate is invalid.
     pub(crate) fn of(certificate: &CertificateDer<'_>) -> Option<Self> {
         let certificate = webpki::EndEntityCert::try_from(certificate).ok()?;
         Some(Self(Sha256::digest(certificate.subject_public_key_info()).into()))
     }
 }
 
-/// The half of a token that nobody else may know. It is not printed with `{:?}`, and is compared in a time that does
-/// not depend on what differs.
+/// The secret half of a token. `{:?}` does not print it, and comparing takes constant time.
 #[derive(Clone)]
 struct Secret([u8; LENGTH]);
 
@@ -39,27 +38,27 @@ impl PartialEq for Secret {
     }
 }
 
-/// What a worker must know to join a run: a secret that it shows, and the hash of the key that it must find.
+/// What a worker needs to join a run: a secret to show, and the hash of the key that the coordinator must have.
 ///
-/// As text it is `ulmus-SECRET-KEYHASH`, in one line.
+/// Its text form is `ulmus-SECRET-KEYHASH`, on one line.
 #[derive(Debug, Clone, PartialEq)]
 pub struct JoinToken {
     secret: Secret,
     key: KeyHash,
 }
 
-/// A text that is no join token. The text itself is not told, because it may be all but one.
+/// Text that is not a join token. The error does not show the text, because it may be nearly a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "expected one line \"ulmus-\" SECRET \"-\" KEYHASH of 64 hexadecimal digits each, and there are {0} characters; \
-     copy the coordinator's join.token whole"
+    "expected one line ulmus-SECRET-KEYHASH, with 64 hexadecimal digits each, and found {0} characters; copy the whole \
+     line of the coordinator's join.token"
 )]
 pub struct MalformedToken(usize);
 
 impl JoinToken {
-    /// A token with a new secret, for a coordinator with this key.
+    /// Makes a token with a new secret for a coordinator with this key.
     pub fn new(key: KeyHash) -> Self {
-        // Seeded by the system, and made for cryptography.
+        // This generator is cryptographically secure and seeded by the system.
         Self { secret: Secret(rand::random()), key }
     }
 
@@ -68,17 +67,18 @@ impl JoinToken {
         self.key
     }
 
-    /// The whole token as text. Mind where it goes: there is no `Display` so that this cannot happen by accident.
+    /// The whole token as text. Take care where it goes: there is no `Display`, so that it is never printed by
+    /// accident.
     pub fn reveal(&self) -> String {
         format!("ulmus-{}-{}", hex(&self.secret.0), hex(&self.key.0))
     }
 
-    /// The value of the header `authorization` that proves the secret.
+    /// The value of the `authorization` header that proves the secret.
     pub(crate) fn bearer(&self) -> String {
         format!("Bearer {}", hex(&self.secret.0))
     }
 
-    /// Whether a header proves the secret.
+    /// Whether the value of an `authorization` header proves the secret.
     pub(crate) fn is_proved_by(&self, bearer: &[u8]) -> bool {
         self.bearer().as_bytes().ct_eq(bearer).into()
     }
@@ -88,7 +88,7 @@ impl FromStr for JoinToken {
     type Err = MalformedToken;
 
     fn from_str(text: &str) -> Result<Self, MalformedToken> {
-        // Some editors write a byte order mark in front.
+        // Some editors put a byte order mark at the start.
         let text = text.trim_start_matches('\u{feff}').trim();
         let halves = text.strip_prefix("ulmus-").and_then(|halves| halves.split_once('-'));
         let parsed = halves.and_then(|(secret, key)| {
@@ -100,7 +100,7 @@ impl FromStr for JoinToken {
 
 fn hex(bytes: &[u8; LENGTH]) -> String {
     bytes.iter().fold(String::with_capacity(2 * LENGTH), |mut text, byte| {
-        write!(text, "{byte:02x}").expect("a string takes everything");
+        write!(text, "{byte:02x}").expect("writing to a string cannot fail");
         text
     })
 }
@@ -134,7 +134,7 @@ mod tests {
         let token = token();
         let secret = hex(&token.secret.0);
         assert!(!format!("{token:?}").contains(&secret[..8]));
-        // One character is wrong, so all others may still be those of a living token.
+        // Only one character is wrong, so the others may still be those of a valid token.
         for broken in [token.reveal() + "0", token.reveal().replace("ulmus-", "ulmus_"), secret.clone()] {
             let error = broken.parse::<JoinToken>().unwrap_err().to_string();
             assert!(!error.contains(&secret[..8]) && error.contains("join.token"), "{error}");

@@ -1,6 +1,6 @@
-//! Sessions as they are opened and accepted, and what strangers get instead.
+//! How sessions are opened and accepted, and what strangers get instead.
 //!
-//! Deadlines are short here, and what is measured is that they are kept at all.
+//! Deadlines are short here: the tests check only that they are kept.
 
 #![expect(clippy::panic, clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -28,14 +28,14 @@ use ulmus_transport::{
 };
 use ulmus_types::ErrorKind;
 
-/// No stranger is let in for longer than twice this.
+/// Each of the two deadlines of a stranger's connection.
 const LIMIT: Duration = Duration::from_millis(500);
-/// Far more than anything takes.
+/// Much longer than anything here takes.
 const DEADLINE: Duration = Duration::from_secs(30);
-/// What a worker may need to join, whatever strangers do.
+/// How long joining may take, whatever strangers do.
 const JOIN_WITHIN: Duration = Duration::from_secs(2);
 
-/// Admits whoever says hello, and tells him his own address.
+/// Admits every peer that says hello, and answers with the peer's own address.
 struct Echo;
 
 #[tonic::async_trait]
@@ -67,12 +67,12 @@ struct Server {
 }
 
 fn limits() -> Limits {
-    Limits { handshake: LIMIT, hello: LIMIT, per_address: 32, in_all: 64 }
+    Limits { handshake: LIMIT, hello: LIMIT, per_address: 32, total: 64 }
 }
 
 fn server_with(limits: Limits) -> Server {
     let folder = tempfile::tempdir().unwrap();
-    let credentials = Credentials::of_run(folder.path(), &TokenSource::Unsaid).unwrap();
+    let credentials = Credentials::of_run(folder.path(), &TokenSource::Unspecified).unwrap();
     let bound = Bound::new(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
     let address = bound.address().unwrap();
     let listener = bound.listen().unwrap();
@@ -96,7 +96,7 @@ impl Server {
         TokenSource::File(self.folder.path().join("join.token"))
     }
 
-    /// Joins as a worker does, and gives the first answer.
+    /// Joins as a worker does, and returns the first answer.
     async fn join(&self, source: &TokenSource) -> Result<String, ConnectError> {
         let (mut incoming, _open) = self.session(source).await?;
         match incoming.message().await.unwrap().unwrap().message.unwrap() {
@@ -119,7 +119,7 @@ impl Server {
         }
     }
 
-    /// A stranger who speaks TLS and takes any key.
+    /// Connects as a stranger that completes the TLS handshake with any key.
     async fn encrypted(&self) -> tokio_rustls::client::TlsStream<TcpStream> {
         let mut roots = rustls::RootCertStore::empty();
         let pem = std::fs::read(self.folder.path().join(IDENTITY_FILE)).unwrap();
@@ -146,7 +146,7 @@ mod anything {
     use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
     use rustls::{DigitallySignedStruct, Error, SignatureScheme};
 
-    /// Takes any certificate, as a stranger would.
+    /// Accepts any certificate, as a stranger would.
     #[derive(Debug)]
     pub(crate) struct Anything(pub(crate) Arc<CryptoProvider>);
 
@@ -186,18 +186,18 @@ mod anything {
     }
 }
 
-/// Everything that the other side sends until it closes the connection, which it must.
+/// Everything that the other side sends until it closes the connection. Fails if it does not.
 async fn everything(mut stream: impl AsyncReadExt + Unpin) -> Vec<u8> {
     let mut all = Vec::new();
     let read = tokio::time::timeout(DEADLINE, stream.read_to_end(&mut all)).await;
-    // However it is closed: without a goodbye, or by a reset.
+    // It may be closed in any way: without a TLS goodbye, or by a reset.
     drop(read.expect("the connection is closed"));
     all
 }
 
 fn other_token() -> String {
     let folder = tempfile::tempdir().unwrap();
-    Credentials::of_run(folder.path(), &TokenSource::Unsaid).unwrap().token.reveal()
+    Credentials::of_run(folder.path(), &TokenSource::Unspecified).unwrap().token.reveal()
 }
 
 #[tokio::test]
@@ -207,7 +207,7 @@ async fn whoever_has_the_token_joins_and_stays() {
     let answer = incoming.message().await.unwrap().unwrap();
     let v1::from_coordinator::Message::Refused(told) = answer.message.unwrap() else { panic!() };
     assert!(told.message.starts_with("127.0.0.1:"), "the caller's own address: {}", told.message);
-    // Longer than any deadline of strangers, without a word.
+    // Silence for longer than any deadline of strangers.
     let silent = tokio::time::timeout(3 * LIMIT, incoming.message()).await;
     assert!(silent.is_err(), "{silent:?}");
     more.send(v1::FromWorker::default()).unwrap();
@@ -217,16 +217,16 @@ async fn whoever_has_the_token_joins_and_stays() {
 #[tokio::test]
 async fn a_worker_of_the_same_user_finds_the_token_by_the_port() {
     let server = server();
-    let error = server.join(&TokenSource::Unsaid).await.unwrap_err();
+    let error = server.join(&TokenSource::Unspecified).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Refused);
     let port = server.address.port();
     for text in ["ULMUS_TOKEN", "--token-file", &format!("{port}.token does not exist")] {
         assert!(error.to_string().contains(text), "{error}");
     }
     let published = publish(port, &server.credentials.token).unwrap();
-    server.join(&TokenSource::Unsaid).await.unwrap();
+    server.join(&TokenSource::Unspecified).await.unwrap();
     drop(published);
-    assert!(server.join(&TokenSource::Unsaid).await.is_err(), "it is gone with its coordinator");
+    assert!(server.join(&TokenSource::Unspecified).await.is_err(), "it is gone with its coordinator");
 }
 
 #[tokio::test]
@@ -249,15 +249,15 @@ async fn a_wrong_token_is_refused_and_named() {
 #[tokio::test]
 async fn without_a_token_there_is_nothing_to_learn() {
     let server = server();
-    // Plain text, as clients spoke it before, and garbage.
+    // Plaintext, as earlier clients sent it, and garbage.
     for said in ["PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "GET / HTTP/1.1\r\n\r\n", "\u{0}\u{1}\u{2}"] {
         let mut stream = TcpStream::connect(server.address).await.unwrap();
         stream.write_all(said.as_bytes()).await.unwrap();
         let told = everything(stream).await;
-        // An alert of TLS, if anything.
+        // A TLS alert, if anything.
         assert!(told.len() <= 7 && !told.starts_with(b"HTTP"), "{told:?}");
     }
-    // Every call, of whatever service, has one answer.
+    // Every call to any service has the same answer.
     for path in ["/ulmus.v1.Coordinator/Session", "/grpc.health.v1.Health/Check", "/"] {
         let mut answers = Vec::new();
         for bearer in [None, Some("Bearer 00"), Some("Basic dTpw")] {
@@ -297,7 +297,7 @@ async fn whoever_says_nothing_is_dropped() {
     let silent = TcpStream::connect(server.address).await.unwrap();
     assert_eq!(everything(silent).await, b"");
     let mut encrypted = server.encrypted().await;
-    // The preface, a byte at a time: each is progress, and none is enough.
+    // The HTTP/2 preface, one byte at a time: each is progress, and none is enough.
     let (mut reading, mut writing) = tokio::io::split(encrypted);
     let mut tasks = JoinSet::new();
     tasks.spawn(async move {
@@ -310,7 +310,7 @@ async fn whoever_says_nothing_is_dropped() {
         }
     });
     everything(&mut reading).await;
-    // A whole preface and settings, and then nothing: the server says its settings and no more.
+    // A whole preface and settings, then nothing: the server sends its settings and no more.
     encrypted = server.encrypted().await;
     encrypted.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
     everything(encrypted).await;
@@ -329,7 +329,7 @@ async fn a_secret_without_hello_is_not_enough_to_stay() {
 
 #[tokio::test]
 async fn a_worker_joins_whatever_strangers_do() {
-    // They stay for as long as they like, so that all places are taken all the time.
+    // Strangers may stay as long as they like, so all places are always taken.
     let server = server_with(Limits { handshake: DEADLINE, hello: DEADLINE, ..limits() });
     let mut half_open = Vec::new();
     for _ in 0..500 {
@@ -342,7 +342,7 @@ async fn a_worker_joins_whatever_strangers_do() {
     let began = Instant::now();
     server.join(&server.token()).await.unwrap();
     assert!(began.elapsed() < JOIN_WITHIN, "{:?}", began.elapsed());
-    // Those that came first had to go for the others.
+    // The first ones had to make room for the others.
     for stream in half_open.into_iter().take(500 - 32) {
         assert_eq!(everything(stream).await, b"");
     }
@@ -354,7 +354,7 @@ async fn a_worker_joins_whatever_strangers_do() {
 #[tokio::test]
 async fn a_rogue_coordinator_learns_nothing() {
     let (ours, rogue) = (server(), tempfile::tempdir().unwrap());
-    Credentials::of_run(rogue.path(), &TokenSource::Unsaid).unwrap();
+    Credentials::of_run(rogue.path(), &TokenSource::Unspecified).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(rogue_tls(rogue.path())));
@@ -395,11 +395,11 @@ async fn nobody_connects_before_the_token_can_be_found() {
 
 #[tokio::test]
 async fn a_certificate_without_its_key_is_another_key() {
-    // Whoever joins once knows the certificate; what counts is who can sign with its key.
+    // Everybody who has ever joined knows the certificate. What counts is who can sign with its key.
     let server = server();
     let copied = std::fs::read(server.folder.path().join(IDENTITY_FILE)).unwrap();
     let own = tempfile::tempdir().unwrap();
-    Credentials::of_run(own.path(), &TokenSource::Unsaid).unwrap();
+    Credentials::of_run(own.path(), &TokenSource::Unspecified).unwrap();
     let own = std::fs::read(own.path().join(IDENTITY_FILE)).unwrap();
     let provider = rustls::crypto::ring::default_provider();
     let key = provider.key_provider.load_private_key(PrivateKeyDer::from_pem_slice(&own).unwrap()).unwrap();
