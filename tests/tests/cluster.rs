@@ -1,5 +1,5 @@
-//! The first promise: the same plan gives the same bits, for any number of workers, with any process killed at
-//! any time. Every test ends with the comparison to one undisturbed run of a single worker.
+//! The first promise: the same plan gives the same bits, for any number of workers, with any process killed at any
+//! time. Every test ends by comparing the run with an undisturbed run of a single worker.
 
 use std::collections::BTreeSet;
 use std::sync::OnceLock;
@@ -7,10 +7,10 @@ use std::sync::OnceLock;
 use rustix::process::{Pid, Signal, kill_process};
 use ulmus_tests::{Bits, Process, Sandbox, TINY, until};
 
-/// What a coordinator says when training is well under way and far from its end.
+/// What a coordinator prints when training is well under way but far from its end.
 const UNDER_WAY: &str = "checkpoint step-00000010-g1 stored";
 
-/// The bits of the tiny plan on one local worker.
+/// The results of the tiny plan on one local worker.
 fn undisturbed() -> &'static Bits {
     static BITS: OnceLock<Bits> = OnceLock::new();
     BITS.get_or_init(|| {
@@ -24,12 +24,12 @@ fn assert_undisturbed(sandbox: &Sandbox) {
     sandbox.run("tiny").bits().assert_equal(undisturbed());
 }
 
-/// A coordinator without workers of its own.
+/// A coordinator without local workers.
 fn lone_coordinator(sandbox: &Sandbox, more: &[&str]) -> Process {
     sandbox.coordinator(&[&["--set", "local.workers=0"], more].concat())
 }
 
-/// A coordinator, and workers that have joined it and train together from the first step.
+/// A coordinator, and workers that have joined and train together from the first step.
 fn cluster(sandbox: &Sandbox, names: &[&str]) -> (Process, Vec<Process>) {
     let all = format!("cluster.min_workers={}", names.len());
     let coordinator = lone_coordinator(sandbox, &["--set", &all]);
@@ -39,14 +39,14 @@ fn cluster(sandbox: &Sandbox, names: &[&str]) -> (Process, Vec<Process>) {
     (coordinator, workers)
 }
 
-/// A coordinator with two workers of its own, under way.
+/// A coordinator with two local workers, under way.
 fn local_pair(sandbox: &Sandbox) -> Process {
     let coordinator = sandbox.coordinator(&["--set", "local.workers=2"]);
     coordinator.says(UNDER_WAY);
     coordinator
 }
 
-/// Kills processes that are nobody's children any more, and waits until they are gone.
+/// Kills orphaned processes, and waits until they are gone.
 fn kill_orphans(pids: impl IntoIterator<Item = Pid>) {
     for pid in pids {
         kill_process(pid, Signal::KILL).expect("it is alive");
@@ -54,7 +54,7 @@ fn kill_orphans(pids: impl IntoIterator<Item = Pid>) {
     }
 }
 
-/// Whether a process runs; one that has ended and was not waited for does not.
+/// Whether a process is running. A zombie is not.
 fn is_alive(pid: Pid) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
     let state = status.rsplit(") ").next().and_then(|rest| rest.chars().next());
@@ -83,7 +83,8 @@ fn three_joined_workers_give_the_same_bits() {
     let (coordinator, workers) = cluster(&sandbox, &["a", "b", "c"]);
     coordinator.succeeds();
     for worker in workers {
-        worker.succeeds();
+        let said = worker.succeeds();
+        assert!(said.contains("joined run tiny") && said.contains("run tiny is done"), "{said}");
     }
     assert_undisturbed(&sandbox);
 }
@@ -114,13 +115,13 @@ fn a_worker_that_joins_in_the_middle_changes_nothing() {
     assert_undisturbed(&sandbox);
 }
 
-/// Two workers, of which the one named is killed in the middle.
+/// Trains with two workers, one of which is killed in the middle.
 fn kill_one_of_two(killed: &str) {
     let sandbox = Sandbox::new();
     let coordinator = lone_coordinator(&sandbox, &[]);
     let mut workers: Vec<Process> =
         ["a", "b"].iter().map(|name| sandbox.worker(&coordinator.address(), name)).collect();
-    // They rarely begin together, and then one joins the other.
+    // They rarely start together; usually one joins the other.
     coordinator.says(": 2 workers train from step");
     let killed_one = workers.remove(usize::from(killed == "b"));
     killed_one.kill();
@@ -135,7 +136,7 @@ fn a_killed_worker_changes_nothing() {
     kill_one_of_two("b");
 }
 
-/// The first of a group reports the steps of all.
+/// The first worker of a group reports the steps for all.
 #[test]
 fn the_first_worker_of_a_group_can_be_killed_too() {
     kill_one_of_two("a");
@@ -153,7 +154,7 @@ fn a_worker_that_hangs_is_left_behind_and_comes_back() {
     hanging.signal(Signal::CONT);
     coordinator.succeeds();
     steady.succeeds();
-    // It joined again, or found nobody to join any more; either is a clean end.
+    // It rejoined, or found the run over. Either way it ends cleanly.
     hanging.signal(Signal::INT);
     let code = hanging.ends().code;
     assert!(matches!(code, Some(0 | 130)), "{code:?}");
@@ -168,7 +169,7 @@ fn a_killed_coordinator_finds_its_workers_again() {
     assert!(orphans.len() == 2 && orphans.values().all(|pid| is_alive(*pid)), "{orphans:?}");
 
     sandbox.coordinator(&["--set", "local.workers=2"]).succeeds();
-    assert_eq!(sandbox.run("tiny").local_workers(), orphans, "none was started anew");
+    assert_eq!(sandbox.run("tiny").local_workers(), orphans, "none was started again");
     assert_eq!(sandbox.run("tiny").generations().into_iter().collect::<Vec<_>>(), [(1, 60)]);
     assert!(orphans.values().all(|pid| !is_alive(*pid)), "they end with the run");
     assert_undisturbed(&sandbox);
@@ -178,17 +179,17 @@ fn a_killed_coordinator_finds_its_workers_again() {
 fn training_that_ends_while_the_coordinator_is_gone_is_complete() {
     let sandbox = Sandbox::new();
     let coordinator = local_pair(&sandbox);
-    // So near the end that workers can keep every state which is left to store.
+    // So near the end that workers can hold every state that is left to store.
     coordinator.says("checkpoint step-00000050-g1 stored");
     coordinator.kill();
     let run = sandbox.run("tiny");
     for log in ["logs/local-0.log", "logs/local-1.log"] {
-        until("the last step", || run.read(log).contains("reason=Finished").then_some(()));
+        until("the last step", || run.read(log).contains("every update is done").then_some(()));
     }
     let orphans = run.local_workers();
     let again = ["--set", "local.workers=2", "--set", "cluster.rejoin_window=2s"];
     sandbox.coordinator(&again).succeeds();
-    assert_eq!(run.local_workers(), orphans, "none was started anew");
+    assert_eq!(run.local_workers(), orphans, "none was started again");
     assert_undisturbed(&sandbox);
 }
 
@@ -225,7 +226,7 @@ fn a_run_whose_every_process_was_killed_goes_on_from_its_checkpoint() {
     assert_undisturbed(&sandbox);
 }
 
-/// Twenty times over, all processes end after a few steps more, by Ctrl-C and by SIGKILL in turn.
+/// Twenty times, all processes are ended after a few more steps, alternately by Ctrl-C and by SIGKILL.
 #[test]
 fn a_run_that_is_stopped_at_twenty_points_gives_the_same_bits() {
     let long = ["--set", "train.iterations=500", "--set", "cluster.rejoin_window=100ms"];
@@ -240,7 +241,7 @@ fn a_run_that_is_stopped_at_twenty_points_gives_the_same_bits() {
         let before = steps();
         let workers = format!("local.workers={}", 1 + number % 3);
         let coordinator = sandbox.coordinator(&[&long[..], &["--set", &workers]].concat());
-        // Numbers that look random, the same in every test.
+        // Pseudo-random numbers, the same in every run of the test.
         draw = draw.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         let more = 1 + (draw >> 33) as usize % 9;
         until("a few steps more", || (steps() >= before + more).then_some(()));

@@ -1,7 +1,7 @@
-//! The ring over TCP, with all its members on this machine: what an all-reduce costs besides the network.
+//! The ring over TCP with all members on this machine: what an all-reduce costs apart from the network.
 //!
-//! `cargo bench -p ulmus-worker` prints the time of one operation of all members at once, and the bytes of the vector
-//! per second.
+//! `cargo bench -p ulmus-worker` prints the time of one operation with all members at once, and its speed in bytes of
+//! the vector per second.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Barrier;
@@ -12,8 +12,8 @@ use divan::counter::BytesCount;
 use ulmus_types::{Digest, Generation, GroupKey, Incarnation, Peer, Rank, WorkerId};
 use ulmus_worker::collective::{AbortHandle, Collective, Listener, Place, TcpGroup};
 
-const PATIENCE: Duration = Duration::from_secs(30);
-/// Members and elements: control words, and gradients.
+const TIMEOUT: Duration = Duration::from_secs(30);
+/// Numbers of members and of elements, for control words and for gradients.
 const CASES: [(usize, usize); 6] = [(2, 8), (2, 1 << 17), (2, 1 << 22), (4, 8), (4, 1 << 17), (4, 1 << 22)];
 
 fn main() {
@@ -42,7 +42,7 @@ fn form(rank: usize, listener: &mut Listener, peers: &[Peer]) -> TcpGroup {
         next: peers[(rank + 1) % size].clone(),
     };
     let abort = AbortHandle::new().expect("descriptors are left");
-    TcpGroup::form(listener, &place, &abort, PATIENCE, PATIENCE).expect("all members are there")
+    TcpGroup::form(listener, &place, &abort, TIMEOUT, TIMEOUT).expect("all members are there")
 }
 
 #[divan::bench(args = CASES)]
@@ -58,7 +58,7 @@ fn all_reduce(bencher: Bencher<'_, '_>, (size, length): (usize, usize)) {
                 let mut group = form(index + 1, listener, peers);
                 let mut values = vec![1_i64; length];
                 begin.wait();
-                // Until the first one leaves.
+                // Until the first member leaves.
                 while group.all_reduce(&mut values).is_ok() {}
             });
         }

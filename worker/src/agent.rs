@@ -1,4 +1,4 @@
-//! The shell around the session: connects, carries messages, and joins again when the connection is lost.
+//! The shell around the session: connects, carries messages, and reconnects when the connection is lost.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -30,25 +30,25 @@ use crate::run::Run;
 use crate::snapshot::PendingSnapshot;
 use crate::trainer::{Command, Report};
 
-/// How long a worker that was once welcome looks for its coordinator.
-const ALONE: Duration = Duration::from_mins(5);
-/// First pause before another try to connect.
+/// How long a worker that was once welcomed looks for its coordinator.
+const COORDINATOR_TIMEOUT: Duration = Duration::from_mins(5);
+/// Shortest pause between two attempts to connect.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(50);
-/// Longest pause between two tries to connect.
+/// Longest pause between two attempts to connect.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// Messages on their way out.
-const OUTGOING: usize = 1024;
+/// Capacity of the queue of outgoing messages.
+const QUEUE: usize = 1024;
 
 /// Where the coordinator is.
 #[derive(Debug, Clone)]
 pub enum Join {
     /// At this address, `host:port`.
     Address(String),
-    /// Where this file says; it may change when the coordinator is started again.
+    /// At the address in this file, which may change when the coordinator restarts.
     File(PathBuf),
 }
 
-/// Who this worker is.
+/// What the worker says about itself in its hello.
 #[derive(Debug, Clone)]
 pub(crate) struct Identity {
     pub(crate) worker: WorkerId,
@@ -57,13 +57,13 @@ pub(crate) struct Identity {
     pub(crate) threads: u32,
 }
 
-/// What the loop is given.
-pub(crate) struct Parts {
+/// What the agent is given when it starts.
+pub(crate) struct Setup {
     pub(crate) join: Join,
     pub(crate) token: TokenSource,
     /// How long to look for a coordinator that was never reached.
     pub(crate) join_timeout: Duration,
-    /// How long a worker that was asked to leave may take to hand over.
+    /// How long a worker that was asked to leave may take to hand over its work.
     pub(crate) grace: Duration,
     pub(crate) identity: Identity,
     pub(crate) control: Control,
@@ -71,34 +71,37 @@ pub(crate) struct Parts {
     pub(crate) reports: mpsc::Receiver<(RunId, Report)>,
 }
 
-/// The loop's state.
+/// The state of the agent's loop.
 struct Agent {
-    parts: Parts,
+    setup: Setup,
     session: Session<Arc<PendingSnapshot>>,
     run: Option<Run>,
     tasks: TaskTracker,
     done: mpsc::Sender<Done>,
     finished: mpsc::Receiver<Done>,
     outgoing: Option<mpsc::Sender<(Option<RunId>, ToCoordinator)>>,
-    /// Connections so far: what was found out for an earlier one is not told to the next.
+    /// Number of connections so far, by which results of work for an earlier connection are recognized.
     connections: u64,
-    /// Whether the coordinator of this connection has said which run it leads.
+    /// Whether the coordinator of this connection has welcomed the worker.
     is_welcome: bool,
-    /// Until when the worker has to be gone, once it was asked to leave.
+    /// Whether the worker has joined its run, on this connection or an earlier one.
+    has_joined: bool,
+    /// When the worker exits at the latest, once it was asked to leave.
     leave_by: Option<Instant>,
-    /// Why the run cannot be taken up here.
+    /// Why this worker cannot join the run, if it cannot.
     unfit: Option<Failure>,
-    /// Whether somebody else was found last where the coordinator of this worker's run was.
+    /// Whether the last attempt found another coordinator at the address.
     displaced: bool,
-    /// The last refusal that another try may change.
+    /// The last refusal that was logged, if trying again may help.
     refusal: Option<String>,
 }
 
-/// Work that went on beside the loop, and the run that it was for.
+/// The result of work that was done outside the loop, and the run that it was done for.
 enum Done {
     Hashed(RunId, Snapshot),
-    Said(RunId, ToCoordinator),
-    /// For which connection, too.
+    /// A message to send.
+    Message(RunId, ToCoordinator),
+    /// Begins with the number of the connection.
     Opened(u64, RunId, Result<(Run, Digest), (ErrorKind, String)>),
 }
 
@@ -106,7 +109,7 @@ enum Done {
 enum Ended {
     /// The worker is done.
     Finished(ExitStatus),
-    /// The connection broke; join again.
+    /// The connection broke, for this reason.
     Lost(String),
 }
 
@@ -114,10 +117,10 @@ enum Ended {
 ///
 /// # Errors
 /// When the coordinator refuses this worker, or cannot be reached for too long.
-pub(crate) async fn serve(parts: Parts, shutdown: &Shutdown) -> Result<ExitStatus, Failure> {
-    let (done, finished) = mpsc::channel(OUTGOING);
+pub(crate) async fn serve(setup: Setup, shutdown: &Shutdown) -> Result<ExitStatus, Failure> {
+    let (done, finished) = mpsc::channel(QUEUE);
     let mut agent = Agent {
-        parts,
+        setup,
         session: Session::default(),
         run: None,
         tasks: TaskTracker::new(),
@@ -126,12 +129,13 @@ pub(crate) async fn serve(parts: Parts, shutdown: &Shutdown) -> Result<ExitStatu
         outgoing: None,
         connections: 0,
         is_welcome: false,
+        has_joined: false,
         leave_by: None,
         unfit: None,
         displaced: false,
         refusal: None,
     };
-    let mut alone_since = Instant::now();
+    let mut lost_since = Instant::now();
     let mut welcome = false;
     let mut pause = SHORTEST_PAUSE;
     loop {
@@ -141,26 +145,27 @@ pub(crate) async fn serve(parts: Parts, shutdown: &Shutdown) -> Result<ExitStatu
             return Err(failure);
         }
         let why = match ended {
-            Ended::Finished(status) => return Ok(status),
+            Ended::Finished(status) => return Ok(agent.finish(status)),
             Ended::Lost(why) => why,
         };
         if welcomed {
-            (welcome, alone_since) = (true, Instant::now());
-            // One that welcomes and ends the session again and again is not asked faster and faster.
+            (welcome, lost_since) = (true, Instant::now());
+            // Only a session that lasted resets the pause, so that short ones do not make a busy loop.
             if began.elapsed() > LONGEST_PAUSE {
                 pause = SHORTEST_PAUSE;
             }
-            tracing::info!(why, "the coordinator is gone; looking for it");
+            tracing::info!("lost the coordinator ({why}); looking for it");
         }
-        let patience = if welcome { ALONE } else { agent.parts.join_timeout };
-        if alone_since.elapsed() > patience {
+        let timeout = if welcome { COORDINATOR_TIMEOUT } else { agent.setup.join_timeout };
+        if lost_since.elapsed() > timeout {
+            let timeout = humantime::format_duration(timeout);
             let message =
-                format!("no coordinator for {patience:?}: {why}; check the address, and that it is running");
+                format!("no coordinator for {timeout}: {why}; check the address, and that it is running");
             let status = if agent.displaced { ExitStatus::Refused } else { ExitStatus::Unavailable };
             return Err(Failure::new(status, message));
         }
         if let Some(status) = agent.wait(pause, shutdown).await {
-            return Ok(status);
+            return Ok(agent.finish(status));
         }
         if let Some(failure) = agent.unfit.take() {
             return Err(failure);
@@ -170,7 +175,7 @@ pub(crate) async fn serve(parts: Parts, shutdown: &Shutdown) -> Result<ExitStatu
 }
 
 impl Agent {
-    /// Lets time pass between two connections; the trainer goes on and is heard. How the worker ends, if it does.
+    /// Waits between two connections, while the trainer continues. Returns the exit status if the worker ends.
     async fn wait(&mut self, pause: Duration, shutdown: &Shutdown) -> Option<ExitStatus> {
         let end = tokio::time::sleep(pause);
         tokio::pin!(end);
@@ -181,35 +186,48 @@ impl Agent {
             tokio::select! {
                 biased;
                 _ = shutdown.requested(), if self.leave_by.is_none() => self.drain(),
-                () = passed(self.leave_by) => return Some(self.leave_unheard()),
+                () = sleep_until(self.leave_by) => return Some(self.leave_late()),
                 () = &mut end => return None,
-                Some((run, report)) = self.parts.reports.recv() => self.reported(run, report),
-                Some(done) = self.finished.recv() => self.has_done(done),
+                Some((run, report)) = self.setup.reports.recv() => self.on_report(run, report),
+                Some(done) = self.finished.recv() => self.on_done(done),
             }
         }
     }
 
-    /// The worker was asked to leave: it finishes its step, hands over what it has, and goes.
+    /// Logs that the worker is done.
+    fn finish(&self, status: ExitStatus) -> ExitStatus {
+        let run = self.run.as_ref().map_or("the run".to_owned(), |run| format!("run {}", run.plan.run.name));
+        match status {
+            ExitStatus::Done => tracing::info!("{run} is done"),
+            ExitStatus::Interrupted if self.leave_by.is_some() => tracing::info!("left {run}"),
+            ExitStatus::Interrupted => tracing::info!("{run} was interrupted, and can be resumed"),
+            status => tracing::info!("{run} ended with exit code {}", status.code()),
+        }
+        status
+    }
+
+    /// The worker was asked to leave: it finishes its step, hands over its work, and exits.
     fn drain(&mut self) {
-        tracing::info!(grace = ?self.parts.grace, "asked to leave; handing over");
-        self.leave_by = Some(Instant::now() + self.parts.grace);
-        // The group need not hear of it from the coordinator, which may be away.
-        self.parts.control.request_now(GroupRequest::Stop);
+        let grace = humantime::format_duration(self.setup.grace);
+        tracing::info!("asked to leave; handing over within {grace}");
+        self.leave_by = Some(Instant::now() + self.setup.grace);
+        // Stop the group directly, since the coordinator may be away.
+        self.setup.control.request_now(GroupRequest::Stop);
         for action in self.session.drain() {
             self.act(action);
         }
     }
 
-    fn leave_unheard(&self) -> ExitStatus {
+    fn leave_late(&self) -> ExitStatus {
         if !self.session.is_free() {
             tracing::warn!(
-                "the time to hand over has passed; what was not stored is with the others, or lost"
+                "no time left to hand over; what is not stored is lost unless other workers hold it"
             );
         }
         ExitStatus::Interrupted
     }
 
-    /// One connection from hello to its end; also tells whether the worker was welcome.
+    /// Runs one connection from hello to its end. Also returns whether the worker was welcomed.
     async fn connection(&mut self, shutdown: &Shutdown) -> Result<(Ended, bool), Failure> {
         self.is_welcome = false;
         self.connections += 1;
@@ -237,9 +255,9 @@ impl Agent {
             tokio::select! {
                 biased;
                 _ = shutdown.requested(), if self.leave_by.is_none() => self.drain(),
-                () = passed(self.leave_by) => break Ok(Ended::Finished(self.leave_unheard())),
+                () = sleep_until(self.leave_by) => break Ok(Ended::Finished(self.leave_late())),
                 message = incoming.message() => match message {
-                    Ok(Some(message)) => match self.received(message) {
+                    Ok(Some(message)) => match self.on_message(message) {
                         Ok(None) => {}
                         Ok(Some(ended)) => break Ok(ended),
                         Err(failure) => break Err(failure),
@@ -247,10 +265,10 @@ impl Agent {
                     Ok(None) => break Ok(Ended::Lost("it closed the connection".to_owned())),
                     Err(status) => break Ok(Ended::Lost(status.message().to_owned())),
                 },
-                Some(done) = self.finished.recv() => self.has_done(done),
-                Some((run, report)) = self.parts.reports.recv() => self.reported(run, report),
+                Some(done) = self.finished.recv() => self.on_done(done),
+                Some((run, report)) = self.setup.reports.recv() => self.on_report(run, report),
                 _ = heartbeat.tick() => {
-                    self.say(ToCoordinator::Heartbeat(self.parts.control.heartbeat()));
+                    self.send(ToCoordinator::Heartbeat(self.setup.control.heartbeat()));
                 }
             }
         };
@@ -263,7 +281,7 @@ impl Agent {
         &mut self,
     ) -> Result<(mpsc::Sender<(Option<RunId>, ToCoordinator)>, Streaming<v1::FromCoordinator>), Rejected>
     {
-        let address = match &self.parts.join {
+        let address = match &self.setup.join {
             Join::Address(address) => address.clone(),
             Join::File(path) => tokio::fs::read_to_string(path)
                 .await
@@ -271,11 +289,11 @@ impl Agent {
         };
         let address = address.trim();
         self.displaced = false;
-        let link = ulmus_transport::connect(address, &self.parts.token)
+        let link = ulmus_transport::connect(address, &self.setup.token)
             .await
             .map_err(|error| self.rejected(&error))?;
-        let (outgoing, messages) = mpsc::channel(OUTGOING);
-        let identity = self.parts.identity.clone();
+        let (outgoing, messages) = mpsc::channel(QUEUE);
+        let identity = self.setup.identity.clone();
         let (run, secret) = self.session.run().unzip();
         let hello = ToCoordinator::Hello(Hello {
             worker: identity.worker,
@@ -301,7 +319,8 @@ impl Agent {
         Ok((outgoing, incoming.into_inner()))
     }
 
-    /// Once it was welcome, a worker waits for its own coordinator, whoever has the address meanwhile.
+    /// Decides whether to try again. Once welcomed, a worker waits for its own coordinator even if another one has
+    /// taken the address.
     fn rejected(&mut self, error: &ConnectError) -> Rejected {
         self.displaced = error.kind() == ErrorKind::Refused && self.run.is_some();
         match error.kind() {
@@ -310,7 +329,7 @@ impl Agent {
         }
     }
 
-    fn received(&mut self, message: v1::FromCoordinator) -> Result<Option<Ended>, Failure> {
+    fn on_message(&mut self, message: v1::FromCoordinator) -> Result<Option<Ended>, Failure> {
         let message: ToWorker = match message.try_into() {
             Ok(message) => message,
             Err(error) => {
@@ -322,10 +341,10 @@ impl Agent {
         for action in self.session.on_message(message) {
             match action {
                 Action::Exit(status) => return Ok(Some(Ended::Finished(status))),
-                // The name is still taken by a life of this worker that the coordinator has not given up yet.
+                // For instance, the coordinator has not noticed yet that an earlier life of this worker is over.
                 Action::Refused(ErrorKind::Retry, reason) => {
                     if self.refusal.as_ref() != Some(&reason) {
-                        tracing::warn!(reason, "refused; trying again");
+                        tracing::warn!("refused, trying again: {reason}");
                         self.refusal = Some(reason.clone());
                     }
                     return Ok(Some(Ended::Lost(reason)));
@@ -337,65 +356,68 @@ impl Agent {
         Ok(None)
     }
 
-    fn reported(&mut self, run: RunId, report: Report) {
+    fn on_report(&mut self, run: RunId, report: Report) {
         for action in self.session.on_report(run, report) {
             self.act(action);
         }
     }
 
-    /// Whether something is of the run that the worker belongs to now.
+    /// Whether the worker still belongs to this run.
     fn is_current(&self, run: RunId) -> bool {
         self.session.run().is_some_and(|(id, _)| id == run)
     }
 
-    fn has_done(&mut self, done: Done) {
+    fn on_done(&mut self, done: Done) {
         match done {
-            Done::Said(run, message) if self.is_current(run) => self.say(message),
+            Done::Message(run, message) if self.is_current(run) => self.send(message),
             Done::Hashed(run, snapshot) if self.is_current(run) => {
                 for action in self.session.on_hashed(snapshot) {
                     self.act(action);
                 }
             }
-            // Of a connection that has ended, or of a run that is no longer this worker's.
+            // The connection has ended, or the worker belongs to another run by now.
             Done::Opened(connection, id, _) if connection != self.connections || !self.is_current(id) => {}
             Done::Opened(_, _, Ok((run, nonce))) => {
-                self.say(ToCoordinator::StoreRead(Ok(nonce)));
+                self.send(ToCoordinator::StoreRead(Ok(nonce)));
                 let known = self.run.as_ref().is_some_and(|known| known.digest() == run.digest());
                 match self.session.on_opened(known) {
                     Some(actions) => actions.into_iter().for_each(|action| self.act(action)),
-                    // The trainer is at it, and will say so.
+                    // The trainer is warming up, and will report when it is ready.
                     None if known => {}
                     None => self.command(Command::Warm(run.clone())),
                 }
                 self.run = Some(run);
             }
             Done::Opened(_, _, Err((ErrorKind::Retry, error))) => {
-                tracing::info!(error, "the run's store does not answer");
-                // Nobody is to blame: it is asked again with a new connection.
+                tracing::info!("the run's store does not answer, trying again: {error}");
+                // Nobody is to blame. The store is read again with a new connection.
                 self.outgoing = None;
             }
             Done::Opened(_, _, Err((_, error))) => {
-                self.say(ToCoordinator::StoreRead(Err(error)));
+                self.send(ToCoordinator::StoreRead(Err(error)));
             }
-            Done::Said(..) | Done::Hashed(..) => {}
+            Done::Message(..) | Done::Hashed(..) => {}
         }
     }
 
     fn act(&mut self, action: Action<Arc<PendingSnapshot>>) {
         match action {
-            Action::Send(message) => self.say(message),
+            Action::Send(message) => {
+                if matches!(message, ToCoordinator::Ready(_)) {
+                    self.log_joined();
+                }
+                self.send(message);
+            }
             Action::ChangeRun => {
-                tracing::warn!(
-                    "the coordinator leads another run; what this worker had of the one before is dropped"
-                );
-                self.parts.control.change_run();
-                self.run = None;
+                tracing::warn!("the coordinator leads another run; dropping the work for the earlier one");
+                self.setup.control.change_run();
+                (self.run, self.has_joined) = (None, false);
             }
             Action::Open { id, plan, store } => self.open(id, plan, store),
             Action::Train(run, assignment) => self.command(Command::Train(run, assignment)),
             Action::RunJob(run, job) => self.command(Command::Do(run, job)),
-            Action::Abort(generation) => self.parts.control.abort(generation),
-            Action::Request(generation, request) => self.parts.control.request(generation, request),
+            Action::Abort(generation) => self.setup.control.abort(generation),
+            Action::Request(generation, request) => self.setup.control.request(generation, request),
             Action::Hash(held) => {
                 let Some((run, _)) = self.session.run() else { return };
                 let done = self.done.clone();
@@ -404,17 +426,23 @@ impl Agent {
             }
             Action::Write(held, files) => self.write(held, files),
             Action::GiveUp(kind, message) => {
-                let message = format!("cannot take up the run: {message}");
+                let message = format!("cannot join the run: {message}");
                 self.unfit = Some(Failure::new(kind.into(), message));
             }
-            // These end the connection and are dealt with where they come in.
+            // These end the connection, and are handled in `on_message`.
             Action::Exit(_) | Action::Refused(..) => {}
         }
     }
 
-    /// Says something, if somebody listens. What must not be lost is remembered by the session. Before its welcome a
-    /// worker does not know whom it speaks to, and says no more than that it lives.
-    fn say(&mut self, message: ToCoordinator) {
+    fn log_joined(&mut self) {
+        let name = self.run.as_ref().map_or("", |run| run.plan.run.name.as_str());
+        let verb = if std::mem::replace(&mut self.has_joined, true) { "rejoined" } else { "joined" };
+        tracing::info!("{verb} run {name}");
+    }
+
+    /// Sends a message if there is a connection; the session remembers what must not be lost. Before its welcome a
+    /// worker does not know which run the coordinator leads, and sends nothing but heartbeats.
+    fn send(&mut self, message: ToCoordinator) {
         if !self.is_welcome && !matches!(message, ToCoordinator::Heartbeat(_)) {
             return;
         }
@@ -422,17 +450,18 @@ impl Agent {
         if let Some(outgoing) = &self.outgoing
             && outgoing.try_send((run, message)).is_err()
         {
-            // The stream stands still; a new one says everything again.
+            // The stream is stuck. A new one will send everything again.
             self.outgoing = None;
         }
     }
 
     fn command(&self, command: Command) {
-        // A trainer that is gone has panicked; its thread's end ends the process.
-        self.parts.commands.send(command).ok();
+        // A trainer that is gone has panicked, and the end of its thread ends the process.
+        self.setup.commands.send(command).ok();
     }
 
-    /// Reads the nonce in the run's store, which proves that this worker sees it, and takes up the plan.
+    /// Opens the run: reads the plan, and the nonce in the run's store, which proves that this worker can read the
+    /// store.
     fn open(&self, id: RunId, plan: String, location: String) {
         let (done, connection) = (self.done.clone(), self.connections);
         self.tasks.spawn(async move {
@@ -440,31 +469,31 @@ impl Agent {
         });
     }
 
-    /// Encodes and stores parts of a state.
+    /// Encodes and stores files of a state.
     fn write(&self, held: Arc<PendingSnapshot>, files: Vec<String>) {
         let Some((run, _)) = self.session.run() else { return };
         let done = self.done.clone();
         self.tasks.spawn(async move {
             let checkpoint = held.checkpoint;
-            // Where the run lies that the state is of, whichever this worker belongs to by then.
+            // The store of the state's own run, even if the worker belongs to another run by then.
             let store = held.store.clone();
             let message = match write(&store, held, files).await {
                 Ok(files) => ToCoordinator::Written { checkpoint, files },
                 Err((kind, message)) => ToCoordinator::WriteFailed { checkpoint, kind, message },
             };
-            done.send(Done::Said(run, message)).await.ok();
+            done.send(Done::Message(run, message)).await.ok();
         });
     }
 }
 
-/// Why there is no connection.
+/// Why there is no connection, and whether to try again.
 enum Rejected {
     Later(String),
     Final(Failure),
 }
 
-/// Waits until a moment has come; for ever if there is none.
-async fn passed(moment: Option<Instant>) {
+/// Waits until a point in time, or forever if there is none.
+async fn sleep_until(moment: Option<Instant>) {
     match moment {
         Some(moment) => tokio::time::sleep_until(moment.into()).await,
         None => std::future::pending().await,

@@ -12,15 +12,15 @@ use ulmus_types::ExitStatus;
 use crate::agent::Join;
 use crate::bench::BenchConfig;
 
-/// Joins a coordinator and works for it: reads, tokenizes, trains, and does its jobs.
+/// Joins a coordinator and works for its run: reads, tokenizes, trains, and does jobs.
 ///
-/// Exit codes: 0 the run is done; else that of the run: 1 failed, 2 wrong input, 5 damaged data, 130 interrupted; or
-/// the worker's own: 3 refused (no token or a wrong one, another version, another fingerprint, a store that is not shared), 4 fenced,
-/// 6 no coordinator, 130 it was asked to leave and has handed over.
+/// Exit codes: 0 if the run is done; otherwise the exit code of the run (1 failed, 2 wrong input, 5 damaged data, 130
+/// interrupted), or the worker's own: 3 refused (no token or a wrong one, another version, another fingerprint, a store
+/// that is not shared), 4 fenced, 6 no coordinator, 130 asked to leave, after handing over its work.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "worker", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Args {
-    /// Instead of joining.
+    /// What to do instead of joining.
     #[command(subcommand)]
     pub command: Option<Command>,
 
@@ -29,47 +29,47 @@ pub struct Args {
     pub join: JoinArgs,
 }
 
-/// What a worker can do without a coordinator.
+/// What a worker does without a coordinator.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Command {
     /// Time training steps: forward, backward, the exact mean, clipping and AdamW.
     ///
     /// Example: worker bench --preset openelm-270m --batch 4 --sequence 512 --dtype bf16 --threads 8
     Bench(BenchArgs),
-    /// Measure what this machine can do at most: arithmetic in registers, and memory read and copied.
+    /// Measure the limits of this machine: arithmetic in registers, and reading and copying memory.
     Roofline(RooflineArgs),
 }
 
-/// What `worker bench` is told.
+/// Arguments of `worker bench`.
 #[derive(Debug, Clone, Parser)]
 pub struct BenchArgs {
     #[command(flatten)]
     subject: Subject,
-    /// Kind of the preset's norms: `rms`, `naive_rms` or `layer`; a plan has its own, `model.norm`.
+    /// Kind of norm for the preset: `rms`, `naive_rms` or `layer`. A plan sets its own in `model.norm`.
     #[arg(long, value_name = "KIND", default_value = "rms", conflicts_with = "plan")]
     norm: NormKind,
-    /// Sequences of the micro-batch [default: the plan's, or 4].
+    /// Sequences per micro-batch [default: that of the plan, or 4].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     batch: Option<u32>,
-    /// Positions per sequence [default: the plan's, or 512].
+    /// Tokens per sequence [default: that of the plan, or 512].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     sequence: Option<u32>,
-    /// What the operands of matrix products are rounded to.
+    /// Precision to which the operands of matrix products are rounded.
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Dtype,
-    /// Compute layers again in the backward instead of keeping their activations.
+    /// Recompute layers in the backward pass instead of keeping their activations.
     #[arg(long)]
     recompute: bool,
-    /// How a GPU's library multiplies matrices, as `train.algorithms` of a plan.
+    /// How cuBLASLt chooses matrix multiplication algorithms, like `train.algorithms` in a plan.
     #[arg(long, value_enum, default_value = "library")]
-    algorithms: Choice,
+    algorithms: AlgorithmChoice,
     /// Compute threads [default: all cores].
     #[arg(long, env = "ULMUS_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// What to compute on: auto (a GPU if there is one), cpu, cuda or cuda:N.
     #[arg(long, env = "ULMUS_DEVICE", value_name = "DEVICE", default_value_t)]
     device: Device,
-    /// Timed steps, after one that is not; the median is reported.
+    /// Timed steps, after one untimed step; the median is reported.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
     /// Print JSON instead of a table.
@@ -77,11 +77,11 @@ pub struct BenchArgs {
     pub(crate) json: bool,
 }
 
-/// What is trained.
+/// The model to train.
 #[derive(Debug, Clone, clap::Args)]
 #[group(required = true, multiple = false)]
 struct Subject {
-    /// A published shape: `openelm-270m`, `-450m`, `-1_1b` or `-3b`.
+    /// A published model shape: `openelm-270m`, `-450m`, `-1_1b` or `-3b`.
     #[arg(long, value_name = "NAME")]
     preset: Option<Preset>,
     /// The model of a plan (its first variant).
@@ -89,7 +89,7 @@ struct Subject {
     plan: Option<PathBuf>,
 }
 
-/// What a roofline is measured with.
+/// Arguments of `worker roofline`.
 #[derive(Debug, Clone, Parser)]
 pub struct RooflineArgs {
     /// Compute threads [default: all cores].
@@ -107,10 +107,10 @@ impl RooflineArgs {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Choice {
-    /// As it proposes itself.
+enum AlgorithmChoice {
+    /// The first choice of the library's heuristic; reproducible.
     Library,
-    /// As is the fastest, by trying.
+    /// The fastest, found by measuring.
     Measured,
 }
 
@@ -118,7 +118,7 @@ enum Choice {
 enum Dtype {
     /// 32-bit floats.
     F32,
-    /// 16-bit brain floats, added up in 32 bits.
+    /// 16-bit brain floats, summed in 32 bits.
     Bf16,
 }
 
@@ -131,7 +131,7 @@ impl BenchArgs {
                 (preset.name().to_owned(), ModelConfig { norm: self.norm, ..preset.config() }, 4, 512)
             }
             (None, path) => {
-                let plan = first_plan(path.as_deref().expect("one of the group is required"))?;
+                let plan = first_plan(path.as_deref().expect("clap requires one of the group"))?;
                 let (batch, sequence) = (plan.train.micro_batch as usize, plan.sequence_length());
                 (plan.run.name.to_string(), plan.model, batch, sequence)
             }
@@ -139,8 +139,7 @@ impl BenchArgs {
         let sequence = self.sequence.map_or(sequence, |sequence| sequence as usize);
         if sequence > model.max_context_length {
             let most = model.max_context_length;
-            let message =
-                format!("--sequence {sequence} is more than the model's {most}; use at most {most}");
+            let message = format!("--sequence {sequence} exceeds the model's maximum; use at most {most}");
             return Err(Failure::new(ExitStatus::InvalidInput, message));
         }
         Ok(BenchConfig {
@@ -154,8 +153,8 @@ impl BenchArgs {
             },
             recompute: self.recompute,
             algorithms: match self.algorithms {
-                Choice::Library => Algorithms::Library,
-                Choice::Measured => Algorithms::Measured,
+                AlgorithmChoice::Library => Algorithms::Library,
+                AlgorithmChoice::Measured => Algorithms::Measured,
             },
             device: self.device,
             threads: self.threads.map_or_else(all_cores, usize::from),
@@ -166,13 +165,13 @@ impl BenchArgs {
 
 fn first_plan(path: &Path) -> Result<Plan, Failure> {
     let plans = load_plans(path, &[], crate::tokenizer_pieces)?;
-    Ok(plans.into_iter().next().expect("a plan file has a plan"))
+    Ok(plans.into_iter().next().expect("a plan file contains a plan"))
 }
 
 /// How to join a coordinator.
 #[derive(Debug, Clone, clap::Args)]
 pub struct JoinArgs {
-    /// The coordinator.
+    /// Address of the coordinator.
     #[arg(long, env = "ULMUS_JOIN", value_name = "HOST:PORT", required = true)]
     pub join: Option<String>,
 
@@ -184,57 +183,58 @@ pub struct JoinArgs {
     #[arg(long, env = "ULMUS_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
 
-    /// The file with the coordinator's join token; or set `ULMUS_TOKEN` to what that file says [default: the user's
-    /// runtime folder, where a coordinator of the same user on this machine leaves it].
+    /// File with the coordinator's join token; alternatively, set `ULMUS_TOKEN` to the content of that file [default:
+    /// the token that a coordinator of the same user on this machine has left in the user's runtime folder].
     #[arg(long, env = "ULMUS_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
 
-    /// A name that tells this worker from others [default: made from the host's name].
+    /// Name of this worker, different from those of others [default: host name and process id].
     #[arg(long, env = "ULMUS_NAME", value_name = "NAME")]
     pub name: Option<String>,
 
-    /// Where other workers reach this one [default: the address that reaches the coordinator, any free port].
+    /// Address at which other workers reach this one [default: the address from which the coordinator is reached, and a
+    /// free port].
     #[arg(long, env = "ULMUS_ADVERTISE", value_name = "HOST[:PORT]")]
     pub advertise: Option<String>,
 
-    /// How long to look for the coordinator.
+    /// How long to look for the coordinator before giving up.
     #[arg(long, env = "ULMUS_JOIN_TIMEOUT", value_name = "TIME", default_value = "60s", value_parser = humantime::parse_duration)]
     pub join_timeout: Duration,
 
-    /// How long the worker may take to hand over what it has when it is asked to leave (SIGTERM or Ctrl-C); a second
+    /// How long the worker may take to hand over its work when it is asked to leave (SIGTERM or Ctrl-C). A second
     /// signal ends it at once.
     #[arg(long, env = "ULMUS_GRACE", value_name = "TIME", default_value = "25s", value_parser = humantime::parse_duration)]
     pub grace: Duration,
 }
 
-/// What a worker is told when it starts.
+/// Configuration of a worker.
 #[derive(Debug, Clone)]
 pub struct WorkerConfig {
-    /// The coordinator.
+    /// Where the coordinator is.
     pub join: Join,
-    /// What to show it.
+    /// The token to show to the coordinator.
     pub token: TokenSource,
     /// What to compute on.
     pub device: Device,
-    /// Which worker of this machine it is, for a device that is told by that.
+    /// Index of the worker on this machine, which selects a GPU if the device does not name one.
     pub nth: usize,
     /// Compute threads.
     pub threads: usize,
-    /// Its name.
+    /// Name of the worker.
     pub name: String,
-    /// Where other workers reach it.
+    /// Address at which other workers reach it, if it is not detected.
     pub advertise: Option<String>,
-    /// How long to look for the coordinator.
+    /// How long to look for the coordinator before giving up.
     pub join_timeout: Duration,
-    /// How long it may take to hand over when it is asked to leave.
+    /// How long it may take to hand over its work when it is asked to leave.
     pub grace: Duration,
 }
 
-/// How long a worker may take to hand over by default; less than Kubernetes waits before it kills.
+/// Default of [`WorkerConfig::grace`]; less than Kubernetes waits before it kills a process.
 const GRACE: Duration = Duration::from_secs(25);
 
 impl WorkerConfig {
-    /// A worker that the coordinator itself started.
+    /// Configuration of a worker that was started by the coordinator.
     pub fn local(join_file: PathBuf, name: String, device: Device, nth: usize, threads: usize) -> Self {
         let (join, token) = (Join::File(join_file), TokenSource::given(None));
         let join_timeout = Duration::from_mins(5);
@@ -245,7 +245,7 @@ impl WorkerConfig {
 impl From<JoinArgs> for WorkerConfig {
     fn from(args: JoinArgs) -> Self {
         Self {
-            join: Join::Address(args.join.expect("clap refuses to join nothing")),
+            join: Join::Address(args.join.expect("clap requires --join")),
             token: TokenSource::given(args.token_file),
             device: args.device,
             nth: 0,
@@ -262,7 +262,7 @@ fn all_cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-/// The host's name and this process's id: several workers of one host differ.
+/// The host name and this process's id, so that several workers on one host differ.
 fn default_name() -> String {
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let host: String = host.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(40).collect();

@@ -1,7 +1,7 @@
-//! `worker bench`: how fast this machine trains; `worker roofline`: what it could do at most.
+//! `worker bench` measures how fast this machine trains; `worker roofline` measures its limits.
 //!
-//! A step is one whole update of one micro-batch without a group: forward, backward, exact mean, clipping and AdamW. The time per
-//! kernel is that of the spans that the model crate opens around its kernels.
+//! A step is one whole update of one micro-batch without a group: forward, backward, exact mean, clipping and AdamW.
+//! The time per kernel comes from the spans that the model crate opens around its kernels.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Barrier, Mutex, PoisonError};
@@ -22,66 +22,66 @@ use ulmus_evaluator::{Machine, median};
 use ulmus_model::{BatchShape, MicroBatch, ModelError, Objective, Replica};
 use ulmus_plan::{Algorithms, Device, ModelConfig, NormKind, Precision, TrainConfig};
 
-/// What is timed.
+/// What to measure.
 #[derive(Debug, Clone)]
 pub(crate) struct BenchConfig {
-    /// Name of the shape.
+    /// Name of the model.
     pub name: String,
-    /// The shape.
+    /// The model.
     pub model: ModelConfig,
-    /// Sequences of the micro-batch.
+    /// Sequences per micro-batch.
     pub batch: usize,
-    /// Positions per sequence.
+    /// Tokens per sequence.
     pub sequence: usize,
-    /// Operands of matrix products.
+    /// Precision of the operands of matrix products.
     pub precision: Precision,
-    /// Whether layers are computed again in the backward.
+    /// Whether layers are recomputed in the backward pass.
     pub recompute: bool,
-    /// How a GPU's library multiplies.
+    /// How cuBLASLt chooses matrix multiplication algorithms.
     pub algorithms: Algorithms,
-    /// What computes.
+    /// The device to compute on.
     pub device: Device,
     /// Compute threads.
     pub threads: usize,
-    /// Timed steps, at least 1, after one that is not.
+    /// Number of timed steps, at least 1, after one untimed step.
     pub steps: usize,
 }
 
-/// What was measured.
+/// The result of a measurement.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct BenchResult {
-    /// Name of the shape.
+    /// Name of the model.
     pub model: String,
-    /// Parameters of the model.
+    /// Number of parameters of the model.
     pub parameters: u64,
-    /// Kind of its norms.
+    /// Kind of the model's norms.
     pub norm: NormKind,
-    /// Sequences of the micro-batch.
+    /// Sequences per micro-batch.
     pub batch: usize,
-    /// Positions per sequence.
+    /// Tokens per sequence.
     pub sequence: usize,
-    /// Operands of matrix products.
+    /// Precision of the operands of matrix products.
     pub dtype: &'static str,
-    /// Whether layers are computed again in the backward.
+    /// Whether layers are recomputed in the backward pass.
     pub recompute: bool,
-    /// How a GPU's library multiplies.
+    /// How cuBLASLt chooses matrix multiplication algorithms.
     pub algorithms: Algorithms,
-    /// What computes.
+    /// The device to compute on.
     pub device: String,
     /// Compute threads.
     pub threads: usize,
-    /// Positions trained per second, by the median step.
+    /// Tokens trained per second, in the median step.
     pub tokens_per_second: f64,
-    /// 10^12 operations per second of that: three times those of a forward with all scores of attention, whether
-    /// they count or not, as is usual for such figures.
+    /// 10^12 operations per second at that speed: three times those of a forward pass with all attention scores,
+    /// including masked ones, as is usual for such figures.
     pub model_tflops: f64,
-    /// Seconds of each step, in order.
+    /// Time of each step in seconds, in order.
     pub step_seconds: Vec<f64>,
-    /// Seconds per step in each kernel, the longest first; `other` is outside all of them.
+    /// Time per step in each kernel, longest first; `other` is the time outside all kernels.
     pub kernels: Vec<KernelTime>,
-    /// Most memory that this process has held, where the system tells it.
+    /// Peak resident memory of this process, if the system reports it.
     pub peak_rss_bytes: Option<u64>,
-    /// What was planned before the start.
+    /// Memory that was planned before the start.
     pub planned_bytes: u64,
     /// The machine.
     pub machine: Machine,
@@ -90,16 +90,16 @@ pub(crate) struct BenchResult {
 /// Mean time per step in one kernel.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct KernelTime {
-    /// Its name.
+    /// Name of the kernel.
     pub kernel: String,
     /// Seconds per step.
     pub seconds: f64,
 }
 
-/// Trains random tokens and measures it. To be called once in a process: it installs the subscriber that times spans.
+/// Trains on random tokens and measures that. Call it once per process: it installs the subscriber that times spans.
 ///
 /// # Errors
-/// If the model has no memory.
+/// If memory does not suffice for the model.
 pub(crate) fn bench(config: BenchConfig) -> Result<BenchResult, ModelError> {
     match AnyBackend::new(config.device, config.threads, 0)? {
         AnyBackend::Cpu(backend) => bench_on(backend, config),
@@ -112,7 +112,7 @@ fn bench_on<B: TrainingBackend>(backend: B, config: BenchConfig) -> Result<Bench
         name, model, batch, sequence, precision, recompute, algorithms, threads, steps, ..
     } = config;
     let spans = SpanTimes::default();
-    // Somebody who has installed another one gets no kernel times.
+    // If another subscriber is already installed, there are no kernel times.
     drop(tracing::subscriber::set_global_default(tracing_subscriber::registry().with(spans.clone())));
 
     let sequences = batch as u64;
@@ -141,14 +141,14 @@ fn bench_on<B: TrainingBackend>(backend: B, config: BenchConfig) -> Result<Bench
     spans.take();
     let steps = steps.max(1) as u64;
     let step_seconds = (1..=steps).map(&mut train).collect::<Result<Vec<_>, _>>()?;
-    let apart = if backend.serialize_kernels() {
-        // Kernels that run beside the host are timed one by one, in steps that count for nothing else.
+    let serialized = if backend.serialize_kernels() {
+        // Kernels that run asynchronously are timed one by one, in additional steps.
         spans.take();
         (1..=steps).map(&mut train).collect::<Result<Vec<_>, _>>()?
     } else {
         step_seconds.clone()
     };
-    let kernels = kernel_times(&spans.take(), &apart);
+    let kernels = kernel_times(&spans.take(), &serialized);
     let tokens_per_second = (batch * sequence) as f64 / median(&step_seconds);
     Ok(BenchResult {
         model: name,
@@ -171,8 +171,8 @@ fn bench_on<B: TrainingBackend>(backend: B, config: BenchConfig) -> Result<Bench
     })
 }
 
-/// Operations per trained position: two per weight of a matrix, the head included, and two per number of each key and
-/// value; three times that with the backward.
+/// Operations per trained token: two per weight of every matrix, including the head, and two per element of every key
+/// and value; times three with the backward pass.
 fn training_operations(model: &ModelConfig, sequence: usize) -> f64 {
     let layers = model.layers();
     let matrices: usize = layers
@@ -199,18 +199,18 @@ fn kernel_times(spans: &BTreeMap<&'static str, Duration>, step_seconds: &[f64]) 
     kernels
 }
 
-/// Most resident memory so far.
+/// Peak resident memory so far, in bytes.
 fn peak_rss_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     Some(line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
-/// A layer that adds up the time spent in spans, by name.
+/// A tracing layer that sums the time spent in spans, by name.
 #[derive(Debug, Clone, Default)]
 struct SpanTimes(Arc<Mutex<BTreeMap<&'static str, Duration>>>);
 
-/// When a span was opened.
+/// The time at which a span was opened.
 struct Begun(Instant);
 
 impl SpanTimes {
@@ -234,29 +234,29 @@ impl<S: tracing::Subscriber + for<'a> LookupSpan<'a>> Layer<S> for SpanTimes {
     }
 }
 
-/// What the machine can do at most, by the best of some runs.
+/// The limits of the machine, each the best of several runs.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Roofline {
     /// Compute threads.
     pub threads: usize,
-    /// Multiplications and additions of float32 in registers, 10^9 per second.
+    /// Multiplications and additions of float32 numbers in registers, 10^9 per second.
     pub f32_gflops: f64,
-    /// The same of bfloat16 pairs added up in float32; nothing where the processor has no instruction for it.
+    /// The same for bfloat16 pairs summed in float32; `None` if the processor has no instruction for it.
     pub bf16_gflops: Option<f64>,
-    /// Memory read, 10^9 bytes per second.
+    /// Memory bandwidth of reading, 10^9 bytes per second.
     pub read_gigabytes_per_second: f64,
-    /// Memory copied, bytes read and written counted, 10^9 per second.
+    /// Memory bandwidth of copying, counting bytes read and written, 10^9 bytes per second.
     pub copy_gigabytes_per_second: f64,
     /// The machine.
     pub machine: Machine,
 }
 
-/// Runs of which the best counts.
+/// Number of runs, of which the best counts.
 const ROOFLINE_RUNS: usize = 5;
-/// Bytes that a thread reads or copies: more than a cache holds.
+/// Bytes that each thread reads or copies: more than fit in a cache.
 const ROOFLINE_BYTES: usize = 256 << 20;
 
-/// Measures the machine.
+/// Measures the limits of the machine.
 ///
 /// # Errors
 /// [`ModelError::Backend`].
@@ -280,7 +280,7 @@ pub(crate) fn roofline(threads: usize) -> Result<Roofline, ModelError> {
     })
 }
 
-/// 10^9 bytes per second of `work` on two buffers per thread, which moves that many bytes.
+/// Speed of `work` in 10^9 bytes per second. It runs on two buffers per thread and moves `bytes` bytes per thread.
 fn memory_rate(
     threads: usize,
     bytes: usize,
@@ -309,7 +309,7 @@ fn memory_rate(
 }
 
 impl Roofline {
-    /// The result for people.
+    /// The result as a table for a person.
     pub(crate) fn table(&self) -> String {
         let mut table = Table::new();
         table.load_style(presets::UTF8_BORDERS_ONLY).set_header(["limit", "rate"]);
@@ -318,17 +318,17 @@ impl Roofline {
         table.add_row(["float32 arithmetic".to_owned(), format!("{:.0} GFLOP/s", self.f32_gflops)]);
         table.add_row(["bfloat16 arithmetic".to_owned(), bf16]);
         table.add_row(["memory read".to_owned(), format!("{:.1} GB/s", self.read_gigabytes_per_second)]);
-        table.add_row(["memory copied".to_owned(), format!("{:.1} GB/s", self.copy_gigabytes_per_second)]);
+        table.add_row(["memory copy".to_owned(), format!("{:.1} GB/s", self.copy_gigabytes_per_second)]);
         let Machine { processor, cores, platform } = &self.machine;
         format!(
-            "{table}\nbest of some runs, {} threads\n{processor}, {cores} cores, {platform}",
+            "{table}\nbest of {ROOFLINE_RUNS} runs, {} threads\n{processor}, {cores} cores, {platform}",
             self.threads
         )
     }
 }
 
 impl BenchResult {
-    /// The result for people.
+    /// The result as a table for a person.
     pub(crate) fn table(&self) -> String {
         let mut table = Table::new();
         table.load_style(presets::UTF8_BORDERS_ONLY).set_header(["kernel", "ms per step", "share"]);
@@ -342,7 +342,7 @@ impl BenchResult {
         let measured =
             self.peak_rss_bytes.map_or("unknown".to_owned(), |rss| format!("{:.2} GB", gigabytes(rss)));
         format!(
-            "{table}\n{:.1} tokens/s (median of {} steps after one that is not counted): {} of {} parameters, norm {}, {} x {}, {}, \
+            "{table}\n{:.1} tokens/s (median of {} steps after one untimed step): {} with {} parameters, norm {}, {} x {}, {}, \
              {}, {:.2} TFLOP/s\npeak memory {measured}, planned {:.2} GB\n{}, {} cores, {}",
             self.tokens_per_second,
             self.step_seconds.len(),
@@ -368,7 +368,7 @@ mod tests {
 
     use super::*;
 
-    /// By the shapes of the paper, with its vocabulary of 32,000.
+    /// With the shapes of the paper and its vocabulary of 32,000.
     #[test]
     fn operations_are_those_of_the_published_shapes() {
         let of = |preset: Preset| {
@@ -383,9 +383,9 @@ mod tests {
     fn time_outside_of_kernels_is_told() {
         let spans = BTreeMap::from([("norm", Duration::from_secs(2)), ("linear", Duration::from_secs(4))]);
         let kernels = kernel_times(&spans, &[4.0, 3.0]);
-        let told: Vec<(&str, f64)> =
+        let times: Vec<(&str, f64)> =
             kernels.iter().map(|kernel| (kernel.kernel.as_str(), kernel.seconds)).collect();
-        assert_eq!(told, [("linear", 2.0), ("norm", 1.0), ("other", 0.5)]);
+        assert_eq!(times, [("linear", 2.0), ("norm", 1.0), ("other", 0.5)]);
     }
 
     #[test]

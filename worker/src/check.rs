@@ -1,4 +1,4 @@
-//! `--check sources`: opens everything that a plan reads, without starting a run.
+//! `--check sources`: opens all data that a plan reads, without starting a run.
 
 use std::fmt::Write;
 
@@ -8,7 +8,7 @@ use ulmus_process::Failure;
 use ulmus_tokenizer::Tokenizer;
 use ulmus_types::{ExitStatus, Problems};
 
-/// How many pieces a tokenizer file has; none if it cannot be read here.
+/// The number of pieces of a tokenizer file; `None` if it cannot be read on this machine.
 pub fn tokenizer_pieces(file: &str) -> Option<usize> {
     ulmus_tokenizer::count_pieces(&std::fs::read(file).ok()?)
 }
@@ -16,12 +16,12 @@ pub fn tokenizer_pieces(file: &str) -> Option<usize> {
 /// Opens every source (files, schema and one row each) and the tokenizer.
 ///
 /// # Errors
-/// With everything that cannot be opened.
+/// A list of everything that cannot be opened.
 pub fn check_sources(plan: &Plan) -> Result<String, Failure> {
     let mut text = String::new();
     let mut problems = Problems::new();
     if let Some(prepare) = &plan.prepare {
-        // The run's own shards do not exist yet; what they are made of does.
+        // The run's own shards do not exist yet, but the files from which they are made do.
         let home = cargo_home();
         match ulmus_dataloader::matching_files(prepare, &home) {
             Ok(0) => problems.add(
@@ -36,7 +36,7 @@ pub fn check_sources(plan: &Plan) -> Result<String, Failure> {
             Err(error) => problems.add(
                 "prepare.paths",
                 format!("{:?}", prepare.paths),
-                "what is named must exist and be readable",
+                "it must exist and be readable",
                 error.to_string(),
             ),
         }
@@ -44,7 +44,7 @@ pub fn check_sources(plan: &Plan) -> Result<String, Failure> {
     let mut data = plan.data.clone();
     data.source.retain(|source| !source.url.starts_with("run:"));
     if data.source.len() < plan.data.source.len() {
-        // How many lanes read each of the others depends on all.
+        // The number of lanes of each source depends on all sources, some of which cannot be opened here.
         data.lanes = 1;
     }
     let inspection = inspect(&data, None);
@@ -71,7 +71,7 @@ pub fn check_sources(plan: &Plan) -> Result<String, Failure> {
                     pieces < plan.model.vocab_size,
                     "model.vocab_size",
                     plan.model.vocab_size,
-                    format!("the tokenizer's {pieces} pieces and the pad id need rows"),
+                    format!("the tokenizer's {pieces} pieces and the pad id need {} rows", pieces + 1),
                     format!("set it to {}", (pieces + 1).next_multiple_of(128)),
                 );
             }

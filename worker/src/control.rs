@@ -1,5 +1,6 @@
-//! What the session tells the trainer while it is busy: to leave a group at once, or requests for the end of a step; and what
-//! the trainer is doing, which the agent tells with every heartbeat.
+//! How the agent reaches the trainer while it is busy: aborts, which make it leave its group at once, and requests for
+//! the end of a step. In the other direction, the trainer records what it is doing, which the agent reports with every
+//! heartbeat.
 //!
 //! The trainer owns everything else; this is the only state that both threads see.
 
@@ -11,7 +12,7 @@ use ulmus_types::{Generation, GroupRequest, Heartbeat, Section};
 
 use crate::collective::AbortHandle;
 
-/// Requests that came in for one generation.
+/// Requests that have arrived for one generation.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Requests {
     pub(crate) save: bool,
@@ -21,11 +22,11 @@ pub(crate) struct Requests {
 
 #[derive(Debug)]
 struct State {
-    /// Every generation up to this one is to be left.
+    /// Groups of generations up to this one are aborted.
     aborted: Generation,
     group: Option<(Generation, AbortHandle)>,
     requests: Requests,
-    /// What the trainer does, and since when.
+    /// What the trainer is doing, and since when.
     section: (Section, Instant),
 }
 
@@ -36,17 +37,17 @@ impl Default for State {
     }
 }
 
-/// Shared by the session and the trainer.
+/// State shared by the agent and the trainer.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Control(Arc<Mutex<State>>);
 
 impl Control {
     fn state(&self) -> MutexGuard<'_, State> {
-        // Each change is a single assignment, so a panic elsewhere leaves it whole.
+        // Each change is a single assignment, so a panic elsewhere leaves the state consistent.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The trainer enters a group. False if it was told to leave that group before it got there.
+    /// The trainer enters a group. Returns `false` if that group was already aborted.
     pub(crate) fn enter(&self, generation: Generation, abort: AbortHandle) -> bool {
         let mut state = self.state();
         state.requests = Requests::default();
@@ -55,20 +56,20 @@ impl Control {
         state.aborted < generation
     }
 
-    /// The trainer is out of its group.
+    /// The trainer has left its group.
     pub(crate) fn leave(&self) {
         let mut state = self.state();
         state.group = None;
         state.section = (Section::Idle, Instant::now());
     }
 
-    /// The trainer begins something; answers what it did until then.
+    /// The trainer begins a section. Returns the previous one.
     pub(crate) fn begin(&self, section: Section) -> Section {
         let mut state = self.state();
         std::mem::replace(&mut state.section, (section, Instant::now())).0
     }
 
-    /// What the coordinator is told of this process.
+    /// The next heartbeat of this process.
     pub(crate) fn heartbeat(&self) -> Heartbeat {
         let busy = clock_gettime(ClockId::ProcessCPUTime);
         let busy = Duration::new(busy.tv_sec.unsigned_abs(), u32::try_from(busy.tv_nsec).unwrap_or(0));
@@ -78,24 +79,24 @@ impl Control {
         let Some((generation, abort)) = &state.group else {
             return Heartbeat { generation: Generation::default(), collective: 0, section, since, busy };
         };
-        // An operation that moves on does not stand still, however slow the network is.
+        // An operation that makes progress is not stuck, however slow the network is.
         if section == Section::Collective {
             since = abort.still_for().map_or(since, |still| still.min(since));
         }
         Heartbeat { generation: *generation, collective: abort.entered(), section, since, busy }
     }
 
-    /// The worker belongs to another run from now on, whose generations are counted anew.
+    /// From now on the worker belongs to another run, whose generations have their own numbers.
     pub(crate) fn change_run(&self) {
         let mut state = self.state();
-        // The trainer is on its way out, and what it does until then is of no generation of this run.
+        // Until the trainer has left its group, heartbeats must not name it as a generation of the new run.
         if let Some((_, abort)) = state.group.take() {
             abort.abort();
         }
         state.aborted = Generation::default();
     }
 
-    /// Passes a request on to the group at hand, whichever it is.
+    /// Passes a request on to the current group, if there is one.
     pub(crate) fn request_now(&self, request: GroupRequest) {
         let generation = self.state().group.as_ref().map(|(generation, _)| *generation);
         if let Some(generation) = generation {
@@ -103,7 +104,7 @@ impl Control {
         }
     }
 
-    /// Leave `generation` at once, whether it has begun or not.
+    /// Makes the trainer leave the group of `generation` at once, or not enter it.
     pub(crate) fn abort(&self, generation: Generation) {
         let mut state = self.state();
         state.aborted = state.aborted.max(generation);
@@ -114,7 +115,7 @@ impl Control {
         }
     }
 
-    /// Passes a request on to the group, if it is still the one that was meant.
+    /// Passes a request on to the group of `generation`, if that is the current one.
     pub(crate) fn request(&self, generation: Generation, request: GroupRequest) {
         let mut state = self.state();
         if state.group.as_ref().is_some_and(|(of, _)| *of == generation) {
@@ -126,7 +127,7 @@ impl Control {
         }
     }
 
-    /// The requests that came in since the last call.
+    /// The requests that have arrived since the last call.
     pub(crate) fn take_requests(&self) -> Requests {
         std::mem::take(&mut self.state().requests)
     }
@@ -144,13 +145,13 @@ mod tests {
         let handle = AbortHandle::new().unwrap();
         assert!(control.enter(Generation::new(2), handle.clone()));
         control.abort(Generation::new(1));
-        assert!(!handle.is_aborted(), "an older generation is meant");
+        assert!(!handle.is_aborted(), "the abort was for an older generation");
         control.abort(Generation::new(2));
         assert!(handle.is_aborted());
     }
 
     #[test]
-    fn wishes_reach_only_the_group_that_is_meant() {
+    fn requests_reach_only_the_group_that_is_meant() {
         let control = Control::default();
         control.enter(Generation::new(2), AbortHandle::new().unwrap());
         control.request(Generation::new(1), GroupRequest::Stop);

@@ -1,4 +1,4 @@
-//! Why a worker cannot do what it was asked to.
+//! Errors of a worker.
 
 use ulmus_backend::BackendError;
 use ulmus_checkpoint::{CheckpointError, StoreError};
@@ -11,68 +11,68 @@ use ulmus_types::{BadUnit, CheckpointId, ErrorKind, LeaveReason};
 
 use crate::collective::CollectiveError;
 
-/// An error of a worker, of whatever part.
+/// An error in any part of a worker.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
-    /// Of the data.
+    /// An error of the data.
     #[error(transparent)]
     Data(#[from] DataError),
-    /// Of the device.
+    /// An error of the device.
     #[error(transparent)]
     Backend(#[from] BackendError),
-    /// Of the model.
+    /// An error of the model.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// Of the tokenizer.
+    /// An error of the tokenizer.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// Of an evaluation.
+    /// An error of an evaluation.
     #[error(transparent)]
     Evaluation(#[from] EvaluatorError),
-    /// Of a checkpoint.
+    /// An error of a checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// Of the run's folder.
+    /// An error of the run folder.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// Of the group.
+    /// An error of the group.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
-    /// A file of this machine.
+    /// A file of this machine cannot be read.
     #[error("{path}: {error}; correct the plan or the file")]
     File {
-        /// Its path.
+        /// Path of the file.
         path: String,
-        /// What the system says.
+        /// The error of the operating system.
         error: std::io::Error,
     },
-    /// Parts of the plan that do not fit each other, found when they were opened.
+    /// Settings of the plan do not fit what was found when the data, the tokenizer or the run was opened.
     #[error("{0}")]
     Plan(String),
-    /// A file of the run's folder is not what was written there.
+    /// A file of the run folder is not as it was written.
     #[error("{file} is damaged: {reason}; {act}")]
     Damaged {
-        /// Its path in the run's folder.
+        /// Path of the file in the run folder.
         file: String,
-        /// How it differs.
+        /// What is wrong with it.
         reason: String,
         /// What to do.
         act: &'static str,
     },
-    /// A loss that is not finite.
+    /// The loss is not finite.
     #[error("{0}")]
     Diverged(String),
-    /// There were checkpoints, and none is left that holds.
+    /// There were checkpoints, and none of them is intact.
     #[error(
-        "no checkpoint of this run holds in {store} ({faults}); restore one, or start the coordinator with --from-start to begin anew"
+        "no checkpoint in {store} is intact ({faults}); restore one, or start the coordinator with --from-start to start over"
     )]
     NoCheckpoint {
-        /// Where they should be.
+        /// The folder in which they should be.
         store: String,
-        /// What is wrong with those that are there.
+        /// What is wrong with each.
         faults: String,
     },
-    /// Checkpoints of another plan lie in the run's folder.
+    /// The run folder contains checkpoints of another plan.
     #[error(
         "the checkpoints in {0} belong to another plan; give this run another name, or delete the folder"
     )]
@@ -80,7 +80,7 @@ pub enum WorkerError {
 }
 
 impl From<WorkerError> for LeaveReason {
-    /// Why a worker leaves its group over an error.
+    /// The reason with which a worker leaves its group after an error.
     fn from(error: WorkerError) -> Self {
         let message = with_causes(&error);
         if let Some(unit) = error.bad_unit() {
@@ -90,7 +90,7 @@ impl From<WorkerError> for LeaveReason {
             WorkerError::Collective(error) if error.kind() != ErrorKind::InvalidInput => {
                 Self::Lost { suspect: error.blames(), message }
             }
-            // A store that does not answer may do so when the group forms again.
+            // A store that does not answer may answer by the time the group is formed again.
             WorkerError::Data(DataError::Store { .. }) => Self::Lost { suspect: None, message },
             WorkerError::Store(_) | WorkerError::Checkpoint(_) if error.kind() == ErrorKind::Retry => {
                 Self::Lost { suspect: None, message }
@@ -101,7 +101,7 @@ impl From<WorkerError> for LeaveReason {
 }
 
 impl WorkerError {
-    /// The unit whose fault it is, if it is one's.
+    /// The unit that caused the error, if one did.
     pub(crate) fn bad_unit(&self) -> Option<BadUnit> {
         match self {
             Self::Data(DataError::BadUnit { name, unit, .. }) => {
@@ -111,7 +111,7 @@ impl WorkerError {
         }
     }
 
-    /// The checkpoint that is damaged, if that is the reason.
+    /// The damaged checkpoint that caused the error, if one did.
     pub(crate) fn damaged_checkpoint(&self) -> Option<CheckpointId> {
         match self {
             Self::Checkpoint(error) => error.damaged(),

@@ -1,8 +1,8 @@
 //! A worker: trains its share of a run and does its jobs.
 //!
-//! Two threads matter: the *agent* (async) carries messages between the coordinator and the *trainer* (a plain
-//! thread that owns model, data and group). They share nothing but channels and [`control::Control`]. Workers that
-//! a coordinator starts itself run the same code and join in the same way as all others.
+//! It has two parts: the *agent* (async) carries messages between the coordinator and the *trainer* (a plain thread
+//! that owns model, data and group). They share only channels and [`control::Control`]. Workers that a coordinator
+//! starts itself run the same code, and join in the same way as all others.
 
 #![forbid(unsafe_code)]
 
@@ -35,18 +35,18 @@ pub use args::{Args, Command, WorkerConfig};
 pub use check::{check_sources, tokenizer_pieces};
 pub use error::WorkerError;
 
-use agent::{Identity, Parts};
+use agent::{Identity, Setup};
 use collective::Listener;
 use control::Control;
 use trainer::Trainer;
 
-/// What the trainer has said and the agent not yet heard; a few per step.
+/// Capacity of the channel from trainer to agent; the trainer sends a few reports per step.
 const REPORTS: usize = 256;
 
 /// Runs a worker until its run is over.
 ///
 /// # Errors
-/// With the exit code and what a person is told.
+/// The exit code, and a message for a person.
 pub async fn run(config: WorkerConfig, shutdown: &Shutdown) -> Result<ExitStatus, Failure> {
     let incarnation = Incarnation::new(rand::rng().next_u64());
     let worker = WorkerId::new(config.name.clone(), incarnation)
@@ -73,7 +73,7 @@ pub async fn run(config: WorkerConfig, shutdown: &Shutdown) -> Result<ExitStatus
     }
 }
 
-/// Runs a worker that has its device and its address.
+/// Runs a worker whose device and address are known.
 async fn work<B: TrainingBackend>(
     backend: B,
     config: WorkerConfig,
@@ -83,8 +83,8 @@ async fn work<B: TrainingBackend>(
     shutdown: &Shutdown,
 ) -> Result<ExitStatus, Failure> {
     let identity = Identity { worker, address, device: backend.describe(), threads: config.threads as u32 };
-    tracing::info!(worker = %identity.worker, address = identity.address, device = identity.device, "worker starts");
-
+    let Identity { worker, address, device, .. } = &identity;
+    tracing::info!("worker {worker} starts on {device}; other workers reach it at {address}");
     let control = Control::default();
     let (reports_in, reports) = mpsc::channel(REPORTS);
     let (commands, commands_out) = crossbeam_channel::unbounded();
@@ -98,15 +98,15 @@ async fn work<B: TrainingBackend>(
         })
         .map_err(|error| Failure::new(ExitStatus::Failed, format!("cannot start the trainer: {error}")))?;
     let WorkerConfig { join, token, join_timeout, grace, .. } = config;
-    let parts = Parts { join, token, join_timeout, grace, identity, control, commands, reports };
+    let setup = Setup { join, token, join_timeout, grace, identity, control, commands, reports };
     tokio::select! {
-        result = Box::pin(agent::serve(parts, shutdown)) => result,
-        // It ends before the agent only by a panic, which its log tells.
-        _ = death => Err(Failure::new(ExitStatus::Failed, "the trainer's thread died; see the log")),
+        result = Box::pin(agent::serve(setup, shutdown)) => result,
+        // The trainer ends before the agent only if it panics, which is logged.
+        _ = death => Err(Failure::new(ExitStatus::Failed, "the trainer panicked; see the log")),
     }
 }
 
-/// Where to listen for other workers, and the host to tell them if it differs.
+/// The address at which to listen for other workers, and the host to advertise to them if it differs.
 fn addresses(config: &WorkerConfig) -> Result<(SocketAddr, Option<HostPort>), Failure> {
     let wrong = |flag: &str, text: &str, reason: &str| {
         Failure::new(ExitStatus::InvalidInput, format!("{flag} {text}: {reason}"))
@@ -117,7 +117,7 @@ fn addresses(config: &WorkerConfig) -> Result<(SocketAddr, Option<HostPort>), Fa
             let address: HostPort = text.parse().map_err(|reason: String| wrong("--join", text, &reason))?;
             if address.port().is_none() {
                 let whole = address.with_port(7070);
-                let reason = format!("it has no port; write HOST:PORT, for instance {whole}");
+                let reason = format!("the port is missing; write HOST:PORT, for instance {whole}");
                 return Err(wrong("--join", text, &reason));
             }
             Some(address)
@@ -125,7 +125,7 @@ fn addresses(config: &WorkerConfig) -> Result<(SocketAddr, Option<HostPort>), Fa
     };
     if let Some(text) = &config.advertise {
         let address: HostPort = text.parse().map_err(|reason: String| wrong("--advertise", text, &reason))?;
-        // What is reached by IPv6 alone must listen there.
+        // A host that has only IPv6 addresses must listen on IPv6.
         let any = if address.is_ipv6() {
             IpAddr::from(Ipv6Addr::UNSPECIFIED)
         } else {
@@ -135,13 +135,13 @@ fn addresses(config: &WorkerConfig) -> Result<(SocketAddr, Option<HostPort>), Fa
     }
     let Some(join) = join else { return Ok((SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), None)) };
     let found = join.resolve().map_err(|error| {
-        let reason = format!("no such host ({error}); write HOST:PORT as the coordinator tells it");
+        let reason = format!("no such host ({error}); write HOST:PORT as the coordinator prints it");
         wrong("--join", &join.to_string(), &reason)
     })?;
     Ok((SocketAddr::from((own_address_towards(found[0]), 0)), None))
 }
 
-/// The address of this machine that packets to `other` come from. Nothing is sent.
+/// The address of this machine from which packets to `other` are sent. Sends nothing.
 fn own_address_towards(other: SocketAddr) -> IpAddr {
     let any: SocketAddr = if other.is_ipv4() {
         SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0))
@@ -156,10 +156,10 @@ fn own_address_towards(other: SocketAddr) -> IpAddr {
         .map_or(IpAddr::from(Ipv4Addr::LOCALHOST), |address| address.ip())
 }
 
-/// Runs a worker as a program of its own: runtime, signals, logs to standard error.
+/// Runs a worker as a program: with a runtime, signal handlers, and logs on standard error.
 ///
 /// # Errors
-/// As [`run`].
+/// The same as those of [`run`].
 pub fn run_process(config: WorkerConfig) -> Result<ExitStatus, Failure> {
     let failed =
         |what: &str, error: std::io::Error| Failure::new(ExitStatus::Failed, format!("{what}: {error}"));
@@ -175,15 +175,15 @@ pub fn run_process(config: WorkerConfig) -> Result<ExitStatus, Failure> {
             Shutdown::on_signals(&tasks).map_err(|error| failed("cannot handle signals", error))?;
         Box::pin(run(config, &shutdown)).await
     });
-    // The trainer may be in the middle of a step that nobody waits for any more.
+    // Do not wait for the trainer, which may be in the middle of a step that nobody needs any more.
     runtime.shutdown_background();
     result
 }
 
-/// Runs a worker that a coordinator started itself.
+/// Runs a worker that was started by a coordinator.
 ///
 /// # Errors
-/// As [`run`].
+/// The same as those of [`run`].
 pub fn run_local(
     join_file: PathBuf,
     name: String,
@@ -194,20 +194,20 @@ pub fn run_local(
     run_process(WorkerConfig::local(join_file, name, device, nth, threads))
 }
 
-/// Times training steps and prints what was measured.
+/// Times training steps and prints the result.
 ///
 /// # Errors
-/// When the plan cannot be read, the model has no memory, or nobody takes the result.
+/// When the plan cannot be read, memory does not suffice for the model, or the result cannot be printed.
 pub fn run_bench(args: &args::BenchArgs) -> Result<ExitStatus, Failure> {
     let result = bench::bench(args.config()?).map_err(|error| Failure::of(error.kind(), &error))?;
     ulmus_process::print(&if args.json { json(&result) } else { result.table() })?;
     Ok(ExitStatus::Done)
 }
 
-/// Measures the machine's limits and prints them.
+/// Measures the limits of the machine and prints them.
 ///
 /// # Errors
-/// When there is no memory to measure, or nobody takes the result.
+/// When memory does not suffice for measuring, or the result cannot be printed.
 pub fn run_roofline(args: &args::RooflineArgs) -> Result<ExitStatus, Failure> {
     let result = bench::roofline(args.threads()).map_err(|error| Failure::of(error.kind(), &error))?;
     ulmus_process::print(&if args.json { json(&result) } else { result.table() })?;
@@ -260,7 +260,7 @@ mod tests {
     #[test]
     fn addresses_that_are_none_are_told_with_what_to_write() {
         for (join, advertise, words) in [
-            ("nonsense", None, "--join nonsense: it has no port; write HOST:PORT"),
+            ("nonsense", None, "--join nonsense: the port is missing; write HOST:PORT"),
             ("no.such.host.invalid:1", None, "no such host"),
             ("::1", None, "[::1]:7070"),
             ("127.0.0.1:1", Some("[::1"), "--advertise [::1: the bracket is not closed"),

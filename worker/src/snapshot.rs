@@ -1,7 +1,7 @@
-//! A copy of the training state in host memory, kept until its checkpoint is committed.
+//! A copy of the training state in host memory, held until its checkpoint is committed.
 //!
-//! Hashing, encoding and storing run beside training, from this copy; on a GPU so does copying, but that the next update
-//! waits for it.
+//! The copy is hashed, encoded and stored in parallel with training. On a GPU it is also made in parallel with
+//! training, except that the next update waits for it.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use ulmus_types::{CheckpointId, CheckpointKind, Digest, Snapshot};
 
 use crate::WorkerError;
 
-/// The state after a step.
+/// A copy of the state after a step.
 #[derive(Debug)]
 pub(crate) struct PendingSnapshot {
     pub(crate) checkpoint: CheckpointId,
@@ -25,14 +25,14 @@ pub(crate) struct PendingSnapshot {
     pub(crate) trainable: usize,
     pub(crate) tensors: StateCopy,
     pub(crate) train: TrainState,
-    /// Where it is to be stored.
+    /// The store to which it will be written.
     pub(crate) store: Store,
-    /// Limits how many states are in memory at once.
+    /// Limits how many copies are in memory at once.
     pub(crate) _room: OwnedSemaphorePermit,
 }
 
 impl PendingSnapshot {
-    /// What the coordinator is told of it. Hashes the whole state.
+    /// What the coordinator is told about this state. Hashes the whole state.
     pub(crate) fn announce(&self) -> Snapshot {
         let mut hasher = blake3::Hasher::new();
         for part in StatePart::ALL {
@@ -47,7 +47,7 @@ impl PendingSnapshot {
         }
     }
 
-    /// The contents of one of them; `None` if there is no such file.
+    /// The content of one of the checkpoint's files; `None` if there is no such file.
     pub(crate) fn encode(&self, file: &str) -> Result<Option<Vec<u8>>, WorkerError> {
         let part = |part| self.tensors.part(part);
         Ok(match file {
@@ -61,7 +61,7 @@ impl PendingSnapshot {
     }
 }
 
-/// Reads a whole state back; every file is checked against the manifest.
+/// Reads back a whole state, and verifies every file against the manifest.
 pub(crate) async fn restore(
     store: &Store,
     manifest: &Manifest,
@@ -83,7 +83,7 @@ pub(crate) async fn restore(
     Ok((state, train))
 }
 
-/// The weights of a checkpoint.
+/// Reads the weights of a checkpoint.
 pub(crate) async fn weights(
     store: &Store,
     checkpoint: CheckpointId,

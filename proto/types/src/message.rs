@@ -155,6 +155,19 @@ pub enum LeaveReason {
     },
 }
 
+impl fmt::Display for LeaveReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Agreed => f.write_str("all members agreed to"),
+            Self::Finished => f.write_str("every update is done"),
+            Self::Exhausted(message)
+            | Self::BadUnit(_, message)
+            | Self::Lost { message, .. }
+            | Self::Failed { message, .. } => f.write_str(message),
+        }
+    }
+}
+
 /// What a worker's trainer is doing; it determines how long others wait for it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Section {

@@ -1,4 +1,4 @@
-//! The average of the last milestones: how it is made, and read again.
+//! Makes the average of the last milestones, and reads it back.
 
 use ulmus_checkpoint::StoreError;
 use ulmus_model::{Layout, weights_to_safetensors};
@@ -10,7 +10,7 @@ use crate::WorkerError;
 use crate::run::Run;
 use crate::snapshot::weights;
 
-/// The mean of some checkpoints' weights, summed in f64 in the order of their steps and rounded once.
+/// The mean of the checkpoints' weights, summed in f64 in the order of their steps and rounded once.
 pub(super) fn average(run: &Run, checkpoints: &[CheckpointId]) -> Result<Average, WorkerError> {
     let layout = Layout::new(&run.plan.model);
     let mut sum = vec![0_f64; layout.parameters()];
@@ -34,12 +34,12 @@ pub(super) fn average(run: &Run, checkpoints: &[CheckpointId]) -> Result<Average
     Ok(result)
 }
 
-/// The file of the average, as its manifest has it.
+/// The file of the average, verified against its manifest.
 pub(super) fn average_file(run: &Run) -> Result<Vec<u8>, WorkerError> {
     let damaged = |file: &str, reason: String| WorkerError::Damaged {
         file: file.to_owned(),
         reason,
-        act: "put back a copy of it (export/model.safetensors holds the same average, if it was written), or start a run of \
+        act: "put back a copy of it (export/model.safetensors, if it exists, is the same average), or start a run with \
               another name",
     };
     let read = |path: &str| match run.read(path) {
@@ -57,7 +57,7 @@ pub(super) fn average_file(run: &Run) -> Result<Vec<u8>, WorkerError> {
     if found != *expected {
         let (has, had) = (found, expected);
         let reason = format!(
-            "it has {} bytes and hash {}, and was written with {} and {}",
+            "it has {} bytes and hash {}, but was written with {} bytes and hash {}",
             has.bytes,
             has.digest.short(),
             had.bytes,

@@ -1,4 +1,4 @@
-//! How fast the average is.
+//! Measures the speed of the average.
 
 use serde_json::json;
 use ulmus_backend::Backend;

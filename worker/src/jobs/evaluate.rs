@@ -1,4 +1,4 @@
-//! What finished models are measured on, and how well they do: perplexity, and continuations for people to read.
+//! Evaluates finished models on held-out text: perplexity, and continuations for people to read.
 
 use std::sync::Arc;
 
@@ -16,19 +16,19 @@ use super::trained;
 use crate::WorkerError;
 use crate::run::Run;
 
-/// What finished models are measured on.
+/// The text on which finished models are measured.
 struct HeldOut {
     tokenizer: Tokenizer,
     /// Held-out documents in their fixed order, up to the plan's limit.
     texts: Vec<String>,
-    /// Units that cannot be read, and why.
+    /// Units that had to be skipped, and why.
     left_out: Vec<String>,
 }
 
-/// Reads what finished models are measured on; or says why there is nothing.
+/// Reads the text on which finished models are measured, or says why there is none.
 ///
-/// A unit that cannot be read is reported as in training while the coordinator may still leave it out. Otherwise it is
-/// left out here alone: a run that is trained must not depend for ever on a file that only its evaluation needs.
+/// A unit that cannot be read is reported as in training, as long as the coordinator may still quarantine it. Otherwise
+/// it is skipped here alone: a finished run must not depend forever on a file that only its evaluation needs.
 fn held_out(run: &Run, say: &dyn Fn(String)) -> Result<Result<HeldOut, String>, WorkerError> {
     let limit = run.plan.evaluate.text.get();
     if limit == 0 {
@@ -37,7 +37,7 @@ fn held_out(run: &Run, say: &dyn Fn(String)) -> Result<Result<HeldOut, String>, 
     let data = &run.plan.data;
     let quarantined = run.quarantine()?.len() as u64;
     let reports = data.on_bad_unit == OnBadUnit::Quarantine && quarantined < data.max_bad_units;
-    // A token is at least a byte of text, so this many sequences hold enough.
+    // A token is at least one byte of text, so this many sequences contain enough.
     let length = run.plan.sequence_length();
     let sequences = limit.div_ceil(length as u64) as usize;
     let mut corpus = run.corpus()?;
@@ -48,7 +48,7 @@ fn held_out(run: &Run, say: &dyn Fn(String)) -> Result<Result<HeldOut, String>, 
             Err(error) => WorkerError::from(error),
         };
         let Some(unit) = error.bad_unit().filter(|_| !reports) else { return Err(error) };
-        let why = format!("{unit} is left out of the evaluation: {}", with_causes(&error));
+        let why = format!("{unit} is skipped in the evaluation: {}", with_causes(&error));
         say(why.clone());
         left_out.push(why);
         corpus = corpus.without([&unit]);
@@ -80,7 +80,7 @@ pub(super) fn evaluate<B: Backend>(
     Ok(Measured::Done { result, left_out })
 }
 
-/// What the model wrote at several points of its training, after the same held-out text.
+/// Continues the same held-out text with the model at several points of its training.
 pub(super) fn continue_text<B: Backend>(
     run: &Run,
     say: &dyn Fn(String),

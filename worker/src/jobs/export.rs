@@ -1,4 +1,4 @@
-//! The average in the layout of Hugging Face.
+//! Exports the average in Hugging Face layout.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use super::prepare::tokenizer_files;
 use crate::WorkerError;
 use crate::run::Run;
 
-/// The average in Hugging Face layout.
+/// Writes the average in Hugging Face layout.
 pub(super) fn export(run: &Run) -> Result<Exported, WorkerError> {
     let tokenizer = run.tokenizer()?;
     let tokens = SpecialTokens { bos: tokenizer.bos(), eos: tokenizer.eos() };

@@ -1,7 +1,7 @@
 //! Jobs: everything around training that one worker does alone.
 //!
-//! Each reads its input from the run's folder and writes its output there, whole and under fixed names, so that
-//! doing one twice, on whatever worker, gives the same files. Results are also kept as `results/NAME.json`.
+//! A job reads its input from the run folder and writes its output there atomically under fixed names, so that doing it
+//! twice, on any worker, gives the same files. Results are also kept as `results/NAME.json`.
 
 mod average;
 mod benchmark;
@@ -23,7 +23,7 @@ use crate::WorkerError;
 use crate::run::Run;
 use crate::snapshot::weights;
 
-/// Does a job; gives its result as JSON, of the type that [`ulmus_run::results`] has for it. `say` tells a person what cannot
+/// Does a job. Returns its result as JSON, in the job's type in [`ulmus_run::results`]. `say` tells a person what cannot
 /// wait for the end of the run.
 pub(crate) fn work<B: Backend>(
     run: &Run,
@@ -36,7 +36,7 @@ pub(crate) fn work<B: Backend>(
     match job.kind() {
         JobKind::Prepare => {
             let prepared = prepare::prepare(run, say)?;
-            // What a job has found is told to people at once; its result is for programs.
+            // People see the summary at once; the result is for programs.
             for line in prepared.prepared.iter().flat_map(|shards| shards.summary.lines()) {
                 say(format!("prepare {line}"));
             }

@@ -1,4 +1,4 @@
-//! What must be there before the first step: shards, the tokenizer, and the frozen manifest of everything that is read.
+//! Prepares what the first step needs: shards, the tokenizer, and the frozen manifest of all data.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,11 +12,11 @@ use ulmus_tokenizer::Tokenizer;
 use crate::WorkerError;
 use crate::run::Run;
 
-/// Most text that is looked through for a document that is held out, before training. With the published share one
-/// document of 2,000 is.
+/// How much text is searched for a held-out document before training, in bytes. With the published share, one document
+/// in 2,000 is held out.
 const LOOK_FOR_HELD_OUT: u64 = 1 << 30;
 
-/// Shards and tokenizer where the plan asks for them, and the frozen manifest of everything that is read.
+/// Makes shards and tokenizer if the plan asks for them, and the frozen manifest of all data.
 pub(super) fn prepare(run: &Run, say: &dyn Fn(String)) -> Result<Prepared, WorkerError> {
     let plan = &run.plan;
     let shards = match &plan.prepare {
@@ -62,47 +62,47 @@ pub(super) fn prepare(run: &Run, say: &dyn Fn(String)) -> Result<Prepared, Worke
     })
 }
 
-/// Makes sure that the model has room for the tokenizer, so that what is exported can be loaded.
+/// Checks that the model's vocabulary has room for the tokenizer, so that the exported model can be loaded.
 fn must_fit(tokenizer: &Tokenizer, plan: &Plan) -> Result<(), WorkerError> {
     let (pieces, rows) = (tokenizer.pieces(), plan.model.vocab_size);
     if pieces < rows {
         return Ok(());
     }
     Err(WorkerError::Plan(format!(
-        "the tokenizer has {pieces} pieces, and with the pad id they need {} rows of model.vocab_size = {rows}; set it to {}",
+        "the tokenizer has {pieces} pieces, and with the pad id needs {} rows of model.vocab_size = {rows}; set it to {}",
         pieces + 1,
         (pieces + 1).next_multiple_of(128)
     )))
 }
 
-/// What a person must know before a run without held-out documents is trained.
+/// What a person must know before a run without held-out documents trains.
 fn nothing_to_measure(plan: &Plan) -> String {
     let measures = match plan.train.held_out_every {
         0 => String::new(),
-        every => format!("; train.held_out_every is {every}, and there will be no held-out loss"),
+        every => format!("; train.held_out_every is {every}, but there will be no held-out loss"),
     };
     format!(
-        "{}: the models will be averaged and timed, but not evaluated, and no text will be continued{measures}; to have them \
-         evaluated, stop now and start a run of another name with a larger data.holdout, or with more and smaller documents",
+        "{}: the models will be averaged and timed, but not evaluated, and no text will be continued{measures}; to evaluate \
+         them, stop now and start a run with another name and a larger data.holdout, or with more and smaller documents",
         no_held_out(plan)
     )
 }
 
 pub(super) fn no_held_out(plan: &Plan) -> String {
     match plan.data.holdout {
-        0.0 => "no text is held out, as data.holdout is 0".to_owned(),
-        share => format!("no document is held out: not one fell into the share of data.holdout = {share}"),
+        0.0 => "no text is held out, because data.holdout is 0".to_owned(),
+        share => format!("no document is held out: none falls into the share data.holdout = {share}"),
     }
 }
 
-/// The file that a tokenizer was read from and, where it can be made, its `tokenizer.json`.
+/// The file from which a tokenizer was read and, if it can be made, its `tokenizer.json`.
 pub(super) fn tokenizer_files(tokenizer: &Tokenizer) -> BTreeMap<&'static str, Vec<u8>> {
     let json = tokenizer.to_json().map(|json| (paths::TOKENIZER_JSON, json.into_bytes()));
     let (name, contents) = tokenizer.file();
     json.into_iter().chain([(name, contents.to_vec())]).collect()
 }
 
-/// The tokenizer that the plan names, or one trained on the run's own text.
+/// The tokenizer that the plan names, or else one trained on the run's own text.
 fn tokenizer(run: &Run, manifest: &Manifest) -> Result<Tokenizer, WorkerError> {
     let config = &run.plan.tokenizer;
     if let Some(path) = &config.file {
@@ -114,7 +114,7 @@ fn tokenizer(run: &Run, manifest: &Manifest) -> Result<Tokenizer, WorkerError> {
     Ok(ulmus_tokenizer::train(&sample, config.pieces as usize)?)
 }
 
-/// Finds out now, and not in the first step, when the filters leave nothing.
+/// Fails now, rather than in the first step, if the filters leave no text.
 fn must_hold_text(run: &Run, corpus: &Arc<Corpus>) -> Result<(), WorkerError> {
     let start = corpus.start();
     let first: Vec<_> = corpus.lanes().take(1).collect();

@@ -1,4 +1,4 @@
-//! Jobs on a run of 40 small files, with invented weights.
+//! Jobs on a run with 40 small files and synthetic weights.
 
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use ulmus_types::{BadUnit, Digest, ErrorKind, FileEntry, Generation, RunId, Step
 
 use super::*;
 
-/// A plan whose text is in a folder of 40 files; more of it follows.
+/// A plan whose text is in a folder of 40 files. Tests override some of its keys.
 const PLAN: &str = r#"
     [run]
     name = "small"
@@ -57,7 +57,7 @@ const PLAN: &str = r#"
     runs = 1
 "#;
 
-/// A run in a folder of its own, and what its jobs said.
+/// A run in its own folder, and what its jobs told a person.
 struct Place {
     run: Run,
     said: RefCell<Vec<String>>,
@@ -99,7 +99,7 @@ impl Place {
         Ok(serde_json::from_str(&result).unwrap())
     }
 
-    /// Does what is done before models are looked at, with invented weights.
+    /// Does everything that comes before the jobs on finished models, with synthetic weights.
     fn train(&self) -> Value {
         let prepared = self.work(&job(JobKind::Prepare)).unwrap_or_else(|error| panic!("{error}"));
         let model = &self.run.plan.model;
@@ -115,7 +115,7 @@ impl Place {
     }
 }
 
-/// The job of this kind, which reads the last checkpoint if it reads any.
+/// The job of this kind. If it reads checkpoints, it reads the last one.
 fn job(kind: JobKind) -> Job {
     Job::new(kind, Vec::new()).or_else(|_| Job::new(kind, vec![last()])).unwrap()
 }
@@ -128,7 +128,7 @@ fn last() -> CheckpointId {
 fn a_run_without_held_out_text_says_so_before_it_trains_and_is_finished() {
     for (overrides, before, why) in [
         (&["data.holdout=0", "train.held_out_every=0"][..], true, "data.holdout is 0"),
-        (&["data.holdout=1e-9"], true, "not one fell into the share of data.holdout = 0.000000001"),
+        (&["data.holdout=1e-9"], true, "none falls into the share data.holdout = 0.000000001"),
         (
             &["data.holdout=0", "train.held_out_every=0", "data.pack=corenet", "data.piece_words=8"],
             true,
@@ -164,7 +164,7 @@ fn a_unit_that_only_the_evaluation_needs_is_left_out_of_it() {
     let gone = |overrides: &[&str]| {
         let place = Place::new(&[&["data.unit=64KiB", "evaluate.text=256KiB"], overrides].concat());
         let path = |number: usize| place.home.path().join(format!("texts/{number:02}.txt"));
-        // Two of them do not fit a unit.
+        // Two of these files do not fit in one unit.
         for number in 0..40 {
             std::fs::write(path(number), format!("Text number {number} has some words. ").repeat(1700))
                 .unwrap();
@@ -178,12 +178,12 @@ fn a_unit_that_only_the_evaluation_needs_is_left_out_of_it() {
     let left_out = result["left_out"].as_array().unwrap();
     assert!(left_out.len() > 1 && result["documents"].as_u64().unwrap() > 0, "{result}");
     let first = left_out[0].as_str().unwrap();
-    assert!(first.starts_with("unit 0 of source \"texts\" is left out of the evaluation: "), "{first}");
+    assert!(first.starts_with("unit 0 of source \"texts\" is skipped in the evaluation: "), "{first}");
     assert!(first.contains("00.txt"), "{first}");
     assert_eq!(json!(place.said.take()), result["left_out"]);
     let left_out = left_out.len();
 
-    // The coordinator leaves units out as in training, while it may.
+    // The coordinator quarantines units as in training, up to its limit.
     let place = gone(&["data.on_bad_unit=quarantine", "data.max_bad_units=1"]);
     let unit = place.work(&job(JobKind::EvaluateAverage)).unwrap_err().bad_unit().unwrap();
     assert_eq!(unit, BadUnit { source: "texts".to_owned(), unit: 0 });
@@ -235,7 +235,7 @@ fn a_tokenizer_that_the_model_has_no_room_for_is_refused_before_training() {
     }
 }
 
-/// A byte-level file with one special token, which ends documents: there is none that begins them.
+/// A byte-level tokenizer with one special token, which ends documents. It has none that begins them.
 fn without_bos() -> Value {
     let plain = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
     let spelt = |byte: u8| {
@@ -273,7 +273,7 @@ fn whatever_is_exported_can_be_loaded() {
         (golden("tokenizer.json"), &["model.vocab_size=640", json_named[1], "model.norm=naive_rms"]),
         (without_bos_path.clone(), &["model.vocab_size=258", "model.max_context_length=12"]),
         (without_bos_path, &["model.vocab_size=10000", "model.rope_freq_constant=1e300"]),
-        // Widths that two decimals do not tell.
+        // Multipliers that need more than two decimals.
         (
             golden("tokenizer.model"),
             &[

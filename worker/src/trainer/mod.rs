@@ -164,7 +164,7 @@ impl<B: TrainingBackend> Trainer<B> {
             Err(error) => LeaveReason::from(WorkerError::from(error)),
         };
         self.control.leave();
-        tracing::info!(%generation, ?reason, "left the group");
+        tracing::info!("left the group of generation {generation}: {reason}");
         ToCoordinator::Left { generation, step: training.step(), reason }
     }
 
