@@ -1,4 +1,4 @@
-//! What a person sees while a run goes on: a progress display in a terminal, plain lines elsewhere.
+//! What a person sees during a run: a progress bar in a terminal, plain lines elsewhere.
 
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -7,9 +7,9 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use ulmus_coord_core::{Notification, Phase, Status};
 use ulmus_types::{CheckpointKind, Job, Step, StepReport, for_people};
 
-/// The longest text of a worker that is shown.
+/// The longest text from a worker that is shown, in characters.
 const TEXT_LIMIT: usize = 2000;
-/// Time between two plain lines about steps.
+/// Minimum time between two plain lines about steps.
 const PLAIN_EVERY: Duration = Duration::from_secs(5);
 /// How long a run waits for workers before a person is told, and again after each such time.
 const WAITING_EVERY: Duration = Duration::from_secs(30);
@@ -20,7 +20,7 @@ pub(crate) struct Console {
     bar: ProgressBar,
     terminal: bool,
     iterations: u64,
-    /// The update that was told last, and all tokens until then.
+    /// The last update that was shown, and the total number of tokens by then.
     last: Option<(Step, u64)>,
     speed: Option<f64>,
     held_out: Option<f64>,
@@ -30,7 +30,7 @@ pub(crate) struct Console {
 }
 
 impl Console {
-    /// A display of a run of `iterations` updates of which `done` are done.
+    /// A display for a run of `iterations` updates, of which `done` are done.
     pub(crate) fn new(iterations: u64, done: Step) -> Self {
         let terminal = std::io::stdout().is_terminal();
         let target = if terminal { ProgressDrawTarget::stdout() } else { ProgressDrawTarget::hidden() };
@@ -59,15 +59,15 @@ impl Console {
         self.bar.suspend(|| print(text));
     }
 
-    /// Prints a line that somebody should act on.
+    /// Prints a line that a person should act on.
     pub(crate) fn alarm(&self, text: &str) {
         tracing::warn!("{text}");
         self.bar.suspend(|| print(&format!("ALARM: {text}")));
     }
 
-    /// Tells about something that happened.
-    pub(crate) fn note(&mut self, note: &Notification) {
-        match note {
+    /// Prints a notification.
+    pub(crate) fn notify(&mut self, notification: &Notification) {
+        match notification {
             Notification::Joined(worker) => self.line(&format!("worker {} joined", worker.name())),
             Notification::Lost(worker, why) => self.line(&format!("worker {} is lost: {why}", worker.name())),
             Notification::GroupFormed { generation, size, step } => {
@@ -106,7 +106,7 @@ impl Console {
         }
     }
 
-    /// Says who is missing when a run has waited for workers for a while.
+    /// Prints which workers are there, and again at intervals, while the run waits for workers.
     pub(crate) fn waiting(&mut self, status: &Status) {
         let Phase::Waiting { ready, needed } = status.phase else {
             self.waiting = None;
@@ -126,7 +126,7 @@ impl Console {
         ));
     }
 
-    /// Tells how a job has ended: its result says why, if there was nothing to do.
+    /// Prints that a job has ended. If there was nothing to do, its result says why.
     pub(crate) fn job_done(&self, job: &Job, result: &str) {
         let result: serde_json::Value = serde_json::from_str(result).unwrap_or_default();
         self.line(&match result["skipped"].as_str() {
@@ -135,10 +135,10 @@ impl Console {
         });
     }
 
-    /// Tells about an update.
+    /// Shows an update.
     pub(crate) fn step(&mut self, report: &StepReport) {
         match self.last.replace((report.step, report.tokens)) {
-            // Workers repeat what may not have been heard.
+            // Workers repeat reports that may have been lost.
             Some((step, _)) if step == report.step => return,
             Some((step, tokens)) if step.next() == report.step => {
                 let tokens = report.tokens.saturating_sub(tokens) as f64;
@@ -164,13 +164,13 @@ impl Console {
         }
     }
 
-    /// Takes the progress bar away.
+    /// Removes the progress bar.
     pub(crate) fn finish(&self) {
         self.bar.finish_and_clear();
     }
 }
 
-/// Prints a line while a run goes on: nobody to read it is no reason to stop. What is printed in the end must arrive.
+/// Prints a line during a run, which must not stop because nobody reads it. Errors matter only for the final summary.
 fn print(text: &str) {
     writeln!(std::io::stdout(), "{text}").ok();
 }

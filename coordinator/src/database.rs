@@ -1,8 +1,8 @@
-//! What the coordinator remembers across its own death: `run.sqlite` in the run folder.
+//! The coordinator's memory across restarts: `run.sqlite` in the run folder.
 //!
-//! Protects that a generation is never assigned twice and that no committed checkpoint is forgotten: every
-//! change is one transaction, and generations are synced to disk before they are used. Training itself does not
-//! depend on this file; workers train on while nobody writes it.
+//! It ensures that a generation is never assigned twice and that no committed checkpoint is forgotten: every change is
+//! one transaction, and generations are synced to disk before they are used. Training itself does not depend on this
+//! file: workers continue to train while nobody writes it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -36,42 +36,42 @@ const SCHEMA: &str = "
 
 /// Why the run's database cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum StoreError {
-    /// The disk takes nothing: it is full, or cannot be written any more.
-    #[error("run.sqlite cannot be written: {0}; free space on its disk, or make it writable again")]
+pub(crate) enum DatabaseError {
+    /// The disk cannot be written: it is full, or has become read-only.
+    #[error("cannot write run.sqlite: {0}; free space on its disk, or make it writable again")]
     Disk(rusqlite::Error),
-    /// The file is no database, or a damaged one.
+    /// The file is not a database, or is damaged.
     #[error("run.sqlite is damaged: {0}; restore it, or move it away and start with --recover")]
     NoDatabase(rusqlite::Error),
-    /// SQLite refuses for another reason.
+    /// SQLite reports another error.
     #[error("run.sqlite: {0}")]
     Sqlite(rusqlite::Error),
-    /// A stored value is not what was written.
-    #[error("run.sqlite holds a damaged {what}: {reason}; restore it, or start the run under another name")]
+    /// A stored value cannot be read back.
+    #[error("run.sqlite has a damaged {what}: {reason}; restore it, or start the run with another name")]
     Damaged {
-        /// What it should be.
+        /// What the value should be.
         what: &'static str,
-        /// What is wrong with it.
+        /// What is wrong with the value.
         reason: String,
     },
-    /// What workers read cannot be written.
+    /// A file that workers read cannot be written.
     #[error(transparent)]
     Files(ulmus_checkpoint::StoreError),
-    /// A step that was trained twice gave other numbers.
-    #[error("step {step} was trained twice and gave another {column}: {first} and then {second}")]
+    /// A step that was trained twice gave different numbers.
+    #[error("step {step} was trained twice with different values of {column}: first {first}, then {second}")]
     Diverged {
         /// The step.
         step: Step,
         /// The first column that differs.
         column: &'static str,
-        /// Its value the first time.
+        /// The value from the first time.
         first: f64,
-        /// Its value now.
+        /// The value from the second time.
         second: f64,
     },
 }
 
-impl StoreError {
+impl DatabaseError {
     /// What can be done about it.
     pub(crate) fn kind(&self) -> ErrorKind {
         match self {
@@ -83,9 +83,9 @@ impl StoreError {
     }
 }
 
-impl StoreError {
-    /// Whether it may pass when somebody frees space: nothing is wrong with what was to be written.
-    pub(crate) fn is_of_disk(&self) -> bool {
+impl DatabaseError {
+    /// Whether only the disk or store is at fault, so that trying again later may work.
+    pub(crate) fn is_disk_error(&self) -> bool {
         match self {
             Self::Disk(_) => true,
             Self::Files(error) => matches!(error.kind(), ErrorKind::Retry | ErrorKind::Disk),
@@ -94,7 +94,7 @@ impl StoreError {
     }
 }
 
-impl From<rusqlite::Error> for StoreError {
+impl From<rusqlite::Error> for DatabaseError {
     fn from(error: rusqlite::Error) -> Self {
         use rusqlite::ErrorCode;
         match error.sqlite_error_code() {
@@ -116,33 +116,33 @@ impl From<rusqlite::Error> for StoreError {
 /// A checkpoint whose parts are all stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct StoredCheckpoint {
-    /// Its name.
+    /// The checkpoint.
     pub(crate) id: CheckpointId,
-    /// Whether it is kept.
+    /// Whether it is kept for good.
     pub(crate) kind: CheckpointKind,
-    /// Hash of its state.
+    /// Hash of the state.
     pub(crate) state: Digest,
-    /// Its parts.
+    /// Its files.
     pub(crate) files: BTreeMap<String, FileEntry>,
 }
 
-/// One row of the metrics.
+/// Metrics of one step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct MetricsRow {
-    /// What everybody in the group saw.
+    /// The report of the step.
     pub(crate) report: StepReport,
-    /// The last generation that did it.
+    /// The last generation that trained the step.
     pub(crate) generation: Generation,
 }
 
-/// How reading a source went on a worker.
+/// Reading statistics of a source on a worker.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct ReadingRow {
-    /// The last update before.
+    /// The last update before the statistics were taken.
     pub(crate) step: Step,
     /// Name of the worker.
     pub(crate) worker: String,
-    /// What it says.
+    /// The statistics.
     pub(crate) reading: SourceReading,
 }
 
@@ -153,11 +153,11 @@ pub(crate) struct Database {
 }
 
 impl Database {
-    /// Opens the database of a run, or begins it.
+    /// Opens the database of a run, or creates it.
     ///
     /// # Errors
-    /// When the file cannot be opened or is no database.
-    pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
+    /// When the file cannot be opened, or is not a database.
+    pub(crate) fn open(path: &Path) -> Result<Self, DatabaseError> {
         let connection = Connection::open(path)?;
         connection.pragma_update(None, "journal_mode", "WAL")?;
         connection.pragma_update(None, "synchronous", "NORMAL")?;
@@ -165,15 +165,15 @@ impl Database {
         Ok(Self { connection })
     }
 
-    /// What tells this run from every other, and the secret that its workers are known by: made at its first start, and by
-    /// a program that knows of them for a run that had none.
+    /// The id of the run, and the secret by which its workers are recognized. They are made at the first start of the
+    /// run, or now for a run from an earlier version that had none.
     ///
     /// # Errors
     /// When the database cannot be read or written.
-    pub(crate) fn identity(&self) -> Result<(RunId, RunSecret), StoreError> {
+    pub(crate) fn identity(&self) -> Result<(RunId, RunSecret), DatabaseError> {
         let id = match self.fact("run_id")? {
             Some(id) => id,
-            None => self.take_identity(RunId::from_bytes(rand::random()))?,
+            None => self.set_identity(RunId::from_bytes(rand::random()))?,
         };
         let kept: Option<Digest> = self.fact("secret")?;
         let secret = kept.unwrap_or_else(|| Digest::from_bytes(rand::random()));
@@ -183,36 +183,36 @@ impl Database {
         Ok((id, RunSecret::from_bytes(*secret.as_bytes())))
     }
 
-    /// Gives the run an id.
+    /// Sets the id of the run.
     ///
     /// # Errors
     /// When the database cannot be written.
-    pub(crate) fn take_identity(&self, id: RunId) -> Result<RunId, StoreError> {
+    pub(crate) fn set_identity(&self, id: RunId) -> Result<RunId, DatabaseError> {
         self.durably(|| self.save_fact("run_id", &id))?;
         Ok(id)
     }
 
-    /// The hash of the plan that the run follows, once one was kept.
+    /// The hash of the plan that the run follows, if one is stored.
     ///
     /// # Errors
     /// When the database cannot be read.
-    pub(crate) fn plan_digest(&self) -> Result<Option<Digest>, StoreError> {
+    pub(crate) fn plan_digest(&self) -> Result<Option<Digest>, DatabaseError> {
         self.fact("plan_digest")
     }
 
-    /// Keeps the hash of the plan that the run follows.
+    /// Stores the hash of the plan that the run follows.
     ///
     /// # Errors
     /// When the database cannot be written.
-    pub(crate) fn keep_plan_digest(&self, digest: Digest) -> Result<(), StoreError> {
+    pub(crate) fn keep_plan_digest(&self, digest: Digest) -> Result<(), DatabaseError> {
         self.save_fact("plan_digest", &digest)
     }
 
-    /// Whether nothing was ever done: the file is new, or was lost and is not yet rebuilt.
+    /// Whether nothing is recorded: the file is new, or rebuilding it is not finished.
     ///
     /// # Errors
     /// When the database cannot be read.
-    pub(crate) fn is_new(&self) -> Result<bool, StoreError> {
+    pub(crate) fn is_new(&self) -> Result<bool, DatabaseError> {
         let count: u64 = self.connection.query_row(
             "SELECT (SELECT count(*) FROM generations) + (SELECT count(*) FROM jobs) + (SELECT count(*) FROM steps)",
             [],
@@ -221,20 +221,20 @@ impl Database {
         Ok(count == 0 || self.fact("recovering")? == Some(true))
     }
 
-    /// Writes so that a loss of power does not undo it.
-    fn durably<T>(&self, write: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
-        // WAL with NORMAL does not sync each transaction.
+    /// Performs a write that survives a power failure.
+    fn durably<T>(&self, write: impl FnOnce() -> Result<T, DatabaseError>) -> Result<T, DatabaseError> {
+        // In WAL mode, NORMAL does not sync each transaction.
         self.connection.pragma_update(None, "synchronous", "FULL")?;
         let written = write();
         self.connection.pragma_update(None, "synchronous", "NORMAL")?;
         written
     }
 
-    /// Everything that [`ulmus_coord_core::Coordinator`] goes on from.
+    /// The state from which [`ulmus_coord_core::Coordinator`] resumes.
     ///
     /// # Errors
     /// When the database cannot be read or holds damaged values.
-    pub(crate) fn saved(&self) -> Result<PersistentState, StoreError> {
+    pub(crate) fn saved(&self) -> Result<PersistentState, DatabaseError> {
         let rosters = self.rosters()?;
         let ended: Option<u64> =
             self.connection.query_row("SELECT max(generation) FROM ended", [], |row| row.get(0))?;
@@ -261,13 +261,13 @@ impl Database {
             jobs,
             had_checkpoints: self.fact("had_checkpoints")?.unwrap_or_default(),
             owners: self.owners()?,
-            // Of a run that lost its database the steps before a checkpoint may be unknown.
+            // A run that has lost its database may not know the steps before a checkpoint.
             step: Step::new(step.unwrap_or(0)).max(self.fact("recovered")?.unwrap_or_default()),
         })
     }
 
-    /// The members of the last generations.
-    fn rosters(&self) -> Result<BTreeMap<Generation, Vec<WorkerId>>, StoreError> {
+    /// The members of recent generations.
+    fn rosters(&self) -> Result<BTreeMap<Generation, Vec<WorkerId>>, DatabaseError> {
         let mut query = self
             .connection
             .prepare("SELECT generation, members FROM generations ORDER BY generation DESC LIMIT 256")?;
@@ -278,27 +278,27 @@ impl Database {
             .collect()
     }
 
-    fn owners(&self) -> Result<BTreeMap<Job, WorkerId>, StoreError> {
+    fn owners(&self) -> Result<BTreeMap<Job, WorkerId>, DatabaseError> {
         let mut query = self.connection.prepare("SELECT job, worker FROM owners")?;
         let rows: Vec<(String, String)> =
             query.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<Result<_, _>>()?;
         rows.into_iter().map(|(job, worker)| Ok((decode("job", &job)?, decode("worker", &worker)?))).collect()
     }
 
-    /// Begins the record of a run whose database was lost: its id, its checkpoints, and generations above all that were
-    /// ever seen.
+    /// Fills the new database of a run whose old one was lost: with its id, its checkpoints, its metrics, and a
+    /// generation above all that were ever seen.
     ///
     /// # Errors
     /// When the database cannot be written.
-    pub(crate) fn recover(&mut self, recovered: &Recovered) -> Result<(), StoreError> {
-        // Whoever is stopped half-way begins once more.
+    pub(crate) fn recover(&mut self, recovered: &Recovered) -> Result<(), DatabaseError> {
+        // A recovery that is interrupted is done again from the beginning.
         self.durably(|| self.save_fact("recovering", &true))?;
         if let Some(id) = recovered.run {
-            self.take_identity(id)?;
+            self.set_identity(id)?;
         }
         for checkpoint in &recovered.checkpoints {
             self.save_checkpoint(checkpoint)?;
-            self.committed(checkpoint.id)?;
+            self.save_committed(checkpoint.id)?;
         }
         if !recovered.quarantine.is_empty() {
             self.save_quarantine(&recovered.quarantine)?;
@@ -321,7 +321,7 @@ impl Database {
         &self,
         generation: Generation,
         members: &[WorkerId],
-    ) -> Result<(), StoreError> {
+    ) -> Result<(), DatabaseError> {
         self.durably(|| {
             self.connection.execute(
                 "INSERT OR REPLACE INTO generations (generation, members) VALUES (?1, ?2)",
@@ -331,11 +331,11 @@ impl Database {
         })
     }
 
-    /// Stores that the group of a generation is no more.
+    /// Stores that the group of a generation has ended.
     ///
     /// # Errors
     /// When the database cannot be written.
-    pub(crate) fn save_group_ended(&self, generation: Generation) -> Result<(), StoreError> {
+    pub(crate) fn save_group_ended(&self, generation: Generation) -> Result<(), DatabaseError> {
         self.connection
             .execute("INSERT OR REPLACE INTO ended (generation) VALUES (?1)", params![generation.get()])?;
         Ok(())
@@ -345,15 +345,18 @@ impl Database {
     ///
     /// # Errors
     /// When the database cannot be written.
-    pub(crate) fn save_fingerprint(&self, fingerprint: Digest) -> Result<(), StoreError> {
+    pub(crate) fn save_fingerprint(&self, fingerprint: Digest) -> Result<(), DatabaseError> {
         self.save_fact("fingerprint", &fingerprint)
     }
 
-    /// Stores which units are left out.
+    /// Stores which units are quarantined.
     ///
     /// # Errors
     /// When the database cannot be written.
-    pub(crate) fn save_quarantine(&self, quarantine: &BTreeMap<BadUnit, String>) -> Result<(), StoreError> {
+    pub(crate) fn save_quarantine(
+        &self,
+        quarantine: &BTreeMap<BadUnit, String>,
+    ) -> Result<(), DatabaseError> {
         self.save_fact("quarantine", &quarantine.iter().collect::<Vec<_>>())
     }
 
@@ -361,7 +364,7 @@ impl Database {
     ///
     /// # Errors
     /// When the database cannot be written.
-    pub(crate) fn save_trained(&self, step: Step) -> Result<(), StoreError> {
+    pub(crate) fn save_trained(&self, step: Step) -> Result<(), DatabaseError> {
         self.save_fact("trained", &step)
     }
 
@@ -369,7 +372,7 @@ impl Database {
     ///
     /// # Errors
     /// When the database cannot be written.
-    pub(crate) fn save_checkpoint(&self, checkpoint: &StoredCheckpoint) -> Result<(), StoreError> {
+    pub(crate) fn save_checkpoint(&self, checkpoint: &StoredCheckpoint) -> Result<(), DatabaseError> {
         self.connection.execute(
             "INSERT OR REPLACE INTO checkpoints (id, kind, state, files, committed) VALUES (?1, ?2, ?3, ?4, 0)",
             params![
@@ -382,11 +385,11 @@ impl Database {
         Ok(())
     }
 
-    /// Stores that a manifest is written.
+    /// Stores that the manifest of a checkpoint is written.
     ///
     /// # Errors
     /// When the database cannot be written.
-    pub(crate) fn committed(&self, id: CheckpointId) -> Result<(), StoreError> {
+    pub(crate) fn save_committed(&self, id: CheckpointId) -> Result<(), DatabaseError> {
         self.connection
             .execute("UPDATE checkpoints SET committed = 1 WHERE id = ?1", params![id.to_string()])?;
         self.save_fact("had_checkpoints", &true)
@@ -396,16 +399,16 @@ impl Database {
     ///
     /// # Errors
     /// When the database cannot be written.
-    pub(crate) fn forget(&self, id: CheckpointId) -> Result<(), StoreError> {
+    pub(crate) fn forget(&self, id: CheckpointId) -> Result<(), DatabaseError> {
         self.connection.execute("DELETE FROM checkpoints WHERE id = ?1", params![id.to_string()])?;
         Ok(())
     }
 
-    /// Checkpoints whose manifest is written, or those for which that is still to be done.
+    /// Checkpoints whose manifest is written, or else those whose manifest is still to be written.
     ///
     /// # Errors
     /// When the database cannot be read or holds damaged values.
-    pub(crate) fn checkpoints(&self, committed: bool) -> Result<Vec<StoredCheckpoint>, StoreError> {
+    pub(crate) fn checkpoints(&self, committed: bool) -> Result<Vec<StoredCheckpoint>, DatabaseError> {
         let mut query = self
             .connection
             .prepare("SELECT id, kind, state, files FROM checkpoints WHERE committed = ?1 ORDER BY id")?;
@@ -414,7 +417,7 @@ impl Database {
             .collect::<Result<_, _>>()?;
         rows.into_iter()
             .map(|(id, kind, state, files)| {
-                let damaged = |reason: String| StoreError::Damaged { what: "checkpoint", reason };
+                let damaged = |reason: String| DatabaseError::Damaged { what: "checkpoint", reason };
                 Ok(StoredCheckpoint {
                     id: id.parse().map_err(|error: ulmus_types::IdError| damaged(error.to_string()))?,
                     kind: decode("checkpoint", &kind)?,
@@ -427,11 +430,11 @@ impl Database {
             .collect()
     }
 
-    /// Whether reports agree with what is recorded of the same steps, in all that is deterministic.
+    /// Checks that reports agree with the recorded ones of the same steps, in all deterministic columns.
     ///
     /// # Errors
-    /// [`StoreError::Diverged`] when they do not; or when the database cannot be read.
-    pub(crate) fn agrees(&self, reports: &[StepReport]) -> Result<(), StoreError> {
+    /// [`DatabaseError::Diverged`] when they do not; or when the database cannot be read.
+    pub(crate) fn check_steps(&self, reports: &[StepReport]) -> Result<(), DatabaseError> {
         let mut query = self.connection.prepare("SELECT * FROM steps WHERE step = ?1")?;
         for report in reports {
             let earlier = query.query_row(params![report.step.get()], metrics_row).optional()?;
@@ -442,16 +445,16 @@ impl Database {
         Ok(())
     }
 
-    /// Stores reports of updates. One that is there already must be the same in all that is deterministic; it is
-    /// replaced unless a later generation made it.
+    /// Stores reports of updates. A report of the same step that is already stored must agree in all deterministic
+    /// columns; it is replaced unless it is from a later generation.
     ///
     /// # Errors
-    /// [`StoreError::Diverged`] when it is not; or when the database cannot be written.
+    /// [`DatabaseError::Diverged`] when it does not agree; or when the database cannot be written.
     pub(crate) fn save_steps(
         &mut self,
         generation: Generation,
         reports: &[StepReport],
-    ) -> Result<(), StoreError> {
+    ) -> Result<(), DatabaseError> {
         let transaction = self.connection.transaction()?;
         for report in reports {
             let earlier = transaction
@@ -488,16 +491,16 @@ impl Database {
     ///
     /// # Errors
     /// When the database cannot be read.
-    pub(crate) fn metrics(&self) -> Result<Vec<MetricsRow>, StoreError> {
+    pub(crate) fn metrics(&self) -> Result<Vec<MetricsRow>, DatabaseError> {
         let mut query = self.connection.prepare("SELECT * FROM steps ORDER BY step")?;
         Ok(query.query_map([], metrics_row)?.collect::<Result<_, _>>()?)
     }
 
-    /// Stores how reading goes.
+    /// Stores reading statistics.
     ///
     /// # Errors
     /// When the database cannot be written.
-    pub(crate) fn save_reading(&self, row: &ReadingRow) -> Result<(), StoreError> {
+    pub(crate) fn save_reading(&self, row: &ReadingRow) -> Result<(), DatabaseError> {
         let ReadingRow { step, worker, reading } = row;
         self.connection.execute(
             "INSERT OR REPLACE INTO readings VALUES (?1, ?2, ?3, ?4)",
@@ -506,11 +509,11 @@ impl Database {
         Ok(())
     }
 
-    /// How reading went, oldest first.
+    /// All reading statistics, oldest first.
     ///
     /// # Errors
     /// When the database cannot be read or holds damaged values.
-    pub(crate) fn readings(&self) -> Result<Vec<ReadingRow>, StoreError> {
+    pub(crate) fn readings(&self) -> Result<Vec<ReadingRow>, DatabaseError> {
         let mut query = self
             .connection
             .prepare("SELECT step, worker, reading FROM readings ORDER BY step, worker, source")?;
@@ -524,11 +527,11 @@ impl Database {
             .collect()
     }
 
-    /// Stores the worker that a job was given to.
+    /// Stores the worker to which a job was given.
     ///
     /// # Errors
     /// When the database cannot be written.
-    pub(crate) fn save_owner(&self, job: &Job, worker: &WorkerId) -> Result<(), StoreError> {
+    pub(crate) fn save_owner(&self, job: &Job, worker: &WorkerId) -> Result<(), DatabaseError> {
         self.connection.execute(
             "INSERT OR REPLACE INTO owners (job, worker) VALUES (?1, ?2)",
             params![encode(job), encode(worker)],
@@ -540,7 +543,7 @@ impl Database {
     ///
     /// # Errors
     /// When the database cannot be written.
-    pub(crate) fn forget_job(&self, kind: JobKind) -> Result<(), StoreError> {
+    pub(crate) fn forget_job(&self, kind: JobKind) -> Result<(), DatabaseError> {
         self.connection.execute("DELETE FROM jobs WHERE name = ?1", params![kind.name()])?;
         Ok(())
     }
@@ -549,7 +552,7 @@ impl Database {
     ///
     /// # Errors
     /// When the database cannot be written.
-    pub(crate) fn save_job(&self, job: &Job, result: &str) -> Result<(), StoreError> {
+    pub(crate) fn save_job(&self, job: &Job, result: &str) -> Result<(), DatabaseError> {
         self.connection.execute(
             "INSERT OR REPLACE INTO jobs (name, job, result) VALUES (?1, ?2, ?3)",
             params![job.name(), encode(job), result],
@@ -561,16 +564,16 @@ impl Database {
     ///
     /// # Errors
     /// When the database cannot be read.
-    pub(crate) fn results(&self) -> Result<Results, StoreError> {
+    pub(crate) fn results(&self) -> Result<Results, DatabaseError> {
         let mut query = self.connection.prepare("SELECT name, result FROM jobs")?;
         let rows: Vec<(String, String)> =
             query.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<Result<_, _>>()?;
         let rows =
             rows.into_iter().map(|(name, result)| Ok((job_kind(&name)?, decode("job result", &result)?)));
-        rows.collect::<Result<_, StoreError>>().map(Results::new)
+        rows.collect::<Result<_, DatabaseError>>().map(Results::new)
     }
 
-    fn fact<T: for<'de> Deserialize<'de>>(&self, key: &'static str) -> Result<Option<T>, StoreError> {
+    fn fact<T: for<'de> Deserialize<'de>>(&self, key: &'static str) -> Result<Option<T>, DatabaseError> {
         let text: Option<String> = self
             .connection
             .query_row("SELECT value FROM facts WHERE key = ?1", params![key], |row| row.get(0))
@@ -578,7 +581,7 @@ impl Database {
         text.map(|text| decode(key, &text)).transpose()
     }
 
-    fn save_fact(&self, key: &str, value: &impl Serialize) -> Result<(), StoreError> {
+    fn save_fact(&self, key: &str, value: &impl Serialize) -> Result<(), DatabaseError> {
         self.connection.execute(
             "INSERT OR REPLACE INTO facts (key, value) VALUES (?1, ?2)",
             params![key, encode(value)],
@@ -587,18 +590,18 @@ impl Database {
     }
 }
 
-/// What a run folder tells of a run whose database was lost.
+/// What can be recovered from the folder of a run whose database was lost.
 #[derive(Debug, Default)]
 pub(crate) struct Recovered {
-    /// The id that its manifests name.
+    /// The run id in the manifests.
     pub(crate) run: Option<RunId>,
-    /// Checkpoints every byte of which is there.
+    /// Checkpoints that are intact.
     pub(crate) checkpoints: Vec<StoredCheckpoint>,
-    /// Units that were left out.
+    /// Quarantined units.
     pub(crate) quarantine: BTreeMap<BadUnit, String>,
-    /// What is known of its steps.
+    /// Metrics of the run's steps.
     pub(crate) metrics: Vec<MetricsRow>,
-    /// A generation above all that were seen.
+    /// A generation above all that were ever seen.
     pub(crate) generation: Generation,
 }
 
@@ -606,13 +609,13 @@ fn encode(value: &impl Serialize) -> String {
     serde_json::to_string(value).expect("plain data has a JSON form")
 }
 
-fn decode<T: for<'de> Deserialize<'de>>(what: &'static str, text: &str) -> Result<T, StoreError> {
-    serde_json::from_str(text).map_err(|error| StoreError::Damaged { what, reason: error.to_string() })
+fn decode<T: for<'de> Deserialize<'de>>(what: &'static str, text: &str) -> Result<T, DatabaseError> {
+    serde_json::from_str(text).map_err(|error| DatabaseError::Damaged { what, reason: error.to_string() })
 }
 
-/// The kind of job of a name in the record.
-fn job_kind(name: &str) -> Result<JobKind, StoreError> {
-    let unknown = || StoreError::Damaged { what: "job", reason: format!("no job is called {name:?}") };
+/// The kind of job with a name from the database.
+fn job_kind(name: &str) -> Result<JobKind, DatabaseError> {
+    let unknown = || DatabaseError::Damaged { what: "job", reason: format!("unknown job {name:?}") };
     JobKind::of_name(name).ok_or_else(unknown)
 }
 
@@ -639,8 +642,8 @@ fn metrics_row(row: &rusqlite::Row<'_>) -> rusqlite::Result<MetricsRow> {
     })
 }
 
-/// A step depends on nothing but the plan, so two trainings of it agree to the bit.
-fn compare(earlier: &StepReport, now: &StepReport) -> Result<(), StoreError> {
+/// Compares two reports of a step. A step depends only on the plan, so they must be bit-identical.
+fn compare(earlier: &StepReport, now: &StepReport) -> Result<(), DatabaseError> {
     let columns = [
         ("tokens", earlier.tokens as f64, now.tokens as f64),
         ("loss", earlier.loss, now.loss),
@@ -649,7 +652,9 @@ fn compare(earlier: &StepReport, now: &StepReport) -> Result<(), StoreError> {
         ("lr", earlier.lr, now.lr),
     ];
     match columns.into_iter().find(|(_, first, second)| first.to_bits() != second.to_bits()) {
-        Some((column, first, second)) => Err(StoreError::Diverged { step: now.step, column, first, second }),
+        Some((column, first, second)) => {
+            Err(DatabaseError::Diverged { step: now.step, column, first, second })
+        }
         None => Ok(()),
     }
 }
@@ -707,7 +712,7 @@ mod tests {
         assert_eq!(saved.fingerprint, Some(Digest::of(b"f")));
         assert!(saved.checkpoints.is_empty(), "its manifest is not written yet");
         assert_eq!(store.checkpoints(false).unwrap(), [checkpoint]);
-        store.committed(id).unwrap();
+        store.save_committed(id).unwrap();
         assert_eq!(store.saved().unwrap().checkpoints, [(id, CheckpointKind::Milestone)].into());
         assert_eq!(store.metrics().unwrap()[1].report, report(2, 7.0));
         assert_eq!(
@@ -725,7 +730,7 @@ mod tests {
         store.save_steps(Generation::new(2), &[report(1, 8.0)]).unwrap();
         store.save_steps(Generation::new(1), &[report(1, 8.0)]).unwrap();
         let error = store.save_steps(Generation::new(3), &[report(1, 8.000_001)]).unwrap_err();
-        assert!(matches!(error, StoreError::Diverged { column: "loss", .. }), "{error}");
+        assert!(matches!(error, DatabaseError::Diverged { column: "loss", .. }), "{error}");
         assert_eq!(store.metrics().unwrap()[0].generation, Generation::new(2));
     }
 }

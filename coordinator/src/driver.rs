@@ -1,8 +1,9 @@
-//! The shell around the pure core: takes events in, performs effects in order.
+//! The shell around the pure core: takes events in, and performs effects in order.
 //!
-//! One task owns everything that changes. It persists before it sends: an effect that must be durable is done
-//! when the next one begins. A disk that takes nothing makes effects wait in their order, and nobody is told what is
-//! not stored; workers train on meanwhile. Reading back and committing checkpoints is slow, and runs beside the loop.
+//! One task owns everything that changes. It persists before it sends: an effect that must be durable is complete
+//! before the next one begins. While the disk cannot be written, effects wait in order, so nobody is told anything that
+//! is not stored; workers continue to train. Reading back and committing checkpoints is slow, and is done outside the
+//! loop.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -20,24 +21,24 @@ use ulmus_types::{
 };
 
 use crate::console::Console;
-use crate::database::{Database, MetricsRow, ReadingRow, StoreError, StoredCheckpoint};
+use crate::database::{Database, DatabaseError, MetricsRow, ReadingRow, StoredCheckpoint};
 use crate::folder::Lock;
 use crate::local::LocalWorkers;
 use crate::metrics::{MetricsFile, SourcesFile};
 use crate::quarantine;
 use crate::server::{SessionEvent, SessionNumber};
 
-/// How often time passes for the core.
+/// How often the core is told the time.
 const TICK: Duration = Duration::from_millis(100);
-/// How often a disk that took nothing is tried again.
+/// How often a disk that could not be written is tried again.
 const DISK_RETRY: Duration = Duration::from_secs(1);
-/// How long a stop waits for such a disk.
+/// How long a stop waits for a disk that cannot be written.
 const STOP_WAIT: Duration = Duration::from_secs(10);
 
-/// What the driver works with.
-pub(crate) struct Parts {
+/// What the driver is given when it starts.
+pub(crate) struct Setup {
     pub(crate) settings: Settings,
-    /// Of the run folder.
+    /// The lock of the run folder.
     pub(crate) lock: Lock,
     pub(crate) saved: PersistentState,
     pub(crate) plan_digest: Digest,
@@ -47,32 +48,32 @@ pub(crate) struct Parts {
     pub(crate) sources: SourcesFile,
     pub(crate) console: Console,
     pub(crate) locals: Option<LocalWorkers>,
-    /// Leave on SIGTERM without a word, for the next coordinator to take over.
+    /// Whether to exit on SIGTERM and leave the workers to the next coordinator.
     pub(crate) detach_on_term: bool,
     /// Kill a local worker once this many updates are done.
     pub(crate) kill_after: Option<u64>,
     pub(crate) tasks: TaskTracker,
 }
 
-/// The loop's state.
+/// The state of the driver's loop.
 struct Driver {
     core: Coordinator,
-    parts: Parts,
+    setup: Setup,
     sessions: BTreeMap<WorkerId, (SessionNumber, mpsc::Sender<ToWorker>)>,
-    /// What has been found out beside the loop.
+    /// Sends the loop events from work outside of it.
     found: mpsc::Sender<Event>,
-    /// Effects that are still to be performed, in order: those behind a disk that takes nothing wait.
+    /// Effects that are still to be performed, in order. They wait while the disk cannot be written.
     effects: VecDeque<Effect>,
-    /// Since when it takes nothing, and when it is tried again.
+    /// Since when the disk cannot be written, and when it is tried again.
     stalled: Option<(Instant, Instant)>,
-    /// Whether it was told that the files for spreadsheets cannot be written.
+    /// Whether a person was told that a CSV file cannot be written.
     csv_failed: bool,
-    /// Whether the core was told that local workers are hopeless.
+    /// Whether a person was told that local workers keep failing.
     locals_failed: bool,
     started: Instant,
 }
 
-/// How a run ended, and what is left to use.
+/// How a run ended, and what is needed to close it.
 pub(crate) struct Ended {
     pub(crate) outcome: Outcome,
     pub(crate) database: Database,
@@ -80,18 +81,18 @@ pub(crate) struct Ended {
     pub(crate) locals: Option<LocalWorkers>,
 }
 
-/// Runs until the core says that it is over.
+/// Runs until the core ends the run.
 pub(crate) async fn drive(
-    mut parts: Parts,
+    mut setup: Setup,
     mut sessions: mpsc::Receiver<SessionEvent>,
     shutdown: &Shutdown,
 ) -> Result<Ended, Failure> {
     let (found, mut findings) = mpsc::channel(16);
-    let saved = std::mem::take(&mut parts.saved);
-    let core = Coordinator::new(parts.settings.clone(), saved, Duration::ZERO);
+    let saved = std::mem::take(&mut setup.saved);
+    let core = Coordinator::new(setup.settings.clone(), saved, Duration::ZERO);
     let mut driver = Driver {
         core,
-        parts,
+        setup,
         sessions: BTreeMap::new(),
         found,
         effects: VecDeque::new(),
@@ -108,51 +109,51 @@ pub(crate) async fn drive(
             biased;
             signal = shutdown.requested(), if asked_to_stop.is_none() => {
                 asked_to_stop = Some(Instant::now());
-                if signal == Signal::Terminate && driver.parts.detach_on_term {
+                if signal == Signal::Terminate && driver.setup.detach_on_term {
                     break detached();
                 }
-                driver.parts.console.line("saving and stopping; press Ctrl-C again to stop at once");
+                driver.setup.console.line("saving and stopping; press Ctrl-C again to stop at once");
                 Some(Event::StopRequested)
             }
             Some(event) = findings.recv() => Some(event),
-            Some(event) = sessions.recv() => driver.session(event),
+            Some(event) = sessions.recv() => driver.on_session(event),
             _ = tick.tick() => {
-                if !driver.parts.lock.holds() {
-                    let message = "the lock of the run folder was deleted or replaced, so that another coordinator may lead this run; \
-                                   make sure that there is one alone, and start it again";
+                if !driver.setup.lock.holds() {
+                    let message = "the lock of the run folder was deleted or replaced, so another coordinator may lead this run; \
+                                   make sure that there is only one, and start it again";
                     return Err(Failure::new(ExitStatus::Fenced, message));
                 }
-                if let Some(event) = driver.look_after_locals() {
-                    driver.happened(event);
+                if let Some(event) = driver.maintain_locals() {
+                    driver.on_event(event);
                 }
-                driver.parts.console.waiting(&driver.core.status());
+                driver.setup.console.waiting(&driver.core.status());
                 Some(Event::Ticked)
             }
         };
         if let Some(event) = event {
-            driver.happened(event);
+            driver.on_event(event);
         }
-        if let Some(outcome) = driver.settle(asked_to_stop).await? {
+        if let Some(outcome) = driver.perform_effects(asked_to_stop).await? {
             break outcome;
         }
     };
-    let Parts { database, console, locals, .. } = driver.parts;
+    let Setup { database, console, locals, .. } = driver.setup;
     Ok(Ended { outcome, database, console, locals })
 }
 
 impl Driver {
-    fn happened(&mut self, event: Event) {
-        let event = self.compared(event);
+    fn on_event(&mut self, event: Event) {
+        let event = self.checked(event);
         self.effects.extend(self.core.on(self.started.elapsed(), event));
     }
 
-    /// Reports that contradict the record are not heard as reports, nor results that are none.
-    fn compared(&self, event: Event) -> Event {
+    /// Replaces events whose reports contradict the record, or whose results are invalid, by events that say so.
+    fn checked(&self, event: Event) -> Event {
         let Event::Received { worker, message, .. } = &event else { return event };
         let reports = match message {
             ToCoordinator::Steps { reports, .. } => reports,
             ToCoordinator::Ready(ready) => &ready.reports,
-            // A result that cannot be read would end the run when its last page is written.
+            // An unreadable result would make the final summary fail.
             ToCoordinator::JobDone { job, result } => match ulmus_run::results::check(job.kind(), result) {
                 Ok(()) => return event,
                 Err(error) => {
@@ -161,25 +162,25 @@ impl Driver {
             },
             _ => return event,
         };
-        match self.parts.database.agrees(reports) {
-            Err(error @ StoreError::Diverged { .. }) => {
+        match self.setup.database.check_steps(reports) {
+            Err(error @ DatabaseError::Diverged { .. }) => {
                 Event::Contradicted(worker.clone(), error.to_string())
             }
-            // A record that cannot be read cannot be written either, and that is where it is told.
+            // If the database cannot be read, writing to it will fail and be reported.
             Ok(()) | Err(_) => event,
         }
     }
 
-    /// Performs what is to be done, as far as the disk takes it.
-    async fn settle(&mut self, asked_to_stop: Option<Instant>) -> Result<Option<Outcome>, Failure> {
+    /// Performs waiting effects until one cannot be written to disk.
+    async fn perform_effects(&mut self, asked_to_stop: Option<Instant>) -> Result<Option<Outcome>, Failure> {
         if let Some((since, again)) = self.stalled {
             let stopped = asked_to_stop.is_some_and(|at| at.elapsed() > STOP_WAIT);
             if Instant::now() < again && !stopped {
                 return Ok(None);
             }
-            if since.elapsed() > self.parts.settings.max_age || stopped {
+            if since.elapsed() > self.setup.settings.max_age || stopped {
                 let message = format!(
-                    "run.sqlite could not be written for {} s; free space on its disk, then start the same command again",
+                    "run.sqlite could not be written for {} s; free space on its disk, then run the same command again",
                     since.elapsed().as_secs()
                 );
                 return Err(Failure::new(ExitStatus::Failed, message));
@@ -187,52 +188,52 @@ impl Driver {
         }
         while let Some(effect) = self.effects.pop_front() {
             match self.perform(&effect).await {
-                Ok(None) => self.resumed(),
+                Ok(None) => self.on_disk_writable(),
                 Ok(Some(outcome)) => return Ok(Some(outcome)),
-                Err(error) if error.is_of_disk() => {
+                Err(error) if error.is_disk_error() => {
                     self.effects.push_front(effect);
                     self.stall(&error);
                     break;
                 }
-                // Two reports of one step came while the disk took nothing.
-                Err(error @ StoreError::Diverged { .. }) => self.parts.console.alarm(&error.to_string()),
+                // Two reports of one step arrived while the disk could not be written.
+                Err(error @ DatabaseError::Diverged { .. }) => self.setup.console.alarm(&error.to_string()),
                 Err(error) => return Err(Failure::of(error.kind(), &error)),
             }
         }
         Ok(None)
     }
 
-    fn stall(&mut self, error: &StoreError) {
+    fn stall(&mut self, error: &DatabaseError) {
         let now = Instant::now();
         let since = self.stalled.map_or(now, |(since, _)| since);
         if self.stalled.is_none() {
-            let most = humantime::format_duration(self.parts.settings.max_age);
-            let text = format!("{}; training goes on, for {most} at most", with_causes(error));
-            self.parts.console.alarm(&text);
+            let most = humantime::format_duration(self.setup.settings.max_age);
+            let text = format!("{}; training continues for up to {most}", with_causes(error));
+            self.setup.console.alarm(&text);
         }
         self.stalled = Some((since, now + DISK_RETRY));
     }
 
-    fn resumed(&mut self) {
+    fn on_disk_writable(&mut self) {
         if self.stalled.take().is_some() {
-            self.parts.console.line("run.sqlite can be written again; nothing was lost");
+            self.setup.console.line("run.sqlite can be written again; nothing was lost");
         }
     }
 
-    fn session(&mut self, event: SessionEvent) -> Option<Event> {
+    fn on_session(&mut self, event: SessionEvent) -> Option<Event> {
         match event {
             SessionEvent::Opened { session, hello, outbox } => {
                 let worker = hello.worker.clone();
-                // Somebody who is not let in takes nobody's place.
+                // A worker that is refused must not displace the session of another.
                 if let Err((kind, reason)) = self.core.check_hello(&hello) {
-                    self.parts.console.line(&format!("refused: {reason}"));
+                    self.setup.console.line(&format!("refused: {reason}"));
                     outbox.try_send(ToWorker::Refused { kind, reason }).ok();
                     return None;
                 }
                 self.sessions.insert(worker.clone(), (session, outbox));
                 Some(Event::Received { worker, run: hello.run, message: ToCoordinator::Hello(hello) })
             }
-            SessionEvent::Said { session, worker, run, message } => {
+            SessionEvent::Received { session, worker, run, message } => {
                 self.is_current(&worker, session).then_some(Event::Received { worker, run, message })
             }
             SessionEvent::Closed { session, worker } => {
@@ -245,13 +246,13 @@ impl Driver {
         }
     }
 
-    /// A session that a newer one of the same worker has replaced is not heard any more.
+    /// Whether a session is the current one of its worker. Events of sessions that were replaced are ignored.
     fn is_current(&self, worker: &WorkerId, session: SessionNumber) -> bool {
         self.sessions.get(worker).is_some_and(|(current, _)| *current == session)
     }
 
-    async fn perform(&mut self, effect: &Effect) -> Result<Option<Outcome>, StoreError> {
-        let database = &mut self.parts.database;
+    async fn perform(&mut self, effect: &Effect) -> Result<Option<Outcome>, DatabaseError> {
+        let database = &mut self.setup.database;
         match effect {
             Effect::SaveGeneration(generation, members) => database.save_generation(*generation, members)?,
             Effect::SaveGroupEnded(generation) => database.save_group_ended(*generation)?,
@@ -259,16 +260,16 @@ impl Driver {
             Effect::SaveSteps(generation, reports) => self.save_steps(*generation, reports)?,
             Effect::SaveQuarantine(units) => {
                 database.save_quarantine(units)?;
-                quarantine::write(&self.parts.files, units).await.map_err(StoreError::Files)?;
+                quarantine::write(&self.setup.files, units).await.map_err(DatabaseError::Files)?;
             }
             Effect::SaveReading(worker, step, sources) => self.save_reading(worker, *step, sources)?,
             Effect::SaveTrained(step) => database.save_trained(*step)?,
-            Effect::SaveCommitted(checkpoint) => database.committed(*checkpoint)?,
+            Effect::SaveCommitted(checkpoint) => database.save_committed(*checkpoint)?,
             Effect::SaveDamaged(checkpoint) => database.forget(*checkpoint)?,
             Effect::SaveJobStarted(job, worker) => database.save_owner(job, worker)?,
             Effect::SaveJob(job, result) => {
                 database.save_job(job, result)?;
-                self.parts.console.job_done(job, result);
+                self.setup.console.job_done(job, result);
             }
             Effect::SaveJobUndone(kind) => database.forget_job(*kind)?,
             Effect::Send(worker, message) => self.send(worker, message.clone()),
@@ -286,46 +287,46 @@ impl Driver {
                 self.delete(*checkpoint);
             }
             Effect::Verify(checkpoints) => self.verify(checkpoints.clone()),
-            Effect::Notify(note) => self.parts.console.note(note),
+            Effect::Notify(notification) => self.setup.console.notify(notification),
             Effect::Exit(outcome) => return Ok(Some(outcome.clone())),
         }
         Ok(None)
     }
 
     fn delete(&self, checkpoint: CheckpointId) {
-        let files = self.parts.files.clone();
-        self.parts.tasks.spawn(async move {
-            // What is left over is found when the run is done.
+        let files = self.setup.files.clone();
+        self.setup.tasks.spawn(async move {
+            // Whatever is left is deleted when the run is done.
             if let Err(error) = ulmus_checkpoint::delete(&files, checkpoint).await {
                 let error = with_causes(&error);
-                tracing::info!(%checkpoint, error, "an old recovery checkpoint could not be deleted");
+                tracing::info!(%checkpoint, error, "cannot delete an old recovery checkpoint");
             }
         });
     }
 
     fn send(&mut self, worker: &WorkerId, message: ToWorker) {
         let Some((_, outbox)) = self.sessions.get(worker) else { return };
-        // A worker that does not take its messages is as good as gone; its session ends with its outbox.
+        // A worker that does not read its messages is as good as gone. Dropping the outbox ends its session.
         if outbox.try_send(message).is_err() {
-            tracing::info!(%worker, "outgoing queue full; closing its session");
+            tracing::info!(%worker, "outgoing queue full; closing the session");
             self.sessions.remove(worker);
         }
     }
 
-    fn save_steps(&mut self, generation: Generation, reports: &[StepReport]) -> Result<(), StoreError> {
-        self.parts.database.save_steps(generation, reports)?;
+    fn save_steps(&mut self, generation: Generation, reports: &[StepReport]) -> Result<(), DatabaseError> {
+        self.setup.database.save_steps(generation, reports)?;
         for report in reports {
-            self.parts.console.step(report);
-            let appended = self.parts.metrics.append(MetricsRow { report: report.clone(), generation });
-            self.tell_of_csv(paths::METRICS, appended);
+            self.setup.console.step(report);
+            let appended = self.setup.metrics.append(MetricsRow { report: report.clone(), generation });
+            self.check_appended(paths::METRICS, appended);
         }
-        if let Some(after) = self.parts.kill_after
+        if let Some(after) = self.setup.kill_after
             && self.core.step().get() >= after
-            && let Some(locals) = &mut self.parts.locals
+            && let Some(locals) = &mut self.setup.locals
             && let Some(name) = locals.kill_one()
         {
-            self.parts.kill_after = None;
-            self.parts.console.line(&format!("--demo-failure: killed worker {name} with SIGKILL"));
+            self.setup.kill_after = None;
+            self.setup.console.line(&format!("--demo-failure: killed worker {name} with SIGKILL"));
         }
         Ok(())
     }
@@ -335,35 +336,35 @@ impl Driver {
         worker: &WorkerId,
         step: Step,
         sources: &[SourceReading],
-    ) -> Result<(), StoreError> {
+    ) -> Result<(), DatabaseError> {
         for reading in sources {
             let row = ReadingRow { step, worker: worker.name().to_owned(), reading: reading.clone() };
-            self.parts.database.save_reading(&row)?;
-            let appended = self.parts.sources.append(&row);
-            self.tell_of_csv(paths::SOURCES, appended);
+            self.setup.database.save_reading(&row)?;
+            let appended = self.setup.sources.append(&row);
+            self.check_appended(paths::SOURCES, appended);
         }
         Ok(())
     }
 
-    /// The files for spreadsheets are copies: what they miss is written at the next start.
-    fn tell_of_csv(&mut self, file: &str, appended: std::io::Result<()>) {
+    /// Alarms once if a CSV file cannot be written. CSV files are copies, and are rewritten at the next start.
+    fn check_appended(&mut self, file: &str, appended: std::io::Result<()>) {
         match appended {
             Ok(()) => {}
             Err(_) if self.csv_failed => {}
             Err(error) => {
                 self.csv_failed = true;
-                let text = format!("{file} cannot be written: {error}; run.sqlite has all of it");
-                self.parts.console.alarm(&text);
+                let text = format!("cannot write {file}: {error}; run.sqlite has the complete data");
+                self.setup.console.alarm(&text);
             }
         }
     }
 
-    /// Reads a checkpoint's parts back, and makes it exist if they are what was announced.
+    /// Reads back the files of a checkpoint, and writes its manifest if they are what was announced.
     fn commit(&self, checkpoint: StoredCheckpoint) {
         let id = checkpoint.id;
-        let manifest = manifest(checkpoint, self.parts.settings.id, self.parts.plan_digest);
-        let (files, found) = (self.parts.files.clone(), self.found.clone());
-        self.parts.tasks.spawn(async move {
+        let manifest = manifest(checkpoint, self.setup.settings.id, self.setup.plan_digest);
+        let (files, found) = (self.setup.files.clone(), self.found.clone());
+        self.setup.tasks.spawn(async move {
             let failed = |error: CheckpointError| Event::CommitFailed(id, error.kind(), with_causes(&error));
             let event = match ulmus_checkpoint::damaged_files(&files, &manifest).await {
                 Err(error) => failed(error),
@@ -377,17 +378,17 @@ impl Driver {
                     Err(error) => failed(error),
                 },
             };
-            // The loop may be over already; then the next start commits.
+            // If the loop has already ended, the next start records the commit.
             found.send(event).await.ok();
         });
     }
 
-    /// Reads committed checkpoints, and tells which are damaged.
+    /// Reads committed checkpoints in the background, and reports damaged ones to the core.
     fn verify(&self, checkpoints: Vec<CheckpointId>) {
-        let (files, found) = (self.parts.files.clone(), self.found.clone());
-        let run = self.parts.settings.id;
-        self.parts.tasks.spawn(async move {
-            // The newest is needed first.
+        let (files, found) = (self.setup.files.clone(), self.found.clone());
+        let run = self.setup.settings.id;
+        self.setup.tasks.spawn(async move {
+            // The newest checkpoint is needed first.
             for id in checkpoints.into_iter().rev() {
                 match ulmus_checkpoint::verify(&files, id, run).await {
                     Err(error) if error.condemns() => {
@@ -396,22 +397,21 @@ impl Driver {
                             return;
                         }
                     }
-                    Err(error) => tracing::info!(checkpoint = %id, error = with_causes(&error), "cannot be verified now"),
-                    Ok(_) => tracing::info!(checkpoint = %id, "verified"),
+                    Err(error) => tracing::info!(checkpoint = %id, error = with_causes(&error), "cannot verify a checkpoint now"),
+                    Ok(_) => tracing::info!(checkpoint = %id, "verified a checkpoint"),
                 }
             }
         });
     }
 
-    fn look_after_locals(&mut self) -> Option<Event> {
-        let locals = self.parts.locals.as_mut()?;
+    fn maintain_locals(&mut self) -> Option<Event> {
+        let locals = self.setup.locals.as_mut()?;
         for failure in locals.maintain() {
-            self.parts.console.alarm(&failure);
+            self.setup.console.alarm(&failure);
         }
-        let hopeless = locals.hopeless();
-        match hopeless {
+        match locals.failing() {
             Some(why) if !std::mem::replace(&mut self.locals_failed, true) => {
-                self.parts.console.alarm(&format!("{why}; it is started again later and later"));
+                self.setup.console.alarm(&format!("{why}; it is restarted with growing pauses"));
                 Some(Event::LocalWorkersFailed(why))
             }
             Some(why) => Some(Event::LocalWorkersFailed(why)),
@@ -423,10 +423,10 @@ impl Driver {
     }
 }
 
-/// Everything is left as it is: workers train on, and look for the next coordinator.
+/// The outcome of exiting without stopping the run: workers continue to train, and look for the next coordinator.
 fn detached() -> Outcome {
     let message =
-        "stopped, and left the workers to the next coordinator; start the same command again within 5 min";
+        "stopped, and left the workers to the next coordinator; run the same command again within 5 minutes";
     Outcome { status: ExitStatus::Interrupted, message: message.to_owned(), detached: true }
 }
 
@@ -442,14 +442,15 @@ pub(crate) fn manifest(checkpoint: StoredCheckpoint, run: RunId, plan_digest: Di
     }
 }
 
-/// Writes manifests whose parts were all stored when an earlier coordinator died.
+/// Finishes commits that an earlier coordinator did not: writes the manifests of checkpoints whose files are all
+/// stored.
 pub(crate) async fn finish_commits(
     database: &Database,
     files: &Store,
     run: RunId,
     plan_digest: Digest,
 ) -> Result<Vec<CheckpointId>, Failure> {
-    let fail = |error: StoreError| Failure::of(error.kind(), &error);
+    let fail = |error: DatabaseError| Failure::of(error.kind(), &error);
     let mut finished = Vec::new();
     for checkpoint in database.checkpoints(false).map_err(fail)? {
         let id = checkpoint.id;
@@ -461,7 +462,7 @@ pub(crate) async fn finish_commits(
         let committed = if is_whole { ulmus_checkpoint::commit(files, &manifest).await } else { Ok(()) };
         match committed {
             Ok(()) if is_whole => {
-                database.committed(id).map_err(fail)?;
+                database.save_committed(id).map_err(fail)?;
                 finished.push(id);
             }
             Err(error) if error.kind() == ErrorKind::Retry => return Err(Failure::of(error.kind(), &error)),

@@ -1,8 +1,8 @@
 //! The folder of a run: who may write it, and for which plan.
 //!
-//! Protects that a run has one coordinator and one plan. The lock is the operating system's, so a killed
-//! coordinator leaves none behind. Where the run is kept in an object store, what is the coordinator's own is on its
-//! disk, and a mark in both tells that they belong together.
+//! It ensures that a run has one coordinator and one plan. The lock belongs to the operating system, so a killed
+//! coordinator leaves none behind. If the run is kept in an object store, the coordinator's own files are on its disk,
+//! and a mark in both places shows that they belong together.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
@@ -20,25 +20,25 @@ use ulmus_types::{Digest, ErrorKind};
 /// Why a run folder cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FolderError {
-    /// Another coordinator has it.
+    /// Another coordinator has locked the folder.
     #[error(
-        "another coordinator is running {0}; stop it, or give this run another name with --set run.name=NAME"
+        "another coordinator is running the run in {0}; stop it, or give this run another name with --set run.name=NAME"
     )]
     Locked(PathBuf),
-    /// It holds a run with another plan.
+    /// The folder has a run with another plan.
     #[error(
-        "{folder} holds a run with another plan:\n{changes}\ngive this run another name with --set run.name=NAME, or delete the folder, and what an object store has of it"
+        "{folder} holds a run with another plan:\n{changes}\ngive this run another name with --set run.name=NAME, or delete the folder, and the run's files in its object store"
     )]
     PlanChanged {
         /// The folder.
         folder: PathBuf,
-        /// The keys that differ, a line each.
+        /// The keys that differ, one per line.
         changes: String,
     },
-    /// Its store holds what another coordinator has begun.
+    /// The store has a run that another coordinator has begun.
     #[error(
         "{store} holds a run whose coordinator has its own files elsewhere than in {folder}; start it there, give this \
-         run another name with --set run.name=NAME, or delete what the store holds"
+         run another name with --set run.name=NAME, or delete the run in the store"
     )]
     Elsewhere {
         /// The store.
@@ -46,29 +46,29 @@ pub(crate) enum FolderError {
         /// Where the coordinator's own files would be.
         folder: PathBuf,
     },
-    /// The coordinator's own files are of a run that another store holds.
+    /// The coordinator's own files belong to a run in another store.
     #[error(
         "{folder} has a run that is not kept in {store}; correct store.url, or give this run another name with \
          --set run.name=NAME"
     )]
     OtherStore {
-        /// The coordinator's own files.
+        /// Folder of the coordinator's own files.
         folder: PathBuf,
         /// The store.
         store: String,
     },
-    /// Its plan cannot be read.
+    /// The stored plan cannot be read.
     #[error("{0} is damaged: {1}; restore it, or delete the folder")]
     DamagedPlan(PathBuf, String),
-    /// Something in it cannot be read or written.
-    #[error("{path}: {error}; is the disk full or the folder read-only?")]
+    /// A file in the folder cannot be read or written.
+    #[error("{path}: {error}; check that the disk is not full and the folder is not read-only")]
     Io {
-        /// What.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// The error of the operating system.
         error: io::Error,
     },
-    /// The store is not one that this build can use.
+    /// The run's store cannot be used.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -85,31 +85,31 @@ impl FolderError {
         }
     }
 
-    /// Whether it may pass when somebody frees space.
-    fn is_of_disk(&self) -> bool {
+    /// Whether only the disk is at fault, so that trying again later may work.
+    fn is_disk_error(&self) -> bool {
         use io::ErrorKind::{QuotaExceeded, ReadOnlyFilesystem, StorageFull};
         matches!(self, Self::Io { error, .. } if matches!(error.kind(), QuotaExceeded | ReadOnlyFilesystem | StorageFull))
     }
 }
 
-/// A file that shows whether the disk takes something: as much as a start writes.
+/// A file that is written to test the disk. It is as large as what a start writes.
 const PROBE: &str = "disk.probe";
 const PROBE_BYTES: usize = 64 << 10;
 
-/// How often a disk that took nothing is tried again.
+/// How often a disk that could not be written is tried again.
 const DISK_RETRY: Duration = Duration::from_secs(1);
 
-/// What nobody else comes upon.
+/// A random text that nobody can guess.
 pub(crate) fn unguessable() -> String {
     format!("{:016x}{:016x}", rand::random::<u64>(), rand::random::<u64>())
 }
 
-/// A run folder that this process holds the lock of.
+/// A run folder that this process has locked.
 #[derive(Debug)]
 pub(crate) struct RunFolder {
     path: PathBuf,
     store: Store,
-    // Held for as long as the value lives.
+    // The lock is held for as long as this value lives.
     lock: Arc<File>,
 }
 
@@ -121,7 +121,7 @@ pub(crate) struct Lock {
 }
 
 impl Lock {
-    /// Whether the file that is locked is the one that others would lock.
+    /// Whether the locked file is still the one that another coordinator would lock.
     pub(crate) fn holds(&self) -> bool {
         let of = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
         let mine = self.file.metadata().map(of);
@@ -134,11 +134,12 @@ impl Lock {
 }
 
 impl RunFolder {
-    /// Opens the folder of the plan's run, or makes it, and locks it.
+    /// Opens or creates the folder of the plan's run, and locks it. With `recover`, the coordinator's own files may be
+    /// lost although the store has a mark.
     ///
     /// # Errors
-    /// When somebody else has it, when it holds another plan's run, or when it cannot be written. With `recover` the
-    /// coordinator's own files may be lost though the store has a mark.
+    /// When another coordinator has locked it, when its store belongs to another coordinator, or when it cannot be
+    /// written.
     pub(crate) async fn open(plan: &Plan, recover: bool) -> Result<Self, FolderError> {
         let location = format!("{}/{}", plan.store.url.trim_end_matches('/'), plan.run.name);
         let store = Store::create(&location)?;
@@ -165,19 +166,20 @@ impl RunFolder {
         Ok(folder)
     }
 
-    /// Waits while the disk takes nothing, for so long at most: workers of a run that has begun are training on.
+    /// Waits while the disk cannot be written, up to `most` and only for a run that has begun, whose workers may be
+    /// training.
     async fn wait_for_disk(&self, most: Duration) -> Result<(), FolderError> {
         let began = Instant::now();
         let mut told = false;
         let probe = "-".repeat(PROBE_BYTES);
         while let Err(error) = self.write(PROBE, &probe) {
-            let may_pass = error.is_of_disk() && self.database().exists() && began.elapsed() < most;
+            let may_pass = error.is_disk_error() && self.database().exists() && began.elapsed() < most;
             if !may_pass {
                 return Err(error);
             }
             if !std::mem::replace(&mut told, true) {
                 let most = humantime::format_duration(most);
-                ulmus_process::print(&format!("ALARM: {error}; waiting for it, for {most} at most")).ok();
+                ulmus_process::print(&format!("ALARM: {error}; waiting for it for up to {most}")).ok();
             }
             tokio::time::sleep(DISK_RETRY).await;
         }
@@ -185,7 +187,7 @@ impl RunFolder {
         fs::remove_file(&path).map_err(|error| FolderError::Io { path, error })
     }
 
-    /// Marks an object store as this folder's, which it is from then on.
+    /// Marks an object store as belonging to this folder, or checks that it does.
     async fn claim(&self, recover: bool) -> Result<(), FolderError> {
         let other_store =
             || FolderError::OtherStore { folder: self.path.clone(), store: self.store.to_string() };
@@ -200,7 +202,7 @@ impl RunFolder {
             return match own {
                 None => Ok(()),
                 Some(_) if has_begun => Err(other_store()),
-                // Without a run it is of a store that was never reached.
+                // If no run has begun, the mark belongs to a store that was never reached.
                 Some(_) => fs::remove_file(&path).map_err(|error| FolderError::Io { path, error }),
             };
         }
@@ -211,7 +213,7 @@ impl RunFolder {
         match (own, there) {
             (Some(own), Some(there)) if there == own => Ok(()),
             _ if has_begun => Err(other_store()),
-            // Its own files were lost, and it takes the store over.
+            // The coordinator's own files were lost, and it takes over the store.
             (_, Some(there)) if recover => {
                 let there = String::from_utf8_lossy(&there).into_owned();
                 self.write(paths::MARK, &there)
@@ -220,7 +222,7 @@ impl RunFolder {
             (own, None) => {
                 let own = own.unwrap_or_else(unguessable);
                 self.write(paths::MARK, &own)?;
-                // An answer may have been lost: what counts is what is there.
+                // The answer to the write may have been lost, so read the mark back.
                 self.store.put_new(paths::MARK, own.clone()).await?;
                 if self.store.get(paths::MARK).await? == own { Ok(()) } else { Err(self.elsewhere()) }
             }
@@ -231,11 +233,11 @@ impl RunFolder {
         FolderError::Elsewhere { store: self.store.to_string(), folder: self.path.clone() }
     }
 
-    /// Makes sure that a plan is the one of the run, once anything was done for it. `kept` is the hash of the plan that the
-    /// database has.
+    /// Checks that a plan is that of the run, once the run has begun. `kept` is the hash of the run's plan in the
+    /// database.
     ///
     /// # Errors
-    /// When it is another, with the keys that differ.
+    /// When it is another plan, with the keys that differ.
     pub(crate) fn check_plan(
         &self,
         plan: &Plan,
@@ -247,8 +249,9 @@ impl RunFolder {
         }
         let Some(text) = self.kept_plan()? else {
             let is_another = kept.is_some_and(|kept| !plan.has_digest(kept));
-            let changes =
-                || format!("  its hash is not the one in {}, and {} is lost", paths::DATABASE, paths::PLAN);
+            let changes = || {
+                format!("  its hash differs from the one in {}, and {} is lost", paths::DATABASE, paths::PLAN)
+            };
             return if is_another { Err(self.plan_changed(changes())) } else { Ok(()) };
         };
         let earlier = ulmus_plan::read(&text, &[]).map_err(|problems| {
@@ -275,15 +278,15 @@ impl RunFolder {
         }
     }
 
-    /// Whether the plan that is kept differs in any key.
+    /// Whether the stored plan differs in any key.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// When the stored plan cannot be read.
     pub(crate) fn keeps_another(&self, plan: &Plan) -> Result<bool, FolderError> {
         Ok(self.kept_plan()?.is_some_and(|text| text != plan.to_toml()))
     }
 
-    /// Keeps the plan, where people see it.
+    /// Stores the plan where people can see it.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -291,12 +294,12 @@ impl RunFolder {
         self.write(paths::PLAN, &plan.to_toml())
     }
 
-    /// Whether the lock is still the one that this process has taken: whoever deletes it lets another coordinator in.
+    /// The lock of this process, which no longer holds if its file is deleted.
     pub(crate) fn lock(&self) -> Lock {
         Lock { path: self.path.join(paths::LOCK), file: Arc::clone(&self.lock) }
     }
 
-    /// Where the run is kept, as workers anywhere open it.
+    /// Where the run is kept, in the form in which workers open it.
     ///
     /// # Errors
     /// When the folder is gone.
@@ -307,7 +310,7 @@ impl RunFolder {
         Ok(path.to_string_lossy().into_owned())
     }
 
-    /// Where the run is kept, for people.
+    /// Where the run is kept, in the form that people are shown.
     pub(crate) fn shown(&self) -> String {
         match self.store.directory() {
             Some(_) => self.path.display().to_string(),
@@ -315,17 +318,17 @@ impl RunFolder {
         }
     }
 
-    /// Where the coordinator's own files are.
+    /// The folder of the coordinator's own files.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The handle through which checkpoints are written.
+    /// The store in which the run is kept.
     pub(crate) const fn store(&self) -> &Store {
         &self.store
     }
 
-    /// Writes a small file of the folder whole; it is there after a loss of power, too.
+    /// Writes a small file of the folder atomically and durably.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -342,12 +345,13 @@ impl RunFolder {
         written().map_err(|error| FolderError::Io { path: path.clone(), error })
     }
 
-    /// Where the coordinator's database is.
+    /// Path of the coordinator's database.
     pub(crate) fn database(&self) -> PathBuf {
         self.path.join(paths::DATABASE)
     }
 
-    /// Keeps the coordinator's database to its user. What `SQLite` writes beside it later has the same mode.
+    /// Makes the coordinator's database accessible to its user alone. Files that `SQLite` later creates beside it get
+    /// the same mode.
     ///
     /// # Errors
     /// When the mode cannot be set.
@@ -364,7 +368,7 @@ impl RunFolder {
         Ok(())
     }
 
-    /// Tells local workers where the coordinator listens.
+    /// Writes the address at which the coordinator listens, for local workers.
     ///
     /// # Errors
     /// When the file cannot be written.
@@ -372,7 +376,7 @@ impl RunFolder {
         self.write(paths::ADDRESS, &address.to_string())
     }
 
-    /// The file that tells it.
+    /// Path of the file with that address.
     pub(crate) fn address_file(&self) -> PathBuf {
         self.path.join(paths::ADDRESS)
     }

@@ -1,7 +1,7 @@
 //! The coordinator: the single writer of a run's state.
 //!
-//! A thin shell around `ulmus_coord_core`: gRPC sessions in, effects out. It never sees a document or a
-//! gradient. `main.rs` parses the command line; everything else can be called from tests.
+//! It is a thin shell around `ulmus_coord_core`: gRPC sessions in, effects out. It never sees a document or a gradient.
+//! `main.rs` parses the command line; everything else can be called from tests.
 
 #![forbid(unsafe_code)]
 

@@ -1,8 +1,8 @@
 //! Workers on the coordinator's own machine, as child processes of its own binary.
 //!
-//! They join over loopback exactly as remote ones do. They run in their own process group, so that a terminal's
-//! Ctrl-C reaches the coordinator alone, and outlive a coordinator that dies: the next one finds them by their
-//! process ids and starts only those that are missing.
+//! They join over loopback exactly as remote workers do. They run in their own process group, so that a terminal's
+//! Ctrl-C reaches only the coordinator. They outlive a coordinator that dies: the next one finds them by their process
+//! ids, and starts only those that are missing.
 
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -16,16 +16,16 @@ use ulmus_plan::LocalConfig;
 use ulmus_run::paths;
 use ulmus_transport::JoinToken;
 
-/// How long a worker must have lived for its end not to count as a failed start.
+/// A worker that ends earlier than this after its start counts as a failed start.
 const SETTLED: Duration = Duration::from_secs(30);
-/// Starts in a row that may fail before nobody counts on the worker any more. It is still started again.
+/// After this many failed starts in a row the worker counts as failing. It is still restarted.
 const FAILED_STARTS: u32 = 5;
-/// Pause before a worker whose last start failed is started again; each further failure doubles it.
+/// Pause before a worker with two failed starts in a row is restarted; each further failure doubles it.
 const PAUSE: Duration = Duration::from_millis(500);
 /// The longest such pause.
 const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 
-/// One worker.
+/// A local worker, whether its process is running or not.
 #[derive(Debug)]
 struct Slot {
     name: String,
@@ -38,7 +38,7 @@ struct Slot {
 #[derive(Debug)]
 enum Process {
     Child(Child),
-    /// Started by an earlier coordinator of the same run.
+    /// A process that was started by an earlier coordinator of the same run.
     Adopted(Pid),
 }
 
@@ -53,7 +53,7 @@ pub(crate) struct LocalWorkers {
 }
 
 impl LocalWorkers {
-    /// Takes over the workers that an earlier coordinator left; [`Self::maintain`] starts those that are missing.
+    /// Adopts the workers that an earlier coordinator has left; [`Self::maintain`] starts those that are missing.
     pub(crate) fn start(
         folder: &Path,
         address_file: PathBuf,
@@ -71,7 +71,8 @@ impl LocalWorkers {
         workers
     }
 
-    /// Starts again what has ended, later and later if it ends right after its start; tells what could not be started, once.
+    /// Restarts workers that have ended, with growing pauses if they end right after their start. Returns messages
+    /// about workers that could not be started, once for each.
     pub(crate) fn maintain(&mut self) -> Vec<String> {
         let now = Instant::now();
         let mut failures = Vec::new();
@@ -81,7 +82,7 @@ impl LocalWorkers {
                 continue;
             }
             if slot.process.take().is_some() {
-                slot.has_ended(now);
+                slot.on_ended(now);
             }
             if now < slot.not_before {
                 continue;
@@ -89,7 +90,7 @@ impl LocalWorkers {
             let name = slot.name.clone();
             let started = self.spawn(index, &name).and_then(|child| {
                 let pid = child.id();
-                // Kept even if its number cannot be written: a worker that nobody knows could not be stopped.
+                // Keep the process even if its id cannot be written: otherwise nobody could stop it.
                 self.slots[index].process = Some(Process::Child(child));
                 fs::write(self.pid_file(&name), format!("{pid}\n"))
             });
@@ -97,38 +98,38 @@ impl LocalWorkers {
             slot.started = now;
             if let Err(error) = started {
                 if slot.process.is_none() {
-                    slot.has_ended(now);
+                    slot.on_ended(now);
                 }
                 if slot.failed_starts <= 1 {
-                    failures.push(format!("worker {name}: {error}; trying again"));
+                    failures.push(format!("cannot start worker {name}: {error}; trying again"));
                 }
             }
         }
         failures
     }
 
-    /// Why no local worker can be counted on, if so.
-    pub(crate) fn hopeless(&self) -> Option<String> {
+    /// If all local workers keep failing, a message that says so.
+    pub(crate) fn failing(&self) -> Option<String> {
         let all = self.slots.iter().all(|slot| slot.failed_starts >= FAILED_STARTS);
         let slot = self.slots.first().filter(|_| all)?;
         let log = self.log_file(&slot.name);
         let name = &slot.name;
         Some(format!(
-            "worker {name} ended {FAILED_STARTS} times right after its start; see {}",
+            "worker {name} exited {FAILED_STARTS} times right after its start; see {}",
             log.display()
         ))
     }
 
-    /// Kills one worker with SIGKILL, and tells which.
+    /// Kills one worker with SIGKILL. Returns its name.
     pub(crate) fn kill_one(&mut self) -> Option<String> {
         let slot = self.slots.last_mut()?;
         let pid = slot.pid()?;
-        // One that has just ended by itself is as dead as a killed one.
+        // A worker that has just exited by itself will do as well.
         kill_process(pid, Signal::KILL).ok()?;
         Some(slot.name.clone())
     }
 
-    /// Waits for workers that were told to finish; those that do not are killed.
+    /// Waits for workers that were told to finish, and kills those that do not.
     pub(crate) async fn finish(mut self) {
         let deadline = Instant::now() + Duration::from_secs(5);
         let mut tick = tokio::time::interval(Duration::from_millis(20));
@@ -153,7 +154,7 @@ impl LocalWorkers {
             .args(["--threads", &self.config.threads.to_string()])
             .arg("--join-file")
             .arg(&self.address_file)
-            // Only its user can read a process's environment.
+            // Only the same user can read the environment of a process.
             .env("ULMUS_TOKEN", self.token.reveal())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -162,12 +163,12 @@ impl LocalWorkers {
             .spawn()
     }
 
-    /// A worker of this run and name that is still alive though its coordinator is not.
+    /// The process id of a worker of this run with this name that an earlier coordinator has left running.
     fn left_behind(&self, name: &str) -> Option<Pid> {
         let pid = fs::read_to_string(self.pid_file(name)).ok()?.trim().parse().ok()?;
         let pid = Pid::from_raw(pid)?;
         test_kill_process(pid).ok()?;
-        // The number may belong to another process by now; only ours has the address file on its command line.
+        // The id may belong to another process by now; only ours has the address file on its command line.
         let command = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).ok()?;
         let file = self.address_file.as_os_str().as_encoded_bytes();
         command.windows(file.len()).any(|part| part == file).then_some(pid)
@@ -190,10 +191,10 @@ impl Slot {
         }
     }
 
-    /// Its process has ended, or could not be started.
-    fn has_ended(&mut self, now: Instant) {
+    /// The process has ended, or could not be started.
+    fn on_ended(&mut self, now: Instant) {
         self.failed_starts = if self.started.elapsed() > SETTLED { 0 } else { self.failed_starts + 1 };
-        // A worker that was killed once is back at once.
+        // A worker that was killed once is restarted at once.
         let pause = match self.failed_starts.checked_sub(2) {
             Some(doublings) => (PAUSE * 2_u32.pow(doublings.min(10))).min(LONGEST_PAUSE),
             None => Duration::ZERO,
@@ -204,7 +205,7 @@ impl Slot {
     fn is_alive(&mut self) -> bool {
         match &mut self.process {
             None => false,
-            // What cannot be asked about is not started a second time.
+            // If the state of the process is unknown, assume that it is alive rather than start a second one.
             Some(Process::Child(child)) => child.try_wait().map_or(true, |ended| ended.is_none()),
             Some(Process::Adopted(pid)) => test_kill_process(*pid).is_ok(),
         }

@@ -74,6 +74,6 @@ fn check_sources(plans: &[ulmus_plan::Plan]) -> Result<ExitStatus, Failure> {
 #[cfg(not(feature = "local-workers"))]
 fn check_sources(_: &[ulmus_plan::Plan]) -> Result<ExitStatus, Failure> {
     let message =
-        "this coordinator was built without local workers and cannot open sources; use a full build";
+        "this coordinator was built without local workers, so it cannot open sources; use a full build";
     Err(Failure::new(ExitStatus::InvalidInput, message))
 }

@@ -1,9 +1,9 @@
-//! `metrics.csv`, one row per step, and `sources.csv`, one per source and worker at each of its checkpoints; for
+//! `metrics.csv`, with one row per step, and `sources.csv`, with one row per source and worker at each checkpoint; for
 //! spreadsheets and notebooks.
 //!
-//! The first six columns of the metrics depend on nothing but the plan and are equal bit for bit between runs; numbers
-//! are the shortest decimals that read back as the same bits. The files are copies of what `run.sqlite` holds: they are
-//! written anew at every start, and appended to while the run goes on.
+//! The first six columns of the metrics depend only on the plan and are bit-identical between runs; numbers are the
+//! shortest decimals that read back as the same bits. The files are copies of data in `run.sqlite`: they are rewritten
+//! at every start, and appended to during the run.
 
 use std::fs::File;
 use std::io;
@@ -29,15 +29,15 @@ const HEADER: [&str; 12] = [
     "attempt",
 ];
 
-/// Writes a file beside the one that is there, which stays until the new one is whole: it may be all that is left.
-fn anew<T>(path: &Path, write: impl FnOnce(File) -> io::Result<T>) -> io::Result<T> {
+/// Replaces a file by a new one. The old one stays until the new one is complete, since it may be the only copy.
+fn replace<T>(path: &Path, write: impl FnOnce(File) -> io::Result<T>) -> io::Result<T> {
     let temporary = path.with_extension("csv.new");
     let written = write(File::create(&temporary)?)?;
     std::fs::rename(&temporary, path)?;
     Ok(written)
 }
 
-/// The file, and the last row that it has.
+/// An open `metrics.csv`, and its last row.
 #[derive(Debug)]
 pub(crate) struct MetricsFile {
     csv: csv::Writer<File>,
@@ -45,12 +45,12 @@ pub(crate) struct MetricsFile {
 }
 
 impl MetricsFile {
-    /// Writes the file anew with `rows`.
+    /// Replaces the file by one with `rows`.
     ///
     /// # Errors
     /// When it cannot be written.
     pub(crate) fn create(path: &Path, rows: &[MetricsRow]) -> io::Result<Self> {
-        anew(path, |file| {
+        replace(path, |file| {
             let mut file = Self { csv: csv::Writer::from_writer(file), last: None };
             file.csv.write_record(HEADER)?;
             for row in rows {
@@ -61,7 +61,7 @@ impl MetricsFile {
         })
     }
 
-    /// The rows of such a file that can be read, and how many cannot: of a run whose database was lost.
+    /// Reads a file of a run whose database was lost. Returns the readable rows, and the number of unreadable ones.
     pub(crate) fn read(path: &Path) -> (Vec<MetricsRow>, usize) {
         let mut reader = csv::ReaderBuilder::new();
         let Ok(mut file) = reader.flexible(true).from_path(path) else { return (Vec::new(), 0) };
@@ -73,7 +73,7 @@ impl MetricsFile {
         (rows.into_iter().flatten().collect(), unreadable)
     }
 
-    /// Adds a row, unless the step has one already.
+    /// Appends a row, unless the file already has one for the step.
     ///
     /// # Errors
     /// When the file cannot be written.
@@ -105,17 +105,17 @@ impl MetricsFile {
     }
 }
 
-/// How reading goes, source by source.
+/// An open `sources.csv`.
 #[derive(Debug)]
 pub(crate) struct SourcesFile(csv::Writer<File>);
 
 impl SourcesFile {
-    /// Writes the file anew with `rows`.
+    /// Replaces the file by one with `rows`.
     ///
     /// # Errors
     /// When it cannot be written.
     pub(crate) fn create(path: &Path, rows: &[ReadingRow]) -> io::Result<Self> {
-        anew(path, |file| {
+        replace(path, |file| {
             let mut file = Self(csv::Writer::from_writer(file));
             let header = columns(&ReadingRow::default()).map(|(name, _)| name);
             file.0.write_record(header)?;
@@ -127,7 +127,7 @@ impl SourcesFile {
         })
     }
 
-    /// Adds a row.
+    /// Appends a row.
     ///
     /// # Errors
     /// When the file cannot be written.
@@ -137,7 +137,7 @@ impl SourcesFile {
     }
 }
 
-/// Names and values of a row. Rates are those since the worker opened its data.
+/// Names and values of a row's columns. Rates are averages since the worker opened its data.
 fn columns(row: &ReadingRow) -> [(&'static str, String); 19] {
     let ReadingRow { step, worker, reading } = row;
     let seconds = reading.elapsed.as_secs_f64();

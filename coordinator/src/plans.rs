@@ -1,4 +1,4 @@
-//! Plan files: reading them, and the ones that come with the program.
+//! Reads plan files, and contains the ones that come with the program.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use ulmus_plan::Plan;
 use ulmus_process::{Failure, load_plans};
 use ulmus_types::ExitStatus;
 
-/// Reads a plan file with overrides; a plan with variants gives several.
+/// Reads a plan file and applies overrides. A plan with variants gives several plans.
 ///
 /// # Errors
 /// When the file cannot be read, or with every problem of the plan.
@@ -31,12 +31,12 @@ const PUBLISHED: [(&str, &str); 8] = [
     ("openelm-3b-modern", include_str!("../../plans/openelm-3b-modern.toml")),
 ];
 
-/// The commented plan of a published model, or its twin with documents packed as they are today.
+/// The commented plan of a published model, or its `-modern` variant, which packs documents as is usual today.
 ///
 /// # Errors
 /// When there is no such plan.
 pub fn published(name: &str) -> Result<&'static str, Failure> {
-    // Models are also called by their size with a point.
+    // Model names also occur with a dot in the size, such as openelm-1.1b.
     let name = name.replace('.', "_");
     PUBLISHED.iter().find(|(known, _)| *known == name).map(|(_, plan)| *plan).ok_or_else(|| {
         let names = PUBLISHED.map(|(name, _)| name).join(", ");

@@ -1,8 +1,8 @@
-//! A run whose database was lost, from what its folder still tells.
+//! Recovers a run whose database was lost from its run folder.
 //!
-//! Checkpoints vouch for themselves, so that every one of them that holds byte for byte is taken up, with a generation
-//! above all that were ever seen: a worker of the lost time cannot be taken for a member of a new group. The metrics come
-//! from `metrics.csv`; jobs are done again.
+//! Checkpoints vouch for themselves, so every checkpoint that is intact byte for byte is used. The generation continues
+//! above all that were ever seen, so that a worker from a lost generation cannot be taken for a member of a new group.
+//! The metrics come from `metrics.csv`; jobs are done again.
 
 use std::collections::BTreeSet;
 
@@ -10,16 +10,17 @@ use ulmus_checkpoint::{CheckpointError, Store};
 use ulmus_plan::Plan;
 use ulmus_process::{Failure, with_causes};
 use ulmus_run::paths;
-use ulmus_types::{BadUnit, ExitStatus, Generation, RunId};
+use ulmus_types::{BadUnit, ExitStatus, Generation, RunId, counted};
 
 use crate::database::{Recovered, StoredCheckpoint};
 use crate::folder::RunFolder;
 use crate::metrics::MetricsFile;
 
-/// What is wrong when there is no database and a run has begun: nobody may begin it in the middle, or anew, without a word.
+/// Refuses to start with a new database if the run has already begun: a run never silently resumes or starts over
+/// without its record.
 ///
 /// # Errors
-/// When there are checkpoints or rows of metrics, with what to do; or when the store does not answer.
+/// When there are checkpoints or rows of metrics; the message says what to do. Also when the store does not answer.
 pub(crate) async fn refuse_to_forget(
     folder: &RunFolder,
     command: &str,
@@ -32,25 +33,25 @@ pub(crate) async fn refuse_to_forget(
         let (rows, _) = MetricsFile::read(&folder.path().join(paths::METRICS));
         let Some(last) = rows.last().filter(|_| !from_start) else { return Ok(()) };
         let message = format!(
-            "{} is lost or empty, there is no checkpoint in {}, and metrics.csv knows of {} steps; restore them, or begin \
-             anew with: {command} --from-start",
+            "{} is lost or empty, there is no checkpoint in {}, and metrics.csv has {}; restore them, or start over with: \
+             {command} --from-start",
             folder.database().display(),
             folder.shown(),
-            last.report.step
+            counted(last.report.step.get() as usize, "step")
         );
         return Err(Failure::new(ExitStatus::Corrupt, message));
     };
     let message = format!(
-        "{} is lost or empty, and there are {} checkpoints in {}, the newest of them {newest}; restore it, or rebuild it \
-         from what is there with: {command} --recover",
+        "{} is lost or empty, but {} has {}, the newest of them {newest}; restore the database, or rebuild it from the run \
+         folder with: {command} --recover",
         folder.database().display(),
-        found.len(),
-        folder.shown()
+        folder.shown(),
+        counted(found.len(), "checkpoint")
     );
     Err(Failure::new(ExitStatus::Corrupt, message))
 }
 
-/// What shows that a database is not the newest of its run, or not of the run whose checkpoints are beside it.
+/// What shows, if anything, that a database is an older copy, or belongs to a run other than that of the checkpoints.
 ///
 /// # Errors
 /// When the store does not answer.
@@ -62,9 +63,9 @@ pub(crate) async fn contradiction(
     let failed = |error: &CheckpointError| Failure::of(error.kind(), error);
     let store = folder.store();
     let found = ulmus_checkpoint::checkpoints(store).await.map_err(|error| failed(&error))?;
-    // A generation is in the database before anybody works in it.
+    // A generation is stored in the database before anybody works in it.
     if let Some(newer) = found.iter().rev().find(|checkpoint| checkpoint.generation() > known) {
-        return Ok(Some(format!("knows of {known} generations, and {} holds {newer}", folder.shown())));
+        return Ok(Some(format!("ends at generation {known}, but {} has {newer}", folder.shown())));
     }
     let Some(newest) = found.last() else { return Ok(None) };
     let other = match ulmus_checkpoint::read_manifest(store, *newest).await {
@@ -72,13 +73,13 @@ pub(crate) async fn contradiction(
         Err(error) if error.condemns() => None,
         Err(error) => return Err(failed(&error)),
     };
-    Ok(other.map(|other| format!("is of run {}, and {newest} of run {}", id.short(), other.short())))
+    Ok(other.map(|other| format!("belongs to run {}, but {newest} to run {}", id.short(), other.short())))
 }
 
-/// Gathers what the folder tells, and what was found to be damaged.
+/// Gathers what can be recovered from the run folder, and descriptions of what is damaged.
 ///
 /// # Errors
-/// When its checkpoints are of several runs or of another plan, or the store does not answer.
+/// When the checkpoints belong to several runs or to another plan, or the store does not answer.
 pub(crate) async fn gather(folder: &RunFolder, plan: &Plan) -> Result<(Recovered, Vec<String>), Failure> {
     let store = folder.store();
     let failed = |error: &CheckpointError| Failure::of(error.kind(), error);
@@ -119,7 +120,7 @@ pub(crate) async fn gather(folder: &RunFolder, plan: &Plan) -> Result<(Recovered
     if runs.len() > 1 {
         let runs: Vec<String> = runs.into_iter().map(RunId::short).collect();
         let message = format!(
-            "{} holds checkpoints of several runs: {}; move those of all but one away",
+            "{} has checkpoints of several runs ({}); move away those of all runs but one",
             folder.shown(),
             runs.join(", ")
         );
@@ -129,7 +130,11 @@ pub(crate) async fn gather(folder: &RunFolder, plan: &Plan) -> Result<(Recovered
     recovered.quarantine = quarantine(store).await?;
     let (metrics, unreadable) = MetricsFile::read(&folder.path().join(paths::METRICS));
     if unreadable > 0 {
-        damaged.push(format!("{unreadable} rows of {} cannot be read, and are lost", paths::METRICS));
+        damaged.push(format!(
+            "skipping {} of {} that cannot be read",
+            counted(unreadable, "row"),
+            paths::METRICS
+        ));
     }
     recovered.metrics = metrics;
     let of_metrics = recovered.metrics.iter().map(|row| row.generation).max().unwrap_or_default();

@@ -1,4 +1,4 @@
-//! One run from its plan to its last phase: opens what it needs, drives it, and closes in order.
+//! A run from its plan to its last phase: opens what it needs, drives it, and closes everything in order.
 
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -18,12 +18,12 @@ use ulmus_run::results::Results;
 use ulmus_transport::{
     Bound, Credentials, CredentialsError, IDENTITY_FILE, Limits, RuntimeError, TOKEN_FILE, TokenSource,
 };
-use ulmus_types::{Digest, ExitStatus, FileEntry, JobKind, RunId, RunSecret, nonce_digest};
+use ulmus_types::{Digest, ExitStatus, FileEntry, JobKind, RunId, RunSecret, counted, nonce_digest};
 
 use crate::args::OnTerm;
 use crate::console::Console;
-use crate::database::{Database, StoreError};
-use crate::driver::{Ended, Parts, drive, finish_commits};
+use crate::database::{Database, DatabaseError};
+use crate::driver::{Ended, Setup, drive, finish_commits};
 use crate::folder::{FolderError, RunFolder, unguessable};
 use crate::local::LocalWorkers;
 use crate::metrics::{MetricsFile, SourcesFile};
@@ -32,17 +32,17 @@ use crate::recover::{contradiction, gather, refuse_to_forget};
 use crate::server::Sessions;
 use crate::summary;
 
-/// Events of sessions that may wait for the driver.
+/// Capacity of the channel of session events to the driver.
 const EVENTS: usize = 4096;
-/// How long workers may take to close their streams after the end.
+/// How long workers may take to close their streams after the end of the run.
 const CLOSE_WITHIN: Duration = Duration::from_secs(3);
 
-/// What is asked of the coordinator besides the plan.
+/// Options of the coordinator besides the plan.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
-    /// Where the plan is, for advice.
+    /// Path of the plan, for messages.
     pub plan: PathBuf,
-    /// Values of its keys that were given beside it, for advice.
+    /// Overrides of the plan's keys, for messages.
     pub overrides: Vec<String>,
     /// Where to listen.
     pub listen: Option<HostPort>,
@@ -52,14 +52,14 @@ pub struct Options {
     pub demo_failure: bool,
     /// Rebuild a lost database from the run folder.
     pub recover: bool,
-    /// Begin anew where every checkpoint is damaged.
+    /// Start over if every checkpoint is damaged.
     pub from_start: bool,
-    /// What SIGTERM does; by default it depends on the plan.
+    /// What SIGTERM does; `None` leaves that to the plan.
     pub on_term: Option<OnTerm>,
 }
 
 impl Options {
-    /// The command that starts this plan again.
+    /// The command that runs this plan again.
     pub(crate) fn command(&self) -> String {
         let mut command = format!("coordinator --plan {}", quoted(&self.plan.display().to_string()));
         for value in &self.overrides {
@@ -70,29 +70,29 @@ impl Options {
     }
 }
 
-/// A word as a shell takes it.
+/// A word, quoted for a shell if necessary.
 fn quoted(word: &str) -> String {
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./=:,@%+".contains(&byte);
     if word.bytes().all(is_plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', "'\\''")) }
 }
 
-/// Runs plans one after the other; several are variants of one, and are compared at the end.
+/// Runs plans one after the other. Several plans are variants of one, and their results are compared at the end.
 ///
 /// # Errors
-/// With the exit code and what a person is told. What was committed is never lost.
+/// The exit code, and a message for a person. Committed checkpoints are never lost.
 pub async fn run(plans: &[Plan], options: &Options, shutdown: &Shutdown) -> Result<ExitStatus, Failure> {
     if !matches!(options.token, TokenSource::Unspecified) && (plans.len() > 1 || options.demo_failure) {
-        let message = "a token is for one run, and these are several, each with a key of its own; leave out \
-                       --token-file, and unset ULMUS_TOKEN_FILE and ULMUS_TOKEN: every run then makes its own";
+        let message = "a token is for one run, but these are several runs, each with its own key; omit --token-file, \
+                       and unset ULMUS_TOKEN_FILE and ULMUS_TOKEN: every run then makes its own token";
         return Err(Failure::new(ExitStatus::InvalidInput, message));
     }
     let mut compared = Vec::new();
-    // The next plan does not depend on whether the page of this one was printed.
+    // Run the next plan even if the summary of this one cannot be printed.
     let mut printed = Ok(());
     for plan in plans {
         if options.demo_failure && plan.local.workers == 0 {
             let message =
-                "--demo-failure kills a local worker, and local.workers is 0; add --set local.workers=2";
+                "--demo-failure kills a local worker, but local.workers is 0; add --set local.workers=2";
             return Err(Failure::new(ExitStatus::InvalidInput, message));
         }
         let finished = run_one(plan, options, None, shutdown).await?;
@@ -152,7 +152,7 @@ struct Finished {
     /// Hash of the state of the newest checkpoint.
     state: Option<Digest>,
     results: Results,
-    /// Whether what it had to tell in the end was printed.
+    /// Whether the final message or summary was printed.
     printed: Result<(), Failure>,
 }
 
@@ -164,7 +164,7 @@ async fn run_one(
 ) -> Result<Finished, Failure> {
     let folder = tokio::select! {
         folder = RunFolder::open(plan, options.recover) => folder.map_err(|error| in_folder(&error))?,
-        // A store that does not answer is not waited for then.
+        // Do not wait any longer for a store that does not answer.
         _ = shutdown.requested() => {
             return Err(Failure::new(ExitStatus::Interrupted, "stopped before the run was opened"));
         }
@@ -174,41 +174,39 @@ async fn run_one(
     let credentials = credentials(&folder, options)?;
     for file in &credentials.exposed {
         print(&format!(
-            "ALARM: others could read {}, and cannot any more; if others use this machine, delete it with what is beside it \
-             ({TOKEN_FILE}, {IDENTITY_FILE}), and start again: workers then need the new token",
+            "ALARM: other users could read {} until now; if others use this machine, delete {TOKEN_FILE} and \
+             {IDENTITY_FILE} beside it and start again: workers then need the new token",
             file.display()
         ))?;
     }
     let database = open_database(plan, options, &folder).await?;
     folder.hide_database().map_err(|error| in_folder(&error))?;
-    let begun = !database.is_new().map_err(|error| stored(&error))?;
-    let kept = database.plan_digest().map_err(|error| stored(&error))?;
+    let begun = !database.is_new().map_err(|error| in_database(&error))?;
+    let kept = database.plan_digest().map_err(|error| in_database(&error))?;
     folder.check_plan(plan, begun, kept).map_err(|error| in_folder(&error))?;
-    let (id, secret) = database.identity().map_err(|error| stored(&error))?;
+    let (id, secret) = database.identity().map_err(|error| in_database(&error))?;
     finish_commits(&database, folder.store(), id, plan.digest()).await?;
     let bound = bind(plan, options).await?;
     let address = bound.address().map_err(|error| Failure::new(ExitStatus::Failed, error.to_string()))?;
     folder.write_address(address).map_err(|error| in_folder(&error))?;
     let published = ulmus_transport::publish(address.port(), &credentials.token);
-    // Nobody can connect before: a worker would find the token of the last coordinator at this port, or none.
+    // Accept connections only now: earlier, a worker would find no token, or that of the last coordinator at this port.
     let listener = bound.listen().map_err(|error| cannot_listen(address, &error))?;
 
     for lost in lost_results(&database, &folder).await? {
         print(&format!("ALARM: {lost}"))?;
     }
-    let saved = database.saved().map_err(|error| stored(&error))?;
+    let saved = database.saved().map_err(|error| in_database(&error))?;
     let finished_before = JobKind::of_run(plan.checkpoint.export).is_subset(&saved.jobs);
     if finished_before && folder.keeps_another(plan).map_err(|error| in_folder(&error))? {
-        print(
-            "this run is finished: what was changed in its plan changes no result of it any more; start a run of another name",
-        )?;
+        print("this run is finished, so changes of its plan have no effect; start a run with another name")?;
     } else {
         folder.keep_plan(plan).map_err(|error| in_folder(&error))?;
         if kept != Some(plan.digest()) {
-            database.keep_plan_digest(plan.digest()).map_err(|error| stored(&error))?;
+            database.keep_plan_digest(plan.digest()).map_err(|error| in_database(&error))?;
         }
     }
-    let rows = database.metrics().map_err(|error| stored(&error))?;
+    let rows = database.metrics().map_err(|error| in_database(&error))?;
     let metrics_path = folder.path().join(paths::METRICS);
     let metrics = MetricsFile::create(&metrics_path, &rows).map_err(|error| failed(&metrics_path, &error))?;
     let sources = sources_file(&database, folder.path())?;
@@ -219,7 +217,7 @@ async fn run_one(
         if locals.is_none() {
             console.line("waiting for workers");
         }
-        tell_how_to_join(&console, address, &credentials, published.as_ref().err());
+        print_how_to_join(&console, address, &credentials, published.as_ref().err());
     }
 
     let tasks = TaskTracker::new();
@@ -235,7 +233,7 @@ async fn run_one(
     if !saved.quarantine.is_empty() {
         quarantine::write(folder.store(), &saved.quarantine).await.map_err(|error| in_store(&error))?;
     }
-    let parts = Parts {
+    let setup = Setup {
         settings: settings(plan, options, &folder, id, secret).await?,
         lock: folder.lock(),
         saved,
@@ -253,14 +251,14 @@ async fn run_one(
         kill_after,
         tasks: tasks.clone(),
     };
-    let ended = Box::pin(drive(parts, sessions, shutdown)).await;
-    // The order of closing: no new sessions, streams drained, local workers gone, writes finished.
+    let ended = Box::pin(drive(setup, sessions, shutdown)).await;
+    // Close in this order: accept no new sessions, drain streams, end local workers, finish writes.
     drop(close);
     tokio::time::timeout(CLOSE_WITHIN, server).await.ok();
     let Ended { outcome, database, console, locals } = ended?;
     console.finish();
     match locals {
-        // They are left to the next coordinator.
+        // Local workers are left to the next coordinator.
         Some(_) if outcome.detached => {}
         Some(locals) => locals.finish().await,
         None => {}
@@ -268,37 +266,37 @@ async fn run_one(
     tasks.close();
     tokio::time::timeout(CLOSE_WITHIN, tasks.wait()).await.ok();
 
-    let rows = database.metrics().map_err(|error| stored(&error))?;
-    // Steps that were trained twice, or reported late, are in their place in the record and not in the file.
+    let rows = database.metrics().map_err(|error| in_database(&error))?;
+    // Rows of steps that were trained twice or reported late are right in the database, but not yet in the file.
     let written = MetricsFile::create(&metrics_path, &rows).map_err(|error| failed(&metrics_path, &error));
     if let Err(failure) = written.map(drop).and(sources_file(&database, folder.path()).map(drop)) {
-        print(&format!("ALARM: {failure}; run.sqlite has all of it"))?;
+        print(&format!("ALARM: {failure}; run.sqlite has the complete metrics"))?;
     }
-    let results = database.results().map_err(|error| stored(&error))?;
-    let left_out = database.saved().map_err(|error| stored(&error))?.quarantine;
+    let results = database.results().map_err(|error| in_database(&error))?;
+    let quarantine = database.saved().map_err(|error| in_database(&error))?.quarantine;
     if outcome.status == ExitStatus::Done {
-        // Nobody writes any more. What is not deleted now costs space and nothing else.
+        // Nobody writes any more. Whatever cannot be deleted now only wastes space.
         if let Err(error) = ulmus_checkpoint::collect_garbage(folder.store(), &BTreeSet::new()).await {
-            tracing::info!(error = with_causes(&error), "left over of checkpoints could not be deleted");
+            tracing::info!(error = with_causes(&error), "cannot delete leftover files of checkpoints");
         }
     }
     let printed = match outcome.status {
-        ExitStatus::Done => print(&summary::page(plan, options, &folder, &rows, &results, &left_out)),
+        ExitStatus::Done => print(&summary::page(plan, options, &folder, &rows, &results, &quarantine)),
         ExitStatus::Interrupted => print(&outcome.message),
         status => return Err(Failure::new(status, outcome.message)),
     };
     let state = database
         .checkpoints(true)
-        .map_err(|error| stored(&error))?
+        .map_err(|error| in_database(&error))?
         .into_iter()
         .max_by_key(|c| c.id)
         .map(|c| c.state);
     Ok(Finished { status: outcome.status, state, results, printed })
 }
 
-/// What finished jobs have made and is not there any more. Those jobs are forgotten, so that they are done again.
+/// Messages about results of finished jobs that are missing. Those jobs are forgotten, so that they are done again.
 async fn lost_results(database: &Database, folder: &RunFolder) -> Result<Vec<String>, Failure> {
-    let results = database.results().map_err(|error| stored(&error))?;
+    let results = database.results().map_err(|error| in_database(&error))?;
     let average = results.averaged().map(|average| (JobKind::Average, "average", average.files));
     let export = results.exported().map(|exported| (JobKind::Export, paths::EXPORT, exported.files));
     let mut lost = Vec::new();
@@ -308,14 +306,14 @@ async fn lost_results(database: &Database, folder: &RunFolder) -> Result<Vec<Str
             found.iter().any(|file| file.path == format!("{place}/{name}") && file.size == entry.bytes)
         };
         if let Some((name, _)) = files.iter().find(|(name, entry)| !is_there(name, entry)) {
-            database.forget_job(kind).map_err(|error| stored(&error))?;
-            lost.push(format!("{place}/{name} is not what was written there; {} is done again", kind.name()));
+            database.forget_job(kind).map_err(|error| in_database(&error))?;
+            lost.push(format!("{place}/{name} is missing or changed; doing job {} again", kind.name()));
         }
     }
     Ok(lost)
 }
 
-/// Moves a database away, with what `SQLite` has left beside it: a new one would take that for its own.
+/// Moves a database away, together with `SQLite`'s files beside it, which a new database would take for its own.
 fn set_aside(path: &Path, aside: &Path) -> Result<(), Failure> {
     for suffix in ["", "-wal", "-shm"] {
         let of = |path: &Path| PathBuf::from(format!("{}{suffix}", path.display()));
@@ -329,11 +327,11 @@ fn set_aside(path: &Path, aside: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Opens the run's database, or rebuilds it if it was lost and that is asked for.
+/// Opens the run's database, or rebuilds it if it was lost and `--recover` was given.
 async fn open_database(plan: &Plan, options: &Options, folder: &RunFolder) -> Result<Database, Failure> {
     let path = folder.database();
     let mut database = match Database::open(&path) {
-        Err(StoreError::NoDatabase(_)) if options.recover => {
+        Err(DatabaseError::NoDatabase(_)) if options.recover => {
             let aside = path.with_extension("sqlite.damaged");
             set_aside(&path, &aside)?;
             print(&format!("{} is damaged; it is kept as {}", path.display(), aside.display()))?;
@@ -341,15 +339,15 @@ async fn open_database(plan: &Plan, options: &Options, folder: &RunFolder) -> Re
         }
         opened => opened,
     }
-    .map_err(|error| stored(&error))?;
-    if !database.is_new().map_err(|error| stored(&error))? {
-        let (id, _) = database.identity().map_err(|error| stored(&error))?;
-        let known = database.saved().map_err(|error| stored(&error))?.generation;
+    .map_err(|error| in_database(&error))?;
+    if !database.is_new().map_err(|error| in_database(&error))? {
+        let (id, _) = database.identity().map_err(|error| in_database(&error))?;
+        let known = database.saved().map_err(|error| in_database(&error))?.generation;
         let Some(why) = contradiction(folder, id, known).await? else { return Ok(database) };
         if !options.recover {
             let message = format!(
-                "{} {why}: it is an older copy, or of another run; put back the newest one, or rebuild it from what is there with: \
-                 {} --recover",
+                "{} {why}: it is an older copy, or of another run; put back the newest one, or rebuild it from the run \
+                 folder with: {} --recover",
                 path.display(),
                 options.command()
             );
@@ -359,7 +357,7 @@ async fn open_database(plan: &Plan, options: &Options, folder: &RunFolder) -> Re
         let aside = path.with_extension("sqlite.older");
         set_aside(&path, &aside)?;
         print(&format!("{} {why}; it is kept as {}", path.display(), aside.display()))?;
-        database = Database::open(&path).map_err(|error| stored(&error))?;
+        database = Database::open(&path).map_err(|error| in_database(&error))?;
     } else if !options.recover {
         refuse_to_forget(folder, &options.command(), options.from_start).await?;
         return Ok(database);
@@ -371,20 +369,20 @@ async fn open_database(plan: &Plan, options: &Options, folder: &RunFolder) -> Re
     let had_begun = !damaged.is_empty() || !recovered.metrics.is_empty();
     if recovered.checkpoints.is_empty() && had_begun && !options.from_start {
         let message = format!(
-            "no checkpoint in {} can be used, so that training would begin anew; put back copies of them, or begin anew with: \
-             {} --recover --from-start",
+            "no checkpoint in {} can be used, so training would start over; put back copies of the checkpoints, or start \
+             over with: {} --recover --from-start",
             folder.shown(),
             options.command()
         );
         return Err(Failure::new(ExitStatus::Corrupt, message));
     }
-    database.recover(&recovered).map_err(|error| stored(&error))?;
+    database.recover(&recovered).map_err(|error| in_database(&error))?;
     let newest = recovered.checkpoints.iter().map(|checkpoint| checkpoint.id).max();
     print(&format!(
-        "run.sqlite is rebuilt from {} checkpoints{} and {} steps of metrics.csv; jobs are done again",
-        recovered.checkpoints.len(),
+        "run.sqlite is rebuilt from {}{} and {} of metrics.csv; jobs are done again",
+        counted(recovered.checkpoints.len(), "checkpoint"),
         newest.map_or_else(String::new, |newest| format!(", the newest of them {newest},")),
-        recovered.metrics.len()
+        counted(recovered.metrics.len(), "step")
     ))?;
     Ok(database)
 }
@@ -394,17 +392,17 @@ fn credentials(folder: &RunFolder, options: &Options) -> Result<Credentials, Fai
         .map_err(|error: CredentialsError| Failure::of(error.kind(), &error))
 }
 
-/// Tells what workers need that do not find the token by themselves.
-fn tell_how_to_join(
+/// Prints how workers that cannot find the token by themselves join.
+fn print_how_to_join(
     console: &Console,
     address: SocketAddr,
     credentials: &Credentials,
     unpublished: Option<&RuntimeError>,
 ) {
     if let Some(error) = unpublished {
-        console.line(&format!("workers of this machine do not find the token by themselves: {error}"));
+        console.line(&format!("workers on this machine cannot find the token by themselves: {error}"));
     }
-    // An address that stands for all of this machine is none that others can join.
+    // An address that stands for all interfaces is not one that can be joined.
     let (mut here, mut there) = (address.to_string(), Some(address.to_string()));
     if address.ip().is_unspecified() {
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
@@ -417,7 +415,7 @@ fn tell_how_to_join(
         Some(path) => {
             let path = std::path::absolute(path).unwrap_or_else(|_| path.clone()).display().to_string();
             console.line(&format!("join by hand with: worker --join {here} --token-file {path}"));
-            format!("what {path} says")
+            format!("the content of {path}")
         }
         None => "this token".to_owned(),
     };
@@ -435,7 +433,8 @@ async fn bind(plan: &Plan, options: &Options) -> Result<Bound, Failure> {
     };
     let address = match &options.listen {
         Some(address) if address.port().is_none() => {
-            let reason = format!("it has no port; write for instance {}", address.clone().with_port(7070));
+            let reason =
+                format!("the port is missing; write for instance {}", address.clone().with_port(7070));
             return Err(refused(ExitStatus::InvalidInput, address, &reason));
         }
         Some(address) => address.clone(),
@@ -443,7 +442,7 @@ async fn bind(plan: &Plan, options: &Options) -> Result<Bound, Failure> {
     };
     let found = tokio::net::lookup_host((address.host(), address.port().unwrap_or(default))).await;
     let found = found.map_err(|error| refused(ExitStatus::InvalidInput, &address, &error.to_string()))?;
-    // Of a name's addresses, the first that is free.
+    // Take the first free one of the name's addresses.
     let mut last = "the name has no address".to_owned();
     for candidate in found {
         match Bound::new(candidate) {
@@ -468,7 +467,8 @@ async fn settings(
     secret: RunSecret,
 ) -> Result<Settings, Failure> {
     let nonce = unguessable();
-    // Anybody may read it who may read the run: workers of other users have to, and without the token it is of no use.
+    // Everybody who may read the run may read the nonce: workers of other users must, and it is useless without the
+    // token.
     folder.store().put(paths::NONCE, nonce.clone()).await.map_err(|error| in_store(&error))?;
     Ok(Settings {
         run: plan.run.name.clone(),
@@ -511,7 +511,7 @@ fn start_locals(
         return Ok(None);
     }
     if !cfg!(feature = "local-workers") {
-        let message = "local.workers: this coordinator was built without local workers; set it to 0 and start workers yourself";
+        let message = "local.workers: this coordinator was built without local workers; set local.workers to 0 and start workers yourself";
         return Err(Failure::new(ExitStatus::InvalidInput, message));
     }
     let address_file: PathBuf =
@@ -523,10 +523,10 @@ fn failed(path: &std::path::Path, error: &std::io::Error) -> Failure {
     Failure::new(ExitStatus::Failed, format!("{}: {error}", path.display()))
 }
 
-/// `sources.csv`, written anew.
+/// Rewrites `sources.csv`.
 fn sources_file(database: &Database, folder: &std::path::Path) -> Result<SourcesFile, Failure> {
     let path = folder.join(paths::SOURCES);
-    let rows = database.readings().map_err(|error| stored(&error))?;
+    let rows = database.readings().map_err(|error| in_database(&error))?;
     SourcesFile::create(&path, &rows).map_err(|error| failed(&path, &error))
 }
 
@@ -538,6 +538,6 @@ fn in_store(error: &ulmus_checkpoint::StoreError) -> Failure {
     Failure::of(error.kind(), error)
 }
 
-fn stored(error: &StoreError) -> Failure {
+fn in_database(error: &DatabaseError) -> Failure {
     Failure::of(error.kind(), error)
 }

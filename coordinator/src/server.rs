@@ -1,4 +1,4 @@
-//! The gRPC end of worker sessions: turns streams into messages for the driver, and nothing else.
+//! The gRPC end of worker sessions. It only turns streams into events for the driver.
 
 use std::pin::Pin;
 
@@ -12,35 +12,35 @@ use ulmus_proto::{from_worker, status_of, v1};
 use ulmus_transport::Caller;
 use ulmus_types::{ErrorKind, Hello, RunId, ToCoordinator, ToWorker, WorkerId};
 
-/// Messages that may wait for a worker. One that does not take them in time is cut off: a beat a second and a
-/// few messages per step never come near it.
+/// Number of messages that may wait for a worker. A worker with a full queue is disconnected; normal traffic, a few
+/// messages per step, never comes near the limit.
 const OUTBOX: usize = 1024;
 
-/// Tells one connection of a worker from its next.
+/// Distinguishes the connections of a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct SessionNumber(u64);
 
-/// What sessions tell the driver.
+/// What happens in sessions, for the driver.
 #[derive(Debug)]
 pub(crate) enum SessionEvent {
     /// A worker opened a session.
     Opened {
         /// Its session.
         session: SessionNumber,
-        /// Its introduction.
+        /// Its first message.
         hello: Hello,
-        /// Where to send to. Dropping it ends the session.
+        /// Queue of messages to the worker. Dropping it ends the session.
         outbox: mpsc::Sender<ToWorker>,
     },
-    /// A worker said something.
-    Said {
+    /// A message from a worker arrived.
+    Received {
         /// Its session.
         session: SessionNumber,
         /// The worker.
         worker: WorkerId,
-        /// The run that it speaks of.
+        /// The run that the message is about.
         run: Option<RunId>,
-        /// What.
+        /// The message.
         message: ToCoordinator,
     },
     /// A session ended.
@@ -52,7 +52,7 @@ pub(crate) enum SessionEvent {
     },
 }
 
-/// The service behind the port.
+/// The gRPC service.
 #[derive(Debug)]
 pub(crate) struct Sessions {
     events: mpsc::Sender<SessionEvent>,
@@ -61,7 +61,7 @@ pub(crate) struct Sessions {
 }
 
 impl Sessions {
-    /// A service that tells `events`, whose tasks are tracked by `tasks`.
+    /// A service that sends `events` to the driver. Its tasks are tracked by `tasks`.
     pub(crate) fn new(events: mpsc::Sender<SessionEvent>, tasks: TaskTracker) -> Self {
         Self { events, tasks, count: std::sync::atomic::AtomicU64::new(0) }
     }
@@ -84,17 +84,18 @@ impl coordinator_server::Coordinator for Sessions {
         let session = SessionNumber(self.count.fetch_add(1, std::sync::atomic::Ordering::Relaxed));
         let worker = hello.worker.clone();
         let (outbox, outgoing) = mpsc::channel(OUTBOX);
-        self.tell(SessionEvent::Opened { session, hello, outbox }).await?;
+        self.send(SessionEvent::Opened { session, hello, outbox }).await?;
         let events = self.events.clone();
         self.tasks.spawn(async move {
-            // A stream that breaks, ends or says what cannot be read is over: the worker has to connect anew.
+            // If the stream ends, breaks or carries an unreadable message, the session is over and the worker must
+            // reconnect.
             while let Ok(Some((run, message))) = next(&mut incoming).await {
-                let said = SessionEvent::Said { session, worker: worker.clone(), run, message };
-                if events.send(said).await.is_err() {
+                let received = SessionEvent::Received { session, worker: worker.clone(), run, message };
+                if events.send(received).await.is_err() {
                     return;
                 }
             }
-            // The driver may be gone already; then nobody needs to know.
+            // If the driver is already gone, nobody needs to know.
             events.send(SessionEvent::Closed { session, worker }).await.ok();
         });
         let outgoing = ReceiverStream::new(outgoing).map(|message| Ok(message.into()));
@@ -103,7 +104,7 @@ impl coordinator_server::Coordinator for Sessions {
 }
 
 impl Sessions {
-    async fn tell(&self, event: SessionEvent) -> Result<(), Status> {
+    async fn send(&self, event: SessionEvent) -> Result<(), Status> {
         self.events
             .send(event)
             .await

@@ -1,4 +1,4 @@
-//! The last page of a run: loss curve, results, and where things are.
+//! The final summary of a run: loss curve, results, and where its files are.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -16,7 +16,7 @@ use crate::database::MetricsRow;
 use crate::folder::RunFolder;
 use crate::run::Options;
 
-/// Everything that a finished run has to tell.
+/// The summary of a finished run.
 pub(crate) fn page(
     plan: &Plan,
     options: &Options,
@@ -93,7 +93,7 @@ fn write_page(
     Ok(())
 }
 
-/// What was not measured, or on less than all, and why; each reason once.
+/// What was not measured, or not on all text, and why; each reason once.
 fn remarks(results: &Results) -> BTreeSet<String> {
     fn of<T>(what: &str, measured: Option<&Measured<T>>) -> Vec<String> {
         let Some(measured) = measured else { return Vec::new() };
@@ -186,7 +186,7 @@ mod tests {
     fn what_was_not_measured_is_told_once() {
         let evaluated = json!({
             "documents": 1, "bytes": 1, "tokens": 1, "context": 1, "nll": 1.0, "loss": 1.0, "perplexity": 1.0,
-            "bits_per_byte": 1.0, "zstd_bits_per_byte": 1.0, "left_out": ["unit 3 is left out"],
+            "bits_per_byte": 1.0, "zstd_bits_per_byte": 1.0, "left_out": ["unit 3 is skipped"],
         });
         let told = |results: &[(JobKind, &Value)]| {
             let results = results.iter().map(|(kind, result)| (*kind, (*result).clone())).collect();
@@ -197,7 +197,7 @@ mod tests {
             (JobKind::EvaluateAverage, &evaluated),
             (JobKind::EvaluateLast, &evaluated),
         ];
-        assert_eq!(told(&results), ["not continued: no text", "unit 3 is left out"]);
+        assert_eq!(told(&results), ["not continued: no text", "unit 3 is skipped"]);
         let none =
             [JobKind::EvaluateAverage, JobKind::EvaluateLast].map(|kind| (kind, json!({"skipped": "x"})));
         assert_eq!(told(&none.each_ref().map(|(kind, result)| (*kind, result))), ["not evaluated: x"]);

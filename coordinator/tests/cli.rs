@@ -1,4 +1,4 @@
-//! The real program: where it listens, what it prints, and a whole run of a plan that leaves nothing to measure.
+//! The real program: where it listens, what it prints, and a whole run of a plan without held-out text.
 
 #![cfg(feature = "local-workers")]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
@@ -17,7 +17,7 @@ name = "small"
 workers = 1
 device = "cpu"
 [cluster]
-dead_after = "10s" # machines that test are busy
+dead_after = "10s" # test machines are busy
 [tokenizer]
 file = "TOKENIZER"
 [model]
@@ -87,7 +87,7 @@ fn assert_refused(output: &Output, texts: &[&str]) {
     let message = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{output:?}");
     for text in texts {
-        assert!(message.contains(text), "says nothing of {text:?}: {message}");
+        assert!(message.contains(text), "{text:?} is not in: {message}");
     }
 }
 
@@ -117,7 +117,7 @@ fn output_is_whole(home: &Path, arguments: &[&str]) -> bool {
     output.status.success() && !output.stdout.is_empty()
 }
 
-/// Ends with its value.
+/// A running program, which is killed when the value is dropped.
 struct Running(Child);
 
 impl Drop for Running {
@@ -135,7 +135,7 @@ fn it_listens_at_names_as_well() {
             continue;
         }
         let arguments = ["--plan", "plan.toml", "--listen", listen, "--set", "local.workers=0"];
-        // A name that is a number is one all the same.
+        // A run name may be a number.
         let arguments = [&arguments[..], &["--set", "run.name=1234567"]].concat();
         let mut running =
             Running(coordinator(home.path(), &arguments).stdout(Stdio::piped()).spawn().unwrap());
@@ -149,8 +149,8 @@ fn it_listens_at_names_as_well() {
         assert!(port > 0, "{line}");
     }
     for (listen, texts) in [
-        ("localhost", &["it has no port", "localhost:7070"][..]),
-        ("::1", &["no port", "[::1]:7070"]),
+        ("localhost", &["port is missing", "localhost:7070"][..]),
+        ("::1", &["port is missing", "[::1]:7070"]),
         (":7070", &["host is missing", "0.0.0.0"]),
         ("localhost:x", &["invalid port \"x\""]),
         ("no.such.host.invalid:7070", &["cannot listen on no.such.host.invalid:7070", "--listen HOST:PORT"]),
@@ -182,7 +182,7 @@ fn a_run_without_held_out_text_says_so_before_it_trains_and_is_finished() {
     assert!(home.path().join("runs/small/export/model.safetensors").is_file());
     let again = output(home.path(), &arguments);
     assert!(again.status.success() && String::from_utf8_lossy(&again.stdout).contains("not evaluated"));
-    // The page of a run that is finished must arrive, too.
+    // The summary of a run that was already finished must also be printed.
     let full = File::options().write(true).open("/dev/full").unwrap();
     let lost = coordinator(home.path(), &arguments).stdout(full).output().unwrap();
     assert_eq!(lost.status.code(), Some(1), "{lost:?}");

@@ -36,7 +36,7 @@ fn flip_bit(path: &Path) {
     fs::write(path, content).expect("it can be written");
 }
 
-/// Stops a run of two local workers behind its third milestone.
+/// Stops a run of two local workers after its third milestone.
 fn interrupted(sandbox: &Sandbox) {
     let coordinator = sandbox.coordinator(&["--set", "local.workers=2"]);
     coordinator.says("checkpoint step-00000030-g1 stored");
@@ -53,7 +53,7 @@ fn a_worker_brings_nothing_of_one_run_into_another() {
     let worker = sandbox.worker(&address, "wanderer");
     first.says("checkpoint step-00000020-g1 stored");
     first.kill();
-    // Its coordinator is gone, and at the same address there is one of another run.
+    // Its coordinator is gone, and the coordinator of another run has the same address.
     let listen = ["--plan", "plan.toml", "--listen", &address, "--set", "local.workers=1"];
     let second = sandbox.coordinator_bare(&listen);
     second.says("comes from run");
@@ -71,7 +71,7 @@ fn a_worker_that_nobody_reaches_sits_out() {
     let address = coordinator.address();
     let well = [sandbox.worker(&address, "a"), sandbox.worker(&address, "b")];
     coordinator.says(": 2 workers train from step");
-    // It tells others a name that nobody knows.
+    // It advertises a host name that does not exist.
     let join = [
         "--join",
         &address,
@@ -89,7 +89,7 @@ fn a_worker_that_nobody_reaches_sits_out() {
     let began = Instant::now();
     let line = coordinator.says("worker hidden sits out");
     coordinator.says(": 2 workers train from step");
-    eprintln!("the others train on {:.1?} after somebody joined whom nobody reaches", began.elapsed());
+    eprintln!("the others trained again {:.1?} after an unreachable worker joined", began.elapsed());
     assert!(line.contains("unreachable"), "{line}");
     let said = coordinator.succeeds();
     assert!(said.contains("2 workers train"), "{said}");
@@ -99,17 +99,17 @@ fn a_worker_that_nobody_reaches_sits_out() {
     hidden.ends();
 }
 
-/// D4: a worker that cannot store stopped training for ever.
+/// D4: a worker that cannot store anything stopped training forever.
 #[test]
 fn a_worker_that_cannot_store_costs_only_itself() {
     let sandbox = Sandbox::new();
     let coordinator = lone_coordinator(&sandbox, &[]);
     let address = coordinator.address();
     let run = sandbox.run("tiny");
-    // A run whose only worker cannot store has to end.
+    // A run whose only worker cannot store anything has to end.
     let writer = sandbox.worker(&address, "b");
     coordinator.says("worker b joined");
-    // The first of both in any order, and so the first that is asked for what is made later.
+    // Its name sorts first, so it is asked first to do later jobs.
     let join = ["--join", &address, "--name", "a", "--threads", "1", "--device", "cpu"];
     let Some(reader) = sandbox.start_read_only(run.path(), &programs().worker, &join) else { return };
     let said = coordinator.succeeds();
@@ -119,7 +119,7 @@ fn a_worker_that_cannot_store_costs_only_itself() {
     assert_undisturbed(&sandbox);
 }
 
-/// A local worker trains on a disk that is full once the first milestone is stored; `None` where none can be mounted.
+/// A run with a local worker, on a disk that is full after the first milestone; `None` if no disk can be mounted.
 fn on_a_full_disk(sandbox: &Sandbox, max_age: &str) -> Option<(SmallDisk, Process)> {
     let disk = SmallDisk::new(64)?;
     symlink(disk.path(), sandbox.path("runs")).expect("the sandbox has no runs yet");
@@ -143,7 +143,7 @@ fn a_full_disk_is_waited_for() {
     assert_undisturbed(&sandbox);
 }
 
-/// D9: but not for ever.
+/// D9: a run does not wait for a full disk forever.
 #[test]
 fn a_disk_that_stays_full_ends_the_run() {
     let sandbox = Sandbox::new();
@@ -158,7 +158,7 @@ fn a_disk_that_stays_full_ends_the_run() {
     assert_undisturbed(&sandbox);
 }
 
-/// D6: a trainer that stands still while its agent lives was noticed after ten minutes.
+/// D6: a trainer that was stuck while its agent lived was noticed only after ten minutes.
 #[test]
 fn a_frozen_trainer_is_noticed_within_seconds() {
     let sandbox = Sandbox::new();
@@ -174,14 +174,14 @@ fn a_frozen_trainer_is_noticed_within_seconds() {
     let line = coordinator.says("worker frozen is lost");
     assert!(line.contains("stuck") || line.contains("did not leave its group"), "{line}");
     coordinator.says(": 1 worker trains from step");
-    eprintln!("the other one trains on {:.1?} after its trainer froze", began.elapsed());
+    eprintln!("the other one trained again {:.1?} after the trainer froze", began.elapsed());
     drop(freezer);
     coordinator.succeeds();
     well.succeeds();
     frozen.ends();
 }
 
-/// D6: with a single worker a frozen trainer was never noticed, though another waits.
+/// D6: a frozen trainer of a single worker was never noticed, although another worker was waiting.
 #[test]
 fn a_waiting_worker_takes_over_from_a_frozen_one() {
     let sandbox = Sandbox::new();
@@ -198,7 +198,7 @@ fn a_waiting_worker_takes_over_from_a_frozen_one() {
     let began = Instant::now();
     coordinator.says("worker a-frozen is lost");
     coordinator.says(": 1 worker trains from step");
-    eprintln!("the waiting one trains {:.1?} after the trainer of the other froze", began.elapsed());
+    eprintln!("the waiting one trained {:.1?} after the other's trainer froze", began.elapsed());
     coordinator.succeeds();
     waiting.succeeds();
     drop(freezer);
@@ -211,7 +211,7 @@ fn a_damaged_milestone_is_trained_again() {
     for what in ["a flipped bit", "a folder that is gone"] {
         let sandbox = Sandbox::new();
         let coordinator = sandbox.coordinator(&[]);
-        // All milestones are there, and the average is not.
+        // All milestones exist, but the average does not.
         coordinator.says("checkpoint step-00000060-g1 stored");
         coordinator.kill();
         let run = sandbox.run("tiny");
@@ -227,18 +227,18 @@ fn a_damaged_milestone_is_trained_again() {
             _ => fs::remove_dir_all(&folder).expect("it is there"),
         }
         let said = sandbox.coordinator(&["--set", "cluster.rejoin_window=1s"]).succeeds();
-        assert!(said.contains("training again for the milestones of steps 50"), "{what}: {said}");
+        assert!(said.contains("training again for the milestone of step 50"), "{what}: {said}");
         assert_undisturbed_but(&sandbox, "step-00000050-g1");
     }
 }
 
-/// As [`assert_undisturbed`], without a checkpoint that is damaged and stays where it is.
+/// Like [`assert_undisturbed`], apart from a damaged checkpoint that is still in its place.
 fn assert_undisturbed_but(sandbox: &Sandbox, damaged: &str) {
     fs::remove_dir_all(sandbox.run("tiny").path().join("checkpoints").join(damaged)).ok();
     assert_undisturbed(sandbox);
 }
 
-/// D8: without its database a run began in the middle, and nobody was told.
+/// D8: a run without its database silently began in the middle.
 #[test]
 fn a_lost_database_stops_the_run_and_is_rebuilt_when_asked() {
     for truncated in [false, true] {
@@ -263,7 +263,7 @@ fn a_lost_database_stops_the_run_and_is_rebuilt_when_asked() {
     }
 }
 
-/// D14: rebuilding the database of a run without a good checkpoint began it anew without a word.
+/// D14: rebuilding the database of a run without an intact checkpoint silently started the run over.
 #[test]
 fn a_lost_database_beside_damaged_checkpoints_stops_the_run() {
     let sandbox = Sandbox::new();
@@ -280,12 +280,12 @@ fn a_lost_database_beside_damaged_checkpoints_stops_the_run() {
     let ended = sandbox.coordinator(&["--recover"]).ends();
     assert_eq!(ended.code, Some(5), "{}", ended.output);
     assert!(ended.output.contains("--recover --from-start"), "{}", ended.output);
-    // Nor is a run forgotten of which the metrics alone are left.
+    // A run of which only the metrics are left is not forgotten either.
     let kept = sandbox.path("kept");
     fs::rename(run.path().join("checkpoints"), &kept).expect("they are there");
     let ended = sandbox.coordinator(&[]).ends();
     assert_eq!(ended.code, Some(5), "{}", ended.output);
-    assert!(ended.output.contains("metrics.csv knows of"), "{}", ended.output);
+    assert!(ended.output.contains("metrics.csv has"), "{}", ended.output);
     let said = sandbox.coordinator(&["--from-start"]).succeeds();
     assert!(said.contains("from step 0 of 60"), "{said}");
     assert_undisturbed(&sandbox);
@@ -365,7 +365,7 @@ fn workers_end_as_their_run_does() {
     assert_eq!(worker.ends().code, ended.code);
 }
 
-/// D14: a run all of whose checkpoints are damaged began at 0.
+/// D14: a run with only damaged checkpoints started over at step 0.
 #[test]
 fn a_run_without_a_good_checkpoint_stops_unless_told_otherwise() {
     let sandbox = Sandbox::new();
@@ -386,7 +386,7 @@ fn a_run_without_a_good_checkpoint_stops_unless_told_otherwise() {
     assert_undisturbed(&sandbox);
 }
 
-/// D14: that all checkpoints are damaged stopped the run once, and the next start began anew.
+/// D14: a run with only damaged checkpoints stopped once, and the next start started it over.
 #[test]
 fn a_run_whose_checkpoints_are_all_damaged_stops_every_time() {
     let sandbox = Sandbox::new();
@@ -404,7 +404,7 @@ fn a_run_whose_checkpoints_are_all_damaged_stops_every_time() {
     assert_undisturbed(&sandbox);
 }
 
-/// D8: an older copy of the database was taken for the run's, and its generations were assigned once more.
+/// D8: an older copy of the database was used, and its generations were assigned a second time.
 #[test]
 fn an_older_copy_of_the_database_is_refused_and_rebuilt_when_asked() {
     let sandbox = Sandbox::new();
@@ -426,7 +426,7 @@ fn an_older_copy_of_the_database_is_refused_and_rebuilt_when_asked() {
     assert_undisturbed(&sandbox);
 }
 
-/// What a refused start left behind kept the right plan out; and a plan that had prepared nothing could not be mended.
+/// Leftovers of a refused start kept the right plan out, and a plan that had prepared nothing could not be corrected.
 #[test]
 fn a_start_that_is_refused_changes_no_plan() {
     let sandbox = Sandbox::new();
@@ -438,13 +438,13 @@ fn a_start_that_is_refused_changes_no_plan() {
     fs::remove_file(&kept).expect("it is there");
     let ended = sandbox.coordinator(&["--set", "run.seed=5"]).ends();
     assert_eq!(ended.code, Some(2), "{}", ended.output);
-    assert!(!kept.exists(), "it is of a plan that was refused");
+    assert!(!kept.exists(), "it belongs to a plan that was refused");
     sandbox.coordinator(&[]).succeeds();
     assert!(kept.exists());
     assert_undisturbed(&sandbox);
 }
 
-/// A finished run named an export that was not there any more.
+/// A finished run named an export that no longer existed.
 #[test]
 fn what_a_finished_run_has_lost_is_made_again() {
     let sandbox = Sandbox::new();
@@ -459,11 +459,11 @@ fn what_a_finished_run_has_lost_is_made_again() {
     }
     assert_eq!(fs::read(run.path().join("export/model.safetensors")).expect("it is there"), before);
     let said = sandbox.coordinator(&["--set", "evaluate.text=8KiB"]).succeeds();
-    assert!(said.contains("changes no result"), "{said}");
+    assert!(said.contains("changes of its plan have no effect"), "{said}");
     assert!(run.read("plan.resolved.toml").contains("text = \"16"), "{}", run.read("plan.resolved.toml"));
 }
 
-/// Whoever deletes the lock lets a second coordinator in, and there were two.
+/// After the lock was deleted, a second coordinator could start, and both led the run.
 #[test]
 fn a_coordinator_without_its_lock_gives_way() {
     let sandbox = Sandbox::new();
