@@ -1,4 +1,4 @@
-//! A disk so small that a test can fill it.
+//! A disk small enough for a test to fill.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -7,20 +7,20 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
-/// What fills it.
+/// The file that fills the disk.
 const BALLAST: &str = "ballast";
 
-/// A small disk, mounted on a temporary folder; gone when this is dropped.
+/// A small disk that is mounted on a temporary folder until this value is dropped.
 #[derive(Debug)]
 pub struct SmallDisk {
     folder: TempDir,
 }
 
 impl SmallDisk {
-    /// An empty disk of so many MiB; `None` where the system does not let one mount it.
+    /// Mounts an empty disk of this size in MiB; `None` if the system does not permit that.
     ///
     /// # Panics
-    /// When there is no temporary folder.
+    /// When no temporary folder can be made.
     pub fn new(mebibytes: usize) -> Option<Self> {
         let folder = tempfile::tempdir().expect("a temporary folder can be made");
         let size = format!("size={mebibytes}M");
@@ -29,25 +29,25 @@ impl SmallDisk {
         mounted.then_some(Self { folder })
     }
 
-    /// Where it is mounted.
+    /// The folder on which the disk is mounted.
     pub fn path(&self) -> &Path {
         self.folder.path()
     }
 
-    /// Fills it to the last byte.
+    /// Fills the disk to the last byte.
     ///
     /// # Panics
-    /// When that cannot even be begun.
+    /// When not even an empty file can be created.
     pub fn fill(&self) {
         let mut ballast = File::create(self.path().join(BALLAST)).expect("an empty file needs no space");
-        // A large piece may fail where a page still goes in.
+        // A large write may fail where a single page still fits.
         for piece in [1 << 20, 4096] {
             let piece = vec![0; piece];
             while ballast.write_all(&piece).is_ok() {}
         }
     }
 
-    /// Gives the space back.
+    /// Frees the space again.
     pub fn free(&self) {
         fs::remove_file(self.path().join(BALLAST)).ok();
     }
@@ -55,7 +55,7 @@ impl SmallDisk {
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        // Somebody who is dying may still have a file open.
+        // A dying process may still have a file open.
         run(Command::new("umount").arg("-l").arg(self.folder.path()));
     }
 }

@@ -1,4 +1,4 @@
-//! A single thread of a process that stands still while the others go on, as one does that waits for a broken disk.
+//! Freezes a single thread of a process while its others go on, as if the thread waited for a broken disk.
 
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
@@ -6,21 +6,21 @@ use std::thread::JoinHandle;
 use nix::sys::ptrace;
 use rustix::process::Pid;
 
-/// A thread that stands still until this is dropped.
+/// A thread that is frozen until this value is dropped.
 #[derive(Debug)]
 pub struct Frozen {
-    // Only the thread that has seized another may let it go.
+    // Only the thread that has seized another can release it.
     release: Option<Sender<()>>,
     holder: Option<JoinHandle<()>>,
 }
 
-/// Whether a process has a thread of this name now.
+/// Whether a process currently has a thread with this name.
 pub fn has_thread(process: Pid, name: &str) -> bool {
     thread_of(process, name).is_some()
 }
 
-/// Stops the thread of this name; `None`, said on standard error, where the system does not let one process do that to
-/// another.
+/// Freezes the thread with this name. Returns `None`, with a message on standard error, if the system does not let one
+/// process do that to another.
 ///
 /// # Panics
 /// When the process has no such thread.

@@ -1,12 +1,12 @@
-//! The test kit: the real programs, in a folder of their own, and what they leave behind.
+//! The test kit: runs the real programs in their own folder, and examines what they leave behind.
 //!
-//! Nothing is simulated here. A [`Sandbox`] is a temporary folder with text and a tiny plan; [`Process`]es are
-//! started in it as a person would start them; a [`RunFolder`] tells what a run wrote. Tests wait for what they
-//! need to see, always with a deadline, and never for a time. A test that fails prints what every process said
-//! and every log; whatever happens, no process outlives its sandbox.
+//! Nothing is simulated here. A [`Sandbox`] is a temporary folder with text and a tiny plan; [`Process`]es are started
+//! in it as a person would start them; a [`RunFolder`] reads what a run has written. Tests wait for conditions, always
+//! with a deadline, and never for a fixed time. A failing test prints the output of every process and every log. No
+//! process outlives its sandbox.
 //!
-//! The pure parts of Ulmus have their own, faster tests beside them. This crate is for promises that only whole
-//! programs can keep or break: exit codes, signals, killed processes, files.
+//! The pure parts of Ulmus have their own, faster tests. This crate is for promises that only whole programs can keep
+//! or break: exit codes, signals, killed processes, files.
 
 #![forbid(unsafe_code)]
 

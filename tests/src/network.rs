@@ -1,15 +1,16 @@
-//! Machines of a cluster, as far as their network goes: each a network namespace, with a switch between them whose ports
-//! can be made to drop everything, so that nobody is told.
+//! The network of a cluster: each machine is a network namespace, and they are connected by a switch whose ports can be
+//! made to silently drop everything.
 
 use std::process::Command;
 
-/// Addresses of the machines, of which the switch is the first.
+/// First three bytes of all addresses. The switch has the first address, the machines those after it.
 const SUBNET: &str = "10.77.7";
-/// States of a port, as the kernel numbers them.
+/// States of a port, with the kernel's numbers.
 const DISABLED: u8 = 0;
 const FORWARDING: u8 = 3;
 
-/// A switch, on which a coordinator may run, and machines that are connected to it; gone when this is dropped.
+/// A switch, on which a coordinator may run, and the machines that are connected to it. Removed when this value is
+/// dropped.
 #[derive(Debug)]
 pub struct Network {
     prefix: String,
@@ -17,7 +18,7 @@ pub struct Network {
 }
 
 impl Network {
-    /// So many machines; `None` where the system does not let one make them, which takes root and `ip`.
+    /// Makes a network of this many machines; `None` if the system does not permit that, which takes root and `ip`.
     pub fn new(machines: usize) -> Option<Self> {
         let network = Self { prefix: format!("ulmus{}-", std::process::id()), machines };
         let switch = network.switch();
@@ -43,7 +44,7 @@ impl Network {
         done.then_some(network)
     }
 
-    /// How many machines it has, without the switch.
+    /// The number of machines, without the switch.
     pub const fn machines(&self) -> usize {
         self.machines
     }
@@ -63,12 +64,12 @@ impl Network {
         format!("{}{number}", self.prefix)
     }
 
-    /// The switch drops all packets from and to a machine; whether it could be told.
+    /// Makes the switch drop all packets from and to a machine. Returns whether that worked.
     pub fn cut(&self, machine: usize) -> bool {
         self.set_port(machine, DISABLED)
     }
 
-    /// It passes them on again; whether it could be told.
+    /// Makes the switch pass on a machine's packets again. Returns whether that worked.
     pub fn heal(&self, machine: usize) -> bool {
         self.set_port(machine, FORWARDING)
     }

@@ -1,12 +1,12 @@
-//! A plan so small that a whole run takes seconds, and text for it that is the same everywhere.
+//! A plan small enough for a whole run to take seconds, and text for it that is the same everywhere.
 
 use std::path::Path;
 
 use crate::random::Random;
 
-/// A plan with every phase: three layers of different widths, 60 updates, a milestone every ten.
+/// A plan with every phase: three layers of different widths, 60 updates, a milestone every 10 updates.
 ///
-/// An update has four micro-batches, so up to four workers take part. Text is expected in the folder `corpus`.
+/// An update has four micro-batches, so up to four workers can take part. Text is expected in the folder `corpus`.
 pub const TINY: &str = r#"
 [run]
 name = "tiny"
@@ -69,17 +69,17 @@ generate = 16
 runs = 1
 "#;
 
-/// Documents of the text.
+/// Number of documents.
 const DOCUMENTS: usize = 400;
-/// Sentences of each; a document has about 5 KB.
+/// Sentences per document, which make about 5 KB.
 const SENTENCES: usize = 80;
-/// Different words.
+/// Number of different words.
 const WORDS: usize = 2000;
 
-/// Writes about 2 MiB of prose without meaning to `folder`, a document per file: the same on every machine.
+/// Writes about 2 MiB of meaningless prose to `folder`, one document per file. It is the same on every machine.
 ///
 /// # Panics
-/// When it cannot be written.
+/// When the files cannot be written.
 pub fn write_prose(folder: &Path) {
     let mut random = Random::new(1);
     let words: Vec<String> = (0..WORDS).map(|_| word(&mut random)).collect();
@@ -100,7 +100,7 @@ fn word(random: &mut Random) -> String {
         .collect()
 }
 
-/// Each word is followed by one of eight, so that there is something to learn.
+/// Each word is followed by one of eight words, so that there is something to learn.
 fn sentence(words: &[String], random: &mut Random) -> String {
     let mut at = random.below(words.len());
     let mut sentence = Vec::new();

@@ -1,4 +1,4 @@
-//! A running program, everything that it says, and how it ends.
+//! A running program, its output, and how it ends.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -9,7 +9,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::wait::DEADLINE;
 
-/// A program that was started, with both of its outputs kept.
+/// A started program, and everything that it has printed.
 ///
 /// It is killed when the value is dropped.
 #[derive(Debug)]
@@ -18,16 +18,16 @@ pub struct Process {
     output: Arc<Output>,
 }
 
-/// What a program that has ended leaves.
+/// The result of a program that has ended.
 #[derive(Debug)]
 pub struct Ended {
-    /// Its exit code; `None` when a signal ended it.
+    /// The exit code; `None` if a signal ended the program.
     pub code: Option<i32>,
-    /// Everything that it said, standard error included, in lines.
+    /// Everything that it printed, including standard error, in lines.
     pub output: String,
 }
 
-/// The lines of a program so far.
+/// The lines that a program has printed so far.
 #[derive(Debug, Default)]
 pub(crate) struct Output {
     said: Mutex<Said>,
@@ -37,7 +37,7 @@ pub(crate) struct Output {
 #[derive(Debug, Default)]
 struct Said {
     lines: Vec<String>,
-    /// Outputs that have ended, of two.
+    /// Number of its two outputs that have ended.
     ended: usize,
 }
 
@@ -61,7 +61,7 @@ impl Output {
         self.more.notify_all();
     }
 
-    /// Waits until `condition` gives something or the program has closed both outputs.
+    /// Waits until `condition` returns a value or the program has closed both outputs.
     fn wait<T>(&self, what: &str, mut condition: impl FnMut(&[String]) -> Option<T>) -> Option<T> {
         let deadline = Instant::now() + DEADLINE;
         let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
@@ -97,39 +97,39 @@ impl Process {
         Arc::clone(&self.output)
     }
 
-    /// Waits until the program has said a line with `text` in it, and gives that line.
+    /// Waits until the program has printed a line that contains `text`, and returns that line.
     ///
     /// # Panics
-    /// When it ends without, or says nothing of the kind for too long.
+    /// When the program ends without printing such a line, or takes too long.
     pub fn says(&self, text: &str) -> String {
         let found = self.output.wait(text, |lines| lines.iter().find(|line| line.contains(text)).cloned());
         assert!(found.is_some(), "ended without having said {text:?}");
         found.unwrap_or_default()
     }
 
-    /// Waits until a coordinator listens, and gives its address.
+    /// Waits until a coordinator listens, and returns its address.
     ///
     /// # Panics
-    /// As [`Self::says`].
+    /// In the same cases as [`Self::says`].
     pub fn address(&self) -> String {
         let line = self.says("workers join at ");
         line.rsplit(' ').next().unwrap_or_default().to_owned()
     }
 
-    /// Its process id.
+    /// The process id.
     pub fn pid(&self) -> Pid {
         Pid::from_child(&self.child)
     }
 
-    /// Sends it a signal.
+    /// Sends the program a signal.
     ///
     /// # Panics
-    /// When it has ended and was waited for.
+    /// When the program has ended and was waited for.
     pub fn signal(&self, signal: Signal) {
         kill_process(self.pid(), signal).expect("a child can be signalled until it was waited for");
     }
 
-    /// How it has ended, if it has.
+    /// The exit status, if the program has ended.
     ///
     /// # Panics
     /// Never for a child.
@@ -137,30 +137,30 @@ impl Process {
         self.child.try_wait().expect("a child can be waited for")
     }
 
-    /// Everything that it has said so far, standard error included, in lines.
+    /// Everything that it has printed so far, including standard error, in lines.
     pub fn said(&self) -> String {
         self.output.text()
     }
 
-    /// Kills it with SIGKILL, and waits until it is gone.
+    /// Kills the program with SIGKILL, and waits until it is gone.
     pub fn kill(mut self) {
         self.end_now();
     }
 
-    /// Waits for its end.
+    /// Waits until the program ends.
     ///
     /// # Panics
-    /// When it does not end in time.
+    /// When the program does not end in time.
     pub fn ends(mut self) -> Ended {
         self.output.wait("the end of a program", |_| None::<()>);
         let status = self.child.wait().expect("a child can be waited for");
         Ended { code: status.code(), output: self.output.text() }
     }
 
-    /// Waits for its end, which must be a success; gives what it said.
+    /// Waits until the program ends successfully. Returns what it printed.
     ///
     /// # Panics
-    /// When it fails, or does not end in time.
+    /// When the program fails, or does not end in time.
     pub fn succeeds(self) -> String {
         let Ended { code, output } = self.ends();
         assert_eq!(code, Some(0), "{output}");
@@ -168,7 +168,7 @@ impl Process {
     }
 
     fn end_now(&mut self) {
-        // One that has ended already is what was wanted.
+        // These fail only if the program has already ended.
         self.child.kill().ok();
         self.child.wait().ok();
     }

@@ -1,10 +1,10 @@
 //! The programs under test.
 //!
-//! Cargo tells a test where the programs of its own package are, and those of no other. So they are built here,
-//! once per test program, by the cargo that runs the test, in the same profile and target folder. All targets of
-//! the workspace are asked for, because the features of dependencies, and so what can be used again, follow from
-//! what is built together: below `cargo test --workspace` only the programs themselves are left to link. Cargo's
-//! own lock keeps test programs that run side by side apart.
+//! Cargo tells a test only where the programs of its own package are. So the programs are built here, once per test
+//! program, by the cargo that runs the test, in the same profile and target folder. All targets of the workspace are
+//! requested, because the features of dependencies, and so what can be reused, depend on what is built together: under
+//! `cargo test --workspace` only the programs themselves are left to link. Cargo's own lock separates test programs
+//! that run in parallel.
 
 use std::collections::BTreeMap;
 use std::io::BufReader;
@@ -14,7 +14,7 @@ use std::sync::OnceLock;
 
 use cargo_metadata::Message;
 
-/// Where the programs are.
+/// Paths of the programs.
 #[derive(Debug)]
 pub struct Programs {
     /// The coordinator.
@@ -23,7 +23,7 @@ pub struct Programs {
     pub worker: PathBuf,
     /// The evaluator.
     pub evaluator: PathBuf,
-    /// The program of the data plane.
+    /// The data loader.
     pub dataloader: PathBuf,
 }
 
@@ -32,10 +32,10 @@ pub fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate is a folder of the repository")
 }
 
-/// The programs, built from the sources as they are.
+/// The programs, built from the current sources.
 ///
 /// # Panics
-/// When they cannot be built.
+/// When the programs cannot be built.
 pub fn programs() -> &'static Programs {
     static PROGRAMS: OnceLock<Programs> = OnceLock::new();
     PROGRAMS.get_or_init(build)
@@ -48,7 +48,7 @@ fn build() -> Programs {
     let target = profile.parent().expect("a profile's folder lies in the target folder");
     let name = profile.file_name().and_then(|name| name.to_str()).expect("profiles are named in ASCII");
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    // What cargo tells this test about its own package would make build scripts run again.
+    // The variables in which cargo describes this test's package would make build scripts run again.
     for (name, _) in std::env::vars_os() {
         let about_us = ["CARGO_PKG_", "CARGO_MANIFEST_"];
         if about_us.iter().any(|prefix| name.as_encoded_bytes().starts_with(prefix.as_bytes())) {

@@ -1,18 +1,18 @@
-//! Numbers that look random, the same everywhere, for ever.
+//! Pseudo-random numbers that are the same everywhere and forever.
 
 use std::time::Duration;
 
-/// `SplitMix64`.
+/// The `SplitMix64` generator.
 #[derive(Debug, Clone)]
 pub struct Random(u64);
 
 impl Random {
-    /// Numbers of their own for each seed.
+    /// A generator whose numbers depend on the seed.
     pub const fn new(seed: u64) -> Self {
         Self(seed)
     }
 
-    /// One of the numbers from 0 up to `end`, without it.
+    /// A number from 0 up to `end`, exclusive.
     pub fn below(&mut self, end: usize) -> usize {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;
@@ -21,7 +21,7 @@ impl Random {
         ((mixed ^ (mixed >> 31)) % end as u64) as usize
     }
 
-    /// A time between these many milliseconds.
+    /// A duration in this range of milliseconds.
     pub fn millis(&mut self, from: usize, to: usize) -> Duration {
         Duration::from_millis((from + self.below(to - from)) as u64)
     }

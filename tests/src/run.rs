@@ -1,4 +1,4 @@
-//! What a run leaves in its folder, read back from the files that everybody can read.
+//! Reads the results of a run from its folder.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,19 +7,19 @@ use std::path::{Path, PathBuf};
 use rustix::process::Pid;
 use serde_json::Value;
 
-/// Columns of `metrics.csv` that a run's plan decides bit for bit.
+/// Number of columns of `metrics.csv` that the plan determines bit for bit.
 const EXACT_COLUMNS: usize = 6;
 
 /// The folder of a run.
 #[derive(Debug, Clone)]
 pub struct RunFolder {
-    /// What is the coordinator's own.
+    /// Folder of the coordinator's own files.
     own: PathBuf,
-    /// What workers share: the same, unless that is in an object store.
+    /// Folder of the files that workers share: the same one, unless the run is kept in an object store.
     shared: PathBuf,
 }
 
-/// Everything of a finished run that must be equal bit for bit, however it came about.
+/// Everything of a finished run that must be bit-identical, whatever happened during the run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bits {
     /// The first six columns of every row of `metrics.csv`.
@@ -31,15 +31,15 @@ pub struct Bits {
 }
 
 impl Bits {
-    /// Rows of the loss curve.
+    /// The number of steps.
     pub fn steps(&self) -> usize {
         self.curve.len()
     }
 
-    /// Loss of the first and of the last update.
+    /// The losses of the first and of the last update.
     ///
     /// # Panics
-    /// When there is no row.
+    /// When there are no rows.
     pub fn losses(&self) -> (f64, f64) {
         let loss = |row: Option<&String>| -> f64 {
             let cell = row.and_then(|row| row.split(',').nth(2)).expect("every row has a loss");
@@ -48,10 +48,10 @@ impl Bits {
         (loss(self.curve.first()), loss(self.curve.last()))
     }
 
-    /// Compares, the smallest difference first.
+    /// Compares two runs, and reports the first difference.
     ///
     /// # Panics
-    /// When anything differs.
+    /// When the runs differ.
     pub fn assert_equal(&self, other: &Self) {
         let differing = self.curve.iter().zip(&other.curve).find(|(left, right)| left != right);
         assert_eq!(differing, None, "the first row that differs");
@@ -66,21 +66,21 @@ impl RunFolder {
         Self { own: path.clone(), shared: path }
     }
 
-    /// The same, if what workers share is elsewhere.
+    /// The same folder, for a run whose shared files are elsewhere.
     #[must_use]
     pub fn shared_in(self, shared: PathBuf) -> Self {
         Self { shared, ..self }
     }
 
-    /// Where the coordinator's own files are.
+    /// The folder of the coordinator's own files.
     pub fn path(&self) -> &Path {
         &self.own
     }
 
-    /// A file of it, as text.
+    /// A file of the folder, as text.
     ///
     /// # Panics
-    /// When it is not there.
+    /// When the file does not exist.
     pub fn read(&self, name: &str) -> String {
         let [own, shared] = [&self.own, &self.shared].map(|folder| folder.join(name));
         let path = if own.exists() { own } else { shared };
@@ -89,18 +89,18 @@ impl RunFolder {
         text.unwrap_or_default()
     }
 
-    /// A JSON file of it.
+    /// A JSON file of the folder.
     ///
     /// # Panics
-    /// When it is not there or not JSON.
+    /// When the file does not exist, or is not JSON.
     pub fn json(&self, name: &str) -> Value {
         serde_json::from_str(&self.read(name)).expect("a file named .json is JSON")
     }
 
-    /// What must be equal between runs of one plan.
+    /// Everything that must be equal between runs of one plan.
     ///
     /// # Panics
-    /// When the run is not finished, or two checkpoints of one step hold different states.
+    /// When the run is not finished, or two checkpoints of one step have different states.
     pub fn bits(&self) -> Bits {
         let mut states = BTreeMap::new();
         for checkpoint in self.checkpoints() {
@@ -119,18 +119,18 @@ impl RunFolder {
         }
     }
 
-    /// How many steps `metrics.csv` has.
+    /// The number of steps in `metrics.csv`.
     ///
     /// # Panics
-    /// When there is no such file.
+    /// When the file does not exist.
     pub fn steps_so_far(&self) -> usize {
         self.rows().count()
     }
 
-    /// The generations that contributed to the run, each with the number of its steps.
+    /// The generations that contributed steps to the run, each with their number.
     ///
     /// # Panics
-    /// When there is no `metrics.csv`.
+    /// When `metrics.csv` does not exist.
     pub fn generations(&self) -> BTreeMap<u64, usize> {
         let mut generations = BTreeMap::new();
         for row in self.rows() {
@@ -153,7 +153,7 @@ impl RunFolder {
     /// The rows of `sources.csv`, by column.
     ///
     /// # Panics
-    /// When there is no such file.
+    /// When the file does not exist.
     pub fn sources(&self) -> Vec<BTreeMap<String, String>> {
         let text = self.read("sources.csv");
         let mut lines = text.lines().map(|line| line.split(',').map(str::to_owned));
@@ -164,7 +164,7 @@ impl RunFolder {
     /// Names of the complete checkpoints, oldest first.
     ///
     /// # Panics
-    /// When there is no folder of them.
+    /// When the folder of checkpoints does not exist.
     pub fn checkpoints(&self) -> Vec<String> {
         let entries = fs::read_dir(self.shared.join("checkpoints")).expect("the run has checkpoints");
         let mut names: Vec<String> = entries
@@ -176,10 +176,10 @@ impl RunFolder {
         names
     }
 
-    /// The local workers that were started last, by name.
+    /// The process ids of the last started local workers, by name.
     ///
     /// # Panics
-    /// When a name is no text.
+    /// When a name is not text.
     pub fn local_workers(&self) -> BTreeMap<String, Pid> {
         let Ok(entries) = fs::read_dir(self.own.join("logs")) else { return BTreeMap::new() };
         let pid_files = entries.filter_map(Result::ok).map(|entry| entry.path());
@@ -192,8 +192,8 @@ impl RunFolder {
             .collect()
     }
 
-    /// Every file, by its path below the folder, with its content; logs and what tells a running coordinator
-    /// from the last are left out. Two of them are equal when nothing was lost or changed.
+    /// The content of every file, by its path in the folder, except for logs and for files that are different for every
+    /// coordinator process. Equal contents mean that nothing was lost or changed.
     ///
     /// # Panics
     /// When a file cannot be read.

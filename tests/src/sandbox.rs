@@ -1,4 +1,4 @@
-//! A folder of its own for a test, and the programs that run in it.
+//! A temporary folder for a test, and the programs that run in it.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -19,8 +19,8 @@ const RUNTIME: &str = "runtime";
 
 /// A temporary folder with `plan.toml` and `corpus/`, in which programs are started.
 ///
-/// When it is dropped, local workers that are still alive are killed, and if the test has failed, everything
-/// that was said and logged is printed.
+/// When it is dropped, local workers that are still alive are killed. If the test has failed, all output and logs are
+/// printed.
 #[derive(Debug)]
 pub struct Sandbox {
     home: TempDir,
@@ -38,7 +38,7 @@ impl Sandbox {
     /// A sandbox with the plan [`TINY`] and text for it.
     ///
     /// # Panics
-    /// When it cannot be made.
+    /// When its files cannot be written.
     pub fn new() -> Self {
         let sandbox = Self::empty();
         sandbox.write("plan.toml", TINY);
@@ -46,14 +46,14 @@ impl Sandbox {
         sandbox
     }
 
-    /// A sandbox that begins with a copy of everything in another, which no program may be writing.
+    /// A sandbox that begins as a copy of another, to which no program may be writing.
     ///
     /// # Panics
-    /// When it cannot be made.
+    /// When its files cannot be written.
     pub fn copy_of(other: &Self) -> Self {
         let sandbox = Self::empty();
         copy(other.home.path(), sandbox.home.path());
-        // What a coordinator left there for workers is of a run elsewhere.
+        // Tokens in the runtime folder belong to coordinators in the other sandbox.
         fs::remove_dir_all(sandbox.path(RUNTIME).join("ulmus")).ok();
         sandbox
     }
@@ -74,26 +74,26 @@ impl Sandbox {
         Self { home, environment: Vec::new(), outputs: Mutex::default() }
     }
 
-    /// A path in it.
+    /// A path in the sandbox.
     pub fn path(&self, name: &str) -> PathBuf {
         self.home.path().join(name)
     }
 
-    /// Programs that are started from now on have these variables as well.
+    /// Sets environment variables for programs that are started from now on.
     pub fn set_environment(&mut self, variables: &[(&str, &str)]) {
         self.environment =
             variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
     }
 
-    /// Writes a file.
+    /// Writes a file in the sandbox.
     ///
     /// # Panics
-    /// When it cannot be written.
+    /// When the file cannot be written.
     pub fn write(&self, name: &str, content: impl AsRef<[u8]>) {
         fs::write(self.path(name), content).expect("a file of the sandbox can be written");
     }
 
-    /// The run of this name.
+    /// The folder of the run with this name.
     pub fn run(&self, name: &str) -> RunFolder {
         RunFolder::new(self.path("runs").join(name))
     }
@@ -104,21 +104,21 @@ impl Sandbox {
         self.coordinator_bare(&[&first[..], arguments].concat())
     }
 
-    /// Starts the coordinator with these arguments only.
+    /// Starts the coordinator with only these arguments.
     pub fn coordinator_bare(&self, arguments: &[&str]) -> Process {
         self.start(&programs().coordinator, arguments)
     }
 
-    /// Starts a program in a network namespace, or in that of the test.
+    /// Starts a program in the given network namespace, or in that of the test.
     pub fn start_in(&self, namespace: Option<&str>, program: &Path, arguments: &[&str]) -> Process {
         let Some(namespace) = namespace else { return self.start(program, arguments) };
         let program = program.to_str().expect("programs are built where names are text");
-        // It becomes the program, and is no process beside it.
+        // `ip netns exec` becomes the program rather than its parent.
         self.start(Path::new("ip"), &[&["netns", "exec", namespace, program], arguments].concat())
     }
 
-    /// Starts a program to which everything in `folder` is read-only; `None`, said on standard error, where the system
-    /// does not permit that.
+    /// Starts a program for which everything in `folder` is read-only. Returns `None`, with a message on standard
+    /// error, if the system does not permit that.
     #[expect(clippy::print_stderr, reason = "a person must see what was not tested")]
     pub fn start_read_only(&self, folder: &Path, program: &Path, arguments: &[&str]) -> Option<Process> {
         if !Command::new("unshare").args(["--mount", "true"]).status().is_ok_and(|status| status.success()) {
@@ -128,17 +128,17 @@ impl Sandbox {
         let mount = r#"mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@""#;
         let text = |path: &Path| path.to_str().expect("paths of tests are text").to_owned();
         let (folder, program) = (text(folder), text(program));
-        // The shell becomes the program, and is no process beside it.
+        // The shell becomes the program rather than its parent.
         let first = ["--mount", "sh", "-c", mount, &folder, &program];
         Some(self.start(Path::new("unshare"), &[&first[..], arguments].concat()))
     }
 
-    /// Starts a worker of one thread that joins a coordinator.
+    /// Starts a worker with one thread that joins a coordinator.
     pub fn worker(&self, address: &str, name: &str) -> Process {
         self.worker_bare(&["--join", address, "--name", name, "--threads", "1", "--device", "cpu"])
     }
 
-    /// Starts a worker with these arguments only.
+    /// Starts a worker with only these arguments.
     pub fn worker_bare(&self, arguments: &[&str]) -> Process {
         self.start(&programs().worker, arguments)
     }
@@ -148,7 +148,7 @@ impl Sandbox {
         self.start(&programs().evaluator, arguments)
     }
 
-    /// Starts the program of the data plane.
+    /// Starts the data loader.
     pub fn dataloader(&self, arguments: &[&str]) -> Process {
         self.start(&programs().dataloader, arguments)
     }
@@ -156,13 +156,13 @@ impl Sandbox {
     fn start(&self, program: &Path, arguments: &[&str]) -> Process {
         let mut command = Command::new(program);
         command.args(arguments).current_dir(self.home.path());
-        // What the surroundings say would change what is tested.
+        // Variables of the environment would change what is tested.
         for (name, _) in std::env::vars_os() {
             if name == "RUST_LOG" || name.as_encoded_bytes().starts_with(b"ULMUS_") {
                 command.env_remove(name);
             }
         }
-        // A user of its own, as far as coordinators and workers find each other by themselves.
+        // Each sandbox has its own runtime folder, in which workers find their coordinator's token.
         command.env("XDG_RUNTIME_DIR", self.path(RUNTIME));
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         let process = Process::start(&mut command);
@@ -181,7 +181,7 @@ impl Sandbox {
         entries.map(|entry| RunFolder::new(entry.path())).collect()
     }
 
-    /// Whether this process belongs to the sandbox, and not, later, to somebody else who was given its number.
+    /// Whether a process belongs to the sandbox. Its id may have been reused by another process.
     fn is_ours(&self, pid: Pid) -> bool {
         let command = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).unwrap_or_default();
         let home = self.home.path().as_os_str().as_encoded_bytes();
@@ -209,7 +209,7 @@ impl Drop for Sandbox {
         }
         for pid in self.runs().iter().flat_map(|run| run.local_workers().into_values()) {
             if self.is_ours(pid) {
-                // It may end by itself at this moment.
+                // It may just have ended by itself.
                 kill_process(pid, Signal::KILL).ok();
             }
         }

@@ -1,20 +1,19 @@
-//! Waiting for a condition, with a deadline.
+//! Waits for a condition, with a deadline.
 //!
-//! Deadlines are far longer than anything takes on an idle machine: they end a test that hangs, and measure
-//! nothing.
+//! Deadlines are far longer than anything takes on an idle machine: they only end tests that hang.
 
 use std::time::{Duration, Instant};
 
 /// How long anything may take.
 pub(crate) const DEADLINE: Duration = Duration::from_mins(2);
 
-/// Time between two looks at what cannot notify.
+/// Time between two evaluations of a condition.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 
-/// Looks until `condition` gives something; for files and foreign processes, which cannot notify.
+/// Polls until `condition` returns a value. For files and foreign processes, which cannot notify.
 ///
 /// # Panics
-/// When it gives nothing for too long; `what` says what was waited for.
+/// When the condition returns nothing for too long. `what` names what was waited for.
 pub fn until<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
     let began = Instant::now();
     loop {

@@ -1,4 +1,4 @@
-//! Wrong input: a clear message, the right exit code, and nothing lost.
+//! Wrong input gives a clear message and the right exit code, and loses nothing.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -7,12 +7,12 @@ use std::fs;
 use rustix::process::Signal;
 use ulmus_tests::{Ended, Sandbox, repository, until};
 
-/// The program must end with `code` and say all of `texts`.
+/// The program must exit with `code` and print all of `texts`.
 #[track_caller]
 fn assert_refused(ended: &Ended, code: i32, texts: &[&str]) {
     assert_eq!(ended.code, Some(code), "{}", ended.output);
     for text in texts {
-        assert!(ended.output.contains(text), "says nothing of {text:?}:\n{}", ended.output);
+        assert!(ended.output.contains(text), "{text:?} is not in:\n{}", ended.output);
     }
 }
 
@@ -72,7 +72,7 @@ fn check_starts_nothing_and_prints_what_a_plan_means() {
     assert_refused(&sandbox.coordinator_bare(&["init", "--from", "gpt"]).ends(), 2, &["openelm-270m"]);
 }
 
-/// A source that cannot be used ends the run in its first phase, and `--check sources` finds it before.
+/// A source that cannot be used ends the run in its first phase, and `--check sources` finds it earlier.
 fn assert_bad_source(sandbox: &Sandbox, name: &str, source: &str, texts: &[&str]) {
     let plan = fs::read_to_string(sandbox.path("plan.toml")).unwrap();
     sandbox
@@ -97,7 +97,7 @@ fn sources_that_cannot_be_used_are_named() {
     let jsonl = "url = \"raw\"\nfiles = [\"b.jsonl\"]";
     assert_bad_source(&sandbox, "column", jsonl, &["b.jsonl", "no column", "content"]);
     sandbox.write("raw/b.jsonl", "{\"text\": \"words\"}\n");
-    // This plan would stop at the tokenizer before.
+    // Without an override, this plan would already stop at the tokenizer.
     let checked = sandbox.coordinator_bare(&["--plan", "bad.toml", "--check", "sources"]).ends();
     assert_refused(&checked, 2, &["1 units for the 4 lanes", "use data.lanes of at most 1"]);
     let outside = ["bad.toml", "--set", "data.source.0.name=../bad", "--check"];
@@ -133,7 +133,7 @@ fn a_changed_plan_needs_another_name_and_loses_nothing() {
     let changed = sandbox.coordinator(&["--set", "train.max_lr=0.02", "--set", "run.seed=7"]).ends();
     assert_refused(&changed, 2, &["train.max_lr was 0.01 and is now 0.02", "run.seed was 0", "run.name"]);
     assert_eq!(sandbox.run("tiny").contents(), before);
-    // What no trained bit depends on may change; the run is complete, so nothing is done again.
+    // Keys that do not affect training may change. The run is complete, so nothing is done again.
     let said = sandbox.coordinator(&["--set", "local.workers=2"]).succeeds();
     assert!(said.contains("held-out perplexity") && !said.contains("workers train"), "{said}");
 }
@@ -148,7 +148,7 @@ fn a_worker_that_finds_nobody_says_so() {
     assert_refused(&sandbox.worker_bare(&["--join", "nonsense"]).ends(), 2, &["nonsense", "HOST:PORT"]);
 }
 
-/// What workers must have read in the run's folder; it is written a moment after the address is told.
+/// The nonce that workers must read in the run folder. It is written a moment after the address is printed.
 fn nonce(sandbox: &Sandbox) -> String {
     let path = sandbox.path("runs/tiny/coordinator.nonce");
     until("the coordinator's nonce", || fs::read_to_string(&path).ok())
@@ -160,7 +160,7 @@ fn a_refused_worker_ends_with_the_reason() {
     let coordinator = sandbox.coordinator(&["--set", "local.workers=0"]);
     let address = coordinator.address();
     nonce(&sandbox);
-    // The worker looks at the same path and finds another folder's file there.
+    // The worker reads the same path, but finds the nonce of another folder there.
     sandbox.write("runs/tiny/coordinator.nonce", "of another machine");
     let worker = sandbox.worker(&address, "elsewhere").ends();
     assert_refused(&worker, 3, &["elsewhere", "does not share the run's store", "store.url"]);
@@ -179,7 +179,7 @@ fn a_name_that_is_taken_is_refused_without_haste() {
     coordinator.signal(Signal::INT);
     let said = coordinator.ends().output;
     let refusals = said.matches("refused: a worker named twin").count();
-    assert!((1..10).contains(&refusals), "it was told {refusals} times");
+    assert!((1..10).contains(&refusals), "the refusal was printed {refusals} times");
 }
 
 #[test]
@@ -219,7 +219,7 @@ fn a_worker_that_does_not_see_the_store_is_refused() {
         Digest, Hello, Incarnation, Ready, ToCoordinator, ToWorker, WorkerId, WorkerStatus, nonce_digest,
     };
 
-    /// Plays a worker that says these things, and gives the reason for which it is refused.
+    /// Acts as a worker that sends these messages. Returns the reason for which it is refused.
     async fn refused(address: &str, token: &TokenSource, version: &str, says: Vec<ToCoordinator>) -> String {
         let hello = ToCoordinator::Hello(Hello {
             worker: WorkerId::new("stranger", Incarnation::new(1)).unwrap(),
@@ -234,7 +234,7 @@ fn a_worker_that_does_not_see_the_store_is_refused() {
         });
         let link = ulmus_transport::connect(address, token).await.unwrap();
         let mut client = v1::coordinator_client::CoordinatorClient::new(link.service());
-        // The stream stays open after its last message, as a worker's does.
+        // The stream stays open after the last message, as a worker's does.
         let (say, messages) = tokio::sync::mpsc::channel(8);
         say.send(v1::FromWorker::from((None, hello))).await.unwrap();
         let outgoing = tokio_stream::wrappers::ReceiverStream::new(messages);
@@ -270,7 +270,7 @@ fn a_worker_that_does_not_see_the_store_is_refused() {
         let reason = refused(&address, &token, ours, vec![other]).await;
         assert!(reason.contains("another folder"), "{reason}");
     });
-    // A real worker sets the run's fingerprint; then one with another is refused.
+    // A real worker sets the run's fingerprint; a worker with another one is then refused.
     let worker = sandbox.worker(&address, "real");
     coordinator.says("worker real joined");
     let nonce = sandbox.run("tiny").read("coordinator.nonce");

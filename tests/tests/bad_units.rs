@@ -1,11 +1,11 @@
-//! Files that vanish while a run goes on.
+//! Files that vanish during a run.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 use ulmus_tests::{Process, Sandbox, TINY};
 
-/// A sandbox whose plan reads the files of its corpus themselves, in some 40 units.
+/// A sandbox whose plan reads the files of its corpus directly, in about 40 units.
 fn sandbox() -> Sandbox {
     let sandbox = Sandbox::new();
     let golden = ulmus_tests::repository().join("tests/golden/tiny/tokenizer.model");
@@ -18,7 +18,7 @@ fn sandbox() -> Sandbox {
     sandbox
 }
 
-/// A run with two workers, some of whose files vanish after its first step.
+/// A run with two workers, some of whose files vanish after the first step.
 fn vanishing(sandbox: &Sandbox, more: &[&str]) -> Process {
     let coordinator = sandbox.coordinator(&[&["--set", "local.workers=2"], more].concat());
     coordinator.says("2 workers train from step 0 of 60");
@@ -54,7 +54,7 @@ fn units_that_vanish_are_left_out_and_recorded() {
     assert!(recorded.iter().all(|(unit, why)| unit["source"] == "prose" && why.contains("does not exist")));
     assert_eq!(run.bits().steps(), 60);
 
-    // The last checkpoint knows them too, those that were found before it.
+    // The last checkpoint lists the units that were found before it.
     let last = run.checkpoints().pop().expect("there are checkpoints");
     let state: Value =
         serde_json::from_str(&run.read(&format!("checkpoints/{last}/state.json"))).expect("JSON");
@@ -64,7 +64,7 @@ fn units_that_vanish_are_left_out_and_recorded() {
         "{state}"
     );
 
-    // How reading went is on record, of both workers at each of their checkpoints, left-out units included.
+    // Reading statistics of both workers are recorded at each checkpoint, including skipped units.
     let rows = run.sources();
     let of_last = |row: &&BTreeMap<String, String>| row["step"] == "60" && row["source"] == "prose";
     let workers: BTreeSet<&str> = rows.iter().filter(of_last).map(|row| row["worker"].as_str()).collect();
@@ -76,7 +76,7 @@ fn units_that_vanish_are_left_out_and_recorded() {
         assert!(number("epochs") > 0.0 && number("streams") >= number("streams_ready"), "{row:?}");
     }
 
-    // Nothing is done again, and nothing is forgotten.
+    // Running the command again repeats nothing and forgets nothing.
     let again = sandbox.coordinator(&quarantine).succeeds();
     assert_eq!(again.lines().filter(|line| line.starts_with("skipped: unit")).count(), page);
 }

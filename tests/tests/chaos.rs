@@ -1,13 +1,13 @@
-//! Everything at once: real processes, and faults of every kind at random moments. However a run was disturbed, it ends
-//! with the bits of one that nobody has touched.
+//! Everything at once: real processes, and faults of every kind at random times. However a run is disturbed, it must
+//! end with the bits of an undisturbed run.
 //!
 //!     just chaos SEEDS=200
 //!     CHAOS_FIRST=17 CHAOS_SEEDS=1 cargo test --workspace --test chaos -- --ignored --nocapture
 //!
-//! A seed decides which faults there are and when they come; what the processes do meanwhile is the machine's. What the
-//! system does not permit, which for disks and networks takes root, is left out, and that is said.
+//! A seed determines the faults and their times; how far the processes get in between depends on the machine. Faults
+//! that the system does not permit are skipped with a message; those of disks and networks take root.
 
-#![expect(clippy::print_stderr, reason = "a person wants to know what was done")]
+#![expect(clippy::print_stderr, reason = "a person wants to know what happened")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
@@ -24,12 +24,12 @@ use ulmus_tests::{
     programs,
 };
 
-/// Updates of the run.
+/// Number of updates of the run.
 const STEPS: usize = 700;
-/// After so many it is left alone, or after this time if faults keep it from advancing.
+/// The run is left alone after this many updates, or after this time if faults keep it from advancing.
 const DISTURBED: usize = STEPS * 85 / 100;
 const DISTURBED_FOR: Duration = Duration::from_secs(30);
-/// The plan, as it differs from the tiny one: more steps, and smaller ones. What is averaged reaches back to where faults are.
+/// Differences from the tiny plan: more and smaller steps. The averaged milestones reach back to steps with faults.
 const KEYS: [&str; 13] = [
     "local.workers=0",
     "train.iterations=700",
@@ -45,15 +45,15 @@ const KEYS: [&str; 13] = [
     "cluster.dead_after=3s",
     "cluster.rejoin_window=2s",
 ];
-/// Most workers at a time.
+/// Maximum number of workers at a time.
 const MOST_WORKERS: usize = 4;
-/// Machines that they are on.
+/// Number of machines.
 const MACHINES: usize = 4;
-/// Size of the disk of the runs, in MiB; several times what the run needs.
+/// Size of the disk for the runs, in MiB; several times what the run needs.
 const DISK: usize = 192;
-/// The longest that no new step may come, and that anybody may take to end.
-const PATIENCE: Duration = Duration::from_secs(90);
-/// Time between two looks.
+/// How long a new step, or the end of a program, may take.
+const TIMEOUT: Duration = Duration::from_secs(90);
+/// Time between two observations.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -73,7 +73,7 @@ enum Kind {
     CutNetwork,
 }
 
-/// Often what is common.
+/// Kinds of faults. Common ones occur several times.
 const KINDS: [Kind; 17] = [
     Kind::KillWorker,
     Kind::KillWorker,
@@ -94,7 +94,7 @@ const KINDS: [Kind; 17] = [
     Kind::CutNetwork,
 ];
 
-/// What ends a fault, or follows it.
+/// Something to do later: it ends a fault, or follows one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Later {
     ContinueWorker(String),
@@ -108,7 +108,7 @@ enum Later {
 
 /// A worker, or the coordinator.
 struct Program {
-    // Let go before the process is waited for, which could not end otherwise.
+    // Dropped before the process is waited for, which could not end otherwise.
     frozen: Option<Frozen>,
     process: Process,
     name: String,
@@ -117,30 +117,30 @@ struct Program {
     stopped: bool,
 }
 
-/// A time after which there should be a new step.
+/// The time from a fault to the next new step.
 struct Pause {
     kind: Kind,
     began: Instant,
     steps: usize,
     attempt: String,
-    /// Nothing else was wrong.
+    /// Whether there was no other fault at the same time.
     alone: bool,
 }
 
-/// What came of many seeds.
+/// Statistics over many seeds.
 #[derive(Debug, Default)]
 struct Tally {
     faults: BTreeMap<Kind, usize>,
     redone: usize,
     groups: usize,
     pauses: Vec<Duration>,
-    /// Of faults beside which nothing else was wrong.
+    /// Times of faults that had no other fault at the same time.
     alone: BTreeMap<Kind, Vec<Duration>>,
-    /// The system does not let one process stop a thread of another.
+    /// Whether the system does not let one process freeze a thread of another.
     cannot_freeze: bool,
 }
 
-/// A disturbed run. What is started is ended in the order of these fields.
+/// A disturbed run. Programs are ended in the order of these fields.
 struct Chaos<'a> {
     workers: Vec<Program>,
     coordinator: Option<Program>,
@@ -151,15 +151,15 @@ struct Chaos<'a> {
     seed: u64,
     random: Random,
     began: Instant,
-    /// Where the coordinator listens, once it was started.
+    /// Address of the coordinator, once it was started.
     address: Option<String>,
     started: usize,
     later: Vec<(Instant, Later)>,
     history: Vec<String>,
-    /// A damaged byte, and what it was.
+    /// Damaged bytes, and their original values.
     flipped: Vec<(PathBuf, u64, u8)>,
     damaged: BTreeSet<String>,
-    /// The most steps that `metrics.csv` had, and when that was new.
+    /// The largest number of steps in `metrics.csv` so far, and since when.
     steps: usize,
     new_step: Instant,
     heard: usize,
@@ -207,7 +207,7 @@ impl<'a> Chaos<'a> {
         ));
     }
 
-    // Starting.
+    // ---- starting programs
 
     fn start_coordinator(&mut self) {
         let host = self.network.map_or_else(|| "127.0.0.1".to_owned(), Network::address);
@@ -243,9 +243,9 @@ impl<'a> Chaos<'a> {
         self.workers.push(Program::new(process, name, machine));
     }
 
-    // Looking.
+    // ---- observing
 
-    /// Looks at all there is to see, does what is due, and rests a little.
+    /// Observes the run, does what is due, and sleeps for a moment.
     fn look(&mut self) {
         self.look_at_steps();
         self.look_at_processes();
@@ -277,10 +277,10 @@ impl<'a> Chaos<'a> {
             (self.steps, self.new_step) = (steps, now);
         }
         let quiet = now - self.new_step;
-        assert!(quiet < PATIENCE, "no new step for {quiet:?}");
+        assert!(quiet < TIMEOUT, "no new step for {quiet:?}");
         let attempt = complete.rsplit(',').next().unwrap_or_default();
         for pause in std::mem::take(&mut self.pauses) {
-            // Whoever is disturbed may have been of the group or not: if so, the next steps are another one's.
+            // If the fault hit a member of the group, the next steps belong to another group.
             let is_over = match pause.kind {
                 Kind::KillWorker | Kind::StopWorker | Kind::FreezeTrainer | Kind::CutNetwork
                     if pause.alone =>
@@ -303,7 +303,7 @@ impl<'a> Chaos<'a> {
         }
     }
 
-    /// Nobody ends who was not asked to.
+    /// Checks that no program ends unless it was asked to.
     fn look_at_processes(&mut self) {
         let mut gone = Vec::new();
         for (number, worker) in self.workers.iter_mut().enumerate() {
@@ -317,7 +317,7 @@ impl<'a> Chaos<'a> {
                     gone.push(number);
                 }
                 None => {
-                    assert!(asked.is_none_or(|at| at.elapsed() < PATIENCE), "worker {name} does not leave");
+                    assert!(asked.is_none_or(|at| at.elapsed() < TIMEOUT), "worker {name} does not leave");
                 }
             }
         }
@@ -335,7 +335,7 @@ impl<'a> Chaos<'a> {
             let pause = self.random.millis(0, 2000);
             self.at(pause, Later::StartCoordinator);
         } else {
-            assert!(asked.is_none_or(|at| at.elapsed() < PATIENCE), "the coordinator does not leave");
+            assert!(asked.is_none_or(|at| at.elapsed() < TIMEOUT), "the coordinator does not leave");
         }
     }
 
@@ -374,9 +374,9 @@ impl<'a> Chaos<'a> {
         self.later.iter().any(|(_, what)| which(what))
     }
 
-    // Disturbing.
+    // ---- disturbing
 
-    /// Does something bad, if this kind is possible now.
+    /// Causes a fault of this kind. Returns `false` if it is not possible now.
     fn disturb(&mut self, kind: Kind) -> bool {
         let now = Instant::now();
         let stays: Vec<usize> =
@@ -491,7 +491,7 @@ impl<'a> Chaos<'a> {
         };
         self.note(&what);
         *self.tally.faults.entry(kind).or_default() += 1;
-        // What was measured alone is so no longer.
+        // The faults that are still pending are no longer alone.
         for earlier in &mut self.pauses {
             earlier.alone = false;
         }
@@ -515,7 +515,7 @@ impl<'a> Chaos<'a> {
     fn kill_worker(&mut self, number: usize) -> String {
         let worker = self.workers.remove(number);
         worker.process.signal(Signal::KILL);
-        // A thread that is held would keep the process from being gone.
+        // A frozen thread would keep the process from ending.
         drop(worker.frozen);
         worker.process.kill();
         worker.name
@@ -528,7 +528,7 @@ impl<'a> Chaos<'a> {
         worker.name.clone()
     }
 
-    /// Flips a bit of a checkpoint, but never of the oldest, which is a good one to go back to.
+    /// Flips a bit of a checkpoint, but never of the oldest, so that an intact one remains.
     fn flip_bit(&mut self) -> Option<String> {
         let checkpoints = self.run.path().join("checkpoints");
         let mut names: Vec<String> = if checkpoints.exists() { self.run.checkpoints() } else { Vec::new() };
@@ -555,7 +555,7 @@ impl<'a> Chaos<'a> {
         Some(format!("a bit of byte {at} of {name}/{} is flipped", path.file_name()?.display()))
     }
 
-    // The whole.
+    // ---- the whole run
 
     fn run_disturbed(&mut self) {
         self.start_coordinator();
@@ -568,7 +568,7 @@ impl<'a> Chaos<'a> {
             if Instant::now() < next {
                 continue;
             }
-            // One that is not possible now is drawn again.
+            // If this kind of fault is not possible now, draw another.
             let kind = KINDS[self.random.below(KINDS.len())];
             if self.disturb(kind) {
                 next = Instant::now() + self.random.millis(100, 3000);
@@ -581,11 +581,11 @@ impl<'a> Chaos<'a> {
         self.finish();
     }
 
-    /// Everybody ends well.
+    /// Waits until the run and all programs have ended, and checks that they ended well.
     fn finish(&mut self) {
         let left_alone = Instant::now();
         loop {
-            // One that was asked to leave before has another one after it.
+            // A coordinator that was asked to leave needs a successor.
             if self.coordinator.as_ref().is_some_and(|coordinator| coordinator.asked_to_leave.is_none()) {
                 break;
             }
@@ -596,7 +596,7 @@ impl<'a> Chaos<'a> {
             if let Some(status) = coordinator.process.has_ended() {
                 break status;
             }
-            assert!(left_alone.elapsed() < 2 * PATIENCE, "the run does not end");
+            assert!(left_alone.elapsed() < 2 * TIMEOUT, "the run does not end");
             std::thread::park_timeout(LOOK_EVERY);
         };
         self.note("the coordinator has ended");
@@ -608,18 +608,18 @@ impl<'a> Chaos<'a> {
                 if let Some(status) = worker.process.has_ended() {
                     break status;
                 }
-                // It was away when the run ended, and looks for its coordinator.
+                // It was cut off when the run ended, and still looks for its coordinator.
                 if !asked && waited.elapsed() > Duration::from_secs(10) {
                     asked = true;
                     worker.process.signal(Signal::TERM);
                 }
-                assert!(waited.elapsed() < PATIENCE, "worker {} does not end", worker.name);
+                assert!(waited.elapsed() < TIMEOUT, "worker {} does not end", worker.name);
                 std::thread::park_timeout(LOOK_EVERY);
             };
             let fine = status.success() || asked && leaves_well(status, &worker.process);
             assert!(fine, "worker {} has ended: {status}", worker.name);
         }
-        // A damaged milestone that nobody has read is still there.
+        // Repair damaged milestones that nobody has read since.
         for (path, at, byte) in &self.flipped {
             if let Ok(file) = File::options().write(true).open(path) {
                 file.write_all_at(&[*byte], *at).expect("it was written before");
@@ -635,7 +635,7 @@ impl Drop for Chaos<'_> {
         }
         if let Some(network) = self.network {
             for machine in 0..network.machines() {
-                // Whoever could not be told is gone with its network.
+                // This can only fail for a network that is already gone.
                 network.heal(machine);
             }
         }
@@ -648,18 +648,19 @@ impl Program {
     }
 }
 
-/// Whether a program that was asked to leave has left as it should; before it has said anything it has not heard that yet.
+/// Whether a program that was asked to leave has ended well. One that has not printed anything yet did not handle
+/// signals yet.
 fn leaves_well(status: ExitStatus, process: &Process) -> bool {
     status.code() == Some(130) || status.signal() == Some(Signal::TERM.as_raw()) && process.said().is_empty()
 }
 
-/// The step that a group begins from, if a line of the console tells of one.
+/// The step from which a group begins, if a line of the console is about that.
 fn begin_of_group(line: &str) -> Option<usize> {
     let (_, rest) = line.split_once(" from step ")?;
     line.starts_with("generation ").then(|| rest.split(' ').next()?.parse().ok())?
 }
 
-/// What comes out of a run.
+/// The results of a run.
 fn outcome(run: &RunFolder) -> (Bits, BTreeMap<PathBuf, Vec<u8>>) {
     let export = run.path().join("export");
     let files = fs::read_dir(&export).expect("the run has exported its model").filter_map(Result::ok);
@@ -689,10 +690,10 @@ fn a_run_that_is_disturbed_ends_with_the_same_bits() {
 
     let network = Network::new(MACHINES);
     if network.is_none() {
-        eprintln!("left out: cut networks (network namespaces take root and `ip`)");
+        eprintln!("skipped: cut networks (network namespaces take root and `ip`)");
     }
     if SmallDisk::new(1).is_none() {
-        eprintln!("left out: full disks (a mount takes root)");
+        eprintln!("skipped: full disks (a mount takes root)");
     }
     let (mut tally, mut failed) = (Tally::default(), Vec::new());
     for seed in first..first + seeds {

@@ -1,5 +1,5 @@
-//! The second promise: no checkpoint that is damaged is used, and the run goes on from the one before it to the
-//! same bits.
+//! The second promise: a damaged checkpoint is never used, and the run continues from the one before it to the same
+//! bits.
 
 use std::fs;
 use std::path::Path;
@@ -7,12 +7,12 @@ use std::path::Path;
 use rustix::process::Signal;
 use ulmus_tests::{Process, Sandbox};
 
-/// What a damaged checkpoint must not do.
+/// A kind of damage.
 struct Damage {
     name: &'static str,
-    /// Does it to the folder of a checkpoint.
+    /// Damages a checkpoint in this folder.
     done: fn(&Path),
-    /// What is said about it, beside the checkpoint's name.
+    /// What the message about it contains besides the name of the checkpoint.
     told: &'static str,
 }
 
@@ -81,7 +81,7 @@ fn a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used() {
     }
 }
 
-/// All of the run's milestones are averaged here, those that were damaged and made again among them.
+/// Here all milestones of the run are averaged, including those that were damaged and recreated.
 #[test]
 fn when_every_checkpoint_is_damaged_the_run_begins_anew_if_told_to() {
     let all = ["--set", "checkpoint.average=6"];

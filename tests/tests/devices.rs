@@ -1,11 +1,11 @@
-//! Workers whose devices sum the gradients among themselves: the same bits as one worker alone, with one of them killed in
-//! the middle. For machines with a GPU, which all workers may share (`NCCL_MULTI_RANK_GPU_ENABLE=1`, NCCL 2.30 or newer);
-//! without one, `.ci/run cuda` runs this on the emulator.
+//! Workers whose devices sum the gradients directly give the same bits as a single worker, even if one of them is
+//! killed in the middle. For machines with a GPU, which all workers may share (`NCCL_MULTI_RANK_GPU_ENABLE=1`, NCCL
+//! 2.30 or newer). Without a GPU, `.ci/run cuda` runs this on the emulator.
 
 use rustix::process::{Signal, kill_process};
 use ulmus_tests::{Sandbox, until};
 
-/// An emulated device takes a second for so small a step.
+/// A small plan: even so, an emulated device takes a second per step.
 const SHORT: [&str; 22] = [
     "--set",
     "local.device=cuda",
@@ -56,8 +56,8 @@ fn devices_that_lose_one_of_them_give_the_same_bits() {
     run.bits().assert_equal(&alone.run("tiny").bits());
 }
 
-/// What is the fastest is a matter of luck, and workers with different algorithms have different bits and do not train
-/// together.
+/// Which algorithm is measured to be the fastest is a matter of luck, and workers with different algorithms compute
+/// different bits, so they cannot train together.
 #[test]
 #[ignore = "needs a GPU, or the emulator"]
 fn workers_share_the_algorithms_that_one_has_chosen() {

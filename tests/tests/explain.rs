@@ -1,4 +1,4 @@
-//! What was in a step: asked of a run that has trained.
+//! `dataloader explain`: what a step of a finished run was trained on.
 
 use serde_json::Value;
 use ulmus_tests::Sandbox;
@@ -7,7 +7,7 @@ use ulmus_tests::Sandbox;
 fn a_sequence_of_a_run_leads_to_its_documents() {
     let sandbox = Sandbox::new();
     sandbox.coordinator(&["--set", "train.iterations=25", "--set", "checkpoint.average=1"]).succeeds();
-    // By way of the run's checkpoints, and without them.
+    // With the run's checkpoints, and without them.
     let explain = |step: &str, sequence: &str| -> Value {
         let asked = ["explain", "--json", "--plan", "plan.toml", "--step", step, "--sequence", sequence];
         let told = sandbox.dataloader(&asked).succeeds();
@@ -21,7 +21,7 @@ fn a_sequence_of_a_run_leads_to_its_documents() {
     assert_eq!(with, without);
     assert!(with[0] != with[1] && with[1] != with[2]);
 
-    // The text is that of the row, which the shards have from the corpus.
+    // The text is that of the named row, and the shards have it from the corpus.
     let prose: Vec<String> = std::fs::read_dir(sandbox.path("corpus"))
         .expect("the corpus is there")
         .map(|file| std::fs::read_to_string(file.expect("a file").path()).expect("text"))

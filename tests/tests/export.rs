@@ -1,5 +1,4 @@
-//! What comes out is ordinary: a folder in Hugging Face layout that other programs, our evaluator among them, can
-//! load.
+//! The exported model is an ordinary folder in Hugging Face layout, which other programs and our evaluator can load.
 
 use std::fs;
 
@@ -18,7 +17,7 @@ fn an_exported_model_is_complete_and_can_be_used() {
     let run = sandbox.run("tiny");
     let export = run.path().join("export");
 
-    // The weights are the average's, and the shape is the plan's.
+    // The weights are those of the average, and the shape is that of the plan.
     let model = hf::read(&export).expect("our own reader takes it");
     let plan = ulmus_plan::read(&run.read("plan.resolved.toml"), &[]).expect("a resolved plan is a plan");
     assert_eq!(model.config.layers(), plan[0].model.layers());
@@ -29,7 +28,7 @@ fn an_exported_model_is_complete_and_can_be_used() {
         assert_eq!(file(&format!("export/{tokenizer}")), file(tokenizer), "{tokenizer}");
     }
 
-    // The reference's config has a value per layer, and so has ours.
+    // Like the reference's config, ours has a value per layer.
     let config = run.json("export/config.json");
     assert_eq!(config["model_type"], "openelm");
     assert_eq!(config["num_query_heads"], json("[2, 4, 4]"));
@@ -38,7 +37,7 @@ fn an_exported_model_is_complete_and_can_be_used() {
     let end = &config["eos_token_id"];
     assert!(end.is_u64() && run.json("export/generation_config.json")["eos_token_id"] == *end);
 
-    // The evaluator measures it, times it and lets it write.
+    // The evaluator measures the model, times it and generates text with it.
     let folder = export.to_str().expect("a sandbox has a name in ASCII");
     let measure = ["run", "--model", folder, "--tasks", "perplexity", "--data", "corpus/0000.md"];
     sandbox.evaluator(&[&measure[..], &["--output", "result.json"]].concat()).succeeds();
@@ -72,7 +71,7 @@ fn a_model_that_has_no_such_layout_is_trained_and_measured_without_the_export() 
 fn a_tokenizer_json_is_all_that_another_vocabulary_takes() {
     let sandbox = Sandbox::new();
     let golden = ulmus_tests::repository().join("tests/golden/tiny/tokenizer.json");
-    // One line, and no `vocab_size`.
+    // The plan names the tokenizer in one line, and has no `vocab_size`.
     let plan = TINY.replace("pieces = 600", &format!("file = \"{}\"", golden.display()));
     let plan = plan.replace("vocab_size = 640\n", "");
     sandbox.write("plan.toml", plan);

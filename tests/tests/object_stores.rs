@@ -1,5 +1,5 @@
-//! Runs that are kept in an object store: the same bits as on a disk, whatever is killed. The store is versitygw, an S3 server
-//! that keeps each object in a file of its name; `.ci/run stores` installs it.
+//! Runs in an object store give the same bits as on a disk, whatever is killed. The store is versitygw, an S3 server
+//! that keeps each object in a file with the object's name; `.ci/run stores` installs it.
 
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
@@ -83,7 +83,7 @@ fn a_run_in_an_object_store_has_the_same_bits_whatever_is_killed() {
     let mut cloud = Cloud::new();
     let coordinator = cloud.coordinator(&["--set", "local.workers=2"]);
     coordinator.says("checkpoint step-00000010-g1 stored");
-    // Who forms a group reads the store, and waits for it.
+    // Forming a group reads the store, and waits for it.
     cloud.stop_server();
     kill_process(cloud.run().local_workers()["local-1"], Signal::KILL).expect("it trains");
     coordinator.says("worker local-1 is lost");
@@ -99,10 +99,10 @@ fn a_run_in_an_object_store_has_the_same_bits_whatever_is_killed() {
         "{said}"
     );
     cloud.run().bits().assert_equal(&on_disk.run("tiny").bits());
-    // What is on the coordinator's disk is its own: the rest is in the store alone.
+    // The coordinator's disk has only its own files; everything else is only in the store.
     let own = cloud.sandbox.run("tiny");
     assert!(cloud.run().generations().len() > 1 && !own.path().join("checkpoints").exists());
-    // What a step was made of is told from the store.
+    // `explain` works with the store.
     let explain = |sandbox: &Sandbox, url: &str| {
         let step = ["explain", "--plan", "plan.toml", "--step", "42", "--sequence", "3", "--set", url];
         sandbox.dataloader(&step).succeeds()
@@ -121,7 +121,7 @@ fn whoever_cannot_reach_the_store_or_comes_second_is_refused() {
     let mut cloud = Cloud::new();
     let coordinator = cloud.coordinator(&["--set", "local.workers=0"]);
     let address = coordinator.address();
-    // With its files elsewhere, another coordinator would begin anew what the store has.
+    // Another coordinator with its own files elsewhere would start over the run in the store.
     let second = cloud.coordinator(&["--set", "store.local=elsewhere"]).ends();
     assert_eq!(second.code, Some(3), "{}", second.output);
     assert!(
@@ -133,7 +133,7 @@ fn whoever_cannot_reach_the_store_or_comes_second_is_refused() {
     let nowhere = cloud.sandbox.coordinator(&bucket).ends();
     assert_eq!(nowhere.code, Some(2), "{}", nowhere.output);
     assert!(nowhere.output.contains("there is no such bucket"), "{}", nowhere.output);
-    // Which does not keep the same run from being kept elsewhere.
+    // That does not prevent a run with the same name from being kept elsewhere.
     for _ in 0..2 {
         cloud.sandbox.coordinator(&["--set", "run.name=other"]).succeeds();
     }

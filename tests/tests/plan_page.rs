@@ -1,6 +1,6 @@
-//! `docs/plan.md` has every key of the plan, with the description and the default that the plan crate gives it.
+//! `docs/plan.md` has every key of the plan, with its description and default from the plan crate.
 //!
-//!     ULMUS_WRITE_DOCS=1 cargo test --workspace --test plan_page      # writes the page anew
+//!     ULMUS_WRITE_DOCS=1 cargo test --workspace --test plan_page      # rewrites the page
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -12,7 +12,7 @@ use syn::{Attribute, Expr, ExprLit, Fields, Item, Lit, Meta, Type};
 use ulmus_plan::{Plan, PrepareConfig, SourceConfig};
 use ulmus_tests::repository;
 
-/// The generated part of the page stands between these.
+/// The generated part of the page is between these lines.
 const BEGIN: &str = "<!-- Generated from the plan crate; see tests/tests/plan_page.rs. -->\n";
 const END: &str = "<!-- End of the generated part. -->\n";
 
@@ -55,7 +55,7 @@ fn definitions() -> BTreeMap<String, Vec<Part>> {
     definitions
 }
 
-/// The last name of a type, within an `Option` or a `Vec` if it is one.
+/// The last name of a type, or that of the inner type of an `Option` or a `Vec`.
 fn innermost(ty: &Type) -> String {
     let Type::Path(path) = ty else { return String::new() };
     let last = path.path.segments.last().unwrap();
@@ -68,7 +68,7 @@ fn innermost(ty: &Type) -> String {
     }
 }
 
-/// The first paragraph of a documentation comment, in one line.
+/// The first paragraph of a doc comment, on one line.
 fn description(attributes: &[Attribute]) -> String {
     let lines = attributes.iter().filter_map(|attribute| match &attribute.meta {
         Meta::NameValue(pair) if pair.path.is_ident("doc") => match &pair.value {
@@ -80,7 +80,7 @@ fn description(attributes: &[Attribute]) -> String {
     lines.take_while(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
-/// The name that serde is told.
+/// The name that serde uses.
 fn renamed(attributes: &[Attribute]) -> Option<String> {
     let mut name = None;
     for attribute in attributes.iter().filter(|attribute| attribute.path().is_ident("serde")) {
@@ -117,7 +117,7 @@ fn page() -> String {
         let values = defaults[&section.name].as_table().unwrap();
         table(&mut page, &format!("[{}]", section.name), section, values, &definitions);
         for part in definitions[&section.kind].iter().filter(|part| definitions.contains_key(&part.kind)) {
-            // Its defaults say nothing: they are empty, and a source needs them.
+            // Defaults of sources are meaningless: they are empty values of keys that a source needs.
             if part.kind == "SourceConfig" {
                 table(&mut page, &format!("[[{}.{}]]", section.name, part.name), part, &source, &definitions);
             }
@@ -165,6 +165,6 @@ fn the_page_of_the_plan_has_every_key() {
         fs::write(&path, [before, BEGIN, &page, END, after].concat()).unwrap();
     } else {
         let advice = "ULMUS_WRITE_DOCS=1 cargo test --workspace --test plan_page";
-        assert!(there == page, "docs/plan.md is not what the plan crate says; write it anew: {advice}");
+        assert!(there == page, "docs/plan.md differs from the plan crate; rewrite it: {advice}");
     }
 }

@@ -1,4 +1,4 @@
-//! Whoever has not the join token is told nothing, told to, or kept out; and whoever has it gets in.
+//! Programs without the join token are kept out and learn nothing; programs with it get in.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -17,12 +17,12 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use ulmus_tests::{Ended, Process, Sandbox, until};
 use ulmus_transport::{Credentials, IDENTITY_FILE, JoinToken, TOKEN_FILE, TokenSource};
 
-/// The program must end with `code` and say all of `texts`.
+/// The program must exit with `code` and print all of `texts`.
 #[track_caller]
 fn assert_ends(ended: &Ended, code: i32, texts: &[&str]) {
     assert_eq!(ended.code, Some(code), "{}", ended.output);
     for text in texts {
-        assert!(ended.output.contains(text), "says nothing of {text:?}:\n{}", ended.output);
+        assert!(ended.output.contains(text), "{text:?} is not in:\n{}", ended.output);
     }
 }
 
@@ -37,7 +37,7 @@ fn token_file(sandbox: &Sandbox) -> String {
     sandbox.run("tiny").path().join(TOKEN_FILE).to_str().unwrap().to_owned()
 }
 
-/// The token of a run that is led nowhere.
+/// A token of a run that has no coordinator.
 fn other_token() -> String {
     let folder = tempfile::tempdir().unwrap();
     Credentials::of_run(folder.path(), &TokenSource::Unspecified).unwrap().token.reveal()
@@ -48,7 +48,7 @@ fn a_worker_without_the_right_token_is_refused_and_told_why() {
     let (sandbox, mut elsewhere) = (Sandbox::new(), Sandbox::new());
     let (coordinator, address) = coordinator(&sandbox, &[]);
     let port = address.rsplit(':').next().unwrap();
-    // A user with another runtime folder.
+    // Another user, with another runtime folder.
     let none = elsewhere.worker(&address, "none").ends();
     let looked = elsewhere.path("runtime/ulmus").join(format!("{port}.token"));
     assert_ends(
@@ -60,7 +60,11 @@ fn a_worker_without_the_right_token_is_refused_and_told_why() {
     assert_ends(&missing, 3, &["no.token does not exist"]);
 
     elsewhere.set_environment(&[("ULMUS_TOKEN", &other_token())]);
-    assert_ends(&elsewhere.worker(&address, "key").ends(), 3, &[&address, "is not the one in the token", "ULMUS_TOKEN"]);
+    assert_ends(
+        &elsewhere.worker(&address, "key").ends(),
+        3,
+        &[&address, "is not the one in the token", "ULMUS_TOKEN"],
+    );
     let right: JoinToken = fs::read_to_string(token_file(&sandbox)).unwrap().parse().unwrap();
     elsewhere.set_environment(&[("ULMUS_TOKEN", &JoinToken::new(right.key()).reveal())]);
     let wrong = elsewhere.worker(&address, "secret").ends();
@@ -70,7 +74,7 @@ fn a_worker_without_the_right_token_is_refused_and_told_why() {
     assert_ends(&broken, 3, &["ULMUS_TOKEN does not hold a join token", "7 characters"]);
     assert!(!broken.output.contains("letmein"), "{}", broken.output);
 
-    // The right one, in the two ways to pass it; the variable is passed over for the file.
+    // The right token, passed in both ways; a file takes precedence over the variable.
     let file = token_file(&sandbox);
     let _by_file = elsewhere.worker_bare(&["--join", &address, "--name", "by-file", "--token-file", &file]);
     coordinator.says("worker by-file joined");
@@ -82,7 +86,7 @@ fn a_worker_without_the_right_token_is_refused_and_told_why() {
     for stranger in ["none", "key", "secret", "broken"] {
         assert!(!said.contains(&format!("worker {stranger}")), "{said}");
     }
-    assert!(!said.contains(&right.reveal()), "the token is nobody's to read: {said}");
+    assert!(!said.contains(&right.reveal()), "the token is printed: {said}");
 }
 
 #[test]
@@ -106,7 +110,7 @@ fn the_same_user_joins_without_more_words() {
     coordinator.says("worker simple joined");
     coordinator.signal(Signal::INT);
     assert_eq!(coordinator.ends().code, Some(130));
-    assert!(!published.exists(), "it goes with its coordinator");
+    assert!(!published.exists(), "it is deleted with its coordinator");
     // The next coordinator of the run has the same key and token.
     let before = fs::read(token_file(&sandbox)).unwrap();
     let (_next, _) = self::coordinator(&sandbox, &[]);
@@ -131,7 +135,7 @@ fn a_token_file_is_written_and_later_obeyed() {
     assert_ends(&sandbox.coordinator(&given).ends(), 2, &["shared.token", "7 characters"]);
 }
 
-/// A server with a key of its own for this many connections. It tells what was read from each.
+/// A server with its own key that accepts this many connections. Returns what was read from each.
 fn rogue(listener: TcpListener, connections: usize) -> JoinHandle<Vec<Result<Vec<u8>, std::io::Error>>> {
     let folder = tempfile::tempdir().unwrap();
     Credentials::of_run(folder.path(), &TokenSource::Unspecified).unwrap();
@@ -183,7 +187,7 @@ fn a_worker_that_was_welcome_waits_for_its_own_coordinator() {
     let worker = sandbox.worker(&address, "faithful");
     first.says("checkpoint step-00000010-g1 stored");
     first.kill();
-    // Somebody else has the address for a while.
+    // Another server has the address for a while.
     let read = rogue(TcpListener::bind(&address).unwrap(), 3).join().unwrap();
     assert!(read.iter().all(Result::is_err), "nothing is said to it: {read:?}");
     sandbox
@@ -192,14 +196,14 @@ fn a_worker_that_was_welcome_waits_for_its_own_coordinator() {
     worker.succeeds();
 }
 
-/// Everything that is answered until the connection is closed.
+/// Everything that the other side answers until it closes the connection.
 fn answer(address: &str, said: &[u8]) -> Vec<u8> {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.write_all(said).unwrap();
     stream.shutdown(Shutdown::Write).unwrap();
     stream.set_read_timeout(Some(Duration::from_mins(1))).unwrap();
     let mut all = Vec::new();
-    // It may be reset instead of closed.
+    // The connection may be reset instead of closed.
     stream.read_to_end(&mut all).ok();
     all
 }
@@ -212,9 +216,9 @@ fn a_coordinator_tells_strangers_nothing_and_they_keep_nobody_out() {
         [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0"[..], b"GET / HTTP/1.1\r\n\r\n", b"\0", b""]
     {
         let told = answer(&address, said);
-        assert!(told.len() <= 7, "more than an alert of TLS: {}", String::from_utf8_lossy(&told));
+        assert!(told.len() <= 7, "more than a TLS alert: {}", String::from_utf8_lossy(&told));
     }
-    // Whoever is dropped comes again at once, for as long as the worker has not joined.
+    // Strangers that are dropped reconnect at once, until the worker has joined.
     let strangers = Strangers::at(&address, 500);
     let _worker = sandbox.worker(&address, "late");
     coordinator.says("worker late joined");
@@ -230,14 +234,14 @@ fn a_coordinator_that_runs_out_of_files_waits_for_some() {
     let none = Rlimit { current: Some(1), maximum: getrlimit(Resource::Nofile).maximum };
     let enough = prlimit(Some(coordinator.pid()), Resource::Nofile, none).unwrap();
     let _stranger = TcpStream::connect(&address).unwrap();
-    until("a connection that cannot be accepted", || (log() > 0).then_some(()));
+    until("a connection that is not accepted", || (log() > 0).then_some(()));
     prlimit(Some(coordinator.pid()), Resource::Nofile, enough).unwrap();
     let _worker = sandbox.worker(&address, "patient");
     coordinator.says("worker patient joined");
-    assert_eq!(log(), 1, "it is told once");
+    assert_eq!(log(), 1, "it is logged once");
 }
 
-/// Connections that say nothing, and are opened again when they are closed.
+/// Silent connections, which are opened again when they are closed.
 struct Strangers {
     stay: Arc<()>,
     thread: Option<JoinHandle<()>>,

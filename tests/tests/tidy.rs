@@ -1,4 +1,4 @@
-//! Rules of the repository that no compiler checks.
+//! Rules of the repository that the compiler does not check.
 
 #![expect(clippy::panic, clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -13,11 +13,11 @@ use ulmus_tests::repository;
 /// A row of the code map in ARCHITECTURE.md.
 struct Row {
     folder: String,
-    /// Names of our crates that it may use outside tests, and whether only by a feature.
+    /// Our crates that it may use outside tests, and whether only with a feature.
     may_use: BTreeMap<String, bool>,
 }
 
-/// The code map, by names of crates.
+/// The code map, by name of the crate.
 fn code_map() -> BTreeMap<String, Row> {
     let text = fs::read_to_string(repository().join("ARCHITECTURE.md")).unwrap();
     let (_, section) = text.split_once("\n## Code map\n").unwrap();
@@ -36,7 +36,7 @@ fn code_map() -> BTreeMap<String, Row> {
         .collect()
 }
 
-/// Crates whose purity rests on what they cannot do.
+/// Crates that are pure because they cannot use the crates in [`IMPURE`].
 const PURE: [&str; 7] = [
     "ulmus-types",
     "ulmus-plan",
@@ -47,10 +47,10 @@ const PURE: [&str; 7] = [
     "ulmus-model",
 ];
 const IMPURE: [&str; 5] = ["tokio", "tonic", "rusqlite", "object_store", "tracing"];
-/// Says which of two files it reads; it decides nothing by it.
+/// A pure crate that may log with `tracing`.
 const EXCEPTION: (&str, &str) = ("ulmus-model", "tracing");
 
-/// Nothing points up in the code map, so there are no circles.
+/// The code map has no arrows that point up, so crates have no cycles.
 #[test]
 fn crates_use_only_what_they_may() {
     let metadata = MetadataCommand::new().current_dir(repository()).no_deps().exec().unwrap();
@@ -114,7 +114,7 @@ fn published_plans_have_the_published_sizes() {
         assert_eq!(plan.tokens_per_step(), 4_194_304);
         assert_eq!((plan.data.normalize, plan.data.pack), (Normalize::Ftfy, Pack::Corenet));
 
-        // Its twin differs in how documents are packed, and in nothing else.
+        // Its `-modern` variant differs only in how documents are packed.
         let twin = repository().join(format!("plans/openelm-{name}-modern.toml"));
         let mut twin = ulmus_plan::read(&fs::read_to_string(twin).unwrap(), &[]).unwrap().remove(0);
         assert_eq!((twin.data.normalize, twin.data.pack), (Normalize::Nfc, Pack::Concat));
@@ -125,7 +125,7 @@ fn published_plans_have_the_published_sizes() {
     }
 }
 
-/// What stands between two marks, each time.
+/// Every text between two marks.
 fn between<'a>(text: &'a str, open: &'a str, close: &'a str) -> impl Iterator<Item = &'a str> {
     text.split(open).skip(1).filter_map(move |rest| rest.split_once(close)).map(|(inner, _)| inner)
 }
@@ -141,7 +141,7 @@ fn documents_link_to_files_that_are_there() {
     }
 }
 
-/// Each row ends in files and the tests in them.
+/// Each row of the page ends with files and the tests in them.
 #[test]
 fn faults_name_tests_that_are_there() {
     let page = fs::read_to_string(repository().join("docs/faults.md")).unwrap();
@@ -163,7 +163,7 @@ fn faults_name_tests_that_are_there() {
 
 #[test]
 fn nothing_unfinished_and_no_machine_is_in_the_sources() {
-    // Written in pieces, so that this file does not find itself.
+    // Written in pieces, so that this file does not match.
     let unwanted = [["to", "do!("].concat(), ["unimple", "mented!("].concat(), ["/ro", "ot/"].concat()];
     for file in sources(repository()) {
         let text = fs::read_to_string(&file).unwrap_or_default();
