@@ -9,8 +9,9 @@ use std::time::Duration;
 
 use divan::Bencher;
 use divan::counter::BytesCount;
+use ulmus_transport::ring::{Listener, Place};
 use ulmus_types::{Digest, Generation, GroupKey, Incarnation, Peer, Rank, WorkerId};
-use ulmus_worker::collective::{AbortHandle, Collective, Listener, Place, TcpGroup};
+use ulmus_worker::collective::{AbortHandle, Collective, TcpGroup};
 
 const TIMEOUT: Duration = Duration::from_secs(30);
 /// Numbers of members and of elements, for control words and for gradients.

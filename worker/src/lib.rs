@@ -36,9 +36,9 @@ pub use check::{check_sources, tokenizer_pieces};
 pub use error::WorkerError;
 
 use agent::{Identity, Setup};
-use collective::Listener;
 use control::Control;
 use trainer::Trainer;
+use ulmus_transport::ring::Listener;
 
 /// Capacity of the channel from trainer to agent; the trainer sends a few reports per step.
 const REPORTS: usize = 256;

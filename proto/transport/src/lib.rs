@@ -1,4 +1,4 @@
-//! Opens and accepts the sessions between the coordinator and its workers.
+//! Opens and accepts all connections: the sessions between the coordinator and its workers, and the [`ring`] of a group.
 //!
 //! Every session runs over TLS 1.3. The coordinator's key is made once per run and signed by nobody: a worker
 //! recognizes it by its hash, which is one half of the *join token*. The other half is a secret, which the worker shows
@@ -21,6 +21,7 @@ mod gate;
 mod hidden;
 mod identity;
 mod incoming;
+pub mod ring;
 mod runtime;
 mod source;
 mod token;

@@ -17,10 +17,7 @@
 //! - [`Watch`]: whether a group still stands while its devices reduce among themselves.
 
 mod abort;
-mod call;
 mod frame;
-mod link;
-mod listener;
 mod ring;
 mod tcp;
 mod watch;
@@ -31,11 +28,11 @@ mod tests;
 use std::time::Duration;
 
 use ulmus_backend::BLOCK;
-use ulmus_types::{Blame, ErrorKind, Generation, Partition, Rank};
+use ulmus_transport::ring::ConnectError;
+use ulmus_types::{Blame, ErrorKind, Partition, Rank};
 
 pub use abort::AbortHandle;
-pub use listener::Listener;
-pub use tcp::{Place, TcpGroup};
+pub use tcp::TcpGroup;
 pub use watch::Watch;
 
 /// A vector in host memory, to be broadcast unchanged.
@@ -97,32 +94,9 @@ pub enum CollectiveError {
     /// Another thread of this process ended the operation.
     #[error("the collective was aborted")]
     Aborted,
-    /// Nobody at the next member's address answered as that member.
-    #[error(
-        "rank {rank} could not be reached at {address} for generation {generation} within {after:?}: {reason}; see that it runs, and that its address and port are open to other workers"
-    )]
-    Unreachable {
-        /// The neighbour.
-        rank: Rank,
-        /// The neighbour's address.
-        address: String,
-        /// The group that was to be formed.
-        generation: Generation,
-        /// How long this member tried.
-        after: Duration,
-        /// What happened at the last attempt.
-        reason: String,
-    },
-    /// The member before this one did not call.
-    #[error("rank {rank} did not connect for generation {generation} within {after:?}")]
-    NeverCame {
-        /// The neighbour.
-        rank: Rank,
-        /// The group that was to be formed.
-        generation: Generation,
-        /// How long this member waited.
-        after: Duration,
-    },
+    /// The group could not be formed.
+    #[error(transparent)]
+    Connect(ConnectError),
     /// A neighbour's connection broke: its process died, or it left the group after an error of its own.
     #[error("lost the connection to rank {rank}: {reason}")]
     PeerLost {
@@ -163,14 +137,6 @@ pub enum CollectiveError {
         /// What was expected, and what was received.
         reason: String,
     },
-    /// A neighbour did not let this member into its group.
-    #[error("rank {rank} refused the connection: {reason}")]
-    Refused {
-        /// The neighbour.
-        rank: Rank,
-        /// The neighbour's reason.
-        reason: &'static str,
-    },
     /// The reduction from device to device failed.
     #[error("{0}")]
     Device(String),
@@ -184,18 +150,25 @@ pub enum CollectiveError {
     },
 }
 
+impl From<ConnectError> for CollectiveError {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::Interrupted => Self::Aborted,
+            error => Self::Connect(error),
+        }
+    }
+}
+
 impl CollectiveError {
     /// What can be done about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Aborted
-            | Self::Unreachable { .. }
-            | Self::NeverCame { .. }
             | Self::PeerLost { .. }
             | Self::Timeout { .. }
             | Self::Damaged { .. }
             | Self::Device(_) => ErrorKind::Retry,
-            Self::Refused { .. } => ErrorKind::Fenced,
+            Self::Connect(error) => error.kind(),
             Self::Protocol { .. } => ErrorKind::Internal,
             Self::Network { .. } => ErrorKind::InvalidInput,
         }
@@ -205,16 +178,11 @@ impl CollectiveError {
     /// it belongs to another group, or the programs differ.
     pub fn blames(&self) -> Option<(Rank, Blame)> {
         match self {
-            Self::Unreachable { rank, .. } => Some((*rank, Blame::Unreachable)),
-            Self::NeverCame { rank, .. } => Some((*rank, Blame::Absent)),
+            Self::Connect(error) => error.blames(),
             Self::PeerLost { rank, .. } => Some((*rank, Blame::Lost)),
             Self::Timeout { rank, .. } => Some((*rank, Blame::Silent)),
             Self::Damaged { from, .. } => Some((*from, Blame::Damaged)),
-            Self::Aborted
-            | Self::Protocol { .. }
-            | Self::Refused { .. }
-            | Self::Device(_)
-            | Self::Network { .. } => None,
+            Self::Aborted | Self::Protocol { .. } | Self::Device(_) | Self::Network { .. } => None,
         }
     }
 }

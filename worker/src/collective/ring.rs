@@ -12,11 +12,12 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 use socket2::SockRef;
+use ulmus_transport::ring::{DEAD_AFTER, or_would_block, readable, wait};
 use ulmus_types::Rank;
 
-use super::abort::{AbortHandle, readable, wait};
+use super::CollectiveError;
+use super::abort::AbortHandle;
 use super::frame::{Checksum, Decoded, Header};
-use super::{CollectiveError, link};
 
 /// Bytes per call of a socket: enough for few calls, little enough to be in the cache when the checksum is computed.
 const PIECE: usize = 1 << 17;
@@ -265,22 +266,13 @@ impl<'a> Incoming<'a> {
     }
 }
 
-/// Turns "not ready" into `None`.
-pub(super) fn or_would_block(result: io::Result<usize>) -> io::Result<Option<usize>> {
-    match result {
-        Ok(count) => Ok(Some(count)),
-        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
 /// What the error of a connection tells about the neighbour.
 pub(super) fn lost(rank: Rank, error: &io::Error, operation: &dyn Display) -> CollectiveError {
     let reason = match error.kind() {
         // The kernel ended the connection because the other machine no longer answers.
         ErrorKind::TimedOut | ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => {
             let operation = operation.to_string();
-            return CollectiveError::Timeout { rank, operation, after: link::DEAD_AFTER };
+            return CollectiveError::Timeout { rank, operation, after: DEAD_AFTER };
         }
         ErrorKind::UnexpectedEof => "it closed the connection".to_owned(),
         _ => error.to_string(),

@@ -3,7 +3,7 @@
 //! Reduce-scatter and all-gather go round the ring in `size - 1` hops of one part each, the least that any algorithm
 //! can send; broadcast passes segments on as they arrive.
 //!
-//! Only one thread uses a group. It blocks nowhere but in [`wait`](super::abort::wait), where the group's
+//! Only one thread uses a group. It blocks nowhere but in [`wait`](ulmus_transport::ring::wait), where the group's
 //! [`AbortHandle`] can wake it. Sockets belong to one generation and are reset at the first error, so that the error
 //! goes round the ring and no member is left waiting for one that has given up.
 
@@ -11,43 +11,17 @@ use std::io;
 use std::time::Duration;
 
 use bytemuck::{Pod, cast_slice, cast_slice_mut};
-use ulmus_types::{Digest, Generation, GroupKey, Peer, Rank};
+use ulmus_transport::ring::{Listener, Place, connect};
+use ulmus_types::{Generation, Peer, Rank};
 
 use super::abort::AbortHandle;
-use super::call::connect;
 use super::frame::{ElementType, Header, Operation};
-use super::listener::Listener;
 use super::ring::{End, Ring, network};
 use super::watch::Watch;
 use super::{Collective, CollectiveError, Data, chunks};
 
 /// Bytes that a broadcast passes on at a time: few compared with the data, many compared with a packet.
 const SEGMENT: usize = 1 << 20;
-
-/// A member's place in a group that is to be formed.
-#[derive(Debug, Clone)]
-pub struct Place {
-    /// The run; connections of other runs are refused.
-    pub run: Digest,
-    /// The group's generation.
-    pub generation: Generation,
-    /// This member's rank.
-    pub rank: Rank,
-    /// The number of members.
-    pub size: u32,
-    /// The key by which members recognise each other.
-    pub key: GroupKey,
-    /// The member before this one. In a group of one it is this member itself, and is not used.
-    pub previous: Peer,
-    /// The member after this one.
-    pub next: Peer,
-}
-
-impl Place {
-    pub(super) fn neighbour(&self, distance: u32) -> Rank {
-        Rank::new((self.rank.get() + distance) % self.size)
-    }
-}
 
 /// A member of a ring over TCP.
 #[derive(Debug)]
@@ -72,9 +46,7 @@ impl TcpGroup {
     /// member's share of a step takes.
     ///
     /// # Errors
-    /// [`CollectiveError::Refused`] if a neighbour is in a later generation or has been replaced;
-    /// [`CollectiveError::Unreachable`] if the next member does not answer; [`CollectiveError::NeverCame`] if it does,
-    /// but the previous member does not call.
+    /// [`CollectiveError::Connect`] says which neighbour did not connect, and why.
     pub fn form(
         listener: &mut Listener,
         place: &Place,
@@ -83,7 +55,7 @@ impl TcpGroup {
         stall: Duration,
     ) -> Result<Self, CollectiveError> {
         let ring = if place.size > 1 {
-            let (next, previous) = connect(listener, place, abort, patience)?;
+            let (next, previous) = connect(listener, place, abort.interrupt(), patience)?;
             let end = |distance, peer: &Peer, stream| End {
                 rank: place.neighbour(distance),
                 name: peer.worker.name().to_owned(),

@@ -7,9 +7,10 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
-use ulmus_types::{Digest, GroupKey, Incarnation, Peer, WorkerId};
+use ulmus_transport::ring::{Answer, ConnectError, DEAD_AFTER, Greeting, Listener, Place, readable, wait};
+use ulmus_types::{Digest, Generation, GroupKey, Incarnation, Peer, WorkerId};
 
-use super::frame::{Answer, Greeting, Header};
+use super::frame::Header;
 use super::*;
 
 mod cut_links;
@@ -305,7 +306,7 @@ fn a_member_that_comes_early_is_kept_until_its_group_is_known() {
         let peers = &peers;
         let early = scope.spawn(move || form(second, &place(2, 1, peers)).unwrap());
         // The other's port tells when the early one has called.
-        abort::wait(&mut [abort::readable(first)], std::time::Instant::now() + PATIENCE).unwrap();
+        wait(&mut [readable(first)], std::time::Instant::now() + PATIENCE).unwrap();
         form(first, &place(2, 0, peers)).unwrap();
         drop(early.join().unwrap());
     });
@@ -313,7 +314,7 @@ fn a_member_that_comes_early_is_kept_until_its_group_is_known() {
 
 fn refusal(listener: &mut Listener, place: &Place) -> &'static str {
     match form(listener, place).unwrap_err() {
-        CollectiveError::Refused { reason, rank } => {
+        CollectiveError::Connect(ConnectError::Refused { reason, rank }) => {
             assert_eq!(rank, Rank::new((place.rank.get() + 1) % place.size));
             reason
         }
@@ -480,7 +481,7 @@ fn nobody_is_a_member_without_the_key() {
     // First early, when nobody can check the key yet; then in a known generation.
     let mut early = TcpStream::connect(listeners[0].address()).unwrap();
     early.write_all(&greeting.encode(&other_key)).unwrap();
-    abort::wait(&mut [abort::readable(&listeners[0])], Instant::now() + PATIENCE).unwrap();
+    wait(&mut [readable(&listeners[0])], Instant::now() + PATIENCE).unwrap();
     let [first, second] = &mut listeners[..] else { unreachable!() };
     std::thread::scope(|scope| {
         let peers = &peers;
@@ -505,7 +506,11 @@ fn nobody_is_a_member_without_the_key() {
         assert!(refused.contains("key"), "{refused}");
         let error = member.join().unwrap();
         // The first one let no member in, because it has another key.
-        assert!(error.blames().is_some() || matches!(error, CollectiveError::Refused { .. }), "{error}");
+        assert!(
+            error.blames().is_some()
+                || matches!(error, CollectiveError::Connect(ConnectError::Refused { .. })),
+            "{error}"
+        );
     });
 }
 
@@ -708,7 +713,7 @@ fn early_strangers_do_not_keep_members_out() {
     std::thread::scope(|scope| {
         let peers = &peers;
         let early = scope.spawn(move || form(second, &place(2, 1, peers)).unwrap());
-        abort::wait(&mut [abort::readable(first)], Instant::now() + PATIENCE).unwrap();
+        wait(&mut [readable(first)], Instant::now() + PATIENCE).unwrap();
         let mut calls: Vec<TcpStream> = (0..300).map(|index| stranger(3 + index, 0)).collect();
         calls.push(stranger(2, 1));
         let within = Duration::from_secs(2);
@@ -723,7 +728,7 @@ fn early_strangers_do_not_keep_members_out() {
 fn a_member_that_is_slow_is_not_lost() {
     let (never, silence) = mpsc::channel::<()>();
     let silence = std::sync::Mutex::new(silence);
-    let slow = link::DEAD_AFTER + Duration::from_millis(2500);
+    let slow = DEAD_AFTER + Duration::from_millis(2500);
     let sums = run_ring(2, |mut group| {
         if group.rank() == Rank::new(1) {
             assert!(silence.lock().unwrap().recv_timeout(slow).is_err());

@@ -6,11 +6,12 @@ use std::net::TcpStream;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use ulmus_transport::ring::or_would_block;
 use ulmus_types::Rank;
 
 use super::CollectiveError;
 use super::abort::AbortHandle;
-use super::ring::{lost, or_would_block};
+use super::ring::lost;
 
 /// How long to go on after a neighbour closed its connection: it may have just finished what this member is about to.
 const GRACE: Duration = Duration::from_millis(250);

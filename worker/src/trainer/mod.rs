@@ -25,10 +25,11 @@ use ulmus_model::{BatchShape, MicroBatch, Objective, Replica};
 use ulmus_plan::Algorithms;
 use ulmus_process::with_causes;
 use ulmus_run::TrainState;
+use ulmus_transport::ring::{Listener, Place};
 use ulmus_types::{Assignment, BadUnit, Digest, FORM_WITHIN, Job, LeaveReason, RunId, Step, ToCoordinator};
 
 use crate::WorkerError;
-use crate::collective::{AbortHandle, CollectiveError, Listener, Place, TcpGroup};
+use crate::collective::{AbortHandle, CollectiveError, TcpGroup};
 use crate::control::Control;
 use crate::jobs;
 use crate::run::Run;

@@ -19,9 +19,9 @@ use std::time::{Duration, Instant};
 use socket2::SockRef;
 use ulmus_types::{Digest, Generation, GroupKey, Incarnation};
 
-use super::abort::{WakeupPipe, readable, wait};
-use super::frame::{Answer, Greeting};
+use super::greeting::{Answer, Greeting};
 use super::link;
+use super::wakeup::{WakeupPipe, readable, wait};
 
 /// How long a caller may take to send its greeting.
 const GREETING_TIME: Duration = Duration::from_secs(2);
@@ -138,7 +138,7 @@ impl Listener {
     }
 
     /// This process's incarnation, which callers must know.
-    pub(super) fn incarnation(&self) -> Incarnation {
+    pub fn incarnation(&self) -> Incarnation {
         self.shared.incarnation
     }
 

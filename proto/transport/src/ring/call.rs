@@ -10,12 +10,10 @@ use rustix::io::Errno;
 use socket2::{Domain, Protocol, Socket, Type};
 use ulmus_types::GroupKey;
 
-use super::abort::{AbortHandle, WakeupPipe, readable, wait, writable};
-use super::frame::{Answer, Greeting};
+use super::greeting::{Answer, Greeting};
 use super::listener::Listener;
-use super::ring::{network, or_would_block};
-use super::tcp::Place;
-use super::{CollectiveError, link};
+use super::wakeup::{Interrupt, WakeupPipe, readable, wait, writable};
+use super::{ConnectError, Place, link, or_would_block};
 
 /// Pause before an unreachable neighbour is called again.
 const REDIAL: Duration = Duration::from_millis(50);
@@ -23,13 +21,17 @@ const REDIAL: Duration = Duration::from_millis(50);
 const DIAL_WITHIN: Duration = Duration::from_secs(3);
 
 /// Calls the next member and waits for the call of the previous one, both at once. Returns both connections in this
-/// order.
-pub(super) fn connect(
+/// order. Blocks until both have agreed, `interrupt` is raised, or `patience` has passed.
+///
+/// # Errors
+/// [`ConnectError::Refused`] if a neighbour is in a later generation or has been replaced; [`ConnectError::Unreachable`]
+/// if the next member does not answer; [`ConnectError::NeverCame`] if it does, but the previous member does not call.
+pub fn connect(
     listener: &mut Listener,
     place: &Place,
-    abort: &AbortHandle,
+    interrupt: &Interrupt,
     patience: Duration,
-) -> Result<(TcpStream, TcpStream), CollectiveError> {
+) -> Result<(TcpStream, TcpStream), ConnectError> {
     let deadline = Instant::now() + patience;
     let (next_rank, previous_rank) = (place.neighbour(1), place.neighbour(place.size - 1));
     let expected = Greeting {
@@ -49,15 +51,15 @@ pub(super) fn connect(
     let mut call = Call::new(&place.next.address, greeting, place.key);
     let mut previous = None;
     loop {
-        if abort.is_aborted() {
-            return Err(CollectiveError::Aborted);
+        if interrupt.is_raised() {
+            return Err(ConnectError::Interrupted);
         }
         // It may have given up a call that was answered late and called again: only the last call counts.
         previous = listener.take(&expected).or(previous);
         call.go_on();
         match (call.stage, previous) {
             (Stage::Answered(_, answer), _) if answer != Answer::Welcome => {
-                return Err(CollectiveError::Refused { rank: next_rank, reason: answer.text() });
+                return Err(ConnectError::Refused { rank: next_rank, reason: answer.text() });
             }
             (Stage::Answered(next, _), Some(previous)) => return Ok((next, previous)),
             (stage, waiting) => (call.stage, previous) = (stage, waiting),
@@ -65,8 +67,8 @@ pub(super) fn connect(
         if Instant::now() >= deadline {
             let (generation, after) = (place.generation, patience);
             return Err(match &call.stage {
-                Stage::Answered(..) => CollectiveError::NeverCame { rank: previous_rank, generation, after },
-                _ => CollectiveError::Unreachable {
+                Stage::Answered(..) => ConnectError::NeverCame { rank: previous_rank, generation, after },
+                _ => ConnectError::Unreachable {
                     rank: next_rank,
                     address: place.next.address.clone(),
                     generation,
@@ -76,10 +78,13 @@ pub(super) fn connect(
             });
         }
         let (source, until) = call.stage.awaited();
-        let mut sources = vec![readable(abort), readable(listener)];
+        let mut sources = vec![readable(interrupt), readable(listener)];
         sources.extend(source);
         let until = until.map_or(deadline, |until| until.min(deadline));
-        wait(&mut sources, until).map_err(|error| network("cannot wait for sockets", &error))?;
+        wait(&mut sources, until).map_err(|error| ConnectError::Network {
+            act: "cannot wait for sockets".to_owned(),
+            reason: error.to_string(),
+        })?;
     }
 }
 

@@ -20,7 +20,7 @@ const PROBES: u32 = 3;
 /// Silence before the first probe, and between two probes.
 const INTERVAL: Duration = Duration::from_secs(1);
 /// Silence after which a link counts as dead.
-pub(super) const DEAD_AFTER: Duration = Duration::from_secs(INTERVAL.as_secs() * (PROBES as u64 + 1));
+pub const DEAD_AFTER: Duration = Duration::from_secs(INTERVAL.as_secs() * (PROBES as u64 + 1));
 
 /// Sets the options of a ring's connection, at either end.
 pub(super) fn prepare(stream: &TcpStream) -> std::io::Result<()> {
