@@ -11,7 +11,7 @@ use ulmus_types::{CheckpointKind, Job, Step, StepReport, for_people};
 const TEXT_LIMIT: usize = 2000;
 /// Minimum time between two plain lines about steps.
 const PLAIN_EVERY: Duration = Duration::from_secs(5);
-/// How long a run waits for workers before a person is told, and again after each such time.
+/// How often a person is told that the run is waiting for workers.
 const WAITING_EVERY: Duration = Duration::from_secs(30);
 
 /// The display.
@@ -25,7 +25,7 @@ pub(crate) struct Console {
     speed: Option<f64>,
     held_out: Option<f64>,
     last_plain: Option<Instant>,
-    /// Since when the run has been waiting for workers, or when that was last told.
+    /// When the run began to wait for workers, or when a person was last told so.
     waiting: Option<Instant>,
 }
 

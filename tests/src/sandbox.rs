@@ -58,10 +58,10 @@ impl Sandbox {
         sandbox
     }
 
-    /// A sandbox that begins with a copy of everything in a folder.
+    /// A sandbox that begins as a copy of a folder.
     ///
     /// # Panics
-    /// When it cannot be made.
+    /// When its files cannot be written.
     pub fn with_contents_of(folder: &Path) -> Self {
         let sandbox = Self::empty();
         copy(folder, sandbox.home.path());

@@ -1,4 +1,4 @@
-//! The jobs of a run around its training: which are done, which are being done, and which can begin.
+//! The jobs of a run around its training: which are done, which are running, and which can begin.
 //!
 //! ```text
 //!                          ┌─► average ─┬─► evaluate-average ─┐
@@ -6,7 +6,7 @@
 //!                          ├─► evaluate-last ─────────────────┤
 //!                          └─► continuations ─────────────────┘
 //! ```
-//! The graph is a table: [`JobKind::spec`]. A plan may leave the export out.
+//! The graph is defined by [`JobKind::spec`]. A plan may omit the export.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -72,7 +72,7 @@ impl Jobs {
         self.wanted.iter().copied().filter(|kind| !self.is_done(*kind))
     }
 
-    /// How far every job that the plan asks for is.
+    /// The progress of every job that the plan asks for.
     pub(crate) fn status(&self) -> BTreeMap<JobKind, JobStatus> {
         let mut status: BTreeMap<_, _> = self
             .wanted
@@ -175,7 +175,7 @@ impl Jobs {
             .collect()
     }
 
-    /// Whether what a job reads is there, and nothing runs that must not run beside it.
+    /// Whether everything that a job reads exists, and nothing runs that must not run at the same time.
     fn may_begin(&self, kind: JobKind, trained: bool) -> bool {
         let spec = kind.spec();
         let alone = || self.running.is_empty() && self.left().all(|other| other == kind);
@@ -184,7 +184,7 @@ impl Jobs {
             && (!spec.exclusive || alone())
     }
 
-    /// The milestones, of all that there are, that a job reads.
+    /// Those of all milestones that a job reads.
     fn checkpoints_of(&self, kind: JobKind, milestones: &[CheckpointId]) -> Vec<CheckpointId> {
         let (Some(first), Some(last)) = (milestones.first(), milestones.last()) else { return Vec::new() };
         match kind.spec().checkpoints {

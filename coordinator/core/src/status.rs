@@ -1,4 +1,4 @@
-//! What a run looks like from outside, for the people and programs that watch it.
+//! The status of a run, for people and programs that watch it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,67 +15,67 @@ use crate::members::{Activity, Member};
 pub struct Status {
     /// What the run is doing.
     pub phase: Phase,
-    /// Updates that are recorded.
+    /// Number of recorded updates.
     pub step: Step,
-    /// The last generation that was assigned.
+    /// The last assigned generation.
     pub generation: Generation,
     /// The connected workers, ordered by name.
     pub members: Vec<MemberStatus>,
-    /// The jobs that the plan asks for, and how far each is.
+    /// The jobs that the plan asks for, and the progress of each.
     pub jobs: BTreeMap<JobKind, JobStatus>,
-    /// States that workers keep in memory until they are stored as checkpoints.
+    /// States that workers hold in memory until they are stored as checkpoints.
     pub pending_checkpoints: Vec<CheckpointId>,
 }
 
 /// What a run is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// There are not enough workers for what comes next.
+    /// Waiting: there are not enough workers for what comes next.
     Waiting {
-        /// Workers that can take work.
+        /// Number of workers that can take work.
         ready: usize,
-        /// Workers that are needed.
+        /// Number of workers that are needed.
         needed: usize,
     },
-    /// A group forms or dissolves.
+    /// Forming or dissolving a group.
     Forming,
-    /// A group trains.
+    /// Training.
     Training,
-    /// Jobs are done before or after training.
+    /// Doing jobs, before or after training.
     Jobs,
-    /// The states that are left are stored.
+    /// Storing the remaining states.
     Storing,
-    /// It was asked to stop.
+    /// Stopping, because a person asked for it.
     Stopping,
-    /// It is over.
+    /// The run is over.
     Ended,
 }
 
 /// A connected worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemberStatus {
-    /// Who it is.
+    /// The worker.
     pub worker: WorkerId,
-    /// What it computes on, in its own words.
+    /// What the worker computes on, as it describes that itself.
     pub device: String,
-    /// What it does.
+    /// What the worker is doing.
     pub doing: Doing,
-    /// For how long it has been doing that.
+    /// How long it has been doing that.
     pub since: Duration,
-    /// How long ago it was last heard of.
+    /// How long ago its last message arrived.
     pub last_seen: Duration,
-    /// Whether it was asked to leave and hands over what it has.
+    /// Whether it was asked to leave, and is handing over its work.
     pub draining: bool,
-    /// How much longer it gets no work because of its faults.
+    /// How much longer it sits out because of its faults, if it does.
     pub sits_out: Option<Duration>,
 }
 
-/// What a worker does.
+/// What a worker is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Doing {
-    /// It has to prove that it sees the run's store.
+    /// It has to prove that it can read the run folder.
     Joining,
-    /// It measures its fingerprint.
+    /// It computes its fingerprint.
     WarmingUp,
     /// It can take work.
     Idle,
@@ -97,19 +97,19 @@ impl fmt::Display for Doing {
     }
 }
 
-/// How far a job is.
+/// The progress of a job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum JobStatus {
-    /// It has not begun.
+    /// The job has not begun.
     Waiting,
-    /// This worker does it.
+    /// This worker is doing the job.
     Running(WorkerId),
-    /// Its result is recorded.
+    /// The result of the job is recorded.
     Done,
 }
 
 impl Coordinator {
-    /// The run as it was at the last event.
+    /// The status of the run after the last event.
     pub fn status(&self) -> Status {
         let now = self.last_tick.unwrap_or_default().saturating_sub(self.slept);
         Status {

@@ -1,13 +1,13 @@
-//! Jobs: what one worker does alone before or after training, and how the jobs of a run depend on each other.
+//! Jobs: work that one worker does alone before or after training, and how a run's jobs depend on each other.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::CheckpointId;
+use crate::{CheckpointId, counted};
 
-/// A piece of work for one worker. Doing it twice, on whatever worker, gives the same files.
+/// A piece of work for one worker. Doing it twice, on any worker, gives the same files.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(into = "Record", try_from = "Record")]
 pub struct Job {
@@ -16,10 +16,10 @@ pub struct Job {
 }
 
 impl Job {
-    /// A job of this kind that reads these checkpoints, oldest first.
+    /// Builds a job of this kind that reads these checkpoints, oldest first.
     ///
     /// # Errors
-    /// If a job of this kind cannot read that many.
+    /// When a job of this kind cannot read that number of checkpoints.
     pub fn new(kind: JobKind, checkpoints: Vec<CheckpointId>) -> Result<Self, WrongInputs> {
         if kind.spec().checkpoints.allows(checkpoints.len()) {
             Ok(Self { kind, checkpoints })
@@ -28,23 +28,23 @@ impl Job {
         }
     }
 
-    /// What it makes.
+    /// The kind of the job.
     pub const fn kind(&self) -> JobKind {
         self.kind
     }
 
-    /// The name of its kind.
+    /// The name of the job's kind.
     pub const fn name(&self) -> &'static str {
         self.kind.name()
     }
 
-    /// The checkpoints that it reads, oldest first.
+    /// The checkpoints that the job reads, oldest first.
     pub fn checkpoints(&self) -> &[CheckpointId] {
         &self.checkpoints
     }
 }
 
-/// As a person sees it: what it is for, and what it reads.
+/// Shows a person what the job is for and what it reads.
 impl fmt::Display for Job {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.kind.spec().purpose)?;
@@ -56,15 +56,15 @@ impl fmt::Display for Job {
     }
 }
 
-/// A job cannot read this many checkpoints.
+/// A job was given a number of checkpoints that its kind cannot read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("job {} cannot read {checkpoints} checkpoints", kind.name())]
+#[error("job {} cannot read {}", kind.name(), counted(*checkpoints, "checkpoint"))]
 pub struct WrongInputs {
     kind: JobKind,
     checkpoints: usize,
 }
 
-/// What a job makes. A run has at most one job of each kind.
+/// What a job produces. A run has at most one job of each kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum JobKind {
@@ -86,29 +86,30 @@ pub enum JobKind {
     Benchmark,
 }
 
-/// What the coordinator knows about all jobs of a kind. This table is the graph of a run around its training.
+/// Properties of all jobs of a kind. Together they form the graph of a run's jobs around its training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct JobSpec {
-    /// Its name, which is also that of its result file.
+    /// A short name, also used for the result file.
     pub name: &'static str,
-    /// What it is for, for a person.
+    /// What the job is for, in words for a person.
     pub purpose: &'static str,
-    /// Whether it is done before training or after it.
+    /// Whether the job is done before or after training.
     pub phase: JobPhase,
-    /// The milestones that it reads.
+    /// The milestones that the job reads.
     pub checkpoints: Milestones,
-    /// The jobs whose output it reads.
+    /// The jobs whose output the job reads.
     pub reads: &'static [JobKind],
-    /// Whether it runs last and alone, because whatever else runs on the machine would be measured with it.
+    /// Whether the job runs last and alone, because anything else that runs on the machine would distort its
+    /// measurement.
     pub exclusive: bool,
 }
 
 /// When a job is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum JobPhase {
-    /// Training cannot begin without its output.
+    /// Before training, which needs the job's output.
     BeforeTraining,
-    /// It begins when the last update is done and the milestones are stored.
+    /// After the last update, once the milestones are stored.
     AfterTraining,
 }
 
@@ -117,16 +118,16 @@ pub enum JobPhase {
 pub enum Milestones {
     /// None.
     None,
-    /// The last.
+    /// Only the last.
     Last,
-    /// As many of the last as the plan averages.
+    /// The last ones, as many as the plan averages.
     Averaged,
     /// The first, the middle one and the last.
     Spread,
 }
 
 impl Milestones {
-    /// Whether a job that reads these can read `count` checkpoints.
+    /// Whether a job that reads these milestones can read `count` checkpoints.
     const fn allows(self, count: usize) -> bool {
         match self {
             Self::None => count == 0,
@@ -138,7 +139,7 @@ impl Milestones {
 }
 
 impl JobKind {
-    /// Every kind, in the order in which a run comes to them.
+    /// Every kind, in the order in which a run reaches them.
     pub const ALL: [Self; 7] = [
         Self::Prepare,
         Self::Average,
@@ -149,9 +150,9 @@ impl JobKind {
         Self::Benchmark,
     ];
 
-    /// What is known about all jobs of this kind.
+    /// Properties of all jobs of this kind.
     pub const fn spec(self) -> JobSpec {
-        /// What most kinds share.
+        /// The properties that most kinds share.
         const AFTER: JobSpec = JobSpec {
             name: "",
             purpose: "",
@@ -207,24 +208,24 @@ impl JobKind {
         }
     }
 
-    /// The name of its result file, and what a person calls it.
+    /// A short name, also used for the result file.
     pub const fn name(self) -> &'static str {
         self.spec().name
     }
 
-    /// The kind of that name.
+    /// The kind with this name.
     pub fn of_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.name() == name)
     }
 
-    /// The kinds of jobs that a run does, which may leave the export out.
+    /// The kinds of jobs that a run does, with or without the export.
     pub fn of_run(export: bool) -> BTreeSet<Self> {
         Self::ALL.into_iter().filter(|kind| export || *kind != Self::Export).collect()
     }
 }
 
-/// How jobs stand in the record of a run: `"prepare"`, `{"evaluate": id}`, `{"average": [id, …]}`. The worker that a job
-/// was given to is found by it.
+/// The form of jobs in the record of a run: `"prepare"`, `{"evaluate": id}`, `{"average": [id, …]}`. It must not
+/// change, because it is the key under which the record names a job's worker.
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
 enum Record {

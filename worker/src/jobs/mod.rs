@@ -23,8 +23,8 @@ use crate::WorkerError;
 use crate::run::Run;
 use crate::snapshot::weights;
 
-/// Does a job. Returns its result as JSON, in the job's type in [`ulmus_run::results`]. `say` tells a person what cannot
-/// wait for the end of the run.
+/// Does a job. Returns its result as JSON, in the job's type in [`ulmus_run::results`]. `say` tells a person what
+/// cannot wait for the end of the run.
 pub(crate) fn work<B: Backend>(
     run: &Run,
     backend: &B,
