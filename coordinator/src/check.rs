@@ -1,40 +1,99 @@
-//! `--check`: what a plan means, without starting anything.
+//! `--check`: what a plan means and whether it can run, without starting anything.
 
-use std::fmt::Write;
+use std::fmt::{self, Write};
+use std::path::Path;
 
 use ulmus_plan::{Plan, data_memory, worker_memory};
+use ulmus_process::{Failure, print};
+use ulmus_types::{ExitStatus, counted};
 
-/// The whole report on a plan that broke no rule.
-pub fn report(plan: &Plan) -> String {
-    let mut text = String::new();
-    write_report(&mut text, plan).expect("writing to a string cannot fail");
+use crate::args::Check;
+
+/// Prints what the plans of a file mean and, if asked for, what they read. The last line is the verdict.
+///
+/// # Errors
+/// With everything for which a run would be refused.
+pub fn check(path: &Path, plans: &[Plan], what: Check) -> Result<ExitStatus, Failure> {
+    for plan in plans {
+        print(&report(plan))?;
+    }
+    match what {
+        Check::Plan => print("the plan can run, if what it reads is there; --check sources looks")?,
+        Check::Sources => {
+            check_sources(path, plans)?;
+            print("\nthe plan can run")?;
+        }
+    }
+    Ok(ExitStatus::Done)
+}
+
+/// Opens what the plans read.
+#[cfg(feature = "local-workers")]
+fn check_sources(path: &Path, plans: &[Plan]) -> Result<(), Failure> {
+    use std::collections::BTreeSet;
+
+    use ulmus_types::{Problem, Problems};
+    use ulmus_worker::SourceCheck;
+
+    let (mut told, mut problems, mut first_kind) = (BTreeSet::new(), Problems::new(), None);
+    for plan in plans {
+        let SourceCheck { found, problems: of_plan, kind } = ulmus_worker::check_sources(plan);
+        first_kind = first_kind.or(kind);
+        for Problem { key, value, rule, fix } in of_plan.iter().cloned() {
+            if problems.iter().all(|problem: &Problem| (&problem.key, &problem.fix) != (&key, &fix)) {
+                problems.add(key, value, rule, fix);
+            }
+        }
+        // Variants mostly read the same.
+        if !found.is_empty() && told.insert(found.clone()) {
+            print(&found)?;
+        }
+    }
+    match first_kind {
+        Some(kind) => Err(Failure::new(kind.into(), ulmus_process::cannot_run(path, &problems))),
+        None => Ok(()),
+    }
+}
+
+#[cfg(not(feature = "local-workers"))]
+fn check_sources(_: &Path, _: &[Plan]) -> Result<(), Failure> {
+    let message =
+        "this coordinator was built without local workers and cannot open sources; use a full build";
+    Err(Failure::new(ExitStatus::InvalidInput, message))
+}
+
+/// What a plan means that broke no rule.
+fn report(plan: &Plan) -> String {
+    let mut text = format!("# plan {}, resolved\n\n{}\n", plan.run.name, plan.to_toml());
+    for write in
+        [write_model, write_training, write_memory, write_checkpoints, write_evaluation, write_shares]
+    {
+        write(&mut text, plan).expect("writing to a string cannot fail");
+        text.push('\n');
+    }
+    text.truncate(text.trim_end().len());
+    text.push('\n');
     text
 }
 
-fn write_report(text: &mut String, plan: &Plan) -> std::fmt::Result {
-    let model = &plan.model;
-    let parameters = model.parameters();
-    writeln!(text, "# plan {}, resolved\n", plan.run.name)?;
-    writeln!(text, "{}", plan.to_toml())?;
-
-    writeln!(text, "# model: {} parameters", grouped(parameters))?;
+fn write_model(text: &mut String, plan: &Plan) -> fmt::Result {
+    writeln!(text, "# model: {} parameters", grouped(plan.model.parameters()))?;
     writeln!(text, "layer  query heads  kv heads  ffn dim")?;
-    for (index, layer) in model.layers().iter().enumerate() {
+    for (index, layer) in plan.model.layers().iter().enumerate() {
         writeln!(text, "{index:>5}  {:>11}  {:>8}  {:>7}", layer.q_heads, layer.kv_heads, layer.ffn_dim)?;
     }
+    Ok(())
+}
 
+fn write_training(text: &mut String, plan: &Plan) -> fmt::Result {
     let train = &plan.train;
     let per_step = plan.tokens_per_step();
-    writeln!(text, "\n# training")?;
-    writeln!(
-        text,
-        "tokens per step      {} ({} sequences of {})",
-        grouped(per_step),
-        train.sequences,
-        plan.sequence_length()
-    )?;
+    let sequences = counted(train.sequences, "sequence");
+    writeln!(text, "# training")?;
+    writeln!(text, "tokens per step      {} ({sequences} of {})", grouped(per_step), plan.sequence_length())?;
     writeln!(text, "tokens in all        {}", grouped(per_step.saturating_mul(train.iterations)))?;
-    writeln!(text, "micro-batches        {} of {} sequences", train.micro_batches(), train.micro_batch)?;
+    let each = counted(train.micro_batch, "sequence");
+    writeln!(text, "micro-batches        {} of {each}", train.micro_batches())?;
     for source in &plan.data.source {
         if let Some(tokens) = source.tokens {
             let all: u64 = plan.data.source.iter().filter_map(|source| source.tokens).sum();
@@ -50,9 +109,12 @@ fn write_report(text: &mut String, plan: &Plan) -> std::fmt::Result {
             )?;
         }
     }
+    Ok(())
+}
 
-    let memory = worker_memory(model, train, plan.sequence_length());
-    writeln!(text, "\n# memory per worker, bytes")?;
+fn write_memory(text: &mut String, plan: &Plan) -> fmt::Result {
+    let memory = worker_memory(&plan.model, &plan.train, plan.sequence_length());
+    writeln!(text, "# memory per worker, bytes")?;
     for (name, bytes) in [
         ("parameters", memory.parameters),
         ("gradients", memory.gradients),
@@ -66,37 +128,50 @@ fn write_report(text: &mut String, plan: &Plan) -> std::fmt::Result {
     writeln!(
         text,
         "and while a checkpoint is stored, a copy of parameters and optimizer: {}",
-        grouped(12 * parameters)
-    )?;
+        grouped(checkpoint_bytes(plan))
+    )
+}
 
-    writeln!(text, "\n# checkpoints")?;
-    let milestones = train.iterations.div_ceil(plan.checkpoint.every);
-    writeln!(text, "one                  {} bytes", grouped(12 * parameters))?;
+fn write_checkpoints(text: &mut String, plan: &Plan) -> fmt::Result {
+    let milestones = plan.train.iterations.div_ceil(plan.checkpoint.every);
+    let bytes = checkpoint_bytes(plan);
+    writeln!(text, "# checkpoints")?;
+    writeln!(text, "one                  {} bytes", grouped(bytes))?;
     writeln!(
         text,
-        "milestones           {milestones}, every {} steps; {} bytes in all",
-        plan.checkpoint.every,
-        grouped((12 * parameters).saturating_mul(milestones))
+        "milestones           {milestones}, every {}; {} bytes in all",
+        counted(plan.checkpoint.every, "step"),
+        grouped(bytes.saturating_mul(milestones))
     )?;
-    writeln!(text, "average              of the last {}", plan.checkpoint.average)?;
+    writeln!(text, "average              of the last {}", plan.checkpoint.average)
+}
 
-    writeln!(text, "\n# evaluation")?;
+/// Weights and both moments, in float32.
+fn checkpoint_bytes(plan: &Plan) -> u64 {
+    12 * plan.model.parameters()
+}
+
+fn write_evaluation(text: &mut String, plan: &Plan) -> fmt::Result {
+    writeln!(text, "# evaluation")?;
     match (plan.data.holdout, plan.evaluate.text.get()) {
-        (0.0, _) => writeln!(text, "none: data.holdout = 0 keeps no text back to measure on")?,
-        (_, 0) => writeln!(text, "none: evaluate.text is 0")?,
+        (0.0, _) => writeln!(text, "none: data.holdout = 0 keeps no text back to measure on"),
+        (_, 0) => writeln!(text, "none: evaluate.text is 0"),
         (share, _) => writeln!(
             text,
             "on up to {} of the documents that are held out, one of {:.0}; with fewer of them there may be none",
             plan.evaluate.text,
             share.recip()
-        )?,
+        ),
     }
+}
 
-    writeln!(text, "\n# shares and communication")?;
+fn write_shares(text: &mut String, plan: &Plan) -> fmt::Result {
+    let train = &plan.train;
+    writeln!(text, "# shares and communication")?;
     writeln!(text, "workers  micro-batches each  memory of data, about  bytes sent per worker and step")?;
     for workers in [1, 2, 4, 8, 16, 128].into_iter().filter(|workers| *workers <= train.micro_batches()) {
         // Reduce-scatter of i64 and all-gather of f32 over a ring.
-        let sent = 12 * parameters * (workers - 1) / workers;
+        let sent = 12 * plan.model.parameters() * (workers - 1) / workers;
         let micro_batches = train.micro_batches().div_ceil(workers);
         let lanes = micro_batches * train.micro_batch * plan.data.lanes / train.sequences;
         let data = data_memory(&plan.data, lanes, plan.sequence_length());

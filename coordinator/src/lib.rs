@@ -20,5 +20,5 @@ mod run;
 mod server;
 mod summary;
 
-pub use check::report;
+pub use check::check;
 pub use run::{Options, run};

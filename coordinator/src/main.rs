@@ -3,8 +3,8 @@
 use std::process::ExitCode;
 
 use tokio_util::task::TaskTracker;
-use ulmus_coordinator::args::{Args, Check, Command};
-use ulmus_coordinator::{Options, plans, report, run};
+use ulmus_coordinator::args::{Args, Command};
+use ulmus_coordinator::{Options, check, plans, run};
 use ulmus_process::{Failure, Shutdown, print};
 use ulmus_transport::{TokenSource, raise_file_limit};
 use ulmus_types::ExitStatus;
@@ -30,14 +30,8 @@ fn start(args: Args) -> Result<ExitStatus, Failure> {
     }
     let path = args.plan.expect("clap requires --plan without a subcommand");
     let plans = plans::load(&path, &args.overrides)?;
-    if let Some(check) = args.check {
-        for plan in &plans {
-            print(&report(plan))?;
-        }
-        return match check {
-            Check::Plan => Ok(ExitStatus::Done),
-            Check::Sources => check_sources(&plans),
-        };
+    if let Some(what) = args.check {
+        return check(&path, &plans, what);
     }
     raise_file_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -61,19 +55,4 @@ fn start(args: Args) -> Result<ExitStatus, Failure> {
             .map_err(|error| Failure::new(ExitStatus::Failed, format!("cannot handle signals: {error}")))?;
         Box::pin(run(&plans, &options, &shutdown)).await
     })
-}
-
-#[cfg(feature = "local-workers")]
-fn check_sources(plans: &[ulmus_plan::Plan]) -> Result<ExitStatus, Failure> {
-    for plan in plans {
-        print(&ulmus_worker::check_sources(plan)?)?;
-    }
-    Ok(ExitStatus::Done)
-}
-
-#[cfg(not(feature = "local-workers"))]
-fn check_sources(_: &[ulmus_plan::Plan]) -> Result<ExitStatus, Failure> {
-    let message =
-        "this coordinator was built without local workers, so it cannot open sources; use a full build";
-    Err(Failure::new(ExitStatus::InvalidInput, message))
 }

@@ -117,6 +117,61 @@ fn output_is_whole(home: &Path, arguments: &[&str]) -> bool {
     output.status.success() && !output.stdout.is_empty()
 }
 
+#[test]
+fn a_check_ends_with_a_verdict() {
+    let home = place();
+    let check = |more: &[&str]| {
+        let output = output(home.path(), &[&["--plan", "plan.toml", "--check"], more].concat());
+        let said = if output.status.success() { output.stdout } else { output.stderr };
+        let said = String::from_utf8(said).unwrap();
+        (output.status.code(), said.lines().last().unwrap_or_default().to_owned(), said)
+    };
+    let (code, verdict, _) = check(&[]);
+    assert_eq!(
+        (code, &*verdict),
+        (Some(0), "the plan can run, if what it reads is there; --check sources looks")
+    );
+    let (code, verdict, said) = check(&["sources"]);
+    assert_eq!((code, &*verdict), (Some(0), "the plan can run"));
+    assert!(said.contains("source texts: 40 files"), "{said}");
+    for more in [
+        &["--set", "data.threads=0", "--set", "train.clips=1"][..],
+        &["sources", "--set", "tokenizer.file=none", "--set", "data.source.0.url=nowhere"],
+    ] {
+        let (code, verdict, said) = check(more);
+        assert_eq!((code, &*verdict), (Some(2), "the plan cannot run: 2 problems"), "{said}");
+    }
+    let (_, verdict, _) = check(&["--set", "data.threads=0"]);
+    assert_eq!(verdict, "the plan cannot run: 1 problem");
+    assert!(!home.path().join("runs").exists(), "nothing was started");
+}
+
+#[test]
+fn too_little_text_for_the_lanes_is_found_before_the_start() {
+    let home = place();
+    let prepared = [
+        "--plan",
+        "plan.toml",
+        "--set",
+        "prepare.paths=[\"texts\"]",
+        "--set",
+        "data.source.0.url=run:shards",
+        "--set",
+        "data.source.0.files=[\"*.parquet\"]",
+    ];
+    let lanes = [&prepared[..], &["--set", "data.lanes=2"]].concat();
+    let texts = ["1 unit for the 2 lanes", "use data.lanes of at most 1"];
+    assert_refused(&output(home.path(), &[&lanes[..], &["--check", "sources"]].concat()), &texts);
+    // So the start says, too.
+    assert_refused(&output(home.path(), &lanes), &texts);
+    let fits = output(home.path(), &[&prepared[..], &["--check", "sources"]].concat());
+    let said = String::from_utf8_lossy(&fits.stdout).into_owned();
+    assert!(
+        fits.status.success() && said.contains("prepare: 40 files match, whose text makes 1 unit"),
+        "{said}"
+    );
+}
+
 /// A running program, which is killed when the value is dropped.
 struct Running(Child);
 

@@ -1,7 +1,7 @@
 //! What can go wrong between a corpus and a sequence. Every message names the file or source and the next act.
 
 use ulmus_tokenizer::TokenizerError;
-use ulmus_types::ErrorKind;
+use ulmus_types::{ErrorKind, counted};
 
 /// An error of the data plane.
 #[derive(Debug, thiserror::Error)]
@@ -204,8 +204,9 @@ pub enum DataError {
     },
     /// A source is cut into fewer units than lanes read it.
     #[error(
-        "source {name:?} has {units} units for the {lanes} lanes that read it; use data.lanes of at most {most}, \
-         or a smaller data.unit; a compressed file is one unit of any size, so store it in several"
+        "source {name:?} has {} for the {lanes} lanes that read it; use data.lanes of at most {most}, or a smaller data.unit, \
+         or more text; a compressed file is one unit of any size, so store it in several",
+        counted(*units, "unit")
     )]
     FewUnits {
         /// The source.

@@ -174,6 +174,16 @@ pub fn matching_files(config: &PrepareConfig, cargo_home: &Path) -> Result<usize
     Ok(found.iter().filter(|found| globs.iter().any(|glob| glob.fits(&found.matched))).count())
 }
 
+/// How many units of at most `unit` bytes the text that `config` names will have. Reads all of it, and writes nothing.
+///
+/// # Errors
+/// As for [`prepare`], but for the store.
+pub fn prepared_units(config: &PrepareConfig, cargo_home: &Path, unit: u64) -> Result<usize, DataError> {
+    let (documents, _) = documents(config, cargo_home)?;
+    let shards = split(&documents, config.shard.get());
+    Ok(shards.into_iter().map(|shard| split(shard, unit).len()).sum())
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Document {
     text: String,

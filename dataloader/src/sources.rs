@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 use ulmus_plan::{DataConfig, Format, SourceConfig};
+use ulmus_run::paths;
 use ulmus_types::{ErrorKind, Problems};
 
 use crate::error::DataError;
@@ -10,6 +11,9 @@ use crate::manifest::{self, Manifest, SourceManifest};
 use crate::order::Mixture;
 use crate::store::{FileInfo, Folder, Stores, Traffic};
 use crate::tokens::Vocabulary;
+
+/// What addresses in the run's own folder begin with.
+pub(crate) const RUN: &str = "run:";
 
 /// How often a unit that cannot be read is read again.
 pub(crate) const AGAIN: usize = 2;
@@ -244,12 +248,34 @@ pub struct Inspection {
     pub kind: Option<ErrorKind>,
 }
 
-/// Opens every source, lists its files and reads it up to its first document. Blocks.
+/// Makes sure that the shards that a run prepares will have a unit for every lane that reads them, when they have that many.
+///
+/// # Errors
+/// When they will not.
+pub fn check_prepared(config: &DataConfig, units: usize) -> Result<(), DataError> {
+    let mixture = mixture(config);
+    let own = format!("{RUN}{}", paths::SHARDS);
+    for (index, source) in config.source.iter().enumerate().filter(|(_, source)| source.url == own) {
+        let lanes = mixture.ends_of_source(index).len() - 1;
+        enough_units(&source.name, units, lanes, mixture.lanes())?;
+    }
+    Ok(())
+}
+
+fn mixture(config: &DataConfig) -> Mixture {
+    let weights: Vec<u64> = config.source.iter().map(|source| source.tokens.unwrap_or(1)).collect();
+    Mixture::new(config.lanes, &weights)
+}
+
+/// Opens every source, lists its files and reads it up to its first document. Without `run`, the run's own folder, its
+/// sources are passed by: they are not there yet. Blocks.
 pub fn inspect(config: &DataConfig, run: Option<&Folder>) -> Inspection {
     let mut inspection = Inspection::default();
-    let weights: Vec<u64> = config.source.iter().map(|source| source.tokens.unwrap_or(1)).collect();
-    let mixture = Mixture::new(config.lanes, &weights);
+    let mixture = mixture(config);
     for (index, source) in config.source.iter().enumerate() {
+        if run.is_none() && source.url.starts_with(RUN) {
+            continue;
+        }
         let lanes = mixture.ends_of_source(index).len() - 1;
         match report(source, lanes, mixture.lanes(), config, run) {
             Ok(report) => inspection.reports.push(report),
@@ -258,7 +284,7 @@ pub fn inspect(config: &DataConfig, run: Option<&Folder>) -> Inspection {
                 inspection.problems.add(
                     format!("data.source.{index}"),
                     format!("{:?}", source.name),
-                    "a source can be opened and read",
+                    "the source cannot be used",
                     error.to_string(),
                 );
             }

@@ -99,7 +99,7 @@ fn sources_that_cannot_be_used_are_named() {
     sandbox.write("raw/b.jsonl", "{\"text\": \"words\"}\n");
     // Without an override, this plan would already stop at the tokenizer.
     let checked = sandbox.coordinator_bare(&["--plan", "bad.toml", "--check", "sources"]).ends();
-    assert_refused(&checked, 2, &["1 units for the 4 lanes", "use data.lanes of at most 1"]);
+    assert_refused(&checked, 2, &["1 unit for the 4 lanes", "use data.lanes of at most 1"]);
     let outside = ["bad.toml", "--set", "data.source.0.name=../bad", "--check"];
     let outside = sandbox.coordinator_bare(&[&["--plan"][..], &outside].concat()).ends();
     assert_refused(&outside, 2, &["data.source.0.name", "write name = \"web\""]);

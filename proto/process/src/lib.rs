@@ -10,6 +10,6 @@ mod telemetry;
 
 pub use address::HostPort;
 pub use exit::{Failure, arguments, finish_output, print, report, with_causes};
-pub use plans::load_plans;
+pub use plans::{cannot_run, load_plans};
 pub use shutdown::{Shutdown, Signal};
 pub use telemetry::{LogTarget, init as init_telemetry};

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use ulmus_plan::Plan;
-use ulmus_types::{ExitStatus, counted};
+use ulmus_types::{ExitStatus, Problems, counted};
 
 use crate::Failure;
 
@@ -25,11 +25,15 @@ pub fn load_plans(
         );
         Failure::new(ExitStatus::InvalidInput, message)
     })?;
-    let known = ulmus_plan::tokenizer_to_count(&text, overrides).and_then(|file| pieces(&file));
-    let known = known.map(|pieces| format!("tokenizer.pieces={pieces}"));
-    let overrides: Vec<String> = known.into_iter().chain(overrides.iter().cloned()).collect();
-    ulmus_plan::read(&text, &overrides).map_err(|problems| {
-        let count = counted(problems.len(), "problem");
-        Failure::new(ExitStatus::InvalidInput, format!("{}: {count}\n{problems}", path.display()))
-    })
+    let counted = ulmus_plan::tokenizer_to_count(&text, overrides).and_then(|file| pieces(&file));
+    let counted = counted.map(|pieces| format!("tokenizer.pieces={pieces}"));
+    let overrides: Vec<String> = counted.into_iter().chain(overrides.iter().cloned()).collect();
+    ulmus_plan::read(&text, &overrides)
+        .map_err(|problems| Failure::new(ExitStatus::InvalidInput, cannot_run(path, &problems)))
+}
+
+/// The problems of the plan in a file, and the verdict that follows from them.
+pub fn cannot_run(path: &Path, problems: &Problems) -> String {
+    let count = counted(problems.len() as u64, "problem");
+    format!("{}:\n{problems}\nthe plan cannot run: {count}", path.display())
 }

@@ -1,5 +1,7 @@
 //! Text that a person will read.
 
+use std::fmt;
+
 /// Makes text safe to print on a terminal and to append to a log: one line of at most `limit` characters, without
 /// control characters, escape sequences, or marks that reorder the text after them.
 pub fn for_people(text: &str, limit: usize) -> String {
@@ -32,9 +34,21 @@ const fn reorders(char: char) -> bool {
     matches!(char, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
+/// A number with its noun: `1 unit`, `2 units`. For nouns whose plural ends in `s`.
+pub fn counted<N: fmt::Display + PartialEq + From<u8>>(count: N, noun: &str) -> String {
+    let ending = if count == N::from(1) { "" } else { "s" };
+    format!("{count} {noun}{ending}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_thing_is_singular() {
+        let units = [0_u64, 1, 2].map(|count| counted(count, "unit"));
+        assert_eq!(units, ["0 units", "1 unit", "2 units"]);
+    }
 
     #[test]
     fn a_terminal_gets_one_line_without_commands() {
