@@ -157,3 +157,44 @@ fn damage_has_an_exit_code_of_its_own() {
         assert!(message.contains("a.json.gz is damaged"), "{message}");
     }
 }
+
+#[test]
+fn sources_that_the_run_makes_are_told_of_before_it_has_made_them() {
+    let place = tempfile::tempdir().unwrap();
+    let (plan, runs) = (place.path().join("plan.toml"), place.path().join("runs"));
+    let prepared = format!(
+        "[run]\nname = \"own\"\n[store]\nurl = {runs:?}\n[model]\npreset = \"openelm-270m\"\n[prepare]\npaths = [\"texts\"]\n"
+    );
+    std::fs::write(&plan, &prepared).unwrap();
+    let plan = plan.to_str().unwrap();
+    let tokenizer = tokenizer();
+    let words = [
+        "source \"prepared\" lies in the folder of the run",
+        "runs/own has no data yet",
+        "start the run first",
+    ];
+    refused(&dataloader(&["inspect", "--plan", plan], ""), &words);
+    refused(&dataloader(&["inspect", "--json", "--plan", plan], ""), &words);
+    refused(&dataloader(&["count", "--plan", plan, "--tokenizer", &tokenizer], ""), &words);
+    refused(&dataloader(&["explain", "--plan", plan, "--step", "1", "--sequence", "0"], ""), &words);
+
+    // Others are shown all the same.
+    let source = |name: &str, url: &str, files: &str| {
+        format!("[[data.source]]\nname = {name:?}\nurl = {url:?}\nfiles = [{files:?}]\ntext = \"text\"\n")
+    };
+    let lines = source("lines", &format!("{GOLDEN}/a/data"), "*.jsonl");
+    std::fs::write(plan, prepared + &source("own", "run:shards", "*.parquet") + &lines).unwrap();
+    let shown = dataloader(&["inspect", "--plan", plan], "");
+    let said = String::from_utf8_lossy(&shown.stdout).into_owned();
+    assert!(
+        shown.status.success() && said.contains("lines") && said.contains("runs/own has no data yet"),
+        "{said}"
+    );
+    let shown = lines_of_inspection(&dataloader(&["inspect", "--json", "--plan", plan], ""));
+    assert_eq!(shown, ["lines"]);
+}
+
+fn lines_of_inspection(output: &Output) -> Vec<String> {
+    let reports = lines(output).remove(0);
+    reports.as_array().unwrap().iter().map(|report| report["name"].as_str().unwrap().to_owned()).collect()
+}

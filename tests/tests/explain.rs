@@ -38,6 +38,12 @@ fn a_sequence_of_a_run_leads_to_its_documents() {
             assert!(prose.iter().any(|whole| whole.contains(text)), "{text:?}");
         }
     }
+    // What the run has made for itself can be looked at as any other source.
+    for command in ["inspect", "count"] {
+        let told = sandbox.dataloader(&[command, "--json", "--plan", "plan.toml"]).succeeds();
+        let sources: Value = serde_json::from_str(told.trim()).expect("what is called JSON is JSON");
+        assert!(sources[0]["files"].as_u64().is_some_and(|files| files > 0), "{told}");
+    }
     let wrong =
         sandbox.dataloader(&["explain", "--plan", "plan.toml", "--step", "61", "--sequence", "0"]).ends();
     assert_eq!(wrong.code, Some(2));

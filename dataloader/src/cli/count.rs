@@ -7,10 +7,12 @@ use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use ulmus_dataloader::{Corpus, Counts, Manifest, Sources, Traffic};
+use ulmus_dataloader::{Corpus, Counts, Folder, Manifest, Sources, Traffic};
 use ulmus_plan::{DataConfig, Plan, SourceConfig};
 use ulmus_process::{Failure, print};
 use ulmus_tokenizer::Tokenizer;
+
+use super::run::Run;
 
 #[derive(Debug, Args)]
 pub(crate) struct Count {
@@ -47,13 +49,24 @@ struct Counted {
 impl Count {
     pub(super) fn run(&self) -> Result<(), Failure> {
         let plan = super::load(&self.plan, &self.overrides)?;
-        let tokenizer = super::tokens::of_plan(&plan, self.tokenizer.as_deref())?;
         let mut data = plan.data.clone();
         super::choose(&mut data, &self.sources)?;
+        let run = Run::find_for(&plan, &data)?;
+        if let Some(not_made) = run.as_ref().map(|run| run.not_made(&self.plan, &data)).transpose()?.flatten()
+        {
+            return Err(super::wrong(not_made));
+        }
+        let tokenizer = match &run {
+            Some(run) if self.tokenizer.is_none() && plan.tokenizer.file.is_none() => {
+                run.tokenizer(&plan.tokenizer)?
+            }
+            _ => super::tokens::of_plan(&plan, self.tokenizer.as_deref())?,
+        };
+        let folder = run.as_ref().and_then(Run::folder);
         let counted = data
             .source
             .iter()
-            .map(|source| count(&plan, source, tokenizer.clone()))
+            .map(|source| count(&plan, source, folder, tokenizer.clone()))
             .collect::<Result<Vec<_>, Failure>>()?;
         if self.json {
             return print(&serde_json::to_string(&counted).expect("counts can be written as JSON"));
@@ -68,12 +81,17 @@ impl Count {
     }
 }
 
-fn count(plan: &Plan, source: &SourceConfig, tokenizer: Tokenizer) -> Result<Counted, Failure> {
+fn count(
+    plan: &Plan,
+    source: &SourceConfig,
+    run: Option<&Folder>,
+    tokenizer: Tokenizer,
+) -> Result<Counted, Failure> {
     // One lane, which has units in any case.
     let config = DataConfig { lanes: 1, source: vec![source.clone()], ..plan.data.clone() };
     let failure = |error| super::failure(&error);
-    let manifest = Manifest::freeze(&config, None).map_err(failure)?;
-    let sources = Sources::open(&config, &manifest, None).map_err(failure)?;
+    let manifest = Manifest::freeze(&config, run).map_err(failure)?;
+    let sources = Sources::open(&config, &manifest, run).map_err(failure)?;
     let corpus = Corpus::new(&config, plan.run.seed, sources, tokenizer).map_err(failure)?;
     let style = "{prefix} {wide_bar} {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left";
     let style = ProgressStyle::with_template(style).expect("the template is right");

@@ -10,8 +10,10 @@ use ulmus_dataloader::{Corpus, Cursors, DataError, Explanation, Folder, Loader, 
 use ulmus_plan::{Plan, TokenizerConfig};
 use ulmus_process::{Failure, print};
 use ulmus_run::{TrainState, paths, quarantine};
-use ulmus_tokenizer::Tokenizer;
-use ulmus_types::{BadUnit, ErrorKind, ExitStatus, LaneId};
+use ulmus_types::{BadUnit, LaneId};
+
+use super::run::{Run, read};
+use super::{unreadable, wrong};
 
 /// Characters of a document that are shown at each of its ends.
 const SHOWN: usize = 60;
@@ -46,10 +48,9 @@ impl Explain {
                 plan.train.sequences - 1
             )));
         }
-        let url = format!("{}/{}", plan.store.url.trim_end_matches('/'), plan.run.name);
-        let run = Folder::find_run(&url).map_err(|error| super::failure(&error))?;
-        let (before, after) = states(run.as_ref(), step)?;
-        let recorded = read(run.as_ref(), paths::QUARANTINE)?.map(|text| quarantine::from_json(&text));
+        let run = Run::find(&plan)?;
+        let (before, after) = states(run.folder(), step)?;
+        let recorded = read(run.folder(), paths::QUARANTINE)?.map(|text| quarantine::from_json(&text));
         let recorded = recorded.transpose().map_err(|error| unreadable(&error))?;
         let now = recorded.unwrap_or_default().into_keys().collect();
         let then = before.as_ref().map(|state| state.quarantine.clone()).unwrap_or_default();
@@ -59,7 +60,7 @@ impl Explain {
                 paths::QUARANTINE
             )));
         }
-        let corpus = Arc::new(corpus(&plan, run.as_ref(), &url, &then)?);
+        let corpus = Arc::new(self.corpus(&plan, &run, &then)?);
         let per_lane = plan.train.sequences / plan.data.lanes;
         let lane = LaneId::new((sequence / per_lane) as u32);
         let (done, cursors) = match before {
@@ -85,39 +86,30 @@ impl Explain {
         }
         print(&page(step, sequence, lane, &explanation))
     }
-}
 
-/// The data of the run, if it has begun, or of the plan as it would begin now.
-fn corpus(
-    plan: &Plan,
-    run: Option<&Folder>,
-    url: &str,
-    left_out: &BTreeSet<BadUnit>,
-) -> Result<Corpus, Failure> {
-    let failure = |error: DataError| super::failure(&error);
-    let TokenizerConfig { file, bos, eos, .. } = &plan.tokenizer;
-    let (bos, eos) = (bos.as_deref(), eos.as_deref());
-    let (manifest, tokenizer) = if let Some(manifest) = read(run, paths::DATA_MANIFEST)? {
-        let (name, bytes) = match read(run, paths::TOKENIZER_MODEL)? {
-            Some(model) => (paths::TOKENIZER_MODEL, model),
-            None => (paths::TOKENIZER_JSON, read(run, paths::TOKENIZER_JSON)?.unwrap_or_default()),
+    /// The data of the run, if it has begun, or of the plan as it would begin now.
+    fn corpus(&self, plan: &Plan, run: &Run, left_out: &BTreeSet<BadUnit>) -> Result<Corpus, Failure> {
+        let failure = |error: DataError| super::failure(&error);
+        let (manifest, tokenizer) = if let Some(manifest) = run.data_manifest()? {
+            (Manifest::from_json(&manifest).map_err(failure)?, run.tokenizer(&plan.tokenizer)?)
+        } else if let Some(not_made) = run.not_made(&self.plan, &plan.data)? {
+            return Err(wrong(not_made));
+        } else {
+            let TokenizerConfig { file, bos, eos, .. } = &plan.tokenizer;
+            let file = file.as_ref().ok_or_else(|| {
+                wrong(format!(
+                    "{} has no run yet, and the plan no tokenizer.file; run it first, or name the tokenizer",
+                    run.url()
+                ))
+            })?;
+            let manifest = Manifest::freeze(&plan.data, None).map_err(failure)?;
+            (manifest, super::tokens::open(Path::new(file), bos.as_deref(), eos.as_deref())?)
         };
-        let tokenizer = Tokenizer::read(&bytes, name, bos, eos)
-            .map_err(|error| unreadable(&format!("{url}/{name}: {error}")))?;
-        (Manifest::from_json(&manifest).map_err(failure)?, tokenizer)
-    } else {
-        let file = file.as_ref().ok_or_else(|| {
-            wrong(format!(
-                "{url} has no run yet, and the plan no tokenizer.file; run it first, or name the tokenizer"
-            ))
-        })?;
-        let manifest = Manifest::freeze(&plan.data, None).map_err(failure)?;
-        (manifest, super::tokens::open(Path::new(file), bos, eos)?)
-    };
-    manifest.check_tokenizer(&tokenizer).map_err(failure)?;
-    let sources = Sources::open(&plan.data, &manifest, run).map_err(failure)?;
-    let corpus = Corpus::new(&plan.data, plan.run.seed, sources, tokenizer).map_err(failure)?;
-    Ok(corpus.without(left_out))
+        manifest.check_tokenizer(&tokenizer).map_err(failure)?;
+        let sources = Sources::open(&plan.data, &manifest, run.folder()).map_err(failure)?;
+        let corpus = Corpus::new(&plan.data, plan.run.seed, sources, tokenizer).map_err(failure)?;
+        Ok(corpus.without(left_out))
+    }
 }
 
 /// The newest checkpoint of the run from before a step, and the first one from after it.
@@ -135,12 +127,6 @@ fn states(run: Option<&Folder>, step: u64) -> Result<(Option<TrainState>, Option
     }
     let mut after = states.split_off(&step);
     Ok((states.pop_last().map(|(_, state)| state), after.pop_first().map(|(_, state)| state)))
-}
-
-/// A file of a folder; none if it is not there.
-fn read(folder: Option<&Folder>, path: &str) -> Result<Option<Vec<u8>>, Failure> {
-    let bytes = folder.map(|folder| folder.read(path)).transpose();
-    bytes.map(Option::flatten).map_err(|error| super::failure(&error))
 }
 
 fn page(step: u64, sequence: u64, lane: LaneId, explanation: &Explanation) -> String {
@@ -167,12 +153,4 @@ fn shortened(text: &str) -> String {
     }
     let side = |characters: &[char]| characters.iter().collect::<String>();
     format!("{:?} … {:?}", side(&characters[..SHOWN]), side(&characters[characters.len() - SHOWN..]))
-}
-
-fn wrong(message: String) -> Failure {
-    Failure::new(ExitStatus::InvalidInput, message)
-}
-
-fn unreadable(what: &impl std::fmt::Display) -> Failure {
-    Failure::new(ErrorKind::Corrupt.into(), format!("{what}; restore it"))
 }

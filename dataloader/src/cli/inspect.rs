@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use ulmus_dataloader::{Inspection, SourceReport, inspect};
+use ulmus_plan::DataConfig;
 use ulmus_process::{Failure, print};
+
+use super::run::Run;
 
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
@@ -22,20 +25,23 @@ pub(crate) struct Inspect {
 
 impl Inspect {
     pub(super) fn run(&self) -> Result<(), Failure> {
-        let mut data = super::load(&self.plan, &self.overrides)?.data;
-        // What a run prepares for itself is not there before it.
-        data.source.retain(|source| !source.url.starts_with("run:"));
+        let plan = super::load(&self.plan, &self.overrides)?;
+        let run = Run::find_for(&plan, &plan.data)?;
+        let not_made = run.as_ref().map(|run| run.not_made(&self.plan, &plan.data)).transpose()?.flatten();
+        let folder = if not_made.is_none() { run.as_ref().and_then(Run::folder) } else { None };
         // How many lanes read a source depends on weights, which are not known yet.
-        data.lanes = 1;
-        let Inspection { reports, problems, kind } = inspect(&data, None);
+        let data = DataConfig { lanes: 1, ..plan.data };
+        let Inspection { reports, problems, kind } = inspect(&data, folder);
         if !reports.is_empty() && self.json {
             print(&serde_json::to_string(&reports).expect("reports can be written as JSON"))?;
         } else if !reports.is_empty() {
             print(&table(&reports).to_string())?;
         }
-        match kind {
-            None => Ok(()),
-            Some(kind) => Err(Failure::new(kind.into(), problems.to_string())),
+        match (kind, not_made) {
+            (Some(kind), _) => Err(Failure::new(kind.into(), problems.to_string())),
+            (None, Some(not_made)) if reports.is_empty() => Err(super::wrong(not_made)),
+            (None, Some(not_made)) if !self.json => print(&not_made),
+            _ => Ok(()),
         }
     }
 }

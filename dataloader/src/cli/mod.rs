@@ -4,6 +4,7 @@ mod count;
 mod explain;
 mod inspect;
 mod mirror;
+mod run;
 mod shards;
 mod tokens;
 
@@ -11,10 +12,10 @@ use std::path::Path;
 
 use clap::{Parser, Subcommand};
 use ulmus_dataloader::DataError;
-use ulmus_plan::{DataConfig, Plan, even_weights};
+use ulmus_plan::{DataConfig, Plan, SourceConfig, even_weights};
 use ulmus_process::{Failure, load_plans};
 use ulmus_tokenizer::count_pieces;
-use ulmus_types::ExitStatus;
+use ulmus_types::{ErrorKind, ExitStatus};
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong input (the message says what to change), \
                           5 damaged data, 6 nothing answered in time.";
@@ -100,13 +101,18 @@ fn load_weighted(plan: &Path, overrides: &[String]) -> Result<Plan, Failure> {
     Ok(load_plans(plan, overrides, pieces)?.swap_remove(0))
 }
 
-/// What a run makes for itself is not there before it.
+/// Whether a source lies in the folder of the run.
+fn is_own(source: &SourceConfig) -> bool {
+    source.url.starts_with("run:")
+}
+
+/// Refuses sources that a run makes for itself.
 fn refuse_own(data: &DataConfig) -> Result<(), Failure> {
-    match data.source.iter().find(|source| source.url.starts_with("run:")) {
+    match data.source.iter().find(|source| is_own(source)) {
         Some(source) => {
             let message =
                 format!("source {:?} is made by the run itself; name others with --source", source.name);
-            Err(Failure::new(ExitStatus::InvalidInput, message))
+            Err(wrong(message))
         }
         None => Ok(()),
     }
@@ -117,10 +123,18 @@ fn choose(data: &mut DataConfig, names: &[String]) -> Result<(), Failure> {
     let known: Vec<&str> = data.source.iter().map(|source| source.name.as_str()).collect();
     if let Some(name) = names.iter().find(|name| !known.contains(&name.as_str())) {
         let message = format!("the plan has no source {name:?}; use one of {known:?}");
-        return Err(Failure::new(ExitStatus::InvalidInput, message));
+        return Err(wrong(message));
     }
     data.source.retain(|source| names.is_empty() || names.contains(&source.name));
     Ok(())
+}
+
+fn wrong(message: String) -> Failure {
+    Failure::new(ExitStatus::InvalidInput, message)
+}
+
+fn unreadable(what: &impl std::fmt::Display) -> Failure {
+    Failure::new(ErrorKind::Corrupt.into(), format!("{what}; restore it"))
 }
 
 fn failure(error: &DataError) -> Failure {
