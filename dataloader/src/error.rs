@@ -3,6 +3,8 @@
 use ulmus_tokenizer::TokenizerError;
 use ulmus_types::{ErrorKind, counted};
 
+use crate::sources::RUN;
+
 /// An error of the data plane.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
@@ -21,7 +23,7 @@ pub enum DataError {
         path: String,
     },
     /// A file is not there.
-    #[error("{file} does not exist; check url, files and list of its source")]
+    #[error("{file} does not exist; {}", or_restore(file, "check url, files and list of its source"))]
     Missing {
         /// Its place.
         file: String,
@@ -103,7 +105,10 @@ pub enum DataError {
         reason: String,
     },
     /// The bytes are not what the format says.
-    #[error("{file} is not {format}: {reason}; correct files or format of its source")]
+    #[error(
+        "{file} is not {format}: {reason}; {}",
+        or_restore(file, "correct files or format of its source")
+    )]
     Format {
         /// Its place.
         file: String,
@@ -155,7 +160,7 @@ pub enum DataError {
         column: String,
     },
     /// Stored bytes are damaged.
-    #[error("{file} is damaged: {reason}; fetch it again from its origin")]
+    #[error("{file} is damaged: {reason}; {}", or_restore(file, "fetch it again from its origin"))]
     Damaged {
         /// Its place.
         file: String,
@@ -313,6 +318,16 @@ pub enum DataError {
     Stopped,
 }
 
+/// What to do about a file: another thing if it is one that the run has made, which has no source elsewhere.
+fn or_restore<'a>(file: &str, advice: &'a str) -> &'a str {
+    let is_own = file.starts_with(RUN);
+    if is_own {
+        "put back a copy of it, or start a run of another name, which makes it again"
+    } else {
+        advice
+    }
+}
+
 impl DataError {
     /// Whether it is a matter of what a file holds, and others may be fine.
     pub(crate) const fn is_of_unit(&self) -> bool {
@@ -351,5 +366,24 @@ impl DataError {
             Self::Stopped => ErrorKind::Internal,
             _ => ErrorKind::InvalidInput,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lost_file_of_the_run_is_not_looked_for_elsewhere() {
+        let missing = |file: &str| DataError::Missing { file: file.to_owned() }.to_string();
+        assert_eq!(
+            missing("s3://b/a.txt"),
+            "s3://b/a.txt does not exist; check url, files and list of its source"
+        );
+        let own = "run:shards/part-00000.parquet";
+        let advice = "put back a copy of it, or start a run of another name, which makes it again";
+        assert_eq!(missing(own), format!("{own} does not exist; {advice}"));
+        let damaged = DataError::Damaged { file: own.to_owned(), reason: "it is cut".to_owned() };
+        assert_eq!(damaged.to_string(), format!("{own} is damaged: it is cut; {advice}"));
     }
 }
