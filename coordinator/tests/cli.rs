@@ -226,6 +226,8 @@ fn a_run_without_held_out_text_says_so_before_it_trains_and_is_finished() {
     let trains = said.find("trains from step 0").expect(&said);
     assert!(notice < trains && said.contains("train.held_out_every is 2"), "{said}");
     assert!(said.contains("\nnot evaluated: no document is held out"), "{said}");
+    // This plan makes no shards, and nothing says that it does.
+    assert!(said.contains("prepare on local-0: the text to read, its tokenizer and its manifest"), "{said}");
     assert!(said.contains("\nnot continued: no document is held out"), "{said}");
     let result = |name: &str| -> Value {
         serde_json::from_slice(&std::fs::read(home.path().join("runs/small").join(name)).unwrap()).unwrap()

@@ -164,7 +164,7 @@ impl JobKind {
         match self {
             Self::Prepare => JobSpec {
                 name: "prepare",
-                purpose: "text to shards, tokenizer and manifest",
+                purpose: "the text to read, its tokenizer and its manifest",
                 phase: JobPhase::BeforeTraining,
                 ..AFTER
             },

@@ -24,11 +24,6 @@ pub fn for_people(text: &str, limit: usize) -> String {
     shown
 }
 
-/// A count with its noun: `1 worker`, `2 workers`.
-pub fn counted(count: usize, noun: &str) -> String {
-    if count == 1 { format!("1 {noun}") } else { format!("{count} {noun}s") }
-}
-
 /// Whether a character is an invisible mark that changes the order or the look of the text around it.
 const fn reorders(char: char) -> bool {
     matches!(char, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
