@@ -15,10 +15,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::{Buf, Bytes};
 use flate2::bufread::GzDecoder;
 use ulmus_plan::Format;
+use ulmus_storage::FileInfo;
 
 use crate::error::DataError;
 use crate::format::refuse_pointer;
-use crate::store::{FileInfo, Folder, Steps};
+use crate::store::{Folder, Steps};
 
 /// Decompressed bytes that are held beside the segment.
 const BUFFER: usize = 256 << 10;

@@ -1,9 +1,10 @@
 //! What can go wrong between a corpus and a sequence. Every message names the file or source and the next act.
 
+use ulmus_storage::StoreError;
 use ulmus_tokenizer::TokenizerError;
 use ulmus_types::{ErrorKind, counted};
 
-use crate::sources::RUN;
+use crate::address::RUN;
 
 /// An error of the data plane.
 #[derive(Debug, thiserror::Error)]
@@ -25,38 +26,16 @@ pub enum DataError {
     /// A file is not there.
     #[error("{file} does not exist; {}", or_restore(file, "check url, files and list of its source"))]
     Missing {
-        /// Its place.
+        /// The file, with its address.
         file: String,
     },
     /// The store did not give or take a file.
-    #[error("{file} cannot be accessed: {reason}; check the network and the permissions, then try again")]
-    Store {
-        /// Its place.
-        file: String,
-        /// The store's own words.
-        reason: String,
-    },
-    /// The store has answered, and will not answer otherwise.
-    #[error("{file} is not given: {reason}; correct the address, or the credentials in the environment")]
-    Refused {
-        /// Its place.
-        file: String,
-        /// The store's own words.
-        reason: String,
-    },
-    /// A web server that gives whole files alone.
-    #[error(
-        "{file} cannot be read in parts: its web server does not answer requests for a range of bytes; use a server that \
-         does, or fetch the files and write a path"
-    )]
-    NoRanges {
-        /// Its place.
-        file: String,
-    },
+    #[error(transparent)]
+    Store(StoreError),
     /// A file of a name that cannot be asked for.
     #[error("{file} cannot be read: {reason}; rename it, or correct files")]
     Name {
-        /// Its place.
+        /// The file, with its address.
         file: String,
         /// What is wrong with the name.
         reason: String,
@@ -64,7 +43,7 @@ pub enum DataError {
     /// A file that stands for one in Git LFS.
     #[error("{file} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its repository")]
     Pointer {
-        /// Its place.
+        /// The file, with its address.
         file: String,
     },
     /// The disk is full, or does not let this user in.
@@ -72,7 +51,7 @@ pub enum DataError {
         "{file} cannot be accessed: {reason}; free some space or correct the permissions, then run the same command again"
     )]
     Disk {
-        /// Its place.
+        /// The file, with its address.
         file: String,
         /// The system's own words.
         reason: String,
@@ -110,7 +89,7 @@ pub enum DataError {
         or_restore(file, "correct files or format of its source")
     )]
     Format {
-        /// Its place.
+        /// The file, with its address.
         file: String,
         /// The format that was expected.
         format: &'static str,
@@ -120,7 +99,7 @@ pub enum DataError {
     /// The text column or key is not there.
     #[error("{file} has no column {column:?}; set text of its source to one of {columns:?}")]
     Column {
-        /// Its place.
+        /// The file, with its address.
         file: String,
         /// The name in the plan.
         column: String,
@@ -132,7 +111,7 @@ pub enum DataError {
         "column {column:?} of {file} holds {found}, not text; set text of its source to a column of strings"
     )]
     ColumnType {
-        /// Its place.
+        /// The file, with its address.
         file: String,
         /// The name in the plan.
         column: String,
@@ -142,19 +121,19 @@ pub enum DataError {
     /// A column that is there more than once.
     #[error("{file} has {count} columns {column:?}; write it with a name for each")]
     Columns {
-        /// Its place.
+        /// The file, with its address.
         file: String,
         /// The name in the plan.
         column: String,
-        /// How many.
+        /// How many columns have this name.
         count: usize,
     },
-    /// A column that only who has its key can read.
+    /// An encrypted column.
     #[error(
         "column {column:?} of {file} is encrypted, and no keys are kept here; write it without encryption"
     )]
     Encrypted {
-        /// Its place.
+        /// The file, with its address.
         file: String,
         /// The name in the plan.
         column: String,
@@ -162,7 +141,7 @@ pub enum DataError {
     /// Stored bytes are damaged.
     #[error("{file} is damaged: {reason}; {}", or_restore(file, "fetch it again from its origin"))]
     Damaged {
-        /// Its place.
+        /// The file, with its address.
         file: String,
         /// What was found.
         reason: String,
@@ -174,7 +153,7 @@ pub enum DataError {
         name: String,
         /// Its number in the manifest.
         unit: usize,
-        /// Why.
+        /// Why it cannot be read.
         error: Box<DataError>,
     },
     /// A file is not the one that the manifest was frozen with.
@@ -182,7 +161,7 @@ pub enum DataError {
         "{file} has changed since the run began: {what} was {then}, now {now}; restore it, or start a new run"
     )]
     Changed {
-        /// Its place.
+        /// The file, with its address.
         file: String,
         /// The property that differs.
         what: &'static str,
@@ -245,9 +224,9 @@ pub enum DataError {
         "{words} cursor words do not fit the plan, which has {expected}; resume with the plan of the run"
     )]
     Cursors {
-        /// As given.
+        /// The number of words that was given.
         words: usize,
-        /// As the plan has it.
+        /// The number of words that the plan needs.
         expected: usize,
     },
     /// A cursor that points behind the end of its window.
@@ -276,7 +255,7 @@ pub enum DataError {
          data.pack=concat, and write that in the plan that reads them"
     )]
     Pieces,
-    /// Token ids cannot be cut into pieces of so many words.
+    /// Token ids cannot be cut into pieces of a number of words.
     #[error("token ids of source {name:?} cannot be cut into pieces of words; set data.pack = \"concat\"")]
     Words {
         /// The source.
@@ -285,7 +264,7 @@ pub enum DataError {
     /// A folder that shards or copies cannot be written to.
     #[error("{folder} cannot be written to: {reason}; name another folder, or empty it")]
     Target {
-        /// Its place.
+        /// The file, with its address.
         folder: String,
         /// What is there.
         reason: String,
@@ -328,8 +307,22 @@ fn or_restore<'a>(file: &str, advice: &'a str) -> &'a str {
     }
 }
 
+impl From<StoreError> for DataError {
+    /// Where a plan says more about what to do than a store can, the error is the plan's.
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Address { url, reason } => Self::Url { url, reason },
+            StoreError::NotFound { file } => Self::Missing { file },
+            StoreError::Name { file, reason } => Self::Name { file, reason },
+            StoreError::Changed { file, what, then, now } => Self::Changed { file, what, then, now },
+            StoreError::Damaged { file, reason } => Self::Damaged { file, reason },
+            error => Self::Store(error),
+        }
+    }
+}
+
 impl DataError {
-    /// Whether it is a matter of what a file holds, and others may be fine.
+    /// Whether the error is about the contents of one file, so that others may be fine.
     pub(crate) const fn is_of_unit(&self) -> bool {
         matches!(
             self,
@@ -344,7 +337,7 @@ impl DataError {
         )
     }
 
-    /// Says whose unit it is about, if it is about one.
+    /// Names the unit that the error is about, if it is about one.
     pub(crate) fn of_unit(self, name: &str, unit: usize) -> Self {
         if self.is_of_unit() {
             Self::BadUnit { name: name.to_owned(), unit, error: Box::new(self) }
@@ -356,7 +349,7 @@ impl DataError {
     /// What a caller can do about it.
     pub const fn kind(&self) -> ErrorKind {
         match self {
-            Self::Store { .. } => ErrorKind::Retry,
+            Self::Store(error) => error.kind(),
             Self::Damaged { .. } | Self::Changed { .. } | Self::Manifest { .. } | Self::Position { .. } => {
                 ErrorKind::Corrupt
             }

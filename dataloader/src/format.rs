@@ -7,13 +7,14 @@
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use ulmus_plan::Format;
+use ulmus_storage::FileInfo;
 
 use crate::compressed::{CompressedReader, Line};
 use crate::contents;
 use crate::error::DataError;
 use crate::line::{is_blank, text_of_line};
 use crate::parquet::{ParquetFile, Rows};
-use crate::store::{FileInfo, Folder};
+use crate::store::Folder;
 use crate::tokens::{self, Vocabulary};
 
 /// Bytes that are read beyond the end of a unit to find the end of its last document, at first and at most.

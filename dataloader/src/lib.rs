@@ -10,6 +10,7 @@
 
 #![forbid(unsafe_code)]
 
+mod address;
 mod compressed;
 mod contents;
 mod corpus;

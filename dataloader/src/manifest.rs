@@ -8,13 +8,14 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use ulmus_plan::{DataConfig, Format, SourceConfig};
 use ulmus_run::signed::{self, Style};
+use ulmus_storage::FileInfo;
 use ulmus_types::Digest;
 
 use crate::contents;
 use crate::error::DataError;
 use crate::format::{Layout, Unit};
 use crate::glob::FileGlob;
-use crate::store::{FileInfo, Folder, Stores};
+use crate::store::{Folder, Stores};
 use crate::tokens;
 use ulmus_tokenizer::Tokenizer;
 

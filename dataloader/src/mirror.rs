@@ -6,23 +6,18 @@
 //! other's way.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
-use backon::{ExponentialBuilder, Retryable};
 use futures::{StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
-use tokio::time::Instant;
 use ulmus_plan::DataConfig;
+use ulmus_storage::{FileInfo, RateLimiter};
 
 use crate::error::DataError;
 use crate::manifest::Manifest;
-use crate::store::{FileInfo, Stores, wait_for};
+use crate::store::{Stores, wait_for};
 
 /// Files that are copied at once.
 const AT_ONCE: usize = 4;
-/// How often a file is begun again.
-const AGAIN: usize = 4;
 /// Folder of the notes.
 const NOTES: &str = ".mirror";
 
@@ -62,7 +57,7 @@ pub fn mirror(
     let stores = Stores::new(config, None)?;
     let target = stores.make_apart(to, &config.source)?;
     let origin = Manifest::freeze(config, None)?;
-    let limiter = RateLimiter { rate, begun: Instant::now(), passed: AtomicU64::new(0) };
+    let limiter = RateLimiter::new(rate);
     let mut mirrored = Mirrored::default();
     // Before anything is copied: a file that does not belong there would be read with the copies.
     for (source, listed) in config.source.iter().zip(&origin.sources) {
@@ -89,12 +84,8 @@ pub fn mirror(
                 done(file.size);
                 return Ok::<bool, DataError>(true);
             }
-            // Not every request of an upload can be made again by itself.
-            let blake3 = (|| from.copy(file, &copies, &limiter, &done))
-                .retry(ExponentialBuilder::default().with_jitter().with_max_times(AGAIN))
-                .when(|error| matches!(error, DataError::Store { .. }))
-                .await?;
-            let copy = copies.head(file.path.clone()).await?;
+            let blake3 = from.copy(file, &copies, &limiter, &done).await?.to_string();
+            let copy = copies.look_up(&file.path).await?;
             let note_of = Note { origin: file.clone(), copy, blake3 };
             let text = serde_json::to_vec(&note_of).expect("a note can be written as JSON");
             notes.put(&note, text).await?;
@@ -147,22 +138,4 @@ fn of_copies(config: &DataConfig, to: &str) -> DataConfig {
         source.list = source.list.as_ref().map(|_| format!("{to}/{}", list_of(&source.name)));
     }
     config
-}
-
-/// Keeps a rate over all files.
-pub(crate) struct RateLimiter {
-    rate: Option<u64>,
-    begun: Instant,
-    passed: AtomicU64,
-}
-
-impl RateLimiter {
-    /// Waits until so many bytes more are within the rate.
-    pub(crate) async fn acquire(&self, bytes: u64) {
-        let before = self.passed.fetch_add(bytes, Ordering::Relaxed);
-        if let Some(rate) = self.rate {
-            let due = Duration::from_secs_f64(before as f64 / rate.max(1) as f64);
-            tokio::time::sleep_until(self.begun + due).await;
-        }
-    }
 }

@@ -13,6 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use ulmus_plan::{DataConfig, Format, Pack};
+use ulmus_storage::FileInfo;
 use ulmus_types::Digest;
 
 use crate::corpus::{Corpus, Judged};
@@ -21,7 +22,7 @@ use crate::format::{Content, Document, runs};
 use crate::manifest::Manifest;
 use crate::parquet;
 use crate::sources::Sources;
-use crate::store::{FileInfo, Folder, Stores};
+use crate::store::{Folder, Stores};
 use crate::tokens;
 use ulmus_tokenizer::{Encoder, Tokenizer};
 

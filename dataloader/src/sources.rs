@@ -3,17 +3,16 @@
 use serde::Serialize;
 use ulmus_plan::{DataConfig, Format, SourceConfig};
 use ulmus_run::paths;
+use ulmus_storage::FileInfo;
 use ulmus_types::{ErrorKind, Problems};
 
+use crate::address::RUN;
 use crate::error::DataError;
 use crate::format::{self, Content, Document, Layout, Segments, Unit};
 use crate::manifest::{self, Manifest, SourceManifest};
 use crate::order::Mixture;
-use crate::store::{FileInfo, Folder, Stores, Traffic};
+use crate::store::{Folder, Stores, Traffic};
 use crate::tokens::Vocabulary;
-
-/// What addresses in the run's own folder begin with.
-pub(crate) const RUN: &str = "run:";
 
 /// How often a unit that cannot be read is read again.
 pub(crate) const AGAIN: usize = 2;

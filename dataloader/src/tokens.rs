@@ -8,10 +8,11 @@
 
 use bytes::Bytes;
 use ulmus_plan::Format;
+use ulmus_storage::FileInfo;
 
 use crate::error::DataError;
 use crate::format::{TAIL_STEPS, Unit, refuse_pointer};
-use crate::store::{FileInfo, Folder};
+use crate::store::Folder;
 
 /// Most bytes of a header.
 const HEADER: u64 = 4096;

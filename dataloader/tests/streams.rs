@@ -18,6 +18,7 @@ use proptest::prelude::*;
 use serde_json::json;
 use ulmus_dataloader::{Corpus, Cursors, DataError, Folder, IGNORE, Loader, Manifest, Sequence, Sources};
 use ulmus_plan::{Bytes, DataConfig, Format, Pack, SourceConfig};
+use ulmus_storage::Store;
 use ulmus_tokenizer::{Tokenizer, train};
 use ulmus_types::LaneId;
 
@@ -114,7 +115,7 @@ fn corpus(texts: &[Text], lanes: u64, config: &DataConfig) -> Result<Corpus, Dat
         });
     }
     let config = DataConfig { lanes, source: sources, ..config.clone() };
-    let run = Folder::of_run(store, object_store::path::Path::default());
+    let run = Folder::of_run(Store::from_objects(store, object_store::path::Path::default(), "memory"));
     let manifest = Manifest::freeze(&config, Some(&run))?;
     Corpus::new(&config, 11, Sources::open(&config, &manifest, Some(&run))?, tokenizer())
 }

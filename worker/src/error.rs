@@ -91,8 +91,9 @@ impl From<WorkerError> for LeaveReason {
                 Self::Lost { suspect: error.blames(), message }
             }
             // A store that does not answer may answer by the time the group is formed again.
-            WorkerError::Data(DataError::Store { .. }) => Self::Lost { suspect: None, message },
-            WorkerError::Store(_) | WorkerError::Checkpoint(_) if error.kind() == ErrorKind::Retry => {
+            WorkerError::Data(_) | WorkerError::Store(_) | WorkerError::Checkpoint(_)
+                if error.kind() == ErrorKind::Retry =>
+            {
                 Self::Lost { suspect: None, message }
             }
             error => Self::Failed { kind: error.kind(), message },

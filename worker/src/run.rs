@@ -66,8 +66,7 @@ impl Run {
 
     /// The run folder as sources with `run:` URLs see it.
     pub(crate) fn folder(&self) -> Folder {
-        let (objects, prefix) = self.store.objects();
-        Folder::of_run(objects, prefix)
+        Folder::of_run(self.store.clone())
     }
 
     /// The tokenizer of the run.

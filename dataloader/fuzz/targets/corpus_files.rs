@@ -10,6 +10,7 @@ use object_store::memory::InMemory;
 use tokio::runtime::Runtime;
 use ulmus_dataloader::{Corpus, Counts, DataError, Folder, Manifest, Sources};
 use ulmus_tokenizer::Tokenizer;
+use ulmus_storage::Store;
 use ulmus_plan::{Bytes, DataConfig, Format, SourceConfig};
 
 const MODEL: &[u8] = include_bytes!("../../../tests/golden/tiny/tokenizer.model");
@@ -26,12 +27,16 @@ fuzz_target!(|bytes: &[u8]| {
     let format = Format::TEXT.into_iter().chain(formats).cycle().nth(usize::from(*first)).expect("it goes on");
     let store = Arc::new(InMemory::new());
     RUNTIME.block_on(store.put(&"file".into(), file.to_vec().into())).expect("memory takes a file");
-    let read = |unit| count(&Folder::of_run(Arc::clone(&store) as _, object_store::path::Path::default()), format, unit);
+    let read = |unit| count(&folder(&store), format, unit);
     // Token ids are cut into units of 4096 bytes at least.
     if let (Ok(small), Ok(large)) = (read(64), read(1 << 20)) {
         assert_eq!(small, large);
     }
 });
+
+fn folder(store: &Arc<InMemory>) -> Folder {
+    Folder::of_run(Store::from_objects(Arc::clone(store) as _, object_store::path::Path::default(), "memory"))
+}
 
 fn count(run: &Folder, format: Format, unit: u64) -> Result<Vec<Counts>, DataError> {
     let source = SourceConfig {

@@ -12,13 +12,14 @@ use parquet::basic::{ConvertedType, LogicalType, Type as Physical};
 use parquet::errors::ParquetError;
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 use parquet::schema::types::ColumnDescPtr;
+use ulmus_storage::FileInfo;
 
 pub(crate) use self::rows::Rows;
 pub(crate) use self::write::write;
 
 use crate::error::DataError;
 use crate::format::refuse_pointer;
-use crate::store::{FileInfo, Folder};
+use crate::store::Folder;
 
 /// Bytes that are read from the end of a file in the hope that its whole footer is among them.
 const TAIL: u64 = 64 << 10;

@@ -1,7 +1,7 @@
 //! A folder on a local disk that keeps what was read from remote stores, up to a limit.
 //!
 //! An entry is one range of one version of one file, so nothing in it grows stale. Several processes may share the
-//! folder: entries appear whole, by renaming, and whoever has written a sixteenth of the limit throws out those that
+//! folder: entries appear whole, by renaming, and a process that has written a sixteenth of the limit removes those that
 //! were used longest ago. So the folder may exceed its limit by a sixteenth per process. An entry that does not have
 //! its checksum counts as missing. Trouble with the disk costs speed, not the run.
 
@@ -15,7 +15,7 @@ use std::time::SystemTime;
 use bytes::Bytes;
 use tempfile::NamedTempFile;
 
-use super::FileInfo;
+use ulmus_storage::FileInfo;
 
 /// Bytes of the checksum before the contents.
 const SUM: usize = blake3::OUT_LEN;
@@ -48,7 +48,7 @@ impl Cache {
             tracing::warn!(path = %path.display(), "an entry of the cache is damaged; it is read again");
             return None;
         }
-        // When that cannot be noted, the entry only leaves earlier.
+        // If that cannot be noted, the entry is merely removed earlier.
         let _not_noted = used_now(&path);
         Some(Bytes::from(contents).slice(SUM..))
     }
@@ -74,12 +74,12 @@ impl Cache {
         Ok(())
     }
 
-    /// Throws out what was used longest ago until the folder is within its limit.
+    /// Removes the entries that were used longest ago until the folder is within its limit.
     fn evict(&self) -> io::Result<()> {
         let mut entries = Vec::new();
         for entry in fs::read_dir(&self.folder)? {
             let entry = entry?;
-            // Another process may have thrown it out meanwhile.
+            // Another process may have removed it in the meantime.
             let Ok(metadata) = entry.metadata() else { continue };
             if entry.path().extension().is_some_and(|suffix| suffix == SUFFIX) {
                 entries.push((metadata.modified()?, metadata.len(), entry.path()));
@@ -104,7 +104,7 @@ impl Cache {
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "the time decides nothing but which entry is thrown out first")]
+#[expect(clippy::disallowed_methods, reason = "the time decides nothing but which entry is removed first")]
 fn used_now(path: &Path) -> io::Result<()> {
     File::options().write(true).open(path)?.set_modified(SystemTime::now())
 }

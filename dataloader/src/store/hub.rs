@@ -12,7 +12,6 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use backon::{ExponentialBuilder, Retryable};
 use object_store::ObjectStore;
 use object_store::client::{
     ClientOptions, HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpRequestBody,
@@ -24,10 +23,10 @@ use reqwest::{Method, StatusCode, redirect};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
-use ulmus_storage::Failures;
+use ulmus_storage::{Counters, FileInfo, StoreError, retried};
 use url::Url;
 
-use super::FileInfo;
+use crate::error::DataError;
 
 const SCHEME: &str = "hf://datasets/";
 const ENDPOINT: &str = "https://huggingface.co";
@@ -43,7 +42,7 @@ pub(super) struct Hub {
     commit: String,
 }
 
-/// What an address says.
+/// What an address names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Dataset {
     /// `organisation/name`.
@@ -87,12 +86,12 @@ impl Hub {
     pub(super) async fn open(
         url: &str,
         timeout: Duration,
-        failures: &Arc<Failures>,
+        counters: &Arc<Counters>,
     ) -> Result<(Self, Arc<dyn ObjectStore>), Failed> {
         let dataset = Dataset::parse(url).map_err(Failed::finally)?;
         let endpoint = std::env::var("HF_ENDPOINT").unwrap_or_else(|_| ENDPOINT.to_owned());
         let client =
-            Client::new(endpoint.trim_end_matches('/'), timeout, failures).map_err(Failed::finally)?;
+            Client::new(endpoint.trim_end_matches('/'), timeout, counters).map_err(Failed::finally)?;
         let Dataset { id, revision, .. } = &dataset;
         let commit = if is_commit(revision) {
             revision.clone()
@@ -176,7 +175,7 @@ struct Client {
 }
 
 impl Client {
-    fn new(endpoint: &str, timeout: Duration, failures: &Arc<Failures>) -> Result<Self, String> {
+    fn new(endpoint: &str, timeout: Duration, counters: &Arc<Counters>) -> Result<Self, String> {
         // The first caller decides for the process; later ones find that it has one.
         let _known = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder()
@@ -187,20 +186,20 @@ impl Client {
             .map_err(|error| error.to_string())?;
         let token = token().map(|token| {
             let mut value = HeaderValue::try_from(format!("Bearer {token}"))
-                .map_err(|_| "the token of the hub has characters that a token cannot have".to_owned())?;
+                .map_err(|_| "the hub's token has characters that no token can have".to_owned())?;
             value.set_sensitive(true);
             Ok::<_, String>(value)
         });
         Ok(Self {
-            // As addresses are written that are made of it.
+            // Written as in the addresses that are made from it.
             endpoint: Url::parse(endpoint)
                 .map_or_else(|_| endpoint.to_owned(), |url| url.as_str().trim_end_matches('/').to_owned()),
-            http: ulmus_storage::watched(HttpClient::new(http), failures),
+            http: ulmus_storage::watched(HttpClient::new(http), counters),
             token: token.transpose()?,
         })
     }
 
-    /// The address of a path on the hub, whatever signs its parts have. Empty parts are none.
+    /// The address of a path on the hub. Its parts may have any characters; empty ones are left out.
     fn address<'a>(&self, parts: impl IntoIterator<Item = &'a str>) -> Result<Url, Failed> {
         let refuse = |reason: String| {
             Failed::finally(format!("HF_ENDPOINT = {:?} cannot be used: {reason}", self.endpoint))
@@ -229,7 +228,7 @@ impl Client {
 
     /// What the hub's API answers, and the address of the next page.
     async fn json<T: DeserializeOwned>(&self, url: &str) -> Result<(T, Option<String>), Failed> {
-        let attempt = async || {
+        let attempt = || async {
             // A dataset may have moved.
             let redirects = Redirects::new(self.clone());
             let answer = redirects.follow(&Method::GET, url, &HeaderMap::new()).await;
@@ -246,24 +245,21 @@ impl Client {
             let body = body.bytes().await;
             let body = body.map_err(|error| Failed::for_now(error.to_string()))?;
             let value = serde_json::from_slice(&body).map_err(|error| {
-                Failed::finally(format!("the answer of {url} is of another form: {error}"))
+                Failed::finally(format!("the answer of {url} cannot be understood: {error}"))
             })?;
             Ok((value, next))
         };
-        let backoff = ExponentialBuilder::default()
-            .with_jitter()
-            .with_min_delay(Duration::from_millis(200))
-            .with_max_delay(Duration::from_secs(15))
-            .with_max_times(8);
-        attempt.retry(backoff).when(|failed| failed.for_now).await
+        retried(0, |failed: &Failed| failed.for_now, attempt).await
     }
 }
 
 /// Why the hub gave nothing.
+#[derive(Debug, thiserror::Error)]
+#[error("{reason}")]
 pub(super) struct Failed {
-    pub(super) reason: String,
+    reason: String,
     /// Whether it may answer later.
-    pub(super) for_now: bool,
+    for_now: bool,
 }
 
 impl Failed {
@@ -274,21 +270,31 @@ impl Failed {
     const fn finally(reason: String) -> Self {
         Self { reason, for_now: false }
     }
+
+    /// The error about a dataset.
+    pub(super) fn of(self, url: &str) -> DataError {
+        let (url, Self { reason, for_now }) = (url.to_owned(), self);
+        if for_now {
+            DataError::Store(StoreError::Transient { act: "read", file: url, reason })
+        } else {
+            DataError::Url { url, reason }
+        }
+    }
 }
 
-/// An address that no request can have.
+/// Why a redirect of the hub is not followed.
 #[derive(Debug, thiserror::Error)]
 enum Refused {
-    #[error("the hub sends to an address that cannot be read: {0}")]
+    #[error("the hub redirects to an invalid address: {0}")]
     Address(#[from] http::uri::InvalidUri),
-    #[error("the hub sends in circles")]
+    #[error("the hub redirects in a circle")]
     Circle,
 }
 
 fn told(status: StatusCode, has_token: bool) -> String {
     match status {
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if has_token => format!(
-            "the hub answers {status}: the token may not read this dataset, or there is none of this name and revision"
+            "the hub answers {status}: the token may not read this dataset, or no dataset has this name and revision"
         ),
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => format!(
             "the hub answers {status}: there is no dataset of this name, or it needs a token; set HF_TOKEN"
@@ -389,7 +395,7 @@ impl HttpService for Redirects {
         let asked = request.uri().to_string();
         if let Some(place) = self.known(&asked) {
             let answer = self.client.send(method, &place, headers).await?;
-            // A signature that has run out.
+            // The signature has expired.
             if !answer.status().is_client_error() || answer.status() == StatusCode::TOO_MANY_REQUESTS {
                 return Ok(answer);
             }

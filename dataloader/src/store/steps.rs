@@ -5,8 +5,10 @@ use std::fmt;
 use std::ops::Range;
 
 use bytes::Bytes;
+use ulmus_storage::FileInfo;
 
-use super::{FileInfo, Folder, Reading};
+use super::folder::Folder;
+use super::read::Reading;
 use crate::error::DataError;
 
 /// Bytes that are asked for at once.

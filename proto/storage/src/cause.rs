@@ -27,11 +27,12 @@ pub(crate) fn of_disk(error: &Cause) -> Option<&io::Error> {
     causes(error).filter_map(|cause| cause.downcast_ref()).find(is_of_disk)
 }
 
-/// Whether a store would say the same in a minute: who asks has no right to, or what was asked for is wrong.
+/// Whether a store would say the same in a minute: the caller has no right to what it asked for, or asked for something
+/// that cannot be.
 fn is_final(error: &Cause) -> bool {
     if let Some(status) = status(error) {
         let told = error.to_string();
-        // S3 says so of a request that was slow, or whose token is about to be renewed.
+        // S3 says this of a request that was slow, or whose token is about to be renewed.
         let passes = ["RequestTimeout", "ExpiredToken"].iter().any(|code| told.contains(code));
         return matches!(status, 300..=401 | 403..=405 | 410 | 416) && !passes;
     }

@@ -8,7 +8,7 @@ use ulmus_types::Digest;
 use crate::error::StoreError;
 use crate::file::FileInfo;
 use crate::limiter::RateLimiter;
-use crate::read::{IN_FLIGHT, in_pieces};
+use crate::pieces::{IN_FLIGHT, in_pieces};
 use crate::retry::COPY_RETRIES;
 use crate::store::Store;
 

@@ -24,7 +24,7 @@ impl Counters {
     }
 
     /// Names that listings had, as the whole store has them, and that no request can be made for.
-    pub fn odd_names(&self) -> BTreeSet<String> {
+    pub(crate) fn odd_names(&self) -> BTreeSet<String> {
         self.odd_names.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 

@@ -1,5 +1,6 @@
 //! What a store knows of a file, and whether that is still true.
 
+use object_store::ObjectMeta;
 use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +19,12 @@ pub struct FileInfo {
 }
 
 impl FileInfo {
+    /// What a store has told of a file, under its path below a folder.
+    pub(crate) fn of(path: String, meta: &ObjectMeta) -> Self {
+        let version = meta.e_tag.clone().unwrap_or_else(|| meta.last_modified.to_rfc3339());
+        Self { path, size: meta.size, version: Some(version) }
+    }
+
     /// The first property in which a file is not what it was, with both values. A file of this machine is the same as a copy
     /// of it that kept its time.
     pub(crate) fn difference(&self, now: &Self, is_local: bool) -> Option<(&'static str, String, String)> {

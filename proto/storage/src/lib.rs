@@ -20,11 +20,11 @@ mod error;
 mod file;
 mod limiter;
 mod list;
+mod pieces;
 #[cfg(feature = "aws")]
 mod profile;
 mod read;
 mod retry;
-mod shim;
 mod store;
 #[cfg(feature = "http")]
 mod wire;
@@ -32,12 +32,10 @@ mod write;
 
 pub use address::directory_of;
 pub use counters::Counters;
-pub use counters::Counters as Failures;
 pub use error::StoreError;
 pub use file::{FileInfo, check_path, is_unfinished};
 pub use limiter::RateLimiter;
 pub use retry::retried;
-pub use shim::{Requests, of_disk, open};
 pub use store::{Access, OpenOptions, Store};
 #[cfg(feature = "http")]
 pub use wire::{settings, watched, wire_retries};

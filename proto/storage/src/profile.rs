@@ -50,7 +50,7 @@ fn from_files(
             }
         }
     }
-    // In this file alone, profiles other than the default one are called so.
+    // Only this file names profiles other than the default one like this.
     let in_config = if name == "default" { name.to_owned() } else { format!("profile {name}") };
     if let Some(section) = section(config, &in_config)? {
         found = true;

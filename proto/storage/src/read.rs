@@ -7,28 +7,18 @@ use std::ops::Range;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt, TryStreamExt};
-use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStoreExt};
+use object_store::{GetOptions, GetRange, ObjectStoreExt};
 
 use crate::cause;
 use crate::error::StoreError;
 use crate::file::FileInfo;
+use crate::pieces::{IN_FLIGHT, PIECE, in_pieces};
 use crate::store::Store;
 
-/// Most bytes of one request, so that its deadline is one for a known amount.
-pub(crate) const PIECE: u64 = 8 << 20;
-/// Requests of one file that are under way at once.
-pub(crate) const IN_FLIGHT: usize = 4;
 /// How often a file that is replaced while it is read is read from its beginning.
 const REPLACED_AGAIN: usize = 3;
 /// What is given to a caller at once, who may hash it: half a millisecond for a thread of the runtime.
 const STEP: usize = 2 << 20;
-
-impl FileInfo {
-    pub(crate) fn of(path: String, meta: &ObjectMeta) -> Self {
-        let version = meta.e_tag.clone().unwrap_or_else(|| meta.last_modified.to_rfc3339());
-        Self { path, size: meta.size, version: Some(version) }
-    }
-}
 
 impl Store {
     /// Size and version of a file.
@@ -186,10 +176,4 @@ impl Store {
 
 fn part(range: Range<u64>) -> GetOptions {
     GetOptions { range: Some(GetRange::Bounded(range)), ..GetOptions::default() }
-}
-
-/// A range in pieces.
-pub(crate) fn in_pieces(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
-    let starts = (range.start..range.end).step_by(PIECE as usize);
-    starts.map(move |start| start..(start + PIECE).min(range.end))
 }

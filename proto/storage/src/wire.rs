@@ -61,7 +61,7 @@ pub fn watched(client: HttpClient, counters: &Arc<Counters>) -> HttpClient {
 struct Watched {
     client: HttpClient,
     counters: Arc<Counters>,
-    /// When the server wants to be asked again.
+    /// Until then the server wants no requests.
     resume: Mutex<Option<Instant>>,
 }
 

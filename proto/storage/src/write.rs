@@ -11,7 +11,7 @@ use object_store::{Error as Cause, ObjectStoreExt, PutMode, WriteMultipart};
 
 use crate::cause;
 use crate::error::StoreError;
-use crate::read::{IN_FLIGHT, PIECE, in_pieces};
+use crate::pieces::{IN_FLIGHT, PIECE, in_pieces};
 use crate::retry::{UPLOAD_RETRIES, retried};
 use crate::store::Store;
 
@@ -38,8 +38,8 @@ impl Store {
         self.put_stream(path, size, pieces).await
     }
 
-    /// Writes a whole file unless there is one of this name; answers whether it wrote it. Where an answer was lost, `false`
-    /// may mean that the file is this one: who must know compares.
+    /// Writes a whole file unless there is one of this name; answers whether it wrote it. If an answer was lost, `false` may
+    /// mean that the file is this one: a caller that must know compares.
     ///
     /// # Errors
     /// As [`Store::put`].

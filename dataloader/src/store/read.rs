@@ -1,0 +1,82 @@
+//! How files of a corpus are read: in ranges, from the cache or from the store, ahead of their use where that helps.
+
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+use tokio::task::JoinHandle;
+use ulmus_storage::{FileInfo, StoreError};
+
+use super::folder::Folder;
+use super::runtime::{IO, wait_for};
+use crate::error::DataError;
+
+/// A range that is being read.
+#[derive(Debug)]
+pub(crate) enum Reading {
+    /// It was in the cache, or is empty.
+    Here(Bytes),
+    /// It comes from the store.
+    Under(JoinHandle<Result<Bytes, DataError>>),
+}
+
+impl Reading {
+    /// Waits for the bytes.
+    pub(crate) fn wait(self) -> Result<Bytes, DataError> {
+        match self {
+            Self::Here(bytes) => Ok(bytes),
+            Self::Under(task) => wait_for(task).unwrap_or(Err(DataError::Stopped)),
+        }
+    }
+}
+
+impl Folder {
+    /// A whole file; `None` if it is not there.
+    ///
+    /// # Errors
+    /// When the store does not give it.
+    pub fn read(&self, path: &str) -> Result<Option<Vec<u8>>, DataError> {
+        match wait_for(self.store.get(path)) {
+            Err(StoreError::NotFound { .. }) => Ok(None),
+            read => Ok(Some(read?.into())),
+        }
+    }
+
+    /// The bytes of `range` of a file, which must still be the one that `file` describes.
+    pub(crate) fn read_range(&self, file: &FileInfo, range: Range<u64>) -> Result<Bytes, DataError> {
+        self.start_reading(file, range).wait()
+    }
+
+    /// The whole file, which must still be the one that `file` describes.
+    pub(crate) fn read_all(&self, file: &FileInfo) -> Result<Bytes, DataError> {
+        self.read_range(file, 0..file.size)
+    }
+
+    /// Begins to read a range.
+    pub(crate) fn start_reading(&self, file: &FileInfo, range: Range<u64>) -> Reading {
+        if range.is_empty() {
+            return Reading::Here(Bytes::new());
+        }
+        let (folder, file) = (self.clone(), file.clone());
+        let Some(cache) = self.cache.clone() else {
+            return Reading::Under(IO.spawn(async move { folder.fetch(&file, range).await }));
+        };
+        if !self.is_afresh
+            && let Some(bytes) = cache.get(self.url(), &file, &range)
+        {
+            self.cached.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            return Reading::Here(bytes);
+        }
+        Reading::Under(IO.spawn(async move {
+            let bytes = folder.fetch(&file, range.clone()).await?;
+            let kept = bytes.clone();
+            tokio::task::spawn_blocking(move || cache.put(folder.url(), &file, &range, &kept));
+            Ok(bytes)
+        }))
+    }
+
+    /// Reads a range from the store.
+    pub(crate) async fn fetch(&self, file: &FileInfo, range: Range<u64>) -> Result<Bytes, DataError> {
+        Ok(self.store.get_range(&self.known(file.clone()), range).await?)
+    }
+}
