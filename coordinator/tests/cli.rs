@@ -56,7 +56,7 @@ runs = 1
 "#;
 
 /// A folder with the plan and 40 texts.
-fn place() -> tempfile::TempDir {
+fn fixture() -> tempfile::TempDir {
     let home = tempfile::tempdir().unwrap();
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/tiny/tokenizer.model");
     std::fs::write(home.path().join("plan.toml"), PLAN.replace("TOKENIZER", golden.to_str().unwrap()))
@@ -93,7 +93,7 @@ fn assert_refused(output: &Output, texts: &[&str]) {
 
 #[test]
 fn output_that_cannot_be_written_is_a_failure() {
-    let home = place();
+    let home = fixture();
     for arguments in [
         &["--help"][..],
         &["--version"],
@@ -119,7 +119,7 @@ fn output_is_whole(home: &Path, arguments: &[&str]) -> bool {
 
 #[test]
 fn a_check_ends_with_a_verdict() {
-    let home = place();
+    let home = fixture();
     let check = |more: &[&str]| {
         let output = output(home.path(), &[&["--plan", "plan.toml", "--check"], more].concat());
         let said = if output.status.success() { output.stdout } else { output.stderr };
@@ -148,7 +148,7 @@ fn a_check_ends_with_a_verdict() {
 
 #[test]
 fn too_little_text_for_the_lanes_is_found_before_the_start() {
-    let home = place();
+    let home = fixture();
     let prepared = [
         "--plan",
         "plan.toml",
@@ -184,7 +184,7 @@ impl Drop for Running {
 
 #[test]
 fn it_listens_at_names_as_well() {
-    let home = place();
+    let home = fixture();
     for (listen, at) in [("localhost:0", ":"), ("127.0.0.1:0", "127.0.0.1:"), ("[::1]:0", "[::1]:")] {
         if listen.starts_with('[') && std::net::TcpListener::bind(listen).is_err() {
             continue;
@@ -217,7 +217,7 @@ fn it_listens_at_names_as_well() {
 
 #[test]
 fn a_run_without_held_out_text_says_so_before_it_trains_and_is_finished() {
-    let home = place();
+    let home = fixture();
     let arguments = ["--plan", "plan.toml", "--set", "data.holdout=1e-9"];
     let finished = output(home.path(), &arguments);
     let said = String::from_utf8_lossy(&finished.stdout).into_owned();

@@ -224,7 +224,7 @@ mod tests {
 
     use super::*;
 
-    fn told(join: &str, advertise: Option<&str>) -> Result<(String, Option<String>), String> {
+    fn addresses_of(join: &str, advertise: Option<&str>) -> Result<(String, Option<String>), String> {
         let config = WorkerConfig {
             join: Join::Address(join.to_owned()),
             token: ulmus_transport::TokenSource::Unspecified,
@@ -252,9 +252,9 @@ mod tests {
             ("[::1]:7000", "[::]:7000", "[::1]:9"),
         ] {
             let expected = Ok((bind.to_owned(), Some(address.to_owned())));
-            assert_eq!(told("127.0.0.1:7070", Some(advertise)), expected, "{advertise}");
+            assert_eq!(addresses_of("127.0.0.1:7070", Some(advertise)), expected, "{advertise}");
         }
-        assert_eq!(told("127.0.0.1:7070", None), Ok(("127.0.0.1:0".to_owned(), None)));
+        assert_eq!(addresses_of("127.0.0.1:7070", None), Ok(("127.0.0.1:0".to_owned(), None)));
     }
 
     #[test]
@@ -266,7 +266,7 @@ mod tests {
             ("127.0.0.1:1", Some("[::1"), "--advertise [::1: the bracket is not closed"),
             ("127.0.0.1:1", Some("host:x"), "invalid port \"x\"; write HOST or HOST:PORT"),
         ] {
-            let message = told(join, advertise).unwrap_err();
+            let message = addresses_of(join, advertise).unwrap_err();
             assert!(message.contains(words), "{message}");
         }
     }

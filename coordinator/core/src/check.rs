@@ -149,7 +149,7 @@ impl Coordinator {
     /// The last update that any worker can know of. Records may have been lost in a power failure before this process
     /// started, so until a step is reported, any step of the run is possible.
     fn latest_possible_step(&self) -> Step {
-        if self.has_heard_steps { self.step } else { Step::new(self.settings.iterations).max(self.step) }
+        if self.steps_reported { self.step } else { Step::new(self.settings.iterations).max(self.step) }
     }
 
     fn objection_to_step(&self, step: Step, latest: Step) -> Option<String> {

@@ -129,7 +129,7 @@ pub struct Coordinator {
     pub(crate) trained: Option<Step>,
     pub(crate) step: Step,
     /// Whether an update was reported to this process.
-    pub(crate) has_heard_steps: bool,
+    pub(crate) steps_reported: bool,
     /// Time per micro-batch in each of the last updates.
     pub(crate) micro_batch_times: VecDeque<Duration>,
     pub(crate) futile_groups: u32,
@@ -194,7 +194,7 @@ impl Coordinator {
             quarantine: saved.quarantine,
             trained: saved.trained,
             step: saved.step,
-            has_heard_steps: false,
+            steps_reported: false,
             micro_batch_times: VecDeque::new(),
             futile_groups: 0,
             had_a_group: false,

@@ -55,7 +55,7 @@ impl Coordinator {
             };
             self.drop_worker(&worker, &why, Fault::Unworkable, now);
             if let Some(job) = job
-                && !self.jobs.failed(&job, &worker)
+                && !self.jobs.on_failed(&job, &worker)
             {
                 let message =
                     format!("{} finished on no worker; last, on {}: {why}", job.name(), worker.name());

@@ -54,21 +54,21 @@ impl Jobs {
 
     /// Whether every job that training depends on is done.
     pub(crate) fn training_may_begin(&self) -> bool {
-        self.left().all(|kind| kind.spec().phase != JobPhase::BeforeTraining)
+        self.unfinished().all(|kind| kind.spec().phase != JobPhase::BeforeTraining)
     }
 
     /// Whether a job that reads milestones is not done yet.
     pub(crate) fn need_milestones(&self) -> bool {
-        self.left().any(|kind| kind.spec().checkpoints != Milestones::None)
+        self.unfinished().any(|kind| kind.spec().checkpoints != Milestones::None)
     }
 
     /// Whether every job that the plan asks for is done.
     pub(crate) fn all_done(&self) -> bool {
-        self.left().next().is_none()
+        self.unfinished().next().is_none()
     }
 
     /// The jobs that are not done yet.
-    fn left(&self) -> impl Iterator<Item = JobKind> {
+    fn unfinished(&self) -> impl Iterator<Item = JobKind> {
         self.wanted.iter().copied().filter(|kind| !self.is_done(*kind))
     }
 
@@ -89,14 +89,14 @@ impl Jobs {
         &self.running
     }
 
-    pub(crate) fn started(&mut self, job: Job, worker: WorkerId) {
+    pub(crate) fn on_started(&mut self, job: Job, worker: WorkerId) {
         self.owners.insert(job.clone(), worker.clone());
         self.running.insert(job, worker);
     }
 
     /// A worker still does a job that it was given before its connection broke or the coordinator restarted. The claim
     /// does not count if the job was never given to it, or has since been given to another worker.
-    pub(crate) fn resumed(&mut self, job: Job, worker: WorkerId) {
+    pub(crate) fn on_resumed(&mut self, job: Job, worker: WorkerId) {
         if !self.is_done(job.kind()) && self.owners.get(&job) == Some(&worker) {
             self.running.entry(job).or_insert(worker);
         }
@@ -108,7 +108,7 @@ impl Jobs {
     }
 
     /// A worker has ended a job. Returns whether the job was that worker's.
-    pub(crate) fn ended(&mut self, job: &Job, worker: &WorkerId) -> bool {
+    pub(crate) fn on_ended(&mut self, job: &Job, worker: &WorkerId) -> bool {
         if self.running.get(job) == Some(worker) {
             self.running.remove(job);
             return true;
@@ -116,18 +116,18 @@ impl Jobs {
         false
     }
 
-    pub(crate) fn succeeded(&mut self, job: &Job) {
+    pub(crate) fn on_succeeded(&mut self, job: &Job) {
         self.waiting.remove(&job.kind());
         self.done.insert(job.kind());
     }
 
     /// The result of a finished job has become useless.
-    pub(crate) fn undone(&mut self, kind: JobKind) {
+    pub(crate) fn on_undone(&mut self, kind: JobKind) {
         self.done.remove(&kind);
     }
 
     /// A job has failed on a worker. Returns whether it may be tried again, on any worker.
-    pub(crate) fn failed(&mut self, job: &Job, worker: &WorkerId) -> bool {
+    pub(crate) fn on_failed(&mut self, job: &Job, worker: &WorkerId) -> bool {
         self.failed_on.entry(job.kind()).or_default().insert(worker.name().to_owned());
         let failures = self.failures.entry(job.kind()).or_insert(0);
         *failures += 1;
@@ -135,7 +135,7 @@ impl Jobs {
     }
 
     /// The result of a job could not be written. Returns how long that has been so.
-    pub(crate) fn could_not_write(&mut self, job: &Job, worker: &WorkerId, now: Duration) -> Duration {
+    pub(crate) fn on_write_failed(&mut self, job: &Job, worker: &WorkerId, now: Duration) -> Duration {
         self.failed_on.entry(job.kind()).or_default().insert(worker.name().to_owned());
         let (since, again) = self.waiting.entry(job.kind()).or_insert((now, now));
         *again = now + DISK_RETRY;
@@ -143,7 +143,7 @@ impl Jobs {
     }
 
     /// Whether a job waits until its result may be written again.
-    pub(crate) fn waits(&self, job: &Job, now: Duration) -> bool {
+    pub(crate) fn is_waiting(&self, job: &Job, now: Duration) -> bool {
         self.waiting.get(&job.kind()).is_some_and(|(_, again)| now < *again)
     }
 
@@ -157,7 +157,7 @@ impl Jobs {
         self.failed_on.get(&job.kind()).is_some_and(|names| names.contains(worker.name()))
     }
 
-    pub(crate) fn lost(&mut self, worker: &WorkerId) {
+    pub(crate) fn on_worker_lost(&mut self, worker: &WorkerId) {
         self.running.retain(|_, at| at != worker);
     }
 
@@ -168,7 +168,7 @@ impl Jobs {
         checkpoints: &BTreeMap<CheckpointId, CheckpointKind>,
     ) -> Vec<Job> {
         let milestones = milestones(checkpoints);
-        self.left()
+        self.unfinished()
             .filter(|kind| self.may_begin(*kind, trained))
             .filter_map(|kind| Job::new(kind, self.checkpoints_of(kind, &milestones)).ok())
             .filter(|job| !self.running.contains_key(job))
@@ -178,7 +178,7 @@ impl Jobs {
     /// Whether everything that a job reads exists, and nothing runs that must not run at the same time.
     fn may_begin(&self, kind: JobKind, trained: bool) -> bool {
         let spec = kind.spec();
-        let alone = || self.running.is_empty() && self.left().all(|other| other == kind);
+        let alone = || self.running.is_empty() && self.unfinished().all(|other| other == kind);
         (trained || spec.phase == JobPhase::BeforeTraining)
             && spec.reads.iter().all(|read| self.is_done(*read))
             && (!spec.exclusive || alone())
@@ -226,7 +226,7 @@ mod tests {
         let mut names = Vec::new();
         while !jobs.all_done() {
             for job in jobs.ready(true, &checkpoints) {
-                jobs.succeeded(&job);
+                jobs.on_succeeded(&job);
                 names.push(job.name());
             }
         }

@@ -140,7 +140,7 @@ impl Coordinator {
             }
             WorkerStatus::Working(job) => {
                 self.members.set(worker, Activity::Working(job.clone()), now);
-                self.jobs.resumed(job, worker.clone());
+                self.jobs.on_resumed(job, worker.clone());
             }
         }
     }
@@ -278,7 +278,7 @@ impl Coordinator {
             self.send(&worker, ToWorker::Finish(ExitStatus::Interrupted));
             self.effect(Effect::Disconnect(worker.clone()));
             self.members.remove(&worker);
-            self.jobs.lost(&worker);
+            self.jobs.on_worker_lost(&worker);
             self.snapshots.on_worker_lost(&worker);
             self.emit(Notification::Drained(worker));
         }
@@ -296,7 +296,7 @@ impl Coordinator {
     pub(crate) fn lose_worker(&mut self, worker: &WorkerId, why: &str, fault: Fault, now: Duration) {
         let Some(member) = self.members.remove(worker) else { return };
         self.emit(Notification::Lost(worker.clone(), why.to_owned()));
-        self.jobs.lost(worker);
+        self.jobs.on_worker_lost(worker);
         self.snapshots.on_worker_lost(worker);
         let mut trained = false;
         match &mut self.group {

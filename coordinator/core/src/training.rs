@@ -73,7 +73,7 @@ impl Coordinator {
                 first.get() - 1
             )));
         }
-        self.has_heard_steps = true;
+        self.steps_reported = true;
         if last > self.step {
             self.futile_groups = 0;
             self.contradictions = 0;

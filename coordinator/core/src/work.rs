@@ -18,14 +18,14 @@ impl Coordinator {
         if self.members.get(worker).is_some_and(|m| m.activity == Activity::Working(job.clone())) {
             self.members.set(worker, Activity::Idle, now);
         }
-        self.jobs.ended(job, worker)
+        self.jobs.on_ended(job, worker)
     }
 
     pub(crate) fn on_job_done(&mut self, worker: &WorkerId, job: Job, result: String, now: Duration) {
         if !self.job_ended(worker, &job, now) {
             return;
         }
-        self.jobs.succeeded(&job);
+        self.jobs.on_succeeded(&job);
         self.effect(Effect::SaveJob(job, result));
     }
 
@@ -59,10 +59,10 @@ impl Coordinator {
         if kind == ErrorKind::Disk && spec.phase == JobPhase::AfterTraining {
             return self.wait_for_disk(worker, job, &message, now);
         }
-        let may_try_again = self.jobs.failed(job, worker);
+        let may_try_again = self.jobs.on_failed(job, worker);
         // The average, which all these jobs read, can be recomputed.
         if kind == ErrorKind::Corrupt && may_try_again && spec.reads.contains(&JobKind::Average) {
-            self.jobs.undone(JobKind::Average);
+            self.jobs.on_undone(JobKind::Average);
             self.effect(Effect::SaveJobUndone(JobKind::Average));
             return self.emit(Notification::Alarm(format!("{message}; the average will be recomputed")));
         }
@@ -84,7 +84,7 @@ impl Coordinator {
     /// training would continue without a stored state.
     fn wait_for_disk(&mut self, worker: &WorkerId, job: &Job, message: &str, now: Duration) {
         let others = self.others_may_do(job);
-        let waited = self.jobs.could_not_write(job, worker, now);
+        let waited = self.jobs.on_write_failed(job, worker, now);
         let (name, most) = (job.name(), whole_seconds(self.settings.max_age));
         if waited > self.settings.max_age {
             let message = format!(
@@ -117,12 +117,12 @@ impl Coordinator {
         for job in self.jobs.ready(self.is_trained_and_stored(), &self.checkpoints) {
             let failed = |worker: &WorkerId| self.jobs.has_failed_on(&job, worker);
             let Some(index) = (0..idle.len()).min_by_key(|index| failed(&idle[*index])) else { break };
-            if failed(&idle[index]) && (self.others_may_do(&job) || self.jobs.waits(&job, now)) {
+            if failed(&idle[index]) && (self.others_may_do(&job) || self.jobs.is_waiting(&job, now)) {
                 continue;
             }
             let worker = idle.remove(index);
             self.members.set(&worker, Activity::Working(job.clone()), now);
-            self.jobs.started(job.clone(), worker.clone());
+            self.jobs.on_started(job.clone(), worker.clone());
             self.effect(Effect::SaveJobStarted(job.clone(), worker.clone()));
             self.send(&worker, ToWorker::Run(job.clone()));
             self.emit(Notification::JobStarted(job, worker));

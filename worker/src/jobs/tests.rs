@@ -58,7 +58,7 @@ const PLAN: &str = r#"
 "#;
 
 /// A run in its own folder, and what its jobs told a person.
-struct Place {
+struct Fixture {
     run: Run,
     said: RefCell<Vec<String>>,
     home: TempDir,
@@ -69,7 +69,7 @@ fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/tiny").join(name)
 }
 
-impl Place {
+impl Fixture {
     fn with_tokenizer(tokenizer: &Path, overrides: &[&str]) -> Self {
         let home = tempfile::tempdir().unwrap();
         let texts = home.path().join("texts");
@@ -136,91 +136,91 @@ fn a_run_without_held_out_text_says_so_before_it_trains_and_is_finished() {
         ),
         (&["evaluate.text=0"], false, "evaluate.text is 0"),
     ] {
-        let place = Place::new(overrides);
-        let prepared = place.train();
+        let fixture = Fixture::new(overrides);
+        let prepared = fixture.train();
         assert_eq!(prepared["held_out"], !before);
-        let said = place.said.take();
+        let said = fixture.said.take();
         assert_eq!(said.len(), usize::from(before), "{said:?}");
         for text in said {
             assert!(text.contains(why) && text.contains("larger data.holdout"), "{text}");
             assert_eq!(text.contains("train.held_out_every is 5000"), overrides.len() == 1, "{text}");
         }
         for job in [job(JobKind::EvaluateAverage), job(JobKind::EvaluateLast), job(JobKind::Continuations)] {
-            let result = place.work(&job).unwrap_or_else(|error| panic!("{error}"));
+            let result = fixture.work(&job).unwrap_or_else(|error| panic!("{error}"));
             assert_eq!(result.as_object().unwrap().len(), 1);
             assert!(result["skipped"].as_str().unwrap().contains(why), "{result}");
         }
-        place.work(&job(JobKind::Export)).unwrap();
-        place.work(&job(JobKind::Benchmark)).unwrap();
+        fixture.work(&job(JobKind::Export)).unwrap();
+        fixture.work(&job(JobKind::Benchmark)).unwrap();
     }
-    let place = Place::new(&[]);
-    assert_eq!(place.train()["held_out"], true);
-    assert!(place.work(&job(JobKind::EvaluateAverage)).unwrap()["loss"].as_f64().unwrap() > 0.0);
-    assert!(place.said.take().is_empty());
+    let fixture = Fixture::new(&[]);
+    assert_eq!(fixture.train()["held_out"], true);
+    assert!(fixture.work(&job(JobKind::EvaluateAverage)).unwrap()["loss"].as_f64().unwrap() > 0.0);
+    assert!(fixture.said.take().is_empty());
 }
 
 #[test]
 fn a_unit_that_only_the_evaluation_needs_is_left_out_of_it() {
     let gone = |overrides: &[&str]| {
-        let place = Place::new(&[&["data.unit=64KiB", "evaluate.text=256KiB"], overrides].concat());
-        let path = |number: usize| place.home.path().join(format!("texts/{number:02}.txt"));
+        let fixture = Fixture::new(&[&["data.unit=64KiB", "evaluate.text=256KiB"], overrides].concat());
+        let path = |number: usize| fixture.home.path().join(format!("texts/{number:02}.txt"));
         // Two of these files do not fit in one unit.
         for number in 0..40 {
             std::fs::write(path(number), format!("Text number {number} has some words. ").repeat(1700))
                 .unwrap();
         }
-        place.train();
+        fixture.train();
         (0..40).step_by(3).for_each(|number| std::fs::remove_file(path(number)).unwrap());
-        place
+        fixture
     };
-    let place = gone(&[]);
-    let result = place.work(&job(JobKind::EvaluateAverage)).unwrap_or_else(|error| panic!("{error}"));
+    let fixture = gone(&[]);
+    let result = fixture.work(&job(JobKind::EvaluateAverage)).unwrap_or_else(|error| panic!("{error}"));
     let left_out = result["left_out"].as_array().unwrap();
     assert!(left_out.len() > 1 && result["documents"].as_u64().unwrap() > 0, "{result}");
     let first = left_out[0].as_str().unwrap();
     assert!(first.starts_with("unit 0 of source \"texts\" is skipped in the evaluation: "), "{first}");
     assert!(first.contains("00.txt"), "{first}");
-    assert_eq!(json!(place.said.take()), result["left_out"]);
+    assert_eq!(json!(fixture.said.take()), result["left_out"]);
     let left_out = left_out.len();
 
     // The coordinator quarantines units as in training, up to its limit.
-    let place = gone(&["data.on_bad_unit=quarantine", "data.max_bad_units=1"]);
-    let unit = place.work(&job(JobKind::EvaluateAverage)).unwrap_err().bad_unit().unwrap();
+    let fixture = gone(&["data.on_bad_unit=quarantine", "data.max_bad_units=1"]);
+    let unit = fixture.work(&job(JobKind::EvaluateAverage)).unwrap_err().bad_unit().unwrap();
     assert_eq!(unit, BadUnit { source: "texts".to_owned(), unit: 0 });
-    place.run.write("quarantine.json", json!([[unit, "it is gone"]]).to_string().into_bytes()).unwrap();
-    let result = place.work(&job(JobKind::EvaluateAverage)).unwrap_or_else(|error| panic!("{error}"));
+    fixture.run.write("quarantine.json", json!([[unit, "it is gone"]]).to_string().into_bytes()).unwrap();
+    let result = fixture.work(&job(JobKind::EvaluateAverage)).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(result["left_out"].as_array().unwrap().len() + 1, left_out);
 }
 
 #[test]
 fn a_damaged_average_is_never_used() {
-    let place = Place::new(&[]);
-    place.train();
-    let whole = place.run.read(paths::AVERAGE).unwrap();
+    let fixture = Fixture::new(&[]);
+    fixture.train();
+    let whole = fixture.run.read(paths::AVERAGE).unwrap();
     let mut flipped = whole.clone();
     *flipped.last_mut().unwrap() ^= 1;
     for damaged in [flipped, whole[..whole.len() - 4].to_vec()] {
-        place.run.write(paths::AVERAGE, damaged).unwrap();
+        fixture.run.write(paths::AVERAGE, damaged).unwrap();
         for job in [job(JobKind::EvaluateAverage), job(JobKind::Export), job(JobKind::Benchmark)] {
-            let error = place.work(&job).unwrap_err();
+            let error = fixture.work(&job).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Corrupt);
             assert!(error.to_string().starts_with("average/model.safetensors is damaged"), "{error}");
         }
     }
-    place.run.write(paths::AVERAGE, whole.clone()).unwrap();
-    place.work(&job(JobKind::EvaluateAverage)).unwrap();
-    let manifest = place.run.read(paths::AVERAGE_MANIFEST).unwrap();
+    fixture.run.write(paths::AVERAGE, whole.clone()).unwrap();
+    fixture.work(&job(JobKind::EvaluateAverage)).unwrap();
+    let manifest = fixture.run.read(paths::AVERAGE_MANIFEST).unwrap();
     for (path, contents) in [(paths::AVERAGE, &whole), (paths::AVERAGE_MANIFEST, &manifest)] {
-        place.run.wait(place.run.store.delete(path)).unwrap();
+        fixture.run.wait(fixture.run.store.delete(path)).unwrap();
         assert_eq!(
-            place.work(&job(JobKind::Export)).unwrap_err().kind(),
+            fixture.work(&job(JobKind::Export)).unwrap_err().kind(),
             ErrorKind::Corrupt,
             "{path} is gone"
         );
-        place.run.write(path, contents.clone()).unwrap();
+        fixture.run.write(path, contents.clone()).unwrap();
     }
-    place.run.write(paths::AVERAGE_MANIFEST, b"{".to_vec()).unwrap();
-    let error = place.work(&job(JobKind::Export)).unwrap_err();
+    fixture.run.write(paths::AVERAGE_MANIFEST, b"{".to_vec()).unwrap();
+    let error = fixture.work(&job(JobKind::Export)).unwrap_err();
     assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("average/manifest.json"));
 }
 
@@ -228,7 +228,7 @@ fn a_damaged_average_is_never_used() {
 fn a_tokenizer_that_the_model_has_no_room_for_is_refused_before_training() {
     for rows in [512, 300] {
         let error =
-            Place::new(&[&format!("model.vocab_size={rows}")]).work(&job(JobKind::Prepare)).unwrap_err();
+            Fixture::new(&[&format!("model.vocab_size={rows}")]).work(&job(JobKind::Prepare)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
         let text = error.to_string();
         assert!(text.contains(&format!("513 rows of model.vocab_size = {rows}; set it to 640")), "{text}");
@@ -261,8 +261,8 @@ fn without_bos() -> Value {
 
 #[test]
 fn whatever_is_exported_can_be_loaded() {
-    let place = tempfile::tempdir().unwrap();
-    let without_bos_path = place.path().join("tokenizer.json");
+    let fixture = tempfile::tempdir().unwrap();
+    let without_bos_path = fixture.path().join("tokenizer.json");
     std::fs::write(&without_bos_path, without_bos().to_string()).unwrap();
     let json_named = ["tokenizer.bos=<s>", "tokenizer.eos=</s>"];
     for (tokenizer, overrides) in [
@@ -295,16 +295,16 @@ fn whatever_is_exported_can_be_loaded() {
             ],
         ),
     ] {
-        let place = Place::with_tokenizer(&tokenizer, overrides);
-        place.train();
-        place.work(&job(JobKind::Export)).unwrap_or_else(|error| panic!("{overrides:?}: {error}"));
-        let folder = place.home.path().join("run/export");
+        let fixture = Fixture::with_tokenizer(&tokenizer, overrides);
+        fixture.train();
+        fixture.work(&job(JobKind::Export)).unwrap_or_else(|error| panic!("{overrides:?}: {error}"));
+        let folder = fixture.home.path().join("run/export");
         let loaded = load_model(&folder, Cpu::new(1), WeightFormat::F32);
         let loaded = loaded.unwrap_or_else(|error| panic!("{overrides:?}: {error}"));
-        assert_eq!(loaded.model.config().layers(), place.run.plan.model.layers(), "{overrides:?}");
+        assert_eq!(loaded.model.config().layers(), fixture.run.plan.model.layers(), "{overrides:?}");
         let tokenizer = load_tokenizer(&folder, &loaded);
         let tokenizer = tokenizer.unwrap_or_else(|error| panic!("{overrides:?}: {error}"));
-        assert_eq!(tokenizer.digest(), place.run.tokenizer().unwrap().digest());
+        assert_eq!(tokenizer.digest(), fixture.run.tokenizer().unwrap().digest());
         let texts = ["Some words.".to_owned()];
         continuations(&loaded.model, &tokenizer, &texts, 4, 4).unwrap();
         assert!(perplexity(&loaded.model, &tokenizer, &texts, 12).unwrap().loss > 0.0);
