@@ -1,4 +1,4 @@
-"""Times Ulmus and its peers on this machine, by turns, and prints the ratios as Markdown.
+"""Times Ulmus and its peers on this machine, in turn, and prints the ratios as Markdown.
 
     python -m venv peers && peers/bin/pip install torch==2.11.0 numpy gguf
     cargo build --release
@@ -70,7 +70,7 @@ class Programs:
             command = [sys.executable, HERE / "gguf_openelm.py", PRESET, dtype, model]
             subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
         rate = lambda *test: run([self.llama_bench, "-m", model, "-t", threads, "-r", 2, "-o", "json", *test])[0]["avg_ts"]
-        # It generates from nothing unless told how many tokens there are already.
+        # By default, llama-bench generates from an empty context; -d sets the number of earlier tokens.
         return {"prompt": rate("-p", PROMPT, "-n", 0), "generation": rate("-p", 0, "-n", GENERATE, "-d", PROMPT)}
 
 
@@ -111,7 +111,7 @@ def figure(measure, value):
 
 
 def rows(title, threads, medians):
-    """One Markdown row per measure of one piece of work."""
+    """One Markdown row per measure of a task."""
     ours = medians["ulmus"]
     peers = {name: values for name, values in medians.items() if name != "ulmus"}
     for measure, own in ours.items():
@@ -136,7 +136,7 @@ def main():
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--binaries", default=ROOT / "target/release")
     parser.add_argument("--llama-bench")
-    parser.add_argument("--json", type=Path, help="where every single figure goes")
+    parser.add_argument("--json", type=Path, help="file for all single figures")
     arguments = parser.parse_args()
     figures = []
     print(f"{processor()}, {os.cpu_count()} cores, {datetime.date.today()}, {arguments.rounds} rounds\n")

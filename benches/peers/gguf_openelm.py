@@ -1,4 +1,4 @@
-"""Writes an OpenELM of random weights as GGUF, for llama.cpp to be timed with.
+"""Writes an OpenELM model with random weights as GGUF, to time llama.cpp with it.
 
     gguf_openelm.py openelm-270m q8_0 FILE.gguf        formats: f32, f16, bf16, q8_0
 

@@ -1,4 +1,4 @@
-"""OpenELM in PyTorch, timed: the peer that `compare.py` runs beside Ulmus.
+"""Times OpenELM in PyTorch: the peer that `compare.py` runs beside Ulmus.
 
     torch_openelm.py train --threads 1 --dtype f32 [--compile] [--shape tiny] [--batch 4 --sequence 512] --steps 3
     torch_openelm.py infer --threads 1 --dtype bf16 --prompt 512 --generate 128 --runs 3
@@ -22,7 +22,7 @@ from torch import nn
 
 
 def divisible(value, divisor):
-    """The nearest multiple, at least the divisor and at least 90 % of the value."""
+    """The nearest multiple of the divisor that is at least the divisor and at least 90 % of the value."""
     nearest = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return nearest + divisor if nearest < 0.9 * value else nearest
 
@@ -32,7 +32,7 @@ def spread(low, high, count):
 
 
 class Shape:
-    """Widths of one model; per layer the query heads and the FFN width."""
+    """The widths of a model, with the query heads and the FFN width of each layer."""
 
     def __init__(self, vocabulary, layers, width, head, group, qkv, ffn, divisor):
         self.vocabulary, self.width, self.head, self.group = vocabulary, width, head, group
@@ -136,7 +136,7 @@ def peak_bytes():
 
 
 def now():
-    """Seconds, when everything begun is done."""
+    """The time in seconds when everything that was begun is done."""
     if torch.get_default_device().type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,11 +1,11 @@
-//! Compressed files of JSON lines, which cannot be entered in the middle: *chains*.
+//! Reads compressed files of JSON lines, which cannot be entered in the middle.
 //!
-//! A chain is read from its beginning, in *segments* of at most `data.unit` of text: a line belongs to the segment in
-//! whose bytes of the decompressed stream it begins, so that segments do not depend on how the file is stored or read.
-//! To begin at a later segment, what comes before is decompressed and thrown away.
+//! Such a file is read from its beginning, in *segments* of at most `data.unit` of text. A line belongs to the segment
+//! in whose bytes of the decompressed stream it begins, so segments do not depend on how the file is stored or read. To
+//! start at a later segment, everything before it is decompressed and discarded.
 //!
-//! A segment is whole before any of it is used. A checksum stands at the end of a gzip member, so damage may show
-//! only segments later; the error then names the file. A zstd frame may have none.
+//! A segment is complete before any of it is used. A gzip member has its checksum at the end, so damage may be detected
+//! only segments later; the error then names the file. A zstd frame may have no checksum.
 
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Read};
@@ -17,26 +17,26 @@ use flate2::bufread::GzDecoder;
 use ulmus_plan::Format;
 use ulmus_storage::FileInfo;
 
+use crate::contents::refuse_pointer;
 use crate::error::DataError;
-use crate::format::refuse_pointer;
 use crate::store::{Folder, Steps};
 
-/// Decompressed bytes that are held beside the segment.
+/// Size in bytes of the buffer for decompressed text.
 const BUFFER: usize = 256 << 10;
 
-/// Of a zstd frame, as a power of two: the format's own limit. Some corpora are stored with `--long=31`, and then take as
-/// much memory.
-const LONGEST_WINDOW: u32 = 31;
+/// The largest window of a zstd frame, as a power of two: the format's own limit. Some corpora are stored with
+/// `--long=31`, and need that much memory.
+const MAX_WINDOW_LOG: u32 = 31;
 
-/// A chain that is being read.
+/// A compressed file that is being read.
 pub(crate) struct CompressedReader {
     text: BufReader<Box<dyn Read + Send>>,
     place: String,
-    /// Where the next line begins in the decompressed stream.
+    /// Offset of the next line in the decompressed stream.
     at: u64,
     segment: u64,
     limit: u64,
-    /// Stored bytes that the decoder has taken.
+    /// Stored bytes that the decoder has consumed.
     taken: Arc<AtomicU64>,
 }
 
@@ -46,14 +46,14 @@ impl fmt::Debug for CompressedReader {
     }
 }
 
-/// A line of a chain, and where it begins.
+/// A line, and its offset in the decompressed stream.
 pub(crate) struct Line {
     pub(crate) at: u64,
     pub(crate) bytes: Vec<u8>,
 }
 
 impl CompressedReader {
-    /// Opens a file at the beginning of a segment.
+    /// Opens a file at the beginning of `segment`.
     pub(crate) fn open(
         folder: &Folder,
         file: &FileInfo,
@@ -68,43 +68,43 @@ impl CompressedReader {
             fetched: Bytes::new(),
             taken: Arc::clone(&taken),
         };
-        refuse_pointer(folder, file, stored.fill_buf().map_err(|error| told(&place, error))?)?;
+        refuse_pointer(folder, file, stored.fill_buf().map_err(|error| unreadable(&place, error))?)?;
         let text: Box<dyn Read + Send> = if format == Format::JsonZst {
             let decoder = zstd::stream::read::Decoder::with_buffer(stored).and_then(|mut decoder| {
-                decoder.window_log_max(LONGEST_WINDOW)?;
+                decoder.window_log_max(MAX_WINDOW_LOG)?;
                 Ok(decoder)
             });
-            Box::new(decoder.map_err(|error| told(&place, error))?)
+            Box::new(decoder.map_err(|error| unreadable(&place, error))?)
         } else {
             Box::new(Members(Some(GzDecoder::new(stored))))
         };
         let text = BufReader::with_capacity(BUFFER, text);
-        let mut chain = Self { text, place, at: 0, segment, limit, taken };
+        let mut reader = Self { text, place, at: 0, segment, limit, taken };
         if segment > 0 {
-            // Up to the byte before: it tells whether a line begins exactly at the segment.
-            chain.pass(segment * limit - 1)?;
-            let rest = chain.text.skip_until(b'\n').map_err(|error| told(&chain.place, error))?;
-            chain.at += rest as u64;
+            // The byte before the segment shows whether a line begins exactly at the segment.
+            reader.skip_to(segment * limit - 1)?;
+            let rest = reader.text.skip_until(b'\n').map_err(|error| unreadable(&reader.place, error))?;
+            reader.at += rest as u64;
         }
-        Ok(chain)
+        Ok(reader)
     }
 
-    /// The file, for messages.
+    /// The URL of the file, for messages.
     pub(crate) fn place(&self) -> &str {
         &self.place
     }
 
-    /// The next segment that is read.
+    /// Number of the segment that [`Self::next`] returns.
     pub(crate) const fn segment(&self) -> u64 {
         self.segment
     }
 
-    /// Bytes of the file, as it is stored, that have been used up.
+    /// Bytes of the stored file that have been consumed.
     pub(crate) fn taken(&self) -> u64 {
         self.taken.load(Ordering::Relaxed)
     }
 
-    /// The lines of the next segment; none at the end of the file.
+    /// The lines of the next segment, or `None` at the end of the file.
     pub(crate) fn next(&mut self) -> Result<Option<Vec<Line>>, DataError> {
         if self.ends()? {
             return Ok(None);
@@ -114,7 +114,8 @@ impl CompressedReader {
         let mut lines = Vec::new();
         while self.at < end {
             let mut bytes = Vec::new();
-            let read = self.text.read_until(b'\n', &mut bytes).map_err(|error| told(&self.place, error))?;
+            let read =
+                self.text.read_until(b'\n', &mut bytes).map_err(|error| unreadable(&self.place, error))?;
             if read == 0 {
                 break;
             }
@@ -124,29 +125,30 @@ impl CompressedReader {
         Ok(Some(lines))
     }
 
-    /// Whether nothing is left. Everything has been checked then.
+    /// Whether the file is at its end, with all of its checksums verified.
     pub(crate) fn ends(&mut self) -> Result<bool, DataError> {
         let place = &self.place;
-        self.text.fill_buf().map(<[u8]>::is_empty).map_err(|error| told(place, error))
+        self.text.fill_buf().map(<[u8]>::is_empty).map_err(|error| unreadable(place, error))
     }
 
-    /// Throws away what comes before a byte.
-    fn pass(&mut self, to: u64) -> Result<(), DataError> {
+    /// Decompresses and discards everything before offset `to`.
+    fn skip_to(&mut self, to: u64) -> Result<(), DataError> {
         let mut before = (&mut self.text).take(to - self.at);
-        let passed = io::copy(&mut before, &mut io::sink()).map_err(|error| told(&self.place, error))?;
-        self.at += passed;
+        let skipped =
+            io::copy(&mut before, &mut io::sink()).map_err(|error| unreadable(&self.place, error))?;
+        self.at += skipped;
         Ok(())
     }
 }
 
-/// What an error of a decoder means: damage, unless the store gave it.
-fn told(place: &str, error: io::Error) -> DataError {
+/// The error behind a failed read: that of the store, or else damage that the decoder found.
+fn unreadable(place: &str, error: io::Error) -> DataError {
     error
         .downcast::<DataError>()
         .unwrap_or_else(|error| DataError::Damaged { file: place.to_owned(), reason: error.to_string() })
 }
 
-/// The members of a gzip file. Zeros behind one are padding, as `gzip` and Python take them.
+/// The members of a gzip file. Zeros after a member are padding, as for `gzip` and Python.
 struct Members(Option<GzDecoder<Stored>>);
 
 impl Read for Members {
@@ -164,7 +166,7 @@ impl Read for Members {
     }
 }
 
-/// Whether anything comes behind them.
+/// Skips zeros, and returns whether anything follows them.
 fn skip_zeros(stored: &mut Stored) -> io::Result<bool> {
     loop {
         let bytes = stored.fill_buf()?;
@@ -176,7 +178,7 @@ fn skip_zeros(stored: &mut Stored) -> io::Result<bool> {
     }
 }
 
-/// The bytes of a file as they are stored.
+/// The bytes of a file as they are stored, read ahead step by step.
 struct Stored {
     steps: Steps,
     fetched: Bytes,
@@ -231,18 +233,18 @@ mod tests {
         (folder, info)
     }
 
-    /// The lines of each segment from one on.
+    /// The lines of each segment, from segment `from` on.
     fn segments(
         (folder, info): &(Folder, FileInfo),
         format: Format,
         limit: u64,
         from: u64,
     ) -> Result<Vec<Vec<Vec<u8>>>, DataError> {
-        let mut chain = CompressedReader::open(folder, info, format, limit, from)?;
+        let mut reader = CompressedReader::open(folder, info, format, limit, from)?;
         let mut all = Vec::new();
-        while let Some(lines) = chain.next()? {
+        while let Some(lines) = reader.next()? {
             all.push(lines.into_iter().map(|line| line.bytes).collect());
-            assert_eq!(chain.segment(), from + all.len() as u64);
+            assert_eq!(reader.segment(), from + all.len() as u64);
         }
         Ok(all)
     }
@@ -266,7 +268,7 @@ mod tests {
             let all = segments(&members, Format::JsonGz, limit, 0).unwrap();
             prop_assert_eq!(&all, &segments(&frames, Format::JsonZst, limit, 0).unwrap());
             prop_assert_eq!(all.concat().concat(), text.as_bytes());
-            // A line is in the segment in which it begins.
+            // A line belongs to the segment in which it begins.
             let mut at = 0;
             for (number, lines) in (0..).zip(&all) {
                 for line in lines {
@@ -274,7 +276,7 @@ mod tests {
                     at += line.len() as u64;
                 }
             }
-            // Whoever begins later reads the same.
+            // A reader that starts at a later segment reads the same lines.
             for from in 0..all.len() {
                 prop_assert_eq!(&all[from..], segments(&members, Format::JsonGz, limit, from as u64).unwrap());
             }
@@ -282,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn zeros_behind_a_member_are_padding() {
+    fn zeros_after_a_member_are_padding() {
         let zeros = vec![0; 70_000];
         let padded = [gzip(b"a\nb"), zeros.clone(), gzip(b"c\n"), vec![0], gzip(b""), zeros].concat();
         assert_eq!(
@@ -317,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_gone_is_not_called_damaged() {
+    fn a_missing_file_is_not_called_damaged() {
         let (folder, mut info) = file(gzip(b"x"));
         info.path = "b.json.gz".to_owned();
         let error = segments(&(folder, info), Format::JsonGz, 10, 0).unwrap_err();

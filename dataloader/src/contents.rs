@@ -1,12 +1,17 @@
-//! What the bytes of a file say it is, whatever its name says.
+//! Recognises what a file is by its bytes, whatever its name says.
 
-/// Why a file is no text.
+use ulmus_storage::FileInfo;
+
+use crate::error::DataError;
+use crate::store::Folder;
+
+/// Why the bytes of a file are not text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum NoText {
     #[error("it is {0}; convert it with `iconv -f {0} -t UTF-8`")]
     Wide(&'static str),
     #[error(
-        "byte {0} begins no character; convert it, for instance with `iconv -f LATIN1 -t UTF-8`, or leave it out"
+        "byte {0} is not valid UTF-8; convert it, for example with `iconv -f LATIN1 -t UTF-8`, or leave it out"
     )]
     Other(usize),
 }
@@ -21,8 +26,16 @@ pub(crate) fn text_of(file: &[u8]) -> Result<&str, NoText> {
     std::str::from_utf8(text).map_err(|error| NoText::Other(mark + error.valid_up_to()))
 }
 
-/// The encoding of a file whose characters take 2 or 4 bytes: by its byte order mark, or because half or more of the bytes
-/// that it begins with are zero, which no text in UTF-8 has.
+/// Refuses a file that Git LFS has left a pointer for, given its first bytes.
+pub(crate) fn refuse_pointer(folder: &Folder, file: &FileInfo, begin: &[u8]) -> Result<(), DataError> {
+    if ulmus_types::is_pointer(begin, file.size) {
+        return Err(DataError::Pointer { file: folder.place(&file.path) });
+    }
+    Ok(())
+}
+
+/// The encoding of a file whose characters take 2 or 4 bytes. It is recognised by its byte order mark, or because about
+/// half of its first bytes, or more, are zero, which never happens in UTF-8 text.
 fn wide_encoding(file: &[u8]) -> Option<&'static str> {
     const LOOKED_AT: usize = 1024;
     let marks: [(&[u8], _); 4] = [
@@ -52,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_of_wide_characters_is_none() {
+    fn text_in_a_wide_encoding_is_refused() {
         let text = "Words, and more of them.\n";
         let wide = |bytes: fn(u16) -> [u8; 2]| text.encode_utf16().flat_map(bytes).collect::<Vec<u8>>();
         let marked = |mark: &[u8], bytes: Vec<u8>| [mark, &bytes].concat();

@@ -1,5 +1,5 @@
-//! A corpus: open sources, the rules for documents, and a tokenizer. A unit of it is a pure function: decode,
-//! normalise, filter, tokenize, pack.
+//! A corpus: open sources, the rules for documents, and a tokenizer. The content of a unit is a pure function of them:
+//! decode, normalise, filter, tokenize, pack.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -8,10 +8,10 @@ use serde::Serialize;
 use ulmus_plan::{DataConfig, Pack};
 use ulmus_types::{BadUnit, LaneId};
 
+use crate::cursors::Cursors;
 use crate::document::{Rules, Verdict};
 use crate::error::DataError;
 use crate::format::{Content, Document};
-use crate::loader::Cursors;
 use crate::order::Mixture;
 use crate::pack::{Packed, Sequence};
 use crate::sources::{Sources, enough_units};
@@ -19,7 +19,7 @@ use crate::store::Traffic;
 use crate::tokens::Vocabulary;
 use ulmus_tokenizer::{Encoder, Tokenizer};
 
-/// Everything that decides what is read, except where a lane stands. Shared by threads.
+/// Everything that decides what is read, except the cursors of the lanes. Threads share it.
 #[derive(Debug)]
 pub struct Corpus {
     pub(crate) sources: Sources,
@@ -28,40 +28,40 @@ pub struct Corpus {
     pub(crate) window: u64,
     pub(crate) threads: usize,
     pub(crate) max_epochs: Vec<Option<u64>>,
-    /// Source and unit of what is left out.
+    /// Indices of source and unit of everything that is left out.
     quarantine: BTreeSet<(usize, usize)>,
     rules: Rules,
     tokenizer: Tokenizer,
-    /// Of each source.
+    /// One per source.
     counters: Vec<Counters>,
 }
 
-/// What becomes of a document, or of a piece of it.
+/// The verdict on a document, or on a piece of it.
 pub(crate) enum Judged {
     FewCharacters,
     FewTokens,
-    /// Not for training, but for measuring: its text, normalised, and as below.
+    /// Used for evaluation only: the normalised text, and its tokens with BOS and EOS.
     HeldOut(String, Vec<u32>),
-    /// For training: BOS, its ids, EOS.
+    /// Used for training: the tokens with BOS and EOS.
     Kept(Vec<u32>),
 }
 
-/// What has been read since the corpus was opened, read-ahead included. Documents of the second epoch count again.
+/// What has been read of a source since the corpus was opened, including read-ahead. Each epoch counts anew.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Counts {
     /// Documents that were decoded.
     pub documents: u64,
-    /// Code points of their text; none are counted where token ids are read.
+    /// Code points of their text; 0 for sources of token ids.
     pub characters: u64,
-    /// Bytes of their text; the same.
+    /// Bytes of their text; 0 for sources of token ids.
     pub bytes: u64,
-    /// Dropped because they have too few characters.
+    /// Documents dropped because they have too few characters.
     pub short_characters: u64,
-    /// Dropped because they have too few tokens.
+    /// Documents dropped because they have too few tokens.
     pub short_tokens: u64,
-    /// Left out of training because they are held out.
+    /// Documents that are held out from training.
     pub held_out: u64,
-    /// Tokens of the documents that are left, BOS and EOS included.
+    /// Tokens of the remaining documents, including BOS and EOS.
     pub tokens: u64,
 }
 
@@ -91,20 +91,20 @@ impl Counters {
     }
 }
 
-/// Documents that are never trained on, in the fixed order in which they are measured.
+/// Documents that are never trained on, in the fixed order in which they are evaluated.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HeldOut {
-    /// Their texts, normalised; as their tokens say them where those are read.
+    /// The normalised texts, or the decoded ones where token ids are read.
     pub texts: Vec<String>,
-    /// The same texts as sequences.
+    /// The same documents as sequences.
     pub sequences: Vec<Sequence>,
 }
 
 impl Corpus {
-    /// Combines what a plan says with its manifest's sources.
+    /// Combines a plan's data section with the sources of its manifest.
     ///
     /// # Errors
-    /// When a source has fewer units than lanes that read it, or holds token ids that would have to be cut into words.
+    /// When more lanes read a source than it has units, or when token ids would have to be cut into words.
     pub fn new(
         config: &DataConfig,
         seed: u64,
@@ -123,7 +123,7 @@ impl Corpus {
         let ends = [tokenizer.bos(), tokenizer.eos()];
         let vocabulary = Vocabulary { ends, pieces: tokenizer.pieces() as u32 };
         Ok(Self {
-            sources: sources.of_tokens(vocabulary),
+            sources: sources.with_vocabulary(vocabulary),
             mixture,
             seed,
             window: config.window,
@@ -136,7 +136,7 @@ impl Corpus {
         })
     }
 
-    /// The same corpus without some units, which cannot be read.
+    /// The same corpus without `units`, which cannot be read.
     #[must_use]
     pub fn without<'u>(mut self, units: impl IntoIterator<Item = &'u BadUnit>) -> Self {
         for BadUnit { source: name, unit } in units {
@@ -151,12 +151,12 @@ impl Corpus {
         self.quarantine.contains(&(source, unit))
     }
 
-    /// How many units of a source are left out.
+    /// Number of units of a source that are left out.
     pub(crate) fn left_out_of(&self, source: usize) -> usize {
         self.quarantine.iter().filter(|(of, _)| *of == source).count()
     }
 
-    /// Whether none is.
+    /// Whether no unit of any source is left out.
     pub(crate) fn is_whole(&self) -> bool {
         self.quarantine.is_empty()
     }
@@ -171,12 +171,12 @@ impl Corpus {
         (0..self.mixture.lanes() as u32).map(LaneId::new)
     }
 
-    /// The tokenizer.
+    /// The tokenizer that all documents are encoded with.
     pub const fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
     }
 
-    /// Cursors of the very beginning, of all lanes.
+    /// Cursors at the very beginning of all lanes.
     pub fn start(&self) -> Cursors {
         Cursors::start(self.mixture.streams().len())
     }
@@ -186,22 +186,22 @@ impl Corpus {
         self.counters.iter().map(Counters::read).collect()
     }
 
-    /// What reading the sources has cost so far, in the order of the plan.
+    /// Traffic caused by each source so far, in the order of the plan.
     pub fn traffic(&self) -> Vec<Traffic> {
         let sources = 0..self.max_epochs.len();
         sources.map(|source| self.sources.traffic(source)).collect()
     }
 
-    /// Reads every unit once, on `data.threads` threads, and tells what was found; `done` hears of bytes,
-    /// as the manifest has them, when they are behind. Blocks.
+    /// Reads every unit once, on `data.threads` threads, and returns what was counted. `done` is called with the number
+    /// of bytes (as the manifest counts them) that have just been read. Blocks.
     ///
     /// # Errors
-    /// As for reading any unit.
+    /// When a unit cannot be read.
     pub fn count_all(&self, done: impl Fn(u64) + Sync) -> Result<Vec<Counts>, DataError> {
         let (units, next) = (self.sources.units().collect::<Vec<_>>(), AtomicUsize::new(0));
         let read = || {
             let mut encoder = self.tokenizer.encoder();
-            // With an error, nobody begins another unit.
+            // After an error, no thread begins another unit.
             let failed = |error| {
                 next.store(units.len(), Ordering::Relaxed);
                 error
@@ -221,7 +221,7 @@ impl Corpus {
         Ok(self.counts())
     }
 
-    /// The training documents among some of a source, packed.
+    /// Packs those of `documents` that are for training.
     pub(crate) fn pack(
         &self,
         source: usize,
@@ -252,7 +252,7 @@ impl Corpus {
         packed
     }
 
-    /// What becomes of a document, or of each of its pieces.
+    /// Judges a document, or each of its pieces.
     pub(crate) fn judge(&self, encoder: &mut Encoder, document: Content) -> Vec<Judged> {
         let (bos, eos) = (self.tokenizer.bos(), self.tokenizer.eos());
         let long_enough = |tokens: &Vec<u32>| tokens.len() as u64 >= self.rules.min_tokens;
@@ -287,9 +287,10 @@ impl Corpus {
         }
     }
 
-    /// Whether any document is held out. Looks, in the order of [`Self::held_out`], until there is one, through units of at
-    /// most that many bytes, as the manifest has them; `None` if there may be one behind them. Units that cannot be
-    /// read are passed by: whoever needs them tells of them. Blocks.
+    /// Whether any document is held out. Searches units in the order of [`Self::held_out`], until it finds one or has
+    /// read
+    /// `most` bytes (as the manifest counts them); then the answer is `None`. Units that cannot be read are skipped: an
+    /// error is reported where a unit is needed. Blocks.
     ///
     /// # Errors
     /// When a store cannot be read.
@@ -310,7 +311,7 @@ impl Corpus {
                     documents => documents?,
                 };
                 for Document { content, .. } in documents {
-                    // Tokenizing all the others would take most of the time.
+                    // Only a document that passes this cheap test is tokenized.
                     let chosen = match &content {
                         Content::Text(text) => self
                             .rules
@@ -333,11 +334,11 @@ impl Corpus {
         Ok(Some(false))
     }
 
-    /// The first `sequences` held-out sequences of `length` tokens, or all that there are. Units are read in turn
-    /// over the sources, so that each is represented; the order is fixed by the manifest. Blocks.
+    /// The first `sequences` held-out sequences of `length` tokens, or all if there are fewer. Sources take turns unit
+    /// by unit, so that each is represented; the order is fixed by the manifest. Blocks.
     ///
     /// # Errors
-    /// As for reading any unit.
+    /// When a unit cannot be read.
     pub fn held_out(&self, length: usize, sequences: usize) -> Result<HeldOut, DataError> {
         let mut texts = Vec::new();
         let mut encoder = self.tokenizer.encoder();
@@ -391,15 +392,15 @@ mod tests {
             |text: &str, kind: u8| field(0x0a, &[field(0x0a, text.as_bytes()), vec![0x18, kind]].concat());
         let special = [("<unk>", 2), ("<s>", 3), ("</s>", 3)].map(|(text, kind)| piece(text, kind)).concat();
         let bytes: Vec<u8> = (0..=u8::MAX).flat_map(|byte| piece(&format!("<0x{byte:02X}>"), 6)).collect();
-        // BPE that falls back to bytes; nothing is put in front of a text, and blanks stay what they are.
+        // BPE with byte fallback that prepends nothing and leaves spaces as they are.
         let (trainer, normalizer) = ([0x18, 2, 0x98, 0x02, 1], [0x18, 0, 0x20, 0, 0x28, 0]);
         let file = [special, bytes, field(0x12, &trainer), field(0x1a, &normalizer)].concat();
         Tokenizer::read(&file, "test", None, None).unwrap()
     }
 
-    /// Sequences as the reference has made them of the same files, in the order of the files.
+    /// The reference has made its sequences from the same files, in the order of the files.
     #[test]
-    fn the_published_packing_is_the_reference_s() {
+    fn the_published_packing_agrees_with_the_reference() {
         let read = |name: &str| std::fs::read(format!("{GOLDEN}/{name}")).unwrap();
         let expected: serde_json::Value = serde_json::from_slice(&read("expected.json")).unwrap();
         let tensors = read("expected.safetensors");
@@ -447,7 +448,7 @@ mod tests {
             };
             let inputs: Vec<u32> = sequences.iter().flat_map(|sequence| sequence.inputs.clone()).collect();
             let targets = sequences.iter().flat_map(|sequence| sequence.targets.clone());
-            // The reference has its pad id where nothing is asked for.
+            // The reference writes its pad id for positions without a target.
             let targets: Vec<u32> = targets.map(|id| if id == IGNORE { 300 } else { id }).collect();
             assert_eq!(inputs, tensor("samples"), "{case}");
             assert_eq!(targets, tensor("targets"), "{case}");
@@ -459,11 +460,11 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let text = |number: u32| blake3::hash(&number.to_le_bytes()).to_hex().repeat(40);
         let texts: Vec<Vec<String>> = (0..800).map(|number| vec![text(number)]).collect();
-        let mut chain = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         for line in texts.iter().map(|text| serde_json::json!({ "text": text[0] })) {
-            std::io::Write::write_all(&mut chain, format!("{line}\n").as_bytes()).unwrap();
+            std::io::Write::write_all(&mut encoder, format!("{line}\n").as_bytes()).unwrap();
         }
-        std::fs::write(place.path().join("a.json.gz"), chain.finish().unwrap()).unwrap();
+        std::fs::write(place.path().join("a.json.gz"), encoder.finish().unwrap()).unwrap();
         std::fs::write(place.path().join("a.parquet"), crate::parquet::write(&["text"], &[texts])).unwrap();
         for file in ["a.json.gz", "a.parquet"] {
             let config = DataConfig {

@@ -1,9 +1,10 @@
-//! What happens to one document before it is tokenized: normalised, measured, and set aside if it is held out.
+//! Normalises and filters a document before it is tokenized, and decides whether it is held out.
 //!
-//! Pure. The text that the character filter counts is thrown away: what is tokenized is the normalised text.
+//! These functions are pure. The character filter counts a simplified text, but the normalised text is tokenized.
 //!
-//! The published recipe (`pack = "corenet"`) cuts a document into pieces first, at every so many blanks. Both filters
-//! then apply to each piece, the first one before it is normalised; whether it is held out is decided by the document.
+//! The published recipe (`pack = "corenet"`) first cuts a document into pieces of a fixed number of words. Both filters
+//! then apply to each piece, the first one before the piece is normalised. Holding out is decided for the whole
+//! document.
 
 use std::borrow::Cow;
 
@@ -19,19 +20,19 @@ pub(crate) struct Rules {
     normalize: Normalize,
     min_characters: u64,
     pub(crate) min_tokens: u64,
-    /// Documents whose hash is below are held out.
+    /// A document is held out if its hash is below this value.
     held_out_below: u64,
     seed: u64,
 }
 
-/// What becomes of a document.
+/// The verdict on a document, with its normalised text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Verdict<'a> {
-    /// Too few characters.
+    /// The document has too few characters.
     Short,
-    /// Not for training, but for measuring.
+    /// The document is used for evaluation only.
     HeldOut(Cow<'a, str>),
-    /// For training.
+    /// The document is used for training.
     Kept(Cow<'a, str>),
 }
 
@@ -48,7 +49,7 @@ impl Rules {
         }
     }
 
-    /// Whether no document is held out, whatever its text.
+    /// Whether no document is ever held out.
     pub(crate) const fn holds_out_none(&self) -> bool {
         self.held_out_below == 0
     }
@@ -83,7 +84,7 @@ impl Rules {
         }
     }
 
-    /// Whether a document is held out that is known by its tokens alone.
+    /// Whether a document is held out, given only its tokens.
     pub(crate) fn holds_out(&self, tokens: &[u32]) -> bool {
         let mut hasher = blake3::Hasher::new_derive_key("ulmus held-out tokens");
         hasher.update(&self.seed.to_le_bytes());
@@ -93,7 +94,7 @@ impl Rules {
         first_word(&hasher) < self.held_out_below
     }
 
-    /// Decides by contents, so that equal texts are held out together, wherever they lie.
+    /// Hash of the contents, so that equal texts are held out together, wherever they are.
     fn hash(&self, text: &str) -> u64 {
         let mut hasher = blake3::Hasher::new_derive_key("ulmus held-out documents");
         hasher.update(&self.seed.to_le_bytes()).update(text.as_bytes());
@@ -106,13 +107,13 @@ fn first_word(hasher: &blake3::Hasher) -> u64 {
     u64::from_le_bytes(*hash.as_bytes().first_chunk().expect("a hash has 32 bytes"))
 }
 
-/// Cuts a text at every so many blanks; two blanks in a row have an empty word between them.
+/// Cuts a text into pieces of `words` words. Two spaces in a row have an empty word between them.
 fn pieces(text: &str, words: usize) -> impl Iterator<Item = &str> {
     let mut rest = Some(text);
     std::iter::from_fn(move || {
         let text = rest?;
         let (piece, after) = match text.match_indices(' ').nth(words - 1) {
-            Some((at, blank)) => (&text[..at], Some(&text[at + blank.len()..])),
+            Some((at, space)) => (&text[..at], Some(&text[at + space.len()..])),
             None => (text, None),
         };
         rest = after;
@@ -120,7 +121,7 @@ fn pieces(text: &str, words: usize) -> impl Iterator<Item = &str> {
     })
 }
 
-/// A text as it is tokenized.
+/// Normalises a text in the way that a plan asks for before it is tokenized.
 pub fn normalized(text: &str, normalize: Normalize) -> Cow<'_, str> {
     match normalize {
         Normalize::Ftfy => ftfy::fix(text),
@@ -131,19 +132,19 @@ pub fn normalized(text: &str, normalize: Normalize) -> Cow<'_, str> {
     }
 }
 
-/// Whether `text` has at least `least` characters as the reference counts them: code points that are left after
-/// lower-casing, deleting ASCII punctuation, stripping, and making one blank of every run of blanks.
+/// Whether `text` has at least `least` characters as the reference counts them: the code points that remain after
+/// lower-casing, deleting ASCII punctuation, stripping, and collapsing runs of whitespace.
 fn has_characters(text: &str, least: u64) -> bool {
     let mut count = 0;
-    let mut blank_before = false;
+    let mut space_before = false;
     for c in text.chars().filter(|c| !c.is_ascii_punctuation()) {
-        if is_blank(c) {
-            // Counted when something follows; nothing is counted in front.
-            blank_before = count > 0;
+        if is_whitespace(c) {
+            // Whitespace counts only between other characters.
+            space_before = count > 0;
             continue;
         }
-        count += u64::from(blank_before) + if c.is_ascii() { 1 } else { c.to_lowercase().count() as u64 };
-        blank_before = false;
+        count += u64::from(space_before) + if c.is_ascii() { 1 } else { c.to_lowercase().count() as u64 };
+        space_before = false;
         if count >= least {
             return true;
         }
@@ -151,8 +152,8 @@ fn has_characters(text: &str, least: u64) -> bool {
     count >= least
 }
 
-/// What Python counts as white space: Unicode's, and the four separators of ASCII.
-fn is_blank(c: char) -> bool {
+/// What Python counts as whitespace: Unicode's, and the four separators in ASCII.
+fn is_whitespace(c: char) -> bool {
     c.is_whitespace() || ('\u{1C}'..='\u{1F}').contains(&c)
 }
 
@@ -165,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn characters_are_counted_as_the_reference_does() {
+    fn characters_are_counted_as_in_the_reference() {
         // Counts from Python: len(re.sub(r"\s+", " ", text.lower().translate(no punctuation).strip())).
         for (text, count) in [
             ("", 0),
@@ -201,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn the_share_of_held_out_documents_is_as_asked() {
+    fn the_share_of_held_out_documents_is_as_configured() {
         let rules = rules(0.1, 0);
         let held_out = |seed| {
             let rules = Rules { seed, ..rules.clone() };

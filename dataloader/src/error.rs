@@ -1,4 +1,4 @@
-//! What can go wrong between a corpus and a sequence. Every message names the file or source and the next act.
+//! Errors of reading corpora. Every message names the file or source, and what to do next.
 
 use ulmus_storage::StoreError;
 use ulmus_tokenizer::TokenizerError;
@@ -9,18 +9,18 @@ use crate::address::RUN;
 /// An error of the data plane.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
-    /// A source's URL names no folder that can be opened.
+    /// A source's URL is not a folder that can be opened.
     #[error("{url:?} is not a folder of files: {reason}")]
     Url {
-        /// As written in the plan.
+        /// The URL in the plan.
         url: String,
-        /// What is wrong, and what to write.
+        /// What is wrong, and what to write instead.
         reason: String,
     },
-    /// What is to be prepared is not there.
+    /// A path to prepare does not exist.
     #[error("{path} does not exist; correct prepare.paths")]
     NoPath {
-        /// As it is named.
+        /// The path in the plan.
         path: String,
     },
     /// A file is not there.
@@ -40,47 +40,47 @@ pub enum DataError {
         /// What is wrong with the name.
         reason: String,
     },
-    /// A file that stands for one in Git LFS.
-    #[error("{file} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its repository")]
+    /// The file is only a Git LFS pointer.
+    #[error("{file} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")]
     Pointer {
         /// The file, with its address.
         file: String,
     },
-    /// The disk is full, or does not let this user in.
+    /// A disk is full, or its permissions do not allow access.
     #[error(
         "{file} cannot be accessed: {reason}; free some space or correct the permissions, then run the same command again"
     )]
     Disk {
         /// The file, with its address.
         file: String,
-        /// The system's own words.
+        /// The operating system's error.
         reason: String,
     },
-    /// The folder of the cache cannot be used.
+    /// The folder for the cache cannot be used.
     #[error("the cache {folder} cannot be opened: {error}; correct data.cache, or leave it out")]
     Cache {
-        /// As written in the plan.
+        /// The folder in the plan.
         folder: String,
-        /// Of the file system.
+        /// The file system's error.
         #[source]
         error: std::io::Error,
     },
-    /// A source matches nothing.
+    /// No file matches the patterns of a source.
     #[error("source {name:?} has no files: nothing in {url} matches {files:?}; correct url or files")]
     NoFiles {
-        /// The source.
+        /// Name of the source.
         name: String,
-        /// Its folder.
+        /// Folder of the source.
         url: String,
-        /// Its patterns.
+        /// File patterns of the source.
         files: Vec<String>,
     },
-    /// A pattern that cannot be used.
+    /// A file pattern is invalid.
     #[error("{pattern:?} is not a usable file pattern: {reason}")]
     Pattern {
-        /// As written in the plan.
+        /// The pattern in the plan.
         pattern: String,
-        /// What is wrong, and what to write.
+        /// What is wrong, and what to write instead.
         reason: String,
     },
     /// The bytes are not what the format says.
@@ -96,46 +96,46 @@ pub enum DataError {
         /// What was found.
         reason: String,
     },
-    /// The text column or key is not there.
+    /// A file lacks the text column or key.
     #[error("{file} has no column {column:?}; set text of its source to one of {columns:?}")]
     Column {
         /// The file, with its address.
         file: String,
-        /// The name in the plan.
+        /// The column in the plan.
         column: String,
-        /// The names in the file.
+        /// The columns in the file.
         columns: Vec<String>,
     },
-    /// The text column or key holds something else.
+    /// The text column or key does not hold strings.
     #[error(
         "column {column:?} of {file} holds {found}, not text; set text of its source to a column of strings"
     )]
     ColumnType {
         /// The file, with its address.
         file: String,
-        /// The name in the plan.
+        /// The column in the plan.
         column: String,
-        /// Its type.
+        /// What the column holds instead.
         found: String,
     },
-    /// A column that is there more than once.
-    #[error("{file} has {count} columns {column:?}; write it with a name for each")]
+    /// Several columns of a file have the name of the text column.
+    #[error("{file} has {count} columns named {column:?}; rewrite it with unique column names")]
     Columns {
         /// The file, with its address.
         file: String,
-        /// The name in the plan.
+        /// The column in the plan.
         column: String,
         /// How many columns have this name.
         count: usize,
     },
     /// An encrypted column.
     #[error(
-        "column {column:?} of {file} is encrypted, and no keys are kept here; write it without encryption"
+        "column {column:?} of {file} is encrypted, which is not supported; rewrite it without encryption"
     )]
     Encrypted {
         /// The file, with its address.
         file: String,
-        /// The name in the plan.
+        /// The column in the plan.
         column: String,
     },
     /// Stored bytes are damaged.
@@ -146,17 +146,17 @@ pub enum DataError {
         /// What was found.
         reason: String,
     },
-    /// A unit cannot be read, and was read again in vain.
+    /// A unit still cannot be read after retries.
     #[error("{error} (unit {unit} of source {name:?})")]
     BadUnit {
-        /// The source.
+        /// Name of the source.
         name: String,
-        /// Its number in the manifest.
+        /// Index of the unit in the manifest.
         unit: usize,
         /// Why it cannot be read.
         error: Box<DataError>,
     },
-    /// A file is not the one that the manifest was frozen with.
+    /// A file has changed since the manifest was frozen.
     #[error(
         "{file} has changed since the run began: {what} was {then}, now {now}; restore it, or start a new run"
     )]
@@ -165,12 +165,12 @@ pub enum DataError {
         file: String,
         /// The property that differs.
         what: &'static str,
-        /// Its value in the manifest.
+        /// The value in the manifest.
         then: String,
-        /// Its value now.
+        /// The value now.
         now: String,
     },
-    /// The manifest itself cannot be read.
+    /// The manifest cannot be read.
     #[error("the manifest cannot be read: {reason}; restore manifest.json of the run")]
     Manifest {
         /// What was found.
@@ -181,102 +181,101 @@ pub enum DataError {
         "the manifest lists the sources {manifest:?}, the plan {plan:?}; start a new run for other sources"
     )]
     OtherSources {
-        /// Names in the manifest.
+        /// Names of the sources in the manifest.
         manifest: Vec<String>,
-        /// Names in the plan.
+        /// Names of the sources in the plan.
         plan: Vec<String>,
     },
-    /// A source is cut into fewer units than lanes read it.
+    /// More lanes read a source than it has units.
     #[error(
         "source {name:?} has {} for the {lanes} lanes that read it; use data.lanes of at most {most}, or a smaller data.unit, \
          or more text; a compressed file is one unit of any size, so store it in several",
         counted(*units, "unit")
     )]
     FewUnits {
-        /// The source.
+        /// Name of the source.
         name: String,
-        /// Units in the manifest.
+        /// Number of its units in the manifest.
         units: usize,
-        /// Lanes that read it.
+        /// Number of lanes that read it.
         lanes: usize,
-        /// A number of lanes that would do.
+        /// The largest `data.lanes` that would work.
         most: usize,
     },
-    /// No document is left to train on.
+    /// A source has no document to train on.
     #[error(
         "no document of source {name:?} is left to train on: each is empty, shorter than data.min_characters or \
-         data.min_tokens, or held out; lower those and data.holdout, or give it more or longer texts"
+         data.min_tokens, or held out; lower these limits or data.holdout, or add more or longer texts"
     )]
     Empty {
         /// The source.
         name: String,
     },
-    /// A source was read as often as the plan allows.
-    #[error("source {name:?} is used up: all {epochs} epochs that max_epochs allows are read")]
+    /// A source has been read as often as the plan allows.
+    #[error("source {name:?} is exhausted: all {epochs} epochs that max_epochs allows have been read")]
     Exhausted {
-        /// The source.
+        /// Name of the source.
         name: String,
-        /// Its `max_epochs`.
+        /// `max_epochs` of the source.
         epochs: u64,
     },
-    /// Cursors of another plan.
-    #[error(
-        "{words} cursor words do not fit the plan, which has {expected}; resume with the plan of the run"
-    )]
+    /// Cursors belong to another plan.
+    #[error("the cursors have {words} words, but the plan needs {expected}; resume with the plan of the run")]
     Cursors {
         /// The number of words that was given.
         words: usize,
         /// The number of words that the plan needs.
         expected: usize,
     },
-    /// A cursor that points behind the end of its window.
+    /// A cursor points beyond the end of its window.
     #[error(
-        "a cursor of source {name:?} lies outside of its window; its files or the tokenizer are not those of the run"
+        "a cursor of source {name:?} lies outside its window, so its files or the tokenizer are not those of the run; \
+         restore them"
     )]
     Position {
-        /// The source.
+        /// Name of the source.
         name: String,
     },
-    /// A tokenizer that cannot be used.
+    /// The tokenizer cannot be used.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// Token ids where text is needed.
+    /// A source holds token ids where text is needed.
     #[error(
-        "source {name:?} holds token ids, and this needs text; name the tokenizer that made them in tokenizer.file, or \
-         give another source"
+        "source {name:?} holds token ids, but text is needed here; name the tokenizer that made them in \
+         tokenizer.file, or use another source"
     )]
     Tokens {
-        /// The source.
+        /// Name of the source.
         name: String,
     },
-    /// Shards of token ids hold whole documents.
+    /// The plan cuts documents into pieces, but shards of token ids hold whole documents.
     #[error(
-        "the plan cuts documents into pieces of words (data.pack = \"corenet\"), and shards of token ids hold whole ones; add --set \
-         data.pack=concat, and write that in the plan that reads them"
+        "the plan cuts documents into pieces of words (data.pack = \"corenet\"), but shards of token ids hold whole \
+         documents; add --set data.pack=concat, and write the same in the plan that reads the shards"
     )]
     Pieces,
     /// Token ids cannot be cut into pieces of a number of words.
     #[error("token ids of source {name:?} cannot be cut into pieces of words; set data.pack = \"concat\"")]
     Words {
-        /// The source.
+        /// Name of the source.
         name: String,
     },
-    /// A folder that shards or copies cannot be written to.
+    /// Shards or copies cannot be written to a folder.
     #[error("{folder} cannot be written to: {reason}; name another folder, or empty it")]
     Target {
         /// The file, with its address.
         folder: String,
-        /// What is there.
+        /// Why nothing can be written there.
         reason: String,
     },
-    /// A crate whose sources are not on the machine.
+    /// The sources of a crate are not on the machine.
     #[error(
-        "crate {name:?} is not unpacked in {folder}; run `cargo fetch`, or take it out of prepare.crates"
+        "crate {name:?} is not unpacked in {folder}; run `cargo fetch`, or remove it from prepare.crates"
     )]
     Crate {
-        /// "name version".
+        /// Name and version of the crate.
         name: String,
-        /// Where it was looked for.
+        /// The folder in which it was expected.
         folder: String,
     },
     /// There is nothing to prepare.
@@ -285,15 +284,15 @@ pub enum DataError {
          prepare.include or prepare.cap"
     )]
     NoText {
-        /// Crates and paths of the plan.
+        /// Crates and paths in the plan.
         places: Vec<String>,
-        /// Globs of the plan.
+        /// Patterns in the plan.
         include: Vec<String>,
-        /// What was found, and why it was passed by.
+        /// What was found, and why it was skipped.
         found: String,
     },
-    /// A reading thread ended before its work was done.
-    #[error("a reading thread stopped; this is a defect, see the log for its panic")]
+    /// A reading thread panicked.
+    #[error("a reading thread panicked, which is a bug; see the log for the panic")]
     Stopped,
 }
 
@@ -346,7 +345,7 @@ impl DataError {
         }
     }
 
-    /// What a caller can do about it.
+    /// What the caller can do about the error.
     pub const fn kind(&self) -> ErrorKind {
         match self {
             Self::Store(error) => error.kind(),

@@ -1,4 +1,4 @@
-//! The exact documents of a sequence.
+//! Finds the exact documents in a sequence.
 
 use std::ops::Range;
 
@@ -15,38 +15,38 @@ use crate::pack::Packed;
 pub struct Explanation {
     /// Name of the source.
     pub source: String,
-    /// How often the source was passed before.
+    /// Number of complete passes over the source before this one.
     pub epoch: u64,
-    /// Number of the unit in the manifest.
+    /// Index of the unit in the manifest.
     pub unit: u32,
-    /// Segment of the unit.
+    /// Index of the segment in the unit.
     pub segment: u32,
-    /// Number among the sequences of the segment.
+    /// Index of the sequence in the segment.
     pub sequence: u32,
-    /// The documents that it holds something of, in their order.
+    /// The documents that are at least partly in the sequence, in order.
     pub documents: Vec<Excerpt>,
 }
 
-/// A part of a document.
+/// The part of a document that is in a sequence.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Excerpt {
-    /// Its file.
+    /// URL of the document's file.
     pub file: String,
-    /// Row (parquet), or byte of the decompressed file at which its line or its ids begin; 0 for plain text.
+    /// The document's row (parquet), or the offset of its line or ids in the decompressed file; 0 for plain text.
     pub at: u64,
-    /// Tokens of the document, or of the piece of it, BOS and EOS included.
+    /// Number of tokens in the document (or in a piece of it), including BOS and EOS.
     pub tokens: usize,
-    /// Which of them are in the sequence.
+    /// The range of these tokens that is in the sequence.
     pub part: Range<usize>,
-    /// What those tokens say.
+    /// The decoded text of this range.
     pub text: String,
 }
 
 impl Corpus {
-    /// Tells what is in a sequence of `length` tokens. Reads its unit again. Blocks.
+    /// Finds the documents in a sequence of `length` tokens, by reading its unit again. Blocks.
     ///
     /// # Errors
-    /// As for reading any unit.
+    /// When the unit cannot be read.
     pub fn explain(&self, origin: Origin, length: usize) -> Result<Explanation, DataError> {
         let Origin { source, epoch, unit, segment, index } = origin;
         let mut reading = self.sources.open_unit(source, unit as usize, u64::from(segment), false)?;

@@ -1,67 +1,36 @@
-//! From the bytes of a unit to its documents.
+//! Decodes the bytes of a unit into its documents.
 //!
-//! A unit, or a segment of a chain, is decoded whole before any of it is used: damage that shows late cannot leave
-//! half of it behind.
-//! Units of a file do not overlap and leave nothing out: a row group or line belongs to exactly one of them.
+//! A unit, or a segment of one, is decoded completely before any of it is used, so that damage found late cannot leave
+//! half of it in use. The units of a file do not overlap and leave nothing out: each row group or line belongs to
+//! exactly one of them.
 
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 use ulmus_plan::Format;
 use ulmus_storage::FileInfo;
 
 use crate::compressed::{CompressedReader, Line};
-use crate::contents;
+use crate::contents::{refuse_pointer, text_of};
 use crate::error::DataError;
 use crate::line::{is_blank, text_of_line};
 use crate::parquet::{ParquetFile, Rows};
 use crate::store::Folder;
 use crate::tokens::{self, Vocabulary};
-
-/// Bytes that are read beyond the end of a unit to find the end of its last document, at first and at most.
-pub(crate) const TAIL_STEPS: [u64; 2] = [64 << 10, 8 << 20];
-
-/// What is shuffled: as much as fits into `data.unit`, at least one row group, line or file. Row groups that are larger,
-/// and chains, are read in segments. Written as `[file, first, end, bytes]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(from = "(u32, u64, u64, u64)", into = "(u32, u64, u64, u64)")]
-pub(crate) struct Unit {
-    /// Index of its (first) file in the source.
-    pub(crate) file: u32,
-    /// Where it begins: row group (parquet), byte (jsonl and token ids; the first line or document that begins here or
-    /// later), file (text); chains have stored bytes here, all of the file.
-    pub(crate) first: u64,
-    /// Where it ends, in the same measure; not included.
-    pub(crate) end: u64,
-    /// Bytes of text, as far as can be told without decoding: those that are stored.
-    pub(crate) bytes: u64,
-}
-
-impl From<(u32, u64, u64, u64)> for Unit {
-    fn from((file, first, end, bytes): (u32, u64, u64, u64)) -> Self {
-        Self { file, first, end, bytes }
-    }
-}
-
-impl From<Unit> for (u32, u64, u64, u64) {
-    fn from(unit: Unit) -> Self {
-        (unit.file, unit.first, unit.end, unit.bytes)
-    }
-}
+use crate::unit::{TAIL_STEPS, Unit};
 
 /// How the files of a source are read.
 #[derive(Debug, Clone)]
-pub(crate) struct Layout {
+pub(crate) struct UnitReader {
     pub(crate) format: Format,
-    /// Column or key of the text.
+    /// Column or key that holds the text.
     pub(crate) text: String,
-    /// Most bytes of text in a unit, and in a segment of one.
+    /// Maximum bytes of text in a unit, and in a segment of one.
     pub(crate) limit: u64,
-    /// What ids mean, where files hold them.
+    /// The vocabulary of files that hold token ids.
     pub(crate) vocabulary: Option<Vocabulary>,
 }
 
-impl Layout {
-    /// Cuts files into units of at most `limit` bytes of text where that is possible. Empty files have none.
+impl UnitReader {
+    /// Cuts files into units of at most `limit` bytes of text where that is possible. Empty files have no units.
     pub(crate) fn units(&self, folder: &Folder, files: &[FileInfo]) -> Result<Vec<Unit>, DataError> {
         let Self { format, text, limit, .. } = self;
         let limit = *limit;
@@ -77,13 +46,13 @@ impl Layout {
         match format {
             Format::Jsonl => (0..).zip(files).for_each(|(index, file)| cut(index, file.size, limit)),
             Format::U16 | Format::U32 => {
-                // Headers may lie on a server far away, so several are asked for at once.
+                // Headers may have to be fetched from a distant server, so several are requested at once.
                 files.par_iter().try_for_each(|file| tokens::check(folder, file, *format))?;
                 let step = tokens::step(*format, limit);
                 (0..).zip(files).for_each(|(index, file)| cut(index, file.size, step));
             }
             Format::Parquet => {
-                // Footers may lie on a server far away, so several are asked for at once.
+                // Footers may have to be fetched from a distant server, so several are requested at once.
                 let sizes: Vec<Vec<u64>> = files
                     .par_iter()
                     .map(|file| ParquetFile::open(folder, file)?.row_group_sizes(text))
@@ -98,8 +67,8 @@ impl Layout {
                 }
             }
             Format::JsonGz | Format::JsonZst => {
-                let chains = (0..).zip(files).filter(|(_, file)| file.size > 0);
-                units.extend(chains.map(|(index, file)| Unit {
+                let whole = (0..).zip(files).filter(|(_, file)| file.size > 0);
+                units.extend(whole.map(|(index, file)| Unit {
                     file: index,
                     first: 0,
                     end: file.size,
@@ -119,7 +88,7 @@ impl Layout {
         Ok(units)
     }
 
-    /// Opens a unit at a segment.
+    /// Opens a unit at the beginning of `segment`.
     pub(crate) fn open(
         &self,
         folder: &Folder,
@@ -131,8 +100,8 @@ impl Layout {
         let file = &files[unit.file as usize];
         let documents = match format {
             Format::JsonGz | Format::JsonZst => {
-                let chain = CompressedReader::open(folder, file, *format, *limit, segment)?;
-                return Ok(Segments::Lines(chain, unit.file, key.clone()));
+                let reader = CompressedReader::open(folder, file, *format, *limit, segment)?;
+                return Ok(Segments::Lines(reader, unit.file, key.clone()));
             }
             Format::Parquet => {
                 let groups = unit.first as usize..unit.end as usize;
@@ -159,7 +128,7 @@ impl Layout {
     }
 }
 
-/// Joins neighbours as long as their sum stays within `limit`: `(first, end, sum)` of each run.
+/// Joins neighbours as long as their sum stays within `limit`, and returns `(first, end, sum)` for each run.
 pub(crate) fn runs(sizes: &[u64], limit: u64) -> impl Iterator<Item = (u64, u64, u64)> {
     let mut at = 0;
     std::iter::from_fn(move || {
@@ -174,44 +143,44 @@ pub(crate) fn runs(sizes: &[u64], limit: u64) -> impl Iterator<Item = (u64, u64,
     })
 }
 
-/// A document, and where it stands.
+/// A document, and where it was found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Document {
-    /// Index of its file in the source.
+    /// Index of the document's file in the source.
     pub(crate) file: u32,
-    /// Where it stands in the file: row (parquet), or byte of the (decompressed) file at which its line or its ids begin.
+    /// Position in the file: the row (parquet), or the offset of the line or the ids in the decompressed file.
     pub(crate) at: u64,
     pub(crate) content: Content,
 }
 
-/// What a document says.
+/// The content of a document.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Content {
     Text(String),
-    /// Ids of a text, without BOS and EOS.
+    /// The token ids of a text, without BOS and EOS.
     Tokens(Vec<u32>),
 }
 
 impl Content {
-    /// The text of a value, without a mark of its encoding: it was a file once.
+    /// A text without its byte order mark: the value may once have been a file.
     pub(crate) fn text(text: String) -> Self {
         Self::Text(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
     }
 }
 
-/// A unit that is being read, a segment at a time. Chains and large row groups have more than one.
+/// A unit that is being read, one segment at a time. Compressed files and large row groups have several segments.
 #[derive(Debug)]
 pub(crate) enum Segments {
-    /// Documents that were read at once, until they are taken.
+    /// All documents of the unit, until they are taken.
     Whole(Option<Vec<Document>>),
-    /// Rows of a parquet file.
+    /// Rows of a parquet file, and the index of the file.
     Rows(Box<Rows>, u32),
-    /// Lines of a compressed file, and the key of their texts.
+    /// Lines of a compressed file, the index of the file, and the key that holds the text.
     Lines(CompressedReader, u32, String),
 }
 
 impl Segments {
-    /// The documents of the next segment, in order; none at the end.
+    /// The documents of the next segment, in order, or `None` at the end.
     pub(crate) fn next(&mut self) -> Result<Option<Vec<Document>>, DataError> {
         match self {
             Self::Whole(documents) => Ok(documents.take()),
@@ -234,31 +203,31 @@ impl Segments {
         }
     }
 
-    /// The segment that comes next.
+    /// Number of the segment that [`Self::next`] returns.
     pub(crate) const fn position(&self) -> u64 {
         match self {
             Self::Whole(documents) => documents.is_none() as u64,
             Self::Rows(rows, _) => rows.segment(),
-            Self::Lines(chain, ..) => chain.segment(),
+            Self::Lines(reader, ..) => reader.segment(),
         }
     }
 
-    /// How much of the unit is behind the segments that were read, in the measure of [`Unit::bytes`]; about, where that
-    /// counts what is not text. Of a unit that is read at once nothing, until it is over.
+    /// How much of the unit has been read, in the measure of [`Unit::bytes`]; approximate where that counts more than
+    /// text, and 0 for a unit that is read at once, until it is finished.
     pub(crate) fn passed(&self) -> u64 {
         match self {
             Self::Whole(_) => 0,
             Self::Rows(rows, _) => rows.passed(),
-            Self::Lines(chain, ..) => chain.taken(),
+            Self::Lines(reader, ..) => reader.taken(),
         }
     }
 
-    /// Whether nothing is left.
+    /// Whether all segments have been read.
     pub(crate) fn ended(&mut self) -> Result<bool, DataError> {
         match self {
             Self::Whole(documents) => Ok(documents.is_none()),
             Self::Rows(rows, _) => Ok(rows.ends()),
-            Self::Lines(chain, ..) => chain.ends(),
+            Self::Lines(reader, ..) => reader.ends(),
         }
     }
 }
@@ -266,24 +235,16 @@ impl Segments {
 fn text(folder: &Folder, file: &FileInfo) -> Result<String, DataError> {
     let bytes = folder.read_all(file)?;
     refuse_pointer(folder, file, &bytes)?;
-    contents::text_of(&bytes).map(str::to_owned).map_err(|reason| DataError::Format {
+    text_of(&bytes).map(str::to_owned).map_err(|reason| DataError::Format {
         file: folder.place(&file.path),
         format: "UTF-8",
         reason: reason.to_string(),
     })
 }
 
-/// Makes sure that a file, which begins so, is not what Git LFS leaves in its place.
-pub(crate) fn refuse_pointer(folder: &Folder, file: &FileInfo, begin: &[u8]) -> Result<(), DataError> {
-    if ulmus_types::is_pointer(begin, file.size) {
-        return Err(DataError::Pointer { file: folder.place(&file.path) });
-    }
-    Ok(())
-}
-
-/// The texts of the JSON objects on the lines that begin within the unit.
+/// The texts in the JSON objects on those lines that begin within the unit.
 fn lines(folder: &Folder, file: &FileInfo, key: &str, unit: Unit) -> Result<Vec<Document>, DataError> {
-    // One byte more in front tells whether a line begins exactly at the unit.
+    // The byte before the unit shows whether a line begins exactly at the unit.
     let begin = unit.first.saturating_sub(1);
     let mut bytes = folder.read_range(file, begin..unit.end)?.to_vec();
     if unit.first == 0 {
@@ -291,10 +252,10 @@ fn lines(folder: &Folder, file: &FileInfo, key: &str, unit: Unit) -> Result<Vec<
     }
     let first_line = match unit.first {
         0 => Some(0),
-        // A line that begins in an earlier unit is read there.
+        // A line that begins in an earlier unit belongs to that unit.
         _ => bytes.iter().position(|byte| *byte == b'\n').map(|newline| newline + 1),
     };
-    // Within a line that is longer than a unit none begins.
+    // No line begins within a unit that lies inside a longer line.
     let Some(first_line) = first_line.filter(|at| begin + (*at as u64) < unit.end) else {
         return Ok(Vec::new());
     };
@@ -321,7 +282,7 @@ fn lines(folder: &Folder, file: &FileInfo, key: &str, unit: Unit) -> Result<Vec<
     Ok(documents)
 }
 
-/// Rows of a file, if it tells them without being read.
+/// Number of rows in a file, if the format states it.
 pub(crate) fn rows(folder: &Folder, file: &FileInfo, format: Format) -> Result<Option<u64>, DataError> {
     match format {
         Format::Parquet => Ok(Some(ParquetFile::open(folder, file)?.row_count())),
@@ -329,13 +290,13 @@ pub(crate) fn rows(folder: &Folder, file: &FileInfo, format: Format) -> Result<O
     }
 }
 
-/// Names and types of what a file holds, for people.
+/// A description of a file's columns and their types, for people.
 pub(crate) fn schema(folder: &Folder, file: &FileInfo, format: Format) -> Result<String, DataError> {
     Ok(match format {
         Format::Parquet => ParquetFile::open(folder, file)?.schema(),
         Format::Jsonl | Format::JsonGz | Format::JsonZst => "one JSON object per line".to_owned(),
         Format::Text => "one document per file".to_owned(),
-        Format::U16 | Format::U32 => format!("token ids of {} bytes", tokens::width(format)),
+        Format::U16 | Format::U32 => format!("token ids of {} bytes each", tokens::width(format)),
     })
 }
 
@@ -348,10 +309,10 @@ mod tests {
 
     fn read(folder: &Folder, format: Format, limit: u64) -> Result<Vec<String>, DataError> {
         let files = folder.list()?;
-        let layout = layout(format, limit);
+        let reader = reader(format, limit);
         let mut texts = Vec::new();
-        for unit in layout.units(folder, &files)? {
-            let mut segments = layout.open(folder, &files, unit, 0)?;
+        for unit in reader.units(folder, &files)? {
+            let mut segments = reader.open(folder, &files, unit, 0)?;
             while let Some(documents) = segments.next()? {
                 texts.extend(documents.into_iter().map(|document| match document.content {
                     Content::Text(text) => text,
@@ -362,17 +323,17 @@ mod tests {
         Ok(texts)
     }
 
-    fn layout(format: Format, limit: u64) -> Layout {
-        Layout { format, text: "text".to_owned(), limit, vocabulary: None }
+    fn reader(format: Format, limit: u64) -> UnitReader {
+        UnitReader { format, text: "text".to_owned(), limit, vocabulary: None }
     }
 
     #[test]
-    fn a_byte_order_mark_before_a_value_is_no_text() {
+    fn a_byte_order_mark_before_a_value_is_dropped() {
         assert_eq!(Content::text("\u{feff}text\u{feff}".into()), Content::Text("text\u{feff}".into()));
     }
 
     #[test]
-    fn what_crawled_lines_have_does_not_cost_a_document() {
+    fn oddities_of_crawled_lines_do_not_cost_a_document() {
         let folder = memory();
         let lines = [
             r#"\u{feff}{"text": "marked"}"#.replace(r"\u{feff}", "\u{feff}"),
@@ -426,15 +387,15 @@ mod tests {
             folder.write(name, text.as_bytes().to_vec()).unwrap();
         }
         let files = folder.list().unwrap();
-        assert_eq!(layout(Format::Text, 4).units(&folder, &files).unwrap().len(), 2);
+        assert_eq!(reader(Format::Text, 4).units(&folder, &files).unwrap().len(), 2);
         assert_eq!(read(&folder, Format::Text, 4).unwrap(), ["a", "bb", "ccccccccc"]);
     }
 
     #[test]
-    fn mistakes_are_told_with_their_place() {
+    fn errors_name_the_place() {
         for (line, words) in [
             ("{\"text\": ", "a.jsonl at byte 17 is not jsonl"),
-            ("[1]", "no JSON object"),
+            ("[1]", "not a JSON object"),
             (
                 "{\"content\": \"x\", \"id\": 1}",
                 "no column \"text\"; set text of its source to one of [\"content\", \"id\"]",
@@ -450,7 +411,7 @@ mod tests {
         folder.write("a.txt", b"caf\xe9".to_vec()).unwrap();
         let info = stat(&folder, "a.txt");
         let unit = Unit { file: 0, first: 0, end: 1, bytes: 4 };
-        let message = layout(Format::Text, 4).open(&folder, &[info], unit, 0).unwrap_err().to_string();
+        let message = reader(Format::Text, 4).open(&folder, &[info], unit, 0).unwrap_err().to_string();
         assert!(message.contains("a.txt is not UTF-8"), "{message}");
     }
 }

@@ -1,25 +1,25 @@
-//! Mends text as Python's ftfy does with its defaults: text that was decoded in the wrong way, entities, curly quotes,
-//! ligatures, line ends, control characters; then normal form C. The published models were trained on such text.
+//! Repairs text as Python's ftfy does with its defaults: mojibake, entities, curly quotes, ligatures, line ends and
+//! control characters; then it normalises to NFC. The published models were trained on such text.
 //!
-//! The work is that of crate `plsfix`. Around it stand what it does otherwise than ftfy: entities must be left alone
-//! once a `<` was seen, terminal escapes removed whole, and long lines cut between characters.
+//! The crate `plsfix` does the work. This module corrects it where it differs from ftfy: entities must be left alone
+//! once a `<` was seen, terminal escapes removed completely, and long lines cut between characters.
 //! `tests/against_ftfy.py` measures the agreement.
 
 use std::borrow::Cow;
 
 use plsfix::TextFixerConfig;
 
-/// Code points after which ftfy cuts a line.
+/// Number of code points after which ftfy cuts a line.
 const LONGEST: usize = 1_000_000;
-/// Stands for `&` where entities are not to be found: an ASCII character that no fix touches.
+/// Replaces `&` where entities must be left alone: an ASCII character that no fix touches.
 const FORM_FEED: &str = "\u{c}";
 
-/// A text, mended.
+/// Repairs a text.
 pub(crate) fn fix(text: &str) -> Cow<'_, str> {
     if text.bytes().all(is_plain) {
         return text.into();
     }
-    // A line is never cut by the crate, which would cut characters too.
+    // The crate must never cut a line, because it might cut within a character.
     let config = TextFixerConfig { max_decode_length: i32::MAX, ..TextFixerConfig::default() };
     let mut fixed = String::with_capacity(text.len());
     let mut markup = false;
@@ -37,12 +37,12 @@ pub(crate) fn fix(text: &str) -> Cow<'_, str> {
     fixed.into()
 }
 
-/// Whether a byte is the same before and after, among its like.
+/// Whether text that consists of such bytes only is never changed.
 const fn is_plain(byte: u8) -> bool {
     matches!(byte, b'\t' | b'\n' | b' '..=b'~') && byte != b'&'
 }
 
-/// Lines with their ends, long ones cut.
+/// The lines of a text with their line ends, where long lines are cut.
 fn segments(text: &str) -> impl Iterator<Item = &str> {
     text.split_inclusive('\n').flat_map(|line| {
         let mut rest = line;
@@ -82,9 +82,9 @@ fn without_escapes(text: &str) -> Cow<'_, str> {
 mod tests {
     use super::*;
 
-    /// Results of ftfy 6.3.1.
+    /// The expected texts come from ftfy 6.3.1.
     #[test]
-    fn known_texts_are_mended_as_ftfy_mends_them() {
+    fn known_texts_are_repaired_as_by_ftfy() {
         for (text, fixed) in [
             ("plain & simple", "plain & simple"),
             ("schÃ¶n â€œquotedâ€\u{9d} âœ”", "schön \"quoted\" ✔"),

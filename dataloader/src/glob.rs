@@ -1,17 +1,17 @@
-//! Patterns of file names, as shells and `rsync` read them: `*` stays within a folder, `**` does not, and what is hidden
-//! is passed by unless the pattern names its dot.
+//! File patterns as in shells and `rsync`: `*` stays within a folder, `**` does not, and hidden files and folders match
+//! only a pattern that spells out the dot.
 
 use globset::{GlobBuilder, GlobMatcher};
 
 use crate::error::DataError;
 
-/// A pattern that is matched with paths below a folder.
+/// A pattern for paths below a folder.
 #[derive(Debug, Clone)]
 pub(crate) struct FileGlob {
     whole: GlobMatcher,
-    /// Its parts, those alone that begin with a dot.
+    /// A matcher for each part of the pattern that begins with a dot, and `None` for the others.
     dotted: Vec<Option<GlobMatcher>>,
-    /// Whether it looks into folders that it does not name.
+    /// Whether the pattern contains `**`, so that it reaches into folders that it does not name.
     is_deep: bool,
 }
 
@@ -33,14 +33,14 @@ impl FileGlob {
         })
     }
 
-    /// Whether it fits a path, hidden or not.
+    /// Whether the pattern matches a path, hidden or not.
     pub(crate) fn fits(&self, path: &str) -> bool {
         self.whole.is_match(path)
     }
 
-    /// Whether it names the file at a path.
+    /// Whether the pattern matches a path, and spells out the dot of each hidden part.
     pub(crate) fn matches(&self, path: &str) -> bool {
-        // Without `**`, a part of the pattern stands for one of the path.
+        // Without `**`, each part of the pattern matches one part of the path.
         let names = |(at, part): (usize, &str)| {
             let named = if self.is_deep { &self.dotted[..] } else { &self.dotted[at..=at] };
             !is_hidden(part) || named.iter().flatten().any(|dotted| dotted.is_match(part))
@@ -48,12 +48,12 @@ impl FileGlob {
         self.fits(path) && path.split('/').enumerate().all(names)
     }
 
-    /// Whether it names anything hidden.
+    /// Whether the pattern spells out the dot of any hidden part.
     pub(crate) fn names_hidden(&self) -> bool {
         self.dotted.iter().any(Option::is_some)
     }
 
-    /// Whether it looks into folders that it does not name.
+    /// Whether the pattern reaches into folders that it does not name.
     pub(crate) const fn is_deep(&self) -> bool {
         self.is_deep
     }
@@ -69,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_hidden_is_named_by_its_dot() {
+    fn hidden_files_match_only_with_their_dot() {
         for (pattern, path, expected) in [
             ("*.jsonl", "a.jsonl", true),
             ("*.jsonl", "._a.jsonl", false),

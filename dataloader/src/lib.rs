@@ -1,12 +1,12 @@
-//! From raw public corpora to training sequences, exact and resumable.
+//! Turns raw public corpora into training sequences, exactly and resumably.
 //!
-//! A [`Manifest`] freezes what is read. [`Sources`] turns its units into documents, a [`Corpus`] turns documents
-//! into packed tokens, and a [`Loader`] hands out the sequences of some of the plan's lanes, the same ones for any
-//! number of workers and threads. [`prepare()`] makes a corpus of text that is on the machine anyway, [`train()`] a
+//! A [`Manifest`] freezes what is read. [`Sources`] turns its units into documents, a [`Corpus`] turns documents into
+//! packed tokens, and a [`Loader`] hands out the sequences of some of the plan's lanes, the same ones for any number of
+//! workers and threads. [`prepare()`] makes a corpus from text that is on the machine already, and [`train()`] a
 //! tokenizer.
 //!
-//! What is read depends on the plan and the files alone: no clock, no listing order, no number of threads. All
-//! calls that read block; they are for plain threads, not for async code.
+//! What is read depends on the plan and the files alone, and not on the clock, the order of listings or the number of
+//! threads. All calls that read block; they are meant for plain threads, not for async code.
 
 #![forbid(unsafe_code)]
 
@@ -14,6 +14,7 @@ mod address;
 mod compressed;
 mod contents;
 mod corpus;
+mod cursors;
 mod document;
 mod error;
 mod explain;
@@ -32,14 +33,16 @@ mod shards;
 mod sources;
 mod store;
 mod tokens;
+mod unit;
 mod walk;
 
 pub use corpus::{Corpus, Counts, HeldOut};
+pub use cursors::Cursors;
 pub use document::normalized;
 pub use error::DataError;
 pub use explain::{Excerpt, Explanation};
 pub use line::without_lone_surrogates;
-pub use loader::{Cursors, Loader, Origin};
+pub use loader::{Loader, Origin};
 pub use manifest::Manifest;
 pub use mirror::{Mirrored, mirror};
 pub use pack::{IGNORE, Sequence};

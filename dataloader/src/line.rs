@@ -1,7 +1,7 @@
-//! The text of a line of JSON.
+//! Reads the text from a line of JSON.
 //!
-//! One value is read, and all others are passed over: whatever Python's `json` writes may stand there, `NaN` and numbers
-//! of any size among it, and objects within objects without end. Of keys that stand twice, the last one counts.
+//! A single value is read, and all others are skipped: they may be anything that Python's `json` writes, including
+//! `NaN`, numbers of any size, and objects nested to any depth. If a key occurs twice, the last one counts.
 
 use std::ops::Range;
 
@@ -10,12 +10,13 @@ use serde_json::error::Category;
 use crate::error::DataError;
 use ulmus_types::without_mark;
 
-/// Whether a line holds nothing, not even an object.
+/// Whether a line is empty or consists of whitespace.
 pub(crate) fn is_blank(line: &[u8]) -> bool {
     without_mark(line).trim_ascii().is_empty()
 }
 
-/// The text of one JSON object under a key, or, as `meta.text`, an object within it; none where it is null.
+/// The text under a key of the JSON object on a line, or under `meta.text` of an object within it. `None` if it is
+/// null.
 pub(crate) fn text_of_line(
     line: &[u8],
     key: &str,
@@ -25,7 +26,7 @@ pub(crate) fn text_of_line(
         let reason = format!("{reason} at character {}", at + 1);
         DataError::Format { file: place(), format: "jsonl", reason }
     };
-    // Files that some editors have written begin with a mark of their encoding.
+    // Some editors write a byte order mark at the beginning of a file.
     let line = without_mark(line);
     let mut scanner = Scanner { line, at: 0, keys: None };
     let found = scanner.document(key).map_err(wrong)?;
@@ -49,58 +50,58 @@ pub(crate) fn text_of_line(
         Found::NoObject => Err(DataError::Format {
             file: place(),
             format: "jsonl",
-            reason: "the line is no JSON object".to_owned(),
+            reason: "the line is not a JSON object".to_owned(),
         }),
     }
 }
 
-/// Where a line is no JSON, and why.
+/// The offset at which a line is not JSON, and the reason.
 type Wrong = (usize, String);
 
-/// What stands under a key.
+/// What was found under a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Found {
-    /// A string, with its quotation marks.
+    /// A string, including its quotation marks.
     Text(Range<usize>),
     Null,
-    /// Anything else, in words.
+    /// A value of any other type, as a phrase for a message.
     Other(&'static str),
-    /// The key is not there.
+    /// The object has no such key.
     Nothing,
-    /// There are no keys.
+    /// The line is not an object.
     NoObject,
 }
 
 struct Scanner<'a> {
     line: &'a [u8],
     at: usize,
-    /// The keys of the outermost object, where somebody wants to know them.
+    /// The keys of the outermost object, if they are needed for a message.
     keys: Option<Vec<String>>,
 }
 
 impl Scanner<'_> {
     /// Reads the line to its end.
     fn document(&mut self, key: &str) -> Result<Found, Wrong> {
-        self.blanks();
+        self.skip_whitespace();
         let found = if self.peek() == Some(b'{') {
             self.object(key, true)?
         } else {
             self.value()?;
             Found::NoObject
         };
-        self.blanks();
+        self.skip_whitespace();
         match self.peek() {
             None => Ok(found),
             Some(_) => Err(self.wrong("trailing characters")),
         }
     }
 
-    /// Reads an object, for what it has under a key, or under the second part of it in the object that the first names.
+    /// Reads an object, and finds the value of a key. The key may be a path into an object within this one.
     fn object(&mut self, key: &str, is_outermost: bool) -> Result<Found, Wrong> {
         let parts = key.split_once('.');
         let (mut whole, mut within) = (Found::Nothing, Found::Nothing);
         self.at += 1;
-        self.blanks();
+        self.skip_whitespace();
         if self.take(b'}') {
             return Ok(Found::Nothing);
         }
@@ -114,11 +115,11 @@ impl Scanner<'_> {
             if is_outermost && let Some(keys) = &mut self.keys {
                 keys.extend(string(name));
             }
-            self.blanks();
+            self.skip_whitespace();
             if !self.take(b':') {
                 return Err(self.wrong("expected `:`"));
             }
-            self.blanks();
+            self.skip_whitespace();
             if is(key) {
                 whole = self.found()?;
             } else if let Some((outer, inner)) = parts
@@ -134,44 +135,44 @@ impl Scanner<'_> {
             } else {
                 self.value()?;
             }
-            self.blanks();
+            self.skip_whitespace();
             if self.take(b'}') {
-                // A key of this very name comes before an object within the object.
+                // A key that equals the whole path takes precedence over an object within the object.
                 return Ok(if whole == Found::Nothing { within } else { whole });
             }
             if !self.take(b',') {
                 return Err(self.wrong("expected `,` or `}`"));
             }
-            self.blanks();
+            self.skip_whitespace();
         }
     }
 
-    /// Passes over the value of the key.
+    /// Skips the value of the key, and returns what it is.
     fn found(&mut self) -> Result<Found, Wrong> {
         let begin = self.at;
         self.value()?;
         Ok(match self.line[begin] {
             b'"' => Found::Text(begin..self.at),
             b'n' => Found::Null,
-            b't' | b'f' => Found::Other("a truth value"),
+            b't' | b'f' => Found::Other("a boolean"),
             b'[' => Found::Other("a list"),
             b'{' => Found::Other("an object"),
             _ => Found::Other("a number"),
         })
     }
 
-    /// Passes over any value, however deep.
+    /// Skips any value, however deeply nested.
     fn value(&mut self) -> Result<(), Wrong> {
-        // What closes the lists and objects that are open.
+        // The closing brackets of the lists and objects that are open.
         let mut open = Vec::new();
         loop {
-            self.blanks();
+            self.skip_whitespace();
             match self.peek() {
                 Some(bracket @ (b'{' | b'[')) => {
-                    // In ASCII, what closes a bracket comes two places behind it.
+                    // In ASCII, `]` and `}` come two places after `[` and `{`.
                     let close = bracket + 2;
                     self.at += 1;
-                    self.blanks();
+                    self.skip_whitespace();
                     if !self.take(close) {
                         open.push(close);
                         self.name(close)?;
@@ -183,10 +184,10 @@ impl Scanner<'_> {
                 }
                 _ => self.word()?,
             }
-            // Behind a value: what comes next, or the end of what it is in.
+            // After a value comes the next one, or the end of the list or object that it is in.
             loop {
                 let Some(close) = open.last().copied() else { return Ok(()) };
-                self.blanks();
+                self.skip_whitespace();
                 if self.take(b',') {
                     self.name(close)?;
                     break;
@@ -203,15 +204,15 @@ impl Scanner<'_> {
         }
     }
 
-    /// Passes over a key and its colon, within an object.
+    /// Within an object, skips a key and its colon.
     fn name(&mut self, close: u8) -> Result<(), Wrong> {
         if close == b'}' {
-            self.blanks();
+            self.skip_whitespace();
             if self.peek() != Some(b'"') {
                 return Err(self.wrong("expected a key"));
             }
             self.passed_string()?;
-            self.blanks();
+            self.skip_whitespace();
             if !self.take(b':') {
                 return Err(self.wrong("expected `:`"));
             }
@@ -219,13 +220,13 @@ impl Scanner<'_> {
         Ok(())
     }
 
-    /// Passes over a number, or one of the words that stand for a value.
+    /// Skips a number, or one of the literal names for a value.
     fn word(&mut self) -> Result<(), Wrong> {
         let rest = &self.line[self.at..];
         let length =
             rest.iter().take_while(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(byte)).count();
         let is_value = match &rest[..length] {
-            // The last five are written by some C programs; no other word can be meant.
+            // Some C programs write the last five, which cannot be mistaken for anything else.
             b"null" | b"true" | b"false" | b"NaN" | b"Infinity" | b"-Infinity" | b"nan" | b"-nan"
             | b"-NaN" | b"inf" | b"-inf" => true,
             number => {
@@ -241,7 +242,7 @@ impl Scanner<'_> {
         }
     }
 
-    /// Passes over a string, and gives its place with its quotation marks.
+    /// Skips a string, and returns its range, including the quotation marks.
     fn passed_string(&mut self) -> Result<Range<usize>, Wrong> {
         let begin = self.at;
         let mut at = begin + 1;
@@ -257,7 +258,7 @@ impl Scanner<'_> {
         Err(self.wrong("EOF while parsing a string"))
     }
 
-    fn blanks(&mut self) {
+    fn skip_whitespace(&mut self) {
         while matches!(self.peek(), Some(b' ' | b'\t' | b'\r' | b'\n')) {
             self.at += 1;
         }
@@ -280,7 +281,7 @@ impl Scanner<'_> {
     }
 }
 
-/// Whether a string of JSON says this.
+/// Whether a quoted JSON string equals `name`.
 fn is_name(quoted: &[u8], name: &str) -> bool {
     let inside = &quoted[1..quoted.len() - 1];
     if inside.contains(&b'\\') {
@@ -290,7 +291,7 @@ fn is_name(quoted: &[u8], name: &str) -> bool {
     }
 }
 
-/// What a string of JSON says, or where in it is a mistake.
+/// The value of a quoted JSON string, or the offset of a mistake in it.
 fn string(quoted: &[u8]) -> Result<String, Wrong> {
     let told = |error: serde_json::Error| {
         let reason = error.to_string();
@@ -300,7 +301,7 @@ fn string(quoted: &[u8]) -> Result<String, Wrong> {
     };
     match serde_json::from_slice(quoted) {
         Ok(string) => Ok(string),
-        // Crawled texts have halves of surrogate pairs. As in Python, where they are let in, they do not cost the document.
+        // Crawled texts contain lone surrogates. As in Python, which accepts them, they do not cost the document.
         Err(error) => match without_lone_surrogates(quoted) {
             Some(mended) => serde_json::from_slice(&mended).map_err(told),
             None => Err(told(error)),
@@ -308,7 +309,8 @@ fn string(quoted: &[u8]) -> Result<String, Wrong> {
     }
 }
 
-/// A string of JSON whose escapes for half a surrogate pair have become U+FFFD; none if there are none.
+/// A line of JSON in which each escape of a lone surrogate has been replaced by U+FFFD, or `None` if there are no such
+/// escapes.
 pub fn without_lone_surrogates(line: &[u8]) -> Option<Vec<u8>> {
     let half = |at: usize| {
         let digits = std::str::from_utf8(line.get(at..at + 6)?.strip_prefix(b"\\u")?).ok()?;
@@ -319,7 +321,7 @@ pub fn without_lone_surrogates(line: &[u8]) -> Option<Vec<u8>> {
         let (length, lone) = match (half(at), half(at + 6)) {
             (Some(..0xdc00), Some(0xdc00..)) => (12, false),
             (Some(_), _) => (6, true),
-            // Whatever is escaped, the next character begins behind it.
+            // Any other escape takes two bytes.
             _ if line[at] == b'\\' => (2.min(line.len() - at), false),
             _ => (1, false),
         };
@@ -344,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn other_values_are_whatever_python_writes() {
+    fn other_values_may_be_anything_that_python_writes() {
         let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
         let long = "9".repeat(10_000);
         for value in [
@@ -378,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn of_keys_that_stand_twice_the_last_one_counts() {
+    fn the_last_of_duplicate_keys_counts() {
         for (line, expected) in
             [(r#"{"text": 1, "text": "b"}"#, Some("b")), (r#"{"text": "a", "text": null}"#, None)]
         {
@@ -390,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_json_is_told() {
+    fn errors_name_the_place_and_the_reason() {
         for (line, words) in [
             (r#"{"text": "a", "b": nope}"#, "expected value at character 20"),
             (r#"{"text": "a", "b": --}"#, "expected value at character 20"),
@@ -403,7 +405,7 @@ mod tests {
             (r#"{"text": "a"#, "the line ends in the middle"),
             (r#"{"text": "a", "b": {"c"#, "the line ends in the middle"),
             ("{\"text\": \"a\tb\"}", "control character"),
-            ("[1]", "no JSON object"),
+            ("[1]", "not a JSON object"),
             (r#"{"text": NaN}"#, "holds a number"),
             (r#"{"text": [NaN]}"#, "holds a list"),
         ] {
@@ -413,9 +415,9 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the library takes is taken, and says the same.
+        /// Every line that serde_json accepts is accepted, with the same text.
         #[test]
-        fn lines_are_read_as_by_the_library(
+        fn lines_are_read_as_by_serde_json(
             entries in prop::collection::vec((".{0,6}", prop::sample::select(vec![
                 "1", "-2.5e3", "\"x\\n\\u00e9\"", "[1, [], {\"text\": 2}]", "{\"a\": \"}\"}", "null", "true", "\"\"",
             ])), 0..5),
@@ -431,7 +433,7 @@ mod tests {
             let value: serde_json::Value = serde_json::from_str(&line).unwrap();
             let found = text(&line).ok().flatten();
             prop_assert_eq!(found.as_deref(), value["text"].as_str());
-            // A line that is cut is never taken.
+            // A truncated line is never accepted.
             let cut: String = line.chars().take(at).collect();
             if cut != line && !cut.trim().is_empty() {
                 prop_assert!(text(&cut).is_err(), "{cut}");
@@ -440,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_may_lie_within_an_object() {
+    fn a_text_may_be_in_a_nested_object() {
         for (line, expected) in [
             (r#"{"meta": {"text": "inner", "more": {}}}"#, Ok(vec!["inner"])),
             (

@@ -1,11 +1,11 @@
-//! Reads lanes ahead and hands out their sequences, the same ones whoever reads them.
+//! Reads lanes ahead and hands out their sequences, which are the same on every worker.
 //!
-//! Each stream of a hosted lane holds the window that it gives from and at most one that is being read ahead, so
-//! memory is bounded by twice the windows of the hosted streams. `data.threads` threads build windows; callers
-//! are plain threads and wait only when a window is not ready. A window is a pure function of the corpus and its
-//! place, so neither threads nor read-ahead nor a move to another worker changes what comes.
+//! Each stream of a hosted lane holds its current window and at most one that is being read ahead, so memory is bounded
+//! by two windows per hosted stream. `data.threads` threads build windows; callers are plain threads, and wait only
+//! when a window is not ready. A window is a pure function of the corpus and the window's start, so the sequences do
+//! not depend on threads, on read-ahead or on the worker that hosts a lane.
 //!
-//! A reader's error waits in its stream until that stream is asked: sequences that are in memory come first.
+//! A reader's error is kept in its stream until the stream reaches it: sequences that are in memory come first.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -16,146 +16,91 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use ulmus_types::{ErrorKind, LaneId, SourceReading};
 
 use crate::corpus::Corpus;
+use crate::cursors::{Cursor, Cursors, WORDS_PER_STREAM, WindowStart};
 use crate::error::DataError;
 use crate::format::Segments;
 use crate::order::{Epoch, Stream, window_order};
 use crate::pack::{Packed, Sequence};
-use crate::sources::AGAIN;
+use crate::sources::RETRIES;
 use ulmus_tokenizer::Encoder;
 
-/// Words per stream.
-const WORDS: usize = 4;
-/// How often somebody who waits for text says so.
-const TELL_EVERY: Duration = Duration::from_millis(250);
+/// How often a caller that waits for text reports that it is waiting.
+const REPORT_EVERY: Duration = Duration::from_millis(250);
 
-/// Where every stream of every lane stands: four words each (sequences given, epoch, where the window begins, offset in
-/// the window), no contents. A window begins at a unit (the low 32 bits) and a segment of it (the high ones).
-///
-/// Streams that a worker does not host are zero in its cursors, so that the cursors of a group are the sum of the
-/// cursors of its workers.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Cursors(Vec<i64>);
-
-/// Where one stream stands.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Cursor {
-    emitted: u64,
-    place: Place,
-    /// Sequences of the window that have been given.
-    offset: u64,
-}
-
-/// Where a window begins: the epoch, how many of the stream's units of that epoch come before it, and how many segments
-/// of its first unit.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Place {
-    epoch: u64,
-    unit: u32,
-    segment: u32,
-}
-
-impl Cursors {
-    pub(crate) fn start(streams: usize) -> Self {
-        Self(vec![0; WORDS * streams])
-    }
-
-    /// Takes words that [`Self::words`] gave, or their sum over a group.
-    pub const fn from_words(words: Vec<i64>) -> Self {
-        Self(words)
-    }
-
-    /// The plain words, for checkpoints and for sums over a group.
-    pub fn words(&self) -> &[i64] {
-        &self.0
-    }
-
-    fn get(&self, stream: usize) -> Cursor {
-        let word = |index: usize| self.0[WORDS * stream + index].max(0).cast_unsigned();
-        let place = Place { epoch: word(1), unit: word(2) as u32, segment: (word(2) >> 32) as u32 };
-        Cursor { emitted: word(0), place, offset: word(3) }
-    }
-
-    fn set(&mut self, stream: usize, cursor: Cursor) {
-        let Place { epoch, unit, segment } = cursor.place;
-        let words = [cursor.emitted, epoch, u64::from(unit) | u64::from(segment) << 32, cursor.offset];
-        self.0[WORDS * stream..WORDS * (stream + 1)].copy_from_slice(&words.map(u64::cast_signed));
-    }
-}
-
-/// Consecutive units of a stream, and the order in which their sequences are given.
+/// Consecutive units of a stream, and the order in which their sequences are handed out.
 #[derive(Debug)]
 struct Window {
-    place: Place,
-    /// Where the next window begins.
-    next: Place,
-    segments: Vec<Part>,
-    /// (segment of the window, sequence of the segment), shuffled.
+    start: WindowStart,
+    /// Start of the next window.
+    next: WindowStart,
+    segments: Vec<WindowSegment>,
+    /// Pairs of (index in `segments`, index of a sequence in that segment), shuffled.
     order: Vec<(u32, u32)>,
-    /// The unit within which the next window begins, if it does.
+    /// The open unit, if the next window begins within one.
     open: Option<Segments>,
-    /// Kept for the next window of the same epoch.
+    /// Keeps the epoch in memory for the next window.
     _epoch: Arc<Epoch>,
 }
 
-/// A segment of a window.
+/// A segment that is part of a window.
 #[derive(Debug)]
-struct Part {
-    /// Its unit, by number in the manifest.
+struct WindowSegment {
+    /// Index of its unit in the manifest.
     unit: u32,
     segment: u32,
     packed: Packed,
 }
 
-/// Where a sequence comes from.
+/// The place in the corpus that a sequence comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Origin {
     pub(crate) source: usize,
     pub(crate) epoch: u64,
     pub(crate) unit: u32,
     pub(crate) segment: u32,
-    /// Its number among the sequences of the segment.
+    /// Index among the sequences of the segment.
     pub(crate) index: u32,
 }
 
 type WindowResult = Result<Window, DataError>;
 
-/// A request for the first window with any sequence at or after a place.
+/// A request for the first window at or after `start` that has any sequence.
 #[derive(Debug)]
-struct Job {
+struct Request {
     stream: usize,
-    place: Place,
-    /// The unit at that place, if it is open.
+    start: WindowStart,
+    /// The unit at `start`, if it is open.
     open: Option<Segments>,
-    /// Dead when nobody waits for the reply any more.
+    /// Dead once the reply is no longer wanted.
     wanted: Weak<()>,
     reply: Sender<WindowResult>,
 }
 
 /// A stream of a hosted lane.
 #[derive(Debug)]
-struct Open {
+struct OpenStream {
     emitted: u64,
     offset: u64,
     window: Option<Window>,
-    ahead: Ahead,
+    ahead: ReadAhead,
 }
 
-/// A window that was asked for.
+/// A window that was requested.
 #[derive(Debug)]
-struct Ahead {
-    place: Place,
+struct ReadAhead {
+    start: WindowStart,
     window: Receiver<WindowResult>,
     _wanted: Arc<()>,
 }
 
-/// Hands out the sequences of some lanes. Dropping it stops its threads after the window each is at.
+/// Hands out the sequences of some lanes. When it is dropped, each thread stops after its current window.
 #[derive(Debug)]
 pub struct Loader {
     corpus: Arc<Corpus>,
     length: usize,
-    jobs: Option<Sender<Job>>,
+    requests: Option<Sender<Request>>,
     threads: Vec<JoinHandle<()>>,
-    streams: BTreeMap<usize, Open>,
+    streams: BTreeMap<usize, OpenStream>,
     epochs: Arc<Epochs>,
     /// Time spent waiting for windows, by source.
     waits: Vec<Duration>,
@@ -163,7 +108,7 @@ pub struct Loader {
 }
 
 impl Loader {
-    /// Starts reading `lanes` from `cursors`; sequences have `length` tokens.
+    /// Starts reading `lanes` from `cursors`, in sequences of `length` tokens.
     ///
     /// # Errors
     /// When the cursors belong to another plan.
@@ -173,12 +118,12 @@ impl Loader {
         lanes: &[LaneId],
         cursors: &Cursors,
     ) -> Result<Self, DataError> {
-        let (jobs, queue) = crossbeam_channel::unbounded();
+        let (requests, queue) = crossbeam_channel::unbounded();
         let epochs = Arc::new(Epochs::default());
         let threads = (0..corpus.threads)
             .map(|number| {
                 let reader = Reader { corpus: Arc::clone(&corpus), length, epochs: Arc::clone(&epochs) };
-                let queue: Receiver<Job> = queue.clone();
+                let queue: Receiver<Request> = queue.clone();
                 std::thread::Builder::new()
                     .name(format!("ulmus-reader-{number}"))
                     .spawn(move || reader.serve(&queue))
@@ -189,7 +134,7 @@ impl Loader {
         let mut loader = Self {
             corpus,
             length,
-            jobs: Some(jobs),
+            requests: Some(requests),
             threads,
             streams: BTreeMap::new(),
             epochs,
@@ -200,27 +145,29 @@ impl Loader {
         Ok(loader)
     }
 
-    /// Reads `lanes` from `cursors` from now on. Windows that are in memory and still wanted are kept, so going
-    /// back by a step, or taking over some lanes, costs little.
+    /// From now on, reads `lanes` from `cursors`. Windows that are in memory and still needed are kept, so it costs
+    /// little to go back by a step or to take over some lanes.
     ///
     /// # Errors
     /// When the cursors belong to another plan.
     pub fn host(&mut self, lanes: &[LaneId], cursors: &Cursors) -> Result<(), DataError> {
-        let expected = WORDS * self.corpus.mixture.streams().len();
+        let expected = WORDS_PER_STREAM * self.corpus.mixture.streams().len();
         if cursors.words().len() != expected {
             return Err(DataError::Cursors { words: cursors.words().len(), expected });
         }
         let mut before = std::mem::take(&mut self.streams);
         for stream in lanes.iter().flat_map(|lane| self.corpus.mixture.of_lane(*lane)) {
-            let Cursor { emitted, place, offset } = cursors.get(stream);
+            let Cursor { emitted, start, offset } = cursors.get(stream);
             let open = match before.remove(&stream) {
-                Some(open) if open.window.as_ref().is_some_and(|window| window.place == place) => {
-                    Open { emitted, offset, ..open }
+                Some(open) if open.window.as_ref().is_some_and(|window| window.start == start) => {
+                    OpenStream { emitted, offset, ..open }
                 }
-                Some(open) if open.ahead.place == place => Open { emitted, offset, window: None, ..open },
+                Some(open) if open.ahead.start == start => {
+                    OpenStream { emitted, offset, window: None, ..open }
+                }
                 _ => {
-                    let ahead = Ahead::ask(self.jobs.as_ref(), stream, place, None);
-                    Open { emitted, offset, window: None, ahead }
+                    let ahead = ReadAhead::ask(self.requests.as_ref(), stream, start, None);
+                    OpenStream { emitted, offset, window: None, ahead }
                 }
             };
             self.streams.insert(stream, open);
@@ -228,22 +175,22 @@ impl Loader {
         Ok(())
     }
 
-    /// The next `per_lane` sequences of each of `lanes`, lane by lane: a micro-batch is such a run of lanes. Waits
-    /// until they are read.
+    /// Returns the next `per_lane` sequences of each of `lanes`, lane by lane, as they form a micro-batch. Waits until
+    /// they have been read.
     ///
     /// # Errors
-    /// Of the readers, and [`DataError::Exhausted`] when a source has been read as often as the plan allows. The
-    /// loader then stands somewhere within the call: go on from earlier cursors with [`Self::host`].
+    /// Errors of the readers, and [`DataError::Exhausted`] when a source has been read as often as the plan allows.
+    /// Some of the sequences may have been taken by then: continue from earlier cursors with [`Self::host`].
     pub fn take(&mut self, lanes: &[LaneId], per_lane: usize) -> Result<Vec<Sequence>, DataError> {
-        self.take_telling(lanes, per_lane, &mut || {})
+        self.take_with_progress(lanes, per_lane, &mut || {})
     }
 
-    /// As [`Self::take`]; while it waits for text it calls `waits` several times a second, so that a thread that waits can
-    /// be told from one that stands still.
+    /// Like [`Self::take`], but calls `waits` several times a second while it waits for text, so that a waiting thread
+    /// can be told from one that hangs.
     ///
     /// # Errors
-    /// As [`Self::take`].
-    pub fn take_telling(
+    /// The same as for [`Self::take`].
+    pub fn take_with_progress(
         &mut self,
         lanes: &[LaneId],
         per_lane: usize,
@@ -260,22 +207,22 @@ impl Loader {
         Ok(sequences)
     }
 
-    /// Passes over the next sequence of a lane, and tells where it comes from.
+    /// Skips the next sequence of a lane, and returns where it comes from.
     ///
     /// # Errors
-    /// As for [`Self::take`].
+    /// The same as for [`Self::take`].
     pub fn pass(&mut self, lane: LaneId) -> Result<Origin, DataError> {
         let emitted = |stream| self.streams.get(&stream).map_or(0, |open| open.emitted);
         let stream = self.corpus.mixture.next_stream(lane, emitted);
         Ok(self.take_from(stream, &mut || {})?.0)
     }
 
-    /// How reading goes, source by source.
+    /// Reading statistics of each source.
     pub fn readings(&self) -> Vec<SourceReading> {
         let (counts, traffic) = (self.corpus.counts(), self.corpus.traffic());
         let of = |source: usize| {
             let of_source = |stream: &usize| self.corpus.mixture.streams()[*stream].source == source;
-            let streams: Vec<(&usize, &Open)> =
+            let streams: Vec<(&usize, &OpenStream)> =
                 self.streams.iter().filter(|(stream, _)| of_source(stream)).collect();
             let epochs = streams.iter().map(|(stream, open)| self.epochs_passed(**stream, open));
             let (counts, traffic) = (counts[source], traffic[source]);
@@ -301,11 +248,12 @@ impl Loader {
         (0..counts.len()).map(of).collect()
     }
 
-    /// Epochs that a stream has passed, with the share of its units in the one it is in.
-    fn epochs_passed(&self, stream: usize, open: &Open) -> f64 {
-        let Place { epoch, unit, .. } = open.window.as_ref().map_or(open.ahead.place, |window| window.place);
-        let Stream { source, place, .. } = self.corpus.mixture.streams()[stream];
-        let units = self.epochs.get(&self.corpus, source, epoch).units(place).len();
+    /// Epochs that a stream has read, including the fraction of the current one.
+    fn epochs_passed(&self, stream: usize, open: &OpenStream) -> f64 {
+        let WindowStart { epoch, unit, .. } =
+            open.window.as_ref().map_or(open.ahead.start, |window| window.start);
+        let Stream { source, index, .. } = self.corpus.mixture.streams()[stream];
+        let units = self.epochs.get(&self.corpus, source, epoch).units(index).len();
         let in_window = open.window.as_ref().map_or(0.0, |window| {
             let end = if window.next.epoch > epoch { units as u32 } else { window.next.unit };
             f64::from(end - unit) * open.offset as f64 / window.order.len() as f64
@@ -313,12 +261,12 @@ impl Loader {
         epoch as f64 + (f64::from(unit) + in_window) / units.max(1) as f64
     }
 
-    /// Where the hosted lanes stand after what has been taken; zero for all others.
+    /// The cursors of the hosted lanes after everything that has been taken, and zero for all others.
     pub fn cursors(&self) -> Cursors {
         let mut cursors = self.corpus.start();
         for (stream, open) in &self.streams {
-            let place = open.window.as_ref().map_or(open.ahead.place, |window| window.place);
-            cursors.set(*stream, Cursor { emitted: open.emitted, place, offset: open.offset });
+            let start = open.window.as_ref().map_or(open.ahead.start, |window| window.start);
+            cursors.set(*stream, Cursor { emitted: open.emitted, start, offset: open.offset });
         }
         cursors
     }
@@ -330,23 +278,23 @@ impl Loader {
             let asked = Instant::now();
             let mut arrived = open.ahead.arrives(waits);
             if matches!(&arrived, Err(error) if error.kind() == ErrorKind::Retry) {
-                // It was read ahead, maybe long ago, and the store may be back.
-                open.ahead = Ahead::ask(self.jobs.as_ref(), stream, open.ahead.place, None);
+                // The read-ahead may have failed long ago, and the store may be available again.
+                open.ahead = ReadAhead::ask(self.requests.as_ref(), stream, open.ahead.start, None);
                 arrived = open.ahead.arrives(waits);
             }
             self.waits[self.corpus.mixture.streams()[stream].source] += asked.elapsed();
-            // After an error the same window is asked for again, so that the caller may try again.
+            // After an error the same window is requested again, so that the caller may retry.
             let (next, unit) = match &mut arrived {
                 Ok(window) => (window.next, window.open.take()),
-                Err(_) => (open.ahead.place, None),
+                Err(_) => (open.ahead.start, None),
             };
-            open.ahead = Ahead::ask(self.jobs.as_ref(), stream, next, unit);
+            open.ahead = ReadAhead::ask(self.requests.as_ref(), stream, next, unit);
             open.window = Some(arrived?);
         }
         let window = open.window.as_ref().expect("it was just filled");
         let Some((segment, index)) = window.order.get(open.offset as usize) else {
             if !self.corpus.is_whole() {
-                // Units that were in this window are left out since, so it ends earlier.
+                // Units of this window have been left out since the cursor was stored, so it ends earlier.
                 (open.window, open.offset) = (None, 0);
                 return self.take_from(stream, waits);
             }
@@ -354,10 +302,10 @@ impl Loader {
             return Err(DataError::Position { name: self.corpus.sources.name(source).to_owned() });
         };
         let pad = self.corpus.tokenizer().pad();
-        let Part { unit, segment, packed } = &window.segments[*segment as usize];
+        let WindowSegment { unit, segment, packed } = &window.segments[*segment as usize];
         let origin = Origin {
             source: self.corpus.mixture.streams()[stream].source,
-            epoch: window.place.epoch,
+            epoch: window.start.epoch,
             unit: *unit,
             segment: *segment,
             index: *index,
@@ -374,9 +322,9 @@ impl Loader {
 
 impl Drop for Loader {
     fn drop(&mut self) {
-        // Nothing is wanted any more, so the queue runs empty at once.
+        // No request is wanted any more, so the queue empties at once.
         self.streams.clear();
-        self.jobs = None;
+        self.requests = None;
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 tracing::error!("a reading thread panicked");
@@ -385,16 +333,21 @@ impl Drop for Loader {
     }
 }
 
-impl Ahead {
-    fn ask(jobs: Option<&Sender<Job>>, stream: usize, place: Place, open: Option<Segments>) -> Self {
+impl ReadAhead {
+    fn ask(
+        requests: Option<&Sender<Request>>,
+        stream: usize,
+        start: WindowStart,
+        open: Option<Segments>,
+    ) -> Self {
         let wanted = Arc::new(());
         let (reply, window) = crossbeam_channel::bounded(1);
-        let job = Job { stream, place, open, wanted: Arc::downgrade(&wanted), reply };
-        // When no thread takes it, the job is dropped here or in the queue, and waiting for it says so.
-        if let Some(jobs) = jobs {
-            let _not_taken = jobs.send(job);
+        let request = Request { stream, start, open, wanted: Arc::downgrade(&wanted), reply };
+        // If no thread takes the request, it is dropped here or in the queue, and waiting for its reply fails.
+        if let Some(requests) = requests {
+            let _not_taken = requests.send(request);
         }
-        Self { place, window, _wanted: wanted }
+        Self { start, window, _wanted: wanted }
     }
 
     fn arrives(&self, waits: &mut dyn FnMut()) -> WindowResult {
@@ -404,13 +357,13 @@ impl Ahead {
         });
         while matches!(arrived, Err(RecvTimeoutError::Timeout)) {
             waits();
-            arrived = self.window.recv_timeout(TELL_EVERY);
+            arrived = self.window.recv_timeout(REPORT_EVERY);
         }
         arrived.unwrap_or(Err(DataError::Stopped))
     }
 }
 
-/// What a reading thread needs.
+/// The data that a reading thread needs.
 #[derive(Debug)]
 struct Reader {
     corpus: Arc<Corpus>,
@@ -419,42 +372,46 @@ struct Reader {
 }
 
 impl Reader {
-    fn serve(&self, queue: &Receiver<Job>) {
+    fn serve(&self, queue: &Receiver<Request>) {
         let mut encoder = self.corpus.tokenizer().encoder();
-        for job in queue {
-            if job.wanted.strong_count() > 0 {
-                // Nobody waits any more when the loader was dropped meanwhile.
-                let _not_wanted =
-                    job.reply.send(self.window_at_last(&mut encoder, job.stream, job.place, job.open));
+        for request in queue {
+            if request.wanted.strong_count() > 0 {
+                // Sending fails if the loader was dropped in the meantime.
+                let _not_wanted = request.reply.send(self.window_with_retries(
+                    &mut encoder,
+                    request.stream,
+                    request.start,
+                    request.open,
+                ));
             }
         }
     }
 
-    /// A window, for which a unit that cannot be read is read again: it may have been damaged on its way.
-    fn window_at_last(
+    /// Builds a window. A unit that cannot be read is read again, because it may have been damaged in transit.
+    fn window_with_retries(
         &self,
         encoder: &mut Encoder,
         stream: usize,
-        place: Place,
+        start: WindowStart,
         open: Option<Segments>,
     ) -> WindowResult {
-        let mut window = self.window(encoder, stream, place, open, false);
-        for _ in 0..AGAIN {
+        let mut window = self.window(encoder, stream, start, open, false);
+        for _ in 0..RETRIES {
             match &window {
-                Err(error @ DataError::BadUnit { .. }) => tracing::warn!(%error, "reading it again"),
+                Err(error @ DataError::BadUnit { .. }) => tracing::warn!(%error, "reading the unit again"),
                 _ => break,
             }
-            window = self.window(encoder, stream, place, None, true);
+            window = self.window(encoder, stream, start, None, true);
         }
         window
     }
 
-    /// The first window with any sequence at or after `place`, whose unit may be open.
+    /// Builds the first window at or after `start` that has any sequence. The unit at `start` may be `open`.
     fn window(
         &self,
         encoder: &mut Encoder,
         stream: usize,
-        mut place: Place,
+        mut start: WindowStart,
         mut open: Option<Segments>,
         again: bool,
     ) -> WindowResult {
@@ -462,19 +419,19 @@ impl Reader {
         let name = || self.corpus.sources.name(stream.source).to_owned();
         let mut barren = 0;
         loop {
-            if let Some(epochs) = self.corpus.max_epochs[stream.source].filter(|most| place.epoch >= *most) {
+            if let Some(epochs) = self.corpus.max_epochs[stream.source].filter(|most| start.epoch >= *most) {
                 return Err(DataError::Exhausted { name: name(), epochs });
             }
-            let epoch = self.epochs.get(&self.corpus, stream.source, place.epoch);
-            let units = epoch.units(stream.place);
+            let epoch = self.epochs.get(&self.corpus, stream.source, start.epoch);
+            let units = epoch.units(stream.index);
             let (mut segments, mut order) = (Vec::new(), Vec::new());
-            let mut next = place;
+            let mut next = start;
             while let Some(unit) = units.get(next.unit as usize)
                 && (order.len() as u64) < self.corpus.window
             {
                 let number = *unit as usize;
                 if self.corpus.leaves_out(stream.source, number) {
-                    next = Place { unit: next.unit + 1, segment: 0, ..next };
+                    next = WindowStart { unit: next.unit + 1, segment: 0, ..next };
                     barren += 1;
                     continue;
                 }
@@ -492,42 +449,43 @@ impl Reader {
                     let packed = self.corpus.pack(stream.source, encoder, contents);
                     let number = segments.len() as u32;
                     order.extend((0..packed.sequences(self.length) as u32).map(|index| (number, index)));
-                    segments.push(Part { unit: *unit, segment: next.segment, packed });
+                    segments.push(WindowSegment { unit: *unit, segment: next.segment, packed });
                 }
                 if reading.ended().map_err(bad)? {
-                    next = Place { unit: next.unit + 1, segment: 0, ..next };
+                    next = WindowStart { unit: next.unit + 1, segment: 0, ..next };
                     barren += 1;
                 } else {
                     next.segment = reading.position() as u32;
                     open = Some(reading);
                 }
             }
-            let first = units.get(place.unit as usize).copied();
+            let first = units.get(start.unit as usize).copied();
             if next.unit as usize >= units.len() {
-                next = Place { epoch: next.epoch + 1, unit: 0, segment: 0 };
+                next = WindowStart { epoch: next.epoch + 1, unit: 0, segment: 0 };
             }
             if let Some(first) = first.filter(|_| !order.is_empty()) {
                 let (seed, source) = (self.corpus.seed, stream.source);
-                let segment = u64::from(place.segment);
-                let shuffled = window_order(order.len(), seed, source, place.epoch, first, segment);
+                let segment = u64::from(start.segment);
+                let shuffled = window_order(order.len(), seed, source, start.epoch, first, segment);
                 let order = shuffled.into_iter().map(|index| order[index as usize]).collect();
-                return Ok(Window { place, next, segments, order, open, _epoch: epoch });
+                return Ok(Window { start, next, segments, order, open, _epoch: epoch });
             }
             if barren >= self.corpus.sources.unit_sizes(stream.source).len() {
                 return Err(DataError::Empty { name: name() });
             }
-            place = next;
+            start = next;
         }
     }
 }
 
-/// The epochs that some window in memory belongs to: their permutations are the same for all streams of a source.
+/// The epochs of all windows in memory. An epoch's permutation is shared by all streams of a source.
 #[derive(Debug, Default)]
 struct Epochs(Mutex<BTreeMap<(usize, u64), Weak<Epoch>>>);
 
 impl Epochs {
     fn get(&self, corpus: &Corpus, source: usize, epoch: u64) -> Arc<Epoch> {
-        // Locked while it is computed, so that it is computed once. A panic elsewhere cannot leave half an entry.
+        // The lock is held during the computation, so that it is done once. A panic elsewhere cannot leave half an
+        // entry.
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(epoch) = known.get(&(source, epoch)).and_then(Weak::upgrade) {
             return epoch;

@@ -1,4 +1,4 @@
-//! The `dataloader` program: what can be asked of corpora and tokenizers without training on them.
+//! The `dataloader` program: everything that can be done with corpora and tokenizers without training on them.
 
 #![forbid(unsafe_code)]
 

@@ -1,7 +1,7 @@
-//! The frozen list of everything that a run reads: files and the units they are cut into.
+//! The frozen list of everything that a run reads: files, and the units that they are cut into.
 //!
-//! It is made once, stored with the run, and never made again: what it lists is what is read, in an order that
-//! follows from it. A file that differs from its entry is an error when it is read, not a changed run.
+//! The manifest is made once and stored with the run: it decides what is read, and in which order. If a file differs
+//! from its entry, reading the file is an error; the run does not change.
 
 use object_store::path::Path;
 use serde::{Deserialize, Serialize};
@@ -13,14 +13,15 @@ use ulmus_types::Digest;
 
 use crate::contents;
 use crate::error::DataError;
-use crate::format::{Layout, Unit};
+use crate::format::UnitReader;
 use crate::glob::FileGlob;
 use crate::store::{Folder, Stores};
 use crate::tokens;
+use crate::unit::Unit;
 use ulmus_tokenizer::Tokenizer;
 
 const FORMAT_VERSION: u32 = 2;
-/// The format of the first programs, whose manifests have no digest.
+/// The first format version, without a digest.
 const UNSIGNED: u32 = 1;
 
 /// Files and units of all sources, and the tokenizer.
@@ -33,7 +34,7 @@ pub struct Manifest {
     tokenizer: Option<TokenizerFile>,
 }
 
-/// What tells a tokenizer's file from others; those who publish one give its SHA-256 too.
+/// Identifies a tokenizer file. Publishers state the SHA-256 of such files, too.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct TokenizerFile {
     bytes: u64,
@@ -51,7 +52,7 @@ impl TokenizerFile {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SourceManifest {
     pub(crate) name: String,
-    /// The address of what was listed, where that of the plan may mean something else later.
+    /// The address that was listed, if the one in the plan may later mean something else.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) url: Option<String>,
     pub(crate) format: Format,
@@ -60,7 +61,7 @@ pub(crate) struct SourceManifest {
 }
 
 impl Manifest {
-    /// Lists the files of every source and cuts them into units; `run` is the run's own folder.
+    /// Lists the files of every source and cuts them into units. `run` is the run's own folder.
     ///
     /// Blocks, and may take minutes for thousands of remote files.
     ///
@@ -73,16 +74,16 @@ impl Manifest {
         Ok(Self { format_version: FORMAT_VERSION, sources, tokenizer: None })
     }
 
-    /// The same, with the tokenizer that all of it is read with.
+    /// Adds the tokenizer that the corpus is read with.
     #[must_use]
     pub fn with_tokenizer(self, tokenizer: &Tokenizer) -> Self {
         Self { tokenizer: Some(TokenizerFile::of(tokenizer)), ..self }
     }
 
-    /// Makes sure that a tokenizer is the one of the manifest, if that names one.
+    /// Checks that `tokenizer` is the one in the manifest, if there is one.
     ///
     /// # Errors
-    /// When it is another.
+    /// When the manifest names another tokenizer.
     pub fn check_tokenizer(&self, tokenizer: &Tokenizer) -> Result<(), DataError> {
         let (now, name) = (TokenizerFile::of(tokenizer), tokenizer.file().0);
         match &self.tokenizer {
@@ -96,10 +97,10 @@ impl Manifest {
         }
     }
 
-    /// Reads what [`Self::to_json`] wrote.
+    /// Reads the result of [`Self::to_json`].
     ///
     /// # Errors
-    /// When it is something else, of a newer version, or not what was written.
+    /// When it is not a manifest, has a newer version, or has been changed since it was written.
     pub fn from_json(json: &[u8]) -> Result<Self, DataError> {
         let refuse = |reason: String| DataError::Manifest { reason };
         let manifest: Self = serde_json::from_slice(json).map_err(|error| refuse(error.to_string()))?;
@@ -109,11 +110,13 @@ impl Manifest {
                 Ok(manifest)
             }
             UNSIGNED => Ok(Self { format_version: FORMAT_VERSION, ..manifest }),
-            version => Err(refuse(format!("it has version {version}, this program knows {FORMAT_VERSION}"))),
+            version => {
+                Err(refuse(format!("it has version {version}, but this program knows only {FORMAT_VERSION}")))
+            }
         }
     }
 
-    /// The stored form, which vouches for its own bytes: a flipped bit would be another stream.
+    /// The stored form, which contains a digest of itself: a flipped bit would change the stream.
     pub fn to_json(&self) -> Vec<u8> {
         signed::to_json(self, Style::Compact).into_bytes()
     }
@@ -122,8 +125,8 @@ impl Manifest {
         serde_json::to_vec(self).expect("a manifest can be written as JSON")
     }
 
-    /// Hash of what decides the stream: names, sizes and units, but not where the files lie, nor the version marks of
-    /// their store, which are other ones for the same files elsewhere.
+    /// Hash of everything that decides the stream: names, sizes and units. Locations and version marks are left out,
+    /// because they differ for the same files in another store.
     pub fn digest(&self) -> Digest {
         let mut content = Self { format_version: UNSIGNED, ..self.clone() };
         for source in &mut content.sources {
@@ -138,7 +141,8 @@ impl Manifest {
         self.sources.iter().map(|source| source.files.len()).sum()
     }
 
-    /// Bytes of text, as far as can be told without decoding, over all sources; of compressed files those that are stored.
+    /// Bytes of text over all sources, as far as they are known without decoding: for compressed files the stored
+    /// bytes.
     pub fn bytes(&self) -> u64 {
         self.sources.iter().flat_map(|source| &source.units).map(|unit| unit.bytes).sum()
     }
@@ -148,11 +152,11 @@ fn freeze(source: &SourceConfig, limit: u64, stores: &Stores) -> Result<SourceMa
     let folder = stores.open(&source.url)?;
     let files = list(source, &folder, stores)?;
     if !folder.can_list() {
-        must_give_ranges(&folder, &files)?;
+        check_ranges(&folder, &files)?;
     }
     let format = format_of(source, &folder, &files)?;
-    let layout = Layout { format, text: source.text.clone(), limit, vocabulary: None };
-    let units = layout.units(&folder, &files)?;
+    let reader = UnitReader { format, text: source.text.clone(), limit, vocabulary: None };
+    let units = reader.units(&folder, &files)?;
     if units.is_empty() {
         return Err(DataError::Empty { name: source.name.clone() });
     }
@@ -160,17 +164,16 @@ fn freeze(source: &SourceConfig, limit: u64, stores: &Stores) -> Result<SourceMa
     Ok(SourceManifest { name: source.name.clone(), url, format, files, units })
 }
 
-/// Finds out now, and not in the first step, when a web server gives no parts of its files.
-pub(crate) fn must_give_ranges(folder: &Folder, files: &[FileInfo]) -> Result<(), DataError> {
-    // A part that is the whole would tell nothing.
+/// Checks now, and not in the first step, that a web server supports range requests.
+pub(crate) fn check_ranges(folder: &Folder, files: &[FileInfo]) -> Result<(), DataError> {
+    // A range that is the whole file would prove nothing.
     match files.iter().find(|file| file.size > 1) {
         Some(file) => folder.read_range(file, 0..1).map(drop),
         None => Ok(()),
     }
 }
 
-/// The files of a source: sorted where they are found by glob, in the order of the list or of the plan where they are
-/// named there.
+/// The files of a source: sorted if a pattern finds them, or in the order in which a list or the plan names them.
 pub(crate) fn list(
     source: &SourceConfig,
     folder: &Folder,
@@ -185,7 +188,7 @@ pub(crate) fn list(
         return Err(DataError::Pattern {
             pattern: pattern.clone(),
             reason:
-                "a web server does not list its files; name them, count them with {:05} and range, or give a \
+                "a web server does not list its files; name them, number them with {:05} and range, or give a \
                      list of them"
                     .to_owned(),
         });
@@ -215,7 +218,7 @@ pub(crate) fn list(
         };
         files.extend(folder.stat(names)?);
     }
-    // A file that two patterns name is read once.
+    // A file that two patterns match is read once.
     let mut seen = std::collections::BTreeSet::new();
     files.retain(|file| seen.insert(file.path.clone()));
     if files.is_empty() {
@@ -228,14 +231,14 @@ pub(crate) fn list(
     Ok(files)
 }
 
-/// A name below a folder without the parts that say nothing: `./a` is `a`. On a disk, so is `a//b`; elsewhere that is a name
-/// of its own.
+/// A name below a folder without redundant parts: `./a` becomes `a`. On a disk, `a//b` also becomes `a/b`; in other
+/// stores these are two names.
 fn plain(name: &str, folder: &Folder) -> String {
     let parts = name.split('/').filter(|part| *part != "." && !(part.is_empty() && folder.is_on_disk()));
     parts.collect::<Vec<_>>().join("/")
 }
 
-/// The error about a file that a list names.
+/// The error for a file that a list names.
 fn named_by(list: &str, error: DataError) -> DataError {
     match error {
         DataError::Missing { file } => DataError::Format {
@@ -247,7 +250,7 @@ fn named_by(list: &str, error: DataError) -> DataError {
     }
 }
 
-/// Names of files below a source's `url`, as its list has them: one address or name on a line.
+/// The names of files below a source's `url` in its list, which has one address or name per line.
 fn names_of_list(
     list: &str,
     source: &SourceConfig,
@@ -265,7 +268,7 @@ fn names_of_list(
     for (number, line) in (1..).zip(text.lines().map(str::trim)) {
         match line.strip_prefix(&root) {
             _ if line.is_empty() || line.starts_with('#') => {}
-            // In addresses of the web, names are written with %20 and the like.
+            // In web addresses, names are percent-encoded.
             Some(name) if root.starts_with("http") => names.push(decoded(name)),
             Some(name) => names.push(plain(name, below)),
             None if line.contains("://") => {
@@ -277,12 +280,12 @@ fn names_of_list(
     Ok(names)
 }
 
-/// A name as it is without percent signs, unless it would be no text then.
+/// A percent-decoded name, or the name itself if the result would not be UTF-8.
 fn decoded(name: &str) -> String {
     Path::from_url_path(name).map_or_else(|_| name.to_owned(), |path| path.to_string())
 }
 
-/// Splits `part-{:05}.parquet` into what is before and after the counter, and its width.
+/// Splits a name such as `part-{:05}.parquet` into the parts before and after the counter, and the counter's width.
 fn counter(pattern: &str) -> Result<Option<(&str, usize, &str)>, DataError> {
     let Some((before, rest)) = pattern.split_once('{') else { return Ok(None) };
     let parts = rest.split_once('}').and_then(|(inside, after)| {
@@ -294,11 +297,11 @@ fn counter(pattern: &str) -> Result<Option<(&str, usize, &str)>, DataError> {
     });
     parts.map(Some).ok_or_else(|| DataError::Pattern {
         pattern: pattern.to_owned(),
-        reason: "the counter is written {} or {:05}, once".to_owned(),
+        reason: "write one counter, as {} or {:05}".to_owned(),
     })
 }
 
-/// The format that the plan or the suffix of every file tells.
+/// The format that the plan states, or that the suffixes of all files imply.
 pub(crate) fn format_of(
     source: &SourceConfig,
     folder: &Folder,
@@ -313,14 +316,15 @@ pub(crate) fn format_of(
         format: "of a known suffix",
         reason: reason.to_owned(),
     };
-    let mixed = |file| unknown(file, "the files of one source have one format; split it into two sources");
+    let mixed =
+        |file| unknown(file, "all files of a source must have the same format; split it into two sources");
     let first = match rest.next() {
         Some((_, Some(format))) => format,
         Some((file, None)) if Format::may_be_tokens(&file.path) => {
             if let Some((other, _)) = rest.find(|(file, _)| !Format::may_be_tokens(&file.path)) {
                 return Err(mixed(other));
             }
-            // A file that is empty tells nothing.
+            // An empty file has no header.
             let full = files.iter().find(|file| file.size > 0);
             return tokens::format_of(folder, full.unwrap_or(file));
         }
@@ -388,16 +392,16 @@ mod tests {
         let manifest = Manifest::freeze(&source(&["y.jsonl"], None), Some(&corpus())).unwrap();
         let manifest = manifest.with_tokenizer(&read("model"));
         let stored = manifest.to_json();
-        // A bit that is flipped anywhere is found, or the text is not read at all.
+        // A flipped bit is always detected.
         for at in (0..stored.len()).step_by(7) {
             let mut damaged = stored.clone();
             damaged[at] ^= 4;
             assert!(Manifest::from_json(&damaged).is_err(), "byte {at}");
         }
-        // As the first programs wrote it.
+        // The first format version is still read.
         let old = Manifest { format_version: UNSIGNED, ..manifest.clone() };
         assert_eq!(Manifest::from_json(&old.to_unsigned()).unwrap(), manifest);
-        // As sha256sum tells it.
+        // This is the output of sha256sum.
         let sha256 = "fbec0020c50e2132ff4f419cb494796008c17ecb3535a880065753d4412e3ca3";
         assert!(String::from_utf8_lossy(&stored).contains(sha256));
         let manifest = Manifest::from_json(&stored).unwrap();
@@ -412,7 +416,7 @@ mod tests {
         for (files, range, words) in [
             (["*.parquet"], None, "nothing in run: matches [\"*.parquet\"]"),
             (["x/{:05}.txt"], Some([9, 12]), "run:x/00011.txt does not exist"),
-            (["x/{id}.txt"], Some([9, 12]), "the counter is written {} or {:05}"),
+            (["x/{id}.txt"], Some([9, 12]), "write one counter, as {} or {:05}"),
             (["x[.txt"], None, "not a usable file pattern"),
         ] {
             let message = Manifest::freeze(&source(&files, range), Some(&folder)).unwrap_err().to_string();

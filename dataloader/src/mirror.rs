@@ -1,9 +1,8 @@
-//! Copies the sources of a plan to a store of one's own, before a run or for several.
+//! Copies the sources of a plan to another store, for one run or several.
 //!
-//! A file appears under its name only when it is whole. It is then read back and compared with what was read from its
-//! origin, and a note of that is left beside it (`.mirror/`), so that a copy that was interrupted goes on where it was,
-//! and a file that has changed since, here or there, is copied anew. Two mirrors at once into one folder are in each
-//! other's way.
+//! A file appears under its name only when it is complete. It is then read back and compared with what was read from
+//! its origin, and a note in `.mirror/` records the result, so that an interrupted copy continues where it was, and a
+//! file that has changed on either side is copied again. Two mirrors must not write to one folder at the same time.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,37 +16,38 @@ use crate::manifest::Manifest;
 use crate::store::{Stores, wait_for};
 
 /// Files that are copied at once.
-const AT_ONCE: usize = 4;
+const MAX_CONCURRENT: usize = 4;
 /// Folder of the notes.
 const NOTES: &str = ".mirror";
 
-/// What was copied, and what was there already.
+/// Counts of what was copied, and of what was there already.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Mirrored {
     /// Files that were copied.
     pub files: u64,
-    /// Their bytes.
+    /// Bytes that were copied.
     pub bytes: u64,
     /// Files that had been copied before.
     pub skipped: u64,
 }
 
-/// What was copied.
+/// The record of a verified copy.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Note {
     /// The file at its origin.
     origin: FileInfo,
-    /// The copy, as its store knows it.
+    /// The copy in its own store.
     copy: FileInfo,
-    /// BLAKE3 of its contents.
+    /// BLAKE3 hash of the contents.
     blake3: String,
 }
 
-/// Copies every source to a folder of its name below `to`, at most `rate` bytes a second, and writes the manifest of
-/// the copies to `manifest.json` there. `done` hears of bytes as they are copied or found. Blocks.
+/// Copies every source to a folder of its name below `to`, at most `rate` bytes per second, and writes the manifest of
+/// the copies to `manifest.json` there. `done` is called with the number of bytes that have just been copied or found.
+/// Blocks.
 ///
 /// # Errors
-/// When a source cannot be listed or read, or the target cannot be written; when a copy is not what was read.
+/// When a source cannot be listed or read, the target cannot be written, or a copy differs from what was read.
 pub fn mirror(
     config: &DataConfig,
     to: &str,
@@ -59,12 +59,12 @@ pub fn mirror(
     let origin = Manifest::freeze(config, None)?;
     let limiter = RateLimiter::new(rate);
     let mut mirrored = Mirrored::default();
-    // Before anything is copied: a file that does not belong there would be read with the copies.
+    // This is checked before anything is copied: a foreign file would be read along with the copies.
     for (source, listed) in config.source.iter().zip(&origin.sources) {
         let known: BTreeSet<&str> = listed.files.iter().map(|file| file.path.as_str()).collect();
         let there = target.child(&source.name).list()?;
         if let Some(other) = there.into_iter().find(|file| !known.contains(file.path.as_str())) {
-            let reason = format!("it has {:?}, which is not of the source", other.path);
+            let reason = format!("it has {:?}, which does not belong to the source", other.path);
             return Err(DataError::Target { folder: target.place(&source.name), reason });
         }
     }
@@ -94,7 +94,7 @@ pub fn mirror(
         let results: Vec<(u64, bool)> = wait_for(
             futures::stream::iter(&listed.files)
                 .map(|file| async move { (file.size, copy(file).await) })
-                .buffer_unordered(AT_ONCE)
+                .buffer_unordered(MAX_CONCURRENT)
                 .map(|(size, result)| result.map(|skipped| (size, skipped)))
                 .try_collect(),
         )?;
@@ -113,23 +113,23 @@ pub fn mirror(
         let names: String = listed.files.iter().map(|file| file.path.clone() + "\n").collect();
         target.write(&list_of(&source.name), names.into())?;
     }
-    // The same names, sizes and units: whoever reads the copies reads the same stream.
+    // With the same names, sizes and units, the copies give the same stream.
     let frozen = Manifest::freeze(&of_copies(config, to), None)?;
     if frozen.digest() != origin.digest() {
         let reason =
-            "its files are not those of the origin, in their order; delete what it has besides".to_owned();
+            "its files or their order differ from the origin; delete all other files there".to_owned();
         return Err(DataError::Url { url: to.to_owned(), reason });
     }
     target.write("manifest.json", frozen.to_json())?;
     Ok(mirrored)
 }
 
-/// Where the names of a source's files stand, in their order.
+/// Name of the file that lists the files of a source in order.
 fn list_of(source: &str) -> String {
     format!("{source}.list")
 }
 
-/// The plan's data with the copies as its sources.
+/// The plan's data section with the copies as sources.
 fn of_copies(config: &DataConfig, to: &str) -> DataConfig {
     let mut config = config.clone();
     for source in &mut config.source {

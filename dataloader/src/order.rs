@@ -1,11 +1,11 @@
-//! Which stream gives the next sequence, and which unit a stream reads next: pure arithmetic on integers.
+//! Decides which stream gives the next sequence, and which unit a stream reads next, by pure integer arithmetic.
 //!
-//! The K lanes lie on a line, one unit of length each. Sources lie end to end on the same line, each as long as
-//! its share of the tokens. Where a lane and a source overlap there is a *stream*. Nothing here knows how many
-//! workers there are, so nothing that is read can depend on it.
+//! The K lanes lie end to end on a line, all of the same length. The sources lie end to end on the same line, each with
+//! a length proportional to its share of the tokens. The overlap of a lane and a source is a *stream*. Nothing here
+//! knows the number of workers, so nothing that is read can depend on it.
 //!
-//! Invariants: the overlaps of a lane add up to exactly one lane; an epoch of a source gives every unit to
-//! exactly one of its streams, and every stream at least one unit.
+//! Invariants: the overlaps of a lane add up to exactly one lane; an epoch of a source gives every unit to exactly one
+//! of its streams, and every stream at least one unit.
 
 use std::ops::Range;
 
@@ -15,11 +15,11 @@ use ulmus_types::LaneId;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Mixture {
     streams: Vec<Stream>,
-    /// Index of each lane's first stream, and one more entry at the end.
+    /// Index of each lane's first stream, and the number of streams at the end.
     first_of_lane: Vec<usize>,
-    /// Per source, the ends of its streams on its own stretch of the line, beginning with 0.
+    /// For each source, the ends of its streams on its own stretch of the line, preceded by 0.
     ends_of_source: Vec<Vec<u128>>,
-    /// Length of one lane in the integer scale of the line.
+    /// Length of one lane in the integer units of the line.
     lane_length: u128,
 }
 
@@ -28,14 +28,14 @@ pub(crate) struct Mixture {
 pub(crate) struct Stream {
     /// Index of the source.
     pub(crate) source: usize,
-    /// How many streams of the same source come before it.
-    pub(crate) place: usize,
-    /// Length of the overlap, in the integer scale of the line.
+    /// Index among the streams of the same source.
+    pub(crate) index: usize,
+    /// Length of the overlap in the integer units of the line.
     share: u128,
 }
 
 impl Mixture {
-    /// Lays out `lanes` lanes over sources of the given weights (token counts). Weights of zero count as one.
+    /// Lays out `lanes` lanes over sources with the given weights (token counts). Weights of zero count as one.
     pub(crate) fn new(lanes: u64, weights: &[u64]) -> Self {
         let weights: Vec<u128> = weights.iter().map(|weight| u128::from((*weight).max(1))).collect();
         let lane_length: u128 = weights.iter().sum();
@@ -43,7 +43,7 @@ impl Mixture {
         let mut ends_of_source = vec![vec![0]; weights.len()];
         let mut streams = Vec::new();
         let mut first_of_lane = vec![0];
-        // The line has length lanes · Σ weights, so that both cut it at integers.
+        // The line has length lanes · Σ weights, so that lanes and sources both end at integers.
         let (mut source, mut at) = (0, 0);
         let mut source_begin = 0;
         for lane in 0..lanes {
@@ -52,7 +52,7 @@ impl Mixture {
                 let source_end = source_begin + lanes * weights[source];
                 let end = source_end.min(lane_end);
                 let ends = &mut ends_of_source[source];
-                streams.push(Stream { source, place: ends.len() - 1, share: end - at });
+                streams.push(Stream { source, index: ends.len() - 1, share: end - at });
                 ends.push(end - source_begin);
                 at = end;
                 if at == source_end {
@@ -64,12 +64,12 @@ impl Mixture {
         Self { streams, first_of_lane, ends_of_source, lane_length }
     }
 
-    /// All streams, ordered by lane, then source.
+    /// All streams, ordered by lane, then by source.
     pub(crate) fn streams(&self) -> &[Stream] {
         &self.streams
     }
 
-    /// Indices of the streams of a lane.
+    /// The streams of a lane, as indices of [`Self::streams`].
     pub(crate) fn of_lane(&self, lane: LaneId) -> Range<usize> {
         self.first_of_lane[lane.index()]..self.first_of_lane[lane.index() + 1]
     }
@@ -79,13 +79,13 @@ impl Mixture {
         self.first_of_lane.len() - 1
     }
 
-    /// Ends of a source's streams on its own stretch of the line, beginning with 0.
+    /// The ends of a source's streams on its own stretch of the line, preceded by 0.
     pub(crate) fn ends_of_source(&self, source: usize) -> &[u128] {
         &self.ends_of_source[source]
     }
 
-    /// The stream that gives the next sequence of `lane`: the one that is furthest behind its share, the first
-    /// of equals. `emitted` tells how many sequences a stream has given so far.
+    /// The stream that gives the next sequence of `lane`: the one furthest behind its share, and the first of those
+    /// that are equally far behind. `emitted` returns how many sequences a stream has given so far.
     pub(crate) fn next_stream(&self, lane: LaneId, emitted: impl Fn(usize) -> u64) -> usize {
         let streams = self.of_lane(lane);
         let next = streams.clone().map(|stream| u128::from(emitted(stream))).sum::<u128>() + 1;
@@ -93,7 +93,7 @@ impl Mixture {
             (self.streams[stream].share * next).cast_signed()
                 - (u128::from(emitted(stream)) * self.lane_length).cast_signed()
         };
-        // `max_by_key` takes the last of equals, hence the reversal.
+        // The order is reversed because `max_by_key` returns the last of several maxima.
         streams.rev().max_by_key(|stream| deficit(*stream)).expect("every lane overlaps a source")
     }
 }
@@ -106,10 +106,10 @@ pub(crate) struct Epoch {
 }
 
 impl Epoch {
-    /// Permutes the units of `source` and lays them by size over the stretch that ends at the last of `ends`: a
-    /// unit belongs to the stream in which its middle lies, except that every stream gets at least one.
+    /// Permutes the units of `source` and lays them end to end, by size, over the stretch that ends at the last of
+    /// `ends`. A unit belongs to the stream that contains its middle, except that every stream gets at least one unit.
     ///
-    /// `sizes` are bytes of text per unit; there must be at least as many units as streams.
+    /// `sizes` are the units' bytes of text. There must be at least as many units as streams.
     pub(crate) fn new(seed: u64, source: usize, epoch: u64, sizes: &[u64], ends: &[u128]) -> Self {
         let units = permutation(sizes.len(), [seed, source as u64, epoch, u64::MAX]);
         let streams = ends.len() - 1;
@@ -117,8 +117,8 @@ impl Epoch {
         let total: u128 = sizes.iter().map(|size| u128::from((*size).max(1))).sum();
         let mut cuts = vec![0];
         let (mut taken, mut begin) = (0, 0);
-        for (place, end) in ends.iter().enumerate().take(streams).skip(1) {
-            // The middle (begin + size/2) / total < end / stretch, without fractions.
+        for (index, end) in ends.iter().enumerate().take(streams).skip(1) {
+            // This is (begin + size/2) / total < end / stretch, without fractions.
             while taken < units.len() {
                 let size = u128::from(sizes[units[taken] as usize].max(1));
                 if (2 * begin + size) * stretch >= 2 * end * total {
@@ -127,21 +127,21 @@ impl Epoch {
                 begin += size;
                 taken += 1;
             }
-            let least = cuts[place - 1] + 1;
-            let most = units.len().saturating_sub(streams - place);
+            let least = cuts[index - 1] + 1;
+            let most = units.len().saturating_sub(streams - index);
             cuts.push(taken.max(least).min(most));
         }
         cuts.push(units.len());
         Self { units, cuts }
     }
 
-    /// The units of the stream at `place`, in reading order.
-    pub(crate) fn units(&self, place: usize) -> &[u32] {
-        &self.units[self.cuts[place]..self.cuts[place + 1]]
+    /// The units of the source's stream number `stream`, in reading order.
+    pub(crate) fn units(&self, stream: usize) -> &[u32] {
+        &self.units[self.cuts[stream]..self.cuts[stream + 1]]
     }
 }
 
-/// The order in which the sequences of a window are given: `len` indices, decided by the words of `key`.
+/// The order in which the `len` sequences of a window are given.
 pub(crate) fn window_order(
     len: usize,
     seed: u64,
@@ -153,7 +153,7 @@ pub(crate) fn window_order(
     permutation(len, [seed, source as u64, epoch, u64::from(first_unit) | first_segment << 32])
 }
 
-/// A permutation of `0..len` that is a function of `key` alone.
+/// A permutation of `0..len` that depends on `key` alone.
 fn permutation(len: usize, key: [u64; 4]) -> Vec<u32> {
     let mut hasher = blake3::Hasher::new_derive_key("ulmus order of units and windows");
     for word in key {
@@ -177,7 +177,7 @@ mod tests {
 
     use super::*;
 
-    /// Gives `rounds` sequences of one lane and counts them per stream.
+    /// Takes `rounds` sequences from one lane and counts them per stream.
     fn emit(mixture: &Mixture, lane: LaneId, rounds: u64) -> Vec<u64> {
         let streams = mixture.of_lane(lane);
         let mut emitted = vec![0; streams.len()];
@@ -240,9 +240,9 @@ mod tests {
                 let ends = mixture.ends_of_source(source);
                 let epoch = Epoch::new(seed, source, 0, &sizes, ends);
                 let mut seen = vec![0; sizes.len()];
-                for place in 0..ends.len() - 1 {
-                    prop_assert!(!epoch.units(place).is_empty());
-                    epoch.units(place).iter().for_each(|unit| seen[*unit as usize] += 1);
+                for stream in 0..ends.len() - 1 {
+                    prop_assert!(!epoch.units(stream).is_empty());
+                    epoch.units(stream).iter().for_each(|unit| seen[*unit as usize] += 1);
                 }
                 prop_assert!(seen.iter().all(|count| *count == 1));
                 prop_assert_ne!(&epoch.units, &Epoch::new(seed, source, 1, &sizes, ends).units);
@@ -254,9 +254,9 @@ mod tests {
             let ends = [0, 10, 40, 100];
             let epoch = Epoch::new(seed, 0, 0, &sizes, &ends);
             let total: u64 = sizes.iter().sum();
-            for place in 0..3 {
-                let bytes: u64 = epoch.units(place).iter().map(|unit| sizes[*unit as usize]).sum();
-                let exact = total as f64 * (ends[place + 1] - ends[place]) as f64 / 100.0;
+            for stream in 0..3 {
+                let bytes: u64 = epoch.units(stream).iter().map(|unit| sizes[*unit as usize]).sum();
+                let exact = total as f64 * (ends[stream + 1] - ends[stream]) as f64 / 100.0;
                 prop_assert!((bytes as f64 - exact).abs() <= 100.0, "{bytes} for {exact}");
             }
         }

@@ -1,45 +1,45 @@
-//! From tokenized documents to sequences of fixed length.
+//! Packs tokenized documents into sequences of fixed length.
 //!
-//! Documents are laid end to end, each as BOS … EOS, and cut every T tokens; a cut takes one token more, so that
+//! Documents are laid end to end, each as BOS … EOS, and cut every T tokens. Each cut takes one more token, so that
 //! every position has its next token as target. Targets never cross documents: a position whose next token begins
-//! another document is masked, and positions carry the start of their document so that attention does not cross
-//! either. So every token of a document except its BOS is a target exactly once.
+//! another document is masked. Positions carry the start of their document, so that attention does not cross documents
+//! either. Thus every token of a document except its BOS is a target exactly once.
 //!
-//! In the published recipe (`pack = "corenet"`) each piece of a document is a sequence by itself: of more than T + 1
-//! tokens the rest is lost, of fewer the sequence is padded.
+//! In the published recipe (`pack = "corenet"`) each piece of a document is a sequence of its own: tokens beyond T + 1
+//! are dropped, and shorter pieces are padded.
 
 use std::ops::Range;
 
 use ulmus_plan::Pack;
 pub use ulmus_types::IGNORE;
 
-/// One row of a micro-batch: three lists of the sequence length T.
+/// One row of a micro-batch: three lists of length T.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sequence {
     /// Token ids.
     pub inputs: Vec<u32>,
     /// The token after each input, or [`IGNORE`].
     pub targets: Vec<u32>,
-    /// First position of this sequence that each position may attend to.
+    /// The first position in this sequence that each position may attend to.
     pub doc_starts: Vec<u32>,
 }
 
-/// The tokens of a unit, laid end to end. Sequences are cut from it when they are taken.
+/// The tokens of a unit, laid end to end. Sequences are cut from them on demand.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Packed {
     pack: Pack,
     tokens: Vec<u32>,
-    /// Where documents begin, ascending.
+    /// Offsets at which documents begin, ascending.
     starts: Vec<u32>,
 }
 
 impl Packed {
-    /// No tokens yet.
+    /// Without any tokens yet.
     pub(crate) const fn new(pack: Pack) -> Self {
         Self { pack, tokens: Vec::new(), starts: Vec::new() }
     }
 
-    /// Adds a document, or a piece of one, which has at least BOS and EOS.
+    /// Adds a document, or a piece of one, including its BOS and EOS.
     pub(crate) fn push(&mut self, tokens: impl IntoIterator<Item = u32>) {
         self.starts.push(self.tokens.len() as u32);
         self.tokens.extend(tokens);
@@ -50,7 +50,7 @@ impl Packed {
         self.tokens.len()
     }
 
-    /// How many sequences of `length` tokens there are.
+    /// Number of sequences of `length` tokens.
     pub(crate) fn sequences(&self, length: usize) -> usize {
         match self.pack {
             Pack::Concat => self.tokens.len().saturating_sub(1).div_ceil(length),
@@ -58,7 +58,7 @@ impl Packed {
         }
     }
 
-    /// Whether there are that many sequences, and nothing more would go into them.
+    /// Whether the first `sequences` sequences exist and are full.
     pub(crate) fn fills(&self, sequences: usize, length: usize) -> bool {
         match self.pack {
             Pack::Concat => self.tokens.len() > sequences * length,
@@ -66,7 +66,7 @@ impl Packed {
         }
     }
 
-    /// The tokens that are inputs of sequence number `index`.
+    /// The range of tokens that are the inputs of sequence number `index`.
     pub(crate) fn range(&self, index: usize, length: usize) -> Range<usize> {
         let (begin, end) = match self.pack {
             Pack::Concat => (index * length, self.tokens.len() - 1),
@@ -78,7 +78,7 @@ impl Packed {
         begin..end.min(begin + length)
     }
 
-    /// Sequence number `index`. The tail is filled with `pad`, masked.
+    /// Sequence number `index`. A short one is filled up with `pad`, which is masked.
     pub(crate) fn sequence(&self, index: usize, length: usize, pad: u32) -> Sequence {
         let range = self.range(index, length);
         let begin = range.start;
@@ -175,7 +175,7 @@ mod tests {
                 for at in 0..length {
                     let start = sequence.doc_starts[at] as usize;
                     prop_assert!(start <= at);
-                    // Between the start of its document and a position no document begins.
+                    // No document begins between a position's document start and the position itself.
                     prop_assert!(sequence.inputs[start + 1..=at.max(start)].iter().all(|token| *token != BOS));
                     prop_assert!(start == 0 || sequence.inputs[start] == BOS || sequence.inputs[start] == PAD);
                     if let Some(next) = sequence.inputs.get(at + 1).filter(|next| **next != PAD) {

@@ -1,8 +1,8 @@
-//! Makes a corpus of text that is already on the machine: sources of crates that cargo has fetched, or any folders.
+//! Makes a corpus from text that is already on the machine: sources of crates that cargo has fetched, or any folders.
 //!
-//! The same list gives the same shards, byte for byte, on every machine: the order is that of the plan and of
-//! sorted paths, and nothing of the machine (absolute paths, times, threads) goes in. Equal texts are taken once,
-//! and of the licences that crates carry one of each name. What is passed by is counted. There is a single writer.
+//! The same list gives the same shards, byte for byte, on every machine: the order follows the plan and sorted paths,
+//! and nothing specific to the machine (absolute paths, times, threads) goes in. Of equal texts only one is taken, and
+//! of the licences in crates only one of each name. Skipped files are counted. There is a single writer.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -20,51 +20,53 @@ use crate::parquet;
 use crate::store::{Folder, of_walk};
 use crate::walk::{self, Walked, walk};
 
-/// What was made.
+/// The result of preparing a corpus.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prepared {
-    /// Shards.
+    /// Number of shards.
     pub shards: usize,
-    /// Documents.
+    /// Number of documents.
     pub documents: usize,
     /// Bytes of text.
     pub bytes: u64,
     /// Hash of all shards in order.
     pub digest: Digest,
-    /// Files and folders that were found, whether or not they were taken.
+    /// Number of files and folders that were found, whether or not they were taken.
     pub found: usize,
-    /// Why the others were not taken.
+    /// Why the others were skipped.
     pub passed_by: Vec<PassedBy>,
 }
 
 impl Prepared {
-    /// What was found and taken, in a line for people.
+    /// What was found and taken, in one line for people.
     pub fn summary(&self) -> String {
         let Self { found, documents, bytes, passed_by, .. } = self;
         format!("took {documents} of {found} files, {bytes} bytes of text{}", after("; skipped: ", passed_by))
     }
 }
 
-/// Everything that was passed by, behind some words, if there is anything.
-fn after(words: &str, passed_by: &[PassedBy]) -> String {
-    let told = |PassedBy { reason, count, first }: &PassedBy| format!("{count} {reason} (first: {first:?})");
+/// A description of everything that was skipped, after `prefix`; empty if nothing was.
+fn after(prefix: &str, passed_by: &[PassedBy]) -> String {
+    let phrase =
+        |PassedBy { reason, count, first }: &PassedBy| format!("{count} {reason} (first: {first:?})");
     if passed_by.is_empty() {
         return String::new();
     }
-    format!("{words}{}", passed_by.iter().map(told).collect::<Vec<_>>().join(", "))
+    format!("{prefix}{}", passed_by.iter().map(phrase).collect::<Vec<_>>().join(", "))
 }
 
-/// A file to take: its place on this machine, and its name in the corpus.
+/// A file that was found: its name in the corpus, and its path on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Found {
     name: String,
-    /// The name that globs are matched with. It differs where two of the plan's paths end alike.
+    /// The name that globs are matched against. It differs from `name` where two paths in the plan have the same last
+    /// part.
     matched: String,
     path: PathBuf,
     of_crate: bool,
 }
 
-/// Why a file is not taken, in the order in which that is told.
+/// Why a file is skipped, in the order in which reasons are listed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Reason {
     Cap { size: u64, cap: u64 },
@@ -84,14 +86,14 @@ impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Cap { size, cap } => {
-                return write!(f, "larger than prepare.cap ({size} bytes of at most {cap})");
+                return write!(f, "larger than prepare.cap ({size} bytes, the limit is {cap})");
             }
             Self::NoRoom => "beyond prepare.cap",
             Self::Wide(encoding) => return write!(f, "in {encoding}, not UTF-8"),
             Self::NotUtf8 => "not UTF-8",
-            Self::Pointer => "a pointer of Git LFS (run `git lfs pull`)",
-            Self::Equal => "with the same text as another file, but for white space",
-            Self::Licence => "a licence that another crate has as well",
+            Self::Pointer => "a Git LFS pointer (run `git lfs pull`)",
+            Self::Equal => "with the same text as another file, except for whitespace",
+            Self::Licence => "a licence that another crate contains as well",
             Self::Empty => "empty",
             Self::NotIncluded => "not in prepare.include",
             Self::Name => "with a name that is not UTF-8",
@@ -103,7 +105,7 @@ impl fmt::Display for Reason {
     }
 }
 
-/// What was passed by: how often for each reason, and what first.
+/// What was skipped: for each reason the number of files, and the first one.
 #[derive(Debug, Default)]
 struct Tally(BTreeMap<Reason, (usize, String)>);
 
@@ -117,13 +119,13 @@ impl Tally {
     }
 
     fn passed_by(self) -> Vec<PassedBy> {
-        let told =
+        let entry =
             |(reason, (count, first)): (Reason, _)| PassedBy { reason: reason.to_string(), count, first };
-        self.0.into_iter().map(told).collect()
+        self.0.into_iter().map(entry).collect()
     }
 }
 
-/// Where cargo keeps its files: `$CARGO_HOME`, else `.cargo` in the home folder.
+/// The folder in which cargo keeps its files: `$CARGO_HOME`, or `.cargo` in the home folder.
 pub fn cargo_home() -> PathBuf {
     match std::env::var_os("CARGO_HOME") {
         Some(home) => home.into(),
@@ -131,11 +133,11 @@ pub fn cargo_home() -> PathBuf {
     }
 }
 
-/// Writes the text that `config` names to `shards` as `part-00000.parquet`, …, with columns `text` and `path`.
+/// Writes the text that `config` names to `shards` as `part-00000.parquet`, …, with the columns `text` and `path`.
 /// Row groups hold at most `unit` bytes of text, so that each can be a unit.
 ///
 /// # Errors
-/// When a crate or path is not there, nothing can be taken, or the store does not take a shard.
+/// When a crate or path does not exist, no text was found, or a shard cannot be written.
 pub fn prepare(
     config: &PrepareConfig,
     cargo_home: &Path,
@@ -164,10 +166,10 @@ pub fn prepare(
     })
 }
 
-/// How many files `config` names; reads none of them.
+/// Number of files that `config` names, without reading them.
 ///
 /// # Errors
-/// When a crate or path is not there, or nothing matches.
+/// When a crate or path does not exist, or nothing matches.
 pub fn matching_files(config: &PrepareConfig, cargo_home: &Path) -> Result<usize, DataError> {
     let globs = globs(config)?;
     let found = find(config, cargo_home, &mut Tally::default())?;
@@ -208,7 +210,7 @@ fn split(documents: &[Document], limit: u64) -> Vec<&[Document]> {
     runs
 }
 
-/// Reads what the plan names, up to its cap: everything that the first glob matches, then the second, …
+/// Reads what the plan names, up to its cap: first everything that the first glob matches, then the second, …
 fn documents(config: &PrepareConfig, cargo_home: &Path) -> Result<(Vec<Document>, Tally), DataError> {
     let mut tally = Tally::default();
     let globs = globs(config)?;
@@ -222,14 +224,14 @@ fn documents(config: &PrepareConfig, cargo_home: &Path) -> Result<(Vec<Document>
         }
     }
     let cap = config.cap.get();
-    // None once the cap is used up.
+    // The bytes left under the cap, or `None` once a file did not fit.
     let mut left = Some(cap);
     let mut documents = Vec::new();
     let (mut seen, mut licences) = (BTreeSet::new(), BTreeSet::new());
     for Found { name, path, of_crate, .. } in files.into_iter().flatten() {
         let Some(room) = left else {
-            // What comes behind the first that does not fit is left out with it: the cap cuts a list off, and does not
-            // thin it out.
+            // After the first file that does not fit, all others are left out, too: the cap truncates the list instead
+            // of favouring small files.
             tally.add(Reason::NoRoom, name);
             continue;
         };
@@ -267,7 +269,7 @@ fn documents(config: &PrepareConfig, cargo_home: &Path) -> Result<(Vec<Document>
     Ok((documents, tally))
 }
 
-/// What a file says, or why it is no text to take.
+/// The text of a file, or the reason to skip it.
 fn text(path: &Path, cap: u64) -> Result<Result<String, Reason>, DataError> {
     let failed = |error: std::io::Error| DataError::Disk {
         file: path.display().to_string(),
@@ -291,7 +293,7 @@ fn globs(config: &PrepareConfig) -> Result<Vec<FileGlob>, DataError> {
     config.include.iter().map(|pattern| FileGlob::new(pattern)).collect()
 }
 
-/// Equal for texts that differ in white space only.
+/// A hash that is the same for texts that differ only in whitespace.
 fn fingerprint(text: &str) -> Digest {
     let mut hasher = blake3::Hasher::new();
     for word in text.split_whitespace() {
@@ -300,7 +302,7 @@ fn fingerprint(text: &str) -> Digest {
     Digest::from_bytes(*hasher.finalize().as_bytes())
 }
 
-/// The name of a file that holds a licence, in capitals and without suffix.
+/// The name of a licence file, in upper case and without suffix; `None` for other files.
 fn licence(name: &str) -> Option<String> {
     let file = name.rsplit('/').next().unwrap_or(name).to_uppercase();
     let stem = file.split('.').next().unwrap_or(&file);
@@ -308,7 +310,7 @@ fn licence(name: &str) -> Option<String> {
     begins.iter().any(|word| stem.starts_with(word)).then(|| stem.to_owned())
 }
 
-/// All files below the crates and paths of the plan, in its order; within each, sorted by path.
+/// All files below the crates and paths of the plan, in the order of the plan, and sorted by path within each.
 fn find(config: &PrepareConfig, cargo_home: &Path, tally: &mut Tally) -> Result<Vec<Found>, DataError> {
     let mut found = Vec::new();
     let mut taken = BTreeSet::new();
@@ -320,7 +322,7 @@ fn find(config: &PrepareConfig, cargo_home: &Path, tally: &mut Tally) -> Result<
             registries.into_iter().map(|registry| registry.join(&folder_name)).find(|path| path.is_dir());
         let folder = folder
             .ok_or_else(|| DataError::Crate { name: entry.clone(), folder: sources.display().to_string() })?;
-        // One that is named twice is read once.
+        // A crate that is named twice is read once.
         if taken.insert(folder_name.clone()) {
             add(&folder, [&folder_name, &folder_name], true, &mut found, tally)?;
         }
@@ -328,7 +330,7 @@ fn find(config: &PrepareConfig, cargo_home: &Path, tally: &mut Tally) -> Result<
     for path in &config.paths {
         let path = std::path::absolute(path).unwrap_or_else(|_| path.into());
         let matched = path.file_name().and_then(OsStr::to_str).unwrap_or("files").to_owned();
-        // Two paths may end alike. Where they differ is a matter of the machine, so they are numbered.
+        // Two paths may have the same last part. The rest depends on the machine, so the names are numbered instead.
         let (stem, suffix) = match matched.rsplit_once('.') {
             Some((stem, suffix)) if path.is_file() && !stem.is_empty() => (stem, format!(".{suffix}")),
             _ => (matched.as_str(), String::new()),
@@ -351,7 +353,7 @@ fn find(config: &PrepareConfig, cargo_home: &Path, tally: &mut Tally) -> Result<
     Ok(found)
 }
 
-/// Adds the files below a folder, which has one name in the corpus and another one for globs.
+/// Adds the files below a folder, which has one name in the corpus and possibly another one for globs.
 fn add(
     folder: &Path,
     [name, matched]: [&str; 2],
@@ -374,7 +376,7 @@ fn add(
     Ok(())
 }
 
-/// What lies directly in a folder, sorted.
+/// The entries of a folder, sorted.
 fn children(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
     let mut paths: Vec<PathBuf> =
         std::fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>()?;
@@ -448,8 +450,8 @@ mod tests {
         };
         let expected_passed = [
             told("in UTF-16, not UTF-8", 1, "notes/binary.md"),
-            told("with the same text as another file, but for white space", 1, "b-2.0.0/README.md"),
-            told("a licence that another crate has as well", 1, "b-2.0.0/LICENSE.md"),
+            told("with the same text as another file, except for whitespace", 1, "b-2.0.0/README.md"),
+            told("a licence that another crate contains as well", 1, "b-2.0.0/LICENSE.md"),
             told("hidden (the name begins with a dot)", 1, "a-1.0.0/.hidden.md"),
         ];
         assert_eq!(tally.passed_by(), expected_passed);
@@ -491,7 +493,7 @@ mod tests {
         let read = |paths: &[&str]| documents(&of(paths), place.path()).unwrap().0;
         let folders = read(&["en/texts", "de/texts"]);
         assert_eq!(folders.len(), 81);
-        // Globs are matched with the name that the folder has.
+        // Globs are matched against the folder's own name.
         assert_eq!(
             (folders[40].path.as_str(), folders[40].text.as_str()),
             ("texts-2/0.txt", "de text number 0")
@@ -503,7 +505,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_of_people_may_be_called_like_licences() {
+    fn licence_names_matter_in_crates_alone() {
         let place = tempfile::tempdir().unwrap();
         let stems = ["notice", "Notices-2021", "copyright law", "copying", "LICENSE"];
         for (number, stem) in (0..40).zip(stems.iter().cycle()) {
@@ -517,7 +519,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_passed_by_is_counted_and_named() {
+    fn skipped_files_are_counted_and_named() {
         let place = tempfile::tempdir().unwrap();
         let folder = place.path().join("all");
         let latin1 = |number: u8| [b"caf\xe9 ".as_slice(), &[b'a' + number]].concat();
@@ -551,10 +553,10 @@ mod tests {
         assert_eq!(
             passed_by,
             [
-                ("larger than prepare.cap (70000 bytes of at most 65536)", 1, "all/big.txt"),
+                ("larger than prepare.cap (70000 bytes, the limit is 65536)", 1, "all/big.txt"),
                 ("in UTF-16, not UTF-8", 1, "all/wide.txt"),
                 ("not UTF-8", 20, "all/latin0.txt"),
-                ("a pointer of Git LFS (run `git lfs pull`)", 1, "all/large.txt"),
+                ("a Git LFS pointer (run `git lfs pull`)", 1, "all/large.txt"),
                 ("empty", 1, "all/empty.txt"),
                 ("not in prepare.include", 1, "all/table.csv"),
             ]
@@ -562,7 +564,7 @@ mod tests {
         let summary = prepared.summary();
         let words = [
             "took 21 of 46 files",
-            "1 larger than prepare.cap (70000 bytes of at most 65536) (first: \"all/big.txt\")",
+            "1 larger than prepare.cap (70000 bytes, the limit is 65536) (first: \"all/big.txt\")",
             "20 not UTF-8 (first: \"all/latin0.txt\")",
         ];
         assert!(words.iter().all(|words| summary.contains(words)), "{summary}");
@@ -576,7 +578,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_can_never_fit_keeps_no_other_out() {
+    fn a_file_that_can_never_fit_does_not_exclude_others() {
         let place = tempfile::tempdir().unwrap();
         let text = |size: usize, letter: &str| letter.repeat(size);
         write(
@@ -617,7 +619,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_is_named() {
+    fn missing_crates_and_paths_are_named() {
         let place = machine();
         for (change, words) in [
             (

@@ -1,9 +1,9 @@
 //! Writes the documents of a plan's sources to shards of even size: [`pack`] to parquet files of text, which can be
-//! entered anywhere and shuffled, [`tokenize`] to files of token ids.
+//! entered anywhere and shuffled, and [`tokenize`] to files of token ids.
 //!
-//! Units are put together to jobs of about a shard's size; a chain, which can be of any size, makes several shards. What
-//! a shard holds depends on the manifest alone, so any number of threads write the same bytes. A note of what is written
-//! lies beside the shards, so that work that was interrupted goes on after the last whole shard.
+//! Units are grouped into jobs of about the size of a shard; a large unit makes several shards. The contents of a shard
+//! depend on the manifest alone, so any number of threads write the same bytes. A note beside the shards records what
+//! has been written, so that interrupted work continues after the last complete shard.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -26,26 +26,26 @@ use crate::store::{Folder, Stores};
 use crate::tokens;
 use ulmus_tokenizer::{Encoder, Tokenizer};
 
-/// What has been written, in the folder of a source's shards.
+/// The file that records what has been written, in the folder of a source's shards.
 const NOTE: &str = ".shards.json";
 
-/// What was written, now and before.
+/// Counts of what has been written, now and before.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Written {
-    /// Shards.
+    /// Number of shards.
     pub shards: u64,
     /// Documents that were read for them.
     pub documents: u64,
-    /// Shards that were there already.
+    /// Shards that existed already.
     pub skipped: u64,
 }
 
-/// How far each job of a source is.
+/// The progress of each job of a source.
 #[derive(Debug, Serialize, Deserialize)]
 struct Note {
-    /// Hash of what decides the shards.
+    /// Hash of everything that decides the shards.
     of: Digest,
-    /// By number.
+    /// Progress by number of the job.
     jobs: BTreeMap<usize, Progress>,
 }
 
@@ -53,23 +53,23 @@ struct Note {
 struct Progress {
     shards: u64,
     documents: u64,
-    /// Unit and segment that come next; none when the job is done.
+    /// The next unit and segment, or `None` when the job is done.
     next: Option<(usize, u64)>,
 }
 
-/// A shard in memory.
+/// A shard that is being built in memory.
 trait Shard {
     fn add(&mut self, document: Document) -> Result<(), DataError>;
     fn is_empty(&self) -> bool;
     fn into_file(self) -> Vec<u8>;
 }
 
-/// Writes the texts of every source, as they are, to `<to>/<source>/part-….parquet`: about `shard` bytes of text in a
-/// file, and row groups that are units. Column `text` has the text, `origin` file and place of each. `done` hears of
-/// bytes as the manifest has them, and how many there are in all. Blocks.
+/// Writes the unchanged texts of every source to `<to>/<source>/part-….parquet`, with about `shard` bytes of text per
+/// file and a unit per row group. The column `text` holds the text, `origin` its file and position. `done` is called
+/// with the number of bytes (as the manifest counts them) that have just been read, and their total. Blocks.
 ///
 /// # Errors
-/// When a source cannot be read, or the folder cannot be written or holds anything else.
+/// When a source cannot be read, or the folder cannot be written to or holds other files.
 pub fn pack(
     config: &DataConfig,
     to: &str,
@@ -85,12 +85,12 @@ pub fn pack(
 }
 
 /// Writes the documents of every source that pass the plan's filters, normalised and tokenized, to
-/// `<to>/<source>/part-….npy`, or `.bin` without a header: from about `shard` bytes of text a file. Each document ends
-/// with EOS. Ids have two bytes where all fit into them, else four. What a plan holds out is not left out: that is for
-/// the plan that reads the shards. Blocks.
+/// `<to>/<source>/part-….npy` (with `header`) or `.bin`, from about `shard` bytes of text per file. Each document ends with
+/// EOS. Ids have two bytes if all fit, and else four. Held-out documents are included: holding out is up to the plan
+/// that reads the shards. Blocks.
 ///
 /// # Errors
-/// As for [`pack`], and when the plan cuts documents into pieces.
+/// The same as for [`pack`], and when the plan cuts documents into pieces.
 pub fn tokenize(
     config: &DataConfig,
     tokenizer: Tokenizer,
@@ -107,7 +107,7 @@ pub fn tokenize(
     let DataConfig { normalize, min_characters, min_tokens, .. } = config;
     let ends = [tokenizer.bos(), tokenizer.eos()];
     let of = json!([tokenizer.digest(), ends, header, normalize, min_characters, min_tokens]);
-    // One lane, which has units in any case.
+    // With a single lane, any number of units is enough.
     let corpus = Corpus::new(&DataConfig { lanes: 1, ..config.clone() }, 0, sources, tokenizer)?;
     let begin = |source| TokenIds {
         corpus: &corpus,
@@ -126,7 +126,7 @@ fn open(config: &DataConfig) -> Result<(Manifest, Sources), DataError> {
     Ok((manifest, sources))
 }
 
-/// Texts, and where they come from.
+/// A shard of texts and their origins.
 struct Texts<'a> {
     sources: &'a Sources,
     source: usize,
@@ -149,7 +149,7 @@ impl Shard for Texts<'_> {
         }
         self.last += bytes;
         let origin = format!("{}#{at}", self.sources.file(self.source, file as usize));
-        self.groups.last_mut().expect("one was just put there").push(vec![text, origin]);
+        self.groups.last_mut().expect("there is a group").push(vec![text, origin]);
         Ok(())
     }
 
@@ -162,7 +162,7 @@ impl Shard for Texts<'_> {
     }
 }
 
-/// Token ids.
+/// A shard of token ids.
 struct TokenIds<'a> {
     corpus: &'a Corpus,
     source: usize,
@@ -177,7 +177,8 @@ impl Shard for TokenIds<'_> {
         }
         for judged in self.corpus.judge(&mut self.encoder, document.content) {
             if let Judged::HeldOut(_, tokens) | Judged::Kept(tokens) = judged {
-                // Without BOS: one token between two documents is what others expect. Between two of them there would be none.
+                // BOS is left out, because readers expect one token between documents. An empty document is left out,
+                // too.
                 if tokens.len() > 2 {
                     self.ids.push(&tokens[1..]);
                 }
@@ -195,26 +196,26 @@ impl Shard for TokenIds<'_> {
     }
 }
 
-/// What is written.
+/// Everything that the shards of all sources are made from.
 struct Work<'a> {
     config: &'a DataConfig,
     manifest: &'a Manifest,
     sources: &'a Sources,
-    /// Bytes of text that make a shard.
+    /// Bytes of text per shard.
     shard: u64,
     suffix: &'static str,
-    /// What decides them, besides the source, their size and that of units.
+    /// Everything that decides the shards, except the source and the sizes of shards and units.
     of: serde_json::Value,
 }
 
-/// Where the shards of a source go.
+/// The folder for the shards of a source.
 struct Target {
     folder: Folder,
     note: Mutex<Note>,
 }
 
-/// Units of a source that become shards of their own.
-struct Job<'a> {
+/// Consecutive units of a source that are written to shards of their own.
+struct ShardJob<'a> {
     source: usize,
     target: &'a Target,
     number: usize,
@@ -237,7 +238,7 @@ impl Work<'_> {
         let write = || {
             while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
                 if let Err(error) = self.write_job(job, &begin, done) {
-                    // Nobody begins another job.
+                    // No thread begins another job.
                     next.store(jobs.len(), Ordering::Relaxed);
                     return Err(error);
                 }
@@ -255,7 +256,7 @@ impl Work<'_> {
         })
     }
 
-    /// The folder of a source's shards, which holds nothing else, and what is there already.
+    /// Opens the folder for a source's shards, and checks what is there already.
     fn target(&self, root: &Folder, source: usize) -> Result<Target, DataError> {
         let name = self.sources.name(source);
         let folder = root.child(name);
@@ -268,21 +269,21 @@ impl Work<'_> {
         let mut note = match there.get(NOTE) {
             None => match there.keys().next() {
                 None => Note { of, jobs: BTreeMap::new() },
-                Some(other) => return Err(refuse(format!("it has other files, {other:?} for one"))),
+                Some(other) => return Err(refuse(format!("it has other files, such as {other:?}"))),
             },
             Some(known) => serde_json::from_slice(&folder.read_all(known)?)
-                .map_err(|_| refuse("its note of shards is damaged".to_owned()))?,
+                .map_err(|_| refuse(format!("its {NOTE} is damaged")))?,
         };
         if note.of != of {
             let reason =
                 "it has shards of other files, or made with another --shard, data.unit, filter or tokenizer";
             return Err(refuse(reason.to_owned()));
         }
-        // Shards that are lost are made again, with the others of their job.
+        // If a shard is missing, all shards of its job are written again.
         let is_there = |name: String| there.get(&name).is_some_and(|file| file.size > 0);
         note.jobs.retain(|job, progress| (0..progress.shards).all(|part| is_there(self.file(*job, part))));
         let target = Target { folder, note: Mutex::new(note) };
-        // Before the first shard, so that none is there without it.
+        // The note is written first, so that there is never a shard without it.
         target.save(&target.note())?;
         Ok(target)
     }
@@ -291,11 +292,11 @@ impl Work<'_> {
         format!("part-{job:05}-{part:03}.{}", self.suffix)
     }
 
-    fn jobs<'t>(&self, targets: &'t [Target]) -> Vec<Job<'t>> {
+    fn jobs<'t>(&self, targets: &'t [Target]) -> Vec<ShardJob<'t>> {
         let jobs = targets.iter().enumerate().flat_map(|(source, target)| {
             let sizes = self.sources.unit_sizes(source);
             let runs: Vec<_> = runs(&sizes, self.shard).collect();
-            runs.into_iter().enumerate().map(move |(number, (first, end, _))| Job {
+            runs.into_iter().enumerate().map(move |(number, (first, end, _))| ShardJob {
                 source,
                 target,
                 number,
@@ -307,7 +308,7 @@ impl Work<'_> {
 
     fn write_job<S: Shard>(
         &self,
-        job: &Job<'_>,
+        job: &ShardJob<'_>,
         begin: impl Fn(usize) -> S,
         done: impl Fn(u64),
     ) -> Result<(), DataError> {
@@ -344,8 +345,8 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// Writes a shard, then the note that says so.
-    fn put<S: Shard>(&self, job: &Job<'_>, progress: &mut Progress, shard: S) -> Result<(), DataError> {
+    /// Writes a shard, and then records it in the note.
+    fn put<S: Shard>(&self, job: &ShardJob<'_>, progress: &mut Progress, shard: S) -> Result<(), DataError> {
         if !shard.is_empty() {
             job.target.folder.write(&self.file(job.number, progress.shards), shard.into_file())?;
             progress.shards += 1;
@@ -358,7 +359,7 @@ impl Work<'_> {
 
 impl Target {
     fn note(&self) -> MutexGuard<'_, Note> {
-        // A thread that panicked has inserted whole entries only.
+        // A thread that panicked cannot have left half an entry.
         self.note.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -367,7 +368,7 @@ impl Target {
     }
 }
 
-/// Over all jobs.
+/// Sums a count over all jobs.
 fn sum(targets: &[Target], count: fn(&Progress) -> u64) -> u64 {
     targets.iter().map(|target| target.note().jobs.values().map(count).sum::<u64>()).sum()
 }

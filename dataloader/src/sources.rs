@@ -1,4 +1,4 @@
-//! Sources that are open: from the manifest to documents.
+//! Opens the sources of a plan, and reads documents by the manifest.
 
 use serde::Serialize;
 use ulmus_plan::{DataConfig, Format, SourceConfig};
@@ -8,14 +8,15 @@ use ulmus_types::{ErrorKind, Problems};
 
 use crate::address::RUN;
 use crate::error::DataError;
-use crate::format::{self, Content, Document, Layout, Segments, Unit};
+use crate::format::{self, Content, Document, Segments, UnitReader};
 use crate::manifest::{self, Manifest, SourceManifest};
 use crate::order::Mixture;
 use crate::store::{Folder, Stores, Traffic};
 use crate::tokens::Vocabulary;
+use crate::unit::Unit;
 
-/// How often a unit that cannot be read is read again.
-pub(crate) const AGAIN: usize = 2;
+/// How often the reading of a bad unit is retried.
+pub(crate) const RETRIES: usize = 2;
 
 /// The sources of a plan, as the manifest lists them.
 #[derive(Debug)]
@@ -25,11 +26,11 @@ pub struct Sources(Vec<Source>);
 struct Source {
     folder: Folder,
     listed: SourceManifest,
-    layout: Layout,
+    reader: UnitReader,
 }
 
 impl Sources {
-    /// Opens every source; `run` is the run's own folder.
+    /// Opens every source. `run` is the run's own folder.
     ///
     /// # Errors
     /// When a folder cannot be opened, or the manifest belongs to other sources.
@@ -50,16 +51,16 @@ impl Sources {
             Ok(Source {
                 folder: stores.open(listed.url.as_deref().unwrap_or(&source.url))?,
                 listed: listed.clone(),
-                layout: layout(source, listed.format, config),
+                reader: reader(source, listed.format, config),
             })
         };
         Ok(Self(config.source.iter().zip(&manifest.sources).map(open).collect::<Result<_, DataError>>()?))
     }
 
-    /// Says what the ids mean that some sources hold.
+    /// Sets the vocabulary of sources that hold token ids.
     #[must_use]
-    pub(crate) fn of_tokens(mut self, vocabulary: Vocabulary) -> Self {
-        self.0.iter_mut().for_each(|source| source.layout.vocabulary = Some(vocabulary));
+    pub(crate) fn with_vocabulary(mut self, vocabulary: Vocabulary) -> Self {
+        self.0.iter_mut().for_each(|source| source.reader.vocabulary = Some(vocabulary));
         self
     }
 
@@ -68,11 +69,11 @@ impl Sources {
         self.0[source].listed.format.holds_tokens()
     }
 
-    /// Opens a unit at a segment; `again` passes by the cache, when what was read before is in doubt. Blocks, as
-    /// reading it does.
+    /// Opens a unit at the beginning of `segment`. `again` bypasses the cache, whose contents may be damaged. Opening
+    /// and reading block.
     ///
     /// # Errors
-    /// When the unit's file is gone, has changed, is damaged, or is not what the plan says.
+    /// When the unit's file is missing, has changed, is damaged, or is not what the plan says.
     pub(crate) fn open_unit(
         &self,
         source: usize,
@@ -80,13 +81,14 @@ impl Sources {
         segment: u64,
         again: bool,
     ) -> Result<Segments, DataError> {
-        let Source { folder, listed, layout } = &self.0[source];
+        let Source { folder, listed, reader } = &self.0[source];
         let folder = if again { &folder.afresh() } else { folder };
-        layout.open(folder, &listed.files, listed.units[unit], segment)
+        reader.open(folder, &listed.files, listed.units[unit], segment)
     }
 
-    /// The documents of a unit, a segment at a time, from one of them on; `passed` hears how many of the unit's bytes, as
-    /// the manifest has them, are behind each, and in the end of all that are left. Blocks.
+    /// The documents of a unit, one segment at a time, beginning with segment `from`. After each segment, `passed` is
+    /// called with the number of bytes in it (as the manifest counts them), so that the sum is the size of the unit.
+    /// Blocks.
     pub(crate) fn segments(
         &self,
         source: usize,
@@ -111,9 +113,9 @@ impl Sources {
             Ok::<_, DataError>(documents)
         };
         std::iter::from_fn(move || {
-            // What cannot be read may have been damaged on its way.
+            // A unit that cannot be read may have been damaged in transit.
             let mut read = next(false);
-            for _ in 0..AGAIN {
+            for _ in 0..RETRIES {
                 if read.as_ref().is_err_and(DataError::is_of_unit) {
                     read = next(true);
                 }
@@ -122,7 +124,7 @@ impl Sources {
         })
     }
 
-    /// The texts of a unit, a segment at a time. Blocks.
+    /// The texts of a unit, one segment at a time. Blocks.
     fn texts(&self, source: usize, unit: usize) -> impl Iterator<Item = Result<Vec<String>, DataError>> {
         let text = move |document: Document| match document.content {
             Content::Text(text) => Ok(text),
@@ -137,17 +139,17 @@ impl Sources {
         self.units().flat_map(|(source, unit, _)| self.texts(source, unit))
     }
 
-    /// Whole documents that hold about `bytes` of text, from units spread evenly over all sources. Blocks.
+    /// Documents with about `bytes` of text, from units spread evenly over all sources. Blocks.
     ///
     /// # Errors
-    /// As for reading a unit.
+    /// When a unit cannot be read, or holds token ids.
     pub fn sample(&self, bytes: u64) -> Result<Vec<String>, DataError> {
         let total: u64 = self.units().map(|(_, _, unit)| unit.bytes).sum();
         let mut sample = Vec::new();
         let (mut passed, mut taken) = (0_u128, 0);
         for (source, index, unit) in self.units() {
             passed += u128::from(unit.bytes);
-            // Segments are read while the sample lags behind its share of what has been passed.
+            // Segments are read as long as the sample is behind its share of the units so far.
             let mut segments = self.texts(source, index);
             while u128::from(taken) * u128::from(total) < passed * u128::from(bytes) {
                 let Some(documents) = segments.next() else { break };
@@ -159,14 +161,14 @@ impl Sources {
         Ok(sample)
     }
 
-    /// All units, source by source.
+    /// All units, source by source: the indices of the source and of the unit in it, and the unit.
     pub(crate) fn units(&self) -> impl Iterator<Item = (usize, usize, Unit)> {
         self.0.iter().enumerate().flat_map(|(source, s)| {
             s.listed.units.iter().enumerate().map(move |(index, unit)| (source, index, *unit))
         })
     }
 
-    /// Unit numbers in turn over the sources: the first unit of each, the second of each, …
+    /// Indices of source and unit, taking the sources in turn: the first unit of each, then the second of each, …
     pub(crate) fn units_in_turn(&self) -> Vec<(usize, usize)> {
         let mut units: Vec<(usize, usize)> = self.units().map(|(source, index, _)| (source, index)).collect();
         units.sort_by_key(|(source, index)| (*index, *source));
@@ -178,18 +180,18 @@ impl Sources {
         self.0[source].listed.units.iter().map(|unit| unit.bytes).collect()
     }
 
-    /// What reading a source has cost so far.
+    /// Traffic caused by a source so far.
     pub(crate) fn traffic(&self, source: usize) -> Traffic {
         self.0[source].folder.traffic()
     }
 
-    /// Where a file of a source lies, for messages.
+    /// URL of a file of a source, for messages.
     pub(crate) fn place(&self, source: usize, file: usize) -> String {
         let Source { folder, listed, .. } = &self.0[source];
         folder.place(&listed.files[file].path)
     }
 
-    /// Name of a file of a source, below its `url`.
+    /// Name of a file of a source, relative to the source's `url`.
     pub(crate) fn file(&self, source: usize, file: usize) -> &str {
         &self.0[source].listed.files[file].path
     }
@@ -200,7 +202,7 @@ impl Sources {
     }
 }
 
-/// Makes sure that every lane which reads a source has a unit of it; `all_lanes` are those of the plan.
+/// Checks that each of the `lanes` lanes that read a source has at least one of its `units`. The plan has `all_lanes`.
 pub(crate) fn enough_units(
     name: &str,
     units: usize,
@@ -214,36 +216,36 @@ pub(crate) fn enough_units(
     Err(DataError::FewUnits { name: name.to_owned(), units, lanes, most })
 }
 
-/// What `--check sources` found in one source.
+/// What was found in a source.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct SourceReport {
     /// Name of the source.
     pub name: String,
-    /// How many files it has.
+    /// Number of files.
     pub files: usize,
-    /// Their size in bytes, as stored.
+    /// Total size of the stored files in bytes.
     pub bytes: u64,
-    /// Rows of the first file, if it tells them.
+    /// Number of rows in the first file, if its format states it.
     pub rows: Option<u64>,
-    /// Columns and types of the first file.
+    /// Columns of the first file and their types.
     pub schema: String,
-    /// The beginning of its first text, or its first token ids.
+    /// The beginning of the first text, or the first token ids.
     pub sample: String,
 }
 
-/// Characters of a text that are shown as a sample.
+/// Number of characters in a sample of text.
 const SAMPLE_CHARACTERS: usize = 60;
-/// Ids, where there is no text.
+/// Number of ids in a sample of token ids.
 const SAMPLE_TOKENS: usize = 12;
 
 /// What was found in all sources.
 #[derive(Debug, Default)]
 pub struct Inspection {
-    /// Of the sources that can be read.
+    /// Reports on the sources that can be read.
     pub reports: Vec<SourceReport>,
-    /// Of the others.
+    /// Problems with the other sources.
     pub problems: Problems,
-    /// What can be done about the first of those.
+    /// Kind of the first problem.
     pub kind: Option<ErrorKind>,
 }
 
@@ -304,14 +306,14 @@ fn report(
     let files = manifest::list(source, &folder, &stores)?;
     let format = manifest::format_of(source, &folder, &files)?;
     if !folder.can_list() {
-        manifest::must_give_ranges(&folder, &files)?;
+        manifest::check_ranges(&folder, &files)?;
     }
-    let layout = layout(source, format, config);
-    let first = first_document(&layout, &folder, &files)?;
+    let reader = reader(source, format, config);
+    let first = first_document(&reader, &folder, &files)?;
     let first = first.ok_or_else(|| DataError::Empty { name: source.name.clone() })?;
-    // A file that is not empty has one unit at least, so that all are looked at only where there are few.
+    // Each file that is not empty has at least one unit, so units are counted only where there are few files.
     if files.iter().filter(|file| file.size > 0).count() < lanes {
-        enough_units(&source.name, layout.units(&folder, &files)?.len(), lanes, all_lanes)?;
+        enough_units(&source.name, reader.units(&folder, &files)?.len(), lanes, all_lanes)?;
     }
     let sample = match &first {
         Content::Text(text) => text.chars().take(SAMPLE_CHARACTERS).collect(),
@@ -327,16 +329,17 @@ fn report(
     })
 }
 
-/// The first document of a source that says anything. Writers that share work leave files of no rows, and rows of no text.
+/// The first document of a source that is not empty. Distributed writers leave files without rows and rows without
+/// text.
 fn first_document(
-    layout: &Layout,
+    reader: &UnitReader,
     folder: &Folder,
     files: &[FileInfo],
 ) -> Result<Option<Content>, DataError> {
     for file in files {
         let file = std::slice::from_ref(file);
-        for unit in layout.units(folder, file)? {
-            let mut segments = layout.open(folder, file, unit, 0)?;
+        for unit in reader.units(folder, file)? {
+            let mut segments = reader.open(folder, file, unit, 0)?;
             while let Some(documents) = segments.next()? {
                 let says = |content: &Content| match content {
                     Content::Text(text) => !text.trim().is_empty(),
@@ -352,7 +355,7 @@ fn first_document(
     Ok(None)
 }
 
-/// How a source is read, as far as that is known without a tokenizer.
-fn layout(source: &SourceConfig, format: Format, config: &DataConfig) -> Layout {
-    Layout { format, text: source.text.clone(), limit: config.unit.get(), vocabulary: None }
+/// The reader for the units of a source, as far as it is known without a tokenizer.
+fn reader(source: &SourceConfig, format: Format, config: &DataConfig) -> UnitReader {
+    UnitReader { format, text: source.text.clone(), limit: config.unit.get(), vocabulary: None }
 }

@@ -1,54 +1,54 @@
-//! Shards of token ids that were tokenized before: numbers of 2 or 4 bytes, little end first, one document after the
-//! other.
+//! Reads and writes shards of token ids: little-endian integers of 2 or 4 bytes, one document after the other.
 //!
-//! Three forms are read: ids alone (nanoGPT's `.bin`, the memory maps that OLMo calls `.npy`), llm.c's `.bin` with its
-//! header of 1024 bytes, and the `.npy` of `NumPy` itself. Documents stand between tokens that begin or end one, BOS and EOS of
-//! the plan's tokenizer: whether such a token leads, trails or both makes no difference, and neither does a second one.
-//! A document belongs to the unit in whose bytes it begins.
+//! Three formats are read: plain ids (nanoGPT's `.bin`, and the memory maps that OLMo calls `.npy`), llm.c's `.bin`
+//! with its header of 1024 bytes, and the `.npy` of `NumPy` itself. Documents are separated by the BOS and EOS tokens
+//! of the plan's tokenizer; it does not matter whether a document has one of them, both, or one twice. A document
+//! belongs to the unit in whose bytes it begins.
 
 use bytes::Bytes;
 use ulmus_plan::Format;
 use ulmus_storage::FileInfo;
 
+use crate::contents::refuse_pointer;
 use crate::error::DataError;
-use crate::format::{TAIL_STEPS, Unit, refuse_pointer};
 use crate::store::Folder;
+use crate::unit::{TAIL_STEPS, Unit};
 
-/// Most bytes of a header.
+/// Maximum size of a header in bytes.
 const HEADER: u64 = 4096;
-/// llm.c: the first number of a file, and the size of its ids. The third one counts them.
+/// The first number in a file of llm.c, and the format of the file's ids. The third number is their count.
 const LLM_C: [(u32, Format); 2] = [(20_240_520, Format::U16), (20_240_801, Format::U32)];
 const LLM_C_HEADER: usize = 1024;
 const NUMPY: &[u8] = b"\x93NUMPY";
-/// Bytes in front of the ids of a `.npy` file of ours: a multiple of 64, as its readers expect.
+/// Size in bytes of the header of a `.npy` file that we write: a multiple of 64, as readers expect.
 const NUMPY_HEADER: usize = 128;
-/// Ids of which none can tell how wide they are.
+/// Fewer ids than this are not enough to recognise a wrong width.
 const FEW: usize = 16;
-/// Tokens after which a document is taken for a file without any ends of documents.
-const MOST: usize = 1 << 28;
+/// Maximum number of tokens in a document. Beyond, the file is assumed to have no separators.
+const MAX_DOCUMENT: usize = 1 << 28;
 
-/// What ids mean.
+/// The meaning of ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Vocabulary {
-    /// Tokens that stand between documents.
+    /// BOS and EOS, which separate documents.
     pub(crate) ends: [u32; 2],
-    /// Ids are below.
+    /// All ids are below this number.
     pub(crate) pieces: u32,
 }
 
-/// What stands in front of the ids of a file.
+/// The header before the ids in a file.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Header {
     bytes: usize,
-    /// Size of the ids and how many there are, if it tells them.
+    /// Format and number of the ids, if the header states them.
     holds: Option<(Format, u64)>,
 }
 
 impl Header {
-    /// Reads the beginning of a file.
+    /// Reads the header at the beginning of a file; an empty one if there is none.
     fn read(file: &[u8]) -> Result<Self, String> {
         if let Some(rest) = file.strip_prefix(NUMPY) {
-            return Self::numpy(rest).ok_or("its header is not one of NumPy's".to_owned())?;
+            return Self::numpy(rest).ok_or("its NumPy header is not valid".to_owned())?;
         }
         let word = |index: usize| Some(u32::from_le_bytes(*file.get(4 * index..)?.first_chunk()?));
         let known = LLM_C.iter().find(|(magic, _)| file.len() >= LLM_C_HEADER && word(0) == Some(*magic));
@@ -60,7 +60,7 @@ impl Header {
         })
     }
 
-    /// Makes sure that it is one of this format, and of a file of this size.
+    /// Checks the header against the expected format and the size of the file.
     fn check(&self, folder: &Folder, file: &FileInfo, format: Format) -> Result<(), DataError> {
         let damaged = |reason| DataError::Damaged { file: folder.place(&file.path), reason };
         let (width, size) = (width(format), file.size - self.bytes as u64);
@@ -71,16 +71,16 @@ impl Header {
                 Err(refused(folder, file, reason))
             }
             Some((_, count)) if count != size / width => {
-                Err(damaged(format!("its header counts {count} tokens, and there are {}", size / width)))
+                Err(damaged(format!("its header states {count} tokens, but there are {}", size / width)))
             }
             _ if !size.is_multiple_of(width) => {
-                Err(damaged(format!("its {} bytes are not whole numbers of {width}", file.size)))
+                Err(damaged(format!("its size of {} bytes is not a multiple of {width}", file.size)))
             }
             _ => Ok(()),
         }
     }
 
-    /// What follows the mark of a `.npy` file: version, length, and a Python dictionary.
+    /// Reads what follows the magic bytes of a `.npy` file: version, length, and a Python dictionary.
     fn numpy(rest: &[u8]) -> Option<Result<Self, String>> {
         let (begin, length) = match rest.first()? {
             1 => (4, usize::from(u16::from_le_bytes(*rest.get(2..)?.first_chunk()?))),
@@ -102,18 +102,19 @@ impl Header {
             .map(|side| side.parse::<u64>().ok())
             .try_fold(1_u64, |count, side| count.checked_mul(side?))?;
         if count > 0 && value("'fortran_order'")?.starts_with("True") {
-            return Some(Err("it is in Fortran's order; write it in that of C".to_owned()));
+            return Some(Err("it is in Fortran order; write it in C order".to_owned()));
         }
         Some(Ok(Self { bytes: NUMPY.len() + begin + length, holds: Some((format, count)) }))
     }
 }
 
-/// Bytes of a token.
+/// Size of a token in bytes.
 pub(crate) const fn width(format: Format) -> u64 {
     if matches!(format, Format::U16) { 2 } else { 4 }
 }
 
-/// Bytes of a unit for so many bytes of text, at about four of them to a token. The header is in the first unit.
+/// Size in bytes of a unit that holds about `text` bytes of text, at four bytes per token. The first unit includes the
+/// header.
 pub(crate) fn step(format: Format, text: u64) -> u64 {
     (text / 4 * width(format)).max(HEADER)
 }
@@ -122,24 +123,24 @@ const fn name(format: Format) -> &'static str {
     if matches!(format, Format::U16) { "u16" } else { "u32" }
 }
 
-/// The format that a file's header tells.
+/// The format that a file's header states.
 pub(crate) fn format_of(folder: &Folder, file: &FileInfo) -> Result<Format, DataError> {
     let unknown = || {
         let reason =
-            "it has no header; write format = \"u16\" or \"u32\", the size of its numbers, in the plan";
+            "it has no header; write format = \"u16\" or \"u32\" in the plan, for the width of its numbers";
         refused(folder, file, reason.to_owned())
     };
     header(folder, file)?.0.holds.map(|(format, _)| format).ok_or_else(unknown)
 }
 
-/// Makes sure that a file's header, if there is one, tells this format and the file's size.
+/// Checks that a file's header, if there is one, agrees with the format and the file's size.
 pub(crate) fn check(folder: &Folder, file: &FileInfo, format: Format) -> Result<(), DataError> {
     let (header, begin) = header(folder, file)?;
     header.check(folder, file, format)?;
     if header.holds.is_none() && has_empty_halves(&ids(format, &begin)) {
         let (width, twice) = (width(format), 2 * width(format));
         let reason = format!(
-            "every second number of {width} bytes is 0, so its numbers have {twice} bytes; {}",
+            "every second number of {width} bytes is 0, so its numbers seem to have {twice} bytes; {}",
             if twice == 4 { "write format = \"u32\"" } else { "write them as uint16 or uint32" }
         );
         return Err(refused(folder, file, reason));
@@ -147,13 +148,13 @@ pub(crate) fn check(folder: &Folder, file: &FileInfo, format: Format) -> Result<
     Ok(())
 }
 
-/// Whether ids are the halves of wider numbers, all of which are small.
+/// Whether ids look like the halves of wider, small numbers.
 fn has_empty_halves(ids: &[u32]) -> bool {
     let halves = |first: usize| ids.iter().skip(first).step_by(2);
     ids.len() >= FEW && halves(1).all(|half| *half == 0) && halves(0).any(|half| *half != 0)
 }
 
-/// The header of a file, and what was read for it.
+/// The header of a file, and the bytes that were read to get it.
 fn header(folder: &Folder, file: &FileInfo) -> Result<(Header, Bytes), DataError> {
     let first = folder.read_range(file, 0..file.size.min(HEADER))?;
     refuse_pointer(folder, file, &first)?;
@@ -165,10 +166,11 @@ fn refused(folder: &Folder, file: &FileInfo, reason: String) -> DataError {
     DataError::Format { file: folder.place(&file.path), format: "a shard of token ids", reason }
 }
 
-/// Where a document begins in its file, in bytes, and its ids.
+/// The offset in bytes at which a document begins in its file, and its ids.
 pub(crate) type Tokens = (u64, Vec<u32>);
 
-/// The documents that begin within the unit, without the tokens between them. With no vocabulary, all ids of the unit.
+/// The documents that begin within the unit, without the tokens that separate them. Without a vocabulary, all ids of
+/// the unit are one document.
 pub(crate) fn documents(
     folder: &Folder,
     file: &FileInfo,
@@ -182,17 +184,17 @@ pub(crate) fn documents(
         let ids = ids(format, bytes);
         match (vocabulary, ids.iter().max()) {
             (Some(Vocabulary { pieces, .. }), Some(most)) if *most >= pieces => Err(refuse(format!(
-                "it has token {most} after byte {from}, and the tokenizer has {pieces} pieces; name the tokenizer that \
-                 made it in tokenizer.file, and the size of its numbers as format"
+                "it has token {most} after byte {from}, but the tokenizer has {pieces} pieces; name the tokenizer that \
+                 made it in tokenizer.file, and the width of its numbers as format"
             ))),
             _ => Ok(ids),
         }
     };
-    // A unit that begins where the header ends begins the text, as the first one does otherwise.
+    // A unit that begins right after the header begins the data, as the first unit usually does.
     let follows_header =
         (1..=HEADER).contains(&unit.first) && header(folder, file)?.0.bytes as u64 == unit.first;
     let begins_text = unit.first == 0 || follows_header;
-    // One token more in front tells whether a document begins exactly at the unit.
+    // The token before the unit shows whether a document begins exactly at the unit.
     let mut at = if begins_text { unit.first } else { unit.first - width };
     let mut bytes = folder.read_range(file, at..unit.end)?;
     if unit.first == 0 {
@@ -205,7 +207,7 @@ pub(crate) fn documents(
     let Some(Vocabulary { ends, .. }) = vocabulary else { return Ok(vec![(at, first)]) };
     let is_end = |id: &u32| ends.contains(id);
     let mut documents: Vec<Tokens> = Vec::new();
-    // What comes before the first end was begun in an earlier unit, if there is one.
+    // Tokens before the first separator belong to a document of an earlier unit, if there is one.
     let mut begins_here = begins_text;
     let mut unfinished = false;
     for tokens in first.split(is_end) {
@@ -221,15 +223,15 @@ pub(crate) fn documents(
         let more = end..(end + step).min(file.size);
         step = (2 * step).min(most);
         let ids = decode(end, &folder.read_range(file, more.clone())?)?;
-        let (begin, tokens) = documents.last_mut().expect("an unfinished document was put there");
+        let (begin, tokens) = documents.last_mut().expect("there is an unfinished document");
         let rest = ids.split(is_end).next().unwrap_or_default();
         tokens.extend(rest);
-        if tokens.len() > MOST {
+        if tokens.len() > MAX_DOCUMENT {
             let [bos, eos] = ends;
             let length = tokens.len();
             return Err(refuse(format!(
-                "the document at byte {begin} has {length} tokens and goes on; documents end at token {bos} or {eos}, so \
-                 name the token that ends those of this file as tokenizer.eos"
+                "the document at byte {begin} has {length} tokens or more without token {bos} or {eos}, which separate \
+                 documents; name the token that ends documents in this file as tokenizer.eos"
             )));
         }
         unfinished = rest.len() == ids.len();
@@ -245,7 +247,7 @@ fn ids(format: Format, bytes: &[u8]) -> Vec<u32> {
     }
 }
 
-/// A `.npy` file of ids that is being made, or one of the ids alone.
+/// Builds a file of ids, with a `.npy` header or without.
 #[derive(Debug)]
 pub(crate) struct Writer {
     format: Format,
@@ -259,7 +261,7 @@ impl Writer {
         Self { format, header, file: vec![b' '; header] }
     }
 
-    /// Adds ids, which must fit into the format.
+    /// Appends ids, which must fit in the format.
     pub(crate) fn push(&mut self, ids: &[u32]) {
         match self.format {
             Format::U16 => self.file.extend(ids.iter().flat_map(|id| (*id as u16).to_le_bytes())),
@@ -271,13 +273,13 @@ impl Writer {
         self.file.len() == self.header
     }
 
-    /// The file.
+    /// The complete file.
     pub(crate) fn finish(mut self) -> Vec<u8> {
         if self.header > 0 {
             let width = width(self.format);
             let count = (self.file.len() - self.header) as u64 / width;
             let text = format!("{{'descr': '<u{width}', 'fortran_order': False, 'shape': ({count},), }}");
-            // Version 1.0, and the length of what follows up to the ids: the dictionary, blanks and a line end.
+            // Version 1.0, and the length of the rest of the header: the dictionary, spaces and a line end.
             let begin = [NUMPY, &[1, 0], &((NUMPY_HEADER - NUMPY.len() - 4) as u16).to_le_bytes()].concat();
             self.file[..begin.len()].copy_from_slice(&begin);
             self.file[begin.len()..begin.len() + text.len()].copy_from_slice(text.as_bytes());
@@ -364,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_tell_the_size_of_numbers() {
+    fn headers_state_the_width_of_numbers() {
         let of = |bytes: Vec<u8>| {
             let (folder, info) = file(bytes);
             format_of(&folder, &info)
@@ -374,7 +376,7 @@ mod tests {
         assert_eq!(of(llm_c(&[1, 7])).unwrap(), Format::U16);
         let message = of(write(&[1, 7], Format::U16, false)).unwrap_err().to_string();
         assert!(message.contains("write format = \"u16\" or \"u32\""), "{message}");
-        // As `numpy.save` writes int64, and two rows of three.
+        // This is what `numpy.save` writes for int64, in two rows of three.
         let numpy =
             |dict: &str| [NUMPY, &[1, 0], &(dict.len() as u16).to_le_bytes()[..], dict.as_bytes()].concat();
         let message = of(numpy("{'descr': '<i8', 'fortran_order': False, 'shape': (3,), }")).unwrap_err();
@@ -385,12 +387,12 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_and_damage_are_told() {
+    fn mistakes_and_damage_are_reported() {
         let whole = write(&[BOS, 500, 501, EOS], Format::U16, true);
         let (cut, odd) = (whole[..whole.len() - 2].to_vec(), [&whole[..], &[0]].concat());
         for (bytes, format, words) in [
-            (cut, Format::U16, "counts 4 tokens, and there are 3"),
-            (odd, Format::U16, "are not whole numbers of 2"),
+            (cut, Format::U16, "states 4 tokens, but there are 3"),
+            (odd, Format::U16, "is not a multiple of 2"),
             (whole, Format::U32, "its numbers are u16, not u32"),
             (write(&[5, 60_000], Format::U16, false), Format::U16, "the tokenizer has 60000 pieces"),
         ] {

@@ -1,7 +1,7 @@
-//! The files below a folder of this machine.
+//! Finds the files below a folder of this machine.
 //!
-//! Links are followed, to files and to folders, but not upwards: a link to a folder in which it lies would never end.
-//! Whoever counts every file once leaves out what is reached again through a link within the folder.
+//! Links to files and folders are followed, except for links to a folder that contains them, which would never end. A
+//! file that is reached again through a link within the folder is marked, so that callers can count every file once.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,72 +11,73 @@ use std::path::{Path, PathBuf};
 /// A file below a folder.
 #[derive(Debug, Clone)]
 pub(crate) struct Walked {
-    /// Path below the folder, with `/` between its parts, and U+FFFD for what is not UTF-8.
+    /// Path below the folder, with `/` between its parts, and U+FFFD for invalid UTF-8.
     pub(crate) name: String,
     pub(crate) path: PathBuf,
-    /// Whether `name` is all of it.
+    /// Whether the path is valid UTF-8, so that `name` is exact.
     pub(crate) is_utf8: bool,
-    /// Whether a link leads to it and it is found under its own name, too.
+    /// Whether the file was reached through a link, and is also found under its own name.
     pub(crate) is_again: bool,
 }
 
-/// Why something below a folder is no file to be read.
+/// Why something below a folder is skipped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Passed {
     /// Its name begins with a dot.
     Hidden,
-    /// A link to a folder in which it lies.
+    /// A link to a folder that contains it.
     Loop,
-    /// A link whose target is not there, or not reached.
+    /// A link whose target does not exist, or that is part of a circle of links.
     Dangling,
     /// A socket, a pipe or a device.
     Special,
 }
 
-/// What lies below a folder: within each folder sorted by name.
+/// The files below a folder, sorted by name within each folder.
 #[derive(Debug, Default)]
 pub(crate) struct Walk {
     pub(crate) files: Vec<Walked>,
-    /// What was passed by, with its name.
+    /// Everything that was skipped: the reason, and the name.
     pub(crate) passed: Vec<(Passed, String)>,
     enters_hidden: bool,
-    /// Folders in which the walk is, without links.
+    /// The folders that the walk is currently in, with links resolved.
     within: Vec<PathBuf>,
-    /// Files that are found under their own names, and of the others what they really are.
+    /// Files that were found under their own names.
     own: BTreeSet<PathBuf>,
+    /// Files that were reached through links: the index in `files`, and the real path.
     linked: Vec<(usize, PathBuf)>,
 }
 
-/// Finds all files below a folder; what is hidden only if that is wanted.
+/// Finds all files below a folder, hidden ones only with `enters_hidden`.
 ///
 /// # Errors
 /// When a folder cannot be listed, with its path.
 pub(crate) fn walk(folder: &Path, enters_hidden: bool) -> Result<Walk, (PathBuf, io::Error)> {
     let root = fs::canonicalize(folder).map_err(|error| (folder.to_owned(), error))?;
     let mut walk = Walk { enters_hidden, ..Walk::default() };
-    let place = Place { prefix: String::new(), is_utf8: true, is_linked: false };
-    walk.enter(folder, &root, &place)?;
+    let route = Route { prefix: String::new(), is_utf8: true, is_linked: false };
+    walk.enter(folder, &root, &route)?;
     for (index, real) in std::mem::take(&mut walk.linked) {
         walk.files[index].is_again = walk.own.contains(&real);
     }
     Ok(walk)
 }
 
-/// A folder on the way.
-struct Place {
-    /// What names of its files begin with.
+/// How the walk has reached a folder.
+struct Route {
+    /// What the names of the folder's files begin with.
     prefix: String,
     is_utf8: bool,
-    /// Whether a link led here.
+    /// Whether a link is on the way.
     is_linked: bool,
 }
 
 impl Walk {
-    fn enter(&mut self, folder: &Path, real: &Path, place: &Place) -> Result<(), (PathBuf, io::Error)> {
+    fn enter(&mut self, folder: &Path, real: &Path, route: &Route) -> Result<(), (PathBuf, io::Error)> {
         let failed = |error| (folder.to_owned(), error);
         let entries = match fs::read_dir(folder) {
-            // It has been removed since the one above it was listed.
-            Err(error) if error.kind() == io::ErrorKind::NotFound && !place.prefix.is_empty() => {
+            // The folder has been removed since its parent was listed.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !route.prefix.is_empty() => {
                 return Ok(());
             }
             entries => entries.map_err(failed)?,
@@ -87,12 +88,12 @@ impl Walk {
         self.within.push(real.to_path_buf());
         for file_name in names {
             let path = folder.join(&file_name);
-            let name = format!("{}{}", place.prefix, file_name.to_string_lossy());
+            let name = format!("{}{}", route.prefix, file_name.to_string_lossy());
             if !self.enters_hidden && file_name.as_encoded_bytes().starts_with(b".") {
                 self.passed.push((Passed::Hidden, name));
                 continue;
             }
-            let is_utf8 = place.is_utf8 && file_name.to_str().is_some();
+            let is_utf8 = route.is_utf8 && file_name.to_str().is_some();
             let is_link = path.is_symlink();
             let metadata = match fs::metadata(&path) {
                 Ok(metadata) => metadata,
@@ -100,7 +101,7 @@ impl Walk {
                     self.passed.push((Passed::Dangling, name));
                     continue;
                 }
-                // It has been removed since the folder was listed.
+                // The file has been removed since the folder was listed.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err((path, error)),
             };
@@ -109,7 +110,7 @@ impl Walk {
                 if is_link {
                     let real = fs::canonicalize(&path).map_err(|error| (path.clone(), error))?;
                     self.linked.push((self.files.len(), real));
-                } else if place.is_linked {
+                } else if route.is_linked {
                     self.linked.push((self.files.len(), real));
                 } else {
                     self.own.insert(real);
@@ -125,8 +126,8 @@ impl Walk {
                     self.passed.push((Passed::Loop, name));
                     continue;
                 }
-                let is_linked = place.is_linked || is_link;
-                let below = Place { prefix: format!("{name}/"), is_utf8, is_linked };
+                let is_linked = route.is_linked || is_link;
+                let below = Route { prefix: format!("{name}/"), is_utf8, is_linked };
                 self.enter(&path, &target, &below)?;
             } else {
                 self.passed.push((Passed::Special, name));
@@ -137,7 +138,7 @@ impl Walk {
     }
 }
 
-/// Whether a link has no target, or leads in a circle.
+/// Whether a link has no target, or is part of a circle.
 fn leads_nowhere(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
         || error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error())
@@ -162,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn links_are_followed_and_never_upwards() {
+    fn links_are_followed_but_never_upwards() {
         let place = tempfile::tempdir().unwrap();
         let (root, outside) = (place.path().join("root"), place.path().join("outside"));
         write(&root, "a/x.txt");
@@ -197,9 +198,10 @@ mod tests {
         assert_eq!(of(Passed::Dangling), ["circle", "gone"]);
     }
 
-    /// Links into what is not walked, as programs make them that switch versions at once; and a file with two names.
+    /// There are links into a hidden folder, as made by programs that switch versions atomically, and a file with two
+    /// names.
     #[test]
-    fn what_only_a_link_leads_to_is_found_once() {
+    fn a_file_that_only_a_link_leads_to_is_found_once() {
         let place = tempfile::tempdir().unwrap();
         write(place.path(), ".versions/7/a.txt");
         write(place.path(), "b.txt");
@@ -210,9 +212,9 @@ mod tests {
         assert_eq!(walk.files.iter().map(|file| file.is_again).collect::<Vec<_>>(), [false, true, false]);
     }
 
-    /// A folder that may be listed but not entered: root may enter any.
+    /// The folder may be listed but not entered. Root may enter any folder, so root skips the test.
     #[test]
-    fn what_must_not_be_entered_is_told() {
+    fn a_folder_that_must_not_be_entered_is_an_error() {
         let place = tempfile::tempdir().unwrap();
         write(place.path(), "sub/a.txt");
         let sub = place.path().join("sub");

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How often `dataloader normalize --as ftfy` gives what Python's ftfy gives.
+"""Measures how often `dataloader normalize --as ftfy` agrees with Python's ftfy.
 
     python against_ftfy.py DATALOADER [FOLDER]
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import ftfy
 
-# Shares that must agree: of texts as they are, and of those that were spoilt.
+# Minimum share of texts that must agree: of unchanged ones, and of texts that were decoded wrongly on purpose.
 LEAST = {"texts": 0.998, "spoilt texts": 0.96}
 SENTENCES = [
     "L’été à Paris — “naïve” café", "Größe: ±5 °C für Änderungen", "Привет, мир — «ёлки»", "日本語のテキスト", "¿Dónde está? ¡Olé!",
@@ -54,7 +54,7 @@ def main():
         theirs = [ftfy.fix_text(text, normalization="NFC") for text in group]
         agree = sum(a == b for a, b in zip(ours, theirs, strict=True))
         plain = sum(unicodedata.normalize("NFC", text) == fixed for text, fixed in zip(group, theirs))
-        print(f"{name}: {agree} of {len(group)} as ftfy {ftfy.__version__}; normal form C alone {plain}")
+        print(f"{name}: {agree} of {len(group)} agree with ftfy {ftfy.__version__}; NFC alone: {plain}")
         failed |= agree < LEAST[name] * len(group)
     sys.exit(1 if failed else 0)
 

@@ -37,7 +37,7 @@ KINDS = {
     "nfkc, case folding": dict(normalization_rule_name="nmt_nfkc_cf", byte_fallback=True),
     "no prefix": dict(normalization_rule_name="identity", add_dummy_prefix=False, byte_fallback=True),
     "suffix": dict(treat_whitespace_as_suffix=True, byte_fallback=True),
-    "across blanks": dict(split_by_whitespace=False, normalization_rule_name="identity", byte_fallback=True),
+    "across spaces": dict(split_by_whitespace=False, normalization_rule_name="identity", byte_fallback=True),
     "user-defined pieces": dict(user_defined_symbols=["[user]", "the", "th", "ab", "▁▁"], byte_fallback=True),
     "user-defined pieces, unknown piece": dict(
         user_defined_symbols=["[user]", "é", "=="], normalization_rule_name="identity", remove_extra_whitespaces=False
@@ -73,7 +73,7 @@ def some_unused(proto):
 
 
 def odd_characters(proto):
-    """Pieces of one character that texts have no way to."""
+    """Makes pieces of one character that no text leads to."""
     characters = [piece for piece in proto.pieces if piece.type == piece.NORMAL and len(piece.piece) == 1]
     for number, piece in enumerate(random.Random(2).sample(characters, len(characters) // 3)):
         piece.type = piece.UNUSED if number % 2 else piece.CONTROL
@@ -119,7 +119,7 @@ def filtered(command, lines):
 
 
 def random_ids(pieces, count):
-    """Lists of ids that no text has, bytes and control pieces among them."""
+    """Lists of ids that no text leads to, including bytes and control pieces."""
     numbers = random.Random(2)
     few = [*range(3), *range(3, min(pieces, 259), 16)]
     return [
@@ -141,7 +141,7 @@ def compare(name, model, texts, program):
         expected_decoded = [reference.decode(ids) for ids in lists]
     wrong_ids = [index for index in range(len(texts)) if ours[index] != expected[index]]
     wrong_texts = [index for index in range(len(lists)) if ours_decoded[index] != expected_decoded[index]]
-    print(f"{name}: {len(texts)} texts, {len(wrong_ids)} with other ids; {len(wrong_texts)} of {len(lists)} decoded otherwise")
+    print(f"{name}: {len(texts)} texts, {len(wrong_ids)} with other ids; {len(wrong_texts)} of {len(lists)} decoded differently")
     for index in wrong_ids[:2]:
         at = next(i for i, (a, b) in enumerate(itertools.zip_longest(ours[index], expected[index])) if a != b)
         print(f"  {texts[index][:60]!r}, id {at}: {ours[index][at:at + 6]}, not {expected[index][at:at + 6]}")

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""What `dataloader` reads from real stores, through a network that fails, against the same files on disk; and runs that
-are kept in S3 and in Azure (fake-gcs-server does not take what object_store writes).
+"""Compares what `dataloader` reads from real stores, through an unreliable network, with the same files on disk; and tests
+runs that are kept in S3 and in Azure (fake-gcs-server does not accept the writes of object_store).
 
     python against_stores.py DATALOADER
 
@@ -39,7 +39,7 @@ from google.cloud import storage as google_storage
 HERE = Path(__file__).resolve().parent
 TOKENIZER = HERE.parent.parent / "tests/golden/tiny/tokenizer.model"
 SECRET = "only-the-servers-know-this-key"
-# Counted fields that do not depend on the way.
+# Counted fields that do not depend on the store.
 SAME = ["documents", "characters", "bytes", "short_characters", "short_tokens", "held_out", "tokens", "files"]
 # Azurite's well-known account.
 AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
@@ -69,8 +69,8 @@ def wait_for(port):
 
 
 class Faults(threading.Thread):
-    """A proxy with one request per connection. Every third one fails, in one way after the other; and the answer to the
-    first request that ends an upload is lost."""
+    """A proxy with one request per connection. Every third one fails, each time in another way, and the answer to the
+    first request that completes an upload is lost."""
 
     def __init__(self, port, host=None):
         super().__init__(daemon=True)
@@ -133,7 +133,7 @@ class Faults(threading.Thread):
 
 
 def make_corpus(folder):
-    """Files of every format, with some units each."""
+    """Writes files of every format, with several units each."""
     draw = random.Random(7)
     words = [" " + "".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 9))) for _ in range(3000)]
 
@@ -142,7 +142,7 @@ def make_corpus(folder):
 
     (folder / "sub").mkdir(parents=True)
     for number in range(3):
-        # The first is more than one request can be for.
+        # The first file is too large for a single request.
         lines = "".join(json.dumps({"text": text()}) + "\n" for _ in range(800 if number else 2800))
         (folder / f"lines-{number:05}.jsonl").write_text(lines)
         table = pyarrow.table({"url": ["x"] * 500, "content": [text() for _ in range(500)]})
@@ -169,7 +169,7 @@ def plan(path, url, more="", list_file=None, by_name=False):
 
 
 def count(program, plan_path, environment):
-    """What the program says of a plan's sources: (exit code, sources by name or the message)."""
+    """The program's exit code for a plan, and what it counts in each source, by name, or its message."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "GOOGLE_", "AZURE_", "HF_"))}
     done = subprocess.run(
         [program, "count", "--json", "--plan", str(plan_path)],
@@ -184,7 +184,7 @@ def count(program, plan_path, environment):
 
 
 def mirror(program, plan_path, to, environment, *more):
-    """Files copied, bytes copied, files that were there."""
+    """Numbers of files copied, bytes copied, and files that existed."""
     done = subprocess.run(
         [program, "mirror", "--plan", str(plan_path), "--to", to, *more],
         env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"} | environment,
@@ -200,7 +200,7 @@ def same(found, expected):
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Listings and redirects of the hub, for one dataset whose files lie on a web server."""
+    """Serves listings and redirects like the hub, for one dataset whose files are on a web server."""
 
     commit = "0123456789abcdef0123456789abcdef01234567"
 
@@ -247,7 +247,7 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
                 name = str(file.relative_to(hub.folder))
                 kind = "directory" if file.is_dir() else "file"
                 entries.append({"type": kind, "oid": "b" * 40, "size": 0 if file.is_dir() else file.stat().st_size, "path": name})
-            # Pages of four.
+            # A page has four entries.
             at = int(query.get("cursor", ["0"])[0])
             headers = {}
             if at + 4 < len(entries):
@@ -256,7 +256,7 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
             return self.answer(200, json.dumps(entries[at : at + 4]).encode(), **headers)
         if path.startswith(resolve):
             hub.resolved += 1
-            # The limit of the hub is reached once.
+            # The hub's rate limit is reached once.
             if hub.resolved == 2:
                 hub.refused += 1
                 return self.answer(429, RateLimit='"resolvers";r=0;t=2')
@@ -270,7 +270,7 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
 
 
 def keep_run(program, place, name, url, environment):
-    """Rows of the loss curve of a small run that is kept at `url`, or what went wrong."""
+    """The rows of the loss curve of a small run that is kept at `url`, or what went wrong."""
     folder = place / f"run in {name}"
     folder.mkdir()
     (folder / "plan.toml").write_text(
@@ -323,7 +323,7 @@ def run(program, place, corpus, files, processes):
         return found if code == 0 else {}
 
     def through_faults(name, port, url, environment, host=None):
-        """`url` and `environment` as functions of the port that the program is to use."""
+        """`url` and `environment` are functions of the port that the program uses."""
         compare(name, url(port), environment(port))
         faults = Faults(port, host)
         found = compare(f"{name}, with faults", url(faults.port), environment(faults.port))
@@ -367,7 +367,7 @@ def run(program, place, corpus, files, processes):
     code, message = count(program, plan(place / "wrong.toml", "s3://corpora/web"), wrong)
     check("s3, a wrong key", code not in (0, None) and SECRET not in message and "s3://corpora/web" in message, message)
 
-    # Copies: from a network that fails to a disk and to a store, verified; the second time there is nothing to do.
+    # Verified copies through an unreliable network, to a disk and to a store. The second time there is nothing to do.
     faults = Faults(port)
     for name, to in (("a disk", str(place / "copies")), ("s3", "s3://corpora/copies")):
         from_plan = plan(place / "mirror.toml", "s3://corpora/web")
@@ -386,14 +386,14 @@ def run(program, place, corpus, files, processes):
     body[10] ^= 1
     client.put_object(Bucket="corpora", Key=f"web/{files[1]}", Body=bytes(body))
     again = mirror(program, plan(place / "mirror.toml", "s3://corpora/web"), str(place / "copies"), s3(port))
-    check("mirror, a changed file is copied anew", again[0] == 1 and again[2] == len(files) - 1, again)
+    check("mirror, a changed file is copied again", again[0] == 1 and again[2] == len(files) - 1, again)
     client.upload_file(str(corpus / files[1]), "corpora", f"web/{files[1]}")
     begun = time.monotonic()
     slow = mirror(program, plan(place / "mirror.toml", "s3://corpora/web"), str(place / "slow"), s3(port), "--rate", "8MB")
     took = time.monotonic() - begun
     check("mirror, the rate is kept", slow[0] == len(files) and took > (size - 20e6) / 8e6, f"{slow} {took}")
 
-    # The cache, with a limit that holds everything, and one that does not.
+    # The cache, first with a limit that is large enough for everything, then with a smaller one.
     cache = place / "cache"
     keep = f'cache = "{cache}"\ncache_limit = "1GiB"\n'
     first = compare("s3, first epoch with a cache", "s3://corpora/web", s3(port), keep)
@@ -459,7 +459,7 @@ def run(program, place, corpus, files, processes):
         f"fastcgi_temp_path {place}/fastcgi; uwsgi_temp_path {place}/uwsgi; scgi_temp_path {place}/scgi;\n"
         f"server {{ listen 127.0.0.1:{port}; root {corpus}; }} }}\n"
     )
-    # Its workers must be able to read what this user has made.
+    # The server's workers must be able to read this user's files.
     start(processes, "nginx", "-c", str(place / "nginx.conf"), "-g", f"user {os.environ.get('USER', 'root')};")
     wait_for(port)
     faults = Faults(port)
@@ -480,13 +480,13 @@ def run(program, place, corpus, files, processes):
     found = compare("hub", "hf://datasets/lab/texts", {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hub-token"})
     check("hub, its limit is obeyed", hub.refused == 1 and sum(s["failed_requests"] for s in found.values()) == 1, found)
     ranges = len(access.read_text().splitlines()) - before
-    check("hub, the way to the contents is remembered", hub.resolved < ranges / 2, f"{hub.resolved} of {ranges}")
+    check("hub, redirects are remembered", hub.resolved < ranges / 2, f"{hub.resolved} of {ranges}")
     (place / "hub-home").mkdir()
     (place / "hub-home/token").write_text("hub-token\n")
     compare("hub, a revision and a stored token", "hf://datasets/lab/texts@v1", {"HF_ENDPOINT": hub.url, "HF_HOME": str(place / "hub-home")})
     code, message = count(program, plan(place / "none.toml", "hf://datasets/lab/texts"), {"HF_ENDPOINT": hub.url})
     check("hub, without a token", code == 2 and "HF_TOKEN" in message, message)
-    # Through a proxy, to see what the contents' server is told.
+    # A proxy records what the server of the contents is sent.
     watched = Faults(port)
     watched.requests = -(10**6)
     hub.contents_port = watched.port

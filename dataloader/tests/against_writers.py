@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What `dataloader` reads of files that others wrote, against the same texts as lines; and what others read of its own.
+"""Compares what `dataloader` reads from files of other writers with the same texts as lines, and lets others read its files.
 
     python against_writers.py DATALOADER
 
-Parquet files of pyarrow: every codec, both versions of data pages, encodings with and without dictionary, a column within
-a struct, rows without text, groups larger than a unit; and damage, which pyarrow's page checksums must uncover. Token ids
-of NumPy, as OLMo, nanoGPT and llm.c store them.
+Parquet files are written by pyarrow: with every codec, both versions of data pages, encodings with and without dictionary,
+a column within a struct, rows without text, and groups larger than a unit; and with damage that the page checksums must
+reveal. Token ids are written by NumPy, and in the formats of OLMo, nanoGPT and llm.c.
 """
 
 import json
@@ -45,14 +45,14 @@ def count(program, place, files, column, data="", source=""):
 
 
 def whole_texts(program, place, texts, check):
-    """Shards of texts and of token ids, written and read."""
+    """Writes shards of texts and of token ids, and reads them."""
     to = ["--to", place / "shards", "--shard", "1MB"]
     done = call(program, "pack", *write_plan(place, "lines.jsonl", "text"), *to)
     shards = sorted((place / "shards/texts").glob("*.parquet"))
     read = [text for shard in shards for text in pyarrow.parquet.read_table(shard)["text"].to_pylist()]
     check("pack: pyarrow reads the same texts", len(shards) > 3 and read == texts, done.stderr)
     groups = [pyarrow.parquet.ParquetFile(shard).metadata.row_group(0).column(0).total_uncompressed_size for shard in shards]
-    check("pack: a row group is a unit", all(size < 300 << 10 for size in groups), groups)
+    check("pack: a row group fits in a unit", all(size < 300 << 10 for size in groups), groups)
 
     lines = "".join(json.dumps(text) + "\n" for text in texts)
     encoded = call(program, "encode", "--tokenizer", TOKENIZER, "--no-bos", "--no-eos", input=lines).stdout

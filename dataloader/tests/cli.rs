@@ -1,6 +1,6 @@
-//! The program as it is used.
+//! Runs the program as a person would.
 
-#![expect(clippy::unwrap_used, reason = "a test stops at what it does not expect")]
+#![expect(clippy::unwrap_used, reason = "a test fails at the first error")]
 
 use std::io::Write;
 use std::process::{Command, Output, Stdio};
@@ -56,7 +56,7 @@ fn texts_become_ids_and_ids_texts() {
 }
 
 #[test]
-fn mistakes_are_told_with_their_place() {
+fn errors_name_the_place() {
     let tokenizer = tokenizer();
     let encode = ["encode", "--tokenizer", &tokenizer];
     refused(&dataloader(&encode, "\"fine\"\nnot JSON\n"), &["line 2 of the input is not a JSON string"]);
@@ -75,7 +75,7 @@ fn mistakes_are_told_with_their_place() {
 }
 
 #[test]
-fn a_byte_order_mark_is_no_text() {
+fn a_byte_order_mark_is_dropped() {
     let place = tempfile::tempdir().unwrap();
     let marked = |name: &str| {
         let path = place.path().join(name);

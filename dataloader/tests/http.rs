@@ -1,6 +1,6 @@
 //! Corpora on a web server: named files, ranges of bytes, and files that change.
 
-#![expect(clippy::unwrap_used, reason = "a test stops at what it does not expect")]
+#![expect(clippy::unwrap_used, reason = "a test fails at the first error")]
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -13,7 +13,7 @@ use ulmus_types::Digest;
 
 type Files = Arc<Mutex<BTreeMap<String, String>>>;
 
-/// Serves files from memory, one request per connection, and gives its address.
+/// Serves files from memory, one request per connection, and returns the server's address.
 fn serve(files: Files) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
@@ -93,7 +93,7 @@ fn a_list_names_files_by_their_addresses() {
     let place = tempfile::tempdir().unwrap();
     let (files, texts) = corpus();
     let second = files.lock().unwrap().remove("part-00001.jsonl").unwrap();
-    // In a request, and in an address, the blank is written with a percent sign.
+    // In a request and in an address, the space is percent-encoded.
     files.lock().unwrap().insert("part%20two.jsonl".to_owned(), second);
     let url = serve(files);
     let list = place.path().join("urls.txt");

@@ -1,7 +1,7 @@
-//! Corpora as other programs and people leave them: empty parts, hidden files, links in circles, odd names, byte order
-//! marks, and values that no reader asks for.
+//! Reads corpora as other programs and people leave them: with empty parts, hidden files, circular links, odd names,
+//! byte order marks, and unused values of all kinds.
 
-#![expect(clippy::unwrap_used, reason = "a test stops at what it does not expect")]
+#![expect(clippy::unwrap_used, reason = "a test fails at the first error")]
 
 use std::io::Write;
 use std::path::Path;
@@ -41,7 +41,7 @@ fn read(config: &DataConfig) -> Result<Vec<String>, DataError> {
     Ok(sources.all_documents().collect::<Result<Vec<_>, _>>()?.concat())
 }
 
-/// The message about a corpus that must be refused at once, as input that is wrong.
+/// The message for a corpus that must be refused at once as invalid input.
 #[track_caller]
 fn refused(config: &DataConfig) -> String {
     let begun = Instant::now();
@@ -51,7 +51,7 @@ fn refused(config: &DataConfig) -> String {
     error.to_string()
 }
 
-/// A parquet file of one column of texts in row groups; without a column of text, if its values have no type.
+/// A parquet file with one column of texts in row groups.
 fn parquet(groups: &[Vec<Option<&str>>], properties: WriterProperties) -> Vec<u8> {
     let column = Type::primitive_type_builder("text", Physical::BYTE_ARRAY)
         .with_repetition(Repetition::OPTIONAL)
@@ -80,7 +80,7 @@ fn plain() -> WriterProperties {
     WriterProperties::builder().set_compression(Compression::UNCOMPRESSED).build()
 }
 
-/// A file of nulls, of no type, as pandas writes a column that is empty.
+/// A file of nulls without a type, as pandas writes an empty column.
 fn untyped() -> Vec<u8> {
     let column = Type::primitive_type_builder("text", Physical::INT32)
         .with_repetition(Repetition::OPTIONAL)
@@ -98,7 +98,7 @@ fn gzip(text: &str) -> Vec<u8> {
 type Files = Vec<(&'static str, Vec<u8>)>;
 
 #[test]
-fn the_first_document_is_looked_for_until_it_is_found() {
+fn empty_files_and_rows_are_skipped_to_find_the_first_document() {
     let line = "{\"text\": \"some words\"}\n";
     let nulls = "{\"text\": null}\n".repeat(10_000);
     let cases: Vec<(&str, Files)> = vec![
@@ -159,7 +159,7 @@ fn the_first_document_is_looked_for_until_it_is_found() {
 }
 
 #[test]
-fn a_value_that_is_not_read_costs_nothing() {
+fn unused_values_may_be_anything() {
     let lines = "{\"text\": \"one\", \"score\": NaN}\n{\"score\": [-Infinity, 1e999], \"text\": \"two\"}\n";
     for (name, bytes) in [
         ("a.jsonl", lines.as_bytes().to_vec()),
@@ -173,7 +173,7 @@ fn a_value_that_is_not_read_costs_nothing() {
 }
 
 #[test]
-fn hidden_files_are_named_by_their_dot() {
+fn hidden_files_are_read_only_if_the_pattern_has_their_dot() {
     let place = tempfile::tempdir().unwrap();
     write(place.path(), "a.jsonl", "{\"text\": \"a\"}\n");
     write(place.path(), "._a.jsonl", b"\0\x05\x16\x07");
@@ -185,7 +185,7 @@ fn hidden_files_are_named_by_their_dot() {
 }
 
 #[test]
-fn byte_order_marks_are_no_text() {
+fn byte_order_marks_are_dropped() {
     let place = tempfile::tempdir().unwrap();
     write(place.path(), "a.txt", b"\xef\xbb\xbfhello \xef\xbb\xbf");
     write(place.path(), "names", b"\xef\xbb\xbf./a.txt\r\n");
@@ -199,7 +199,7 @@ fn byte_order_marks_are_no_text() {
 }
 
 #[test]
-fn names_are_written_in_several_ways() {
+fn a_name_may_be_written_in_several_ways() {
     let place = tempfile::tempdir().unwrap();
     write(place.path(), "my folder/a#1 50%.jsonl", "{\"text\": \"a\"}\n");
     for name in ["./my folder/a#1 50%.jsonl", "my folder//./a#1 50%.jsonl", "./my folder/*.jsonl"] {
@@ -215,7 +215,7 @@ fn names_are_written_in_several_ways() {
 }
 
 #[test]
-fn pointers_of_git_lfs_are_no_documents() {
+fn git_lfs_pointers_are_refused() {
     let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n";
     for (name, format) in [
         ("a.txt", None),
@@ -243,17 +243,17 @@ fn ids_of_another_width_are_refused() {
     let mut config = config(&place, &["a.bin"]);
     config.source[0].format = Some(Format::U16);
     let message = refused(&config);
-    assert!(message.contains("its numbers have 4 bytes; write format = \"u32\""), "{message}");
+    assert!(message.contains("its numbers seem to have 4 bytes; write format = \"u32\""), "{message}");
     config.source[0].format = Some(Format::U32);
     Manifest::freeze(&config, None).unwrap();
     let wide: Vec<u8> = (0..100_u64).flat_map(|id| (7 + id).to_le_bytes()).collect();
     write(place.path(), "a.bin", &wide);
     let message = refused(&config);
-    assert!(message.contains("its numbers have 8 bytes"), "{message}");
+    assert!(message.contains("its numbers seem to have 8 bytes"), "{message}");
 }
 
 #[test]
-fn columns_that_cannot_be_read_are_told() {
+fn columns_that_cannot_be_read_are_refused() {
     let texts = &[vec![Some("a text"); 20]];
     let key = b"0123456789abcdef".to_vec();
     let encryption = FileEncryptionProperties::builder(key.clone())
@@ -278,7 +278,7 @@ fn columns_that_cannot_be_read_are_told() {
     for (file, words) in [
         (parquet(texts, encrypted), "is encrypted"),
         (with_list, "holds list of String, not text"),
-        (of_columns(vec![text(), text()], &[], plain()), "has 2 columns \"text\""),
+        (of_columns(vec![text(), text()], &[], plain()), "has 2 columns named \"text\""),
     ] {
         let place = tempfile::tempdir().unwrap();
         write(place.path(), "a.parquet", file);
@@ -296,7 +296,7 @@ mod unix {
     use super::*;
 
     #[test]
-    fn links_that_lead_upwards_are_passed_by() {
+    fn links_that_lead_upwards_are_skipped() {
         let place = tempfile::tempdir().unwrap();
         write(place.path(), "x.txt", "text");
         for (target, link) in [(".", "self"), (".", "again"), ("..", "up"), ("round.txt", "round.txt")] {
@@ -320,7 +320,7 @@ mod unix {
     }
 
     #[test]
-    fn odd_names_matter_where_they_are_asked_for() {
+    fn odd_names_matter_only_where_a_pattern_matches_them() {
         for odd in [&b"note\n1.txt"[..], b"caf\xe9.txt", b"below/caf\xe9/a.txt", b"b\x01.txt", b"a.jsonl#1"] {
             let place = tempfile::tempdir().unwrap();
             write(place.path(), "a.jsonl", "{\"text\": \"a\"}\n");
@@ -336,7 +336,7 @@ mod unix {
     }
 }
 
-/// A file that was put back from a copy with its time is the file that was frozen; one of another time is not.
+/// A file that was restored from a backup with its time is the file that was frozen; with another time it is not.
 #[test]
 fn a_file_that_is_restored_with_its_time_is_the_same() {
     let place = tempfile::tempdir().unwrap();

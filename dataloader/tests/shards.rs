@@ -1,6 +1,6 @@
-//! Shards of texts and of token ids, written by a program that is killed and begins again.
+//! Writes shards of texts and of token ids with a program that is killed and restarted.
 
-#![expect(clippy::unwrap_used, reason = "a test stops at what it does not expect")]
+#![expect(clippy::unwrap_used, reason = "a test fails at the first error")]
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -27,7 +27,7 @@ fn succeeds(command: &mut Command) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// 6 MB of lines, of very different length.
+/// 6 MB of lines with very different lengths.
 fn lines() -> Vec<u8> {
     let mut lines = String::new();
     for number in 0..3000_usize {
@@ -37,7 +37,7 @@ fn lines() -> Vec<u8> {
     lines.into_bytes()
 }
 
-/// A plan of one source.
+/// A plan with one source.
 fn plan(place: &Path, name: &str, url: &Path, files: &str) -> String {
     let path = place.join(format!("{name}.toml"));
     let text = format!(
@@ -49,14 +49,14 @@ fn plan(place: &Path, name: &str, url: &Path, files: &str) -> String {
     path.to_str().unwrap().to_owned()
 }
 
-/// Names of what was half written when a program was killed.
+/// Names of files that were half written when a program was killed.
 fn left_over(folder: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(folder.join("books")).unwrap();
     let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
     names.filter(|name| name.contains('#')).collect()
 }
 
-/// Names and contents of the shards in a folder, without those that were half written when a program was killed.
+/// Names and contents of the shards in a folder, without files that were half written when a program was killed.
 fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let Ok(entries) = std::fs::read_dir(folder.join("books")) else { return BTreeMap::new() };
     let read =
@@ -67,7 +67,7 @@ fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     paths.filter(is_shard).map(|path| read(&path)).collect()
 }
 
-/// Kills the program whenever it has written another shard, and starts it again until it is done.
+/// Kills the program whenever it has written another shard, and restarts it until it is done.
 fn killed_often(arguments: &[&str], folder: &Path) -> u32 {
     let mut kills = 0;
     loop {
@@ -97,7 +97,7 @@ fn killed_often(arguments: &[&str], folder: &Path) -> u32 {
 }
 
 #[test]
-fn killed_and_begun_again_the_same_shards_are_written() {
+fn a_killed_and_restarted_program_writes_the_same_shards() {
     let place = tempfile::tempdir().unwrap();
     let place = place.path();
     let lines = lines();
@@ -134,11 +134,11 @@ fn killed_and_begun_again_the_same_shards_are_written() {
             let arguments: Vec<&str> =
                 [command].into_iter().chain(arguments.iter().map(String::as_str)).collect();
             assert!(killed_often(&arguments, &often) > 2, "{file}");
-            assert!(files(&often) == written, "{file}: other shards than without kills");
+            assert!(files(&often) == written, "{file}: kills have changed the shards");
             assert_eq!(left_over(&often), [""; 0]);
             let again = succeeds(dataloader().args(&arguments));
-            assert!(again.contains(&format!("{} were there already", written.len())), "{again}");
-            // What was made otherwise does not go there, and what is lost is made again.
+            assert!(again.contains(&format!("{} existed already", written.len())), "{again}");
+            // Shards of other settings are refused, and a lost shard is written again.
             for other in ["data.unit=1MiB", "data.source.0.text=title"] {
                 let other = dataloader().args(&arguments).args(["--set", other]).output().unwrap();
                 let message = String::from_utf8_lossy(&other.stderr);
@@ -148,9 +148,9 @@ fn killed_and_begun_again_the_same_shards_are_written() {
             }
             std::fs::remove_file(often.join("books").join(written.keys().next().unwrap())).unwrap();
             succeeds(dataloader().args(&arguments));
-            assert!(files(&often) == written, "{file}: other shards than before one was lost");
+            assert!(files(&often) == written, "{file}: the loss of a shard has changed the shards");
 
-            // What is read of the shards is what is read of the texts.
+            // The shards have the same content as the texts.
             for source in [&corpus, &at_once.join("books")] {
                 let files = if *source == corpus { file.to_owned() } else { format!("*.{suffix}") };
                 let counted = plan(place, "counted", source, &files);
@@ -165,12 +165,12 @@ fn killed_and_begun_again_the_same_shards_are_written() {
 }
 
 #[test]
-fn a_copy_that_was_killed_or_changed_is_made_anew() {
+fn an_interrupted_or_changed_copy_is_made_again() {
     let place = tempfile::tempdir().unwrap();
     let place = place.path();
     let [corpus, copies] = ["corpus", "copies"].map(|name| place.join(name));
     std::fs::create_dir(&corpus).unwrap();
-    // So large that it comes in parts.
+    // The file is so large that it is copied in several parts.
     std::fs::write(corpus.join("a.jsonl"), lines().repeat(4)).unwrap();
     std::fs::write(corpus.join("b.jsonl"), lines()).unwrap();
     let plan = plan(place, "texts", &corpus, "*.jsonl");
@@ -198,7 +198,7 @@ fn a_copy_that_was_killed_or_changed_is_made_anew() {
     };
     copied("2 files");
     copied("0 files");
-    // As large as before.
+    // The size stays the same.
     let mut bytes = lines();
     bytes[1000] ^= 1;
     std::fs::write(copies.join("books/b.jsonl"), bytes).unwrap();
@@ -206,7 +206,7 @@ fn a_copy_that_was_killed_or_changed_is_made_anew() {
 }
 
 #[test]
-fn nothing_else_is_written_over() {
+fn other_files_are_never_overwritten() {
     let place = tempfile::tempdir().unwrap();
     let place = place.path();
     std::fs::create_dir(place.join("books")).unwrap();
@@ -214,15 +214,15 @@ fn nothing_else_is_written_over() {
     let corpus = place.join("corpus");
     std::fs::create_dir(&corpus).unwrap();
     std::fs::write(corpus.join("a.jsonl"), lines()).unwrap();
-    std::fs::write(place.join("books").join(name), "a corpus of one's own").unwrap();
+    std::fs::write(place.join("books").join(name), "a corpus of somebody's own").unwrap();
     let plan = plan(place, "texts", &corpus, "a.jsonl");
     let output =
         dataloader().args(["pack", "--plan", &plan, "--to", place.to_str().unwrap()]).output().unwrap();
     let message = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.code() == Some(2) && message.contains("it has other files"), "{message}");
-    assert_eq!(std::fs::read(place.join("books").join(name)).unwrap(), b"a corpus of one's own");
+    assert_eq!(std::fs::read(place.join("books").join(name)).unwrap(), b"a corpus of somebody's own");
 
-    // What is written is not what is read, then or next time.
+    // Shards must not be written to a folder that is read from, now or next time.
     let own = place.join("own");
     std::fs::create_dir_all(own.join("books")).unwrap();
     std::fs::copy(corpus.join("a.jsonl"), own.join("books/a.jsonl")).unwrap();
@@ -235,7 +235,7 @@ fn nothing_else_is_written_over() {
             assert!(output.status.code() == Some(2) && message.contains("is read from there"), "{message}");
         }
     }
-    // Another source goes beside it.
+    // Another source gets a folder beside it.
     let named = std::fs::read_to_string(&plan).unwrap().replace("\"books\"", "\"web\"");
     std::fs::write(&plan, named).unwrap();
     succeeds(dataloader().args(["pack", "--plan", &plan, "--to", place.to_str().unwrap()]));
@@ -243,7 +243,7 @@ fn nothing_else_is_written_over() {
 }
 
 #[test]
-fn every_file_of_ids_is_looked_at_before_any_is_read() {
+fn all_files_of_ids_are_checked_before_any_is_read() {
     let place = tempfile::tempdir().unwrap();
     let place = place.path();
     let numpy = |dtype: &str| {
@@ -255,8 +255,8 @@ fn every_file_of_ids_is_looked_at_before_any_is_read() {
     for (name, bytes, words) in [
         ("b.npy", numpy("<u4"), "its numbers are u32, not u16"),
         ("b.npy", numpy("<i8"), "its numbers are \"<i8\""),
-        ("b.npy", two, "counts 4 tokens, and there are 8"),
-        ("b.jsonl", Vec::new(), "the files of one source have one format"),
+        ("b.npy", two, "states 4 tokens, but there are 8"),
+        ("b.jsonl", Vec::new(), "all files of a source must have the same format"),
     ] {
         std::fs::write(place.join(name), bytes).unwrap();
         let plan = plan(place, "ids", place, "[ab].*");
@@ -268,10 +268,10 @@ fn every_file_of_ids_is_looked_at_before_any_is_read() {
 }
 
 #[test]
-fn token_ids_are_no_texts() {
+fn token_ids_are_refused_where_text_is_needed() {
     let place = tempfile::tempdir().unwrap();
     let place = place.path();
-    // Documents of 400 ids, each with EOS behind it.
+    // Each document has 400 ids, followed by EOS.
     let ids: Vec<u8> =
         (0..4010_u16).flat_map(|n| if n % 401 == 400 { 2_u16 } else { 300 }.to_le_bytes()).collect();
     std::fs::write(place.join("a.bin"), ids).unwrap();
@@ -284,8 +284,8 @@ fn token_ids_are_no_texts() {
     refused(&["count"], "write format = \"u16\" or \"u32\"");
     let u16 = ["--set", "data.source.0.format=u16"];
     let [texts, ids] = ["texts", "ids"].map(|name| place.join(name).to_str().unwrap().to_owned());
-    refused(&[&["pack", "--to", &texts][..], &u16].concat(), "holds token ids, and this needs text");
-    refused(&[&["tokenize", "--to", &ids][..], &u16].concat(), "holds token ids, and this needs text");
+    refused(&[&["pack", "--to", &texts][..], &u16].concat(), "holds token ids, but text is needed here");
+    refused(&[&["tokenize", "--to", &ids][..], &u16].concat(), "holds token ids, but text is needed here");
     refused(&[&["count", "--set", "data.pack=corenet"][..], &u16].concat(), "set data.pack = \"concat\"");
     refused(&["count", "--set", "data.source.0.format=u32"], "name the tokenizer that made it");
     let counted = succeeds(dataloader().args(["count", "--json", "--plan", &plan]).args(u16));

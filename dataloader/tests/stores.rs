@@ -1,7 +1,7 @@
-//! The program in front of stores that have odd names, or answer that they will not give anything: S3, the hub, and web
-//! servers that know less than most.
+//! Runs the program against stores with odd names or that refuse requests: S3, the hub, and web servers with limited
+//! abilities.
 
-#![expect(clippy::unwrap_used, reason = "a test stops at what it does not expect")]
+#![expect(clippy::unwrap_used, reason = "a test fails at the first error")]
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 const LINE: &str = "{\"text\": \"some words\"}\n";
 
-/// A request, as far as these servers look at it.
+/// The parts of a request that these servers use.
 struct Request {
     method: String,
     path: String,
@@ -21,7 +21,7 @@ struct Request {
 /// An answer: status, headers, body.
 type Answer = (u16, Vec<(&'static str, String)>, String);
 
-/// Serves what `answer` says, and gives its address and the paths that it was asked for.
+/// Serves `answer`, and returns the server's address and the paths of all requests.
 fn serve(answer: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> (String, Arc<Mutex<Vec<String>>>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let (address, asked) = (listener.local_addr().unwrap(), Arc::<Mutex<Vec<String>>>::default());
@@ -40,7 +40,7 @@ fn serve(answer: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> (String
                 body.len()
             );
             let body = if request.method == "HEAD" { "" } else { &body };
-            // Who has heard enough may hang up.
+            // The client may close the connection early.
             let _hung_up = connection.write_all(format!("{head}{body}").as_bytes());
         }
     });
@@ -60,7 +60,7 @@ fn heard_from(connection: &TcpStream) -> Request {
     Request { method, path, range }
 }
 
-/// What a server says of a file of one line.
+/// The answer for a file of one line.
 fn file(request: &Request) -> Answer {
     let mark =
         vec![("etag", "\"1\"".to_owned()), ("last-modified", "Mon, 01 Jan 2024 00:00:00 GMT".to_owned())];
@@ -78,7 +78,7 @@ fn nothing(status: u16, body: &str) -> Answer {
     (status, Vec::new(), body.to_owned())
 }
 
-/// What `dataloader inspect` says of a source, and its exit code. It must not take long.
+/// The exit code and the output of `dataloader inspect` for a source. The program must not take long.
 fn inspect(url: &str, files: &str, environment: &[(&str, &str)]) -> (i32, String) {
     let place = tempfile::tempdir().unwrap();
     let plan = place.path().join("plan.toml");
@@ -104,11 +104,11 @@ fn a_web_server_without_ranges_is_refused_at_once() {
     let (address, _) =
         serve(|request| file(&Request { range: None, method: request.method.clone(), path: String::new() }));
     let (code, said) = inspect(&address, "a.jsonl", &[]);
-    assert!(code == 2 && said.contains("does not answer requests for a range"), "{code} {said}");
+    assert!(code == 2 && said.contains("does not support range requests"), "{code} {said}");
 }
 
 #[test]
-fn a_web_server_may_know_of_no_head() {
+fn a_web_server_may_not_support_head() {
     let (address, _) =
         serve(|request| if request.method == "HEAD" { nothing(405, "") } else { file(request) });
     let (code, said) = inspect(&address, "a.jsonl", &[]);
@@ -116,7 +116,7 @@ fn a_web_server_may_know_of_no_head() {
 }
 
 #[test]
-fn signs_that_mean_something_in_an_address_are_names() {
+fn names_may_contain_reserved_characters_of_addresses() {
     let (address, asked) = serve(file);
     let (code, said) = inspect(&format!("{address}/my folder/a#1"), "b+c%20#2.jsonl", &[]);
     assert!(code == 0 && said.contains("some words"), "{code} {said}");
@@ -125,7 +125,7 @@ fn signs_that_mean_something_in_an_address_are_names() {
 }
 
 #[test]
-fn the_hub_has_folders_of_any_name() {
+fn folders_on_the_hub_may_have_any_name() {
     let commit = "0123456789012345678901234567890123456789";
     let (address, asked) = serve(move |request| {
         match request.path.as_str() {
@@ -146,7 +146,7 @@ fn the_hub_has_folders_of_any_name() {
     assert!(code == 2 && said.contains("no such dataset, revision or folder"), "{code} {said}");
 }
 
-/// What S3 says of a bucket that has these keys.
+/// The answer of S3 for a bucket with these keys.
 fn bucket(request: &Request, keys: &[&str]) -> Answer {
     if !request.path.contains("list-type=2") {
         return if request.path == "/bucket/corp/b.jsonl" { file(request) } else { nothing(404, "") };
@@ -176,7 +176,7 @@ fn s3(address: &str) -> [(&str, &str); 4] {
 
 #[test]
 #[cfg(feature = "aws")]
-fn an_odd_name_in_a_bucket_matters_where_it_is_asked_for() {
+fn an_odd_name_in_a_bucket_matters_only_if_a_pattern_matches_it() {
     let (address, _) = serve(|request| {
         bucket(
             request,
@@ -191,7 +191,7 @@ fn an_odd_name_in_a_bucket_matters_where_it_is_asked_for() {
 
 #[test]
 #[cfg(feature = "aws")]
-fn what_a_store_will_not_give_is_not_waited_for() {
+fn refused_requests_are_not_retried() {
     for (status, name) in [(404, "NoSuchBucket"), (403, "AccessDenied"), (400, "InvalidBucketName")] {
         let (address, asked) = serve(move |_| {
             nothing(status, &format!("<Error><Code>{name}</Code><Message>no</Message></Error>"))

@@ -1,7 +1,7 @@
-//! The promises of the loader, on real files: the same sequences for any number of workers, every document
-//! exactly once per epoch, and an identical rest of the stream after a resume at any point.
+//! Tests the promises of the loader on real files: the same sequences for any number of workers, every document exactly
+//! once per epoch, and an identical rest of the stream after a resume at any point.
 
-#![expect(clippy::unwrap_used, reason = "a test stops at what it does not expect")]
+#![expect(clippy::unwrap_used, reason = "a test fails at the first error")]
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -42,7 +42,7 @@ fn tokenizer() -> Tokenizer {
     train(&sample, 285).unwrap()
 }
 
-/// Texts as a file of that format holds them: lines, gzip in two members, rows of one group, or ids.
+/// The contents of a file that holds `texts` in this format: lines, gzip in two members, rows of one group, or ids.
 fn stored(texts: &[String], format: Format) -> Vec<u8> {
     let lines: String = texts.iter().map(|text| json!({ "text": text }).to_string() + "\n").collect();
     let lines = lines.as_bytes();
@@ -91,7 +91,7 @@ fn corpus(texts: &[Text], lanes: u64, config: &DataConfig) -> Result<Corpus, Dat
     };
     let mut sources = Vec::new();
     for (source, spec) in texts.iter().enumerate() {
-        // A chain goes to one lane, so there have to be more of them.
+        // A compressed file belongs to a single lane, so there have to be more files.
         let (suffix, per_file) = match spec.format {
             Format::JsonGz => ("json.gz", 5),
             Format::JsonZst => ("json.zst", 5),
@@ -132,7 +132,7 @@ fn window(sequences: u64) -> DataConfig {
     }
 }
 
-/// `steps` steps of all lanes by one worker.
+/// The sequences and cursors of `steps` steps in which one worker reads all lanes.
 fn alone(corpus: &Arc<Corpus>, steps: usize, per_lane: usize) -> (Vec<Vec<Sequence>>, Vec<Cursors>) {
     let lanes: Vec<LaneId> = corpus.lanes().collect();
     let mut loader = Loader::open(Arc::clone(corpus), LENGTH, &lanes, &corpus.start()).unwrap();
@@ -153,11 +153,11 @@ fn sum(cursors: &[Cursors]) -> Cursors {
     Cursors::from_words(words)
 }
 
-/// Documents that some sequences hold whole, by their first line, with how often they begin there.
+/// How often each document begins in `sequences`, by its number.
 fn beginnings(tokenizer: &Tokenizer, sequences: &[Sequence]) -> BTreeMap<String, usize> {
     let mut found = BTreeMap::new();
     for sequence in sequences {
-        // A document that begins near the end of a sequence goes on elsewhere; its number is what counts.
+        // A document that begins near the end of a sequence continues elsewhere; only its number is needed.
         for (at, _) in sequence.inputs.iter().enumerate().filter(|(_, token)| **token == tokenizer.bos()) {
             let end = (at + 1..LENGTH).find(|p| sequence.targets[*p] == IGNORE).unwrap_or(LENGTH);
             let text = tokenizer.decode(&sequence.inputs[at..end]);
@@ -187,7 +187,7 @@ fn plans() -> impl Strategy<Value = (Vec<Text>, u64, u64)> {
     (prop::collection::vec(source, 1..4), 1_u64..9, 1_u64..30)
 }
 
-/// Whoever asks where a sequence comes from is told its very tokens.
+/// The explanation of a sequence contains exactly the sequence's tokens.
 #[test]
 fn every_sequence_is_explained() {
     let texts = [Format::Jsonl, Format::JsonGz].map(|format| Text {
@@ -211,7 +211,7 @@ fn every_sequence_is_explained() {
             let lengths: usize = explanation.documents.iter().map(|document| document.part.len()).sum();
             assert_eq!(lengths, filled.len());
             let told: String = explanation.documents.iter().map(|document| document.text.as_str()).collect();
-            // Each part is decoded by itself, without a blank in front.
+            // Each part is decoded by itself, which drops its leading space.
             let bare = |text: String| text.replace(' ', "");
             assert_eq!(bare(told), bare(corpus.tokenizer().decode(&filled)));
             assert!(
@@ -227,8 +227,8 @@ fn every_sequence_is_explained() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
-    /// Lanes move between 1 to 8 workers at every step, and some workers are killed within one, which is then done again
-    /// by others; the sequences stay the same.
+    /// Lanes move between 1 to 8 workers at every step, and some workers are killed within a step, which others then
+    /// repeat. The sequences stay the same.
     #[test]
     fn workers_do_not_change_the_stream(
         (texts, lanes, window_size) in plans(),
@@ -246,7 +246,7 @@ proptest! {
             let host = |lane: &LaneId| (assignment.rotate_left(lane.get() * 7) % *workers as u64) as usize;
             let hosted = |worker: usize| lanes.iter().copied().filter(|lane| host(lane) == worker).collect::<Vec<_>>();
             if let Some(killed) = killed.filter(|killed| *killed < loaders.len()) {
-                // All are somewhere within the step when one of them dies.
+                // All workers are somewhere within the step when one of them dies.
                 for (loader, hosted) in loaders.iter_mut().zip(&hosting) {
                     loader.take(&hosted[..hosted.len().min(killed + 1)], 1).unwrap();
                 }
@@ -269,7 +269,7 @@ proptest! {
         }
     }
 
-    /// A new process that has nothing but the cursors goes on with the same sequences.
+    /// A new process continues with the same sequences, given only the cursors.
     #[test]
     fn a_resumed_stream_is_the_rest_of_the_stream((texts, lanes, window_size) in plans(), stop in 0_usize..12, steps in 1_usize..12) {
         let corpus = Arc::new(corpus(&texts, lanes, &window(window_size)).unwrap());
@@ -280,12 +280,12 @@ proptest! {
         for expected in &expected[stop..] {
             prop_assert_eq!(&resumed.take(&lanes, 1).unwrap(), expected);
         }
-        // A step that is redone gives the same again.
+        // A repeated step gives the same sequences.
         resumed.host(&lanes, &cursors[stop]).unwrap();
         prop_assert_eq!(&resumed.take(&lanes, 1).unwrap(), &expected[stop]);
     }
 
-    /// Read to the end of every epoch, each document has begun exactly once per epoch.
+    /// At the end of every epoch, each document has begun exactly once per epoch.
     #[test]
     fn every_document_once_per_epoch((texts, lanes, window_size) in plans(), epochs in 1_u64..3) {
         let texts: Vec<Text> = texts.into_iter().map(|text| Text { max_epochs: Some(epochs), ..text }).collect();
@@ -336,7 +336,7 @@ fn the_mixture_follows_the_token_counts() {
     ];
     let corpus = Arc::new(corpus(&texts, 3, &window(8)).unwrap());
     let (_, cursors) = alone(&corpus, 80, 1);
-    // Words of the four streams: lane 0 and most of lane 1 read source 0.
+    // The first words of the four streams: lane 0 and most of lane 1 read source 0.
     let emitted: Vec<i64> = cursors[80].words().iter().step_by(4).copied().collect();
     assert_eq!(emitted.iter().sum::<i64>(), 240);
     assert_eq!((emitted[0], emitted[3]), (80, 80));
@@ -361,13 +361,13 @@ fn a_corpus_that_the_filters_empty_says_so() {
     let mut loader = Loader::open(Arc::clone(&corpus), LENGTH, &lanes, &corpus.start()).unwrap();
     let message = loader.take(&lanes, 1).unwrap_err().to_string();
     assert!(message.contains("no document of source \"source-0\" is left to train on"), "{message}");
-    // The other lane's reader counts on until it is stopped.
+    // The reader of the other lane continues to count until it is stopped.
     drop(loader);
     assert_eq!(corpus.counts()[0].short_tokens, corpus.counts()[0].documents);
 }
 
 #[test]
-fn where_no_document_is_held_out_that_is_known() {
+fn a_corpus_without_held_out_documents_is_recognised() {
     let texts = [Text { documents: 300, tokens: 1, max_epochs: None, format: Format::Jsonl }];
     for holdout in [0.0, 1e-12] {
         let corpus = corpus(&texts, 2, &DataConfig { holdout, ..window(8) }).unwrap();

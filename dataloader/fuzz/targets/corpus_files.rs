@@ -1,4 +1,5 @@
-//! A corpus file of any bytes gives documents or an error, the same ones however it is cut into units.
+//! A corpus file of arbitrary bytes gives documents or an error, and the documents do not depend on how it is cut into
+//! units.
 
 #![no_main]
 
@@ -19,12 +20,13 @@ static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
     tokio::runtime::Builder::new_current_thread().build().expect("a runtime can be made")
 });
 static TOKENIZER: LazyLock<Tokenizer> =
-    LazyLock::new(|| Tokenizer::read(MODEL, "tokenizer.model", None, None).expect("the model is one"));
+    LazyLock::new(|| Tokenizer::read(MODEL, "tokenizer.model", None, None).expect("the model is a tokenizer"));
 
 fuzz_target!(|bytes: &[u8]| {
     let Some((first, file)) = bytes.split_first() else { return };
     let formats = [Format::U16, Format::U32];
-    let format = Format::TEXT.into_iter().chain(formats).cycle().nth(usize::from(*first)).expect("it goes on");
+    let format =
+        Format::TEXT.into_iter().chain(formats).cycle().nth(usize::from(*first)).expect("a cycle is endless");
     let store = Arc::new(InMemory::new());
     RUNTIME.block_on(store.put(&"file".into(), file.to_vec().into())).expect("memory takes a file");
     let read = |unit| count(&folder(&store), format, unit);

@@ -1,4 +1,4 @@
-//! A tokenizer file of any bytes is read or refused, and what is read encodes and decodes.
+//! A tokenizer file of arbitrary bytes is read or refused, and a tokenizer that was read encodes and decodes.
 
 #![no_main]
 
@@ -11,7 +11,7 @@ fuzz_target!(|bytes: &[u8]| {
         for text in ["", "Hello  world, 1234\n\u{e9}e\u{301} \u{1F600}<s>", "aaaaaaaaaaaaaaaaaaaaaaaa"] {
             let ids = tokenizer.encode(text);
             assert!(ids.iter().all(|id| (*id as usize) < tokenizer.pieces()));
-            // Of other kinds, another crate's decoders do it, which trust what the file says.
+            // For other kinds, another crate decodes, which trusts the file.
             if tokenizer.is_native() {
                 tokenizer.decode(&ids);
             }

@@ -1,4 +1,4 @@
-//! `mirror`: copies of a plan's sources in a store of one's own.
+//! `mirror`: copies a plan's sources to another store.
 
 use std::path::PathBuf;
 
@@ -10,19 +10,19 @@ use ulmus_process::{Failure, print};
 
 #[derive(Debug, Args)]
 pub(crate) struct Mirror {
-    /// Plan whose sources are copied.
+    /// Plan whose sources to copy.
     #[arg(long, value_name = "FILE")]
     plan: PathBuf,
-    /// Another value for a key of the plan.
+    /// Override a key of the plan, such as data.threads=8.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
     /// Folder for the copies: a path, s3://, gs:// or az://. Each source gets a folder of its name there.
     #[arg(long, value_name = "URL")]
     to: String,
-    /// Most bytes that are copied in a second, such as 200MB.
+    /// Maximum number of bytes to copy per second, such as 200MB.
     #[arg(long, value_name = "BYTES")]
     rate: Option<Bytes>,
-    /// Copy these sources only.
+    /// Copy only these sources.
     #[arg(long = "source", value_name = "NAME")]
     sources: Vec<String>,
 }
@@ -34,16 +34,16 @@ impl Mirror {
         super::refuse_own(&data)?;
         let style = "{bytes} {bytes_per_sec} {elapsed}";
         let bar = ProgressBar::new_spinner()
-            .with_style(ProgressStyle::with_template(style).expect("the template is right"));
+            .with_style(ProgressStyle::with_template(style).expect("the template is valid"));
         let mirrored = mirror(&data, &self.to, self.rate.map(Bytes::get), |bytes| bar.inc(bytes))
             .map_err(|error| super::failure(&error))?;
         bar.finish_and_clear();
         let mut lines = vec![format!(
-            "copied {} files, {} bytes; {} were there already",
+            "copied {} files, {} bytes; {} existed already",
             mirrored.files, mirrored.bytes, mirrored.skipped
         )];
         let to = self.to.trim_end_matches('/');
-        lines.push("to read the copies, write in the plan:".to_owned());
+        lines.push("to read the copies, put this in the plan:".to_owned());
         lines.extend(data.source.iter().map(|source| {
             let name = &source.name;
             let list = source.list.as_ref().map(|_| format!(", list = \"{to}/{name}.list\""));

@@ -1,4 +1,4 @@
-//! Arguments of the program; a module for each group of commands.
+//! Arguments of the program, with a module for each group of commands.
 
 mod count;
 mod explain;
@@ -18,9 +18,9 @@ use ulmus_tokenizer::count_pieces;
 use ulmus_types::{ErrorKind, ExitStatus};
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong input (the message says what to change), \
-                          5 damaged data, 6 nothing answered in time.";
+                          5 damaged data, 6 no answer in time.";
 
-/// Looks at corpora, and turns texts into tokens and back.
+/// Inspects corpora, and turns texts into tokens and back.
 #[derive(Debug, Parser)]
 #[command(name = "dataloader", version, after_help = EXIT_CODES)]
 pub(crate) struct Arguments {
@@ -30,47 +30,48 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Count documents, characters and tokens of a plan's sources, and what the filters drop.
+    /// Count the documents, characters and tokens of a plan's sources, and what the filters drop.
     ///
     /// Example: dataloader count --plan pretrain.toml --source pile --json
     Count(count::Count),
-    /// Show files, rows, columns and the first text of a plan's sources.
+    /// Show the files, rows, columns and first text of a plan's sources.
     ///
     /// Example: dataloader inspect --plan pretrain.toml
     Inspect(inspect::Inspect),
-    /// Show the exact documents, with file and row, of a sequence of a step.
+    /// Show the exact documents in a training sequence, with file and row.
     ///
     /// Example: dataloader explain --plan pretrain.toml --step 1200 --sequence 17
     Explain(explain::Explain),
-    /// Copy a plan's sources to a store of your own. Can be interrupted, and goes on with the same command.
+    /// Copy a plan's sources to a store of your own. If interrupted, the same command continues.
     ///
     /// Example: dataloader mirror --plan pretrain.toml --to /mnt/corpora --rate 200MB
     Mirror(mirror::Mirror),
     /// Write the texts of a plan's sources to parquet shards of even size, which can be entered anywhere and shuffled.
-    /// Can be interrupted, and goes on with the same command.
+    /// If interrupted, the same command continues.
     ///
     /// Example: dataloader pack --plan pretrain.toml --source books --to /mnt/corpora
     Pack(shards::PackShards),
-    /// Write the documents of a plan's sources, filtered and tokenized, to shards of token ids. Can be interrupted, too.
+    /// Write the documents of a plan's sources, filtered and tokenized, to shards of token ids. If interrupted, the
+    /// same command continues.
     ///
     /// Example: dataloader tokenize --plan pretrain.toml --to /mnt/tokens
     Tokenize(shards::Tokenize),
-    /// Turn texts into token ids: a JSON string per line to a JSON list per line.
+    /// Turn texts into token ids: reads a JSON string per line, and writes a JSON list per line.
     ///
     /// Example: echo '"Hello"' | dataloader encode --tokenizer tokenizer.model
     Encode(tokens::Encode),
-    /// Turn token ids into texts: a JSON list per line to a JSON string per line.
+    /// Turn token ids into texts: reads a JSON list per line, and writes a JSON string per line.
     ///
     /// Example: echo '[1, 15043]' | dataloader decode --tokenizer tokenizer.model
     Decode(tokens::Decode),
-    /// Do to texts what a plan does before it tokenizes them: a JSON string per line to the same.
+    /// Normalise texts as a plan does before it tokenizes them: reads and writes a JSON string per line.
     ///
     /// Example: echo '"schÃ¶n &amp; gut"' | dataloader normalize --as ftfy
     Normalize(tokens::Normalize),
 }
 
 impl Arguments {
-    /// Does what was asked for.
+    /// Runs the command that was given.
     pub(crate) fn run(self) -> Result<ExitStatus, Failure> {
         match self.command {
             Command::Count(count) => count.run(),
@@ -87,15 +88,15 @@ impl Arguments {
     }
 }
 
-/// The plan in a file, whose sources may have no weights yet: nothing mixes them here.
+/// The plan in a file. Its sources need no weights here, because they are not mixed.
 fn load(plan: &Path, overrides: &[String]) -> Result<Plan, Failure> {
-    // A file that cannot be read is told of below.
+    // A file that cannot be read is reported below.
     let text = std::fs::read_to_string(plan).unwrap_or_default();
     let weights = even_weights(&text, overrides);
     load_weighted(plan, &[overrides, &weights].concat())
 }
 
-/// The plan in a file; of several variants, which share their corpora, the first one.
+/// The plan in a file. Variants of a plan share their corpora, so the first one is used.
 fn load_weighted(plan: &Path, overrides: &[String]) -> Result<Plan, Failure> {
     let pieces = |file: &str| count_pieces(&std::fs::read(file).ok()?);
     Ok(load_plans(plan, overrides, pieces)?.swap_remove(0))
@@ -118,7 +119,7 @@ fn refuse_own(data: &DataConfig) -> Result<(), Failure> {
     }
 }
 
-/// Leaves the sources of these names in, or all if there are none.
+/// Keeps only the sources with these names, or all if no names are given.
 fn choose(data: &mut DataConfig, names: &[String]) -> Result<(), Failure> {
     let known: Vec<&str> = data.source.iter().map(|source| source.name.as_str()).collect();
     if let Some(name) = names.iter().find(|name| !known.contains(&name.as_str())) {

@@ -1,4 +1,4 @@
-//! `pack` and `tokenize`: shards of even size, of texts or of token ids.
+//! `pack` and `tokenize`: write shards of even size, of texts or of token ids.
 
 use std::path::PathBuf;
 
@@ -8,22 +8,22 @@ use ulmus_dataloader::{DataError, Written, pack, tokenize};
 use ulmus_plan::{Bytes, DataConfig, Plan};
 use ulmus_process::{Failure, print};
 
-/// What both have in common.
+/// Arguments that both commands have.
 #[derive(Debug, Args)]
 struct Shards {
-    /// Plan whose sources are read.
+    /// Plan whose sources to read.
     #[arg(long, value_name = "FILE")]
     plan: PathBuf,
-    /// Another value for a key of the plan, such as data.threads=8.
+    /// Override a key of the plan, such as data.threads=8.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
     /// Folder for the shards: a path, s3://, gs:// or az://. Each source gets a folder of its name there.
     #[arg(long, value_name = "URL")]
     to: String,
-    /// Bytes of text in a shard. Each thread holds one in memory.
+    /// Bytes of text per shard. Each thread holds one shard in memory.
     #[arg(long, value_name = "BYTES", default_value = "256MiB")]
     shard: Bytes,
-    /// Write these sources only.
+    /// Write only these sources.
     #[arg(long = "source", value_name = "NAME")]
     sources: Vec<String>,
 }
@@ -38,10 +38,10 @@ pub(crate) struct PackShards {
 pub(crate) struct Tokenize {
     #[command(flatten)]
     shards: Shards,
-    /// A `tokenizer.model` or `tokenizer.json`; the plan's tokenizer.file if not given.
+    /// A `tokenizer.model` or `tokenizer.json` [default: the plan's tokenizer.file].
     #[arg(long, value_name = "FILE")]
     tokenizer: Option<PathBuf>,
-    /// Write the ids alone, as nanoGPT and OLMo read them, without the header of a `.npy` file.
+    /// Write plain ids, as nanoGPT and OLMo read them, without the header of a `.npy` file.
     #[arg(long)]
     raw: bool,
 }
@@ -71,12 +71,12 @@ impl Tokenize {
     }
 }
 
-/// Shows how far it is.
+/// Runs `work` with a progress bar.
 fn shown(
     write: impl FnOnce(&(dyn Fn(u64, u64) + Sync)) -> Result<Written, DataError>,
 ) -> Result<Written, Failure> {
     let style = "{wide_bar} {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left";
-    let style = ProgressStyle::with_template(style).expect("the template is right");
+    let style = ProgressStyle::with_template(style).expect("the template is valid");
     let bar = ProgressBar::no_length().with_style(style);
     let written = write(&|bytes, total| {
         bar.set_length(total);
@@ -98,9 +98,8 @@ impl Shards {
     fn report(&self, data: &DataConfig, written: Written, files: &str) -> Result<(), Failure> {
         let Written { shards, documents, skipped } = written;
         let to = self.to.trim_end_matches('/');
-        let mut lines =
-            vec![format!("{shards} shards of {documents} documents; {skipped} were there already")];
-        lines.push("to read them, write in the plan:".to_owned());
+        let mut lines = vec![format!("{shards} shards of {documents} documents; {skipped} existed already")];
+        lines.push("to read the shards, put this in the plan:".to_owned());
         lines.extend(
             data.source
                 .iter()

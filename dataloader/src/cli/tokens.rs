@@ -13,16 +13,16 @@ use ulmus_tokenizer::Tokenizer;
 use ulmus_types::without_mark;
 use ulmus_types::{ErrorKind, ExitStatus};
 
-/// Which tokenizer.
+/// Arguments that name a tokenizer.
 #[derive(Debug, Args)]
 pub(crate) struct TokenizerFile {
     /// A SentencePiece `tokenizer.model` or a Hugging Face `tokenizer.json`.
     #[arg(long, value_name = "FILE")]
     tokenizer: PathBuf,
-    /// Name of the token that begins documents, where the file does not tell it.
+    /// Name of the token that begins documents, if the file does not name it.
     #[arg(long, value_name = "NAME", allow_hyphen_values = true)]
     bos: Option<String>,
-    /// Name of the token that ends documents, where the file does not tell it.
+    /// Name of the token that ends documents, if the file does not name it.
     #[arg(long, value_name = "NAME", allow_hyphen_values = true)]
     eos: Option<String>,
 }
@@ -85,7 +85,7 @@ impl Decode {
 
 #[derive(Debug, Args)]
 pub(crate) struct Normalize {
-    /// What is done: nfc, ftfy or none, as data.normalize of a plan says it.
+    /// The normalisation: nfc, ftfy or none, as for data.normalize in a plan.
     #[arg(long = "as", value_name = "NAME")]
     form: String,
 }
@@ -101,17 +101,18 @@ impl Normalize {
     }
 }
 
-/// The tokenizer in `file`, or else that of a plan.
+/// The tokenizer in `file`, or else the one that the plan names.
 pub(super) fn of_plan(plan: &Plan, file: Option<&Path>) -> Result<Tokenizer, Failure> {
     let TokenizerConfig { file: of_plan, bos, eos, .. } = &plan.tokenizer;
     let file = file.or_else(|| of_plan.as_deref().map(Path::new)).ok_or_else(|| {
-        let message = "the plan names no tokenizer.file; give --tokenizer tokenizer.model or tokenizer.json";
+        let message =
+            "the plan has no tokenizer.file; give --tokenizer with a tokenizer.model or tokenizer.json";
         Failure::new(ExitStatus::InvalidInput, message.to_owned())
     })?;
     open(file, bos.as_deref(), eos.as_deref())
 }
 
-/// Reads a tokenizer, with the names of BOS and EOS where its file does not tell them.
+/// Reads a tokenizer, with the names of BOS and EOS if its file does not name them.
 pub(super) fn open(path: &Path, bos: Option<&str>, eos: Option<&str>) -> Result<Tokenizer, Failure> {
     let name = path.display().to_string();
     let bytes = std::fs::read(path).map_err(|error| {
@@ -123,9 +124,9 @@ pub(super) fn open(path: &Path, bos: Option<&str>, eos: Option<&str>) -> Result<
     Tokenizer::read(&bytes, &name, bos, eos).map_err(|error| super::failure(&error.into()))
 }
 
-/// Why a line has no answer.
+/// Why a line cannot be answered.
 enum Answer {
-    /// What is wrong with it.
+    /// The line is wrong, for this reason.
     Wrong(String),
     Output(io::Error),
 }
@@ -136,7 +137,7 @@ impl From<io::Error> for Answer {
     }
 }
 
-/// Has `answer` write a line for each line of input.
+/// Calls `answer` for each line of input, to write a line of output.
 fn filter<T: DeserializeOwned>(
     expected: &str,
     mut answer: impl FnMut(T, &mut dyn Write) -> Result<(), Answer>,
@@ -154,10 +155,10 @@ fn filter<T: DeserializeOwned>(
             let message = format!("line {number} of the input is not {expected}: {reason}");
             Failure::new(ExitStatus::InvalidInput, message)
         };
-        // Of the first line, where a file begins that was written by some editors.
+        // Some editors write a byte order mark at the beginning of a file.
         let line = if number == 1 { without_mark(&line) } else { &line };
         let value = serde_json::from_slice(line).or_else(|error| {
-            // As a source reads it.
+            // Lone surrogates are replaced, as when a source is read.
             let mended = without_lone_surrogates(line).ok_or(error)?;
             serde_json::from_slice(&mended)
         });

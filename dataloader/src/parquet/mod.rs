@@ -1,7 +1,7 @@
-//! One text column of parquet files: read by row groups, written with page checksums.
+//! Parquet files with a text column: read by row groups, written with page checksums.
 //!
-//! Damage is caught by the CRC-32 of each page. Most writers leave it out, crate `parquet` among them, so
-//! [`write()`] adds it to the page headers itself; in files without checksums only the decoder's own checks apply.
+//! The CRC-32 of each page detects damage. Most writers leave it out, including the crate `parquet`, so [`write()`]
+//! adds it to the page headers itself. In files without checksums, only the decoder's own checks apply.
 
 mod rows;
 mod write;
@@ -17,11 +17,11 @@ use ulmus_storage::FileInfo;
 pub(crate) use self::rows::Rows;
 pub(crate) use self::write::write;
 
+use crate::contents::refuse_pointer;
 use crate::error::DataError;
-use crate::format::refuse_pointer;
 use crate::store::Folder;
 
-/// Bytes that are read from the end of a file in the hope that its whole footer is among them.
+/// Bytes that are read from the end of a file at first. They usually contain the whole footer.
 const TAIL: u64 = 64 << 10;
 
 /// A parquet file whose footer has been read.
@@ -33,7 +33,7 @@ pub(crate) struct ParquetFile<'a> {
 }
 
 impl<'a> ParquetFile<'a> {
-    /// Reads the footer.
+    /// Opens a file by reading its footer.
     pub(crate) fn open(folder: &'a Folder, file: &'a FileInfo) -> Result<Self, DataError> {
         let mut reader = ParquetMetaDataReader::new();
         let mut wanted = TAIL.min(file.size);
@@ -50,18 +50,18 @@ impl<'a> ParquetFile<'a> {
         Ok(Self { folder, file, metadata })
     }
 
-    /// Names and types of the columns, for people.
+    /// The columns and their types, for people.
     pub(crate) fn schema(&self) -> String {
         let columns = self.metadata.file_metadata().schema_descr().columns().iter();
         columns.map(|c| format!("{}: {}", c.path().string(), type_name(c))).collect::<Vec<_>>().join(", ")
     }
 
-    /// Rows of all groups.
+    /// Number of rows in all row groups.
     pub(crate) fn row_count(&self) -> u64 {
         self.metadata.file_metadata().num_rows().max(0).cast_unsigned()
     }
 
-    /// Index of the string column of that name; none where all of its rows are null, of no type.
+    /// Index of the string column `name`, or `None` if the column has no type because all of its rows are null.
     fn text_column(&self, name: &str) -> Result<Option<usize>, DataError> {
         let columns = self.metadata.file_metadata().schema_descr().columns();
         let (place, column) = (|| self.folder.place(&self.file.path), || name.to_owned());
@@ -75,7 +75,7 @@ impl<'a> ParquetFile<'a> {
                 };
                 let texts = |c: &&ColumnDescPtr| is_text(c);
                 return Err(match columns.iter().find(is_below) {
-                    // What is within a list cannot be named.
+                    // A column within a list cannot be named.
                     Some(inner) if inner.max_rep_level() > 0 => {
                         DataError::ColumnType { file: place(), column: column(), found: type_name(inner) }
                     }
@@ -108,7 +108,7 @@ impl<'a> ParquetFile<'a> {
         Ok(Some(found))
     }
 
-    /// Bytes of text in each row group, as the footer tells them: without encodings that share equal values. None where no
+    /// Bytes of text in each row group according to the footer, in which equal values may be stored once. Empty if no
     /// row has a text.
     pub(crate) fn row_group_sizes(&self, column: &str) -> Result<Vec<u64>, DataError> {
         let Some(column) = self.text_column(column)? else { return Ok(Vec::new()) };
@@ -116,7 +116,7 @@ impl<'a> ParquetFile<'a> {
         Ok(sizes.map(|group| group.column(column).uncompressed_size().max(0).cast_unsigned()).collect())
     }
 
-    /// Begins to read the texts of `column` in some row groups, in segments of at most `limit` bytes, at one of them.
+    /// Begins to read the texts of `column` in some row groups, in segments of at most `limit` bytes, at `segment`.
     pub(crate) fn rows(
         self,
         column: &str,
@@ -128,7 +128,7 @@ impl<'a> ParquetFile<'a> {
     }
 }
 
-/// Whether a column holds strings, one in a row.
+/// Whether a column holds one string per row.
 fn is_text(column: &ColumnDescPtr) -> bool {
     column.physical_type() == Physical::BYTE_ARRAY
         && column.max_rep_level() == 0
@@ -143,7 +143,7 @@ fn type_name(column: &ColumnDescPtr) -> String {
     }
 }
 
-/// What begins as parquet and does not end so was cut.
+/// The error for a file without a valid footer. A file that begins like parquet has been truncated.
 fn not_parquet(folder: &Folder, file: &FileInfo, error: &ParquetError) -> DataError {
     const MAGIC: &[u8] = b"PAR1";
     let (place, reason) = (folder.place(&file.path), error.to_string());
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read() {
+    fn written_files_are_read() {
         let long = "word ".repeat(500_000);
         let bytes = write(&["text", "path"], &[rows(&["one", "", "zwölf"]), rows(&[&long])]);
         assert_eq!(read(bytes.clone(), "text").unwrap(), ["one", "", "zwölf", &long]);
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn segments_of_a_group_are_the_same_from_wherever_they_are_entered() {
+    fn segments_of_a_group_are_the_same_from_any_start() {
         let texts: Vec<String> =
             (0..400).map(|n| format!("{n} ").repeat(n * 7 % 90 + usize::from(n == 200) * 900_000)).collect();
         let rows = |texts: &[String]| texts.iter().map(|text| vec![text.clone()]).collect::<Vec<_>>();
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_are_told_with_the_columns() {
+    fn errors_name_the_columns() {
         let bytes = write(&["text", "path"], &[rows(&["one"])]);
         let message = read(bytes.clone(), "content").unwrap_err().to_string();
         assert!(message.contains(r#"set text of its source to one of ["text", "path"]"#), "{message}");
@@ -242,7 +242,7 @@ mod tests {
     }
 
     proptest! {
-        /// Damage to a page is an error. A header is not under the checksum, but must not change the text either.
+        /// Damage to a page is an error. Headers have no checksum, but damage to one must not change the text either.
         #[test]
         fn a_flipped_bit_never_gives_other_text(at in 0.0..1.0_f64, bit in 0..8_u32) {
             let text = "The quick brown fox jumps over the lazy dog; ".repeat(20);

@@ -1,5 +1,5 @@
-//! The texts of some row groups, row by row, in memory for a few pages and not for a whole group: groups of several
-//! gigabytes exist.
+//! Reads the texts of some row groups row by row. Only a few pages are in memory, because there are row groups of
+//! several gigabytes.
 
 use std::fmt;
 use std::io;
@@ -20,17 +20,18 @@ use super::ParquetFile;
 use crate::error::DataError;
 use crate::store::Steps;
 
-/// Row groups of a file that are being read, in *segments*: a row belongs to the segment in whose bytes of the texts
-/// it begins. To begin at a later segment, the rows before are decoded and thrown away.
+/// Row groups of a file that are being read in *segments*. A row belongs to the segment in which its text begins, where
+/// segments are ranges of all texts laid end to end. To start at a later segment, the rows before it are decoded and
+/// discarded.
 pub(crate) struct Rows {
     metadata: ParquetMetaData,
     column: usize,
     groups: Range<usize>,
     bytes: Arc<Mutex<Held>>,
     group: Option<Group>,
-    /// The next row of the file.
+    /// Number of the next row in the file.
     number: u64,
-    /// Bytes of the texts before it.
+    /// Bytes of the texts before that row.
     at: u64,
     segment: u64,
     limit: u64,
@@ -52,7 +53,7 @@ impl fmt::Debug for Rows {
 }
 
 impl Rows {
-    /// Begins to read the texts of `column` in some row groups, at a segment.
+    /// Begins to read the texts of `column` in some row groups at `segment`.
     pub(super) fn open(
         file: ParquetFile<'_>,
         column: &str,
@@ -64,7 +65,7 @@ impl Rows {
         let place = file.folder.place(&file.file.path);
         let metadata = file.metadata;
         let damaged = |reason| DataError::Damaged { file: place.clone(), reason };
-        let index = found.ok_or_else(|| damaged(format!("column {column:?} has lost its texts")))?;
+        let index = found.ok_or_else(|| damaged(format!("its column {column:?} has no texts any more")))?;
         let before = metadata.row_groups().iter().take(groups.start);
         let number = before.map(|group| group.num_rows().max(0).cast_unsigned()).sum();
         let mut ranges = Vec::new();
@@ -72,7 +73,7 @@ impl Rows {
             let group = metadata.row_groups().get(number);
             let group = group.ok_or_else(|| damaged(format!("it has no row group {number}")))?;
             let range = byte_range(group.column(index)).filter(|range| range.end <= file.file.size);
-            ranges.push(range.ok_or_else(|| damaged(format!("row group {number} lies nowhere")))?);
+            ranges.push(range.ok_or_else(|| damaged(format!("its row group {number} has no valid offset")))?);
         }
         let steps = Steps::new(file.folder, file.file, ranges);
         let bytes = Arc::new(Mutex::new(Held { steps, start: 0, bytes: Bytes::new(), error: None }));
@@ -94,22 +95,22 @@ impl Rows {
         Ok(rows)
     }
 
-    /// The segment that comes next.
+    /// Number of the segment that [`Self::next`] returns.
     pub(crate) const fn segment(&self) -> u64 {
         self.segment
     }
 
-    /// Bytes of the texts that have been read, or passed over.
+    /// Bytes of text that have been read or skipped.
     pub(crate) const fn passed(&self) -> u64 {
         self.at
     }
 
-    /// Whether nothing is left.
+    /// Whether all rows have been read.
     pub(crate) fn ends(&self) -> bool {
         self.groups.is_empty() && self.group.is_none()
     }
 
-    /// Numbers and texts of the rows of the next segment, rows without text left out; none at the end.
+    /// Numbers and texts of the rows in the next segment, without rows that have no text. `None` at the end.
     pub(crate) fn next(&mut self) -> Result<Option<Vec<(u64, String)>>, DataError> {
         if self.ends() {
             return Ok(None);
@@ -141,11 +142,11 @@ impl Rows {
     /// The value of the next row and its group, if it has one.
     fn row(&mut self) -> Result<Option<(usize, ByteArray)>, DataError> {
         let number = self.group.as_ref().map_or(self.groups.start, |group| group.number);
-        // The decoder panics on some page headers that no writer writes. Headers are under no checksum, so a single
-        // flipped bit can make one. Nothing that it was working on is used afterwards.
+        // The decoder panics on some invalid page headers. Headers have no checksum, so a single flipped bit can lead
+        // to one. Nothing that the decoder was working on is used afterwards.
         let value = match catch_unwind(AssertUnwindSafe(|| self.try_row())) {
             Ok(value) => value.map_err(|error| error.to_string()),
-            Err(_) => Err("a page header is not possible".to_owned()),
+            Err(_) => Err("a page header is not valid".to_owned()),
         };
         value.map(|value| value.map(|value| (number, value))).map_err(|reason| {
             let store = self.bytes.lock().unwrap_or_else(PoisonError::into_inner).error.take();
@@ -168,7 +169,7 @@ impl Rows {
         if group.left > 0 {
             let (read, ..) = group.reader.read_records(1, Some(&mut Vec::new()), None, &mut values)?;
             if read == 0 {
-                return Err(ParquetError::General(format!("{} announced rows are not there", group.left)));
+                return Err(ParquetError::General(format!("{} rows are missing", group.left)));
             }
             group.left -= 1;
             self.number += 1;
@@ -188,18 +189,19 @@ impl Rows {
         let pages = SerializedPageReader::new(Arc::new(bytes), chunk, rows, None)?;
         match get_column_reader(chunk.column_descr_ptr(), Box::new(pages)) {
             ColumnReader::ByteArrayColumnReader(reader) => Ok(Group { number, left: rows, reader }),
-            _ => Err(ParquetError::General("the column holds no strings".to_owned())),
+            _ => Err(ParquetError::General("the column does not hold strings".to_owned())),
         }
     }
 
-    /// A column that says of itself that it holds text and does not is damaged; one of bytes is not text.
+    /// The error for a value that is not UTF-8: a column of strings is damaged, while a column of bytes may hold
+    /// anything.
     fn not_text(&self, reason: String) -> DataError {
         let column = self.metadata.file_metadata().schema_descr().column(self.column);
         if column.converted_type() == ConvertedType::UTF8 {
             return self.damaged(reason);
         }
         let reason =
-            format!("{reason}; the column holds bytes: write it as text, or name another one with text");
+            format!("{reason}; the column holds bytes: rewrite it as text, or name a column of text");
         DataError::Format { file: self.place.clone(), format: "text in UTF-8", reason }
     }
 
@@ -208,28 +210,28 @@ impl Rows {
     }
 }
 
-/// Where a column chunk lies in its file.
+/// The range of bytes that a column chunk takes in its file.
 fn byte_range(chunk: &ColumnChunkMetaData) -> Option<Range<u64>> {
     let start = u64::try_from(chunk.dictionary_page_offset().unwrap_or(chunk.data_page_offset())).ok()?;
     let length = u64::try_from(chunk.compressed_size()).ok()?;
     Some(start..start.checked_add(length)?)
 }
 
-/// Bytes of the file that have come and are not used yet.
+/// Bytes of the file that have been fetched and are still needed.
 struct Held {
     steps: Steps,
-    /// Where they begin in the file.
+    /// Offset of these bytes in the file.
     start: u64,
     bytes: Bytes,
-    /// Why the store gave no more.
+    /// The error that the store gave, if any.
     error: Option<DataError>,
 }
 
 impl Held {
-    /// `length` bytes of the file from `start` on, all within one range, or fewer where it ends. What lies before is
-    /// dropped.
+    /// `length` bytes of the file from `start` on, which must be within one range, or fewer at the end of that range. Bytes
+    /// before `start` are dropped.
     fn get(&mut self, start: u64, length: usize) -> ParquetResult<Bytes> {
-        let outside = || ParquetError::General(format!("byte {start} lies outside of its column"));
+        let outside = || ParquetError::General(format!("byte {start} lies outside its column"));
         if start < self.start {
             return Err(outside());
         }
@@ -265,7 +267,7 @@ impl Held {
     }
 }
 
-/// The bytes of a column chunk, addressed by their place in the file, which only grows.
+/// The bytes of a column chunk, addressed by their offset in the file, which must not decrease.
 struct Chunk {
     end: u64,
     held: Arc<Mutex<Held>>,
@@ -299,20 +301,20 @@ impl ChunkReader for Chunk {
     fn get_bytes(&self, start: u64, length: usize) -> ParquetResult<Bytes> {
         let bytes = self.get(start, length)?;
         if bytes.len() < length {
-            return Err(ParquetError::General(format!("a page of {length} bytes leaves its column")));
+            return Err(ParquetError::General(format!("a page of {length} bytes extends beyond its column")));
         }
         Ok(bytes)
     }
 }
 
-/// Reads a page header, whose length shows at its end.
+/// Reads a page header, whose length is not known in advance.
 struct Header {
     chunk: Chunk,
     at: u64,
     bytes: Bytes,
 }
 
-/// Most headers are shorter.
+/// Bytes that are read for a header at first. Most headers are shorter.
 const HEADER: usize = 512;
 
 impl io::Read for Header {

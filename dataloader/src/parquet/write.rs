@@ -1,4 +1,4 @@
-//! Parquet files whose pages have checksums.
+//! Writes parquet files whose pages have checksums.
 
 use std::sync::Arc;
 
@@ -12,8 +12,8 @@ use parquet::file::properties::{EnabledStatistics, WriterProperties, WriterPrope
 use parquet::file::writer::{SerializedFileWriter, SerializedPageWriter, TrackedWrite};
 use parquet::schema::types::{ColumnDescPtr, Type};
 
-/// A parquet file of string columns (zstd, page checksums). Each row group is a list of rows, each row one value
-/// per column of `names`.
+/// A parquet file of string columns, with zstd compression and page checksums. Each row group is a list of rows, and
+/// each row has one value per column in `names`.
 pub(crate) fn write(names: &[&str], groups: &[Vec<Vec<String>>]) -> Vec<u8> {
     try_write(names, groups).expect("rows of strings can be written to memory")
 }
@@ -63,7 +63,7 @@ fn write_column(
             column.write_batch(values, None, None)?;
             column.close()
         }
-        _ => Err(ParquetError::General("the column holds no strings".to_owned())),
+        _ => Err(ParquetError::General("the column does not hold strings".to_owned())),
     }
 }
 
@@ -80,7 +80,7 @@ impl PageWriter for ChecksummedPages<'_> {
         let plain = plain.into_inner()?;
         let header = &plain[..plain.len() - data.len()];
         let checksummed = with_checksum(header, crc32fast::hash(&data))
-            .ok_or_else(|| ParquetError::General("a page header has an unknown form".to_owned()))?;
+            .ok_or_else(|| ParquetError::General("a page header has an unknown layout".to_owned()))?;
         let longer = checksummed.len() - header.len();
         spec.offset = self.chunk.len() as u64;
         spec.uncompressed_size += longer;
@@ -96,10 +96,10 @@ impl PageWriter for ChecksummedPages<'_> {
     }
 }
 
-/// Puts field 4, the CRC-32 of the page, into a page header in Thrift's compact form.
+/// Inserts field 4, the CRC-32 of the page, into a page header in Thrift's compact protocol.
 ///
-/// The header begins with fields 1 to 3, three 32-bit numbers. Each field begins with a byte whose high half is
-/// the distance from the field before, so the one that follows comes one closer.
+/// The header begins with the fields 1 to 3, which are 32-bit numbers. Each field begins with a byte whose high half is
+/// the distance from the previous field's number, so the distance of the field after the new one shrinks by one.
 fn with_checksum(header: &[u8], crc: u32) -> Option<Vec<u8>> {
     const NEXT_I32: u8 = 0x15;
     let mut at = 0;

@@ -1,14 +1,15 @@
-//! The tokenizer beside other crates, on texts that none of them has seen before.
+//! Compares the tokenizer with other crates, on texts that none of them has seen before.
 //!
 //! ```text
-//! cargo bench -p ulmus-dataloader --bench tokenizer -- TOKENIZER [TEXTS]
+//! cargo bench -p ulmus-tokenizer --bench tokenizer -- TOKENIZER [TEXTS]
 //! ```
 //!
-//! TOKENIZER is a `tokenizer.model` or a `tokenizer.json`. TEXTS is a folder whose text files are the documents; without it, the Markdown files of the crates that cargo has
-//! unpacked. By turns, each tokenizer is made anew and reads all texts once, on one thread. Printed is the median of
-//! [`ROUNDS`] rounds, and in how many texts its ids differ from ours; then the same for decoding our ids.
+//! TOKENIZER is a `tokenizer.model` or a `tokenizer.json`. TEXTS is a folder whose text files are the documents; by
+//! default, the Markdown files of the crates that cargo has unpacked. In each of [`ROUNDS`] rounds, every tokenizer in
+//! turn is created anew and encodes all texts once, on one thread. The benchmark prints the median speed of each, and
+//! the number of texts for which its ids differ from ours; then the same for decoding our ids.
 
-#![expect(clippy::print_stdout, reason = "this is what it is for")]
+#![expect(clippy::print_stdout, reason = "the benchmark prints its results")]
 
 use std::hint::black_box;
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ use ulmus_dataloader::cargo_home;
 use ulmus_tokenizer::Tokenizer;
 
 const ROUNDS: usize = 5;
-/// Texts beyond so many bytes are left out.
+/// Texts beyond this total size in bytes are left out.
 const LIMIT: usize = 64 << 20;
 
 fn main() {
@@ -84,12 +85,12 @@ fn main() {
     }
 }
 
-/// Gives the text of ids.
+/// Decodes ids.
 type Decode<'a> = Box<dyn Fn(&[u32]) -> String + 'a>;
 
-/// Makes a tokenizer.
+/// Creates a tokenizer.
 type Make<'a> = Box<dyn Fn() -> Encode + 'a>;
-/// Encodes texts with it.
+/// Encodes a text.
 type Encode = Box<dyn FnMut(&str) -> Vec<u32>>;
 
 fn ours(tokenizer: &Tokenizer) -> Encode {

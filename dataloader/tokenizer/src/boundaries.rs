@@ -1,25 +1,25 @@
-//! Where a text can be cut without changing its pieces: between two characters that are adjacent in no piece, since
-//! nothing can be joined across.
+//! Finds where a text can be cut without changing its pieces: between two characters that are not adjacent in any
+//! piece, because no merge can cross that point.
 
 use std::collections::HashSet;
 
-use super::vocabulary::{BLANK, Vocabulary};
+use super::vocabulary::{SPACE_MARK, Vocabulary};
 
-/// Which characters are adjacent in some piece.
+/// The pairs of characters that are adjacent in some piece.
 #[derive(Debug, Clone)]
 pub(super) struct SplitTable {
-    /// Of each left neighbour, a bit per right one.
+    /// For each left character, one bit per right character.
     ascii: Box<[u128; 128]>,
-    /// A bit per hash of all other pairs. Pairs that share one make chunks longer than they need be, nothing else.
+    /// One bit per hash of all other pairs. A collision only makes a chunk longer than necessary.
     others: Box<[u64]>,
     escapes: bool,
 }
 
-/// Bits of [`SplitTable::others`], as a power of two.
+/// [`SplitTable::others`] has `1 << BITS` bits.
 const BITS: u32 = 18;
 
 impl SplitTable {
-    /// Those of a vocabulary; `escapes` says that a blank is the same as [`BLANK`].
+    /// The table of a vocabulary. With `escapes`, a space counts as [`SPACE_MARK`].
     pub(super) fn new(vocabulary: &Vocabulary, escapes: bool) -> Self {
         let mut boundaries =
             Self { ascii: Box::new([0; 128]), others: vec![0; 1 << (BITS - 6)].into(), escapes };
@@ -39,10 +39,10 @@ impl SplitTable {
         boundaries
     }
 
-    /// The code point of a character, the blank's for both of its forms.
+    /// The code point of a character, with both forms of a space folded into one.
     #[inline]
     fn fold(&self, c: char) -> u32 {
-        if c == BLANK && self.escapes { u32::from(b' ') } else { c as u32 }
+        if c == SPACE_MARK && self.escapes { u32::from(b' ') } else { c as u32 }
     }
 
     #[inline]
@@ -55,7 +55,7 @@ impl SplitTable {
         }
     }
 
-    /// Where the first chunk of `text` ends if `before` stands in front of it.
+    /// The end of the first chunk of `text`, given that `before` precedes the text.
     pub(super) fn first_end(&self, before: char, text: &str) -> usize {
         let mut previous = self.fold(before);
         for (at, c) in text.char_indices() {
@@ -68,9 +68,9 @@ impl SplitTable {
         text.len()
     }
 
-    /// Gives the chunks of `text`, none of them empty.
+    /// Calls `emit` with each chunk of `text`. No chunk is empty.
     #[inline]
-    pub(super) fn cut<'t>(&self, text: &'t str, mut give: impl FnMut(&'t str)) {
+    pub(super) fn cut<'t>(&self, text: &'t str, mut emit: impl FnMut(&'t str)) {
         let Some(first) = text.chars().next() else { return };
         let bytes = text.as_bytes();
         let (mut start, mut at, mut previous) = (0, first.len_utf8(), self.fold(first));
@@ -79,17 +79,17 @@ impl SplitTable {
             let (code, width) = if byte < 128 {
                 (u32::from(byte), 1)
             } else {
-                let c = text[at..].chars().next().expect("this is before the end");
+                let c = text[at..].chars().next().expect("`at` is before the end of the text");
                 (self.fold(c), c.len_utf8())
             };
             if !self.join(previous, code) {
-                give(&text[start..at]);
+                emit(&text[start..at]);
                 start = at;
             }
             previous = code;
             at += width;
         }
-        give(&text[start..]);
+        emit(&text[start..]);
     }
 }
 

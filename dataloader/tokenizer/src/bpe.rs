@@ -1,29 +1,29 @@
-//! Byte-pair encoding in SentencePiece's order: of all neighbours that make a piece, those with the highest score are
-//! joined first, and the leftmost of equals.
+//! Byte-pair encoding in SentencePiece's order: of all neighbours that form a piece, the pair with the highest score is
+//! joined first, and among equal scores the leftmost.
 //!
-//! Equal scores are common (the runs of blanks in the LLaMA-2 model share one), so joining in the order of ids instead
-//! is wrong.
+//! Equal scores are common (all runs of spaces in the LLaMA-2 model share one), so joining in the order of ids instead
+//! would be wrong.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, HashSet};
 
 use super::model::PieceType;
-use super::vocabulary::{BLANK, Vocabulary};
+use super::vocabulary::{SPACE_MARK, Vocabulary};
 
-/// A piece by its id, or a character that is no piece: its code point and [`CHARACTER`].
+/// The id of a piece, or, for a character that is not a piece, its code point with the bit [`CHARACTER`] set.
 type Symbol = u32;
 
-/// Marks symbols that are no pieces.
+/// Marks a character that is not a piece.
 const CHARACTER: Symbol = 1 << 31;
-/// Marks pieces that nothing joins.
+/// Marks a piece that is never joined with a neighbour.
 const ALONE: Symbol = 1 << 30;
-/// A place whose symbol was joined to the one before.
+/// Stands where a symbol was joined into the one before it.
 const GONE: Symbol = u32::MAX;
 
-/// Symbols up to which the best pair is looked for among all, and above which pairs are kept in order.
+/// Up to this many symbols, each step searches all pairs for the best one. Above, pairs are kept in a heap.
 const FEW: usize = 32;
 
-/// What two neighbours become. Lower priorities go first; equal scores have equal priority.
+/// The piece that two neighbours form. Lower priorities are joined first; equal scores have equal priority.
 #[derive(Debug, Clone, Copy)]
 struct Join {
     priority: u32,
@@ -34,35 +34,35 @@ impl Join {
     const NONE: Self = Self { priority: u32::MAX, id: 0 };
 }
 
-/// The tables of a vocabulary.
+/// The merges of a vocabulary, as tables.
 #[derive(Debug, Clone)]
 pub(super) struct Bpe {
-    /// Symbols of the characters of the basic plane, by code point.
+    /// Symbols of the characters in the basic multilingual plane, by code point.
     basic: Box<[Symbol]>,
-    /// Pieces of other single characters.
+    /// Pieces that are single characters beyond that plane.
     others: HashMap<char, Symbol>,
     pairs: Pairs,
-    /// Pieces that are taken apart again when everything is joined.
+    /// Pieces that are split into their parts again when all merges are done.
     unused: HashSet<u32>,
 }
 
-/// Buffers that encodings use in turn.
+/// Buffers that are reused from one encoding to the next.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
     symbols: Vec<Symbol>,
-    /// Left and right neighbour of each symbol that is left in a long chunk.
+    /// Positions of the left and right neighbours of each remaining symbol in a long chunk.
     neighbours: Vec<(u32, u32)>,
-    /// Pairs of a long chunk, the next one on top.
-    offers: BinaryHeap<Reverse<Offer>>,
-    /// What unused pieces were last made of.
+    /// Pairs in a long chunk that may be joined, the next one on top.
+    candidates: BinaryHeap<Reverse<Candidate>>,
+    /// The two symbols that each unused piece was last made of.
     parts: HashMap<u32, (Symbol, Symbol)>,
 }
 
-/// Two neighbours that make a piece. The order of the fields is the order of joining.
+/// Two neighbours that form a piece. The order of the fields is the order of joining.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Offer {
+struct Candidate {
     priority: u32,
-    /// Position of the left one.
+    /// Position of the left symbol.
     at: u32,
     left: Symbol,
     right: Symbol,
@@ -70,7 +70,7 @@ struct Offer {
 }
 
 impl Bpe {
-    /// The tables of a vocabulary; `escapes` says that a blank is the same as [`BLANK`].
+    /// The tables of a SentencePiece vocabulary. With `escapes`, a space counts as [`SPACE_MARK`].
     pub(super) fn new(vocabulary: &Vocabulary, escapes: bool) -> Self {
         let by_text = vocabulary.by_text();
         let texts = vocabulary.of_texts().map(|(id, piece)| (piece.text.as_str(), id));
@@ -89,7 +89,7 @@ impl Bpe {
             .filter(|(_, piece)| piece.text.chars().nth(1).is_some())
             .map(|(id, piece)| (id, piece.text.as_str(), piece.score))
             .collect();
-        // By this order 0.0 comes before -0.0, as in SentencePiece 0.2.3.
+        // `total_cmp` puts 0.0 before -0.0, as SentencePiece 0.2.3 does.
         ranked.sort_by(|(.., a), (.., b)| b.total_cmp(a));
         let mut joins = Vec::new();
         let (mut priority, mut before) = (0, None);
@@ -108,7 +108,7 @@ impl Bpe {
         Self { unused, ..Self::of_symbols(symbols, escapes, Pairs::new(&joins)) }
     }
 
-    /// The tables of a list of merges, each a pair, its rank and the piece; `tokens` are those that texts are made of.
+    /// The tables of a list of merges (a pair, its rank and the resulting piece) over the characters in `tokens`.
     pub(super) fn of_merges<'t>(
         tokens: impl IntoIterator<Item = (&'t str, u32)>,
         merges: &[((u32, u32), u32, u32)],
@@ -121,13 +121,13 @@ impl Bpe {
         let mut basic: Box<[Symbol]> =
             (0..0x1_0000).map(|code| char::from_u32(code).map_or(CHARACTER | code, of_char)).collect();
         if escapes {
-            basic[usize::from(b' ')] = of_char(BLANK);
+            basic[usize::from(b' ')] = of_char(SPACE_MARK);
         }
         let others = symbols.into_iter().filter(|(c, _)| *c as usize >= basic.len()).collect();
         Self { basic, others, pairs, unused: HashSet::new() }
     }
 
-    /// The tables of a list of merges over bytes, whose symbols are given.
+    /// The tables of a list of merges over bytes, with the symbol of each byte.
     pub(super) fn of_bytes(symbols: &[u32; 256], merges: &[((u32, u32), u32, u32)]) -> Self {
         Self {
             basic: Box::new(*symbols),
@@ -137,12 +137,12 @@ impl Bpe {
         }
     }
 
-    /// Whether chunks of a text are independent of each other.
+    /// Whether chunks of a text can be encoded independently of each other.
     pub(super) fn is_local(&self) -> bool {
         self.unused.is_empty()
     }
 
-    /// All pairs that make a piece, in the order of joining: the two texts' symbols and the piece.
+    /// All pairs of pieces that form a piece, in the order of joining.
     pub(super) fn ranked(&self) -> Vec<(u32, u32)> {
         let mut pairs: Vec<_> =
             self.pairs.iter().map(|(pair, join)| ((join.priority, join.id), pair)).collect();
@@ -159,7 +159,7 @@ impl Bpe {
         }
     }
 
-    /// Adds the ids of a text, parts of which may be pieces already.
+    /// Appends the ids of a text, parts of which may be pieces already.
     pub(super) fn encode<'t>(
         &self,
         vocabulary: &Vocabulary,
@@ -174,7 +174,7 @@ impl Bpe {
         }
     }
 
-    /// Adds the ids of a symbol, of unused pieces those of their parts; what has none is unknown.
+    /// Appends the ids of a symbol. An unused piece is replaced by its parts, or by unknown characters if it has none.
     fn push(
         &self,
         vocabulary: &Vocabulary,
@@ -196,7 +196,7 @@ impl Bpe {
         }
     }
 
-    /// The same where every symbol is a piece.
+    /// Appends the ids of a text in which every symbol is a piece.
     pub(super) fn encode_known<'t>(
         &self,
         scratch: &mut Scratch,
@@ -230,7 +230,7 @@ impl Bpe {
         }
     }
 
-    /// Of a few symbols, all pairs are looked at for each step.
+    /// Joins a few symbols, searching all pairs in each step.
     fn join_few(&self, symbols: &mut Vec<Symbol>) {
         let mut left = symbols.len();
         let mut joins = [Join::NONE; FEW];
@@ -262,12 +262,13 @@ impl Bpe {
         symbols.truncate(left);
     }
 
+    /// Joins any number of symbols, with all candidates in a heap.
     fn join_many(&self, scratch: &mut Scratch) {
-        let Scratch { symbols, neighbours, offers, parts, .. } = scratch;
-        let mut offer = |offers: &mut BinaryHeap<Reverse<Offer>>, at: u32, left: Symbol, right: Symbol| {
+        let Scratch { symbols, neighbours, candidates, parts, .. } = scratch;
+        let mut push = |heap: &mut BinaryHeap<Reverse<Candidate>>, at: u32, left: Symbol, right: Symbol| {
             let Join { priority, id } = self.pairs.get(left, right);
             if priority != u32::MAX {
-                offers.push(Reverse(Offer { priority, at, left, right, id }));
+                heap.push(Reverse(Candidate { priority, at, left, right, id }));
                 if self.unused.contains(&id) {
                     parts.insert(id, (left, right));
                 }
@@ -276,12 +277,12 @@ impl Bpe {
         neighbours.clear();
         neighbours.extend((0..symbols.len() as u32).map(|at| (at.wrapping_sub(1), at + 1)));
         for at in 1..symbols.len() {
-            offer(offers, at as u32 - 1, symbols[at - 1], symbols[at]);
+            push(candidates, at as u32 - 1, symbols[at - 1], symbols[at]);
         }
-        while let Some(Reverse(Offer { at, left, right, id, .. })) = offers.pop() {
+        while let Some(Reverse(Candidate { at, left, right, id, .. })) = candidates.pop() {
             let here = at as usize;
             let (before, next) = neighbours[here];
-            // An older offer, one of whose symbols has been joined since.
+            // The candidate is stale if one of its symbols has been joined since.
             if symbols[here] != left || symbols.get(next as usize) != Some(&right) {
                 continue;
             }
@@ -290,18 +291,18 @@ impl Bpe {
             symbols[next as usize] = GONE;
             neighbours[here].1 = after;
             if let Some(symbol) = symbols.get(before as usize) {
-                offer(offers, before, *symbol, id);
+                push(candidates, before, *symbol, id);
             }
             if let Some(symbol) = symbols.get(after as usize) {
                 neighbours[after as usize].0 = at;
-                offer(offers, at, id, *symbol);
+                push(candidates, at, id, *symbol);
             }
         }
         symbols.retain(|symbol| *symbol != GONE);
     }
 }
 
-/// Those of some pieces that are single characters.
+/// The pieces that are single characters.
 fn singles<'t>(pieces: impl IntoIterator<Item = (&'t str, u32)>) -> HashMap<char, Symbol> {
     let single = |(text, id): (&str, u32)| {
         let mut chars = text.chars();
@@ -311,7 +312,7 @@ fn singles<'t>(pieces: impl IntoIterator<Item = (&'t str, u32)>) -> HashMap<char
     pieces.into_iter().filter_map(single).collect()
 }
 
-/// A part of a text.
+/// A part of the input: a text, bytes, or a piece that was matched already.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Part<'t> {
     Text(&'t str),
@@ -319,7 +320,7 @@ pub(super) enum Part<'t> {
     Piece(u32),
 }
 
-/// What two symbols become, in a table with open addressing.
+/// The join of each pair of symbols, in a hash table with open addressing.
 #[derive(Debug, Clone)]
 struct Pairs {
     slots: Box<[((Symbol, Symbol), Join)]>,
@@ -343,7 +344,7 @@ impl Pairs {
         pairs
     }
 
-    /// Of a pair that is listed twice, the last counts.
+    /// If a pair is listed twice, the last merge counts.
     fn of_merges(merges: &[((u32, u32), u32, u32)]) -> Self {
         let mut seen = HashSet::new();
         let last = merges.iter().rev().filter(|(pair, ..)| seen.insert(*pair));
@@ -358,7 +359,7 @@ impl Pairs {
     #[inline]
     fn slot(&self, left: Symbol, right: Symbol) -> usize {
         let key = u64::from(left) << 32 | u64::from(right);
-        // The high bits of the product depend on all bits of the key, as far as those below go.
+        // The shift mixes the upper half into the lower, so that the product's high bits depend on all bits of the key.
         ((key ^ key >> 29).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> self.shift) as usize
             & (self.slots.len() - 1)
     }

@@ -1,5 +1,5 @@
-//! Byte-level BPE, as of GPT-2, Llama 3 and OLMo: a text is cut into words, and of each word's bytes neighbours are
-//! joined in the order of the model's merges.
+//! Byte-level BPE as in GPT-2, Llama 3 and OLMo: a text is cut into words, and the bytes of each word are joined in the
+//! order of the model's merges.
 
 use std::collections::HashMap;
 
@@ -13,8 +13,8 @@ use super::bpe::{Bpe, Part, Scratch};
 use super::cache::{Cache, Key};
 use super::pretokenizer::PreTokenizer;
 
-/// Tokens that are found in texts before words are cut. Control tokens are passed over, as text, and yet nothing else is
-/// found within one; they have no id here.
+/// Tokens that are matched in texts before the texts are cut into words. A control token has no id here: its match
+/// stays text, but no other token is matched within it.
 #[derive(Debug)]
 pub(super) struct Added {
     pub(super) matcher: AhoCorasick,
@@ -22,34 +22,34 @@ pub(super) struct Added {
 }
 
 impl Added {
-    /// Gives the text between such tokens, and the tokens.
-    fn cut<'t>(this: Option<&Self>, text: &'t str, mut give: impl FnMut(Result<&'t str, u32>)) {
+    /// Calls `emit` with the matched tokens (`Err`) and the text between them (`Ok`), in order.
+    fn cut<'t>(this: Option<&Self>, text: &'t str, mut emit: impl FnMut(Result<&'t str, u32>)) {
         let mut end = 0;
         if let Some(Self { matcher, ids }) = this {
             for found in matcher.find_iter(text) {
                 if let Some(id) = ids[found.pattern().as_usize()] {
-                    give(Ok(&text[end..found.start()]));
-                    give(Err(id));
+                    emit(Ok(&text[end..found.start()]));
+                    emit(Err(id));
                     end = found.end();
                 }
             }
         }
-        give(Ok(&text[end..]));
+        emit(Ok(&text[end..]));
     }
 }
 
-/// The tables of a model.
+/// The tables of a byte-level model.
 #[derive(Debug)]
 pub(super) struct ByteLevel {
     pub(super) words: PreTokenizer,
-    /// Whether texts are brought into normal form C first.
+    /// Whether texts are normalised to NFC first.
     pub(super) nfc: bool,
     pub(super) bpe: Bpe,
-    /// Tokens by their bytes, where a word that is a token is taken as it is.
+    /// Tokens by their bytes, if the model takes a word that is a token as that token, whatever its merges.
     pub(super) whole: HashMap<Vec<u8>, u32>,
-    /// Tokens that are found in texts before they are normalised, and those that are found after that.
+    /// The tokens that are matched before a text is normalised, and those that are matched afterwards.
     pub(super) added: [Option<Added>; 2],
-    /// The bytes of each token; none of control tokens.
+    /// The bytes of each token, or `None` for control tokens.
     pub(super) bytes: Vec<Option<Vec<u8>>>,
 }
 
@@ -65,8 +65,8 @@ impl ByteLevel {
         });
     }
 
-    /// In normal form C by the tables of Hugging Face's library, which know fewer characters than those that tell quickly
-    /// that nothing is to be done.
+    /// Normalises to NFC with the crate that Hugging Face's library uses. Its tables know fewer characters than those
+    /// of the quick check before it.
     fn normalised<'t>(&self, text: &'t str) -> Cow<'t, str> {
         if self.nfc && is_nfc_quick(text.chars()) != IsNormalized::Yes {
             text.nfc().map(|(c, _)| c).collect()
@@ -92,7 +92,7 @@ impl ByteLevel {
         });
     }
 
-    /// The bytes of some tokens.
+    /// The bytes of `ids`.
     pub(super) fn decode(&self, ids: &[u32]) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(ids.len() * 4);
         for known in ids.iter().filter_map(|id| self.bytes.get(*id as usize)?.as_deref()) {
@@ -102,8 +102,8 @@ impl ByteLevel {
     }
 }
 
-/// The character that stands for each byte in the tokens of these models: bytes that print stand for themselves, the
-/// others for code points from 256 on, in their order.
+/// The character that represents each byte in the tokens of these models: printable bytes represent themselves, and the
+/// others are numbered from code point 256 on.
 pub(super) fn characters() -> [char; 256] {
     let mut others = 0x100_u32..;
     std::array::from_fn(|byte| match byte {

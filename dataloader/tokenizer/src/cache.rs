@@ -1,8 +1,8 @@
-//! What became of short chunks of text: most are words, and come again.
+//! Caches the ids of short chunks of text: most chunks are words, and words repeat.
 
-/// Slots, as a power of two.
+/// The cache has `1 << BITS` slots.
 const BITS: u32 = 17;
-/// Most ids that a slot holds.
+/// Maximum number of ids in a slot.
 const IDS: usize = 3;
 
 /// Half a cache line: a chunk of 1 to 16 bytes and its ids.
@@ -15,11 +15,11 @@ struct Slot {
     count: u8,
 }
 
-/// The chunks that came last, one for each hash.
+/// The latest chunk of each hash.
 #[derive(Debug)]
 pub(super) struct Cache(Box<[Slot]>);
 
-/// A chunk that a cache can hold.
+/// A chunk that is short enough for the cache.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Key {
     chunk: [u64; 2],
@@ -28,12 +28,12 @@ pub(super) struct Key {
 }
 
 impl Key {
-    /// None if the chunk is too long.
+    /// The key of a chunk, or `None` if the chunk is too long.
     #[inline]
     pub(super) fn new(chunk: &[u8]) -> Option<Self> {
         let word = |at: usize| chunk[at..].first_chunk().map(|bytes| u64::from_le_bytes(*bytes));
         let half = |at: usize| chunk[at..].first_chunk().map(|bytes| u64::from(u32::from_le_bytes(*bytes)));
-        // Both ends, which meet or overlap: with the length they tell all bytes.
+        // The first and last bytes overlap or meet in the middle, so together with the length they identify the chunk.
         let words = match chunk.len() {
             8..=16 => [word(0)?, word(chunk.len() - 8)?],
             4..8 => [half(0)? | half(chunk.len() - 4)? << 32, 0],
@@ -44,7 +44,7 @@ impl Key {
             _ => return None,
         };
         let length = chunk.len() as u8;
-        // The highest bits of a product depend on all bits below.
+        // The highest bits of a product depend on all bits below them.
         let mixed = (words[0] ^ u64::from(length) << 56).wrapping_mul(0x9E37_79B9_7F4A_7C15);
         let mixed = (mixed.rotate_left(32) ^ words[1]).wrapping_mul(0x5899_65CC_7537_4CC3);
         Some(Self { chunk: words, length, slot: (mixed >> (u64::BITS - BITS)) as usize })
@@ -56,20 +56,20 @@ impl Cache {
         Self(vec![Slot::default(); 1 << BITS].into())
     }
 
-    /// Adds the chunk's ids if they are known.
+    /// Appends the chunk's ids, and returns whether they were cached.
     #[inline]
     pub(super) fn get(&self, key: &Key, ids: &mut Vec<u32>) -> bool {
         let slot = &self.0[key.slot];
         let known = slot.chunk == key.chunk && slot.length == key.length;
         if known {
-            // All of them, and back: a copy of fixed size is far cheaper.
+            // Copying all ids and truncating is far cheaper than a copy of variable size.
             ids.extend_from_slice(&slot.ids);
             ids.truncate(ids.len() - IDS + usize::from(slot.count));
         }
         known
     }
 
-    /// Keeps the chunk's ids, if there are not too many.
+    /// Stores the chunk's ids if they fit in a slot.
     pub(super) fn put(&mut self, key: &Key, ids: &[u32]) {
         if ids.len() <= IDS {
             let mut slot =

@@ -1,28 +1,28 @@
-//! What can be wrong with a tokenizer.
+//! Errors of reading and training tokenizers.
 
 use ulmus_types::ErrorKind;
 
 /// Why a tokenizer cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TokenizerError {
-    /// A file that stands for one in Git LFS.
-    #[error("{file} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its repository")]
+    /// The file is only a Git LFS pointer.
+    #[error("{file} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")]
     Pointer {
-        /// The file.
+        /// The name of the file.
         file: String,
     },
-    /// It is no tokenizer, or one that is not known.
+    /// The file is not a tokenizer, or one of an unsupported kind; or training failed.
     #[error("{what} is not a usable tokenizer: {reason}")]
     Unusable {
-        /// The file, or the training.
+        /// The name of the file, or of the training sample.
         what: String,
-        /// What is wrong, and what to do.
+        /// What is wrong, and what to do about it.
         reason: String,
     },
 }
 
 impl TokenizerError {
-    /// What can be done about it.
+    /// What the caller can do about the error.
     pub const fn kind(&self) -> ErrorKind {
         ErrorKind::InvalidInput
     }

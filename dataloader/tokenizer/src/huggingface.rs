@@ -1,10 +1,10 @@
-//! Hugging Face's `tokenizer.json`.
+//! Reads Hugging Face's `tokenizer.json`.
 //!
-//! Two families have fast ways of their own: byte-level BPE, and BPE over SentencePiece's characters. All others, and
-//! files with settings that are rare, go through Hugging Face's own library, at its speed.
+//! Two families have fast implementations here: byte-level BPE, and BPE over a SentencePiece vocabulary. All others,
+//! and files with rare settings, go through Hugging Face's own library, at its speed.
 //!
-//! Texts are taken literally: tokens that the file calls special are never found in a text. Those that it merely adds
-//! (such as runs of blanks) are.
+//! Texts are taken literally: a token that the file marks as special is never matched in a text. Other added tokens
+//! (such as runs of spaces) are.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -18,10 +18,11 @@ use super::model::PieceType;
 use super::normalizer::Normalizer;
 use super::pretokenizer::PreTokenizer;
 use super::vocabulary::{Piece, Vocabulary, byte_of};
-use super::{Bytes, End, Kind, SentencePiece, Tables};
+use super::{Decoding, Kind, SentencePiece, SpecialToken, Tables};
 
-/// Names that BOS and EOS commonly have.
+/// Common names of BOS.
 const BOS: [&str; 6] = ["<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[BOS]", "[CLS]"];
+/// Common names of EOS.
 const EOS: [&str; 7] =
     ["</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "<|endofprompt|>", "[EOS]", "[SEP]"];
 
@@ -41,7 +42,7 @@ struct Added {
     content: String,
     #[serde(default)]
     special: bool,
-    /// Settings that are false in most files: `single_word`, `lstrip`, `rstrip`, `normalized`.
+    /// Settings that are false in most files: `single_word`, `lstrip`, `rstrip` and `normalized`.
     #[serde(flatten)]
     rest: BTreeMap<String, Value>,
 }
@@ -69,7 +70,7 @@ struct Model {
 #[serde(untagged)]
 enum Merge {
     Pair(String, String),
-    /// As older files have it: the two parts with a blank between.
+    /// The form in older files: the two parts, separated by a space.
     Line(String),
 }
 
@@ -82,7 +83,7 @@ impl Merge {
     }
 }
 
-/// Reads a file; `bos` and `eos` are their names where the plan gives them.
+/// Reads a file. `bos` and `eos` are the names of these tokens if the caller gives them.
 pub(super) fn read(json: &[u8], bos: Option<&str>, eos: Option<&str>) -> Result<Tables, String> {
     let file: File = serde_json::from_slice(json).map_err(|error| {
         format!("not a tokenizer.json ({error}); give the file of a model, or a tokenizer.model")
@@ -92,31 +93,34 @@ pub(super) fn read(json: &[u8], bos: Option<&str>, eos: Option<&str>) -> Result<
     if pieces >= 1 << 24 {
         return Err(format!("it has an id of {}; give the tokenizer.json of a model", pieces - 1));
     }
-    // Elsewhere the usual names may be those of pieces of markup.
+    // In a file with special tokens, an ordinary token with a common name may be markup instead.
     let special: Vec<&str> =
         file.added_tokens.iter().filter(|added| added.special).map(|added| added.content.as_str()).collect();
     let find = |what: &str, named: Option<&str>, common: &[&str]| match named {
         Some(name) => match ids.get(name) {
-            Some(id) => Ok(Some(End { id: *id, name: name.to_owned() })),
+            Some(id) => Ok(Some(SpecialToken { id: *id, name: name.to_owned() })),
             None => {
-                Err(format!("it has no token {name:?}; correct tokenizer.{what} of the plan, or --{what}"))
+                Err(format!("it has no token {name:?}; correct tokenizer.{what} in the plan, or --{what}"))
             }
         },
         None => Ok(common
             .iter()
             .filter(|name| special.is_empty() || special.contains(*name))
-            .find_map(|name| Some(End { id: *ids.get(*name)?, name: (*name).to_owned() }))),
+            .find_map(|name| Some(SpecialToken { id: *ids.get(*name)?, name: (*name).to_owned() }))),
     };
     let eos = find("eos", eos, &EOS)?
-        .ok_or("it does not tell the token that ends a document; write its name as tokenizer.eos in the plan, or --eos")?;
-    // A model that has no token for the beginning has one for the border between documents.
+        .ok_or("it does not name the token that ends a document; write its name as tokenizer.eos in the plan, or give --eos")?;
+    // A model without BOS has a token that separates documents, which then stands at both ends.
     let bos = find("bos", bos, &BOS)?.unwrap_or_else(|| eos.clone());
     if let Some(kind) = fast(&file, &ids, pieces as usize)? {
         return Ok(Tables::new(kind, bos, eos));
     }
     let reference = reference(json)?;
-    // The library gives added tokens numbers of its own where those of the file leave a gap.
-    let known = |end: End| End { id: reference.token_to_id(&end.name).unwrap_or(end.id), ..end };
+    // Where the ids of added tokens leave a gap in the file, the library renumbers them.
+    let known = |token: SpecialToken| SpecialToken {
+        id: reference.token_to_id(&token.name).unwrap_or(token.id),
+        ..token
+    };
     let (bos, eos) = (known(bos), known(eos));
     Ok(Tables::new(Kind::Reference(reference), bos, eos))
 }
@@ -128,7 +132,7 @@ fn ids(file: &File) -> HashMap<String, u32> {
             .iter()
             .filter_map(|(text, id)| Some((text.clone(), u32::try_from(id.as_u64()?).ok()?)))
             .collect(),
-        // Unigram models list pieces with their scores.
+        // Unigram models have a list of pieces with their scores.
         Some(Value::Array(vocab)) => (0..)
             .zip(vocab)
             .filter_map(|(id, piece)| Some((piece.get(0)?.as_str()?.to_owned(), id)))
@@ -139,35 +143,35 @@ fn ids(file: &File) -> HashMap<String, u32> {
     ids
 }
 
-/// How many pieces a file has; none if it is no tokenizer.
+/// The number of pieces in a file, or `None` if it is not a tokenizer.
 pub(super) fn count_pieces(json: &[u8]) -> Option<usize> {
     let ids = ids(&serde_json::from_slice(json).ok()?);
     ids.into_values().max().map(|id| id as usize + 1)
 }
 
-/// A text with every byte that UTF-8 can have, and characters of which no model has pieces.
+/// A text with every byte that UTF-8 can contain, and with characters that are in no model's vocabulary.
 fn unlikely() -> String {
     let ranges = [0..0x800, 0xe000..0xe040, 0xf_0000..0xf_0040, 0x10_fff0..0x10_fffe];
-    // One character for each first byte of three and of four.
+    // One character for each leading byte of a sequence of three or four.
     let leads = (0x800..0x1_0000).step_by(0x800).chain((0x1_0000..0x11_0000).step_by(0x1_0000));
     ranges.into_iter().flatten().chain(leads).filter_map(char::from_u32).collect()
 }
 
-/// The way through Hugging Face's own library.
+/// Reads a file with Hugging Face's own library.
 fn reference(json: &[u8]) -> Result<Box<tokenizers::Tokenizer>, String> {
     let mut reference = tokenizers::Tokenizer::from_bytes(json)
         .map_err(|error| format!("it cannot be read: {error}; give a tokenizer.json of a known kind"))?;
     reference.set_encode_special_tokens(true);
     if let Err(error) = reference.encode_fast(unlikely(), false) {
         return Err(format!(
-            "it cannot encode every text ({error}); give a file with a token for what is unknown"
+            "it cannot encode every text ({error}); give a file with a token for unknown characters"
         ));
     }
     reference.with_truncation(None).map_err(|error| error.to_string())?.with_padding(None);
     Ok(Box::new(reference))
 }
 
-/// The tables of a file, if its settings are among those that have a fast way.
+/// The tables of a file, if we have a fast implementation for its settings.
 fn fast(file: &File, ids: &HashMap<String, u32>, pieces: usize) -> Result<Option<Kind>, String> {
     if file.model.get("type").is_some_and(|kind| kind != "BPE") {
         return Ok(None);
@@ -184,7 +188,7 @@ fn fast(file: &File, ids: &HashMap<String, u32>, pieces: usize) -> Result<Option
         return Ok(None);
     }
     let mut joins = Vec::new();
-    // The file that merges once were in began with its version.
+    // Merges were once kept in a file of their own that began with its version, and some JSON files retain that line.
     let is_merge = |merge: &&Merge| !matches!(merge, Merge::Line(line) if line.starts_with("#version"));
     for (rank, merge) in (0..).zip(model.merges.iter().filter(is_merge)) {
         let parts = merge.parts().and_then(|(left, right)| {
@@ -192,7 +196,7 @@ fn fast(file: &File, ids: &HashMap<String, u32>, pieces: usize) -> Result<Option
             Some(((*model.vocab.get(left)?, *model.vocab.get(right)?), *id))
         });
         let (pair, id) = parts.ok_or_else(|| {
-            format!("its merge {rank} has parts that are no tokens; fetch the file again from its origin")
+            format!("the parts of its merge {rank} are not tokens; fetch the file again from its origin")
         })?;
         joins.push((pair, rank, id));
     }
@@ -206,7 +210,7 @@ fn fast(file: &File, ids: &HashMap<String, u32>, pieces: usize) -> Result<Option
     {
         return Ok(byte_level(&model, &file.added_tokens, words, nfc, &joins, pieces)?.map(Kind::ByteLevel));
     }
-    if let Some(normalizer) = blanks(file)
+    if let Some(normalizer) = spaces(file)
         && model.byte_fallback
         && !model.ignore_merges
         && found.is_empty()
@@ -216,7 +220,7 @@ fn fast(file: &File, ids: &HashMap<String, u32>, pieces: usize) -> Result<Option
     Ok(None)
 }
 
-/// Whether the library would number added tokens in another way than the file.
+/// Whether the library would number added tokens differently than the file does.
 fn has_gaps(model: &Model, added: &[Added]) -> bool {
     let mut added: Vec<&Added> = added.iter().collect();
     added.sort_by_key(|added| added.id);
@@ -228,7 +232,7 @@ fn has_gaps(model: &Model, added: &[Added]) -> bool {
     })
 }
 
-/// How a byte-level file cuts words, and whether it normalises texts first; none if it is another kind of file.
+/// How a byte-level file cuts texts into words, and whether it normalises them first. `None` for other kinds of files.
 fn words(file: &File) -> Option<(PreTokenizer, bool)> {
     let nfc = match &file.normalizer {
         None => false,
@@ -272,7 +276,7 @@ fn byte_level(
         let spelt: Option<Vec<u8>> = text.chars().map(|c| byte_of.get(&c).copied()).collect();
         whole.extend(spelt.map(|spelt| (spelt, *id)));
     }
-    // A token that is not of these characters alone stands for its own.
+    // A token with any other character in it is plain text.
     let decoded = |text: &str| -> Vec<u8> {
         let spelt: Option<Vec<u8>> = text.chars().map(|c| byte_of.get(&c).copied()).collect();
         spelt.unwrap_or_else(|| text.as_bytes().to_vec())
@@ -287,7 +291,7 @@ fn byte_level(
     Ok(Some(ByteLevel { words, nfc, bpe: Bpe::of_bytes(&symbols, joins), whole, added, bytes }))
 }
 
-/// What finds those added tokens that are looked for in normalised texts, or in others; none if that changes nothing.
+/// The matcher for added tokens whose setting `normalized` has this value. `None` if there is nothing to match.
 fn finder(added: &[Added], normalized: bool) -> Result<Option<byte_level::Added>, String> {
     let found: Vec<&Added> = added
         .iter()
@@ -303,8 +307,8 @@ fn finder(added: &[Added], normalized: bool) -> Result<Option<byte_level::Added>
     Ok(Some(byte_level::Added { matcher, ids }))
 }
 
-/// What a file over SentencePiece's characters does to blanks; none if it is another kind of file.
-fn blanks(file: &File) -> Option<Normalizer> {
+/// How a file with a SentencePiece vocabulary treats spaces. `None` for other kinds of files.
+fn spaces(file: &File) -> Option<Normalizer> {
     let steps = file.decoder.as_ref()?["decoders"].as_array()?;
     let usual = [
         json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
@@ -326,9 +330,9 @@ fn blanks(file: &File) -> Option<Normalizer> {
                 [prepend, replace]
                     if prepend["type"] == "Prepend" && prepend["prepend"] == "▁" && replaces(replace) =>
                 {
-                    Some(Normalizer::of_blanks(true, false, drops))
+                    Some(Normalizer::of_spaces(true, false, drops))
                 }
-                [replace] if replaces(replace) => Some(Normalizer::of_blanks(false, false, drops)),
+                [replace] if replaces(replace) => Some(Normalizer::of_spaces(false, false, drops)),
                 _ => None,
             }
         }
@@ -336,8 +340,8 @@ fn blanks(file: &File) -> Option<Normalizer> {
             if pre["type"] == "Metaspace" && pre["replacement"] == "▁" && pre["split"] == false =>
         {
             match pre["prepend_scheme"].as_str()? {
-                "first" | "always" => Some(Normalizer::of_blanks(true, true, drops)),
-                "never" => Some(Normalizer::of_blanks(false, false, drops)),
+                "first" | "always" => Some(Normalizer::of_spaces(true, true, drops)),
+                "never" => Some(Normalizer::of_spaces(false, false, drops)),
                 _ => None,
             }
         }
@@ -364,5 +368,5 @@ fn sentencepiece(
     }
     let vocabulary = Vocabulary::of_pieces(list).ok()?;
     let bpe = Bpe::of_merges(model.vocab.iter().map(|(text, id)| (text.as_str(), *id)), joins);
-    Some(Kind::SentencePiece(SentencePiece::new(vocabulary, normalizer, bpe, Bytes::Together)))
+    Some(Kind::SentencePiece(SentencePiece::new(vocabulary, normalizer, bpe, Decoding::PerRun)))
 }

@@ -1,18 +1,18 @@
-//! The same tokenizer as Hugging Face's `tokenizer.json`, for programs that read only that.
+//! Writes a SentencePiece tokenizer as Hugging Face's `tokenizer.json`, for programs that read only that.
 //!
-//! The control pieces are deliberately not among `added_tokens`: there they would be cut out of texts in which
-//! they stand literally. The list of merges gives every pair a rank of its own, so a reader of this file may
-//! differ where one piece can be made in several ways or pieces share a score; `tokenizer.model` is what counts.
+//! The control pieces are deliberately not among `added_tokens`, because they would then be matched in texts that
+//! contain them literally. The list of merges gives every pair its own rank, so a reader of this file may differ where
+//! a piece can be formed in several ways or pieces share a score. `tokenizer.model` is authoritative.
 
 use serde_json::{Map, Value, json};
 
 use super::bpe::Bpe;
 use super::model::PieceType;
 use super::vocabulary::{Unknown, Vocabulary};
-use super::{End, Kind, SentencePiece, Tokenizer};
+use super::{Kind, SentencePiece, SpecialToken, Tokenizer};
 
 impl Tokenizer {
-    /// The contents of `tokenizer.json`; none if the model does to a text what this form cannot tell.
+    /// The contents of `tokenizer.json`, or `None` if the format cannot express what the model does to a text.
     pub fn to_json(&self) -> Option<String> {
         let Kind::SentencePiece(SentencePiece { vocabulary, normalizer, bpe, .. }) = &self.0.kind else {
             return String::from_utf8(self.0.file.clone()).ok();
@@ -28,7 +28,7 @@ impl Tokenizer {
         let vocab: Map<String, Value> =
             (0..).zip(pieces).map(|(id, piece): (u32, _)| (piece.text.clone(), json!(id))).collect();
         let unknown = vocabulary.of_kind(PieceType::Unknown).next().map(|(_, piece)| &piece.text);
-        let End { id: bos_id, name: bos } = &self.0.bos;
+        let SpecialToken { id: bos_id, name: bos } = &self.0.bos;
         let one = |sequence: &str| json!([{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": sequence, "type_id": 0}}]);
         let mut pair = one("A").as_array().cloned().unwrap_or_default();
         pair.extend(one("B").as_array().cloned().unwrap_or_default());
@@ -36,8 +36,8 @@ impl Tokenizer {
         let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
         let strip =
             normalizer.has_prefix().then(|| json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
-        let blank = json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "});
-        let decoders: Vec<Value> = [blank, json!({"type": "ByteFallback"}), json!({"type": "Fuse"})]
+        let space = json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "});
+        let decoders: Vec<Value> = [space, json!({"type": "ByteFallback"}), json!({"type": "Fuse"})]
             .into_iter()
             .chain(strip)
             .collect();
@@ -73,7 +73,7 @@ impl Tokenizer {
         Some(text)
     }
 
-    /// Texts of the pieces that texts are made of.
+    /// The texts of all pieces that can be part of an encoded text.
     #[cfg(test)]
     pub(super) fn normal_texts(&self) -> Vec<&str> {
         match &self.0.kind {
@@ -85,7 +85,7 @@ impl Tokenizer {
     }
 }
 
-/// All pairs that make a piece: by score, then by id of the piece, then by ids of the two parts.
+/// All pairs that form a piece, ordered by score, then by the piece's id, then by the ids of the two parts.
 fn ranked_pairs<'v>(vocabulary: &'v Vocabulary, bpe: &Bpe) -> Vec<[&'v str; 2]> {
     let text = |id: u32| vocabulary.pieces[id as usize].text.as_str();
     bpe.ranked().into_iter().map(|(left, right)| [text(left), text(right)]).collect()

@@ -1,15 +1,15 @@
-//! Tokenizers, exact: a text becomes the same ids as in the library that the file was made for.
+//! Exact tokenizers: a text gets the same ids as from the library that the tokenizer file was made for.
 //!
-//! SentencePiece BPE (`tokenizer.model`) and the two common families of `tokenizer.json` ([`huggingface`]) are our own;
-//! other kinds of `tokenizer.json` go through Hugging Face's library.
+//! SentencePiece BPE (`tokenizer.model`) and the two common families of `tokenizer.json` ([`huggingface`]) have
+//! implementations of our own; other kinds of `tokenizer.json` go through Hugging Face's library.
 //!
-//! With SentencePiece's characters, a text is cut into chunks where nothing can be joined ([`boundaries`]); of each, the ids are known from before
-//! ([`cache`]) or made ([`bpe`]). Models that do more to a text than put a blank in front ([`normalizer`]), that name
-//! pieces to be found first, or that have pieces to be taken apart again take longer ways to the same end.
+//! A text for a SentencePiece vocabulary is cut into chunks across which no merge is possible ([`boundaries`]). The ids
+//! of a chunk come from the [`cache`], or else from [`bpe`]. Models that do more than prepend a space ([`normalizer`]),
+//! that define pieces to be matched first, or that have unused pieces take slower paths to the same result.
 //!
-//! Texts are taken literally: `<s>` in a text stays five characters' worth of pieces and never becomes the control
-//! id. Unigram models of SentencePiece are refused. Those of a `tokenizer.json` go through the library, with the scores of
-//! the file as they are; its Python wheel has others in their last bits, and so other ids where two ways to cut a text tie.
+//! Texts are taken literally: `<s>` in a text is encoded as three characters and never becomes the control id. Unigram
+//! models of SentencePiece are refused. Those in a `tokenizer.json` go through the library with the scores in the file.
+//! Its Python wheel has other last bits in some scores, and so other ids where two segmentations tie.
 
 #![forbid(unsafe_code)]
 
@@ -41,12 +41,12 @@ use cache::{Cache, Key};
 use model::{ModelProto, ModelType, PieceType};
 use normalizer::Normalizer;
 use ulmus_types::{is_pointer, without_mark};
-use vocabulary::{BLANK, Vocabulary};
+use vocabulary::{SPACE_MARK, Vocabulary};
 
 pub use error::TokenizerError;
 pub use train::train;
 
-/// A tokenizer. Cloning gives another handle to the same one.
+/// A tokenizer. Clones share its tables.
 #[derive(Clone)]
 pub struct Tokenizer(Arc<Tables>);
 
@@ -54,14 +54,14 @@ struct Tables {
     file: Vec<u8>,
     digest: Digest,
     pieces: usize,
-    bos: End,
-    eos: End,
+    bos: SpecialToken,
+    eos: SpecialToken,
     kind: Kind,
 }
 
-/// A token that begins or ends documents.
+/// BOS or EOS.
 #[derive(Debug, Clone)]
-struct End {
+struct SpecialToken {
     id: u32,
     name: String,
 }
@@ -69,7 +69,7 @@ struct End {
 enum Kind {
     SentencePiece(SentencePiece),
     ByteLevel(ByteLevel),
-    /// Any other that Hugging Face's library reads.
+    /// Any other kind that Hugging Face's library can read.
     Reference(Box<tokenizers::Tokenizer>),
 }
 
@@ -78,22 +78,22 @@ struct SentencePiece {
     normalizer: Normalizer,
     bpe: Bpe,
     boundaries: SplitTable,
-    /// What each piece decodes to.
+    /// The bytes that each piece decodes to.
     surfaces: Vec<Vec<u8>>,
-    bytes: Bytes,
+    decoding: Decoding,
 }
 
-/// What becomes of byte pieces in a row that are not UTF-8.
+/// How a run of byte pieces is decoded that is not UTF-8.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Bytes {
-    /// Each that is wrong becomes U+FFFD. A control piece ends the row. So does SentencePiece.
-    Apart,
-    /// All of the row become U+FFFD. Control pieces are not there at all, and a blank in front is dropped whatever made it. So
-    /// does Hugging Face's library.
-    Together,
+enum Decoding {
+    /// As SentencePiece does it: each invalid byte becomes U+FFFD, and a control piece ends the run.
+    PerByte,
+    /// As Hugging Face's library does it: all bytes of the run become U+FFFD. Control pieces are ignored, and a leading
+    /// space is dropped whichever piece it comes from.
+    PerRun,
 }
 
-/// Encodes texts. Each thread has its own: it remembers what became of the words that it has seen.
+/// Encodes texts. Each thread uses its own, because an encoder caches the ids of the words that it has seen.
 #[derive(Debug)]
 pub struct Encoder {
     tokenizer: Tokenizer,
@@ -103,11 +103,11 @@ pub struct Encoder {
 }
 
 impl Tokenizer {
-    /// Reads a SentencePiece `tokenizer.model` or a Hugging Face `tokenizer.json`; `name` is its place, for messages.
-    /// `bos` and `eos` name the tokens that begin and end documents, where they are not those that the file tells.
+    /// Reads a SentencePiece `tokenizer.model` or a Hugging Face `tokenizer.json`. Errors call the file `name`.
+    /// `bos` and `eos` name the tokens that begin and end documents, and default to those that the file names.
     ///
     /// # Errors
-    /// When the bytes are neither, or the file has no such tokens.
+    /// When the bytes are no tokenizer of either kind, or the file lacks one of the two tokens.
     pub fn read(
         bytes: &[u8],
         name: &str,
@@ -127,7 +127,7 @@ impl Tokenizer {
         Ok(Self(Arc::new(Tables { file: bytes.to_vec(), digest: Digest::of(bytes), ..tables })))
     }
 
-    /// A new encoder. It is made for many texts: its memory, 4 MiB, fills with what it has seen.
+    /// A new encoder, to be used for many texts: its cache of 4 MiB fills with the words that it has seen.
     pub fn encoder(&self) -> Encoder {
         Encoder {
             tokenizer: self.clone(),
@@ -144,39 +144,39 @@ impl Tokenizer {
         ids
     }
 
-    /// The text of `ids`. Control ids and ids beyond the pieces (such as the pad id) have none; each byte that is not
-    /// UTF-8 becomes U+FFFD.
+    /// The text of `ids`. Control ids and ids beyond the vocabulary (such as the pad id) add no text; bytes that are
+    /// not UTF-8 become U+FFFD.
     pub fn decode(&self, ids: &[u32]) -> String {
         match &self.0.kind {
             Kind::SentencePiece(model) => model.decode(ids),
             Kind::ByteLevel(model) => String::from_utf8_lossy(&model.decode(ids)).into_owned(),
-            // Some of the library's decoders panic if there is nothing to decode.
+            // Some of the library's decoders panic when there is nothing to decode.
             Kind::Reference(_) if ids.iter().all(|id| self.is_byte(*id).is_none()) => String::new(),
             Kind::Reference(reference) => reference.decode(ids, true).unwrap_or_default(),
         }
     }
 
-    /// Begins every document.
+    /// The id of BOS, which begins every document.
     pub fn bos(&self) -> u32 {
         self.0.bos.id
     }
 
-    /// Ends every document.
+    /// The id of EOS, which ends every document.
     pub fn eos(&self) -> u32 {
         self.0.eos.id
     }
 
-    /// What the file calls BOS and EOS.
-    pub fn names_of_ends(&self) -> (&str, &str) {
+    /// The names of BOS and EOS in the tokenizer file.
+    pub fn special_names(&self) -> (&str, &str) {
         (&self.0.bos.name, &self.0.eos.name)
     }
 
-    /// Fills the tail of sequences; never a target. It is the first id after the pieces.
+    /// The id that fills the end of short sequences and is never a target. It is the first id after the pieces.
     pub fn pad(&self) -> u32 {
         self.pieces() as u32
     }
 
-    /// Whether there is a piece of this id.
+    /// Whether `id` belongs to a piece.
     pub fn has(&self, id: u32) -> bool {
         match &self.0.kind {
             Kind::Reference(reference) => reference.id_to_token(id).is_some(),
@@ -184,18 +184,18 @@ impl Tokenizer {
         }
     }
 
-    /// Number of pieces. A model needs one row more, for the pad id.
+    /// Number of pieces. A model needs one more row, for the pad id.
     pub fn pieces(&self) -> usize {
         self.0.pieces
     }
 
-    /// The file that it was read from: the name that such files have, and the bytes.
+    /// The file that the tokenizer was read from: the usual name of such files, and the bytes.
     pub fn file(&self) -> (&'static str, &[u8]) {
         let name = if self.is_json() { paths::TOKENIZER_JSON } else { paths::TOKENIZER_MODEL };
         (name, &self.0.file)
     }
 
-    /// Whether texts go our own way, and not through Hugging Face's library.
+    /// Whether texts are encoded by our own implementation and not by Hugging Face's library.
     pub fn is_native(&self) -> bool {
         !matches!(self.0.kind, Kind::Reference(_))
     }
@@ -204,13 +204,13 @@ impl Tokenizer {
         is_json(&self.0.file)
     }
 
-    /// Hash of the file.
+    /// Hash of the file that the tokenizer was read from.
     pub fn digest(&self) -> Digest {
         self.0.digest
     }
 }
 
-/// How many pieces a tokenizer file has, whatever its BOS and EOS; none if it is no tokenizer.
+/// Number of pieces in a tokenizer file, which may lack BOS and EOS; `None` if it is not a tokenizer.
 pub fn count_pieces(file: &[u8]) -> Option<usize> {
     let file = without_mark(file);
     if is_json(file) {
@@ -225,8 +225,8 @@ fn is_json(file: &[u8]) -> bool {
 }
 
 impl Tables {
-    /// Those of a file that is filled in later.
-    fn new(kind: Kind, bos: End, eos: End) -> Self {
+    /// Tables whose `file` and `digest` are filled in later.
+    fn new(kind: Kind, bos: SpecialToken, eos: SpecialToken) -> Self {
         let pieces = match &kind {
             Kind::SentencePiece(model) => model.vocabulary.pieces.len(),
             Kind::ByteLevel(model) => model.bytes.len(),
@@ -241,7 +241,7 @@ impl Tables {
 impl SentencePiece {
     fn read(bytes: &[u8]) -> Result<Self, String> {
         let model = ModelProto::decode(bytes).map_err(|error| {
-            format!("it is no SentencePiece model ({error}); give a tokenizer.model or a tokenizer.json")
+            format!("it is not a SentencePiece model ({error}); give a tokenizer.model or a tokenizer.json")
         })?;
         if model.pieces.is_empty() {
             return Err("it has no pieces; give a SentencePiece tokenizer.model".to_owned());
@@ -251,18 +251,18 @@ impl SentencePiece {
             return Err(format!("it is a {kind:?} model; give a BPE model"));
         }
         if model.denormalizer.as_ref().is_some_and(|rules| !rules.charsmap().is_empty()) {
-            return Err("it changes decoded texts by a table; give a model without denormaliser".to_owned());
+            return Err("it has a denormaliser, which is not supported; give a model without one".to_owned());
         }
         let vocabulary = Vocabulary::new(&model)?;
         let normalizer = Normalizer::new(&model, &vocabulary)?;
         let bpe = Bpe::new(&vocabulary, normalizer.escapes());
-        Ok(Self::new(vocabulary, normalizer, bpe, Bytes::Apart))
+        Ok(Self::new(vocabulary, normalizer, bpe, Decoding::PerByte))
     }
 
-    fn new(vocabulary: Vocabulary, normalizer: Normalizer, bpe: Bpe, bytes: Bytes) -> Self {
+    fn new(vocabulary: Vocabulary, normalizer: Normalizer, bpe: Bpe, decoding: Decoding) -> Self {
         let boundaries = SplitTable::new(&vocabulary, normalizer.escapes());
         let surfaces = vocabulary.pieces.iter().map(|piece| vocabulary.surface(piece)).collect();
-        Self { vocabulary, normalizer, bpe, boundaries, surfaces, bytes }
+        Self { vocabulary, normalizer, bpe, boundaries, surfaces, decoding }
     }
 
     fn tables(self, bos: Option<&str>, eos: Option<&str>) -> Result<Tables, String> {
@@ -273,29 +273,29 @@ impl SentencePiece {
                     .zip(pieces)
                     .find(|(_, piece)| piece.text == name)
                     .map(|(id, _)| id)
-                    .ok_or_else(|| format!("it has no piece {name:?}; correct tokenizer.{what} of the plan, or --{what}"))?,
+                    .ok_or_else(|| format!("it has no piece {name:?}; correct tokenizer.{what} in the plan, or --{what}"))?,
                 None => own.ok_or_else(|| {
-                    format!("it names no piece as its {what}; write the name of one as tokenizer.{what} in the plan, or --{what}")
+                    format!("it does not name its {what} piece; write the name as tokenizer.{what} in the plan, or give --{what}")
                 })?,
             };
-            Ok::<End, String>(End { id, name: pieces[id as usize].text.clone() })
+            Ok::<SpecialToken, String>(SpecialToken { id, name: pieces[id as usize].text.clone() })
         };
         let (bos, eos) = (end("bos", bos, *own_bos)?, end("eos", eos, *own_eos)?);
         Ok(Tables::new(Kind::SentencePiece(self), bos, eos))
     }
 
     fn decode(&self, ids: &[u32]) -> String {
-        let (drops_blank, drops_all) = self.normalizer.drops_blanks();
-        let apart = self.bytes == Bytes::Apart;
+        let (drops_space, drops_all) = self.normalizer.drops_spaces();
+        let per_byte = self.decoding == Decoding::PerByte;
         let mut bytes = Vec::with_capacity(ids.len() * 4);
-        let mut at_start = drops_blank && apart;
-        // Where what comes before and what comes behind are not one row of bytes.
+        let mut at_start = drops_space && per_byte;
+        // Offsets of control pieces, which end a run of bytes.
         let mut seams = Vec::new();
         for id in ids {
             let Some(surface) = self.surfaces.get(*id as usize) else { continue };
-            if surface.is_empty() && apart {
+            if surface.is_empty() && per_byte {
                 seams.push(bytes.len());
-            } else if at_start && bytes.is_empty() && self.vocabulary.begins_with_blank(*id) {
+            } else if at_start && bytes.is_empty() && self.vocabulary.begins_with_space(*id) {
                 at_start = drops_all;
                 bytes.extend_from_slice(&surface[1..]);
             } else {
@@ -305,17 +305,17 @@ impl SentencePiece {
         let mut text = match String::from_utf8(bytes) {
             Ok(text) if seams.is_empty() => text,
             Ok(text) => mended(text.as_bytes(), &seams),
-            Err(error) if apart => mended(error.as_bytes(), &seams),
-            Err(_) => self.decode_rows(ids),
+            Err(error) if per_byte => mended(error.as_bytes(), &seams),
+            Err(_) => self.decode_runs(ids),
         };
-        if drops_blank && !apart && text.starts_with(' ') {
+        if drops_space && !per_byte && text.starts_with(' ') {
             text.remove(0);
         }
         text
     }
 
-    /// The text of ids with rows of bytes that are not UTF-8, each of which is kept or lost whole.
-    fn decode_rows(&self, ids: &[u32]) -> String {
+    /// Decodes ids with runs of bytes that are not UTF-8. A run is decoded or replaced as a whole.
+    fn decode_runs(&self, ids: &[u32]) -> String {
         let kind = |id: u32| self.vocabulary.pieces.get(id as usize).map(|piece| piece.kind);
         let shown: Vec<u32> = ids
             .iter()
@@ -356,9 +356,9 @@ impl SentencePiece {
         if normalizer.is_plain() && bpe.is_local() {
             let mut rest = text;
             if normalizer.prefixes(text) {
-                let end = boundaries.first_end(BLANK, text);
+                let end = boundaries.first_end(SPACE_MARK, text);
                 first.clear();
-                first.push(BLANK);
+                first.push(SPACE_MARK);
                 first.push_str(&text[..end]);
                 chunk(first);
                 rest = &text[end..];
@@ -376,7 +376,7 @@ impl SentencePiece {
     }
 }
 
-/// Bytes as text, with a sign for each byte that is wrong, not one for several.
+/// Bytes as text, with one U+FFFD for each invalid byte, where the standard library would write one for several.
 fn mended(bytes: &[u8], seams: &[usize]) -> String {
     let mut text = String::with_capacity(bytes.len());
     let ends = seams.iter().copied().chain([bytes.len()]);

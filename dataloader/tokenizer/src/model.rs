@@ -1,7 +1,7 @@
-//! The wire form of SentencePiece's `tokenizer.model`, as far as BPE models with byte fallback need it.
+//! The wire format of SentencePiece's `tokenizer.model`, as far as BPE models with byte fallback need it.
 //!
-//! Field numbers are those of `sentencepiece_model.proto`. Fields that are not listed are skipped when read, and
-//! have their default when written.
+//! Field numbers are those of `sentencepiece_model.proto`. Fields that are not listed here are skipped when a file is
+//! read, and omitted when one is written.
 
 use prost::Message;
 
@@ -18,7 +18,7 @@ pub(crate) struct ModelProto {
     pub(crate) denormalizer: Option<NormalizerProto>,
 }
 
-/// One piece. Its id is its place in the list.
+/// One piece. Its id is its index in the list of pieces.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct PieceProto {
     #[prost(string, optional, tag = "1")]
@@ -29,7 +29,7 @@ pub(crate) struct PieceProto {
     pub(crate) kind: Option<i32>,
 }
 
-/// What a piece stands for.
+/// The kind of a piece.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, prost::Enumeration)]
 #[repr(i32)]
 pub(crate) enum PieceType {
@@ -41,7 +41,7 @@ pub(crate) enum PieceType {
     Byte = 6,
 }
 
-/// How the model was trained; readers take the kind of model and the special ids from it.
+/// How the model was trained. Readers take the kind of model and the special ids from here.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct TrainerProto {
     #[prost(enumeration = "ModelType", optional, tag = "3", default = "Unigram")]
@@ -82,7 +82,7 @@ pub(crate) enum ModelType {
     Char = 4,
 }
 
-/// What is done to a text before it is cut.
+/// How a text is normalised before it is cut into pieces.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct NormalizerProto {
     #[prost(string, optional, tag = "1")]

@@ -1,38 +1,38 @@
 //! What SentencePiece does to a text before it is cut into pieces.
 //!
-//! The published models do next to nothing (a blank in front); others map characters, such as to NFKC, and make one
-//! blank of several.
+//! The published models do next to nothing (they prepend a space). Others map characters, for example to NFKC, and
+//! collapse runs of spaces.
 
 use aho_corasick::{AhoCorasick, Anchored, Input, MatchKind, StartKind};
 
 use super::bpe::Part;
 use super::model::{ModelProto, PieceType};
-use super::vocabulary::{BLANK, Vocabulary};
+use super::vocabulary::{SPACE_MARK, Vocabulary};
 
-/// The rules of a model.
+/// The normalisation rules of a model.
 #[derive(Debug, Clone)]
 pub(super) struct Normalizer {
     map: Option<CharacterMap>,
-    /// Pieces that are found in texts before all else.
+    /// Pieces that are matched in texts before anything else.
     user_defined: Option<(AhoCorasick, Vec<u32>)>,
-    /// Where a text gets a blank that it did not have.
+    /// Where a space is added to a text.
     added: Option<Side>,
     remove_extra: bool,
     escape: bool,
-    /// Whether the blank in front of a decoded text is dropped.
+    /// Whether a leading space is dropped from a decoded text.
     drops: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Side {
     Front,
-    /// In front, where no blank is already.
+    /// In front of a text that does not begin with a space.
     FrontIfNone,
     Back,
 }
 
 impl Normalizer {
-    /// The rules of a model, or what is wrong with them.
+    /// Reads the rules of a model, or says what is wrong with them.
     pub(super) fn new(model: &ModelProto, vocabulary: &Vocabulary) -> Result<Self, String> {
         let rules = model.normalizer.clone().unwrap_or_default();
         let suffix = model.trainer.clone().unwrap_or_default().treat_whitespace_as_suffix();
@@ -53,8 +53,9 @@ impl Normalizer {
         })
     }
 
-    /// Rules that only write blanks as [`BLANK`], and may put one in front: always, or only where there is none.
-    pub(super) fn of_blanks(prefix: bool, if_none: bool, drops: bool) -> Self {
+    /// Rules that write spaces as [`SPACE_MARK`], and with `prefix` prepend one: always, or with `if_none` only to
+    /// texts that do not begin with one.
+    pub(super) fn of_spaces(prefix: bool, if_none: bool, drops: bool) -> Self {
         let side = if if_none { Side::FrontIfNone } else { Side::Front };
         Self {
             map: None,
@@ -66,7 +67,7 @@ impl Normalizer {
         }
     }
 
-    /// Whether a text changes in no other way than that a blank may come in front.
+    /// Whether nothing is done to a text except that a space may be prepended.
     pub(super) fn is_plain(&self) -> bool {
         self.map.is_none()
             && self.user_defined.is_none()
@@ -75,37 +76,37 @@ impl Normalizer {
             && self.escape
     }
 
-    /// Whether a blank comes in front of most texts.
+    /// Whether a space is prepended to texts, with possible exceptions.
     pub(super) fn has_prefix(&self) -> bool {
         matches!(self.added, Some(Side::Front | Side::FrontIfNone))
     }
 
-    /// Whether a blank comes in front of a text.
+    /// Whether a space is prepended to `text`.
     #[inline]
     pub(super) fn prefixes(&self, text: &str) -> bool {
         match self.added {
             Some(Side::Front) => !text.is_empty(),
-            Some(Side::FrontIfNone) => !text.is_empty() && !text.starts_with([' ', BLANK]),
+            Some(Side::FrontIfNone) => !text.is_empty() && !text.starts_with([' ', SPACE_MARK]),
             Some(Side::Back) | None => false,
         }
     }
 
-    /// Whether blanks in texts are written as [`BLANK`].
+    /// Whether spaces in texts are written as [`SPACE_MARK`].
     pub(super) const fn escapes(&self) -> bool {
         self.escape
     }
 
-    /// Whether the blank in front of a decoded text is not the text's own; and whether all of them are not.
-    pub(super) const fn drops_blanks(&self) -> (bool, bool) {
+    /// Whether the first leading space of a decoded text is dropped, and whether all leading spaces are.
+    pub(super) const fn drops_spaces(&self) -> (bool, bool) {
         (self.drops, self.remove_extra)
     }
 
-    /// Whether there are pieces that are found before all else.
+    /// Whether there are pieces that are matched before anything else.
     pub(super) const fn has_user_defined(&self) -> bool {
         self.user_defined.is_some()
     }
 
-    /// A normalised text, and the pieces that are found in it before all else.
+    /// Splits a normalised text into the pieces that are matched before anything else, and the text between them.
     pub(super) fn parts<'t>(&self, text: &'t str) -> Vec<Part<'t>> {
         let mut parts = Vec::new();
         let mut end = 0;
@@ -120,9 +121,9 @@ impl Normalizer {
         parts
     }
 
-    /// The text as pieces spell it.
+    /// Normalises a text to the form in which pieces are written.
     pub(super) fn apply(&self, text: &str) -> String {
-        let blank = if self.escape { BLANK } else { ' ' };
+        let space = if self.escape { SPACE_MARK } else { ' ' };
         let mut out = String::with_capacity(text.len() + text.len() / 4);
         let mut rest = text;
         if self.remove_extra {
@@ -134,30 +135,30 @@ impl Normalizer {
             return out;
         }
         if self.has_prefix() {
-            out.push(blank);
+            out.push(space);
         }
-        let mut after_blank = self.remove_extra;
+        let mut after_space = self.remove_extra;
         while !rest.is_empty() {
             let (mut found, length) = self.first(rest);
-            if after_blank {
+            if after_space {
                 found = found.trim_start_matches(' ');
             }
             if !found.is_empty() {
-                out.extend(found.chars().map(|c| if c == ' ' { blank } else { c }));
-                after_blank = self.remove_extra && found.ends_with(' ');
+                out.extend(found.chars().map(|c| if c == ' ' { space } else { c }));
+                after_space = self.remove_extra && found.ends_with(' ');
             }
             rest = &rest[length..];
         }
         if self.remove_extra {
-            out.truncate(out.trim_end_matches(blank).len());
+            out.truncate(out.trim_end_matches(space).len());
         }
         if self.added == Some(Side::Back) {
-            out.push(blank);
+            out.push(space);
         }
         out
     }
 
-    /// What the beginning of a text becomes, and how many bytes of it that is.
+    /// What the beginning of a text is mapped to, and how many of its bytes are consumed.
     fn first<'a>(&'a self, text: &'a str) -> (&'a str, usize) {
         if let Some((matcher, _)) = &self.user_defined
             && let Some(found) = matcher.find(Input::new(text).anchored(Anchored::Yes))
@@ -172,7 +173,7 @@ impl Normalizer {
     }
 }
 
-/// Finds user-defined pieces, from left to right the longest at each place, and their ids.
+/// A matcher for user-defined pieces (leftmost, then longest), and their ids.
 fn user_defined(vocabulary: &Vocabulary) -> Result<Option<(AhoCorasick, Vec<u32>)>, String> {
     let (ids, texts): (Vec<u32>, Vec<&str>) = vocabulary
         .of_kind(PieceType::UserDefined)
@@ -191,8 +192,8 @@ fn user_defined(vocabulary: &Vocabulary) -> Result<Option<(AhoCorasick, Vec<u32>
     Ok(Some((matcher, ids)))
 }
 
-/// A table of strings and what they become: a double-array trie as of the library Darts-clone, and the strings that
-/// its values point to, each up to a zero byte.
+/// A table that maps strings to strings: a double-array trie in the format of Darts-clone, whose values are offsets of
+/// zero-terminated strings.
 #[derive(Debug, Clone)]
 struct CharacterMap {
     trie: Vec<u32>,
@@ -211,7 +212,7 @@ impl CharacterMap {
         Some(Self { trie: units.iter().map(|unit| u32::from_le_bytes(*unit)).collect(), strings })
     }
 
-    /// What the longest string of the table that begins `text` becomes, and its length.
+    /// What the longest prefix of `text` in the table is mapped to, and the length of that prefix.
     fn longest(&self, text: &str) -> Option<(&str, usize)> {
         let offset = |unit: u32| ((unit >> 10) << ((unit & (1 << 9)) >> 6)) as usize;
         let mut node = offset(self.trie[0]);

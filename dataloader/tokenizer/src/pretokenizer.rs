@@ -1,22 +1,22 @@
-//! Where byte-level models cut a text into words before they join bytes.
+//! Cuts a text into words, before byte-level models join the bytes of each.
 //!
-//! Their files say it with a regular expression, of which two are common: that of GPT-2, and that of cl100k (Llama 3,
-//! Qwen, OLMo 2), whose variants differ in how many digits make a word. A match is found here by looking at the next
-//! characters once, in the order of the expression's alternatives.
+//! Tokenizer files define words by a regular expression. Two are common: that of GPT-2, and that of cl100k (Llama 3,
+//! Qwen, OLMo 2), whose variants differ in how many digits form a word. This implementation matches them in one pass,
+//! in the order of the expression's alternatives.
 
 use std::sync::LazyLock;
 
 use regex_syntax::hir::{Class, HirKind};
 
-/// GPT-2's, which `ByteLevel` applies by itself.
+/// GPT-2's expression, which `ByteLevel` implies.
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-/// The beginnings that mean the same in cl100k's.
+/// Two equivalent beginnings of cl100k's expression.
 const CONTRACTIONS: [&str; 2] = ["(?i:'s|'t|'re|'ve|'m|'ll|'d)|", "'(?i:[sdmt]|ll|ve|re)|"];
 
-/// The rules of an expression.
+/// The rules of a known expression.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct PreTokenizer {
-    /// Characters of a number; no limit, and a blank in front, as GPT-2 has it, if it is none.
+    /// Maximum number of digits in a word. `None` stands for GPT-2's rules: no limit, and a space may precede a number.
     digits: Option<usize>,
 }
 
@@ -24,13 +24,13 @@ impl PreTokenizer {
     /// GPT-2's rules.
     pub(super) const GPT2: Self = Self { digits: None };
 
-    /// The rules of an expression, if they are known.
+    /// The rules of an expression, if it is a known one.
     pub(super) fn of_expression(expression: &str) -> Option<Self> {
         if expression == GPT2 {
             return Some(Self::GPT2);
         }
         let rest = CONTRACTIONS.iter().find_map(|start| expression.strip_prefix(start))?;
-        // Elsewhere possessive quantifiers change nothing: what they do not give back could not be used by what follows.
+        // Possessive quantifiers matter here only; elsewhere, giving characters back could never lead to a match.
         if rest.contains(r"\s++(?!") {
             return None;
         }
@@ -42,17 +42,17 @@ impl PreTokenizer {
         })
     }
 
-    /// Gives the words of `text`, one after the other.
-    pub(super) fn cut<'t>(self, text: &'t str, mut give: impl FnMut(&'t str)) {
+    /// Calls `emit` with each word of `text`, in order.
+    pub(super) fn cut<'t>(self, text: &'t str, mut emit: impl FnMut(&'t str)) {
         let mut at = 0;
         while at < text.len() {
             let end = self.end(text, at);
-            give(&text[at..end]);
+            emit(&text[at..end]);
             at = end;
         }
     }
 
-    /// Where the word ends that begins at a place.
+    /// The end of the word that begins at `at`.
     fn end(self, text: &str, at: usize) -> usize {
         let (first, class, width) = next(text, at);
         if first == '\''
@@ -60,10 +60,10 @@ impl PreTokenizer {
         {
             return at + 1 + length;
         }
-        let after_blank = if first == ' ' { at + 1 } else { at };
-        // What may stand in front of letters.
+        let after_space = if first == ' ' { at + 1 } else { at };
+        // One character may precede letters: a space in GPT-2, any but a line break, letter or number in cl100k.
         let letters = match self.digits {
-            None => after_blank,
+            None => after_space,
             Some(_) if class == LETTER || class == NUMBER || is_newline(first) => at,
             Some(_) => at + width,
         };
@@ -72,7 +72,7 @@ impl PreTokenizer {
             return end;
         }
         let end = match self.digits {
-            None => run(text, after_blank, |_, class| class == NUMBER),
+            None => run(text, after_space, |_, class| class == NUMBER),
             Some(most) => {
                 let mut left = most;
                 run(text, at, |_, class| {
@@ -82,29 +82,30 @@ impl PreTokenizer {
                 })
             }
         };
-        if end > if self.digits.is_none() { after_blank } else { at } {
+        if end > if self.digits.is_none() { after_space } else { at } {
             return end;
         }
-        let end = run(text, after_blank, |_, class| class == OTHER);
-        if end > after_blank {
+        let end = run(text, after_space, |_, class| class == OTHER);
+        if end > after_space {
             return if self.digits.is_none() { end } else { run(text, end, |c, _| is_newline(c)) };
         }
-        self.blanks(text, at)
+        self.whitespace(text, at)
     }
 
-    /// Where blanks end: behind the last line break (cl100k); else before the last one, which belongs to what follows.
-    fn blanks(self, text: &str, at: usize) -> usize {
+    /// The end of the run of whitespace that begins at `at`: after its last line break (cl100k), or else before its
+    /// last character, which belongs to the next word.
+    fn whitespace(self, text: &str, at: usize) -> usize {
         let (mut newline, mut last) = (None, at);
         let mut here = at;
         let end = run(text, at, |c, class| {
-            if class == BLANK {
+            if class == WHITESPACE {
                 last = here;
                 here += c.len_utf8();
                 if is_newline(c) {
                     newline = Some(here);
                 }
             }
-            class == BLANK
+            class == WHITESPACE
         });
         match newline {
             Some(newline) if self.digits.is_some() => newline,
@@ -113,13 +114,13 @@ impl PreTokenizer {
         }
     }
 
-    /// Bytes of what makes a contraction behind an apostrophe.
+    /// The length in bytes of the rest of a contraction, after its apostrophe.
     fn contraction(self, rest: &str) -> Option<usize> {
         const ENDS: [&str; 7] = ["s", "t", "re", "ve", "m", "ll", "d"];
         if self.digits.is_none() {
             return ENDS.iter().find(|end| rest.starts_with(**end)).map(|end| end.len());
         }
-        // The one letter beyond ASCII that is an s when case does not count.
+        // The long s is the only letter beyond ASCII that equals one of these without regard to case.
         if rest.starts_with('ſ') {
             return Some('ſ'.len_utf8());
         }
@@ -128,7 +129,7 @@ impl PreTokenizer {
     }
 }
 
-/// Where the characters end that all satisfy a condition.
+/// The end of the run of characters from `at` on that satisfy `holds`.
 fn run(text: &str, mut at: usize, mut holds: impl FnMut(char, u8) -> bool) -> usize {
     while at < text.len() {
         let (c, class, width) = next(text, at);
@@ -140,14 +141,14 @@ fn run(text: &str, mut at: usize, mut holds: impl FnMut(char, u8) -> bool) -> us
     at
 }
 
-/// The character at a place, its class, and its bytes.
+/// The character at `at`, its class, and its length in bytes.
 #[inline]
 fn next(text: &str, at: usize) -> (char, u8, usize) {
     let byte = text.as_bytes()[at];
     if byte < 128 {
         return (char::from(byte), CLASSES[usize::from(byte)], 1);
     }
-    let c = text[at..].chars().next().expect("this is before the end");
+    let c = text[at..].chars().next().expect("`at` is before the end of the text");
     (c, CLASSES[c as usize], c.len_utf8())
 }
 
@@ -158,12 +159,12 @@ const fn is_newline(c: char) -> bool {
 const OTHER: u8 = 0;
 const LETTER: u8 = 1;
 const NUMBER: u8 = 2;
-const BLANK: u8 = 3;
+const WHITESPACE: u8 = 3;
 
-/// The class of every code point, as the tables of regular expressions have it.
+/// The class of every code point, according to the tables of the crate `regex_syntax`.
 static CLASSES: LazyLock<Box<[u8]>> = LazyLock::new(|| {
     let mut classes = vec![OTHER; char::MAX as usize + 1];
-    for (class, expression) in [(LETTER, r"\p{L}"), (NUMBER, r"\p{N}"), (BLANK, r"\s")] {
+    for (class, expression) in [(LETTER, r"\p{L}"), (NUMBER, r"\p{N}"), (WHITESPACE, r"\s")] {
         let parsed = regex_syntax::parse(expression).expect("the expression is right");
         let HirKind::Class(Class::Unicode(ranges)) = parsed.kind() else { continue };
         for range in ranges.iter() {

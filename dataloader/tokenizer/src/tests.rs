@@ -1,4 +1,4 @@
-//! The tokenizer against the rules of SentencePiece, written down as plainly as can be.
+//! Tests the tokenizer against a plain implementation of SentencePiece's rules.
 
 use std::collections::HashMap;
 
@@ -8,11 +8,11 @@ use prost::Message;
 use super::model::{ModelProto, ModelType, NormalizerProto, PieceProto, PieceType, TrainerProto};
 use super::*;
 
-/// A model in the making.
+/// A description of a model, from which its file can be made.
 #[derive(Debug, Clone)]
 #[expect(clippy::struct_excessive_bools, reason = "the format has these switches")]
 struct Model {
-    /// After the specials, and the bytes if there is a fallback to them.
+    /// The pieces that follow the special ones and, if there is a byte fallback, the byte pieces.
     pieces: Vec<(String, f32, PieceType)>,
     byte_fallback: bool,
     prefix: bool,
@@ -75,14 +75,14 @@ impl Model {
         Tokenizer::read(&self.proto().encode_to_vec(), "test", None, None).unwrap()
     }
 
-    /// The text as pieces spell it.
+    /// The text in the form in which pieces are written.
     fn normalised(&self, text: &str) -> String {
         let mut text = text.to_owned();
         let defined: Vec<&str> = self.of_kind(PieceType::UserDefined);
         if self.remove_extra {
             assert!(
                 !defined.iter().any(|piece| piece.contains(' ')),
-                "the rule below does not know such pieces"
+                "the rule below does not handle such pieces"
             );
             text = text.split(' ').filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ");
         }
@@ -98,7 +98,7 @@ impl Model {
         self.pieces.iter().filter(|piece| piece.2 == kind).map(|piece| piece.0.as_str()).collect()
     }
 
-    /// Joins strings, one pair at a time.
+    /// Encodes by joining strings, one pair at a time.
     fn reference(&self, text: &str) -> Vec<u32> {
         let all = self.all_pieces();
         let id = |text: &str| all.iter().position(|piece| piece.0 == text).map(|id| id as u32);
@@ -152,7 +152,7 @@ impl Model {
                 stack.extend([right.clone(), left.clone()]);
                 continue;
             }
-            // An unused piece that is one character has no parts, and is as unknown as any.
+            // An unused piece that is a single character has no parts, so it is unknown.
             let is_unused = known.get(symbol.as_str()).is_some_and(|piece| piece.1 == PieceType::Unused);
             let found = id(&symbol).filter(|_| !is_unused);
             match found {
@@ -172,17 +172,17 @@ impl Model {
 fn words(tokenizer: &Tokenizer, text: &str) -> Vec<String> {
     let Kind::SentencePiece(SentencePiece { vocabulary: Vocabulary { pieces, .. }, .. }) = &tokenizer.0.kind
     else {
-        panic!("these tests make models of SentencePiece")
+        panic!("these tests only make SentencePiece models")
     };
     tokenizer.encode(text).iter().map(|id| pieces[*id as usize].text.clone()).collect()
 }
 
 #[test]
 fn equal_scores_join_leftmost_first() {
-    let blanks: Vec<(String, f32)> = (2..=5).map(|n| ("▁".repeat(n), -1e9)).collect();
-    let mut pieces: Vec<(&str, f32)> = blanks.iter().map(|(text, score)| (text.as_str(), *score)).collect();
+    let spaces: Vec<(String, f32)> = (2..=5).map(|n| ("▁".repeat(n), -1e9)).collect();
+    let mut pieces: Vec<(&str, f32)> = spaces.iter().map(|(text, score)| (text.as_str(), *score)).collect();
     pieces.extend([("▁", -2e9), ("a", -2e9)]);
-    // Seven blanks with the prefix: the leftmost run grows until no longer one is a piece.
+    // There are seven spaces with the prefix: the leftmost run grows until no longer run is a piece.
     assert_eq!(words(&plain(&pieces).tokenizer(), "      a"), ["▁▁▁▁▁", "▁▁", "a"]);
 }
 
@@ -199,7 +199,7 @@ fn several_unknown_characters_are_one() {
     let model = Model { byte_fallback: false, ..plain(&[("x", -2.0), ("▁", -3.0)]) };
     let tokenizer = model.tokenizer();
     let mut encoder = tokenizer.encoder();
-    // Again with what the encoder remembers; ids that are there already do not count.
+    // The second round finds the words in the cache. Ids that are in the vector already must not matter.
     for _ in 0..2 {
         let mut ids = vec![0];
         encoder.encode("xéüx é", &mut ids);
@@ -214,17 +214,17 @@ fn every_wrong_byte_is_shown() {
     let byte = |byte: u32| 3 + byte;
     let ids = [byte(0xE2), byte(0x96), 259, byte(0xC3), byte(0xA9), byte(0xFF)];
     assert_eq!(tokenizer.decode(&ids), "\u{FFFD}\u{FFFD}xé\u{FFFD}");
-    // A control piece ends a row of bytes.
+    // A control piece ends a run of bytes.
     assert_eq!(tokenizer.decode(&[byte(0xC3), tokenizer.eos(), byte(0xA9)]), "\u{FFFD}\u{FFFD}");
 }
 
-/// Both files were made by Google's trainer; the reference reads the second.
+/// Both files were made by Google's trainer, and the reference library reads the second.
 #[test]
 fn ids_equal_those_of_the_reference() {
     let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/tiny/tokenizer");
     let model = std::fs::read(format!("{golden}.model")).unwrap();
     let tokenizer = Tokenizer::read(&model, golden, None, None).unwrap();
-    // Control pieces are left out of the added tokens, where they would be cut out of texts.
+    // As added tokens, control pieces would be matched in texts, so they are removed there.
     let mut json: serde_json::Value =
         serde_json::from_slice(&std::fs::read(format!("{golden}.json")).unwrap()).unwrap();
     json["added_tokens"] = serde_json::json!([]);
@@ -263,14 +263,14 @@ fn what_is_not_supported_is_refused() {
         (Vec::new(), "no pieces"),
         (unigram.encode_to_vec(), "BPE"),
         (incomplete.encode_to_vec(), "all 256 byte pieces"),
-        (no_end.encode_to_vec(), "write the name of one as tokenizer.eos"),
+        (no_end.encode_to_vec(), "write the name as tokenizer.eos"),
     ] {
         let message = Tokenizer::read(&bytes, "x.model", None, None).unwrap_err().to_string();
         assert!(message.contains(word) && message.contains("x.model"), "{message}");
     }
 }
 
-/// Letters that are pieces or not, blanks, and what no piece has.
+/// Characters that may be pieces, spaces, and characters that are in no piece.
 const LETTERS: [char; 8] = ['a', 'b', 'é', '\u{1F600}', ' ', ' ', '日', 'X'];
 
 /// Models with few letters, so that pairs and equal scores are frequent.
@@ -291,7 +291,7 @@ fn models() -> impl Strategy<Value = Model> {
             remove_extra: flags[3],
             escape: flags[4],
         };
-        let blank = if model.escape { BLANK } else { ' ' };
+        let space = if model.escape { SPACE_MARK } else { ' ' };
         let mut add = |text: String, score: f32, kind: PieceType| {
             if model.pieces.iter().all(|piece| piece.0 != text) {
                 model.pieces.push((text, score, kind));
@@ -299,13 +299,13 @@ fn models() -> impl Strategy<Value = Model> {
         };
         for (letters, score, kind) in pieces {
             let letters: Vec<char> = letters.into_iter().map(|index| LETTERS[index]).collect();
-            // A piece to be found first that is or has a blank would count as one where blanks are removed.
+            // A user-defined piece with a space in it would count as a space where extra spaces are removed.
             if kind == PieceType::UserDefined && letters.contains(&' ') {
                 continue;
             }
-            // Most of the time all pieces are ordinary, so that the short way is taken too.
+            // Often all pieces are ordinary, so that the fast path is tested, too.
             let kind = if flags[5] { kind } else { PieceType::Normal };
-            let text = letters.into_iter().map(|c| if c == ' ' { blank } else { c }).collect();
+            let text = letters.into_iter().map(|c| if c == ' ' { space } else { c }).collect();
             add(text, -f32::from(score), kind);
         }
         model

@@ -1,8 +1,8 @@
-//! Trains a tokenizer on a sample of text: the same sample gives the same bytes, on any number of threads.
+//! Trains a tokenizer on a sample of text. The same sample gives the same file, on any number of threads.
 //!
-//! Crate `tokenizers` finds the merges; what counts as a word, and so what a piece may span, is decided here as
-//! `LLaMA` has it: a piece never has a blank after something else, digits stand alone, letters and
-//! signs do not mix, line ends and rare characters fall back to bytes.
+//! The crate `tokenizers` finds the merges. What counts as a word, and so what a piece may span, is decided here by the
+//! rules of `LLaMA`: spaces only begin a piece, each digit is a piece of its own, letters and symbols do not mix, and
+//! line ends and rare characters fall back to bytes.
 
 use std::collections::BTreeMap;
 
@@ -13,16 +13,16 @@ use tokenizers::tokenizer::Trainer;
 
 use super::Tokenizer;
 use super::model::{ModelProto, ModelType, NormalizerProto, PieceProto, PieceType, TrainerProto};
-use super::vocabulary::BLANK;
+use super::vocabulary::SPACE_MARK;
 use crate::TokenizerError;
 
-/// Share of the characters of a text that get pieces of their own; the rest falls back to bytes.
+/// Share of all characters in the sample that have pieces of their own. The rest falls back to bytes.
 const CHARACTER_COVERAGE: f64 = 0.9995;
 
-/// Longest piece in characters.
+/// Maximum length of a piece in characters.
 const LONGEST_PIECE: usize = 16;
 
-/// Unknown, BOS, EOS.
+/// The unknown piece, BOS and EOS.
 const SPECIALS: [&str; 3] = ["<unk>", "<s>", "</s>"];
 
 /// Trains a tokenizer of exactly `pieces` pieces on `documents`.
@@ -57,7 +57,7 @@ pub fn train(documents: &[String], pieces: usize) -> Result<Tokenizer, Tokenizer
             trained.len()
         )));
     }
-    // As in models that SentencePiece itself trains, merges come first, in order, and single characters last.
+    // As in models that SentencePiece itself trains, merged pieces come first, in order, and single characters last.
     let (characters, merged): (Vec<_>, Vec<_>) =
         trained.into_iter().skip(base).map(|(_, text)| text).partition(|text| text.chars().count() == 1);
     Tokenizer::read(
@@ -111,21 +111,21 @@ fn model_bytes(normal: impl Iterator<Item = String>, pieces: usize) -> Vec<u8> {
         .encode_to_vec()
 }
 
-/// What a character is to the word splitter.
+/// The class of a character, for cutting words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Class {
-    Blank,
+    Space,
     Letter,
     Digit,
     Sign,
-    /// Not in the alphabet: falls back to bytes.
+    /// Not in the alphabet, so it falls back to bytes.
     Rare,
 }
 
 impl Class {
     fn of(c: char) -> Self {
         match c {
-            BLANK | ' ' => Self::Blank,
+            SPACE_MARK | ' ' => Self::Space,
             c if c.is_control() => Self::Rare,
             c if c.is_numeric() => Self::Digit,
             c if c.is_alphabetic() => Self::Letter,
@@ -134,13 +134,13 @@ impl Class {
     }
 }
 
-/// The most frequent characters up to the coverage, at most `limit` of them, the blank sign always included.
+/// The most frequent characters, until they reach the coverage or `limit`. [`SPACE_MARK`] is always included.
 fn alphabet(documents: &[String], limit: usize) -> BTreeMap<char, Class> {
     let mut counts = BTreeMap::<char, u64>::new();
     for c in documents.iter().flat_map(|document| document.chars()) {
         *counts.entry(c).or_default() += 1;
     }
-    counts.retain(|c, _| !matches!(Class::of(*c), Class::Rare | Class::Blank));
+    counts.retain(|c, _| !matches!(Class::of(*c), Class::Rare | Class::Space));
     let wanted = (counts.values().sum::<u64>() as f64 * CHARACTER_COVERAGE).ceil() as u64;
     let mut by_count: Vec<(char, u64)> = counts.into_iter().collect();
     by_count.sort_by_key(|(c, count)| (std::cmp::Reverse(*count), *c));
@@ -150,33 +150,33 @@ fn alphabet(documents: &[String], limit: usize) -> BTreeMap<char, Class> {
         covered += count;
         more
     });
-    frequent.map(|(c, _)| (c, Class::of(c))).chain([(BLANK, Class::Blank)]).collect()
+    frequent.map(|(c, _)| (c, Class::of(c))).chain([(SPACE_MARK, Class::Space)]).collect()
 }
 
-/// The words of a document that may become pieces or parts of them: `▁▁▁`, `▁word`, `word`, `▁->`.
+/// The words of a document, within which characters may be merged: `▁▁▁`, `▁word`, `word`, `▁->`.
 ///
-/// The last blank of a run goes with the word that follows. Single characters are left out: there is nothing in
-/// them to merge.
+/// The last space of a run belongs to the word that follows. Single characters are left out, because there is nothing
+/// to merge.
 fn words(document: &str, alphabet: &BTreeMap<char, Class>) -> Vec<String> {
     let mut words = Vec::new();
     let mut word = String::new();
-    let mut class = Class::Blank;
+    let mut class = Class::Space;
     let mut finish = |word: &mut String| {
         if word.chars().nth(1).is_some() {
             words.push(std::mem::take(word));
         }
         word.clear();
     };
-    for c in [BLANK].into_iter().chain(document.chars().map(|c| if c == ' ' { BLANK } else { c })) {
+    for c in [SPACE_MARK].into_iter().chain(document.chars().map(|c| if c == ' ' { SPACE_MARK } else { c })) {
         let next = alphabet.get(&c).copied().unwrap_or(Class::Rare);
         let joins = match (class, next) {
-            (Class::Blank, Class::Letter | Class::Sign) if word.ends_with(BLANK) => {
+            (Class::Space, Class::Letter | Class::Sign) if word.ends_with(SPACE_MARK) => {
                 word.pop();
                 finish(&mut word);
-                word.push(BLANK);
+                word.push(SPACE_MARK);
                 true
             }
-            (before, after) => before == after && matches!(after, Class::Blank | Class::Letter | Class::Sign),
+            (before, after) => before == after && matches!(after, Class::Space | Class::Letter | Class::Sign),
         };
         if !joins {
             finish(&mut word);
@@ -215,10 +215,10 @@ mod tests {
     }
 
     #[test]
-    fn no_piece_spans_what_words_keep_apart() {
+    fn no_piece_spans_two_words() {
         let tokenizer = train(&sample(), 700).unwrap();
         for text in tokenizer.normal_texts() {
-            assert!(!text.trim_start_matches(BLANK).contains(BLANK), "{text:?}");
+            assert!(!text.trim_start_matches(SPACE_MARK).contains(SPACE_MARK), "{text:?}");
             assert!(text.chars().count() == 1 || !text.contains(char::is_numeric), "{text:?}");
             assert!(!text.contains('\n'), "{text:?}");
         }
@@ -233,7 +233,7 @@ mod tests {
         for text in sample().iter().map(String::as_str).chain(odd) {
             let expected = reference.encode(text, false).unwrap();
             assert_eq!(tokenizer.encode(text), expected.get_ids(), "{text:?}");
-            assert_eq!(tokenizer.decode(&tokenizer.encode(text)), text.replace(BLANK, " "));
+            assert_eq!(tokenizer.decode(&tokenizer.encode(text)), text.replace(SPACE_MARK, " "));
         }
     }
 

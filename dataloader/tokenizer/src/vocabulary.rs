@@ -1,11 +1,11 @@
-//! The pieces of a SentencePiece model, and what stands for characters that are in none of them.
+//! The pieces of a SentencePiece model, and the encoding of characters that are not pieces.
 
 use std::collections::HashMap;
 
 use super::model::{ModelProto, PieceType};
 
-/// Stands for a blank inside pieces.
-pub(super) const BLANK: char = '\u{2581}';
+/// Stands for a space inside pieces.
+pub(super) const SPACE_MARK: char = '\u{2581}';
 
 #[derive(Debug, Clone)]
 pub(super) struct Piece {
@@ -14,23 +14,23 @@ pub(super) struct Piece {
     pub kind: PieceType,
 }
 
-/// What becomes of a character that is no piece.
+/// How a character is encoded that is not a piece.
 #[derive(Debug, Clone)]
 pub(super) enum Unknown {
-    /// The pieces of its bytes in UTF-8.
+    /// As the pieces of its UTF-8 bytes.
     Bytes(Box<[u32; 256]>),
-    /// One piece, and one only for several such characters in a row.
+    /// As one piece, which also stands for a run of such characters.
     Piece(u32),
 }
 
-/// All pieces; the id of a piece is its place.
+/// All pieces. The id of a piece is its index.
 #[derive(Debug, Clone)]
 pub(super) struct Vocabulary {
     pub pieces: Vec<Piece>,
     pub unknown: Unknown,
-    /// What an unknown piece looks like when it is decoded.
+    /// The text that the unknown piece decodes to.
     pub unknown_surface: String,
-    /// The ends that the model itself names.
+    /// BOS, if the model names it.
     pub bos: Option<u32>,
     pub eos: Option<u32>,
 }
@@ -65,7 +65,7 @@ impl Vocabulary {
         Ok(Self { pieces, unknown, unknown_surface: String::new(), bos: None, eos: None })
     }
 
-    /// Pieces that texts are made of, with their ids.
+    /// The pieces that can be part of an encoded text, with their ids.
     pub(super) fn of_texts(&self) -> impl Iterator<Item = (u32, &Piece)> {
         (0..).zip(&self.pieces).filter(|(_, piece)| {
             matches!(piece.kind, PieceType::Normal | PieceType::UserDefined | PieceType::Unused)
@@ -76,31 +76,31 @@ impl Vocabulary {
         (0..).zip(&self.pieces).filter(move |(_, piece)| piece.kind == kind)
     }
 
-    /// Ids of the pieces of texts.
+    /// The ids of the pieces that can be part of an encoded text, by their own text.
     pub(super) fn by_text(&self) -> HashMap<&str, u32> {
         self.of_texts().map(|(id, piece)| (piece.text.as_str(), id)).collect()
     }
 
-    /// Whether a piece is one of texts and begins with [`BLANK`].
-    pub(super) fn begins_with_blank(&self, id: u32) -> bool {
+    /// Whether a piece can be part of an encoded text and begins with [`SPACE_MARK`].
+    pub(super) fn begins_with_space(&self, id: u32) -> bool {
         let Piece { text, kind, .. } = &self.pieces[id as usize];
-        text.starts_with(BLANK)
+        text.starts_with(SPACE_MARK)
             && matches!(kind, PieceType::Normal | PieceType::UserDefined | PieceType::Unused)
     }
 
-    /// What a piece decodes to.
+    /// The bytes that a piece decodes to.
     pub(super) fn surface(&self, piece: &Piece) -> Vec<u8> {
         match piece.kind {
             PieceType::Byte => byte_of(&piece.text).into_iter().collect(),
             PieceType::Control => Vec::new(),
             PieceType::Unknown => self.unknown_surface.clone().into_bytes(),
             PieceType::Normal | PieceType::UserDefined | PieceType::Unused => {
-                piece.text.replace(BLANK, " ").into_bytes()
+                piece.text.replace(SPACE_MARK, " ").into_bytes()
             }
         }
     }
 
-    /// Adds what stands for a character that is no piece.
+    /// Appends the ids of a character that is not a piece.
     pub(super) fn push_unknown(&self, ids: &mut Vec<u32>, c: char) {
         match &self.unknown {
             Unknown::Bytes(bytes) => {
@@ -111,7 +111,7 @@ impl Vocabulary {
         }
     }
 
-    /// Leaves one unknown piece of several in a row, from `start` on.
+    /// Merges each run of unknown pieces from `start` on into one.
     pub(super) fn merge_unknown(&self, ids: &mut Vec<u32>, start: usize) {
         let Unknown::Piece(unknown) = self.unknown else { return };
         let mut kept = start;
@@ -128,13 +128,13 @@ impl Vocabulary {
 fn byte_pieces(pieces: &[Piece]) -> Result<Box<[u32; 256]>, String> {
     let mut ids = [None; 256];
     for (id, piece) in (0..).zip(pieces).filter(|(_, piece)| piece.kind == PieceType::Byte) {
-        let byte =
-            byte_of(&piece.text).ok_or_else(|| format!("byte piece {:?} names no byte", piece.text))?;
+        let byte = byte_of(&piece.text)
+            .ok_or_else(|| format!("its byte piece {:?} is not of the form <0x00>", piece.text))?;
         ids[usize::from(byte)] = Some(id);
     }
     let mut all = Box::new([0; 256]);
     for (to, id) in all.iter_mut().zip(ids) {
-        *to = id.ok_or("its byte fallback is not complete; give a model with all 256 byte pieces")?;
+        *to = id.ok_or("its byte fallback is incomplete; give a model with all 256 byte pieces")?;
     }
     Ok(all)
 }

@@ -1,6 +1,6 @@
-//! Files of Hugging Face's form, with ids as Hugging Face's own library has them.
+//! Compares ids and texts with those of Hugging Face's own library, for all kinds of `tokenizer.json`.
 
-#![expect(clippy::unwrap_used, reason = "a test stops at what it does not expect")]
+#![expect(clippy::unwrap_used, reason = "a test fails at the first error")]
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -11,7 +11,7 @@ const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{
 const TEXT: &str = "The cat's hat isn't that flat; they'll've 12345 things.\n\n    def f(x):\n\treturn  x * 2  \r\n\
                     ÉTÉ naïve 中文 \u{1F600}\u{301} e\u{301} don'T <|endoftext|> <s> 3.14 -- ... ??? https://a.b/c?d=e_f\n";
 
-/// The character that stands for a byte, as GPT-2's code defines it.
+/// Spells bytes with the characters that GPT-2's code defines for them.
 fn spell(bytes: &[u8]) -> String {
     let plain = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
     let spelt = |byte: u8| {
@@ -21,7 +21,7 @@ fn spell(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| spelt(*byte)).collect()
 }
 
-/// A file with merges of what stands next to each other most often in `TEXT`.
+/// A file whose merges are the most frequent neighbours in `TEXT`.
 fn byte_level(pre_tokenizer: &Value, normalizer: &Value, ignore_merges: bool, merges: usize) -> Value {
     let mut vocab: Vec<String> = (0..=255).map(|byte| spell(&[byte])).collect();
     let mut words: Vec<Vec<String>> =
@@ -48,10 +48,10 @@ fn byte_level(pre_tokenizer: &Value, normalizer: &Value, ignore_merges: bool, me
         vocab.push(format!("{left}{right}"));
         list.push(json!([left, right]));
     }
-    // A word that no merges make.
+    // A token that no merges lead to.
     vocab.push(spell(b" things"));
     let mut added = vec![json!({"content": "<|endoftext|>", "special": true})];
-    added.extend(["  ", "    "].map(|blanks| json!({"content": blanks, "special": false})));
+    added.extend(["  ", "    "].map(|spaces| json!({"content": spaces, "special": false})));
     for (number, token) in added.iter_mut().enumerate() {
         token["id"] = json!(vocab.len() + number);
         for flag in ["single_word", "lstrip", "rstrip"] {
@@ -89,7 +89,7 @@ fn split(expression: &str) -> Value {
     json!({"type": "Sequence", "pretokenizers": [split, bytes]})
 }
 
-/// Every kind of file, and whether ours is to have a fast way for it.
+/// Every kind of file, and whether we have a fast implementation for it.
 fn files() -> Vec<(&'static str, Value, bool)> {
     let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/tiny/tokenizer.model");
     let like_llama = Tokenizer::read(&std::fs::read(golden).unwrap(), golden, None, None).unwrap();
@@ -111,7 +111,7 @@ fn files() -> Vec<(&'static str, Value, bool)> {
         ("olmo", byte_level(&gpt2(), &json!({"type": "NFC"}), false, 60), true),
         ("qwen", byte_level(&split(&LLAMA3.replace("{1,3}", "")), &json!({"type": "NFC"}), false, 200), true),
         ("digits", byte_level(&digits, &Value::Null, false, 80), false),
-        ("blank in front", byte_level(&prefix, &Value::Null, false, 80), false),
+        ("leading space", byte_level(&prefix, &Value::Null, false, 80), false),
         ("lower case", byte_level(&gpt2(), &json!({"type": "Lowercase"}), false, 80), false),
         ("llama", like_llama.clone(), true),
         ("metaspace, first", metaspace("first"), true),
@@ -119,12 +119,12 @@ fn files() -> Vec<(&'static str, Value, bool)> {
     ]
 }
 
-/// Both readers of a file: ours, and Hugging Face's with special tokens as text.
+/// Our reader of a file, and Hugging Face's with special tokens taken as text.
 fn readers(file: &Value) -> (Tokenizer, tokenizers::Tokenizer) {
     let bytes = serde_json::to_vec(file).unwrap();
     let mut theirs = tokenizers::Tokenizer::from_bytes(&bytes).unwrap();
     theirs.set_encode_special_tokens(true);
-    // In the file that is like LLaMA's, control tokens are not listed as such.
+    // The LLaMA-like file does not list its control tokens as such.
     let is_listed = file["added_tokens"][0]["content"] == "<|endoftext|>";
     let ends = if is_listed { [None, None] } else { [Some("<s>"), Some("</s>")] };
     (Tokenizer::read(&bytes, "tokenizer.json", ends[0], ends[1]).unwrap(), theirs)
@@ -152,7 +152,7 @@ proptest! {
 }
 
 #[test]
-fn common_kinds_have_a_way_of_their_own() {
+fn common_kinds_have_a_fast_implementation() {
     for (name, file, fast) in files() {
         let (ours, theirs) = readers(&file);
         assert_eq!(ours.is_native(), fast, "{name}");
@@ -161,7 +161,7 @@ fn common_kinds_have_a_way_of_their_own() {
         if !name.contains("llama") && !name.contains("metaspace") {
             let end = theirs.token_to_id("<|endoftext|>").unwrap();
             assert_eq!(
-                (ours.bos(), ours.eos(), ours.names_of_ends().1),
+                (ours.bos(), ours.eos(), ours.special_names().1),
                 (end, end, "<|endoftext|>"),
                 "{name}"
             );
@@ -170,9 +170,9 @@ fn common_kinds_have_a_way_of_their_own() {
     }
 }
 
-/// Settings and texts that once had other ids or other decoded texts than the library's.
+/// These settings and texts once gave other ids or decoded texts than the library.
 #[test]
-fn rare_settings_are_the_library_s() {
+fn rare_settings_agree_with_the_library() {
     let nfc = json!({"type": "NFC"});
     let base = byte_level(&gpt2(), &nfc, false, 60);
     let added = |tokens: &[(&str, bool, bool)]| {
@@ -198,7 +198,7 @@ fn rare_settings_are_the_library_s() {
     star["added_tokens"] = json!([{"id": id, "content": "★", "special": true, "normalized": false,
         "single_word": false, "lstrip": false, "rstrip": false}]);
     for (name, file) in [
-        ("found before normal form", added(&[("=", false, false), (">", false, true)])),
+        ("matched before normalisation", added(&[("=", false, false), (">", false, true)])),
         ("two passes", added(&[("at", false, true), ("tT", false, false), ("t ", false, false)])),
         ("within a control token", added(&[("<|a|>", true, false), ("|>", false, false)])),
         ("a token of the bytes' characters", added(&[("é", false, false), ("Ġ", false, false)])),
@@ -206,7 +206,7 @@ fn rare_settings_are_the_library_s() {
         ("no decoder", no_decoder),
         ("a merge twice", twice),
         (
-            "a blank that is possessive",
+            "a possessive quantifier for spaces",
             byte_level(&split(&LLAMA3.replace(r"\s+(?!", r"\s++(?!")), &nfc, false, 60),
         ),
         ("llama", llama),
@@ -253,7 +253,7 @@ fn mistakes_name_what_to_write() {
     nameless["added_tokens"][0]["content"] = json!("<|border|>");
     let mut broken = byte_level(&gpt2(), &Value::Null, false, 5);
     broken["model"]["merges"][2] = json!("x nothing");
-    // Bytes for what is unknown, but not all of them, and no token for the rest.
+    // The file falls back to bytes but lacks some of them, and has no unknown token.
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/tiny/tokenizer.json");
     let mut holed: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
     let pieces = holed["model"]["vocab"].as_object_mut().unwrap();
@@ -266,7 +266,7 @@ fn mistakes_name_what_to_write() {
         (holed, None, "it cannot encode every text"),
         (nameless.clone(), None, "write its name as tokenizer.eos"),
         (nameless.clone(), Some("<|edge|>"), "no token \"<|edge|>\"; correct tokenizer.eos"),
-        (broken, None, "its merge 2 has parts that are no tokens"),
+        (broken, None, "the parts of its merge 2 are not tokens"),
     ] {
         let bytes = serde_json::to_vec(&file).unwrap();
         let message = Tokenizer::read(&bytes, "x.json", None, eos).unwrap_err().to_string();

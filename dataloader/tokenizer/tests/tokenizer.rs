@@ -1,6 +1,6 @@
-//! The tokenizer beside an independent implementation, on texts of any characters.
+//! Compares the tokenizer with an independent implementation, on texts of arbitrary characters.
 
-#![expect(clippy::unwrap_used, reason = "a test stops at what it does not expect")]
+#![expect(clippy::unwrap_used, reason = "a test fails at the first error")]
 
 use kitoken::Kitoken;
 use proptest::prelude::*;
@@ -14,7 +14,7 @@ fn both() -> (Encoder, Kitoken) {
     (Tokenizer::read(&model, MODEL, None, None).unwrap().encoder(), kitoken)
 }
 
-/// Words and signs as they come in texts, blanks of all kinds, and anything else.
+/// Words and symbols as they occur in texts, all kinds of whitespace, and anything else.
 fn text() -> impl Strategy<Value = String> {
     let part = prop_oneof![
         6 => "[ ]?[a-z]{1,12}",
@@ -31,7 +31,7 @@ fn text() -> impl Strategy<Value = String> {
 #[test]
 fn ids_equal_those_of_kitoken() {
     let (encoder, kitoken) = both();
-    // One encoder for all texts, as in use: what it remembers must not matter.
+    // One encoder serves all texts, as in production: its cache must not matter.
     let encoder = std::cell::RefCell::new(encoder);
     let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig::with_cases(3000));
     let result = runner.run(&text(), |text| {

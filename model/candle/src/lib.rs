@@ -1,9 +1,9 @@
-//! Inference over candle's tensors: the way to Apple's GPUs (Metal).
+//! Inference on candle's tensors, for Apple's GPUs (Metal).
 //!
-//! Kernels are candle's own, fused where it has them. Activations are f32, rounded to the format of the weights for a
-//! product. What tells where a pass is (sequences, positions, ids) stays on the host, where candle wants it, and logits
-//! are brought there. A kernel's result takes the place of the buffer that it was planned for, so memory is not planned,
-//! and the bits of a row may depend on the rows beside it. On the processor, which the tests use, this is slow.
+//! Kernels are candle's own, fused where it has fused ones. Activations are f32, and are rounded to the format of the
+//! weights for products. Sequences, positions and ids stay on the host, where candle expects them, and logits are
+//! copied to the host. The result of a kernel replaces the buffer that was allocated for it, so memory is not planned,
+//! and the bits of a row may depend on the rows beside it. On the processor, which the tests use, this backend is slow.
 
 #![forbid(unsafe_code)]
 
@@ -21,33 +21,33 @@ use ulmus_backend::{
     RMS_EPSILON, Rope, Spans, View, ViewMut, WeightFormat, greedy_rows,
 };
 
-/// What candle gives.
+/// A result of candle.
 type Computed<T> = Result<T, Error>;
 
-/// A device of candle.
+/// A candle device as a backend.
 #[derive(Debug, Clone)]
 pub struct Candle {
     device: Device,
 }
 
 impl Candle {
-    /// The first GPU of an Apple computer.
+    /// Opens the first GPU of an Apple computer.
     ///
     /// # Errors
-    /// [`BackendError::Device`] if there is none, or this program was not built for one.
+    /// [`BackendError::Device`] if there is no such GPU, or this program was not built for one.
     pub fn metal() -> Result<Self, BackendError> {
         Ok(Self { device: Device::new_metal(0).map_err(|error| device(&error))? })
     }
 
-    /// The processor.
+    /// The processor, for tests.
     pub fn processor() -> Self {
         Self { device: Device::Cpu }
     }
 
-    /// Does the work of a kernel, in a span of its name.
+    /// Runs a kernel within its tracing span.
     fn kernel(span: Span, work: impl FnOnce() -> Computed<()>) {
         let _entered = span.entered();
-        work().expect("shapes are those of a checked model, and nothing could go on without its device");
+        work().expect("shapes come from a checked model, and nothing can continue without the device");
     }
 }
 
@@ -55,7 +55,7 @@ fn device(error: &Error) -> BackendError {
     BackendError::Device { ordinal: 0, problem: error.to_string() }
 }
 
-/// Numbers on the host, and their copy on the device once a kernel has read them there.
+/// Numbers on the host, with a copy on the device as soon as a kernel has needed one.
 #[derive(Debug)]
 pub struct Buffer<T> {
     values: Vec<T>,
@@ -71,23 +71,23 @@ fn slice_mut<T>(view: ViewMut<'_, Buffer<T>>) -> &mut [T] {
     &mut view.buffer.values[view.range]
 }
 
-/// `[.., width]`.
+/// A view as a tensor `[.., width]` on the device.
 fn tensor(view: &View<'_, Buffer<f32>>, width: usize, device: &Device) -> Computed<Tensor> {
     let Buffer { values, copy } = view.buffer;
     if copy.get().is_none() {
         copy.set(Tensor::from_slice(values, values.len(), device)?).ok();
     }
-    part(copy.get().expect("it was just made"), &view.range, width)
+    part(copy.get().expect("the copy was just created"), &view.range, width)
 }
 
-/// Rows on the device, as the last kernel has made them.
+/// Rows on the device, as the last kernel has computed them.
 #[derive(Debug)]
 pub struct Activations {
-    /// Flat.
+    /// All rows as one flat tensor.
     values: Tensor,
 }
 
-/// `[R, width]`.
+/// Activations as a tensor `[R, width]`.
 fn rows(activations: &Acts<'_, Candle>, width: usize) -> Computed<Tensor> {
     part(&activations.buffer.values, &activations.range, width)
 }
@@ -109,7 +109,7 @@ pub struct Weights {
     matrix: QMatMul,
     outputs: usize,
     inputs: usize,
-    /// What inputs are rounded to.
+    /// The type that inputs are rounded to.
     operand: DType,
 }
 
@@ -119,7 +119,7 @@ impl Weights {
     }
 }
 
-/// Keys and values of each sequence, `[key/value heads, capacity, H]`.
+/// The keys and values of each sequence, `[key/value heads, capacity, H]`.
 #[derive(Debug)]
 pub struct Cache {
     heads: Heads,
@@ -127,7 +127,7 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// Continues a sequence by packed rows, the first of which has that position.
+    /// Continues a sequence with packed rows, the first of which is at position `first`.
     fn attend(&self, sequence: usize, first: usize, packed: &Tensor) -> Computed<Tensor> {
         let Heads { query, key_value, width } = self.heads;
         let length = packed.dim(0)?;
@@ -140,7 +140,7 @@ impl Cache {
         keys.slice_set(&heads(query, key_value)?, 1, first)?;
         values.slice_set(&heads(query + key_value, key_value)?, 1, first)?;
         let end = first + length;
-        // All rows that read the same keys are one matrix.
+        // All rows that read the same keys form one matrix.
         let grouped = (key_value, self.heads.group() * length, ());
         let queries = heads(0, query)?.reshape(grouped)?;
         let scores = queries.matmul(&keys.narrow(1, 0, end)?.t()?)?.to_dtype(DType::F32)?;
@@ -159,7 +159,7 @@ impl Cache {
     }
 }
 
-/// The norm of rows of a width, with the `nth` weights of that many.
+/// The norm of rows, with the weights number `nth` of as many as a row is wide.
 fn normed(norm: &Norm<'_, Buffer<f32>>, x: &Tensor, nth: usize) -> Computed<Tensor> {
     let weights = tensor(&norm.weight, x.dim(D::Minus1)?, x.device())?.get(nth)?;
     match norm.kind {
@@ -178,7 +178,7 @@ impl Backend for Candle {
 
     fn describe(&self) -> String {
         let device = if self.device.is_metal() { "Metal" } else { "processor" };
-        format!("{device}, by candle")
+        format!("{device} through candle")
     }
 
     fn with_precision(self, _: Precision) -> Self {
@@ -286,8 +286,9 @@ impl Backend for Candle {
             WeightFormat::F32 | WeightFormat::Q8_0 => DType::F32,
         };
         if format == WeightFormat::Q8_0 && !inputs.is_multiple_of(GgmlDType::Q8_0.block_size()) {
-            let problem =
-                format!("candle has no q8_0 for {inputs} inputs, only for multiples of 32; use another type");
+            let problem = format!(
+                "candle supports q8_0 only for multiples of 32 inputs, not {inputs}; use another type"
+            );
             return Err(BackendError::Device { ordinal: 0, problem });
         }
         let matrix = || {

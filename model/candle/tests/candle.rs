@@ -1,4 +1,4 @@
-//! Inference over candle's tensors, on the processor: the kernels that Apple's GPUs are given, but not those GPUs.
+//! Tests inference on candle's tensors. The processor runs the same operations as Apple's GPUs.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -30,10 +30,10 @@ fn every_format_agrees_with_the_cpus() {
     }
 }
 
-/// Both round activations to 8 bits by themselves, and candle not alike on every processor. So what the format costs is compared:
-/// the distance from the model in f32.
+/// Both backends round activations to 8 bits, but differently, and candle depends on the processor. So the test
+/// compares the accuracy that each loses against the model in f32.
 #[test]
-fn eight_bits_cost_about_as_much_as_the_cpus() {
+fn eight_bits_cost_about_as_much_accuracy_as_on_the_cpu() {
     let config = config();
     let exact = inference(Cpu::new(2), &config, WeightFormat::F32);
     let own = inference(Cpu::new(2), &config, WeightFormat::Q8_0);
@@ -47,13 +47,13 @@ fn eight_bits_cost_about_as_much_as_the_cpus() {
     }
 }
 
-/// Activations that 8 bits hold exactly, so that all that is left to differ is how weights are read and summed.
+/// Activations are exact in 8 bits, so that only the reading and summing of weights can differ.
 #[test]
 fn eight_bit_products_of_whole_numbers_agree_with_the_cpus() {
     fn product<B: Backend>(backend: &B, [rows, inputs, outputs]: [usize; 3]) -> Vec<f32> {
         let wave = |at: usize| ((at * at + 7 * at) % 255) as f32 - 127.0;
         let values: Vec<f32> = (0..outputs * inputs).map(|at| wave(at + 1) * 0.001).collect();
-        // The largest of each block of 32 is 127.
+        // The largest number in each block of 32 is 127.
         let x: Vec<f32> =
             (0..rows * inputs).map(|at| if at % 32 == 0 { 127.0 } else { wave(3 * at) }).collect();
         let weights = backend.weights(&values, outputs, WeightFormat::Q8_0).unwrap();
@@ -80,7 +80,7 @@ fn every_norm_agrees_with_the_cpus() {
 }
 
 #[test]
-fn what_is_not_there_is_refused() {
+fn unsupported_requests_are_refused() {
     let problem = |error: BackendError| match error {
         BackendError::Device { problem, .. } => problem,
         error => panic!("{error}"),

@@ -1,4 +1,4 @@
-//! Inference on any device, to be compared.
+//! Runs inference on any device, to compare the results.
 
 use std::sync::Arc;
 
@@ -7,10 +7,10 @@ use ulmus_cpu::Cpu;
 use ulmus_model::{BatchShape, Generator, Model, Objective, Replica};
 use ulmus_plan::{ModelConfig, Preset};
 
-/// What outputs are called, and their values.
+/// Outputs as pairs of a name and values.
 pub type Outputs = Vec<(String, Vec<f32>)>;
 
-/// A model with heads of the published width.
+/// A small model with heads of the published width.
 pub fn config() -> ModelConfig {
     ModelConfig {
         vocab_size: 264,
@@ -21,7 +21,7 @@ pub fn config() -> ModelConfig {
     }
 }
 
-/// Logits after a prompt, after each of some tokens, and of a second sequence beside it; losses of a text.
+/// Logits after a prompt, after single tokens, and of a second sequence beside the first; and the losses of a text.
 pub fn inference<B: Backend>(backend: B, config: &ModelConfig, format: WeightFormat) -> Outputs {
     let mut replica =
         Replica::new(Cpu::new(2), config, BatchShape::new(1, 1), Objective::next_token(0.0)).unwrap();
@@ -39,7 +39,7 @@ pub fn inference<B: Backend>(backend: B, config: &ModelConfig, format: WeightFor
     for at in 304..308 {
         outputs.push((format!("token {at}"), generator.feed(&text[at..=at]).unwrap().to_vec()));
     }
-    // What the device takes for the likeliest.
+    // The tokens that the device considers most likely.
     let begin = |generator: &mut Generator<B>| {
         generator.reset();
         generator.feed(&text[..30]).unwrap();

@@ -1,5 +1,6 @@
-//! Every kernel against a plain f64 implementation, and every backward against that implementation's central
-//! differences. Written for any backend; the sizes cross the kernels' blocks and fit no vector width.
+//! Compares every kernel of any backend with a plain f64 implementation, and every backward pass with that
+//! implementation's central differences. Sizes extend beyond the kernels' blocks and are not multiples of vector
+//! widths.
 
 use ulmus_backend::{
     AdamW, AttentionShape, BLOCK, Element, HeadGradients, Heads, IGNORE, LinearShape, Norm, Quantum, Rope,
@@ -8,9 +9,9 @@ use ulmus_backend::{
 use ulmus_plan::NormKind;
 use ulmus_plan::ROW_BLOCK;
 
-/// Relative L2 of a float32 kernel's output.
+/// Tolerance for a float32 kernel's output, as relative L2.
 const FORWARD: f64 = 1e-5;
-/// Relative L2 of a float32 gradient; the differences in f64 are good to about 1e-8.
+/// Tolerance for a float32 gradient, as relative L2. The differences in f64 are accurate to about 1e-8.
 const BACKWARD: f64 = 2e-5;
 /// Half the step of a central difference.
 const STEP: f64 = 1e-5;
@@ -20,28 +21,28 @@ const STEP: f64 = 1e-5;
 pub struct Device<B>(pub B);
 
 impl<B: TrainingBackend> Device<B> {
-    /// A buffer with these values.
+    /// A buffer with the given values.
     pub fn put<T: Element>(&self, values: &[T]) -> B::Buffer<T> {
         let mut buffer = self.0.allocate(values.len()).unwrap();
         self.0.upload(ViewMut::new(&mut buffer, 0..values.len()), values);
         buffer
     }
 
-    /// Activations with these values, rounded to the format of the device.
+    /// Activations with the given values, rounded to the device's format.
     pub fn acts(&self, values: &[f32]) -> B::Activations {
         let mut activations = self.0.activations(values.len()).unwrap();
         self.0.set_activations(all_mut(&mut activations, values.len()), values);
         activations
     }
 
-    /// Parameters with these values.
+    /// Parameters with the given values.
     pub fn params(&self, values: &[f32]) -> B::Parameters {
         let mut parameters = self.0.parameters(values.len()).unwrap();
         self.0.set_parameters(all_mut(&mut parameters, values.len()), values);
         parameters
     }
 
-    /// Runs a kernel that fills activations, which are NaN before.
+    /// Runs a kernel that fills `len` activations, which are NaN before, and returns them.
     pub fn fill_acts(&self, len: usize, kernel: impl FnOnce(ViewMut<'_, B::Activations>)) -> Vec<f32> {
         let mut activations = self.acts(&vec![f32::NAN; len]);
         kernel(all_mut(&mut activations, len));
@@ -55,7 +56,7 @@ impl<B: TrainingBackend> Device<B> {
         values
     }
 
-    /// Runs a kernel that fills a buffer of `len`, which holds NaN before.
+    /// Runs a kernel that fills a buffer of `len` numbers, which are NaN before, and returns them.
     pub fn fill(&self, len: usize, kernel: impl FnOnce(ViewMut<'_, B::Buffer<f32>>)) -> Vec<f32> {
         let mut buffer = self.put(&vec![f32::NAN; len]);
         kernel(ViewMut::new(&mut buffer, 0..len));
@@ -70,17 +71,17 @@ impl<B: TrainingBackend> Device<B> {
     }
 }
 
-/// The first `len` elements, to read.
+/// A view of the first `len` elements.
 pub fn all<T>(buffer: &T, len: usize) -> View<'_, T> {
     View::new(buffer, 0..len)
 }
 
-/// The first `len` elements, to write.
+/// A mutable view of the first `len` elements.
 pub fn all_mut<T>(buffer: &mut T, len: usize) -> ViewMut<'_, T> {
     ViewMut::new(buffer, 0..len)
 }
 
-/// Numbers in (-1, 1), the same for the same seed.
+/// Random numbers in (-1, 1).
 pub fn random(len: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
@@ -151,7 +152,7 @@ fn reference_norm(kind: NormKind, x: &[f64], weight: &[f64]) -> Vec<f64> {
         .collect()
 }
 
-/// A norm, and scratch that begins as NaN.
+/// A norm, with scratch memory that is NaN at first.
 struct NormOnDevice<B: TrainingBackend> {
     kind: NormKind,
     weight: (B::Buffer<f32>, usize),
@@ -170,7 +171,7 @@ impl<B: TrainingBackend> NormOnDevice<B> {
     }
 }
 
-/// Output of a norm, and the gradients of rows (added to what is given, if anything) and weights.
+/// The output of a norm, and the gradients of its rows (added to the given values, if any) and of its weights.
 pub fn pass_norm<B: TrainingBackend>(
     device: &Device<B>,
     kind: NormKind,
@@ -252,7 +253,7 @@ fn embedding<B: TrainingBackend>(device: &Device<B>) {
     let out = device.fill_acts(ids.len() * width, |out| {
         device.0.embed(out, all(&table_, vocabulary * width), all(&ids_, ids.len()), width);
     });
-    // It adds to what the tied head has left.
+    // The gradient is added to that of the tied head.
     let before = 1.0;
     let mut gradient = device.put(&vec![before; vocabulary * width]);
     device.0.embed_backward(
@@ -277,7 +278,7 @@ fn swiglu<B: TrainingBackend>(device: &Device<B>) {
     let mut gradient = device.acts(&x);
     let into = all_mut(&mut gradient, rows * 2 * width);
     device.0.swiglu_backward(into, all_mut(&mut upstream_, rows * width), width);
-    assert_eq!(device.get_acts(&upstream_, rows * width), out, "made again");
+    assert_eq!(device.get_acts(&upstream_, rows * width), out, "the recomputed output");
     let gradient = device.get_acts(&gradient, rows * 2 * width);
     let reference = |inputs: &[Vec<f64>]| {
         let rows = inputs[0].chunks(2 * width);
@@ -290,20 +291,20 @@ fn swiglu<B: TrainingBackend>(device: &Device<B>) {
 /// Packed rows of sequences of `length` whose first position is `first`.
 #[derive(Debug)]
 pub struct PackedRows {
-    /// Heads of a row.
+    /// The heads in a row.
     pub heads: Heads,
     length: usize,
     first: u32,
     cos: Vec<f32>,
     sin: Vec<f32>,
-    /// The rows.
+    /// The values of all rows.
     pub packed: Vec<f32>,
     weights: Vec<f32>,
     upstream: Vec<f32>,
 }
 
 impl PackedRows {
-    /// Rows of random numbers for that many sequences of a length.
+    /// Random rows for `sequences` sequences of length `length`.
     pub fn random(heads: Heads, sequences: usize, length: usize) -> Self {
         let (len, half, first) = (sequences * length * heads.packed_width(), heads.width / 2, 3u32);
         let angle = |i: usize| (i / half) as f64 * 100f64.powf(-((i % half) as f64) / half as f64);
@@ -314,7 +315,7 @@ impl PackedRows {
         Self { heads, length, first, cos, sin, packed, weights, upstream }
     }
 
-    /// Output, and the gradients of packed rows and weights.
+    /// The output of the norm and the rotation, and the gradients of packed rows and weights.
     pub fn pass<B: TrainingBackend>(&self, device: &Device<B>, kind: NormKind) -> [Vec<f32>; 3] {
         let Self { heads, length, first, cos, sin, packed, weights, upstream } = self;
         let (len, rows) = (packed.len(), packed.len() / heads.packed_width());
@@ -377,7 +378,7 @@ fn qk_norm_rope<B: TrainingBackend>(device: &Device<B>, kind: NormKind) {
     }
 }
 
-/// Attention over packed rows; `visible` says whether a query row sees a key row of its sequence.
+/// Attention over packed rows. `visible` decides whether a query row sees a key row in its sequence.
 fn reference_attention(
     packed: &[f64],
     shape: AttentionShape,
@@ -424,7 +425,7 @@ fn attention<B: TrainingBackend>(device: &Device<B>) {
     let packed: Vec<f32> = random(rows * width, 1).iter().map(|x| 2.0 * x).collect();
     let upstream = random(out_len, 2);
     let (packed_, upstream_) = (device.acts(&packed), device.acts(&upstream));
-    // One document; documents that begin within a block, at its edge, and at every position.
+    // The cases are a single document, and documents that begin within a block, at its edge, and at every position.
     let starts_of = |breaks: &[usize]| -> Vec<u32> {
         let start = |p: usize| *breaks.iter().rfind(|b| **b <= p).unwrap() as u32;
         (0..length).map(start).collect()
@@ -605,7 +606,7 @@ fn reductions<B: TrainingBackend>(device: &Device<B>) {
     }
 }
 
-/// The conformance suite: what any backend has to pass.
+/// Runs all tests that a backend has to pass.
 pub fn conform<B: TrainingBackend>(backend: B) {
     let device = Device(backend);
     for kind in NormKind::ALL {

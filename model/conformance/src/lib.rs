@@ -1,5 +1,6 @@
-//! What every backend must compute: its kernels against plain implementations in f64 ([`kernels`]), and inference against
-//! another backend's ([`inference`]), whole models against the reference's numbers ([`reference`]). It is equipment of the backends' tests, and panics as tests do.
+//! Tests that every backend must pass: [`kernels`] compares kernels with plain implementations in f64, [`inference`]
+//! compares inference between backends, and [`reference`] provides the reference's numbers for whole models. The crate
+//! is meant for tests, so it panics like tests.
 
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
@@ -8,7 +9,7 @@ pub mod inference;
 pub mod kernels;
 pub mod reference;
 
-/// L2 norm of the difference, relative to the norm of the reference.
+/// The L2 norm of the difference, relative to that of the reference.
 pub fn relative_l2(found: &[f32], reference: &[f32]) -> f64 {
     assert_eq!(found.len(), reference.len());
     let square = |x: f64| x * x;

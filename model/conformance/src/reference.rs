@@ -1,4 +1,4 @@
-//! The reference's numbers, and batches to compare with them.
+//! The numbers of the reference implementation, and batches to compare with them.
 
 use std::path::PathBuf;
 
@@ -9,7 +9,7 @@ use ulmus_model::{LossSum, MicroBatch, ModelError, Replica, Sums};
 /// The id that pads the golden batches.
 pub const PAD: u32 = 500;
 
-/// A file of the golden set; `ULMUS_GOLDEN` says where that is if the tests run elsewhere than they were built.
+/// Path of a golden file. `ULMUS_GOLDEN` names their folder if tests do not run where they were built.
 pub fn golden(name: &str) -> PathBuf {
     let folder = std::env::var_os("ULMUS_GOLDEN").map(PathBuf::from);
     let here = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/a");
@@ -26,7 +26,7 @@ pub fn json(name: &str) -> serde_json::Value {
 pub struct Tensors(Vec<u8>);
 
 impl Tensors {
-    /// The file of that name.
+    /// Opens the file `name`.
     pub fn open(name: &str) -> Self {
         Self(std::fs::read(golden(name)).unwrap())
     }
@@ -37,17 +37,17 @@ impl Tensors {
         read(tensor.dtype(), tensor.shape(), tensor.data())
     }
 
-    /// Whether it has a tensor of that name.
+    /// Whether there is a tensor `name`.
     pub fn has(&self, name: &str) -> bool {
         SafeTensors::deserialize(&self.0).unwrap().tensor(name).is_ok()
     }
 
-    /// Shape of a tensor.
+    /// The shape of a tensor.
     pub fn shape(&self, name: &str) -> Vec<usize> {
         self.view(name, |_, shape, _| shape.to_vec())
     }
 
-    /// Values of a tensor in float32.
+    /// The values of a float32 tensor.
     pub fn f32(&self, name: &str) -> Vec<f32> {
         self.view(name, |dtype, _, data| {
             assert_eq!(dtype, Dtype::F32);
@@ -55,7 +55,7 @@ impl Tensors {
         })
     }
 
-    /// Values of a tensor of 64-bit integers.
+    /// The values of a tensor of 64-bit integers.
     pub fn u32(&self, name: &str) -> Vec<u32> {
         self.view(name, |dtype, _, data| {
             assert_eq!(dtype, Dtype::I64);
@@ -64,22 +64,22 @@ impl Tensors {
     }
 }
 
-/// A golden batch, with padding masked.
+/// A golden batch, in which padding is masked.
 pub fn batch(shape: &[usize], inputs: Vec<u32>, targets: &[u32]) -> MicroBatch {
     let targets = targets.iter().map(|t| if *t == PAD { IGNORE } else { *t }).collect();
     MicroBatch::of_whole_documents(shape[0], shape[1], inputs, targets)
 }
 
-/// Largest magnitude of a difference.
+/// The largest absolute difference.
 pub fn largest_difference(found: &[f32], reference: &[f32]) -> f64 {
     assert_eq!(found.len(), reference.len());
     found.iter().zip(reference).map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs()).fold(0.0, f64::max)
 }
 
-/// One micro-batch, its gradient made the mean over valid tokens through the exact sum.
+/// Runs one micro-batch, and computes the mean gradient over valid tokens by the exact sum.
 ///
 /// # Errors
-/// Those of [`Replica::add_gradient`].
+/// The errors of [`Replica::add_gradient`].
 pub fn mean_gradient<B: TrainingBackend>(
     replica: &mut Replica<B>,
     batch: &MicroBatch,

@@ -1,4 +1,4 @@
-//! Parity with the reference implementation, on numbers that it produced in float32.
+//! Tests parity with the reference implementation, on numbers that it computed in float32.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -14,21 +14,22 @@ use ulmus_model::hf::{self, HfModel};
 use ulmus_model::{BatchShape, Generator, Layout, MicroBatch, Model, Objective, Replica, State};
 use ulmus_plan::{ModelConfig, Precision, Preset, TrainConfig};
 
-/// Absolute, on logits of size about 4. The reference and a float64 implementation differ by 8e-6.
+/// Absolute tolerance for logits, which are about 4. The reference differs from a float64 implementation by 8e-6.
 const LOGITS: f64 = 1e-4;
-/// Absolute, on losses of about 6.7.
+/// Absolute tolerance for losses, which are about 6.7.
 const LOSS: f64 = 1e-5;
-/// Relative, with bf16 products.
+/// Relative tolerance for losses with bf16 products.
 const BF16_LOSS: f64 = 0.01;
-/// Relative L2 per tensor.
+/// Tolerance for each tensor's gradient, as relative L2.
 const GRADIENT: f64 = 1e-4;
-/// Over 30 steps rounding differences grow: absolute on losses, relative on norms.
+/// Tolerance for 30 steps, in which rounding differences grow: absolute for losses, relative for norms.
 const TRAINING: f64 = 1e-4;
 const Z_LOSS: f64 = 1e-4;
-/// Relative error of a product whose operands are rounded to bf16: each by up to 2^-9 of itself, evenly, so √2 · 2^-8 / √12.
+/// The relative error of a product with operands rounded to bf16. Each has a relative error that is uniform up to 2^-9,
+/// so this is √2 · 2^-8 / √12.
 const BF16_PRODUCT: f64 = 1.6e-3;
 
-/// The same tests on every device; those in float32 that need no training on candle's as well.
+/// Defines the same tests for every device. Tests in float32 without training also run on candle.
 macro_rules! on_every_device {
     (candle too: $($everywhere:ident),+; $($test:ident),+ $(,)?) => {
         mod cpu {
@@ -77,7 +78,7 @@ on_every_device! {
 }
 
 fn model() -> HfModel {
-    // The golden directory names its weights file differently, so config and weights are read apart.
+    // The golden directory has another name for the weights file, so config and weights are read separately.
     let (config, tokens) = hf::read_config(&golden("")).unwrap();
     let bytes = std::fs::read(golden("weights.safetensors")).unwrap();
     let weights = ulmus_model::weights_from_safetensors(&Layout::new(&config), &bytes).unwrap();
@@ -165,7 +166,7 @@ fn parameters_are_in_the_reference_order() {
     assert_eq!(names, expected);
 }
 
-/// As `every_format_is_close_to_float32` in `generate.rs` derives it, for a model of four layers.
+/// The tolerance is derived as for `every_format_is_close_to_float32` in `generate.rs`, for a model of four layers.
 fn logits_in_every_format<B: Backend>(backend: &B) {
     let HfModel { config, weights, .. } = model();
     let tensors = Tensors::open("forward.safetensors");
@@ -225,7 +226,7 @@ fn losses_and_gradients_without_padding<B: TrainingBackend>(backend: &B) {
         let difference = relative_l2(&gradient[tensor.range.clone()], &gradients.f32(&tensor.name));
         assert!(difference < GRADIENT, "{}: {difference:e}", tensor.name);
     }
-    // The same loss, measured without a gradient and by scoring the text.
+    // The loss is the same without a gradient, and when the text is scored.
     assert_eq!(replica.loss(&full_batch()).unwrap(), loss);
     let HfModel { config, weights, .. } = model();
     let mut generator = generator(backend, &config, &weights);
@@ -247,7 +248,7 @@ fn losses_and_gradients_with_padding<B: TrainingBackend>(backend: &B) {
     let (ce, z) = (loss.mean_ce(), Z_LOSS * loss.mean_z());
     assert!((ce - reference["ce_loss"].as_f64().unwrap()).abs() < LOSS, "{ce}");
     assert!((z - reference["z_loss_of_valid_positions_only"].as_f64().unwrap()).abs() < LOSS, "{z}");
-    // The reference counts (ln V)² for each padded position; we leave that constant out.
+    // The reference counts (ln V)² for each padded position, a constant that we leave out.
     let constant =
         Z_LOSS * reference["padded_targets"].as_f64().unwrap() / loss.valid as f64 * 512f64.ln().powi(2);
     assert!((constant - reference["z_loss_constant_from_padded_positions"].as_f64().unwrap()).abs() < LOSS);
@@ -261,8 +262,8 @@ fn losses_and_gradients_with_padding<B: TrainingBackend>(backend: &B) {
     assert!(relative_l2(&sampled, &tensors.f32("embedding_grad_sample")) < GRADIENT);
 }
 
-/// Rounding errors of products are independent, and so add up as squares: over the 4 of each layer and the head's on the
-/// way forward, and twice as many on the way back. Three of their standard deviations are allowed.
+/// Rounding errors of products are independent, so their squares add up: over the 4 products of each layer and the
+/// head's in the forward pass, and twice as many in the backward pass. The tolerance is three standard deviations.
 fn losses_and_gradients_with_bf16_products<B: TrainingBackend>(backend: &B) {
     let reference = &json("forward.json")["full"];
     let mut replica = replica(backend, 2, 64, Precision::Bf16);
@@ -270,7 +271,7 @@ fn losses_and_gradients_with_bf16_products<B: TrainingBackend>(backend: &B) {
     let expected = reference["ce_loss"].as_f64().unwrap();
     assert!((loss.mean_ce() / expected - 1.0).abs() < BF16_LOSS, "{}", loss.mean_ce());
     let products: f64 = 3.0 * (4.0 * model().config.num_transformer_layers as f64 + 1.0);
-    // What passes between products is rounded, too, on a device that keeps it in two bytes.
+    // On a device with activations of two bytes, the values between products are rounded, too.
     let in_two_bytes = replica.backend().activation_bytes() == 2;
     let roundings = if in_two_bytes { 2.0 } else { 1.0 };
     let tolerance = 3.0 * (roundings * products).sqrt() * BF16_PRODUCT;
@@ -278,12 +279,12 @@ fn losses_and_gradients_with_bf16_products<B: TrainingBackend>(backend: &B) {
     for tensor in replica.layout().tensors() {
         let difference = relative_l2(&gradient[tensor.range.clone()], &gradients.f32(&tensor.name));
         assert!(difference < tolerance, "{}: {difference:e} of {tolerance:e}", tensor.name);
-        // Products that were float32 would be much nearer.
+        // With float32 products, the difference would be much smaller.
         assert!(difference > GRADIENT, "{}: {difference:e}", tensor.name);
     }
 }
 
-/// Trains the golden run; gives the replica after 30 steps.
+/// Trains the golden run, and returns the replica after 30 steps.
 fn train<B: TrainingBackend>(
     backend: &B,
     precision: Precision,
@@ -355,7 +356,7 @@ fn thirty_steps_of_training<B: TrainingBackend>(backend: &B) {
     let ours: Vec<&str> =
         replica.layout().tensors().iter().filter(|t| t.decays()).map(|t| t.name.as_str()).collect();
     assert_eq!(ours, decayed);
-    // Greedy text of the trained model, token for token.
+    // The greedy text of the trained model agrees token for token.
     let config = model().config;
     for run in json("generate_trained.json")["runs"].as_object().unwrap().values() {
         assert_greedy(&mut generator(backend, &config, &state.weights), run);

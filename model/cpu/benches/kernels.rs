@@ -1,8 +1,8 @@
-//! Every kernel by itself, in the shapes of OpenELM-270M with a micro-batch of 4 sequences of 512 positions.
+//! Benchmarks of every kernel, in the shapes of OpenELM-270M with a micro-batch of 4 sequences of 512 positions.
 //!
-//! `cargo bench -p ulmus-model` prints, per kernel, the time and the rate: GB/s of the memory that a perfect kernel
-//! would move, or, where arithmetic is the limit, floating-point operations as Gitem/s. `worker roofline` measures
-//! what this machine could do at most. `ULMUS_THREADS` sets the threads (1 if it is not set).
+//! `cargo bench -p ulmus-cpu` prints the time and the rate of each kernel: GB/s of the memory that a perfect kernel would
+//! move or, where arithmetic is the limit, floating-point operations as Gitem/s. `worker roofline` measures the limits
+//! of the machine. `ULMUS_THREADS` sets the number of threads (default 1).
 
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
@@ -23,7 +23,8 @@ const FFN: usize = 5120;
 const VOCABULARY: usize = 32_128;
 const HEADS: Heads = Heads { query: 20, key_value: 5, width: 64 };
 const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
-/// Inputs and outputs of the last layer's first and second FFN matrix, its fused QKV, and the first layer's output.
+/// Inputs and outputs of the last layer's two FFN matrices and its fused QKV, and of the first layer's output
+/// projection.
 const LINEAR: [(usize, usize); 4] = [(D, 2 * FFN), (FFN, D), (D, 1920), (768, D)];
 
 fn main() {
@@ -35,7 +36,7 @@ fn backend(precision: Precision) -> Cpu {
     Cpu::new(threads).with_precision(precision)
 }
 
-/// Values of both signs without denormals.
+/// Values of both signs, none of them denormal.
 fn values(len: usize) -> Vec<f32> {
     (0..len as u32).map(|i| ((i.wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 23) as f32) - 1.0).collect()
 }
@@ -91,7 +92,7 @@ fn linear_backward_input(bencher: Bencher<'_, '_>, (precision, inputs, outputs):
 
 const ATTENTION: AttentionShape = AttentionShape { sequences: SEQUENCES, length: LENGTH, heads: HEADS };
 
-/// Operations of one product of the scores' shape, of which the causal half is needed.
+/// Operations of one product in the shape of the scores, of which only the causal half is needed.
 const ATTENTION_PRODUCT: usize = SEQUENCES * HEADS.query * LENGTH * LENGTH * HEADS.width;
 
 #[divan::bench(args = PRECISIONS)]
@@ -150,7 +151,7 @@ fn head_loss(bencher: Bencher<'_, '_>, precision: Precision) {
     });
 }
 
-/// A norm whose weights are 1.
+/// A norm with weights of 1.
 struct NormOf {
     kind: NormKind,
     weight: Vec<f32>,
@@ -200,7 +201,7 @@ fn norm_backward(bencher: Bencher<'_, '_>, kind: NormKind) {
     });
 }
 
-/// Cosines and sines; their values do not matter.
+/// Cosines and sines, whose values do not matter.
 struct RopeTables([Vec<f32>; 2], Vec<u32>);
 
 impl RopeTables {

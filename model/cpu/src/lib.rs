@@ -1,6 +1,6 @@
-//! The CPU backend: Rust loops on a thread pool of its own.
+//! The CPU backend: Rust loops on its own thread pool.
 //!
-//! This module only turns views into slices and enters the pool; what is computed is in [`kernels`].
+//! This module only turns views into slices and enters the pool. The computations are in [`kernels`].
 
 #[expect(
     unsafe_code,
@@ -26,7 +26,7 @@ use ulmus_backend::{
     Backend, BackendError, CacheFormat, Element, Heads, In, Norm, Out, Rope, Spans, WeightFormat, greedy_rows,
 };
 
-/// The CPU as a device. Results have the same bits for any number of threads.
+/// The CPU as a device. Results are bit-identical for any number of threads.
 #[derive(Debug, Clone)]
 pub struct Cpu {
     pool: Arc<ThreadPool>,
@@ -34,7 +34,7 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    /// A pool of that many threads, at least one.
+    /// Starts a pool of `threads` threads, or of one if `threads` is 0.
     ///
     /// # Panics
     /// If the system refuses to start threads.
@@ -47,14 +47,15 @@ impl Cpu {
         Self { pool: Arc::new(pool), precision: Precision::default() }
     }
 
-    /// Does the work of a kernel, in a span of its name.
+    /// Runs a kernel on the pool, within its tracing span.
     fn kernel<R: Send>(&self, span: tracing::Span, work: impl FnOnce() -> R + Send) -> R {
         let _entered = span.entered();
         self.pool.install(work)
     }
 
-    /// Multiplies and adds in registers on every thread, as fast as the processor can, for about a tenth of a second;
-    /// gives the operations of all threads, and the caller has the clock. Nothing if there is no instruction for it.
+    /// Multiplies and adds in registers on every thread, as fast as the processor can, for about a tenth of a second.
+    /// Returns the number of operations of all threads (the caller measures the time), or `None` if the processor has
+    /// no instruction for this precision.
     pub fn saturate(&self, precision: Precision) -> Option<f64> {
         self.pool.broadcast(|_| kernels::roofline::saturate(precision)).into_iter().sum()
     }
@@ -103,7 +104,7 @@ impl Backend for Cpu {
         buffer
             .try_reserve_exact(len)
             .map_err(|_| BackendError::OutOfMemory { bytes: len * size_of::<T>() })?;
-        // Writing the zeros takes the pages now: what does not fit fails at the start, not at some later step.
+        // Writing the zeros maps the pages now, so that a lack of memory shows at the start and not at some later step.
         buffer.resize(len, T::zeroed());
         Ok(buffer)
     }

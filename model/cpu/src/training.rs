@@ -1,4 +1,4 @@
-//! What a processor does in training, beside what it does in inference.
+//! The operations of the CPU backend that only training needs.
 
 use std::convert::Infallible;
 use std::ops::Range;
@@ -11,12 +11,12 @@ use ulmus_backend::{
 
 use super::Cpu;
 use super::kernels::attention::{self, Upstream};
-use super::kernels::matrix::Output;
 use super::kernels::norm::{self, RopeTables};
+use super::kernels::view::Output;
 use super::kernels::{head, linear, optimizer, swiglu};
 
 impl Cpu {
-    fn forms_no_group(&self) -> CommunicatorError {
+    fn no_communicators(&self) -> CommunicatorError {
         CommunicatorError::Unsupported { device: self.describe() }
     }
 }
@@ -57,7 +57,7 @@ impl TrainingBackend for Cpu {
     }
 
     fn communicator_id(&self) -> Result<CommunicatorId, CommunicatorError> {
-        Err(self.forms_no_group())
+        Err(self.no_communicators())
     }
 
     fn communicator(
@@ -67,7 +67,7 @@ impl TrainingBackend for Cpu {
         _: usize,
         _: GiveUp<'_>,
     ) -> Result<Infallible, CommunicatorError> {
-        Err(self.forms_no_group())
+        Err(self.no_communicators())
     }
 
     fn begin_reduce_scatter(

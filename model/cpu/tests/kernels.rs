@@ -1,4 +1,4 @@
-//! The CPU's kernels: what any backend has to pass, and what is promised of the CPU's alone.
+//! Tests the CPU's kernels: the conformance tests of every backend, and promises that only the CPU makes.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -20,7 +20,7 @@ fn cpu_with_three_threads_conforms() {
     conform(Cpu::new(3));
 }
 
-/// Everything that the norms of a kind make of rows that are many pieces of work, and of heads.
+/// All results of a kind of norm, on enough rows for several threads, and on heads.
 fn all_of_norms(threads: usize, kind: NormKind) -> Vec<f32> {
     let device = Device(Cpu::new(threads));
     let (rows, d) = (5 * ROW_BLOCK + 1, 101);
@@ -31,9 +31,9 @@ fn all_of_norms(threads: usize, kind: NormKind) -> Vec<f32> {
     [of_rows, of_heads].concat().concat()
 }
 
-/// The digests hold for every instruction set: the same test runs with `ULMUS_SIMD`.
+/// The digests hold for every instruction set, because the same test runs with `ULMUS_SIMD`.
 #[test]
-fn norms_have_their_bits_for_any_number_of_threads() {
+fn norms_have_the_same_bits_for_any_number_of_threads() {
     for (kind, bits) in [
         (NormKind::Rms, "80c77880d546"),
         (NormKind::NaiveRms, "930f5f148305"),
@@ -49,13 +49,13 @@ fn norms_have_their_bits_for_any_number_of_threads() {
 #[test]
 fn naive_and_fused_rms_norms_differ_by_rounding_alone() {
     let (naive, fused) = (all_of_norms(2, NormKind::NaiveRms), all_of_norms(2, NormKind::Rms));
-    // A few operations, each rounded to 2^-24 of a value.
+    // The tolerance allows for a few operations, each with a relative rounding error of 2^-24.
     assert_close("naive norms", &naive, &wide(&fused), 3e-7);
 }
 
-/// A value that is no number makes its row, its row's gradient and the gradient of the weights none, and nothing else.
+/// NaN makes its row, its row's gradient and the gradient of the weights NaN, and nothing else.
 #[test]
-fn norms_let_nan_through() {
+fn norms_propagate_nan() {
     let device = Device(Cpu::new(2));
     let (rows, d, bad) = (ROW_BLOCK + 3, 18, ROW_BLOCK + 1);
     let (mut x, weight, upstream) = (random(rows * d, 1), random(d, 2), random(rows * d, 3));
@@ -86,7 +86,7 @@ fn norms_let_nan_through() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
-    /// Any product of shapes agrees with f64, whatever path it takes inside.
+    /// Products of any shape agree with f64, whichever path they take inside.
     #[test]
     fn linear_of_any_shape(rows in 1usize..70, inputs in 1usize..70, outputs in 1usize..140) {
         let device = Device(Cpu::new(1));

@@ -1,5 +1,5 @@
-// What the emulated driver and a compiled kernel module know of each other: the module describes its kernels, the
-// driver gives every thread that it runs a `Thread` and the functions that make threads wait for one another.
+// The interface between the emulated driver and a compiled kernel module: the module describes its kernels, and the
+// driver gives every thread that it runs a `Thread`, and functions with which threads wait for one another.
 #pragma once
 
 namespace ulmus {
@@ -8,17 +8,18 @@ struct Index {
     unsigned x, y, z;
 };
 
-// Carries out a collective operation of a warp when all lanes of `mask` have arrived: `arguments[lane]` is what that
-// lane gave. Also the operation's identity: lanes that wait for one another must have come with the same function.
+// Executes a collective operation of a warp when all lanes of `mask` have arrived. `arguments[lane]` is what that lane
+// has passed. The function also identifies the operation: lanes that wait for one another must have passed the same
+// one.
 using Combine = void (*)(void *const *arguments, unsigned mask);
 
 struct Thread;
 
 struct Services {
-    // Waits for all threads of the block that have not returned; says how many gave a predicate that is not 0.
+    // Waits for all threads of the block that have not returned. Returns how many of them have passed true.
     unsigned (*block_barrier)(Thread &thread, const char *operation, bool predicate);
     void (*collective)(Thread &thread, const char *operation, unsigned mask, Combine combine, void *arguments);
-    // Copies of 16 bytes that are carried out as late as the thread's waits allow.
+    // Copies 16 bytes, as late as the thread's waits allow.
     void (*copy_begin)(Thread &thread, void *to, const void *from, bool valid);
     void (*copy_commit)(Thread &thread);
     void (*copy_wait)(Thread &thread, unsigned groups_left);
@@ -34,12 +35,12 @@ struct Thread {
     const Services *services;
 };
 
-// A module has one for each kernel, as the symbol `ulmus_kernel_<name>`.
+// The description of a kernel. A module has one for each, as the symbol `ulmus_kernel_<name>`.
 struct Kernel {
     void (*call)(void *const *parameters);
     const unsigned *parameter_sizes;
     unsigned parameter_count;
-    unsigned max_threads; // from __launch_bounds__; 0 if not given
+    unsigned max_threads; // from __launch_bounds__, or 0 without it
 };
 
 } // namespace ulmus

@@ -1,4 +1,4 @@
-// libcublasLt for machines without a GPU: matrix products of numbers of 32 and 16 bits, summed in single precision in
+// libcublasLt for machines without a GPU: matrix products of 32-bit and 16-bit numbers, summed in single precision in
 // an order that depends on the algorithm.
 #include <algorithm>
 #include <chrono>
@@ -40,11 +40,11 @@ enum ComputeType {
     COMPUTE_32F_FAST_TF32 = 77,
 };
 
-// An early return with what is not a success.
+// Returns early with a status that is not a success.
 #define TRY(expression)                                                                                                \
     if (cublasStatus_t status_ = (expression)) return status_
 
-// What callers set, by the attribute's number: `bytes` of a value.
+// The attributes that callers have set, by number, as bytes.
 class Attributes {
   public:
     cublasStatus_t set(int attribute, const void *value, std::size_t bytes) {
@@ -111,7 +111,7 @@ struct HeuristicResult {
 
 namespace {
 
-// ---- algorithms: several, so that callers can choose. The one that is proposed first is the slowest.
+// ---- algorithms: several, so that callers can choose. The first proposal is the slowest.
 
 enum { IN_ORDER = 0, IN_HALVES = 1, FROM_THE_END = 2 };
 
@@ -215,8 +215,8 @@ void store(void *numbers, std::int64_t i, int type, float x) {
 typedef float Floats __attribute__((vector_size(32)));
 constexpr std::int64_t PANEL_ROWS = 16, PANEL_COLUMNS = 4;
 
-// A matrix in panels of `PANEL` outer indices: [outer / PANEL][inner][outer % PANEL], with zeros at the end. Element
-// (outer, inner) is at outer * outer_step + inner * inner_step.
+// A matrix in panels of `PANEL` outer indices: [outer / PANEL][inner][outer % PANEL], with zeros at the end. The source
+// has element (outer, inner) at outer * outer_step + inner * inner_step.
 template <std::int64_t PANEL>
 class Packed {
   public:
@@ -285,7 +285,7 @@ struct Product {
     std::size_t workspace_bytes;
 
     void operator()() const {
-        // Whoever keeps something there shall notice.
+        // This exposes callers that keep data in the workspace.
         if (workspace_bytes > 0) std::memset(workspace, 0xFF, workspace_bytes);
         if (number == IN_ORDER) std::this_thread::sleep_for(std::chrono::microseconds(50));
         for (int i = 0; i < batches; i++) multiply(i);
@@ -315,7 +315,7 @@ struct Product {
     }
 };
 
-// Null unless the caller has loaded the emulated driver.
+// The emulated driver's function, or null if the caller has not loaded that driver.
 ulmus::Enqueue find_enqueue() {
     void *driver = dlopen("libcuda.so", RTLD_NOW | RTLD_NOLOAD);
     return driver ? reinterpret_cast<ulmus::Enqueue>(dlsym(driver, "ulmus_emulator_enqueue")) : nullptr;
@@ -420,7 +420,7 @@ API cublasStatus_t cublasLtMatmulPreferenceSetAttribute(Preference *preference, 
 
 // ---- algorithms and the product
 
-// Those whose workspace is not more than the preference allows.
+// Proposes the algorithms whose workspace the preference allows.
 API cublasStatus_t cublasLtMatmulAlgoGetHeuristic(void *handle, const Description *description, const Layout *a,
                                                   const Layout *b, const Layout *c, const Layout *d,
                                                   const Preference *preference, int wanted, HeuristicResult *results,

@@ -1,6 +1,6 @@
-// CUDA C++ as far as our kernels use it, for a C++ compiler: every kernel source is compiled with this file before it.
+// The part of CUDA C++ that our kernels use, for a C++ compiler. This file is included before every kernel source.
 //
-// A warp's operations hand their arguments to the scheduler, which has them carried out when all lanes have come.
+// A warp's operations pass their arguments to the scheduler, which executes them when all lanes have arrived.
 #pragma once
 
 #include "abi.h"
@@ -11,7 +11,7 @@ register ulmus::Thread *ulmus_thread asm("r15");
 #define __CUDACC_RTC__ 1
 #define __CUDA_ARCH__ 900
 
-// Not __global__ and __launch_bounds__: whoever looks for kernels in preprocessed text shall find them there.
+// __global__ and __launch_bounds__ are not defined here, because kernels are found by them in the preprocessed text.
 #define __device__
 #define __host__
 #define __constant__
@@ -20,7 +20,7 @@ register ulmus::Thread *ulmus_thread asm("r15");
 #define __noinline__ __attribute__((noinline))
 #define __align__(n) __attribute__((aligned(n)))
 #define __builtin_assume(condition)
-// One block at a time runs on a CPU thread.
+// A CPU thread runs one block at a time.
 #define __shared__ static thread_local
 
 #define threadIdx (static_cast<const ulmus::Index &>(ulmus_thread->thread_index))
@@ -196,7 +196,7 @@ inline double __fma_rn(double x, double y, double z) { return fma(x, y, z); }
 
 namespace ulmus {
 
-// To an integer as the device does it: the nearest that there is, 0 for NaN.
+// Converts to an integer like the device: clamps to the nearest one, with 0 for NaN.
 template <class T, class F>
 inline T to_integer(F x) {
     constexpr bool is_signed = T(-1) < T(0);
@@ -229,7 +229,7 @@ inline float __uint2float_rn(unsigned x) { return (float)x; }
 inline float __ll2float_rn(long long x) { return (float)x; }
 inline float __double2float_rn(double x) { return (float)x; }
 
-// Of numbers of one or two types; NaN only if both are.
+// Minimum and maximum of numbers of one or two types, which are NaN only if both numbers are.
 template <class A, class B>
 constexpr auto min(A a, B b) -> decltype(a + b) {
     decltype(a + b) x = a, y = b;
@@ -246,7 +246,7 @@ constexpr auto max(A a, B b) -> decltype(a + b) {
 
 namespace ulmus {
 
-// Replaces the number at `address` by a function of it; returns what it was.
+// Replaces the number at `address` by a function of it, and returns the old number.
 template <class T, class F>
 inline T atomic_update(T *address, F function) {
     T old, next;
@@ -341,7 +341,7 @@ struct Shuffle {
     static void combine(void *const *lanes, unsigned mask) {
         each_lane(mask, [&](unsigned lane) {
             Shuffle &own = *static_cast<Shuffle *>(lanes[lane]);
-            // The value of a lane that does not take part is not defined: a NaN.
+            // The value of a lane that does not take part is undefined, so it is NaN.
             if (mask >> own.source & 1)
                 own.result = static_cast<Shuffle *>(lanes[own.source])->value;
             else
@@ -376,7 +376,7 @@ inline unsigned vote(const char *operation, unsigned mask, bool predicate) {
     return arguments.result;
 }
 
-// An operation that gives all lanes the same number, made of the numbers of all.
+// An operation that combines the numbers of all lanes, and returns the result to each of them.
 template <class T, T (*F)(T, T)>
 struct Reduction {
     static void combine(void *const *lanes, unsigned mask) {
@@ -497,5 +497,5 @@ static thread_local char shared_anchor;
 
 } // namespace ulmus
 
-// All thread-local storage of a module is shared memory; this tells the driver where it is.
+// All thread-local storage of a module is shared memory. This returns its address to the driver.
 extern "C" __attribute__((visibility("default"))) void *ulmus_shared_anchor() { return &ulmus::shared_anchor; }

@@ -1,8 +1,8 @@
 // libcuda for machines without a GPU: the part of the driver API that our CUDA backend calls.
 //
-// Memory is the process's own, pointers are addresses, modules are shared objects that the emulated NVRTC made. Work on
-// a stream is done before the call returns, except while the stream captures. What the emulated NCCL does occupies the
-// stream until it is done; calls that put other work there wait for it.
+// Device memory is memory of the process, device pointers are addresses, and modules are shared objects from the
+// emulated NVRTC. Work on a stream is done before the call returns, except during a capture. Operations of the emulated
+// NCCL occupy the stream until they are done, and calls that put other work there wait for them.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -56,7 +56,7 @@ enum CUresult : unsigned {
 using CUdevice = int;
 using CUdeviceptr = unsigned long long;
 
-// An early return with what is not a success.
+// Returns early with a result that is not a success.
 #define TRY(expression)                                                                                                \
     if (CUresult result_ = (expression)) return result_
 
@@ -73,8 +73,7 @@ std::size_t round_up(std::size_t bytes, std::size_t unit) { return (bytes + unit
 
 // ---- memory
 
-// All allocations. Each ends where a page begins that may not be touched, up to the next multiple of 16 bytes, and has
-// such a page before it.
+// All allocations. Each is followed by a guard page, beginning at the next multiple of 16 bytes, and preceded by one.
 class Memory {
   public:
     enum Kind { DEVICE, HOST };
@@ -93,7 +92,7 @@ class Memory {
             munmap(area, pages + 2 * PAGE);
             return CUDA_ERROR_OUT_OF_MEMORY;
         }
-        // NaNs: whoever reads what nobody has written shall notice.
+        // Fills the memory with NaN, to expose reads of memory that was never written.
         std::memset(first_page, 0xFF, pages);
         char *begin = first_page + pages - round_up(bytes, 16);
         blocks_[begin] = {kind, bytes, area, pages + 2 * PAGE};
@@ -113,7 +112,7 @@ class Memory {
         return CUDA_SUCCESS;
     }
 
-    // Whether all bytes are of one allocation of that kind.
+    // Whether all bytes belong to one allocation of this kind.
     bool contains(Kind kind, const void *address, std::size_t bytes) {
         std::lock_guard lock(mutex_);
         auto first = static_cast<char *>(const_cast<void *>(address));
@@ -129,7 +128,7 @@ class Memory {
         return DEVICE_BYTES - used_[DEVICE];
     }
 
-    // For a message when the process is about to end: does without the lock if somebody has it.
+    // Describes an address for a message when the process is about to end. Works without the lock if it is held.
     void describe(const void *address, char *text, std::size_t size) {
         std::unique_lock lock(mutex_, std::try_to_lock);
         auto target = static_cast<const char *>(address);
@@ -161,7 +160,7 @@ Memory &memory() {
 
 // ---- handles
 
-// Objects that callers know by their addresses.
+// Objects that callers identify by their addresses.
 template <class T>
 class Handles {
   public:
@@ -172,7 +171,7 @@ class Handles {
         return handle;
     }
 
-    // Null for what is no such handle.
+    // Null if there is no such handle.
     std::shared_ptr<T> find(const void *handle) {
         std::lock_guard lock(mutex_);
         auto found = objects_.find(handle);
@@ -227,7 +226,7 @@ struct Capture {
     Graph operations;
 };
 
-// What is under way and done by others.
+// Operations of other libraries that are in progress.
 class Occupations {
   public:
     bool ready() const {
@@ -239,7 +238,7 @@ class Occupations {
         for (auto &one : all_) one.wait();
     }
 
-    // When the last is done, or `time` if that is later.
+    // The time when the last operation is done, or `time` if that is later.
     std::chrono::steady_clock::time_point end(std::chrono::steady_clock::time_point time) const {
         for (auto &one : all_) time = std::max(time, one.get());
         return time;
@@ -269,7 +268,7 @@ struct Stream {
         return occupations_;
     }
 
-    // Gives what was there before.
+    // Returns the earlier occupations.
     std::vector<ulmus::Occupation> occupy(const std::vector<ulmus::Occupation> &others) {
         std::lock_guard lock(mutex_);
         auto before = occupations_.all();
@@ -283,16 +282,16 @@ struct Stream {
 };
 
 struct Event {
-    std::shared_ptr<Capture> capture; // in which it was recorded last
+    std::shared_ptr<Capture> capture; // in which the event was last recorded
     std::chrono::steady_clock::time_point time;
-    Occupations occupations; // of the stream when it was recorded
+    Occupations occupations; // of the stream when the event was recorded
     bool recorded = false;
     bool timed = true;
 
     bool captured() const { return capture && !capture->ended; }
 };
 
-// The captures that are under way.
+// The captures in progress.
 class Captures {
   public:
     void add(std::shared_ptr<Capture> capture) {
@@ -306,7 +305,8 @@ class Captures {
         active_.erase(std::remove_if(active_.begin(), active_.end(), same), active_.end());
     }
 
-    // For calls that wait for the device: a capture's mode says whose of them are an error, and spoil the capture.
+    // Checks a call that waits for the device. A capture's mode decides in which threads such calls are errors, which
+    // also invalidate the capture.
     CUresult check_unsafe_call() {
         std::lock_guard lock(mutex_);
         CUresult result = CUDA_SUCCESS;
@@ -330,7 +330,7 @@ Captures &captures() {
     return all;
 }
 
-// The default streams, 0 to 2, share one.
+// The default streams, 0 to 2, share one object.
 std::shared_ptr<Stream> find_stream(const void *handle) {
     static auto &common = *new std::shared_ptr<Stream>(new Stream);
     return reinterpret_cast<std::uintptr_t>(handle) <= 2 ? common : handles<Stream>().find(handle);
@@ -366,7 +366,7 @@ struct Module {
     ulmus::StaticShared static_shared;
     std::map<std::string, int> shared_sizes; // by the prefix of the names of a function's own variables
     std::mutex mutex;
-    std::map<std::string, Function *> functions; // those that somebody has asked for
+    std::map<std::string, Function *> functions; // those that have been requested
 
     ~Module() {
         if (library) dlclose(library);
@@ -386,13 +386,13 @@ struct Function {
         static_shared = size == module->shared_sizes.end() ? 0 : size->second;
     }
 
-    // Bytes of dynamic shared memory with which it may be launched.
+    // Maximum bytes of dynamic shared memory for a launch.
     int allowed_shared() const {
         return std::max<int>(max_dynamic_shared, MAX_SHARED_WITHOUT_REQUEST - static_shared);
     }
 };
 
-// A shared object in memory whose length is not given.
+// A shared object in memory, of unknown length.
 class Image {
   public:
     explicit Image(const void *bytes) : bytes_(static_cast<const char *>(bytes)) {}
@@ -406,7 +406,7 @@ class Image {
         return end;
     }
 
-    // Bytes of thread-local variables of each function: variable `x` of function `f` has the symbol `_ZZ1fE1x`.
+    // Bytes of the thread-local variables of each function. Variable `x` of function `f` has the symbol `_ZZ1fE1x`.
     std::map<std::string, int> shared_sizes() const {
         std::map<std::string, int> sizes;
         for (int i = 0; i < header().e_shnum; i++) {
@@ -441,7 +441,7 @@ class Image {
     const char *bytes_;
 };
 
-// A file of its own for each load: the loader gives what it has when it is asked for a file twice.
+// Each load uses its own file, because the loader does not load the same file twice.
 void *load_library(const Image &image) {
     const char *folder = std::getenv("TMPDIR");
     std::string path = std::string(folder ? folder : "/tmp") + "/emulated-module-XXXXXX";
@@ -506,7 +506,7 @@ class PreparedLaunch {
         unsigned char bytes[16];
     };
 
-    std::shared_ptr<Function> function_; // and its module: they live as long as a graph that has them
+    std::shared_ptr<Function> function_; // which, with its module, lives as long as a graph that contains it
     ulmus::Index grid_, block_;
     unsigned dynamic_shared_;
     std::vector<std::vector<Unit>> values_;
@@ -592,7 +592,7 @@ struct ErrorText {
 
 const ErrorText ERRORS[] = {
     {CUDA_SUCCESS, "CUDA_SUCCESS", "no error"},
-    {CUDA_ERROR_INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE", "an argument has a value that is not allowed"},
+    {CUDA_ERROR_INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE", "an argument is invalid"},
     {CUDA_ERROR_OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory"},
     {CUDA_ERROR_NOT_INITIALIZED, "CUDA_ERROR_NOT_INITIALIZED", "cuInit has not been called"},
     {CUDA_ERROR_NO_DEVICE, "CUDA_ERROR_NO_DEVICE", "there is no device"},
@@ -601,18 +601,18 @@ const ErrorText ERRORS[] = {
     {CUDA_ERROR_INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT", "the thread has no current context"},
     {CUDA_ERROR_INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE", "no such object"},
     {CUDA_ERROR_ILLEGAL_STATE, "CUDA_ERROR_ILLEGAL_STATE", "not possible in this state"},
-    {CUDA_ERROR_NOT_FOUND, "CUDA_ERROR_NOT_FOUND", "there is nothing of this name"},
-    {CUDA_ERROR_NOT_READY, "CUDA_ERROR_NOT_READY", "not all is done"},
+    {CUDA_ERROR_NOT_FOUND, "CUDA_ERROR_NOT_FOUND", "nothing has this name"},
+    {CUDA_ERROR_NOT_READY, "CUDA_ERROR_NOT_READY", "some work is not done yet"},
     {CUDA_ERROR_NOT_SUPPORTED, "CUDA_ERROR_NOT_SUPPORTED", "not supported by the emulator"},
     {CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "not allowed during a capture"},
     {CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
-     "an error before has made the capture invalid"},
+     "an earlier error has invalidated the capture"},
     {CUDA_ERROR_STREAM_CAPTURE_MERGE, "CUDA_ERROR_STREAM_CAPTURE_MERGE", "this would join two captures"},
     {CUDA_ERROR_STREAM_CAPTURE_UNMATCHED, "CUDA_ERROR_STREAM_CAPTURE_UNMATCHED",
      "the capture did not begin in this stream"},
     {CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD, "CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD",
      "the capture did not begin in this thread"},
-    {CUDA_ERROR_CAPTURED_EVENT, "CUDA_ERROR_CAPTURED_EVENT", "the event was recorded in a stream that captures"},
+    {CUDA_ERROR_CAPTURED_EVENT, "CUDA_ERROR_CAPTURED_EVENT", "the event was recorded in a stream during a capture"},
 };
 
 CUresult error_text(CUresult error, const char *ErrorText::*member, const char **text) {
@@ -774,7 +774,7 @@ API CUresult cuMemFree_v2(void *address) {
     return memory().release(Memory::DEVICE, address);
 }
 
-// What a stream does not capture because the emulator cannot.
+// Refuses work that the emulator cannot capture.
 static CUresult check_not_capturing(const void *stream_handle) {
     TRY(check_context());
     auto stream = find_stream(stream_handle);
@@ -817,13 +817,13 @@ static CUresult copy(void *stream, void *to, const void *from, std::size_t bytes
 
 static void *pointer(CUdeviceptr address) { return reinterpret_cast<void *>(address); }
 
-// The ends of a copy that are the device's must be memory of the device.
+// Checks that the device's side of a copy is memory of the device.
 static CUresult check_range(CUdeviceptr address, std::size_t bytes) {
     TRY(check_context());
     return memory().contains(Memory::DEVICE, pointer(address), bytes) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
-// Goes on, for a while, beside the work of other streams.
+// Copies for a while, concurrently with the work of other streams.
 static CUresult copy_beside(Stream &stream, void *to, const void *from, std::size_t bytes) {
     std::promise<std::chrono::steady_clock::time_point> done;
     auto before = stream.occupy({done.get_future().share()});
@@ -944,7 +944,7 @@ API CUresult cuEventRecord(Event *event_handle, Stream *stream_handle) {
 
 API CUresult cuEventRecordWithFlags(Event *event, Stream *stream, unsigned) { return cuEventRecord(event, stream); }
 
-// Everything that an event could stand for is done, unless it stands for a point in a graph or after an occupation.
+// An event has always been reached, unless it is a point in a graph or comes after an occupation.
 API CUresult cuEventQuery(Event *handle) {
     auto event = handles<Event>().find(handle);
     if (!event) return CUDA_ERROR_INVALID_HANDLE;

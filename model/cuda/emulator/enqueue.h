@@ -9,14 +9,15 @@
 
 namespace ulmus {
 
-// Runs `work` now or, if `stream` captures, with each launch of the graph. Gives a CUresult. `name` lives for ever.
+// Runs `work` now or, during a capture of `stream`, with each launch of the graph. Returns a CUresult. `name` must
+// never be freed.
 using Enqueue = int (*)(void *stream, const char *name, std::function<void()> work);
 
-// Work that somebody else does: ready when it is done, with the time of that.
+// Work of another library. It becomes ready, with the time, when the work is done.
 using Occupation = std::shared_future<std::chrono::steady_clock::time_point>;
 
-// What comes after on `stream` waits for `occupation`, which has to wait for what this puts into `before`. Gives a
-// CUresult.
+// Makes later work on `stream` wait for `occupation`, which itself has to wait for everything that is put into
+// `before`. Returns a CUresult.
 using Occupy = int (*)(void *stream, Occupation occupation, std::vector<Occupation> *before);
 
 } // namespace ulmus

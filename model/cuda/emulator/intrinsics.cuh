@@ -1,30 +1,30 @@
-// What CUDA C has no word for without the toolkit's headers, in plain C++ for the emulator: number formats, tensor
-// cores, asynchronous copies. The file of the same name among the kernels has the same functions for the device.
+// Operations that CUDA C lacks without the toolkit's headers, in plain C++ for the emulator: number formats, tensor
+// cores, and asynchronous copies. The file of the same name among the kernels has the same functions for the device.
 #pragma once
 
 #define DEVICE __device__ __forceinline__
 
-// `unsigned char name[]`: shared memory of the size that the launch asks for.
+// Declares `unsigned char name[]`: shared memory of the size that the launch requests.
 #define DYNAMIC_SHARED(name) unsigned char *const name = ulmus_thread->dynamic_shared
 
-// Kernels run one after the other here.
+// The emulator runs kernels one after the other, so there is nothing to wait for.
 DEVICE void begin_kernel() {}
 
 DEVICE void prefetch(const void *) {}
 
-// The number nearest to `x`, ties to even, in bfloat16.
+// Rounds to bfloat16, to nearest with ties to even.
 DEVICE unsigned short bf16_from_float(float x) {
     unsigned bits = __float_as_uint(x);
     if (x != x) return 0x7FFF;
     return (unsigned short)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-// Two numbers in bfloat16; `low` has the lower address.
+// Rounds two numbers to bfloat16. `low` gets the lower address.
 DEVICE unsigned bf16x2_from_floats(float low, float high) {
     return bf16_from_float(low) | (unsigned)bf16_from_float(high) << 16;
 }
 
-// The number nearest to `x`, ties to even, in IEEE half precision.
+// Rounds to IEEE half precision, to nearest with ties to even.
 DEVICE unsigned short f16_from_float(float x) {
     typedef float Floats __attribute__((vector_size(16)));
     if (x != x) return 0x7FFF;
@@ -36,7 +36,7 @@ DEVICE float f16_to_float(unsigned short bits) {
     return __builtin_ia32_vcvtph2ps(Halves{(short)bits})[0];
 }
 
-// 2^x to about 2 ulp; 0 for -infinity. Numbers below the normal ones are 0, as on the device.
+// 2^x with an error of about 2 ulp, and 0 for -infinity. Subnormal numbers become 0, as on the device.
 DEVICE float exp2_fast(float x) {
     float y = exp2f(x);
     return y < 0x1p-126f ? 0.0f : y;
@@ -47,15 +47,15 @@ namespace ulmus {
 DEVICE float low_bf16(unsigned pair) { return __uint_as_float(pair << 16); }
 DEVICE float high_bf16(unsigned pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 
-// Where lane l's parts of the tiles are, g = l / 4, t = l % 4: a[i] has columns 2t and 2t + 1 of row g, 8 rows lower
-// for odd i and 8 columns further for i of 2 and more; b[i] has rows 2t and 2t + 1 of column g, 8 rows lower for i = 1;
-// d has columns 2t and 2t + 1 of row g, and then of row g + 8.
+// Lane l, with g = l / 4 and t = l % 4, has these parts of the tiles: a[i] holds the columns 2t and 2t + 1 of row g,
+// but 8 rows further down for odd i, and 8 columns further right for i >= 2. b[i] holds the rows 2t and 2t + 1 of
+// column g, but 8 rows further down for i = 1. d holds the columns 2t and 2t + 1 of row g, and then of row g + 8.
 struct Mma {
     float (&d)[4];
     const unsigned (&a)[4];
     const unsigned (&b)[2];
 
-    // All products are exact; sums are of double precision, rounded once.
+    // Products are exact, and sums are computed in double precision and rounded once.
     static __noinline__ void combine(void *const *lanes, unsigned) {
         typedef double Half __attribute__((vector_size(32))); // of a row of eight
         alignas(32) double a[16][16], b[16][8], d[16][8];
@@ -117,16 +117,16 @@ struct Tiles {
 
 } // namespace ulmus
 
-// d += a · b for tiles [16, 16], [16, 8] of bfloat16, spread over a warp as PTX says of mma.m16n8k16.
+// d += a · b for tiles [16, 16] and [16, 8] of bfloat16, distributed over a warp as PTX defines for mma.m16n8k16.
 DEVICE void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     ulmus::Mma arguments = {d, a, b};
     ulmus::collective("mma_bf16", ~0u, ulmus::Mma::combine, &arguments);
 }
 
-// Four tiles [8, 8] of 16 bits from shared memory; lane l gives the address of row l % 8 of tile l / 8.
+// Loads four tiles [8, 8] of 16 bits from shared memory. Lane l passes the address of row l % 8 of tile l / 8.
 DEVICE void load_tiles(unsigned (&tiles)[4], const void *row) { ulmus::Tiles<false>{tiles, row}.load("load_tiles"); }
 
-// The same, each tile transposed.
+// Like load_tiles, with each tile transposed.
 DEVICE void load_tiles_transposed(unsigned (&tiles)[4], const void *row) {
     ulmus::Tiles<true>{tiles, row}.load("load_tiles_transposed");
 }

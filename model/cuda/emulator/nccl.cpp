@@ -1,10 +1,9 @@
 // libnccl for machines without a GPU: the collective operations that our CUDA backend calls, between threads and
 // processes of one host.
 //
-// Every communicator has a thread that carries out its operations one after the other, while they occupy their streams.
-// Members are connected by sockets with names that are no files. As on hardware, an operation with a member that has
-// died or left hangs, with no word of it, until it is aborted; and a call on a communicator that does not block returns
-// before the operation is on its stream.
+// Every communicator has a thread that executes its operations one after the other, while they occupy their streams.
+// Members are connected by abstract sockets. As on hardware, an operation with a member that has died or left hangs
+// silently until it is aborted, and a call on a nonblocking communicator returns before the operation is on its stream.
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
@@ -56,14 +55,14 @@ struct ncclUniqueId {
     char internal[128];
 };
 
-// The part that all versions have.
+// The fields that all versions have.
 struct ncclConfig_t {
     std::size_t size;
     unsigned magic, version;
     int blocking;
 };
 
-// An early return with what is not a success.
+// Returns early with a result that is not a success.
 #define TRY(expression)                                                                                                \
     if (ncclResult_t result_ = (expression)) return result_
 
@@ -74,10 +73,10 @@ using Clock = std::chrono::steady_clock;
 constexpr int VERSION = 23003;
 constexpr unsigned CONFIG_MAGIC = 0xcafebeef;
 constexpr int UNDEFINED = INT32_MIN;
-// Bytes that are summed at a time.
+// Number of bytes that are summed at a time.
 constexpr std::size_t PIECE = 1 << 16;
 
-// ---- what was wrong last
+// ---- the last error
 
 std::mutex last_mutex;
 char last_error[1024];
@@ -119,7 +118,7 @@ ncclResult_t current_device(int *device) {
 // Thrown when an operation is aborted.
 struct Aborted {};
 
-// Waits that end when there is something to read from it.
+// Waits that end when the alarm is raised.
 class Alarm {
   public:
     Alarm() : file_(eventfd(0, EFD_CLOEXEC)) {}
@@ -147,7 +146,7 @@ class Alarm {
         if (rung_) throw Aborted();
     }
 
-    // For what does not happen any more.
+    // Waits for the alarm, because nothing else will happen.
     [[noreturn]] void hang() {
         for (;;) wait(-1, 0);
     }
@@ -160,7 +159,7 @@ class Alarm {
 sockaddr_un address_of(const std::string &name, socklen_t *length) {
     sockaddr_un address = {};
     address.sun_family = AF_UNIX;
-    // A zero byte first: no file.
+    // A leading zero byte makes the socket abstract, so that there is no file.
     std::copy(name.begin(), name.end(), address.sun_path + 1);
     *length = offsetof(sockaddr_un, sun_path) + 1 + name.size();
     return address;
@@ -202,7 +201,7 @@ class Socket {
         socklen_t length;
         sockaddr_un address = address_of(name, &length);
         while (::connect(file_, reinterpret_cast<sockaddr *>(&address), length) != 0) {
-            // Nobody is there any more.
+            // The peer is gone.
             if (errno != EAGAIN && errno != EINTR) alarm.hang();
             alarm.sleep(std::chrono::milliseconds(1));
         }
@@ -247,20 +246,20 @@ std::string random_name() {
 
 // ---- how members find one another
 
-// What a member says of itself.
+// What a member tells the others about itself.
 struct Presence {
     int rank, size, device, may_share;
     char name[32];
 };
 
-// Collects what members say, and tells all of them when all are there. One group for each id.
+// Collects the members' presences, and sends them to all members when all have arrived. There is one group per id.
 void meet(Socket listener) {
-    Alarm alarm; // which nobody raises
+    Alarm alarm; // never raised
     std::map<int, std::pair<Presence, Socket>> members;
     for (;;) {
         Socket member = listener.accept(alarm);
         Presence presence;
-        // It says this at once, if it lives.
+        // A living member sends this at once.
         pollfd file = {member.file(), POLLIN, 0};
         poll(&file, 1, 1000);
         if (recv(member.file(), &presence, sizeof presence, MSG_WAITALL) != sizeof presence) continue;
@@ -322,7 +321,7 @@ void add(ncclDataType_t type, void *sums, const void *terms, std::size_t bytes) 
 
 // ---- communicators
 
-// What operations are made of.
+// A step of an operation.
 struct Step {
     enum Kind : std::uint64_t { REDUCE, BROADCAST } kind;
     int root;
@@ -334,14 +333,14 @@ struct Step {
     std::size_t bytes() const { return count * width(type); }
 };
 
-// Goes before data, so that members that are in different operations notice.
+// Precedes data, so that members notice if they are in different operations.
 struct Heading {
     std::uint64_t number, kind, root, count, type;
 
     bool operator!=(const Heading &other) const { return std::memcmp(this, &other, sizeof *this) != 0; }
 };
 
-// Something that is not what members of a group may do.
+// An error of the members of a group.
 struct Misuse {
     std::string why;
 };
@@ -369,16 +368,16 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
         return state_;
     }
 
-    // Whether it may be given something new to do.
+    // Returns an error if no new operation may be started.
     ncclResult_t check_idle() {
         std::lock_guard lock(mutex_);
         if (finalized_) return refuse(ncclInvalidArgument, "the communicator was finalized");
         if (state_ == ncclInProgress)
-            return refuse(ncclInvalidArgument, "used before what was called before is ncclSuccess");
+            return refuse(ncclInvalidArgument, "used before the previous call has succeeded");
         return state_;
     }
 
-    // Puts an operation on a stream: now if the communicator blocks, else somewhat later.
+    // Puts an operation on a stream: now if the communicator is blocking, or else somewhat later.
     ncclResult_t submit(void *stream, std::vector<Step> steps) {
         if (blocking_) return launch(stream, std::move(steps));
         set_state(ncclInProgress);
@@ -426,7 +425,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     void set_state(ncclResult_t state) {
         {
             std::lock_guard lock(mutex_);
-            // An error stays.
+            // An error is permanent.
             if (state_ == ncclSuccess || state_ == ncclInProgress) state_ = state;
         }
         changed_.notify_all();
@@ -473,7 +472,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
         }
     }
 
-    // Does something; if it cannot be done, waits until it is aborted.
+    // Runs some work. If it cannot be completed, waits until it is aborted.
     template <class Work>
     void attempt(Work work) {
         try {
@@ -491,7 +490,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     void join() {
         std::string name = random_name();
         Socket listener = Socket::open();
-        if (!listener.listen(name)) throw Misuse{"no socket to listen at"};
+        if (!listener.listen(name)) throw Misuse{"cannot listen on a socket"};
         const char *share = std::getenv("NCCL_MULTI_RANK_GPU_ENABLE");
         Presence own = {rank_, size_, device_, share && std::atoi(share) != 0, {}};
         std::copy(name.begin(), name.end(), own.name);
@@ -514,7 +513,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
             Socket connection = listener.accept(alarm_);
             int who;
             connection.read(&who, sizeof who, alarm_);
-            if (who <= rank_ || who >= size_ || peers_[who].valid()) throw Misuse{"two members have one rank"};
+            if (who <= rank_ || who >= size_ || peers_[who].valid()) throw Misuse{"two members have the same rank"};
             peers_[who] = std::move(connection);
         }
     }
@@ -543,7 +542,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
         }
     }
 
-    // Adds up what all members have, in the order of their ranks.
+    // Sums the data of all members in the order of their ranks.
     void sum(const Step &step) {
         std::vector<char> sums(PIECE), terms(PIECE);
         for (std::size_t at = 0; at < step.bytes(); at += PIECE) {
@@ -589,7 +588,7 @@ ncclResult_t find(void *handle, Shared &found, bool remove = false) {
 
 // ---- groups
 
-// What a thread has called since its group began.
+// An operation that a thread has called since its group began.
 struct Operation {
     Shared communicator;
     void *stream;
@@ -619,7 +618,7 @@ ncclResult_t end_group() {
     return result;
 }
 
-// Adds an operation to the thread's group, or to one of its own.
+// Adds an operation to the thread's current group, or executes it as a group of its own.
 ncclResult_t call(void *handle, void *stream, ncclDataType_t type, int op, const std::vector<Step> &steps) {
     Shared communicator;
     TRY(find(handle, communicator));
@@ -627,7 +626,7 @@ ncclResult_t call(void *handle, void *stream, ncclDataType_t type, int op, const
     TRY(current_device(&device));
     if (device != communicator->device()) return refuse(ncclInvalidUsage, "the current device is another one");
     if (width(type) == 0) return refuse(ncclInvalidArgument, "the emulator has no such data type");
-    if (op != ncclSum) return refuse(ncclInvalidArgument, "the emulator knows sums alone");
+    if (op != ncclSum) return refuse(ncclInvalidArgument, "the emulator only supports sums");
     TRY(communicator->check_idle());
     for (const Step &step : steps) {
         if (step.root < 0 || step.root >= communicator->size()) return refuse(ncclInvalidArgument, "no such root");
@@ -674,7 +673,7 @@ API ncclResult_t ncclGetUniqueId(ncclUniqueId *id) {
     if (!id) return ncclInvalidArgument;
     std::string name = random_name();
     Socket listener = Socket::open();
-    if (!listener.listen(name)) return refuse(ncclSystemError, "no socket to meet at");
+    if (!listener.listen(name)) return refuse(ncclSystemError, "cannot listen on a socket");
     *id = {};
     std::copy(name.begin(), name.end(), id->internal);
     std::thread(meet, std::move(listener)).detach();
@@ -684,7 +683,7 @@ API ncclResult_t ncclGetUniqueId(ncclUniqueId *id) {
 API ncclResult_t ncclCommInitRankConfig(void **handle, int size, ncclUniqueId id, int rank,
                                         const ncclConfig_t *config) {
     if (!handle || size < 1 || rank < 0 || rank >= size) return refuse(ncclInvalidArgument, "no such rank");
-    if (config && config->magic != CONFIG_MAGIC) return refuse(ncclInvalidArgument, "the configuration is not one");
+    if (config && config->magic != CONFIG_MAGIC) return refuse(ncclInvalidArgument, "the configuration is not valid");
     int device;
     TRY(current_device(&device));
     id.internal[sizeof id.internal - 1] = 0;
@@ -740,7 +739,7 @@ API ncclResult_t ncclCommFinalize(void *handle) {
     return communicator->finalize();
 }
 
-// Waits for what is under way, as long as that takes.
+// Waits for operations in progress, however long that takes.
 API ncclResult_t ncclCommDestroy(void *handle) {
     if (!handle) return ncclSuccess;
     Shared communicator;
@@ -779,7 +778,7 @@ API ncclResult_t ncclBroadcast(const void *from, void *to, std::size_t count, nc
     return call(handle, stream, type, ncclSum, {{Step::BROADCAST, root, in, static_cast<char *>(to), count, type}});
 }
 
-// Summed by one, so that all have the same bits.
+// One member computes the sum, so that all get the same bits.
 API ncclResult_t ncclAllReduce(const void *from, void *to, std::size_t count, ncclDataType_t type, int op, void *handle,
                                void *stream) {
     auto in = static_cast<const char *>(from);

@@ -1,8 +1,8 @@
 // libnvrtc for machines without a GPU: compiles CUDA C++ with the C++ compiler, to a shared object that the emulated
 // driver loads.
 //
-// First the preprocessor runs, then every kernel that is in what it gives gets a description for the driver, then the
-// result is compiled. ULMUS_EMULATOR_CXX is the compiler if it is not g++.
+// First the preprocessor runs, then a description for the driver is added for every kernel in its output, and then the
+// result is compiled. ULMUS_EMULATOR_CXX names another compiler than g++.
 #include <algorithm>
 #include <cctype>
 #include <cerrno>
@@ -60,7 +60,7 @@ void write_file(const fs::path &path, const std::string &text) {
     std::ofstream(path, std::ios::binary) << text;
 }
 
-// The folder with what kernels are compiled with: beside this library.
+// The folder of the headers for kernels, beside this library.
 std::string include_folder() {
     Dl_info info;
     if (!dladdr(reinterpret_cast<void *>(&include_folder), &info)) return "include";
@@ -82,7 +82,7 @@ class TemporaryFolder {
     fs::path path;
 };
 
-// Runs the compiler in a folder; what it says goes to the file `log` there.
+// Runs the compiler in a folder. Its messages go to the file `log` there.
 bool run_compiler(const fs::path &folder, Strings arguments) {
     const char *compiler = std::getenv("ULMUS_EMULATOR_CXX");
     arguments.insert(arguments.begin(), compiler ? compiler : "g++");
@@ -109,7 +109,7 @@ bool run_compiler(const fs::path &folder, Strings arguments) {
 
 bool starts_with(const std::string &text, const std::string &start) { return text.rfind(start, 0) == 0; }
 
-// Of the options, those that say what is defined and where headers are.
+// The options that define macros and name folders of headers.
 Strings kept_options(const Strings &options) {
     const std::pair<const char *, const char *> LONG_FORMS[] = {
         {"--define-macro=", "-D"}, {"--undefine-macro=", "-U"}, {"--include-path=", "-I"}};
@@ -161,7 +161,7 @@ class Declaration {
         }
     }
 
-    // Empty at what is no word.
+    // The next word, or an empty one if something else follows.
     std::string read_word() {
         skip_space();
         std::size_t begin = position_;
@@ -171,7 +171,7 @@ class Declaration {
         return text_.substr(begin, position_ - begin);
     }
 
-    // Of arguments in parentheses; goes on after them.
+    // The first of several arguments in parentheses. Continues after them.
     std::string first_argument() {
         skip_space();
         std::string argument;
@@ -192,7 +192,7 @@ class Declaration {
     std::size_t position_;
 };
 
-// Macros are gone from preprocessed text; it needs these. A kernel's description is what the driver looks for.
+// Macros that the preprocessed text still needs. The driver looks for a kernel's description.
 const char *const DEFINES = R"(
 #define __global__
 #define __launch_bounds__(...)
@@ -201,7 +201,7 @@ const char *const DEFINES = R"(
         ulmus::Caller<&name>::describe(max_threads);
 )";
 
-// Descriptions of all kernels in preprocessed text. Templates are not kernels yet.
+// Descriptions of all kernels in preprocessed text. Templates are not supported as kernels.
 std::string describe_kernels(const std::string &text) {
     const std::string MARK = "__global__";
     std::set<std::string> names;
@@ -216,7 +216,7 @@ std::string describe_kernels(const std::string &text) {
     return descriptions;
 }
 
-// Products and sums are rounded one by one, as with NVRTC's --fmad=false, and fmaf is one instruction.
+// Products and sums are rounded separately, as with NVRTC's --fmad=false, and fmaf is one instruction.
 const Strings COMPILE = {"-std=c++17", "-O2", "-w", "-fPIC", "-shared", "-march=x86-64-v3", "-ffp-contract=off",
                          "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing", "-fwrapv",
                          "-fvisibility=hidden", "-fno-gnu-unique", "-fno-exceptions", "-x", "c++"};
@@ -265,7 +265,7 @@ API const char *nvrtcGetErrorString(nvrtcResult result) {
     return "NVRTC_ERROR unknown";
 }
 
-// One that no compiler has: programs keep what they compile by version, and another compiler must not find this one's.
+// A version that no real compiler has: programs cache compiled kernels by version, and must not mix them up.
 API nvrtcResult nvrtcVersion(int *major, int *minor) {
     *major = 13;
     *minor = 99;

@@ -1,8 +1,8 @@
 // Runs the blocks of a launch on CPU threads, and the threads of a block as fibers of one CPU thread.
 //
-// A fiber runs until it waits or returns. Whoever arrives last at a warp's collective operation carries it out for all
-// its lanes; a block's barrier opens when no fiber of the block can run. The order in which warps and lanes run is
-// pseudo-random, so that results that depend on a barrier that is not there come out wrong.
+// A fiber runs until it waits or returns. The last lane to arrive at a warp's collective operation executes it for all
+// lanes, and a block's barrier opens when no fiber of the block can run. The order in which warps and lanes run is
+// pseudo-random, so that a missing barrier leads to wrong results.
 #include "scheduler.h"
 
 #include <algorithm>
@@ -23,9 +23,9 @@
 
 #include <sys/mman.h>
 
-// `ulmus_switch` keeps what a function must keep for its caller, saves the stack pointer and goes on on another stack.
-// It jumps there as the processor expects a `ret` to return to the last caller.
-// A new fiber's saved registers are r12: function, r13: its argument, r15: its `Thread`.
+// `ulmus_switch` saves the callee-saved registers and the stack pointer, and continues on another stack. It gets there with
+// a jump, because the processor expects a `ret` to return to the last caller.
+// The saved registers of a new fiber are r12: its function, r13: the function's argument, r15: its `Thread`.
 asm(R"(
     .text
     .hidden ulmus_switch
@@ -78,7 +78,7 @@ std::size_t round_up(std::size_t bytes, std::size_t unit) { return (bytes + unit
     std::abort();
 }
 
-// Memory with a page before it and a page after it that may not be touched.
+// Memory between two guard pages.
 char *map_guarded(std::size_t bytes) {
     void *area = mmap(nullptr, bytes + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (area == MAP_FAILED) out_of_memory();
@@ -114,7 +114,8 @@ std::uint64_t seed() {
 }
 
 constexpr std::size_t STACK_BYTES = 128 * 1024;
-// Tops of stacks are at different places in their pages, lest the fibers of a warp share the same few cache lines.
+// Stacks begin at different offsets in their pages, so that the fibers of a warp do not compete for the same cache
+// lines.
 constexpr std::size_t COLOURS = 32, COLOUR_BYTES = 512;
 
 struct Stack {
@@ -142,7 +143,7 @@ struct Fiber : Thread {
     void *arguments;
 
     std::vector<Copy> copies;
-    std::vector<std::size_t> groups; // for each committed group that may be under way, the end of its copies
+    std::vector<std::size_t> groups; // for each committed group that may be in progress, the end of its copies
 
     unsigned bit() const { return 1u << lane; }
 };
@@ -260,7 +261,7 @@ Stack *Worker::take_stack() {
     return stack;
 }
 
-// Nobody has written anything yet: what is in shared memory are NaNs.
+// Fills shared memory with NaN, to expose reads of memory that was never written.
 void Worker::prepare(const Launch &launch, Index block) {
     launch_ = &launch;
     std::size_t shared_bytes = round_up(launch.dynamic_shared, 16);
@@ -305,7 +306,7 @@ void Worker::run_block(const Launch &launch, std::uint64_t block) {
     }
 }
 
-// Runs lanes until all have returned or wait for other warps, or for a lane that will not come.
+// Runs lanes until all have returned, or wait for other warps or for a lane that will not arrive.
 void Worker::run_warp(Warp &warp, unsigned first, Random &random) {
     while (warp.runnable != 0) {
         unsigned step = random.below(WARP) | 1, lane = random.below(WARP);
@@ -321,11 +322,11 @@ void Worker::resume(Fiber &fiber) {
     current_ = nullptr;
 }
 
-// Leaves on a stack what `ulmus_switch` takes from it.
+// Prepares a stack for `ulmus_switch`.
 void Worker::start(Fiber &fiber) {
     fiber.stack = take_stack();
     auto *top = reinterpret_cast<std::uint64_t *>(fiber.stack->top) - 2;
-    top[0] = top[1] = 0; // where a debugger looks for callers
+    top[0] = top[1] = 0; // where a debugger would look for callers
     top[-1] = reinterpret_cast<std::uint64_t>(&ulmus_fiber_entry);
     top[-2] = 0;                                                          // rbp
     top[-3] = 0;                                                          // rbx
@@ -377,7 +378,7 @@ void Worker::collective(Fiber &fiber, const char *operation, unsigned mask, Comb
     Warp &warp = warps_[fiber.warp];
     if (!(mask & fiber.bit())) fail(&fiber, "%s: mask %08x lacks the calling lane", operation, mask);
     if (mask & ~warp.alive)
-        fail(&fiber, "%s: mask %08x names lanes that have returned or never were: %08x", operation, mask,
+        fail(&fiber, "%s: mask %08x names lanes that have returned or never existed: %08x", operation, mask,
              mask & ~warp.alive);
     fiber.operation = operation;
     fiber.mask = mask;
@@ -436,8 +437,8 @@ void Worker::fail_stuck() const {
 
 struct sigaction previous_segv, previous_bus, previous_fpe;
 
-// Says what was running when memory was touched that may not be. If nothing of ours was, the fault belongs to the
-// handler that was there before.
+// Reports what was running when forbidden memory was accessed. If it was not the emulator, the fault is left to the
+// previous handler.
 void on_fault(int signal, siginfo_t *info, void *) {
     if (!activity) {
         const struct sigaction &previous = signal == SIGSEGV  ? previous_segv
@@ -469,8 +470,8 @@ void catch_faults() {
     sigaction(SIGFPE, &action, &previous_fpe);
 }
 
-// A stack for signal handlers, as the fault may be that a fiber's stack is full. What the thread may have had for that
-// is not enough for our message.
+// A stack for signal handlers, because a fault may be the overflow of a fiber's stack. The thread's own signal stack is
+// too small for our message.
 class SignalStack {
   public:
     SignalStack() : memory_(std::make_unique<char[]>(BYTES)) {
@@ -497,7 +498,7 @@ thread_local SignalStack signal_stack;
 
 // ---- all blocks of a launch
 
-// Hands out the blocks of a launch in an order that is not that of their numbers.
+// Hands out the blocks of a launch in an order that differs from their numbers.
 class Blocks {
   public:
     explicit Blocks(const Launch &launch)
@@ -523,7 +524,7 @@ class Blocks {
     std::atomic<std::uint64_t> next_{0};
 };
 
-// A CPU thread's turn as a worker. Workers, with all their stacks, are kept for the next launch.
+// Runs blocks on a CPU thread. Workers, with all their stacks, are kept for the next launch.
 void work(Blocks &blocks) {
     static std::mutex mutex;
     static auto &idle = *new std::vector<Worker *>;
@@ -542,7 +543,7 @@ void work(Blocks &blocks) {
     idle.push_back(worker);
 }
 
-// A second CPU thread that takes its share of the blocks of one launch at a time.
+// A second CPU thread that runs a share of the blocks, of one launch at a time.
 class Helper {
   public:
     Helper() { std::thread([this] { serve(); }).detach(); }
@@ -608,7 +609,7 @@ void run(const Launch &launch) {
     Blocks blocks(launch);
     std::uint64_t threads = blocks.count() * launch.block.x * launch.block.y * launch.block.z;
     if (blocks.count() < 2 || threads < WORTH_SHARING || std::thread::hardware_concurrency() < 2) return work(blocks);
-    static Helper &helper = *new Helper; // never ends, as its thread does not
+    static Helper &helper = *new Helper; // never destroyed, because its thread never ends
     helper.share(blocks);
 }
 

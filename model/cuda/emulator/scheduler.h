@@ -11,7 +11,7 @@ constexpr unsigned WARP = 32;
 constexpr unsigned MAX_BLOCK = 1024;
 constexpr unsigned MAX_SHARED = 232448;
 
-// Where a module's `__shared__` variables are: its thread-local storage.
+// The location of a module's `__shared__` variables: its thread-local storage.
 struct StaticShared {
     void *(*anchor)() = nullptr; // the address of one of them, for the calling CPU thread
     std::size_t anchor_offset = 0;
@@ -27,10 +27,10 @@ struct Launch {
     StaticShared static_shared;
 };
 
-// Returns when all blocks are done. A mistake in the kernel ends the process with a message.
+// Runs a launch, and returns when all blocks are done. An error in the kernel ends the process with a message.
 void run(const Launch &launch);
 
-// Names what the calling CPU thread does, for the message of a memory fault, as long as the object lives.
+// As long as the object lives, names what the calling CPU thread is doing, for the message after a memory fault.
 class Activity {
   public:
     explicit Activity(const char *name);
@@ -40,7 +40,7 @@ class Activity {
     const char *outer_;
 };
 
-// Says what memory is near `address`, if any; set by the part that allocates. Called from a signal handler.
+// Describes the memory near `address`, if any. The part that allocates sets this function; a signal handler calls it.
 extern void (*describe_address)(const void *address, char *text, std::size_t size);
 
 } // namespace ulmus

@@ -1,4 +1,4 @@
-//! NVRTC: kernels compiled for the device at hand, and kept on disk for the next start.
+//! Compiles kernels with NVRTC for the device at hand, and keeps them on disk for the next start.
 
 use std::ffi::{CStr, CString, c_char};
 use std::fs;
@@ -15,23 +15,23 @@ use super::program::{HEADERS, Variant};
 pub(super) struct Compiler {
     architecture: String,
     version: (i32, i32),
-    /// Where cubins are kept, if there is such a place.
+    /// The folder for compiled kernels, if there is one.
     cache: Option<PathBuf>,
 }
 
 impl Compiler {
-    /// For a device of that compute capability.
+    /// A compiler for devices with this compute capability.
     pub(super) fn new((major, minor): (i32, i32)) -> Result<Self, String> {
-        // SAFETY: only looks whether the library can be loaded.
+        // SAFETY: the function only checks whether the library can be loaded.
         if !unsafe { sys::is_culib_present() } {
             let found = "libnvrtc is not found; install CUDA 13's NVRTC or set LD_LIBRARY_PATH to it";
             return Err(found.to_owned());
         }
         let mut version = (0, 0);
-        // SAFETY: both point to integers.
+        // SAFETY: both pointers are to integers that live through the call.
         unsafe { sys::nvrtcVersion(&raw mut version.0, &raw mut version.1) }
             .result()
-            .map_err(|error| format!("NVRTC does not say its version: {error}"))?;
+            .map_err(|error| format!("NVRTC does not state its version: {error}"))?;
         Ok(Self { architecture: format!("sm_{major}{minor}"), version, cache: cache_folder() })
     }
 
@@ -40,7 +40,7 @@ impl Compiler {
         self.version
     }
 
-    /// The cubin of a variant: from the cache, or compiled.
+    /// The cubin of a variant, from the cache or else compiled.
     pub(super) fn compile(&self, variant: Variant) -> Result<Vec<u8>, String> {
         let options = self.options(variant);
         let file = self.cache.as_ref().map(|folder| folder.join(self.key(variant, &options)));
@@ -64,7 +64,7 @@ impl Compiler {
         options
     }
 
-    /// Name of a cubin: all that decides its bytes.
+    /// File name for a cubin. It contains a hash of everything that decides the bytes.
     fn key(&self, variant: Variant, options: &[String]) -> String {
         let (file, source) = variant.program.source();
         let mut text = format!("{:?} {options:?}\n{source}", self.version);
@@ -75,7 +75,7 @@ impl Compiler {
     }
 }
 
-/// `ULMUS_KERNEL_CACHE`, else `ulmus/kernels` in the user's folder for such things.
+/// `ULMUS_KERNEL_CACHE`, or else `ulmus/kernels` in the user's cache folder.
 fn cache_folder() -> Option<PathBuf> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     set("ULMUS_KERNEL_CACHE").or_else(|| {
@@ -84,7 +84,7 @@ fn cache_folder() -> Option<PathBuf> {
     })
 }
 
-/// Writes the file whole or not at all: others may write and read it at the same time.
+/// Writes a file completely or not at all, because other processes may write and read it at the same time.
 fn keep(file: &Path, image: &[u8]) -> std::io::Result<()> {
     if let Some(folder) = file.parent() {
         fs::create_dir_all(folder)?;
@@ -94,7 +94,7 @@ fn keep(file: &Path, image: &[u8]) -> std::io::Result<()> {
     fs::rename(&own, file)
 }
 
-/// What the compiler makes of a file, and says of it.
+/// The compiler's output for a file: the cubin and the log.
 struct Compiled {
     image: Vec<u8>,
     log: String,
@@ -111,10 +111,10 @@ fn compile(variant: Variant, options: &[String]) -> Result<Compiled, String> {
     let header_sources: Vec<*const c_char> = headers.iter().map(|[_, source]| source.as_ptr()).collect();
     let options: Vec<CString> = options.iter().map(|option| text(option)).collect();
     let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
-    let failed = |error: NvrtcError| format!("NVRTC says {error}");
+    let failed = |error: NvrtcError| format!("NVRTC reports {error}");
 
     let mut program = std::ptr::null_mut();
-    // SAFETY: all strings end with zero and live through the call, which copies them.
+    // SAFETY: all strings are zero-terminated and live through the call, which copies them.
     unsafe {
         sys::nvrtcCreateProgram(
             &raw mut program,
@@ -128,7 +128,7 @@ fn compile(variant: Variant, options: &[String]) -> Result<Compiled, String> {
     .result()
     .map_err(failed)?;
     let mut program = Program(program);
-    // SAFETY: the program was created; options as above.
+    // SAFETY: the program was created above, and the options are zero-terminated strings that live through the call.
     let compiled = unsafe { sys::nvrtcCompileProgram(program.0, options.len() as i32, options.as_ptr()) };
     if let Err(error) = compiled.result() {
         return Err(format!("{error}\n{}", program.log()));
@@ -137,13 +137,13 @@ fn compile(variant: Variant, options: &[String]) -> Result<Compiled, String> {
     Ok(Compiled { image, log: program.log() })
 }
 
-/// A program, destroyed at the end.
+/// A program that is destroyed on drop.
 struct Program(sys::nvrtcProgram);
 
 impl Program {
     fn log(&self) -> String {
         let mut bytes = 0;
-        // SAFETY: the program exists; the second call writes as many bytes as the first says.
+        // SAFETY: the program exists, and the second call writes as many bytes as the first one has reported.
         unsafe {
             if sys::nvrtcGetProgramLogSize(self.0, &raw mut bytes).result().is_err() {
                 return String::new();
@@ -158,7 +158,7 @@ impl Program {
 
     fn image(&mut self) -> Result<Vec<u8>, NvrtcError> {
         let mut bytes = 0;
-        // SAFETY: the program is compiled; the second call writes as many bytes as the first says.
+        // SAFETY: the program is compiled, and the second call writes as many bytes as the first one has reported.
         unsafe {
             sys::nvrtcGetCUBINSize(self.0, &raw mut bytes).result()?;
             let mut image = vec![0_u8; bytes];
@@ -170,7 +170,7 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
-        // SAFETY: created once, destroyed once.
+        // SAFETY: the program was created once, and is destroyed only here.
         unsafe { sys::nvrtcDestroyProgram(&raw mut self.0) }.result().ok();
     }
 }
@@ -182,7 +182,7 @@ mod tests {
     use super::super::{program::Program, tilings};
     use super::*;
 
-    /// Bytes that each kernel keeps in memory for want of registers, as the compiler tells it.
+    /// Bytes that each kernel spills to memory for lack of registers, according to the compiler's log.
     fn spilled(log: &str) -> Vec<(&str, usize)> {
         let mut kernels = Vec::new();
         for line in log.lines() {
@@ -196,7 +196,7 @@ mod tests {
         kernels
     }
 
-    /// Attention is cut differently for each of its kernels.
+    /// Whether a kernel is used in this variant: the kernels of attention have different block shapes.
     fn is_used(variant: Variant, kernel: &str) -> bool {
         let Program::Attention { head, tiling } = variant.program else { return true };
         let of = tilings(head).unwrap();
@@ -208,12 +208,12 @@ mod tests {
         }
     }
 
-    /// Every kernel that the published models use, for A100, RTX 40 and H100. The registers suffice, but for a few: what does
-    /// not fit costs as much as the rest of an inner loop.
+    /// Compiles every kernel that the published models use, for A100, RTX 40 and H100. Kernels may spill only a few
+    /// registers, because spilling costs as much as the rest of an inner loop.
     #[test]
     #[ignore = "needs NVRTC: .ci/run cuda"]
     fn everything_compiles_for_every_architecture_and_stays_in_registers() {
-        const MOST: usize = 112;
+        const MAX_SPILLED: usize = 112;
         let compilers = [(8, 0), (8, 9), (9, 0)]
             .map(|capability| Compiler { cache: None, ..Compiler::new(capability).unwrap() });
         let all: Vec<_> = Variant::published()
@@ -225,11 +225,12 @@ mod tests {
             options.push("--ptxas-options=-v".to_owned());
             let Compiled { image, log } =
                 compile(variant, &options).unwrap_or_else(|problem| panic!("{variant:?}: {problem}"));
-            assert!(image.starts_with(b"\x7fELF"), "{variant:?} is no cubin");
+            assert!(image.starts_with(b"\x7fELF"), "{variant:?} is not a cubin");
             let kernels = spilled(&log);
             assert!(!kernels.is_empty(), "{variant:?}: {log}");
-            let spilling =
-                kernels.into_iter().filter(|(kernel, bytes)| *bytes > MOST && is_used(variant, kernel));
+            let spilling = kernels
+                .into_iter()
+                .filter(|(kernel, bytes)| *bytes > MAX_SPILLED && is_used(variant, kernel));
             let tell = |(kernel, bytes): (&str, usize)| {
                 format!("{kernel} of {variant:?}, {}: {bytes} bytes", compiler.architecture)
             };

@@ -1,15 +1,21 @@
-//! The CUDA backend: an NVIDIA GPU, through its driver alone.
+//! The CUDA backend for NVIDIA GPUs, which needs no CUDA toolkit.
 //!
-//! Kernels are CUDA C ([`program`] says which file is compiled how), compiled by NVRTC for the device at hand; large
-//! matrix products are cublasLt's. With [`Precision::Bf16`], activations, their gradients and a copy of the weights are
-//! in bfloat16, and sums, gradients of weights, weights and moments in f32; with [`Precision::F32`] all is f32.
+//! Kernels are CUDA C, compiled by NVRTC for the device at hand ([`program`] defines the variants). cublasLt computes
+//! large matrix products. With [`Precision::Bf16`], activations, their gradients and a copy of the weights are in
+//! bfloat16, and sums, gradients of weights, weights and moments in f32. With [`Precision::F32`], everything is in f32.
 //!
-//! This module chooses kernels, their variants and their grids; it touches no memory.
+//! This module chooses kernels, their variants and their grids. It does not access memory itself.
 
+#[expect(unsafe_code, reason = "the layout of kernel arguments; see the module")]
+mod arguments;
 #[expect(unsafe_code, reason = "calls of a foreign library; see the module")]
 mod compiler;
 #[expect(unsafe_code, reason = "calls of a foreign library; see the module")]
 mod driver;
+#[expect(unsafe_code, reason = "calls of a foreign library; see the module")]
+mod graph;
+#[expect(unsafe_code, reason = "calls of a foreign library; see the module")]
+mod handle;
 #[expect(unsafe_code, reason = "calls of a foreign library; see the module")]
 mod matmul;
 #[expect(unsafe_code, reason = "calls of a foreign library; see the module")]
@@ -18,14 +24,18 @@ mod norm;
 #[expect(unsafe_code, reason = "calls of a foreign library; see the module")]
 mod pinned;
 mod program;
+#[expect(unsafe_code, reason = "calls of a foreign library; see the module")]
+mod stream;
 mod training;
 mod weights;
 
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-pub(crate) use driver::Graph;
-use driver::{Address, Device, HeadRows, Memory};
+use arguments::HeadRows;
+use driver::{Device, Memory};
+pub(crate) use graph::Graph;
+use handle::Address;
 use matmul::Operand;
 pub use nccl::Communicator;
 use pinned::Copies;
@@ -39,48 +49,48 @@ use ulmus_backend::{
     ViewMut, WeightFormat,
 };
 
-/// A GPU. Results have the same bits on devices of one kind with the same libraries.
+/// A GPU. Results are bit-identical on devices of the same kind with the same libraries.
 #[derive(Debug, Clone)]
 pub struct Cuda {
     device: Arc<Device>,
     copies: Arc<Copies>,
-    /// Of activations.
+    /// Format of activations.
     format: Format,
 }
 
 impl Cuda {
-    /// Number of GPUs that the driver shows to this process; 0 without a driver.
+    /// Number of GPUs that the driver shows to this process, or 0 without a driver.
     pub fn devices() -> usize {
         driver::count()
     }
 
-    /// The GPU of that number.
+    /// Opens the GPU with the number `ordinal`.
     ///
     /// # Errors
-    /// [`BackendError::Device`] if there is none, it is too old, or a library is missing.
+    /// [`BackendError::Device`] if there is no such GPU, it is too old, or a library is missing.
     pub fn new(ordinal: usize) -> Result<Self, BackendError> {
         let device = Device::open(ordinal)?;
         Ok(Self { copies: Arc::new(Copies::new(&device)), device, format: Format::F32 })
     }
 }
 
-/// Numbers on the device.
+/// A buffer of numbers on the device.
 #[derive(Debug)]
 pub struct Buffer<T> {
     memory: Memory,
     element: PhantomData<T>,
 }
 
-/// Activations, in the format of the backend that made them.
+/// Activations, in the format of the backend that allocated them.
 #[derive(Debug)]
 pub struct Activations {
     memory: Memory,
     format: Format,
 }
 
-/// A view of memory of the device.
+/// A view of memory on the device.
 trait DeviceView {
-    /// Where it begins.
+    /// Address of the first element.
     fn address(&self) -> Address;
 }
 
@@ -108,7 +118,7 @@ impl DeviceView for ViewMut<'_, Activations> {
     }
 }
 
-/// Calls a kernel: `launch!(cuda, program, vector, "name", blocks, threads, shared; arguments)`.
+/// Launches a kernel: `launch!(cuda, program, vector, "name", blocks, threads, shared; arguments)`.
 macro_rules! launch {
     ($cuda:expr, $program:expr, $vector:expr, $kernel:literal, $blocks:expr, $threads:expr, $shared:expr;
      $($argument:expr),+ $(,)?) => {{
@@ -118,13 +128,13 @@ macro_rules! launch {
             $kernel,
             [$blocks, $threads],
             $shared,
-            &mut [$(crate::driver::argument(&$argument)),+],
+            [$(&$argument as &dyn crate::arguments::Argument),+],
         );
     }};
 }
 use launch;
 
-/// A kernel being called.
+/// The span of a kernel. If kernels are serialized, it ends when the kernel is done.
 struct Kernel<'a> {
     device: &'a Device,
     _span: tracing::span::EnteredSpan,
@@ -138,21 +148,21 @@ impl Drop for Kernel<'_> {
     }
 }
 
-/// Blocks of one dimension.
+/// A grid or block of one dimension.
 fn line(blocks: usize) -> [usize; 3] {
     [blocks, 1, 1]
 }
 
-/// Threads of the kernels that have one per vector.
+/// Number of threads per block in kernels with one thread per vector.
 const THREADS: usize = 256;
 
 impl Cuda {
-    /// The span of a kernel, until it is called or, if kernels are timed apart, done.
+    /// Enters the span of a kernel, which ends when the kernel is launched or, if kernels are serialized, done.
     fn kernel(&self, span: tracing::Span) -> Kernel<'_> {
         Kernel { device: &self.device, _span: span.entered() }
     }
 
-    /// Activations that are loaded at once: 16 bytes of them, if all widths and addresses allow it.
+    /// Number of activations to load at once: 16 bytes of them, if all widths and addresses allow it, or else one.
     fn vector(&self, widths: &[usize], addresses: &[Address]) -> usize {
         let most = 16 / self.format.bytes();
         let wide = widths.iter().all(|width| width.is_multiple_of(most))
@@ -164,26 +174,26 @@ impl Cuda {
         Operand { address, format: self.format, stride }
     }
 
-    /// `out = Σ rows of partial`.
+    /// `out = Σ partial[row]`.
     fn sum_rows(&self, out: Address, partial: Address, rows: usize, width: usize) {
         launch!(self, Program::Sums, 1, "sum_rows", line(width.div_ceil(32)), [32, 32, 1], 0;
             out, partial, rows as i32, width as i32);
     }
 }
 
-/// How attention.cu is cut.
+/// The block shapes of the kernels in attention.cu.
 #[derive(Debug, Clone, Copy)]
 struct Tilings {
     forward: Tiling,
-    /// For the gradient of queries.
+    /// Block shape for the gradient of queries.
     queries: Tiling,
-    /// For the gradients of keys and values.
+    /// Block shape for the gradients of keys and values.
     keys: Tiling,
 }
 
-/// For the heads that it is made for. With two tiles of rows per warp what is read from shared memory serves twice, and
-/// the products are what takes the time, on an H100; gradients of wide keys have no registers for it. Two blocks of 4
-/// warps are on a multiprocessor at a time.
+/// The block shapes for heads of width `head`, or `None` if attention.cu does not support that width. With two tiles of
+/// rows per warp, data from shared memory is used twice, so that products are the bottleneck on an H100; gradients of
+/// wide keys need too many registers for this. A multiprocessor runs two blocks of 4 warps at a time.
 fn tilings(head: usize) -> Option<Tilings> {
     let of = |tiles, warps, columns| Tiling { tiles, warps, columns };
     match head {
@@ -193,7 +203,7 @@ fn tilings(head: usize) -> Option<Tilings> {
     }
 }
 
-/// Where queries, keys and values are in packed rows.
+/// The rows of queries, keys and values within packed rows.
 fn packed_heads(packed: Address, heads: Heads, length: usize, format: Format) -> [HeadRows; 3] {
     let width = heads.packed_width();
     let at = |column: usize| HeadRows {
@@ -205,18 +215,18 @@ fn packed_heads(packed: Address, heads: Heads, length: usize, format: Format) ->
     [at(0), at(heads.query_width()), at(heads.query_width() + heads.key_value_width())]
 }
 
-/// Where heads are in rows of queries alone.
+/// The rows of heads within rows that hold only queries.
 fn query_heads(rows: Address, heads: Heads, length: usize) -> HeadRows {
     let width = heads.query_width();
     HeadRows { base: rows, sequence: (length * width) as i64, head: heads.width as i64, row: width as i64 }
 }
 
-/// What scores are multiplied by.
+/// The factor for attention scores.
 fn score_scale(heads: Heads) -> f32 {
     1.0 / (heads.width as f32).sqrt()
 }
 
-/// Rows of a block of `attention_any.cu`.
+/// Number of rows per block in `attention_any.cu`.
 const ANY_ROWS: usize = 4;
 
 impl Backend for Cuda {
@@ -253,19 +263,19 @@ impl Backend for Cuda {
     }
 
     fn set_activations(&self, to: ActsMut<'_, Self>, from: &[f32]) {
-        assert_eq!(to.len(), from.len(), "as many numbers as places");
+        assert_eq!(to.len(), from.len(), "both sides of a copy have the same length");
         match self.format {
             Format::F32 => self.device.upload(to.address(), from),
             Format::Bf16 => {
                 let rounded: Vec<half::bf16> = from.iter().map(|x| half::bf16::from_f32(*x)).collect();
                 self.device.upload(to.address(), &rounded);
             }
-            Format::F16 => unreachable!("no precision has activations of f16"),
+            Format::F16 => unreachable!("no precision has f16 activations"),
         }
     }
 
     fn read_activations(&self, from: Acts<'_, Self>, to: &mut [f32]) {
-        assert_eq!(to.len(), from.len(), "as many numbers as places");
+        assert_eq!(to.len(), from.len(), "both sides of a copy have the same length");
         match self.format {
             Format::F32 => self.device.download(from.address(), to),
             Format::Bf16 => {
@@ -273,17 +283,17 @@ impl Backend for Cuda {
                 self.device.download(from.address(), &mut rounded);
                 to.iter_mut().zip(rounded).for_each(|(to, from)| *to = from.to_f32());
             }
-            Format::F16 => unreachable!("no precision has activations of f16"),
+            Format::F16 => unreachable!("no precision has f16 activations"),
         }
     }
 
     fn upload<T: Element>(&self, to: Out<'_, Self, T>, from: &[T]) {
-        assert_eq!(to.len(), from.len(), "as many elements as places");
+        assert_eq!(to.len(), from.len(), "both sides of a copy have the same length");
         self.device.upload(to.address(), from);
     }
 
     fn download<T: Element>(&self, from: In<'_, Self, T>, to: &mut [T]) {
-        assert_eq!(to.len(), from.len(), "as many elements as places");
+        assert_eq!(to.len(), from.len(), "both sides of a copy have the same length");
         self.device.download(from.address(), to);
     }
 
@@ -396,7 +406,7 @@ impl Backend for Cuda {
     }
 }
 
-/// One forward of attention, over packed rows or over what is cached.
+/// The arguments of a forward pass of attention, over packed rows or over cached keys and values.
 struct AttentionPass {
     out: HeadRows,
     lse: Address,
@@ -414,7 +424,8 @@ struct AttentionPass {
 }
 
 impl Cuda {
-    /// How attention.cu is cut for such heads, if it is for them: bfloat16 in rows that begin at multiples of 16 bytes.
+    /// The block shapes of attention.cu for these heads, if it supports them: it needs bfloat16, and rows that begin at
+    /// multiples of 16 bytes.
     fn tiled(&self, heads: Heads, rows: &[HeadRows]) -> Option<Tilings> {
         let aligned = |rows: &HeadRows| {
             let strides = [rows.sequence, rows.head, rows.row];

@@ -1,9 +1,9 @@
-//! Products of large matrices by cublasLt. Sums are in f32, in an order that depends on the algorithm alone.
+//! Products of large matrices by cublasLt. Sums are in f32, in an order that depends only on the algorithm.
 //!
-//! For each shape the library proposes algorithms, the one first that it takes for the fastest. That is what is used, and
-//! is the same wherever device and library are; or, while [`Matmul::begin_choosing`] is in force, the one that *is* the
-//! fastest, or the one that somebody has found so before. As that may be another one the next time, and sums in another
-//! order, it is for whoever asks for it to keep what was chosen.
+//! For each shape the library proposes algorithms, beginning with the one that it expects to be the fastest. By default
+//! the first proposal is used, which is always the same for the same device and library. Between
+//! [`Matmul::begin_choosing`] and [`Matmul::end_choosing`], the fastest proposal is measured, or an earlier choice is
+//! used. Since measurements vary and algorithms sum in different orders, the caller has to keep the choice.
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
@@ -14,23 +14,23 @@ use cudarc::driver::result as driver;
 use cudarc::driver::sys::CUstream;
 use serde::{Deserialize, Serialize};
 
-use super::driver::{Address, Timer, lost};
+use super::handle::{Address, Timer, lost};
 use super::program::Format;
 
-/// Bytes that the library may use for a product.
+/// Size of the library's workspace in bytes.
 const WORKSPACE: usize = 32 << 20;
-/// Alignment that all memory of a device has.
+/// Alignment of all allocations on a device.
 const ALIGNMENT: u64 = 256;
-/// Proposals that are tried for a product.
+/// Number of proposals that are measured for a product.
 const PROPOSALS: usize = 8;
-/// Times that each is timed, after one that is not.
+/// Number of measurements of each proposal, after a run that is not measured.
 const TRIALS: usize = 3;
-/// Products that are timed together.
+/// Number of products per measurement.
 const TOGETHER: usize = 4;
-/// An earlier proposal is as good as one that is faster by less than this.
+/// An earlier proposal is preferred if no later one is faster by more than this factor.
 const AS_GOOD: f32 = 1.02;
 
-/// What is multiplied, row-major: `out` is [m, n].
+/// Which operands of a product are transposed. All matrices are row-major, and `out` is [m, n].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(super) enum Form {
     /// `a [m, k] · b [n, k]ᵀ`
@@ -46,43 +46,43 @@ pub(super) enum Form {
 pub(super) struct Operand {
     pub address: Address,
     pub format: Format,
-    /// Elements from a row to the next.
+    /// Distance from one row to the next, in elements.
     pub stride: usize,
 }
 
 impl Operand {
-    /// Bytes that its address is a multiple of, at most [`ALIGNMENT`].
+    /// The alignment of the address, at most [`ALIGNMENT`], as a power of two.
     fn alignment(self) -> u32 {
         (self.address.0 | ALIGNMENT).trailing_zeros().min(ALIGNMENT.trailing_zeros())
     }
 }
 
-/// All that decides the algorithm of a product.
+/// Everything that the algorithm for a product depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 struct Shape {
     form: Form,
     size: [usize; 3],
     formats: [Format; 2],
     strides: [usize; 3],
-    /// As powers of two.
+    /// Alignments as powers of two.
     alignments: [u32; 3],
     accumulate: bool,
 }
 
-/// Algorithms by the shape of the product, in the library's own words for them.
+/// Algorithms by the shape of the product, in the library's own encoding.
 type Choices = BTreeMap<Shape, [u64; 8]>;
 
-/// Where algorithms come from.
+/// The source of algorithms.
 enum Source {
     /// The library's first proposal.
     Library,
-    /// What was the fastest is taken, and written down.
+    /// The fastest proposal is measured, and recorded here.
     Measured(Choices),
-    /// What somebody has written down.
+    /// An earlier choice.
     Known(Choices),
 }
 
-/// What the library needs for a product.
+/// The library's handles for a product, and its algorithm.
 #[derive(Clone, Copy)]
 struct Product {
     descriptor: sys::cublasLtMatmulDesc_t,
@@ -100,7 +100,8 @@ pub(super) struct Matmul {
     choices: usize,
 }
 
-// SAFETY: handles may be used from any thread, one at a time, which the lock around this sees to.
+// SAFETY: the library's handles may be used from any thread, one at a time, which `&mut` and the lock around this
+// ensure.
 unsafe impl Send for Matmul {}
 
 fn kind(format: Format) -> sys::cudaDataType {
@@ -113,7 +114,7 @@ fn kind(format: Format) -> sys::cudaDataType {
 
 impl Matmul {
     pub(super) fn new(stream: CUstream) -> Result<Self, String> {
-        // SAFETY: only looks whether the library can be loaded.
+        // SAFETY: the function only checks whether the library can be loaded.
         if !unsafe { sys::is_culib_present() } {
             let found = "libcublasLt is not found; install CUDA 13's cuBLAS or set LD_LIBRARY_PATH to it";
             return Err(found.to_owned());
@@ -122,14 +123,14 @@ impl Matmul {
             result::create_handle().map_err(|error| format!("cublasLt does not start: {error:?}"))?;
         // SAFETY: the caller has bound the context.
         let workspace = unsafe { driver::malloc_sync(WORKSPACE) }
-            .map_err(|error| format!("there is no room for cublasLt's workspace: {error:?}"))?;
+            .map_err(|error| format!("there is no memory for cublasLt's workspace: {error:?}"))?;
         Ok(Self { handle, stream, workspace, products: BTreeMap::new(), source: Source::Library, choices: 0 })
     }
 
-    /// `out = a · b`, or added to `out`.
+    /// `out = a · b`, or `out += a · b` with `accumulate`.
     ///
     /// # Panics
-    /// If the library has no algorithm for it, or fails.
+    /// If the library has no algorithm for the product, or fails.
     pub(super) fn multiply(
         &mut self,
         form: Form,
@@ -141,7 +142,7 @@ impl Matmul {
         if size.contains(&0) {
             return;
         }
-        assert_eq!(a.format, b.format, "both sides of a product have one format");
+        assert_eq!(a.format, b.format, "both operands have the same format");
         let shape = Shape {
             form,
             size,
@@ -182,7 +183,7 @@ impl Matmul {
                 }
             }
             Source::Measured(choices) => {
-                // To try it would add to what is there; without adding it is the same product.
+                // Measuring would add to the output again and again, so the product without accumulation is measured.
                 let twin = Shape { accumulate: false, ..shape };
                 if let Some(data) = choices.get(&twin) {
                     product.algorithm.data = *data;
@@ -197,7 +198,7 @@ impl Matmul {
         Ok(product)
     }
 
-    /// The fastest of the library's proposals, with these operands; `out` is overwritten.
+    /// Measures the library's proposals with these operands, and returns the fastest one. `out` is overwritten.
     fn fastest(
         &self,
         product: &Product,
@@ -219,7 +220,7 @@ impl Matmul {
             }
             Ok(best)
         };
-        // One that does not work is the slowest.
+        // A proposal that does not work counts as infinitely slow.
         let times: Vec<f32> =
             proposals.iter().map(|proposal| time(proposal).unwrap_or(f32::INFINITY)).collect();
         let best = times.iter().copied().fold(f32::INFINITY, f32::min);
@@ -239,9 +240,9 @@ impl Matmul {
         let Product { descriptor, layouts, .. } = product;
         let (one, addend) = (1.0_f32, f32::from(u8::from(accumulate)));
         let pointer = |address: u64| address as *mut c_void;
-        // The library counts by columns: its first matrix is our second, and all are transposed.
-        // SAFETY: descriptors are alive, the scalars are read before the call returns, and addresses are of views that
-        // the caller borrows.
+        // The library is column-major, so its first matrix is our second one, and all are transposed. SAFETY: the
+        // descriptors are alive, the scalars are read before the call returns, and the addresses are those of views
+        // that the caller borrows.
         unsafe {
             result::matmul(
                 self.handle,
@@ -264,11 +265,11 @@ impl Matmul {
         }
     }
 
-    /// From now on products have the algorithm that `known` names, which is what [`Matmul::end_choosing`] gave; without it,
-    /// the fastest. What was chosen before, for whatever purpose, is forgotten.
+    /// From now on, products use the algorithms in `known`, a result of [`Matmul::end_choosing`]; without it, the
+    /// fastest ones. All earlier choices are forgotten.
     ///
     /// # Errors
-    /// If `known` is nothing of that kind.
+    /// If `known` is not such a result.
     pub(super) fn begin_choosing(&mut self, known: Option<&str>) -> Result<(), serde_json::Error> {
         self.source = match known {
             None => Source::Measured(Choices::new()),
@@ -284,32 +285,33 @@ impl Matmul {
         Ok(())
     }
 
-    /// How often [`Matmul::begin_choosing`] was called: products that were recorded before are others now.
+    /// How often [`Matmul::begin_choosing`] was called. Graphs that were captured before that are outdated.
     pub(super) fn choices(&self) -> usize {
         self.choices
     }
 
-    /// Products that are new from now on have the library's first proposal; says what was chosen.
+    /// Returns the chosen algorithms. From now on, new products use the library's first proposal.
     pub(super) fn end_choosing(&mut self) -> String {
         let choices = match std::mem::replace(&mut self.source, Source::Library) {
             Source::Library => Choices::new(),
             Source::Measured(choices) | Source::Known(choices) => choices,
         };
         let choices: Vec<_> = choices.into_iter().collect();
-        serde_json::to_string(&choices).expect("numbers and names of variants are JSON")
+        serde_json::to_string(&choices).expect("numbers and variant names can be written as JSON")
     }
 }
 
-/// Version of the library, for whoever has a [`Matmul`].
+/// Version of the library, which must be loaded: there must be a [`Matmul`].
 pub(super) fn version() -> [usize; 3] {
-    // SAFETY: a function without arguments of a library that is loaded.
+    // SAFETY: the function takes no arguments, and the library is loaded.
     let version = unsafe { sys::cublasLtGetVersion() };
     [version / 10_000, version / 100 % 100, version % 100]
 }
 
 impl Drop for Matmul {
     fn drop(&mut self) {
-        // SAFETY: each was created once; what cannot be given back goes with the process.
+        // SAFETY: each resource was created once, and is destroyed only here. If that fails, it is freed with the
+        // process.
         unsafe {
             for (_, product) in std::mem::take(&mut self.products) {
                 product.destroy();
@@ -325,7 +327,7 @@ impl Product {
         let [m, n, k] = shape.size.map(|size| size as u64);
         let [a_stride, b_stride, out_stride] = shape.strides.map(|stride| stride as i64);
         let [input, output] = shape.formats.map(kind);
-        // By columns: which of the two is transposed, and how many rows and columns each has.
+        // In column-major order: which operand is transposed, and how many rows and columns each has.
         let (transposed, a, b) = match shape.form {
             Form::ByRows => ([true, false], [k, m], [k, n]),
             Form::Plain => ([false, false], [k, m], [n, k]),
@@ -338,7 +340,7 @@ impl Product {
             sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB,
         ];
         for (attribute, transposed) in attributes.into_iter().zip(transposed) {
-            // CUBLAS_OP_N and CUBLAS_OP_T.
+            // These are the values of CUBLAS_OP_N and CUBLAS_OP_T.
             let operation = i32::from(transposed);
             // SAFETY: the attribute is an `int`.
             unsafe {
@@ -359,12 +361,12 @@ impl Product {
         Ok(Self { descriptor, layouts, algorithm })
     }
 
-    /// Whether the library can do it by its algorithm, in the workspace that there is.
+    /// Checks that the library can compute the product with its algorithm, within the workspace.
     fn check(&self, handle: sys::cublasLtHandle_t) -> Result<(), CublasError> {
         let [first, second, out] = self.layouts;
-        // SAFETY: numbers alone.
+        // SAFETY: the type consists of numbers, for which zero is valid.
         let mut found = unsafe { std::mem::zeroed::<sys::cublasLtMatmulHeuristicResult_t>() };
-        // SAFETY: everything given is alive, and the result is written.
+        // SAFETY: all handles are alive, and the pointers are to values that live through the call.
         unsafe {
             sys::cublasLtMatmulAlgoCheck(
                 handle,
@@ -386,7 +388,7 @@ impl Product {
     }
 
     fn destroy(self) {
-        // SAFETY: each was created once, and is not used again; what cannot be given back goes with the process.
+        // SAFETY: each handle was created once and is not used again. If this fails, it is freed with the process.
         unsafe {
             for layout in self.layouts {
                 result::destroy_matrix_layout(layout).ok();
@@ -396,8 +398,8 @@ impl Product {
     }
 }
 
-/// The library's proposals, at least one and at most `count`, the one first that it takes for the fastest. They are the
-/// same wherever device and library are.
+/// The library's proposals, at least one and at most `count`, in the order of their expected speed. They are always the
+/// same for the same device and library.
 fn propose(
     handle: sys::cublasLtHandle_t,
     descriptor: sys::cublasLtMatmulDesc_t,
@@ -408,7 +410,7 @@ fn propose(
     use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
     let preferences = result::create_matmul_pref()?;
     let workspace = WORKSPACE as u64;
-    // Parts of a sum are joined in f32 and in order, if at all.
+    // If a sum is split into parts, they are added in f32 and in order.
     let reductions = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
     let words = [
         (Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reductions),
@@ -417,11 +419,11 @@ fn propose(
         (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, 1 << c),
         (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, 1 << c),
     ];
-    // SAFETY: numbers alone.
+    // SAFETY: the type consists of numbers, for which zero is valid.
     let empty = unsafe { std::mem::zeroed::<sys::cublasLtMatmulHeuristicResult_t>() };
     let (mut found, mut number) = (vec![empty; count], 0);
-    // SAFETY: the first attribute is 8 bytes wide and the others 4; everything given is alive, and there are as many
-    // results as are asked for.
+    // SAFETY: the first attribute has 8 bytes and the others 4, all handles are alive, and there is room for `count`
+    // results.
     let done = unsafe {
         result::set_matmul_pref_attribute(
             preferences,

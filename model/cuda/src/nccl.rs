@@ -1,9 +1,9 @@
-//! NCCL: what the processes of a group sum and share, from device to device.
+//! Collective operations between devices of several processes, by NCCL.
 //!
-//! Operations have a stream of their own: they come after the kernels called before, and run beside those called later.
-//! They are waited for by polling, as NCCL says nothing when a peer has died: whoever calls an operation says how long it
-//! may take. What has gone wrong once is aborted, which leaves the device as it was but for what the buffers of the
-//! operation hold.
+//! Operations have their own stream: they come after kernels that were launched before, and run concurrently with later
+//! ones. They are waited for by polling, because NCCL does not report that a peer has died; the caller of an operation
+//! decides how long it may take. A failed communicator is aborted. The device stays usable, but the contents of the
+//! operation's buffers are undefined.
 
 use std::error::Error;
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -17,10 +17,12 @@ use cudarc::nccl::sys::{self, cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedO
 use ulmus_backend::{CommunicatorError, CommunicatorId, GiveUp, Out, ViewMut};
 use ulmus_types::Partition;
 
-use super::driver::{Address, Device, Mark, Memory, Stream};
+use super::driver::{Device, Memory};
+use super::handle::Address;
+use super::stream::{Event, Stream};
 use super::{Buffer, Cuda};
 
-/// What the library's functions return: a number of [`ncclResult_t`], or one that only newer versions have.
+/// A result code of the library: a number of [`ncclResult_t`], or one that only newer versions have.
 type Status = u32;
 
 const SUCCESS: Status = ncclResult_t::ncclSuccess as Status;
@@ -30,24 +32,24 @@ fn is_accepted(status: Status) -> bool {
     matches!(status, SUCCESS | IN_PROGRESS)
 }
 
-/// As the library writes its versions.
+/// The oldest supported version, 2.18, in the library's own notation.
 const OLDEST: c_int = 21_800;
 
-/// Names of the library. That of Python's packages comes first.
+/// File names of the library. That of Python's packages comes first.
 const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
 
-/// Declares the functions of the library that are used, and how they are found.
+/// Declares the functions of the library that are used, and their symbols.
 macro_rules! functions {
     ($($name:ident = $symbol:literal: ($($argument:ty),*) -> $result:ty;)+) => {
         struct Functions {
             $($name: unsafe extern "C" fn($($argument),*) -> $result,)+
-            /// Keeps them where they are.
+            /// Keeps the library loaded.
             _library: libloading::Library,
         }
 
         impl Functions {
             fn of(library: libloading::Library) -> Result<Self, libloading::Error> {
-                // SAFETY: these are their types in nccl.h, which are the same in all versions that are accepted.
+                // SAFETY: these are the functions' types in nccl.h, which are the same in all supported versions.
                 unsafe { Ok(Self { $($name: *library.get($symbol)?,)+ _library: library }) }
             }
         }
@@ -77,7 +79,7 @@ functions! {
     last_error = b"ncclGetLastError\0": (ncclComm_t) -> *const c_char;
 }
 
-/// What the system says.
+/// The system's message for a failure to load the library.
 fn reason(error: &libloading::Error) -> String {
     error.source().map_or_else(|| error.to_string(), ToString::to_string)
 }
@@ -86,41 +88,41 @@ impl Functions {
     fn load() -> Result<Self, String> {
         let mut problem = String::new();
         for name in NAMES {
-            // SAFETY: NCCL does nothing when it is loaded that other code could notice.
+            // SAFETY: loading NCCL has no side effects that other code could notice.
             match unsafe { libloading::Library::new(name) } {
                 Ok(library) => return Self::checked(name, library),
                 Err(error) if problem.is_empty() => problem = reason(&error),
                 Err(_) => {}
             }
         }
-        Err(format!("NCCL is not found ({problem})"))
+        Err(format!("NCCL was not found ({problem})"))
     }
 
     fn checked(name: &str, library: libloading::Library) -> Result<Self, String> {
         let functions =
             Self::of(library).map_err(|error| format!("{name} is not usable: {}", reason(&error)))?;
         let mut version = 0;
-        // SAFETY: writes the number that it is given.
+        // SAFETY: the function writes a number to the pointer, which is valid.
         let status = unsafe { (functions.version)(&raw mut version) };
         if status != SUCCESS {
-            return Err(format!("{name} does not say its version: {}", functions.problem(status)));
+            return Err(format!("{name} does not state its version: {}", functions.problem(status)));
         }
         if version < OLDEST {
             let (major, minor) = (version / 10_000, version / 100 % 100);
-            return Err(format!("{name} is of version {major}.{minor}, which is too old"));
+            return Err(format!("{name} has version {major}.{minor}, which is too old"));
         }
         Ok(functions)
     }
 
-    /// What the library says of a failure.
+    /// The library's message for a failure.
     fn problem(&self, status: Status) -> String {
         let text = |text: *const c_char| {
-            // SAFETY: the library gives null or a string that stays where it is.
+            // SAFETY: the library returns null or a zero-terminated string that stays valid.
             (!text.is_null()).then(|| unsafe { CStr::from_ptr(text) }.to_string_lossy().trim().to_owned())
         };
-        // SAFETY: any number has a text.
+        // SAFETY: the function accepts any number.
         let what = text(unsafe { (self.error_string)(status) });
-        // SAFETY: the library does not look at the communicator.
+        // SAFETY: the function ignores the communicator.
         let why = text(unsafe { (self.last_error)(ptr::null_mut()) });
         let said: Vec<String> = [what, why].into_iter().flatten().filter(|text| !text.is_empty()).collect();
         if said.is_empty() { format!("error {status}") } else { said.join(": ") }
@@ -140,21 +142,21 @@ fn functions() -> Result<&'static Functions, CommunicatorError> {
         .map_err(|problem| CommunicatorError::Library { problem: problem.clone() })
 }
 
-/// Whether there is a library to call.
+/// Returns an error if the library cannot be used.
 pub(super) fn available() -> Result<(), CommunicatorError> {
     functions().map(|_| ())
 }
 
-/// An id that no other group has.
+/// Creates an id that no other group has.
 pub(super) fn unique_id() -> Result<CommunicatorId, CommunicatorError> {
     let functions = functions()?;
     let mut id = sys::ncclUniqueId { internal: [0; 128] };
-    // SAFETY: writes the bytes that it is given.
+    // SAFETY: the function writes an id to the pointer, which is valid.
     let status = unsafe { (functions.unique_id)(&raw mut id) };
     if status == SUCCESS {
         Ok(CommunicatorId::from_bytes(id.internal.map(|byte| byte as u8)))
     } else {
-        Err(functions.refused("make an id for a group", status))
+        Err(functions.refused("create an id for a group", status))
     }
 }
 
@@ -162,23 +164,22 @@ fn raw(id: CommunicatorId) -> sys::ncclUniqueId {
     sys::ncclUniqueId { internal: id.to_bytes().map(|byte| byte as c_char) }
 }
 
-/// A member of a group of processes, each of which has a device. All members call the same operations in the same
-/// order.
+/// A member of a group of processes, each with a device. All members must call the same operations in the same order.
 ///
 /// # Errors
-/// All operations fail alike, with [`CommunicatorError::Refused`] or [`CommunicatorError::GivenUp`]: after the first error the
-/// communicator is of no more use, and says the same error again. The device is, and so are the buffers, though it is
-/// not known what those of the operation hold.
+/// All operations return [`CommunicatorError::Refused`] or [`CommunicatorError::GivenUp`]. After the first error, the
+/// communicator is unusable and returns the same error again. The device and the buffers stay usable, but the contents
+/// of the operation's buffers are undefined.
 pub struct Communicator {
     functions: &'static Functions,
-    /// Null when it has been given back.
+    /// The library's handle, or null if it was aborted.
     handle: ncclComm_t,
     stream: Stream,
-    /// Before the last operation, among the kernels.
-    called: Mark,
-    /// Behind the last operation.
-    done: Mark,
-    /// What operations that were begun work on.
+    /// Comes after the kernels that the last operation waits for.
+    called: Event,
+    /// Comes after the last operation.
+    done: Event,
+    /// The memory of operations that were begun.
     begun: Vec<Memory>,
     device: Arc<Device>,
     rank: usize,
@@ -186,7 +187,7 @@ pub struct Communicator {
     failed: Option<CommunicatorError>,
 }
 
-// SAFETY: a communicator may be used by any thread, one at a time.
+// SAFETY: a communicator may be used from any thread, one at a time, which `&mut` ensures.
 unsafe impl Send for Communicator {}
 
 impl fmt::Debug for Communicator {
@@ -200,7 +201,7 @@ impl fmt::Debug for Communicator {
     }
 }
 
-/// What an operation is given besides its data.
+/// The handles that every operation needs.
 #[derive(Clone, Copy)]
 struct Call {
     functions: &'static Functions,
@@ -208,9 +209,9 @@ struct Call {
     stream: cudaStream_t,
 }
 
-#[expect(clippy::missing_errors_doc, reason = "said once, at the type")]
+#[expect(clippy::missing_errors_doc, reason = "the type documents the errors of all operations")]
 impl Communicator {
-    /// Joins the group of that id as one of `size` members, and waits for the others.
+    /// Joins the group with this id as one of `size` members, and waits for the others.
     ///
     /// # Errors
     /// [`CommunicatorError`].
@@ -226,8 +227,8 @@ impl Communicator {
             functions: functions()?,
             handle: ptr::null_mut(),
             stream: Stream::new(&device),
-            called: Mark::new(&device),
-            done: Mark::new(&device),
+            called: Event::new(&device),
+            done: Event::new(&device),
             begun: Vec::new(),
             device,
             rank,
@@ -240,12 +241,12 @@ impl Communicator {
         Ok(communicator)
     }
 
-    /// This member's place, from 0.
+    /// The rank of this member, from 0.
     pub fn rank(&self) -> usize {
         self.rank
     }
 
-    /// Members of the group.
+    /// Number of members in the group.
     pub fn size(&self) -> usize {
         self.size
     }
@@ -257,35 +258,37 @@ impl Communicator {
         data: Out<'_, Cuda, i64>,
         give_up: GiveUp<'_>,
     ) -> Result<(), CommunicatorError> {
-        let place = self.place(data);
-        let part = self.part(&place, 0..place.len);
-        self.begin(place.memory, "sum integers", give_up, |call| {
+        let slice = self.slice(data);
+        let part = self.part(&slice, 0..slice.len);
+        self.begin(slice.memory, "sum integers", give_up, |call| {
             let Call { functions, handle, stream } = call;
-            let Part { all, own, share, rest, left } = part;
+            let SharedRange { all, own, share, rest, left } = part;
             call.group(|| {
-                // SAFETY: the memory is held until the device is done with it.
+                // SAFETY: the addresses are within the memory, which `begun` keeps alive until the device is done with
+                // it.
                 let summed = unsafe { (functions.reduce_scatter)(all, own, share, I64, SUM, handle, stream) };
                 if left == 0 || !is_accepted(summed) {
                     return summed;
                 }
-                // SAFETY: as above.
+                // SAFETY: the addresses are within the memory, which `begun` keeps alive until the device is done with
+                // it.
                 unsafe { (functions.all_reduce)(rest, rest, left, I64, SUM, handle, stream) }
             })
         })
     }
 
-    /// Waits for all that was begun.
+    /// Waits for all operations that were begun.
     pub fn finish(&mut self, give_up: GiveUp<'_>) -> Result<(), CommunicatorError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
-        let act = "finish what was begun";
+        let act = "finish its operations";
         let done = if self.begun.is_empty() {
             Ok(())
         } else {
             poll(act, give_up, || {
                 let done = self.done.is_reached();
-                // An error is one even if the device has nothing more to do.
+                // An error counts even if the device is done.
                 self.is_idle(act)?;
                 Ok(done)
             })
@@ -293,62 +296,62 @@ impl Communicator {
         self.settle(done)
     }
 
-    /// Replaces what other members own of each of these parts of `data` by what they hold there.
+    /// In each of `parts` of `data`, replaces what other members own by their contents.
     ///
     /// # Panics
-    /// If a range is not a part of `data`.
+    /// If a range is not within `data`.
     pub fn all_gather(
         &mut self,
         data: Out<'_, Cuda, f32>,
         parts: &[Range<usize>],
         give_up: GiveUp<'_>,
     ) -> Result<(), CommunicatorError> {
-        let place = self.place(data);
-        let parts: Vec<Part> = parts.iter().map(|part| self.part(&place, part.clone())).collect();
-        self.begin(place.memory, "gather numbers", give_up, |call| {
+        let slice = self.slice(data);
+        let parts: Vec<SharedRange> = parts.iter().map(|part| self.part(&slice, part.clone())).collect();
+        self.begin(slice.memory, "gather numbers", give_up, |call| {
             let Call { functions, handle, stream } = call;
             call.group(|| {
-                let gathered = parts.iter().map(|Part { all, own, share, .. }| {
-                    // SAFETY: the memory is held until the device is done with it.
+                let gathered = parts.iter().map(|SharedRange { all, own, share, .. }| {
+                    // SAFETY: the addresses are within the memory, which `begun` keeps alive until the device is done.
                     unsafe { (functions.all_gather)(*own, *all, *share, F32, handle, stream) }
                 });
-                // The first that is not.
+                // The result is that of the first call that was refused.
                 gathered.into_iter().find(|status| !is_accepted(*status)).unwrap_or(SUCCESS)
             })
         })?;
         self.finish(give_up)
     }
 
-    /// Replaces `data` by what `root` holds.
+    /// Replaces `data` by the contents of the member `root`.
     pub fn broadcast(
         &mut self,
         root: usize,
         data: Out<'_, Cuda, f32>,
         give_up: GiveUp<'_>,
     ) -> Result<(), CommunicatorError> {
-        let (place, root) = (self.place(data), root as c_int);
-        let (Part { all, .. }, len) = (self.part(&place, 0..place.len), place.len);
-        self.begin(place.memory, "broadcast", give_up, |Call { functions, handle, stream }| {
-            // SAFETY: the memory is held until the device is done with it.
+        let (slice, root) = (self.slice(data), root as c_int);
+        let (SharedRange { all, .. }, len) = (self.part(&slice, 0..slice.len), slice.len);
+        self.begin(slice.memory, "broadcast", give_up, |Call { functions, handle, stream }| {
+            // SAFETY: the addresses are within the memory, which `begun` keeps alive until the device is done with it.
             unsafe { (functions.broadcast)(all, all, len, F32, root, handle, stream) }
         })?;
         self.finish(give_up)
     }
 
-    fn place<T>(&self, data: ViewMut<'_, Buffer<T>>) -> Place {
+    fn slice<T>(&self, data: ViewMut<'_, Buffer<T>>) -> DeviceSlice {
         let ViewMut { buffer, range } = data;
-        assert!(buffer.memory.is_of(&self.device), "a buffer is of the communicator's backend");
+        assert!(buffer.memory.is_of(&self.device), "the buffer must be on the communicator's device");
         let width = size_of::<T>();
         let first = buffer.memory.address().add(range.start * width);
-        Place { memory: buffer.memory.clone(), first, len: range.len(), width }
+        DeviceSlice { memory: buffer.memory.clone(), first, len: range.len(), width }
     }
 
-    /// Where a part of the data is, and what of it this member owns.
-    fn part(&self, place: &Place, part: Range<usize>) -> Part {
-        assert!(part.end <= place.len, "a part of the data");
-        let at = |element: usize| place.first.add(element * place.width).0 as *mut c_void;
+    /// The addresses of a part of the data, and of what this member owns of it.
+    fn part(&self, slice: &DeviceSlice, part: Range<usize>) -> SharedRange {
+        assert!(part.end <= slice.len, "a part must be within the data");
+        let at = |element: usize| slice.first.add(element * slice.width).0 as *mut c_void;
         let [own, rest] = Partition::equal(part.clone(), self.size).owned(self.rank);
-        Part {
+        SharedRange {
             all: at(part.start),
             own: at(own.start),
             share: own.len(),
@@ -357,7 +360,7 @@ impl Communicator {
         }
     }
 
-    /// Gives an operation on that memory to the device.
+    /// Enqueues an operation on `memory`.
     fn begin(
         &mut self,
         memory: Memory,
@@ -385,7 +388,7 @@ impl Communicator {
         act: &'static str,
         give_up: GiveUp<'_>,
     ) -> Result<(), CommunicatorError> {
-        // What the header's initialiser has, but that calls must not block.
+        // These are the values of the header's initialiser, except that calls must not block.
         let mut config = sys::ncclConfig_t {
             size: size_of::<sys::ncclConfig_t>(),
             magic: 0xcafe_beef,
@@ -399,13 +402,13 @@ impl Communicator {
         };
         let (rank, size) = (self.rank as c_int, self.size as c_int);
         self.device.bind();
-        // SAFETY: the library copies the configuration, and writes the handle before it returns.
+        // SAFETY: the library copies the configuration and writes the handle before it returns.
         let status =
             unsafe { (self.functions.init)(&raw mut self.handle, size, raw(id), rank, &raw mut config) };
         self.launched(status, act, give_up)
     }
 
-    /// Waits until the library has done what it does before it leaves the rest to the device.
+    /// Waits until the library has handed the operation over to the device.
     fn launched(
         &self,
         status: Status,
@@ -418,10 +421,10 @@ impl Communicator {
         poll(act, give_up, || self.is_idle(act))
     }
 
-    /// Whether the library is not in the middle of a call.
+    /// Whether the library has completed its last call.
     fn is_idle(&self, act: &'static str) -> Result<bool, CommunicatorError> {
         let mut state = SUCCESS;
-        // SAFETY: the handle is alive; the number is written.
+        // SAFETY: the handle is alive, and the function writes a number to the pointer, which is valid.
         let status = unsafe { (self.functions.async_error)(self.handle, &raw mut state) };
         match (status, state) {
             (SUCCESS, SUCCESS) => Ok(true),
@@ -430,7 +433,7 @@ impl Communicator {
         }
     }
 
-    /// Nothing is under way any more; ends this communicator if something went wrong.
+    /// Ends the pending operations, and aborts the communicator after an error.
     fn settle(&mut self, done: Result<(), CommunicatorError>) -> Result<(), CommunicatorError> {
         if let Err(error) = &done {
             self.failed = Some(error.clone());
@@ -440,7 +443,7 @@ impl Communicator {
         done
     }
 
-    /// Ends whatever is under way, here.
+    /// Aborts all operations of this member.
     fn abort(&mut self) {
         let handle = std::mem::replace(&mut self.handle, ptr::null_mut());
         if !handle.is_null() {
@@ -452,7 +455,7 @@ impl Communicator {
         }
     }
 
-    /// Waits for a short while until the others need nothing more of this member; says whether that is so.
+    /// Waits a short while until the others need nothing more from this member, and returns whether that is so.
     fn finalize(&self) -> bool {
         // SAFETY: the handle is alive.
         let status = unsafe { (self.functions.finalize)(self.handle) };
@@ -476,9 +479,9 @@ impl Drop for Communicator {
         if self.handle.is_null() || !self.device.try_bind() {
             return;
         }
-        // What was begun and not waited for may never be done.
+        // Operations that were not waited for may never complete.
         if self.begun.is_empty() && self.finalize() {
-            // SAFETY: the handle was alive, and is not used again. Nothing is left that this could wait for.
+            // SAFETY: the handle was alive, and is not used again. Nothing is left that the call could wait for.
             unsafe { (self.functions.destroy)(self.handle) };
         } else {
             self.abort();
@@ -491,57 +494,61 @@ const F32: ncclDataType_t = ncclDataType_t::ncclFloat32;
 const SUM: ncclRedOp_t = ncclRedOp_t::ncclSum;
 
 /// The data of an operation.
-struct Place {
+struct DeviceSlice {
     memory: Memory,
     first: Address,
-    /// Elements.
+    /// Number of elements.
     len: usize,
-    /// Bytes of an element.
+    /// Size of an element in bytes.
     width: usize,
 }
 
-/// A part of some data, as the library wants it: where it begins, this member's share of it and how many elements that
-/// has, and what is left over at the end.
+/// The addresses and lengths of a part of some data, for the library.
 #[derive(Clone, Copy)]
-struct Part {
+struct SharedRange {
+    /// Address of the whole part.
     all: *mut c_void,
+    /// Address of this member's share.
     own: *mut c_void,
+    /// Number of elements in a share.
     share: usize,
+    /// Address of the elements left over, which all members own.
     rest: *mut c_void,
+    /// Number of the elements left over.
     left: usize,
 }
 
 impl Call {
-    /// Makes one operation of several calls.
+    /// Combines several calls into one operation.
     fn group(self, calls: impl FnOnce() -> Status) -> Status {
-        // SAFETY: ended below, in this thread.
+        // SAFETY: the group is ended below, in the same thread.
         let begun = unsafe { (self.functions.group_start)() };
         if begun != SUCCESS {
             return begun;
         }
         let called = calls();
-        // SAFETY: begun above.
+        // SAFETY: the group was begun above, in the same thread.
         let ended = unsafe { (self.functions.group_end)() };
         if is_accepted(called) { ended } else { called }
     }
 }
 
-/// Polls, a second or two in all, for a communicator that is not needed any more.
+/// Number of polls for a communicator that is no longer needed, which take a second or two.
 const FINALIZE_POLLS: usize = 20_000;
 
-/// What is done between polls: nothing at first, then a little longer every time.
+/// The pauses between polls: none at first, and then slightly longer each time.
 #[derive(Default)]
 struct Pause {
     polls: u32,
 }
 
 impl Pause {
-    /// Polls that come at once.
+    /// Number of polls without a pause.
     const SPINS: u32 = 256;
-    /// Most microseconds.
+    /// Maximum pause in microseconds.
     const LONGEST: u64 = 50;
 
-    /// Says whether it took any time.
+    /// Pauses, and returns whether that took any time.
     fn pass(&mut self) -> bool {
         self.polls = self.polls.saturating_add(1);
         let Some(slow) = self.polls.checked_sub(Self::SPINS) else {
@@ -554,7 +561,7 @@ impl Pause {
     }
 }
 
-/// Asks `is_done` until it is, it fails, or patience ends.
+/// Polls `is_done` until it returns true or fails, or `give_up` returns a reason.
 fn poll(
     act: &'static str,
     give_up: GiveUp<'_>,

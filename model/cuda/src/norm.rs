@@ -1,16 +1,18 @@
-//! Norms of rows and of heads: fused kernels, or for the naive norm the operations of an eager framework.
+//! Norms of rows and of heads, by fused kernels or, for the naive norm, by the operations of an eager framework.
 
 use ulmus_backend::{Heads, Norm, Rope};
 use ulmus_plan::{NormKind, ROW_BLOCK};
 
-use super::driver::{Address, ColumnRows};
+use super::arguments::ColumnRows;
+use super::handle::Address;
 use super::program::{Program, Variant};
 use super::{Buffer, Cuda, DeviceView as _, THREADS, launch, line};
 
-/// Threads that have one row, in norm.cu, and rows at a time in its backward.
+/// Number of threads per row in norm.cu.
 const ROW_THREADS: usize = 128;
+/// Number of rows that a block of norm.cu processes at a time in the backward pass.
 const GROUPS: usize = 4;
-/// Threads of a block in heads.cu.
+/// Number of threads per block in heads.cu.
 const HEAD_THREADS: usize = 256;
 
 fn is_centred(norm: &Norm<'_, Buffer<f32>>) -> bool {
@@ -21,7 +23,8 @@ fn width(norm: &Norm<'_, Buffer<f32>>) -> usize {
     norm.weight.len()
 }
 
-/// Lanes that have one head: as many as there are vectors in half of it, and at most a warp.
+/// Number of lanes per head: as many as there are vectors in half a head, rounded up to a power of two, but at most a
+/// warp.
 pub(super) fn head_lanes(half: usize, vector: usize) -> usize {
     half.div_ceil(vector).next_power_of_two().min(32)
 }
@@ -138,25 +141,25 @@ impl Cuda {
     }
 }
 
-/// The naive norm of rows, one operation after the other, and its intermediate results.
+/// The naive norm of rows, as single operations, and its intermediate results.
 struct Naive<'a> {
     cuda: &'a Cuda,
     rows: usize,
     width: usize,
     weight: Address,
-    /// `[R, D]` each: terms of a sum, and rows times their scale.
+    /// This and the next two are `[R, D]`: temporary results, and rows times their scale.
     terms: Address,
     other: Address,
     normed: Address,
-    /// `[R]` each: means of squares or their gradients, and inverse roots.
+    /// This and the next one are `[R]`: means of squares or their gradients, and inverse roots.
     mean: Address,
     scale: Address,
-    /// `[blocks, D]`
+    /// Sums over blocks of rows, `[blocks, D]`.
     partial: Address,
 }
 
 impl<'a> Naive<'a> {
-    /// Cuts [`NormKind::row_scratch`] in pieces.
+    /// Splits a buffer of [`NormKind::row_scratch`] elements.
     fn new(cuda: &'a Cuda, weight: Address, scratch: Address, rows: usize, width: usize) -> Self {
         let tensor = rows * width * size_of::<f32>();
         let vector = rows * size_of::<f32>();
@@ -190,14 +193,14 @@ impl<'a> Naive<'a> {
         line(len.div_ceil(THREADS))
     }
 
-    /// `out = norm(x)`, rows of activations. They are widened where the square is taken, as autocast does.
+    /// `out = norm(x)` for rows of activations, which are widened before they are squared, as autocast does.
     fn forward_rows(&self, out: Address, x: Address) {
         self.widen(self.other, self.rows_at(x));
         self.forward();
         self.narrow(self.rows_at(out), self.terms, false);
     }
 
-    /// From `other` to `terms`.
+    /// Computes the norm of `other` into `terms`.
     fn forward(&self) {
         let (len, rows) = (self.len(), self.rows);
         self.multiply(self.terms, self.other, self.other);
@@ -223,7 +226,8 @@ impl<'a> Naive<'a> {
         self.narrow(self.rows_at(x_gradient), self.terms, accumulate);
     }
 
-    /// From the gradient of the output, in `other`, to that of `normed`, in `terms`; `normed` is the forward's.
+    /// Computes the gradient of `normed`, in `terms`, from the gradient of the output, in `other`. `normed` must hold
+    /// the result of the forward pass.
     fn backward_to_normed(&self, weight_gradient: Address) {
         let (len, width) = (self.len(), self.width);
         self.multiply(self.terms, self.other, self.normed);
@@ -235,7 +239,7 @@ impl<'a> Naive<'a> {
             self.terms, self.other, self.weight, width as i32, len as i64);
     }
 
-    /// From the gradient of `normed`, in `terms`, and `x`, in `other`, to the gradient of `x`, in `terms`.
+    /// Computes the gradient of `x`, in `terms`, from the gradient of `normed`, in `terms`, and `x`, in `other`.
     fn backward_to_x(&self) {
         let len = self.len();
         self.multiply(self.normed, self.terms, self.other);
@@ -280,14 +284,16 @@ impl<'a> Naive<'a> {
     }
 }
 
-/// Queries or keys, as a tensor of their own for the naive norm.
+/// The queries or the keys, in their own tensor for the naive norm.
 struct Side<'a> {
     norm: Naive<'a>,
-    /// Heads of a packed row before these, and their number.
+    /// Index of the first of these heads in a packed row.
     first: usize,
+    /// Number of these heads.
     count: usize,
-    /// `[R · count, H]` each: the heads themselves, and normed or the gradient of that.
+    /// The heads, `[R · count, H]`.
     x: Address,
+    /// The gradients of the heads before the rotation, `[R · count, H]`.
     turned: Address,
 }
 
@@ -296,7 +302,7 @@ impl Cuda {
         Naive::new(self, norm.weight.address(), norm.scratch.address(), len / width(norm), width(norm))
     }
 
-    /// Cuts [`NormKind::head_scratch`] in pieces: queries, keys.
+    /// Splits a buffer of [`NormKind::head_scratch`] elements into queries and keys.
     fn sides(&self, norm: &Norm<'_, Buffer<f32>>, rows: usize, heads: Heads) -> [Side<'_>; 2] {
         let (width, weights, scratch) = (heads.width, norm.weight.address(), norm.scratch.address());
         let side = |first: usize, count: usize, weight: Address, scratch: Address| {
@@ -366,7 +372,7 @@ impl Cuda {
         self.copy_values(packed, gradient, rows, heads);
     }
 
-    /// The columns of packed rows from a head on.
+    /// The columns of packed rows from head number `first` on.
     fn columns(&self, packed: Address, first: usize, heads: Heads) -> ColumnRows {
         let base = packed.add(first * heads.width * self.format.bytes());
         ColumnRows { base, stride: heads.packed_width() as i32 }
@@ -395,7 +401,7 @@ impl Cuda {
 }
 
 impl Naive<'_> {
-    /// `other = from`, as a framework copies what it hands to the next operation.
+    /// `other = from`, as a framework copies a tensor for the next operation.
     fn copy_from(&self, from: Address) {
         let len = self.len();
         launch!(self.cuda, Program::Naive, 1, "copy_wide", Self::blocks(len), line(THREADS), 0;

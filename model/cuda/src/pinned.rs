@@ -1,4 +1,4 @@
-//! Copies from the device to the host that go on beside its kernels: on a stream of their own, into page-locked memory.
+//! Copies from the device to the host that run concurrently with kernels: on their own stream, into page-locked memory.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -6,17 +6,20 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::result;
 use ulmus_backend::HostCopy;
 
-use super::driver::{Address, Device, Mark, Stream};
+use super::driver::Device;
+use super::handle::Address;
+use super::stream::{Event, Stream};
 
 /// The copies of a device.
 pub(super) struct Copies {
     device: Arc<Device>,
     stream: Stream,
-    /// The last of the kernels that are copied after.
-    before: Mark,
-    /// The last copy of those that kernels come after.
-    behind: Mark,
-    /// All memory that was ever copied to, but what no later copy fitted: locking pages takes longer than copying.
+    /// Comes after the kernels that the latest copy waits for.
+    before: Event,
+    /// Comes after the copies that the next kernels wait for.
+    behind: Event,
+    /// Memory of earlier copies, which is reused because locking pages takes longer than copying. Unused memory of
+    /// another size is freed.
     memory: Mutex<Vec<Arc<Pinned>>>,
 }
 
@@ -31,31 +34,32 @@ impl Copies {
         Self {
             device: Arc::clone(device),
             stream: Stream::new(device),
-            before: Mark::new(device),
-            behind: Mark::new(device),
+            before: Event::new(device),
+            behind: Event::new(device),
             memory: Mutex::default(),
         }
     }
 
-    /// Begins to copy `len` numbers, after the kernels called so far. `None` if the host locks no more memory.
+    /// Begins to copy `len` numbers, after the kernels that were launched so far. `None` if the host cannot lock the
+    /// memory.
     pub(super) fn begin(&self, from: Address, len: usize) -> Option<PinnedCopy> {
         let memory = self.memory(len)?;
         self.before.record();
         self.stream.wait_for(&self.before);
-        // SAFETY: nobody else has this memory, and whoever gets the copy waits for the mark behind it.
+        // SAFETY: this memory is used by no other copy, and the copy's owner waits for the event behind it.
         self.stream.download(from, unsafe { std::slice::from_raw_parts_mut(memory.address, len) });
-        let arrived = Mark::new(&self.device);
+        let arrived = Event::new(&self.device);
         arrived.record_behind(&self.stream);
         Some(PinnedCopy { memory, arrived })
     }
 
-    /// Kernels called from now on come after all copies that were begun.
+    /// Kernels that are launched from now on run after all copies that were begun.
     pub(super) fn finish(&self) {
         self.behind.record_behind(&self.stream);
-        self.device.wait_for(&self.behind);
+        self.behind.precede_kernels();
     }
 
-    /// Memory that nobody else has.
+    /// Memory for `len` numbers that no other copy uses.
     fn memory(&self, len: usize) -> Option<Arc<Pinned>> {
         let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         let idle = |pinned: &mut Arc<Pinned>| Arc::get_mut(pinned).is_some();
@@ -69,22 +73,22 @@ impl Copies {
     }
 }
 
-/// Page-locked memory of the host, which the device fills by itself.
+/// Page-locked memory of the host, which the device writes.
 struct Pinned {
     address: *mut f32,
     len: usize,
     device: Arc<Device>,
 }
 
-// SAFETY: it is memory like any other for the host.
+// SAFETY: for the host it is ordinary memory, which may be freed by any thread that has bound the context.
 unsafe impl Send for Pinned {}
-// SAFETY: as above; it is written by the device alone, before anybody can read it.
+// SAFETY: only the device writes it, and readers wait until it is done.
 unsafe impl Sync for Pinned {}
 
 impl Pinned {
     fn new(device: &Arc<Device>, len: usize) -> Option<Self> {
         device.bind();
-        // SAFETY: the context is bound. The driver refuses 0 bytes, and what the host does not have.
+        // SAFETY: the context is bound. The driver returns an error for 0 bytes, or if the host lacks the memory.
         let memory = unsafe { result::malloc_host(len * size_of::<f32>(), 0) };
         memory.ok().map(|memory| Self { address: memory.cast(), len, device: Arc::clone(device) })
     }
@@ -93,7 +97,8 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         self.device.try_bind();
-        // SAFETY: allocated in `new`, freed once. What fails goes with the process.
+        // SAFETY: the memory was allocated in `new`, and is freed only here. If that fails, it is freed with the
+        // process.
         unsafe { result::free_host(self.address.cast()) }.ok();
     }
 }
@@ -101,7 +106,7 @@ impl Drop for Pinned {
 /// A copy in page-locked memory.
 pub(super) struct PinnedCopy {
     memory: Arc<Pinned>,
-    arrived: Mark,
+    arrived: Event,
 }
 
 impl fmt::Debug for PinnedCopy {
@@ -113,14 +118,14 @@ impl fmt::Debug for PinnedCopy {
 impl HostCopy for PinnedCopy {
     fn values(&self) -> &[f32] {
         self.arrived.wait();
-        // SAFETY: the device has written all of it, and nobody else writes as long as this copy has it.
+        // SAFETY: the device has written all of the memory, and no other copy uses it as long as this one lives.
         unsafe { std::slice::from_raw_parts(self.memory.address, self.memory.len) }
     }
 }
 
 impl Drop for PinnedCopy {
     fn drop(&mut self) {
-        // The memory is free for others afterwards. A device that is lost writes it no more.
+        // Afterwards, other copies may use the memory. A failed device no longer writes to it.
         self.arrived.try_wait().ok();
     }
 }

@@ -1,10 +1,10 @@
-//! Which file of kernels is compiled how.
+//! The files of kernels, and the options that they are compiled with.
 
 use serde::{Deserialize, Serialize};
 
 use ulmus_backend::{CacheFormat, WeightFormat};
 
-/// Format of numbers on the device.
+/// The format of numbers on the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(super) enum Format {
     F32,
@@ -20,7 +20,7 @@ impl Format {
         }
     }
 
-    /// Its name in the kernels.
+    /// Name of the format in the kernels.
     fn name(self) -> &'static str {
         match self {
             Self::F32 => "float",
@@ -40,19 +40,19 @@ impl From<CacheFormat> for Format {
     }
 }
 
-/// Block shapes of attention.cu.
+/// The shape of a block in attention.cu.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Tiling {
-    /// Tiles of 16 rows per warp.
+    /// Number of tiles of 16 rows per warp.
     pub tiles: usize,
-    /// Warps of a block.
+    /// Number of warps per block.
     pub warps: usize,
-    /// Columns in shared memory at a time.
+    /// Number of columns in shared memory at a time.
     pub columns: usize,
 }
 
 impl Tiling {
-    /// Rows of a block.
+    /// Number of rows per block.
     pub(super) fn rows(self) -> usize {
         self.tiles * self.warps * 16
     }
@@ -63,7 +63,7 @@ impl Tiling {
     }
 }
 
-/// A file of kernels and what it is compiled for.
+/// A file of kernels, with the options specific to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Program {
     Norm { width: usize, centred: bool },
@@ -144,7 +144,7 @@ impl Program {
     }
 }
 
-/// A program for activations in a format, with loads of `vector` of them at once.
+/// A program for activations in one format, which loads `vector` of them at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Variant {
     pub program: Program,
@@ -153,7 +153,7 @@ pub(super) struct Variant {
 }
 
 impl Variant {
-    /// Its definitions, as options of the compiler.
+    /// The definitions for the compiler, as options.
     pub(super) fn options(self) -> Vec<String> {
         let mut defines = self.program.defines();
         defines.push(("ACTIVATION", self.activation.name().to_owned()));
@@ -162,7 +162,7 @@ impl Variant {
     }
 }
 
-/// What every file includes.
+/// The headers that every file includes.
 pub(super) const HEADERS: [(&str, &str); 2] = [
     ("common.cuh", include_str!("kernels/common.cuh")),
     ("intrinsics.cuh", include_str!("kernels/intrinsics.cuh")),
@@ -170,7 +170,7 @@ pub(super) const HEADERS: [(&str, &str); 2] = [
 
 #[cfg(test)]
 impl Variant {
-    /// What the published models are trained and used with, in both precisions, and what tests use.
+    /// The variants for training and using the published models in both precisions, and those that tests use.
     pub(super) fn published() -> Vec<Self> {
         use ulmus_plan::Preset;
 
@@ -223,7 +223,7 @@ impl Variant {
                 variants.extend(programs.into_iter().map(|program| Self { program, activation, vector }));
             }
         }
-        // The optimizer, whose work is in f32, for activations in bf16.
+        // The optimizer loads f32 even if activations are bf16.
         variants.push(Self { program: Program::Optimizer, activation: Format::Bf16, vector: 4 });
         let mut seen = std::collections::BTreeSet::new();
         variants.retain(|variant| seen.insert(*variant));
@@ -235,7 +235,7 @@ impl Variant {
 mod tests {
     use super::*;
 
-    /// One that did not wait would run beside those before it, and let those after it do so.
+    /// A kernel that did not wait would run concurrently with earlier ones, and let later ones do so, too.
     #[test]
     fn every_kernel_waits_for_those_before_it() {
         let mut files = std::collections::BTreeMap::new();
@@ -251,7 +251,7 @@ mod tests {
                 let (head, body) = kernel.split_once('{').unwrap();
                 let (before, _) =
                     body.split_once("begin_kernel();").unwrap_or_else(|| panic!("{file}:{head}"));
-                // Nothing but where the thread is, and weights, which nobody writes.
+                // Before it waits, a kernel may only prefetch weights, which never change.
                 let early =
                     before.trim().is_empty() || head.contains(" matvec(") && before.contains("weights.bring");
                 assert!(early, "{file}:{head}");

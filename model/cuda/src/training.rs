@@ -1,4 +1,4 @@
-//! What a GPU does in training, beside what it does in inference.
+//! The operations of the CUDA backend that only training needs.
 
 use std::ops::Range;
 
@@ -9,7 +9,9 @@ use ulmus_backend::{
     TrainingBackend, View, ViewMut,
 };
 
-use super::driver::{AdamWStep, Address, Memory};
+use super::arguments::AdamWStep;
+use super::driver::Memory;
+use super::handle::Address;
 use super::matmul::{Form, Operand};
 use super::nccl;
 use super::program::{Format, Program, Tiling, Variant};
@@ -18,17 +20,17 @@ use super::{
     packed_heads, query_heads, score_scale,
 };
 
-/// Elements of a thread of the kernels that round gradients, as in optimizer.cu.
+/// Number of elements per thread in the kernels that round gradients, as in optimizer.cu.
 const OWN: usize = 4;
 
-/// Weights in f32, and rounded as matrix products read them.
+/// Weights in f32 and, if activations are bfloat16, a rounded copy that matrix products read.
 #[derive(Debug)]
 pub struct Parameters {
     values: Buffer<f32>,
     rounded: Option<Memory>,
 }
 
-/// Parameters as matrix products read them.
+/// Parameters as an operand of a matrix product.
 fn operand(parameters: &Params<'_, Cuda>, stride: usize) -> Operand {
     let (memory, format) = match &parameters.buffer.rounded {
         Some(rounded) => (rounded, Format::Bf16),
@@ -92,7 +94,7 @@ impl TrainingBackend for Cuda {
         if let Some(copy) = self.copies.begin(address, len) {
             return Box::new(copy);
         }
-        // Slower, and done before anything else goes on.
+        // Without page-locked memory the copy is slower, and the host waits for it.
         let mut copy = vec![0.0; len];
         self.device.download(address, &mut copy);
         Box::new(copy)
@@ -404,7 +406,7 @@ impl TrainingBackend for Cuda {
             let vector = if outputs.is_multiple_of(4) { 4 } else { 1 };
             launch!(self, Program::Loss, vector, "loss_backward", line(rows), line(512), 0;
                 losses, lse, logits.address, targets, outputs as i32, z_loss);
-            // A row of gradients is as far from the next as rows of logits are.
+            // Rows of gradients replace rows of logits, so they have the same distance in bytes.
             let stride = outputs * size_of::<f32>() / self.format.bytes();
             let slopes = self.operand(logits.address, stride);
             let hidden_gradient = self.operand(of_activations(hidden_gradient), inputs);
@@ -438,7 +440,7 @@ impl TrainingBackend for Cuda {
             .as_ref()
             .map_or(Address::NULL, |rounded| rounded.address().add(range.start * self.format.bytes()));
         let (first, second, gradient) = (first.address(), second.address(), gradient.address());
-        // What takes the time is in f32.
+        // Most of the data is f32, even if activations are bfloat16.
         let vector = self.vector(&[len], &[values, rounded, first, second, gradient]).min(4);
         let AdamW { gradient_scale, decay, beta1, beta2, step_size, second_correction, epsilon } = step;
         let step = AdamWStep { gradient_scale, decay, beta1, beta2, step_size, second_correction, epsilon };

@@ -1,26 +1,29 @@
-//! Inference: matrices in the format in which they are read, and keys and values that are kept.
+//! Inference: matrices in the format in which they are read, and the key/value cache.
 
 use std::sync::Arc;
 
 use half::{bf16, f16};
 use ulmus_backend::{BackendError, Heads, Spans, WeightFormat};
 
-use super::driver::{Address, Device, HeadRows, MatrixData, Memory};
+use super::arguments::{HeadRows, MatrixData};
+use super::driver::{Device, Memory};
+use super::handle::Address;
 use super::matmul::{Form, Operand};
 use super::program::{Format, Program, Variant};
 use super::{
     AttentionPass, Cuda, DeviceView as _, THREADS, launch, line, packed_heads, query_heads, score_scale,
 };
 
-/// Rows that go through the weights at once; more are a product of large matrices.
+/// Maximum number of rows for matvec.cu. More rows are a product of large matrices.
 const MATVEC_ROWS: usize = 8;
-/// Threads of a block in matvec.cu.
+/// Number of threads per block in matvec.cu.
 const MATVEC_THREADS: usize = 128;
 /// Numbers that share a scale in `q8_0`.
-const BLOCK: usize = 32;
-/// Keys of a block in cache.cu, and most query heads per key/value head there.
+const Q8_BLOCK: usize = 32;
+/// Number of keys per block in cache.cu.
 const CHUNK: usize = 64;
-const MOST_GROUP: usize = 8;
+/// Maximum number of query heads per key/value head in cache.cu.
+const MAX_GROUP: usize = 8;
 
 /// A matrix `[outputs, inputs]`.
 #[derive(Debug)]
@@ -29,20 +32,21 @@ pub struct Weights {
     outputs: usize,
     inputs: usize,
     values: Memory,
-    /// Of `q8_0`: one f16 per row and block.
+    /// The scales of `q8_0`, one f16 per row and block.
     scales: Option<Memory>,
 }
 
-/// Copies to memory of its own.
+/// Copies values to newly allocated memory.
 fn put<T: bytemuck::Pod>(device: &Arc<Device>, values: &[T]) -> Result<Memory, BackendError> {
     let memory = Memory::zeroed(device, size_of_val(values))?;
     device.upload(memory.address(), values);
     Ok(memory)
 }
 
-/// Integers and scales of a row, as in GGUF's reference: halves away from zero, and the scale before its rounding.
+/// Appends the integers and scales of a row. As in GGUF's reference, halves are rounded away from zero, and integers
+/// use the scale before it is rounded to f16.
 fn quantise(row: &[f32], values: &mut Vec<i8>, scales: &mut Vec<f16>) {
-    for block in row.chunks(BLOCK) {
+    for block in row.chunks(Q8_BLOCK) {
         let most = block.iter().fold(0_f32, |most, value| most.max(value.abs()));
         let scale = most / 127.0;
         let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
@@ -83,14 +87,15 @@ impl Weights {
         MatrixData { values: self.values.address(), scales }
     }
 
-    /// Weights that a lane loads at once: 16 bytes, if rows of `x` and of weights allow it.
+    /// Number of weights that a lane loads at once: 16 bytes, if rows of `x` and of weights allow it, or else one
+    /// weight.
     fn loads(&self, x: Address) -> usize {
         let most = match self.format {
             WeightFormat::F32 => 4,
             WeightFormat::F16 | WeightFormat::Bf16 => 8,
             WeightFormat::Q8_0 => 16,
         };
-        // Activations of 4 bytes are loaded 4 at a time, those of 2 bytes 8 at a time.
+        // Activations of 4 bytes are loaded 4 at a time, and those of 2 bytes 8 at a time.
         if self.inputs.is_multiple_of(most.max(8)) && x.0.is_multiple_of(16) { most } else { 1 }
     }
 
@@ -99,7 +104,7 @@ impl Weights {
         (Program::Matvec { weights: self.format, rows, result, loads }, loads)
     }
 
-    /// What a product of large matrices reads, if it can read the weights as they are.
+    /// The format in which a product of large matrices can read the weights without a conversion, if there is one.
     fn as_stored(&self) -> Option<Format> {
         match self.format {
             WeightFormat::F32 => Some(Format::F32),
@@ -110,7 +115,7 @@ impl Weights {
     }
 }
 
-/// Keys and values of one layer, `[sequences, key/value heads, capacity, H]` each.
+/// The keys and values of one layer, `[sequences, key/value heads, capacity, H]` each.
 #[derive(Debug)]
 pub struct Cache {
     heads: Heads,
@@ -151,7 +156,7 @@ impl Cuda {
             out, table.data(), ids, table.inputs as i32);
     }
 
-    /// `out = x · weightsᵀ`, with results in a format.
+    /// `out = x · weightsᵀ`, with `out` in the format `result`.
     pub(super) fn times_weights(
         &self,
         out: Address,
@@ -169,13 +174,14 @@ impl Cuda {
             out, x, weights.data(), weights.inputs as i32, weights.outputs as i32);
     }
 
-    /// A product of large matrices wants one format for both sides: that of the weights, and f16 for `q8_0`.
+    /// Like [`Self::times_weights`], as a product of large matrices, whose operands must have the same format: that of
+    /// the weights, or f16 for `q8_0`.
     fn times_large(&self, out: Address, result: Format, x: Address, weights: &Weights, rows: usize) {
         let Weights { inputs, outputs, .. } = *weights;
         let format = weights.as_stored().unwrap_or(Format::F16);
         let of_inputs = (rows * inputs * format.bytes()).next_multiple_of(16);
         let expanded = if weights.as_stored().is_none() { outputs * inputs * format.bytes() } else { 0 };
-        // The library gives f16 products as f16 or f32 alone.
+        // The library can only write products of f16 as f16 or f32.
         let narrowed = if format == Format::F16 && result == Format::Bf16 { rows * outputs * 4 } else { 0 };
         let narrowed_at = (of_inputs + expanded).next_multiple_of(16);
         let scratch = self.device.scratch(narrowed_at + narrowed);
@@ -203,7 +209,7 @@ impl Cuda {
         }
     }
 
-    /// Weights as numbers of a format.
+    /// Converts quantised weights to numbers in `format`.
     fn expand(&self, to: Address, format: Format, weights: &Weights) {
         let as_activations = Self { format, ..self.clone() };
         let (program, loads) = weights.program(1, format, to);
@@ -238,8 +244,8 @@ impl Cuda {
         launch!(self, store, vector, "cache_store", line(count * length), line(128), 0;
             keys, values, packed, sequences, first, length as i32, capacity as i32, query, key_value);
         let whole_vectors = matches!(heads.width, 64 | 128) && vector > 1;
-        if length == 1 && whole_vectors && heads.group() <= MOST_GROUP {
-            // As many blocks as the cache may ever need, so that a recorded pass holds for any position.
+        if length == 1 && whole_vectors && heads.group() <= MAX_GROUP {
+            // There are enough blocks for a full cache, so that a captured graph works for any position.
             let chunks = capacity.div_ceil(CHUNK);
             let parts =
                 self.device.scratch(count * heads.query * chunks * (heads.width + 2) * size_of::<f32>());

@@ -1,6 +1,7 @@
-//! The CUDA backend: what any backend has to pass, then its fast paths and whole models against the CPU's.
+//! Tests the CUDA backend: the conformance tests of every backend, and its fast paths and whole models against the
+//! CPU's.
 //!
-//! On a machine without a GPU, `.ci/run cuda` runs this on the emulator of `model/cuda/emulator`.
+//! On a machine without a GPU, `.ci/run cuda` runs these tests on the emulator in `model/cuda/emulator`.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -23,12 +24,12 @@ fn cuda(precision: Precision) -> Cuda {
     Cuda::new(0).unwrap().with_precision(precision)
 }
 
-/// Numbers in (-1, 1) that bfloat16 holds, so that what differs is what kernels do.
+/// Numbers in (-1, 1) that bfloat16 represents exactly, so that only the kernels can make a difference.
 fn numbers(len: usize, seed: u64) -> Vec<f32> {
     random(len, seed).into_iter().map(|x| bf16::from_f32(x).to_f32()).collect()
 }
 
-/// What kernels make of shapes whose rows are whole vectors and whose heads have the published widths.
+/// Results of norms in shapes whose rows are whole vectors and whose heads have the published widths.
 fn wide_shapes<B: TrainingBackend>(device: &Device<B>, kind: NormKind) -> Outputs {
     let mut outputs = Outputs::new();
     for (rows, d) in [(2 * ROW_BLOCK + 3, 1280), (5, 2048), (3, 264)] {
@@ -52,7 +53,7 @@ fn wide_shapes<B: TrainingBackend>(device: &Device<B>, kind: NormKind) -> Output
     outputs
 }
 
-/// Attention of documents of many lengths.
+/// Results of attention over documents of many lengths.
 fn attention<B: TrainingBackend>(device: &Device<B>) -> Outputs {
     let mut outputs = Outputs::new();
     for (heads, length) in [
@@ -97,7 +98,7 @@ fn attention<B: TrainingBackend>(device: &Device<B>) -> Outputs {
     outputs
 }
 
-/// Products, embedding, SwiGLU and the head.
+/// Results of products, the embedding, SwiGLU and the head.
 fn products<B: TrainingBackend>(device: &Device<B>) -> Outputs {
     let mut outputs = Outputs::new();
     let LinearShape { rows, inputs, outputs: wide } = LinearShape { rows: 70, inputs: 64, outputs: 264 };
@@ -178,7 +179,7 @@ fn conforms_in_f32() {
     conform(cuda(Precision::F32));
 }
 
-/// In bfloat16 a result is rounded to 2^-9 of itself, and some are made of rounded ones.
+/// In bfloat16, results have a relative rounding error of 2^-9, and some are computed from rounded ones.
 #[test]
 #[ignore = "needs a GPU or the emulator: .ci/run cuda"]
 fn kernels_agree_with_those_of_the_cpu() {
@@ -193,7 +194,7 @@ fn kernels_agree_with_those_of_the_cpu() {
     }
 }
 
-/// Two sequences of 150 tokens with a document's end in each.
+/// Two sequences of 150 tokens, each with the end of a document in it.
 fn batch(config: &ModelConfig) -> MicroBatch {
     let (sequences, length) = (2, 150);
     let token = |at: usize| (at * at + 7 * at) as u32 % config.vocab_size as u32;
@@ -222,7 +223,7 @@ fn replica<B: TrainingBackend>(backend: B, recompute: bool) -> Replica<B> {
     replica
 }
 
-/// Mean loss, gradient, and the state after a step.
+/// The mean loss, the gradient, and the state after a step.
 fn step<B: TrainingBackend>(replica: &mut Replica<B>) -> (f64, Vec<f32>, State) {
     let sum = replica.forward_backward(&batch(&config())).unwrap();
     let mut gradient = vec![0.0; replica.trainable().parameters()];
@@ -239,10 +240,10 @@ fn a_training_step_agrees_with_the_cpus() {
         let own = step(&mut replica(cuda(precision), false));
         assert!((own.0 / loss - 1.0).abs() < tolerance / 3.0, "{precision:?}: loss {} is not {loss}", own.0);
         assert_close("gradient", &own.1, &wide(&gradient), tolerance);
-        // Not the weights: the first step is the gradient's sign, which nearly no gradient may lack.
+        // Weights are not compared: the first step follows the gradient's sign, which is arbitrary for tiny gradients.
         assert_close("first moment", &own.2.first_moment, &wide(&state.first_moment), tolerance);
         assert_close("second moment", &own.2.second_moment, &wide(&state.second_moment), 2.0 * tolerance);
-        // Layers that are computed again, and everything done a second time: the same bits.
+        // A repetition gives the same bits, and so does a step that recomputes layers.
         for recompute in [true, false] {
             let again = step(&mut replica(cuda(precision), recompute));
             assert_eq!((again.0, &again.1), (own.0, &own.1), "{precision:?}, recompute {recompute}");
@@ -251,10 +252,10 @@ fn a_training_step_agrees_with_the_cpus() {
     }
 }
 
-/// The host makes the calls of a pass twice, and no more: the second time it is recorded.
+/// The host executes the calls of a pass only twice: the second time they are captured as a graph.
 #[test]
 #[ignore = "needs a GPU or the emulator: .ci/run cuda"]
-fn a_recorded_pass_needs_no_calls() {
+fn a_captured_pass_needs_no_calls() {
     let (device, rows, width) = (Device(cuda(Precision::F32)), 3, 40);
     let mut out = device.acts(&vec![f32::NAN; rows * width]);
     let mut x = device.acts(&vec![0.0; 2 * rows * width]);
@@ -269,14 +270,14 @@ fn a_recorded_pass_needs_no_calls() {
         });
         assert_eq!(device.get_acts(&out, rows * width), once, "pass {pass}");
     }
-    // Unless the surroundings forbid it.
+    // The environment can disable graphs.
     assert_eq!(calls, if std::env::var_os("ULMUS_GPU_SERIAL").is_some() { 4 } else { 2 });
 }
 
-/// Passes are recorded in their second step and replayed from the third on.
+/// Passes are captured in the second step and replayed from the third on.
 #[test]
 #[ignore = "needs a GPU or the emulator: .ci/run cuda"]
-fn steps_that_are_replayed_have_the_bits_of_first_ones() {
+fn replayed_steps_have_the_same_bits_as_first_ones() {
     for (precision, recompute) in [(Precision::F32, true), (Precision::Bf16, false)] {
         let mut recorded = replica(cuda(precision), recompute);
         for _ in 0..4 {
@@ -287,10 +288,10 @@ fn steps_that_are_replayed_have_the_bits_of_first_ones() {
     }
 }
 
-/// Training goes on beside a copy of the state, but for what would change what is still being copied.
+/// Training continues during a copy of the state. Only work that would change what is being copied waits.
 #[test]
 #[ignore = "needs a GPU or the emulator: .ci/run cuda"]
-fn a_copy_of_the_state_is_of_the_moment_that_it_was_begun_at() {
+fn a_copy_holds_the_state_at_its_beginning() {
     type Change = fn(&mut Replica<Cuda>, &State);
     let of = |copy: &StateCopy| StatePart::ALL.map(|part| copy.part(part).to_vec());
     let mut replica = replica(cuda(Precision::F32), false);
@@ -314,14 +315,14 @@ fn a_copy_of_the_state_is_of_the_moment_that_it_was_begun_at() {
         change(&mut replica, &other);
         assert_eq!(of(&copy), expected);
         assert_ne!(of(&replica.state().into()), expected);
-        // A new copy takes the memory of those that are gone, but not of this.
+        // A new copy reuses the memory of copies that were dropped, but not of this one.
         if let Some((copy, expected)) = earlier.replace((copy, expected)) {
             assert_eq!(of(&copy), expected);
         }
     }
 }
 
-/// As much as the emulator locks no pages for.
+/// The copy is larger than the memory for which the emulator locks pages.
 #[test]
 #[ignore = "needs a GPU or the emulator: .ci/run cuda"]
 fn a_copy_needs_no_locked_pages() {
@@ -330,10 +331,11 @@ fn a_copy_needs_no_locked_pages() {
     assert!(device.0.begin_copy(all(&on_device, values.len())).values() == values);
 }
 
-/// The fastest algorithms of one process are those of all; without a choice they are the library's, every time.
+/// The algorithms that one process has chosen can be used by all. Without a choice, the library's first proposal is
+/// used.
 #[test]
 #[ignore = "needs a GPU or the emulator: .ci/run cuda"]
-fn chosen_algorithms_give_their_bits_wherever_they_are_told() {
+fn chosen_algorithms_give_the_same_bits_in_other_processes() {
     let choose = |device: &Cuda, known: Option<&str>| {
         let (step, names) =
             device.choose_algorithms(known, || step(&mut replica(device.clone(), false))).unwrap();
@@ -345,9 +347,9 @@ fn chosen_algorithms_give_their_bits_wherever_they_are_told() {
     let unchosen = step(&mut replica(cuda(Precision::Bf16), false));
     let none = FIRST_PROPOSALS.to_owned();
     assert_eq!(choose(&cuda(Precision::Bf16), Some(&none)), (unchosen.clone(), none.clone()));
-    // Nothing of an earlier choice is left.
+    // An earlier choice has no further effect.
     assert_eq!(choose(&chooser, Some(&none)), (unchosen.clone(), none.clone()));
-    // Nor in passes that were recorded with it.
+    // This also holds for passes that were captured with it.
     let mut recorded = replica(chooser.clone(), false);
     for (known, expected) in [(&names, &fastest), (&none, &unchosen)] {
         let steps = || {
@@ -358,7 +360,7 @@ fn chosen_algorithms_give_their_bits_wherever_they_are_told() {
         };
         chooser.choose_algorithms(Some(known), steps).unwrap();
     }
-    // The emulator's first proposal is slow, and each of them adds up in another order.
+    // The emulator's first proposal is slow, and each proposal sums in another order.
     if chooser.describe().contains("Emulated") {
         assert_ne!(fastest.1, unchosen.1);
         let others = names
@@ -366,7 +368,7 @@ fn chosen_algorithms_give_their_bits_wherever_they_are_told() {
             .replace(",2,0,", ",1,0,")
             .replace(",0,0,0,0,0,0,0]", ",2,0,0,0,0,0,0]");
         assert_ne!(others, names);
-        // One that has chosen by itself takes the choice of another.
+        // A backend that has chosen for itself can take over the choice of another.
         let (theirs, _) = choose(&chooser, Some(&others));
         assert_ne!(theirs.1, fastest.1);
         assert_eq!(theirs, choose(&cuda(Precision::Bf16), Some(&others)).0);
@@ -383,7 +385,7 @@ fn inference_agrees_with_the_cpus() {
         (WeightFormat::F32, 1e-4),
         (WeightFormat::F16, 5e-3),
         (WeightFormat::Bf16, 3e-2),
-        // The CPU rounds activations to 8 bits.
+        // Here the CPU rounds activations to 8 bits.
         (WeightFormat::Q8_0, 4e-2),
     ] {
         let own = inference(cuda(Precision::F32), &config, format);
@@ -394,7 +396,7 @@ fn inference_agrees_with_the_cpus() {
 
 #[test]
 #[ignore = "needs a GPU or the emulator: .ci/run cuda"]
-fn a_device_that_is_not_there_is_refused() {
+fn a_missing_device_is_refused() {
     let beyond = Cuda::devices();
     assert!(matches!(Cuda::new(beyond), Err(BackendError::Device { ordinal, .. }) if ordinal == beyond));
 }

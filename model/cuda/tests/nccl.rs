@@ -1,8 +1,8 @@
-//! Collective operations on devices, between processes: each test starts its members as processes of their own, which
-//! run the same test, so that one of them can be killed.
+//! Tests collective operations on devices. Each test starts its members as separate processes, which run the same test,
+//! so that one of them can be killed.
 //!
-//! Several members may have one GPU, which needs NCCL 2.30 or newer. On a machine without a GPU, `.ci/run cuda` runs
-//! this on the emulator of `model/cuda/emulator`.
+//! Several members may share a GPU, which needs NCCL 2.30 or newer. On a machine without a GPU, `.ci/run cuda` runs
+//! these tests on the emulator in `model/cuda/emulator`.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -18,20 +18,20 @@ use ulmus_backend::{
 use ulmus_cuda::{Communicator, Cuda};
 use ulmus_types::Partition;
 
-/// No test takes so long.
+/// Longer than any test takes.
 const LONG: Duration = Duration::from_mins(2);
-/// What a member says when it is in the middle of a series of operations.
+/// What a member prints when it is in the middle of a series of operations.
 const READY: &str = "in the middle";
 
 const RANK: &str = "ULMUS_TEST_RANK";
 const SIZE: &str = "ULMUS_TEST_SIZE";
 const IDS: &str = "ULMUS_TEST_IDS";
 
-/// The process of a member.
+/// A member that runs in this process.
 struct Member {
     rank: usize,
     size: usize,
-    /// Of as many groups as the test asked for.
+    /// The ids of all groups that the test has asked for.
     ids: Vec<CommunicatorId>,
     cuda: Cuda,
 }
@@ -49,7 +49,7 @@ fn to_hex(id: CommunicatorId) -> String {
 }
 
 impl Member {
-    /// Nothing in the process that starts the others.
+    /// The member in this process, or `None` in the process that starts the members.
     fn of_this_process() -> Option<Self> {
         let variable = |name| std::env::var(name).ok();
         let rank: usize = variable(RANK)?.parse().unwrap();
@@ -58,7 +58,7 @@ impl Member {
         Some(Self { rank, size: variable(SIZE)?.parse().unwrap(), ids, cuda })
     }
 
-    /// Of the group in which all take part.
+    /// Joins the group of all members.
     fn join(&self) -> Communicator {
         Communicator::new(&self.cuda, &self.ids[0], self.rank, self.size, &within(LONG)).unwrap()
     }
@@ -80,7 +80,7 @@ fn all<T>(buffer: &mut T, len: usize) -> ViewMut<'_, T> {
     ViewMut::new(buffer, 0..len)
 }
 
-/// Gives up some time from now.
+/// Gives up after `time` from now on.
 fn within(time: Duration) -> impl Fn() -> Option<String> + Sync {
     let end = Instant::now() + time;
     move || (Instant::now() > end).then(|| format!("{time:?} have passed"))
@@ -91,7 +91,7 @@ fn start(test: &str, size: usize, groups: usize) -> Vec<Child> {
     start_with(test, size, groups, true)
 }
 
-/// The same, and says whether members may have one GPU.
+/// Starts this test again, once for each member. With `share`, members may share a GPU.
 fn start_with(test: &str, size: usize, groups: usize, share: bool) -> Vec<Child> {
     let device = Cuda::new(0).unwrap();
     let ids: Vec<String> = (0..groups).map(|_| to_hex(device.communicator_id().unwrap())).collect();
@@ -110,7 +110,7 @@ fn start_with(test: &str, size: usize, groups: usize, share: bool) -> Vec<Child>
     (0..size).map(member).collect()
 }
 
-/// Waits until all are done, with success.
+/// Waits until all members have succeeded.
 fn finish(members: Vec<Child>) {
     let end = Instant::now() + LONG;
     let mut failures = String::new();
@@ -125,7 +125,7 @@ fn finish(members: Vec<Child>) {
         let mut said = String::new();
         member.stdout.take().unwrap().read_to_string(&mut said).unwrap();
         member.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-        // A name that is no test's is a success as well.
+        // A process that found no test of this name would also succeed.
         if !status.success() || !said.contains("1 passed") {
             writeln!(failures, "{status}: {said}").unwrap();
         }
@@ -133,7 +133,7 @@ fn finish(members: Vec<Child>) {
     assert!(failures.is_empty(), "{failures}");
 }
 
-/// Numbers of all magnitudes, the same for the same seed.
+/// Random numbers of all magnitudes.
 fn integers(len: usize, seed: usize) -> Vec<i64> {
     let mut state = (seed as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let mut next = || {
@@ -145,7 +145,7 @@ fn integers(len: usize, seed: usize) -> Vec<i64> {
     (0..len).map(|_| next()).collect()
 }
 
-/// Any bits at all, NaNs among them.
+/// Random bits, including NaN.
 fn floats(len: usize, seed: usize) -> Vec<f32> {
     integers(len, seed).into_iter().map(|x| f32::from_bits(x as u32)).collect()
 }
@@ -154,14 +154,14 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|x| x.to_bits()).collect()
 }
 
-/// What members with `vectors` make of them together.
+/// The sum of the members' `vectors`.
 fn sum(vectors: impl Iterator<Item = Vec<i64>>) -> Vec<i64> {
     let add =
         |sum: Vec<i64>, one: Vec<i64>| sum.into_iter().zip(one).map(|(a, b)| a.wrapping_add(b)).collect();
     vectors.reduce(add).unwrap()
 }
 
-/// Sums over all members, of what each of them owns.
+/// Sums over all members what each of them owns.
 fn reduce(
     communicator: &mut Communicator,
     data: ViewMut<'_, <Cuda as Backend>::Buffer<i64>>,
@@ -171,7 +171,7 @@ fn reduce(
     communicator.finish(&within(patience))
 }
 
-/// Each operation on vectors of several lengths, and what it has to give.
+/// Tests each operation on vectors of several lengths.
 fn operations(member: &Member, communicator: &mut Communicator) {
     let (rank, size) = (communicator.rank(), communicator.size());
     for len in [1, 7, 1000, 100_003] {
@@ -183,14 +183,14 @@ fn operations(member: &Member, communicator: &mut Communicator) {
             assert_eq!(found[own.clone()], summed[own]);
         }
 
-        // The second part is left as it is.
+        // The elements between the parts must not change.
         let parts = [0..len / 3, len / 2..len];
         let of = |rank: usize| floats(len, 100 + rank);
         let mut expected = vec![f32::NAN; len];
         for (rank, part) in (0..size).flat_map(|rank| parts.clone().map(|part| (rank, part))) {
             let [own, rest] = Partition::equal(part, size).owned(rank);
             expected[own.clone()].copy_from_slice(&of(rank)[own]);
-            // All have it.
+            // All members own these elements.
             expected[rest.clone()].copy_from_slice(&of(0)[rest]);
         }
         let mut values = vec![f32::NAN; len];
@@ -208,7 +208,7 @@ fn operations(member: &Member, communicator: &mut Communicator) {
             assert_eq!(bits(&member.get(&data, len)), bits(&floats(len, 200 + root)));
         }
     }
-    // Parts of a buffer, one of them empty, that are all begun before one is waited for.
+    // All parts of a buffer, one of them empty, are begun before any is waited for.
     let mut data = member.put(&integers(100, rank));
     for part in [30..50, 60..60, 70..100] {
         communicator.begin_reduce_scatter(ViewMut::new(&mut data, part), &within(LONG)).unwrap();
@@ -221,7 +221,7 @@ fn operations(member: &Member, communicator: &mut Communicator) {
     }
     let untouched = integers(100, rank);
     assert_eq!([&found[..30], &found[50..70]], [&untouched[..30], &untouched[50..70]]);
-    // The largest and the smallest number, exactly.
+    // The sums are exactly the largest and the smallest number.
     let share = |total: i64| total / size as i64 + if rank == 0 { total % size as i64 } else { 0 };
     let extremes = [i64::MAX, i64::MIN, -1, i64::MIN];
     let mine = [share(i64::MAX), share(i64::MIN), share(-1), if rank == 0 { i64::MIN } else { 0 }];
@@ -235,7 +235,7 @@ fn operations(member: &Member, communicator: &mut Communicator) {
 
 #[test]
 #[ignore = "needs GPUs with NCCL, or the emulator: .ci/run cuda"]
-fn operations_give_what_they_should() {
+fn operations_give_the_expected_results() {
     if let Some(member) = Member::of_this_process() {
         operations(&member, &mut member.join());
         return;
@@ -245,21 +245,21 @@ fn operations_give_what_they_should() {
     }
 }
 
-/// With any version of NCCL.
+/// This works with any supported version of NCCL.
 #[test]
 #[ignore = "needs GPUs with NCCL, or the emulator: .ci/run cuda"]
-fn a_group_of_one_gives_what_it_should() {
+fn a_group_of_one_gives_the_expected_results() {
     match Member::of_this_process() {
         Some(member) => operations(&member, &mut member.join()),
         None => finish(start("a_group_of_one_gives_what_it_should", 1, 1)),
     }
 }
 
-/// Gradients become integers, are summed, and become means: an operation comes after the kernels that were called before,
-/// and others run beside it.
+/// Gradients become integers, are summed, and become means. An operation comes after kernels that were launched before
+/// it, and later ones run concurrently.
 #[test]
 #[ignore = "needs GPUs with NCCL, or the emulator: .ci/run cuda"]
-fn kernels_come_before_and_beside() {
+fn kernels_run_before_and_during_operations() {
     let Some(member) = Member::of_this_process() else {
         return finish(start("kernels_come_before_and_beside", 2, 1));
     };
@@ -304,7 +304,7 @@ fn kernels_come_before_and_beside() {
 
 #[test]
 #[ignore = "needs GPUs with NCCL, or the emulator: .ci/run cuda"]
-fn survivors_of_a_killed_member_go_on_without_it() {
+fn survivors_continue_without_a_killed_member() {
     const VICTIM: usize = 2;
     let name = "survivors_of_a_killed_member_go_on_without_it";
     let Some(member) = Member::of_this_process() else {
@@ -334,14 +334,14 @@ fn survivors_of_a_killed_member_go_on_without_it() {
     };
     assert!(took < Duration::from_secs(2), "gave up after {took:?}");
     assert!(rounds >= 20, "{rounds} rounds, {error}");
-    // With NCCL itself, the connection may break as well.
+    // With the real NCCL, the connection may also break.
     assert!(
         matches!(error, CommunicatorError::GivenUp { .. } | CommunicatorError::Refused { .. }),
         "{error}"
     );
     assert_eq!(reduce(&mut communicator, all(&mut data, len), patience), Err(error));
 
-    // The same device and buffer.
+    // The survivors use the same device and buffer in a new group.
     let (rank, size) = (member.rank - usize::from(member.rank > VICTIM), member.size - 1);
     let mut communicator =
         Communicator::new(&member.cuda, &member.ids[1], rank, size, &within(LONG)).unwrap();
@@ -363,17 +363,17 @@ fn a_group_that_lacks_a_member_is_given_up() {
     let error = Communicator::new(&member.cuda, &member.ids[0], member.rank, 3, &patience).unwrap_err();
     assert!(matches!(error, CommunicatorError::GivenUp { .. }), "{error}");
     assert!(began.elapsed() < Duration::from_secs(3), "gave up after {:?}", began.elapsed());
-    // That does no harm to the device.
+    // The device is still usable.
     let id = &member.ids[1];
     let mut communicator =
         Communicator::new(&member.cuda, id, member.rank, member.size, &within(LONG)).unwrap();
     operations(&member, &mut communicator);
 }
 
-/// A member that leaves is as one that dies: the others hear nothing.
+/// The others are not notified of a member that leaves, just as of one that dies.
 #[test]
 #[ignore = "needs GPUs with NCCL, or the emulator: .ci/run cuda"]
-fn an_operation_that_not_all_call_is_given_up() {
+fn an_operation_that_not_all_members_call_is_given_up() {
     let Some(member) = Member::of_this_process() else {
         return finish(start("an_operation_that_not_all_call_is_given_up", 2, 3));
     };
@@ -383,7 +383,7 @@ fn an_operation_that_not_all_call_is_given_up() {
     reduce(&mut communicator, all(&mut data, len), LONG).unwrap();
     if member.rank == 0 {
         communicator.begin_reduce_scatter(all(&mut data, len), &within(LONG)).unwrap();
-        // It is never done, and kernels and copies do not wait for it.
+        // The operation never completes, but kernels and copies do not wait for it.
         let other = member.put(&integers(100, 1));
         assert_eq!(member.get(&other, 100), integers(100, 1));
         let error = communicator.finish(&|| Some("told to".to_owned())).unwrap_err();
@@ -391,7 +391,7 @@ fn an_operation_that_not_all_call_is_given_up() {
             matches!(&error, CommunicatorError::GivenUp { reason, .. } if reason == "told to"),
             "{error}"
         );
-        // One that is begun again, and given up with its communicator.
+        // Another operation is begun, and is given up when its communicator is dropped.
         let id = &member.ids[1];
         let mut communicator = Communicator::new(&member.cuda, id, 0, member.size, &within(LONG)).unwrap();
         communicator.begin_reduce_scatter(all(&mut data, len), &within(LONG)).unwrap();

@@ -1,4 +1,4 @@
-//! From what a person calls a device to a backend.
+//! Opens the backend for a device that a person has named.
 
 #![forbid(unsafe_code)]
 
@@ -7,7 +7,7 @@ use ulmus_cpu::Cpu;
 use ulmus_cuda::Cuda;
 use ulmus_plan::Device;
 
-/// A device that is ready.
+/// The backend of an open device.
 #[derive(Debug, Clone)]
 pub enum AnyBackend {
     /// The processor.
@@ -17,11 +17,11 @@ pub enum AnyBackend {
 }
 
 impl AnyBackend {
-    /// Opens a device for the `nth` worker of this machine, with that many threads if it is the processor.
+    /// Opens a device for worker number `nth` of this machine. The CPU uses `threads` threads.
     ///
     /// # Errors
-    /// [`BackendError::Device`] if a GPU is asked for, or shown by its driver, and cannot be used: a run that
-    /// goes on many times slower unasked serves nobody.
+    /// [`BackendError::Device`] if a GPU was requested, or its driver shows one, but it cannot be used. Nothing falls
+    /// back to the CPU silently, because the run would be many times slower.
     pub fn new(device: Device, threads: usize, nth: usize) -> Result<Self, BackendError> {
         let gpus = || Cuda::devices();
         let ordinal = match device {

@@ -1,34 +1,34 @@
-//! An independent implementation of OpenELM's loss and gradients: candle's tensors and its tape, in f64. It is slow and
-//! plain, and what the model crate is compared with.
+//! An independent implementation of OpenELM's loss and gradients, with candle's tensors and automatic differentiation
+//! in f64. It is slow and simple, and tests compare the model crate with it.
 
 use candle_core::{D, Device, Error, Result, Tensor, Var};
 use ulmus_backend::IGNORE;
 use ulmus_model::MicroBatch;
 use ulmus_plan::{ModelConfig, NormKind};
 
-/// A model of one variable per tensor.
+/// A model with one variable per tensor.
 #[derive(Debug)]
 pub struct Oracle {
     config: ModelConfig,
     variables: Vec<(String, Var)>,
 }
 
-/// What a batch gives.
+/// The losses and gradients of a batch.
 #[derive(Debug)]
 pub struct Losses {
     /// Sum of the cross-entropies of valid tokens, in nats.
     pub cross_entropy: f64,
-    /// Sum of their squared logsumexps.
+    /// Sum of the squared logsumexps of valid tokens.
     pub z: f64,
-    /// Gradient of `cross_entropy + z_loss · z` of each tensor, in the order in which they were given.
+    /// The gradient of `cross_entropy + z_loss · z` for each tensor, in the order in which tensors were given.
     pub gradients: Vec<Vec<f64>>,
 }
 
 impl Oracle {
-    /// A model with these tensors: names as in files of the Hugging Face format, shapes, and values.
+    /// A model with the given tensors: names as in Hugging Face files, shapes, and values.
     ///
     /// # Errors
-    /// Those of candle, for instance where a shape does not fit its values.
+    /// Errors of candle, for example if a shape does not fit its values.
     pub fn new<'a>(
         config: &ModelConfig,
         tensors: impl IntoIterator<Item = (&'a str, &'a [usize], &'a [f32])>,
@@ -41,15 +41,16 @@ impl Oracle {
         Ok(Self { config: config.clone(), variables })
     }
 
-    /// Loss and gradients of a batch.
+    /// Computes the losses and gradients of a batch.
     ///
     /// # Errors
-    /// Those of candle, and a tensor of the model that was not given or that the loss does not depend on.
+    /// Errors of candle, or a tensor that is missing or that the loss does not depend on.
     pub fn losses(&self, batch: &MicroBatch, z_loss: f64) -> Result<Losses> {
         let (cross_entropy, z) = self.forward(batch)?;
         let found = (&cross_entropy + (&z * z_loss)?)?.backward()?;
         let gradient = |(name, variable): &(String, Var)| {
-            let gradient = found.get(variable).ok_or_else(|| Error::Msg(format!("no gradient of {name}")))?;
+            let gradient =
+                found.get(variable).ok_or_else(|| Error::Msg(format!("{name} has no gradient")))?;
             gradient.flatten_all()?.to_vec1()
         };
         Ok(Losses {
@@ -62,7 +63,9 @@ impl Oracle {
     fn weight(&self, name: &str) -> Result<&Tensor> {
         let name = format!("transformer.{name}.weight");
         let found = self.variables.iter().find(|(own, _)| *own == name);
-        found.map(|(_, variable)| variable.as_tensor()).ok_or_else(|| Error::Msg(format!("no tensor {name}")))
+        found
+            .map(|(_, variable)| variable.as_tensor())
+            .ok_or_else(|| Error::Msg(format!("there is no tensor {name}")))
     }
 
     fn norm(&self, x: &Tensor, name: &str) -> Result<Tensor> {
@@ -134,7 +137,7 @@ impl Oracle {
         self.linear(&gated, &format!("layers.{layer}.ffn.proj_2"))
     }
 
-    /// Sums over valid tokens: cross-entropy, squared logsumexp.
+    /// The sums of cross-entropies and of squared logsumexps over valid tokens.
     fn forward(&self, batch: &MicroBatch) -> Result<(Tensor, Tensor)> {
         let (device, shape) = (Device::Cpu, (batch.sequences, batch.length));
         let table = self.weight("token_embeddings")?;

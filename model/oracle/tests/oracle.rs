@@ -1,4 +1,4 @@
-//! The whole model against the oracle, on models of various shapes.
+//! Compares whole models of various shapes with the oracle.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -10,13 +10,15 @@ use ulmus_oracle::Oracle;
 use ulmus_plan::{ModelConfig, Multipliers, NormKind};
 
 const Z_LOSS: f64 = 0.01;
-/// Relative, between float32 and float64.
+/// Relative tolerance for losses, between float32 and float64.
 const LOSS: f64 = 2e-6;
+/// Relative tolerance for each tensor's gradient.
 const GRADIENT: f64 = 2e-5;
-/// Of the whole gradient's norm; a tensor's gradient may be zero but for rounding, as that of queries with one key.
+/// Smaller gradients, as a share of the whole gradient's norm, are not compared relatively: they may be zero except for
+/// rounding, like that of queries with a single key.
 const NEGLIGIBLE: f64 = 1e-3;
 
-/// Numbers below `bound`, the same for the same seed.
+/// Random numbers below `bound`.
 fn numbers(len: usize, bound: u32, seed: u32) -> Vec<u32> {
     let mut state = seed.wrapping_mul(747_796_405).wrapping_add(2_891_336_453);
     (0..len)
@@ -40,7 +42,7 @@ fn compare_with(config: &ModelConfig, shape: BatchShape, seed: u32) {
     let vocabulary = config.vocab_size as u32;
     let mut targets = numbers(rows, vocabulary, seed);
     targets.iter_mut().step_by(7).for_each(|target| *target = IGNORE);
-    // A new document every 11 positions in the even sequences.
+    // In even sequences, a new document begins every 11 positions.
     let start = |row: usize| if (row / length).is_multiple_of(2) { row % length / 11 * 11 } else { 0 };
     let batch = MicroBatch {
         sequences,
@@ -52,7 +54,7 @@ fn compare_with(config: &ModelConfig, shape: BatchShape, seed: u32) {
 
     let mut replica = Replica::new(Cpu::new(2), config, shape, Objective::next_token(Z_LOSS)).unwrap();
     replica.initialise(u64::from(seed));
-    // Norm weights away from 1, so that they matter.
+    // Norm weights differ from 1, so that they matter.
     for tensor in layout.tensors().iter().filter(|tensor| !tensor.decays()) {
         let noise = numbers(tensor.range.len(), 1000, seed + 2);
         let values: Vec<f32> = noise.iter().map(|x| 0.8 + *x as f32 / 2500.0).collect();
@@ -141,12 +143,12 @@ fn widths_listed_per_layer_and_another_rope_base() {
     compare(&config, 2, 129, 4);
 }
 
-/// Head widths, with those of the published models among them.
+/// Widths of heads, including those of the published models.
 fn head_dims() -> impl Strategy<Value = usize> {
     prop_oneof![Just(32), Just(64), Just(128), (3..20_usize).prop_map(|half| 2 * half)]
 }
 
-/// Widths from 16 on: the layer norm of very few numbers cancels most of their digits.
+/// Configurations with widths from 16 on, because the layer norm of very few numbers cancels most of their digits.
 fn configs() -> impl Strategy<Value = ModelConfig> {
     let vocabulary = prop_oneof![9 => 2..300_usize, 1 => Just(32_001)];
     let multipliers = || (1..5_u32, 1..5_u32).prop_map(|(a, b)| pair(f64::from(a) / 2.0, f64::from(b) / 2.0));
@@ -162,7 +164,7 @@ fn configs() -> impl Strategy<Value = ModelConfig> {
     )
         .prop_map(|(vocabulary, layers, dims, groups, multipliers, divisor, norm)| {
             let layers_of = |multipliers: Multipliers| match multipliers {
-                // A pair is the first and the last layer's.
+                // A pair has values for the first and the last layer.
                 Multipliers::Layers(pair) if layers == 1 => Multipliers::Uniform(pair[0]),
                 other => other,
             };
@@ -174,10 +176,10 @@ fn configs() -> impl Strategy<Value = ModelConfig> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
-    /// Shapes that are multiples of no tile, block or vector, down to one row of one sequence.
+    /// Shapes need not be multiples of tiles, blocks or vectors, and may be as small as one row of one sequence.
     #[test]
     fn any_shape(config in configs(), sequences in 1..4_usize, length in 1..90_usize, recompute: bool, seed in 0..1000_u32) {
-        // The first of every seven targets is ignored.
+        // The first of every seven targets is ignored, so a single row would have no target.
         prop_assume!(sequences * length > 1);
         compare_with(&config, BatchShape { sequences, length, recompute }, seed);
     }

@@ -18,7 +18,7 @@ pub(super) fn export(run: &Run) -> Result<Exported, WorkerError> {
     let tokenizer = run.tokenizer()?;
     let tokens = SpecialTokens { bos: tokenizer.bos(), eos: tokenizer.eos() };
     let mut files = BTreeMap::new();
-    let (bos, eos) = tokenizer.names_of_ends();
+    let (bos, eos) = tokenizer.special_names();
     let names = json!({ "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos });
     let contents = [
         ("config.json", config_json(&run.plan.model, tokens)?.into_bytes()),

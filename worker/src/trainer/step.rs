@@ -140,7 +140,7 @@ impl<B: TrainingBackend> Member<'_, B> {
             let mut waits = || {
                 self.control.begin(Section::Reading);
             };
-            let rows = self.loader.take_telling(&self.lanes[index], per_lane, &mut waits);
+            let rows = self.loader.take_with_progress(&self.lanes[index], per_lane, &mut waits);
             let rows = rows.map_err(|error| match error {
                 DataError::Exhausted { .. } => Obstacle::Exhausted(error.to_string()),
                 error => Obstacle::Failed(error.into()),

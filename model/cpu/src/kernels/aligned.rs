@@ -1,4 +1,4 @@
-//! Memory in cache lines: no vector of packed data straddles two.
+//! Memory in whole cache lines, so that no vector of packed data straddles two of them.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -7,8 +7,8 @@ use std::sync::{Mutex, PoisonError};
 #[repr(C, align(64))]
 pub(super) struct Line(pub [u32; 16]);
 
-/// Packed operands that nobody uses. They do not belong to threads: whichever runs a product, it finds the memory of the
-/// product before.
+/// Unused memory for packed operands. It does not belong to any thread, so that each product finds the memory of the
+/// previous one, whichever thread runs it.
 static FREE: Mutex<Vec<[Vec<Line>; 2]>> = Mutex::new(Vec::new());
 
 /// Lends memory for the two operands of a product.
@@ -20,7 +20,7 @@ pub(super) fn with_operands<R>(work: impl FnOnce(&mut [Vec<Line>; 2]) -> R) -> R
     result
 }
 
-/// The first `words` of a scratch that grows to what it was asked for.
+/// The first `words` words of a scratch buffer, which grows as needed.
 pub(super) fn room(scratch: &mut Vec<Line>, words: usize) -> &mut [u32] {
     let lines = words.div_ceil(16);
     if scratch.len() < lines {
@@ -29,7 +29,7 @@ pub(super) fn room(scratch: &mut Vec<Line>, words: usize) -> &mut [u32] {
     &mut bytemuck::cast_slice_mut::<Line, u32>(scratch)[..words]
 }
 
-/// The same, in lines.
+/// The first `lines` lines of a scratch buffer, which grows as needed.
 pub(super) fn room_lines(scratch: &mut Vec<Line>, lines: usize) -> &mut [Line] {
     bytemuck::cast_slice_mut(room(scratch, lines * 16))
 }

@@ -1,9 +1,10 @@
 //! Causal attention with grouped queries and document starts.
 //!
-//! Keys and values of a head become right panels once. Queries pass by in *blocks*: some adjacent positions of all the
-//! heads that share these keys, stacked head by head, whose scores are made, normalised and used while they are in
-//! cache. Keys before the earliest document start of a block are not touched, so packed documents cost what they weigh.
-//! The work is parallel over key/value heads; the backward sums their gradients in the order of the blocks.
+//! The keys and values of a head are packed as right panels once. Queries are processed in *blocks*: a few adjacent
+//! positions of all heads that share these keys, stacked head by head, whose scores are computed, normalised and used
+//! while they are in the cache. Keys before the earliest document start in a block are skipped, so packed documents
+//! cost only what they need. The work is parallel over key/value heads; the backward pass sums their gradients in the
+//! order of the blocks.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -13,51 +14,52 @@ use ulmus_backend::{AttentionShape, Heads, WeightFormat};
 use ulmus_plan::Precision;
 
 use super::aligned::{Line, room, room_lines};
-use super::matrix::{Matrix, MatrixMut, Output, Shared, Threads};
-use super::panel::{Kernel, LANES, Lanes, LeftPanels, by_kernel, pack_right, step};
+use super::dispatch::{by_kernel, pack_right};
+use super::panel::{Kernel, LANES, Lanes, LeftPanels, step};
 use super::product::{Product, pack_left};
 use super::simd::{dot, exp, max, sum, vectorised};
+use super::view::{Matrix, MatrixMut, Output, Shared, Threads};
 
-/// Rows of a block, over all its heads: their scores stay in the second-level cache.
+/// Number of rows in a block over all of its heads, such that their scores stay in the second-level cache.
 const BLOCK_ROWS: usize = 56;
 
-/// Positions of a block.
+/// Number of positions in a block.
 pub(super) fn block_positions(heads: Heads) -> usize {
     (BLOCK_ROWS / heads.group()).max(1)
 }
 
-/// How rows of one head, one per position, are kept as right panels.
+/// The layout of the rows of one head, one per position, as right panels.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct HeadPanels {
     pub format: WeightFormat,
-    /// Room for so many; a multiple of [`LANES`].
+    /// Maximum number of positions, a multiple of [`LANES`].
     pub positions: usize,
     pub width: usize,
 }
 
 impl HeadPanels {
-    /// Lines of a panel whose lanes are positions.
+    /// Number of lines in a panel whose lanes are positions.
     pub(super) fn by_position(&self) -> usize {
         let (depths, lines) = step(self.format);
         self.width.div_ceil(depths) * lines
     }
 
-    /// Lines of all panels whose lanes are positions.
+    /// Number of lines in all panels whose lanes are positions.
     pub(super) fn all_by_position(&self) -> usize {
         self.positions / LANES * self.by_position()
     }
 
-    /// Lines of a panel whose lanes are elements.
+    /// Number of lines in a panel whose lanes are elements.
     pub(super) fn by_element(&self) -> usize {
         self.before(self.positions)
     }
 
-    /// Lines of all panels whose lanes are elements.
+    /// Number of lines in all panels whose lanes are elements.
     pub(super) fn all_by_element(&self) -> usize {
         self.width.div_ceil(LANES) * self.by_element()
     }
 
-    /// Lines of a panel of elements before that position, which begins a step.
+    /// Number of lines before `position`, which begins a step, in a panel whose lanes are elements.
     fn before(&self, position: usize) -> usize {
         let (depths, lines) = step(self.format);
         position / depths * lines
@@ -79,7 +81,7 @@ impl HeadPanels {
     }
 }
 
-/// Keys by position and values by element of one head.
+/// The keys of one head in panels by position, and its values in panels by element.
 #[derive(Clone, Copy)]
 pub(super) struct KeysValues<'a> {
     pub panels: HeadPanels,
@@ -87,14 +89,14 @@ pub(super) struct KeysValues<'a> {
     pub values: &'a [Line],
 }
 
-/// Memory of one task. Grows to the largest of its thread and is then reused.
+/// The memory of a task. It grows to the needs of the largest task of its thread, and is reused.
 #[derive(Default)]
 pub(super) struct Scratch {
-    /// Keys and values of a head.
+    /// The keys and values of a head.
     panels: [Vec<Line>; 3],
-    /// Rows of a block: queries or results, and gradients.
+    /// The rows of a block: its queries or results, and their gradients.
     rows: [Vec<Line>; 2],
-    /// Scores, or probabilities, and their gradients.
+    /// The scores or probabilities of a block, and their gradients.
     scores: [Vec<Line>; 2],
     left: Vec<Line>,
     right: Vec<Line>,
@@ -104,22 +106,22 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// Lends the thread's scratch.
+/// Lends the thread's scratch to `work`.
 pub(super) fn with_scratch(work: impl FnOnce(&mut Scratch)) {
-    // Taken out and put back: nothing is borrowed while the work runs.
+    // The scratch is taken out and put back, so that nothing is borrowed while the work runs.
     let mut scratch = SCRATCH.take();
     work(&mut scratch);
     SCRATCH.set(scratch);
 }
 
-/// Some adjacent positions of all heads that share a key/value head. Row r has head `r / positions` of the group and
+/// Adjacent positions of all heads that share a key/value head. Row r belongs to head `r / positions` of the group and
 /// position `first + r % positions`.
 #[derive(Clone, Copy)]
 pub(super) struct Block {
     pub first: usize,
     pub positions: usize,
     pub group: usize,
-    /// The keys that rows may see: from a multiple of [`LANES`] to the last position.
+    /// The first of the keys that rows may see, a multiple of [`LANES`]. The last position's key is the last of them.
     pub first_key: usize,
 }
 
@@ -128,7 +130,7 @@ impl Block {
         self.positions * self.group
     }
 
-    /// Keys from the first on.
+    /// Number of keys from `first_key` on.
     fn keys(&self) -> usize {
         self.first + self.positions - self.first_key
     }
@@ -137,8 +139,9 @@ impl Block {
         self.first + row % self.positions
     }
 
-    /// Stacks columns of `packed` rows, the first of which has position `origin`: those from `column` on, `width` for
-    /// each head.
+    /// Stacks the columns of `packed` from `column` on, `width` for each head. The first row of `packed` has the
+    /// position
+    /// `origin`.
     pub(super) fn gather(
         &self,
         to: &mut [f32],
@@ -153,7 +156,7 @@ impl Block {
         }
     }
 
-    /// The other way.
+    /// Writes stacked rows back to the columns that [`Self::gather`] has read.
     pub(super) fn scatter(
         &self,
         from: &[f32],
@@ -170,13 +173,14 @@ impl Block {
 }
 
 impl Scratch {
-    /// Room for the queries of a block, which become its results.
+    /// Memory for the queries of a block, which become its results.
     pub(super) fn block_rows(&mut self, rows: usize, width: usize) -> &mut [f32] {
         bytemuck::cast_slice_mut(room(&mut self.rows[0], rows * width))
     }
 
-    /// Lets the stacked queries attend: puts results in their place, and hands out each row's logsumexp.
-    /// `visible` gives the positions of the keys that a row sees.
+    /// Replaces the stacked queries of a block by the results of attention, and calls `lse` with the logsumexp of each
+    /// row.
+    /// `visible` returns the positions of the keys that a row sees.
     pub(super) fn attend<K: Kernel>(
         &mut self,
         kernel: K,
@@ -187,7 +191,7 @@ impl Scratch {
     ) {
         let KeysValues { panels, keys: key_lines, values } = head;
         let (rows, width, keys) = (block.rows(), panels.width, block.keys());
-        // As large as these panels can ask for, so that a growing text does not allocate.
+        // The buffers are sized for full panels, so that a growing text does not allocate.
         let scores: &mut [f32] = bytemuck::cast_slice_mut(room(&mut self.scores[0], rows * panels.positions));
         let most = LeftPanels::new(kernel, rows, panels.positions.max(width)).words();
         let left_words = room(&mut self.left, most);
@@ -213,7 +217,7 @@ impl Scratch {
     }
 }
 
-/// `out = a · right`, or added to it, on this thread alone.
+/// `out = a · right` or `out += a · right`, depending on `output`, on this thread alone.
 fn multiply<K: Kernel>(
     kernel: K,
     out: &mut MatrixMut<'_>,
@@ -231,7 +235,7 @@ fn multiply<K: Kernel>(
 }
 
 vectorised! {
-    /// Softmax of `scale · scores` over `from..to`, zeros elsewhere; gives the logsumexp.
+    /// Softmax of `scale · scores` over `from..to`, with zeros elsewhere. Returns the logsumexp.
     fn softmax(scores: &mut [f32], from: usize, to: usize, scale: f32) -> f32 {
         scores[..from].fill(0.0);
         scores[to..].fill(0.0);
@@ -249,12 +253,12 @@ vectorised! {
     }
 }
 
-/// One key/value head of one sequence in training.
+/// One key/value head of one sequence, in training.
 struct Head<'a> {
     heads: Heads,
     panels: HeadPanels,
     key_value: usize,
-    /// Rows of the sequence.
+    /// The packed rows of the sequence.
     packed: Matrix<'a>,
     doc_starts: &'a [u32],
 }
@@ -279,7 +283,7 @@ impl<'a> Head<'a> {
         }
     }
 
-    /// First column of the queries that share this head.
+    /// The first column of the queries that share this head.
     fn query_column(&self) -> usize {
         self.key_value * self.heads.group() * self.heads.width
     }
@@ -306,7 +310,7 @@ impl<'a> Head<'a> {
         })
     }
 
-    /// Keys that a row of a block sees.
+    /// The positions of the keys that a row of a block sees.
     fn visible(&self, block: Block, row: usize) -> Range<usize> {
         let position = block.position(row);
         self.doc_starts[position] as usize..position + 1
@@ -339,8 +343,8 @@ fn attention_by<K: Kernel>(
     (0..sequences * heads.key_value).into_par_iter().for_each(|task| {
         let (sequence, own) = (task / heads.key_value, group * heads.width);
         let head = Head::new(K::FORMAT, packed, doc_starts, shape, task);
-        // SAFETY: a task is one (sequence, key/value head): the columns of its query heads in the sequence's rows of
-        // `out`, and their part of `lse`, belong to no other task.
+        // SAFETY: a task is one pair of sequence and key/value head. The columns of its query heads in the sequence's
+        // rows of `out`, and their part of `lse`, belong to no other task.
         let (mut out, lse) = unsafe {
             (
                 out.block(sequence * length * stride + head.query_column(), length, own, stride),
@@ -376,7 +380,7 @@ fn attention_by<K: Kernel>(
     });
 }
 
-/// What the backward of attention reads.
+/// What the backward pass of attention reads.
 #[derive(Clone, Copy)]
 pub(crate) struct Upstream<'a> {
     /// Gradient of the output.
@@ -411,8 +415,8 @@ fn backward_by<K: Kernel>(
     (0..sequences * heads.key_value).into_par_iter().for_each(|task| {
         let sequence = task / heads.key_value;
         let head = Head::new(K::FORMAT, packed, doc_starts, shape, task);
-        // SAFETY: a task is one (sequence, key/value head). It takes the columns of that key head, of that value head
-        // and of the query heads that read them: no other task's.
+        // SAFETY: a task is one pair of sequence and key/value head. It takes the columns of that key head, of that
+        // value head and of the query heads that read them, which no other task takes and which do not overlap.
         let columns = |first: usize, width: usize| unsafe {
             packed_gradient.block(sequence * length * stride + first, length, width, stride)
         };
@@ -513,8 +517,8 @@ impl Scratch {
 }
 
 vectorised! {
-    /// Scores s become probabilities p; their gradients g become `scale · p · (g − out·gradient)`, those of the scores
-    /// before they are scaled; zeros where invisible.
+    /// Replaces scores by probabilities p, and the gradients g of the probabilities by `scale · p · (g −
+    /// out·out_gradient)`, the gradients of the unscaled scores. Both become zero where keys are not visible.
     fn softmax_backward(
         scores: &mut [f32],
         gradients: &mut [f32],

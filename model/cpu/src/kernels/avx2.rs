@@ -1,6 +1,6 @@
-//! Kernels on AVX2, which nearly every x86-64 processor has: float32, f16, bfloat16 and `q8_0`, with sums in float32.
+//! Kernels for AVX2, which nearly every x86-64 processor has: float32, f16, bfloat16 and `q8_0`, with sums in float32.
 //!
-//! In all formats the bits are those of [`portable`](super::portable).
+//! In all formats they give the same bits as [`portable`](super::portable).
 
 #![expect(
     clippy::needless_range_loop,
@@ -23,29 +23,29 @@ use std::arch::x86_64::{
 use ulmus_backend::WeightFormat;
 
 use super::aligned::Line;
-use super::panel::{Kernel, LANES, Lanes, Target};
-use super::q8::{self, BLOCK};
+use super::panel::{Kernel, LANES, Lanes, Q8_BLOCK, Target};
+use super::q8;
 use super::simd::{Level, level};
 
-/// Floats in a vector.
+/// Number of floats in a vector.
 const VECTOR: usize = 8;
-/// Vectors of a right panel's lanes.
+/// Number of vectors for the lanes of a right panel.
 const VECTORS: usize = LANES / VECTOR;
 
 /// Float32 times float32.
 #[derive(Clone, Copy)]
 pub(super) struct F32(());
-/// Float32 times f16, which the processor widens as it goes.
+/// Float32 times f16, which is widened on the fly.
 #[derive(Clone, Copy)]
 pub(super) struct F16(());
-/// Bfloat16 times bfloat16, widened as they are met.
+/// Bfloat16 times bfloat16, which are widened on the fly.
 #[derive(Clone, Copy)]
 pub(super) struct Bf16(());
-/// Float32 numbers that are bfloat16, kept as float32: for operands that are packed for one product, this is faster than to
-/// widen them every time they are met. Bits are those of [`Bf16`].
+/// Numbers that are rounded to bfloat16 but kept as float32. For operands that are packed for a single product, this is
+/// faster than widening them at every use. The bits are the same as for [`Bf16`].
 #[derive(Clone, Copy)]
 pub(super) struct Rounded<K>(K);
-/// Integers times integers, a block at a time.
+/// Integers times integers, one block at a time.
 #[derive(Clone, Copy)]
 pub(super) struct Q8_0(());
 
@@ -62,16 +62,21 @@ impl F16 {
 }
 
 impl Bf16 {
-    /// Not where plain loops have wider vectors.
+    /// `None` on processors with AVX-512, too, where the portable loops have wider vectors.
     pub(super) fn detect() -> Option<Self> {
         (level() == Level::Avx2).then_some(Self(()))
     }
 }
 
 impl<K: Kernel> Rounded<K> {
-    /// By that kernel of float32.
+    /// Uses `kernel`, which must be one for float32.
     pub(super) fn detect(kernel: K) -> Option<Self> {
         (K::FORMAT == WeightFormat::F32 && level() >= Level::Avx2).then_some(Self(kernel))
+    }
+
+    /// Packs lanes as a right panel of rounded numbers.
+    pub(super) fn pack_right(self, to: &mut [Line], lanes: Lanes<'_>) {
+        pack_bfloat16(bytemuck::cast_slice_mut(to), LANES, lanes);
     }
 }
 
@@ -81,7 +86,7 @@ impl Q8_0 {
     }
 }
 
-/// Sums of some vectors' lanes, per row.
+/// The sums of `TOGETHER` vectors of lanes, for each row.
 type Sums<const ROWS: usize, const TOGETHER: usize> = [[__m256; TOGETHER]; ROWS];
 
 macro_rules! kernel {
@@ -92,7 +97,7 @@ macro_rules! kernel {
         impl Kernel for $name {
             const FORMAT: WeightFormat = WeightFormat::$name;
             const WIDTHS: &'static [usize] = &[$($width),*];
-            const WORDS: usize = $words;
+            const STEP_WORDS: usize = $words;
 
             fn pack(self, to: &mut [u32], width: usize, lanes: Lanes<'_>) {
                 $pack(to, width, lanes);
@@ -106,20 +111,21 @@ macro_rules! kernel {
                 right: *const Line,
                 target: &Target,
             ) {
-                // SAFETY: `detect` found the instructions, the rest is promised by the caller.
+                // SAFETY: `detect` has found the instructions, and the caller fulfils the contract of
+                // `Kernel::multiply`.
                 unsafe {
                     match width {
                         $($width => $tile::<$width, $together>(steps, left, right, target),)*
-                        _ => unreachable!("no panel has {width} rows"),
+                        _ => unreachable!("{width} is not among the widths of panels"),
                     }
                 }
             }
         }
 
-        /// Goes through the right panel once for every `TOGETHER` vectors of its lanes.
+        /// Computes a tile, reading the right panel once for every `TOGETHER` vectors of its lanes.
         ///
         /// # Safety
-        /// See [`Kernel::multiply`].
+        /// The contract of [`Kernel::multiply`], with `ROWS` as the width.
         #[target_feature(enable = $features)]
         unsafe fn $tile<const ROWS: usize, const TOGETHER: usize>(
             steps: usize,
@@ -127,29 +133,30 @@ macro_rules! kernel {
             right: *const Line,
             target: &Target,
         ) {
-            // What one pass has read is in the first-level cache for the next.
+            // A part is so small that it stays in the first-level cache from one pass to the next.
             let part = if TOGETHER == VECTORS { steps } else { PART_LINES / $lines };
             for start in (0..steps).step_by(part.max(1)) {
                 let steps = part.min(steps - start);
-                // SAFETY: promised by the caller.
+                // SAFETY: the caller guarantees that both panels have more than `start` steps.
                 let (left, right) = unsafe { (left.add(start * ROWS * $words), right.add(start * $lines)) };
                 for first in (0..VECTORS).step_by(TOGETHER) {
                     if target.columns <= first * VECTOR {
                         break;
                     }
-                    // Here and not in functions: the sums have to be registers from beginning to end.
+                    // The loops are not in functions of their own, because the sums have to stay in registers.
                     let mut sums: Sums<ROWS, TOGETHER> = [[_mm256_setzero_ps(); TOGETHER]; ROWS];
                     if target.resume || start > 0 {
                         for row in 0..ROWS {
                             for vector in 0..TOGETHER {
-                                // SAFETY: promised by the caller.
+                                // SAFETY: the caller guarantees that the target is valid for reads.
                                 sums[row][vector] = unsafe { load(target, row, (first + vector) * VECTOR) };
                             }
                         }
                     }
                     let (mut left, mut right) = (left, right);
                     for _ in 0..steps {
-                        // SAFETY: promised by the caller; every step of the panels is read once in a pass.
+                        // SAFETY: the caller guarantees that both panels have these steps, of which a pass reads each
+                        // once.
                         unsafe {
                             $step(&mut sums, left, right, first);
                             left = left.add(ROWS * $words);
@@ -158,7 +165,7 @@ macro_rules! kernel {
                     }
                     for row in 0..ROWS {
                         for vector in 0..TOGETHER {
-                            // SAFETY: as above.
+                            // SAFETY: the caller guarantees that the target is valid for writes.
                             unsafe { store(target, row, (first + vector) * VECTOR, sums[row][vector]) };
                         }
                     }
@@ -168,8 +175,8 @@ macro_rules! kernel {
     };
 }
 
-// 12 vectors of sums leave room for a panel's two and a broadcast; few rows take the lanes of a panel together, so that
-// its memory is read in order.
+// Sums in 12 registers leave room for two vectors of a right panel and a broadcast. With few rows, all lanes of a panel
+// are taken together, so that its memory is read in order.
 kernel!(
     F32, "avx2,fma", words 1, lines 2, pack pack_float32, step step_f32, tile tile_f32,
     widths { 1 x 4, 2 x 4, 4 x 2, 6 x 2 }
@@ -182,23 +189,19 @@ kernel!(
     Bf16, "avx2,fma", words 2, lines 2, pack pack_bfloat16, step step_bf16, tile tile_bf16,
     widths { 1 x 4, 2 x 4, 4 x 2, 6 x 2 }
 );
-// Here each sum of floats has a sum of integers beside it.
+// Fewer rows fit here, because each sum of floats needs a sum of integers beside it.
 kernel!(
-    Q8_0, "avx2,fma,f16c", words q8::WORDS, lines 17, pack q8::pack_left, step step_q8, tile tile_q8,
+    Q8_0, "avx2,fma,f16c", words q8::STEP_WORDS, lines 17, pack q8::pack_left, step step_q8, tile tile_q8,
     widths { 1 x 4, 2 x 2, 4 x 1 }
 );
 
 impl<K: Kernel> Kernel for Rounded<K> {
     const FORMAT: WeightFormat = K::FORMAT;
     const WIDTHS: &'static [usize] = K::WIDTHS;
-    const WORDS: usize = K::WORDS;
+    const STEP_WORDS: usize = K::STEP_WORDS;
 
     fn pack(self, to: &mut [u32], width: usize, lanes: Lanes<'_>) {
         pack_bfloat16(to, width, lanes);
-    }
-
-    fn pack_right(self, to: &mut [Line], lanes: Lanes<'_>) {
-        pack_bfloat16(bytemuck::cast_slice_mut(to), LANES, lanes);
     }
 
     unsafe fn multiply(
@@ -209,24 +212,24 @@ impl<K: Kernel> Kernel for Rounded<K> {
         right: *const Line,
         target: &Target,
     ) {
-        // SAFETY: promised by the caller.
+        // SAFETY: this is the same contract, and rounded panels have the layout of float32.
         unsafe { self.0.multiply(width, steps, left, right, target) };
     }
 }
 
-/// The first `count` of a vector.
+/// The mask of the first `count` elements of a vector.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn mask(count: usize) -> __m256i {
     const BITS: [i32; 2 * VECTOR] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
-    // SAFETY: the last vector of the table begins at its middle.
+    // SAFETY: the vector begins in the first half of the table or at its middle, so it ends within the table.
     unsafe { _mm256_loadu_si256(BITS.as_ptr().add(VECTOR - count.min(VECTOR)).cast()) }
 }
 
-/// Sums of a target from a column on, and zeros where it has none.
+/// Loads a vector of a target's sums from `column` on, with zeros for columns and rows beyond the target.
 ///
 /// # Safety
-/// AVX2; the target is valid to read.
+/// The processor must have AVX2, and the target must be valid for reads.
 #[inline]
 #[target_feature(enable = "avx2")]
 unsafe fn load(target: &Target, row: usize, column: usize) -> __m256 {
@@ -234,54 +237,54 @@ unsafe fn load(target: &Target, row: usize, column: usize) -> __m256 {
     if row >= target.rows || columns == 0 {
         _mm256_setzero_ps()
     } else if columns >= VECTOR {
-        // SAFETY: all of the vector is the target's.
+        // SAFETY: the target has all columns of the vector.
         unsafe { _mm256_loadu_ps(target.at(row, column)) }
     } else {
-        // SAFETY: the mask ends with the target's columns.
+        // SAFETY: the mask allows only columns of the target.
         unsafe { _mm256_maskload_ps(target.at(row, column), mask(columns)) }
     }
 }
 
-/// Stores what of a vector is a target's.
+/// Stores the part of a vector that belongs to a target.
 ///
 /// # Safety
-/// AVX2; the target is valid to write.
+/// The processor must have AVX2, and the target must be valid for writes.
 #[inline]
 #[target_feature(enable = "avx2")]
 unsafe fn store(target: &Target, row: usize, column: usize, values: __m256) {
     let columns = target.columns.saturating_sub(column);
     if row >= target.rows || columns == 0 {
     } else if columns >= VECTOR {
-        // SAFETY: all of the vector is the target's.
+        // SAFETY: the target has all columns of the vector.
         unsafe { _mm256_storeu_ps(target.at(row, column), values) }
     } else {
-        // SAFETY: the mask ends with the target's columns.
+        // SAFETY: the mask allows only columns of the target.
         unsafe { _mm256_maskstore_ps(target.at(row, column), mask(columns), values) }
     }
 }
 
-/// Lines of a right panel that several passes go through one after the other.
+/// Number of lines in the part of a right panel that several passes read one after the other.
 const PART_LINES: usize = 256;
 
-/// Rows so few that a panel comes from memory once and is waited for.
+/// With at most this many rows, a product is limited by the memory that right panels come from.
 const FEW: usize = 4;
-/// Lines ahead of what is read that are asked for then.
+/// How many lines ahead of the current one are prefetched in that case, by format.
 const F32_AHEAD: usize = 24;
 const F16_AHEAD: usize = 24;
 const BF16_AHEAD: usize = 24;
 const Q8_AHEAD: usize = 34;
 
-/// Asks for a line some lines ahead.
+/// Prefetches the line that is `ahead` lines after `line`.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn prefetch(line: *const Line, ahead: usize) {
     _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(ahead).cast());
 }
 
-/// Adds the products of a word of each row and some vectors of a panel.
+/// Adds the products of one word of each row and `TOGETHER` vectors of a right panel.
 ///
 /// # Safety
-/// AVX2 and FMA; `left` has a word of each row.
+/// The processor must have AVX2 and FMA, and `left` must point to one word per row.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn multiply_add<const ROWS: usize, const TOGETHER: usize>(
@@ -290,7 +293,7 @@ unsafe fn multiply_add<const ROWS: usize, const TOGETHER: usize>(
     vectors: [__m256; TOGETHER],
 ) {
     for row in 0..ROWS {
-        // SAFETY: promised by the caller.
+        // SAFETY: the caller guarantees that there is a word for each row.
         let value = _mm256_set1_ps(unsafe { *left.add(row).cast() });
         for vector in 0..TOGETHER {
             sums[row][vector] = _mm256_fmadd_ps(value, vectors[vector], sums[row][vector]);
@@ -298,8 +301,11 @@ unsafe fn multiply_add<const ROWS: usize, const TOGETHER: usize>(
     }
 }
 
+/// Adds the products of one step.
+///
 /// # Safety
-/// AVX2 and FMA; a step is left in both panels, and the right one has `TOGETHER` vectors from `first` on.
+/// The processor must have AVX2 and FMA, both panels must have another step, and `first + TOGETHER` must be at most
+/// [`VECTORS`].
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn step_f32<const ROWS: usize, const TOGETHER: usize>(
@@ -313,7 +319,7 @@ unsafe fn step_f32<const ROWS: usize, const TOGETHER: usize>(
         prefetch(right, F32_AHEAD + 1);
     }
     let mut vectors = [_mm256_setzero_ps(); TOGETHER];
-    // SAFETY: a step is two lines of the right panel, four vectors, and a word of each row.
+    // SAFETY: a step has two lines, which are four vectors, in the right panel, and one word per row in the left panel.
     unsafe {
         for vector in 0..TOGETHER {
             vectors[vector] = _mm256_load_ps(right.cast::<f32>().add((first + vector) * VECTOR));
@@ -322,8 +328,11 @@ unsafe fn step_f32<const ROWS: usize, const TOGETHER: usize>(
     }
 }
 
+/// Adds the products of one step.
+///
 /// # Safety
-/// As for [`step_f32`], with F16C.
+/// The processor must have AVX2, FMA and F16C, both panels must have another step, and `first + TOGETHER` must be at
+/// most [`VECTORS`].
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn step_f16<const ROWS: usize, const TOGETHER: usize>(
@@ -336,7 +345,8 @@ unsafe fn step_f16<const ROWS: usize, const TOGETHER: usize>(
         prefetch(right, F16_AHEAD);
     }
     let mut vectors = [_mm256_setzero_ps(); TOGETHER];
-    // SAFETY: a step is a line of the right panel, four half vectors, and a word of each row.
+    // SAFETY: a step has one line, which is four half vectors, in the right panel, and one word per row in the left
+    // panel.
     unsafe {
         for vector in 0..TOGETHER {
             let at = right.cast::<u16>().add((first + vector) * VECTOR);
@@ -346,8 +356,11 @@ unsafe fn step_f16<const ROWS: usize, const TOGETHER: usize>(
     }
 }
 
+/// Adds the products of one step.
+///
 /// # Safety
-/// As for [`step_f32`].
+/// The processor must have AVX2 and FMA, both panels must have another step, and `first + TOGETHER` must be at most
+/// [`VECTORS`].
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn step_bf16<const ROWS: usize, const TOGETHER: usize>(
@@ -362,7 +375,8 @@ unsafe fn step_bf16<const ROWS: usize, const TOGETHER: usize>(
     }
     let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
     let mut vectors = [[_mm256_setzero_ps(); TOGETHER]; 2];
-    // SAFETY: a step is two lines of the right panel, four vectors of pairs, and two words of each row.
+    // SAFETY: a step has two lines, which are four vectors of pairs, in the right panel, and two words per row in the
+    // left panel.
     unsafe {
         for vector in 0..TOGETHER {
             let pairs = _mm256_load_si256(right.cast::<u32>().add((first + vector) * VECTOR).cast());
@@ -374,11 +388,13 @@ unsafe fn step_bf16<const ROWS: usize, const TOGETHER: usize>(
     }
 }
 
-/// There is an instruction for unsigned times signed bytes alone, whose sums of two must fit 16 bits: so it gets the
-/// magnitudes of weights, up to 127, and activations with the weights' signs.
+/// Adds the products of one step. AVX2 can only multiply unsigned by signed bytes, and sums of two products must fit in
+/// 16 bits. So the instruction gets the magnitudes of weights, up to 127, and activations with the signs of the
+/// weights.
 ///
 /// # Safety
-/// AVX2, FMA and F16C; a step is left in both panels, and the right one has `TOGETHER` vectors from `first` on.
+/// The processor must have AVX2, FMA and F16C, both panels must have another step, and `first + TOGETHER` must be at
+/// most [`VECTORS`].
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn step_q8<const ROWS: usize, const TOGETHER: usize>(
@@ -387,12 +403,12 @@ unsafe fn step_q8<const ROWS: usize, const TOGETHER: usize>(
     right: *const Line,
     first: usize,
 ) {
-    const WORDS: usize = BLOCK / 4;
+    const INTEGER_WORDS: usize = Q8_BLOCK / 4;
     let (shift, ones) = (_mm256_set1_epi8(-128), _mm256_set1_epi16(1));
     let mut integers = [[_mm256_setzero_si256(); TOGETHER]; ROWS];
-    // SAFETY: a step is 17 lines of the right panel and `q8::WORDS` words of each row.
+    // SAFETY: a step has 17 lines in the right panel and `q8::STEP_WORDS` words per row in the left panel.
     unsafe {
-        for word in 0..WORDS {
+        for word in 0..INTEGER_WORDS {
             if first == 0 && ROWS <= FEW {
                 prefetch(right, 2 * word + Q8_AHEAD);
                 prefetch(right, 2 * word + Q8_AHEAD + 1);
@@ -414,7 +430,7 @@ unsafe fn step_q8<const ROWS: usize, const TOGETHER: usize>(
             let at = right.cast::<u16>().add((first + vector) * VECTOR);
             let scales = _mm256_cvtph_ps(_mm_loadu_si128(at.cast()));
             for row in 0..ROWS {
-                let scale = _mm256_set1_ps(*left.add((WORDS + 1) * ROWS + row).cast());
+                let scale = _mm256_set1_ps(*left.add((INTEGER_WORDS + 1) * ROWS + row).cast());
                 sums[row][vector] = _mm256_fmadd_ps(
                     _mm256_cvtepi32_ps(integers[row][vector]),
                     _mm256_mul_ps(scales, scale),
@@ -427,15 +443,15 @@ unsafe fn step_q8<const ROWS: usize, const TOGETHER: usize>(
 
 fn pack_float32(to: &mut [u32], width: usize, lanes: Lanes<'_>) {
     assert_eq!(to.len(), width * lanes.depths, "words of a panel");
-    // SAFETY: only kernels that were detected call this; the panel's size is checked.
+    // SAFETY: only kernels whose `detect` has found AVX2 call this, and the panel's size is checked above.
     unsafe { pack_words::<false>(to, width, lanes) }
 }
 
-/// Float32 numbers that are bfloat16, both depths of a step side by side.
+/// Packs bfloat16 numbers as float32, with both depths of a step one after the other.
 fn pack_bfloat16(to: &mut [u32], width: usize, lanes: Lanes<'_>) {
-    // With an odd number of depths, the last step has a half more.
+    // With an odd number of depths, the second half of the last step is zero.
     let (to, rest) = to.split_at_mut(width * lanes.depths);
-    // SAFETY: as above.
+    // SAFETY: only kernels whose `detect` has found AVX2 call this, and the split above gives `to` the required size.
     unsafe { pack_words::<true>(to, width, lanes) };
     rest.fill(0);
 }
@@ -443,51 +459,51 @@ fn pack_bfloat16(to: &mut [u32], width: usize, lanes: Lanes<'_>) {
 /// Packs lanes as a right panel of bfloat16.
 pub(super) fn pack_right(_: Bf16, to: &mut [u32], lanes: Lanes<'_>) {
     assert_eq!(to.len(), LANES * lanes.depths.div_ceil(2), "words of a panel");
-    // SAFETY: `detect` found the instructions; the panel's size is checked.
+    // SAFETY: the kernel's value proves that `detect` has found AVX2, and the panel's size is checked above.
     unsafe { pack_pairs(to, lanes) }
 }
 
-/// Rounds to bfloat16 and back, to the nearest and of two to the even one.
+/// Rounds to bfloat16 and back: to the nearest number, and to the even one of two.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn round(values: __m256) -> __m256i {
     let bits = _mm256_castps_si256(values);
     let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
     let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    // What is no number stays none, and becomes quiet.
+    // NaN stays NaN, and becomes quiet.
     let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
     let none = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(values, values));
     let kept = _mm256_blendv_epi8(rounded, quiet, none);
     _mm256_and_si256(kept, _mm256_set1_epi32(0xffff_0000_u32 as i32))
 }
 
-/// The first `count` of a vector at an address, and zeros.
+/// Loads up to a vector of floats, of which there are `count`, and fills it up with zeros.
 ///
 /// # Safety
-/// AVX2; so many floats are there.
+/// The processor must have AVX2, and `at` must point to `count` floats.
 #[inline]
 #[target_feature(enable = "avx2")]
 unsafe fn read(at: *const f32, count: usize) -> __m256 {
     if count >= VECTOR {
-        // SAFETY: promised by the caller.
+        // SAFETY: the caller guarantees at least a vector of floats.
         unsafe { _mm256_loadu_ps(at) }
     } else {
-        // SAFETY: promised by the caller; nothing is read where the mask is empty.
+        // SAFETY: the mask allows only the first `count` floats.
         unsafe { _mm256_maskload_ps(at, mask(count)) }
     }
 }
 
-/// Packs a word per lane and depth, rounded to bfloat16 or not.
+/// Packs one word per lane and depth, rounded to bfloat16 or not.
 ///
 /// # Safety
-/// AVX2; `to` has `width * source.depths` words.
+/// The processor must have AVX2, and `to` must have `width * source.depths` words.
 #[target_feature(enable = "avx2")]
 unsafe fn pack_words<const ROUND: bool>(to: &mut [u32], width: usize, source: Lanes<'_>) {
     for first in (0..width).step_by(VECTOR) {
         let lanes = source.count.saturating_sub(first);
         if source.adjacent() {
             for depth in 0..source.depths {
-                // SAFETY: no more lanes are read than there are; depths come in order.
+                // SAFETY: only lanes of the source are read, and depths are stored in order.
                 unsafe {
                     let values = read(source.at(first, depth), lanes);
                     let values = if ROUND { round(values) } else { _mm256_castps_si256(values) };
@@ -499,7 +515,7 @@ unsafe fn pack_words<const ROUND: bool>(to: &mut [u32], width: usize, source: La
         for start in (0..source.depths).step_by(VECTOR) {
             let depths = VECTOR.min(source.depths - start);
             if width == 1 {
-                // SAFETY: no more depths are read than there are, and the panel is as long.
+                // SAFETY: only depths of the source are read, and the panel has a word for each of them.
                 unsafe {
                     let values = read(source.at(0, start), depths);
                     let values = if ROUND { round(values) } else { _mm256_castps_si256(values) };
@@ -510,23 +526,23 @@ unsafe fn pack_words<const ROUND: bool>(to: &mut [u32], width: usize, source: La
             }
             let mut block = [_mm256_setzero_ps(); VECTOR];
             for lane in 0..lanes.min(VECTOR) {
-                // SAFETY: no more depths are read than there are.
+                // SAFETY: only depths of the source are read.
                 let values = unsafe { read(source.at(first + lane, start), depths) };
                 block[lane] = if ROUND { _mm256_castsi256_ps(round(values)) } else { values };
             }
             let columns = transpose(&block);
             for depth in 0..depths {
-                // SAFETY: depths come in order.
+                // SAFETY: depths are stored in order.
                 unsafe { store_lanes(to, width, first, start + depth, _mm256_castps_si256(columns[depth])) };
             }
         }
     }
 }
 
-/// Packs two depths of a lane in each word.
+/// Packs two depths of a lane into each word.
 ///
 /// # Safety
-/// AVX2; `to` has a word for each lane of a right panel and two depths.
+/// The processor must have AVX2, and `to` must have `LANES * source.depths.div_ceil(2)` words.
 #[target_feature(enable = "avx2")]
 unsafe fn pack_pairs(to: &mut [u32], source: Lanes<'_>) {
     let words = source.depths.div_ceil(2);
@@ -536,11 +552,11 @@ unsafe fn pack_pairs(to: &mut [u32], source: Lanes<'_>) {
             for word in 0..words {
                 let rounded = |depth: usize| {
                     let lanes = if depth < source.depths { lanes } else { 0 };
-                    // SAFETY: no more lanes are read than there are, and none behind the last depth.
+                    // SAFETY: only lanes of the source are read, and none after its last depth.
                     round(unsafe { read(source.at(first, depth), lanes) })
                 };
                 let pairs = pair(rounded(2 * word), rounded(2 * word + 1));
-                // SAFETY: words come in order.
+                // SAFETY: words are stored in order.
                 unsafe { store_lanes(to, LANES, first, word, pairs) };
             }
             continue;
@@ -549,7 +565,7 @@ unsafe fn pack_pairs(to: &mut [u32], source: Lanes<'_>) {
             let depths = source.depths - 2 * start;
             let mut block = [_mm256_setzero_ps(); VECTOR];
             for lane in 0..lanes.min(VECTOR) {
-                // SAFETY: no more depths are read than there are.
+                // SAFETY: only depths of the source are read.
                 let (low, high) = unsafe {
                     let at = source.at(first + lane, 2 * start);
                     (read(at, depths), read(at.wrapping_add(VECTOR), depths.saturating_sub(VECTOR)))
@@ -557,37 +573,37 @@ unsafe fn pack_pairs(to: &mut [u32], source: Lanes<'_>) {
                 let (low, high) = (_mm256_castsi256_ps(round(low)), _mm256_castsi256_ps(round(high)));
                 let even = _mm256_castps_si256(_mm256_shuffle_ps::<0b10_00_10_00>(low, high));
                 let odd = _mm256_castps_si256(_mm256_shuffle_ps::<0b11_01_11_01>(low, high));
-                // The shuffles leave each half of `low` beside one of `high`.
+                // The shuffles have left each half of `low` next to one of `high`.
                 let pairs = _mm256_permute4x64_epi64::<0b11_01_10_00>(pair(even, odd));
                 block[lane] = _mm256_castsi256_ps(pairs);
             }
             let columns = transpose(&block);
             for word in 0..VECTOR.min(words - start) {
-                // SAFETY: words come in order.
+                // SAFETY: words are stored in order.
                 unsafe { store_lanes(to, LANES, first, start + word, _mm256_castps_si256(columns[word])) };
             }
         }
     }
 }
 
-/// Two bfloat16 numbers in a word, the first in its lower half.
+/// Combines two bfloat16 numbers in a word, the first in its lower half.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn pair(first: __m256i, second: __m256i) -> __m256i {
     _mm256_or_si256(_mm256_srli_epi32::<16>(first), second)
 }
 
-/// Stores the lanes from `first` on of word `word` of a panel. The first lanes may be followed by zeros behind the panel's
-/// width, where their next word belongs.
+/// Stores the lanes from `first` on of the panel's word `word`. After the first lanes, zeros may also be stored beyond
+/// the panel's width, in the place of the next word.
 ///
 /// # Safety
-/// AVX2; the panel has that word, and its later words are stored after it.
+/// The processor must have AVX2, the panel must have that word, and later words must be stored later.
 #[inline]
 #[target_feature(enable = "avx2")]
 unsafe fn store_lanes(to: &mut [u32], width: usize, first: usize, word: usize, values: __m256i) {
     let at = word * width + first;
     let fits = first == 0 || first + VECTOR <= width;
-    // SAFETY: a whole vector lies in the panel, or the mask ends with it.
+    // SAFETY: either a whole vector fits in the panel, or the mask allows only lanes within the panel.
     unsafe {
         let address = to.as_mut_ptr().add(at);
         if fits && at + VECTOR <= to.len() {
@@ -598,7 +614,7 @@ unsafe fn store_lanes(to: &mut [u32], width: usize, first: usize, word: usize, v
     }
 }
 
-/// Rows become columns.
+/// Transposes a matrix of 8 × 8 floats.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn transpose(rows: &[__m256; VECTOR]) -> [__m256; VECTOR] {
@@ -617,7 +633,7 @@ fn transpose(rows: &[__m256; VECTOR]) -> [__m256; VECTOR] {
     }
     let mut columns = [_mm256_setzero_ps(); VECTOR];
     for column in 0..4 {
-        // Each half of `quads[4h + c]` holds column c or c + 4 of rows 4h..4h + 4.
+        // Each half of `quads[4h + c]` holds column c or c + 4 of the rows 4h..4h + 4.
         columns[column] = _mm256_permute2f128_ps::<0x20>(quads[column], quads[4 + column]);
         columns[4 + column] = _mm256_permute2f128_ps::<0x31>(quads[column], quads[4 + column]);
     }
@@ -628,11 +644,11 @@ fn transpose(rows: &[__m256; VECTOR]) -> [__m256; VECTOR] {
 mod tests {
     use half::bf16;
 
-    use super::super::matrix::Matrix;
     use super::super::panel::pack;
+    use super::super::view::Matrix;
     use super::*;
 
-    /// Ties both ways, what overflows, what is nearly nothing, and what is no number, among others.
+    /// Numbers that include ties in both directions, overflows, subnormals, infinity and NaN.
     fn values(len: usize) -> Vec<f32> {
         let rare =
             [0x3f80_8000, 0x3f81_8000, 0x7f7f_ffff, 0x8000_0001, 0x7f80_0000, 0x7f80_0001, 0xffc0_1234];
@@ -643,7 +659,7 @@ mod tests {
     }
 
     #[test]
-    fn panels_are_those_of_plain_loops() {
+    fn panels_equal_those_of_plain_loops() {
         if F32::detect().is_none() {
             return;
         }

@@ -1,7 +1,7 @@
-//! Attention over keys and values that were kept: those of each head as the panels that a block of queries reads.
+//! The key/value cache, and attention over it. The keys and values of each head are kept as right panels.
 //!
-//! A query's bits depend on its own position and what is cached, and not on the queries beside it: keys that it must not
-//! see get the probability 0.
+//! The bits of a query's result depend on its own position and the cache, but not on the queries beside it: keys that
+//! the query must not see get the probability 0.
 
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -9,14 +9,15 @@ use ulmus_backend::{BackendError, CacheFormat, Heads};
 
 use super::aligned::Line;
 use super::attention::{Block, HeadPanels, KeysValues, block_positions, with_scratch};
+use super::dispatch::by_kernel;
 use super::huge_pages::Pages;
-use super::matrix::{Matrix, Shared};
-use super::panel::{Kernel, LANES, by_kernel, place_of};
+use super::panel::{Kernel, LANES, place_of};
+use super::view::{Matrix, Shared};
 
-/// Rows from which on storing is worth waking other threads.
+/// With fewer rows than this, storing is not worth waking other threads.
 const SERIAL_ROWS: usize = 64;
 
-/// As [`ulmus_backend::Spans`].
+/// The slices of [`ulmus_backend::Spans`].
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Spans<'a> {
     pub sequences: &'a [u32],
@@ -25,20 +26,20 @@ pub(crate) struct Spans<'a> {
 }
 
 impl Spans<'_> {
-    /// Sequence, position and row of the first row of each span.
+    /// The sequence, position and row index of the first row of each span.
     fn iter(&self) -> impl Iterator<Item = (usize, usize, usize)> {
         let pairs = self.sequences.iter().zip(self.first);
         pairs.enumerate().map(|(index, (s, first))| (*s as usize, *first as usize, index * self.length))
     }
 }
 
-/// Keys and values of one layer, for several sequences.
+/// The keys and values of one layer, for several sequences.
 #[derive(Debug)]
 pub struct Cache {
     heads: Heads,
     format: CacheFormat,
     panels: HeadPanels,
-    /// Per sequence and head: all keys, then all values.
+    /// For each sequence and head, all keys and then all values.
     lines: Pages,
 }
 
@@ -62,7 +63,7 @@ impl Cache {
         self.panels.all_by_position() + self.panels.all_by_element()
     }
 
-    /// Keeps keys and values of the packed rows of all spans, and lets their queries attend to what they may see.
+    /// Stores the keys and values of the packed rows of all spans, and computes the attention of their queries.
     pub(crate) fn attend(&mut self, out: &mut [f32], packed: &[f32], spans: Spans<'_>) {
         let width = self.heads.packed_width();
         let packed = Matrix::new(packed, packed.len() / width, width, width);
@@ -117,7 +118,8 @@ impl Cache {
             let (keys, values) = lines.split_at(self.panels.all_by_position());
             let head_panels = KeysValues { panels: self.panels, keys, values };
             let column = head * group * width;
-            // SAFETY: a block of rows and the heads of a group are this task's alone.
+            // SAFETY: a task is one pair of block of rows and key/value head. The columns of its query heads in these
+            // rows belong to no other task.
             let mut out = unsafe { out.block(row * stride + column, positions, group * width, stride) };
             with_scratch(|scratch| {
                 let queries = packed.rows_of(row..row + positions);
@@ -136,7 +138,7 @@ impl Cache {
     }
 }
 
-/// Puts the key and the value of one position into a head's panels, whose steps are `STEP` depths.
+/// Stores the key and the value of one position in a head's panels, which have steps of `STEP` depths.
 fn put<const STEP: usize, T: bytemuck::Pod>(
     panels: HeadPanels,
     lines: &mut [Line],
@@ -156,7 +158,7 @@ fn put<const STEP: usize, T: bytemuck::Pod>(
             let at = place_of::<STEP>(LANES, lane, position);
             panel[at] = convert(*x);
             if position.is_multiple_of(STEP) {
-                // The positions after it in this step have no value yet, or that of an old text.
+                // The later positions in this step have no values yet, or those of an old text.
                 panel[at + 1..at + STEP].fill(T::zeroed());
             }
         }
@@ -177,7 +179,7 @@ mod tests {
         }
     }
 
-    /// Not even NaN, which times the probability 0 is NaN.
+    /// The old text consists of NaN, which would show even when multiplied by the probability 0.
     #[test]
     fn nothing_of_an_old_text_is_read() {
         let packed = [0.5; 4 * 6];

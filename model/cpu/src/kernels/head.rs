@@ -1,17 +1,17 @@
-//! The output head fused with its loss, some rows at a time.
+//! The output head fused with its loss, one chunk of rows at a time.
 //!
-//! Logits of one chunk become, in place, probabilities and then the gradient of the logits; the next chunk reuses
-//! their memory. Chunks are cut by the size of the caller's scratch, which the network plans by shape.
+//! The logits of a chunk become probabilities and then the gradient of the logits, in place; the next chunk reuses
+//! their memory. The size of a chunk follows from the caller's scratch, which the network plans by shape.
 
 use rayon::prelude::*;
 use ulmus_backend::{IGNORE, LinearShape};
 use ulmus_plan::Precision;
 
 use super::linear::{linear, linear_backward_input, linear_backward_weight};
-use super::matrix::Output;
 use super::simd::{exp, max, sum, vectorised};
+use super::view::Output;
 
-/// Where gradients go, and the weight of the z-loss in them.
+/// The outputs for gradients, and the weight of the z-loss in them.
 pub(crate) struct Gradients<'a> {
     pub hidden: &'a mut [f32],
     pub table: &'a mut [f32],
@@ -63,8 +63,8 @@ pub fn cross_entropy(out: &mut [f32], logits: &mut [f32], targets: &[u32]) {
 }
 
 vectorised! {
-    /// Cross-entropy and logsumexp of one row, both 0 if it is ignored. With a z-loss weight, the logits become
-    /// the gradient of `cross_entropy + z_loss · lse²`: `softmax · (1 + 2 · z_loss · lse) − onehot(target)`.
+    /// Cross-entropy and logsumexp of one row, both 0 if the row is ignored. With a z-loss weight, the logits become
+    /// the gradient of `cross_entropy + z_loss · lse²`, which is `softmax · (1 + 2 · z_loss · lse) − onehot(target)`.
     fn loss_row(logits: &mut [f32], target: u32, z_loss: Option<f32>) -> (f32, f32) {
         if target == IGNORE {
             if z_loss.is_some() {

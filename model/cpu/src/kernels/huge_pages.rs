@@ -1,5 +1,5 @@
-//! Memory that is read from one end to the other for every token: in large pages, where the system has them, because
-//! looking up small ones costs a tenth of the bandwidth.
+//! Memory for data that is read completely for every token. It is in large pages where the system has them, because
+//! looking up small pages costs a tenth of the bandwidth.
 
 use std::alloc::{Layout, alloc, dealloc};
 use std::fmt;
@@ -19,13 +19,13 @@ pub(super) struct Pages {
     len: usize,
 }
 
-// SAFETY: owned plain data.
+// SAFETY: `Pages` owns its memory exclusively, and lines are plain data.
 unsafe impl Send for Pages {}
-// SAFETY: as above.
+// SAFETY: a shared reference only allows reading, and lines are plain data.
 unsafe impl Sync for Pages {}
 
 impl Pages {
-    /// That many lines of zeros.
+    /// Allocates `len` lines of zeros.
     #[expect(clippy::cast_ptr_alignment, reason = "the layout is that of lines")]
     pub(super) fn zeroed(len: usize) -> Result<Self, BackendError> {
         if len == 0 {
@@ -33,17 +33,17 @@ impl Pages {
         }
         let bytes = len.saturating_mul(size_of::<Line>());
         let layout = Self::layout(bytes).ok_or(BackendError::OutOfMemory { bytes })?;
-        // SAFETY: the layout is not empty.
+        // SAFETY: the layout is not of size zero, because `len` is not 0.
         let memory = unsafe { alloc(layout) };
         let lines = NonNull::new(memory.cast::<Line>()).ok_or(BackendError::OutOfMemory { bytes })?;
         #[cfg(target_os = "linux")]
         if layout.align() == LARGE {
-            // Advice: where it is not taken, the memory is as good.
-            // SAFETY: the range is that of the allocation, and advice of this kind does not change what it holds.
+            // This is only advice: if the system ignores it, the memory works as well.
+            // SAFETY: the range is the whole allocation, and this kind of advice does not change its contents.
             unsafe { libc::madvise(memory.cast(), bytes, libc::MADV_HUGEPAGE) };
         }
-        // Writing the zeros takes the pages now: what does not fit fails here, not at the first token.
-        // SAFETY: the allocation has that many bytes.
+        // Writing the zeros maps the pages now, so that a lack of memory shows here and not at the first token.
+        // SAFETY: the allocation has `bytes` bytes.
         unsafe { memory.write_bytes(0, bytes) };
         Ok(Self { lines, len })
     }
@@ -57,7 +57,7 @@ impl Pages {
 impl Drop for Pages {
     fn drop(&mut self) {
         if let (1.., Some(layout)) = (self.len, Self::layout(self.len * size_of::<Line>())) {
-            // SAFETY: allocated with this layout.
+            // SAFETY: `zeroed` allocated the memory with the same layout, which depends on the length alone.
             unsafe { dealloc(self.lines.as_ptr().cast(), layout) };
         }
     }
@@ -67,14 +67,14 @@ impl Deref for Pages {
     type Target = [Line];
 
     fn deref(&self) -> &[Line] {
-        // SAFETY: that many lines were allocated and written; a line is plain data.
+        // SAFETY: `zeroed` has allocated and written `len` lines, which are plain data.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr(), self.len) }
     }
 }
 
 impl DerefMut for Pages {
     fn deref_mut(&mut self) -> &mut [Line] {
-        // SAFETY: as above, and borrowed alone.
+        // SAFETY: `zeroed` has allocated and written `len` lines, and `self` is borrowed exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_ptr(), self.len) }
     }
 }

@@ -3,8 +3,9 @@
 use ulmus_backend::LinearShape;
 use ulmus_plan::Precision;
 
-use super::matrix::{Matrix, MatrixMut, Output, multiply};
+use super::matrix::multiply;
 use super::simd::{axpy, vectorised};
+use super::view::{Matrix, MatrixMut, Output};
 
 /// `out[r] = table[ids[r]]`.
 pub(crate) fn embed(out: &mut [f32], table: &[f32], ids: &[u32], width: usize) {
@@ -13,7 +14,7 @@ pub(crate) fn embed(out: &mut [f32], table: &[f32], ids: &[u32], width: usize) {
     }
 }
 
-/// `table_gradient[ids[r]] += gradient[r]`, one row after the other: a token may occur in any two rows.
+/// `table_gradient[ids[r]] += gradient[r]`, one row after the other, because a token may occur in several rows.
 pub(crate) fn embed_backward(table_gradient: &mut [f32], gradient: &[f32], ids: &[u32], width: usize) {
     for (gradient, id) in gradient.chunks_exact(width).zip(ids) {
         add_row(&mut table_gradient[*id as usize * width..][..width], gradient);
@@ -56,7 +57,7 @@ pub(crate) fn linear_backward_input(
     );
 }
 
-/// `weight_gradient = gradientᵀ · x`, or added to it.
+/// `weight_gradient = gradientᵀ · x` or `weight_gradient += gradientᵀ · x`, depending on `output`.
 pub(crate) fn linear_backward_weight(
     weight_gradient: &mut [f32],
     gradient: &[f32],

@@ -1,9 +1,9 @@
 //! The loops of the CPU backend, on slices.
 //!
-//! Parallel loops are cut into blocks of fixed size, and sums over blocks are joined in the order of the blocks:
-//! the number of threads decides who computes a block, never what it contains. This is the only part of the crate
-//! with unsafe code: vectorised versions ([`simd`]), kernels of the matrix product ([`panel`]) and disjoint blocks
-//! ([`matrix`]).
+//! Parallel loops are cut into blocks of fixed size, and sums over blocks are added in the order of the blocks. So the
+//! number of threads decides which thread computes a block, but never what the block contains. Only this module has
+//! unsafe code: for vectorised versions ([`simd`]), kernels of the matrix product ([`panel`]), disjoint blocks
+//! ([`view`]) and large pages ([`huge_pages`]).
 
 mod aligned;
 pub(super) mod attention;
@@ -12,10 +12,11 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub(super) mod cache;
+mod dispatch;
 pub(super) mod head;
 mod huge_pages;
 pub(super) mod linear;
-pub(super) mod matrix;
+mod matrix;
 pub(super) mod norm;
 pub(super) mod optimizer;
 mod panel;
@@ -25,11 +26,12 @@ mod q8;
 pub(super) mod roofline;
 pub(super) mod simd;
 pub(super) mod swiglu;
+pub(super) mod view;
 pub(super) mod weights;
 
 #[cfg(test)]
 mod testing {
-    /// Numbers between -1/2 and 1/2.
+    /// Random numbers between -1/2 and 1/2.
     pub(super) fn values(len: usize, seed: u32) -> Vec<f32> {
         let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
         let mut next = || {

@@ -1,11 +1,11 @@
-//! What happens to a finished gradient: exact sums, its norm, and AdamW.
+//! Operations on a finished gradient: exact sums, squared norms, and AdamW.
 
 use rayon::prelude::*;
 use ulmus_backend::{AdamW, BLOCK, Quantum};
 
 use super::simd::vectorised;
 
-/// One AdamW step.
+/// Applies one AdamW step.
 pub(crate) fn adamw(
     weights: &mut [f32],
     first: &mut [f32],
@@ -35,7 +35,7 @@ vectorised! {
     }
 }
 
-/// Sum of squares per block.
+/// The sum of squares of each block.
 pub(crate) fn block_squares(sums: &mut [f64], x: &[f32]) {
     sums.par_iter_mut().zip(x.par_chunks(BLOCK)).for_each(|(sum, block)| *sum = squares(block));
 }
@@ -60,7 +60,7 @@ vectorised! {
     }
 }
 
-/// Adds the gradient in quanta, or puts it in place of the sums; `outside` becomes 1 if any element is out of range.
+/// Adds the gradient, in quanta, to the sums, or overwrites them. `outside` becomes 1 if any element is out of range.
 pub(crate) fn quantise(
     sums: &mut [i64],
     outside: &mut u32,
@@ -68,7 +68,7 @@ pub(crate) fn quantise(
     quantum: &Quantum,
     accumulate: bool,
 ) {
-    // A power of two, so that multiplying by its inverse is exact.
+    // The quantum is a power of two, so multiplying by its inverse is exact.
     let (inverse, limit) = (1.0 / quantum.value(), quantum.limit());
     let in_range = sums
         .par_chunks_mut(BLOCK)
@@ -78,14 +78,14 @@ pub(crate) fn quantise(
     *outside |= u32::from(!in_range);
 }
 
-/// Between 2^52 and 2^53 floats are integers: adding this rounds, to the even one of two, and leaves the integer in the low
+/// Floats between 2^52 and 2^53 are integers, so adding this rounds half to even and leaves the integer in the low
 /// bits.
 const ROUNDER: f64 = 6_755_399_441_055_744.0;
 const HIGH: f64 = 4_294_967_296.0;
 
-/// A float32 in quanta, up to 2^62 of them, rounded half to even: as an upper and a lower part of 32 bits, to both of which
-/// [`ROUNDER`] is added. Few processors turn vectors of f64 into integers. It has 24 significant bits, so nothing but the
-/// lower part's fraction is lost.
+/// Rounds up to 2^62 quanta half to even, and splits them into an upper and a lower part of 32 bits, each with
+/// [`ROUNDER`] added, because few processors can convert vectors of f64 to integers. `quanta` comes from a float32 with
+/// 24 significant bits, so only the fraction of the lower part is lost.
 #[inline(always)]
 fn split(quanta: f64) -> (f64, f64) {
     let high = quanta * (1.0 / HIGH) + ROUNDER;
@@ -105,14 +105,15 @@ vectorised! {
             in_range &= gradient.abs() <= limit;
             let before = if accumulate { *sum } else { 0 };
             let (high, low) = split(gradient * inverse);
-            // In range nothing wraps; out of range the sums are void anyway.
+            // Nothing wraps for values in range, and if any is out of range, the sums are not used.
             *sum = before.wrapping_add(integer(high) << 32).wrapping_add(integer(low));
         }
         in_range
     }
 }
 
-/// The gradient in quanta, as integers, times `scale`; `outside` becomes 1 if any element is out of range.
+/// Replaces the gradient by its integer number of quanta times `scale`. `outside` becomes 1 if any element is out of
+/// range.
 pub(crate) fn quantise_mean(gradient: &mut [f32], outside: &mut u32, quantum: &Quantum, scale: f64) {
     let (inverse, limit) = (1.0 / quantum.value(), quantum.limit());
     let in_range = gradient
@@ -156,7 +157,7 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// Of all sizes, beyond the limit too, with halves between two integers among them.
+        /// The numbers have all magnitudes, including some beyond the limit, and include halves between two integers.
         #[test]
         fn sums_and_means_are_those_of_the_quantum(
             numbers in prop::collection::vec((-(1_i32 << 24)..1 << 24, -30..42), 1..70),

@@ -1,7 +1,7 @@
-//! Kernels for any processor: loops that the compiler vectorises.
+//! Kernels for any processor, as loops that the compiler vectorises.
 //!
-//! In f32, f16 and `q8_0` the bits are those of every other version; products of bfloat16 are exact here, and rounded
-//! to float32 only in the sum, which is not how processors with an instruction for them do it.
+//! In f32, f16 and `q8_0` they give the same bits as every other version. Products of bfloat16 are exact here and only
+//! their sum is rounded to float32, unlike on processors with an instruction for them.
 
 #![expect(
     clippy::needless_range_loop,
@@ -12,8 +12,8 @@ use half::bf16;
 use ulmus_backend::WeightFormat;
 
 use super::aligned::Line;
-use super::panel::{Kernel, LANES, Lanes, Target, pack};
-use super::q8::{self, BLOCK};
+use super::panel::{Kernel, LANES, Lanes, Q8_BLOCK, Target, pack};
+use super::q8;
 use super::simd::vectorised;
 
 /// Float32 times float32.
@@ -25,14 +25,14 @@ pub(super) struct F16;
 /// Bfloat16 times bfloat16.
 #[derive(Clone, Copy)]
 pub(super) struct Bf16;
-/// Integers times integers, a block at a time.
+/// Integers times integers, one block at a time.
 #[derive(Clone, Copy)]
 pub(super) struct Q8_0;
 
-/// Lanes whose sums are made at once: with vectors of 8, those of [`ROWS`] rows take 12 of 16 registers; with vectors
-/// of 4, 24 of 32.
+/// Number of lanes whose sums are computed together. Those of [`ROWS`] rows take 12 of 16 registers with vectors of 8
+/// floats, and 24 of 32 registers with vectors of 4.
 const HALF: usize = LANES / 2;
-/// Rows of the wider version.
+/// Number of rows in the wider version.
 const ROWS: usize = 6;
 
 type Sums<const ROWS: usize> = [[f32; HALF]; ROWS];
@@ -55,7 +55,7 @@ macro_rules! kernel {
         impl Kernel for $name {
             const FORMAT: WeightFormat = WeightFormat::$name;
             const WIDTHS: &'static [usize] = &[1, $rows];
-            const WORDS: usize = $words;
+            const STEP_WORDS: usize = $words;
 
             fn pack(self, to: &mut [u32], width: usize, lanes: Lanes<'_>) {
                 $pack(to, width, lanes);
@@ -69,13 +69,13 @@ macro_rules! kernel {
                 right: *const Line,
                 target: &Target,
             ) {
-                // SAFETY: promised by the caller.
+                // SAFETY: by the contract of `Kernel::multiply`, both panels have `steps` steps.
                 let (left, right) = unsafe {
                     let left = std::slice::from_raw_parts(left, steps * width * $words);
                     (left, std::slice::from_raw_parts(right, steps * $lines))
                 };
                 for half in 0..2 {
-                    // SAFETY: promised by the caller.
+                    // SAFETY: by the contract of `Kernel::multiply`, the target's sums are valid and not shared.
                     unsafe {
                         match width {
                             1 => add(target, half, |sums| $one(left, right, half, sums)),
@@ -88,17 +88,18 @@ macro_rules! kernel {
     };
 }
 
-/// Has `sum` add to half the lanes of a target's sums.
+/// Calls `sum` to add to the target's sums of one half of the lanes.
 ///
 /// # Safety
-/// See [`Kernel::multiply`].
+/// The rows and columns of `target` must be valid for reads and writes, and nothing else may access them.
 unsafe fn add<const ROWS: usize>(target: &Target, half: usize, sum: impl FnOnce(&mut Sums<ROWS>)) {
     let columns = target.columns.saturating_sub(half * HALF).min(HALF);
     if columns == 0 {
         return;
     }
     let mut sums = [[0_f32; HALF]; ROWS];
-    // SAFETY: promised by the caller.
+    // SAFETY: `row` is below `target.rows` in both loops, the columns are the target's, and the caller guarantees that
+    // they are valid and not shared.
     let row = |row: usize| unsafe { std::slice::from_raw_parts_mut(target.at(row, half * HALF), columns) };
     if target.resume {
         for (index, sums) in sums.iter_mut().enumerate().take(target.rows) {
@@ -114,16 +115,16 @@ unsafe fn add<const ROWS: usize>(target: &Target, half: usize, sum: impl FnOnce(
 kernel!(F32, words 1, lines 2, rows ROWS, pack pack_f32, sum sum_f32, f32_one, f32_many);
 kernel!(F16, words 1, lines 1, rows ROWS, pack pack_f32, sum sum_f16, f16_one, f16_many);
 kernel!(Bf16, words 2, lines 2, rows ROWS, pack pack_bf16, sum sum_bf16, bf16_one, bf16_many);
-// Here each sum of floats has a sum of integers beside it.
-kernel!(Q8_0, words q8::WORDS, lines 17, rows 2, pack q8::pack_left, sum sum_q8, q8_one, q8_many);
+// Fewer rows fit here, because each sum of floats needs a sum of integers beside it.
+kernel!(Q8_0, words q8::STEP_WORDS, lines 17, rows 2, pack q8::pack_left, sum sum_q8, q8_one, q8_many);
 
 fn pack_f32(to: &mut [u32], width: usize, lanes: Lanes<'_>) {
     pack::<1, u32>(to, width, lanes, f32::to_bits);
 }
 
-/// Float32 numbers that are bfloat16, both depths of a step side by side.
+/// Packs bfloat16 numbers as float32, with both depths of a step one after the other.
 fn pack_bf16(to: &mut [u32], width: usize, lanes: Lanes<'_>) {
-    // With an odd number of depths, the last step has a half more.
+    // With an odd number of depths, the second half of the last step is zero.
     let (to, rest) = to.split_at_mut(width * lanes.depths);
     pack::<1, u32>(to, width, lanes, |x| bf16::from_f32(x).to_f32().to_bits());
     rest.fill(0);
@@ -169,8 +170,8 @@ fn sum_f16<const ROWS: usize>(left: &[u32], right: &[Line], half: usize, sums: &
     *sums = own;
 }
 
-/// A finite f16 as f32: its bits in the place where those of f32 are, times the distance of the exponents, which
-/// makes subnormal numbers right too.
+/// Converts a finite f16 to f32: shifts its bits to their position in f32, and multiplies by the difference of the
+/// exponents, which is correct for subnormal numbers, too.
 #[inline(always)]
 fn widen(half: u16) -> f32 {
     const DISTANCE: f32 = f32::from_bits((127 + 112) << 23);
@@ -184,7 +185,7 @@ fn sum_bf16<const ROWS: usize>(left: &[u32], right: &[Line], half: usize, sums: 
     let right = right.as_chunks::<2>().0;
     let mut own = *sums;
     for step in 0..left.len().min(right.len()) {
-        // Two numbers in a word, the lower half first.
+        // A word holds two numbers, the first in its lower half.
         let mut lanes = [[0_f32; HALF]; 2];
         for lane in 0..HALF {
             let pair = u32::from_le(right[step][half].0[lane]);
@@ -200,13 +201,13 @@ fn sum_bf16<const ROWS: usize>(left: &[u32], right: &[Line], half: usize, sums: 
 
 #[inline(always)]
 fn sum_q8<const ROWS: usize>(left: &[u32], right: &[Line], half: usize, sums: &mut Sums<ROWS>) {
-    let left = left.as_chunks::<ROWS>().0.as_chunks::<{ q8::WORDS }>().0;
+    let left = left.as_chunks::<ROWS>().0.as_chunks::<{ q8::STEP_WORDS }>().0;
     let right = right.as_chunks::<17>().0;
     let mut own = *sums;
     for step in 0..left.len().min(right.len()) {
         let (left, right) = (&left[step], &right[step]);
         let mut integers = [[0_i32; HALF]; ROWS];
-        for word in 0..BLOCK / 4 {
+        for word in 0..Q8_BLOCK / 4 {
             for row in 0..ROWS {
                 for lane in 0..HALF {
                     let weights = right[1 + 2 * word + half].0[lane].to_le_bytes();
@@ -220,8 +221,8 @@ fn sum_q8<const ROWS: usize>(left: &[u32], right: &[Line], half: usize, sums: &m
             }
         }
         for row in 0..ROWS {
-            let start = left[BLOCK / 4][row] as i32;
-            let scale = f32::from_bits(left[BLOCK / 4 + 1][row]);
+            let start = left[Q8_BLOCK / 4][row] as i32;
+            let scale = f32::from_bits(left[Q8_BLOCK / 4 + 1][row]);
             for lane in 0..HALF {
                 let weights = (right[0].0[half * HALF / 2 + lane / 2] >> (16 * (lane % 2))) as u16;
                 let value = (integers[row][lane] + start) as f32;
@@ -232,7 +233,7 @@ fn sum_q8<const ROWS: usize>(left: &[u32], right: &[Line], half: usize, sums: &m
     *sums = own;
 }
 
-/// Sums products of operands that stay in the first-level cache; gives the number of operations.
+/// Sums products of operands that stay in the first-level cache, and returns the number of operations.
 pub(super) fn saturate(depths: usize) -> usize {
     const PANEL: usize = 128;
     let (left, right) = ([0_u32; PANEL * ROWS], [Line([0; 16]); PANEL * 2]);

@@ -1,44 +1,48 @@
-//! The matrix product over panels: what is packed when, and who computes which tiles.
+//! The matrix product over panels: decides when operands are packed, and which thread computes which tiles.
 //!
-//! A *task* is some left panels times some right panels. Within it, the inner dimension is taken in parts, so that the
-//! part of a right panel stays in the first-level cache while left panels pass by, and that of all the left panels,
-//! and the task's sums, in the second. Sums go on from part to part: neither parts nor tasks change a bit.
+//! A *task* multiplies a few left panels by a few right panels. It cuts the inner dimension into parts, so that a part
+//! of a right panel stays in the first-level cache while it meets all left panels, whose parts stay in the second-level
+//! cache together with the sums. Sums continue from part to part, so neither parts nor tasks change a bit.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::aligned::{Line, room, room_lines, with_operands};
-use super::matrix::{Matrix, MatrixMut, Output, SharedMatrix, Threads};
 use super::panel::{Kernel, LANES, Lanes, LeftPanels, Target, step};
+use super::view::{Matrix, MatrixMut, Output, SharedMatrix, Threads};
 
-/// Lines of a part of a right panel.
+/// Number of lines in a part of a right panel.
 const PART_LINES: usize = 1280;
-/// Rows and right panels of a task.
+/// Number of rows in a task.
 const TASK_ROWS: usize = 112;
+/// Number of right panels in a task.
 const TASK_PANELS: usize = 8;
-/// Most words per row of what is packed at once, and most rows and columns: what bounds the scratch.
+/// Maximum number of words per row that are packed at once. This and the next two limits bound the scratch memory.
 const DEPTH_WORDS: usize = 640;
+/// Maximum number of rows that are packed at once.
 const BLOCK_ROWS: usize = 4096;
+/// Maximum number of columns that are packed at once.
 const BLOCK_COLUMNS: usize = 4096;
-/// Multiplications below which a product is not worth waking other threads, and words below which packing is not.
+/// With fewer multiplications than this, a product is not worth waking other threads.
 const SERIAL: usize = 1 << 18;
+/// With fewer words than this, packing is not worth waking other threads.
 const SERIAL_WORDS: usize = 1 << 16;
 
-/// Left panels times right panels.
+/// The product of packed operands.
 #[derive(Clone, Copy)]
 pub(super) struct Product<'a> {
     pub left: LeftPanels,
     pub left_words: &'a [u32],
     pub right: &'a [Line],
-    /// Lines from one right panel to the next.
+    /// Distance from one right panel to the next, in lines.
     pub distance: usize,
-    /// Lanes of all right panels that belong to the result.
+    /// Number of lanes, over all right panels, that belong to the result.
     pub columns: usize,
 }
 
 impl Product<'_> {
-    /// Computes all of `out`, from zero or adding to what is there.
+    /// Computes the product into `out`, or adds it to `out`.
     pub(super) fn compute<K: Kernel>(
         &self,
         kernel: K,
@@ -51,7 +55,8 @@ impl Product<'_> {
         let depths = self.left.steps * step(K::FORMAT).0;
         let work = self.left.rows(0).len().max(1) * rows * self.columns * depths;
         let workers = if threads == Threads::One || work < SERIAL { 1 } else { rayon::current_num_threads() };
-        // A single left panel reads everything once; with more, the second level has to hold what comes again.
+        // With a single left panel, everything is read once. With more, the second-level cache has to hold what is
+        // reread.
         let (height, group) = if rows <= 1 {
             (1, panels.div_ceil(2 * workers))
         } else {
@@ -71,7 +76,7 @@ impl Product<'_> {
         }
     }
 
-    /// Nobody else computes these panels.
+    /// Computes the tiles of a range of left panels and a range of right panels, which belong to this task alone.
     fn task<K: Kernel>(
         &self,
         kernel: K,
@@ -99,10 +104,10 @@ impl Product<'_> {
                         data.wrapping_add(LANES).wrapping_sub((left.len() - 1) * self.left.most() * stride)
                     };
                     let target = Target { data, stride, rows: rows.len(), columns, resume, next };
-                    let words = &self.left_words[self.left.at(row, start)..][..steps * width * K::WORDS];
+                    let words = &self.left_words[self.left.at(row, start)..][..steps * width * K::STEP_WORDS];
                     let (words, right) = (words.as_ptr(), right.as_ptr());
-                    // SAFETY: the slices hold these steps; `part` checked that the sums lie in the result, and nobody
-                    // else has these panels.
+                    // SAFETY: the slices hold `steps` steps of both panels, `width` is that of the left panel, `part`
+                    // has checked that the sums lie in the result, and no other task computes these panels.
                     unsafe { kernel.multiply(width, steps, words, right, &target) };
                 }
             }
@@ -110,7 +115,7 @@ impl Product<'_> {
     }
 }
 
-/// Packs the rows of `from`, as `panels` cuts them.
+/// Packs `rows` of `from` into the left panels that `panels` describes.
 pub(super) fn pack_left<K: Kernel>(
     kernel: K,
     panels: LeftPanels,
@@ -133,9 +138,10 @@ pub(super) fn pack_left<K: Kernel>(
     }
 }
 
-/// `c = a · b`, in place of or added to what `c` held. The shapes agree.
+/// `c = a · b` or `c += a · b`, depending on `output`. The shapes must agree.
 pub(super) fn multiply<K: Kernel>(
     kernel: K,
+    pack_right: impl Fn(&mut [Line], Lanes<'_>) + Sync,
     c: &mut MatrixMut<'_>,
     a: Matrix<'_>,
     b: Matrix<'_>,
@@ -163,10 +169,10 @@ pub(super) fn multiply<K: Kernel>(
                     let pack_columns = |(panel, to): (usize, &mut [Line])| {
                         let first = columns.start + panel * LANES;
                         let lanes = first..columns.end.min(first + LANES);
-                        kernel.pack_right(to, Lanes::new(b.transposed(), lanes, depths.clone()));
+                        pack_right(to, Lanes::new(b.transposed(), lanes, depths.clone()));
                     };
                     let mut pack_rows = || {
-                        // They are those of the columns before.
+                        // For all further columns, the rows are packed already.
                         if columns.start == 0 {
                             pack_left(kernel, left, left_words, a, rows.clone(), depths.clone(), threads);
                         }
@@ -188,7 +194,7 @@ pub(super) fn multiply<K: Kernel>(
     });
 }
 
-/// The size of as few equal parts of `len` as possible, none larger than `most`.
+/// The size of the parts if `len` is cut into as few equal parts as possible, none larger than `most`.
 fn equal_part(len: usize, most: usize) -> usize {
     len.div_ceil(len.div_ceil(most).max(1)).max(1)
 }

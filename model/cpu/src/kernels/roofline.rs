@@ -1,4 +1,4 @@
-//! Loops that do nothing but reach the processor's limits of arithmetic and of memory.
+//! Loops that do nothing but saturate the processor's arithmetic or its memory.
 
 #![expect(
     clippy::needless_range_loop,
@@ -15,10 +15,11 @@ use super::simd::vectorised;
 #[cfg(target_arch = "x86_64")]
 use super::{avx512, simd::LANES};
 
-/// About a tenth of a second.
+/// Iterations that take about a tenth of a second.
 const ITERATIONS: usize = 1 << 24;
 
-/// Does the work and gives its operations, or nothing if the processor has no instruction for it.
+/// Runs the loop and returns its number of operations, or `None` if the processor has no instruction for this
+/// precision.
 pub(crate) fn saturate(precision: Precision) -> Option<f64> {
     #[cfg(target_arch = "x86_64")]
     {
@@ -41,12 +42,12 @@ pub(crate) fn saturate(precision: Precision) -> Option<f64> {
     (precision == Precision::F32).then(|| portable::saturate(ITERATIONS) as f64)
 }
 
-/// Memory as weights are kept in, to measure how fast it is read and copied.
+/// Memory of the same kind as that of the weights, to measure how fast it is read and copied.
 #[derive(Debug)]
 pub struct Memory(Pages);
 
 impl Memory {
-    /// That many bytes, rounded up to whole cache lines.
+    /// Allocates `bytes` bytes, rounded up to whole cache lines.
     ///
     /// # Errors
     /// [`BackendError::OutOfMemory`].
@@ -54,15 +55,15 @@ impl Memory {
         Pages::zeroed(bytes.div_ceil(size_of::<Line>())).map(Self)
     }
 
-    /// Reads all of it.
+    /// Reads all of the memory.
     pub fn read(&self) {
         std::hint::black_box(add_up(&self.0));
     }
 
-    /// Copies all of another of the same size.
+    /// Copies the contents of another memory of the same size.
     ///
     /// # Panics
-    /// If it has another size.
+    /// If the sizes differ.
     pub fn copy_from(&mut self, other: &Self) {
         self.0.copy_from_slice(&other.0);
     }
@@ -74,7 +75,7 @@ vectorised! {
         let mut sums = [[0_u32; 16]; TOGETHER];
         for lines in lines.as_chunks::<TOGETHER>().0 {
             for line in 0..TOGETHER {
-                ask_for(&lines[line]);
+                prefetch_ahead(&lines[line]);
                 for word in 0..16 {
                     sums[line][word] = sums[line][word].wrapping_add(lines[line].0[word]);
                 }
@@ -84,12 +85,12 @@ vectorised! {
     }
 }
 
-/// Asks for a line some lines ahead, as far as kernels do.
+/// Prefetches the line that is as far ahead as in the kernels.
 #[inline(always)]
-fn ask_for(line: &Line) {
+fn prefetch_ahead(line: &Line) {
     let ahead = std::ptr::from_ref(line).wrapping_add(32);
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: every x86-64 processor has the instruction, and it does nothing where there is no such memory.
+    // SAFETY: every x86-64 processor has the instruction, which does nothing if the address is not valid.
     unsafe {
         std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(ahead.cast());
     }

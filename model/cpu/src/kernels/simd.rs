@@ -1,12 +1,12 @@
-//! One source, several vector widths: loops that the compiler vectorises, compiled once per instruction set.
+//! Loops that the compiler vectorises, compiled once per instruction set from the same source.
 //!
-//! No intrinsics. Every operation used here is correctly rounded on each instruction set (additions and products
-//! are never fused unless written `mul_add`), so all versions of a kernel give the same bits.
+//! There are no intrinsics. Every operation used here is correctly rounded on each instruction set (additions and
+//! products are fused only where `mul_add` is written), so all versions of a kernel give the same bits.
 
 #[cfg(target_arch = "x86_64")]
 use std::sync::LazyLock;
 
-/// Instruction sets that kernels are compiled for.
+/// The instruction sets that kernels are compiled for.
 #[cfg(target_arch = "x86_64")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Level {
@@ -15,14 +15,14 @@ pub(crate) enum Level {
     Avx512,
 }
 
-/// The environment variable that limits the level, to test the narrower ones: `baseline`, `avx2` or `avx512`.
+/// The environment variable that limits the level to `baseline`, `avx2` or `avx512`, to test the narrower ones.
 #[cfg(target_arch = "x86_64")]
 const LIMIT: &str = "ULMUS_SIMD";
 
-/// The widest level of this CPU, unless the environment asks for less.
+/// The widest level that this CPU has, unless the environment limits it.
 ///
 /// # Panics
-/// If it asks for what does not exist, or for more than the CPU has.
+/// If the limit is unknown, or more than the CPU has.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn level() -> Level {
     static LEVEL: LazyLock<Level> = LazyLock::new(|| {
@@ -41,15 +41,15 @@ pub(crate) fn level() -> Level {
         let asked = levels.iter().find(|(known, level)| *known == name && *level <= widest);
         assert!(
             asked.is_some(),
-            "{LIMIT} is `{name}`; it can be baseline, avx2 or avx512, up to {widest:?} here"
+            "{LIMIT} is `{name}`; set it to baseline, avx2 or avx512, up to {widest:?} on this CPU"
         );
         asked.map_or(widest, |(_, level)| *level)
     });
     *LEVEL
 }
 
-/// Defines a function whose body is compiled for each instruction set; the call picks the widest that the CPU
-/// has. Functions called in the body must be `#[inline(always)]`.
+/// Defines a function whose body is compiled for each instruction set. A call runs the widest version that the CPU
+/// supports. Functions that the body calls must be `#[inline(always)]`.
 macro_rules! vectorised {
     ($(#[$meta:meta])* $vis:vis fn $name:ident $(<const $flag:ident: bool>)?($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
@@ -70,9 +70,9 @@ macro_rules! vectorised {
                     any $(::<$flag>)?($($arg),*)
                 }
                 match level() {
-                    // SAFETY: `level` found these instructions on this CPU.
+                    // SAFETY: `level` has found AVX2, FMA and these parts of AVX-512 on this CPU.
                     Level::Avx512 => unsafe { avx512 $(::<$flag>)?($($arg),*) },
-                    // SAFETY: as above.
+                    // SAFETY: `level` has found AVX2 and FMA on this CPU.
                     Level::Avx2 => unsafe { avx2 $(::<$flag>)?($($arg),*) },
                     Level::Baseline => any $(::<$flag>)?($($arg),*),
                 }
@@ -84,12 +84,12 @@ macro_rules! vectorised {
 }
 pub(crate) use vectorised;
 
-/// Partial sums that reductions keep side by side. Part of the definition of every reduction's bits.
+/// Number of partial sums that reductions keep side by side. It is part of the definition of every reduction's bits.
 pub(crate) const LANES: usize = 16;
 
-/// The sum of partial sums: the upper half is added to the lower, until one is left.
-// Behind the black box, so that the loop that made the sums is vectorised by itself: the compiler would cut it into
-// the pairs that are added here.
+/// The sum of partial sums: the upper half is added to the lower half until one is left.
+// The black box keeps the compiler from cutting the loop before it into the pairs that are added here, so that it is
+// vectorised on its own.
 #[inline(always)]
 pub(crate) fn total(sums: [f32; LANES]) -> f32 {
     let mut sums = std::hint::black_box(sums);
@@ -104,7 +104,7 @@ pub(crate) fn total(sums: [f32; LANES]) -> f32 {
 }
 
 /// `Σ f(a[i], b[i])` over [`LANES`] interleaved partial sums, which [`total`] adds.
-// Arrays and indices: iterator adapters are not inlined here, and a call per chunk costs more than the chunk.
+// There are arrays and indices because iterator adapters are not inlined here, and a call costs more than a chunk.
 #[inline(always)]
 fn lanes2(a: &[f32], b: &[f32], mut f: impl FnMut(f32, f32, f32) -> f32) -> f32 {
     let mut sums = [0f32; LANES];
@@ -123,25 +123,25 @@ fn lanes2(a: &[f32], b: &[f32], mut f: impl FnMut(f32, f32, f32) -> f32) -> f32 
     sum
 }
 
-/// Dot product.
+/// `Σ a[i] · b[i]`.
 #[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     lanes2(a, b, f32::mul_add)
 }
 
-/// `Σ (x[i] − mean)²`. With a mean of zero, the bits of `dot(x, x)`.
+/// `Σ (x[i] − mean)²`. With a mean of zero, this has the same bits as `dot(x, x)`.
 #[inline(always)]
 pub(crate) fn squares_about(mean: f32, x: &[f32]) -> f32 {
     lanes2(x, x, |a, b, sum| (a - mean).mul_add(b - mean, sum))
 }
 
-/// Sum.
+/// `Σ x[i]`.
 #[inline(always)]
 pub(crate) fn sum(x: &[f32]) -> f32 {
     lanes2(x, x, |x, _, sum| sum + x)
 }
 
-/// Maximum; negative infinity if empty.
+/// The largest element, or negative infinity if there is none.
 #[inline(always)]
 pub(crate) fn max(x: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if a > b { a } else { b };
@@ -170,13 +170,14 @@ pub(crate) fn axpy(y: &mut [f32], a: f32, x: &[f32]) {
     }
 }
 
-/// `e^x` within 2e-7 relative for |x| < 87, without branches so that loops over it vectorise; clamped outside.
-/// NaN stays NaN. (Range reduction by ln 2 in two parts, then a polynomial of degree 7, as in Cephes.)
+/// `e^x` with a relative error of at most 2e-7 for |x| < 87, and clamped outside. It has no branches, so that loops over it
+/// vectorise. NaN stays NaN. (The range is reduced by ln 2 in two parts; then follows a polynomial of degree 7, as in
+/// Cephes.)
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
-    /// Between 2^23 and 2^24 floats are integers: adding this rounds, and leaves the integer in the low bits.
+    /// Floats between 2^23 and 2^24 are integers, so adding this rounds and leaves the integer in the low bits.
     const ROUNDER: f32 = 12_582_912.0;
     let x = x.clamp(-87.0, 88.0);
     let shifted = x * std::f32::consts::LOG2_E + ROUNDER;
@@ -218,7 +219,7 @@ mod tests {
             prop_assert!((f64::from(exp(x)) - reference).abs() <= 2e-7 * reference);
         }
 
-        /// The version for this CPU's widest vectors and the plain one give the same bits.
+        /// The version for this CPU's widest vectors gives the same bits as the plain one.
         #[test]
         fn every_level_gives_the_same_bits(x in prop::collection::vec(-50f32..50.0, 0..70)) {
             let mut wide = x.clone();

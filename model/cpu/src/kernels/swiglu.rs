@@ -1,4 +1,4 @@
-//! SwiGLU: the first half of a row goes through `SiLU`, the second half multiplies.
+//! SwiGLU: `SiLU` of the first half of a row, multiplied by the second half.
 
 use rayon::prelude::*;
 use ulmus_plan::ROW_BLOCK;
@@ -23,7 +23,7 @@ vectorised! {
     }
 }
 
-/// Both halves become their gradients, and the gradient of the output becomes the output.
+/// Replaces both halves by their gradients, and the gradient of the output by the output.
 pub(crate) fn swiglu_backward(x: &mut [f32], gradient: &mut [f32], width: usize) {
     x.par_chunks_mut(ROW_BLOCK * 2 * width)
         .zip(gradient.par_chunks_mut(ROW_BLOCK * width))

@@ -1,16 +1,17 @@
-//! Matrices for inference: packed once, in one of four formats, as the right panels of products.
+//! Matrices for inference, packed once in one of four formats as the right panels of products.
 //!
-//! The same memory serves prompts, where many rows meet each panel while it is in the cache, and single tokens, where
-//! reading it once is all that counts.
+//! The same memory serves prompts, where each panel is multiplied by many rows while it is in the cache, and single
+//! tokens, where only the time to read it once matters.
 
 use rayon::prelude::*;
 use ulmus_backend::{BackendError, WeightFormat};
 
 use super::aligned::{room, with_operands};
+use super::dispatch::{by_kernel, pack_right, unpack};
 use super::huge_pages::Pages;
-use super::matrix::{Matrix, MatrixMut, Output, Threads};
-use super::panel::{Kernel, LANES, Lanes, LeftPanels, by_kernel, pack_right, step, unpack};
+use super::panel::{Kernel, LANES, Lanes, LeftPanels, step};
 use super::product::{Product, pack_left};
+use super::view::{Matrix, MatrixMut, Output, Threads};
 
 /// A matrix `[outputs, inputs]` in one format.
 #[derive(Debug)]
@@ -22,7 +23,7 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Converts a row-major matrix with that many outputs.
+    /// Packs a row-major matrix with `outputs` rows.
     pub(crate) fn new(values: &[f32], outputs: usize, format: WeightFormat) -> Result<Self, BackendError> {
         let inputs = values.len() / outputs;
         let (depths, step_lines) = step(format);
@@ -41,7 +42,7 @@ impl Weights {
         self.inputs.div_ceil(inputs) * lines
     }
 
-    /// `out[r] = row ids[r]`.
+    /// `out[r] = weights[ids[r]]`.
     pub(crate) fn embed(&self, out: &mut [f32], ids: &[u32]) {
         for (out, id) in out.chunks_exact_mut(self.inputs).zip(ids) {
             self.row(out, *id as usize);
@@ -54,7 +55,7 @@ impl Weights {
         unpack(self.format, out, &self.lines[output / LANES * panel..][..panel], output % LANES);
     }
 
-    /// `out = x · weightsᵀ` for that many rows.
+    /// `out = x · weightsᵀ` for `rows` rows.
     pub(crate) fn linear(&self, out: &mut [f32], x: &[f32], rows: usize) {
         by_kernel!(
             match self.format,
@@ -82,13 +83,13 @@ mod tests {
     use half::bf16;
 
     use super::*;
+    use crate::kernels::panel::Q8_BLOCK;
     use crate::kernels::portable;
-    use crate::kernels::q8::BLOCK;
     use crate::kernels::testing::values;
     #[cfg(target_arch = "x86_64")]
     use crate::kernels::{avx2, avx512};
 
-    /// Outputs and inputs that are multiples of nothing, and of everything.
+    /// Pairs of outputs and inputs, some of which are multiples of all block sizes.
     const SHAPES: [(usize, usize); 6] = [(1, 1), (33, 31), (70, 100), (128, 64), (197, 1281), (300, 2100)];
 
     fn product<K: Kernel>(kernel: K, weights: &Weights, x: &[f32]) -> Vec<f32> {
@@ -98,7 +99,7 @@ mod tests {
         out
     }
 
-    /// Compares with f64, rows one by one with rows together, and one thread with three.
+    /// Compares the results with f64, single rows with rows together, and one thread with three.
     fn agrees<K: Kernel>(kernel: K, format: WeightFormat, round: fn(f32) -> f32, tolerance: f64) {
         let threads = |count| rayon::ThreadPoolBuilder::new().num_threads(count).build().unwrap();
         let (one, three) = (threads(1), threads(3));
@@ -131,10 +132,10 @@ mod tests {
     fn every_kernel_agrees_with_f64_and_keeps_the_bits_of_a_row() {
         use WeightFormat::{Bf16, F16, F32, Q8_0};
         let rounded = |x| bf16::from_f32(x).to_f32();
-        // Sums of products below 1/4 in float32.
+        // This is for sums of products below 1/4 in float32.
         let sums = 1e-6;
-        // A quantised activation is off by up to 1/508, times weights up to 1/2: by 3e-4 on average, and six times
-        // that once in many products.
+        // A quantised activation has an error of up to 1/508, times weights up to 1/2. This is 3e-4 on average, and
+        // rarely six times that.
         let quantised = 2e-3;
         agrees(portable::F32, F32, |x| x, sums);
         agrees(portable::F16, F16, |x| x, sums);
@@ -196,7 +197,7 @@ mod tests {
 
     #[test]
     fn rows_come_back_as_near_as_the_format_allows() {
-        // Half a step of the last bit that is kept, and in `q8_0` half an integer and the rounding of the scale.
+        // The error is half a unit in the last place, and in `q8_0` half an integer plus the rounding of the scale.
         let relative = |format| match format {
             WeightFormat::F32 => 0.0,
             WeightFormat::F16 => 2.0_f32.powi(-11),
@@ -204,7 +205,7 @@ mod tests {
             WeightFormat::Q8_0 => 0.5 / 127.0 + 2.0_f32.powi(-11),
         };
         for format in WeightFormat::ALL {
-            // From far above to far below what is usual, with subnormal f16 among them.
+            // Sizes range from far above to far below the usual, including subnormal f16.
             for size in [1e4, 1.0, 1e-3, 2e-7] {
                 let mut table: Vec<f32> = values(45 * 77, 3).iter().map(|x| x * size).collect();
                 table[77..2 * 77].fill(0.0);
@@ -212,11 +213,11 @@ mod tests {
                 for (output, row) in table.chunks_exact(77).enumerate() {
                     let mut back = vec![f32::NAN; 77];
                     weights.embed(&mut back, &[output as u32]);
-                    for (values, back) in row.chunks(BLOCK).zip(back.chunks(BLOCK)) {
+                    for (values, back) in row.chunks(Q8_BLOCK).zip(back.chunks(Q8_BLOCK)) {
                         let most = values.iter().fold(0_f32, |most, x| most.max(x.abs()));
                         for (value, back) in values.iter().zip(back) {
                             let scale = if format == WeightFormat::Q8_0 { most } else { value.abs() };
-                            // The smallest f16 is 2^-24, and stands 127 times in a block's largest.
+                            // The smallest f16 is 2^-24, and a block's scale is 1/127 of its largest number.
                             let least = match format {
                                 WeightFormat::F16 => 2.0_f32.powi(-25),
                                 WeightFormat::Q8_0 => 127.0 * 2.0_f32.powi(-25),

@@ -1,9 +1,10 @@
 // Causal attention with grouped queries in bfloat16 on tensor cores, forward and backward: FlashAttention-2 (Dao 2023),
-// cut so that no sum depends on timing. The scores of a block of queries and a block of keys exist only in registers.
+// divided so that no sum depends on timing. The scores of a block of queries and a block of keys exist only in
+// registers.
 //
-// A warp has TILES tiles of 16 rows: of queries in the forward and in the gradient of queries, of keys in the gradient
-// of keys and values. Where rows are queries, columns are keys, and the other way round. Blocks of columns pass through
-// shared memory, the next one while the warps work on one.
+// A warp has TILES tiles of 16 rows. Rows are queries in the forward pass and for the gradient of queries, and keys for
+// the gradients of keys and values. Where rows are queries, columns are keys, and vice versa. Blocks of columns pass
+// through shared memory; the next one is loaded while the warps work on the current one.
 //
 // HEAD: width of a head, 64 or 128. TILES, WARPS: shape of a block of rows. COLUMNS: columns in shared memory at a time.
 #include "common.cuh"
@@ -21,15 +22,15 @@ struct Heads {
     DEVICE bf16 *at(int s, int h) const { return base + s * sequence + h * head; }
 };
 
-// Tiles [rows, HEAD] in shared memory. Chunks of 8 numbers are swapped about within a row, so that the same chunk of 8
-// rows lies in 8 different banks.
+// Tiles [rows, HEAD] in shared memory. Chunks of 8 numbers are permuted within a row, so that the same chunk of 8 rows
+// is in 8 different banks.
 DEVICE bf16 *chunk(bf16 *tile, int row, int index) { return tile + row * HEAD + ((index ^ (row & 7)) * 8); }
 
-// Begins to load rows first..first + count; those from `limit` on become 0.
+// Begins to load the rows first..first + COUNT. Rows from `limit` on become 0.
 template <int COUNT>
 DEVICE void load_rows(bf16 *tile, const bf16 *rows, long long stride, int first, int limit) {
     constexpr int CHUNKS = HEAD / 8;
-    static_assert(COUNT * CHUNKS % THREADS == 0, "every thread has as many chunks");
+    static_assert(COUNT * CHUNKS % THREADS == 0, "all threads have the same number of chunks");
 #pragma unroll
     for (int i = 0; i < COUNT * CHUNKS / THREADS; i++) {
         int at = i * THREADS + threadIdx.x, row = at / CHUNKS, index = at % CHUNKS;
@@ -105,11 +106,12 @@ DEVICE void clear(float (&acc)[M][N][4]) {
             for (int i = 0; i < 4; i++) acc[m][n][i] = 0;
 }
 
-// Where this thread's results are in a tile of 16 rows: rows row(0) and row(1); columns 8 n + column and the next.
+// The position of this thread's results in a tile of 16 rows: rows own_row(0) and own_row(1), columns 8 n +
+// own_column() and the next.
 DEVICE int own_row(int half) { return threadIdx.x % WARP / 4 + 8 * half; }
 DEVICE int own_column() { return threadIdx.x % 4 * 2; }
 
-// Replaces what is hidden; in most blocks nothing is, and asking takes as long as the products.
+// Replaces the scores of hidden pairs. Most blocks have none, and checking takes as long as the products.
 template <int M, int N, class Hidden>
 DEVICE void hide(float (&results)[M][N][4], float by, Hidden hidden) {
 #pragma unroll
@@ -121,13 +123,13 @@ DEVICE void hide(float (&results)[M][N][4], float by, Hidden hidden) {
                 if (hidden(m, i / 2, n * 8 + own_column() + i % 2)) results[m][n][i] = by;
 }
 
-// Whether queries of this warp, the first of which is at `position`, see keys begin..begin + COLUMNS. `start` is the first
-// key that the thread's first query sees.
+// Whether any queries of this warp, the first of which is at `position`, see any of the keys begin..begin + COLUMNS.
+// `start` is the first key that the thread's first query sees.
 DEVICE bool sees_keys(int begin, int position, int start) {
     return begin < position + TILES * 16 && begin + COLUMNS > __shfl_sync(ALL_LANES, start, 0);
 }
 
-// Writes this thread's part of rows [16, HEAD], each row times its factor.
+// Writes this thread's part of the rows [16, HEAD], with each row multiplied by its factor.
 DEVICE void store_rows(bf16 *rows, long long stride, int first, int limit, const float (&acc)[HEAD / 8][4],
                        float factor_low, float factor_high) {
 #pragma unroll
@@ -144,9 +146,9 @@ DEVICE void store_rows(bf16 *rows, long long stride, int first, int limit, const
 }
 
 // Output and logsumexp of the scaled scores. The keys of span s are those of sequence sequences[s] (s, if null) up to
-// position first[s] + length (first[s] is 0, if null), and its queries the last `length` of them. A query sees keys from
-// doc_starts[its row] on (from 0, if null) to its own position. Grid (heads, blocks of queries, spans), so that of each
-// span the blocks with most keys begin first, and what heads share is in the cache.
+// position first[s] + length (first[s] is 0, if null), and its queries are at the last `length` of these positions. A
+// query sees the keys from doc_starts[its row] (0, if null) to its own position. The grid is (heads, blocks of queries,
+// spans), so that blocks with the most keys begin first, and heads share the cache.
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention(Heads out, float *lse, Heads queries, Heads keys, Heads values, const unsigned *doc_starts,
               const unsigned *sequences, const unsigned *first, int length, int group, float scale) {
@@ -186,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float scale_log2 = scale * LOG2_E;
     for (int key_begin = first_key, stage = 0; key_begin < limit; key_begin += COLUMNS, stage ^= 1) {
         copy_async_wait<0>();
-        // All have the block, and have left the one before, whose place the next one takes.
+        // All threads have the current block, and are done with the previous one, which the next one replaces.
         __syncthreads();
         if (key_begin == first_key)
 #pragma unroll
@@ -201,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         copy_async_commit();
 
-        // With wide heads there are no registers to ask.
+        // With wide heads there are no registers left for this check.
         if (HEAD == 64 && !sees_keys(key_begin, offset + begin + warp_row, start[0][0])) continue;
         float scores[TILES][COLUMNS / 8][4];
         clear(scores);
@@ -225,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
                     for (int i = 2 * half; i < 2 * half + 2; i++) greatest = fmaxf(greatest, scores[m][n][i]);
                 greatest = lanes_max<4>(greatest);
-                // A row that has seen no key yet.
+                // The row may not have seen any key yet.
                 float shift = greatest == negative_infinity() ? 0 : greatest * scale_log2;
                 float factor = exp2_fast(most[m][half] * scale_log2 - shift);
                 float total = 0;
@@ -261,8 +263,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// The sum over each head of out * gradient, [sequences, heads, length]; 8 lanes per head. Grid (blocks of rows, heads,
-// sequences).
+// The sum of out * gradient over each head, [sequences, heads, length], with 8 lanes per head. The grid is (blocks of
+// rows, heads, sequences).
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_delta(float *delta, Heads out, Heads gradient, int length) {
     begin_kernel();
@@ -281,12 +283,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         delta[((long long)blockIdx.z * gridDim.y + blockIdx.y) * length + row] = sum;
 }
 
-// Probability of a score, where `lse_log2` is the logsumexp as a power of 2. Its gradient is p (dp - delta).
+// The probability of a score, where `lse_log2` is the logsumexp to base 2. The score's gradient is p (dp - delta).
 DEVICE float probability(float score, float scale_log2, float lse_log2) {
     return exp2_fast(fmaf(score, scale_log2, -lse_log2));
 }
 
-// The gradient of the queries. Grid (heads, blocks of queries, sequences).
+// The gradient of the queries. The grid is (heads, blocks of queries, sequences).
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_backward_queries(Heads query_gradient, Heads gradient, const float *lse, const float *delta,
                                Heads queries, Heads keys, Heads values, const unsigned *doc_starts, int length,
@@ -368,15 +370,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 constexpr int NO_KEY = 0x7fffffff;
 
-// What the gradients of keys and values need of each query in a block of columns.
+// What the gradients of keys and values need from each query in a block of columns.
 struct Queries {
     float lse_log2[COLUMNS], delta[COLUMNS];
-    // The first key that it sees; NO_KEY if there is no such query.
+    // The first key that the query sees, or NO_KEY if there is no such query.
     int start[COLUMNS];
 };
 
-// The gradients of keys and values: rows are keys, columns the queries of all heads of a group that may see them, one
-// head after the other. Grid (key/value heads, sequences, blocks of keys): there are few blocks, and the first take longest.
+// The gradients of keys and values. Rows are keys, and columns are the queries of all heads in a group that may see
+// them, one head after the other. The grid is (key/value heads, sequences, blocks of keys): there are few blocks of
+// keys, and the first ones take longest.
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_backward_keys(Heads key_gradient, Heads value_gradient, Heads gradient, const float *lse,
                             const float *delta, Heads queries, Heads keys, Heads values, const unsigned *doc_starts,
@@ -391,7 +394,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
     const unsigned *starts = doc_starts + (long long)sequence * length;
     int first_block = begin / COLUMNS, first_query = first_block * COLUMNS;
-    // Queries see none of these keys from the block on whose first is of a document that begins after them.
+    // From the block on whose first query is in a document that begins after these keys, no query sees any of them.
     int blocks = (length + COLUMNS - 1) / COLUMNS;
     for (int least = first_block + 1; least < blocks;) {
         int middle = (least + blocks) / 2;
@@ -409,8 +412,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         load_rows<COLUMNS>(query_tiles + place, queries.at(sequence, query_head), queries.row, at, length);
         load_rows<COLUMNS>(gradient_tiles + place, gradient.at(sequence, query_head), gradient.row, at, length);
     };
-    // One thread for each query: loaded before the work on the block before, and put in place after it.
-    static_assert(COLUMNS <= THREADS, "a thread for each column");
+    // One thread per query: its data is loaded before the work on the previous block, and stored after it.
+    static_assert(COLUMNS <= THREADS, "there is a thread for each column");
     __shared__ __align__(16) Queries stages[2];
     float next_lse = 0, next_delta = 0;
     int next_start = 0;
@@ -452,7 +455,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const Queries &block = stages[index % 2];
         bf16 *own_queries = query_tiles + index % 2 * COLUMNS * HEAD;
         bf16 *own_gradient = gradient_tiles + index % 2 * COLUMNS * HEAD;
-        // A warp whose keys none of these queries sees has no part in it.
+        // A warp skips the block if none of these queries sees any of its keys.
         if (query_begin + COLUMNS > begin + warp_row && block.start[0] < begin + warp_row + TILES * 16) {
             float scores[TILES][COLUMNS / 8][4], slopes[TILES][COLUMNS / 8][4];
             clear(scores);

@@ -1,5 +1,5 @@
-// Causal attention with grouped queries for activations and heads of any kind: a warp per query and head, or per key and
-// head. For f32, and for heads that attention.cu is not made for.
+// Causal attention with grouped queries for any format of activations and any width of heads, with a warp per query and
+// head or per key and head. It serves f32, and heads that attention.cu does not support.
 //
 // HEAD: width of a head. CACHED: format of keys and values.
 #include "common.cuh"
@@ -23,7 +23,7 @@ DEVICE float dot(const A *a, const B *b) {
     return sum;
 }
 
-// A lane's columns of a sum of rows: lane, lane + 32, ...
+// A lane's columns in a sum of rows: lane, lane + 32, ...
 struct Columns {
     float x[PER_LANE];
 
@@ -31,7 +31,7 @@ struct Columns {
         for (int i = 0; i < PER_LANE; i++) x[i] = 0;
     }
 
-    // Adds weight(lane l) * row(l) for all lanes.
+    // Adds row(l) times the weight of lane l, for all lanes l.
     template <class Row>
     DEVICE void add(float weight, int count, Row row) {
         int lane = threadIdx.x % WARP;
@@ -54,7 +54,7 @@ struct Columns {
     }
 };
 
-// As in attention.cu; grid (blocks of WARPS queries, heads, spans).
+// The same as in attention.cu, with the grid (blocks of WARPS queries, heads, spans).
 extern "C" __global__ void __launch_bounds__(WARPS *WARP)
     attention(Heads<act> out, float *lse, Heads<act> queries, Heads<CACHED> keys, Heads<CACHED> values,
               const unsigned *doc_starts, const unsigned *sequences, const unsigned *first, int length, int group,
@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP)
     if (lse && lane == 0) lse[((long long)span * gridDim.y + head) * length + row] = most + logf(sum);
 }
 
-// The gradient of the queries, and `delta`, the sum of out * gradient of each row and head.
+// The gradient of the queries, and `delta`, the sum of out * gradient for each row and head.
 extern "C" __global__ void __launch_bounds__(WARPS *WARP)
     attention_backward_queries(Heads<act> query_gradient, float *delta, Heads<act> out, Heads<act> gradient,
                                const float *lse, Heads<act> queries, Heads<act> keys, Heads<act> values,
@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP)
     acc.store(query_gradient.at(sequence, head, row));
 }
 
-// The gradients of keys and values; a warp per key and key/value head.
+// The gradients of keys and values, with a warp per key and key/value head.
 extern "C" __global__ void __launch_bounds__(WARPS *WARP)
     attention_backward_keys(Heads<act> key_gradient, Heads<act> value_gradient, const float *delta,
                             Heads<act> gradient, const float *lse, Heads<act> queries, Heads<act> keys,
@@ -124,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP)
     Columns key_acc, value_acc;
     for (int query_head = head * group; query_head < (head + 1) * group; query_head++) {
         long long of_head = ((long long)sequence * gridDim.y * group + query_head) * length;
-        // Documents follow each other: from a query on that begins after the key, none sees it.
+        // Documents are in order, so once a query's document begins after the key, no later query sees the key either.
         for (int begin = row; begin < length && starts[begin] <= row; begin += WARP) {
             int query = begin + lane;
             float p = 0, slope = 0;

@@ -1,11 +1,10 @@
-// Keys and values that are kept, [sequences, key/value heads, capacity, H], and attention of one query per sequence to
-// them: each block has a chunk of the keys (Flash-Decoding, Dao et al. 2023), and another kernel joins the chunks in
-// order.
+// The key/value cache, [sequences, key/value heads, capacity, H], and attention of one query per sequence over it: each
+// block has a chunk of the keys (Flash-Decoding, Dao et al. 2023), and another kernel joins the chunks in order.
 //
 // HEAD: width of a head. CACHED: format of keys and values. GROUP: query heads per key/value head.
 #include "common.cuh"
 
-// Puts keys and values of packed rows into the cache; a block per row.
+// Stores the keys and values of packed rows in the cache, with a block per row.
 extern "C" __global__ void cache_store(CACHED *keys, CACHED *values, const act *packed, const unsigned *sequences,
                                        const unsigned *first, int length, int capacity, int query, int key_value) {
     begin_kernel();
@@ -25,20 +24,20 @@ extern "C" __global__ void cache_store(CACHED *keys, CACHED *values, const act *
 
 #ifdef GROUP
 constexpr int WARPS = 4;
-// Keys of a block.
+// Number of keys per block.
 constexpr int CHUNK = 64;
-// Elements of a head that a lane has, and lanes per key.
+// Number of elements of a head per lane, and of lanes per key.
 constexpr int OWN = 8;
 constexpr int LANES = HEAD / OWN;
-constexpr int AT_ONCE = WARP / LANES;
-constexpr int ROUNDS = CHUNK / (WARPS * AT_ONCE);
+constexpr int KEYS_PER_WARP = WARP / LANES;
+constexpr int ROUNDS = CHUNK / (WARPS * KEYS_PER_WARP);
 
-// A sum of values with weights exp(score - most), and the sum of the weights.
+// A sum of values with the weights exp(score - most), and the sum of these weights.
 struct Weighted {
     float most, sum, x[OWN];
 };
 
-// Joins `other` to `own`; one of them may be empty, with `most` -infinity.
+// Adds `other` to `own`. One of them may be empty, with `most` at -infinity.
 DEVICE void join(Weighted &own, const Weighted &other) {
     float most = fmaxf(own.most, other.most);
     float a = own.most == most ? 1 : expf(own.most - most), b = other.most == most ? 1 : expf(other.most - most);
@@ -49,8 +48,8 @@ DEVICE void join(Weighted &own, const Weighted &other) {
     for (int i = 0; i < OWN; i++) own.x[i] = own.x[i] * a + other.x[i] * b;
 }
 
-// Per chunk and query head: most, sum and the weighted sum of values, [spans, query heads, chunks, 2 + H]. Grid (chunks,
-// key/value heads, spans).
+// The largest score, the sum of weights and the weighted sum of values of each chunk and query head, [spans, query
+// heads, chunks, 2 + H]. The grid is (chunks, key/value heads, spans).
 extern "C" __global__ void __launch_bounds__(WARPS *WARP)
     attend_chunk(float *parts, const act *packed, const CACHED *keys, const CACHED *values, const unsigned *sequences,
                  const unsigned *first, int capacity, int query, int key_value, float scale) {
@@ -64,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP)
     float key[ROUNDS][OWN], value[ROUNDS][OWN], queries[GROUP][OWN];
 #pragma unroll
     for (int round = 0; round < ROUNDS; round++) {
-        size_t position = min(begin + (round * WARPS + warp) * AT_ONCE + own, end - 1);
+        size_t position = min(begin + (round * WARPS + warp) * KEYS_PER_WARP + own, end - 1);
         load(key[round], keys + cached + position * HEAD);
         load(value[round], values + cached + position * HEAD);
     }
@@ -79,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP)
 #pragma unroll
             for (int i = 0; i < OWN; i++) score += queries[q][i] * key[round][i];
             score = lanes_sum<LANES>(score) * scale;
-            if (begin + (round * WARPS + warp) * AT_ONCE + own < end) {
+            if (begin + (round * WARPS + warp) * KEYS_PER_WARP + own < end) {
                 Weighted one = {score, 1, {}};
 #pragma unroll
                 for (int i = 0; i < OWN; i++) one.x[i] = value[round][i];
@@ -109,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP)
     }
 }
 
-// Joins the chunks; grid (query heads, spans), a thread per element of a head.
+// Joins the chunks, with the grid (query heads, spans) and a thread per element of a head.
 extern "C" __global__ void __launch_bounds__(HEAD)
     join_chunks(act *out, const float *parts, const unsigned *first, int chunks) {
     begin_kernel();

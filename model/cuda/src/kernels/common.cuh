@@ -1,5 +1,5 @@
-// Numbers in memory, and sums over threads. Every kernel is compiled for one format of activations, `ACTIVATION`, and
-// for loads of `VEC` of them at once: 16 bytes where all widths and offsets allow it, else 1.
+// Number formats, loads and stores, and sums over threads. Every kernel is compiled for one format of activations,
+// `ACTIVATION`, and loads `VEC` of them at once: 16 bytes if all widths and offsets allow it, or else a single number.
 #pragma once
 
 #include "intrinsics.cuh"
@@ -23,7 +23,7 @@ typedef ACTIVATION act;
 
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
-// A target that counts for nothing.
+// A target that is not counted.
 constexpr unsigned IGNORE = 0xffffffffu;
 
 DEVICE float negative_infinity() { return __uint_as_float(0xff800000u); }
@@ -36,7 +36,7 @@ DEVICE void put(float &to, float x) { to = x; }
 DEVICE void put(bf16 &to, float x) { to.bits = bf16_from_float(x); }
 DEVICE void put(f16 &to, float x) { to.bits = f16_from_float(x); }
 
-// `N` numbers that lie together, as they are in memory.
+// The memory of adjacent numbers.
 template <int BYTES>
 struct Chunk;
 template <>
@@ -56,7 +56,7 @@ struct Chunk<16> {
     uint4 word;
 };
 
-// Loads `N` numbers from an address that is a multiple of their size, or of 16 bytes.
+// Loads `N` numbers from an address that is a multiple of their total size, or of 16 bytes.
 template <int N, class T>
 DEVICE void load(float (&to)[N], const T *from) {
     constexpr int BYTES = N * sizeof(T) < 16 ? N * sizeof(T) : 16;
@@ -73,7 +73,7 @@ DEVICE void load(float (&to)[N], const T *from) {
     }
 }
 
-// Stores `N` numbers, rounded to their format.
+// Stores `N` numbers, rounded to the format in memory.
 template <int N, class T>
 DEVICE void store(T *to, const float (&from)[N]) {
     constexpr int BYTES = N * sizeof(T) < 16 ? N * sizeof(T) : 16;
@@ -90,7 +90,7 @@ DEVICE void store(T *to, const float (&from)[N]) {
     }
 }
 
-// Sums over aligned groups of `LANES` lanes; every lane has the sum, with the same bits.
+// Sums over aligned groups of `LANES` lanes. Every lane gets the sum, with the same bits.
 template <int LANES>
 DEVICE float lanes_sum(float x) {
 #pragma unroll
@@ -105,7 +105,7 @@ DEVICE float lanes_max(float x) {
     return x;
 }
 
-// Sums over groups of `THREADS` threads of a block of `GROUPS` groups, all of which call it. `shared` has
+// Sums over groups of `THREADS` threads in a block of `GROUPS` groups. All threads must call it. `shared` must have
 // `GROUPS * THREADS / WARP` elements.
 template <int THREADS, int GROUPS>
 DEVICE float group_sum(float x, float *shared) {

@@ -1,4 +1,4 @@
-// Numbers from one format to another.
+// Converts numbers from one format to another.
 //
 // FROM, TO: the formats.
 #include "common.cuh"

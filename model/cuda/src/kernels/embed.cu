@@ -1,9 +1,9 @@
-// The embedding, and its gradient in the order of the rows.
+// The embedding, and its gradient, which is summed in the order of the rows.
 #include "common.cuh"
 
 constexpr int THREADS = 128;
 
-// out[r] = table[ids[r]]; a block per row. TABLE: format of the table.
+// out[r] = table[ids[r]], with a block per row. TABLE: format of the table.
 extern "C" __global__ void __launch_bounds__(THREADS)
     embed(act *out, const TABLE *table, const unsigned *ids, int width) {
     begin_kernel();
@@ -16,7 +16,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// table_gradient[ids[r]] += gradient[r]; a block per row. The block of the first row with an id adds all rows with it.
+// table_gradient[ids[r]] += gradient[r], with a block per row. The block of the first row with an id adds all rows with
+// that id.
 extern "C" __global__ void __launch_bounds__(THREADS)
     embed_backward(float *table_gradient, const act *gradient, const unsigned *ids, int rows, int width) {
     begin_kernel();

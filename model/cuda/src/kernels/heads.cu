@@ -1,5 +1,5 @@
-// Query and key heads normed and rotated, values copied. A few lanes have a head; each has the same columns of both of
-// its halves, so that the rotation needs nobody else.
+// Normalises and rotates query and key heads, and copies value heads. A few lanes share a head. Each has the same
+// columns of both halves, so that the rotation needs no other lanes.
 //
 // HALF: half the width of a head. HEAD_LANES: lanes per head, a power of two. CENTRED: 0 or 1, as in norm.cu.
 #include "common.cuh"
@@ -17,7 +17,7 @@ DEVICE int column(int vector) { return (vector * HEAD_LANES + threadIdx.x % HEAD
         if (column(v) < HALF)                           \
             _Pragma("unroll") for (int i = 0; i < VEC; i++)
 
-// A lane's part of a head: columns of the first half, and the same of the second.
+// A lane's part of a head: columns of the first half, and the same columns of the second half.
 struct Head {
     float low[VECTORS][VEC], high[VECTORS][VEC];
 
@@ -62,7 +62,7 @@ DEVICE Moments moments(const Head &head) {
     return {mean, 1.0f / sqrtf(squares / WIDTH + EPSILON)};
 }
 
-// Angles of row `row`, whose span begins at position first[row / length].
+// The angles for a row, whose span begins at position first[row / length].
 struct Angles {
     const float *cos, *sin;
 
@@ -72,7 +72,7 @@ struct Angles {
         sin = sin_table + at;
     }
 
-    // Turns a head, or with `direction` -1 turns it back.
+    // Rotates a head, or rotates it back with `direction` -1.
     DEVICE void turn(Head &head, float direction) const {
 #pragma unroll
         for (int v = 0; v < VECTORS; v++)
@@ -96,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     begin_kernel();
     int heads = query + 2 * key_value;
     unsigned index = blockIdx.x * GROUPS + threadIdx.x / HEAD_LANES;
-    // Lanes beyond the last head go along, for the sums over lanes.
+    // Lanes beyond the last head continue, because the sums over lanes need them.
     bool live = index < (unsigned)(rows * heads);
     if (!live) index = 0;
     int row = index / heads, head = index % heads;
@@ -116,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (live) x.store(out + at);
 }
 
-// Gradients of the queries, or of the keys, of rows begin..end, and the sum of those of their norm's weights.
+// The gradients of the queries or keys in the rows begin..end, and the sum of the gradients of their norm's weights.
 DEVICE void side_backward(act *packed, float *weight_gradient, const act *gradient, const float *weights,
                           const float *cos, const float *sin, const unsigned *first, int length, int begin, int end,
                           int heads, int first_head, int count, float *shared) {
@@ -167,8 +167,8 @@ DEVICE void side_backward(act *packed, float *weight_gradient, const act *gradie
     }
 }
 
-// Replaces packed rows by their gradients; a block per `block_rows` rows, whose sum of the weights' gradients, [2, H],
-// goes to a row of `partial`.
+// Replaces packed rows by their gradients, with a block per `block_rows` rows. The block's sum of the weights'
+// gradients, [2, H], becomes a row of `partial`.
 extern "C" __global__ void __launch_bounds__(THREADS)
     qk_norm_rope_backward(act *packed, float *partial, const act *gradient, const float *weights, const float *cos,
                           const float *sin, const unsigned *first, int length, int rows, int block_rows, int query,

@@ -1,16 +1,16 @@
-// Cross-entropy of rows of logits in f32, and its gradient in their place.
+// Cross-entropy of rows of logits in f32, and its gradient, which replaces them.
 #include "common.cuh"
 
 constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / WARP;
 
-// The greatest of some numbers, and the sum of exp(number - greatest).
+// The largest of some numbers, and the sum of exp(number - largest).
 struct LogSum {
     float most, sum;
 
     DEVICE void add(LogSum other) {
         float most_of_both = fmaxf(most, other.most);
-        // Of nothing the sum is 0, whatever the scale.
+        // An empty sum is 0 at any scale.
         float own = most == most_of_both ? sum : sum * expf(most - most_of_both);
         float its = other.most == most_of_both ? other.sum : other.sum * expf(other.most - most_of_both);
         most = most_of_both;
@@ -22,7 +22,7 @@ DEVICE LogSum block_log_sum(LogSum own) {
     __shared__ float most[WARPS], sums[WARPS];
 #pragma unroll
     for (int step = WARP / 2; step > 0; step /= 2) {
-        // The lower lane's comes first for both, so that both have the same bits.
+        // Both lanes put the lower lane's sum first, so that both get the same bits.
         float other_most = __shfl_xor_sync(ALL_LANES, own.most, step);
         float other_sum = __shfl_xor_sync(ALL_LANES, own.sum, step);
         LogSum other = {other_most, other_sum};
@@ -59,7 +59,7 @@ DEVICE LogSum row_log_sum(const float *row, int vocabulary) {
     return block_log_sum(own);
 }
 
-// The greatest of some numbers, and where it is; of equal ones the first, and never one that is no number.
+// The largest of some numbers and its index: the first of equal ones, and never NaN.
 struct Greatest {
     float value;
     unsigned index;
@@ -72,7 +72,7 @@ struct Greatest {
     }
 };
 
-// The likeliest token of each row; a block per row.
+// The most likely token of each row, with a block per row.
 extern "C" __global__ void __launch_bounds__(THREADS) greedy(unsigned *out, const float *logits, int vocabulary) {
     begin_kernel();
     __shared__ Greatest shared[WARPS];
@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) greedy(unsigned *out, cons
     }
 }
 
-// Cross-entropy of each row, 0 where the target is IGNORE; a block per row. `lse` may be null.
+// Cross-entropy of each row, or 0 if the target is IGNORE, with a block per row. `lse` may be null.
 extern "C" __global__ void __launch_bounds__(THREADS)
     cross_entropy(float *out, float *lse, const float *logits, const unsigned *targets, int vocabulary) {
     begin_kernel();
@@ -110,8 +110,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// The same, and the gradient of cross_entropy + z_loss lse^2 for each logit: softmax (1 + 2 z_loss lse) - onehot. Each
-// row of gradients takes the place of its logits; as activations, it takes the first part of it.
+// Cross-entropy and logsumexp of each row, and the gradient of cross_entropy + z_loss lse^2 for each logit: softmax (1
+// + 2 z_loss lse) - onehot. Each row of gradients replaces its logits; if activations are narrower than logits, it
+// takes the first part of their memory.
 extern "C" __global__ void __launch_bounds__(THREADS)
     loss_backward(float *out, float *lse, float *logits, const unsigned *targets, int vocabulary, float z_loss) {
     begin_kernel();
@@ -142,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 if (column + i == target) x[i] -= 1;
             }
         }
-        // What is written next may be where others of this round have yet to read.
+        // The next writes may go to memory that other threads have yet to read in this round.
         __syncthreads();
         if (live) store(gradient + column, x);
     }

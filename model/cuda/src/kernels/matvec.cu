@@ -1,8 +1,8 @@
-// Matrices of an inference model times a few rows: what a decoded token is made of. A warp has OUTPUTS outputs, and
-// their weights pass through it once for all rows. A result has the same bits for any number of rows up to the most.
+// Products of an inference model's matrices and a few rows, which decoding consists of. A warp computes OUTPUTS
+// outputs, and reads their weights once for all rows. A result has the same bits for any supported number of rows.
 //
-// WEIGHTS: WEIGHTS_F32, _F16, _BF16 or _Q8_0. ROWS: rows. RESULT: format of the results. LOADS: weights that a lane loads
-// at once, 1 or 16 bytes of them.
+// WEIGHTS: WEIGHTS_F32, _F16, _BF16 or _Q8_0. ROWS: number of rows. RESULT: format of the results. LOADS: weights that
+// a lane loads at once, either 1 or 16 bytes of them.
 #include "common.cuh"
 
 #define WEIGHTS_F32 1
@@ -12,7 +12,7 @@
 
 constexpr int WARPS = 4;
 constexpr int OUTPUTS = ROWS > 4 ? 1 : 2;
-// Inputs that share a scale in q8_0.
+// Number of inputs that share a scale in q8_0.
 constexpr int BLOCK = 32;
 
 #if WEIGHTS == WEIGHTS_Q8_0
@@ -35,7 +35,7 @@ struct Weights {
         for (int i = 0; i < LOADS; i++) to[i] = raw.values[i] * scale;
     }
 
-    // Brings a row into the L2 cache.
+    // Prefetches a row into the L2 cache.
     DEVICE void bring(int output, int inputs) const {
         const char *row = reinterpret_cast<const char *>(values + (size_t)output * inputs);
         int bytes = inputs * sizeof(*values);
@@ -58,7 +58,7 @@ struct Weights {
         load(to, values + (size_t)output * inputs + column);
     }
 
-    // Brings a row into the L2 cache.
+    // Prefetches a row into the L2 cache.
     DEVICE void bring(int output, int inputs) const {
         const char *row = reinterpret_cast<const char *>(values + (size_t)output * inputs);
         int bytes = inputs * sizeof(*values);
@@ -71,7 +71,7 @@ struct Weights {
 extern "C" __global__ void __launch_bounds__(WARPS *WARP)
     matvec(RESULT *out, const act *x, Weights weights, int inputs, int outputs) {
     int first = (blockIdx.x * WARPS + threadIdx.x / WARP) * OUTPUTS, lane = threadIdx.x % WARP;
-    // Weights never change, so they need not wait for the kernels before.
+    // Weights never change, so prefetching them need not wait for earlier kernels.
     for (int o = first; o < min(first + OUTPUTS, outputs); o++) weights.bring(o, inputs);
     begin_kernel();
     if (first >= outputs) return;
@@ -104,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP)
         }
 }
 
-// out[r] = weights[ids[r]]; a block per row.
+// out[r] = weights[ids[r]], with a block per row.
 extern "C" __global__ void __launch_bounds__(WARPS *WARP)
     embed(act *out, Weights table, const unsigned *ids, int width) {
     begin_kernel();
@@ -115,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP)
     }
 }
 
-// Weights as numbers, for products with many rows; grid (outputs, vectors).
+// Converts weights to numbers, for products with many rows. The grid is (outputs, vectors).
 extern "C" __global__ void __launch_bounds__(WARPS *WARP) expand(act *out, Weights weights, int inputs) {
     begin_kernel();
     int column = (blockIdx.y * WARPS * WARP + threadIdx.x) * LOADS;

@@ -1,12 +1,13 @@
-// The operations of which an eager framework makes an RMS norm: each goes over a whole tensor and leaves its result in
-// memory. To measure what OpenELM's authors trained with; nothing is done in one pass that takes an eager framework two.
+// The operations that an eager framework composes an RMS norm of: each goes over a whole tensor and leaves its result
+// in memory. They exist to measure what OpenELM's authors trained with, so nothing takes fewer passes than in an eager
+// framework.
 #include "common.cuh"
 
 constexpr int THREADS = 256;
 
 DEVICE long long own() { return (long long)blockIdx.x * THREADS + threadIdx.x; }
 
-// Columns of rows: column c of row r is base[r * stride + c].
+// A range of columns: column c of row r is base[r * stride + c].
 template <class T>
 struct Columns {
     T *base;
@@ -15,14 +16,14 @@ struct Columns {
     DEVICE T &at(long long index, int width) const { return base[index / width * stride + index % width]; }
 };
 
-// to = from, as f32.
+// to = from, converted to f32.
 extern "C" __global__ void __launch_bounds__(THREADS)
     widen(float *to, Columns<const act> from, int width, long long len) {
     begin_kernel();
     if (own() < len) to[own()] = to_float(from.at(own(), width));
 }
 
-// to = from, rounded; added to what is there if `accumulate`.
+// to = from, rounded, or to += from with `accumulate`.
 extern "C" __global__ void __launch_bounds__(THREADS)
     narrow(Columns<act> to, const float *from, int width, long long len, int accumulate) {
     begin_kernel();
@@ -36,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) copy_wide(float *to, const
     if (own() < len) to[own()] = from[own()];
 }
 
-// to = from of the same format.
+// to = from, in the same format.
 extern "C" __global__ void __launch_bounds__(THREADS)
     copy(Columns<act> to, Columns<const act> from, int width, long long len) {
     begin_kernel();
@@ -61,21 +62,21 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (own() < len) out[own()] = a[own()] + b[own()];
 }
 
-// Each row times its factor.
+// Multiplies each row by its factor.
 extern "C" __global__ void __launch_bounds__(THREADS)
     multiply_rows(float *out, const float *x, const float *factors, int width, long long len) {
     begin_kernel();
     if (own() < len) out[own()] = x[own()] * factors[own() / width];
 }
 
-// Each column times its factor.
+// Multiplies each column by its factor.
 extern "C" __global__ void __launch_bounds__(THREADS)
     multiply_columns(float *out, const float *x, const float *factors, int width, long long len) {
     begin_kernel();
     if (own() < len) out[own()] = x[own()] * factors[own() % width];
 }
 
-// The mean of each row; a warp per row.
+// The mean of each row, with a warp per row.
 extern "C" __global__ void __launch_bounds__(THREADS)
     mean_of_rows(float *means, const float *x, int width, int rows) {
     begin_kernel();
@@ -92,21 +93,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) inverse_root(float *scale,
     if (own() < len) scale[own()] = 1.0f / sqrtf(mean[own()] + 1e-6f);
 }
 
-// The gradient of the mean squares, from that of their inverse roots: both are means of rows.
+// The gradient of the mean squares, from the gradient of their inverse roots. Both are divided by the row's length.
 extern "C" __global__ void __launch_bounds__(THREADS)
     inverse_root_backward(float *mean, const float *scale, long long len) {
     begin_kernel();
     if (own() < len) mean[own()] = -0.5f * mean[own()] * scale[own()] * scale[own()] * scale[own()];
 }
 
-// The gradient of squares: 2 x times the gradient of their row's mean.
+// The gradient through the squares: 2 x times the gradient of the row's mean.
 extern "C" __global__ void __launch_bounds__(THREADS)
     square_backward(float *out, const float *x, const float *mean, int width, long long len) {
     begin_kernel();
     if (own() < len) out[own()] = 2.0f * x[own()] * mean[own() / width];
 }
 
-// Sums over blocks of rows; grid (blocks of rows, columns).
+// Sums over blocks of rows, with the grid (blocks of rows, columns).
 extern "C" __global__ void __launch_bounds__(THREADS)
     sum_blocks(float *partial, const float *x, int width, int rows, int block_rows) {
     begin_kernel();
@@ -118,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     partial[(size_t)blockIdx.x * width + column] = total;
 }
 
-// Rotates heads, or turns them back, as in heads.cu. Rows have `count` heads of width 2 half.
+// Rotates heads, or rotates them back, as in heads.cu. Rows have `count` heads of width 2 half.
 extern "C" __global__ void __launch_bounds__(THREADS)
     rotate(Columns<act> to, const float *from, const float *cos, const float *sin, const unsigned *first, int length,
            int count, int half, long long pairs) {

@@ -1,15 +1,15 @@
-// Norms of rows, each of which is read once: RMS norm, or layer norm if CENTRED. A group of threads has a row.
+// Norms of rows, each of which is read once: layer norm if CENTRED, or else RMS norm. A group of threads shares a row.
 //
-// WIDTH: elements of a row, D. CENTRED: 0 or 1.
+// WIDTH: number of elements in a row, D. CENTRED: 0 or 1.
 #include "common.cuh"
 
 constexpr int THREADS = 128;
-// Rows at a time in a backward.
+// Number of rows that a block processes at a time in the backward pass.
 constexpr int GROUPS = 4;
 constexpr int VECTORS = (WIDTH + THREADS * VEC - 1) / (THREADS * VEC);
 constexpr float EPSILON = CENTRED ? 1e-5f : 1e-6f;
 
-// A thread's part of a row: vectors `lane`, `lane + THREADS`, …
+// A thread's part of a row: the vectors `lane`, `lane + THREADS`, …
 struct Row {
     float x[VECTORS][VEC];
 
@@ -25,7 +25,7 @@ struct Row {
         }
     }
 
-    // Brings a row into the L2 cache, where it comes in wide loads.
+    // Prefetches a row into the L2 cache with wide loads.
     template <class T>
     static DEVICE void bring(const T *row) {
         if (VEC == 1) return;
@@ -42,13 +42,13 @@ struct Row {
     }
 };
 
-// For each element of a thread's part; what is beyond the row is left out.
+// Loops over the elements of a thread's part, except those beyond the row.
 #define EACH(v, i)                                                 \
     _Pragma("unroll") for (int v = 0; v < VECTORS; v++)            \
         if (Row::column(v) < WIDTH)                                \
             _Pragma("unroll") for (int i = 0; i < VEC; i++)
 
-// What is taken off a row, and what the rest is multiplied by.
+// The value that is subtracted from a row, and the factor that the difference is multiplied by.
 struct Moments {
     float mean, scale;
 };
@@ -76,7 +76,7 @@ DEVICE void normalise(act *out, Row &row, const float *weight) {
     row.store(out);
 }
 
-// out = norm(x); a block per row.
+// out = norm(x), with a block per row.
 extern "C" __global__ void __launch_bounds__(THREADS) norm_rows(act *out, const act *x, const float *weight) {
     begin_kernel();
     size_t at = (size_t)blockIdx.x * WIDTH;
@@ -85,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_rows(act *out, const 
     normalise(out + at, row, weight);
 }
 
-// sum = x + delta, out = norm(sum); a block per row.
+// sum = x + delta, out = norm(sum), with a block per row.
 extern "C" __global__ void __launch_bounds__(THREADS)
     add_norm(act *sum, act *out, const act *x, const act *delta, const float *weight) {
     begin_kernel();
@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     other.load(delta + at);
     EACH(v, i) {
         row.x[v][i] += other.x[v][i];
-        // The norm is that of the sum as it is kept.
+        // The norm is computed from the sum as it is stored.
         act kept;
         put(kept, row.x[v][i]);
         row.x[v][i] = to_float(kept);
@@ -104,8 +104,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     normalise(out + at, row, weight);
 }
 
-// With c = x - mean and s its scale: dx = s (g w - mean(g w) - c s^2 mean(g w c)), dw += g c s. A block per `block_rows`
-// rows, whose sum of dw goes to a row of `partial`.
+// With c = x - mean and the scale s: dx = s (g w - mean(g w) - c s^2 mean(g w c)), dw += g c s. There is a block per
+// `block_rows` rows, whose sum of dw becomes a row of `partial`.
 extern "C" __global__ void __launch_bounds__(THREADS *GROUPS)
     norm_backward(act *x_gradient, float *partial, const act *gradient, const act *x, const float *weight, int rows,
                   int block_rows, int accumulate) {
@@ -118,14 +118,14 @@ extern "C" __global__ void __launch_bounds__(THREADS *GROUPS)
     weights.load(weight);
     EACH(v, i) sums.x[v][i] = 0;
     for (int first = begin; first < end; first += GROUPS) {
-        // Groups beyond the last row go along, for the barriers.
+        // Groups beyond the last row continue, because the barriers need them.
         int row_index = first + group;
         bool live = row_index < end;
         size_t at = (size_t)(live ? row_index : begin) * WIDTH;
         Row row, upstream;
         row.load(x + at);
         upstream.load(gradient + at);
-        // What is needed next, so that memory is not idle while the sums are made.
+        // Prefetch what is needed next, so that memory is not idle during the sums.
         if (accumulate) Row::bring(x_gradient + at);
         if (row_index + GROUPS < end) {
             Row::bring(x + at + GROUPS * WIDTH);

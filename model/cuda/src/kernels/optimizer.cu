@@ -1,9 +1,9 @@
-// What happens to a finished gradient: exact sums, its norm, and AdamW.
+// Operations on a finished gradient: exact sums, squared norms, and AdamW.
 #include "common.cuh"
 
 constexpr int THREADS = 256;
 
-// Copies parameters in the format of the activations, which matrix products read.
+// Copies parameters to the format of activations, which matrix products read.
 extern "C" __global__ void __launch_bounds__(THREADS) round_values(act *out, const float *values, long long len) {
     begin_kernel();
     long long at = ((long long)blockIdx.x * THREADS + threadIdx.x) * VEC;
@@ -17,7 +17,7 @@ struct AdamW {
     float gradient_scale, decay, beta1, beta2, step_size, second_correction, epsilon;
 };
 
-// One step; `rounded` is the copy of the weights that matrix products read, or null.
+// An AdamW step. `rounded` is the copy of the weights that matrix products read, or null.
 extern "C" __global__ void __launch_bounds__(THREADS)
     adamw(float *weights, act *rounded, float *first, float *second, const float *gradient, long long len, AdamW step) {
     begin_kernel();
@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (rounded) store(rounded + at, w);
 }
 
-// Sum of squares of each `block` elements, in f64; a thread block per such block.
+// The sum of squares of each `block` elements in f64, with a thread block for each.
 extern "C" __global__ void __launch_bounds__(THREADS)
     block_squares(double *sums, const float *x, long long len, int block) {
     begin_kernel();
@@ -58,12 +58,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x == 0) sums[blockIdx.x] = shared[0];
 }
 
-// Elements of a thread, THREADS apart: it waits for the loads of all at once.
+// Number of elements per thread, at a distance of THREADS. A thread loads all of them before it waits.
 constexpr int OWN = 4;
 
 DEVICE long long own(int i) { return ((long long)blockIdx.x * OWN + i) * THREADS + threadIdx.x; }
 
-// What is beyond `len` becomes 0.
+// Loads a thread's elements. Those beyond `len` become 0.
 template <class T>
 DEVICE void load_own(T (&to)[OWN], const T *from, long long len) {
 #pragma unroll
@@ -77,7 +77,7 @@ DEVICE void store_own(T *to, const T (&from)[OWN], long long len) {
         if (own(i) < len) to[own(i)] = from[i];
 }
 
-// In quanta, rounded half to even; `outside` becomes 1 if it is beyond the limit.
+// A gradient in quanta, rounded half to even. `outside` becomes 1 if it is beyond the limit.
 DEVICE long long quanta(float gradient, unsigned *outside, double inverse, double limit) {
     double x = gradient;
     if (!(fabs(x) <= limit)) atomicOr(outside, 1u);
@@ -86,7 +86,7 @@ DEVICE long long quanta(float gradient, unsigned *outside, double inverse, doubl
 
 DEVICE float mean_of(long long sum, double scale) { return __double2float_rn(__ll2double_rn(sum) * scale); }
 
-// Adds the gradient in quanta, or puts it in place of the sums.
+// Adds the gradient, in quanta, to the sums, or overwrites them.
 extern "C" __global__ void __launch_bounds__(THREADS)
     quantise(long long *sums, unsigned *outside, const float *gradient, long long len, double inverse, double limit,
              int accumulate) {
@@ -100,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     store_own(sums, sum, len);
 }
 
-// The gradient in quanta, as integers, times `scale`.
+// Replaces the gradient by its integer number of quanta times `scale`.
 extern "C" __global__ void __launch_bounds__(THREADS)
     quantise_mean(float *gradient, unsigned *outside, long long len, double inverse, double limit, double scale) {
     begin_kernel();

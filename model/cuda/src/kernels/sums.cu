@@ -1,10 +1,10 @@
-// Sums of rows of partial sums, in an order that only the shape decides.
+// Sums of rows of partial sums, in an order that depends only on the shape.
 #include "common.cuh"
 
 constexpr int COLUMNS = 32;
 constexpr int PARTS = 32;
 
-// out[c] = sum of partial[r][c]; a block of COLUMNS x PARTS threads per COLUMNS columns.
+// out[c] = sum of partial[r][c], with a block of COLUMNS x PARTS threads per COLUMNS columns.
 extern "C" __global__ void __launch_bounds__(COLUMNS *PARTS)
     sum_rows(float *out, const float *partial, int rows, int width) {
     begin_kernel();

@@ -1,9 +1,9 @@
-// SwiGLU: out = silu(gate) * up, where a row is all gates, then all ups.
+// SwiGLU: out = silu(gate) * up, where a row holds all gates and then all ups.
 #include "common.cuh"
 
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// A thread per vector of a row; grid (rows, vectors).
+// The forward pass, with a thread per vector of a row and the grid (rows, vectors).
 extern "C" __global__ void swiglu(act *out, const act *x, int width) {
     begin_kernel();
     int column = (blockIdx.y * blockDim.x + threadIdx.x) * VEC;

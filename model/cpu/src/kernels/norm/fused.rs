@@ -1,4 +1,4 @@
-//! Norms that go over the memory of a row once.
+//! Norms that read a row from memory once.
 
 use rayon::prelude::*;
 use ulmus_plan::ROW_BLOCK;
@@ -56,7 +56,7 @@ vectorised! {
     }
 }
 
-/// Gradients of the norm. `partial` holds one row of `D` per block of rows.
+/// Computes the gradients of the norm. `partial` holds one row of D elements per block of rows.
 pub(super) fn norm_backward<const CENTRED: bool>(
     x_gradient: &mut [f32],
     weight_gradient: &mut [f32],

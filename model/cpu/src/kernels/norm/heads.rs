@@ -1,4 +1,4 @@
-//! Norm and rotary embedding of query and key heads, in one pass over packed rows.
+//! The norm and the rotary embedding of query and key heads, in one pass over packed rows.
 
 use rayon::prelude::*;
 use ulmus_backend::Heads;
@@ -9,10 +9,10 @@ use super::rope::{RopeTables, rotate};
 use super::row::{norm_backward_row, norm_row};
 use super::{row, row_blocks, row_blocks_mut, row_mut, sum_rows};
 
-/// Widest head that has room on the stack, normed or rotated; plans refuse wider ones.
+/// Maximum width of a head, which is kept on the stack. Plans with wider heads are refused.
 const WIDEST_HEAD: usize = 512;
 
-/// Query and key heads normed and rotated, value heads copied. `weights` is `[2, H]`.
+/// Normalises and rotates query and key heads, and copies value heads. `weights` is `[2, H]`.
 pub(super) fn qk_norm_rope<const CENTRED: bool>(
     out: &mut [f32],
     packed: &[f32],
@@ -51,7 +51,8 @@ vectorised! {
     }
 }
 
-/// Gradients of [`qk_norm_rope`], that of `packed` in its place. `partial` holds `2H` elements per block of rows.
+/// Computes the gradients of [`qk_norm_rope`]; that of `packed` replaces it. `partial` holds 2H elements per block of
+/// rows.
 pub(super) fn qk_norm_rope_backward<const CENTRED: bool>(
     packed: &mut [f32],
     weights_gradient: &mut [f32],

@@ -1,7 +1,7 @@
-//! Norms of rows: alone, after a residual add, and of heads before the rotary embedding.
+//! Norms of rows by themselves, after a residual add, and of heads before the rotary embedding.
 //!
-//! [`fused`] and [`heads`] read a row once, whatever its norm; [`naive`] and [`naive_heads`] are what they are compared
-//! with, and are made of [`passes`].
+//! [`fused`] and [`heads`] read a row once, for any kind of norm. [`naive`] and [`naive_heads`] exist for comparison,
+//! and consist of [`passes`] over whole tensors.
 
 mod fused;
 mod heads;
@@ -18,7 +18,8 @@ use ulmus_plan::{NormKind, ROW_BLOCK};
 
 use super::simd::vectorised;
 
-/// A norm: its kind, its weights, and scratch, where the backward finds what the forward has left.
+/// A norm: its kind, its weights, and the scratch memory in which the forward pass leaves results for the backward
+/// pass.
 pub(crate) struct Norm<'a> {
     pub kind: NormKind,
     pub weight: &'a [f32],
@@ -46,7 +47,7 @@ impl Norm<'_> {
         }
     }
 
-    /// Gradients of the norm.
+    /// Computes the gradients of the norm.
     pub(crate) fn backward(
         self,
         x_gradient: &mut [f32],
@@ -64,7 +65,7 @@ impl Norm<'_> {
         backward(x_gradient, weight_gradient, gradient, x, weight, accumulate, scratch);
     }
 
-    /// Query and key heads normed and rotated, value heads copied. Weights are `[2, H]`.
+    /// Normalises and rotates query and key heads, and copies value heads. The weights are `[2, H]`.
     pub(crate) fn heads(self, out: &mut [f32], packed: &[f32], rope: RopeTables<'_>, heads: Heads) {
         let Self { kind, weight, scratch } = self;
         match kind {
@@ -74,7 +75,7 @@ impl Norm<'_> {
         }
     }
 
-    /// Gradients of [`Norm::heads`], that of `packed` in its place.
+    /// Computes the gradients of [`Norm::heads`]; that of `packed` replaces it.
     pub(crate) fn heads_backward(
         self,
         packed: &mut [f32],
@@ -93,18 +94,18 @@ impl Norm<'_> {
     }
 }
 
-/// Blocks of [`ROW_BLOCK`] rows of that width, in parallel.
+/// A parallel iterator over blocks of [`ROW_BLOCK`] rows of width `width`.
 fn row_blocks(rows: &[f32], width: usize) -> rayon::slice::Chunks<'_, f32> {
     rows.par_chunks(ROW_BLOCK * width)
 }
 
-/// The same, to write.
+/// A parallel iterator over mutable blocks of [`ROW_BLOCK`] rows of width `width`.
 fn row_blocks_mut(rows: &mut [f32], width: usize) -> rayon::slice::ChunksMut<'_, f32> {
     rows.par_chunks_mut(ROW_BLOCK * width)
 }
 
-/// Row `row` of rows of that width.
-// In vectorised code indices and ranges: iterator adapters are often not inlined there.
+/// Row number `row` of rows of width `width`.
+// Vectorised code uses indices and ranges, because iterator adapters are often not inlined there.
 #[inline(always)]
 fn row(rows: &[f32], row: usize, width: usize) -> &[f32] {
     &rows[row * width..][..width]
@@ -116,7 +117,7 @@ fn row_mut(rows: &mut [f32], row: usize, width: usize) -> &mut [f32] {
 }
 
 vectorised! {
-    /// Adds rows of `total.len()`, first to last.
+    /// Adds all rows, each of `total.len()` elements, to `total`, first to last.
     fn sum_rows(total: &mut [f32], rows: &[f32]) {
         total.fill(0.0);
         let width = total.len();

@@ -1,9 +1,9 @@
 //! RMS norm as an eager framework computes it without a fused kernel: every operation goes over a whole tensor and
-//! leaves its result in memory, where the next one and the backward read it.
+//! leaves its result in memory, where the next operation and the backward pass read it.
 //!
-//! OpenELM's authors trained with it and found that its norms made the model slow. It is here to measure that, so
-//! nothing is done in one pass that takes an eager framework two. Sums of rounded squares do not have the bits of the
-//! fused norm; results differ by rounding alone.
+//! OpenELM's authors trained with such norms and found that they made the model slow. This module exists to measure
+//! that, so nothing takes fewer passes than in an eager framework. Because squares are rounded before they are summed,
+//! results differ from those of the fused norm by rounding.
 
 use ulmus_backend::RMS_EPSILON;
 use ulmus_plan::ROW_BLOCK;
@@ -12,24 +12,25 @@ use super::passes::{
     combine, fill_rows, map, mean_of_rows, multiply_columns, multiply_rows, sum_columns, update,
 };
 
-/// Intermediate results of the norm of R rows of D. The forward leaves `normed` and `scale` for the backward.
+/// Intermediate results for the norm of R rows of D elements. The forward pass leaves `normed` and `scale` for the
+/// backward pass.
 pub(super) struct Scratch<'a> {
-    /// `[R, D]`.
+    /// Temporary results, `[R, D]`.
     pub terms: &'a mut [f32],
-    /// `[R, D]`.
+    /// More temporary results, `[R, D]`.
     pub other: &'a mut [f32],
     /// Rows times their scale, `[R, D]`.
     pub normed: &'a mut [f32],
-    /// Mean squares of rows, `[R]`, or the gradient of that.
+    /// Mean squares of rows, or their gradients, `[R]`.
     mean: &'a mut [f32],
-    /// What rows are multiplied by, `[R]`.
+    /// The factors that rows are multiplied by, `[R]`.
     scale: &'a mut [f32],
     /// Sums over blocks of rows, `[blocks, D]`.
     partial: &'a mut [f32],
 }
 
 impl<'a> Scratch<'a> {
-    /// Cuts [`ulmus_plan::NormKind::row_scratch`] in pieces.
+    /// Splits a buffer of [`ulmus_plan::NormKind::row_scratch`] elements.
     fn new(scratch: &'a mut [f32], rows: usize, width: usize) -> Self {
         let (terms, scratch) = scratch.split_at_mut(rows * width);
         let (other, scratch) = scratch.split_at_mut(rows * width);
@@ -65,7 +66,7 @@ pub(super) fn add_norm(
     norm(out, sum, weight, scratch);
 }
 
-/// Gradients of the norm.
+/// Computes the gradients of the norm.
 pub(super) fn norm_backward(
     x_gradient: &mut [f32],
     weight_gradient: &mut [f32],
@@ -84,8 +85,8 @@ pub(super) fn norm_backward(
     }
 }
 
-/// Goes back through the operations of [`norm`], last to first. What it leaves in `normed` and `terms` adds up to the
-/// gradient of `x`: by way of the product, and by way of the scale.
+/// Goes back through the operations of [`norm`], last to first. The gradient of `x` is the sum of what this leaves in
+/// `normed` (through the product) and in `terms` (through the scale).
 pub(super) fn summands<'a>(
     weight_gradient: &mut [f32],
     gradient: &[f32],
@@ -97,11 +98,12 @@ pub(super) fn summands<'a>(
     let Scratch { terms, other, normed, mean, scale, partial } = Scratch::new(scratch, x.len() / d, d);
     combine(terms, gradient, normed, |gradient, normed| gradient * normed);
     sum_columns(weight_gradient, terms, partial);
-    // From here `other` is the gradient of `normed`, which itself is not needed any more.
+    // From here on, `other` is the gradient of `normed`, and `normed` itself is no longer needed.
     multiply_columns(other, gradient, weight);
     combine(terms, other, x, |gradient, x| gradient * x);
     multiply_rows(normed, other, scale, d);
-    // The gradient of the scale is the sum of a row; that of its mean square is divided by D where it goes to squares.
+    // The gradient of a row's scale is the sum of the row. Taking the mean instead includes the division by D that
+    // belongs to the gradient of the mean square.
     mean_of_rows(mean, terms, d);
     update(mean, scale, |gradient, scale| -0.5 * gradient * scale * scale * scale);
     fill_rows(terms, mean, d);

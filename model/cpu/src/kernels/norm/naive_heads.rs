@@ -1,5 +1,5 @@
-//! The naive norm of query and key heads, and then the rotary embedding. Queries and keys become tensors of their
-//! own for it, as in an eager framework.
+//! The naive norm of query and key heads, followed by the rotary embedding. Queries and keys are copied to tensors of
+//! their own for it, as in an eager framework.
 
 use rayon::prelude::*;
 use ulmus_backend::Heads;
@@ -11,29 +11,29 @@ use super::passes::combine;
 use super::rope::{RopeTables, rotate};
 use super::{ROW_BLOCK, row, row_blocks, row_blocks_mut, row_mut};
 
-/// Some columns of rows.
+/// A range of columns in a matrix.
 #[derive(Clone, Copy)]
 struct Columns {
-    /// Elements from one row to the next.
+    /// Distance from one row to the next, in elements.
     stride: usize,
     first: usize,
     count: usize,
 }
 
-/// Queries or keys: `[R · heads, H]`.
+/// The queries or the keys, `[R · heads, H]`.
 struct Side<'a> {
-    /// Where they are in packed rows.
+    /// Their columns in packed rows.
     packed: Columns,
-    /// Where they are in `x` and `normed`: everywhere.
+    /// Their columns in `x` and `normed`, which are all columns.
     own: Columns,
     x: &'a mut [f32],
-    /// After the norm and before the rotation, or the gradient of that.
+    /// The result of the norm before the rotation, or its gradient.
     normed: &'a mut [f32],
     scratch: &'a mut [f32],
 }
 
 impl<'a> Side<'a> {
-    /// Cuts [`NormKind::head_scratch`] in pieces.
+    /// Splits a buffer of [`NormKind::head_scratch`] elements into both sides.
     fn both(scratch: &'a mut [f32], rows: usize, heads: Heads) -> [Self; 2] {
         let (stride, query, key) = (heads.packed_width(), heads.query_width(), heads.key_value_width());
         let (of_queries, of_keys) =
@@ -57,7 +57,7 @@ fn values(heads: Heads) -> Columns {
     Columns { stride: heads.packed_width(), first: query + key_value, count: key_value }
 }
 
-/// Query and key heads normed and rotated, value heads copied. `weights` is `[2, H]`.
+/// Normalises and rotates query and key heads, and copies value heads. `weights` is `[2, H]`.
 pub(super) fn qk_norm_rope(
     out: &mut [f32],
     packed: &[f32],
@@ -75,7 +75,7 @@ pub(super) fn qk_norm_rope(
     copy(out, values(heads), packed, values(heads));
 }
 
-/// Gradients of [`qk_norm_rope`], that of `packed` in its place.
+/// Computes the gradients of [`qk_norm_rope`]; that of `packed` replaces it.
 pub(super) fn qk_norm_rope_backward(
     packed: &mut [f32],
     weights_gradient: &mut [f32],
@@ -109,7 +109,7 @@ fn copy(to: &mut [f32], to_columns: Columns, from: &[f32], from_columns: Columns
     );
 }
 
-/// Rotates heads of that width, or turns them back, on their way from some columns to others.
+/// Copies heads of width `width` from some columns to others, and rotates them forwards or backwards.
 fn turn<const BACK: bool>(
     to: &mut [f32],
     to_columns: Columns,

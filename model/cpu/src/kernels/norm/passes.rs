@@ -1,4 +1,4 @@
-//! Single operations over whole tensors, each in parallel.
+//! Single operations over whole tensors, each parallel by itself.
 
 #![expect(clippy::needless_range_loop, reason = "iterator adapters are often not inlined in vectorised code")]
 
@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::super::simd::{sum, vectorised};
 use super::{ROW_BLOCK, row, row_blocks, row_blocks_mut, row_mut, sum_rows};
 
-/// Elements that a thread takes at a time.
+/// Number of elements that a thread takes at a time.
 const PIECE: usize = 1 << 14;
 
 /// `out = f(a, b)`.
@@ -61,7 +61,7 @@ vectorised! {
     }
 }
 
-/// Rows of one value each.
+/// Fills each row with one value.
 pub(super) fn fill_rows(out: &mut [f32], values: &[f32], width: usize) {
     row_blocks_mut(out, width).zip(values.par_chunks(ROW_BLOCK)).for_each(|(out, values)| {
         for (out, value) in out.chunks_mut(width).zip(values) {
@@ -70,7 +70,7 @@ pub(super) fn fill_rows(out: &mut [f32], values: &[f32], width: usize) {
     });
 }
 
-/// Each row of `x` times its factor.
+/// Multiplies each row of `x` by its factor.
 pub(super) fn multiply_rows(out: &mut [f32], x: &[f32], factors: &[f32], width: usize) {
     row_blocks_mut(out, width)
         .zip(row_blocks(x, width).zip(factors.par_chunks(ROW_BLOCK)))
@@ -88,7 +88,7 @@ vectorised! {
     }
 }
 
-/// Each column of `x` times its factor.
+/// Multiplies each column of `x` by its factor.
 pub(super) fn multiply_columns(out: &mut [f32], x: &[f32], factors: &[f32]) {
     row_blocks_mut(out, factors.len())
         .zip(row_blocks(x, factors.len()))
@@ -107,7 +107,7 @@ vectorised! {
     }
 }
 
-/// The sum of each column of `x`, by way of `partial`, a row per block of rows.
+/// The sum of each column of `x`. `partial` holds the sums of each block of rows.
 pub(super) fn sum_columns(sums: &mut [f32], x: &[f32], partial: &mut [f32]) {
     let width = sums.len();
     partial.par_chunks_mut(width).zip(row_blocks(x, width)).for_each(|(partial, x)| sum_rows(partial, x));

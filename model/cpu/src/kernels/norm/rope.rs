@@ -2,7 +2,7 @@
 
 use super::super::simd::LANES;
 
-/// Cosines and sines `[positions, H/2]`; row r has position `first[r / length] + r % length`.
+/// Tables of cosines and sines, `[positions, H/2]`. Row r has the position `first[r / length] + r % length`.
 #[derive(Clone, Copy)]
 pub(crate) struct RopeTables<'a> {
     pub cos: &'a [f32],
@@ -19,8 +19,8 @@ impl<'a> RopeTables<'a> {
     }
 }
 
-/// Turns the pairs `(x[i], x[i + H/2])` by their angles, or back.
-// Chunks are loaded before they are stored, so that the compiler need not ask whether slices overlap.
+/// Rotates the pairs `(x[i], x[i + H/2])` by their angles, or back.
+// Chunks are loaded before they are stored, so that the compiler need not consider whether slices overlap.
 #[inline(always)]
 pub(super) fn rotate<const BACK: bool>(out: &mut [f32], x: &[f32], cos: &[f32], sin: &[f32]) {
     let half = cos.len();

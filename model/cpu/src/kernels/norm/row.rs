@@ -1,15 +1,15 @@
-//! The norm of one row. With its mean taken off first (`CENTRED`) it is layer norm, else RMS norm; nothing else but ε
-//! differs.
+//! The norm of one row. If the mean is subtracted first (`CENTRED`), it is layer norm, and else RMS norm. Apart from
+//! that, only ε differs.
 
 use ulmus_backend::{LAYER_EPSILON, RMS_EPSILON};
 
 use super::super::simd::{LANES, dot, squares_about, sum, total};
 
-/// What is taken off a row, and what the rest is multiplied by.
+/// The value that is subtracted from a row, and the factor that the difference is multiplied by.
 #[inline(always)]
 fn shift_and_scale<const CENTRED: bool>(x: &[f32]) -> (f32, f32) {
     let width = x.len() as f32;
-    // Taking off a constant zero is nothing, to the compiler as well.
+    // The compiler removes the subtraction of a constant zero.
     let (mean, epsilon) = if CENTRED { (sum(x) / width, LAYER_EPSILON) } else { (0.0, RMS_EPSILON) };
     (mean, 1.0 / (squares_about(mean, x) / width + epsilon).sqrt())
 }
@@ -23,8 +23,8 @@ pub(super) fn norm_row<const CENTRED: bool>(out: &mut [f32], x: &[f32], weight: 
     }
 }
 
-/// With c = x − mean and s its scale: `dx = s · (g·w − mean(g·w) − c · s² · mean(g·w·c))`, `dw += g · c · s`.
-/// The second term is that of the mean.
+/// With c = x − mean and the scale s: `dx = s · (g·w − mean(g·w) − c · s² · mean(g·w·c))`, `dw += g · c · s`.
+/// The second term belongs to the mean, so RMS norm does not have it.
 #[inline(always)]
 pub(super) fn norm_backward_row<const CENTRED: bool, const ACCUMULATE: bool>(
     x_gradient: &mut [f32],
@@ -47,7 +47,7 @@ pub(super) fn norm_backward_row<const CENTRED: bool, const ACCUMULATE: bool>(
     }
 }
 
-/// `Σ a·b·(c − mean)`, in the order of all reductions.
+/// `Σ a·b·(c − mean)`, in the same order as all reductions.
 #[inline(always)]
 fn dot3(a: &[f32], b: &[f32], c: &[f32], mean: f32) -> f32 {
     let mut sums = [0f32; LANES];
