@@ -307,7 +307,7 @@ async fn lost_results(database: &Database, folder: &RunFolder) -> Result<Vec<Str
         };
         if let Some((name, _)) = files.iter().find(|(name, entry)| !is_there(name, entry)) {
             database.forget_job(kind).map_err(|error| in_database(&error))?;
-            lost.push(format!("{place}/{name} is missing or changed; doing job {} again", kind.name()));
+            lost.push(format!("{place}/{name} is missing or changed; {} is done again", kind.name()));
         }
     }
     Ok(lost)
