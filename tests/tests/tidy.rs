@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use cargo_metadata::{DependencyKind, MetadataCommand};
+use cargo_metadata::{DependencyKind, MetadataCommand, Target};
 use ulmus_plan::{Normalize, Pack};
 use ulmus_tests::repository;
 
@@ -75,6 +75,16 @@ fn crates_use_only_what_they_may() {
         assert!(unused.is_empty(), "the code map says that {name} uses {unused:?}");
     }
     assert_eq!(seen, map.into_keys().collect(), "the code map names a crate that is not there");
+}
+
+/// Each library crate can be tried by itself; its example is built with the tests.
+#[test]
+fn every_library_crate_has_an_example() {
+    let metadata = MetadataCommand::new().current_dir(repository()).no_deps().exec().unwrap();
+    let libraries = metadata.packages.iter().filter(|package| package.targets.iter().any(Target::is_lib));
+    let without = libraries.filter(|package| !package.targets.iter().any(Target::is_example));
+    let names: Vec<&str> = without.map(|package| package.name.as_str()).collect();
+    assert_eq!(names, ["ulmus-tests"], "every other library crate has an example");
 }
 
 #[test]

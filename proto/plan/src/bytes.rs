@@ -19,12 +19,12 @@ enum ByteSizeText {
 }
 
 impl Bytes {
-    /// That many bytes.
+    /// A size of `bytes` bytes.
     pub const fn new(bytes: u64) -> Self {
         Self(bytes)
     }
 
-    /// That many times 1024².
+    /// A size of `mib` times 1024² bytes.
     pub const fn mib(mib: u64) -> Self {
         Self(mib << 20)
     }
@@ -63,7 +63,7 @@ impl From<Bytes> for String {
 }
 
 impl fmt::Display for Bytes {
-    /// The largest binary unit that divides the number, so that nothing is lost.
+    /// Uses the largest binary unit that divides the size, so that nothing is lost.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
         match units.into_iter().find(|(shift, _)| self.0 > 0 && self.0.trailing_zeros() >= *shift) {

@@ -17,22 +17,22 @@ pub enum Format {
     Parquet,
     /// One JSON object per line.
     Jsonl,
-    /// The same, compressed by gzip.
+    /// One JSON object per line, compressed with gzip.
     #[serde(rename = "json.gz")]
     JsonGz,
-    /// The same, compressed by zstd.
+    /// One JSON object per line, compressed with zstd.
     #[serde(rename = "json.zst")]
     JsonZst,
     /// One document per file.
     Text,
-    /// Token ids of two bytes each, tokenized before.
+    /// Token ids of two bytes each; the text was tokenized before.
     U16,
-    /// Token ids of four bytes each, tokenized before.
+    /// Token ids of four bytes each; the text was tokenized before.
     U32,
 }
 
 impl Format {
-    /// Those of text.
+    /// The formats that hold text.
     pub const TEXT: [Self; 5] = [Self::Parquet, Self::Jsonl, Self::JsonGz, Self::JsonZst, Self::Text];
 
     /// Whether a file holds token ids instead of text.
@@ -40,12 +40,12 @@ impl Format {
         matches!(self, Self::U16 | Self::U32)
     }
 
-    /// Whether a file name's suffix is one that files of token ids have. Their size is not told by it.
+    /// Whether a file of this name may hold token ids. Its suffix does not tell how many bytes an id has.
     pub fn may_be_tokens(name: &str) -> bool {
         matches!(name.rsplit_once('.'), Some((_, "bin" | "npy")))
     }
 
-    /// The format that a file name's suffix tells.
+    /// The format that the suffix of a file name stands for.
     pub fn of_file(name: &str) -> Option<Self> {
         let name = name.to_ascii_lowercase();
         let (stem, suffix) = name.rsplit_once('.')?;
@@ -62,7 +62,7 @@ impl Format {
     }
 }
 
-/// What is done to a document before it is filtered.
+/// How the text of a document is normalised before it is filtered.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Normalize {
@@ -72,7 +72,7 @@ pub enum Normalize {
     /// What Python's ftfy does (the published recipe): repairs wrongly decoded text, entities, curly quotes and control
     /// characters; then form C.
     Ftfy,
-    /// Nothing.
+    /// The text stays as it is.
     None,
 }
 
@@ -88,7 +88,7 @@ pub enum Pack {
     Corenet,
 }
 
-/// What to do about a unit that is damaged or gone, once it has been read again in vain.
+/// What to do about a unit that is still damaged or missing after retries.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnBadUnit {
@@ -99,9 +99,9 @@ pub enum OnBadUnit {
     Quarantine,
 }
 
-/// Most files that a range counts out.
+/// The largest number of files that a range may name.
 const MAX_FILES: u64 = 10_000_000;
-/// Most tokens that a source may count for; of many sources the sum is still a number of 64 bits.
+/// The largest weight of a source. The sum over many sources still fits in 64 bits.
 const MAX_TOKENS: u64 = 1_000_000_000_000_000;
 
 /// One corpus, or one part of a corpus with a share of its own.
@@ -129,7 +129,7 @@ pub struct SourceConfig {
     /// Weight of the source in the mixture, in tokens; required if there are several sources.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokens: Option<u64>,
-    /// Where that number comes from, for people.
+    /// Where the number in `tokens` comes from, as a note for people.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokens_from: Option<String>,
     /// Number of epochs after which the run ends.
@@ -225,7 +225,7 @@ impl DataConfig {
                 format!("data.source.{index}.name"),
                 &source.name,
                 "every source must have a name of its own",
-                "rename one",
+                "rename one of them",
             );
         }
     }
@@ -258,7 +258,7 @@ impl DataConfig {
 }
 
 impl SourceConfig {
-    /// Takes an address that ends in a glob apart.
+    /// Splits an address that ends in a glob into `url` and `files`.
     pub(crate) fn complete(&mut self) {
         if self.files.is_empty()
             && secret(&self.url).is_none()
@@ -270,8 +270,8 @@ impl SourceConfig {
         }
     }
 
-    /// Whether a document is a part of a row or an object, which needs a name. Not known before files are looked at, so
-    /// that suffixes decide.
+    /// Whether documents are fields of rows or objects, so that the plan must name the field. No file has been opened yet,
+    /// so suffixes decide.
     fn has_text_key(&self) -> bool {
         let format = |file: &String| self.format.or_else(|| Format::of_file(file));
         let has = |file: &String| match format(file) {
@@ -300,7 +300,7 @@ impl SourceConfig {
             self.name.is_empty() || self.name.parse::<RunName>().is_ok(),
             key("name"),
             format!("{:?}", self.name),
-            "folders have it: 1 to 64 letters, digits, '-', '_' and '.', beginning with a letter or digit",
+            "it names a folder: 1 to 64 letters, digits, '-', '_' and '.', beginning with a letter or digit",
             "write name = \"web\"",
         );
         for (name, address) in [("url", Some(&self.url)), ("list", self.list.as_ref())] {
@@ -334,14 +334,14 @@ impl SourceConfig {
                     end.saturating_sub(first) <= MAX_FILES,
                     key("range"),
                     format!("[{first}, {end}]"),
-                    format!("at most {MAX_FILES} files are counted out"),
+                    format!("a range may name at most {MAX_FILES} files"),
                     "write a shorter range, or name the files by a list",
                 );
                 problems.check(
                     counted,
                     key("files"),
                     format!("{:?}", self.files),
-                    "range fills in {} or {:05}, and no file has one",
+                    "range fills in {} or {:05}, and no file pattern has either",
                     "write for instance files = [\"part-{:05}.parquet\"], or leave range out",
                 );
             }
@@ -379,11 +379,11 @@ impl SourceConfig {
     }
 }
 
-/// An address as it may be shown, if it carries what may be a secret.
+/// If an address may carry a secret: the address without it, as it may be shown.
 pub(crate) fn secret(url: &str) -> Option<String> {
     let (scheme, rest) = url.split_once("://")?;
     let host = rest.split(['/', '?']).next().unwrap_or_default();
-    // In this scheme alone, `@` stands between a container and its account.
+    // Only in this scheme does `@` stand between a container and its account.
     let user = if scheme.starts_with("abfs") { None } else { host.rsplit_once('@') };
     let shown = user.map_or(host, |(_, host)| host);
     (user.is_some() || rest.contains('?')).then(|| format!("{scheme}://…{shown}/…"))

@@ -1,20 +1,20 @@
-//! What a program computes on, as a person says it.
+//! The name of a device to compute on.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// What to compute on: `auto`, `cpu`, `cuda` or `cuda:N`.
+/// A device to compute on: `auto`, `cpu`, `cuda` or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Device {
-    /// A GPU if the machine has one that its driver shows, else the processor.
+    /// A GPU if the driver shows one, otherwise the processor.
     #[default]
     Auto,
     /// The processor.
     Cpu,
-    /// A GPU of NVIDIA: that of the number, or for the n-th worker of a machine its n-th.
+    /// An NVIDIA GPU: the one with this number, or without a number the n-th GPU for the n-th worker of a machine.
     Cuda(Option<usize>),
 }
 

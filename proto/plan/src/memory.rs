@@ -65,26 +65,26 @@ pub struct MemoryPlan {
     pub reduction: u64,
     /// Activations, their gradients and scratch for one micro-batch.
     pub activations: u64,
-    /// All of it.
+    /// The sum of the fields above.
     pub total: u64,
 }
 
-/// Bytes of a chain that are read ahead or being decompressed.
+/// Bytes of a compressed file that are read ahead or being decompressed.
 const CHAIN: u64 = 4 << 20;
 
-/// About the most bytes that the data of a worker takes which reads so many lanes, for sequences of `length` tokens.
-/// Documents larger than a unit come on top, and text with less than 2.5 bytes to a token.
+/// An estimate of the most memory, in bytes, that a worker needs to read `lanes` lanes of sequences of `length` tokens.
+/// Documents larger than a unit, and text with less than 2.5 bytes per token, take more.
 ///
-/// Each stream has the window in use and the next one: at least `data.window` sequences, and up to a unit more; of a
-/// chain, some MiB that are read ahead. Each thread has a unit of text at up to three stages, and its tokens.
+/// Each stream holds the window in use and the next one: at least `data.window` sequences, and up to a unit more. A
+/// compressed file adds some MiB that are read ahead. Each thread holds a unit of text at up to three stages, and its tokens.
 pub fn data_memory(data: &DataConfig, lanes: u64, length: usize) -> u64 {
     let streams = lanes + data.source.len() as u64 - 1;
-    // Two fifths of a token to a byte of text: English has less, source code about as much.
+    // Two fifths of a token per byte of text: English has fewer, source code about as many.
     let tokens = data.window * length as u64 + data.unit.get() * 2 / 5;
     streams.saturating_mul(2 * 4 * tokens + CHAIN).saturating_add(data.threads * 4 * data.unit.get())
 }
 
-/// The plan for micro-batches of sequences of `length` positions.
+/// Plans a worker's memory for micro-batches of sequences of `length` tokens.
 pub fn worker_memory(model: &ModelConfig, train: &TrainConfig, length: usize) -> MemoryPlan {
     let rows = train.micro_batch * length as u64;
     let (d, head) = (model.model_dim as u64, model.head_dim as u64);
@@ -108,10 +108,10 @@ pub fn worker_memory(model: &ModelConfig, train: &TrainConfig, length: usize) ->
     let norms = model.norm_scratch(rows as usize) as u64;
     let logits = rows.min(HEAD_ROWS as u64) * model.vocab_size as u64;
     let rope = length as u64 * head;
-    // Each sequence's first position, too.
+    // This includes the first position of each sequence.
     let activations =
         4 * (u128::from(rows) * u128::from(per_row) + u128::from(train.micro_batch + norms + logits + rope));
-    // More than any machine has, in any case.
+    // A sum that does not fit is more than any machine has.
     let activations = u64::try_from(activations).unwrap_or(u64::MAX);
     let count = model.parameters();
     // A single micro-batch is its own sum, in place.

@@ -17,15 +17,16 @@ use crate::rules::{range, sound};
 pub enum Multipliers {
     /// The same in every layer.
     Uniform(f64),
-    /// Two values: first and last layer, evenly spaced between, each rounded to 2 decimals. Else one per layer.
+    /// Two values stand for the first and the last layer: layers between are evenly spaced, and each value is rounded to 2
+    /// decimals. Otherwise there is one value per layer.
     Layers(Vec<f64>),
 }
 
 impl Multipliers {
     /// One value per layer.
     ///
-    /// Two values expand as `linspace(first, last, layers)` in f64 with 2 decimals kept: leaving out that
-    /// rounding gives other widths in seven layers of the published models.
+    /// Two values expand as `linspace(first, last, layers)` in f64, rounded to 2 decimals. Without that rounding, seven layers
+    /// of the published models would have other widths.
     pub fn expand(&self, layers: usize) -> Vec<f64> {
         match self {
             Self::Uniform(value) => vec![*value; layers],
@@ -55,7 +56,7 @@ impl Multipliers {
                 &advice,
             );
         }
-        // What lies between two multipliers is one as well.
+        // Values between two valid multipliers are valid as well.
         problems.check(
             values.iter().all(|multiplier| *multiplier > 0.0 && *multiplier <= 64.0),
             key,
@@ -79,17 +80,17 @@ fn make_divisible(value: f64, divisor: usize) -> usize {
 pub struct LayerDims {
     /// Query heads.
     pub q_heads: usize,
-    /// Key heads, and as many value heads.
+    /// Key heads. There are as many value heads.
     pub kv_heads: usize,
     /// Hidden width of the FFN (each of the two halves of `proj_1`).
     pub ffn_dim: usize,
 }
 
-/// The shape of a model: everything that decides its parameters and what is computed with them.
+/// The shape of a model: everything that decides which parameters it has and what is computed with them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ModelConfig {
-    /// Rows of the embedding matrix. Not set, it is the tokenizer's vocabulary and a pad id, rounded up to a multiple of 128.
+    /// Rows of the embedding matrix. If it is not set, the tokenizer's vocabulary and a pad id, rounded up to a multiple of 128.
     pub vocab_size: usize,
     /// Sequence length in tokens.
     pub max_context_length: usize,

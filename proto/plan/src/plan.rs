@@ -48,8 +48,8 @@ impl StoreConfig {
             shown.is_none(),
             "store.url",
             shown.as_deref().unwrap_or_default(),
-            "an address stands in the run's plan, and is shown and sent to workers, so it carries no secret",
-            "leave out what is before @ and behind ?, and give credentials in the environment or in the files of the store's own tools",
+            "a plan is stored, shown and sent to workers, so an address in it must carry no secret",
+            "leave out the part before @ and the part after ?, and put credentials in the environment or in the files of the store's own tools",
         );
         for (key, folder) in [("store.url", &self.url), ("store.local", &self.local)] {
             problems.check(
@@ -65,7 +65,7 @@ impl StoreConfig {
             ["file", "s3", "s3a", "gs", "az", "abfs", "abfss"].contains(&scheme),
             "store.url",
             &self.url,
-            "no run can be kept there",
+            "runs cannot be kept in a store of this kind",
             "write a path, file://, s3://, gs:// or az://",
         );
     }
@@ -83,9 +83,9 @@ impl Default for StoreConfig {
 pub struct LocalConfig {
     /// Workers that the coordinator starts itself; 0 when they join from elsewhere.
     pub workers: u64,
-    /// Compute threads of each of them.
+    /// Compute threads of each local worker.
     pub threads: u64,
-    /// What they compute on: `auto`, `cpu`, `cuda` or `cuda:N`. Of several GPUs the n-th worker gets the n-th.
+    /// What local workers compute on: `auto`, `cpu`, `cuda` or `cuda:N`. With several GPUs, the n-th worker gets the n-th GPU.
     pub device: Device,
 }
 
@@ -101,7 +101,7 @@ impl Default for LocalConfig {
 pub struct ClusterConfig {
     /// Minimum number of workers needed to start and to continue.
     pub min_workers: u64,
-    /// A worker is declared dead after this long without a heartbeat. Heartbeats come every second; at least three of them.
+    /// A worker is declared dead after this long without a heartbeat. Workers send one every second, and at least three must fit in.
     #[serde(with = "humantime_serde")]
     pub dead_after: Duration,
     /// How long a restarted coordinator waits for the members of its last group, and a new one for more workers than the
@@ -152,30 +152,30 @@ impl Default for BenchmarkConfig {
     }
 }
 
-/// Everything that a run is. Made only by [`crate::read`]; what it holds satisfies every rule.
+/// A whole plan: everything that defines a run. Only [`crate::read`] makes one, so it satisfies every rule.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Plan {
-    /// Name and seed.
+    /// Name and seed of the run.
     pub run: RunConfig,
-    /// Place of the run folder.
+    /// Where the run folder is kept.
     pub store: StoreConfig,
-    /// Workers of the coordinator's own machine.
+    /// Workers on the coordinator's own machine.
     pub local: LocalConfig,
-    /// Membership.
+    /// When training starts, and when a worker counts as dead.
     pub cluster: ClusterConfig,
     /// Shape of the model.
     pub model: ModelConfig,
-    /// Tokenizer.
+    /// The tokenizer: a file, or one that is trained.
     pub tokenizer: TokenizerConfig,
-    /// Text to make shards of; without it the sources exist already.
+    /// Text on this machine to make shards of. Without this section the sources must exist already.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prepare: Option<PrepareConfig>,
-    /// Corpora and how they become sequences.
+    /// The corpora, and how they become sequences.
     pub data: DataConfig,
-    /// Recipe.
+    /// The recipe: optimizer, schedule and batch.
     pub train: TrainConfig,
-    /// Grid and averaging.
+    /// When checkpoints are written, and how many are averaged.
     pub checkpoint: CheckpointConfig,
     /// Evaluation of the finished models.
     pub evaluate: EvaluateConfig,
@@ -183,7 +183,7 @@ pub struct Plan {
     pub benchmark: BenchmarkConfig,
 }
 
-/// Most text that models are measured on.
+/// The largest amount of text that models are measured on.
 const MAX_TEXT: Bytes = Bytes::mib(1 << 20);
 
 /// Keys that may change between two starts of the same run, because no trained bit depends on them.
@@ -202,8 +202,8 @@ const MAY_CHANGE: [&str; 12] = [
     "data.max_bad_units",
 ];
 
-/// Keys that the first plans did not have, and what those plans meant. They count only with another value, so that a
-/// run can go on from its checkpoints after an update.
+/// Keys that were added after the first version, with the values that plans without them imply. With those values they do not
+/// count, so a run can continue from its checkpoints after an update.
 const ADDED: [(&str, &str); 4] = [
     ("checkpoint.export", "true"),
     ("model.norm", "\"rms\""),
@@ -211,10 +211,10 @@ const ADDED: [(&str, &str); 4] = [
     ("train.algorithms", "\"library\""),
 ];
 
-/// How a plan's digest is made; another rule has another line.
+/// Names the rule by which a plan's digest is made; a new rule gets a new line.
 const DIGEST_FORM: &str = "ulmus plan, form 2\n";
 
-/// What trained bits depend on, of all keys with their values.
+/// Keeps the keys on which trained bits depend, with their values.
 fn kept(mut flat: BTreeMap<String, String>) -> BTreeMap<String, String> {
     flat.retain(|key, value| !may_change(key) && !ADDED.contains(&(key, value)));
     flat
@@ -252,8 +252,8 @@ impl Plan {
         toml::to_string_pretty(self).expect("a plan has no value that TOML lacks")
     }
 
-    /// Hash of everything that trained bits depend on: of [`DIGEST_FORM`] and a line `key = value` for each of those keys,
-    /// sorted by key, each value as compact JSON.
+    /// Hash of everything on which trained bits depend: of [`DIGEST_FORM`], and a line `key = value` for each of those keys,
+    /// sorted by key, with the value as compact JSON.
     pub fn digest(&self) -> Digest {
         let mut flat = BTreeMap::new();
         let value = serde_json::to_value(self).expect("a plan has text keys");
@@ -264,7 +264,7 @@ impl Plan {
 
     /// Whether a hash is this plan's, by the rule of [`Self::digest`] or by that of the first programs.
     pub fn has_digest(&self, digest: Digest) -> bool {
-        // It rests on how the standard library and the crate `toml` print.
+        // The first rule depends on how the standard library and the crate `toml` print.
         let first = || Digest::of(format!("{:?}", kept(self.flat())).as_bytes());
         digest == self.digest() || digest == first()
     }
@@ -306,7 +306,7 @@ impl Plan {
         flat
     }
 
-    /// Fills in what follows from other keys.
+    /// Fills in values that follow from other keys.
     pub(crate) fn complete(&mut self) {
         if self.prepare.is_some() && self.data.source.is_empty() {
             self.data.source.push(SourceConfig {
@@ -319,7 +319,7 @@ impl Plan {
         }
         self.data.source.iter_mut().for_each(SourceConfig::complete);
         if self.tokenizer.file.is_some() {
-            // The file has as many as it has; what followed from them is in the vocabulary.
+            // The file decides how many pieces there are, and `model.vocab_size` follows from them already.
             self.tokenizer.pieces = TokenizerConfig::default().pieces;
         }
         self.cluster.min_workers = self.cluster.min_workers.max(1);
@@ -400,7 +400,7 @@ impl Plan {
         }
     }
 
-    /// A prompt and the tokens that follow it must fit in the model's context; of each there is a least number.
+    /// A prompt and the tokens that follow it must fit in the model's context, and each has a least number of tokens.
     fn check_room(
         &self,
         problems: &mut Problems,

@@ -11,8 +11,7 @@ use crate::rules::{range, range_or, sound};
 /// How many pieces a tokenizer that is trained may have; 256 of them are bytes.
 pub(crate) const TRAINED_PIECES: RangeInclusive<u64> = 512..=1 << 18;
 
-/// Which text becomes parquet shards before training. Prose comes first, then sources; the same list gives the
-/// same shards on every machine.
+/// The text that becomes parquet shards before training. The same list gives the same shards on every machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct PrepareConfig {
@@ -20,11 +19,11 @@ pub struct PrepareConfig {
     pub cap: Bytes,
     /// Text per shard.
     pub shard: Bytes,
-    /// Crates, as "name version", whose sources cargo has unpacked.
+    /// Crates whose sources cargo has unpacked, each as "name version".
     pub crates: Vec<String>,
     /// Folders or files on this machine.
     pub paths: Vec<String>,
-    /// Globs of the files to take; those of the first glob come first.
+    /// Globs of the files to take. Files that match the first glob come first.
     pub include: Vec<String>,
 }
 
@@ -85,9 +84,9 @@ pub struct TokenizerConfig {
     /// Name of the EOS token, where the file does not state it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eos: Option<String>,
-    /// Vocabulary size of a tokenizer that is trained; with `file` it is that of the file, whatever stands here. Decides `model.vocab_size` if that is not set.
+    /// Vocabulary size of a tokenizer that is trained; a `file` has its own. It decides `model.vocab_size` if that is not set.
     pub pieces: u64,
-    /// Amount of text that it is trained on.
+    /// Amount of text on which it is trained.
     pub sample: Bytes,
 }
 

@@ -11,7 +11,7 @@ use crate::rules::{range, range_or, sound};
 /// Nats that the sum of the losses of one update may reach, as integers carry it round a group.
 const MAX_NATS: f64 = (1_u64 << 31) as f64;
 
-/// What the operands of matrix products are rounded to. Sums, weights and all else are float32.
+/// The format to which the operands of matrix products are rounded. Sums, weights and everything else are float32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
@@ -32,15 +32,15 @@ impl Precision {
     }
 }
 
-/// How a GPU's library multiplies matrices, where it has several ways, which sum in different orders.
+/// How a GPU library chooses among its algorithms for matrix products, which sum in different orders.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Algorithms {
-    /// Its first heuristic, the same wherever device and library are.
+    /// The library's first heuristic, which depends on the device and the library alone.
     #[default]
     Library,
-    /// The fastest: the first worker of a kind of device measures, and shares its choice through the run folder. Another run
-    /// may measure another, and then differs in its bits.
+    /// The fastest algorithm. The first worker with a given kind of device measures, and shares its choice through the run
+    /// folder. Another run may choose differently, and then differs in its bits.
     Measured,
 }
 
@@ -120,8 +120,8 @@ impl TrainConfig {
 
     /// The learning rate of update number `step` (0 for the first), rounded to 8 decimals as the reference does.
     ///
-    /// Facts: linear from `warmup_init_lr`, then a cosine whose period is `iterations - warmup + 1`, so that the
-    /// last update is a hair above `min_lr`.
+    /// It rises linearly from `warmup_init_lr`, then follows a cosine whose period is `iterations - warmup + 1`, so that the
+    /// last update is slightly above `min_lr`.
     pub fn learning_rate(&self, step: u64) -> f64 {
         let lr = if step < self.warmup {
             self.warmup_init_lr + step as f64 * (self.max_lr - self.warmup_init_lr) / self.warmup as f64
@@ -210,7 +210,7 @@ impl TrainConfig {
     }
 }
 
-/// When the state is saved, and what is kept.
+/// When the state is saved, and which checkpoints are kept.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct CheckpointConfig {
@@ -221,7 +221,7 @@ pub struct CheckpointConfig {
     /// Time between two recovery checkpoints, of which the newest two are kept.
     #[serde(with = "humantime_serde")]
     pub recovery: Duration,
-    /// Whether to write the average in Hugging Face layout. A model with `norm = "layer"` has none there.
+    /// Whether to write the average in Hugging Face layout. There is none for `norm = "layer"`.
     pub export: bool,
     /// How old the newest stored state may become while nothing can be stored, as on a full disk, before the run ends. By
     /// default three times `recovery`.
