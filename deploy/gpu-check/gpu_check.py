@@ -38,7 +38,7 @@ PEER = ROOT / "benches/peers/torch_openelm.py"
 # Dense bf16 TFLOP/s and memory bandwidth in GB/s, from the vendor's data sheets.
 LIMITS = {"H100": (989.5, 3350), "H200": (989.5, 4800), "A100": (312, 2039), "4090": (165, 1008)}
 # Tests of collectives that need only one GPU with any version of NCCL.
-ALONE = ["a_group_of_one_gives_what_it_should", "a_gpu_that_may_not_be_shared_is_refused"]
+ALONE = ["a_group_of_one_gives_the_expected_results", "a_gpu_that_may_not_be_shared_is_refused"]
 
 
 def query(fields, every=False):

@@ -311,7 +311,7 @@ impl OnDevice for Run {
         let texts = read_texts(&self.data, &self.text).map_err(failure)?;
         let mut results = BTreeMap::new();
         // A task that is named twice is done once.
-        for task in BTreeSet::from_iter(self.tasks.iter().copied()) {
+        for task in self.tasks.iter().copied().collect::<BTreeSet<_>>() {
             let result = task.run(&loaded.model, &tokenizer, &texts, context).map_err(failure)?;
             print(&result_table(&result))?;
             results.insert(task.name(), result);

@@ -28,13 +28,13 @@ impl Objective {
     }
 
     /// The z-loss in the mean loss per valid position, its weight included; NaN if there is none.
-    pub fn mean_z_loss(&self, sum: &LossSum) -> f64 {
+    pub fn mean_z_loss(self, sum: &LossSum) -> f64 {
         self.z_loss * sum.mean_z()
     }
 
     /// What the head is asked for: the gradients of the loss by its input and by its weights.
     pub(crate) fn head_gradients<'a, B: TrainingBackend>(
-        &self,
+        self,
         hidden: ActsMut<'a, B>,
         table: Out<'a, B>,
     ) -> HeadGradients<'a, B> {

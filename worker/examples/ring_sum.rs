@@ -7,8 +7,9 @@
 use std::error::Error;
 use std::time::Duration;
 
+use ulmus_transport::ring::{Listener, Place};
 use ulmus_types::{Digest, Generation, GroupKey, Incarnation, Peer, Rank, WorkerId};
-use ulmus_worker::collective::{AbortHandle, Collective, Listener, Place, TcpGroup};
+use ulmus_worker::collective::{AbortHandle, Collective, TcpGroup};
 
 const SIZE: usize = 3;
 const WITHIN: Duration = Duration::from_secs(10);

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ulmus_coord_core::{Coordinator, Effect, Event, PersistentState, Settings};
 use ulmus_types::{
-    Digest, Hello, Incarnation, Job, Ready, RunId, RunSecret, ToCoordinator, WorkerId, WorkerStatus,
+    Digest, Hello, Incarnation, Job, JobKind, Ready, RunId, RunSecret, ToCoordinator, WorkerId, WorkerStatus,
 };
 
 const RUN: RunId = RunId::from_bytes([7; 16]);
@@ -71,11 +71,14 @@ fn main() -> Result<(), Box<dyn Error>> {
         (
             "it has prepared the data",
             Some(RUN),
-            ToCoordinator::JobDone { job: Job::Prepare, result: "{}".to_owned() },
+            ToCoordinator::JobDone {
+                job: Job::new(JobKind::Prepare, Vec::new()).expect("it reads no checkpoint"),
+                result: "{}".to_owned(),
+            },
         ),
     ];
     for (second, (what, run, message)) in (1..).zip(events) {
-        let event = Event::Said { worker: worker.clone(), run, message };
+        let event = Event::Received { worker: worker.clone(), run, message };
         println!("after {second} s {what}:");
         // A driver performs them in order, and nothing that stands behind a `Save` before that is durable.
         for effect in coordinator.on(Duration::from_secs(second), event) {

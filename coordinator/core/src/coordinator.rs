@@ -226,7 +226,7 @@ impl Coordinator {
             Event::Contradicted(worker, why) => self.on_contradicted(&worker, &why, now),
             Event::ReceivedInvalid(worker, why) => self.expel(&worker, &why, now),
             Event::Disconnected(worker) => {
-                self.lose_worker(&worker, "its connection ended", Fault::Died, now)
+                self.lose_worker(&worker, "its connection ended", Fault::Died, now);
             }
             Event::CheckpointCommitted(checkpoint) => self.on_committed(checkpoint, now),
             Event::CommitFailed(checkpoint, kind, why) => self.on_commit_failed(checkpoint, kind, &why, now),

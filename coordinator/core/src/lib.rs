@@ -9,7 +9,7 @@
 //! 2. One of them prepares the data. Then a *group* is formed: a new generation is stored, then assigned.
 //! 3. The group trains by itself. The coordinator records its reports and has the parts of checkpoints stored.
 //! 4. A lost worker ends the generation: the others are told to abort, leave the group, and are assigned again. A
-//! worker that joins waits until the group has paused at a step on which all its members agreed.
+//!    worker that joins waits until the group has paused at a step on which all its members agreed.
 //! 5. When every update is done and the last checkpoint is stored, the remaining jobs run on idle workers.
 //!
 //! The caller performs effects in order. An effect whose name begins with `Save` must be durable before the next one is

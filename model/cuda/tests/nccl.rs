@@ -241,7 +241,7 @@ fn operations_give_the_expected_results() {
         return;
     }
     for size in [2, 4] {
-        finish(start("operations_give_what_they_should", size, 1));
+        finish(start("operations_give_the_expected_results", size, 1));
     }
 }
 
@@ -251,7 +251,7 @@ fn operations_give_the_expected_results() {
 fn a_group_of_one_gives_the_expected_results() {
     match Member::of_this_process() {
         Some(member) => operations(&member, &mut member.join()),
-        None => finish(start("a_group_of_one_gives_what_it_should", 1, 1)),
+        None => finish(start("a_group_of_one_gives_the_expected_results", 1, 1)),
     }
 }
 
@@ -261,7 +261,7 @@ fn a_group_of_one_gives_the_expected_results() {
 #[ignore = "needs GPUs with NCCL, or the emulator: .ci/run cuda"]
 fn kernels_run_before_and_during_operations() {
     let Some(member) = Member::of_this_process() else {
-        return finish(start("kernels_come_before_and_beside", 2, 1));
+        return finish(start("kernels_run_before_and_during_operations", 2, 1));
     };
     let mut communicator = member.join();
     let cuda = &member.cuda;
@@ -306,7 +306,7 @@ fn kernels_run_before_and_during_operations() {
 #[ignore = "needs GPUs with NCCL, or the emulator: .ci/run cuda"]
 fn survivors_continue_without_a_killed_member() {
     const VICTIM: usize = 2;
-    let name = "survivors_of_a_killed_member_go_on_without_it";
+    let name = "survivors_continue_without_a_killed_member";
     let Some(member) = Member::of_this_process() else {
         let mut members = start(name, 4, 2);
         let mut victim = members.remove(VICTIM);
@@ -375,7 +375,7 @@ fn a_group_that_lacks_a_member_is_given_up() {
 #[ignore = "needs GPUs with NCCL, or the emulator: .ci/run cuda"]
 fn an_operation_that_not_all_members_call_is_given_up() {
     let Some(member) = Member::of_this_process() else {
-        return finish(start("an_operation_that_not_all_call_is_given_up", 2, 3));
+        return finish(start("an_operation_that_not_all_members_call_is_given_up", 2, 3));
     };
     let len = 1 << 20;
     let mut data = member.put(&integers(len, member.rank));

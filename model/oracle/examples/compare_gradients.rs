@@ -7,7 +7,7 @@
 use std::error::Error;
 
 use ulmus_cpu::Cpu;
-use ulmus_model::{BatchShape, MicroBatch, Replica};
+use ulmus_model::{BatchShape, MicroBatch, Objective, Replica};
 use ulmus_oracle::Oracle;
 use ulmus_plan::ModelConfig;
 
@@ -28,7 +28,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let tokens = |from: usize| (0..LENGTH).map(|at| ((from + at) * 5 % 32) as u32).collect();
     let batch = MicroBatch::of_whole_documents(1, LENGTH, tokens(0), tokens(1));
 
-    let mut replica = Replica::new(Cpu::new(1), &config, BatchShape::new(1, LENGTH), Z_LOSS)?;
+    let mut replica =
+        Replica::new(Cpu::new(1), &config, BatchShape::new(1, LENGTH), Objective::next_token(Z_LOSS))?;
     replica.initialise(0);
     let loss = replica.forward_backward(&batch)?;
     let mut gradient = vec![0.0; replica.layout().parameters()];

@@ -138,8 +138,8 @@ async fn a_stream_of_another_length_is_not_written() {
         let error = store.put_stream("a", size, pieces(count)).await.unwrap_err();
         assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
         assert!(!store.exists("a").await.unwrap());
-        store.put_stream("b", 6 * (count as u64) << 20, pieces(count)).await.unwrap();
-        assert_eq!(store.stat("b").await.unwrap().size, 6 * (count as u64) << 20);
+        store.put_stream("b", (6 * count as u64) << 20, pieces(count)).await.unwrap();
+        assert_eq!(store.stat("b").await.unwrap().size, (6 * count as u64) << 20);
     }
 }
 

@@ -94,7 +94,7 @@ fn faulty(plan: Plan) -> (Store, Shared) {
 
 #[derive(Debug)]
 struct Upload {
-    upload: Box<dyn MultipartUpload>,
+    inner: Box<dyn MultipartUpload>,
     plan: Shared,
     is_gone: bool,
 }
@@ -103,7 +103,7 @@ struct Upload {
 impl MultipartUpload for Upload {
     fn put_part(&mut self, data: PutPayload) -> UploadPart {
         match next(&self.plan, |plan| &mut plan.parts) {
-            Fault::None => self.upload.put_part(data),
+            Fault::None => self.inner.put_part(data),
             _ => Box::pin(async { Err(busy()) }),
         }
     }
@@ -112,10 +112,10 @@ impl MultipartUpload for Upload {
         let fault = next(&self.plan, |plan| &mut plan.ends);
         self.is_gone = matches!(fault, Fault::EndLost | Fault::Forgotten | Fault::AnswerLost);
         match fault {
-            Fault::None => self.upload.complete().await,
-            Fault::EndLost => self.upload.complete().await.and(Err(unknown())),
+            Fault::None => self.inner.complete().await,
+            Fault::EndLost => self.inner.complete().await.and(Err(unknown())),
             // The library aborts an upload whose end failed.
-            Fault::AnswerLost => self.upload.complete().await.and(Err(busy())),
+            Fault::AnswerLost => self.inner.complete().await.and(Err(busy())),
             Fault::Forgotten => Err(unknown()),
             Fault::Busy => Err(busy()),
             Fault::Refused => Err(refused()),
@@ -124,7 +124,7 @@ impl MultipartUpload for Upload {
 
     async fn abort(&mut self) -> Result<()> {
         self.plan.lock().unwrap().aborted += 1;
-        if self.is_gone { Err(unknown()) } else { self.upload.abort().await }
+        if self.is_gone { Err(unknown()) } else { self.inner.abort().await }
     }
 }
 
@@ -146,7 +146,7 @@ impl ObjectStore for Faulty {
     ) -> Result<Box<dyn MultipartUpload>> {
         self.plan.lock().unwrap().uploads += 1;
         let upload = self.objects.put_multipart_opts(location, options).await?;
-        Ok(Box::new(Upload { upload, plan: Arc::clone(&self.plan), is_gone: false }))
+        Ok(Box::new(Upload { inner: upload, plan: Arc::clone(&self.plan), is_gone: false }))
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
@@ -228,9 +228,10 @@ async fn an_upload_that_breaks_off_is_aborted_and_begun_again() {
         ..Plan::default()
     });
     store.put("a", filled(1)).await.unwrap();
-    let plan = plan.lock().unwrap();
-    assert_eq!((plan.uploads, plan.aborted), (3, 2));
-    drop(plan);
+    {
+        let plan = plan.lock().unwrap();
+        assert_eq!((plan.uploads, plan.aborted), (3, 2));
+    }
     assert!(store.get("a").await.unwrap() == filled(1));
 }
 

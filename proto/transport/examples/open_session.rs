@@ -46,8 +46,8 @@ async fn join(address: SocketAddr, token: &TokenSource) -> Result<usize, String>
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Box<dyn Error>> {
     let [own, other] = [tempfile::tempdir()?, tempfile::tempdir()?];
-    let credentials = Credentials::of_run(own.path(), &TokenSource::Unsaid)?;
-    Credentials::of_run(other.path(), &TokenSource::Unsaid)?;
+    let credentials = Credentials::of_run(own.path(), &TokenSource::Unspecified)?;
+    Credentials::of_run(other.path(), &TokenSource::Unspecified)?;
     let bound = Bound::new(SocketAddr::from(([127, 0, 0, 1], 0)))?;
     let (address, listener) = (bound.address()?, bound.listen()?);
     let (close, closed) = oneshot::channel::<()>();

@@ -30,7 +30,7 @@ const fn reorders(char: char) -> bool {
 }
 
 /// A number with its noun: `1 unit`, `2 units`. For nouns whose plural ends in `s`.
-pub fn counted<N: fmt::Display + PartialEq + From<u8>>(count: N, noun: &str) -> String {
+pub fn counted<N: fmt::Display + Copy + PartialEq + From<u8>>(count: N, noun: &str) -> String {
     let ending = if count == N::from(1) { "" } else { "s" };
     format!("{count} {noun}{ending}")
 }

@@ -16,7 +16,7 @@ fn show(after: &str, actions: &[Action<&'static str>]) {
     println!("{after}:");
     for action in actions {
         match action {
-            Action::Say(ToCoordinator::Ready(ready)) => {
+            Action::Send(ToCoordinator::Ready(ready)) => {
                 println!("  say: ready, with {} reports that nobody has confirmed", ready.reports.len());
             }
             Action::Open { plan, store, .. } => println!("  open the run in {store} with the plan {plan:?}"),
@@ -38,9 +38,9 @@ fn welcome() -> ToWorker {
 fn main() {
     let mut session = Session::<&'static str>::default();
     println!("the hello says: {:?}", session.greet());
-    show("welcomed", &session.received(welcome()));
-    session.opened(false);
-    show("the model is built", &session.reported(RUN, Report::Warm(Digest::of(b"arithmetic"))));
+    show("welcomed", &session.on_message(welcome()));
+    session.on_opened(false);
+    show("the model is built", &session.on_report(RUN, Report::WarmedUp(Digest::of(b"arithmetic"))));
 
     let report = StepReport {
         step: Step::new(1),
@@ -55,12 +55,12 @@ fn main() {
         communication: Duration::ZERO,
     };
     let steps = ToCoordinator::Steps { generation: ulmus_types::Generation::new(1), reports: vec![report] };
-    show("a step is done", &session.reported(RUN, Report::Say(steps)));
+    show("a step is done", &session.on_report(RUN, Report::Send(steps)));
 
     // The coordinator is gone, and comes back.
-    session.unheard();
+    session.on_disconnected();
     println!("the next hello says: {:?}", session.greet());
-    session.received(welcome());
-    show("welcomed again", &session.opened(true).unwrap_or_default());
-    show("the step is confirmed", &session.received(ToWorker::Acknowledge(Step::new(1))));
+    session.on_message(welcome());
+    show("welcomed again", &session.on_opened(true).unwrap_or_default());
+    show("the step is confirmed", &session.on_message(ToWorker::Acknowledge(Step::new(1))));
 }

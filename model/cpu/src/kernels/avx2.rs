@@ -75,6 +75,7 @@ impl<K: Kernel> Rounded<K> {
     }
 
     /// Packs lanes as a right panel of rounded numbers.
+    #[expect(clippy::unused_self, reason = "that it exists shows that this processor has the instructions")]
     pub(super) fn pack_right(self, to: &mut [Line], lanes: Lanes<'_>) {
         pack_bfloat16(bytemuck::cast_slice_mut(to), LANES, lanes);
     }
