@@ -175,7 +175,7 @@ fn a_worker_tells_a_rogue_coordinator_nothing() {
     let address = listener.local_addr().unwrap().to_string();
     let rogue = rogue(listener, 1);
     let worker = sandbox.worker(&address, "careful").ends();
-    assert_ends(&worker, 3, &[&address, "another key", "nothing"]);
+    assert_ends(&worker, 3, &[&address, "is not the one in the token", "nothing"]);
     let read = rogue.join().unwrap();
     assert!(read[0].is_err(), "the worker ends the handshake: {read:?}");
 }

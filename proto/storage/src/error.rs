@@ -75,7 +75,7 @@ pub enum StoreError {
     },
     /// A web server that gives only whole files.
     #[error(
-        "{file} cannot be read in parts: its web server does not answer requests for a range of bytes; use a server that \
+        "{file} cannot be read in parts: its web server does not support range requests; use a server that \
          does, or fetch the files and write a path"
     )]
     NoRanges {

@@ -117,7 +117,7 @@ pub enum CollectiveError {
     },
     /// Data changed on the way from a neighbour. None of it was used.
     #[error(
-        "what rank {from} ({name}) sent to rank {to} was damaged on the way, {what}; if it happens again, look at the network and the memory of both"
+        "what rank {from} ({name}) sent to rank {to} was damaged on the way, {what}; if it happens again, check the network, and the memory of both machines"
     )]
     Damaged {
         /// The neighbour that sent it.

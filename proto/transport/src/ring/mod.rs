@@ -58,7 +58,7 @@ pub enum ConnectError {
     Interrupted,
     /// Nobody at the next member's address answered as that member.
     #[error(
-        "rank {rank} could not be reached at {address} for generation {generation} within {after:?}: {reason}; see that it runs, and that its address and port are open to other workers"
+        "rank {rank} could not be reached at {address} for generation {generation} within {after:?}: {reason}; check that it runs, and that other workers can reach this address and port"
     )]
     Unreachable {
         /// The neighbour.
