@@ -151,24 +151,30 @@ fn documents_link_to_files_that_are_there() {
     }
 }
 
-/// Each row of the page ends with files and the tests in them.
+/// Each row of a table ends with files and the tests in them.
 #[test]
-fn faults_name_tests_that_are_there() {
-    let page = fs::read_to_string(repository().join("docs/faults.md")).unwrap();
-    let mut named = 0;
-    let last_columns = page.lines().filter_map(|row| row.strip_suffix(" |")?.rsplit_once(" | "));
-    for (_, tests) in last_columns {
-        let mut source = String::new();
-        for name in tests.split('`').skip(1).step_by(2) {
-            if Path::new(name).extension().is_some_and(|suffix| suffix == "rs") {
-                source = fs::read_to_string(repository().join(name)).unwrap();
-            } else {
-                assert!(source.contains(&format!("fn {name}(")), "no test {name}");
-                named += 1;
+fn faults_and_invariants_name_tests_that_are_there() {
+    let page = |name: &str| fs::read_to_string(repository().join(name)).unwrap();
+    let architecture = page("ARCHITECTURE.md");
+    let (_, invariants) = architecture.split_once("## Invariants").unwrap();
+    let (invariants, _) = invariants.split_once("## Decisions").unwrap();
+    for (text, least) in [(&*page("docs/faults.md"), 60), (invariants, 60)] {
+        let mut named = 0;
+        for (_, tests) in text.lines().filter_map(|row| row.strip_suffix(" |")?.rsplit_once(" | ")) {
+            let mut source = String::new();
+            for name in tests.split('`').skip(1).step_by(2) {
+                if Path::new(name).extension().is_some_and(|suffix| suffix == "rs") {
+                    source = page(name);
+                } else if name.contains(['/', '.']) {
+                    assert!(repository().join(name).exists(), "no file {name}");
+                } else {
+                    assert!(source.contains(&format!("fn {name}(")), "no test {name}");
+                    named += 1;
+                }
             }
         }
+        assert!(named > least, "{named}");
     }
-    assert!(named > 60, "{named}");
 }
 
 #[test]
