@@ -126,7 +126,10 @@ pub(crate) async fn drive(
                 if let Some(event) = driver.maintain_locals() {
                     driver.on_event(event);
                 }
-                driver.setup.console.waiting(&driver.core.status());
+                // What cannot be stored is not said either, and workers wait for the coordinator then.
+                if driver.stalled.is_none() {
+                    driver.setup.console.waiting(&driver.core.status());
+                }
                 Some(Event::Ticked)
             }
         };

@@ -477,7 +477,7 @@ async fn settings(
         plan: plan.to_toml(),
         store: folder.location().map_err(|error| in_folder(&error))?,
         nonce: nonce_digest(nonce.as_bytes()),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
+        version: ulmus_proto::VERSION.to_owned(),
         expected_workers: plan.local.workers.max(plan.cluster.min_workers) as usize,
         min_workers: plan.cluster.min_workers as usize,
         micro_batches: plan.train.micro_batches(),

@@ -17,6 +17,10 @@ mod status;
 pub use convert::{WireError, from_worker};
 pub use status::{kind_of, status_of};
 
+/// What both sides of a session must have in common. The number behind the `+` counts the changes of the contract within a
+/// release, so that a worker of another build is told so before it is given anything that it cannot read.
+pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "+1");
+
 /// Largest message that either side accepts, in bytes. It has room for a resolved plan with thousands of file names, or
 /// for all the step reports of a worker that was long without a coordinator.
 pub const MESSAGE_LIMIT: usize = 16 << 20;

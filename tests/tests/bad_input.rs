@@ -260,7 +260,7 @@ fn a_worker_that_does_not_see_the_store_is_refused() {
     let token = TokenSource::File(sandbox.run("tiny").path().join("join.token"));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let ours = env!("CARGO_PKG_VERSION");
+        let ours = ulmus_proto::VERSION;
         let reason = refused(&address, &token, "0.0.1", vec![]).await;
         assert!(reason.contains("version 0.0.1") && reason.contains(ours), "{reason}");
         let blind = ToCoordinator::StoreRead(Err("no such folder".to_owned()));
@@ -282,7 +282,7 @@ fn a_worker_that_does_not_see_the_store_is_refused() {
             reports: Vec::new(),
             snapshots: Vec::new(),
         });
-        let reason = refused(&address, &token, env!("CARGO_PKG_VERSION"), vec![sees, odd]).await;
+        let reason = refused(&address, &token, ulmus_proto::VERSION, vec![sees, odd]).await;
         assert!(reason.contains("computes other bits") && reason.contains("stranger"), "{reason}");
     });
     coordinator.succeeds();

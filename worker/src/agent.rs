@@ -297,7 +297,7 @@ impl Agent {
         let (run, secret) = self.session.run().unzip();
         let hello = ToCoordinator::Hello(Hello {
             worker: identity.worker,
-            version: env!("CARGO_PKG_VERSION").to_owned(),
+            version: ulmus_proto::VERSION.to_owned(),
             address: identity.address,
             device: identity.device,
             threads: identity.threads,

@@ -15,7 +15,7 @@ use crate::effect::Effect;
 use crate::group::Group;
 use crate::members::{Activity, Fault, Member};
 
-/// How long a worker may take to read the store's nonce. It retries the store for a minute.
+/// How long a worker may take to read the store's nonce. A request to a store that does not answer lasts a minute.
 const GREETED_WITHIN: Duration = Duration::from_secs(90);
 /// How long the process of a worker that warms up may be stuck.
 const WARM_STILL_FOR: Duration = Duration::from_mins(3);

@@ -38,6 +38,17 @@ pub(crate) struct Jobs {
     waiting: BTreeMap<JobKind, (Duration, Duration)>,
 }
 
+/// How far the run is apart from its jobs.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Stage {
+    /// Training is done, and the milestones that are averaged are stored.
+    pub(crate) trained: bool,
+    /// No milestone is still to be stored.
+    pub(crate) all_stored: bool,
+    /// A worker does a job, whether or not its result counts.
+    pub(crate) somebody_works: bool,
+}
+
 impl Jobs {
     pub(crate) fn new(
         done: BTreeSet<JobKind>,
@@ -79,9 +90,9 @@ impl Jobs {
             .iter()
             .map(|kind| (*kind, if self.is_done(*kind) { JobStatus::Done } else { JobStatus::Waiting }))
             .collect();
-        status.extend(
-            self.running.iter().map(|(job, worker)| (job.kind(), JobStatus::Running(worker.clone()))),
-        );
+        for (job, worker) in self.running.iter().filter(|(job, _)| !self.is_done(job.kind())) {
+            status.insert(job.kind(), JobStatus::Running(worker.clone()));
+        }
         status
     }
 
@@ -161,26 +172,35 @@ impl Jobs {
         self.running.retain(|_, at| at != worker);
     }
 
-    /// Jobs that can begin now. `trained` means that training is done and its last checkpoint is stored.
+    /// Jobs that can begin now.
     pub(crate) fn ready(
         &self,
-        trained: bool,
+        stage: Stage,
         checkpoints: &BTreeMap<CheckpointId, CheckpointKind>,
     ) -> Vec<Job> {
         let milestones = milestones(checkpoints);
         self.unfinished()
-            .filter(|kind| self.may_begin(*kind, trained))
+            .filter(|kind| self.may_begin(*kind, stage))
             .filter_map(|kind| Job::new(kind, self.checkpoints_of(kind, &milestones)).ok())
-            .filter(|job| !self.running.contains_key(job))
             .collect()
     }
 
     /// Whether everything that a job reads exists, and nothing runs that must not run at the same time.
-    fn may_begin(&self, kind: JobKind, trained: bool) -> bool {
+    fn may_begin(&self, kind: JobKind, stage: Stage) -> bool {
         let spec = kind.spec();
-        let alone = || self.running.is_empty() && self.unfinished().all(|other| other == kind);
-        (trained || spec.phase == JobPhase::BeforeTraining)
+        let is_its_turn = match spec.phase {
+            JobPhase::BeforeTraining => true,
+            JobPhase::AfterTraining => stage.trained && self.training_may_begin(),
+        };
+        // The job of a kind that reads other checkpoints, as those of an earlier one were damaged, waits for that one to end.
+        let runs = self.running.keys().any(|job| job.kind() == kind);
+        let alone = || {
+            !stage.somebody_works && self.running.is_empty() && self.unfinished().all(|other| other == kind)
+        };
+        is_its_turn
+            && !runs
             && spec.reads.iter().all(|read| self.is_done(*read))
+            && (spec.checkpoints != Milestones::Spread || stage.all_stored)
             && (!spec.exclusive || alone())
     }
 
@@ -214,30 +234,78 @@ pub(crate) fn milestones(checkpoints: &BTreeMap<CheckpointId, CheckpointKind>) -
 
 #[cfg(test)]
 mod tests {
-    use ulmus_types::{Generation, Step};
+    use ulmus_types::{Generation, Incarnation, Step};
 
     use super::*;
 
-    /// Names of the jobs of a trained run, in the order in which they start.
-    fn names(export: bool) -> Vec<&'static str> {
-        let last = CheckpointId::new(Step::new(8), Generation::new(1));
-        let checkpoints = BTreeMap::from([(last, CheckpointKind::Milestone)]);
-        let mut jobs = Jobs::new(BTreeSet::new(), BTreeMap::new(), 5, export);
-        let mut names = Vec::new();
+    const TRAINED: Stage = Stage { trained: true, all_stored: true, somebody_works: false };
+
+    fn checkpoints() -> BTreeMap<CheckpointId, CheckpointKind> {
+        let id = |step| CheckpointId::new(Step::new(step), Generation::new(1));
+        [4, 6, 8].map(|step| (id(step), CheckpointKind::Milestone)).into()
+    }
+
+    fn names(jobs: &[Job]) -> Vec<&'static str> {
+        jobs.iter().map(Job::name).collect()
+    }
+
+    /// The jobs of a run that begin together, one wave after the other, where all of a wave end before the next begins.
+    fn waves(export: bool) -> Vec<Vec<&'static str>> {
+        let mut jobs = Jobs::new([JobKind::Prepare].into(), BTreeMap::new(), 2, export);
+        let mut waves = Vec::new();
         while !jobs.all_done() {
-            for job in jobs.ready(true, &checkpoints) {
-                jobs.on_succeeded(&job);
-                names.push(job.name());
-            }
+            let ready = jobs.ready(TRAINED, &checkpoints());
+            assert!(!ready.is_empty(), "{waves:?} and nothing after it");
+            waves.push(names(&ready));
+            ready.iter().for_each(|job| jobs.on_succeeded(job));
         }
-        names
+        waves
     }
 
     #[test]
-    fn a_run_is_done_without_the_export_that_it_does_not_want() {
-        let with = names(true);
-        assert_eq!(with.last(), Some(&"benchmark"));
-        let without: Vec<_> = with.into_iter().filter(|name| *name != "export").collect();
-        assert_eq!(names(false), without);
+    fn jobs_begin_when_what_they_read_is_there() {
+        let first = vec!["average", "evaluate-last", "continuations"];
+        let last = vec!["benchmark"];
+        assert_eq!(waves(true), [first.clone(), vec!["evaluate-average", "export"], last.clone()]);
+        assert_eq!(waves(false), [first, vec!["evaluate-average"], last]);
+    }
+
+    #[test]
+    fn before_training_only_its_preparation_is_done() {
+        let mut jobs = Jobs::new(BTreeSet::new(), BTreeMap::new(), 2, true);
+        let untrained = Stage { trained: false, ..TRAINED };
+        for stage in [untrained, TRAINED] {
+            assert_eq!(names(&jobs.ready(stage, &checkpoints())), ["prepare"]);
+        }
+        let prepare = jobs.ready(untrained, &BTreeMap::new()).remove(0);
+        assert!(!jobs.training_may_begin());
+        jobs.on_succeeded(&prepare);
+        assert!(jobs.training_may_begin());
+        assert!(jobs.ready(untrained, &checkpoints()).is_empty());
+    }
+
+    #[test]
+    fn the_benchmark_is_alone() {
+        let all = JobKind::of_run(true);
+        let others: BTreeSet<JobKind> = all.iter().copied().filter(|kind| !kind.spec().exclusive).collect();
+        let mut jobs = Jobs::new(others, BTreeMap::new(), 2, true);
+        assert_eq!(names(&jobs.ready(TRAINED, &checkpoints())), ["benchmark"]);
+        let busy = Stage { somebody_works: true, ..TRAINED };
+        assert!(jobs.ready(busy, &checkpoints()).is_empty(), "a worker does what another was given since");
+        jobs.on_undone(JobKind::Average);
+        assert_eq!(names(&jobs.ready(TRAINED, &checkpoints())), ["average"]);
+    }
+
+    #[test]
+    fn no_two_jobs_of_a_kind_run_at_once() {
+        let mut jobs = Jobs::new([JobKind::Prepare].into(), BTreeMap::new(), 2, true);
+        let average = jobs.ready(TRAINED, &checkpoints()).remove(0);
+        jobs.on_started(average.clone(), WorkerId::new("w", Incarnation::new(1)).unwrap());
+        // A milestone was damaged and trained again meanwhile.
+        let again = CheckpointId::new(Step::new(8), Generation::new(2));
+        let repaired = checkpoints().into_iter().chain([(again, CheckpointKind::Milestone)]).collect();
+        assert!(!names(&jobs.ready(TRAINED, &repaired)).contains(&"average"));
+        let unstored = Stage { all_stored: false, ..TRAINED };
+        assert_eq!(names(&jobs.ready(unstored, &checkpoints())), ["evaluate-last"]);
     }
 }

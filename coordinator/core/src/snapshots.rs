@@ -19,6 +19,8 @@ const WRITE_WITHIN: Duration = Duration::from_mins(1);
 const COMMIT_WITHIN: Duration = Duration::from_mins(5);
 /// How long storing may fail before states are given up so that training need not wait for them.
 const FAILING_FOR: Duration = Duration::from_secs(5);
+/// Why a part counts as not stored when nothing was heard of it.
+const TOO_LONG: &str = "it took too long";
 /// Number of waiting states at which training has to wait: a worker holds no more.
 const WAITING: usize = 2;
 
@@ -186,7 +188,11 @@ impl Snapshots {
         if self.pending.get(&checkpoint).is_some_and(|pending| pending.holders.iter().any(is_able)) {
             return now;
         }
-        self.failing.get_or_insert_with(|| (now, why.to_owned()));
+        let failing = self.failing.get_or_insert_with(|| (now, why.to_owned()));
+        // What the store itself says is worth more than that it took too long.
+        if why != TOO_LONG {
+            why.clone_into(&mut failing.1);
+        }
         now + RETRY_WAIT
     }
 
@@ -205,7 +211,7 @@ impl Snapshots {
             }
         }
         for (worker, checkpoint) in &overdue {
-            self.on_write_failed(*checkpoint, worker, "it took too long", now);
+            self.on_write_failed(*checkpoint, worker, TOO_LONG, now);
         }
         for (checkpoint, pending) in &self.pending {
             // All parts are read back, one after the other.

@@ -112,11 +112,16 @@ impl Coordinator {
     /// The status of the run after the last event.
     pub fn status(&self) -> Status {
         let now = self.last_tick.unwrap_or_default().saturating_sub(self.slept);
+        let candidates = self.candidates(now);
         Status {
             phase: self.phase(now),
             step: self.step,
             generation: self.generation,
-            members: self.members.iter().map(|(id, member)| self.member_status(id, member, now)).collect(),
+            members: self
+                .members
+                .iter()
+                .map(|(id, member)| self.member_status(id, member, &candidates, now))
+                .collect(),
             jobs: self.jobs.status(),
             pending_checkpoints: self.snapshots.ids().collect(),
         }
@@ -143,15 +148,31 @@ impl Coordinator {
             return Phase::Storing;
         }
         let ready = self.candidates(now).len();
-        let needed = match () {
-            () if !self.training_is_due() => 1,
-            () if self.had_a_group => self.settings.min_workers,
-            () => self.settings.min_workers.max(self.settings.expected_workers),
+        let needed = match &self.group {
+            _ if !self.training_is_due() => 1,
+            // The first group waits for the expected workers for a while.
+            Group::Absent { enough_since: Some(since) }
+                if !self.had_a_group && now < *since + self.settings.rejoin_window =>
+            {
+                self.settings.expected_workers
+            }
+            _ => self.settings.min_workers,
         };
-        Phase::Waiting { ready, needed }
+        match (ready < needed, self.training_is_due()) {
+            (true, _) => Phase::Waiting { ready, needed },
+            (false, true) => Phase::Forming,
+            // A job waits to be tried again.
+            (false, false) => Phase::Jobs,
+        }
     }
 
-    fn member_status(&self, worker: &WorkerId, member: &Member, now: Duration) -> MemberStatus {
+    fn member_status(
+        &self,
+        worker: &WorkerId,
+        member: &Member,
+        candidates: &[WorkerId],
+        now: Duration,
+    ) -> MemberStatus {
         MemberStatus {
             worker: worker.clone(),
             device: member.hello.device.clone(),
@@ -165,7 +186,8 @@ impl Coordinator {
             since: now.saturating_sub(member.since),
             last_seen: now.saturating_sub(member.last_seen),
             draining: member.draining,
-            sits_out: self.members.sits_out(worker.name(), now),
+            // One that is taken if need be, though it should sit out, does not.
+            sits_out: self.members.sits_out(worker.name(), now).filter(|_| !candidates.contains(worker)),
         }
     }
 }

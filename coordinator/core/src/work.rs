@@ -9,7 +9,8 @@ use ulmus_types::{
 use crate::checkpoints::whole_seconds;
 use crate::coordinator::{Coordinator, TEXT_LIMIT};
 use crate::effect::{Effect, Notification};
-use crate::members::Activity;
+use crate::jobs::Stage;
+use crate::members::{Activity, Member};
 
 impl Coordinator {
     /// A worker has ended a job and can take other work. Returns whether its result counts, which it does not if
@@ -106,6 +107,16 @@ impl Coordinator {
         })
     }
 
+    /// How far the run is, as far as it decides which jobs can begin.
+    fn stage(&self) -> Stage {
+        let works = |member: &Member| matches!(member.activity, Activity::Working(_));
+        Stage {
+            trained: self.is_trained_and_stored(),
+            all_stored: self.snapshots.is_empty(),
+            somebody_works: self.members.iter().any(|(_, member)| works(member)),
+        }
+    }
+
     pub(crate) fn start_jobs(&mut self, now: Duration) {
         if self.stopping_since.is_some() {
             return;
@@ -114,7 +125,7 @@ impl Coordinator {
         if idle.is_empty() {
             idle = self.members.available_if_needed(now);
         }
-        for job in self.jobs.ready(self.is_trained_and_stored(), &self.checkpoints) {
+        for job in self.jobs.ready(self.stage(), &self.checkpoints) {
             let failed = |worker: &WorkerId| self.jobs.has_failed_on(&job, worker);
             let Some(index) = (0..idle.len()).min_by_key(|index| failed(&idle[*index])) else { break };
             if failed(&idle[index]) && (self.others_may_do(&job) || self.jobs.is_waiting(&job, now)) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
-use ulmus_storage::{FileInfo, RateLimiter, Store};
+use ulmus_storage::{FileInfo, RateLimiter, Retries, Store};
 use ulmus_types::Digest;
 
 use super::cache::Cache;
@@ -68,7 +68,9 @@ impl Folder {
 
     /// A run's own folder, or a folder below it.
     pub fn of_run(store: Store) -> Self {
-        Self { has_versions: false, ..Self::new(store.named(RUN)) }
+        // It is read as a corpus is, and what else the run does with its store is not counted.
+        let store = store.named(RUN).with_retries(Retries::CORPUS).with_counters(Arc::default());
+        Self { has_versions: false, ..Self::new(store) }
     }
 
     /// A folder below this one.
@@ -102,6 +104,10 @@ impl Folder {
     }
 
     /// An address of the files as they are now, where the one that was opened may have others later.
+    #[cfg_attr(
+        not(feature = "http"),
+        expect(clippy::unused_self, reason = "only the hub has such addresses")
+    )]
     pub(crate) fn pinned(&self) -> Option<&str> {
         #[cfg(feature = "http")]
         if self.hub.is_some() {

@@ -23,7 +23,7 @@ use reqwest::{Method, StatusCode, redirect};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
-use ulmus_storage::{Counters, FileInfo, StoreError, retried};
+use ulmus_storage::{Counters, FileInfo, Retries, StoreError, retried};
 use url::Url;
 
 use crate::error::DataError;
@@ -85,13 +85,13 @@ impl Hub {
     /// Finds the commit that an address names, and a store for the files of its folder.
     pub(super) async fn open(
         url: &str,
-        timeout: Duration,
+        retries: Retries,
         counters: &Arc<Counters>,
     ) -> Result<(Self, Arc<dyn ObjectStore>), Failed> {
         let dataset = Dataset::parse(url).map_err(Failed::finally)?;
         let endpoint = std::env::var("HF_ENDPOINT").unwrap_or_else(|_| ENDPOINT.to_owned());
-        let client =
-            Client::new(endpoint.trim_end_matches('/'), timeout, counters).map_err(Failed::finally)?;
+        let client = Client::new(endpoint.trim_end_matches('/'), retries.request_timeout, counters)
+            .map_err(Failed::finally)?;
         let Dataset { id, revision, .. } = &dataset;
         let commit = if is_commit(revision) {
             revision.clone()
@@ -102,9 +102,9 @@ impl Hub {
         let files = ["datasets"].into_iter().chain(id.split('/')).chain(["resolve", &commit]);
         let builder = HttpBuilder::new()
             .with_url(client.address(files.chain(dataset.folder.split('/')))?)
-            .with_retry(ulmus_storage::wire_retries())
+            .with_retry(ulmus_storage::wire_retries(retries))
             .with_http_connector(Redirects::new(client.clone()));
-        let builder = ulmus_storage::settings(timeout)
+        let builder = ulmus_storage::settings(retries)
             .into_iter()
             .fold(builder, |builder, (key, value)| builder.with_config(key, value));
         let store = builder.build().map_err(|error| Failed::finally(error.to_string()))?;
@@ -249,7 +249,7 @@ impl Client {
             })?;
             Ok((value, next))
         };
-        retried(0, |failed: &Failed| failed.for_now, attempt).await
+        retried(Retries::CORPUS.deadline, 0, |failed: &Failed| failed.for_now, attempt).await
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ulmus_plan::{DataConfig, SourceConfig};
-use ulmus_storage::{Access, OpenOptions, Store};
+use ulmus_storage::{Access, OpenOptions, Retries, Store};
 
 use super::cache::Cache;
 use super::folder::Folder;
@@ -49,9 +49,13 @@ impl Stores {
         self.open_store(url, Access::Read)
     }
 
+    /// As for every corpus, with the plan's own limit of a request.
+    fn retries(&self) -> Retries {
+        Retries { request_timeout: self.timeout, ..Retries::CORPUS }
+    }
+
     fn open_store(&self, url: &str, access: Access) -> Result<Folder, DataError> {
-        let folder =
-            Folder::new(Store::open_with(url, OpenOptions { access, request_timeout: self.timeout })?);
+        let folder = Folder::new(Store::open_with(url, OpenOptions { access, retries: self.retries() })?);
         let is_on_disk = folder.store.directory().is_some();
         // What is on a disk needs no copy on another.
         let cache = self.cache.clone().filter(|_| !is_on_disk);
@@ -65,7 +69,7 @@ impl Stores {
         use super::hub::Hub;
 
         let counters = Arc::default();
-        let opened = super::runtime::wait_for(Hub::open(url, self.timeout, &counters));
+        let opened = super::runtime::wait_for(Hub::open(url, self.retries(), &counters));
         let (hub, objects) = opened.map_err(|failed| failed.of(url))?;
         let store = Store::from_objects(objects, Path::default(), &hub.pinned()).with_counters(counters);
         let hub = Some(Arc::new(hub));

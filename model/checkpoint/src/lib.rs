@@ -105,8 +105,8 @@ pub enum FileFault {
         found: u64,
     },
     /// The file was replaced, or its store returned fewer bytes than announced.
-    #[error("changed while it was read")]
-    Changed,
+    #[error("changed while it was read ({0})")]
+    Changed(String),
     /// The length is right; the contents are not.
     #[error("has hash {} instead of {}", found.short(), expected.short())]
     Digest {

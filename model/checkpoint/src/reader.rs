@@ -167,7 +167,9 @@ fn settle(
     let contents = match read {
         Ok(contents) => contents,
         Err(StoreError::NotFound { .. }) => return Err(condemn(FileFault::Missing)),
-        Err(error) if error.kind() == ErrorKind::Corrupt => return Err(condemn(FileFault::Changed)),
+        Err(error) if error.kind() == ErrorKind::Corrupt => {
+            return Err(condemn(FileFault::Changed(error.to_string())));
+        }
         Err(error) => return Err(error.into()),
     };
     check_length(Some(contents.bytes), entry).map_err(condemn)?;

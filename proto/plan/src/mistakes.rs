@@ -53,7 +53,10 @@ pub(crate) fn in_words(told: &str, key: &str, value: &Value, usual: Option<&Valu
                 _ => format!("write [{value}]"),
             },
         ),
-        "an array of length 2" => ("it must be a list of two whole numbers", for_instance("[0, 100]")),
+        // The one list of a fixed length.
+        "an array of length 2" | "fewer elements in array" => {
+            ("it must be a list of two whole numbers", for_instance("[0, 100]"))
+        }
         _ => ("it must be a table", format!("write [{key}], and its keys on the lines below")),
     };
     (rule.to_owned(), advice)
@@ -77,10 +80,10 @@ pub(crate) fn choice(choices: &[&str], written: &str) -> (String, String) {
 
 /// What is wrong with a line that is not TOML, and the next thing to do; `told` is what the library says.
 pub(crate) fn not_toml(told: &str) -> (String, String) {
-    if told.contains("integer") {
+    if told.contains("integer") && told.contains("overflow") {
         return (out_of_bounds(), "write one in that range".to_owned());
     }
-    if told.contains("quoted") {
+    if told.contains("string values must be quoted") {
         let advice = "write text in quotes, and something behind every =";
         return (
             "this is not TOML: a value is neither a number nor text in quotes".to_owned(),

@@ -739,9 +739,16 @@ mod tests {
                 "[train]\nsequences = 99999999999999999999",
                 "line 2: a whole number must be from -9223372036854775808",
             ),
+            ("[train]\nsequences = -0x10", "line 2: this is not TOML: "),
+            ("[run]\ngröße = 1", "line 2: this is not TOML: "),
         ] {
             let problems = one(text, &[]).unwrap_err().to_string();
             assert!(problems.trim().starts_with(told), "{problems}");
+            // Nothing is told that is not the case.
+            assert!(
+                told.contains("neither") || !problems.contains("neither a number nor text"),
+                "{problems}"
+            );
         }
     }
 

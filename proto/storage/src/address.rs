@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use object_store::ObjectStore;
 use object_store::path::Path;
@@ -10,6 +9,7 @@ use object_store::path::Path;
 use crate::counters::Counters;
 #[cfg(feature = "aws")]
 use crate::profile;
+use crate::retry::Retries;
 #[cfg(feature = "http")]
 use crate::wire;
 
@@ -52,19 +52,19 @@ fn scheme(url: &str) -> &str {
 }
 
 /// Opens the store of an address such as `s3://bucket/path`, and gives the path within it. The store is not asked for
-/// anything yet. A single request has `timeout`.
+/// anything yet. Single requests are made as `retries` says.
 ///
 /// # Errors
 /// In words, when there is no such store, or it is not part of this build.
-pub(crate) fn open(url: &str, timeout: Duration, counters: &Arc<Counters>) -> Opened {
+pub(crate) fn open(url: &str, retries: Retries, counters: &Arc<Counters>) -> Opened {
     let scheme = scheme(url);
     // Addresses have neither fragments nor queries here, and a percent sign may stand for itself.
     let url = &literal(url);
     match scheme {
-        "http" | "https" => http(url, timeout, counters),
-        "s3" | "s3a" => s3(url, timeout, counters),
-        "gs" => gcs(url, timeout, counters),
-        "az" | "abfs" | "abfss" => azure(url, timeout, counters),
+        "http" | "https" => http(url, retries, counters),
+        "s3" | "s3a" => s3(url, retries, counters),
+        "gs" => gcs(url, retries, counters),
+        "az" | "abfs" | "abfss" => azure(url, retries, counters),
         _ => Err(format!(
             "{scheme}:// is not known; write a path, file://, s3://, gs:// or az://, or where text is only read, \
              hf://datasets/, http://, https:// or run:"
@@ -92,11 +92,11 @@ fn left_out(feature: &str) -> Opened {
 }
 
 #[cfg(feature = "http")]
-fn http(url: &str, timeout: Duration, counters: &Arc<Counters>) -> Opened {
+fn http(url: &str, retries: Retries, counters: &Arc<Counters>) -> Opened {
     use object_store::http::HttpBuilder;
 
-    let builder = HttpBuilder::new().with_url(url).with_retry(wire::wire_retries());
-    let builder = wire::settings(timeout)
+    let builder = HttpBuilder::new().with_url(url).with_retry(wire::wire_retries(retries));
+    let builder = wire::settings(retries)
         .into_iter()
         .fold(builder, |builder, (key, value)| builder.with_config(key, value));
     let store = builder.with_http_connector(wire::Connector(Arc::clone(counters))).build();
@@ -104,7 +104,7 @@ fn http(url: &str, timeout: Duration, counters: &Arc<Counters>) -> Opened {
 }
 
 #[cfg(not(feature = "http"))]
-fn http(_: &str, _: Duration, _: &Arc<Counters>) -> Opened {
+fn http(_: &str, _: Retries, _: &Arc<Counters>) -> Opened {
     left_out("http")
 }
 
@@ -117,11 +117,11 @@ fn path_of(url: &str) -> Result<Path, String> {
 }
 
 #[cfg(feature = "aws")]
-fn s3(url: &str, timeout: Duration, counters: &Arc<Counters>) -> Opened {
+fn s3(url: &str, retries: Retries, counters: &Arc<Counters>) -> Opened {
     use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 
-    let builder = AmazonS3Builder::from_env().with_url(url).with_retry(wire::wire_retries());
-    let builder = wire::settings(timeout)
+    let builder = AmazonS3Builder::from_env().with_url(url).with_retry(wire::wire_retries(retries));
+    let builder = wire::settings(retries)
         .into_iter()
         .fold(builder, |builder, (key, value)| builder.with_config(AmazonS3ConfigKey::Client(key), value));
     let builder = profile::fill(builder)?;
@@ -130,16 +130,16 @@ fn s3(url: &str, timeout: Duration, counters: &Arc<Counters>) -> Opened {
 }
 
 #[cfg(not(feature = "aws"))]
-fn s3(_: &str, _: Duration, _: &Arc<Counters>) -> Opened {
+fn s3(_: &str, _: Retries, _: &Arc<Counters>) -> Opened {
     left_out("aws")
 }
 
 #[cfg(feature = "gcp")]
-fn gcs(url: &str, timeout: Duration, counters: &Arc<Counters>) -> Opened {
+fn gcs(url: &str, retries: Retries, counters: &Arc<Counters>) -> Opened {
     use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 
-    let builder = GoogleCloudStorageBuilder::from_env().with_url(url).with_retry(wire::wire_retries());
-    let builder = wire::settings(timeout)
+    let builder = GoogleCloudStorageBuilder::from_env().with_url(url).with_retry(wire::wire_retries(retries));
+    let builder = wire::settings(retries)
         .into_iter()
         .fold(builder, |builder, (key, value)| builder.with_config(GoogleConfigKey::Client(key), value));
     let store = builder.with_http_connector(wire::Connector(Arc::clone(counters))).build();
@@ -147,16 +147,16 @@ fn gcs(url: &str, timeout: Duration, counters: &Arc<Counters>) -> Opened {
 }
 
 #[cfg(not(feature = "gcp"))]
-fn gcs(_: &str, _: Duration, _: &Arc<Counters>) -> Opened {
+fn gcs(_: &str, _: Retries, _: &Arc<Counters>) -> Opened {
     left_out("gcp")
 }
 
 #[cfg(feature = "azure")]
-fn azure(url: &str, timeout: Duration, counters: &Arc<Counters>) -> Opened {
+fn azure(url: &str, retries: Retries, counters: &Arc<Counters>) -> Opened {
     use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 
-    let builder = MicrosoftAzureBuilder::from_env().with_url(url).with_retry(wire::wire_retries());
-    let builder = wire::settings(timeout)
+    let builder = MicrosoftAzureBuilder::from_env().with_url(url).with_retry(wire::wire_retries(retries));
+    let builder = wire::settings(retries)
         .into_iter()
         .fold(builder, |builder, (key, value)| builder.with_config(AzureConfigKey::Client(key), value));
     let store = builder.with_http_connector(wire::Connector(Arc::clone(counters))).build();
@@ -164,7 +164,7 @@ fn azure(url: &str, timeout: Duration, counters: &Arc<Counters>) -> Opened {
 }
 
 #[cfg(not(feature = "azure"))]
-fn azure(_: &str, _: Duration, _: &Arc<Counters>) -> Opened {
+fn azure(_: &str, _: Retries, _: &Arc<Counters>) -> Opened {
     left_out("azure")
 }
 

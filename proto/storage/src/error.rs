@@ -26,7 +26,7 @@ pub enum StoreError {
         file: String,
     },
     /// No request can be made for a file of this name.
-    #[error("{file} cannot be read: {reason}; rename it")]
+    #[error("{file} cannot be read or written: {reason}; rename it")]
     Name {
         /// The file, with its address.
         file: String,

@@ -3,7 +3,7 @@
 //!
 //! A [`Store`] is a folder behind an address: a path, `file://`, `s3://`, `gs://`, `az://` or `http(s)://`. It promises three
 //! things. A file is there whole or not at all, and once written to a disk it survives a loss of power. A busy store is not a
-//! failed one: what may work when tried again is tried again, within the limits in `retry.rs`, before the caller hears of
+//! failed one: what may work when tried again is tried again, within the limits of its [`Retries`], before the caller hears of
 //! it. And an error says what to do about it: [`StoreError`] tells a full disk from a refusal, and an outage from a file that
 //! is missing.
 //!
@@ -35,7 +35,7 @@ pub use counters::Counters;
 pub use error::StoreError;
 pub use file::{FileInfo, check_path, is_unfinished};
 pub use limiter::RateLimiter;
-pub use retry::retried;
+pub use retry::{Retries, retried};
 pub use store::{Access, OpenOptions, Store};
 #[cfg(feature = "http")]
 pub use wire::{settings, watched, wire_retries};

@@ -1,9 +1,7 @@
 //! When something that failed is tried again: the one policy of all stores, with its limits.
 //!
-//! A single request that gets no answer, or a busy one, is made again at once by the client below ([`REQUEST_RETRIES`]).
-//! What still fails is begun again here, as a whole, with growing pauses, until a minute has passed: long enough for a server
-//! to be restarted. Every operation may be repeated without harm, so an answer that was lost after the work was done costs
-//! nothing.
+//! An operation that fails for now is begun again as a whole, with growing pauses, until the deadline of its [`Retries`] has
+//! passed. Every operation may be repeated without harm, so an answer that was lost after the work was done costs nothing.
 
 use std::fmt::Display;
 use std::time::Duration;
@@ -11,23 +9,38 @@ use std::time::Duration;
 use backon::{BackoffBuilder, ExponentialBuilder};
 use tokio::time::Instant;
 
-/// No operation is begun again later than this after it was first begun.
-pub(crate) const RETRY_DEADLINE: Duration = Duration::from_mins(1);
+/// How long a store is given. Who waits for whom decides: behind a corpus is a queue of read-ahead data, behind the files of
+/// a run are processes that are judged by their silence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retries {
+    /// No operation is begun again later than this after it was first begun.
+    pub deadline: Duration,
+    /// A single request that takes longer has failed.
+    pub request_timeout: Duration,
+    /// How often a single request that gets no answer, or a busy one, is made again by itself.
+    pub requests: usize,
+}
+
+impl Retries {
+    /// For corpora: long enough for a server to be restarted.
+    pub const CORPUS: Self =
+        Self { deadline: Duration::from_mins(1), request_timeout: Duration::from_secs(30), requests: 2 };
+    /// For the files of a run: the operation ends before a coordinator takes the process that waits for it for stuck, which it
+    /// does after half a minute, and the request before it takes a worker that greets it for lost, after 90 s.
+    pub const RUN: Self =
+        Self { deadline: Duration::from_secs(25), request_timeout: Duration::from_mins(1), requests: 0 };
+}
+
 /// An upload in parts is begun again so often at least, as the first attempt alone may take longer than the deadline.
 pub(crate) const UPLOAD_RETRIES: usize = 1;
 /// The same for a copy, which may take hours.
 pub(crate) const COPY_RETRIES: usize = 4;
-/// How often a single request is made again by itself.
-#[cfg(feature = "http")]
-pub(crate) const REQUEST_RETRIES: usize = 2;
-/// What a single request may take, where a caller sets no limit of its own. Its body is one piece at most.
-pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 pub(crate) const FIRST_PAUSE: Duration = Duration::from_millis(100);
 pub(crate) const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 
-/// Does an operation again while its errors are transient, for a minute, and `at_least` so often whatever it takes. Pauses
-/// double each time, and are lengthened by chance so that many workers do not return in step.
+/// Does an operation again while its errors are transient, until `deadline` has passed, and `at_least` so often whatever it
+/// takes. Pauses double each time, and are lengthened by chance so that many workers do not return in step.
 ///
 /// # Errors
 /// With the last error.
@@ -35,6 +48,7 @@ pub(crate) const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 /// # Cancel safety
 /// As safe as the operation is.
 pub async fn retried<T, E: Display, R: Future<Output = Result<T, E>>>(
+    deadline: Duration,
     at_least: usize,
     is_transient: impl Fn(&E) -> bool,
     mut operation: impl FnMut() -> R,
@@ -46,13 +60,18 @@ pub async fn retried<T, E: Display, R: Future<Output = Result<T, E>>>(
         .with_jitter();
     let begun = Instant::now();
     for (failed, pause) in pauses.build().enumerate() {
-        match operation().await {
-            Err(error) if is_transient(&error) && (failed < at_least || begun.elapsed() < RETRY_DEADLINE) => {
-                tracing::debug!(%error, ?pause, "store unavailable, retrying");
-                tokio::time::sleep(pause).await;
-            }
+        let error = match operation().await {
+            Err(error) if is_transient(&error) => error,
             result => return result,
+        };
+        let left = deadline.saturating_sub(begun.elapsed());
+        if left.is_zero() && failed >= at_least {
+            return Err(error);
         }
+        // The last attempt is made at the deadline.
+        let pause = if left.is_zero() { pause } else { pause.min(left) };
+        tracing::debug!(%error, ?pause, "store unavailable, retrying");
+        tokio::time::sleep(pause).await;
     }
     operation().await
 }
@@ -71,7 +90,7 @@ mod tests {
                 Err::<(), _>(error.to_owned())
             }
         };
-        retried(at_least, |error| error == "busy", operation).await.unwrap_err();
+        retried(Retries::CORPUS.deadline, at_least, |error| error == "busy", operation).await.unwrap_err();
         begun
     }
 
@@ -81,7 +100,7 @@ mod tests {
         let quick = attempts(0, "busy", Duration::ZERO).await;
         let took = begun.elapsed();
         assert!(quick >= 8, "{quick}");
-        assert!((60..120).contains(&took.as_secs()), "{took:?}");
+        assert_eq!(took, Retries::CORPUS.deadline);
     }
 
     #[tokio::test(start_paused = true)]

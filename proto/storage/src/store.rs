@@ -3,7 +3,6 @@
 use std::fmt;
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use object_store::ObjectStore;
 use object_store::local::LocalFileSystem;
@@ -14,7 +13,7 @@ use crate::address;
 use crate::cause;
 use crate::counters::Counters;
 use crate::error::StoreError;
-use crate::retry::{REQUEST_TIMEOUT, retried};
+use crate::retry::{Retries, retried};
 
 /// What a folder is opened for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,13 +31,13 @@ pub enum Access {
 pub struct OpenOptions {
     /// What it is opened for.
     pub access: Access,
-    /// A single request that takes longer has failed. Its body is 8 MiB at most.
-    pub request_timeout: Duration,
+    /// How long the store is given.
+    pub retries: Retries,
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { access: Access::Write, request_timeout: REQUEST_TIMEOUT }
+        Self { access: Access::Write, retries: Retries::RUN }
     }
 }
 
@@ -51,6 +50,7 @@ pub struct Store {
     location: Arc<str>,
     directory: Option<Arc<FilePath>>,
     can_list: bool,
+    pub(crate) retries: Retries,
     pub(crate) counters: Arc<Counters>,
 }
 
@@ -99,15 +99,16 @@ impl Store {
             if options.access == Access::Create {
                 std::fs::create_dir_all(&directory).map_err(|error| refuse(error.to_string()))?;
             }
-            return Self::local(url, directory).map_err(refuse);
+            return Self::local(url, directory, options.retries).map_err(refuse);
         }
         let counters = Arc::default();
-        let (objects, prefix) = address::open(url, options.request_timeout, &counters).map_err(refuse)?;
+        let (objects, prefix) = address::open(url, options.retries, &counters).map_err(refuse)?;
         let can_list = !address::is_web_server(url);
-        Ok(Self { objects, prefix, location: url.into(), directory: None, can_list, counters })
+        let (location, retries) = (url.into(), options.retries);
+        Ok(Self { objects, prefix, location, directory: None, can_list, retries, counters })
     }
 
-    fn local(url: &str, directory: PathBuf) -> Result<Self, String> {
+    fn local(url: &str, directory: PathBuf, retries: Retries) -> Result<Self, String> {
         match std::fs::metadata(&directory) {
             Ok(metadata) if metadata.is_dir() => {}
             Ok(_) => return Err("it is a file; name a folder".to_owned()),
@@ -128,14 +129,29 @@ impl Store {
             location: url.into(),
             directory: Some(directory.into()),
             can_list: true,
+            retries,
             counters: Arc::default(),
         })
     }
 
     /// A folder of any object store. `location` names it in messages.
     pub fn from_objects(objects: Arc<dyn ObjectStore>, prefix: Path, location: &str) -> Self {
-        let counters = Arc::default();
-        Self { objects, prefix, location: location.into(), directory: None, can_list: true, counters }
+        let (retries, counters) = (Retries::RUN, Arc::default());
+        Self {
+            objects,
+            prefix,
+            location: location.into(),
+            directory: None,
+            can_list: true,
+            retries,
+            counters,
+        }
+    }
+
+    /// The same folder whose operations are repeated in another way. Single requests stay as they were opened.
+    #[must_use]
+    pub fn with_retries(self, retries: Retries) -> Self {
+        Self { retries, ..self }
     }
 
     /// The same folder with counters that something else counts with, too.
@@ -156,7 +172,10 @@ impl Store {
         Self {
             prefix: self.resolve(path),
             location: self.place(path).into(),
-            directory: self.directory.as_deref().map(|directory| directory.join(path).into()),
+            directory: self
+                .directory
+                .as_deref()
+                .map(|directory| directory.join(parsed(path).as_ref()).into()),
             ..self.clone()
         }
     }
@@ -189,9 +208,7 @@ impl Store {
 
     /// The path of a file within the whole store.
     pub(crate) fn resolve(&self, path: &str) -> Path {
-        // As listings tell it; a path that no listing has is encoded.
-        let path = Path::parse(path).unwrap_or_else(|_| Path::from(path));
-        self.prefix.parts().chain(path.parts()).collect()
+        self.prefix.parts().chain(parsed(path).parts()).collect()
     }
 
     /// The path below this folder of a file of the whole store, if it lies there.
@@ -209,7 +226,7 @@ impl Store {
         operation: impl FnMut() -> R,
     ) -> Result<T, StoreError> {
         let begun = Instant::now();
-        retried(0, cause::is_transient, operation)
+        retried(self.retries.deadline, 0, cause::is_transient, operation)
             .await
             .map_err(|error| self.error(act, path, &error).after(begun.elapsed()))
     }
@@ -225,6 +242,11 @@ impl Store {
             error => error,
         }
     }
+}
+
+/// A path as listings tell it; one that no listing has is encoded.
+pub(crate) fn parsed(path: &str) -> Path {
+    Path::parse(path).unwrap_or_else(|_| Path::from(path))
 }
 
 #[cfg(test)]
@@ -262,6 +284,20 @@ mod tests {
             assert!(message.contains(reason) && message.contains(url), "{message}");
         }
         assert!(Store::create(file.join("below").to_str().unwrap()).is_err());
+    }
+
+    /// The disk and the store must mean the same folder by a path.
+    #[tokio::test]
+    async fn a_folder_lies_within_the_one_that_it_is_of() {
+        let home = tempfile::tempdir().unwrap();
+        let store = Store::create(home.path().join("run").to_str().unwrap()).unwrap();
+        for path in ["/shards", "../other", "a/../b", "shards"] {
+            let folder = store.folder(path);
+            folder.put("a.txt", "1").await.unwrap();
+            let directory = folder.directory().unwrap().to_owned();
+            assert!(directory.starts_with(home.path().join("run")), "{}", directory.display());
+            assert!(directory.join("a.txt").exists(), "{}", directory.display());
+        }
     }
 
     #[test]

@@ -16,23 +16,23 @@ use reqwest::header::{CONTENT_LENGTH, HeaderMap, RETRY_AFTER};
 use tokio::time::Instant;
 
 use crate::counters::Counters;
-use crate::retry::{FIRST_PAUSE, LONGEST_PAUSE, REQUEST_RETRIES};
+use crate::retry::{FIRST_PAUSE, LONGEST_PAUSE, Retries};
 
 /// No pause that a server asks for is kept for longer.
 const LONGEST_REQUESTED_PAUSE: Duration = Duration::from_mins(5);
 const CONNECT: Duration = Duration::from_secs(10);
 
 /// How often a single request is made again, for the builder of any store.
-pub fn wire_retries() -> RetryConfig {
+pub fn wire_retries(retries: Retries) -> RetryConfig {
     RetryConfig {
         backoff: BackoffConfig { init_backoff: FIRST_PAUSE, max_backoff: LONGEST_PAUSE, base: 2.0 },
-        max_retries: REQUEST_RETRIES,
+        max_retries: retries.requests,
         retry_timeout: Duration::from_mins(5),
     }
 }
 
 /// Settings of a client, for the builder of any store. HTTP without TLS is used only where an address says `http://`.
-pub fn settings(timeout: Duration) -> [(ClientConfigKey, String); 3] {
+pub fn settings(Retries { request_timeout: timeout, .. }: Retries) -> [(ClientConfigKey, String); 3] {
     [
         (ClientConfigKey::Timeout, format!("{}ms", timeout.as_millis())),
         (ClientConfigKey::ConnectTimeout, format!("{}ms", CONNECT.min(timeout).as_millis())),

@@ -8,12 +8,13 @@
 use bytes::Bytes;
 use futures::{Stream, TryStreamExt};
 use object_store::{Error as Cause, ObjectStoreExt, PutMode, WriteMultipart};
+use tokio::time::Instant;
 
 use crate::cause;
 use crate::error::StoreError;
 use crate::pieces::{IN_FLIGHT, PIECE, in_pieces};
 use crate::retry::{UPLOAD_RETRIES, retried};
-use crate::store::Store;
+use crate::store::{Store, parsed};
 
 /// Most parts of an upload that S3 takes.
 const MOST_PARTS: u64 = 10_000;
@@ -22,7 +23,7 @@ impl Store {
     /// Writes a whole file and replaces what was there.
     ///
     /// # Errors
-    /// When the store refuses, or is out of order for longer than a minute.
+    /// When the store refuses, or is out of order for longer than its [`Retries`](crate::Retries) allow.
     ///
     /// # Cancel safety
     /// Dropping the future leaves the old or the new contents.
@@ -84,11 +85,14 @@ impl Store {
         pieces: impl Fn() -> S,
     ) -> Result<(), StoreError> {
         if size > PIECE {
-            let upload = || self.upload(path, size, &pieces);
-            return retried(at_least, StoreError::is_transient, upload).await;
+            let (begun, upload) = (Instant::now(), || self.upload(path, size, &pieces));
+            return retried(self.retries.deadline, at_least, StoreError::is_transient, upload)
+                .await
+                .map_err(|error| error.after(begun.elapsed()));
         }
         let whole = || async { pieces().try_collect::<Vec<Bytes>>().await };
-        let contents = Bytes::from(retried(at_least, StoreError::is_transient, whole).await?.concat());
+        let whole = retried(self.retries.deadline, at_least, StoreError::is_transient, whole).await?;
+        let contents = Bytes::from(whole.concat());
         self.check_length(path, contents.len() as u64, size)?;
         let target = self.resolve(path);
         self.attempt("write", path, || self.objects.put(&target, contents.clone().into())).await.map(drop)
@@ -183,7 +187,7 @@ impl Store {
     pub fn remove_unfinished(&self, path: &str) {
         let Some(directory) = self.directory() else { return };
         // A store on disk writes to `name#1` beside the file, or to the next number that is free.
-        let beside = |number: u32| directory.join(format!("{path}#{number}"));
+        let beside = |number: u32| directory.join(format!("{}#{number}", parsed(path)));
         let mut number = 1;
         while std::fs::remove_file(beside(number)).is_ok() {
             number += 1;

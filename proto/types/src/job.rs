@@ -109,7 +109,7 @@ pub struct JobSpec {
 pub enum JobPhase {
     /// Before training, which needs the job's output.
     BeforeTraining,
-    /// After the last update, once the milestones are stored.
+    /// After the last update, once the milestones that are averaged are stored.
     AfterTraining,
 }
 
@@ -139,7 +139,7 @@ impl Milestones {
 }
 
 impl JobKind {
-    /// Every kind, in the order in which a run reaches them.
+    /// Every kind, each after those whose output it reads.
     pub const ALL: [Self; 7] = [
         Self::Prepare,
         Self::Average,

@@ -22,7 +22,7 @@ pub use call::connect;
 pub use greeting::{Answer, Greeting};
 pub use link::DEAD_AFTER;
 pub use listener::Listener;
-pub use wakeup::{Interrupt, readable, wait, writable};
+pub use wakeup::{Interrupt, readable, wait};
 
 /// A member's place in a group that is to be formed.
 #[derive(Debug, Clone)]

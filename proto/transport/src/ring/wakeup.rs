@@ -100,6 +100,6 @@ pub fn readable<Fd: AsFd>(source: &Fd) -> PollFd<'_> {
 }
 
 /// A source that is ready when `source` has room to write.
-pub fn writable<Fd: AsFd>(source: &Fd) -> PollFd<'_> {
+pub(super) fn writable<Fd: AsFd>(source: &Fd) -> PollFd<'_> {
     PollFd::new(source, PollFlags::OUT)
 }
