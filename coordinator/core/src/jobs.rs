@@ -257,7 +257,9 @@ mod tests {
             let ready = jobs.ready(TRAINED, &checkpoints());
             assert!(!ready.is_empty(), "{waves:?} and nothing after it");
             waves.push(names(&ready));
-            ready.iter().for_each(|job| jobs.on_succeeded(job));
+            for job in &ready {
+                jobs.on_succeeded(job);
+            }
         }
         waves
     }

@@ -80,7 +80,7 @@ pub(crate) fn choice(choices: &[&str], written: &str) -> (String, String) {
 
 /// What is wrong with a line that is not TOML, and the next thing to do; `told` is what the library says.
 pub(crate) fn not_toml(told: &str) -> (String, String) {
-    if told.contains("integer") && told.contains("overflow") {
+    if told.contains("invalid type: integer") || told.contains("overflow") {
         return (out_of_bounds(), "write one in that range".to_owned());
     }
     if told.contains("string values must be quoted") {
