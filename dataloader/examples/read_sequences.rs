@@ -8,7 +8,7 @@ use std::error::Error;
 use std::sync::Arc;
 
 use ulmus_dataloader::{Corpus, Loader, Manifest, Sources};
-use ulmus_plan::{DataConfig, SourceConfig};
+use ulmus_plan::{Bytes, DataConfig, SourceConfig};
 use ulmus_tokenizer::train;
 
 const LENGTH: usize = 32;
@@ -21,6 +21,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let config = DataConfig {
         lanes: 2,
+        // Each lane needs a unit of its own, and there are only 10 KB.
+        unit: Bytes::new(4 << 10),
         window: 4,
         holdout: 0.0,
         min_characters: 1,
