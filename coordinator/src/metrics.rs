@@ -189,3 +189,60 @@ fn parse(record: &csv::StringRecord) -> Option<MetricsRow> {
         generation: Generation::new(count(11)?),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(step: u64) -> MetricsRow {
+        let report = StepReport {
+            step: Step::new(step),
+            tokens: 100 * step,
+            loss: 8.5 / step as f64,
+            z_loss: 0.1,
+            grad_norm: 1.25,
+            lr: 3e-4,
+            held_out_loss: step.is_multiple_of(2).then_some(2.5),
+            elapsed: Duration::from_millis(1500 * step),
+            data_wait: Duration::from_micros(7),
+            communication: Duration::ZERO,
+        };
+        MetricsRow { report, generation: Generation::new(3) }
+    }
+
+    fn written(rows: &[MetricsRow]) -> (tempfile::TempDir, std::path::PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.csv");
+        drop(MetricsFile::create(&path, rows).unwrap());
+        (folder, path)
+    }
+
+    #[test]
+    fn rows_are_read_as_they_were_written() {
+        let rows = [row(1), row(2), row(3)];
+        let (_folder, path) = written(&rows);
+        assert_eq!(MetricsFile::read(&path), (rows.to_vec(), 0));
+    }
+
+    #[test]
+    fn rows_that_cannot_be_read_are_counted_and_cost_no_other_row() {
+        let (_folder, path) = written(&[row(1), row(2), row(3)]);
+        let text = std::fs::read_to_string(&path).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        let second = lines[2];
+        for bad in [
+            second.replacen("2.5", "NaN", 1),
+            second.replacen("200", "-200", 1),
+            second.rsplit_once(',').unwrap().0.to_owned(),
+            "\u{0}".to_owned(),
+        ] {
+            std::fs::write(&path, [lines[0], lines[1], &bad, lines[3], ""].join("\n")).unwrap();
+            assert_eq!(MetricsFile::read(&path), (vec![row(1), row(3)], 1), "{bad:?}");
+        }
+        // A header of something else: nothing can be told of its rows.
+        std::fs::write(&path, ["step,loss", lines[1], lines[2], ""].join("\n")).unwrap();
+        assert_eq!(MetricsFile::read(&path), (Vec::new(), 2));
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(MetricsFile::read(&path), (Vec::new(), 0));
+    }
+}

@@ -89,6 +89,14 @@ fn a_byte_order_mark_is_dropped() {
 }
 
 #[test]
+fn lone_surrogates_are_replaced() {
+    let encode = |input| dataloader(&["encode", "--tokenizer", &tokenizer()], input);
+    let (lone, replaced) = (encode("\"a \\ud800 b\"\n"), encode("\"a \u{fffd} b\"\n"));
+    assert_eq!(lines(&lone), lines(&replaced));
+    refused(&encode("\"a \\ud800 b\n"), &["line 1"]);
+}
+
+#[test]
 fn a_plan_s_sources_are_counted() {
     let place = tempfile::tempdir().unwrap();
     let plan = place.path().join("plan.toml");

@@ -39,18 +39,6 @@ impl Store {
         Ok(FileInfo::of(path.to_owned(), &self.attempt("look up", path, look_up).await?))
     }
 
-    /// Whether there is a file of this name.
-    ///
-    /// # Errors
-    /// When the store refuses or is out of order.
-    pub async fn exists(&self, path: &str) -> Result<bool, StoreError> {
-        match self.stat(path).await {
-            Ok(_) => Ok(true),
-            Err(StoreError::NotFound { .. }) => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
-
     /// Whether a file is there, and still the one that was described.
     ///
     /// # Errors

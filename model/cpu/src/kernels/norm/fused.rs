@@ -5,7 +5,7 @@ use ulmus_plan::ROW_BLOCK;
 
 use super::super::simd::vectorised;
 use super::row::{norm_backward_row, norm_row};
-use super::{row, row_blocks, row_blocks_mut, row_mut, sum_rows};
+use super::rows::{row, row_blocks, row_blocks_mut, row_mut, sum_rows};
 
 /// `out = norm(x)`.
 pub(super) fn norm<const CENTRED: bool>(out: &mut [f32], x: &[f32], weight: &[f32]) {

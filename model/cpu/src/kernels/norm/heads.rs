@@ -7,7 +7,7 @@ use ulmus_plan::ROW_BLOCK;
 use super::super::simd::vectorised;
 use super::rope::{RopeTables, rotate};
 use super::row::{norm_backward_row, norm_row};
-use super::{row, row_blocks, row_blocks_mut, row_mut, sum_rows};
+use super::rows::{row, row_blocks, row_blocks_mut, row_mut, sum_rows};
 
 /// Maximum width of a head, which is kept on the stack. Plans with wider heads are refused.
 const WIDEST_HEAD: usize = 512;

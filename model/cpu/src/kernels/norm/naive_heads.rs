@@ -3,13 +3,13 @@
 
 use rayon::prelude::*;
 use ulmus_backend::Heads;
-use ulmus_plan::NormKind;
+use ulmus_plan::{NormKind, ROW_BLOCK};
 
 use super::super::simd::vectorised;
 use super::naive::{Scratch, norm, summands};
 use super::passes::combine;
 use super::rope::{RopeTables, rotate};
-use super::{ROW_BLOCK, row, row_blocks, row_blocks_mut, row_mut};
+use super::rows::{row, row_blocks, row_blocks_mut, row_mut};
 
 /// A range of columns in a matrix.
 #[derive(Clone, Copy)]

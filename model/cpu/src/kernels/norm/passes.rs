@@ -3,9 +3,10 @@
 #![expect(clippy::needless_range_loop, reason = "iterator adapters are often not inlined in vectorised code")]
 
 use rayon::prelude::*;
+use ulmus_plan::ROW_BLOCK;
 
 use super::super::simd::{sum, vectorised};
-use super::{ROW_BLOCK, row, row_blocks, row_blocks_mut, row_mut, sum_rows};
+use super::rows::{row, row_blocks, row_blocks_mut, row_mut, sum_rows};
 
 /// Number of elements that a thread takes at a time.
 const PIECE: usize = 1 << 14;
