@@ -7,7 +7,7 @@ runs := "runs"
 default:
     @just --list
 
-# Everything that CI checks before it runs anything: formatting, lints, the coordinator without workers.
+# Formatting, lints, and what builds with fewer features.
 lint:
     .ci/run format lint lean
 

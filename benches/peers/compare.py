@@ -3,10 +3,10 @@
     python -m venv peers && peers/bin/pip install torch==2.11.0 numpy gguf
     cargo build --release
     peers/bin/python benches/peers/compare.py [--rounds 5] [--threads 1 2] [--work training tiny inference]
-                                              [--llama-bench PATH/llama-bench] [--json FILE]
+                                              [--dtypes f32 f16 bf16 q8_0] [--llama-bench PATH/llama-bench] [--json FILE]
 
 Each round runs every program once, in a process of its own, one after the other; the table has the median of the
-rounds and the ratio to the better peer's median. Memory is the peak above 16 bytes per parameter (weights, gradient
+rounds and the ratio to each peer's median. Memory is the peak above 16 bytes per parameter (weights, gradient
 and both moments in float32), for PyTorch without what importing it takes. llama.cpp takes part if `llama-bench` is
 given; it gets the same shape with random weights.
 """
@@ -27,6 +27,7 @@ ROOT = HERE.parent.parent
 TORCH = HERE / "torch_openelm.py"
 PRESET = "openelm-270m"
 PROMPT, GENERATE = 512, 128
+DTYPES = ["f32", "f16", "bf16", "q8_0"]
 
 
 def run(command, environment=None):
@@ -41,7 +42,7 @@ def run(command, environment=None):
 class Programs:
     def __init__(self, arguments, folder):
         self.binaries = Path(arguments.binaries)
-        self.llama_bench, self.folder = arguments.llama_bench, Path(folder)
+        self.llama_bench, self.dtypes, self.folder = arguments.llama_bench, arguments.dtypes, Path(folder)
 
     def ours_training(self, dtype, threads, subject, steps, *more):
         command = [self.binaries / "worker", "bench", *subject, "--dtype", dtype, "--threads", threads]
@@ -77,7 +78,7 @@ class Programs:
 def training(programs, threads):
     """Rows of (title, [(program, measure)])."""
     shape = ["--batch", 4, "--sequence", 512]
-    for dtype in ("f32", "bf16"):
+    for dtype in (dtype for dtype in ("f32", "bf16") if dtype in programs.dtypes):
         ours = lambda: programs.ours_training(dtype, threads, ["--preset", PRESET], 1, *shape)
         eager = lambda: programs.torch_training(dtype, threads, shape, 1)
         compiled = lambda: programs.torch_training(dtype, threads, shape, 1, "--compile")
@@ -93,7 +94,7 @@ def tiny(programs, threads):
 
 
 def inference(programs, threads):
-    for dtype in ("f32", "f16", "bf16", "q8_0"):
+    for dtype in programs.dtypes:
         found = [("ulmus", lambda: programs.ours_inference(dtype, threads))]
         if dtype in ("f32", "bf16"):
             found.append(("torch eager", lambda: programs.torch_inference(dtype, threads)))
@@ -134,6 +135,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of the weights of 270M")
     parser.add_argument("--binaries", default=ROOT / "target/release")
     parser.add_argument("--llama-bench")
     parser.add_argument("--json", type=Path, help="file for all single figures")

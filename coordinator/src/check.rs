@@ -5,7 +5,7 @@ use std::path::Path;
 
 use ulmus_plan::{Plan, data_memory, worker_memory};
 use ulmus_process::{Failure, print};
-use ulmus_types::{ExitStatus, counted};
+use ulmus_types::{ExitStatus, SNAPSHOT_SLOTS, counted};
 
 use crate::args::Check;
 
@@ -114,7 +114,7 @@ fn write_training(text: &mut String, plan: &Plan) -> fmt::Result {
 
 fn write_memory(text: &mut String, plan: &Plan) -> fmt::Result {
     let memory = worker_memory(&plan.model, &plan.train, plan.sequence_length());
-    writeln!(text, "# memory per worker, bytes")?;
+    writeln!(text, "# memory per worker on a CPU, bytes")?;
     for (name, bytes) in [
         ("parameters", memory.parameters),
         ("gradients", memory.gradients),
@@ -127,7 +127,7 @@ fn write_memory(text: &mut String, plan: &Plan) -> fmt::Result {
     }
     writeln!(
         text,
-        "and while a checkpoint is stored, a copy of parameters and optimizer: {}",
+        "and for each of up to {SNAPSHOT_SLOTS} states that are being stored, a copy of parameters and optimizer: {}",
         grouped(checkpoint_bytes(plan))
     )
 }

@@ -96,7 +96,7 @@ impl Console {
                 self.line(&format!("{} on {}: {}", job.name(), worker.name(), job));
             }
             Notification::Drained(worker) => {
-                self.line(&format!("worker {} has left, as it was asked to", worker.name()));
+                self.line(&format!("worker {} has left as requested", worker.name()));
             }
             Notification::SitsOut(worker, pause, why) => {
                 self.line(&format!("worker {} sits out for {} s: {why}", worker.name(), pause.as_secs()));
@@ -128,9 +128,8 @@ impl Console {
 
     /// Prints that a job has ended. If there was nothing to do, its result says why.
     pub(crate) fn job_done(&self, job: &Job, result: &str) {
-        let result: serde_json::Value = serde_json::from_str(result).unwrap_or_default();
-        self.line(&match result["skipped"].as_str() {
-            Some(why) => format!("{} skipped: {}", job.name(), for_people(why, TEXT_LIMIT)),
+        self.line(&match ulmus_run::results::why_skipped(result) {
+            Some(why) => format!("{} skipped: {}", job.name(), for_people(&why, TEXT_LIMIT)),
             None => format!("{} done", job.name()),
         });
     }

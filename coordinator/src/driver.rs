@@ -16,8 +16,8 @@ use ulmus_coord_core::{Coordinator, Effect, Event, Outcome, PersistentState, Set
 use ulmus_process::{Failure, Shutdown, Signal, with_causes};
 use ulmus_run::paths;
 use ulmus_types::{
-    CheckpointId, Digest, ErrorKind, ExitStatus, Generation, RunId, SourceReading, Step, StepReport,
-    ToCoordinator, ToWorker, WorkerId, for_people,
+    COORDINATOR_TIMEOUT, CheckpointId, Digest, ErrorKind, ExitStatus, Generation, RunId, SourceReading, Step,
+    StepReport, ToCoordinator, ToWorker, WorkerId, for_people,
 };
 
 use crate::console::Console;
@@ -428,9 +428,11 @@ impl Driver {
 
 /// The outcome of exiting without stopping the run: workers continue to train, and look for the next coordinator.
 fn detached() -> Outcome {
-    let message =
-        "stopped, and left the workers to the next coordinator; run the same command again within 5 minutes";
-    Outcome { status: ExitStatus::Interrupted, message: message.to_owned(), detached: true }
+    let message = format!(
+        "stopped, and left the workers to the next coordinator; run the same command again within {} minutes",
+        COORDINATOR_TIMEOUT.as_secs() / 60
+    );
+    Outcome { status: ExitStatus::Interrupted, message, detached: true }
 }
 
 /// The manifest of a stored checkpoint.

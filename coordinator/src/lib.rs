@@ -13,6 +13,7 @@ mod driver;
 mod folder;
 mod local;
 mod metrics;
+mod options;
 pub mod plans;
 mod quarantine;
 mod recover;
@@ -21,4 +22,5 @@ mod server;
 mod summary;
 
 pub use check::check;
-pub use run::{Options, run};
+pub use options::Options;
+pub use run::run;

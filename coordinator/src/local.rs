@@ -179,7 +179,7 @@ impl LocalWorkers {
     }
 
     fn pid_file(&self, name: &str) -> PathBuf {
-        self.folder.join(paths::LOGS).join(format!("{name}.pid"))
+        self.folder.join(paths::pid(name))
     }
 }
 

@@ -5,10 +5,11 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
-use ulmus_coord_core::Settings;
+use ulmus_coord_core::{Outcome, PersistentState, Settings};
 use ulmus_plan::{OnBadUnit, Plan};
 use ulmus_process::{Failure, HostPort, LogTarget, Shutdown, print, with_causes};
 use ulmus_proto::MESSAGE_LIMIT;
@@ -16,7 +17,8 @@ use ulmus_proto::v1::coordinator_server::CoordinatorServer;
 use ulmus_run::paths;
 use ulmus_run::results::Results;
 use ulmus_transport::{
-    Bound, Credentials, CredentialsError, IDENTITY_FILE, Limits, RuntimeError, TOKEN_FILE, TokenSource,
+    Bound, Credentials, CredentialsError, IDENTITY_FILE, Limits, Published, RuntimeError, TOKEN_FILE,
+    TokenSource,
 };
 use ulmus_types::{Digest, ExitStatus, FileEntry, JobKind, RunId, RunSecret, counted, nonce_digest};
 
@@ -27,6 +29,7 @@ use crate::driver::{Ended, Setup, drive, finish_commits};
 use crate::folder::{FolderError, RunFolder, unguessable};
 use crate::local::LocalWorkers;
 use crate::metrics::{MetricsFile, SourcesFile};
+use crate::options::Options;
 use crate::quarantine;
 use crate::recover::{contradiction, gather, refuse_to_forget};
 use crate::server::Sessions;
@@ -36,45 +39,6 @@ use crate::summary;
 const EVENTS: usize = 4096;
 /// How long workers may take to close their streams after the end of the run.
 const CLOSE_WITHIN: Duration = Duration::from_secs(3);
-
-/// Options of the coordinator besides the plan.
-#[derive(Debug, Clone, Default)]
-pub struct Options {
-    /// Path of the plan, for messages.
-    pub plan: PathBuf,
-    /// Overrides of the plan's keys, for messages.
-    pub overrides: Vec<String>,
-    /// Where to listen.
-    pub listen: Option<HostPort>,
-    /// The token that workers must show.
-    pub token: TokenSource,
-    /// Run the plan a second time with a killed worker, and compare.
-    pub demo_failure: bool,
-    /// Rebuild a lost database from the run folder.
-    pub recover: bool,
-    /// Start over if every checkpoint is damaged.
-    pub from_start: bool,
-    /// What SIGTERM does; `None` leaves that to the plan.
-    pub on_term: Option<OnTerm>,
-}
-
-impl Options {
-    /// The command that runs this plan again.
-    pub(crate) fn command(&self) -> String {
-        let mut command = format!("coordinator --plan {}", quoted(&self.plan.display().to_string()));
-        for value in &self.overrides {
-            command.push_str(" --set ");
-            command.push_str(&quoted(value));
-        }
-        command
-    }
-}
-
-/// A word, quoted for a shell if necessary.
-fn quoted(word: &str) -> String {
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./=:,@%+".contains(&byte);
-    if word.bytes().all(is_plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', "'\\''")) }
-}
 
 /// Runs plans one after the other. Several plans are variants of one, and their results are compared at the end.
 ///
@@ -162,142 +126,205 @@ async fn run_one(
     kill_after: Option<u64>,
     shutdown: &Shutdown,
 ) -> Result<Finished, Failure> {
-    let folder = tokio::select! {
-        folder = RunFolder::open(plan, options.recover) => folder.map_err(|error| in_folder(&error))?,
-        // Do not wait any longer for a store that does not answer.
-        _ = shutdown.requested() => {
-            return Err(Failure::new(ExitStatus::Interrupted, "stopped before the run was opened"));
-        }
-    };
-    ulmus_process::init_telemetry(&LogTarget::File(folder.path().join(paths::log("coordinator"))))
-        .map_err(|error| failed(&folder.path().join(paths::LOGS), &error))?;
-    let credentials = credentials(&folder, options)?;
-    for file in &credentials.exposed {
-        print(&format!(
-            "ALARM: other users could read {} until now; if others use this machine, delete {TOKEN_FILE} and \
-             {IDENTITY_FILE} beside it and start again: workers then need the new token",
-            file.display()
-        ))?;
-    }
-    let database = open_database(plan, options, &folder).await?;
-    folder.hide_database().map_err(|error| in_folder(&error))?;
-    let begun = !database.is_new().map_err(|error| in_database(&error))?;
-    let kept = database.plan_digest().map_err(|error| in_database(&error))?;
-    folder.check_plan(plan, begun, kept).map_err(|error| in_folder(&error))?;
-    let (id, secret) = database.identity().map_err(|error| in_database(&error))?;
-    finish_commits(&database, folder.store(), id, plan.digest()).await?;
-    let bound = bind(plan, options).await?;
-    let address = bound.address().map_err(|error| Failure::new(ExitStatus::Failed, error.to_string()))?;
-    folder.write_address(address).map_err(|error| in_folder(&error))?;
-    let published = ulmus_transport::publish(address.port(), &credentials.token);
-    // Accept connections only now: earlier, a worker would find no token, or that of the last coordinator at this port.
-    let listener = bound.listen().map_err(|error| cannot_listen(address, &error))?;
+    let opened = Opened::new(plan, options, shutdown).await?;
+    let led = opened.lead(plan, options, kill_after, shutdown).await?;
+    led.close(plan, options).await
+}
 
-    for lost in lost_results(&database, &folder).await? {
-        print(&format!("ALARM: {lost}"))?;
+/// A run that this process alone may lead, before anything of it has changed.
+struct Opened {
+    folder: RunFolder,
+    credentials: Credentials,
+    database: Database,
+    id: RunId,
+    secret: RunSecret,
+    /// The digest of the plan with which the run was last led.
+    kept: Option<Digest>,
+    saved: PersistentState,
+    listener: TcpListener,
+    address: SocketAddr,
+    /// Whether workers on this machine find the token by themselves.
+    published: Result<Published, RuntimeError>,
+}
+
+/// A run whose group has ended.
+struct Led {
+    folder: RunFolder,
+    database: Database,
+    outcome: Outcome,
+}
+
+impl Opened {
+    async fn new(plan: &Plan, options: &Options, shutdown: &Shutdown) -> Result<Self, Failure> {
+        let folder = tokio::select! {
+            folder = RunFolder::open(plan, options.recover) => folder.map_err(|error| in_folder(&error))?,
+            // Do not wait any longer for a store that does not answer.
+            _ = shutdown.requested() => {
+                return Err(Failure::new(ExitStatus::Interrupted, "stopped before the run was opened"));
+            }
+        };
+        ulmus_process::init_telemetry(&LogTarget::File(folder.path().join(paths::log("coordinator"))))
+            .map_err(|error| failed(&folder.path().join(paths::LOGS), &error))?;
+        let credentials = credentials(&folder, options)?;
+        for file in &credentials.exposed {
+            print(&format!(
+                "ALARM: other users could read {} until now; if others use this machine, delete {} and {} beside it \
+                 and start again: workers then need the new token",
+                file.display(),
+                TOKEN_FILE,
+                IDENTITY_FILE
+            ))?;
+        }
+        let database = open_database(plan, options, &folder).await?;
+        folder.hide_database().map_err(|error| in_folder(&error))?;
+        let begun = !database.is_new().map_err(|error| in_database(&error))?;
+        let kept = database.plan_digest().map_err(|error| in_database(&error))?;
+        folder.check_plan(plan, begun, kept).map_err(|error| in_folder(&error))?;
+        let (id, secret) = database.identity().map_err(|error| in_database(&error))?;
+        finish_commits(&database, folder.store(), id, plan.digest()).await?;
+        let bound = bind(plan, options).await?;
+        let address = bound.address().map_err(|error| Failure::new(ExitStatus::Failed, error.to_string()))?;
+        folder.write_address(address).map_err(|error| in_folder(&error))?;
+        let published = ulmus_transport::publish(address.port(), &credentials.token);
+        // Accept connections only now: earlier, a worker would find no token, or that of the last coordinator at this
+        // port.
+        let listener = bound.listen().map_err(|error| cannot_listen(address, &error))?;
+        for lost in lost_results(&database, &folder).await? {
+            print(&format!("ALARM: {lost}"))?;
+        }
+        let saved = database.saved().map_err(|error| in_database(&error))?;
+        Ok(Self { folder, credentials, database, id, secret, kept, saved, listener, address, published })
     }
-    let saved = database.saved().map_err(|error| in_database(&error))?;
-    let finished_before = JobKind::of_run(plan.checkpoint.export).is_subset(&saved.jobs);
-    if finished_before && folder.keeps_another(plan).map_err(|error| in_folder(&error))? {
-        print("this run is finished, so changes of its plan have no effect; start a run with another name")?;
-    } else {
+
+    /// Records the plan with which the run is led from now on. Returns whether there is nothing left to do.
+    fn keep_plan(&self, plan: &Plan) -> Result<bool, Failure> {
+        let Self { folder, database, .. } = self;
+        let is_finished = JobKind::of_run(plan.checkpoint.export).is_subset(&self.saved.jobs);
+        if is_finished && folder.keeps_another(plan).map_err(|error| in_folder(&error))? {
+            print(
+                "this run is finished, so changes of its plan have no effect; start a run with another name",
+            )?;
+            return Ok(true);
+        }
         folder.keep_plan(plan).map_err(|error| in_folder(&error))?;
-        if kept != Some(plan.digest()) {
+        if self.kept != Some(plan.digest()) {
             database.keep_plan_digest(plan.digest()).map_err(|error| in_database(&error))?;
         }
-    }
-    let rows = database.metrics().map_err(|error| in_database(&error))?;
-    let metrics_path = folder.path().join(paths::METRICS);
-    let metrics = MetricsFile::create(&metrics_path, &rows).map_err(|error| failed(&metrics_path, &error))?;
-    let sources = sources_file(&database, folder.path())?;
-    let console = Console::new(plan.train.iterations, saved.step);
-    console.line(&format!("run {} in {}; workers join at {address}", plan.run.name, folder.shown()));
-    let locals = start_locals(plan, &folder, &credentials, finished_before)?;
-    if !finished_before {
-        if locals.is_none() {
-            console.line("waiting for workers");
-        }
-        print_how_to_join(&console, address, &credentials, published.as_ref().err());
+        Ok(is_finished)
     }
 
-    let tasks = TaskTracker::new();
-    let (events, sessions) = mpsc::channel(EVENTS);
-    let (close, closed) = oneshot::channel::<()>();
-    let routes = Routes::new(
-        CoordinatorServer::new(Sessions::new(events, tasks.clone())).max_decoding_message_size(MESSAGE_LIMIT),
-    );
-    let server = tasks.spawn(async move {
-        let closed = async { drop(closed.await) };
-        ulmus_transport::serve(listener, routes, &credentials, Limits::of_this_process(), closed).await
-    });
-    if !saved.quarantine.is_empty() {
-        quarantine::write(folder.store(), &saved.quarantine).await.map_err(|error| in_store(&error))?;
-    }
-    let setup = Setup {
-        settings: settings(plan, options, &folder, id, secret).await?,
-        lock: folder.lock(),
-        saved,
-        plan_digest: plan.digest(),
-        database,
-        files: folder.store().clone(),
-        metrics,
-        sources,
-        console,
-        locals,
-        detach_on_term: match options.on_term {
-            Some(what) => what == OnTerm::Detach,
-            None => plan.local.workers == 0,
-        },
-        kill_after,
-        tasks: tasks.clone(),
-    };
-    let ended = Box::pin(drive(setup, sessions, shutdown)).await;
-    // Close in this order: accept no new sessions, drain streams, end local workers, finish writes.
-    drop(close);
-    tokio::time::timeout(CLOSE_WITHIN, server).await.ok();
-    let Ended { outcome, database, console, locals } = ended?;
-    console.finish();
-    match locals {
-        // Local workers are left to the next coordinator.
-        Some(_) if outcome.detached => {}
-        Some(locals) => locals.finish().await,
-        None => {}
-    }
-    tasks.close();
-    tokio::time::timeout(CLOSE_WITHIN, tasks.wait()).await.ok();
-
-    let rows = database.metrics().map_err(|error| in_database(&error))?;
-    // Rows of steps that were trained twice or reported late are right in the database, but not yet in the file.
-    let written = MetricsFile::create(&metrics_path, &rows).map_err(|error| failed(&metrics_path, &error));
-    if let Err(failure) = written.map(drop).and(sources_file(&database, folder.path()).map(drop)) {
-        print(&format!("ALARM: {failure}; run.sqlite has the complete metrics"))?;
-    }
-    let results = database.results().map_err(|error| in_database(&error))?;
-    let quarantine = database.saved().map_err(|error| in_database(&error))?.quarantine;
-    if outcome.status == ExitStatus::Done {
-        // Nobody writes any more. Whatever cannot be deleted now only wastes space.
-        if let Err(error) = ulmus_checkpoint::collect_garbage(folder.store(), &BTreeSet::new()).await {
-            tracing::info!(error = with_causes(&error), "cannot delete leftover files of checkpoints");
+    /// Leads the run until it ends, and closes everything that workers have to do with.
+    async fn lead(
+        self,
+        plan: &Plan,
+        options: &Options,
+        kill_after: Option<u64>,
+        shutdown: &Shutdown,
+    ) -> Result<Led, Failure> {
+        let is_finished = self.keep_plan(plan)?;
+        let Self { folder, credentials, database, id, secret, saved, listener, address, published, .. } =
+            self;
+        let metrics = metrics_file(&database, folder.path())?;
+        let sources = sources_file(&database, folder.path())?;
+        let console = Console::new(plan.train.iterations, saved.step);
+        console.line(&format!("run {} in {}; workers join at {address}", plan.run.name, folder.shown()));
+        let locals = start_locals(plan, &folder, &credentials, is_finished)?;
+        if !is_finished {
+            if locals.is_none() {
+                console.line("waiting for workers");
+            }
+            print_how_to_join(&console, address, &credentials, published.as_ref().err());
         }
+        let tasks = TaskTracker::new();
+        let (events, sessions) = mpsc::channel(EVENTS);
+        let (close, closed) = oneshot::channel::<()>();
+        let routes = Routes::new(
+            CoordinatorServer::new(Sessions::new(events, tasks.clone()))
+                .max_decoding_message_size(MESSAGE_LIMIT),
+        );
+        let server = tasks.spawn(async move {
+            let closed = async { drop(closed.await) };
+            ulmus_transport::serve(listener, routes, &credentials, Limits::of_this_process(), closed).await
+        });
+        if !saved.quarantine.is_empty() {
+            quarantine::write(folder.store(), &saved.quarantine).await.map_err(|error| in_store(&error))?;
+        }
+        let setup = Setup {
+            settings: settings(plan, options, &folder, id, secret).await?,
+            lock: folder.lock(),
+            saved,
+            plan_digest: plan.digest(),
+            database,
+            files: folder.store().clone(),
+            metrics,
+            sources,
+            console,
+            locals,
+            detach_on_term: match options.on_term {
+                Some(what) => what == OnTerm::Detach,
+                None => plan.local.workers == 0,
+            },
+            kill_after,
+            tasks: tasks.clone(),
+        };
+        let ended = Box::pin(drive(setup, sessions, shutdown)).await;
+        // Close in this order: accept no new sessions, drain streams, end local workers, finish writes.
+        drop(close);
+        tokio::time::timeout(CLOSE_WITHIN, server).await.ok();
+        let Ended { outcome, database, console, locals } = ended?;
+        console.finish();
+        match locals {
+            // Local workers are left to the next coordinator.
+            Some(_) if outcome.detached => {}
+            Some(locals) => locals.finish().await,
+            None => {}
+        }
+        tasks.close();
+        tokio::time::timeout(CLOSE_WITHIN, tasks.wait()).await.ok();
+        Ok(Led { folder, database, outcome })
     }
-    let printed = match outcome.status {
-        ExitStatus::Done => print(&summary::page(plan, options, &folder, &rows, &results, &quarantine)),
-        ExitStatus::Interrupted => print(&outcome.message),
-        status => return Err(Failure::new(status, outcome.message)),
-    };
-    let state = database
-        .checkpoints(true)
-        .map_err(|error| in_database(&error))?
-        .into_iter()
-        .max_by_key(|c| c.id)
-        .map(|c| c.state);
-    Ok(Finished { status: outcome.status, state, results, printed })
+}
+
+impl Led {
+    /// Completes the run's files, and prints how it ended.
+    async fn close(self, plan: &Plan, options: &Options) -> Result<Finished, Failure> {
+        let Self { folder, database, outcome } = self;
+        // Rows of steps that were trained twice or reported late are right in the database, but not yet in the file.
+        let written = metrics_file(&database, folder.path()).map(drop);
+        if let Err(failure) = written.and(sources_file(&database, folder.path()).map(drop)) {
+            print(&format!("ALARM: {failure}; run.sqlite has the complete metrics"))?;
+        }
+        let rows = database.metrics().map_err(|error| in_database(&error))?;
+        let results = database.results().map_err(|error| in_database(&error))?;
+        let quarantine = database.saved().map_err(|error| in_database(&error))?.quarantine;
+        if outcome.status == ExitStatus::Done {
+            // Nobody writes any more. Whatever cannot be deleted now only wastes space.
+            if let Err(error) = ulmus_checkpoint::collect_garbage(folder.store(), &BTreeSet::new()).await {
+                tracing::info!(error = with_causes(&error), "cannot delete leftover files of checkpoints");
+            }
+        }
+        let printed = match outcome.status {
+            ExitStatus::Done => print(&summary::page(plan, options, &folder, &rows, &results, &quarantine)),
+            ExitStatus::Interrupted => print(&outcome.message),
+            status => return Err(Failure::new(status, outcome.message)),
+        };
+        let checkpoints = database.checkpoints(true).map_err(|error| in_database(&error))?;
+        let state = checkpoints.into_iter().max_by_key(|c| c.id).map(|c| c.state);
+        Ok(Finished { status: outcome.status, state, results, printed })
+    }
+}
+
+/// Writes `metrics.csv` anew from the database.
+fn metrics_file(database: &Database, folder: &Path) -> Result<MetricsFile, Failure> {
+    let rows = database.metrics().map_err(|error| in_database(&error))?;
+    let path = folder.join(paths::METRICS);
+    MetricsFile::create(&path, &rows).map_err(|error| failed(&path, &error))
 }
 
 /// Messages about results of finished jobs that are missing. Those jobs are forgotten, so that they are done again.
 async fn lost_results(database: &Database, folder: &RunFolder) -> Result<Vec<String>, Failure> {
     let results = database.results().map_err(|error| in_database(&error))?;
-    let average = results.averaged().map(|average| (JobKind::Average, "average", average.files));
+    let average = results.averaged().map(|average| (JobKind::Average, paths::AVERAGE_FOLDER, average.files));
     let export = results.exported().map(|exported| (JobKind::Export, paths::EXPORT, exported.files));
     let mut lost = Vec::new();
     for (kind, place, files) in average.into_iter().chain(export) {

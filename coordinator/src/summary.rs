@@ -14,7 +14,7 @@ use ulmus_types::BadUnit;
 use crate::check::grouped;
 use crate::database::MetricsRow;
 use crate::folder::RunFolder;
-use crate::run::Options;
+use crate::options::Options;
 
 /// The summary of a finished run.
 pub(crate) fn page(
@@ -72,7 +72,7 @@ fn write_page(
     let (at, own) = (folder.shown(), folder.path().display());
     writeln!(page)?;
     if plan.checkpoint.export {
-        writeln!(page, "model for transformers, mlx-lm, llama.cpp   {at}/{}", paths::EXPORT)?;
+        writeln!(page, "model for mlx-lm and llama.cpp              {at}/{}", paths::EXPORT)?;
     }
     writeln!(page, "checkpoints                                  {at}/{}", paths::CHECKPOINTS)?;
     writeln!(page, "metrics, one row per step                    {own}/{}", paths::METRICS)?;

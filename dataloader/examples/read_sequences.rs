@@ -52,6 +52,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let cursors = loader.cursors();
     let mut resumed = Loader::open(Arc::clone(&corpus), LENGTH, &lanes, &cursors)?;
     let same = loader.take(&lanes, 1)? == resumed.take(&lanes, 1)?;
-    println!("{} numbers say where to go on; the next sequences are the same: {same}", cursors.words().len());
+    println!(
+        "{} numbers say where to go on; the next sequences are the same: {same}",
+        cursors.numbers().len()
+    );
     Ok(())
 }

@@ -1,12 +1,12 @@
 //! Positions in the streams of a run, as plain integers that can be stored and summed.
 
-/// Words per stream in [`Cursors`].
-pub(crate) const WORDS_PER_STREAM: usize = 4;
+/// Numbers per stream in [`Cursors`].
+pub(crate) const NUMBERS_PER_STREAM: usize = 4;
 
-/// The positions of all streams of all lanes, in four words each: sequences given, epoch, start of the window, and
+/// The positions of all streams of all lanes, in four numbers each: sequences given, epoch, start of the window, and
 /// offset in the window. A window starts at a unit (the low 32 bits) and one of its segments (the high ones).
 ///
-/// In the cursors of a worker, the words of streams that it does not host are zero, so that the cursors of a group are
+/// In the cursors of a worker, the numbers of streams that it does not host are zero, so that the cursors of a group are
 /// the sum of its workers' cursors.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cursors(Vec<i64>);
@@ -34,29 +34,30 @@ pub(crate) struct WindowStart {
 impl Cursors {
     /// Cursors of `streams` streams at their beginning.
     pub(crate) fn start(streams: usize) -> Self {
-        Self(vec![0; WORDS_PER_STREAM * streams])
+        Self(vec![0; NUMBERS_PER_STREAM * streams])
     }
 
-    /// Cursors from the result of [`Self::words`], or from its sum over a group.
-    pub const fn from_words(words: Vec<i64>) -> Self {
-        Self(words)
+    /// Cursors from the result of [`Self::numbers`], or from its sum over a group.
+    pub const fn from_numbers(numbers: Vec<i64>) -> Self {
+        Self(numbers)
     }
 
-    /// The plain words, for checkpoints and for sums over a group.
-    pub fn words(&self) -> &[i64] {
+    /// The plain numbers, for checkpoints and for sums over a group.
+    pub fn numbers(&self) -> &[i64] {
         &self.0
     }
 
     pub(crate) fn get(&self, stream: usize) -> Cursor {
-        let word = |index: usize| self.0[WORDS_PER_STREAM * stream + index].max(0).cast_unsigned();
-        let start = WindowStart { epoch: word(1), unit: word(2) as u32, segment: (word(2) >> 32) as u32 };
-        Cursor { emitted: word(0), start, offset: word(3) }
+        let number = |index: usize| self.0[NUMBERS_PER_STREAM * stream + index].max(0).cast_unsigned();
+        let start =
+            WindowStart { epoch: number(1), unit: number(2) as u32, segment: (number(2) >> 32) as u32 };
+        Cursor { emitted: number(0), start, offset: number(3) }
     }
 
     pub(crate) fn set(&mut self, stream: usize, cursor: Cursor) {
         let WindowStart { epoch, unit, segment } = cursor.start;
-        let words = [cursor.emitted, epoch, u64::from(unit) | u64::from(segment) << 32, cursor.offset];
-        self.0[WORDS_PER_STREAM * stream..WORDS_PER_STREAM * (stream + 1)]
-            .copy_from_slice(&words.map(u64::cast_signed));
+        let numbers = [cursor.emitted, epoch, u64::from(unit) | u64::from(segment) << 32, cursor.offset];
+        self.0[NUMBERS_PER_STREAM * stream..NUMBERS_PER_STREAM * (stream + 1)]
+            .copy_from_slice(&numbers.map(u64::cast_signed));
     }
 }

@@ -220,11 +220,13 @@ pub enum DataError {
         epochs: u64,
     },
     /// Cursors belong to another plan.
-    #[error("the cursors have {words} words, but the plan needs {expected}; resume with the plan of the run")]
+    #[error(
+        "the cursors have {numbers} numbers, but the plan needs {expected}; resume with the plan of the run"
+    )]
     Cursors {
-        /// The number of words that was given.
-        words: usize,
-        /// The number of words that the plan needs.
+        /// How many numbers were given.
+        numbers: usize,
+        /// How many the plan needs.
         expected: usize,
     },
     /// A cursor points beyond the end of its window.

@@ -105,7 +105,7 @@ impl UnitReader {
             }
             Format::Parquet => {
                 let groups = unit.first as usize..unit.end as usize;
-                let rows = ParquetFile::open(folder, file)?.rows(key, groups, *limit, segment)?;
+                let rows = Rows::open(ParquetFile::open(folder, file)?, key, groups, *limit, segment)?;
                 return Ok(Segments::Rows(Box::new(rows), unit.file));
             }
             _ if segment > 0 => None,

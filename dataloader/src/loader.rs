@@ -16,7 +16,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use ulmus_types::{ErrorKind, LaneId, SourceReading};
 
 use crate::corpus::Corpus;
-use crate::cursors::{Cursor, Cursors, WORDS_PER_STREAM, WindowStart};
+use crate::cursors::{Cursor, Cursors, NUMBERS_PER_STREAM, WindowStart};
 use crate::error::DataError;
 use crate::format::Segments;
 use crate::order::{Epoch, Stream, window_order};
@@ -151,9 +151,9 @@ impl Loader {
     /// # Errors
     /// When the cursors belong to another plan.
     pub fn host(&mut self, lanes: &[LaneId], cursors: &Cursors) -> Result<(), DataError> {
-        let expected = WORDS_PER_STREAM * self.corpus.mixture.streams().len();
-        if cursors.words().len() != expected {
-            return Err(DataError::Cursors { words: cursors.words().len(), expected });
+        let expected = NUMBERS_PER_STREAM * self.corpus.mixture.streams().len();
+        if cursors.numbers().len() != expected {
+            return Err(DataError::Cursors { numbers: cursors.numbers().len(), expected });
         }
         let mut before = std::mem::take(&mut self.streams);
         for stream in lanes.iter().flat_map(|lane| self.corpus.mixture.of_lane(*lane)) {

@@ -289,8 +289,10 @@ fn columns_that_cannot_be_read_are_refused() {
 
 #[test]
 fn a_binary_column_of_text_is_text() {
-    let column = Type::primitive_type_builder("text", Physical::BYTE_ARRAY).with_repetition(Repetition::OPTIONAL);
-    let file = of_columns(vec![column.build().unwrap()], &[vec![Some("some words"), None, Some("é")]], plain());
+    let column =
+        Type::primitive_type_builder("text", Physical::BYTE_ARRAY).with_repetition(Repetition::OPTIONAL);
+    let file =
+        of_columns(vec![column.build().unwrap()], &[vec![Some("some words"), None, Some("é")]], plain());
     let place = tempfile::tempdir().unwrap();
     write(place.path(), "a.parquet", file);
     let documents = read(&config(&place, &["a.parquet"])).unwrap();

@@ -146,11 +146,11 @@ fn alone(corpus: &Arc<Corpus>, steps: usize, per_lane: usize) -> (Vec<Vec<Sequen
 }
 
 fn sum(cursors: &[Cursors]) -> Cursors {
-    let mut words = cursors[0].words().to_vec();
+    let mut words = cursors[0].numbers().to_vec();
     for other in &cursors[1..] {
-        words.iter_mut().zip(other.words()).for_each(|(word, more)| *word += more);
+        words.iter_mut().zip(other.numbers()).for_each(|(word, more)| *word += more);
     }
-    Cursors::from_words(words)
+    Cursors::from_numbers(words)
 }
 
 /// How often each document begins in `sequences`, by its number.
@@ -275,8 +275,8 @@ proptest! {
         let corpus = Arc::new(corpus(&texts, lanes, &window(window_size)).unwrap());
         let (expected, cursors) = alone(&corpus, stop + steps, 1);
         let lanes: Vec<LaneId> = corpus.lanes().collect();
-        let words = cursors[stop].words().to_vec();
-        let mut resumed = Loader::open(Arc::clone(&corpus), LENGTH, &lanes, &Cursors::from_words(words)).unwrap();
+        let words = cursors[stop].numbers().to_vec();
+        let mut resumed = Loader::open(Arc::clone(&corpus), LENGTH, &lanes, &Cursors::from_numbers(words)).unwrap();
         for expected in &expected[stop..] {
             prop_assert_eq!(&resumed.take(&lanes, 1).unwrap(), expected);
         }
@@ -337,7 +337,7 @@ fn the_mixture_follows_the_token_counts() {
     let corpus = Arc::new(corpus(&texts, 3, &window(8)).unwrap());
     let (_, cursors) = alone(&corpus, 80, 1);
     // The first words of the four streams: lane 0 and most of lane 1 read source 0.
-    let emitted: Vec<i64> = cursors[80].words().iter().step_by(4).copied().collect();
+    let emitted: Vec<i64> = cursors[80].numbers().iter().step_by(4).copied().collect();
     assert_eq!(emitted.iter().sum::<i64>(), 240);
     assert_eq!((emitted[0], emitted[3]), (80, 80));
     assert_eq!(emitted[1] + emitted[0], 150);

@@ -1,7 +1,7 @@
 //! Measures how fast a model processes prompts and generates tokens.
 //!
 //! This is the protocol of the OpenELM paper: one sequence at a time (or several side by side, if asked for), with a KV
-//! cache. Prompt processing and generation are timed separately, after a full dry run with the same lengths. The first
+//! cache. Prompt processing and generation are timed separately, after a full warm-up run with the same lengths. The first
 //! new token follows from the prompt and counts as part of its processing. Nothing stops generation early, and the work
 //! does not depend on which tokens are processed.
 
@@ -22,7 +22,7 @@ pub struct BenchConfig {
     pub prompt: usize,
     /// Tokens to generate, at least 2. The first counts as part of prompt processing.
     pub generate: usize,
-    /// Timed runs after the dry run, at least 1.
+    /// Timed runs after the warm-up run, at least 1.
     pub runs: usize,
     /// Sequences that are decoded side by side, at least 1. Each has its own prompt, and prompts are processed one after
     /// the other. Rates count the tokens of all sequences.

@@ -50,7 +50,7 @@ enum Command {
     ///
     /// Example: evaluator run --model runs/quickstart/export --tasks perplexity --data notes.txt --output result.json
     Run(Run),
-    /// Time prompt processing and generation separately, after a dry run.
+    /// Time prompt processing and generation separately, after a warm-up run.
     ///
     /// Example: evaluator bench --preset openelm-270m --prompt 35 --generate 128 --threads 8
     Bench(Bench),
@@ -108,7 +108,7 @@ struct Bench {
     /// Tokens to generate; the first counts as part of prompt processing [default: 128, or as many as fit in the context].
     #[arg(long, value_name = "N")]
     generate: Option<usize>,
-    /// Timed runs after the dry run; the median is reported.
+    /// Timed runs after the warm-up run; the median is reported.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
     /// Data type of the weights.
@@ -458,7 +458,7 @@ fn bench_table(result: &BenchResult) -> String {
     }
     let machine = &result.machine;
     format!(
-        "{table}\nmedian of {} runs after a dry run; {} parameters, norm {}, {}, batch {batch}, {}\n{}, {} cores, {}",
+        "{table}\nmedian of {} runs after a warm-up run; {} parameters, norm {}, {}, batch {batch}, {}\n{}, {} cores, {}",
         result.runs.len(),
         result.parameters,
         result.norm.name(),

@@ -144,7 +144,7 @@ pub struct Generator<B: Backend> {
     /// tokens.
     words: Vec<u32>,
     words_on_device: B::Buffer<u32>,
-    /// The recorded passes in which one sequence, two, ... get a token each.
+    /// CUDA graphs of the passes in which one sequence, two, ... get a token each.
     graphs: Vec<B::Graph>,
     rope: RopeTables<B>,
     /// One cache per layer.

@@ -107,6 +107,6 @@ fn when_every_checkpoint_is_damaged_the_run_begins_anew_if_told_to() {
         );
     }
     let said = sandbox.coordinator(&[&all[..], &["--from-start"]].concat()).succeeds();
-    assert!(said.contains("beginning anew") && said.contains("1 worker trains from step 0"), "{said}");
+    assert!(said.contains("starting over") && said.contains("1 worker trains from step 0"), "{said}");
     run.bits().assert_equal(&whole.run("tiny").bits());
 }

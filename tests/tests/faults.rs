@@ -302,7 +302,7 @@ fn a_worker_that_is_asked_to_leave_hands_over() {
     coordinator.says(": 2 workers train from step");
     leaves.signal(Signal::TERM);
     assert_eq!(leaves.ends().code, Some(130));
-    coordinator.says("worker leaves has left, as it was asked to");
+    coordinator.says("worker leaves has left as requested");
     let said = coordinator.succeeds();
     assert!(!said.contains("worker leaves is lost"), "{said}");
     stays.succeeds();

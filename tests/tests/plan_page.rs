@@ -9,7 +9,7 @@ use std::fmt::Write;
 use std::fs;
 
 use syn::{Attribute, Expr, ExprLit, Fields, Item, Lit, Meta, Type};
-use ulmus_plan::{Plan, PrepareConfig, SourceConfig};
+use ulmus_plan::{MAY_CHANGE, Plan, PrepareConfig, SourceConfig};
 use ulmus_tests::repository;
 
 /// The generated part of the page is between these lines.
@@ -123,6 +123,15 @@ fn page() -> String {
             }
         }
     }
+    let keys = MAY_CHANGE.map(|key| format!("`{}`", key.trim_end_matches('.')));
+    let (last, others) = keys.split_last().unwrap();
+    writeln!(
+        page,
+        "## What may change later\n\nOnce a run has begun, only these keys and tables may change: {} and {last}. For any other key \
+         the coordinator lists what differs and stops; give the run another name.\n",
+        others.join(", ")
+    )
+    .unwrap();
     page
 }
 
@@ -141,7 +150,11 @@ fn table(
         }
         let default = match values.get(&part.name) {
             None => "none".to_owned(),
-            Some(toml::Value::String(text)) if text.is_empty() => "required".to_owned(),
+            // Where a key is not always required, its description says when.
+            Some(toml::Value::String(text)) if text.is_empty() => {
+                let says_when = part.description.contains("required for");
+                if says_when { "none".to_owned() } else { "required".to_owned() }
+            }
             Some(toml::Value::Array(items)) if items.is_empty() => "`[]`".to_owned(),
             Some(value) => format!("`{value}`"),
         };

@@ -14,7 +14,7 @@ use ulmus_types::{Digest, Generation, GroupKey, Incarnation, Peer, Rank, WorkerI
 use ulmus_worker::collective::{AbortHandle, Collective, TcpGroup};
 
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// Numbers of members and of elements, for control words and for gradients.
+/// Numbers of members and of elements, for the step consensus and for gradients.
 const CASES: [(usize, usize); 6] = [(2, 8), (2, 1 << 17), (2, 1 << 22), (4, 8), (4, 1 << 17), (4, 1 << 22)];
 
 fn main() {

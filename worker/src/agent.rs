@@ -20,8 +20,8 @@ use ulmus_proto::{MESSAGE_LIMIT, kind_of, v1};
 use ulmus_run::paths;
 use ulmus_transport::{ConnectError, TokenSource};
 use ulmus_types::{
-    Digest, ErrorKind, ExitStatus, FileEntry, GroupRequest, HEARTBEAT_INTERVAL, Hello, RunId, Snapshot,
-    ToCoordinator, ToWorker, WorkerId, nonce_digest,
+    COORDINATOR_TIMEOUT, Digest, ErrorKind, ExitStatus, FileEntry, GroupRequest, HEARTBEAT_INTERVAL, Hello,
+    RunId, Snapshot, ToCoordinator, ToWorker, WorkerId, nonce_digest,
 };
 use ulmus_worker_core::{Action, Session};
 
@@ -30,8 +30,6 @@ use crate::run::Run;
 use crate::snapshot::PendingSnapshot;
 use crate::trainer::{Command, Report};
 
-/// How long a worker that was once welcomed looks for its coordinator.
-const COORDINATOR_TIMEOUT: Duration = Duration::from_mins(5);
 /// Shortest pause between two attempts to connect.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(50);
 /// Longest pause between two attempts to connect.

@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use ulmus_plan::{Algorithms, Device, ModelConfig, NormKind, Plan, Precision, Preset};
 use ulmus_process::{Failure, load_plans};
 use ulmus_transport::TokenSource;
-use ulmus_types::ExitStatus;
+use ulmus_types::{COORDINATOR_TIMEOUT, ExitStatus};
 
 use crate::agent::Join;
 use crate::bench::BenchConfig;
@@ -203,7 +203,7 @@ pub struct JoinArgs {
 
     /// How long the worker may take to hand over its work when it is asked to leave (SIGTERM or Ctrl-C). A second
     /// signal ends it at once.
-    #[arg(long, env = "ULMUS_GRACE", value_name = "TIME", default_value = "25s", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "ULMUS_GRACE", value_name = "TIME", default_value = GRACE, value_parser = humantime::parse_duration)]
     pub grace: Duration,
 }
 
@@ -231,14 +231,23 @@ pub struct WorkerConfig {
 }
 
 /// Default of [`WorkerConfig::grace`]; less than Kubernetes waits before it kills a process.
-const GRACE: Duration = Duration::from_secs(25);
+const GRACE: &str = "25s";
 
 impl WorkerConfig {
     /// Configuration of a worker that was started by the coordinator.
     pub fn local(join_file: PathBuf, name: String, device: Device, nth: usize, threads: usize) -> Self {
         let (join, token) = (Join::File(join_file), TokenSource::given(None));
-        let join_timeout = Duration::from_mins(5);
-        Self { join, token, device, nth, threads, name, advertise: None, join_timeout, grace: GRACE }
+        Self {
+            join,
+            token,
+            device,
+            nth,
+            threads,
+            name,
+            advertise: None,
+            join_timeout: COORDINATOR_TIMEOUT,
+            grace: humantime::parse_duration(GRACE).expect("a test parses it"),
+        }
     }
 }
 

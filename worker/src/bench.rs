@@ -241,7 +241,7 @@ pub(crate) struct Roofline {
     pub threads: usize,
     /// Multiplications and additions of float32 numbers in registers, 10^9 per second.
     pub f32_gflops: f64,
-    /// The same for bfloat16 pairs summed in float32; `None` if the processor has no instruction for it.
+    /// Multiplications and additions of bfloat16 pairs, summed in float32, 10^9 per second; `None` if the processor has no instruction for it.
     pub bf16_gflops: Option<f64>,
     /// Memory bandwidth of reading, 10^9 bytes per second.
     pub read_gigabytes_per_second: f64,

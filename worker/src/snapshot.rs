@@ -28,7 +28,7 @@ pub(crate) struct PendingSnapshot {
     /// The store to which it will be written.
     pub(crate) store: Store,
     /// Limits how many copies are in memory at once.
-    pub(crate) _room: OwnedSemaphorePermit,
+    pub(crate) _slot: OwnedSemaphorePermit,
 }
 
 impl PendingSnapshot {

@@ -10,8 +10,8 @@ use ulmus_types::{
     StepReport, ToCoordinator, WorkerId, WorkerStatus,
 };
 
-use crate::coordinator::Coordinator;
 use crate::members::{Activity, Member};
+use crate::state::Coordinator;
 
 /// States that a worker may announce before older ones are stored. A correct worker holds fewer.
 const SNAPSHOTS: usize = 8;

@@ -7,9 +7,9 @@ use ulmus_types::{
     CheckpointId, CheckpointKind, ErrorKind, ExitStatus, Snapshot, ToWorker, WorkerId, for_people,
 };
 
-use crate::coordinator::{Coordinator, TEXT_LIMIT};
 use crate::effect::{Effect, Notification};
 use crate::group::Group;
+use crate::state::{Coordinator, TEXT_LIMIT};
 
 impl Coordinator {
     pub(crate) fn on_snapshot(&mut self, worker: &WorkerId, snapshot: &Snapshot, now: Duration) {

@@ -8,19 +8,17 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use ulmus_types::{CONNECT_WITHIN, ExitStatus, Generation, Section, WorkerId};
+use ulmus_types::{
+    CONNECT_WITHIN, ExitStatus, FORM_STILL_FOR, GREETED_WITHIN, Generation, Section, WorkerId,
+};
 
-use crate::coordinator::Coordinator;
 use crate::effect::Effect;
 use crate::group::Group;
 use crate::members::{Activity, Fault, Member};
+use crate::state::Coordinator;
 
-/// How long a worker may take to read the store's nonce. A request to a store that does not answer lasts a minute.
-const GREETED_WITHIN: Duration = Duration::from_secs(90);
 /// How long the process of a worker that warms up may be stuck.
 const WARM_STILL_FOR: Duration = Duration::from_mins(3);
-/// How long the process of a worker that forms a group may be stuck: it reads a state, or waits for others that do.
-const FORM_STILL_FOR: Duration = Duration::from_secs(30);
 /// How long the process of a worker that does a job may be stuck: it may retry several stores for a minute each.
 const JOB_STILL_FOR: Duration = Duration::from_mins(5);
 /// How long a section may take before anything was measured: a micro-batch of a large model takes minutes on a CPU.

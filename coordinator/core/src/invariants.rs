@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use crate::coordinator::Coordinator;
 use crate::group::Group;
 use crate::members::Activity;
+use crate::state::Coordinator;
 
 /// Describes the first invariant that does not hold.
 pub(crate) fn broken(state: &Coordinator) -> Option<String> {

@@ -13,12 +13,21 @@ use std::time::Duration;
 
 use ulmus_types::{CheckpointId, CheckpointKind, Job, JobKind, JobPhase, Milestones, WorkerId};
 
-use crate::status::JobStatus;
-
 /// How often a job may fail before the run gives up.
 const ATTEMPTS: u32 = 3;
 /// How long a job waits after its result could not be written.
 const DISK_RETRY: Duration = Duration::from_secs(2);
+
+/// The progress of a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum JobStatus {
+    /// The job has not begun.
+    Waiting,
+    /// This worker is doing the job.
+    Running(WorkerId),
+    /// The result of the job is recorded.
+    Done,
+}
 
 /// Which jobs are done and which are running.
 #[derive(Debug, Default)]
@@ -38,7 +47,7 @@ pub(crate) struct Jobs {
     waiting: BTreeMap<JobKind, (Duration, Duration)>,
 }
 
-/// How far the run is apart from its jobs.
+/// The state of training and storing, on which it depends which jobs may begin.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Stage {
     /// Training is done, and the milestones that are averaged are stored.
@@ -204,7 +213,7 @@ impl Jobs {
             && (!spec.exclusive || alone())
     }
 
-    /// Those of all milestones that a job reads.
+    /// The checkpoints that a job of this kind reads: those of `milestones` that its specification names.
     fn checkpoints_of(&self, kind: JobKind, milestones: &[CheckpointId]) -> Vec<CheckpointId> {
         let (Some(first), Some(last)) = (milestones.first(), milestones.last()) else { return Vec::new() };
         match kind.spec().checkpoints {

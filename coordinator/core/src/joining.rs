@@ -6,10 +6,10 @@ use ulmus_types::{
     Digest, ErrorKind, ExitStatus, Generation, Hello, Ready, ToWorker, WorkerId, WorkerStatus, for_people,
 };
 
-use crate::coordinator::{Coordinator, TEXT_LIMIT};
 use crate::effect::{Effect, Notification};
 use crate::group::Group;
 use crate::members::{Activity, Fault};
+use crate::state::{Coordinator, TEXT_LIMIT};
 
 /// The longest address that is passed on to other workers, in bytes: a host name has at most 253 characters.
 const ADDRESS_LIMIT: usize = 300;

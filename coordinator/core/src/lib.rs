@@ -31,11 +31,13 @@ mod jobs;
 mod joining;
 mod members;
 mod snapshots;
+mod state;
 mod status;
 mod training;
 mod work;
 
-pub use coordinator::{Coordinator, PersistentState, Settings};
 pub use effect::{Effect, Notification, Outcome};
 pub use event::Event;
-pub use status::{Doing, JobStatus, MemberStatus, Phase, Status};
+pub use jobs::JobStatus;
+pub use state::{Coordinator, PersistentState, Settings};
+pub use status::{Doing, MemberStatus, Phase, Status};

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use ulmus_types::{CheckpointId, CheckpointKind, Digest, FileEntry, Snapshot, WorkerId};
+use ulmus_types::{CheckpointId, CheckpointKind, Digest, FileEntry, SNAPSHOT_SLOTS, Snapshot, WorkerId};
 
 /// How long parts wait for the other members to announce the same state, so that the work can be shared.
 const SHARE_WAIT: Duration = Duration::from_secs(1);
@@ -21,8 +21,6 @@ const COMMIT_WITHIN: Duration = Duration::from_mins(5);
 const FAILING_FOR: Duration = Duration::from_secs(5);
 /// Why a part counts as not stored when nothing was heard of it.
 const TOO_LONG: &str = "it took too long";
-/// Number of waiting states at which training has to wait: a worker holds no more.
-const WAITING: usize = 2;
 
 /// Progress of one part.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -236,7 +234,7 @@ impl Snapshots {
         now: Duration,
     ) -> Option<(CheckpointId, CheckpointKind, BTreeSet<WorkerId>)> {
         let (since, _) = self.failing.as_ref()?;
-        if now.saturating_sub(*since) < FAILING_FOR || self.pending.len() < WAITING {
+        if now.saturating_sub(*since) < FAILING_FOR || self.pending.len() < SNAPSHOT_SLOTS {
             return None;
         }
         let candidates = self.pending.iter().filter(|(_, pending)| pending.committing.is_none());

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use ulmus_types::{CheckpointId, Generation, JobKind, Step, WorkerId};
 
-use crate::coordinator::Coordinator;
 use crate::group::Group;
+use crate::jobs::JobStatus;
 use crate::members::{Activity, Member};
+use crate::state::Coordinator;
 
 /// A snapshot of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -95,17 +96,6 @@ impl fmt::Display for Doing {
             Self::Working(kind) => write!(f, "working on {}", kind.name()),
         }
     }
-}
-
-/// The progress of a job.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum JobStatus {
-    /// The job has not begun.
-    Waiting,
-    /// This worker is doing the job.
-    Running(WorkerId),
-    /// The result of the job is recorded.
-    Done,
 }
 
 impl Coordinator {

@@ -8,10 +8,10 @@ use ulmus_types::{
     LeaveReason, Rank, Repair, Step, StepReport, ToWorker, WorkerId, WorkerStatus, for_people,
 };
 
-use crate::coordinator::{Coordinator, TEXT_LIMIT};
 use crate::effect::{Effect, Notification};
 use crate::group::{self, Group, Suspicion};
 use crate::members::{Activity, Fault};
+use crate::state::{Coordinator, TEXT_LIMIT};
 
 /// After this many groups in a row without an update, the run stops.
 const FUTILE_GROUPS: u32 = 10;

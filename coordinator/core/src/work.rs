@@ -7,10 +7,10 @@ use ulmus_types::{
 };
 
 use crate::checkpoints::whole_seconds;
-use crate::coordinator::{Coordinator, TEXT_LIMIT};
 use crate::effect::{Effect, Notification};
 use crate::jobs::Stage;
 use crate::members::{Activity, Member};
+use crate::state::{Coordinator, TEXT_LIMIT};
 
 impl Coordinator {
     /// A worker has ended a job and can take other work. Returns whether its result counts, which it does not if

@@ -19,7 +19,7 @@ pub(crate) struct Count {
     /// Plan whose sources are counted.
     #[arg(long, value_name = "FILE")]
     plan: PathBuf,
-    /// Another value for a key of the plan, such as data.threads=8.
+    /// Override a key of the plan, such as data.threads=8.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
     /// A `tokenizer.model` or `tokenizer.json`; the plan's tokenizer.file if not given.

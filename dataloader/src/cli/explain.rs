@@ -23,7 +23,7 @@ pub(crate) struct Explain {
     /// Plan of the run. If the run has begun, the files, tokenizer and checkpoints of the run are used.
     #[arg(long, value_name = "FILE")]
     plan: PathBuf,
-    /// Another value for a key of the plan, such as run.name=other.
+    /// Override a key of the plan, such as run.name=other.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
     /// The update, as metrics.csv numbers them from 1.
@@ -64,7 +64,7 @@ impl Explain {
         let per_lane = plan.train.sequences / plan.data.lanes;
         let lane = LaneId::new((sequence / per_lane) as u32);
         let (done, cursors) = match before {
-            Some(TrainState { step, cursors, .. }) => (step.get(), Cursors::from_words(cursors)),
+            Some(TrainState { step, cursors, .. }) => (step.get(), Cursors::from_numbers(cursors)),
             None => (0, corpus.start()),
         };
         let failure = |error: DataError| super::failure(&error);

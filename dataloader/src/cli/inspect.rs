@@ -15,7 +15,7 @@ pub(crate) struct Inspect {
     /// Plan whose sources are looked at.
     #[arg(long, value_name = "FILE")]
     plan: PathBuf,
-    /// Another value for a key of the plan.
+    /// Override a key of the plan.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
     /// Print JSON instead of a table.

@@ -24,7 +24,7 @@ impl Run {
         Ok(Self { url, folder })
     }
 
-    /// The same, if any of these sources lies in its folder: a store that nothing is read of may not even be within reach.
+    /// Looks for the run of a plan if one of these sources lies in its folder. Otherwise its store need not be reachable.
     pub(super) fn find_for(plan: &Plan, data: &DataConfig) -> Result<Option<Self>, Failure> {
         if data.source.iter().any(is_own) { Self::find(plan).map(Some) } else { Ok(None) }
     }

@@ -16,7 +16,7 @@ use parquet::file::metadata::{ColumnChunkMetaData, ParquetMetaData};
 use parquet::file::reader::{ChunkReader, Length};
 use parquet::file::serialized_reader::SerializedPageReader;
 
-use super::ParquetFile;
+use super::file::ParquetFile;
 use crate::error::DataError;
 use crate::store::Steps;
 
@@ -53,8 +53,8 @@ impl fmt::Debug for Rows {
 }
 
 impl Rows {
-    /// Begins to read the texts of `column` in some row groups at `segment`.
-    pub(super) fn open(
+    /// Begins to read the texts of `column` in some row groups, in segments of at most `limit` bytes, at `segment`.
+    pub(crate) fn open(
         file: ParquetFile<'_>,
         column: &str,
         groups: Range<usize>,

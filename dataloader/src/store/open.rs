@@ -39,7 +39,7 @@ impl Stores {
                 Some(run) => Ok(run.child(path)),
                 None => Err(DataError::Url {
                     url: url.to_owned(),
-                    reason: "there is no run folder here; write a path".to_owned(),
+                    reason: "there is no run folder here; use a path".to_owned(),
                 }),
             };
         }
@@ -79,7 +79,7 @@ impl Stores {
     #[cfg(not(feature = "http"))]
     #[expect(clippy::unused_self, reason = "it is used where there are networks")]
     fn open_hub(&self, url: &str) -> Result<Folder, DataError> {
-        let reason = "this program was built without the feature `http`; build with it, or write a path";
+        let reason = "this program was built without the feature `http`; build with it, or use a path";
         Err(DataError::Url { url: url.to_owned(), reason: reason.to_owned() })
     }
 
@@ -92,7 +92,7 @@ impl Stores {
             return self.open(url);
         }
         if url.starts_with("hf://") {
-            let reason = "nothing can be written there; write a path, s3://, gs:// or az://";
+            let reason = "nothing can be written there; use a path, s3://, gs:// or az://";
             return Err(DataError::Url { url: url.to_owned(), reason: reason.to_owned() });
         }
         self.open_store(url, Access::Create)

@@ -196,7 +196,7 @@ pub struct Rope<'a, B: Backend> {
     pub length: usize,
 }
 
-/// Spans of rows, each of which continues one sequence. The positions are on the device, so that a recorded pass can be
+/// Spans of rows, each of which continues one sequence. The positions are on the device, so that a captured graph can be
 /// replayed for other positions.
 #[derive(Debug)]
 pub struct Spans<'a, B: Backend> {

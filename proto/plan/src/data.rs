@@ -124,7 +124,7 @@ pub struct SourceConfig {
     /// Format of the files; by default that of their suffix.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub format: Option<Format>,
-    /// Column or key of the text, such as `text` or `doc.body.text`. Plain text and token ids need none.
+    /// Column or key of the text, such as `text` or `doc.body.text`; required for Parquet and JSON lines, and for nothing else.
     pub text: String,
     /// Weight of the source in the mixture, in tokens; required if there are several sources.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -33,7 +33,7 @@ pub(crate) fn find<'a>(table: &'a Table, segments: &[String]) -> Option<&'a Valu
     rest.iter().try_fold(table.get(first)?, |value, segment| child(value, segment))
 }
 
-/// The same, of a path in one text.
+/// The value at a path of a table, with the path as one text.
 pub(crate) fn lookup<'a>(table: &'a Table, path: &str) -> Option<&'a Value> {
     find(table, &segments(path))
 }

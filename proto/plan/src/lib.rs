@@ -26,6 +26,8 @@ pub use memory::{HEAD_ROWS, MemoryPlan, ROW_BLOCK, data_memory, worker_memory};
 pub use model::{LayerDims, ModelConfig, Multipliers, Preset};
 pub use norm::NormKind;
 pub use parse::{even_weights, read, tokenizer_to_count};
-pub use plan::{BenchmarkConfig, ClusterConfig, EvaluateConfig, LocalConfig, Plan, RunConfig, StoreConfig};
+pub use plan::{
+    BenchmarkConfig, ClusterConfig, EvaluateConfig, LocalConfig, MAY_CHANGE, Plan, RunConfig, StoreConfig,
+};
 pub use prepare::{PrepareConfig, TokenizerConfig};
 pub use train::{Algorithms, CheckpointConfig, Precision, TrainConfig};

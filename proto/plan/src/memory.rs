@@ -70,7 +70,7 @@ pub struct MemoryPlan {
 }
 
 /// Bytes of a compressed file that are read ahead or being decompressed.
-const CHAIN: u64 = 4 << 20;
+const READ_AHEAD: u64 = 4 << 20;
 
 /// An estimate of the most memory, in bytes, that a worker needs to read `lanes` lanes of sequences of `length` tokens.
 /// Documents larger than a unit, and text with less than 2.5 bytes per token, take more.
@@ -81,7 +81,7 @@ pub fn data_memory(data: &DataConfig, lanes: u64, length: usize) -> u64 {
     let streams = lanes + data.source.len() as u64 - 1;
     // Two fifths of a token per byte of text: English has fewer, source code about as many.
     let tokens = data.window * length as u64 + data.unit.get() * 2 / 5;
-    streams.saturating_mul(2 * 4 * tokens + CHAIN).saturating_add(data.threads * 4 * data.unit.get())
+    streams.saturating_mul(2 * 4 * tokens + READ_AHEAD).saturating_add(data.threads * 4 * data.unit.get())
 }
 
 /// Plans a worker's memory for micro-batches of sequences of `length` tokens.

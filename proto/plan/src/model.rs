@@ -90,7 +90,8 @@ pub struct LayerDims {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ModelConfig {
-    /// Rows of the embedding matrix. If it is not set, the tokenizer's vocabulary and a pad id, rounded up to a multiple of 128.
+    /// Rows of the embedding matrix. If it is not set but `tokenizer.pieces` is: one for each piece and a pad id, rounded up to a
+    /// multiple of 128.
     pub vocab_size: usize,
     /// Sequence length in tokens.
     pub max_context_length: usize,

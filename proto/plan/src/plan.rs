@@ -66,7 +66,7 @@ impl StoreConfig {
             "store.url",
             &self.url,
             "runs cannot be kept in a store of this kind",
-            "write a path, file://, s3://, gs:// or az://",
+            "use a path, file://, s3://, gs:// or az://",
         );
     }
 }
@@ -187,7 +187,7 @@ pub struct Plan {
 const MAX_TEXT: Bytes = Bytes::mib(1 << 20);
 
 /// Keys that may change between two starts of the same run, because no trained bit depends on them.
-const MAY_CHANGE: [&str; 12] = [
+pub const MAY_CHANGE: [&str; 12] = [
     "local.",
     "cluster.",
     "store.",

@@ -1,4 +1,5 @@
-//! Paths of files in a run folder, relative to it.
+//! Paths of files in a run folder, relative to it. The join token and the coordinator's key are named where they are made, in
+//! `ulmus-transport`.
 
 use ulmus_types::{CheckpointId, Digest, JobKind};
 
@@ -26,6 +27,8 @@ pub const STATE: &str = "state.json";
 /// The list of a checkpoint's files and their hashes, in its folder.
 pub const MANIFEST: &str = "manifest.json";
 
+/// Folder of the average.
+pub const AVERAGE_FOLDER: &str = "average";
 /// The mean of the last milestones.
 pub const AVERAGE: &str = "average/model.safetensors";
 /// The checkpoints that were averaged, and the hash of the average: an [`Average`](crate::results::Average).
@@ -76,6 +79,11 @@ pub fn result(kind: JobKind) -> String {
 /// The algorithms that were chosen on a device with this description.
 pub fn algorithms(device: &str) -> String {
     format!("algorithms-{}.json", &Digest::of(device.as_bytes()).to_string()[..12])
+}
+
+/// The process of a local worker.
+pub fn pid(name: &str) -> String {
+    format!("{LOGS}/{name}.pid")
 }
 
 /// The log of the coordinator or of a local worker.

@@ -71,6 +71,14 @@ pub struct Average {
     pub weights: Digest,
 }
 
+/// Why the job of a result had nothing to do, if that is so.
+pub fn why_skipped(result: &str) -> Option<String> {
+    match serde_json::from_str::<Measured<Value>>(result).ok()? {
+        Measured::Skipped { skipped } => Some(skipped),
+        Measured::Done { .. } => None,
+    }
+}
+
 /// A measurement on held-out text, or why there is none.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]

@@ -23,7 +23,7 @@ type Opened = Result<(Arc<dyn ObjectStore>, Path), String>;
 pub fn directory_of(url: &str) -> Result<Option<PathBuf>, String> {
     let path = match url.split_once("://") {
         None if url.is_empty() => {
-            return Err("it is empty; write a path, file://, s3://, gs:// or az://".to_owned());
+            return Err("it is empty; use a path, file://, s3://, gs:// or az://".to_owned());
         }
         None => PathBuf::from(url),
         Some(("file", path)) => {
@@ -66,7 +66,7 @@ pub(crate) fn open(url: &str, retries: Retries, counters: &Arc<Counters>) -> Ope
         "gs" => gcs(url, retries, counters),
         "az" | "abfs" | "abfss" => azure(url, retries, counters),
         _ => Err(format!(
-            "{scheme}:// is not known; write a path, file://, s3://, gs:// or az://, or where text is only read, \
+            "{scheme}:// is not known; use a path, file://, s3://, gs:// or az://, or where text is only read, \
              hf://datasets/, http://, https:// or run:"
         )),
     }
@@ -88,7 +88,7 @@ fn literal(url: &str) -> String {
 /// The error where a kind of store was left out of the program.
 #[cfg(not(all(feature = "http", feature = "aws", feature = "gcp", feature = "azure")))]
 fn left_out(feature: &str) -> Opened {
-    Err(format!("this program was built without the feature `{feature}`; build with it, or write a path"))
+    Err(format!("this program was built without the feature `{feature}`; build with it, or use a path"))
 }
 
 #[cfg(feature = "http")]

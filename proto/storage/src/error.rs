@@ -76,7 +76,7 @@ pub enum StoreError {
     /// A web server that gives only whole files.
     #[error(
         "{file} cannot be read in parts: its web server does not support range requests; use a server that \
-         does, or fetch the files and write a path"
+         does, or fetch the files and use a path"
     )]
     NoRanges {
         /// The file, with its address.

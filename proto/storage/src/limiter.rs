@@ -14,7 +14,7 @@ pub struct RateLimiter {
 }
 
 impl RateLimiter {
-    /// A limit of `rate` bytes a second, from now on; without one nothing is held back.
+    /// A limit of `rate` bytes per second from now on, or none.
     pub fn new(rate: Option<u64>) -> Self {
         Self { rate, begun: Instant::now(), passed: AtomicU64::new(0) }
     }

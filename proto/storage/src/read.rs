@@ -29,7 +29,7 @@ impl Store {
         let target = self.resolve(path);
         let look_up = || async {
             match self.objects.head(&target).await {
-                // Some web servers know of no HEAD. The size of a file is told with any part of it, too.
+                // Some web servers do not support HEAD. The answer to a request for any part of a file has its size, too.
                 Err(error) if cause::status(&error) == Some(405) => {
                     self.objects.get_opts(&target, part(0..1)).await.map(|begin| begin.meta)
                 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBuilder};
 use tokio::time::Instant;
+use ulmus_types::{RUN_STORE_DEADLINE, RUN_STORE_REQUEST};
 
 /// How long a store is given. Who waits for whom decides: behind a corpus is a queue of read-ahead data, behind the files of
 /// a run are processes that are judged by their silence.
@@ -25,22 +26,23 @@ impl Retries {
     /// For corpora: long enough for a server to be restarted.
     pub const CORPUS: Self =
         Self { deadline: Duration::from_mins(1), request_timeout: Duration::from_secs(30), requests: 2 };
-    /// For the files of a run: the operation ends before a coordinator takes the process that waits for it for stuck, which it
-    /// does after half a minute, and the request before it takes a worker that greets it for lost, after 90 s.
+    /// For the files of a run: an operation ends before the coordinator considers the process that waits for it stuck
+    /// ([`FORM_STILL_FOR`](ulmus_types::FORM_STILL_FOR)), and a request before the coordinator gives up a worker that is reading
+    /// the store to join ([`GREETED_WITHIN`](ulmus_types::GREETED_WITHIN)).
     pub const RUN: Self =
-        Self { deadline: Duration::from_secs(25), request_timeout: Duration::from_mins(1), requests: 0 };
+        Self { deadline: RUN_STORE_DEADLINE, request_timeout: RUN_STORE_REQUEST, requests: 0 };
 }
 
-/// An upload in parts is begun again so often at least, as the first attempt alone may take longer than the deadline.
+/// Minimum number of retries of an upload in parts, because its first attempt alone may take longer than the deadline.
 pub(crate) const UPLOAD_RETRIES: usize = 1;
-/// The same for a copy, which may take hours.
+/// Minimum number of retries of a copy, which may take hours.
 pub(crate) const COPY_RETRIES: usize = 4;
 
 pub(crate) const FIRST_PAUSE: Duration = Duration::from_millis(100);
 pub(crate) const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 
-/// Does an operation again while its errors are transient, until `deadline` has passed, and `at_least` so often whatever it
-/// takes. Pauses double each time, and are lengthened by chance so that many workers do not return in step.
+/// Retries an operation while its errors are transient: until `deadline` has passed, and `at_least` times however long that
+/// takes. Pauses double each time, with jitter, so that many workers do not return in step.
 ///
 /// # Errors
 /// With the last error.

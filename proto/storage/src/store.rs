@@ -92,7 +92,7 @@ impl Store {
     pub fn open_with(url: &str, options: OpenOptions) -> Result<Self, StoreError> {
         let refuse = |reason: String| StoreError::Address { url: url.to_owned(), reason };
         if options.access != Access::Read && !address::is_writable(url) {
-            let reason = "nothing can be written there; write a path, file://, s3://, gs:// or az://";
+            let reason = "nothing can be written there; use a path, file://, s3://, gs:// or az://";
             return Err(refuse(reason.to_owned()));
         }
         if let Some(directory) = address::directory_of(url).map_err(refuse)? {
@@ -237,7 +237,7 @@ impl Store {
             // A file need not be there to be written. A folder of a disk is made.
             StoreError::NotFound { .. } if act == "write" => StoreError::Address {
                 url: self.location.to_string(),
-                reason: "there is no such bucket or container; make it, or correct the name".to_owned(),
+                reason: "there is no such bucket or container; create it, or correct the name".to_owned(),
             },
             error => error,
         }

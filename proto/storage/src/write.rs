@@ -76,7 +76,7 @@ impl Store {
         self.put_stream_again(UPLOAD_RETRIES, path, size, pieces).await
     }
 
-    /// The same, begun again `at_least` so often if need be.
+    /// As [`Store::put_stream`], with at least `at_least` retries.
     pub(crate) async fn put_stream_again<S: Stream<Item = Result<Bytes, StoreError>>>(
         &self,
         at_least: usize,

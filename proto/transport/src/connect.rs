@@ -35,7 +35,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     /// The address is invalid.
-    #[error("invalid address {0:?}: {1}; write --join HOST:PORT")]
+    #[error("invalid address {0:?}: {1}; use --join HOST:PORT")]
     Address(String, io::Error),
     /// Nothing answers at the address as a coordinator does.
     #[error("{0}: {1}")]

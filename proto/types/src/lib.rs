@@ -36,7 +36,10 @@ pub use partition::Partition;
 pub use problem::{Problem, Problems};
 pub use secret::{RunSecret, SessionSecret};
 pub use text::{counted, for_people};
-pub use timing::{CONNECT_WITHIN, FORM_WITHIN, HEARTBEAT_INTERVAL};
+pub use timing::{
+    CONNECT_WITHIN, COORDINATOR_TIMEOUT, FORM_STILL_FOR, FORM_WITHIN, GREETED_WITHIN, HEARTBEAT_INTERVAL,
+    RUN_STORE_DEADLINE, RUN_STORE_REQUEST, SNAPSHOT_SLOTS,
+};
 
 /// Target value of a position that is not trained on: padding, or the end of a document.
 pub const IGNORE: u32 = u32::MAX;

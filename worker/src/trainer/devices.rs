@@ -12,7 +12,7 @@ use ulmus_backend::{CommunicatorError, CommunicatorId, Out, TrainingBackend};
 use ulmus_model::Sums;
 use ulmus_types::{Partition, Rank};
 
-use super::STALL;
+use super::STALL_TIMEOUT;
 use crate::collective::{Collective, CollectiveError, Watch};
 
 /// How long the devices may take to connect to each other.
@@ -76,7 +76,7 @@ impl<B: TrainingBackend> Devices<B> {
 
     /// Waits for all reductions that were begun; returns their parts.
     pub(super) fn finish(&mut self, group: &dyn Collective) -> Result<Vec<Range<usize>>, CollectiveError> {
-        let watch = group.watch(STALL)?;
+        let watch = group.watch(STALL_TIMEOUT)?;
         self.backend
             .finish_reductions(&mut self.communicator, &give_up(&watch))
             .map_err(|error| why(&watch, &error))?;
@@ -95,7 +95,7 @@ impl<B: TrainingBackend> Devices<B> {
         parts: &[Range<usize>],
         group: &dyn Collective,
     ) -> Result<(), CollectiveError> {
-        let watch = group.watch(STALL)?;
+        let watch = group.watch(STALL_TIMEOUT)?;
         self.backend
             .all_gather(&mut self.communicator, gradient, parts, &give_up(&watch))
             .map_err(|error| why(&watch, &error))
@@ -108,7 +108,7 @@ impl<B: TrainingBackend> Devices<B> {
         data: Out<'_, B>,
         group: &dyn Collective,
     ) -> Result<(), CollectiveError> {
-        let watch = group.watch(STALL)?;
+        let watch = group.watch(STALL_TIMEOUT)?;
         self.backend
             .broadcast(&mut self.communicator, root.index(), data, &give_up(&watch))
             .map_err(|error| why(&watch, &error))

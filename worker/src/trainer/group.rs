@@ -57,7 +57,7 @@ impl<B: TrainingBackend> Training<B> {
                 run: &self.run,
                 replica: &mut self.replica,
                 quantum: &self.quantum,
-                room: &self.room,
+                snapshot_slots: &self.snapshot_slots,
             };
             Member::new(parts, position, &mut reading, assignment, control, reports)?.train(devices, group)
         });
@@ -117,8 +117,8 @@ impl<B: TrainingBackend> Training<B> {
         }
         for (checkpoint, error) in refused {
             let notice = match &newest {
-                Some(older) => format!("{error}; going on from {} instead of {checkpoint}", older.checkpoint),
-                None => format!("{error}; beginning anew instead of from {checkpoint}"),
+                Some(older) => format!("{error}; resuming from {} instead of {checkpoint}", older.checkpoint),
+                None => format!("{error}; starting over instead of resuming from {checkpoint}"),
             };
             reports.say(ToCoordinator::Notice(notice));
         }
@@ -140,7 +140,7 @@ impl<B: TrainingBackend> Training<B> {
             step: Step::default(),
             tokens: 0,
             quantum: self.quantum.value(),
-            cursors: reading.corpus.start().words().to_vec(),
+            cursors: reading.corpus.start().numbers().to_vec(),
             quarantine: BTreeSet::new(),
         }
     }

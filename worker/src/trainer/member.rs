@@ -20,7 +20,7 @@ pub(super) struct Parts<'a, B: TrainingBackend> {
     pub(super) run: &'a Run,
     pub(super) replica: &'a mut Replica<B>,
     pub(super) quantum: &'a Quantum,
-    pub(super) room: &'a Arc<Semaphore>,
+    pub(super) snapshot_slots: &'a Arc<Semaphore>,
 }
 
 /// A member of a group that trains.
@@ -29,7 +29,7 @@ pub(super) struct Member<'a, B: TrainingBackend> {
     pub(super) replica: &'a mut Replica<B>,
     pub(super) quantum: &'a Quantum,
     /// Limits the states that wait in memory to be stored.
-    pub(super) room: &'a Arc<Semaphore>,
+    pub(super) snapshot_slots: &'a Arc<Semaphore>,
     /// The position in the run of the replica's weights and moments.
     pub(super) position: &'a mut TrainState,
     pub(super) corpus: &'a Arc<Corpus>,
@@ -55,7 +55,7 @@ impl<'a, B: TrainingBackend> Member<'a, B> {
         control: &'a Control,
         reports: &'a Reports,
     ) -> Result<Self, WorkerError> {
-        let Parts { run, replica, quantum, room } = parts;
+        let Parts { run, replica, quantum, snapshot_slots } = parts;
         let Reading { corpus, quarantine, loader, held_out } = reading;
         let plan = &run.plan;
         let per_micro_batch = (plan.data.lanes / plan.train.micro_batches()).max(1);
@@ -68,7 +68,7 @@ impl<'a, B: TrainingBackend> Member<'a, B> {
             })
             .collect();
         let hosted: Vec<LaneId> = lanes.iter().flatten().copied().collect();
-        let cursors = Cursors::from_words(position.cursors.clone());
+        let cursors = Cursors::from_numbers(position.cursors.clone());
         let loader = match loader {
             Some(loader) => {
                 loader.host(&hosted, &cursors)?;
@@ -80,7 +80,7 @@ impl<'a, B: TrainingBackend> Member<'a, B> {
             run,
             replica,
             quantum,
-            room,
+            snapshot_slots,
             position,
             corpus,
             quarantine,

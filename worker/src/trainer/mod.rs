@@ -26,7 +26,9 @@ use ulmus_plan::Algorithms;
 use ulmus_process::with_causes;
 use ulmus_run::TrainState;
 use ulmus_transport::ring::{Listener, Place};
-use ulmus_types::{Assignment, BadUnit, Digest, FORM_WITHIN, Job, LeaveReason, RunId, Step, ToCoordinator};
+use ulmus_types::{
+    Assignment, BadUnit, Digest, FORM_WITHIN, Job, LeaveReason, RunId, SNAPSHOT_SLOTS, Step, ToCoordinator,
+};
 
 use crate::WorkerError;
 use crate::collective::{AbortHandle, CollectiveError, TcpGroup};
@@ -37,10 +39,8 @@ use crate::snapshot::PendingSnapshot;
 
 use watched::Watched;
 
-/// The number of states that may wait in memory to be stored; a third makes training wait.
-const HELD: usize = 2;
 /// How long a collective operation may stand still. The coordinator notices dead workers long before.
-const STALL: Duration = Duration::from_mins(10);
+const STALL_TIMEOUT: Duration = Duration::from_mins(10);
 /// The seed of the weights and the batch that the fingerprint is taken of.
 const FINGERPRINT_SEED: u64 = 0x5eed_f1e9;
 
@@ -85,7 +85,7 @@ pub(crate) struct Training<B: TrainingBackend> {
     /// The position in the run of the replica's weights and moments; `None` while these are no state of the run.
     position: Option<TrainState>,
     reading: Option<Reading>,
-    room: Arc<Semaphore>,
+    snapshot_slots: Arc<Semaphore>,
 }
 
 /// The run's data, and how far this worker has read them.
@@ -217,7 +217,7 @@ fn form(
         previous: assignment.previous.clone(),
         next: assignment.next.clone(),
     };
-    TcpGroup::form(listener, &place, &abort, FORM_WITHIN, STALL)
+    TcpGroup::form(listener, &place, &abort, FORM_WITHIN, STALL_TIMEOUT)
 }
 
 impl<B: TrainingBackend> Training<B> {
@@ -243,7 +243,7 @@ impl<B: TrainingBackend> Training<B> {
             fingerprint,
             position: None,
             reading: None,
-            room: Arc::new(Semaphore::new(HELD)),
+            snapshot_slots: Arc::new(Semaphore::new(SNAPSHOT_SLOTS)),
         })
     }
 

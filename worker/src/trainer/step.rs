@@ -18,7 +18,7 @@ use ulmus_types::{CheckpointId, CheckpointKind, LeaveReason, Section, Step, Step
 use super::consensus::StepConsensus;
 use super::devices::Devices;
 use super::member::Member;
-use super::{Report, STALL, micro_batch};
+use super::{Report, STALL_TIMEOUT, micro_batch};
 use crate::WorkerError;
 use crate::collective::{Collective, chunks};
 use crate::snapshot::PendingSnapshot;
@@ -155,7 +155,7 @@ impl<B: TrainingBackend> Member<'_, B> {
                 self.gradient(&batch, sums.as_deref_mut(), reducing, group).map_err(Obstacle::Failed)?;
             consensus.add_loss(&loss, self.quantum).map_err(|sum| Obstacle::Failed(diverged(sum)))?;
         }
-        consensus.cursors = self.loader.cursors().words().to_vec();
+        consensus.cursors = self.loader.cursors().numbers().to_vec();
         Ok(Share { consensus, held_out })
     }
 
@@ -177,7 +177,7 @@ impl<B: TrainingBackend> Member<'_, B> {
         let Some(devices) = devices else {
             return Ok(replica.add_gradient(batch, sums, quantum, |_, _| {})?);
         };
-        let watch = group.watch(STALL)?;
+        let watch = group.watch(STALL_TIMEOUT)?;
         let mut begun = Ok(());
         let loss = replica.add_gradient(batch, sums, quantum, |sums, part| {
             if begun.is_ok() {
@@ -379,7 +379,7 @@ impl<B: TrainingBackend> Member<'_, B> {
         let sources = self.loader.readings();
         self.reports.say(ToCoordinator::Reading { step: self.step(), sources });
         // This waits while two older states are still being stored.
-        let room = self.run.wait(room(self.room, || {
+        let slot = self.run.wait(snapshot_slot(self.snapshot_slots, || {
             self.control.begin(Section::Storing);
         }));
         self.control.begin(Section::Computing);
@@ -391,18 +391,18 @@ impl<B: TrainingBackend> Member<'_, B> {
             tensors: self.replica.copy_state(),
             train: self.position.clone(),
             store: self.run.store.clone(),
-            _room: room,
+            _slot: slot,
         };
         self.reports.report(Report::Hold(held.checkpoint, Arc::new(held)));
     }
 }
 
-/// Waits for room in memory for another state, and calls `waits` several times a second meanwhile.
-async fn room(rooms: &Arc<Semaphore>, mut waits: impl FnMut()) -> OwnedSemaphorePermit {
+/// Waits for memory for another state, and calls `waits` several times a second meanwhile.
+async fn snapshot_slot(slots: &Arc<Semaphore>, mut waits: impl FnMut()) -> OwnedSemaphorePermit {
     loop {
-        let room = Arc::clone(rooms).acquire_owned();
-        if let Ok(room) = tokio::time::timeout(TELL_EVERY, room).await {
-            return room.expect("the semaphore is never closed");
+        let slot = Arc::clone(slots).acquire_owned();
+        if let Ok(slot) = tokio::time::timeout(TELL_EVERY, slot).await {
+            return slot.expect("the semaphore is never closed");
         }
         waits();
     }

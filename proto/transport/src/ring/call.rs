@@ -21,7 +21,7 @@ const REDIAL: Duration = Duration::from_millis(50);
 const DIAL_WITHIN: Duration = Duration::from_secs(3);
 
 /// Calls the next member and waits for the call of the previous one, both at once. Returns both connections in this
-/// order. Blocks until both have agreed, `interrupt` is raised, or `patience` has passed.
+/// order. Blocks until both have agreed, `interrupt` is raised, or `timeout` has passed.
 ///
 /// # Errors
 /// [`ConnectError::Refused`] if a neighbour is in a later generation or has been replaced; [`ConnectError::Unreachable`]
@@ -30,9 +30,9 @@ pub fn connect(
     listener: &mut Listener,
     place: &Place,
     interrupt: &Interrupt,
-    patience: Duration,
+    timeout: Duration,
 ) -> Result<(TcpStream, TcpStream), ConnectError> {
-    let deadline = Instant::now() + patience;
+    let deadline = Instant::now() + timeout;
     let (next_rank, previous_rank) = (place.neighbour(1), place.neighbour(place.size - 1));
     let expected = Greeting {
         run: place.run,
@@ -65,7 +65,7 @@ pub fn connect(
             (stage, waiting) => (call.stage, previous) = (stage, waiting),
         }
         if Instant::now() >= deadline {
-            let (generation, after) = (place.generation, patience);
+            let (generation, after) = (place.generation, timeout);
             return Err(match &call.stage {
                 Stage::Answered(..) => ConnectError::NeverCame { rank: previous_rank, generation, after },
                 _ => ConnectError::Unreachable {
