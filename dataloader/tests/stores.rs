@@ -143,7 +143,7 @@ fn folders_on_the_hub_may_have_any_name() {
     let (code, said) = inspect("hf://datasets/org/name/my folder#ä", "*.jsonl", &endpoint);
     assert!(code == 0 && said.contains("some words"), "{code} {said} {:?}", asked.lock().unwrap());
     let (code, said) = inspect("hf://datasets/org/name/another", "*.jsonl", &endpoint);
-    assert!(code == 2 && said.contains("no such dataset, revision or folder"), "{code} {said}");
+    assert!(code == 2 && said.contains("no such repository, revision or folder"), "{code} {said}");
 }
 
 /// The answer of S3 for a bucket with these keys.

@@ -31,6 +31,16 @@ pub enum EvaluatorError {
         /// A file that every model folder has.
         missing: &'static str,
     },
+    /// A model folder comes without a tokenizer, as those of OpenELM do.
+    #[error(
+        "{} has neither tokenizer.model nor tokenizer.json; get the model's tokenizer (for OpenELM that of \
+         meta-llama/Llama-2-7b-hf) and name it with --tokenizer, or put it there",
+        path.display()
+    )]
+    NoTokenizer {
+        /// The model folder.
+        path: PathBuf,
+    },
     /// A file is only a Git LFS pointer.
     #[error("{} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository", path.display())]
     Pointer {
@@ -56,6 +66,82 @@ pub enum EvaluatorError {
     /// There is nothing to score.
     #[error("there is no text to evaluate in {0}; name files with at least one document that is not empty")]
     NoText(String),
+    /// The definition of a task is wrong.
+    #[error("{file}: {problem}")]
+    Tasks {
+        /// The file of the definition.
+        file: String,
+        /// What is wrong, and where.
+        problem: String,
+    },
+    /// There is no task of a name.
+    #[error("there is no task, group or suite {name}; did you mean {nearest}? `evaluator tasks` lists them")]
+    UnknownTask {
+        /// The name that was given.
+        name: String,
+        /// What is there instead.
+        nearest: String,
+    },
+    /// A task's rows are not where they are looked for.
+    #[error("{task} has no rows of split {split}: {problem}")]
+    NoRows {
+        /// The task.
+        task: String,
+        /// The split.
+        split: String,
+        /// Where was looked and what would be found, or what is wrong with the file.
+        problem: String,
+    },
+    /// A data set cannot be copied from the hub.
+    #[error("the data set of {task} cannot be fetched: {problem}")]
+    NotFetched {
+        /// The task.
+        task: String,
+        /// Where was looked, and what was wrong there.
+        problem: String,
+    },
+    /// A row is not as the task expects it.
+    #[error("{task}, row {row} of {place}: {problem}")]
+    Row {
+        /// The task.
+        task: String,
+        /// Number of the row in its split, from 0.
+        row: usize,
+        /// The files of the split.
+        place: String,
+        /// The key of the definition, and what was found.
+        problem: String,
+    },
+    /// The model gives a likelihood that is no number.
+    #[error(
+        "{task}: the model finds a likelihood that is no finite number; its weights or --dtype are at fault"
+    )]
+    NotFinite {
+        /// The task.
+        task: String,
+    },
+    /// The journal of answered requests cannot be used.
+    #[error("{}: {problem}", path.display())]
+    Journal {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
+    /// More examples are asked for than there are.
+    #[error(
+        "{task} has {have} rows to draw examples from in split {split}, and {wanted} are drawn for each row;          use a smaller --num-fewshot"
+    )]
+    Shots {
+        /// The task.
+        task: String,
+        /// The split of the examples.
+        split: String,
+        /// Rows of the split.
+        have: usize,
+        /// Examples drawn at once.
+        wanted: usize,
+    },
     /// The model cannot process the lengths of a benchmark.
     #[error(
         "{prompt} prompt tokens and {generate} generated ones cannot be timed with a context of {context}: \

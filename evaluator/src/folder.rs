@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ulmus_backend::{Backend, WeightFormat};
+use ulmus_dataloader::Folder;
 use ulmus_model::Model;
 use ulmus_model::hf::{self, SpecialTokens};
 use ulmus_run::paths;
@@ -28,6 +29,33 @@ pub struct LoadedModel<B: Backend> {
     pub digest: Digest,
 }
 
+/// The folder of a model: a folder on this machine, or a copy of one on the hub (`hf://ORG/NAME[@REVISION]`) in the user's cache.
+/// Files that are in the cache are not copied again.
+///
+/// # Errors
+/// When the hub does not have the model or does not answer, or the cache cannot be written.
+pub fn model_folder(address: &str) -> Result<PathBuf, EvaluatorError> {
+    if !address.starts_with("hf://") {
+        return Ok(PathBuf::from(address));
+    }
+    let folder = Folder::open_model(address)?;
+    let name = folder.pinned().unwrap_or(address).trim_start_matches("hf://").replace('/', "--");
+    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let cache = cache.or_else(|| Some(std::env::home_dir()?.join(".cache")));
+    let target = cache.unwrap_or_else(|| PathBuf::from(".")).join("ulmus/models").join(name);
+    let is_wanted = |path: &&String| {
+        !path.contains('/')
+            && (path.ends_with(".json") || path.ends_with(".safetensors") || path.ends_with(".model"))
+    };
+    for path in folder.paths()?.iter().filter(is_wanted) {
+        let file = target.join(path);
+        if !file.is_file() {
+            folder.copy(path, &file)?;
+        }
+    }
+    Ok(target)
+}
+
 /// Reads the config and the weights of a model folder, and keeps the matrices in `format`.
 ///
 /// # Errors
@@ -46,18 +74,18 @@ pub fn load_model<B: Backend>(
     Ok(LoadedModel { model, tokens: read.tokens, digest })
 }
 
-/// Reads the tokenizer of the folder that `model` was loaded from.
+/// Reads the tokenizer of `model`: a file, or that in a folder.
 ///
 /// # Errors
 /// When the folder has no tokenizer, or the tokenizer does not fit the model.
-pub fn load_tokenizer<B: Backend>(
-    directory: &Path,
-    model: &LoadedModel<B>,
-) -> Result<Tokenizer, EvaluatorError> {
-    let path =
-        require(directory, paths::TOKENIZER_JSON).or_else(|_| require(directory, paths::TOKENIZER_MODEL));
-    // Where a folder has both files, the JSON was converted from the model.
-    let path = require(directory, paths::TOKENIZER_MODEL).or(path)?;
+pub fn load_tokenizer<B: Backend>(place: &Path, model: &LoadedModel<B>) -> Result<Tokenizer, EvaluatorError> {
+    let (path, directory) = if place.is_file() {
+        (place.to_owned(), place.parent().unwrap_or(Path::new(".")))
+    } else {
+        // Where a folder has both files, the JSON was converted from the model.
+        let path = require(place, paths::TOKENIZER_MODEL).or_else(|_| require(place, paths::TOKENIZER_JSON));
+        (path.map_err(|_| EvaluatorError::NoTokenizer { path: place.to_owned() })?, place)
+    };
     let mismatch = |reason: String| EvaluatorError::Mismatch { path: directory.to_owned(), reason };
     let bytes = std::fs::read(&path).map_err(|error| mismatch(error.to_string()))?;
     let names = special_names(directory).map_err(mismatch)?;
@@ -78,16 +106,31 @@ pub fn load_tokenizer<B: Backend>(
     Ok(tokenizer)
 }
 
-/// The names of BOS and EOS in `tokenizer_config.json`, as far as the folder has that file and it has them.
-fn special_names(directory: &Path) -> Result<[Option<String>; 2], String> {
+/// Whether the `tokenizer_config.json` beside a tokenizer says that texts begin with BOS; `None` if it says nothing.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn adds_bos(place: &Path) -> Result<Option<bool>, EvaluatorError> {
+    let directory = if place.is_file() { place.parent().unwrap_or(Path::new(".")) } else { place };
+    let config = tokenizer_config(directory)
+        .map_err(|reason| EvaluatorError::Mismatch { path: directory.to_owned(), reason })?;
+    Ok(config["add_bos_token"].as_bool())
+}
+
+/// `tokenizer_config.json`, or nothing if the folder does not have it.
+fn tokenizer_config(directory: &Path) -> Result<serde_json::Value, String> {
     const FILE: &str = "tokenizer_config.json";
     let path = directory.join(FILE);
     if !path.is_file() {
-        return Ok([None, None]);
+        return Ok(serde_json::Value::Null);
     }
     let bytes = std::fs::read(&path).map_err(|error| format!("{FILE}: {error}"))?;
-    let config: serde_json::Value = serde_json::from_slice(without_mark(&bytes))
-        .map_err(|error| format!("{FILE} is not JSON: {error}"))?;
+    serde_json::from_slice(without_mark(&bytes)).map_err(|error| format!("{FILE} is not JSON: {error}"))
+}
+
+/// The names of BOS and EOS in `tokenizer_config.json`, as far as the folder has that file and it has them.
+fn special_names(directory: &Path) -> Result<[Option<String>; 2], String> {
+    let config = tokenizer_config(directory)?;
     // A token is written as its name, or as an object with its name.
     let name = |key: &str| {
         let token = &config[key];

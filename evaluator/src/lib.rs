@@ -13,14 +13,14 @@ mod error;
 mod folder;
 mod likelihood;
 mod perplexity;
-mod task;
+mod python;
+pub mod tasks;
 mod texts;
 mod writing;
 
 pub use bench::{BenchConfig, BenchResult, Machine, Rates, Timing, bench, median, synthetic_weights};
 pub use error::EvaluatorError;
-pub use folder::{LoadedModel, load_model, load_tokenizer};
+pub use folder::{LoadedModel, adds_bos, load_model, load_tokenizer, model_folder};
 pub use perplexity::{perplexity, zstd_bits_per_byte};
-pub use task::{Task, TaskResult};
 pub use texts::read_texts;
 pub use writing::{Continuation, Transcript, continuations};

@@ -55,6 +55,124 @@ fn run_prints_a_table_and_writes_the_same_numbers() {
     assert!(table.contains("perplexity per token") && table.contains(&format!("{bits:.4}")), "{table}");
 }
 
+/// Runs tasks on the rows that the harness has measured.
+fn tasks(more: &[&str]) -> Output {
+    let data = model().join("../evaluation/data");
+    let arguments =
+        ["run", "--model", model().to_str().unwrap(), "--data", data.to_str().unwrap()].map(str::to_owned);
+    evaluator(&arguments.iter().map(String::as_str).chain(more.iter().copied()).collect::<Vec<_>>())
+}
+
+#[test]
+fn tasks_are_measured_and_written_as_the_harness_writes_them() {
+    let home = tempfile::tempdir().unwrap();
+    let run = |threads: &str, batch: &str, name: &str| {
+        let folder = home.path().join(name);
+        let what =
+            ["--tasks", "arc_*,wikitext", "--num-fewshot", "2", "--limit", "5", "--log-samples", "--output"];
+        let how = [folder.to_str().unwrap(), "--threads", threads, "--batch-tokens", batch];
+        let table = stdout(&tasks(&[&what[..], &how].concat()));
+        let files = ["results.json", "samples_arc_easy.jsonl", "samples_wikitext.jsonl"]
+            .map(|name| std::fs::read_to_string(folder.join(name)).unwrap());
+        assert!(!folder.join("results.journal").exists());
+        (table, files)
+    };
+    let whole = run("1", "auto", "one");
+    assert_eq!(run("2", "300", "two"), whole, "neither threads nor batches change a bit");
+    let (table, [results, samples, _]) = whole;
+    let results: Value = serde_json::from_str(&results).unwrap();
+    assert_eq!(results["n-samples"]["arc_easy"]["effective"], 5);
+    assert_eq!(results["n-shot"]["arc_challenge"], 2);
+    assert_eq!(results["results"]["wikitext"]["word_perplexity_stderr,none"], "N/A");
+    let acc = results["results"]["arc_easy"]["acc_norm,none"].as_f64().unwrap();
+    assert!(table.contains(&format!("acc_norm|↑  |{acc:.4}")), "{table}");
+    let rows: Vec<Value> = samples.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let mean = rows.iter().map(|row| row["acc_norm"].as_f64().unwrap()).sum::<f64>() / 5.0;
+    assert!((mean - acc).abs() < 1e-12);
+    let one = home.path().join("one/results.json");
+    let compared = stdout(&evaluator(&["compare", one.to_str().unwrap(), one.to_str().unwrap()]));
+    assert!(
+        compared.contains("+0.0000") && compared.contains("standard error of the difference: 0"),
+        "{compared}"
+    );
+}
+
+#[test]
+fn what_would_be_asked_is_told_without_asking() {
+    let told =
+        stdout(&tasks(&["--tasks", "mmlu_anatomy", "--num-fewshot", "5", "--check", "--print-prompts"]));
+    assert!(told.contains("about anatomy.") && told.contains("mmlu_anatomy: ... \" A\""), "{told}");
+    assert!(told.contains("read once") && told.contains("MB for the weights"), "{told}");
+    let list = stdout(&evaluator(&["tasks"]));
+    for name in ["hellaswag", "mmlu_virology", "openllm", "llm360", "llm_adapters_ARC-Easy", "bits_per_byte"]
+    {
+        assert!(list.contains(name), "{name} is not in {list}");
+    }
+}
+
+#[test]
+fn a_task_of_one_s_own_is_a_table_in_a_file() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("mine.toml");
+    let define = |gold: &str| {
+        let text = format!(
+            "[[task]]\nname = \"capitals\"\nversion = 1.0\nsources = [\"me/capitals\"]\ntest = \"test\"\n\
+             context = \"The capital of {{{{ country }}}} is\"\nchoices = \"cities\"\ngold = \"{gold}\"\n\
+             metrics = [\"acc\", \"acc_norm\"]\n"
+        );
+        std::fs::write(&file, text).unwrap();
+    };
+    let rows = home.path().join("me/capitals/test.jsonl");
+    std::fs::create_dir_all(rows.parent().unwrap()).unwrap();
+    std::fs::write(
+        &rows,
+        "{\"country\": \"France\", \"cities\": [\"Rome\", \"Paris\"], \"capital\": \"Paris\"}\n",
+    )
+    .unwrap();
+    let run = || {
+        let model = model();
+        let arguments = ["run", "--model", model.to_str().unwrap(), "--data", home.path().to_str().unwrap()];
+        evaluator(
+            &[&arguments[..], &["--include", file.to_str().unwrap(), "--tasks", "capitals", "--json"]]
+                .concat(),
+        )
+    };
+    define("cities | index(capital)");
+    let results: Value = serde_json::from_str(&stdout(&run())).unwrap();
+    assert_eq!(results["n-samples"]["capitals"]["original"], 1);
+    assert_eq!(results["results"]["capitals"]["acc_stderr,none"], "N/A");
+    for (gold, words) in [
+        ("2", "`gold` is 2, and there are 2 choices"),
+        ("captial", "`gold`"),
+        ("cities | indx(capital)", "indx"),
+    ] {
+        define(gold);
+        let output = run();
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(2) && message.contains(words), "{message}");
+        assert!(message.contains("capitals"), "{message}");
+    }
+}
+
+#[test]
+fn tasks_that_cannot_be_measured_are_refused_with_what_to_do() {
+    for (arguments, words) in [
+        (&["--tasks", "helaswag"][..], "did you mean hellaswag"),
+        (&["--tasks", "mmlu_virology"], "cais/mmlu/virology/test-*.parquet"),
+        (&["--tasks", "piqa", "--limit", "0"], "--limit"),
+        (&["--tasks", "piqa", "--context", "4096"], "at most 2048"),
+        (&["--tasks", "piqa", "--num-fewshot", "1000"], "smaller --num-fewshot"),
+        (&["--suite", "openllm", "--num-fewshot", "1"], "--num-fewshot"),
+        (&["--tasks", "race", "--context", "2"], "tokens"),
+        (&["--tasks", "piqa", "--tokenizer", "/nowhere"], "--tokenizer"),
+        (&["--tasks", "piqa", "--resume"], "--output"),
+    ] {
+        let output = tasks(arguments);
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(2) && message.contains(words), "{arguments:?}: {message}");
+    }
+}
+
 #[test]
 fn bench_times_both_phases_of_every_run() {
     let model = model();

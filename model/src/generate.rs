@@ -8,7 +8,7 @@
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
-use ulmus_backend::{Backend, CacheFormat, Heads, IGNORE, Spans, View, ViewMut, WeightFormat};
+use ulmus_backend::{Backend, CacheFormat, Forks, Heads, IGNORE, Spans, View, ViewMut, WeightFormat};
 use ulmus_plan::ModelConfig;
 
 use crate::buffers::{Norms, Planner, RopeTables, heads, read, write};
@@ -16,7 +16,7 @@ use crate::error::ModelError;
 use crate::params::{LayerLayout, Layout};
 use crate::sample::{Sampler, Sampling};
 
-/// Rows of a prompt that pass through the layers at once.
+/// Rows of a prompt that pass through the layers at once, unless the generator is planned for another number.
 const PROMPT_ROWS: usize = 256;
 /// Rows whose logits exist at once while text is scored.
 const SCORE_ROWS: usize = 64;
@@ -131,6 +131,33 @@ fn check_values(layout: &Layout, weights: &[f32], format: WeightFormat) -> Resul
     Ok(())
 }
 
+/// Tokens that continue a sequence, and what is asked of the model there.
+#[derive(Debug, Clone, Copy)]
+pub struct Span<'a> {
+    /// The sequence.
+    pub sequence: usize,
+    /// At least one token.
+    pub tokens: &'a [u32],
+    /// Pairs of an index in `tokens` and a token whose probability to follow that one is wanted.
+    pub targets: &'a [(usize, u32)],
+}
+
+/// How likely the model finds a token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Score {
+    /// Negative log-likelihood in nats.
+    pub nll: f32,
+    /// Whether no token is likelier; of equally likely ones, whether it is the first.
+    pub greedy: bool,
+}
+
+/// Spans of a pass that have the same length.
+#[derive(Debug, Clone, Copy)]
+struct Group {
+    spans: usize,
+    length: usize,
+}
+
 /// Generates texts: one, or several *sequences* side by side, each with its own length.
 ///
 /// A sequence gets the same bits whatever the others are.
@@ -138,10 +165,12 @@ fn check_values(layout: &Layout, weights: &[f32], format: WeightFormat) -> Resul
 pub struct Generator<B: Backend> {
     model: Arc<Model<B>>,
     capacity: usize,
+    /// Rows that pass through the layers at once.
+    rows: usize,
     /// The number of tokens in the cache, of each sequence.
     positions: Vec<usize>,
-    /// The integers that a pass reads: the sequences it continues, the positions it continues them from, and the
-    /// tokens.
+    /// The integers that a pass reads: the sequences it continues, the positions it continues them from, the positions of
+    /// all rows, and the tokens.
     words: Vec<u32>,
     words_on_device: B::Buffer<u32>,
     /// CUDA graphs of the passes in which one sequence, two, ... get a token each.
@@ -189,10 +218,25 @@ impl<B: Backend> Generator<B> {
         capacity: usize,
         sequences: usize,
     ) -> Result<Self, ModelError> {
+        Self::with_rows(model, capacity, sequences, PROMPT_ROWS.min(capacity))
+    }
+
+    /// Plans a generator for `sequences` texts (at least one) of up to `capacity` tokens each, which sends at least `rows`
+    /// tokens through the model at once if there are as many.
+    ///
+    /// # Errors
+    /// [`ModelError::Backend`].
+    pub fn with_rows(
+        model: Arc<Model<B>>,
+        capacity: usize,
+        sequences: usize,
+        rows: usize,
+    ) -> Result<Self, ModelError> {
         let sequences = sequences.max(1);
         let plan = &mut Planner::new(&model.backend);
         let config = &model.config;
-        let (d, rows) = (config.model_dim, PROMPT_ROWS.min(capacity).max(sequences));
+        let (d, rows) = (config.model_dim, rows.max(sequences));
+        let scored = SCORE_ROWS.max(sequences);
         let widest = |width: &dyn Fn(&Layer<B>) -> usize| model.layers.iter().map(width).max().unwrap_or(0);
         let packed = widest(&|layer| layer.heads.packed_width());
         let query_heads = widest(&|layer| layer.heads.query);
@@ -202,9 +246,10 @@ impl<B: Backend> Generator<B> {
         let cache = model.layers.iter().map(cache).collect::<Result<_, _>>()?;
         Ok(Self {
             capacity,
+            rows,
             positions: vec![0; sequences],
-            words: Vec::with_capacity(2 * sequences + rows),
-            words_on_device: plan.buffer(2 * sequences + rows)?,
+            words: Vec::with_capacity(3 * sequences + 2 * rows),
+            words_on_device: plan.buffer(3 * sequences + 2 * rows)?,
             graphs: (0..sequences).map(|_| B::Graph::default()).collect(),
             cache,
             rope: RopeTables::new(plan, config, capacity)?,
@@ -220,11 +265,11 @@ impl<B: Backend> Generator<B> {
             gated: plan.activations(rows * ffn)?,
             norms: Norms::new(plan, config, rows)?,
             cross_entropy: plan.buffer(rows)?,
-            logits: plan.buffer(SCORE_ROWS.max(sequences) * config.vocab_size)?,
+            logits: plan.buffer(scored * config.vocab_size)?,
             tokens: Vec::with_capacity(sequences),
             next: vec![0.0; sequences * config.vocab_size],
-            likeliest: plan.buffer(sequences)?,
-            greedy: vec![0; sequences],
+            likeliest: plan.buffer(scored)?,
+            greedy: vec![0; scored],
             model,
         })
     }
@@ -244,9 +289,165 @@ impl<B: Backend> Generator<B> {
         self.capacity
     }
 
+    /// The most tokens that pass through the model at once.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
     /// Forgets all tokens, to begin new texts.
     pub fn reset(&mut self) {
         self.positions.fill(0);
+    }
+
+    /// Forgets the tokens of one sequence.
+    ///
+    /// # Panics
+    /// If there is no such sequence.
+    pub fn forget(&mut self, sequence: usize) {
+        self.positions[sequence] = 0;
+    }
+
+    /// Makes sequences begin like others: for each pair, forgets the second sequence and gives it the tokens of the first.
+    ///
+    /// # Errors
+    /// [`ModelError::Batch`] if there is no such sequence, one is named twice as the second of a pair, or one is the first of
+    /// a pair and the second of another.
+    pub fn fork(&mut self, pairs: &[(usize, usize)]) -> Result<(), ModelError> {
+        let most = self.positions.len();
+        if let Some(unknown) = pairs.iter().flat_map(|(from, to)| [from, to]).find(|one| **one >= most) {
+            return Err(ModelError::Batch(format!(
+                "there is no sequence {unknown}: there are {most}, numbered from 0"
+            )));
+        }
+        for (index, (_, to)) in pairs.iter().enumerate() {
+            let is_read = pairs.iter().any(|(from, _)| from == to);
+            if is_read || pairs[..index].iter().any(|(_, before)| before == to) {
+                return Err(ModelError::Batch(format!(
+                    "sequence {to} is copied to, and is part of another copy"
+                )));
+            }
+            self.positions[*to] = self.positions[pairs[index].0];
+        }
+        let copied = || pairs.iter().filter(|(from, _)| self.positions[*from] > 0);
+        let (count, longest) = (copied().count(), copied().map(|(from, _)| self.positions[*from]).max());
+        let Some(longest) = longest else { return Ok(()) };
+        let words = &mut self.words;
+        words.clear();
+        words.extend(copied().map(|(from, _)| *from as u32));
+        words.extend(copied().map(|(_, to)| *to as u32));
+        words.extend(copied().map(|(from, _)| self.positions[*from] as u32));
+        let model = Arc::clone(&self.model);
+        model.backend.upload(write(&mut self.words_on_device, words.len()), words);
+        let Self { cache, words_on_device, .. } = self;
+        let words = |index: usize| View::new(&*words_on_device, index * count..(index + 1) * count);
+        model.backend.run(|| {
+            for cache in cache {
+                let forks = Forks { from: words(0), to: words(1), positions: words(2), longest };
+                model.backend.fork(cache, forks);
+            }
+        });
+        Ok(())
+    }
+
+    /// Appends the tokens of each span to its sequence, and scores the targets of all spans, in order.
+    ///
+    /// A score has the same bits whatever the other spans are, and however the tokens before it were appended.
+    ///
+    /// # Errors
+    /// Those of [`Generator::feed_to`], and [`ModelError::Batch`] if a sequence has two spans, the spans have more tokens than
+    /// [`Generator::rows`], or a target does not follow a token of its span.
+    pub fn extend(&mut self, spans: &[Span<'_>]) -> Result<Vec<Score>, ModelError> {
+        for (index, span) in spans.iter().enumerate() {
+            self.check(span.sequence, span.tokens, &[])?;
+            if spans[..index].iter().any(|before| before.sequence == span.sequence) {
+                return Err(ModelError::Batch(format!("sequence {} gets two spans at once", span.sequence)));
+            }
+        }
+        let (rows, most) = (spans.iter().map(|span| span.tokens.len()).sum::<usize>(), self.rows);
+        if rows > most {
+            return Err(ModelError::Batch(format!("{rows} tokens at once, and there is room for {most}")));
+        }
+        let vocabulary = self.model.config.vocab_size;
+        let mut targets =
+            spans.iter().flat_map(|span| span.targets.iter().map(|target| (span.tokens, target)));
+        if let Some((tokens, (at, token))) =
+            targets.find(|(tokens, (at, token))| *at >= tokens.len() || *token as usize >= vocabulary)
+        {
+            return Err(ModelError::Batch(format!(
+                "token {token} at {at} is no target of a span of {} tokens and a vocabulary of {vocabulary}",
+                tokens.len()
+            )));
+        }
+        if rows == 0 {
+            return Ok(Vec::new());
+        }
+        // Spans of equal length attend together.
+        let mut order: Vec<usize> = (0..spans.len()).collect();
+        order.sort_by_key(|index| spans[*index].tokens.len());
+        let by_length = order.chunk_by(|a, b| spans[*a].tokens.len() == spans[*b].tokens.len());
+        let groups: Vec<Group> =
+            by_length.map(|same| Group { spans: same.len(), length: spans[same[0]].tokens.len() }).collect();
+        let mut tokens = Vec::with_capacity(rows);
+        let mut first_rows = vec![0; spans.len()];
+        for index in &order {
+            first_rows[*index] = tokens.len();
+            tokens.extend_from_slice(spans[*index].tokens);
+        }
+        self.advance_groups(order.iter().map(|index| spans[*index].sequence), &groups, &tokens);
+        let of_span = |(span, first): (&Span<'_>, &usize)| {
+            let first = *first;
+            span.targets.iter().map(move |(at, token)| ((first + at) as u32, *token)).collect::<Vec<_>>()
+        };
+        let wanted: Vec<(u32, u32)> = spans.iter().zip(&first_rows).flat_map(of_span).collect();
+        Ok(self.score_rows(&wanted))
+    }
+
+    /// Scores pairs of a row that has passed all layers, and the token that follows it.
+    fn score_rows(&mut self, wanted: &[(u32, u32)]) -> Vec<Score> {
+        let model = Arc::clone(&self.model);
+        let (d, vocabulary) = (model.config.model_dim, model.config.vocab_size);
+        let mut scores = Vec::with_capacity(wanted.len());
+        for part in wanted.chunks(SCORE_ROWS.min(self.rows)) {
+            let count = part.len();
+            self.words.clear();
+            self.words.extend(part.iter().map(|(row, _)| row));
+            let targets: Vec<u32> = part.iter().map(|(_, token)| *token).collect();
+            model.backend.upload(write(&mut self.words_on_device, count), &self.words);
+            model.backend.upload(write(&mut self.targets, count), &targets);
+            let Self {
+                normed,
+                branch,
+                words_on_device,
+                logits,
+                likeliest,
+                cross_entropy,
+                targets: on_device,
+                ..
+            } = self;
+            model.backend.run(|| {
+                let backend = &model.backend;
+                backend.gather(
+                    write(branch, count * d),
+                    read(normed, self.rows * d),
+                    read(words_on_device, count),
+                    d,
+                );
+                let len = count * vocabulary;
+                backend.logits(write(logits, len), read(branch, count * d), &model.embedding, count);
+                backend.greedy(write(likeliest, count), read(logits, len));
+                backend.cross_entropy(
+                    write(cross_entropy, count),
+                    write(logits, len),
+                    read(on_device, count),
+                );
+            });
+            let mut nll = vec![0.0; count];
+            model.backend.download(read(cross_entropy, count), &mut nll);
+            model.backend.download(read(likeliest, count), &mut self.greedy[..count]);
+            let likeliest = self.greedy.iter().zip(targets).map(|(likeliest, target)| *likeliest == target);
+            scores.extend(nll.into_iter().zip(likeliest).map(|(nll, greedy)| Score { nll, greedy }));
+        }
+        scores
     }
 
     /// Appends tokens to the first sequence (a whole prompt, or one decoded token) and returns the logits
@@ -264,10 +465,10 @@ impl<B: Backend> Generator<B> {
     /// Those of [`Generator::feed`], and [`ModelError::Batch`] if there is no such sequence.
     pub fn feed_to(&mut self, sequence: usize, tokens: &[u32]) -> Result<&[f32], ModelError> {
         self.check(sequence, tokens, &[])?;
-        for part in tokens.chunks(PROMPT_ROWS) {
+        for part in tokens.chunks(self.rows) {
             self.advance([sequence].into_iter(), part);
         }
-        let rows = (tokens.len() - 1) % PROMPT_ROWS + 1;
+        let rows = (tokens.len() - 1) % self.rows + 1;
         if rows > 1 {
             let model = Arc::clone(&self.model);
             model.backend.run(|| self.head(rows - 1..rows));
@@ -350,8 +551,8 @@ impl<B: Backend> Generator<B> {
         let model = Arc::clone(&self.model);
         let vocabulary = model.config.vocab_size;
         let mut losses = vec![0.0; tokens.len()];
-        let parts = tokens.chunks(PROMPT_ROWS).zip(targets.chunks(PROMPT_ROWS));
-        for ((tokens, targets), losses) in parts.zip(losses.chunks_mut(PROMPT_ROWS)) {
+        let parts = tokens.chunks(self.rows).zip(targets.chunks(self.rows));
+        for ((tokens, targets), losses) in parts.zip(losses.chunks_mut(self.rows)) {
             let rows = tokens.len();
             self.advance([0].into_iter(), tokens);
             model.backend.upload(write(&mut self.targets, rows), targets);
@@ -442,41 +643,60 @@ impl<B: Backend> Generator<B> {
 
     /// Appends tokens to some sequences, the same number to each, and sends them through all layers; leaves the final
     /// norm's output in `normed`. If each gets one token, computes the logits, too.
-    fn advance(&mut self, sequences: impl Iterator<Item = usize>, tokens: &[u32]) {
-        let model = Arc::clone(&self.model);
-        let words = &mut self.words;
-        words.clear();
-        words.extend(sequences.map(|sequence| sequence as u32));
-        let (spans, rows) = (words.len(), tokens.len());
-        let length = rows / spans;
-        for span in 0..spans {
-            let position = &mut self.positions[words[span] as usize];
-            words.push(*position as u32);
-            *position += length;
-        }
-        words.extend(tokens);
-        model.backend.upload(write(&mut self.words_on_device, words.len()), words);
+    fn advance(&mut self, sequences: impl ExactSizeIterator<Item = usize>, tokens: &[u32]) {
+        let spans = sequences.len();
+        let length = tokens.len() / spans;
         if length > 1 {
-            return model.backend.run(|| self.layers(spans, length));
+            return self.advance_groups(sequences, &[Group { spans, length }], tokens);
         }
+        self.prepare(sequences, &[Group { spans, length }], tokens);
         // Passes that decode are all alike, and can be replayed.
+        let model = Arc::clone(&self.model);
         let mut graph = std::mem::take(&mut self.graphs[spans - 1]);
         model.backend.replay(&mut graph, || {
-            self.layers(spans, 1);
+            self.layers(&[Group { spans, length }]);
             self.head(0..spans);
         });
         self.graphs[spans - 1] = graph;
     }
 
+    /// Appends tokens to some sequences, which are grouped by the number of tokens they get, and sends them through all
+    /// layers; leaves the final norm's output in `normed`.
+    fn advance_groups(&mut self, sequences: impl Iterator<Item = usize>, groups: &[Group], tokens: &[u32]) {
+        self.prepare(sequences, groups, tokens);
+        let model = Arc::clone(&self.model);
+        model.backend.run(|| self.layers(groups));
+    }
+
+    /// Puts the integers of a pass on the device, and counts its tokens.
+    fn prepare(&mut self, sequences: impl Iterator<Item = usize>, groups: &[Group], tokens: &[u32]) {
+        let Self { words, positions, .. } = self;
+        words.clear();
+        words.extend(sequences.map(|sequence| sequence as u32));
+        let spans = words.len();
+        for span in 0..spans {
+            words.push(positions[words[span] as usize] as u32);
+        }
+        let lengths = groups.iter().flat_map(|group| std::iter::repeat_n(group.length, group.spans));
+        for (span, length) in lengths.enumerate() {
+            let first = words[spans + span];
+            words.extend(first..first + length as u32);
+            positions[words[span] as usize] += length;
+        }
+        words.extend(tokens);
+        self.model.backend.upload(write(&mut self.words_on_device, words.len()), words);
+    }
+
     /// Computes the output of the final norm from the token ids of some spans.
-    fn layers(&mut self, spans: usize, length: usize) {
+    fn layers(&mut self, groups: &[Group]) {
+        let spans: usize = groups.iter().map(|group| group.spans).sum();
+        let rows: usize = groups.iter().map(|group| group.spans * group.length).sum();
         let Self { model, rope, cache, words_on_device, stream, middle, normed, packed, rotated, .. } = self;
         let Self { attended, branch, gate_up, gated, norms, .. } = self;
-        let (backend, d, rows) = (&model.backend, model.config.model_dim, spans * length);
-        let sequences = || read(words_on_device, spans);
-        let positions = || View::new(words_on_device, spans..2 * spans);
-        let ids = View::new(words_on_device, 2 * spans..2 * spans + rows);
-        backend.embed_weights(write(stream, rows * d), &model.embedding, ids);
+        let (backend, d) = (&model.backend, model.config.model_dim);
+        let words = |from: usize, count: usize| View::new(&*words_on_device, from..from + count);
+        let positions = || words(2 * spans, rows);
+        backend.embed_weights(write(stream, rows * d), &model.embedding, words(2 * spans + rows, rows));
         for (index, (layer, cache)) in model.layers.iter().zip(cache).enumerate() {
             let (heads, ffn) = (layer.heads, layer.ffn);
             let (width, query_width) = (heads.packed_width(), heads.query_width());
@@ -497,15 +717,24 @@ impl<B: Backend> Generator<B> {
                 write(rotated, rows * width),
                 read(packed, rows * width),
                 norms.of(read(&layer.qk_norm, 2 * heads.width)),
-                rope.at(positions(), length),
+                rope.at(positions(), 1),
                 heads,
             );
-            backend.cached_attention(
-                write(attended, rows * query_width),
-                cache,
-                read(rotated, rows * width),
-                Spans { sequences: sequences(), first: positions(), length },
-            );
+            let (mut span, mut row) = (0, 0);
+            for Group { spans: count, length } in groups {
+                let end = row + count * length;
+                backend.cached_attention(
+                    ViewMut::new(attended, row * query_width..end * query_width),
+                    cache,
+                    View::new(rotated, row * width..end * width),
+                    Spans {
+                        sequences: words(span, *count),
+                        first: words(spans + span, *count),
+                        length: *length,
+                    },
+                );
+                (span, row) = (span + count, end);
+            }
             let attended = read(attended, rows * query_width);
             backend.linear_weights(write(branch, rows * d), attended, &layer.out_proj, rows);
             backend.add_norm(

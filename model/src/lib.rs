@@ -22,7 +22,7 @@ mod tensors;
 
 pub use batch::{BatchShape, MicroBatch};
 pub use error::ModelError;
-pub use generate::{Generator, Model};
+pub use generate::{Generator, Model, Score, Span};
 pub use objective::{LossSum, Objective};
 pub use params::{Layout, Tensor, Trainable};
 pub use replica::{Replica, State, StateCopy, StatePart, Sums};

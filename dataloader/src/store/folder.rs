@@ -108,7 +108,7 @@ impl Folder {
         not(feature = "http"),
         expect(clippy::unused_self, reason = "only the hub has such addresses")
     )]
-    pub(crate) fn pinned(&self) -> Option<&str> {
+    pub fn pinned(&self) -> Option<&str> {
         #[cfg(feature = "http")]
         if self.hub.is_some() {
             return Some(self.url());

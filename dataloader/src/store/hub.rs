@@ -1,4 +1,5 @@
-//! Datasets on the Hugging Face hub: `hf://datasets/<organisation>/<name>[@revision][/<folder>]`.
+//! Datasets on the Hugging Face hub, `hf://datasets/<organisation>/<name>[@revision][/<folder>]`, and models,
+//! `hf://<organisation>/<name>[@revision][/<folder>]`.
 //!
 //! A revision is resolved to its commit once, and everything is read of that commit: files of a commit never change.
 //! The hub answers a request for a file by sending the client on to its content network; the place is remembered
@@ -26,35 +27,67 @@ use tokio::time::Instant;
 use ulmus_storage::{Counters, FileInfo, Retries, StoreError, retried};
 use url::Url;
 
+use super::open::HubKind;
 use crate::error::DataError;
 
-const SCHEME: &str = "hf://datasets/";
+const SCHEME: &str = "hf://";
 const ENDPOINT: &str = "https://huggingface.co";
 /// Places on the content network are signed for an hour.
 const REMEMBERED: Duration = Duration::from_mins(10);
 const MOST_REDIRECTS: usize = 5;
 
-/// A dataset at one commit.
+/// A repository at one commit.
 #[derive(Debug)]
 pub(super) struct Hub {
     client: Client,
-    dataset: Dataset,
+    repository: Repository,
     commit: String,
+}
+
+impl HubKind {
+    /// What stands before the name in an address.
+    const fn prefix(self) -> &'static str {
+        match self {
+            Self::Dataset => "datasets",
+            Self::Model => "",
+        }
+    }
+
+    const fn in_api(self) -> &'static str {
+        match self {
+            Self::Dataset => "datasets",
+            Self::Model => "models",
+        }
+    }
+
+    const fn form(self) -> &'static str {
+        match self {
+            Self::Dataset => {
+                "a dataset is written hf://datasets/<organisation>/<name>[@<revision>][/<folder>]"
+            }
+            Self::Model => "a model is written hf://<organisation>/<name>[@<revision>][/<folder>]",
+        }
+    }
 }
 
 /// What an address names.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Dataset {
+struct Repository {
+    kind: HubKind,
     /// `organisation/name`.
     id: String,
     revision: String,
     folder: String,
 }
 
-impl Dataset {
-    fn parse(url: &str) -> Result<Self, String> {
-        let form = "a dataset is written hf://datasets/<organisation>/<name>[@<revision>][/<folder>]";
-        let rest = url.strip_prefix(SCHEME).ok_or_else(|| form.to_owned())?;
+impl Repository {
+    fn parse(kind: HubKind, url: &str) -> Result<Self, String> {
+        let form = kind.form();
+        let rest = url.strip_prefix(SCHEME).and_then(|rest| match kind {
+            HubKind::Dataset => rest.strip_prefix("datasets/"),
+            HubKind::Model => Some(rest).filter(|rest| !rest.starts_with("datasets/")),
+        });
+        let rest = rest.ok_or_else(|| form.to_owned())?;
         let mut parts = rest.split('/').filter(|part| !part.is_empty());
         let (Some(organisation), Some(name)) = (parts.next(), parts.next()) else {
             return Err(form.to_owned());
@@ -72,7 +105,7 @@ impl Dataset {
             return Err(form.to_owned());
         }
         let folder = parts.collect::<Vec<_>>().join("/");
-        Ok(Self { id: format!("{organisation}/{name}"), revision, folder })
+        Ok(Self { kind, id: format!("{organisation}/{name}"), revision, folder })
     }
 }
 
@@ -84,43 +117,46 @@ fn is_commit(revision: &str) -> bool {
 impl Hub {
     /// Finds the commit that an address names, and a store for the files of its folder.
     pub(super) async fn open(
+        kind: HubKind,
         url: &str,
         retries: Retries,
         counters: &Arc<Counters>,
     ) -> Result<(Self, Arc<dyn ObjectStore>), Failed> {
-        let dataset = Dataset::parse(url).map_err(Failed::finally)?;
+        let repository = Repository::parse(kind, url).map_err(Failed::finally)?;
         let endpoint = std::env::var("HF_ENDPOINT").unwrap_or_else(|_| ENDPOINT.to_owned());
         let client = Client::new(endpoint.trim_end_matches('/'), retries.request_timeout, counters)
             .map_err(Failed::finally)?;
-        let Dataset { id, revision, .. } = &dataset;
+        let Repository { id, revision, .. } = &repository;
         let commit = if is_commit(revision) {
             revision.clone()
         } else {
-            let path = ["api", "datasets"].into_iter().chain(id.split('/')).chain(["revision", revision]);
+            let path = ["api", kind.in_api()].into_iter().chain(id.split('/')).chain(["revision", revision]);
             client.json::<Revision>(client.address(path)?.as_str()).await?.0.sha
         };
-        let files = ["datasets"].into_iter().chain(id.split('/')).chain(["resolve", &commit]);
+        let files = [kind.prefix()].into_iter().chain(id.split('/')).chain(["resolve", &commit]);
         let builder = HttpBuilder::new()
-            .with_url(client.address(files.chain(dataset.folder.split('/')))?)
+            .with_url(client.address(files.chain(repository.folder.split('/')))?)
             .with_retry(ulmus_storage::wire_retries(retries))
             .with_http_connector(Redirects::new(client.clone()));
         let builder = ulmus_storage::settings(retries)
             .into_iter()
             .fold(builder, |builder, (key, value)| builder.with_config(key, value));
         let store = builder.build().map_err(|error| Failed::finally(error.to_string()))?;
-        Ok((Self { client, dataset, commit }, Arc::new(store)))
+        Ok((Self { client, repository, commit }, Arc::new(store)))
     }
 
     /// The address of the same folder at its commit.
     pub(super) fn pinned(&self) -> String {
-        let Dataset { id, folder, .. } = &self.dataset;
-        format!("{SCHEME}{id}@{}/{folder}", self.commit).trim_end_matches('/').to_owned()
+        let Repository { kind, id, folder, .. } = &self.repository;
+        let parts = [kind.prefix(), &format!("{id}@{}", self.commit), folder];
+        let parts: Vec<&str> = parts.into_iter().filter(|part| !part.is_empty()).collect();
+        format!("{SCHEME}{}", parts.join("/"))
     }
 
     /// All files below the folder, in any order. Their versions are hashes of their contents.
     pub(super) async fn list(&self) -> Result<Vec<FileInfo>, Failed> {
-        let Dataset { id, folder, .. } = &self.dataset;
-        let tree = ["api", "datasets"].into_iter().chain(id.split('/')).chain(["tree", &self.commit]);
+        let Repository { kind, id, folder, .. } = &self.repository;
+        let tree = ["api", kind.in_api()].into_iter().chain(id.split('/')).chain(["tree", &self.commit]);
         let tree = self.client.address(tree.chain(folder.split('/')))?;
         let mut next = Some(format!("{tree}?recursive=true"));
         let mut files = Vec::new();
@@ -294,14 +330,14 @@ enum Refused {
 fn told(status: StatusCode, has_token: bool) -> String {
     match status {
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if has_token => format!(
-            "the hub answers {status}: the token may not read this dataset, or no dataset has this name and revision"
+            "the hub answers {status}: the token may not read this repository, or none has this name and revision"
         ),
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => format!(
-            "the hub answers {status}: there is no dataset of this name, or it needs a token; set HF_TOKEN"
+            "the hub answers {status}: there is no repository of this name, or it needs a token; set HF_TOKEN"
         ),
         StatusCode::NOT_FOUND => {
             format!(
-                "the hub answers {status}: it has no such dataset, revision or folder; correct the address"
+                "the hub answers {status}: it has no such repository, revision or folder; correct the address"
             )
         }
         _ => format!("the hub answers {status}"),
@@ -416,7 +452,7 @@ mod tests {
     #[test]
     fn addresses_name_dataset_revision_and_folder() {
         let parse = |url: &str| {
-            let Dataset { id, revision, folder } = Dataset::parse(url)?;
+            let Repository { id, revision, folder, .. } = Repository::parse(HubKind::Dataset, url)?;
             Ok::<_, String>([id, revision, folder].join(" "))
         };
         for (url, expected) in [
@@ -430,6 +466,13 @@ mod tests {
         for url in ["hf://datasets/a", "hf://models/a/b", "hf://datasets/a/b@"] {
             assert!(parse(url).unwrap_err().contains("hf://datasets/<organisation>/<name>"), "{url}");
         }
+        let model = Repository::parse(HubKind::Model, "hf://apple/OpenELM-270M@v1").unwrap();
+        assert_eq!([model.id, model.revision, model.folder], ["apple/OpenELM-270M", "v1", ""]);
+        assert!(
+            Repository::parse(HubKind::Model, "hf://datasets/a/b")
+                .unwrap_err()
+                .contains("a model is written")
+        );
     }
 
     #[test]

@@ -11,6 +11,15 @@ use super::folder::Folder;
 use crate::address::{RUN, on_disk};
 use crate::error::DataError;
 
+/// What repositories of the hub hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum HubKind {
+    /// Rows.
+    Dataset,
+    /// Weights, a config and a tokenizer.
+    Model,
+}
+
 /// What folders are opened with.
 #[derive(Debug, Clone)]
 pub(crate) struct Stores {
@@ -44,7 +53,7 @@ impl Stores {
             };
         }
         if url.starts_with("hf://") {
-            return self.open_hub(url);
+            return self.open_hub(HubKind::Dataset, url);
         }
         self.open_store(url, Access::Read)
     }
@@ -63,13 +72,13 @@ impl Stores {
     }
 
     #[cfg(feature = "http")]
-    fn open_hub(&self, url: &str) -> Result<Folder, DataError> {
+    fn open_hub(&self, kind: HubKind, url: &str) -> Result<Folder, DataError> {
         use object_store::path::Path;
 
         use super::hub::Hub;
 
         let counters = Arc::default();
-        let opened = super::runtime::wait_for(Hub::open(url, self.retries(), &counters));
+        let opened = super::runtime::wait_for(Hub::open(kind, url, self.retries(), &counters));
         let (hub, objects) = opened.map_err(|failed| failed.of(url))?;
         let store = Store::from_objects(objects, Path::default(), &hub.pinned()).with_counters(counters);
         let hub = Some(Arc::new(hub));
@@ -78,7 +87,7 @@ impl Stores {
 
     #[cfg(not(feature = "http"))]
     #[expect(clippy::unused_self, reason = "it is used where there are networks")]
-    fn open_hub(&self, url: &str) -> Result<Folder, DataError> {
+    fn open_hub(&self, _: HubKind, url: &str) -> Result<Folder, DataError> {
         let reason = "this program was built without the feature `http`; build with it, or use a path";
         Err(DataError::Url { url: url.to_owned(), reason: reason.to_owned() })
     }
@@ -124,6 +133,22 @@ impl Stores {
 }
 
 impl Folder {
+    /// A folder at any address that a source may have: on a disk, in an object store, on the hub.
+    ///
+    /// # Errors
+    /// When the address has an unknown form, or the folder is not there.
+    pub fn open(url: &str) -> Result<Self, DataError> {
+        Stores::new(&DataConfig::default(), None)?.open(url)
+    }
+
+    /// A model on the hub: `hf://<organisation>/<name>[@<revision>][/<folder>]`.
+    ///
+    /// # Errors
+    /// When the address has another form, or the hub does not have the model.
+    pub fn open_model(url: &str) -> Result<Self, DataError> {
+        Stores::new(&DataConfig::default(), None)?.open_hub(HubKind::Model, url)
+    }
+
     /// The folder of a run, on a disk or in an object store; `None` if it is on a disk and not there.
     ///
     /// # Errors

@@ -1,6 +1,9 @@
 //! How files of a corpus are read: in ranges, from the cache or from the store, ahead of their use where that helps.
 
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::ops::Range;
+use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
@@ -10,6 +13,9 @@ use ulmus_storage::{FileInfo, StoreError};
 use super::folder::Folder;
 use super::runtime::{IO, wait_for};
 use crate::error::DataError;
+
+/// Bytes of a file that are held while it is copied.
+const COPIED_AT_ONCE: usize = 64 << 20;
 
 /// A range that is being read.
 #[derive(Debug)]
@@ -40,6 +46,29 @@ impl Folder {
             Err(StoreError::NotFound { .. }) => Ok(None),
             read => Ok(Some(read?.into())),
         }
+    }
+
+    /// Copies a file to `target`, which appears whole or not at all, and returns its size in bytes.
+    ///
+    /// # Errors
+    /// When the store does not give the file, or `target` cannot be written.
+    pub fn copy(&self, path: &str, target: &Path) -> Result<u64, DataError> {
+        let file = self.stat(vec![path.to_owned()])?.remove(0);
+        let part = target.with_extension("part");
+        let failed = |error: io::Error| DataError::Target {
+            folder: target.display().to_string(),
+            reason: format!("it cannot be written: {error}"),
+        };
+        if let Some(folder) = target.parent() {
+            fs::create_dir_all(folder).map_err(failed)?;
+        }
+        let mut out = File::create(&part).map_err(failed)?;
+        for start in (0..file.size).step_by(COPIED_AT_ONCE) {
+            let end = file.size.min(start + COPIED_AT_ONCE as u64);
+            out.write_all(&self.read_range(&file, start..end)?).map_err(failed)?;
+        }
+        out.sync_all().and_then(|()| fs::rename(&part, target)).map_err(failed)?;
+        Ok(file.size)
     }
 
     /// The bytes of `range` of a file, which must still be the one that `file` describes.

@@ -44,6 +44,15 @@ impl WeightFormat {
         }
     }
 
+    /// Bytes that so many weights take.
+    pub fn bytes(self, weights: u64) -> u64 {
+        match self {
+            Self::F32 => 4 * weights,
+            Self::F16 | Self::Bf16 => 2 * weights,
+            Self::Q8_0 => weights.div_ceil(32) * 34,
+        }
+    }
+
     /// The largest magnitude that stays finite in this format.
     pub fn largest(self) -> f32 {
         match self {

@@ -208,6 +208,19 @@ pub struct Spans<'a, B: Backend> {
     pub length: usize,
 }
 
+/// Sequences of a cache, and others that begin like them.
+#[derive(Debug)]
+pub struct Forks<'a, B: Backend> {
+    /// The sequences to copy.
+    pub from: In<'a, B, u32>,
+    /// The sequences that become copies, one for each of `from`.
+    pub to: In<'a, B, u32>,
+    /// Number of positions of each copy.
+    pub positions: In<'a, B, u32>,
+    /// The largest of `positions`.
+    pub longest: usize,
+}
+
 /// A device that decodes. A clone is another handle to the same device.
 pub trait Backend: Clone + Debug + Send + Sync + 'static {
     /// A buffer in the device's memory.
@@ -304,6 +317,9 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
         format: WeightFormat,
     ) -> Result<Self::Weights, BackendError>;
 
+    /// `out[r] = x[rows[r]]`, with rows of `width` elements.
+    fn gather(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, rows: In<'_, Self, u32>, width: usize);
+
     /// `out[r] = table[ids[r]]`.
     fn embed_weights(&self, out: ActsMut<'_, Self>, table: &Self::Weights, ids: In<'_, Self, u32>);
 
@@ -325,6 +341,9 @@ pub trait Backend: Clone + Debug + Send + Sync + 'static {
         heads: Heads,
         format: CacheFormat,
     ) -> Result<Self::Cache, BackendError>;
+
+    /// Copies the keys and values of sequences to other sequences. No sequence is written twice, or both read and written.
+    fn fork(&self, cache: &mut Self::Cache, forks: Forks<'_, Self>);
 
     /// Puts the keys and values of all spans' packed rows into the cache, and lets each query attend to the keys of its
     /// sequence up to its own position: `out` is `[R, query_width]`. A row has the same bits whatever the other rows

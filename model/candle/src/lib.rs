@@ -17,7 +17,7 @@ use tracing::{Span, trace_span};
 use ulmus_plan::{NormKind, Precision};
 
 use ulmus_backend::{
-    Acts, ActsMut, Backend, BackendError, CacheFormat, Element, Heads, In, LAYER_EPSILON, Norm, Out,
+    Acts, ActsMut, Backend, BackendError, CacheFormat, Element, Forks, Heads, In, LAYER_EPSILON, Norm, Out,
     RMS_EPSILON, Rope, Spans, View, ViewMut, WeightFormat, greedy_rows,
 };
 
@@ -302,6 +302,13 @@ impl Backend for Candle {
         Ok(Weights { matrix: matrix().map_err(|error| device(&error))?, outputs, inputs, operand })
     }
 
+    fn gather(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, numbers: In<'_, Self, u32>, width: usize) {
+        Self::kernel(trace_span!("gather"), || {
+            let numbers = Tensor::from_slice(slice(&numbers), numbers.len(), &self.device)?;
+            set(out, &rows(&x, width)?.index_select(&numbers, 0)?)
+        });
+    }
+
     fn embed_weights(&self, out: ActsMut<'_, Self>, table: &Weights, ids: In<'_, Self, u32>) {
         Self::kernel(trace_span!("embed"), || {
             let ids = Tensor::from_slice(slice(&ids), ids.len(), &self.device)?;
@@ -336,6 +343,19 @@ impl Backend for Candle {
         let zeros = || Tensor::zeros((heads.key_value, capacity, heads.width), format, &self.device);
         let sequences = (0..sequences).map(|_| Ok([zeros()?, zeros()?])).collect::<Computed<_>>();
         Ok(Cache { heads, sequences: sequences.map_err(|error| device(&error))? })
+    }
+
+    fn fork(&self, cache: &mut Cache, forks: Forks<'_, Self>) {
+        Self::kernel(trace_span!("fork"), || {
+            let pairs = slice(&forks.from).iter().zip(slice(&forks.to)).zip(slice(&forks.positions));
+            for ((from, to), positions) in pairs {
+                let of = |sequence: u32| cache.sequences[sequence as usize].iter();
+                for (from, to) in of(*from).zip(of(*to)) {
+                    to.slice_set(&from.narrow(1, 0, *positions as usize)?.contiguous()?, 1, 0)?;
+                }
+            }
+            Ok(())
+        });
     }
 
     fn cached_attention(

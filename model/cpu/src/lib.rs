@@ -23,7 +23,8 @@ use tracing::trace_span;
 use ulmus_plan::Precision;
 
 use ulmus_backend::{
-    Backend, BackendError, CacheFormat, Element, Heads, In, Norm, Out, Rope, Spans, WeightFormat, greedy_rows,
+    Backend, BackendError, CacheFormat, Element, Forks, Heads, In, Norm, Out, Rope, Spans, WeightFormat,
+    greedy_rows,
 };
 
 /// The CPU as a device. Results are bit-identical for any number of threads.
@@ -181,6 +182,14 @@ impl Backend for Cpu {
         self.pool.install(|| Weights::new(values, outputs, format))
     }
 
+    fn gather(&self, out: Out<'_, Self>, x: In<'_, Self>, rows: In<'_, Self, u32>, width: usize) {
+        let _span = trace_span!("gather").entered();
+        let x = x.slice();
+        for (out, row) in out.slice().chunks_exact_mut(width).zip(rows.slice()) {
+            out.copy_from_slice(&x[*row as usize * width..][..width]);
+        }
+    }
+
     fn embed_weights(&self, out: Out<'_, Self>, table: &Weights, ids: In<'_, Self, u32>) {
         let _span = trace_span!("embed").entered();
         table.embed(out.slice(), ids.slice());
@@ -203,6 +212,11 @@ impl Backend for Cpu {
         format: CacheFormat,
     ) -> Result<Cache, BackendError> {
         Cache::new(sequences, capacity, heads, format)
+    }
+
+    fn fork(&self, cache: &mut Cache, forks: Forks<'_, Self>) {
+        let (from, to, positions) = (forks.from.slice(), forks.to.slice(), forks.positions.slice());
+        self.kernel(trace_span!("fork"), || cache.fork(from, to, positions));
     }
 
     fn cached_attention(

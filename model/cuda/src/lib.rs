@@ -45,8 +45,8 @@ use ulmus_plan::Precision;
 pub(crate) use weights::{Cache, Weights};
 
 use ulmus_backend::{
-    Acts, ActsMut, Backend, BackendError, CacheFormat, Element, Heads, In, Norm, Out, Rope, Spans, View,
-    ViewMut, WeightFormat,
+    Acts, ActsMut, Backend, BackendError, CacheFormat, Element, Forks, Heads, In, Norm, Out, Rope, Spans,
+    View, ViewMut, WeightFormat,
 };
 
 /// A GPU. Results are bit-identical on devices of the same kind with the same libraries.
@@ -355,6 +355,11 @@ impl Backend for Cuda {
         Weights::new(&self.device, values, outputs, format)
     }
 
+    fn gather(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, rows: In<'_, Self, u32>, width: usize) {
+        let _kernel = self.kernel(trace_span!("gather"));
+        self.gather_rows(out.address(), x.address(), rows.address(), rows.len(), width);
+    }
+
     fn embed_weights(&self, out: ActsMut<'_, Self>, table: &Weights, ids: In<'_, Self, u32>) {
         let _kernel = self.kernel(trace_span!("embed"));
         self.embed_rows(out.address(), table, ids.address(), ids.len());
@@ -378,6 +383,11 @@ impl Backend for Cuda {
         format: CacheFormat,
     ) -> Result<Cache, BackendError> {
         Cache::new(&self.device, sequences, capacity, heads, format.into())
+    }
+
+    fn fork(&self, cache: &mut Cache, forks: Forks<'_, Self>) {
+        let _kernel = self.kernel(trace_span!("fork"));
+        self.fork_cache(cache, &forks);
     }
 
     fn cached_attention(

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use ulmus_backend::{BackendError, Heads, Spans, WeightFormat};
+use ulmus_backend::{BackendError, Forks, Heads, Spans, WeightFormat};
 
 use super::arguments::{HeadRows, MatrixData};
 use super::driver::{Device, Memory};
@@ -224,6 +224,23 @@ impl Cuda {
         let program = Program::Convert { from: from_format, to: to_format };
         launch!(self, program, vector, "convert", line(len.div_ceil(THREADS * vector)), line(THREADS), 0;
             to, from, len as i64);
+    }
+
+    /// See [`ulmus_backend::Backend::gather`]: rows are embedded by their numbers, with the activations as the table.
+    pub(super) fn gather_rows(&self, out: Address, x: Address, rows: Address, count: usize, width: usize) {
+        let vector = self.vector(&[width], &[out, x]);
+        launch!(self, Program::Embed { table: self.format }, vector, "embed", line(count), line(128), 0;
+            out, x, rows, width as i32);
+    }
+
+    /// See [`ulmus_backend::Backend::fork`].
+    pub(super) fn fork_cache(&self, cache: &Cache, forks: &Forks<'_, Self>) {
+        let Cache { heads, format, capacity, .. } = *cache;
+        let program = Program::Cache { head: heads.width, cached: format, group: None };
+        let blocks = (forks.longest * heads.width).div_ceil(4 * THREADS);
+        launch!(self, program, 1, "cache_fork", [blocks, heads.key_value, forks.to.len()], line(THREADS), 0;
+            cache.keys.address(), cache.values.address(), forks.from.address(), forks.to.address(),
+            forks.positions.address(), capacity as i32, heads.key_value as i32);
     }
 
     /// See [`ulmus_backend::Backend::cached_attention`].

@@ -65,6 +65,16 @@ impl HeadPanels {
         position / depths * lines
     }
 
+    /// Number of lines that have the first positions, in all panels whose lanes are positions.
+    pub(super) fn first_by_position(&self, positions: usize) -> usize {
+        positions.div_ceil(LANES) * self.by_position()
+    }
+
+    /// Number of lines that have the first positions, in a panel whose lanes are elements.
+    pub(super) fn first_by_element(&self, positions: usize) -> usize {
+        self.before(positions.next_multiple_of(step(self.format).0))
+    }
+
     fn pack_by_position(&self, to: &mut [Line], rows: Matrix<'_>) {
         for (index, to) in to.chunks_exact_mut(self.by_position()).enumerate() {
             let lanes = (index * LANES).min(rows.rows())..((index + 1) * LANES).min(rows.rows());
@@ -73,7 +83,7 @@ impl HeadPanels {
     }
 
     fn pack_by_element(&self, to: &mut [Line], rows: Matrix<'_>) {
-        let own = self.before(rows.rows().next_multiple_of(step(self.format).0));
+        let own = self.first_by_element(rows.rows());
         for (index, to) in to.chunks_exact_mut(self.by_element()).enumerate() {
             let lanes = index * LANES..((index + 1) * LANES).min(self.width);
             pack_right(self.format, &mut to[..own], Lanes::new(rows.transposed(), lanes, 0..rows.rows()));

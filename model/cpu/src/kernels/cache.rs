@@ -71,6 +71,34 @@ impl Cache {
         by_kernel!(match self.format, CacheFormat { F32, F16, Bf16 }, kernel => self.attend_by(kernel, out, packed, spans));
     }
 
+    /// Copies the first `positions[i]` keys and values of the sequence `from[i]` to `to[i]`, for all i. No sequence is
+    /// written twice, or both read and written.
+    pub(crate) fn fork(&mut self, from: &[u32], to: &[u32], positions: &[u32]) {
+        let (panels, head_lines) = (self.panels, self.head_lines());
+        let mut sequences: Vec<_> =
+            self.lines.chunks_exact_mut(self.heads.key_value * head_lines).map(Some).collect();
+        let to: Vec<_> =
+            to.iter().map(|to| sequences[*to as usize].take().expect("it is written once")).collect();
+        let from: Vec<_> = from
+            .iter()
+            .map(|from| sequences[*from as usize].as_deref().expect("what is read is not written"))
+            .collect();
+        to.into_par_iter().zip(from).zip(positions).for_each(|((to, from), positions)| {
+            let positions = *positions as usize;
+            let (by_position, by_element) =
+                (panels.first_by_position(positions), panels.first_by_element(positions));
+            for (to, from) in to.chunks_exact_mut(head_lines).zip(from.chunks_exact(head_lines)) {
+                to[..by_position].copy_from_slice(&from[..by_position]);
+                let (_, to) = to.split_at_mut(panels.all_by_position());
+                let (_, from) = from.split_at(panels.all_by_position());
+                let panels_of = from.chunks_exact(panels.by_element());
+                for (to, from) in to.chunks_exact_mut(panels.by_element()).zip(panels_of) {
+                    to[..by_element].copy_from_slice(&from[..by_element]);
+                }
+            }
+        });
+    }
+
     fn store(&mut self, packed: Matrix<'_>, spans: Spans<'_>) {
         let (heads, format, panels, head_lines) = (self.heads, self.format, self.panels, self.head_lines());
         let store = |(index, lines): (usize, &mut [Line])| {

@@ -22,6 +22,20 @@ extern "C" __global__ void cache_store(CACHED *keys, CACHED *values, const act *
     }
 }
 
+// Copies the first positions of sequences to other sequences. The grid is (blocks of positions, heads, forks).
+extern "C" __global__ void cache_fork(CACHED *keys, CACHED *values, const unsigned *from, const unsigned *to,
+                                      const unsigned *positions, int capacity, int key_value) {
+    begin_kernel();
+    size_t width = (size_t)capacity * HEAD, length = (size_t)positions[blockIdx.z] * HEAD;
+    size_t source = ((size_t)from[blockIdx.z] * key_value + blockIdx.y) * width;
+    size_t target = ((size_t)to[blockIdx.z] * key_value + blockIdx.y) * width;
+    size_t stride = (size_t)gridDim.x * blockDim.x;
+    for (size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x; at < length; at += stride) {
+        keys[target + at] = keys[source + at];
+        values[target + at] = values[source + at];
+    }
+}
+
 #ifdef GROUP
 constexpr int WARPS = 4;
 // Number of keys per block.

@@ -1,26 +1,29 @@
 //! Arguments, tables and result files of the program. The numbers come from the library.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod compare;
+mod run;
+
 use std::io::{self, Write};
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use ulmus_backend::{Backend, WeightFormat};
 use ulmus_device::AnyBackend;
 use ulmus_evaluator::{
-    BenchConfig, BenchResult, EvaluatorError, LoadedModel, Task, TaskResult, Transcript, bench, load_model,
-    load_tokenizer, read_texts, synthetic_weights,
+    BenchConfig, BenchResult, EvaluatorError, LoadedModel, Transcript, bench, load_model, load_tokenizer,
+    synthetic_weights,
 };
 use ulmus_model::{Generator, Model, Sampler, Sampling};
 use ulmus_plan::{Device, ModelConfig, NormKind, Preset};
 use ulmus_process::{Failure, finish_output, print};
-use ulmus_run::results::Perplexity;
-use ulmus_types::{Digest, ExitStatus};
+use ulmus_types::ExitStatus;
+
+use compare::Compare;
+use run::{Fetch, Run, Tasks};
 
 /// Format version of the result files.
 const FORMAT_VERSION: u32 = 1;
@@ -49,7 +52,17 @@ enum Command {
     /// Measure a model on texts: prints a table and, if asked, writes JSON.
     ///
     /// Example: evaluator run --model runs/quickstart/export --tasks perplexity --data notes.txt --output result.json
-    Run(Run),
+    Run(Box<Run>),
+    /// List the tasks that `run` knows.
+    Tasks(Tasks),
+    /// Copy the data sets of tasks from the hub to a folder, for `run --data`.
+    ///
+    /// Example: evaluator fetch --suite openllm --to datasets
+    Fetch(Fetch),
+    /// Print results files side by side, and which differences exceed their standard errors.
+    ///
+    /// Example: evaluator compare before.json after.json
+    Compare(Compare),
     /// Time prompt processing and generation separately, after a warm-up run.
     ///
     /// Example: evaluator bench --preset openelm-270m --prompt 35 --generate 128 --threads 8
@@ -58,41 +71,6 @@ enum Command {
     ///
     /// Example: evaluator generate --model runs/quickstart/export --prompt "The trait" --max-tokens 64 --greedy
     Generate(Generate),
-}
-
-#[derive(Debug, Args)]
-struct Run {
-    /// Model folder.
-    #[arg(long, value_name = "DIR")]
-    model: PathBuf,
-    /// What to measure.
-    #[arg(long, value_name = "NAMES", value_parser = tasks(), value_delimiter = ',', default_value = "perplexity")]
-    tasks: Vec<Task>,
-    /// Texts to measure on: parquet, jsonl, json.gz, json.zst, txt or md files, or folders of them.
-    #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
-    data: Vec<PathBuf>,
-    /// Column (parquet) or key (jsonl) that holds the text.
-    #[arg(long, value_name = "NAME", default_value = "text", allow_hyphen_values = true)]
-    text: String,
-    /// Maximum number of context tokens for a prediction [default: the model's maximum].
-    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
-    context: Option<u32>,
-    /// Data type of the weights.
-    #[arg(long, value_enum, default_value = "f32")]
-    dtype: Dtype,
-    /// File to write the result to.
-    #[arg(long, value_name = "FILE.json")]
-    output: Option<PathBuf>,
-    #[command(flatten)]
-    compute: Compute,
-}
-
-/// Takes the name of a task.
-fn tasks() -> impl TypedValueParser<Value = Task> {
-    let names = Task::ALL.map(|task| PossibleValue::new(task.name()).help(task.purpose()));
-    PossibleValuesParser::new(names).map(|name| {
-        Task::ALL.into_iter().find(|task| task.name() == name).expect("it is one of the possible values")
-    })
 }
 
 #[derive(Debug, Args)]
@@ -252,7 +230,10 @@ impl Arguments {
     /// Runs the command that was given.
     pub(crate) fn run(self) -> Result<ExitStatus, Failure> {
         match &self.command {
-            Command::Run(run) => run.compute.run(run),
+            Command::Run(run) => run.run(),
+            Command::Tasks(tasks) => tasks.run(),
+            Command::Compare(compare) => compare.run(),
+            Command::Fetch(fetch) => fetch.run(),
             Command::Bench(bench) => bench.compute.run(bench),
             Command::Generate(generate) => generate.compute.run(generate),
         }?;
@@ -263,79 +244,6 @@ impl Arguments {
 fn failure(error: impl Into<EvaluatorError>) -> Failure {
     let error = error.into();
     Failure::of(error.kind(), &error)
-}
-
-/// The result file of `run`.
-#[derive(Debug, Serialize)]
-struct ResultFile<'a> {
-    format_version: u32,
-    evaluator: &'static str,
-    model: ModelSummary<'a>,
-    data: &'a [PathBuf],
-    results: BTreeMap<&'static str, TaskResult>,
-}
-
-#[derive(Debug, Serialize)]
-struct ModelSummary<'a> {
-    folder: &'a Path,
-    parameters: u64,
-    weights: Digest,
-    tokenizer: Digest,
-    config: &'a ModelConfig,
-}
-
-impl OnDevice for Run {
-    fn run<B: Backend>(&self, backend: B) -> Result<(), Failure> {
-        if let Some(output) = &self.output {
-            // An output that cannot be written is reported before the work, not after it.
-            let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty());
-            if output.is_dir() || folder.is_some_and(|folder| !folder.is_dir()) {
-                let message =
-                    format!("cannot write {}: it needs an existing folder and a file name", output.display());
-                return Err(Failure::new(ExitStatus::InvalidInput, message));
-            }
-        }
-        let loaded = load_model(&self.model, backend, self.dtype.format()).map_err(failure)?;
-        let tokenizer = load_tokenizer(&self.model, &loaded).map_err(failure)?;
-        let config = loaded.model.config();
-        let context = match self.context {
-            None => config.max_context_length,
-            Some(context) if context as usize <= config.max_context_length => context as usize,
-            Some(context) => {
-                let most = config.max_context_length;
-                let message =
-                    format!("--context {context} exceeds the model's maximum of {most}; use at most {most}");
-                return Err(Failure::new(ExitStatus::InvalidInput, message));
-            }
-        };
-        let texts = read_texts(&self.data, &self.text).map_err(failure)?;
-        let mut results = BTreeMap::new();
-        // A task that is named twice is done once.
-        for task in self.tasks.iter().copied().collect::<BTreeSet<_>>() {
-            let result = task.run(&loaded.model, &tokenizer, &texts, context).map_err(failure)?;
-            print(&result_table(&result))?;
-            results.insert(task.name(), result);
-        }
-        if let Some(output) = &self.output {
-            let file = ResultFile {
-                format_version: FORMAT_VERSION,
-                evaluator: env!("CARGO_PKG_VERSION"),
-                model: ModelSummary {
-                    folder: &self.model,
-                    parameters: config.parameters(),
-                    weights: loaded.digest,
-                    tokenizer: tokenizer.digest(),
-                    config,
-                },
-                data: &self.data,
-                results,
-            };
-            std::fs::write(output, json(&file)).map_err(|error| {
-                Failure::new(ExitStatus::Failed, format!("cannot write {}: {error}", output.display()))
-            })?;
-        }
-        Ok(())
-    }
 }
 
 impl OnDevice for Bench {
@@ -422,28 +330,6 @@ impl OnDevice for Generate {
         }
         finish_output(written.and_then(|()| writeln!(stdout, "{}", transcript.finish())))
     }
-}
-
-fn result_table(result: &TaskResult) -> String {
-    match result {
-        TaskResult::Perplexity(result) => perplexity_table(result),
-    }
-}
-
-fn perplexity_table(result: &Perplexity) -> String {
-    let mut table = table(&["perplexity", "value"]);
-    for (name, value) in [
-        ("documents", result.documents.to_string()),
-        ("bytes", result.bytes.to_string()),
-        ("tokens", result.tokens.to_string()),
-        ("loss per token (nats)", format!("{:.4}", result.loss)),
-        ("perplexity per token", format!("{:.3}", result.perplexity)),
-        ("bits per byte", format!("{:.4}", result.bits_per_byte)),
-        ("zstd -19, bits per byte", format!("{:.4}", result.zstd_bits_per_byte)),
-    ] {
-        table.add_row([name.to_owned(), value]);
-    }
-    table.to_string()
 }
 
 fn bench_table(result: &BenchResult) -> String {

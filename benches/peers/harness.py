@@ -1,0 +1,275 @@
+"""Times the evaluator and lm-evaluation-harness on the same tasks, in turn, and prints the ratios as Markdown.
+
+    python -m venv peers && peers/bin/pip install torch==2.11.0 lm_eval[hf]==0.4.13 pyarrow safetensors
+    cargo build --release
+    peers/bin/python benches/peers/harness.py [--rounds 3] [--threads 2] [--work mmlu truthfulqa ...] [--json FILE]
+
+The model is OpenELM-270M with random weights in float32. Rows are synthetic: words whose prompts have about as many tokens
+as those of the published tasks. The harness runs the PyTorch model of `torch_openelm.py` at the fastest of its batch
+sizes, which are tried first; its time is that of the evaluation alone, ours that of the whole program, loading included.
+Both must find the same numbers.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+TINY = ROOT / "tests/golden/tiny"
+WORDS = "the old teacher paints a quiet song of cold metal under bright lamp near long river seven apples".split()
+BATCHES = [1, 4, 16, 32]
+# Tasks, examples, rows; and how many of the published rows they stand for.
+WORK = {
+    "mmlu": (["mmlu_abstract_algebra", "mmlu_anatomy"], 5, 100, 14_042),
+    "truthfulqa": (["truthfulqa_mc2"], 0, 100, 817),
+    "hellaswag": (["hellaswag"], 10, 40, 10_042),
+    "arc": (["arc_challenge"], 25, 40, 1_172),
+    "zeroshot": (["arc_easy", "hellaswag", "piqa", "sciq", "winogrande"], 0, 60, 2_376 + 10_042 + 1_838 + 1_000 + 1_267),
+}
+
+
+class Rows:
+    """Rows in the columns of the published data sets, with texts of about so many tokens."""
+
+    def __init__(self, tokenizer):
+        self.random, self.tokenizer = random.Random(7), tokenizer
+
+    def text(self, tokens):
+        words = []
+        while len(self.tokenizer.encode(" ".join(words), add_special_tokens=False).ids) < tokens:
+            words.append(self.random.choice(WORDS))
+        return " ".join(words)
+
+    def mmlu(self):
+        # Each question with its four choices has 115 tokens.
+        choices = [self.text(14) for _ in range(4)]
+        return {"question": self.text(40), "subject": "", "choices": choices, "answer": self.random.randrange(4)}
+
+    def truthfulqa(self):
+        targets = {"choices": [self.text(12) for _ in range(7)], "labels": [1, 1, 1, 0, 0, 0, 0]}
+        return {"question": self.text(12), "mc1_targets": targets, "mc2_targets": targets}
+
+    def hellaswag(self):
+        endings = [self.text(28) for _ in range(4)]
+        label = str(self.random.randrange(4))
+        return {"activity_label": self.text(4), "ctx_a": self.text(28), "ctx_b": self.text(14), "endings": endings, "label": label}
+
+    def arc(self, question, choice):
+        choices = {"text": [self.text(choice) for _ in range(4)], "label": list("ABCD")}
+        return {"id": "", "question": self.text(question), "choices": choices, "answerKey": self.random.choice("ABCD")}
+
+    def piqa(self):
+        return {"goal": self.text(10), "sol1": self.text(24), "sol2": self.text(24), "label": self.random.randrange(2)}
+
+    def sciq(self):
+        answers = {key: self.text(3) for key in ("distractor1", "distractor2", "distractor3", "correct_answer")}
+        return {"question": self.text(18), "support": self.text(100), **answers}
+
+    def winogrande(self):
+        sentence = f"{self.text(16)} _ {self.text(6)}"
+        return {"sentence": sentence, "option1": "Omar", "option2": "Maria", "answer": str(self.random.randrange(1, 3))}
+
+
+def write_data(folder, tokenizer):
+    """Data sets in the layout of the hub."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = Rows(tokenizer)
+
+    def write(path, count, make):
+        path = folder / f"{path}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([make() for _ in range(count)]), path)
+
+    for subject in ("abstract_algebra", "anatomy"):
+        write(f"cais/mmlu/{subject}/test", 100, rows.mmlu)
+        write(f"cais/mmlu/{subject}/dev", 5, rows.mmlu)
+    write("truthfulqa/truthful_qa/multiple_choice/validation", 100, rows.truthfulqa)
+    for split, count in (("train", 200), ("validation", 60)):
+        write(f"Rowan/hellaswag/data/{split}", count, rows.hellaswag)
+        write(f"baber/piqa/data/{split}", count, rows.piqa)
+        write(f"allenai/winogrande/winogrande_xl/{split}", count, rows.winogrande)
+    for split, count in (("train", 200), ("test", 60)):
+        write(f"allenai/ai2_arc/ARC-Challenge/{split}", count, lambda: rows.arc(28, 8))
+        write(f"allenai/ai2_arc/ARC-Easy/{split}", count, lambda: rows.arc(24, 6))
+        write(f"allenai/sciq/data/{split}", count, rows.sciq)
+
+
+def write_model(folder):
+    """OpenELM-270M with random weights, as PyTorch has it and in Hugging Face layout."""
+    import torch
+    from safetensors.torch import save_file
+    from torch_openelm import SHAPES, OpenElm
+
+    torch.manual_seed(5)
+    shape = SHAPES["openelm-270m"]
+    model = OpenElm(shape)
+    names = {
+        "attention_norm": "attn_norm", "qkv": "attn.qkv_proj", "query_norm": "attn.q_norm", "key_norm": "attn.k_norm",
+        "out": "attn.out_proj", "ffn_norm": "ffn_norm", "up": "ffn.proj_1", "down": "ffn.proj_2",
+    }
+    tensors = {"transformer.token_embeddings.weight": model.embedding.weight, "transformer.norm.weight": model.norm.weight}
+    for index, layer in enumerate(model.layers):
+        for ours, theirs in names.items():
+            tensors[f"transformer.layers.{index}.{theirs}.weight"] = getattr(layer, ours).weight
+    folder.mkdir()
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    torch.save(model.state_dict(), folder / "peer.pt")
+    config = json.loads((TINY / "config.json").read_text())
+    layers = len(shape.heads)
+    config.update(
+        vocab_size=shape.vocabulary, model_dim=shape.width, head_dim=shape.head, num_transformer_layers=layers,
+        num_gqa_groups=shape.group, num_query_heads=shape.heads, num_kv_heads=[heads // shape.group for heads in shape.heads],
+        ffn_multipliers=[round(0.5 + 3.5 * i / (layers - 1), 2) for i in range(layers)], ffn_dim_divisor=256,
+        qkv_multipliers=[0.5, 1.0], max_context_length=2048,
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (folder / name).write_bytes((TINY / name).read_bytes())
+
+
+def peer(arguments):
+    """Evaluates with the harness, in a process of its own, and prints its results and its time."""
+    import datasets
+    import torch
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from torch_openelm import SHAPES, OpenElm
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers.modeling_outputs import CausalLMOutput
+
+    load = datasets.load_dataset
+
+    def local(path, name=None, **_):
+        folder = Path(arguments.data) / path
+        files = folder.glob(f"{name}/*.parquet") if name else folder.glob("data/*.parquet")
+        return load("parquet", data_files={file.name.split("-")[0]: str(file) for file in files})
+
+    datasets.load_dataset = local
+    torch.set_num_threads(arguments.threads)
+    # Made in float32 on the CPU, and never trained.
+    module = OpenElm(SHAPES["openelm-270m"])
+    module.load_state_dict(torch.load(Path(arguments.model) / "peer.pt"))
+
+    class Wrapped(PreTrainedModel):
+        config_class = PretrainedConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.inner = module
+
+        def forward(self, input_ids, **_):
+            return CausalLMOutput(logits=self.inner(input_ids))
+
+        def tie_weights(self, *_, **__):
+            pass
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(Path(arguments.model) / "tokenizer.json"), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    model = HFLM(
+        pretrained=Wrapped(PretrainedConfig()), tokenizer=tokenizer, backend="causal", max_length=2048, add_bos_token=True,
+        batch_size=arguments.batch, device="cpu",
+    )
+    begun = time.perf_counter()
+    results = simple_evaluate(
+        model, tasks=arguments.tasks, num_fewshot=arguments.shots, limit=arguments.limit, bootstrap_iters=0, log_samples=False
+    )
+    seconds = time.perf_counter() - begun
+    print(json.dumps({"seconds": seconds, "results": results["results"]}))
+
+
+def run(command):
+    begun = time.perf_counter()
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if result.returncode != 0:
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{result.stderr[-3000:]}")
+    return result.stdout, time.perf_counter() - begun
+
+
+def numbers(results):
+    return {
+        (task, key): value
+        for task, values in results.items()
+        for key, value in values.items()
+        if key.endswith(",none") and "stderr" not in key
+    }
+
+
+def compare(name, arguments, model, data):
+    tasks, shots, rows, _ = WORK[name]
+
+    def theirs(batch, limit):
+        command = [sys.executable, __file__, "--peer", "--model", model, "--data", data, "--threads", arguments.threads]
+        output, _ = run([*command, "--batch", batch, "--shots", shots, "--limit", limit, "--tasks", *tasks])
+        return json.loads(output.splitlines()[-1])
+
+    def ours():
+        command = [arguments.binaries / "evaluator", "run", "--model", model, "--data", data, "--tasks", ",".join(tasks)]
+        output, seconds = run([*command, "--num-fewshot", shots, "--limit", rows, "--threads", arguments.threads, "--json"])
+        return {"seconds": seconds, "results": json.loads(output)["results"]}
+
+    best = min(BATCHES, key=lambda batch: theirs(batch, max(4, rows // 10))["seconds"])
+    found = {"ulmus": [], "harness": []}
+    for _ in range(arguments.rounds):
+        found["ulmus"].append(ours())
+        found["harness"].append(theirs(best, rows))
+    a, b = (numbers(found[who][0]["results"]) for who in ("ulmus", "harness"))
+    # A row may be decided by less than the rounding of float32 sums.
+    differing = [key for key, value in b.items() if abs(a[key] - value) > 1.01 / rows]
+    if differing:
+        sys.exit(f"the numbers differ: {[(key, a[key], b[key]) for key in differing]}")
+    seconds = {who: statistics.median(each["seconds"] for each in runs) for who, runs in found.items()}
+    return {"work": name, "batch": best, "rows": rows * len(tasks), **seconds}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
+    parser.add_argument("--binaries", type=Path, default=ROOT / "target/release")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    for name in ("--peer", "--model", "--data", "--tasks", "--shots", "--limit", "--batch"):
+        kind = {"--peer": {"action": "store_true"}, "--tasks": {"nargs": "+"}}
+        parser.add_argument(name, help=argparse.SUPPRESS, **kind.get(name, {"type": int if name in ("--shots", "--limit", "--batch") else str}))
+    arguments = parser.parse_args()
+    if arguments.peer:
+        return peer(arguments)
+    from tokenizers import Tokenizer
+
+    print(f"{os.cpu_count()} cores, {datetime.date.today()}, {arguments.rounds} rounds, {arguments.threads} threads\n")
+    print("| work | examples | rows | Ulmus, s | lm_eval, s | its batch | ratio |\n|---|---|---|---|---|---|---|")
+    figures = []
+    with tempfile.TemporaryDirectory() as folder:
+        model, data = Path(folder) / "model", Path(folder) / "data"
+        write_model(model)
+        write_data(data, Tokenizer.from_file(str(TINY / "tokenizer.json")))
+        for name in arguments.work:
+            figure = compare(name, arguments, model, data)
+            figures.append(figure)
+            ratio = figure["harness"] / figure["ulmus"]
+            cells = [name, WORK[name][1], figure["rows"], f"{figure['ulmus']:.1f}", f"{figure['harness']:.1f}", figure["batch"], f"{ratio:.2f}"]
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    if set(arguments.work) == set(WORK):
+        total = {
+            who: sum(figure[who] / figure["rows"] * WORK[figure["work"]][3] for figure in figures) for who in ("ulmus", "harness")
+        }
+        ratio = total["harness"] / total["ulmus"]
+        print(f"\ncomputed for the published numbers of rows of all these tasks: {ratio:.2f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

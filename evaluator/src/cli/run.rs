@@ -1,0 +1,540 @@
+//! `evaluator run` and `evaluator tasks`.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Map, Value, json};
+use ulmus_backend::{Backend, CacheFormat, WeightFormat};
+use ulmus_evaluator::tasks::{
+    Batching, Catalogue, DataSets, Evaluation, Fetched, Journal, Limit, Outcome, Progress, Revision,
+    Selection, Settings, TaskPlan, TaskRow, average, beside_published, fetch, markdown, results_file,
+};
+use ulmus_evaluator::{
+    EvaluatorError, LoadedModel, adds_bos, load_model, load_tokenizer, model_folder, perplexity, read_texts,
+};
+use ulmus_model::Model;
+use ulmus_process::{Failure, print};
+use ulmus_run::results::Perplexity;
+use ulmus_tokenizer::Tokenizer;
+use ulmus_types::ExitStatus;
+
+use super::{Compute, Dtype, FORMAT_VERSION, OnDevice, failure, json as to_json, table};
+
+/// The task that measures texts of the user's own.
+const PERPLEXITY: &str = "perplexity";
+
+#[derive(Debug, Args)]
+pub(super) struct Run {
+    /// Model folder, or a model on the hub: hf://ORG/NAME[@REVISION].
+    #[arg(long, value_name = "DIR")]
+    model: String,
+    /// Tokenizer file, or a folder with one [default: the model folder].
+    #[arg(long, value_name = "PATH")]
+    tokenizer: Option<PathBuf>,
+    /// Tasks, groups and patterns, such as `hellaswag`, `mmlu` or `arc_*`; `evaluator tasks` lists them. `perplexity` measures
+    /// the texts that --data names.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = PERPLEXITY, conflicts_with = "suite")]
+    tasks: Vec<String>,
+    /// A published set of tasks with their numbers of examples.
+    #[arg(long, value_name = "NAME", value_parser = ["zeroshot", "openllm", "llm360", "adapters"], conflicts_with = "num_fewshot")]
+    suite: Option<String>,
+    /// File with more tasks, defined like the built-in ones (docs/evaluator.md).
+    #[arg(long, value_name = "FILE.toml")]
+    include: Vec<PathBuf>,
+    /// For tasks, folders or stores with data sets in the hub's layout; for `perplexity`, texts: parquet, jsonl, json.gz,
+    /// json.zst, txt or md files, or folders of them.
+    #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
+    data: Vec<String>,
+    /// Column (parquet) or key (jsonl) that holds the text, for `perplexity`.
+    #[arg(long, value_name = "NAME", default_value = "text", allow_hyphen_values = true)]
+    text: String,
+    /// Number of examples before each question [default: 0].
+    #[arg(long, value_name = "N")]
+    num_fewshot: Option<usize>,
+    /// The split that examples are drawn from [default: the task's].
+    #[arg(long, value_name = "SPLIT")]
+    fewshot_split: Option<String>,
+    /// Use only the first N rows of each task, or that part of them if it is below 1.
+    #[arg(long, value_name = "N", value_parser = parse_limit)]
+    limit: Option<Limit>,
+    /// Maximum number of context tokens for a prediction [default: the model's maximum].
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    context: Option<u32>,
+    /// Tokens that are remembered at once, which bounds the memory and changes no result.
+    #[arg(long, value_name = "N", default_value = "auto", value_parser = parse_batch)]
+    batch_tokens: Batching,
+    /// Whether texts begin with BOS; `auto` does what the tokenizer's configuration says, or else adds it.
+    #[arg(long, value_enum, default_value = "auto")]
+    add_bos: AddBos,
+    /// The revision of lm-evaluation-harness whose numbers are met: 0.4.13, or that of the OpenELM model cards.
+    #[arg(long, value_enum, default_value = "current")]
+    harness_rev: HarnessRev,
+    /// Random seed of the examples.
+    #[arg(long, value_name = "SEED", default_value_t = 1234)]
+    seed: u64,
+    /// Data type of the weights.
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: Dtype,
+    /// Where results go: a .json file, or a folder for results.json and the samples.
+    #[arg(long, value_name = "PATH")]
+    output: Option<PathBuf>,
+    /// Write each row with what the model was asked and answered to samples_TASK.jsonl.
+    #[arg(long, requires = "output")]
+    log_samples: bool,
+    /// Go on where an evaluation with the same --output was interrupted.
+    #[arg(long, requires = "output")]
+    resume: bool,
+    /// Read the rows and say what would be asked, and how much memory that takes; the model is not asked.
+    #[arg(long)]
+    check: bool,
+    /// Print what the model is asked about the first row of each task; the model is not asked.
+    #[arg(long)]
+    print_prompts: bool,
+    /// Print the results file instead of tables.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    compute: Compute,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum AddBos {
+    Auto,
+    Yes,
+    No,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum HarnessRev {
+    /// lm-evaluation-harness 0.4.13.
+    Current,
+    /// Its commit of March 2024.
+    Dc90fec,
+}
+
+impl HarnessRev {
+    fn revision(self) -> Revision {
+        match self {
+            Self::Current => Revision::Current,
+            Self::Dc90fec => Revision::Dc90fec,
+        }
+    }
+}
+
+fn parse_limit(text: &str) -> Result<Limit, String> {
+    if let Ok(rows) = text.parse::<usize>()
+        && rows > 0
+    {
+        return Ok(Limit::Rows(rows));
+    }
+    match text.parse::<f64>() {
+        Ok(share) if share > 0.0 && share < 1.0 => Ok(Limit::Share(share)),
+        _ => Err("a number of rows from 1, or a part of them between 0 and 1".to_owned()),
+    }
+}
+
+fn parse_batch(text: &str) -> Result<Batching, String> {
+    if text == "auto" {
+        return Ok(Batching::default());
+    }
+    match text.parse::<usize>() {
+        Ok(remembered) if remembered > 0 => Ok(Batching { remembered, ..Batching::default() }),
+        _ => Err("`auto`, or a number of tokens from 1".to_owned()),
+    }
+}
+
+/// Tasks as the user may ask for them.
+fn catalogue(include: &[PathBuf], revision: Revision) -> Result<Catalogue, Failure> {
+    let mut catalogue = Catalogue::built_in(revision);
+    for path in include {
+        let text = fs::read_to_string(path).map_err(|error| {
+            Failure::new(ExitStatus::InvalidInput, format!("cannot read {}: {error}", path.display()))
+        })?;
+        catalogue.add(&path.display().to_string(), &text, revision).map_err(failure)?;
+    }
+    Ok(catalogue)
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Tasks {
+    /// File with more tasks.
+    #[arg(long, value_name = "FILE.toml")]
+    include: Vec<PathBuf>,
+    /// The revision of lm-evaluation-harness.
+    #[arg(long, value_enum, default_value = "current")]
+    harness_rev: HarnessRev,
+}
+
+impl Tasks {
+    pub(super) fn run(&self) -> Result<(), Failure> {
+        let catalogue = catalogue(&self.include, self.harness_rev.revision())?;
+        let mut rows = table(&["task", "examples", "split", "metrics", "data set"]);
+        for TaskRow { name, shots, split, metrics, source } in catalogue.rows() {
+            rows.add_row([name, shots, split, metrics, source]);
+        }
+        print(&rows.to_string())
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Fetch {
+    /// Tasks, groups and patterns.
+    #[arg(
+        long,
+        value_name = "NAMES",
+        value_delimiter = ',',
+        required_unless_present = "suite",
+        conflicts_with = "suite"
+    )]
+    tasks: Vec<String>,
+    /// A published set of tasks.
+    #[arg(long, value_name = "NAME")]
+    suite: Option<String>,
+    /// File with more tasks.
+    #[arg(long, value_name = "FILE.toml")]
+    include: Vec<PathBuf>,
+    /// Folder for the data sets.
+    #[arg(long, value_name = "DIR")]
+    to: PathBuf,
+}
+
+impl Fetch {
+    pub(super) fn run(&self) -> Result<(), Failure> {
+        let catalogue = catalogue(&self.include, Revision::Current)?;
+        let selection = match &self.suite {
+            Some(suite) => catalogue.select_suite(suite),
+            None => catalogue.select(&self.tasks),
+        };
+        let (mut files, mut bytes) = (0, 0);
+        let mut on_file = |file: Fetched| {
+            files += 1;
+            bytes += file.bytes;
+            let note = if file.was_there { " (was there)" } else { "" };
+            eprintln!("{} {:.1} MB{note}", file.path, file.bytes as f64 / 1e6);
+        };
+        fetch(&selection.map_err(failure)?, &self.to, &mut on_file).map_err(failure)?;
+        print(&format!(
+            "{files} files of {:.1} MB in {}; name it with --data",
+            bytes as f64 / 1e6,
+            self.to.display()
+        ))
+    }
+}
+
+/// Where the files of a run go.
+#[derive(Debug)]
+struct Output {
+    results: PathBuf,
+    /// For everything else.
+    folder: PathBuf,
+}
+
+impl Output {
+    /// An output that cannot be written is reported before the work, not after it.
+    fn new(path: &Path) -> Result<Self, Failure> {
+        let refuse = |reason: &str| {
+            let message = format!("cannot write {}: {reason}", path.display());
+            Err(Failure::new(ExitStatus::InvalidInput, message))
+        };
+        if path.extension().is_some_and(|extension| extension == "json") && !path.is_dir() {
+            let folder =
+                path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            if !folder.is_dir() {
+                return refuse("it needs an existing folder and a file name");
+            }
+            return Ok(Self { results: path.to_owned(), folder: folder.to_owned() });
+        }
+        if let Err(error) = fs::create_dir_all(path) {
+            return refuse(&error.to_string());
+        }
+        Ok(Self { results: path.join("results.json"), folder: path.to_owned() })
+    }
+
+    fn write(path: &Path, text: &str) -> Result<(), Failure> {
+        // The old file stays until the new one is whole.
+        let part = path.with_extension("part");
+        fs::write(&part, text).and_then(|()| fs::rename(&part, path)).map_err(|error| {
+            Failure::new(ExitStatus::Failed, format!("cannot write {}: {error}", path.display()))
+        })
+    }
+}
+
+impl Run {
+    pub(super) fn run(&self) -> Result<(), Failure> {
+        self.compute.run(self)
+    }
+
+    fn is_perplexity(name: &str) -> bool {
+        name == PERPLEXITY
+    }
+
+    fn selection(&self) -> Result<Selection, Failure> {
+        let catalogue = catalogue(&self.include, self.harness_rev.revision())?;
+        if let Some(suite) = &self.suite {
+            return catalogue.select_suite(suite).map_err(failure);
+        }
+        let names: Vec<String> =
+            self.tasks.iter().filter(|name| !Self::is_perplexity(name)).cloned().collect();
+        catalogue.select(&names).map_err(failure)
+    }
+
+    fn context(&self, most: usize) -> Result<usize, Failure> {
+        match self.context {
+            None => Ok(most),
+            Some(context) if context as usize <= most => Ok(context as usize),
+            Some(context) => {
+                let message =
+                    format!("--context {context} exceeds the model's maximum of {most}; use at most {most}");
+                Err(Failure::new(ExitStatus::InvalidInput, message))
+            }
+        }
+    }
+
+    fn settings(&self, context: usize, tokenizer_folder: &Path) -> Result<Settings, Failure> {
+        let add_bos = match self.add_bos {
+            AddBos::Yes => true,
+            AddBos::No => false,
+            AddBos::Auto => adds_bos(tokenizer_folder).map_err(failure)?.unwrap_or(true),
+        };
+        Ok(Settings {
+            shots: self.num_fewshot,
+            fewshot_split: self.fewshot_split.clone(),
+            limit: self.limit,
+            context,
+            add_bos,
+            revision: self.harness_rev.revision(),
+            seed: self.seed,
+        })
+    }
+
+    /// Prints what would be asked.
+    fn tell<B: Backend>(&self, plans: &[TaskPlan], model: &Model<B>) -> Result<(), Failure> {
+        for TaskPlan { task, prompts, notes, .. } in plans {
+            for note in notes {
+                print(&format!("{task}: {note}"))?;
+            }
+            for (context, continuation) in prompts.iter().filter(|_| self.print_prompts) {
+                print(&format!("{task}: {context:?}\n{task}: ... {continuation:?}"))?;
+            }
+        }
+        if !self.check {
+            return Ok(());
+        }
+        let mut rows = table(&["task", "rows", "examples", "requests", "tokens", "read once", "longest"]);
+        for plan in plans {
+            let numbers = [plan.rows, plan.shots, plan.requests, plan.tokens, plan.read, plan.longest];
+            rows.add_row([plan.task.clone()].into_iter().chain(numbers.map(|number| number.to_string())));
+        }
+        print(&rows.to_string())?;
+        let longest = plans.iter().map(|plan| plan.longest).max().unwrap_or(0);
+        let remembered = self.batch_tokens.remembered.max(8 * longest);
+        let cache = remembered as u64 * cache_bytes(model);
+        let weights = model.format().bytes(model.config().parameters());
+        print(&format!(
+            "{:.1} MB for the weights, and at most {:.1} MB for {remembered} tokens that are remembered at once",
+            weights as f64 / 1e6,
+            cache as f64 / 1e6
+        ))
+    }
+
+    /// What the results file says of the model and the command. Nothing in it depends on the time or on the number of threads.
+    fn description<B: Backend>(
+        &self,
+        loaded: &LoadedModel<B>,
+        tokenizer: &Tokenizer,
+        settings: &Settings,
+    ) -> Map<String, Value> {
+        let config = loaded.model.config();
+        let name = self.model.trim_end_matches('/').rsplit('/').next();
+        let limit = match self.limit {
+            None => Value::Null,
+            Some(Limit::Rows(rows)) => json!(rows),
+            Some(Limit::Share(share)) => json!(share),
+        };
+        let description = json!({
+            "format_version": FORMAT_VERSION,
+            "evaluator": env!("CARGO_PKG_VERSION"),
+            "model": {
+                "folder": self.model,
+                "parameters": config.parameters(),
+                "weights": loaded.digest,
+                "tokenizer": tokenizer.digest(),
+                "config": config,
+            },
+            "data": self.data,
+            "config": {
+                "model": "ulmus",
+                "model_args": format!("pretrained={},add_bos_token={}", self.model, settings.add_bos),
+                "model_num_parameters": config.parameters(),
+                "model_dtype": loaded.model.format().to_string(),
+                "device": kind_of(&loaded.model.backend().describe()),
+                "limit": limit,
+                "fewshot_seed": self.seed,
+            },
+            "model_source": "ulmus",
+            "model_name": name,
+            "max_length": settings.context,
+            "lm_eval_version": match settings.revision {
+                Revision::Current => "0.4.13",
+                Revision::Dc90fec => "dc90fec",
+            },
+        });
+        let Value::Object(description) = description else { return Map::new() };
+        description
+    }
+}
+
+/// The kind of a device, without the number of its threads, which changes no result.
+fn kind_of(device: &str) -> &str {
+    device.split_once(", ").map_or(device, |(kind, _)| kind)
+}
+
+/// Bytes of the keys and values of one token.
+fn cache_bytes<B: Backend>(model: &Model<B>) -> u64 {
+    let config = model.config();
+    let heads: usize = config.layers().iter().map(|layer| layer.kv_heads).sum();
+    let format = WeightFormat::from(CacheFormat::beside(model.format()));
+    format.bytes(2 * (heads * config.head_dim) as u64)
+}
+
+/// Answers of requests, shown as a bar where there is a terminal.
+struct Bar {
+    bar: ProgressBar,
+    task: String,
+}
+
+impl Bar {
+    fn new() -> Self {
+        Self { bar: ProgressBar::hidden(), task: String::new() }
+    }
+
+    fn begin(&mut self, task: &str, requests: usize) {
+        self.task = task.to_owned();
+        if std::io::stderr().is_terminal() {
+            let style = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} requests, {eta} left");
+            self.bar = ProgressBar::new(requests as u64);
+            self.bar.set_style(style.expect("the template is valid"));
+            self.bar.set_message(task.to_owned());
+            self.bar.enable_steady_tick(Duration::from_secs(1));
+        }
+    }
+}
+
+impl OnDevice for Run {
+    fn run<B: Backend>(&self, backend: B) -> Result<(), Failure> {
+        let output = self.output.as_deref().map(Output::new).transpose()?;
+        let selection = self.selection()?;
+        let model = model_folder(&self.model).map_err(failure)?;
+        let loaded = load_model(&model, backend, self.dtype.format()).map_err(failure)?;
+        let tokenizer_place = self.tokenizer.as_deref().unwrap_or(&model);
+        let tokenizer = load_tokenizer(tokenizer_place, &loaded).map_err(failure)?;
+        let context = self.context(loaded.model.config().max_context_length)?;
+        let settings = self.settings(context, tokenizer_place)?;
+        let measures_texts = self.suite.is_none() && self.tasks.iter().any(|name| Self::is_perplexity(name));
+        let mut own: BTreeMap<&str, Value> = BTreeMap::new();
+        if measures_texts {
+            let paths: Vec<PathBuf> = self.data.iter().map(PathBuf::from).collect();
+            let texts = read_texts(&paths, &self.text).map_err(failure)?;
+            let found = perplexity(&loaded.model, &tokenizer, &texts, context).map_err(failure)?;
+            if !self.json {
+                print(&perplexity_table(&found))?;
+            }
+            own.insert(PERPLEXITY, serde_json::to_value(&found).expect("plain data is valid JSON"));
+        }
+        let mut outcomes: Vec<Outcome> = Vec::new();
+        if !selection.is_empty() {
+            let data = DataSets::open(&self.data).map_err(failure)?;
+            let mut journal = match output.as_ref().filter(|_| !self.check && !self.print_prompts) {
+                None => Journal::default(),
+                Some(output) => Journal::open(
+                    &output.results.with_extension("journal"),
+                    loaded.digest,
+                    kind_of(&loaded.model.backend().describe()),
+                    &loaded.model.format().to_string(),
+                    self.resume,
+                )
+                .map_err(failure)?,
+            };
+            let evaluation = Evaluation {
+                model: &loaded.model,
+                tokenizer: &tokenizer,
+                data: &data,
+                settings: &settings,
+                batching: self.batch_tokens,
+            };
+            if self.check || self.print_prompts {
+                return self.tell(&evaluation.plan(&selection).map_err(failure)?, &loaded.model);
+            }
+            let mut bar = Bar::new();
+            let mut on_progress = |progress: Progress<'_>| {
+                match progress {
+                    Progress::Begun { task, requests, notes } => {
+                        bar.begin(task, requests);
+                        for note in notes {
+                            bar.bar.suspend(|| eprintln!("{task}: {note}"));
+                        }
+                    }
+                    Progress::Answered(requests) => bar.bar.inc(requests as u64),
+                    Progress::Done { task, samples } => {
+                        bar.bar.finish_and_clear();
+                        if let (true, Some(output)) = (self.log_samples, &output) {
+                            let path = output.folder.join(format!("samples_{task}.jsonl"));
+                            fs::write(&path, samples).map_err(|error| EvaluatorError::Journal {
+                                path,
+                                problem: error.to_string(),
+                            })?;
+                        }
+                    }
+                }
+                Ok(())
+            };
+            outcomes = evaluation.run(&selection, &mut journal, &mut on_progress).map_err(failure)?;
+        }
+        let description = self.description(&loaded, &tokenizer, &settings);
+        let mut file = results_file(&outcomes, description);
+        for (name, value) in own {
+            file["results"][name] = value;
+        }
+        if let Some(mean) = average(&selection, &outcomes) {
+            file["average"] = json!(mean);
+        }
+        if let Some(output) = &output {
+            Output::write(&output.results, &to_json(&file))?;
+            // A whole result needs no journal.
+            fs::remove_file(output.results.with_extension("journal")).ok();
+        }
+        if self.json {
+            return print(to_json(&file).trim_end());
+        }
+        if !outcomes.is_empty() {
+            print(markdown(&outcomes).trim_end())?;
+        }
+        if let Some(mean) = average(&selection, &outcomes) {
+            let suite = self.suite.as_deref().unwrap_or_default();
+            print(&format!("average of {suite}: {:.2} %\n", 100.0 * mean))?;
+            print(beside_published(suite, &self.model, &selection, &outcomes).trim_end())?;
+        }
+        Ok(())
+    }
+}
+
+fn perplexity_table(result: &Perplexity) -> String {
+    let mut table = table(&["perplexity", "value"]);
+    for (name, value) in [
+        ("documents", result.documents.to_string()),
+        ("bytes", result.bytes.to_string()),
+        ("tokens", result.tokens.to_string()),
+        ("loss per token (nats)", format!("{:.4}", result.loss)),
+        ("perplexity per token", format!("{:.3}", result.perplexity)),
+        ("bits per byte", format!("{:.4}", result.bits_per_byte)),
+        ("zstd -19, bits per byte", format!("{:.4}", result.zstd_bits_per_byte)),
+    ] {
+        table.add_row([name.to_owned(), value]);
+    }
+    table.to_string()
+}

@@ -1,0 +1,111 @@
+//! Several results files side by side, ours or the harness's.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value as Json;
+
+use super::metric::Estimate;
+
+/// Results by task and metric, from a file.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Results {
+    name: String,
+    numbers: Vec<((String, String), Estimate)>,
+}
+
+/// One number of every file.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Comparison {
+    /// The task.
+    pub task: String,
+    /// The metric, as the file names it.
+    pub metric: String,
+    /// Of each file, in order.
+    pub estimates: Vec<Option<Estimate>>,
+}
+
+impl Results {
+    /// Takes the numbers out of a results file, which messages call `name`.
+    ///
+    /// # Errors
+    /// That it is no results file.
+    pub fn read(name: &str, file: &[u8]) -> Result<Self, String> {
+        let json: Json =
+            serde_json::from_slice(file).map_err(|error| format!("{name} is no JSON: {error}"))?;
+        let tasks = json["results"].as_object();
+        let tasks = tasks.ok_or_else(|| {
+            format!("{name} has no \"results\"; name a file that `evaluator run --output` wrote")
+        })?;
+        let mut numbers = Vec::new();
+        for (task, values) in tasks {
+            for (key, value) in values.as_object().into_iter().flatten() {
+                let Some((metric, filter)) = key.split_once(',') else { continue };
+                let Some(value) = value.as_f64().filter(|_| !metric.ends_with("_stderr")) else { continue };
+                let stderr = values[format!("{metric}_stderr,{filter}")].as_f64();
+                let metric = if filter == "none" { metric.to_owned() } else { key.clone() };
+                numbers.push(((task.clone(), metric), Estimate { value, stderr }));
+            }
+        }
+        if numbers.is_empty() {
+            return Err(format!("{name} has no numbers of tasks"));
+        }
+        Ok(Self { name: name.to_owned(), numbers })
+    }
+
+    /// What the file is called.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+/// All numbers of some files, by task and metric.
+pub fn compare(files: &[Results]) -> Vec<Comparison> {
+    let keys: BTreeSet<&(String, String)> =
+        files.iter().flat_map(|file| file.numbers.iter().map(|(key, _)| key)).collect();
+    let of = |file: &Results, key: &(String, String)| {
+        file.numbers.iter().find(|(other, _)| other == key).map(|(_, estimate)| *estimate)
+    };
+    let row = |key: &(String, String)| Comparison {
+        task: key.0.clone(),
+        metric: key.1.clone(),
+        estimates: files.iter().map(|file| of(file, key)).collect(),
+    };
+    keys.into_iter().map(row).collect()
+}
+
+impl Comparison {
+    /// The difference of a file's number to the first file's, and the standard error of the difference where both have one.
+    pub fn difference(&self, file: usize) -> Option<Estimate> {
+        let (first, other) = (self.estimates[0]?, self.estimates[file]?);
+        let stderr = first.stderr.zip(other.stderr).map(|(a, b)| a.hypot(b));
+        Some(Estimate { value: other.value - first.value, stderr })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_of_files_stand_side_by_side() {
+        let file = |acc: f64| {
+            let text = format!(
+                r#"{{"results": {{"piqa": {{"alias": "piqa", "acc,none": {acc}, "acc_stderr,none": 0.03}},
+                    "wikitext": {{"bits_per_byte,none": 1.5, "bits_per_byte_stderr,none": "N/A"}}}}}}"#
+            );
+            Results::read("a.json", text.as_bytes()).unwrap()
+        };
+        let rows = compare(&[file(0.5), file(0.75)]);
+        assert_eq!(
+            rows.iter().map(|row| (&*row.task, &*row.metric)).collect::<Vec<_>>(),
+            [("piqa", "acc"), ("wikitext", "bits_per_byte")]
+        );
+        let difference = rows[0].difference(1).unwrap();
+        assert!(
+            (difference.value - 0.25).abs() < 1e-12
+                && (difference.stderr.unwrap() - 0.03 * 2_f64.sqrt()).abs() < 1e-12
+        );
+        assert_eq!(rows[1].difference(1), Some(Estimate { value: 0.0, stderr: None }));
+        assert!(Results::read("b.json", b"{}").unwrap_err().contains("b.json has no \"results\""));
+    }
+}

@@ -1,0 +1,309 @@
+//! Measures a model on one task: asks about its rows, and counts the answers.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use minijinja::value::Value;
+use ulmus_tokenizer::Tokenizer;
+
+use super::definition::{Definition, Kind, Revision};
+use super::examples::Examples;
+use super::metric::{Estimate, Metric, argmax, mean, per_unit};
+use super::question::{Asker, Question, rewritten};
+use super::rows::{DataSets, Split};
+use super::run::TaskPlan;
+use super::scorer::Likelihood;
+use super::tokens::{Encoding, Request};
+use super::tree::Forest;
+use crate::error::EvaluatorError;
+use crate::python::random::Random;
+use crate::python::string::words;
+
+/// How many rows of a task are used.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Limit {
+    /// The first so many.
+    Rows(usize),
+    /// The first part of them, rounded up.
+    Share(f64),
+}
+
+/// How tasks are measured.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    /// Examples before each question.
+    pub shots: Option<usize>,
+    /// The split of the examples.
+    pub fewshot_split: Option<String>,
+    /// Rows that are used; all by default.
+    pub limit: Option<Limit>,
+    /// The most tokens that the model reads.
+    pub context: usize,
+    /// Whether texts begin with BOS.
+    pub add_bos: bool,
+    /// Whose numbers are met.
+    pub revision: Revision,
+    /// Of the examples.
+    pub seed: u64,
+}
+
+/// A task with all that the model is asked.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    pub task: Arc<Definition>,
+    pub shots: usize,
+    /// The most tokens that the model reads.
+    pub context: usize,
+    /// Rows of the split, of which the first ones are used.
+    pub rows_of_split: usize,
+    pub rows: Vec<Row>,
+    pub requests: Vec<Request>,
+    /// Texts in which a control token was written out.
+    pub written_out: usize,
+    /// Requests whose beginning was cut off.
+    pub truncated: usize,
+}
+
+/// A row with what the model is asked about it.
+#[derive(Debug)]
+pub(crate) struct Row {
+    pub number: usize,
+    pub content: Content,
+    /// Its requests.
+    pub requests: Range<usize>,
+}
+
+#[derive(Debug)]
+pub(crate) enum Content {
+    /// A question, and what stands before each of its contexts.
+    Question {
+        question: Question,
+        before: String,
+    },
+    Text {
+        row: Value,
+        original: String,
+        text: String,
+    },
+}
+
+/// What a task found.
+#[derive(Debug)]
+pub(crate) struct Measured {
+    /// Of each row, in the order of the task's metrics; none for rolling tasks.
+    pub of_rows: Vec<Vec<f64>>,
+    pub metrics: Vec<(Metric, Estimate)>,
+}
+
+impl Prepared {
+    /// Reads the rows of a task and asks about them.
+    ///
+    /// # Errors
+    /// When rows are missing or are not as the task expects them, or there are too few examples.
+    pub(crate) fn new(
+        task: Arc<Definition>,
+        data: &DataSets,
+        tokenizer: &Tokenizer,
+        settings: &Settings,
+    ) -> Result<Self, EvaluatorError> {
+        let in_file = |problem| EvaluatorError::Tasks { file: task.name.clone(), problem };
+        let asker = Asker::new(Arc::clone(&task)).map_err(in_file)?;
+        let mut split = data.read(&task, task.measured_split().unwrap_or_default())?;
+        if let Some(seed) = task.shuffle {
+            Random::new(seed).shuffle(&mut split.rows);
+        }
+        let rows_of_split = split.rows.len();
+        let used = match settings.limit {
+            None => rows_of_split,
+            Some(Limit::Rows(rows)) => rows.min(rows_of_split),
+            Some(Limit::Share(share)) => ((rows_of_split as f64 * share).ceil() as usize).min(rows_of_split),
+        };
+        let shots = if task.kind == Kind::Rolling { 0 } else { task.shots.or(settings.shots).unwrap_or(0) };
+        let mut examples = Self::examples(&task, data, settings, shots)?;
+        let mut encoding = Encoding::new(tokenizer, settings.add_bos, settings.context, settings.revision);
+        let mut prepared = Self {
+            task: Arc::clone(&task),
+            shots,
+            context: settings.context,
+            rows_of_split,
+            rows: Vec::with_capacity(used),
+            requests: Vec::new(),
+            written_out: 0,
+            truncated: 0,
+        };
+        for (number, row) in split.rows.iter().take(used).enumerate() {
+            let wrong = |problem| EvaluatorError::Row {
+                task: task.name.clone(),
+                row: number,
+                place: split.place.clone(),
+                problem,
+            };
+            let first = prepared.requests.len();
+            let content = if task.kind == Kind::Rolling {
+                let content = text_of(&task, row).map_err(wrong)?;
+                if let Content::Text { text, .. } = &content {
+                    prepared.requests.extend(encoding.rolling(text));
+                }
+                content
+            } else {
+                let question = asker.question(row).map_err(wrong)?;
+                let mut before = asker.description().to_owned();
+                if let Some((examples, split)) = &mut examples {
+                    for example in examples.draw(row) {
+                        let wrong = |problem| {
+                            wrong(format!("an example of split {split} is wrong: {problem} in {example}"))
+                        };
+                        let example = asker.question(example).map_err(wrong)?;
+                        before.push_str(&example.asked.example(example.gold, &task.delimiter));
+                    }
+                }
+                for choice in 0..question.asked.count() {
+                    let (context, continuation) = question.asked.pair(choice);
+                    let (context, continuation) =
+                        (format!("{before}{context}"), format!("{}{continuation}", task.delimiter));
+                    let request = encoding.continuation(&context, &continuation).map_err(|tokens| {
+                        wrong(format!(
+                            "choice {choice} ({continuation:?}) has {tokens} tokens, and a choice has from 1 to {}",
+                            settings.context
+                        ))
+                    })?;
+                    prepared.requests.push(request);
+                }
+                Content::Question { question, before }
+            };
+            prepared.rows.push(Row { number, content, requests: first..prepared.requests.len() });
+        }
+        prepared.written_out = encoding.written_out;
+        prepared.truncated = encoding.truncated;
+        Ok(prepared)
+    }
+
+    fn examples(
+        task: &Definition,
+        data: &DataSets,
+        settings: &Settings,
+        shots: usize,
+    ) -> Result<Option<(Examples, String)>, EvaluatorError> {
+        if shots == 0 {
+            return Ok(None);
+        }
+        let named = settings.fewshot_split.as_deref();
+        let split = named.or(task.examples_split()).unwrap_or_default();
+        let pool: Split = data.read(task, split)?;
+        let name = pool.name.clone();
+        let examples = Examples::new(task, pool, shots, named, settings.seed, settings.revision)?;
+        Ok(Some((examples, name)))
+    }
+
+    /// What would be asked.
+    pub(crate) fn plan(&self) -> TaskPlan {
+        let read = |request: &Request| request.ids.len() - 1;
+        let prompts = match self.rows.first().map(|row| &row.content) {
+            Some(Content::Question { question, before }) => (0..question.asked.count())
+                .map(|choice| {
+                    let (context, continuation) = question.asked.pair(choice);
+                    (format!("{before}{context}"), format!("{}{continuation}", self.task.delimiter))
+                })
+                .collect(),
+            Some(Content::Text { text, .. }) => vec![(String::new(), text.clone())],
+            None => Vec::new(),
+        };
+        TaskPlan {
+            task: self.task.name.clone(),
+            rows: self.rows.len(),
+            shots: self.shots,
+            requests: self.requests.len(),
+            tokens: self.requests.iter().map(read).sum(),
+            read: Forest::new(&self.requests).rows(),
+            longest: self.requests.iter().map(read).max().unwrap_or(0),
+            notes: self.notes(),
+            prompts,
+        }
+    }
+
+    /// What a person should know about the requests.
+    pub(crate) fn notes(&self) -> Vec<String> {
+        let mut notes = Vec::new();
+        if self.truncated > 0 {
+            notes.push(format!(
+                "{} of {} requests are longer than {} tokens, and lost their beginning",
+                self.truncated,
+                self.requests.len(),
+                self.context
+            ));
+        }
+        if self.written_out > 0 {
+            notes.push(format!(
+                "in {} texts a control token is written out, and read as that token, as Hugging Face's tokenizers do",
+                self.written_out
+            ));
+        }
+        notes
+    }
+
+    /// Counts the answers: the likelihood of each request.
+    pub(crate) fn count(&self, likelihoods: &[Likelihood]) -> Measured {
+        let log_likelihoods = |row: &Row| -> Vec<f64> {
+            likelihoods[row.requests.clone()].iter().map(|likelihood| likelihood.log_likelihood).collect()
+        };
+        if self.task.kind == Kind::Rolling {
+            let total: f64 = self.rows.iter().map(|row| log_likelihoods(row).iter().sum::<f64>()).sum();
+            let units = |of: &dyn Fn(&str) -> usize| -> f64 {
+                let originals = self.rows.iter().map(|row| match &row.content {
+                    Content::Text { original, .. } => of(original),
+                    Content::Question { .. } => 0,
+                });
+                originals.sum::<usize>() as f64
+            };
+            let estimate = |metric: &Metric| {
+                let count = if *metric == Metric::WordPerplexity { units(&words) } else { units(&str::len) };
+                (*metric, Estimate { value: per_unit(*metric, total, count), stderr: None })
+            };
+            return Measured {
+                of_rows: Vec::new(),
+                metrics: self.task.metrics.iter().map(estimate).collect(),
+            };
+        }
+        let of_row = |row: &Row| match &row.content {
+            Content::Question { question, .. } => {
+                let lls = log_likelihoods(row);
+                self.task.metrics.iter().map(|metric| judge(*metric, question, &lls)).collect()
+            }
+            Content::Text { .. } => Vec::new(),
+        };
+        let of_rows: Vec<Vec<f64>> = self.rows.iter().map(of_row).collect();
+        let column = |index: usize| of_rows.iter().map(|values| values[index]).collect::<Vec<f64>>();
+        let metrics = self.task.metrics.iter().enumerate();
+        let metrics = metrics.map(|(index, metric)| (*metric, mean(&column(index)))).collect();
+        Measured { of_rows, metrics }
+    }
+}
+
+/// What a metric says of one question, given the log-likelihoods of its choices.
+fn judge(metric: Metric, question: &Question, log_likelihoods: &[f64]) -> f64 {
+    let is_gold = |choice: usize| f64::from(u8::from(choice == question.gold));
+    match (metric, &question.mass) {
+        (Metric::Acc, Some(mass)) => {
+            let shares: Vec<f64> = log_likelihoods.iter().map(|ll| ll.exp()).collect();
+            let total: f64 = shares.iter().sum();
+            shares.iter().zip(mass).filter(|(_, is_true)| **is_true).map(|(share, _)| share / total).sum()
+        }
+        (Metric::AccNorm, _) => {
+            let per_character = |(choice, ll): (usize, &f64)| ll / question.asked.characters(choice) as f64;
+            is_gold(argmax(&log_likelihoods.iter().enumerate().map(per_character).collect::<Vec<_>>()))
+        }
+        (Metric::LikelihoodDiff, _) => (log_likelihoods[0] - log_likelihoods[1]).abs(),
+        (Metric::PctStereotype, _) => f64::from(u8::from(log_likelihoods[0] > log_likelihoods[1])),
+        _ => is_gold(argmax(log_likelihoods)),
+    }
+}
+
+/// The text of a row of a rolling task.
+fn text_of(task: &Definition, row: &Value) -> Result<Content, String> {
+    let column = task.text.as_deref().unwrap_or_default();
+    let value = row.get_attr(column).ok().filter(|value| !value.is_undefined());
+    let original = value.as_ref().and_then(Value::as_str);
+    let original = original.ok_or_else(|| format!("it has no text in column {column:?}"))?.to_owned();
+    let text = rewritten(&original, &task.rewrite);
+    Ok(Content::Text { row: row.clone(), original, text })
+}

@@ -1,0 +1,313 @@
+//! Results in the files and tables of lm-evaluation-harness, so that what reads its output reads ours.
+
+use std::fmt::Write as _;
+
+use minijinja::value::Value;
+use serde::Serialize;
+use serde_json::{Map, Value as Json, json};
+
+use super::measure::{Content, Measured, Prepared, Row};
+use super::metric::{Estimate, Metric};
+use super::scorer::Likelihood;
+use crate::python::string::words;
+
+/// A row of the results: a task, or a group of tasks.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    /// Name of the task or group.
+    pub name: String,
+    /// Its name in tables.
+    pub alias: String,
+    /// Version of its definition, as the harness writes it.
+    pub version: String,
+    /// Examples before each question.
+    pub shots: usize,
+    /// Rows of the split, and how many of them were used.
+    pub rows: [usize; 2],
+    /// The numbers.
+    pub metrics: Vec<(Metric, Estimate)>,
+    /// The tasks of a group.
+    pub members: Vec<String>,
+    /// How many groups it is in, each inside the other.
+    pub depth: usize,
+}
+
+impl Outcome {
+    /// The outcome of a task.
+    pub(crate) fn of_task(prepared: &Prepared, measured: &Measured) -> Self {
+        let task = &prepared.task;
+        Self {
+            name: task.name.clone(),
+            alias: task.alias.clone().unwrap_or_else(|| task.name.clone()),
+            version: format!("{:?}", task.version),
+            shots: prepared.shots,
+            rows: [prepared.rows_of_split, prepared.rows.len()],
+            metrics: measured.metrics.clone(),
+            members: Vec::new(),
+            depth: 0,
+        }
+    }
+
+    fn is_group(&self) -> bool {
+        !self.members.is_empty()
+    }
+
+    fn result(&self) -> Json {
+        let mut result = Map::new();
+        result.insert("name".to_owned(), json!(self.name));
+        result.insert("alias".to_owned(), json!(self.alias));
+        result.insert("sample_len".to_owned(), json!(self.rows[1]));
+        for (metric, estimate) in &self.metrics {
+            let stderr = estimate.stderr.map_or_else(|| json!("N/A"), |stderr| json!(stderr));
+            result.insert(format!("{},none", metric.name()), json!(estimate.value));
+            result.insert(format!("{}_stderr,none", metric.name()), stderr);
+        }
+        if self.is_group() {
+            let counts = self
+                .metrics
+                .iter()
+                .map(|(metric, _)| (format!("{},none", metric.name()), json!(self.rows[1])));
+            result.insert("sample_count".to_owned(), Json::Object(counts.collect()));
+        }
+        Json::Object(result)
+    }
+}
+
+/// The results file, without what is known of the model and the command, which `more` adds.
+pub fn results_file(outcomes: &[Outcome], more: Map<String, Json>) -> Json {
+    let of = |value: &dyn Fn(&Outcome) -> Json| -> Json {
+        Json::Object(outcomes.iter().map(|outcome| (outcome.name.clone(), value(outcome))).collect())
+    };
+    let groups: Vec<&Outcome> = outcomes.iter().filter(|outcome| outcome.is_group()).collect();
+    let of_groups = |value: &dyn Fn(&Outcome) -> Json| -> Json {
+        Json::Object(groups.iter().map(|outcome| (outcome.name.clone(), value(outcome))).collect())
+    };
+    let direction = |outcome: &Outcome| {
+        let metrics = outcome.metrics.iter();
+        Json::Object(
+            metrics.map(|(metric, _)| (metric.name().to_owned(), json!(metric.higher_is_better()))).collect(),
+        )
+    };
+    let tasks = outcomes.iter().filter(|outcome| !outcome.is_group());
+    let samples = tasks.map(|outcome| {
+        (outcome.name.clone(), json!({ "original": outcome.rows[0], "effective": outcome.rows[1] }))
+    });
+    let version = |outcome: &Outcome| match outcome.version.parse::<f64>() {
+        Ok(version) if !outcome.is_group() => json!(version),
+        _ => json!(outcome.version),
+    };
+    let mut file = Map::new();
+    file.insert("results".to_owned(), of(&Outcome::result));
+    if !groups.is_empty() {
+        file.insert("groups".to_owned(), of_groups(&Outcome::result));
+    }
+    file.insert("group_subtasks".to_owned(), of_groups(&|group| json!(group.members)));
+    file.insert("versions".to_owned(), of(&version));
+    file.insert("n-shot".to_owned(), of(&|outcome| json!(outcome.shots)));
+    file.insert("higher_is_better".to_owned(), of(&direction));
+    file.insert("n-samples".to_owned(), Json::Object(samples.collect()));
+    file.extend(more);
+    Json::Object(file)
+}
+
+/// A line of a samples file.
+#[derive(Debug, Serialize)]
+struct Sample<'a> {
+    doc_id: usize,
+    doc: &'a Value,
+    target: String,
+    arguments: Map<String, Json>,
+    resps: Vec<[Json; 1]>,
+    filtered_resps: Vec<Json>,
+    filter: &'static str,
+    metrics: Vec<&'static str>,
+    doc_hash: String,
+    prompt_hash: String,
+    target_hash: String,
+    #[serde(flatten)]
+    values: Map<String, Json>,
+}
+
+/// The lines of a samples file: a row each, with what the model was asked and what it answered.
+pub(crate) fn samples(prepared: &Prepared, measured: &Measured, likelihoods: &[Likelihood]) -> String {
+    let mut lines = String::new();
+    for row in &prepared.rows {
+        let sample = sample(prepared, measured, row, &likelihoods[row.requests.clone()]);
+        lines += &serde_json::to_string(&sample).expect("plain data is valid JSON");
+        lines.push('\n');
+    }
+    lines
+}
+
+fn sample<'a>(
+    prepared: &'a Prepared,
+    measured: &Measured,
+    row: &'a Row,
+    likelihoods: &[Likelihood],
+) -> Sample<'a> {
+    let metrics: Vec<&'static str> = prepared.task.metrics.iter().map(|metric| metric.name()).collect();
+    let (doc, target, asked, values, answers): (&Value, String, Vec<Vec<String>>, Vec<Json>, Vec<Json>) =
+        match &row.content {
+            Content::Question { question, before } => {
+                let pair = |choice| {
+                    let (context, continuation) = question.asked.pair(choice);
+                    vec![format!("{before}{context}"), format!("{}{continuation}", prepared.task.delimiter)]
+                };
+                let values = measured.of_rows[row.number].iter().map(|value| json!(value)).collect();
+                let answer =
+                    |one: &Likelihood| json!([python_float(one.log_likelihood), python_bool(one.greedy)]);
+                let asked = (0..question.asked.count()).map(pair).collect();
+                (&question.row, question.target(), asked, values, likelihoods.iter().map(answer).collect())
+            }
+            Content::Text { row, original, text } => {
+                let sum: f64 = likelihoods.iter().map(|one| one.log_likelihood).sum();
+                let of = |metric: &Metric| {
+                    let units =
+                        if *metric == Metric::WordPerplexity { words(original) } else { original.len() };
+                    json!([sum, units])
+                };
+                let values = prepared.task.metrics.iter().map(of).collect();
+                (row, text.clone(), vec![vec![text.clone()]], values, vec![json!(python_float(sum))])
+            }
+        };
+    let prompt = asked.first().and_then(|asked| asked.first()).cloned().unwrap_or_default();
+    let arguments = asked.into_iter().enumerate().map(|(index, texts)| {
+        let texts =
+            texts.into_iter().enumerate().map(|(index, text)| (format!("arg_{index}"), Json::from(text)));
+        (format!("gen_args_{index}"), Json::Object(texts.collect()))
+    });
+    Sample {
+        doc_id: row.number,
+        doc,
+        arguments: arguments.collect(),
+        resps: answers.iter().cloned().map(|answer| [answer]).collect(),
+        filtered_resps: answers,
+        filter: "none",
+        doc_hash: sha256(&serde_json::to_string_pretty(doc).expect("plain data is valid JSON")),
+        prompt_hash: sha256(&prompt),
+        target_hash: sha256(&target),
+        target,
+        values: metrics.iter().map(|name| (*name).to_owned()).zip(values).collect(),
+        metrics,
+    }
+}
+
+/// `str(number)`, as Python writes it.
+fn python_float(number: f64) -> String {
+    // Between these limits, Python writes no exponent, as Rust always does.
+    if number == 0.0 || (1e-4..1e16).contains(&number.abs()) {
+        format!("{number:?}")
+    } else if number.is_nan() {
+        "nan".to_owned()
+    } else if number.is_infinite() {
+        if number > 0.0 { "inf" } else { "-inf" }.to_owned()
+    } else {
+        // At least two digits, and a sign.
+        let text = format!("{number:e}");
+        let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
+        let (sign, exponent) = exponent.strip_prefix('-').map_or(('+', exponent), |exponent| ('-', exponent));
+        format!("{digits}e{sign}{exponent:0>2}")
+    }
+}
+
+fn python_bool(flag: bool) -> &'static str {
+    if flag { "True" } else { "False" }
+}
+
+fn sha256(text: &str) -> String {
+    use sha2::{Digest as _, Sha256};
+    let mut hex = String::new();
+    for byte in Sha256::digest(text.as_bytes()) {
+        write!(hex, "{byte:02x}").expect("a string takes all");
+    }
+    hex
+}
+
+/// The table that the harness prints, in Markdown: all outcomes, then the groups.
+pub fn markdown(outcomes: &[Outcome]) -> String {
+    let mut text = table("Tasks", outcomes);
+    let groups: Vec<Outcome> = outcomes.iter().filter(|outcome| outcome.is_group()).cloned().collect();
+    if !groups.is_empty() {
+        text.push('\n');
+        text += &table("Groups", &groups);
+    }
+    text
+}
+
+fn table(first: &'static str, outcomes: &[Outcome]) -> String {
+    const HEADER: [&str; 8] = ["Version", "Filter", "n-shot", "Metric", "", "Value", "", "Stderr"];
+    let mut rows: Vec<Vec<String>> = Vec::new();
+    for outcome in outcomes {
+        for (index, (metric, estimate)) in outcome.metrics.iter().enumerate() {
+            let (name, version) = if index == 0 {
+                let indent = if outcome.depth > 0 {
+                    format!("{}- ", " ".repeat(outcome.depth))
+                } else {
+                    String::new()
+                };
+                (format!("{indent}{}", outcome.alias), outcome.version.trim_end_matches(".0").to_owned())
+            } else {
+                (String::new(), String::new())
+            };
+            let arrow = if metric.higher_is_better() { "↑" } else { "↓" };
+            let stderr = estimate.stderr.map_or_else(|| "N/A".to_owned(), |stderr| format!("{stderr:.4}"));
+            rows.push(vec![
+                name,
+                version,
+                "none".to_owned(),
+                outcome.shots.to_string(),
+                metric.name().to_owned(),
+                arrow.to_owned(),
+                format!("{:.4}", estimate.value),
+                "±".to_owned(),
+                stderr,
+            ]);
+        }
+    }
+    let header: Vec<&str> = std::iter::once(first).chain(HEADER).collect();
+    let width = |column: usize| {
+        let cells = rows.iter().map(|row| row[column].chars().count());
+        cells.chain([header[column].chars().count(), 3]).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..header.len()).map(width).collect();
+    let right = |column: usize| matches!(column, 1 | 3 | 6 | 8);
+    let line = |cells: &[&str]| {
+        let cells = cells.iter().zip(&widths).enumerate().map(|(column, (cell, width))| {
+            if right(column) { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
+        });
+        format!("|{}|\n", cells.collect::<Vec<_>>().join("|"))
+    };
+    // Titles are centred.
+    let titles: Vec<String> =
+        header.iter().zip(&widths).map(|(title, width)| format!("{title:^width$}")).collect();
+    let mut text = line(&titles.iter().map(String::as_str).collect::<Vec<_>>());
+    let rules = widths.iter().enumerate().map(|(column, width)| {
+        if right(column) { format!("{}:", "-".repeat(width - 1)) } else { "-".repeat(*width) }
+    });
+    writeln!(text, "|{}|", rules.collect::<Vec<_>>().join("|")).expect("a string takes all");
+    for row in &rows {
+        text += &line(&row.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_written_as_python_writes_them() {
+        // From Python 3.11.
+        for (number, text) in [
+            (-25.820980072021484, "-25.820980072021484"),
+            (1.0, "1.0"),
+            (0.0, "0.0"),
+            (1e-5, "1e-05"),
+            (-2.5e-7, "-2.5e-07"),
+            (1e16, "1e+16"),
+            (f64::NEG_INFINITY, "-inf"),
+        ] {
+            assert_eq!(python_float(number), text);
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! Measures a model on a selection of tasks.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use ulmus_backend::Backend;
+use ulmus_model::Model;
+use ulmus_tokenizer::Tokenizer;
+
+use super::definition::{Definition, Entry, Revision};
+use super::journal::Journal;
+use super::measure::{Measured, Prepared, Settings};
+use super::metric::{Estimate, Metric, pooled};
+use super::report::{Outcome, samples};
+use super::rows::DataSets;
+use super::scorer::{Batching, Likelihood, score};
+use super::select::{Item, Selection};
+use super::tokens::Request;
+use crate::error::EvaluatorError;
+
+/// What happens while tasks are measured.
+#[derive(Debug)]
+pub enum Progress<'a> {
+    /// A task begins.
+    Begun {
+        /// Its name.
+        task: &'a str,
+        /// Requests that are not in the journal.
+        requests: usize,
+        /// Things that a person should know about it.
+        notes: Vec<String>,
+    },
+    /// So many more requests are answered.
+    Answered(usize),
+    /// A task is done.
+    Done {
+        /// Its name.
+        task: &'a str,
+        /// The lines of its samples file.
+        samples: String,
+    },
+}
+
+/// What a task would ask the model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TaskPlan {
+    /// Its name.
+    pub task: String,
+    /// Rows that are used.
+    pub rows: usize,
+    /// Examples before each question.
+    pub shots: usize,
+    /// Likelihoods that are asked for.
+    pub requests: usize,
+    /// Tokens of all requests.
+    pub tokens: usize,
+    /// Tokens that go through the model, where what requests have in common goes through it once.
+    pub read: usize,
+    /// The most tokens of a request.
+    pub longest: usize,
+    /// What a person should know.
+    pub notes: Vec<String>,
+    /// Contexts and continuations of the first row.
+    pub prompts: Vec<(String, String)>,
+}
+
+/// A model, and how it is measured.
+#[derive(Debug)]
+pub struct Evaluation<'a, B: Backend> {
+    /// The model.
+    pub model: &'a Arc<Model<B>>,
+    /// Its tokenizer.
+    pub tokenizer: &'a Tokenizer,
+    /// Where rows are.
+    pub data: &'a DataSets,
+    /// What counts for all tasks.
+    pub settings: &'a Settings,
+    /// How much is computed at once.
+    pub batching: Batching,
+}
+
+impl<B: Backend> Evaluation<'_, B> {
+    /// Measures the model on all tasks of a selection, and sums up groups.
+    ///
+    /// # Errors
+    /// When rows are missing or wrong, those of the device and of the journal, and those of `on_progress`.
+    pub fn run(
+        &self,
+        selection: &Selection,
+        journal: &mut Journal,
+        on_progress: &mut dyn FnMut(Progress<'_>) -> Result<(), EvaluatorError>,
+    ) -> Result<Vec<Outcome>, EvaluatorError> {
+        let mut outcomes: Vec<Outcome> = Vec::new();
+        let mut by_name: BTreeMap<String, Outcome> = BTreeMap::new();
+        for item in &selection.items {
+            let Item::Task { task, depth, entry } = item else { continue };
+            let prepared = self.prepare(task, entry.as_ref())?;
+            let (measured, likelihoods) = self.answer(&prepared, journal, on_progress)?;
+            let outcome = Outcome { depth: *depth, ..Outcome::of_task(&prepared, &measured) };
+            let samples = samples(&prepared, &measured, &likelihoods);
+            on_progress(Progress::Done { task: &task.name, samples })?;
+            by_name.insert(task.name.clone(), outcome);
+        }
+        for item in &selection.items {
+            outcomes.push(match item {
+                Item::Task { task, .. } => by_name[&task.name].clone(),
+                Item::Group { group, depth, leaves } => {
+                    let members: Vec<&Outcome> = leaves.iter().map(|name| &by_name[name]).collect();
+                    let metric = group.aggregate.unwrap_or(Metric::Acc);
+                    Outcome {
+                        name: group.name.clone(),
+                        alias: group.alias.clone().unwrap_or_else(|| group.name.clone()),
+                        version: group.version.to_string(),
+                        shots: members.first().map_or(0, |member| member.shots),
+                        rows: [0, 1].map(|index| members.iter().map(|member| member.rows[index]).sum()),
+                        metrics: vec![(metric, pool(&members, metric))],
+                        members: leaves.clone(),
+                        depth: *depth,
+                    }
+                }
+            });
+        }
+        if self.settings.revision == Revision::Dc90fec {
+            pool_by_groups(selection, &mut outcomes);
+        }
+        Ok(outcomes)
+    }
+
+    /// Reads the rows of a task, and asks about them in the way of its group.
+    fn prepare(&self, task: &Arc<Definition>, entry: Option<&Entry>) -> Result<Prepared, EvaluatorError> {
+        let settings = entry.map_or_else(
+            || self.settings.clone(),
+            |entry| Settings {
+                shots: Some(entry.shots),
+                fewshot_split: self.settings.fewshot_split.clone().or_else(|| entry.fewshot_split.clone()),
+                ..self.settings.clone()
+            },
+        );
+        Prepared::new(Arc::clone(task), self.data, self.tokenizer, &settings)
+    }
+
+    /// What each task of a selection would ask. The model is not asked.
+    ///
+    /// # Errors
+    /// When rows are missing or wrong.
+    pub fn plan(&self, selection: &Selection) -> Result<Vec<TaskPlan>, EvaluatorError> {
+        let tasks = selection.items.iter().filter_map(|item| match item {
+            Item::Task { task, entry, .. } => Some((task, entry.as_ref())),
+            Item::Group { .. } => None,
+        });
+        tasks.map(|(task, entry)| Ok(self.prepare(task, entry)?.plan())).collect()
+    }
+
+    /// Asks the model what is not in the journal.
+    fn answer(
+        &self,
+        prepared: &Prepared,
+        journal: &mut Journal,
+        on_progress: &mut dyn FnMut(Progress<'_>) -> Result<(), EvaluatorError>,
+    ) -> Result<(Measured, Vec<Likelihood>), EvaluatorError> {
+        let mut likelihoods: Vec<Option<Likelihood>> =
+            prepared.requests.iter().map(|request| journal.get(request)).collect();
+        let missing: Vec<usize> =
+            (0..likelihoods.len()).filter(|index| likelihoods[*index].is_none()).collect();
+        let requests: Vec<Request> = missing.iter().map(|index| prepared.requests[*index].clone()).collect();
+        let notes = prepared.notes();
+        on_progress(Progress::Begun { task: &prepared.task.name, requests: requests.len(), notes })?;
+        score(self.model, self.batching, &requests, &mut |scored| {
+            for (index, likelihood) in scored {
+                if !likelihood.log_likelihood.is_finite() {
+                    return Err(EvaluatorError::NotFinite { task: prepared.task.name.clone() });
+                }
+                likelihoods[missing[*index]] = Some(*likelihood);
+            }
+            journal.add(scored.iter().map(|(index, likelihood)| (&requests[*index], *likelihood)))?;
+            on_progress(Progress::Answered(scored.len()))
+        })?;
+        let likelihoods: Vec<Likelihood> =
+            likelihoods.into_iter().map(|one| one.expect("all are scored")).collect();
+        Ok((prepared.count(&likelihoods), likelihoods))
+    }
+}
+
+fn pool(members: &[&Outcome], metric: Metric) -> Estimate {
+    let of = |outcome: &&Outcome| {
+        let estimate = outcome.metrics.iter().find(|(other, _)| *other == metric);
+        estimate.map(|(_, estimate)| (*estimate, outcome.rows[1]))
+    };
+    pooled(&members.iter().filter_map(of).collect::<Vec<_>>())
+}
+
+/// Earlier, a group of groups summed up these and not their tasks, which gives another standard error.
+fn pool_by_groups(selection: &Selection, outcomes: &mut [Outcome]) {
+    for item in &selection.items {
+        let Item::Group { group, .. } = item else { continue };
+        if group.groups.is_empty() {
+            continue;
+        }
+        let members: Vec<Outcome> =
+            outcomes.iter().filter(|outcome| group.groups.contains(&outcome.name)).cloned().collect();
+        let estimate = pool(&members.iter().collect::<Vec<_>>(), group.aggregate.unwrap_or(Metric::Acc));
+        if let Some(outcome) = outcomes.iter_mut().find(|outcome| outcome.name == group.name) {
+            outcome.metrics[0].1 = estimate;
+        }
+    }
+}
+
+/// The average of a suite, if all of its numbers are there.
+pub fn average(selection: &Selection, outcomes: &[Outcome]) -> Option<f64> {
+    let values = selection.average.iter().map(|entry| {
+        let outcome = outcomes.iter().find(|outcome| outcome.name == entry.name)?;
+        let (_, estimate) = outcome.metrics.iter().find(|(metric, _)| Some(*metric) == entry.metric)?;
+        Some(estimate.value)
+    });
+    let values: Vec<f64> = values.collect::<Option<_>>()?;
+    (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+}

@@ -1,0 +1,154 @@
+//! From texts to the ids that go through the model, and those of them that are scored.
+
+use std::ops::Range;
+
+use ulmus_tokenizer::{Encoder, Tokenizer};
+
+use super::definition::Revision;
+use crate::python::string::rstrip;
+
+/// Ids of which the last ones are scored. The model reads all but the last.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Request {
+    /// At least two.
+    pub ids: Vec<u32>,
+    /// At least one, and fewer than there are ids.
+    pub scored: usize,
+}
+
+/// How texts become ids.
+pub(crate) struct Encoding {
+    encoder: Encoder,
+    /// Control tokens whose names in a text become their ids, as in Hugging Face's tokenizers; BOS first.
+    control: Vec<(String, u32)>,
+    add_bos: bool,
+    /// The only context of a text that has none.
+    prefix: u32,
+    /// The most ids that the model reads.
+    context: usize,
+    revision: Revision,
+    /// Texts in which a control token was written out.
+    pub written_out: usize,
+    /// Requests whose beginning was cut off.
+    pub truncated: usize,
+}
+
+impl Encoding {
+    pub(crate) fn new(tokenizer: &Tokenizer, add_bos: bool, context: usize, revision: Revision) -> Self {
+        let (bos, eos) = tokenizer.special_names();
+        let control = vec![(bos.to_owned(), tokenizer.bos()), (eos.to_owned(), tokenizer.eos())];
+        let prefix = match revision {
+            Revision::Current => tokenizer.bos(),
+            Revision::Dc90fec => tokenizer.eos(),
+        };
+        Self {
+            encoder: tokenizer.encoder(),
+            control,
+            add_bos,
+            prefix,
+            context,
+            revision,
+            written_out: 0,
+            truncated: 0,
+        }
+    }
+
+    /// The ids of a text, with BOS if configured.
+    pub(crate) fn encode(&mut self, text: &str) -> Vec<u32> {
+        let (bos_name, bos) = &self.control[0];
+        let mut ids = Vec::with_capacity(text.len() / 3 + 2);
+        if self.add_bos && !text.starts_with(bos_name) {
+            ids.push(*bos);
+        }
+        self.append(text, &mut ids);
+        ids
+    }
+
+    /// Appends the ids of a text without a BOS of its own.
+    fn append(&mut self, text: &str, ids: &mut Vec<u32>) {
+        let mut rest = text;
+        let next = |rest: &str| {
+            let found =
+                self.control.iter().filter_map(|(name, id)| Some((rest.find(name)?, name.len(), *id)));
+            found.min()
+        };
+        let mut pieces = Vec::new();
+        while let Some((at, length, id)) = next(rest) {
+            pieces.push((&rest[..at], Some(id)));
+            rest = &rest[at + length..];
+        }
+        pieces.push((rest, None));
+        self.written_out += usize::from(pieces.len() > 1);
+        for (piece, control) in pieces {
+            if !piece.is_empty() {
+                self.encoder.encode(piece, ids);
+            }
+            ids.extend(control);
+        }
+    }
+
+    /// A continuation of a context, which is cut off at its beginning if it is too long.
+    ///
+    /// # Errors
+    /// The number of ids of a continuation that is too long by itself.
+    pub(crate) fn continuation(&mut self, context: &str, continuation: &str) -> Result<Request, usize> {
+        let (context, scored) = if context.is_empty() {
+            let mut scored = Vec::new();
+            match self.revision {
+                Revision::Current => self.append(continuation, &mut scored),
+                Revision::Dc90fec => scored = self.encode(continuation),
+            }
+            if self.revision == Revision::Current && scored.len() > 1 && scored[0] == self.prefix {
+                (vec![scored.remove(0)], scored)
+            } else {
+                (vec![self.prefix], scored)
+            }
+        } else {
+            let kept = rstrip(context);
+            let whole = self.encode(&format!("{context}{continuation}"));
+            let context = self.encode(kept);
+            let scored = whole[context.len().min(whole.len())..].to_vec();
+            (if context.is_empty() { vec![self.prefix] } else { context }, scored)
+        };
+        if scored.is_empty() || scored.len() > self.context {
+            return Err(scored.len());
+        }
+        let mut ids = context;
+        let count = scored.len();
+        ids.extend(scored);
+        let excess = ids.len().saturating_sub(self.context + 1);
+        ids.drain(..excess);
+        self.truncated += usize::from(excess > 0);
+        Ok(Request { ids, scored: count })
+    }
+
+    /// A whole text in windows, in which every id is scored once.
+    pub(crate) fn rolling(&mut self, text: &str) -> Vec<Request> {
+        let ids = self.encode(text);
+        windows(ids.len(), self.context)
+            .map(|Window { read, scored }| {
+                let mut window = Vec::with_capacity(scored.end - read + 1);
+                // Before the first id stands the prefix.
+                window.extend((read == 0).then_some(self.prefix));
+                window.extend(&ids[read.saturating_sub(1)..scored.end]);
+                Request { ids: window, scored: scored.len() }
+            })
+            .collect()
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Window {
+    /// The first position whose prediction the model makes: it reads the id before.
+    read: usize,
+    scored: Range<usize>,
+}
+
+/// Windows of at most `context` predictions, each of which scores what follows on the one before. The last is shifted back so
+/// that the model reads as much as in the others.
+fn windows(count: usize, context: usize) -> impl Iterator<Item = Window> {
+    (0..count).step_by(context).map(move |start| {
+        let end = count.min(start + context);
+        Window { read: end.saturating_sub(context), scored: start..end }
+    })
+}
