@@ -82,6 +82,14 @@ pub enum EvaluatorError {
         /// What is there instead.
         nearest: String,
     },
+    /// A task is asked for twice, in different ways.
+    #[error(
+        "{task} is asked for by name and by a group that has its own examples for it; measure them in two runs"
+    )]
+    TwoWays {
+        /// The task.
+        task: String,
+    },
     /// A task's rows are not where they are looked for.
     #[error("{task} has no rows of split {split}: {problem}")]
     NoRows {
@@ -128,9 +136,18 @@ pub enum EvaluatorError {
         /// What is wrong, and what to do.
         problem: String,
     },
+    /// A file of results cannot be written.
+    #[error("cannot write {}: {error}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        error: std::io::Error,
+    },
     /// More examples are asked for than there are.
     #[error(
-        "{task} has {have} rows to draw examples from in split {split}, and {wanted} are drawn for each row;          use a smaller --num-fewshot"
+        "{task} has {have} rows to draw examples from in split {split}, and {wanted} are drawn for each row; use a smaller \
+         --num-fewshot"
     )]
     Shots {
         /// The task.
@@ -165,6 +182,8 @@ impl EvaluatorError {
             Self::Model(error) => error.kind(),
             Self::Data(error) => error.kind(),
             Self::Tokenizer(error) => error.kind(),
+            Self::Write { .. } => ErrorKind::Disk,
+            Self::NotFinite { .. } => ErrorKind::Corrupt,
             _ => ErrorKind::InvalidInput,
         }
     }

@@ -50,7 +50,7 @@ pub fn model_folder(address: &str) -> Result<PathBuf, EvaluatorError> {
     for path in folder.paths()?.iter().filter(is_wanted) {
         let file = target.join(path);
         if !file.is_file() {
-            folder.copy(path, &file)?;
+            folder.download(path, &file)?;
         }
     }
     Ok(target)

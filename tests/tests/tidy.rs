@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use cargo_metadata::{DependencyKind, MetadataCommand, Target};
+use cargo_metadata::{DependencyKind, MetadataCommand, PackageId, Target};
 use ulmus_plan::{Normalize, Pack};
 use ulmus_tests::repository;
 
@@ -167,7 +167,7 @@ fn plans_name_crates_that_the_build_fetches() {
     let options = ["--locked", "--filter-platform", "x86_64-unknown-linux-gnu"].map(str::to_owned);
     let metadata = MetadataCommand::new().current_dir(repository()).other_options(options).exec().unwrap();
     let nodes = &metadata.resolve.as_ref().unwrap().nodes;
-    let node = |id| nodes.iter().find(|node| node.id == *id).unwrap();
+    let node = |id: &PackageId| nodes.iter().find(|node| node.id == *id).unwrap();
     let mut waiting: Vec<_> = metadata.workspace_default_members.iter().collect();
     let mut needed = BTreeSet::new();
     while let Some(id) = waiting.pop() {

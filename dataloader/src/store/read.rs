@@ -52,7 +52,7 @@ impl Folder {
     ///
     /// # Errors
     /// When the store does not give the file, or `target` cannot be written.
-    pub fn copy(&self, path: &str, target: &Path) -> Result<u64, DataError> {
+    pub fn download(&self, path: &str, target: &Path) -> Result<u64, DataError> {
         let file = self.stat(vec![path.to_owned()])?.remove(0);
         let part = target.with_extension("part");
         let failed = |error: io::Error| DataError::Target {

@@ -171,6 +171,35 @@ impl Tokenizer {
         (&self.0.bos.name, &self.0.eos.name)
     }
 
+    /// The names and ids of pieces that are not text: BOS, EOS, the unknown piece, and others that the file marks so. Hugging
+    /// Face's tokenizers read them where they are written out in a text; [`Self::encode`] does not.
+    pub fn special_pieces(&self) -> Vec<(String, u32)> {
+        let listed = |file: &[u8]| -> Option<Vec<(String, u32)>> {
+            let file: serde_json::Value = serde_json::from_slice(without_mark(file)).ok()?;
+            let special = file["added_tokens"].as_array()?.iter().filter(|token| token["special"] == true);
+            special
+                .map(|token| {
+                    Some((token["content"].as_str()?.to_owned(), u32::try_from(token["id"].as_u64()?).ok()?))
+                })
+                .collect()
+        };
+        let mut pieces = match &self.0.kind {
+            Kind::SentencePiece(model) if !self.is_json() => {
+                let kinds = [PieceType::Control, PieceType::Unknown];
+                let of_kind =
+                    |kind| model.vocabulary.of_kind(kind).map(|(id, piece)| (piece.text.clone(), id));
+                kinds.into_iter().flat_map(of_kind).collect()
+            }
+            _ => listed(&self.0.file).unwrap_or_default(),
+        };
+        let (bos, eos) = (&self.0.bos, &self.0.eos);
+        pieces.extend([bos, eos].map(|token| (token.name.clone(), token.id)));
+        pieces.retain(|(name, _)| !name.is_empty());
+        pieces.sort_by_key(|(_, id)| *id);
+        pieces.dedup();
+        pieces
+    }
+
     /// The id that fills the end of short sequences and is never a target. It is the first id after the pieces.
     pub fn pad(&self) -> u32 {
         self.pieces() as u32

@@ -21,7 +21,7 @@ use ulmus_model::Model;
 use ulmus_process::{Failure, print};
 use ulmus_run::results::Perplexity;
 use ulmus_tokenizer::Tokenizer;
-use ulmus_types::ExitStatus;
+use ulmus_types::{ExitStatus, counted};
 
 use super::{Compute, Dtype, FORMAT_VERSION, OnDevice, failure, json as to_json, table};
 
@@ -40,8 +40,8 @@ pub(super) struct Run {
     /// the texts that --data names.
     #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = PERPLEXITY, conflicts_with = "suite")]
     tasks: Vec<String>,
-    /// A published set of tasks with their numbers of examples.
-    #[arg(long, value_name = "NAME", value_parser = ["zeroshot", "openllm", "llm360", "adapters"], conflicts_with = "num_fewshot")]
+    /// A published set of tasks with their numbers of examples: zeroshot, openllm, llm360 or adapters.
+    #[arg(long, value_name = "NAME", conflicts_with = "num_fewshot")]
     suite: Option<String>,
     /// File with more tasks, defined like the built-in ones (docs/evaluator.md).
     #[arg(long, value_name = "FILE.toml")]
@@ -269,6 +269,29 @@ impl Run {
         self.compute.run(self)
     }
 
+    /// Refuses flags that have no meaning where only texts are measured.
+    fn refuse_for_texts(&self) -> Result<(), Failure> {
+        if self.tasks.iter().any(|name| !Self::is_perplexity(name)) {
+            return Ok(());
+        }
+        let given = [
+            ("--limit", self.limit.is_some()),
+            ("--num-fewshot", self.num_fewshot.is_some()),
+            ("--fewshot-split", self.fewshot_split.is_some()),
+            ("--log-samples", self.log_samples),
+            ("--resume", self.resume),
+        ];
+        match given.into_iter().find(|(_, given)| *given) {
+            None => Ok(()),
+            Some((flag, _)) => {
+                let message = format!(
+                    "{flag} means nothing for {PERPLEXITY}; omit it, or name other tasks with --tasks"
+                );
+                Err(Failure::new(ExitStatus::InvalidInput, message))
+            }
+        }
+    }
+
     fn is_perplexity(name: &str) -> bool {
         name == PERPLEXITY
     }
@@ -331,8 +354,7 @@ impl Run {
             rows.add_row([plan.task.clone()].into_iter().chain(numbers.map(|number| number.to_string())));
         }
         print(&rows.to_string())?;
-        let longest = plans.iter().map(|plan| plan.longest).max().unwrap_or(0);
-        let remembered = self.batch_tokens.remembered.max(8 * longest);
+        let remembered = plans.iter().map(|plan| plan.texts * plan.longest).max().unwrap_or(0);
         let cache = remembered as u64 * cache_bytes(model);
         let weights = model.format().bytes(model.config().parameters());
         print(&format!(
@@ -378,6 +400,10 @@ impl Run {
             },
             "model_source": "ulmus",
             "model_name": name,
+            "model_name_sanitized": name.map(|name| name.replace(|c: char| !c.is_ascii_alphanumeric() && c != '-' && c != '.', "_")),
+            "tokenizer_bos_token": [tokenizer.special_names().0, &tokenizer.bos().to_string()],
+            "tokenizer_eos_token": [tokenizer.special_names().1, &tokenizer.eos().to_string()],
+            "eot_token_id": tokenizer.eos(),
             "max_length": settings.context,
             "lm_eval_version": match settings.revision {
                 Revision::Current => "0.4.13",
@@ -438,13 +464,22 @@ impl OnDevice for Run {
         let measures_texts = self.suite.is_none() && self.tasks.iter().any(|name| Self::is_perplexity(name));
         let mut own: BTreeMap<&str, Value> = BTreeMap::new();
         if measures_texts {
+            self.refuse_for_texts()?;
             let paths: Vec<PathBuf> = self.data.iter().map(PathBuf::from).collect();
             let texts = read_texts(&paths, &self.text).map_err(failure)?;
-            let found = perplexity(&loaded.model, &tokenizer, &texts, context).map_err(failure)?;
-            if !self.json {
-                print(&perplexity_table(&found))?;
+            if self.check || self.print_prompts {
+                let tokens: usize = texts.iter().map(|text| 1 + tokenizer.encode(text).len()).sum();
+                print(&format!("{PERPLEXITY}: {} of {tokens} tokens", counted(texts.len(), "document")))?;
+                if selection.is_empty() {
+                    return Ok(());
+                }
+            } else {
+                let found = perplexity(&loaded.model, &tokenizer, &texts, context).map_err(failure)?;
+                if !self.json {
+                    print(&perplexity_table(&found))?;
+                }
+                own.insert(PERPLEXITY, serde_json::to_value(&found).expect("plain data is valid JSON"));
             }
-            own.insert(PERPLEXITY, serde_json::to_value(&found).expect("plain data is valid JSON"));
         }
         let mut outcomes: Vec<Outcome> = Vec::new();
         if !selection.is_empty() {
@@ -484,10 +519,8 @@ impl OnDevice for Run {
                         bar.bar.finish_and_clear();
                         if let (true, Some(output)) = (self.log_samples, &output) {
                             let path = output.folder.join(format!("samples_{task}.jsonl"));
-                            fs::write(&path, samples).map_err(|error| EvaluatorError::Journal {
-                                path,
-                                problem: error.to_string(),
-                            })?;
+                            fs::write(&path, samples)
+                                .map_err(|error| EvaluatorError::Write { path, error })?;
                         }
                     }
                 }
@@ -506,7 +539,9 @@ impl OnDevice for Run {
         if let Some(output) = &output {
             Output::write(&output.results, &to_json(&file))?;
             // A whole result needs no journal.
-            fs::remove_file(output.results.with_extension("journal")).ok();
+            if !outcomes.is_empty() {
+                fs::remove_file(output.results.with_extension("journal")).ok();
+            }
         }
         if self.json {
             return print(to_json(&file).trim_end());

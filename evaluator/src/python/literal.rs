@@ -206,7 +206,7 @@ mod tests {
     #[test]
     fn what_is_no_literal_is_refused_with_its_place() {
         for (text, problem) in [
-            ("[1, 2", "the literal ends too early, at character 5"),
+            ("[1, 2", "neither `,` nor `]` follows, at character 5"),
             ("[1 2]", "neither `,` nor `]` follows, at character 3"),
             ("'a\nb'", "a line ends inside a text, at character 3"),
             ("open()", "`open` is no literal, at character 0"),

@@ -39,7 +39,11 @@ impl Results {
         let mut numbers = Vec::new();
         for (task, values) in tasks {
             for (key, value) in values.as_object().into_iter().flatten() {
-                let Some((metric, filter)) = key.split_once(',') else { continue };
+                // Perplexity of a user's texts has plain names.
+                let (metric, filter) = key.split_once(',').unwrap_or((key, "none"));
+                if metric == "sample_len" {
+                    continue;
+                }
                 let Some(value) = value.as_f64().filter(|_| !metric.ends_with("_stderr")) else { continue };
                 let stderr = values[format!("{metric}_stderr,{filter}")].as_f64();
                 let metric = if filter == "none" { metric.to_owned() } else { key.clone() };

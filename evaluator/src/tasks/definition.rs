@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock};
 
+use regex::Regex;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
@@ -51,6 +52,13 @@ pub(crate) enum Kind {
 pub(crate) enum Rewrite {
     /// Every first text becomes the second.
     Replace(String, String),
+    /// What a regular expression matches becomes a text.
+    Pattern {
+        /// The expression.
+        pattern: String,
+        /// The text, taken literally.
+        with: String,
+    },
     /// Blanks just inside a pair of characters are removed.
     Within {
         /// The two characters.
@@ -108,6 +116,8 @@ pub(crate) struct Definition {
     #[serde(default)]
     pub rewrite: Vec<Rewrite>,
     pub metrics: Vec<Metric>,
+    /// What a person should know about its data.
+    pub note: Option<String>,
 }
 
 fn blank() -> String {
@@ -146,6 +156,8 @@ pub(crate) struct Group {
     pub tasks: Vec<String>,
     /// The metric that the group has, too: the mean over all rows of its tasks.
     pub aggregate: Option<Metric>,
+    /// What a person should know about the group.
+    pub note: Option<String>,
     /// Tasks and groups that are asked about in ways of their own.
     #[serde(default)]
     pub entries: Vec<Entry>,
@@ -156,6 +168,7 @@ pub(crate) struct Group {
 #[serde(deny_unknown_fields)]
 pub(crate) struct Suite {
     pub name: String,
+    pub note: Option<String>,
     pub entries: Vec<Entry>,
 }
 
@@ -177,7 +190,7 @@ struct File {
     #[serde(default)]
     task: Vec<Table>,
     #[serde(default)]
-    group: Vec<Group>,
+    group: Vec<Table>,
     #[serde(default)]
     suite: Vec<Suite>,
 }
@@ -227,7 +240,13 @@ impl Catalogue {
                 self.define(&name, table, revision).map_err(wrong)?;
             }
         }
-        for group in group {
+        for table in group {
+            let group: Group = of_revision(table, revision)
+                .and_then(|table| Value::Table(table).try_into())
+                .map_err(|error| wrong(error.to_string()))?;
+            if let Some(problem) = group_problem(&group) {
+                return Err(wrong(format!("{}: {problem}", group.name)));
+            }
             if let Some(template) = &group.task {
                 let table = templates.get(template);
                 let table = table
@@ -245,9 +264,9 @@ impl Catalogue {
             }
             let unknown =
                 |name: &&String| !self.tasks.contains_key(*name) && !self.groups.contains_key(*name);
-            let members =
+            let mut members =
                 group.tasks.iter().chain(&group.groups).chain(group.entries.iter().map(|entry| &entry.name));
-            if let Some(missing) = members.clone().find(unknown) {
+            if let Some(missing) = members.find(unknown) {
                 return Err(wrong(format!("{} has {missing}, which is not above it", group.name)));
             }
             self.claim(&group.name).map_err(wrong)?;
@@ -266,11 +285,9 @@ impl Catalogue {
 
     fn define(&mut self, name: &str, mut table: Table, revision: Revision) -> Result<(), String> {
         table.remove("like");
-        let earlier = table.remove("dc90fec");
-        if let (Revision::Dc90fec, Some(Value::Table(earlier))) = (revision, earlier) {
-            table = overlaid(table, earlier);
-        }
-        let definition = Definition::deserialize(table).map_err(|error| format!("{name}: {error}"))?;
+        let definition: Result<Definition, _> =
+            of_revision(table, revision).and_then(|table| Value::Table(table).try_into());
+        let definition = definition.map_err(|error| format!("{name}: {error}"))?;
         if let Some(problem) = problem(&definition) {
             return Err(format!("{name}: {problem}"));
         }
@@ -317,6 +334,23 @@ fn overlaid(mut base: Table, over: Table) -> Table {
     base
 }
 
+/// A table as a revision has it.
+fn of_revision(mut table: Table, revision: Revision) -> Result<Table, toml::de::Error> {
+    let earlier = table.remove("dc90fec");
+    match (revision, earlier) {
+        (Revision::Dc90fec, Some(earlier)) => Ok(overlaid(table, earlier.try_into()?)),
+        _ => Ok(table),
+    }
+}
+
+/// What is wrong with a group.
+fn group_problem(group: &Group) -> Option<&'static str> {
+    if !group.entries.is_empty() && group.aggregate.is_some() {
+        return Some("`entries` are not summed up, so it has no `aggregate`");
+    }
+    (group.task.is_some() == group.configs.is_empty()).then_some("`task` and `configs` belong together")
+}
+
 /// What keys a definition lacks, or has in vain.
 fn problem(task: &Definition) -> Option<&'static str> {
     let rolling = task.kind == Kind::Rolling;
@@ -325,6 +359,14 @@ fn problem(task: &Definition) -> Option<&'static str> {
     }
     if rolling != task.text.is_some() || (!rolling && !task.rewrite.is_empty()) {
         return Some("`text` and `rewrite` belong to kind = \"rolling\", and it needs `text`");
+    }
+    if task.metrics.is_empty() || task.metrics.iter().any(|metric| metric.is_of_text() != rolling) {
+        return Some("`metrics` are not those of this kind of task");
+    }
+    let is_wrong =
+        |step: &Rewrite| matches!(step, Rewrite::Pattern { pattern, .. } if Regex::new(pattern).is_err());
+    if task.rewrite.iter().any(is_wrong) {
+        return Some("a pattern of `rewrite` is no regular expression");
     }
     if rolling {
         return None;
@@ -346,7 +388,7 @@ mod tests {
             let mut catalogue = Catalogue::default();
             catalogue.add("built_in.toml", BUILT_IN, revision).unwrap();
             assert_eq!(catalogue.leaves(&catalogue.groups["mmlu"]).len(), 57);
-            assert_eq!(catalogue.tasks.len(), 15 + 57 + 8 - 1);
+            assert_eq!(catalogue.tasks.len(), 14 + 57 + 8);
         }
         let current = Catalogue::built_in(Revision::Current);
         let earlier = Catalogue::built_in(Revision::Dc90fec);

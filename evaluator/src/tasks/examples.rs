@@ -17,12 +17,9 @@ pub(crate) struct Examples {
     count: usize,
     sampler: Choice,
     random: Random,
-    /// One more is drawn, as the row itself may be among them.
-    one_more: bool,
-    /// Whether the row itself is no example of its own.
-    drops_row: bool,
-    /// Whether too few that are left are replaced.
-    replaces: bool,
+    /// Whether the row itself may be among the examples, so that one more is drawn and the row is dropped.
+    may_be_row: bool,
+    revision: Revision,
 }
 
 impl Examples {
@@ -40,42 +37,49 @@ impl Examples {
     ) -> Result<Self, EvaluatorError> {
         let named = split.or(task.fewshot_split.as_deref());
         // That neither names a split counts as naming the same, even where the examples are from another.
-        let one_more = task.sampler == Choice::Random && named == task.test.as_deref();
-        let wanted = count + usize::from(one_more);
+        let may_be_row = named == task.test.as_deref();
+        let wanted = count + usize::from(may_be_row);
         if pool.rows.len() < wanted {
             let (have, split) = (pool.rows.len(), pool.name);
             return Err(EvaluatorError::Shots { task: task.name.clone(), split, have, wanted });
         }
-        let earlier = revision == Revision::Dc90fec;
         Ok(Self {
             pool: pool.rows,
             count,
             sampler: task.sampler,
             random: Random::new(seed),
-            one_more,
-            drops_row: one_more || earlier && task.sampler == Choice::Random,
-            replaces: !earlier,
+            may_be_row,
+            revision,
         })
     }
 
-    /// The examples of the next row.
-    pub(crate) fn draw(&mut self, row: &Value) -> Vec<&Value> {
-        if self.sampler == Choice::FirstN {
-            return self.pool[..self.count].iter().collect();
-        }
-        let mut drawn = self.random.sample(self.pool.len(), self.count + usize::from(self.one_more));
-        if self.drops_row {
+    /// The examples of the next row, by their numbers in the pool.
+    pub(crate) fn draw(&mut self, row: &Value) -> Vec<usize> {
+        let earlier = self.revision == Revision::Dc90fec;
+        let wanted = self.count + usize::from(self.may_be_row);
+        let others =
+            |pool: &[Value]| -> Vec<usize> { (0..pool.len()).filter(|index| pool[*index] != *row).collect() };
+        let mut drawn = match self.sampler {
+            Choice::Random => self.random.sample(self.pool.len(), wanted),
+            Choice::FirstN if self.may_be_row && !earlier => others(&self.pool),
+            Choice::FirstN => (0..wanted).collect(),
+        };
+        if self.may_be_row || earlier {
             drawn.retain(|index| self.pool[*index] != *row);
-            if drawn.len() < self.count && self.replaces {
-                let others: Vec<usize> =
-                    (0..self.pool.len()).filter(|index| self.pool[*index] != *row).collect();
-                if others.len() >= self.count {
-                    let again = self.random.sample(others.len(), self.count);
-                    drawn = again.into_iter().map(|index| others[index]).collect();
-                }
-            }
-            drawn.truncate(self.count);
         }
-        drawn.into_iter().map(|index| &self.pool[index]).collect()
+        if drawn.len() < self.count && self.may_be_row && !earlier && self.sampler == Choice::Random {
+            let others = others(&self.pool);
+            if others.len() >= self.count {
+                let again = self.random.sample(others.len(), self.count);
+                drawn = again.into_iter().map(|index| others[index]).collect();
+            }
+        }
+        drawn.truncate(self.count);
+        drawn
+    }
+
+    /// A row of the pool.
+    pub(crate) fn row(&self, index: usize) -> &Value {
+        &self.pool[index]
     }
 }

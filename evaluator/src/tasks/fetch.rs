@@ -35,6 +35,9 @@ pub fn fetch(
         let Item::Task { task, .. } = item else { continue };
         let splits: BTreeSet<&str> =
             [task.measured_split(), task.examples_split()].into_iter().flatten().collect();
+        if let Some(note) = &task.note {
+            return Err(EvaluatorError::NotFetched { task: task.name.clone(), problem: note.clone() });
+        }
         let (folder, files) = find(task, &splits)?;
         for path in files {
             let target = to.join(&task.sources[0]).join(&path);
@@ -46,7 +49,7 @@ pub fn fetch(
                 on_file(Fetched { path: named, bytes: there.len(), was_there: true });
                 continue;
             }
-            let bytes = folder.copy(&path, &target)?;
+            let bytes = folder.download(&path, &target)?;
             on_file(Fetched { path: named, bytes, was_there: false });
         }
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use ulmus_types::Digest;
@@ -16,12 +16,13 @@ use crate::error::EvaluatorError;
 #[derive(Debug, Default)]
 pub struct Journal {
     answers: BTreeMap<Digest, Likelihood>,
-    file: Option<File>,
+    file: Option<(PathBuf, File)>,
 }
 
 /// The first line: whose answers these are.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Header {
+    evaluator: String,
     model: Digest,
     device: String,
     dtype: String,
@@ -48,23 +49,33 @@ impl Journal {
         resume: bool,
     ) -> Result<Self, EvaluatorError> {
         let wrong = |problem: String| EvaluatorError::Journal { path: path.to_owned(), problem };
-        let header = Header { model, device: device.to_owned(), dtype: dtype.to_owned() };
+        let failed = |error| EvaluatorError::Write { path: path.to_owned(), error };
+        let header = Header {
+            evaluator: env!("CARGO_PKG_VERSION").to_owned(),
+            model,
+            device: device.to_owned(),
+            dtype: dtype.to_owned(),
+        };
         let mut answers = BTreeMap::new();
         if resume && path.is_file() {
             let mut lines =
                 BufReader::new(File::open(path).map_err(|error| wrong(error.to_string()))?).lines();
             let first = lines.next().and_then(Result::ok).unwrap_or_default();
-            if let Ok(found) = serde_json::from_str::<Header>(&first)
-                && found != header
-            {
+            let found: Header = serde_json::from_str(&first).map_err(|_| {
+                wrong("its first line cannot be read; leave out --resume to begin anew".to_owned())
+            })?;
+            if found != header {
                 return Err(wrong(format!(
-                    "it is of model {} ({}, {}), not of {} ({}, {}); name another --output, or leave out --resume",
+                    "it is of model {} ({}, {}, evaluator {}), not of {} ({}, {}, evaluator {}); name another --output, or leave \
+                     out --resume",
                     found.model.short(),
                     found.dtype,
                     found.device,
+                    found.evaluator,
                     header.model.short(),
                     header.dtype,
                     header.device,
+                    header.evaluator,
                 )));
             }
             for line in lines.map_while(Result::ok) {
@@ -72,11 +83,14 @@ impl Journal {
                 answers.insert(request, Likelihood { log_likelihood, greedy });
             }
         }
-        let mut file = File::create(path).map_err(|error| wrong(error.to_string()))?;
+        // What is kept replaces the old file only when it is whole.
         let kept = answers.iter().map(|(request, answer)| line(*request, *answer)).collect::<String>();
         let header = serde_json::to_string(&header).expect("plain data is valid JSON");
-        file.write_all(format!("{header}\n{kept}").as_bytes()).map_err(|error| wrong(error.to_string()))?;
-        Ok(Self { answers, file: Some(file) })
+        let part = path.with_extension("part");
+        std::fs::write(&part, format!("{header}\n{kept}")).map_err(failed)?;
+        std::fs::rename(&part, path).map_err(failed)?;
+        let file = File::options().append(true).open(path).map_err(failed)?;
+        Ok(Self { answers, file: Some((path.to_owned(), file)) })
     }
 
     /// The answer to a request, if it is known.
@@ -89,12 +103,9 @@ impl Journal {
         &mut self,
         answers: impl Iterator<Item = (&'a Request, Likelihood)>,
     ) -> Result<(), EvaluatorError> {
-        let Some(file) = &mut self.file else { return Ok(()) };
+        let Some((path, file)) = &mut self.file else { return Ok(()) };
         let lines: String = answers.map(|(request, answer)| line(key(request), answer)).collect();
-        file.write_all(lines.as_bytes()).map_err(|error| EvaluatorError::Journal {
-            path: "the journal".into(),
-            problem: error.to_string(),
-        })
+        file.write_all(lines.as_bytes()).map_err(|error| EvaluatorError::Write { path: path.clone(), error })
     }
 }
 

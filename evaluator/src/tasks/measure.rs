@@ -1,5 +1,6 @@
 //! Measures a model on one task: asks about its rows, and counts the answers.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -12,7 +13,7 @@ use super::metric::{Estimate, Metric, argmax, mean, per_unit};
 use super::question::{Asker, Question, rewritten};
 use super::rows::{DataSets, Split};
 use super::run::TaskPlan;
-use super::scorer::Likelihood;
+use super::scorer::{Batching, Likelihood};
 use super::tokens::{Encoding, Request};
 use super::tree::Forest;
 use crate::error::EvaluatorError;
@@ -58,7 +59,7 @@ pub(crate) struct Prepared {
     pub rows_of_split: usize,
     pub rows: Vec<Row>,
     pub requests: Vec<Request>,
-    /// Texts in which a control token was written out.
+    /// Rows in whose texts a control token was written out.
     pub written_out: usize,
     /// Requests whose beginning was cut off.
     pub truncated: usize,
@@ -108,9 +109,10 @@ impl Prepared {
     ) -> Result<Self, EvaluatorError> {
         let in_file = |problem| EvaluatorError::Tasks { file: task.name.clone(), problem };
         let asker = Asker::new(Arc::clone(&task)).map_err(in_file)?;
-        let mut split = data.read(&task, task.measured_split().unwrap_or_default())?;
+        let split = data.read(&task, task.measured_split().unwrap_or_default())?;
+        let mut order: Vec<usize> = (0..split.rows.len()).collect();
         if let Some(seed) = task.shuffle {
-            Random::new(seed).shuffle(&mut split.rows);
+            Random::new(seed).shuffle(&mut order);
         }
         let rows_of_split = split.rows.len();
         let used = match settings.limit {
@@ -131,10 +133,13 @@ impl Prepared {
             written_out: 0,
             truncated: 0,
         };
-        for (number, row) in split.rows.iter().take(used).enumerate() {
+        // Examples as they stand before questions, by their numbers in the pool.
+        let mut told: BTreeMap<usize, String> = BTreeMap::new();
+        for (number, index) in order.into_iter().take(used).enumerate() {
+            let row = &split.rows[index];
             let wrong = |problem| EvaluatorError::Row {
                 task: task.name.clone(),
-                row: number,
+                row: index,
                 place: split.place.clone(),
                 problem,
             };
@@ -148,13 +153,25 @@ impl Prepared {
             } else {
                 let question = asker.question(row).map_err(wrong)?;
                 let mut before = asker.description().to_owned();
-                if let Some((examples, split)) = &mut examples {
-                    for example in examples.draw(row) {
-                        let wrong = |problem| {
-                            wrong(format!("an example of split {split} is wrong: {problem} in {example}"))
-                        };
-                        let example = asker.question(example).map_err(wrong)?;
-                        before.push_str(&example.asked.example(example.gold, &task.delimiter));
+                if let Some((examples, place)) = &mut examples {
+                    let drawn = examples.draw(row);
+                    for index in &drawn {
+                        if !told.contains_key(index) {
+                            let example = asker.question(examples.row(*index)).map_err(|problem| {
+                                EvaluatorError::Row {
+                                    task: task.name.clone(),
+                                    row: *index,
+                                    place: place.clone(),
+                                    problem,
+                                }
+                            })?;
+                            told.insert(*index, example.asked.example(example.gold, &task.delimiter));
+                        }
+                        before.push_str(&told[index]);
+                    }
+                    if drawn.is_empty() && settings.revision == Revision::Dc90fec {
+                        // What joined the examples is there even where none is left.
+                        before.push_str("\n\n");
                     }
                 }
                 for choice in 0..question.asked.count() {
@@ -171,9 +188,9 @@ impl Prepared {
                 }
                 Content::Question { question, before }
             };
+            prepared.written_out += usize::from(std::mem::take(&mut encoding.written_out));
             prepared.rows.push(Row { number, content, requests: first..prepared.requests.len() });
         }
-        prepared.written_out = encoding.written_out;
         prepared.truncated = encoding.truncated;
         Ok(prepared)
     }
@@ -190,13 +207,15 @@ impl Prepared {
         let named = settings.fewshot_split.as_deref();
         let split = named.or(task.examples_split()).unwrap_or_default();
         let pool: Split = data.read(task, split)?;
-        let name = pool.name.clone();
+        let place = pool.place.clone();
         let examples = Examples::new(task, pool, shots, named, settings.seed, settings.revision)?;
-        Ok(Some((examples, name)))
+        Ok(Some((examples, place)))
     }
 
     /// What would be asked.
-    pub(crate) fn plan(&self) -> TaskPlan {
+    pub(crate) fn plan(&self, batching: Batching) -> TaskPlan {
+        let requests: Vec<&Request> = self.requests.iter().collect();
+        let forest = Forest::new(&requests);
         let read = |request: &Request| request.ids.len() - 1;
         let prompts = match self.rows.first().map(|row| &row.content) {
             Some(Content::Question { question, before }) => (0..question.asked.count())
@@ -214,7 +233,8 @@ impl Prepared {
             shots: self.shots,
             requests: self.requests.len(),
             tokens: self.requests.iter().map(read).sum(),
-            read: Forest::new(&self.requests).rows(),
+            read: forest.rows(),
+            texts: batching.texts(&requests, &forest),
             longest: self.requests.iter().map(read).max().unwrap_or(0),
             notes: self.notes(),
             prompts,
@@ -234,7 +254,7 @@ impl Prepared {
         }
         if self.written_out > 0 {
             notes.push(format!(
-                "in {} texts a control token is written out, and read as that token, as Hugging Face's tokenizers do",
+                "in {} rows a control token such as <s> is written out, and read as that token, as Hugging Face's tokenizers do",
                 self.written_out
             ));
         }

@@ -37,6 +37,16 @@ impl Metric {
         }
     }
 
+    /// Whether it judges whole texts, and not choices.
+    pub(crate) const fn is_of_text(self) -> bool {
+        matches!(self, Self::WordPerplexity | Self::BytePerplexity | Self::BitsPerByte)
+    }
+
+    /// Whether it compares the two choices that a question must have.
+    pub(crate) const fn is_of_pairs(self) -> bool {
+        matches!(self, Self::LikelihoodDiff | Self::PctStereotype)
+    }
+
     /// Whether more is better.
     pub const fn higher_is_better(self) -> bool {
         matches!(self, Self::Acc | Self::AccNorm)

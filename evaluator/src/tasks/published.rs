@@ -66,7 +66,7 @@ mod tests {
     use super::super::definition::{Catalogue, Revision};
     use super::*;
 
-    /// The averages are the means of the numbers beside them.
+    /// The averages are the means of the numbers beside them, which some cards cut off and others round.
     #[test]
     fn published_averages_are_those_of_their_rows() {
         let File { model } = toml::from_str(PUBLISHED).unwrap();
@@ -79,7 +79,7 @@ mod tests {
                     entries.iter().filter_map(|entry| numbers.get(&entry.name).copied()).collect();
                 if let (Some(average), true) = (numbers.get("average"), values.len() == entries.len()) {
                     let mean = values.iter().sum::<f64>() / values.len() as f64;
-                    assert!((mean - average).abs() < 0.0051, "{name} on {suite}: {mean} and {average}");
+                    assert!((mean - average).abs() < 0.0101, "{name} on {suite}: {mean} and {average}");
                     checked += 1;
                 }
             }

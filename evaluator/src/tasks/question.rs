@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use minijinja::value::Value;
 use minijinja::{Environment, Error};
+use regex::{NoExpand, Regex};
 use serde::Deserialize;
 
 use super::definition::{Definition, Rewrite};
@@ -65,7 +66,9 @@ impl Asker {
         ];
         for (key, expression) in columns.chain(expressions) {
             if let Some(expression) = expression {
-                environment.compile_expression_owned(expression.to_owned()).map_err(|error| in_key(key, &error))?;
+                environment
+                    .compile_expression_owned(expression.to_owned())
+                    .map_err(|error| in_key(key, &error))?;
             }
         }
         let description = render(&environment, "description", &Value::from(()))
@@ -96,6 +99,9 @@ impl Asker {
         };
         let found = self.value("gold", task.gold.as_deref().unwrap_or_default(), &row)?;
         let count = asked.count();
+        if count != 2 && task.metrics.iter().any(|metric| metric.is_of_pairs()) {
+            return Err(format!("there are {count} choices, and its metrics compare 2"));
+        }
         let gold = usize::try_from(found.clone()).ok().filter(|gold| *gold < count);
         let gold = gold.ok_or_else(|| format!("`gold` is {found:?}, and there are {count} choices"))?;
         let mass = match &task.mass {
@@ -217,6 +223,10 @@ pub(crate) fn rewritten(text: &str, steps: &[Rewrite]) -> String {
     for step in steps {
         text = match step {
             Rewrite::Replace(from, to) => text.replace(from, to),
+            Rewrite::Pattern { pattern, with } => {
+                let pattern = Regex::new(pattern).expect("the definition was checked");
+                pattern.replace_all(&text, NoExpand(with)).into_owned()
+            }
             Rewrite::Within { within } => {
                 let mut pair = within.chars();
                 match (pair.next(), pair.next()) {

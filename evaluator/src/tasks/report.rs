@@ -6,6 +6,7 @@ use minijinja::value::Value;
 use serde::Serialize;
 use serde_json::{Map, Value as Json, json};
 
+use super::definition::Kind;
 use super::measure::{Content, Measured, Prepared, Row};
 use super::metric::{Estimate, Metric};
 use super::scorer::Likelihood;
@@ -20,30 +21,55 @@ pub struct Outcome {
     pub alias: String,
     /// Version of its definition, as the harness writes it.
     pub version: String,
-    /// Examples before each question.
-    pub shots: usize,
+    /// Examples before each question; `None` for a group whose tasks differ, or that has only groups.
+    pub shots: Option<usize>,
     /// Rows of the split, and how many of them were used.
     pub rows: [usize; 2],
     /// The numbers.
     pub metrics: Vec<(Metric, Estimate)>,
-    /// The tasks of a group.
+    /// The tasks and groups of a group.
     pub members: Vec<String>,
+    /// What the harness calls the config of a task.
+    pub config: Json,
+    /// Hash of all that a task asked, which shows whether two results are of the same questions.
+    pub hash: String,
     /// How many groups it is in, each inside the other.
     pub depth: usize,
 }
 
 impl Outcome {
     /// The outcome of a task.
-    pub(crate) fn of_task(prepared: &Prepared, measured: &Measured) -> Self {
+    pub(crate) fn of_task(prepared: &Prepared, measured: &Measured, hash: String) -> Self {
         let task = &prepared.task;
+        let metric = |metric: &Metric| json!({ "metric": metric.name(), "aggregation": "mean", "higher_is_better": metric.higher_is_better() });
+        let output = if task.kind == Kind::Rolling { "loglikelihood_rolling" } else { "multiple_choice" };
+        let config = json!({
+            "task": task.name,
+            "dataset_path": task.sources[0],
+            "dataset_name": task.config,
+            "training_split": task.train,
+            "validation_split": task.validation,
+            "test_split": task.test,
+            "fewshot_split": task.fewshot_split,
+            "description": task.description,
+            "doc_to_text": task.context,
+            "target_delimiter": task.delimiter,
+            "fewshot_delimiter": "\n\n",
+            "num_fewshot": prepared.shots,
+            "output_type": output,
+            "metric_list": task.metrics.iter().map(metric).collect::<Vec<_>>(),
+            "metadata": { "version": task.version },
+        });
         Self {
             name: task.name.clone(),
             alias: task.alias.clone().unwrap_or_else(|| task.name.clone()),
             version: format!("{:?}", task.version),
-            shots: prepared.shots,
+            shots: Some(prepared.shots),
             rows: [prepared.rows_of_split, prepared.rows.len()],
             metrics: measured.metrics.clone(),
             members: Vec::new(),
+            config,
+            hash,
             depth: 0,
         }
     }
@@ -56,6 +82,9 @@ impl Outcome {
         let mut result = Map::new();
         result.insert("name".to_owned(), json!(self.name));
         result.insert("alias".to_owned(), json!(self.alias));
+        if self.metrics.is_empty() {
+            return Json::Object(result);
+        }
         result.insert("sample_len".to_owned(), json!(self.rows[1]));
         for (metric, estimate) in &self.metrics {
             let stderr = estimate.stderr.map_or_else(|| json!("N/A"), |stderr| json!(stderr));
@@ -103,8 +132,19 @@ pub fn results_file(outcomes: &[Outcome], more: Map<String, Json>) -> Json {
     }
     file.insert("group_subtasks".to_owned(), of_groups(&|group| json!(group.members)));
     file.insert("versions".to_owned(), of(&version));
-    file.insert("n-shot".to_owned(), of(&|outcome| json!(outcome.shots)));
-    file.insert("higher_is_better".to_owned(), of(&direction));
+    // The harness has these of groups of tasks alone.
+    let of_known = |value: &dyn Fn(&Outcome) -> Json| -> Json {
+        let known = outcomes.iter().filter(|outcome| outcome.shots.is_some());
+        Json::Object(known.map(|outcome| (outcome.name.clone(), value(outcome))).collect())
+    };
+    let of_tasks = |value: &dyn Fn(&Outcome) -> Json| -> Json {
+        let tasks = outcomes.iter().filter(|outcome| !outcome.is_group());
+        Json::Object(tasks.map(|outcome| (outcome.name.clone(), value(outcome))).collect())
+    };
+    file.insert("configs".to_owned(), of_tasks(&|task| task.config.clone()));
+    file.insert("task_hashes".to_owned(), of_tasks(&|task| json!(task.hash)));
+    file.insert("n-shot".to_owned(), of_known(&|outcome| json!(outcome.shots)));
+    file.insert("higher_is_better".to_owned(), of_known(&direction));
     file.insert("n-samples".to_owned(), Json::Object(samples.collect()));
     file.extend(more);
     Json::Object(file)
@@ -128,15 +168,21 @@ struct Sample<'a> {
     values: Map<String, Json>,
 }
 
-/// The lines of a samples file: a row each, with what the model was asked and what it answered.
-pub(crate) fn samples(prepared: &Prepared, measured: &Measured, likelihoods: &[Likelihood]) -> String {
-    let mut lines = String::new();
+/// The lines of a samples file, a row each, with what the model was asked and what it answered; and the hash of all that was
+/// asked.
+pub(crate) fn samples(
+    prepared: &Prepared,
+    measured: &Measured,
+    likelihoods: &[Likelihood],
+) -> (String, String) {
+    let (mut lines, mut hashes) = (String::new(), String::new());
     for row in &prepared.rows {
         let sample = sample(prepared, measured, row, &likelihoods[row.requests.clone()]);
         lines += &serde_json::to_string(&sample).expect("plain data is valid JSON");
         lines.push('\n');
+        hashes += &[sample.doc_hash, sample.prompt_hash, sample.target_hash].concat();
     }
-    lines
+    (lines, sha256(&hashes))
 }
 
 fn sample<'a>(
@@ -223,10 +269,36 @@ fn sha256(text: &str) -> String {
     hex
 }
 
+/// Outcomes in the harness's order: groups by name, each with what it has, by name; then other tasks by name.
+fn in_order(outcomes: &[Outcome]) -> Vec<Outcome> {
+    fn add(outcomes: &[Outcome], outcome: &Outcome, ordered: &mut Vec<Outcome>) {
+        ordered.push(outcome.clone());
+        let mut members: Vec<&Outcome> =
+            outcomes.iter().filter(|other| outcome.members.contains(&other.name)).collect();
+        members.sort_by(|a, b| a.name.cmp(&b.name));
+        for member in members {
+            add(outcomes, member, ordered);
+        }
+    }
+    let is_root = |outcome: &&Outcome| !outcomes.iter().any(|group| group.members.contains(&outcome.name));
+    let mut roots: Vec<&Outcome> = outcomes.iter().filter(is_root).collect();
+    roots.sort_by(|a, b| (!a.is_group(), &a.name).cmp(&(!b.is_group(), &b.name)));
+    let mut ordered = Vec::new();
+    for root in roots {
+        add(outcomes, root, &mut ordered);
+    }
+    ordered
+}
+
 /// The table that the harness prints, in Markdown: all outcomes, then the groups.
 pub fn markdown(outcomes: &[Outcome]) -> String {
+    let outcomes = &in_order(outcomes)[..];
     let mut text = table("Tasks", outcomes);
-    let groups: Vec<Outcome> = outcomes.iter().filter(|outcome| outcome.is_group()).cloned().collect();
+    let groups: Vec<Outcome> = outcomes
+        .iter()
+        .filter(|outcome| outcome.is_group() && !outcome.metrics.is_empty())
+        .cloned()
+        .collect();
     if !groups.is_empty() {
         text.push('\n');
         text += &table("Groups", &groups);
@@ -238,7 +310,9 @@ fn table(first: &'static str, outcomes: &[Outcome]) -> String {
     const HEADER: [&str; 8] = ["Version", "Filter", "n-shot", "Metric", "", "Value", "", "Stderr"];
     let mut rows: Vec<Vec<String>> = Vec::new();
     for outcome in outcomes {
-        for (index, (metric, estimate)) in outcome.metrics.iter().enumerate() {
+        let mut metrics = outcome.metrics.clone();
+        metrics.sort_by_key(|(metric, _)| metric.name());
+        for (index, (metric, estimate)) in metrics.iter().enumerate() {
             let (name, version) = if index == 0 {
                 let indent = if outcome.depth > 0 {
                     format!("{}- ", " ".repeat(outcome.depth))
@@ -249,13 +323,17 @@ fn table(first: &'static str, outcomes: &[Outcome]) -> String {
             } else {
                 (String::new(), String::new())
             };
-            let arrow = if metric.higher_is_better() { "↑" } else { "↓" };
+            let arrow = match outcome.shots {
+                None => "",
+                Some(_) if metric.higher_is_better() => "↑",
+                Some(_) => "↓",
+            };
             let stderr = estimate.stderr.map_or_else(|| "N/A".to_owned(), |stderr| format!("{stderr:.4}"));
             rows.push(vec![
                 name,
                 version,
                 "none".to_owned(),
-                outcome.shots.to_string(),
+                outcome.shots.map_or_else(String::new, |shots| shots.to_string()),
                 metric.name().to_owned(),
                 arrow.to_owned(),
                 format!("{:.4}", estimate.value),

@@ -44,6 +44,18 @@ impl DataSets {
         addresses.iter().map(open).collect::<Result<_, _>>().map(Self)
     }
 
+    /// Whether there are files of a split.
+    ///
+    /// # Errors
+    /// [`EvaluatorError::NoRows`] if there are none.
+    pub(crate) fn look_for(&self, task: &Definition, split: &str) -> Result<(), EvaluatorError> {
+        if self.find(task, split).is_some() {
+            return Ok(());
+        }
+        let problem = self.missing(task, split);
+        Err(EvaluatorError::NoRows { task: task.name.clone(), split: split.to_owned(), problem })
+    }
+
     /// Reads a split of a task.
     ///
     /// # Errors
@@ -90,9 +102,11 @@ impl DataSets {
         let places: Vec<&str> = self.0.iter().map(|folder| folder.address.as_str()).collect();
         format!(
             "there is no {source}/{config}{split}-*.parquet (or .jsonl, .json) in {}; \
-             `evaluator fetch --tasks {} --to DIR` gets the data set",
+             {}",
             places.join(", "),
-            task.name
+            task.note.clone().unwrap_or_else(|| {
+                format!("`evaluator fetch --tasks {} --to DIR` gets the data set", task.name)
+            })
         )
     }
 }

@@ -58,6 +58,8 @@ pub struct TaskPlan {
     pub read: usize,
     /// The most tokens of a request.
     pub longest: usize,
+    /// Texts that are remembered at once.
+    pub texts: usize,
     /// What a person should know.
     pub notes: Vec<String>,
     /// Contexts and continuations of the first row.
@@ -92,29 +94,35 @@ impl<B: Backend> Evaluation<'_, B> {
     ) -> Result<Vec<Outcome>, EvaluatorError> {
         let mut outcomes: Vec<Outcome> = Vec::new();
         let mut by_name: BTreeMap<String, Outcome> = BTreeMap::new();
+        self.look_for_rows(selection)?;
         for item in &selection.items {
             let Item::Task { task, depth, entry } = item else { continue };
             let prepared = self.prepare(task, entry.as_ref())?;
             let (measured, likelihoods) = self.answer(&prepared, journal, on_progress)?;
-            let outcome = Outcome { depth: *depth, ..Outcome::of_task(&prepared, &measured) };
-            let samples = samples(&prepared, &measured, &likelihoods);
+            let (samples, hash) = samples(&prepared, &measured, &likelihoods);
+            let outcome = Outcome { depth: *depth, ..Outcome::of_task(&prepared, &measured, hash) };
             on_progress(Progress::Done { task: &task.name, samples })?;
             by_name.insert(task.name.clone(), outcome);
         }
         for item in &selection.items {
             outcomes.push(match item {
                 Item::Task { task, .. } => by_name[&task.name].clone(),
-                Item::Group { group, depth, leaves } => {
-                    let members: Vec<&Outcome> = leaves.iter().map(|name| &by_name[name]).collect();
-                    let metric = group.aggregate.unwrap_or(Metric::Acc);
+                Item::Group { group, depth, members, leaves } => {
+                    let leaves: Vec<&Outcome> = leaves.iter().map(|name| &by_name[name]).collect();
+                    let metrics = group.aggregate.map(|metric| (metric, pool(&leaves, metric)));
+                    let shots: Option<Vec<usize>> =
+                        members.iter().map(|name| by_name.get(name).and_then(|task| task.shots)).collect();
+                    let shots = shots.filter(|shots| shots.windows(2).all(|pair| pair[0] == pair[1]));
                     Outcome {
                         name: group.name.clone(),
                         alias: group.alias.clone().unwrap_or_else(|| group.name.clone()),
                         version: group.version.to_string(),
-                        shots: members.first().map_or(0, |member| member.shots),
-                        rows: [0, 1].map(|index| members.iter().map(|member| member.rows[index]).sum()),
-                        metrics: vec![(metric, pool(&members, metric))],
-                        members: leaves.clone(),
+                        shots: shots.and_then(|shots| shots.first().copied()),
+                        rows: [0, 1].map(|index| leaves.iter().map(|task| task.rows[index]).sum()),
+                        metrics: metrics.into_iter().collect(),
+                        members: members.clone(),
+                        config: serde_json::Value::Null,
+                        hash: String::new(),
                         depth: *depth,
                     }
                 }
@@ -128,15 +136,32 @@ impl<B: Backend> Evaluation<'_, B> {
 
     /// Reads the rows of a task, and asks about them in the way of its group.
     fn prepare(&self, task: &Arc<Definition>, entry: Option<&Entry>) -> Result<Prepared, EvaluatorError> {
-        let settings = entry.map_or_else(
-            || self.settings.clone(),
-            |entry| Settings {
-                shots: Some(entry.shots),
-                fewshot_split: self.settings.fewshot_split.clone().or_else(|| entry.fewshot_split.clone()),
-                ..self.settings.clone()
-            },
-        );
-        Prepared::new(Arc::clone(task), self.data, self.tokenizer, &settings)
+        Prepared::new(Arc::clone(task), self.data, self.tokenizer, &self.settings_of(entry))
+    }
+
+    /// Looks for the files of all tasks, so that what is missing is told before anything is measured.
+    fn look_for_rows(&self, selection: &Selection) -> Result<(), EvaluatorError> {
+        for item in &selection.items {
+            let Item::Task { task, entry, .. } = item else { continue };
+            let settings = self.settings_of(entry.as_ref());
+            let shots = task.shots.or(settings.shots).unwrap_or(0);
+            let examples = settings.fewshot_split.as_deref().or(task.examples_split());
+            for split in [task.measured_split(), examples.filter(|_| shots > 0)].into_iter().flatten() {
+                self.data.look_for(task, split)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What counts for a task of a group.
+    fn settings_of(&self, entry: Option<&Entry>) -> Settings {
+        let Some(entry) = entry else { return self.settings.clone() };
+        Settings {
+            // As in the harness, a group's examples can be changed, but not where it asks for none.
+            shots: if entry.shots == 0 { Some(0) } else { self.settings.shots.or(Some(entry.shots)) },
+            fewshot_split: self.settings.fewshot_split.clone().or_else(|| entry.fewshot_split.clone()),
+            ..self.settings.clone()
+        }
     }
 
     /// What each task of a selection would ask. The model is not asked.
@@ -148,7 +173,7 @@ impl<B: Backend> Evaluation<'_, B> {
             Item::Task { task, entry, .. } => Some((task, entry.as_ref())),
             Item::Group { .. } => None,
         });
-        tasks.map(|(task, entry)| Ok(self.prepare(task, entry)?.plan())).collect()
+        tasks.map(|(task, entry)| Ok(self.prepare(task, entry)?.plan(self.batching))).collect()
     }
 
     /// Asks the model what is not in the journal.
@@ -162,7 +187,7 @@ impl<B: Backend> Evaluation<'_, B> {
             prepared.requests.iter().map(|request| journal.get(request)).collect();
         let missing: Vec<usize> =
             (0..likelihoods.len()).filter(|index| likelihoods[*index].is_none()).collect();
-        let requests: Vec<Request> = missing.iter().map(|index| prepared.requests[*index].clone()).collect();
+        let requests: Vec<&Request> = missing.iter().map(|index| &prepared.requests[*index]).collect();
         let notes = prepared.notes();
         on_progress(Progress::Begun { task: &prepared.task.name, requests: requests.len(), notes })?;
         score(self.model, self.batching, &requests, &mut |scored| {
@@ -172,7 +197,7 @@ impl<B: Backend> Evaluation<'_, B> {
                 }
                 likelihoods[missing[*index]] = Some(*likelihood);
             }
-            journal.add(scored.iter().map(|(index, likelihood)| (&requests[*index], *likelihood)))?;
+            journal.add(scored.iter().map(|(index, likelihood)| (requests[*index], *likelihood)))?;
             on_progress(Progress::Answered(scored.len()))
         })?;
         let likelihoods: Vec<Likelihood> =

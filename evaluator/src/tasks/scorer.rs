@@ -35,6 +35,20 @@ impl Default for Batching {
     }
 }
 
+impl Batching {
+    /// Texts that are remembered at once.
+    pub(crate) fn texts(self, requests: &[&Request], forest: &Forest) -> usize {
+        let least = LEAST_TEXTS.min(requests.len()) + forest.height();
+        let within = longest(requests).map_or(0, |longest| self.remembered / longest);
+        within.min(MOST_TEXTS).min(requests.len()).max(least)
+    }
+}
+
+/// The most ids that the model reads of a request.
+fn longest(requests: &[&Request]) -> Option<usize> {
+    requests.iter().map(|request| request.ids.len() - 1).max()
+}
+
 /// Texts that are remembered at once at least, besides one for each level of what they share.
 const LEAST_TEXTS: usize = 4;
 /// More texts at once than this make passes no fuller.
@@ -47,19 +61,18 @@ const MOST_TEXTS: usize = 256;
 pub(crate) fn score<B: Backend>(
     model: &Arc<Model<B>>,
     batching: Batching,
-    requests: &[Request],
+    requests: &[&Request],
     on_scored: &mut dyn FnMut(&[(usize, Likelihood)]) -> Result<(), EvaluatorError>,
 ) -> Result<(), EvaluatorError> {
-    let Some(longest) = requests.iter().map(|request| request.ids.len() - 1).max() else { return Ok(()) };
+    let Some(longest) = longest(requests) else { return Ok(()) };
     let forest = Forest::new(requests);
-    let least = LEAST_TEXTS.min(requests.len()) + forest.height();
-    let texts = (batching.remembered / longest).min(MOST_TEXTS).min(requests.len()).max(least);
+    let texts = batching.texts(requests, &forest);
     let generator = Generator::with_rows(Arc::clone(model), longest, texts, batching.rows)?;
     let mut equal: BTreeMap<&Request, Vec<usize>> = BTreeMap::new();
     for (index, request) in requests.iter().enumerate() {
-        equal.entry(request).or_default().push(index);
+        equal.entry(*request).or_default().push(index);
     }
-    let states = forest.order.iter().map(|index| State::new(&requests[*index])).collect();
+    let states = forest.order.iter().map(|index| State::new(requests[*index])).collect();
     let mut scorer = Scorer {
         requests,
         order: &forest.order,
@@ -88,7 +101,7 @@ impl State {
 }
 
 struct Scorer<'a, B: Backend> {
-    requests: &'a [Request],
+    requests: &'a [&'a Request],
     order: &'a [usize],
     generator: Generator<B>,
     /// Of each request in `order`.
@@ -226,7 +239,7 @@ impl<B: Backend> Scorer<'_, B> {
         for (piece, part) in parts {
             let mut wanted: BTreeMap<(usize, u32), Vec<usize>> = BTreeMap::new();
             for member in pieces[*piece].node.members.clone() {
-                let request = &self.requests[self.order[member]];
+                let request = self.requests[self.order[member]];
                 let first = request.ids.len() - 1 - request.scored;
                 for position in part.start.max(first)..part.end.min(request.ids.len() - 1) {
                     let target = (position - part.start, request.ids[position + 1]);
@@ -248,7 +261,7 @@ impl<B: Backend> Scorer<'_, B> {
         let mut finished = Vec::new();
         for (score, (position, members)) in scores.into_iter().zip(askers) {
             for member in members {
-                let request = &self.requests[self.order[member]];
+                let request = self.requests[self.order[member]];
                 let state = &mut self.states[member];
                 state.nll[position + 1 + request.scored - request.ids.len()] = score.nll;
                 state.greedy &= score.greedy;

@@ -38,6 +38,10 @@ pub struct TaskRow {
     pub source: String,
 }
 
+fn with_note(text: String, note: Option<&str>) -> String {
+    note.map_or_else(|| text.clone(), |note| format!("{text} ({note})"))
+}
+
 /// A task or a group to report on.
 #[derive(Debug, Clone)]
 pub(crate) enum Item {
@@ -51,6 +55,8 @@ pub(crate) enum Item {
     Group {
         group: Arc<Group>,
         depth: usize,
+        /// The groups and tasks that it has itself.
+        members: Vec<String>,
         /// The tasks whose rows it sums up.
         leaves: Vec<String>,
     },
@@ -69,7 +75,7 @@ impl Catalogue {
                 return Err(EvaluatorError::UnknownTask { name: name.clone(), nearest: self.nearest(name) });
             }
             for name in found {
-                self.add_to(&mut selection, &name, None, 0);
+                self.add_to(&mut selection, &name, None, 0)?;
             }
         }
         Ok(selection)
@@ -86,7 +92,7 @@ impl Catalogue {
         })?;
         let mut selection = Selection { average: suite.entries.clone(), ..Selection::default() };
         for entry in &suite.entries {
-            self.add_to(&mut selection, &entry.name, Some(entry), 0);
+            self.add_to(&mut selection, &entry.name, Some(entry), 0)?;
         }
         Ok(selection)
     }
@@ -106,9 +112,12 @@ impl Catalogue {
                 shots: task.shots.map_or_else(|| "--num-fewshot".to_owned(), |shots| shots.to_string()),
                 split: task.measured_split().unwrap_or_default().to_owned(),
                 metrics: task.metrics.iter().map(|metric| metric.name()).collect::<Vec<_>>().join(", "),
-                source: [&task.sources[..1], &task.config.clone().into_iter().collect::<Vec<_>>()]
-                    .concat()
-                    .join(" "),
+                source: with_note(
+                    [&task.sources[..1], &task.config.clone().into_iter().collect::<Vec<_>>()]
+                        .concat()
+                        .join(" "),
+                    task.note.as_deref(),
+                ),
             },
             (None, group) => TaskRow {
                 name: name.clone(),
@@ -121,7 +130,8 @@ impl Catalogue {
                 source: group
                     .map(|group| {
                         let own = [group.groups.clone(), self.own_tasks(group)].concat().join(", ");
-                        if own.is_empty() { entries(&group.entries) } else { own }
+                        let own = if own.is_empty() { entries(&group.entries) } else { own };
+                        with_note(own, group.note.as_deref())
                     })
                     .unwrap_or_default(),
             },
@@ -131,7 +141,7 @@ impl Catalogue {
             shots: String::new(),
             split: "suite".to_owned(),
             metrics: "average".to_owned(),
-            source: entries(&suite.entries),
+            source: with_note(entries(&suite.entries), suite.note.as_deref()),
         };
         self.order.iter().map(of_name).chain(self.suites.values().map(of_suite)).collect()
     }
@@ -159,33 +169,52 @@ impl Catalogue {
         direct.cloned().chain(inner).chain(self.leaves(group)).collect()
     }
 
-    fn add_to(&self, selection: &mut Selection, name: &str, entry: Option<&Entry>, depth: usize) {
+    fn add_to(
+        &self,
+        selection: &mut Selection,
+        name: &str,
+        entry: Option<&Entry>,
+        depth: usize,
+    ) -> Result<(), EvaluatorError> {
         if let Some(task) = self.tasks.get(name) {
-            let is_new = |item: &Item| !matches!(item, Item::Task { task: other, .. } if other.name == name);
-            if selection.items.iter().all(is_new) {
-                selection.items.push(Item::Task { task: Arc::clone(task), depth, entry: entry.cloned() });
+            let before = selection.items.iter().find_map(|item| match item {
+                Item::Task { task: other, entry, .. } if other.name == name => Some(entry),
+                _ => None,
+            });
+            match before {
+                None => {
+                    selection.items.push(Item::Task { task: Arc::clone(task), depth, entry: entry.cloned() })
+                }
+                Some(before) if before.as_ref() == entry => {}
+                Some(_) => return Err(EvaluatorError::TwoWays { task: name.to_owned() }),
             }
-            return;
+            return Ok(());
         }
         let group = &self.groups[name];
-        let is_new = |item: &Item| !matches!(item, Item::Group { group: other, .. } if other.name == name);
-        if !selection.items.iter().all(is_new) {
-            return;
+        let is_there = selection
+            .items
+            .iter()
+            .any(|item| matches!(item, Item::Group { group: other, .. } if other.name == name));
+        if !is_there {
+            let leaves = if group.aggregate.is_some() { self.leaves(group) } else { Vec::new() };
+            let members = [group.groups.clone(), self.own_tasks(group)].concat();
+            let of_entries = group.entries.iter().map(|entry| entry.name.clone());
+            let members = members.into_iter().chain(of_entries).collect();
+            if group.aggregate.is_some() || group.alias.is_some() {
+                selection.items.push(Item::Group { group: Arc::clone(group), depth, members, leaves });
+            }
         }
-        let shown = group.aggregate.is_some();
-        if shown {
-            selection.items.push(Item::Group { group: Arc::clone(group), depth, leaves: self.leaves(group) });
-        }
-        let depth = depth + usize::from(shown);
+        let depth = depth + usize::from(group.aggregate.is_some() || group.alias.is_some());
         for inner in &group.groups {
-            self.add_to(selection, inner, entry, depth);
+            self.add_to(selection, inner, entry, depth)?;
         }
         for leaf in self.own_tasks(group) {
-            self.add_to(selection, &leaf, entry, depth);
+            self.add_to(selection, &leaf, entry, depth)?;
         }
         for own in &group.entries {
-            self.add_to(selection, &own.name, Some(own), depth);
+            self.add_to(selection, &own.name, Some(own), depth)?;
         }
+        Ok(())
     }
 
     /// The closest known name.
@@ -230,7 +259,9 @@ mod tests {
         );
         assert_eq!(names(&select(&["mmlu*"]).unwrap()), names(&mmlu));
         let openllm = select(&["openllm"]).unwrap();
-        assert_eq!(names(&openllm).len(), 5 + 62);
+        assert_eq!(names(&openllm).len(), 1 + 5 + 62);
+        let error = select(&["hellaswag", "openllm"]).unwrap_err().to_string();
+        assert!(error.contains("hellaswag"), "{error}");
         let entry = |name: &str| {
             openllm.items.iter().find_map(|item| match item {
                 Item::Task { task, entry, .. } if task.name == name => entry.clone(),

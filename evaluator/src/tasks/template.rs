@@ -25,12 +25,15 @@ static BASE: LazyLock<Environment<'static>> = LazyLock::new(|| {
     environment.add_filter("capitalize", |text: &str| string::capitalize(text));
     environment.add_filter("without_wikihow_marks", |text: &str| without_wikihow_marks(text));
     environment.add_filter("before", |text: &str, mark: &str| {
-        text.split_once(mark).map_or(text, |(before, _)| before).to_owned()
+        around(text, mark).map(|(before, _)| before.to_owned())
     });
-    environment.add_filter("after", |text: &str, mark: &str| {
-        text.split_once(mark).map_or("", |(_, after)| after).to_owned()
-    });
+    environment
+        .add_filter("after", |text: &str, mark: &str| around(text, mark).map(|(_, after)| after.to_owned()));
     environment.add_filter("index", index);
+    environment.add_filter("first_four", |list: Vec<Value>| match &list[..] {
+        [a, b, c, d, ..] => Ok(vec![a.clone(), b.clone(), c.clone(), d.clone()]),
+        _ => Err(invalid(format!("there are {} options, not 4", list.len()))),
+    });
     environment.add_filter("equals", |a: Value, b: Value| a == b);
     environment.add_filter("before_first_false", before_first_false);
     environment.add_filter("python_literal", |text: &str| {
@@ -49,6 +52,11 @@ pub(super) fn environment() -> Environment<'static> {
 
 fn invalid(problem: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, problem.into())
+}
+
+/// What is before and after the first mark of a text.
+fn around<'a>(text: &'a str, mark: &str) -> Result<(&'a str, &'a str), Error> {
+    text.split_once(mark).ok_or_else(|| invalid(format!("there is no {mark:?} in {text:?}")))
 }
 
 /// The index of a character or element. That there is none is an error, as in Python.

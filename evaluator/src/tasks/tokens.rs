@@ -19,24 +19,27 @@ pub(crate) struct Request {
 /// How texts become ids.
 pub(crate) struct Encoding {
     encoder: Encoder,
-    /// Control tokens whose names in a text become their ids, as in Hugging Face's tokenizers; BOS first.
+    /// Pieces that are no text, whose names in a text become their ids, as in Hugging Face's tokenizers.
     control: Vec<(String, u32)>,
+    bos: (String, u32),
     add_bos: bool,
     /// The only context of a text that has none.
     prefix: u32,
     /// The most ids that the model reads.
     context: usize,
     revision: Revision,
-    /// Texts in which a control token was written out.
-    pub written_out: usize,
+    /// The last context, and its ids: the choices of a question share it.
+    last: (String, Vec<u32>),
+    /// Whether a control token was written out in a text since this was last unset.
+    pub written_out: bool,
     /// Requests whose beginning was cut off.
     pub truncated: usize,
 }
 
 impl Encoding {
     pub(crate) fn new(tokenizer: &Tokenizer, add_bos: bool, context: usize, revision: Revision) -> Self {
-        let (bos, eos) = tokenizer.special_names();
-        let control = vec![(bos.to_owned(), tokenizer.bos()), (eos.to_owned(), tokenizer.eos())];
+        let control = tokenizer.special_pieces();
+        let bos = (tokenizer.special_names().0.to_owned(), tokenizer.bos());
         let prefix = match revision {
             Revision::Current => tokenizer.bos(),
             Revision::Dc90fec => tokenizer.eos(),
@@ -48,14 +51,16 @@ impl Encoding {
             prefix,
             context,
             revision,
-            written_out: 0,
+            bos,
+            last: Default::default(),
+            written_out: false,
             truncated: 0,
         }
     }
 
     /// The ids of a text, with BOS if configured.
     pub(crate) fn encode(&mut self, text: &str) -> Vec<u32> {
-        let (bos_name, bos) = &self.control[0];
+        let (bos_name, bos) = &self.bos;
         let mut ids = Vec::with_capacity(text.len() / 3 + 2);
         if self.add_bos && !text.starts_with(bos_name) {
             ids.push(*bos);
@@ -78,7 +83,7 @@ impl Encoding {
             rest = &rest[at + length..];
         }
         pieces.push((rest, None));
-        self.written_out += usize::from(pieces.len() > 1);
+        self.written_out |= pieces.len() > 1;
         for (piece, control) in pieces {
             if !piece.is_empty() {
                 self.encoder.encode(piece, ids);
@@ -106,7 +111,10 @@ impl Encoding {
         } else {
             let kept = rstrip(context);
             let whole = self.encode(&format!("{context}{continuation}"));
-            let context = self.encode(kept);
+            if self.last.1.is_empty() || self.last.0 != kept {
+                self.last = (kept.to_owned(), self.encode(kept));
+            }
+            let context = self.last.1.clone();
             let scored = whole[context.len().min(whole.len())..].to_vec();
             (if context.is_empty() { vec![self.prefix] } else { context }, scored)
         };

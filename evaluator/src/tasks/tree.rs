@@ -41,9 +41,13 @@ pub(crate) struct Forest {
 }
 
 impl Forest {
-    pub(crate) fn new(requests: &[Request]) -> Self {
+    pub(crate) fn new(requests: &[&Request]) -> Self {
         let mut order: Vec<usize> = (0..requests.len()).collect();
-        order.sort_by(|a, b| requests[*a].cmp(&requests[*b]));
+        // A request that ends comes before those that continue it.
+        order.sort_by(|a, b| {
+            let (a, b) = (requests[*a], requests[*b]);
+            read(a).cmp(read(b)).then_with(|| a.cmp(b))
+        });
         order.dedup_by(|a, b| requests[*a] == requests[*b]);
         let roots = nodes(requests, &order, 0..order.len(), 0);
         Self { order, roots }
@@ -69,9 +73,9 @@ fn read(request: &Request) -> &[u32] {
 }
 
 /// The pieces from position `depth` on of requests that are equal before it. None of them ends there.
-fn nodes(requests: &[Request], order: &[usize], members: Range<usize>, depth: usize) -> Vec<Node> {
-    let path = |member: usize| read(&requests[order[member]]);
-    let mut nodes = Vec::new();
+fn nodes(requests: &[&Request], order: &[usize], members: Range<usize>, depth: usize) -> Vec<Node> {
+    let path = |member: usize| read(requests[order[member]]);
+    let mut found = Vec::new();
     let mut begin = members.start;
     while begin < members.end {
         let first = path(begin);
@@ -91,18 +95,18 @@ fn nodes(requests: &[Request], order: &[usize], members: Range<usize>, depth: us
         };
         let branches = children.len() + usize::from(ending > 0);
         if branches == 1 || (end - depth) * (branches - 1) >= WORTH_SHARING {
-            nodes.push(node(group, depth..end, children));
+            found.push(node(group, depth..end, children));
             continue;
         }
         if ending > 0 {
-            nodes.push(node(group.start..group.start + ending, depth..end, Vec::new()));
+            found.push(node(group.start..group.start + ending, depth..end, Vec::new()));
         }
         for child in &mut children {
             child.range.start = depth;
         }
-        nodes.append(&mut children);
+        found.append(&mut children);
     }
-    nodes
+    found
 }
 
 #[cfg(test)]
@@ -120,7 +124,7 @@ mod tests {
         let context: Vec<u32> = (0..40).collect();
         let with = |end: &[u32]| request(&[&context, end].concat(), end.len());
         let requests = [with(&[7, 8]), with(&[9]), with(&[7, 5]), with(&[9, 1, 2]), with(&[7, 8])];
-        let forest = Forest::new(&requests);
+        let forest = Forest::new(&requests.iter().collect::<Vec<_>>());
         assert_eq!(forest.order.len(), 4, "equal requests are one");
         let [root] = &forest.roots[..] else { panic!("{:?}", forest.roots) };
         // The single id of `[9]` is not read. `[7, 8]` and `[7, 5]` read the same, and end in the same node.
@@ -129,7 +133,7 @@ mod tests {
             root.children.iter().map(|child| child.range.clone()).collect::<Vec<_>>(),
             [40..41, 40..42]
         );
-        let short = Forest::new(&[request(&[1, 2, 3, 4], 2), request(&[1, 2, 5, 4], 2)]);
+        let short = Forest::new(&[&request(&[1, 2, 3, 4], 2), &request(&[1, 2, 5, 4], 2)]);
         assert_eq!(short.roots.iter().map(|node| node.range.clone()).collect::<Vec<_>>(), [0..3, 0..3]);
     }
 
@@ -144,7 +148,7 @@ mod tests {
                 .iter()
                 .map(|(ids, scored)| request(&[&vec![1; common], &ids[..]].concat(), *scored.min(&(ids.len() - 1))))
                 .collect();
-            let forest = Forest::new(&requests);
+            let forest = Forest::new(&requests.iter().collect::<Vec<_>>());
             let mut spelled = vec![Vec::new(); forest.order.len()];
             fn walk(requests: &[Request], node: &Node, before: &[u32], spelled: &mut Vec<Vec<u32>>) {
                 let text = [before, &requests[node.request].ids[node.range.clone()]].concat();
