@@ -44,8 +44,8 @@ pub fn model_folder(address: &str) -> Result<PathBuf, EvaluatorError> {
     let cache = cache.or_else(|| Some(std::env::home_dir()?.join(".cache")));
     let target = cache.unwrap_or_else(|| PathBuf::from(".")).join("ulmus/models").join(name);
     let is_wanted = |path: &&String| {
-        !path.contains('/')
-            && (path.ends_with(".json") || path.ends_with(".safetensors") || path.ends_with(".model"))
+        let suffix = Path::new(path).extension().and_then(|suffix| suffix.to_str());
+        !path.contains('/') && suffix.is_some_and(|suffix| ["json", "safetensors", "model"].contains(&suffix))
     };
     for path in folder.paths()?.iter().filter(is_wanted) {
         let file = target.join(path);

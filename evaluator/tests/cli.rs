@@ -57,10 +57,9 @@ fn run_prints_a_table_and_writes_the_same_numbers() {
 
 /// Runs tasks on the rows that the harness has measured.
 fn tasks(more: &[&str]) -> Output {
-    let data = model().join("../evaluation/data");
-    let arguments =
-        ["run", "--model", model().to_str().unwrap(), "--data", data.to_str().unwrap()].map(str::to_owned);
-    evaluator(&arguments.iter().map(String::as_str).chain(more.iter().copied()).collect::<Vec<_>>())
+    let (model, data) =
+        (model().display().to_string(), model().join("../evaluation/data").display().to_string());
+    evaluator(&[&["run", "--model", &model, "--data", &data][..], more].concat())
 }
 
 #[test]

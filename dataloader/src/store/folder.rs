@@ -104,10 +104,6 @@ impl Folder {
     }
 
     /// An address of the files as they are now, where the one that was opened may have others later.
-    #[cfg_attr(
-        not(feature = "http"),
-        expect(clippy::unused_self, reason = "only the hub has such addresses")
-    )]
     pub fn pinned(&self) -> Option<&str> {
         #[cfg(feature = "http")]
         if self.hub.is_some() {

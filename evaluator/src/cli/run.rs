@@ -29,8 +29,9 @@ use super::{Compute, Dtype, FORMAT_VERSION, OnDevice, failure, json as to_json, 
 const PERPLEXITY: &str = "perplexity";
 
 #[derive(Debug, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 pub(super) struct Run {
-    /// Model folder, or a model on the hub: hf://ORG/NAME[@REVISION].
+    /// Model folder, or a model on the hub: `hf://ORG/NAME[@REVISION]`.
     #[arg(long, value_name = "DIR")]
     model: String,
     /// Tokenizer file, or a folder with one [default: the model folder].
@@ -83,7 +84,7 @@ pub(super) struct Run {
     /// Where results go: a .json file, or a folder for results.json and the samples.
     #[arg(long, value_name = "PATH")]
     output: Option<PathBuf>,
-    /// Write each row with what the model was asked and answered to samples_TASK.jsonl.
+    /// Write each row with what the model was asked and answered to `samples_TASK.jsonl`.
     #[arg(long, requires = "output")]
     log_samples: bool,
     /// Go on where an evaluation with the same --output was interrupted.
@@ -204,6 +205,7 @@ pub(super) struct Fetch {
 }
 
 impl Fetch {
+    #[expect(clippy::print_stderr, reason = "progress stands beside the results on standard output")]
     pub(super) fn run(&self) -> Result<(), Failure> {
         let catalogue = catalogue(&self.include, Revision::Current)?;
         let selection = match &self.suite {
@@ -431,16 +433,14 @@ fn cache_bytes<B: Backend>(model: &Model<B>) -> u64 {
 /// Answers of requests, shown as a bar where there is a terminal.
 struct Bar {
     bar: ProgressBar,
-    task: String,
 }
 
 impl Bar {
     fn new() -> Self {
-        Self { bar: ProgressBar::hidden(), task: String::new() }
+        Self { bar: ProgressBar::hidden() }
     }
 
     fn begin(&mut self, task: &str, requests: usize) {
-        self.task = task.to_owned();
         if std::io::stderr().is_terminal() {
             let style = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} requests, {eta} left");
             self.bar = ProgressBar::new(requests as u64);
@@ -452,6 +452,7 @@ impl Bar {
 }
 
 impl OnDevice for Run {
+    #[expect(clippy::print_stderr, reason = "progress stands beside the results on standard output")]
     fn run<B: Backend>(&self, backend: B) -> Result<(), Failure> {
         let output = self.output.as_deref().map(Output::new).transpose()?;
         let selection = self.selection()?;

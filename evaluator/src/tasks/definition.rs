@@ -307,11 +307,11 @@ impl Catalogue {
     /// The names of all tasks of a group and the groups in it, in order.
     pub(crate) fn leaves(&self, group: &Group) -> Vec<String> {
         let of_groups = group.groups.iter().flat_map(|name| self.leaves(&self.groups[name]));
-        of_groups.chain(self.own_tasks(group)).collect()
+        of_groups.chain(Self::own_tasks(group)).collect()
     }
 
     /// The names of the tasks that a group has itself.
-    pub(crate) fn own_tasks(&self, group: &Group) -> Vec<String> {
+    pub(crate) fn own_tasks(group: &Group) -> Vec<String> {
         let of_configs = group
             .configs
             .iter()

@@ -1,7 +1,6 @@
 //! Compares with what the harness itself computed of the same rows, for every run of `tests/golden/evaluation`.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use serde_json::Value as Json;
 use ulmus_backend::WeightFormat;
@@ -13,7 +12,7 @@ use super::definition::{Catalogue, Revision};
 use super::journal::Journal;
 use super::measure::{Content, Limit, Prepared, Row, Settings};
 use super::metric::pooled;
-use super::report::{markdown, results_file};
+use super::report::{markdown, results_file, sha256};
 use super::rows::DataSets;
 use super::run::{Evaluation, Progress};
 use super::scorer::{Batching, Likelihood, score};
@@ -41,7 +40,7 @@ impl Bench {
 
     fn prepare(&self, task: &str, settings: &Settings) -> Prepared {
         let catalogue = Catalogue::built_in(settings.revision);
-        Prepared::new(Arc::clone(&catalogue.tasks[task]), &self.data, &self.tokenizer, settings).unwrap()
+        Prepared::new(&catalogue.tasks[task], &self.data, &self.tokenizer, settings).unwrap()
     }
 
     fn score(&self, requests: &[Request], batching: Batching) -> Vec<Likelihood> {
@@ -73,9 +72,7 @@ fn settings(run: &Json, revision: Revision) -> Settings {
 
 /// The first 16 digits of a text's SHA-256.
 fn short_sha256(text: &str) -> String {
-    use sha2::{Digest as _, Sha256};
-    let digest = Sha256::digest(text.as_bytes());
-    digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+    sha256(text)[..16].to_owned()
 }
 
 fn joined(ids: &[u32]) -> String {

@@ -102,14 +102,14 @@ impl Prepared {
     /// # Errors
     /// When rows are missing or are not as the task expects them, or there are too few examples.
     pub(crate) fn new(
-        task: Arc<Definition>,
+        task: &Arc<Definition>,
         data: &DataSets,
         tokenizer: &Tokenizer,
         settings: &Settings,
     ) -> Result<Self, EvaluatorError> {
         let in_file = |problem| EvaluatorError::Tasks { file: task.name.clone(), problem };
-        let asker = Asker::new(Arc::clone(&task)).map_err(in_file)?;
-        let split = data.read(&task, task.measured_split().unwrap_or_default())?;
+        let asker = Asker::new(Arc::clone(task)).map_err(in_file)?;
+        let split = data.read(task, task.measured_split().unwrap_or_default())?;
         let mut order: Vec<usize> = (0..split.rows.len()).collect();
         if let Some(seed) = task.shuffle {
             Random::new(seed).shuffle(&mut order);
@@ -121,10 +121,10 @@ impl Prepared {
             Some(Limit::Share(share)) => ((rows_of_split as f64 * share).ceil() as usize).min(rows_of_split),
         };
         let shots = if task.kind == Kind::Rolling { 0 } else { task.shots.or(settings.shots).unwrap_or(0) };
-        let mut examples = Self::examples(&task, data, settings, shots)?;
+        let mut examples = Self::examples(task, data, settings, shots)?;
         let mut encoding = Encoding::new(tokenizer, settings.add_bos, settings.context, settings.revision);
         let mut prepared = Self {
-            task: Arc::clone(&task),
+            task: Arc::clone(task),
             shots,
             context: settings.context,
             rows_of_split,
@@ -145,7 +145,7 @@ impl Prepared {
             };
             let first = prepared.requests.len();
             let content = if task.kind == Kind::Rolling {
-                let content = text_of(&task, row).map_err(wrong)?;
+                let content = text_of(task, row).map_err(wrong)?;
                 if let Content::Text { text, .. } = &content {
                     prepared.requests.extend(encoding.rolling(text));
                 }

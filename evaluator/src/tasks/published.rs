@@ -1,6 +1,7 @@
 //! Published numbers of other models, to print beside ours.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 
 use serde::Deserialize;
 
@@ -52,10 +53,10 @@ pub fn beside_published(suite: &str, model: &str, selection: &Selection, outcome
     }
     let mut text = String::new();
     for (index, row) in rows.iter().enumerate() {
-        text += &format!("| {} |\n", row.join(" | "));
+        writeln!(text, "| {} |", row.join(" | ")).expect("a string takes all");
         if index == 0 {
             let rules = (0..row.len()).map(|column| if column == 0 { "---" } else { "---:" });
-            text += &format!("|{}|\n", rules.collect::<Vec<_>>().join("|"));
+            writeln!(text, "|{}|", rules.collect::<Vec<_>>().join("|")).expect("a string takes all");
         }
     }
     text

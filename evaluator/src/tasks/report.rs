@@ -260,7 +260,7 @@ fn python_bool(flag: bool) -> &'static str {
     if flag { "True" } else { "False" }
 }
 
-fn sha256(text: &str) -> String {
+pub(super) fn sha256(text: &str) -> String {
     use sha2::{Digest as _, Sha256};
     let mut hex = String::new();
     for byte in Sha256::digest(text.as_bytes()) {
@@ -377,7 +377,7 @@ mod tests {
     fn numbers_are_written_as_python_writes_them() {
         // From Python 3.11.
         for (number, text) in [
-            (-25.820980072021484, "-25.820980072021484"),
+            (-25.820_980_072_021_484, "-25.820980072021484"),
             (1.0, "1.0"),
             (0.0, "0.0"),
             (1e-5, "1e-05"),

@@ -136,7 +136,7 @@ impl<B: Backend> Evaluation<'_, B> {
 
     /// Reads the rows of a task, and asks about them in the way of its group.
     fn prepare(&self, task: &Arc<Definition>, entry: Option<&Entry>) -> Result<Prepared, EvaluatorError> {
-        Prepared::new(Arc::clone(task), self.data, self.tokenizer, &self.settings_of(entry))
+        Prepared::new(task, self.data, self.tokenizer, &self.settings_of(entry))
     }
 
     /// Looks for the files of all tasks, so that what is missing is told before anything is measured.

@@ -20,6 +20,9 @@ pub(crate) struct Likelihood {
     pub greedy: bool,
 }
 
+/// Takes what has been scored: indices of requests, and their likelihoods.
+type OnScored<'a> = dyn FnMut(&[(usize, Likelihood)]) -> Result<(), EvaluatorError> + 'a;
+
 /// How much is computed at once. It changes no bits of the results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Batching {
@@ -62,7 +65,7 @@ pub(crate) fn score<B: Backend>(
     model: &Arc<Model<B>>,
     batching: Batching,
     requests: &[&Request],
-    on_scored: &mut dyn FnMut(&[(usize, Likelihood)]) -> Result<(), EvaluatorError>,
+    on_scored: &mut OnScored<'_>,
 ) -> Result<(), EvaluatorError> {
     let Some(longest) = longest(requests) else { return Ok(()) };
     let forest = Forest::new(requests);
@@ -100,7 +103,7 @@ impl State {
     }
 }
 
-struct Scorer<'a, B: Backend> {
+struct Scorer<'a, 'b, B: Backend> {
     requests: &'a [&'a Request],
     order: &'a [usize],
     generator: Generator<B>,
@@ -110,7 +113,7 @@ struct Scorer<'a, B: Backend> {
     equal: BTreeMap<&'a Request, Vec<usize>>,
     /// Sequences of the generator that are not in use.
     free: Vec<usize>,
-    on_scored: &'a mut dyn FnMut(&[(usize, Likelihood)]) -> Result<(), EvaluatorError>,
+    on_scored: &'a mut OnScored<'b>,
 }
 
 /// A piece that is read into a sequence.
@@ -120,7 +123,7 @@ struct Reading<'a> {
     sequence: usize,
 }
 
-impl<B: Backend> Scorer<'_, B> {
+impl<B: Backend> Scorer<'_, '_, B> {
     /// Scores nodes that continue the same text, which is in the sequence `before`.
     fn siblings(&mut self, mut nodes: Vec<&Node>, before: Option<usize>) -> Result<(), EvaluatorError> {
         // Those of similar length fill passes best.
@@ -156,10 +159,7 @@ impl<B: Backend> Scorer<'_, B> {
     fn together(&mut self, nodes: &[&Node], before: Option<usize>) -> Result<(), EvaluatorError> {
         let mut level = Vec::with_capacity(nodes.len());
         for node in nodes {
-            level.push(Reading {
-                node: *node,
-                sequence: self.free.pop().expect("there is one for each leaf"),
-            });
+            level.push(Reading { node, sequence: self.free.pop().expect("there is one for each leaf") });
         }
         let pairs: Vec<_> =
             before.iter().flat_map(|before| level.iter().map(|to| (*before, to.sequence))).collect();

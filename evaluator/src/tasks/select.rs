@@ -38,8 +38,8 @@ pub struct TaskRow {
     pub source: String,
 }
 
-fn with_note(text: String, note: Option<&str>) -> String {
-    note.map_or_else(|| text.clone(), |note| format!("{text} ({note})"))
+fn with_note(text: &str, note: Option<&str>) -> String {
+    note.map_or_else(|| text.to_owned(), |note| format!("{text} ({note})"))
 }
 
 /// A task or a group to report on.
@@ -113,7 +113,7 @@ impl Catalogue {
                 split: task.measured_split().unwrap_or_default().to_owned(),
                 metrics: task.metrics.iter().map(|metric| metric.name()).collect::<Vec<_>>().join(", "),
                 source: with_note(
-                    [&task.sources[..1], &task.config.clone().into_iter().collect::<Vec<_>>()]
+                    &[&task.sources[..1], &task.config.clone().into_iter().collect::<Vec<_>>()]
                         .concat()
                         .join(" "),
                     task.note.as_deref(),
@@ -129,9 +129,9 @@ impl Catalogue {
                     .unwrap_or_default(),
                 source: group
                     .map(|group| {
-                        let own = [group.groups.clone(), self.own_tasks(group)].concat().join(", ");
+                        let own = [group.groups.clone(), Self::own_tasks(group)].concat().join(", ");
                         let own = if own.is_empty() { entries(&group.entries) } else { own };
-                        with_note(own, group.note.as_deref())
+                        with_note(&own, group.note.as_deref())
                     })
                     .unwrap_or_default(),
             },
@@ -141,7 +141,7 @@ impl Catalogue {
             shots: String::new(),
             split: "suite".to_owned(),
             metrics: "average".to_owned(),
-            source: with_note(entries(&suite.entries), suite.note.as_deref()),
+            source: with_note(&entries(&suite.entries), suite.note.as_deref()),
         };
         self.order.iter().map(of_name).chain(self.suites.values().map(of_suite)).collect()
     }
@@ -183,7 +183,7 @@ impl Catalogue {
             });
             match before {
                 None => {
-                    selection.items.push(Item::Task { task: Arc::clone(task), depth, entry: entry.cloned() })
+                    selection.items.push(Item::Task { task: Arc::clone(task), depth, entry: entry.cloned() });
                 }
                 Some(before) if before.as_ref() == entry => {}
                 Some(_) => return Err(EvaluatorError::TwoWays { task: name.to_owned() }),
@@ -197,7 +197,7 @@ impl Catalogue {
             .any(|item| matches!(item, Item::Group { group: other, .. } if other.name == name));
         if !is_there {
             let leaves = if group.aggregate.is_some() { self.leaves(group) } else { Vec::new() };
-            let members = [group.groups.clone(), self.own_tasks(group)].concat();
+            let members = [group.groups.clone(), Self::own_tasks(group)].concat();
             let of_entries = group.entries.iter().map(|entry| entry.name.clone());
             let members = members.into_iter().chain(of_entries).collect();
             if group.aggregate.is_some() || group.alias.is_some() {
@@ -208,7 +208,7 @@ impl Catalogue {
         for inner in &group.groups {
             self.add_to(selection, inner, entry, depth)?;
         }
-        for leaf in self.own_tasks(group) {
+        for leaf in Self::own_tasks(group) {
             self.add_to(selection, &leaf, entry, depth)?;
         }
         for own in &group.entries {

@@ -59,20 +59,14 @@ fn around<'a>(text: &'a str, mark: &str) -> Result<(&'a str, &'a str), Error> {
     text.split_once(mark).ok_or_else(|| invalid(format!("there is no {mark:?} in {text:?}")))
 }
 
-/// The index of a character or element. That there is none is an error, as in Python.
-fn index(among: Value, what: Value) -> Result<usize, Error> {
-    let found = match among.as_str() {
-        Some(text) => {
-            let mark = what.as_str().ok_or_else(|| invalid(format!("{what:?} is no text")))?;
-            text.find(mark).map(|at| text[..at].chars().count())
-        }
-        None => among.try_iter()?.position(|element| element == what),
-    };
+/// The index of an element of a list. That there is none is an error, as in Python.
+fn index(among: &Value, what: &Value) -> Result<usize, Error> {
+    let found = among.try_iter()?.position(|element| element == *what);
     found.ok_or_else(|| invalid(format!("{what:?} is not among {among:?}")))
 }
 
 /// Booleans of which all before the first false one stay true.
-fn before_first_false(flags: Value) -> Result<Vec<bool>, Error> {
+fn before_first_false(flags: &Value) -> Result<Vec<bool>, Error> {
     let mut so_far = true;
     let flags = flags.try_iter()?.map(|flag| {
         so_far &= flag.is_true();

@@ -52,7 +52,7 @@ impl Encoding {
             context,
             revision,
             bos,
-            last: Default::default(),
+            last: (String::new(), Vec::new()),
             written_out: false,
             truncated: 0,
         }

@@ -137,6 +137,17 @@ mod tests {
         assert_eq!(short.roots.iter().map(|node| node.range.clone()).collect::<Vec<_>>(), [0..3, 0..3]);
     }
 
+    /// Spells what the members of a node and of what continues it read.
+    fn walk(requests: &[Request], node: &Node, before: &[u32], spelled: &mut Vec<Vec<u32>>) {
+        let text = [before, &requests[node.request].ids[node.range.clone()]].concat();
+        for member in node.members.clone() {
+            spelled[member].clone_from(&text);
+        }
+        for child in &node.children {
+            walk(requests, child, &text, spelled);
+        }
+    }
+
     proptest! {
         /// Whatever is shared, each request's ids are read once, in order.
         #[test]
@@ -150,15 +161,6 @@ mod tests {
                 .collect();
             let forest = Forest::new(&requests.iter().collect::<Vec<_>>());
             let mut spelled = vec![Vec::new(); forest.order.len()];
-            fn walk(requests: &[Request], node: &Node, before: &[u32], spelled: &mut Vec<Vec<u32>>) {
-                let text = [before, &requests[node.request].ids[node.range.clone()]].concat();
-                for member in node.members.clone() {
-                    spelled[member].clone_from(&text);
-                }
-                for child in &node.children {
-                    walk(requests, child, &text, spelled);
-                }
-            }
             for root in &forest.roots {
                 walk(&requests, root, &[], &mut spelled);
             }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use ulmus_backend::{Backend, WeightFormat};
 use ulmus_cpu::Cpu;
-use ulmus_model::{BatchShape, Generator, Model, Objective, Replica};
+use ulmus_model::{BatchShape, Generator, Model, Objective, Replica, Span};
 use ulmus_plan::{ModelConfig, Preset};
 
 /// Outputs as pairs of a name and values.
@@ -53,5 +53,24 @@ pub fn inference<B: Backend>(backend: B, config: &ModelConfig, format: WeightFor
     generator.reset();
     let losses = generator.score(&text[..310], &text[1..311]).unwrap();
     outputs.push(("losses".to_owned(), losses));
+    // Two texts that begin alike, continued by spans of different lengths in one pass.
+    generator.reset();
+    generator.feed(&text[..20]).unwrap();
+    generator.fork(&[(0, 1)]).unwrap();
+    let spans = [
+        Span { sequence: 0, tokens: &text[20..25], targets: &[(0, text[21]), (4, 9)] },
+        Span { sequence: 1, tokens: &text[40..47], targets: &[(6, 3), (2, text[43])] },
+    ];
+    let scores = generator.extend(&spans).unwrap();
+    outputs.push(("branches".to_owned(), scores.iter().map(|score| score.nll).collect()));
+    // The same, one after the other.
+    for (span, scores) in spans.iter().zip(scores.chunks(2)) {
+        generator.reset();
+        generator.feed(&text[..20]).unwrap();
+        let alone = generator.extend(&[Span { sequence: 0, ..*span }]).unwrap();
+        for (alone, beside) in alone.iter().zip(scores) {
+            assert!((alone.nll - beside.nll).abs() <= 1e-2 * alone.nll, "{alone:?} {beside:?}");
+        }
+    }
     outputs
 }
