@@ -409,6 +409,7 @@ impl<B: Backend> Generator<B> {
         let mut scores = Vec::with_capacity(wanted.len());
         for part in wanted.chunks(SCORE_ROWS.min(self.rows)) {
             let count = part.len();
+            let rows = part.iter().map(|(row, _)| *row as usize + 1).max().unwrap_or(0);
             self.words.clear();
             self.words.extend(part.iter().map(|(row, _)| row));
             let targets: Vec<u32> = part.iter().map(|(_, token)| *token).collect();
@@ -428,7 +429,7 @@ impl<B: Backend> Generator<B> {
                 let backend = &model.backend;
                 backend.gather(
                     write(branch, count * d),
-                    read(normed, self.rows * d),
+                    read(normed, rows * d),
                     read(words_on_device, count),
                     d,
                 );

@@ -94,8 +94,14 @@ fn rows(activations: &Acts<'_, Candle>, width: usize) -> Computed<Tensor> {
 
 fn set(activations: ActsMut<'_, Candle>, values: &Tensor) -> Computed<()> {
     let ViewMut { buffer, range } = activations;
-    assert_eq!(range, 0..values.elem_count(), "kernels write whole activations");
-    buffer.values = values.flatten_all()?;
+    assert_eq!(range.len(), values.elem_count(), "a kernel writes as much as it was asked for");
+    let values = values.flatten_all()?;
+    // Activations are written whole, or in parts from their beginning.
+    let before = (range.start > 0).then(|| buffer.values.narrow(0, 0, range.start)).transpose()?;
+    buffer.values = match before {
+        Some(before) => Tensor::cat(&[before, values], 0)?,
+        None => values,
+    };
     Ok(())
 }
 
