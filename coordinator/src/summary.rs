@@ -72,7 +72,7 @@ fn write_page(
     let (at, own) = (folder.shown(), folder.path().display());
     writeln!(page)?;
     if plan.checkpoint.export {
-        writeln!(page, "model for mlx-lm and llama.cpp              {at}/{}", paths::EXPORT)?;
+        writeln!(page, "model for mlx-lm and llama.cpp               {at}/{}", paths::EXPORT)?;
     }
     writeln!(page, "checkpoints                                  {at}/{}", paths::CHECKPOINTS)?;
     writeln!(page, "metrics, one row per step                    {own}/{}", paths::METRICS)?;

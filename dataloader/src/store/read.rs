@@ -54,7 +54,9 @@ impl Folder {
     /// When the store does not give the file, or `target` cannot be written.
     pub fn download(&self, path: &str, target: &Path) -> Result<u64, DataError> {
         let file = self.stat(vec![path.to_owned()])?.remove(0);
-        let part = target.with_extension("part");
+        // Two programs may copy the same file.
+        let name = target.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let part = target.with_file_name(format!("{name}.part-{}", std::process::id()));
         let failed = |error: io::Error| DataError::Target {
             folder: target.display().to_string(),
             reason: format!("it cannot be written: {error}"),

@@ -2,6 +2,7 @@
 
 mod compare;
 mod run;
+mod tasks;
 
 use std::io::{self, Write};
 use std::ops::ControlFlow;
@@ -23,7 +24,8 @@ use ulmus_process::{Failure, finish_output, print};
 use ulmus_types::ExitStatus;
 
 use compare::Compare;
-use run::{Fetch, Run, Tasks};
+use run::Run;
+use tasks::{Fetch, Tasks};
 
 /// Format version of the result files.
 const FORMAT_VERSION: u32 = 1;

@@ -1,4 +1,4 @@
-//! `evaluator run` and `evaluator tasks`.
+//! `evaluator run`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,8 +11,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
 use ulmus_backend::{Backend, CacheFormat, WeightFormat};
 use ulmus_evaluator::tasks::{
-    Batching, Catalogue, DataSets, Evaluation, Fetched, Journal, Limit, Outcome, Progress, Revision,
-    Selection, Settings, TaskPlan, TaskRow, average, beside_published, fetch, markdown, results_file,
+    Batching, DataSets, Evaluation, Journal, Limit, Outcome, Progress, Revision, Selection, Settings,
+    TaskPlan, average, beside_published, markdown, results_file,
 };
 use ulmus_evaluator::{
     EvaluatorError, LoadedModel, adds_bos, load_model, load_tokenizer, model_folder, perplexity, read_texts,
@@ -23,6 +23,7 @@ use ulmus_run::results::Perplexity;
 use ulmus_tokenizer::Tokenizer;
 use ulmus_types::{ExitStatus, counted};
 
+use super::tasks::{HarnessRev, catalogue};
 use super::{Compute, Dtype, FORMAT_VERSION, OnDevice, failure, json as to_json, table};
 
 /// The task that measures texts of the user's own.
@@ -110,23 +111,6 @@ enum AddBos {
     No,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum HarnessRev {
-    /// lm-evaluation-harness 0.4.13.
-    Current,
-    /// Its commit of March 2024.
-    Dc90fec,
-}
-
-impl HarnessRev {
-    fn revision(self) -> Revision {
-        match self {
-            Self::Current => Revision::Current,
-            Self::Dc90fec => Revision::Dc90fec,
-        }
-    }
-}
-
 fn parse_limit(text: &str) -> Result<Limit, String> {
     if let Ok(rows) = text.parse::<usize>()
         && rows > 0
@@ -146,85 +130,6 @@ fn parse_batch(text: &str) -> Result<Batching, String> {
     match text.parse::<usize>() {
         Ok(remembered) if remembered > 0 => Ok(Batching { remembered, ..Batching::default() }),
         _ => Err("`auto`, or a number of tokens from 1".to_owned()),
-    }
-}
-
-/// Tasks as the user may ask for them.
-fn catalogue(include: &[PathBuf], revision: Revision) -> Result<Catalogue, Failure> {
-    let mut catalogue = Catalogue::built_in(revision);
-    for path in include {
-        let text = fs::read_to_string(path).map_err(|error| {
-            Failure::new(ExitStatus::InvalidInput, format!("cannot read {}: {error}", path.display()))
-        })?;
-        catalogue.add(&path.display().to_string(), &text, revision).map_err(failure)?;
-    }
-    Ok(catalogue)
-}
-
-#[derive(Debug, Args)]
-pub(super) struct Tasks {
-    /// File with more tasks.
-    #[arg(long, value_name = "FILE.toml")]
-    include: Vec<PathBuf>,
-    /// The revision of lm-evaluation-harness.
-    #[arg(long, value_enum, default_value = "current")]
-    harness_rev: HarnessRev,
-}
-
-impl Tasks {
-    pub(super) fn run(&self) -> Result<(), Failure> {
-        let catalogue = catalogue(&self.include, self.harness_rev.revision())?;
-        let mut rows = table(&["task", "examples", "split", "metrics", "data set"]);
-        for TaskRow { name, shots, split, metrics, source } in catalogue.rows() {
-            rows.add_row([name, shots, split, metrics, source]);
-        }
-        print(&rows.to_string())
-    }
-}
-
-#[derive(Debug, Args)]
-pub(super) struct Fetch {
-    /// Tasks, groups and patterns.
-    #[arg(
-        long,
-        value_name = "NAMES",
-        value_delimiter = ',',
-        required_unless_present = "suite",
-        conflicts_with = "suite"
-    )]
-    tasks: Vec<String>,
-    /// A published set of tasks.
-    #[arg(long, value_name = "NAME")]
-    suite: Option<String>,
-    /// File with more tasks.
-    #[arg(long, value_name = "FILE.toml")]
-    include: Vec<PathBuf>,
-    /// Folder for the data sets.
-    #[arg(long, value_name = "DIR")]
-    to: PathBuf,
-}
-
-impl Fetch {
-    #[expect(clippy::print_stderr, reason = "progress stands beside the results on standard output")]
-    pub(super) fn run(&self) -> Result<(), Failure> {
-        let catalogue = catalogue(&self.include, Revision::Current)?;
-        let selection = match &self.suite {
-            Some(suite) => catalogue.select_suite(suite),
-            None => catalogue.select(&self.tasks),
-        };
-        let (mut files, mut bytes) = (0, 0);
-        let mut on_file = |file: Fetched| {
-            files += 1;
-            bytes += file.bytes;
-            let note = if file.was_there { " (was there)" } else { "" };
-            eprintln!("{} {:.1} MB{note}", file.path, file.bytes as f64 / 1e6);
-        };
-        fetch(&selection.map_err(failure)?, &self.to, &mut on_file).map_err(failure)?;
-        print(&format!(
-            "{files} files of {:.1} MB in {}; name it with --data",
-            bytes as f64 / 1e6,
-            self.to.display()
-        ))
     }
 }
 
@@ -259,7 +164,7 @@ impl Output {
 
     fn write(path: &Path, text: &str) -> Result<(), Failure> {
         // The old file stays until the new one is whole.
-        let part = path.with_extension("part");
+        let part = path.with_extension(format!("part-{}", std::process::id()));
         fs::write(&part, text).and_then(|()| fs::rename(&part, path)).map_err(|error| {
             Failure::new(ExitStatus::Failed, format!("cannot write {}: {error}", path.display()))
         })
@@ -496,6 +401,9 @@ impl OnDevice for Run {
                 )
                 .map_err(failure)?,
             };
+            if self.resume && journal.is_empty() {
+                eprintln!("there is nothing to resume: everything is measured");
+            }
             let evaluation = Evaluation {
                 model: &loaded.model,
                 tokenizer: &tokenizer,

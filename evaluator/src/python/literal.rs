@@ -10,7 +10,7 @@ use super::string::is_space;
 /// # Errors
 /// What is wrong, and at which character.
 pub(crate) fn parse(text: &str) -> Result<Value, String> {
-    let mut parser = Parser { rest: text };
+    let mut parser = Parser { rest: text, depth: 0 };
     let value = parser.value();
     parser.skip_space();
     match value {
@@ -25,7 +25,12 @@ pub(crate) fn parse(text: &str) -> Result<Value, String> {
 
 struct Parser<'a> {
     rest: &'a str,
+    /// Number of values that the next one is inside.
+    depth: usize,
 }
+
+/// The most values inside each other, for which the stack has room.
+const DEEPEST: usize = 100;
 
 impl Parser<'_> {
     fn skip_space(&mut self) {
@@ -47,6 +52,17 @@ impl Parser<'_> {
     }
 
     fn value(&mut self) -> Result<Value, String> {
+        self.depth += 1;
+        let value = if self.depth > DEEPEST {
+            Err(format!("more than {DEEPEST} values are inside each other"))
+        } else {
+            self.whole_value()
+        };
+        self.depth -= 1;
+        value
+    }
+
+    fn whole_value(&mut self) -> Result<Value, String> {
         self.skip_space();
         if self.take("[") {
             return self.list("]");
@@ -216,5 +232,7 @@ mod tests {
             let error = parse(text).unwrap_err();
             assert!(error == problem, "{text}: {error}");
         }
+        let deep = "[".repeat(1_000_000);
+        assert!(parse(&deep).unwrap_err().starts_with("more than 100 values are inside each other"));
     }
 }

@@ -297,6 +297,11 @@ impl Catalogue {
     }
 
     fn claim(&mut self, name: &str) -> Result<(), String> {
+        // Names are listed with commas, matched by patterns, and part of the names of files.
+        let is_plain = |c: char| c.is_alphanumeric() || "_-.:".contains(c);
+        if name.is_empty() || name.starts_with('.') || !name.chars().all(is_plain) {
+            return Err(format!("{name:?} is no name: use letters, digits, `_`, `-`, `.` and `:`"));
+        }
         if self.tasks.contains_key(name) || self.groups.contains_key(name) {
             return Err(format!("there are two of the name {name}"));
         }
@@ -406,6 +411,7 @@ mod tests {
             (whole.to_owned(), "`context` and `choices`"),
             ([whole, asks, "chioces = \"c\"\n"].concat(), "chioces"),
             ([whole, asks, whole, asks].concat(), "two of the name t"),
+            ([&whole.replace("\"t\"", "\"../t\""), asks].concat(), "is no name"),
             ([&whole.replace("test = \"test\"\n", ""), asks].concat(), "names a split"),
             ([whole, asks, "text = \"page\"\n"].concat(), "rolling"),
             ("[[group]]\nname = \"g\"\ntasks = [\"t\"]\n".to_owned(), "g has t"),

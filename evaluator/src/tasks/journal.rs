@@ -86,11 +86,16 @@ impl Journal {
         // What is kept replaces the old file only when it is whole.
         let kept = answers.iter().map(|(request, answer)| line(*request, *answer)).collect::<String>();
         let header = serde_json::to_string(&header).expect("plain data is valid JSON");
-        let part = path.with_extension("part");
+        let part = path.with_extension(format!("part-{}", std::process::id()));
         std::fs::write(&part, format!("{header}\n{kept}")).map_err(failed)?;
         std::fs::rename(&part, path).map_err(failed)?;
         let file = File::options().append(true).open(path).map_err(failed)?;
         Ok(Self { answers, file: Some((path.to_owned(), file)) })
+    }
+
+    /// Whether no answer is known.
+    pub fn is_empty(&self) -> bool {
+        self.answers.is_empty()
     }
 
     /// The answer to a request, if it is known.

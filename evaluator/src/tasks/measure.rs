@@ -175,9 +175,7 @@ impl Prepared {
                     }
                 }
                 for choice in 0..question.asked.count() {
-                    let (context, continuation) = question.asked.pair(choice);
-                    let (context, continuation) =
-                        (format!("{before}{context}"), format!("{}{continuation}", task.delimiter));
+                    let (context, continuation) = asked(task, &question, &before, choice);
                     let request = encoding.continuation(&context, &continuation).map_err(|tokens| {
                         wrong(format!(
                             "choice {choice} ({continuation:?}) has {tokens} tokens, and a choice has from 1 to {}",
@@ -219,10 +217,7 @@ impl Prepared {
         let read = |request: &Request| request.ids.len() - 1;
         let prompts = match self.rows.first().map(|row| &row.content) {
             Some(Content::Question { question, before }) => (0..question.asked.count())
-                .map(|choice| {
-                    let (context, continuation) = question.asked.pair(choice);
-                    (format!("{before}{context}"), format!("{}{continuation}", self.task.delimiter))
-                })
+                .map(|choice| asked(&self.task, question, before, choice))
                 .collect(),
             Some(Content::Text { text, .. }) => vec![(String::new(), text.clone())],
             None => Vec::new(),
@@ -297,6 +292,12 @@ impl Prepared {
         let metrics = metrics.map(|(index, metric)| (*metric, mean(&column(index)))).collect();
         Measured { of_rows, metrics }
     }
+}
+
+/// The whole context of a choice, and what follows it.
+pub(super) fn asked(task: &Definition, question: &Question, before: &str, choice: usize) -> (String, String) {
+    let (context, continuation) = question.asked.pair(choice);
+    (format!("{before}{context}"), format!("{}{continuation}", task.delimiter))
 }
 
 /// What a metric says of one question, given the log-likelihoods of its choices.

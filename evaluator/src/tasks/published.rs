@@ -1,8 +1,8 @@
 //! Published numbers of other models, to print beside ours.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 
+use comfy_table::{Table, presets};
 use serde::Deserialize;
 
 use super::definition::Entry;
@@ -51,15 +51,9 @@ pub fn beside_published(suite: &str, model: &str, selection: &Selection, outcome
         let cells = cells.map(|value| number(value.copied()));
         rows.push([name].into_iter().chain(cells).chain([source]).collect());
     }
-    let mut text = String::new();
-    for (index, row) in rows.iter().enumerate() {
-        writeln!(text, "| {} |", row.join(" | ")).expect("a string takes all");
-        if index == 0 {
-            let rules = (0..row.len()).map(|column| if column == 0 { "---" } else { "---:" });
-            writeln!(text, "|{}|", rules.collect::<Vec<_>>().join("|")).expect("a string takes all");
-        }
-    }
-    text
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN).set_header(&rows[0]).add_rows(&rows[1..]);
+    table.to_string()
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::{Map, Value as Json, json};
 
 use super::definition::Kind;
-use super::measure::{Content, Measured, Prepared, Row};
+use super::measure::{Content, Measured, Prepared, Row, asked};
 use super::metric::{Estimate, Metric};
 use super::scorer::Likelihood;
 use crate::python::string::words;
@@ -192,18 +192,18 @@ fn sample<'a>(
     likelihoods: &[Likelihood],
 ) -> Sample<'a> {
     let metrics: Vec<&'static str> = prepared.task.metrics.iter().map(|metric| metric.name()).collect();
-    let (doc, target, asked, values, answers): (&Value, String, Vec<Vec<String>>, Vec<Json>, Vec<Json>) =
+    let (doc, target, texts, values, answers): (&Value, String, Vec<Vec<String>>, Vec<Json>, Vec<Json>) =
         match &row.content {
             Content::Question { question, before } => {
                 let pair = |choice| {
-                    let (context, continuation) = question.asked.pair(choice);
-                    vec![format!("{before}{context}"), format!("{}{continuation}", prepared.task.delimiter)]
+                    let (context, continuation) = asked(&prepared.task, question, before, choice);
+                    vec![context, continuation]
                 };
                 let values = measured.of_rows[row.number].iter().map(|value| json!(value)).collect();
                 let answer =
                     |one: &Likelihood| json!([python_float(one.log_likelihood), python_bool(one.greedy)]);
-                let asked = (0..question.asked.count()).map(pair).collect();
-                (&question.row, question.target(), asked, values, likelihoods.iter().map(answer).collect())
+                let texts = (0..question.asked.count()).map(pair).collect();
+                (&question.row, question.target(), texts, values, likelihoods.iter().map(answer).collect())
             }
             Content::Text { row, original, text } => {
                 let sum: f64 = likelihoods.iter().map(|one| one.log_likelihood).sum();
@@ -216,8 +216,8 @@ fn sample<'a>(
                 (row, text.clone(), vec![vec![text.clone()]], values, vec![json!(python_float(sum))])
             }
         };
-    let prompt = asked.first().and_then(|asked| asked.first()).cloned().unwrap_or_default();
-    let arguments = asked.into_iter().enumerate().map(|(index, texts)| {
+    let prompt = texts.first().and_then(|texts| texts.first()).cloned().unwrap_or_default();
+    let arguments = texts.into_iter().enumerate().map(|(index, texts)| {
         let texts =
             texts.into_iter().enumerate().map(|(index, text)| (format!("arg_{index}"), Json::from(text)));
         (format!("gen_args_{index}"), Json::Object(texts.collect()))

@@ -148,8 +148,10 @@ impl<B: Backend> Scorer<'_, '_, B> {
 
     /// Reads a node that has too many continuations to remember them all, and then these.
     fn alone(&mut self, node: &Node, before: Option<usize>) -> Result<(), EvaluatorError> {
-        let sequence = self.take(before)?;
-        self.read(&[Reading { node, sequence }])?;
+        let sequence = self.free.pop().expect("there is one for each level");
+        let reading = [Reading { node, sequence }];
+        self.begin(before, &reading)?;
+        self.read(&reading)?;
         self.siblings(node.children.iter().collect(), Some(sequence))?;
         self.free.push(sequence);
         Ok(())
@@ -161,9 +163,7 @@ impl<B: Backend> Scorer<'_, '_, B> {
         for node in nodes {
             level.push(Reading { node, sequence: self.free.pop().expect("there is one for each leaf") });
         }
-        let pairs: Vec<_> =
-            before.iter().flat_map(|before| level.iter().map(|to| (*before, to.sequence))).collect();
-        self.restart(&level, &pairs)?;
+        self.begin(before, &level)?;
         while !level.is_empty() {
             self.read(&level)?;
             let mut next = Vec::new();
@@ -187,21 +187,16 @@ impl<B: Backend> Scorer<'_, '_, B> {
         Ok(())
     }
 
-    /// A sequence that begins like another, or with nothing.
-    fn take(&mut self, before: Option<usize>) -> Result<usize, EvaluatorError> {
-        let sequence = self.free.pop().expect("there is one for each level");
+    /// Lets sequences begin like `before`, or with nothing.
+    fn begin(&mut self, before: Option<usize>, level: &[Reading<'_>]) -> Result<(), EvaluatorError> {
         match before {
-            Some(before) => self.generator.fork(&[(before, sequence)])?,
-            None => self.generator.forget(sequence),
+            Some(before) => {
+                let pairs: Vec<_> = level.iter().map(|reading| (before, reading.sequence)).collect();
+                self.generator.fork(&pairs)?;
+            }
+            None => level.iter().for_each(|reading| self.generator.forget(reading.sequence)),
         }
-        Ok(sequence)
-    }
-
-    fn restart(&mut self, level: &[Reading<'_>], pairs: &[(usize, usize)]) -> Result<(), EvaluatorError> {
-        for reading in level {
-            self.generator.forget(reading.sequence);
-        }
-        Ok(self.generator.fork(pairs)?)
+        Ok(())
     }
 
     /// Reads pieces, as many rows per pass as there is room for.

@@ -75,7 +75,8 @@ impl Encoding {
         let next = |rest: &str| {
             let found =
                 self.control.iter().filter_map(|(name, id)| Some((rest.find(name)?, name.len(), *id)));
-            found.min()
+            // Of two that begin at the same place, the longer one.
+            found.min_by_key(|(at, length, _)| (*at, std::cmp::Reverse(*length)))
         };
         let mut pieces = Vec::new();
         while let Some((at, length, id)) = next(rest) {
@@ -159,4 +160,51 @@ fn windows(count: usize, context: usize) -> impl Iterator<Item = Window> {
         let end = count.min(start + context);
         Window { read: end.saturating_sub(context), scored: start..end }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn encoding(context: usize, revision: Revision) -> Encoding {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/tiny/tokenizer.model");
+        let tokenizer =
+            Tokenizer::read(&std::fs::read(file).unwrap(), "tokenizer.model", None, None).unwrap();
+        Encoding::new(&tokenizer, true, context, revision)
+    }
+
+    #[test]
+    fn control_tokens_that_are_written_out_are_read_as_such() {
+        let mut encoding = encoding(100, Revision::Current);
+        let mut plain = |text: &str| encoding.encode(text)[1..].to_vec();
+        let [a, b] = ["a", "b"].map(&mut plain);
+        assert!(!encoding.written_out);
+        assert_eq!(encoding.encode("a<unk>b"), [vec![1], a.clone(), vec![0], b.clone()].concat());
+        assert!(encoding.written_out);
+        // A text that begins with BOS gets no other.
+        assert_eq!(encoding.encode("<s>a</s>"), [vec![1], a, vec![2]].concat());
+        encoding.control.push(("<s>a".to_owned(), 7));
+        assert_eq!(encoding.encode("b<s>a"), [vec![1], b, vec![7]].concat(), "the longer of two");
+    }
+
+    #[test]
+    fn a_text_without_a_context_follows_the_prefix() {
+        let now = encoding(100, Revision::Current).continuation("", "a").unwrap();
+        assert_eq!((now.ids[0], now.scored), (1, now.ids.len() - 1));
+        // Earlier, the prefix was EOS, and the text began with BOS.
+        let earlier = encoding(100, Revision::Dc90fec).continuation("", "a").unwrap();
+        assert_eq!((&earlier.ids[..2], earlier.scored), (&[2, 1][..], now.scored + 1));
+    }
+
+    #[test]
+    fn what_is_too_long_loses_its_beginning_and_a_choice_must_fit() {
+        let whole = encoding(100, Revision::Current).continuation("some words before", " a").unwrap();
+        let mut encoding = encoding(4, Revision::Current);
+        let cut = encoding.continuation("some words before", " a").unwrap();
+        assert_eq!((&cut.ids[..], cut.scored), (&whole.ids[whole.ids.len() - 5..], whole.scored));
+        assert_eq!(encoding.truncated, 1);
+        assert!(encoding.continuation("a", " many words that are a choice").unwrap_err() > 4);
+    }
 }
