@@ -152,6 +152,11 @@ pub(crate) struct Database {
     connection: Connection,
 }
 
+/// Values of the column `committed`: the parts are stored, the manifest is written too, or it was found to be damaged.
+const STORED: u8 = 0;
+const COMMITTED: u8 = 1;
+const DAMAGED: u8 = 2;
+
 impl Database {
     /// Opens the database of a run, or creates it.
     ///
@@ -256,6 +261,8 @@ impl Database {
             rosters,
             fingerprint: self.fact("fingerprint")?,
             checkpoints,
+            damaged: self.damaged_checkpoints()?,
+            recovered: self.fact("recovered")?.unwrap_or_default(),
             quarantine: self.fact::<Vec<_>>("quarantine")?.unwrap_or_default().into_iter().collect(),
             trained: self.fact("trained")?,
             jobs,
@@ -374,12 +381,13 @@ impl Database {
     /// When the database cannot be written.
     pub(crate) fn save_checkpoint(&self, checkpoint: &StoredCheckpoint) -> Result<(), DatabaseError> {
         self.connection.execute(
-            "INSERT OR REPLACE INTO checkpoints (id, kind, state, files, committed) VALUES (?1, ?2, ?3, ?4, 0)",
+            "INSERT OR REPLACE INTO checkpoints (id, kind, state, files, committed) VALUES (?1, ?2, ?3, ?4, ?5)",
             params![
                 checkpoint.id.to_string(),
                 encode(&checkpoint.kind),
                 checkpoint.state.to_string(),
-                encode(&checkpoint.files)
+                encode(&checkpoint.files),
+                STORED
             ],
         )?;
         Ok(())
@@ -390,9 +398,29 @@ impl Database {
     /// # Errors
     /// When the database cannot be written.
     pub(crate) fn save_committed(&self, id: CheckpointId) -> Result<(), DatabaseError> {
-        self.connection
-            .execute("UPDATE checkpoints SET committed = 1 WHERE id = ?1", params![id.to_string()])?;
+        self.connection.execute(
+            "UPDATE checkpoints SET committed = ?2 WHERE id = ?1",
+            params![id.to_string(), COMMITTED],
+        )?;
         self.save_fact("had_checkpoints", &true)
+    }
+
+    /// Stores that a committed checkpoint was found to be damaged.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub(crate) fn save_damaged(&self, id: CheckpointId) -> Result<(), DatabaseError> {
+        self.connection.execute(
+            "UPDATE checkpoints SET committed = ?2 WHERE id = ?1",
+            params![id.to_string(), DAMAGED],
+        )?;
+        Ok(())
+    }
+
+    fn damaged_checkpoints(&self) -> Result<BTreeSet<CheckpointId>, DatabaseError> {
+        let mut query = self.connection.prepare("SELECT id FROM checkpoints WHERE committed = ?1")?;
+        let ids: Vec<String> = query.query_map([DAMAGED], |row| row.get(0))?.collect::<Result<_, _>>()?;
+        ids.iter().map(|id| checkpoint_id(id)).collect()
     }
 
     /// Forgets a checkpoint.
@@ -413,17 +441,18 @@ impl Database {
             .connection
             .prepare("SELECT id, kind, state, files FROM checkpoints WHERE committed = ?1 ORDER BY id")?;
         let rows: Vec<(String, String, String, String)> = query
-            .query_map(params![committed], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)))?
+            .query_map([if committed { COMMITTED } else { STORED }], |row| {
+                Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?))
+            })?
             .collect::<Result<_, _>>()?;
         rows.into_iter()
             .map(|(id, kind, state, files)| {
-                let damaged = |reason: String| DatabaseError::Damaged { what: "checkpoint", reason };
                 Ok(StoredCheckpoint {
-                    id: id.parse().map_err(|error: ulmus_types::IdError| damaged(error.to_string()))?,
+                    id: checkpoint_id(&id)?,
                     kind: decode("checkpoint", &kind)?,
-                    state: state
-                        .parse()
-                        .map_err(|error: ulmus_types::DigestError| damaged(error.to_string()))?,
+                    state: state.parse().map_err(|error: ulmus_types::DigestError| {
+                        DatabaseError::Damaged { what: "checkpoint", reason: error.to_string() }
+                    })?,
                     files: decode("checkpoint", &files)?,
                 })
             })
@@ -617,6 +646,13 @@ fn decode<T: for<'de> Deserialize<'de>>(what: &'static str, text: &str) -> Resul
 fn job_kind(name: &str) -> Result<JobKind, DatabaseError> {
     let unknown = || DatabaseError::Damaged { what: "job", reason: format!("unknown job {name:?}") };
     JobKind::of_name(name).ok_or_else(unknown)
+}
+
+fn checkpoint_id(id: &str) -> Result<CheckpointId, DatabaseError> {
+    id.parse().map_err(|error: ulmus_types::IdError| DatabaseError::Damaged {
+        what: "checkpoint",
+        reason: error.to_string(),
+    })
 }
 
 fn nanos(duration: Duration) -> i64 {

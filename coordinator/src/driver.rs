@@ -268,7 +268,7 @@ impl Driver {
             Effect::SaveReading(worker, step, sources) => self.save_reading(worker, *step, sources)?,
             Effect::SaveTrained(step) => database.save_trained(*step)?,
             Effect::SaveCommitted(checkpoint) => database.save_committed(*checkpoint)?,
-            Effect::SaveDamaged(checkpoint) => database.forget(*checkpoint)?,
+            Effect::SaveDamaged(checkpoint) => database.save_damaged(*checkpoint)?,
             Effect::SaveJobStarted(job, worker) => database.save_owner(job, worker)?,
             Effect::SaveJob(job, result) => {
                 database.save_job(job, result)?;

@@ -24,19 +24,21 @@ use ulmus_tests::{
     programs,
 };
 
-/// Number of updates of the run.
+/// The least number of updates of the run. A fast machine does more, so that there is time for faults.
 const STEPS: usize = 700;
-/// The run is left alone after this many updates, or after this time if faults keep it from advancing.
-const DISTURBED: usize = STEPS * 85 / 100;
+/// Number of milestones, all of which have room on the disk.
+const MILESTONES: usize = 35;
+/// How long one worker takes for the run at the least.
+const CALM: Duration = Duration::from_secs(15);
+/// The run is left alone so many updates before its end, or after this time if faults keep it from advancing.
+const LEFT_ALONE: usize = 100;
 const DISTURBED_FOR: Duration = Duration::from_secs(30);
 /// Differences from the tiny plan: more and smaller steps. The averaged milestones reach back to steps with faults.
-const KEYS: [&str; 13] = [
+const KEYS: [&str; 11] = [
     "local.workers=0",
-    "train.iterations=700",
     "train.sequences=8",
     "train.micro_batch=2",
     "model.max_context_length=64",
-    "checkpoint.every=20",
     "checkpoint.average=8",
     "evaluate.text=1KiB",
     "evaluate.continuation=2",
@@ -150,6 +152,8 @@ struct Chaos<'a> {
     run: RunFolder,
     seed: u64,
     random: Random,
+    /// Number of updates of the run.
+    iterations: usize,
     began: Instant,
     /// Address of the coordinator, once it was started.
     address: Option<String>,
@@ -168,7 +172,7 @@ struct Chaos<'a> {
 }
 
 impl<'a> Chaos<'a> {
-    fn new(seed: u64, network: Option<&'a Network>, tally: &'a mut Tally) -> Self {
+    fn new(seed: u64, iterations: usize, network: Option<&'a Network>, tally: &'a mut Tally) -> Self {
         let sandbox = Sandbox::new();
         let disk = SmallDisk::new(DISK);
         if let Some(disk) = &disk {
@@ -191,6 +195,7 @@ impl<'a> Chaos<'a> {
             history: Vec::new(),
             flipped: Vec::new(),
             damaged: BTreeSet::new(),
+            iterations,
             steps: 0,
             new_step: now,
             heard: 0,
@@ -213,7 +218,8 @@ impl<'a> Chaos<'a> {
         let host = self.network.map_or_else(|| "127.0.0.1".to_owned(), Network::address);
         let listen = self.address.clone().unwrap_or(format!("{host}:0"));
         let first = ["--plan", "plan.toml", "--listen", &listen, "--token-file", "join.token"];
-        let keys = KEYS.map(|key| ["--set", key]).concat();
+        let keys = keys(self.iterations);
+        let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
         let namespace = self.network.map(Network::switch);
         let process = self.sandbox.start_in(
             namespace.as_deref(),
@@ -563,7 +569,7 @@ impl<'a> Chaos<'a> {
             self.start_worker();
         }
         let mut next = Instant::now() + self.random.millis(0, 6000);
-        while self.steps < DISTURBED && self.began.elapsed() < DISTURBED_FOR {
+        while self.steps + LEFT_ALONE < self.iterations && self.began.elapsed() < DISTURBED_FOR {
             self.look();
             if Instant::now() < next {
                 continue;
@@ -660,6 +666,23 @@ fn begin_of_group(line: &str) -> Option<usize> {
     line.starts_with("generation ").then(|| rest.split(' ').next()?.parse().ok())?
 }
 
+/// What the command line says of the run.
+fn keys(iterations: usize) -> Vec<String> {
+    let every = format!("checkpoint.every={}", iterations / MILESTONES);
+    let iterations = format!("train.iterations={iterations}");
+    let all = KEYS.into_iter().chain([&every[..], &iterations[..]]);
+    all.flat_map(|key| ["--set".to_owned(), key.to_owned()]).collect()
+}
+
+/// One worker does the run, and nothing happens to it. Returns how long that took.
+fn run_calmly(iterations: usize, sandbox: &Sandbox) -> Duration {
+    let began = Instant::now();
+    let keys = keys(iterations);
+    let keys = keys.iter().map(String::as_str).chain(["--set", "local.workers=1"]);
+    sandbox.coordinator(&keys.collect::<Vec<_>>()).succeeds();
+    began.elapsed()
+}
+
 /// The results of a run.
 fn outcome(run: &RunFolder) -> (Bits, BTreeMap<PathBuf, Vec<u8>>) {
     let export = run.path().join("export");
@@ -683,9 +706,15 @@ fn median_and_most(times: &mut [Duration]) -> String {
 #[ignore = "takes a minute for each seed"]
 fn a_run_that_is_disturbed_ends_with_the_same_bits() {
     let (first, seeds) = (from_environment("CHAOS_FIRST", 1), from_environment("CHAOS_SEEDS", 5));
-    let calm = Sandbox::new();
-    let keys = KEYS.map(|key| ["--set", key]).concat();
-    calm.coordinator(&[&keys[..], &["--set", "local.workers=1"]].concat()).succeeds();
+    let (mut iterations, mut calm) = (STEPS, Sandbox::new());
+    let mut took = run_calmly(iterations, &calm);
+    while took < CALM {
+        let factor = (CALM.as_secs_f64() / took.as_secs_f64()).min(8.0);
+        iterations = (iterations as f64 * factor) as usize / MILESTONES * MILESTONES + MILESTONES;
+        calm = Sandbox::new();
+        took = run_calmly(iterations, &calm);
+    }
+    eprintln!("{iterations} updates, which one worker does in {:.0} s", took.as_secs_f64());
     let undisturbed = outcome(&calm.run("tiny"));
 
     let network = Network::new(MACHINES);
@@ -700,7 +729,7 @@ fn a_run_that_is_disturbed_ends_with_the_same_bits() {
         let began = Instant::now();
         let before: usize = tally.faults.values().sum();
         let went = catch_unwind(AssertUnwindSafe(|| {
-            let mut chaos = Chaos::new(seed, network.as_ref(), &mut tally);
+            let mut chaos = Chaos::new(seed, iterations, network.as_ref(), &mut tally);
             chaos.run_disturbed();
             let (bits, exported) = outcome(&chaos.run);
             bits.assert_equal(&undisturbed.0);

@@ -37,7 +37,12 @@ impl Coordinator {
         };
         let leaving: BTreeSet<WorkerId> =
             self.members.iter().filter(|(_, member)| member.draining).map(|(id, _)| id.clone()).collect();
-        for (worker, checkpoint, files) in self.snapshots.assign(&training, &leaving, now) {
+        let announce = |checkpoint: CheckpointId| -> Vec<WorkerId> {
+            let had = self.rosters.get(&checkpoint.generation());
+            training.iter().filter(|worker| had.is_some_and(|had| had.contains(worker))).cloned().collect()
+        };
+        let asked = self.snapshots.assign(announce, &leaving, now);
+        for (worker, checkpoint, files) in asked {
             self.send(&worker, ToWorker::Write { checkpoint, files });
         }
         for complete in self.snapshots.take_complete(now) {
@@ -88,6 +93,10 @@ impl Coordinator {
         self.checkpoints.insert(checkpoint, kind);
         self.committed_at = now;
         self.had_checkpoints = true;
+        if kind == CheckpointKind::Milestone {
+            // Milestones that are trained again are progress too, and there is an end to them.
+            self.futile_groups = 0;
+        }
         self.effect(Effect::SaveCommitted(checkpoint));
         for worker in holders {
             self.send(&worker, ToWorker::Release(checkpoint));
@@ -117,6 +126,7 @@ impl Coordinator {
     /// from the one before it, after all other training is done.
     pub(crate) fn on_damaged(&mut self, checkpoint: CheckpointId, why: &str) {
         let Some(kind) = self.checkpoints.remove(&checkpoint) else { return };
+        self.damaged.insert(checkpoint.step());
         self.effect(Effect::SaveDamaged(checkpoint));
         let consequence = match kind {
             CheckpointKind::Milestone => "it counts as missing, and is trained again if the average needs it",
@@ -147,7 +157,7 @@ impl Coordinator {
                 self.send(&worker, ToWorker::Release(checkpoint));
             }
             let consequence = match kind {
-                CheckpointKind::Milestone => "it is trained again if the average needs it",
+                CheckpointKind::Milestone => "it is trained again in the end",
                 CheckpointKind::Recovery => "newer ones will replace it",
             };
             self.emit(Notification::Alarm(format!(

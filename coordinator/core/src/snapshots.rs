@@ -1,8 +1,8 @@
 //! Checkpoints that are being stored.
 //!
 //! Every member of a group holds the state of a checkpoint in memory until its manifest is stored. If a worker dies,
-//! another holder is asked for its parts. A checkpoint is abandoned only when nobody holds its state any more, and then
-//! training has to repeat that step anyway.
+//! another holder is asked for its parts. A checkpoint is abandoned only when nobody holds its state any more. Training
+//! then repeats that step: at once if nobody has a later state either, otherwise when everything else is done.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -98,17 +98,17 @@ impl Snapshots {
         Ok(())
     }
 
-    /// Assigns parts to holders, and returns what to ask of whom. `members` is the training group, all of whose members
-    /// will announce a state; workers in `leaving` are asked only if nobody else holds it.
+    /// Assigns parts to holders, and returns what to ask of whom. The members of the group that `announce` a
+    /// checkpoint sooner or later share the work; workers in `leaving` are asked only if nobody else holds it.
     pub(crate) fn assign(
         &mut self,
-        members: &[WorkerId],
+        announce: impl Fn(CheckpointId) -> Vec<WorkerId>,
         leaving: &BTreeSet<WorkerId>,
         now: Duration,
     ) -> Vec<(WorkerId, CheckpointId, Vec<String>)> {
         let mut asked = Vec::new();
         for (&checkpoint, pending) in &mut self.pending {
-            let all_announced = members.iter().all(|member| pending.holders.contains(member));
+            let all_announced = announce(checkpoint).iter().all(|member| pending.holders.contains(member));
             if !all_announced && now < pending.since + SHARE_WAIT {
                 continue;
             }
@@ -228,7 +228,7 @@ impl Snapshots {
     }
 
     /// Gives up a state if nothing can be stored and training would have to wait for it. Returns the checkpoint and its
-    /// holders. If it is needed in the end, it has to be trained again.
+    /// holders. A milestone has to be trained again in the end.
     pub(crate) fn give_up(
         &mut self,
         now: Duration,
@@ -385,7 +385,7 @@ mod tests {
         let mut snapshots = Snapshots::default();
         let now = Duration::from_secs(100);
         snapshots.on_announced(&worker, &snapshot, now).unwrap();
-        assert_eq!(snapshots.assign(std::slice::from_ref(&worker), &BTreeSet::new(), now).len(), 1);
+        assert_eq!(snapshots.assign(|_| vec![worker.clone()], &BTreeSet::new(), now).len(), 1);
         let entry = FileEntry { bytes: 1, digest: state };
         snapshots.on_written(checkpoint, &worker, [("a".to_owned(), entry)].into(), now);
         assert_eq!(snapshots.take_complete(now).len(), 1);
@@ -409,7 +409,9 @@ mod tests {
         }
         let mut asked = Vec::new();
         for _ in 0..3 {
-            let [(worker, ..)] = &snapshots.assign(&members, &BTreeSet::new(), now)[..] else { panic!() };
+            let [(worker, ..)] = &snapshots.assign(|_| members.to_vec(), &BTreeSet::new(), now)[..] else {
+                panic!()
+            };
             asked.push(worker.clone());
             let entry = FileEntry { bytes: 1, digest: state };
             snapshots.on_written(checkpoint, worker, [("a".to_owned(), entry)].into(), now);
@@ -417,7 +419,10 @@ mod tests {
             snapshots.on_parts_damaged(checkpoint, &["a".to_owned()], "a bit was flipped", now);
             if asked.len() > 1 {
                 assert!(snapshots.failing().is_some());
-                assert!(snapshots.assign(&members, &BTreeSet::new(), now).is_empty(), "everybody waits");
+                assert!(
+                    snapshots.assign(|_| members.to_vec(), &BTreeSet::new(), now).is_empty(),
+                    "everybody waits"
+                );
                 now += RETRY_WAIT;
             }
         }
@@ -441,18 +446,18 @@ mod tests {
         for member in &members {
             snapshots.on_announced(member, &of(5), now).unwrap();
         }
-        let asked = snapshots.assign(&members, &nobody, now);
+        let asked = snapshots.assign(|_| members.to_vec(), &nobody, now);
         assert_eq!(asked.len(), 2, "the work is shared: {asked:?}");
         let failed = of(5).checkpoint;
         snapshots.on_write_failed(failed, &unable, "no space", now);
-        let again = snapshots.assign(&members, &nobody, now);
+        let again = snapshots.assign(|_| members.to_vec(), &nobody, now);
         assert_eq!(again, [(able.clone(), failed, vec!["b".to_owned()])], "at once, and of the other one");
         assert!(snapshots.failing().is_none(), "somebody can store");
         // It is not asked for parts of the next checkpoint, until it has stored something.
         for member in &members {
             snapshots.on_announced(member, &of(10), now).unwrap();
         }
-        let next = snapshots.assign(&members, &nobody, now);
+        let next = snapshots.assign(|_| members.to_vec(), &nobody, now);
         assert!(next.iter().all(|(worker, ..)| *worker == able), "{next:?}");
         // When nobody can, that is an alarm, and the oldest state is given up for the sake of training.
         snapshots.on_write_failed(failed, &able, "no space", now);
@@ -475,11 +480,11 @@ mod tests {
         for member in &members {
             snapshots.on_announced(member, &snapshot, now).unwrap();
         }
-        let (first, ..) = snapshots.assign(&members, &BTreeSet::new(), now).remove(0);
+        let (first, ..) = snapshots.assign(|_| members.to_vec(), &BTreeSet::new(), now).remove(0);
         assert!(snapshots.overdue(now + WRITE_WITHIN).is_empty());
         let later = now + WRITE_WITHIN + Duration::from_secs(1);
         assert_eq!(snapshots.overdue(later), [(first.clone(), checkpoint)]);
-        let (second, ..) = snapshots.assign(&members, &BTreeSet::new(), later).remove(0);
+        let (second, ..) = snapshots.assign(|_| members.to_vec(), &BTreeSet::new(), later).remove(0);
         assert_ne!(first, second);
     }
 }

@@ -85,6 +85,10 @@ pub struct PersistentState {
     pub fingerprint: Option<Digest>,
     /// Committed checkpoints.
     pub checkpoints: BTreeMap<CheckpointId, CheckpointKind>,
+    /// Checkpoints that were committed and found to be damaged since.
+    pub damaged: BTreeSet<CheckpointId>,
+    /// The last update whose milestones may be gone for good, because the database was rebuilt from what was there.
+    pub recovered: Step,
     /// Units that are skipped, and why.
     pub quarantine: BTreeMap<BadUnit, String>,
     /// Set when every update is done.
@@ -115,6 +119,10 @@ pub struct Coordinator {
     pub(crate) snapshots: Snapshots,
     pub(crate) jobs: Jobs,
     pub(crate) checkpoints: BTreeMap<CheckpointId, CheckpointKind>,
+    /// Steps of milestones that were committed and found to be damaged since.
+    pub(crate) damaged: BTreeSet<Step>,
+    /// The last update whose milestones may be gone for good.
+    pub(crate) recovered: Step,
     pub(crate) fingerprint: Option<Digest>,
     pub(crate) quarantine: BTreeMap<BadUnit, String>,
     /// Set when every update is done; training is over once the needed milestones are also stored.
@@ -183,6 +191,8 @@ impl Coordinator {
             had_checkpoints: saved.had_checkpoints || !saved.checkpoints.is_empty(),
             contradictions: 0,
             checkpoints: saved.checkpoints,
+            damaged: saved.damaged.into_iter().map(CheckpointId::step).collect(),
+            recovered: saved.recovered,
             fingerprint: saved.fingerprint,
             quarantine: saved.quarantine,
             trained: saved.trained,

@@ -330,26 +330,37 @@ impl Coordinator {
             && (self.trained.is_none() || self.snapshots.is_empty())
     }
 
-    /// Milestones that the average needs and that are missing although training has passed their steps.
-    pub(crate) fn missing_milestones(&self) -> BTreeSet<Step> {
-        let Some(trained) = self.trained else { return BTreeSet::new() };
+    /// Whether each milestone is missing although training has passed its step, newest first. One that was never stored
+    /// died with the workers that held it: others had taken over a later state. One that was damaged since counts only if
+    /// the average needs it.
+    fn milestones_missing(&self) -> impl Iterator<Item = (Step, bool)> {
         let every = self.settings.milestone_every.max(1);
-        let grid = (1..=trained.get() / every).rev().map(|index| Step::new(index * every));
-        let needed = std::iter::once(trained).chain(grid.filter(|step| *step != trained));
         let stored: BTreeSet<Step> =
             crate::jobs::milestones(&self.checkpoints).into_iter().map(CheckpointId::step).collect();
-        needed.take(self.settings.average as usize).filter(|step| !stored.contains(step)).collect()
+        let steps = self.trained.into_iter().flat_map(move |trained| {
+            let grid = (1..=trained.get() / every).rev().map(move |index| Step::new(index * every));
+            std::iter::once(trained).chain(grid.filter(move |step| *step != trained))
+        });
+        steps.enumerate().map(move |(age, step)| {
+            let is_averaged = (age as u64) < self.settings.average;
+            let may_be_gone = step <= self.recovered || self.damaged.contains(&step);
+            (step, !stored.contains(&step) && (is_averaged || !may_be_gone))
+        })
     }
 
-    /// What the next group has to train again, if anything.
+    /// What the next group has to train again, if anything: the newest milestone that is missing, and those that are
+    /// missing right before it. Older ones come later, because no member's state is too new for that.
     fn repair(&self) -> Option<Repair> {
-        let milestones = self.missing_milestones();
+        let newest = self.milestones_missing().skip_while(|(_, is_missing)| !is_missing);
+        let milestones: BTreeSet<Step> =
+            newest.take_while(|(_, is_missing)| *is_missing).map(|(step, _)| step).collect();
         (!milestones.is_empty()).then_some(Repair { milestones })
     }
 
-    /// Whether every update is done and every milestone that the average needs is stored.
+    /// Whether every update is done and every milestone is stored. What a finished run has lost since is not trained again.
     pub(crate) fn is_trained_and_stored(&self) -> bool {
-        self.trained.is_some() && (!self.jobs.need_milestones() || self.missing_milestones().is_empty())
+        self.trained.is_some()
+            && (self.jobs.all_done() || !self.milestones_missing().any(|(_, is_missing)| is_missing))
     }
 
     /// Requests what is due from a training group, which does it at the end of a step.

@@ -419,6 +419,13 @@ fn a_journal_answers_what_was_asked_before() {
     let (asked, resumed) = run(&mut open(true).unwrap(), usize::MAX);
     assert_eq!((asked, resumed), (all - answered, whole.clone()));
     assert_eq!(run(&mut open(true).unwrap(), usize::MAX), (0, whole.clone()));
+    // Two evaluators do not write to one journal, and damage in the middle is no end.
+    let held = open(true).unwrap();
+    assert!(open(true).unwrap_err().to_string().contains("another evaluator writes there"));
+    drop(held);
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text.replacen("{\"request\"", "{\"requst\"", 1)).unwrap();
+    assert!(open(true).unwrap_err().to_string().contains("line 2 is damaged"));
     assert_eq!(run(&mut open(false).unwrap(), usize::MAX), (all, whole));
     let other = Journal::open(&path, bench.model.digest, "cpu", "bf16", true).unwrap_err().to_string();
     assert!(other.contains("bf16") && other.contains("--resume"), "{other}");

@@ -1,8 +1,8 @@
 //! Remembers answered requests in a file, so that an evaluation that was killed goes on where it was.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::fs::{File, TryLockError};
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -40,7 +40,8 @@ impl Journal {
     /// line that was not written whole is dropped; otherwise it begins anew.
     ///
     /// # Errors
-    /// [`EvaluatorError::Journal`] if the file cannot be read or written, or is of another model, device or dtype.
+    /// [`EvaluatorError::Journal`] if another process writes there, or the file is damaged, or of another model, device, dtype
+    /// or version; [`EvaluatorError::Write`].
     pub fn open(
         path: &Path,
         model: Digest,
@@ -56,40 +57,51 @@ impl Journal {
             device: device.to_owned(),
             dtype: dtype.to_owned(),
         };
-        let mut answers = BTreeMap::new();
-        if resume && path.is_file() {
-            let mut lines =
-                BufReader::new(File::open(path).map_err(|error| wrong(error.to_string()))?).lines();
-            let first = lines.next().and_then(Result::ok).unwrap_or_default();
-            let found: Header = serde_json::from_str(&first).map_err(|_| {
-                wrong("its first line cannot be read; leave out --resume to begin anew".to_owned())
-            })?;
-            if found != header {
-                return Err(wrong(format!(
-                    "it is of model {} ({}, {}, evaluator {}), not of {} ({}, {}, evaluator {}); name another --output, or leave \
-                     out --resume",
-                    found.model.short(),
-                    found.dtype,
-                    found.device,
-                    found.evaluator,
-                    header.model.short(),
-                    header.dtype,
-                    header.device,
-                    header.evaluator,
-                )));
+        let mut file = File::options().read(true).append(true).create(true).open(path).map_err(failed)?;
+        // The lock ends with the process, however that ends.
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                return Err(wrong("another evaluator writes there; name another --output".to_owned()));
             }
-            for line in lines.map_while(Result::ok) {
-                let Ok(Line { request, log_likelihood, greedy }) = serde_json::from_str(&line) else { break };
-                answers.insert(request, Likelihood { log_likelihood, greedy });
-            }
+            Err(TryLockError::Error(error)) => return Err(failed(error)),
         }
-        // What is kept replaces the old file only when it is whole.
-        let kept = answers.iter().map(|(request, answer)| line(*request, *answer)).collect::<String>();
-        let header = serde_json::to_string(&header).expect("plain data is valid JSON");
-        let part = path.with_extension(format!("part-{}", std::process::id()));
-        std::fs::write(&part, format!("{header}\n{kept}")).map_err(failed)?;
-        std::fs::rename(&part, path).map_err(failed)?;
-        let file = File::options().append(true).open(path).map_err(failed)?;
+        let mut text = String::new();
+        if resume {
+            file.read_to_string(&mut text).map_err(|error| wrong(error.to_string()))?;
+        }
+        // What was being written when the program ended has no end of line.
+        let whole = text.rfind('\n').map_or(0, |end| end + 1);
+        file.set_len(whole as u64).map_err(failed)?;
+        let mut lines = text[..whole].lines();
+        let Some(first) = lines.next() else {
+            let first = serde_json::to_string(&header).expect("plain data is valid JSON") + "\n";
+            file.write_all(first.as_bytes()).map_err(failed)?;
+            return Ok(Self { answers: BTreeMap::new(), file: Some((path.to_owned(), file)) });
+        };
+        let damaged =
+            |number: usize| wrong(format!("line {number} is damaged; leave out --resume to begin anew"));
+        let found: Header = serde_json::from_str(first).map_err(|_| damaged(1))?;
+        if found != header {
+            return Err(wrong(format!(
+                "it is of model {} ({}, {}, evaluator {}), not of {} ({}, {}, evaluator {}); name another --output, or leave \
+                 out --resume",
+                found.model.short(),
+                found.dtype,
+                found.device,
+                found.evaluator,
+                header.model.short(),
+                header.dtype,
+                header.device,
+                header.evaluator,
+            )));
+        }
+        let answer = |(index, line)| {
+            let Line { request, log_likelihood, greedy } =
+                serde_json::from_str(line).map_err(|_| damaged(index + 2))?;
+            Ok((request, Likelihood { log_likelihood, greedy }))
+        };
+        let answers = lines.enumerate().map(answer).collect::<Result<_, EvaluatorError>>()?;
         Ok(Self { answers, file: Some((path.to_owned(), file)) })
     }
 

@@ -204,7 +204,7 @@ pub struct Heartbeat {
     pub busy: Duration,
 }
 
-/// A request to train some steps again, because a milestone is damaged.
+/// A request to train some steps again, because milestones are missing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Repair {
     /// Milestones to recreate. Training begins at the newest intact checkpoint before the first of them and ends with

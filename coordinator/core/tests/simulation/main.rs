@@ -461,6 +461,29 @@ fn a_milestone_that_is_damaged_after_it_was_averaged_is_trained_again() {
     assert!(world.saved.checkpoints.keys().any(|id| id.step() == last.step()));
 }
 
+/// A worker joins and takes over the state; then the only one that held the milestones before that dies.
+#[test]
+fn milestones_that_died_with_their_holder_are_trained_again() {
+    let mut world = World::new();
+    world.stores = false;
+    world.join(0);
+    while world.recorded.len() < 2 * GRID as usize {
+        world.turn();
+    }
+    world.join(1);
+    let has_state = |worker: &Worker| worker.stage() == Some(Stage::Formed);
+    while world.workers.values().filter(|worker| has_state(worker)).count() < 2 {
+        world.turn();
+    }
+    world.kill(0);
+    assert!(world.saved.checkpoints.is_empty(), "nothing was stored");
+    world.stores = true;
+    finish(&mut world, 200);
+    assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
+    let milestones: Vec<u64> = world.saved.checkpoints.keys().map(|id| id.step().get()).collect();
+    assert_eq!(milestones, [3, 6, 9, 12]);
+}
+
 /// The coordinator's last records were lost in a power failure; a worker elsewhere still has them.
 #[test]
 fn whoever_knows_more_than_the_record_is_heard() {

@@ -139,6 +139,8 @@ pub(crate) struct Worker {
     pub held: Vec<CheckpointId>,
     /// States that are being hashed, alongside training.
     hashing: VecDeque<Held>,
+    /// Parts of states that are being stored.
+    writing: VecDeque<(Held, Vec<String>)>,
     /// What it has said and the coordinator not yet reaction.
     pub outbox: VecDeque<(Option<RunId>, ToCoordinator)>,
 }
@@ -156,6 +158,7 @@ impl Worker {
             job: None,
             held: Vec::new(),
             hashing: VecDeque::new(),
+            writing: VecDeque::new(),
             outbox: VecDeque::new(),
         }
     }
@@ -197,6 +200,14 @@ impl Worker {
         while let Some(Held { checkpoint, state }) = self.hashing.pop_front() {
             let actions = self.session.on_hashed(state.snapshot(checkpoint));
             self.act(actions);
+        }
+    }
+
+    /// Stores all parts that wait to be stored.
+    pub(crate) fn finish_writing(&mut self) {
+        for (Held { checkpoint, state }, files) in std::mem::take(&mut self.writing) {
+            let files = files.into_iter().map(|file| (file.clone(), state.part(&file))).collect();
+            self.outbox.push_back((Some(RUN), ToCoordinator::Written { checkpoint, files }));
         }
     }
 
@@ -295,11 +306,7 @@ impl Worker {
                     }
                 }
                 Action::Hash(held) => self.hashing.push_back(held),
-                Action::Write(Held { checkpoint, state }, files) => {
-                    let files = files.into_iter().map(|file| (file.clone(), state.part(&file))).collect();
-                    let written = ToCoordinator::Written { checkpoint, files };
-                    self.outbox.push_back((Some(RUN), written));
-                }
+                Action::Write(held, files) => self.writing.push_back((held, files)),
                 Action::Exit(status) => reaction = Reaction::Exits(status),
                 // Its session ends, and it reconnects.
                 Action::Refused(ErrorKind::Retry, _) => {}

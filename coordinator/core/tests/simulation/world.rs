@@ -31,6 +31,8 @@ pub(crate) struct World {
     pub recorded: BTreeMap<Step, f64>,
     /// Steps of milestones that were damaged.
     pub damaged: BTreeSet<u64>,
+    /// Whether the store takes everything that is written; otherwise all writing waits.
+    pub stores: bool,
     /// Workers whose session the coordinator has ended.
     pub cut: BTreeSet<WorkerId>,
     /// Whether invalid messages may have been sent in workers' names, so that workers may be expelled.
@@ -53,6 +55,7 @@ impl World {
             notifications: Vec::new(),
             recorded: BTreeMap::new(),
             damaged: BTreeSet::new(),
+            stores: true,
             cut: BTreeSet::new(),
             strangers: false,
         }
@@ -98,6 +101,7 @@ impl World {
             }
             Effect::SaveDamaged(checkpoint) => {
                 assert!(self.saved.checkpoints.remove(&checkpoint).is_some());
+                self.saved.damaged.insert(checkpoint);
             }
             Effect::SaveJobStarted(job, worker) => {
                 self.saved.owners.insert(job, worker);
@@ -313,8 +317,11 @@ impl World {
         self.event(Event::Ticked);
     }
 
-    /// States are hashed; groups form and do an update; aborted members leave; jobs are done.
+    /// Parts are stored; states are hashed; groups form and do an update; aborted members leave; jobs are done.
     pub(crate) fn work(&mut self) {
+        if self.stores {
+            self.workers.values_mut().for_each(Worker::finish_writing);
+        }
         self.workers.values_mut().for_each(Worker::finish_hashing);
         let mut groups: BTreeMap<Generation, Vec<WorkerId>> = BTreeMap::new();
         for (id, worker) in &self.workers {
