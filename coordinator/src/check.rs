@@ -5,7 +5,7 @@ use std::path::Path;
 
 use ulmus_plan::{Plan, data_memory, worker_memory};
 use ulmus_process::{Failure, print};
-use ulmus_types::{ExitStatus, SNAPSHOT_SLOTS, counted};
+use ulmus_types::{ExitStatus, Of, Reads, SNAPSHOT_SLOTS, StageName, counted};
 
 use crate::args::Check;
 
@@ -65,9 +65,15 @@ fn check_sources(_: &Path, _: &[Plan]) -> Result<(), Failure> {
 /// What a plan means that broke no rule.
 fn report(plan: &Plan) -> String {
     let mut text = format!("# plan {}, resolved\n\n{}\n", plan.run.name, plan.to_toml());
-    for write in
-        [write_model, write_training, write_memory, write_checkpoints, write_evaluation, write_shares]
-    {
+    for write in [
+        write_model,
+        write_training,
+        write_memory,
+        write_checkpoints,
+        write_evaluation,
+        write_shares,
+        write_stages,
+    ] {
         write(&mut text, plan).expect("writing to a string cannot fail");
         text.push('\n');
     }
@@ -81,6 +87,50 @@ fn write_model(text: &mut String, plan: &Plan) -> fmt::Result {
     writeln!(text, "layer  query heads  kv heads  ffn dim")?;
     for (index, layer) in plan.model.layers().iter().enumerate() {
         writeln!(text, "{index:>5}  {:>11}  {:>8}  {:>7}", layer.q_heads, layer.kv_heads, layer.ffn_dim)?;
+    }
+    Ok(())
+}
+
+/// The graph of the stages: what each reads, and who can do it.
+fn write_stages(text: &mut String, plan: &Plan) -> fmt::Result {
+    let graph = plan.graph();
+    let train = (
+        StageName::TRAIN.to_owned(),
+        format!("{} updates", plan.train.iterations),
+        "prepare".to_owned(),
+        String::new(),
+    );
+    let rows = graph.stages().iter().map(|stage| {
+        let after = match &stage.reads {
+            Reads::Nothing => String::new(),
+            Reads::Average => StageName::AVERAGE.to_owned(),
+            Reads::Last | Reads::Averaged | Reads::Spread => StageName::TRAIN.to_owned(),
+            Reads::Models(models) => {
+                let after = models.iter().map(|of| match of {
+                    Of::Average => StageName::AVERAGE.to_owned(),
+                    Of::Last => StageName::TRAIN.to_owned(),
+                    Of::Milestones => "each milestone".to_owned(),
+                    Of::Model(place) => place.clone(),
+                });
+                after.collect::<Vec<_>>().join(", ")
+            }
+        };
+        (stage.name.to_string(), stage.kind.purpose().to_owned(), after, stage.needs.to_string())
+    });
+    let mut rows: Vec<_> = rows.collect();
+    rows.insert(1, train);
+    writeln!(text, "# stages")?;
+    let width = |of: fn(&(String, String, String, String)) -> &String| {
+        rows.iter().map(|row| of(row).chars().count()).max().unwrap_or(0)
+    };
+    let [names, purposes, afters] = [width(|row| &row.0), width(|row| &row.1), width(|row| &row.2)];
+    writeln!(text, "{:names$}  {:purposes$}  {:afters$}  needs a worker", "stage", "does", "after")?;
+    for (name, purpose, after, needs) in rows {
+        writeln!(
+            text,
+            "{}",
+            format!("{name:names$}  {purpose:purposes$}  {after:afters$}  {needs}").trim_end()
+        )?;
     }
     Ok(())
 }

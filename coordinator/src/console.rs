@@ -91,9 +91,9 @@ impl Console {
                 };
                 self.line(&format!("checkpoint {id} stored ({kind})"));
             }
-            Notification::JobStarted(job, worker) => {
-                self.bar.set_prefix(job.name());
-                self.line(&format!("{} on {}: {}", job.name(), worker.name(), job));
+            Notification::JobStarted { job, worker, purpose } => {
+                self.bar.set_prefix(job.to_string());
+                self.line(&format!("{job} on {}: {purpose}", worker.name()));
             }
             Notification::Drained(worker) => {
                 self.line(&format!("worker {} has left as requested", worker.name()));

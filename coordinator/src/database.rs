@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use ulmus_coord_core::PersistentState;
 use ulmus_run::results::Results;
 use ulmus_types::{
-    BadUnit, CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Job, JobKind, RunId,
+    BadUnit, CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Job, JobName, RunId,
     RunSecret, SourceReading, Step, StepReport, WorkerId,
 };
 
@@ -252,7 +252,7 @@ impl Database {
             self.checkpoints(true)?.into_iter().map(|checkpoint| (checkpoint.id, checkpoint.kind)).collect();
         let mut jobs = self.connection.prepare("SELECT name FROM jobs")?;
         let jobs: Vec<String> = jobs.query_map([], |row| row.get(0))?.collect::<Result<_, _>>()?;
-        let jobs = jobs.iter().map(|name| job_kind(name)).collect::<Result<BTreeSet<_>, _>>()?;
+        let jobs = jobs.into_iter().map(JobName::stored).collect();
         let step: Option<u64> =
             self.connection.query_row("SELECT max(step) FROM steps", [], |row| row.get(0))?;
         Ok(PersistentState {
@@ -289,7 +289,10 @@ impl Database {
         let mut query = self.connection.prepare("SELECT job, worker FROM owners")?;
         let rows: Vec<(String, String)> =
             query.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<Result<_, _>>()?;
-        rows.into_iter().map(|(job, worker)| Ok((decode("job", &job)?, decode("worker", &worker)?))).collect()
+        // What an earlier version gave to a worker has another form. No worker of this version does it.
+        let known =
+            rows.into_iter().filter_map(|(job, worker)| Some((serde_json::from_str(&job).ok()?, worker)));
+        known.map(|(job, worker)| Ok((job, decode("worker", &worker)?))).collect()
     }
 
     /// Fills the new database of a run whose old one was lost: with its id, its checkpoints, its metrics, and a
@@ -568,12 +571,12 @@ impl Database {
         Ok(())
     }
 
-    /// Forgets that the job of this kind is done.
+    /// Forgets that a job is done.
     ///
     /// # Errors
     /// When the database cannot be written.
-    pub(crate) fn forget_job(&self, kind: JobKind) -> Result<(), DatabaseError> {
-        self.connection.execute("DELETE FROM jobs WHERE name = ?1", params![kind.name()])?;
+    pub(crate) fn forget_job(&self, job: &JobName) -> Result<(), DatabaseError> {
+        self.connection.execute("DELETE FROM jobs WHERE name = ?1", params![job.as_str()])?;
         Ok(())
     }
 
@@ -584,7 +587,7 @@ impl Database {
     pub(crate) fn save_job(&self, job: &Job, result: &str) -> Result<(), DatabaseError> {
         self.connection.execute(
             "INSERT OR REPLACE INTO jobs (name, job, result) VALUES (?1, ?2, ?3)",
-            params![job.name(), encode(job), result],
+            params![job.name().as_str(), encode(job), result],
         )?;
         Ok(())
     }
@@ -597,8 +600,9 @@ impl Database {
         let mut query = self.connection.prepare("SELECT name, result FROM jobs")?;
         let rows: Vec<(String, String)> =
             query.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<Result<_, _>>()?;
-        let rows =
-            rows.into_iter().map(|(name, result)| Ok((job_kind(&name)?, decode("job result", &result)?)));
+        let rows = rows
+            .into_iter()
+            .map(|(name, result)| Ok((JobName::stored(name), decode("job result", &result)?)));
         rows.collect::<Result<_, DatabaseError>>().map(Results::new)
     }
 
@@ -642,12 +646,7 @@ fn decode<T: for<'de> Deserialize<'de>>(what: &'static str, text: &str) -> Resul
     serde_json::from_str(text).map_err(|error| DatabaseError::Damaged { what, reason: error.to_string() })
 }
 
-/// The kind of job with a name from the database.
-fn job_kind(name: &str) -> Result<JobKind, DatabaseError> {
-    let unknown = || DatabaseError::Damaged { what: "job", reason: format!("unknown job {name:?}") };
-    JobKind::of_name(name).ok_or_else(unknown)
-}
-
+/// A checkpoint id from the database.
 fn checkpoint_id(id: &str) -> Result<CheckpointId, DatabaseError> {
     id.parse().map_err(|error: ulmus_types::IdError| DatabaseError::Damaged {
         what: "checkpoint",
@@ -698,7 +697,7 @@ fn compare(earlier: &StepReport, now: &StepReport) -> Result<(), DatabaseError> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ulmus_types::Incarnation;
+    use ulmus_types::{Incarnation, Subject};
 
     fn report(step: u64, loss: f64) -> StepReport {
         StepReport {
@@ -728,6 +727,7 @@ mod tests {
             state: Digest::of(b"state"),
             files: [("a".to_owned(), entry)].into(),
         };
+        let prepare = Job::new("prepare".parse().unwrap(), Subject::Stage(Vec::new()));
         let reading = SourceReading { source: "web".into(), epochs: 0.5, ..SourceReading::default() };
         let row = ReadingRow { step: Step::new(2), worker: "w".into(), reading };
         {
@@ -736,7 +736,7 @@ mod tests {
             store.save_fingerprint(Digest::of(b"f")).unwrap();
             store.save_steps(Generation::new(1), &[report(1, 8.0), report(2, 7.0)]).unwrap();
             store.save_checkpoint(&checkpoint).unwrap();
-            store.save_job(&Job::new(JobKind::Prepare, Vec::new()).unwrap(), "{\"shards\":3}").unwrap();
+            store.save_job(&prepare, "{\"shards\":3}").unwrap();
             store.save_reading(&row).unwrap();
         }
         let store = Database::open(&path).unwrap();
@@ -753,7 +753,7 @@ mod tests {
         assert_eq!(store.metrics().unwrap()[1].report, report(2, 7.0));
         assert_eq!(
             store.results().unwrap(),
-            Results::new([(JobKind::Prepare, serde_json::json!({"shards": 3}))].into())
+            Results::new([(prepare.name(), serde_json::json!({"shards": 3}))].into())
         );
         assert_eq!(store.readings().unwrap(), [row]);
     }

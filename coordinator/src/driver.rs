@@ -14,14 +14,16 @@ use tokio_util::task::TaskTracker;
 use ulmus_checkpoint::{CheckpointError, Manifest, Store};
 use ulmus_coord_core::{Coordinator, Effect, Event, Outcome, PersistentState, Settings};
 use ulmus_process::{Failure, Shutdown, Signal, with_causes};
-use ulmus_run::paths;
+use ulmus_run::results::Results;
+use ulmus_run::{FormatError, paths};
 use ulmus_types::{
-    COORDINATOR_TIMEOUT, CheckpointId, Digest, ErrorKind, ExitStatus, Generation, RunId, SourceReading, Step,
-    StepReport, ToCoordinator, ToWorker, WorkerId, for_people,
+    COORDINATOR_TIMEOUT, CheckpointId, Digest, ErrorKind, ExitStatus, Generation, Job, RunId, SourceReading,
+    StageName, Step, StepReport, Subject, ToCoordinator, ToWorker, WorkerId, for_people,
 };
 
 use crate::console::Console;
 use crate::database::{Database, DatabaseError, MetricsRow, ReadingRow, StoredCheckpoint};
+use crate::figure::Figure;
 use crate::folder::Lock;
 use crate::local::LocalWorkers;
 use crate::metrics::{MetricsFile, SourcesFile};
@@ -150,6 +152,13 @@ impl Driver {
         self.effects.extend(self.core.on(self.started.elapsed(), event));
     }
 
+    /// Checks that a result has the form of its stage's results.
+    fn check_result(&self, job: &Job, result: &str) -> Result<(), FormatError> {
+        // The core ignores a job of no stage.
+        let Some(stage) = self.core.graph().stage(job.stage()) else { return Ok(()) };
+        ulmus_run::results::check(&job.name(), stage.kind, result)
+    }
+
     /// Replaces events whose reports contradict the record, or whose results are invalid, by events that say so.
     fn checked(&self, event: Event) -> Event {
         let Event::Received { worker, message, .. } = &event else { return event };
@@ -157,7 +166,7 @@ impl Driver {
             ToCoordinator::Steps { reports, .. } => reports,
             ToCoordinator::Ready(ready) => &ready.reports,
             // An unreadable result would make the final summary fail.
-            ToCoordinator::JobDone { job, result } => match ulmus_run::results::check(job.kind(), result) {
+            ToCoordinator::JobDone { job, result } => match self.check_result(job, result) {
                 Ok(()) => return event,
                 Err(error) => {
                     return Event::ReceivedInvalid(worker.clone(), for_people(&error.to_string(), 500));
@@ -273,8 +282,15 @@ impl Driver {
             Effect::SaveJob(job, result) => {
                 database.save_job(job, result)?;
                 self.setup.console.job_done(job, result);
+                if matches!(job.subject(), Subject::Milestone(_)) {
+                    let results = database.results()?;
+                    self.write_figure(job.stage(), &results);
+                }
             }
-            Effect::SaveJobUndone(kind) => database.forget_job(*kind)?,
+            Effect::SaveJobSkipped(job, why) => {
+                database.save_job(job, &ulmus_run::results::skipped(why))?;
+            }
+            Effect::SaveJobUndone(name) => database.forget_job(name)?,
             Effect::Send(worker, message) => self.send(worker, message.clone()),
             Effect::Disconnect(worker) => {
                 self.sessions.remove(worker);
@@ -294,6 +310,24 @@ impl Driver {
             Effect::Exit(outcome) => return Ok(Some(outcome.clone())),
         }
         Ok(None)
+    }
+
+    /// Writes what an evaluation has found of the milestones so far.
+    fn write_figure(&self, stage: &StageName, results: &Results) {
+        let Some(figure) = Figure::of(stage, results) else { return };
+        let json = ulmus_run::results::to_json(&figure);
+        let svg = figure.svg().map(String::into_bytes);
+        let files = [(paths::figure(stage, "json"), Some(json)), (paths::figure(stage, "svg"), svg)];
+        let store = self.setup.files.clone();
+        self.setup.tasks.spawn(async move {
+            for (path, contents) in files {
+                let Some(contents) = contents else { continue };
+                // The next milestone writes it again, and the results that it shows are in the database.
+                if let Err(error) = store.put(&path, contents).await {
+                    tracing::warn!(path, error = with_causes(&error), "cannot write a figure");
+                }
+            }
+        });
     }
 
     fn delete(&self, checkpoint: CheckpointId) {

@@ -10,6 +10,7 @@ mod check;
 mod console;
 mod database;
 mod driver;
+mod figure;
 mod folder;
 mod local;
 mod metrics;

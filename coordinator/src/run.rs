@@ -20,7 +20,9 @@ use ulmus_transport::{
     Bound, Credentials, CredentialsError, IDENTITY_FILE, Limits, Published, RuntimeError, TOKEN_FILE,
     TokenSource,
 };
-use ulmus_types::{Digest, ExitStatus, FileEntry, JobKind, RunId, RunSecret, counted, nonce_digest};
+use ulmus_types::{
+    Digest, ExitStatus, FileEntry, JobName, RunId, RunSecret, StageName, counted, nonce_digest,
+};
 
 use crate::args::OnTerm;
 use crate::console::Console;
@@ -199,7 +201,7 @@ impl Opened {
     /// Records the plan with which the run is led from now on. Returns whether there is nothing left to do.
     fn keep_plan(&self, plan: &Plan) -> Result<bool, Failure> {
         let Self { folder, database, .. } = self;
-        let is_finished = JobKind::of_run(plan.checkpoint.export).is_subset(&self.saved.jobs);
+        let is_finished = self.saved.is_finished(&plan.graph());
         if is_finished && folder.keeps_another(plan).map_err(|error| in_folder(&error))? {
             print(
                 "this run is finished, so changes of its plan have no effect; start a run with another name",
@@ -324,17 +326,18 @@ fn metrics_file(database: &Database, folder: &Path) -> Result<MetricsFile, Failu
 /// Messages about results of finished jobs that are missing. Those jobs are forgotten, so that they are done again.
 async fn lost_results(database: &Database, folder: &RunFolder) -> Result<Vec<String>, Failure> {
     let results = database.results().map_err(|error| in_database(&error))?;
-    let average = results.averaged().map(|average| (JobKind::Average, paths::AVERAGE_FOLDER, average.files));
-    let export = results.exported().map(|exported| (JobKind::Export, paths::EXPORT, exported.files));
+    let average =
+        results.averaged().map(|average| (StageName::AVERAGE, paths::AVERAGE_FOLDER, average.files));
+    let export = results.exported().map(|exported| (StageName::EXPORT, paths::EXPORT, exported.files));
     let mut lost = Vec::new();
-    for (kind, place, files) in average.into_iter().chain(export) {
+    for (job, place, files) in average.into_iter().chain(export) {
         let found = folder.store().list(place).await.map_err(|error| in_store(&error))?;
         let is_there = |name: &str, entry: &FileEntry| {
             found.iter().any(|file| file.path == format!("{place}/{name}") && file.size == entry.bytes)
         };
         if let Some((name, _)) = files.iter().find(|(name, entry)| !is_there(name, entry)) {
-            database.forget_job(kind).map_err(|error| in_database(&error))?;
-            lost.push(format!("{place}/{name} is missing or changed; {} is done again", kind.name()));
+            database.forget_job(&JobName::stored(job.to_owned())).map_err(|error| in_database(&error))?;
+            lost.push(format!("{place}/{name} is missing or changed; {job} is done again"));
         }
     }
     Ok(lost)
@@ -513,7 +516,7 @@ async fn settings(
         milestone_every: plan.checkpoint.every,
         checkpoint_files: ulmus_checkpoint::files_of(plan.model.parameters() as usize),
         average: plan.checkpoint.average,
-        export: plan.checkpoint.export,
+        graph: plan.graph(),
         sources: plan.data.source.iter().map(|source| source.name.clone()).collect(),
         may_exhaust: plan.data.source.iter().any(|source| source.max_epochs.is_some()),
         from_start: options.from_start,

@@ -5,16 +5,20 @@ use std::fmt::Write;
 
 use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
+use serde_json::Value;
 use textplots::{Chart, Plot, Shape};
 use ulmus_plan::Plan;
 use ulmus_run::paths;
-use ulmus_run::results::{Measured, Perplexity, Results};
-use ulmus_types::BadUnit;
+use ulmus_run::results::{Benchmark, Measured, Perplexity, Results, Tasks};
+use ulmus_types::{BadUnit, Stage, StageKind};
 
 use crate::check::grouped;
 use crate::database::MetricsRow;
 use crate::folder::RunFolder;
 use crate::options::Options;
+
+/// The most columns of a table of models, unless it has even more rows.
+const MOST_COLUMNS: usize = 5;
 
 /// The summary of a finished run.
 pub(crate) fn page(
@@ -63,6 +67,9 @@ fn write_page(
         }
     }
     writeln!(page, "\n{}", table(plan, results))?;
+    for stage in plan.graph().stages() {
+        write_stage(page, stage, results)?;
+    }
     for line in remarks(results) {
         writeln!(page, "{line}")?;
     }
@@ -91,6 +98,87 @@ fn write_page(
     }
     writeln!(page, "  cargo run --release --bin coordinator -- init --from openelm-270m > pretrain.toml")?;
     Ok(())
+}
+
+/// What a stage that the plan adds has found, with a column for each model.
+fn write_stage(page: &mut String, stage: &Stage, results: &Results) -> std::fmt::Result {
+    let rows = match stage.kind {
+        StageKind::Evaluation => rows_of_tasks(&results.of_models::<Tasks>(&stage.name)),
+        StageKind::Benchmark => rows_of_speeds(&results.of_models::<Benchmark>(&stage.name)),
+        _ => return Ok(()),
+    };
+    if !rows.is_empty() {
+        let mut rows = rows;
+        rows[0].insert(0, stage.name.to_string());
+        // Many milestones have room below each other only.
+        if rows[0].len() > MOST_COLUMNS && rows.len() < rows[0].len() {
+            rows =
+                (0..rows[0].len()).map(|index| rows.iter().map(|row| row[index].clone()).collect()).collect();
+        }
+        let mut table = Table::new();
+        table.load_style(UTF8_FULL_CONDENSED);
+        table.set_header(&rows[0]);
+        rows[1..].iter().for_each(|row| {
+            table.add_row(row);
+        });
+        writeln!(page, "{table}")?;
+    }
+    for (model, result) in results.of_models::<Measured<Value>>(&stage.name) {
+        if let Some(why) = result.skipped() {
+            writeln!(page, "{}/{model} is skipped: {why}", stage.name)?;
+        }
+    }
+    Ok(())
+}
+
+/// The models; then each metric of each task, with what it is for each model and its standard error.
+fn rows_of_tasks(models: &[(&str, Tasks)]) -> Vec<Vec<String>> {
+    let metrics = models.iter().flat_map(|(_, tasks)| {
+        tasks.results.iter().flat_map(|(task, metrics)| {
+            let names = metrics.keys().filter_map(|name| name.strip_suffix(",none"));
+            names.filter(|name| !name.ends_with("_stderr")).map(move |name| (task.clone(), name.to_owned()))
+        })
+    });
+    let metrics: BTreeSet<(String, String)> = metrics.collect();
+    if metrics.is_empty() {
+        return Vec::new();
+    }
+    let cell = |tasks: &Tasks, task: &String, metric: &str| {
+        let of = |name: String| tasks.results.get(task)?.get(&name)?.as_f64();
+        match (of(format!("{metric},none")), of(format!("{metric}_stderr,none"))) {
+            (Some(value), Some(error)) => format!("{value:.4} ± {error:.4}"),
+            (Some(value), None) => format!("{value:.4}"),
+            (None, _) => "-".to_owned(),
+        }
+    };
+    let rows = metrics.iter().map(|(task, metric)| {
+        let cells = models.iter().map(|(_, tasks)| cell(tasks, task, metric));
+        std::iter::once(format!("{task}, {metric}")).chain(cells).collect()
+    });
+    let averages = models.iter().map(|(_, tasks)| match tasks.average {
+        Some(average) => format!("{average:.4}"),
+        None => "-".to_owned(),
+    });
+    let average = std::iter::once("average".to_owned()).chain(averages).collect();
+    let has_average = models.iter().any(|(_, tasks)| tasks.average.is_some());
+    let header = models.iter().map(|(model, _)| (*model).to_owned()).collect();
+    std::iter::once(header).chain(rows).chain(has_average.then_some(average)).collect()
+}
+
+/// The models; then their speeds.
+fn rows_of_speeds(models: &[(&str, Benchmark)]) -> Vec<Vec<String>> {
+    if models.is_empty() {
+        return Vec::new();
+    }
+    let row = |name: &str, speed: fn(&Benchmark) -> f64| {
+        let cells = models.iter().map(|(_, benchmark)| format!("{:.0}", speed(benchmark)));
+        std::iter::once(name.to_owned()).chain(cells).collect()
+    };
+    vec![
+        models.iter().map(|(model, _)| (*model).to_owned()).collect(),
+        row("prompt, tokens/s", |benchmark| benchmark.prompt_tokens_per_second),
+        row("generation, tokens/s", |benchmark| benchmark.generate_tokens_per_second),
+    ]
 }
 
 /// What was not measured, or not on all text, and why; each reason once.
@@ -178,7 +266,7 @@ pub(crate) fn comparison(variants: &[(String, u64, Results)]) -> Table {
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
-    use ulmus_types::JobKind;
+    use ulmus_types::JobName;
 
     use super::*;
 
@@ -188,18 +276,18 @@ mod tests {
             "documents": 1, "bytes": 1, "tokens": 1, "context": 1, "nll": 1.0, "loss": 1.0, "perplexity": 1.0,
             "bits_per_byte": 1.0, "zstd_bits_per_byte": 1.0, "left_out": ["unit 3 is skipped"],
         });
-        let told = |results: &[(JobKind, &Value)]| {
-            let results = results.iter().map(|(kind, result)| (*kind, (*result).clone())).collect();
+        let told = |results: &[(&str, &Value)]| {
+            let stored = |name: &str| JobName::stored(name.to_owned());
+            let results = results.iter().map(|(name, result)| (stored(name), (*result).clone())).collect();
             Vec::from_iter(remarks(&Results::new(results)))
         };
         let results = [
-            (JobKind::Continuations, &json!({"skipped": "no text"})),
-            (JobKind::EvaluateAverage, &evaluated),
-            (JobKind::EvaluateLast, &evaluated),
+            ("continuations", &json!({"skipped": "no text"})),
+            ("evaluate-average", &evaluated),
+            ("evaluate-last", &evaluated),
         ];
         assert_eq!(told(&results), ["not continued: no text", "unit 3 is skipped"]);
-        let none =
-            [JobKind::EvaluateAverage, JobKind::EvaluateLast].map(|kind| (kind, json!({"skipped": "x"})));
+        let none = ["evaluate-average", "evaluate-last"].map(|kind| (kind, json!({"skipped": "x"})));
         assert_eq!(told(&none.each_ref().map(|(kind, result)| (*kind, result))), ["not evaluated: x"]);
     }
 }

@@ -88,7 +88,7 @@ pub struct BenchResult {
 /// The machine that a measurement comes from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
-    /// Name of the processor, or `unknown` where the system does not say.
+    /// Name of the processor, or `unknown processor` where the system does not say.
     pub processor: String,
     /// Cores that this process may use.
     pub cores: usize,
@@ -99,12 +99,8 @@ pub struct Machine {
 impl Machine {
     /// The machine that this process runs on.
     pub fn this() -> Self {
-        let named = std::fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| {
-            let line = text.lines().find(|line| line.starts_with("model name"))?;
-            Some(line.split_once(':')?.1.trim().to_owned())
-        });
         Self {
-            processor: named.unwrap_or_else(|| "unknown".to_owned()),
+            processor: ulmus_device::processor(),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             platform: format!("{} {}", std::env::consts::ARCH, std::env::consts::OS),
         }

@@ -21,6 +21,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         run: None,
         secret: None,
         status: WorkerStatus::Idle,
+        host: "node-7".to_owned(),
+        memory: 64 << 30,
+        only_jobs: false,
     });
     // Every message says which run it speaks of; a hello may not know one yet.
     let run = Some(RunId::from_bytes([7; 16]));

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use ulmus_types::{
     Assignment, BadUnit, Blame, CheckpointId, CheckpointKind, Digest, ErrorKind, ExitStatus, FileEntry,
-    Generation, GroupKey, GroupRequest, Heartbeat, Hello, Incarnation, Job, JobKind, LeaveReason, Peer, Rank,
-    Ready, Repair, RunId, Section, SessionSecret, Snapshot, SourceReading, Step, StepReport, ToCoordinator,
+    Generation, GroupKey, GroupRequest, Heartbeat, Hello, Incarnation, Job, LeaveReason, Peer, Rank, Ready,
+    Repair, RunId, Section, SessionSecret, Snapshot, SourceReading, Step, StepReport, Subject, ToCoordinator,
     ToWorker, WorkerId, WorkerStatus, for_people,
 };
 
@@ -199,8 +199,16 @@ impl From<v1::SourceReading> for SourceReading {
 
 impl From<Job> for v1::Job {
     fn from(job: Job) -> Self {
+        use v1::job::Model;
+        let model = match job.subject() {
+            Subject::Stage(_) => None,
+            Subject::Average => Some(Model::Of("average".to_owned())),
+            Subject::Last(_) => Some(Model::Of("last".to_owned())),
+            Subject::Milestone(_) => Some(Model::Of("milestone".to_owned())),
+            Subject::Model(place) => Some(Model::Place(place.clone())),
+        };
         let checkpoints = job.checkpoints().iter().copied().map(Into::into).collect();
-        Self { kind: job.name().to_owned(), checkpoints }
+        Self { stage: job.stage().to_string(), checkpoints, model }
     }
 }
 
@@ -208,12 +216,23 @@ impl TryFrom<v1::Job> for Job {
     type Error = WireError;
 
     fn try_from(job: v1::Job) -> Result<Self, WireError> {
-        let kind = JobKind::of_name(&job.kind).ok_or_else(|| WireError::Invalid {
-            field: "job.kind",
-            value: format!("{:?}", for_people(&job.kind, 100)),
-        })?;
-        Self::new(kind, job.checkpoints.into_iter().map(Into::into).collect())
-            .map_err(|error| WireError::Invalid { field: "job.checkpoints", value: error.to_string() })
+        use v1::job::Model;
+        let invalid =
+            |field, value: &str| WireError::Invalid { field, value: format!("{:?}", for_people(value, 100)) };
+        let stage = job.stage.parse().map_err(|_| invalid("job.stage", &job.stage))?;
+        let checkpoints: Vec<CheckpointId> = job.checkpoints.into_iter().map(Into::into).collect();
+        let subject = match (job.model, &checkpoints[..]) {
+            (None, _) => Subject::Stage(checkpoints),
+            (Some(Model::Place(place)), []) => Subject::Model(place),
+            (Some(Model::Of(of)), checkpoints) => match (&of[..], checkpoints) {
+                ("average", []) => Subject::Average,
+                ("last", [id]) => Subject::Last(*id),
+                ("milestone", [id]) => Subject::Milestone(*id),
+                _ => return Err(invalid("job.of", &format!("{of} of {} checkpoints", checkpoints.len()))),
+            },
+            (Some(Model::Place(place)), _) => return Err(invalid("job.place", &place)),
+        };
+        Ok(Self::new(stage, subject))
     }
 }
 
@@ -349,6 +368,9 @@ impl From<(Option<RunId>, ToCoordinator)> for v1::FromWorker {
                 },
                 run: hello.run.map_or_else(Vec::new, |run| run.to_bytes().to_vec()),
                 secret: hello.secret.map_or_else(Vec::new, |secret| secret.as_bytes().to_vec()),
+                host: hello.host,
+                memory: hello.memory,
+                only_jobs: hello.only_jobs,
             }),
             ToCoordinator::StoreRead(read) => {
                 use v1::store_read::Result as Wire;
@@ -359,7 +381,9 @@ impl From<(Option<RunId>, ToCoordinator)> for v1::FromWorker {
                 v1::from_worker::Message::StoreRead(v1::StoreRead { result: Some(result) })
             }
             ToCoordinator::Ready(ready) => Wire::Ready(v1::Ready {
-                fingerprint: ready.fingerprint.as_bytes().to_vec(),
+                fingerprint: ready
+                    .fingerprint
+                    .map_or_else(Vec::new, |fingerprint| fingerprint.as_bytes().to_vec()),
                 generation: ready.generation.map_or(0, Generation::get),
                 reports: ready.reports.into_iter().map(Into::into).collect(),
                 snapshots: ready.snapshots.into_iter().map(Into::into).collect(),
@@ -463,13 +487,19 @@ impl TryFrom<v1::from_worker::Message> for ToCoordinator {
                     [] => None,
                     bytes => Some(SessionSecret::from_bytes(array("hello.secret", bytes)?)),
                 },
+                host: hello.host,
+                memory: hello.memory,
+                only_jobs: hello.only_jobs,
             }),
             Wire::StoreRead(read) => Self::StoreRead(match required("store_read.result", read.result)? {
                 v1::store_read::Result::NonceDigest(nonce) => Ok(digest("store_read.nonce_digest", &nonce)?),
                 v1::store_read::Result::Error(error) => Err(error),
             }),
             Wire::Ready(ready) => Self::Ready(Ready {
-                fingerprint: digest("ready.fingerprint", &ready.fingerprint)?,
+                fingerprint: match ready.fingerprint.as_slice() {
+                    [] => None,
+                    bytes => Some(digest("ready.fingerprint", bytes)?),
+                },
                 generation: generation(ready.generation),
                 reports: ready.reports.into_iter().map(Into::into).collect(),
                 snapshots: ready.snapshots.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
@@ -679,9 +709,13 @@ mod tests {
         CheckpointId::new(Step::new(50), Generation::new(2))
     }
 
-    /// A job that reads `count` checkpoints.
-    fn job(kind: JobKind, count: usize) -> Job {
-        Job::new(kind, vec![checkpoint(); count]).unwrap()
+    /// A job of a stage that reads `count` checkpoints.
+    fn job(stage: &str, count: usize) -> Job {
+        of(stage, Subject::Stage(vec![checkpoint(); count]))
+    }
+
+    fn of(stage: &str, subject: Subject) -> Job {
+        Job::new(stage.parse().unwrap(), subject)
     }
 
     #[test]
@@ -727,13 +761,13 @@ mod tests {
             ToCoordinator::StoreRead(Ok(Digest::of(b"nonce"))),
             ToCoordinator::StoreRead(Err("no such folder".into())),
             ToCoordinator::Ready(Ready {
-                fingerprint: Digest::of(b"x"),
+                fingerprint: Some(Digest::of(b"x")),
                 generation: Some(generation),
                 reports: vec![report.clone()],
                 snapshots: vec![snapshot.clone()],
             }),
             ToCoordinator::Ready(Ready {
-                fingerprint: Digest::of(b"x"),
+                fingerprint: None,
                 generation: None,
                 reports: Vec::new(),
                 snapshots: Vec::new(),
@@ -755,9 +789,9 @@ mod tests {
                 kind: ErrorKind::Internal,
                 message: "full".into(),
             },
-            ToCoordinator::JobDone { job: job(JobKind::Average, 1), result: "{}".into() },
+            ToCoordinator::JobDone { job: job("average", 1), result: "{}".into() },
             ToCoordinator::JobFailed {
-                job: job(JobKind::Prepare, 0),
+                job: job("prepare", 0),
                 kind: ErrorKind::Corrupt,
                 message: "m".into(),
                 bad_unit: Some(BadUnit { source: "web".into(), unit: 3 }),
@@ -777,7 +811,7 @@ mod tests {
             let (since, busy) = (Duration::from_millis(3), Duration::from_secs(4));
             ToCoordinator::Heartbeat(Heartbeat { generation, collective: 9, section, since, busy })
         }));
-        let busy = WorkerStatus::Working(job(JobKind::EvaluateLast, 1));
+        let busy = WorkerStatus::Working(job("evaluate-last", 1));
         let id = RunId::from_bytes([3; 16]);
         let secret = SessionSecret::from_bytes([4; 32]);
         for (status, run, secret) in [
@@ -795,6 +829,9 @@ mod tests {
                 run,
                 secret,
                 status,
+                host: "node-1".into(),
+                memory: 1 << 40,
+                only_jobs: run.is_none(),
             }));
         }
         for reason in [
@@ -855,11 +892,15 @@ mod tests {
         );
         messages.extend(
             [
-                job(JobKind::Prepare, 0),
-                job(JobKind::Average, 5),
-                job(JobKind::EvaluateLast, 1),
-                job(JobKind::Continuations, 3),
-                job(JobKind::Benchmark, 0),
+                job("prepare", 0),
+                job("average", 5),
+                job("evaluate-last", 1),
+                job("continuations", 3),
+                job("benchmark", 0),
+                of("tasks", Subject::Average),
+                of("tasks", Subject::Last(checkpoint())),
+                of("tasks", Subject::Milestone(checkpoint())),
+                of("tasks", Subject::Model("hf://a/b".into())),
             ]
             .map(ToWorker::Run),
         );
@@ -878,14 +919,25 @@ mod tests {
         let ready = v1::Ready { fingerprint: vec![1, 2], ..v1::Ready::default() };
         let error = of(v1::from_worker::Message::Ready(ready));
         assert!(matches!(error, Err(WireError::Invalid { field: "ready.fingerprint", .. })));
-        let done = |kind: &str, checkpoints| {
-            let job = Some(v1::Job { kind: kind.to_owned(), checkpoints });
+        use v1::job::Model;
+        let done = |stage: &str, model: Option<Model>, count| {
+            let job = Some(v1::Job {
+                stage: stage.to_owned(),
+                checkpoints: vec![checkpoint().into(); count],
+                model,
+            });
             of(v1::from_worker::Message::JobDone(v1::JobDone { job, result: String::new() }))
         };
-        assert!(done("export", vec![]).is_ok());
-        let error = done("conquer", vec![]).unwrap_err().to_string();
-        assert!(error.contains("job.kind") && error.contains("conquer"), "{error}");
-        let error = done("export", vec![checkpoint().into()]).unwrap_err().to_string();
-        assert!(error.contains("job.checkpoints") && error.contains("export"), "{error}");
+        assert!(done("export", None, 0).is_ok());
+        for (stage, model, count, field) in [
+            ("../export", None, 0, "job.stage"),
+            ("tasks", Some(Model::Of("last".to_owned())), 0, "job.of"),
+            ("tasks", Some(Model::Of("average".to_owned())), 1, "job.of"),
+            ("tasks", Some(Model::Of("best".to_owned())), 1, "job.of"),
+            ("tasks", Some(Model::Place("hf://a/b".to_owned())), 1, "job.place"),
+        ] {
+            let error = done(stage, model, count).unwrap_err().to_string();
+            assert!(error.contains(field), "{error}");
+        }
     }
 }

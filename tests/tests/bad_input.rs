@@ -231,6 +231,9 @@ fn a_worker_that_does_not_see_the_store_is_refused() {
             run: None,
             secret: None,
             status: WorkerStatus::Idle,
+            host: "elsewhere".to_owned(),
+            memory: 0,
+            only_jobs: false,
         });
         let link = ulmus_transport::connect(address, token).await.unwrap();
         let mut client = v1::coordinator_client::CoordinatorClient::new(link.service());
@@ -277,7 +280,7 @@ fn a_worker_that_does_not_see_the_store_is_refused() {
     runtime.block_on(async {
         let sees = ToCoordinator::StoreRead(Ok(nonce_digest(nonce.as_bytes())));
         let odd = ToCoordinator::Ready(Ready {
-            fingerprint: Digest::of(b"other arithmetic"),
+            fingerprint: Some(Digest::of(b"other arithmetic")),
             generation: None,
             reports: Vec::new(),
             snapshots: Vec::new(),

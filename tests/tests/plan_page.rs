@@ -9,7 +9,7 @@ use std::fmt::Write;
 use std::fs;
 
 use syn::{Attribute, Expr, ExprLit, Fields, Item, Lit, Meta, Type};
-use ulmus_plan::{MAY_CHANGE, Plan, PrepareConfig, SourceConfig};
+use ulmus_plan::{BenchConfig, EvaluationConfig, MAY_CHANGE, Plan, PrepareConfig, SourceConfig};
 use ulmus_tests::repository;
 
 /// The generated part of the page is between these lines.
@@ -113,9 +113,15 @@ fn page() -> String {
     defaults.insert("prepare".into(), toml::Value::try_from(PrepareConfig::default()).unwrap());
     let source = toml::Table::try_from(SourceConfig::default()).unwrap();
     let mut page = String::new();
+    defaults.insert("evaluation".into(), toml::Value::try_from(EvaluationConfig::default()).unwrap());
+    defaults.insert("bench".into(), toml::Value::try_from(BenchConfig::default()).unwrap());
     for section in &definitions["Plan"] {
         let values = defaults[&section.name].as_table().unwrap();
-        table(&mut page, &format!("[{}]", section.name), section, values, &definitions);
+        let heading = match &section.name[..] {
+            stages @ ("evaluation" | "bench") => format!("[[{stages}]]"),
+            section => format!("[{section}]"),
+        };
+        table(&mut page, &heading, section, values, &definitions);
         for part in definitions[&section.kind].iter().filter(|part| definitions.contains_key(&part.kind)) {
             // Defaults of sources are meaningless: they are empty values of keys that a source needs.
             if part.kind == "SourceConfig" {
@@ -155,7 +161,10 @@ fn table(
                 let says_when = part.description.contains("required for");
                 if says_when { "none".to_owned() } else { "required".to_owned() }
             }
-            Some(toml::Value::Array(items)) if items.is_empty() => "`[]`".to_owned(),
+            Some(toml::Value::Array(items)) if items.is_empty() => {
+                let is_required = part.description.contains("at least one");
+                if is_required { "required".to_owned() } else { "`[]`".to_owned() }
+            }
             Some(value) => format!("`{value}`"),
         };
         let mut meaning = part.description.clone();

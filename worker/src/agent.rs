@@ -53,6 +53,8 @@ pub(crate) struct Identity {
     pub(crate) address: String,
     pub(crate) device: String,
     pub(crate) threads: u32,
+    pub(crate) memory: u64,
+    pub(crate) only_jobs: bool,
 }
 
 /// What the agent is given when it starts.
@@ -303,6 +305,9 @@ impl Agent {
             run,
             secret,
             status: self.session.greet(),
+            host: host(),
+            memory: identity.memory,
+            only_jobs: identity.only_jobs,
         });
         outgoing.try_send((run, hello)).expect("the channel is new");
         let messages = ReceiverStream::new(messages).map(v1::FromWorker::from);
@@ -482,6 +487,11 @@ impl Agent {
             done.send(Done::Message(run, message)).await.ok();
         });
     }
+}
+
+/// The name of this machine.
+pub(crate) fn host() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
 /// Why there is no connection, and whether to try again.

@@ -9,7 +9,7 @@ use ulmus_process::{Failure, load_plans};
 use ulmus_transport::TokenSource;
 use ulmus_types::{COORDINATOR_TIMEOUT, ExitStatus};
 
-use crate::agent::Join;
+use crate::agent::{Join, host};
 use crate::bench::BenchConfig;
 
 /// Joins a coordinator and works for its run: reads, tokenizes, trains, and does jobs.
@@ -197,6 +197,11 @@ pub struct JoinArgs {
     #[arg(long, env = "ULMUS_ADVERTISE", value_name = "HOST[:PORT]")]
     pub advertise: Option<String>,
 
+    /// Serve jobs (evaluations, benchmarks, averages) and never train. Such a worker may compute other bits than those that
+    /// train, needs no memory for training, and no port that others reach.
+    #[arg(long, env = "ULMUS_ONLY", value_enum, value_name = "WHAT", conflicts_with = "advertise")]
+    pub only: Option<Only>,
+
     /// How long to look for the coordinator before giving up.
     #[arg(long, env = "ULMUS_JOIN_TIMEOUT", value_name = "TIME", default_value = "60s", value_parser = humantime::parse_duration)]
     pub join_timeout: Duration,
@@ -205,6 +210,13 @@ pub struct JoinArgs {
     /// signal ends it at once.
     #[arg(long, env = "ULMUS_GRACE", value_name = "TIME", default_value = GRACE, value_parser = humantime::parse_duration)]
     pub grace: Duration,
+}
+
+/// The only work that a worker takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Only {
+    /// Jobs of stages.
+    Jobs,
 }
 
 /// Configuration of a worker.
@@ -224,6 +236,8 @@ pub struct WorkerConfig {
     pub name: String,
     /// Address at which other workers reach it, if it is not detected.
     pub advertise: Option<String>,
+    /// Whether it serves jobs and never trains.
+    pub only_jobs: bool,
     /// How long to look for the coordinator before giving up.
     pub join_timeout: Duration,
     /// How long it may take to hand over its work when it is asked to leave.
@@ -245,6 +259,7 @@ impl WorkerConfig {
             threads,
             name,
             advertise: None,
+            only_jobs: false,
             join_timeout: COORDINATOR_TIMEOUT,
             grace: humantime::parse_duration(GRACE).expect("a test parses it"),
         }
@@ -261,6 +276,7 @@ impl From<JoinArgs> for WorkerConfig {
             threads: args.threads.map_or_else(all_cores, usize::from),
             name: args.name.unwrap_or_else(default_name),
             advertise: args.advertise,
+            only_jobs: args.only == Some(Only::Jobs),
             join_timeout: args.join_timeout,
             grace: args.grace,
         }
@@ -273,8 +289,7 @@ fn all_cores() -> usize {
 
 /// The host name and this process's id, so that several workers on one host differ.
 fn default_name() -> String {
-    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let host: String = host.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(40).collect();
+    let host: String = host().chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(40).collect();
     let host = host.trim_start_matches('-');
     let host = if host.is_empty() { "worker" } else { host };
     format!("{host}-{}", std::process::id())

@@ -5,6 +5,8 @@ use ulmus_plan::{DataConfig, Plan, PrepareConfig, TokenizerConfig};
 use ulmus_tokenizer::Tokenizer;
 use ulmus_types::{ErrorKind, Problems, counted};
 
+use crate::jobs::evaluation;
+
 /// The number of pieces of a tokenizer file; `None` if it cannot be read on this machine.
 pub fn tokenizer_pieces(file: &str) -> Option<usize> {
     ulmus_tokenizer::count_pieces(&std::fs::read(file).ok()?)
@@ -37,6 +39,15 @@ pub fn check_sources(plan: &Plan) -> SourceCheck {
     }));
     if let Some(path) = &plan.tokenizer.file {
         lines.extend(check_tokenizer(path, plan, &mut problems));
+    }
+    for (index, stage) in plan.evaluation.iter().enumerate() {
+        match evaluation::check(stage) {
+            Ok(()) => lines.push(format!("evaluation {}: every task has its rows", stage.name)),
+            Err((key, value, error)) => {
+                let rule = "the tasks and their rows must be there";
+                problems.add(format!("evaluation.{index}.{key}"), value, rule, error.to_string());
+            }
+        }
     }
     let kind = kind.or_else(|| wrong_input(&problems));
     SourceCheck { found: lines.join("\n"), problems, kind }

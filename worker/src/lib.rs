@@ -31,7 +31,7 @@ use ulmus_process::{Failure, HostPort, LogTarget, Shutdown};
 use ulmus_types::{ExitStatus, Incarnation, WorkerId};
 
 pub use agent::Join;
-pub use args::{Args, Command, WorkerConfig};
+pub use args::{Args, Command, Only, WorkerConfig};
 pub use check::{SourceCheck, check_sources, tokenizer_pieces};
 pub use error::WorkerError;
 
@@ -52,24 +52,33 @@ pub async fn run(config: WorkerConfig, shutdown: &Shutdown) -> Result<ExitStatus
     let worker = WorkerId::new(config.name.clone(), incarnation)
         .map_err(|error| Failure::new(ExitStatus::InvalidInput, format!("--name: {error}")))?;
     let (bind, advertised) = addresses(&config)?;
-    let listener = Listener::bind(bind, incarnation).map_err(|error| {
-        let message =
-            format!("cannot listen on {bind}: {error}; choose another address with --advertise HOST:PORT");
-        Failure::new(ExitStatus::Refused, message)
-    })?;
-    let address = match advertised {
-        Some(host) => host.with_port(listener.address().port()).to_string(),
-        None => listener.address().to_string(),
+    let listen = || {
+        Listener::bind(bind, incarnation).map_err(|error| {
+            let message = format!(
+                "cannot listen on {bind}: {error}; choose another address with --advertise HOST:PORT"
+            );
+            Failure::new(ExitStatus::Refused, message)
+        })
+    };
+    let listener = if config.only_jobs { None } else { Some(listen()?) };
+    let address = match (&listener, advertised) {
+        (None, _) => String::new(),
+        (Some(listener), Some(host)) => host.with_port(listener.address().port()).to_string(),
+        (Some(listener), None) => listener.address().to_string(),
     };
     let opened = AnyBackend::new(config.device, config.threads, config.nth)
         .map_err(|error| Failure::of(error.kind(), &error))?;
+    let identity = Identity {
+        worker,
+        address,
+        device: opened.describe(),
+        threads: config.threads as u32,
+        memory: opened.memory(),
+        only_jobs: config.only_jobs,
+    };
     match opened {
-        AnyBackend::Cpu(backend) => {
-            Box::pin(work(backend, config, worker, listener, address, shutdown)).await
-        }
-        AnyBackend::Cuda(backend) => {
-            Box::pin(work(backend, config, worker, listener, address, shutdown)).await
-        }
+        AnyBackend::Cpu(backend) => Box::pin(work(backend, config, identity, listener, shutdown)).await,
+        AnyBackend::Cuda(backend) => Box::pin(work(backend, config, identity, listener, shutdown)).await,
     }
 }
 
@@ -77,14 +86,15 @@ pub async fn run(config: WorkerConfig, shutdown: &Shutdown) -> Result<ExitStatus
 async fn work<B: TrainingBackend>(
     backend: B,
     config: WorkerConfig,
-    worker: WorkerId,
-    listener: Listener,
-    address: String,
+    identity: Identity,
+    listener: Option<Listener>,
     shutdown: &Shutdown,
 ) -> Result<ExitStatus, Failure> {
-    let identity = Identity { worker, address, device: backend.describe(), threads: config.threads as u32 };
     let Identity { worker, address, device, .. } = &identity;
-    tracing::info!("worker {worker} starts on {device}; other workers reach it at {address}");
+    match &listener {
+        Some(_) => tracing::info!("worker {worker} starts on {device}; other workers reach it at {address}"),
+        None => tracing::info!("worker {worker} starts on {device}, for jobs alone"),
+    }
     let control = Control::default();
     let (reports_in, reports) = mpsc::channel(REPORTS);
     let (commands, commands_out) = crossbeam_channel::unbounded();
@@ -234,6 +244,7 @@ mod tests {
             threads: 1,
             name: "w".to_owned(),
             advertise: advertise.map(str::to_owned),
+            only_jobs: false,
             join_timeout: Duration::from_secs(1),
         };
         addresses(&config)

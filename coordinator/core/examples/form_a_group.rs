@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use ulmus_coord_core::{Coordinator, Effect, Event, PersistentState, Settings};
 use ulmus_types::{
-    Digest, Hello, Incarnation, Job, JobKind, Ready, RunId, RunSecret, ToCoordinator, WorkerId, WorkerStatus,
+    Digest, Graph, Hello, Incarnation, Job, Ready, RunId, RunSecret, StageName, Subject, ToCoordinator,
+    WorkerId, WorkerStatus,
 };
 
 const RUN: RunId = RunId::from_bytes([7; 16]);
@@ -32,7 +33,7 @@ fn settings() -> Result<Settings, Box<dyn Error>> {
         milestone_every: 10,
         checkpoint_files: vec!["model.safetensors".to_owned()],
         average: 2,
-        export: true,
+        graph: Graph::new(2, true, Vec::new()),
         sources: ["web".to_owned()].into(),
         from_start: false,
         may_exhaust: false,
@@ -57,9 +58,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         run: None,
         secret: None,
         status: WorkerStatus::Idle,
+        host: "node-7".to_owned(),
+        memory: 64 << 30,
+        only_jobs: false,
     };
     let ready = Ready {
-        fingerprint: Digest::of(b"arithmetic"),
+        fingerprint: Some(Digest::of(b"arithmetic")),
         generation: None,
         reports: Vec::new(),
         snapshots: Vec::new(),
@@ -72,7 +76,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "it has prepared the data",
             Some(RUN),
             ToCoordinator::JobDone {
-                job: Job::new(JobKind::Prepare, Vec::new()).expect("it reads no checkpoint"),
+                job: Job::new(StageName::PREPARE.parse()?, Subject::Stage(Vec::new())),
                 result: "{}".to_owned(),
             },
         ),

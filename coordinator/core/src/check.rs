@@ -111,6 +111,10 @@ impl Coordinator {
         if *activity != Activity::Warming {
             return impossible("it was not asked for this");
         }
+        let only_jobs = self.members.get(worker).is_some_and(|member| member.hello.only_jobs);
+        if ready.fingerprint.is_none() != only_jobs {
+            return impossible("only workers that train have a fingerprint");
+        }
         match ready.generation {
             Some(generation) if generation > self.generation => {
                 // Only a worker that has proved that it belongs to the run can have been in one of its groups.

@@ -168,8 +168,12 @@ impl Coordinator {
         self.dismiss_drained();
         self.form_group(now);
         self.start_jobs(now);
-        if self.is_trained_and_stored() && self.jobs.all_done() {
+        if self.is_trained_and_stored() && self.jobs.all_done(&self.milestones()) {
             self.exit(ExitStatus::Done, "every phase is done".to_owned());
+        } else if let Some((kind, message)) = self.failed_for_good() {
+            let message =
+                format!("{message}; everything else is done: correct that, and run the same command again");
+            self.exit(kind.into(), message);
         } else if self.stopping_since.is_some()
             && matches!(self.group, Group::Absent { .. })
             && self.snapshots.is_empty()
@@ -182,6 +186,13 @@ impl Coordinator {
             };
             self.exit(ExitStatus::Interrupted, message);
         }
+    }
+
+    fn failed_for_good(&self) -> Option<(ErrorKind, String)> {
+        if !self.is_trained_and_stored() {
+            return None;
+        }
+        self.jobs.failed_for_good(&self.milestones())
     }
 
     /// Ends the session of a worker that sent an invalid message. It takes no part in the run until it reconnects.

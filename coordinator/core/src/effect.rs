@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ulmus_types::{
-    BadUnit, CheckpointId, CheckpointKind, Digest, ExitStatus, FileEntry, Generation, Job, JobKind,
+    BadUnit, CheckpointId, CheckpointKind, Digest, ExitStatus, FileEntry, Generation, Job, JobName,
     SourceReading, Step, StepReport, ToWorker, WorkerId,
 };
 
@@ -33,8 +33,10 @@ pub enum Effect {
     SaveJobStarted(Job, WorkerId),
     /// Store that a job is done, and its result as JSON.
     SaveJob(Job, String),
-    /// Forget that the job of this kind is done: its result is damaged.
-    SaveJobUndone(JobKind),
+    /// Store that a job is not done, and why.
+    SaveJobSkipped(Job, String),
+    /// Forget that this job is done: its result is damaged.
+    SaveJobUndone(JobName),
     /// Send a message to a worker.
     Send(WorkerId, ToWorker),
     /// Close a worker's stream.
@@ -85,7 +87,14 @@ pub enum Notification {
     /// A checkpoint is stored.
     Checkpoint(CheckpointId, CheckpointKind),
     /// A job has begun.
-    JobStarted(Job, WorkerId),
+    JobStarted {
+        /// Its name.
+        job: JobName,
+        /// The worker that does it.
+        worker: WorkerId,
+        /// What it is for and what it reads.
+        purpose: String,
+    },
     /// Anything else that is not routine: a refusal, a retry, data that has run out.
     Info(String),
     /// Something that a person should attend to while the run continues.

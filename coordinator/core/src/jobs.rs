@@ -1,17 +1,13 @@
-//! The jobs of a run around its training: which are done, which are running, and which can begin.
-//!
-//! ```text
-//!                          ┌─► average ─┬─► evaluate-average ─┐
-//! prepare ─► (training) ─► │            └─► export ───────────┼─► benchmark
-//!                          ├─► evaluate-last ─────────────────┤
-//!                          └─► continuations ─────────────────┘
-//! ```
-//! The graph is defined by [`JobKind::spec`]. A plan may omit the export.
+//! The jobs of a run around its training: which are done, which are running, and which can begin. What there is to do follows
+//! from the [`Graph`] of the run's stages.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use ulmus_types::{CheckpointId, CheckpointKind, Job, JobKind, JobPhase, Milestones, WorkerId};
+use ulmus_types::{
+    CheckpointId, CheckpointKind, ErrorKind, Graph, Job, JobName, Reads, Stage, StageKind, StageName,
+    Subject, WorkerId,
+};
 
 /// How often a job may fail before the run gives up.
 const ATTEMPTS: u32 = 3;
@@ -23,84 +19,136 @@ const DISK_RETRY: Duration = Duration::from_secs(2);
 pub enum JobStatus {
     /// The job has not begun.
     Waiting,
+    /// The job could begin, but no connected worker has what it needs: this.
+    Pending(String),
     /// This worker is doing the job.
     Running(WorkerId),
+    /// The job has failed, and is done again only when the run is started again.
+    Failed,
     /// The result of the job is recorded.
     Done,
 }
 
 /// Which jobs are done and which are running.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Jobs {
-    /// The jobs that the plan asks for.
-    wanted: BTreeSet<JobKind>,
-    /// Number of milestones that are averaged.
-    average: u64,
-    done: BTreeSet<JobKind>,
+    graph: Graph,
+    done: BTreeSet<JobName>,
     running: BTreeMap<Job, WorkerId>,
     /// The worker to which each job was last given: no other worker's result counts.
     owners: BTreeMap<Job, WorkerId>,
-    failures: BTreeMap<JobKind, u32>,
+    failures: BTreeMap<JobName, u32>,
     /// Names of workers on which a job has failed.
-    failed_on: BTreeMap<JobKind, BTreeSet<String>>,
+    failed_on: BTreeMap<JobName, BTreeSet<String>>,
     /// Jobs whose results could not be written: since when, and when they are tried again.
-    waiting: BTreeMap<JobKind, (Duration, Duration)>,
+    waiting: BTreeMap<JobName, (Duration, Duration)>,
+    /// Stages that no connected worker can serve, and since when nothing else is to be done.
+    pending: BTreeMap<StageName, Option<Duration>>,
+    /// Jobs of stages that the plan adds and that failed for good. The run does everything else before it ends with that.
+    given_up: BTreeMap<JobName, (ErrorKind, String)>,
 }
 
 /// The state of training and storing, on which it depends which jobs may begin.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Stage {
-    /// Training is done, and the milestones that are averaged are stored.
+pub(crate) struct Progress {
+    /// Training is done, and its milestones are stored.
     pub(crate) trained: bool,
     /// No milestone is still to be stored.
     pub(crate) all_stored: bool,
-    /// A worker does a job, whether or not its result counts.
-    pub(crate) somebody_works: bool,
 }
 
 impl Jobs {
-    pub(crate) fn new(
-        done: BTreeSet<JobKind>,
-        owners: BTreeMap<Job, WorkerId>,
-        average: u64,
-        export: bool,
-    ) -> Self {
-        Self { wanted: JobKind::of_run(export), average, done, owners, ..Self::default() }
+    pub(crate) fn new(graph: Graph, done: BTreeSet<JobName>, owners: BTreeMap<Job, WorkerId>) -> Self {
+        Self {
+            graph,
+            done,
+            running: BTreeMap::new(),
+            owners,
+            failures: BTreeMap::new(),
+            failed_on: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            pending: BTreeMap::new(),
+            given_up: BTreeMap::new(),
+        }
     }
 
-    pub(crate) fn is_done(&self, kind: JobKind) -> bool {
-        self.done.contains(&kind)
+    pub(crate) fn is_done(&self, name: &JobName) -> bool {
+        self.done.contains(name)
+    }
+
+    /// The stage that a job belongs to; `None` for what a stranger invents.
+    pub(crate) fn stage_of(&self, job: &Job) -> Option<&Stage> {
+        self.graph.stage(job.stage())
     }
 
     /// Whether every job that training depends on is done.
     pub(crate) fn training_may_begin(&self) -> bool {
-        self.unfinished().all(|kind| kind.spec().phase != JobPhase::BeforeTraining)
+        let prepares = |stage: &&Stage| stage.kind == StageKind::Prepare;
+        self.graph.stages().iter().filter(prepares).all(|stage| self.stage_is_done(stage, &[]))
     }
 
     /// Whether a job that reads milestones is not done yet.
-    pub(crate) fn need_milestones(&self) -> bool {
-        self.unfinished().any(|kind| kind.spec().checkpoints != Milestones::None)
+    pub(crate) fn need_milestones(&self, milestones: &[CheckpointId]) -> bool {
+        let reads = |stage: &&Stage| stage.reads_milestones();
+        !self.graph.stages().iter().filter(reads).all(|stage| self.stage_is_done(stage, milestones))
     }
 
-    /// Whether every job that the plan asks for is done.
-    pub(crate) fn all_done(&self) -> bool {
-        self.unfinished().next().is_none()
+    /// Whether every job that the plan asks for is done, given the milestones of a run that is trained.
+    pub(crate) fn all_done(&self, milestones: &[CheckpointId]) -> bool {
+        self.graph.is_done(milestones, |name| self.is_done(name))
     }
 
-    /// The jobs that are not done yet.
-    fn unfinished(&self) -> impl Iterator<Item = JobKind> {
-        self.wanted.iter().copied().filter(|kind| !self.is_done(*kind))
+    /// Why the run cannot finish, if there is nothing left to do but what has failed for good.
+    pub(crate) fn failed_for_good(&self, milestones: &[CheckpointId]) -> Option<(ErrorKind, String)> {
+        let (kind, _) = self.given_up.values().next()?;
+        let is_over =
+            self.graph.is_done(milestones, |name| self.is_done(name) || self.given_up.contains_key(name));
+        let messages: Vec<&str> = self.given_up.values().map(|(_, message)| &message[..]).collect();
+        is_over.then(|| (*kind, messages.join("; ")))
     }
 
-    /// The progress of every job that the plan asks for.
-    pub(crate) fn status(&self) -> BTreeMap<JobKind, JobStatus> {
-        let mut status: BTreeMap<_, _> = self
-            .wanted
-            .iter()
-            .map(|kind| (*kind, if self.is_done(*kind) { JobStatus::Done } else { JobStatus::Waiting }))
-            .collect();
-        for (job, worker) in self.running.iter().filter(|(job, _)| !self.is_done(job.kind())) {
-            status.insert(job.kind(), JobStatus::Running(worker.clone()));
+    /// A job has failed for good. Returns whether the run can do the rest without it.
+    pub(crate) fn on_given_up(&mut self, job: &Job, kind: ErrorKind, message: &str) -> bool {
+        let is_added = self.stage_of(job).is_some_and(|stage| matches!(stage.reads, Reads::Models(_)));
+        if is_added {
+            self.given_up.insert(job.name(), (kind, message.to_owned()));
+        }
+        is_added
+    }
+
+    fn stage_is_done(&self, stage: &Stage, milestones: &[CheckpointId]) -> bool {
+        self.graph.stage_is_done(stage, milestones, |name| self.is_done(name))
+    }
+
+    /// The jobs that are not done yet and for which there is everything but the average, each with its stage.
+    fn unfinished<'a>(&'a self, milestones: &'a [CheckpointId]) -> impl Iterator<Item = (&'a Stage, Job)> {
+        let jobs = self.graph.stages().iter().flat_map(move |stage| {
+            self.graph.jobs(stage, milestones).into_iter().map(move |job| (stage, job))
+        });
+        jobs.filter(|(_, job)| !self.is_done(&job.name()) && !self.given_up.contains_key(&job.name()))
+    }
+
+    /// The progress of every job for which there are checkpoints, and of every stage for which there are none.
+    pub(crate) fn status(&self, milestones: &[CheckpointId]) -> BTreeMap<JobName, JobStatus> {
+        let mut status = BTreeMap::new();
+        for stage in self.graph.stages() {
+            let jobs = self.graph.jobs(stage, milestones);
+            let names = jobs.iter().map(Job::name);
+            let without =
+                jobs.is_empty().then(|| Job::new(stage.name.clone(), Subject::Stage(Vec::new())).name());
+            for name in names.chain(without) {
+                let is_pending = self.pending.contains_key(&stage.name);
+                let progress = match (self.is_done(&name), is_pending) {
+                    (true, _) => JobStatus::Done,
+                    _ if self.given_up.contains_key(&name) => JobStatus::Failed,
+                    (false, true) => JobStatus::Pending(stage.needs.to_string()),
+                    (false, false) => JobStatus::Waiting,
+                };
+                status.insert(name, progress);
+            }
+        }
+        for (job, worker) in self.running.iter().filter(|(job, _)| !self.is_done(&job.name())) {
+            status.insert(job.name(), JobStatus::Running(worker.clone()));
         }
         status
     }
@@ -117,7 +165,7 @@ impl Jobs {
     /// A worker still does a job that it was given before its connection broke or the coordinator restarted. The claim
     /// does not count if the job was never given to it, or has since been given to another worker.
     pub(crate) fn on_resumed(&mut self, job: Job, worker: WorkerId) {
-        if !self.is_done(job.kind()) && self.owners.get(&job) == Some(&worker) {
+        if !self.is_done(&job.name()) && self.owners.get(&job) == Some(&worker) {
             self.running.entry(job).or_insert(worker);
         }
     }
@@ -137,97 +185,94 @@ impl Jobs {
     }
 
     pub(crate) fn on_succeeded(&mut self, job: &Job) {
-        self.waiting.remove(&job.kind());
-        self.done.insert(job.kind());
+        self.waiting.remove(&job.name());
+        self.done.insert(job.name());
     }
 
-    /// The result of a finished job has become useless.
-    pub(crate) fn on_undone(&mut self, kind: JobKind) {
-        self.done.remove(&kind);
+    /// The average has become useless. Returns the name of the job that makes it again.
+    pub(crate) fn on_average_damaged(&mut self) -> Option<JobName> {
+        let name = self.done.iter().find(|name| name.as_str() == StageName::AVERAGE)?.clone();
+        self.done.remove(&name);
+        Some(name)
     }
 
     /// A job has failed on a worker. Returns whether it may be tried again, on any worker.
     pub(crate) fn on_failed(&mut self, job: &Job, worker: &WorkerId) -> bool {
-        self.failed_on.entry(job.kind()).or_default().insert(worker.name().to_owned());
-        let failures = self.failures.entry(job.kind()).or_insert(0);
+        self.failed_on.entry(job.name()).or_default().insert(worker.name().to_owned());
+        let failures = self.failures.entry(job.name()).or_insert(0);
         *failures += 1;
         *failures < ATTEMPTS
     }
 
     /// The result of a job could not be written. Returns how long that has been so.
     pub(crate) fn on_write_failed(&mut self, job: &Job, worker: &WorkerId, now: Duration) -> Duration {
-        self.failed_on.entry(job.kind()).or_default().insert(worker.name().to_owned());
-        let (since, again) = self.waiting.entry(job.kind()).or_insert((now, now));
+        self.failed_on.entry(job.name()).or_default().insert(worker.name().to_owned());
+        let (since, again) = self.waiting.entry(job.name()).or_insert((now, now));
         *again = now + DISK_RETRY;
         now.saturating_sub(*since)
     }
 
     /// Whether a job waits until its result may be written again.
     pub(crate) fn is_waiting(&self, job: &Job, now: Duration) -> bool {
-        self.waiting.get(&job.kind()).is_some_and(|(_, again)| now < *again)
+        self.waiting.get(&job.name()).is_some_and(|(_, again)| now < *again)
     }
 
     /// How often a job has failed.
     pub(crate) fn failures(&self, job: &Job) -> u32 {
-        self.failures.get(&job.kind()).copied().unwrap_or(0)
+        self.failures.get(&job.name()).copied().unwrap_or(0)
     }
 
     /// Whether a job has failed on a worker of this name.
     pub(crate) fn has_failed_on(&self, job: &Job, worker: &WorkerId) -> bool {
-        self.failed_on.get(&job.kind()).is_some_and(|names| names.contains(worker.name()))
+        self.failed_on.get(&job.name()).is_some_and(|names| names.contains(worker.name()))
     }
 
     pub(crate) fn on_worker_lost(&mut self, worker: &WorkerId) {
         self.running.retain(|_, at| at != worker);
     }
 
-    /// Jobs that can begin now.
-    pub(crate) fn ready(
-        &self,
-        stage: Stage,
-        checkpoints: &BTreeMap<CheckpointId, CheckpointKind>,
-    ) -> Vec<Job> {
-        let milestones = milestones(checkpoints);
-        self.unfinished()
-            .filter(|kind| self.may_begin(*kind, stage))
-            .filter_map(|kind| Job::new(kind, self.checkpoints_of(kind, &milestones)).ok())
-            .collect()
+    /// Jobs that can begin now if there is a worker for them; those that measure their machine come last.
+    pub(crate) fn ready(&self, progress: Progress, milestones: &[CheckpointId]) -> Vec<(Stage, Job)> {
+        let mut ready: Vec<(Stage, Job)> = self
+            .unfinished(milestones)
+            .filter(|(stage, job)| self.may_begin(stage, job, progress))
+            .map(|(stage, job)| (stage.clone(), job))
+            .collect();
+        ready.sort_by_key(|(stage, _)| stage.kind.is_exclusive());
+        ready
     }
 
-    /// Whether everything that a job reads exists, and nothing runs that must not run at the same time.
-    fn may_begin(&self, kind: JobKind, stage: Stage) -> bool {
-        let spec = kind.spec();
-        let is_its_turn = match spec.phase {
-            JobPhase::BeforeTraining => true,
-            JobPhase::AfterTraining => stage.trained && self.training_may_begin(),
+    /// Whether everything that a job reads exists, and it does not run already.
+    fn may_begin(&self, stage: &Stage, job: &Job, progress: Progress) -> bool {
+        // A job that reads other checkpoints, as those of an earlier one were damaged, waits for that one to end.
+        let runs = self.running.keys().any(|other| other.name() == job.name());
+        let has_average = || self.done.iter().any(|name| name.as_str() == StageName::AVERAGE);
+        let is_its_turn = match job.subject() {
+            Subject::Stage(_) if stage.kind == StageKind::Prepare => true,
+            Subject::Stage(checkpoints) => {
+                progress.trained
+                    && self.training_may_begin()
+                    && (checkpoints.len() < 2 || progress.all_stored || stage.kind == StageKind::Average)
+            }
+            Subject::Average | Subject::Last(_) => progress.trained,
+            Subject::Milestone(_) | Subject::Model(_) => true,
         };
-        // The job of a kind that reads other checkpoints, as those of an earlier one were damaged, waits for that one to end.
-        let runs = self.running.keys().any(|job| job.kind() == kind);
-        let alone = || {
-            !stage.somebody_works && self.running.is_empty() && self.unfinished().all(|other| other == kind)
-        };
-        is_its_turn
-            && !runs
-            && spec.reads.iter().all(|read| self.is_done(*read))
-            && (spec.checkpoints != Milestones::Spread || stage.all_stored)
-            && (!spec.exclusive || alone())
+        is_its_turn && !runs && (!stage.reads_average(job) || has_average())
     }
 
-    /// The checkpoints that a job of this kind reads: those of `milestones` that its specification names.
-    fn checkpoints_of(&self, kind: JobKind, milestones: &[CheckpointId]) -> Vec<CheckpointId> {
-        let (Some(first), Some(last)) = (milestones.first(), milestones.last()) else { return Vec::new() };
-        match kind.spec().checkpoints {
-            Milestones::None => Vec::new(),
-            Milestones::Last => vec![*last],
-            Milestones::Averaged => {
-                milestones[milestones.len().saturating_sub(self.average as usize)..].to_vec()
-            }
-            Milestones::Spread => {
-                let mut spread = vec![*first, milestones[milestones.len() / 2], *last];
-                spread.dedup();
-                spread
-            }
-        }
+    /// No connected worker can serve a stage. The run `waits` for one if there is nothing else to do. Returns whether that is
+    /// news, and whether it has waited for as long as the stage says.
+    pub(crate) fn on_pending(&mut self, stage: &Stage, waits: bool, now: Duration) -> (bool, bool) {
+        let is_news = !self.pending.contains_key(&stage.name);
+        let since = self.pending.entry(stage.name.clone()).or_default();
+        *since = waits.then(|| since.unwrap_or(now));
+        let is_over = since.is_some_and(|since| stage.needs.wait.is_some_and(|wait| now >= since + wait));
+        (is_news, is_over)
+    }
+
+    /// A worker can serve a stage.
+    pub(crate) fn on_served(&mut self, stage: &StageName) {
+        self.pending.remove(stage);
     }
 }
 
@@ -243,30 +288,44 @@ pub(crate) fn milestones(checkpoints: &BTreeMap<CheckpointId, CheckpointKind>) -
 
 #[cfg(test)]
 mod tests {
-    use ulmus_types::{Generation, Incarnation, Step};
+    use ulmus_types::{Generation, Incarnation, Of, Requirements, Step};
 
     use super::*;
 
-    const TRAINED: Stage = Stage { trained: true, all_stored: true, somebody_works: false };
+    const TRAINED: Progress = Progress { trained: true, all_stored: true };
+    const UNTRAINED: Progress = Progress { trained: false, all_stored: true };
 
-    fn checkpoints() -> BTreeMap<CheckpointId, CheckpointKind> {
-        let id = |step| CheckpointId::new(Step::new(step), Generation::new(1));
-        [4, 6, 8].map(|step| (id(step), CheckpointKind::Milestone)).into()
+    fn id(step: u64) -> CheckpointId {
+        CheckpointId::new(Step::new(step), Generation::new(1))
     }
 
-    fn names(jobs: &[Job]) -> Vec<&'static str> {
-        jobs.iter().map(Job::name).collect()
+    fn milestones() -> Vec<CheckpointId> {
+        [4, 6, 8].map(id).to_vec()
     }
 
-    /// The jobs of a run that begin together, one wave after the other, where all of a wave end before the next begins.
-    fn waves(export: bool) -> Vec<Vec<&'static str>> {
-        let mut jobs = Jobs::new([JobKind::Prepare].into(), BTreeMap::new(), 2, export);
+    fn jobs(export: bool, added: Vec<Stage>) -> Jobs {
+        let prepared = JobName::stored(StageName::PREPARE.to_owned());
+        Jobs::new(Graph::new(2, export, added), [prepared].into(), BTreeMap::new())
+    }
+
+    fn added(kind: StageKind, of: &[&str]) -> Stage {
+        let of = of.iter().map(|of| Of::from((*of).to_owned())).collect();
+        let name = format!("{kind:?}").to_lowercase();
+        Stage { name: name.parse().unwrap(), kind, reads: Reads::Models(of), needs: Requirements::default() }
+    }
+
+    fn names(ready: &[(Stage, Job)]) -> Vec<String> {
+        ready.iter().map(|(_, job)| job.name().to_string()).collect()
+    }
+
+    /// The jobs that begin together, one wave after the other, where all of a wave end before the next begins.
+    fn waves(mut jobs: Jobs) -> Vec<Vec<String>> {
         let mut waves = Vec::new();
-        while !jobs.all_done() {
-            let ready = jobs.ready(TRAINED, &checkpoints());
+        while !jobs.all_done(&milestones()) {
+            let ready = jobs.ready(TRAINED, &milestones());
             assert!(!ready.is_empty(), "{waves:?} and nothing after it");
             waves.push(names(&ready));
-            for job in &ready {
+            for (_, job) in &ready {
                 jobs.on_succeeded(job);
             }
         }
@@ -275,48 +334,105 @@ mod tests {
 
     #[test]
     fn jobs_begin_when_what_they_read_is_there() {
-        let first = vec!["average", "evaluate-last", "continuations"];
-        let last = vec!["benchmark"];
-        assert_eq!(waves(true), [first.clone(), vec!["evaluate-average", "export"], last.clone()]);
-        assert_eq!(waves(false), [first, vec!["evaluate-average"], last]);
+        let first = ["average", "evaluate-last", "continuations"];
+        assert_eq!(waves(jobs(true, Vec::new())), [&first[..], &["evaluate-average", "export", "benchmark"]]);
+        assert_eq!(waves(jobs(false, Vec::new())), [&first[..], &["evaluate-average", "benchmark"]]);
+        let evaluation = added(StageKind::Evaluation, &["average", "last"]);
+        let with = waves(jobs(false, vec![evaluation]));
+        assert_eq!(with[0][3..], ["evaluation/last"]);
+        assert_eq!(with[1], ["evaluate-average", "evaluation/average", "benchmark"]);
     }
 
     #[test]
     fn before_training_only_its_preparation_is_done() {
-        let mut jobs = Jobs::new(BTreeSet::new(), BTreeMap::new(), 2, true);
-        let untrained = Stage { trained: false, ..TRAINED };
-        for stage in [untrained, TRAINED] {
-            assert_eq!(names(&jobs.ready(stage, &checkpoints())), ["prepare"]);
+        let mut jobs = Jobs::new(Graph::new(2, true, Vec::new()), BTreeSet::new(), BTreeMap::new());
+        for progress in [UNTRAINED, TRAINED] {
+            assert_eq!(names(&jobs.ready(progress, &milestones())), ["prepare"]);
         }
-        let prepare = jobs.ready(untrained, &BTreeMap::new()).remove(0);
+        let (_, prepare) = jobs.ready(UNTRAINED, &[]).remove(0);
         assert!(!jobs.training_may_begin());
         jobs.on_succeeded(&prepare);
         assert!(jobs.training_may_begin());
-        assert!(jobs.ready(untrained, &checkpoints()).is_empty());
+        assert!(jobs.ready(UNTRAINED, &milestones()).is_empty());
     }
 
     #[test]
-    fn the_benchmark_is_alone() {
-        let all = JobKind::of_run(true);
-        let others: BTreeSet<JobKind> = all.iter().copied().filter(|kind| !kind.spec().exclusive).collect();
-        let mut jobs = Jobs::new(others, BTreeMap::new(), 2, true);
-        assert_eq!(names(&jobs.ready(TRAINED, &checkpoints())), ["benchmark"]);
-        let busy = Stage { somebody_works: true, ..TRAINED };
-        assert!(jobs.ready(busy, &checkpoints()).is_empty(), "a worker does what another was given since");
-        jobs.on_undone(JobKind::Average);
-        assert_eq!(names(&jobs.ready(TRAINED, &checkpoints())), ["average"]);
+    fn milestones_and_other_models_are_measured_while_the_run_trains() {
+        let mut jobs = jobs(true, vec![added(StageKind::Evaluation, &["milestones", "hf://a/b", "last"])]);
+        let ready = jobs.ready(UNTRAINED, &[id(4)]);
+        assert_eq!(names(&ready)[0], "evaluation/step-00000004");
+        assert!(names(&ready)[1].starts_with("evaluation/a-b-") && ready.len() == 2, "{:?}", names(&ready));
+        jobs.on_succeeded(&ready[0].1);
+        // The state of a step is the same in every generation.
+        let again = CheckpointId::new(Step::new(4), Generation::new(2));
+        assert_eq!(jobs.ready(UNTRAINED, &[again]).len(), 1);
+        assert_eq!(jobs.ready(UNTRAINED, &[again, id(6)]).len(), 2);
     }
 
     #[test]
-    fn no_two_jobs_of_a_kind_run_at_once() {
-        let mut jobs = Jobs::new([JobKind::Prepare].into(), BTreeMap::new(), 2, true);
-        let average = jobs.ready(TRAINED, &checkpoints()).remove(0);
+    fn what_measures_its_machine_comes_last() {
+        let added =
+            vec![added(StageKind::Benchmark, &["average"]), added(StageKind::Evaluation, &["average"])];
+        let wave = waves(jobs(true, added)).remove(1);
+        assert_eq!(wave[2..], ["evaluation/average", "benchmark/average", "benchmark"]);
+    }
+
+    #[test]
+    fn no_job_runs_twice_at_once() {
+        let mut jobs = jobs(true, Vec::new());
+        let (_, average) = jobs.ready(TRAINED, &milestones()).remove(0);
         jobs.on_started(average.clone(), WorkerId::new("w", Incarnation::new(1)).unwrap());
         // A milestone was damaged and trained again meanwhile.
-        let again = CheckpointId::new(Step::new(8), Generation::new(2));
-        let repaired = checkpoints().into_iter().chain([(again, CheckpointKind::Milestone)]).collect();
-        assert!(!names(&jobs.ready(TRAINED, &repaired)).contains(&"average"));
-        let unstored = Stage { all_stored: false, ..TRAINED };
-        assert_eq!(names(&jobs.ready(unstored, &checkpoints())), ["evaluate-last"]);
+        let repaired = [id(4), id(6), CheckpointId::new(Step::new(8), Generation::new(2))];
+        assert!(!names(&jobs.ready(TRAINED, &repaired)).contains(&"average".to_owned()));
+        let unstored = Progress { all_stored: false, ..TRAINED };
+        assert_eq!(names(&jobs.ready(unstored, &repaired)), ["evaluate-last"]);
+    }
+
+    #[test]
+    fn a_run_without_its_average_makes_it_again() {
+        let mut jobs = jobs(true, Vec::new());
+        assert_eq!(jobs.on_average_damaged(), None);
+        let (_, average) = jobs.ready(TRAINED, &milestones()).remove(0);
+        jobs.on_succeeded(&average);
+        assert_eq!(jobs.on_average_damaged(), Some(average.name()));
+        assert_eq!(names(&jobs.ready(TRAINED, &milestones()))[0], "average");
+    }
+
+    #[test]
+    fn a_stage_that_failed_keeps_nothing_else_from_being_done() {
+        let mut jobs = jobs(false, vec![added(StageKind::Evaluation, &["last"])]);
+        let ready = jobs.ready(TRAINED, &milestones());
+        let (_, evaluation) = ready.iter().find(|(stage, _)| stage.kind == StageKind::Evaluation).unwrap();
+        assert!(jobs.on_given_up(evaluation, ErrorKind::InvalidInput, "no rows"));
+        assert!(
+            !jobs.on_given_up(&ready[0].1, ErrorKind::Internal, "no memory"),
+            "every run needs its average"
+        );
+        while let [(_, job), ..] = &jobs.ready(TRAINED, &milestones())[..] {
+            assert_eq!(jobs.failed_for_good(&milestones()), None);
+            jobs.on_succeeded(&job.clone());
+        }
+        assert!(!jobs.all_done(&milestones()));
+        let failure = jobs.failed_for_good(&milestones());
+        assert_eq!(failure, Some((ErrorKind::InvalidInput, "no rows".to_owned())));
+    }
+
+    #[test]
+    fn waiting_for_a_worker_counts_only_when_there_is_nothing_else_to_do() {
+        let mut jobs = jobs(true, Vec::new());
+        let wait = Some(Duration::from_secs(10));
+        let stage = Stage {
+            needs: Requirements { device: Some("*4090*".to_owned()), memory: None, wait },
+            ..added(StageKind::Evaluation, &["last"])
+        };
+        let at = Duration::from_secs;
+        assert_eq!(jobs.on_pending(&stage, false, at(0)), (true, false));
+        assert_eq!(jobs.on_pending(&stage, false, at(100)), (false, false));
+        assert_eq!(jobs.on_pending(&stage, true, at(100)), (false, false));
+        assert_eq!(jobs.on_pending(&stage, true, at(109)), (false, false));
+        assert_eq!(jobs.on_pending(&stage, true, at(110)), (false, true));
+        jobs.on_served(&stage.name);
+        assert_eq!(jobs.on_pending(&stage, true, at(200)), (true, false));
     }
 }

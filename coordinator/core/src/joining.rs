@@ -73,6 +73,7 @@ impl Coordinator {
             (hello.run, hello.status) = (None, WorkerStatus::Idle);
         }
         hello.device = for_people(&hello.device, 200);
+        hello.host = for_people(&hello.host, 200);
         self.end_earlier_lives(&worker);
         self.members.welcome(hello, now);
         let welcome = ToWorker::Welcome {
@@ -117,7 +118,7 @@ impl Coordinator {
             return;
         }
         let Some(member) = self.members.get_mut(worker) else { return };
-        member.fingerprint = Some(fingerprint);
+        member.fingerprint = fingerprint;
         if member.hello.run.is_none() {
             member.warmed_within = Some(now.saturating_sub(member.since));
         }
@@ -158,7 +159,9 @@ impl Coordinator {
         self.refuse(worker, ErrorKind::Refused, reason);
     }
 
-    fn accept_fingerprint(&mut self, worker: &WorkerId, fingerprint: Digest) -> bool {
+    fn accept_fingerprint(&mut self, worker: &WorkerId, fingerprint: Option<Digest>) -> bool {
+        // What only serves jobs may compute other bits.
+        let Some(fingerprint) = fingerprint else { return true };
         match self.fingerprint {
             None => {
                 self.fingerprint = Some(fingerprint);
@@ -166,7 +169,7 @@ impl Coordinator {
             }
             Some(expected) if expected != fingerprint => {
                 let reason = format!(
-                    "worker {} computes other bits than this run: its fingerprint is {}, the run's is {}; use machines of one kind, with the same version of Ulmus",
+                    "worker {} computes other bits than this run: its fingerprint is {}, the run's is {}; use machines of one kind, with the same version of Ulmus, or let it serve jobs alone with --only jobs",
                     worker.name(),
                     fingerprint.short(),
                     expected.short()

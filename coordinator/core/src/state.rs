@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use ulmus_types::{
-    BadUnit, CheckpointId, CheckpointKind, Digest, ErrorKind, ExitStatus, Generation, Job, JobKind, RunId,
-    RunName, RunSecret, Step, ToWorker, WorkerId,
+    BadUnit, CheckpointId, CheckpointKind, Digest, ErrorKind, ExitStatus, Generation, Graph, Job, JobName,
+    RunId, RunName, RunSecret, Step, ToWorker, WorkerId,
 };
 
 use crate::effect::{Effect, Notification, Outcome};
@@ -52,8 +52,8 @@ pub struct Settings {
     pub checkpoint_files: Vec<String>,
     /// Number of milestones that are averaged.
     pub average: u64,
-    /// Whether the average is exported.
-    pub export: bool,
+    /// The stages of the run.
+    pub graph: Graph,
     /// Names of the plan's sources.
     pub sources: BTreeSet<String>,
     /// Whether training may start over if every checkpoint is damaged.
@@ -96,11 +96,19 @@ pub struct PersistentState {
     /// Whether a checkpoint was ever committed, even if it is gone since.
     pub had_checkpoints: bool,
     /// Finished jobs.
-    pub jobs: BTreeSet<JobKind>,
+    pub jobs: BTreeSet<JobName>,
     /// The worker to which each job was last given.
     pub owners: BTreeMap<Job, WorkerId>,
     /// The last update that was reported.
     pub step: Step,
+}
+
+impl PersistentState {
+    /// Whether training and every job of these stages are done.
+    pub fn is_finished(&self, graph: &Graph) -> bool {
+        let milestones = crate::jobs::milestones(&self.checkpoints);
+        self.trained.is_some() && graph.is_done(&milestones, |name| self.jobs.contains(name))
+    }
 }
 
 /// The state of a run.
@@ -170,13 +178,13 @@ impl Coordinator {
             let (back, gone) = (BTreeSet::new(), BTreeSet::new());
             Group::Adopting { members: saved.group, back, gone, until }
         };
-        let jobs = Jobs::new(saved.jobs, saved.owners, settings.average, settings.export);
+        let jobs = Jobs::new(settings.graph.clone(), saved.jobs, saved.owners);
         let mut effects = Vec::new();
         let last: Vec<CheckpointId> = saved.checkpoints.keys().rev().take(1).copied().collect();
         let milestones = crate::jobs::milestones(&saved.checkpoints);
         let averaged = milestones.iter().rev().take(settings.average as usize).copied();
         let doubted: BTreeSet<CheckpointId> = last.into_iter().chain(averaged).collect();
-        if !doubted.is_empty() && jobs.need_milestones() {
+        if !doubted.is_empty() && jobs.need_milestones(&milestones) {
             effects.push(Effect::Verify(doubted.into_iter().collect()));
         }
         Self {
@@ -216,9 +224,19 @@ impl Coordinator {
         }
     }
 
+    /// The stages of the run.
+    pub const fn graph(&self) -> &Graph {
+        &self.settings.graph
+    }
+
     /// The last update that was reported.
     pub const fn step(&self) -> Step {
         self.step
+    }
+
+    /// The milestones that are stored, oldest first.
+    pub(crate) fn milestones(&self) -> Vec<CheckpointId> {
+        crate::jobs::milestones(&self.checkpoints)
     }
 
     pub(crate) fn remember_roster(&mut self, generation: Generation, members: Vec<WorkerId>) {

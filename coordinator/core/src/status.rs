@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
-use ulmus_types::{CheckpointId, Generation, JobKind, Step, WorkerId};
+use ulmus_types::{CheckpointId, Generation, JobName, Step, WorkerId};
 
 use crate::group::Group;
 use crate::jobs::JobStatus;
@@ -23,7 +23,7 @@ pub struct Status {
     /// The connected workers, ordered by name.
     pub members: Vec<MemberStatus>,
     /// The jobs that the plan asks for, and the progress of each.
-    pub jobs: BTreeMap<JobKind, JobStatus>,
+    pub jobs: BTreeMap<JobName, JobStatus>,
     /// States that workers hold in memory until they are stored as checkpoints.
     pub pending_checkpoints: Vec<CheckpointId>,
 }
@@ -72,7 +72,7 @@ pub struct MemberStatus {
 }
 
 /// What a worker is doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Doing {
     /// It has to prove that it can read the run folder.
     Joining,
@@ -82,8 +82,8 @@ pub enum Doing {
     Idle,
     /// It is in the group of this generation.
     Training(Generation),
-    /// It does a job of this kind.
-    Working(JobKind),
+    /// It does this job.
+    Working(JobName),
 }
 
 impl fmt::Display for Doing {
@@ -93,7 +93,7 @@ impl fmt::Display for Doing {
             Self::WarmingUp => f.write_str("warming up"),
             Self::Idle => f.write_str("idle"),
             Self::Training(generation) => write!(f, "in generation {generation}"),
-            Self::Working(kind) => write!(f, "working on {}", kind.name()),
+            Self::Working(job) => write!(f, "working on {job}"),
         }
     }
 }
@@ -112,7 +112,7 @@ impl Coordinator {
                 .iter()
                 .map(|(id, member)| self.member_status(id, member, &candidates, now))
                 .collect(),
-            jobs: self.jobs.status(),
+            jobs: self.jobs.status(&self.milestones()),
             pending_checkpoints: self.snapshots.ids().collect(),
         }
     }
@@ -171,7 +171,7 @@ impl Coordinator {
                 Activity::Warming => Doing::WarmingUp,
                 Activity::Idle => Doing::Idle,
                 Activity::InGroup(generation) => Doing::Training(*generation),
-                Activity::Working(job) => Doing::Working(job.kind()),
+                Activity::Working(job) => Doing::Working(job.name()),
             },
             since: now.saturating_sub(member.since),
             last_seen: now.saturating_sub(member.last_seen),

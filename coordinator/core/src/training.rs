@@ -258,11 +258,19 @@ impl Coordinator {
 
     /// Workers that may be in the next group.
     pub(crate) fn candidates(&self, now: Duration) -> Vec<WorkerId> {
-        let available = self.members.available(now);
+        let trains = |worker: &WorkerId| {
+            self.members
+                .get(worker)
+                .is_some_and(|member| !member.hello.only_jobs && !self.is_measured(member))
+        };
+        let mut available = self.members.available(now);
+        available.retain(trains);
         if available.len() >= self.settings.min_workers {
             return available;
         }
-        self.members.available_if_needed(now)
+        let mut available = self.members.available_if_needed(now);
+        available.retain(trains);
+        available
     }
 
     /// Forms a group when training is due and there are enough idle workers.
@@ -335,8 +343,7 @@ impl Coordinator {
     /// the average needs it.
     fn milestones_missing(&self) -> impl Iterator<Item = (Step, bool)> {
         let every = self.settings.milestone_every.max(1);
-        let stored: BTreeSet<Step> =
-            crate::jobs::milestones(&self.checkpoints).into_iter().map(CheckpointId::step).collect();
+        let stored: BTreeSet<Step> = self.milestones().into_iter().map(CheckpointId::step).collect();
         let steps = self.trained.into_iter().flat_map(move |trained| {
             let grid = (1..=trained.get() / every).rev().map(move |index| Step::new(index * every));
             std::iter::once(trained).chain(grid.filter(move |step| *step != trained))
@@ -360,12 +367,20 @@ impl Coordinator {
     /// Whether every update is done and every milestone is stored. What a finished run has lost since is not trained again.
     pub(crate) fn is_trained_and_stored(&self) -> bool {
         self.trained.is_some()
-            && (self.jobs.all_done() || !self.milestones_missing().any(|(_, is_missing)| is_missing))
+            && (self.jobs.all_done(&self.milestones())
+                || !self.milestones_missing().any(|(_, is_missing)| is_missing))
+    }
+
+    /// Whether a worker could join the group that trains.
+    fn may_join(&self, now: Duration) -> bool {
+        let trains =
+            |worker: &WorkerId| self.members.get(worker).is_some_and(|member| !member.hello.only_jobs);
+        self.members.available(now).iter().any(trains)
     }
 
     /// Requests what is due from a training group, which does it at the end of a step.
     pub(crate) fn request_from_group(&mut self, now: Duration) {
-        let may_join = !self.members.available(now).is_empty();
+        let may_join = self.may_join(now);
         let is_storing = !self.snapshots.is_empty();
         let Group::Training { members, pausing, .. } = &mut self.group else { return };
         let is_draining = |id: &WorkerId| self.members.get(id).is_some_and(|member| member.draining);

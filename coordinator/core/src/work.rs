@@ -1,14 +1,17 @@
 //! Jobs: which worker does which, and what becomes of the results.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
+use globset::Glob;
 use ulmus_types::{
-    BadUnit, CheckpointId, ErrorKind, ExitStatus, Job, JobKind, JobPhase, ToWorker, WorkerId, for_people,
+    BadUnit, CheckpointId, ErrorKind, ExitStatus, Job, Requirements, Stage, StageKind, ToWorker, WorkerId,
+    for_people,
 };
 
 use crate::checkpoints::whole_seconds;
 use crate::effect::{Effect, Notification};
-use crate::jobs::Stage;
+use crate::jobs::Progress;
 use crate::members::{Activity, Member};
 use crate::state::{Coordinator, TEXT_LIMIT};
 
@@ -48,36 +51,43 @@ impl Coordinator {
         if let Some(checkpoint) = damaged.filter(|id| job.checkpoints().contains(id)) {
             return self.on_damaged(checkpoint, &message);
         }
+        let Some(stage) = self.jobs.stage_of(job).cloned() else { return };
+        let prepares = stage.kind == StageKind::Prepare;
         // Units have no numbers until the preparation is done.
-        let spec = job.kind().spec();
-        let bad_unit = bad_unit.filter(|_| spec.phase == JobPhase::AfterTraining);
+        let bad_unit = bad_unit.filter(|_| !prepares);
         // The job may have started before the unit was quarantined.
         let was_known = bad_unit.is_some_and(|unit| self.quarantine.contains_key(unit));
         if !was_known && bad_unit.is_some_and(|unit| self.quarantine_unit(unit, &message)) {
             return;
         }
         // At the start of a run there is nothing to lose, and the person who started it can fix the disk.
-        if kind == ErrorKind::Disk && spec.phase == JobPhase::AfterTraining {
+        if kind == ErrorKind::Disk && !prepares {
             return self.wait_for_disk(worker, job, &message, now);
         }
         let may_try_again = self.jobs.on_failed(job, worker);
         // The average, which all these jobs read, can be recomputed.
-        if kind == ErrorKind::Corrupt && may_try_again && spec.reads.contains(&JobKind::Average) {
-            self.jobs.on_undone(JobKind::Average);
-            self.effect(Effect::SaveJobUndone(JobKind::Average));
+        if kind == ErrorKind::Corrupt
+            && may_try_again
+            && stage.reads_average(job)
+            && let Some(average) = self.jobs.on_average_damaged()
+        {
+            self.effect(Effect::SaveJobUndone(average));
             return self.emit(Notification::Alarm(format!("{message}; the average will be recomputed")));
         }
         // A problem of one worker may not affect the next one, but a problem of the input would.
         let others = self.others_may_do(job);
         let is_worth_it = was_known || others || matches!(kind, ErrorKind::Retry | ErrorKind::Internal);
+        let name = job.name();
         if may_try_again && is_worth_it {
-            self.emit(Notification::Info(format!(
-                "{} failed on {}, trying again: {message}",
-                job.name(),
-                worker.name()
-            )));
+            let text = format!("{name} failed on {}, trying again: {message}", worker.name());
+            self.emit(Notification::Info(text));
+            return;
+        }
+        let message = format!("{name} failed on {}: {message}", worker.name());
+        if self.jobs.on_given_up(job, kind, &message) {
+            self.emit(Notification::Alarm(format!("{message}; the run does everything else first")));
         } else {
-            self.exit(kind.into(), format!("{} failed on {}: {message}", job.name(), worker.name()));
+            self.exit(kind.into(), message);
         }
     }
 
@@ -88,10 +98,7 @@ impl Coordinator {
         let waited = self.jobs.on_write_failed(job, worker, now);
         let (name, most) = (job.name(), whole_seconds(self.settings.max_age));
         if waited > self.settings.max_age {
-            let message = format!(
-                "{name} could not be written for {}: {message}",
-                whole_seconds(self.settings.max_age)
-            );
+            let message = format!("{name} could not be written for {most}: {message}");
             return self.exit(ExitStatus::Failed, message);
         }
         if waited == Duration::ZERO || others {
@@ -102,19 +109,53 @@ impl Coordinator {
 
     /// Whether a job could be done by a connected worker on which it has not failed.
     fn others_may_do(&self, job: &Job) -> bool {
+        let Some(stage) = self.jobs.stage_of(job) else { return false };
         self.members.iter().any(|(id, member)| {
-            member.activity.is_admitted() && !member.draining && !self.jobs.has_failed_on(job, id)
+            self.may_serve(member, stage) && !member.draining && !self.jobs.has_failed_on(job, id)
         })
     }
 
-    /// How far the run is, as far as it decides which jobs can begin.
-    fn stage(&self) -> Stage {
-        let works = |member: &Member| matches!(member.activity, Activity::Working(_));
-        Stage {
-            trained: self.is_trained_and_stored(),
-            all_stored: self.snapshots.is_empty(),
-            somebody_works: self.members.iter().any(|(_, member)| works(member)),
-        }
+    /// Whether a worker could do the jobs of a stage now or later.
+    fn may_serve(&self, member: &Member, stage: &Stage) -> bool {
+        // What is on the machines that train need not be on one that only serves jobs.
+        let has_sources = stage.kind != StageKind::Prepare || !member.hello.only_jobs;
+        member.activity.is_admitted() && has_sources && has(member, &stage.needs)
+    }
+
+    /// Whether an evaluation or a benchmark is left to workers that only serve jobs, as one of them can do it: what a stage
+    /// measures then comes from machines of one kind.
+    fn is_reserved(&self, stage: &Stage, job: &Job) -> bool {
+        matches!(stage.kind, StageKind::Evaluation | StageKind::Benchmark)
+            && self.members.iter().any(|(id, member)| {
+                member.hello.only_jobs
+                    && self.may_serve(member, stage)
+                    && !member.draining
+                    && !self.jobs.has_failed_on(job, id)
+            })
+    }
+
+    /// Whether a worker's machine is being measured, so that nothing else may run there.
+    pub(crate) fn is_measured(&self, member: &Member) -> bool {
+        self.jobs.running().iter().any(|(job, worker)| {
+            let is_exclusive = self.jobs.stage_of(job).is_some_and(|stage| stage.kind.is_exclusive());
+            let there = self.members.get(worker);
+            is_exclusive && there.is_some_and(|there| there.hello.host == member.hello.host)
+        })
+    }
+
+    /// Whether no worker on a machine computes anything.
+    fn is_quiet(&self, host: &str) -> bool {
+        let computes = |worker: &WorkerId, member: &Member| match member.activity {
+            Activity::Working(_) | Activity::Warming => true,
+            // One that has not left an earlier group is stuck.
+            Activity::InGroup(_) => self.group.contains(worker),
+            Activity::Greeted | Activity::Idle => false,
+        };
+        !self.members.iter().any(|(id, member)| member.hello.host == host && computes(id, member))
+    }
+
+    fn progress(&self) -> Progress {
+        Progress { trained: self.is_trained_and_stored(), all_stored: self.snapshots.is_empty() }
     }
 
     pub(crate) fn start_jobs(&mut self, now: Duration) {
@@ -125,18 +166,87 @@ impl Coordinator {
         if idle.is_empty() {
             idle = self.members.available_if_needed(now);
         }
-        for job in self.jobs.ready(self.stage(), &self.checkpoints) {
-            let failed = |worker: &WorkerId| self.jobs.has_failed_on(&job, worker);
-            let Some(index) = (0..idle.len()).min_by_key(|index| failed(&idle[*index])) else { break };
-            if failed(&idle[index]) && (self.others_may_do(&job) || self.jobs.is_waiting(&job, now)) {
-                continue;
+        let progress = self.progress();
+        let ready = self.jobs.ready(progress, &self.milestones());
+        // Whatever else there is to do keeps the machines of those that could do it from being measured.
+        let mut left: Vec<Stage> = Vec::new();
+        let mut told = BTreeSet::new();
+        for (stage, job) in ready {
+            if told.insert(stage.name.clone()) {
+                self.watch_pending(&stage, progress, now);
             }
+            // Until training is over, those that train are left to it.
+            let trains = !progress.trained && stage.kind != StageKind::Prepare;
+            let is_reserved = trains || self.is_reserved(&stage, &job);
+            let may_do = |worker: &WorkerId| {
+                self.members.get(worker).is_some_and(|member| {
+                    let host = &member.hello.host;
+                    let is_alone =
+                        || self.is_quiet(host) && !left.iter().any(|other| self.may_serve(member, other));
+                    self.may_serve(member, &stage)
+                        && (!is_reserved || member.hello.only_jobs)
+                        && !self.is_measured(member)
+                        && (!stage.kind.is_exclusive() || is_alone())
+                })
+            };
+            let failed = |worker: &WorkerId| self.jobs.has_failed_on(&job, worker);
+            let able = (0..idle.len()).filter(|index| may_do(&idle[*index]));
+            let best = able.min_by_key(|index| failed(&idle[*index]));
+            let best = best.filter(|index| {
+                !failed(&idle[*index]) || !(self.others_may_do(&job) || self.jobs.is_waiting(&job, now))
+            });
+            let Some(index) = best else {
+                if !stage.kind.is_exclusive() && !trains {
+                    left.push(stage);
+                }
+                continue;
+            };
             let worker = idle.remove(index);
             self.members.set(&worker, Activity::Working(job.clone()), now);
             self.jobs.on_started(job.clone(), worker.clone());
             self.effect(Effect::SaveJobStarted(job.clone(), worker.clone()));
             self.send(&worker, ToWorker::Run(job.clone()));
-            self.emit(Notification::JobStarted(job, worker));
+            let purpose = stage.describe(&job);
+            self.emit(Notification::JobStarted { job: job.name(), worker, purpose });
         }
     }
+
+    /// Tells when no connected worker can serve a stage whose jobs could begin, and skips these when the run has waited long
+    /// enough.
+    fn watch_pending(&mut self, stage: &Stage, progress: Progress, now: Duration) {
+        if stage.needs == Requirements::default()
+            || self.members.iter().any(|(_, member)| self.may_serve(member, stage))
+        {
+            return self.jobs.on_served(&stage.name);
+        }
+        // While the run does other things, it does not wait.
+        let waits = progress.trained && self.jobs.running().is_empty();
+        let (is_news, is_over) = self.jobs.on_pending(stage, waits, now);
+        let needs = format!("no worker {}", stage.needs);
+        if is_news {
+            let devices: BTreeSet<&str> =
+                self.members.iter().map(|(_, member)| &member.hello.device[..]).collect();
+            let devices: Vec<&str> = devices.into_iter().collect();
+            let text = format!("{} is pending: {needs}; connected: {}", stage.name, devices.join(" | "));
+            self.emit(Notification::Alarm(text));
+        }
+        if is_over {
+            let within = whole_seconds(stage.needs.wait.unwrap_or_default());
+            let skipped = format!("{needs} came within {within}");
+            self.emit(Notification::Alarm(format!("{} is skipped: {skipped}", stage.name)));
+            let jobs = self.jobs.ready(progress, &self.milestones());
+            for (_, job) in jobs.into_iter().filter(|(other, _)| other.name == stage.name) {
+                self.jobs.on_succeeded(&job);
+                self.effect(Effect::SaveJobSkipped(job, skipped.clone()));
+            }
+        }
+    }
+}
+
+/// Whether a worker has what a stage needs.
+fn has(member: &Member, needs: &Requirements) -> bool {
+    let is_like = |pattern: &String| {
+        Glob::new(pattern).is_ok_and(|glob| glob.compile_matcher().is_match(&member.hello.device))
+    };
+    needs.device.as_ref().is_none_or(is_like) && needs.memory.is_none_or(|bytes| member.hello.memory >= bytes)
 }

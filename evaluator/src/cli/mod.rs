@@ -27,9 +27,6 @@ use compare::Compare;
 use run::Run;
 use tasks::{Fetch, Tasks};
 
-/// Format version of the result files.
-const FORMAT_VERSION: u32 = 1;
-
 /// The default length of the prompt in `bench`, where the context has room for it.
 const PROMPT_TOKENS: usize = 35;
 /// The default number of tokens to generate, where the context has room for them.

@@ -8,23 +8,22 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use ulmus_backend::{Backend, CacheFormat, WeightFormat};
 use ulmus_evaluator::tasks::{
-    Batching, DataSets, Evaluation, Journal, Limit, Outcome, Progress, Revision, Selection, Settings,
-    TaskPlan, average, beside_published, markdown, results_file,
+    Batching, DataSets, Evaluation, Journal, Limit, Outcome, Progress, Selection, Settings, TaskPlan,
+    average, beside_published, description, kind_of_device, markdown, results_file,
 };
 use ulmus_evaluator::{
-    EvaluatorError, LoadedModel, adds_bos, load_model, load_tokenizer, model_folder, perplexity, read_texts,
+    EvaluatorError, adds_bos, load_model, load_tokenizer, model_folder, perplexity, read_texts,
 };
 use ulmus_model::Model;
 use ulmus_process::{Failure, print};
 use ulmus_run::results::Perplexity;
-use ulmus_tokenizer::Tokenizer;
 use ulmus_types::{ExitStatus, counted};
 
 use super::tasks::{HarnessRev, catalogue};
-use super::{Compute, Dtype, FORMAT_VERSION, OnDevice, failure, json as to_json, table};
+use super::{Compute, Dtype, OnDevice, failure, json as to_json, table};
 
 /// The task that measures texts of the user's own.
 const PERPLEXITY: &str = "perplexity";
@@ -270,61 +269,6 @@ impl Run {
             cache as f64 / 1e6
         ))
     }
-
-    /// What the results file says of the model and the command. Nothing in it depends on the time or on the number of threads.
-    fn description<B: Backend>(
-        &self,
-        loaded: &LoadedModel<B>,
-        tokenizer: &Tokenizer,
-        settings: &Settings,
-    ) -> Map<String, Value> {
-        let config = loaded.model.config();
-        let name = self.model.trim_end_matches('/').rsplit('/').next();
-        let limit = match self.limit {
-            None => Value::Null,
-            Some(Limit::Rows(rows)) => json!(rows),
-            Some(Limit::Share(share)) => json!(share),
-        };
-        let description = json!({
-            "format_version": FORMAT_VERSION,
-            "evaluator": env!("CARGO_PKG_VERSION"),
-            "model": {
-                "folder": self.model,
-                "parameters": config.parameters(),
-                "weights": loaded.digest,
-                "tokenizer": tokenizer.digest(),
-                "config": config,
-            },
-            "data": self.data,
-            "config": {
-                "model": "ulmus",
-                "model_args": format!("pretrained={},add_bos_token={}", self.model, settings.add_bos),
-                "model_num_parameters": config.parameters(),
-                "model_dtype": loaded.model.format().to_string(),
-                "device": kind_of(&loaded.model.backend().describe()),
-                "limit": limit,
-                "fewshot_seed": self.seed,
-            },
-            "model_source": "ulmus",
-            "model_name": name,
-            "model_name_sanitized": name.map(|name| name.replace(|c: char| !c.is_ascii_alphanumeric() && c != '-' && c != '.', "_")),
-            "tokenizer_bos_token": [tokenizer.special_names().0, &tokenizer.bos().to_string()],
-            "tokenizer_eos_token": [tokenizer.special_names().1, &tokenizer.eos().to_string()],
-            "eot_token_id": tokenizer.eos(),
-            "max_length": settings.context,
-            "lm_eval_version": match settings.revision {
-                Revision::Current => "0.4.13",
-                Revision::Dc90fec => "dc90fec",
-            },
-        });
-        let Value::Object(description) = description else { return Map::new() };
-        description
-    }
-}
-
-/// The kind of a device, without the number of its threads, which changes no result.
-fn kind_of(device: &str) -> &str {
-    device.split_once(", ").map_or(device, |(kind, _)| kind)
 }
 
 /// Bytes of the keys and values of one token.
@@ -395,7 +339,7 @@ impl OnDevice for Run {
                 Some(output) => Journal::open(
                     &output.results.with_extension("journal"),
                     loaded.digest,
-                    kind_of(&loaded.model.backend().describe()),
+                    &kind_of_device(&loaded.model),
                     &loaded.model.format().to_string(),
                     self.resume,
                 )
@@ -437,7 +381,7 @@ impl OnDevice for Run {
             };
             outcomes = evaluation.run(&selection, &mut journal, &mut on_progress).map_err(failure)?;
         }
-        let description = self.description(&loaded, &tokenizer, &settings);
+        let description = description(&self.model, &loaded, &tokenizer, &self.data, &settings);
         let mut file = results_file(&outcomes, description);
         for (name, value) in own {
             file["results"][name] = value;

@@ -393,7 +393,7 @@ mod tests {
             let mut catalogue = Catalogue::default();
             catalogue.add("built_in.toml", BUILT_IN, revision).unwrap();
             assert_eq!(catalogue.leaves(&catalogue.groups["mmlu"]).len(), 57);
-            assert_eq!(catalogue.tasks.len(), 14 + 57 + 8);
+            assert_eq!(catalogue.tasks.len(), 15 + 57 + 8);
         }
         let current = Catalogue::built_in(Revision::Current);
         let earlier = Catalogue::built_in(Revision::Dc90fec);

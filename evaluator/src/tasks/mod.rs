@@ -27,7 +27,7 @@ pub use journal::Journal;
 pub use measure::{Limit, Settings};
 pub use metric::{Estimate, Metric};
 pub use published::beside_published;
-pub use report::{Outcome, markdown, results_file};
+pub use report::{Outcome, description, kind_of_device, markdown, results_file};
 pub use rows::DataSets;
 pub use run::{Evaluation, Progress, TaskPlan, average};
 pub use scorer::Batching;

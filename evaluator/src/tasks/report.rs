@@ -5,12 +5,19 @@ use std::fmt::Write as _;
 use minijinja::value::Value;
 use serde::Serialize;
 use serde_json::{Map, Value as Json, json};
+use ulmus_backend::Backend;
+use ulmus_model::Model;
+use ulmus_tokenizer::Tokenizer;
 
-use super::definition::Kind;
-use super::measure::{Content, Measured, Prepared, Row, asked};
+use super::definition::{Kind, Revision};
+use super::measure::{Content, Limit, Measured, Prepared, Row, Settings, asked};
 use super::metric::{Estimate, Metric};
 use super::scorer::Likelihood;
+use crate::folder::LoadedModel;
 use crate::python::string::words;
+
+/// The version of the results file.
+const FORMAT_VERSION: u32 = 1;
 
 /// A row of the results: a task, or a group of tasks.
 #[derive(Debug, Clone, PartialEq)]
@@ -367,6 +374,65 @@ fn table(first: &'static str, outcomes: &[Outcome]) -> String {
         text += &line(&row.iter().map(String::as_str).collect::<Vec<_>>());
     }
     text
+}
+
+/// What the results file says of a model, its data and the settings. Nothing in it depends on the time or on the number of
+/// threads. `place` is where the model is.
+pub fn description<B: Backend>(
+    place: &str,
+    loaded: &LoadedModel<B>,
+    tokenizer: &Tokenizer,
+    data: &[String],
+    settings: &Settings,
+) -> Map<String, Json> {
+    let config = loaded.model.config();
+    let name = place.trim_end_matches('/').rsplit('/').next();
+    let limit = match settings.limit {
+        None => Json::Null,
+        Some(Limit::Rows(rows)) => json!(rows),
+        Some(Limit::Share(share)) => json!(share),
+    };
+    let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.';
+    let description = json!({
+        "format_version": FORMAT_VERSION,
+        "evaluator": env!("CARGO_PKG_VERSION"),
+        "model": {
+            "folder": place,
+            "parameters": config.parameters(),
+            "weights": loaded.digest,
+            "tokenizer": tokenizer.digest(),
+            "config": config,
+        },
+        "data": data,
+        "config": {
+            "model": "ulmus",
+            "model_args": format!("pretrained={place},add_bos_token={}", settings.add_bos),
+            "model_num_parameters": config.parameters(),
+            "model_dtype": loaded.model.format().to_string(),
+            "device": kind_of_device(&loaded.model),
+            "limit": limit,
+            "fewshot_seed": settings.seed,
+        },
+        "model_source": "ulmus",
+        "model_name": name,
+        "model_name_sanitized": name.map(|name| name.replace(|c| !allowed(c), "_")),
+        "tokenizer_bos_token": [tokenizer.special_names().0, &tokenizer.bos().to_string()],
+        "tokenizer_eos_token": [tokenizer.special_names().1, &tokenizer.eos().to_string()],
+        "eot_token_id": tokenizer.eos(),
+        "max_length": settings.context,
+        "lm_eval_version": match settings.revision {
+            Revision::Current => "0.4.13",
+            Revision::Dc90fec => "dc90fec",
+        },
+    });
+    let Json::Object(description) = description else { return Map::new() };
+    description
+}
+
+/// The kind of a model's device, without the number of its threads, which changes no result.
+pub fn kind_of_device<B: Backend>(model: &Model<B>) -> String {
+    let device = model.backend().describe();
+    device.split_once(", ").map_or(device.as_str(), |(kind, _)| kind).to_owned()
 }
 
 #[cfg(test)]

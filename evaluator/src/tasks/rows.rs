@@ -1,5 +1,7 @@
 //! Finds and reads the rows of a task: data sets in the layout that the hub gives them, in any folder or store.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use minijinja::value::Value;
 use parquet::file::reader::{FileReader, SerializedFileReader};
@@ -9,9 +11,13 @@ use ulmus_dataloader::Folder;
 use super::definition::Definition;
 use crate::error::EvaluatorError;
 
-/// Folders with data sets.
+/// Folders with data sets, and rows that were made.
 #[derive(Debug)]
-pub struct DataSets(Vec<DataFolder>);
+pub struct DataSets {
+    folders: Vec<DataFolder>,
+    /// By the name of the data set.
+    made: BTreeMap<String, Vec<Value>>,
+}
 
 #[derive(Debug)]
 struct DataFolder {
@@ -41,7 +47,18 @@ impl DataSets {
             let paths = folder.paths()?;
             Ok(DataFolder { address: address.clone(), folder, paths })
         };
-        addresses.iter().map(open).collect::<Result<_, _>>().map(Self)
+        let folders = addresses.iter().map(open).collect::<Result<_, EvaluatorError>>()?;
+        Ok(Self { folders, made: BTreeMap::new() })
+    }
+
+    /// Adds rows that stand for all splits of a data set.
+    pub fn add_rows(&mut self, source: &str, rows: Vec<serde_json::Value>) {
+        let value = |row| serde_json::from_value(row).expect("every JSON value is a value of templates");
+        self.made.insert(source.to_owned(), rows.into_iter().map(value).collect());
+    }
+
+    fn made(&self, task: &Definition) -> Option<&Vec<Value>> {
+        task.sources.iter().find_map(|source| self.made.get(source))
     }
 
     /// Whether there are files of a split.
@@ -49,7 +66,7 @@ impl DataSets {
     /// # Errors
     /// [`EvaluatorError::NoRows`] if there are none.
     pub(crate) fn look_for(&self, task: &Definition, split: &str) -> Result<(), EvaluatorError> {
-        if self.find(task, split).is_some() {
+        if self.made(task).is_some() || self.find(task, split).is_some() {
             return Ok(());
         }
         let problem = self.missing(task, split);
@@ -63,6 +80,10 @@ impl DataSets {
     pub(crate) fn read(&self, task: &Definition, split: &str) -> Result<Split, EvaluatorError> {
         let wrong =
             |problem| EvaluatorError::NoRows { task: task.name.clone(), split: split.to_owned(), problem };
+        if let Some(rows) = self.made(task) {
+            let place = task.sources[0].clone();
+            return Ok(Split { name: split.to_owned(), place, rows: rows.clone() });
+        }
         let Some((folder, files)) = self.find(task, split) else {
             return Err(wrong(self.missing(task, split)));
         };
@@ -85,7 +106,7 @@ impl DataSets {
         let short = task.sources.iter().filter_map(|source| Some(source.split_once('/')?.1));
         let roots = names.chain(short).map(|name| format!("{name}/")).chain([String::new()]);
         for root in roots {
-            for folder in &self.0 {
+            for folder in &self.folders {
                 let files = files_of(&folder.paths, &root, task.config.as_deref(), split);
                 if !files.is_empty() {
                     return Some((folder, files));
@@ -99,7 +120,7 @@ impl DataSets {
     fn missing(&self, task: &Definition, split: &str) -> String {
         let source = &task.sources[0];
         let config = task.config.as_ref().map(|config| format!("{config}/")).unwrap_or_default();
-        let places: Vec<&str> = self.0.iter().map(|folder| folder.address.as_str()).collect();
+        let places: Vec<&str> = self.folders.iter().map(|folder| folder.address.as_str()).collect();
         format!(
             "there is no {source}/{config}{split}-*.parquet (or .jsonl, .json) in {}; \
              {}",

@@ -94,7 +94,7 @@ impl<B: Backend> Evaluation<'_, B> {
     ) -> Result<Vec<Outcome>, EvaluatorError> {
         let mut outcomes: Vec<Outcome> = Vec::new();
         let mut by_name: BTreeMap<String, Outcome> = BTreeMap::new();
-        self.look_for_rows(selection)?;
+        selection.look_for_rows(self.data, self.settings)?;
         for item in &selection.items {
             let Item::Task { task, depth, entry } = item else { continue };
             let prepared = self.prepare(task, entry.as_ref())?;
@@ -136,32 +136,7 @@ impl<B: Backend> Evaluation<'_, B> {
 
     /// Reads the rows of a task, and asks about them in the way of its group.
     fn prepare(&self, task: &Arc<Definition>, entry: Option<&Entry>) -> Result<Prepared, EvaluatorError> {
-        Prepared::new(task, self.data, self.tokenizer, &self.settings_of(entry))
-    }
-
-    /// Looks for the files of all tasks, so that what is missing is told before anything is measured.
-    fn look_for_rows(&self, selection: &Selection) -> Result<(), EvaluatorError> {
-        for item in &selection.items {
-            let Item::Task { task, entry, .. } = item else { continue };
-            let settings = self.settings_of(entry.as_ref());
-            let shots = task.shots.or(settings.shots).unwrap_or(0);
-            let examples = settings.fewshot_split.as_deref().or(task.examples_split());
-            for split in [task.measured_split(), examples.filter(|_| shots > 0)].into_iter().flatten() {
-                self.data.look_for(task, split)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// What counts for a task of a group.
-    fn settings_of(&self, entry: Option<&Entry>) -> Settings {
-        let Some(entry) = entry else { return self.settings.clone() };
-        Settings {
-            // As in the harness, a group's examples can be changed, but not where it asks for none.
-            shots: if entry.shots == 0 { Some(0) } else { self.settings.shots.or(Some(entry.shots)) },
-            fewshot_split: self.settings.fewshot_split.clone().or_else(|| entry.fewshot_split.clone()),
-            ..self.settings.clone()
-        }
+        Prepared::new(task, self.data, self.tokenizer, &settings_of(self.settings, entry))
     }
 
     /// What each task of a selection would ask. The model is not asked.
@@ -203,6 +178,36 @@ impl<B: Backend> Evaluation<'_, B> {
         let likelihoods: Vec<Likelihood> =
             likelihoods.into_iter().map(|one| one.expect("all are scored")).collect();
         Ok((prepared.count(&likelihoods), likelihoods))
+    }
+}
+
+impl Selection {
+    /// Looks for the files of all tasks, so that what is missing is told before anything is measured.
+    ///
+    /// # Errors
+    /// [`EvaluatorError::NoRows`] for the first task without them.
+    pub fn look_for_rows(&self, data: &DataSets, settings: &Settings) -> Result<(), EvaluatorError> {
+        for item in &self.items {
+            let Item::Task { task, entry, .. } = item else { continue };
+            let settings = settings_of(settings, entry.as_ref());
+            let shots = task.shots.or(settings.shots).unwrap_or(0);
+            let examples = settings.fewshot_split.as_deref().or(task.examples_split());
+            for split in [task.measured_split(), examples.filter(|_| shots > 0)].into_iter().flatten() {
+                data.look_for(task, split)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What counts for a task of a group.
+fn settings_of(settings: &Settings, entry: Option<&Entry>) -> Settings {
+    let Some(entry) = entry else { return settings.clone() };
+    Settings {
+        // As in the harness, a group's examples can be changed, but not where it asks for none.
+        shots: if entry.shots == 0 { Some(0) } else { settings.shots.or(Some(entry.shots)) },
+        fewshot_split: settings.fewshot_split.clone().or_else(|| entry.fewshot_split.clone()),
+        ..settings.clone()
     }
 }
 

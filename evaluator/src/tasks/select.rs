@@ -17,6 +17,11 @@ pub struct Selection {
 }
 
 impl Selection {
+    /// Whether a task of this name is measured.
+    pub fn has(&self, name: &str) -> bool {
+        self.items.iter().any(|item| matches!(item, Item::Task { task, .. } if task.name == name))
+    }
+
     /// Whether there is nothing to measure.
     pub fn is_empty(&self) -> bool {
         self.items.is_empty()

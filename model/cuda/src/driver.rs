@@ -111,6 +111,12 @@ impl Device {
         format!("{}, CUDA {major}.{minor}, cuBLAS {blas_major}.{blas_minor}.{blas_patch}", self.name)
     }
 
+    /// Bytes of memory that the device has.
+    pub(super) fn total_memory(&self) -> u64 {
+        // SAFETY: the device exists as long as its context.
+        must("tell its memory", unsafe { result::device::total_mem(self.context.cu_device()) }) as u64
+    }
+
     pub(super) fn bind(&self) {
         must("be used by a thread", self.context.bind_to_thread());
     }

@@ -64,6 +64,11 @@ impl Cuda {
         driver::count()
     }
 
+    /// Bytes of memory that the GPU has.
+    pub fn memory(&self) -> u64 {
+        self.device.total_memory()
+    }
+
     /// Opens the GPU with the number `ordinal`.
     ///
     /// # Errors

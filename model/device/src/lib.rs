@@ -2,7 +2,8 @@
 
 #![forbid(unsafe_code)]
 
-use ulmus_backend::BackendError;
+use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
+use ulmus_backend::{Backend, BackendError};
 use ulmus_cpu::Cpu;
 use ulmus_cuda::Cuda;
 use ulmus_plan::Device;
@@ -35,4 +36,36 @@ impl AnyBackend {
             Some(ordinal) => Self::Cuda(Cuda::new(ordinal)?),
         })
     }
+
+    /// What the device is, in words for a person, with the name of the processor or of the GPU.
+    pub fn describe(&self) -> String {
+        match self {
+            Self::Cpu(cpu) => format!("{}, {}", cpu.describe(), processor()),
+            Self::Cuda(cuda) => cuda.describe(),
+        }
+    }
+
+    /// Bytes of memory that the device has: those of the GPU, or those of the machine that this process may use; 0 if the
+    /// system does not say.
+    pub fn memory(&self) -> u64 {
+        match self {
+            Self::Cpu(_) => {
+                let memory = MemoryRefreshKind::nothing().with_ram();
+                let Ok(system) = System::new_with_specifics(RefreshKind::nothing().with_memory(memory))
+                else {
+                    return 0;
+                };
+                let allowed = system.cgroup_limits().map(|limits| limits.total_memory);
+                allowed.unwrap_or(u64::MAX).min(system.total_memory())
+            }
+            Self::Cuda(cuda) => cuda.memory(),
+        }
+    }
+}
+
+/// The name of the processor, or `unknown processor` where the system does not say.
+pub fn processor() -> String {
+    let system = System::new_with_specifics(RefreshKind::nothing().with_cpu(CpuRefreshKind::nothing()));
+    let named = system.ok().and_then(|system| Some(system.cpus().first()?.brand().trim().to_owned()));
+    named.filter(|name| !name.is_empty()).unwrap_or_else(|| "unknown processor".to_owned())
 }

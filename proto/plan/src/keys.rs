@@ -7,6 +7,7 @@ use toml::{Table, Value};
 use crate::bytes::Bytes;
 use crate::plan::Plan;
 use crate::prepare::PrepareConfig;
+use crate::stages::{BenchConfig, EvaluationConfig};
 use crate::{Format, SourceConfig};
 
 /// Likeness from which a key that no plan has is taken for a known one. Below it, the known one is only suggested.
@@ -115,6 +116,24 @@ pub(crate) fn every_key() -> Table {
         max_epochs: Some(1),
         ..SourceConfig::default()
     });
+    full.evaluation.push(EvaluationConfig {
+        suite: text(),
+        tasks: one(),
+        data: one(),
+        tokenizer: text(),
+        shots: Some(5),
+        limit: Some(100.0),
+        device: text(),
+        memory: Some(Bytes::mib(1024)),
+        wait: Some(Duration::from_hours(1)),
+        ..EvaluationConfig::default()
+    });
+    full.bench.push(BenchConfig {
+        device: text(),
+        memory: Some(Bytes::mib(1024)),
+        wait: Some(Duration::from_hours(1)),
+        ..BenchConfig::default()
+    });
     full.data.cache = text();
     full.tokenizer.file = text();
     full.tokenizer.bos = text();
@@ -132,6 +151,21 @@ pub(crate) fn alike<'a>(known: &'a Table, segments: &[String]) -> Option<&'a Val
     let first =
         |segment: &String| if segment.parse::<usize>().is_ok() { "0".to_owned() } else { segment.clone() };
     find(known, &segments.iter().map(first).collect::<Vec<_>>())
+}
+
+/// The path with the index of a stage in place of its name, as in `evaluation.zeroshot.limit`; `None` if the plan has no stage
+/// of that name.
+pub(crate) fn of_named(table: &Table, mut segments: Vec<String>) -> Option<Vec<String>> {
+    if let [kind, name, _, ..] = &segments[..]
+        && ["evaluation", "bench"].contains(&&kind[..])
+        && name.parse::<usize>().is_err()
+    {
+        let stages = table.get(kind)?.as_array()?;
+        let index =
+            stages.iter().position(|stage| stage.get("name").and_then(Value::as_str) == Some(name))?;
+        segments[1] = index.to_string();
+    }
+    Some(segments)
 }
 
 /// Whether the value of a key, be it one of a variant, is text.

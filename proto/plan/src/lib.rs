@@ -17,6 +17,7 @@ mod parse;
 mod plan;
 mod prepare;
 mod rules;
+mod stages;
 mod train;
 
 pub use bytes::Bytes;
@@ -30,4 +31,5 @@ pub use plan::{
     BenchmarkConfig, ClusterConfig, EvaluateConfig, LocalConfig, MAY_CHANGE, Plan, RunConfig, StoreConfig,
 };
 pub use prepare::{PrepareConfig, TokenizerConfig};
+pub use stages::{BenchConfig, EvaluationConfig, NEXT_TEXT, WeightType};
 pub use train::{Algorithms, CheckpointConfig, Precision, TrainConfig};

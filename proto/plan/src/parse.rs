@@ -299,7 +299,11 @@ fn set(table: &mut Table, assignment: &str, problems: &mut Problems) {
         return;
     };
     let text = text.trim();
-    let segments = segments(path.trim());
+    let Some(segments) = keys::of_named(table, segments(path.trim())) else {
+        let advice = "name one that it has, as in evaluation.NAME.limit";
+        problems.add(path.trim(), text, "the plan has no stage of this name", advice);
+        return;
+    };
     if !is_text(&segments) && text.parse::<i128>().is_ok_and(|number| i64::try_from(number).is_err()) {
         problems.add(path.trim(), text, mistakes::out_of_bounds(), "set it to one in that range");
         return;
@@ -585,8 +589,10 @@ mod tests {
         let mut keys = Vec::new();
         leaves("", &Value::Table(keys::every_key()), &mut keys);
         assert!(keys.len() > 70);
-        let text =
-            SMALL.to_owned() + "[[data.source]]\nname = \"a\"\nurl = \"b\"\nfiles = [\"c\"]\ntext = \"d\"\n";
+        let text = SMALL.to_owned()
+            + "[[data.source]]\nname = \"a\"\nurl = \"b\"\nfiles = [\"c\"]\ntext = \"d\"\n"
+            + "[[evaluation]]\nname = \"tasks\"\nof = \"last\"\ntasks = [\"boolq\"]\ndata = [\"e\"]\n"
+            + "[[bench]]\nname = \"speed\"\nof = [\"average\", \"last\"]\n";
         let plan: Table = text.parse().unwrap();
         for wrong in ["\"x y\"", "-3", "1.5", "true", "2026-11-30", "[[]]", "[true]", "{ x = 1 }"] {
             let wrong = format!("value = {wrong}").parse::<Table>().unwrap().remove("value").unwrap();
@@ -701,7 +707,7 @@ mod tests {
             .replace("lanes = 8\n        [train]", "");
         assert!(told(&text).contains("train.clip = -1.0"), "{}", told(&text));
         let text = SMALL.replace("[run]", "\"a.b\" = 1\n[run]");
-        assert!(told(&text).starts_with("a.b = 1: unknown key; the keys here are [benchmark], "));
+        assert!(told(&text).starts_with("a.b = 1: unknown key; the keys here are [[bench]], [benchmark], "));
         let text = SMALL.replace("[run]", "iterations = 100\n[run]");
         assert_eq!(told(&text), "iterations = 100: unknown key; did you mean train.iterations?");
         let text = SMALL.replace(

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use ulmus_types::{Digest, HEARTBEAT_INTERVAL, Problems, RunName};
+use ulmus_types::{Digest, Graph, HEARTBEAT_INTERVAL, Of, Problems, RunName};
 
 use crate::bytes::Bytes;
 use crate::data::{DataConfig, SourceConfig, secret};
@@ -13,6 +13,7 @@ use crate::model::ModelConfig;
 use crate::norm::NormKind;
 use crate::prepare::{PrepareConfig, TokenizerConfig};
 use crate::rules::{range, range_or, sound};
+use crate::stages::{self, BenchConfig, EvaluationConfig};
 use crate::train::{CheckpointConfig, TrainConfig};
 
 /// Which run this is.
@@ -181,13 +182,19 @@ pub struct Plan {
     pub evaluate: EvaluateConfig,
     /// Throughput benchmark.
     pub benchmark: BenchmarkConfig,
+    /// Evaluations on tasks.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub evaluation: Vec<EvaluationConfig>,
+    /// Further benchmarks.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub bench: Vec<BenchConfig>,
 }
 
 /// The largest amount of text that models are measured on.
 const MAX_TEXT: Bytes = Bytes::mib(1 << 20);
 
 /// Keys that may change between two starts of the same run, because no trained bit depends on them.
-pub const MAY_CHANGE: [&str; 12] = [
+pub const MAY_CHANGE: [&str; 14] = [
     "local.",
     "cluster.",
     "store.",
@@ -195,6 +202,8 @@ pub const MAY_CHANGE: [&str; 12] = [
     "checkpoint.max_age",
     "evaluate.",
     "benchmark.",
+    "evaluation",
+    "bench",
     "data.threads",
     "data.cache",
     "data.request_timeout",
@@ -338,6 +347,7 @@ impl Plan {
         self.store.check(problems);
         self.check_processes(problems);
         self.check_evaluation(problems);
+        self.check_stages(problems);
         problems.check(
             !self.data.source.is_empty() || !sound(problems, &["prepare"]),
             "data.source",
@@ -367,6 +377,27 @@ impl Plan {
                 ),
                 format!("set it to {most}, or lower train.micro_batch"),
             );
+        }
+    }
+
+    /// The stages of a run with this plan.
+    pub fn graph(&self) -> Graph {
+        let added = stages::stages(&self.evaluation, &self.bench);
+        Graph::new(self.checkpoint.average, self.checkpoint.export, added)
+    }
+
+    /// The stages that the plan adds.
+    fn check_stages(&self, problems: &mut Problems) {
+        stages::check(&self.evaluation, &self.bench, problems);
+        for (index, config) in self.bench.iter().enumerate() {
+            let [prompt, generate] = ["prompt", "generate"].map(|key| format!("bench.{index}.{key}"));
+            if config.of.iter().any(|of| matches!(of, Of::Model(_))) {
+                // The context of another model is known when it is read.
+                range(problems, prompt, config.prompt, 1..);
+                range(problems, generate, config.generate, 2..);
+            } else {
+                self.check_room(problems, [&prompt, &generate], [config.prompt, config.generate], [1, 2]);
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! Paths of files in a run folder, relative to it. The join token and the coordinator's key are named where they are made, in
 //! `ulmus-transport`.
 
-use ulmus_types::{CheckpointId, Digest, JobKind};
+use ulmus_types::{CheckpointId, Digest, JobName, StageName};
 
 /// The plan with the value of every key.
 pub const PLAN: &str = "plan.resolved.toml";
@@ -72,8 +72,13 @@ pub fn export_file(file: &str) -> String {
 }
 
 /// The result of a job.
-pub fn result(kind: JobKind) -> String {
-    format!("{RESULTS}/{}.json", kind.name())
+pub fn result(job: &JobName) -> String {
+    format!("{RESULTS}/{job}.json")
+}
+
+/// What a stage has found of the milestones, as a figure in a format.
+pub fn figure(stage: &StageName, format: &str) -> String {
+    format!("{RESULTS}/{stage}/milestones.{format}")
 }
 
 /// The algorithms that were chosen on a device with this description.

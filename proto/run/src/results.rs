@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use ulmus_types::{CheckpointId, Digest, FileEntry, JobKind};
+use ulmus_types::{CheckpointId, Digest, FileEntry, JobName, StageKind, StageName};
 
 use crate::{FormatError, paths};
 
@@ -186,68 +186,96 @@ pub struct Benchmark {
     pub details: Value,
 }
 
+/// What a model was found to be on tasks: the file that `evaluator run --output` writes, in the layout of
+/// lm-evaluation-harness.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Tasks {
+    /// The metrics of each task and group, by names such as `acc,none` and `acc_stderr,none`.
+    pub results: BTreeMap<String, BTreeMap<String, Value>>,
+    /// The average of a suite, from 0 to 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub average: Option<f64>,
+    /// Everything else in the file.
+    #[serde(flatten)]
+    pub details: BTreeMap<String, Value>,
+}
+
 /// The results of a run's jobs.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Results(BTreeMap<JobKind, Value>);
+pub struct Results(BTreeMap<JobName, Value>);
 
 impl Results {
     /// Wraps results that were [`check`]ed when they were stored.
-    pub fn new(results: BTreeMap<JobKind, Value>) -> Self {
+    pub fn new(results: BTreeMap<JobName, Value>) -> Self {
         Self(results)
     }
 
     /// The average.
     pub fn averaged(&self) -> Option<Average> {
-        self.of(JobKind::Average)
+        self.of(StageName::AVERAGE)
     }
 
     /// The exported model.
     pub fn exported(&self) -> Option<Exported> {
-        self.of(JobKind::Export)
+        self.of(StageName::EXPORT)
     }
 
     /// The perplexity of the average on held-out text.
     pub fn average(&self) -> Option<Measured<Perplexity>> {
-        self.of(JobKind::EvaluateAverage)
+        self.of(StageName::EVALUATE_AVERAGE)
     }
 
     /// The perplexity of the model at the end of training on held-out text.
     pub fn last(&self) -> Option<Measured<Perplexity>> {
-        self.of(JobKind::EvaluateLast)
+        self.of(StageName::EVALUATE_LAST)
     }
 
     /// The continuations of held-out text.
     pub fn continuations(&self) -> Option<Measured<Continuations>> {
-        self.of(JobKind::Continuations)
+        self.of(StageName::CONTINUATIONS)
     }
 
     /// The speed of the average.
     pub fn benchmark(&self) -> Option<Benchmark> {
-        self.of(JobKind::Benchmark)
+        self.of(StageName::BENCHMARK)
     }
 
-    fn of<T: DeserializeOwned>(&self, kind: JobKind) -> Option<T> {
-        T::deserialize(self.0.get(&kind)?).ok()
+    /// The results of a stage that has a job for each model, by the names of the models. Those of another form are left out.
+    pub fn of_models<T: DeserializeOwned>(&self, stage: &StageName) -> Vec<(&str, T)> {
+        let of_stage = self.0.iter().filter(|(name, _)| name.stage() == stage.as_str());
+        of_stage.filter_map(|(name, result)| Some((name.model()?, T::deserialize(result).ok()?))).collect()
     }
+
+    fn of<T: DeserializeOwned>(&self, stage: &str) -> Option<T> {
+        let (_, result) = self.0.iter().find(|(name, _)| name.as_str() == stage)?;
+        T::deserialize(result).ok()
+    }
+}
+
+/// The result of a job that was not done, as JSON.
+pub fn skipped(why: &str) -> String {
+    let skipped = Measured::<Value>::Skipped { skipped: why.to_owned() };
+    serde_json::to_string(&skipped).expect("text has a JSON form")
 }
 
 /// Checks that a text is a result of this kind of job.
 ///
 /// # Errors
 /// When the text has another format; the reason says how it differs.
-pub fn check(kind: JobKind, result: &str) -> Result<(), FormatError> {
+pub fn check(name: &JobName, kind: StageKind, result: &str) -> Result<(), FormatError> {
     fn is<T: DeserializeOwned>(text: &str) -> Result<(), serde_json::Error> {
         serde_json::from_str::<T>(text).map(drop)
     }
     let checked = match kind {
-        JobKind::Prepare => is::<Prepared>(result),
-        JobKind::Average => is::<Average>(result),
-        JobKind::EvaluateAverage | JobKind::EvaluateLast => is::<Measured<Perplexity>>(result),
-        JobKind::Continuations => is::<Measured<Continuations>>(result),
-        JobKind::Export => is::<Exported>(result),
-        JobKind::Benchmark => is::<Benchmark>(result),
+        StageKind::Prepare => is::<Prepared>(result),
+        StageKind::Average => is::<Average>(result),
+        StageKind::Perplexity => is::<Measured<Perplexity>>(result),
+        StageKind::Continuations => is::<Measured<Continuations>>(result),
+        StageKind::Export => is::<Exported>(result),
+        StageKind::Evaluation => is::<Measured<Tasks>>(result),
+        StageKind::Benchmark => is::<Benchmark>(result),
     };
-    checked.map_err(|error| FormatError::new(paths::result(kind), &error))
+    checked.map_err(|error| FormatError::new(paths::result(name), &error))
 }
 
 /// The content of a result file: fields in alphabetical order, one per line.
@@ -265,14 +293,19 @@ mod tests {
     #[test]
     fn a_result_is_one_of_its_job() {
         let skipped = r#"{"skipped": "no text"}"#;
-        assert!(check(JobKind::EvaluateAverage, skipped).is_ok());
-        let error = check(JobKind::Benchmark, skipped).unwrap_err().to_string();
+        let check = |name: &str, kind, result| super::check(&JobName::stored(name.to_owned()), kind, result);
+        assert!(check("evaluate-average", StageKind::Perplexity, skipped).is_ok());
+        let error = check("benchmark", StageKind::Benchmark, skipped).unwrap_err().to_string();
         assert!(
             error.starts_with("results/benchmark.json cannot be read") && error.contains("prompt_"),
             "{error}"
         );
-        assert!(check(JobKind::EvaluateAverage, r#"{"loss": 1.0}"#).is_err());
-        assert!(check(JobKind::Export, "[]").is_err());
+        assert!(check("evaluate-average", StageKind::Perplexity, r#"{"loss": 1.0}"#).is_err());
+        assert!(check("export", StageKind::Export, "[]").is_err());
+        assert!(
+            check("tasks/last", StageKind::Evaluation, r#"{"results": {"a": {"acc,none": 1}}, "n": 2}"#)
+                .is_ok()
+        );
     }
 
     #[test]

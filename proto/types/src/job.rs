@@ -1,271 +1,115 @@
-//! Jobs: work that one worker does alone before or after training, and how a run's jobs depend on each other.
+//! Jobs: the work of stages, each done by one worker alone.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{CheckpointId, counted};
+use crate::{CheckpointId, Digest, StageName};
 
 /// A piece of work for one worker. Doing it twice, on any worker, gives the same files.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(into = "Record", try_from = "Record")]
 pub struct Job {
-    kind: JobKind,
-    checkpoints: Vec<CheckpointId>,
+    stage: StageName,
+    subject: Subject,
+}
+
+/// What a job works on.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Subject {
+    /// What the stage as a whole reads: these checkpoints, oldest first, or whatever else its kind reads.
+    Stage(Vec<CheckpointId>),
+    /// The average of the last milestones.
+    Average,
+    /// The last milestone.
+    Last(CheckpointId),
+    /// A milestone.
+    Milestone(CheckpointId),
+    /// A model in Hugging Face layout, in this folder or at this address.
+    Model(String),
+}
+
+/// The name of a job, by which its result is kept: that of its stage, or `STAGE/MODEL` where the stage has a job for each
+/// model. The same work has the same name in every generation.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct JobName(String);
+
+impl JobName {
+    /// A name that was stored.
+    pub const fn stored(name: String) -> Self {
+        Self(name)
+    }
+
+    /// The name as text, which is also the path of a file without its ending.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The name of the stage.
+    pub fn stage(&self) -> &str {
+        self.0.split_once('/').map_or(&self.0, |(stage, _)| stage)
+    }
+
+    /// The name of the model, where the stage has a job for each.
+    pub fn model(&self) -> Option<&str> {
+        self.0.split_once('/').map(|(_, model)| model)
+    }
+}
+
+impl fmt::Display for JobName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
 }
 
 impl Job {
-    /// Builds a job of this kind that reads these checkpoints, oldest first.
-    ///
-    /// # Errors
-    /// When a job of this kind cannot read that number of checkpoints.
-    pub fn new(kind: JobKind, checkpoints: Vec<CheckpointId>) -> Result<Self, WrongInputs> {
-        if kind.spec().checkpoints.allows(checkpoints.len()) {
-            Ok(Self { kind, checkpoints })
-        } else {
-            Err(WrongInputs { kind, checkpoints: checkpoints.len() })
-        }
+    /// Builds a job.
+    pub const fn new(stage: StageName, subject: Subject) -> Self {
+        Self { stage, subject }
     }
 
-    /// The kind of the job.
-    pub const fn kind(&self) -> JobKind {
-        self.kind
+    /// The stage that the job belongs to.
+    pub const fn stage(&self) -> &StageName {
+        &self.stage
     }
 
-    /// The name of the job's kind.
-    pub const fn name(&self) -> &'static str {
-        self.kind.name()
+    /// What the job works on.
+    pub const fn subject(&self) -> &Subject {
+        &self.subject
     }
 
     /// The checkpoints that the job reads, oldest first.
     pub fn checkpoints(&self) -> &[CheckpointId] {
-        &self.checkpoints
-    }
-}
-
-/// Shows a person what the job is for and what it reads.
-impl fmt::Display for Job {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.kind.spec().purpose)?;
-        match &self.checkpoints[..] {
-            [] => Ok(()),
-            [only] => write!(f, " ({only})"),
-            [first, .., last] => write!(f, " ({} checkpoints, {first} to {last})", self.checkpoints.len()),
-        }
-    }
-}
-
-/// A job was given a number of checkpoints that its kind cannot read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("job {} cannot read {}", kind.name(), counted(*checkpoints, "checkpoint"))]
-pub struct WrongInputs {
-    kind: JobKind,
-    checkpoints: usize,
-}
-
-/// What a job produces. A run has at most one job of each kind.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum JobKind {
-    /// Shards, tokenizer and manifest.
-    Prepare,
-    /// The mean of the last milestones.
-    Average,
-    /// Held-out perplexity of the average.
-    EvaluateAverage,
-    /// Held-out perplexity of the last milestone.
-    #[serde(rename = "evaluate")]
-    EvaluateLast,
-    /// Continuations of held-out text.
-    #[serde(rename = "continue")]
-    Continuations,
-    /// The average in Hugging Face layout.
-    Export,
-    /// Tokens per second of the average.
-    Benchmark,
-}
-
-/// Properties of all jobs of a kind. Together they form the graph of a run's jobs around its training.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct JobSpec {
-    /// A short name, also used for the result file.
-    pub name: &'static str,
-    /// What the job is for, in words for a person.
-    pub purpose: &'static str,
-    /// Whether the job is done before or after training.
-    pub phase: JobPhase,
-    /// The milestones that the job reads.
-    pub checkpoints: Milestones,
-    /// The jobs whose output the job reads.
-    pub reads: &'static [JobKind],
-    /// Whether the job runs last and alone, because anything else that runs on the machine would distort its
-    /// measurement.
-    pub exclusive: bool,
-}
-
-/// When a job is done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum JobPhase {
-    /// Before training, which needs the job's output.
-    BeforeTraining,
-    /// After the last update, once the milestones that are averaged are stored.
-    AfterTraining,
-}
-
-/// Which milestones a job reads.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Milestones {
-    /// None.
-    None,
-    /// Only the last.
-    Last,
-    /// The last ones, as many as the plan averages.
-    Averaged,
-    /// The first, the middle one and the last.
-    Spread,
-}
-
-impl Milestones {
-    /// Whether a job that reads these milestones can read `count` checkpoints.
-    const fn allows(self, count: usize) -> bool {
-        match self {
-            Self::None => count == 0,
-            Self::Last => count == 1,
-            Self::Averaged => count > 0,
-            Self::Spread => 1 <= count && count <= 3,
-        }
-    }
-}
-
-impl JobKind {
-    /// Every kind, each after those whose output it reads.
-    pub const ALL: [Self; 7] = [
-        Self::Prepare,
-        Self::Average,
-        Self::EvaluateAverage,
-        Self::EvaluateLast,
-        Self::Continuations,
-        Self::Export,
-        Self::Benchmark,
-    ];
-
-    /// Properties of all jobs of this kind.
-    pub const fn spec(self) -> JobSpec {
-        /// The properties that most kinds share.
-        const AFTER: JobSpec = JobSpec {
-            name: "",
-            purpose: "",
-            phase: JobPhase::AfterTraining,
-            checkpoints: Milestones::None,
-            reads: &[],
-            exclusive: false,
-        };
-        match self {
-            Self::Prepare => JobSpec {
-                name: "prepare",
-                purpose: "the text to read, its tokenizer and its manifest",
-                phase: JobPhase::BeforeTraining,
-                ..AFTER
-            },
-            Self::Average => JobSpec {
-                name: "average",
-                purpose: "mean in float64",
-                checkpoints: Milestones::Averaged,
-                ..AFTER
-            },
-            Self::EvaluateAverage => JobSpec {
-                name: "evaluate-average",
-                purpose: "held-out perplexity of the average",
-                reads: &[Self::Average],
-                ..AFTER
-            },
-            Self::EvaluateLast => JobSpec {
-                name: "evaluate-last",
-                purpose: "held-out perplexity",
-                checkpoints: Milestones::Last,
-                ..AFTER
-            },
-            Self::Continuations => JobSpec {
-                name: "continuations",
-                purpose: "greedy continuations of held-out text",
-                checkpoints: Milestones::Spread,
-                ..AFTER
-            },
-            Self::Export => JobSpec {
-                name: "export",
-                purpose: "the average in Hugging Face layout",
-                reads: &[Self::Average],
-                ..AFTER
-            },
-            Self::Benchmark => JobSpec {
-                name: "benchmark",
-                purpose: "prompt processing and generation",
-                reads: &[Self::Average],
-                exclusive: true,
-                ..AFTER
-            },
+        match &self.subject {
+            Subject::Stage(checkpoints) => checkpoints,
+            Subject::Last(checkpoint) | Subject::Milestone(checkpoint) => std::slice::from_ref(checkpoint),
+            Subject::Average | Subject::Model(_) => &[],
         }
     }
 
-    /// A short name, also used for the result file.
-    pub const fn name(self) -> &'static str {
-        self.spec().name
-    }
-
-    /// The kind with this name.
-    pub fn of_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|kind| kind.name() == name)
-    }
-
-    /// The kinds of jobs that a run does, with or without the export.
-    pub fn of_run(export: bool) -> BTreeSet<Self> {
-        Self::ALL.into_iter().filter(|kind| export || *kind != Self::Export).collect()
+    /// The name of the job.
+    pub fn name(&self) -> JobName {
+        let stage = &self.stage;
+        JobName(match &self.subject {
+            Subject::Stage(_) => stage.to_string(),
+            Subject::Average => format!("{stage}/average"),
+            Subject::Last(_) => format!("{stage}/last"),
+            Subject::Milestone(id) => format!("{stage}/step-{:08}", id.step().get()),
+            Subject::Model(place) => format!("{stage}/{}", file_name(place)),
+        })
     }
 }
 
-/// The form of jobs in the record of a run: `"prepare"`, `{"evaluate": id}`, `{"average": [id, …]}`. It must not
-/// change, because it is the key under which the record names a job's worker.
-#[derive(Serialize, Deserialize)]
-#[serde(untagged)]
-enum Record {
-    Plain(JobKind),
-    Reads(BTreeMap<JobKind, Inputs>),
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(untagged)]
-enum Inputs {
-    One(CheckpointId),
-    Several(Vec<CheckpointId>),
-}
-
-impl From<Job> for Record {
-    fn from(Job { kind, checkpoints }: Job) -> Self {
-        match kind.spec().checkpoints {
-            Milestones::None => Self::Plain(kind),
-            Milestones::Last => Self::Reads([(kind, Inputs::One(checkpoints[0]))].into()),
-            Milestones::Averaged | Milestones::Spread => {
-                Self::Reads([(kind, Inputs::Several(checkpoints))].into())
-            }
-        }
-    }
-}
-
-impl TryFrom<Record> for Job {
-    type Error = String;
-
-    fn try_from(record: Record) -> Result<Self, String> {
-        let (kind, checkpoints) = match record {
-            Record::Plain(kind) => (kind, Vec::new()),
-            Record::Reads(mut kinds) => match (kinds.pop_first(), kinds.is_empty()) {
-                (Some((kind, Inputs::One(checkpoint))), true) => (kind, vec![checkpoint]),
-                (Some((kind, Inputs::Several(checkpoints))), true) => (kind, checkpoints),
-                _ => return Err("a job has one kind".to_owned()),
-            },
-        };
-        Self::new(kind, checkpoints).map_err(|error| error.to_string())
-    }
+/// A name for files about a model at a place: what can be read of it, and a hash that tells it from all others.
+fn file_name(place: &str) -> String {
+    let path = place.split_once("://").map_or(place, |(_, path)| path);
+    let allowed = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' };
+    let readable: String = path.chars().map(allowed).collect();
+    let readable = readable.trim_matches(|c: char| !c.is_ascii_alphanumeric());
+    let end = readable.len().saturating_sub(60);
+    let hash = &Digest::of(place.as_bytes()).to_string()[..8];
+    format!("{}-{hash}", readable[end..].trim_start_matches(|c: char| !c.is_ascii_alphanumeric()))
 }
 
 #[cfg(test)]
@@ -274,53 +118,39 @@ mod tests {
     use crate::{Generation, Step};
 
     #[test]
-    fn the_graph_of_jobs_has_names_and_no_circle() {
-        let mut names = BTreeSet::new();
-        for (index, kind) in JobKind::ALL.into_iter().enumerate() {
-            let spec = kind.spec();
-            assert!(names.insert(spec.name), "{} is the name of two kinds", spec.name);
-            assert_eq!(JobKind::of_name(spec.name), Some(kind));
-            assert!(spec.reads.iter().all(|read| JobKind::ALL[..index].contains(read)), "{}", spec.name);
-            assert!(!spec.purpose.is_empty());
+    fn jobs_have_names_that_are_paths() {
+        let id = CheckpointId::new(Step::new(40), Generation::new(3));
+        let name = |subject| Job::new("tasks".parse().unwrap(), subject).name();
+        assert_eq!(name(Subject::Stage(vec![id])).as_str(), "tasks");
+        assert_eq!(name(Subject::Average).as_str(), "tasks/average");
+        assert_eq!(name(Subject::Last(id)).as_str(), "tasks/last");
+        assert_eq!(name(Subject::Milestone(id)).as_str(), "tasks/step-00000040");
+        let models = ["hf://apple/OpenELM-270M", "/models/../x", "../é", &"long/".repeat(40)];
+        let names = models.map(|place| name(Subject::Model(place.to_owned())));
+        assert!(names[0].as_str().starts_with("tasks/apple-OpenELM-270M-"), "{}", names[0]);
+        for name in &names {
+            let model = name.model().unwrap();
+            let is_plain = model.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c));
+            assert!(is_plain && !model.starts_with('.') && model.len() <= 80, "{name}");
+            assert_eq!(name.stage(), "tasks");
         }
+        assert_ne!(name(Subject::Model("a/b".to_owned())), name(Subject::Model("a-b".to_owned())));
     }
 
     #[test]
-    fn a_job_keeps_its_place_in_the_record() {
-        let id = |step| CheckpointId::new(Step::new(step), Generation::new(1));
-        let of = |step| serde_json::to_string(&id(step)).unwrap();
-        for (kind, checkpoints, recorded) in [
-            (JobKind::Prepare, vec![], "\"prepare\"".to_owned()),
-            (JobKind::EvaluateAverage, vec![], "\"evaluate_average\"".to_owned()),
-            (JobKind::EvaluateLast, vec![id(8)], format!("{{\"evaluate\":{}}}", of(8))),
-            (JobKind::Average, vec![id(8)], format!("{{\"average\":[{}]}}", of(8))),
-            (JobKind::Continuations, vec![id(4), id(8)], format!("{{\"continue\":[{},{}]}}", of(4), of(8))),
+    fn jobs_survive_the_record() {
+        let id = CheckpointId::new(Step::new(8), Generation::new(1));
+        for subject in [
+            Subject::Stage(Vec::new()),
+            Subject::Stage(vec![id]),
+            Subject::Average,
+            Subject::Last(id),
+            Subject::Milestone(id),
+            Subject::Model("hf://a/b".to_owned()),
         ] {
-            let job = Job::new(kind, checkpoints).unwrap();
-            assert_eq!(serde_json::to_string(&job).unwrap(), recorded);
-            assert_eq!(serde_json::from_str::<Job>(&recorded).unwrap(), job);
+            let job = Job::new("tasks".parse().unwrap(), subject);
+            let text = serde_json::to_string(&job).unwrap();
+            assert_eq!(serde_json::from_str::<Job>(&text).unwrap(), job, "{text}");
         }
-        for wrong in [
-            "\"average\"".to_owned(),
-            "\"nothing\"".to_owned(),
-            "{}".to_owned(),
-            format!("{{\"evaluate\":[{},{}]}}", of(4), of(8)),
-            format!("{{\"prepare\":{}}}", of(4)),
-            format!("{{\"evaluate\":{},\"average\":[{}]}}", of(4), of(8)),
-        ] {
-            assert!(serde_json::from_str::<Job>(&wrong).is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn a_job_tells_what_it_is_for() {
-        let id = |step| CheckpointId::new(Step::new(step), Generation::new(1));
-        let shown = |kind, steps: &[u64]| {
-            Job::new(kind, steps.iter().copied().map(id).collect()).unwrap().to_string()
-        };
-        assert_eq!(shown(JobKind::Export, &[]), "the average in Hugging Face layout");
-        assert_eq!(shown(JobKind::EvaluateLast, &[8]), format!("held-out perplexity ({})", id(8)));
-        let averaged = shown(JobKind::Average, &[4, 6, 8]);
-        assert_eq!(averaged, format!("mean in float64 (3 checkpoints, {} to {})", id(4), id(8)));
     }
 }

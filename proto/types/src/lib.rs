@@ -17,6 +17,7 @@ mod nonce;
 mod partition;
 mod problem;
 mod secret;
+mod stage;
 mod text;
 mod timing;
 
@@ -24,8 +25,10 @@ pub use blame::Blame;
 pub use contents::{is_pointer, without_mark};
 pub use digest::{Digest, DigestError};
 pub use error::{ErrorKind, ExitStatus};
-pub use ids::{CheckpointId, Generation, IdError, Incarnation, LaneId, Rank, RunId, RunName, Step, WorkerId};
-pub use job::{Job, JobKind, JobPhase, JobSpec, Milestones, WrongInputs};
+pub use ids::{
+    CheckpointId, Generation, IdError, Incarnation, LaneId, Rank, RunId, RunName, StageName, Step, WorkerId,
+};
+pub use job::{Job, JobName, Subject};
 pub use key::GroupKey;
 pub use message::{
     Assignment, BadUnit, CheckpointKind, FileEntry, GroupRequest, Heartbeat, Hello, LeaveReason, Peer, Ready,
@@ -35,6 +38,7 @@ pub use nonce::nonce_digest;
 pub use partition::Partition;
 pub use problem::{Problem, Problems};
 pub use secret::{RunSecret, SessionSecret};
+pub use stage::{Graph, Of, Reads, Requirements, Stage, StageKind};
 pub use text::{counted, for_people};
 pub use timing::{
     CONNECT_WITHIN, COORDINATOR_TIMEOUT, FORM_STILL_FOR, FORM_WITHIN, GREETED_WITHIN, HEARTBEAT_INTERVAL,

@@ -38,6 +38,12 @@ pub struct Hello {
     pub secret: Option<SessionSecret>,
     /// What it is doing; a worker that reconnects may be in the middle of training or of a job.
     pub status: WorkerStatus,
+    /// Name of the machine that it runs on.
+    pub host: String,
+    /// Bytes of memory that its device has.
+    pub memory: u64,
+    /// Whether it serves jobs and never trains.
+    pub only_jobs: bool,
 }
 
 /// What a worker is doing at the moment of its [`Hello`].
@@ -215,8 +221,9 @@ pub struct Repair {
 /// Sent when a worker can take work, with everything that the coordinator has not confirmed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ready {
-    /// Hash of the gradients of one fixed micro-batch: equal only on machines with the same arithmetic.
-    pub fingerprint: Digest,
+    /// Hash of the gradients of one fixed micro-batch: equal only on machines with the same arithmetic. `None` if it never
+    /// trains.
+    pub fingerprint: Option<Digest>,
     /// The last group that it was in.
     pub generation: Option<Generation>,
     /// Updates done in that group and not yet confirmed, oldest first.

@@ -40,7 +40,7 @@ fn main() {
     println!("the hello says: {:?}", session.greet());
     show("welcomed", &session.on_message(welcome()));
     session.on_opened(false);
-    show("the model is built", &session.on_report(RUN, Report::WarmedUp(Digest::of(b"arithmetic"))));
+    show("the model is built", &session.on_report(RUN, Report::WarmedUp(Some(Digest::of(b"arithmetic")))));
 
     let report = StepReport {
         step: Step::new(1),

@@ -17,8 +17,8 @@ use ulmus_types::{
 pub enum Report<S> {
     /// A message for the coordinator.
     Send(ToCoordinator),
-    /// The trainer has joined the run; the fingerprint of this machine's arithmetic.
-    WarmedUp(Digest),
+    /// The trainer has joined the run; the fingerprint of this machine's arithmetic, unless it never trains.
+    WarmedUp(Option<Digest>),
     /// A state to hold until it is stored, and its handle.
     Hold(CheckpointId, S),
 }
@@ -83,7 +83,8 @@ pub struct Session<S> {
     run: Option<(RunId, SessionSecret)>,
     /// Whether the worker was asked to leave.
     draining: bool,
-    fingerprint: Option<Digest>,
+    /// What the trainer has said of itself when it had joined the run.
+    fingerprint: Option<Option<Digest>>,
     /// The last group that the worker was assigned to.
     assigned: Option<(Generation, Rank)>,
     /// Whether the worker is still in that group.
@@ -343,7 +344,7 @@ impl<S: Clone> Session<S> {
 mod tests {
     use std::time::Duration;
 
-    use ulmus_types::{CheckpointKind, GroupKey, Incarnation, JobKind, LeaveReason, Peer, Step, WorkerId};
+    use ulmus_types::{CheckpointKind, GroupKey, Incarnation, LeaveReason, Peer, Step, Subject, WorkerId};
 
     use super::*;
 
@@ -443,7 +444,7 @@ mod tests {
     fn ready() -> Session<Snapshot> {
         let mut session = welcomed();
         assert!(session.on_opened(true).is_none(), "it is not warm yet");
-        session.on_report(RUN, Report::WarmedUp(Digest::of(b"arithmetic")));
+        session.on_report(RUN, Report::WarmedUp(Some(Digest::of(b"arithmetic"))));
         session
     }
 
@@ -462,7 +463,7 @@ mod tests {
     #[test]
     fn a_worker_that_is_warm_before_it_has_read_the_store_is_ready_after_that() {
         let mut session = welcomed();
-        assert!(session.on_report(RUN, Report::WarmedUp(Digest::of(b"arithmetic"))).is_empty());
+        assert!(session.on_report(RUN, Report::WarmedUp(Some(Digest::of(b"arithmetic")))).is_empty());
         assert!(matches!(sent(&session.on_opened(true).unwrap())[..], [ToCoordinator::Ready(_)]));
     }
 
@@ -522,7 +523,7 @@ mod tests {
     fn a_new_connection_hears_again_what_was_not_confirmed() {
         let mut session = welcomed();
         assert!(session.on_opened(true).is_none(), "it is not ready yet");
-        session.on_report(RUN, Report::WarmedUp(Digest::of(b"arithmetic")));
+        session.on_report(RUN, Report::WarmedUp(Some(Digest::of(b"arithmetic"))));
         session.on_message(assignment(1, 0));
         session.on_report(RUN, steps(1, 1));
         let state = held(1);
@@ -555,7 +556,7 @@ mod tests {
         assert!(session.on_report(RUN, steps(1, 2)).is_empty());
         assert!(session.on_report(RUN, left(1)).is_empty());
         assert!(session.on_opened(true).is_none(), "it is not ready for this run yet");
-        let actions = session.on_report(other, Report::WarmedUp(Digest::of(b"arithmetic")));
+        let actions = session.on_report(other, Report::WarmedUp(Some(Digest::of(b"arithmetic"))));
         let [ToCoordinator::Ready(ready)] = sent(&actions)[..] else { panic!("{actions:?}") };
         assert_eq!((ready.generation, ready.reports.len(), ready.snapshots.len()), (None, 0, 0));
     }
@@ -563,7 +564,7 @@ mod tests {
     #[test]
     fn the_result_of_a_job_waits_for_somebody_to_hear_it() {
         let mut session = ready();
-        let job = Job::new(JobKind::Export, Vec::new()).unwrap();
+        let job = Job::new("export".parse().unwrap(), Subject::Stage(Vec::new()));
         let done = ToCoordinator::JobDone { job: job.clone(), result: "{}".into() };
         session.on_message(ToWorker::Run(job.clone()));
         session.on_disconnected();

@@ -12,24 +12,24 @@ use ulmus_tokenizer::Tokenizer;
 use ulmus_types::CheckpointId;
 
 use super::prepare::no_held_out;
-use super::trained;
+use super::subject::of_checkpoint;
 use crate::WorkerError;
 use crate::run::Run;
 
 /// The text on which finished models are measured.
-struct HeldOut {
+pub(super) struct HeldOut {
     tokenizer: Tokenizer,
     /// Held-out documents in their fixed order, up to the plan's limit.
-    texts: Vec<String>,
+    pub(super) texts: Vec<String>,
     /// Units that had to be skipped, and why.
-    left_out: Vec<String>,
+    pub(super) left_out: Vec<String>,
 }
 
 /// Reads the text on which finished models are measured, or says why there is none.
 ///
 /// A unit that cannot be read is reported as in training, as long as the coordinator may still quarantine it. Otherwise
 /// it is skipped here alone: a finished run must not depend forever on a file that only its evaluation needs.
-fn held_out(run: &Run, say: &dyn Fn(String)) -> Result<Result<HeldOut, String>, WorkerError> {
+pub(super) fn held_out(run: &Run, say: &dyn Fn(String)) -> Result<Result<HeldOut, String>, WorkerError> {
     let limit = run.plan.evaluate.text.get();
     if limit == 0 {
         return Ok(Err("evaluate.text is 0".to_owned()));
@@ -95,7 +95,7 @@ pub(super) fn continue_text<B: Backend>(
     let mut prompt = String::new();
     let mut written = Vec::new();
     for checkpoint in checkpoints {
-        let model = trained(run, *checkpoint, backend)?;
+        let model = of_checkpoint(run, *checkpoint, backend)?;
         let (start, length) = (config.prompt as usize, config.continuation as usize);
         for continuation in continuations(&model, &tokenizer, &texts[..1], start, length)? {
             prompt = continuation.prompt;

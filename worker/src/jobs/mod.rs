@@ -6,24 +6,23 @@
 mod average;
 mod benchmark;
 mod evaluate;
+pub(crate) mod evaluation;
 mod export;
+mod next_text;
 mod prepare;
+mod subject;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
-
 use serde::Serialize;
-use ulmus_backend::Backend;
-use ulmus_model::{Layout, Model, weights_from_safetensors};
+use ulmus_backend::{Backend, WeightFormat};
 use ulmus_run::{paths, results};
-use ulmus_types::{CheckpointId, Job, JobKind};
+use ulmus_types::{Job, StageKind};
 
 use crate::WorkerError;
 use crate::run::Run;
-use crate::snapshot::weights;
 
-/// Does a job. Returns its result as JSON, in the job's type in [`ulmus_run::results`]. `say` tells a person what
+/// Does a job. Returns its result as JSON, in the type of its stage in [`ulmus_run::results`]. `say` tells a person what
 /// cannot wait for the end of the run.
 pub(crate) fn work<B: Backend>(
     run: &Run,
@@ -33,8 +32,10 @@ pub(crate) fn work<B: Backend>(
     say: &dyn Fn(String),
 ) -> Result<String, WorkerError> {
     let checkpoints = job.checkpoints();
-    match job.kind() {
-        JobKind::Prepare => {
+    let graph = run.plan.graph();
+    let stage = graph.stage(job.stage()).ok_or_else(|| no_stage(job))?;
+    match stage.kind {
+        StageKind::Prepare => {
             let prepared = prepare::prepare(run, say)?;
             // People see the summary at once; the result is for programs.
             for line in prepared.prepared.iter().flat_map(|shards| shards.summary.lines()) {
@@ -42,40 +43,28 @@ pub(crate) fn work<B: Backend>(
             }
             keep(run, job, &prepared)
         }
-        JobKind::Average => keep(run, job, &average::average(run, checkpoints)?),
-        JobKind::EvaluateAverage => keep(run, job, &evaluate::evaluate(run, say, || averaged(run, backend))?),
-        JobKind::EvaluateLast => {
-            keep(run, job, &evaluate::evaluate(run, say, || trained(run, checkpoints[0], backend))?)
+        StageKind::Average => keep(run, job, &average::average(run, checkpoints)?),
+        StageKind::Perplexity => {
+            let model = || subject::model(run, job, backend, WeightFormat::F32);
+            keep(run, job, &evaluate::evaluate(run, say, model)?)
         }
-        JobKind::Continuations => keep(run, job, &evaluate::continue_text(run, say, checkpoints, backend)?),
-        JobKind::Export => keep(run, job, &export::export(run)?),
-        JobKind::Benchmark => keep(run, job, &benchmark::benchmark(run, backend, threads)?),
+        StageKind::Continuations => keep(run, job, &evaluate::continue_text(run, say, checkpoints, backend)?),
+        StageKind::Export => keep(run, job, &export::export(run)?),
+        StageKind::Evaluation => keep(run, job, &evaluation::evaluate(run, say, job, backend)?),
+        StageKind::Benchmark => keep(run, job, &benchmark::benchmark(run, job, backend, threads)?),
     }
+}
+
+/// The job belongs to a stage that the plan does not have.
+fn no_stage(job: &Job) -> WorkerError {
+    WorkerError::Plan(format!(
+        "the plan has no stage {}; start the coordinator and this worker again",
+        job.stage()
+    ))
 }
 
 /// Writes the result of a job.
 fn keep(run: &Run, job: &Job, result: &impl Serialize) -> Result<String, WorkerError> {
-    run.write(&paths::result(job.kind()), results::to_json(result))?;
+    run.write(&paths::result(&job.name()), results::to_json(result))?;
     Ok(serde_json::to_string(result).expect("results have text keys"))
-}
-
-fn averaged<B: Backend>(run: &Run, backend: &B) -> Result<Arc<Model<B>>, WorkerError> {
-    model(
-        run,
-        &weights_from_safetensors(&Layout::new(&run.plan.model), &average::average_file(run)?)?,
-        backend,
-    )
-}
-
-fn trained<B: Backend>(
-    run: &Run,
-    checkpoint: CheckpointId,
-    backend: &B,
-) -> Result<Arc<Model<B>>, WorkerError> {
-    let layout = Layout::new(&run.plan.model);
-    model(run, &run.wait(weights(&run.store, checkpoint, &layout))?, backend)
-}
-
-fn model<B: Backend>(run: &Run, weights: &[f32], backend: &B) -> Result<Arc<Model<B>>, WorkerError> {
-    Ok(Arc::new(Model::new(backend.clone(), &run.plan.model, weights)?))
 }

@@ -10,9 +10,9 @@ use ulmus_backend::WeightFormat;
 use ulmus_checkpoint::Store;
 use ulmus_cpu::Cpu;
 use ulmus_evaluator::{continuations, load_model, load_tokenizer, perplexity, synthetic_weights};
-use ulmus_model::weights_to_safetensors;
+use ulmus_model::{Layout, weights_to_safetensors};
 use ulmus_run::results::Average;
-use ulmus_types::{BadUnit, Digest, ErrorKind, FileEntry, Generation, RunId, Step};
+use ulmus_types::{BadUnit, CheckpointId, Digest, ErrorKind, FileEntry, Generation, RunId, Step, Subject};
 
 use super::*;
 
@@ -95,13 +95,15 @@ impl Fixture {
 
     fn work(&self, job: &Job) -> Result<Value, WorkerError> {
         let result = work(&self.run, &Cpu::new(1), 1, job, &|text| self.said.borrow_mut().push(text))?;
-        results::check(job.kind(), &result).unwrap_or_else(|error| panic!("{error}"));
+        let graph = self.run.plan.graph();
+        let kind = graph.stage(job.stage()).unwrap().kind;
+        results::check(&job.name(), kind, &result).unwrap_or_else(|error| panic!("{error}"));
         Ok(serde_json::from_str(&result).unwrap())
     }
 
     /// Does everything that comes before the jobs on finished models, with synthetic weights.
     fn train(&self) -> Value {
-        let prepared = self.work(&job(JobKind::Prepare)).unwrap_or_else(|error| panic!("{error}"));
+        let prepared = self.work(&job("prepare")).unwrap_or_else(|error| panic!("{error}"));
         let model = &self.run.plan.model;
         let file = weights_to_safetensors(&Layout::new(model), &synthetic_weights(model)).unwrap();
         let manifest = Average {
@@ -115,9 +117,10 @@ impl Fixture {
     }
 }
 
-/// The job of this kind. If it reads checkpoints, it reads the last one.
-fn job(kind: JobKind) -> Job {
-    Job::new(kind, Vec::new()).or_else(|_| Job::new(kind, vec![last()])).unwrap()
+/// The job of a stage. If it reads checkpoints, it reads the last one.
+fn job(stage: &str) -> Job {
+    let reads = ["evaluate-last", "continuations"].contains(&stage);
+    Job::new(stage.parse().unwrap(), Subject::Stage(if reads { vec![last()] } else { Vec::new() }))
 }
 
 fn last() -> CheckpointId {
@@ -145,17 +148,17 @@ fn a_run_without_held_out_text_says_so_before_it_trains_and_is_finished() {
             assert!(text.contains(why) && text.contains("larger data.holdout"), "{text}");
             assert_eq!(text.contains("train.held_out_every is 5000"), overrides.len() == 1, "{text}");
         }
-        for job in [job(JobKind::EvaluateAverage), job(JobKind::EvaluateLast), job(JobKind::Continuations)] {
+        for job in [job("evaluate-average"), job("evaluate-last"), job("continuations")] {
             let result = fixture.work(&job).unwrap_or_else(|error| panic!("{error}"));
             assert_eq!(result.as_object().unwrap().len(), 1);
             assert!(result["skipped"].as_str().unwrap().contains(why), "{result}");
         }
-        fixture.work(&job(JobKind::Export)).unwrap();
-        fixture.work(&job(JobKind::Benchmark)).unwrap();
+        fixture.work(&job("export")).unwrap();
+        fixture.work(&job("benchmark")).unwrap();
     }
     let fixture = Fixture::new(&[]);
     assert_eq!(fixture.train()["held_out"], true);
-    assert!(fixture.work(&job(JobKind::EvaluateAverage)).unwrap()["loss"].as_f64().unwrap() > 0.0);
+    assert!(fixture.work(&job("evaluate-average")).unwrap()["loss"].as_f64().unwrap() > 0.0);
     assert!(fixture.said.take().is_empty());
 }
 
@@ -174,7 +177,7 @@ fn a_unit_that_only_the_evaluation_needs_is_left_out_of_it() {
         fixture
     };
     let fixture = gone(&[]);
-    let result = fixture.work(&job(JobKind::EvaluateAverage)).unwrap_or_else(|error| panic!("{error}"));
+    let result = fixture.work(&job("evaluate-average")).unwrap_or_else(|error| panic!("{error}"));
     let left_out = result["left_out"].as_array().unwrap();
     assert!(left_out.len() > 1 && result["documents"].as_u64().unwrap() > 0, "{result}");
     let first = left_out[0].as_str().unwrap();
@@ -185,10 +188,10 @@ fn a_unit_that_only_the_evaluation_needs_is_left_out_of_it() {
 
     // The coordinator quarantines units as in training, up to its limit.
     let fixture = gone(&["data.on_bad_unit=quarantine", "data.max_bad_units=1"]);
-    let unit = fixture.work(&job(JobKind::EvaluateAverage)).unwrap_err().bad_unit().unwrap();
+    let unit = fixture.work(&job("evaluate-average")).unwrap_err().bad_unit().unwrap();
     assert_eq!(unit, BadUnit { source: "texts".to_owned(), unit: 0 });
     fixture.run.write("quarantine.json", json!([[unit, "it is gone"]]).to_string().into_bytes()).unwrap();
-    let result = fixture.work(&job(JobKind::EvaluateAverage)).unwrap_or_else(|error| panic!("{error}"));
+    let result = fixture.work(&job("evaluate-average")).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(result["left_out"].as_array().unwrap().len() + 1, left_out);
 }
 
@@ -201,34 +204,29 @@ fn a_damaged_average_is_never_used() {
     *flipped.last_mut().unwrap() ^= 1;
     for damaged in [flipped, whole[..whole.len() - 4].to_vec()] {
         fixture.run.write(paths::AVERAGE, damaged).unwrap();
-        for job in [job(JobKind::EvaluateAverage), job(JobKind::Export), job(JobKind::Benchmark)] {
+        for job in [job("evaluate-average"), job("export"), job("benchmark")] {
             let error = fixture.work(&job).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Corrupt);
             assert!(error.to_string().starts_with("average/model.safetensors is damaged"), "{error}");
         }
     }
     fixture.run.write(paths::AVERAGE, whole.clone()).unwrap();
-    fixture.work(&job(JobKind::EvaluateAverage)).unwrap();
+    fixture.work(&job("evaluate-average")).unwrap();
     let manifest = fixture.run.read(paths::AVERAGE_MANIFEST).unwrap();
     for (path, contents) in [(paths::AVERAGE, &whole), (paths::AVERAGE_MANIFEST, &manifest)] {
         fixture.run.wait(fixture.run.store.delete(path)).unwrap();
-        assert_eq!(
-            fixture.work(&job(JobKind::Export)).unwrap_err().kind(),
-            ErrorKind::Corrupt,
-            "{path} is gone"
-        );
+        assert_eq!(fixture.work(&job("export")).unwrap_err().kind(), ErrorKind::Corrupt, "{path} is gone");
         fixture.run.write(path, contents.clone()).unwrap();
     }
     fixture.run.write(paths::AVERAGE_MANIFEST, b"{".to_vec()).unwrap();
-    let error = fixture.work(&job(JobKind::Export)).unwrap_err();
+    let error = fixture.work(&job("export")).unwrap_err();
     assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("average/manifest.json"));
 }
 
 #[test]
 fn a_tokenizer_that_the_model_has_no_room_for_is_refused_before_training() {
     for rows in [512, 300] {
-        let error =
-            Fixture::new(&[&format!("model.vocab_size={rows}")]).work(&job(JobKind::Prepare)).unwrap_err();
+        let error = Fixture::new(&[&format!("model.vocab_size={rows}")]).work(&job("prepare")).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
         let text = error.to_string();
         assert!(text.contains(&format!("513 rows of model.vocab_size = {rows}; set it to 640")), "{text}");
@@ -297,7 +295,7 @@ fn whatever_is_exported_can_be_loaded() {
     ] {
         let fixture = Fixture::with_tokenizer(&tokenizer, overrides);
         fixture.train();
-        fixture.work(&job(JobKind::Export)).unwrap_or_else(|error| panic!("{overrides:?}: {error}"));
+        fixture.work(&job("export")).unwrap_or_else(|error| panic!("{overrides:?}: {error}"));
         let folder = fixture.home.path().join("run/export");
         let loaded = load_model(&folder, Cpu::new(1), WeightFormat::F32);
         let loaded = loaded.unwrap_or_else(|error| panic!("{overrides:?}: {error}"));

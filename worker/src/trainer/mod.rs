@@ -99,25 +99,43 @@ struct Reading {
     held_out: Option<Arc<[Sequence]>>,
 }
 
+/// What a worker has of the run that it has joined.
+enum Joined<B: TrainingBackend> {
+    /// All that training takes.
+    Training(Box<Training<B>>),
+    /// What jobs take, if it serves nothing else.
+    Jobs(Run),
+}
+
+impl<B: TrainingBackend> Joined<B> {
+    fn run(&self) -> &Run {
+        match self {
+            Self::Training(training) => &training.run,
+            Self::Jobs(run) => run,
+        }
+    }
+}
+
 /// The thread's state.
 pub(crate) struct Trainer<B: TrainingBackend> {
     backend: B,
     threads: usize,
-    listener: Listener,
+    /// Where other workers reach this one; `None` if it never trains.
+    listener: Option<Listener>,
     control: Control,
     reports: mpsc::Sender<(RunId, Report)>,
-    training: Option<Training<B>>,
+    joined: Option<Joined<B>>,
 }
 
 impl<B: TrainingBackend> Trainer<B> {
     pub(crate) fn new(
         backend: B,
         threads: usize,
-        listener: Listener,
+        listener: Option<Listener>,
         control: Control,
         reports: mpsc::Sender<(RunId, Report)>,
     ) -> Self {
-        Self { backend, threads, listener, control, reports, training: None }
+        Self { backend, threads, listener, control, reports, joined: None }
     }
 
     /// Executes commands until the session is gone.
@@ -136,12 +154,16 @@ impl<B: TrainingBackend> Trainer<B> {
 
     fn warm(&mut self, run: Run) -> Report {
         // Drop another run's model first: memory need not suffice for two.
-        self.training = None;
+        self.joined = None;
+        if self.listener.is_none() {
+            self.joined = Some(Joined::Jobs(run));
+            return Report::WarmedUp(None);
+        }
         match Training::new(run, self.backend.clone()) {
             Ok(training) => {
                 let fingerprint = training.fingerprint;
-                self.training = Some(training);
-                Report::WarmedUp(fingerprint)
+                self.joined = Some(Joined::Training(Box::new(training)));
+                Report::WarmedUp(Some(fingerprint))
             }
             Err(error) => {
                 Report::Send(ToCoordinator::Unfit { kind: error.kind(), message: with_causes(&error) })
@@ -151,13 +173,14 @@ impl<B: TrainingBackend> Trainer<B> {
 
     fn train(&mut self, assignment: &Assignment) -> ToCoordinator {
         let generation = assignment.generation;
-        let Some(training) = &mut self.training else {
-            let message = "assigned to a group before it was ready".to_owned();
+        let (Some(Joined::Training(training)), Some(listener)) = (&mut self.joined, &mut self.listener)
+        else {
+            let message = "assigned to a group for which it was not ready".to_owned();
             let reason = LeaveReason::Lost { suspect: None, message };
             return ToCoordinator::Left { generation, step: Step::default(), reason };
         };
         let reports = Reports { run: training.run.id, sender: self.reports.clone() };
-        let reason = match form(&mut self.listener, &self.control, &training.run, assignment) {
+        let reason = match form(listener, &self.control, &training.run, assignment) {
             Ok(group) => {
                 let mut group = Watched::new(group, self.control.clone());
                 training.take_part(assignment, &mut group, &self.control, &reports)
@@ -170,7 +193,7 @@ impl<B: TrainingBackend> Trainer<B> {
     }
 
     fn work(&mut self, job: Job) -> ToCoordinator {
-        let Some(training) = &self.training else {
+        let Some(run) = self.joined.as_ref().map(Joined::run) else {
             let message = "asked for a job before it was ready".to_owned();
             return ToCoordinator::JobFailed {
                 job,
@@ -180,9 +203,9 @@ impl<B: TrainingBackend> Trainer<B> {
                 damaged: None,
             };
         };
-        let reports = Reports { run: training.run.id, sender: self.reports.clone() };
+        let reports = Reports { run: run.id, sender: self.reports.clone() };
         let say = |text: String| reports.say(ToCoordinator::Notice(text));
-        match jobs::work(&training.run, &self.backend, self.threads, &job, &say) {
+        match jobs::work(run, &self.backend, self.threads, &job, &say) {
             Ok(result) => ToCoordinator::JobDone { job, result },
             Err(error) => ToCoordinator::JobFailed {
                 job,

@@ -16,11 +16,11 @@ use proptest::prelude::*;
 use strangers::anything;
 use ulmus_coord_core::{Coordinator, Effect, Event, Notification, PersistentState, Settings};
 use ulmus_types::{
-    CheckpointKind, Digest, ErrorKind, ExitStatus, Generation, Heartbeat, Hello, Incarnation, Job, JobKind,
-    LeaveReason, Ready, RunId, RunSecret, Section, SessionSecret, Step, ToCoordinator, ToWorker, WorkerId,
-    WorkerStatus,
+    CheckpointKind, Digest, ErrorKind, ExitStatus, Generation, Graph, Heartbeat, Hello, Incarnation, Job,
+    JobName, LeaveReason, Of, Reads, Ready, Requirements, RunId, RunSecret, Section, SessionSecret, Stage,
+    StageKind, StageName, Step, Subject, ToCoordinator, ToWorker, WorkerId, WorkerStatus,
 };
-use worker::{Stage, State, Worker};
+use worker::{Progress, State, Worker};
 use world::World;
 
 const ITERATIONS: u64 = 12;
@@ -29,6 +29,15 @@ const VERSION: &str = "1.0.0";
 const AVERAGE: u64 = 2;
 const RUN: RunId = RunId::from_bytes([7; 16]);
 const FILES: [&str; 3] = ["a", "b", "c"];
+
+fn graph() -> Graph {
+    Graph::new(AVERAGE, true, Vec::new())
+}
+
+/// The job of a stage that reads no checkpoint.
+fn job(stage: &str) -> Job {
+    Job::new(stage.parse().unwrap(), Subject::Stage(Vec::new()))
+}
 
 fn settings() -> Settings {
     Settings {
@@ -47,7 +56,7 @@ fn settings() -> Settings {
         milestone_every: GRID,
         checkpoint_files: FILES.map(str::to_owned).to_vec(),
         average: AVERAGE,
-        export: true,
+        graph: graph(),
         sources: ["web".to_owned()].into(),
         from_start: false,
         may_exhaust: false,
@@ -70,6 +79,9 @@ fn hello_of(worker: &WorkerId, version: &str) -> Hello {
         run: None,
         secret: None,
         status: WorkerStatus::Idle,
+        host: "host".into(),
+        memory: 1 << 30,
+        only_jobs: false,
     }
 }
 
@@ -303,7 +315,7 @@ fn a_group_is_late_until_it_is_connected_and_not_after() {
     assert!(world.workers.values().all(Worker::is_aborted), "nobody connects");
     for _ in 0..100 {
         if world.saved.generation > first
-            && world.workers.values().all(|worker| worker.stage() == Some(Stage::Connected))
+            && world.workers.values().all(|worker| worker.stage() == Some(Progress::Connected))
         {
             break;
         }
@@ -312,7 +324,7 @@ fn a_group_is_late_until_it_is_connected_and_not_after() {
         world.tick();
     }
     wait(&mut world);
-    let waits = |worker: &Worker| worker.stage() == Some(Stage::Connected) && !worker.is_aborted();
+    let waits = |worker: &Worker| worker.stage() == Some(Progress::Connected) && !worker.is_aborted();
     assert!(world.workers.values().all(waits));
     (0..5).for_each(|_| world.turn());
     assert!(world.recorded.len() > 1);
@@ -347,7 +359,7 @@ fn workers_that_must_not_join_are_told_why() {
     say(&mut core, hello());
     say(&mut core, ToCoordinator::StoreRead(Ok(Digest::of(b"secret"))));
     let ready = Ready {
-        fingerprint: Digest::of(b"another"),
+        fingerprint: Some(Digest::of(b"another")),
         generation: None,
         reports: Vec::new(),
         snapshots: Vec::new(),
@@ -379,7 +391,7 @@ fn nobody_takes_the_place_of_a_worker_without_its_secret() {
     assert!(core.check_hello(&Hello { run: Some(RUN), secret: Some(secret), ..hello.clone() }).is_ok());
     // A new name does not help to claim work either.
     let other = WorkerId::new("x", Incarnation::new(2)).unwrap();
-    let claims = WorkerStatus::Working(Job::new(JobKind::Export, Vec::new()).unwrap());
+    let claims = WorkerStatus::Working(job("export"));
     assert!(core.check_hello(&Hello { status: claims, ..hello_of(&other, VERSION) }).is_err());
 }
 
@@ -391,7 +403,7 @@ fn a_job_waits_for_a_disk_that_takes_nothing() {
     let averages = |world: &World| {
         let mut workers = world.workers.iter();
         workers.find_map(|(id, worker)| match &worker.job {
-            Some(job) if job.kind() == JobKind::Average => Some((id.clone(), job.clone())),
+            Some(job) if job.stage().as_str() == StageName::AVERAGE => Some((id.clone(), job.clone())),
             _ => None,
         })
     };
@@ -450,7 +462,7 @@ fn a_local_worker_that_keeps_dying_ends_no_run_that_others_carry() {
 fn a_milestone_that_is_damaged_after_it_was_averaged_is_trained_again() {
     let mut world = World::new();
     world.join(0);
-    while !world.saved.jobs.contains(&JobKind::Average) {
+    while !world.saved.jobs.contains(&job("average").name()) {
         world.turn();
     }
     let last = *world.saved.checkpoints.keys().last().unwrap();
@@ -471,7 +483,7 @@ fn milestones_that_died_with_their_holder_are_trained_again() {
         world.turn();
     }
     world.join(1);
-    let has_state = |worker: &Worker| worker.stage() == Some(Stage::Formed);
+    let has_state = |worker: &Worker| worker.stage() == Some(Progress::Formed);
     while world.workers.values().filter(|worker| has_state(worker)).count() < 2 {
         world.turn();
     }
@@ -482,6 +494,97 @@ fn milestones_that_died_with_their_holder_are_trained_again() {
     assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
     let milestones: Vec<u64> = world.saved.checkpoints.keys().map(|id| id.step().get()).collect();
     assert_eq!(milestones, [3, 6, 9, 12]);
+}
+
+/// A stage of tasks for some models, which needs a device.
+fn tasks(of: &[Of], device: Option<&str>, wait: Option<Duration>) -> Stage {
+    let needs = Requirements { device: device.map(str::to_owned), memory: None, wait };
+    let name = "tasks".parse().unwrap();
+    Stage { name, kind: StageKind::Evaluation, reads: Reads::Models(of.to_vec()), needs }
+}
+
+fn told(world: &World, text: &str) -> bool {
+    let tells = |notification: &Notification| matches!(notification, Notification::Alarm(said) if said.contains(text));
+    world.notifications.iter().any(tells)
+}
+
+#[test]
+fn who_only_serves_jobs_evaluates_milestones_while_others_train() {
+    let mut world = World::with_stages(vec![tasks(&[Of::Milestones], Some("*4090*"), None)]);
+    world.join(0);
+    world.join(1);
+    world.join_for_jobs("NVIDIA GeForce RTX 4090, CUDA 13.0");
+    let mut during = BTreeSet::new();
+    while world.outcome.is_none() {
+        world.turn();
+        let (_, server) = world.workers.iter().find(|(id, _)| id.name() == "jobs").unwrap();
+        assert_eq!(server.generation(), None, "it never trains");
+        for (id, worker) in world.workers.iter().filter(|(id, _)| id.name() != "jobs") {
+            let job = worker.job.as_ref().map(|job| job.stage().as_str());
+            assert!(!job.is_some_and(|stage| ["tasks", "benchmark"].contains(&stage)), "{id} does {job:?}");
+        }
+        if world.saved.trained.is_none() {
+            during.extend(world.saved.jobs.iter().filter(|job| job.stage() == "tasks").cloned());
+        }
+    }
+    assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
+    assert!(during.len() >= 2, "{during:?}");
+    let done: Vec<&str> = world.saved.jobs.iter().filter_map(JobName::model).collect();
+    assert_eq!(done, ["step-00000003", "step-00000006", "step-00000009", "step-00000012"]);
+}
+
+#[test]
+fn a_stage_that_nobody_can_serve_blocks_nothing_and_is_skipped_after_its_wait() {
+    let wait = Some(Duration::from_secs(20));
+    let mut world = World::with_stages(vec![tasks(&[Of::Last, Of::Average], Some("*4090*"), wait)]);
+    finish(&mut world, 300);
+    assert_eq!(world.outcome.clone().unwrap().status, ExitStatus::Done);
+    assert!(told(&world, "tasks is pending: no worker with a device like \"*4090*\"; connected: sim"));
+    assert!(told(&world, "tasks is skipped: no worker with a device like \"*4090*\" came within 20 s"));
+    for job in ["tasks/last", "tasks/average", "benchmark"] {
+        assert!(world.saved.jobs.contains(&JobName::stored(job.to_owned())), "{job}");
+    }
+}
+
+#[test]
+fn a_stage_waits_for_the_worker_that_it_needs() {
+    let mut world = World::with_stages(vec![tasks(&[Of::Last], Some("*4090*"), None)]);
+    world.join(0);
+    for _ in 0..400 {
+        world.turn();
+    }
+    assert!(world.outcome.is_none());
+    assert!(world.saved.jobs.contains(&JobName::stored("benchmark".to_owned())), "it blocks nothing");
+    world.join_for_jobs("NVIDIA GeForce RTX 4090");
+    finish(&mut world, 20);
+    assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
+}
+
+#[test]
+fn an_evaluation_that_fails_ends_the_run_only_when_everything_else_is_done() {
+    let mut world = World::with_stages(vec![tasks(&[Of::Last], None, None)]);
+    world.join(0);
+    while world.outcome.is_none() {
+        for worker in world.workers.values_mut() {
+            if let Some(job) = worker.job.take_if(|job| job.stage().as_str() == "tasks") {
+                let (kind, message) = (ErrorKind::InvalidInput, "there are no rows".to_owned());
+                worker.say(ToCoordinator::JobFailed { job, kind, message, bad_unit: None, damaged: None });
+            }
+        }
+        world.turn();
+    }
+    let outcome = world.outcome.clone().unwrap();
+    assert_eq!(outcome.status, ExitStatus::InvalidInput);
+    assert!(
+        outcome.message.contains("there are no rows") && outcome.message.contains("everything else is done")
+    );
+    assert!(world.saved.jobs.contains(&JobName::stored("benchmark".to_owned())));
+    // The next start does what is left.
+    world.outcome = None;
+    world.workers.clear();
+    world.restart();
+    finish(&mut world, 100);
+    assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
 }
 
 /// The coordinator's last records were lost in a power failure; a worker elsewhere still has them.
@@ -586,7 +689,7 @@ fn a_job_that_failed_on_one_worker_is_tried_on_another() {
     };
     let first = prepares(&world).unwrap();
     let failed = ToCoordinator::JobFailed {
-        job: Job::new(JobKind::Prepare, Vec::new()).unwrap(),
+        job: job("prepare"),
         kind: ErrorKind::InvalidInput,
         message: "no such folder".into(),
         bad_unit: None,

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use ulmus_types::{
     BadUnit, Blame, CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Heartbeat, Job,
-    JobKind, LeaveReason, Rank, Ready, Snapshot, SourceReading, Step, StepReport, ToCoordinator,
+    LeaveReason, Rank, Ready, Snapshot, SourceReading, Step, StepReport, Subject, ToCoordinator,
 };
 
 use crate::FILES;
@@ -37,10 +37,12 @@ pub(crate) fn anything() -> impl Strategy<Value = ToCoordinator> {
     };
     let job = move || {
         prop_oneof![
-            Just(Job::new(JobKind::Prepare, Vec::new()).unwrap()),
-            Just(Job::new(JobKind::Export, Vec::new()).unwrap()),
-            Just(Job::new(JobKind::Benchmark, Vec::new()).unwrap()),
-            checkpoint().prop_map(|id| Job::new(JobKind::Average, vec![id]).unwrap()),
+            Just(crate::job("prepare")),
+            Just(crate::job("export")),
+            Just(crate::job("benchmark")),
+            Just(crate::job("invented")),
+            checkpoint().prop_map(|id| Job::new("average".parse().unwrap(), Subject::Stage(vec![id]))),
+            checkpoint().prop_map(|id| Job::new("average".parse().unwrap(), Subject::Milestone(id))),
         ]
     };
     let reason = move || {
@@ -63,7 +65,7 @@ pub(crate) fn anything() -> impl Strategy<Value = ToCoordinator> {
         text().prop_map(|error| ToCoordinator::StoreRead(Err(error))),
         (prop::option::of(generation()), reports(), prop::collection::vec(snapshot(), 0..2)).prop_map(
             |(generation, reports, snapshots)| ToCoordinator::Ready(Ready {
-                fingerprint: Digest::of(b"other arithmetic"),
+                fingerprint: Some(Digest::of(b"other arithmetic")),
                 generation,
                 reports,
                 snapshots,

@@ -80,7 +80,7 @@ fn report_of_nothing() -> StepReport {
 
 /// The progress of forming a group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Stage {
+pub(crate) enum Progress {
     Assigned,
     Connected,
     Formed,
@@ -97,7 +97,7 @@ pub(crate) struct Held {
 #[derive(Debug)]
 pub(crate) struct Group {
     pub assignment: Assignment,
-    pub stage: Stage,
+    pub stage: Progress,
     pub aborted: bool,
     pub request: Option<GroupRequest>,
 }
@@ -132,6 +132,9 @@ pub(crate) struct Worker {
     is_welcome: bool,
     is_warm: bool,
     pub draining: bool,
+    /// Whether it serves jobs and never trains.
+    pub only_jobs: bool,
+    pub device: String,
     pub state: Option<State>,
     pub group: Option<Group>,
     pub job: Option<Job>,
@@ -153,6 +156,8 @@ impl Worker {
             is_welcome: false,
             is_warm: false,
             draining: false,
+            only_jobs: false,
+            device: "sim".into(),
             state: None,
             group: None,
             job: None,
@@ -171,7 +176,7 @@ impl Worker {
         self.group.as_ref().is_some_and(|group| group.aborted)
     }
 
-    pub(crate) fn stage(&self) -> Option<Stage> {
+    pub(crate) fn stage(&self) -> Option<Progress> {
         self.group.as_ref().map(|group| group.stage)
     }
 
@@ -185,12 +190,15 @@ impl Worker {
             worker: self.id.clone(),
             version: VERSION.into(),
             address: format!("{}", self.id),
-            device: "sim".into(),
+            device: self.device.clone(),
             threads: 1,
             pid: 1,
             run,
             secret,
             status: self.session.greet(),
+            host: "host".into(),
+            memory: 1 << 30,
+            only_jobs: self.only_jobs,
         };
         self.outbox.push_back((run, ToCoordinator::Hello(hello)));
     }
@@ -247,7 +255,7 @@ impl Worker {
     /// The worker adopts the state of its group.
     pub(crate) fn form(&mut self, generation: Generation, state: State) {
         self.state = Some(state);
-        self.group.as_mut().unwrap().stage = Stage::Formed;
+        self.group.as_mut().unwrap().stage = Progress::Formed;
         self.say(ToCoordinator::Formed { generation, step: Step::new(state.step) });
     }
 
@@ -286,7 +294,8 @@ impl Worker {
                 }
                 Action::Train(run, assignment) => {
                     assert_eq!(run, RUN);
-                    let group = Group { assignment, stage: Stage::Assigned, aborted: false, request: None };
+                    let group =
+                        Group { assignment, stage: Progress::Assigned, aborted: false, request: None };
                     self.group = Some(group);
                 }
                 Action::RunJob(run, job) => {
@@ -324,7 +333,8 @@ impl Worker {
             self.act(actions);
         } else {
             self.is_warm = true;
-            self.report(Report::WarmedUp(Digest::of(b"arithmetic")));
+            let fingerprint = (!self.only_jobs).then(|| Digest::of(b"arithmetic"));
+            self.report(Report::WarmedUp(fingerprint));
         }
     }
 }

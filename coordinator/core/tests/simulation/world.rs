@@ -5,17 +5,18 @@ use std::time::Duration;
 
 use ulmus_coord_core::{
     Coordinator, Doing, Effect, Event, JobStatus, MemberStatus, Notification, Outcome, PersistentState,
-    Phase, Status,
+    Phase, Settings, Status,
 };
 use ulmus_types::{
-    CheckpointId, CheckpointKind, ExitStatus, Generation, GroupRequest, Heartbeat, Incarnation, JobKind,
-    LeaveReason, Milestones, RunId, Section, Step, ToCoordinator, ToWorker, WorkerId,
+    CheckpointId, CheckpointKind, ExitStatus, Generation, Graph, GroupRequest, Heartbeat, Incarnation,
+    LeaveReason, RunId, Section, Stage, Step, ToCoordinator, ToWorker, WorkerId,
 };
 
-use crate::worker::{Group, Reaction, Stage, State, Worker};
-use crate::{FILES, ITERATIONS, RUN, VERSION, hello_of, settings};
+use crate::worker::{Group, Progress, Reaction, State, Worker};
+use crate::{AVERAGE, FILES, ITERATIONS, RUN, VERSION, hello_of, settings};
 
 pub(crate) struct World {
+    settings: Settings,
     pub core: Option<Coordinator>,
     pub saved: PersistentState,
     pub workers: BTreeMap<WorkerId, Worker>,
@@ -41,8 +42,15 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new() -> Self {
-        let core = Coordinator::new(settings(), PersistentState::default(), Duration::ZERO);
+        Self::with_stages(Vec::new())
+    }
+
+    /// A world whose plan adds stages to those of every run.
+    pub(crate) fn with_stages(stages: Vec<Stage>) -> Self {
+        let settings = Settings { graph: Graph::new(AVERAGE, true, stages), ..settings() };
+        let core = Coordinator::new(settings.clone(), PersistentState::default(), Duration::ZERO);
         Self {
+            settings,
             core: Some(core),
             saved: PersistentState::default(),
             workers: BTreeMap::new(),
@@ -106,11 +114,11 @@ impl World {
             Effect::SaveJobStarted(job, worker) => {
                 self.saved.owners.insert(job, worker);
             }
-            Effect::SaveJobUndone(kind) => {
-                self.saved.jobs.remove(&kind);
+            Effect::SaveJobUndone(name) => {
+                self.saved.jobs.remove(&name);
             }
-            Effect::SaveJob(job, _) => {
-                self.saved.jobs.insert(job.kind());
+            Effect::SaveJob(job, _) | Effect::SaveJobSkipped(job, _) => {
+                self.saved.jobs.insert(job.name());
             }
             Effect::Send(worker, message) => self.receive(&worker, message),
             Effect::Disconnect(worker) => {
@@ -209,9 +217,10 @@ impl World {
             .filter(|(_, kind)| **kind == CheckpointKind::Milestone)
             .map(|(id, _)| *id)
             .collect();
-        let mut read = JobKind::ALL.into_iter().filter(|kind| kind.spec().checkpoints != Milestones::None);
+        let mut read = self.settings.graph.stages().iter().filter(|stage| stage.reads_milestones());
+        let is_done = |stage: &Stage| self.saved.jobs.iter().any(|job| job.stage() == stage.name.as_str());
         // No job reads the milestones any more.
-        if self.core.is_none() || read.all(|kind| self.saved.jobs.contains(&kind)) {
+        if self.core.is_none() || read.all(is_done) {
             return;
         }
         // A run all of whose checkpoints are damaged stops, which is another test.
@@ -228,9 +237,22 @@ impl World {
         if self.workers.keys().any(|id| id.name() == name) {
             return;
         }
+        self.admit(name, |_| {});
+    }
+
+    /// A worker comes that only serves jobs, with this device.
+    pub(crate) fn join_for_jobs(&mut self, device: &str) {
+        self.admit("jobs".to_owned(), |worker| {
+            worker.only_jobs = true;
+            worker.device = device.to_owned();
+        });
+    }
+
+    fn admit(&mut self, name: String, with: impl FnOnce(&mut Worker)) {
         self.incarnations += 1;
         let id = WorkerId::new(name, Incarnation::new(self.incarnations)).unwrap();
         let mut worker = Worker::new(id.clone());
+        with(&mut worker);
         worker.hello();
         self.workers.insert(id, worker);
     }
@@ -252,7 +274,7 @@ impl World {
     /// The coordinator dies, if it is alive, and restarts. All workers have to say hello again.
     pub(crate) fn restart(&mut self) {
         self.die();
-        self.core = Some(Coordinator::new(settings(), self.saved.clone(), self.now));
+        self.core = Some(Coordinator::new(self.settings.clone(), self.saved.clone(), self.now));
         self.workers.values_mut().for_each(Worker::hello);
     }
 
@@ -379,17 +401,17 @@ impl World {
         let first = &members[0];
         let repair = self.group(first).repair();
         match self.group(first).stage {
-            Stage::Assigned => {
+            Progress::Assigned => {
                 return self.each(members, |worker| {
-                    worker.group.as_mut().unwrap().stage = Stage::Connected;
+                    worker.group.as_mut().unwrap().stage = Progress::Connected;
                     worker.say(ToCoordinator::Connected(generation));
                 });
             }
-            Stage::Connected => {
+            Progress::Connected => {
                 let newest = self.newest(members, repair);
                 return self.each(members, |worker| worker.form(generation, newest));
             }
-            Stage::Formed => {}
+            Progress::Formed => {}
         }
         let state = self.workers[first].state.unwrap();
         let last = repair.map_or(ITERATIONS, |(_, last)| last);
@@ -430,13 +452,15 @@ fn assert_consistent(status: &Status) {
         .jobs
         .iter()
         .filter_map(|(kind, job)| match job {
-            JobStatus::Running(worker) => Some((*kind, worker)),
-            JobStatus::Waiting | JobStatus::Done => None,
+            JobStatus::Running(worker) => Some((kind, worker)),
+            JobStatus::Waiting | JobStatus::Pending(_) | JobStatus::Failed | JobStatus::Done => None,
         })
         .collect();
     for (kind, worker) in &running {
-        let does = |member: &MemberStatus| member.worker == **worker && member.doing == Doing::Working(*kind);
-        assert!(status.members.iter().any(does), "{worker} does not work on {}: {status:?}", kind.name());
+        let does = |member: &MemberStatus| {
+            member.worker == **worker && member.doing == Doing::Working((*kind).clone())
+        };
+        assert!(status.members.iter().any(does), "{worker} does not work on {kind}: {status:?}");
     }
     match status.phase {
         Phase::Training => assert!(of(|doing| matches!(doing, Doing::Training(_))) > 0, "{status:?}"),

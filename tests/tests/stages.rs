@@ -1,0 +1,132 @@
+//! Stages that a plan adds: evaluations and benchmarks, done by whoever has nothing to train.
+
+use ulmus_tests::{Process, Sandbox, TINY, repository};
+
+/// Which text comes next, for every milestone and the average.
+const NEXT: &str = r#"
+[[evaluation]]
+name = "next"
+of = ["milestones", "average"]
+tasks = ["next_text"]
+"#;
+
+/// A sandbox with the tiny plan and more stages.
+fn with(stages: &str) -> Sandbox {
+    let sandbox = Sandbox::new();
+    sandbox.write("plan.toml", [TINY, stages].concat());
+    sandbox
+}
+
+/// Starts a coordinator for a run with enough held-out text.
+fn coordinator(sandbox: &Sandbox, more: &[&str]) -> Process {
+    sandbox.coordinator(&[&["--set", "evaluate.text=64KiB"], more].concat())
+}
+
+/// Starts a worker that only serves jobs.
+fn server(sandbox: &Sandbox, address: &str) -> Process {
+    let first = ["--join", address, "--name", "server", "--threads", "1", "--device", "cpu"];
+    sandbox.worker_bare(&[&first[..], &["--only", "jobs"]].concat())
+}
+
+#[test]
+fn milestones_are_measured_and_drawn() {
+    let sandbox = with(NEXT);
+    let said = coordinator(&sandbox, &[]).succeeds();
+    let run = sandbox.run("tiny");
+    let found = run.json("results/next/average.json");
+    let accuracy = found["results"]["next_text"]["acc,none"].as_f64().expect("an accuracy");
+    assert!((0.0..=1.0).contains(&accuracy), "{found}");
+    assert!(said.contains("next_text, acc "), "{said}");
+    let figure = run.json("results/next/milestones.json");
+    let points = figure["tasks"]["next_text"]["acc"].as_array().expect("a list of milestones");
+    let steps: Vec<u64> = points.iter().filter_map(|point| point["step"].as_u64()).collect();
+    assert_eq!(steps, [10, 20, 30, 40, 50, 60], "{figure}");
+    let svg = run.read("results/next/milestones.svg");
+    assert!(svg.starts_with("<svg") && svg.contains("next_text, acc_norm"), "{svg}");
+    // The same numbers, whoever computes them.
+    let other = with(NEXT);
+    coordinator(&other, &["--set", "local.workers=2"]).succeeds();
+    assert_eq!(other.run("tiny").json("results/next/milestones.json"), figure);
+}
+
+#[test]
+fn a_finished_run_does_the_stages_that_its_plan_gets_later() {
+    let sandbox = with("");
+    coordinator(&sandbox, &[]).succeeds();
+    let before = sandbox.run("tiny").bits();
+    sandbox.write("plan.toml", [TINY, NEXT].concat());
+    let said = coordinator(&sandbox, &[]).succeeds();
+    assert!(said.contains("next/average done") && !said.contains("workers train"), "{said}");
+    sandbox.run("tiny").bits().assert_equal(&before);
+    let again = coordinator(&sandbox, &[]).succeeds();
+    assert!(!again.contains("next/average done"), "{again}");
+}
+
+/// Two kinds of arithmetic: the run has the bits of the one that trains, and the other measures its models.
+#[test]
+fn who_only_serves_jobs_measures_what_others_train() {
+    let bench = "[[bench]]\nname = \"speed\"\nof = \"average\"\nprompt = 4\ngenerate = 4\nruns = 1\n";
+    let plan = [NEXT, bench].concat();
+    let bf16 = ["--set", "local.workers=0", "--set", "train.precision=bf16"];
+    let alone = with("");
+    alone.coordinator(&["--set", "train.precision=bf16"]).succeeds();
+
+    let mut sandbox = with(&plan);
+    let coordinator = sandbox.coordinator(&bf16);
+    let address = coordinator.address();
+    let trains = sandbox.worker(&address, "trainer");
+    coordinator.says("worker trainer joined");
+    sandbox.set_environment(&[("ULMUS_SIMD", "baseline")]);
+    let serves = server(&sandbox, &address);
+    // It computes other bits where the processor has instructions for bf16, and would not be admitted for training then.
+    let stranger = sandbox.worker(&address, "stranger").ends();
+    if stranger.code == Some(3) {
+        assert!(stranger.output.contains("let it serve jobs alone with --only jobs"), "{}", stranger.output);
+    }
+    let said = coordinator.succeeds();
+    for stage in ["next/average on ", "next/step-00000060 on ", "speed/average on ", "benchmark on "] {
+        let by: Vec<&str> = said.lines().filter(|line| line.starts_with(stage)).collect();
+        assert!(by.len() == 1 && by[0].contains(" on server: "), "{stage}: {by:?}\n{said}");
+    }
+    assert!(serves.succeeds().contains("for jobs alone"));
+    trains.succeeds();
+    if stranger.code == Some(3) {
+        sandbox.run("tiny").bits().assert_equal(&alone.run("tiny").bits());
+    }
+}
+
+#[test]
+fn a_stage_that_nobody_can_serve_is_pending_and_then_skipped() {
+    let stage = NEXT.replace("next_text\"]", "next_text\"]\ndevice = \"*RTX 4090*\"\nwait = \"1s\"");
+    let sandbox = with(&stage);
+    let said = sandbox.coordinator(&[]).succeeds();
+    let pending =
+        "ALARM: next is pending: no worker with a device like \"*RTX 4090*\"; connected: cpu, 1 threads, ";
+    assert!(said.contains(pending), "{said}");
+    assert!(
+        said.contains("next/average is skipped: no worker with a device like \"*RTX 4090*\" came within 1 s"),
+        "{said}"
+    );
+    assert!(said.contains("benchmark done"), "{said}");
+    let of = |name: &str| said.find(name).unwrap_or_else(|| panic!("{name}: {said}"));
+    assert!(of("benchmark done") < of("ALARM: next is skipped"), "{said}");
+}
+
+#[test]
+fn an_evaluation_that_fails_costs_nothing_else() {
+    let data = repository().join("tests/golden/evaluation/data");
+    let data = data.to_str().expect("a path of tests is text");
+    let stage = "[[evaluation]]\nname = \"tasks\"\nof = \"last\"\ntasks = [\"boolq\"]\nlimit = 2\ndata = [\"nowhere\"]\n";
+    let sandbox = with(stage);
+    std::fs::create_dir(sandbox.path("nowhere")).expect("a folder can be made");
+    let checked = sandbox.coordinator_bare(&["--plan", "plan.toml", "--check", "sources"]).ends();
+    assert_eq!(checked.code, Some(2), "{}", checked.output);
+    assert!(checked.output.contains("evaluation.0.data"), "{}", checked.output);
+    let failed = sandbox.coordinator(&[]).ends();
+    assert_eq!(failed.code, Some(2), "{}", failed.output);
+    for told in ["boolq has no rows", "everything else is done", "benchmark done"] {
+        assert!(failed.output.contains(told), "{told}: {}", failed.output);
+    }
+    let said = sandbox.coordinator(&["--set", &format!("evaluation.tasks.data=[{data:?}]")]).succeeds();
+    assert!(said.contains("tasks/last done") && !said.contains("benchmark done"), "{said}");
+}

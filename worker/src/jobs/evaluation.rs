@@ -1,0 +1,111 @@
+//! Measures a model on tasks.
+
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::json;
+use ulmus_backend::{Backend, WeightFormat};
+use ulmus_evaluator::tasks::{
+    Batching, Catalogue, DataSets, Evaluation, Journal, Limit, Progress, Revision, Selection, Settings,
+    average, description, results_file,
+};
+use ulmus_plan::{EvaluationConfig, NEXT_TEXT};
+use ulmus_run::results::{self, Tasks};
+use ulmus_types::Job;
+
+use super::evaluate::held_out;
+use super::{next_text, subject};
+use crate::WorkerError;
+use crate::run::Run;
+
+/// The seed of the examples, as in the harness.
+const SEED: u64 = 1234;
+
+/// The tasks that a stage asks for.
+fn selection(config: &EvaluationConfig) -> Result<Selection, WorkerError> {
+    let catalogue = Catalogue::built_in(Revision::Current);
+    Ok(match &config.suite {
+        Some(suite) => catalogue.select_suite(suite)?,
+        None => catalogue.select(&config.tasks)?,
+    })
+}
+
+fn settings(config: &EvaluationConfig, context: usize, add_bos: bool) -> Settings {
+    let limit = |limit: f64| if limit < 1.0 { Limit::Share(limit) } else { Limit::Rows(limit as usize) };
+    Settings {
+        shots: config.shots.map(|shots| shots as usize),
+        fewshot_split: None,
+        limit: config.limit.map(limit),
+        context,
+        add_bos,
+        revision: Revision::Current,
+        seed: SEED,
+    }
+}
+
+/// Looks for the tasks of a stage and their rows. Returns the key of the stage that is wrong, its value,
+/// and why.
+pub(crate) fn check(config: &EvaluationConfig) -> Result<(), (&'static str, String, WorkerError)> {
+    let (key, value) = match &config.suite {
+        Some(suite) => ("suite", format!("{suite:?}")),
+        None => ("tasks", format!("{:?}", config.tasks)),
+    };
+    let selection = selection(config).map_err(|error| (key, value, error))?;
+    let look = || -> Result<(), WorkerError> {
+        let mut data = DataSets::open(&config.data)?;
+        // The run makes these rows when it is trained.
+        data.add_rows(next_text::SOURCE, Vec::new());
+        Ok(selection.look_for_rows(&data, &settings(config, 0, true))?)
+    };
+    look().map_err(|error| ("data", format!("{:?}", config.data), error))
+}
+
+pub(super) fn evaluate<B: Backend>(
+    run: &Run,
+    say: &dyn Fn(String),
+    job: &Job,
+    backend: &B,
+) -> Result<results::Measured<Tasks>, WorkerError> {
+    let config = run.plan.evaluation.iter().find(|config| config.name == job.stage().as_str());
+    let config = config.ok_or_else(|| super::no_stage(job))?;
+    let selection = selection(config)?;
+    let mut data = DataSets::open(&config.data)?;
+    let mut left_out = Vec::new();
+    if selection.has(NEXT_TEXT) {
+        let held_out = match held_out(run, say)? {
+            Ok(held_out) => held_out,
+            Err(skipped) => return Ok(results::Measured::Skipped { skipped }),
+        };
+        let rows = next_text::rows(&held_out.texts);
+        if rows.is_empty() {
+            let skipped =
+                format!("{NEXT_TEXT} needs four held-out texts of at least {} bytes", next_text::LEAST);
+            return Ok(results::Measured::Skipped { skipped });
+        }
+        data.add_rows(next_text::SOURCE, rows);
+        left_out = held_out.left_out;
+    }
+    let tokenizer = config.tokenizer.as_deref().map(Path::new);
+    let ready = subject::ready(run, job, backend, WeightFormat::F32, tokenizer)?;
+    let settings = settings(config, ready.loaded.model.config().max_context_length, ready.adds_bos);
+    let evaluation = Evaluation {
+        model: &ready.loaded.model,
+        tokenizer: &ready.tokenizer,
+        data: &data,
+        settings: &settings,
+        batching: Batching::default(),
+    };
+    let outcomes = evaluation.run(&selection, &mut Journal::default(), &mut |progress| {
+        if let Progress::Begun { task, notes, .. } = progress {
+            notes.iter().for_each(|note| say(format!("{}: {task}: {note}", job.name())));
+        }
+        Ok(())
+    })?;
+    let described = description(&ready.place, &ready.loaded, &ready.tokenizer, &config.data, &settings);
+    let mut file = results_file(&outcomes, described);
+    if let Some(mean) = average(&selection, &outcomes) {
+        file["average"] = json!(mean);
+    }
+    let result = Tasks::deserialize(file).expect("the file has the form of its results");
+    Ok(results::Measured::Done { result, left_out })
+}
