@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use plotters::prelude::*;
 use serde::Serialize;
+use serde_json::Value;
 use ulmus_run::results::{Results, Tasks};
 use ulmus_types::StageName;
 
@@ -43,8 +44,7 @@ impl Figure {
                     let Some(value) = value.as_f64().filter(|_| !metric.ends_with("_stderr")) else {
                         continue;
                     };
-                    let stderr =
-                        metrics.get(&format!("{metric}_stderr,none")).and_then(|stderr| stderr.as_f64());
+                    let stderr = metrics.get(&format!("{metric}_stderr,none")).and_then(Value::as_f64);
                     let points = tasks.entry(task.clone()).or_default().entry(metric.to_owned()).or_default();
                     points.push(Point { step, value, stderr });
                 }

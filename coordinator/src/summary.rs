@@ -14,11 +14,9 @@ use ulmus_types::{BadUnit, Stage, StageKind};
 
 use crate::check::grouped;
 use crate::database::MetricsRow;
+use crate::figure::Figure;
 use crate::folder::RunFolder;
 use crate::options::Options;
-
-/// The most columns of a table of models, unless it has even more rows.
-const MOST_COLUMNS: usize = 5;
 
 /// The summary of a finished run.
 pub(crate) fn page(
@@ -67,8 +65,9 @@ fn write_page(
         }
     }
     writeln!(page, "\n{}", table(plan, results))?;
+    let (at, own) = (folder.shown(), folder.path().display());
     for stage in plan.graph().stages() {
-        write_stage(page, stage, results)?;
+        write_stage(page, stage, results, &at)?;
     }
     for line in remarks(results) {
         writeln!(page, "{line}")?;
@@ -76,7 +75,6 @@ fn write_page(
     for (unit, why) in left_out {
         writeln!(page, "skipped: {unit}: {why}")?;
     }
-    let (at, own) = (folder.shown(), folder.path().display());
     writeln!(page)?;
     if plan.checkpoint.export {
         writeln!(page, "model for mlx-lm and llama.cpp               {at}/{}", paths::EXPORT)?;
@@ -100,28 +98,24 @@ fn write_page(
     Ok(())
 }
 
-/// What a stage that the plan adds has found, with a column for each model.
-fn write_stage(page: &mut String, stage: &Stage, results: &Results) -> std::fmt::Result {
+/// What a stage that the plan adds has found, with a column for each model; of milestones only the last has one.
+fn write_stage(page: &mut String, stage: &Stage, results: &Results, at: &str) -> std::fmt::Result {
     let rows = match stage.kind {
-        StageKind::Evaluation => rows_of_tasks(&results.of_models::<Tasks>(&stage.name)),
-        StageKind::Benchmark => rows_of_speeds(&results.of_models::<Benchmark>(&stage.name)),
+        StageKind::Evaluation => rows_of_tasks(&shown(results.of_models::<Tasks>(&stage.name))),
+        StageKind::Benchmark => rows_of_speeds(&shown(results.of_models::<Benchmark>(&stage.name))),
         _ => return Ok(()),
     };
-    if !rows.is_empty() {
-        let mut rows = rows;
-        rows[0].insert(0, stage.name.to_string());
-        // Many milestones have room below each other only.
-        if rows[0].len() > MOST_COLUMNS && rows.len() < rows[0].len() {
-            rows =
-                (0..rows[0].len()).map(|index| rows.iter().map(|row| row[index].clone()).collect()).collect();
-        }
+    if let Some((first, rest)) = rows.split_first() {
         let mut table = Table::new();
         table.load_style(UTF8_FULL_CONDENSED);
-        table.set_header(&rows[0]);
-        rows[1..].iter().for_each(|row| {
+        table.set_header(std::iter::once(&stage.name.to_string()).chain(first));
+        for row in rest {
             table.add_row(row);
-        });
+        }
         writeln!(page, "{table}")?;
+    }
+    if Figure::of(&stage.name, results).is_some() {
+        writeln!(page, "{} over training: {at}/{}", stage.name, paths::figure(&stage.name, "svg"))?;
     }
     for (model, result) in results.of_models::<Measured<Value>>(&stage.name) {
         if let Some(why) = result.skipped() {
@@ -129,6 +123,13 @@ fn write_stage(page: &mut String, stage: &Stage, results: &Results) -> std::fmt:
         }
     }
     Ok(())
+}
+
+/// The models that have a column: all but the milestones before the last.
+fn shown<T>(models: Vec<(&str, T)>) -> Vec<(&str, T)> {
+    let is_milestone = |model: &str| model.starts_with("step-");
+    let last = models.iter().map(|(model, _)| *model).filter(|model| is_milestone(model)).max();
+    models.into_iter().filter(|(model, _)| !is_milestone(model) || Some(*model) == last).collect()
 }
 
 /// The models; then each metric of each task, with what it is for each model and its standard error.

@@ -14,6 +14,7 @@ mod folder;
 mod likelihood;
 mod perplexity;
 mod python;
+mod speeds;
 pub mod tasks;
 mod texts;
 mod writing;
@@ -22,5 +23,6 @@ pub use bench::{BenchConfig, BenchResult, Machine, Rates, Timing, bench, median,
 pub use error::EvaluatorError;
 pub use folder::{LoadedModel, adds_bos, load_model, load_tokenizer, model_folder};
 pub use perplexity::{perplexity, zstd_bits_per_byte};
+pub use speeds::{Measured, SpeedRow, Speeds};
 pub use texts::read_texts;
 pub use writing::{Continuation, Transcript, continuations};

@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use ulmus_types::{
     Assignment, BadUnit, Blame, CheckpointId, CheckpointKind, Digest, ErrorKind, ExitStatus, FileEntry,
-    Generation, GroupKey, GroupRequest, Heartbeat, Hello, Incarnation, Job, LeaveReason, Peer, Rank, Ready,
-    Repair, RunId, Section, SessionSecret, Snapshot, SourceReading, Step, StepReport, Subject, ToCoordinator,
-    ToWorker, WorkerId, WorkerStatus, for_people,
+    Generation, GroupKey, GroupRequest, Heartbeat, Hello, Incarnation, Job, LeaveReason, Part, Peer, Rank,
+    Ready, Repair, RunId, Section, SessionSecret, Snapshot, SourceReading, Step, StepReport, Subject,
+    ToCoordinator, ToWorker, WorkerId, WorkerStatus, for_people,
 };
 
 use crate::v1;
@@ -208,7 +208,8 @@ impl From<Job> for v1::Job {
             Subject::Model(place) => Some(Model::Place(place.clone())),
         };
         let checkpoints = job.checkpoints().iter().copied().map(Into::into).collect();
-        Self { stage: job.stage().to_string(), checkpoints, model }
+        let (part, parts) = job.part().map_or((0, 0), |part| (part.index(), part.of()));
+        Self { stage: job.stage().to_string(), checkpoints, model, part, parts }
     }
 }
 
@@ -232,7 +233,12 @@ impl TryFrom<v1::Job> for Job {
             },
             (Some(Model::Place(place)), _) => return Err(invalid("job.place", &place)),
         };
-        Ok(Self::new(stage, subject))
+        let whole = Self::new(stage, subject);
+        match (job.parts, Part::new(job.part, job.parts)) {
+            (0, _) if job.part == 0 => Ok(whole),
+            (_, Some(part)) => Ok(whole.part_of(part)),
+            (parts, None) => Err(invalid("job.part", &format!("{} of {parts}", job.part))),
+        }
     }
 }
 
@@ -901,6 +907,7 @@ mod tests {
                 of("tasks", Subject::Last(checkpoint())),
                 of("tasks", Subject::Milestone(checkpoint())),
                 of("tasks", Subject::Model("hf://a/b".into())),
+                of("tasks", Subject::Average).part_of(Part::new(2, 3).unwrap()),
             ]
             .map(ToWorker::Run),
         );
@@ -912,6 +919,7 @@ mod tests {
 
     #[test]
     fn what_lacks_a_field_is_refused_by_its_name() {
+        use v1::job::Model;
         assert_eq!(from_worker(v1::FromWorker::default()), Err(WireError::Missing("message")));
         let of = |message| from_worker(v1::FromWorker { message: Some(message), run: Vec::new() });
         let hello = v1::from_worker::Message::Hello(v1::Hello::default());
@@ -919,12 +927,12 @@ mod tests {
         let ready = v1::Ready { fingerprint: vec![1, 2], ..v1::Ready::default() };
         let error = of(v1::from_worker::Message::Ready(ready));
         assert!(matches!(error, Err(WireError::Invalid { field: "ready.fingerprint", .. })));
-        use v1::job::Model;
         let done = |stage: &str, model: Option<Model>, count| {
             let job = Some(v1::Job {
                 stage: stage.to_owned(),
                 checkpoints: vec![checkpoint().into(); count],
                 model,
+                ..v1::Job::default()
             });
             of(v1::from_worker::Message::JobDone(v1::JobDone { job, result: String::new() }))
         };

@@ -23,8 +23,8 @@ fn coordinator(sandbox: &Sandbox, more: &[&str]) -> Process {
 }
 
 /// Starts a worker that only serves jobs.
-fn server(sandbox: &Sandbox, address: &str) -> Process {
-    let first = ["--join", address, "--name", "server", "--threads", "1", "--device", "cpu"];
+fn server(sandbox: &Sandbox, address: &str, name: &str) -> Process {
+    let first = ["--join", address, "--name", name, "--threads", "1", "--device", "cpu"];
     sandbox.worker_bare(&[&first[..], &["--only", "jobs"]].concat())
 }
 
@@ -77,7 +77,7 @@ fn who_only_serves_jobs_measures_what_others_train() {
     let trains = sandbox.worker(&address, "trainer");
     coordinator.says("worker trainer joined");
     sandbox.set_environment(&[("ULMUS_SIMD", "baseline")]);
-    let serves = server(&sandbox, &address);
+    let serves = server(&sandbox, &address, "server");
     // It computes other bits where the processor has instructions for bf16, and would not be admitted for training then.
     let stranger = sandbox.worker(&address, "stranger").ends();
     if stranger.code == Some(3) {
@@ -92,6 +92,34 @@ fn who_only_serves_jobs_measures_what_others_train() {
     trains.succeeds();
     if stranger.code == Some(3) {
         sandbox.run("tiny").bits().assert_equal(&alone.run("tiny").bits());
+    }
+}
+
+/// The parts are put together to the same numbers.
+#[test]
+fn workers_that_have_nothing_else_to_do_share_an_evaluation() {
+    let stage = NEXT.replace(r#"["milestones", "average"]"#, "\"last\"");
+    let alone = with(&stage);
+    coordinator(&alone, &[]).succeeds();
+    let sandbox = with(&stage);
+    let shared = coordinator(&sandbox, &["--set", "local.workers=0"]);
+    let address = shared.address();
+    let servers = ["one", "two"].map(|name| server(&sandbox, &address, name));
+    for name in ["one", "two"] {
+        shared.says(&format!("worker {name} joined"));
+    }
+    let trainer = sandbox.worker(&address, "trainer");
+    let said = shared.succeeds();
+    for part in ["next/last/part-1-of-2 done", "next/last/part-2-of-2 done", "next/last done"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    assert_eq!(
+        sandbox.run("tiny").json("results/next/last.json"),
+        alone.run("tiny").json("results/next/last.json")
+    );
+    trainer.succeeds();
+    for server in servers {
+        server.succeeds();
     }
 }
 

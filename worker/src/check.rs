@@ -45,7 +45,7 @@ pub fn check_sources(plan: &Plan) -> SourceCheck {
             Ok(()) => lines.push(format!("evaluation {}: every task has its rows", stage.name)),
             Err((key, value, error)) => {
                 let rule = "the tasks and their rows must be there";
-                problems.add(format!("evaluation.{index}.{key}"), value, rule, error.to_string());
+                problems.add(format!("evaluation.{index}.{key}"), value, rule, error);
             }
         }
     }

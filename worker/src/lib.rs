@@ -91,9 +91,10 @@ async fn work<B: TrainingBackend>(
     shutdown: &Shutdown,
 ) -> Result<ExitStatus, Failure> {
     let Identity { worker, address, device, .. } = &identity;
-    match &listener {
-        Some(_) => tracing::info!("worker {worker} starts on {device}; other workers reach it at {address}"),
-        None => tracing::info!("worker {worker} starts on {device}, for jobs alone"),
+    if listener.is_some() {
+        tracing::info!("worker {worker} starts on {device}; other workers reach it at {address}");
+    } else {
+        tracing::info!("worker {worker} starts on {device}, for jobs alone");
     }
     let control = Control::default();
     let (reports_in, reports) = mpsc::channel(REPORTS);

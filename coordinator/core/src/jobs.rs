@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use ulmus_types::{
-    CheckpointId, CheckpointKind, ErrorKind, Graph, Job, JobName, Reads, Stage, StageKind, StageName,
+    CheckpointId, CheckpointKind, ErrorKind, Graph, Job, JobName, Part, Reads, Stage, StageKind, StageName,
     Subject, WorkerId,
 };
 
@@ -44,6 +44,8 @@ pub(crate) struct Jobs {
     waiting: BTreeMap<JobName, (Duration, Duration)>,
     /// Stages that no connected worker can serve, and since when nothing else is to be done.
     pending: BTreeMap<StageName, Option<Duration>>,
+    /// The number of parts in which evaluations are done that several workers share.
+    parts: BTreeMap<JobName, u32>,
     /// Jobs of stages that the plan adds and that failed for good. The run does everything else before it ends with that.
     given_up: BTreeMap<JobName, (ErrorKind, String)>,
 }
@@ -59,7 +61,10 @@ pub(crate) struct Progress {
 
 impl Jobs {
     pub(crate) fn new(graph: Graph, done: BTreeSet<JobName>, owners: BTreeMap<Job, WorkerId>) -> Self {
+        // What was shared stays so: some parts may be done.
+        let parts = owners.keys().filter_map(|job| Some((job.whole().name(), job.part()?.of())));
         Self {
+            parts: parts.collect(),
             graph,
             done,
             running: BTreeMap::new(),
@@ -111,7 +116,7 @@ impl Jobs {
     pub(crate) fn on_given_up(&mut self, job: &Job, kind: ErrorKind, message: &str) -> bool {
         let is_added = self.stage_of(job).is_some_and(|stage| matches!(stage.reads, Reads::Models(_)));
         if is_added {
-            self.given_up.insert(job.name(), (kind, message.to_owned()));
+            self.given_up.insert(job.whole().name(), (kind, message.to_owned()));
         }
         is_added
     }
@@ -236,10 +241,34 @@ impl Jobs {
         let mut ready: Vec<(Stage, Job)> = self
             .unfinished(milestones)
             .filter(|(stage, job)| self.may_begin(stage, job, progress))
-            .map(|(stage, job)| (stage.clone(), job))
+            .flat_map(|(stage, job)| self.parts_or_whole(job).into_iter().map(|job| (stage.clone(), job)))
             .collect();
         ready.sort_by_key(|(stage, _)| stage.kind.is_exclusive());
         ready
+    }
+
+    /// The parts of a job that are still to be begun; or the job itself, if it has no parts or all of them are done.
+    fn parts_or_whole(&self, job: Job) -> Vec<Job> {
+        let of = self.parts.get(&job.name()).copied().unwrap_or(0);
+        let parts = (0..of).filter_map(|index| Some(job.clone().part_of(Part::new(index, of)?)));
+        let left: Vec<Job> = parts.filter(|part| !self.is_done(&part.name())).collect();
+        if left.is_empty() {
+            return vec![job];
+        }
+        left.into_iter()
+            .filter(|part| !self.running.keys().any(|other| other.name() == part.name()))
+            .collect()
+    }
+
+    /// Shares a job that nobody has begun among several workers, and returns the parts.
+    pub(crate) fn share(&mut self, job: &Job, among: u32) -> Vec<Job> {
+        self.parts.insert(job.name(), among);
+        self.parts_or_whole(job.clone())
+    }
+
+    /// Whether a job may be shared: it is no part of one, and not what puts parts together.
+    pub(crate) fn may_be_shared(&self, stage: &Stage, job: &Job) -> bool {
+        stage.kind == StageKind::Evaluation && job.part().is_none() && !self.parts.contains_key(&job.name())
     }
 
     /// Whether everything that a job reads exists, and it does not run already.

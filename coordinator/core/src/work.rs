@@ -1,6 +1,6 @@
 //! Jobs: which worker does which, and what becomes of the results.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
 use globset::Glob;
@@ -14,6 +14,9 @@ use crate::effect::{Effect, Notification};
 use crate::jobs::Progress;
 use crate::members::{Activity, Member};
 use crate::state::{Coordinator, TEXT_LIMIT};
+
+/// The most parts in which an evaluation is done.
+const MOST_PARTS: usize = 64;
 
 impl Coordinator {
     /// A worker has ended a job and can take other work. Returns whether its result counts, which it does not if
@@ -111,15 +114,8 @@ impl Coordinator {
     fn others_may_do(&self, job: &Job) -> bool {
         let Some(stage) = self.jobs.stage_of(job) else { return false };
         self.members.iter().any(|(id, member)| {
-            self.may_serve(member, stage) && !member.draining && !self.jobs.has_failed_on(job, id)
+            may_serve(member, stage) && !member.draining && !self.jobs.has_failed_on(job, id)
         })
-    }
-
-    /// Whether a worker could do the jobs of a stage now or later.
-    fn may_serve(&self, member: &Member, stage: &Stage) -> bool {
-        // What is on the machines that train need not be on one that only serves jobs.
-        let has_sources = stage.kind != StageKind::Prepare || !member.hello.only_jobs;
-        member.activity.is_admitted() && has_sources && has(member, &stage.needs)
     }
 
     /// Whether an evaluation or a benchmark is left to workers that only serve jobs, as one of them can do it: what a stage
@@ -128,10 +124,21 @@ impl Coordinator {
         matches!(stage.kind, StageKind::Evaluation | StageKind::Benchmark)
             && self.members.iter().any(|(id, member)| {
                 member.hello.only_jobs
-                    && self.may_serve(member, stage)
+                    && may_serve(member, stage)
                     && !member.draining
                     && !self.jobs.has_failed_on(job, id)
             })
+    }
+
+    /// The number of workers that can do jobs of a stage now or when they have done the job that they do.
+    fn helpers(&self, stage: &Stage, is_reserved: bool) -> usize {
+        let helps = |member: &Member| {
+            matches!(member.activity, Activity::Idle | Activity::Working(_))
+                && may_serve(member, stage)
+                && (!is_reserved || member.hello.only_jobs)
+                && !member.draining
+        };
+        self.members.iter().filter(|(_, member)| helps(member)).count()
     }
 
     /// Whether a worker's machine is being measured, so that nothing else may run there.
@@ -167,11 +174,11 @@ impl Coordinator {
             idle = self.members.available_if_needed(now);
         }
         let progress = self.progress();
-        let ready = self.jobs.ready(progress, &self.milestones());
+        let mut ready = VecDeque::from(self.jobs.ready(progress, &self.milestones()));
         // Whatever else there is to do keeps the machines of those that could do it from being measured.
         let mut left: Vec<Stage> = Vec::new();
         let mut told = BTreeSet::new();
-        for (stage, job) in ready {
+        while let Some((stage, job)) = ready.pop_front() {
             if told.insert(stage.name.clone()) {
                 self.watch_pending(&stage, progress, now);
             }
@@ -182,16 +189,28 @@ impl Coordinator {
                 self.members.get(worker).is_some_and(|member| {
                     let host = &member.hello.host;
                     let is_alone =
-                        || self.is_quiet(host) && !left.iter().any(|other| self.may_serve(member, other));
-                    self.may_serve(member, &stage)
+                        || self.is_quiet(host) && !left.iter().any(|other| may_serve(member, other));
+                    may_serve(member, &stage)
                         && (!is_reserved || member.hello.only_jobs)
                         && !self.is_measured(member)
                         && (!stage.kind.is_exclusive() || is_alone())
                 })
             };
             let failed = |worker: &WorkerId| self.jobs.has_failed_on(&job, worker);
-            let able = (0..idle.len()).filter(|index| may_do(&idle[*index]));
-            let best = able.min_by_key(|index| failed(&idle[*index]));
+            let able: Vec<usize> = (0..idle.len()).filter(|index| may_do(&idle[*index])).collect();
+            // Workers that are left without an evaluation share one, those too that are about to be free.
+            let others = ready.iter().filter(|(other, _)| other.kind == stage.kind).count();
+            let among = self.helpers(&stage, is_reserved).saturating_sub(others).min(MOST_PARTS);
+            if among > 1 && !able.is_empty() && self.jobs.may_be_shared(&stage, &job) {
+                for part in self.jobs.share(&job, among as u32).into_iter().rev() {
+                    ready.push_front((stage.clone(), part));
+                }
+                continue;
+            }
+            // Those that only serve jobs are kept for what is left to them.
+            let only_jobs =
+                |worker: &WorkerId| self.members.get(worker).is_some_and(|member| member.hello.only_jobs);
+            let best = able.into_iter().min_by_key(|index| (failed(&idle[*index]), only_jobs(&idle[*index])));
             let best = best.filter(|index| {
                 !failed(&idle[*index]) || !(self.others_may_do(&job) || self.jobs.is_waiting(&job, now))
             });
@@ -215,7 +234,7 @@ impl Coordinator {
     /// enough.
     fn watch_pending(&mut self, stage: &Stage, progress: Progress, now: Duration) {
         if stage.needs == Requirements::default()
-            || self.members.iter().any(|(_, member)| self.may_serve(member, stage))
+            || self.members.iter().any(|(_, member)| may_serve(member, stage))
         {
             return self.jobs.on_served(&stage.name);
         }
@@ -235,12 +254,20 @@ impl Coordinator {
             let skipped = format!("{needs} came within {within}");
             self.emit(Notification::Alarm(format!("{} is skipped: {skipped}", stage.name)));
             let jobs = self.jobs.ready(progress, &self.milestones());
-            for (_, job) in jobs.into_iter().filter(|(other, _)| other.name == stage.name) {
+            let of_stage = jobs.into_iter().filter(|(other, _)| other.name == stage.name);
+            for job in of_stage.map(|(_, job)| job.whole()).collect::<BTreeSet<Job>>() {
                 self.jobs.on_succeeded(&job);
                 self.effect(Effect::SaveJobSkipped(job, skipped.clone()));
             }
         }
     }
+}
+
+/// Whether a worker could do the jobs of a stage now or later.
+fn may_serve(member: &Member, stage: &Stage) -> bool {
+    // What is on the machines that train need not be on one that only serves jobs.
+    let has_sources = stage.kind != StageKind::Prepare || !member.hello.only_jobs;
+    member.activity.is_admitted() && has_sources && has(member, &stage.needs)
 }
 
 /// Whether a worker has what a stage needs.

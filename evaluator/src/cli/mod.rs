@@ -1,5 +1,6 @@
 //! Arguments, tables and result files of the program. The numbers come from the library.
 
+mod bench;
 mod compare;
 mod run;
 mod tasks;
@@ -7,28 +8,23 @@ mod tasks;
 use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use ulmus_backend::{Backend, WeightFormat};
 use ulmus_device::AnyBackend;
-use ulmus_evaluator::{
-    BenchConfig, BenchResult, EvaluatorError, LoadedModel, Transcript, bench, load_model, load_tokenizer,
-    synthetic_weights,
-};
-use ulmus_model::{Generator, Model, Sampler, Sampling};
-use ulmus_plan::{Device, ModelConfig, NormKind, Preset};
-use ulmus_process::{Failure, finish_output, print};
+use ulmus_evaluator::{EvaluatorError, LoadedModel, Transcript, load_model, load_tokenizer};
+use ulmus_model::{Generator, Sampler, Sampling};
+use ulmus_plan::Device;
+use ulmus_process::{Failure, finish_output};
 use ulmus_types::ExitStatus;
 
+use bench::Bench;
 use compare::Compare;
 use run::Run;
 use tasks::{Fetch, Tasks};
 
-/// The default length of the prompt in `bench`, where the context has room for it.
-const PROMPT_TOKENS: usize = 35;
 /// The default number of tokens to generate, where the context has room for them.
 const MAX_TOKENS: usize = 128;
 
@@ -65,52 +61,13 @@ enum Command {
     /// Time prompt processing and generation separately, after a warm-up run.
     ///
     /// Example: evaluator bench --preset openelm-270m --prompt 35 --generate 128 --threads 8
-    Bench(Bench),
+    ///
+    /// The table of the paper: evaluator bench --paper --device cpu,cuda:0 --dtype f32,bf16 --output speeds
+    Bench(Box<Bench>),
     /// Continue a prompt; text is printed as it is generated.
     ///
     /// Example: evaluator generate --model runs/quickstart/export --prompt "The trait" --max-tokens 64 --greedy
     Generate(Generate),
-}
-
-#[derive(Debug, Args)]
-struct Bench {
-    #[command(flatten)]
-    subject: Subject,
-    /// Kind of norm for a preset: `rms`, `naive_rms` or `layer`. Model folders always use `rms`.
-    #[arg(long, value_name = "KIND", default_value = "rms", conflicts_with = "model")]
-    norm: NormKind,
-    /// Tokens in the prompt [default: 35, or as many as fit in the context].
-    #[arg(long, value_name = "N")]
-    prompt: Option<usize>,
-    /// Tokens to generate; the first counts as part of prompt processing [default: 128, or as many as fit in the context].
-    #[arg(long, value_name = "N")]
-    generate: Option<usize>,
-    /// Timed runs after the warm-up run; the median is reported.
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
-    runs: u32,
-    /// Data type of the weights.
-    #[arg(long, value_enum, default_value = "f32")]
-    dtype: Dtype,
-    /// Sequences to decode side by side; rates count the tokens of all of them.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
-    batch: u16,
-    /// Print JSON instead of a table.
-    #[arg(long)]
-    json: bool,
-    #[command(flatten)]
-    compute: Compute,
-}
-
-/// The model to time.
-#[derive(Debug, Args)]
-#[group(required = true, multiple = false)]
-struct Subject {
-    /// Model folder; only its config and weights are used.
-    #[arg(long, value_name = "DIR")]
-    model: Option<PathBuf>,
-    /// A published shape with synthetic weights: `openelm-270m`, `-450m`, `-1_1b` or `-3b`.
-    #[arg(long, value_name = "NAME")]
-    preset: Option<Preset>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -221,8 +178,12 @@ impl Compute {
     }
 
     fn threads(&self) -> usize {
-        self.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from)
+        self.threads.map_or_else(all_threads, usize::from)
     }
+}
+
+fn all_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 impl Arguments {
@@ -233,7 +194,7 @@ impl Arguments {
             Command::Tasks(tasks) => tasks.run(),
             Command::Compare(compare) => compare.run(),
             Command::Fetch(fetch) => fetch.run(),
-            Command::Bench(bench) => bench.compute.run(bench),
+            Command::Bench(bench) => bench.run(),
             Command::Generate(generate) => generate.compute.run(generate),
         }?;
         Ok(ExitStatus::Done)
@@ -243,31 +204,6 @@ impl Arguments {
 fn failure(error: impl Into<EvaluatorError>) -> Failure {
     let error = error.into();
     Failure::of(error.kind(), &error)
-}
-
-impl OnDevice for Bench {
-    fn run<B: Backend>(&self, backend: B) -> Result<(), Failure> {
-        let threads = self.compute.threads();
-        let model = if let Some(preset) = self.subject.preset {
-            let config = ModelConfig { norm: self.norm, ..preset.config() };
-            let weights = synthetic_weights(&config);
-            let model = Model::in_format(backend, &config, &weights, self.dtype.format());
-            Arc::new(model.map_err(failure)?)
-        } else {
-            let directory = self.subject.model.as_deref().expect("one of the group is required");
-            load_model(directory, backend, self.dtype.format()).map_err(failure)?.model
-        };
-        let context = model.config().max_context_length;
-        let prompt = self.prompt.unwrap_or_else(|| context.saturating_sub(2).clamp(1, PROMPT_TOKENS));
-        let config = BenchConfig {
-            prompt,
-            generate: self.generate.unwrap_or_else(|| context.saturating_sub(prompt).clamp(2, MAX_TOKENS)),
-            runs: self.runs as usize,
-            batch: usize::from(self.batch),
-        };
-        let result = bench(&model, config, threads).map_err(failure)?;
-        if self.json { print(json(&result).trim_end()) } else { print(&bench_table(&result)) }
-    }
 }
 
 impl Generate {
@@ -329,30 +265,6 @@ impl OnDevice for Generate {
         }
         finish_output(written.and_then(|()| writeln!(stdout, "{}", transcript.finish())))
     }
-}
-
-fn bench_table(result: &BenchResult) -> String {
-    let mut table = table(&["benchmark", "tokens", "tokens/s"]);
-    let BenchConfig { prompt, generate, batch, .. } = result.config;
-    for (name, tokens, rate) in [
-        ("prompt processing", batch * prompt, result.median.prompt),
-        ("generation", batch * (generate - 1), result.median.generation),
-        ("total", batch * (prompt + generate), result.median.total),
-    ] {
-        table.add_row([name.to_owned(), tokens.to_string(), format!("{rate:.2}")]);
-    }
-    let machine = &result.machine;
-    format!(
-        "{table}\nmedian of {} runs after a warm-up run; {} parameters, norm {}, {}, batch {batch}, {}\n{}, {} cores, {}",
-        result.runs.len(),
-        result.parameters,
-        result.norm.name(),
-        result.dtype,
-        result.device,
-        machine.processor,
-        machine.cores,
-        machine.platform,
-    )
 }
 
 fn table(header: &[&str]) -> Table {

@@ -105,6 +105,29 @@ impl Journal {
         Ok(Self { answers, file: Some((path.to_owned(), file)) })
     }
 
+    /// Reads the answers of a part of an evaluation of this model, whichever device has computed them.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn read(&mut self, text: &str, model: Digest) -> Result<(), String> {
+        let mut lines = text.lines();
+        let header: Header =
+            serde_json::from_str(lines.next().unwrap_or_default()).map_err(|error| error.to_string())?;
+        if header.model != model || header.evaluator != env!("CARGO_PKG_VERSION") {
+            return Err(format!(
+                "it is of model {} and evaluator {}",
+                header.model.short(),
+                header.evaluator
+            ));
+        }
+        for line in lines {
+            let Line { request, log_likelihood, greedy } =
+                serde_json::from_str(line).map_err(|error| error.to_string())?;
+            self.answers.insert(request, Likelihood { log_likelihood, greedy });
+        }
+        Ok(())
+    }
+
     /// Whether no answer is known.
     pub fn is_empty(&self) -> bool {
         self.answers.is_empty()

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use ulmus_backend::Backend;
 use ulmus_model::Model;
 use ulmus_tokenizer::Tokenizer;
+use ulmus_types::Part;
 
 use super::definition::{Definition, Entry, Revision};
 use super::journal::Journal;
@@ -134,6 +135,30 @@ impl<B: Backend> Evaluation<'_, B> {
         Ok(outcomes)
     }
 
+    /// Asks a part of what [`Self::run`] would ask, which goes to the journal. Returns the number of answers.
+    ///
+    /// # Errors
+    /// Those of [`Self::run`].
+    pub fn answer_part(
+        &self,
+        selection: &Selection,
+        part: Part,
+        journal: &mut Journal,
+        on_progress: &mut dyn FnMut(Progress<'_>) -> Result<(), EvaluatorError>,
+    ) -> Result<u64, EvaluatorError> {
+        let mut answers = 0;
+        selection.look_for_rows(self.data, self.settings)?;
+        for item in &selection.items {
+            let Item::Task { task, entry, .. } = item else { continue };
+            let prepared = self.prepare(task, entry.as_ref())?;
+            // Requests about one row, and rows with the same examples, are next to each other.
+            let asked: Vec<usize> = part.share(prepared.requests.len()).collect();
+            answers += asked.len() as u64;
+            self.ask(&prepared, &asked, journal, on_progress, &mut |_, _| {})?;
+        }
+        Ok(answers)
+    }
+
     /// Reads the rows of a task, and asks about them in the way of its group.
     fn prepare(&self, task: &Arc<Definition>, entry: Option<&Entry>) -> Result<Prepared, EvaluatorError> {
         Prepared::new(task, self.data, self.tokenizer, &settings_of(self.settings, entry))
@@ -162,7 +187,24 @@ impl<B: Backend> Evaluation<'_, B> {
             prepared.requests.iter().map(|request| journal.get(request)).collect();
         let missing: Vec<usize> =
             (0..likelihoods.len()).filter(|index| likelihoods[*index].is_none()).collect();
-        let requests: Vec<&Request> = missing.iter().map(|index| &prepared.requests[*index]).collect();
+        self.ask(prepared, &missing, journal, on_progress, &mut |index, likelihood| {
+            likelihoods[index] = Some(likelihood);
+        })?;
+        let likelihoods: Vec<Likelihood> =
+            likelihoods.into_iter().map(|one| one.expect("all are scored")).collect();
+        Ok((prepared.count(&likelihoods), likelihoods))
+    }
+
+    /// Asks the model the requests with these numbers.
+    fn ask(
+        &self,
+        prepared: &Prepared,
+        asked: &[usize],
+        journal: &mut Journal,
+        on_progress: &mut dyn FnMut(Progress<'_>) -> Result<(), EvaluatorError>,
+        on_answer: &mut dyn FnMut(usize, Likelihood),
+    ) -> Result<(), EvaluatorError> {
+        let requests: Vec<&Request> = asked.iter().map(|index| &prepared.requests[*index]).collect();
         let notes = prepared.notes();
         on_progress(Progress::Begun { task: &prepared.task.name, requests: requests.len(), notes })?;
         score(self.model, self.batching, &requests, &mut |scored| {
@@ -170,14 +212,11 @@ impl<B: Backend> Evaluation<'_, B> {
                 if !likelihood.log_likelihood.is_finite() {
                     return Err(EvaluatorError::NotFinite { task: prepared.task.name.clone() });
                 }
-                likelihoods[missing[*index]] = Some(*likelihood);
+                on_answer(asked[*index], *likelihood);
             }
             journal.add(scored.iter().map(|(index, likelihood)| (requests[*index], *likelihood)))?;
             on_progress(Progress::Answered(scored.len()))
-        })?;
-        let likelihoods: Vec<Likelihood> =
-            likelihoods.into_iter().map(|one| one.expect("all are scored")).collect();
-        Ok((prepared.count(&likelihoods), likelihoods))
+        })
     }
 }
 

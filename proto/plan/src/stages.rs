@@ -284,7 +284,7 @@ impl EvaluationConfig {
     fn check(&self, at: &str, problems: &mut Problems) {
         let key = |name: &str| format!("{at}.{name}");
         problems.check(
-            self.suite.is_some() != !self.tasks.is_empty(),
+            self.suite.is_some() == self.tasks.is_empty(),
             key(if self.suite.is_some() { "suite" } else { "tasks" }),
             self.suite.as_ref().map_or_else(|| "missing".to_owned(), |suite| format!("{suite:?}")),
             "an evaluation has either a suite or tasks",

@@ -76,6 +76,11 @@ pub fn result(job: &JobName) -> String {
     format!("{RESULTS}/{job}.json")
 }
 
+/// What a part of an evaluation has answered: the journal of an evaluation.
+pub fn answers(part: &JobName) -> String {
+    format!("{RESULTS}/{part}.jsonl")
+}
+
 /// What a stage has found of the milestones, as a figure in a format.
 pub fn figure(stage: &StageName, format: &str) -> String {
     format!("{RESULTS}/{stage}/milestones.{format}")

@@ -186,6 +186,13 @@ pub struct Benchmark {
     pub details: Value,
 }
 
+/// What a part of an evaluation has answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answers {
+    /// Number of requests; what was answered is in the part's file.
+    pub answers: u64,
+}
+
 /// What a model was found to be on tasks: the file that `evaluator run --output` writes, in the layout of
 /// lm-evaluation-harness.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -272,6 +279,8 @@ pub fn check(name: &JobName, kind: StageKind, result: &str) -> Result<(), Format
         StageKind::Perplexity => is::<Measured<Perplexity>>(result),
         StageKind::Continuations => is::<Measured<Continuations>>(result),
         StageKind::Export => is::<Exported>(result),
+        // A part has three names in a row.
+        StageKind::Evaluation if name.as_str().split('/').count() == 3 => is::<Answers>(result),
         StageKind::Evaluation => is::<Measured<Tasks>>(result),
         StageKind::Benchmark => is::<Benchmark>(result),
     };

@@ -1,6 +1,7 @@
 //! Jobs: the work of stages, each done by one worker alone.
 
 use std::fmt;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
@@ -11,6 +12,45 @@ use crate::{CheckpointId, Digest, StageName};
 pub struct Job {
     stage: StageName,
     subject: Subject,
+    /// Which part of the work it is, if that is shared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    part: Option<Part>,
+}
+
+/// A part of the work on one model. The job without a part puts the parts together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Part {
+    index: u32,
+    of: u32,
+}
+
+impl Part {
+    /// Part `index` of `of`; `None` if there is no such part.
+    pub const fn new(index: u32, of: u32) -> Option<Self> {
+        if index < of { Some(Self { index, of }) } else { None }
+    }
+
+    /// Its number, from 0.
+    pub const fn index(self) -> u32 {
+        self.index
+    }
+
+    /// The number of parts.
+    pub const fn of(self) -> u32 {
+        self.of
+    }
+
+    /// Its share of `len` things in a row.
+    pub fn share(self, len: usize) -> Range<usize> {
+        let at = |index: u32| (len as u64 * u64::from(index) / u64::from(self.of)) as usize;
+        at(self.index)..at(self.index + 1)
+    }
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "part-{}-of-{}", self.index + 1, self.of)
+    }
 }
 
 /// What a job works on.
@@ -30,7 +70,7 @@ pub enum Subject {
 }
 
 /// The name of a job, by which its result is kept: that of its stage, or `STAGE/MODEL` where the stage has a job for each
-/// model. The same work has the same name in every generation.
+/// model, or `STAGE/MODEL/PART`. The same work has the same name in every generation.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct JobName(String);
@@ -51,9 +91,9 @@ impl JobName {
         self.0.split_once('/').map_or(&self.0, |(stage, _)| stage)
     }
 
-    /// The name of the model, where the stage has a job for each.
+    /// The name of the model, where the stage has a job for each and this is the whole of it.
     pub fn model(&self) -> Option<&str> {
-        self.0.split_once('/').map(|(_, model)| model)
+        self.0.split_once('/').map(|(_, model)| model).filter(|model| !model.contains('/'))
     }
 }
 
@@ -66,7 +106,24 @@ impl fmt::Display for JobName {
 impl Job {
     /// Builds a job.
     pub const fn new(stage: StageName, subject: Subject) -> Self {
-        Self { stage, subject }
+        Self { stage, subject, part: None }
+    }
+
+    /// A part of this job.
+    #[must_use]
+    pub fn part_of(self, part: Part) -> Self {
+        Self { part: Some(part), ..self }
+    }
+
+    /// The job that puts the parts together, or this one if it is no part.
+    #[must_use]
+    pub fn whole(&self) -> Self {
+        Self { part: None, ..self.clone() }
+    }
+
+    /// Which part it is, if the work is shared.
+    pub const fn part(&self) -> Option<Part> {
+        self.part
     }
 
     /// The stage that the job belongs to.
@@ -91,12 +148,16 @@ impl Job {
     /// The name of the job.
     pub fn name(&self) -> JobName {
         let stage = &self.stage;
-        JobName(match &self.subject {
+        let name = match &self.subject {
             Subject::Stage(_) => stage.to_string(),
             Subject::Average => format!("{stage}/average"),
             Subject::Last(_) => format!("{stage}/last"),
             Subject::Milestone(id) => format!("{stage}/step-{:08}", id.step().get()),
             Subject::Model(place) => format!("{stage}/{}", file_name(place)),
+        };
+        JobName(match self.part {
+            Some(part) => format!("{name}/{part}"),
+            None => name,
         })
     }
 }
@@ -149,6 +210,11 @@ mod tests {
             Subject::Model("hf://a/b".to_owned()),
         ] {
             let job = Job::new("tasks".parse().unwrap(), subject);
+            let part = job.clone().part_of(Part::new(1, 3).unwrap());
+            assert!(part.name().as_str().ends_with("/part-2-of-3"));
+            assert_eq!(part.whole(), job);
+            let again = serde_json::to_string(&part).unwrap();
+            assert_eq!(serde_json::from_str::<Job>(&again).unwrap(), part, "{again}");
             let text = serde_json::to_string(&job).unwrap();
             assert_eq!(serde_json::from_str::<Job>(&text).unwrap(), job, "{text}");
         }

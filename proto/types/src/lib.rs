@@ -28,7 +28,7 @@ pub use error::{ErrorKind, ExitStatus};
 pub use ids::{
     CheckpointId, Generation, IdError, Incarnation, LaneId, Rank, RunId, RunName, StageName, Step, WorkerId,
 };
-pub use job::{Job, JobName, Subject};
+pub use job::{Job, JobName, Part, Subject};
 pub use key::GroupKey;
 pub use message::{
     Assignment, BadUnit, CheckpointKind, FileEntry, GroupRequest, Heartbeat, Hello, LeaveReason, Peer, Ready,

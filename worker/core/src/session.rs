@@ -14,6 +14,7 @@ use ulmus_types::{
 
 /// A report from the trainer.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "a report is sent on at once")]
 pub enum Report<S> {
     /// A message for the coordinator.
     Send(ToCoordinator),
@@ -83,8 +84,10 @@ pub struct Session<S> {
     run: Option<(RunId, SessionSecret)>,
     /// Whether the worker was asked to leave.
     draining: bool,
-    /// What the trainer has said of itself when it had joined the run.
-    fingerprint: Option<Option<Digest>>,
+    /// Whether the trainer has joined the run.
+    is_warm: bool,
+    /// The fingerprint of this machine's arithmetic, once it is known; a worker that never trains has none.
+    fingerprint: Option<Digest>,
     /// The last group that the worker was assigned to.
     assigned: Option<(Generation, Rank)>,
     /// Whether the worker is still in that group.
@@ -109,6 +112,7 @@ impl<S> Default for Session<S> {
         Self {
             run: None,
             draining: false,
+            is_warm: false,
             fingerprint: None,
             assigned: None,
             trains: false,
@@ -228,7 +232,7 @@ impl<S: Clone> Session<S> {
         }
         match report {
             Report::WarmedUp(fingerprint) => {
-                self.fingerprint = Some(fingerprint);
+                (self.is_warm, self.fingerprint) = (true, fingerprint);
                 self.ready().unwrap_or_default()
             }
             Report::Hold(checkpoint, held) => {
@@ -303,16 +307,18 @@ impl<S: Clone> Session<S> {
     pub fn on_opened(&mut self, known: bool) -> Option<Vec<Action<S>>> {
         self.connection = self.connection.max(Connection::Opened);
         if !known {
-            self.fingerprint = None;
+            (self.is_warm, self.fingerprint) = (false, None);
         }
         self.ready()
     }
 
     fn ready(&mut self) -> Option<Vec<Action<S>>> {
-        let fingerprint = self.fingerprint.filter(|_| self.connection >= Connection::Opened)?;
+        if !self.is_warm || self.connection < Connection::Opened {
+            return None;
+        }
         self.connection = Connection::CaughtUp;
         let ready = ToCoordinator::Ready(Ready {
-            fingerprint,
+            fingerprint: self.fingerprint,
             generation: self.assigned.map(|(generation, _)| generation),
             reports: self.reports.iter().cloned().collect(),
             snapshots: self.held.values().filter_map(|(_, snapshot)| snapshot.clone()).collect(),

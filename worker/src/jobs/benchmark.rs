@@ -17,16 +17,13 @@ pub(super) fn benchmark<B: Backend>(
     backend: &B,
     threads: usize,
 ) -> Result<Benchmark, WorkerError> {
-    let (prompt, generate, runs, dtype) = match job.subject() {
-        Subject::Stage(_) => {
-            let config = &run.plan.benchmark;
-            (config.prompt, config.generate, config.runs, WeightType::F32)
-        }
-        _ => {
-            let config = run.plan.bench.iter().find(|config| config.name == job.stage().as_str());
-            let config = config.ok_or_else(|| super::no_stage(job))?;
-            (config.prompt, config.generate, config.runs, config.dtype)
-        }
+    let (prompt, generate, runs, dtype) = if let Subject::Stage(_) = job.subject() {
+        let config = &run.plan.benchmark;
+        (config.prompt, config.generate, config.runs, WeightType::F32)
+    } else {
+        let config = run.plan.bench.iter().find(|config| config.name == job.stage().as_str());
+        let config = config.ok_or_else(|| super::no_stage(job))?;
+        (config.prompt, config.generate, config.runs, config.dtype)
     };
     let format = match dtype {
         WeightType::F32 => WeightFormat::F32,

@@ -5,16 +5,18 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::json;
 use ulmus_backend::{Backend, WeightFormat};
+use ulmus_evaluator::EvaluatorError;
 use ulmus_evaluator::tasks::{
     Batching, Catalogue, DataSets, Evaluation, Journal, Limit, Progress, Revision, Selection, Settings,
-    average, description, results_file,
+    average, description, kind_of_device, results_file,
 };
 use ulmus_plan::{EvaluationConfig, NEXT_TEXT};
-use ulmus_run::results::{self, Tasks};
+use ulmus_run::paths;
+use ulmus_run::results::{Answers, Measured, Tasks};
 use ulmus_types::Job;
 
 use super::evaluate::held_out;
-use super::{next_text, subject};
+use super::{keep, next_text, subject};
 use crate::WorkerError;
 use crate::run::Run;
 
@@ -45,27 +47,32 @@ fn settings(config: &EvaluationConfig, context: usize, add_bos: bool) -> Setting
 
 /// Looks for the tasks of a stage and their rows. Returns the key of the stage that is wrong, its value,
 /// and why.
-pub(crate) fn check(config: &EvaluationConfig) -> Result<(), (&'static str, String, WorkerError)> {
+pub(crate) fn check(config: &EvaluationConfig) -> Result<(), (&'static str, String, String)> {
     let (key, value) = match &config.suite {
         Some(suite) => ("suite", format!("{suite:?}")),
         None => ("tasks", format!("{:?}", config.tasks)),
     };
-    let selection = selection(config).map_err(|error| (key, value, error))?;
+    let selection = selection(config).map_err(|error| (key, value, error.to_string()))?;
     let look = || -> Result<(), WorkerError> {
         let mut data = DataSets::open(&config.data)?;
         // The run makes these rows when it is trained.
         data.add_rows(next_text::SOURCE, Vec::new());
         Ok(selection.look_for_rows(&data, &settings(config, 0, true))?)
     };
-    look().map_err(|error| ("data", format!("{:?}", config.data), error))
+    look().map_err(|error| ("data", format!("{:?}", config.data), error.to_string()))
 }
 
+fn cannot_write(path: &Path, error: std::io::Error) -> WorkerError {
+    EvaluatorError::Write { path: path.to_owned(), error }.into()
+}
+
+/// Measures a model, or answers a part of what is asked of it. Returns the result as JSON.
 pub(super) fn evaluate<B: Backend>(
     run: &Run,
     say: &dyn Fn(String),
     job: &Job,
     backend: &B,
-) -> Result<results::Measured<Tasks>, WorkerError> {
+) -> Result<String, WorkerError> {
     let config = run.plan.evaluation.iter().find(|config| config.name == job.stage().as_str());
     let config = config.ok_or_else(|| super::no_stage(job))?;
     let selection = selection(config)?;
@@ -74,13 +81,13 @@ pub(super) fn evaluate<B: Backend>(
     if selection.has(NEXT_TEXT) {
         let held_out = match held_out(run, say)? {
             Ok(held_out) => held_out,
-            Err(skipped) => return Ok(results::Measured::Skipped { skipped }),
+            Err(skipped) => return keep(run, job, &Measured::<Tasks>::Skipped { skipped }),
         };
         let rows = next_text::rows(&held_out.texts);
         if rows.is_empty() {
             let skipped =
                 format!("{NEXT_TEXT} needs four held-out texts of at least {} bytes", next_text::LEAST);
-            return Ok(results::Measured::Skipped { skipped });
+            return keep(run, job, &Measured::<Tasks>::Skipped { skipped });
         }
         data.add_rows(next_text::SOURCE, rows);
         left_out = held_out.left_out;
@@ -95,17 +102,40 @@ pub(super) fn evaluate<B: Backend>(
         settings: &settings,
         batching: Batching::default(),
     };
-    let outcomes = evaluation.run(&selection, &mut Journal::default(), &mut |progress| {
+    let mut on_progress = |progress: Progress<'_>| {
         if let Progress::Begun { task, notes, .. } = progress {
-            notes.iter().for_each(|note| say(format!("{}: {task}: {note}", job.name())));
+            for note in notes {
+                say(format!("{}: {task}: {note}", job.name()));
+            }
         }
         Ok(())
-    })?;
+    };
+    if let Some(part) = job.part() {
+        let folder =
+            tempfile::tempdir().map_err(|error| cannot_write(Path::new("a temporary folder"), error))?;
+        let path = folder.path().join("journal");
+        let (device, format) = (kind_of_device(&ready.loaded.model), ready.loaded.model.format().to_string());
+        let mut journal = Journal::open(&path, ready.loaded.digest, &device, &format, false)?;
+        let answers = evaluation.answer_part(&selection, part, &mut journal, &mut on_progress)?;
+        let lines = std::fs::read(&path).map_err(|error| cannot_write(&path, error))?;
+        run.write(&paths::answers(&job.name()), lines)?;
+        return keep(run, job, &Answers { answers });
+    }
+    let mut journal = Journal::default();
+    for file in run.wait(run.store.list(&format!("{}/{}", paths::RESULTS, job.name())))? {
+        let is_part = Path::new(&file.path).extension().is_some_and(|ending| ending == "jsonl");
+        let lines = if is_part { run.read(&file.path)? } else { continue };
+        // Whatever a part has not answered is asked now.
+        if let Err(problem) = journal.read(&String::from_utf8_lossy(&lines), ready.loaded.digest) {
+            say(format!("{}: {} is not used: {problem}", job.name(), file.path));
+        }
+    }
+    let outcomes = evaluation.run(&selection, &mut journal, &mut on_progress)?;
     let described = description(&ready.place, &ready.loaded, &ready.tokenizer, &config.data, &settings);
     let mut file = results_file(&outcomes, described);
     if let Some(mean) = average(&selection, &outcomes) {
         file["average"] = json!(mean);
     }
     let result = Tasks::deserialize(file).expect("the file has the form of its results");
-    Ok(results::Measured::Done { result, left_out })
+    keep(run, job, &Measured::Done { result, left_out })
 }

@@ -50,7 +50,7 @@ pub(crate) fn work<B: Backend>(
         }
         StageKind::Continuations => keep(run, job, &evaluate::continue_text(run, say, checkpoints, backend)?),
         StageKind::Export => keep(run, job, &export::export(run)?),
-        StageKind::Evaluation => keep(run, job, &evaluation::evaluate(run, say, job, backend)?),
+        StageKind::Evaluation => evaluation::evaluate(run, say, job, backend),
         StageKind::Benchmark => keep(run, job, &benchmark::benchmark(run, job, backend, threads)?),
     }
 }

@@ -513,7 +513,7 @@ fn who_only_serves_jobs_evaluates_milestones_while_others_train() {
     let mut world = World::with_stages(vec![tasks(&[Of::Milestones], Some("*4090*"), None)]);
     world.join(0);
     world.join(1);
-    world.join_for_jobs("NVIDIA GeForce RTX 4090, CUDA 13.0");
+    world.join_for_jobs("jobs", "NVIDIA GeForce RTX 4090, CUDA 13.0");
     let mut during = BTreeSet::new();
     while world.outcome.is_none() {
         world.turn();
@@ -531,6 +531,36 @@ fn who_only_serves_jobs_evaluates_milestones_while_others_train() {
     assert!(during.len() >= 2, "{during:?}");
     let done: Vec<&str> = world.saved.jobs.iter().filter_map(JobName::model).collect();
     assert_eq!(done, ["step-00000003", "step-00000006", "step-00000009", "step-00000012"]);
+}
+
+#[test]
+fn workers_that_have_nothing_else_to_do_share_an_evaluation() {
+    let mut world = World::with_stages(vec![tasks(&[Of::Last], None, None)]);
+    world.join(0);
+    for name in ["one", "two", "three"] {
+        world.join_for_jobs(name, "sim");
+    }
+    // One of them dies with its part, and then the coordinator.
+    let with_part = |world: &World| {
+        let has = |worker: &Worker| worker.job.as_ref().is_some_and(|job| job.part().is_some());
+        world.workers.values().position(has)
+    };
+    let mut turns = 0..100;
+    while with_part(&world).is_none() && turns.next().is_some() {
+        world.reconnect();
+        world.work();
+        world.deliver();
+        world.commit_all();
+        world.tick();
+    }
+    world.kill(with_part(&world).unwrap());
+    world.restart();
+    finish(&mut world, 100);
+    assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
+    let done: Vec<&str> =
+        world.saved.jobs.iter().map(JobName::as_str).filter(|job| job.starts_with("tasks")).collect();
+    let parts = ["tasks/last", "tasks/last/part-1-of-3", "tasks/last/part-2-of-3", "tasks/last/part-3-of-3"];
+    assert_eq!(done, parts);
 }
 
 #[test]
@@ -555,7 +585,7 @@ fn a_stage_waits_for_the_worker_that_it_needs() {
     }
     assert!(world.outcome.is_none());
     assert!(world.saved.jobs.contains(&JobName::stored("benchmark".to_owned())), "it blocks nothing");
-    world.join_for_jobs("NVIDIA GeForce RTX 4090");
+    world.join_for_jobs("jobs", "NVIDIA GeForce RTX 4090");
     finish(&mut world, 20);
     assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
 }

@@ -125,6 +125,7 @@ pub(crate) enum Reaction {
 }
 
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(crate) struct Worker {
     id: WorkerId,
     session: Session<Held>,

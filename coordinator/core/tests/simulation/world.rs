@@ -241,10 +241,10 @@ impl World {
     }
 
     /// A worker comes that only serves jobs, with this device.
-    pub(crate) fn join_for_jobs(&mut self, device: &str) {
-        self.admit("jobs".to_owned(), |worker| {
+    pub(crate) fn join_for_jobs(&mut self, name: &str, device: &str) {
+        self.admit(name.to_owned(), |worker| {
             worker.only_jobs = true;
-            worker.device = device.to_owned();
+            device.clone_into(&mut worker.device);
         });
     }
 
