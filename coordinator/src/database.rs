@@ -167,7 +167,12 @@ impl Database {
         connection.pragma_update(None, "journal_mode", "WAL")?;
         connection.pragma_update(None, "synchronous", "NORMAL")?;
         connection.execute_batch(SCHEMA)?;
-        Ok(Self { connection })
+        let database = Self { connection };
+        // Earlier versions forgot damaged milestones, so those look as if they had never been stored.
+        if database.fact::<Step>("damage_is_kept_from")?.is_none() {
+            database.save_fact("damage_is_kept_from", &database.last_step()?)?;
+        }
+        Ok(database)
     }
 
     /// The id of the run, and the secret by which its workers are recognized. They are made at the first start of the
@@ -253,8 +258,7 @@ impl Database {
         let mut jobs = self.connection.prepare("SELECT name FROM jobs")?;
         let jobs: Vec<String> = jobs.query_map([], |row| row.get(0))?.collect::<Result<_, _>>()?;
         let jobs = jobs.into_iter().map(JobName::stored).collect();
-        let step: Option<u64> =
-            self.connection.query_row("SELECT max(step) FROM steps", [], |row| row.get(0))?;
+        let step = self.last_step()?;
         Ok(PersistentState {
             generation,
             group,
@@ -262,15 +266,25 @@ impl Database {
             fingerprint: self.fact("fingerprint")?,
             checkpoints,
             damaged: self.damaged_checkpoints()?,
-            recovered: self.fact("recovered")?.unwrap_or_default(),
+            recovered: self
+                .fact::<Step>("recovered")?
+                .max(self.fact("damage_is_kept_from")?)
+                .unwrap_or_default(),
             quarantine: self.fact::<Vec<_>>("quarantine")?.unwrap_or_default().into_iter().collect(),
             trained: self.fact("trained")?,
             jobs,
             had_checkpoints: self.fact("had_checkpoints")?.unwrap_or_default(),
             owners: self.owners()?,
             // A run that has lost its database may not know the steps before a checkpoint.
-            step: Step::new(step.unwrap_or(0)).max(self.fact("recovered")?.unwrap_or_default()),
+            step: step.max(self.fact("recovered")?.unwrap_or_default()),
         })
+    }
+
+    /// The last update on record.
+    fn last_step(&self) -> Result<Step, DatabaseError> {
+        let step: Option<u64> =
+            self.connection.query_row("SELECT max(step) FROM steps", [], |row| row.get(0))?;
+        Ok(Step::new(step.unwrap_or(0)))
     }
 
     /// The members of recent generations.

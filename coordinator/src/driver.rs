@@ -315,17 +315,11 @@ impl Driver {
     /// Writes what an evaluation has found of the milestones so far.
     fn write_figure(&self, stage: &StageName, results: &Results) {
         let Some(figure) = Figure::of(stage, results) else { return };
-        let json = ulmus_run::results::to_json(&figure);
-        let svg = figure.svg().map(String::into_bytes);
-        let files = [(paths::figure(stage, "json"), Some(json)), (paths::figure(stage, "svg"), svg)];
         let store = self.setup.files.clone();
         self.setup.tasks.spawn(async move {
-            for (path, contents) in files {
-                let Some(contents) = contents else { continue };
-                // The next milestone writes it again, and the results that it shows are in the database.
-                if let Err(error) = store.put(&path, contents).await {
-                    tracing::warn!(path, error = with_causes(&error), "cannot write a figure");
-                }
+            // The next milestone writes it again, and so does the end of the run.
+            if let Err(error) = figure.write(&store).await {
+                tracing::warn!(error = with_causes(&error), "cannot write a figure");
             }
         });
     }

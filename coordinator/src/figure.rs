@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use plotters::prelude::*;
 use serde::Serialize;
 use serde_json::Value;
+use ulmus_checkpoint::{Store, StoreError};
+use ulmus_run::paths;
 use ulmus_run::results::{Results, Tasks};
 use ulmus_types::StageName;
 
@@ -51,6 +53,18 @@ impl Figure {
             }
         }
         (!tasks.is_empty()).then(|| Self { stage: stage.clone(), tasks })
+    }
+
+    /// Writes the figure in both formats.
+    ///
+    /// # Errors
+    /// When the store cannot be written.
+    pub(crate) async fn write(&self, store: &Store) -> Result<(), StoreError> {
+        store.put(&paths::figure(&self.stage, "json"), ulmus_run::results::to_json(self)).await?;
+        match self.svg() {
+            Some(svg) => store.put(&paths::figure(&self.stage, "svg"), svg.into_bytes()).await,
+            None => Ok(()),
+        }
     }
 
     /// A line for each task, with the metric that is drawn of it.

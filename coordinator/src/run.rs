@@ -28,6 +28,7 @@ use crate::args::OnTerm;
 use crate::console::Console;
 use crate::database::{Database, DatabaseError};
 use crate::driver::{Ended, Setup, drive, finish_commits};
+use crate::figure::Figure;
 use crate::folder::{FolderError, RunFolder, unguessable};
 use crate::local::LocalWorkers;
 use crate::metrics::{MetricsFile, SourcesFile};
@@ -299,6 +300,12 @@ impl Led {
         let rows = database.metrics().map_err(|error| in_database(&error))?;
         let results = database.results().map_err(|error| in_database(&error))?;
         let quarantine = database.saved().map_err(|error| in_database(&error))?.quarantine;
+        // Nobody writes them any more: now they have every milestone.
+        for figure in plan.graph().stages().iter().filter_map(|stage| Figure::of(&stage.name, &results)) {
+            if let Err(error) = figure.write(folder.store()).await {
+                print(&format!("ALARM: cannot write a figure: {}", with_causes(&error)))?;
+            }
+        }
         if outcome.status == ExitStatus::Done {
             // Nobody writes any more. Whatever cannot be deleted now only wastes space.
             if let Err(error) = ulmus_checkpoint::collect_garbage(folder.store(), &BTreeSet::new()).await {

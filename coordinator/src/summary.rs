@@ -10,7 +10,7 @@ use textplots::{Chart, Plot, Shape};
 use ulmus_plan::Plan;
 use ulmus_run::paths;
 use ulmus_run::results::{Benchmark, Measured, Perplexity, Results, Tasks};
-use ulmus_types::{BadUnit, Stage, StageKind};
+use ulmus_types::{BadUnit, Stage, StageKind, for_people};
 
 use crate::check::grouped;
 use crate::database::MetricsRow;
@@ -114,12 +114,15 @@ fn write_stage(page: &mut String, stage: &Stage, results: &Results, at: &str) ->
         }
         writeln!(page, "{table}")?;
     }
-    if Figure::of(&stage.name, results).is_some() {
+    if Figure::of(&stage.name, results).is_some_and(|figure| figure.svg().is_some()) {
         writeln!(page, "{} over training: {at}/{}", stage.name, paths::figure(&stage.name, "svg"))?;
     }
     for (model, result) in results.of_models::<Measured<Value>>(&stage.name) {
         if let Some(why) = result.skipped() {
-            writeln!(page, "{}/{model} is skipped: {why}", stage.name)?;
+            writeln!(page, "{}/{model} is skipped: {}", stage.name, for_people(why, 500))?;
+        }
+        for why in result.left_out() {
+            writeln!(page, "{}/{model}: {}", stage.name, for_people(why, 500))?;
         }
     }
     Ok(())
@@ -127,7 +130,9 @@ fn write_stage(page: &mut String, stage: &Stage, results: &Results, at: &str) ->
 
 /// The models that have a column: all but the milestones before the last.
 fn shown<T>(models: Vec<(&str, T)>) -> Vec<(&str, T)> {
-    let is_milestone = |model: &str| model.starts_with("step-");
+    // The name of a model from elsewhere ends in a hash.
+    let is_milestone =
+        |model: &str| model.strip_prefix("step-").is_some_and(|step| step.parse::<u64>().is_ok());
     let last = models.iter().map(|(model, _)| *model).filter(|model| is_milestone(model)).max();
     models.into_iter().filter(|(model, _)| !is_milestone(model) || Some(*model) == last).collect()
 }
@@ -154,7 +159,7 @@ fn rows_of_tasks(models: &[(&str, Tasks)]) -> Vec<Vec<String>> {
     };
     let rows = metrics.iter().map(|(task, metric)| {
         let cells = models.iter().map(|(_, tasks)| cell(tasks, task, metric));
-        std::iter::once(format!("{task}, {metric}")).chain(cells).collect()
+        std::iter::once(for_people(&format!("{task}, {metric}"), 200)).chain(cells).collect()
     });
     let averages = models.iter().map(|(_, tasks)| match tasks.average {
         Some(average) => format!("{average:.4}"),

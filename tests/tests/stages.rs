@@ -123,6 +123,14 @@ fn workers_that_have_nothing_else_to_do_share_an_evaluation() {
     }
 }
 
+/// Of an evaluation that is shared, too.
+#[test]
+fn without_held_out_text_its_task_is_skipped() {
+    let sandbox = with(&NEXT.replace(r#"["milestones", "average"]"#, "\"last\""));
+    let said = sandbox.coordinator(&["--set", "evaluate.text=0", "--set", "local.workers=2"]).succeeds();
+    assert!(said.contains("next/last is skipped: evaluate.text is 0"), "{said}");
+}
+
 #[test]
 fn a_stage_that_nobody_can_serve_is_pending_and_then_skipped() {
     let stage = NEXT.replace("next_text\"]", "next_text\"]\ndevice = \"*RTX 4090*\"\nwait = \"1s\"");

@@ -418,7 +418,12 @@ impl Agent {
             }
             Action::Open { id, plan, store } => self.open(id, plan, store),
             Action::Train(run, assignment) => self.command(Command::Train(run, assignment)),
-            Action::RunJob(run, job) => self.command(Command::Do(run, job)),
+            Action::RunJob(id, job) => {
+                // Settings of stages may have changed since the trainer joined the run.
+                if let Some(run) = self.run.clone().filter(|run| run.id == id) {
+                    self.command(Command::Do(run, job));
+                }
+            }
             Action::Abort(generation) => self.setup.control.abort(generation),
             Action::Request(generation, request) => self.setup.control.request(generation, request),
             Action::Hash(held) => {

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use ulmus_types::{
-    CONNECT_WITHIN, ExitStatus, FORM_STILL_FOR, GREETED_WITHIN, Generation, Section, WorkerId,
+    CONNECT_WITHIN, ErrorKind, ExitStatus, FORM_STILL_FOR, GREETED_WITHIN, Generation, Section, WorkerId,
 };
 
 use crate::effect::Effect;
@@ -43,7 +43,7 @@ impl Coordinator {
             let why = format!("no heartbeat for {:.1} s", self.settings.dead_after.as_secs_f64());
             self.drop_worker(&worker, &why, Fault::Died, now);
         }
-        if self.members.iter().any(|(_, member)| member.activity.is_admitted()) {
+        if self.members.iter().any(|(_, member)| member.activity.is_admitted() && !member.hello.only_jobs) {
             self.admitted_at = Some(now);
         }
         for (worker, why) in self.stuck(now) {
@@ -57,7 +57,7 @@ impl Coordinator {
             {
                 let message =
                     format!("{} finished on no worker; last, on {}: {why}", job.name(), worker.name());
-                self.exit(ExitStatus::Failed, message);
+                self.give_up_job(&job, ErrorKind::Internal, message);
             }
         }
         self.watch_group(now);

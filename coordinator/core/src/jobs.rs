@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use globset::{Glob, GlobMatcher};
 use ulmus_types::{
     CheckpointId, CheckpointKind, ErrorKind, Graph, Job, JobName, Part, Reads, Stage, StageKind, StageName,
     Subject, WorkerId,
@@ -44,6 +45,10 @@ pub(crate) struct Jobs {
     waiting: BTreeMap<JobName, (Duration, Duration)>,
     /// Stages that no connected worker can serve, and since when nothing else is to be done.
     pending: BTreeMap<StageName, Option<Duration>>,
+    /// Patterns of the devices that stages ask for.
+    devices: BTreeMap<StageName, GlobMatcher>,
+    /// How often a worker of a name has died with a job.
+    deaths: BTreeMap<(JobName, String), u32>,
     /// The number of parts in which evaluations are done that several workers share.
     parts: BTreeMap<JobName, u32>,
     /// Jobs of stages that the plan adds and that failed for good. The run does everything else before it ends with that.
@@ -63,7 +68,13 @@ impl Jobs {
     pub(crate) fn new(graph: Graph, done: BTreeSet<JobName>, owners: BTreeMap<Job, WorkerId>) -> Self {
         // What was shared stays so: some parts may be done.
         let parts = owners.keys().filter_map(|job| Some((job.whole().name(), job.part()?.of())));
+        let device = |stage: &Stage| {
+            let pattern = Glob::new(stage.needs.device.as_ref()?).ok()?;
+            Some((stage.name.clone(), pattern.compile_matcher()))
+        };
         Self {
+            devices: graph.stages().iter().filter_map(device).collect(),
+            deaths: BTreeMap::new(),
             parts: parts.collect(),
             graph,
             done,
@@ -114,11 +125,16 @@ impl Jobs {
 
     /// A job has failed for good. Returns whether the run can do the rest without it.
     pub(crate) fn on_given_up(&mut self, job: &Job, kind: ErrorKind, message: &str) -> bool {
-        let is_added = self.stage_of(job).is_some_and(|stage| matches!(stage.reads, Reads::Models(_)));
+        let is_added = self.is_added(job);
         if is_added {
             self.given_up.insert(job.whole().name(), (kind, message.to_owned()));
         }
         is_added
+    }
+
+    /// Whether a job belongs to a stage that the plan adds.
+    fn is_added(&self, job: &Job) -> bool {
+        self.stage_of(job).is_some_and(|stage| matches!(stage.reads, Reads::Models(_)))
     }
 
     fn stage_is_done(&self, stage: &Stage, milestones: &[CheckpointId]) -> bool {
@@ -170,7 +186,8 @@ impl Jobs {
     /// A worker still does a job that it was given before its connection broke or the coordinator restarted. The claim
     /// does not count if the job was never given to it, or has since been given to another worker.
     pub(crate) fn on_resumed(&mut self, job: Job, worker: WorkerId) {
-        if !self.is_done(&job.name()) && self.owners.get(&job) == Some(&worker) {
+        let is_known = self.stage_of(&job).is_some() && !self.is_done(&job.name());
+        if is_known && self.owners.get(&job) == Some(&worker) {
             self.running.entry(job).or_insert(worker);
         }
     }
@@ -201,12 +218,41 @@ impl Jobs {
         Some(name)
     }
 
-    /// A job has failed on a worker. Returns whether it may be tried again, on any worker.
-    pub(crate) fn on_failed(&mut self, job: &Job, worker: &WorkerId) -> bool {
-        self.failed_on.entry(job.name()).or_default().insert(worker.name().to_owned());
+    /// Whether a device is one that a stage asks for.
+    pub(crate) fn is_device_of(&self, stage: &Stage, device: &str) -> bool {
+        match self.devices.get(&stage.name) {
+            Some(pattern) => pattern.is_match(device),
+            // What is no pattern matches nothing.
+            None => stage.needs.device.is_none(),
+        }
+    }
+
+    /// A worker has died with a job of a stage that the plan adds. Returns whether that has happened so often to workers of
+    /// its name that they are not given it any more.
+    pub(crate) fn on_died_with(&mut self, job: &Job, worker: &WorkerId) -> bool {
+        if !self.is_added(job) {
+            return false;
+        }
+        let deaths = self.deaths.entry((job.name(), worker.name().to_owned())).or_insert(0);
+        *deaths += 1;
+        let is_often = *deaths >= ATTEMPTS;
+        if is_often {
+            self.failed_on.entry(job.name()).or_default().insert(worker.name().to_owned());
+        }
+        is_often
+    }
+
+    /// A job has failed for a reason that may be gone at the next attempt. Returns whether it may be tried again.
+    pub(crate) fn on_stumbled(&mut self, job: &Job) -> bool {
         let failures = self.failures.entry(job.name()).or_insert(0);
         *failures += 1;
         *failures < ATTEMPTS
+    }
+
+    /// A job has failed on a worker. Returns whether it may be tried again, on any worker.
+    pub(crate) fn on_failed(&mut self, job: &Job, worker: &WorkerId) -> bool {
+        self.failed_on.entry(job.name()).or_default().insert(worker.name().to_owned());
+        self.on_stumbled(job)
     }
 
     /// The result of a job could not be written. Returns how long that has been so.
@@ -284,7 +330,8 @@ impl Jobs {
                     && (checkpoints.len() < 2 || progress.all_stored || stage.kind == StageKind::Average)
             }
             Subject::Average | Subject::Last(_) => progress.trained,
-            Subject::Milestone(_) | Subject::Model(_) => true,
+            // The run may have to make the rows of tasks first.
+            Subject::Milestone(_) | Subject::Model(_) => self.training_may_begin(),
         };
         is_its_turn && !runs && (!stage.reads_average(job) || has_average())
     }

@@ -8,7 +8,7 @@ use ulmus_types::{
 
 use crate::effect::{Effect, Notification};
 use crate::group::Group;
-use crate::members::{Activity, Fault};
+use crate::members::{Activity, Fault, Member};
 use crate::state::{Coordinator, TEXT_LIMIT};
 
 /// The longest address that is passed on to other workers, in bytes: a host name has at most 253 characters.
@@ -131,7 +131,9 @@ impl Coordinator {
         for snapshot in &snapshots {
             self.on_snapshot(worker, snapshot, now);
         }
-        self.admitted_at = Some(now);
+        if fingerprint.is_some() {
+            self.admitted_at = Some(now);
+        }
         self.emit(Notification::Joined(worker.clone()));
         match status {
             WorkerStatus::Idle => self.members.set(worker, Activity::Idle, now),
@@ -238,7 +240,8 @@ impl Coordinator {
     pub(crate) fn on_local_workers_failed(&mut self, why: &str, now: Duration) {
         // Other workers carry the run, or are about to, or did a moment ago.
         let is_recent = |at: Duration| now < at + self.settings.rejoin_window;
-        if self.members.iter().next().is_some() || self.admitted_at.is_some_and(is_recent) {
+        let trains = |(_, member): (&WorkerId, &Member)| !member.hello.only_jobs;
+        if self.members.iter().any(trains) || self.admitted_at.is_some_and(is_recent) {
             return;
         }
         let (status, message) = match &self.unfit {
@@ -301,6 +304,11 @@ impl Coordinator {
         self.emit(Notification::Lost(worker.clone(), why.to_owned()));
         self.jobs.on_worker_lost(worker);
         self.snapshots.on_worker_lost(worker);
+        if let (Fault::Died, Activity::Working(job)) = (fault, &member.activity)
+            && !member.draining
+        {
+            self.on_died_with(worker, job);
+        }
         let mut trained = false;
         match &mut self.group {
             group if !group.contains(worker) => {}

@@ -10,7 +10,7 @@ use ulmus_types::{
 
 use crate::effect::{Effect, Notification};
 use crate::group::{self, Group, Suspicion};
-use crate::members::{Activity, Fault};
+use crate::members::{Activity, Fault, Member};
 use crate::state::{Coordinator, TEXT_LIMIT};
 
 /// After this many groups in a row without an update, the run stops.
@@ -203,7 +203,10 @@ impl Coordinator {
             .members
             .iter()
             .filter(|(id, member)| {
-                member.activity.is_admitted() && !member.draining && !self.failures.contains_key(id)
+                member.activity.is_admitted()
+                    && !member.hello.only_jobs
+                    && !member.draining
+                    && !self.failures.contains_key(id)
             })
             .count();
         if self.failures.len() > 1 || others < self.settings.min_workers {
@@ -258,19 +261,20 @@ impl Coordinator {
 
     /// Workers that may be in the next group.
     pub(crate) fn candidates(&self, now: Duration) -> Vec<WorkerId> {
-        let trains = |worker: &WorkerId| {
-            self.members
-                .get(worker)
-                .is_some_and(|member| !member.hello.only_jobs && !self.is_measured(member))
-        };
         let mut available = self.members.available(now);
-        available.retain(trains);
+        available.retain(|worker| self.may_train(worker));
         if available.len() >= self.settings.min_workers {
             return available;
         }
         let mut available = self.members.available_if_needed(now);
-        available.retain(trains);
+        available.retain(|worker| self.may_train(worker));
         available
+    }
+
+    /// Whether a worker trains at all, and nothing is measured on its machine now.
+    fn may_train(&self, worker: &WorkerId) -> bool {
+        let trains = |member: &Member| !member.hello.only_jobs && !self.is_measured(member);
+        self.members.get(worker).is_some_and(trains)
     }
 
     /// Forms a group when training is due and there are enough idle workers.
@@ -371,16 +375,9 @@ impl Coordinator {
                 || !self.milestones_missing().any(|(_, is_missing)| is_missing))
     }
 
-    /// Whether a worker could join the group that trains.
-    fn may_join(&self, now: Duration) -> bool {
-        let trains =
-            |worker: &WorkerId| self.members.get(worker).is_some_and(|member| !member.hello.only_jobs);
-        self.members.available(now).iter().any(trains)
-    }
-
     /// Requests what is due from a training group, which does it at the end of a step.
     pub(crate) fn request_from_group(&mut self, now: Duration) {
-        let may_join = self.may_join(now);
+        let may_join = self.members.available(now).iter().any(|worker| self.may_train(worker));
         let is_storing = !self.snapshots.is_empty();
         let Group::Training { members, pausing, .. } = &mut self.group else { return };
         let is_draining = |id: &WorkerId| self.members.get(id).is_some_and(|member| member.draining);

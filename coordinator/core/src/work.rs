@@ -3,14 +3,11 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
-use globset::Glob;
-use ulmus_types::{
-    BadUnit, CheckpointId, ErrorKind, ExitStatus, Job, Requirements, Stage, StageKind, ToWorker, WorkerId,
-    for_people,
-};
+use ulmus_types::{BadUnit, CheckpointId, ErrorKind, Job, Stage, StageKind, ToWorker, WorkerId, for_people};
 
 use crate::checkpoints::whole_seconds;
 use crate::effect::{Effect, Notification};
+use crate::group::Group;
 use crate::jobs::Progress;
 use crate::members::{Activity, Member};
 use crate::state::{Coordinator, TEXT_LIMIT};
@@ -57,7 +54,8 @@ impl Coordinator {
         let Some(stage) = self.jobs.stage_of(job).cloned() else { return };
         let prepares = stage.kind == StageKind::Prepare;
         // Units have no numbers until the preparation is done.
-        let bad_unit = bad_unit.filter(|_| !prepares);
+        // What an evaluation cannot read on its machine, others may train on.
+        let bad_unit = bad_unit.filter(|_| !prepares && stage.kind != StageKind::Evaluation);
         // The job may have started before the unit was quarantined.
         let was_known = bad_unit.is_some_and(|unit| self.quarantine.contains_key(unit));
         if !was_known && bad_unit.is_some_and(|unit| self.quarantine_unit(unit, &message)) {
@@ -67,7 +65,11 @@ impl Coordinator {
         if kind == ErrorKind::Disk && !prepares {
             return self.wait_for_disk(worker, job, &message, now);
         }
-        let may_try_again = self.jobs.on_failed(job, worker);
+        let may_try_again = match kind {
+            // It may work at the next attempt, there too.
+            ErrorKind::Retry => self.jobs.on_stumbled(job),
+            _ => self.jobs.on_failed(job, worker),
+        };
         // The average, which all these jobs read, can be recomputed.
         if kind == ErrorKind::Corrupt
             && may_try_again
@@ -86,11 +88,24 @@ impl Coordinator {
             self.emit(Notification::Info(text));
             return;
         }
-        let message = format!("{name} failed on {}: {message}", worker.name());
+        self.give_up_job(job, kind, format!("{name} failed on {}: {message}", worker.name()));
+    }
+
+    /// A job has failed for good. That ends the run, now or when everything else is done.
+    pub(crate) fn give_up_job(&mut self, job: &Job, kind: ErrorKind, message: String) {
         if self.jobs.on_given_up(job, kind, &message) {
             self.emit(Notification::Alarm(format!("{message}; the run does everything else first")));
         } else {
             self.exit(kind.into(), message);
+        }
+    }
+
+    /// A worker has died with its job. A job that kills its worker again and again, as when its model needs more memory than
+    /// there is, is tried elsewhere, and given up if a stage can be.
+    pub(crate) fn on_died_with(&mut self, worker: &WorkerId, job: &Job) {
+        if self.jobs.on_died_with(job, worker) && !self.others_may_do(job) {
+            let message = format!("{} has ended {} again and again", job.name(), worker.name());
+            self.give_up_job(job, ErrorKind::Internal, message);
         }
     }
 
@@ -102,7 +117,7 @@ impl Coordinator {
         let (name, most) = (job.name(), whole_seconds(self.settings.max_age));
         if waited > self.settings.max_age {
             let message = format!("{name} could not be written for {most}: {message}");
-            return self.exit(ExitStatus::Failed, message);
+            return self.give_up_job(job, ErrorKind::Disk, message);
         }
         if waited == Duration::ZERO || others {
             let text = format!("{name} failed on {}: {message}; retrying for up to {most}", worker.name());
@@ -113,28 +128,49 @@ impl Coordinator {
     /// Whether a job could be done by a connected worker on which it has not failed.
     fn others_may_do(&self, job: &Job) -> bool {
         let Some(stage) = self.jobs.stage_of(job) else { return false };
+        let is_reserved = self.is_reserved(stage, job);
         self.members.iter().any(|(id, member)| {
-            may_serve(member, stage) && !member.draining && !self.jobs.has_failed_on(job, id)
+            self.may_serve(member, stage)
+                && (!is_reserved || member.hello.only_jobs)
+                && !member.draining
+                && !self.jobs.has_failed_on(job, id)
         })
     }
 
-    /// Whether an evaluation or a benchmark is left to workers that only serve jobs, as one of them can do it: what a stage
-    /// measures then comes from machines of one kind.
+    /// Whether a worker could do the jobs of a stage now or later.
+    fn may_serve(&self, member: &Member, stage: &Stage) -> bool {
+        // The corpora that the machines that train read need not be on one that only serves jobs.
+        let reads_corpora =
+            matches!(stage.kind, StageKind::Prepare | StageKind::Perplexity | StageKind::Continuations);
+        let has_memory = stage.needs.memory.is_none_or(|bytes| member.hello.memory >= bytes);
+        member.activity.is_admitted()
+            && !(reads_corpora && member.hello.only_jobs)
+            && has_memory
+            && self.jobs.is_device_of(stage, &member.hello.device)
+    }
+
+    /// Whether a job is left to workers that only serve jobs: until training is over, the others are left to that; and where one
+    /// of them can do an evaluation or a benchmark, what a stage measures comes from machines of one kind.
     fn is_reserved(&self, stage: &Stage, job: &Job) -> bool {
-        matches!(stage.kind, StageKind::Evaluation | StageKind::Benchmark)
-            && self.members.iter().any(|(id, member)| {
-                member.hello.only_jobs
-                    && may_serve(member, stage)
-                    && !member.draining
-                    && !self.jobs.has_failed_on(job, id)
-            })
+        if stage.kind == StageKind::Prepare {
+            return false;
+        }
+        let serves = |(id, member): (&WorkerId, &Member)| {
+            member.hello.only_jobs
+                && self.may_serve(member, stage)
+                && !member.draining
+                && !self.jobs.has_failed_on(job, id)
+        };
+        !self.is_trained_and_stored()
+            || matches!(stage.kind, StageKind::Evaluation | StageKind::Benchmark)
+                && self.members.iter().any(serves)
     }
 
     /// The number of workers that can do jobs of a stage now or when they have done the job that they do.
     fn helpers(&self, stage: &Stage, is_reserved: bool) -> usize {
         let helps = |member: &Member| {
             matches!(member.activity, Activity::Idle | Activity::Working(_))
-                && may_serve(member, stage)
+                && self.may_serve(member, stage)
                 && (!is_reserved || member.hello.only_jobs)
                 && !member.draining
         };
@@ -175,22 +211,27 @@ impl Coordinator {
         }
         let progress = self.progress();
         let mut ready = VecDeque::from(self.jobs.ready(progress, &self.milestones()));
+        let can =
+            |(stage, _): &(Stage, Job)| self.members.iter().any(|(_, member)| self.may_serve(member, stage));
+        let waits = progress.trained && self.jobs.running().is_empty() && !ready.iter().any(can);
         // Whatever else there is to do keeps the machines of those that could do it from being measured.
         let mut left: Vec<Stage> = Vec::new();
         let mut told = BTreeSet::new();
         while let Some((stage, job)) = ready.pop_front() {
             if told.insert(stage.name.clone()) {
-                self.watch_pending(&stage, progress, now);
+                self.watch_pending(&stage, progress, waits, now);
             }
-            // Until training is over, those that train are left to it.
-            let trains = !progress.trained && stage.kind != StageKind::Prepare;
-            let is_reserved = trains || self.is_reserved(&stage, &job);
+            let is_reserved = self.is_reserved(&stage, &job);
             let may_do = |worker: &WorkerId| {
                 self.members.get(worker).is_some_and(|member| {
                     let host = &member.hello.host;
-                    let is_alone =
-                        || self.is_quiet(host) && !left.iter().any(|other| may_serve(member, other));
-                    may_serve(member, &stage)
+                    // Members of a group that a returning coordinator waits for are not there yet.
+                    let is_alone = || {
+                        !matches!(self.group, Group::Adopting { .. })
+                            && self.is_quiet(host)
+                            && !left.iter().any(|other| self.may_serve(member, other))
+                    };
+                    self.may_serve(member, &stage)
                         && (!is_reserved || member.hello.only_jobs)
                         && !self.is_measured(member)
                         && (!stage.kind.is_exclusive() || is_alone())
@@ -199,9 +240,15 @@ impl Coordinator {
             let failed = |worker: &WorkerId| self.jobs.has_failed_on(&job, worker);
             let able: Vec<usize> = (0..idle.len()).filter(|index| may_do(&idle[*index])).collect();
             // Workers that are left without an evaluation share one, those too that are about to be free.
-            let others = ready.iter().filter(|(other, _)| other.kind == stage.kind).count();
-            let among = self.helpers(&stage, is_reserved).saturating_sub(others).min(MOST_PARTS);
-            if among > 1 && !able.is_empty() && self.jobs.may_be_shared(&stage, &job) {
+            let among = || {
+                let can =
+                    |other: &Stage| self.members.iter().any(|(_, member)| self.may_serve(member, other));
+                let others = ready.iter().filter(|(other, _)| other.kind == stage.kind && can(other)).count();
+                self.helpers(&stage, is_reserved).saturating_sub(others).min(MOST_PARTS)
+            };
+            let may_share = !able.is_empty() && self.jobs.may_be_shared(&stage, &job);
+            let among = if may_share { among() } else { 0 };
+            if among > 1 {
                 for part in self.jobs.share(&job, among as u32).into_iter().rev() {
                     ready.push_front((stage.clone(), part));
                 }
@@ -215,7 +262,7 @@ impl Coordinator {
                 !failed(&idle[*index]) || !(self.others_may_do(&job) || self.jobs.is_waiting(&job, now))
             });
             let Some(index) = best else {
-                if !stage.kind.is_exclusive() && !trains {
+                if !stage.kind.is_exclusive() && !is_reserved {
                     left.push(stage);
                 }
                 continue;
@@ -231,15 +278,15 @@ impl Coordinator {
     }
 
     /// Tells when no connected worker can serve a stage whose jobs could begin, and skips these when the run has waited long
-    /// enough.
-    fn watch_pending(&mut self, stage: &Stage, progress: Progress, now: Duration) {
-        if stage.needs == Requirements::default()
-            || self.members.iter().any(|(_, member)| may_serve(member, stage))
-        {
+    /// enough. It `waits` if it has nothing else to do.
+    fn watch_pending(&mut self, stage: &Stage, progress: Progress, waits: bool, now: Duration) {
+        let asks = stage.needs.device.is_some() || stage.needs.memory.is_some();
+        if !asks || !self.members.iter().any(|(_, member)| member.activity.is_admitted()) {
+            return;
+        }
+        if self.members.iter().any(|(_, member)| self.may_serve(member, stage)) {
             return self.jobs.on_served(&stage.name);
         }
-        // While the run does other things, it does not wait.
-        let waits = progress.trained && self.jobs.running().is_empty();
         let (is_news, is_over) = self.jobs.on_pending(stage, waits, now);
         let needs = format!("no worker {}", stage.needs);
         if is_news {
@@ -261,19 +308,4 @@ impl Coordinator {
             }
         }
     }
-}
-
-/// Whether a worker could do the jobs of a stage now or later.
-fn may_serve(member: &Member, stage: &Stage) -> bool {
-    // What is on the machines that train need not be on one that only serves jobs.
-    let has_sources = stage.kind != StageKind::Prepare || !member.hello.only_jobs;
-    member.activity.is_admitted() && has_sources && has(member, &stage.needs)
-}
-
-/// Whether a worker has what a stage needs.
-fn has(member: &Member, needs: &Requirements) -> bool {
-    let is_like = |pattern: &String| {
-        Glob::new(pattern).is_ok_and(|glob| glob.compile_matcher().is_match(&member.hello.device))
-    };
-    needs.device.as_ref().is_none_or(is_like) && needs.memory.is_none_or(|bytes| member.hello.memory >= bytes)
 }

@@ -158,9 +158,10 @@ impl Bench {
         config: BenchConfig,
     ) -> Result<SpeedRow, Failure> {
         let parameters = model.config(self.norm)?.parameters();
-        // The weights are read in f32, and then converted.
-        let needed = 4 * parameters + dtype.format().bytes(parameters);
-        let (described, memory) = describe(device, self.threads())?;
+        let (described, memory, on_host) = describe(device, self.threads())?;
+        // The weights are read in f32 to the host's memory, and then converted.
+        let read = if on_host { 4 * parameters } else { 0 };
+        let needed = read + dtype.format().bytes(parameters);
         let (device, dtype_name, measured) = if memory.is_some_and(|memory| memory < needed) {
             let gigabytes = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
             let skipped =
@@ -217,20 +218,19 @@ impl Bench {
     }
 }
 
-/// What a device is called, and how much memory it has if that is known.
-fn describe(device: DeviceChoice, threads: usize) -> Result<(String, Option<u64>), Failure> {
+/// What a device is called, how much memory it has if that is known, and whether that is the host's.
+fn describe(device: DeviceChoice, threads: usize) -> Result<(String, Option<u64>, bool), Failure> {
     match device {
         DeviceChoice::Device(device) => {
             let opened = AnyBackend::new(device, threads, 0).map_err(failure)?;
             let memory = Some(opened.memory()).filter(|memory| *memory > 0);
-            let described = match &opened {
-                AnyBackend::Cpu(backend) => backend.describe(),
-                AnyBackend::Cuda(backend) => backend.describe(),
-            };
-            Ok((described, memory))
+            Ok(match &opened {
+                AnyBackend::Cpu(backend) => (backend.describe(), memory, true),
+                AnyBackend::Cuda(backend) => (backend.describe(), memory, false),
+            })
         }
         #[cfg(feature = "metal")]
-        DeviceChoice::Metal => Ok((ulmus_candle::Candle::metal().map_err(failure)?.describe(), None)),
+        DeviceChoice::Metal => Ok((ulmus_candle::Candle::metal().map_err(failure)?.describe(), None, true)),
     }
 }
 

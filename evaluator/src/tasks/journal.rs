@@ -1,6 +1,7 @@
 //! Remembers answered requests in a file, so that an evaluation that was killed goes on where it was.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs::{File, TryLockError};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -28,6 +29,20 @@ struct Header {
     dtype: String,
 }
 
+impl Header {
+    fn new(model: Digest, device: &str, dtype: &str) -> Self {
+        let evaluator = env!("CARGO_PKG_VERSION").to_owned();
+        Self { evaluator, model, device: device.to_owned(), dtype: dtype.to_owned() }
+    }
+}
+
+impl fmt::Display for Header {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { evaluator, model, device, dtype } = self;
+        write!(f, "model {} ({dtype}, {device}, evaluator {evaluator})", model.short())
+    }
+}
+
 #[derive(Debug, Serialize, Deserialize)]
 struct Line {
     request: Digest,
@@ -51,12 +66,7 @@ impl Journal {
     ) -> Result<Self, EvaluatorError> {
         let wrong = |problem: String| EvaluatorError::Journal { path: path.to_owned(), problem };
         let failed = |error| EvaluatorError::Write { path: path.to_owned(), error };
-        let header = Header {
-            evaluator: env!("CARGO_PKG_VERSION").to_owned(),
-            model,
-            device: device.to_owned(),
-            dtype: dtype.to_owned(),
-        };
+        let header = Header::new(model, device, dtype);
         let mut file = File::options().read(true).append(true).create(true).open(path).map_err(failed)?;
         // The lock ends with the process, however that ends.
         match file.try_lock() {
@@ -84,16 +94,7 @@ impl Journal {
         let found: Header = serde_json::from_str(first).map_err(|_| damaged(1))?;
         if found != header {
             return Err(wrong(format!(
-                "it is of model {} ({}, {}, evaluator {}), not of {} ({}, {}, evaluator {}); name another --output, or leave \
-                 out --resume",
-                found.model.short(),
-                found.dtype,
-                found.device,
-                found.evaluator,
-                header.model.short(),
-                header.dtype,
-                header.device,
-                header.evaluator,
+                "it is of {found}, not of {header}; name another --output, or leave out --resume"
             )));
         }
         let answer = |(index, line)| {
@@ -105,20 +106,17 @@ impl Journal {
         Ok(Self { answers, file: Some((path.to_owned(), file)) })
     }
 
-    /// Reads the answers of a part of an evaluation of this model, whichever device has computed them.
+    /// Reads the answers of a part of an evaluation of this model on this kind of device.
     ///
     /// # Errors
     /// What is wrong with them.
-    pub fn read(&mut self, text: &str, model: Digest) -> Result<(), String> {
+    pub fn read(&mut self, text: &str, model: Digest, device: &str, dtype: &str) -> Result<(), String> {
         let mut lines = text.lines();
-        let header: Header =
+        let found: Header =
             serde_json::from_str(lines.next().unwrap_or_default()).map_err(|error| error.to_string())?;
-        if header.model != model || header.evaluator != env!("CARGO_PKG_VERSION") {
-            return Err(format!(
-                "it is of model {} and evaluator {}",
-                header.model.short(),
-                header.evaluator
-            ));
+        let header = Header::new(model, device, dtype);
+        if found != header {
+            return Err(format!("it is of {found}, not of {header}"));
         }
         for line in lines {
             let Line { request, log_likelihood, greedy } =

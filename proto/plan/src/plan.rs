@@ -391,7 +391,7 @@ impl Plan {
         stages::check(&self.evaluation, &self.bench, problems);
         for (index, config) in self.bench.iter().enumerate() {
             let [prompt, generate] = ["prompt", "generate"].map(|key| format!("bench.{index}.{key}"));
-            if config.of.iter().any(|of| matches!(of, Of::Model(_))) {
+            if config.of.iter().all(|of| matches!(of, Of::Model(_))) {
                 // The context of another model is known when it is read.
                 range(problems, prompt, config.prompt, 1..);
                 range(problems, generate, config.generate, 2..);

@@ -171,7 +171,7 @@ impl Added<'_> {
             self.name.parse::<StageName>().is_ok(),
             key("name"),
             format!("{:?}", self.name),
-            "every stage needs a name: 1 to 64 letters, digits, '-', '_' and '.', beginning with a letter or digit",
+            "every stage needs a name: 1 to 64 letters, digits, '-' and '_', beginning with a letter",
             "write for instance name = \"zeroshot\"",
         );
         problems.check(
@@ -207,6 +207,13 @@ impl Added<'_> {
                 );
                 continue;
             }
+            problems.check(
+                !place.contains("://") || place.starts_with("hf://"),
+                key("of"),
+                format!("{place:?}"),
+                "models are read from folders and from hf://",
+                "copy it to a folder that the workers reach",
+            );
             problems.check(
                 place.contains('/') || place.starts_with('.'),
                 key("of"),
@@ -297,6 +304,17 @@ impl EvaluationConfig {
             "the rows of tasks must be somewhere",
             "write data = [\"FOLDER\"]; evaluator fetch fills one",
         );
+        for (index, address) in self.data.iter().enumerate() {
+            if let Some(shown) = secret(address) {
+                problems.add(
+                    key(&format!("data.{index}")),
+                    shown,
+                    "a plan is stored and shown, so an address in it has no password, token or query",
+                    "leave that out; credentials come from the environment or the files of the provider's own tools"
+                        .to_owned(),
+                );
+            }
+        }
         if sound(problems, &[&key("suite")]) {
             problems.check(
                 self.suite.is_none() || self.shots.is_none(),
@@ -372,6 +390,9 @@ mod tests {
             ("evaluation.tasks.of=[]", "evaluation.0.of = missing: a stage needs models"),
             ("evaluation.tasks.of=[\"last\", \"last\"]", "it is named twice"),
             ("evaluation.tasks.of=hf://u:p@host/x", "an address in it has no password"),
+            ("evaluation.tasks.of=s3://b/model", "models are read from folders and from hf://"),
+            ("evaluation.tasks.data.0=https://u:p@host/x", "evaluation.0.data.0"),
+            ("evaluation.tasks.name=v1.0", "every stage needs a name"),
             ("evaluation.tasks.suite=zeroshot", "an evaluation has either a suite or tasks"),
             ("evaluation.tasks.data=[]", "the rows of tasks must be somewhere"),
             ("evaluation.tasks.limit=1.5", "it must be a whole number of rows"),

@@ -93,6 +93,11 @@ fn is_name(text: &str) -> bool {
         && bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
 }
 
+/// A name of a stage is also a segment of the paths of keys, and of files.
+fn is_stage_name(text: &str) -> bool {
+    is_name(text) && !text.contains('.') && text.starts_with(|first: char| first.is_ascii_alphabetic())
+}
+
 /// Distinguishes a run from every other, whatever their names: 16 random bytes, written as 32 hexadecimal digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -148,7 +153,7 @@ impl From<RunId> for String {
 }
 
 macro_rules! name {
-    ($(#[$doc:meta])* $name:ident, $what:literal) => {
+    ($(#[$doc:meta])* $name:ident, $what:literal, $is_one:ident, $rule:literal) => {
         $(#[$doc])*
         #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         #[serde(try_from = "String", into = "String")]
@@ -165,13 +170,13 @@ macro_rules! name {
             type Err = IdError;
 
             fn from_str(text: &str) -> Result<Self, IdError> {
-                if is_name(text) {
+                if $is_one(text) {
                     Ok(Self(text.to_owned()))
                 } else {
                     Err(IdError {
                         what: $what,
                         text: text.to_owned(),
-                        rule: "use 1 to 64 letters, digits, '-', '_' and '.', beginning with a letter or digit",
+                        rule: $rule,
                     })
                 }
             }
@@ -201,12 +206,18 @@ macro_rules! name {
 
 name! {
     /// The name of a run and of its folder.
-    RunName, "run name"
+    RunName,
+    "run name",
+    is_name,
+    "use 1 to 64 letters, digits, '-', '_' and '.', beginning with a letter or digit"
 }
 
 name! {
     /// The name of a stage, which no other stage of the plan has.
-    StageName, "stage name"
+    StageName,
+    "stage name",
+    is_stage_name,
+    "use 1 to 64 letters, digits, '-' and '_', beginning with a letter"
 }
 
 /// One life of one worker: its name and incarnation.
@@ -341,5 +352,9 @@ mod tests {
             assert!(WorkerId::new(wrong, Incarnation::new(1)).is_err(), "{wrong}");
         }
         assert!("quickstart-2.b_c".parse::<RunName>().is_ok());
+        for wrong in ["", "1", "v1.0", "export.json", "a/b"] {
+            assert!(wrong.parse::<StageName>().is_err(), "{wrong}");
+        }
+        assert!("zero-shot_2".parse::<StageName>().is_ok());
     }
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{CheckpointId, Digest, StageName};
 
-/// A piece of work for one worker. Doing it twice, on any worker, gives the same files.
+/// A piece of work for one worker. Doing it twice on machines of one kind gives the same files, but for measured times.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Job {
     stage: StageName,

@@ -27,16 +27,20 @@ pub(super) struct HeldOut {
 
 /// Reads the text on which finished models are measured, or says why there is none.
 ///
-/// A unit that cannot be read is reported as in training, as long as the coordinator may still quarantine it. Otherwise
-/// it is skipped here alone: a finished run must not depend forever on a file that only its evaluation needs.
-pub(super) fn held_out(run: &Run, say: &dyn Fn(String)) -> Result<Result<HeldOut, String>, WorkerError> {
+/// If it `may_report`, a unit that cannot be read is reported as in training, as long as the coordinator may still
+/// quarantine it. Otherwise it is skipped here alone: a finished run must not depend forever on a file that only its evaluation needs.
+pub(super) fn held_out(
+    run: &Run,
+    say: &dyn Fn(String),
+    may_report: bool,
+) -> Result<Result<HeldOut, String>, WorkerError> {
     let limit = run.plan.evaluate.text.get();
     if limit == 0 {
         return Ok(Err("evaluate.text is 0".to_owned()));
     }
     let data = &run.plan.data;
     let quarantined = run.quarantine()?.len() as u64;
-    let reports = data.on_bad_unit == OnBadUnit::Quarantine && quarantined < data.max_bad_units;
+    let reports = may_report && data.on_bad_unit == OnBadUnit::Quarantine && quarantined < data.max_bad_units;
     // A token is at least one byte of text, so this many sequences contain enough.
     let length = run.plan.sequence_length();
     let sequences = limit.div_ceil(length as u64) as usize;
@@ -72,7 +76,7 @@ pub(super) fn evaluate<B: Backend>(
     say: &dyn Fn(String),
     model: impl FnOnce() -> Result<Arc<Model<B>>, WorkerError>,
 ) -> Result<Measured<Perplexity>, WorkerError> {
-    let HeldOut { tokenizer, texts, left_out } = match held_out(run, say)? {
+    let HeldOut { tokenizer, texts, left_out } = match held_out(run, say, true)? {
         Ok(held_out) => held_out,
         Err(skipped) => return Ok(Measured::Skipped { skipped }),
     };
@@ -87,7 +91,7 @@ pub(super) fn continue_text<B: Backend>(
     checkpoints: &[CheckpointId],
     backend: &B,
 ) -> Result<Measured<Continuations>, WorkerError> {
-    let HeldOut { tokenizer, texts, left_out } = match held_out(run, say)? {
+    let HeldOut { tokenizer, texts, left_out } = match held_out(run, say, true)? {
         Ok(held_out) => held_out,
         Err(skipped) => return Ok(Measured::Skipped { skipped }),
     };

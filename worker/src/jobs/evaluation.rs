@@ -15,7 +15,7 @@ use ulmus_run::paths;
 use ulmus_run::results::{Answers, Measured, Tasks};
 use ulmus_types::Job;
 
-use super::evaluate::held_out;
+use super::evaluate::{HeldOut, held_out};
 use super::{keep, next_text, subject};
 use crate::WorkerError;
 use crate::run::Run;
@@ -62,6 +62,17 @@ pub(crate) fn check(config: &EvaluationConfig) -> Result<(), (&'static str, Stri
     look().map_err(|error| ("data", format!("{:?}", config.data), error.to_string()))
 }
 
+/// The held-out text of the run, or why there is not enough of it.
+fn next_text(run: &Run, say: &dyn Fn(String)) -> Result<Result<HeldOut, String>, WorkerError> {
+    Ok(held_out(run, say, false)?.and_then(|held_out| {
+        if next_text::rows(&held_out.texts).is_empty() {
+            Err(format!("{NEXT_TEXT} needs four held-out texts of at least {} bytes", next_text::LEAST))
+        } else {
+            Ok(held_out)
+        }
+    }))
+}
+
 fn cannot_write(path: &Path, error: std::io::Error) -> WorkerError {
     EvaluatorError::Write { path: path.to_owned(), error }.into()
 }
@@ -79,18 +90,20 @@ pub(super) fn evaluate<B: Backend>(
     let mut data = DataSets::open(&config.data)?;
     let mut left_out = Vec::new();
     if selection.has(NEXT_TEXT) {
-        let held_out = match held_out(run, say)? {
-            Ok(held_out) => held_out,
+        match next_text(run, say)? {
+            Ok(held_out) => {
+                data.add_rows(next_text::SOURCE, next_text::rows(&held_out.texts));
+                left_out = held_out.left_out;
+            }
+            Err(why) if config.tasks != [NEXT_TEXT] => {
+                return Err(WorkerError::Plan(format!(
+                    "{why}; leave out {NEXT_TEXT}, or hold out more text"
+                )));
+            }
+            // The job that puts the parts together says so.
+            Err(_) if job.part().is_some() => return keep(run, job, &Answers { answers: 0 }),
             Err(skipped) => return keep(run, job, &Measured::<Tasks>::Skipped { skipped }),
-        };
-        let rows = next_text::rows(&held_out.texts);
-        if rows.is_empty() {
-            let skipped =
-                format!("{NEXT_TEXT} needs four held-out texts of at least {} bytes", next_text::LEAST);
-            return keep(run, job, &Measured::<Tasks>::Skipped { skipped });
         }
-        data.add_rows(next_text::SOURCE, rows);
-        left_out = held_out.left_out;
     }
     let tokenizer = config.tokenizer.as_deref().map(Path::new);
     let ready = subject::ready(run, job, backend, WeightFormat::F32, tokenizer)?;
@@ -110,11 +123,11 @@ pub(super) fn evaluate<B: Backend>(
         }
         Ok(())
     };
+    let (device, format) = (kind_of_device(&ready.loaded.model), ready.loaded.model.format().to_string());
     if let Some(part) = job.part() {
         let folder =
             tempfile::tempdir().map_err(|error| cannot_write(Path::new("a temporary folder"), error))?;
         let path = folder.path().join("journal");
-        let (device, format) = (kind_of_device(&ready.loaded.model), ready.loaded.model.format().to_string());
         let mut journal = Journal::open(&path, ready.loaded.digest, &device, &format, false)?;
         let answers = evaluation.answer_part(&selection, part, &mut journal, &mut on_progress)?;
         let lines = std::fs::read(&path).map_err(|error| cannot_write(&path, error))?;
@@ -125,8 +138,10 @@ pub(super) fn evaluate<B: Backend>(
     for file in run.wait(run.store.list(&format!("{}/{}", paths::RESULTS, job.name())))? {
         let is_part = Path::new(&file.path).extension().is_some_and(|ending| ending == "jsonl");
         let lines = if is_part { run.read(&file.path)? } else { continue };
-        // Whatever a part has not answered is asked now.
-        if let Err(problem) = journal.read(&String::from_utf8_lossy(&lines), ready.loaded.digest) {
+        // What a part has not answered, or another kind of device, is asked now.
+        if let Err(problem) =
+            journal.read(&String::from_utf8_lossy(&lines), ready.loaded.digest, &device, &format)
+        {
             say(format!("{}: {} is not used: {problem}", job.name(), file.path));
         }
     }

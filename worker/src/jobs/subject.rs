@@ -52,7 +52,7 @@ pub(super) fn ready<B: Backend>(
     Ok(Ready { loaded, tokenizer, adds_bos, place: place.clone() })
 }
 
-/// The model that a job works on, in f32, where no tokenizer is needed.
+/// The model that a job works on, with matrices in `format`, where no tokenizer is needed.
 pub(super) fn model<B: Backend>(
     run: &Run,
     job: &Job,

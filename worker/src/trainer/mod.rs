@@ -52,7 +52,7 @@ pub(crate) enum Command {
     /// Train in a group of a run.
     Train(RunId, Assignment),
     /// Do a job of a run.
-    Do(RunId, Job),
+    Do(Run, Job),
 }
 
 /// A report of the trainer.
@@ -144,7 +144,7 @@ impl<B: TrainingBackend> Trainer<B> {
             let (run, report) = match command {
                 Command::Warm(run) => (run.id, self.warm(run)),
                 Command::Train(run, assignment) => (run, Report::Send(self.train(&assignment))),
-                Command::Do(run, job) => (run, Report::Send(self.work(job))),
+                Command::Do(run, job) => (run.id, Report::Send(self.work(&run, job))),
             };
             if self.reports.blocking_send((run, report)).is_err() {
                 return;
@@ -192,8 +192,8 @@ impl<B: TrainingBackend> Trainer<B> {
         ToCoordinator::Left { generation, step: training.step(), reason }
     }
 
-    fn work(&mut self, job: Job) -> ToCoordinator {
-        let Some(run) = self.joined.as_ref().map(Joined::run) else {
+    fn work(&mut self, run: &Run, job: Job) -> ToCoordinator {
+        if self.joined.as_ref().is_none_or(|joined| joined.run().id != run.id) {
             let message = "asked for a job before it was ready".to_owned();
             return ToCoordinator::JobFailed {
                 job,
@@ -202,7 +202,7 @@ impl<B: TrainingBackend> Trainer<B> {
                 bad_unit: None,
                 damaged: None,
             };
-        };
+        }
         let reports = Reports { run: run.id, sender: self.reports.clone() };
         let say = |text: String| reports.say(ToCoordinator::Notice(text));
         match jobs::work(run, &self.backend, self.threads, &job, &say) {

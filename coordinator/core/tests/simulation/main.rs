@@ -88,6 +88,8 @@ fn hello_of(worker: &WorkerId, version: &str) -> Hello {
 #[derive(Debug, Clone)]
 enum Act {
     Join(u8),
+    /// A worker joins that only serves jobs.
+    Serve(u8),
     Kill(usize),
     Die,
     Restart,
@@ -106,6 +108,7 @@ enum Act {
 fn acts() -> impl Strategy<Value = Vec<Act>> {
     let act = prop_oneof![
         2 => (0_u8..5).prop_map(Act::Join),
+        1 => (0_u8..3).prop_map(Act::Serve),
         2 => (0_usize..5).prop_map(Act::Kill),
         1 => Just(Act::Die),
         2 => Just(Act::Restart),
@@ -136,6 +139,7 @@ fn play(world: &mut World, acts: Vec<Act>) {
     for act in acts {
         match act {
             Act::Join(name) => world.join(name),
+            Act::Serve(name) => world.join_for_jobs(&format!("s{name}"), "sim"),
             Act::Kill(index) => world.kill(index),
             Act::Die => world.die(),
             Act::Restart => world.restart(),
@@ -172,7 +176,8 @@ proptest! {
     /// Whatever happens, the run finishes once it is left alone, with every step recorded and every milestone stored.
     #[test]
     fn every_run_finishes_with_nothing_lost(acts in acts()) {
-        let mut world = World::new();
+        let of = [Of::Milestones, Of::Average, Of::Last, Of::Model("a/b".to_owned())];
+        let mut world = World::with_stages(vec![tasks(&of, None, None)]);
         play(&mut world, acts);
         finish(&mut world, 300);
         let outcome = world.outcome.clone().unwrap();
@@ -192,6 +197,9 @@ proptest! {
             .step_by(GRID as usize)
             .filter(|step| *step >= averaged || !world.damaged.contains(step));
         prop_assert!(wanted.clone().all(|step| milestones.contains(&step)), "{milestones:?}");
+        let measured = |model: &str| world.saved.jobs.iter().any(|job| job.stage() == "tasks" && job.model() == Some(model));
+        prop_assert!(milestones.iter().all(|step| measured(&format!("step-{step:08}"))), "{:?}", world.saved.jobs);
+        prop_assert!(measured("average") && measured("last"));
         prop_assert!(world.workers.values().all(Worker::is_free), "{:?}", world.workers);
     }
 
@@ -561,6 +569,45 @@ fn workers_that_have_nothing_else_to_do_share_an_evaluation() {
         world.saved.jobs.iter().map(JobName::as_str).filter(|job| job.starts_with("tasks")).collect();
     let parts = ["tasks/last", "tasks/last/part-1-of-3", "tasks/last/part-2-of-3", "tasks/last/part-3-of-3"];
     assert_eq!(done, parts);
+}
+
+/// Its model needs more memory than there is, for instance.
+#[test]
+fn a_job_that_kills_its_worker_is_given_up() {
+    let mut world = World::with_stages(vec![tasks(&[Of::Last], None, None)]);
+    let mut deaths = 0;
+    while world.outcome.is_none() {
+        world.join(0);
+        world.reconnect();
+        let works = |worker: &Worker| worker.job.as_ref().is_some_and(|job| job.stage().as_str() == "tasks");
+        if let Some(index) = world.workers.values().position(works) {
+            world.kill(index);
+            deaths += 1;
+        }
+        world.work();
+        world.deliver();
+        world.commit_all();
+        world.tick();
+    }
+    let outcome = world.outcome.unwrap();
+    assert_eq!((outcome.status, deaths), (ExitStatus::Failed, 3), "{}", outcome.message);
+    assert!(outcome.message.starts_with("tasks/last has ended w0 again and again; everything else is done"));
+    assert!(world.saved.jobs.contains(&JobName::stored("benchmark".to_owned())));
+}
+
+#[test]
+fn who_only_serves_jobs_is_no_other_worker_for_training() {
+    let mut world = World::new();
+    world.join(0);
+    world.join_for_jobs("jobs", "sim");
+    while world.recorded.len() < 2 {
+        world.turn();
+    }
+    let trainer = world.workers.values_mut().find(|worker| !worker.only_jobs).unwrap();
+    let message = "the loss is not finite".to_owned();
+    trainer.leave(LeaveReason::Failed { kind: ErrorKind::InvalidInput, message });
+    world.deliver();
+    assert_eq!(world.outcome.unwrap().status, ExitStatus::InvalidInput);
 }
 
 #[test]

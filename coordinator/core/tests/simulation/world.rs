@@ -242,6 +242,9 @@ impl World {
 
     /// A worker comes that only serves jobs, with this device.
     pub(crate) fn join_for_jobs(&mut self, name: &str, device: &str) {
+        if self.workers.keys().any(|id| id.name() == name) {
+            return;
+        }
         self.admit(name.to_owned(), |worker| {
             worker.only_jobs = true;
             device.clone_into(&mut worker.device);
