@@ -30,8 +30,8 @@ const STEPS: usize = 700;
 const MILESTONES: usize = 35;
 /// How long one worker takes for the run at the least.
 const CALM: Duration = Duration::from_secs(15);
-/// The run is left alone so many updates before its end, or after this time if faults keep it from advancing.
-const LEFT_ALONE: usize = 100;
+/// The run is left alone after this part of its updates, or after this time if faults keep it from advancing.
+const DISTURBED: f64 = 0.85;
 const DISTURBED_FOR: Duration = Duration::from_secs(30);
 /// Differences from the tiny plan: more and smaller steps. The averaged milestones reach back to steps with faults.
 const KEYS: [&str; 11] = [
@@ -569,7 +569,8 @@ impl<'a> Chaos<'a> {
             self.start_worker();
         }
         let mut next = Instant::now() + self.random.millis(0, 6000);
-        while self.steps + LEFT_ALONE < self.iterations && self.began.elapsed() < DISTURBED_FOR {
+        let disturbed = (self.iterations as f64 * DISTURBED) as usize;
+        while self.steps < disturbed && self.began.elapsed() < DISTURBED_FOR {
             self.look();
             if Instant::now() < next {
                 continue;
