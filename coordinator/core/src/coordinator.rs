@@ -12,7 +12,7 @@ use crate::effect::{Effect, Notification};
 use crate::event::Event;
 use crate::group::Group;
 use crate::invariants;
-use crate::members::Fault;
+use crate::members::{Activity, Fault};
 use crate::state::{Coordinator, TEXT_LIMIT};
 
 /// After this many reports since the last update that contradict the record, the run stops.
@@ -197,8 +197,9 @@ impl Coordinator {
 
     /// Ends the session of a worker that sent an invalid message. It takes no part in the run until it reconnects.
     pub(crate) fn expel(&mut self, worker: &WorkerId, why: &str, now: Duration) {
-        if self.members.get(worker).is_none() {
-            return;
+        let Some(member) = self.members.get(worker) else { return };
+        if let Activity::Working(job) = member.activity.clone() {
+            self.on_lost_with(worker, &job);
         }
         let reason = format!("the coordinator ended this session: {why}");
         self.send(worker, ToWorker::Refused { kind: ErrorKind::Retry, reason });

@@ -47,8 +47,8 @@ pub(crate) struct Jobs {
     pending: BTreeMap<StageName, Option<Duration>>,
     /// Patterns of the devices that stages ask for.
     devices: BTreeMap<StageName, GlobMatcher>,
-    /// How often a worker of a name has died with a job.
-    deaths: BTreeMap<(JobName, String), u32>,
+    /// How often a worker of a name was lost with a job.
+    losses: BTreeMap<(JobName, String), u32>,
     /// The number of parts in which evaluations are done that several workers share.
     parts: BTreeMap<JobName, u32>,
     /// Jobs of stages that the plan adds and that failed for good. The run does everything else before it ends with that.
@@ -74,7 +74,7 @@ impl Jobs {
         };
         Self {
             devices: graph.stages().iter().filter_map(device).collect(),
-            deaths: BTreeMap::new(),
+            losses: BTreeMap::new(),
             parts: parts.collect(),
             graph,
             done,
@@ -227,15 +227,15 @@ impl Jobs {
         }
     }
 
-    /// A worker has died with a job of a stage that the plan adds. Returns whether that has happened so often to workers of
+    /// A worker was lost with a job of a stage that the plan adds. Returns whether that has happened so often to workers of
     /// its name that they are not given it any more.
-    pub(crate) fn on_died_with(&mut self, job: &Job, worker: &WorkerId) -> bool {
+    pub(crate) fn on_lost_with(&mut self, job: &Job, worker: &WorkerId) -> bool {
         if !self.is_added(job) {
             return false;
         }
-        let deaths = self.deaths.entry((job.name(), worker.name().to_owned())).or_insert(0);
-        *deaths += 1;
-        let is_often = *deaths >= ATTEMPTS;
+        let losses = self.losses.entry((job.name(), worker.name().to_owned())).or_insert(0);
+        *losses += 1;
+        let is_often = *losses >= ATTEMPTS;
         if is_often {
             self.failed_on.entry(job.name()).or_default().insert(worker.name().to_owned());
         }
@@ -324,10 +324,10 @@ impl Jobs {
         let has_average = || self.done.iter().any(|name| name.as_str() == StageName::AVERAGE);
         let is_its_turn = match job.subject() {
             Subject::Stage(_) if stage.kind == StageKind::Prepare => true,
-            Subject::Stage(checkpoints) => {
+            Subject::Stage(_) => {
                 progress.trained
                     && self.training_may_begin()
-                    && (checkpoints.len() < 2 || progress.all_stored || stage.kind == StageKind::Average)
+                    && (stage.reads != Reads::Spread || progress.all_stored)
             }
             Subject::Average | Subject::Last(_) => progress.trained,
             // The run may have to make the rows of tasks first.

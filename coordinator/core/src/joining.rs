@@ -307,7 +307,7 @@ impl Coordinator {
         if let (Fault::Died, Activity::Working(job)) = (fault, &member.activity)
             && !member.draining
         {
-            self.on_died_with(worker, job);
+            self.on_lost_with(worker, job);
         }
         let mut trained = false;
         match &mut self.group {

@@ -100,11 +100,11 @@ impl Coordinator {
         }
     }
 
-    /// A worker has died with its job. A job that kills its worker again and again, as when its model needs more memory than
-    /// there is, is tried elsewhere, and given up if a stage can be.
-    pub(crate) fn on_died_with(&mut self, worker: &WorkerId, job: &Job) {
-        if self.jobs.on_died_with(job, worker) && !self.others_may_do(job) {
-            let message = format!("{} has ended {} again and again", job.name(), worker.name());
+    /// A worker was lost with its job: it died, as when the model needs more memory than there is, or its result could not be
+    /// a result. A job with which that happens again and again is tried elsewhere, and given up if its stage can be.
+    pub(crate) fn on_lost_with(&mut self, worker: &WorkerId, job: &Job) {
+        if self.jobs.on_lost_with(job, worker) && !self.others_may_do(job) {
+            let message = format!("{} was lost again and again while it did {}", worker.name(), job.name());
             self.give_up_job(job, ErrorKind::Internal, message);
         }
     }

@@ -118,11 +118,13 @@ impl Journal {
         if found != header {
             return Err(format!("it is of {found}, not of {header}"));
         }
-        for line in lines {
-            let Line { request, log_likelihood, greedy } =
-                serde_json::from_str(line).map_err(|error| error.to_string())?;
-            self.answers.insert(request, Likelihood { log_likelihood, greedy });
-        }
+        let answer = |line| {
+            let Line { request, log_likelihood, greedy } = serde_json::from_str(line)?;
+            Ok((request, Likelihood { log_likelihood, greedy }))
+        };
+        let answers: Result<Vec<_>, serde_json::Error> = lines.map(answer).collect();
+        // All of them, or none of a file that was cut off.
+        self.answers.extend(answers.map_err(|error| error.to_string())?);
         Ok(())
     }
 

@@ -304,14 +304,9 @@ impl SourceConfig {
             "write name = \"web\"",
         );
         for (name, address) in [("url", Some(&self.url)), ("list", self.list.as_ref())] {
-            let Some(shown) = address.and_then(|address| secret(address)) else { continue };
-            problems.add(
-                key(name),
-                shown,
-                "a plan is stored and shown, so an address in it has no password, token or query",
-                "leave that out; credentials come from the environment or the files of the provider's own tools"
-                    .to_owned(),
-            );
+            if let Some(address) = address {
+                refuse_secret(problems, key(name), address);
+            }
         }
         problems.check(
             !self.files.is_empty(),
@@ -377,6 +372,19 @@ impl SourceConfig {
             "set it to 1, or leave it out to read the source without end",
         );
     }
+}
+
+/// Reports an address that may carry a secret. Returns whether it does.
+pub(crate) fn refuse_secret(problems: &mut Problems, key: String, address: &str) -> bool {
+    let Some(shown) = secret(address) else { return false };
+    problems.add(
+        key,
+        shown,
+        "a plan is stored and shown, so an address in it has no password, token or query",
+        "leave that out; credentials come from the environment or the files of the provider's own tools"
+            .to_owned(),
+    );
+    true
 }
 
 /// If an address may carry a secret: the address without it, as it may be shown.

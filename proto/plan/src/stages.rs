@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use ulmus_types::{Of, Problems, Reads, Requirements, Stage, StageKind, StageName};
 
 use crate::bytes::Bytes;
-use crate::data::secret;
+use crate::data::refuse_secret;
 use crate::rules::{range, sound};
 
 /// The task that a run makes from its own held-out text.
@@ -20,8 +20,8 @@ pub const NEXT_TEXT: &str = "next_text";
 pub struct EvaluationConfig {
     /// Name of the stage, and of the folder of its results.
     pub name: String,
-    /// The models, at least one, as text or as a list: `average`, `last`, `milestones` (each as soon as it is stored), or where a model is: a
-    /// folder, or `hf://ORG/NAME[@REVISION]`.
+    /// The models, at least one, as text or as a list: `average`, `last`, `milestones` (each as soon as it is stored), or where a
+    /// model is: a folder, or `hf://ORG/NAME[@REVISION]`.
     #[serde(deserialize_with = "one_or_several")]
     pub of: Vec<Of>,
     /// A published set of tasks with their numbers of examples: `zeroshot`, `openllm`, `llm360` or `adapters`.
@@ -140,7 +140,8 @@ fn one_or_several<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Of>,
     deserializer.deserialize_any(Models)
 }
 
-/// What the two kinds of stages have in common, with the key under which the plan has it.
+/// What the two kinds of stages have in common, with the key under which the plan has it. They do not share a flattened
+/// struct, because misspelt keys of one would not be noticed.
 struct Added<'a> {
     key: String,
     kind: StageKind,
@@ -197,14 +198,7 @@ impl Added<'_> {
                 "name each model once",
             );
             let Of::Model(place) = of else { continue };
-            if let Some(shown) = secret(place) {
-                problems.add(
-                    key("of"),
-                    shown,
-                    "a plan is stored and shown, so an address in it has no password, token or query",
-                    "leave that out; credentials come from the environment or the files of the provider's own tools"
-                        .to_owned(),
-                );
+            if refuse_secret(problems, key("of"), place) {
                 continue;
             }
             problems.check(
@@ -233,6 +227,13 @@ impl Added<'_> {
             );
         }
         if let Some(wait) = self.wait {
+            problems.check(
+                self.device.is_some() || self.memory.is_some(),
+                key("wait"),
+                format!("\"{}\"", humantime_serde::re::humantime::format_duration(wait)),
+                "any worker serves a stage that asks for no device and no memory, so there is nothing to wait for",
+                "leave it out, or say which device the stage needs",
+            );
             range(problems, key("wait"), wait, ..=Duration::from_hours(24 * 366));
         }
     }
@@ -305,15 +306,7 @@ impl EvaluationConfig {
             "write data = [\"FOLDER\"]; evaluator fetch fills one",
         );
         for (index, address) in self.data.iter().enumerate() {
-            if let Some(shown) = secret(address) {
-                problems.add(
-                    key(&format!("data.{index}")),
-                    shown,
-                    "a plan is stored and shown, so an address in it has no password, token or query",
-                    "leave that out; credentials come from the environment or the files of the provider's own tools"
-                        .to_owned(),
-                );
-            }
+            refuse_secret(problems, key(&format!("data.{index}")), address);
         }
         if sound(problems, &[&key("suite")]) {
             problems.check(
@@ -398,6 +391,7 @@ mod tests {
             ("evaluation.tasks.limit=1.5", "it must be a whole number of rows"),
             ("evaluation.tasks.limit=0", "it must be a whole number of rows"),
             ("evaluation.tasks.device=[a", "it is no pattern"),
+            ("bench.speed.wait=1h", "bench.0.wait = \"1h\": any worker serves a stage"),
             ("evaluation.speed.limit=1", "the plan has no stage of this name; name one that it has"),
             ("bench.speed.generate=1", "bench.0.generate = 1"),
             ("bench.speed.prompt=4000", "bench.0.prompt = 4000"),

@@ -591,7 +591,11 @@ fn a_job_that_kills_its_worker_is_given_up() {
     }
     let outcome = world.outcome.unwrap();
     assert_eq!((outcome.status, deaths), (ExitStatus::Failed, 3), "{}", outcome.message);
-    assert!(outcome.message.starts_with("tasks/last has ended w0 again and again; everything else is done"));
+    assert!(
+        outcome
+            .message
+            .starts_with("w0 was lost again and again while it did tasks/last; everything else is done")
+    );
     assert!(world.saved.jobs.contains(&JobName::stored("benchmark".to_owned())));
 }
 
