@@ -22,9 +22,10 @@ import tempfile
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-TINY = ROOT / "tests/golden/tiny"
+from harness_model import TINY, harness_model, read_from, write_model
+from torch_openelm import SHAPES
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 WORDS = "the old teacher paints a quiet song of cold metal under bright lamp near long river seven apples".split()
 BATCHES = [1, 4, 16, 32]
 # Tasks, examples, rows; and how many of the published rows they stand for.
@@ -105,82 +106,14 @@ def write_data(folder, tokenizer):
         write(f"allenai/sciq/data/{split}", count, rows.sciq)
 
 
-def write_model(folder):
-    """OpenELM-270M with random weights, as PyTorch has it and in Hugging Face layout."""
-    import torch
-    from safetensors.torch import save_file
-    from torch_openelm import SHAPES, OpenElm
-
-    torch.manual_seed(5)
-    shape = SHAPES["openelm-270m"]
-    model = OpenElm(shape)
-    names = {
-        "attention_norm": "attn_norm", "qkv": "attn.qkv_proj", "query_norm": "attn.q_norm", "key_norm": "attn.k_norm",
-        "out": "attn.out_proj", "ffn_norm": "ffn_norm", "up": "ffn.proj_1", "down": "ffn.proj_2",
-    }
-    tensors = {"transformer.token_embeddings.weight": model.embedding.weight, "transformer.norm.weight": model.norm.weight}
-    for index, layer in enumerate(model.layers):
-        for ours, theirs in names.items():
-            tensors[f"transformer.layers.{index}.{theirs}.weight"] = getattr(layer, ours).weight
-    folder.mkdir()
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    torch.save(model.state_dict(), folder / "peer.pt")
-    config = json.loads((TINY / "config.json").read_text())
-    layers = len(shape.heads)
-    config.update(
-        vocab_size=shape.vocabulary, model_dim=shape.width, head_dim=shape.head, num_transformer_layers=layers,
-        num_gqa_groups=shape.group, num_query_heads=shape.heads, num_kv_heads=[heads // shape.group for heads in shape.heads],
-        ffn_multipliers=[round(0.5 + 3.5 * i / (layers - 1), 2) for i in range(layers)], ffn_dim_divisor=256,
-        qkv_multipliers=[0.5, 1.0], max_context_length=2048,
-    )
-    (folder / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer.model"):
-        (folder / name).write_bytes((TINY / name).read_bytes())
-
-
 def peer(arguments):
     """Evaluates with the harness, in a process of its own, and prints its results and its time."""
-    import datasets
     import torch
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from torch_openelm import SHAPES, OpenElm
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-    from transformers.modeling_outputs import CausalLMOutput
 
-    load = datasets.load_dataset
-
-    def local(path, name=None, **_):
-        folder = Path(arguments.data) / path
-        files = folder.glob(f"{name}/*.parquet") if name else folder.glob("data/*.parquet")
-        return load("parquet", data_files={file.name.split("-")[0]: str(file) for file in files})
-
-    datasets.load_dataset = local
+    read_from(Path(arguments.data))
     torch.set_num_threads(arguments.threads)
-    # Made in float32 on the CPU, and never trained.
-    module = OpenElm(SHAPES["openelm-270m"])
-    module.load_state_dict(torch.load(Path(arguments.model) / "peer.pt"))
-
-    class Wrapped(PreTrainedModel):
-        config_class = PretrainedConfig
-
-        def __init__(self, config):
-            super().__init__(config)
-            self.inner = module
-
-        def forward(self, input_ids, **_):
-            return CausalLMOutput(logits=self.inner(input_ids))
-
-        def tie_weights(self, *_, **__):
-            pass
-
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(Path(arguments.model) / "tokenizer.json"), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    model = HFLM(
-        pretrained=Wrapped(PretrainedConfig()), tokenizer=tokenizer, backend="causal", max_length=2048, add_bos_token=True,
-        batch_size=arguments.batch, device="cpu",
-    )
+    model = harness_model(Path(arguments.model), SHAPES["openelm-270m"], max_length=2048, batch_size=arguments.batch)
     begun = time.perf_counter()
     results = simple_evaluate(
         model, tasks=arguments.tasks, num_fewshot=arguments.shots, limit=arguments.limit, bootstrap_iters=0, log_samples=False
@@ -253,7 +186,7 @@ def main():
     figures = []
     with tempfile.TemporaryDirectory() as folder:
         model, data = Path(folder) / "model", Path(folder) / "data"
-        write_model(model)
+        write_model(model, SHAPES["openelm-270m"])
         write_data(data, Tokenizer.from_file(str(TINY / "tokenizer.json")))
         for name in arguments.work:
             figure = compare(name, arguments, model, data)

@@ -35,9 +35,10 @@ class Shape:
     """The widths of a model, with the query heads and the FFN width of each layer."""
 
     def __init__(self, vocabulary, layers, width, head, group, qkv, ffn, divisor):
-        self.vocabulary, self.width, self.head, self.group = vocabulary, width, head, group
+        self.vocabulary, self.width, self.head, self.group, self.divisor = vocabulary, width, head, group, divisor
+        self.multipliers = spread(*ffn, layers)
         self.heads = [divisible(width * m, head * group) // head for m in spread(*qkv, layers)]
-        self.ffn = [divisible(width * m, divisor) for m in spread(*ffn, layers)]
+        self.ffn = [divisible(width * m, divisor) for m in self.multipliers]
 
 
 SHAPES = {

@@ -165,6 +165,8 @@ struct Group {
 pub struct Generator<B: Backend> {
     model: Arc<Model<B>>,
     capacity: usize,
+    /// Bytes of everything below.
+    memory: u64,
     /// Rows that pass through the layers at once.
     rows: usize,
     /// The number of tokens in the cache, of each sequence.
@@ -244,8 +246,11 @@ impl<B: Backend> Generator<B> {
         let format = CacheFormat::beside(model.format);
         let cache = |layer: &Layer<B>| model.backend.cache(sequences, capacity, layer.heads, format);
         let cache = model.layers.iter().map(cache).collect::<Result<_, _>>()?;
-        Ok(Self {
+        let heads: usize = model.layers.iter().map(|layer| layer.heads.key_value).sum();
+        let remembered = 2 * (heads * config.head_dim * capacity * sequences) as u64;
+        let mut generator = Self {
             capacity,
+            memory: WeightFormat::from(format).bytes(remembered),
             rows,
             positions: vec![0; sequences],
             words: Vec::with_capacity(3 * sequences + 2 * rows),
@@ -270,8 +275,15 @@ impl<B: Backend> Generator<B> {
             next: vec![0.0; sequences * config.vocab_size],
             likeliest: plan.buffer(scored)?,
             greedy: vec![0; scored],
-            model,
-        })
+            model: Arc::clone(&model),
+        };
+        generator.memory += plan.bytes;
+        Ok(generator)
+    }
+
+    /// Bytes that it takes on the device beside the weights: what it remembers of its texts, activations and logits.
+    pub fn memory(&self) -> u64 {
+        self.memory
     }
 
     /// The number of sequences.

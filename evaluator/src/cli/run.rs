@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
-use ulmus_backend::{Backend, CacheFormat, WeightFormat};
+use ulmus_backend::Backend;
 use ulmus_evaluator::tasks::{
     Batching, DataSets, Evaluation, Journal, Limit, Outcome, Progress, Selection, Settings, TaskPlan,
     average, beside_published, description, kind_of_device, markdown, results_file,
@@ -260,23 +260,14 @@ impl Run {
             rows.add_row([plan.task.clone()].into_iter().chain(numbers.map(|number| number.to_string())));
         }
         print(&rows.to_string())?;
-        let remembered = plans.iter().map(|plan| plan.texts * plan.longest).max().unwrap_or(0);
-        let cache = remembered as u64 * cache_bytes(model);
+        let memory = plans.iter().map(|plan| plan.memory).max().unwrap_or(0);
         let weights = model.format().bytes(model.config().parameters());
         print(&format!(
-            "{:.1} MB for the weights, and at most {:.1} MB for {remembered} tokens that are remembered at once",
+            "{:.1} MB for the weights, and at most {:.1} MB for what the model remembers and computes at once",
             weights as f64 / 1e6,
-            cache as f64 / 1e6
+            memory as f64 / 1e6
         ))
     }
-}
-
-/// Bytes of the keys and values of one token.
-fn cache_bytes<B: Backend>(model: &Model<B>) -> u64 {
-    let config = model.config();
-    let heads: usize = config.layers().iter().map(|layer| layer.kv_heads).sum();
-    let format = WeightFormat::from(CacheFormat::beside(model.format()));
-    format.bytes(2 * (heads * config.head_dim) as u64)
 }
 
 /// Answers of requests, shown as a bar where there is a terminal.

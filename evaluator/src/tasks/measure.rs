@@ -5,12 +5,14 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use minijinja::value::Value;
+use ulmus_backend::Backend;
+use ulmus_model::Model;
 use ulmus_tokenizer::Tokenizer;
 
 use super::definition::{Definition, Kind, Revision};
 use super::examples::Examples;
 use super::metric::{Estimate, Metric, argmax, mean, per_unit};
-use super::question::{Asker, Question, rewritten};
+use super::question::{Asker, Question, columns_of, rewritten};
 use super::rows::{DataSets, Split};
 use super::run::TaskPlan;
 use super::scorer::{Batching, Likelihood};
@@ -210,8 +212,15 @@ impl Prepared {
         Ok(Some((examples, place)))
     }
 
-    /// What would be asked.
-    pub(crate) fn plan(&self, batching: Batching) -> TaskPlan {
+    /// What a model would be asked.
+    ///
+    /// # Errors
+    /// When the device has too little memory.
+    pub(crate) fn plan<B: Backend>(
+        &self,
+        batching: Batching,
+        model: &Arc<Model<B>>,
+    ) -> Result<TaskPlan, EvaluatorError> {
         let requests: Vec<&Request> = self.requests.iter().collect();
         let forest = Forest::new(&requests);
         let read = |request: &Request| request.ids.len() - 1;
@@ -222,18 +231,21 @@ impl Prepared {
             Some(Content::Text { text, .. }) => vec![(String::new(), text.clone())],
             None => Vec::new(),
         };
-        TaskPlan {
+        let texts = batching.texts(&requests, &forest);
+        let longest = self.requests.iter().map(read).max().unwrap_or(0);
+        Ok(TaskPlan {
             task: self.task.name.clone(),
             rows: self.rows.len(),
             shots: self.shots,
             requests: self.requests.len(),
             tokens: self.requests.iter().map(read).sum(),
             read: forest.rows(),
-            texts: batching.texts(&requests, &forest),
-            longest: self.requests.iter().map(read).max().unwrap_or(0),
+            texts,
+            memory: batching.generator(model, longest, texts)?.memory(),
+            longest,
             notes: self.notes(),
             prompts,
-        }
+        })
     }
 
     /// What a person should know about the requests.
@@ -324,7 +336,9 @@ fn text_of(task: &Definition, row: &Value) -> Result<Content, String> {
     let column = task.text.as_deref().unwrap_or_default();
     let value = row.get_attr(column).ok().filter(|value| !value.is_undefined());
     let original = value.as_ref().and_then(Value::as_str);
-    let original = original.ok_or_else(|| format!("it has no text in column {column:?}"))?.to_owned();
+    let original = original
+        .ok_or_else(|| format!("it has no text in column {column:?}; {}", columns_of(row)))?
+        .to_owned();
     let text = rewritten(&original, &task.rewrite);
     Ok(Content::Text { row: row.clone(), original, text })
 }

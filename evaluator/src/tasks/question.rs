@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use minijinja::value::Value;
-use minijinja::{Environment, Error};
+use minijinja::{Environment, Error, ErrorKind};
 use regex::{NoExpand, Regex};
 use serde::Deserialize;
 
@@ -145,13 +145,17 @@ impl Asker {
     }
 
     fn render(&self, key: &str, row: &Value) -> Result<String, String> {
-        render(&self.environment, key, row).map_err(|error| in_key(key, &error))
+        render(&self.environment, key, row).map_err(|error| in_row(key, &error, row))
     }
 
     fn value(&self, key: &str, expression: &str, row: &Value) -> Result<Value, String> {
         let compiled = self.environment.compile_expression_owned(expression.to_owned());
-        let value = compiled.and_then(|compiled| compiled.eval(row)).map_err(|error| in_key(key, &error))?;
-        if value.is_undefined() { Err(format!("`{key}` ({expression}) has no value")) } else { Ok(value) }
+        let value = compiled.and_then(|compiled| compiled.eval(row));
+        let value = value.map_err(|error| in_row(key, &error, row))?;
+        if value.is_undefined() {
+            return Err(format!("`{key}` ({expression}) has no value; {}", columns_of(row)));
+        }
+        Ok(value)
     }
 
     /// The value of an expression for a list of texts.
@@ -215,6 +219,20 @@ fn render(environment: &Environment<'_>, key: &str, row: &Value) -> Result<Strin
 fn in_key(key: &str, error: &Error) -> String {
     let reason = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
     format!("`{key}`: {reason}")
+}
+
+/// An error of the template language about a row. Where something is missing, it says what there is.
+fn in_row(key: &str, error: &Error, row: &Value) -> String {
+    match error.kind() {
+        ErrorKind::UndefinedError => format!("{}; {}", in_key(key, error), columns_of(row)),
+        _ => in_key(key, error),
+    }
+}
+
+/// The columns of a row, for messages.
+pub(super) fn columns_of(row: &Value) -> String {
+    let names: Vec<String> = row.try_iter().into_iter().flatten().map(|name| name.to_string()).collect();
+    format!("the row has the columns {}", names.join(", "))
 }
 
 /// The text of a rolling task, after its steps.

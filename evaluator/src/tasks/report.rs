@@ -118,12 +118,19 @@ pub fn results_file(outcomes: &[Outcome], more: Map<String, Json>) -> Json {
     let of_groups = |value: &dyn Fn(&Outcome) -> Json| -> Json {
         Json::Object(groups.iter().map(|outcome| (outcome.name.clone(), value(outcome))).collect())
     };
+    // Of a group, that of the tasks which it has itself.
     let direction = |outcome: &Outcome| {
-        let metrics = outcome.metrics.iter();
-        Json::Object(
-            metrics.map(|(metric, _)| (metric.name().to_owned(), json!(metric.higher_is_better()))).collect(),
-        )
+        let of = |task: &Outcome| task.metrics.iter().map(|(metric, _)| *metric).collect::<Vec<_>>();
+        let members = outcomes.iter().filter(|task| !task.is_group() && outcome.members.contains(&task.name));
+        let metrics = if outcome.is_group() { members.flat_map(of).collect() } else { of(outcome) };
+        let metrics = metrics.into_iter();
+        metrics
+            .map(|metric| (metric.name().to_owned(), json!(metric.higher_is_better())))
+            .collect::<Map<_, _>>()
     };
+    let directions = outcomes.iter().map(|outcome| (outcome.name.clone(), direction(outcome)));
+    let directions = directions.filter(|(_, metrics)| !metrics.is_empty());
+    let directions: Map<_, _> = directions.map(|(name, metrics)| (name, Json::Object(metrics))).collect();
     let tasks = outcomes.iter().filter(|outcome| !outcome.is_group());
     let samples = tasks.map(|outcome| {
         (outcome.name.clone(), json!({ "original": outcome.rows[0], "effective": outcome.rows[1] }))
@@ -139,19 +146,15 @@ pub fn results_file(outcomes: &[Outcome], more: Map<String, Json>) -> Json {
     }
     file.insert("group_subtasks".to_owned(), of_groups(&|group| json!(group.members)));
     file.insert("versions".to_owned(), of(&version));
-    // The harness has these of groups of tasks alone.
-    let of_known = |value: &dyn Fn(&Outcome) -> Json| -> Json {
-        let known = outcomes.iter().filter(|outcome| outcome.shots.is_some());
-        Json::Object(known.map(|outcome| (outcome.name.clone(), value(outcome))).collect())
-    };
+    let shots = outcomes.iter().filter_map(|outcome| Some((outcome.name.clone(), json!(outcome.shots?))));
     let of_tasks = |value: &dyn Fn(&Outcome) -> Json| -> Json {
         let tasks = outcomes.iter().filter(|outcome| !outcome.is_group());
         Json::Object(tasks.map(|outcome| (outcome.name.clone(), value(outcome))).collect())
     };
     file.insert("configs".to_owned(), of_tasks(&|task| task.config.clone()));
     file.insert("task_hashes".to_owned(), of_tasks(&|task| json!(task.hash)));
-    file.insert("n-shot".to_owned(), of_known(&|outcome| json!(outcome.shots)));
-    file.insert("higher_is_better".to_owned(), of_known(&direction));
+    file.insert("n-shot".to_owned(), Json::Object(shots.collect()));
+    file.insert("higher_is_better".to_owned(), Json::Object(directions));
     file.insert("n-samples".to_owned(), Json::Object(samples.collect()));
     file.extend(more);
     Json::Object(file)

@@ -1,6 +1,6 @@
 //! Measures a model on a selection of tasks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ulmus_backend::Backend;
@@ -61,6 +61,8 @@ pub struct TaskPlan {
     pub longest: usize,
     /// Texts that are remembered at once.
     pub texts: usize,
+    /// Bytes that this takes beside the weights: what is remembered of texts, activations and logits.
+    pub memory: u64,
     /// What a person should know.
     pub notes: Vec<String>,
     /// Contexts and continuations of the first row.
@@ -111,14 +113,14 @@ impl<B: Backend> Evaluation<'_, B> {
                 Item::Group { group, depth, members, leaves } => {
                     let leaves: Vec<&Outcome> = leaves.iter().map(|name| &by_name[name]).collect();
                     let metrics = group.aggregate.map(|metric| (metric, pool(&leaves, metric)));
-                    let shots: Option<Vec<usize>> =
-                        members.iter().map(|name| by_name.get(name).and_then(|task| task.shots)).collect();
-                    let shots = shots.filter(|shots| shots.windows(2).all(|pair| pair[0] == pair[1]));
+                    let of_members = members.iter().filter_map(|name| by_name.get(name)?.shots);
+                    let shots: BTreeSet<usize> = of_members.collect();
                     Outcome {
                         name: group.name.clone(),
                         alias: group.alias.clone().unwrap_or_else(|| group.name.clone()),
                         version: group.version.to_string(),
-                        shots: shots.and_then(|shots| shots.first().copied()),
+                        // As in the harness, where the tasks that it has itself agree.
+                        shots: shots.first().copied().filter(|_| shots.len() == 1),
                         rows: [0, 1].map(|index| leaves.iter().map(|task| task.rows[index]).sum()),
                         metrics: metrics.into_iter().collect(),
                         members: members.clone(),
@@ -167,13 +169,13 @@ impl<B: Backend> Evaluation<'_, B> {
     /// What each task of a selection would ask. The model is not asked.
     ///
     /// # Errors
-    /// When rows are missing or wrong.
+    /// When rows are missing or wrong, or the device has too little memory.
     pub fn plan(&self, selection: &Selection) -> Result<Vec<TaskPlan>, EvaluatorError> {
         let tasks = selection.items.iter().filter_map(|item| match item {
             Item::Task { task, entry, .. } => Some((task, entry.as_ref())),
             Item::Group { .. } => None,
         });
-        tasks.map(|(task, entry)| Ok(self.prepare(task, entry)?.plan(self.batching))).collect()
+        tasks.map(|(task, entry)| self.prepare(task, entry)?.plan(self.batching, self.model)).collect()
     }
 
     /// Asks the model what is not in the journal.

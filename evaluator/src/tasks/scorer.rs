@@ -45,6 +45,16 @@ impl Batching {
         let within = longest(requests).map_or(0, |longest| self.remembered / longest);
         within.min(MOST_TEXTS).min(requests.len()).max(least)
     }
+
+    /// What reads so many texts of at most `longest` tokens.
+    pub(crate) fn generator<B: Backend>(
+        self,
+        model: &Arc<Model<B>>,
+        longest: usize,
+        texts: usize,
+    ) -> Result<Generator<B>, EvaluatorError> {
+        Ok(Generator::with_rows(Arc::clone(model), longest, texts, self.rows)?)
+    }
 }
 
 /// The most ids that the model reads of a request.
@@ -70,7 +80,7 @@ pub(crate) fn score<B: Backend>(
     let Some(longest) = longest(requests) else { return Ok(()) };
     let forest = Forest::new(requests);
     let texts = batching.texts(requests, &forest);
-    let generator = Generator::with_rows(Arc::clone(model), longest, texts, batching.rows)?;
+    let generator = batching.generator(model, longest, texts)?;
     let mut equal: BTreeMap<&Request, Vec<usize>> = BTreeMap::new();
     for (index, request) in requests.iter().enumerate() {
         equal.entry(*request).or_default().push(index);
