@@ -116,9 +116,13 @@ impl Console {
             return;
         }
         self.waiting = Some(Instant::now());
-        let members = status.members.iter().map(|member| match member.sits_out {
-            Some(left) => format!("; {} sits out for another {} s", member.worker.name(), left.as_secs()),
-            None => format!("; {} is {}", member.worker.name(), member.doing),
+        let members = status.members.iter().map(|member| {
+            let name = member.worker.name();
+            let serves = if member.only_jobs { ", and serves jobs only" } else { "" };
+            match member.sits_out {
+                Some(left) => format!("; {name} sits out for another {} s{serves}", left.as_secs()),
+                None => format!("; {name} is {}{serves}", member.doing),
+            }
         });
         self.line(&format!(
             "waiting for workers: {ready} of {needed} can take work{}",

@@ -76,13 +76,27 @@ impl Speeds {
         Self { format_version: FORMAT_VERSION, config, machine: Machine::this(), rows }
     }
 
+    /// Reads a report.
+    ///
+    /// # Errors
+    /// What is wrong with the text.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let speeds: Self = serde_json::from_str(text).map_err(|error| error.to_string())?;
+        match speeds.format_version {
+            FORMAT_VERSION => Ok(speeds),
+            other => Err(format!("it has format version {other}, and this program reads {FORMAT_VERSION}")),
+        }
+    }
+
+    /// Whether rates of another report can be compared with those of this configuration.
+    pub fn compares_with(&self, config: BenchConfig) -> bool {
+        let lengths = |config: BenchConfig| (config.prompt, config.generate, config.batch);
+        lengths(self.config) == lengths(config)
+    }
+
     /// The table as Markdown. Beside each rate stands how many times that of an earlier report it is, if that has the same model,
-    /// device and type of weights, and the same lengths.
+    /// device and type of weights.
     pub fn markdown(&self, before: Option<&Self>) -> String {
-        let before = before.filter(|before| {
-            let lengths = |config: BenchConfig| (config.prompt, config.generate, config.batch);
-            lengths(before.config) == lengths(self.config)
-        });
         let BenchConfig { prompt, generate, runs, batch } = self.config;
         let header = format!(
             "| model | parameters | device | dtype | prompt of {prompt} | generation of {generate} | total |\n|---|--:|---|---|--:|--:|--:|\n"
@@ -182,10 +196,12 @@ mod tests {
         assert!(text.contains("| f32 | 100.0 (1.00×) | 20.0 (2.00×) | 30.0 (1.00×) |"), "{text}");
         assert!(text.contains("| bf16 | 100.0 | 40.0 | 30.0 |"), "{text}");
         assert!(text.contains("| f16 | it needs 24.0 GB | - | - |"), "{text}");
-        let other = Speeds { config: BenchConfig { prompt: 8, ..config }, ..before };
-        assert!(speeds.markdown(Some(&other)).contains("| f32 | 100.0 | 20.0 | 30.0 |"));
+        assert!(before.compares_with(BenchConfig { runs: 9, ..config }));
+        assert!(!before.compares_with(BenchConfig { prompt: 8, ..config }));
         let json = serde_json::to_string(&speeds).unwrap();
-        assert_eq!(serde_json::from_str::<Speeds>(&json).unwrap(), speeds, "{json}");
+        assert_eq!(Speeds::parse(&json).unwrap(), speeds, "{json}");
+        let later = json.replace("\"format_version\":1", "\"format_version\":2");
+        assert_eq!(Speeds::parse(&later).unwrap_err(), "it has format version 2, and this program reads 1");
         let svg = speeds.svg().unwrap();
         assert!(
             svg.contains("openelm-270m, bf16, cpu, 2 threads: 40.0")

@@ -59,6 +59,8 @@ pub struct MemberStatus {
     pub worker: WorkerId,
     /// What the worker computes on, as it describes that itself.
     pub device: String,
+    /// Whether it serves jobs and does not train.
+    pub only_jobs: bool,
     /// What the worker is doing.
     pub doing: Doing,
     /// How long it has been doing that.
@@ -166,6 +168,7 @@ impl Coordinator {
         MemberStatus {
             worker: worker.clone(),
             device: member.hello.device.clone(),
+            only_jobs: member.hello.only_jobs,
             doing: match &member.activity {
                 Activity::Greeted => Doing::Joining,
                 Activity::Warming => Doing::WarmingUp,

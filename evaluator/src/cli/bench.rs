@@ -94,9 +94,7 @@ impl Timed {
             Self::Shape(preset) => preset.name().to_owned(),
         }
     }
-}
 
-impl Timed {
     fn config(&self, norm: NormKind) -> Result<ModelConfig, Failure> {
         match self {
             Self::Folder(folder) => Ok(read_config(folder).map_err(failure)?.0),
@@ -115,6 +113,15 @@ impl Bench {
         let before = self.compare.as_deref().map(read).transpose()?;
         // All shapes have the same context.
         let config = self.lengths(models[0].config(self.norm)?.max_context_length);
+        if let Some(before) = before.as_ref().filter(|before| !before.compares_with(config)) {
+            let BenchConfig { prompt, generate, batch, .. } = before.config;
+            let message = format!(
+                "--compare has a prompt of {prompt}, {generate} tokens generated and a batch of {batch}, and this would have {}, \
+                 {} and {}; use --prompt {prompt} --generate {generate} --batch {batch}",
+                config.prompt, config.generate, config.batch
+            );
+            return Err(Failure::new(ExitStatus::InvalidInput, message));
+        }
         let is_one = [models.len(), self.device.len(), self.dtype.len()] == [1, 1, 1];
         if is_one && self.output.is_none() && before.is_none() {
             let result = self.time(&models[0], self.device[0], self.dtype[0], config)?;
@@ -243,7 +250,7 @@ fn read(path: &Path) -> Result<Speeds, Failure> {
         Failure::new(ExitStatus::InvalidInput, message)
     };
     let text = fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
-    serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))
+    Speeds::parse(&text).map_err(wrong)
 }
 
 fn write(speeds: &Speeds, before: Option<&Speeds>, folder: &Path) -> Result<(), Failure> {
