@@ -12,11 +12,19 @@ use ulmus_types::ExitStatus;
 /// When the file cannot be read, or with every problem of the plan.
 pub fn load(path: &Path, overrides: &[String]) -> Result<Vec<Plan>, Failure> {
     #[cfg(feature = "local-workers")]
-    let pieces = ulmus_worker::tokenizer_pieces;
-    // Without the data plane, nothing here can read a tokenizer.
+    {
+        let plans = load_plans(path, overrides, ulmus_worker::tokenizer_pieces)?;
+        for problems in plans.iter().map(ulmus_worker::check_tasks) {
+            if !problems.is_empty() {
+                let message = ulmus_process::cannot_run(path, &problems);
+                return Err(Failure::new(ExitStatus::InvalidInput, message));
+            }
+        }
+        Ok(plans)
+    }
+    // Without the data plane and the evaluator, nothing here can read a tokenizer or knows tasks.
     #[cfg(not(feature = "local-workers"))]
-    let pieces = |_: &str| None;
-    load_plans(path, overrides, pieces)
+    load_plans(path, overrides, |_| None)
 }
 
 /// The commented plans that come with the program, by name.

@@ -188,8 +188,9 @@ pub enum DataError {
     },
     /// More lanes read a source than it has units.
     #[error(
-        "source {name:?} has {} for the {lanes} lanes that read it; use data.lanes of at most {most}, or a smaller data.unit, \
-         or more text; a compressed file is one unit of any size, so store it in several",
+        "source {name:?} has {} for the {lanes} lanes that read it; use data.lanes of at most {most} (and a \
+         train.micro_batch that is a multiple of train.sequences / data.lanes), or a smaller data.unit, or more text; a compressed \
+         file is one unit of any size, so store it in several",
         counted(*units, "unit")
     )]
     FewUnits {

@@ -136,6 +136,14 @@ pub enum EvaluatorError {
         /// What is wrong, and what to do.
         problem: String,
     },
+    /// A line of the journal of answered requests is not what was written.
+    #[error("{}: line {line} is damaged; leave out --resume to begin anew", path.display())]
+    DamagedJournal {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+    },
     /// A file of results cannot be written.
     #[error("cannot write {}: {error}", path.display())]
     Write {
@@ -147,7 +155,7 @@ pub enum EvaluatorError {
     /// More examples are asked for than there are.
     #[error(
         "{task} has {have} rows to draw examples from in split {split}, and {wanted} are drawn for each row; use a smaller \
-         --num-fewshot"
+         --num-fewshot (`shots` in a plan)"
     )]
     Shots {
         /// The task.
@@ -183,7 +191,7 @@ impl EvaluatorError {
             Self::Data(error) => error.kind(),
             Self::Tokenizer(error) => error.kind(),
             Self::Write { .. } => ErrorKind::Disk,
-            Self::NotFinite { .. } => ErrorKind::Corrupt,
+            Self::NotFinite { .. } | Self::DamagedJournal { .. } => ErrorKind::Corrupt,
             _ => ErrorKind::InvalidInput,
         }
     }

@@ -155,7 +155,7 @@ fn an_evaluation_that_fails_costs_nothing_else() {
     std::fs::create_dir(sandbox.path("nowhere")).expect("a folder can be made");
     let checked = sandbox.coordinator_bare(&["--plan", "plan.toml", "--check", "sources"]).ends();
     assert_eq!(checked.code, Some(2), "{}", checked.output);
-    assert!(checked.output.contains("evaluation.0.data"), "{}", checked.output);
+    assert!(checked.output.contains("evaluation.tasks.data"), "{}", checked.output);
     let failed = sandbox.coordinator(&[]).ends();
     assert_eq!(failed.code, Some(2), "{}", failed.output);
     for told in ["boolq has no rows", "everything else is done", "benchmark done"] {

@@ -1,11 +1,11 @@
 //! `--check sources`: opens all data that a plan reads, without starting a run.
 
 use ulmus_dataloader::{DataError, Inspection, SourceReport, cargo_home, check_prepared, inspect};
-use ulmus_plan::{DataConfig, Plan, PrepareConfig, TokenizerConfig};
+use ulmus_plan::{LEAST_UNIT, Plan, PrepareConfig, TokenizerConfig, TrainConfig};
 use ulmus_tokenizer::Tokenizer;
 use ulmus_types::{ErrorKind, Problems, counted};
 
-use crate::jobs::evaluation;
+use crate::jobs::evaluation::{self, WrongKey};
 
 /// The number of pieces of a tokenizer file; `None` if it cannot be read on this machine.
 pub fn tokenizer_pieces(file: &str) -> Option<usize> {
@@ -23,11 +23,31 @@ pub struct SourceCheck {
     pub kind: Option<ErrorKind>,
 }
 
+/// Makes sure that there are the tasks that a plan measures models on.
+pub fn check_tasks(plan: &Plan) -> Problems {
+    let mut problems = Problems::new();
+    for stage in &plan.evaluation {
+        if let Err(wrong) = evaluation::check_names(stage) {
+            add(&mut problems, &stage.name, wrong);
+        }
+    }
+    problems
+}
+
+fn add(problems: &mut Problems, stage: &str, (key, value, fix): WrongKey) {
+    problems.add(
+        format!("evaluation.{stage}.{key}"),
+        value,
+        "the tasks and what they read must be there",
+        fix,
+    );
+}
+
 /// Opens every source (files, schema and one row each), the text to prepare, and the tokenizer. Blocks.
 pub fn check_sources(plan: &Plan) -> SourceCheck {
     let (mut lines, mut problems) = (Vec::new(), Problems::new());
     if let Some(prepare) = &plan.prepare {
-        lines.extend(check_prepare(prepare, &plan.data, &mut problems));
+        lines.extend(check_prepare(prepare, plan, &mut problems));
     }
     let wrong_input = |problems: &Problems| (!problems.is_empty()).then_some(ErrorKind::InvalidInput);
     let Inspection { reports, problems: of_sources, kind } = inspect(&plan.data, None);
@@ -40,21 +60,28 @@ pub fn check_sources(plan: &Plan) -> SourceCheck {
     if let Some(path) = &plan.tokenizer.file {
         lines.extend(check_tokenizer(path, plan, &mut problems));
     }
-    for (index, stage) in plan.evaluation.iter().enumerate() {
+    for stage in &plan.evaluation {
         match evaluation::check(stage) {
             Ok(()) => lines.push(format!("evaluation {}: every task has its rows", stage.name)),
-            Err((key, value, error)) => {
-                let rule = "the tasks and their rows must be there";
-                problems.add(format!("evaluation.{index}.{key}"), value, rule, error);
-            }
+            Err(wrong) => add(&mut problems, &stage.name, wrong),
         }
     }
     let kind = kind.or_else(|| wrong_input(&problems));
     SourceCheck { found: lines.join("\n"), problems, kind }
 }
 
+/// What can be done where text makes too few units for all lanes.
+fn fewer_lanes(most: usize, train: &TrainConfig, smaller_unit_helps: bool) -> String {
+    let most = (most as u64).max(1);
+    let lanes = (1..=most).rev().find(|lanes| train.sequences.is_multiple_of(*lanes)).unwrap_or(1);
+    let micro_batch = train.micro_batch.next_multiple_of(train.sequences / lanes);
+    let smaller = if smaller_unit_helps { format!(", or data.unit to {LEAST_UNIT}") } else { String::new() };
+    format!("set data.lanes to {lanes} and train.micro_batch to {micro_batch}{smaller}, or name more text")
+}
+
 /// The run's own shards do not exist yet, but the files from which they are made do.
-fn check_prepare(prepare: &PrepareConfig, data: &DataConfig, problems: &mut Problems) -> Option<String> {
+fn check_prepare(prepare: &PrepareConfig, plan: &Plan, problems: &mut Problems) -> Option<String> {
+    let Plan { data, train, .. } = plan;
     let home = cargo_home();
     let read = || {
         let files = ulmus_dataloader::matching_files(prepare, &home)?;
@@ -73,7 +100,17 @@ fn check_prepare(prepare: &PrepareConfig, data: &DataConfig, problems: &mut Prob
         ),
         Ok((files, units)) => {
             if let Err(error) = check_prepared(data, units) {
-                problems.add("data.lanes", data.lanes, "the prepared text is not enough", error.to_string());
+                let fix = match &error {
+                    DataError::FewUnits { most, .. } => {
+                        let least = ulmus_dataloader::prepared_units(prepare, &home, LEAST_UNIT.get());
+                        let helps = least.is_ok_and(|units| check_prepared(data, units).is_ok());
+                        fewer_lanes(*most, train, helps)
+                    }
+                    error => error.to_string(),
+                };
+                let rule =
+                    format!("the prepared text makes {}, and every lane needs one", counted(units, "unit"));
+                problems.add("data.lanes", data.lanes, rule, fix);
             }
             let (files, units) = (counted(files, "file"), counted(units, "unit"));
             let verb = if files.starts_with("1 ") { "matches" } else { "match" };

@@ -32,7 +32,7 @@ use ulmus_types::{ExitStatus, Incarnation, WorkerId};
 
 pub use agent::Join;
 pub use args::{Args, Command, Only, WorkerConfig};
-pub use check::{SourceCheck, check_sources, tokenizer_pieces};
+pub use check::{SourceCheck, check_sources, check_tasks, tokenizer_pieces};
 pub use error::WorkerError;
 
 use agent::{Identity, Setup};

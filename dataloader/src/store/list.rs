@@ -10,7 +10,7 @@ use super::folder::Folder;
 use super::runtime::wait_for;
 use crate::error::DataError;
 use crate::glob::FileGlob;
-use crate::walk::{Walked, walk};
+use crate::walk::{Passed, Walked, walk};
 
 /// Files that are looked up at once.
 const LOOK_UPS_IN_FLIGHT: usize = 16;
@@ -21,7 +21,15 @@ impl Folder {
     /// # Errors
     /// When the store does not list them.
     pub fn paths(&self) -> Result<Vec<String>, DataError> {
-        Ok(self.list()?.into_iter().map(|file| file.path).collect())
+        let mut paths: Vec<String> = self.list()?.into_iter().map(|file| file.path).collect();
+        if let Some(folder) = self.store.directory().filter(|folder| folder.is_dir()) {
+            // Whoever needs what such a link has led to shall hear that it is not there.
+            let passed = walk(folder, true).map_err(|(folder, error)| of_walk(&folder, &error))?.passed;
+            paths
+                .extend(passed.into_iter().filter(|(why, _)| *why == Passed::Dangling).map(|(_, name)| name));
+            paths.sort();
+        }
+        Ok(paths)
     }
 
     /// All files below the folder that can be asked for, sorted by path.

@@ -1,14 +1,16 @@
 //! How files of a corpus are read: in ranges, from the cache or from the store, ahead of their use where that helps.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
+use sha2::{Digest as _, Sha256};
 use tokio::task::JoinHandle;
 use ulmus_storage::{FileInfo, StoreError};
+use ulmus_types::Digest;
 
 use super::folder::Folder;
 use super::runtime::{IO, wait_for};
@@ -32,6 +34,18 @@ impl Reading {
         match self {
             Self::Here(bytes) => Ok(bytes),
             Self::Under(task) => wait_for(task).unwrap_or(Err(DataError::Stopped)),
+        }
+    }
+}
+
+/// The SHA-256 of a file, in hexadecimal digits.
+#[cfg(feature = "http")]
+fn sha256(path: &Path) -> io::Result<String> {
+    let (mut file, mut hash, mut buffer) = (File::open(path)?, Sha256::new(), vec![0; 1 << 20]);
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(Digest::from_bytes(hash.finalize().into()).to_string()),
+            read => hash.update(&buffer[..read]),
         }
     }
 }
@@ -64,13 +78,52 @@ impl Folder {
         if let Some(folder) = target.parent() {
             fs::create_dir_all(folder).map_err(failed)?;
         }
-        let mut out = File::create(&part).map_err(failed)?;
-        for start in (0..file.size).step_by(COPIED_AT_ONCE) {
-            let end = file.size.min(start + COPIED_AT_ONCE as u64);
-            out.write_all(&self.read_range(&file, start..end)?).map_err(failed)?;
+        let copy = || {
+            let mut out = File::create(&part).map_err(failed)?;
+            for start in (0..file.size).step_by(COPIED_AT_ONCE) {
+                let end = file.size.min(start + COPIED_AT_ONCE as u64);
+                out.write_all(&self.read_range(&file, start..end)?).map_err(failed)?;
+            }
+            out.sync_all().map_err(failed)?;
+            if !self.is_copy(&file, &part).map_err(failed)? {
+                let reason =
+                    "what arrived does not have the size or the SHA-256 that its listing names".to_owned();
+                return Err(DataError::Damaged { file: self.place(path), reason });
+            }
+            fs::rename(&part, target).map_err(failed)
+        };
+        let copied = copy();
+        if copied.is_err() {
+            fs::remove_file(&part).ok();
         }
-        out.sync_all().and_then(|()| fs::rename(&part, target)).map_err(failed)?;
-        Ok(file.size)
+        copied.map(|()| file.size)
+    }
+
+    /// Whether `target` is a whole copy of a file: of its size and, where its listing says it, its SHA-256.
+    ///
+    /// # Errors
+    /// When the file cannot be asked for, or the copy is there and cannot be read.
+    pub fn has_copy(&self, path: &str, target: &Path) -> Result<bool, DataError> {
+        let file = self.stat(vec![path.to_owned()])?.remove(0);
+        match self.is_copy(&file, target) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => {
+                Err(DataError::Disk { file: target.display().to_string(), reason: error.to_string() })
+            }
+            Ok(is_copy) => Ok(is_copy),
+        }
+    }
+
+    fn is_copy(&self, file: &FileInfo, target: &Path) -> io::Result<bool> {
+        if fs::metadata(target)?.len() != file.size {
+            return Ok(false);
+        }
+        #[cfg(feature = "http")]
+        if let (Some(_), Some(version)) = (&self.hub, &file.version) {
+            // The hub names large files by their SHA-256, and others by Git's SHA-1.
+            return Ok(version.len() != 64 || *version == sha256(target)?);
+        }
+        Ok(true)
     }
 
     /// The bytes of `range` of a file, which must still be the one that `file` describes.

@@ -11,6 +11,17 @@ pub enum TokenizerError {
         /// The name of the file.
         file: String,
     },
+    /// The text is too little or too uniform for a tokenizer of that size.
+    #[error(
+        "the text gives a tokenizer of {found} pieces, not of {wanted}; set tokenizer.pieces to at most {found}, or train it on \
+         more text (tokenizer.sample bounds how much of the text is read)"
+    )]
+    FewPieces {
+        /// The pieces that it gives.
+        found: usize,
+        /// The pieces that are asked for.
+        wanted: usize,
+    },
     /// The file is not a tokenizer, or one of an unsupported kind; or training failed.
     #[error("{what} is not a usable tokenizer: {reason}")]
     Unusable {

@@ -51,11 +51,7 @@ pub fn train(documents: &[String], pieces: usize) -> Result<Tokenizer, Tokenizer
         model.get_vocab().into_iter().map(|(text, id)| (id, text)).collect();
     trained.sort_unstable();
     if trained.len() != pieces {
-        return Err(refuse(format!(
-            "it gives {} pieces, not {pieces}; set tokenizer.pieces to at most {}, or enlarge tokenizer.sample",
-            trained.len(),
-            trained.len()
-        )));
+        return Err(TokenizerError::FewPieces { found: trained.len(), wanted: pieces });
     }
     // As in models that SentencePiece itself trains, merged pieces come first, in order, and single characters last.
     let (characters, merged): (Vec<_>, Vec<_>) =

@@ -1,5 +1,6 @@
 //! `evaluator compare`.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 
@@ -32,17 +33,26 @@ impl Compare {
         header.extend(names[1..].iter().map(|_| "difference"));
         let mut rows = table(&header);
         let (mut exceeding, mut missing) = (0, 0);
+        let mut unlike = BTreeSet::new();
         for row in compare(&files) {
             missing += row.estimates.iter().filter(|estimate| estimate.is_none()).count();
             let mut cells = vec![row.task.clone(), row.metric.clone()];
             cells.extend(row.estimates.iter().map(|estimate| estimate.map_or_else(|| "-".to_owned(), cell)));
             for index in 1..files.len() {
                 let difference = row.difference(index);
-                let exceeds = difference.is_some_and(|Estimate { value, stderr }| {
-                    stderr.is_some_and(|stderr| value.abs() > stderr)
-                });
+                let exceeds = row.unlike[index].is_none()
+                    && difference.is_some_and(|Estimate { value, stderr }| {
+                        stderr.is_some_and(|stderr| value.abs() > stderr)
+                    });
                 exceeding += usize::from(exceeds);
-                let mark = if exceeds { " *" } else { "" };
+                let mark = match &row.unlike[index] {
+                    Some(why) => {
+                        unlike.insert(why.clone());
+                        " ≠"
+                    }
+                    None if exceeds => " *",
+                    None => "",
+                };
                 let text = difference
                     .map_or_else(|| "-".to_owned(), |difference| format!("{:+.4}", difference.value));
                 cells.push(format!("{text}{mark}"));
@@ -53,6 +63,13 @@ impl Compare {
         print(&format!("* exceeds the standard error of the difference: {exceeding}"))?;
         if missing > 0 {
             print(&format!("- is not in the file: {missing}"))?;
+        }
+        if !unlike.is_empty() {
+            let unlike: Vec<String> = unlike.into_iter().collect();
+            print(&format!(
+                "≠ was not asked the same, so that it does not compare the models:\n{}",
+                unlike.join("\n")
+            ))?;
         }
         Ok(())
     }

@@ -28,8 +28,8 @@ use tasks::{Fetch, Tasks};
 /// The default number of tokens to generate, where the context has room for them.
 const MAX_TOKENS: usize = 128;
 
-const EXIT_CODES: &str =
-    "Exit codes: 0 done, 1 failed, 2 wrong input (the message says what to change), 5 damaged data.";
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong input (the message says what to change), 5 damaged data, 6 the store or the hub does \
+     not answer.";
 
 /// Evaluates, benchmarks and samples models in Hugging Face layout.
 ///

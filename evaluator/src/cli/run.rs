@@ -11,8 +11,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use ulmus_backend::Backend;
 use ulmus_evaluator::tasks::{
-    Batching, DataSets, Evaluation, Journal, Limit, Outcome, Progress, Selection, Settings, TaskPlan,
-    average, beside_published, description, kind_of_device, markdown, results_file,
+    Batching, DataSets, Evaluation, Journal, Limit, Outcome, PERPLEXITY, Progress, Selection, Settings,
+    TaskPlan, average, beside_published, description, kind_of_device, markdown, results_file,
 };
 use ulmus_evaluator::{
     EvaluatorError, adds_bos, load_model, load_tokenizer, model_folder, perplexity, read_texts,
@@ -24,9 +24,6 @@ use ulmus_types::{ExitStatus, counted};
 
 use super::tasks::{HarnessRev, catalogue};
 use super::{Compute, Dtype, OnDevice, failure, json as to_json, table};
-
-/// The task that measures texts of the user's own.
-const PERPLEXITY: &str = "perplexity";
 
 #[derive(Debug, Args)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
@@ -143,29 +140,60 @@ struct Output {
 impl Output {
     /// An output that cannot be written is reported before the work, not after it.
     fn new(path: &Path) -> Result<Self, Failure> {
-        let refuse = |reason: &str| {
+        let refuse = |path: &Path, reason: &str| {
             let message = format!("cannot write {}: {reason}", path.display());
             Err(Failure::new(ExitStatus::InvalidInput, message))
         };
-        if path.extension().is_some_and(|extension| extension == "json") && !path.is_dir() {
+        let is_folder = path.is_dir() || path.as_os_str().as_encoded_bytes().ends_with(b"/");
+        let is_file = path.extension().is_some_and(|extension| extension == "json") && !is_folder;
+        let output = if is_file {
             let folder =
                 path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
             if !folder.is_dir() {
-                return refuse("it needs an existing folder and a file name");
+                return refuse(path, "it needs an existing folder and a file name");
             }
-            return Ok(Self { results: path.to_owned(), folder: folder.to_owned() });
+            Self { results: path.to_owned(), folder: folder.to_owned() }
+        } else {
+            if let Err(error) = fs::create_dir_all(path) {
+                return refuse(path, &error.to_string());
+            }
+            Self { results: path.join("results.json"), folder: path.to_owned() }
+        };
+        if output.results.is_dir() {
+            return refuse(&output.results, "it is a folder");
         }
-        if let Err(error) = fs::create_dir_all(path) {
-            return refuse(&error.to_string());
+        match tempfile::tempfile_in(&output.folder) {
+            Ok(_) => Ok(output),
+            Err(error) => refuse(&output.folder, &error.to_string()),
         }
-        Ok(Self { results: path.join("results.json"), folder: path.to_owned() })
     }
 
-    fn write(path: &Path, text: &str) -> Result<(), Failure> {
+    fn samples(&self, task: &str) -> PathBuf {
+        self.folder.join(format!("samples_{task}.jsonl"))
+    }
+
+    /// Refuses to replace samples of another evaluation.
+    fn refuse_samples(&self, selection: &Selection, journal: &Path) -> Result<(), Failure> {
+        let own = self.results.is_file() || journal.is_file();
+        for path in selection.tasks().map(|task| self.samples(task)) {
+            if path.is_dir() || (path.exists() && !own) {
+                let message = format!(
+                    "{} is there, and does not belong to {}; name another folder with --output, or remove it",
+                    path.display(),
+                    self.results.display()
+                );
+                return Err(Failure::new(ExitStatus::InvalidInput, message));
+            }
+        }
+        Ok(())
+    }
+
+    fn write(path: &Path, text: &str) -> Result<(), EvaluatorError> {
         // The old file stays until the new one is whole.
         let part = path.with_extension(format!("part-{}", std::process::id()));
         fs::write(&part, text).and_then(|()| fs::rename(&part, path)).map_err(|error| {
-            Failure::new(ExitStatus::Failed, format!("cannot write {}: {error}", path.display()))
+            fs::remove_file(&part).ok();
+            EvaluatorError::Write { path: path.to_owned(), error }
         })
     }
 }
@@ -243,6 +271,9 @@ impl Run {
 
     /// Prints what would be asked.
     fn tell<B: Backend>(&self, plans: &[TaskPlan], model: &Model<B>) -> Result<(), Failure> {
+        if self.json {
+            return print(to_json(&plans).trim_end());
+        }
         for TaskPlan { task, prompts, notes, .. } in plans {
             for note in notes {
                 print(&format!("{task}: {note}"))?;
@@ -270,32 +301,27 @@ impl Run {
     }
 }
 
-/// Answers of requests, shown as a bar where there is a terminal.
-struct Bar {
-    bar: ProgressBar,
-}
-
-impl Bar {
-    fn new() -> Self {
-        Self { bar: ProgressBar::hidden() }
+/// Answers of requests, shown where there is a terminal.
+fn bar(requests: usize) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
     }
-
-    fn begin(&mut self, task: &str, requests: usize) {
-        if std::io::stderr().is_terminal() {
-            let style = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} requests, {eta} left");
-            self.bar = ProgressBar::new(requests as u64);
-            self.bar.set_style(style.expect("the template is valid"));
-            self.bar.set_message(task.to_owned());
-            self.bar.enable_steady_tick(Duration::from_secs(1));
-        }
-    }
+    let style = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} requests, {eta} left");
+    let bar = ProgressBar::new(requests as u64).with_style(style.expect("the template is valid"));
+    bar.enable_steady_tick(Duration::from_secs(1));
+    bar
 }
 
 impl OnDevice for Run {
     #[expect(clippy::print_stderr, reason = "progress stands beside the results on standard output")]
     fn run<B: Backend>(&self, backend: B) -> Result<(), Failure> {
-        let output = self.output.as_deref().map(Output::new).transpose()?;
+        let asks = !self.check && !self.print_prompts;
+        let output = self.output.as_deref().filter(|_| asks).map(Output::new).transpose()?;
+        let journal = output.as_ref().map(|output| output.results.with_extension("journal"));
         let selection = self.selection()?;
+        if let (true, Some(output), Some(journal)) = (self.log_samples, &output, &journal) {
+            output.refuse_samples(&selection, journal)?;
+        }
         let model = model_folder(&self.model).map_err(failure)?;
         let loaded = load_model(&model, backend, self.dtype.format()).map_err(failure)?;
         let tokenizer_place = self.tokenizer.as_deref().unwrap_or(&model);
@@ -303,32 +329,33 @@ impl OnDevice for Run {
         let context = self.context(loaded.model.config().max_context_length)?;
         let settings = self.settings(context, tokenizer_place)?;
         let measures_texts = self.suite.is_none() && self.tasks.iter().any(|name| Self::is_perplexity(name));
-        let mut own: BTreeMap<&str, Value> = BTreeMap::new();
+        let mut texts = Vec::new();
         if measures_texts {
             self.refuse_for_texts()?;
             let paths: Vec<PathBuf> = self.data.iter().map(PathBuf::from).collect();
-            let texts = read_texts(&paths, &self.text).map_err(failure)?;
-            if self.check || self.print_prompts {
+            texts = read_texts(&paths, &self.text).map_err(failure)?;
+            if !asks {
                 let tokens: usize = texts.iter().map(|text| 1 + tokenizer.encode(text).len()).sum();
                 print(&format!("{PERPLEXITY}: {} of {tokens} tokens", counted(texts.len(), "document")))?;
-                if selection.is_empty() {
-                    return Ok(());
-                }
-            } else {
-                let found = perplexity(&loaded.model, &tokenizer, &texts, context).map_err(failure)?;
-                if !self.json {
-                    print(&perplexity_table(&found))?;
-                }
-                own.insert(PERPLEXITY, serde_json::to_value(&found).expect("plain data is valid JSON"));
             }
         }
         let mut outcomes: Vec<Outcome> = Vec::new();
         if !selection.is_empty() {
             let data = DataSets::open(&self.data).map_err(failure)?;
-            let mut journal = match output.as_ref().filter(|_| !self.check && !self.print_prompts) {
+            let evaluation = Evaluation {
+                model: &loaded.model,
+                tokenizer: &tokenizer,
+                data: &data,
+                settings: &settings,
+                batching: self.batch_tokens,
+            };
+            if !asks {
+                return self.tell(&evaluation.plan(&selection).map_err(failure)?, &loaded.model);
+            }
+            let mut journal = match &journal {
                 None => Journal::default(),
-                Some(output) => Journal::open(
-                    &output.results.with_extension("journal"),
+                Some(path) => Journal::open(
+                    path,
                     loaded.digest,
                     &kind_of_device(&loaded.model),
                     &loaded.model.format().to_string(),
@@ -337,40 +364,46 @@ impl OnDevice for Run {
                 .map_err(failure)?,
             };
             if self.resume && journal.is_empty() {
-                eprintln!("there is nothing to resume: everything is measured");
+                eprintln!("there is nothing to resume: all requests are asked");
             }
-            let evaluation = Evaluation {
-                model: &loaded.model,
-                tokenizer: &tokenizer,
-                data: &data,
-                settings: &settings,
-                batching: self.batch_tokens,
-            };
-            if self.check || self.print_prompts {
-                return self.tell(&evaluation.plan(&selection).map_err(failure)?, &loaded.model);
+            if let Some(kept) = journal.kept() {
+                let kept = kept.display();
+                eprintln!(
+                    "an evaluation was interrupted here, and --resume is not given: its answers are kept in {kept}"
+                );
             }
-            let mut bar = Bar::new();
-            let mut on_progress = |progress: Progress<'_>| {
-                match progress {
-                    Progress::Begun { task, requests, notes } => {
-                        bar.begin(task, requests);
+            let mut progress = ProgressBar::hidden();
+            let mut on_progress = |event: Progress<'_>| {
+                match event {
+                    Progress::Planned(requests) => progress = bar(requests),
+                    Progress::Begun { task, notes } => {
+                        progress.set_message(task.to_owned());
                         for note in notes {
-                            bar.bar.suspend(|| eprintln!("{task}: {note}"));
+                            progress.suspend(|| eprintln!("{task}: {note}"));
                         }
                     }
-                    Progress::Answered(requests) => bar.bar.inc(requests as u64),
+                    Progress::Answered(requests) => progress.inc(requests as u64),
                     Progress::Done { task, samples } => {
-                        bar.bar.finish_and_clear();
                         if let (true, Some(output)) = (self.log_samples, &output) {
-                            let path = output.folder.join(format!("samples_{task}.jsonl"));
-                            fs::write(&path, samples)
-                                .map_err(|error| EvaluatorError::Write { path, error })?;
+                            Output::write(&output.samples(task), &samples)?;
                         }
                     }
                 }
                 Ok(())
             };
             outcomes = evaluation.run(&selection, &mut journal, &mut on_progress).map_err(failure)?;
+            progress.finish_and_clear();
+        }
+        if !asks {
+            return Ok(());
+        }
+        let mut own: BTreeMap<&str, Value> = BTreeMap::new();
+        if measures_texts {
+            let found = perplexity(&loaded.model, &tokenizer, &texts, context).map_err(failure)?;
+            if !self.json {
+                print(&perplexity_table(&found))?;
+            }
+            own.insert(PERPLEXITY, serde_json::to_value(&found).expect("plain data is valid JSON"));
         }
         let description = description(&self.model, &loaded, &tokenizer, &self.data, &settings);
         let mut file = results_file(&outcomes, description);
@@ -381,10 +414,10 @@ impl OnDevice for Run {
             file["average"] = json!(mean);
         }
         if let Some(output) = &output {
-            Output::write(&output.results, &to_json(&file))?;
+            Output::write(&output.results, &to_json(&file)).map_err(failure)?;
             // A whole result needs no journal.
-            if !outcomes.is_empty() {
-                fs::remove_file(output.results.with_extension("journal")).ok();
+            if let Some(journal) = journal.as_ref().filter(|_| !outcomes.is_empty()) {
+                fs::remove_file(journal).ok();
             }
         }
         if self.json {

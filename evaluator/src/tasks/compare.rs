@@ -1,6 +1,7 @@
 //! Several results files side by side, ours or the harness's.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use serde_json::Value as Json;
 
@@ -11,6 +12,37 @@ use super::metric::Estimate;
 pub struct Results {
     name: String,
     numbers: Vec<((String, String), Estimate)>,
+    asked: BTreeMap<String, Asked>,
+    /// The groups and tasks that each group has.
+    members: BTreeMap<String, Vec<String>>,
+}
+
+/// What a task was asked, as far as a file says it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Asked {
+    shots: Option<u64>,
+    rows: Option<u64>,
+    /// Of all questions.
+    hash: Option<String>,
+}
+
+impl Asked {
+    /// Whether the same was asked, as far as both files say it.
+    fn is_like(&self, other: &Self) -> bool {
+        fn agree<T: PartialEq>(a: Option<T>, b: Option<T>) -> bool {
+            a.zip(b).is_none_or(|(a, b)| a == b)
+        }
+        agree(self.shots, other.shots)
+            && agree(self.rows, other.rows)
+            && agree(self.hash.as_ref(), other.hash.as_ref())
+    }
+}
+
+impl fmt::Display for Asked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let known = |number: Option<u64>| number.map_or_else(|| "?".to_owned(), |number| number.to_string());
+        write!(f, "{} rows with {} examples", known(self.rows), known(self.shots))
+    }
 }
 
 /// One number of every file.
@@ -22,6 +54,8 @@ pub struct Comparison {
     pub metric: String,
     /// Of each file, in order.
     pub estimates: Vec<Option<Estimate>>,
+    /// For each file, what was asked otherwise than in the first one, so that a difference says nothing of the models.
+    pub unlike: Vec<Option<String>>,
 }
 
 impl Results {
@@ -53,7 +87,35 @@ impl Results {
         if numbers.is_empty() {
             return Err(format!("{name} has no numbers of tasks"));
         }
-        Ok(Self { name: name.to_owned(), numbers })
+        let asked = |task: &String| Asked {
+            shots: json["n-shot"][task].as_u64(),
+            rows: json["n-samples"][task]["effective"].as_u64(),
+            hash: json["task_hashes"][task].as_str().filter(|hash| !hash.is_empty()).map(str::to_owned),
+        };
+        let asked = tasks.keys().map(|task| (task.clone(), asked(task))).collect();
+        let of_group = |members: &Json| -> Vec<String> {
+            members
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(|name| Some(name.as_str()?.to_owned()))
+                .collect()
+        };
+        let groups = json["group_subtasks"].as_object().into_iter().flatten();
+        let members = groups.map(|(group, members)| (group.clone(), of_group(members))).collect();
+        Ok(Self { name: name.to_owned(), numbers, asked, members })
+    }
+
+    /// What differs in how a task, or a task of a group, was asked in another file.
+    fn unlike(&self, other: &Self, task: &str) -> Option<String> {
+        if let Some(members) = self.members.get(task).filter(|members| !members.is_empty()) {
+            return members.iter().find_map(|member| self.unlike(other, member));
+        }
+        let (first, second) = (self.asked.get(task)?, other.asked.get(task)?);
+        (!first.is_like(second)).then(|| {
+            let which = if first.to_string() == second.to_string() { ", and other ones" } else { "" };
+            format!("{task}: {first} in {}, {second}{which} in {}", self.name, other.name)
+        })
     }
 
     /// What the file is called.
@@ -73,6 +135,7 @@ pub fn compare(files: &[Results]) -> Vec<Comparison> {
         task: key.0.clone(),
         metric: key.1.clone(),
         estimates: files.iter().map(|file| of(file, key)).collect(),
+        unlike: files.iter().map(|file| files[0].unlike(file, &key.0)).collect(),
     };
     keys.into_iter().map(row).collect()
 }
@@ -110,6 +173,18 @@ mod tests {
                 && (difference.stderr.unwrap() - 0.03 * 2_f64.sqrt()).abs() < 1e-12
         );
         assert_eq!(rows[1].difference(1), Some(Estimate { value: 0.0, stderr: None }));
+        let asked = |rows: u64| {
+            let text = format!(
+                r#"{{"results": {{"piqa": {{"acc,none": 0.5}}, "all": {{"acc,none": 0.5}}}}, "n-shot": {{"piqa": 2}},
+                    "group_subtasks": {{"all": ["piqa"]}}, "n-samples": {{"piqa": {{"effective": {rows}}}}}}}"#
+            );
+            Results::read(&format!("{rows}.json"), text.as_bytes()).unwrap()
+        };
+        assert!(compare(&[asked(5), asked(5)]).iter().all(|row| row.unlike == [None, None]));
+        let unlike = "piqa: 5 rows with 2 examples in 5.json, 9 rows with 2 examples in 9.json";
+        assert!(
+            compare(&[asked(5), asked(9)]).iter().all(|row| row.unlike == [None, Some(unlike.to_owned())])
+        );
         assert!(Results::read("b.json", b"{}").unwrap_err().contains("b.json has no \"results\""));
     }
 }

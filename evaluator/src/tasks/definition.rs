@@ -10,6 +10,9 @@ use toml::{Table, Value};
 use super::metric::Metric;
 use crate::error::EvaluatorError;
 
+/// The task that measures the texts of a user, and has no definition.
+pub const PERPLEXITY: &str = "perplexity";
+
 /// The tasks that the program knows by itself.
 const BUILT_IN: &str = include_str!("built_in.toml");
 
@@ -226,9 +229,10 @@ impl Catalogue {
         let mut templates: BTreeMap<String, Table> = BTreeMap::new();
         for table in task {
             let name = table.get("name").and_then(Value::as_str).unwrap_or_default().to_owned();
-            let table = match table.get("like").and_then(Value::as_str) {
+            let table = match table.get("like") {
                 None => table,
                 Some(other) => {
+                    let other = other.as_str().unwrap_or_default();
                     let base = templates.get(other);
                     let base =
                         base.ok_or_else(|| wrong(format!("{name} is like {other}, which is not above it")))?;
@@ -269,6 +273,9 @@ impl Catalogue {
             if let Some(missing) = members.find(unknown) {
                 return Err(wrong(format!("{} has {missing}, which is not above it", group.name)));
             }
+            if let Some(problem) = self.members_problem(&group) {
+                return Err(wrong(format!("{}: {problem}", group.name)));
+            }
             self.claim(&group.name).map_err(wrong)?;
             self.groups.insert(group.name.clone(), Arc::new(group));
         }
@@ -277,6 +284,21 @@ impl Catalogue {
                 |entry: &Entry| self.tasks.contains_key(&entry.name) || self.groups.contains_key(&entry.name);
             if let Some(entry) = suite.entries.iter().find(|entry| !known(entry)) {
                 return Err(wrong(format!("{} has {}, which is not above it", suite.name, entry.name)));
+            }
+            if suite.entries.is_empty() {
+                return Err(wrong(format!("suite {} has no `entries`", suite.name)));
+            }
+            let lacks =
+                |entry: &&Entry| entry.metric.is_some_and(|metric| !self.has_metric(&entry.name, metric));
+            if let Some(Entry { name, metric: Some(metric), .. }) = suite.entries.iter().find(lacks) {
+                return Err(wrong(format!(
+                    "{} wants {} of {name}, which has it not",
+                    suite.name,
+                    metric.name()
+                )));
+            }
+            if self.suites.contains_key(&suite.name) {
+                return Err(wrong(format!("there are two suites of the name {}", suite.name)));
             }
             self.suites.insert(suite.name.clone(), Arc::new(suite));
         }
@@ -302,11 +324,36 @@ impl Catalogue {
         if name.is_empty() || name.starts_with('.') || !name.chars().all(is_plain) {
             return Err(format!("{name:?} is no name: use letters, digits, `_`, `-`, `.` and `:`"));
         }
-        if self.tasks.contains_key(name) || self.groups.contains_key(name) {
+        if self.tasks.contains_key(name) || self.groups.contains_key(name) || name == PERPLEXITY {
             return Err(format!("there are two of the name {name}"));
         }
         self.order.push(name.to_owned());
         Ok(())
+    }
+
+    /// What is wrong with the members of a group, all of which there are.
+    fn members_problem(&self, group: &Group) -> Option<String> {
+        if let Some(task) = group.groups.iter().find(|name| self.tasks.contains_key(*name)) {
+            return Some(format!("{task} is a task; name it in `tasks`"));
+        }
+        if let Some(inner) = group.tasks.iter().find(|name| self.groups.contains_key(*name)) {
+            return Some(format!("{inner} is a group; name it in `groups`"));
+        }
+        let leaves = self.leaves(group);
+        if leaves.is_empty() && group.entries.is_empty() {
+            return Some("it has no tasks".to_owned());
+        }
+        let metric = group.aggregate?;
+        let task = leaves.iter().find(|name| !self.tasks[*name].metrics.contains(&metric))?;
+        Some(format!("`aggregate` is {}, which {task} has not", metric.name()))
+    }
+
+    /// Whether a task or a group has a number of a kind.
+    fn has_metric(&self, name: &str, metric: Metric) -> bool {
+        match self.tasks.get(name) {
+            Some(task) => task.metrics.contains(&metric),
+            None => self.groups.get(name).is_some_and(|group| group.aggregate == Some(metric)),
+        }
     }
 
     /// The names of all tasks of a group and the groups in it, in order.
@@ -359,6 +406,21 @@ fn group_problem(group: &Group) -> Option<&'static str> {
 /// What keys a definition lacks, or has in vain.
 fn problem(task: &Definition) -> Option<&'static str> {
     let rolling = task.kind == Kind::Rolling;
+    if task.sources.is_empty() || task.sources.iter().any(String::is_empty) {
+        return Some("`sources` names no data set");
+    }
+    if [&task.test, &task.validation, &task.train, &task.fewshot_split]
+        .iter()
+        .any(|split| split.as_deref() == Some(""))
+    {
+        return Some("a split has no name");
+    }
+    if !task.version.is_finite() {
+        return Some("`version` is no number");
+    }
+    if (1..task.metrics.len()).any(|index| task.metrics[..index].contains(&task.metrics[index])) {
+        return Some("`metrics` has one of them twice");
+    }
     if task.measured_split().is_none() {
         return Some("neither `test` nor `validation` names a split");
     }

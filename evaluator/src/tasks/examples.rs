@@ -13,7 +13,7 @@ use crate::python::random::Random;
 /// on one device.
 #[derive(Debug)]
 pub(crate) struct Examples {
-    pool: Vec<Value>,
+    pool: Split,
     count: usize,
     sampler: Choice,
     random: Random,
@@ -38,19 +38,12 @@ impl Examples {
         let named = split.or(task.fewshot_split.as_deref());
         // That neither names a split counts as naming the same, even where the examples are from another.
         let may_be_row = named == task.test.as_deref();
-        let wanted = count + usize::from(may_be_row);
+        let wanted = count.saturating_add(usize::from(may_be_row));
         if pool.rows.len() < wanted {
             let (have, split) = (pool.rows.len(), pool.name);
             return Err(EvaluatorError::Shots { task: task.name.clone(), split, have, wanted });
         }
-        Ok(Self {
-            pool: pool.rows,
-            count,
-            sampler: task.sampler,
-            random: Random::new(seed),
-            may_be_row,
-            revision,
-        })
+        Ok(Self { pool, count, sampler: task.sampler, random: Random::new(seed), may_be_row, revision })
     }
 
     /// The examples of the next row, by their numbers in the pool.
@@ -60,15 +53,15 @@ impl Examples {
         let others =
             |pool: &[Value]| -> Vec<usize> { (0..pool.len()).filter(|index| pool[*index] != *row).collect() };
         let mut drawn = match self.sampler {
-            Choice::Random => self.random.sample(self.pool.len(), wanted),
-            Choice::FirstN if self.may_be_row && !earlier => others(&self.pool),
+            Choice::Random => self.random.sample(self.pool.rows.len(), wanted),
+            Choice::FirstN if self.may_be_row && !earlier => others(&self.pool.rows),
             Choice::FirstN => (0..wanted).collect(),
         };
         if self.may_be_row || earlier {
-            drawn.retain(|index| self.pool[*index] != *row);
+            drawn.retain(|index| self.pool.rows[*index] != *row);
         }
         if drawn.len() < self.count && self.may_be_row && !earlier && self.sampler == Choice::Random {
-            let others = others(&self.pool);
+            let others = others(&self.pool.rows);
             if others.len() >= self.count {
                 let again = self.random.sample(others.len(), self.count);
                 drawn = again.into_iter().map(|index| others[index]).collect();
@@ -80,6 +73,11 @@ impl Examples {
 
     /// A row of the pool.
     pub(crate) fn row(&self, index: usize) -> &Value {
-        &self.pool[index]
+        &self.pool.rows[index]
+    }
+
+    /// What the examples are drawn from.
+    pub(crate) fn pool(&self) -> &Split {
+        &self.pool
     }
 }

@@ -21,7 +21,7 @@ pub struct Fetched {
     pub was_there: bool,
 }
 
-/// Copies the splits that the tasks of a selection read to the folder `to`. Files that are there are not copied again.
+/// Copies the splits that the tasks of a selection read to the folder `to`. Files that are there whole are not copied again.
 ///
 /// # Errors
 /// When a data set is not on the hub or does not have a split, the hub does not answer, or a file cannot be written.
@@ -30,6 +30,8 @@ pub fn fetch(
     to: &Path,
     on_file: &mut dyn FnMut(Fetched),
 ) -> Result<(), EvaluatorError> {
+    // A folder that cannot be written is told before the hub is asked.
+    std::fs::create_dir_all(to).map_err(|error| EvaluatorError::Write { path: to.to_owned(), error })?;
     let mut done = BTreeSet::new();
     for item in &selection.items {
         let Item::Task { task, .. } = item else { continue };
@@ -45,8 +47,9 @@ pub fn fetch(
                 continue;
             }
             let named = format!("{}/{path}", task.sources[0]);
-            if let Ok(there) = target.metadata() {
-                on_file(Fetched { path: named, bytes: there.len(), was_there: true });
+            if folder.has_copy(&path, &target)? {
+                let bytes = target.metadata().map_or(0, |there| there.len());
+                on_file(Fetched { path: named, bytes, was_there: true });
                 continue;
             }
             let bytes = folder.download(&path, &target)?;
@@ -73,7 +76,14 @@ fn find(task: &Definition, splits: &BTreeSet<&str>) -> Result<(Folder, Vec<Strin
                 Err(error) => return Err(error.into()),
             };
             let of_split = |split: &&str| files_of(&paths, "", task.config.as_deref(), split);
-            let files: Vec<Vec<String>> = splits.iter().map(of_split).collect();
+            let files: Result<Vec<Vec<String>>, String> = splits.iter().map(of_split).collect();
+            let files = match files {
+                Ok(files) => files,
+                Err(problem) => {
+                    tried.push(format!("{address}: {problem}"));
+                    continue;
+                }
+            };
             match splits.iter().zip(&files).find(|(_, files)| files.is_empty()) {
                 None => return Ok((folder, files.concat())),
                 Some((split, _)) => tried.push(format!("{address} has no files of split {split}")),

@@ -401,9 +401,9 @@ fn a_journal_answers_what_was_asked_before() {
         let (mut asked, mut answered) = (0, 0);
         let outcome = evaluation.run(&selection, journal, &mut |progress| {
             match progress {
-                Progress::Begun { requests, .. } => asked = requests,
+                Progress::Planned(requests) => asked = requests,
                 Progress::Answered(requests) => answered += requests,
-                Progress::Done { .. } => {}
+                Progress::Begun { .. } | Progress::Done { .. } => {}
             }
             if answered >= most { Err(EvaluatorError::NoText("interrupted".to_owned())) } else { Ok(()) }
         });
@@ -424,9 +424,25 @@ fn a_journal_answers_what_was_asked_before() {
     assert!(open(true).unwrap_err().to_string().contains("another evaluator writes there"));
     drop(held);
     let text = std::fs::read_to_string(&path).unwrap();
-    std::fs::write(&path, text.replacen("{\"request\"", "{\"requst\"", 1)).unwrap();
-    assert!(open(true).unwrap_err().to_string().contains("line 2 is damaged"));
-    assert_eq!(run(&mut open(false).unwrap(), usize::MAX), (all, whole));
+    for (from, to) in [
+        ("{\"request\"", "{\"requst\""),
+        ("\"log_likelihood\":-", "\"log_likelihood\":-1"),
+        ("false", "true"),
+    ] {
+        std::fs::write(&path, text.replacen(from, to, 1)).unwrap();
+        let error = open(true).unwrap_err().to_string();
+        assert!(error.contains("is damaged"), "{to}: {error}");
+    }
+    // Who does not resume loses nothing by it.
+    let mut anew = open(false).unwrap();
+    assert_eq!(anew.kept(), Some(&*path.with_extension("journal.old")));
+    let kept = std::fs::read_to_string(path.with_extension("journal.old")).unwrap();
+    assert_eq!(kept.lines().count(), text.lines().count());
+    assert_eq!(run(&mut anew, usize::MAX), (all, whole));
+    drop(anew);
+    std::fs::write(folder.path().join("diary"), "dear diary\n").unwrap();
+    let foreign = Journal::open(&folder.path().join("diary"), bench.model.digest, "cpu", "f32", false);
+    assert!(foreign.unwrap_err().to_string().contains("no journal of an evaluation"));
     let other = Journal::open(&path, bench.model.digest, "cpu", "bf16", true).unwrap_err().to_string();
     assert!(other.contains("bf16") && other.contains("--resume"), "{other}");
 }

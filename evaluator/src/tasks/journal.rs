@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::{File, TryLockError};
+use std::fs::{self, File, TryLockError};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
@@ -18,6 +18,7 @@ use crate::error::EvaluatorError;
 pub struct Journal {
     answers: BTreeMap<Digest, Likelihood>,
     file: Option<(PathBuf, File)>,
+    kept: Option<PathBuf>,
 }
 
 /// The first line: whose answers these are.
@@ -34,6 +35,11 @@ impl Header {
         let evaluator = env!("CARGO_PKG_VERSION").to_owned();
         Self { evaluator, model, device: device.to_owned(), dtype: dtype.to_owned() }
     }
+
+    /// Whether a file of these bytes may be a journal whose first line was not written whole.
+    fn begins_like(&self, bytes: &[u8]) -> bool {
+        serde_json::to_vec(self).is_ok_and(|whole| whole.starts_with(bytes))
+    }
 }
 
 impl fmt::Display for Header {
@@ -48,15 +54,33 @@ struct Line {
     request: Digest,
     log_likelihood: f64,
     greedy: bool,
+    /// Of the other fields, so that a damaged line is no other answer.
+    checksum: String,
+}
+
+impl Line {
+    fn new(request: Digest, Likelihood { log_likelihood, greedy }: Likelihood) -> Self {
+        let mut bytes = request.to_string().into_bytes();
+        bytes.extend(log_likelihood.to_le_bytes());
+        bytes.push(u8::from(greedy));
+        Self { request, log_likelihood, greedy, checksum: Digest::of(&bytes).short() }
+    }
+
+    fn read(text: &str) -> Option<(Digest, Likelihood)> {
+        let Self { request, log_likelihood, greedy, checksum } = serde_json::from_str(text).ok()?;
+        let likelihood = Likelihood { log_likelihood, greedy };
+        (Self::new(request, likelihood).checksum == checksum).then_some((request, likelihood))
+    }
 }
 
 impl Journal {
     /// A journal in a file. If `resume`, answers of the same model on the same kind of device are taken from it, and a last
-    /// line that was not written whole is dropped; otherwise it begins anew.
+    /// line that was not written whole is dropped; otherwise it begins anew, and answers that are there go to a file of the same
+    /// name with `.old`.
     ///
     /// # Errors
-    /// [`EvaluatorError::Journal`] if another process writes there, or the file is damaged, or of another model, device, dtype
-    /// or version; [`EvaluatorError::Write`].
+    /// [`EvaluatorError::Journal`] if another process writes there, or the file is no journal, or of another model, device,
+    /// dtype or version; [`EvaluatorError::DamagedJournal`]; [`EvaluatorError::Write`].
     pub fn open(
         path: &Path,
         model: Digest,
@@ -76,34 +100,39 @@ impl Journal {
             }
             Err(TryLockError::Error(error)) => return Err(failed(error)),
         }
-        let mut text = String::new();
-        if resume {
-            file.read_to_string(&mut text).map_err(|error| wrong(error.to_string()))?;
-        }
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map_err(failed)?;
         // What was being written when the program ended has no end of line.
-        let whole = text.rfind('\n').map_or(0, |end| end + 1);
-        file.set_len(whole as u64).map_err(failed)?;
-        let mut lines = text[..whole].lines();
-        let Some(first) = lines.next() else {
+        let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+        let text = String::from_utf8_lossy(&bytes[..whole]);
+        let mut lines = text.lines();
+        let found = lines.next().map(serde_json::from_str::<Header>);
+        if !bytes.is_empty() && !matches!(found, Some(Ok(_))) && !header.begins_like(&bytes) {
+            return Err(wrong("it is no journal of an evaluation; name another --output".to_owned()));
+        }
+        // It may be all that is left of days of work.
+        let kept = (!resume && lines.clone().next().is_some()).then(|| path.with_extension("journal.old"));
+        if let Some(kept) = &kept {
+            fs::copy(path, kept).map_err(|error| EvaluatorError::Write { path: kept.clone(), error })?;
+        }
+        let Some(Ok(found)) = found.filter(|_| resume) else {
+            file.set_len(0).map_err(failed)?;
             let first = serde_json::to_string(&header).expect("plain data is valid JSON") + "\n";
             file.write_all(first.as_bytes()).map_err(failed)?;
-            return Ok(Self { answers: BTreeMap::new(), file: Some((path.to_owned(), file)) });
+            return Ok(Self { answers: BTreeMap::new(), file: Some((path.to_owned(), file)), kept });
         };
-        let damaged =
-            |number: usize| wrong(format!("line {number} is damaged; leave out --resume to begin anew"));
-        let found: Header = serde_json::from_str(first).map_err(|_| damaged(1))?;
         if found != header {
             return Err(wrong(format!(
                 "it is of {found}, not of {header}; name another --output, or leave out --resume"
             )));
         }
         let answer = |(index, line)| {
-            let Line { request, log_likelihood, greedy } =
-                serde_json::from_str(line).map_err(|_| damaged(index + 2))?;
-            Ok((request, Likelihood { log_likelihood, greedy }))
+            let path = path.to_owned();
+            Line::read(line).ok_or(EvaluatorError::DamagedJournal { path, line: index + 2 })
         };
         let answers = lines.enumerate().map(answer).collect::<Result<_, EvaluatorError>>()?;
-        Ok(Self { answers, file: Some((path.to_owned(), file)) })
+        file.set_len(whole as u64).map_err(failed)?;
+        Ok(Self { answers, file: Some((path.to_owned(), file)), kept })
     }
 
     /// Reads the answers of a part of an evaluation of this model on this kind of device.
@@ -118,14 +147,15 @@ impl Journal {
         if found != header {
             return Err(format!("it is of {found}, not of {header}"));
         }
-        let answer = |line| {
-            let Line { request, log_likelihood, greedy } = serde_json::from_str(line)?;
-            Ok((request, Likelihood { log_likelihood, greedy }))
-        };
-        let answers: Result<Vec<_>, serde_json::Error> = lines.map(answer).collect();
+        let answer = |(index, line)| Line::read(line).ok_or_else(|| format!("line {} is damaged", index + 2));
         // All of them, or none of a file that was cut off.
-        self.answers.extend(answers.map_err(|error| error.to_string())?);
+        self.answers.extend(lines.enumerate().map(answer).collect::<Result<Vec<_>, _>>()?);
         Ok(())
+    }
+
+    /// Where the answers of an earlier evaluation are kept that this one did not resume.
+    pub fn kept(&self) -> Option<&Path> {
+        self.kept.as_deref()
     }
 
     /// Whether no answer is known.
@@ -149,9 +179,8 @@ impl Journal {
     }
 }
 
-fn line(request: Digest, Likelihood { log_likelihood, greedy }: Likelihood) -> String {
-    let line = Line { request, log_likelihood, greedy };
-    serde_json::to_string(&line).expect("finite numbers are valid JSON") + "\n"
+fn line(request: Digest, likelihood: Likelihood) -> String {
+    serde_json::to_string(&Line::new(request, likelihood)).expect("finite numbers are valid JSON") + "\n"
 }
 
 /// What was asked: ids, and how many of them are scored.

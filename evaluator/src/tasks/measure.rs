@@ -139,12 +139,7 @@ impl Prepared {
         let mut told: BTreeMap<usize, String> = BTreeMap::new();
         for (number, index) in order.into_iter().take(used).enumerate() {
             let row = &split.rows[index];
-            let wrong = |problem| EvaluatorError::Row {
-                task: task.name.clone(),
-                row: index,
-                place: split.place.clone(),
-                problem,
-            };
+            let wrong = |problem: String| split.wrong(task, index, &problem);
             let first = prepared.requests.len();
             let content = if task.kind == Kind::Rolling {
                 let content = text_of(task, row).map_err(wrong)?;
@@ -155,18 +150,13 @@ impl Prepared {
             } else {
                 let question = asker.question(row).map_err(wrong)?;
                 let mut before = asker.description().to_owned();
-                if let Some((examples, place)) = &mut examples {
+                if let Some(examples) = &mut examples {
                     let drawn = examples.draw(row);
                     for index in &drawn {
                         if !told.contains_key(index) {
-                            let example = asker.question(examples.row(*index)).map_err(|problem| {
-                                EvaluatorError::Row {
-                                    task: task.name.clone(),
-                                    row: *index,
-                                    place: place.clone(),
-                                    problem,
-                                }
-                            })?;
+                            let example = asker.question(examples.row(*index));
+                            let example =
+                                example.map_err(|problem| examples.pool().wrong(task, *index, &problem))?;
                             told.insert(*index, example.asked.example(example.gold, &task.delimiter));
                         }
                         before.push_str(&told[index]);
@@ -192,6 +182,10 @@ impl Prepared {
             prepared.rows.push(Row { number, content, requests: first..prepared.requests.len() });
         }
         prepared.truncated = encoding.truncated;
+        if task.kind == Kind::Rolling && prepared.units(&str::len) == 0 {
+            let problem = format!("the texts in {} are empty", split.place());
+            return Err(EvaluatorError::NoRows { task: task.name.clone(), split: split.name, problem });
+        }
         Ok(prepared)
     }
 
@@ -200,16 +194,14 @@ impl Prepared {
         data: &DataSets,
         settings: &Settings,
         shots: usize,
-    ) -> Result<Option<(Examples, String)>, EvaluatorError> {
+    ) -> Result<Option<Examples>, EvaluatorError> {
         if shots == 0 {
             return Ok(None);
         }
         let named = settings.fewshot_split.as_deref();
         let split = named.or(task.examples_split()).unwrap_or_default();
         let pool: Split = data.read(task, split)?;
-        let place = pool.place.clone();
-        let examples = Examples::new(task, pool, shots, named, settings.seed, settings.revision)?;
-        Ok(Some((examples, place)))
+        Examples::new(task, pool, shots, named, settings.seed, settings.revision).map(Some)
     }
 
     /// What a model would be asked.
@@ -268,6 +260,15 @@ impl Prepared {
         notes
     }
 
+    /// How many words, or bytes, the texts of a rolling task have.
+    fn units(&self, of: &dyn Fn(&str) -> usize) -> usize {
+        let originals = self.rows.iter().map(|row| match &row.content {
+            Content::Text { original, .. } => of(original),
+            Content::Question { .. } => 0,
+        });
+        originals.sum()
+    }
+
     /// Counts the answers: the likelihood of each request.
     pub(crate) fn count(&self, likelihoods: &[Likelihood]) -> Measured {
         let log_likelihoods = |row: &Row| -> Vec<f64> {
@@ -275,16 +276,9 @@ impl Prepared {
         };
         if self.task.kind == Kind::Rolling {
             let total: f64 = self.rows.iter().map(|row| log_likelihoods(row).iter().sum::<f64>()).sum();
-            let units = |of: &dyn Fn(&str) -> usize| -> f64 {
-                let originals = self.rows.iter().map(|row| match &row.content {
-                    Content::Text { original, .. } => of(original),
-                    Content::Question { .. } => 0,
-                });
-                originals.sum::<usize>() as f64
-            };
             let estimate = |metric: &Metric| {
-                let count = if *metric == Metric::WordPerplexity { units(&words) } else { units(&str::len) };
-                (*metric, Estimate { value: per_unit(*metric, total, count), stderr: None })
+                let units = self.units(if *metric == Metric::WordPerplexity { &words } else { &str::len });
+                (*metric, Estimate { value: per_unit(*metric, total, units as f64), stderr: None })
             };
             return Measured {
                 of_rows: Vec::new(),
@@ -317,7 +311,9 @@ fn judge(metric: Metric, question: &Question, log_likelihoods: &[f64]) -> f64 {
     let is_gold = |choice: usize| f64::from(u8::from(choice == question.gold));
     match (metric, &question.mass) {
         (Metric::Acc, Some(mass)) => {
-            let shares: Vec<f64> = log_likelihoods.iter().map(|ll| ll.exp()).collect();
+            // Beside the likeliest, so that choices of many tokens have a share that is not rounded to nothing.
+            let most = log_likelihoods.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let shares: Vec<f64> = log_likelihoods.iter().map(|ll| (ll - most).exp()).collect();
             let total: f64 = shares.iter().sum();
             shares.iter().zip(mass).filter(|(_, is_true)| **is_true).map(|(share, _)| share / total).sum()
         }

@@ -21,7 +21,7 @@ mod tokens;
 mod tree;
 
 pub use compare::{Comparison, Results, compare};
-pub use definition::{Catalogue, Revision};
+pub use definition::{Catalogue, PERPLEXITY, Revision};
 pub use fetch::{Fetched, fetch};
 pub use journal::Journal;
 pub use measure::{Limit, Settings};

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use minijinja::value::Value;
+use minijinja::value::{Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind};
 use regex::{NoExpand, Regex};
 use serde::Deserialize;
@@ -161,8 +161,12 @@ impl Asker {
     /// The value of an expression for a list of texts.
     fn texts(&self, key: &str, expression: &str, row: &Value) -> Result<Vec<String>, String> {
         let value = self.value(key, expression, row)?;
-        let items =
-            value.try_iter().map_err(|_| format!("`{key}` is {}, not a list of texts", kind(&value)))?;
+        // A text and a struct can be iterated over, too.
+        let items = match value.kind() {
+            ValueKind::Seq | ValueKind::Iterable => value.try_iter().ok(),
+            _ => None,
+        };
+        let items = items.ok_or_else(|| format!("`{key}` is {}, not a list of texts", kind(&value)))?;
         let text = |item: Value| {
             item.as_str()
                 .map(str::to_owned)

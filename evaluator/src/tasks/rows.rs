@@ -1,15 +1,20 @@
 //! Finds and reads the rows of a task: data sets in the layout that the hub gives them, in any folder or store.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use bytes::Bytes;
 use minijinja::value::Value;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row as ParquetRow};
 use ulmus_dataloader::Folder;
+use ulmus_types::for_people;
 
 use super::definition::Definition;
 use crate::error::EvaluatorError;
+
+/// The longest description of what is wrong with a row, in characters.
+const PROBLEM_LENGTH: usize = 400;
 
 /// Folders with data sets, and rows that were made.
 #[derive(Debug)]
@@ -31,9 +36,24 @@ struct DataFolder {
 #[derive(Debug)]
 pub(crate) struct Split {
     pub name: String,
-    /// The files, for messages.
-    pub place: String,
     pub rows: Vec<Value>,
+    /// The files, for messages, and the number of the first row of each.
+    files: Vec<(String, usize)>,
+}
+
+impl Split {
+    /// The files.
+    pub(crate) fn place(&self) -> String {
+        self.files.iter().map(|(file, _)| file.as_str()).collect::<Vec<_>>().join(", ")
+    }
+
+    /// An error about a row.
+    pub(crate) fn wrong(&self, task: &Definition, row: usize, problem: &str) -> EvaluatorError {
+        let after = self.files.partition_point(|(_, first)| *first <= row);
+        let (place, first) = &self.files[after.saturating_sub(1)];
+        let problem = for_people(problem, PROBLEM_LENGTH);
+        EvaluatorError::Row { task: task.name.clone(), row: row - first, place: place.clone(), problem }
+    }
 }
 
 impl DataSets {
@@ -66,11 +86,10 @@ impl DataSets {
     /// # Errors
     /// [`EvaluatorError::NoRows`] if there are none.
     pub(crate) fn look_for(&self, task: &Definition, split: &str) -> Result<(), EvaluatorError> {
-        if self.made(task).is_some() || self.find(task, split).is_some() {
-            return Ok(());
+        if self.made(task).is_none() {
+            self.find(task, split)?;
         }
-        let problem = self.missing(task, split);
-        Err(EvaluatorError::NoRows { task: task.name.clone(), split: split.to_owned(), problem })
+        Ok(())
     }
 
     /// Reads a split of a task.
@@ -81,39 +100,47 @@ impl DataSets {
         let wrong =
             |problem| EvaluatorError::NoRows { task: task.name.clone(), split: split.to_owned(), problem };
         if let Some(rows) = self.made(task) {
-            let place = task.sources[0].clone();
-            return Ok(Split { name: split.to_owned(), place, rows: rows.clone() });
+            let files = vec![(task.sources[0].clone(), 0)];
+            return Ok(Split { name: split.to_owned(), rows: rows.clone(), files });
         }
-        let Some((folder, files)) = self.find(task, split) else {
-            return Err(wrong(self.missing(task, split)));
-        };
+        let (folder, files) = self.find(task, split)?;
         let mut rows = Vec::new();
+        let mut first_rows = Vec::new();
         for file in &files {
-            let bytes = folder.folder.read(file)?.ok_or_else(|| wrong(format!("{file} has vanished")))?;
+            first_rows.push((format!("{}/{file}", folder.address), rows.len()));
+            let in_file = |problem: String| wrong(format!("{}/{file}: {problem}", folder.address));
+            let bytes = folder.folder.read(file)?;
+            let bytes = bytes.ok_or_else(|| in_file("it is not there; get it again".to_owned()))?;
             let read = if file.ends_with(".parquet") { parquet_rows(bytes) } else { json_rows(&bytes) };
-            rows.extend(read.map_err(|problem| wrong(format!("{}/{file}: {problem}", folder.address)))?);
+            rows.extend(read.map_err(in_file)?);
         }
-        let place = format!("{}/{}", folder.address, files.join(", "));
-        if rows.is_empty() {
-            return Err(wrong(format!("{place} is empty; get the file again")));
+        let split = Split { name: split.to_owned(), rows, files: first_rows };
+        if split.rows.is_empty() {
+            return Err(wrong(format!("{} is empty; get the file again", split.place())));
         }
-        Ok(Split { name: split.to_owned(), place, rows })
+        Ok(split)
     }
 
     /// The folder and the files of a split. Names of data sets are tried in order, and then the folders themselves.
-    fn find(&self, task: &Definition, split: &str) -> Option<(&DataFolder, Vec<String>)> {
+    ///
+    /// # Errors
+    /// [`EvaluatorError::NoRows`] if there are none, or it is unclear which they are.
+    fn find(&self, task: &Definition, split: &str) -> Result<(&DataFolder, Vec<String>), EvaluatorError> {
+        let wrong =
+            |problem| EvaluatorError::NoRows { task: task.name.clone(), split: split.to_owned(), problem };
         let names = task.sources.iter().map(String::as_str);
         let short = task.sources.iter().filter_map(|source| Some(source.split_once('/')?.1));
         let roots = names.chain(short).map(|name| format!("{name}/")).chain([String::new()]);
         for root in roots {
             for folder in &self.folders {
                 let files = files_of(&folder.paths, &root, task.config.as_deref(), split);
+                let files = files.map_err(|problem| wrong(format!("{}: {problem}", folder.address)))?;
                 if !files.is_empty() {
-                    return Some((folder, files));
+                    return Ok((folder, files));
                 }
             }
         }
-        None
+        Err(wrong(self.missing(task, split)))
     }
 
     /// What to say where there are no files.
@@ -121,10 +148,16 @@ impl DataSets {
         let source = &task.sources[0];
         let config = task.config.as_ref().map(|config| format!("{config}/")).unwrap_or_default();
         let places: Vec<&str> = self.folders.iter().map(|folder| folder.address.as_str()).collect();
+        let near = |path: &&String| {
+            let name = path.rsplit('/').next().unwrap_or_default();
+            name.starts_with(split) && path.contains(source.rsplit('/').next().unwrap_or_default())
+        };
+        let there: Vec<&String> = self.folders.iter().flat_map(|folder| &folder.paths).filter(near).collect();
+        let there = there.first().map(|path| format!(" ({path} has another name or format)"));
         format!(
-            "there is no {source}/{config}{split}-*.parquet (or .jsonl, .json) in {}; \
-             {}",
+            "there is no {source}/{config}{split}-*.parquet (or .jsonl, .json) in {}{}; {}",
             places.join(", "),
+            there.unwrap_or_default(),
             task.note.clone().unwrap_or_else(|| {
                 format!("`evaluator fetch --tasks {} --to DIR` gets the data set", task.name)
             })
@@ -133,44 +166,96 @@ impl DataSets {
 }
 
 /// The files of a split among some paths, of which only those below `root` count, in the best format that there is.
-pub(super) fn files_of(paths: &[String], root: &str, config: Option<&str>, split: &str) -> Vec<String> {
-    let in_format = |format: &str| {
-        let found = paths
-            .iter()
-            .filter(|path| path.strip_prefix(root).is_some_and(|rest| is_of(rest, config, split, format)));
-        found.cloned().collect::<Vec<_>>()
-    };
-    [".parquet", ".jsonl", ".json"]
-        .into_iter()
-        .map(in_format)
-        .find(|files| !files.is_empty())
-        .unwrap_or_default()
+///
+/// # Errors
+/// Which files of the split are there in two ways, or are missing.
+pub(super) fn files_of(
+    paths: &[String],
+    root: &str,
+    config: Option<&str>,
+    split: &str,
+) -> Result<Vec<String>, String> {
+    for format in [".parquet", ".jsonl", ".json"] {
+        // By how they are named, since rows would be counted twice if two ways were read.
+        let mut found: BTreeMap<Naming<'_>, Vec<&String>> = BTreeMap::new();
+        for path in paths {
+            let naming = path.strip_prefix(root).and_then(|path| Naming::of(path, config, split, format));
+            if let Some(naming) = naming {
+                found.entry(naming).or_default().push(path);
+            }
+        }
+        let mut ways = found.into_values();
+        let Some(files) = ways.next() else { continue };
+        if let Some(others) = ways.next() {
+            return Err(format!(
+                "both {} and {} look like split {split}; leave one of them there",
+                files[0], others[0]
+            ));
+        }
+        if let Some(missing) = missing_shard(&files, format) {
+            return Err(format!("{missing} is missing beside {}; get it again", files[0]));
+        }
+        return Ok(files.into_iter().cloned().collect());
+    }
+    Ok(Vec::new())
 }
 
-/// Whether a path below a data set's folder is a file of a split: `[data/][CONFIG/][data/]SPLIT-*`, `SPLIT.*` or `SPLIT/*`.
-fn is_of(path: &str, config: Option<&str>, split: &str, format: &str) -> bool {
-    let Some(path) = path.strip_suffix(format) else { return false };
-    let path = path.strip_prefix("data/").unwrap_or(path);
-    let in_config = match config {
-        Some(config) => path.strip_prefix(config).and_then(|rest| rest.strip_prefix('/')),
-        None => Some(path.strip_prefix("default/").unwrap_or(path)),
-    };
-    let Some(name) = in_config.map(|rest| rest.strip_prefix("data/").unwrap_or(rest)) else { return false };
-    let Some(rest) = name.strip_prefix(split) else { return false };
-    match rest.chars().next() {
-        None => true,
-        Some('/') => !rest[1..].contains('/'),
-        Some('-' | '.' | '_') => !rest.contains('/'),
-        Some(_) => false,
+/// How the files of a split are named below a data set's folder: `[data/][CONFIG/][data/]SPLIT-*`, `SPLIT.*` or `SPLIT/*`.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Naming<'a> {
+    folder: &'a str,
+    separator: Option<char>,
+}
+
+impl<'a> Naming<'a> {
+    fn of(path: &'a str, config: Option<&str>, split: &str, format: &str) -> Option<Self> {
+        let path = path.strip_suffix(format)?;
+        let inner = path.strip_prefix("data/").unwrap_or(path);
+        let name = match config {
+            Some(config) => inner.strip_prefix(config)?.strip_prefix('/')?,
+            None => inner.strip_prefix("default/").unwrap_or(inner),
+        };
+        let name = name.strip_prefix("data/").unwrap_or(name);
+        let folder = &path[..path.len() - name.len()];
+        let rest = name.strip_prefix(split)?;
+        let separator = rest.chars().next();
+        let is_file = match separator {
+            None => true,
+            Some('/') => !rest[1..].contains('/'),
+            Some('-' | '.' | '_') => !rest.contains('/'),
+            Some(_) => false,
+        };
+        is_file.then_some(Self { folder, separator })
     }
 }
 
+/// The name of a file that must be beside others of names such as `test-00000-of-00002`, and is not.
+fn missing_shard(files: &[&String], format: &str) -> Option<String> {
+    let shard = |file: &&String| {
+        let (before, count) = file.strip_suffix(format)?.rsplit_once("-of-")?;
+        let (stem, number) = before.rsplit_once('-')?;
+        Some((stem.to_owned(), number.parse::<usize>().ok()?, count.parse::<usize>().ok()?, number.len()))
+    };
+    let shards: BTreeSet<(String, usize, usize, usize)> = files.iter().filter_map(shard).collect();
+    let (stem, _, count, width) = shards.first()?.clone();
+    let there: BTreeSet<usize> = shards.iter().map(|(_, number, ..)| *number).collect();
+    let missing = (0..count).find(|number| !there.contains(number))?;
+    Some(format!("{stem}-{missing:0width$}-of-{count:0width$}{format}"))
+}
+
 fn parquet_rows(bytes: Vec<u8>) -> Result<Vec<Value>, String> {
-    let failed =
-        |error: parquet::errors::ParquetError| format!("it is no valid Parquet file ({error}); get it again");
-    let file = SerializedFileReader::new(Bytes::from(bytes)).map_err(failed)?;
-    let rows = file.get_row_iter(None).map_err(failed)?;
-    rows.map(|row| row.map(|row| of_row(&row)).map_err(failed)).collect()
+    let failed = |reason: String| format!("it is no valid Parquet file ({reason}); get it again");
+    let read = || {
+        let file = SerializedFileReader::new(Bytes::from(bytes))?;
+        file.get_row_iter(None)?
+            .map(|row| row.map(|row| of_row(&row)))
+            .collect::<parquet::errors::Result<_>>()
+    };
+    // The decoder panics on some damaged files. Nothing that it was working on is used afterwards.
+    match catch_unwind(AssertUnwindSafe(read)) {
+        Ok(rows) => rows.map_err(|error| failed(error.to_string())),
+        Err(_) => Err(failed("its pages are damaged".to_owned())),
+    }
 }
 
 fn of_row(row: &ParquetRow) -> Value {
@@ -201,6 +286,12 @@ fn of_field(field: &Field) -> Value {
             let entries = map.entries().iter().map(|(key, value)| (of_field(key), of_field(value)));
             Value::from_pairs(entries)
         }
+        // Dates and times as they are stored: most years have no name in a calendar.
+        Field::Date(days) => Value::from(*days),
+        Field::TimeMillis(time) => Value::from(*time),
+        Field::TimeMicros(time) | Field::TimestampMillis(time) | Field::TimestampMicros(time) => {
+            Value::from(*time)
+        }
         other => Value::from(other.to_string()),
     }
 }
@@ -215,8 +306,12 @@ fn json_rows(bytes: &[u8]) -> Result<Vec<Value>, String> {
     let lines =
         bytes.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.trim_ascii().is_empty());
     let read = |(index, line): (usize, &[u8])| {
-        serde_json::from_slice(line)
-            .map_err(|error| format!("line {} is no JSON ({error}); get the file again", index + 1))
+        serde_json::from_slice(line).map_err(|error| {
+            if serde_json::from_slice::<serde_json::Value>(bytes).is_ok() {
+                return "it is a single JSON object; rows are a JSON list, or each is a line".to_owned();
+            }
+            format!("line {} is no JSON ({error}); get the file again", index + 1)
+        })
     };
     lines.map(read).collect()
 }
@@ -227,7 +322,7 @@ mod tests {
 
     #[test]
     fn files_of_a_split_have_the_hub_s_names() {
-        let all = |config: Option<&str>, path: &str| is_of(path, config, "test", ".parquet");
+        let all = |config: Option<&str>, path: &str| Naming::of(path, config, "test", ".parquet").is_some();
         for path in [
             "test-00000-of-00001.parquet",
             "data/test-0.parquet",
@@ -246,11 +341,31 @@ mod tests {
     }
 
     #[test]
+    fn files_of_one_naming_are_read_and_all_of_them() {
+        let files = |paths: &[&str]| {
+            let paths: Vec<String> = paths.iter().map(|path| format!("own/{path}")).collect();
+            files_of(&paths, "own/", None, "test").map(|files| files.len())
+        };
+        assert_eq!(
+            files(&["test-00000-of-00002.parquet", "test-00001-of-00002.parquet", "test.jsonl"]),
+            Ok(2)
+        );
+        assert_eq!(files(&["train.parquet"]), Ok(0));
+        for twice in ["test.parquet", "data/test-00000-of-00001.parquet", "test_unlabelled.parquet"] {
+            let error = files(&["test-00000-of-00001.parquet", twice]).unwrap_err();
+            assert!(error.contains(twice) && error.contains("look like split test"), "{error}");
+        }
+        let error = files(&["test-00000-of-00003.parquet", "test-00002-of-00003.parquet"]).unwrap_err();
+        assert!(error.starts_with("own/test-00001-of-00003.parquet is missing"), "{error}");
+    }
+
+    #[test]
     fn rows_of_json_keep_the_order_of_their_keys() {
         for text in ["[{\"b\": 1, \"a\": [\"x\"]}]", "\n{\"b\": 1, \"a\": [\"x\"]}\n"] {
             let rows = json_rows(text.as_bytes()).unwrap();
             assert_eq!(serde_json::to_string(&rows).unwrap(), "[{\"b\":1,\"a\":[\"x\"]}]");
         }
         assert!(json_rows(b"{}\n{").unwrap_err().contains("line 2"));
+        assert!(json_rows(b"{\n\"a\": 1\n}").unwrap_err().contains("a single JSON object"));
     }
 }

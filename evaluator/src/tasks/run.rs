@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use serde::Serialize;
 use ulmus_backend::Backend;
 use ulmus_model::Model;
 use ulmus_tokenizer::Tokenizer;
@@ -22,12 +23,12 @@ use crate::error::EvaluatorError;
 /// What happens while tasks are measured.
 #[derive(Debug)]
 pub enum Progress<'a> {
+    /// The rows of all tasks are as they should be, and so many requests are not in the journal.
+    Planned(usize),
     /// A task begins.
     Begun {
         /// Its name.
         task: &'a str,
-        /// Requests that are not in the journal.
-        requests: usize,
         /// Things that a person should know about it.
         notes: Vec<String>,
     },
@@ -43,7 +44,7 @@ pub enum Progress<'a> {
 }
 
 /// What a task would ask the model.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct TaskPlan {
     /// Its name.
     pub task: String,
@@ -98,6 +99,14 @@ impl<B: Backend> Evaluation<'_, B> {
         let mut outcomes: Vec<Outcome> = Vec::new();
         let mut by_name: BTreeMap<String, Outcome> = BTreeMap::new();
         selection.look_for_rows(self.data, self.settings)?;
+        // What is wrong with the rows of the last task shall not be found when all others are measured.
+        let mut missing = 0;
+        for item in &selection.items {
+            let Item::Task { task, entry, .. } = item else { continue };
+            let prepared = self.prepare(task, entry.as_ref())?;
+            missing += prepared.requests.iter().filter(|request| journal.get(request).is_none()).count();
+        }
+        on_progress(Progress::Planned(missing))?;
         for item in &selection.items {
             let Item::Task { task, depth, entry } = item else { continue };
             let prepared = self.prepare(task, entry.as_ref())?;
@@ -208,7 +217,7 @@ impl<B: Backend> Evaluation<'_, B> {
     ) -> Result<(), EvaluatorError> {
         let requests: Vec<&Request> = asked.iter().map(|index| &prepared.requests[*index]).collect();
         let notes = prepared.notes();
-        on_progress(Progress::Begun { task: &prepared.task.name, requests: requests.len(), notes })?;
+        on_progress(Progress::Begun { task: &prepared.task.name, notes })?;
         score(self.model, self.batching, &requests, &mut |scored| {
             for (index, likelihood) in scored {
                 if !likelihood.log_likelihood.is_finite() {

@@ -19,7 +19,15 @@ pub struct Selection {
 impl Selection {
     /// Whether a task of this name is measured.
     pub fn has(&self, name: &str) -> bool {
-        self.items.iter().any(|item| matches!(item, Item::Task { task, .. } if task.name == name))
+        self.tasks().any(|task| task == name)
+    }
+
+    /// The names of the tasks that are measured.
+    pub fn tasks(&self) -> impl Iterator<Item = &str> {
+        self.items.iter().filter_map(|item| match item {
+            Item::Task { task, .. } => Some(task.name.as_str()),
+            Item::Group { .. } => None,
+        })
     }
 
     /// Whether there is nothing to measure.

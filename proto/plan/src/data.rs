@@ -137,6 +137,9 @@ pub struct SourceConfig {
     pub max_epochs: Option<u64>,
 }
 
+/// The least that `data.unit` may be.
+pub const LEAST_UNIT: Bytes = Bytes::new(64 << 10);
+
 /// How the corpora become one stream of sequences.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -204,7 +207,7 @@ impl Default for DataConfig {
 impl DataConfig {
     /// Reports every rule that is broken; `train` is checked before.
     pub(crate) fn check(&self, train: &TrainConfig, problems: &mut Problems) {
-        range(problems, "data.unit", self.unit, Bytes::new(64 << 10)..=Bytes::mib(1 << 10));
+        range(problems, "data.unit", self.unit, LEAST_UNIT..=Bytes::mib(1 << 10));
         range(problems, "data.window", self.window, 1..=1 << 20);
         // A run that is evaluated needs held-out documents, so 0 is not advised.
         let advised = if self.holdout > 0.5 { 0.5 } else { 0.0005 };

@@ -21,7 +21,7 @@ mod stages;
 mod train;
 
 pub use bytes::Bytes;
-pub use data::{DataConfig, Format, Normalize, OnBadUnit, Pack, SourceConfig};
+pub use data::{DataConfig, Format, LEAST_UNIT, Normalize, OnBadUnit, Pack, SourceConfig};
 pub use device::Device;
 pub use memory::{HEAD_ROWS, MemoryPlan, ROW_BLOCK, data_memory, worker_memory};
 pub use model::{LayerDims, ModelConfig, Multipliers, Preset};

@@ -13,7 +13,7 @@ use ulmus_evaluator::tasks::{
 use ulmus_plan::{EvaluationConfig, NEXT_TEXT};
 use ulmus_run::paths;
 use ulmus_run::results::{Answers, Measured, Tasks};
-use ulmus_types::Job;
+use ulmus_types::{Job, Of};
 
 use super::evaluate::{HeldOut, held_out};
 use super::{keep, next_text, subject};
@@ -45,14 +45,38 @@ fn settings(config: &EvaluationConfig, context: usize, add_bos: bool) -> Setting
     }
 }
 
-/// Looks for the tasks of a stage and their rows. Returns the key of the stage that is wrong, its value,
-/// and why.
-pub(crate) fn check(config: &EvaluationConfig) -> Result<(), (&'static str, String, String)> {
+/// A key of a stage that is wrong, its value, and why.
+pub(crate) type WrongKey = (&'static str, String, String);
+
+/// Makes sure that there are the tasks of a stage.
+pub(crate) fn check_names(config: &EvaluationConfig) -> Result<Selection, WrongKey> {
     let (key, value) = match &config.suite {
         Some(suite) => ("suite", format!("{suite:?}")),
         None => ("tasks", format!("{:?}", config.tasks)),
     };
-    let selection = selection(config).map_err(|error| (key, value, error.to_string()))?;
+    selection(config).map_err(|error| (key, value, error.to_string()))
+}
+
+/// Looks for the tasks of a stage, their rows, and the files that it names.
+pub(crate) fn check(config: &EvaluationConfig) -> Result<(), WrongKey> {
+    let selection = check_names(config)?;
+    for of in &config.of {
+        if let Of::Model(place) = of
+            && !place.contains("://")
+            && !Path::new(place).join("config.json").is_file()
+        {
+            let fix =
+                "there is no config.json; name a folder with a model, such as a run's export".to_owned();
+            return Err(("of", format!("{place:?}"), fix));
+        }
+    }
+    if let Some(place) = config.tokenizer.as_deref().filter(|place| !Path::new(place).exists()) {
+        return Err((
+            "tokenizer",
+            format!("{place:?}"),
+            "it is not there; name a tokenizer file or its folder".to_owned(),
+        ));
+    }
     let look = || -> Result<(), WorkerError> {
         let mut data = DataSets::open(&config.data)?;
         // The run makes these rows when it is trained.

@@ -27,10 +27,12 @@ vectorised! {
         let moments = first.iter_mut().zip(second);
         for ((weight, (first, second)), gradient) in weights.iter_mut().zip(moments).zip(gradient) {
             let gradient = gradient * step.gradient_scale;
-            *first += (1.0 - step.beta1) * (gradient - *first);
-            *second = step.beta2 * *second + (1.0 - step.beta2) * (gradient * gradient);
-            let root = second.sqrt() / step.second_correction + step.epsilon;
-            *weight = *weight * step.decay - step.step_size * (*first / root);
+            // In variables, because what is read back from the slices waits for what was written there.
+            let mean = *first + (1.0 - step.beta1) * (gradient - *first);
+            let square = step.beta2 * *second + (1.0 - step.beta2) * (gradient * gradient);
+            (*first, *second) = (mean, square);
+            let root = square.sqrt() / step.second_correction + step.epsilon;
+            *weight = *weight * step.decay - step.step_size * (mean / root);
         }
     }
 }
