@@ -312,13 +312,15 @@ impl Led {
                 tracing::info!(error = with_causes(&error), "cannot delete leftover files of checkpoints");
             }
         }
+        let checkpoints = database.checkpoints(true).map_err(|error| in_database(&error))?;
+        let state = checkpoints.into_iter().max_by_key(|c| c.id).map(|c| c.state);
         let printed = match outcome.status {
-            ExitStatus::Done => print(&summary::page(plan, options, &folder, &rows, &results, &quarantine)),
+            ExitStatus::Done => {
+                print(&summary::page(plan, options, &folder, &rows, &results, &quarantine, state))
+            }
             ExitStatus::Interrupted => print(&outcome.message),
             status => return Err(Failure::new(status, outcome.message)),
         };
-        let checkpoints = database.checkpoints(true).map_err(|error| in_database(&error))?;
-        let state = checkpoints.into_iter().max_by_key(|c| c.id).map(|c| c.state);
         Ok(Finished { status: outcome.status, state, results, printed })
     }
 }

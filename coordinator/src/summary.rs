@@ -10,7 +10,7 @@ use textplots::{Chart, Plot, Shape};
 use ulmus_plan::Plan;
 use ulmus_run::paths;
 use ulmus_run::results::{Benchmark, Measured, Perplexity, Results, Tasks};
-use ulmus_types::{BadUnit, Stage, StageKind, for_people};
+use ulmus_types::{BadUnit, Digest, Stage, StageKind, for_people};
 
 use crate::check::grouped;
 use crate::database::MetricsRow;
@@ -26,9 +26,10 @@ pub(crate) fn page(
     metrics: &[MetricsRow],
     results: &Results,
     left_out: &BTreeMap<BadUnit, String>,
+    state: Option<Digest>,
 ) -> String {
     let mut page = String::new();
-    write_page(&mut page, plan, options, folder, metrics, results, left_out)
+    write_page(&mut page, plan, options, folder, metrics, results, left_out, state)
         .expect("writing to a string cannot fail");
     page
 }
@@ -41,6 +42,7 @@ fn write_page(
     metrics: &[MetricsRow],
     results: &Results,
     left_out: &BTreeMap<BadUnit, String>,
+    state: Option<Digest>,
 ) -> std::fmt::Result {
     if let (Some(first), Some(last)) = (metrics.first(), metrics.last()) {
         writeln!(page, "\nloss over {} steps, nats per token", last.report.step)?;
@@ -80,6 +82,10 @@ fn write_page(
         writeln!(page, "model for mlx-lm and llama.cpp               {at}/{}", paths::EXPORT)?;
     }
     writeln!(page, "checkpoints                                  {at}/{}", paths::CHECKPOINTS)?;
+    if let Some(state) = state {
+        // The same for every number of workers, and for whoever repeats the run.
+        writeln!(page, "hash of the final state                      {state}")?;
+    }
     writeln!(page, "metrics, one row per step                    {own}/{}", paths::METRICS)?;
     writeln!(page, "results as JSON                              {at}/{}", paths::RESULTS)?;
     writeln!(page, "\ntry next")?;

@@ -3,6 +3,8 @@
 use plotters::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use ulmus_types::counted;
+
 use crate::bench::{BenchConfig, Machine, Rates, Timing};
 
 /// The version of the file of speeds.
@@ -121,8 +123,10 @@ impl Speeds {
         };
         let Machine { processor, cores, platform } = &self.machine;
         format!(
-            "{header}{}\ntokens per second, median of {runs} runs after a warm-up run, batch {batch}; {processor}, {cores} cores, {platform}\n",
-            self.rows.iter().map(row).collect::<String>()
+            "{header}{}\ntokens per second, median of {} after a warm-up run, batch {batch}; {processor}, {}, {platform}\n",
+            self.rows.iter().map(row).collect::<String>(),
+            counted(runs, "run"),
+            counted(*cores, "core")
         )
     }
 

@@ -143,7 +143,7 @@ fn a_task_of_one_s_own_is_a_table_in_a_file() {
     assert_eq!(results["results"]["capitals"]["acc_stderr,none"], "N/A");
     for (gold, words) in [
         ("2", "`gold` is 2, and there are 2 choices"),
-        ("captial", "`gold`"),
+        ("captial", "the row has the columns country, cities, capital"),
         ("cities | indx(capital)", "indx"),
     ] {
         define(gold);
@@ -172,6 +172,66 @@ fn tasks_that_cannot_be_measured_are_refused_with_what_to_do() {
         let output = tasks(arguments);
         let message = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.code() == Some(2) && message.contains(words), "{arguments:?}: {message}");
+    }
+}
+
+#[test]
+fn what_others_have_written_is_left_alone() {
+    let home = tempfile::tempdir().unwrap();
+    let run = |output: &str, more: &[&str]| {
+        let output = home.path().join(output).display().to_string();
+        tasks(&[&["--tasks", "arc_easy", "--limit", "2", "--output", &output][..], more].concat())
+    };
+    let refused = |output: Output, words: &str| {
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(2) && message.contains(words), "{message}");
+    };
+    stdout(&run("a.json", &["--log-samples"]));
+    let samples = std::fs::read(home.path().join("samples_arc_easy.jsonl")).unwrap();
+    refused(run("b.json", &["--log-samples", "--limit", "3"]), "does not belong to");
+    assert_eq!(std::fs::read(home.path().join("samples_arc_easy.jsonl")).unwrap(), samples);
+    // The same evaluation may be repeated.
+    stdout(&run("a.json", &["--log-samples"]));
+    std::fs::write(home.path().join("c.journal"), "dear diary\n").unwrap();
+    refused(run("c.json", &[]), "no journal of an evaluation");
+    assert_eq!(std::fs::read_to_string(home.path().join("c.journal")).unwrap(), "dear diary\n");
+    std::fs::create_dir_all(home.path().join("d/results.json")).unwrap();
+    refused(run("d", &[]), "it is a folder");
+    stdout(&run("e.json/", &[]));
+    assert!(home.path().join("e.json/results.json").is_file());
+    let asked = stdout(&tasks(&["--tasks", "arc_easy", "--check", "--json"]));
+    let asked: Value = serde_json::from_str(&asked).unwrap();
+    assert!(asked[0]["task"] == "arc_easy" && asked[0]["memory"].as_u64().unwrap() > 0, "{asked}");
+    // The two files have other rows.
+    stdout(&run("f.json", &["--num-fewshot", "1"]));
+    let names = ["a.json", "f.json"].map(|name| home.path().join(name).display().to_string());
+    let compared = stdout(&evaluator(&["compare", &names[0], &names[1]]));
+    assert!(compared.contains("arc_easy: 2 rows with 0 examples in"), "{compared}");
+}
+
+#[test]
+fn definitions_that_make_no_sense_are_refused() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("mine.toml");
+    let task = "name = \"a\"\nversion = 1.0\nsources = [\"me/a\"]\ntest = \"test\"\ncontext = \"x\"\nchoices = \"c\"\ngold = \"g\"\nmetrics = [\"acc\"]\n";
+    let with = |from: &str, to: &str| format!("[[task]]\n{}", task.replace(from, to));
+    for (text, words) in [
+        (with("[\"me/a\"]", "[]"), "`sources` names no data set"),
+        (with("\"a\"", "\"perplexity\""), "there are two of the name perplexity"),
+        (with("[\"acc\"]", "[\"acc\", \"acc\"]"), "`metrics` has one of them twice"),
+        (with("1.0", "nan"), "`version` is no number"),
+        (with("\"test\"", "\"\""), "a split has no name"),
+        (with("version", "like = 5\nversion"), "which is not above it"),
+        (with("me/a", "me/a") + "[[group]]\nname = \"g\"\ngroups = [\"a\"]\n", "a is a task"),
+        (with("me/a", "me/a") + "[[group]]\nname = \"g\"\ntasks = [\"a\"]\naggregate = \"acc_norm\"\n", "which a has not"),
+        (with("me/a", "me/a") + "[[group]]\nname = \"g\"\n", "it has no tasks"),
+        (with("me/a", "me/a") + "[[suite]]\nname = \"zeroshot\"\nentries = [{ name = \"a\", shots = 0 }]\n", "two suites"),
+        (with("me/a", "me/a") + "[[suite]]\nname = \"s\"\nentries = []\n", "has no `entries`"),
+    ] {
+        std::fs::write(&file, &text).unwrap();
+        let output = evaluator(&["tasks", "--include", file.to_str().unwrap()]);
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(2) && message.contains(words), "{text}\n{message}");
     }
 }
 

@@ -135,7 +135,7 @@ fn a_stage_that_nobody_can_serve_is_pending_and_then_skipped() {
     let sandbox = with(&stage);
     let said = sandbox.coordinator(&[]).succeeds();
     let pending =
-        "ALARM: next is pending: no worker with a device like \"*RTX 4090*\"; connected: cpu, 1 threads, ";
+        "next is pending: no worker with a device like \"*RTX 4090*\"; connected: cpu, 1 thread, ";
     assert!(said.contains(pending), "{said}");
     assert!(
         said.contains("next/average is skipped: no worker with a device like \"*RTX 4090*\" came within 1 s"),

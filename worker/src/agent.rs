@@ -157,6 +157,10 @@ pub(crate) async fn serve(setup: Setup, shutdown: &Shutdown) -> Result<ExitStatu
             tracing::info!("lost the coordinator ({why}); looking for it");
         }
         let timeout = if welcome { COORDINATOR_TIMEOUT } else { agent.setup.join_timeout };
+        if !welcome && agent.connections == 1 && agent.leave_by.is_none() {
+            let timeout = humantime::format_duration(timeout);
+            tracing::info!("no coordinator yet ({why}); looking for it for up to {timeout}");
+        }
         if lost_since.elapsed() > timeout {
             let timeout = humantime::format_duration(timeout);
             let message =
@@ -199,6 +203,7 @@ impl Agent {
         let run = self.run.as_ref().map_or("the run".to_owned(), |run| format!("run {}", run.plan.run.name));
         match status {
             ExitStatus::Done => tracing::info!("{run} is done"),
+            ExitStatus::Interrupted if self.run.is_none() => tracing::info!("stopped before a run was joined"),
             ExitStatus::Interrupted if self.leave_by.is_some() => tracing::info!("left {run}"),
             ExitStatus::Interrupted => tracing::info!("{run} was interrupted, and can be resumed"),
             status => tracing::info!("{run} ended with exit code {}", status.code()),

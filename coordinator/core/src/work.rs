@@ -294,7 +294,7 @@ impl Coordinator {
                 self.members.iter().map(|(_, member)| &member.hello.device[..]).collect();
             let devices: Vec<&str> = devices.into_iter().collect();
             let text = format!("{} is pending: {needs}; connected: {}", stage.name, devices.join(" | "));
-            self.emit(Notification::Alarm(text));
+            self.emit(Notification::Info(text));
         }
         if is_over {
             let within = whole_seconds(stage.needs.wait.unwrap_or_default());

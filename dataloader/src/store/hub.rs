@@ -24,6 +24,7 @@ use reqwest::{Method, StatusCode, redirect};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
+use ulmus_process::with_causes;
 use ulmus_storage::{Counters, FileInfo, Retries, StoreError, retried};
 use url::Url;
 
@@ -270,7 +271,7 @@ impl Client {
             let answer = redirects.follow(&Method::GET, url, &HeaderMap::new()).await;
             let (answer, _) = answer.map_err(|error| {
                 let for_now = error.kind() != HttpErrorKind::Decode;
-                Failed { reason: error.to_string(), for_now }
+                Failed { reason: with_causes(&error), for_now }
             })?;
             let (parts, body) = answer.into_parts();
             let (status, next) = (parts.status, next_page(&parts.headers));
@@ -279,7 +280,7 @@ impl Client {
                 return Err(Failed { reason: told(status, self.token.is_some()), for_now });
             }
             let body = body.bytes().await;
-            let body = body.map_err(|error| Failed::for_now(error.to_string()))?;
+            let body = body.map_err(|error| Failed::for_now(with_causes(&error)))?;
             let value = serde_json::from_slice(&body).map_err(|error| {
                 Failed::finally(format!("the answer of {url} cannot be understood: {error}"))
             })?;

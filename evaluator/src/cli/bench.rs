@@ -14,7 +14,7 @@ use ulmus_model::Model;
 use ulmus_model::hf::read_config;
 use ulmus_plan::{ModelConfig, NormKind, Preset};
 use ulmus_process::{Failure, print};
-use ulmus_types::ExitStatus;
+use ulmus_types::{ExitStatus, counted};
 
 use super::{DeviceChoice, Dtype, all_threads, failure, json, parse_device, table};
 
@@ -104,6 +104,7 @@ impl Timed {
 }
 
 impl Bench {
+    #[expect(clippy::print_stderr, reason = "progress stands beside the results on standard output")]
     pub(super) fn run(&self) -> Result<(), Failure> {
         let models: Vec<Timed> = match &self.subject {
             Subject { model: Some(folder), .. } => vec![Timed::Folder(folder.clone())],
@@ -131,6 +132,7 @@ impl Bench {
         for model in &models {
             for device in &self.device {
                 for dtype in &self.dtype {
+                    eprintln!("timing {}, {}", model.name(), dtype.format());
                     speeds.rows.push(self.row(model, *device, *dtype, config)?);
                     // What was measured so far is kept if a larger model ends the program.
                     if let Some(folder) = &self.output {
@@ -283,14 +285,14 @@ fn bench_table(result: &BenchResult) -> String {
     }
     let machine = &result.machine;
     format!(
-        "{table}\nmedian of {} runs after a warm-up run; {} parameters, norm {}, {}, batch {batch}, {}\n{}, {} cores, {}",
-        result.runs.len(),
+        "{table}\nmedian of {} after a warm-up run; {} parameters, norm {}, {}, batch {batch}, {}\n{}, {}, {}",
+        counted(result.runs.len(), "run"),
         result.parameters,
         result.norm.name(),
         result.dtype,
         result.device,
         machine.processor,
-        machine.cores,
+        counted(machine.cores, "core"),
         machine.platform,
     )
 }

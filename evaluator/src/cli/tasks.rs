@@ -4,11 +4,15 @@ use std::fs;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use comfy_table::ContentArrangement;
 use ulmus_evaluator::tasks::{Catalogue, Fetched, Revision, TaskRow, fetch};
 use ulmus_process::{Failure, print};
 use ulmus_types::ExitStatus;
 
 use super::{failure, table};
+
+/// The most columns of the list of tasks.
+const WIDTH: u16 = 140;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum HarnessRev {
@@ -53,6 +57,7 @@ impl Tasks {
     pub(super) fn run(&self) -> Result<(), Failure> {
         let catalogue = catalogue(&self.include, self.harness_rev.revision())?;
         let mut rows = table(&["task", "examples", "split", "metrics", "data set"]);
+        rows.set_content_arrangement(ContentArrangement::Dynamic).set_width(WIDTH);
         for TaskRow { name, shots, split, metrics, source } in catalogue.rows() {
             rows.add_row([name, shots, split, metrics, source]);
         }

@@ -122,7 +122,7 @@ impl Catalogue {
         let of_name = |name: &String| match (self.tasks.get(name), self.groups.get(name)) {
             (Some(task), _) => TaskRow {
                 name: name.clone(),
-                shots: task.shots.map_or_else(|| "--num-fewshot".to_owned(), |shots| shots.to_string()),
+                shots: task.shots.map_or_else(|| "any".to_owned(), |shots| shots.to_string()),
                 split: task.measured_split().unwrap_or_default().to_owned(),
                 metrics: task.metrics.iter().map(|metric| metric.name()).collect::<Vec<_>>().join(", "),
                 source: with_note(

@@ -21,6 +21,7 @@ use kernels::{head, swiglu};
 use rayon::ThreadPool;
 use tracing::trace_span;
 use ulmus_plan::Precision;
+use ulmus_types::counted;
 
 use ulmus_backend::{
     Backend, BackendError, CacheFormat, Element, Forks, Heads, In, Norm, Out, Rope, Spans, WeightFormat,
@@ -93,7 +94,7 @@ impl Backend for Cpu {
     type Cache = Cache;
 
     fn describe(&self) -> String {
-        format!("cpu, {} threads", self.threads())
+        format!("cpu, {}", counted(self.threads(), "thread"))
     }
 
     fn with_precision(self, precision: Precision) -> Self {

@@ -49,7 +49,8 @@ pub fn arguments<A: clap::Parser>() -> Result<A, ExitCode> {
 pub fn finish_output(result: io::Result<()>) -> Result<(), Failure> {
     match result {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Failure::of(ErrorKind::Internal, &error))
+            let message = format!("cannot write to standard output: {error}");
+            Err(Failure::new(ErrorKind::Internal.into(), message))
         }
         _ => Ok(()),
     }

@@ -512,7 +512,7 @@ fn tasks(of: &[Of], device: Option<&str>, wait: Option<Duration>) -> Stage {
 }
 
 fn told(world: &World, text: &str) -> bool {
-    let tells = |notification: &Notification| matches!(notification, Notification::Alarm(said) if said.contains(text));
+    let tells = |notification: &Notification| matches!(notification, Notification::Alarm(said) | Notification::Info(said) if said.contains(text));
     world.notifications.iter().any(tells)
 }
 
