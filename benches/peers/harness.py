@@ -3,11 +3,13 @@
     python -m venv peers && peers/bin/pip install torch==2.11.0 lm_eval[hf]==0.4.13 pyarrow safetensors
     cargo build --release
     peers/bin/python benches/peers/harness.py [--rounds 3] [--threads 2] [--work mmlu truthfulqa ...] [--json FILE]
+                                              [--peer-rows N]
 
 The model is OpenELM-270M with random weights in float32. Rows are synthetic: words whose prompts have about as many tokens
 as those of the published tasks. The harness runs the PyTorch model of `torch_openelm.py` at the fastest of its batch
 sizes, which are tried first; its time is that of the evaluation alone, ours that of the whole program, loading included.
-Both must find the same numbers.
+Both must find the same numbers. The harness may take an hour for all of it; with --peer-rows it evaluates so many rows of
+each task, and its time is scaled up to all of them, since it shares nothing between rows.
 """
 
 import argparse
@@ -28,6 +30,8 @@ from torch_openelm import SHAPES
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORDS = "the old teacher paints a quiet song of cold metal under bright lamp near long river seven apples".split()
 BATCHES = [1, 4, 16, 32]
+# Examples make prompts so long that more of them at once do not fill the processor any better, but the memory.
+LONG_BATCHES = [1, 4]
 # Tasks, examples, rows; and how many of the published rows they stand for.
 WORK = {
     "mmlu": (["mmlu_abstract_algebra", "mmlu_anatomy"], 5, 100, 14_042),
@@ -147,22 +151,26 @@ def compare(name, arguments, model, data):
         output, _ = run([*command, "--batch", batch, "--shots", shots, "--limit", limit, "--tasks", *tasks])
         return json.loads(output.splitlines()[-1])
 
-    def ours():
+    def ours(rows):
         command = [arguments.binaries / "evaluator", "run", "--model", model, "--data", data, "--tasks", ",".join(tasks)]
         output, seconds = run([*command, "--num-fewshot", shots, "--limit", rows, "--threads", arguments.threads, "--json"])
         return {"seconds": seconds, "results": json.loads(output)["results"]}
 
-    best = min(BATCHES, key=lambda batch: theirs(batch, max(4, rows // 10))["seconds"])
+    peer_rows = min(rows, arguments.peer_rows or rows)
+    batches = LONG_BATCHES if shots else BATCHES
+    best = min(batches, key=lambda batch: theirs(batch, min(peer_rows, max(4, rows // 10)))["seconds"])
     found = {"ulmus": [], "harness": []}
     for _ in range(arguments.rounds):
-        found["ulmus"].append(ours())
-        found["harness"].append(theirs(best, rows))
-    a, b = (numbers(found[who][0]["results"]) for who in ("ulmus", "harness"))
+        found["ulmus"].append(ours(rows))
+        found["harness"].append(theirs(best, peer_rows))
+    same_rows = found["ulmus"][0] if peer_rows == rows else ours(peer_rows)
+    a, b = (numbers(results["results"]) for results in (same_rows, found["harness"][0]))
     # A row may be decided by less than the rounding of float32 sums.
-    differing = [key for key, value in b.items() if abs(a[key] - value) > 1.01 / rows]
+    differing = [key for key, value in b.items() if abs(a[key] - value) > 1.01 / peer_rows]
     if differing:
         sys.exit(f"the numbers differ: {[(key, a[key], b[key]) for key in differing]}")
     seconds = {who: statistics.median(each["seconds"] for each in runs) for who, runs in found.items()}
+    seconds["harness"] *= rows / peer_rows
     return {"work": name, "batch": best, "rows": rows * len(tasks), **seconds}
 
 
@@ -172,6 +180,7 @@ def main():
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--binaries", type=Path, default=ROOT / "target/release")
+    parser.add_argument("--peer-rows", type=int, help="rows of each task that the harness evaluates [all]")
     parser.add_argument("--json", type=Path, help="file for all figures")
     for name in ("--peer", "--model", "--data", "--tasks", "--shots", "--limit", "--batch"):
         kind = {"--peer": {"action": "store_true"}, "--tasks": {"nargs": "+"}}

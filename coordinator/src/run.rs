@@ -312,16 +312,22 @@ impl Led {
                 tracing::info!(error = with_causes(&error), "cannot delete leftover files of checkpoints");
             }
         }
-        let checkpoints = database.checkpoints(true).map_err(|error| in_database(&error))?;
-        let state = checkpoints.into_iter().max_by_key(|c| c.id).map(|c| c.state);
+        let newest = || -> Result<Option<Digest>, Failure> {
+            let checkpoints = database.checkpoints(true).map_err(|error| in_database(&error))?;
+            Ok(checkpoints
+                .into_iter()
+                .max_by_key(|checkpoint| checkpoint.id)
+                .map(|checkpoint| checkpoint.state))
+        };
         let printed = match outcome.status {
             ExitStatus::Done => {
+                let state = newest().ok().flatten();
                 print(&summary::page(plan, options, &folder, &rows, &results, &quarantine, state))
             }
             ExitStatus::Interrupted => print(&outcome.message),
             status => return Err(Failure::new(status, outcome.message)),
         };
-        Ok(Finished { status: outcome.status, state, results, printed })
+        Ok(Finished { status: outcome.status, state: newest()?, results, printed })
     }
 }
 

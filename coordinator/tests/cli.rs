@@ -160,7 +160,7 @@ fn too_little_text_for_the_lanes_is_found_before_the_start() {
         "data.source.0.files=[\"*.parquet\"]",
     ];
     let lanes = [&prepared[..], &["--set", "data.lanes=2"]].concat();
-    let texts = ["the prepared text makes 1 unit", "set data.lanes to 1 and train.micro_batch to 2"];
+    let texts = ["the prepared text makes 1 unit", "set data.lanes to 1, or name more text"];
     assert_refused(&output(home.path(), &[&lanes[..], &["--check", "sources"]].concat()), &texts);
     // So the start says, too.
     assert_refused(&output(home.path(), &lanes), &["1 unit for the 2 lanes", "use data.lanes of at most 1"]);

@@ -109,13 +109,13 @@ pub enum EvaluatorError {
         problem: String,
     },
     /// A row is not as the task expects it.
-    #[error("{task}, row {row} of {place}: {problem}")]
+    #[error("{task}, row {row} (from 0) of {place}: {problem}")]
     Row {
         /// The task.
         task: String,
-        /// Number of the row in its split, from 0.
+        /// Number of the row in its file, from 0.
         row: usize,
-        /// The files of the split.
+        /// The file.
         place: String,
         /// The key of the definition, and what was found.
         problem: String,

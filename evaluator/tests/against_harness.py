@@ -254,12 +254,20 @@ class Comparison:
 
     def likelihoods(self, place, a, b, lengths):
         """Compares log-likelihoods, and returns whether two of them are so close that a metric may turn."""
-        mine, their = ([float(part[0]) for part in self.pairs(each)] for each in (a, b))
+        pairs = [self.pairs(each) for each in (a, b)]
+        mine, their = ([float(part[0]) for part in each] for each in pairs)
         if len(mine) != len(their) or any(abs(x - y) > 1e-4 * (1 + abs(y) / 100) for x, y in zip(mine, their)):
             self.differ(place, a, b)
+        # Whether each was the likeliest continuation.
+        if [part[1:] for part in pairs[0]] != [part[1:] for part in pairs[1]]:
+            self.differ(f"{place}, greedy", a, b)
         per_character = [x / length for x, length in zip(their, lengths) if length]
         orders = [sorted(set(their)), sorted(set(per_character))]
         return any(y - x < 1e-3 for order in orders for x, y in zip(order, order[1:]))
+
+    def leaves(self, task, members):
+        inner = members.get(task)
+        return set().union(*(self.leaves(name, members) for name in inner)) if inner else {task}
 
     @staticmethod
     def pairs(value):
@@ -268,17 +276,20 @@ class Comparison:
             value = [inner for outer in value for inner in outer]
         return [each if isinstance(each, list) else [each] for each in value]
 
-    def results(self, a, b):
-        for task, metrics in b.items():
-            if task not in a:
-                self.wrong.append(f"no results of {task}")
+    def results(self, a, b, members):
+        if set(a) != set(b):
+            self.differ("tasks with results", sorted(a), sorted(b))
+        for task in set(a) & set(b):
+            if set(a[task]) != set(b[task]):
+                self.differ(f"{task}, keys", sorted(a[task]), sorted(b[task]))
+            if self.leaves(task, members) & self.turned:
                 continue
-            for key, value in metrics.items():
+            for key, value in b[task].items():
                 self.compared += 1
                 mine = a[task].get(key)
                 if isinstance(value, float) and isinstance(mine, (int, float)):
                     rolling = "perplexity" in key or key.startswith("bits") or "likelihood_diff" in key or task.startswith("truthfulqa_mc2")
-                    within = 1e-3 * (1 + abs(value)) if rolling or self.turned else 1e-9
+                    within = 1e-3 * (1 + abs(value)) if rolling else 1e-9
                     if abs(mine - value) > within:
                         self.differ(f"{task}, {key}", mine, value)
                 elif mine != value and str(mine) != str(value):
@@ -318,10 +329,11 @@ def main():
                         comparison.differ(f"{task}, rows", len(mine), len(lines))
                     for a, b in zip(mine, sorted(lines, key=lambda line: line["doc_id"])):
                         comparison.sample(task, a, b)
-                comparison.results(our_results["results"], results["results"])
-                for part in ("groups", "versions", "n-shot", "higher_is_better", "n-samples", "group_subtasks"):
+                members = results["group_subtasks"]
+                comparison.results(our_results["results"], results["results"], members)
+                for part in ("groups", "versions", "n-shot", "higher_is_better", "n-samples", "group_subtasks", "task_hashes"):
                     if part == "groups":
-                        comparison.results(our_results.get(part, {}), results.get(part, {}))
+                        comparison.results(our_results.get(part, {}), results.get(part, {}), members)
                     elif our_results.get(part) != results.get(part):
                         for name, value in results[part].items():
                             # A text has no examples, whatever number is asked for.

@@ -203,7 +203,7 @@ impl Agent {
         let run = self.run.as_ref().map_or("the run".to_owned(), |run| format!("run {}", run.plan.run.name));
         match status {
             ExitStatus::Done => tracing::info!("{run} is done"),
-            ExitStatus::Interrupted if self.run.is_none() => tracing::info!("stopped before a run was joined"),
+            ExitStatus::Interrupted if !self.has_joined => tracing::info!("stopped before a run was joined"),
             ExitStatus::Interrupted if self.leave_by.is_some() => tracing::info!("left {run}"),
             ExitStatus::Interrupted => tracing::info!("{run} was interrupted, and can be resumed"),
             status => tracing::info!("{run} ended with exit code {}", status.code()),

@@ -26,21 +26,16 @@ pub struct SourceCheck {
 /// Makes sure that there are the tasks that a plan measures models on.
 pub fn check_tasks(plan: &Plan) -> Problems {
     let mut problems = Problems::new();
-    for stage in &plan.evaluation {
+    for (index, stage) in plan.evaluation.iter().enumerate() {
         if let Err(wrong) = evaluation::check_names(stage) {
-            add(&mut problems, &stage.name, wrong);
+            add(&mut problems, index, wrong);
         }
     }
     problems
 }
 
-fn add(problems: &mut Problems, stage: &str, (key, value, fix): WrongKey) {
-    problems.add(
-        format!("evaluation.{stage}.{key}"),
-        value,
-        "the tasks and what they read must be there",
-        fix,
-    );
+fn add(problems: &mut Problems, index: usize, (key, value, fix): WrongKey) {
+    problems.add(format!("evaluation.{index}.{key}"), value, "what the evaluation reads must be there", fix);
 }
 
 /// Opens every source (files, schema and one row each), the text to prepare, and the tokenizer. Blocks.
@@ -60,28 +55,40 @@ pub fn check_sources(plan: &Plan) -> SourceCheck {
     if let Some(path) = &plan.tokenizer.file {
         lines.extend(check_tokenizer(path, plan, &mut problems));
     }
-    for stage in &plan.evaluation {
+    for (index, stage) in plan.evaluation.iter().enumerate() {
         match evaluation::check(stage) {
             Ok(()) => lines.push(format!("evaluation {}: every task has its rows", stage.name)),
-            Err(wrong) => add(&mut problems, &stage.name, wrong),
+            Err(wrong) => add(&mut problems, index, wrong),
         }
     }
     let kind = kind.or_else(|| wrong_input(&problems));
     SourceCheck { found: lines.join("\n"), problems, kind }
 }
 
-/// What can be done where text makes too few units for all lanes.
-fn fewer_lanes(most: usize, train: &TrainConfig, smaller_unit_helps: bool) -> String {
+/// What can be done where text makes too few units for all lanes: settings that the plan may have.
+fn fewer_lanes(most: usize, plan: &Plan, smaller_unit_helps: bool) -> String {
+    let TrainConfig { sequences, micro_batch, .. } = plan.train;
     let most = (most as u64).max(1);
-    let lanes = (1..=most).rev().find(|lanes| train.sequences.is_multiple_of(*lanes)).unwrap_or(1);
-    let micro_batch = train.micro_batch.next_multiple_of(train.sequences / lanes);
-    let smaller = if smaller_unit_helps { format!(", or data.unit to {LEAST_UNIT}") } else { String::new() };
-    format!("set data.lanes to {lanes} and train.micro_batch to {micro_batch}{smaller}, or name more text")
+    let lanes = (1..=most).rev().find(|lanes| sequences.is_multiple_of(*lanes)).unwrap_or(1);
+    let per_lane = sequences / lanes;
+    // All sequences of an update are such a micro-batch.
+    let fits = |size: &u64| *size >= micro_batch && sequences.is_multiple_of(*size);
+    let whole = (1..=lanes).map(|lanes| lanes * per_lane).find(fits).unwrap_or(sequences);
+    let mut settings = vec![format!("data.lanes to {lanes}")];
+    if whole != micro_batch {
+        settings.push(format!("train.micro_batch to {whole}"));
+    }
+    let workers = plan.cluster.min_workers.min(sequences / whole);
+    if workers < plan.cluster.min_workers {
+        settings.push(format!("cluster.min_workers to {workers}"));
+    }
+    let smaller = if smaller_unit_helps { format!(" or data.unit to {LEAST_UNIT},") } else { String::new() };
+    format!("set {},{smaller} or name more text", settings.join(", "))
 }
 
 /// The run's own shards do not exist yet, but the files from which they are made do.
 fn check_prepare(prepare: &PrepareConfig, plan: &Plan, problems: &mut Problems) -> Option<String> {
-    let Plan { data, train, .. } = plan;
+    let data = &plan.data;
     let home = cargo_home();
     let read = || {
         let files = ulmus_dataloader::matching_files(prepare, &home)?;
@@ -104,7 +111,7 @@ fn check_prepare(prepare: &PrepareConfig, plan: &Plan, problems: &mut Problems) 
                     DataError::FewUnits { most, .. } => {
                         let least = ulmus_dataloader::prepared_units(prepare, &home, LEAST_UNIT.get());
                         let helps = least.is_ok_and(|units| check_prepared(data, units).is_ok());
-                        fewer_lanes(*most, train, helps)
+                        fewer_lanes(*most, plan, helps)
                     }
                     error => error.to_string(),
                 };

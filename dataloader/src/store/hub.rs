@@ -9,7 +9,9 @@
 //! It is sent to the hub alone.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -23,9 +25,12 @@ use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, LINK, LOCATION};
 use reqwest::{Method, StatusCode, redirect};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use sha2::{Digest as _, Sha256};
+use tokio::sync::OnceCell;
 use tokio::time::Instant;
 use ulmus_process::with_causes;
 use ulmus_storage::{Counters, FileInfo, Retries, StoreError, retried};
+use ulmus_types::Digest;
 use url::Url;
 
 use super::open::HubKind;
@@ -43,6 +48,7 @@ pub(super) struct Hub {
     client: Client,
     repository: Repository,
     commit: String,
+    files: OnceCell<Vec<FileInfo>>,
 }
 
 impl HubKind {
@@ -143,7 +149,7 @@ impl Hub {
             .into_iter()
             .fold(builder, |builder, (key, value)| builder.with_config(key, value));
         let store = builder.build().map_err(|error| Failed::finally(error.to_string()))?;
-        Ok((Self { client, repository, commit }, Arc::new(store)))
+        Ok((Self { client, repository, commit, files: OnceCell::new() }, Arc::new(store)))
     }
 
     /// The address of the same folder at its commit.
@@ -154,8 +160,13 @@ impl Hub {
         format!("{SCHEME}{}", parts.join("/"))
     }
 
-    /// All files below the folder, in any order. Their versions are hashes of their contents.
+    /// All files below the folder, in any order. Their versions are hashes of their contents. Since a commit never changes, the
+    /// hub is asked once.
     pub(super) async fn list(&self) -> Result<Vec<FileInfo>, Failed> {
+        self.files.get_or_try_init(|| self.ask_for_list()).await.cloned()
+    }
+
+    async fn ask_for_list(&self) -> Result<Vec<FileInfo>, Failed> {
         let Repository { kind, id, folder, .. } = &self.repository;
         let tree = ["api", kind.in_api()].into_iter().chain(id.split('/')).chain(["tree", &self.commit]);
         let tree = self.client.address(tree.chain(folder.split('/')))?;
@@ -177,6 +188,21 @@ impl Hub {
             }
         }
         Ok(files)
+    }
+}
+
+/// Whether a file has the contents that the hub names by a version, as far as that can be said: large files are named by their
+/// SHA-256, and others by a hash of Git's.
+pub(super) fn has_version(path: &Path, version: &str) -> io::Result<bool> {
+    if version.len() != 64 {
+        return Ok(true);
+    }
+    let (mut file, mut hash, mut buffer) = (File::open(path)?, Sha256::new(), vec![0; 1 << 20]);
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(Digest::from_bytes(hash.finalize().into()).to_string() == version),
+            read => hash.update(&buffer[..read]),
+        }
     }
 }
 

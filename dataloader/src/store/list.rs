@@ -21,15 +21,19 @@ impl Folder {
     /// # Errors
     /// When the store does not list them.
     pub fn paths(&self) -> Result<Vec<String>, DataError> {
-        let mut paths: Vec<String> = self.list()?.into_iter().map(|file| file.path).collect();
-        if let Some(folder) = self.store.directory().filter(|folder| folder.is_dir()) {
-            // Whoever needs what such a link has led to shall hear that it is not there.
-            let passed = walk(folder, true).map_err(|(folder, error)| of_walk(&folder, &error))?.passed;
-            paths
-                .extend(passed.into_iter().filter(|(why, _)| *why == Passed::Dangling).map(|(_, name)| name));
-            paths.sort();
-        }
-        Ok(paths)
+        Ok(self.list()?.into_iter().map(|file| file.path).collect())
+    }
+
+    /// Links below the folder that lead nowhere, so that what they stood for is missing.
+    ///
+    /// # Errors
+    /// When the folder cannot be listed.
+    pub fn dangling(&self) -> Result<Vec<String>, DataError> {
+        let Some(folder) = self.store.directory().filter(|folder| folder.is_dir()) else {
+            return Ok(Vec::new());
+        };
+        let passed = walk(folder, true).map_err(|(folder, error)| of_walk(&folder, &error))?.passed;
+        Ok(passed.into_iter().filter(|(why, _)| *why == Passed::Dangling).map(|(_, name)| name).collect())
     }
 
     /// All files below the folder that can be asked for, sorted by path.

@@ -1,16 +1,14 @@
 //! How files of a corpus are read: in ranges, from the cache or from the store, ahead of their use where that helps.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
-use sha2::{Digest as _, Sha256};
 use tokio::task::JoinHandle;
 use ulmus_storage::{FileInfo, StoreError};
-use ulmus_types::Digest;
 
 use super::folder::Folder;
 use super::runtime::{IO, wait_for};
@@ -34,18 +32,6 @@ impl Reading {
         match self {
             Self::Here(bytes) => Ok(bytes),
             Self::Under(task) => wait_for(task).unwrap_or(Err(DataError::Stopped)),
-        }
-    }
-}
-
-/// The SHA-256 of a file, in hexadecimal digits.
-#[cfg(feature = "http")]
-fn sha256(path: &Path) -> io::Result<String> {
-    let (mut file, mut hash, mut buffer) = (File::open(path)?, Sha256::new(), vec![0; 1 << 20]);
-    loop {
-        match file.read(&mut buffer)? {
-            0 => return Ok(Digest::from_bytes(hash.finalize().into()).to_string()),
-            read => hash.update(&buffer[..read]),
         }
     }
 }
@@ -99,18 +85,18 @@ impl Folder {
         copied.map(|()| file.size)
     }
 
-    /// Whether `target` is a whole copy of a file: of its size and, where its listing says it, its SHA-256.
+    /// The size of `target` in bytes, if it is a whole copy of a file: of its size and, where its listing says it, its SHA-256.
     ///
     /// # Errors
     /// When the file cannot be asked for, or the copy is there and cannot be read.
-    pub fn has_copy(&self, path: &str, target: &Path) -> Result<bool, DataError> {
+    pub fn copy_of(&self, path: &str, target: &Path) -> Result<Option<u64>, DataError> {
         let file = self.stat(vec![path.to_owned()])?.remove(0);
         match self.is_copy(&file, target) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => {
                 Err(DataError::Disk { file: target.display().to_string(), reason: error.to_string() })
             }
-            Ok(is_copy) => Ok(is_copy),
+            Ok(is_copy) => Ok(is_copy.then_some(file.size)),
         }
     }
 
@@ -120,8 +106,7 @@ impl Folder {
         }
         #[cfg(feature = "http")]
         if let (Some(_), Some(version)) = (&self.hub, &file.version) {
-            // The hub names large files by their SHA-256, and others by Git's SHA-1.
-            return Ok(version.len() != 64 || *version == sha256(target)?);
+            return super::hub::has_version(target, version);
         }
         Ok(true)
     }

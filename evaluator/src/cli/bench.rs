@@ -104,7 +104,6 @@ impl Timed {
 }
 
 impl Bench {
-    #[expect(clippy::print_stderr, reason = "progress stands beside the results on standard output")]
     pub(super) fn run(&self) -> Result<(), Failure> {
         let models: Vec<Timed> = match &self.subject {
             Subject { model: Some(folder), .. } => vec![Timed::Folder(folder.clone())],
@@ -132,7 +131,6 @@ impl Bench {
         for model in &models {
             for device in &self.device {
                 for dtype in &self.dtype {
-                    eprintln!("timing {}, {}", model.name(), dtype.format());
                     speeds.rows.push(self.row(model, *device, *dtype, config)?);
                     // What was measured so far is kept if a larger model ends the program.
                     if let Some(folder) = &self.output {
@@ -159,6 +157,7 @@ impl Bench {
         }
     }
 
+    #[expect(clippy::print_stderr, reason = "progress stands beside the results on standard output")]
     fn row(
         &self,
         model: &Timed,
@@ -177,6 +176,7 @@ impl Bench {
                 format!("it needs {}, of {}", gigabytes(needed), gigabytes(memory.unwrap_or_default()));
             (described, dtype.format().to_string(), Measured::Skipped { skipped })
         } else {
+            eprintln!("timing {} as {} on {described}", model.name(), dtype.format());
             let BenchResult { device, dtype, median, runs, .. } = self.time(model, device, dtype, config)?;
             (device, dtype, Measured::Done { median, runs })
         };

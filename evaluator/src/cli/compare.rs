@@ -46,12 +46,12 @@ impl Compare {
                     });
                 exceeding += usize::from(exceeds);
                 let mark = match &row.unlike[index] {
-                    Some(why) => {
+                    Some(why) if difference.is_some() => {
                         unlike.insert(why.clone());
                         " ≠"
                     }
-                    None if exceeds => " *",
-                    None => "",
+                    _ if exceeds => " *",
+                    _ => "",
                 };
                 let text = difference
                     .map_or_else(|| "-".to_owned(), |difference| format!("{:+.4}", difference.value));
@@ -67,7 +67,7 @@ impl Compare {
         if !unlike.is_empty() {
             let unlike: Vec<String> = unlike.into_iter().collect();
             print(&format!(
-                "≠ was not asked the same, so that it does not compare the models:\n{}",
+                "≠ the files were asked different questions, so the difference says nothing about the models:\n{}",
                 unlike.join("\n")
             ))?;
         }

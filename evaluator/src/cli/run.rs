@@ -1,6 +1,5 @@
 //! `evaluator run`.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -8,18 +7,18 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::{Value, json};
+use serde_json::json;
 use ulmus_backend::Backend;
 use ulmus_evaluator::tasks::{
     Batching, DataSets, Evaluation, Journal, Limit, Outcome, PERPLEXITY, Progress, Selection, Settings,
     TaskPlan, average, beside_published, description, kind_of_device, markdown, results_file,
 };
 use ulmus_evaluator::{
-    EvaluatorError, adds_bos, load_model, load_tokenizer, model_folder, perplexity, read_texts,
+    EvaluatorError, LoadedModel, adds_bos, load_model, load_tokenizer, model_folder, perplexity, read_texts,
 };
-use ulmus_model::Model;
 use ulmus_process::{Failure, print};
 use ulmus_run::results::Perplexity;
+use ulmus_tokenizer::Tokenizer;
 use ulmus_types::{ExitStatus, counted};
 
 use super::tasks::{HarnessRev, catalogue};
@@ -172,9 +171,14 @@ impl Output {
         self.folder.join(format!("samples_{task}.jsonl"))
     }
 
-    /// Refuses to replace samples of another evaluation.
-    fn refuse_samples(&self, selection: &Selection, journal: &Path) -> Result<(), Failure> {
-        let own = self.results.is_file() || journal.is_file();
+    /// Of the requests that are answered before there are results.
+    fn journal(&self) -> PathBuf {
+        self.results.with_extension("journal")
+    }
+
+    /// Refuses to replace samples in a folder without these results: another evaluation has written them.
+    fn refuse_samples(&self, selection: &Selection) -> Result<(), Failure> {
+        let own = self.results.is_file() || self.journal().is_file();
         for path in selection.tasks().map(|task| self.samples(task)) {
             if path.is_dir() || (path.exists() && !own) {
                 let message = format!(
@@ -270,11 +274,31 @@ impl Run {
     }
 
     /// Prints what would be asked.
-    fn tell<B: Backend>(&self, plans: &[TaskPlan], model: &Model<B>) -> Result<(), Failure> {
+    fn tell<B: Backend>(&self, subject: &Subject<B>, selection: &Selection) -> Result<(), Failure> {
+        let model = &subject.loaded.model;
+        let weights = model.format().bytes(model.config().parameters());
+        let data = self.data_of(selection)?;
+        let evaluation = subject.evaluation(&data, self.batch_tokens);
+        let plans = evaluation.plan(selection).map_err(failure)?;
+        let tokens = |texts: &Vec<String>| -> usize {
+            texts.iter().map(|text| 1 + subject.tokenizer.encode(text).len()).sum()
+        };
+        let texts = subject.texts.as_ref().map(|texts| (texts.len(), tokens(texts)));
+        let memory = || -> Result<u64, Failure> {
+            let each = plans.iter().map(|plan| evaluation.memory(plan));
+            Ok(each.collect::<Result<Vec<_>, _>>().map_err(failure)?.into_iter().max().unwrap_or(0))
+        };
         if self.json {
-            return print(to_json(&plans).trim_end());
+            let mut told = json!({ "tasks": plans, "weights": weights, "memory": memory()? });
+            if let Some((documents, tokens)) = texts {
+                told[PERPLEXITY] = json!({ "documents": documents, "tokens": tokens });
+            }
+            return print(to_json(&told).trim_end());
         }
-        for TaskPlan { task, prompts, notes, .. } in plans {
+        if let Some((documents, tokens)) = texts {
+            print(&format!("{PERPLEXITY}: {} of {tokens} tokens", counted(documents, "document")))?;
+        }
+        for TaskPlan { task, prompts, notes, .. } in &plans {
             for note in notes {
                 print(&format!("{task}: {note}"))?;
             }
@@ -282,22 +306,140 @@ impl Run {
                 print(&format!("{task}: {context:?}\n{task}: ... {continuation:?}"))?;
             }
         }
-        if !self.check {
+        if !self.check || plans.is_empty() {
             return Ok(());
         }
         let mut rows = table(&["task", "rows", "examples", "requests", "tokens", "read once", "longest"]);
-        for plan in plans {
+        for plan in &plans {
             let numbers = [plan.rows, plan.shots, plan.requests, plan.tokens, plan.read, plan.longest];
             rows.add_row([plan.task.clone()].into_iter().chain(numbers.map(|number| number.to_string())));
         }
         print(&rows.to_string())?;
-        let memory = plans.iter().map(|plan| plan.memory).max().unwrap_or(0);
-        let weights = model.format().bytes(model.config().parameters());
         print(&format!(
             "{:.1} MB for the weights, and at most {:.1} MB for what the model remembers and computes at once",
             weights as f64 / 1e6,
-            memory as f64 / 1e6
+            memory()? as f64 / 1e6
         ))
+    }
+
+    /// The data sets of tasks, which are looked for where there are tasks.
+    fn data_of(&self, selection: &Selection) -> Result<DataSets, Failure> {
+        let places: &[String] = if selection.is_empty() { &[] } else { &self.data };
+        DataSets::open(places).map_err(failure)
+    }
+
+    /// Measures the tasks. What is answered goes to the journal at once.
+    #[expect(clippy::print_stderr, reason = "progress stands beside the results on standard output")]
+    fn measure_tasks<B: Backend>(
+        &self,
+        subject: &Subject<B>,
+        selection: &Selection,
+        output: Option<&Output>,
+        journal: &mut Journal,
+    ) -> Result<Vec<Outcome>, Failure> {
+        if self.resume && journal.is_empty() {
+            eprintln!("there is nothing to resume: all requests are asked");
+        }
+        if let Some(kept) = journal.kept() {
+            eprintln!(
+                "an evaluation was interrupted here, and --resume is not given: its answers are kept in {}; to go on with them, \
+                 stop, give that file its old name, and add --resume",
+                kept.display()
+            );
+        }
+        let data = self.data_of(selection)?;
+        let mut progress = ProgressBar::hidden();
+        let mut on_progress = |event: Progress<'_>| {
+            match event {
+                Progress::Planned(requests) => progress = bar(requests),
+                Progress::Begun { task, notes } => {
+                    progress.set_message(task.to_owned());
+                    for note in notes {
+                        progress.suspend(|| eprintln!("{task}: {note}"));
+                    }
+                }
+                Progress::Answered(requests) => progress.inc(requests as u64),
+                Progress::Done { task, samples } => {
+                    if let Some(output) = output.filter(|_| self.log_samples) {
+                        Output::write(&output.samples(task), &samples)?;
+                    }
+                }
+            }
+            Ok(())
+        };
+        let evaluation = subject.evaluation(&data, self.batch_tokens);
+        let outcomes = evaluation.run(selection, journal, &mut on_progress).map_err(failure)?;
+        progress.finish_and_clear();
+        Ok(outcomes)
+    }
+
+    fn measure<B: Backend>(
+        &self,
+        subject: &Subject<B>,
+        selection: &Selection,
+        output: Option<&Output>,
+    ) -> Result<(), Failure> {
+        let Subject { loaded, tokenizer, settings, texts } = subject;
+        let mut outcomes = Vec::new();
+        // Until all results are written, nobody else may write to it.
+        let mut journal = Journal::default();
+        if !selection.is_empty() {
+            if let Some(output) = output {
+                let (device, format) = (kind_of_device(&loaded.model), loaded.model.format().to_string());
+                journal = Journal::open(&output.journal(), loaded.digest, &device, &format, self.resume)
+                    .map_err(failure)?;
+            }
+            outcomes = self.measure_tasks(subject, selection, output, &mut journal)?;
+        }
+        let mut file =
+            results_file(&outcomes, description(&self.model, loaded, tokenizer, &self.data, settings));
+        if let Some(texts) = texts {
+            let found = perplexity(&loaded.model, tokenizer, texts, settings.context).map_err(failure)?;
+            if !self.json {
+                print(&perplexity_table(&found))?;
+            }
+            file["results"][PERPLEXITY] = serde_json::to_value(&found).expect("plain data is valid JSON");
+        }
+        let mean = average(selection, &outcomes);
+        if let Some(mean) = mean {
+            file["average"] = json!(mean);
+        }
+        if let Some(output) = output {
+            Output::write(&output.results, &to_json(&file)).map_err(failure)?;
+            // A whole result needs no journal.
+            if !outcomes.is_empty() {
+                fs::remove_file(output.journal()).ok();
+            }
+        }
+        drop(journal);
+        if self.json {
+            return print(to_json(&file).trim_end());
+        }
+        if !outcomes.is_empty() {
+            print(markdown(&outcomes).trim_end())?;
+        }
+        if let Some(mean) = mean {
+            let suite = self.suite.as_deref().unwrap_or_default();
+            print(&format!("average of {suite}: {:.2} %\n", 100.0 * mean))?;
+            print(beside_published(suite, &self.model, selection, &outcomes).trim_end())?;
+        }
+        Ok(())
+    }
+}
+
+/// A model, and what it is measured with.
+struct Subject<B: Backend> {
+    loaded: LoadedModel<B>,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    /// Of the user, for perplexity.
+    texts: Option<Vec<String>>,
+}
+
+impl<B: Backend> Subject<B> {
+    fn evaluation<'a>(&'a self, data: &'a DataSets, batching: Batching) -> Evaluation<'a, B> {
+        let Self { loaded, tokenizer, settings, .. } = self;
+        Evaluation { model: &loaded.model, tokenizer, data, settings, batching }
     }
 }
 
@@ -313,14 +455,12 @@ fn bar(requests: usize) -> ProgressBar {
 }
 
 impl OnDevice for Run {
-    #[expect(clippy::print_stderr, reason = "progress stands beside the results on standard output")]
     fn run<B: Backend>(&self, backend: B) -> Result<(), Failure> {
         let asks = !self.check && !self.print_prompts;
         let output = self.output.as_deref().filter(|_| asks).map(Output::new).transpose()?;
-        let journal = output.as_ref().map(|output| output.results.with_extension("journal"));
         let selection = self.selection()?;
-        if let (true, Some(output), Some(journal)) = (self.log_samples, &output, &journal) {
-            output.refuse_samples(&selection, journal)?;
+        if let Some(output) = output.as_ref().filter(|_| self.log_samples) {
+            output.refuse_samples(&selection)?;
         }
         let model = model_folder(&self.model).map_err(failure)?;
         let loaded = load_model(&model, backend, self.dtype.format()).map_err(failure)?;
@@ -328,110 +468,18 @@ impl OnDevice for Run {
         let tokenizer = load_tokenizer(tokenizer_place, &loaded).map_err(failure)?;
         let context = self.context(loaded.model.config().max_context_length)?;
         let settings = self.settings(context, tokenizer_place)?;
-        let measures_texts = self.suite.is_none() && self.tasks.iter().any(|name| Self::is_perplexity(name));
-        let mut texts = Vec::new();
-        if measures_texts {
+        let mut texts = None;
+        if self.suite.is_none() && self.tasks.iter().any(|name| Self::is_perplexity(name)) {
             self.refuse_for_texts()?;
             let paths: Vec<PathBuf> = self.data.iter().map(PathBuf::from).collect();
-            texts = read_texts(&paths, &self.text).map_err(failure)?;
-            if !asks {
-                let tokens: usize = texts.iter().map(|text| 1 + tokenizer.encode(text).len()).sum();
-                print(&format!("{PERPLEXITY}: {} of {tokens} tokens", counted(texts.len(), "document")))?;
-            }
+            texts = Some(read_texts(&paths, &self.text).map_err(failure)?);
         }
-        let mut outcomes: Vec<Outcome> = Vec::new();
-        if !selection.is_empty() {
-            let data = DataSets::open(&self.data).map_err(failure)?;
-            let evaluation = Evaluation {
-                model: &loaded.model,
-                tokenizer: &tokenizer,
-                data: &data,
-                settings: &settings,
-                batching: self.batch_tokens,
-            };
-            if !asks {
-                return self.tell(&evaluation.plan(&selection).map_err(failure)?, &loaded.model);
-            }
-            let mut journal = match &journal {
-                None => Journal::default(),
-                Some(path) => Journal::open(
-                    path,
-                    loaded.digest,
-                    &kind_of_device(&loaded.model),
-                    &loaded.model.format().to_string(),
-                    self.resume,
-                )
-                .map_err(failure)?,
-            };
-            if self.resume && journal.is_empty() {
-                eprintln!("there is nothing to resume: all requests are asked");
-            }
-            if let Some(kept) = journal.kept() {
-                let kept = kept.display();
-                eprintln!(
-                    "an evaluation was interrupted here, and --resume is not given: its answers are kept in {kept}"
-                );
-            }
-            let mut progress = ProgressBar::hidden();
-            let mut on_progress = |event: Progress<'_>| {
-                match event {
-                    Progress::Planned(requests) => progress = bar(requests),
-                    Progress::Begun { task, notes } => {
-                        progress.set_message(task.to_owned());
-                        for note in notes {
-                            progress.suspend(|| eprintln!("{task}: {note}"));
-                        }
-                    }
-                    Progress::Answered(requests) => progress.inc(requests as u64),
-                    Progress::Done { task, samples } => {
-                        if let (true, Some(output)) = (self.log_samples, &output) {
-                            Output::write(&output.samples(task), &samples)?;
-                        }
-                    }
-                }
-                Ok(())
-            };
-            outcomes = evaluation.run(&selection, &mut journal, &mut on_progress).map_err(failure)?;
-            progress.finish_and_clear();
+        let subject = Subject { loaded, tokenizer, settings, texts };
+        if asks {
+            self.measure(&subject, &selection, output.as_ref())
+        } else {
+            self.tell(&subject, &selection)
         }
-        if !asks {
-            return Ok(());
-        }
-        let mut own: BTreeMap<&str, Value> = BTreeMap::new();
-        if measures_texts {
-            let found = perplexity(&loaded.model, &tokenizer, &texts, context).map_err(failure)?;
-            if !self.json {
-                print(&perplexity_table(&found))?;
-            }
-            own.insert(PERPLEXITY, serde_json::to_value(&found).expect("plain data is valid JSON"));
-        }
-        let description = description(&self.model, &loaded, &tokenizer, &self.data, &settings);
-        let mut file = results_file(&outcomes, description);
-        for (name, value) in own {
-            file["results"][name] = value;
-        }
-        if let Some(mean) = average(&selection, &outcomes) {
-            file["average"] = json!(mean);
-        }
-        if let Some(output) = &output {
-            Output::write(&output.results, &to_json(&file)).map_err(failure)?;
-            // A whole result needs no journal.
-            if let Some(journal) = journal.as_ref().filter(|_| !outcomes.is_empty()) {
-                fs::remove_file(journal).ok();
-            }
-        }
-        if self.json {
-            return print(to_json(&file).trim_end());
-        }
-        if !outcomes.is_empty() {
-            print(markdown(&outcomes).trim_end())?;
-        }
-        if let Some(mean) = average(&selection, &outcomes) {
-            let suite = self.suite.as_deref().unwrap_or_default();
-            print(&format!("average of {suite}: {:.2} %\n", 100.0 * mean))?;
-            print(beside_published(suite, &self.model, &selection, &outcomes).trim_end())?;
-        }
-        Ok(())
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde_json::Value as Json;
+use ulmus_types::counted;
 
 use super::metric::Estimate;
 
@@ -27,21 +28,22 @@ struct Asked {
 }
 
 impl Asked {
-    /// Whether the same was asked, as far as both files say it.
+    /// Whether the same was asked, as far as both files say it. The hash is of all rows, prompts and answers.
     fn is_like(&self, other: &Self) -> bool {
-        fn agree<T: PartialEq>(a: Option<T>, b: Option<T>) -> bool {
-            a.zip(b).is_none_or(|(a, b)| a == b)
+        let agree = |a: Option<u64>, b: Option<u64>| a.zip(b).is_none_or(|(a, b)| a == b);
+        match (&self.hash, &other.hash) {
+            (Some(a), Some(b)) => a == b,
+            _ => agree(self.shots, other.shots) && agree(self.rows, other.rows),
         }
-        agree(self.shots, other.shots)
-            && agree(self.rows, other.rows)
-            && agree(self.hash.as_ref(), other.hash.as_ref())
     }
 }
 
 impl fmt::Display for Asked {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let known = |number: Option<u64>| number.map_or_else(|| "?".to_owned(), |number| number.to_string());
-        write!(f, "{} rows with {} examples", known(self.rows), known(self.shots))
+        let known = |number: Option<u64>, noun| {
+            number.map_or_else(|| format!("? {noun}s"), |number| counted(number, noun))
+        };
+        write!(f, "{} with {} each", known(self.rows, "row"), known(self.shots, "example"))
     }
 }
 
@@ -108,14 +110,28 @@ impl Results {
 
     /// What differs in how a task, or a task of a group, was asked in another file.
     fn unlike(&self, other: &Self, task: &str) -> Option<String> {
-        if let Some(members) = self.members.get(task).filter(|members| !members.is_empty()) {
-            return members.iter().find_map(|member| self.unlike(other, member));
+        let members = |file: &Self| file.leaves(task, &mut BTreeSet::new());
+        let (first, second) = (members(self), members(other));
+        if first != second {
+            return Some(format!("{task}: other tasks in {} than in {}", self.name, other.name));
         }
-        let (first, second) = (self.asked.get(task)?, other.asked.get(task)?);
-        (!first.is_like(second)).then(|| {
-            let which = if first.to_string() == second.to_string() { ", and other ones" } else { "" };
-            format!("{task}: {first} in {}, {second}{which} in {}", self.name, other.name)
+        first.iter().find_map(|task| {
+            let (first, second) = (self.asked.get(task)?, other.asked.get(task)?);
+            let which = if first.to_string() == second.to_string() { ", but other questions," } else { "" };
+            (!first.is_like(second))
+                .then(|| format!("{task}: {first} in {}, {second}{which} in {}", self.name, other.name))
         })
+    }
+
+    /// The tasks of a group at any depth, or the task itself.
+    fn leaves<'a>(&'a self, task: &'a str, seen: &mut BTreeSet<&'a str>) -> BTreeSet<String> {
+        if !seen.insert(task) {
+            return BTreeSet::new();
+        }
+        match self.members.get(task).filter(|members| !members.is_empty()) {
+            None => BTreeSet::from([task.to_owned()]),
+            Some(members) => members.iter().flat_map(|member| self.leaves(member, seen)).collect(),
+        }
     }
 
     /// What the file is called.
@@ -181,7 +197,7 @@ mod tests {
             Results::read(&format!("{rows}.json"), text.as_bytes()).unwrap()
         };
         assert!(compare(&[asked(5), asked(5)]).iter().all(|row| row.unlike == [None, None]));
-        let unlike = "piqa: 5 rows with 2 examples in 5.json, 9 rows with 2 examples in 9.json";
+        let unlike = "piqa: 5 rows with 2 examples each in 5.json, 9 rows with 2 examples each in 9.json";
         assert!(
             compare(&[asked(5), asked(9)]).iter().all(|row| row.unlike == [None, Some(unlike.to_owned())])
         );

@@ -292,7 +292,7 @@ impl Catalogue {
                 |entry: &&Entry| entry.metric.is_some_and(|metric| !self.has_metric(&entry.name, metric));
             if let Some(Entry { name, metric: Some(metric), .. }) = suite.entries.iter().find(lacks) {
                 return Err(wrong(format!(
-                    "{} wants {} of {name}, which has it not",
+                    "{} wants {} of {name}, which does not have it",
                     suite.name,
                     metric.name()
                 )));
@@ -324,7 +324,10 @@ impl Catalogue {
         if name.is_empty() || name.starts_with('.') || !name.chars().all(is_plain) {
             return Err(format!("{name:?} is no name: use letters, digits, `_`, `-`, `.` and `:`"));
         }
-        if self.tasks.contains_key(name) || self.groups.contains_key(name) || name == PERPLEXITY {
+        if name == PERPLEXITY {
+            return Err(format!("{PERPLEXITY} measures your own texts; give the task another name"));
+        }
+        if self.tasks.contains_key(name) || self.groups.contains_key(name) {
             return Err(format!("there are two of the name {name}"));
         }
         self.order.push(name.to_owned());
@@ -345,7 +348,7 @@ impl Catalogue {
         }
         let metric = group.aggregate?;
         let task = leaves.iter().find(|name| !self.tasks[*name].metrics.contains(&metric))?;
-        Some(format!("`aggregate` is {}, which {task} has not", metric.name()))
+        Some(format!("`aggregate` is {}, which {task} does not have", metric.name()))
     }
 
     /// Whether a task or a group has a number of a kind.

@@ -47,8 +47,7 @@ pub fn fetch(
                 continue;
             }
             let named = format!("{}/{path}", task.sources[0]);
-            if folder.has_copy(&path, &target)? {
-                let bytes = target.metadata().map_or(0, |there| there.len());
+            if let Some(bytes) = folder.copy_of(&path, &target)? {
                 on_file(Fetched { path: named, bytes, was_there: true });
                 continue;
             }

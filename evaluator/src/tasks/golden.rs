@@ -435,8 +435,8 @@ fn a_journal_answers_what_was_asked_before() {
     }
     // Who does not resume loses nothing by it.
     let mut anew = open(false).unwrap();
-    assert_eq!(anew.kept(), Some(&*path.with_extension("journal.old")));
-    let kept = std::fs::read_to_string(path.with_extension("journal.old")).unwrap();
+    assert_eq!(anew.kept(), Some(&*path.with_extension("journal.old-1")));
+    let kept = std::fs::read_to_string(path.with_extension("journal.old-1")).unwrap();
     assert_eq!(kept.lines().count(), text.lines().count());
     assert_eq!(run(&mut anew, usize::MAX), (all, whole));
     drop(anew);

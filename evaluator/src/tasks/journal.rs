@@ -21,9 +21,13 @@ pub struct Journal {
     kept: Option<PathBuf>,
 }
 
+/// The version of the file.
+const FORMAT_VERSION: u32 = 2;
+
 /// The first line: whose answers these are.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Header {
+    format_version: u32,
     evaluator: String,
     model: Digest,
     device: String,
@@ -33,7 +37,13 @@ struct Header {
 impl Header {
     fn new(model: Digest, device: &str, dtype: &str) -> Self {
         let evaluator = env!("CARGO_PKG_VERSION").to_owned();
-        Self { evaluator, model, device: device.to_owned(), dtype: dtype.to_owned() }
+        Self {
+            format_version: FORMAT_VERSION,
+            evaluator,
+            model,
+            device: device.to_owned(),
+            dtype: dtype.to_owned(),
+        }
     }
 
     /// Whether a file of these bytes may be a journal whose first line was not written whole.
@@ -44,7 +54,7 @@ impl Header {
 
 impl fmt::Display for Header {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { evaluator, model, device, dtype } = self;
+        let Self { evaluator, model, device, dtype, .. } = self;
         write!(f, "model {} ({dtype}, {device}, evaluator {evaluator})", model.short())
     }
 }
@@ -76,7 +86,7 @@ impl Line {
 impl Journal {
     /// A journal in a file. If `resume`, answers of the same model on the same kind of device are taken from it, and a last
     /// line that was not written whole is dropped; otherwise it begins anew, and answers that are there go to a file of the same
-    /// name with `.old`.
+    /// name with `.old-1`, `.old-2`, …
     ///
     /// # Errors
     /// [`EvaluatorError::Journal`] if another process writes there, or the file is no journal, or of another model, device,
@@ -108,12 +118,16 @@ impl Journal {
         let mut lines = text.lines();
         let found = lines.next().map(serde_json::from_str::<Header>);
         if !bytes.is_empty() && !matches!(found, Some(Ok(_))) && !header.begins_like(&bytes) {
-            return Err(wrong("it is no journal of an evaluation; name another --output".to_owned()));
+            return Err(wrong(
+                "it is no journal of an evaluation by this version; name another --output, or remove it"
+                    .to_owned(),
+            ));
         }
         // It may be all that is left of days of work.
-        let kept = (!resume && lines.clone().next().is_some()).then(|| path.with_extension("journal.old"));
+        let kept = (!resume && lines.clone().next().is_some()).then(|| unused(path));
         if let Some(kept) = &kept {
-            fs::copy(path, kept).map_err(|error| EvaluatorError::Write { path: kept.clone(), error })?;
+            let copy = || fs::copy(path, kept).and_then(|_| File::open(kept)?.sync_all());
+            copy().map_err(|error| EvaluatorError::Write { path: kept.clone(), error })?;
         }
         let Some(Ok(found)) = found.filter(|_| resume) else {
             file.set_len(0).map_err(failed)?;
@@ -177,6 +191,12 @@ impl Journal {
         let lines: String = answers.map(|(request, answer)| line(key(request), answer)).collect();
         file.write_all(lines.as_bytes()).map_err(|error| EvaluatorError::Write { path: path.clone(), error })
     }
+}
+
+/// The name of a file beside a journal that is not there yet.
+fn unused(path: &Path) -> PathBuf {
+    let mut names = (1_u32..).map(|number| path.with_extension(format!("journal.old-{number}")));
+    names.find(|path| !path.exists()).unwrap_or_default()
 }
 
 fn line(request: Digest, likelihood: Likelihood) -> String {

@@ -5,9 +5,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use minijinja::value::Value;
-use ulmus_backend::Backend;
-use ulmus_model::Model;
 use ulmus_tokenizer::Tokenizer;
+use ulmus_types::counted;
 
 use super::definition::{Definition, Kind, Revision};
 use super::examples::Examples;
@@ -183,7 +182,8 @@ impl Prepared {
         }
         prepared.truncated = encoding.truncated;
         if task.kind == Kind::Rolling && prepared.units(&str::len) == 0 {
-            let problem = format!("the texts in {} are empty", split.place());
+            let rows = counted(prepared.rows.len(), "row");
+            let problem = format!("the first {rows} of {} have no text; use a larger --limit", split.place());
             return Err(EvaluatorError::NoRows { task: task.name.clone(), split: split.name, problem });
         }
         Ok(prepared)
@@ -205,14 +205,7 @@ impl Prepared {
     }
 
     /// What a model would be asked.
-    ///
-    /// # Errors
-    /// When the device has too little memory.
-    pub(crate) fn plan<B: Backend>(
-        &self,
-        batching: Batching,
-        model: &Arc<Model<B>>,
-    ) -> Result<TaskPlan, EvaluatorError> {
+    pub(crate) fn plan(&self, batching: Batching) -> TaskPlan {
         let requests: Vec<&Request> = self.requests.iter().collect();
         let forest = Forest::new(&requests);
         let read = |request: &Request| request.ids.len() - 1;
@@ -225,7 +218,7 @@ impl Prepared {
         };
         let texts = batching.texts(&requests, &forest);
         let longest = self.requests.iter().map(read).max().unwrap_or(0);
-        Ok(TaskPlan {
+        TaskPlan {
             task: self.task.name.clone(),
             rows: self.rows.len(),
             shots: self.shots,
@@ -233,11 +226,10 @@ impl Prepared {
             tokens: self.requests.iter().map(read).sum(),
             read: forest.rows(),
             texts,
-            memory: batching.generator(model, longest, texts)?.memory(),
             longest,
             notes: self.notes(),
             prompts,
-        })
+        }
     }
 
     /// What a person should know about the requests.

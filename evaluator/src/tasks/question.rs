@@ -123,7 +123,10 @@ impl Asker {
         if self.task.choice.is_none() {
             return Ok(choices);
         }
-        let as_asked = |choice| self.render("choice", &minijinja::context! { choice });
+        let as_asked = |choice: String| {
+            let row = minijinja::context! { choice };
+            render(&self.environment, "choice", &row).map_err(|error| in_key("choice", &error))
+        };
         choices.into_iter().map(as_asked).collect()
     }
 

@@ -4,13 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use bytes::Bytes;
-use minijinja::value::Value;
+use minijinja::value::{Value, ValueKind};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row as ParquetRow};
 use ulmus_dataloader::Folder;
 use ulmus_types::for_people;
 
 use super::definition::Definition;
+use super::template::kind;
 use crate::error::EvaluatorError;
 
 /// The longest description of what is wrong with a row, in characters.
@@ -28,8 +29,9 @@ pub struct DataSets {
 struct DataFolder {
     address: String,
     folder: Folder,
-    /// Of all files, sorted.
+    /// Of all files, sorted, with links that lead nowhere.
     paths: Vec<String>,
+    dangling: Vec<String>,
 }
 
 /// The rows of one split of a task.
@@ -64,8 +66,10 @@ impl DataSets {
     pub fn open(addresses: &[String]) -> Result<Self, EvaluatorError> {
         let open = |address: &String| {
             let folder = Folder::open(address)?;
-            let paths = folder.paths()?;
-            Ok(DataFolder { address: address.clone(), folder, paths })
+            let dangling = folder.dangling()?;
+            let mut paths = [folder.paths()?, dangling.clone()].concat();
+            paths.sort();
+            Ok(DataFolder { address: address.clone(), folder, paths, dangling })
         };
         let folders = addresses.iter().map(open).collect::<Result<_, EvaluatorError>>()?;
         Ok(Self { folders, made: BTreeMap::new() })
@@ -135,6 +139,10 @@ impl DataSets {
             for folder in &self.folders {
                 let files = files_of(&folder.paths, &root, task.config.as_deref(), split);
                 let files = files.map_err(|problem| wrong(format!("{}: {problem}", folder.address)))?;
+                if let Some(file) = files.iter().find(|file| folder.dangling.contains(file)) {
+                    let place = format!("{}/{file}", folder.address);
+                    return Err(wrong(format!("{place} is a link that leads nowhere; get the file again")));
+                }
                 if !files.is_empty() {
                     return Ok((folder, files));
                 }
@@ -150,7 +158,9 @@ impl DataSets {
         let places: Vec<&str> = self.folders.iter().map(|folder| folder.address.as_str()).collect();
         let near = |path: &&String| {
             let name = path.rsplit('/').next().unwrap_or_default();
-            name.starts_with(split) && path.contains(source.rsplit('/').next().unwrap_or_default())
+            let below = format!("{}/", source.rsplit('/').next().unwrap_or_default());
+            let is_of_source = path.split_once(&below).is_some_and(|(_, rest)| rest.contains(&config));
+            name.starts_with(split) && is_of_source
         };
         let there: Vec<&String> = self.folders.iter().flat_map(|folder| &folder.paths).filter(near).collect();
         let there = there.first().map(|path| format!(" ({path} has another name or format)"));
@@ -177,39 +187,47 @@ pub(super) fn files_of(
 ) -> Result<Vec<String>, String> {
     for format in [".parquet", ".jsonl", ".json"] {
         // By how they are named, since rows would be counted twice if two ways were read.
-        let mut found: BTreeMap<Naming<'_>, Vec<&String>> = BTreeMap::new();
+        let mut found: BTreeMap<Naming<'_>, BTreeMap<(usize, &str), &String>> = BTreeMap::new();
         for path in paths {
-            let naming = path.strip_prefix(root).and_then(|path| Naming::of(path, config, split, format));
-            if let Some(naming) = naming {
-                found.entry(naming).or_default().push(path);
+            let below = path.strip_prefix(root).and_then(|path| path.strip_suffix(format));
+            if let Some((naming, shard)) = below.and_then(|path| Naming::of(path, config, split)) {
+                found.entry(naming).or_default().insert((shard, path), path);
             }
         }
-        let mut ways = found.into_values();
-        let Some(files) = ways.next() else { continue };
-        if let Some(others) = ways.next() {
+        let mut ways = found.into_iter();
+        let Some((naming, files)) = ways.next() else { continue };
+        let first =
+            |files: &BTreeMap<_, &String>| files.values().next().map(ToString::to_string).unwrap_or_default();
+        if let Some((_, others)) = ways.next() {
+            let (one, other) = (first(&files), first(&others));
+            return Err(format!("both {one} and {other} look like split {split}; leave one of them there"));
+        }
+        let there: BTreeSet<usize> = files.keys().map(|(shard, _)| *shard).collect();
+        if let Some(missing) = (0..naming.shards.unwrap_or(0)).find(|shard| !there.contains(shard)) {
+            let shards = naming.shards.unwrap_or(0);
             return Err(format!(
-                "both {} and {} look like split {split}; leave one of them there",
-                files[0], others[0]
+                "shard {missing:05} of {shards:05} is missing beside {}; get it again",
+                first(&files)
             ));
         }
-        if let Some(missing) = missing_shard(&files, format) {
-            return Err(format!("{missing} is missing beside {}; get it again", files[0]));
-        }
-        return Ok(files.into_iter().cloned().collect());
+        return Ok(files.into_values().cloned().collect());
     }
     Ok(Vec::new())
 }
 
-/// How the files of a split are named below a data set's folder: `[data/][CONFIG/][data/]SPLIT-*`, `SPLIT.*` or `SPLIT/*`.
+/// How the files of a split are named below a data set's folder: `[data/][CONFIG/][data/]` and then `SPLIT`, `SPLIT/*`,
+/// `SPLIT.*`, `SPLIT-0*` or `SPLIT-00000-of-00002*`.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Naming<'a> {
     folder: &'a str,
     separator: Option<char>,
+    /// How many files there must be.
+    shards: Option<usize>,
 }
 
 impl<'a> Naming<'a> {
-    fn of(path: &'a str, config: Option<&str>, split: &str, format: &str) -> Option<Self> {
-        let path = path.strip_suffix(format)?;
+    /// How a file is named, if it is of the split, and which shard it is. `path` has no suffix.
+    fn of(path: &'a str, config: Option<&str>, split: &str) -> Option<(Self, usize)> {
         let inner = path.strip_prefix("data/").unwrap_or(path);
         let name = match config {
             Some(config) => inner.strip_prefix(config)?.strip_prefix('/')?,
@@ -219,28 +237,23 @@ impl<'a> Naming<'a> {
         let folder = &path[..path.len() - name.len()];
         let rest = name.strip_prefix(split)?;
         let separator = rest.chars().next();
-        let is_file = match separator {
+        let numbers = rest.get(1..).unwrap_or_default();
+        let is_of_split = match separator {
             None => true,
-            Some('/') => !rest[1..].contains('/'),
-            Some('-' | '.' | '_') => !rest.contains('/'),
+            Some('/' | '.') => !numbers.contains('/'),
+            Some('-' | '_') => {
+                numbers.starts_with(|first: char| first.is_ascii_digit()) && !numbers.contains('/')
+            }
             Some(_) => false,
         };
-        is_file.then_some(Self { folder, separator })
+        let shard = numbers.split_once("-of-").and_then(|(number, count)| {
+            // Some writers add a hash.
+            let count = count.split('-').next().unwrap_or_default();
+            Some((number.parse().ok()?, count.parse().ok()?))
+        });
+        let (number, shards) = shard.map_or((0, None), |(number, shards)| (number, Some(shards)));
+        is_of_split.then_some((Self { folder, separator, shards }, number))
     }
-}
-
-/// The name of a file that must be beside others of names such as `test-00000-of-00002`, and is not.
-fn missing_shard(files: &[&String], format: &str) -> Option<String> {
-    let shard = |file: &&String| {
-        let (before, count) = file.strip_suffix(format)?.rsplit_once("-of-")?;
-        let (stem, number) = before.rsplit_once('-')?;
-        Some((stem.to_owned(), number.parse::<usize>().ok()?, count.parse::<usize>().ok()?, number.len()))
-    };
-    let shards: BTreeSet<(String, usize, usize, usize)> = files.iter().filter_map(shard).collect();
-    let (stem, _, count, width) = shards.first()?.clone();
-    let there: BTreeSet<usize> = shards.iter().map(|(_, number, ..)| *number).collect();
-    let missing = (0..count).find(|number| !there.contains(number))?;
-    Some(format!("{stem}-{missing:0width$}-of-{count:0width$}{format}"))
 }
 
 fn parquet_rows(bytes: Vec<u8>) -> Result<Vec<Value>, String> {
@@ -251,7 +264,7 @@ fn parquet_rows(bytes: Vec<u8>) -> Result<Vec<Value>, String> {
             .map(|row| row.map(|row| of_row(&row)))
             .collect::<parquet::errors::Result<_>>()
     };
-    // The decoder panics on some damaged files. Nothing that it was working on is used afterwards.
+    // The decoder panics on some damaged files, with a message of its own. Nothing that it was working on is used afterwards.
     match catch_unwind(AssertUnwindSafe(read)) {
         Ok(rows) => rows.map_err(|error| failed(error.to_string())),
         Err(_) => Err(failed("its pages are damaged".to_owned())),
@@ -300,13 +313,21 @@ fn of_field(field: &Field) -> Value {
 fn json_rows(bytes: &[u8]) -> Result<Vec<Value>, String> {
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     if bytes.trim_ascii_start().starts_with(b"[") {
-        return serde_json::from_slice(bytes)
-            .map_err(|error| format!("it is no JSON list ({error}); get it again"));
+        let rows: Vec<Value> = serde_json::from_slice(bytes)
+            .map_err(|error| format!("it is no JSON list ({error}); get it again"))?;
+        return match rows.iter().position(|row| row.kind() != ValueKind::Map) {
+            Some(row) => Err(format!("row {row} is {}, and not an object with columns", kind(&rows[row]))),
+            None => Ok(rows),
+        };
     }
     let lines =
         bytes.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.trim_ascii().is_empty());
     let read = |(index, line): (usize, &[u8])| {
-        serde_json::from_slice(line).map_err(|error| {
+        let row: Result<Value, _> = serde_json::from_slice(line);
+        if let Some(other) = row.as_ref().ok().filter(|row| row.kind() != ValueKind::Map) {
+            return Err(format!("line {} is {}, and not an object with columns", index + 1, kind(other)));
+        }
+        row.map_err(|error| {
             if serde_json::from_slice::<serde_json::Value>(bytes).is_ok() {
                 return "it is a single JSON object; rows are a JSON list, or each is a line".to_owned();
             }
@@ -322,7 +343,9 @@ mod tests {
 
     #[test]
     fn files_of_a_split_have_the_hub_s_names() {
-        let all = |config: Option<&str>, path: &str| Naming::of(path, config, "test", ".parquet").is_some();
+        let all = |config: Option<&str>, path: &str| {
+            path.strip_suffix(".parquet").is_some_and(|path| Naming::of(path, config, "test").is_some())
+        };
         for path in [
             "test-00000-of-00001.parquet",
             "data/test-0.parquet",
@@ -350,13 +373,23 @@ mod tests {
             files(&["test-00000-of-00002.parquet", "test-00001-of-00002.parquet", "test.jsonl"]),
             Ok(2)
         );
+        assert_eq!(
+            files(&["test-00000-of-00001.parquet", "test_unlabelled.parquet", "test-a.parquet"]),
+            Ok(1)
+        );
+        assert_eq!(files(&["test-00000-of-00001-5ab3.parquet"]), Ok(1));
         assert_eq!(files(&["train.parquet"]), Ok(0));
-        for twice in ["test.parquet", "data/test-00000-of-00001.parquet", "test_unlabelled.parquet"] {
+        for twice in ["test.parquet", "data/test-00000-of-00001.parquet", "test-00001-of-00002.parquet"] {
             let error = files(&["test-00000-of-00001.parquet", twice]).unwrap_err();
             assert!(error.contains(twice) && error.contains("look like split test"), "{error}");
         }
-        let error = files(&["test-00000-of-00003.parquet", "test-00002-of-00003.parquet"]).unwrap_err();
-        assert!(error.starts_with("own/test-00001-of-00003.parquet is missing"), "{error}");
+        for missing in [
+            &["test-00000-of-00003.parquet", "test-00002-of-00003.parquet"][..],
+            &["test-00000-of-00002-5ab3.parquet"],
+        ] {
+            let error = files(missing).unwrap_err();
+            assert!(error.starts_with("shard 00001 of 0000"), "{error}");
+        }
     }
 
     #[test]

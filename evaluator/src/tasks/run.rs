@@ -62,8 +62,6 @@ pub struct TaskPlan {
     pub longest: usize,
     /// Texts that are remembered at once.
     pub texts: usize,
-    /// Bytes that this takes beside the weights: what is remembered of texts, activations and logits.
-    pub memory: u64,
     /// What a person should know.
     pub notes: Vec<String>,
     /// Contexts and continuations of the first row.
@@ -99,7 +97,8 @@ impl<B: Backend> Evaluation<'_, B> {
         let mut outcomes: Vec<Outcome> = Vec::new();
         let mut by_name: BTreeMap<String, Outcome> = BTreeMap::new();
         selection.look_for_rows(self.data, self.settings)?;
-        // What is wrong with the rows of the last task shall not be found when all others are measured.
+        // Wrong rows of the last task must not be found only after all others are measured. Rows are read and turned into tokens
+        // twice for it, which takes seconds.
         let mut missing = 0;
         for item in &selection.items {
             let Item::Task { task, entry, .. } = item else { continue };
@@ -178,13 +177,21 @@ impl<B: Backend> Evaluation<'_, B> {
     /// What each task of a selection would ask. The model is not asked.
     ///
     /// # Errors
-    /// When rows are missing or wrong, or the device has too little memory.
+    /// When rows are missing or wrong.
     pub fn plan(&self, selection: &Selection) -> Result<Vec<TaskPlan>, EvaluatorError> {
         let tasks = selection.items.iter().filter_map(|item| match item {
             Item::Task { task, entry, .. } => Some((task, entry.as_ref())),
             Item::Group { .. } => None,
         });
-        tasks.map(|(task, entry)| self.prepare(task, entry)?.plan(self.batching, self.model)).collect()
+        tasks.map(|(task, entry)| Ok(self.prepare(task, entry)?.plan(self.batching))).collect()
+    }
+
+    /// The bytes that a task takes beside the weights: what is remembered of texts, activations and logits.
+    ///
+    /// # Errors
+    /// When the device has too little memory.
+    pub fn memory(&self, task: &TaskPlan) -> Result<u64, EvaluatorError> {
+        Ok(self.batching.generator(self.model, task.longest, task.texts)?.memory())
     }
 
     /// Asks the model what is not in the journal.

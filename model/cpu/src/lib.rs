@@ -21,7 +21,6 @@ use kernels::{head, swiglu};
 use rayon::ThreadPool;
 use tracing::trace_span;
 use ulmus_plan::Precision;
-use ulmus_types::counted;
 
 use ulmus_backend::{
     Backend, BackendError, CacheFormat, Element, Forks, Heads, In, Norm, Out, Rope, Spans, WeightFormat,
@@ -94,7 +93,10 @@ impl Backend for Cpu {
     type Cache = Cache;
 
     fn describe(&self) -> String {
-        format!("cpu, {}", counted(self.threads(), "thread"))
+        match self.threads() {
+            1 => "cpu, 1 thread".to_owned(),
+            threads => format!("cpu, {threads} threads"),
+        }
     }
 
     fn with_precision(self, precision: Precision) -> Self {

@@ -390,8 +390,7 @@ impl Plan {
     fn check_stages(&self, problems: &mut Problems) {
         stages::check(&self.evaluation, &self.bench, problems);
         for (index, config) in self.bench.iter().enumerate() {
-            let [prompt, generate] = ["prompt", "generate"]
-                .map(|key| format!("{}.{key}", stages::table("bench", index, &config.name)));
+            let [prompt, generate] = ["prompt", "generate"].map(|key| format!("bench.{index}.{key}"));
             if config.of.iter().all(|of| matches!(of, Of::Model(_))) {
                 // The context of another model is known when it is read.
                 range(problems, prompt, config.prompt, 1..);

@@ -239,18 +239,10 @@ impl Added<'_> {
     }
 }
 
-/// What the table of a stage is called in messages: as `--set` calls it, or by its place if it has no name.
-pub(crate) fn table(kind: &str, index: usize, name: &str) -> String {
-    match name.parse::<StageName>() {
-        Ok(name) => format!("{kind}.{name}"),
-        Err(_) => format!("{kind}.{index}"),
-    }
-}
-
 /// The stages that a plan adds to those of every run.
 fn added<'a>(evaluations: &'a [EvaluationConfig], benches: &'a [BenchConfig]) -> Vec<Added<'a>> {
     let evaluations = evaluations.iter().enumerate().map(|(index, config)| Added {
-        key: table("evaluation", index, &config.name),
+        key: format!("evaluation.{index}"),
         kind: StageKind::Evaluation,
         name: &config.name,
         of: &config.of,
@@ -259,7 +251,7 @@ fn added<'a>(evaluations: &'a [EvaluationConfig], benches: &'a [BenchConfig]) ->
         wait: config.wait,
     });
     let benches = benches.iter().enumerate().map(|(index, config)| Added {
-        key: table("bench", index, &config.name),
+        key: format!("bench.{index}"),
         kind: StageKind::Benchmark,
         name: &config.name,
         of: &config.of,
@@ -289,11 +281,10 @@ pub(crate) fn check(evaluations: &[EvaluationConfig], benches: &[BenchConfig], p
         );
     }
     for (index, config) in evaluations.iter().enumerate() {
-        config.check(&table("evaluation", index, &config.name), problems);
+        config.check(&format!("evaluation.{index}"), problems);
     }
     for (index, config) in benches.iter().enumerate() {
-        let key = format!("{}.runs", table("bench", index, &config.name));
-        range(problems, key, config.runs, 1..=1000);
+        range(problems, format!("bench.{index}.runs"), config.runs, 1..=1000);
     }
 }
 
@@ -384,26 +375,26 @@ mod tests {
         for (set, told) in [
             (
                 "evaluation.tasks.name=export",
-                "evaluation.export.name = \"export\": every run has a stage of this name",
+                "evaluation.0.name = \"export\": every run has a stage of this name",
             ),
-            ("bench.speed.name=tasks", "bench.tasks.name = \"tasks\": another stage has this name"),
+            ("bench.speed.name=tasks", "bench.0.name = \"tasks\": another stage has this name"),
             ("evaluation.tasks.name=a/b", "every stage needs a name"),
             ("evaluation.tasks.of=best", "it is no model of the run, which has average, last and milestones"),
-            ("evaluation.tasks.of=[]", "evaluation.tasks.of = missing: a stage needs models"),
+            ("evaluation.tasks.of=[]", "evaluation.0.of = missing: a stage needs models"),
             ("evaluation.tasks.of=[\"last\", \"last\"]", "it is named twice"),
             ("evaluation.tasks.of=hf://u:p@host/x", "an address in it has no password"),
             ("evaluation.tasks.of=s3://b/model", "models are read from folders and from hf://"),
-            ("evaluation.tasks.data.0=https://u:p@host/x", "evaluation.tasks.data.0"),
+            ("evaluation.tasks.data.0=https://u:p@host/x", "evaluation.0.data.0"),
             ("evaluation.tasks.name=v1.0", "every stage needs a name"),
             ("evaluation.tasks.suite=zeroshot", "an evaluation has either a suite or tasks"),
             ("evaluation.tasks.data=[]", "the rows of tasks must be somewhere"),
             ("evaluation.tasks.limit=1.5", "it must be a whole number of rows"),
             ("evaluation.tasks.limit=0", "it must be a whole number of rows"),
             ("evaluation.tasks.device=[a", "it is no pattern"),
-            ("bench.speed.wait=1h", "bench.speed.wait = \"1h\": any worker serves a stage"),
+            ("bench.speed.wait=1h", "bench.0.wait = \"1h\": any worker serves a stage"),
             ("evaluation.speed.limit=1", "the plan has no stage of this name; name one that it has"),
-            ("bench.speed.generate=1", "bench.speed.generate = 1"),
-            ("bench.speed.prompt=4000", "bench.speed.prompt = 4000"),
+            ("bench.speed.generate=1", "bench.0.generate = 1"),
+            ("bench.speed.prompt=4000", "bench.0.prompt = 4000"),
             ("bench.speed.dtype=q8", "it must be \"f32\", \"f16\", \"bf16\" or \"q8_0\""),
         ] {
             let problems = plan(&[set]).unwrap_err();
