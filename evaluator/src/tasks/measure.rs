@@ -121,8 +121,8 @@ impl Prepared {
             Some(Limit::Rows(rows)) => rows.min(rows_of_split),
             Some(Limit::Share(share)) => ((rows_of_split as f64 * share).ceil() as usize).min(rows_of_split),
         };
-        let shots = if task.kind == Kind::Rolling { 0 } else { task.shots.or(settings.shots).unwrap_or(0) };
-        let mut examples = Self::examples(task, data, settings, shots)?;
+        let shots = shots_of(task, settings);
+        let mut examples = Self::examples(task, data, settings)?;
         let mut encoding = Encoding::new(tokenizer, settings.add_bos, settings.context, settings.revision);
         let mut prepared = Self {
             task: Arc::clone(task),
@@ -189,12 +189,16 @@ impl Prepared {
         Ok(prepared)
     }
 
-    fn examples(
+    /// What examples are drawn from, if any are asked for.
+    ///
+    /// # Errors
+    /// When there are too few rows.
+    pub(crate) fn examples(
         task: &Definition,
         data: &DataSets,
         settings: &Settings,
-        shots: usize,
     ) -> Result<Option<Examples>, EvaluatorError> {
+        let shots = shots_of(task, settings);
         if shots == 0 {
             return Ok(None);
         }
@@ -290,6 +294,11 @@ impl Prepared {
         let metrics = metrics.map(|(index, metric)| (*metric, mean(&column(index)))).collect();
         Measured { of_rows, metrics }
     }
+}
+
+/// How many examples stand before each question. A text has none.
+fn shots_of(task: &Definition, settings: &Settings) -> usize {
+    if task.kind == Kind::Rolling { 0 } else { task.shots.or(settings.shots).unwrap_or(0) }
 }
 
 /// The whole context of a choice, and what follows it.

@@ -202,13 +202,15 @@ pub(super) fn files_of(
             let (one, other) = (first(&files), first(&others));
             return Err(format!("both {one} and {other} look like split {split}; leave one of them there"));
         }
-        let there: BTreeSet<usize> = files.keys().map(|(shard, _)| *shard).collect();
-        if let Some(missing) = (0..naming.shards.unwrap_or(0)).find(|shard| !there.contains(shard)) {
-            let shards = naming.shards.unwrap_or(0);
-            return Err(format!(
-                "shard {missing:05} of {shards:05} is missing beside {}; get it again",
-                first(&files)
-            ));
+        if let Some(shards) = naming.shards {
+            let there: BTreeSet<usize> = files.keys().map(|(shard, _)| *shard).collect();
+            let beside = first(&files);
+            if let Some(missing) = (0..shards).find(|shard| !there.contains(shard)) {
+                return Err(format!("shard {missing:05} of {shards:05} is missing beside {beside}; get it again"));
+            }
+            if files.len() != shards {
+                return Err(format!("there are {} files of {shards} beside {beside}; get all again", files.len()));
+            }
         }
         return Ok(files.into_values().cloned().collect());
     }
@@ -378,6 +380,8 @@ mod tests {
             Ok(1)
         );
         assert_eq!(files(&["test-00000-of-00001-5ab3.parquet"]), Ok(1));
+        let twice = files(&["test-00000-of-00001-5ab3.parquet", "test-00000-of-00001-6bc4.parquet"]);
+        assert!(twice.unwrap_err().starts_with("there are 2 files of 1"));
         assert_eq!(files(&["train.parquet"]), Ok(0));
         for twice in ["test.parquet", "data/test-00000-of-00001.parquet", "test-00001-of-00002.parquet"] {
             let error = files(&["test-00000-of-00001.parquet", twice]).unwrap_err();

@@ -257,6 +257,23 @@ impl Selection {
     }
 }
 
+impl Selection {
+    /// Reads the rows of all tasks, and looks whether there are enough to draw examples from. The columns are looked at when the
+    /// model's tokenizer is there.
+    ///
+    /// # Errors
+    /// [`EvaluatorError::NoRows`] and [`EvaluatorError::Shots`] for the first task that has too few.
+    pub fn read_rows(&self, data: &DataSets, settings: &Settings) -> Result<(), EvaluatorError> {
+        for item in &self.items {
+            let Item::Task { task, entry, .. } = item else { continue };
+            let settings = settings_of(settings, entry.as_ref());
+            data.read(task, task.measured_split().unwrap_or_default())?;
+            Prepared::examples(task, data, &settings)?;
+        }
+        Ok(())
+    }
+}
+
 /// What counts for a task of a group.
 fn settings_of(settings: &Settings, entry: Option<&Entry>) -> Settings {
     let Some(entry) = entry else { return settings.clone() };

@@ -81,7 +81,7 @@ pub(crate) fn check(config: &EvaluationConfig) -> Result<(), WrongKey> {
         let mut data = DataSets::open(&config.data)?;
         // The run makes these rows when it is trained.
         data.add_rows(next_text::SOURCE, Vec::new());
-        Ok(selection.look_for_rows(&data, &settings(config, 0, true))?)
+        Ok(selection.read_rows(&data, &settings(config, 0, true))?)
     };
     look().map_err(|error| ("data", format!("{:?}", config.data), error.to_string()))
 }
