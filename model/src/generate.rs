@@ -248,9 +248,8 @@ impl<B: Backend> Generator<B> {
         let cache = model.layers.iter().map(cache).collect::<Result<_, _>>()?;
         let heads: usize = model.layers.iter().map(|layer| layer.heads.key_value).sum();
         let remembered = 2 * (heads * config.head_dim * capacity * sequences) as u64;
-        let mut generator = Self {
+        Ok(Self {
             capacity,
-            memory: WeightFormat::from(format).bytes(remembered),
             rows,
             positions: vec![0; sequences],
             words: Vec::with_capacity(3 * sequences + 2 * rows),
@@ -275,10 +274,10 @@ impl<B: Backend> Generator<B> {
             next: vec![0.0; sequences * config.vocab_size],
             likeliest: plan.buffer(scored)?,
             greedy: vec![0; scored],
-            model: Arc::clone(&model),
-        };
-        generator.memory += plan.bytes;
-        Ok(generator)
+            // After everything that the plan counts.
+            memory: WeightFormat::from(format).bytes(remembered) + plan.bytes,
+            model,
+        })
     }
 
     /// Bytes that it takes on the device beside the weights: what it remembers of its texts, activations and logits.

@@ -100,6 +100,7 @@ impl Folder {
         }
     }
 
+    #[cfg_attr(not(feature = "http"), expect(clippy::unused_self, reason = "only the hub names contents"))]
     fn is_copy(&self, file: &FileInfo, target: &Path) -> io::Result<bool> {
         if fs::metadata(target)?.len() != file.size {
             return Ok(false);

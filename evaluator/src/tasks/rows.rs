@@ -206,10 +206,15 @@ pub(super) fn files_of(
             let there: BTreeSet<usize> = files.keys().map(|(shard, _)| *shard).collect();
             let beside = first(&files);
             if let Some(missing) = (0..shards).find(|shard| !there.contains(shard)) {
-                return Err(format!("shard {missing:05} of {shards:05} is missing beside {beside}; get it again"));
+                return Err(format!(
+                    "shard {missing:05} of {shards:05} is missing beside {beside}; get it again"
+                ));
             }
             if files.len() != shards {
-                return Err(format!("there are {} files of {shards} beside {beside}; get all again", files.len()));
+                return Err(format!(
+                    "there are {} files of {shards} beside {beside}; get all again",
+                    files.len()
+                ));
             }
         }
         return Ok(files.into_values().cloned().collect());
