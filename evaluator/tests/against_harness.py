@@ -193,8 +193,9 @@ def theirs(model, settings, include, output):
     )
     samples = results.pop("samples")
     results = json.loads(json.dumps(results, default=str).replace("five_of_", ""))
-    # The files are what the harness itself writes.
+    # The files are what the harness itself writes; with them it adds the hashes of tasks to the results.
     tracker = EvaluationTracker(output_path=str(output / "results.json"))
+    tracker.save_results_aggregated(results=results, samples=samples)
     tracker.date_id = "now"
     for task, lines in samples.items():
         tracker.save_results_samples(task, lines)

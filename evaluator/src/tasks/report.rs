@@ -141,8 +141,10 @@ pub fn results_file(outcomes: &[Outcome], more: Map<String, Json>) -> Json {
     };
     let mut file = Map::new();
     file.insert("results".to_owned(), of(&Outcome::result));
-    if !groups.is_empty() {
-        file.insert("groups".to_owned(), of_groups(&Outcome::result));
+    let summed = groups.iter().filter(|group| !group.metrics.is_empty());
+    let summed: Map<_, _> = summed.map(|group| (group.name.clone(), group.result())).collect();
+    if !summed.is_empty() {
+        file.insert("groups".to_owned(), Json::Object(summed));
     }
     file.insert("group_subtasks".to_owned(), of_groups(&|group| json!(group.members)));
     file.insert("versions".to_owned(), of(&version));
