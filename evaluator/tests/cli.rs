@@ -137,6 +137,12 @@ fn a_task_of_one_s_own_is_a_table_in_a_file() {
                 .concat(),
         )
     };
+    // A text has characters, but they are no choices.
+    define("0");
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, text.replace("choices = \"cities\"", "choices = \"capital\"")).unwrap();
+    let message = String::from_utf8_lossy(&run().stderr).into_owned();
+    assert!(message.contains("`choices` is text, not a list of texts"), "{message}");
     define("cities | index(capital)");
     let results: Value = serde_json::from_str(&stdout(&run())).unwrap();
     assert_eq!(results["n-samples"]["capitals"]["original"], 1);

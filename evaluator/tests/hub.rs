@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
 
 const COMMIT: &str = "0123456789012345678901234567890123456789";
 
@@ -55,7 +56,14 @@ fn answer(mut connection: TcpStream, repositories: &Repositories, resolved: &Ato
         if path == format!("/api/{api}/revision/main") {
             found = Some(json!({ "sha": COMMIT }).to_string().into_bytes());
         } else if path == format!("/api/{api}/tree/{COMMIT}") {
-            let entry = |(path, bytes): (&String, &Vec<u8>)| json!({ "type": "file", "path": path, "size": bytes.len(), "oid": "1" });
+            // As the hub names large files.
+            let sha256 = |bytes: &[u8]| {
+                Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>()
+            };
+            let entry = |(path, bytes): (&String, &Vec<u8>)| {
+                let lfs = json!({ "oid": sha256(bytes) });
+                json!({ "type": "file", "path": path, "size": bytes.len(), "oid": "1", "lfs": lfs })
+            };
             found = Some(Value::from(files.iter().map(entry).collect::<Vec<_>>()).to_string().into_bytes());
         } else if let Some(file) = path.strip_prefix(&format!("/{place}/resolve/{COMMIT}/")) {
             resolved.fetch_add(1, Ordering::Relaxed);
@@ -125,6 +133,17 @@ fn models_and_data_sets_come_from_the_hub() {
     let resolved = hub.resolved.load(Ordering::Relaxed);
     assert!(fetch().starts_with("4 files of "));
     assert_eq!(hub.resolved.load(Ordering::Relaxed), resolved, "nothing is copied twice");
+    // What is cut off or damaged is copied again.
+    let file = Path::new(data).join("allenai/ai2_arc/ARC-Easy/test-00000-of-00001.parquet");
+    let whole = std::fs::read(&file).unwrap();
+    let mut flipped = whole.clone();
+    flipped[whole.len() / 2] ^= 1;
+    for damaged in [&whole[..10], &flipped] {
+        std::fs::write(&file, damaged).unwrap();
+        assert!(fetch().starts_with("4 files of "));
+        assert_eq!(std::fs::read(&file).unwrap(), whole);
+    }
+    assert_eq!(hub.resolved.load(Ordering::Relaxed), resolved + 2);
 
     let results = |model: &str, data: &str| {
         let arguments =

@@ -161,3 +161,31 @@ fn check_tokenizer(path: &str, plan: &Plan, problems: &mut Problems) -> Option<S
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn advice_on_lanes_is_what_a_plan_may_have() {
+        let mut plan = Plan::default();
+        for sequences in 1..=24_u64 {
+            for (micro_batch, most, workers) in [(1, 1, 1), (2, 3, 4), (5, 7, 2), (12, 3, 1), (24, 30, 24)] {
+                plan.train.sequences = sequences;
+                plan.train.micro_batch = micro_batch.min(sequences);
+                plan.cluster.min_workers = workers;
+                let advice = fewer_lanes(most, &plan, false);
+                let number = |key: &str, otherwise: u64| {
+                    let found = advice.split_once(key).map(|(_, rest)| rest.trim_start());
+                    found.map_or(otherwise, |rest| rest[..rest.find(',').unwrap()].parse().unwrap())
+                };
+                let lanes = number("data.lanes to", 0);
+                let size = number("train.micro_batch to", plan.train.micro_batch);
+                let least = number("cluster.min_workers to", workers);
+                assert!(lanes >= 1 && lanes <= most as u64 && sequences.is_multiple_of(lanes), "{advice}");
+                let whole = size.is_multiple_of(sequences / lanes) && sequences.is_multiple_of(size);
+                assert!(whole && least <= sequences / size, "{sequences} {micro_batch}: {advice}");
+            }
+        }
+    }
+}

@@ -402,6 +402,36 @@ mod tests {
     }
 
     #[test]
+    fn damaged_files_and_impossible_dates_end_nothing() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/evaluation/data");
+        let whole =
+            std::fs::read(folder.join("allenai/ai2_arc/ARC-Easy/test-00000-of-00001.parquet")).unwrap();
+        let rows = parquet_rows(whole.clone()).unwrap().len();
+        let mut refused = 0;
+        for at in (0..whole.len()).step_by(97) {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 0xff;
+            refused += usize::from(parquet_rows(damaged).is_err());
+        }
+        assert!(rows > 0 && refused > 0);
+        assert_eq!(of_field(&Field::Date(i32::MAX)), Value::from(i32::MAX));
+        assert_eq!(of_field(&Field::TimestampMicros(i64::MIN)), Value::from(i64::MIN));
+    }
+
+    #[test]
+    fn a_link_that_leads_nowhere_is_a_file_that_is_missing() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path().join("ai2_arc/ARC-Easy");
+        std::fs::create_dir_all(&place).unwrap();
+        std::os::unix::fs::symlink("/nowhere", place.join("test.parquet")).unwrap();
+        let data = DataSets::open(&[folder.path().display().to_string()]).unwrap();
+        let catalogue =
+            super::super::definition::Catalogue::built_in(super::super::definition::Revision::Current);
+        let error = data.look_for(&catalogue.tasks["arc_easy"], "test").unwrap_err().to_string();
+        assert!(error.contains("ARC-Easy/test.parquet is a link that leads nowhere"), "{error}");
+    }
+
+    #[test]
     fn rows_of_json_keep_the_order_of_their_keys() {
         for text in ["[{\"b\": 1, \"a\": [\"x\"]}]", "\n{\"b\": 1, \"a\": [\"x\"]}\n"] {
             let rows = json_rows(text.as_bytes()).unwrap();
