@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
+use ulmus_types::Digest;
 
 const COMMIT: &str = "0123456789012345678901234567890123456789";
 
@@ -57,9 +58,7 @@ fn answer(mut connection: TcpStream, repositories: &Repositories, resolved: &Ato
             found = Some(json!({ "sha": COMMIT }).to_string().into_bytes());
         } else if path == format!("/api/{api}/tree/{COMMIT}") {
             // As the hub names large files.
-            let sha256 = |bytes: &[u8]| {
-                Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>()
-            };
+            let sha256 = |bytes: &[u8]| Digest::from_bytes(Sha256::digest(bytes).into()).to_string();
             let entry = |(path, bytes): (&String, &Vec<u8>)| {
                 let lfs = json!({ "oid": sha256(bytes) });
                 json!({ "type": "file", "path": path, "size": bytes.len(), "oid": "1", "lfs": lfs })
