@@ -19,6 +19,7 @@ mod prepare;
 mod rules;
 mod stages;
 mod train;
+mod tune;
 
 pub use bytes::Bytes;
 pub use data::{DataConfig, Format, LEAST_UNIT, Normalize, OnBadUnit, Pack, SourceConfig};
@@ -33,3 +34,7 @@ pub use plan::{
 pub use prepare::{PrepareConfig, TokenizerConfig};
 pub use stages::{BenchConfig, EvaluationConfig, NEXT_TEXT, WeightType};
 pub use train::{Algorithms, CheckpointConfig, Precision, TrainConfig};
+pub use tune::{
+    AdapterConfig, AdapterKind, ExamplesConfig, Method, OnUseless, PreferenceLoss, RsoConfig, Schedule,
+    Tokenization, Truncation, TuneConfig,
+};
