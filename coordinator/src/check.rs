@@ -5,7 +5,7 @@ use std::path::Path;
 
 use ulmus_plan::{Plan, data_memory, worker_memory};
 use ulmus_process::{Failure, print};
-use ulmus_types::{ExitStatus, Of, Reads, SNAPSHOT_SLOTS, StageName, counted};
+use ulmus_types::{ExitStatus, Of, Reads, SNAPSHOT_SLOTS, StageKind, StageName, counted};
 
 use crate::args::Check;
 
@@ -94,19 +94,16 @@ fn write_model(text: &mut String, plan: &Plan) -> fmt::Result {
 /// The graph of the stages: what each reads, and who can do it.
 fn write_stages(text: &mut String, plan: &Plan) -> fmt::Result {
     let graph = plan.graph();
-    let train = (
-        StageName::TRAIN.to_owned(),
-        format!("{} updates", plan.train.iterations),
-        "prepare".to_owned(),
-        String::new(),
-    );
     let rows = graph.stages().iter().map(|stage| {
         let after = match &stage.reads {
             Reads::Nothing => String::new(),
             Reads::Average => StageName::AVERAGE.to_owned(),
             Reads::Last | Reads::Averaged | Reads::Spread => StageName::TRAIN.to_owned(),
+            Reads::Tuned(tuning) => tuning.to_string(),
             Reads::Models(models) => {
                 let after = models.iter().map(|of| match of {
+                    Of::Base => "the base".to_owned(),
+                    Of::Tuned(tuning) => tuning.export().to_string(),
                     Of::Average => StageName::AVERAGE.to_owned(),
                     Of::Last => StageName::TRAIN.to_owned(),
                     Of::Milestones => "each milestone".to_owned(),
@@ -115,10 +112,14 @@ fn write_stages(text: &mut String, plan: &Plan) -> fmt::Result {
                 after.collect::<Vec<_>>().join(", ")
             }
         };
-        (stage.name.to_string(), stage.kind.purpose().to_owned(), after, stage.needs.to_string())
+        let purpose = match stage.kind {
+            StageKind::Train => format!("{} updates", plan.train.iterations),
+            kind => kind.purpose().to_owned(),
+        };
+        let after = if stage.kind == StageKind::Train { StageName::PREPARE.to_owned() } else { after };
+        (stage.name.to_string(), purpose, after, stage.needs.to_string())
     });
-    let mut rows: Vec<_> = rows.collect();
-    rows.insert(1, train);
+    let rows: Vec<_> = rows.collect();
     writeln!(text, "# stages")?;
     let width = |of: fn(&(String, String, String, String)) -> &String| {
         rows.iter().map(|row| of(row).chars().count()).max().unwrap_or(0)

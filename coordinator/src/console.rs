@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use ulmus_coord_core::{Notification, Phase, Status};
-use ulmus_types::{CheckpointKind, Job, Step, StepReport, for_people};
+use ulmus_types::{CheckpointKind, Job, StageName, Step, StepReport, for_people};
 
 /// The longest text from a worker that is shown, in characters.
 const TEXT_LIMIT: usize = 2000;
@@ -19,9 +19,10 @@ const WAITING_EVERY: Duration = Duration::from_secs(30);
 pub(crate) struct Console {
     bar: ProgressBar,
     terminal: bool,
-    iterations: u64,
-    /// The last update that was shown, and the total number of tokens by then.
-    last: Option<(Step, u64)>,
+    /// The last update of the stage that trains.
+    end: Step,
+    /// The last update that was shown, and the total number of tokens of its stage by then.
+    last: Option<(StageName, Step, u64)>,
     speed: Option<f64>,
     held_out: Option<f64>,
     last_plain: Option<Instant>,
@@ -30,21 +31,19 @@ pub(crate) struct Console {
 }
 
 impl Console {
-    /// A display for a run of `iterations` updates, of which `done` are done.
-    pub(crate) fn new(iterations: u64, done: Step) -> Self {
+    /// A display of a run.
+    pub(crate) fn new() -> Self {
         let terminal = std::io::stdout().is_terminal();
         let target = if terminal { ProgressDrawTarget::stdout() } else { ProgressDrawTarget::hidden() };
-        let bar = ProgressBar::with_draw_target(Some(iterations), target);
+        let bar = ProgressBar::with_draw_target(None, target);
         let style =
             ProgressStyle::with_template("{prefix:>12.bold} {wide_bar:.green} {pos}/{len} {msg} {eta} left")
                 .expect("the template names only fields that exist");
         bar.set_style(style);
-        bar.set_position(done.get());
-        bar.reset_eta();
         Self {
             bar,
             terminal,
-            iterations,
+            end: Step::default(),
             last: None,
             speed: None,
             held_out: None,
@@ -70,16 +69,18 @@ impl Console {
         match notification {
             Notification::Joined(worker) => self.line(&format!("worker {} joined", worker.name())),
             Notification::Lost(worker, why) => self.line(&format!("worker {} is lost: {why}", worker.name())),
-            Notification::GroupFormed { generation, size, step } => {
-                self.bar.set_prefix("pretrain");
+            Notification::GroupFormed { generation, size, training, step, last } => {
+                self.end = *last;
+                let is_pretraining = *training == StageName::pretraining();
+                let name = if is_pretraining { "pretrain".to_owned() } else { training.to_string() };
+                self.bar.set_prefix(name);
+                self.bar.set_length(last.get());
                 self.bar.set_position(step.get());
                 self.bar.reset_eta();
                 let train =
                     if *size == 1 { "1 worker trains".to_owned() } else { format!("{size} workers train") };
-                self.line(&format!(
-                    "generation {generation}: {train} from step {step} of {}",
-                    self.iterations
-                ));
+                let of = if is_pretraining { String::new() } else { format!(" {training}") };
+                self.line(&format!("generation {generation}: {train}{of} from step {step} of {last}"));
             }
             Notification::GroupEnded(generation, why) => {
                 self.line(&format!("generation {generation} ended: {why}"));
@@ -139,11 +140,12 @@ impl Console {
     }
 
     /// Shows an update.
-    pub(crate) fn step(&mut self, report: &StepReport) {
-        match self.last.replace((report.step, report.tokens)) {
+    pub(crate) fn step(&mut self, training: StageName, report: &StepReport) {
+        match self.last.replace((training, report.step, report.tokens)) {
             // Workers repeat reports that may have been lost.
-            Some((step, _)) if step == report.step => return,
-            Some((step, tokens)) if step.next() == report.step => {
+            Some((of, step, _)) if (of, step) == (training, report.step) => return,
+            Some((of, ..)) if of != training => (self.speed, self.held_out) = (None, None),
+            Some((_, step, tokens)) if step.next() == report.step => {
                 let tokens = report.tokens.saturating_sub(tokens) as f64;
                 let now = tokens / report.elapsed.as_secs_f64().max(1e-9);
                 self.speed = Some(self.speed.map_or(now, |speed| 0.9 * speed + 0.1 * now));
@@ -159,11 +161,13 @@ impl Console {
         if self.terminal {
             return;
         }
-        let last = report.step.get() == self.iterations;
+        let last = report.step == self.end;
         if last || self.last_plain.is_none_or(|at| at.elapsed() >= PLAIN_EVERY) {
             self.last_plain = Some(Instant::now());
             let left = humantime::format_duration(Duration::from_secs(self.bar.eta().as_secs()));
-            print(&format!("step {}/{} {message} {left} left", report.step, self.iterations));
+            let of =
+                if training == StageName::pretraining() { String::new() } else { format!("{training} ") };
+            print(&format!("{of}step {}/{} {message} {left} left", report.step, self.end));
         }
     }
 

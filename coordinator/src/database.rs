@@ -10,15 +10,16 @@ use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
-use ulmus_coord_core::PersistentState;
+use ulmus_coord_core::{PersistentState, Roster, TrainingRecord};
 use ulmus_run::results::Results;
 use ulmus_types::{
     BadUnit, CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Job, JobName, RunId,
-    RunSecret, SourceReading, Step, StepReport, WorkerId,
+    RunSecret, SourceReading, StageName, Step, StepReport, WorkerId,
 };
 
 const SCHEMA: &str = "
-    CREATE TABLE IF NOT EXISTS generations (generation INTEGER PRIMARY KEY, members TEXT NOT NULL) STRICT;
+    CREATE TABLE IF NOT EXISTS generations (
+        generation INTEGER PRIMARY KEY, members TEXT NOT NULL, training TEXT NOT NULL DEFAULT 'train') STRICT;
     CREATE TABLE IF NOT EXISTS ended (generation INTEGER PRIMARY KEY) STRICT;
     CREATE TABLE IF NOT EXISTS owners (job TEXT PRIMARY KEY, worker TEXT NOT NULL) STRICT;
     CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -26,13 +27,45 @@ const SCHEMA: &str = "
         id TEXT PRIMARY KEY, kind TEXT NOT NULL, state TEXT NOT NULL, files TEXT NOT NULL,
         committed INTEGER NOT NULL) STRICT;
     CREATE TABLE IF NOT EXISTS jobs (name TEXT PRIMARY KEY, job TEXT NOT NULL, result TEXT NOT NULL) STRICT;
-    CREATE TABLE IF NOT EXISTS steps (
-        step INTEGER PRIMARY KEY, tokens INTEGER NOT NULL, loss REAL NOT NULL, z_loss REAL NOT NULL,
-        grad_norm REAL NOT NULL, lr REAL NOT NULL, held_out_loss REAL, elapsed_ns INTEGER NOT NULL,
-        data_wait_ns INTEGER NOT NULL, communication_ns INTEGER NOT NULL, generation INTEGER NOT NULL) STRICT;
+    CREATE TABLE IF NOT EXISTS updates (
+        training TEXT NOT NULL, step INTEGER NOT NULL, tokens INTEGER NOT NULL, loss REAL NOT NULL,
+        z_loss REAL NOT NULL, grad_norm REAL NOT NULL, lr REAL NOT NULL, held_out_loss REAL,
+        elapsed_ns INTEGER NOT NULL, data_wait_ns INTEGER NOT NULL, communication_ns INTEGER NOT NULL,
+        generation INTEGER NOT NULL, examples INTEGER NOT NULL, measures TEXT NOT NULL,
+        PRIMARY KEY (training, step)) STRICT, WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS readings (
         step INTEGER, worker TEXT, source TEXT, reading TEXT NOT NULL, PRIMARY KEY (step, worker, source)) STRICT;
 ";
+
+/// The form of the database; see [`migrate`].
+const VERSION: u32 = 2;
+
+/// Brings a database of an earlier version to the present form, and then makes what is missing.
+///
+/// 1. Until chains there was one training stage: the table `steps` had its updates, and groups had no stage.
+fn migrate(connection: &Connection) -> Result<(), DatabaseError> {
+    let found: u32 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    if found > VERSION {
+        return Err(DatabaseError::Newer { found });
+    }
+    let has = |sql: &str| connection.query_row(sql, [], |_| Ok(())).optional().map(|row| row.is_some());
+    let has_steps = has("SELECT 1 FROM sqlite_schema WHERE name = 'steps'")?;
+    let names_no_stage = has("SELECT 1 FROM sqlite_schema WHERE name = 'generations'")?
+        && !has("SELECT 1 FROM pragma_table_info('generations') WHERE name = 'training'")?;
+    let mut script = "BEGIN IMMEDIATE;".to_owned();
+    if names_no_stage {
+        script += "ALTER TABLE generations ADD COLUMN training TEXT NOT NULL DEFAULT 'train';";
+    }
+    script += SCHEMA;
+    if has_steps {
+        script += "
+            INSERT OR IGNORE INTO updates SELECT 'train', step, tokens, loss, z_loss, grad_norm, lr, held_out_loss,
+                elapsed_ns, data_wait_ns, communication_ns, generation, 0, '{}' FROM steps;
+            DROP TABLE steps;";
+    }
+    script += &format!("PRAGMA user_version = {VERSION}; COMMIT;");
+    Ok(connection.execute_batch(&script)?)
+}
 
 /// Why the run's database cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +87,14 @@ pub(crate) enum DatabaseError {
         /// What is wrong with the value.
         reason: String,
     },
+    /// The database was written by a later program.
+    #[error(
+        "run.sqlite has form {found}, and this program knows forms up to {VERSION}; use a newer version of Ulmus"
+    )]
+    Newer {
+        /// Its form.
+        found: u32,
+    },
     /// A file that workers read cannot be written.
     #[error(transparent)]
     Files(ulmus_checkpoint::StoreError),
@@ -63,7 +104,7 @@ pub(crate) enum DatabaseError {
         /// The step.
         step: Step,
         /// The first column that differs.
-        column: &'static str,
+        column: String,
         /// The value from the first time.
         first: f64,
         /// The value from the second time.
@@ -78,6 +119,7 @@ impl DatabaseError {
             Self::Disk(_) => ErrorKind::Disk,
             Self::Sqlite(_) => ErrorKind::Internal,
             Self::Files(error) => error.kind(),
+            Self::Newer { .. } => ErrorKind::InvalidInput,
             Self::NoDatabase(_) | Self::Damaged { .. } | Self::Diverged { .. } => ErrorKind::Corrupt,
         }
     }
@@ -166,11 +208,12 @@ impl Database {
         let connection = Connection::open(path)?;
         connection.pragma_update(None, "journal_mode", "WAL")?;
         connection.pragma_update(None, "synchronous", "NORMAL")?;
-        connection.execute_batch(SCHEMA)?;
+        migrate(&connection)?;
         let database = Self { connection };
         // Earlier versions forgot damaged milestones, so those look as if they had never been stored.
         if database.fact::<Step>("damage_is_kept_from")?.is_none() {
-            database.save_fact("damage_is_kept_from", &database.last_step()?)?;
+            let last = database.last_step(StageName::pretraining())?;
+            database.save_fact("damage_is_kept_from", &last)?;
         }
         Ok(database)
     }
@@ -224,7 +267,7 @@ impl Database {
     /// When the database cannot be read.
     pub(crate) fn is_new(&self) -> Result<bool, DatabaseError> {
         let count: u64 = self.connection.query_row(
-            "SELECT (SELECT count(*) FROM generations) + (SELECT count(*) FROM jobs) + (SELECT count(*) FROM steps)",
+            "SELECT (SELECT count(*) FROM generations) + (SELECT count(*) FROM jobs) + (SELECT count(*) FROM updates)",
             [],
             |row| row.get(0),
         )?;
@@ -249,53 +292,83 @@ impl Database {
         let ended: Option<u64> =
             self.connection.query_row("SELECT max(generation) FROM ended", [], |row| row.get(0))?;
         let (generation, group) = match rosters.last_key_value() {
-            Some((generation, members)) if ended != Some(generation.get()) => (*generation, members.clone()),
+            Some((generation, roster)) if ended != Some(generation.get()) => {
+                (*generation, roster.members.clone())
+            }
             Some((generation, _)) => (*generation, Vec::new()),
             None => (Generation::default(), Vec::new()),
         };
-        let checkpoints =
-            self.checkpoints(true)?.into_iter().map(|checkpoint| (checkpoint.id, checkpoint.kind)).collect();
         let mut jobs = self.connection.prepare("SELECT name FROM jobs")?;
         let jobs: Vec<String> = jobs.query_map([], |row| row.get(0))?.collect::<Result<_, _>>()?;
         let jobs = jobs.into_iter().map(JobName::stored).collect();
-        let step = self.last_step()?;
         Ok(PersistentState {
             generation,
             group,
             rosters,
             fingerprint: self.fact("fingerprint")?,
-            checkpoints,
-            damaged: self.damaged_checkpoints()?,
-            recovered: self
-                .fact::<Step>("recovered")?
-                .max(self.fact("damage_is_kept_from")?)
-                .unwrap_or_default(),
+            trainings: self.trainings()?,
             quarantine: self.fact::<Vec<_>>("quarantine")?.unwrap_or_default().into_iter().collect(),
-            trained: self.fact("trained")?,
             jobs,
-            had_checkpoints: self.fact("had_checkpoints")?.unwrap_or_default(),
             owners: self.owners()?,
-            // A run that has lost its database may not know the steps before a checkpoint.
-            step: step.max(self.fact("recovered")?.unwrap_or_default()),
         })
     }
 
-    /// The last update on record.
-    fn last_step(&self) -> Result<Step, DatabaseError> {
-        let step: Option<u64> =
-            self.connection.query_row("SELECT max(step) FROM steps", [], |row| row.get(0))?;
+    /// How far each training stage has got that the record knows of, and in any case pretraining.
+    fn trainings(&self) -> Result<BTreeMap<StageName, TrainingRecord>, DatabaseError> {
+        let mut query =
+            self.connection.prepare("SELECT training FROM generations UNION SELECT training FROM updates")?;
+        let begun: Vec<String> = query.query_map([], |row| row.get(0))?.collect::<Result<_, _>>()?;
+        let begun: Vec<StageName> = begun.iter().map(|name| stage_name(name)).collect::<Result<_, _>>()?;
+        let mut records = BTreeMap::new();
+        for name in begun.into_iter().chain([StageName::pretraining()]) {
+            let recovered: Option<Step> = self.fact(&fact_of(name, "recovered"))?;
+            let mut record = TrainingRecord {
+                // A run that has lost its database may not know the steps before a checkpoint.
+                step: self.last_step(name)?.max(recovered.unwrap_or_default()),
+                trained: self.fact(&fact_of(name, "trained"))?,
+                had_checkpoints: self.fact(&fact_of(name, "had_checkpoints"))?.unwrap_or_default(),
+                recovered: recovered.unwrap_or_default(),
+                ..TrainingRecord::default()
+            };
+            if name == StageName::pretraining() {
+                record.recovered =
+                    record.recovered.max(self.fact("damage_is_kept_from")?.unwrap_or_default());
+            }
+            records.insert(name, record);
+        }
+        for StoredCheckpoint { id, kind, .. } in self.checkpoints(true)? {
+            let record: &mut TrainingRecord = records.entry(id.training()).or_default();
+            record.checkpoints.insert(id, kind);
+        }
+        for id in self.damaged_checkpoints()? {
+            records.entry(id.training()).or_default().damaged.insert(id.step());
+        }
+        for (tuning, updates) in self.results()?.updates() {
+            records.entry(tuning).or_default().updates = Some(updates);
+        }
+        Ok(records)
+    }
+
+    /// The last update of a training stage on record.
+    fn last_step(&self, training: StageName) -> Result<Step, DatabaseError> {
+        let last = "SELECT max(step) FROM updates WHERE training = ?1";
+        let step: Option<u64> = self.connection.query_row(last, [training.as_str()], |row| row.get(0))?;
         Ok(Step::new(step.unwrap_or(0)))
     }
 
     /// The members of recent generations.
-    fn rosters(&self) -> Result<BTreeMap<Generation, Vec<WorkerId>>, DatabaseError> {
-        let mut query = self
-            .connection
-            .prepare("SELECT generation, members FROM generations ORDER BY generation DESC LIMIT 256")?;
-        let rows: Vec<(u64, String)> =
-            query.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<Result<_, _>>()?;
+    fn rosters(&self) -> Result<BTreeMap<Generation, Roster>, DatabaseError> {
+        let mut query = self.connection.prepare(
+            "SELECT generation, members, training FROM generations ORDER BY generation DESC LIMIT 256",
+        )?;
+        let rows: Vec<(u64, String, String)> = query
+            .query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?
+            .collect::<Result<_, _>>()?;
         rows.into_iter()
-            .map(|(generation, members)| Ok((Generation::new(generation), decode("generation", &members)?)))
+            .map(|(generation, members, training)| {
+                let (training, members) = (stage_name(&training)?, decode("generation", &members)?);
+                Ok((Generation::new(generation), Roster { training, members }))
+            })
             .collect()
     }
 
@@ -327,12 +400,18 @@ impl Database {
         if !recovered.quarantine.is_empty() {
             self.save_quarantine(&recovered.quarantine)?;
         }
-        for row in &recovered.metrics {
-            self.save_steps(row.generation, std::slice::from_ref(&row.report))?;
+        for (training, rows) in &recovered.metrics {
+            for row in rows {
+                self.save_steps(*training, row.generation, std::slice::from_ref(&row.report))?;
+            }
+            let of_training = recovered.checkpoints.iter().filter(|stored| stored.id.training() == *training);
+            let step = of_training.map(|checkpoint| checkpoint.id.step()).max();
+            self.save_fact(&fact_of(*training, "recovered"), &step.unwrap_or_default())?;
         }
-        let step = recovered.checkpoints.iter().map(|checkpoint| checkpoint.id.step()).max();
-        self.save_fact("recovered", &step.unwrap_or_default())?;
-        self.save_generation(recovered.generation, &[])?;
+        // The stage that was the last to begin.
+        let begun = recovered.metrics.iter().rev().find(|(_, rows)| !rows.is_empty());
+        let training = begun.map_or(StageName::pretraining(), |(training, _)| *training);
+        self.save_generation(recovered.generation, &Roster { training, members: Vec::new() })?;
         self.save_group_ended(recovered.generation)?;
         self.durably(|| self.save_fact("recovering", &false))
     }
@@ -344,12 +423,12 @@ impl Database {
     pub(crate) fn save_generation(
         &self,
         generation: Generation,
-        members: &[WorkerId],
+        roster: &Roster,
     ) -> Result<(), DatabaseError> {
         self.durably(|| {
             self.connection.execute(
-                "INSERT OR REPLACE INTO generations (generation, members) VALUES (?1, ?2)",
-                params![generation.get(), encode(&members)],
+                "INSERT OR REPLACE INTO generations (generation, members, training) VALUES (?1, ?2, ?3)",
+                params![generation.get(), encode(&roster.members), roster.training.as_str()],
             )?;
             Ok(())
         })
@@ -384,12 +463,12 @@ impl Database {
         self.save_fact("quarantine", &quarantine.iter().collect::<Vec<_>>())
     }
 
-    /// Stores that every update is done.
+    /// Stores that every update of a training stage is done, and which was the last.
     ///
     /// # Errors
     /// When the database cannot be written.
-    pub(crate) fn save_trained(&self, step: Step) -> Result<(), DatabaseError> {
-        self.save_fact("trained", &step)
+    pub(crate) fn save_trained(&self, training: StageName, step: Step) -> Result<(), DatabaseError> {
+        self.save_fact(&fact_of(training, "trained"), &step)
     }
 
     /// Stores a checkpoint whose manifest is about to be written.
@@ -419,7 +498,7 @@ impl Database {
             "UPDATE checkpoints SET committed = ?2 WHERE id = ?1",
             params![id.to_string(), COMMITTED],
         )?;
-        self.save_fact("had_checkpoints", &true)
+        self.save_fact(&fact_of(id.training(), "had_checkpoints"), &true)
     }
 
     /// Stores that a committed checkpoint was found to be damaged.
@@ -480,10 +559,15 @@ impl Database {
     ///
     /// # Errors
     /// [`DatabaseError::Diverged`] when they do not; or when the database cannot be read.
-    pub(crate) fn check_steps(&self, reports: &[StepReport]) -> Result<(), DatabaseError> {
-        let mut query = self.connection.prepare("SELECT * FROM steps WHERE step = ?1")?;
+    pub(crate) fn check_steps(
+        &self,
+        training: StageName,
+        reports: &[StepReport],
+    ) -> Result<(), DatabaseError> {
+        let mut query = self.connection.prepare("SELECT * FROM updates WHERE training = ?1 AND step = ?2")?;
         for report in reports {
-            let earlier = query.query_row(params![report.step.get()], metrics_row).optional()?;
+            let of = params![training.as_str(), report.step.get()];
+            let earlier = query.query_row(of, metrics_row).optional()?;
             if let Some(earlier) = earlier {
                 compare(&earlier.report, report)?;
             }
@@ -498,13 +582,15 @@ impl Database {
     /// [`DatabaseError::Diverged`] when it does not agree; or when the database cannot be written.
     pub(crate) fn save_steps(
         &mut self,
+        training: StageName,
         generation: Generation,
         reports: &[StepReport],
     ) -> Result<(), DatabaseError> {
         let transaction = self.connection.transaction()?;
         for report in reports {
+            let same = "SELECT * FROM updates WHERE training = ?1 AND step = ?2";
             let earlier = transaction
-                .query_row("SELECT * FROM steps WHERE step = ?1", params![report.step.get()], metrics_row)
+                .query_row(same, params![training.as_str(), report.step.get()], metrics_row)
                 .optional()?;
             if let Some(earlier) = earlier {
                 compare(&earlier.report, report)?;
@@ -513,8 +599,10 @@ impl Database {
                 }
             }
             transaction.execute(
-                "INSERT OR REPLACE INTO steps VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+                "INSERT OR REPLACE INTO updates
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
                 params![
+                    training.as_str(),
                     report.step.get(),
                     report.tokens,
                     report.loss,
@@ -526,6 +614,8 @@ impl Database {
                     nanos(report.data_wait),
                     nanos(report.communication),
                     generation.get(),
+                    report.examples,
+                    encode(&report.measures),
                 ],
             )?;
         }
@@ -533,13 +623,13 @@ impl Database {
         Ok(())
     }
 
-    /// All metrics, oldest first.
+    /// All metrics of a training stage, oldest first.
     ///
     /// # Errors
     /// When the database cannot be read.
-    pub(crate) fn metrics(&self) -> Result<Vec<MetricsRow>, DatabaseError> {
-        let mut query = self.connection.prepare("SELECT * FROM steps ORDER BY step")?;
-        Ok(query.query_map([], metrics_row)?.collect::<Result<_, _>>()?)
+    pub(crate) fn metrics(&self, training: StageName) -> Result<Vec<MetricsRow>, DatabaseError> {
+        let mut query = self.connection.prepare("SELECT * FROM updates WHERE training = ?1 ORDER BY step")?;
+        Ok(query.query_map([training.as_str()], metrics_row)?.collect::<Result<_, _>>()?)
     }
 
     /// Stores reading statistics.
@@ -594,6 +684,20 @@ impl Database {
         Ok(())
     }
 
+    /// Forgets everything that was made for a tuning stage.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub(crate) fn forget_jobs_of(&self, tuning: StageName) -> Result<(), DatabaseError> {
+        for stage in [tuning.examples(), tuning.reference(), tuning.export()] {
+            self.connection.execute(
+                "DELETE FROM jobs WHERE name = ?1 OR substr(name, 1, length(?1) + 1) = ?1 || '/'",
+                [stage.as_str()],
+            )?;
+        }
+        Ok(())
+    }
+
     /// Stores the result of a job.
     ///
     /// # Errors
@@ -620,12 +724,12 @@ impl Database {
         rows.collect::<Result<_, DatabaseError>>().map(Results::new)
     }
 
-    fn fact<T: for<'de> Deserialize<'de>>(&self, key: &'static str) -> Result<Option<T>, DatabaseError> {
+    fn fact<T: for<'de> Deserialize<'de>>(&self, key: &str) -> Result<Option<T>, DatabaseError> {
         let text: Option<String> = self
             .connection
             .query_row("SELECT value FROM facts WHERE key = ?1", params![key], |row| row.get(0))
             .optional()?;
-        text.map(|text| decode(key, &text)).transpose()
+        text.map(|text| decode("fact", &text)).transpose()
     }
 
     fn save_fact(&self, key: &str, value: &impl Serialize) -> Result<(), DatabaseError> {
@@ -646,8 +750,8 @@ pub(crate) struct Recovered {
     pub(crate) checkpoints: Vec<StoredCheckpoint>,
     /// Quarantined units.
     pub(crate) quarantine: BTreeMap<BadUnit, String>,
-    /// Metrics of the run's steps.
-    pub(crate) metrics: Vec<MetricsRow>,
+    /// Metrics of the updates of each training stage, in the order of the stages.
+    pub(crate) metrics: Vec<(StageName, Vec<MetricsRow>)>,
     /// A generation above all that were ever seen.
     pub(crate) generation: Generation,
 }
@@ -658,6 +762,19 @@ fn encode(value: &impl Serialize) -> String {
 
 fn decode<T: for<'de> Deserialize<'de>>(what: &'static str, text: &str) -> Result<T, DatabaseError> {
     serde_json::from_str(text).map_err(|error| DatabaseError::Damaged { what, reason: error.to_string() })
+}
+
+/// The key of a fact about a training stage.
+fn fact_of(training: StageName, fact: &str) -> String {
+    if training == StageName::pretraining() { fact.to_owned() } else { format!("{fact}/{training}") }
+}
+
+/// The name of a stage from the database.
+fn stage_name(name: &str) -> Result<StageName, DatabaseError> {
+    name.parse().map_err(|error: ulmus_types::IdError| DatabaseError::Damaged {
+        what: "stage",
+        reason: error.to_string(),
+    })
 }
 
 /// A checkpoint id from the database.
@@ -673,21 +790,23 @@ fn nanos(duration: Duration) -> i64 {
 }
 
 fn metrics_row(row: &rusqlite::Row<'_>) -> rusqlite::Result<MetricsRow> {
-    let duration = |index: usize| row.get::<_, u64>(index).map(Duration::from_nanos);
+    let duration = |column: &str| row.get::<_, u64>(column).map(Duration::from_nanos);
     Ok(MetricsRow {
         report: StepReport {
-            step: Step::new(row.get(0)?),
-            tokens: row.get(1)?,
-            loss: row.get(2)?,
-            z_loss: row.get(3)?,
-            grad_norm: row.get(4)?,
-            lr: row.get(5)?,
-            held_out_loss: row.get(6)?,
-            elapsed: duration(7)?,
-            data_wait: duration(8)?,
-            communication: duration(9)?,
+            step: Step::new(row.get("step")?),
+            tokens: row.get("tokens")?,
+            loss: row.get("loss")?,
+            z_loss: row.get("z_loss")?,
+            grad_norm: row.get("grad_norm")?,
+            lr: row.get("lr")?,
+            held_out_loss: row.get("held_out_loss")?,
+            elapsed: duration("elapsed_ns")?,
+            data_wait: duration("data_wait_ns")?,
+            communication: duration("communication_ns")?,
+            examples: row.get("examples")?,
+            measures: serde_json::from_str(&row.get::<_, String>("measures")?).unwrap_or_default(),
         },
-        generation: Generation::new(row.get(10)?),
+        generation: Generation::new(row.get("generation")?),
     })
 }
 
@@ -699,8 +818,16 @@ fn compare(earlier: &StepReport, now: &StepReport) -> Result<(), DatabaseError> 
         ("z_loss", earlier.z_loss, now.z_loss),
         ("grad_norm", earlier.grad_norm, now.grad_norm),
         ("lr", earlier.lr, now.lr),
+        ("examples", earlier.examples as f64, now.examples as f64),
     ];
-    match columns.into_iter().find(|(_, first, second)| first.to_bits() != second.to_bits()) {
+    let columns = columns.map(|(column, first, second)| (column.to_owned(), first, second));
+    let absent = f64::NAN;
+    let names: BTreeSet<&String> = earlier.measures.keys().chain(now.measures.keys()).collect();
+    let measures = names.into_iter().map(|name| {
+        let of = |report: &StepReport| report.measures.get(name).copied().unwrap_or(absent);
+        (name.clone(), of(earlier), of(now))
+    });
+    match columns.into_iter().chain(measures).find(|(_, first, second)| first.to_bits() != second.to_bits()) {
         Some((column, first, second)) => {
             Err(DatabaseError::Diverged { step: now.step, column, first, second })
         }
@@ -725,7 +852,13 @@ mod tests {
             elapsed: Duration::from_millis(20),
             data_wait: Duration::ZERO,
             communication: Duration::from_micros(7),
+            examples: 0,
+            measures: BTreeMap::new(),
         }
+    }
+
+    fn roster(training: StageName, worker: &WorkerId) -> Roster {
+        Roster { training, members: vec![worker.clone()] }
     }
 
     #[test]
@@ -733,7 +866,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(ulmus_run::paths::DATABASE);
         let worker = WorkerId::new("w", Incarnation::new(u64::MAX)).unwrap();
-        let id = CheckpointId::new(Step::new(2), Generation::new(1));
+        let id = CheckpointId::new(StageName::pretraining(), Step::new(2), Generation::new(1));
         let entry = FileEntry { bytes: 3, digest: Digest::of(b"abc") };
         let checkpoint = StoredCheckpoint {
             id,
@@ -746,25 +879,30 @@ mod tests {
         let row = ReadingRow { step: Step::new(2), worker: "w".into(), reading };
         {
             let mut store = Database::open(&path).unwrap();
-            store.save_generation(Generation::new(1), std::slice::from_ref(&worker)).unwrap();
+            store.save_generation(Generation::new(1), &roster(StageName::pretraining(), &worker)).unwrap();
             store.save_fingerprint(Digest::of(b"f")).unwrap();
-            store.save_steps(Generation::new(1), &[report(1, 8.0), report(2, 7.0)]).unwrap();
+            store
+                .save_steps(StageName::pretraining(), Generation::new(1), &[report(1, 8.0), report(2, 7.0)])
+                .unwrap();
             store.save_checkpoint(&checkpoint).unwrap();
             store.save_job(&prepare, "{\"shards\":3}").unwrap();
             store.save_reading(&row).unwrap();
         }
         let store = Database::open(&path).unwrap();
         let saved = store.saved().unwrap();
+        let record = &saved.trainings[&StageName::pretraining()];
         assert_eq!(
-            (saved.generation, saved.group, saved.step),
+            (saved.generation, saved.group, record.step),
             (Generation::new(1), vec![worker], Step::new(2))
         );
         assert_eq!(saved.fingerprint, Some(Digest::of(b"f")));
-        assert!(saved.checkpoints.is_empty(), "its manifest is not written yet");
+        assert!(record.checkpoints.is_empty(), "its manifest is not written yet");
         assert_eq!(store.checkpoints(false).unwrap(), [checkpoint]);
         store.save_committed(id).unwrap();
-        assert_eq!(store.saved().unwrap().checkpoints, [(id, CheckpointKind::Milestone)].into());
-        assert_eq!(store.metrics().unwrap()[1].report, report(2, 7.0));
+        let record = store.saved().unwrap().trainings.remove(&StageName::pretraining()).unwrap();
+        assert_eq!(record.checkpoints, [(id, CheckpointKind::Milestone)].into());
+        assert!(record.had_checkpoints);
+        assert_eq!(store.metrics(StageName::pretraining()).unwrap()[1].report, report(2, 7.0));
         assert_eq!(
             store.results().unwrap(),
             Results::new([(prepare.name(), serde_json::json!({"shards": 3}))].into())
@@ -776,11 +914,74 @@ mod tests {
     fn a_step_that_is_trained_twice_must_agree() {
         let folder = tempfile::tempdir().unwrap();
         let mut store = Database::open(&folder.path().join(ulmus_run::paths::DATABASE)).unwrap();
-        store.save_steps(Generation::new(1), &[report(1, 8.0)]).unwrap();
-        store.save_steps(Generation::new(2), &[report(1, 8.0)]).unwrap();
-        store.save_steps(Generation::new(1), &[report(1, 8.0)]).unwrap();
-        let error = store.save_steps(Generation::new(3), &[report(1, 8.000_001)]).unwrap_err();
-        assert!(matches!(error, DatabaseError::Diverged { column: "loss", .. }), "{error}");
-        assert_eq!(store.metrics().unwrap()[0].generation, Generation::new(2));
+        store.save_steps(StageName::pretraining(), Generation::new(1), &[report(1, 8.0)]).unwrap();
+        store.save_steps(StageName::pretraining(), Generation::new(2), &[report(1, 8.0)]).unwrap();
+        store.save_steps(StageName::pretraining(), Generation::new(1), &[report(1, 8.0)]).unwrap();
+        let error = store
+            .save_steps(StageName::pretraining(), Generation::new(3), &[report(1, 8.000_001)])
+            .unwrap_err();
+        assert!(matches!(&error, DatabaseError::Diverged { column, .. } if column == "loss"), "{error}");
+        assert_eq!(store.metrics(StageName::pretraining()).unwrap()[0].generation, Generation::new(2));
+    }
+
+    #[test]
+    fn training_stages_are_kept_apart() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(ulmus_run::paths::DATABASE);
+        let worker = WorkerId::new("w", Incarnation::new(1)).unwrap();
+        let dpo: StageName = "dpo".parse().unwrap();
+        let tuned = StepReport {
+            examples: 4,
+            measures: [("rewards/margins".to_owned(), 0.1)].into(),
+            ..report(1, 0.7)
+        };
+        {
+            let mut database = Database::open(&path).unwrap();
+            database.save_generation(Generation::new(1), &roster(StageName::pretraining(), &worker)).unwrap();
+            database.save_steps(StageName::pretraining(), Generation::new(1), &[report(1, 8.0)]).unwrap();
+            database.save_trained(StageName::pretraining(), Step::new(1)).unwrap();
+            database.save_generation(Generation::new(2), &roster(dpo, &worker)).unwrap();
+            database.save_steps(dpo, Generation::new(2), std::slice::from_ref(&tuned)).unwrap();
+        }
+        let mut database = Database::open(&path).unwrap();
+        let saved = database.saved().unwrap();
+        let steps: Vec<_> =
+            saved.trainings.iter().map(|(name, record)| (name.as_str(), record.step.get())).collect();
+        assert_eq!(steps, [("dpo", 1), ("train", 1)]);
+        assert_eq!(saved.trainings[&StageName::pretraining()].trained, Some(Step::new(1)));
+        assert_eq!(saved.trainings[&dpo].trained, None);
+        assert_eq!(saved.rosters[&Generation::new(2)], roster(dpo, &worker));
+        assert_eq!(database.metrics(dpo).unwrap()[0].report, tuned);
+        let other = StepReport { measures: [("rewards/margins".to_owned(), 0.2)].into(), ..tuned };
+        let error = database.save_steps(dpo, Generation::new(3), &[other]).unwrap_err();
+        assert!(
+            matches!(&error, DatabaseError::Diverged { column, .. } if column == "rewards/margins"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_database_of_the_first_form_goes_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(ulmus_run::paths::DATABASE);
+        let first = "
+            CREATE TABLE generations (generation INTEGER PRIMARY KEY, members TEXT NOT NULL) STRICT;
+            CREATE TABLE steps (
+                step INTEGER PRIMARY KEY, tokens INTEGER NOT NULL, loss REAL NOT NULL, z_loss REAL NOT NULL,
+                grad_norm REAL NOT NULL, lr REAL NOT NULL, held_out_loss REAL, elapsed_ns INTEGER NOT NULL,
+                data_wait_ns INTEGER NOT NULL, communication_ns INTEGER NOT NULL, generation INTEGER NOT NULL) STRICT;
+            INSERT INTO generations VALUES (3, '[]');
+            INSERT INTO steps VALUES (1, 100, 8.0, 0.1, 1.0, 0.001, NULL, 20000000, 0, 7000, 3);";
+        Connection::open(&path).unwrap().execute_batch(first).unwrap();
+        for _ in 0..2 {
+            let database = Database::open(&path).unwrap();
+            assert_eq!(database.metrics(StageName::pretraining()).unwrap()[0].report, report(1, 8.0));
+            let saved = database.saved().unwrap();
+            assert_eq!(saved.rosters[&Generation::new(3)].training, StageName::pretraining());
+            assert_eq!(saved.trainings[&StageName::pretraining()].step, Step::new(1));
+        }
+        let later = "PRAGMA user_version = 99;";
+        Connection::open(&path).unwrap().execute_batch(later).unwrap();
+        assert!(matches!(Database::open(&path), Err(DatabaseError::Newer { found: 99 })));
     }
 }

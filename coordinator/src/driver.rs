@@ -13,12 +13,13 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::task::TaskTracker;
 use ulmus_checkpoint::{CheckpointError, Manifest, Store};
 use ulmus_coord_core::{Coordinator, Effect, Event, Outcome, PersistentState, Settings};
+use ulmus_plan::Plan;
 use ulmus_process::{Failure, Shutdown, Signal, with_causes};
-use ulmus_run::results::Results;
+use ulmus_run::results::{Examples, Results};
 use ulmus_run::{FormatError, paths};
 use ulmus_types::{
     COORDINATOR_TIMEOUT, CheckpointId, Digest, ErrorKind, ExitStatus, Generation, Job, RunId, SourceReading,
-    StageName, Step, StepReport, Subject, ToCoordinator, ToWorker, WorkerId, for_people,
+    Stage, StageName, Step, StepReport, Subject, ToCoordinator, ToWorker, WorkerId, for_people,
 };
 
 use crate::console::Console;
@@ -43,10 +44,12 @@ pub(crate) struct Setup {
     /// The lock of the run folder.
     pub(crate) lock: Lock,
     pub(crate) saved: PersistentState,
-    pub(crate) plan_digest: Digest,
+    /// The hash of everything on which the bits of each training stage depend.
+    pub(crate) plan_digests: BTreeMap<StageName, Digest>,
     pub(crate) database: Database,
     pub(crate) files: Store,
-    pub(crate) metrics: MetricsFile,
+    /// Of each training stage.
+    pub(crate) metrics: BTreeMap<StageName, MetricsFile>,
     pub(crate) sources: SourcesFile,
     pub(crate) console: Console,
     pub(crate) locals: Option<LocalWorkers>,
@@ -162,9 +165,9 @@ impl Driver {
     /// Replaces events whose reports contradict the record, or whose results are invalid, by events that say so.
     fn checked(&self, event: Event) -> Event {
         let Event::Received { worker, message, .. } = &event else { return event };
-        let reports = match message {
-            ToCoordinator::Steps { reports, .. } => reports,
-            ToCoordinator::Ready(ready) => &ready.reports,
+        let (generation, reports) = match message {
+            ToCoordinator::Steps { generation, reports } => (Some(*generation), reports),
+            ToCoordinator::Ready(ready) => (ready.generation, &ready.reports),
             // An unreadable result would make the final summary fail.
             ToCoordinator::JobDone { job, result } => match self.check_result(job, result) {
                 Ok(()) => return event,
@@ -174,7 +177,11 @@ impl Driver {
             },
             _ => return event,
         };
-        match self.setup.database.check_steps(reports) {
+        // The core refuses reports of a generation that it does not know.
+        let Some(training) = generation.and_then(|generation| self.core.training_name(generation)) else {
+            return event;
+        };
+        match self.setup.database.check_steps(training, reports) {
             Err(error @ DatabaseError::Diverged { .. }) => {
                 Event::Contradicted(worker.clone(), error.to_string())
             }
@@ -266,16 +273,18 @@ impl Driver {
     async fn perform(&mut self, effect: &Effect) -> Result<Option<Outcome>, DatabaseError> {
         let database = &mut self.setup.database;
         match effect {
-            Effect::SaveGeneration(generation, members) => database.save_generation(*generation, members)?,
+            Effect::SaveGeneration(generation, roster) => database.save_generation(*generation, roster)?,
             Effect::SaveGroupEnded(generation) => database.save_group_ended(*generation)?,
             Effect::SaveFingerprint(fingerprint) => database.save_fingerprint(*fingerprint)?,
-            Effect::SaveSteps(generation, reports) => self.save_steps(*generation, reports)?,
+            Effect::SaveSteps(training, generation, reports) => {
+                self.save_steps(*training, *generation, reports)?;
+            }
             Effect::SaveQuarantine(units) => {
                 database.save_quarantine(units)?;
                 quarantine::write(&self.setup.files, units).await.map_err(DatabaseError::Files)?;
             }
             Effect::SaveReading(worker, step, sources) => self.save_reading(worker, *step, sources)?,
-            Effect::SaveTrained(step) => database.save_trained(*step)?,
+            Effect::SaveTrained(training, step) => database.save_trained(*training, *step)?,
             Effect::SaveCommitted(checkpoint) => database.save_committed(*checkpoint)?,
             Effect::SaveDamaged(checkpoint) => database.save_damaged(*checkpoint)?,
             Effect::SaveJobStarted(job, worker) => database.save_owner(job, worker)?,
@@ -286,6 +295,7 @@ impl Driver {
                     let results = database.results()?;
                     self.write_figure(job.stage(), &results);
                 }
+                self.on_examples_made(job, result);
             }
             Effect::SaveJobSkipped(job, why) => {
                 database.save_job(job, &ulmus_run::results::skipped(why))?;
@@ -310,6 +320,16 @@ impl Driver {
             Effect::Exit(outcome) => return Ok(Some(outcome.clone())),
         }
         Ok(None)
+    }
+
+    /// Tells the core how many updates the examples of a tuning stage give, if a job has made them.
+    fn on_examples_made(&mut self, job: &Job, result: &str) {
+        let made = |stage: &&Stage| stage.name.examples() == *job.stage();
+        let Some(tuning) = self.core.graph().trainings().find(made).map(|stage| stage.name) else { return };
+        // Its form was checked when it arrived.
+        if let Ok(examples) = serde_json::from_str::<Examples>(result) {
+            self.on_event(Event::ExamplesMade(tuning, examples.updates));
+        }
     }
 
     /// Writes what an evaluation has found of the milestones so far.
@@ -344,12 +364,19 @@ impl Driver {
         }
     }
 
-    fn save_steps(&mut self, generation: Generation, reports: &[StepReport]) -> Result<(), DatabaseError> {
-        self.setup.database.save_steps(generation, reports)?;
+    fn save_steps(
+        &mut self,
+        training: StageName,
+        generation: Generation,
+        reports: &[StepReport],
+    ) -> Result<(), DatabaseError> {
+        self.setup.database.save_steps(training, generation, reports)?;
         for report in reports {
-            self.setup.console.step(report);
-            let appended = self.setup.metrics.append(MetricsRow { report: report.clone(), generation });
-            self.check_appended(paths::METRICS, appended);
+            self.setup.console.step(training, report);
+            let row = MetricsRow { report: report.clone(), generation };
+            let file = self.setup.metrics.get_mut(&training);
+            let appended = file.map_or(Ok(()), |file| file.append(row));
+            self.check_appended(&paths::of_training(training, paths::METRICS), appended);
         }
         if let Some(after) = self.setup.kill_after
             && self.core.step().get() >= after
@@ -393,7 +420,8 @@ impl Driver {
     /// Reads back the files of a checkpoint, and writes its manifest if they are what was announced.
     fn commit(&self, checkpoint: StoredCheckpoint) {
         let id = checkpoint.id;
-        let manifest = manifest(checkpoint, self.setup.settings.id, self.setup.plan_digest);
+        let Some(plan_digest) = self.setup.plan_digests.get(&id.training()) else { return };
+        let manifest = manifest(checkpoint, self.setup.settings.id, *plan_digest);
         let (files, found) = (self.setup.files.clone(), self.found.clone());
         self.setup.tasks.spawn(async move {
             let failed = |error: CheckpointError| Event::CommitFailed(id, error.kind(), with_causes(&error));
@@ -481,13 +509,13 @@ pub(crate) async fn finish_commits(
     database: &Database,
     files: &Store,
     run: RunId,
-    plan_digest: Digest,
+    plan: &Plan,
 ) -> Result<Vec<CheckpointId>, Failure> {
     let fail = |error: DatabaseError| Failure::of(error.kind(), &error);
     let mut finished = Vec::new();
     for checkpoint in database.checkpoints(false).map_err(fail)? {
         let id = checkpoint.id;
-        let manifest = manifest(checkpoint, run, plan_digest);
+        let manifest = manifest(checkpoint, run, plan.digest_of(id.training()));
         let is_whole = match ulmus_checkpoint::damaged_files(files, &manifest).await {
             Ok(damaged) => damaged.is_empty(),
             Err(error) => return Err(Failure::of(error.kind(), &error)),

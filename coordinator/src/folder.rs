@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use ulmus_checkpoint::{Store, StoreError};
 use ulmus_plan::Plan;
 use ulmus_run::paths;
-use ulmus_types::{Digest, ErrorKind};
+use ulmus_types::{Digest, ErrorKind, StageName};
 
 /// Why a run folder cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -234,35 +234,34 @@ impl RunFolder {
     }
 
     /// Checks that a plan is that of the run, once the run has begun. `kept` is the hash of the run's plan in the
-    /// database.
+    /// database. Returns the tuning stages that have changed, which only those may that have not `begun`.
     ///
     /// # Errors
     /// When it is another plan, with the keys that differ.
     pub(crate) fn check_plan(
         &self,
         plan: &Plan,
-        begun: bool,
         kept: Option<Digest>,
-    ) -> Result<(), FolderError> {
-        if !begun {
-            return Ok(());
-        }
+        begun: impl Fn(StageName) -> bool,
+    ) -> Result<Vec<StageName>, FolderError> {
         let Some(text) = self.kept_plan()? else {
             let is_another = kept.is_some_and(|kept| !plan.has_digest(kept));
             let changes = || {
                 format!("  its hash differs from the one in {}, and {} is lost", paths::DATABASE, paths::PLAN)
             };
-            return if is_another { Err(self.plan_changed(changes())) } else { Ok(()) };
+            return if is_another { Err(self.plan_changed(changes())) } else { Ok(Vec::new()) };
         };
         let earlier = ulmus_plan::read(&text, &[]).map_err(|problems| {
             FolderError::DamagedPlan(self.path.join(paths::PLAN), problems.to_string())
         })?;
-        let changes: Vec<String> = earlier
-            .iter()
-            .flat_map(|earlier| plan.changed_keys(earlier))
-            .map(|(key, old, new)| format!("  {key} was {old} and is now {new}"))
-            .collect();
-        if changes.is_empty() { Ok(()) } else { Err(self.plan_changed(changes.join("\n"))) }
+        let keys = earlier.iter().flat_map(|earlier| plan.changed_keys(earlier));
+        let keys = keys.map(|(key, old, new)| format!("  {key} was {old} and is now {new}"));
+        let changed: Vec<StageName> =
+            earlier.iter().flat_map(|earlier| plan.changed_tunings(earlier)).collect();
+        let stages = changed.iter().filter(|name| begun(**name));
+        let stages = stages.map(|name| format!("  [[tune]] {name} has begun, and is changed or left out now"));
+        let changes: Vec<String> = keys.chain(stages).collect();
+        if changes.is_empty() { Ok(changed) } else { Err(self.plan_changed(changes.join("\n"))) }
     }
 
     fn plan_changed(&self, changes: String) -> FolderError {

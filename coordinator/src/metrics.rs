@@ -1,8 +1,8 @@
 //! `metrics.csv`, with one row per step, and `sources.csv`, with one row per source and worker at each checkpoint; for
 //! spreadsheets and notebooks.
 //!
-//! The first six columns of the metrics depend only on the plan and are bit-identical between runs; numbers are the
-//! shortest decimals that read back as the same bits. The files are copies of data in `run.sqlite`: they are rewritten
+//! The first columns of the metrics depend only on the plan and are bit-identical between runs: of pretraining six, and of a
+//! tuning stage all before the times. Numbers are the shortest decimals that read back as the same bits. The files are copies of data in `run.sqlite`: they are rewritten
 //! at every start, and appended to during the run.
 
 use std::fs::File;
@@ -14,20 +14,97 @@ use ulmus_types::{Generation, Step, StepReport};
 
 use crate::database::{MetricsRow, ReadingRow};
 
-const HEADER: [&str; 12] = [
-    "step",
-    "tokens",
-    "loss",
-    "z_loss",
-    "grad_norm",
-    "lr",
-    "tokens_per_second",
-    "data_wait_s",
-    "comm_s",
-    "held_out_loss",
-    "seconds",
-    "attempt",
-];
+/// The columns of a `metrics.csv`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Columns {
+    /// Of training on text.
+    Text,
+    /// Of training on examples, which measures these quantities.
+    Examples(Vec<String>),
+}
+
+impl Columns {
+    fn header(&self) -> Vec<&str> {
+        match self {
+            Self::Text => [
+                "step",
+                "tokens",
+                "loss",
+                "z_loss",
+                "grad_norm",
+                "lr",
+                "tokens_per_second",
+                "data_wait_s",
+                "comm_s",
+                "held_out_loss",
+                "seconds",
+                "attempt",
+            ]
+            .to_vec(),
+            Self::Examples(measures) => {
+                let first = ["step", "examples", "tokens", "loss", "grad_norm", "lr"];
+                let last = ["tokens_per_second", "data_wait_s", "comm_s", "seconds", "attempt"];
+                first.into_iter().chain(measures.iter().map(String::as_str)).chain(last).collect()
+            }
+        }
+    }
+
+    /// The row of a step that trained on so many `tokens`, in the order of the header.
+    fn record(&self, row: &MetricsRow, tokens: u64) -> Vec<String> {
+        let MetricsRow { report, generation } = row;
+        let seconds = report.elapsed.as_secs_f64();
+        let value = |column: &str| match column {
+            "step" => report.step.to_string(),
+            "examples" => report.examples.to_string(),
+            "tokens" => report.tokens.to_string(),
+            "loss" => report.loss.to_string(),
+            "z_loss" => report.z_loss.to_string(),
+            "grad_norm" => report.grad_norm.to_string(),
+            "lr" => report.lr.to_string(),
+            "tokens_per_second" => format!("{:.1}", tokens as f64 / seconds.max(1e-9)),
+            "data_wait_s" => format!("{:.6}", report.data_wait.as_secs_f64()),
+            "comm_s" => format!("{:.6}", report.communication.as_secs_f64()),
+            "held_out_loss" => report.held_out_loss.map(|loss| loss.to_string()).unwrap_or_default(),
+            "seconds" => format!("{seconds:.6}"),
+            "attempt" => generation.to_string(),
+            measure => report.measures.get(measure).map(ToString::to_string).unwrap_or_default(),
+        };
+        self.header().into_iter().map(value).collect()
+    }
+
+    /// Reads what [`Self::record`] has written; `None` if it cannot be read.
+    fn parse(&self, record: &csv::StringRecord) -> Option<MetricsRow> {
+        let mut row = MetricsRow { report: StepReport::default(), generation: Generation::default() };
+        let report = &mut row.report;
+        for (column, text) in self.header().into_iter().enumerate().map(|(at, name)| (name, record.get(at))) {
+            let text = text?;
+            let number = || text.parse::<f64>().ok().filter(|number| number.is_finite());
+            let count = || text.parse::<u64>().ok();
+            let duration = || Duration::try_from_secs_f64(number()?).ok();
+            match column {
+                "step" => report.step = Step::new(count()?),
+                "examples" => report.examples = count()?,
+                "tokens" => report.tokens = count()?,
+                "loss" => report.loss = number()?,
+                "z_loss" => report.z_loss = number()?,
+                "grad_norm" => report.grad_norm = number()?,
+                "lr" => report.lr = number()?,
+                "data_wait_s" => report.data_wait = duration()?,
+                "comm_s" => report.communication = duration()?,
+                "seconds" => report.elapsed = duration()?,
+                "attempt" => row.generation = Generation::new(count()?),
+                // It follows from others.
+                "tokens_per_second" => {}
+                _ if text.is_empty() => {}
+                "held_out_loss" => report.held_out_loss = Some(number()?),
+                measure => {
+                    report.measures.insert(measure.to_owned(), number()?);
+                }
+            }
+        }
+        Some(row)
+    }
+}
 
 /// Replaces a file by a new one. The old one stays until the new one is complete, since it may be the only copy.
 fn replace<T>(path: &Path, write: impl FnOnce(File) -> io::Result<T>) -> io::Result<T> {
@@ -40,6 +117,7 @@ fn replace<T>(path: &Path, write: impl FnOnce(File) -> io::Result<T>) -> io::Res
 /// An open `metrics.csv`, and its last row.
 #[derive(Debug)]
 pub(crate) struct MetricsFile {
+    columns: Columns,
     csv: csv::Writer<File>,
     last: Option<MetricsRow>,
 }
@@ -49,10 +127,13 @@ impl MetricsFile {
     ///
     /// # Errors
     /// When it cannot be written.
-    pub(crate) fn create(path: &Path, rows: &[MetricsRow]) -> io::Result<Self> {
+    pub(crate) fn create(path: &Path, columns: Columns, rows: &[MetricsRow]) -> io::Result<Self> {
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
         replace(path, |file| {
-            let mut file = Self { csv: csv::Writer::from_writer(file), last: None };
-            file.csv.write_record(HEADER)?;
+            let mut file = Self { columns, csv: csv::Writer::from_writer(file), last: None };
+            file.csv.write_record(file.columns.header())?;
             for row in rows {
                 file.append(row.clone())?;
             }
@@ -62,13 +143,14 @@ impl MetricsFile {
     }
 
     /// Reads a file of a run whose database was lost. Returns the readable rows, and the number of unreadable ones.
-    pub(crate) fn read(path: &Path) -> (Vec<MetricsRow>, usize) {
+    pub(crate) fn read(path: &Path, columns: &Columns) -> (Vec<MetricsRow>, usize) {
         let mut reader = csv::ReaderBuilder::new();
         let Ok(mut file) = reader.flexible(true).from_path(path) else { return (Vec::new(), 0) };
-        if !file.headers().is_ok_and(|header| header.iter().take(HEADER.len()).eq(HEADER)) {
+        let expected = columns.header();
+        if !file.headers().is_ok_and(|header| header.iter().take(expected.len()).eq(expected)) {
             return (Vec::new(), file.records().count());
         }
-        let rows: Vec<_> = file.records().map(|record| parse(&record.ok()?)).collect();
+        let rows: Vec<_> = file.records().map(|record| columns.parse(&record.ok()?)).collect();
         let unreadable = rows.iter().filter(|row| row.is_none()).count();
         (rows.into_iter().flatten().collect(), unreadable)
     }
@@ -84,21 +166,8 @@ impl MetricsFile {
         if report.step <= last_step {
             return Ok(());
         }
-        let seconds = report.elapsed.as_secs_f64();
-        self.csv.write_record([
-            report.step.to_string(),
-            report.tokens.to_string(),
-            report.loss.to_string(),
-            report.z_loss.to_string(),
-            report.grad_norm.to_string(),
-            report.lr.to_string(),
-            format!("{:.1}", (report.tokens - last_tokens) as f64 / seconds.max(1e-9)),
-            format!("{:.6}", report.data_wait.as_secs_f64()),
-            format!("{:.6}", report.communication.as_secs_f64()),
-            report.held_out_loss.map(|loss| loss.to_string()).unwrap_or_default(),
-            format!("{seconds:.6}"),
-            row.generation.to_string(),
-        ])?;
+        let tokens = report.tokens.saturating_sub(last_tokens);
+        self.csv.write_record(self.columns.record(&row, tokens))?;
         self.csv.flush()?;
         self.last = Some(row);
         Ok(())
@@ -165,31 +234,6 @@ fn columns(row: &ReadingRow) -> [(&'static str, String); 19] {
     ]
 }
 
-fn parse(record: &csv::StringRecord) -> Option<MetricsRow> {
-    let number = |column: usize| record.get(column)?.parse::<f64>().ok().filter(|number| number.is_finite());
-    let count = |column: usize| record.get(column)?.parse::<u64>().ok();
-    let seconds = |column: usize| Duration::try_from_secs_f64(number(column)?).ok();
-    let held_out_loss = match record.get(9)? {
-        "" => None,
-        _ => Some(number(9)?),
-    };
-    Some(MetricsRow {
-        report: StepReport {
-            step: Step::new(count(0)?),
-            tokens: count(1)?,
-            loss: number(2)?,
-            z_loss: number(3)?,
-            grad_norm: number(4)?,
-            lr: number(5)?,
-            held_out_loss,
-            elapsed: seconds(10)?,
-            data_wait: seconds(7)?,
-            communication: seconds(8)?,
-        },
-        generation: Generation::new(count(11)?),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -205,7 +249,7 @@ mod tests {
             held_out_loss: step.is_multiple_of(2).then_some(2.5),
             elapsed: Duration::from_millis(1500 * step),
             data_wait: Duration::from_micros(7),
-            communication: Duration::ZERO,
+            ..StepReport::default()
         };
         MetricsRow { report, generation: Generation::new(3) }
     }
@@ -213,7 +257,7 @@ mod tests {
     fn written(rows: &[MetricsRow]) -> (tempfile::TempDir, std::path::PathBuf) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.csv");
-        drop(MetricsFile::create(&path, rows).unwrap());
+        drop(MetricsFile::create(&path, Columns::Text, rows).unwrap());
         (folder, path)
     }
 
@@ -221,7 +265,36 @@ mod tests {
     fn rows_are_read_as_they_were_written() {
         let rows = [row(1), row(2), row(3)];
         let (_folder, path) = written(&rows);
-        assert_eq!(MetricsFile::read(&path), (rows.to_vec(), 0));
+        assert_eq!(MetricsFile::read(&path, &Columns::Text), (rows.to_vec(), 0));
+    }
+
+    #[test]
+    fn rows_of_examples_have_the_measures_of_their_stage() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tune/dpo/metrics.csv");
+        let columns = Columns::Examples(["rewards/margins", "eval_loss"].map(str::to_owned).to_vec());
+        let report = |step, measures: &[(&str, f64)]| StepReport {
+            step: Step::new(step),
+            examples: 4 * step,
+            tokens: 70 * step,
+            loss: 0.5,
+            grad_norm: 2.0,
+            lr: 1e-5,
+            measures: measures.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect(),
+            elapsed: Duration::from_secs(2),
+            ..StepReport::default()
+        };
+        let rows = [
+            report(1, &[("rewards/margins", 0.25)]),
+            report(2, &[("rewards/margins", 0.1 + 0.2), ("eval_loss", 0.4)]),
+        ]
+        .map(|report| MetricsRow { report, generation: Generation::new(7) });
+        drop(MetricsFile::create(&path, columns.clone(), &rows).unwrap());
+        assert_eq!(MetricsFile::read(&path, &columns), (rows.to_vec(), 0));
+        let text = std::fs::read_to_string(&path).unwrap();
+        let expected = "step,examples,tokens,loss,grad_norm,lr,rewards/margins,eval_loss,tokens_per_second,data_wait_s,comm_s,seconds,attempt\n\
+                        1,4,70,0.5,2,0.00001,0.25,,35.0,0.000000,0.000000,2.000000,7\n";
+        assert!(text.starts_with(expected), "{text}");
     }
 
     #[test]
@@ -237,12 +310,12 @@ mod tests {
             "\u{0}".to_owned(),
         ] {
             std::fs::write(&path, [lines[0], lines[1], &bad, lines[3], ""].join("\n")).unwrap();
-            assert_eq!(MetricsFile::read(&path), (vec![row(1), row(3)], 1), "{bad:?}");
+            assert_eq!(MetricsFile::read(&path, &Columns::Text), (vec![row(1), row(3)], 1), "{bad:?}");
         }
         // A header of something else: nothing can be told of its rows.
         std::fs::write(&path, ["step,loss", lines[1], lines[2], ""].join("\n")).unwrap();
-        assert_eq!(MetricsFile::read(&path), (Vec::new(), 2));
+        assert_eq!(MetricsFile::read(&path, &Columns::Text), (Vec::new(), 2));
         std::fs::remove_file(&path).unwrap();
-        assert_eq!(MetricsFile::read(&path), (Vec::new(), 0));
+        assert_eq!(MetricsFile::read(&path, &Columns::Text), (Vec::new(), 0));
     }
 }

@@ -10,11 +10,12 @@ use ulmus_checkpoint::{CheckpointError, Store};
 use ulmus_plan::Plan;
 use ulmus_process::{Failure, with_causes};
 use ulmus_run::paths;
-use ulmus_types::{BadUnit, ExitStatus, Generation, RunId, counted};
+use ulmus_types::{BadUnit, CheckpointId, ExitStatus, Generation, RunId, counted};
 
 use crate::database::{Recovered, StoredCheckpoint};
 use crate::folder::RunFolder;
-use crate::metrics::MetricsFile;
+use crate::metrics::{Columns, MetricsFile};
+use crate::run::columns;
 
 /// Refuses to start with a new database if the run has already begun: a run never silently resumes or starts over
 /// without its record.
@@ -23,14 +24,13 @@ use crate::metrics::MetricsFile;
 /// When there are checkpoints or rows of metrics; the message says what to do. Also when the store does not answer.
 pub(crate) async fn refuse_to_forget(
     folder: &RunFolder,
+    plan: &Plan,
     command: &str,
     from_start: bool,
 ) -> Result<(), Failure> {
-    let found = ulmus_checkpoint::checkpoints(folder.store())
-        .await
-        .map_err(|error| Failure::of(error.kind(), &error))?;
+    let found = checkpoints(folder.store(), plan).await?;
     let Some(newest) = found.last() else {
-        let (rows, _) = MetricsFile::read(&folder.path().join(paths::METRICS));
+        let (rows, _) = MetricsFile::read(&folder.path().join(paths::METRICS), &Columns::Text);
         let Some(last) = rows.last().filter(|_| !from_start) else { return Ok(()) };
         let message = format!(
             "{} is lost or empty, there is no checkpoint in {}, and metrics.csv has {}; restore them, or start over with: \
@@ -57,12 +57,13 @@ pub(crate) async fn refuse_to_forget(
 /// When the store does not answer.
 pub(crate) async fn contradiction(
     folder: &RunFolder,
+    plan: &Plan,
     id: RunId,
     known: Generation,
 ) -> Result<Option<String>, Failure> {
     let failed = |error: &CheckpointError| Failure::of(error.kind(), error);
     let store = folder.store();
-    let found = ulmus_checkpoint::checkpoints(store).await.map_err(|error| failed(&error))?;
+    let found = checkpoints(store, plan).await?;
     // A generation is stored in the database before anybody works in it.
     if let Some(newer) = found.iter().rev().find(|checkpoint| checkpoint.generation() > known) {
         return Ok(Some(format!("ends at generation {known}, but {} has {newer}", folder.shown())));
@@ -86,7 +87,7 @@ pub(crate) async fn gather(folder: &RunFolder, plan: &Plan) -> Result<(Recovered
     let mut recovered = Recovered::default();
     let mut damaged = Vec::new();
     let mut runs: BTreeSet<RunId> = BTreeSet::new();
-    for id in ulmus_checkpoint::checkpoints(store).await.map_err(|error| failed(&error))? {
+    for id in checkpoints(store, plan).await? {
         recovered.generation = recovered.generation.max(id.generation());
         let manifest = match ulmus_checkpoint::read_manifest(store, id).await {
             Ok(manifest) => manifest,
@@ -96,7 +97,7 @@ pub(crate) async fn gather(folder: &RunFolder, plan: &Plan) -> Result<(Recovered
             }
             Err(error) => return Err(failed(&error)),
         };
-        if !plan.has_digest(manifest.plan_digest) {
+        if !plan.has_digest_of(id.training(), manifest.plan_digest) {
             let message = format!(
                 "checkpoint {id} in {} belongs to another plan; give this run another name with --set run.name=NAME",
                 folder.shown()
@@ -128,18 +129,28 @@ pub(crate) async fn gather(folder: &RunFolder, plan: &Plan) -> Result<(Recovered
     }
     recovered.run = runs.into_iter().next();
     recovered.quarantine = quarantine(store).await?;
-    let (metrics, unreadable) = MetricsFile::read(&folder.path().join(paths::METRICS));
-    if unreadable > 0 {
-        damaged.push(format!(
-            "skipping {} of {} that cannot be read",
-            counted(unreadable, "row"),
-            paths::METRICS
-        ));
+    for training in plan.graph().trainings().map(|stage| stage.name) {
+        let file = paths::of_training(training, paths::METRICS);
+        let (metrics, unreadable) = MetricsFile::read(&folder.path().join(&file), &columns(plan, training));
+        if unreadable > 0 {
+            damaged.push(format!("skipping {} of {file} that cannot be read", counted(unreadable, "row")));
+        }
+        recovered.metrics.push((training, metrics));
     }
-    recovered.metrics = metrics;
-    let of_metrics = recovered.metrics.iter().map(|row| row.generation).max().unwrap_or_default();
+    let rows = recovered.metrics.iter().flat_map(|(_, rows)| rows);
+    let of_metrics = rows.map(|row| row.generation).max().unwrap_or_default();
     recovered.generation = Generation::new(recovered.generation.max(of_metrics).get() + 1000);
     Ok((recovered, damaged))
+}
+
+/// The checkpoints of all training stages, each stage's oldest first, in the order of the stages.
+async fn checkpoints(store: &Store, plan: &Plan) -> Result<Vec<CheckpointId>, Failure> {
+    let mut found = Vec::new();
+    for training in plan.graph().trainings().map(|stage| stage.name) {
+        let of_training = ulmus_checkpoint::checkpoints(store, training).await;
+        found.extend(of_training.map_err(|error| Failure::of(error.kind(), &error))?);
+    }
+    Ok(found)
 }
 
 async fn quarantine(store: &Store) -> Result<std::collections::BTreeMap<BadUnit, String>, Failure> {

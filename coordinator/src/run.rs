@@ -1,6 +1,6 @@
 //! A run from its plan to its last phase: opens what it needs, drives it, and closes everything in order.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,7 +9,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
-use ulmus_coord_core::{Outcome, PersistentState, Settings};
+use ulmus_coord_core::{Outcome, PersistentState, Settings, TrainingSettings};
 use ulmus_plan::{OnBadUnit, Plan};
 use ulmus_process::{Failure, HostPort, LogTarget, Shutdown, print, with_causes};
 use ulmus_proto::MESSAGE_LIMIT;
@@ -21,7 +21,7 @@ use ulmus_transport::{
     TokenSource,
 };
 use ulmus_types::{
-    Digest, ExitStatus, FileEntry, JobName, RunId, RunSecret, StageName, counted, nonce_digest,
+    CheckpointId, Digest, ExitStatus, FileEntry, JobName, RunId, RunSecret, StageName, Step, counted, nonce_digest,
 };
 
 use crate::args::OnTerm;
@@ -31,7 +31,7 @@ use crate::driver::{Ended, Setup, drive, finish_commits};
 use crate::figure::Figure;
 use crate::folder::{FolderError, RunFolder, unguessable};
 use crate::local::LocalWorkers;
-use crate::metrics::{MetricsFile, SourcesFile};
+use crate::metrics::{Columns, MetricsFile, SourcesFile};
 use crate::options::Options;
 use crate::quarantine;
 use crate::recover::{contradiction, gather, refuse_to_forget};
@@ -143,6 +143,8 @@ struct Opened {
     secret: RunSecret,
     /// The digest of the plan with which the run was last led.
     kept: Option<Digest>,
+    /// Tuning stages that have not begun and are not what they were in that plan.
+    changed: Vec<StageName>,
     saved: PersistentState,
     listener: TcpListener,
     address: SocketAddr,
@@ -182,9 +184,17 @@ impl Opened {
         folder.hide_database().map_err(|error| in_folder(&error))?;
         let begun = !database.is_new().map_err(|error| in_database(&error))?;
         let kept = database.plan_digest().map_err(|error| in_database(&error))?;
-        folder.check_plan(plan, begun, kept).map_err(|error| in_folder(&error))?;
+        let changed = if begun {
+            let trainings = database.saved().map_err(|error| in_database(&error))?.trainings;
+            let has_begun = |name| {
+                trainings.get(&name).is_some_and(|record| record.had_checkpoints || record.step > Step::default())
+            };
+            folder.check_plan(plan, kept, has_begun).map_err(|error| in_folder(&error))?
+        } else {
+            Vec::new()
+        };
         let (id, secret) = database.identity().map_err(|error| in_database(&error))?;
-        finish_commits(&database, folder.store(), id, plan.digest()).await?;
+        finish_commits(&database, folder.store(), id, plan).await?;
         let bound = bind(plan, options).await?;
         let address = bound.address().map_err(|error| Failure::new(ExitStatus::Failed, error.to_string()))?;
         folder.write_address(address).map_err(|error| in_folder(&error))?;
@@ -196,11 +206,23 @@ impl Opened {
             print(&format!("ALARM: {lost}"))?;
         }
         let saved = database.saved().map_err(|error| in_database(&error))?;
-        Ok(Self { folder, credentials, database, id, secret, kept, saved, listener, address, published })
+        Ok(Self {
+            folder,
+            credentials,
+            database,
+            id,
+            secret,
+            kept,
+            changed,
+            saved,
+            listener,
+            address,
+            published,
+        })
     }
 
     /// Records the plan with which the run is led from now on. Returns whether there is nothing left to do.
-    fn keep_plan(&self, plan: &Plan) -> Result<bool, Failure> {
+    fn keep_plan(&mut self, plan: &Plan) -> Result<bool, Failure> {
         let Self { folder, database, .. } = self;
         let is_finished = self.saved.is_finished(&plan.graph());
         if is_finished && folder.keeps_another(plan).map_err(|error| in_folder(&error))? {
@@ -209,16 +231,23 @@ impl Opened {
             )?;
             return Ok(true);
         }
+        // What was made for a stage that is another one now is made again.
+        for name in &self.changed {
+            database.forget_jobs_of(*name).map_err(|error| in_database(&error))?;
+        }
         folder.keep_plan(plan).map_err(|error| in_folder(&error))?;
         if self.kept != Some(plan.digest()) {
             database.keep_plan_digest(plan.digest()).map_err(|error| in_database(&error))?;
+        }
+        if !self.changed.is_empty() {
+            self.saved = self.database.saved().map_err(|error| in_database(&error))?;
         }
         Ok(is_finished)
     }
 
     /// Leads the run until it ends, and closes everything that workers have to do with.
     async fn lead(
-        self,
+        mut self,
         plan: &Plan,
         options: &Options,
         kill_after: Option<u64>,
@@ -227,9 +256,9 @@ impl Opened {
         let is_finished = self.keep_plan(plan)?;
         let Self { folder, credentials, database, id, secret, saved, listener, address, published, .. } =
             self;
-        let metrics = metrics_file(&database, folder.path())?;
+        let metrics = metrics_files(plan, &database, folder.path())?;
         let sources = sources_file(&database, folder.path())?;
-        let console = Console::new(plan.train.iterations, saved.step);
+        let console = Console::new();
         console.line(&format!("run {} in {}; workers join at {address}", plan.run.name, folder.shown()));
         let locals = start_locals(plan, &folder, &credentials, is_finished)?;
         if !is_finished {
@@ -256,7 +285,7 @@ impl Opened {
             settings: settings(plan, options, &folder, id, secret).await?,
             lock: folder.lock(),
             saved,
-            plan_digest: plan.digest(),
+            plan_digests: plan.graph().trainings().map(|stage| (stage.name, plan.digest_of(stage.name))).collect(),
             database,
             files: folder.store().clone(),
             metrics,
@@ -293,11 +322,11 @@ impl Led {
     async fn close(self, plan: &Plan, options: &Options) -> Result<Finished, Failure> {
         let Self { folder, database, outcome } = self;
         // Rows of steps that were trained twice or reported late are right in the database, but not yet in the file.
-        let written = metrics_file(&database, folder.path()).map(drop);
+        let written = metrics_files(plan, &database, folder.path()).map(drop);
         if let Err(failure) = written.and(sources_file(&database, folder.path()).map(drop)) {
             print(&format!("ALARM: {failure}; run.sqlite has the complete metrics"))?;
         }
-        let rows = database.metrics().map_err(|error| in_database(&error))?;
+        let rows = database.metrics(StageName::pretraining()).map_err(|error| in_database(&error))?;
         let results = database.results().map_err(|error| in_database(&error))?;
         let quarantine = database.saved().map_err(|error| in_database(&error))?.quarantine;
         // Nobody writes them any more: now they have every milestone.
@@ -308,15 +337,23 @@ impl Led {
         }
         if outcome.status == ExitStatus::Done {
             // Nobody writes any more. Whatever cannot be deleted now only wastes space.
-            if let Err(error) = ulmus_checkpoint::collect_garbage(folder.store(), &BTreeSet::new()).await {
-                tracing::info!(error = with_causes(&error), "cannot delete leftover files of checkpoints");
+            for training in plan.graph().trainings().map(|stage| stage.name) {
+                let none = BTreeSet::new();
+                if let Err(error) = ulmus_checkpoint::collect_garbage(folder.store(), training, &none).await {
+                    tracing::info!(
+                        error = with_causes(&error),
+                        "cannot delete leftover files of checkpoints"
+                    );
+                }
             }
         }
         let newest = || -> Result<Option<Digest>, Failure> {
             let checkpoints = database.checkpoints(true).map_err(|error| in_database(&error))?;
+            let order: Vec<StageName> = plan.graph().trainings().map(|stage| stage.name).collect();
+            let place = |id: CheckpointId| (order.iter().position(|training| *training == id.training()), id);
             Ok(checkpoints
                 .into_iter()
-                .max_by_key(|checkpoint| checkpoint.id)
+                .max_by_key(|checkpoint| place(checkpoint.id))
                 .map(|checkpoint| checkpoint.state))
         };
         let printed = match outcome.status {
@@ -331,11 +368,27 @@ impl Led {
     }
 }
 
-/// Writes `metrics.csv` anew from the database.
-fn metrics_file(database: &Database, folder: &Path) -> Result<MetricsFile, Failure> {
-    let rows = database.metrics().map_err(|error| in_database(&error))?;
-    let path = folder.join(paths::METRICS);
-    MetricsFile::create(&path, &rows).map_err(|error| failed(&path, &error))
+/// Writes `metrics.csv` of each training stage anew from the database.
+fn metrics_files(
+    plan: &Plan,
+    database: &Database,
+    folder: &Path,
+) -> Result<BTreeMap<StageName, MetricsFile>, Failure> {
+    let file = |training: StageName| {
+        let rows = database.metrics(training).map_err(|error| in_database(&error))?;
+        let path = folder.join(paths::of_training(training, paths::METRICS));
+        let file = MetricsFile::create(&path, columns(plan, training), &rows);
+        Ok((training, file.map_err(|error| failed(&path, &error))?))
+    };
+    plan.graph().trainings().map(|stage| file(stage.name)).collect()
+}
+
+/// The columns of a training stage's metrics.
+pub(crate) fn columns(plan: &Plan, training: StageName) -> Columns {
+    match plan.tuning(training) {
+        Some(tuning) => Columns::Examples(tuning.measures()),
+        None => Columns::Text,
+    }
 }
 
 /// Messages about results of finished jobs that are missing. Those jobs are forgotten, so that they are done again.
@@ -388,7 +441,7 @@ async fn open_database(plan: &Plan, options: &Options, folder: &RunFolder) -> Re
     if !database.is_new().map_err(|error| in_database(&error))? {
         let (id, _) = database.identity().map_err(|error| in_database(&error))?;
         let known = database.saved().map_err(|error| in_database(&error))?.generation;
-        let Some(why) = contradiction(folder, id, known).await? else { return Ok(database) };
+        let Some(why) = contradiction(folder, plan, id, known).await? else { return Ok(database) };
         if !options.recover {
             let message = format!(
                 "{} {why}: it is an older copy, or of another run; put back the newest one, or rebuild it from the run \
@@ -404,14 +457,14 @@ async fn open_database(plan: &Plan, options: &Options, folder: &RunFolder) -> Re
         print(&format!("{} {why}; it is kept as {}", path.display(), aside.display()))?;
         database = Database::open(&path).map_err(|error| in_database(&error))?;
     } else if !options.recover {
-        refuse_to_forget(folder, &options.command(), options.from_start).await?;
+        refuse_to_forget(folder, plan, &options.command(), options.from_start).await?;
         return Ok(database);
     }
     let (recovered, damaged) = gather(folder, plan).await?;
     for fault in &damaged {
         print(&format!("ALARM: {fault}"))?;
     }
-    let had_begun = !damaged.is_empty() || !recovered.metrics.is_empty();
+    let had_begun = !damaged.is_empty() || recovered.metrics.iter().any(|(_, rows)| !rows.is_empty());
     if recovered.checkpoints.is_empty() && had_begun && !options.from_start {
         let message = format!(
             "no checkpoint in {} can be used, so training would start over; put back copies of the checkpoints, or start \
@@ -427,7 +480,7 @@ async fn open_database(plan: &Plan, options: &Options, folder: &RunFolder) -> Re
         "run.sqlite is rebuilt from {}{} and {} of metrics.csv; jobs are done again",
         counted(recovered.checkpoints.len(), "checkpoint"),
         newest.map_or_else(String::new, |newest| format!(", the newest of them {newest},")),
-        counted(recovered.metrics.len(), "step")
+        counted(recovered.metrics.iter().map(|(_, rows)| rows.len()).sum::<usize>(), "step")
     ))?;
     Ok(database)
 }
@@ -525,15 +578,9 @@ async fn settings(
         version: ulmus_proto::VERSION.to_owned(),
         expected_workers: plan.local.workers.max(plan.cluster.min_workers) as usize,
         min_workers: plan.cluster.min_workers as usize,
-        micro_batches: plan.train.micro_batches(),
-        iterations: plan.train.iterations,
-        tokens_per_step: plan.train.sequences * plan.sequence_length() as u64,
-        milestone_every: plan.checkpoint.every,
-        checkpoint_files: ulmus_checkpoint::files_of(plan.model.parameters() as usize),
-        average: plan.checkpoint.average,
         graph: plan.graph(),
+        trainings: plan.graph().trainings().map(|stage| training(plan, stage.name)).collect(),
         sources: plan.data.source.iter().map(|source| source.name.clone()).collect(),
-        may_exhaust: plan.data.source.iter().any(|source| source.max_epochs.is_some()),
         from_start: options.from_start,
         dead_after: plan.cluster.dead_after,
         rejoin_window: plan.cluster.rejoin_window,
@@ -544,6 +591,34 @@ async fn settings(
             OnBadUnit::Quarantine => plan.data.max_bad_units as usize,
         },
     })
+}
+
+/// What the plan says of a training stage.
+fn training(plan: &Plan, name: StageName) -> TrainingSettings {
+    match plan.tuning(name) {
+        Some(tuning) => TrainingSettings {
+            name,
+            updates: None,
+            micro_batches: tuning.micro_batches(),
+            tokens_per_step: tuning.tokens_per_step(),
+            milestone_every: tuning.checkpoint_every,
+            needed_milestones: 1,
+            checkpoint_files: ulmus_checkpoint::files_of(tuning.trainable(&plan.model) as usize),
+            may_exhaust: false,
+            measures: tuning.measures().into_iter().collect(),
+        },
+        None => TrainingSettings {
+            name,
+            updates: Some(plan.train.iterations),
+            micro_batches: plan.train.micro_batches(),
+            tokens_per_step: plan.tokens_per_step(),
+            milestone_every: plan.checkpoint.every,
+            needed_milestones: plan.checkpoint.average,
+            checkpoint_files: ulmus_checkpoint::files_of(plan.model.parameters() as usize),
+            may_exhaust: plan.data.source.iter().any(|source| source.max_epochs.is_some()),
+            measures: BTreeSet::new(),
+        },
+    }
 }
 
 fn start_locals(

@@ -9,8 +9,8 @@ use std::time::Duration;
 use ulmus_types::{
     Assignment, BadUnit, Blame, CheckpointId, CheckpointKind, Digest, ErrorKind, ExitStatus, FileEntry,
     Generation, GroupKey, GroupRequest, Heartbeat, Hello, Incarnation, Job, LeaveReason, Part, Peer, Rank,
-    Ready, Repair, RunId, Section, SessionSecret, Snapshot, SourceReading, Step, StepReport, Subject,
-    ToCoordinator, ToWorker, WorkerId, WorkerStatus, for_people,
+    Ready, Repair, RunId, Section, SessionSecret, Snapshot, SourceReading, StageName, Step, StepReport,
+    Subject, ToCoordinator, ToWorker, WorkerId, WorkerStatus, for_people,
 };
 
 use crate::v1;
@@ -75,14 +75,25 @@ impl TryFrom<v1::WorkerId> for WorkerId {
 
 impl From<CheckpointId> for v1::Checkpoint {
     fn from(id: CheckpointId) -> Self {
-        Self { step: id.step().get(), generation: id.generation().get() }
+        Self { step: id.step().get(), generation: id.generation().get(), training: id.training().to_string() }
     }
 }
 
-impl From<v1::Checkpoint> for CheckpointId {
-    fn from(id: v1::Checkpoint) -> Self {
-        Self::new(Step::new(id.step), Generation::new(id.generation))
+impl TryFrom<v1::Checkpoint> for CheckpointId {
+    type Error = WireError;
+
+    fn try_from(id: v1::Checkpoint) -> Result<Self, WireError> {
+        let training = stage("checkpoint.training", &id.training)?;
+        Ok(Self::new(training, Step::new(id.step), Generation::new(id.generation)))
     }
+}
+
+fn stage(field: &'static str, name: &str) -> Result<StageName, WireError> {
+    name.parse().map_err(|_| invalid(field, name))
+}
+
+fn invalid(field: &'static str, value: &str) -> WireError {
+    WireError::Invalid { field, value: format!("{:?}", for_people(value, 100)) }
 }
 
 impl From<ErrorKind> for v1::ErrorKind {
@@ -130,6 +141,8 @@ impl From<StepReport> for v1::StepReport {
             elapsed_ns: nanos(report.elapsed),
             data_wait_ns: nanos(report.data_wait),
             communication_ns: nanos(report.communication),
+            examples: report.examples,
+            measures: report.measures.into_iter().collect(),
         }
     }
 }
@@ -147,6 +160,8 @@ impl From<v1::StepReport> for StepReport {
             elapsed: Duration::from_nanos(report.elapsed_ns),
             data_wait: Duration::from_nanos(report.data_wait_ns),
             communication: Duration::from_nanos(report.communication_ns),
+            examples: report.examples,
+            measures: report.measures.into_iter().collect(),
         }
     }
 }
@@ -197,19 +212,51 @@ impl From<v1::SourceReading> for SourceReading {
     }
 }
 
+impl From<Subject> for v1::Subject {
+    fn from(subject: Subject) -> Self {
+        use v1::subject::Kind;
+        let (kind, name) = match &subject {
+            Subject::Stage(_) => (Kind::Stage, String::new()),
+            Subject::Base => (Kind::Base, String::new()),
+            Subject::Average => (Kind::Average, String::new()),
+            Subject::Last(_) => (Kind::Last, String::new()),
+            Subject::Milestone(_) => (Kind::Milestone, String::new()),
+            Subject::Tuned(stage) => (Kind::Tuned, stage.to_string()),
+            Subject::Model(place) => (Kind::Model, place.clone()),
+        };
+        let checkpoints = subject.checkpoints().iter().copied().map(Into::into).collect();
+        Self { kind: kind.into(), checkpoints, name }
+    }
+}
+
+impl TryFrom<v1::Subject> for Subject {
+    type Error = WireError;
+
+    fn try_from(subject: v1::Subject) -> Result<Self, WireError> {
+        use v1::subject::Kind;
+        let kind = subject.kind();
+        let checkpoints: Vec<CheckpointId> =
+            subject.checkpoints.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?;
+        Ok(match (kind, &checkpoints[..], &subject.name[..]) {
+            (Kind::Stage, _, "") => Self::Stage(checkpoints),
+            (Kind::Base, [], "") => Self::Base,
+            (Kind::Average, [], "") => Self::Average,
+            (Kind::Last, [id], "") => Self::Last(*id),
+            (Kind::Milestone, [id], "") => Self::Milestone(*id),
+            (Kind::Tuned, [], name) => Self::Tuned(stage("subject.name", name)?),
+            (Kind::Model, [], place) if !place.is_empty() => Self::Model(place.to_owned()),
+            (kind, checkpoints, name) => {
+                let value = format!("{kind:?} {name} of {} checkpoints", checkpoints.len());
+                return Err(invalid("subject", &value));
+            }
+        })
+    }
+}
+
 impl From<Job> for v1::Job {
     fn from(job: Job) -> Self {
-        use v1::job::Model;
-        let model = match job.subject() {
-            Subject::Stage(_) => None,
-            Subject::Average => Some(Model::Of("average".to_owned())),
-            Subject::Last(_) => Some(Model::Of("last".to_owned())),
-            Subject::Milestone(_) => Some(Model::Of("milestone".to_owned())),
-            Subject::Model(place) => Some(Model::Place(place.clone())),
-        };
-        let checkpoints = job.checkpoints().iter().copied().map(Into::into).collect();
         let (part, parts) = job.part().map_or((0, 0), |part| (part.index(), part.of()));
-        Self { stage: job.stage().to_string(), checkpoints, model, part, parts }
+        Self { stage: job.stage().to_string(), subject: Some(job.subject().clone().into()), part, parts }
     }
 }
 
@@ -217,23 +264,8 @@ impl TryFrom<v1::Job> for Job {
     type Error = WireError;
 
     fn try_from(job: v1::Job) -> Result<Self, WireError> {
-        use v1::job::Model;
-        let invalid =
-            |field, value: &str| WireError::Invalid { field, value: format!("{:?}", for_people(value, 100)) };
-        let stage = job.stage.parse().map_err(|_| invalid("job.stage", &job.stage))?;
-        let checkpoints: Vec<CheckpointId> = job.checkpoints.into_iter().map(Into::into).collect();
-        let subject = match (job.model, &checkpoints[..]) {
-            (None, _) => Subject::Stage(checkpoints),
-            (Some(Model::Place(place)), []) => Subject::Model(place),
-            (Some(Model::Of(of)), checkpoints) => match (&of[..], checkpoints) {
-                ("average", []) => Subject::Average,
-                ("last", [id]) => Subject::Last(*id),
-                ("milestone", [id]) => Subject::Milestone(*id),
-                _ => return Err(invalid("job.of", &format!("{of} of {} checkpoints", checkpoints.len()))),
-            },
-            (Some(Model::Place(place)), _) => return Err(invalid("job.place", &place)),
-        };
-        let whole = Self::new(stage, subject);
+        let stage = stage("job.stage", &job.stage)?;
+        let whole = Self::new(stage, required("job.subject", job.subject)?.try_into()?);
         match (job.parts, Part::new(job.part, job.parts)) {
             (0, _) if job.part == 0 => Ok(whole),
             (_, Some(part)) => Ok(whole.part_of(part)),
@@ -267,7 +299,7 @@ impl TryFrom<v1::Snapshot> for Snapshot {
                 v1::CheckpointKind::Recovery => CheckpointKind::Recovery,
                 v1::CheckpointKind::Unspecified => return Err(WireError::Missing("snapshot.kind")),
             },
-            checkpoint: required("snapshot.checkpoint", snapshot.checkpoint)?.into(),
+            checkpoint: required("snapshot.checkpoint", snapshot.checkpoint)?.try_into()?,
             state: digest("snapshot.state", &snapshot.state)?,
             files: snapshot.files,
         })
@@ -556,13 +588,13 @@ impl TryFrom<v1::from_worker::Message> for ToCoordinator {
                     files.insert(file.name, entry);
                 }
                 Self::Written {
-                    checkpoint: required("written.checkpoint", written.checkpoint)?.into(),
+                    checkpoint: required("written.checkpoint", written.checkpoint)?.try_into()?,
                     files,
                 }
             }
             Wire::WriteFailed(write) => {
                 let (kind, message) = read_failure(required("write_failed.failure", write.failure)?)?;
-                let checkpoint = required("write_failed.checkpoint", write.checkpoint)?.into();
+                let checkpoint = required("write_failed.checkpoint", write.checkpoint)?.try_into()?;
                 Self::WriteFailed { checkpoint, kind, message }
             }
             Wire::Notice(text) => Self::Notice(text),
@@ -577,7 +609,7 @@ impl TryFrom<v1::from_worker::Message> for ToCoordinator {
                     kind,
                     message,
                     bad_unit,
-                    damaged: job.damaged.map(Into::into),
+                    damaged: job.damaged.map(TryInto::try_into).transpose()?,
                 }
             }
         })
@@ -613,6 +645,8 @@ impl From<ToWorker> for v1::FromCoordinator {
             }),
             ToWorker::Refused { kind, reason } => Wire::Refused(failure(kind, reason)),
             ToWorker::Assign(assignment) => Wire::Assign(v1::Assignment {
+                training: assignment.training.to_string(),
+                from: assignment.from.map(Into::into),
                 generation: assignment.generation.get(),
                 rank: assignment.rank.get(),
                 size: assignment.size,
@@ -636,7 +670,9 @@ impl From<ToWorker> for v1::FromCoordinator {
                 };
                 Wire::Request(v1::GroupRequest { generation: generation.get(), kind: kind.into() })
             }
-            ToWorker::Acknowledge(step) => Wire::Acknowledge(step.get()),
+            ToWorker::Acknowledge(training, step) => {
+                Wire::Acknowledge(v1::Acknowledge { training: training.to_string(), step: step.get() })
+            }
             ToWorker::Write { checkpoint, files } => {
                 Wire::Write(v1::Write { checkpoint: Some(checkpoint.into()), files })
             }
@@ -669,6 +705,8 @@ impl TryFrom<v1::FromCoordinator> for ToWorker {
                 Self::Refused { kind, reason }
             }
             Wire::Assign(assignment) => Self::Assign(Assignment {
+                training: stage("assignment.training", &assignment.training)?,
+                from: assignment.from.map(TryInto::try_into).transpose()?,
                 generation: Generation::new(assignment.generation),
                 rank: Rank::new(assignment.rank),
                 size: assignment.size,
@@ -691,12 +729,14 @@ impl TryFrom<v1::FromCoordinator> for ToWorker {
                 };
                 Self::Request(Generation::new(request.generation), kind)
             }
-            Wire::Acknowledge(step) => Self::Acknowledge(Step::new(step)),
+            Wire::Acknowledge(report) => {
+                Self::Acknowledge(stage("acknowledge.training", &report.training)?, Step::new(report.step))
+            }
             Wire::Write(write) => Self::Write {
-                checkpoint: required("write.checkpoint", write.checkpoint)?.into(),
+                checkpoint: required("write.checkpoint", write.checkpoint)?.try_into()?,
                 files: write.files,
             },
-            Wire::Release(checkpoint) => Self::Release(checkpoint.into()),
+            Wire::Release(checkpoint) => Self::Release(checkpoint.try_into()?),
             Wire::Run(job) => Self::Run(job.try_into()?),
             Wire::Finish(code) => Self::Finish(exit_status(code)?),
         })
@@ -712,7 +752,7 @@ mod tests {
     }
 
     fn checkpoint() -> CheckpointId {
-        CheckpointId::new(Step::new(50), Generation::new(2))
+        CheckpointId::new("dpo".parse().unwrap(), Step::new(50), Generation::new(2))
     }
 
     /// A job of a stage that reads `count` checkpoints.
@@ -738,6 +778,8 @@ mod tests {
             elapsed: Duration::from_nanos(1),
             data_wait: Duration::from_secs(2),
             communication: Duration::ZERO,
+            examples: 11,
+            measures: [("rewards/margins".to_owned(), 0.1)].into(),
         };
         let reading = SourceReading {
             source: "web".into(),
@@ -875,6 +917,8 @@ mod tests {
             },
             ToWorker::Refused { kind: ErrorKind::Refused, reason: "version".into() },
             ToWorker::Assign(Assignment {
+                training: StageName::pretraining(),
+                from: Some(Subject::Last(checkpoint())),
                 generation: Generation::new(1),
                 rank: Rank::new(2),
                 size: 3,
@@ -887,7 +931,7 @@ mod tests {
                 repair: Some(Repair { milestones: [Step::new(3), Step::new(6)].into() }),
             }),
             ToWorker::Abort(Generation::new(5)),
-            ToWorker::Acknowledge(Step::new(6)),
+            ToWorker::Acknowledge(StageName::pretraining(), Step::new(6)),
             ToWorker::Write { checkpoint: checkpoint(), files: vec!["a".into()] },
             ToWorker::Release(checkpoint()),
             ToWorker::Finish(ExitStatus::Interrupted),
@@ -903,7 +947,9 @@ mod tests {
                 job("evaluate-last", 1),
                 job("continuations", 3),
                 job("benchmark", 0),
+                of("tasks", Subject::Base),
                 of("tasks", Subject::Average),
+                of("tasks", Subject::Tuned("dpo".parse().unwrap())),
                 of("tasks", Subject::Last(checkpoint())),
                 of("tasks", Subject::Milestone(checkpoint())),
                 of("tasks", Subject::Model("hf://a/b".into())),
@@ -919,7 +965,7 @@ mod tests {
 
     #[test]
     fn what_lacks_a_field_is_refused_by_its_name() {
-        use v1::job::Model;
+        use v1::subject::Kind;
         assert_eq!(from_worker(v1::FromWorker::default()), Err(WireError::Missing("message")));
         let of = |message| from_worker(v1::FromWorker { message: Some(message), run: Vec::new() });
         let hello = v1::from_worker::Message::Hello(v1::Hello::default());
@@ -927,24 +973,24 @@ mod tests {
         let ready = v1::Ready { fingerprint: vec![1, 2], ..v1::Ready::default() };
         let error = of(v1::from_worker::Message::Ready(ready));
         assert!(matches!(error, Err(WireError::Invalid { field: "ready.fingerprint", .. })));
-        let done = |stage: &str, model: Option<Model>, count| {
-            let job = Some(v1::Job {
-                stage: stage.to_owned(),
-                checkpoints: vec![checkpoint().into(); count],
-                model,
-                ..v1::Job::default()
-            });
+        let done = |stage: &str, kind: Kind, name: &str, count| {
+            let checkpoints = vec![checkpoint().into(); count];
+            let subject = Some(v1::Subject { kind: kind.into(), checkpoints, name: name.to_owned() });
+            let job = Some(v1::Job { stage: stage.to_owned(), subject, ..v1::Job::default() });
             of(v1::from_worker::Message::JobDone(v1::JobDone { job, result: String::new() }))
         };
-        assert!(done("export", None, 0).is_ok());
-        for (stage, model, count, field) in [
-            ("../export", None, 0, "job.stage"),
-            ("tasks", Some(Model::Of("last".to_owned())), 0, "job.of"),
-            ("tasks", Some(Model::Of("average".to_owned())), 1, "job.of"),
-            ("tasks", Some(Model::Of("best".to_owned())), 1, "job.of"),
-            ("tasks", Some(Model::Place("hf://a/b".to_owned())), 1, "job.place"),
+        assert!(done("export", Kind::Stage, "", 0).is_ok());
+        for (stage, kind, name, count, field) in [
+            ("../export", Kind::Stage, "", 0, "job.stage"),
+            ("tasks", Kind::Unspecified, "", 0, "subject"),
+            ("tasks", Kind::Last, "", 0, "subject"),
+            ("tasks", Kind::Average, "", 1, "subject"),
+            ("tasks", Kind::Average, "x", 0, "subject"),
+            ("tasks", Kind::Tuned, "../x", 0, "subject.name"),
+            ("tasks", Kind::Model, "hf://a/b", 1, "subject"),
+            ("tasks", Kind::Model, "", 0, "subject"),
         ] {
-            let error = done(stage, model, count).unwrap_err().to_string();
+            let error = done(stage, kind, name, count).unwrap_err().to_string();
             assert!(error.contains(field), "{error}");
         }
     }

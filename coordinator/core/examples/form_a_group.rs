@@ -5,10 +5,11 @@
 
 #![expect(clippy::print_stdout, reason = "an example")]
 
+use std::collections::BTreeSet;
 use std::error::Error;
 use std::time::Duration;
 
-use ulmus_coord_core::{Coordinator, Effect, Event, PersistentState, Settings};
+use ulmus_coord_core::{Coordinator, Effect, Event, PersistentState, Settings, TrainingSettings};
 use ulmus_types::{
     Digest, Graph, Hello, Incarnation, Job, Ready, RunId, RunSecret, StageName, Subject, ToCoordinator,
     WorkerId, WorkerStatus,
@@ -27,16 +28,20 @@ fn settings() -> Result<Settings, Box<dyn Error>> {
         version: "0.1.0".to_owned(),
         expected_workers: 1,
         min_workers: 1,
-        micro_batches: 4,
-        iterations: 100,
-        tokens_per_step: 4096,
-        milestone_every: 10,
-        checkpoint_files: vec!["model.safetensors".to_owned()],
-        average: 2,
-        graph: Graph::new(2, true, Vec::new()),
+        graph: Graph::new(2, true, false, &[], Vec::new()),
+        trainings: vec![TrainingSettings {
+            name: StageName::pretraining(),
+            updates: Some(100),
+            micro_batches: 4,
+            tokens_per_step: 4096,
+            milestone_every: 10,
+            needed_milestones: 2,
+            checkpoint_files: vec!["model.safetensors".to_owned()],
+            may_exhaust: false,
+            measures: BTreeSet::new(),
+        }],
         sources: ["web".to_owned()].into(),
         from_start: false,
-        may_exhaust: false,
         dead_after: Duration::from_secs(3),
         rejoin_window: Duration::from_secs(10),
         recovery: Duration::from_mins(10),

@@ -6,12 +6,13 @@
 use std::time::Duration;
 
 use ulmus_types::{
-    CheckpointId, CheckpointKind, FileEntry, Generation, LeaveReason, Ready, Snapshot, SourceReading, Step,
-    StepReport, ToCoordinator, WorkerId, WorkerStatus,
+    CheckpointId, CheckpointKind, FileEntry, Generation, LeaveReason, Ready, Snapshot, SourceReading,
+    StageName, Step, StepReport, ToCoordinator, WorkerId, WorkerStatus, for_people,
 };
 
 use crate::members::{Activity, Member};
 use crate::state::Coordinator;
+use crate::trainings::{Training, TrainingSettings};
 
 /// States that a worker may announce before older ones are stored. A correct worker holds fewer.
 const SNAPSHOTS: usize = 8;
@@ -72,19 +73,19 @@ impl Coordinator {
             _ if !activity.is_admitted() => check_unready(member, message),
             ToCoordinator::Connected(generation) => self.check_group(activity, *generation),
             ToCoordinator::Formed { generation, step } => {
-                object!(self.objection_to_step(*step, self.latest_possible_step()));
+                object!(self.objection_to_step(*generation, *step));
                 self.check_group(activity, *generation)
             }
             ToCoordinator::Steps { generation, reports } => self.check_steps(worker, *generation, reports),
             ToCoordinator::Reading { step, sources } => self.check_reading(activity, *step, sources),
             ToCoordinator::Left { generation, step, reason } => {
-                object!(self.objection_to_step(*step, self.latest_possible_step()));
-                object!(self.objection_to_end(*step, reason));
+                object!(self.objection_to_step(*generation, *step));
+                object!(self.objection_to_end(*generation, *step, reason));
                 self.check_group(activity, *generation)
             }
             ToCoordinator::Snapshot(snapshot) => self.check_snapshot(worker, snapshot),
             ToCoordinator::Written { checkpoint, files } => {
-                object!(self.objection_to_files(files.iter()));
+                object!(self.objection_to_files(*checkpoint, files.iter()));
                 self.check_asked(worker, *checkpoint)
             }
             ToCoordinator::WriteFailed { checkpoint, .. } => self.check_asked(worker, *checkpoint),
@@ -132,15 +133,18 @@ impl Coordinator {
                         verdict => return verdict,
                     }
                 }
-                let last = ready
-                    .reports
-                    .last()
-                    .map_or(self.step, |report| report.step)
-                    .max(self.latest_possible_step());
+                let training = self.training_of(generation);
+                let reported = ready.reports.last().map_or(Step::default(), |report| report.step);
+                let latest = |snapshot: &Snapshot| {
+                    let known = self.training(snapshot.checkpoint.training());
+                    let known = known.map_or(Step::default(), |known| self.latest_possible_step(known));
+                    let is_same = training.is_some_and(|t| t.name() == snapshot.checkpoint.training());
+                    if is_same { known.max(reported) } else { known }
+                };
                 ready
                     .snapshots
                     .iter()
-                    .find_map(|snapshot| self.objection_to_snapshot(worker, snapshot, last))
+                    .find_map(|snapshot| self.objection_to_snapshot(worker, snapshot, latest(snapshot)))
                     .map_or(Verdict::Accept, Verdict::Impossible)
             }
             None => accept_if(
@@ -152,12 +156,18 @@ impl Coordinator {
 
     /// The last update that any worker can know of. Records may have been lost in a power failure before this process
     /// started, so until a step is reported, any step of the run is possible.
-    fn latest_possible_step(&self) -> Step {
-        if self.steps_reported { self.step } else { Step::new(self.settings.iterations).max(self.step) }
+    fn latest_possible_step(&self, training: &Training) -> Step {
+        let recorded = training.record.step;
+        if self.reported == Some(training.name()) { recorded } else { training.last_step().max(recorded) }
     }
 
-    fn objection_to_step(&self, step: Step, latest: Step) -> Option<String> {
-        (step > latest).then(|| format!("it claims {step} updates, but only {} were reported", self.step))
+    /// What is wrong with a step that a member of a group claims to have reached.
+    fn objection_to_step(&self, generation: Generation, step: Step) -> Option<String> {
+        let Some(training) = self.training_of(generation) else {
+            return Some(format!("there is no group of generation {generation}"));
+        };
+        let is_ahead = step > self.latest_possible_step(training);
+        is_ahead.then(|| ahead(step, training))
     }
 
     /// Checks a message that only a current member of this generation's group may send.
@@ -173,15 +183,17 @@ impl Coordinator {
         if !self.was_member(worker, generation) {
             return impossible(format!("it was not a member of generation {generation}"));
         }
-        let Some(first) = reports.first() else { return Verdict::Stale };
-        let steps = 1..=self.settings.iterations;
-        if !reports.iter().all(|report| steps.contains(&report.step.get())) {
-            return impossible(format!("the run has steps 1 to {}", self.settings.iterations));
+        let (Some(first), Some(training)) = (reports.first(), self.training_of(generation)) else {
+            return Verdict::Stale;
+        };
+        let (name, last) = (training.name(), training.last_step());
+        if !reports.iter().all(|report| report.step > Step::default() && report.step <= last) {
+            return impossible(format!("stage {name} has steps 1 to {last}"));
         }
-        if first.step > self.latest_possible_step().next() {
+        if first.step > self.latest_possible_step(training).next() {
             return impossible(format!(
                 "step {} must be reported before step {}",
-                self.step.next(),
+                training.record.step.next(),
                 first.step
             ));
         }
@@ -193,31 +205,13 @@ impl Coordinator {
         }
         reports
             .iter()
-            .find_map(|report| self.objection_to_report(report))
+            .find_map(|report| objection_to_report(report, &training.settings))
             .map_or(Verdict::Accept, Verdict::Impossible)
     }
 
-    fn objection_to_report(&self, report: &StepReport) -> Option<String> {
-        let StepReport { step, tokens, loss, z_loss, grad_norm, lr, held_out_loss, .. } = report;
-        let numbers = [*loss, *z_loss, *grad_norm, *lr, held_out_loss.unwrap_or(0.0)];
-        if let Some(number) = numbers.into_iter().find(|number| !number.is_finite()) {
-            return Some(format!("step {step} reports the value {number}"));
-        }
-        if *grad_norm < 0.0 || *lr < 0.0 {
-            return Some(format!(
-                "step {step} reports a gradient norm of {grad_norm} and a learning rate of {lr}"
-            ));
-        }
-        if *tokens == 0 || *tokens > step.get().saturating_mul(self.settings.tokens_per_step) {
-            return Some(format!("{step} steps cannot have {tokens} tokens"));
-        }
-        let longest = report.elapsed.max(report.data_wait).max(report.communication);
-        (longest > LONGEST).then(|| format!("step {step} claims to have taken {longest:?}"))
-    }
-
     fn check_reading(&self, activity: &Activity, step: Step, sources: &[SourceReading]) -> Verdict {
-        if step.get() > self.settings.iterations {
-            return impossible(format!("there is no step {step}"));
+        if !self.training(StageName::pretraining()).is_some_and(|training| step <= training.last_step()) {
+            return impossible(format!("there is no step {step} of pretraining"));
         }
         if sources.len() > self.settings.sources.len() {
             return impossible(format!(
@@ -241,18 +235,20 @@ impl Coordinator {
         }
     }
 
-    fn objection_to_end(&self, step: Step, reason: &LeaveReason) -> Option<String> {
+    fn objection_to_end(&self, generation: Generation, step: Step, reason: &LeaveReason) -> Option<String> {
+        let training = self.training_of(generation)?;
+        let (name, reached) = (training.name(), training.record.step);
         match reason {
             LeaveReason::Finished => {
-                let last = Step::new(self.settings.iterations);
-                let is_repaired = self.trained.is_some_and(|trained| step <= trained);
-                (step != last && !is_repaired).then(|| format!("the run ends at step {last}, not {step}"))
+                let last = training.last_step();
+                let is_repaired = training.record.trained.is_some_and(|trained| step <= trained);
+                (step != last && !is_repaired).then(|| format!("{name} ends at step {last}, not {step}"))
             }
-            LeaveReason::Exhausted(_) if !self.settings.may_exhaust => {
+            LeaveReason::Exhausted(_) if !training.settings.may_exhaust => {
                 Some("no source of the plan can run out".to_owned())
             }
-            LeaveReason::Exhausted(_) if step < self.step => {
-                Some(format!("the run has already reached step {}, and this is step {step}", self.step))
+            LeaveReason::Exhausted(_) if step < reached => {
+                Some(format!("{name} has already reached step {reached}, and this is step {step}"))
             }
             LeaveReason::BadUnit(unit, _) if !self.settings.sources.contains(&unit.source) => {
                 Some("the plan has no such source".to_owned())
@@ -262,7 +258,9 @@ impl Coordinator {
     }
 
     fn check_snapshot(&self, worker: &WorkerId, snapshot: &Snapshot) -> Verdict {
-        object!(self.objection_to_snapshot(worker, snapshot, self.latest_possible_step()));
+        let training = self.training(snapshot.checkpoint.training());
+        let latest = training.map_or(Step::default(), |training| self.latest_possible_step(training));
+        object!(self.objection_to_snapshot(worker, snapshot, latest));
         if self.snapshots.held_by(worker) >= SNAPSHOTS {
             return impossible(format!("it already holds {SNAPSHOTS} states"));
         }
@@ -276,15 +274,23 @@ impl Coordinator {
         if !self.was_member(worker, checkpoint.generation()) {
             return Some(format!("it was not a member of generation {}", checkpoint.generation()));
         }
-        if let Some(why) = self.objection_to_step(step, last) {
-            return Some(why);
+        let training = self
+            .training_of(checkpoint.generation())
+            .filter(|training| training.name() == checkpoint.training());
+        let Some(training) = training else {
+            return Some(format!(
+                "generation {} did not train {}",
+                checkpoint.generation(),
+                checkpoint.training()
+            ));
+        };
+        if step > last {
+            return Some(ahead(step, training));
         }
-        let every = self.settings.milestone_every.max(1);
-        let on_grid =
-            step.get() > 0 && (step.get().is_multiple_of(every) || step.get() == self.settings.iterations);
+        let on_grid = training.is_milestone(step);
         // A source that runs out ends the run at a step that the plan does not name.
         let may_be = match kind {
-            CheckpointKind::Milestone => on_grid || self.settings.may_exhaust,
+            CheckpointKind::Milestone => on_grid || training.settings.may_exhaust,
             CheckpointKind::Recovery => !on_grid,
         };
         if !may_be {
@@ -292,12 +298,9 @@ impl Coordinator {
                 format!("the state after step {step} cannot be a {kind:?} checkpoint").to_lowercase(),
             );
         }
-        (*files != self.settings.checkpoint_files).then(|| {
-            format!(
-                "its files are not the {} files of this plan's checkpoints",
-                self.settings.checkpoint_files.len()
-            )
-        })
+        let expected = &training.settings.checkpoint_files;
+        (files != expected)
+            .then(|| format!("its files are not the {} files of this plan's checkpoints", expected.len()))
     }
 
     /// Checks a message that only a worker that was asked for parts of a checkpoint may send.
@@ -312,14 +315,46 @@ impl Coordinator {
 
     fn objection_to_files<'a>(
         &self,
+        checkpoint: CheckpointId,
         mut files: impl Iterator<Item = (&'a String, &'a FileEntry)>,
     ) -> Option<String> {
+        let expected =
+            self.training(checkpoint.training()).map(|training| &training.settings.checkpoint_files);
+        let is_expected = |name| expected.is_some_and(|expected| expected.contains(name));
         files
-            .any(|(name, entry)| {
-                !self.settings.checkpoint_files.contains(name) || entry.bytes > i64::MAX as u64
-            })
+            .any(|(name, entry)| !is_expected(name) || entry.bytes > i64::MAX as u64)
             .then(|| "checkpoints of this plan have no such file".to_owned())
     }
+}
+
+fn ahead(step: Step, training: &Training) -> String {
+    format!("it claims {step} updates, but only {} were reported", training.record.step)
+}
+
+fn objection_to_report(report: &StepReport, training: &TrainingSettings) -> Option<String> {
+    let StepReport { step, tokens, loss, z_loss, grad_norm, lr, held_out_loss, measures, .. } = report;
+    let numbers = [*loss, *z_loss, *grad_norm, *lr, held_out_loss.unwrap_or(0.0)];
+    let numbers = numbers.iter().chain(measures.values());
+    if let Some(number) = numbers.copied().find(|number| !number.is_finite()) {
+        return Some(format!("step {step} reports the value {number}"));
+    }
+    if let Some(name) = measures.keys().find(|name| !training.measures.contains(*name)) {
+        return Some(format!(
+            "step {step} reports {:?}, which its stage does not measure",
+            for_people(name, 100)
+        ));
+    }
+    if *grad_norm < 0.0 || *lr < 0.0 {
+        return Some(format!(
+            "step {step} reports a gradient norm of {grad_norm} and a learning rate of {lr}"
+        ));
+    }
+    let most = step.get().saturating_mul(training.tokens_per_step);
+    if *tokens == 0 || *tokens > most || report.examples > most {
+        return Some(format!("{step} steps cannot have {tokens} tokens of {} examples", report.examples));
+    }
+    let longest = report.elapsed.max(report.data_wait).max(report.communication);
+    (longest > LONGEST).then(|| format!("step {step} claims to have taken {longest:?}"))
 }
 
 fn accept_if(is_possible: bool, otherwise: &str) -> Verdict {

@@ -14,7 +14,8 @@ use crate::state::{Coordinator, TEXT_LIMIT};
 impl Coordinator {
     pub(crate) fn on_snapshot(&mut self, worker: &WorkerId, snapshot: &Snapshot, now: Duration) {
         let checkpoint = snapshot.checkpoint;
-        if self.checkpoints.contains_key(&checkpoint) {
+        let training = self.training(checkpoint.training());
+        if training.is_some_and(|training| training.record.checkpoints.contains_key(&checkpoint)) {
             return self.send(worker, ToWorker::Release(checkpoint));
         }
         self.saved_at = now;
@@ -39,7 +40,11 @@ impl Coordinator {
             self.members.iter().filter(|(_, member)| member.draining).map(|(id, _)| id.clone()).collect();
         let announce = |checkpoint: CheckpointId| -> Vec<WorkerId> {
             let had = self.rosters.get(&checkpoint.generation());
-            training.iter().filter(|worker| had.is_some_and(|had| had.contains(worker))).cloned().collect()
+            training
+                .iter()
+                .filter(|worker| had.is_some_and(|had| had.members.contains(worker)))
+                .cloned()
+                .collect()
         };
         let asked = self.snapshots.assign(announce, &leaving, now);
         for (worker, checkpoint, files) in asked {
@@ -90,9 +95,11 @@ impl Coordinator {
 
     pub(crate) fn on_committed(&mut self, checkpoint: CheckpointId, now: Duration) {
         let Some((kind, holders)) = self.snapshots.on_committed(checkpoint) else { return };
-        self.checkpoints.insert(checkpoint, kind);
+        let Some(training) = self.training_mut(checkpoint.training()) else { return };
+        training.record.checkpoints.insert(checkpoint, kind);
+        training.record.had_checkpoints = true;
+        let retired = training.retire_recovery();
         self.committed_at = now;
-        self.had_checkpoints = true;
         if kind == CheckpointKind::Milestone {
             // Milestones that are trained again are progress too, and there is an end to them.
             self.futile_groups = 0;
@@ -105,28 +112,17 @@ impl Coordinator {
             self.emit(Notification::Info("checkpoints can be stored again".to_owned()));
         }
         self.emit(Notification::Checkpoint(checkpoint, kind));
-        self.retire_recovery();
-    }
-
-    /// Deletes all recovery checkpoints but the newest two.
-    fn retire_recovery(&mut self) {
-        let recovery: Vec<CheckpointId> = self
-            .checkpoints
-            .iter()
-            .filter(|(_, kind)| **kind == CheckpointKind::Recovery)
-            .map(|(id, _)| *id)
-            .collect();
-        for id in &recovery[..recovery.len().saturating_sub(2)] {
-            self.checkpoints.remove(id);
-            self.effect(Effect::Delete(*id));
+        for id in retired {
+            self.effect(Effect::Delete(id));
         }
     }
 
     /// A committed checkpoint is damaged and counts as missing. A milestone that the average needs is trained again,
     /// from the one before it, after all other training is done.
     pub(crate) fn on_damaged(&mut self, checkpoint: CheckpointId, why: &str) {
-        let Some(kind) = self.checkpoints.remove(&checkpoint) else { return };
-        self.damaged.insert(checkpoint.step());
+        let Some(training) = self.training_mut(checkpoint.training()) else { return };
+        let Some(kind) = training.record.checkpoints.remove(&checkpoint) else { return };
+        training.record.damaged.insert(checkpoint.step());
         self.effect(Effect::SaveDamaged(checkpoint));
         let consequence = match kind {
             CheckpointKind::Milestone => "it counts as missing, and is trained again if the average needs it",

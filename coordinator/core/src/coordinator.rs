@@ -41,6 +41,11 @@ impl Coordinator {
                 self.snapshots.on_parts_damaged(checkpoint, &files, &why, now);
             }
             Event::CheckpointDamaged(checkpoint, why) => self.on_damaged(checkpoint, &why),
+            Event::ExamplesMade(training, updates) => {
+                if let Some(training) = self.training_mut(training) {
+                    training.record.updates = training.settings.updates.or(Some(updates));
+                }
+            }
             Event::StopRequested => self.stopping_since = self.stopping_since.or(Some(now)),
             Event::LocalWorkersFailed(why) => self.on_local_workers_failed(&why, now),
         }
@@ -178,7 +183,8 @@ impl Coordinator {
             && matches!(self.group, Group::Absent { .. })
             && self.snapshots.is_empty()
         {
-            let message = match self.checkpoints.keys().last() {
+            let newest = self.trainings.iter().rev().find_map(|t| t.record.checkpoints.keys().next_back());
+            let message = match newest {
                 Some(last) => {
                     format!("interrupted; {last} is stored, and the same command resumes from there")
                 }

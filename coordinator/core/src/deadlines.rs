@@ -198,7 +198,8 @@ impl Coordinator {
         let mut times: Vec<Duration> = self.micro_batch_times.iter().copied().collect();
         times.sort();
         let median = times.get(times.len() / 2)?;
-        Some(*median * self.settings.micro_batches.div_ceil(size).max(1) as u32)
+        let micro_batches = self.training_of(self.generation)?.settings.micro_batches;
+        Some(*median * micro_batches.div_ceil(size).max(1) as u32)
     }
 
     /// Members whose trainer is stuck although it does not wait for another member.

@@ -5,26 +5,28 @@ use std::time::Duration;
 
 use ulmus_types::{
     BadUnit, CheckpointId, CheckpointKind, Digest, ExitStatus, FileEntry, Generation, Job, JobName,
-    SourceReading, Step, StepReport, ToWorker, WorkerId,
+    SourceReading, StageName, Step, StepReport, ToWorker, WorkerId,
 };
+
+use crate::state::Roster;
 
 /// Something for the driver to do. Effects are performed in order.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Effect {
-    /// Durably store that this generation consists of these workers, before anything else is done.
-    SaveGeneration(Generation, Vec<WorkerId>),
+    /// Durably store what this generation trains and of which workers it consists, before anything else is done.
+    SaveGeneration(Generation, Roster),
     /// Store that this generation's group has ended, so that nobody waits for its members to come back.
     SaveGroupEnded(Generation),
     /// Store the fingerprint that every worker of the run must have.
     SaveFingerprint(Digest),
-    /// Store reports of updates.
-    SaveSteps(Generation, Vec<StepReport>),
+    /// Store reports of a training stage's updates.
+    SaveSteps(StageName, Generation, Vec<StepReport>),
     /// Store a worker's reading statistics of each source.
     SaveReading(WorkerId, Step, Vec<SourceReading>),
     /// Store which units every worker skips from now on, and why, where workers read it, before anything else is done.
     SaveQuarantine(BTreeMap<BadUnit, String>),
-    /// Store that every update is done.
-    SaveTrained(Step),
+    /// Store that every update of a training stage is done, and which was the last.
+    SaveTrained(StageName, Step),
     /// Store that the manifest of a checkpoint is written.
     SaveCommitted(CheckpointId),
     /// Forget a damaged checkpoint; its files stay where they are.
@@ -79,8 +81,12 @@ pub enum Notification {
         generation: Generation,
         /// Workers in it.
         size: usize,
+        /// The stage that it trains.
+        training: StageName,
         /// Updates done.
         step: Step,
+        /// The last update of the stage.
+        last: Step,
     },
     /// A group has ended, and why.
     GroupEnded(Generation, String),

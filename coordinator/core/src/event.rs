@@ -1,6 +1,6 @@
 //! What can happen to a run; named in the past tense.
 
-use ulmus_types::{CheckpointId, ErrorKind, RunId, ToCoordinator, WorkerId};
+use ulmus_types::{CheckpointId, ErrorKind, RunId, StageName, ToCoordinator, WorkerId};
 
 /// Something that happened.
 #[derive(Debug, Clone, PartialEq)]
@@ -32,6 +32,8 @@ pub enum Event {
     PartsDamaged(CheckpointId, Vec<String>, String),
     /// A committed checkpoint no longer has the content that was written.
     CheckpointDamaged(CheckpointId, String),
+    /// The examples of a training stage are made, and give so many updates.
+    ExamplesMade(StageName, u64),
     /// A person asked to save and stop.
     StopRequested,
     /// Local workers repeatedly exit right after their start; why.

@@ -15,7 +15,9 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::time::Duration;
 
-use ulmus_types::{Assignment, Blame, Generation, GroupKey, Peer, Rank, Repair, Step, WorkerId};
+use ulmus_types::{
+    Assignment, Blame, Generation, GroupKey, Peer, Rank, Repair, StageName, Step, Subject, WorkerId,
+};
 
 use crate::members::Members;
 
@@ -101,42 +103,50 @@ pub(crate) fn culprits(suspicions: &[Suspicion], proven: &[WorkerId]) -> BTreeSe
     culprits
 }
 
-/// One assignment per member, in rank order. Each names only the member's neighbours in the ring.
-pub(crate) fn assignments(
-    generation: Generation,
-    group: &[WorkerId],
-    members: &Members,
-    micro_batches: u64,
-    key: GroupKey,
-    recorded: Step,
-    may_begin: bool,
-    repair: Option<&Repair>,
-) -> Vec<(WorkerId, Assignment)> {
-    let size = group.len();
-    let peer = |index: usize| {
-        let worker = group[index % size].clone();
-        let address = members.get(&worker).map_or_else(String::new, |member| member.hello.address.clone());
-        Peer { address, worker }
-    };
-    group
-        .iter()
-        .enumerate()
-        .map(|(index, worker)| {
-            let assignment = Assignment {
-                generation,
-                rank: Rank::new(index as u32),
-                size: size as u32,
-                key,
-                previous: peer(index + size - 1),
-                next: peer(index + 1),
-                micro_batches: share(micro_batches, index as u64, size as u64),
-                recorded,
-                may_begin,
-                repair: repair.cloned(),
-            };
-            (worker.clone(), assignment)
-        })
-        .collect()
+/// What a group is for; an [`Assignment`] is a member's part of it.
+pub(crate) struct Task {
+    pub(crate) training: StageName,
+    pub(crate) from: Option<Subject>,
+    pub(crate) generation: Generation,
+    pub(crate) key: GroupKey,
+    pub(crate) micro_batches: u64,
+    pub(crate) recorded: Step,
+    pub(crate) may_begin: bool,
+    pub(crate) repair: Option<Repair>,
+}
+
+impl Task {
+    /// One assignment per member, in rank order. Each names only the member's neighbours in the ring.
+    pub(crate) fn assignments(&self, group: &[WorkerId], members: &Members) -> Vec<(WorkerId, Assignment)> {
+        let size = group.len();
+        let peer = |index: usize| {
+            let worker = group[index % size].clone();
+            let address =
+                members.get(&worker).map_or_else(String::new, |member| member.hello.address.clone());
+            Peer { address, worker }
+        };
+        group
+            .iter()
+            .enumerate()
+            .map(|(index, worker)| {
+                let assignment = Assignment {
+                    training: self.training,
+                    from: self.from.clone(),
+                    generation: self.generation,
+                    rank: Rank::new(index as u32),
+                    size: size as u32,
+                    key: self.key,
+                    previous: peer(index + size - 1),
+                    next: peer(index + 1),
+                    micro_batches: share(self.micro_batches, index as u64, size as u64),
+                    recorded: self.recorded,
+                    may_begin: self.may_begin,
+                    repair: self.repair.clone(),
+                };
+                (worker.clone(), assignment)
+            })
+            .collect()
+    }
 }
 
 #[cfg(test)]

@@ -1,13 +1,13 @@
-//! The jobs of a run around its training: which are done, which are running, and which can begin. What there is to do follows
-//! from the [`Graph`] of the run's stages.
+//! The jobs of a run: which are done, which are running, and which can begin. What there is to do follows from the [`Graph`] of the
+//! run's stages.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use globset::{Glob, GlobMatcher};
 use ulmus_types::{
-    CheckpointId, CheckpointKind, ErrorKind, Graph, Job, JobName, Part, Reads, Stage, StageKind, StageName,
-    Subject, WorkerId,
+    ErrorKind, Graph, Job, JobName, Milestones, Of, Part, Reads, Stage, StageKind, StageName, Subject,
+    WorkerId,
 };
 
 /// How often a job may fail before the run gives up.
@@ -55,12 +55,12 @@ pub(crate) struct Jobs {
     given_up: BTreeMap<JobName, (ErrorKind, String)>,
 }
 
-/// The state of training and storing, on which it depends which jobs may begin.
-#[derive(Debug, Clone, Copy)]
+/// The state of training and storing, on which it depends which stages may begin.
+#[derive(Debug, Clone)]
 pub(crate) struct Progress {
-    /// Training is done, and its milestones are stored.
-    pub(crate) trained: bool,
-    /// No milestone is still to be stored.
+    /// The training stages that are over: trained, and their milestones stored.
+    pub(crate) over: BTreeSet<StageName>,
+    /// No state is still to be stored.
     pub(crate) all_stored: bool,
 }
 
@@ -97,25 +97,57 @@ impl Jobs {
         self.graph.stage(job.stage())
     }
 
-    /// Whether every job that training depends on is done.
-    pub(crate) fn training_may_begin(&self) -> bool {
-        let prepares = |stage: &&Stage| stage.kind == StageKind::Prepare;
-        self.graph.stages().iter().filter(prepares).all(|stage| self.stage_is_done(stage, &[]))
+    /// Whether every job of a kind is done.
+    fn all_of_kind(&self, kind: StageKind) -> bool {
+        let mut stages = self.graph.stages().iter().filter(|stage| stage.kind == kind);
+        stages.all(|stage| self.stage_is_done(stage, &Milestones::default()))
     }
 
-    /// Whether a job that reads milestones is not done yet.
-    pub(crate) fn need_milestones(&self, milestones: &[CheckpointId]) -> bool {
-        let reads = |stage: &&Stage| stage.reads_milestones();
+    /// Whether everything is prepared that any training reads. What is wrong with it is found before the first one begins.
+    fn is_prepared(&self) -> bool {
+        self.all_of_kind(StageKind::Prepare) && self.all_of_kind(StageKind::Examples)
+    }
+
+    /// Whether a stage that trains may begin.
+    pub(crate) fn training_may_begin(&self, stage: &Stage, progress: &Progress) -> bool {
+        let is_there = |of: &Of| match of {
+            Of::Base | Of::Model(_) => true,
+            Of::Average => self.has_average(),
+            Of::Last | Of::Milestones => progress.over.contains(&StageName::pretraining()),
+            Of::Tuned(name) => self.is_exported(*name),
+        };
+        let has_model = match &stage.reads {
+            Reads::Models(models) => models.iter().all(is_there),
+            _ => true,
+        };
+        let reference = self.graph.stage(&stage.name.reference());
+        has_model
+            && self.is_prepared()
+            && reference.is_none_or(|reference| self.stage_is_done(reference, &Milestones::default()))
+    }
+
+    fn has_average(&self) -> bool {
+        self.done.iter().any(|name| name.as_str() == StageName::AVERAGE)
+    }
+
+    /// Whether the model that a tuning stage has made is written.
+    fn is_exported(&self, tuned: StageName) -> bool {
+        self.done.iter().any(|name| name.as_str() == tuned.export().as_str())
+    }
+
+    /// Whether a job that reads milestones of a training stage is not done yet.
+    pub(crate) fn need_milestones(&self, training: StageName, milestones: &Milestones) -> bool {
+        let reads = |stage: &&Stage| stage.reads_milestones_of() == Some(training);
         !self.graph.stages().iter().filter(reads).all(|stage| self.stage_is_done(stage, milestones))
     }
 
     /// Whether every job that the plan asks for is done, given the milestones of a run that is trained.
-    pub(crate) fn all_done(&self, milestones: &[CheckpointId]) -> bool {
+    pub(crate) fn all_done(&self, milestones: &Milestones) -> bool {
         self.graph.is_done(milestones, |name| self.is_done(name))
     }
 
     /// Why the run cannot finish, if there is nothing left to do but what has failed for good.
-    pub(crate) fn failed_for_good(&self, milestones: &[CheckpointId]) -> Option<(ErrorKind, String)> {
+    pub(crate) fn failed_for_good(&self, milestones: &Milestones) -> Option<(ErrorKind, String)> {
         let (kind, _) = self.given_up.values().next()?;
         let is_over =
             self.graph.is_done(milestones, |name| self.is_done(name) || self.given_up.contains_key(name));
@@ -137,12 +169,12 @@ impl Jobs {
         self.stage_of(job).is_some_and(|stage| matches!(stage.reads, Reads::Models(_)))
     }
 
-    fn stage_is_done(&self, stage: &Stage, milestones: &[CheckpointId]) -> bool {
+    fn stage_is_done(&self, stage: &Stage, milestones: &Milestones) -> bool {
         self.graph.stage_is_done(stage, milestones, |name| self.is_done(name))
     }
 
     /// The jobs that are not done yet and for which there is everything but the average, each with its stage.
-    fn unfinished<'a>(&'a self, milestones: &'a [CheckpointId]) -> impl Iterator<Item = (&'a Stage, Job)> {
+    fn unfinished<'a>(&'a self, milestones: &'a Milestones) -> impl Iterator<Item = (&'a Stage, Job)> {
         let jobs = self.graph.stages().iter().flat_map(move |stage| {
             self.graph.jobs(stage, milestones).into_iter().map(move |job| (stage, job))
         });
@@ -150,13 +182,12 @@ impl Jobs {
     }
 
     /// The progress of every job for which there are checkpoints, and of every stage for which there are none.
-    pub(crate) fn status(&self, milestones: &[CheckpointId]) -> BTreeMap<JobName, JobStatus> {
+    pub(crate) fn status(&self, milestones: &Milestones) -> BTreeMap<JobName, JobStatus> {
         let mut status = BTreeMap::new();
-        for stage in self.graph.stages() {
+        for stage in self.graph.stages().iter().filter(|stage| !stage.kind.trains()) {
             let jobs = self.graph.jobs(stage, milestones);
             let names = jobs.iter().map(Job::name);
-            let without =
-                jobs.is_empty().then(|| Job::new(stage.name.clone(), Subject::Stage(Vec::new())).name());
+            let without = jobs.is_empty().then(|| Job::new(stage.name, Subject::Stage(Vec::new())).name());
             for name in names.chain(without) {
                 let is_pending = self.pending.contains_key(&stage.name);
                 let progress = match (self.is_done(&name), is_pending) {
@@ -283,7 +314,7 @@ impl Jobs {
     }
 
     /// Jobs that can begin now if there is a worker for them; those that measure their machine come last.
-    pub(crate) fn ready(&self, progress: Progress, milestones: &[CheckpointId]) -> Vec<(Stage, Job)> {
+    pub(crate) fn ready(&self, progress: &Progress, milestones: &Milestones) -> Vec<(Stage, Job)> {
         let mut ready: Vec<(Stage, Job)> = self
             .unfinished(milestones)
             .filter(|(stage, job)| self.may_begin(stage, job, progress))
@@ -314,26 +345,31 @@ impl Jobs {
 
     /// Whether a job may be shared: it is no part of one, and not what puts parts together.
     pub(crate) fn may_be_shared(&self, stage: &Stage, job: &Job) -> bool {
-        stage.kind == StageKind::Evaluation && job.part().is_none() && !self.parts.contains_key(&job.name())
+        stage.kind.is_shared() && job.part().is_none() && !self.parts.contains_key(&job.name())
     }
 
     /// Whether everything that a job reads exists, and it does not run already.
-    fn may_begin(&self, stage: &Stage, job: &Job, progress: Progress) -> bool {
+    fn may_begin(&self, stage: &Stage, job: &Job, progress: &Progress) -> bool {
         // A job that reads other checkpoints, as those of an earlier one were damaged, waits for that one to end.
         let runs = self.running.keys().any(|other| other.name() == job.name());
-        let has_average = || self.done.iter().any(|name| name.as_str() == StageName::AVERAGE);
-        let is_its_turn = match job.subject() {
-            Subject::Stage(_) if stage.kind == StageKind::Prepare => true,
-            Subject::Stage(_) => {
-                progress.trained
-                    && self.training_may_begin()
-                    && (stage.reads != Reads::Spread || progress.all_stored)
+        let is_over = |training| progress.over.contains(&training);
+        let is_its_turn = match (job.subject(), &stage.reads) {
+            (Subject::Stage(_), _) if stage.kind == StageKind::Prepare => true,
+            (Subject::Stage(_), _) if stage.kind == StageKind::Examples => {
+                self.all_of_kind(StageKind::Prepare)
             }
-            Subject::Average | Subject::Last(_) => progress.trained,
+            (Subject::Stage(_), Reads::Tuned(training)) => is_over(*training) && self.is_prepared(),
+            (Subject::Stage(_), reads) => {
+                is_over(StageName::pretraining())
+                    && self.is_prepared()
+                    && (*reads != Reads::Spread || progress.all_stored)
+            }
+            (Subject::Average | Subject::Last(_), _) => is_over(StageName::pretraining()),
+            (Subject::Tuned(name), _) => self.is_exported(*name),
             // The run may have to make the rows of tasks first.
-            Subject::Milestone(_) | Subject::Model(_) => self.training_may_begin(),
+            (Subject::Base | Subject::Milestone(_) | Subject::Model(_), _) => self.is_prepared(),
         };
-        is_its_turn && !runs && (!stage.reads_average(job) || has_average())
+        is_its_turn && !runs && (!stage.reads_average(job) || self.has_average())
     }
 
     /// No connected worker can serve a stage. The run `waits` for one if there is nothing else to do. Returns whether that is
@@ -352,36 +388,35 @@ impl Jobs {
     }
 }
 
-/// Milestones, oldest first. Of a step that was trained twice, only the newer milestone.
-pub(crate) fn milestones(checkpoints: &BTreeMap<CheckpointId, CheckpointKind>) -> Vec<CheckpointId> {
-    let by_step: BTreeMap<_, _> = checkpoints
-        .iter()
-        .filter(|(_, kind)| **kind == CheckpointKind::Milestone)
-        .map(|(id, _)| (id.step(), *id))
-        .collect();
-    by_step.into_values().collect()
-}
-
 #[cfg(test)]
 mod tests {
-    use ulmus_types::{Generation, Incarnation, Of, Requirements, Step};
+    use ulmus_types::{CheckpointId, CheckpointKind, Generation, Incarnation, Requirements, Step};
 
     use super::*;
 
-    const TRAINED: Progress = Progress { trained: true, all_stored: true };
-    const UNTRAINED: Progress = Progress { trained: false, all_stored: true };
-
-    fn id(step: u64) -> CheckpointId {
-        CheckpointId::new(Step::new(step), Generation::new(1))
+    fn trained() -> Progress {
+        Progress { over: [StageName::pretraining()].into(), all_stored: true }
     }
 
-    fn milestones() -> Vec<CheckpointId> {
-        [4, 6, 8].map(id).to_vec()
+    fn untrained() -> Progress {
+        Progress { over: BTreeSet::new(), all_stored: true }
+    }
+
+    fn id(step: u64) -> CheckpointId {
+        CheckpointId::new(StageName::pretraining(), Step::new(step), Generation::new(1))
+    }
+
+    fn milestones() -> Milestones {
+        stored(&[4, 6, 8].map(id))
+    }
+
+    fn stored(checkpoints: &[CheckpointId]) -> Milestones {
+        checkpoints.iter().map(|id| (id, &CheckpointKind::Milestone)).collect()
     }
 
     fn jobs(export: bool, added: Vec<Stage>) -> Jobs {
         let prepared = JobName::stored(StageName::PREPARE.to_owned());
-        Jobs::new(Graph::new(2, export, added), [prepared].into(), BTreeMap::new())
+        Jobs::new(Graph::new(2, export, false, &[], added), [prepared].into(), BTreeMap::new())
     }
 
     fn added(kind: StageKind, of: &[&str]) -> Stage {
@@ -398,7 +433,7 @@ mod tests {
     fn waves(mut jobs: Jobs) -> Vec<Vec<String>> {
         let mut waves = Vec::new();
         while !jobs.all_done(&milestones()) {
-            let ready = jobs.ready(TRAINED, &milestones());
+            let ready = jobs.ready(&trained(), &milestones());
             assert!(!ready.is_empty(), "{waves:?} and nothing after it");
             waves.push(names(&ready));
             for (_, job) in &ready {
@@ -421,28 +456,29 @@ mod tests {
 
     #[test]
     fn before_training_only_its_preparation_is_done() {
-        let mut jobs = Jobs::new(Graph::new(2, true, Vec::new()), BTreeSet::new(), BTreeMap::new());
-        for progress in [UNTRAINED, TRAINED] {
-            assert_eq!(names(&jobs.ready(progress, &milestones())), ["prepare"]);
+        let mut jobs =
+            Jobs::new(Graph::new(2, true, false, &[], Vec::new()), BTreeSet::new(), BTreeMap::new());
+        for progress in [untrained(), trained()] {
+            assert_eq!(names(&jobs.ready(&progress, &milestones())), ["prepare"]);
         }
-        let (_, prepare) = jobs.ready(UNTRAINED, &[]).remove(0);
-        assert!(!jobs.training_may_begin());
+        let (_, prepare) = jobs.ready(&untrained(), &Milestones::default()).remove(0);
+        assert!(!jobs.is_prepared());
         jobs.on_succeeded(&prepare);
-        assert!(jobs.training_may_begin());
-        assert!(jobs.ready(UNTRAINED, &milestones()).is_empty());
+        assert!(jobs.is_prepared());
+        assert!(jobs.ready(&untrained(), &milestones()).is_empty());
     }
 
     #[test]
     fn milestones_and_other_models_are_measured_while_the_run_trains() {
         let mut jobs = jobs(true, vec![added(StageKind::Evaluation, &["milestones", "hf://a/b", "last"])]);
-        let ready = jobs.ready(UNTRAINED, &[id(4)]);
+        let ready = jobs.ready(&untrained(), &stored(&[id(4)]));
         assert_eq!(names(&ready)[0], "evaluation/step-00000004");
         assert!(names(&ready)[1].starts_with("evaluation/a-b-") && ready.len() == 2, "{:?}", names(&ready));
         jobs.on_succeeded(&ready[0].1);
         // The state of a step is the same in every generation.
-        let again = CheckpointId::new(Step::new(4), Generation::new(2));
-        assert_eq!(jobs.ready(UNTRAINED, &[again]).len(), 1);
-        assert_eq!(jobs.ready(UNTRAINED, &[again, id(6)]).len(), 2);
+        let again = CheckpointId::new(StageName::pretraining(), Step::new(4), Generation::new(2));
+        assert_eq!(jobs.ready(&untrained(), &stored(&[again])).len(), 1);
+        assert_eq!(jobs.ready(&untrained(), &stored(&[again, id(6)])).len(), 2);
     }
 
     #[test]
@@ -456,36 +492,37 @@ mod tests {
     #[test]
     fn no_job_runs_twice_at_once() {
         let mut jobs = jobs(true, Vec::new());
-        let (_, average) = jobs.ready(TRAINED, &milestones()).remove(0);
+        let (_, average) = jobs.ready(&trained(), &milestones()).remove(0);
         jobs.on_started(average.clone(), WorkerId::new("w", Incarnation::new(1)).unwrap());
         // A milestone was damaged and trained again meanwhile.
-        let repaired = [id(4), id(6), CheckpointId::new(Step::new(8), Generation::new(2))];
-        assert!(!names(&jobs.ready(TRAINED, &repaired)).contains(&"average".to_owned()));
-        let unstored = Progress { all_stored: false, ..TRAINED };
-        assert_eq!(names(&jobs.ready(unstored, &repaired)), ["evaluate-last"]);
+        let again = CheckpointId::new(StageName::pretraining(), Step::new(8), Generation::new(2));
+        let repaired = stored(&[id(4), id(6), again]);
+        assert!(!names(&jobs.ready(&trained(), &repaired)).contains(&"average".to_owned()));
+        let unstored = Progress { all_stored: false, ..trained() };
+        assert_eq!(names(&jobs.ready(&unstored, &repaired)), ["evaluate-last"]);
     }
 
     #[test]
     fn a_run_without_its_average_makes_it_again() {
         let mut jobs = jobs(true, Vec::new());
         assert_eq!(jobs.on_average_damaged(), None);
-        let (_, average) = jobs.ready(TRAINED, &milestones()).remove(0);
+        let (_, average) = jobs.ready(&trained(), &milestones()).remove(0);
         jobs.on_succeeded(&average);
         assert_eq!(jobs.on_average_damaged(), Some(average.name()));
-        assert_eq!(names(&jobs.ready(TRAINED, &milestones()))[0], "average");
+        assert_eq!(names(&jobs.ready(&trained(), &milestones()))[0], "average");
     }
 
     #[test]
     fn a_stage_that_failed_keeps_nothing_else_from_being_done() {
         let mut jobs = jobs(false, vec![added(StageKind::Evaluation, &["last"])]);
-        let ready = jobs.ready(TRAINED, &milestones());
+        let ready = jobs.ready(&trained(), &milestones());
         let (_, evaluation) = ready.iter().find(|(stage, _)| stage.kind == StageKind::Evaluation).unwrap();
         assert!(jobs.on_given_up(evaluation, ErrorKind::InvalidInput, "no rows"));
         assert!(
             !jobs.on_given_up(&ready[0].1, ErrorKind::Internal, "no memory"),
             "every run needs its average"
         );
-        while let [(_, job), ..] = &jobs.ready(TRAINED, &milestones())[..] {
+        while let [(_, job), ..] = &jobs.ready(&trained(), &milestones())[..] {
             assert_eq!(jobs.failed_for_good(&milestones()), None);
             jobs.on_succeeded(&job.clone());
         }

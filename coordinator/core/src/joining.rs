@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use ulmus_types::{
-    Digest, ErrorKind, ExitStatus, Generation, Hello, Ready, ToWorker, WorkerId, WorkerStatus, for_people,
+    Digest, ErrorKind, ExitStatus, Generation, Hello, Ready, Step, ToWorker, WorkerId, WorkerStatus,
+    for_people,
 };
 
 use crate::effect::{Effect, Notification};
@@ -37,7 +38,7 @@ impl Coordinator {
         }
         let is_known = self.members.get(worker).is_some()
             || self.jobs.was_given(worker)
-            || self.rosters.values().any(|members| members.contains(worker));
+            || self.rosters.values().any(|roster| roster.members.contains(worker));
         let is_itself = *secret == Some(self.settings.secret.session(worker));
         if (is_known || *run == Some(self.settings.id)) && !is_itself {
             let reason = format!(
@@ -200,10 +201,10 @@ impl Coordinator {
     pub(crate) fn adopt_group(&mut self, now: Duration) {
         let Group::Adopting { members, back, gone, until } = &self.group else { return };
         if back.len() == members.len() {
-            let (members, size) = (members.clone(), members.len());
-            self.group = Group::Training { members, since: now, pausing: false };
+            let members = members.clone();
             self.had_a_group = true;
-            self.emit(Notification::GroupFormed { generation: self.generation, size, step: self.step });
+            let step = self.training_of(self.generation).map_or(Step::default(), |t| t.record.step);
+            self.train(members, step, now);
         } else if *until <= now {
             let missing: Vec<&str> =
                 members.iter().filter(|id| !back.contains(id)).map(WorkerId::name).collect();

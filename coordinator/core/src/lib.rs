@@ -34,10 +34,12 @@ mod snapshots;
 mod state;
 mod status;
 mod training;
+mod trainings;
 mod work;
 
 pub use effect::{Effect, Notification, Outcome};
 pub use event::Event;
 pub use jobs::JobStatus;
-pub use state::{Coordinator, PersistentState, Settings};
+pub use state::{Coordinator, PersistentState, Roster, Settings};
 pub use status::{Doing, MemberStatus, Phase, Status};
+pub use trainings::{TrainingRecord, TrainingSettings};

@@ -372,14 +372,14 @@ fn unassign(pending: &mut Pending, worker: &WorkerId, not_before: Duration) {
 
 #[cfg(test)]
 mod tests {
-    use ulmus_types::{Generation, Incarnation, Step};
+    use ulmus_types::{Generation, Incarnation, StageName, Step};
 
     use super::*;
 
     #[test]
     fn a_manifest_that_could_not_be_stored_waits() {
         let worker = WorkerId::new("w", Incarnation::new(1)).unwrap();
-        let checkpoint = CheckpointId::new(Step::new(5), Generation::new(1));
+        let checkpoint = CheckpointId::new(StageName::pretraining(), Step::new(5), Generation::new(1));
         let (kind, state) = (CheckpointKind::Milestone, Digest::of(b"state"));
         let snapshot = Snapshot { checkpoint, kind, state, files: vec!["a".to_owned()] };
         let mut snapshots = Snapshots::default();
@@ -398,7 +398,7 @@ mod tests {
     fn who_stores_damaged_parts_is_asked_last_and_waits() {
         let worker = |name: &str| WorkerId::new(name, Incarnation::new(1)).unwrap();
         let (first, second) = (worker("first"), worker("second"));
-        let checkpoint = CheckpointId::new(Step::new(5), Generation::new(1));
+        let checkpoint = CheckpointId::new(StageName::pretraining(), Step::new(5), Generation::new(1));
         let (kind, state) = (CheckpointKind::Milestone, Digest::of(b"state"));
         let snapshot = Snapshot { checkpoint, kind, state, files: vec!["a".to_owned()] };
         let members = [first.clone(), second.clone()];
@@ -434,7 +434,7 @@ mod tests {
         let worker = |name: &str| WorkerId::new(name, Incarnation::new(1)).unwrap();
         let (able, unable) = (worker("able"), worker("unable"));
         let of = |step| Snapshot {
-            checkpoint: CheckpointId::new(Step::new(step), Generation::new(1)),
+            checkpoint: CheckpointId::new(StageName::pretraining(), Step::new(step), Generation::new(1)),
             kind: CheckpointKind::Milestone,
             state: Digest::of(b"state"),
             files: vec!["a".to_owned(), "b".to_owned()],
@@ -472,7 +472,7 @@ mod tests {
     fn a_part_that_takes_too_long_is_asked_of_another() {
         let worker = |name: &str| WorkerId::new(name, Incarnation::new(1)).unwrap();
         let members = [worker("a"), worker("b")];
-        let checkpoint = CheckpointId::new(Step::new(5), Generation::new(1));
+        let checkpoint = CheckpointId::new(StageName::pretraining(), Step::new(5), Generation::new(1));
         let (kind, state) = (CheckpointKind::Recovery, Digest::of(b"state"));
         let snapshot = Snapshot { checkpoint, kind, state, files: vec!["a".to_owned()] };
         let mut snapshots = Snapshots::default();

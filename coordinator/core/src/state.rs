@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use ulmus_types::{
-    BadUnit, CheckpointId, CheckpointKind, Digest, ErrorKind, ExitStatus, Generation, Graph, Job, JobName,
-    RunId, RunName, RunSecret, Step, ToWorker, WorkerId,
+    BadUnit, CheckpointId, Digest, ErrorKind, ExitStatus, Generation, Graph, Job, JobName, Milestones, RunId,
+    RunName, RunSecret, StageName, Step, ToWorker, WorkerId,
 };
 
 use crate::effect::{Effect, Notification, Outcome};
@@ -13,6 +13,7 @@ use crate::group::{Group, Suspicion};
 use crate::jobs::Jobs;
 use crate::members::Members;
 use crate::snapshots::Snapshots;
+use crate::trainings::{Training, TrainingRecord, TrainingSettings};
 
 /// Number of generations whose members are remembered.
 const ROSTERS: usize = 256;
@@ -40,26 +41,14 @@ pub struct Settings {
     pub expected_workers: usize,
     /// Minimum number of workers in a group.
     pub min_workers: usize,
-    /// Micro-batches per update, and so the maximum number of workers in a group.
-    pub micro_batches: u64,
-    /// Updates of the whole run.
-    pub iterations: u64,
-    /// Maximum number of tokens in an update.
-    pub tokens_per_step: u64,
-    /// Updates between two milestones.
-    pub milestone_every: u64,
-    /// Files of a checkpoint, in the order in which workers announce them.
-    pub checkpoint_files: Vec<String>,
-    /// Number of milestones that are averaged.
-    pub average: u64,
     /// The stages of the run.
     pub graph: Graph,
+    /// What the plan says of those that train, in their order.
+    pub trainings: Vec<TrainingSettings>,
     /// Names of the plan's sources.
     pub sources: BTreeSet<String>,
     /// Whether training may start over if every checkpoint is damaged.
     pub from_start: bool,
-    /// Whether a source can run out before the last update.
-    pub may_exhaust: bool,
     /// A worker is declared dead after this long without a heartbeat.
     pub dead_after: Duration,
     /// How long to wait for known or expected workers.
@@ -72,6 +61,15 @@ pub struct Settings {
     pub bad_units: usize,
 }
 
+/// The members of a group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Roster {
+    /// The stage that it trains.
+    pub training: StageName,
+    /// Its members, by rank.
+    pub members: Vec<WorkerId>,
+}
+
 /// What the database remembers of a run. The default is a run that has not begun.
 #[derive(Debug, Clone, Default)]
 pub struct PersistentState {
@@ -80,34 +78,27 @@ pub struct PersistentState {
     /// Members of the last generation, or empty if its group has ended.
     pub group: Vec<WorkerId>,
     /// Members of recent generations, ended or not. Nobody else may send messages about those generations.
-    pub rosters: BTreeMap<Generation, Vec<WorkerId>>,
+    pub rosters: BTreeMap<Generation, Roster>,
     /// Fingerprint that every worker of the run must have.
     pub fingerprint: Option<Digest>,
-    /// Committed checkpoints.
-    pub checkpoints: BTreeMap<CheckpointId, CheckpointKind>,
-    /// Checkpoints that were committed and found to be damaged since.
-    pub damaged: BTreeSet<CheckpointId>,
-    /// The last update whose milestones may be gone for good, because the database was rebuilt from what was there.
-    pub recovered: Step,
+    /// How far each training stage has got.
+    pub trainings: BTreeMap<StageName, TrainingRecord>,
     /// Units that are skipped, and why.
     pub quarantine: BTreeMap<BadUnit, String>,
-    /// Set when every update is done.
-    pub trained: Option<Step>,
-    /// Whether a checkpoint was ever committed, even if it is gone since.
-    pub had_checkpoints: bool,
     /// Finished jobs.
     pub jobs: BTreeSet<JobName>,
     /// The worker to which each job was last given.
     pub owners: BTreeMap<Job, WorkerId>,
-    /// The last update that was reported.
-    pub step: Step,
 }
 
 impl PersistentState {
     /// Whether training and every job of these stages are done.
     pub fn is_finished(&self, graph: &Graph) -> bool {
-        let milestones = crate::jobs::milestones(&self.checkpoints);
-        self.trained.is_some() && graph.is_done(&milestones, |name| self.jobs.contains(name))
+        let checkpoints = self.trainings.values().flat_map(|record| &record.checkpoints);
+        let is_trained =
+            |name| self.trainings.get(name).is_some_and(|record: &TrainingRecord| record.trained.is_some());
+        graph.trainings().all(|stage| is_trained(&stage.name))
+            && graph.is_done(&checkpoints.collect(), |name| self.jobs.contains(name))
     }
 }
 
@@ -118,7 +109,7 @@ pub struct Coordinator {
     pub(crate) settings: Settings,
     pub(crate) members: Members,
     pub(crate) generation: Generation,
-    pub(crate) rosters: BTreeMap<Generation, Vec<WorkerId>>,
+    pub(crate) rosters: BTreeMap<Generation, Roster>,
     pub(crate) group: Group,
     /// What members of the last group reported about each other.
     pub(crate) suspicions: Vec<Suspicion>,
@@ -126,23 +117,14 @@ pub struct Coordinator {
     pub(crate) proven: Vec<WorkerId>,
     pub(crate) snapshots: Snapshots,
     pub(crate) jobs: Jobs,
-    pub(crate) checkpoints: BTreeMap<CheckpointId, CheckpointKind>,
-    /// Steps of milestones that were committed and found to be damaged since.
-    pub(crate) damaged: BTreeSet<Step>,
-    /// The last update whose milestones may be gone for good.
-    pub(crate) recovered: Step,
+    pub(crate) trainings: Vec<Training>,
     pub(crate) fingerprint: Option<Digest>,
     pub(crate) quarantine: BTreeMap<BadUnit, String>,
-    /// Set when every update is done; training is over once the needed milestones are also stored.
-    pub(crate) trained: Option<Step>,
-    pub(crate) step: Step,
-    /// Whether an update was reported to this process.
-    pub(crate) steps_reported: bool,
+    /// The stage of which an update was last reported to this process.
+    pub(crate) reported: Option<StageName>,
     /// Time per micro-batch in each of the last updates.
     pub(crate) micro_batch_times: VecDeque<Duration>,
     pub(crate) futile_groups: u32,
-    /// Whether there ever was a checkpoint: if so, training never silently starts over.
-    pub(crate) had_checkpoints: bool,
     /// Reports since the last update that contradict the record.
     pub(crate) contradictions: u32,
     /// Whether this process has led a group; only the first one waits for the expected workers.
@@ -180,12 +162,24 @@ impl Coordinator {
         };
         let jobs = Jobs::new(settings.graph.clone(), saved.jobs, saved.owners);
         let mut effects = Vec::new();
-        let last: Vec<CheckpointId> = saved.checkpoints.keys().rev().take(1).copied().collect();
-        let milestones = crate::jobs::milestones(&saved.checkpoints);
-        let averaged = milestones.iter().rev().take(settings.average as usize).copied();
-        let doubted: BTreeSet<CheckpointId> = last.into_iter().chain(averaged).collect();
-        if !doubted.is_empty() && jobs.need_milestones(&milestones) {
-            effects.push(Effect::Verify(doubted.into_iter().collect()));
+        let mut records = saved.trainings;
+        let trainings: Vec<Training> = settings
+            .trainings
+            .iter()
+            .map(|settings| {
+                Training::new(settings.clone(), records.remove(&settings.name).unwrap_or_default())
+            })
+            .collect();
+        let milestones = milestones(&trainings);
+        for training in trainings.iter().filter(|training| jobs.need_milestones(training.name(), &milestones))
+        {
+            let last = training.record.checkpoints.keys().next_back();
+            let needed = milestones.of(training.name()).iter().rev();
+            let needed = needed.take(training.settings.needed_milestones as usize);
+            let doubted: BTreeSet<CheckpointId> = last.into_iter().chain(needed).copied().collect();
+            if !doubted.is_empty() {
+                effects.push(Effect::Verify(doubted.into_iter().collect()));
+            }
         }
         Self {
             members: Members::default(),
@@ -196,16 +190,11 @@ impl Coordinator {
             proven: Vec::new(),
             snapshots: Snapshots::default(),
             jobs,
-            had_checkpoints: saved.had_checkpoints || !saved.checkpoints.is_empty(),
             contradictions: 0,
-            checkpoints: saved.checkpoints,
-            damaged: saved.damaged.into_iter().map(CheckpointId::step).collect(),
-            recovered: saved.recovered,
+            trainings,
             fingerprint: saved.fingerprint,
             quarantine: saved.quarantine,
-            trained: saved.trained,
-            step: saved.step,
-            steps_reported: false,
+            reported: None,
             micro_batch_times: VecDeque::new(),
             futile_groups: 0,
             had_a_group: false,
@@ -229,25 +218,66 @@ impl Coordinator {
         &self.settings.graph
     }
 
-    /// The last update that was reported.
-    pub const fn step(&self) -> Step {
-        self.step
+    /// The stage that trains now or is the next to do so; `None` if all of them are trained and stored.
+    pub(crate) fn current(&self) -> Option<&Training> {
+        if self.jobs.all_done(&self.milestones()) && self.trainings.iter().all(|t| t.record.trained.is_some())
+        {
+            // What a finished run has lost since is not trained again.
+            return None;
+        }
+        let is_over = |(index, training): &(usize, &Training)| {
+            // Nor is that from which a later stage has begun.
+            let is_passed = || self.trainings[index + 1..].iter().any(Training::has_begun);
+            training.record.trained.is_some() && (is_passed() || training.is_stored())
+        };
+        self.trainings.iter().enumerate().find(|training| !is_over(training)).map(|(_, training)| training)
     }
 
-    /// The milestones that are stored, oldest first.
-    pub(crate) fn milestones(&self) -> Vec<CheckpointId> {
-        crate::jobs::milestones(&self.checkpoints)
+    /// Whether a training stage is over: every update is done, and every milestone that is still needed is stored.
+    pub(crate) fn is_over(&self, name: StageName) -> bool {
+        let index = |name| self.trainings.iter().position(|training| training.name() == name);
+        let current = self.current().and_then(|training| index(training.name()));
+        index(name).is_some_and(|index| current.is_none_or(|current| index < current))
     }
 
-    pub(crate) fn remember_roster(&mut self, generation: Generation, members: Vec<WorkerId>) {
-        self.rosters.insert(generation, members);
+    pub(crate) fn training(&self, name: StageName) -> Option<&Training> {
+        self.trainings.iter().find(|training| training.name() == name)
+    }
+
+    pub(crate) fn training_mut(&mut self, name: StageName) -> Option<&mut Training> {
+        self.trainings.iter_mut().find(|training| training.name() == name)
+    }
+
+    /// The stage that the group of a generation trains, unless the plan has no such stage any more.
+    pub(crate) fn training_of(&self, generation: Generation) -> Option<&Training> {
+        self.training(self.rosters.get(&generation)?.training)
+    }
+
+    /// The name of the stage that the group of a generation trains.
+    pub fn training_name(&self, generation: Generation) -> Option<StageName> {
+        self.training_of(generation).map(Training::name)
+    }
+
+    /// The last recorded update of the stage that trains.
+    pub fn step(&self) -> Step {
+        let last = || self.trainings.last();
+        self.current().or_else(last).map_or(Step::default(), |training| training.record.step)
+    }
+
+    /// The milestones that are stored.
+    pub(crate) fn milestones(&self) -> Milestones {
+        milestones(&self.trainings)
+    }
+
+    pub(crate) fn remember_roster(&mut self, generation: Generation, roster: Roster) {
+        self.rosters.insert(generation, roster);
         while self.rosters.len() > ROSTERS {
             self.rosters.pop_first();
         }
     }
 
     pub(crate) fn was_member(&self, worker: &WorkerId, generation: Generation) -> bool {
-        self.rosters.get(&generation).is_some_and(|members| members.contains(worker))
+        self.rosters.get(&generation).is_some_and(|roster| roster.members.contains(worker))
     }
 
     pub(crate) fn effect(&mut self, effect: Effect) {
@@ -272,4 +302,9 @@ impl Coordinator {
         }
         self.effects.push(Effect::Exit(Outcome { status, message, detached: false }));
     }
+}
+
+/// The stored milestones of all training stages.
+fn milestones(trainings: &[Training]) -> Milestones {
+    trainings.iter().flat_map(|training| &training.record.checkpoints).collect()
 }

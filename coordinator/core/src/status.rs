@@ -4,19 +4,22 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
-use ulmus_types::{CheckpointId, Generation, JobName, Step, WorkerId};
+use ulmus_types::{CheckpointId, Generation, JobName, StageName, Step, WorkerId};
 
 use crate::group::Group;
 use crate::jobs::JobStatus;
 use crate::members::{Activity, Member};
 use crate::state::Coordinator;
+use crate::trainings::Training;
 
 /// A snapshot of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Status {
     /// What the run is doing.
     pub phase: Phase,
-    /// Number of recorded updates.
+    /// The stage that trains now or is the next to do so, if any is left.
+    pub training: Option<StageName>,
+    /// Number of its recorded updates, or of those of the last stage that trained.
     pub step: Step,
     /// The last assigned generation.
     pub generation: Generation,
@@ -107,7 +110,8 @@ impl Coordinator {
         let candidates = self.candidates(now);
         Status {
             phase: self.phase(now),
-            step: self.step,
+            training: self.current().map(Training::name),
+            step: self.step(),
             generation: self.generation,
             members: self
                 .members
@@ -136,12 +140,13 @@ impl Coordinator {
         if !self.jobs.running().is_empty() {
             return Phase::Jobs;
         }
-        if !self.training_is_due() && !self.snapshots.is_empty() {
+        let is_due = self.due_training().is_some();
+        if !is_due && !self.snapshots.is_empty() {
             return Phase::Storing;
         }
         let ready = self.candidates(now).len();
         let needed = match &self.group {
-            _ if !self.training_is_due() => 1,
+            _ if !is_due => 1,
             // The first group waits for the expected workers for a while.
             Group::Absent { enough_since: Some(since) }
                 if !self.had_a_group && now < *since + self.settings.rejoin_window =>
@@ -150,7 +155,7 @@ impl Coordinator {
             }
             _ => self.settings.min_workers,
         };
-        match (ready < needed, self.training_is_due()) {
+        match (ready < needed, is_due) {
             (true, _) => Phase::Waiting { ready, needed },
             (false, true) => Phase::Forming,
             // A job waits to be tried again.

@@ -4,14 +4,15 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use ulmus_types::{
-    Assignment, BadUnit, CONNECT_WITHIN, CheckpointId, ErrorKind, ExitStatus, Generation, GroupRequest,
-    LeaveReason, Rank, Repair, Step, StepReport, ToWorker, WorkerId, WorkerStatus, for_people,
+    BadUnit, CONNECT_WITHIN, ErrorKind, ExitStatus, Generation, GroupRequest, LeaveReason, Rank, Repair,
+    Step, StepReport, ToWorker, WorkerId, WorkerStatus, for_people,
 };
 
 use crate::effect::{Effect, Notification};
 use crate::group::{self, Group, Suspicion};
 use crate::members::{Activity, Fault, Member};
-use crate::state::{Coordinator, TEXT_LIMIT};
+use crate::state::{Coordinator, Roster, TEXT_LIMIT};
+use crate::trainings::Training;
 
 /// After this many groups in a row without an update, the run stops.
 const FUTILE_GROUPS: u32 = 10;
@@ -56,25 +57,36 @@ impl Coordinator {
             formed.insert(worker.clone());
         }
         if formed.len() == members.len() {
-            let size = members.len();
-            self.group = Group::Training { members: std::mem::take(members), since: now, pausing: false };
-            self.emit(Notification::GroupFormed { generation, size, step });
+            let members = std::mem::take(members);
+            self.train(members, step, now);
+        }
+    }
+
+    /// A group trains from now on.
+    pub(crate) fn train(&mut self, members: Vec<WorkerId>, step: Step, now: Duration) {
+        let (generation, size) = (self.generation, members.len());
+        self.group = Group::Training { members, since: now, pausing: false };
+        if let Some(training) = self.training_of(generation) {
+            let (training, last) = (training.name(), training.last_step());
+            self.emit(Notification::GroupFormed { generation, size, training, step, last });
         }
     }
 
     /// Records reports, also those of groups that have ended: any worker that has them took part in the step.
     pub(crate) fn on_steps(&mut self, generation: Generation, reports: Vec<StepReport>) {
         let (Some(first), Some(last)) = (reports.first(), reports.last()) else { return };
-        let (first, last) = (first.step, last.step);
-        if first > self.step.next() {
+        let Some(training) = self.training_of(generation) else { return };
+        let (first, last, recorded) = (first.step, last.step, training.record.step);
+        let (name, micro_batches) = (training.name(), training.settings.micro_batches);
+        if first > recorded.next() {
             self.emit(Notification::Alarm(format!(
                 "the record lacks steps {} to {}, which were lost when the coordinator's machine failed; training is not affected",
-                self.step.next(),
+                recorded.next(),
                 first.get() - 1
             )));
         }
-        self.steps_reported = true;
-        if last > self.step {
+        self.reported = Some(name);
+        if last > recorded {
             self.futile_groups = 0;
             self.contradictions = 0;
             self.failures.clear();
@@ -83,7 +95,7 @@ impl Coordinator {
             && let Group::Training { members, .. } = &self.group
         {
             self.proven.clone_from(members);
-            let share = self.settings.micro_batches.div_ceil(members.len() as u64).max(1);
+            let share = micro_batches.div_ceil(members.len() as u64).max(1);
             for report in &reports {
                 self.micro_batch_times
                     .push_back(report.elapsed.saturating_sub(report.data_wait) / share as u32);
@@ -92,10 +104,12 @@ impl Coordinator {
                 self.micro_batch_times.pop_front();
             }
         }
-        self.step = self.step.max(last);
-        self.effect(Effect::SaveSteps(generation, reports));
+        if let Some(training) = self.training_mut(name) {
+            training.record.step = recorded.max(last);
+        }
+        self.effect(Effect::SaveSteps(name, generation, reports));
         for member in self.members.ids() {
-            self.send(&member, ToWorker::Acknowledge(last));
+            self.send(&member, ToWorker::Acknowledge(name, last));
         }
     }
 
@@ -124,7 +138,7 @@ impl Coordinator {
             return;
         }
         match &reason {
-            LeaveReason::Finished | LeaveReason::Exhausted(_) => self.on_trained(step, &reason),
+            LeaveReason::Finished | LeaveReason::Exhausted(_) => self.on_trained(generation, step, &reason),
             LeaveReason::Failed { kind, message } => {
                 if self.on_training_failed(worker, step, *kind, message, now) {
                     return;
@@ -167,23 +181,24 @@ impl Coordinator {
 
     /// The worker that had a rank in a generation.
     fn worker_with_rank(&self, generation: Generation, rank: Rank) -> Option<WorkerId> {
-        self.rosters.get(&generation)?.get(rank.index()).cloned()
+        self.rosters.get(&generation)?.members.get(rank.index()).cloned()
     }
 
     /// A group has finished: every update is done, or some were repeated.
-    fn on_trained(&mut self, step: Step, reason: &LeaveReason) {
-        if self.trained.is_some() {
+    fn on_trained(&mut self, generation: Generation, step: Step, reason: &LeaveReason) {
+        let Some(training) = self.training_of(generation) else { return };
+        let (name, last) = (training.name(), training.last_step());
+        if training.record.trained.is_some() {
             return;
         }
         if let LeaveReason::Exhausted(source) = reason {
             let source = for_people(source, TEXT_LIMIT);
-            self.emit(Notification::Info(format!(
-                "the run ends at step {step} of {}: {source}",
-                self.settings.iterations
-            )));
+            self.emit(Notification::Info(format!("{name} ends at step {step} of {last}: {source}")));
         }
-        self.trained = Some(step);
-        self.effect(Effect::SaveTrained(step));
+        if let Some(training) = self.training_mut(name) {
+            training.record.trained = Some(step);
+        }
+        self.effect(Effect::SaveTrained(name, step));
     }
 
     /// Training failed on a worker, not on the others. The worker alone may be at fault, so another group tries without
@@ -279,9 +294,10 @@ impl Coordinator {
 
     /// Forms a group when training is due and there are enough idle workers.
     pub(crate) fn form_group(&mut self, now: Duration) {
-        if !self.training_is_due() {
-            return;
-        }
+        let Some(training) = self.due_training() else { return };
+        let (name, recorded, micro_batches) =
+            (training.name(), training.record.step, training.settings.micro_batches);
+        let (repair, had_checkpoints) = (training.repair(), training.record.had_checkpoints);
         let mut idle = self.candidates(now);
         let Group::Absent { enough_since } = &mut self.group else { return };
         if idle.len() < self.settings.min_workers {
@@ -300,30 +316,36 @@ impl Coordinator {
         }
         self.futile_groups += 1;
         self.had_a_group = true;
+        if self.rosters.get(&self.generation).is_some_and(|roster| roster.training != name) {
+            // What was learned of the steps of another stage says nothing about this one.
+            self.micro_batch_times.clear();
+            self.failures.clear();
+        }
         // Proven workers get the first ranks; one of them has the state.
         idle.sort_by_key(|worker| !self.proven.contains(worker));
-        idle.truncate(self.settings.micro_batches as usize);
+        idle.truncate(micro_batches as usize);
         self.generation = self.generation.next();
-        self.effect(Effect::SaveGeneration(self.generation, idle.clone()));
-        self.remember_roster(self.generation, idle.clone());
-        let repair = self.repair();
+        let roster = Roster { training: name, members: idle.clone() };
+        self.effect(Effect::SaveGeneration(self.generation, roster.clone()));
+        self.remember_roster(self.generation, roster);
         if let Some(Repair { milestones }) = &repair {
             let steps: Vec<String> = milestones.iter().map(ToString::to_string).collect();
             let noun = if steps.len() == 1 { "milestone of step" } else { "milestones of steps" };
             let text = format!("training again for the {noun} {}", steps.join(", "));
             self.emit(Notification::Alarm(text));
         }
-        let assignments: Vec<(WorkerId, Assignment)> = group::assignments(
-            self.generation,
-            &idle,
-            &self.members,
-            self.settings.micro_batches,
-            self.settings.secret.group(self.generation),
-            self.step,
-            self.settings.from_start || !self.had_checkpoints || repair.is_some(),
-            repair.as_ref(),
-        );
-        for (worker, assignment) in assignments {
+        let origin = self.graph().stage(&name).and_then(|stage| stage.begins_from(&self.milestones()));
+        let task = group::Task {
+            training: name,
+            from: origin,
+            generation: self.generation,
+            key: self.settings.secret.group(self.generation),
+            micro_batches,
+            recorded,
+            may_begin: self.settings.from_start || !had_checkpoints || repair.is_some(),
+            repair,
+        };
+        for (worker, assignment) in task.assignments(&idle, &self.members) {
             self.members.set(&worker, Activity::InGroup(self.generation), now);
             self.send(&worker, ToWorker::Assign(assignment));
         }
@@ -335,53 +357,30 @@ impl Coordinator {
         };
     }
 
-    pub(crate) fn training_is_due(&self) -> bool {
-        self.jobs.training_may_begin()
-            && !self.is_trained_and_stored()
-            && self.stopping_since.is_none()
-            && (self.trained.is_none() || self.snapshots.is_empty())
+    /// The stage for which a group may be formed.
+    pub(crate) fn due_training(&self) -> Option<&Training> {
+        let training = self.current()?;
+        let stage = self.graph().stage(&training.name())?;
+        let is_due = self.stopping_since.is_none()
+            && training.record.updates.is_some()
+            && self.jobs.training_may_begin(stage, &self.progress())
+            && (training.record.trained.is_none() || self.snapshots.is_empty());
+        is_due.then_some(training)
     }
 
-    /// Whether each milestone is missing although training has passed its step, newest first. One that was never stored
-    /// died with the workers that held it: others had taken over a later state. One that was damaged since counts only if
-    /// the average needs it.
-    fn milestones_missing(&self) -> impl Iterator<Item = (Step, bool)> {
-        let every = self.settings.milestone_every.max(1);
-        let stored: BTreeSet<Step> = self.milestones().into_iter().map(CheckpointId::step).collect();
-        let steps = self.trained.into_iter().flat_map(move |trained| {
-            let grid = (1..=trained.get() / every).rev().map(move |index| Step::new(index * every));
-            std::iter::once(trained).chain(grid.filter(move |step| *step != trained))
-        });
-        steps.enumerate().map(move |(age, step)| {
-            let is_averaged = (age as u64) < self.settings.average;
-            let may_be_gone = step <= self.recovered || self.damaged.contains(&step);
-            (step, !stored.contains(&step) && (is_averaged || !may_be_gone))
-        })
-    }
-
-    /// What the next group has to train again, if anything: the newest milestone that is missing, and those that are
-    /// missing right before it. Older ones come later, because no member's state is too new for that.
-    fn repair(&self) -> Option<Repair> {
-        let newest = self.milestones_missing().skip_while(|(_, is_missing)| !is_missing);
-        let milestones: BTreeSet<Step> =
-            newest.take_while(|(_, is_missing)| *is_missing).map(|(step, _)| step).collect();
-        (!milestones.is_empty()).then_some(Repair { milestones })
-    }
-
-    /// Whether every update is done and every milestone is stored. What a finished run has lost since is not trained again.
+    /// Whether every stage that trains is over.
     pub(crate) fn is_trained_and_stored(&self) -> bool {
-        self.trained.is_some()
-            && (self.jobs.all_done(&self.milestones())
-                || !self.milestones_missing().any(|(_, is_missing)| is_missing))
+        self.current().is_none()
     }
 
     /// Requests what is due from a training group, which does it at the end of a step.
     pub(crate) fn request_from_group(&mut self, now: Duration) {
         let may_join = self.members.available(now).iter().any(|worker| self.may_train(worker));
         let is_storing = !self.snapshots.is_empty();
+        let most = self.training_of(self.generation).map_or(0, |training| training.settings.micro_batches);
         let Group::Training { members, pausing, .. } = &mut self.group else { return };
         let is_draining = |id: &WorkerId| self.members.get(id).is_some_and(|member| member.draining);
-        let has_room = (members.len() as u64) < self.settings.micro_batches;
+        let has_room = (members.len() as u64) < most;
         let request = if *pausing {
             return;
         } else if self.stopping_since.is_some() || members.iter().any(is_draining) {

@@ -11,6 +11,7 @@ use crate::group::Group;
 use crate::jobs::Progress;
 use crate::members::{Activity, Member};
 use crate::state::{Coordinator, TEXT_LIMIT};
+use crate::trainings::Training;
 
 /// The most parts in which an evaluation is done.
 const MOST_PARTS: usize = 64;
@@ -52,7 +53,7 @@ impl Coordinator {
             return self.on_damaged(checkpoint, &message);
         }
         let Some(stage) = self.jobs.stage_of(job).cloned() else { return };
-        let prepares = stage.kind == StageKind::Prepare;
+        let prepares = matches!(stage.kind, StageKind::Prepare | StageKind::Examples);
         // Units have no numbers until the preparation is done.
         // What an evaluation cannot read on its machine, others may train on.
         let bad_unit = bad_unit.filter(|_| !prepares && stage.kind != StageKind::Evaluation);
@@ -140,11 +141,18 @@ impl Coordinator {
     /// Whether a worker could do the jobs of a stage now or later.
     fn may_serve(&self, member: &Member, stage: &Stage) -> bool {
         // The corpora that the machines that train read need not be on one that only serves jobs.
-        let reads_corpora =
-            matches!(stage.kind, StageKind::Prepare | StageKind::Perplexity | StageKind::Continuations);
+        // And what is compared with while training has to be computed as the training is.
+        let is_of_trainers = matches!(
+            stage.kind,
+            StageKind::Prepare
+                | StageKind::Examples
+                | StageKind::Reference
+                | StageKind::Perplexity
+                | StageKind::Continuations
+        );
         let has_memory = stage.needs.memory.is_none_or(|bytes| member.hello.memory >= bytes);
         member.activity.is_admitted()
-            && !(reads_corpora && member.hello.only_jobs)
+            && !(is_of_trainers && member.hello.only_jobs)
             && has_memory
             && self.jobs.is_device_of(stage, &member.hello.device)
     }
@@ -152,16 +160,13 @@ impl Coordinator {
     /// Whether a job is left to workers that only serve jobs: until training is over, the others are left to that; and where one
     /// of them can do an evaluation or a benchmark, what a stage measures comes from machines of one kind.
     fn is_reserved(&self, stage: &Stage, job: &Job) -> bool {
-        if stage.kind == StageKind::Prepare {
-            return false;
-        }
         let serves = |(id, member): (&WorkerId, &Member)| {
             member.hello.only_jobs
                 && self.may_serve(member, stage)
                 && !member.draining
                 && !self.jobs.has_failed_on(job, id)
         };
-        !self.is_trained_and_stored()
+        (!self.is_trained_and_stored() && !self.graph().leads_to_training(stage))
             || matches!(stage.kind, StageKind::Evaluation | StageKind::Benchmark)
                 && self.members.iter().any(serves)
     }
@@ -197,8 +202,9 @@ impl Coordinator {
         !self.members.iter().any(|(id, member)| member.hello.host == host && computes(id, member))
     }
 
-    fn progress(&self) -> Progress {
-        Progress { trained: self.is_trained_and_stored(), all_stored: self.snapshots.is_empty() }
+    pub(crate) fn progress(&self) -> Progress {
+        let over = self.trainings.iter().map(Training::name).filter(|name| self.is_over(*name)).collect();
+        Progress { over, all_stored: self.snapshots.is_empty() }
     }
 
     pub(crate) fn start_jobs(&mut self, now: Duration) {
@@ -210,16 +216,16 @@ impl Coordinator {
             idle = self.members.available_if_needed(now);
         }
         let progress = self.progress();
-        let mut ready = VecDeque::from(self.jobs.ready(progress, &self.milestones()));
+        let mut ready = VecDeque::from(self.jobs.ready(&progress, &self.milestones()));
         let can =
             |(stage, _): &(Stage, Job)| self.members.iter().any(|(_, member)| self.may_serve(member, stage));
-        let waits = progress.trained && self.jobs.running().is_empty() && !ready.iter().any(can);
+        let waits = self.is_trained_and_stored() && self.jobs.running().is_empty() && !ready.iter().any(can);
         // Whatever else there is to do keeps the machines of those that could do it from being measured.
         let mut left: Vec<Stage> = Vec::new();
         let mut told = BTreeSet::new();
         while let Some((stage, job)) = ready.pop_front() {
-            if told.insert(stage.name.clone()) {
-                self.watch_pending(&stage, progress, waits, now);
+            if told.insert(stage.name) {
+                self.watch_pending(&stage, &progress, waits, now);
             }
             let is_reserved = self.is_reserved(&stage, &job);
             let may_do = |worker: &WorkerId| {
@@ -279,7 +285,7 @@ impl Coordinator {
 
     /// Tells when no connected worker can serve a stage whose jobs could begin, and skips these when the run has waited long
     /// enough. It `waits` if it has nothing else to do.
-    fn watch_pending(&mut self, stage: &Stage, progress: Progress, waits: bool, now: Duration) {
+    fn watch_pending(&mut self, stage: &Stage, progress: &Progress, waits: bool, now: Duration) {
         let asks = stage.needs.device.is_some() || stage.needs.memory.is_some();
         if !asks || !self.members.iter().any(|(_, member)| member.activity.is_admitted()) {
             return;

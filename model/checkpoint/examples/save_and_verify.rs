@@ -8,15 +8,17 @@ use std::collections::BTreeMap;
 use std::error::Error;
 
 use ulmus_checkpoint::{Manifest, Store, commit, newest_verified, write_part};
-use ulmus_types::{CheckpointId, CheckpointKind, Digest, Generation, RunId, Step};
+use ulmus_types::{CheckpointId, CheckpointKind, Digest, Generation, RunId, StageName, Step};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let folder = tempfile::tempdir()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let store = Store::create(&folder.path().display().to_string())?;
-        let (run, checkpoint) =
-            (RunId::from_bytes([1; 16]), CheckpointId::new(Step::new(100), Generation::new(1)));
+        let (run, checkpoint) = (
+            RunId::from_bytes([1; 16]),
+            CheckpointId::new(StageName::pretraining(), Step::new(100), Generation::new(1)),
+        );
         let entry = write_part(&store, checkpoint, "weights.bin", vec![1, 2, 3]).await?;
         // The parts are there; with its manifest the checkpoint exists.
         let manifest = Manifest {
@@ -28,7 +30,8 @@ fn main() -> Result<(), Box<dyn Error>> {
             files: BTreeMap::from([("weights.bin".to_owned(), entry)]),
         };
         commit(&store, &manifest).await?;
-        let (newest, refused) = newest_verified(&store, run, Step::new(100)).await?;
+        let (newest, refused) =
+            newest_verified(&store, run, StageName::pretraining(), Step::new(100)).await?;
         println!("{:?}, {} refused", newest.map(|manifest| manifest.checkpoint), refused.len());
         Ok(())
     })

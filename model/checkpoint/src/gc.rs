@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 
 use ulmus_run::paths;
 use ulmus_storage::Store;
-use ulmus_types::{CheckpointId, CheckpointKind};
+use ulmus_types::{CheckpointId, CheckpointKind, StageName};
 
 use crate::reader::{checkpoints, read_manifest};
 use crate::{CheckpointError, manifest_path};
@@ -25,17 +25,18 @@ enum Found {
     Damaged,
 }
 
-/// Deletes checkpoints that need not be kept, except `in_flight`, those that are being written. Returns the ones it
+/// Deletes checkpoints of a training stage that need not be kept, except `in_flight`, those that are being written. Returns the ones it
 /// deleted.
 ///
 /// # Errors
 /// When the store refuses or is unavailable. Call it again later: it finds what is left.
 pub async fn collect_garbage(
     store: &Store,
+    training: StageName,
     in_flight: &BTreeSet<CheckpointId>,
 ) -> Result<Vec<CheckpointId>, CheckpointError> {
     let mut found = Vec::new();
-    for id in checkpoints(store).await? {
+    for id in checkpoints(store, training).await? {
         let what = match read_manifest(store, id).await {
             Ok(manifest) => Found::Committed(manifest.kind),
             Err(CheckpointError::NoManifest(_)) => Found::Unfinished,
@@ -62,7 +63,7 @@ pub async fn delete(store: &Store, id: CheckpointId) -> Result<(), CheckpointErr
     }
     if let Some(directory) = store.directory() {
         // Object stores have no empty directories; on a disk, one that stays behind does no harm.
-        drop(std::fs::remove_dir(directory.join(paths::CHECKPOINTS).join(id.to_string())));
+        drop(std::fs::remove_dir(directory.join(paths::checkpoint(id))));
     }
     Ok(())
 }
@@ -91,7 +92,7 @@ mod tests {
     const RECOVERY: Found = Found::Committed(CheckpointKind::Recovery);
 
     fn steps_expired(found: &[(u64, Found)], in_flight: &[u64]) -> Vec<u64> {
-        let id = |step: u64| CheckpointId::new(Step::new(step), Generation::new(1));
+        let id = |step: u64| CheckpointId::new(StageName::pretraining(), Step::new(step), Generation::new(1));
         let found: Vec<_> = found.iter().map(|(step, what)| (id(*step), *what)).collect();
         let in_flight = in_flight.iter().map(|step| id(*step)).collect();
         expired(&found, &in_flight).into_iter().map(|id| id.step().get()).collect()

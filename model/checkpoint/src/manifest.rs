@@ -76,13 +76,13 @@ impl Manifest {
 
 #[cfg(test)]
 mod tests {
-    use ulmus_types::{ErrorKind, Generation, Step};
+    use ulmus_types::{ErrorKind, Generation, StageName, Step};
 
     use super::*;
 
     fn manifest() -> Manifest {
         Manifest {
-            checkpoint: CheckpointId::new(Step::new(50), Generation::new(2)),
+            checkpoint: CheckpointId::new(StageName::pretraining(), Step::new(50), Generation::new(2)),
             kind: CheckpointKind::Milestone,
             run: Some(RunId::from_bytes([7; 16])),
             plan_digest: Digest::of(b"plan"),
@@ -136,7 +136,7 @@ mod tests {
 
     #[test]
     fn a_manifest_in_another_directory_is_refused() {
-        let other = CheckpointId::new(Step::new(50), Generation::new(3));
+        let other = CheckpointId::new(StageName::pretraining(), Step::new(50), Generation::new(3));
         let error = Manifest::from_text(other, manifest().to_text().as_bytes()).unwrap_err();
         assert!(error.to_string().contains("belongs to step-00000050-g2"), "{error}");
     }

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use ulmus_run::paths;
 use ulmus_storage::{Store, StoreError};
-use ulmus_types::{CheckpointId, Digest, ErrorKind, FileEntry, RunId, Step};
+use ulmus_types::{CheckpointId, Digest, ErrorKind, FileEntry, RunId, StageName, Step};
 
 use crate::{CheckpointError, FileFault, Manifest, manifest_path};
 
@@ -92,18 +92,19 @@ pub async fn read_file(store: &Store, manifest: &Manifest, file: &str) -> Result
     settle(id, file, entry, read.map(|()| contents))
 }
 
-/// Finds the newest checkpoint of `run` that is intact byte for byte, among those of steps up to `last`. Also returns
-/// the newer ones that are not, with the reasons.
+/// Finds the newest checkpoint of a training stage of `run` that is intact byte for byte, among those of steps up to `last`.
+/// Also returns the newer ones that are not, with the reasons.
 ///
 /// # Errors
 /// Only those of the store, as [`CheckpointError::Store`].
 pub async fn newest_verified(
     store: &Store,
     run: RunId,
+    training: StageName,
     last: Step,
 ) -> Result<(Option<Manifest>, Vec<(CheckpointId, CheckpointError)>), CheckpointError> {
     let mut refused = Vec::new();
-    for id in checkpoints(store).await?.into_iter().rev().filter(|id| id.step() <= last) {
+    for id in checkpoints(store, training).await?.into_iter().rev().filter(|id| id.step() <= last) {
         match verify(store, id, run).await {
             Ok(manifest) => return Ok((Some(manifest), refused)),
             Err(error) if error.condemns() => refused.push((id, error)),
@@ -113,13 +114,14 @@ pub async fn newest_verified(
     Ok((None, refused))
 }
 
-/// Lists all directories whose names are those of checkpoints, oldest first.
+/// Lists all directories of a training stage whose names are those of checkpoints, oldest first.
 ///
 /// # Errors
 /// Only those of the store.
-pub async fn checkpoints(store: &Store) -> Result<Vec<CheckpointId>, CheckpointError> {
-    let names = store.list_folders(paths::CHECKPOINTS).await?;
-    let mut ids: Vec<CheckpointId> = names.iter().filter_map(|name| name.parse().ok()).collect();
+pub async fn checkpoints(store: &Store, training: StageName) -> Result<Vec<CheckpointId>, CheckpointError> {
+    let names = store.list_folders(&paths::checkpoints(training)).await?;
+    let id = |name: &String| CheckpointId::in_directory(training, name).ok();
+    let mut ids: Vec<CheckpointId> = names.iter().filter_map(id).collect();
     ids.sort();
     Ok(ids)
 }

@@ -6,7 +6,7 @@
 //! 2. *Manifest.* When every part has been reported and recorded, the coordinator, and nobody else, writes
 //!    `manifest.json` ([`commit`]). With this single atomic write the checkpoint begins to exist. It never replaces a
 //!    manifest: a group that was fenced while saving cannot change what its successor committed.
-//! 3. *Pointer.* Then `latest`, in the run folder, names the checkpoint. It is for people and scripts; our own readers
+//! 3. *Pointer.* Then `latest`, beside the folder of checkpoints, names the checkpoint. It is for people and scripts; our own readers
 //!    look at the directories, because a process may die between 2 and 3.
 //!
 //! Every step may be repeated: the same state has the same bytes, and so the same manifest.
@@ -59,6 +59,7 @@ pub async fn commit(store: &Store, manifest: &Manifest) -> Result<(), Checkpoint
             return Err(CheckpointError::AlreadyCommitted(id));
         }
     }
-    store.put(paths::LATEST, format!("{id}\n")).await?;
+    let latest = paths::of_training(id.training(), paths::LATEST);
+    store.put(&latest, format!("{}\n", id.directory())).await?;
     Ok(())
 }

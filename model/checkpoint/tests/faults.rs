@@ -19,7 +19,9 @@ use ulmus_checkpoint::{
     CheckpointError, FileFault, Manifest, Store, collect_garbage, commit, newest_verified, read_file, verify,
     write_part,
 };
-use ulmus_types::{CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, RunId, Step};
+use ulmus_types::{
+    CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, RunId, StageName, Step,
+};
 
 /// What happens to one write.
 #[derive(Debug, Clone, Copy)]
@@ -128,7 +130,7 @@ impl ObjectStore for Faulty {
 }
 
 fn id(step: u64, generation: u64) -> CheckpointId {
-    CheckpointId::new(Step::new(step), Generation::new(generation))
+    CheckpointId::new(StageName::pretraining(), Step::new(step), Generation::new(generation))
 }
 
 fn manifest(id: CheckpointId, kind: CheckpointKind, files: BTreeMap<String, FileEntry>) -> Manifest {
@@ -216,7 +218,7 @@ async fn a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used() {
             Some(contents) => store.put(&path, contents).await.unwrap(),
             None => store.delete(&path).await.unwrap(),
         }
-        let (found, refused) = newest_verified(&store, RUN, ANY).await.unwrap();
+        let (found, refused) = newest_verified(&store, RUN, StageName::pretraining(), ANY).await.unwrap();
         assert_eq!(found.as_ref(), Some(&old));
         let [(refused, CheckpointError::File { file, fault, .. })] = &refused[..] else {
             panic!("{refused:?}")
@@ -228,7 +230,7 @@ async fn a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used() {
         assert!(error.to_string().contains("step-00000100-g1: file optimizer-00000"), "{error}");
         store.put(&path, whole.clone()).await.unwrap();
     }
-    assert_eq!(newest_verified(&store, RUN, ANY).await.unwrap().0, Some(new));
+    assert_eq!(newest_verified(&store, RUN, StageName::pretraining(), ANY).await.unwrap().0, Some(new));
 }
 
 #[tokio::test]
@@ -255,14 +257,17 @@ async fn garbage_goes_and_nothing_else() {
         write_part(&store, unfinished, PARTS[0], "begun").await.unwrap();
     }
     let in_flight = BTreeSet::from([id(17, 1)]);
-    let deleted = collect_garbage(&store, &in_flight).await.unwrap();
+    let deleted = collect_garbage(&store, StageName::pretraining(), &in_flight).await.unwrap();
     assert_eq!(deleted, [id(10, 1), id(20, 1), id(16, 1)]);
-    assert!(collect_garbage(&store, &in_flight).await.unwrap().is_empty());
+    assert!(collect_garbage(&store, StageName::pretraining(), &in_flight).await.unwrap().is_empty());
 
     let left = store.list_folders("checkpoints").await.unwrap();
     let names = [id(15, 1), id(17, 1), id(30, 1), id(40, 1), id(50, 2)].map(|id| id.to_string());
     assert_eq!(left, names);
-    assert_eq!(newest_verified(&store, RUN, ANY).await.unwrap().0.unwrap().checkpoint, id(40, 1));
+    assert_eq!(
+        newest_verified(&store, RUN, StageName::pretraining(), ANY).await.unwrap().0.unwrap().checkpoint,
+        id(40, 1)
+    );
 }
 
 proptest! {
@@ -282,7 +287,7 @@ proptest! {
             let fault = torn.map_or(Fault::Dead, Fault::TornThenDead);
             let saved = save(&Faulty::store(&objects, [(dies_at, fault)]), new, CheckpointKind::Recovery).await;
 
-            let (found, refused) = newest_verified(&healthy(&objects), RUN, ANY).await.unwrap();
+            let (found, refused) = newest_verified(&healthy(&objects), RUN, StageName::pretraining(), ANY).await.unwrap();
             let found = found.expect("the old checkpoint is never lost");
             if found.checkpoint == new {
                 prop_assert!(dies_at >= 3, "parts were missing");
@@ -300,7 +305,7 @@ proptest! {
             let torn_manifest = torn.is_some() && dies_at == 3;
             let again = if torn_manifest { id(100, 3) } else { new };
             let saved = save(&healthy(&objects), again, CheckpointKind::Recovery).await.unwrap();
-            prop_assert_eq!(newest_verified(&healthy(&objects), RUN, ANY).await.unwrap().0, Some(saved));
+            prop_assert_eq!(newest_verified(&healthy(&objects), RUN, StageName::pretraining(), ANY).await.unwrap().0, Some(saved));
             Ok(())
         })?;
     }
@@ -322,7 +327,9 @@ async fn only_checkpoints_of_the_run_and_up_to_a_step_are_taken() {
     let store = healthy(&objects);
     let old = save(&store, id(50, 1), CheckpointKind::Milestone).await.unwrap();
     let new = save(&store, id(100, 2), CheckpointKind::Milestone).await.unwrap();
-    let newest = async |run, last| newest_verified(&store, run, Step::new(last)).await.unwrap();
+    let newest = async |run, last| {
+        newest_verified(&store, run, StageName::pretraining(), Step::new(last)).await.unwrap()
+    };
     assert_eq!(newest(RUN, 100).await.0, Some(new));
     let (found, refused) = newest(RUN, 99).await;
     assert!(found == Some(old) && refused.is_empty());

@@ -4,10 +4,12 @@ use std::time::Duration;
 
 use toml::{Table, Value};
 
+use crate::base::BaseConfig;
 use crate::bytes::Bytes;
 use crate::plan::Plan;
 use crate::prepare::PrepareConfig;
 use crate::stages::{BenchConfig, EvaluationConfig};
+use crate::tune::{AdapterConfig, ExamplesConfig, RsoConfig, TuneConfig};
 use crate::{Format, SourceConfig};
 
 /// Likeness from which a key that no plan has is taken for a known one. Below it, the known one is only suggested.
@@ -134,6 +136,31 @@ pub(crate) fn every_key() -> Table {
         wait: Some(Duration::from_hours(1)),
         ..BenchConfig::default()
     });
+    full.base = Some(BaseConfig::default());
+    let examples = || ExamplesConfig {
+        files: one(),
+        split: text(),
+        format: Some(Format::Parquet),
+        ..ExamplesConfig::default()
+    };
+    full.tune.push(TuneConfig {
+        decontaminate: text(),
+        epochs: Some(1),
+        steps: Some(100),
+        warmup: Some(10),
+        lrs: vec![5e-5],
+        seed: Some(0),
+        data: vec![examples()],
+        eval: vec![examples()],
+        adapter: Some(AdapterConfig {
+            rank_pattern: [("NAME".to_owned(), 8)].into(),
+            alpha_pattern: [("NAME".to_owned(), 16.0)].into(),
+            from: text(),
+            ..AdapterConfig::default()
+        }),
+        rso: Some(RsoConfig { scores: text(), reward_head: text(), ..RsoConfig::default() }),
+        ..TuneConfig::default()
+    });
     full.data.cache = text();
     full.tokenizer.file = text();
     full.tokenizer.bos = text();
@@ -157,7 +184,7 @@ pub(crate) fn alike<'a>(known: &'a Table, segments: &[String]) -> Option<&'a Val
 /// of that name.
 pub(crate) fn of_named(table: &Table, mut segments: Vec<String>) -> Option<Vec<String>> {
     if let [kind, name, _, ..] = &segments[..]
-        && ["evaluation", "bench"].contains(&&kind[..])
+        && ["tune", "evaluation", "bench"].contains(&&kind[..])
         && name.parse::<usize>().is_err()
     {
         let stages = table.get(kind)?.as_array()?;

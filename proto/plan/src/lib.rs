@@ -5,6 +5,8 @@
 
 #![forbid(unsafe_code)]
 
+mod adapter;
+mod base;
 mod bytes;
 mod data;
 mod device;
@@ -21,6 +23,8 @@ mod stages;
 mod train;
 mod tune;
 
+pub use adapter::AdaptedModule;
+pub use base::{BaseConfig, base_to_read, shape_overrides};
 pub use bytes::Bytes;
 pub use data::{DataConfig, Format, LEAST_UNIT, Normalize, OnBadUnit, Pack, SourceConfig};
 pub use device::Device;

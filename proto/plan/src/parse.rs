@@ -292,7 +292,7 @@ fn settle(problems: &Problems, stand_ins: Vec<StandIn>) -> Problems {
 }
 
 /// Applies one `key.path=value`.
-fn set(table: &mut Table, assignment: &str, problems: &mut Problems) {
+pub(crate) fn set(table: &mut Table, assignment: &str, problems: &mut Problems) {
     let Some((path, text)) = assignment.split_once('=') else {
         let advice = "write for instance train.iterations=100";
         problems.add(format!("--set {assignment}"), "", "an override must be key.path=value", advice);
@@ -592,7 +592,10 @@ mod tests {
         let text = SMALL.to_owned()
             + "[[data.source]]\nname = \"a\"\nurl = \"b\"\nfiles = [\"c\"]\ntext = \"d\"\n"
             + "[[evaluation]]\nname = \"tasks\"\nof = \"last\"\ntasks = [\"boolq\"]\ndata = [\"e\"]\n"
-            + "[[bench]]\nname = \"speed\"\nof = [\"average\", \"last\"]\n";
+            + "[[bench]]\nname = \"speed\"\nof = [\"average\", \"last\"]\n"
+            + "[[tune]]\nname = \"dpo\"\nof = \"average\"\nmethod = \"dpo\"\nmax_length = 64\nmax_prompt = 32\n"
+            + "[tune.adapter]\nrank_pattern.qkv_proj = 8\nalpha_pattern.qkv_proj = 8\n[tune.rso]\nscores = \"f\"\n"
+            + "[[tune.data]]\nurl = \"g\"\n[[tune.eval]]\nurl = \"h\"\n";
         let plan: Table = text.parse().unwrap();
         for wrong in ["\"x y\"", "-3", "1.5", "true", "2026-11-30", "[[]]", "[true]", "{ x = 1 }"] {
             let wrong = format!("value = {wrong}").parse::<Table>().unwrap().remove("value").unwrap();
@@ -707,7 +710,7 @@ mod tests {
             .replace("lanes = 8\n        [train]", "");
         assert!(told(&text).contains("train.clip = -1.0"), "{}", told(&text));
         let text = SMALL.replace("[run]", "\"a.b\" = 1\n[run]");
-        assert!(told(&text).starts_with("a.b = 1: unknown key; the keys here are [[bench]], [benchmark], "));
+        assert!(told(&text).starts_with("a.b = 1: unknown key; the keys here are [base], [[bench]], "), "{}", told(&text));
         let text = SMALL.replace("[run]", "iterations = 100\n[run]");
         assert_eq!(told(&text), "iterations = 100: unknown key; did you mean train.iterations?");
         let text = SMALL.replace(

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use ulmus_types::{Digest, Graph, HEARTBEAT_INTERVAL, Of, Problems, RunName};
+use ulmus_types::{Digest, Graph, HEARTBEAT_INTERVAL, Of, Problems, RunName, StageName};
 
+use crate::base::BaseConfig;
 use crate::bytes::Bytes;
 use crate::data::{DataConfig, SourceConfig, secret};
 use crate::device::Device;
@@ -15,6 +16,7 @@ use crate::prepare::{PrepareConfig, TokenizerConfig};
 use crate::rules::{range, range_or, sound};
 use crate::stages::{self, BenchConfig, EvaluationConfig};
 use crate::train::{CheckpointConfig, TrainConfig};
+use crate::tune::{self, TuneConfig};
 
 /// Which run this is.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -165,7 +167,10 @@ pub struct Plan {
     pub local: LocalConfig,
     /// When training starts, and when a worker counts as dead.
     pub cluster: ClusterConfig,
-    /// Shape of the model.
+    /// A model to begin from, in place of the seed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base: Option<BaseConfig>,
+    /// Shape of the model; by default that of the base, if there is one.
     pub model: ModelConfig,
     /// The tokenizer: a file, or one that is trained.
     pub tokenizer: TokenizerConfig,
@@ -182,6 +187,9 @@ pub struct Plan {
     pub evaluate: EvaluateConfig,
     /// Throughput benchmark.
     pub benchmark: BenchmarkConfig,
+    /// Fine-tuning, one stage after the other.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tune: Vec<TuneConfig>,
     /// Evaluations on tasks.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub evaluation: Vec<EvaluationConfig>,
@@ -220,12 +228,15 @@ const ADDED: [(&str, &str); 4] = [
     ("train.algorithms", "\"library\""),
 ];
 
+/// Keys of stages after pretraining. Its bits do not depend on them; each of these stages has a digest of its own.
+const LATER: &str = "tune";
+
 /// Names the rule by which a plan's digest is made; a new rule gets a new line.
 const DIGEST_FORM: &str = "ulmus plan, form 2\n";
 
 /// Keeps the keys on which trained bits depend, with their values.
 fn kept(mut flat: BTreeMap<String, String>) -> BTreeMap<String, String> {
-    flat.retain(|key, value| !may_change(key) && !ADDED.contains(&(key, value)));
+    flat.retain(|key, value| !may_change(key) && !key.starts_with(LATER) && !ADDED.contains(&(key, value)));
     flat
 }
 
@@ -271,6 +282,36 @@ impl Plan {
         Digest::of([DIGEST_FORM.to_owned()].into_iter().chain(lines).collect::<String>().as_bytes())
     }
 
+    /// Hash of everything on which the bits of a training stage depend: for pretraining [`Self::digest`], and for a tuning stage
+    /// that, its own keys, and those of the stages that it goes on from.
+    pub fn digest_of(&self, training: StageName) -> Digest {
+        let Some(tuning) = self.tuning(training) else { return self.digest() };
+        let before = match &tuning.of {
+            Of::Tuned(name) if *name != training => self.digest_of(*name),
+            _ => self.digest(),
+        };
+        let own = serde_json::to_string(tuning).expect("a stage has text keys");
+        Digest::of(format!("ulmus tuning, form 1\n{before}\n{own}\n").as_bytes())
+    }
+
+    /// Whether a hash is that of a training stage of this plan.
+    pub fn has_digest_of(&self, training: StageName, digest: Digest) -> bool {
+        match self.tuning(training) {
+            Some(_) => digest == self.digest_of(training),
+            None => self.has_digest(digest),
+        }
+    }
+
+    /// The tuning stage of this name.
+    pub fn tuning(&self, name: StageName) -> Option<&TuneConfig> {
+        self.tune.iter().find(|tuning| tuning.name == name.as_str())
+    }
+
+    /// Whether the run trains on text. One that begins from a base does so only if it has text.
+    pub fn pretrains(&self) -> bool {
+        self.base.is_none() || self.prepare.is_some() || !self.data.source.is_empty()
+    }
+
     /// Whether a hash is this plan's, by the rule of [`Self::digest`] or by that of the first programs.
     pub fn has_digest(&self, digest: Digest) -> bool {
         // The first rule depends on how the standard library and the crate `toml` print.
@@ -287,12 +328,21 @@ impl Plan {
         keys.sort();
         keys.dedup();
         keys.into_iter()
-            .filter(|key| old.get(*key) != new.get(*key) && !may_change(key))
+            .filter(|key| old.get(*key) != new.get(*key) && !may_change(key) && !key.starts_with(LATER))
             .map(|key| {
                 let value = |side: &BTreeMap<String, String>| side.get(key).unwrap_or(&missing).clone();
                 (key.clone(), value(&old), value(&new))
             })
             .collect()
+    }
+
+    /// The tuning stages of which trained bits differ from those of `earlier`, or that only `earlier` has.
+    pub fn changed_tunings(&self, earlier: &Self) -> Vec<StageName> {
+        let names = earlier.tune.iter().filter_map(|tuning| tuning.name.parse().ok());
+        let is_same = |name: &StageName| {
+            self.tuning(*name).is_some() && self.digest_of(*name) == earlier.digest_of(*name)
+        };
+        names.filter(|name| !is_same(name)).collect()
     }
 
     fn flat(&self) -> BTreeMap<String, String> {
@@ -340,20 +390,35 @@ impl Plan {
         if let Some(prepare) = &self.prepare {
             prepare.check(problems);
         }
-        self.tokenizer.check(self.prepare.is_some(), self.model.vocab_size as u64, problems);
-        self.train.check(&self.model, problems);
-        self.data.check(&self.train, problems);
-        self.checkpoint.check(&self.train, problems);
+        if let Some(base) = &self.base {
+            base.check(problems);
+        }
+        // A base model brings its tokenizer along.
+        if self.base.is_none() || self.tokenizer.file.is_some() {
+            self.tokenizer.check(self.prepare.is_some(), self.model.vocab_size as u64, problems);
+        }
+        if self.pretrains() {
+            self.train.check(&self.model, problems);
+            self.data.check(&self.train, problems);
+            self.checkpoint.check(&self.train, problems);
+        }
         self.store.check(problems);
         self.check_processes(problems);
         self.check_evaluation(problems);
         self.check_stages(problems);
         problems.check(
-            !self.data.source.is_empty() || !sound(problems, &["prepare"]),
+            !self.pretrains() || !self.data.source.is_empty() || !sound(problems, &["prepare"]),
             "data.source",
             "missing",
             "a run needs text",
             "add [[data.source]] with name, url, files and text, or a [prepare] section",
+        );
+        problems.check(
+            self.pretrains() || !self.tune.is_empty() || !sound(problems, &["tune"]),
+            "tune",
+            "missing",
+            "a run that begins from a base and has no text has nothing to train",
+            "add [[tune]] with name, of, method and [[tune.data]], or [[data.source]] to pretrain further",
         );
     }
 
@@ -383,12 +448,28 @@ impl Plan {
     /// The stages of a run with this plan.
     pub fn graph(&self) -> Graph {
         let added = stages::stages(&self.evaluation, &self.bench);
-        Graph::new(self.checkpoint.average, self.checkpoint.export, added)
+        let tunings = tune::tunings(&self.tune);
+        if self.pretrains() {
+            Graph::new(self.checkpoint.average, self.checkpoint.export, self.base.is_some(), &tunings, added)
+        } else {
+            Graph::of_base(&tunings, added)
+        }
+    }
+
+    /// What the run calls the models that it has before it tunes any.
+    fn models(&self) -> impl Iterator<Item = &'static str> {
+        let base = self.base.is_some().then_some("base");
+        let of_text = self.pretrains().then_some(["average", "last", "milestones"]);
+        base.into_iter().chain(of_text.into_iter().flatten())
     }
 
     /// The stages that the plan adds.
     fn check_stages(&self, problems: &mut Problems) {
-        stages::check(&self.evaluation, &self.bench, problems);
+        let models: Vec<&str> = self.models().collect();
+        tune::check(&self.tune, &self.model, &models, problems);
+        let tuned = self.tune.iter().map(|tuning| &tuning.name[..]);
+        let models: Vec<&str> = models.into_iter().chain(tuned).collect();
+        stages::check(&self.evaluation, &self.bench, &models, problems);
         for (index, config) in self.bench.iter().enumerate() {
             let [prompt, generate] = ["prompt", "generate"].map(|key| format!("bench.{index}.{key}"));
             if config.of.iter().all(|of| matches!(of, Of::Model(_))) {

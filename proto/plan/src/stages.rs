@@ -20,8 +20,8 @@ pub const NEXT_TEXT: &str = "next_text";
 pub struct EvaluationConfig {
     /// Name of the stage, and of the folder of its results.
     pub name: String,
-    /// The models, at least one, as text or as a list: `average`, `last`, `milestones` (each as soon as it is stored), or where a
-    /// model is: a folder, or `hf://ORG/NAME[@REVISION]`.
+    /// The models, at least one, as text or as a list: `average`, `last`, `milestones` (each as soon as it is stored), `base`, the
+    /// name of a tuning stage, or where a model is: a folder, or `hf://ORG/NAME[@REVISION]`.
     #[serde(deserialize_with = "one_or_several")]
     pub of: Vec<Of>,
     /// A published set of tasks with their numbers of examples: `zeroshot`, `openllm`, `llm360` or `adapters`.
@@ -166,7 +166,8 @@ impl Added<'_> {
         })
     }
 
-    fn check(&self, problems: &mut Problems) {
+    /// Reports what is wrong; `models` are the models of the run.
+    fn check(&self, models: &[&str], problems: &mut Problems) {
         let key = |name: &str| format!("{}.{name}", self.key);
         problems.check(
             self.name.parse::<StageName>().is_ok(),
@@ -197,7 +198,20 @@ impl Added<'_> {
                 "it is named twice",
                 "name each model once",
             );
-            let Of::Model(place) = of else { continue };
+            let Of::Model(place) = of else {
+                let of = of.to_string();
+                problems.check(
+                    models.contains(&&of[..]),
+                    key("of"),
+                    format!("{of:?}"),
+                    format!(
+                        "it is no model of the run, which has {}, and no place either",
+                        models.join(", ")
+                    ),
+                    format!("for a folder of that name, write \"./{of}\""),
+                );
+                continue;
+            };
             if refuse_secret(problems, key("of"), place) {
                 continue;
             }
@@ -212,7 +226,7 @@ impl Added<'_> {
                 place.contains('/') || place.starts_with('.'),
                 key("of"),
                 format!("{place:?}"),
-                "it is no model of the run, which has average, last and milestones, and no place either",
+                format!("it is no model of the run, which has {}, and no place either", models.join(", ")),
                 format!("for a folder of that name, write \"./{place}\""),
             );
         }
@@ -268,12 +282,20 @@ pub(crate) fn stages(evaluations: &[EvaluationConfig], benches: &[BenchConfig]) 
 }
 
 /// Reports what is wrong with evaluations and benchmarks, but for the lengths of the latter.
-pub(crate) fn check(evaluations: &[EvaluationConfig], benches: &[BenchConfig], problems: &mut Problems) {
+pub(crate) fn check(
+    evaluations: &[EvaluationConfig],
+    benches: &[BenchConfig],
+    models: &[&str],
+    problems: &mut Problems,
+) {
     let added = added(evaluations, benches);
     for (index, stage) in added.iter().enumerate() {
-        stage.check(problems);
+        stage.check(models, problems);
+        let of_tuning = ["-examples", "-reference", "-export"].map(|suffix| stage.name.strip_suffix(suffix));
+        let is_taken = models.contains(&stage.name)
+            || of_tuning.into_iter().flatten().any(|tuning| models.contains(&tuning));
         problems.check(
-            stage.name.is_empty() || added[..index].iter().all(|other| other.name != stage.name),
+            stage.name.is_empty() || !is_taken && added[..index].iter().all(|other| other.name != stage.name),
             format!("{}.name", stage.key),
             format!("{:?}", stage.name),
             "another stage has this name",
@@ -379,7 +401,10 @@ mod tests {
             ),
             ("bench.speed.name=tasks", "bench.0.name = \"tasks\": another stage has this name"),
             ("evaluation.tasks.name=a/b", "every stage needs a name"),
-            ("evaluation.tasks.of=best", "it is no model of the run, which has average, last and milestones"),
+            (
+                "evaluation.tasks.of=best",
+                "it is no model of the run, which has average, last, milestones, and no place",
+            ),
             ("evaluation.tasks.of=[]", "evaluation.0.of = missing: a stage needs models"),
             ("evaluation.tasks.of=[\"last\", \"last\"]", "it is named twice"),
             ("evaluation.tasks.of=hf://u:p@host/x", "an address in it has no password"),

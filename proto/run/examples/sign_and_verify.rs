@@ -9,10 +9,10 @@ use std::error::Error;
 
 use ulmus_run::signed::{self, Style};
 use ulmus_run::{TrainState, paths, quarantine};
-use ulmus_types::{BadUnit, CheckpointId, Generation, Step};
+use ulmus_types::{BadUnit, CheckpointId, Generation, StageName, Step};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let checkpoint = CheckpointId::new(Step::new(100), Generation::new(1));
+    let checkpoint = CheckpointId::new(StageName::pretraining(), Step::new(100), Generation::new(1));
     let bad = BadUnit { source: "web".to_owned(), unit: 7 };
     let state = TrainState {
         step: checkpoint.step(),

@@ -16,10 +16,12 @@ pub const TOKENIZER_JSON: &str = "tokenizer.json";
 /// Units that every worker skips; see [`crate::quarantine`].
 pub const QUARANTINE: &str = "quarantine.json";
 
-/// Folder of the checkpoints.
+/// Folder of the checkpoints of pretraining, or below that of a tuning stage, of that stage.
 pub const CHECKPOINTS: &str = "checkpoints";
-/// The name of the newest checkpoint.
+/// The name of the newest checkpoint, beside [`CHECKPOINTS`].
 pub const LATEST: &str = "latest";
+/// Folder of the tuning stages.
+pub const TUNE: &str = "tune";
 /// Weights with Hugging Face names, in the folder of a checkpoint or of the average.
 pub const WEIGHTS: &str = "model.safetensors";
 /// The [`TrainState`](crate::TrainState) of a checkpoint, in its folder.
@@ -56,14 +58,24 @@ pub const MARK: &str = "coordinator.mark";
 /// The nonce in the store, with which a worker proves that it can read the store.
 pub const NONCE: &str = "coordinator.nonce";
 
+/// A file or folder of a training stage: in the run folder for pretraining, and in one of its own for a tuning stage.
+pub fn of_training(training: StageName, name: &str) -> String {
+    if training == StageName::pretraining() { name.to_owned() } else { format!("{TUNE}/{training}/{name}") }
+}
+
+/// Folder of the checkpoints of a training stage.
+pub fn checkpoints(training: StageName) -> String {
+    of_training(training, CHECKPOINTS)
+}
+
 /// The folder of a checkpoint.
 pub fn checkpoint(id: CheckpointId) -> String {
-    format!("{CHECKPOINTS}/{id}")
+    format!("{}/{}", checkpoints(id.training()), id.directory())
 }
 
 /// A file of a checkpoint.
 pub fn checkpoint_file(id: CheckpointId, file: &str) -> String {
-    format!("{CHECKPOINTS}/{id}/{file}")
+    format!("{}/{file}", checkpoint(id))
 }
 
 /// A file of the exported model.

@@ -28,6 +28,45 @@ pub struct Prepared {
     pub held_out: Option<bool>,
 }
 
+/// The examples of a tuning stage.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Examples {
+    /// Number of rows in the files.
+    pub rows: u64,
+    /// Number of rows that are trained on.
+    pub kept: u64,
+    /// Why the others are not.
+    pub dropped: Vec<Dropped>,
+    /// Number of updates that these rows give.
+    pub updates: u64,
+    /// Number of rows that are evaluated on.
+    pub held_out: u64,
+    /// The forms of the rows that were recognised, for a person.
+    pub forms: Vec<String>,
+    /// Hash of everything that determines the examples.
+    pub digest: Digest,
+}
+
+/// Rows that are not trained on for the same reason.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dropped {
+    /// The reason.
+    pub reason: String,
+    /// Number of rows.
+    pub count: u64,
+    /// Number of the first one, from 1.
+    pub first: u64,
+}
+
+/// The log-probabilities of answers before tuning.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reference {
+    /// Number of examples whose answers were scored.
+    pub examples: u64,
+    /// Hash of the log-probabilities.
+    pub digest: Digest,
+}
+
 /// Text that was prepared from local files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shards {
@@ -217,6 +256,20 @@ impl Results {
         Self(results)
     }
 
+    /// The examples of a tuning stage.
+    pub fn examples(&self, tuning: StageName) -> Option<Examples> {
+        self.of(tuning.examples().as_str())
+    }
+
+    /// The number of updates of each tuning stage whose examples are made.
+    pub fn updates(&self) -> Vec<(StageName, u64)> {
+        let of_tuning = |name: &JobName| name.as_str().strip_suffix("-examples")?.parse().ok();
+        let made = self.0.iter().filter_map(|(name, result)| {
+            Some((of_tuning(name)?, Examples::deserialize(result).ok()?.updates))
+        });
+        made.collect()
+    }
+
     /// The average.
     pub fn averaged(&self) -> Option<Average> {
         self.of(StageName::AVERAGE)
@@ -275,6 +328,12 @@ pub fn check(name: &JobName, kind: StageKind, result: &str) -> Result<(), Format
     }
     let checked = match kind {
         StageKind::Prepare => is::<Prepared>(result),
+        StageKind::Examples => is::<Examples>(result),
+        StageKind::Reference => is::<Reference>(result),
+        // Groups do these.
+        StageKind::Train | StageKind::Tune => {
+            return Err(FormatError::new(paths::result(name), &"no job does it"));
+        }
         StageKind::Average => is::<Average>(result),
         StageKind::Perplexity => is::<Measured<Perplexity>>(result),
         StageKind::Continuations => is::<Measured<Continuations>>(result),

@@ -7,7 +7,7 @@
 use std::error::Error;
 
 use ulmus_types::{
-    CheckpointId, Digest, ErrorKind, ExitStatus, Generation, Incarnation, RunName, Step, WorkerId,
+    CheckpointId, Digest, ErrorKind, ExitStatus, Generation, Incarnation, RunName, StageName, Step, WorkerId,
 };
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -25,7 +25,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     // Checkpoints are ordered by step; two groups that reach a step make two of them.
     let checkpoint: CheckpointId = "step-00000020-g1".parse()?;
-    let again = CheckpointId::new(Step::new(20), Generation::new(1).next());
+    let again = CheckpointId::new(StageName::pretraining(), Step::new(20), Generation::new(1).next());
     println!("{checkpoint} comes before {again}: {}", checkpoint < again);
 
     // An error tells what its caller can do, and a process tells its own caller by an exit code.

@@ -6,6 +6,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use arrayvec::ArrayString;
 use serde::{Deserialize, Serialize};
 
 /// Text that is not a valid id or name.
@@ -212,12 +213,57 @@ name! {
     "use 1 to 64 letters, digits, '-', '_' and '.', beginning with a letter or digit"
 }
 
-name! {
-    /// The name of a stage, which no other stage of the plan has.
-    StageName,
-    "stage name",
-    is_stage_name,
-    "use 1 to 64 letters, digits, '-' and '_', beginning with a letter"
+/// The name of a stage, which no other stage of the plan has. It is stored in place, so that what names a stage can be copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct StageName(ArrayString<80>);
+
+impl StageName {
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The name of a stage that belongs to this one. It has room, since names that are read have 64 characters at most.
+    pub(crate) fn with(self, suffix: &str) -> Self {
+        let mut name = self.0;
+        name.push('-');
+        name.push_str(suffix);
+        Self(name)
+    }
+}
+
+impl FromStr for StageName {
+    type Err = IdError;
+
+    fn from_str(text: &str) -> Result<Self, IdError> {
+        let name = ArrayString::from(text).ok().filter(|name| is_stage_name(name));
+        name.map(Self).ok_or_else(|| IdError {
+            what: "stage name",
+            text: text.to_owned(),
+            rule: "use 1 to 64 letters, digits, '-' and '_', beginning with a letter",
+        })
+    }
+}
+
+impl TryFrom<String> for StageName {
+    type Error = IdError;
+
+    fn try_from(text: String) -> Result<Self, IdError> {
+        text.parse()
+    }
+}
+
+impl From<StageName> for String {
+    fn from(name: StageName) -> Self {
+        name.as_str().to_owned()
+    }
+}
+
+impl fmt::Display for StageName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
 }
 
 /// One life of one worker: its name and incarnation.
@@ -262,21 +308,28 @@ impl fmt::Display for WorkerId {
     }
 }
 
-/// A checkpoint: the state after `step`, as the group of `generation` wrote it.
+/// A checkpoint: the state of a training stage after `step`, as the group of `generation` wrote it.
 ///
-/// Its text form is the name of its directory, `step-00005000-g3`. The generation is part of the name so that
-/// a fenced group can never write into the directory of the group that replaced it.
+/// Its text form is the name of its directory, `step-00005000-g3`, after the name of the stage unless that is pretraining:
+/// `dpo/step-00000300-g9`. The generation is part of the name so that a fenced group can never write into the directory of the
+/// group that replaced it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct CheckpointId {
+    training: StageName,
     step: Step,
     generation: Generation,
 }
 
 impl CheckpointId {
-    /// Names the checkpoint of `step` by the group of `generation`.
-    pub const fn new(step: Step, generation: Generation) -> Self {
-        Self { step, generation }
+    /// Names the checkpoint of `step` of a training stage by the group of `generation`.
+    pub const fn new(training: StageName, step: Step, generation: Generation) -> Self {
+        Self { training, step, generation }
+    }
+
+    /// The training stage.
+    pub const fn training(self) -> StageName {
+        self.training
     }
 
     /// The number of optimizer updates that the state has seen.
@@ -288,11 +341,41 @@ impl CheckpointId {
     pub const fn generation(self) -> Generation {
         self.generation
     }
+
+    /// The checkpoint of a training stage that is in a directory of this name.
+    ///
+    /// # Errors
+    /// When no checkpoint has a directory of that name.
+    pub fn in_directory(training: StageName, directory: &str) -> Result<Self, IdError> {
+        let error = || IdError {
+            what: "checkpoint name",
+            text: directory.to_owned(),
+            rule: "use the form step-00005000-g3",
+        };
+        let (step, generation) =
+            directory.strip_prefix("step-").and_then(|rest| rest.split_once("-g")).ok_or_else(error)?;
+        let id = Self::new(
+            training,
+            Step::new(step.parse().map_err(|_| error())?),
+            Generation::new(generation.parse().map_err(|_| error())?),
+        );
+        // Only the canonical spelling is accepted, so that no checkpoint has two names.
+        if id.directory() == directory { Ok(id) } else { Err(error()) }
+    }
+
+    /// The name of its directory.
+    pub fn directory(self) -> String {
+        format!("step-{:08}-g{}", self.step.get(), self.generation.get())
+    }
 }
 
 impl fmt::Display for CheckpointId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&format!("step-{:08}-g{}", self.step.get(), self.generation.get()))
+        if self.training == StageName::pretraining() {
+            f.pad(&self.directory())
+        } else {
+            f.pad(&format!("{}/{}", self.training, self.directory()))
+        }
     }
 }
 
@@ -300,19 +383,15 @@ impl FromStr for CheckpointId {
     type Err = IdError;
 
     fn from_str(text: &str) -> Result<Self, IdError> {
-        let error = || IdError {
-            what: "checkpoint name",
-            text: text.to_owned(),
-            rule: "use the form step-00005000-g3",
+        let Some((training, directory)) = text.split_once('/') else {
+            return Self::in_directory(StageName::pretraining(), text);
         };
-        let (step, generation) =
-            text.strip_prefix("step-").and_then(|rest| rest.split_once("-g")).ok_or_else(error)?;
-        let id = Self::new(
-            Step::new(step.parse().map_err(|_| error())?),
-            Generation::new(generation.parse().map_err(|_| error())?),
-        );
-        // Only the canonical spelling is accepted, so that no checkpoint has two names.
-        if id.to_string() == text { Ok(id) } else { Err(error()) }
+        let id = Self::in_directory(training.parse()?, directory)?;
+        if id.training != StageName::pretraining() {
+            return Ok(id);
+        }
+        let (what, text) = ("checkpoint name", text.to_owned());
+        Err(IdError { what, text, rule: "leave out the stage for a checkpoint of pretraining" })
     }
 }
 
@@ -336,11 +415,25 @@ mod tests {
 
     #[test]
     fn checkpoint_names_round_trip_and_sort_by_step() {
-        let id = CheckpointId::new(Step::new(5000), Generation::new(3));
-        assert_eq!(id.to_string(), "step-00005000-g3");
-        assert_eq!("step-00005000-g3".parse(), Ok(id));
-        assert!(id < CheckpointId::new(Step::new(10_000), Generation::new(1)));
-        for wrong in ["step-5000-g3", "step-00005000", "step-00005000-g", "step-00005000-g03", ""] {
+        let id = |training: StageName, step, generation| {
+            CheckpointId::new(training, Step::new(step), Generation::new(generation))
+        };
+        let pretraining = StageName::pretraining();
+        assert_eq!(id(pretraining, 5000, 3).to_string(), "step-00005000-g3");
+        assert_eq!("step-00005000-g3".parse(), Ok(id(pretraining, 5000, 3)));
+        assert!(id(pretraining, 5000, 3) < id(pretraining, 10_000, 1));
+        assert_eq!(id("dpo".parse().unwrap(), 20, 7).to_string(), "dpo/step-00000020-g7");
+        assert_eq!("dpo/step-00000020-g7".parse(), Ok(id("dpo".parse().unwrap(), 20, 7)));
+        for wrong in [
+            "step-5000-g3",
+            "step-00005000",
+            "step-00005000-g",
+            "step-00005000-g03",
+            "",
+            "train/step-00005000-g3",
+            "a/b/step-00005000-g3",
+            "../step-00005000-g3",
+        ] {
             assert!(wrong.parse::<CheckpointId>().is_err(), "{wrong}");
         }
     }

@@ -59,14 +59,29 @@ impl fmt::Display for Part {
 pub enum Subject {
     /// What the stage as a whole reads: these checkpoints, oldest first, or whatever else its kind reads.
     Stage(Vec<CheckpointId>),
+    /// The model that the run begins from.
+    Base,
     /// The average of the last milestones.
     Average,
     /// The last milestone.
     Last(CheckpointId),
     /// A milestone.
     Milestone(CheckpointId),
+    /// The model that a tuning stage has made.
+    Tuned(StageName),
     /// A model in Hugging Face layout, in this folder or at this address.
     Model(String),
+}
+
+impl Subject {
+    /// The checkpoints that are read, oldest first.
+    pub fn checkpoints(&self) -> &[CheckpointId] {
+        match self {
+            Self::Stage(checkpoints) => checkpoints,
+            Self::Last(checkpoint) | Self::Milestone(checkpoint) => std::slice::from_ref(checkpoint),
+            Self::Base | Self::Average | Self::Tuned(_) | Self::Model(_) => &[],
+        }
+    }
 }
 
 /// The name of a job, by which its result is kept: that of its stage, or `STAGE/MODEL` where the stage has a job for each
@@ -138,11 +153,7 @@ impl Job {
 
     /// The checkpoints that the job reads, oldest first.
     pub fn checkpoints(&self) -> &[CheckpointId] {
-        match &self.subject {
-            Subject::Stage(checkpoints) => checkpoints,
-            Subject::Last(checkpoint) | Subject::Milestone(checkpoint) => std::slice::from_ref(checkpoint),
-            Subject::Average | Subject::Model(_) => &[],
-        }
+        self.subject.checkpoints()
     }
 
     /// The name of the job.
@@ -150,7 +161,9 @@ impl Job {
         let stage = &self.stage;
         let name = match &self.subject {
             Subject::Stage(_) => stage.to_string(),
+            Subject::Base => format!("{stage}/base"),
             Subject::Average => format!("{stage}/average"),
+            Subject::Tuned(tuned) => format!("{stage}/{tuned}"),
             Subject::Last(_) => format!("{stage}/last"),
             Subject::Milestone(id) => format!("{stage}/step-{:08}", id.step().get()),
             Subject::Model(place) => format!("{stage}/{}", file_name(place)),
@@ -180,10 +193,11 @@ mod tests {
 
     #[test]
     fn jobs_have_names_that_are_paths() {
-        let id = CheckpointId::new(Step::new(40), Generation::new(3));
+        let id = CheckpointId::new(StageName::pretraining(), Step::new(40), Generation::new(3));
         let name = |subject| Job::new("tasks".parse().unwrap(), subject).name();
         assert_eq!(name(Subject::Stage(vec![id])).as_str(), "tasks");
         assert_eq!(name(Subject::Average).as_str(), "tasks/average");
+        assert_eq!(name(Subject::Tuned("dpo".parse().unwrap())).as_str(), "tasks/dpo");
         assert_eq!(name(Subject::Last(id)).as_str(), "tasks/last");
         assert_eq!(name(Subject::Milestone(id)).as_str(), "tasks/step-00000040");
         let models = ["hf://apple/OpenELM-270M", "/models/../x", "../é", &"long/".repeat(40)];
@@ -200,11 +214,13 @@ mod tests {
 
     #[test]
     fn jobs_survive_the_record() {
-        let id = CheckpointId::new(Step::new(8), Generation::new(1));
+        let id = CheckpointId::new(StageName::pretraining(), Step::new(8), Generation::new(1));
         for subject in [
             Subject::Stage(Vec::new()),
             Subject::Stage(vec![id]),
+            Subject::Base,
             Subject::Average,
+            Subject::Tuned("dpo".parse().unwrap()),
             Subject::Last(id),
             Subject::Milestone(id),
             Subject::Model("hf://a/b".to_owned()),

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Blame, CheckpointId, Digest, ErrorKind, ExitStatus, Generation, GroupKey, Job, Rank, RunId, RunName,
-    SessionSecret, Step, WorkerId,
+    SessionSecret, StageName, Step, Subject, WorkerId,
 };
 
 /// How a worker introduces itself.
@@ -58,7 +58,7 @@ pub enum WorkerStatus {
 }
 
 /// One optimizer update, as every member of the group saw it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct StepReport {
     /// Updates done, including this one.
     pub step: Step,
@@ -74,6 +74,12 @@ pub struct StepReport {
     pub lr: f64,
     /// Mean cross-entropy on held-out (validation) text after the update, in nats, if it was measured.
     pub held_out_loss: Option<f64>,
+    /// Examples trained on so far; 0 for text.
+    #[serde(default)]
+    pub examples: u64,
+    /// What else the stage measures, by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub measures: BTreeMap<String, f64>,
     /// Wall time of the step.
     pub elapsed: Duration,
     /// Time of the step spent waiting for data.
@@ -283,6 +289,10 @@ pub struct Peer {
 /// A worker's role in a new group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Assignment {
+    /// The training stage.
+    pub training: StageName,
+    /// The model that the stage begins from if nothing of it is stored; `None` for the seed.
+    pub from: Option<Subject>,
     /// The group.
     pub generation: Generation,
     /// The worker's rank in the group.
@@ -299,7 +309,7 @@ pub struct Assignment {
     pub micro_batches: Range<u64>,
     /// Updates that the coordinator has recorded: checkpoints of later steps are ignored.
     pub recorded: Step,
-    /// Whether training may start from the seed, if no member has a state and no checkpoint is intact.
+    /// Whether the stage may start from its beginning, if no member has a state and no checkpoint is intact.
     pub may_begin: bool,
     /// Set when the group trains some steps again.
     pub repair: Option<Repair>,
@@ -464,8 +474,8 @@ pub enum ToWorker {
     Abort(Generation),
     /// Something for the group to do at the end of a step.
     Request(Generation, GroupRequest),
-    /// Reports up to this step are stored.
-    Acknowledge(Step),
+    /// Reports of this training stage up to this step are stored.
+    Acknowledge(StageName, Step),
     /// Store these files of a snapshot.
     Write {
         /// The checkpoint.

@@ -1,17 +1,18 @@
-//! Stages: what a run does beside its training, as data, and the jobs that each stage consists of.
+//! Stages: what a run does, as data, and the jobs that a stage consists of. Groups of workers do the stages that train.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::job::{Job, JobName, Subject};
-use crate::{CheckpointId, StageName, counted};
+use crate::{CheckpointId, CheckpointKind, StageName, counted};
 
 impl StageName {
     /// Makes the shards, the tokenizer and the manifest.
     pub const PREPARE: &str = "prepare";
-    /// Trains. It is no stage of jobs, and no stage can have its name.
+    /// Pretrains.
     pub const TRAIN: &str = "train";
     /// Averages the last milestones.
     pub const AVERAGE: &str = "average";
@@ -36,13 +37,49 @@ impl StageName {
         Self::EXPORT,
         Self::BENCHMARK,
     ];
+
+    /// The stage that pretrains.
+    pub fn pretraining() -> Self {
+        Self::implied(Self::TRAIN)
+    }
+
+    /// A name that plans do not write.
+    fn implied(name: &str) -> Self {
+        name.parse().expect("it is a name")
+    }
+
+    /// The stage that makes the examples of this tuning stage.
+    pub fn examples(&self) -> Self {
+        self.with("examples")
+    }
+
+    /// The stage that computes the log-probabilities that this tuning stage compares with.
+    pub fn reference(&self) -> Self {
+        self.with("reference")
+    }
+
+    /// The stage that writes the model that this tuning stage has made.
+    pub fn export(&self) -> Self {
+        self.with("export")
+    }
 }
 
-/// What the jobs of a stage do.
+/// The longest name of a tuning stage, as other stages are named after it.
+pub const LONGEST_TUNING_NAME: usize = 48;
+
+/// What a stage does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum StageKind {
     /// Make the shards, the tokenizer and the manifest, before training.
     Prepare,
+    /// Make the examples of a tuning stage, before any training: what is wrong with them is found at once.
+    Examples,
+    /// Train on text, from the seed or from a base model. A group of workers does it.
+    Train,
+    /// Compute the log-probabilities of answers before tuning.
+    Reference,
+    /// Train on conversations or preferences, from another model. A group of workers does it.
+    Tune,
     /// Average checkpoints.
     Average,
     /// Measure the perplexity of held-out text.
@@ -62,10 +99,14 @@ impl StageKind {
     pub const fn purpose(self) -> &'static str {
         match self {
             Self::Prepare => "the text to read, its tokenizer and its manifest",
+            Self::Examples => "the examples to learn from",
+            Self::Train => "training on text",
+            Self::Reference => "log-probabilities of the answers before tuning",
+            Self::Tune => "training on examples",
             Self::Average => "mean in float64",
             Self::Perplexity => "held-out perplexity",
             Self::Continuations => "greedy continuations of held-out text",
-            Self::Export => "the average in Hugging Face layout",
+            Self::Export => "a model in Hugging Face layout",
             Self::Evaluation => "tasks",
             Self::Benchmark => "prompt processing and generation",
         }
@@ -75,12 +116,22 @@ impl StageKind {
     pub const fn is_exclusive(self) -> bool {
         matches!(self, Self::Benchmark)
     }
+
+    /// Whether a group of workers does the stage, instead of workers that do its jobs.
+    pub const fn trains(self) -> bool {
+        matches!(self, Self::Train | Self::Tune)
+    }
+
+    /// Whether several workers may share a job of this kind.
+    pub const fn is_shared(self) -> bool {
+        matches!(self, Self::Evaluation | Self::Reference)
+    }
 }
 
-/// What the jobs of a stage read.
+/// What a stage reads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reads {
-    /// One job that reads no model.
+    /// No model; one job.
     Nothing,
     /// One job that reads the average.
     Average,
@@ -90,32 +141,39 @@ pub enum Reads {
     Averaged,
     /// One job that reads the first milestone, the middle one and the last.
     Spread,
-    /// A job for each of these models.
+    /// One job that reads the last state of this tuning stage.
+    Tuned(StageName),
+    /// A job for each of these models. A tuning stage begins from the only one.
     Models(Vec<Of>),
 }
 
-/// A model of which a stage of the plan is told, or several of a kind. As text: `average`, `last`, `milestones`, or where
-/// the model is.
+/// A model of which a stage of the plan is told, or several of a kind. As text: `base`, `average`, `last`, `milestones`, the
+/// name of a tuning stage, or where the model is.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub enum Of {
+    /// The model that the run begins from.
+    Base,
     /// The average of the last milestones.
     Average,
     /// The last milestone.
     Last,
     /// Each milestone, as soon as it is stored.
     Milestones,
-    /// A model in Hugging Face layout, in this folder or at this address.
+    /// The model that a tuning stage has made.
+    Tuned(StageName),
+    /// A model in Hugging Face layout, in this folder or at this address, which has a `/` or begins with a dot.
     Model(String),
 }
 
 impl From<String> for Of {
     fn from(text: String) -> Self {
         match &text[..] {
+            "base" => Self::Base,
             "average" => Self::Average,
             "last" => Self::Last,
             "milestones" => Self::Milestones,
-            _ => Self::Model(text),
+            _ => text.parse().map_or(Self::Model(text), Self::Tuned),
         }
     }
 }
@@ -123,9 +181,11 @@ impl From<String> for Of {
 impl From<Of> for String {
     fn from(of: Of) -> Self {
         match of {
+            Of::Base => "base".to_owned(),
             Of::Average => "average".to_owned(),
             Of::Last => "last".to_owned(),
             Of::Milestones => "milestones".to_owned(),
+            Of::Tuned(stage) => stage.into(),
             Of::Model(place) => place,
         }
     }
@@ -158,67 +218,123 @@ impl fmt::Display for Requirements {
     }
 }
 
-/// A stage of jobs.
+/// The milestones of each training stage that are stored.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Milestones(BTreeMap<StageName, Vec<CheckpointId>>);
+
+impl Milestones {
+    /// Those of a training stage, oldest first.
+    pub fn of(&self, training: StageName) -> &[CheckpointId] {
+        self.0.get(&training).map_or(&[], Vec::as_slice)
+    }
+
+    /// Those of pretraining, oldest first.
+    pub fn pretraining(&self) -> &[CheckpointId] {
+        self.of(StageName::pretraining())
+    }
+}
+
+/// Of a step that was trained twice, only the newer milestone counts.
+impl<'a> FromIterator<(&'a CheckpointId, &'a CheckpointKind)> for Milestones {
+    fn from_iter<T: IntoIterator<Item = (&'a CheckpointId, &'a CheckpointKind)>>(checkpoints: T) -> Self {
+        let mut newest = BTreeMap::new();
+        for (id, kind) in checkpoints {
+            if *kind == CheckpointKind::Milestone {
+                let known = newest.entry((id.training(), id.step())).or_insert(*id);
+                *known = (*known).max(*id);
+            }
+        }
+        let mut milestones = Self::default();
+        for ((training, _), id) in newest {
+            milestones.0.entry(training).or_default().push(id);
+        }
+        milestones
+    }
+}
+
+/// A stage.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stage {
     /// Its name.
     pub name: StageName,
-    /// What its jobs do.
+    /// What it does.
     pub kind: StageKind,
-    /// What its jobs read.
+    /// What it reads.
     pub reads: Reads,
     /// What a worker must have to do its jobs.
     pub needs: Requirements,
 }
 
 impl Stage {
-    /// A stage that plans do not write, which any worker can do.
-    fn implied(name: &str, kind: StageKind, reads: Reads) -> Self {
-        let name = name.parse().expect("it is a name");
-        Self { name, kind, reads, needs: Requirements::default() }
+    /// A stage that any worker can do.
+    const fn any(name: StageName, kind: StageKind, reads: Reads) -> Self {
+        Self { name, kind, reads, needs: Requirements { device: None, memory: None, wait: None } }
     }
 
-    /// Its jobs, given the milestones that are stored, oldest first, and how many of them are averaged. A job is missing while
-    /// there is no checkpoint for it.
-    pub fn jobs(&self, milestones: &[CheckpointId], average: u64) -> Vec<Job> {
-        let job = |subject| Job::new(self.name.clone(), subject);
-        let own = |checkpoints: &[CheckpointId]| match checkpoints {
-            [] => Vec::new(),
-            some => vec![job(Subject::Stage(some.to_vec()))],
-        };
-        let last = milestones.last().copied();
+    /// A stage that plans do not write.
+    fn implied(name: &str, kind: StageKind, reads: Reads) -> Self {
+        Self::any(StageName::implied(name), kind, reads)
+    }
+
+    /// Its jobs, given the milestones that are stored, and how many of those of pretraining are averaged. A job is missing while
+    /// there is no checkpoint for it; a stage that trains has none.
+    pub fn jobs(&self, milestones: &Milestones, average: u64) -> Vec<Job> {
+        if self.kind.trains() {
+            return Vec::new();
+        }
+        let subjects = self.subjects(milestones, average).into_iter();
+        subjects.map(|subject| Job::new(self.name, subject)).collect()
+    }
+
+    /// The model from which a stage that trains begins; `None` for the seed.
+    pub fn begins_from(&self, milestones: &Milestones) -> Option<Subject> {
         match &self.reads {
-            Reads::Nothing | Reads::Average => vec![job(Subject::Stage(Vec::new()))],
-            Reads::Last => own(last.as_slice()),
-            Reads::Averaged => own(&milestones[milestones.len().saturating_sub(average as usize)..]),
-            Reads::Spread => {
-                let mut spread: Vec<CheckpointId> =
-                    [milestones.first(), milestones.get(milestones.len() / 2), milestones.last()]
-                        .into_iter()
-                        .flatten()
-                        .copied()
-                        .collect();
-                spread.dedup();
-                own(&spread)
-            }
-            Reads::Models(models) => {
-                let jobs = models.iter().flat_map(|of| match of {
-                    Of::Average => vec![job(Subject::Average)],
-                    Of::Last => last.map(|id| job(Subject::Last(id))).into_iter().collect(),
-                    Of::Milestones => milestones.iter().map(|id| job(Subject::Milestone(*id))).collect(),
-                    Of::Model(place) => vec![job(Subject::Model(place.clone()))],
-                });
-                jobs.collect()
-            }
+            Reads::Models(_) => self.subjects(milestones, 0).into_iter().next(),
+            _ => None,
         }
     }
 
-    /// Whether it reads milestones, and not only the average of them.
-    pub fn reads_milestones(&self) -> bool {
+    fn subjects(&self, milestones: &Milestones, average: u64) -> Vec<Subject> {
+        let own = |checkpoints: &[CheckpointId]| match checkpoints {
+            [] => Vec::new(),
+            some => vec![Subject::Stage(some.to_vec())],
+        };
+        let stored = milestones.pretraining();
+        let last = stored.last().copied();
         match &self.reads {
-            Reads::Nothing | Reads::Average => false,
-            Reads::Last | Reads::Averaged | Reads::Spread => true,
-            Reads::Models(models) => models.iter().any(|of| matches!(of, Of::Last | Of::Milestones)),
+            Reads::Nothing | Reads::Average => vec![Subject::Stage(Vec::new())],
+            Reads::Last => own(last.as_slice()),
+            Reads::Averaged => own(&stored[stored.len().saturating_sub(average as usize)..]),
+            Reads::Spread => {
+                let spread = [stored.first(), stored.get(stored.len() / 2), stored.last()];
+                let mut spread: Vec<CheckpointId> = spread.into_iter().flatten().copied().collect();
+                spread.dedup();
+                own(&spread)
+            }
+            Reads::Tuned(training) => own(milestones.of(*training).last().copied().as_slice()),
+            Reads::Models(models) => models
+                .iter()
+                .flat_map(|of| match of {
+                    Of::Base => vec![Subject::Base],
+                    Of::Average => vec![Subject::Average],
+                    Of::Last => last.map(Subject::Last).into_iter().collect(),
+                    Of::Milestones => stored.iter().copied().map(Subject::Milestone).collect(),
+                    Of::Tuned(stage) => vec![Subject::Tuned(*stage)],
+                    Of::Model(place) => vec![Subject::Model(place.clone())],
+                })
+                .collect(),
+        }
+    }
+
+    /// The training stage whose milestones it reads, and not only the average of them.
+    pub fn reads_milestones_of(&self) -> Option<StageName> {
+        match &self.reads {
+            Reads::Nothing | Reads::Average => None,
+            Reads::Last | Reads::Averaged | Reads::Spread => Some(StageName::pretraining()),
+            Reads::Tuned(training) => Some(*training),
+            Reads::Models(models) => {
+                models.iter().any(|of| matches!(of, Of::Last | Of::Milestones)).then(StageName::pretraining)
+            }
         }
     }
 
@@ -231,10 +347,13 @@ impl Stage {
     pub fn describe(&self, job: &Job) -> String {
         let purpose = match (self.kind, &self.reads) {
             (StageKind::Perplexity, Reads::Average) => "held-out perplexity of the average",
+            (StageKind::Export, Reads::Average) => "the average in Hugging Face layout",
             (kind, _) => kind.purpose(),
         };
         match (job.subject(), job.checkpoints()) {
+            (Subject::Base, _) => format!("{purpose} (the base)"),
             (Subject::Average, _) => format!("{purpose} (the average)"),
+            (Subject::Tuned(stage), _) => format!("{purpose} ({stage})"),
             (Subject::Model(place), _) => format!("{purpose} ({place})"),
             (_, []) => purpose.to_owned(),
             (_, [only]) => format!("{purpose} ({only})"),
@@ -245,16 +364,29 @@ impl Stage {
     }
 }
 
-/// The stages of a run, each after those whose output it reads. Training is between the preparation and the rest.
+/// A tuning stage of a plan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tuning {
+    /// Its name, of at most [`LONGEST_TUNING_NAME`] characters.
+    pub name: StageName,
+    /// The model that it begins from.
+    pub of: Of,
+    /// Whether it compares with log-probabilities before it.
+    pub compares: bool,
+}
+
+/// The stages of a run, each after those whose output it reads.
 ///
 /// ```text
-///                          ┌─► average ─┬─► evaluate-average
-/// prepare ─► (training) ─► │            ├─► export
-///                          │            ├─► benchmark
-///                          │            └─► evaluations and benchmarks of the average
-///                          ├─► evaluate-last
-///                          ├─► continuations
-///                          └─► evaluations and benchmarks of milestones
+///                                ┌─► average ─┬─► evaluate-average
+/// prepare ─► examples ─► train ─►│            ├─► export
+///                                │            ├─► benchmark
+///                                │            └─► tuning stages, evaluations and benchmarks of the average
+///                                ├─► evaluate-last
+///                                ├─► continuations
+///                                └─► evaluations and benchmarks of milestones
+///
+/// (a model) ─► NAME-reference ─► NAME ─► NAME-export ─► tuning stages, evaluations and benchmarks of it
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Graph {
@@ -263,22 +395,50 @@ pub struct Graph {
 }
 
 impl Graph {
-    /// The stages of every run, with or without the export, that averages so many milestones; and those that the plan adds.
-    pub fn new(average: u64, export: bool, added: Vec<Stage>) -> Self {
+    /// The stages of a run that pretrains, from the seed or `from_base`, and averages so many milestones, with or without the export,
+    /// and then tunes; and those that the plan adds.
+    pub fn new(average: u64, export: bool, from_base: bool, tunings: &[Tuning], added: Vec<Stage>) -> Self {
+        let origin = if from_base { Reads::Models(vec![Of::Base]) } else { Reads::Nothing };
         let stage = Stage::implied;
-        let mut stages = vec![
-            stage(StageName::PREPARE, StageKind::Prepare, Reads::Nothing),
+        let mut stages = vec![stage(StageName::PREPARE, StageKind::Prepare, Reads::Nothing)];
+        stages.extend(Self::examples(tunings));
+        stages.extend([
+            stage(StageName::TRAIN, StageKind::Train, origin),
             stage(StageName::AVERAGE, StageKind::Average, Reads::Averaged),
             stage(StageName::EVALUATE_AVERAGE, StageKind::Perplexity, Reads::Average),
             stage(StageName::EVALUATE_LAST, StageKind::Perplexity, Reads::Last),
             stage(StageName::CONTINUATIONS, StageKind::Continuations, Reads::Spread),
-        ];
+        ]);
         if export {
             stages.push(stage(StageName::EXPORT, StageKind::Export, Reads::Average));
         }
+        stages.extend(Self::tuning(tunings));
         stages.extend(added);
         stages.push(stage(StageName::BENCHMARK, StageKind::Benchmark, Reads::Average));
         Self { stages, average }
+    }
+
+    /// The stages of a run that begins from a base model and does not pretrain.
+    pub fn of_base(tunings: &[Tuning], added: Vec<Stage>) -> Self {
+        let mut stages = vec![Stage::implied(StageName::PREPARE, StageKind::Prepare, Reads::Nothing)];
+        stages.extend(Self::examples(tunings));
+        stages.extend(Self::tuning(tunings));
+        stages.extend(added);
+        Self { stages, average: 0 }
+    }
+
+    fn examples(tunings: &[Tuning]) -> impl Iterator<Item = Stage> {
+        tunings.iter().map(|tuning| Stage::any(tuning.name.examples(), StageKind::Examples, Reads::Nothing))
+    }
+
+    fn tuning(tunings: &[Tuning]) -> impl Iterator<Item = Stage> {
+        tunings.iter().flat_map(|Tuning { name, of, compares }| {
+            let of = || Reads::Models(vec![of.clone()]);
+            let reference = compares.then(|| Stage::any(name.reference(), StageKind::Reference, of()));
+            let tune = Stage::any(*name, StageKind::Tune, of());
+            let export = Stage::any(name.export(), StageKind::Export, Reads::Tuned(*name));
+            reference.into_iter().chain([tune, export])
+        })
     }
 
     /// All stages.
@@ -291,13 +451,30 @@ impl Graph {
         self.stages.iter().find(|stage| stage.name == *name)
     }
 
-    /// The jobs of a stage, given the milestones that are stored, oldest first.
-    pub fn jobs(&self, stage: &Stage, milestones: &[CheckpointId]) -> Vec<Job> {
+    /// The stages that train, in the order in which they do.
+    pub fn trainings(&self) -> impl Iterator<Item = &Stage> {
+        self.stages.iter().filter(|stage| stage.kind.trains())
+    }
+
+    /// The jobs of a stage, given the milestones that are stored.
+    pub fn jobs(&self, stage: &Stage, milestones: &Milestones) -> Vec<Job> {
         stage.jobs(milestones, self.average)
     }
 
+    /// Whether a stage that trains waits for this one.
+    pub fn leads_to_training(&self, stage: &Stage) -> bool {
+        let begins_from =
+            |of: &Of| self.trainings().any(|other| other.reads == Reads::Models(vec![of.clone()]));
+        match (stage.kind, &stage.reads) {
+            (StageKind::Prepare | StageKind::Examples | StageKind::Reference, _) => true,
+            (StageKind::Average, _) => begins_from(&Of::Average),
+            (StageKind::Export, Reads::Tuned(name)) => begins_from(&Of::Tuned(*name)),
+            _ => false,
+        }
+    }
+
     /// Whether every job of every stage is done, given the milestones of a run that is trained.
-    pub fn is_done(&self, milestones: &[CheckpointId], done: impl Fn(&JobName) -> bool) -> bool {
+    pub fn is_done(&self, milestones: &Milestones, done: impl Fn(&JobName) -> bool) -> bool {
         self.stages.iter().all(|stage| self.stage_is_done(stage, milestones, &done))
     }
 
@@ -305,12 +482,12 @@ impl Graph {
     pub fn stage_is_done(
         &self,
         stage: &Stage,
-        milestones: &[CheckpointId],
+        milestones: &Milestones,
         done: impl Fn(&JobName) -> bool,
     ) -> bool {
         let jobs = self.jobs(stage, milestones);
-        let is_whole = !stage.reads_milestones() || !milestones.is_empty();
-        is_whole && jobs.iter().all(|job| done(&job.name()))
+        let is_whole = stage.reads_milestones_of().is_none_or(|training| !milestones.of(training).is_empty());
+        (stage.kind.trains() || is_whole) && jobs.iter().all(|job| done(&job.name()))
     }
 }
 
@@ -322,7 +499,21 @@ mod tests {
     use crate::{Generation, Step};
 
     fn id(step: u64) -> CheckpointId {
-        CheckpointId::new(Step::new(step), Generation::new(1))
+        CheckpointId::new(StageName::pretraining(), Step::new(step), Generation::new(1))
+    }
+
+    fn milestones(steps: &[u64]) -> Milestones {
+        steps
+            .iter()
+            .map(|step| id(*step))
+            .collect::<Vec<_>>()
+            .iter()
+            .map(|id| (id, &CheckpointKind::Milestone))
+            .collect()
+    }
+
+    fn name(text: &str) -> StageName {
+        text.parse().unwrap()
     }
 
     fn tasks() -> Stage {
@@ -337,17 +528,17 @@ mod tests {
 
     #[test]
     fn stages_have_a_job_for_each_model() {
-        let graph = Graph::new(2, true, vec![tasks()]);
-        let names = |milestones: &[CheckpointId]| -> Vec<String> {
-            let jobs = graph.stages().iter().flat_map(|stage| graph.jobs(stage, milestones));
+        let graph = Graph::new(2, true, false, &[], vec![tasks()]);
+        let names = |steps: &[u64]| -> Vec<String> {
+            let milestones = milestones(steps);
+            let jobs = graph.stages().iter().flat_map(|stage| graph.jobs(stage, &milestones));
             jobs.map(|job| job.name().to_string()).collect()
         };
         let always = ["prepare", "evaluate-average", "export", "tasks/average"];
         let all = names(&[]);
         assert!(always.iter().all(|name| all.iter().any(|other| other == name)), "{all:?}");
         assert_eq!(all.len(), always.len() + 2, "{all:?}");
-        let more: BTreeSet<String> =
-            names(&[id(4), id(8)]).into_iter().filter(|name| !all.contains(name)).collect();
+        let more: BTreeSet<String> = names(&[4, 8]).into_iter().filter(|name| !all.contains(name)).collect();
         let expected = [
             "average",
             "continuations",
@@ -361,8 +552,8 @@ mod tests {
 
     #[test]
     fn a_stage_reads_what_its_kind_says() {
-        let graph = Graph::new(2, true, Vec::new());
-        let milestones = [2, 4, 6, 8].map(id);
+        let graph = Graph::new(2, true, false, &[], Vec::new());
+        let milestones = milestones(&[2, 4, 6, 8]);
         let read = |name: &str| {
             let stage = graph.stage(&name.parse().unwrap()).unwrap();
             graph.jobs(stage, &milestones)[0].checkpoints().to_vec()
@@ -375,18 +566,73 @@ mod tests {
 
     #[test]
     fn a_run_without_milestones_is_not_done() {
-        let graph = Graph::new(2, false, Vec::new());
-        assert!(!graph.is_done(&[], |_| true));
-        assert!(graph.is_done(&[id(8)], |_| true));
-        assert!(!graph.is_done(&[id(8)], |name| name.as_str() != "benchmark"));
+        let graph = Graph::new(2, false, false, &[], Vec::new());
+        assert!(!graph.is_done(&milestones(&[]), |_| true));
+        assert!(graph.is_done(&milestones(&[8]), |_| true));
+        assert!(!graph.is_done(&milestones(&[8]), |name| name.as_str() != "benchmark"));
+    }
+
+    #[test]
+    fn of_a_step_that_was_trained_twice_the_newer_milestone_counts() {
+        let again = CheckpointId::new(StageName::pretraining(), Step::new(4), Generation::new(2));
+        let recovery = CheckpointId::new(StageName::pretraining(), Step::new(5), Generation::new(2));
+        let tuned = CheckpointId::new(name("dpo"), Step::new(4), Generation::new(3));
+        let stored: std::collections::BTreeMap<_, _> = [
+            (id(4), CheckpointKind::Milestone),
+            (again, CheckpointKind::Milestone),
+            (recovery, CheckpointKind::Recovery),
+            (tuned, CheckpointKind::Milestone),
+        ]
+        .into();
+        let milestones: Milestones = stored.iter().collect();
+        assert_eq!(milestones.pretraining(), [again]);
+        assert_eq!(milestones.of(name("dpo")), [tuned]);
+        assert_eq!(milestones.of(name("sft")), []);
+    }
+
+    #[test]
+    fn tuning_stages_have_examples_and_an_export() {
+        let tuning = |name: &str, of: &str, compares| Tuning {
+            name: name.parse().unwrap(),
+            of: Of::from(of.to_owned()),
+            compares,
+        };
+        let tunings = [tuning("sft", "average", false), tuning("dpo", "sft", true)];
+        let graph = Graph::new(2, false, false, &tunings, Vec::new());
+        let names: Vec<&str> = graph.stages().iter().map(|stage| stage.name.as_str()).collect();
+        let before = ["prepare", "sft-examples", "dpo-examples", "train", "average"];
+        let after = ["sft", "sft-export", "dpo-reference", "dpo", "dpo-export", "benchmark"];
+        assert_eq!(names[..5], before);
+        assert_eq!(names[8..], after);
+        let trainings: Vec<&str> = graph.trainings().map(|stage| stage.name.as_str()).collect();
+        assert_eq!(trainings, ["train", "sft", "dpo"]);
+        let leads = |name: &str| graph.leads_to_training(graph.stage(&name.parse().unwrap()).unwrap());
+        assert!(["prepare", "dpo-examples", "average", "sft-export", "dpo-reference"].into_iter().all(leads));
+        assert!(!["evaluate-average", "dpo-export", "benchmark"].into_iter().any(leads));
+
+        let jobs = |name: &str, milestones: &Milestones| -> Vec<String> {
+            let stage = graph.stage(&name.parse().unwrap()).unwrap();
+            graph.jobs(stage, milestones).iter().map(|job| job.name().to_string()).collect()
+        };
+        let tuned: Milestones =
+            [(&CheckpointId::new(name("dpo"), Step::new(4), Generation::new(3)), &CheckpointKind::Milestone)]
+                .into_iter()
+                .collect();
+        assert_eq!(jobs("dpo", &tuned), [""; 0]);
+        assert_eq!(jobs("dpo-export", &tuned), ["dpo-export"]);
+        assert_eq!(jobs("sft-export", &tuned), [""; 0]);
+        assert_eq!(jobs("dpo-reference", &tuned), ["dpo-reference/sft"]);
+        let based = Graph::of_base(&[tuning("dpo", "base", true)], Vec::new());
+        let names: Vec<&str> = based.stages().iter().map(|stage| stage.name.as_str()).collect();
+        assert_eq!(names, ["prepare", "dpo-examples", "dpo-reference", "dpo", "dpo-export"]);
     }
 
     #[test]
     fn a_job_tells_what_it_is_for() {
-        let graph = Graph::new(3, true, vec![tasks()]);
+        let graph = Graph::new(3, true, false, &[], vec![tasks()]);
         let told = |name: &str| {
             let stage = graph.stage(&name.parse().unwrap()).unwrap();
-            stage.describe(&graph.jobs(stage, &[4, 6, 8].map(id))[0])
+            stage.describe(&graph.jobs(stage, &milestones(&[4, 6, 8]))[0])
         };
         assert_eq!(told("export"), "the average in Hugging Face layout");
         assert_eq!(told("evaluate-last"), format!("held-out perplexity ({})", id(8)));

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use ulmus_types::{Digest, RunId, SessionSecret, Step, StepReport, ToCoordinator, ToWorker};
+use ulmus_types::{Digest, RunId, SessionSecret, StageName, Step, StepReport, ToCoordinator, ToWorker};
 use ulmus_worker_core::{Action, Report, Session};
 
 const RUN: RunId = RunId::from_bytes([7; 16]);
@@ -46,13 +46,10 @@ fn main() {
         step: Step::new(1),
         tokens: 4096,
         loss: 8.8,
-        z_loss: 0.0,
         grad_norm: 1.0,
         lr: 1e-3,
-        held_out_loss: None,
         elapsed: Duration::from_millis(400),
-        data_wait: Duration::ZERO,
-        communication: Duration::ZERO,
+        ..StepReport::default()
     };
     let steps = ToCoordinator::Steps { generation: ulmus_types::Generation::new(1), reports: vec![report] };
     show("a step is done", &session.on_report(RUN, Report::Send(steps)));
@@ -62,5 +59,8 @@ fn main() {
     println!("the next hello says: {:?}", session.greet());
     session.on_message(welcome());
     show("welcomed again", &session.on_opened(true).unwrap_or_default());
-    show("the step is confirmed", &session.on_message(ToWorker::Acknowledge(Step::new(1))));
+    show(
+        "the step is confirmed",
+        &session.on_message(ToWorker::Acknowledge(StageName::pretraining(), Step::new(1))),
+    );
 }

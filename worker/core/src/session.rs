@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use ulmus_types::{
     Assignment, CheckpointId, Digest, ErrorKind, ExitStatus, Generation, GroupRequest, Job, Rank, Ready,
-    RunId, SessionSecret, Snapshot, StepReport, ToCoordinator, ToWorker, WorkerStatus,
+    RunId, SessionSecret, Snapshot, StageName, StepReport, ToCoordinator, ToWorker, WorkerStatus,
 };
 
 /// A report from the trainer.
@@ -77,6 +77,14 @@ enum Connection {
     CaughtUp,
 }
 
+/// The group that a worker was assigned to.
+#[derive(Debug, Clone, Copy)]
+struct Assigned {
+    training: StageName,
+    generation: Generation,
+    rank: Rank,
+}
+
 /// What the worker remembers from one connection to the next.
 #[derive(Debug)]
 pub struct Session<S> {
@@ -89,7 +97,7 @@ pub struct Session<S> {
     /// The fingerprint of this machine's arithmetic, once it is known; a worker that never trains has none.
     fingerprint: Option<Digest>,
     /// The last group that the worker was assigned to.
-    assigned: Option<(Generation, Rank)>,
+    assigned: Option<Assigned>,
     /// Whether the worker is still in that group.
     trains: bool,
     /// Unconfirmed reports. Rank 0 sends them as they come. All members keep them, and send them when a group ends or a
@@ -140,7 +148,7 @@ impl<S: Clone> Session<S> {
 
     fn status(&self) -> WorkerStatus {
         match (self.assigned, &self.job) {
-            (Some((generation, _)), _) if self.trains => WorkerStatus::Training(generation),
+            (Some(group), _) if self.trains => WorkerStatus::Training(group.generation),
             (_, Some(job)) => WorkerStatus::Working(job.clone()),
             _ => WorkerStatus::Idle,
         }
@@ -187,14 +195,20 @@ impl<S: Clone> Session<S> {
             }
             ToWorker::Refused { kind, reason } => vec![Action::Refused(kind, reason)],
             ToWorker::Assign(assignment) => {
-                self.assigned = Some((assignment.generation, assignment.rank));
+                let Assignment { training, generation, rank, .. } = assignment;
+                if self.assigned.is_some_and(|before| before.training != training) {
+                    // The stage before is over, so all that can be said of it is known.
+                    self.reports.clear();
+                }
+                self.assigned = Some(Assigned { training, generation, rank });
                 self.trains = true;
                 self.for_run(|run| Action::Train(run, assignment))
             }
             ToWorker::Abort(generation) => vec![Action::Abort(generation)],
             ToWorker::Request(generation, request) => vec![Action::Request(generation, request)],
-            ToWorker::Acknowledge(step) => {
-                while self.reports.front().is_some_and(|report| report.step <= step) {
+            ToWorker::Acknowledge(training, step) => {
+                let is_of_reports = self.assigned.is_none_or(|group| group.training == training);
+                while is_of_reports && self.reports.front().is_some_and(|report| report.step <= step) {
                     self.reports.pop_front();
                 }
                 Vec::new()
@@ -242,7 +256,9 @@ impl<S: Clone> Session<S> {
             Report::Send(ToCoordinator::Steps { reports, .. }) => {
                 self.reports.extend(reports.iter().cloned());
                 match self.assigned {
-                    Some((generation, rank)) if rank == Rank::new(0) && self.is_caught_up() => {
+                    Some(Assigned { generation, rank, .. })
+                        if rank == Rank::new(0) && self.is_caught_up() =>
+                    {
                         vec![Action::Send(ToCoordinator::Steps { generation, reports })]
                     }
                     _ => Vec::new(),
@@ -290,7 +306,7 @@ impl<S: Clone> Session<S> {
         }
         let Some(message) = self.left.take() else { return Vec::new() };
         if let ToCoordinator::Left { generation, .. } = &message
-            && self.assigned.is_some_and(|(of, _)| of == *generation)
+            && self.assigned.is_some_and(|group| group.generation == *generation)
         {
             self.trains = false;
         }
@@ -319,7 +335,7 @@ impl<S: Clone> Session<S> {
         self.connection = Connection::CaughtUp;
         let ready = ToCoordinator::Ready(Ready {
             fingerprint: self.fingerprint,
-            generation: self.assigned.map(|(generation, _)| generation),
+            generation: self.assigned.map(|group| group.generation),
             reports: self.reports.iter().cloned().collect(),
             snapshots: self.held.values().filter_map(|(_, snapshot)| snapshot.clone()).collect(),
         });
@@ -340,7 +356,7 @@ impl<S: Clone> Session<S> {
     }
 
     fn unsent_reports(&self) -> Option<ToCoordinator> {
-        let (generation, _) = self.assigned?;
+        let generation = self.assigned?.generation;
         let reports: Vec<StepReport> = self.reports.iter().cloned().collect();
         (!reports.is_empty()).then_some(ToCoordinator::Steps { generation, reports })
     }
@@ -348,8 +364,6 @@ impl<S: Clone> Session<S> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use ulmus_types::{CheckpointKind, GroupKey, Incarnation, LeaveReason, Peer, Step, Subject, WorkerId};
 
     use super::*;
@@ -357,6 +371,8 @@ mod tests {
     fn assignment(generation: u64, rank: u32) -> ToWorker {
         let peer = Peer { address: String::new(), worker: WorkerId::new("w", Incarnation::new(1)).unwrap() };
         ToWorker::Assign(Assignment {
+            training: StageName::pretraining(),
+            from: None,
             generation: Generation::new(generation),
             rank: Rank::new(rank),
             size: 2,
@@ -375,13 +391,9 @@ mod tests {
             step: Step::new(step),
             tokens: step,
             loss: 1.0,
-            z_loss: 0.0,
             grad_norm: 1.0,
             lr: 0.1,
-            held_out_loss: None,
-            elapsed: Duration::ZERO,
-            data_wait: Duration::ZERO,
-            communication: Duration::ZERO,
+            ..StepReport::default()
         };
         let generation = Generation::new(generation);
         Report::Send(ToCoordinator::Steps { generation, reports: vec![report] })
@@ -395,7 +407,7 @@ mod tests {
     /// A state that serves as its own handle.
     fn held(step: u64) -> Snapshot {
         Snapshot {
-            checkpoint: CheckpointId::new(Step::new(step), Generation::new(1)),
+            checkpoint: CheckpointId::new(StageName::pretraining(), Step::new(step), Generation::new(1)),
             kind: CheckpointKind::Milestone,
             state: Digest::of(&step.to_le_bytes()),
             files: vec!["a".to_owned()],
@@ -506,7 +518,7 @@ mod tests {
         other.on_message(assignment(1, 1));
         assert!(other.on_report(RUN, steps(1, 1)).is_empty());
         assert!(other.on_report(RUN, steps(1, 2)).is_empty());
-        other.on_message(ToWorker::Acknowledge(Step::new(1)));
+        other.on_message(ToWorker::Acknowledge(StageName::pretraining(), Step::new(1)));
         let last = other.on_report(RUN, left(1));
         assert!(matches!(sent(&last)[..], [ToCoordinator::Steps { .. }, ToCoordinator::Left { .. }]));
         assert_eq!(reported_steps(&last), [2]);
@@ -538,7 +550,7 @@ mod tests {
         let again = session.on_opened(true).unwrap();
         let [ToCoordinator::Ready(ready)] = sent(&again)[..] else { panic!("{again:?}") };
         assert_eq!((ready.reports.len(), ready.snapshots.len()), (1, 1));
-        session.on_message(ToWorker::Acknowledge(Step::new(1)));
+        session.on_message(ToWorker::Acknowledge(StageName::pretraining(), Step::new(1)));
         session.on_message(ToWorker::Release(state.checkpoint));
         let again = session.on_opened(true).unwrap();
         let [ToCoordinator::Ready(ready)] = sent(&again)[..] else { panic!("{again:?}") };
@@ -584,7 +596,7 @@ mod tests {
     #[test]
     fn what_is_not_held_any_more_cannot_be_written() {
         let mut session = welcomed();
-        let checkpoint = CheckpointId::new(Step::new(1), Generation::new(1));
+        let checkpoint = CheckpointId::new(StageName::pretraining(), Step::new(1), Generation::new(1));
         let actions = session.on_message(ToWorker::Write { checkpoint, files: vec!["a".into()] });
         assert!(matches!(sent(&actions)[..], [ToCoordinator::WriteFailed { .. }]));
     }

@@ -12,7 +12,9 @@ use ulmus_cpu::Cpu;
 use ulmus_evaluator::{continuations, load_model, load_tokenizer, perplexity, synthetic_weights};
 use ulmus_model::{Layout, weights_to_safetensors};
 use ulmus_run::results::Average;
-use ulmus_types::{BadUnit, CheckpointId, Digest, ErrorKind, FileEntry, Generation, RunId, Step, Subject};
+use ulmus_types::{
+    BadUnit, CheckpointId, Digest, ErrorKind, FileEntry, Generation, RunId, StageName, Step, Subject,
+};
 
 use super::*;
 
@@ -124,7 +126,7 @@ fn job(stage: &str) -> Job {
 }
 
 fn last() -> CheckpointId {
-    CheckpointId::new(Step::new(10), Generation::new(1))
+    CheckpointId::new(StageName::pretraining(), Step::new(10), Generation::new(1))
 }
 
 #[test]

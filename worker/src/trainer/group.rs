@@ -108,7 +108,7 @@ impl<B: TrainingBackend> Training<B> {
         let store = &self.run.store;
         let before = first_repair(assignment).map(|step| Step::new(step.get().saturating_sub(1)));
         let last = before.map_or(assignment.recorded, |step| step.min(assignment.recorded));
-        let (newest, refused) = self.run.wait(newest_verified(store, self.run.id, last))?;
+        let (newest, refused) = self.run.wait(newest_verified(store, self.run.id, assignment.training, last))?;
         let begins = newest.is_none();
         if begins && !assignment.may_begin {
             let faults: Vec<String> = refused.iter().map(|(_, error)| error.to_string()).collect();
@@ -126,7 +126,7 @@ impl<B: TrainingBackend> Training<B> {
             self.replica.initialise(self.run.plan.run.seed);
             return Ok(self.beginning(reading));
         };
-        if !self.run.plan.has_digest(manifest.plan_digest) {
+        if !self.run.plan.has_digest_of(assignment.training, manifest.plan_digest) {
             return Err(WorkerError::OtherPlan(store.to_string()));
         }
         let (state, train) =

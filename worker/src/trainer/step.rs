@@ -4,6 +4,7 @@
 //! changed anything, so the step can be redone from the same cursors; after that every member can finish the step
 //! alone.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -346,6 +347,8 @@ impl<B: TrainingBackend> Member<'_, B> {
             elapsed,
             data_wait: times.data,
             communication: times.communication,
+            examples: 0,
+            measures: BTreeMap::new(),
         })
     }
 
@@ -384,7 +387,7 @@ impl<B: TrainingBackend> Member<'_, B> {
         }));
         self.control.begin(Section::Computing);
         let held = PendingSnapshot {
-            checkpoint: CheckpointId::new(self.step(), self.assignment.generation),
+            checkpoint: CheckpointId::new(self.assignment.training, self.step(), self.assignment.generation),
             kind,
             layout: Arc::new(self.replica.layout().clone()),
             trainable: self.replica.trainable().parameters(),

@@ -14,11 +14,13 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use strangers::anything;
-use ulmus_coord_core::{Coordinator, Effect, Event, Notification, PersistentState, Settings};
+use ulmus_coord_core::{
+    Coordinator, Effect, Event, Notification, PersistentState, Settings, TrainingSettings,
+};
 use ulmus_types::{
     CheckpointKind, Digest, ErrorKind, ExitStatus, Generation, Graph, Heartbeat, Hello, Incarnation, Job,
     JobName, LeaveReason, Of, Reads, Ready, Requirements, RunId, RunSecret, Section, SessionSecret, Stage,
-    StageKind, StageName, Step, Subject, ToCoordinator, ToWorker, WorkerId, WorkerStatus,
+    StageKind, StageName, Step, Subject, ToCoordinator, ToWorker, Tuning, WorkerId, WorkerStatus,
 };
 use worker::{Progress, State, Worker};
 use world::World;
@@ -31,7 +33,49 @@ const RUN: RunId = RunId::from_bytes([7; 16]);
 const FILES: [&str; 3] = ["a", "b", "c"];
 
 fn graph() -> Graph {
-    Graph::new(AVERAGE, true, Vec::new())
+    Graph::new(AVERAGE, true, false, &[], Vec::new())
+}
+
+/// A run that tunes the average, and then what has come of that.
+fn chain() -> Graph {
+    let tuning = |name: &str, of, compares| Tuning { name: name.parse().unwrap(), of, compares };
+    let tunings = [tuning("sft", Of::Average, false), tuning("dpo", Of::Tuned("sft".parse().unwrap()), true)];
+    Graph::new(
+        AVERAGE,
+        true,
+        &tunings,
+        vec![tasks(&[Of::Average, Of::Tuned("dpo".parse().unwrap())], None, None)],
+    )
+}
+
+/// The model that a stage of [`chain`] begins from.
+fn origin(training: StageName) -> Option<Subject> {
+    match training.as_str() {
+        "sft" => Some(Subject::Average),
+        "dpo" => Some(Subject::Tuned("sft".parse().unwrap())),
+        _ => None,
+    }
+}
+
+/// The number of updates of a stage.
+fn updates(training: StageName) -> u64 {
+    if training == StageName::pretraining() { ITERATIONS } else { 4 }
+}
+
+fn training(name: StageName) -> TrainingSettings {
+    let pretrains = name == StageName::pretraining();
+    TrainingSettings {
+        name,
+        // What follows from examples is known when they are made.
+        updates: pretrains.then_some(ITERATIONS),
+        micro_batches: if pretrains { 4 } else { 2 },
+        tokens_per_step: 100,
+        milestone_every: if pretrains { GRID } else { 0 },
+        needed_milestones: if pretrains { AVERAGE } else { 1 },
+        checkpoint_files: FILES.map(str::to_owned).to_vec(),
+        may_exhaust: false,
+        measures: BTreeSet::new(),
+    }
 }
 
 /// The job of a stage that reads no checkpoint.
@@ -50,16 +94,10 @@ fn settings() -> Settings {
         version: VERSION.into(),
         expected_workers: 2,
         min_workers: 1,
-        micro_batches: 4,
-        iterations: ITERATIONS,
-        tokens_per_step: 100,
-        milestone_every: GRID,
-        checkpoint_files: FILES.map(str::to_owned).to_vec(),
-        average: AVERAGE,
         graph: graph(),
+        trainings: vec![training(StageName::pretraining())],
         sources: ["web".to_owned()].into(),
         from_start: false,
-        may_exhaust: false,
         dead_after: Duration::from_secs(3),
         rejoin_window: Duration::from_secs(10),
         recovery: Duration::from_mins(1),
@@ -173,6 +211,49 @@ fn finish(world: &mut World, turns: usize) {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
+    /// Whatever happens to a run of several training stages, each trains once what it should, from the model that it should.
+    #[test]
+    fn every_chain_finishes_with_nothing_lost(acts in acts(), later in acts()) {
+        let mut world = World::of(chain());
+        play(&mut world, acts);
+        // Pretraining seldom ends within so few acts.
+        for _ in 0..30 {
+            if world.outcome.is_none() && world.tuned.is_empty() {
+                world.join(0);
+                world.join(1);
+                if world.core.is_none() {
+                    world.restart();
+                }
+                world.turn();
+            }
+        }
+        if world.outcome.is_none() {
+            play(&mut world, later);
+        }
+        finish(&mut world, 400);
+        let outcome = world.outcome.clone().unwrap();
+        prop_assert_eq!(outcome.status, ExitStatus::Done, "{}", outcome.message);
+        let steps: Vec<u64> = world.recorded.keys().map(|step| step.get()).collect();
+        prop_assert_eq!(steps, (1..=ITERATIONS).collect::<Vec<_>>());
+        for name in ["sft", "dpo"].map(|name| name.parse::<StageName>().unwrap()) {
+            let steps: Vec<u64> = world
+                .tuned
+                .keys()
+                .filter(|(training, _)| *training == name)
+                .map(|(_, step)| step.get())
+                .collect();
+            prop_assert_eq!(steps, (1..=updates(name)).collect::<Vec<_>>());
+            let record = &world.saved.trainings[&name];
+            let last = record.checkpoints.iter().find(|(id, _)| id.step().get() == updates(name));
+            prop_assert_eq!(last.map(|(_, kind)| *kind), Some(CheckpointKind::Milestone));
+            prop_assert_eq!(record.trained, Some(Step::new(updates(name))));
+        }
+        let jobs: Vec<&str> = world.saved.jobs.iter().map(JobName::as_str).collect();
+        for job in ["sft-export", "dpo-reference/sft", "dpo-export", "tasks/average", "tasks/dpo"] {
+            prop_assert!(jobs.contains(&job), "{job} is not among {jobs:?}");
+        }
+    }
+
     /// Whatever happens, the run finishes once it is left alone, with every step recorded and every milestone stored.
     #[test]
     fn every_run_finishes_with_nothing_lost(acts in acts()) {
@@ -185,7 +266,7 @@ proptest! {
         let steps: Vec<u64> = world.recorded.keys().map(|step| step.get()).collect();
         prop_assert_eq!(steps, (1..=ITERATIONS).collect::<Vec<_>>());
         let milestones: BTreeSet<u64> = world
-            .saved
+            .pretraining()
             .checkpoints
             .iter()
             .filter(|(_, kind)| **kind == CheckpointKind::Milestone)
@@ -214,7 +295,7 @@ proptest! {
         let steps: Vec<u64> = world.recorded.keys().map(|step| step.get()).collect();
         prop_assert_eq!(steps, (1..=ITERATIONS).collect::<Vec<_>>());
         prop_assert_eq!(world.saved.fingerprint, Some(Digest::of(b"arithmetic")));
-        prop_assert!(world.saved.checkpoints.keys().all(|id| id.step().get() <= ITERATIONS));
+        prop_assert!(world.pretraining().checkpoints.keys().all(|id| id.step().get() <= ITERATIONS));
     }
 
     /// Whatever a member of the run sends, the coordinator survives, or exits with a reason.
@@ -258,7 +339,7 @@ proptest! {
                 world.workers.clear();
                 world.restart();
                 finish(&mut world, 300);
-                prop_assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
+                prop_assert_eq!(world.outcome.as_ref().unwrap().status, ExitStatus::Done);
             }
         }
     }
@@ -438,7 +519,7 @@ fn a_job_waits_for_a_disk_that_takes_nothing() {
         world.tick();
     }
     assert!(world.now >= began + settings().max_age);
-    assert_eq!(world.outcome.unwrap().status, ExitStatus::Failed);
+    assert_eq!(world.outcome.as_ref().unwrap().status, ExitStatus::Failed);
 }
 
 /// D5 of `docs/faults.md`.
@@ -458,7 +539,7 @@ fn a_local_worker_that_keeps_dying_ends_no_run_that_others_carry() {
         world.turn();
         world.event(hopeless());
     }
-    assert_eq!(world.outcome.unwrap().status, ExitStatus::Failed);
+    assert_eq!(world.outcome.as_ref().unwrap().status, ExitStatus::Failed);
     assert!(
         world.now + Duration::from_secs(1) > killed + settings().rejoin_window,
         "only its connection may have been lost"
@@ -473,12 +554,12 @@ fn a_milestone_that_is_damaged_after_it_was_averaged_is_trained_again() {
     while !world.saved.jobs.contains(&job("average").name()) {
         world.turn();
     }
-    let last = *world.saved.checkpoints.keys().last().unwrap();
+    let last = *world.pretraining().checkpoints.keys().last().unwrap();
     world.event(Event::CheckpointDamaged(last, "a bit was flipped".into()));
-    assert!(!world.saved.checkpoints.contains_key(&last));
+    assert!(!world.pretraining().checkpoints.contains_key(&last));
     finish(&mut world, 200);
-    assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
-    assert!(world.saved.checkpoints.keys().any(|id| id.step() == last.step()));
+    assert_eq!(world.outcome.as_ref().unwrap().status, ExitStatus::Done);
+    assert!(world.pretraining().checkpoints.keys().any(|id| id.step() == last.step()));
 }
 
 /// A worker joins and takes over the state; then the only one that held the milestones before that dies.
@@ -496,11 +577,11 @@ fn milestones_that_died_with_their_holder_are_trained_again() {
         world.turn();
     }
     world.kill(0);
-    assert!(world.saved.checkpoints.is_empty(), "nothing was stored");
+    assert!(world.pretraining().checkpoints.is_empty(), "nothing was stored");
     world.stores = true;
     finish(&mut world, 200);
-    assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
-    let milestones: Vec<u64> = world.saved.checkpoints.keys().map(|id| id.step().get()).collect();
+    assert_eq!(world.outcome.as_ref().unwrap().status, ExitStatus::Done);
+    let milestones: Vec<u64> = world.pretraining().checkpoints.keys().map(|id| id.step().get()).collect();
     assert_eq!(milestones, [3, 6, 9, 12]);
 }
 
@@ -531,11 +612,11 @@ fn who_only_serves_jobs_evaluates_milestones_while_others_train() {
             let job = worker.job.as_ref().map(|job| job.stage().as_str());
             assert!(!job.is_some_and(|stage| ["tasks", "benchmark"].contains(&stage)), "{id} does {job:?}");
         }
-        if world.saved.trained.is_none() {
+        if world.pretraining().trained.is_none() {
             during.extend(world.saved.jobs.iter().filter(|job| job.stage() == "tasks").cloned());
         }
     }
-    assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
+    assert_eq!(world.outcome.as_ref().unwrap().status, ExitStatus::Done);
     assert!(during.len() >= 2, "{during:?}");
     let done: Vec<&str> = world.saved.jobs.iter().filter_map(JobName::model).collect();
     assert_eq!(done, ["step-00000003", "step-00000006", "step-00000009", "step-00000012"]);
@@ -564,7 +645,7 @@ fn workers_that_have_nothing_else_to_do_share_an_evaluation() {
     world.kill(with_part(&world).unwrap());
     world.restart();
     finish(&mut world, 100);
-    assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
+    assert_eq!(world.outcome.as_ref().unwrap().status, ExitStatus::Done);
     let done: Vec<&str> =
         world.saved.jobs.iter().map(JobName::as_str).filter(|job| job.starts_with("tasks")).collect();
     let parts = ["tasks/last", "tasks/last/part-1-of-3", "tasks/last/part-2-of-3", "tasks/last/part-3-of-3"];
@@ -611,7 +692,7 @@ fn who_only_serves_jobs_is_no_other_worker_for_training() {
     let message = "the loss is not finite".to_owned();
     trainer.leave(LeaveReason::Failed { kind: ErrorKind::InvalidInput, message });
     world.deliver();
-    assert_eq!(world.outcome.unwrap().status, ExitStatus::InvalidInput);
+    assert_eq!(world.outcome.as_ref().unwrap().status, ExitStatus::InvalidInput);
 }
 
 #[test]
@@ -638,7 +719,7 @@ fn a_stage_waits_for_the_worker_that_it_needs() {
     assert!(world.saved.jobs.contains(&JobName::stored("benchmark".to_owned())), "it blocks nothing");
     world.join_for_jobs("jobs", "NVIDIA GeForce RTX 4090");
     finish(&mut world, 20);
-    assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
+    assert_eq!(world.outcome.as_ref().unwrap().status, ExitStatus::Done);
 }
 
 #[test]
@@ -665,7 +746,7 @@ fn an_evaluation_that_fails_ends_the_run_only_when_everything_else_is_done() {
     world.workers.clear();
     world.restart();
     finish(&mut world, 100);
-    assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
+    assert_eq!(world.outcome.as_ref().unwrap().status, ExitStatus::Done);
 }
 
 /// The coordinator's last records were lost in a power failure; a worker elsewhere still has them.
@@ -680,11 +761,11 @@ fn whoever_knows_more_than_the_record_is_heard() {
     world.die();
     world.kill(0);
     world.work();
-    world.saved.step = Step::new(2);
+    world.record_mut(StageName::pretraining()).step = Step::new(2);
     let generation = world.saved.generation;
     world.restart();
     finish(&mut world, 200);
-    assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
+    assert_eq!(world.outcome.as_ref().unwrap().status, ExitStatus::Done);
     assert!(world.saved.generation.get() <= generation.get() + 2, "{}", world.saved.generation);
 }
 
@@ -706,7 +787,7 @@ fn an_answer_to_an_earlier_coordinator_is_no_offence() {
     world.deliver_some(0, 3);
     world.deliver_some(1, 3);
     let second = world.workers.keys().nth(1).unwrap().clone();
-    let part = State::after(checkpoint.step().get()).part("a");
+    let part = State::after(checkpoint.training(), checkpoint.step().get()).part("a");
     let message = ToCoordinator::Written { checkpoint, files: BTreeMap::from([("a".to_owned(), part)]) };
     world.event(Event::Received { worker: second, run: Some(RUN), message });
     assert!(world.cut.is_empty(), "{:?}", world.cut);
@@ -788,7 +869,7 @@ fn a_job_that_failed_on_one_worker_is_tried_on_another() {
     assert_eq!(world.outcome, None);
     // A job that fails on all workers fails the run.
     say(&mut world, &second);
-    assert_eq!(world.outcome.unwrap().status, ExitStatus::InvalidInput);
+    assert_eq!(world.outcome.as_ref().unwrap().status, ExitStatus::InvalidInput);
 }
 
 #[test]
@@ -917,10 +998,10 @@ fn a_worker_that_computes_wrongly_stops_the_run_before_a_checkpoint_of_it_is_sto
     while world.outcome.is_none() {
         world.turn();
     }
-    let outcome = world.outcome.unwrap();
+    let outcome = world.outcome.clone().unwrap();
     assert_eq!(outcome.status, ExitStatus::Corrupt);
     assert!(outcome.message.contains("computes wrongly"), "{}", outcome.message);
-    let stored: Vec<u64> = world.saved.checkpoints.keys().map(|id| id.step().get()).collect();
+    let stored: Vec<u64> = world.pretraining().checkpoints.keys().map(|id| id.step().get()).collect();
     assert_eq!(stored, [GRID]);
 }
 
@@ -929,11 +1010,11 @@ fn a_worker_that_computes_wrongly_stops_the_run_before_a_checkpoint_of_it_is_sto
 fn a_run_that_had_checkpoints_never_begins_anew_by_itself() {
     let mut world = World::new();
     world.join(0);
-    while world.saved.checkpoints.is_empty() {
+    while world.pretraining().checkpoints.is_empty() {
         world.turn();
     }
     world.die();
-    world.saved.checkpoints.clear();
+    world.record_mut(StageName::pretraining()).checkpoints.clear();
     world.workers.clear();
     world.restart();
     world.join(0);
@@ -974,5 +1055,71 @@ fn whoever_comes_from_a_group_that_the_record_does_not_have_is_told_so_once() {
     assert_eq!(alarms.count(), 2, "{:?}", world.notifications);
     world.strangers = false;
     finish(&mut world, 300);
-    assert_eq!(world.outcome.unwrap().status, ExitStatus::Done);
+    assert_eq!(world.outcome.as_ref().unwrap().status, ExitStatus::Done);
+}
+
+/// Examples are made before anything is trained, so that what is wrong with them is told at once; and a stage that is to be tuned
+/// waits for its model, but not for what is measured of it.
+#[test]
+fn stages_of_a_chain_follow_each_other() {
+    let mut world = World::of(chain());
+    world.join(0);
+    world.join(1);
+    let mut order: Vec<String> = Vec::new();
+    for _ in 0..200 {
+        world.turn();
+        for job in &world.saved.jobs {
+            if !order.contains(&job.to_string()) {
+                order.push(job.to_string());
+            }
+        }
+        let begun = world.saved.trainings.iter().filter(|(_, record)| record.step > Step::default());
+        for name in begun.map(|(name, _)| name.to_string()) {
+            if !order.contains(&name) {
+                order.push(name);
+            }
+        }
+        if world.outcome.is_some() {
+            break;
+        }
+    }
+    let place = |name: &str| order.iter().position(|other| other == name).unwrap();
+    let chain = [
+        "prepare",
+        "sft-examples",
+        "train",
+        "average",
+        "sft",
+        "sft-export",
+        "dpo-reference/sft",
+        "dpo",
+        "dpo-export",
+        "tasks/dpo",
+    ];
+    assert!(chain.windows(2).all(|pair| place(pair[0]) < place(pair[1])), "{order:?}");
+    assert!(place("dpo-examples") < place("train"), "{order:?}");
+    assert!(place("tasks/average") > place("dpo"), "training comes first: {order:?}");
+    let groups = world.notifications.iter().filter(|note| matches!(note, Notification::GroupFormed { .. }));
+    assert_eq!(groups.count(), 3, "one group for each stage");
+}
+
+/// A worker that was away while a stage ended is told nothing wrong, and its reports of the stage before count for that stage.
+#[test]
+fn late_reports_of_a_stage_before_confirm_nothing_of_the_next() {
+    let mut world = World::of(chain());
+    world.join(0);
+    world.join(1);
+    while !world.saved.trainings.contains_key(&"sft".parse().unwrap()) || world.tuned.is_empty() {
+        world.turn();
+    }
+    let old = world.saved.rosters.iter().find(|(_, roster)| roster.training == StageName::pretraining());
+    let (generation, member) =
+        old.map(|(generation, roster)| (*generation, roster.members[0].clone())).unwrap();
+    let report = State::after(StageName::pretraining(), ITERATIONS).report();
+    let before = world.pretraining();
+    let message = ToCoordinator::Steps { generation, reports: vec![report] };
+    world.event(Event::Received { worker: member, run: Some(RUN), message });
+    assert_eq!(world.pretraining(), before);
+    finish(&mut world, 200);
+    assert_eq!(world.tuned.len(), 8);
 }

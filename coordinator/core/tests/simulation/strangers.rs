@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use ulmus_types::{
     BadUnit, Blame, CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, Heartbeat, Job,
-    LeaveReason, Rank, Ready, Snapshot, SourceReading, Step, StepReport, Subject, ToCoordinator,
+    LeaveReason, Rank, Ready, Snapshot, SourceReading, StageName, Step, StepReport, Subject, ToCoordinator,
 };
 
 use crate::FILES;
@@ -18,11 +18,18 @@ pub(crate) fn anything() -> impl Strategy<Value = ToCoordinator> {
         prop_oneof![Just(String::new()), Just("\u{1b}[2J".to_owned()), Just("web".to_owned()), "[a-c./]{0,9}"]
     };
     let real = || prop_oneof![Just(f64::NAN), Just(f64::INFINITY), Just(-1.0), Just(2.5)];
-    let checkpoint =
-        move || (step(), generation()).prop_map(|(step, generation)| CheckpointId::new(step, generation));
+    let checkpoint = move || {
+        (step(), generation())
+            .prop_map(|(step, generation)| CheckpointId::new(StageName::pretraining(), step, generation))
+    };
     let reports = move || {
         prop::collection::vec((step(), number(), real()), 0..3).prop_map(|reports| {
-            let of = |(step, tokens, loss)| StepReport { step, tokens, loss, ..State::after(1).report() };
+            let of = |(step, tokens, loss)| StepReport {
+                step,
+                tokens,
+                loss,
+                ..State::after(StageName::pretraining(), 1).report()
+            };
             reports.into_iter().map(of).collect::<Vec<_>>()
         })
     };

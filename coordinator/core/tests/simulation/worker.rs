@@ -4,36 +4,37 @@ use std::collections::VecDeque;
 
 use ulmus_types::{
     Assignment, CheckpointId, CheckpointKind, Digest, ErrorKind, ExitStatus, FileEntry, Generation,
-    GroupRequest, Hello, Job, LeaveReason, RunId, Snapshot, Step, StepReport, ToCoordinator, ToWorker,
-    WorkerId,
+    GroupRequest, Hello, Job, LeaveReason, RunId, Snapshot, StageName, Step, StepReport, ToCoordinator,
+    ToWorker, WorkerId,
 };
 use ulmus_worker_core::{Action, Report, Session};
 
-use crate::{FILES, GRID, ITERATIONS, RUN, VERSION};
+use crate::{FILES, GRID, RUN, VERSION, updates};
 
 /// Stands for weights and moments: a chain of hashes, which differs if any step started from a different state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct State {
+    pub training: StageName,
     pub step: u64,
     pub digest: Digest,
 }
 
 impl State {
-    /// The state after initialization from the seed.
-    pub(crate) fn begin() -> Self {
-        Self { step: 0, digest: Digest::of(b"seed") }
+    /// The state before the first update of a stage.
+    pub(crate) fn begin(training: StageName) -> Self {
+        Self { training, step: 0, digest: Digest::of(training.as_str().as_bytes()) }
     }
 
     /// The state after one more update.
     pub(crate) fn advanced(self) -> Self {
         let step = self.step + 1;
         let bytes: Vec<u8> = self.digest.as_bytes().iter().copied().chain(step.to_le_bytes()).collect();
-        Self { step, digest: Digest::of(&bytes) }
+        Self { step, digest: Digest::of(&bytes), ..self }
     }
 
-    /// The state that every worker must have after this many updates.
-    pub(crate) fn after(steps: u64) -> Self {
-        (0..steps).fold(Self::begin(), |state, _| state.advanced())
+    /// The state that every worker must have after this many updates of a stage.
+    pub(crate) fn after(training: StageName, steps: u64) -> Self {
+        (0..steps).fold(Self::begin(training), |state, _| state.advanced())
     }
 
     /// The state with a flipped bit.
@@ -48,7 +49,8 @@ impl State {
     }
 
     pub(crate) fn is_milestone(self) -> bool {
-        self.step.is_multiple_of(GRID) || self.step == ITERATIONS
+        let is_pretraining = self.training == StageName::pretraining();
+        is_pretraining && self.step.is_multiple_of(GRID) || self.step == updates(self.training)
     }
 
     fn snapshot(self, checkpoint: CheckpointId) -> Snapshot {
@@ -64,18 +66,7 @@ impl State {
 }
 
 fn report_of_nothing() -> StepReport {
-    StepReport {
-        step: Step::default(),
-        tokens: 0,
-        loss: 0.0,
-        z_loss: 0.0,
-        grad_norm: 1.0,
-        lr: 0.1,
-        held_out_loss: None,
-        elapsed: std::time::Duration::ZERO,
-        data_wait: std::time::Duration::ZERO,
-        communication: std::time::Duration::ZERO,
-    }
+    StepReport { grad_norm: 1.0, lr: 0.1, ..StepReport::default() }
 }
 
 /// The progress of forming a group.
@@ -267,15 +258,16 @@ impl Worker {
         self.group.as_mut().unwrap().request = None;
         self.say(ToCoordinator::Steps { generation, reports: vec![report.clone()] });
         if keep {
-            let checkpoint = CheckpointId::new(Step::new(state.step), generation);
+            let checkpoint = CheckpointId::new(state.training, Step::new(state.step), generation);
             self.held.push(checkpoint);
             self.report(Report::Hold(checkpoint, Held { checkpoint, state }));
         }
     }
 
     pub(crate) fn leave(&mut self, reason: LeaveReason) {
-        let generation = self.group.take().unwrap().assignment.generation;
-        let step = Step::new(self.state.map_or(0, |state| state.step));
+        let Assignment { training, generation, .. } = self.group.take().unwrap().assignment;
+        let state = self.state.filter(|state| state.training == training);
+        let step = Step::new(state.map_or(0, |state| state.step));
         self.say(ToCoordinator::Left { generation, step, reason });
     }
 

@@ -5,15 +5,15 @@ use std::time::Duration;
 
 use ulmus_coord_core::{
     Coordinator, Doing, Effect, Event, JobStatus, MemberStatus, Notification, Outcome, PersistentState,
-    Phase, Settings, Status,
+    Phase, Settings, Status, TrainingRecord,
 };
 use ulmus_types::{
     CheckpointId, CheckpointKind, ExitStatus, Generation, Graph, GroupRequest, Heartbeat, Incarnation,
-    LeaveReason, RunId, Section, Stage, Step, ToCoordinator, ToWorker, WorkerId,
+    LeaveReason, RunId, Section, Stage, StageName, Step, ToCoordinator, ToWorker, WorkerId,
 };
 
 use crate::worker::{Group, Progress, Reaction, State, Worker};
-use crate::{AVERAGE, FILES, ITERATIONS, RUN, VERSION, hello_of, settings};
+use crate::{AVERAGE, FILES, RUN, VERSION, hello_of, origin, settings, training, updates};
 
 pub(crate) struct World {
     settings: Settings,
@@ -29,7 +29,10 @@ pub(crate) struct World {
     pub outcome: Option<Outcome>,
     /// Everything that a person was told.
     pub notifications: Vec<Notification>,
+    /// The losses of pretraining.
     pub recorded: BTreeMap<Step, f64>,
+    /// Those of the stages after it.
+    pub tuned: BTreeMap<(StageName, Step), f64>,
     /// Steps of milestones that were damaged.
     pub damaged: BTreeSet<u64>,
     /// Whether the store takes everything that is written; otherwise all writing waits.
@@ -47,7 +50,13 @@ impl World {
 
     /// A world whose plan adds stages to those of every run.
     pub(crate) fn with_stages(stages: Vec<Stage>) -> Self {
-        let settings = Settings { graph: Graph::new(AVERAGE, true, stages), ..settings() };
+        Self::of(Graph::new(AVERAGE, true, false, &[], stages))
+    }
+
+    /// A world whose run consists of these stages.
+    pub(crate) fn of(graph: Graph) -> Self {
+        let trainings = graph.trainings().map(|stage| training(stage.name)).collect();
+        let settings = Settings { graph, trainings, ..settings() };
         let core = Coordinator::new(settings.clone(), PersistentState::default(), Duration::ZERO);
         Self {
             settings,
@@ -62,6 +71,7 @@ impl World {
             outcome: None,
             notifications: Vec::new(),
             recorded: BTreeMap::new(),
+            tuned: BTreeMap::new(),
             damaged: BTreeSet::new(),
             stores: true,
             cut: BTreeSet::new(),
@@ -80,36 +90,39 @@ impl World {
 
     pub(crate) fn perform(&mut self, effect: Effect) {
         match effect {
-            Effect::SaveGeneration(generation, group) => {
+            Effect::SaveGeneration(generation, roster) => {
                 assert!(generation > self.saved.generation, "{generation} was assigned before");
                 self.saved.generation = generation;
-                self.saved.rosters.insert(generation, group.clone());
-                self.saved.group = group;
+                self.saved.group.clone_from(&roster.members);
+                self.saved.rosters.insert(generation, roster);
             }
             Effect::SaveGroupEnded(generation) => {
                 assert_eq!(generation, self.saved.generation);
                 self.saved.group.clear();
             }
             Effect::SaveFingerprint(fingerprint) => self.saved.fingerprint = Some(fingerprint),
-            Effect::SaveSteps(generation, reports) => {
+            Effect::SaveSteps(training, generation, reports) => {
                 assert!(generation <= self.saved.generation);
                 for report in reports {
-                    self.recorded.insert(report.step, report.loss);
+                    if training == StageName::pretraining() {
+                        self.recorded.insert(report.step, report.loss);
+                    } else {
+                        self.tuned.insert((training, report.step), report.loss);
+                    }
                     // Whatever happened, the loss must be that of an undisturbed run.
-                    let undisturbed = State::after(report.step.get()).report().loss;
+                    let undisturbed = State::after(training, report.step.get()).report().loss;
                     assert!(self.strangers || report.loss == undisturbed, "{report:?}");
-                    self.saved.step = self.saved.step.max(report.step);
+                    let record = self.record_mut(training);
+                    record.step = record.step.max(report.step);
                 }
             }
             Effect::SaveQuarantine(quarantine) => self.saved.quarantine = quarantine,
-            Effect::SaveTrained(step) => self.saved.trained = Some(step),
-            Effect::SaveCommitted(checkpoint) => {
-                self.saved.checkpoints.insert(checkpoint, self.kinds[&checkpoint]);
-                self.saved.had_checkpoints = true;
-            }
+            Effect::SaveTrained(training, step) => self.record_mut(training).trained = Some(step),
+            Effect::SaveCommitted(checkpoint) => self.save_committed(checkpoint),
             Effect::SaveDamaged(checkpoint) => {
-                assert!(self.saved.checkpoints.remove(&checkpoint).is_some());
-                self.saved.damaged.insert(checkpoint);
+                let record = self.record_mut(checkpoint.training());
+                assert!(record.checkpoints.remove(&checkpoint).is_some());
+                record.damaged.insert(checkpoint.step());
             }
             Effect::SaveJobStarted(job, worker) => {
                 self.saved.owners.insert(job, worker);
@@ -117,7 +130,16 @@ impl World {
             Effect::SaveJobUndone(name) => {
                 self.saved.jobs.remove(&name);
             }
-            Effect::SaveJob(job, _) | Effect::SaveJobSkipped(job, _) => {
+            Effect::SaveJob(job, _) => {
+                self.saved.jobs.insert(job.name());
+                let made = |stage: &&Stage| stage.kind.trains() && stage.name.examples() == *job.stage();
+                let made = self.settings.graph.stages().iter().find(made).map(|stage| stage.name);
+                if let Some(training) = made {
+                    self.record_mut(training).updates = Some(updates(training));
+                    self.event(Event::ExamplesMade(training, updates(training)));
+                }
+            }
+            Effect::SaveJobSkipped(job, _) => {
                 self.saved.jobs.insert(job.name());
             }
             Effect::Send(worker, message) => self.receive(&worker, message),
@@ -129,26 +151,46 @@ impl World {
             Effect::Notify(notification) => self.notifications.push(notification),
             Effect::SaveReading(..) | Effect::Verify(_) => {}
             Effect::Commit { checkpoint, kind, state, files } => {
-                let step = checkpoint.step().get();
-                let stored = State { step, digest: state };
+                let (training, step) = (checkpoint.training(), checkpoint.step().get());
+                let stored = State { training, step, digest: state };
                 let parts = FILES.map(|file| (file.to_owned(), stored.part(file)));
                 assert!(self.strangers || files == parts.into(), "a manifest names every part: {files:?}");
-                assert!(self.strangers || stored == State::after(step), "{checkpoint}");
+                assert!(self.strangers || stored == State::after(training, step), "{checkpoint}");
                 self.stored.insert(checkpoint, stored);
                 self.kinds.insert(checkpoint, kind);
                 self.commits.push_back(checkpoint);
             }
             Effect::Delete(checkpoint) => {
-                assert_eq!(self.saved.checkpoints.remove(&checkpoint), Some(CheckpointKind::Recovery));
+                let record = self.record_mut(checkpoint.training());
+                assert_eq!(record.checkpoints.remove(&checkpoint), Some(CheckpointKind::Recovery));
             }
             Effect::Exit(outcome) => self.outcome = Some(outcome),
         }
     }
 
+    /// What is remembered of a training stage.
+    pub(crate) fn record_mut(&mut self, training: StageName) -> &mut TrainingRecord {
+        self.saved.trainings.entry(training).or_default()
+    }
+
+    /// What is remembered of pretraining.
+    pub(crate) fn pretraining(&self) -> TrainingRecord {
+        self.saved.trainings.get(&StageName::pretraining()).cloned().unwrap_or_default()
+    }
+
+    fn save_committed(&mut self, checkpoint: CheckpointId) {
+        let kind = self.kinds[&checkpoint];
+        let record = self.record_mut(checkpoint.training());
+        record.checkpoints.insert(checkpoint, kind);
+        record.had_checkpoints = true;
+    }
+
     pub(crate) fn receive(&mut self, id: &WorkerId, message: ToWorker) {
         let Some(worker) = self.workers.get_mut(id) else { return };
         match &message {
-            ToWorker::Assign(_) => {
+            ToWorker::Assign(assignment) => {
+                let begins = origin(assignment.training);
+                assert_eq!(assignment.from, begins, "{} begins from that", assignment.training);
                 assert!(self.strangers || worker.group.is_none(), "{id} is in a group already");
                 assert!(self.strangers || worker.job.is_none(), "{id} is busy");
             }
@@ -210,14 +252,19 @@ impl World {
 
     /// A stored milestone is found to be damaged.
     pub(crate) fn damage(&mut self, index: usize) {
-        let milestones: Vec<CheckpointId> = self
-            .saved
+        let record = self.pretraining();
+        let milestones: Vec<CheckpointId> = record
             .checkpoints
             .iter()
             .filter(|(_, kind)| **kind == CheckpointKind::Milestone)
             .map(|(id, _)| *id)
             .collect();
-        let mut read = self.settings.graph.stages().iter().filter(|stage| stage.reads_milestones());
+        let mut read = self
+            .settings
+            .graph
+            .stages()
+            .iter()
+            .filter(|stage| stage.reads_milestones_of() == Some(StageName::pretraining()));
         let is_done = |stage: &Stage| self.saved.jobs.iter().any(|job| job.stage() == stage.name.as_str());
         // No job reads the milestones any more.
         if self.core.is_none() || read.all(is_done) {
@@ -285,9 +332,7 @@ impl World {
         while let Some(checkpoint) = self.commits.pop_front() {
             match self.core {
                 Some(_) => self.event(Event::CheckpointCommitted(checkpoint)),
-                None => {
-                    self.saved.checkpoints.insert(checkpoint, self.kinds[&checkpoint]);
-                }
+                None => self.save_committed(checkpoint),
             }
         }
     }
@@ -391,18 +436,26 @@ impl World {
 
     /// The state with which a group begins: the newest held by its members, otherwise the newest stored one, otherwise
     /// that of the seed. A repairing group begins before the first milestone that it recreates.
-    pub(crate) fn newest(&self, members: &[WorkerId], repair: Option<(u64, u64)>) -> State {
-        let is_usable = |state: &State| repair.is_none_or(|(first, _)| state.step < first);
+    pub(crate) fn newest(
+        &self,
+        training: StageName,
+        members: &[WorkerId],
+        repair: Option<(u64, u64)>,
+    ) -> State {
+        let is_usable =
+            |state: &State| state.training == training && repair.is_none_or(|(first, _)| state.step < first);
         let held = members.iter().filter_map(|id| self.workers[id].state).filter(is_usable);
-        let stored = || self.saved.checkpoints.keys().map(|id| self.stored[id]).filter(is_usable);
+        let checkpoints = self.saved.trainings.values().flat_map(|record| record.checkpoints.keys());
+        let stored = || checkpoints.map(|id| self.stored[id]).filter(is_usable);
         held.max_by_key(|state| state.step)
             .or_else(|| stored().max_by_key(|state| state.step))
-            .unwrap_or_else(State::begin)
+            .unwrap_or_else(|| State::begin(training))
     }
 
     pub(crate) fn advance(&mut self, generation: Generation, members: &[WorkerId]) {
         let first = &members[0];
         let repair = self.group(first).repair();
+        let training = self.group(first).assignment.training;
         match self.group(first).stage {
             Progress::Assigned => {
                 return self.each(members, |worker| {
@@ -411,13 +464,13 @@ impl World {
                 });
             }
             Progress::Connected => {
-                let newest = self.newest(members, repair);
+                let newest = self.newest(training, members, repair);
                 return self.each(members, |worker| worker.form(generation, newest));
             }
             Progress::Formed => {}
         }
         let state = self.workers[first].state.unwrap();
-        let last = repair.map_or(ITERATIONS, |(_, last)| last);
+        let last = repair.map_or(updates(training), |(_, last)| last);
         if state.step >= last {
             return self.leave(members, &LeaveReason::Finished);
         }
@@ -428,7 +481,7 @@ impl World {
             || matches!(request, Some(GroupRequest::Stop | GroupRequest::Save));
         if keeps {
             let kind = if next.is_milestone() { CheckpointKind::Milestone } else { CheckpointKind::Recovery };
-            self.kinds.insert(CheckpointId::new(Step::new(next.step), generation), kind);
+            self.kinds.insert(CheckpointId::new(training, Step::new(next.step), generation), kind);
         }
         self.each(members, |worker| worker.advance(generation, &next.report(), keeps));
         if next.step == last {
