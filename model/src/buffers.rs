@@ -4,7 +4,7 @@ use ulmus_backend::{Backend, Element, Heads, In, Norm, Rope, TrainingBackend, Vi
 use ulmus_plan::{ModelConfig, NormKind};
 
 use crate::error::ModelError;
-use crate::params::LayerLayout;
+use crate::params::LayerPlaces;
 
 /// Allocates buffers and counts their bytes.
 pub(crate) struct Planner<'a, B> {
@@ -111,7 +111,7 @@ impl<B: Backend> Norms<B> {
 }
 
 /// The heads of a layer.
-pub(crate) fn heads(layer: &LayerLayout, head_dim: usize) -> Heads {
+pub(crate) fn heads(layer: &LayerPlaces, head_dim: usize) -> Heads {
     Heads { query: layer.dims.q_heads, key_value: layer.dims.kv_heads, width: head_dim }
 }
 

@@ -64,6 +64,9 @@ pub enum ModelError {
         /// The name of its norm.
         norm: &'static str,
     },
+    /// An adapter cannot be made for the model, or does not belong to it.
+    #[error("adapter refused: {0}")]
+    Adapter(String),
     /// Tensors do not belong to this model.
     #[error("tensors refused: {0}")]
     Tensors(String),
@@ -87,6 +90,7 @@ impl ModelError {
             | Self::GradientRange { .. }
             | Self::GradientNorm { .. }
             | Self::Format { .. }
+            | Self::Adapter(_)
             | Self::NoLayout { .. } => ErrorKind::InvalidInput,
             Self::File { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
                 ErrorKind::InvalidInput

@@ -13,7 +13,7 @@ use ulmus_plan::ModelConfig;
 
 use crate::buffers::{Norms, Planner, RopeTables, heads, read, write};
 use crate::error::ModelError;
-use crate::params::{LayerLayout, Layout};
+use crate::params::{LayerPlaces, Layout, Places};
 use crate::sample::{Sampler, Sampling};
 
 /// Rows of a prompt that pass through the layers at once, unless the generator is planned for another number.
@@ -30,6 +30,8 @@ pub struct Model<B: Backend> {
     embedding: B::Weights,
     layers: Vec<Layer<B>>,
     final_norm: B::Buffer<f32>,
+    /// The head, if it is not the embedding.
+    head: Option<B::Weights>,
 }
 
 /// The weights of one layer.
@@ -68,7 +70,7 @@ impl<B: Backend> Model<B> {
         format: WeightFormat,
     ) -> Result<Self, ModelError> {
         let backend = backend.with_precision(format.precision());
-        let layout = Layout::new(config);
+        let (layout, places) = Places::new(config, None);
         layout.check_len(weights)?;
         check_values(&layout, weights, format)?;
         let matrix = |at: &Range<usize>, outputs| backend.weights(&weights[at.clone()], outputs, format);
@@ -78,24 +80,31 @@ impl<B: Backend> Model<B> {
             Ok::<_, ModelError>(buffer)
         };
         let d = config.model_dim;
-        let layer = |at: &LayerLayout| {
+        let layer = |at: &LayerPlaces| {
             let (heads, ffn) = (heads(at, config.head_dim), at.dims.ffn_dim);
             Ok(Layer {
                 heads,
                 ffn,
-                qkv: matrix(&at.qkv, heads.packed_width())?,
+                qkv: matrix(&at.qkv.weight, heads.packed_width())?,
                 qk_norm: vector(&at.qk_norm)?,
-                out_proj: matrix(&at.out_proj, d)?,
-                proj_1: matrix(&at.proj_1, 2 * ffn)?,
-                proj_2: matrix(&at.proj_2, d)?,
+                out_proj: matrix(&at.out_proj.weight, d)?,
+                proj_1: matrix(&at.proj_1.weight, 2 * ffn)?,
+                proj_2: matrix(&at.proj_2.weight, d)?,
                 ffn_norm: vector(&at.ffn_norm)?,
                 attn_norm: vector(&at.attn_norm)?,
             })
         };
-        let embedding = matrix(&layout.embedding(), config.vocab_size)?;
-        let layers = layout.layers().iter().map(layer).collect::<Result<_, ModelError>>()?;
-        let final_norm = vector(&layout.final_norm())?;
-        Ok(Self { config: config.clone(), format, embedding, layers, final_norm, backend })
+        let embedding = matrix(&places.embedding, config.vocab_size)?;
+        let layers = places.layers.iter().map(layer).collect::<Result<_, ModelError>>()?;
+        let final_norm = vector(&places.final_norm)?;
+        let is_tied = config.share_input_output_layers;
+        let head = (!is_tied).then(|| matrix(&places.head, config.vocab_size)).transpose()?;
+        Ok(Self { config: config.clone(), format, embedding, layers, final_norm, head, backend })
+    }
+
+    /// The matrix that makes logits.
+    fn head(&self) -> &B::Weights {
+        self.head.as_ref().unwrap_or(&self.embedding)
     }
 
     /// The shape of the model.
@@ -445,7 +454,7 @@ impl<B: Backend> Generator<B> {
                     d,
                 );
                 let len = count * vocabulary;
-                backend.logits(write(logits, len), read(branch, count * d), &model.embedding, count);
+                backend.logits(write(logits, len), read(branch, count * d), model.head(), count);
                 backend.greedy(write(likeliest, count), read(logits, len));
                 backend.cross_entropy(
                     write(cross_entropy, count),
@@ -538,7 +547,7 @@ impl<B: Backend> Generator<B> {
         model.backend.logits(
             write(logits, rows.len() * vocabulary),
             View::new(normed, rows.start * d..rows.end * d),
-            &model.embedding,
+            model.head(),
             rows.len(),
         );
     }

@@ -16,7 +16,7 @@ use ulmus_types::Problems;
 
 use crate::error::ModelError;
 use crate::params::Layout;
-use crate::tensors::{Problem, WeightReader, metadata, views};
+use crate::tensors::{Names, WeightReader, metadata, views};
 
 const CONFIG: &str = "config.json";
 const GENERATION_CONFIG: &str = "generation_config.json";
@@ -96,8 +96,6 @@ impl ConfigFile {
             "ffn_with_glu false (only true)".to_owned()
         } else if !yes(self.normalize_qk_projections) {
             "normalize_qk_projections false (only true)".to_owned()
-        } else if !yes(self.share_input_output_layers) {
-            "share_input_output_layers false (only tied embeddings, true)".to_owned()
         } else {
             return Ok(());
         };
@@ -118,6 +116,7 @@ impl ConfigFile {
             ffn_dim_divisor: self.ffn_dim_divisor,
             rope_freq_constant: self.rope_freq_constant.unwrap_or(10_000.0),
             norm: NormKind::Rms,
+            share_input_output_layers: self.share_input_output_layers.unwrap_or(true),
         };
         let mut problems = Problems::new();
         config.check("model", &mut problems);
@@ -163,7 +162,7 @@ pub fn read_config(directory: &Path) -> Result<(ModelConfig, SpecialTokens), Mod
 pub fn read(directory: &Path) -> Result<HfModel, ModelError> {
     let (config, tokens) = read_config(directory)?;
     let layout = Layout::new(&config);
-    let mut reader = WeightReader::new(&layout);
+    let mut reader = WeightReader::new(&layout, Names::MODEL);
     let (index, single) = (directory.join(INDEX), directory.join(WEIGHTS));
     // With both, transformers reads the single file too: the index belongs to the shards that it was merged from.
     let (files, whole) = if single.exists() {
@@ -186,10 +185,7 @@ pub fn read(directory: &Path) -> Result<HfModel, ModelError> {
     };
     for path in files {
         let file = File::open(&path).map_err(ModelError::file("read", &path))?;
-        reader.read(BufReader::new(file)).map_err(|problem| match problem {
-            Problem::Damaged(problem) => ModelError::Damaged { path: path.clone(), problem },
-            Problem::Format(problem) => ModelError::format(&path, problem),
-        })?;
+        reader.read(BufReader::new(file)).map_err(|problem| problem.of(&path))?;
     }
     let weights = reader.finish().map_err(|problem| ModelError::format(&whole, problem))?;
     Ok(HfModel { config, weights, tokens })
@@ -201,7 +197,7 @@ struct ShardIndex {
     weight_map: BTreeMap<String, String>,
 }
 
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
+pub(crate) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
     let text = std::fs::read(path).map_err(ModelError::file("read", path))?;
     // Some editors write a byte order mark first.
     let json = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&text);
@@ -270,7 +266,7 @@ pub fn config_json(config: &ModelConfig, tokens: SpecialTokens) -> Result<String
         activation_fn_name: "swish",
         normalization_layer_name: "rms_norm",
         normalize_qk_projections: true,
-        share_input_output_layers: true,
+        share_input_output_layers: config.share_input_output_layers,
         rope_freq_constant: config.rope_freq_constant,
         rope_max_length: 2 * config.max_context_length,
         // Unused, because the weights are there.
@@ -287,7 +283,8 @@ pub fn generation_config_json(tokens: SpecialTokens) -> String {
     json(&serde_json::json!({ "bos_token_id": tokens.bos, "eos_token_id": tokens.eos }))
 }
 
-fn json(value: &impl Serialize) -> String {
+/// JSON for people: indented, with a newline at the end.
+pub(crate) fn json(value: &impl Serialize) -> String {
     let mut text = serde_json::to_string_pretty(value).expect("plain data with finite numbers is valid JSON");
     text.push('\n');
     text

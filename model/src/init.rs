@@ -3,23 +3,33 @@
 //! Each tensor draws from its own `ChaCha8` stream, so a seed gives the same model on every worker, for any number of
 //! workers, and in whatever order the tensors are made.
 
-use rand::SeedableRng;
+use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 
-use crate::params::Tensor;
+use crate::params::{Initial, Tensor};
 
-/// The initial values of a tensor, first to last; `index` is its number in the layout.
+/// The initial values of a tensor, first to last; `index` is its number in the layout. Norms of a matrix are left to the
+/// caller, who has the matrix, and 0 here.
 pub(crate) fn initial_values(tensor: &Tensor, index: usize, seed: u64) -> impl Iterator<Item = f32> {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     random.set_stream(index as u64);
-    let std = tensor.initial_std;
-    tensor.range.clone().map(move |_| {
-        std.map_or(1.0, |std| {
+    let initial = tensor.initial.clone();
+    tensor.range.clone().map(move |_| match initial {
+        Initial::Normal(std) => {
             let normal: f64 = StandardNormal.sample(&mut random);
             (normal * std) as f32
-        })
+        }
+        Initial::Uniform(bound) => (random.random_range(-1.0..1.0) * bound) as f32,
+        Initial::Zeros | Initial::RowNorms(_) => 0.0,
+        Initial::Ones => 1.0,
     })
+}
+
+/// The L2 norm of a row and its square, of which the norm is the root.
+pub(crate) fn row_norm(row: &[f32]) -> (f32, f32) {
+    let square = row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() as f32;
+    (square.sqrt(), square)
 }
 
 #[cfg(test)]

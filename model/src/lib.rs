@@ -2,29 +2,34 @@
 //!
 //! A network runs a fixed forward and backward pass over buffers planned once, on any
 //! [`Backend`](ulmus_backend::Backend). A [`Replica`] is what a worker trains, by its [`Objective`]; a [`Generator`]
-//! decodes with a KV cache; [`hf`] reads and writes Hugging Face directories. This crate knows no device and no clock,
+//! decodes with a KV cache; [`hf`] reads and writes Hugging Face directories, and [`peft`] adapters. This crate knows no device and no clock,
 //! and never opens a connection.
 
 #![forbid(unsafe_code)]
 
+mod adapter;
+mod backward;
 mod batch;
 mod buffers;
 mod error;
 mod generate;
 pub mod hf;
 mod init;
+mod linear;
 mod network;
 mod objective;
 mod params;
+pub mod peft;
 mod replica;
 mod sample;
 mod tensors;
 
+pub use adapter::{AdaptedModule, AdapterShape};
 pub use batch::{BatchShape, MicroBatch};
 pub use error::ModelError;
 pub use generate::{Generator, Model, Score, Span};
-pub use objective::{LossSum, Objective};
-pub use params::{Layout, Tensor, Trainable};
+pub use objective::{Answer, LossSum, Objective, PairLoss, PairSum, Preference, SequenceScore};
+pub use params::{Initial, Layout, Tensor, Trainable};
 pub use replica::{Replica, State, StateCopy, StatePart, Sums};
 pub use sample::{Sampler, Sampling};
 pub use tensors::{weights_from_safetensors, weights_to_safetensors};

@@ -3,52 +3,64 @@
 //! There is no tape: each layer's activations have their place, and the backward pass walks the layers from last to
 //! first. Results that cost no matrix product (norms, rotations, SwiGLU) are computed again instead of kept; so are
 //! whole layers, if the batch's shape says so. Nothing is allocated after [`Network::new`]. Each pass overwrites every
-//! range of the gradient exactly once, so the gradient is never cleared; only the tied embedding is written by the head
-//! and then added to by the input side. A pass is cut into *segments*. After each segment another part of the gradient
+//! range of the gradient exactly once, so the gradient is never cleared; only a tied embedding is written by the head
+//! and then added to by the input side. What is frozen has no gradient, and the pass ends at the lowest of what is trained
+//! (both are in [`crate::backward`]). A pass is cut into *segments*. After each segment another part of the gradient
 //! is complete and can be summed while the next one is computed; where the device records passes, each segment is one
-//! recording.
+//! recording. Passes over batches of different shapes, or with different numbers of labels, are not recorded.
 //!
 //! `x` is the residual stream: `x = embedding`, and in each layer `x += attention(norm(x))`, then `x += ffn(norm(x))`.
 
 use std::ops::Range;
 
-use ulmus_backend::{AttentionShape, LinearShape, TrainingBackend, View, ViewMut};
+use ulmus_backend::{AttentionShape, HeadGradients, IGNORE, LinearShape, TrainingBackend, View, ViewMut};
 use ulmus_plan::ModelConfig;
 
 use crate::batch::{BatchShape, MicroBatch};
 use crate::buffers::{Norms, Planner, RopeTables, heads, read, write};
 use crate::error::ModelError;
-use crate::objective::{LossSum, Objective};
-use crate::params::{LayerLayout, Layout, Trainable};
+use crate::linear::{Adapters, KeptAdapter, Linear, Noise, Pass};
+use crate::objective::{Answer, LossSum, Objective, Preference, SequenceScore};
+use crate::params::{LINEARS, LayerPlaces, Places, Trainable};
 
 /// Results of one layer's forward pass that its backward pass needs and cannot cheaply compute again.
 #[derive(Debug)]
-struct Activations<B: TrainingBackend> {
+pub(crate) struct Activations<B: TrainingBackend> {
     /// Queries, keys and values, `[R, packed]`; their gradient in the backward pass.
-    packed: B::Activations,
+    pub packed: B::Activations,
     /// The attention's output, `[R, query width]`.
-    attended: B::Activations,
+    pub attended: B::Activations,
     /// Logsumexp of the scores, `[sequences, query heads, length]`.
-    lse: B::Buffer<f32>,
+    pub lse: B::Buffer<f32>,
     /// The residual stream between attention and FFN, `[R, D]`.
-    middle: B::Activations,
+    pub middle: B::Activations,
     /// Both halves of `proj_1`'s output, `[R, 2F]`; their gradient in the backward pass.
-    gate_up: B::Activations,
+    pub gate_up: B::Activations,
+    /// What the adapters of the four matrices keep.
+    pub adapters: [Option<KeptAdapter<B>>; LINEARS],
 }
 
 impl<B: TrainingBackend> Activations<B> {
-    fn new(plan: &mut Planner<'_, B>, rows: usize, d: usize, widths: Widths) -> Result<Self, ModelError> {
+    /// Plans the activations of these layers, if they are needed in turn.
+    fn new(
+        plan: &mut Planner<'_, B>,
+        rows: usize,
+        config: &ModelConfig,
+        layers: &[LayerPlaces],
+    ) -> Result<Self, ModelError> {
+        let (d, widths) = (config.model_dim, Widths::widest(layers, config.head_dim));
         Ok(Self {
             packed: plan.activations(rows * widths.packed)?,
             attended: plan.activations(rows * widths.query)?,
             lse: plan.buffer(rows * widths.query_heads)?,
             middle: plan.activations(rows * d)?,
             gate_up: plan.activations(rows * 2 * widths.ffn)?,
+            adapters: KeptAdapter::of_layers(plan, rows, layers)?,
         })
     }
 }
 
-/// The widths of one layer, or the largest of all layers.
+/// The largest widths of some layers.
 #[derive(Debug, Clone, Copy, Default)]
 struct Widths {
     packed: usize,
@@ -58,46 +70,40 @@ struct Widths {
 }
 
 impl Widths {
-    fn of(layer: &LayerLayout, head_dim: usize) -> Self {
-        let heads = heads(layer, head_dim);
-        Self {
-            packed: heads.packed_width(),
-            query: heads.query_width(),
-            query_heads: heads.query,
-            ffn: layer.dims.ffn_dim,
+    fn widest(layers: &[LayerPlaces], head_dim: usize) -> Self {
+        let mut widest = Self::default();
+        for layer in layers {
+            let heads = heads(layer, head_dim);
+            widest.packed = widest.packed.max(heads.packed_width());
+            widest.query = widest.query.max(heads.query_width());
+            widest.query_heads = widest.query_heads.max(heads.query);
+            widest.ffn = widest.ffn.max(layer.dims.ffn_dim);
         }
-    }
-
-    fn max(self, other: Self) -> Self {
-        Self {
-            packed: self.packed.max(other.packed),
-            query: self.query.max(other.query),
-            query_heads: self.query_heads.max(other.query_heads),
-            ffn: self.ffn.max(other.ffn),
-        }
+        widest
     }
 }
 
 /// Buffers that every layer uses in turn. They hold what can be computed from kept activations without a matrix
 /// product; the backward pass computes it again and then puts its gradient in the same place.
 #[derive(Debug)]
-struct Scratch<B: TrainingBackend> {
+pub(crate) struct Scratch<B: TrainingBackend> {
     /// The normed stream: the input of attention, FFN or head, `[R, D]`.
-    normed: B::Activations,
+    pub normed: B::Activations,
     /// Queries and keys after norm and rotation, and the values, `[R, packed]`.
-    rotated: B::Activations,
+    pub rotated: B::Activations,
     /// The gradient of `rotated`.
-    rotated_gradient: B::Activations,
+    pub rotated_gradient: B::Activations,
     /// SwiGLU's output, `[R, F]`.
-    gated: B::Activations,
+    pub gated: B::Activations,
     /// A branch's output before it joins the stream, or the gradient of the attention's output.
-    branch: B::Activations,
+    pub branch: B::Activations,
     /// The gradient of the residual stream.
-    stream: B::Activations,
-    norms: Norms<B>,
+    pub stream: B::Activations,
+    pub norms: Norms<B>,
+    pub adapters: Adapters<B>,
     /// The logits of some of the rows.
-    logits: B::Buffer<f32>,
-    logits_len: usize,
+    pub logits: B::Buffer<f32>,
+    pub logits_len: usize,
 }
 
 /// The fewest trainable parameters of any segment but the last: their sums take 32 MiB, enough to keep a network busy.
@@ -106,19 +112,20 @@ const SEGMENT: usize = 1 << 22;
 /// A part of a pass: the backward pass of some layers. The first segment begins with the forward pass and the head, the
 /// last one ends with the embedding.
 #[derive(Debug)]
-struct Segment<B: TrainingBackend> {
-    layers: Range<usize>,
+pub(crate) struct Segment<B: TrainingBackend> {
+    pub layers: Range<usize>,
     /// The elements of the gradient that this segment completes.
-    gradient: Range<usize>,
-    graph: B::Graph,
+    pub gradient: Range<usize>,
+    pub graph: B::Graph,
 }
 
 /// All segments, from the last layer to the first.
-fn segments<B: TrainingBackend>(layout: &Layout, trainable: &Trainable) -> Vec<Segment<B>> {
-    let (mut behind, mut end) = (layout.layers().len(), trainable.parameters());
+fn segments<B: TrainingBackend>(places: &Places, trainable: &Trainable) -> Vec<Segment<B>> {
+    let trained = trainable.range();
+    let (mut behind, mut end) = (places.layers.len(), trained.len());
     let mut segments = Vec::new();
-    for (layer, at) in layout.layers().iter().enumerate().rev() {
-        let start = if layer == 0 { 0 } else { trainable.before(at.qkv.start) };
+    for layer in (0..places.layers.len()).rev() {
+        let start = if layer == 0 { 0 } else { places.first_trained(trained, layer) - trained.start };
         if layer == 0 || end - start >= SEGMENT {
             let (layers, gradient) = (layer..behind, start..end);
             segments.push(Segment { layers, gradient, graph: B::Graph::default() });
@@ -128,54 +135,92 @@ fn segments<B: TrainingBackend>(layout: &Layout, trainable: &Trainable) -> Vec<S
     segments
 }
 
-/// A model's forward and backward passes for micro-batches of one shape.
+/// What an adapter's noise needs.
+#[derive(Debug)]
+pub(crate) struct NoiseSource<B: TrainingBackend> {
+    /// The number of each sequence in two words, `[sequences, 2]`.
+    sequences: B::Buffer<u32>,
+    words: Vec<u32>,
+    seed: u64,
+    rate: f32,
+    /// Whether the present pass is noisy.
+    is_on: bool,
+}
+
+/// A model's forward and backward passes for micro-batches up to one shape.
 #[derive(Debug)]
 pub(crate) struct Network<B: TrainingBackend> {
-    backend: B,
-    layout: Layout,
-    trainable: Trainable,
+    pub(crate) backend: B,
+    pub(crate) places: Places,
+    pub(crate) trainable: Trainable,
+    /// How deep the gradient goes; see [`Places::lowest_trained`].
+    pub(crate) lowest: usize,
     objective: Objective,
-    sequences: usize,
-    length: usize,
-    model_dim: usize,
-    head_dim: usize,
+    shape: BatchShape,
+    /// Sequences of the loaded batch, and positions in each of them.
+    pub(crate) sequences: usize,
+    pub(crate) length: usize,
+    pub(crate) model_dim: usize,
+    pub(crate) head_dim: usize,
     vocabulary: usize,
-    rope: RopeTables<B>,
+    pub(crate) rope: RopeTables<B>,
     /// The position at which each sequence begins: always 0.
-    first: B::Buffer<u32>,
-    inputs: B::Buffer<u32>,
+    pub(crate) first: B::Buffer<u32>,
+    pub(crate) inputs: B::Buffer<u32>,
+    /// The targets of the rows that go through the head.
     targets: B::Buffer<u32>,
-    doc_starts: B::Buffer<u32>,
+    pub(crate) doc_starts: B::Buffer<u32>,
+    /// The rows that go through the head and their targets, if those are not all rows.
+    labels: [Vec<u32>; 2],
+    label_rows: B::Buffer<u32>,
+    /// The weight of the loss of each row that goes through the head; only for preferences.
+    row_weights: B::Buffer<f32>,
+    weights_on_host: Vec<f32>,
+    pub(crate) noise: Option<NoiseSource<B>>,
+    /// `h` of the embedding's adapter, `[R, rank]`.
+    pub(crate) embedded: Option<B::Activations>,
     /// The residual stream before each layer and after the last, `[R, D]` each.
-    x: Vec<B::Activations>,
+    pub(crate) x: Vec<B::Activations>,
     /// One per layer; or a single one for all, if layers are computed again in the backward pass.
-    activations: Vec<Activations<B>>,
+    pub(crate) activations: Vec<Activations<B>>,
     cross_entropy: B::Buffer<f32>,
     lse: B::Buffer<f32>,
     /// Cross-entropy and logsumexp on the host.
     losses: [Vec<f32>; 2],
+    /// The scores of the sequences of the loaded batch.
+    scores: Vec<SequenceScore>,
     segments: Vec<Segment<B>>,
-    scratch: Scratch<B>,
+    pub(crate) scratch: Scratch<B>,
     planned_bytes: u64,
+}
+
+/// How often the noise of adapters leaves out an element of their input, and the seed of it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct DropoutRate {
+    pub rate: f64,
+    pub seed: u64,
 }
 
 impl<B: TrainingBackend> Network<B> {
     pub(crate) fn new(
         backend: B,
         config: &ModelConfig,
-        layout: &Layout,
+        places: Places,
         trainable: &Trainable,
         objective: Objective,
         shape: BatchShape,
+        dropout: DropoutRate,
     ) -> Result<Self, ModelError> {
         let BatchShape { sequences, length, recompute } = shape;
         let (rows, d) = (sequences * length, config.model_dim);
         let plan = &mut Planner::new(&backend);
-        let widths: Vec<Widths> =
-            layout.layers().iter().map(|layer| Widths::of(layer, config.head_dim)).collect();
-        let widest = widths.iter().copied().fold(Widths::default(), Widths::max);
-        let kept = if recompute { vec![widest] } else { widths };
+        let layers = &places.layers;
+        let widest = Widths::widest(layers, config.head_dim);
+        let at_once = if recompute { layers.len().max(1) } else { 1 };
         let logits_len = rows.min(B::HEAD_ROWS) * config.vocab_size;
+        // In preference training the reference is the model at its beginning, and noise would move it away from there.
+        let drops = dropout.rate > 0.0 && !matches!(objective, Objective::Preferences(_));
+        let adapters = Adapters::new(plan, rows, &places, drops)?;
         let scratch = Scratch {
             normed: plan.activations(rows * d)?,
             rotated: plan.activations(rows * widest.packed)?,
@@ -184,13 +229,29 @@ impl<B: TrainingBackend> Network<B> {
             branch: plan.activations(rows * d.max(widest.query))?,
             stream: plan.activations(rows * d)?,
             norms: Norms::new(plan, config, rows)?,
+            adapters,
             logits: plan.buffer(logits_len)?,
             logits_len,
         };
+        let noise = drops
+            .then(|| {
+                Ok::<_, ModelError>(NoiseSource {
+                    sequences: plan.buffer(2 * sequences)?,
+                    words: Vec::with_capacity(2 * sequences),
+                    seed: dropout.seed,
+                    rate: dropout.rate as f32,
+                    is_on: false,
+                })
+            })
+            .transpose()?;
+        let sparse = if objective.is_sparse() { rows } else { 0 };
+        let weighted = if matches!(objective, Objective::Preferences(_)) { rows } else { 0 };
+        let embedded = places.embedding_adapter.as_ref().map(|adapter| plan.activations(rows * adapter.rank));
         Ok(Self {
-            layout: layout.clone(),
             trainable: trainable.clone(),
+            lowest: places.lowest_trained(trainable.range()),
             objective,
+            shape,
             sequences,
             length,
             model_dim: d,
@@ -201,16 +262,24 @@ impl<B: TrainingBackend> Network<B> {
             inputs: plan.buffer(rows)?,
             targets: plan.buffer(rows)?,
             doc_starts: plan.buffer(rows)?,
-            x: (0..=layout.layers().len()).map(|_| plan.activations(rows * d)).collect::<Result<_, _>>()?,
-            activations: kept
-                .into_iter()
-                .map(|widths| Activations::new(plan, rows, d, widths))
+            labels: [Vec::with_capacity(sparse), Vec::with_capacity(sparse)],
+            label_rows: plan.buffer(sparse)?,
+            row_weights: plan.buffer(weighted)?,
+            weights_on_host: Vec::with_capacity(weighted),
+            noise,
+            embedded: embedded.transpose()?,
+            x: (0..=layers.len()).map(|_| plan.activations(rows * d)).collect::<Result<_, _>>()?,
+            activations: layers
+                .chunks(at_once)
+                .map(|layers| Activations::new(plan, rows, config, layers))
                 .collect::<Result<_, _>>()?,
             cross_entropy: plan.buffer(rows)?,
             lse: plan.buffer(rows)?,
             losses: [vec![0.0; rows], vec![0.0; rows]],
-            segments: segments(layout, trainable),
+            scores: Vec::with_capacity(sequences),
+            segments: segments(&places, trainable),
             scratch,
+            places,
             planned_bytes: plan.bytes,
             backend,
         })
@@ -221,55 +290,95 @@ impl<B: TrainingBackend> Network<B> {
         self.planned_bytes
     }
 
-    fn rows(&self) -> usize {
+    pub(crate) fn rows(&self) -> usize {
         self.sequences * self.length
+    }
+
+    /// Number of rows that go through the head.
+    fn head_rows(&self) -> usize {
+        if self.objective.is_sparse() { self.labels[0].len() } else { self.rows() }
     }
 
     /// Puts a batch on the device.
     pub(crate) fn load(&mut self, batch: &MicroBatch) -> Result<(), ModelError> {
-        batch.check(self.sequences, self.length, self.vocabulary)?;
+        batch.check(self.shape, self.vocabulary)?;
+        (self.sequences, self.length) = (batch.sequences, batch.length);
         let rows = self.rows();
+        let mut targets = &batch.targets;
+        if self.objective.is_sparse() {
+            let [label_rows, label_targets] = &mut self.labels;
+            label_rows.clear();
+            label_targets.clear();
+            for (row, target) in (0..).zip(targets).filter(|(_, target)| **target != IGNORE) {
+                label_rows.push(row);
+                label_targets.push(*target);
+            }
+            // A row without a target makes the gradient of the head zero; no row would leave it as it was.
+            if label_rows.is_empty() {
+                label_rows.push(0);
+                label_targets.push(IGNORE);
+            }
+            targets = label_targets;
+            self.backend.upload(write(&mut self.label_rows, label_rows.len()), label_rows);
+        }
+        self.backend.upload(write(&mut self.targets, targets.len()), targets);
         self.backend.upload(write(&mut self.inputs, rows), &batch.inputs);
-        self.backend.upload(write(&mut self.targets, rows), &batch.targets);
         self.backend.upload(write(&mut self.doc_starts, rows), &batch.doc_starts);
+        if let Some(NoiseSource { sequences, words, .. }) = &mut self.noise {
+            words.clear();
+            for number in (0..batch.sequences as u64).map(|index| batch.number.wrapping_add(index)) {
+                words.extend([number as u32, (number >> 32) as u32]);
+            }
+            self.backend.upload(write(sequences, words.len()), words);
+        }
         Ok(())
+    }
+
+    /// Switches the noise of adapters on or off.
+    pub(crate) fn set_noise(&mut self, is_on: bool) {
+        if let Some(noise) = &mut self.noise {
+            noise.is_on = is_on;
+        }
     }
 
     /// The forward pass of the loaded batch, up to the final norm.
     pub(crate) fn forward(&mut self, weights: &B::Parameters) {
         let (rows, d) = (self.rows(), self.model_dim);
-        let table = View::new(weights, self.layout.embedding());
-        self.backend.embed(write(&mut self.x[0], rows * d), table, read(&self.inputs, rows), d);
+        self.embed(weights);
         self.norm_input(weights, 0);
-        for layer in 0..self.layout.layers().len() {
+        for layer in 0..self.places.layers.len() {
             self.layer(weights, layer);
-            let Self { backend, layout, x, activations, scratch, .. } = self;
-            let at = &layout.layers()[layer];
-            let ffn = at.dims.ffn_dim;
-            let kept = kept(activations, layer);
-            backend.swiglu(write(&mut scratch.gated, rows * ffn), read(&kept.gate_up, rows * 2 * ffn), ffn);
-            backend.linear(
-                write(&mut scratch.branch, rows * d),
-                read(&scratch.gated, rows * ffn),
-                View::new(weights, at.proj_2.clone()),
-                LinearShape { rows, inputs: ffn, outputs: d },
-            );
+            self.ffn_output(weights, layer);
+            let Self { backend, places, x, activations, scratch, .. } = self;
             let next_norm =
-                layout.layers().get(layer + 1).map_or(layout.final_norm(), |at| at.attn_norm.clone());
+                places.layers.get(layer + 1).map_or(places.final_norm.clone(), |at| at.attn_norm.clone());
             backend.add_norm(
                 write(&mut x[layer + 1], rows * d),
                 write(&mut scratch.normed, rows * d),
-                read(&kept.middle, rows * d),
+                read(&kept(activations, layer).middle, rows * d),
                 read(&scratch.branch, rows * d),
                 scratch.norms.of(backend.values(View::new(weights, next_norm))),
             );
         }
     }
 
+    fn embed(&mut self, weights: &B::Parameters) {
+        let (rows, d) = (self.rows(), self.model_dim);
+        let Self { backend, places, x, inputs, embedded, .. } = self;
+        let weight = |range: &Range<usize>| View::new(weights, range.clone());
+        backend.embed(write(&mut x[0], rows * d), weight(&places.embedding), read(inputs, rows), d);
+        let (Some(adapter), Some(embedded)) = (&places.embedding_adapter, embedded) else { return };
+        let len = rows * adapter.rank;
+        backend.embed(write(embedded, len), weight(&adapter.a), read(inputs, rows), adapter.rank);
+        backend.scale(write(embedded, len), adapter.scale);
+        let shape = LinearShape { rows, inputs: adapter.rank, outputs: d };
+        backend.linear(write(&mut x[0], rows * d), read(embedded, len), weight(&adapter.b), shape, true);
+    }
+
     /// Computes a layer's normed input from the stream before it.
-    fn norm_input(&mut self, weights: &B::Parameters, layer: usize) {
+    pub(crate) fn norm_input(&mut self, weights: &B::Parameters, layer: usize) {
         let len = self.rows() * self.model_dim;
-        let attn_norm = self.layout.layers()[layer].attn_norm.clone();
+        let attn_norm = self.places.layers[layer].attn_norm.clone();
         self.backend.norm(
             write(&mut self.scratch.normed, len),
             read(&self.x[layer], len),
@@ -278,53 +387,61 @@ impl<B: TrainingBackend> Network<B> {
     }
 
     /// Computes everything that a layer's backward pass needs: from its normed input to both halves of `proj_1`.
-    fn layer(&mut self, weights: &B::Parameters, layer: usize) {
+    pub(crate) fn layer(&mut self, weights: &B::Parameters, layer: usize) {
         let (rows, d) = (self.rows(), self.model_dim);
-        let Self { backend, layout, scratch, rope, x, activations, .. } = self;
+        let Self { backend, places, scratch, rope, x, activations, noise, .. } = self;
+        let pass = pass(backend, weights, [self.sequences, self.length], noise.as_ref());
         let weight = |range: &Range<usize>| View::new(weights, range.clone());
-        let at = &layout.layers()[layer];
+        let at = &places.layers[layer];
         let heads = heads(at, self.head_dim);
         let (packed, query, ffn) = (rows * heads.packed_width(), rows * heads.query_width(), at.dims.ffn_dim);
-        let kept = kept(activations, layer);
-        backend.linear(
-            write(&mut kept.packed, packed),
-            read(&scratch.normed, rows * d),
-            weight(&at.qkv),
-            LinearShape { rows, inputs: d, outputs: heads.packed_width() },
-        );
+        let Activations { packed: kept_packed, attended, lse, middle, gate_up, adapters: kept } =
+            kept(activations, layer);
+        let [kept_qkv, kept_out, kept_1, _] = kept;
+        let Scratch { normed, rotated, branch, norms, adapters, .. } = scratch;
+        let linear = Linear { places: &at.qkv, number: (layer, 0), kept: kept_qkv, adapters: &mut *adapters };
+        pass.forward(linear, write(kept_packed, packed), read(normed, rows * d));
         backend.qk_norm_rope(
-            write(&mut scratch.rotated, packed),
-            read(&kept.packed, packed),
-            scratch.norms.of(backend.values(weight(&at.qk_norm))),
+            write(rotated, packed),
+            read(kept_packed, packed),
+            norms.of(backend.values(weight(&at.qk_norm))),
             rope.at(read(&self.first, self.sequences), self.length),
             heads,
         );
         backend.attention(
-            write(&mut kept.attended, query),
-            write(&mut kept.lse, rows * heads.query),
-            read(&scratch.rotated, packed),
+            write(attended, query),
+            write(lse, rows * heads.query),
+            read(rotated, packed),
             read(&self.doc_starts, rows),
             AttentionShape { sequences: self.sequences, length: self.length, heads },
         );
-        backend.linear(
-            write(&mut scratch.branch, rows * d),
-            read(&kept.attended, query),
-            weight(&at.out_proj),
-            LinearShape { rows, inputs: heads.query_width(), outputs: d },
-        );
+        let linear =
+            Linear { places: &at.out_proj, number: (layer, 1), kept: kept_out, adapters: &mut *adapters };
+        pass.forward(linear, write(branch, rows * d), read(attended, query));
         backend.add_norm(
-            write(&mut kept.middle, rows * d),
-            write(&mut scratch.normed, rows * d),
+            write(middle, rows * d),
+            write(normed, rows * d),
             read(&x[layer], rows * d),
-            read(&scratch.branch, rows * d),
-            scratch.norms.of(backend.values(weight(&at.ffn_norm))),
+            read(branch, rows * d),
+            norms.of(backend.values(weight(&at.ffn_norm))),
         );
-        backend.linear(
-            write(&mut kept.gate_up, rows * 2 * ffn),
-            read(&scratch.normed, rows * d),
-            weight(&at.proj_1),
-            LinearShape { rows, inputs: d, outputs: 2 * ffn },
-        );
+        let linear =
+            Linear { places: &at.proj_1, number: (layer, 2), kept: kept_1, adapters: &mut *adapters };
+        pass.forward(linear, write(gate_up, rows * 2 * ffn), read(normed, rows * d));
+    }
+
+    /// Computes what a layer's FFN adds to the stream, from both halves of `proj_1`.
+    pub(crate) fn ffn_output(&mut self, weights: &B::Parameters, layer: usize) {
+        let (rows, d) = (self.rows(), self.model_dim);
+        let Self { backend, places, activations, scratch, noise, .. } = self;
+        let pass = pass(backend, weights, [self.sequences, self.length], noise.as_ref());
+        let at = &places.layers[layer];
+        let ffn = at.dims.ffn_dim;
+        let Activations { gate_up, adapters: [_, _, _, kept], .. } = kept(activations, layer);
+        let Scratch { gated, branch, adapters, .. } = scratch;
+        backend.swiglu(write(gated, rows * ffn), read(gate_up, rows * 2 * ffn), ffn);
+        let linear = Linear { places: &at.proj_2, number: (layer, 3), kept, adapters };
+        pass.forward(linear, write(branch, rows * d), read(gated, rows * ffn));
     }
 
     /// The head and the loss of the loaded batch, after [`Network::forward`].
@@ -332,24 +449,39 @@ impl<B: TrainingBackend> Network<B> {
         self.head(weights, None);
     }
 
+    /// The head and the loss. With `gradient`, computes those of the weights of the head, if they are trained, and of its
+    /// input, `[R, D]`: it is in `normed` if only some rows go through the head, and otherwise in `branch`.
     fn head(&mut self, weights: &B::Parameters, gradient: Option<&mut B::Buffer<f32>>) {
-        let (rows, d) = (self.rows(), self.model_dim);
-        let table = self.layout.embedding();
-        let Scratch { normed, branch, logits, logits_len, .. } = &mut self.scratch;
-        let gradients = gradient.map(|gradient| {
-            let table = ViewMut::new(gradient, self.trainable.place_or_spare(&table));
-            self.objective.head_gradients(write(branch, rows * d), table)
+        let (rows, count, d) = (self.rows(), self.head_rows(), self.model_dim);
+        let (is_sparse, is_weighted) =
+            (self.objective.is_sparse(), matches!(self.objective, Objective::Preferences(_)));
+        let Self { backend, places, trainable, label_rows, .. } = self;
+        let Scratch { normed, stream, branch, logits, logits_len, .. } = &mut self.scratch;
+        let label_rows = || read(&*label_rows, count);
+        if is_sparse {
+            backend.gather(write(stream, count * d), read(normed, rows * d), label_rows(), d);
+        }
+        let hidden = if is_sparse { read(stream, count * d) } else { read(normed, rows * d) };
+        let wants_gradient = gradient.is_some();
+        let gradients = gradient.map(|gradient| HeadGradients {
+            hidden: write(branch, count * d),
+            table: trainable.place(&places.head).map(|place| ViewMut::new(gradient, place)),
+            row_weights: is_weighted.then(|| read(&self.row_weights, count)),
+            z_loss: self.objective.z_loss() as f32,
         });
-        self.backend.head_loss(
-            write(&mut self.cross_entropy, rows),
-            write(&mut self.lse, rows),
+        backend.head_loss(
+            write(&mut self.cross_entropy, count),
+            write(&mut self.lse, count),
             gradients,
-            read(normed, rows * d),
-            View::new(weights, table),
-            read(&self.targets, rows),
+            hidden,
+            View::new(weights, places.head.clone()),
+            read(&self.targets, count),
             write(logits, *logits_len),
-            LinearShape { rows, inputs: d, outputs: self.vocabulary },
+            LinearShape { rows: count, inputs: d, outputs: self.vocabulary },
         );
+        if is_sparse && wants_gradient {
+            backend.scatter(write(normed, rows * d), read(branch, count * d), label_rows(), d);
+        }
     }
 
     /// The loss and the gradient of the loaded batch. Overwrites all of `gradient`, and the activations. Calls
@@ -357,205 +489,110 @@ impl<B: TrainingBackend> Network<B> {
     /// buffers.
     pub(crate) fn forward_backward(
         &mut self,
+        batch: &MicroBatch,
         weights: &B::Parameters,
         gradient: &mut B::Buffer<f32>,
         mut complete: impl FnMut(&B::Buffer<f32>, Range<usize>),
     ) {
         let backend = self.backend.clone();
+        self.set_noise(true);
+        let preference = match self.objective {
+            Objective::Preferences(preference) => Some(preference),
+            Objective::NextToken { .. } | Objective::Answers { .. } => None,
+        };
+        if let Some(preference) = preference {
+            backend.run(|| {
+                self.forward(weights);
+                self.loss(weights);
+            });
+            self.weigh(batch, &preference);
+        }
+        let is_recorded = !self.objective.is_sparse()
+            && (self.sequences, self.length) == (self.shape.sequences, self.shape.length);
         let mut segments = std::mem::take(&mut self.segments);
         for Segment { layers, gradient: range, graph } in &mut segments {
-            backend.replay(graph, || {
-                if layers.end == self.layout.layers().len() {
-                    self.forward(weights);
+            let work = || {
+                if layers.end == self.places.layers.len() {
+                    if preference.is_none() {
+                        self.forward(weights);
+                    }
                     self.head_backward(weights, gradient);
                 }
                 self.layers_backward(weights, gradient, layers.clone());
                 if layers.start == 0 {
-                    self.embed_backward(gradient);
+                    self.embed_backward(weights, gradient);
                 }
-            });
+            };
+            if is_recorded {
+                backend.replay(graph, work);
+            } else {
+                backend.run(work);
+            }
             complete(gradient, range.clone());
         }
         self.segments = segments;
+        self.set_noise(false);
     }
 
     /// From the final norm's output to the loss, and back to the stream's gradient.
     fn head_backward(&mut self, weights: &B::Parameters, gradient: &mut B::Buffer<f32>) {
         self.head(weights, Some(gradient));
-        let (len, layers) = (self.rows() * self.model_dim, self.layout.layers().len());
-        let Scratch { stream, branch, norms, .. } = &mut self.scratch;
+        let (len, layers) = (self.rows() * self.model_dim, self.places.layers.len());
+        let Scratch { stream, branch, normed, norms, .. } = &mut self.scratch;
+        let final_norm = &self.places.final_norm;
         self.backend.norm_backward(
             write(stream, len),
-            ViewMut::new(gradient, self.trainable.place_or_spare(&self.layout.final_norm())),
-            read(branch, len),
+            self.trainable.place(final_norm).map(|place| ViewMut::new(gradient, place)),
+            read(if self.objective.is_sparse() { normed } else { branch }, len),
             read(&self.x[layers], len),
-            norms.of(self.backend.values(View::new(weights, self.layout.final_norm()))),
+            norms.of(self.backend.values(View::new(weights, final_norm.clone()))),
             false,
         );
     }
 
-    fn layers_backward(
-        &mut self,
-        weights: &B::Parameters,
-        gradient: &mut B::Buffer<f32>,
-        layers: Range<usize>,
-    ) {
-        for layer in layers.rev() {
-            // The forward pass has just left the last layer's activations.
-            if self.activations.len() == 1 && layer + 1 < self.layout.layers().len() {
-                self.norm_input(weights, layer);
-                self.layer(weights, layer);
+    /// Sets the weight of the loss of each row so that the gradient of the weighted sum of cross-entropies is that of the
+    /// losses of pairs. The head has made the cross-entropies.
+    fn weigh(&mut self, batch: &MicroBatch, preference: &Preference) {
+        self.read_losses(batch);
+        let Self { backend, scores, labels: [rows, _], weights_on_host, row_weights, length, .. } = self;
+        weights_on_host.clear();
+        weights_on_host.extend(rows.iter().map(|row| {
+            let sequence = *row as usize / *length;
+            let pair =
+                preference.pair(answer(scores, batch, sequence & !1), answer(scores, batch, sequence | 1));
+            // The log-probability falls as the cross-entropy rises.
+            -(if sequence & 1 == 0 { pair.chosen } else { pair.rejected }) as f32
+        }));
+        backend.upload(write(row_weights, weights_on_host.len()), weights_on_host);
+    }
+
+    /// Copies the losses of the loaded batch to the host, and adds them up by sequence.
+    fn read_losses(&mut self, batch: &MicroBatch) {
+        let count = self.head_rows();
+        let Self { backend, losses: [cross_entropy, lse], scores, labels, length, .. } = self;
+        backend.download(read(&self.cross_entropy, count), &mut cross_entropy[..count]);
+        backend.download(read(&self.lse, count), &mut lse[..count]);
+        scores.clear();
+        scores.resize(batch.sequences, SequenceScore::default());
+        let is_sparse = self.objective.is_sparse();
+        for (index, ce) in cross_entropy[..count].iter().enumerate() {
+            let (row, target) = if is_sparse {
+                (labels[0][index] as usize, labels[1][index])
+            } else {
+                (index, batch.targets[index])
+            };
+            if target != IGNORE {
+                let score = &mut scores[row / *length];
+                score.log_probability -= f64::from(*ce);
+                score.tokens += 1;
             }
-            self.ffn_backward(weights, gradient, layer);
-            self.attention_backward(weights, gradient, layer);
         }
     }
 
-    fn embed_backward(&mut self, gradient: &mut B::Buffer<f32>) {
-        let Some(table) = self.trainable.place(&self.layout.embedding()) else { return };
-        let (rows, d) = (self.rows(), self.model_dim);
-        self.backend.embed_backward(
-            ViewMut::new(gradient, table),
-            read(&self.scratch.stream, rows * d),
-            read(&self.inputs, rows),
-            d,
-        );
-    }
-
-    /// Takes the stream's gradient from the output of a layer's FFN to its input.
-    fn ffn_backward(&mut self, weights: &B::Parameters, gradient: &mut B::Buffer<f32>, layer: usize) {
-        let (rows, d) = (self.rows(), self.model_dim);
-        let Self { backend, layout, trainable, activations, scratch, .. } = self;
-        let at = &layout.layers()[layer];
-        let ffn = at.dims.ffn_dim;
-        let kept = kept(activations, layer);
-        let weight = |range: &Range<usize>| View::new(weights, range.clone());
-
-        let shape = LinearShape { rows, inputs: ffn, outputs: d };
-        backend.linear_backward_input(
-            write(&mut scratch.gated, rows * ffn),
-            read(&scratch.stream, rows * d),
-            weight(&at.proj_2),
-            shape,
-        );
-        backend.swiglu_backward(
-            write(&mut kept.gate_up, rows * 2 * ffn),
-            write(&mut scratch.gated, rows * ffn),
-            ffn,
-        );
-        if let Some(place) = trainable.place(&at.proj_2) {
-            backend.linear_backward_weight(
-                ViewMut::new(gradient, place),
-                read(&scratch.stream, rows * d),
-                read(&scratch.gated, rows * ffn),
-                shape,
-            );
-        }
-
-        let shape = LinearShape { rows, inputs: d, outputs: 2 * ffn };
-        let middle = || read(&kept.middle, rows * d);
-        let norm = scratch.norms.of(backend.values(weight(&at.ffn_norm)));
-        backend.norm(write(&mut scratch.normed, rows * d), middle(), norm);
-        if let Some(place) = trainable.place(&at.proj_1) {
-            backend.linear_backward_weight(
-                ViewMut::new(gradient, place),
-                read(&kept.gate_up, rows * 2 * ffn),
-                read(&scratch.normed, rows * d),
-                shape,
-            );
-        }
-        backend.linear_backward_input(
-            write(&mut scratch.normed, rows * d),
-            read(&kept.gate_up, rows * 2 * ffn),
-            weight(&at.proj_1),
-            shape,
-        );
-        backend.norm_backward(
-            write(&mut scratch.stream, rows * d),
-            ViewMut::new(gradient, trainable.place_or_spare(&at.ffn_norm)),
-            read(&scratch.normed, rows * d),
-            middle(),
-            scratch.norms.of(backend.values(weight(&at.ffn_norm))),
-            true,
-        );
-    }
-
-    /// Takes the stream's gradient from the output of a layer's attention to its input.
-    fn attention_backward(&mut self, weights: &B::Parameters, gradient: &mut B::Buffer<f32>, layer: usize) {
-        let (rows, d) = (self.rows(), self.model_dim);
-        let Self { backend, layout, trainable, x, activations, scratch, rope, .. } = self;
-        let at = &layout.layers()[layer];
-        let heads = heads(at, self.head_dim);
-        let (packed, query) = (rows * heads.packed_width(), rows * heads.query_width());
-        let kept = kept(activations, layer);
-        let weight = |range: &Range<usize>| View::new(weights, range.clone());
-
-        let shape = LinearShape { rows, inputs: heads.query_width(), outputs: d };
-        if let Some(place) = trainable.place(&at.out_proj) {
-            backend.linear_backward_weight(
-                ViewMut::new(gradient, place),
-                read(&scratch.stream, rows * d),
-                read(&kept.attended, query),
-                shape,
-            );
-        }
-        backend.linear_backward_input(
-            write(&mut scratch.branch, query),
-            read(&scratch.stream, rows * d),
-            weight(&at.out_proj),
-            shape,
-        );
-        backend.qk_norm_rope(
-            write(&mut scratch.rotated, packed),
-            read(&kept.packed, packed),
-            scratch.norms.of(backend.values(weight(&at.qk_norm))),
-            rope.at(read(&self.first, self.sequences), self.length),
-            heads,
-        );
-        backend.attention_backward(
-            write(&mut scratch.rotated_gradient, packed),
-            read(&scratch.branch, query),
-            read(&kept.attended, query),
-            read(&kept.lse, rows * heads.query),
-            read(&scratch.rotated, packed),
-            read(&self.doc_starts, rows),
-            AttentionShape { sequences: self.sequences, length: self.length, heads },
-        );
-        backend.qk_norm_rope_backward(
-            write(&mut kept.packed, packed),
-            ViewMut::new(gradient, trainable.place_or_spare(&at.qk_norm)),
-            read(&scratch.rotated_gradient, packed),
-            scratch.norms.of(backend.values(weight(&at.qk_norm))),
-            rope.at(read(&self.first, self.sequences), self.length),
-            heads,
-        );
-
-        let shape = LinearShape { rows, inputs: d, outputs: heads.packed_width() };
-        let x = || read(&x[layer], rows * d);
-        let norm = scratch.norms.of(backend.values(weight(&at.attn_norm)));
-        backend.norm(write(&mut scratch.normed, rows * d), x(), norm);
-        if let Some(place) = trainable.place(&at.qkv) {
-            backend.linear_backward_weight(
-                ViewMut::new(gradient, place),
-                read(&kept.packed, packed),
-                read(&scratch.normed, rows * d),
-                shape,
-            );
-        }
-        backend.linear_backward_input(
-            write(&mut scratch.normed, rows * d),
-            read(&kept.packed, packed),
-            weight(&at.qkv),
-            shape,
-        );
-        backend.norm_backward(
-            write(&mut scratch.stream, rows * d),
-            ViewMut::new(gradient, trainable.place_or_spare(&at.attn_norm)),
-            read(&scratch.normed, rows * d),
-            x(),
-            scratch.norms.of(backend.values(weight(&at.attn_norm))),
-            true,
-        );
+    /// The scores of the sequences of `batch`, the one loaded, after [`Network::loss`].
+    pub(crate) fn scores(&mut self, batch: &MicroBatch) -> &[SequenceScore] {
+        self.read_losses(batch);
+        &self.scores
     }
 
     /// What is minimised.
@@ -565,16 +602,46 @@ impl<B: TrainingBackend> Network<B> {
 
     /// The losses of `batch`, the one loaded, after [`Network::loss`] or [`Network::forward_backward`].
     pub(crate) fn loss_sum(&mut self, batch: &MicroBatch) -> LossSum {
-        let rows = self.rows();
-        let [cross_entropy, lse] = &mut self.losses;
-        self.backend.download(read(&self.cross_entropy, rows), cross_entropy);
-        self.backend.download(read(&self.lse, rows), lse);
-        Objective::sum(&batch.targets, cross_entropy, lse)
+        self.read_losses(batch);
+        let (count, [cross_entropy, lse]) = (self.head_rows(), &self.losses);
+        let targets = if self.objective.is_sparse() { &self.labels[1] } else { &batch.targets };
+        let mut sum = Objective::sum(targets, &cross_entropy[..count], &lse[..count]);
+        if let Objective::Preferences(preference) = self.objective {
+            for chosen in (0..batch.sequences).step_by(2) {
+                let of = |sequence| answer(&self.scores, batch, sequence);
+                sum.pairs += preference.sum(of(chosen), of(chosen + 1));
+            }
+        }
+        sum
     }
 }
 
+/// One answer of a batch of pairs.
+fn answer(scores: &[SequenceScore], batch: &MicroBatch, sequence: usize) -> Answer {
+    Answer { policy: scores[sequence], reference: batch.references[sequence] }
+}
+
+/// What the linear layers of a pass over sequences of that number and length share.
+pub(crate) fn pass<'a, B: TrainingBackend>(
+    backend: &'a B,
+    weights: &'a B::Parameters,
+    [sequences, length]: [usize; 2],
+    noise: Option<&'a NoiseSource<B>>,
+) -> Pass<'a, B> {
+    let noise = noise.filter(|noise| noise.is_on).map(|noise| Noise {
+        sequences: read(&noise.sequences, 2 * sequences),
+        length,
+        seed: noise.seed,
+        rate: noise.rate,
+    });
+    Pass { backend, weights, rows: sequences * length, noise }
+}
+
 /// The place of a layer's activations.
-fn kept<B: TrainingBackend>(activations: &mut [Activations<B>], layer: usize) -> &mut Activations<B> {
+pub(crate) fn kept<B: TrainingBackend>(
+    activations: &mut [Activations<B>],
+    layer: usize,
+) -> &mut Activations<B> {
     let index = layer % activations.len();
     &mut activations[index]
 }
@@ -582,26 +649,40 @@ fn kept<B: TrainingBackend>(activations: &mut [Activations<B>], layer: usize) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adapter::AdapterShape;
+    use crate::params::Layout;
     use ulmus_cpu::Cpu;
+    use ulmus_plan::AdapterConfig;
+
+    fn segments_of(config: &ModelConfig, adapter: Option<&AdapterShape>) -> (Vec<Segment<Cpu>>, Trainable) {
+        let (layout, places) = Places::new(config, adapter);
+        let first = if adapter.is_some() { places.base } else { 0 };
+        let trainable = Trainable::of(&layout, first..layout.parameters());
+        (segments(&places, &trainable), trainable)
+    }
 
     #[test]
     fn segments_complete_every_gradient_once() {
         for preset in ulmus_plan::Preset::ALL {
-            let layout = Layout::new(&preset.config());
-            let segments = segments::<Cpu>(&layout, &Trainable::all(&layout));
-            let (mut layer, mut end) = (layout.layers().len(), layout.parameters());
-            for Segment { layers, gradient, .. } in &segments {
-                assert_eq!((layers.end, gradient.end), (layer, end), "{preset:?}");
-                (layer, end) = (layers.start, gradient.start);
+            let config = preset.config();
+            let adapter =
+                AdapterShape::new(&config, &AdapterConfig { rank: 256, ..AdapterConfig::default() }).unwrap();
+            for adapter in [None, Some(&adapter)] {
+                let (segments, trainable) = segments_of(&config, adapter);
+                let (mut layer, mut end) = (config.num_transformer_layers, trainable.parameters());
+                for Segment { layers, gradient, .. } in &segments {
+                    assert_eq!((layers.end, gradient.end), (layer, end), "{preset:?}");
+                    (layer, end) = (layers.start, gradient.start);
+                }
+                assert_eq!((layer, end), (0, 0), "{preset:?}");
+                let (last, others) = segments.split_last().unwrap();
+                assert!(others.iter().all(|segment| segment.gradient.len() >= SEGMENT), "{preset:?}");
+                assert!(last.gradient.start == 0 && others.len() >= 5, "{preset:?}");
             }
-            assert_eq!((layer, end), (0, 0), "{preset:?}");
-            let (last, others) = segments.split_last().unwrap();
-            assert!(others.iter().all(|segment| segment.gradient.len() >= SEGMENT), "{preset:?}");
-            assert!(last.gradient.end > layout.embedding().end && others.len() >= 10, "{preset:?}");
         }
         // A small model is one segment.
         let config = ModelConfig { model_dim: 64, vocab_size: 100, ..ModelConfig::default() };
-        let layout = Layout::new(&config);
-        assert_eq!(segments::<Cpu>(&layout, &Trainable::all(&layout)).len(), 1);
+        assert_eq!(Layout::new(&config).parameters() as u64, config.parameters());
+        assert_eq!(segments_of(&config, None).0.len(), 1);
     }
 }

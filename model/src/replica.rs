@@ -5,6 +5,9 @@
 //! them into the mean gradient; [`Replica::update`] clips it and updates the weights. Two replicas with the same state
 //! and the same mean gradient have the same state afterwards, bit for bit. A replica knows neither how sums travel nor
 //! where batches come from.
+//!
+//! If an adapter is trained, the base model's weights are frozen, and are no part of the state: they are loaded before it
+//! ([`Replica::load_base`]).
 
 use std::ops::Range;
 
@@ -12,13 +15,14 @@ use ulmus_backend::{AdamW, BLOCK, HostCopy, In, Out, Quantum, TrainingBackend, V
 use ulmus_plan::{ModelConfig, TrainConfig};
 use ulmus_types::Digest;
 
+use crate::adapter::AdapterShape;
 use crate::batch::{BatchShape, MicroBatch};
 use crate::buffers::{Planner, read, write};
 use crate::error::ModelError;
-use crate::init::initial_values;
-use crate::network::Network;
-use crate::objective::{LossSum, Objective};
-use crate::params::{Layout, Trainable, TrainableRange, check_len};
+use crate::init::{initial_values, row_norm};
+use crate::network::{DropoutRate, Network};
+use crate::objective::{LossSum, Objective, SequenceScore};
+use crate::params::{Initial, Layout, Places, Trainable, Update, check_len};
 
 /// Elements that pass through the host at a time while a state is hashed or initialised.
 const CHUNK: usize = 1 << 20;
@@ -29,7 +33,7 @@ const CLIP_EPSILON: f64 = 1e-6;
 /// One of the three flat vectors that make up the state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum StatePart {
-    /// The weights.
+    /// The trained weights.
     Weights,
     /// AdamW's first moment.
     FirstMoment,
@@ -42,14 +46,14 @@ impl StatePart {
     pub const ALL: [Self; 3] = [Self::Weights, Self::FirstMoment, Self::SecondMoment];
 }
 
-/// The state on the host: flat vectors in the order of [`Layout`].
+/// The state on the host: flat vectors of the trained parameters, in the order of [`Replica::layout`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct State {
-    /// The weights of all parameters.
+    /// The weights.
     pub weights: Vec<f32>,
-    /// AdamW's first moment, of the trainable parameters.
+    /// AdamW's first moment.
     pub first_moment: Vec<f32>,
-    /// AdamW's second moment, of the trainable parameters.
+    /// AdamW's second moment.
     pub second_moment: Vec<f32>,
 }
 
@@ -76,7 +80,7 @@ impl From<State> for StateCopy {
     }
 }
 
-/// Exact sums of gradients, one integer per trainable parameter.
+/// Exact sums of gradients, one integer per trained parameter.
 #[derive(Debug)]
 pub struct Sums<B: TrainingBackend> {
     values: B::Buffer<i64>,
@@ -122,9 +126,9 @@ impl<B: TrainingBackend> Sums<B> {
 #[derive(Debug)]
 pub struct Replica<B: TrainingBackend> {
     backend: B,
-    layout: Layout,
     trainable: Trainable,
     network: Network<B>,
+    /// All weights: those of the model, and behind them those of the adapter.
     weights: B::Parameters,
     first_moment: B::Buffer<f32>,
     second_moment: B::Buffer<f32>,
@@ -137,8 +141,8 @@ pub struct Replica<B: TrainingBackend> {
 }
 
 impl<B: TrainingBackend> Replica<B> {
-    /// Plans a replica for micro-batches of one shape, with all parameters trainable. Allocates all of its memory,
-    /// zeroed. `config` has passed [`ModelConfig::check`].
+    /// Plans a replica for micro-batches up to one shape, with all parameters trained. Allocates all of its memory, zeroed.
+    /// `config` has passed [`ModelConfig::check`].
     ///
     /// # Errors
     /// [`ModelError::Backend`]; [`ModelError::Batch`] for an empty shape.
@@ -148,24 +152,42 @@ impl<B: TrainingBackend> Replica<B> {
         shape: BatchShape,
         objective: Objective,
     ) -> Result<Self, ModelError> {
-        let layout = Layout::new(config);
-        let trainable = Trainable::all(&layout);
-        Self::with_trainable(backend, config, shape, objective, layout, trainable)
+        Self::planned(backend, config, None, shape, objective)
     }
 
-    fn with_trainable(
+    /// Plans a replica that trains an adapter of a model, and nothing else. `seed` is that of the adapter's dropout. The
+    /// model's weights have to be loaded before anything else, by [`Replica::load_base`].
+    ///
+    /// # Errors
+    /// Those of [`Replica::new`].
+    pub fn with_adapter(
         backend: B,
         config: &ModelConfig,
+        adapter: &AdapterShape,
+        seed: u64,
         shape: BatchShape,
         objective: Objective,
-        layout: Layout,
-        trainable: Trainable,
+    ) -> Result<Self, ModelError> {
+        Self::planned(backend, config, Some((adapter, seed)), shape, objective)
+    }
+
+    fn planned(
+        backend: B,
+        config: &ModelConfig,
+        adapter: Option<(&AdapterShape, u64)>,
+        shape: BatchShape,
+        objective: Objective,
     ) -> Result<Self, ModelError> {
         let BatchShape { sequences, length, .. } = shape;
         if sequences == 0 || length == 0 {
             return Err(ModelError::Batch(format!("[{sequences}, {length}] has no position")));
         }
-        let network = Network::new(backend.clone(), config, &layout, &trainable, objective, shape)?;
+        let (layout, places) = Places::new(config, adapter.map(|(adapter, _)| adapter));
+        let first = if adapter.is_some() { places.base } else { 0 };
+        let trainable = Trainable::of(&layout, first..layout.parameters());
+        let (rate, seed) = adapter.map_or((0.0, 0), |(adapter, seed)| (adapter.config().dropout, seed));
+        let dropout = DropoutRate { rate, seed };
+        let network = Network::new(backend.clone(), config, places, &trainable, objective, shape, dropout)?;
         let plan = &mut Planner::new(&backend);
         let len = trainable.parameters();
         Ok(Self {
@@ -173,19 +195,18 @@ impl<B: TrainingBackend> Replica<B> {
             weights: plan.parameters(layout.parameters())?,
             first_moment: plan.buffer(len)?,
             second_moment: plan.buffer(len)?,
-            gradient: plan.buffer(trainable.gradient_len())?,
+            gradient: plan.buffer(len)?,
             outside: backend.allocate(1)?,
             squares: vec![0.0; len.div_ceil(BLOCK)],
             planned_bytes: plan.bytes,
-            layout,
             trainable,
             backend,
         })
     }
 
-    /// Names, shapes and places of the parameters.
+    /// Names, shapes and places of the trained parameters: of what is in the state.
     pub fn layout(&self) -> &Layout {
-        &self.layout
+        self.trainable.layout()
     }
 
     /// The parameters that are trained.
@@ -208,17 +229,50 @@ impl<B: TrainingBackend> Replica<B> {
         self.planned_bytes + self.network.planned_bytes()
     }
 
-    /// Sets the weights to the initial ones of this seed, the same for any number of workers, and the moments to 0.
+    /// Loads the frozen weights of a replica that trains an adapter.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensors`] if there is not one weight per parameter of the model.
+    ///
+    /// # Panics
+    /// If all parameters are trained.
+    pub fn load_base(&mut self, weights: &[f32]) -> Result<(), ModelError> {
+        let base = self.trainable.range().start;
+        assert!(base > 0, "the weights of a model that is trained as a whole are its state");
+        check_len(weights, base)?;
+        self.backend.set_parameters(ViewMut::new(&mut self.weights, 0..base), weights);
+        let Network { backend, places, scratch, .. } = &mut self.network;
+        scratch.adapters.set_squares(backend, places, |row| row_norm(&weights[row]).1);
+        Ok(())
+    }
+
+    /// Sets the trained weights to the initial ones of this seed, the same for any number of workers, and the moments to 0.
+    /// An adapter begins as one that changes nothing.
     pub fn initialise(&mut self, seed: u64) {
         self.backend.finish_copies();
+        let Self { backend, trainable, weights, .. } = self;
+        let first = trainable.range().start;
         let mut part = Vec::with_capacity(CHUNK);
-        for (index, tensor) in self.layout.tensors().iter().enumerate() {
+        for (index, tensor) in trainable.layout().tensors().iter().enumerate() {
             let mut values = initial_values(tensor, index, seed);
             for start in tensor.range.clone().step_by(CHUNK) {
                 part.clear();
                 part.extend(values.by_ref().take(CHUNK));
-                let to = ViewMut::new(&mut self.weights, start..start + part.len());
-                self.backend.set_parameters(to, &part);
+                let start = first + start;
+                backend.set_parameters(ViewMut::new(weights, start..start + part.len()), &part);
+            }
+            if let Initial::RowNorms(matrix) = &tensor.initial {
+                let mut row = vec![0.0; matrix.len() / tensor.range.len()];
+                let rows = matrix.clone().step_by(row.len());
+                let norms: Vec<f32> = rows
+                    .map(|start| {
+                        let place = View::new(&*weights, start..start + row.len());
+                        backend.download(backend.values(place), &mut row);
+                        row_norm(&row).0
+                    })
+                    .collect();
+                let place = first + tensor.range.start..first + tensor.range.end;
+                backend.set_parameters(ViewMut::new(weights, place), &norms);
             }
         }
         let zeros = vec![0.0; CHUNK.min(self.trainable.parameters())];
@@ -234,9 +288,9 @@ impl<B: TrainingBackend> Replica<B> {
     /// # Errors
     /// [`ModelError::Batch`] if the batch does not fit the planned shape or the vocabulary.
     pub fn forward_backward(&mut self, batch: &MicroBatch) -> Result<LossSum, ModelError> {
-        self.network.load(batch)?;
+        self.load(batch)?;
         let Self { network, weights, gradient, .. } = self;
-        network.forward_backward(weights, gradient, |_, _| {});
+        network.forward_backward(batch, weights, gradient, |_, _| {});
         Ok(network.loss_sum(batch))
     }
 
@@ -254,11 +308,11 @@ impl<B: TrainingBackend> Replica<B> {
         quantum: &Quantum,
         mut complete: impl FnMut(&mut Sums<B>, Range<usize>),
     ) -> Result<LossSum, ModelError> {
-        self.network.load(batch)?;
+        self.load(batch)?;
         let accumulate = !std::mem::replace(&mut sums.cleared, false);
         let Self { backend, network, weights, gradient, outside, .. } = self;
         backend.upload(write(outside, 1), &[0]);
-        network.forward_backward(weights, gradient, |gradient, range| {
+        network.forward_backward(batch, weights, gradient, |gradient, range| {
             let gradient = View::new(gradient, range.clone());
             backend.quantise(sums.part(range.clone()), write(outside, 1), gradient, quantum, accumulate);
             complete(sums, range);
@@ -273,21 +327,58 @@ impl<B: TrainingBackend> Replica<B> {
         if outside == [0] { Ok(()) } else { Err(ModelError::GradientRange { limit: quantum.limit() }) }
     }
 
-    /// The loss sums of the batch, without a gradient.
+    /// Puts a batch on the device, with what the objective needs.
+    fn load(&mut self, batch: &MicroBatch) -> Result<(), ModelError> {
+        if matches!(self.objective(), Objective::Preferences(_)) {
+            batch.check_pairs()?;
+        }
+        self.network.load(batch)
+    }
+
+    /// The loss sums of the batch, without a gradient and without dropout.
     ///
     /// # Errors
     /// Those of [`Replica::forward_backward`].
     pub fn loss(&mut self, batch: &MicroBatch) -> Result<LossSum, ModelError> {
-        self.network.load(batch)?;
+        self.load(batch)?;
+        self.compute_loss();
+        Ok(self.network.loss_sum(batch))
+    }
+
+    fn compute_loss(&mut self) {
         let Self { backend, network, weights, .. } = self;
         backend.run(|| {
             network.forward(weights);
             network.loss(weights);
         });
-        Ok(network.loss_sum(batch))
     }
 
-    /// Sets elements `range` of the gradient to the mean over `valid` tokens of what `sums` hold there.
+    /// How likely the model finds the targets of each sequence. If this is asked for before the first update, with the
+    /// batches that are trained on, and given to them as [`MicroBatch::references`], all margins begin at exactly 0.
+    ///
+    /// # Errors
+    /// Those of [`Replica::forward_backward`].
+    pub fn score(&mut self, batch: &MicroBatch) -> Result<Vec<SequenceScore>, ModelError> {
+        self.network.load(batch)?;
+        self.compute_loss();
+        Ok(self.network.scores(batch).to_vec())
+    }
+
+    /// What the head gets: the output of the final norm, `[sequences · length, model_dim]`.
+    ///
+    /// # Errors
+    /// Those of [`Replica::forward_backward`].
+    pub fn hidden(&mut self, batch: &MicroBatch) -> Result<Vec<f32>, ModelError> {
+        self.network.load(batch)?;
+        let Self { backend, network, weights, .. } = self;
+        backend.run(|| network.forward(weights));
+        let mut hidden = vec![0.0; network.rows() * network.model_dim];
+        backend.read_activations(read(&network.scratch.normed, hidden.len()), &mut hidden);
+        Ok(hidden)
+    }
+
+    /// Sets elements `range` of the gradient to the mean over `valid` tokens or pairs ([`Objective::divisor`]) of what
+    /// `sums` hold there.
     pub fn set_mean_gradient(&mut self, sums: &Sums<B>, range: Range<usize>, quantum: &Quantum, valid: u64) {
         let gradient = ViewMut::new(&mut self.gradient, range.clone());
         self.backend.dequantise(gradient, View::new(&sums.values, range), quantum.mean_scale(valid));
@@ -298,7 +389,7 @@ impl<B: TrainingBackend> Replica<B> {
         write(&mut self.gradient, self.trainable.parameters())
     }
 
-    /// Turns the gradient into the mean over `valid` tokens, bit for bit as if it had gone through sums of its own, but
+    /// Turns the gradient into the mean over `valid` tokens or pairs, bit for bit as if it had gone through sums of its own, but
     /// without memory for them.
     ///
     /// # Errors
@@ -354,7 +445,7 @@ impl<B: TrainingBackend> Replica<B> {
         let Self { backend, trainable, weights, first_moment, second_moment, gradient, .. } = self;
         backend.finish_copies();
         backend.run(|| {
-            for TrainableRange { parameters, elements, decays } in trainable.ranges() {
+            for Update { parameters, elements, decays } in trainable.updates() {
                 backend.adamw(
                     ViewMut::new(weights, parameters.clone()),
                     ViewMut::new(first_moment, elements.clone()),
@@ -368,16 +459,19 @@ impl<B: TrainingBackend> Replica<B> {
     }
 
     /// The number of elements of a part of the state.
-    pub fn part_len(&self, part: StatePart) -> usize {
-        match part {
-            StatePart::Weights => self.layout.parameters(),
-            StatePart::FirstMoment | StatePart::SecondMoment => self.trainable.parameters(),
-        }
+    pub fn part_len(&self, _: StatePart) -> usize {
+        self.trainable.parameters()
+    }
+
+    /// The place of elements of the state among all weights.
+    fn place(&self, elements: &Range<usize>) -> Range<usize> {
+        let first = self.trainable.range().start;
+        first + elements.start..first + elements.end
     }
 
     fn part(&self, part: StatePart, range: Range<usize>) -> In<'_, B> {
         match part {
-            StatePart::Weights => self.backend.values(View::new(&self.weights, range)),
+            StatePart::Weights => self.backend.values(View::new(&self.weights, self.place(&range))),
             StatePart::FirstMoment => View::new(&self.first_moment, range),
             StatePart::SecondMoment => View::new(&self.second_moment, range),
         }
@@ -388,7 +482,10 @@ impl<B: TrainingBackend> Replica<B> {
         self.backend.finish_copies();
         let len = self.part_len(part);
         match part {
-            StatePart::Weights => self.backend.write_values(write(&mut self.weights, len), work),
+            StatePart::Weights => {
+                let place = self.place(&(0..len));
+                self.backend.write_values(ViewMut::new(&mut self.weights, place), work)
+            }
             StatePart::FirstMoment => work(write(&mut self.first_moment, len)),
             StatePart::SecondMoment => work(write(&mut self.second_moment, len)),
         }
@@ -405,7 +502,8 @@ impl<B: TrainingBackend> Replica<B> {
         let range = start..start + from.len();
         let moment = match part {
             StatePart::Weights => {
-                return self.backend.set_parameters(ViewMut::new(&mut self.weights, range), from);
+                let place = self.place(&range);
+                return self.backend.set_parameters(ViewMut::new(&mut self.weights, place), from);
             }
             StatePart::FirstMoment => &mut self.first_moment,
             StatePart::SecondMoment => &mut self.second_moment,
@@ -451,7 +549,7 @@ impl<B: TrainingBackend> Replica<B> {
         Ok(())
     }
 
-    /// BLAKE3 of weights and moments: equal on all workers after every step.
+    /// BLAKE3 of the trained weights and of the moments: equal on all workers after every step.
     pub fn state_hash(&self) -> Digest {
         self.hash(StatePart::ALL.map(|part| self.part(part, 0..self.part_len(part))))
     }
@@ -463,7 +561,7 @@ impl<B: TrainingBackend> Replica<B> {
 
     fn hash<'a>(&'a self, vectors: impl IntoIterator<Item = In<'a, B>>) -> Digest {
         let mut hasher = blake3::Hasher::new();
-        let mut host = vec![0.0; CHUNK.min(self.layout.parameters())];
+        let mut host = vec![0.0; CHUNK.min(self.trainable.parameters())];
         for View { buffer, range } in vectors {
             for chunk in chunks(range.len()) {
                 let host = &mut host[..chunk.len()];
@@ -479,118 +577,4 @@ impl<B: TrainingBackend> Replica<B> {
 /// The range `0..len` in ranges of [`CHUNK`] elements.
 fn chunks(len: usize) -> impl Iterator<Item = Range<usize>> {
     (0..len).step_by(CHUNK).map(move |start| start..len.min(start + CHUNK))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::params::Tensor;
-    use ulmus_cpu::Cpu;
-    use ulmus_plan::Multipliers;
-
-    fn config() -> ModelConfig {
-        ModelConfig {
-            vocab_size: 97,
-            num_transformer_layers: 3,
-            model_dim: 48,
-            head_dim: 12,
-            num_gqa_groups: 2,
-            ffn_multipliers: Multipliers::Uniform(2.0),
-            ffn_dim_divisor: 20,
-            ..ModelConfig::default()
-        }
-    }
-
-    fn replica(trains: impl Fn(&Tensor) -> bool) -> Replica<Cpu> {
-        let layout = Layout::new(&config());
-        let trainable = Trainable::of(&layout, trains);
-        let shape = BatchShape::new(2, 20);
-        let mut replica = Replica::with_trainable(
-            Cpu::new(1),
-            &config(),
-            shape,
-            Objective::next_token(1e-4),
-            layout,
-            trainable,
-        )
-        .unwrap();
-        replica.initialise(5);
-        replica
-    }
-
-    fn batch(step: u64) -> MicroBatch {
-        let tokens = |seed: u64| (0..40).map(|i| ((i * 31 + seed * 17) % 97) as u32).collect();
-        MicroBatch::of_whole_documents(2, 20, tokens(step), tokens(step + 1))
-    }
-
-    fn gradient(replica: &Replica<Cpu>) -> Vec<f32> {
-        let mut gradient = vec![f32::NAN; replica.trainable().parameters()];
-        replica.read_gradient(0, &mut gradient);
-        gradient
-    }
-
-    /// Trains some of the parameters, through sums of two micro-batches, as a worker does.
-    fn train_a_part(trains: impl Fn(&Tensor) -> bool) {
-        let recipe = TrainConfig::default();
-        let (mut replica, mut complete) = (self::replica(&trains), self::replica(|_| true));
-        let elements = replica.trainable().parameters();
-        let before = replica.state();
-        let trained = || tensors().into_iter().filter(|tensor| trains(tensor));
-        assert_eq!(elements, trained().map(|tensor| tensor.range.len()).sum::<usize>());
-        assert_eq!((before.first_moment.len(), before.second_moment.len()), (elements, elements));
-
-        // It is part of the gradient of a model that trains all parameters.
-        let loss = replica.forward_backward(&batch(0)).unwrap();
-        assert_eq!(loss, complete.forward_backward(&batch(0)).unwrap());
-        let all = gradient(&complete);
-        let expected: Vec<f32> = trained().flat_map(|tensor| all[tensor.range.clone()].to_vec()).collect();
-        assert_eq!(gradient(&replica), expected);
-
-        let quantum = Quantum::new(80, 2);
-        let mut sums = Sums::new(replica.backend(), replica.trainable()).unwrap();
-        for step in 0..3 {
-            let (mut valid, mut reduced) = (0, 0);
-            sums.clear();
-            for micro_batch in 0..2 {
-                let batch = batch(2 * step + micro_batch);
-                let loss =
-                    replica.add_gradient(&batch, &mut sums, &quantum, |_, range| reduced += range.len());
-                valid += loss.unwrap().valid;
-            }
-            assert_eq!((reduced, sums.values().len()), (2 * elements, elements));
-            replica.set_mean_gradient(&sums, 0..elements, &quantum, valid);
-            let mean = gradient(&replica).iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
-            let norm = replica.update(&recipe, 1e-3, step).unwrap();
-            assert!((norm / mean - 1.0).abs() < 1e-12, "{norm} {mean}");
-        }
-
-        let after = replica.state();
-        let mut moments = 0;
-        for tensor in tensors() {
-            let [old, new] = [&before, &after].map(|state| &state.weights[tensor.range.clone()]);
-            let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-            assert_eq!(bits(old) != bits(new), trains(&tensor), "{}", tensor.name);
-            if trains(&tensor) {
-                let range = moments..moments + tensor.range.len();
-                moments = range.end;
-                assert!(after.first_moment[range].iter().any(|moment| *moment != 0.0), "{}", tensor.name);
-            }
-        }
-        // The state moves to another replica.
-        let mut other = self::replica(&trains);
-        other.load_state(&after).unwrap();
-        assert_eq!(other.state_hash(), replica.state_hash());
-        assert!(matches!(other.load_state(&complete.state()), Err(ModelError::Tensors(_))));
-    }
-
-    fn tensors() -> Vec<Tensor> {
-        Layout::new(&config()).tensors().to_vec()
-    }
-
-    #[test]
-    fn frozen_parameters_keep_their_bits() {
-        train_a_part(|tensor| !tensor.decays());
-        train_a_part(|tensor| tensor.name.contains("layers.2."));
-        train_a_part(|tensor| !tensor.name.contains("norm") && !tensor.name.contains("layers.1."));
-    }
 }

@@ -1,11 +1,12 @@
 //! Conversion between the flat vector and safetensors with Hugging Face names.
 //!
 //! A reader takes every tensor of the layout exactly once, from one file or several, in float32, float16 or bfloat16.
-//! Names without the prefix `transformer.`, as the reference writes them, are accepted, and a copy of the tied
-//! embedding under `lm_head.weight` is ignored. Anything else is refused by name. Tensors are read one at a time, so a
+//! Names without the prefix `transformer.`, as the reference writes them, are accepted, and a copy of a tied embedding under
+//! `lm_head.weight` is ignored. Anything else is refused by name. Tensors are read one at a time, so a
 //! file is never in memory as a whole.
 
 use std::io::{Cursor, Read, Seek, SeekFrom};
+use std::path::Path;
 
 use half::{bf16, f16};
 use safetensors::tensor::{Metadata, TensorInfo, TensorView};
@@ -18,6 +19,8 @@ use crate::params::{Layout, Tensor};
 const LENGTH_BYTES: u64 = 8;
 /// The longest header that the format allows.
 const LONGEST_HEADER: u64 = 100_000_000;
+/// The name of an untied head.
+const HEAD: &str = "lm_head.weight";
 /// Elements converted at a time.
 const CHUNK: usize = 1 << 18;
 
@@ -35,7 +38,7 @@ pub fn weights_to_safetensors(layout: &Layout, weights: &[f32]) -> Result<Vec<u8
 /// # Errors
 /// [`ModelError::Tensors`] if the file does not hold exactly the tensors of this layout.
 pub fn weights_from_safetensors(layout: &Layout, bytes: &[u8]) -> Result<Vec<f32>, ModelError> {
-    let mut reader = WeightReader::new(layout);
+    let mut reader = WeightReader::new(layout, Names::MODEL);
     reader.read(Cursor::new(bytes)).map_err(|problem| ModelError::Tensors(problem.into_text()))?;
     reader.finish().map_err(ModelError::Tensors)
 }
@@ -75,6 +78,14 @@ pub(crate) enum Problem {
 }
 
 impl Problem {
+    /// The error of the file at `path`.
+    pub(crate) fn of(self, path: &Path) -> ModelError {
+        match self {
+            Self::Damaged(problem) => ModelError::Damaged { path: path.to_owned(), problem },
+            Self::Format(problem) => ModelError::format(path, problem),
+        }
+    }
+
     fn into_text(self) -> String {
         let (Self::Damaged(text) | Self::Format(text)) = self;
         text
@@ -87,25 +98,52 @@ impl From<String> for Problem {
     }
 }
 
+/// How a file names tensors, and how messages name what they belong to.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Names {
+    /// The name without what writers add or leave out, as that of the layout without `transformer.`.
+    pub plain: fn(&str) -> String,
+    /// What all tensors of a file belong to.
+    pub of: &'static str,
+    /// What decides on their shapes.
+    pub asks: &'static str,
+}
+
+impl Names {
+    /// Those of a whole model.
+    pub(crate) const MODEL: Self = Self {
+        plain: |name| without_prefix(name).to_owned(),
+        of: "an OpenELM of this config",
+        asks: "the config",
+    };
+}
+
+/// A name without the prefix that the reference leaves out.
+pub(crate) fn without_prefix(name: &str) -> &str {
+    name.strip_prefix("transformer.").unwrap_or(name)
+}
+
 /// Collects the flat vector from one or several files.
 #[derive(Debug)]
 pub(crate) struct WeightReader<'a> {
     layout: &'a Layout,
+    names: Names,
     weights: Vec<f32>,
     /// Whether each tensor of the layout has been read.
     seen: Vec<bool>,
 }
 
 impl<'a> WeightReader<'a> {
-    pub(crate) fn new(layout: &'a Layout) -> Self {
-        Self { layout, weights: vec![0.0; layout.parameters()], seen: vec![false; layout.tensors().len()] }
+    pub(crate) fn new(layout: &'a Layout, names: Names) -> Self {
+        let seen = vec![false; layout.tensors().len()];
+        Self { layout, names, weights: vec![0.0; layout.parameters()], seen }
     }
 
     /// Reads all tensors of one file.
     pub(crate) fn read(&mut self, mut file: impl Read + Seek) -> Result<(), Problem> {
         let (metadata, start) = read_header(&mut file)?;
         for name in metadata.offset_keys() {
-            if name == "lm_head.weight" {
+            if name == HEAD && self.layout.tensor(HEAD).is_none() {
                 continue;
             }
             let info = metadata.info(&name).ok_or_else(|| "the header contradicts itself".to_owned())?;
@@ -119,10 +157,10 @@ impl<'a> WeightReader<'a> {
     }
 
     fn index_of(&self, name: &str) -> Result<usize, String> {
-        let plain = |name: &str| name.strip_prefix("transformer.").unwrap_or(name).to_owned();
+        let Names { plain, of, .. } = self.names;
         let wanted = plain(name);
-        let found = self.layout.tensors().iter().position(|tensor| plain(&tensor.name) == wanted);
-        found.ok_or_else(|| format!("tensor {name} does not belong to an OpenELM of this config"))
+        let found = self.layout.tensors().iter().position(|tensor| without_prefix(&tensor.name) == wanted);
+        found.ok_or_else(|| format!("tensor {name} does not belong to {of}"))
     }
 
     fn read_tensor(
@@ -136,8 +174,8 @@ impl<'a> WeightReader<'a> {
         let tensor = &self.layout.tensors()[index];
         if info.shape != tensor.shape {
             return Err(format!(
-                "tensor {name} has shape {:?}, and the config asks for {:?}",
-                info.shape, tensor.shape
+                "tensor {name} has shape {:?}, and {} asks for {:?}",
+                info.shape, self.names.asks, tensor.shape
             ));
         }
         let failed = |error: std::io::Error| format!("cannot read tensor {name}: {error}");

@@ -26,6 +26,7 @@ fn config() -> ModelConfig {
         ffn_dim_divisor: 20,
         rope_freq_constant: 10_000.0,
         norm: NormKind::Rms,
+        share_input_output_layers: true,
     }
 }
 

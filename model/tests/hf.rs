@@ -29,6 +29,7 @@ fn config() -> ModelConfig {
         ffn_dim_divisor: 8,
         rope_freq_constant: 10_000.0,
         norm: NormKind::Rms,
+        share_input_output_layers: true,
     }
 }
 
@@ -262,7 +263,6 @@ fn what_is_not_computed_is_refused_by_field() {
         ("normalization_layer_name", "layer_norm".into()),
         ("ffn_with_glu", false.into()),
         ("normalize_qk_projections", false.into()),
-        ("share_input_output_layers", false.into()),
     ] {
         let message = refused_config(key, value);
         assert!(message.contains("not supported") && message.contains(key), "{message}");

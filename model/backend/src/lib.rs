@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 mod communicator;
+mod dropout;
 mod error;
 mod exact;
 mod format;
@@ -24,12 +25,13 @@ use std::fmt::Debug;
 use std::ops::Range;
 
 pub use communicator::{CommunicatorError, CommunicatorId, GiveUp};
+pub use dropout::{Dropout, DropoutPart, dropout_keeps, dropout_key, dropout_row, dropout_threshold};
 pub use error::BackendError;
 pub use exact::Quantum;
 pub use format::{CacheFormat, WeightFormat};
 pub use greedy::{greedy, greedy_rows};
 pub use training::{
-    AdamW, AttentionShape, BLOCK, FIRST_PROPOSALS, HeadGradients, HostCopy, LinearShape, Params,
+    AdamW, AttentionShape, BLOCK, FIRST_PROPOSALS, HeadGradients, HostCopy, LinearShape, LowRank, Params,
     TrainingBackend,
 };
 use ulmus_plan::{NormKind, Precision};
@@ -62,6 +64,12 @@ pub struct View<'a, T> {
     pub buffer: &'a T,
     /// Which of its elements.
     pub range: Range<usize>,
+}
+
+impl<T> Clone for View<'_, T> {
+    fn clone(&self) -> Self {
+        Self { buffer: self.buffer, range: self.range.clone() }
+    }
 }
 
 impl<'a, T> View<'a, T> {
@@ -98,6 +106,12 @@ impl<'a, T> ViewMut<'a, T> {
     #[inline]
     pub fn new(buffer: &'a mut T, range: Range<usize>) -> Self {
         Self { buffer, range }
+    }
+
+    /// The same view for a shorter time, to write to the same elements again.
+    #[inline]
+    pub fn reborrow(&mut self) -> ViewMut<'_, T> {
+        ViewMut { buffer: self.buffer, range: self.range.clone() }
     }
 
     /// Number of elements.

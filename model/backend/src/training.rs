@@ -1,12 +1,14 @@
-//! What training asks of a device beyond inference: backward kernels, the optimizer, exact sums, and sums over a group
-//! of devices.
+//! What training asks of a device beyond inference: backward kernels, adapters, the optimizer, exact sums, and sums over a
+//! group of devices.
 //!
 //! Shape letters: R rows (positions of all sequences), D model width, H head width, V vocabulary.
 
 use std::fmt::Debug;
 use std::ops::Range;
 
-use super::{Acts, ActsMut, Backend, Element, Heads, In, Norm, Out, Rope, View, ViewMut};
+use super::{
+    Acts, ActsMut, Backend, Dropout, DropoutPart, Element, Heads, In, Norm, Out, Rope, View, ViewMut,
+};
 use crate::{BackendError, CommunicatorError, CommunicatorId, GiveUp, Quantum};
 
 /// Elements per block of [`TrainingBackend::block_squares`]. Members of a ring own whole blocks.
@@ -46,10 +48,39 @@ pub struct AttentionShape {
 pub struct HeadGradients<'a, B: Backend> {
     /// `[R, D]`, overwritten.
     pub hidden: ActsMut<'a, B>,
-    /// `[V, D]`, overwritten.
-    pub table: Out<'a, B>,
+    /// `[V, D]`, overwritten; `None` if the table is frozen.
+    pub table: Option<Out<'a, B>>,
+    /// The weight of each row's loss, `[R]`; `None` if all are 1.
+    pub row_weights: Option<In<'a, B>>,
     /// Weight of the z-loss.
     pub z_loss: f32,
+}
+
+/// A matrix `[outputs, inputs]` with the product `scale · B · A` that is added to it.
+#[derive(Debug)]
+pub struct LowRank<'a, B: TrainingBackend> {
+    /// `[outputs, inputs]`
+    pub weight: Params<'a, B>,
+    /// `[rank, inputs]`
+    pub a: Params<'a, B>,
+    /// `[outputs, rank]`
+    pub b: Params<'a, B>,
+    /// The factor of the product.
+    pub scale: f32,
+    /// Width of the input.
+    pub inputs: usize,
+}
+
+impl<B: TrainingBackend> LowRank<'_, B> {
+    /// Width of the output.
+    pub fn outputs(&self) -> usize {
+        self.weight.len() / self.inputs
+    }
+
+    /// The rank of the product.
+    pub fn rank(&self) -> usize {
+        self.a.len() / self.inputs
+    }
 }
 
 /// The numbers of one AdamW step, for parameters that share a weight decay.
@@ -223,17 +254,26 @@ pub trait TrainingBackend: Backend {
     /// `out[r] = table[ids[r]]`; rows have `width` elements.
     fn embed(&self, out: ActsMut<'_, Self>, table: Params<'_, Self>, ids: In<'_, Self, u32>, width: usize);
 
-    /// `table_gradient[ids[r]] += gradient[r]`, in the order of the rows; rows have `width` elements.
+    /// `table_gradient[ids[r]] += gradient[r]`, in the order of the rows; rows have `width` elements. Without
+    /// `accumulate`, the gradient is 0 before.
     fn embed_backward(
         &self,
         table_gradient: Out<'_, Self>,
         gradient: Acts<'_, Self>,
         ids: In<'_, Self, u32>,
         width: usize,
+        accumulate: bool,
     );
 
-    /// `out = x · weightᵀ`.
-    fn linear(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, weight: Params<'_, Self>, shape: LinearShape);
+    /// `out = x · weightᵀ`, or `out += x · weightᵀ` if `accumulate`.
+    fn linear(
+        &self,
+        out: ActsMut<'_, Self>,
+        x: Acts<'_, Self>,
+        weight: Params<'_, Self>,
+        shape: LinearShape,
+        accumulate: bool,
+    );
 
     /// `weight_gradient = gradientᵀ · x`.
     fn linear_backward_weight(
@@ -244,32 +284,77 @@ pub trait TrainingBackend: Backend {
         shape: LinearShape,
     );
 
-    /// `x_gradient = gradient · weight`.
+    /// `x_gradient = gradient · weight`, or `x_gradient += gradient · weight` if `accumulate`.
     fn linear_backward_input(
         &self,
         x_gradient: ActsMut<'_, Self>,
         gradient: Acts<'_, Self>,
         weight: Params<'_, Self>,
         shape: LinearShape,
+        accumulate: bool,
     );
 
-    /// Gradients of the norm. Overwrites `weight_gradient`; adds to `x_gradient` if `accumulate` (it then holds the
+    /// `x = factor · x`.
+    fn scale(&self, x: ActsMut<'_, Self>, factor: f32);
+
+    /// `out[rows[r]] = x[r]`, and 0 in all other rows; rows have `width` elements, and no two of `rows` are equal.
+    fn scatter(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, rows: In<'_, Self, u32>, width: usize);
+
+    /// Puts a part of `x` into `out`, or adds it if `accumulate`; rows have `width` elements.
+    fn dropout(
+        &self,
+        out: ActsMut<'_, Self>,
+        x: Acts<'_, Self>,
+        dropout: Dropout<'_, Self>,
+        width: usize,
+        part: DropoutPart,
+        accumulate: bool,
+    );
+
+    /// `gains = [magnitude / norm, 1 / norm]`, `[2, outputs]`, in which `norm` is the L2 norm of each row of `matrix`, and
+    /// `squares` are those norms' squares without the product. Both are 1 and 0 for a row of zeros. `scratch` has at least
+    /// `(2 · outputs + rank) · rank` elements; no matrix of the size of the weights is made.
+    fn gains(
+        &self,
+        gains: Out<'_, Self>,
+        magnitude: Params<'_, Self>,
+        squares: In<'_, Self>,
+        matrix: LowRank<'_, Self>,
+        scratch: Out<'_, Self>,
+    );
+
+    /// `out = x · gains`, column by column, or `out += x · gains` if `accumulate`; a row is as long as `gains`.
+    fn scale_columns(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, gains: In<'_, Self>, accumulate: bool);
+
+    /// Gradients of [`TrainingBackend::scale_columns`] by the gains of [`TrainingBackend::gains`], in which norms are
+    /// constants: `x_gradient = gradient · gains`, and `magnitude_gradient = Σ_rows gradient · x / norm`, overwritten.
+    fn scale_columns_backward(
+        &self,
+        x_gradient: ActsMut<'_, Self>,
+        magnitude_gradient: Out<'_, Self>,
+        gradient: Acts<'_, Self>,
+        x: Acts<'_, Self>,
+        gains: In<'_, Self>,
+    );
+
+    /// Gradients of the norm. Overwrites `weight_gradient`, if the weights are not frozen; adds to `x_gradient` if `accumulate` (it then holds the
     /// part of the residual path), and otherwise overwrites it.
     fn norm_backward(
         &self,
         x_gradient: ActsMut<'_, Self>,
-        weight_gradient: Out<'_, Self>,
+        weight_gradient: Option<Out<'_, Self>>,
         gradient: Acts<'_, Self>,
         x: Acts<'_, Self>,
         norm: Norm<'_, Self::Buffer<f32>>,
         accumulate: bool,
     );
 
-    /// Replaces `packed` by its gradient, and overwrites the gradients of the two norms' weights (`[2, H]`).
+    /// Replaces `packed` by its gradient, and overwrites the gradients of the two norms' weights (`[2, H]`), if they are
+    /// not frozen.
     fn qk_norm_rope_backward(
         &self,
         packed: ActsMut<'_, Self>,
-        weights_gradient: Out<'_, Self>,
+        weights_gradient: Option<Out<'_, Self>>,
         gradient: Acts<'_, Self>,
         norm: Norm<'_, Self::Buffer<f32>>,
         rope: Rope<'_, Self>,
@@ -305,8 +390,8 @@ pub trait TrainingBackend: Backend {
 
     /// Output head and loss in one. Per row, `lse = logsumexp(logits)` and `cross_entropy = lse − logits[target]`, in
     /// nats; both are 0 where the target is [`IGNORE`](super::IGNORE). If `gradients` are asked for, they are those of
-    /// `Σ cross_entropy + z_loss · lse²`. `logits` is scratch for up to [`TrainingBackend::HEAD_ROWS`] rows of `[V]`:
-    /// the logits of a whole batch never exist at once.
+    /// `Σ row_weight · (cross_entropy + z_loss · lse²)`. `logits` is scratch for up to [`TrainingBackend::HEAD_ROWS`]
+    /// rows of `[V]`: the logits of a whole batch never exist at once.
     fn head_loss(
         &self,
         cross_entropy: Out<'_, Self>,

@@ -9,10 +9,12 @@ use ulmus_backend::{
 use ulmus_plan::NormKind;
 use ulmus_plan::ROW_BLOCK;
 
+use crate::adapters;
+
 /// Tolerance for a float32 kernel's output, as relative L2.
-const FORWARD: f64 = 1e-5;
+pub(crate) const FORWARD: f64 = 1e-5;
 /// Tolerance for a float32 gradient, as relative L2. The differences in f64 are accurate to about 1e-8.
-const BACKWARD: f64 = 2e-5;
+pub(crate) const BACKWARD: f64 = 2e-5;
 /// Half the step of a central difference.
 const STEP: f64 = 1e-5;
 
@@ -108,7 +110,7 @@ pub fn assert_close(what: &str, found: &[f32], reference: &[f64], tolerance: f64
 }
 
 /// Checks a kernel's output and its gradients with respect to `inputs`, under the loss `Σ upstream · output`.
-fn check(
+pub(crate) fn check(
     what: &str,
     reference: impl Fn(&[Vec<f64>]) -> Vec<f64>,
     inputs: &[&[f32]],
@@ -186,7 +188,7 @@ pub fn pass_norm<B: TrainingBackend>(
     let weight_gradient = device.fill(d, |weight_gradient| {
         let (x_gradient, accumulate) = (all_mut(&mut x_gradient, len), residual.is_some());
         let (upstream, x) = (all(&upstream, len), all(&x, len));
-        device.0.norm_backward(x_gradient, weight_gradient, upstream, x, norm.view(), accumulate);
+        device.0.norm_backward(x_gradient, Some(weight_gradient), upstream, x, norm.view(), accumulate);
     });
     [out, device.get_acts(&x_gradient, len), weight_gradient]
 }
@@ -227,11 +229,11 @@ fn linear<B: TrainingBackend>(device: &Device<B>) {
             (random(rows * inputs, 1), random(outputs * inputs, 2), random(rows * outputs, 3));
         let (x_, weight_, upstream_) = (device.acts(&x), device.params(&weight), device.acts(&upstream));
         let (x_view, weight_view) = (|| all(&x_, rows * inputs), || all(&weight_, outputs * inputs));
-        let out =
-            device.fill_acts(rows * outputs, |out| device.0.linear(out, x_view(), weight_view(), shape));
+        let out = device
+            .fill_acts(rows * outputs, |out| device.0.linear(out, x_view(), weight_view(), shape, false));
         let gradient = || all(&upstream_, rows * outputs);
         let x_gradient = device.fill_acts(rows * inputs, |into| {
-            device.0.linear_backward_input(into, gradient(), weight_view(), shape);
+            device.0.linear_backward_input(into, gradient(), weight_view(), shape, false);
         });
         let weight_gradient = device.fill(outputs * inputs, |into| {
             device.0.linear_backward_weight(into, gradient(), x_view(), shape);
@@ -261,6 +263,7 @@ fn embedding<B: TrainingBackend>(device: &Device<B>) {
         all(&upstream_, ids.len() * width),
         all(&ids_, ids.len()),
         width,
+        true,
     );
     let gradient: Vec<f32> = device.get(&gradient, vocabulary * width).iter().map(|x| x - before).collect();
     let reference = |inputs: &[Vec<f64>]| {
@@ -335,7 +338,14 @@ impl PackedRows {
         let mut gradient = device.acts(packed);
         let weights_gradient = device.fill(weights.len(), |weights_gradient| {
             let (gradient, upstream) = (all_mut(&mut gradient, len), all(&upstream, len));
-            device.0.qk_norm_rope_backward(gradient, weights_gradient, upstream, norm.view(), rope(), *heads);
+            device.0.qk_norm_rope_backward(
+                gradient,
+                Some(weights_gradient),
+                upstream,
+                norm.view(),
+                rope(),
+                *heads,
+            );
         });
         [out, device.get_acts(&gradient, len), weights_gradient]
     }
@@ -469,6 +479,8 @@ fn head_loss<B: TrainingBackend>(device: &Device<B>) {
     let z_loss = 0.05;
     let (hidden, table) = (random(rows * inputs, 1), random(outputs * inputs, 2));
     let (hidden_, table_, targets_) = (device.acts(&hidden), device.params(&table), device.put(&targets));
+    let weights = random(rows, 3);
+    let weights_ = device.put(&weights);
     let chunk_rows = 4;
     let mut logits = device.put(&vec![f32::NAN; chunk_rows * outputs]);
     let (mut ce, mut lse) = (device.put(&vec![f32::NAN; rows]), device.put(&vec![f32::NAN; rows]));
@@ -477,7 +489,8 @@ fn head_loss<B: TrainingBackend>(device: &Device<B>) {
     let mut losses = |with_gradients: bool| {
         let gradients = with_gradients.then(|| HeadGradients {
             hidden: all_mut(&mut hidden_gradient, rows * inputs),
-            table: all_mut(&mut table_gradient, outputs * inputs),
+            table: Some(all_mut(&mut table_gradient, outputs * inputs)),
+            row_weights: Some(all(&weights_, rows)),
             z_loss,
         });
         device.0.head_loss(
@@ -496,14 +509,16 @@ fn head_loss<B: TrainingBackend>(device: &Device<B>) {
     let (ce, lse) = losses(true);
     assert_eq!((&ce, &lse), (&alone.0, &alone.1));
     assert_eq!((ce[2], lse[2], ce[6], lse[6]), (0.0, 0.0, 0.0, 0.0));
-    let loss: f32 = ce.iter().zip(&lse).map(|(ce, lse)| ce + z_loss * lse * lse).sum();
+    let losses = ce.iter().zip(&lse).map(|(ce, lse)| ce + z_loss * lse * lse);
+    let loss: f32 = losses.zip(&weights).map(|(loss, weight)| weight * loss).sum();
     let reference = |given: &[Vec<f64>]| {
         let mut total = 0.0;
-        for (x, target) in given[0].chunks(inputs).zip(targets).filter(|(_, target)| *target != IGNORE) {
+        let rows = given[0].chunks(inputs).zip(targets).zip(&weights);
+        for ((x, target), weight) in rows.filter(|((_, target), _)| *target != IGNORE) {
             let logit = |w: &[f64]| x.iter().zip(w).map(|(x, w)| x * w).sum::<f64>();
             let logits: Vec<f64> = given[1].chunks(inputs).map(logit).collect();
             let lse = logits.iter().map(|z| z.exp()).sum::<f64>().ln();
-            total += lse - logits[target as usize] + f64::from(z_loss) * lse * lse;
+            total += f64::from(*weight) * (lse - logits[target as usize] + f64::from(z_loss) * lse * lse);
         }
         vec![total]
     };
@@ -620,4 +635,5 @@ pub fn conform<B: TrainingBackend>(backend: B) {
     head_loss(&device);
     adamw(&device);
     reductions(&device);
+    adapters::conform(&device);
 }

@@ -1,6 +1,6 @@
 //! The numbers of the reference implementation, and batches to compare with them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use safetensors::{Dtype, SafeTensors};
 use ulmus_backend::{IGNORE, Quantum, TrainingBackend};
@@ -28,7 +28,12 @@ pub struct Tensors(Vec<u8>);
 impl Tensors {
     /// Opens the file `name`.
     pub fn open(name: &str) -> Self {
-        Self(std::fs::read(golden(name)).unwrap())
+        Self::at(&golden(name))
+    }
+
+    /// Opens the file at `path`.
+    pub fn at(path: &Path) -> Self {
+        Self(std::fs::read(path).unwrap())
     }
 
     fn view<T>(&self, name: &str, read: impl Fn(Dtype, &[usize], &[u8]) -> T) -> T {

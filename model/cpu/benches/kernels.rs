@@ -65,7 +65,7 @@ fn linear(bencher: Bencher<'_, '_>, (precision, inputs, outputs): (Precision, us
     let shape = LinearShape { rows: ROWS, inputs, outputs };
     bencher
         .counter(ItemsCount::new(2 * ROWS * inputs * outputs))
-        .bench_local(|| backend.linear(all_mut(&mut out), all(&x), all(&weight), shape));
+        .bench_local(|| backend.linear(all_mut(&mut out), all(&x), all(&weight), shape, false));
 }
 
 #[divan::bench(args = linear_cases())]
@@ -86,7 +86,7 @@ fn linear_backward_input(bencher: Bencher<'_, '_>, (precision, inputs, outputs):
         (values(outputs * inputs), values(ROWS * outputs), vec![0.0; ROWS * inputs]);
     let shape = LinearShape { rows: ROWS, inputs, outputs };
     bencher.counter(ItemsCount::new(2 * ROWS * inputs * outputs)).bench_local(|| {
-        backend.linear_backward_input(all_mut(&mut into), all(&gradient), all(&weight), shape);
+        backend.linear_backward_input(all_mut(&mut into), all(&gradient), all(&weight), shape, false);
     });
 }
 
@@ -139,7 +139,8 @@ fn head_loss(bencher: Bencher<'_, '_>, precision: Precision) {
             all_mut(&mut lse),
             Some(HeadGradients {
                 hidden: all_mut(&mut hidden_gradient),
-                table: all_mut(&mut table_gradient),
+                table: Some(all_mut(&mut table_gradient)),
+                row_weights: None,
                 z_loss: 1e-4,
             }),
             all(&hidden),
@@ -192,7 +193,7 @@ fn norm_backward(bencher: Bencher<'_, '_>, kind: NormKind) {
     bencher.counter(floats(4 * ROWS * D)).bench_local(|| {
         backend.norm_backward(
             all_mut(&mut x_gradient),
-            all_mut(&mut weight_gradient),
+            Some(all_mut(&mut weight_gradient)),
             all(&gradient),
             all(&x),
             norm.view(),

@@ -5,15 +5,37 @@ use std::ops::Range;
 
 use tracing::trace_span;
 use ulmus_backend::{
-    AdamW, AttentionShape, Backend, BackendError, CommunicatorError, CommunicatorId, Element, GiveUp,
-    HeadGradients, Heads, HostCopy, In, LinearShape, Norm, Out, Quantum, Rope, TrainingBackend,
+    AdamW, AttentionShape, Backend, BackendError, CommunicatorError, CommunicatorId, Dropout, DropoutPart,
+    Element, GiveUp, HeadGradients, Heads, HostCopy, In, LinearShape, LowRank, Norm, Out, Quantum, Rope,
+    TrainingBackend,
 };
 
 use super::Cpu;
 use super::kernels::attention::{self, Upstream};
 use super::kernels::norm::{self, RopeTables};
 use super::kernels::view::Output;
-use super::kernels::{head, linear, optimizer, swiglu};
+use super::kernels::{adapter, head, linear, optimizer, swiglu};
+
+/// What a matrix product does with what its output holds.
+fn output(accumulate: bool) -> Output {
+    if accumulate { Output::Accumulate } else { Output::Overwrite }
+}
+
+impl<'a> From<Dropout<'a, Cpu>> for adapter::Noise<'a> {
+    fn from(dropout: Dropout<'a, Cpu>) -> Self {
+        let Dropout { sequences, length, key, rate } = dropout;
+        Self { sequences: sequences.slice(), length, key, rate }
+    }
+}
+
+impl<'a> From<LowRank<'a, Cpu>> for adapter::Matrix<'a> {
+    fn from(matrix: LowRank<'a, Cpu>) -> Self {
+        let (outputs, rank) = (matrix.outputs(), matrix.rank());
+        let LowRank { weight, a, b, scale, inputs } = matrix;
+        let (weight, a, b) = (weight.slice(), a.slice(), b.slice());
+        Self { weight, a, b, scale, inputs, outputs, rank }
+    }
+}
 
 impl Cpu {
     fn no_communicators(&self) -> CommunicatorError {
@@ -130,14 +152,28 @@ impl TrainingBackend for Cpu {
         gradient: In<'_, Self>,
         ids: In<'_, Self, u32>,
         width: usize,
+        accumulate: bool,
     ) {
         let _span = trace_span!("embed").entered();
-        linear::embed_backward(table_gradient.slice(), gradient.slice(), ids.slice(), width);
+        let table_gradient = table_gradient.slice();
+        if !accumulate {
+            table_gradient.fill(0.0);
+        }
+        linear::embed_backward(table_gradient, gradient.slice(), ids.slice(), width);
     }
 
-    fn linear(&self, out: Out<'_, Self>, x: In<'_, Self>, weight: In<'_, Self>, shape: LinearShape) {
+    fn linear(
+        &self,
+        out: Out<'_, Self>,
+        x: In<'_, Self>,
+        weight: In<'_, Self>,
+        shape: LinearShape,
+        accumulate: bool,
+    ) {
         let (out, x, weight) = (out.slice(), x.slice(), weight.slice());
-        self.kernel(trace_span!("linear"), || linear::linear(out, x, weight, shape, self.precision));
+        self.kernel(trace_span!("linear"), || {
+            linear::linear(out, x, weight, shape, output(accumulate), self.precision);
+        });
     }
 
     fn linear_backward_weight(
@@ -159,23 +195,82 @@ impl TrainingBackend for Cpu {
         gradient: In<'_, Self>,
         weight: In<'_, Self>,
         shape: LinearShape,
+        accumulate: bool,
     ) {
         let (into, gradient, weight) = (x_gradient.slice(), gradient.slice(), weight.slice());
         self.kernel(trace_span!("linear"), || {
-            linear::linear_backward_input(into, gradient, weight, shape, self.precision);
+            linear::linear_backward_input(into, gradient, weight, shape, output(accumulate), self.precision);
+        });
+    }
+
+    fn scale(&self, x: Out<'_, Self>, factor: f32) {
+        let x = x.slice();
+        self.kernel(trace_span!("adapter"), || adapter::scale(x, factor));
+    }
+
+    fn scatter(&self, out: Out<'_, Self>, x: In<'_, Self>, rows: In<'_, Self, u32>, width: usize) {
+        let _span = trace_span!("gather").entered();
+        linear::scatter(out.slice(), x.slice(), rows.slice(), width);
+    }
+
+    fn dropout(
+        &self,
+        out: Out<'_, Self>,
+        x: In<'_, Self>,
+        dropout: Dropout<'_, Self>,
+        width: usize,
+        part: DropoutPart,
+        accumulate: bool,
+    ) {
+        let (out, x) = (out.slice(), x.slice());
+        let noise = adapter::Noise::from(dropout);
+        self.kernel(trace_span!("adapter"), || adapter::dropout(out, x, &noise, width, part, accumulate));
+    }
+
+    fn gains(
+        &self,
+        gains: Out<'_, Self>,
+        magnitude: In<'_, Self>,
+        squares: In<'_, Self>,
+        matrix: LowRank<'_, Self>,
+        scratch: Out<'_, Self>,
+    ) {
+        let (gains, magnitude, squares, scratch) =
+            (gains.slice(), magnitude.slice(), squares.slice(), scratch.slice());
+        let matrix = adapter::Matrix::from(matrix);
+        self.kernel(trace_span!("adapter"), || adapter::gains(gains, magnitude, squares, &matrix, scratch));
+    }
+
+    fn scale_columns(&self, out: Out<'_, Self>, x: In<'_, Self>, gains: In<'_, Self>, accumulate: bool) {
+        let (out, x, gains) = (out.slice(), x.slice(), gains.slice());
+        self.kernel(trace_span!("adapter"), || adapter::scale_columns(out, x, gains, accumulate));
+    }
+
+    fn scale_columns_backward(
+        &self,
+        x_gradient: Out<'_, Self>,
+        magnitude_gradient: Out<'_, Self>,
+        gradient: In<'_, Self>,
+        x: In<'_, Self>,
+        gains: In<'_, Self>,
+    ) {
+        let (x_gradient, magnitude_gradient) = (x_gradient.slice(), magnitude_gradient.slice());
+        let (gradient, x, gains) = (gradient.slice(), x.slice(), gains.slice());
+        self.kernel(trace_span!("adapter"), || {
+            adapter::scale_columns_backward(x_gradient, magnitude_gradient, gradient, x, gains);
         });
     }
 
     fn norm_backward(
         &self,
         x_gradient: Out<'_, Self>,
-        weight_gradient: Out<'_, Self>,
+        weight_gradient: Option<Out<'_, Self>>,
         gradient: In<'_, Self>,
         x: In<'_, Self>,
         norm: Norm<'_, Vec<f32>>,
         accumulate: bool,
     ) {
-        let (x_gradient, weight_gradient) = (x_gradient.slice(), weight_gradient.slice());
+        let (x_gradient, weight_gradient) = (x_gradient.slice(), weight_gradient.map(|into| into.slice()));
         let (gradient, x, norm) = (gradient.slice(), x.slice(), norm::Norm::from(norm));
         self.kernel(trace_span!("norm"), || {
             norm.backward(x_gradient, weight_gradient, gradient, x, accumulate);
@@ -185,13 +280,14 @@ impl TrainingBackend for Cpu {
     fn qk_norm_rope_backward(
         &self,
         packed: Out<'_, Self>,
-        weights_gradient: Out<'_, Self>,
+        weights_gradient: Option<Out<'_, Self>>,
         gradient: In<'_, Self>,
         norm: Norm<'_, Vec<f32>>,
         rope: Rope<'_, Self>,
         heads: Heads,
     ) {
-        let (packed, weights_into, gradient) = (packed.slice(), weights_gradient.slice(), gradient.slice());
+        let (packed, gradient) = (packed.slice(), gradient.slice());
+        let weights_into = weights_gradient.map(|into| into.slice());
         let (norm, rope) = (norm::Norm::from(norm), RopeTables::from(rope));
         self.kernel(trace_span!("qk_norm_rope"), || {
             norm.heads_backward(packed, weights_into, gradient, rope, heads);
@@ -249,7 +345,8 @@ impl TrainingBackend for Cpu {
         let (hidden, table, targets) = (hidden.slice(), table.slice(), targets.slice());
         let gradients = gradients.map(|gradients| head::Gradients {
             hidden: gradients.hidden.slice(),
-            table: gradients.table.slice(),
+            table: gradients.table.map(|table| table.slice()),
+            row_weights: gradients.row_weights.map(|weights| weights.slice()),
             z_loss: gradients.z_loss,
         });
         self.kernel(trace_span!("head_loss"), || {

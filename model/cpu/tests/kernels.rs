@@ -94,7 +94,7 @@ proptest! {
         let (x_, weight_) = (device.put(&x), device.put(&weight));
         let out = device.fill(rows * outputs, |out| {
             let shape = LinearShape { rows, inputs, outputs };
-            device.0.linear(out, all(&x_, rows * inputs), all(&weight_, outputs * inputs), shape);
+            device.0.linear(out, all(&x_, rows * inputs), all(&weight_, outputs * inputs), shape, false);
         });
         for (row, out) in out.chunks(outputs).enumerate() {
             for (output, found) in out.iter().enumerate() {

@@ -63,19 +63,16 @@ impl Cuda {
 
     pub(super) fn norm_rows_backward(
         &self,
-        [x_gradient, weight_gradient]: [Address; 2],
+        x_gradient: Address,
+        weight_gradient: Option<Address>,
         [gradient, x]: [Address; 2],
         len: usize,
         norm: &Norm<'_, Buffer<f32>>,
         accumulate: bool,
     ) {
         if norm.kind == NormKind::NaiveRms {
-            return self.naive(norm, len).backward_rows(
-                [x_gradient, weight_gradient],
-                gradient,
-                x,
-                accumulate,
-            );
+            let naive = self.naive(norm, len);
+            return naive.backward_rows(x_gradient, weight_gradient, gradient, x, accumulate);
         }
         let (weight, partial) = (norm.weight.address(), norm.scratch.address());
         let (rows, width) = (len / width(norm), width(norm));
@@ -83,7 +80,9 @@ impl Cuda {
         let (program, vector) = self.fused(norm, &[x_gradient, gradient, x, weight, partial]);
         launch!(self, program, vector, "norm_backward", line(blocks), line(ROW_THREADS * GROUPS), 0;
             x_gradient, partial, gradient, x, weight, rows as i32, ROW_BLOCK as i32, i32::from(accumulate));
-        self.sum_rows(weight_gradient, partial, blocks, width);
+        if let Some(weight_gradient) = weight_gradient {
+            self.sum_rows(weight_gradient, partial, blocks, width);
+        }
     }
 
     fn fused_heads(
@@ -120,7 +119,8 @@ impl Cuda {
 
     pub(super) fn norm_heads_backward(
         &self,
-        [packed, weights_gradient]: [Address; 2],
+        packed: Address,
+        weights_gradient: Option<Address>,
         gradient: Address,
         rows: usize,
         norm: &Norm<'_, Buffer<f32>>,
@@ -128,7 +128,7 @@ impl Cuda {
         heads: Heads,
     ) {
         if norm.kind == NormKind::NaiveRms {
-            return self.naive_heads_backward([packed, weights_gradient], gradient, rows, norm, rope, heads);
+            return self.naive_heads_backward(packed, weights_gradient, gradient, rows, norm, rope, heads);
         }
         let (weights, cos, sin) = (norm.weight.address(), rope.cos.address(), rope.sin.address());
         let partial = norm.scratch.address();
@@ -137,7 +137,9 @@ impl Cuda {
         launch!(self, program, vector, "qk_norm_rope_backward", line(blocks), line(HEAD_THREADS), 0;
             packed, partial, gradient, weights, cos, sin, rope.first.address(), rope.length as i32, rows as i32,
             ROW_BLOCK as i32, heads.query as i32, heads.key_value as i32);
-        self.sum_rows(weights_gradient, partial, blocks, 2 * heads.width);
+        if let Some(weights_gradient) = weights_gradient {
+            self.sum_rows(weights_gradient, partial, blocks, 2 * heads.width);
+        }
     }
 }
 
@@ -214,7 +216,8 @@ impl<'a> Naive<'a> {
 
     fn backward_rows(
         &self,
-        [x_gradient, weight_gradient]: [Address; 2],
+        x_gradient: Address,
+        weight_gradient: Option<Address>,
         gradient: Address,
         x: Address,
         accumulate: bool,
@@ -228,13 +231,15 @@ impl<'a> Naive<'a> {
 
     /// Computes the gradient of `normed`, in `terms`, from the gradient of the output, in `other`. `normed` must hold
     /// the result of the forward pass.
-    fn backward_to_normed(&self, weight_gradient: Address) {
+    fn backward_to_normed(&self, weight_gradient: Option<Address>) {
         let (len, width) = (self.len(), self.width);
-        self.multiply(self.terms, self.other, self.normed);
-        let blocks = self.rows.div_ceil(ROW_BLOCK);
-        launch!(self.cuda, Program::Naive, 1, "sum_blocks", [blocks, width.div_ceil(THREADS), 1], line(THREADS), 0;
-            self.partial, self.terms, width as i32, self.rows as i32, ROW_BLOCK as i32);
-        self.cuda.sum_rows(weight_gradient, self.partial, blocks, width);
+        if let Some(weight_gradient) = weight_gradient {
+            self.multiply(self.terms, self.other, self.normed);
+            let blocks = self.rows.div_ceil(ROW_BLOCK);
+            launch!(self.cuda, Program::Naive, 1, "sum_blocks", [blocks, width.div_ceil(THREADS), 1], line(THREADS), 0;
+                self.partial, self.terms, width as i32, self.rows as i32, ROW_BLOCK as i32);
+            self.cuda.sum_rows(weight_gradient, self.partial, blocks, width);
+        }
         launch!(self.cuda, Program::Naive, 1, "multiply_columns", Self::blocks(len), line(THREADS), 0;
             self.terms, self.other, self.weight, width as i32, len as i64);
     }
@@ -347,7 +352,8 @@ impl Cuda {
 
     fn naive_heads_backward(
         &self,
-        [packed, weights_gradient]: [Address; 2],
+        packed: Address,
+        weights_gradient: Option<Address>,
         gradient: Address,
         rows: usize,
         norm: &Norm<'_, Buffer<f32>>,
@@ -362,7 +368,8 @@ impl Cuda {
                 turned, self.columns(gradient, first, heads), rope.cos.address(), rope.sin.address(),
                 rope.first.address(), rope.length as i32, count as i32, half as i32, pairs as i64);
             norm.copy_from(turned);
-            norm.backward_to_normed(weights_gradient.add(index * heads.width * size_of::<f32>()));
+            let offset = index * heads.width * size_of::<f32>();
+            norm.backward_to_normed(weights_gradient.map(|gradients| gradients.add(offset)));
             norm.copy_from(x);
             norm.backward_to_x();
             let len = rows * count * heads.width;

@@ -71,6 +71,7 @@ pub(super) enum Program {
     Naive,
     Sums,
     Swiglu,
+    Adapter,
     Embed { table: Format },
     Loss,
     Optimizer,
@@ -95,6 +96,7 @@ impl Program {
             Self::Naive => ("naive.cu", include_str!("kernels/naive.cu")),
             Self::Sums => ("sums.cu", include_str!("kernels/sums.cu")),
             Self::Swiglu => ("swiglu.cu", include_str!("kernels/swiglu.cu")),
+            Self::Adapter => ("adapter.cu", include_str!("kernels/adapter.cu")),
             Self::Embed { .. } => ("embed.cu", include_str!("kernels/embed.cu")),
             Self::Loss => ("loss.cu", include_str!("kernels/loss.cu")),
             Self::Optimizer => ("optimizer.cu", include_str!("kernels/optimizer.cu")),
@@ -115,7 +117,9 @@ impl Program {
                 ("HEAD_LANES", lanes.to_string()),
                 ("CENTRED", flag(centred)),
             ],
-            Self::Naive | Self::Sums | Self::Swiglu | Self::Loss | Self::Optimizer => Vec::new(),
+            Self::Naive | Self::Sums | Self::Swiglu | Self::Adapter | Self::Loss | Self::Optimizer => {
+                Vec::new()
+            }
             Self::Embed { table } => vec![("TABLE", table.name().to_owned())],
             Self::Attention { head, tiling: Tiling { tiles, warps, columns } } => vec![
                 ("HEAD", head.to_string()),
@@ -180,6 +184,7 @@ impl Variant {
             Program::Naive,
             Program::Sums,
             Program::Swiglu,
+            Program::Adapter,
             Program::Loss,
             Program::Optimizer,
             Program::Convert { from: Format::F32, to: Format::F16 },
@@ -243,7 +248,7 @@ mod tests {
             let (file, source) = variant.program.source();
             files.insert(file, source);
         }
-        assert_eq!(files.len(), 13);
+        assert_eq!(files.len(), 14);
         for (file, source) in files {
             let kernels: Vec<&str> = source.split("extern \"C\" __global__").skip(1).collect();
             assert!(!kernels.is_empty(), "{file}");

@@ -5,9 +5,10 @@ use std::ops::Range;
 use tracing::trace_span;
 use ulmus_backend::{
     Acts, ActsMut, AdamW, AttentionShape, BLOCK, Backend, BackendError, CommunicatorError, CommunicatorId,
-    Element, GiveUp, HeadGradients, Heads, HostCopy, In, LinearShape, Norm, Out, Params, Quantum, Rope,
-    TrainingBackend, View, ViewMut,
+    Dropout, DropoutPart, Element, GiveUp, HeadGradients, Heads, HostCopy, In, LinearShape, LowRank, Norm,
+    Out, Params, Quantum, Rope, TrainingBackend, View, ViewMut, dropout_threshold,
 };
+use ulmus_plan::ROW_BLOCK;
 
 use super::arguments::AdamWStep;
 use super::driver::Memory;
@@ -22,6 +23,11 @@ use super::{
 
 /// Number of elements per thread in the kernels that round gradients, as in optimizer.cu.
 const OWN: usize = 4;
+
+/// The grid of kernels with a thread per vector of a row.
+fn columns(rows: usize, width: usize, vector: usize) -> [usize; 3] {
+    [rows, width.div_ceil(THREADS * vector), 1]
+}
 
 /// Weights in f32 and, if activations are bfloat16, a rounded copy that matrix products read.
 #[derive(Debug)]
@@ -190,8 +196,12 @@ impl TrainingBackend for Cuda {
         gradient: Acts<'_, Self>,
         ids: In<'_, Self, u32>,
         width: usize,
+        accumulate: bool,
     ) {
         let _kernel = self.kernel(trace_span!("embed"));
+        if !accumulate {
+            self.device.fill_zero(table_gradient.address(), table_gradient.len() * size_of::<f32>());
+        }
         let (into, gradient) = (table_gradient.address(), gradient.address());
         let vector = self.vector(&[width], &[into, gradient]);
         let program = Program::Embed { table: self.format };
@@ -205,12 +215,13 @@ impl TrainingBackend for Cuda {
         x: Acts<'_, Self>,
         weight: Params<'_, Self>,
         shape: LinearShape,
+        accumulate: bool,
     ) {
         let _kernel = self.kernel(trace_span!("linear"));
         let LinearShape { rows, inputs, outputs } = shape;
         let operands = [self.operand(x.address(), inputs), operand(&weight, inputs)];
         let out = self.operand(out.address(), outputs);
-        self.device.matmul().multiply(Form::ByRows, [rows, outputs, inputs], operands, out, false);
+        self.device.matmul().multiply(Form::ByRows, [rows, outputs, inputs], operands, out, accumulate);
     }
 
     fn linear_backward_weight(
@@ -233,18 +244,127 @@ impl TrainingBackend for Cuda {
         gradient: Acts<'_, Self>,
         weight: Params<'_, Self>,
         shape: LinearShape,
+        accumulate: bool,
     ) {
         let _kernel = self.kernel(trace_span!("linear"));
         let LinearShape { rows, inputs, outputs } = shape;
         let operands = [self.operand(gradient.address(), outputs), operand(&weight, inputs)];
         let out = self.operand(x_gradient.address(), inputs);
-        self.device.matmul().multiply(Form::Plain, [rows, inputs, outputs], operands, out, false);
+        self.device.matmul().multiply(Form::Plain, [rows, inputs, outputs], operands, out, accumulate);
+    }
+
+    fn scale(&self, x: ActsMut<'_, Self>, factor: f32) {
+        let _kernel = self.kernel(trace_span!("adapter"));
+        let (len, x) = (x.len(), x.address());
+        let vector = self.vector(&[len], &[x]);
+        launch!(self, Program::Adapter, vector, "scale", line(len.div_ceil(THREADS * vector)), line(THREADS), 0;
+            x, factor, len as i64);
+    }
+
+    fn scatter(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, rows: In<'_, Self, u32>, width: usize) {
+        let _kernel = self.kernel(trace_span!("gather"));
+        self.device.fill_zero(out.address(), out.len() * self.format.bytes());
+        let (count, out, x) = (rows.len(), out.address(), x.address());
+        let vector = self.vector(&[width], &[out, x]);
+        launch!(self, Program::Adapter, vector, "scatter", columns(count, width, vector), line(THREADS), 0;
+            out, x, rows.address(), width as i32);
+    }
+
+    fn dropout(
+        &self,
+        out: ActsMut<'_, Self>,
+        x: Acts<'_, Self>,
+        dropout: Dropout<'_, Self>,
+        width: usize,
+        part: DropoutPart,
+        accumulate: bool,
+    ) {
+        let _kernel = self.kernel(trace_span!("adapter"));
+        let Dropout { sequences, length, key, rate } = dropout;
+        let (threshold, factor) = dropout_threshold(rate);
+        let (kept, left_out) = match part {
+            DropoutPart::Kept => (factor, 0.0_f32),
+            DropoutPart::Rest => (1.0 - factor, 1.0_f32),
+        };
+        let (rows, out, x) = (x.len() / width, out.address(), x.address());
+        let vector = self.vector(&[width], &[out, x]);
+        launch!(self, Program::Adapter, vector, "dropout", columns(rows, width, vector), line(THREADS), 0;
+            out, x, sequences.address(), length as i32, key.cast_signed(), threshold.cast_signed(), kept, left_out,
+            width as i32, i32::from(accumulate));
+    }
+
+    fn gains(
+        &self,
+        gains: Out<'_, Self>,
+        magnitude: Params<'_, Self>,
+        squares: In<'_, Self>,
+        matrix: LowRank<'_, Self>,
+        scratch: Out<'_, Self>,
+    ) {
+        let _kernel = self.kernel(trace_span!("adapter"));
+        let (inputs, outputs, rank) = (matrix.inputs, matrix.outputs(), matrix.rank());
+        let f32_at = |address: Address, stride: usize| Operand { address, format: Format::F32, stride };
+        let values = |parameters: Params<'_, Self>| self.values(parameters).address();
+        let across = scratch.address();
+        let among = across.add(outputs * rank * size_of::<f32>());
+        let squared = among.add(outputs * rank * size_of::<f32>());
+        let (a, b) = (f32_at(values(matrix.a), inputs), f32_at(values(matrix.b), rank));
+        let weight = f32_at(values(matrix.weight), inputs);
+        let mut matmul = self.device.matmul();
+        let mut product = |size, operands, out| {
+            matmul.multiply(Form::ByRows, size, operands, f32_at(out, rank), false);
+        };
+        product([outputs, rank, inputs], [weight, a], across);
+        product([rank, rank, inputs], [a, a], squared);
+        // The product of A with itself is symmetric.
+        product([outputs, rank, rank], [b, f32_at(squared, rank)], among);
+        drop(matmul);
+        launch!(self, Program::Adapter, 1, "gains", line(outputs.div_ceil(THREADS)), line(THREADS), 0;
+            gains.address(), values(magnitude), squares.address(), b.address, across, among, matrix.scale,
+            outputs as i32, rank as i32);
+    }
+
+    fn scale_columns(
+        &self,
+        out: ActsMut<'_, Self>,
+        x: Acts<'_, Self>,
+        gains: In<'_, Self>,
+        accumulate: bool,
+    ) {
+        let _kernel = self.kernel(trace_span!("adapter"));
+        let width = gains.len();
+        let (rows, out, x, gains) = (x.len() / width, out.address(), x.address(), gains.address());
+        let vector = self.vector(&[width], &[out, x, gains]);
+        launch!(self, Program::Adapter, vector, "scale_columns", columns(rows, width, vector), line(THREADS), 0;
+            out, x, gains, width as i32, i32::from(accumulate));
+    }
+
+    fn scale_columns_backward(
+        &self,
+        x_gradient: ActsMut<'_, Self>,
+        magnitude_gradient: Out<'_, Self>,
+        gradient: Acts<'_, Self>,
+        x: Acts<'_, Self>,
+        gains: In<'_, Self>,
+    ) {
+        let width = magnitude_gradient.len();
+        let View { buffer, range } = gains;
+        let of_columns = View::new(buffer, range.start..range.start + width);
+        self.scale_columns(x_gradient, gradient.clone(), of_columns, false);
+        let _kernel = self.kernel(trace_span!("adapter"));
+        let rows = x.len() / width;
+        let blocks = rows.div_ceil(ROW_BLOCK);
+        let partial = self.device.scratch(blocks * width * size_of::<f32>());
+        let inverse = View::new(buffer, range.start + width..range.end).address();
+        launch!(self, Program::Adapter, 1, "column_products", columns(blocks, width, 1), line(THREADS), 0;
+            partial, gradient.address(), x.address(), inverse, rows as i32, width as i32, ROW_BLOCK as i32);
+        self.sum_rows(magnitude_gradient.address(), partial, blocks, width);
     }
 
     fn norm_backward(
         &self,
         x_gradient: ActsMut<'_, Self>,
-        weight_gradient: Out<'_, Self>,
+        weight_gradient: Option<Out<'_, Self>>,
         gradient: Acts<'_, Self>,
         x: Acts<'_, Self>,
         norm: Norm<'_, Buffer<f32>>,
@@ -252,7 +372,8 @@ impl TrainingBackend for Cuda {
     ) {
         let _kernel = self.kernel(trace_span!("norm"));
         self.norm_rows_backward(
-            [x_gradient.address(), weight_gradient.address()],
+            x_gradient.address(),
+            weight_gradient.map(|into| into.address()),
             [gradient.address(), x.address()],
             x.len(),
             &norm,
@@ -263,7 +384,7 @@ impl TrainingBackend for Cuda {
     fn qk_norm_rope_backward(
         &self,
         packed: ActsMut<'_, Self>,
-        weights_gradient: Out<'_, Self>,
+        weights_gradient: Option<Out<'_, Self>>,
         gradient: Acts<'_, Self>,
         norm: Norm<'_, Buffer<f32>>,
         rope: Rope<'_, Self>,
@@ -272,7 +393,8 @@ impl TrainingBackend for Cuda {
         let _kernel = self.kernel(trace_span!("qk_norm_rope"));
         let rows = gradient.len() / heads.packed_width();
         self.norm_heads_backward(
-            [packed.address(), weights_gradient.address()],
+            packed.address(),
+            weights_gradient.map(|into| into.address()),
             gradient.address(),
             rows,
             &norm,
@@ -384,7 +506,11 @@ impl TrainingBackend for Cuda {
         let chunk = logits.len() / outputs;
         let table = operand(&table, inputs);
         let logits = Operand { address: logits.address(), format: Format::F32, stride: outputs };
-        let gradients = gradients.map(|g| (g.hidden.address(), g.table.address(), g.z_loss));
+        let gradients = gradients.map(|g| {
+            let table = g.table.map(|table| table.address());
+            let weights = g.row_weights.map(|weights| weights.address());
+            (g.hidden.address(), table, weights, g.z_loss)
+        });
         for start in (0..rows).step_by(chunk) {
             let rows = chunk.min(rows - start);
             let of_activations = |address: Address| address.add(start * inputs * self.format.bytes());
@@ -399,27 +525,24 @@ impl TrainingBackend for Cuda {
                 logits,
                 false,
             );
-            let Some((hidden_gradient, table_gradient, z_loss)) = gradients else {
+            let Some((hidden_gradient, table_gradient, weights, z_loss)) = gradients else {
                 self.loss_of_rows(losses, lse, logits.address, targets, rows, outputs);
                 continue;
             };
+            let weights = weights.map_or(Address::NULL, of_rows);
             let vector = if outputs.is_multiple_of(4) { 4 } else { 1 };
             launch!(self, Program::Loss, vector, "loss_backward", line(rows), line(512), 0;
-                losses, lse, logits.address, targets, outputs as i32, z_loss);
+                losses, lse, logits.address, targets, weights, outputs as i32, z_loss);
             // Rows of gradients replace rows of logits, so they have the same distance in bytes.
             let stride = outputs * size_of::<f32>() / self.format.bytes();
             let slopes = self.operand(logits.address, stride);
             let hidden_gradient = self.operand(of_activations(hidden_gradient), inputs);
-            let table_gradient = Operand { address: table_gradient, format: Format::F32, stride: inputs };
             let mut matmul = self.device.matmul();
             matmul.multiply(Form::Plain, [rows, inputs, outputs], [slopes, table], hidden_gradient, false);
-            matmul.multiply(
-                Form::ByColumns,
-                [outputs, inputs, rows],
-                [slopes, hidden],
-                table_gradient,
-                start > 0,
-            );
+            let Some(address) = table_gradient else { continue };
+            let into = Operand { address, format: Format::F32, stride: inputs };
+            let size = [outputs, inputs, rows];
+            matmul.multiply(Form::ByColumns, size, [slopes, hidden], into, start > 0);
         }
     }
 

@@ -110,11 +110,15 @@ fn products<B: TrainingBackend>(device: &Device<B>) -> Outputs {
     let (x, upstream) = (|| all(&x, rows * inputs), || all(&upstream, rows * wide));
     let of_acts =
         |len, kernel: &dyn Fn(ulmus_backend::ViewMut<'_, B::Activations>)| device.fill_acts(len, kernel);
-    outputs
-        .push(("linear".to_owned(), of_acts(rows * wide, &|out| device.0.linear(out, x(), weight(), shape))));
+    outputs.push((
+        "linear".to_owned(),
+        of_acts(rows * wide, &|out| device.0.linear(out, x(), weight(), shape, false)),
+    ));
     outputs.push((
         "its gradient".to_owned(),
-        of_acts(rows * inputs, &|out| device.0.linear_backward_input(out, upstream(), weight(), shape)),
+        of_acts(rows * inputs, &|out| {
+            device.0.linear_backward_input(out, upstream(), weight(), shape, false)
+        }),
     ));
     outputs.push((
         "its weight's gradient".to_owned(),
@@ -136,7 +140,7 @@ fn products<B: TrainingBackend>(device: &Device<B>) -> Outputs {
     let mut table_gradient = device.put(&random(wide * inputs, 5));
     let gradient = device.acts(&numbers(ids.len() * inputs, 6));
     let into = all_mut(&mut table_gradient, wide * inputs);
-    device.0.embed_backward(into, all(&gradient, ids.len() * inputs), ids_(), inputs);
+    device.0.embed_backward(into, all(&gradient, ids.len() * inputs), ids_(), inputs, true);
     outputs.push(("its gradient".to_owned(), device.get(&table_gradient, wide * inputs)));
 
     let targets: Vec<u32> = (0..rows as u32).map(|row| if row % 5 == 0 { IGNORE } else { row * 3 }).collect();
@@ -150,7 +154,8 @@ fn products<B: TrainingBackend>(device: &Device<B>) -> Outputs {
         all_mut(&mut lse, rows),
         Some(HeadGradients {
             hidden: all_mut(&mut hidden_gradient, rows * inputs),
-            table: all_mut(&mut table_gradient, wide * inputs),
+            table: Some(all_mut(&mut table_gradient, wide * inputs)),
+            row_weights: None,
             z_loss: 0.05,
         }),
         x(),
@@ -212,6 +217,7 @@ fn batch(config: &ModelConfig) -> MicroBatch {
                 breaks.iter().rfind(|at| **at < row).map_or(0, |at| *at as u32 + 1)
             })
             .collect(),
+        ..MicroBatch::default()
     }
 }
 

@@ -161,6 +161,7 @@ pub(crate) fn every_key() -> Table {
         rso: Some(RsoConfig { scores: text(), reward_head: text(), ..RsoConfig::default() }),
         ..TuneConfig::default()
     });
+    full.model.share_input_output_layers = false;
     full.data.cache = text();
     full.tokenizer.file = text();
     full.tokenizer.bos = text();

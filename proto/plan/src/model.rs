@@ -113,6 +113,15 @@ pub struct ModelConfig {
     pub rope_freq_constant: f64,
     /// Kind of every norm. Not a key of the published `config.json`, where it is RMS norm.
     pub norm: NormKind,
+    /// Whether the output head is the embedding (tied), or a matrix of its own.
+    // Left out where it is true, so that plans from before it was a key keep their digests.
+    #[serde(skip_serializing_if = "is_true")]
+    pub share_input_output_layers: bool,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_true(value: &bool) -> bool {
+    *value
 }
 
 impl Default for ModelConfig {
@@ -186,6 +195,7 @@ impl Preset {
             ffn_dim_divisor: 256,
             rope_freq_constant: 10_000.0,
             norm: NormKind::Rms,
+            share_input_output_layers: true,
         }
     }
 }
@@ -212,7 +222,7 @@ impl ModelConfig {
             .collect()
     }
 
-    /// Number of parameters; the tied embedding counts once.
+    /// Number of parameters; a tied embedding counts once.
     pub fn parameters(&self) -> u64 {
         let d = self.model_dim;
         let layers: usize = self
@@ -224,7 +234,8 @@ impl ModelConfig {
                 d * (qkv + out + 3 * layer.ffn_dim) + 2 * d + 2 * self.head_dim
             })
             .sum();
-        (self.vocab_size * d + layers + d) as u64
+        let tables = if self.share_input_output_layers { 1 } else { 2 };
+        (tables * self.vocab_size * d + layers + d) as u64
     }
 
     /// Reports every rule that the shape breaks; keys are below `at`, for instance `model`.
@@ -287,6 +298,18 @@ mod tests {
         let hub =
             Preset::ALL.map(|preset| ModelConfig { vocab_size: 32_000, ..preset.config() }.parameters());
         assert_eq!(hub, [271_527_168, 457_179_136, 1_079_891_456, 3_036_647_424]);
+    }
+
+    #[test]
+    fn an_untied_head_counts_and_is_written_down() {
+        let tied = ModelConfig::default();
+        let untied = ModelConfig { share_input_output_layers: false, ..tied.clone() };
+        assert_eq!(untied.parameters() - tied.parameters(), (tied.vocab_size * tied.model_dim) as u64);
+        let json = |config: &ModelConfig| serde_json::to_string(config).unwrap();
+        assert!(!json(&tied).contains("share_input_output_layers"));
+        for config in [tied, untied] {
+            assert_eq!(serde_json::from_str::<ModelConfig>(&json(&config)).unwrap(), config);
+        }
     }
 
     #[test]

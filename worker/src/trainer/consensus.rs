@@ -49,6 +49,7 @@ impl StepConsensus {
             ce: Quantum::loss_from_fixed(self.loss),
             z: Quantum::loss_from_fixed(self.z),
             valid: self.valid as u64,
+            ..LossSum::default()
         }
     }
 

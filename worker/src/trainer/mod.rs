@@ -304,5 +304,6 @@ fn micro_batch(rows: &[Sequence], length: usize) -> MicroBatch {
         inputs: join(|row| &row.inputs),
         targets: join(|row| &row.targets),
         doc_starts: join(|row| &row.doc_starts),
+        ..MicroBatch::default()
     }
 }

@@ -11,10 +11,11 @@ use super::linear::{linear, linear_backward_input, linear_backward_weight};
 use super::simd::{exp, max, sum, vectorised};
 use super::view::Output;
 
-/// The outputs for gradients, and the weight of the z-loss in them.
+/// The outputs for gradients, and the weights of the rows and of the z-loss in them.
 pub(crate) struct Gradients<'a> {
     pub hidden: &'a mut [f32],
-    pub table: &'a mut [f32],
+    pub table: Option<&'a mut [f32]>,
+    pub row_weights: Option<&'a [f32]>,
     pub z_loss: f32,
 }
 
@@ -32,25 +33,30 @@ pub(crate) fn head_loss(
 ) {
     let LinearShape { rows, inputs, outputs } = shape;
     let chunk = logits.len() / outputs;
-    let z_loss = gradients.as_ref().map(|gradients| gradients.z_loss);
+    let slopes = gradients.as_ref().map(|gradients| (gradients.row_weights, gradients.z_loss));
+    let slope =
+        |row: usize| slopes.map(|(weights, z_loss)| (weights.map_or(1.0, |weights| weights[row]), z_loss));
     for start in (0..rows).step_by(chunk) {
         let part = start..rows.min(start + chunk);
         let shape = LinearShape { rows: part.len(), ..shape };
         let hidden = &hidden[part.start * inputs..part.end * inputs];
         let logits = &mut logits[..part.len() * outputs];
-        linear(logits, hidden, table, shape, precision);
+        linear(logits, hidden, table, shape, Output::Overwrite, precision);
         logits
             .par_chunks_exact_mut(outputs)
             .zip(&targets[part.clone()])
             .zip(cross_entropy[part.clone()].par_iter_mut().zip(&mut lse[part.clone()]))
-            .for_each(|((logits, target), (cross_entropy, lse))| {
-                (*cross_entropy, *lse) = loss_row(logits, *target, z_loss);
+            .enumerate()
+            .for_each(|(row, ((logits, target), (cross_entropy, lse)))| {
+                (*cross_entropy, *lse) = loss_row(logits, *target, slope(part.start + row));
             });
         if let Some(gradients) = &mut gradients {
-            let hidden_gradient = &mut gradients.hidden[part.start * inputs..part.end * inputs];
-            linear_backward_input(hidden_gradient, logits, table, shape, precision);
-            let output = if start == 0 { Output::Overwrite } else { Output::Accumulate };
-            linear_backward_weight(gradients.table, logits, hidden, shape, output, precision);
+            let into = &mut gradients.hidden[part.start * inputs..part.end * inputs];
+            linear_backward_input(into, logits, table, shape, Output::Overwrite, precision);
+            if let Some(into) = &mut gradients.table {
+                let output = if start == 0 { Output::Overwrite } else { Output::Accumulate };
+                linear_backward_weight(into, logits, hidden, shape, output, precision);
+            }
         }
     }
 }
@@ -63,11 +69,12 @@ pub fn cross_entropy(out: &mut [f32], logits: &mut [f32], targets: &[u32]) {
 }
 
 vectorised! {
-    /// Cross-entropy and logsumexp of one row, both 0 if the row is ignored. With a z-loss weight, the logits become
-    /// the gradient of `cross_entropy + z_loss · lse²`, which is `softmax · (1 + 2 · z_loss · lse) − onehot(target)`.
-    fn loss_row(logits: &mut [f32], target: u32, z_loss: Option<f32>) -> (f32, f32) {
+    /// Cross-entropy and logsumexp of one row, both 0 if the row is ignored. With the weights of the row and of the z-loss,
+    /// the logits become the gradient of `weight · (cross_entropy + z_loss · lse²)`, which is
+    /// `weight · (softmax · (1 + 2 · z_loss · lse) − onehot(target))`.
+    fn loss_row(logits: &mut [f32], target: u32, slope: Option<(f32, f32)>) -> (f32, f32) {
         if target == IGNORE {
-            if z_loss.is_some() {
+            if slope.is_some() {
                 logits.fill(0.0);
             }
             return (0.0, 0.0);
@@ -79,12 +86,12 @@ vectorised! {
         }
         let total = sum(logits);
         let lse = most + total.ln();
-        if let Some(z_loss) = z_loss {
-            let scale = (1.0 + 2.0 * z_loss * lse) / total;
+        if let Some((weight, z_loss)) = slope {
+            let scale = weight * (1.0 + 2.0 * z_loss * lse) / total;
             for probability in logits.iter_mut() {
                 *probability *= scale;
             }
-            logits[target] -= 1.0;
+            logits[target] -= weight;
         }
         (lse - at_target, lse)
     }

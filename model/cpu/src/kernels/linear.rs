@@ -1,4 +1,4 @@
-//! Embedding and linear layers.
+//! Embedding and linear layers, and rows that are put elsewhere.
 
 use ulmus_backend::LinearShape;
 use ulmus_plan::Precision;
@@ -21,30 +21,46 @@ pub(crate) fn embed_backward(table_gradient: &mut [f32], gradient: &[f32], ids: 
     }
 }
 
+/// `out[rows[r]] = x[r]`, and 0 in all other rows.
+pub(crate) fn scatter(out: &mut [f32], x: &[f32], rows: &[u32], width: usize) {
+    out.fill(0.0);
+    for (x, row) in x.chunks_exact(width).zip(rows) {
+        out[*row as usize * width..][..width].copy_from_slice(x);
+    }
+}
+
 vectorised! {
     fn add_row(y: &mut [f32], x: &[f32]) {
         axpy(y, 1.0, x);
     }
 }
 
-/// `out = x · weightᵀ`.
-pub(crate) fn linear(out: &mut [f32], x: &[f32], weight: &[f32], shape: LinearShape, precision: Precision) {
+/// `out = x · weightᵀ` or `out += x · weightᵀ`, depending on `output`.
+pub(crate) fn linear(
+    out: &mut [f32],
+    x: &[f32],
+    weight: &[f32],
+    shape: LinearShape,
+    output: Output,
+    precision: Precision,
+) {
     let LinearShape { rows, inputs, outputs } = shape;
     multiply(
         &mut MatrixMut::new(out, rows, outputs, outputs),
         Matrix::new(x, rows, inputs, inputs),
         Matrix::new(weight, outputs, inputs, inputs).transposed(),
         precision,
-        Output::Overwrite,
+        output,
     );
 }
 
-/// `x_gradient = gradient · weight`.
+/// `x_gradient = gradient · weight` or `x_gradient += gradient · weight`, depending on `output`.
 pub(crate) fn linear_backward_input(
     x_gradient: &mut [f32],
     gradient: &[f32],
     weight: &[f32],
     shape: LinearShape,
+    output: Output,
     precision: Precision,
 ) {
     let LinearShape { rows, inputs, outputs } = shape;
@@ -53,7 +69,7 @@ pub(crate) fn linear_backward_input(
         Matrix::new(gradient, rows, outputs, outputs),
         Matrix::new(weight, outputs, inputs, inputs),
         precision,
-        Output::Overwrite,
+        output,
     );
 }
 

@@ -5,6 +5,7 @@
 //! unsafe code: for vectorised versions ([`simd`]), kernels of the matrix product ([`panel`]), disjoint blocks
 //! ([`view`]) and large pages ([`huge_pages`]).
 
+pub(super) mod adapter;
 mod aligned;
 pub(super) mod attention;
 #[cfg(target_arch = "x86_64")]

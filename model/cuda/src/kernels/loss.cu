@@ -110,13 +110,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// Cross-entropy and logsumexp of each row, and the gradient of cross_entropy + z_loss lse^2 for each logit: softmax (1
-// + 2 z_loss lse) - onehot. Each row of gradients replaces its logits; if activations are narrower than logits, it
+// Cross-entropy and logsumexp of each row, and the gradient of weight (cross_entropy + z_loss lse^2) for each logit:
+// weight (softmax (1 + 2 z_loss lse) - onehot). `weights` may be null, and all are 1 then. Each row of gradients replaces its logits; if activations are narrower than logits, it
 // takes the first part of their memory.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    loss_backward(float *out, float *lse, float *logits, const unsigned *targets, int vocabulary, float z_loss) {
+    loss_backward(float *out, float *lse, float *logits, const unsigned *targets, const float *weights, int vocabulary,
+                  float z_loss) {
     begin_kernel();
     unsigned target = targets[blockIdx.x];
+    float weight = weights ? weights[blockIdx.x] : 1;
     float *row = logits + (size_t)blockIdx.x * vocabulary;
     act *gradient = reinterpret_cast<act *>(row);
     float at_target = 0, log_sum = 0, most = 0, scale = 0;
@@ -125,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         most = total.most;
         log_sum = most + logf(total.sum);
         at_target = row[target];
-        scale = (1.0f + 2.0f * z_loss * log_sum) / total.sum;
+        scale = weight * (1.0f + 2.0f * z_loss * log_sum) / total.sum;
     }
     if (threadIdx.x == 0) {
         out[blockIdx.x] = log_sum - at_target;
@@ -140,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (int i = 0; i < VEC; i++) {
                 x[i] = target == IGNORE ? 0 : scale * expf(x[i] - most);
-                if (column + i == target) x[i] -= 1;
+                if (column + i == target) x[i] -= weight;
             }
         }
         // The next writes may go to memory that other threads have yet to read in this round.

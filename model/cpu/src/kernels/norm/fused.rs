@@ -59,7 +59,7 @@ vectorised! {
 /// Computes the gradients of the norm. `partial` holds one row of D elements per block of rows.
 pub(super) fn norm_backward<const CENTRED: bool>(
     x_gradient: &mut [f32],
-    weight_gradient: &mut [f32],
+    weight_gradient: Option<&mut [f32]>,
     gradient: &[f32],
     x: &[f32],
     weight: &[f32],
@@ -73,7 +73,9 @@ pub(super) fn norm_backward<const CENTRED: bool>(
         .for_each(|((x_gradient, partial), (gradient, x))| {
             norm_backward_rows::<CENTRED>(x_gradient, partial, gradient, x, weight, accumulate);
         });
-    sum_rows(weight_gradient, &partial[..x.len().div_ceil(ROW_BLOCK * d) * d]);
+    if let Some(weight_gradient) = weight_gradient {
+        sum_rows(weight_gradient, &partial[..x.len().div_ceil(ROW_BLOCK * d) * d]);
+    }
 }
 
 vectorised! {

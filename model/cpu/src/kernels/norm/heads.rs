@@ -55,7 +55,7 @@ vectorised! {
 /// rows.
 pub(super) fn qk_norm_rope_backward<const CENTRED: bool>(
     packed: &mut [f32],
-    weights_gradient: &mut [f32],
+    weights_gradient: Option<&mut [f32]>,
     gradient: &[f32],
     weights: &[f32],
     rope: RopeTables<'_>,
@@ -72,7 +72,9 @@ pub(super) fn qk_norm_rope_backward<const CENTRED: bool>(
             let first = block * ROW_BLOCK;
             qk_backward_rows::<CENTRED>(packed, partial, gradient, weights, rope, heads, first);
         });
-    sum_rows(weights_gradient, &partial[..blocks * weights.len()]);
+    if let Some(weights_gradient) = weights_gradient {
+        sum_rows(weights_gradient, &partial[..blocks * weights.len()]);
+    }
 }
 
 vectorised! {

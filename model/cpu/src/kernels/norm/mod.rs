@@ -45,11 +45,11 @@ impl Norm<'_> {
         }
     }
 
-    /// Computes the gradients of the norm.
+    /// Computes the gradients of the norm; that of its weights only if it is asked for.
     pub(crate) fn backward(
         self,
         x_gradient: &mut [f32],
-        weight_gradient: &mut [f32],
+        weight_gradient: Option<&mut [f32]>,
         gradient: &[f32],
         x: &[f32],
         accumulate: bool,
@@ -77,7 +77,7 @@ impl Norm<'_> {
     pub(crate) fn heads_backward(
         self,
         packed: &mut [f32],
-        weights_gradient: &mut [f32],
+        weights_gradient: Option<&mut [f32]>,
         gradient: &[f32],
         rope: RopeTables<'_>,
         heads: Heads,

@@ -69,7 +69,7 @@ pub(super) fn add_norm(
 /// Computes the gradients of the norm.
 pub(super) fn norm_backward(
     x_gradient: &mut [f32],
-    weight_gradient: &mut [f32],
+    weight_gradient: Option<&mut [f32]>,
     gradient: &[f32],
     x: &[f32],
     weight: &[f32],
@@ -88,7 +88,7 @@ pub(super) fn norm_backward(
 /// Goes back through the operations of [`norm`], last to first. The gradient of `x` is the sum of what this leaves in
 /// `normed` (through the product) and in `terms` (through the scale).
 pub(super) fn summands<'a>(
-    weight_gradient: &mut [f32],
+    weight_gradient: Option<&mut [f32]>,
     gradient: &[f32],
     x: &[f32],
     weight: &[f32],
@@ -96,8 +96,10 @@ pub(super) fn summands<'a>(
 ) -> Scratch<'a> {
     let d = weight.len();
     let Scratch { terms, other, normed, mean, scale, partial } = Scratch::new(scratch, x.len() / d, d);
-    combine(terms, gradient, normed, |gradient, normed| gradient * normed);
-    sum_columns(weight_gradient, terms, partial);
+    if let Some(weight_gradient) = weight_gradient {
+        combine(terms, gradient, normed, |gradient, normed| gradient * normed);
+        sum_columns(weight_gradient, terms, partial);
+    }
     // From here on, `other` is the gradient of `normed`, and `normed` itself is no longer needed.
     multiply_columns(other, gradient, weight);
     combine(terms, other, x, |gradient, x| gradient * x);

@@ -78,7 +78,7 @@ pub(super) fn qk_norm_rope(
 /// Computes the gradients of [`qk_norm_rope`]; that of `packed` replaces it.
 pub(super) fn qk_norm_rope_backward(
     packed: &mut [f32],
-    weights_gradient: &mut [f32],
+    weights_gradient: Option<&mut [f32]>,
     gradient: &[f32],
     weights: &[f32],
     rope: RopeTables<'_>,
@@ -86,8 +86,9 @@ pub(super) fn qk_norm_rope_backward(
     scratch: &mut [f32],
 ) {
     let sides = Side::both(scratch, packed.len() / heads.packed_width(), heads);
-    let weights = weights_gradient.chunks_mut(heads.width).zip(weights.chunks(heads.width));
-    for (side, (weight_gradient, weight)) in sides.into_iter().zip(weights) {
+    let mut gradients = weights_gradient.map(|gradients| gradients.chunks_mut(heads.width));
+    for (side, weight) in sides.into_iter().zip(weights.chunks(heads.width)) {
+        let weight_gradient = gradients.as_mut().and_then(Iterator::next);
         turn::<true>(side.normed, side.own, gradient, side.packed, rope, heads.width);
         let Scratch { terms, other, normed, .. } =
             summands(weight_gradient, side.normed, side.x, weight, side.scratch);
