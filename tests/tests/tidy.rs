@@ -37,8 +37,9 @@ fn code_map() -> BTreeMap<String, Row> {
 }
 
 /// Crates that are pure because they cannot use the crates in [`IMPURE`].
-const PURE: [&str; 7] = [
+const PURE: [&str; 8] = [
     "ulmus-types",
+    "ulmus-chat",
     "ulmus-plan",
     "ulmus-run",
     "ulmus-coord-core",

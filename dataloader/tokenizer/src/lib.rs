@@ -7,9 +7,10 @@
 //! of a chunk come from the [`cache`], or else from [`bpe`]. Models that do more than prepend a space ([`normalizer`]),
 //! that define pieces to be matched first, or that have unused pieces take slower paths to the same result.
 //!
-//! Texts are taken literally: `<s>` in a text is encoded as three characters and never becomes the control id. Unigram
-//! models of SentencePiece are refused. Those in a `tokenizer.json` go through the library with the scores in the file.
-//! Its Python wheel has other last bits in some scores, and so other ids where two segmentations tie.
+//! Texts are taken literally: `<s>` in a text is encoded as three characters and never becomes the control id, unless the
+//! caller asks for that ([`SpecialEncoder`]). Unigram models of SentencePiece are refused. Those in a `tokenizer.json` go
+//! through the library with the scores in the file. Its Python wheel has other last bits in some scores, and so other ids
+//! where two segmentations tie.
 
 #![forbid(unsafe_code)]
 
@@ -24,6 +25,7 @@ mod model;
 mod normalizer;
 mod pretokenizer;
 mod settled;
+mod special;
 mod train;
 mod vocabulary;
 
@@ -44,6 +46,7 @@ use ulmus_types::{is_pointer, without_mark};
 use vocabulary::{SPACE_MARK, Vocabulary};
 
 pub use error::TokenizerError;
+pub use special::SpecialEncoder;
 pub use train::train;
 
 /// A tokenizer. Clones share its tables.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use ulmus_tokenizer::{Encoder, Tokenizer};
+use ulmus_tokenizer::{SpecialEncoder, Tokenizer};
 
 use super::definition::Revision;
 use crate::python::string::rstrip;
@@ -18,9 +18,7 @@ pub(crate) struct Request {
 
 /// How texts become ids.
 pub(crate) struct Encoding {
-    encoder: Encoder,
-    /// Pieces that are no text, whose names in a text become their ids, as in Hugging Face's tokenizers.
-    control: Vec<(String, u32)>,
+    encoder: SpecialEncoder,
     bos: (String, u32),
     add_bos: bool,
     /// The only context of a text that has none.
@@ -38,15 +36,13 @@ pub(crate) struct Encoding {
 
 impl Encoding {
     pub(crate) fn new(tokenizer: &Tokenizer, add_bos: bool, context: usize, revision: Revision) -> Self {
-        let control = tokenizer.special_pieces();
         let bos = (tokenizer.special_names().0.to_owned(), tokenizer.bos());
         let prefix = match revision {
             Revision::Current => tokenizer.bos(),
             Revision::Dc90fec => tokenizer.eos(),
         };
         Self {
-            encoder: tokenizer.encoder(),
-            control,
+            encoder: tokenizer.special_encoder(),
             add_bos,
             prefix,
             context,
@@ -71,26 +67,7 @@ impl Encoding {
 
     /// Appends the ids of a text without a BOS of its own.
     fn append(&mut self, text: &str, ids: &mut Vec<u32>) {
-        let mut rest = text;
-        let next = |rest: &str| {
-            let found =
-                self.control.iter().filter_map(|(name, id)| Some((rest.find(name)?, name.len(), *id)));
-            // Of two that begin at the same place, the longer one.
-            found.min_by_key(|(at, length, _)| (*at, std::cmp::Reverse(*length)))
-        };
-        let mut pieces = Vec::new();
-        while let Some((at, length, id)) = next(rest) {
-            pieces.push((&rest[..at], Some(id)));
-            rest = &rest[at + length..];
-        }
-        pieces.push((rest, None));
-        self.written_out |= pieces.len() > 1;
-        for (piece, control) in pieces {
-            if !piece.is_empty() {
-                self.encoder.encode(piece, ids);
-            }
-            ids.extend(control);
-        }
+        self.written_out |= self.encoder.encode(text, ids);
     }
 
     /// A continuation of a context, which is cut off at its beginning if it is too long.
@@ -181,12 +158,10 @@ mod tests {
         let mut plain = |text: &str| encoding.encode(text)[1..].to_vec();
         let [a, b] = ["a", "b"].map(&mut plain);
         assert!(!encoding.written_out);
-        assert_eq!(encoding.encode("a<unk>b"), [vec![1], a.clone(), vec![0], b.clone()].concat());
+        assert_eq!(encoding.encode("a<unk>b"), [vec![1], a.clone(), vec![0], b].concat());
         assert!(encoding.written_out);
         // A text that begins with BOS gets no other.
         assert_eq!(encoding.encode("<s>a</s>"), [vec![1], a, vec![2]].concat());
-        encoding.control.push(("<s>a".to_owned(), 7));
-        assert_eq!(encoding.encode("b<s>a"), [vec![1], b, vec![7]].concat(), "the longer of two");
     }
 
     #[test]

@@ -1,0 +1,102 @@
+//! From a row to an example: form, conversation, texts, ids.
+
+use ulmus_plan::Method;
+use ulmus_tokenizer::Tokenizer;
+
+use crate::encode::{Encoding, Rules};
+use crate::error::ChatError;
+use crate::example::{Example, Pair};
+use crate::forbidden::Forbidden;
+use crate::form::Form;
+use crate::lesson::{Lesson, Turns};
+use crate::reason::Reason;
+use crate::row::Row;
+use crate::template::Template;
+use crate::texts::Texts;
+
+/// Turns rows into examples. What it gives depends on the row alone; each thread uses its own.
+#[derive(Debug)]
+pub struct Preprocessor {
+    template: Template,
+    encoding: Encoding,
+    rules: Rules,
+    forbidden: Option<Forbidden>,
+}
+
+/// What is trained on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Item {
+    /// Answers to imitate.
+    Example(Example),
+    /// A better and another answer.
+    Pair(Pair),
+}
+
+/// A row as it is trained on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prepared {
+    /// Its texts.
+    pub texts: Texts,
+    /// Its tokens.
+    pub item: Item,
+    /// Whether the row writes out names of special pieces, which have become these pieces.
+    pub has_special: bool,
+}
+
+impl Preprocessor {
+    /// A preprocessor for examples of some rules. `adds_bos` says whether plain texts begin with BOS; rows that contain one of
+    /// the texts of `forbidden` are dropped.
+    pub fn new(
+        rules: Rules,
+        template: Template,
+        tokenizer: &Tokenizer,
+        adds_bos: bool,
+        forbidden: Option<Forbidden>,
+    ) -> Self {
+        Self { template, encoding: Encoding::new(tokenizer, adds_bos, rules), rules, forbidden }
+    }
+
+    /// The form of a file, by its columns.
+    ///
+    /// # Errors
+    /// [`ChatError::Form`] if the method cannot learn from these columns.
+    pub fn form(&self, columns: &[&str]) -> Result<Form, ChatError> {
+        Form::of(columns, self.rules.method)
+    }
+
+    /// A row of a form as it is trained on, or why it is left out.
+    ///
+    /// # Errors
+    /// When the row has not what its form says, the template refuses its conversation, or the recipe cannot divide it.
+    pub fn prepare(&mut self, form: Form, row: &Row) -> Result<Result<Prepared, Reason>, ChatError> {
+        let lesson = Lesson::read(form, row)?;
+        let said = lesson.texts();
+        if self.forbidden.as_ref().is_some_and(|forbidden| forbidden.is_in(&said)) {
+            return Ok(Err(Reason::Forbidden));
+        }
+        if let Some(reason) = Reason::of(&lesson, self.rules.on_useless) {
+            return Ok(Err(reason));
+        }
+        let has_special = self.encoding.has_special(&said);
+        let texts = Texts::of(&lesson, &self.template, self.rules.tokenization)?;
+        let is_plain = match &lesson {
+            Lesson::Conversation { .. } => false,
+            Lesson::Text { .. } => true,
+            Lesson::Completion { prompt, .. } | Lesson::Preference { prompt, .. } => {
+                matches!(prompt, Turns::Text(_))
+            }
+        };
+        let item = match &texts {
+            Texts::One { text, answers } => self.encoding.example(text, answers, is_plain).map(Item::Example),
+            Texts::Two { prompt, chosen, rejected } => {
+                self.encoding.pair([prompt, chosen, rejected], is_plain)?.map(Item::Pair)
+            }
+        };
+        Ok(item.map(|item| Prepared { texts, item, has_special }))
+    }
+
+    /// What is learned from.
+    pub const fn method(&self) -> Method {
+        self.rules.method
+    }
+}
