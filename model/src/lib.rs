@@ -2,7 +2,8 @@
 //!
 //! A network runs a fixed forward and backward pass over buffers planned once, on any
 //! [`Backend`](ulmus_backend::Backend). A [`Replica`] is what a worker trains, by its [`Objective`]; a [`Generator`]
-//! decodes with a KV cache; [`hf`] reads and writes Hugging Face directories, and [`peft`] adapters. This crate knows no device and no clock,
+//! decodes with a KV cache; [`hf`] reads and writes Hugging Face directories, [`peft`] adapters, and [`corenet`] reads
+//! the reference's checkpoints. This crate knows no device and no clock,
 //! and never opens a connection.
 
 #![forbid(unsafe_code)]
@@ -11,6 +12,7 @@ mod adapter;
 mod backward;
 mod batch;
 mod buffers;
+pub mod corenet;
 mod error;
 mod generate;
 pub mod hf;
@@ -20,6 +22,7 @@ mod network;
 mod objective;
 mod params;
 pub mod peft;
+mod pickle;
 mod replica;
 mod sample;
 mod tensors;

@@ -5,11 +5,11 @@
 //! `lm_head.weight` is ignored. Anything else is refused by name. Tensors are read one at a time, so a
 //! file is never in memory as a whole.
 
-use std::io::{Cursor, Read, Seek, SeekFrom};
+use std::io::{self, Cursor, Read, Seek, SeekFrom};
 use std::path::Path;
 
 use half::{bf16, f16};
-use safetensors::tensor::{Metadata, TensorInfo, TensorView};
+use safetensors::tensor::{Metadata, TensorView};
 use safetensors::{Dtype, SafeTensorError};
 
 use crate::error::ModelError;
@@ -147,49 +147,26 @@ impl<'a> WeightReader<'a> {
                 continue;
             }
             let info = metadata.info(&name).ok_or_else(|| "the header contradicts itself".to_owned())?;
-            let index = self.index_of(&name)?;
-            if std::mem::replace(&mut self.seen[index], true) {
-                return Err(format!("tensor {name} is there twice").into());
+            let is_read = [Dtype::F32, Dtype::F16, Dtype::BF16].contains(&info.dtype);
+            if !is_read {
+                let dtype = info.dtype;
+                return Err(format!("tensor {name} has type {dtype:?}; F32, F16 and BF16 can be read").into());
             }
-            self.read_tensor(&mut file, start, &name, info, index)?;
+            let values = self.claim(&name, &info.shape)?;
+            let failed = |error: io::Error| format!("cannot read tensor {name}: {error}");
+            file.seek(SeekFrom::Start(start + info.data_offsets.0 as u64)).map_err(failed)?;
+            read_values(&mut file, info.dtype, values).map_err(failed)?;
         }
         Ok(())
     }
 
-    fn index_of(&self, name: &str) -> Result<usize, String> {
-        let Names { plain, of, .. } = self.names;
-        let wanted = plain(name);
-        let found = self.layout.tensors().iter().position(|tensor| without_prefix(&tensor.name) == wanted);
-        found.ok_or_else(|| format!("tensor {name} does not belong to {of}"))
-    }
-
-    fn read_tensor(
-        &mut self,
-        file: &mut (impl Read + Seek),
-        start: u64,
-        name: &str,
-        info: &TensorInfo,
-        index: usize,
-    ) -> Result<(), String> {
-        let tensor = &self.layout.tensors()[index];
-        if info.shape != tensor.shape {
-            return Err(format!(
-                "tensor {name} has shape {:?}, and {} asks for {:?}",
-                info.shape, self.names.asks, tensor.shape
-            ));
+    /// The place of a tensor's values, which can be claimed once.
+    pub(crate) fn claim(&mut self, name: &str, shape: &[usize]) -> Result<&mut [f32], String> {
+        let index = self.layout.place(self.names, name, shape)?;
+        if std::mem::replace(&mut self.seen[index], true) {
+            return Err(format!("tensor {name} is there twice"));
         }
-        let failed = |error: std::io::Error| format!("cannot read tensor {name}: {error}");
-        file.seek(SeekFrom::Start(start + info.data_offsets.0 as u64)).map_err(failed)?;
-        let size = info.dtype.bitsize() / 8;
-        let mut bytes = vec![0; CHUNK.min(tensor.range.len()) * size];
-        for values in self.weights[tensor.range.clone()].chunks_mut(CHUNK) {
-            let bytes = &mut bytes[..values.len() * size];
-            file.read_exact(bytes).map_err(failed)?;
-            convert(bytes, info.dtype, values).map_err(|dtype| {
-                format!("tensor {name} has type {dtype:?}; F32, F16 and BF16 can be read")
-            })?;
-        }
-        Ok(())
+        Ok(&mut self.weights[self.layout.tensors()[index].range.clone()])
     }
 
     /// The flat vector, if every tensor has been read.
@@ -228,18 +205,40 @@ fn read_header(file: &mut (impl Read + Seek)) -> Result<(Metadata, u64), Problem
     Ok((metadata, start))
 }
 
-/// Converts little-endian numbers of the type `dtype` to f32.
-fn convert(bytes: &[u8], dtype: Dtype, values: &mut [f32]) -> Result<(), Dtype> {
-    let from_halves = |values: &mut [f32], widen: fn(u16) -> f32| {
+/// Reads little-endian numbers of the type `dtype`, which is F32, F16 or BF16.
+pub(crate) fn read_values(file: &mut impl Read, dtype: Dtype, values: &mut [f32]) -> io::Result<()> {
+    let size = dtype.bitsize() / 8;
+    let mut bytes = vec![0; CHUNK.min(values.len()) * size];
+    for values in values.chunks_mut(CHUNK) {
+        let bytes = &mut bytes[..values.len() * size];
+        file.read_exact(bytes)?;
+        let widen: fn(u16) -> f32 = match dtype {
+            Dtype::F16 => |bits| f16::from_bits(bits).to_f32(),
+            Dtype::BF16 => |bits| bf16::from_bits(bits).to_f32(),
+            _ => {
+                bytemuck::cast_slice_mut(values).copy_from_slice(bytes);
+                continue;
+            }
+        };
         for (value, pair) in values.iter_mut().zip(bytes.chunks_exact(2)) {
             *value = widen(u16::from_le_bytes([pair[0], pair[1]]));
         }
-    };
-    match dtype {
-        Dtype::F32 => bytemuck::cast_slice_mut(values).copy_from_slice(bytes),
-        Dtype::F16 => from_halves(values, |bits| f16::from_bits(bits).to_f32()),
-        Dtype::BF16 => from_halves(values, |bits| bf16::from_bits(bits).to_f32()),
-        other => return Err(other),
     }
     Ok(())
+}
+
+impl Layout {
+    /// The index of the tensor that a file calls `name`, which must have this shape.
+    pub(crate) fn place(&self, names: Names, name: &str, shape: &[usize]) -> Result<usize, String> {
+        let Names { plain, of, asks } = names;
+        let wanted = plain(name);
+        let index = self.tensors().iter().position(|tensor| without_prefix(&tensor.name) == wanted);
+        let index = index.ok_or_else(|| format!("tensor {name} does not belong to {of}"))?;
+        let tensor = &self.tensors()[index];
+        if shape == tensor.shape {
+            Ok(index)
+        } else {
+            Err(format!("tensor {name} has shape {shape:?}, and {asks} asks for {:?}", tensor.shape))
+        }
+    }
 }
