@@ -24,14 +24,17 @@ pub enum EvaluatorError {
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
     /// A directory does not hold an exported model.
-    #[error("{} is not a model folder: it has no {missing}; name a folder such as runs/NAME/export", path.display())]
+    #[error(
+        "{} is not a model folder: it has no {missing}; name a folder such as runs/NAME/export, or a .pt file of CoreNet",
+        path.display()
+    )]
     NotAModel {
         /// The directory that was named.
         path: PathBuf,
         /// A file that every model folder has.
         missing: &'static str,
     },
-    /// A model folder comes without a tokenizer, as those of OpenELM do.
+    /// A model comes without a tokenizer, as those of OpenELM do.
     #[error(
         "{} has neither tokenizer.model nor tokenizer.json; get the model's tokenizer (for OpenELM that of \
          meta-llama/Llama-2-7b-hf) and name it with --tokenizer, or put it there",

@@ -1,4 +1,4 @@
-//! Loads a model folder into a model that can be run.
+//! Loads a model folder, or a checkpoint of CoreNet, into a model that can be run.
 //!
 //! The tokenizer of another model would give plausible but meaningless numbers, so it is refused where it can be
 //! recognised: by its special tokens, and by token ids beyond the model's vocabulary. Rows of the vocabulary without a
@@ -10,7 +10,8 @@ use std::sync::Arc;
 use ulmus_backend::{Backend, WeightFormat};
 use ulmus_dataloader::Folder;
 use ulmus_model::Model;
-use ulmus_model::hf::{self, SpecialTokens};
+use ulmus_model::corenet;
+use ulmus_model::hf::{self, HfModel, SpecialTokens};
 use ulmus_run::paths;
 use ulmus_tokenizer::Tokenizer;
 use ulmus_types::Digest;
@@ -45,7 +46,8 @@ pub fn model_folder(address: &str) -> Result<PathBuf, EvaluatorError> {
     let target = cache.unwrap_or_else(|| PathBuf::from(".")).join("ulmus/models").join(name);
     let is_wanted = |path: &&String| {
         let suffix = Path::new(path).extension().and_then(|suffix| suffix.to_str());
-        !path.contains('/') && suffix.is_some_and(|suffix| ["json", "safetensors", "model"].contains(&suffix))
+        !path.contains('/')
+            && suffix.is_some_and(|suffix| ["jinja", "json", "model", "safetensors"].contains(&suffix))
     };
     for path in folder.paths()?.iter().filter(is_wanted) {
         let file = target.join(path);
@@ -56,19 +58,39 @@ pub fn model_folder(address: &str) -> Result<PathBuf, EvaluatorError> {
     Ok(target)
 }
 
-/// Reads the config and the weights of a model folder, and keeps the matrices in `format`.
+/// Reads the config and the weights of a model: a folder, or a checkpoint of CoreNet (`.pt`).
 ///
 /// # Errors
-/// When `directory` is not a model folder, a file in it is damaged, the model is not supported, or a weight is not finite
-/// in `format`.
+/// When `place` is neither, a file is damaged, or the model is not supported.
+pub fn read_model(place: &Path) -> Result<HfModel, EvaluatorError> {
+    if place.is_file() {
+        refuse_pointer(place)?;
+        return Ok(corenet::read(place)?);
+    }
+    require(place, "config.json")?;
+    refuse_pointers(place)?;
+    Ok(hf::read(place)?)
+}
+
+/// Where the tokenizer of a model is if nothing else is said: in its folder, or in that of its checkpoint.
+pub fn tokenizer_place(model: &Path) -> &Path {
+    match model.parent().filter(|_| model.is_file()) {
+        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+        Some(parent) => parent,
+        None => model,
+    }
+}
+
+/// Reads a model as [`read_model`] does, and keeps the matrices in `format`.
+///
+/// # Errors
+/// Those of [`read_model`], and when a weight is not finite in `format`.
 pub fn load_model<B: Backend>(
-    directory: &Path,
+    place: &Path,
     backend: B,
     format: WeightFormat,
 ) -> Result<LoadedModel<B>, EvaluatorError> {
-    require(directory, "config.json")?;
-    refuse_pointers(directory)?;
-    let read = hf::read(directory)?;
+    let read = read_model(place)?;
     let digest = Digest::of(bytemuck::cast_slice(&read.weights));
     let model = Arc::new(Model::in_format(backend, &read.config, &read.weights, format)?);
     Ok(LoadedModel { model, tokens: read.tokens, digest })
@@ -101,7 +123,7 @@ pub fn load_tokenizer<B: Backend>(place: &Path, model: &LoadedModel<B>) -> Resul
     if (bos, eos) != (model.tokens.bos, model.tokens.eos) {
         let SpecialTokens { bos: model_bos, eos: model_eos } = model.tokens;
         let own = format!("its BOS and EOS are {bos} and {eos}");
-        return Err(mismatch(format!("{own}, those in config.json {model_bos} and {model_eos}")));
+        return Err(mismatch(format!("{own}, those of the model {model_bos} and {model_eos}")));
     }
     Ok(tokenizer)
 }
@@ -144,12 +166,14 @@ fn refuse_pointers(directory: &Path) -> Result<(), EvaluatorError> {
     let mut names: Vec<PathBuf> =
         std::fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
     names.sort();
-    for path in names {
-        let is_small = path.metadata().is_ok_and(|file| file.is_file() && file.len() < 4096);
-        let begin = if is_small { std::fs::read(&path).unwrap_or_default() } else { Vec::new() };
-        if is_pointer(&begin, begin.len() as u64) {
-            return Err(EvaluatorError::Pointer { path });
-        }
+    names.iter().try_for_each(|path| refuse_pointer(path))
+}
+
+fn refuse_pointer(path: &Path) -> Result<(), EvaluatorError> {
+    let is_small = path.metadata().is_ok_and(|file| file.is_file() && file.len() < 4096);
+    let begin = if is_small { std::fs::read(path).unwrap_or_default() } else { Vec::new() };
+    if is_pointer(&begin, begin.len() as u64) {
+        return Err(EvaluatorError::Pointer { path: path.to_owned() });
     }
     Ok(())
 }

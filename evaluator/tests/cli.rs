@@ -473,6 +473,20 @@ fn files_of_different_exports_are_refused_together() {
 }
 
 #[test]
+fn a_checkpoint_of_corenet_is_a_model_without_a_tokenizer() {
+    let checkpoint = model().join("../corenet/checkpoint_average.pt");
+    let (checkpoint, tokenizer) = (checkpoint.to_str().unwrap(), model().join("tokenizer.model"));
+    let generate = ["generate", "--model", checkpoint, "--prompt", "a"];
+    assert_refused(&generate, &["neither tokenizer.model nor tokenizer.json", "--tokenizer"]);
+    let other = ["--tokenizer", tokenizer.to_str().unwrap()];
+    assert_refused(&[&generate[..], &other].concat(), &["512 pieces", "vocabulary of only 10"]);
+    assert_refused(
+        &["generate", "--model", other[1], "--prompt", "a"],
+        &["tokenizer.model", "a .pt file of CoreNet"],
+    );
+}
+
+#[test]
 fn help_shows_every_flag_of_the_contract() {
     for (command, flags) in [
         (

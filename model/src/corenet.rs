@@ -84,7 +84,9 @@ fn open(mut file: File) -> Result<Archive, Problem> {
         );
     }
     if !begin[..read].starts_with(b"PK") {
-        return refuse("it is not a checkpoint that torch.save has written");
+        return refuse(
+            "it is not a checkpoint that torch.save has written; name a model folder, or a .pt file of CoreNet",
+        );
     }
     let mut archive = ZipArchive::new(BufReader::new(file)).map_err(|error| damaged(&error))?;
     for index in 0..archive.len() {

@@ -14,7 +14,9 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use ulmus_backend::{Backend, WeightFormat};
 use ulmus_device::AnyBackend;
-use ulmus_evaluator::{EvaluatorError, LoadedModel, Transcript, load_model, load_tokenizer};
+use ulmus_evaluator::{
+    EvaluatorError, LoadedModel, Transcript, load_model, load_tokenizer, model_folder, tokenizer_place,
+};
 use ulmus_model::{Generator, Sampler, Sampling};
 use ulmus_plan::Device;
 use ulmus_process::{Failure, finish_output};
@@ -31,7 +33,7 @@ const MAX_TOKENS: usize = 128;
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong input (the message says what to change), 5 damaged data, 6 the store or the hub does \
      not answer.";
 
-/// Evaluates, benchmarks and samples models in Hugging Face layout.
+/// Evaluates, benchmarks and samples models in Hugging Face layout, and checkpoints of CoreNet.
 ///
 /// A model folder holds config.json, model.safetensors and tokenizer.model or tokenizer.json, like the `export` folder of a
 /// run.
@@ -96,9 +98,12 @@ impl Dtype {
 
 #[derive(Debug, Args)]
 struct Generate {
-    /// Model folder.
+    /// Model folder, a checkpoint of CoreNet (`.pt`), or a model on the hub: `hf://ORG/NAME[@REVISION]`.
     #[arg(long, value_name = "DIR")]
-    model: PathBuf,
+    model: String,
+    /// Tokenizer file, or a folder with one [default: the model folder].
+    #[arg(long, value_name = "PATH")]
+    tokenizer: Option<PathBuf>,
     /// The text to continue.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: String,
@@ -240,8 +245,10 @@ impl Generate {
 impl OnDevice for Generate {
     fn run<B: Backend>(&self, backend: B) -> Result<(), Failure> {
         let mut sampler = Sampler::new(self.sampling()?, self.seed, 0);
-        let loaded = load_model(&self.model, backend, self.dtype.format()).map_err(failure)?;
-        let tokenizer = load_tokenizer(&self.model, &loaded).map_err(failure)?;
+        let model = model_folder(&self.model).map_err(failure)?;
+        let loaded = load_model(&model, backend, self.dtype.format()).map_err(failure)?;
+        let of_tokenizer = self.tokenizer.as_deref().unwrap_or_else(|| tokenizer_place(&model));
+        let tokenizer = load_tokenizer(of_tokenizer, &loaded).map_err(failure)?;
         let LoadedModel { model, .. } = loaded;
         let prompt = tokenizer.encode(&self.prompt);
         let begun: Vec<u32> = std::iter::once(tokenizer.bos()).chain(prompt.iter().copied()).collect();

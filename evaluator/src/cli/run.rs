@@ -15,6 +15,7 @@ use ulmus_evaluator::tasks::{
 };
 use ulmus_evaluator::{
     EvaluatorError, LoadedModel, adds_bos, load_model, load_tokenizer, model_folder, perplexity, read_texts,
+    tokenizer_place,
 };
 use ulmus_process::{Failure, print};
 use ulmus_run::results::Perplexity;
@@ -27,7 +28,7 @@ use super::{Compute, Dtype, OnDevice, failure, json as to_json, table};
 #[derive(Debug, Args)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 pub(super) struct Run {
-    /// Model folder, or a model on the hub: `hf://ORG/NAME[@REVISION]`.
+    /// Model folder, a checkpoint of CoreNet (`.pt`), or a model on the hub: `hf://ORG/NAME[@REVISION]`.
     #[arg(long, value_name = "DIR")]
     model: String,
     /// Tokenizer file, or a folder with one [default: the model folder].
@@ -464,10 +465,10 @@ impl OnDevice for Run {
         }
         let model = model_folder(&self.model).map_err(failure)?;
         let loaded = load_model(&model, backend, self.dtype.format()).map_err(failure)?;
-        let tokenizer_place = self.tokenizer.as_deref().unwrap_or(&model);
-        let tokenizer = load_tokenizer(tokenizer_place, &loaded).map_err(failure)?;
+        let of_tokenizer = self.tokenizer.as_deref().unwrap_or_else(|| tokenizer_place(&model));
+        let tokenizer = load_tokenizer(of_tokenizer, &loaded).map_err(failure)?;
         let context = self.context(loaded.model.config().max_context_length)?;
-        let settings = self.settings(context, tokenizer_place)?;
+        let settings = self.settings(context, of_tokenizer)?;
         let mut texts = None;
         if self.suite.is_none() && self.tasks.iter().any(|name| Self::is_perplexity(name)) {
             self.refuse_for_texts()?;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ulmus_backend::{Backend, WeightFormat};
-use ulmus_evaluator::{LoadedModel, adds_bos, load_model, load_tokenizer, model_folder};
+use ulmus_evaluator::{LoadedModel, adds_bos, load_model, load_tokenizer, model_folder, tokenizer_place};
 use ulmus_model::hf::SpecialTokens;
 use ulmus_model::{Layout, Model, weights_from_safetensors};
 use ulmus_tokenizer::Tokenizer;
@@ -46,7 +46,7 @@ pub(super) fn ready<B: Backend>(
     };
     let folder: PathBuf = model_folder(place)?;
     let loaded = load_model(&folder, backend.clone(), format)?;
-    let of_tokenizer = tokenizer.unwrap_or(&folder);
+    let of_tokenizer = tokenizer.unwrap_or_else(|| tokenizer_place(&folder));
     let tokenizer = load_tokenizer(of_tokenizer, &loaded)?;
     let adds_bos = adds_bos(of_tokenizer)?.unwrap_or(true);
     Ok(Ready { loaded, tokenizer, adds_bos, place: place.clone() })
