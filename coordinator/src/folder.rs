@@ -259,7 +259,8 @@ impl RunFolder {
         let changed: Vec<StageName> =
             earlier.iter().flat_map(|earlier| plan.changed_tunings(earlier)).collect();
         let stages = changed.iter().filter(|name| begun(**name));
-        let stages = stages.map(|name| format!("  [[tune]] {name} has begun, and is changed or left out now"));
+        let stages =
+            stages.map(|name| format!("  [[tune]] {name} has begun, and is changed or left out now"));
         let changes: Vec<String> = keys.chain(stages).collect();
         if changes.is_empty() { Ok(changed) } else { Err(self.plan_changed(changes.join("\n"))) }
     }

@@ -21,7 +21,8 @@ use ulmus_transport::{
     TokenSource,
 };
 use ulmus_types::{
-    CheckpointId, Digest, ExitStatus, FileEntry, JobName, RunId, RunSecret, StageName, Step, counted, nonce_digest,
+    CheckpointId, Digest, ExitStatus, FileEntry, JobName, RunId, RunSecret, StageName, Step, counted,
+    nonce_digest,
 };
 
 use crate::args::OnTerm;
@@ -187,7 +188,9 @@ impl Opened {
         let changed = if begun {
             let trainings = database.saved().map_err(|error| in_database(&error))?.trainings;
             let has_begun = |name| {
-                trainings.get(&name).is_some_and(|record| record.had_checkpoints || record.step > Step::default())
+                trainings
+                    .get(&name)
+                    .is_some_and(|record| record.had_checkpoints || record.step > Step::default())
             };
             folder.check_plan(plan, kept, has_begun).map_err(|error| in_folder(&error))?
         } else {
@@ -285,7 +288,11 @@ impl Opened {
             settings: settings(plan, options, &folder, id, secret).await?,
             lock: folder.lock(),
             saved,
-            plan_digests: plan.graph().trainings().map(|stage| (stage.name, plan.digest_of(stage.name))).collect(),
+            plan_digests: plan
+                .graph()
+                .trainings()
+                .map(|stage| (stage.name, plan.digest_of(stage.name)))
+                .collect(),
             database,
             files: folder.store().clone(),
             metrics,

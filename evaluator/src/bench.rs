@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use ulmus_backend::{Backend, greedy};
-use ulmus_model::{Generator, Layout, Model, ModelError};
+use ulmus_model::{Initial, Generator, Layout, Model, ModelError};
 use ulmus_plan::{ModelConfig, NormKind};
 
 use crate::error::EvaluatorError;
@@ -194,7 +194,7 @@ pub fn synthetic_weights(config: &ModelConfig) -> Vec<f32> {
     // Marsaglia's xorshift is random enough: speed does not depend on the values, as long as none is denormal.
     let mut state = 0x9E37_79B9_u32;
     for tensor in layout.tensors() {
-        let Some(std) = tensor.initial_std else { continue };
+        let Initial::Normal(std) = tensor.initial else { continue };
         let width = std as f32 * 12.0_f32.sqrt();
         for weight in &mut weights[tensor.range.clone()] {
             state ^= state << 13;

@@ -264,6 +264,7 @@ fn config_of(
         ffn_dim_divisor: dims.iter().fold(0, |divisor, dims| common_divisor(divisor, dims.ffn_dim)),
         rope_freq_constant: 10_000.0,
         norm: NormKind::Rms,
+        share_input_output_layers: true,
     };
     let mut problems = Problems::new();
     config.check("model", &mut problems);

@@ -27,7 +27,7 @@ mod replica;
 mod sample;
 mod tensors;
 
-pub use adapter::{AdaptedModule, AdapterShape};
+pub use adapter::AdapterShape;
 pub use batch::{BatchShape, MicroBatch};
 pub use error::ModelError;
 pub use generate::{Generator, Model, Score, Span};

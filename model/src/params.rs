@@ -8,9 +8,9 @@
 
 use std::ops::Range;
 
-use ulmus_plan::{LayerDims, ModelConfig};
+use ulmus_plan::{AdaptedModule, LayerDims, ModelConfig};
 
-use crate::adapter::{AdaptedModule, AdapterShape};
+use crate::adapter::AdapterShape;
 use crate::error::ModelError;
 
 /// How a tensor begins.

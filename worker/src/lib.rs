@@ -13,6 +13,7 @@ mod check;
 pub mod collective;
 mod control;
 mod error;
+mod examples;
 mod jobs;
 mod run;
 mod snapshot;

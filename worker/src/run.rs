@@ -37,8 +37,8 @@ impl Run {
         self.runtime.block_on(operation)
     }
 
-    /// Reads a file that the prepare job has written and without which the run cannot continue.
-    fn read_own(&self, path: &str) -> Result<Vec<u8>, WorkerError> {
+    /// Reads a file that a job has written and without which the run cannot continue.
+    pub(crate) fn read_own(&self, path: &str) -> Result<Vec<u8>, WorkerError> {
         self.read(path).map_err(|error| match error {
             StoreError::NotFound { .. } => WorkerError::Damaged {
                 file: path.to_owned(),

@@ -5,8 +5,8 @@ use regex::Regex;
 use crate::model::ModelConfig;
 use crate::tune::{AdapterConfig, AdapterKind};
 
-/// The name that stands for all matrices of all layers.
-const ALL_LINEAR: &str = "all-linear";
+/// The name of a target that stands for all matrices of all layers.
+pub const ALL_LINEAR: &str = "all-linear";
 /// The module name of the embedding.
 const EMBEDDING: &str = "transformer.token_embeddings";
 /// The largest rank of an adapter.

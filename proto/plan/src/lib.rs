@@ -23,7 +23,7 @@ mod stages;
 mod train;
 mod tune;
 
-pub use adapter::AdaptedModule;
+pub use adapter::{ALL_LINEAR, AdaptedModule};
 pub use base::{BaseConfig, base_to_read, shape_overrides};
 pub use bytes::Bytes;
 pub use data::{DataConfig, Format, LEAST_UNIT, Normalize, OnBadUnit, Pack, SourceConfig};

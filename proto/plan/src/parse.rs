@@ -710,7 +710,11 @@ mod tests {
             .replace("lanes = 8\n        [train]", "");
         assert!(told(&text).contains("train.clip = -1.0"), "{}", told(&text));
         let text = SMALL.replace("[run]", "\"a.b\" = 1\n[run]");
-        assert!(told(&text).starts_with("a.b = 1: unknown key; the keys here are [base], [[bench]], "), "{}", told(&text));
+        assert!(
+            told(&text).starts_with("a.b = 1: unknown key; the keys here are [base], [[bench]], "),
+            "{}",
+            told(&text)
+        );
         let text = SMALL.replace("[run]", "iterations = 100\n[run]");
         assert_eq!(told(&text), "iterations = 100: unknown key; did you mean train.iterations?");
         let text = SMALL.replace(

@@ -287,7 +287,7 @@ impl Plan {
     pub fn digest_of(&self, training: StageName) -> Digest {
         let Some(tuning) = self.tuning(training) else { return self.digest() };
         let before = match &tuning.of {
-            Of::Tuned(name) if *name != training => self.digest_of(*name),
+            Of::Tuned(name) if self.tuned_by(&Of::Tuned(training)).is_some() => self.digest_of(*name),
             _ => self.digest(),
         };
         let own = serde_json::to_string(tuning).expect("a stage has text keys");
@@ -300,6 +300,29 @@ impl Plan {
             Some(_) => digest == self.digest_of(training),
             None => self.has_digest(digest),
         }
+    }
+
+    /// The shape of a model of the run. It is that of the plan, but the head has weights of its own behind a stage that has
+    /// adapted the embedding.
+    pub fn shape_of(&self, model: &Of) -> ModelConfig {
+        let Some(tuning) = self.tuned_by(model) else { return self.model.clone() };
+        let shape = self.shape_of(&tuning.of);
+        let unties = tuning.adapter.as_ref().and_then(|adapter| adapter.modules(&shape).ok());
+        let unties = unties.is_some_and(|modules| modules.iter().any(|module| module.is_embedding));
+        ModelConfig { share_input_output_layers: shape.share_input_output_layers && !unties, ..shape }
+    }
+
+    /// The stage that has made a model of the run, if it is one of those before the stage that asks.
+    fn tuned_by(&self, model: &Of) -> Option<&TuneConfig> {
+        let Of::Tuned(name) = model else { return None };
+        let (index, tuning) =
+            self.tune.iter().enumerate().find(|(_, tuning)| tuning.name == name.as_str())?;
+        // A plan in which stages go on from each other in a circle does not run.
+        let is_earlier = |of: &Of| match of {
+            Of::Tuned(before) => self.tune[..index].iter().any(|other| other.name == before.as_str()),
+            _ => true,
+        };
+        is_earlier(&tuning.of).then_some(tuning)
     }
 
     /// The tuning stage of this name.

@@ -83,6 +83,31 @@ pub fn export_file(file: &str) -> String {
     format!("{EXPORT}/{file}")
 }
 
+/// The examples of a tuning stage: those that it trains on, or evaluates on.
+pub fn examples(tuning: StageName, held_out: bool) -> String {
+    format!("{TUNE}/{tuning}/{}.jsonl.zst", if held_out { "eval_examples" } else { "examples" })
+}
+
+/// A few examples of a tuning stage, for people.
+pub fn shown_examples(tuning: StageName) -> String {
+    format!("{TUNE}/{tuning}/examples.txt")
+}
+
+/// Folder of the log-probabilities that a tuning stage compares with, computed from what has this key.
+pub fn references(tuning: StageName, key: Digest) -> String {
+    format!("{TUNE}/{tuning}/reference-{}", &key.to_string()[..16])
+}
+
+/// The model that a tuning stage has made, in Hugging Face layout.
+pub fn tuned(tuning: StageName) -> String {
+    format!("{TUNE}/{tuning}/{EXPORT}")
+}
+
+/// The adapter that a tuning stage has made, in PEFT's layout.
+pub fn adapter(tuning: StageName) -> String {
+    format!("{TUNE}/{tuning}/adapter")
+}
+
 /// The result of a job.
 pub fn result(job: &JobName) -> String {
     format!("{RESULTS}/{job}.json")

@@ -63,6 +63,8 @@ pub struct Dropped {
 pub struct Reference {
     /// Number of examples whose answers were scored.
     pub examples: u64,
+    /// The folder of the log-probabilities, relative to the run folder.
+    pub folder: String,
     /// Hash of the log-probabilities.
     pub digest: Digest,
 }

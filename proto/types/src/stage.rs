@@ -458,7 +458,16 @@ impl Graph {
 
     /// The jobs of a stage, given the milestones that are stored.
     pub fn jobs(&self, stage: &Stage, milestones: &Milestones) -> Vec<Job> {
-        stage.jobs(milestones, self.average)
+        let jobs = stage.jobs(milestones, self.average);
+        let tuning = match &stage.reads {
+            Reads::Tuned(tuning) => self.stage(tuning),
+            _ => None,
+        };
+        // What an adapter adds to is read beside it.
+        let begins_from = tuning.and_then(|tuning| tuning.begins_from(milestones));
+        let Some(Subject::Last(origin)) = begins_from else { return jobs };
+        let read = |job: Job| [job.checkpoints(), &[origin]].concat();
+        jobs.into_iter().map(|job| Job::new(stage.name, Subject::Stage(read(job)))).collect()
     }
 
     /// Whether a stage that trains waits for this one.

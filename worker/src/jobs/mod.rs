@@ -19,6 +19,8 @@ use ulmus_backend::{Backend, WeightFormat};
 use ulmus_run::{paths, results};
 use ulmus_types::{Job, StageKind};
 
+pub(crate) use subject::weights_of;
+
 use crate::WorkerError;
 use crate::run::Run;
 
@@ -43,13 +45,16 @@ pub(crate) fn work<B: Backend>(
             }
             keep(run, job, &prepared)
         }
+        StageKind::Examples => Err(no_stage(job)),
         StageKind::Average => keep(run, job, &average::average(run, checkpoints)?),
         StageKind::Perplexity => {
             let model = || subject::model(run, job, backend, WeightFormat::F32);
             keep(run, job, &evaluate::evaluate(run, say, model)?)
         }
         StageKind::Continuations => keep(run, job, &evaluate::continue_text(run, say, checkpoints, backend)?),
-        StageKind::Export => keep(run, job, &export::export(run)?),
+        StageKind::Export => keep(run, job, &export::export(run, job)?),
+        // Groups train, and compute what training compares with.
+        StageKind::Train | StageKind::Tune | StageKind::Reference => Err(no_stage(job)),
         StageKind::Evaluation => evaluation::evaluate(run, say, job, backend),
         StageKind::Benchmark => keep(run, job, &benchmark::benchmark(run, job, backend, threads)?),
     }

@@ -5,15 +5,14 @@
 
 use ulmus_model::{LossSum, Quantum};
 
+/// The number of integers before the cursors.
+const FIXED: usize = LossSum::TERMS + 5;
+
 /// One worker's share of the consensus; and the sum, which all members get.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct StepConsensus {
-    /// The number of tokens with a target.
-    pub(super) valid: i64,
-    /// The sum of cross-entropies, in fixed point.
-    pub(super) loss: i64,
-    /// The sum of squared logsumexps, in fixed point.
-    pub(super) z: i64,
+    /// The sums of losses, in fixed point.
+    pub(super) losses: [i64; LossSum::TERMS],
     /// The number of workers without a usable share, for instance because of a gradient that is not finite or data that
     /// cannot be read.
     pub(super) failed: i64,
@@ -35,41 +34,32 @@ impl StepConsensus {
     /// # Errors
     /// The loss, if it is not finite or too large to be summed.
     pub(super) fn add_loss(&mut self, loss: &LossSum, quantum: &Quantum) -> Result<(), f64> {
-        let fixed = |sum: f64| quantum.loss_to_fixed(sum).ok_or(sum);
-        let (ce, z) = (fixed(loss.ce)?, fixed(loss.z)?);
-        self.valid += loss.valid as i64;
-        self.loss += ce;
-        self.z += z;
+        for (sum, term) in self.losses.iter_mut().zip(loss.to_fixed(quantum)?) {
+            *sum += term;
+        }
         Ok(())
     }
 
     /// The sum of the losses that were added.
     pub(super) fn loss_sum(&self) -> LossSum {
-        LossSum {
-            ce: Quantum::loss_from_fixed(self.loss),
-            z: Quantum::loss_from_fixed(self.z),
-            valid: self.valid as u64,
-            ..LossSum::default()
-        }
+        LossSum::from_fixed(&self.losses)
     }
 
     pub(super) fn to_vec(&self) -> Vec<i64> {
-        let fixed =
-            [self.valid, self.loss, self.z, self.failed, self.exhausted, self.save, self.pause, self.stop];
-        fixed.into_iter().chain(self.cursors.iter().copied()).collect()
+        let flags = [self.failed, self.exhausted, self.save, self.pause, self.stop];
+        self.losses.into_iter().chain(flags).chain(self.cursors.iter().copied()).collect()
     }
 
     pub(super) fn from_slice(words: &[i64]) -> Self {
-        let (fixed, cursors) = words.split_at(8);
+        let (fixed, cursors) = words.split_at(FIXED);
+        let (losses, flags) = fixed.split_at(LossSum::TERMS);
         Self {
-            valid: fixed[0],
-            loss: fixed[1],
-            z: fixed[2],
-            failed: fixed[3],
-            exhausted: fixed[4],
-            save: fixed[5],
-            pause: fixed[6],
-            stop: fixed[7],
+            losses: losses.try_into().expect("they were cut to that length"),
+            failed: flags[0],
+            exhausted: flags[1],
+            save: flags[2],
+            pause: flags[3],
+            stop: flags[4],
             cursors: cursors.to_vec(),
         }
     }
@@ -82,16 +72,15 @@ mod tests {
     #[test]
     fn words_round_trip() {
         let words = StepConsensus {
-            valid: 1,
-            loss: -2,
-            z: 3,
-            failed: 4,
-            exhausted: 5,
-            save: 6,
-            pause: 7,
-            stop: 8,
-            cursors: vec![9, 10],
+            losses: [1, -2, 3, 4, 5, 6, 7, 8, 9, 10],
+            failed: 11,
+            exhausted: 12,
+            save: 13,
+            pause: 14,
+            stop: 15,
+            cursors: vec![16, 17],
         };
+        assert_eq!(words.to_vec(), (1..=17).map(|n| if n == 2 { -2 } else { n }).collect::<Vec<_>>());
         assert_eq!(StepConsensus::from_slice(&words.to_vec()), words);
     }
 }

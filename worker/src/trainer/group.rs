@@ -9,17 +9,18 @@ use std::collections::BTreeSet;
 
 use ulmus_backend::TrainingBackend;
 use ulmus_checkpoint::newest_verified;
-use ulmus_model::StatePart;
+use ulmus_model::{State, StatePart};
 use ulmus_run::TrainState;
-use ulmus_types::{Assignment, LeaveReason, Rank, Step, ToCoordinator};
+use ulmus_types::{Assignment, Digest, LeaveReason, Rank, Step, Subject, ToCoordinator};
 
 use super::devices::Devices;
+use super::feed::Feed;
 use super::member::{Member, Parts};
-use super::{Reading, Reports, Training};
+use super::{Reports, Training};
 use crate::WorkerError;
 use crate::collective::Collective;
 use crate::control::Control;
-use crate::run::Run;
+use crate::jobs;
 use crate::snapshot::restore;
 
 /// Elements of a state that are sent at a time.
@@ -49,26 +50,27 @@ impl<B: TrainingBackend> Training<B> {
         let mut devices = Devices::join(self.replica.backend().clone(), group, |notice| {
             reports.say(ToCoordinator::Notice(notice));
         })?;
-        let mut reading = Reading::open(&self.run, self.reading.take())?;
-        let ended = self.agree(&reading, assignment, group, devices.as_mut(), reports).and_then(|state| {
+        let mut feed = Feed::open(&self.run, &self.recipe, self.feed.take())?;
+        let ended = self.agree(&feed, assignment, group, devices.as_mut(), reports).and_then(|state| {
             reports.say(ToCoordinator::Formed { generation, step: state.step });
             let position = self.position.insert(state);
             let parts = Parts {
                 run: &self.run,
+                recipe: &self.recipe,
                 replica: &mut self.replica,
                 quantum: &self.quantum,
                 snapshot_slots: &self.snapshot_slots,
             };
-            Member::new(parts, position, &mut reading, assignment, control, reports)?.train(devices, group)
+            Member::new(parts, position, &mut feed, assignment, control, reports)?.train(devices, group)
         });
-        self.reading = Some(reading);
+        self.feed = Some(feed);
         ended
     }
 
     /// Gives every member the newest state in the group.
     fn agree(
         &mut self,
-        reading: &Reading,
+        feed: &Feed,
         assignment: &Assignment,
         group: &mut dyn Collective,
         devices: Option<&mut Devices<B>>,
@@ -78,6 +80,10 @@ impl<B: TrainingBackend> Training<B> {
         if let Some(first) = first_repair(assignment) {
             self.position.take_if(|position| position.step >= first);
         }
+        if let Some(from) = assignment.from.as_ref().filter(|_| self.recipe.has_adapter()) {
+            // Every member has the frozen weights, which no other can give it.
+            self.load_base(from)?;
+        }
         // 0 means no state at all.
         let mut steps = vec![0_i64; group.size()];
         steps[group.rank().index()] =
@@ -85,7 +91,7 @@ impl<B: TrainingBackend> Training<B> {
         group.all_reduce(&mut steps)?;
         let newest = steps.iter().copied().max().unwrap_or(0);
         if newest == 0 && group.rank() == Rank::new(0) {
-            self.position = Some(self.restore_or_begin(reading, assignment, reports)?);
+            self.position = Some(self.restore_or_begin(feed, assignment, reports)?);
         }
         if let Some(position) = &self.position
             && newest > 0
@@ -95,20 +101,21 @@ impl<B: TrainingBackend> Training<B> {
         }
         let donor = steps.iter().position(|step| *step == newest).unwrap_or(0);
         let is_newest = newest > 0 && steps[group.rank().index()] == newest;
-        self.broadcast(reading, Rank::new(donor as u32), is_newest, group, devices)
+        self.broadcast(feed, Rank::new(donor as u32), is_newest, group, devices)
     }
 
     /// Restores the newest good checkpoint that may be used, or begins from the seed.
     fn restore_or_begin(
         &mut self,
-        reading: &Reading,
+        feed: &Feed,
         assignment: &Assignment,
         reports: &Reports,
     ) -> Result<TrainState, WorkerError> {
         let store = &self.run.store;
         let before = first_repair(assignment).map(|step| Step::new(step.get().saturating_sub(1)));
         let last = before.map_or(assignment.recorded, |step| step.min(assignment.recorded));
-        let (newest, refused) = self.run.wait(newest_verified(store, self.run.id, assignment.training, last))?;
+        let (newest, refused) =
+            self.run.wait(newest_verified(store, self.run.id, assignment.training, last))?;
         let begins = newest.is_none();
         if begins && !assignment.may_begin {
             let faults: Vec<String> = refused.iter().map(|(_, error)| error.to_string()).collect();
@@ -123,8 +130,11 @@ impl<B: TrainingBackend> Training<B> {
             reports.say(ToCoordinator::Notice(notice));
         }
         let Some(manifest) = newest else {
-            self.replica.initialise(self.run.plan.run.seed);
-            return Ok(self.beginning(reading));
+            match &assignment.from {
+                Some(from) => drop(self.begin(from)?),
+                None => self.replica.initialise(self.recipe.seed()),
+            }
+            return Ok(self.beginning(feed));
         };
         if !self.run.plan.has_digest_of(assignment.training, manifest.plan_digest) {
             return Err(WorkerError::OtherPlan(store.to_string()));
@@ -135,12 +145,41 @@ impl<B: TrainingBackend> Training<B> {
         Ok(train)
     }
 
-    fn beginning(&self, reading: &Reading) -> TrainState {
+    /// Puts the replica into the state in which the stage begins from a model. Returns a hash of all weights in it that make a
+    /// difference.
+    pub(super) fn begin(&mut self, from: &Subject) -> Result<Digest, WorkerError> {
+        if !self.recipe.has_adapter() {
+            let weights = jobs::weights_of(&self.run, from)?;
+            let digest = Digest::of(bytemuck::cast_slice(&weights));
+            let zeros = vec![0.0; weights.len()];
+            let (first_moment, second_moment) = (zeros.clone(), zeros);
+            self.replica.load_state(&State { weights, first_moment, second_moment })?;
+            return Ok(digest);
+        }
+        let base = self.load_base(from)?;
+        self.replica.initialise(self.recipe.seed());
+        // A new adapter changes nothing.
+        let Some(weights) = self.recipe.adapter_to_go_on_from()? else { return Ok(base) };
+        self.replica.write_state(StatePart::Weights, 0, &weights);
+        Ok(Digest::of(format!("{base} {}", Digest::of(bytemuck::cast_slice(&weights))).as_bytes()))
+    }
+
+    /// Loads the weights that a stage with an adapter leaves as they are. Returns their hash.
+    fn load_base(&mut self, from: &Subject) -> Result<Digest, WorkerError> {
+        if let Some(digest) = self.base {
+            return Ok(digest);
+        }
+        let weights = jobs::weights_of(&self.run, from)?;
+        self.replica.load_base(&weights)?;
+        Ok(*self.base.insert(Digest::of(bytemuck::cast_slice(&weights))))
+    }
+
+    fn beginning(&self, feed: &Feed) -> TrainState {
         TrainState {
             step: Step::default(),
             tokens: 0,
             quantum: self.quantum.value(),
-            cursors: reading.corpus.start().numbers().to_vec(),
+            cursors: feed.start(),
             quarantine: BTreeSet::new(),
         }
     }
@@ -148,7 +187,7 @@ impl<B: TrainingBackend> Training<B> {
     /// Gives all members the state of `donor`. Members that have it already keep it, even if the others fail meanwhile.
     fn broadcast(
         &mut self,
-        reading: &Reading,
+        feed: &Feed,
         donor: Rank,
         is_newest: bool,
         group: &mut dyn Collective,
@@ -158,7 +197,7 @@ impl<B: TrainingBackend> Training<B> {
         let keeps = group.rank() == donor || (is_newest && devices.is_none());
         // A state that is only half overwritten is none.
         self.position.take_if(|_| !keeps);
-        let position = self.position.clone().unwrap_or_else(|| self.beginning(reading));
+        let position = self.position.clone().unwrap_or_else(|| self.beginning(feed));
         let mut words: Vec<i64> = [position.step.get() as i64, position.tokens as i64]
             .into_iter()
             .chain(position.cursors.iter().copied())
@@ -202,18 +241,6 @@ impl<B: TrainingBackend> Training<B> {
             }
         }
         Ok(())
-    }
-}
-
-impl Reading {
-    /// The run's data without the units that are quarantined now. If these are not the same as before, everything read
-    /// before is dropped.
-    fn open(run: &Run, before: Option<Self>) -> Result<Self, WorkerError> {
-        let quarantine = run.quarantine()?;
-        match before.filter(|reading| reading.quarantine == quarantine) {
-            Some(reading) => Ok(reading),
-            None => Ok(Self { corpus: run.corpus()?.into(), quarantine, loader: None, held_out: None }),
-        }
     }
 }
 

@@ -6,12 +6,14 @@
 mod algorithms;
 mod consensus;
 mod devices;
+mod feed;
 mod group;
 mod member;
+mod recipe;
+mod reference;
 mod step;
 mod watched;
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,14 +22,15 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tokio::sync::{Semaphore, mpsc};
 use ulmus_backend::{FIRST_PROPOSALS, Quantum, TrainingBackend};
-use ulmus_dataloader::{Corpus, Loader, Sequence};
+use ulmus_dataloader::Sequence;
 use ulmus_model::{BatchShape, MicroBatch, Objective, Replica};
-use ulmus_plan::Algorithms;
+use ulmus_plan::{Algorithms, ModelConfig, Preset};
 use ulmus_process::with_causes;
 use ulmus_run::TrainState;
 use ulmus_transport::ring::{Listener, Place};
 use ulmus_types::{
-    Assignment, BadUnit, Digest, FORM_WITHIN, Job, LeaveReason, RunId, SNAPSHOT_SLOTS, Step, ToCoordinator,
+    Assignment, Digest, FORM_WITHIN, Job, LeaveReason, RunId, SNAPSHOT_SLOTS, Section, Stage, StageName,
+    Step, ToCoordinator,
 };
 
 use crate::WorkerError;
@@ -37,12 +40,18 @@ use crate::jobs;
 use crate::run::Run;
 use crate::snapshot::PendingSnapshot;
 
+use feed::Feed;
+use recipe::Recipe;
 use watched::Watched;
 
 /// How long a collective operation may stand still. The coordinator notices dead workers long before.
 const STALL_TIMEOUT: Duration = Duration::from_mins(10);
 /// The seed of the weights and the batch that the fingerprint is taken of.
 const FINGERPRINT_SEED: u64 = 0x5eed_f1e9;
+/// Vocabulary of the small model that the fingerprint is taken of if the run does not pretrain.
+const SMALL_VOCABULARY: usize = 512;
+/// Sequences and positions of its batch.
+const SMALL: [usize; 2] = [2, 64];
 
 /// A command from the agent.
 #[derive(Debug)]
@@ -76,33 +85,24 @@ impl Reports {
     }
 }
 
-/// The model of a run, and the state of its training that outlives a group.
+/// What a worker has of a training stage, and the state of the stage that outlives a group.
 pub(crate) struct Training<B: TrainingBackend> {
     run: Run,
+    recipe: Recipe,
     replica: Replica<B>,
     quantum: Quantum,
-    fingerprint: Digest,
-    /// The position in the run of the replica's weights and moments; `None` while these are no state of the run.
+    /// The position in the stage of the replica's weights and moments; `None` while these are no state of the stage.
     position: Option<TrainState>,
-    reading: Option<Reading>,
+    /// The hash of the frozen weights of a stage that trains an adapter, once they are loaded.
+    base: Option<Digest>,
+    feed: Option<Feed>,
     snapshot_slots: Arc<Semaphore>,
-}
-
-/// The run's data, and how far this worker has read them.
-struct Reading {
-    corpus: Arc<Corpus>,
-    /// The units that the corpus leaves out.
-    quarantine: BTreeSet<BadUnit>,
-    /// The loader of the last group's lanes.
-    loader: Option<Loader>,
-    /// The sequences for the held-out loss, once they have been read.
-    held_out: Option<Arc<[Sequence]>>,
 }
 
 /// What a worker has of the run that it has joined.
 enum Joined<B: TrainingBackend> {
-    /// All that training takes.
-    Training(Box<Training<B>>),
+    /// All that training takes; nothing while one stage makes room for the next.
+    Training(Run, Option<Box<Training<B>>>),
     /// What jobs take, if it serves nothing else.
     Jobs(Run),
 }
@@ -110,8 +110,7 @@ enum Joined<B: TrainingBackend> {
 impl<B: TrainingBackend> Joined<B> {
     fn run(&self) -> &Run {
         match self {
-            Self::Training(training) => &training.run,
-            Self::Jobs(run) => run,
+            Self::Training(run, _) | Self::Jobs(run) => run,
         }
     }
 }
@@ -159,10 +158,9 @@ impl<B: TrainingBackend> Trainer<B> {
             self.joined = Some(Joined::Jobs(run));
             return Report::WarmedUp(None);
         }
-        match Training::new(run, self.backend.clone()) {
-            Ok(training) => {
-                let fingerprint = training.fingerprint;
-                self.joined = Some(Joined::Training(Box::new(training)));
+        match Training::warm(run.clone(), self.backend.clone()) {
+            Ok((training, fingerprint)) => {
+                self.joined = Some(Joined::Training(run, training.map(Box::new)));
                 Report::WarmedUp(Some(fingerprint))
             }
             Err(error) => {
@@ -173,11 +171,18 @@ impl<B: TrainingBackend> Trainer<B> {
 
     fn train(&mut self, assignment: &Assignment) -> ToCoordinator {
         let generation = assignment.generation;
-        let (Some(Joined::Training(training)), Some(listener)) = (&mut self.joined, &mut self.listener)
-        else {
+        let left = |reason| ToCoordinator::Left { generation, step: Step::default(), reason };
+        if self.listener.is_none() || !matches!(self.joined, Some(Joined::Training(..))) {
             let message = "assigned to a group for which it was not ready".to_owned();
-            let reason = LeaveReason::Lost { suspect: None, message };
-            return ToCoordinator::Left { generation, step: Step::default(), reason };
+            return left(LeaveReason::Lost { suspect: None, message });
+        }
+        if let Err(error) = self.enter(assignment.training) {
+            return left(error.into());
+        }
+        let (Some(Joined::Training(_, Some(training))), Some(listener)) =
+            (&mut self.joined, &mut self.listener)
+        else {
+            return left(LeaveReason::Lost { suspect: None, message: "the stage is gone".to_owned() });
         };
         let reports = Reports { run: training.run.id, sender: self.reports.clone() };
         let reason = match form(listener, &self.control, &training.run, assignment) {
@@ -190,6 +195,30 @@ impl<B: TrainingBackend> Trainer<B> {
         self.control.leave();
         tracing::info!("left the group of generation {generation}: {reason}");
         ToCoordinator::Left { generation, step: training.step(), reason }
+    }
+
+    /// Makes a training stage the one that this worker has, and drops all of the one before: memory need not suffice for two.
+    fn enter(&mut self, name: StageName) -> Result<(), WorkerError> {
+        let Some(Joined::Training(run, training)) = &mut self.joined else { return Ok(()) };
+        if training.as_ref().is_some_and(|training| training.recipe.training() == name) {
+            return Ok(());
+        }
+        *training = None;
+        let recipe = Recipe::of(run, name)?;
+        *training = Some(Box::new(Training::new(run.clone(), recipe, self.backend.clone())?));
+        Ok(())
+    }
+
+    /// Computes log-probabilities before a stage with the stage's own replica.
+    fn refer(&mut self, tuning: StageName, job: &Job) -> Result<String, WorkerError> {
+        self.enter(tuning)?;
+        let control = self.control.clone();
+        match &mut self.joined {
+            Some(Joined::Training(_, Some(training))) => training.refer(job, &control),
+            _ => Err(WorkerError::Plan(
+                "only workers that train compute what training compares with".to_owned(),
+            )),
+        }
     }
 
     fn work(&mut self, run: &Run, job: Job) -> ToCoordinator {
@@ -205,7 +234,13 @@ impl<B: TrainingBackend> Trainer<B> {
         }
         let reports = Reports { run: run.id, sender: self.reports.clone() };
         let say = |text: String| reports.say(ToCoordinator::Notice(text));
-        match jobs::work(run, &self.backend, self.threads, &job, &say) {
+        let refers = |stage: &&Stage| stage.kind.trains() && stage.name.reference() == *job.stage();
+        let tuning = run.plan.graph().trainings().find(refers).map(|stage| stage.name);
+        let done = match tuning {
+            Some(tuning) => self.refer(tuning, &job),
+            None => jobs::work(run, &self.backend, self.threads, &job, &say),
+        };
+        match done {
             Ok(result) => ToCoordinator::JobDone { job, result },
             Err(error) => ToCoordinator::JobFailed {
                 job,
@@ -244,30 +279,55 @@ fn form(
 }
 
 impl<B: TrainingBackend> Training<B> {
-    fn new(run: Run, backend: B) -> Result<Self, WorkerError> {
-        let plan = Arc::clone(&run.plan);
-        let (sequences, length) = (plan.train.micro_batch as usize, plan.sequence_length());
-        let shape = BatchShape { sequences, length, recompute: plan.train.recompute };
-        let backend = backend.with_precision(plan.train.precision);
-        let mut replica =
-            Replica::new(backend, &plan.model, shape, Objective::next_token(plan.train.z_loss))?;
-        let backend = replica.backend().clone();
-        let fingerprint = || fingerprint(&mut replica, plan.model.vocab_size, sequences, length);
-        let fingerprint = match plan.train.algorithms {
-            // Undo the choice of an earlier run in this process.
-            Algorithms::Library => backend.choose_algorithms(Some(FIRST_PROPOSALS), fingerprint)?.0?,
-            Algorithms::Measured => algorithms::measured(&run, &backend, fingerprint)?,
-        };
-        let positions = plan.train.sequences * length as u64;
+    fn new(run: Run, recipe: Recipe, backend: B) -> Result<Self, WorkerError> {
         Ok(Self {
-            run,
-            replica,
-            quantum: Quantum::new(positions, plan.train.micro_batches()),
-            fingerprint,
+            replica: recipe::replica(backend, &recipe)?,
+            quantum: recipe.quantum(),
             position: None,
-            reading: None,
+            base: None,
+            feed: None,
             snapshot_slots: Arc::new(Semaphore::new(SNAPSHOT_SLOTS)),
+            recipe,
+            run,
         })
+    }
+
+    /// Takes the fingerprint of this machine's arithmetic. A run that pretrains takes that of pretraining, and keeps what was
+    /// built for it; any other run that of a small model.
+    fn warm(run: Run, backend: B) -> Result<(Option<Self>, Digest), WorkerError> {
+        let plan = Arc::clone(&run.plan);
+        let mut fingerprint_of = |replica: &mut Replica<B>, vocabulary, [sequences, length]: [usize; 2]| {
+            let backend = replica.backend().clone();
+            let fingerprint = || fingerprint(replica, vocabulary, sequences, length);
+            match plan.train.algorithms {
+                // Undo the choice of an earlier run in this process.
+                Algorithms::Library => backend.choose_algorithms(Some(FIRST_PROPOSALS), fingerprint)?.0,
+                Algorithms::Measured => algorithms::measured(&run, &backend, fingerprint),
+            }
+        };
+        if !plan.pretrains() {
+            let model = ModelConfig { vocab_size: SMALL_VOCABULARY, ..Preset::Openelm270m.config() };
+            let model = ModelConfig { num_transformer_layers: 2, ..model };
+            let [sequences, length] = SMALL;
+            let backend = backend.with_precision(plan.train.precision);
+            let objective = Objective::next_token(0.0);
+            let mut replica = Replica::new(backend, &model, BatchShape::new(sequences, length), objective)?;
+            return Ok((None, fingerprint_of(&mut replica, SMALL_VOCABULARY, SMALL)?));
+        }
+        let recipe = Recipe::of(&run, StageName::pretraining())?;
+        let BatchShape { sequences, length, .. } = recipe.shape();
+        let mut training = Self::new(run.clone(), recipe, backend)?;
+        let fingerprint = fingerprint_of(&mut training.replica, plan.model.vocab_size, [sequences, length])?;
+        Ok((Some(training), fingerprint))
+    }
+
+    /// Computes log-probabilities before the stage.
+    fn refer(&mut self, job: &Job, control: &Control) -> Result<String, WorkerError> {
+        // The state that the stage begins with is none that it could go on from.
+        self.position = None;
+        let origin = self.begin(job.subject())?;
+        let Self { run, recipe, replica, .. } = self;
+        reference::compute(run, recipe, replica, origin, job, || control.begin(Section::Idle))
     }
 
     /// The number of updates that the state has seen.

@@ -11,17 +11,21 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::RecvTimeoutError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use ulmus_backend::{IGNORE, Quantum, TrainingBackend};
+use ulmus_backend::{IGNORE, TrainingBackend};
 use ulmus_dataloader::{DataError, Sequence};
-use ulmus_model::{LossSum, MicroBatch, Sums};
+use ulmus_model::{LossSum, MicroBatch, Objective, Sums};
+use ulmus_plan::TuneConfig;
 use ulmus_types::{CheckpointId, CheckpointKind, LeaveReason, Section, Step, StepReport, ToCoordinator};
 
 use super::consensus::StepConsensus;
 use super::devices::Devices;
+use super::feed::{Feed, Reading};
 use super::member::Member;
+use super::recipe::Tuning;
 use super::{Report, STALL_TIMEOUT, micro_batch};
 use crate::WorkerError;
 use crate::collective::{Collective, chunks};
+use crate::examples::{Update, masked};
 use crate::snapshot::PendingSnapshot;
 
 /// How often a trainer that waits for a store, or for text, reports that it does.
@@ -41,6 +45,14 @@ struct Share {
     held_out: Option<Arc<[Sequence]>>,
 }
 
+/// This worker's micro-batches of an update.
+enum Batches {
+    /// Those of its lanes.
+    OfLanes,
+    /// Those of the examples of the update.
+    Of(Update),
+}
+
 /// Where the time of a step went.
 #[derive(Default)]
 struct Times {
@@ -56,7 +68,7 @@ impl<B: TrainingBackend> Member<'_, B> {
         group: &mut dyn Collective,
     ) -> Result<LeaveReason, WorkerError> {
         // A single micro-batch is its own sum.
-        let alone = group.size() == 1 && self.lanes.len() == 1;
+        let alone = group.size() == 1 && self.assignment.micro_batches.clone().count() == 1;
         let mut sums = if alone {
             None
         } else {
@@ -78,8 +90,8 @@ impl<B: TrainingBackend> Member<'_, B> {
                     return Ok(self.stopped(&agreed, share.err()));
                 }
             };
-            let valid = agreed.valid as u64;
-            let grad_norm = self.update(sums.as_mut(), devices.as_mut(), valid, group, &mut times)?;
+            let count = self.replica.objective().divisor(&agreed.loss_sum());
+            let grad_norm = self.update(sums.as_mut(), devices.as_mut(), count, group, &mut times)?;
             let report = self.finish_step(&agreed, &share, grad_norm, begun, &times, group)?;
             let step = report.step;
             self.reports.say(ToCoordinator::Steps { generation, reports: vec![report] });
@@ -97,16 +109,15 @@ impl<B: TrainingBackend> Member<'_, B> {
 
     /// The last step of the group: the plan's, or that of the last milestone to be made again.
     fn last_step(&self) -> Step {
-        let iterations = Step::new(self.run.plan.train.iterations);
+        let last = self.recipe.last_step();
         let repaired = self.assignment.repair.as_ref().and_then(|repair| repair.milestones.last().copied());
-        repaired.map_or(iterations, |step| step.min(iterations))
+        repaired.map_or(last, |step| step.min(last))
     }
 
     /// As what the state after a step is kept, if it is. A repair only keeps the milestones that it was formed for; the
     /// others exist.
     fn kept(&self, step: Step, asked: bool) -> Option<CheckpointKind> {
-        let plan = &self.run.plan;
-        let on_grid = plan.checkpoint.is_milestone(step.get(), plan.train.iterations);
+        let on_grid = self.recipe.is_milestone(step);
         let is_milestone = match &self.assignment.repair {
             Some(repair) => repair.milestones.contains(&step),
             None => on_grid,
@@ -132,32 +143,68 @@ impl<B: TrainingBackend> Member<'_, B> {
             sums.clear();
         }
         let held_out = self.held_out_sequences()?;
-        let plan = Arc::clone(&self.run.plan);
-        let per_lane = (plan.train.sequences / plan.data.lanes) as usize;
         let mut consensus = StepConsensus::default();
-        let count = self.lanes.len();
-        for index in 0..count {
+        let step = self.step().get();
+        let batches = match &mut *self.feed {
+            Feed::Text(_) => Batches::OfLanes,
+            Feed::Examples(lessons) => Batches::Of(lessons.order.update(step)),
+        };
+        let micro_batches = self.assignment.micro_batches.clone();
+        let last = micro_batches.end - 1;
+        for index in micro_batches.clone() {
             let waiting = Instant::now();
-            let mut waits = || {
-                self.control.begin(Section::Reading);
-            };
-            let rows = self.loader.take_with_progress(&self.lanes[index], per_lane, &mut waits);
-            let rows = rows.map_err(|error| match error {
-                DataError::Exhausted { .. } => Obstacle::Exhausted(error.to_string()),
-                error => Obstacle::Failed(error.into()),
-            });
-            self.control.begin(Section::Computing);
-            let rows = rows?;
+            let batch = self.batch(&batches, index)?;
             times.data += waiting.elapsed();
-            let batch = micro_batch(&rows, plan.sequence_length());
-            let last = index + 1 == count;
-            let reducing = devices.as_deref_mut().filter(|_| last);
+            let reducing = devices.as_deref_mut().filter(|_| index == last);
+            let Some(batch) = batch else {
+                // What has no example still takes part in the sums and in their reduction.
+                if index == micro_batches.start || index == last {
+                    let masked = self.nothing();
+                    self.gradient(&masked, sums.as_deref_mut(), reducing, group).map_err(Obstacle::Failed)?;
+                }
+                continue;
+            };
             let loss =
                 self.gradient(&batch, sums.as_deref_mut(), reducing, group).map_err(Obstacle::Failed)?;
             consensus.add_loss(&loss, self.quantum).map_err(|sum| Obstacle::Failed(diverged(sum)))?;
         }
-        consensus.cursors = self.loader.cursors().numbers().to_vec();
+        consensus.cursors = self.feed.cursors();
         Ok(Share { consensus, held_out })
+    }
+
+    /// A micro-batch of an update, of which the last of an epoch may have fewer.
+    fn batch(&mut self, batches: &Batches, index: u64) -> Result<Option<MicroBatch>, Obstacle> {
+        let (plan, control) = (Arc::clone(&self.run.plan), self.control);
+        match (&mut *self.feed, batches) {
+            (Feed::Text(Reading { loader: Some(loader), lanes, .. }), Batches::OfLanes) => {
+                let per_lane = (plan.train.sequences / plan.data.lanes) as usize;
+                let lanes = &lanes[(index - self.assignment.micro_batches.start) as usize];
+                let mut waits = || {
+                    control.begin(Section::Reading);
+                };
+                let rows = loader.take_with_progress(lanes, per_lane, &mut waits);
+                control.begin(Section::Computing);
+                let rows = rows.map_err(|error| match error {
+                    DataError::Exhausted { .. } => Obstacle::Exhausted(error.to_string()),
+                    error => Obstacle::Failed(error.into()),
+                })?;
+                Ok(Some(micro_batch(&rows, plan.sequence_length())))
+            }
+            (Feed::Examples(lessons), Batches::Of(update)) => {
+                let Some(Tuning { config, .. }) = self.recipe.tuning() else { return Ok(None) };
+                let first = index * config.micro_batch;
+                let chosen = update.examples.iter().skip(first as usize).take(config.micro_batch as usize);
+                let chosen: Vec<usize> = chosen.copied().collect();
+                Ok(lessons.trained.batch(&chosen, update.before + first, config))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// A micro-batch that teaches nothing.
+    fn nothing(&self) -> MicroBatch {
+        let compares = matches!(self.replica.objective(), Objective::Preferences(_));
+        masked(if compares { 2 } else { 1 }, compares)
     }
 
     /// Computes the gradient of a micro-batch and adds it to `sums`. Without sums, the gradient becomes the mean at
@@ -172,7 +219,7 @@ impl<B: TrainingBackend> Member<'_, B> {
         let Self { replica, quantum, .. } = self;
         let Some(sums) = sums else {
             let loss = replica.forward_backward(batch)?;
-            replica.quantise_mean_gradient(quantum, loss.valid)?;
+            replica.quantise_mean_gradient(quantum, replica.objective().divisor(&loss))?;
             return Ok(loss);
         };
         let Some(devices) = devices else {
@@ -193,13 +240,16 @@ impl<B: TrainingBackend> Member<'_, B> {
     /// error after it would cost the step. With a large corpus reading takes minutes, and the trainer keeps reporting
     /// that it waits.
     fn held_out_sequences(&mut self) -> Result<Option<Arc<[Sequence]>>, Obstacle> {
-        if !self.measures_after(self.step().next()) {
+        let is_due = self.recipe.is_evaluated(self.step().next());
+        let control = self.control;
+        let Feed::Text(Reading { corpus, held_out: known, .. }) = &mut *self.feed else { return Ok(None) };
+        if !is_due {
             return Ok(None);
         }
-        if let Some(held_out) = &self.held_out {
+        if let Some(held_out) = known {
             return Ok(Some(Arc::clone(held_out)));
         }
-        let (corpus, control) = (self.corpus, self.control);
+        let corpus = &*corpus;
         let train = &self.run.plan.train;
         let (length, sequences) = (self.run.plan.sequence_length(), train.held_out_sequences as usize);
         let held_out = thread::scope(|scope| {
@@ -216,14 +266,8 @@ impl<B: TrainingBackend> Member<'_, B> {
         });
         let held_out: Arc<[Sequence]> =
             held_out.map_err(|error| Obstacle::Failed(error.into()))?.sequences.into();
-        *self.held_out = Some(Arc::clone(&held_out));
+        *known = Some(Arc::clone(&held_out));
         Ok(Some(held_out))
-    }
-
-    fn measures_after(&self, step: Step) -> bool {
-        let train = &self.run.plan.train;
-        train.held_out_every > 0
-            && (step.get().is_multiple_of(train.held_out_every) || step.get() == train.iterations)
     }
 
     /// Sums the members' shares of the consensus over the group.
@@ -273,7 +317,7 @@ impl<B: TrainingBackend> Member<'_, B> {
         &mut self,
         sums: Option<&mut Sums<B>>,
         devices: Option<&mut Devices<B>>,
-        valid: u64,
+        count: u64,
         group: &mut dyn Collective,
         times: &mut Times,
     ) -> Result<f64, WorkerError> {
@@ -285,13 +329,13 @@ impl<B: TrainingBackend> Member<'_, B> {
             // The gradient is the mean already.
             (None, _) => {}
             (Some(sums), _) if group.size() == 1 => {
-                replica.set_mean_gradient(sums, 0..parameters, quantum, valid);
+                replica.set_mean_gradient(sums, 0..parameters, quantum, count);
             }
             (Some(sums), Some(devices)) => {
                 control.begin(Section::Collective);
                 let parts = devices.finish(group)?;
                 for own in parts.iter().flat_map(|part| devices.owned(part.clone())) {
-                    replica.set_mean_gradient(sums, own, quantum, valid);
+                    replica.set_mean_gradient(sums, own, quantum, count);
                 }
                 devices.all_gather(replica.gradient(), &parts, group)?;
                 control.begin(Section::Computing);
@@ -302,16 +346,15 @@ impl<B: TrainingBackend> Member<'_, B> {
                 replica.backend().clone().on_host(sums.values(), |sums| {
                     group.reduce_scatter(sums)?;
                     replica.gradient_on_host(|mean| {
-                        quantum.mean_into(&sums[own.clone()], valid, &mut mean[own]);
+                        quantum.mean_into(&sums[own.clone()], count, &mut mean[own]);
                         group.all_gather(mean)
                     })
                 })?;
                 times.communication += waiting.elapsed();
             }
         }
-        let train = &self.run.plan.train;
         let step = self.step().get();
-        Ok(self.replica.update(train, train.learning_rate(step), step)?)
+        Ok(self.replica.update(self.recipe.optimizer(), self.recipe.learning_rate(step), step)?)
     }
 
     /// Advances the position, measures the held-out loss if it is due, and makes the report.
@@ -324,32 +367,74 @@ impl<B: TrainingBackend> Member<'_, B> {
         times: &Times,
         group: &mut dyn Collective,
     ) -> Result<StepReport, WorkerError> {
-        let plan = Arc::clone(&self.run.plan);
-        let lr = plan.train.learning_rate(self.step().get());
+        let lr = self.recipe.learning_rate(self.step().get());
         let loss = agreed.loss_sum();
         let position = &mut *self.position;
         position.step = position.step.next();
         position.tokens += loss.valid;
         position.cursors.clone_from(&agreed.cursors);
-        position.quarantine.clone_from(self.quarantine);
+        position.quarantine = self.feed.quarantine();
         let (step, tokens) = (position.step, position.tokens);
         let elapsed = begun.elapsed();
         let held_out = share.held_out.as_deref();
         let held_out_loss = held_out.map(|sequences| self.held_out_loss(sequences, group)).transpose()?;
+        let measures = self.measures(&loss, step, group)?;
+        let objective = self.replica.objective();
         Ok(StepReport {
             step,
             tokens,
-            loss: loss.mean_ce(),
-            z_loss: self.replica.objective().mean_z_loss(&loss),
+            loss: objective.mean_loss(&loss),
+            z_loss: objective.mean_z_loss(&loss),
             grad_norm,
             lr,
             held_out_loss: held_out_loss.flatten(),
+            examples: self.feed.examples_before(step.get()),
+            measures,
             elapsed,
             data_wait: times.data,
             communication: times.communication,
-            examples: 0,
-            measures: BTreeMap::new(),
         })
+    }
+
+    /// What a tuning stage measures beside its loss.
+    fn measures(
+        &mut self,
+        loss: &LossSum,
+        step: Step,
+        group: &mut dyn Collective,
+    ) -> Result<BTreeMap<String, f64>, WorkerError> {
+        let Some(tuning) = self.recipe.tuning() else { return Ok(BTreeMap::new()) };
+        let objective = *self.replica.objective();
+        let of = |loss: &LossSum, prefix: &str| -> Vec<(String, f64)> {
+            let names = objective.metric_names().iter().map(|name| format!("{prefix}{name}"));
+            names.zip(objective.metrics(loss)).collect()
+        };
+        let mut measures = of(loss, "");
+        if tuning.config.z_loss > 0.0 {
+            measures.push(("z_loss".to_owned(), objective.mean_z_loss(loss)));
+        }
+        if self.recipe.is_evaluated(step) {
+            let loss = self.evaluate(&tuning.config, group)?;
+            measures.push(("eval_loss".to_owned(), objective.mean_loss(&loss)));
+            measures.extend(of(&loss, "eval_"));
+        }
+        Ok(measures.into_iter().collect())
+    }
+
+    /// The losses of the examples that the stage is evaluated on; the members share the work.
+    fn evaluate(&mut self, config: &TuneConfig, group: &mut dyn Collective) -> Result<LossSum, WorkerError> {
+        let mut consensus = StepConsensus::default();
+        if let Feed::Examples(lessons) = &*self.feed {
+            let all: Vec<usize> = (0..lessons.evaluated.examples.len()).collect();
+            let batches = all.chunks(config.micro_batch as usize);
+            for chosen in batches.skip(group.rank().index()).step_by(group.size()) {
+                self.control.begin(Section::Measuring);
+                let Some(batch) = lessons.evaluated.batch(chosen, 0, config) else { continue };
+                consensus.add_loss(&self.replica.loss(&batch)?, self.quantum).map_err(diverged)?;
+            }
+        }
+        group.all_reduce(&mut consensus.losses)?;
+        Ok(consensus.loss_sum())
     }
 
     /// The mean cross-entropy of the held-out sequences, in nats; the members share the work. `None` if no token is
@@ -372,15 +457,16 @@ impl<B: TrainingBackend> Member<'_, B> {
             let loss = self.replica.loss(&micro_batch(&batch, length))?;
             consensus.add_loss(&loss, self.quantum).map_err(diverged)?;
         }
-        let mut sum = [consensus.valid, consensus.loss];
-        group.all_reduce(&mut sum)?;
-        Ok((sum[0] > 0).then(|| Quantum::loss_from_fixed(sum[1]) / sum[0] as f64))
+        group.all_reduce(&mut consensus.losses)?;
+        let loss = consensus.loss_sum();
+        Ok((loss.valid > 0).then(|| loss.mean_ce()))
     }
 
     /// Begins to copy the state to host memory, from where it is stored. Also reports how far the data have been read.
     fn keep(&mut self, kind: CheckpointKind) {
-        let sources = self.loader.readings();
-        self.reports.say(ToCoordinator::Reading { step: self.step(), sources });
+        if let Feed::Text(Reading { loader: Some(loader), .. }) = &*self.feed {
+            self.reports.say(ToCoordinator::Reading { step: self.step(), sources: loader.readings() });
+        }
         // This waits while two older states are still being stored.
         let slot = self.run.wait(snapshot_slot(self.snapshot_slots, || {
             self.control.begin(Section::Storing);

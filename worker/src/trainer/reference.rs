@@ -1,0 +1,177 @@
+//! The log-probabilities of answers before tuning: computed once, by the forward pass that also trains, so that no answer is
+//! more or less likely than itself before the first update.
+//!
+//! They are kept under a hash of everything that they follow from, and are used again as long as that is the same. Workers may
+//! share the work: each part is a file, and what no part has is computed by whoever puts them together.
+
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use ulmus_backend::TrainingBackend;
+use ulmus_chat::Item;
+use ulmus_checkpoint::StoreError;
+use ulmus_model::Replica;
+use ulmus_run::paths;
+use ulmus_run::results;
+use ulmus_types::{CheckpointId, Digest, Generation, Job, Of, Part, StageName, Step, Subject};
+
+use super::feed::examples;
+use super::recipe::{Recipe, Tuning};
+use crate::WorkerError;
+use crate::examples::{Kept, Reference, micro_batch};
+use crate::run::Run;
+
+/// The file of all log-probabilities, in the folder of their key.
+const ALL: &str = "all.safetensors";
+/// The only tensor of a file: `[examples, 2]`, float64, in nats.
+const TENSOR: &str = "log_probabilities";
+
+/// A hash of everything on which the log-probabilities of a stage depend; `origin` is that of the weights with which it begins.
+fn key(recipe: &Recipe, tuning: &Tuning, origin: Digest) -> Digest {
+    let model = serde_json::to_string(recipe.model()).expect("a shape has text keys");
+    let precision = recipe.optimizer().precision.name();
+    let examples = tuning.examples.digest;
+    Digest::of(format!("ulmus reference, form 1\n{origin}\n{model}\n{examples}\n{precision}\n").as_bytes())
+}
+
+/// Computes what a job is asked for. Returns its result as JSON. `replica` is the stage's, in its initial state, whose weights have
+/// the hash `origin`.
+pub(super) fn compute<B: TrainingBackend>(
+    run: &Run,
+    recipe: &Recipe,
+    replica: &mut Replica<B>,
+    origin: Digest,
+    job: &Job,
+    mut progress: impl FnMut(),
+) -> Result<String, WorkerError> {
+    let Some(tuning) = recipe.tuning() else {
+        return Err(WorkerError::Plan(format!("{} compares with nothing", recipe.training())));
+    };
+    let folder = paths::references(recipe.training(), key(recipe, tuning, origin));
+    let (trained, evaluated) = examples(run, recipe.training(), tuning)?;
+    let all: Vec<&Kept> = trained.iter().chain(&evaluated).collect();
+    let per_batch = tuning.config.micro_batch as usize;
+    let mut scores = |range: std::ops::Range<usize>| -> Result<Vec<Reference>, WorkerError> {
+        let mut found = Vec::with_capacity(range.len());
+        for kept in all[range].chunks(per_batch) {
+            progress();
+            let items: Vec<&Item> = kept.iter().map(|kept| &kept.item).collect();
+            let scores = replica.score(&micro_batch(&items, None, 0, None))?;
+            let (pairs, _) = scores.as_chunks::<2>();
+            found.extend(pairs.iter().map(|pair| pair.map(|score| score.log_probability)));
+        }
+        Ok(found)
+    };
+    let result = |values: &[Reference]| results::Reference {
+        examples: values.len() as u64,
+        folder: folder.clone(),
+        digest: Digest::of(bytemuck::cast_slice(values)),
+    };
+    let whole = format!("{folder}/{ALL}");
+    let known = load(run, &whole)?.filter(|values| values.len() == all.len());
+    let values = match (known, job.part()) {
+        (Some(values), _) => values,
+        (None, Some(part)) => {
+            let path = part_file(&folder, part);
+            let range = part.share(all.len());
+            let values = match load(run, &path)?.filter(|values| values.len() == range.len()) {
+                Some(values) => values,
+                None => scores(range)?,
+            };
+            run.write(&path, encode(&values))?;
+            values
+        }
+        (None, None) => {
+            let parts = run.wait(run.store.list(&folder))?;
+            // Only those of one division fit together.
+            let of = parts.iter().filter_map(|file| divided(&file.path)).max().unwrap_or(1);
+            let mut values = Vec::with_capacity(all.len());
+            for part in (0..of).filter_map(|index| Part::new(index, of)) {
+                let range = part.share(all.len());
+                let stored = load(run, &part_file(&folder, part))?;
+                values.extend(match stored.filter(|values| values.len() == range.len()) {
+                    Some(values) => values,
+                    None => scores(range)?,
+                });
+            }
+            run.write(&whole, encode(&values))?;
+            values
+        }
+    };
+    let result = result(&values);
+    run.write(&paths::result(&job.name()), results::to_json(&result))?;
+    Ok(serde_json::to_string(&result).expect("results have text keys"))
+}
+
+/// The log-probabilities of a stage's examples, of which so many are trained and evaluated on.
+pub(super) fn read(
+    run: &Run,
+    recipe: &Recipe,
+    of: &Of,
+    trained: usize,
+    evaluated: usize,
+) -> Result<[Vec<Reference>; 2], WorkerError> {
+    let training = recipe.training();
+    let path = paths::result(&job_of(training, of).name());
+    let result = serde_json::from_slice(&run.read_own(&path)?);
+    let results::Reference { folder, digest, .. } = result.map_err(|_| damaged(training, &path))?;
+    let path = format!("{folder}/{ALL}");
+    let is_it = |values: &Vec<Reference>| {
+        values.len() == trained + evaluated && Digest::of(bytemuck::cast_slice(values)) == digest
+    };
+    let Some(mut values) = load(run, &path)?.filter(is_it) else { return Err(damaged(training, &path)) };
+    let of_evaluated = values.split_off(trained);
+    Ok([values, of_evaluated])
+}
+
+/// The job that computes the log-probabilities of a stage that begins from a model. Its name is the same for all checkpoints.
+fn job_of(training: StageName, of: &Of) -> Job {
+    let any = CheckpointId::new(StageName::pretraining(), Step::default(), Generation::default());
+    let subject = match of {
+        Of::Base => Subject::Base,
+        Of::Average => Subject::Average,
+        Of::Last | Of::Milestones => Subject::Last(any),
+        Of::Tuned(name) => Subject::Tuned(*name),
+        Of::Model(place) => Subject::Model(place.clone()),
+    };
+    Job::new(training.reference(), subject)
+}
+
+fn damaged(training: StageName, path: &str) -> WorkerError {
+    WorkerError::Damaged {
+        file: path.to_owned(),
+        reason: format!("it is not there, or not what {} has written", training.reference()),
+        act: "put back a copy of it, or give the stage another name",
+    }
+}
+
+fn part_file(folder: &str, part: Part) -> String {
+    format!("{folder}/{part}.safetensors")
+}
+
+/// The number of parts of which a file has one, by its name.
+fn divided(path: &str) -> Option<u32> {
+    path.rsplit_once("-of-")?.1.strip_suffix(".safetensors")?.parse().ok()
+}
+
+fn encode(values: &[Reference]) -> Vec<u8> {
+    let view = TensorView::new(Dtype::F64, vec![values.len(), 2], bytemuck::cast_slice(values))
+        .expect("the shape is that of the values");
+    safetensors::serialize([(TENSOR, view)], None).expect("one tensor has a name of its own")
+}
+
+/// The log-probabilities in a file, if it is there and whole.
+fn load(run: &Run, path: &str) -> Result<Option<Vec<Reference>>, WorkerError> {
+    let bytes = match run.read(path) {
+        Err(StoreError::NotFound { .. }) => return Ok(None),
+        bytes => bytes?,
+    };
+    let read = || {
+        let tensors = SafeTensors::deserialize(&bytes).ok()?;
+        let tensor = tensors.tensor(TENSOR).ok().filter(|tensor| tensor.dtype() == Dtype::F64)?;
+        let (numbers, _) = tensor.data().as_chunks::<8>();
+        let numbers: Vec<f64> = numbers.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect();
+        let (pairs, rest) = numbers.as_chunks::<2>();
+        (rest.is_empty() && numbers.iter().all(|number| number.is_finite())).then(|| pairs.to_vec())
+    };
+    Ok(read())
+}
