@@ -11,8 +11,8 @@
 
 use std::ops::Range;
 
-use ulmus_backend::{AdamW, BLOCK, HostCopy, In, Out, Quantum, TrainingBackend, View, ViewMut};
-use ulmus_plan::{ModelConfig, TrainConfig};
+use ulmus_backend::{BLOCK, HostCopy, In, Out, Quantum, TrainingBackend, View, ViewMut};
+use ulmus_plan::ModelConfig;
 use ulmus_types::Digest;
 
 use crate::adapter::AdapterShape;
@@ -22,13 +22,11 @@ use crate::error::ModelError;
 use crate::init::{initial_values, row_norm};
 use crate::network::{DropoutRate, Network};
 use crate::objective::{LossSum, Objective, SequenceScore};
+use crate::optimizer::Optimizer;
 use crate::params::{Initial, Layout, Places, Trainable, Update, check_len};
 
 /// Elements that pass through the host at a time while a state is hashed or initialised.
 const CHUNK: usize = 1 << 20;
-
-/// Added to the gradient's norm before the clipping threshold is divided by it, as in the reference.
-const CLIP_EPSILON: f64 = 1e-6;
 
 /// One of the three flat vectors that make up the state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -421,27 +419,17 @@ impl<B: TrainingBackend> Replica<B> {
         self.squares.iter().sum::<f64>().sqrt()
     }
 
-    /// One AdamW step with the present gradient, clipped to the norm `recipe.clip`; returns the norm before clipping.
-    /// `step` is the number of updates before this one.
+    /// One AdamW step with the present gradient, clipped to the norm that `optimizer` allows; returns the norm before
+    /// clipping. `step` is the number of updates before this one.
     ///
     /// # Errors
     /// [`ModelError::GradientNorm`] if the norm is NaN or infinite; the state is unchanged.
-    pub fn update(&mut self, recipe: &TrainConfig, lr: f64, step: u64) -> Result<f64, ModelError> {
+    pub fn update(&mut self, optimizer: impl Into<Optimizer>, lr: f64, step: u64) -> Result<f64, ModelError> {
         let norm = self.gradient_norm();
         if !norm.is_finite() {
             return Err(ModelError::GradientNorm { norm });
         }
-        let count = i32::try_from(step + 1).unwrap_or(i32::MAX);
-        let plain = AdamW {
-            gradient_scale: (recipe.clip / (norm + CLIP_EPSILON)).min(1.0) as f32,
-            decay: 1.0,
-            beta1: recipe.beta1 as f32,
-            beta2: recipe.beta2 as f32,
-            step_size: (lr / (1.0 - recipe.beta1.powi(count))) as f32,
-            second_correction: (1.0 - recipe.beta2.powi(count)).sqrt() as f32,
-            epsilon: recipe.epsilon as f32,
-        };
-        let decayed = AdamW { decay: (1.0 - lr * recipe.weight_decay) as f32, ..plain };
+        let [plain, decayed] = optimizer.into().step(norm, lr, step);
         let Self { backend, trainable, weights, first_moment, second_moment, gradient, .. } = self;
         backend.finish_copies();
         backend.run(|| {

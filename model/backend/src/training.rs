@@ -90,10 +90,12 @@ pub struct AdamW {
     pub gradient_scale: f32,
     /// `1 − lr · weight_decay`, the factor of the weight before the step.
     pub decay: f32,
-    /// β1, the decay of the first moment.
-    pub beta1: f32,
+    /// 1 − β1, the share of the gradient in the first moment.
+    pub first_share: f32,
     /// β2, the decay of the second moment.
     pub beta2: f32,
+    /// 1 − β2, the share of the gradient's square in the second moment.
+    pub second_share: f32,
     /// `lr / (1 − β1^t)`.
     pub step_size: f32,
     /// `sqrt(1 − β2^t)`.

@@ -554,8 +554,9 @@ fn adamw<B: TrainingBackend>(device: &Device<B>) {
             AdamW {
                 gradient_scale: clip as f32,
                 decay: (1.0 - lr * decay) as f32,
-                beta1: beta1 as f32,
+                first_share: (1.0 - beta1) as f32,
                 beta2: beta2 as f32,
+                second_share: (1.0 - beta2) as f32,
                 step_size: (lr / (1.0 - beta1.powi(step))) as f32,
                 second_correction: (1.0 - beta2.powi(step)).sqrt() as f32,
                 epsilon: epsilon as f32,

@@ -268,8 +268,9 @@ fn adamw(bencher: Bencher<'_, '_>) {
     let step = AdamW {
         gradient_scale: 0.5,
         decay: 0.9999,
-        beta1: 0.9,
+        first_share: 0.1,
         beta2: 0.95,
+        second_share: 0.05,
         step_size: 1e-3,
         second_correction: 0.2,
         epsilon: 1e-8,

@@ -63,11 +63,12 @@ unsafe impl Argument for MatrixData {}
 pub(super) struct AdamWStep {
     pub gradient_scale: f32,
     pub decay: f32,
-    pub beta1: f32,
+    pub first_share: f32,
     pub beta2: f32,
+    pub second_share: f32,
     pub step_size: f32,
     pub second_correction: f32,
     pub epsilon: f32,
 }
-// SAFETY: the counterpart has seven `float`.
+// SAFETY: the counterpart has eight `float`.
 unsafe impl Argument for AdamWStep {}

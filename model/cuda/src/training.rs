@@ -565,8 +565,18 @@ impl TrainingBackend for Cuda {
         let (first, second, gradient) = (first.address(), second.address(), gradient.address());
         // Most of the data is f32, even if activations are bfloat16.
         let vector = self.vector(&[len], &[values, rounded, first, second, gradient]).min(4);
-        let AdamW { gradient_scale, decay, beta1, beta2, step_size, second_correction, epsilon } = step;
-        let step = AdamWStep { gradient_scale, decay, beta1, beta2, step_size, second_correction, epsilon };
+        let AdamW { gradient_scale, decay, first_share, beta2, second_share, .. } = step;
+        let AdamW { step_size, second_correction, epsilon, .. } = step;
+        let step = AdamWStep {
+            gradient_scale,
+            decay,
+            first_share,
+            beta2,
+            second_share,
+            step_size,
+            second_correction,
+            epsilon,
+        };
         let blocks = line(len.div_ceil(THREADS * vector));
         launch!(self, Program::Optimizer, vector, "adamw", blocks, line(THREADS), 0;
             values, rounded, first, second, gradient, len as i64, step);

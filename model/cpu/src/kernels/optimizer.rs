@@ -28,8 +28,8 @@ vectorised! {
         for ((weight, (first, second)), gradient) in weights.iter_mut().zip(moments).zip(gradient) {
             let gradient = gradient * step.gradient_scale;
             // In variables, because what is read back from the slices waits for what was written there.
-            let mean = *first + (1.0 - step.beta1) * (gradient - *first);
-            let square = step.beta2 * *second + (1.0 - step.beta2) * (gradient * gradient);
+            let mean = *first + step.first_share * (gradient - *first);
+            let square = step.beta2 * *second + step.second_share * (gradient * gradient);
             (*first, *second) = (mean, square);
             let root = square.sqrt() / step.second_correction + step.epsilon;
             *weight = *weight * step.decay - step.step_size * (mean / root);

@@ -14,7 +14,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) round_values(act *out, con
 }
 
 struct AdamW {
-    float gradient_scale, decay, beta1, beta2, step_size, second_correction, epsilon;
+    float gradient_scale, decay, first_share, beta2, second_share, step_size, second_correction, epsilon;
 };
 
 // An AdamW step. `rounded` is the copy of the weights that matrix products read, or null.
@@ -31,8 +31,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int i = 0; i < VEC; i++) {
         float slope = g[i] * step.gradient_scale;
-        m[i] += (1.0f - step.beta1) * (slope - m[i]);
-        v[i] = step.beta2 * v[i] + (1.0f - step.beta2) * (slope * slope);
+        m[i] += step.first_share * (slope - m[i]);
+        v[i] = step.beta2 * v[i] + step.second_share * (slope * slope);
         float root = sqrtf(v[i]) / step.second_correction + step.epsilon;
         w[i] = w[i] * step.decay - step.step_size * (m[i] / root);
     }
