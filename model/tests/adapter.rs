@@ -4,6 +4,7 @@
 
 use proptest::prelude::*;
 use ulmus_backend::{IGNORE, Quantum};
+use ulmus_conformance::relative_l2;
 use ulmus_cpu::Cpu;
 use ulmus_model::peft::{self, Adapter};
 use ulmus_model::{
@@ -96,17 +97,21 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|x| x.to_bits()).collect()
 }
 
-/// Along the gradient of each tensor, the loss changes as the gradient says.
+/// Along the gradient of each tensor, the loss changes as the gradient says; except those of DoRA's two matrices, in which
+/// norms count as constants.
 #[test]
 fn gradients_are_those_of_the_loss() {
     for adapter in adapters() {
+        let is_dora = adapter.kind == AdapterKind::Dora;
         let mut replica = replica(&adapter);
         disturb(&mut replica);
         let objective = *replica.objective();
         let value = |loss: &LossSum| loss.ce + objective.mean_z_loss(loss) * loss.valid as f64;
         replica.forward_backward(&batch(1)).unwrap();
         let (gradient, weights) = (gradient(&replica), replica.state().weights);
-        for Tensor { name, range, .. } in replica.layout().clone().tensors() {
+        let layout = replica.layout().clone();
+        let checked = |tensor: &&Tensor| !is_dora || tensor.name.contains("magnitude");
+        for Tensor { name, range, .. } in layout.tensors().iter().filter(checked) {
             let slope = &gradient[range.clone()];
             let square: f64 = slope.iter().map(|x| f64::from(*x).powi(2)).sum();
             let step = 0.004 / square.sqrt();
@@ -123,6 +128,43 @@ fn gradients_are_those_of_the_loss() {
                 (difference / square - 1.0).abs() < 0.02,
                 "{name}: {difference} for {square}, {adapter:?}"
             );
+        }
+    }
+}
+
+/// With the norms of LoRA's matrices as its magnitudes, DoRA is LoRA, and so are the gradients in which norms are constants.
+#[test]
+fn dora_with_the_present_norms_is_lora() {
+    let config = config();
+    for dropout in [0.0, 0.3] {
+        let lora = adapter(AdapterKind::Lora, &["all-linear"], dropout);
+        let mut plain = replica(&lora);
+        disturb(&mut plain);
+        let values = plain.state().weights;
+        let shape = AdapterShape::new(&config, &lora).unwrap();
+        let merged = shape.merge(&config, base(&config), &values).unwrap();
+
+        let mut scaled = replica(&adapter(AdapterKind::Dora, &["all-linear"], dropout));
+        let layout = scaled.layout().clone();
+        for Tensor { name, range, .. } in layout.tensors() {
+            let own: Vec<f32> = match name.strip_suffix("lora_magnitude_vector") {
+                None => values[plain.layout().tensor(name).unwrap().range.clone()].to_vec(),
+                Some(module) => {
+                    let matrix = Layout::new(&config).tensor(&format!("{module}weight")).unwrap().clone();
+                    let rows = merged[matrix.range].chunks(matrix.shape[1]);
+                    let norm = |row: &[f32]| row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+                    rows.map(|row| norm(row) as f32).collect()
+                }
+            };
+            scaled.write_state(StatePart::Weights, range.start, &own);
+        }
+        let losses = [&mut plain, &mut scaled].map(|replica| replica.forward_backward(&batch(1)).unwrap().ce);
+        assert!((losses[0] / losses[1] - 1.0).abs() < 1e-6, "{losses:?}");
+        let (expected, found) = (gradient(&plain), gradient(&scaled));
+        for Tensor { name, range, .. } in plain.layout().tensors() {
+            let found = &found[layout.tensor(name).unwrap().range.clone()];
+            let difference = relative_l2(found, &expected[range.clone()]);
+            assert!(difference < 1e-4, "{name}: {difference:e}");
         }
     }
 }

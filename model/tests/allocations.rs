@@ -8,10 +8,15 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use ulmus_backend::{Backend, Quantum, WeightFormat};
+use ulmus_backend::{Backend, IGNORE, Quantum, WeightFormat};
 use ulmus_cpu::Cpu;
-use ulmus_model::{BatchShape, Generator, MicroBatch, Model, Objective, Replica, Sampler, Sampling};
-use ulmus_plan::{ModelConfig, Multipliers, NormKind, Precision, TrainConfig};
+use ulmus_model::{
+    AdapterShape, BatchShape, Generator, MicroBatch, Model, Objective, Preference, Replica, Sampler, Sampling,
+};
+use ulmus_plan::{
+    AdapterConfig, AdapterKind, ModelConfig, Multipliers, NormKind, Precision, PreferenceLoss, TrainConfig,
+    TuneConfig,
+};
 
 struct Counting;
 
@@ -85,6 +90,61 @@ fn steps_allocate_nothing() {
         let made = ALLOCATIONS.load(Ordering::Relaxed) - before;
         // There are five jobs from outside per step, and a thread may meet a larger task than before.
         let most = (30 * 5_usize).div_ceil(QUEUE_BLOCK) + 1 + 2 * THREADS;
+        assert!(made <= most, "{made} allocations in 30 steps");
+    }
+}
+
+/// Neither do steps on examples and pairs of all lengths, with an adapter and its noise.
+#[test]
+fn tuning_steps_allocate_nothing() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let config = ModelConfig {
+        vocab_size: 512,
+        num_transformer_layers: 3,
+        model_dim: 128,
+        head_dim: 32,
+        num_gqa_groups: 2,
+        ffn_multipliers: Multipliers::Uniform(2.0),
+        ffn_dim_divisor: 64,
+        ..ModelConfig::default()
+    };
+    let parameters = ulmus_model::Layout::new(&config).parameters();
+    let base: Vec<f32> = (0..parameters).map(|i| ((i * 31 % 101) as f32 - 50.0) * 2e-3).collect();
+    let adapter =
+        AdapterConfig { kind: AdapterKind::Dora, rank: 8, dropout: 0.1, ..AdapterConfig::default() };
+    let adapter = AdapterShape::new(&config, &adapter).unwrap();
+    let preference = Preference {
+        loss: PreferenceLoss::Sigmoid,
+        beta: 0.1,
+        label_smoothing: 0.0,
+        length_normalised: false,
+    };
+    let batch = |sequences: usize, length: usize| {
+        let tokens: Vec<u32> = (0..sequences * length).map(|i| (i * 7 % 512) as u32).collect();
+        let mut targets = tokens.clone();
+        targets[..length / 2].fill(IGNORE);
+        let references = vec![-100.0; sequences];
+        MicroBatch { references, ..MicroBatch::of_whole_documents(sequences, length, tokens, targets) }
+    };
+    let recipe = TuneConfig::default();
+    let batches = [batch(4, 128), batch(2, 100), batch(4, 31)];
+    for objective in [Objective::Answers { z_loss: 1e-4 }, Objective::Preferences(preference)] {
+        let shape = BatchShape::new(4, 128);
+        let mut replica = Replica::with_adapter(Cpu::new(1), &config, &adapter, 1, shape, objective).unwrap();
+        replica.load_base(&base).unwrap();
+        replica.initialise(0);
+        let quantum = Quantum::new(512, 1);
+        let mut step = |number: usize| {
+            let loss = replica.forward_backward(&batches[number % batches.len()]).unwrap();
+            replica.quantise_mean_gradient(&quantum, objective.divisor(&loss)).unwrap();
+            replica.update(&recipe, 1e-3, number as u64).unwrap();
+        };
+        (0..12).for_each(&mut step);
+        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        (12..42).for_each(&mut step);
+        let made = ALLOCATIONS.load(Ordering::Relaxed) - before;
+        // There are six jobs from outside per step.
+        let most = (30 * 6_usize).div_ceil(QUEUE_BLOCK) + 1;
         assert!(made <= most, "{made} allocations in 30 steps");
     }
 }

@@ -5,14 +5,16 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use tempfile::TempDir;
 use ulmus_conformance::reference::{golden, json};
+use ulmus_cpu::Cpu;
 use ulmus_model::hf::{self, HfModel, SpecialTokens};
-use ulmus_model::{Layout, ModelError, weights_from_safetensors, weights_to_safetensors};
+use ulmus_model::{Generator, Layout, Model, ModelError, weights_from_safetensors, weights_to_safetensors};
 use ulmus_plan::{ModelConfig, Multipliers, NormKind};
 use ulmus_types::ErrorKind;
 
@@ -273,6 +275,53 @@ fn what_is_not_computed_is_refused_by_field() {
     assert!(refused_config("ffn_multipliers", serde_json::json!([1, 2, 3, 4])).contains("ffn_multipliers"));
     assert!(refused_config("vocab_size", serde_json::Value::Null).contains("config.json"));
     assert!(refused_config("vocab_size", 48.into()).contains("the config asks for [48, 16]"));
+}
+
+/// An untied head is a tensor of its own, and what logits are made with.
+#[test]
+fn an_untied_head_is_written_and_read() {
+    let untied = ModelConfig { share_input_output_layers: false, ..config() };
+    let layout = Layout::new(&untied);
+    let head = layout.tensor("lm_head.weight").unwrap().range.clone();
+    let mut weights: Vec<f32> =
+        (0..layout.parameters()).map(|i| (i * 37 % 101) as f32 / 100.0 - 0.5).collect();
+    let directory = TempDir::new().unwrap();
+    hf::write(directory.path(), &untied, &weights, SpecialTokens::default()).unwrap();
+    let read = hf::read(directory.path()).unwrap();
+    assert!(!read.config.share_input_output_layers);
+    assert!(read.weights == weights);
+    let path = directory.path().join("config.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert!(text.contains("\"share_input_output_layers\": false"), "{text}");
+    // The same file is not that of a tied model, and a tied one has no head to untie.
+    std::fs::write(
+        &path,
+        text.replace("\"share_input_output_layers\": false", "\"share_input_output_layers\": true"),
+    )
+    .unwrap();
+    assert_eq!(hf::read(directory.path()).unwrap().weights, weights[..head.start]);
+    let tied = self::directory();
+    let path = tied.path().join("config.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(
+        &path,
+        text.replace("\"share_input_output_layers\": true", "\"share_input_output_layers\": false"),
+    )
+    .unwrap();
+    let missing = hf::read(tied.path()).unwrap_err().to_string();
+    assert!(missing.contains("1 tensors are missing, the first is lm_head.weight"), "{missing}");
+
+    let logits = |config: &ModelConfig, weights: &[f32]| {
+        let model = Model::new(Cpu::new(1), config, weights).unwrap();
+        let mut generator = Generator::new(Arc::new(model), 8).unwrap();
+        generator.feed(&[1, 2, 3]).unwrap().to_vec()
+    };
+    let of_tied = logits(&config(), &weights[..head.start]);
+    assert_ne!(logits(&untied, &weights), of_tied);
+    // With a copy of the embedding as its head, it is the tied model.
+    let embedding = layout.tensors()[0].range.clone();
+    weights.copy_within(embedding, head.start);
+    assert_eq!(logits(&untied, &weights), of_tied);
 }
 
 #[test]

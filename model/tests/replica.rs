@@ -8,8 +8,10 @@ use ulmus_backend::{Backend as _, BackendError, IGNORE, Quantum, TrainingBackend
 use ulmus_conformance::reference::mean_gradient;
 use ulmus_conformance::relative_l2;
 use ulmus_cpu::Cpu;
-use ulmus_model::{BatchShape, LossSum, MicroBatch, ModelError, Objective, Replica, State, StatePart, Sums};
-use ulmus_plan::{ModelConfig, Multipliers, NormKind, Precision, TrainConfig, worker_memory};
+use ulmus_model::{
+    BatchShape, LossSum, MicroBatch, ModelError, Objective, Preference, Replica, State, StatePart, Sums,
+};
+use ulmus_plan::{ModelConfig, Multipliers, NormKind, Precision, PreferenceLoss, TrainConfig, worker_memory};
 
 const OBJECTIVE: Objective = Objective::next_token(1e-4);
 
@@ -26,6 +28,7 @@ fn config() -> ModelConfig {
         ffn_dim_divisor: 20,
         rope_freq_constant: 10_000.0,
         norm: NormKind::Rms,
+        share_input_output_layers: true,
     }
 }
 
@@ -84,7 +87,12 @@ fn distributed_step(workers: &mut [Replica<Cpu>], batches: &[u32], step: u64) ->
             total.iter_mut().zip(own).for_each(|(total, own)| *total += *own);
         });
     }
-    let loss = LossSum { ce: Quantum::loss_from_fixed(ce), z: Quantum::loss_from_fixed(z), valid };
+    let loss = LossSum {
+        ce: Quantum::loss_from_fixed(ce),
+        z: Quantum::loss_from_fixed(z),
+        valid,
+        ..LossSum::default()
+    };
     workers
         .iter_mut()
         .zip(all)
@@ -228,13 +236,66 @@ proptest! {
             alone.resize(gradient.len(), 0.0);
             alone.iter_mut().zip(gradient).for_each(|(sum, x): (&mut f32, f32)| *sum += x);
         }
-        let packed = MicroBatch { sequences: 1, length, inputs, targets, doc_starts };
+        let packed = MicroBatch { sequences: 1, length, inputs, targets, doc_starts, ..MicroBatch::default() };
         let (loss, gradient) = summed_gradient(&config(), &packed);
         prop_assert!((loss.ce / alone_loss.ce - 1.0).abs() < 1e-5);
         prop_assert!((loss.z / alone_loss.z - 1.0).abs() < 1e-5);
         prop_assert_eq!(loss.valid, alone_loss.valid);
         prop_assert!(relative_l2(&gradient, &alone) < 1e-5);
     }
+}
+
+/// Where only labels go through the head, loss and gradient are those of all rows, bit for bit in float32; a batch smaller
+/// than the planned shape has those of a replica that was planned for it.
+#[test]
+fn prompts_and_padding_need_no_logits_and_no_full_shape() {
+    let untied = ModelConfig { share_input_output_layers: false, ..config() };
+    for config in [config(), untied] {
+        let labelled = |position: usize| position % 40 > 25 && position % 40 < 37;
+        for targets in [
+            (0..80).map(|position| if labelled(position) { 5 + position as u32 } else { IGNORE }).collect(),
+            vec![IGNORE; 80],
+        ] {
+            let batch = MicroBatch::of_whole_documents(2, 40, tokens(80, 1), targets);
+            let (expected, gradient) = summed_gradient(&config, &batch);
+            let objective = Objective::Answers { z_loss: 1e-4 };
+            let mut replica = Replica::new(Cpu::new(2), &config, BatchShape::new(3, 64), objective).unwrap();
+            replica.initialise(3);
+            // What an earlier batch left behind does not matter.
+            let other = MicroBatch::of_whole_documents(3, 64, tokens(192, 3), tokens(192, 4));
+            replica.forward_backward(&other).unwrap();
+            assert_eq!(replica.forward_backward(&batch).unwrap(), expected);
+            let mut found = vec![f32::NAN; gradient.len()];
+            replica.read_gradient(0, &mut found);
+            // Apart from the sign of zeros.
+            assert!(found == gradient, "{}", relative_l2(&found, &gradient));
+        }
+    }
+}
+
+#[test]
+fn pairs_without_references_are_refused() {
+    let preference = Preference {
+        loss: PreferenceLoss::Sigmoid,
+        beta: 0.1,
+        label_smoothing: 0.0,
+        length_normalised: false,
+    };
+    let objective = Objective::Preferences(preference);
+    let mut replica = Replica::new(Cpu::new(1), &config(), BatchShape::new(2, 20), objective).unwrap();
+    replica.initialise(5);
+    let mut batch = MicroBatch::of_whole_documents(2, 20, tokens(40, 1), tokens(40, 2));
+    assert!(matches!(replica.forward_backward(&batch), Err(ModelError::Batch(_))));
+    // Its own scores are references from which nothing differs.
+    batch.references = replica.score(&batch).unwrap().iter().map(|score| score.log_probability).collect();
+    let loss = replica.forward_backward(&batch).unwrap();
+    assert_eq!(objective.metrics(&loss)[..4], [0.0; 4]);
+    assert_eq!(objective.mean_loss(&loss), 2f64.ln());
+    assert_eq!((loss.valid, objective.divisor(&loss)), (40, 1));
+    // Pairs without a label have no gradient.
+    let nothing = MicroBatch { targets: vec![IGNORE; 40], references: vec![0.0; 2], ..batch };
+    assert_eq!(replica.forward_backward(&nothing).unwrap().valid, 0);
+    assert_eq!(replica.gradient_norm(), 0.0);
 }
 
 #[test]
@@ -342,7 +403,7 @@ fn seeds_decide_the_initial_state() {
 #[test]
 fn what_does_not_fit_is_refused() {
     let mut replica = replica(1);
-    let wrong = MicroBatch::of_whole_documents(1, 80, tokens(80, 1), tokens(80, 2));
+    let wrong = MicroBatch::of_whole_documents(1, 81, tokens(81, 1), tokens(81, 2));
     assert!(matches!(replica.forward_backward(&wrong), Err(ModelError::Batch(_))));
     let short = State { weights: vec![0.0], first_moment: vec![0.0], second_moment: vec![0.0] };
     assert!(matches!(replica.load_state(&short), Err(ModelError::Tensors(_))));
@@ -356,7 +417,8 @@ fn what_does_not_fit_is_refused() {
 #[test]
 fn memory_is_what_the_plan_says() {
     let shapes = [(1, 1), (2, 80), (3, 7), (1, 96)];
-    let configs = [config(), ModelConfig { model_dim: 24, head_dim: 32, ..config() }];
+    let untied = ModelConfig { share_input_output_layers: false, ..config() };
+    let configs = [config(), untied, ModelConfig { model_dim: 24, head_dim: 32, ..config() }];
     let configs =
         configs.iter().flat_map(|config| NormKind::ALL.map(|norm| ModelConfig { norm, ..config.clone() }));
     for (config, (sequences, length)) in
