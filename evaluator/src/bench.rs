@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use ulmus_backend::{Backend, greedy};
-use ulmus_model::{Initial, Generator, Layout, Model, ModelError};
+use ulmus_model::{Generator, Initial, Layout, Model, ModelError};
 use ulmus_plan::{ModelConfig, NormKind};
 
 use crate::error::EvaluatorError;

@@ -50,6 +50,7 @@ fn compare_with(config: &ModelConfig, shape: BatchShape, seed: u32) {
         inputs: numbers(rows, vocabulary, seed + 1),
         targets,
         doc_starts: (0..rows).map(|row| start(row) as u32).collect(),
+        ..MicroBatch::default()
     };
 
     let mut replica = Replica::new(Cpu::new(2), config, shape, Objective::next_token(Z_LOSS)).unwrap();
@@ -104,6 +105,7 @@ fn config(
         ffn_dim_divisor,
         rope_freq_constant: 10_000.0,
         norm: NormKind::Rms,
+        share_input_output_layers: true,
     }
 }
 

@@ -296,7 +296,7 @@ impl<B: TrainingBackend> Training<B> {
     /// built for it; any other run that of a small model.
     fn warm(run: Run, backend: B) -> Result<(Option<Self>, Digest), WorkerError> {
         let plan = Arc::clone(&run.plan);
-        let mut fingerprint_of = |replica: &mut Replica<B>, vocabulary, [sequences, length]: [usize; 2]| {
+        let fingerprint_of = |replica: &mut Replica<B>, vocabulary, [sequences, length]: [usize; 2]| {
             let backend = replica.backend().clone();
             let fingerprint = || fingerprint(replica, vocabulary, sequences, length);
             match plan.train.algorithms {
@@ -327,7 +327,9 @@ impl<B: TrainingBackend> Training<B> {
         self.position = None;
         let origin = self.begin(job.subject())?;
         let Self { run, recipe, replica, .. } = self;
-        reference::compute(run, recipe, replica, origin, job, || control.begin(Section::Idle))
+        reference::compute(run, recipe, replica, origin, job, || {
+            control.begin(Section::Idle);
+        })
     }
 
     /// The number of updates that the state has seen.
