@@ -12,14 +12,14 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use bytes::{Buf, Bytes};
 use flate2::bufread::GzDecoder;
 use ulmus_plan::Format;
 use ulmus_storage::FileInfo;
 
 use crate::contents::refuse_pointer;
 use crate::error::DataError;
-use crate::store::{Folder, Steps};
+use crate::store::Folder;
+use crate::stored::Stored;
 
 /// Size in bytes of the buffer for decompressed text.
 const BUFFER: usize = 256 << 10;
@@ -63,21 +63,9 @@ impl CompressedReader {
     ) -> Result<Self, DataError> {
         let place = folder.place(&file.path);
         let taken = Arc::new(AtomicU64::new(0));
-        let mut stored = Stored {
-            steps: Steps::new(folder, file, std::iter::once(0..file.size)),
-            fetched: Bytes::new(),
-            taken: Arc::clone(&taken),
-        };
+        let mut stored = Stored::open(folder, file, Arc::clone(&taken));
         refuse_pointer(folder, file, stored.fill_buf().map_err(|error| unreadable(&place, error))?)?;
-        let text: Box<dyn Read + Send> = if format == Format::JsonZst {
-            let decoder = zstd::stream::read::Decoder::with_buffer(stored).and_then(|mut decoder| {
-                decoder.window_log_max(MAX_WINDOW_LOG)?;
-                Ok(decoder)
-            });
-            Box::new(decoder.map_err(|error| unreadable(&place, error))?)
-        } else {
-            Box::new(Members(Some(GzDecoder::new(stored))))
-        };
+        let text = decompressed(stored, format).map_err(|error| unreadable(&place, error))?;
         let text = BufReader::with_capacity(BUFFER, text);
         let mut reader = Self { text, place, at: 0, segment, limit, taken };
         if segment > 0 {
@@ -141,17 +129,34 @@ impl CompressedReader {
     }
 }
 
+/// The text of a compressed file.
+///
+/// # Errors
+/// When its beginning cannot be read.
+pub(crate) fn decompressed(
+    stored: impl BufRead + Send + 'static,
+    format: Format,
+) -> io::Result<Box<dyn Read + Send>> {
+    if format == Format::JsonZst {
+        let mut decoder = zstd::stream::read::Decoder::with_buffer(stored)?;
+        decoder.window_log_max(MAX_WINDOW_LOG)?;
+        Ok(Box::new(decoder))
+    } else {
+        Ok(Box::new(Members(Some(GzDecoder::new(stored)))))
+    }
+}
+
 /// The error behind a failed read: that of the store, or else damage that the decoder found.
-fn unreadable(place: &str, error: io::Error) -> DataError {
+pub(crate) fn unreadable(place: &str, error: io::Error) -> DataError {
     error
         .downcast::<DataError>()
         .unwrap_or_else(|error| DataError::Damaged { file: place.to_owned(), reason: error.to_string() })
 }
 
 /// The members of a gzip file. Zeros after a member are padding, as for `gzip` and Python.
-struct Members(Option<GzDecoder<Stored>>);
+struct Members<R>(Option<GzDecoder<R>>);
 
-impl Read for Members {
+impl<R: BufRead> Read for Members<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         while let Some(member) = &mut self.0 {
             let read = member.read(buffer)?;
@@ -167,7 +172,7 @@ impl Read for Members {
 }
 
 /// Skips zeros, and returns whether anything follows them.
-fn skip_zeros(stored: &mut Stored) -> io::Result<bool> {
+fn skip_zeros(stored: &mut impl BufRead) -> io::Result<bool> {
     loop {
         let bytes = stored.fill_buf()?;
         let (zeros, whole) = (bytes.iter().take_while(|byte| **byte == 0).count(), bytes.len());
@@ -175,37 +180,6 @@ fn skip_zeros(stored: &mut Stored) -> io::Result<bool> {
         if zeros < whole || whole == 0 {
             return Ok(whole > 0);
         }
-    }
-}
-
-/// The bytes of a file as they are stored, read ahead step by step.
-struct Stored {
-    steps: Steps,
-    fetched: Bytes,
-    taken: Arc<AtomicU64>,
-}
-
-impl BufRead for Stored {
-    fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        if self.fetched.is_empty()
-            && let Some((_, bytes)) = self.steps.next().map_err(io::Error::other)?
-        {
-            self.fetched = bytes;
-        }
-        Ok(&self.fetched)
-    }
-
-    fn consume(&mut self, amount: usize) {
-        self.fetched.advance(amount);
-        self.taken.fetch_add(amount as u64, Ordering::Relaxed);
-    }
-}
-
-impl Read for Stored {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.fill_buf()?.read(buffer)?;
-        self.consume(read);
-        Ok(read)
     }
 }
 

@@ -1,5 +1,6 @@
 //! Errors of reading corpora. Every message names the file or source, and what to do next.
 
+use ulmus_chat::ChatError;
 use ulmus_storage::StoreError;
 use ulmus_tokenizer::TokenizerError;
 use ulmus_types::{ErrorKind, counted};
@@ -27,6 +28,12 @@ pub enum DataError {
     #[error("{file} does not exist; {}", or_restore(file, "check url, files and list of its source"))]
     Missing {
         /// The file, with its address.
+        file: String,
+    },
+    /// A file that a plan or a command names is not there.
+    #[error("{file} does not exist; correct its name")]
+    NoFile {
+        /// The file.
         file: String,
     },
     /// The store did not give or take a file.
@@ -294,6 +301,51 @@ pub enum DataError {
         /// What was found, and why it was skipped.
         found: String,
     },
+    /// It is unclear which files a tuning stage has, or there are none.
+    #[error("{url}: {reason}")]
+    Examples {
+        /// The folder in the plan.
+        url: String,
+        /// What is there, and what to write instead.
+        reason: String,
+    },
+    /// A file has no rows.
+    #[error("{file} has no rows; get it again, or leave it out")]
+    NoRows {
+        /// The file, with its address.
+        file: String,
+    },
+    /// No row of a tuning stage is left to learn from.
+    #[error(
+        "no row of {files:?} is left to learn from: {dropped}; correct the rows, or raise max_length of the stage"
+    )]
+    NoExamples {
+        /// The files, with their addresses.
+        files: Vec<String>,
+        /// How many rows were left out for which reasons.
+        dropped: String,
+    },
+    /// A file of rows cannot be used.
+    #[error("{file}: {error}")]
+    Rows {
+        /// The file, with its address.
+        file: String,
+        /// What is wrong, and what to write instead.
+        error: ChatError,
+    },
+    /// A row cannot be used.
+    #[error("{file}, row {row} (from 0): {error}")]
+    Row {
+        /// The file, with its address.
+        file: String,
+        /// Number of the row in the file, from 0.
+        row: u64,
+        /// What is wrong, and what to write instead.
+        error: ChatError,
+    },
+    /// A chat template cannot be used.
+    #[error(transparent)]
+    Chat(#[from] ChatError),
     /// A reading thread panicked.
     #[error("a reading thread panicked, which is a bug; see the log for the panic")]
     Stopped,
@@ -357,6 +409,7 @@ impl DataError {
             }
             Self::BadUnit { error, .. } => error.kind(),
             Self::Tokenizer(error) => error.kind(),
+            Self::Rows { error, .. } | Self::Row { error, .. } | Self::Chat(error) => error.kind(),
             Self::Disk { .. } => ErrorKind::Disk,
             Self::Stopped => ErrorKind::Internal,
             _ => ErrorKind::InvalidInput,

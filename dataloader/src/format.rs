@@ -8,6 +8,7 @@ use rayon::prelude::*;
 use ulmus_plan::Format;
 use ulmus_storage::FileInfo;
 
+use crate::arrow::ArrowTexts;
 use crate::compressed::{CompressedReader, Line};
 use crate::contents::{refuse_pointer, text_of};
 use crate::error::DataError;
@@ -66,7 +67,7 @@ impl UnitReader {
                     }));
                 }
             }
-            Format::JsonGz | Format::JsonZst => {
+            Format::JsonGz | Format::JsonZst | Format::Arrow => {
                 let whole = (0..).zip(files).filter(|(_, file)| file.size > 0);
                 units.extend(whole.map(|(index, file)| Unit {
                     file: index,
@@ -75,6 +76,7 @@ impl UnitReader {
                     bytes: file.size,
                 }));
             }
+            Format::Json => return Err(no_documents(folder, files)),
             Format::Text => {
                 let sizes: Vec<u64> = files.iter().map(|file| file.size).collect();
                 units.extend(runs(&sizes, limit).map(|(first, end, bytes)| Unit {
@@ -108,6 +110,11 @@ impl UnitReader {
                 let rows = Rows::open(ParquetFile::open(folder, file)?, key, groups, *limit, segment)?;
                 return Ok(Segments::Rows(Box::new(rows), unit.file));
             }
+            Format::Arrow => {
+                let texts = ArrowTexts::open(folder, file, key, *limit, segment)?;
+                return Ok(Segments::Arrow(Box::new(texts), unit.file));
+            }
+            Format::Json => return Err(no_documents(folder, files)),
             _ if segment > 0 => None,
             Format::Jsonl => Some(lines(folder, file, key, unit)?),
             Format::U16 | Format::U32 => {
@@ -148,7 +155,7 @@ pub(crate) fn runs(sizes: &[u64], limit: u64) -> impl Iterator<Item = (u64, u64,
 pub(crate) struct Document {
     /// Index of the document's file in the source.
     pub(crate) file: u32,
-    /// Position in the file: the row (parquet), or the offset of the line or the ids in the decompressed file.
+    /// Position in the file: the row (parquet, arrow), or the offset of the line or the ids in the decompressed file.
     pub(crate) at: u64,
     pub(crate) content: Content,
 }
@@ -175,6 +182,8 @@ pub(crate) enum Segments {
     Whole(Option<Vec<Document>>),
     /// Rows of a parquet file, and the index of the file.
     Rows(Box<Rows>, u32),
+    /// Rows of an Arrow file, and the index of the file.
+    Arrow(Box<ArrowTexts>, u32),
     /// Lines of a compressed file, the index of the file, and the key that holds the text.
     Lines(CompressedReader, u32, String),
 }
@@ -187,6 +196,10 @@ impl Segments {
             Self::Rows(rows, file) => {
                 let document = |(at, text)| Document { file: *file, at, content: Content::text(text) };
                 Ok(rows.next()?.map(|rows| rows.into_iter().map(document).collect()))
+            }
+            Self::Arrow(texts, file) => {
+                let document = |(at, text)| Document { file: *file, at, content: Content::text(text) };
+                Ok(texts.next()?.map(|rows| rows.into_iter().map(document).collect()))
             }
             Self::Lines(reader, file, key) => {
                 let Some(lines) = reader.next()? else { return Ok(None) };
@@ -208,6 +221,7 @@ impl Segments {
         match self {
             Self::Whole(documents) => documents.is_none() as u64,
             Self::Rows(rows, _) => rows.segment(),
+            Self::Arrow(texts, _) => texts.segment(),
             Self::Lines(reader, ..) => reader.segment(),
         }
     }
@@ -218,6 +232,7 @@ impl Segments {
         match self {
             Self::Whole(_) => 0,
             Self::Rows(rows, _) => rows.passed(),
+            Self::Arrow(texts, _) => texts.taken(),
             Self::Lines(reader, ..) => reader.taken(),
         }
     }
@@ -227,8 +242,18 @@ impl Segments {
         match self {
             Self::Whole(documents) => Ok(documents.is_none()),
             Self::Rows(rows, _) => Ok(rows.ends()),
+            Self::Arrow(texts, _) => texts.ends(),
             Self::Lines(reader, ..) => reader.ends(),
         }
+    }
+}
+
+/// The error for files whose format is one of rows alone.
+fn no_documents(folder: &Folder, files: &[FileInfo]) -> DataError {
+    DataError::Format {
+        file: files.first().map(|file| folder.place(&file.path)).unwrap_or_default(),
+        format: "a file of documents",
+        reason: "it is a list of JSON objects; write them one per line".to_owned(),
     }
 }
 
@@ -294,7 +319,9 @@ pub(crate) fn rows(folder: &Folder, file: &FileInfo, format: Format) -> Result<O
 pub(crate) fn schema(folder: &Folder, file: &FileInfo, format: Format) -> Result<String, DataError> {
     Ok(match format {
         Format::Parquet => ParquetFile::open(folder, file)?.schema(),
+        Format::Arrow => ArrowTexts::schema(folder, file)?,
         Format::Jsonl | Format::JsonGz | Format::JsonZst => "one JSON object per line".to_owned(),
+        Format::Json => "a list of JSON objects".to_owned(),
         Format::Text => "one document per file".to_owned(),
         Format::U16 | Format::U32 => format!("token ids of {} bytes each", tokens::width(format)),
     })

@@ -11,12 +11,14 @@
 #![forbid(unsafe_code)]
 
 mod address;
+mod arrow;
 mod compressed;
 mod contents;
 mod corpus;
 mod cursors;
 mod document;
 mod error;
+mod examples;
 mod explain;
 mod format;
 mod ftfy;
@@ -29,9 +31,12 @@ mod order;
 mod pack;
 mod parquet;
 mod prepare;
+mod rows;
 mod shards;
 mod sources;
+mod splits;
 mod store;
+mod stored;
 mod tokens;
 mod unit;
 mod walk;
@@ -40,6 +45,10 @@ pub use corpus::{Corpus, Counts, HeldOut};
 pub use cursors::Cursors;
 pub use document::normalized;
 pub use error::DataError;
+pub use examples::{
+    ChatTemplate, Dropped, Epochs, ExampleFiles, Examples, ExamplesReport, FileReport, RowOutcome, Update,
+    read_forbidden, read_template,
+};
 pub use explain::{Excerpt, Explanation};
 pub use line::without_lone_surrogates;
 pub use loader::{Loader, Origin};
@@ -47,6 +56,8 @@ pub use manifest::Manifest;
 pub use mirror::{Mirrored, mirror};
 pub use pack::{IGNORE, Sequence};
 pub use prepare::{Prepared, cargo_home, matching_files, prepare, prepared_units};
+pub use rows::read_rows;
 pub use shards::{Written, pack, tokenize};
 pub use sources::{Inspection, SourceReport, Sources, check_prepared, inspect};
+pub use splits::files_of_split;
 pub use store::{Folder, Traffic, files_below};

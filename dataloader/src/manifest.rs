@@ -319,6 +319,10 @@ pub(crate) fn format_of(
     let mixed =
         |file| unknown(file, "all files of a source must have the same format; split it into two sources");
     let first = match rest.next() {
+        Some((file, Some(Format::Json))) => {
+            let reason = "write its objects one per line, in a file of .jsonl; if they are so already, write format = \"jsonl\" in the plan";
+            return Err(unknown(file, reason));
+        }
         Some((_, Some(format))) => format,
         Some((file, None)) if Format::may_be_tokens(&file.path) => {
             if let Some((other, _)) = rest.find(|(file, _)| !Format::may_be_tokens(&file.path)) {
@@ -331,7 +335,7 @@ pub(crate) fn format_of(
         Some((file, None)) => {
             return Err(unknown(
                 file,
-                "write format = \"parquet\", \"jsonl\", \"json.gz\", \"json.zst\", \"text\", \"u16\" or \"u32\" in \
+                "write format = \"parquet\", \"arrow\", \"jsonl\", \"json.gz\", \"json.zst\", \"text\", \"u16\" or \"u32\" in \
                  the plan",
             ));
         }

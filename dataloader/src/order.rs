@@ -153,6 +153,12 @@ pub(crate) fn window_order(
     permutation(len, [seed, source as u64, epoch, u64::from(first_unit) | first_segment << 32])
 }
 
+/// The order in which `len` examples of a tuning stage are learned in an epoch.
+pub(crate) fn examples_in_order(len: usize, seed: u64, epoch: u64) -> Vec<u32> {
+    // No source has this number.
+    permutation(len, [seed, u64::MAX, epoch, u64::MAX])
+}
+
 /// A permutation of `0..len` that depends on `key` alone.
 fn permutation(len: usize, key: [u64; 4]) -> Vec<u32> {
     let mut hasher = blake3::Hasher::new_derive_key("ulmus order of units and windows");

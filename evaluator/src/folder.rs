@@ -96,13 +96,13 @@ pub fn load_model<B: Backend>(
     Ok(LoadedModel { model, tokens: read.tokens, digest })
 }
 
-/// Reads the tokenizer of `model`: a file, or that in a folder.
+/// Reads a tokenizer: a file, or that in a folder.
 ///
 /// # Errors
-/// When the folder has no tokenizer, or the tokenizer does not fit the model.
-pub fn load_tokenizer<B: Backend>(place: &Path, model: &LoadedModel<B>) -> Result<Tokenizer, EvaluatorError> {
+/// When the folder has no tokenizer, or it cannot be used.
+pub fn read_tokenizer(place: &Path) -> Result<Tokenizer, EvaluatorError> {
     let (path, directory) = if place.is_file() {
-        (place.to_owned(), place.parent().unwrap_or(Path::new(".")))
+        (place.to_owned(), folder_of(place))
     } else {
         // Where a folder has both files, the JSON was converted from the model.
         let path = require(place, paths::TOKENIZER_MODEL).or_else(|_| require(place, paths::TOKENIZER_JSON));
@@ -112,8 +112,21 @@ pub fn load_tokenizer<B: Backend>(place: &Path, model: &LoadedModel<B>) -> Resul
     let bytes = std::fs::read(&path).map_err(|error| mismatch(error.to_string()))?;
     let names = special_names(directory).map_err(mismatch)?;
     let [bos, eos] = names.each_ref().map(Option::as_deref);
-    let tokenizer = Tokenizer::read(&bytes, &path.display().to_string(), bos, eos)?;
+    Ok(Tokenizer::read(&bytes, &path.display().to_string(), bos, eos)?)
+}
 
+/// The folder of a tokenizer: of a file that it lies in, or the folder itself.
+fn folder_of(place: &Path) -> &Path {
+    if place.is_file() { place.parent().unwrap_or(Path::new(".")) } else { place }
+}
+
+/// Reads the tokenizer of `model`: a file, or that in a folder.
+///
+/// # Errors
+/// When the folder has no tokenizer, or the tokenizer does not fit the model.
+pub fn load_tokenizer<B: Backend>(place: &Path, model: &LoadedModel<B>) -> Result<Tokenizer, EvaluatorError> {
+    let tokenizer = read_tokenizer(place)?;
+    let mismatch = |reason: String| EvaluatorError::Mismatch { path: folder_of(place).to_owned(), reason };
     let (pieces, vocabulary) = (tokenizer.pieces(), model.model.config().vocab_size);
     if pieces > vocabulary {
         let reason = format!("it has {pieces} pieces, but the model a vocabulary of only {vocabulary}");
@@ -133,7 +146,7 @@ pub fn load_tokenizer<B: Backend>(place: &Path, model: &LoadedModel<B>) -> Resul
 /// # Errors
 /// When the file cannot be read.
 pub fn adds_bos(place: &Path) -> Result<Option<bool>, EvaluatorError> {
-    let directory = if place.is_file() { place.parent().unwrap_or(Path::new(".")) } else { place };
+    let directory = folder_of(place);
     let config = tokenizer_config(directory)
         .map_err(|reason| EvaluatorError::Mismatch { path: directory.to_owned(), reason })?;
     Ok(config["add_bos_token"].as_bool())

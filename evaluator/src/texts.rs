@@ -11,7 +11,7 @@ use ulmus_plan::{DataConfig, Format, SourceConfig};
 
 use crate::error::EvaluatorError;
 
-/// Reads the documents of all `paths` in order. A path is a file (parquet, jsonl, json.gz, json.zst, text) or a folder with
+/// Reads the documents of all `paths` in order. A path is a file (parquet, arrow, jsonl, json.gz, json.zst, text) or a folder with
 /// such files at any depth, which are read sorted by name. A file that is named twice is read once. `column` is the
 /// column or key that holds the text.
 ///
@@ -54,7 +54,9 @@ fn sources_of(
             Format::of_file(name).is_some_and(|format| Format::TEXT.contains(&format))
         })?;
         if names.is_empty() {
-            return Err(refuse("the folder has no .parquet, .jsonl, .json.gz, .json.zst, .txt or .md files"));
+            return Err(refuse(
+                "the folder has no .parquet, .arrow, .jsonl, .json.gz, .json.zst, .txt or .md files",
+            ));
         }
         let names: Vec<String> = names.into_iter().filter(|name| is_new(&path.join(name))).collect();
         let of_format = |format| {
@@ -77,8 +79,9 @@ fn sources_of(
     }
     let name =
         path.file_name().and_then(|name| name.to_str()).ok_or_else(|| refuse("the name is not UTF-8"))?;
-    let format = Format::of_file(name)
-        .ok_or_else(|| refuse("unknown suffix; use .parquet, .jsonl, .json.gz, .json.zst, .txt or .md"))?;
+    let format = Format::of_file(name).ok_or_else(|| {
+        refuse("unknown suffix; use .parquet, .arrow, .jsonl, .json.gz, .json.zst, .txt or .md")
+    })?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let files = is_new(path).then(|| source(folder, format, vec![literal(name)]));
     Ok(files.into_iter().collect())

@@ -54,7 +54,7 @@ impl From<&TuneConfig> for Rules {
 }
 
 /// Turns texts into ids.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Encoding {
     encoder: SpecialEncoder,
     bos: Option<u32>,

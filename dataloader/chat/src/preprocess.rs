@@ -15,7 +15,7 @@ use crate::template::Template;
 use crate::texts::Texts;
 
 /// Turns rows into examples. What it gives depends on the row alone; each thread uses its own.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Preprocessor {
     template: Template,
     encoding: Encoding,

@@ -16,6 +16,14 @@ pub struct SpecialEncoder {
     ids: Vec<u32>,
 }
 
+impl Clone for SpecialEncoder {
+    /// The same encoder with a cache of its own.
+    fn clone(&self) -> Self {
+        let Self { encoder, names, ids } = self;
+        Self { encoder: encoder.tokenizer.encoder(), names: names.clone(), ids: ids.clone() }
+    }
+}
+
 impl fmt::Debug for SpecialEncoder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "SpecialEncoder({} names)", self.ids.len())

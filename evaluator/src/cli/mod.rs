@@ -2,6 +2,7 @@
 
 mod bench;
 mod compare;
+mod render;
 mod run;
 mod tasks;
 
@@ -24,6 +25,7 @@ use ulmus_types::ExitStatus;
 
 use bench::Bench;
 use compare::Compare;
+use render::Render;
 use run::Run;
 use tasks::{Fetch, Tasks};
 
@@ -70,6 +72,11 @@ enum Command {
     ///
     /// Example: evaluator generate --model runs/quickstart/export --prompt "The trait" --max-tokens 64 --greedy
     Generate(Generate),
+    /// Show what a chat template makes of conversations: reads a JSON list of messages per line, and writes an object with the
+    /// text and its token ids per line, or with the error where the template refuses.
+    ///
+    /// Example: echo '[{"role": "user", "content": "Hello"}]' | evaluator render --model runs/quickstart/export --generation-prompt
+    Render(Render),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -201,6 +208,7 @@ impl Arguments {
             Command::Fetch(fetch) => fetch.run(),
             Command::Bench(bench) => bench.run(),
             Command::Generate(generate) => generate.compute.run(generate),
+            Command::Render(render) => render.run(),
         }?;
         Ok(ExitStatus::Done)
     }

@@ -3,10 +3,9 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use ulmus_dataloader::{DataError, Folder};
+use ulmus_dataloader::{DataError, Folder, files_of_split};
 
 use super::definition::Definition;
-use super::rows::files_of;
 use super::select::{Item, Selection};
 use crate::error::EvaluatorError;
 
@@ -74,7 +73,7 @@ fn find(task: &Definition, splits: &BTreeSet<&str>) -> Result<(Folder, Vec<Strin
                 }
                 Err(error) => return Err(error.into()),
             };
-            let of_split = |split: &&str| files_of(&paths, "", task.config.as_deref(), split);
+            let of_split = |split: &&str| files_of_split(&paths, "", task.config.as_deref(), split);
             let files: Result<Vec<Vec<String>>, String> = splits.iter().map(of_split).collect();
             let files = match files {
                 Ok(files) => files,

@@ -15,6 +15,8 @@ use crate::train::TrainConfig;
 pub enum Format {
     /// Rows of one string column.
     Parquet,
+    /// The same in Arrow's IPC format, as a stream or a file.
+    Arrow,
     /// One JSON object per line.
     Jsonl,
     /// One JSON object per line, compressed with gzip.
@@ -23,6 +25,8 @@ pub enum Format {
     /// One JSON object per line, compressed with zstd.
     #[serde(rename = "json.zst")]
     JsonZst,
+    /// A list of JSON objects; only for the rows that a model is tuned on.
+    Json,
     /// One document per file.
     Text,
     /// Token ids of two bytes each; the text was tokenized before.
@@ -33,11 +37,17 @@ pub enum Format {
 
 impl Format {
     /// The formats that hold text.
-    pub const TEXT: [Self; 5] = [Self::Parquet, Self::Jsonl, Self::JsonGz, Self::JsonZst, Self::Text];
+    pub const TEXT: [Self; 6] =
+        [Self::Parquet, Self::Arrow, Self::Jsonl, Self::JsonGz, Self::JsonZst, Self::Text];
 
     /// Whether a file holds token ids instead of text.
     pub const fn holds_tokens(self) -> bool {
         matches!(self, Self::U16 | Self::U32)
+    }
+
+    /// Whether a file holds rows with columns.
+    pub const fn holds_rows(self) -> bool {
+        matches!(self, Self::Parquet | Self::Arrow | Self::Jsonl | Self::JsonGz | Self::JsonZst | Self::Json)
     }
 
     /// Whether a file of this name may hold token ids. Its suffix does not tell how many bytes an id has.
@@ -53,9 +63,11 @@ impl Format {
             || matches!(stem.rsplit_once('.').map(|(_, inner)| inner), Some("json" | "jsonl" | "ndjson"));
         match suffix {
             "parquet" => Some(Self::Parquet),
+            "arrow" => Some(Self::Arrow),
             "jsonl" | "ndjson" => Some(Self::Jsonl),
             "gz" if lines() => Some(Self::JsonGz),
             "zst" if lines() => Some(Self::JsonZst),
+            "json" => Some(Self::Json),
             "txt" | "md" | "rs" => Some(Self::Text),
             _ => None,
         }
@@ -311,6 +323,13 @@ impl SourceConfig {
                 refuse_secret(problems, key(name), address);
             }
         }
+        problems.check(
+            self.format != Some(Format::Json),
+            key("format"),
+            "\"json\"",
+            "a list of JSON objects cannot be entered in the middle, so no corpus is read from it",
+            "write the objects one per line, and format = \"jsonl\"",
+        );
         problems.check(
             !self.files.is_empty(),
             key("files"),

@@ -1,0 +1,11 @@
+//! The examples of a tuning stage: which files hold them, what their rows become, and in which order they are learned.
+
+mod epochs;
+mod files;
+mod read;
+mod template;
+
+pub use self::epochs::{Epochs, Update};
+pub use self::files::ExampleFiles;
+pub use self::read::{Dropped, Examples, ExamplesReport, FileReport, RowOutcome};
+pub use self::template::{ChatTemplate, read_forbidden, read_template};

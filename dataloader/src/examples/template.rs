@@ -1,0 +1,144 @@
+//! Reads what turns rows into examples: the chat template, and the texts that no row may contain.
+
+use std::time::SystemTime;
+
+use ulmus_chat::{ChatError, Forbidden, Template, TokenizerConfig};
+use ulmus_tokenizer::Tokenizer;
+
+use crate::address::folder_and_name;
+use crate::error::DataError;
+use crate::store::Folder;
+
+/// The template that a tokenizer brings along, or else the recipe's.
+const AUTO: &str = "auto";
+/// The template of the published recipe.
+const RECIPE: &str = "recipe";
+/// Where a tokenizer keeps its template, the first place before the second.
+const PLACES: [&str; 2] = ["chat_template.jinja", "tokenizer_config.json"];
+
+/// A chat template, and what its tokenizer does with plain texts.
+#[derive(Debug, Clone)]
+pub struct ChatTemplate {
+    /// The template.
+    pub template: Template,
+    /// Whether plain texts begin with BOS.
+    pub adds_bos: bool,
+}
+
+/// Reads the chat template that a plan names: `auto`, `recipe` or a file. `model` is the folder of the tokenizer; `now` is the
+/// time that templates may ask for, if they may.
+///
+/// # Errors
+/// When a file cannot be read, or is no template.
+pub fn read_template(
+    choice: &str,
+    model: &Folder,
+    tokenizer: &Tokenizer,
+    now: Option<SystemTime>,
+) -> Result<ChatTemplate, DataError> {
+    let [jinja, config_file] = PLACES;
+    let config = match model.read(config_file)? {
+        Some(bytes) => {
+            let place = model.place(config_file);
+            TokenizerConfig::read(&bytes, &place).map_err(|error| of_place(place, error))?
+        }
+        None => TokenizerConfig::default(),
+    };
+    let mut tokens = config.tokens;
+    let (bos, eos) = tokenizer.special_names();
+    for (name, token) in [("bos_token", bos), ("eos_token", eos)] {
+        tokens.entry(name.to_owned()).or_insert_with(|| token.to_owned());
+    }
+    let compiled = |place: String, source: &str| {
+        Template::new(&place, source, &tokens, now).map_err(|error| of_place(place, error))
+    };
+    let template = match choice {
+        RECIPE => Template::recipe(&tokens),
+        AUTO => match (model.read(jinja)?, config.template) {
+            (Some(bytes), _) => compiled(model.place(jinja), &text(&model.place(jinja), bytes)?)?,
+            (None, Some(source)) => compiled(model.place(config_file), &source)?,
+            (None, None) => Template::recipe(&tokens),
+        },
+        file => compiled(file.to_owned(), &text(file, read(file)?)?)?,
+    };
+    Ok(ChatTemplate { template, adds_bos: config.adds_bos.unwrap_or(true) })
+}
+
+/// Reads the texts that no row may contain.
+///
+/// # Errors
+/// When the file cannot be read, or holds no texts.
+pub fn read_forbidden(file: &str) -> Result<Forbidden, DataError> {
+    Forbidden::read(&read(file)?).map_err(|error| of_place(file.to_owned(), error))
+}
+
+/// A file in any folder that can be opened.
+fn read(address: &str) -> Result<Vec<u8>, DataError> {
+    let (folder, name) = folder_and_name(address);
+    let bytes = Folder::open(folder)?.read(name)?;
+    bytes.ok_or_else(|| DataError::NoFile { file: address.to_owned() })
+}
+
+fn text(place: &str, bytes: Vec<u8>) -> Result<String, DataError> {
+    String::from_utf8(bytes).map_err(|error| DataError::Format {
+        file: place.to_owned(),
+        format: "UTF-8",
+        reason: error.to_string(),
+    })
+}
+
+fn of_place(place: String, error: ChatError) -> DataError {
+    match error {
+        // These say themselves where they are from.
+        error @ (ChatError::Template { .. } | ChatError::TokenizerConfig { .. }) => DataError::Chat(error),
+        error => DataError::Rows { file: place, error },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::tests::memory;
+
+    fn tokenizer() -> Tokenizer {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/tiny/tokenizer.model");
+        Tokenizer::read(&std::fs::read(file).unwrap(), "tokenizer.model", None, None).unwrap()
+    }
+
+    #[test]
+    fn the_tokenizer_s_own_template_comes_before_the_recipe_s() {
+        let (folder, tokenizer) = (memory(), tokenizer());
+        let read = |choice: &str| read_template(choice, &folder, &tokenizer, None);
+        let name = |choice: &str| read(choice).unwrap().template.name().to_owned();
+        assert_eq!((name("auto"), read("auto").unwrap().adds_bos), ("recipe".to_owned(), true));
+        let config = br#"{"chat_template": "of the config", "add_bos_token": false}"#;
+        folder.write("tokenizer_config.json", config.to_vec()).unwrap();
+        assert_eq!(
+            (name("auto"), read("auto").unwrap().adds_bos),
+            ("run:tokenizer_config.json".to_owned(), false)
+        );
+        folder.write("chat_template.jinja", b"{{ bos_token }}{{ messages }}".to_vec()).unwrap();
+        assert_eq!(
+            (name("auto"), name("recipe")),
+            ("run:chat_template.jinja".to_owned(), "recipe".to_owned())
+        );
+        assert_eq!(read("auto").unwrap().template.render(&[], false).unwrap().text, "<s>[]");
+        folder.write("chat_template.jinja", b"{% if %}".to_vec()).unwrap();
+        let message = read("auto").unwrap_err().to_string();
+        assert!(message.contains("run:chat_template.jinja cannot be used"), "{message}");
+    }
+
+    #[test]
+    fn a_file_may_be_named_and_must_be_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        std::fs::write(path("own.jinja"), "own").unwrap();
+        std::fs::write(path("texts.txt"), "\n").unwrap();
+        let read = |file: &str| read_template(&path(file), &memory(), &tokenizer(), None);
+        assert_eq!(read("own.jinja").unwrap().template.source(), "own");
+        let message = read("other.jinja").unwrap_err().to_string();
+        assert!(message.contains("other.jinja does not exist"), "{message}");
+        let message = read_forbidden(&path("texts.txt")).unwrap_err().to_string();
+        assert!(message.contains("texts.txt: it holds no texts"), "{message}");
+    }
+}

@@ -1,0 +1,100 @@
+//! Rows of Parquet files, with all of their columns.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use bytes::Bytes;
+use parquet::file::reader::SerializedFileReader;
+use parquet::record::reader::RowIter;
+use parquet::record::{Field, Row as ParquetRow};
+use ulmus_chat::{Cell, Row};
+
+use super::Rows;
+use crate::error::DataError;
+
+/// The rows of a file.
+pub(super) fn rows(bytes: Bytes, place: String) -> Result<Rows, DataError> {
+    let damaged = move |reason: String| DataError::Damaged { file: place.clone(), reason };
+    let reader = SerializedFileReader::new(bytes).map_err(|error| damaged(error.to_string()))?;
+    let mut rows = Some(RowIter::from_file_into(Box::new(reader)));
+    Ok(Box::new(std::iter::from_fn(move || {
+        // The decoder panics on some damaged files. Nothing that it was working on is used afterwards.
+        let next = catch_unwind(AssertUnwindSafe(|| rows.as_mut()?.next()));
+        let row = match next {
+            Ok(row) => row?.map_err(|error| error.to_string()),
+            Err(_) => Err("its pages are damaged".to_owned()),
+        };
+        if row.is_err() {
+            rows = None;
+        }
+        Some(row.map(|row| Row(of_row(&row))).map_err(&damaged))
+    })))
+}
+
+fn of_row(row: &ParquetRow) -> Vec<(String, Cell)> {
+    row.get_column_iter().map(|(name, field)| (name.clone(), of_field(field))).collect()
+}
+
+fn of_field(field: &Field) -> Cell {
+    match field {
+        Field::Null => Cell::Null,
+        Field::Bool(value) => Cell::Bool(*value),
+        Field::Byte(value) => Cell::Int((*value).into()),
+        Field::Short(value) => Cell::Int((*value).into()),
+        Field::Int(value) => Cell::Int((*value).into()),
+        Field::Long(value) => Cell::Int(*value),
+        Field::UByte(value) => Cell::Int((*value).into()),
+        Field::UShort(value) => Cell::Int((*value).into()),
+        Field::UInt(value) => Cell::Int((*value).into()),
+        Field::ULong(value) => Cell::from(*value),
+        Field::Float(value) => Cell::Float((*value).into()),
+        Field::Double(value) => Cell::Float(*value),
+        Field::Str(value) => Cell::Text(value.clone()),
+        Field::Bytes(bytes) => String::from_utf8(bytes.data().to_vec())
+            .map_or_else(|bytes| Cell::Bytes(bytes.into_bytes()), Cell::Text),
+        Field::Group(row) => Cell::Struct(of_row(row)),
+        Field::ListInternal(list) => Cell::List(list.elements().iter().map(of_field).collect()),
+        Field::MapInternal(map) => {
+            let entries = map.entries().iter().map(|(key, value)| {
+                let key = match key {
+                    Field::Str(key) => key.clone(),
+                    other => other.to_string(),
+                };
+                (key, of_field(value))
+            });
+            Cell::Struct(entries.collect())
+        }
+        // Dates and times as they are stored: most years have no name in a calendar.
+        Field::Date(days) => Cell::Int((*days).into()),
+        Field::TimeMillis(time) => Cell::Int((*time).into()),
+        Field::TimeMicros(time) | Field::TimestampMillis(time) | Field::TimestampMicros(time) => {
+            Cell::Int(*time)
+        }
+        other => Cell::Text(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn damaged_files_and_impossible_dates_end_nothing() {
+        let file = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../tests/golden/tune/data/train_prefs-00000-of-00001.parquet"
+        );
+        let whole = std::fs::read(file).unwrap();
+        let read =
+            |bytes: Vec<u8>| rows(bytes.into(), "a.parquet".to_owned())?.collect::<Result<Vec<_>, _>>();
+        assert_eq!(read(whole.clone()).unwrap().len(), 8);
+        let mut refused = 0;
+        for at in (0..whole.len()).step_by(97) {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 0xff;
+            refused += usize::from(read(damaged).is_err());
+        }
+        assert!(refused > 0);
+        assert_eq!(of_field(&Field::Date(i32::MAX)), Cell::Int(i32::MAX.into()));
+        assert_eq!(of_field(&Field::TimestampMicros(i64::MIN)), Cell::Int(i64::MIN));
+    }
+}
