@@ -52,7 +52,7 @@ pub use examples::{
 pub use explain::{Excerpt, Explanation};
 pub use line::without_lone_surrogates;
 pub use loader::{Loader, Origin};
-pub use manifest::Manifest;
+pub use manifest::{Manifest, SourceSummary};
 pub use mirror::{Mirrored, mirror};
 pub use pack::{IGNORE, Sequence};
 pub use prepare::{Prepared, cargo_home, matching_files, prepare, prepared_units};

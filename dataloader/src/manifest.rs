@@ -60,6 +60,21 @@ pub(crate) struct SourceManifest {
     pub(crate) units: Vec<Unit>,
 }
 
+/// What a manifest lists of one source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceSummary {
+    /// Its name in the plan.
+    pub name: String,
+    /// Its address, with the revision that was read if it has revisions.
+    pub address: String,
+    /// Number of files.
+    pub files: usize,
+    /// Bytes of text, as [`Manifest::bytes`] counts them.
+    pub bytes: u64,
+    /// Hash of names, sizes and units, as [`Manifest::digest`] computes that of all sources.
+    pub digest: Digest,
+}
+
 impl Manifest {
     /// Lists the files of every source and cuts them into units. `run` is the run's own folder.
     ///
@@ -134,6 +149,23 @@ impl Manifest {
             source.files.iter_mut().for_each(|file| file.version = None);
         }
         Digest::of(&content.to_unsigned())
+    }
+
+    /// What there is of each source of `config`, which the manifest was made for.
+    pub fn summary(&self, config: &DataConfig) -> Vec<SourceSummary> {
+        let summary = |(source, config): (&SourceManifest, &SourceConfig)| {
+            let mut content = SourceManifest { url: None, ..source.clone() };
+            content.files.iter_mut().for_each(|file| file.version = None);
+            let content = serde_json::to_vec(&content).expect("a manifest can be written as JSON");
+            SourceSummary {
+                name: source.name.clone(),
+                address: source.url.clone().unwrap_or_else(|| config.url.clone()),
+                files: source.files.len(),
+                bytes: source.units.iter().map(|unit| unit.bytes).sum(),
+                digest: Digest::of(&content),
+            }
+        };
+        self.sources.iter().zip(&config.source).map(summary).collect()
     }
 
     /// Number of files, over all sources.

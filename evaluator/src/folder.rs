@@ -12,6 +12,7 @@ use ulmus_dataloader::Folder;
 use ulmus_model::Model;
 use ulmus_model::corenet;
 use ulmus_model::hf::{self, HfModel, SpecialTokens};
+use ulmus_plan::ModelConfig;
 use ulmus_run::paths;
 use ulmus_tokenizer::Tokenizer;
 use ulmus_types::Digest;
@@ -125,16 +126,28 @@ fn folder_of(place: &Path) -> &Path {
 /// # Errors
 /// When the folder has no tokenizer, or the tokenizer does not fit the model.
 pub fn load_tokenizer<B: Backend>(place: &Path, model: &LoadedModel<B>) -> Result<Tokenizer, EvaluatorError> {
+    fitting_tokenizer(place, model.model.config(), model.tokens)
+}
+
+/// Reads the tokenizer of a model of this shape, whose special tokens are `tokens`: a file, or that in a folder.
+///
+/// # Errors
+/// Those of [`load_tokenizer`].
+pub fn fitting_tokenizer(
+    place: &Path,
+    config: &ModelConfig,
+    tokens: SpecialTokens,
+) -> Result<Tokenizer, EvaluatorError> {
     let tokenizer = read_tokenizer(place)?;
     let mismatch = |reason: String| EvaluatorError::Mismatch { path: folder_of(place).to_owned(), reason };
-    let (pieces, vocabulary) = (tokenizer.pieces(), model.model.config().vocab_size);
+    let (pieces, vocabulary) = (tokenizer.pieces(), config.vocab_size);
     if pieces > vocabulary {
         let reason = format!("it has {pieces} pieces, but the model a vocabulary of only {vocabulary}");
         return Err(mismatch(reason));
     }
     let (bos, eos) = (tokenizer.bos(), tokenizer.eos());
-    if (bos, eos) != (model.tokens.bos, model.tokens.eos) {
-        let SpecialTokens { bos: model_bos, eos: model_eos } = model.tokens;
+    if (bos, eos) != (tokens.bos, tokens.eos) {
+        let SpecialTokens { bos: model_bos, eos: model_eos } = tokens;
         let own = format!("its BOS and EOS are {bos} and {eos}");
         return Err(mismatch(format!("{own}, those of the model {model_bos} and {model_eos}")));
     }

@@ -55,15 +55,6 @@ pub enum ModelError {
         /// What is wrong with it.
         problem: String,
     },
-    /// The Hugging Face layout cannot describe the model.
-    #[error(
-        "a model with model.norm = {norm:?} has no Hugging Face layout: OpenELM's code there only knows RMS norm; \
-         set checkpoint.export = false"
-    )]
-    NoLayout {
-        /// The name of its norm.
-        norm: &'static str,
-    },
     /// An adapter cannot be made for the model, or does not belong to it.
     #[error("adapter refused: {0}")]
     Adapter(String),
@@ -90,8 +81,7 @@ impl ModelError {
             | Self::GradientRange { .. }
             | Self::GradientNorm { .. }
             | Self::Format { .. }
-            | Self::Adapter(_)
-            | Self::NoLayout { .. } => ErrorKind::InvalidInput,
+            | Self::Adapter(_) => ErrorKind::InvalidInput,
             Self::File { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
                 ErrorKind::InvalidInput
             }

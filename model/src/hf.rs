@@ -1,8 +1,9 @@
 //! Hugging Face model directories: `config.json`, `model.safetensors` (or shards with an index),
-//! `generation_config.json`.
+//! `generation_config.json`, `modeling_openelm.py`.
 //!
-//! Directories written here can be loaded by transformers, mlx-lm and llama.cpp as an OpenELM. Directories read here
-//! may come from anywhere, so a config that asks for something that this implementation does not compute is refused,
+//! Directories written here can be loaded by mlx-lm and llama.cpp, which know OpenELM, and by transformers, which runs the
+//! model's code in the directory. A model with layer norms, which the published ones do not have, is of another type by
+//! name, so that programs which know RMS norm alone refuse it. Directories read here may come from anywhere, so a config that asks for something that this implementation does not compute is refused,
 //! naming the field, rather than computed differently.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,6 +23,42 @@ const CONFIG: &str = "config.json";
 const GENERATION_CONFIG: &str = "generation_config.json";
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+
+/// The name of the file with the model's code for transformers, which `config.json` refers to, and its text.
+pub const MODELING: (&str, &str) = ("modeling_openelm.py", include_str!("hf/modeling_openelm.py"));
+
+/// The types of models, and what they are called in `config.json` and in the code beside it.
+struct ModelType {
+    name: &'static str,
+    config_class: &'static str,
+    model_class: &'static str,
+    normalization: &'static str,
+}
+
+/// The published models.
+const WITH_RMS_NORM: ModelType = ModelType {
+    name: "openelm",
+    config_class: "OpenELMConfig",
+    model_class: "OpenELMForCausalLM",
+    normalization: "rms_norm",
+};
+
+/// The same with layer norms.
+const WITH_LAYER_NORM: ModelType = ModelType {
+    name: "openelm_layer_norm",
+    config_class: "OpenELMLayerNormConfig",
+    model_class: "OpenELMLayerNormForCausalLM",
+    normalization: "layer_norm",
+};
+
+impl ModelType {
+    fn of(norm: NormKind) -> Self {
+        match norm {
+            NormKind::Rms | NormKind::NaiveRms => WITH_RMS_NORM,
+            NormKind::Layer => WITH_LAYER_NORM,
+        }
+    }
+}
 
 /// The special tokens that a model directory names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,16 +119,22 @@ impl ConfigFile {
             field.as_deref().is_none_or(|value| accepted.contains(&value))
         };
         let yes = |field: Option<bool>| field.unwrap_or(true);
-        let unsupported = if !is(&self.model_type, &["openelm"]) {
-            format!("model_type {:?} (only \"openelm\")", self.model_type.as_deref().unwrap_or_default())
+        let types = [WITH_RMS_NORM, WITH_LAYER_NORM].map(|kind| kind.name);
+        let norms = [WITH_RMS_NORM, WITH_LAYER_NORM].map(|kind| kind.normalization);
+        let unsupported = if !is(&self.model_type, &types) {
+            format!(
+                "model_type {:?} (only {})",
+                self.model_type.as_deref().unwrap_or_default(),
+                types.join(", ")
+            )
         } else if !is(&self.activation_fn_name, &["swish", "silu"]) {
             format!(
                 "activation_fn_name {:?} (only \"swish\")",
                 self.activation_fn_name.as_deref().unwrap_or_default()
             )
-        } else if !is(&self.normalization_layer_name, &["rms_norm"]) {
+        } else if !is(&self.normalization_layer_name, &norms) {
             let name = self.normalization_layer_name.as_deref().unwrap_or_default();
-            format!("normalization_layer_name {name:?} (only \"rms_norm\")")
+            format!("normalization_layer_name {name:?} (only {})", norms.join(", "))
         } else if !yes(self.ffn_with_glu) {
             "ffn_with_glu false (only true)".to_owned()
         } else if !yes(self.normalize_qk_projections) {
@@ -104,6 +147,10 @@ impl ConfigFile {
 
     fn resolve(self) -> Result<(ModelConfig, SpecialTokens), String> {
         self.check_supported()?;
+        let norm = match self.normalization_layer_name.as_deref() {
+            Some(name) if name == WITH_LAYER_NORM.normalization => NormKind::Layer,
+            _ => NormKind::Rms,
+        };
         let config = ModelConfig {
             vocab_size: self.vocab_size,
             max_context_length: self.max_context_length,
@@ -115,7 +162,7 @@ impl ConfigFile {
             ffn_multipliers: self.ffn_multipliers,
             ffn_dim_divisor: self.ffn_dim_divisor,
             rope_freq_constant: self.rope_freq_constant.unwrap_or(10_000.0),
-            norm: NormKind::Rms,
+            norm,
             share_input_output_layers: self.share_input_output_layers.unwrap_or(true),
         };
         let mut problems = Problems::new();
@@ -209,6 +256,7 @@ pub(crate) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T
 #[expect(clippy::struct_excessive_bools, reason = "the file format has these fields")]
 struct ExportedConfig<'a> {
     architectures: [&'a str; 1],
+    auto_map: BTreeMap<&'a str, String>,
     model_type: &'a str,
     vocab_size: usize,
     max_context_length: usize,
@@ -236,17 +284,15 @@ struct ExportedConfig<'a> {
 }
 
 /// The text of `config.json`.
-///
-/// # Errors
-/// [`ModelError::NoLayout`] for a model whose norms are not RMS norms.
-pub fn config_json(config: &ModelConfig, tokens: SpecialTokens) -> Result<String, ModelError> {
-    if config.norm == NormKind::Layer {
-        return Err(ModelError::NoLayout { norm: config.norm.name() });
-    }
+pub fn config_json(config: &ModelConfig, tokens: SpecialTokens) -> String {
     let layers = config.layers();
-    Ok(json(&ExportedConfig {
-        architectures: ["OpenELMForCausalLM"],
-        model_type: "openelm",
+    let kind = ModelType::of(config.norm);
+    let module = MODELING.0.trim_end_matches(".py");
+    let classes = [("AutoConfig", kind.config_class), ("AutoModelForCausalLM", kind.model_class)];
+    json(&ExportedConfig {
+        architectures: [kind.model_class],
+        auto_map: classes.map(|(auto, class)| (auto, format!("{module}.{class}"))).into(),
+        model_type: kind.name,
         vocab_size: config.vocab_size,
         max_context_length: config.max_context_length,
         num_transformer_layers: config.num_transformer_layers,
@@ -264,7 +310,7 @@ pub fn config_json(config: &ModelConfig, tokens: SpecialTokens) -> Result<String
         ffn_with_glu: true,
         ffn_dim_divisor: config.ffn_dim_divisor,
         activation_fn_name: "swish",
-        normalization_layer_name: "rms_norm",
+        normalization_layer_name: kind.normalization,
         normalize_qk_projections: true,
         share_input_output_layers: config.share_input_output_layers,
         rope_freq_constant: config.rope_freq_constant,
@@ -275,7 +321,7 @@ pub fn config_json(config: &ModelConfig, tokens: SpecialTokens) -> Result<String
         bos_token_id: tokens.bos,
         eos_token_id: tokens.eos,
         torch_dtype: "float32",
-    }))
+    })
 }
 
 /// The text of `generation_config.json`.
@@ -295,7 +341,7 @@ pub(crate) fn json(value: &impl Serialize) -> String {
 ///
 /// # Errors
 /// [`ModelError::File`] if a file cannot be written; [`ModelError::Tensors`] if there is not one weight per
-/// parameter; [`ModelError::NoLayout`] for a model whose norms are not RMS norms.
+/// parameter.
 pub fn write(
     directory: &Path,
     config: &ModelConfig,
@@ -304,9 +350,14 @@ pub fn write(
 ) -> Result<(), ModelError> {
     let layout = Layout::new(config);
     layout.check_len(weights)?;
-    let config = config_json(config, tokens)?;
+    let (module, code) = MODELING;
+    let texts = [
+        (CONFIG, config_json(config, tokens)),
+        (GENERATION_CONFIG, generation_config_json(tokens)),
+        (module, code.to_owned()),
+    ];
     std::fs::create_dir_all(directory).map_err(ModelError::file("write", directory))?;
-    for (name, text) in [(CONFIG, config), (GENERATION_CONFIG, generation_config_json(tokens))] {
+    for (name, text) in texts {
         let path = directory.join(name);
         std::fs::write(&path, text).map_err(ModelError::file("write", &path))?;
     }

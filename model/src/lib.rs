@@ -12,6 +12,7 @@ mod adapter;
 mod backward;
 mod batch;
 mod buffers;
+mod card;
 pub mod corenet;
 mod error;
 mod generate;
@@ -30,6 +31,7 @@ mod tensors;
 
 pub use adapter::AdapterShape;
 pub use batch::{BatchShape, MicroBatch};
+pub use card::{CardData, ModelCard};
 pub use error::ModelError;
 pub use generate::{Generator, Model, Score, Span};
 pub use objective::{Answer, LossSum, Objective, PairLoss, PairSum, Preference, SequenceScore};

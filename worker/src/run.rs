@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use tokio::runtime::Handle;
-use ulmus_checkpoint::{Store, StoreError};
+use ulmus_checkpoint::{Access, OpenOptions, Store, StoreError};
 use ulmus_dataloader::{Corpus, DataError, Folder, Manifest, Sources};
 use ulmus_plan::{Plan, TokenizerConfig};
 use ulmus_run::paths;
 use ulmus_tokenizer::Tokenizer;
-use ulmus_types::{BadUnit, Digest, RunId};
+use ulmus_types::{BadUnit, Digest, RunId, RunName};
 
 use crate::WorkerError;
 
@@ -25,6 +25,28 @@ pub(crate) struct Run {
 impl Run {
     pub(crate) fn new(id: RunId, plan: Plan, store: Store, runtime: Handle) -> Self {
         Self { id, plan: Arc::new(plan), store, runtime }
+    }
+
+    /// Another run that is kept beside this one, to read its models. It has the id of this run, for its own is not asked for.
+    pub(crate) fn beside(&self, name: &str) -> Result<Self, WorkerError> {
+        let name: RunName =
+            name.parse().map_err(|error| WorkerError::Plan(format!("run:{name}: {error}")))?;
+        let place = self.store.location().trim_end_matches('/');
+        let place =
+            place.rsplit_once('/').map_or_else(|| name.to_string(), |(parent, _)| format!("{parent}/{name}"));
+        let store = Store::open_with(&place, OpenOptions { access: Access::Read, ..OpenOptions::default() })?;
+        let plan = self.wait(store.get(paths::PLAN)).map_err(|error| match error {
+            StoreError::NotFound { .. } => WorkerError::Plan(format!(
+                "there is no run {name} in {place}, or its {} is lost; correct the name, or put back that file",
+                paths::PLAN
+            )),
+            error => error.into(),
+        })?;
+        let problem = |problem: String| WorkerError::Plan(format!("{place}/{}: {problem}", paths::PLAN));
+        let text = std::str::from_utf8(&plan).map_err(|error| problem(error.to_string()))?;
+        let plan = ulmus_plan::read(text, &[]).map_err(|problems| problem(problems.to_string()))?;
+        let [plan] = <[Plan; 1]>::try_from(plan).map_err(|_| problem("it has variants".to_owned()))?;
+        Ok(Self { plan: Arc::new(plan), store, ..self.clone() })
     }
 
     /// Distinguishes the groups of different runs and plans.

@@ -19,7 +19,7 @@ pub use gc::{collect_garbage, delete};
 pub use manifest::Manifest;
 pub use optimizer::{OptimizerShard, files_of, optimizer_shards};
 pub use reader::{checkpoints, damaged_files, newest_verified, read_file, read_manifest, verify};
-pub use ulmus_storage::{Store, StoreError};
+pub use ulmus_storage::{Access, OpenOptions, Store, StoreError};
 pub use writer::{commit, write_part};
 
 use ulmus_run::paths;

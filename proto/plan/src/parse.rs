@@ -820,13 +820,8 @@ mod tests {
     }
 
     #[test]
-    fn a_model_that_cannot_be_exported_is_refused_until_the_plan_does_not_export() {
-        let problems = one(SMALL, &["model.norm=layer"]).unwrap_err();
-        let keys: Vec<&str> = problems.iter().map(|problem| problem.key.as_str()).collect();
-        assert_eq!(keys, ["checkpoint.export"]);
-        let text = problems.to_string();
-        assert!(text.contains("set it to false, or model.norm to \"rms\""), "{text}");
-        let plan = one(SMALL, &["model.norm=layer", "checkpoint.export=false"]).unwrap();
+    fn a_norm_is_one_of_three() {
+        let plan = one(SMALL, &["model.norm=layer"]).unwrap();
         assert_eq!(plan.model.norm, NormKind::Layer);
         assert_eq!(one(&plan.to_toml(), &[]).unwrap(), plan);
         assert!(one(SMALL, &["model.norm=naive_rms"]).is_ok());

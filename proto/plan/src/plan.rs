@@ -11,7 +11,6 @@ use crate::bytes::Bytes;
 use crate::data::{DataConfig, SourceConfig, secret};
 use crate::device::Device;
 use crate::model::ModelConfig;
-use crate::norm::NormKind;
 use crate::prepare::{PrepareConfig, TokenizerConfig};
 use crate::rules::{range, range_or, sound};
 use crate::stages::{self, BenchConfig, EvaluationConfig};
@@ -508,13 +507,6 @@ impl Plan {
     /// What happens to the finished models.
     fn check_evaluation(&self, problems: &mut Problems) {
         let Self { benchmark, evaluate, .. } = self;
-        problems.check(
-            !self.checkpoint.export || self.model.norm != NormKind::Layer,
-            "checkpoint.export",
-            self.checkpoint.export,
-            "a model with model.norm = \"layer\" has no Hugging Face layout: OpenELM's code there knows RMS norm alone",
-            "set it to false, or model.norm to \"rms\"",
-        );
         if sound(problems, &["data.holdout", "train.held_out_every"]) {
             problems.check(
                 self.train.held_out_every == 0 || self.data.holdout > 0.0,

@@ -221,7 +221,7 @@ pub struct CheckpointConfig {
     /// Time between two recovery checkpoints, of which the newest two are kept.
     #[serde(with = "humantime_serde")]
     pub recovery: Duration,
-    /// Whether to write the average in Hugging Face layout. There is none for `norm = "layer"`.
+    /// Whether to write the average in Hugging Face layout.
     pub export: bool,
     /// How old the newest stored state may become while nothing can be stored, as on a full disk, before the run ends. By
     /// default three times `recovery`.

@@ -44,6 +44,9 @@ pub(super) fn prepare(run: &Run, say: &dyn Fn(String)) -> Result<Prepared, Worke
         run.write(name, contents)?;
     }
     run.write(paths::DATA_MANIFEST, manifest.to_json())?;
+    // On a disk it is there already; in an object store the coordinator keeps it to itself, and other runs could not read
+    // this run's models.
+    run.write_new(paths::PLAN, plan.to_toml().into_bytes())?;
     let (pieces, tokenizer_digest) = (tokenizer.pieces(), tokenizer.digest());
     let corpus = Arc::new(run.corpus_of(&manifest, tokenizer)?);
     must_hold_text(run, &corpus)?;

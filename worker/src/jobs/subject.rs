@@ -1,12 +1,10 @@
 //! The model that a job works on.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use ulmus_backend::{Backend, WeightFormat};
-use ulmus_evaluator::{
-    LoadedModel, adds_bos, load_model, load_tokenizer, model_folder, read_model, tokenizer_place,
-};
+use ulmus_evaluator::LoadedModel;
 use ulmus_model::hf::{HfModel, SpecialTokens};
 use ulmus_model::{Layout, Model, weights_from_safetensors};
 use ulmus_plan::ModelConfig;
@@ -15,6 +13,7 @@ use ulmus_tokenizer::Tokenizer;
 use ulmus_types::{CheckpointId, Digest, Job, Of, Subject};
 
 use super::average::average_file;
+use super::base::Base;
 use crate::WorkerError;
 use crate::run::Run;
 use crate::snapshot::weights;
@@ -38,22 +37,20 @@ pub(super) fn ready<B: Backend>(
     format: WeightFormat,
     tokenizer: Option<&Path>,
 ) -> Result<Ready<B>, WorkerError> {
-    let Subject::Model(place) = job.subject() else {
+    let (config, weights, tokens, tokenizer, adds_bos, place) = if let Subject::Model(place) = job.subject() {
+        let base = Base::read(run, place)?;
+        let (tokenizer, adds_bos) = base.tokenizer(tokenizer)?;
+        (base.model.config, base.model.weights, base.model.tokens, tokenizer, adds_bos, place.clone())
+    } else {
         let tokenizer = run.tokenizer()?;
-        let weights = weights_of(run, job.subject())?;
-        let model = Model::in_format(backend.clone(), &shape_of(run, job.subject()), &weights, format)?;
         let tokens = SpecialTokens { bos: tokenizer.bos(), eos: tokenizer.eos() };
-        let digest = Digest::of(bytemuck::cast_slice(&weights));
         let place = format!("{}/{}", run.plan.run.name, job.name().model().unwrap_or("average"));
-        let loaded = LoadedModel { model: Arc::new(model), tokens, digest };
-        return Ok(Ready { loaded, tokenizer, adds_bos: true, place });
+        let subject = job.subject();
+        (shape_of(run, subject), weights_of(run, subject)?, tokens, tokenizer, true, place)
     };
-    let folder: PathBuf = model_folder(place)?;
-    let loaded = load_model(&folder, backend.clone(), format)?;
-    let of_tokenizer = tokenizer.unwrap_or_else(|| tokenizer_place(&folder));
-    let tokenizer = load_tokenizer(of_tokenizer, &loaded)?;
-    let adds_bos = adds_bos(of_tokenizer)?.unwrap_or(true);
-    Ok(Ready { loaded, tokenizer, adds_bos, place: place.clone() })
+    let digest = Digest::of(bytemuck::cast_slice(&weights));
+    let model = Arc::new(Model::in_format(backend.clone(), &config, &weights, format)?);
+    Ok(Ready { loaded: LoadedModel { model, tokens, digest }, tokenizer, adds_bos, place })
 }
 
 /// The model that a job works on, with matrices in `format`, where no tokenizer is needed.
@@ -64,7 +61,8 @@ pub(super) fn model<B: Backend>(
     format: WeightFormat,
 ) -> Result<Arc<Model<B>>, WorkerError> {
     if let Subject::Model(place) = job.subject() {
-        return Ok(load_model(&model_folder(place)?, backend.clone(), format)?.model);
+        let HfModel { config, weights, .. } = Base::read(run, place)?.model;
+        return Ok(Arc::new(Model::in_format(backend.clone(), &config, &weights, format)?));
     }
     let weights = weights_of(run, job.subject())?;
     let shape = shape_of(run, job.subject());
@@ -101,16 +99,16 @@ pub(crate) fn weights_of(run: &Run, subject: &Subject) -> Result<Vec<f32>, Worke
         }
         (Subject::Base, _) => {
             let place = run.plan.base.as_ref().map_or("", |base| &base.model[..]);
-            of_place(&shape, place)
+            of_place(run, &shape, place)
         }
-        (Subject::Model(place), _) => of_place(&shape, place),
+        (Subject::Model(place), _) => of_place(run, &shape, place),
         _ => Ok(weights_from_safetensors(&layout, &average_file(run)?)?),
     }
 }
 
 /// The weights of a model from elsewhere, which must have this shape.
-fn of_place(shape: &ModelConfig, place: &str) -> Result<Vec<f32>, WorkerError> {
-    let HfModel { config, weights, .. } = read_model(&model_folder(place)?)?;
+fn of_place(run: &Run, shape: &ModelConfig, place: &str) -> Result<Vec<f32>, WorkerError> {
+    let HfModel { config, weights, .. } = Base::read(run, place)?.model;
     must_be(shape, &config, place)?;
     Ok(weights)
 }

@@ -1,21 +1,25 @@
 //! Jobs on a run with 40 small files and synthetic weights.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use ulmus_backend::WeightFormat;
-use ulmus_checkpoint::Store;
+use ulmus_checkpoint::{Manifest, Store, commit, write_part};
 use ulmus_cpu::Cpu;
 use ulmus_evaluator::{continuations, load_model, load_tokenizer, perplexity, synthetic_weights};
 use ulmus_model::{Layout, weights_to_safetensors};
+use ulmus_run::TrainState;
 use ulmus_run::results::Average;
 use ulmus_types::{
-    BadUnit, CheckpointId, Digest, ErrorKind, FileEntry, Generation, RunId, StageName, Step, Subject,
+    BadUnit, CheckpointId, CheckpointKind, Digest, ErrorKind, FileEntry, Generation, RunId, StageName, Step,
+    Subject,
 };
 
+use super::base::Base;
 use super::*;
 
 /// A plan whose text is in a folder of 40 files. Tests override some of its keys.
@@ -308,5 +312,101 @@ fn whatever_is_exported_can_be_loaded() {
         let texts = ["Some words.".to_owned()];
         continuations(&loaded.model, &tokenizer, &texts, 4, 4).unwrap();
         assert!(perplexity(&loaded.model, &tokenizer, &texts, 12).unwrap().loss > 0.0);
+    }
+}
+
+/// Stores the fixture's synthetic weights as the checkpoint `id`.
+fn store_checkpoint(run: &Run, id: CheckpointId) {
+    let weights = run.read(paths::AVERAGE).unwrap();
+    let state =
+        TrainState { step: id.step(), tokens: 321, quantum: 0.0, cursors: Vec::new(), quarantine: [].into() };
+    run.wait(async {
+        let mut files = BTreeMap::new();
+        for (name, contents) in [(paths::WEIGHTS, weights), (paths::STATE, state.to_json())] {
+            files.insert(name.to_owned(), write_part(&run.store, id, name, contents).await.unwrap());
+        }
+        let digest = run.plan.digest();
+        let (kind, run_id) = (CheckpointKind::Milestone, Some(run.id));
+        let manifest =
+            Manifest { checkpoint: id, kind, run: run_id, plan_digest: digest, state_digest: digest, files };
+        commit(&run.store, &manifest).await.unwrap();
+    });
+}
+
+#[test]
+fn a_model_from_elsewhere_is_read_from_where_it_is() {
+    let fixture = Fixture::new(&[]);
+    fixture.train();
+    let run = &fixture.run;
+    store_checkpoint(run, last());
+    let read = |address: &str| Base::read(run, address);
+    // A run finds the others beside it, of which here the only one is itself.
+    for address in ["run:run/10", "run:run/average"] {
+        let base = read(address).unwrap();
+        assert_eq!(base.model.config, run.plan.model, "{address}");
+        assert_eq!(base.model.weights, synthetic_weights(&run.plan.model), "{address}");
+        let (tokenizer, adds_bos) = base.tokenizer(None).unwrap();
+        assert_eq!((tokenizer.digest(), adds_bos), (run.tokenizer().unwrap().digest(), true));
+    }
+    let folder = golden("");
+    let base = read(folder.to_str().unwrap()).unwrap();
+    assert_eq!(base.model.config.vocab_size, 512);
+    assert_eq!(base.tokenizer(None).unwrap().0.pieces(), 512);
+    let checkpoint = folder.join("../corenet/checkpoint_average.pt");
+    let base = read(checkpoint.to_str().unwrap()).unwrap();
+    assert_eq!(base.model.config.vocab_size, 10);
+    assert!(base.tokenizer(None).unwrap_err().to_string().contains("neither tokenizer.model nor"));
+    let other = base.tokenizer(Some(&golden("tokenizer.model"))).unwrap_err().to_string();
+    assert!(other.contains("512 pieces"), "{other}");
+
+    for (address, said) in [
+        ("run:run/11", "no checkpoint after step 11"),
+        ("run:run/last", "it has 10; write one of these, or average"),
+        ("run:run", "write run:run/average, or a step"),
+        ("run:other/average", "other is not a folder on this machine"),
+        ("run:../average", "run:.."),
+        ("nowhere/model", "nowhere/model is not a model folder"),
+    ] {
+        let error = read(address).map(|_| ()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput, "{address}: {error}");
+        assert!(error.to_string().contains(said), "{address}: {error}");
+    }
+    std::fs::remove_file(fixture.home.path().join("run").join(paths::PLAN)).unwrap();
+    let error = read("run:run/average").map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("plan.resolved.toml is lost"), "{error}");
+}
+
+#[test]
+fn an_export_has_what_transformers_and_people_need() {
+    for (norm, class) in [("naive_rms", "OpenELMForCausalLM"), ("layer", "OpenELMLayerNormForCausalLM")] {
+        let fixture = Fixture::new(&[&format!("model.norm={norm}")]);
+        fixture.train();
+        store_checkpoint(&fixture.run, last());
+        let listed = fixture.work(&job("export")).unwrap();
+        let folder = fixture.home.path().join("run/export");
+        let file = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap();
+        for name in std::fs::read_dir(&folder).unwrap().map(|file| file.unwrap().file_name()) {
+            assert!(listed["files"][name.to_str().unwrap()].is_object(), "{name:?}");
+        }
+        let config: Value = serde_json::from_str(&file("config.json")).unwrap();
+        assert_eq!(config["auto_map"]["AutoModelForCausalLM"], format!("modeling_openelm.{class}"));
+        assert!(file("modeling_openelm.py").contains(&format!("class {class}(")));
+        let tokenizer: Value = serde_json::from_str(&file("tokenizer_config.json")).unwrap();
+        let expected = json!({
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true,
+            "clean_up_tokenization_spaces": false, "model_max_length": 64,
+        });
+        assert_eq!(tokenizer, expected);
+        let card = file("README.md");
+        for said in [
+            "# small\n",
+            "for 10 steps of 2 sequences of up to 64 tokens",
+            "Its weights are those after step 10.",
+            "trained on 321 tokens",
+            "| texts | 40 files, 14760 bytes | BLAKE3 of",
+        ] {
+            assert!(card.contains(said), "{said} in {card}");
+        }
+        assert!(!card.contains(fixture.home.path().to_str().unwrap()), "{card}");
     }
 }
