@@ -3,8 +3,8 @@
 
     python against_transformers.py EVALUATOR LOGITS EXPORT
 
-EXPORT is the export folder of a run, LOGITS the program of the evaluator's example of that name. Needs torch, transformers
-and peft. Everything is float32 on one thread; logits may differ by what other orders of summation give.
+EXPORT is the export folder of a run, LOGITS the program of the evaluator's example of that name. Needs torch,
+transformers and peft. Everything is float32 on one thread; logits may differ by what other orders of summation give.
 """
 
 import json
@@ -74,18 +74,28 @@ def compare_texts(evaluator, export, model, tokenizer):
         lengths.clear()
         cached = model.generate(ids, attention_mask=mask, **options)
         check(f"{prompt!r}: cached", set(lengths[1:]) <= {1}, str(lengths[:3]))
-        check(f"{prompt!r}: without a cache", torch.equal(cached, model.generate(ids, attention_mask=mask, use_cache=False, **options)))
-        text, expected = tokenizer.decode(cached[0], skip_special_tokens=True), text_of_ours(evaluator, export, export, prompt)
+        check(
+            f"{prompt!r}: without a cache",
+            torch.equal(cached, model.generate(ids, attention_mask=mask, use_cache=False, **options)),
+        )
+        text, expected = tokenizer.decode(cached[0], skip_special_tokens=True), text_of_ours(
+            evaluator, export, export, prompt
+        )
         check(f"{prompt!r}: text", text.strip() == expected.strip(), f"{text!r} for {expected!r}")
         singles.append(cached[0, ids.shape[1] :].tolist())
     hook.remove()
     # All prompts at once, filled up on the left.
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
     batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
-    made = model.generate(batch.input_ids, attention_mask=batch.attention_mask, **options)[:, batch.input_ids.shape[1] :]
+    made = model.generate(batch.input_ids, attention_mask=batch.attention_mask, **options)[
+        :, batch.input_ids.shape[1] :
+    ]
     for prompt, row, single in zip(PROMPTS, made.tolist(), singles):
         check(f"{prompt!r}: in a batch", row[: len(single)] == single)
-    beams = [model.generate(batch.input_ids, attention_mask=batch.attention_mask, num_beams=3, use_cache=cache, **options) for cache in (True, False)]
+    beams = [
+        model.generate(batch.input_ids, attention_mask=batch.attention_mask, num_beams=3, use_cache=cache, **options)
+        for cache in (True, False)
+    ]
     check("beams", torch.equal(*beams))
 
 
@@ -135,7 +145,12 @@ def main():
         compare_logits("saved by transformers", logits, saved, ids)
         with torch.no_grad():
             half = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True, torch_dtype=torch.bfloat16)
-            difference = (half.eval()(torch.tensor([ids])).logits.float() - model(torch.tensor([ids])).logits).abs().mean().item()
+            difference = (
+                (half.eval()(torch.tensor([ids])).logits.float() - model(torch.tensor([ids])).logits)
+                .abs()
+                .mean()
+                .item()
+            )
         check("bfloat16", half.dtype == torch.bfloat16 and difference < 0.1, f"differs by {difference:.1e} in the mean")
         # The same weights with layer norms.
         layer_norm = folder / "layer_norm"
@@ -143,7 +158,9 @@ def main():
         config = json.loads((layer_norm / "config.json").read_text())
         config |= {"model_type": "openelm_layer_norm", "normalization_layer_name": "layer_norm"}
         config |= {"architectures": ["OpenELMLayerNormForCausalLM"]}
-        config["auto_map"] = {key: value.replace(".OpenELM", ".OpenELMLayerNorm") for key, value in config["auto_map"].items()}
+        config["auto_map"] = {
+            key: value.replace(".OpenELM", ".OpenELMLayerNorm") for key, value in config["auto_map"].items()
+        }
         (layer_norm / "config.json").write_text(json.dumps(config))
         compare_logits("layer norm", logits, layer_norm, ids)
         # As CoreNet stores them. The shape is that of the tensors.

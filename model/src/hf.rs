@@ -3,8 +3,9 @@
 //!
 //! Directories written here can be loaded by mlx-lm and llama.cpp, which know OpenELM, and by transformers, which runs the
 //! model's code in the directory. A model with layer norms, which the published ones do not have, is of another type by
-//! name, so that programs which know RMS norm alone refuse it. Directories read here may come from anywhere, so a config that asks for something that this implementation does not compute is refused,
-//! naming the field, rather than computed differently.
+//! name, so that programs which know RMS norm alone refuse it. Directories read here may come from anywhere, so a config
+//! that asks for something that this implementation does not compute is refused, naming the field, rather than computed
+//! differently.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;

@@ -57,14 +57,24 @@ fn an_exported_model_is_complete_and_can_be_used() {
 }
 
 #[test]
-fn a_model_that_has_no_such_layout_is_trained_and_measured_without_the_export() {
+fn a_model_with_layer_norms_is_exported_as_a_type_of_its_own() {
     let sandbox = Sandbox::new();
-    let keys = ["train.iterations=20", "checkpoint.average=2", "model.norm=layer", "checkpoint.export=false"];
+    let keys = ["train.iterations=20", "checkpoint.average=2", "model.norm=layer"];
+    sandbox.coordinator(&keys.map(|key| ["--set", key]).concat()).succeeds();
+    let run = sandbox.run("tiny");
+    assert_eq!(run.json("export/config.json")["model_type"], "openelm_layer_norm");
+    let model = hf::read(&run.path().join("export")).expect("our own reader takes it");
+    assert_eq!(model.config.norm.name(), "layer");
+    assert_eq!(run.json("results/benchmark.json")["details"]["norm"], "layer");
+}
+
+#[test]
+fn a_run_whose_plan_does_not_export_has_no_export() {
+    let sandbox = Sandbox::new();
+    let keys = ["train.iterations=20", "checkpoint.average=2", "checkpoint.export=false"];
     let said = sandbox.coordinator(&keys.map(|key| ["--set", key]).concat()).succeeds();
     assert!(said.contains("held-out perplexity") && !said.contains("/export"), "{said}");
-    let run = sandbox.run("tiny");
-    assert!(!run.path().join("export").exists());
-    assert_eq!(run.json("results/benchmark.json")["details"]["norm"], "layer");
+    assert!(!sandbox.run("tiny").path().join("export").exists());
 }
 
 #[test]

@@ -159,7 +159,7 @@ def rotate(x, cos, sin):
 
 
 class OpenELMAttention(nn.Module):
-    """Attention with grouped queries, whose queries and keys are normed; `span` is the number of cached and new tokens."""
+    """Attention with grouped queries, whose queries and keys are normed. `span` counts cached and new tokens."""
 
     def __init__(self, config, index):
         super().__init__()
@@ -237,8 +237,8 @@ class OpenELMPreTrainedModel(PreTrainedModel):
 def visible(attention_mask, position_ids, past, length):
     """Which of K keys each of the last S queries sees, as bool [B or 1, 1, S, K]; None stands for the causal mask.
 
-    `attention_mask` is 1 for tokens and 0 for padding [B, K], or None. Without padding, positions that restart within a row
-    begin another document, and documents do not see each other.
+    `attention_mask` is 1 for tokens and 0 for padding [B, K], or None. Without padding, positions that restart within a
+    row begin another document, and documents do not see each other.
     """
     if attention_mask is not None and attention_mask.dim() == 4:
         return attention_mask
@@ -374,8 +374,8 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
     ):
         """Logits [B, S, V], of the last `logits_to_keep` tokens if that is not 0.
 
-        With `labels`, which are not shifted and -100 where nothing is to be predicted, also the mean loss per label: over
-        this batch, or over `num_items_in_batch` labels if it is one of several that make up a step.
+        With `labels`, which are not shifted and -100 where nothing is to be predicted, also the mean loss per label:
+        over this batch, or over `num_items_in_batch` labels if it is one of several that make up a step.
         """
         output = self.transformer(
             input_ids=input_ids,

@@ -21,7 +21,8 @@ pub struct EvaluationConfig {
     /// Name of the stage, and of the folder of its results.
     pub name: String,
     /// The models, at least one, as text or as a list: `average`, `last`, `milestones` (each as soon as it is stored), `base`, the
-    /// name of a tuning stage, or where a model is: a folder, or `hf://ORG/NAME[@REVISION]`.
+    /// name of a tuning stage, or where a model is: a folder, a `.pt` file of CoreNet, `hf://ORG/NAME[@REVISION]`, or
+    /// `run:NAME/STEP` or `run:NAME/average` of another run in the same store.
     #[serde(deserialize_with = "one_or_several")]
     pub of: Vec<Of>,
     /// A published set of tasks with their numbers of examples: `zeroshot`, `openllm`, `llm360` or `adapters`.
@@ -219,7 +220,7 @@ impl Added<'_> {
                 !place.contains("://") || place.starts_with("hf://"),
                 key("of"),
                 format!("{place:?}"),
-                "models are read from folders and from hf://",
+                "models are read from folders, from hf:// and from run:",
                 "copy it to a folder that the workers reach",
             );
             problems.check(

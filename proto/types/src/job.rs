@@ -69,7 +69,7 @@ pub enum Subject {
     Milestone(CheckpointId),
     /// The model that a tuning stage has made.
     Tuned(StageName),
-    /// A model in Hugging Face layout, in this folder or at this address.
+    /// A model from elsewhere, in this folder or at this address.
     Model(String),
 }
 

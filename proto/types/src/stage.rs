@@ -162,7 +162,7 @@ pub enum Of {
     Milestones,
     /// The model that a tuning stage has made.
     Tuned(StageName),
-    /// A model in Hugging Face layout, in this folder or at this address, which has a `/` or begins with a dot.
+    /// A model from elsewhere, in this folder or at this address, which has a `/` or begins with a dot.
     Model(String),
 }
 
