@@ -32,6 +32,11 @@ impl Epochs {
         Self { examples, batch: batch.max(1), shuffle, seed, order: None }
     }
 
+    /// Number of examples of an update.
+    pub const fn batch(&self) -> usize {
+        self.batch
+    }
+
     /// Number of updates in an epoch.
     pub const fn updates(&self) -> u64 {
         self.examples.div_ceil(self.batch) as u64

@@ -41,10 +41,23 @@ pub struct Examples {
     pub updates: u64,
     /// Number of rows that are evaluated on.
     pub held_out: u64,
-    /// The forms of the rows that were recognised, for a person.
-    pub forms: Vec<String>,
-    /// Hash of everything that determines the examples.
+    /// The files that were read.
+    pub files: Vec<RowsOf>,
+    /// Hash of the examples.
     pub digest: Digest,
+}
+
+/// A file of rows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RowsOf {
+    /// The file.
+    pub file: String,
+    /// BLAKE3 of its bytes.
+    pub hash: String,
+    /// Number of its rows.
+    pub rows: u64,
+    /// What its columns were recognised as.
+    pub form: String,
 }
 
 /// Rows that are not trained on for the same reason.
@@ -52,10 +65,12 @@ pub struct Examples {
 pub struct Dropped {
     /// The reason.
     pub reason: String,
-    /// Number of rows.
-    pub count: u64,
-    /// Number of the first one, from 1.
-    pub first: u64,
+    /// Number of the rows.
+    pub rows: u64,
+    /// The file of the first one.
+    pub file: String,
+    /// Number of the first one in its file, from 0.
+    pub row: u64,
 }
 
 /// The log-probabilities of answers before tuning.

@@ -1,16 +1,13 @@
-//! The examples of a tuning stage: how they are kept in the run folder, which of them an update takes, and how they become
-//! micro-batches.
+//! The examples of a tuning stage: how they are kept in the run folder, and how they become micro-batches.
 //!
 //! A job reads the plan's files once and keeps what is trained on, so that every worker sees the same rows in the same order,
 //! whatever becomes of the files.
 
 mod batch;
 mod file;
-mod order;
 
 pub(crate) use batch::{masked, micro_batch};
 pub(crate) use file::{from_bytes, to_bytes};
-pub(crate) use order::{Order, Update};
 
 use ulmus_chat::Item;
 

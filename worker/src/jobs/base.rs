@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use ulmus_evaluator::{adds_bos, model_folder, fitting_tokenizer, read_model, tokenizer_place};
+use ulmus_evaluator::{adds_bos, fitting_tokenizer, model_folder, read_model, tokenizer_place};
 use ulmus_model::hf::{HfModel, SpecialTokens};
 use ulmus_model::{Layout, weights_from_safetensors};
 use ulmus_tokenizer::Tokenizer;

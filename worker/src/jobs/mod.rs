@@ -8,6 +8,7 @@ mod base;
 mod benchmark;
 mod evaluate;
 pub(crate) mod evaluation;
+mod examples;
 mod export;
 mod next_text;
 mod prepare;
@@ -46,7 +47,7 @@ pub(crate) fn work<B: Backend>(
             }
             keep(run, job, &prepared)
         }
-        StageKind::Examples => Err(no_stage(job)),
+        StageKind::Examples => keep(run, job, &examples::make(run, job, say)?),
         StageKind::Average => keep(run, job, &average::average(run, checkpoints)?),
         StageKind::Perplexity => {
             let model = || subject::model(run, job, backend, WeightFormat::F32);

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use ulmus_chat::Item;
-use ulmus_dataloader::{Corpus, Cursors, Loader, Sequence};
+use ulmus_dataloader::{Corpus, Cursors, Epochs, Loader, Sequence, Update};
 use ulmus_model::MicroBatch;
 use ulmus_plan::{Method, TuneConfig};
 use ulmus_run::paths;
@@ -13,7 +13,7 @@ use ulmus_types::{Assignment, BadUnit, Digest, LaneId};
 use super::recipe::{Recipe, Tuning};
 use super::reference;
 use crate::WorkerError;
-use crate::examples::{Kept, Order, Reference, from_bytes, micro_batch};
+use crate::examples::{Kept, Reference, from_bytes, micro_batch};
 use crate::run::Run;
 
 /// The data of a stage, and how far this worker has read them.
@@ -40,7 +40,8 @@ pub(super) struct Lessons {
     pub(super) trained: Set,
     /// What the stage is evaluated on.
     pub(super) evaluated: Set,
-    pub(super) order: Order,
+    /// The order in which updates take them.
+    pub(super) epochs: Epochs,
 }
 
 /// Examples, with their log-probabilities before tuning if they are compared with those.
@@ -63,6 +64,21 @@ impl Set {
             references.map(|all| chosen.iter().map(|index| all[*index]).collect::<Vec<Reference>>());
         let pack = config.pack.then_some(config.max_length as usize);
         Some(micro_batch(&items, references.as_deref(), before, pack))
+    }
+}
+
+impl Lessons {
+    /// The number of examples that are trained on before update `step` (0 for the first).
+    fn before(&self, step: u64) -> u64 {
+        let Update { epoch, index } = self.epochs.after(step);
+        epoch * self.trained.examples.len() as u64 + index * self.epochs.batch() as u64
+    }
+
+    /// The examples of update `step`, and the number of those before them.
+    pub(super) fn update(&mut self, step: u64) -> (Vec<usize>, u64) {
+        let examples = self.epochs.examples(self.epochs.after(step));
+        let examples = examples.iter().map(|example| *example as usize).collect();
+        (examples, self.before(step))
     }
 }
 
@@ -97,8 +113,9 @@ impl Feed {
         } else {
             [trained, evaluated].map(|examples| Set { examples, references: None })
         };
-        let order = Order::new(trained.examples.len(), &tuning.config, recipe.seed());
-        Ok(Self::Examples(Box::new(Lessons { trained, evaluated, order })))
+        let TuneConfig { batch, shuffle, .. } = tuning.config;
+        let epochs = Epochs::new(trained.examples.len(), batch as usize, shuffle, recipe.seed());
+        Ok(Self::Examples(Box::new(Lessons { trained, evaluated, epochs })))
     }
 
     /// Takes up this worker's part of a group's work, at the cursors of the agreed state.
@@ -156,7 +173,7 @@ impl Feed {
     pub(super) fn examples_before(&self, step: u64) -> u64 {
         match self {
             Self::Text(_) => 0,
-            Self::Examples(lessons) => lessons.order.before(step),
+            Self::Examples(lessons) => lessons.before(step),
         }
     }
 }

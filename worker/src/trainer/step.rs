@@ -25,7 +25,7 @@ use super::recipe::Tuning;
 use super::{Report, STALL_TIMEOUT, micro_batch};
 use crate::WorkerError;
 use crate::collective::{Collective, chunks};
-use crate::examples::{Update, masked};
+use crate::examples::masked;
 use crate::snapshot::PendingSnapshot;
 
 /// How often a trainer that waits for a store, or for text, reports that it does.
@@ -49,8 +49,8 @@ struct Share {
 enum Batches {
     /// Those of its lanes.
     OfLanes,
-    /// Those of the examples of the update.
-    Of(Update),
+    /// Those of these examples, which have so many before them.
+    Of(Vec<usize>, u64),
 }
 
 /// Where the time of a step went.
@@ -147,7 +147,10 @@ impl<B: TrainingBackend> Member<'_, B> {
         let step = self.step().get();
         let batches = match &mut *self.feed {
             Feed::Text(_) => Batches::OfLanes,
-            Feed::Examples(lessons) => Batches::Of(lessons.order.update(step)),
+            Feed::Examples(lessons) => {
+                let (examples, before) = lessons.update(step);
+                Batches::Of(examples, before)
+            }
         };
         let micro_batches = self.assignment.micro_batches.clone();
         let last = micro_batches.end - 1;
@@ -190,12 +193,12 @@ impl<B: TrainingBackend> Member<'_, B> {
                 })?;
                 Ok(Some(micro_batch(&rows, plan.sequence_length())))
             }
-            (Feed::Examples(lessons), Batches::Of(update)) => {
+            (Feed::Examples(lessons), Batches::Of(examples, before)) => {
                 let Some(Tuning { config, .. }) = self.recipe.tuning() else { return Ok(None) };
                 let first = index * config.micro_batch;
-                let chosen = update.examples.iter().skip(first as usize).take(config.micro_batch as usize);
+                let chosen = examples.iter().skip(first as usize).take(config.micro_batch as usize);
                 let chosen: Vec<usize> = chosen.copied().collect();
-                Ok(lessons.trained.batch(&chosen, update.before + first, config))
+                Ok(lessons.trained.batch(&chosen, before + first, config))
             }
             _ => Ok(None),
         }
