@@ -13,7 +13,7 @@ use ulmus_types::ExitStatus;
 pub fn load(path: &Path, overrides: &[String]) -> Result<Vec<Plan>, Failure> {
     #[cfg(feature = "local-workers")]
     {
-        let plans = load_plans(path, overrides, ulmus_worker::tokenizer_pieces)?;
+        let plans = load_plans(path, overrides, ulmus_worker::tokenizer_pieces, ulmus_worker::base_shape)?;
         for problems in plans.iter().map(ulmus_worker::check_tasks) {
             if !problems.is_empty() {
                 let message = ulmus_process::cannot_run(path, &problems);
@@ -24,7 +24,7 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Vec<Plan>, Failure> {
     }
     // Without the data plane and the evaluator, nothing here can read a tokenizer or knows tasks.
     #[cfg(not(feature = "local-workers"))]
-    load_plans(path, overrides, |_| None)
+    load_plans(path, overrides, |_| None, |_, _| Err("this coordinator reads no models".to_owned()))
 }
 
 /// The commented plans that come with the program, by name.

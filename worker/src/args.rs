@@ -164,7 +164,7 @@ impl BenchArgs {
 }
 
 fn first_plan(path: &Path) -> Result<Plan, Failure> {
-    let plans = load_plans(path, &[], crate::tokenizer_pieces)?;
+    let plans = load_plans(path, &[], crate::tokenizer_pieces, crate::base_shape)?;
     Ok(plans.into_iter().next().expect("a plan file contains a plan"))
 }
 

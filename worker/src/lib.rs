@@ -35,6 +35,7 @@ pub use agent::Join;
 pub use args::{Args, Command, Only, WorkerConfig};
 pub use check::{SourceCheck, check_sources, check_tasks, tokenizer_pieces};
 pub use error::WorkerError;
+pub use jobs::base_shape;
 
 use agent::{Identity, Setup};
 use control::Control;

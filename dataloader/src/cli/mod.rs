@@ -12,7 +12,7 @@ use std::path::Path;
 
 use clap::{Parser, Subcommand};
 use ulmus_dataloader::DataError;
-use ulmus_plan::{DataConfig, Plan, SourceConfig, even_weights};
+use ulmus_plan::{DataConfig, ModelConfig, Plan, SourceConfig, even_weights};
 use ulmus_process::{Failure, load_plans};
 use ulmus_tokenizer::count_pieces;
 use ulmus_types::{ErrorKind, ExitStatus};
@@ -99,7 +99,9 @@ fn load(plan: &Path, overrides: &[String]) -> Result<Plan, Failure> {
 /// The plan in a file. Variants of a plan share their corpora, so the first one is used.
 fn load_weighted(plan: &Path, overrides: &[String]) -> Result<Plan, Failure> {
     let pieces = |file: &str| count_pieces(&std::fs::read(file).ok()?);
-    Ok(load_plans(plan, overrides, pieces)?.swap_remove(0))
+    // Nothing here depends on the shape of a model.
+    let shape = |_: &str, _: &str| Ok(ModelConfig::default());
+    Ok(load_plans(plan, overrides, pieces, shape)?.swap_remove(0))
 }
 
 /// Whether a source lies in the folder of the run.

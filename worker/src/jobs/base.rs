@@ -6,9 +6,14 @@
 
 use std::path::{Path, PathBuf};
 
+use ulmus_checkpoint::{Access, OpenOptions, Store};
+use ulmus_dataloader::Folder;
 use ulmus_evaluator::{adds_bos, fitting_tokenizer, model_folder, read_model, tokenizer_place};
-use ulmus_model::hf::{HfModel, SpecialTokens};
+use ulmus_model::hf::{self, HfModel, SpecialTokens};
 use ulmus_model::{Layout, weights_from_safetensors};
+use ulmus_plan::ModelConfig;
+use ulmus_process::with_causes;
+use ulmus_run::paths;
 use ulmus_tokenizer::Tokenizer;
 use ulmus_types::{CheckpointId, StageName, Step};
 
@@ -35,6 +40,43 @@ enum Origin {
     Run(Tokenizer),
 }
 
+/// The shape of the model at an address, without its weights where that can be; runs are looked up in `store`. Blocks.
+///
+/// # Errors
+/// Why there is none, in words for a person.
+pub fn base_shape(address: &str, store: &str) -> Result<ModelConfig, String> {
+    if let Some(of_run) = address.strip_prefix(OF_RUN) {
+        let name = of_run.split_once('/').map_or(of_run, |(name, _)| name);
+        let place = format!("{}/{name}", store.trim_end_matches('/'));
+        // The caller may be inside of an asynchronous runtime.
+        let read = std::thread::spawn(move || -> Result<ModelConfig, String> {
+            let runtime = tokio::runtime::Runtime::new().map_err(|error| error.to_string())?;
+            let options = OpenOptions { access: Access::Read, ..OpenOptions::default() };
+            let store = Store::open_with(&place, options).map_err(|error| with_causes(&error))?;
+            let text = runtime.block_on(store.get(paths::PLAN)).map_err(|error| with_causes(&error))?;
+            let text = String::from_utf8_lossy(&text);
+            let plan = ulmus_plan::read(&text, &[]).map_err(|problems| problems.to_string())?;
+            plan.into_iter().next().map(|plan| plan.model).ok_or_else(|| "it has no plan".to_owned())
+        });
+        return read.join().unwrap_or_else(|_| Err("it cannot be read".to_owned()));
+    }
+    let of_hub = || -> Result<ModelConfig, WorkerError> {
+        let folder = Folder::open_model(address)?;
+        let file =
+            tempfile::tempdir().map_err(|error| WorkerError::File { path: "a folder".into(), error })?;
+        folder.download("config.json", &file.path().join("config.json"))?;
+        Ok(hf::read_config(file.path())?.0)
+    };
+    let shape = if address.starts_with("hf://") {
+        of_hub()
+    } else if Path::new(address).is_file() {
+        read_model(Path::new(address)).map(|model| model.config).map_err(WorkerError::from)
+    } else {
+        hf::read_config(Path::new(address)).map(|(config, _)| config).map_err(WorkerError::from)
+    };
+    shape.map_err(|error| with_causes(&error))
+}
+
 impl Base {
     /// Reads the model at an address.
     ///
@@ -51,6 +93,24 @@ impl Base {
         }
         let place = model_folder(address)?;
         Ok(Self { model: read_model(&place)?, origin: Origin::Place(place) })
+    }
+
+    /// The files beside the tokenizer that say how it is used, its chat template above all.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub(super) fn template_files(&self) -> Result<Vec<(&'static str, Vec<u8>)>, WorkerError> {
+        let Origin::Place(place) = &self.origin else { return Ok(Vec::new()) };
+        let mut files = Vec::new();
+        for name in ["chat_template.jinja", "tokenizer_config.json"] {
+            let path = tokenizer_place(place).join(name);
+            match std::fs::read(&path) {
+                Ok(contents) => files.push((name, contents)),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(WorkerError::File { path: path.display().to_string(), error }),
+            }
+        }
+        Ok(files)
     }
 
     /// The model's tokenizer, or that in the folder or file `named`, and whether texts begin with BOS.

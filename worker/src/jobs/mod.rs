@@ -21,6 +21,7 @@ use ulmus_backend::{Backend, WeightFormat};
 use ulmus_run::{paths, results};
 use ulmus_types::{Job, StageKind};
 
+pub use base::base_shape;
 pub(crate) use subject::weights_of;
 
 use crate::WorkerError;

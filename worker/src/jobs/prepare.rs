@@ -8,7 +8,10 @@ use ulmus_plan::Plan;
 use ulmus_run::paths;
 use ulmus_run::results::{Prepared, Shards};
 use ulmus_tokenizer::Tokenizer;
+use ulmus_types::Digest;
 
+use super::base::Base;
+use super::subject::must_be;
 use crate::WorkerError;
 use crate::run::Run;
 
@@ -16,9 +19,31 @@ use crate::run::Run;
 /// in 2,000 is held out.
 const LOOK_FOR_HELD_OUT: u64 = 1 << 30;
 
-/// Makes shards and tokenizer if the plan asks for them, and the frozen manifest of all data.
+/// Makes shards and tokenizer if the plan asks for them, and the frozen manifest of all data. Of a run that begins from a base
+/// model and reads no text, only the tokenizer.
 pub(super) fn prepare(run: &Run, say: &dyn Fn(String)) -> Result<Prepared, WorkerError> {
     let plan = &run.plan;
+    let base = plan.base.as_ref().map(|base| Base::read(run, &base.model)).transpose()?;
+    if let (Some(config), Some(base)) = (&plan.base, &base) {
+        must_be(&plan.model, &base.model.config, &config.model)?;
+        for (name, contents) in base.template_files()? {
+            run.write(name, contents)?;
+        }
+    }
+    if !plan.pretrains() {
+        let tokenizer = tokenizer(run, base.as_ref(), None)?;
+        must_fit(&tokenizer, plan)?;
+        keep_tokenizer(run, &tokenizer)?;
+        return Ok(Prepared {
+            prepared: None,
+            files: 0,
+            bytes: 0,
+            manifest: Digest::of(b""),
+            pieces: tokenizer.pieces(),
+            tokenizer: tokenizer.digest(),
+            held_out: None,
+        });
+    }
     let shards = match &plan.prepare {
         Some(config) => {
             let shards = run.folder().child(paths::SHARDS);
@@ -37,16 +62,11 @@ pub(super) fn prepare(run: &Run, say: &dyn Fn(String)) -> Result<Prepared, Worke
         None => None,
     };
     let manifest = Manifest::freeze(&plan.data, Some(&run.folder()))?;
-    let tokenizer = tokenizer(run, &manifest)?;
+    let tokenizer = tokenizer(run, base.as_ref(), Some(&manifest))?;
     let manifest = manifest.with_tokenizer(&tokenizer);
     must_fit(&tokenizer, plan)?;
-    for (name, contents) in tokenizer_files(&tokenizer) {
-        run.write(name, contents)?;
-    }
+    keep_tokenizer(run, &tokenizer)?;
     run.write(paths::DATA_MANIFEST, manifest.to_json())?;
-    // On a disk it is there already; in an object store the coordinator keeps it to itself, and other runs could not read
-    // this run's models.
-    run.write_new(paths::PLAN, plan.to_toml().into_bytes())?;
     let (pieces, tokenizer_digest) = (tokenizer.pieces(), tokenizer.digest());
     let corpus = Arc::new(run.corpus_of(&manifest, tokenizer)?);
     must_hold_text(run, &corpus)?;
@@ -105,13 +125,29 @@ pub(super) fn tokenizer_files(tokenizer: &Tokenizer) -> BTreeMap<&'static str, V
     json.into_iter().chain([(name, contents.to_vec())]).collect()
 }
 
-/// The tokenizer that the plan names, or else one trained on the run's own text.
-fn tokenizer(run: &Run, manifest: &Manifest) -> Result<Tokenizer, WorkerError> {
+/// Keeps the tokenizer, and the plan beside it.
+fn keep_tokenizer(run: &Run, tokenizer: &Tokenizer) -> Result<(), WorkerError> {
+    for (name, contents) in tokenizer_files(tokenizer) {
+        run.write(name, contents)?;
+    }
+    // On a disk it is there already; in an object store the coordinator keeps it to itself, and other runs could not read
+    // this run's models.
+    run.write_new(paths::PLAN, run.plan.to_toml().into_bytes())?;
+    Ok(())
+}
+
+/// The tokenizer that the plan names, or else that of the base, or one trained on the run's own text.
+fn tokenizer(run: &Run, base: Option<&Base>, manifest: Option<&Manifest>) -> Result<Tokenizer, WorkerError> {
     let config = &run.plan.tokenizer;
     if let Some(path) = &config.file {
         let bytes = std::fs::read(path).map_err(|error| WorkerError::File { path: path.clone(), error })?;
         return Ok(Tokenizer::read(&bytes, path, config.bos.as_deref(), config.eos.as_deref())?);
     }
+    let manifest = match (base, manifest) {
+        (Some(base), _) => return Ok(base.tokenizer(None)?.0),
+        (None, Some(manifest)) => manifest,
+        (None, None) => return Err(WorkerError::Plan("a run needs a base or text".to_owned())),
+    };
     let sources = ulmus_dataloader::Sources::open(&run.plan.data, manifest, Some(&run.folder()))?;
     let sample = sources.sample(config.sample.get())?;
     Ok(ulmus_tokenizer::train(&sample, config.pieces as usize)?)
