@@ -46,8 +46,8 @@ pub use cursors::Cursors;
 pub use document::normalized;
 pub use error::DataError;
 pub use examples::{
-    ChatTemplate, Dropped, Epochs, ExampleFiles, Examples, ExamplesReport, FileReport, RowOutcome, Update,
-    read_forbidden, read_template,
+    ChatTemplate, Dropped, Epochs, ExampleFiles, Examples, ExamplesReport, FileReport, RowContent, RowLine,
+    RowOutcome, RowPart, Update, read_forbidden, read_template,
 };
 pub use explain::{Excerpt, Explanation};
 pub use line::without_lone_surrogates;

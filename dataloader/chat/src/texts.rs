@@ -56,6 +56,16 @@ impl Texts {
             }
         }
     }
+
+    /// The prompt and what follows it in each of the two answers; of one text, the text and nothing.
+    pub fn parts(&self) -> [&str; 3] {
+        match self {
+            Self::One { text, .. } => [text, "", ""],
+            Self::Two { prompt, chosen, rejected } => {
+                [prompt, &chosen[shared(prompt, chosen)..], &rejected[shared(prompt, rejected)..]]
+            }
+        }
+    }
 }
 
 struct Scribe<'a> {

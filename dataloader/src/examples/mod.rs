@@ -2,10 +2,12 @@
 
 mod epochs;
 mod files;
+mod line;
 mod read;
 mod template;
 
 pub use self::epochs::{Epochs, Update};
 pub use self::files::ExampleFiles;
+pub use self::line::{RowContent, RowLine, RowPart};
 pub use self::read::{Dropped, Examples, ExamplesReport, FileReport, RowOutcome};
 pub use self::template::{ChatTemplate, read_forbidden, read_template};

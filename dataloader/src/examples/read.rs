@@ -210,10 +210,12 @@ impl ExamplesReport {
 
 #[cfg(test)]
 mod tests {
-    use ulmus_chat::{Rules, SpecialNames, Template};
+    use serde_json::json;
+    use ulmus_chat::{Example, Rules, SpecialNames, Template};
     use ulmus_plan::{ExamplesConfig, Method, TuneConfig};
 
     use super::*;
+    use crate::examples::line::RowLine;
     use crate::store::Folder;
     use crate::store::tests::memory;
 
@@ -255,6 +257,25 @@ mod tests {
         assert_eq!(report.learned_tokens, 2495 * learned as u64);
         assert_eq!(report.tokens, 2495 * (learned + 2 * pair.prompt.len()) as u64);
         assert_eq!(shown.matches("row ").count(), 3);
+        // What programs see of a row that is kept, and of one that is not.
+        let config = ExamplesConfig { url: "run:a.jsonl".to_owned(), ..ExamplesConfig::default() };
+        let mut lines = Vec::new();
+        let files = ExampleFiles::find(&[config], Some(&folder)).unwrap();
+        files.each_row(&preprocessor(Method::Dpo), |row| lines.push(RowLine::from(&row))).unwrap();
+        let line = |row: usize| serde_json::to_value(&lines[row]).unwrap();
+        let dropped = json!({"file": "run:a.jsonl", "row": 7, "kept": false, "reason": "chosen and rejected are equal"});
+        assert_eq!(line(7), dropped);
+        let (first, ids) = (line(0), |answer: &Example| json!(answer.ids));
+        assert_eq!(
+            (&first["kept"], &first["prompt"]["text"], &first["chosen"]["text"]),
+            (&json!(true), &json!("a"), &json!(" b</s>"))
+        );
+        assert_eq!(first["prompt"]["labels"], json!([-100, -100]));
+        assert_eq!(
+            (&first["chosen"]["ids"], &first["chosen"]["labels"]),
+            (&ids(&pair.chosen), &ids(&pair.chosen))
+        );
+        assert_eq!(first["rejected"]["ids"], ids(&pair.rejected));
         assert!(shown.contains("row 1 of run:a.jsonl: prompt, 2 tokens:\n<s>a\nchosen, "), "{shown}");
     }
 
