@@ -1,5 +1,7 @@
 //! Runs `evaluator render`: what templates make of conversations, compared with transformers.
 
+#![expect(clippy::unwrap_used, reason = "a test fails at the first error")]
+
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};

@@ -5,7 +5,7 @@ use ulmus_chat::{Example, IGNORE, Item, Prepared};
 
 use super::read::RowOutcome;
 
-/// What a label is where nothing is learned, as PyTorch and its libraries write it.
+/// What a label is where nothing is learned, as the libraries for Python write it.
 const NOT_LEARNED: i64 = -100;
 
 /// A row, and what became of it.
