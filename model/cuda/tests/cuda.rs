@@ -7,8 +7,8 @@
 
 use half::bf16;
 use ulmus_backend::{
-    AttentionShape, Backend, BackendError, FIRST_PROPOSALS, HeadGradients, Heads, IGNORE, LinearShape,
-    TrainingBackend, WeightFormat,
+    AttentionShape, Backend, BackendError, Dropout, DropoutPart, FIRST_PROPOSALS, HeadGradients, Heads,
+    IGNORE, LinearShape, TrainingBackend, WeightFormat,
 };
 use ulmus_conformance::inference::{Outputs, config, inference};
 use ulmus_conformance::kernels::{
@@ -171,6 +171,46 @@ fn products<B: TrainingBackend>(device: &Device<B>) -> Outputs {
     outputs
 }
 
+/// Results of what adapters need.
+fn adapters<B: TrainingBackend>(device: &Device<B>) -> Outputs {
+    let mut outputs = Outputs::new();
+    let (rows, inputs, rank) = (70, 264, 8);
+    let of_acts =
+        |len, kernel: &dyn Fn(ulmus_backend::ViewMut<'_, B::Activations>)| device.fill_acts(len, kernel);
+    let (x, a) = (device.acts(&numbers(rows * inputs, 1)), device.params(&numbers(rank * inputs, 2)));
+    let x = || all(&x, rows * inputs);
+    let shape = LinearShape { rows, inputs, outputs: rank };
+    let before = numbers(rows * rank, 3);
+    let mut inner = device.acts(&before);
+    device.0.linear(all_mut(&mut inner, rows * rank), x(), all(&a, rank * inputs), shape, true);
+    device.0.scale(all_mut(&mut inner, rows * rank), 0.75);
+    outputs.push(("a product that is added, and scaled".to_owned(), device.get_acts(&inner, rows * rank)));
+    let sequences = device.put(&[5_u32, 0, 6, 1]);
+    for (part, accumulate) in [(DropoutPart::Kept, true), (DropoutPart::Rest, false)] {
+        let mut out = device.acts(&numbers(rows * inputs, 4));
+        let (sequences, length) = (all(&sequences, 4), rows / 2);
+        let dropout = Dropout { sequences, length, key: 77, rate: 0.25 };
+        device.0.dropout(all_mut(&mut out, rows * inputs), x(), dropout, inputs, part, accumulate);
+        outputs.push((format!("dropout, {part:?}"), device.get_acts(&out, rows * inputs)));
+    }
+    let to: Vec<u32> = (0..rows as u32).map(|row| (row * 3) % 100).collect();
+    let to = device.put(&to);
+    let scattered = of_acts(100 * inputs, &|out| device.0.scatter(out, x(), all(&to, rows), inputs));
+    outputs.push(("scattered rows".to_owned(), scattered));
+    let gains = device.put(&numbers(2 * inputs, 5));
+    let scaled = of_acts(rows * inputs, &|out| device.0.scale_columns(out, x(), all(&gains, inputs), false));
+    outputs.push(("scaled columns".to_owned(), scaled));
+    let upstream = device.acts(&numbers(rows * inputs, 6));
+    let mut gradient = device.acts(&vec![f32::NAN; rows * inputs]);
+    let magnitudes = device.fill(inputs, |into| {
+        let (gradient, upstream) = (all_mut(&mut gradient, rows * inputs), all(&upstream, rows * inputs));
+        device.0.scale_columns_backward(gradient, into, upstream, x(), all(&gains, 2 * inputs));
+    });
+    outputs.push(("their gradient".to_owned(), device.get_acts(&gradient, rows * inputs)));
+    outputs.push(("that of magnitudes".to_owned(), magnitudes));
+    outputs
+}
+
 fn assert_agree(found: Outputs, expected: Outputs, tolerance: f64) {
     for ((what, found), (same, expected)) in found.into_iter().zip(expected) {
         assert_eq!(what, same);
@@ -195,6 +235,7 @@ fn kernels_agree_with_those_of_the_cpu() {
             assert_agree(wide_shapes(&gpu, kind), wide_shapes(&cpu, kind), tolerance);
         }
         assert_agree(products(&gpu), products(&cpu), tolerance);
+        assert_agree(adapters(&gpu), adapters(&cpu), tolerance);
         assert_agree(attention(&gpu), attention(&cpu), tolerance);
     }
 }
