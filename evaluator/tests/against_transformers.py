@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Checks that transformers and peft can use an export, and compute what we compute.
+"""Checks that transformers, peft and trl can use an export, and compute what we compute.
 
     python against_transformers.py EVALUATOR LOGITS EXPORT
 
 EXPORT is the export folder of a run, LOGITS the program of the evaluator's example of that name. Needs torch,
-transformers and peft. Everything is float32 on one thread; logits may differ by what other orders of summation give.
+transformers and peft, and trl for transformers 5. Everything is float32 on one thread; logits may differ by what other orders of summation give.
 """
 
 import json
@@ -128,6 +128,23 @@ def train_with_peft(folder, model, ids):
         check("peft: a stored adapter", torch.equal(again(ids).logits, model(ids).logits))
 
 
+def train_with_trl(folder, tokenizer):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    turns = [[("user", f"Count to {number}."), ("assistant", f"It is {number}, of course.")] for number in range(16)]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in turns]
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content + eos_token }}{% endfor %}"
+    with tempfile.TemporaryDirectory() as output:
+        options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+        options |= {"max_steps": 4, "max_length": 64, "learning_rate": 1e-3, "logging_steps": 1, "report_to": []}
+        config = SFTConfig(output_dir=output, save_strategy="no", use_cpu=True, bf16=False, **options)
+        trainer = SFTTrainer(load(folder), config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    check("trl: training", losses == sorted(losses, reverse=True), str(losses))
+
+
 def main():
     evaluator, logits, export = sys.argv[1:]
     torch.set_num_threads(1)
@@ -172,6 +189,8 @@ def main():
             texts = [text_of_ours(evaluator, place, export, PROMPTS[1]) for place in (path, export)]
             check(f"a .pt file of {name}", texts[0] == texts[1], repr(texts[0]))
     train_with_peft(export, model, ids)
+    if VERSION >= (5, 0):
+        train_with_trl(export, tokenizer)
     print(f"{len(FAILURES)} failures")
     sys.exit(bool(FAILURES))
 

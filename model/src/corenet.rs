@@ -31,6 +31,9 @@ const KEYS_OF_WEIGHTS: [&str; 3] = ["model_state_dict", "state_dict", "model"];
 /// How files of torch.save begin that are older than its archives.
 const OLD_MAGIC: &[u8] = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19";
 
+/// The embedding's name.
+const EMBEDDING: &str = "token_embeddings.weight";
+
 type Archive = ZipArchive<BufReader<File>>;
 
 /// Reads a checkpoint. The tokenizer's special tokens are those of a `config.json` beside it, or else those of the
@@ -54,7 +57,10 @@ fn read_archive(
 ) -> Result<HfModel, Problem> {
     let (folder, pickle) = read_pickle(archive)?;
     let pickle = Pickle::read(&pickle)?;
-    let tensors: Vec<(&str, &Tensor)> = weights_of(pickle.dict()?)?.tensors().collect();
+    let mut tensors: Vec<(&str, &Tensor)> = weights_of(pickle.dict()?)?.tensors().collect();
+    // The head is the embedding, and some programs name it too.
+    let embedding = tensors.iter().find(|(name, _)| plain_name(name) == EMBEDDING).map(|(_, tensor)| *tensor);
+    tensors.retain(|(name, tensor)| *name != "lm_head.weight" || Some(*tensor) != embedding);
     let (config, tokens) = match stated {
         Some(stated) => stated,
         None => (shape_of(&tensors)?, SpecialTokens::default()),
@@ -211,7 +217,7 @@ fn shape_of(tensors: &[(&str, &Tensor)]) -> Result<ModelConfig, String> {
         [rows, columns] => Ok([*rows, *columns]),
         other => Err(format!("tensor {name} has shape {other:?}, and is to be a matrix")),
     };
-    let [vocab_size, model_dim] = matrix("token_embeddings.weight")?;
+    let [vocab_size, model_dim] = matrix(EMBEDDING)?;
     let has_layer = |i: &usize| shapes.contains_key(format!("layers.{i}.attn_norm.weight").as_str());
     let layers = (0..shapes.len()).take_while(has_layer).count();
     let head_dim = shape("layers.0.attn.q_norm.weight")?.first().copied().unwrap_or_default();

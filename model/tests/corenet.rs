@@ -185,6 +185,33 @@ fn tensors_that_are_not_what_they_claim_are_refused() {
 }
 
 #[test]
+fn a_head_is_a_second_name_of_the_embedding_or_refused() {
+    let text = |text: &str| [b"X", &(text.len() as u32).to_le_bytes()[..], text.as_bytes()].concat();
+    let with_head = |storage: &str, len: u8| {
+        let head = [
+            text("lm_head.weight"),
+            b"ctorch._utils\n_rebuild_tensor_v2\n((".to_vec(),
+            text("storage"),
+            b"ctorch\nFloatStorage\n".to_vec(),
+            text(storage),
+            text("cpu"),
+            [b"K", &[len][..], b"tQK\0K\x0aK\x08\x86K\x08K\x01\x86\x89ccollections\nOrderedDict\n)RtRs."]
+                .concat(),
+        ];
+        let mut files = unpacked(AVERAGE);
+        let (_, pickle) = files.iter_mut().find(|(name, _)| name.ends_with("data.pkl")).unwrap();
+        assert_eq!(pickle.pop(), Some(b'.'));
+        pickle.extend(head.concat());
+        packed(&files)
+    };
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("model.pt");
+    fs::write(&path, with_head("0", 80)).unwrap();
+    assert_eq!(corenet::read(&path).unwrap().weights, weights());
+    assert!(corenet_error(&with_head("9", 128)).contains("lm_head.weight does not belong"));
+}
+
+#[test]
 fn storages_that_are_missing_or_short_are_damage() {
     let damaged = ErrorKind::Corrupt;
     let short = refused_with("data/0", damaged, |bytes| bytes.truncate(316));

@@ -332,13 +332,15 @@ class OpenELMModel(OpenELMPreTrainedModel):
 
 
 class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
-    """The model with its head, which is the embedding unless `share_input_output_layers` is false."""
+    """The model with its head, whose weight is the embedding's unless `share_input_output_layers` is false."""
+
+    # Releases before 5 look at the keys alone.
+    _tied_weights_keys = {"lm_head.weight": "transformer.token_embeddings.weight"}
 
     def __init__(self, config):
         super().__init__(config)
         self.transformer = OpenELMModel(config)
-        tied = config.share_input_output_layers
-        self.lm_head = None if tied else nn.Linear(config.model_dim, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -390,10 +392,7 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
         )
         x = output.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        x = x[:, kept] if labels is None else x
-        head = self.transformer.token_embeddings if self.lm_head is None else self.lm_head
-        # A head of its own is called, so that what wraps it (an adapter, say) counts.
-        logits = F.linear(x, head.weight) if self.lm_head is None else head(x)
+        logits = self.lm_head(x[:, kept] if labels is None else x)
         loss = None
         if labels is not None:
             targets = labels[:, 1:].reshape(-1).to(logits.device)

@@ -409,7 +409,7 @@ mod tests {
             ("evaluation.tasks.of=[]", "evaluation.0.of = missing: a stage needs models"),
             ("evaluation.tasks.of=[\"last\", \"last\"]", "it is named twice"),
             ("evaluation.tasks.of=hf://u:p@host/x", "an address in it has no password"),
-            ("evaluation.tasks.of=s3://b/model", "models are read from folders and from hf://"),
+            ("evaluation.tasks.of=s3://b/model", "models are read from folders, from hf:// and from run:"),
             ("evaluation.tasks.data.0=https://u:p@host/x", "evaluation.0.data.0"),
             ("evaluation.tasks.name=v1.0", "every stage needs a name"),
             ("evaluation.tasks.suite=zeroshot", "an evaluation has either a suite or tasks"),

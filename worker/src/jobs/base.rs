@@ -28,8 +28,8 @@ const OF_RUN: &str = "run:";
 const AVERAGE: &str = "average";
 
 /// A model from elsewhere.
-pub(super) struct Base {
-    pub(super) model: HfModel,
+pub(crate) struct Base {
+    pub(crate) model: HfModel,
     origin: Origin,
 }
 
@@ -82,7 +82,7 @@ impl Base {
     ///
     /// # Errors
     /// When there is no model, it is damaged or not supported, or its store does not answer.
-    pub(super) fn read(run: &Run, address: &str) -> Result<Self, WorkerError> {
+    pub(crate) fn read(run: &Run, address: &str) -> Result<Self, WorkerError> {
         if let Some(of_run) = address.strip_prefix(OF_RUN) {
             let (name, model) = of_run.split_once('/').ok_or_else(|| {
                 WorkerError::Plan(format!(
@@ -117,7 +117,7 @@ impl Base {
     ///
     /// # Errors
     /// When there is none, or it does not fit the model.
-    pub(super) fn tokenizer(&self, named: Option<&Path>) -> Result<(Tokenizer, bool), WorkerError> {
+    pub(crate) fn tokenizer(&self, named: Option<&Path>) -> Result<(Tokenizer, bool), WorkerError> {
         let place = match (&self.origin, named) {
             (_, Some(named)) => named,
             (Origin::Place(place), None) => tokenizer_place(place),
@@ -126,6 +126,13 @@ impl Base {
         let tokenizer = fitting_tokenizer(place, &self.model.config, self.model.tokens)?;
         Ok((tokenizer, adds_bos(place)?.unwrap_or(true)))
     }
+}
+
+/// Whether there is a model at an address, as far as this machine's disk can tell: stores are not asked.
+pub(crate) fn may_be_there(address: &str) -> bool {
+    let place = Path::new(address);
+    let is_stored = address.contains("://") || address.starts_with(OF_RUN);
+    is_stored || place.is_file() || place.join("config.json").is_file()
 }
 
 fn read_of_run(other: &Run, address: &str, model: &str) -> Result<Base, WorkerError> {

@@ -16,7 +16,7 @@ use ulmus_run::results::{Answers, Measured, Tasks};
 use ulmus_types::{Job, Of};
 
 use super::evaluate::{HeldOut, held_out};
-use super::{keep, next_text, subject};
+use super::{base, keep, next_text, subject};
 use crate::WorkerError;
 use crate::run::Run;
 
@@ -62,11 +62,11 @@ pub(crate) fn check(config: &EvaluationConfig) -> Result<(), WrongKey> {
     let selection = check_names(config)?;
     for of in &config.of {
         if let Of::Model(place) = of
-            && !place.contains("://")
-            && !Path::new(place).join("config.json").is_file()
+            && !base::may_be_there(place)
         {
             let fix =
-                "there is no config.json; name a folder with a model, such as a run's export".to_owned();
+                "there is no config.json; name a folder with a model, such as a run's export, or a .pt file of CoreNet"
+                    .to_owned();
             return Err(("of", format!("{place:?}"), fix));
         }
     }

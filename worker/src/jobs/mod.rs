@@ -4,7 +4,7 @@
 //! twice, on any worker, gives the same files. Results are also kept as `results/NAME.json`.
 
 mod average;
-mod base;
+pub(crate) mod base;
 mod benchmark;
 mod evaluate;
 pub(crate) mod evaluation;
