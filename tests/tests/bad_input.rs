@@ -65,6 +65,13 @@ fn check_starts_nothing_and_prints_what_a_plan_means() {
         let begun = sandbox.coordinator_bare(&["init", "--from", &format!("openelm-{name}")]).succeeds();
         assert_eq!(begun.trim_end(), fs::read_to_string(plan).unwrap().trim_end());
     }
+    for name in ["270m", "450m", "1_1b", "3b"] {
+        for tuning in ["instruct", "lora", "dora"] {
+            let plan = repository().join(format!("plans/openelm-{name}-{tuning}.toml"));
+            let said = sandbox.coordinator_bare(&["--plan", plan.to_str().unwrap(), "--check"]).succeeds();
+            assert!(said.contains("# tuning"), "{said}");
+        }
+    }
     for name in ["quickstart", "uniform-vs-scaled"] {
         let plan = repository().join(format!("plans/{name}.toml"));
         sandbox.coordinator_bare(&["--plan", plan.to_str().unwrap(), "--check"]).succeeds();
