@@ -34,6 +34,16 @@ pub enum EvaluatorError {
         /// A file that every model folder has.
         missing: &'static str,
     },
+    /// A directory does not hold an adapter.
+    #[error(
+        "{} is not an adapter: it has no adapter_config.json; name a folder in PEFT's layout, such as \
+         runs/NAME/tune/STAGE/adapter",
+        path.display()
+    )]
+    NotAnAdapter {
+        /// The directory that was named.
+        path: PathBuf,
+    },
     /// A model comes without a tokenizer, as those of OpenELM do.
     #[error(
         "{} has neither tokenizer.model nor tokenizer.json; get the model's tokenizer (for OpenELM that of \

@@ -12,6 +12,7 @@ use ulmus_dataloader::Folder;
 use ulmus_model::Model;
 use ulmus_model::corenet;
 use ulmus_model::hf::{self, HfModel, SpecialTokens};
+use ulmus_model::peft::{self, Adapter};
 use ulmus_plan::ModelConfig;
 use ulmus_run::paths;
 use ulmus_tokenizer::Tokenizer;
@@ -29,6 +30,18 @@ pub struct LoadedModel<B: Backend> {
     pub tokens: SpecialTokens,
     /// Hash of the weights as one flat f32 vector, whatever type they are stored in.
     pub digest: Digest,
+}
+
+impl<B: Backend> LoadedModel<B> {
+    /// Puts a model on the device of `backend`, with its matrices in `format`.
+    ///
+    /// # Errors
+    /// When a weight is not finite in `format`, or the device has no room.
+    pub fn new(read: &HfModel, backend: B, format: WeightFormat) -> Result<Self, EvaluatorError> {
+        let digest = Digest::of(bytemuck::cast_slice(&read.weights));
+        let model = Arc::new(Model::in_format(backend, &read.config, &read.weights, format)?);
+        Ok(Self { model, tokens: read.tokens, digest })
+    }
 }
 
 /// The folder of a model: a folder on this machine, or a copy of one on the hub (`hf://ORG/NAME[@REVISION]`) in the user's cache.
@@ -73,6 +86,22 @@ pub fn read_model(place: &Path) -> Result<HfModel, EvaluatorError> {
     Ok(hf::read(place)?)
 }
 
+/// Reads a model as [`read_model`] does, and adds an adapter in PEFT's layout to its weights, if there is one.
+///
+/// # Errors
+/// Those of [`read_model`], and when the adapter is damaged or does not fit the model.
+pub fn read_adapted(place: &Path, adapter: Option<&Path>) -> Result<HfModel, EvaluatorError> {
+    let HfModel { config, weights, tokens } = read_model(place)?;
+    let Some(directory) = adapter else { return Ok(HfModel { config, weights, tokens }) };
+    if !directory.join(peft::CONFIG).is_file() {
+        return Err(EvaluatorError::NotAnAdapter { path: directory.to_owned() });
+    }
+    refuse_pointers(directory)?;
+    let Adapter { shape, weights: adapter } = peft::read(directory, &config)?;
+    let weights = shape.merge(&config, weights, &adapter)?;
+    Ok(HfModel { config: shape.merged_config(&config), weights, tokens })
+}
+
 /// Where the tokenizer of a model is if nothing else is said: in its folder, or in that of its checkpoint.
 pub fn tokenizer_place(model: &Path) -> &Path {
     match model.parent().filter(|_| model.is_file()) {
@@ -91,10 +120,7 @@ pub fn load_model<B: Backend>(
     backend: B,
     format: WeightFormat,
 ) -> Result<LoadedModel<B>, EvaluatorError> {
-    let read = read_model(place)?;
-    let digest = Digest::of(bytemuck::cast_slice(&read.weights));
-    let model = Arc::new(Model::in_format(backend, &read.config, &read.weights, format)?);
-    Ok(LoadedModel { model, tokens: read.tokens, digest })
+    LoadedModel::new(&read_model(place)?, backend, format)
 }
 
 /// Reads a tokenizer: a file, or that in a folder.
@@ -117,7 +143,7 @@ pub fn read_tokenizer(place: &Path) -> Result<Tokenizer, EvaluatorError> {
 }
 
 /// The folder of a tokenizer: of a file that it lies in, or the folder itself.
-fn folder_of(place: &Path) -> &Path {
+pub fn folder_of(place: &Path) -> &Path {
     if place.is_file() { place.parent().unwrap_or(Path::new(".")) } else { place }
 }
 

@@ -59,7 +59,8 @@ fn read_archive(
     let pickle = Pickle::read(&pickle)?;
     let mut tensors: Vec<(&str, &Tensor)> = weights_of(pickle.dict()?)?.tensors().collect();
     // The head is the embedding, and some programs name it too.
-    let embedding = tensors.iter().find(|(name, _)| plain_name(name) == EMBEDDING).map(|(_, tensor)| *tensor);
+    let embedding =
+        tensors.iter().find(|(name, _)| without_prefix(name) == EMBEDDING).map(|(_, tensor)| *tensor);
     tensors.retain(|(name, tensor)| *name != "lm_head.weight" || Some(*tensor) != embedding);
     let (config, tokens) = match stated {
         Some(stated) => stated,

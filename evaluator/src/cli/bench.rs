@@ -8,7 +8,7 @@ use clap::Args;
 use ulmus_backend::Backend;
 use ulmus_device::AnyBackend;
 use ulmus_evaluator::{
-    BenchConfig, BenchResult, Measured, SpeedRow, Speeds, bench, load_model, synthetic_weights,
+    BenchConfig, BenchResult, LoadedModel, Measured, SpeedRow, Speeds, bench, read_adapted, synthetic_weights,
 };
 use ulmus_model::Model;
 use ulmus_model::hf::read_config;
@@ -29,6 +29,9 @@ const PAPER_TOKENS: usize = 1024;
 pub(super) struct Bench {
     #[command(flatten)]
     subject: Subject,
+    /// Folder with an adapter of that model in PEFT's layout, which is added to its weights.
+    #[arg(long, value_name = "DIR", requires = "model")]
+    adapter: Option<PathBuf>,
     /// Kind of norm for a preset: `rms`, `naive_rms` or `layer`. Model folders always use `rms`.
     #[arg(long, value_name = "KIND", default_value = "rms", conflicts_with = "model")]
     norm: NormKind,
@@ -212,7 +215,10 @@ impl Bench {
         config: BenchConfig,
     ) -> Result<BenchResult, Failure> {
         let model = match model {
-            Timed::Folder(folder) => load_model(folder, backend, dtype.format()).map_err(failure)?.model,
+            Timed::Folder(folder) => {
+                let read = read_adapted(folder, self.adapter.as_deref()).map_err(failure)?;
+                LoadedModel::new(&read, backend, dtype.format()).map_err(failure)?.model
+            }
             Timed::Shape(_) => {
                 let config = model.config(self.norm)?;
                 let weights = synthetic_weights(&config);

@@ -2,10 +2,11 @@
 
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::Arc;
 
 use ulmus_backend::Backend;
-use ulmus_chat::Message;
+use ulmus_chat::{Example, Message};
 use ulmus_dataloader::{ChatTemplate, Folder, read_template};
 use ulmus_evaluator::Transcript;
 use ulmus_model::{Generator, Model, Sampler};
@@ -23,45 +24,58 @@ pub(super) struct Chat<'a, B: Backend> {
     pub(super) sampler: Sampler,
     /// The most tokens of an answer.
     pub(super) max_tokens: usize,
-    pub(super) messages: Vec<Message>,
 }
 
 /// The chat template beside a tokenizer, or the one that is named.
-pub(super) fn template(choice: &str, folder: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate, Failure> {
-    let folder = Folder::open(folder).map_err(failure)?;
+pub(super) fn template(choice: &str, folder: &Path, tokenizer: &Tokenizer) -> Result<ChatTemplate, Failure> {
+    let folder = Folder::open(&folder.display().to_string()).map_err(failure)?;
     read_template(choice, &folder, tokenizer, Some(render::now())).map_err(failure)
 }
 
 impl<B: Backend> Chat<'_, B> {
-    /// Answers each line of the standard input, until it ends.
-    pub(super) fn run(mut self) -> Result<(), Failure> {
+    /// Answers the message `first`, if there is one, and then each line of the standard input until it ends.
+    pub(super) fn run(mut self, system: Option<&str>, first: Option<&str>) -> Result<(), Failure> {
+        let mut messages: Vec<Message> =
+            system.map(|text| Message::new("system", text)).into_iter().collect();
+        let mut next = first.map(str::to_owned);
         let (mut input, mut out) = (io::stdin().lock(), io::stdout().lock());
         let asks = io::stdin().is_terminal();
         let mut written = Ok(());
-        loop {
-            if asks {
-                written = written.and_then(|()| write!(out, "> ")).and_then(|()| out.flush());
+        while written.is_ok() {
+            if next.is_none() && asks {
+                written = write!(out, "> ").and_then(|()| out.flush());
             }
-            let mut line = String::new();
-            let read = input.read_line(&mut line).map_err(|error| Failure::of(ErrorKind::InvalidInput, &error))?;
-            if read == 0 || written.is_err() {
-                return finish_output(written);
-            }
-            if line.trim().is_empty() {
+            let message = match next.take() {
+                Some(message) => message,
+                None => {
+                    let mut line = String::new();
+                    let read = input.read_line(&mut line);
+                    if read.map_err(|error| Failure::of(ErrorKind::InvalidInput, &error))? == 0 {
+                        break;
+                    }
+                    line.trim_end_matches(['\r', '\n']).to_owned()
+                }
+            };
+            if message.trim().is_empty() {
                 continue;
             }
-            self.messages.push(Message::new("user", line.trim_end_matches(['\r', '\n'])));
+            messages.push(Message::new("user", &message));
             let answer;
-            (answer, written) = self.answer(&mut out)?;
-            self.messages.push(Message::new("assistant", &answer));
+            (answer, written) = self.answer(&messages, &mut out)?;
+            messages.push(Message::new("assistant", &answer));
         }
+        finish_output(written)
     }
 
     /// Generates an answer to the last message and prints it on the way.
-    fn answer(&mut self, out: &mut impl Write) -> Result<(String, io::Result<()>), Failure> {
-        let rendered = self.template.template.render(&self.messages, true);
+    fn answer(
+        &mut self,
+        messages: &[Message],
+        out: &mut impl Write,
+    ) -> Result<(String, io::Result<()>), Failure> {
+        let rendered = self.template.template.render(messages, true);
         let rendered = rendered.map_err(|error| Failure::new(ExitStatus::InvalidInput, error.to_string()))?;
-        let prompt = self.tokenizer.special_encoder().encode(&rendered.text);
+        let prompt = Example::of_rendered(&rendered, &mut self.tokenizer.special_encoder()).ids;
         let context = self.model.config().max_context_length;
         let room = context.saturating_sub(prompt.len()).min(self.max_tokens);
         if room == 0 {
@@ -72,9 +86,8 @@ impl<B: Backend> Chat<'_, B> {
             return Err(Failure::new(ExitStatus::InvalidInput, message));
         }
         let mut generator = Generator::new(Arc::clone(&self.model), prompt.len() + room).map_err(failure)?;
-        let mut transcript = Transcript::after(self.tokenizer, &prompt);
-        // What the prompt leaves open is not the model's.
-        transcript.pending();
+        // The answer is a text of its own: it does not go on with the last line of the prompt.
+        let mut transcript = Transcript::after(self.tokenizer, &[]);
         let (mut answer, mut written) = (String::new(), Ok(()));
         let eos = self.tokenizer.eos();
         generator
@@ -88,6 +101,6 @@ impl<B: Backend> Chat<'_, B> {
         let rest = transcript.finish();
         answer.push_str(&rest);
         let written = written.and_then(|()| writeln!(out, "{rest}"));
-        Ok((answer.trim_end_matches('\n').to_owned(), written))
+        Ok((answer, written))
     }
 }

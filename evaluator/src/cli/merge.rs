@@ -1,9 +1,9 @@
 //! `evaluator merge`: a model with its adapter, as a model of its own.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
-use ulmus_evaluator::{EvaluatorError, model_folder, read_adapted};
+use ulmus_evaluator::{EvaluatorError, model_folder, read_adapted, tokenizer_place};
 use ulmus_model::hf::{self, HfModel};
 use ulmus_process::{Failure, print};
 use ulmus_types::ExitStatus;
@@ -11,8 +11,13 @@ use ulmus_types::ExitStatus;
 use super::failure;
 
 /// Files beside a model that say how it is used, and that merging leaves as they are.
-const BESIDE: [&str; 5] =
-    ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
+const BESIDE: [&str; 5] = [
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+];
 
 #[derive(Debug, Args)]
 pub(super) struct Merge {
@@ -30,14 +35,15 @@ pub(super) struct Merge {
 impl Merge {
     pub(super) fn run(&self) -> Result<(), Failure> {
         if self.to.join("config.json").exists() {
-            let message = format!("{} holds a model already; name another folder with --to", self.to.display());
+            let message =
+                format!("{} holds a model already; name another folder with --to", self.to.display());
             return Err(Failure::new(ExitStatus::InvalidInput, message));
         }
         let model = model_folder(&self.model).map_err(failure)?;
-        let HfModel { config, weights, tokens } =
-            read_adapted(&model, Some(&self.adapter)).map_err(failure)?;
+        let merged = read_adapted(&model, Some(&self.adapter)).map_err(failure)?;
+        let HfModel { config, weights, tokens } = merged;
         hf::write(&self.to, &config, &weights, tokens).map_err(failure)?;
-        let folder = if model.is_file() { model.parent().unwrap_or(Path::new(".")) } else { &model };
+        let folder = tokenizer_place(&model);
         for name in BESIDE {
             let (from, to) = (folder.join(name), self.to.join(name));
             match std::fs::copy(&from, &to) {

@@ -1,7 +1,9 @@
 //! Arguments, tables and result files of the program. The numbers come from the library.
 
 mod bench;
+mod chat;
 mod compare;
+mod merge;
 mod render;
 mod run;
 mod tasks;
@@ -16,7 +18,8 @@ use serde::Serialize;
 use ulmus_backend::{Backend, WeightFormat};
 use ulmus_device::AnyBackend;
 use ulmus_evaluator::{
-    EvaluatorError, LoadedModel, Transcript, load_model, load_tokenizer, model_folder, tokenizer_place,
+    EvaluatorError, LoadedModel, Transcript, folder_of, load_tokenizer, model_folder, read_adapted,
+    tokenizer_place,
 };
 use ulmus_model::{Generator, Sampler, Sampling};
 use ulmus_plan::Device;
@@ -24,7 +27,9 @@ use ulmus_process::{Failure, finish_output};
 use ulmus_types::ExitStatus;
 
 use bench::Bench;
+use chat::Chat;
 use compare::Compare;
+use merge::Merge;
 use render::Render;
 use run::Run;
 use tasks::{Fetch, Tasks};
@@ -68,10 +73,16 @@ enum Command {
     ///
     /// The table of the paper: evaluator bench --paper --device cpu,cuda:0 --dtype f32,bf16 --output speeds
     Bench(Box<Bench>),
-    /// Continue a prompt; text is printed as it is generated.
+    /// Continue a prompt, or answer in a conversation; text is printed as it is generated.
     ///
     /// Example: evaluator generate --model runs/quickstart/export --prompt "The trait" --max-tokens 64 --greedy
+    ///
+    /// A conversation: evaluator generate --model runs/quickstart-tune/tune/instruct/export --chat
     Generate(Generate),
+    /// Add an adapter in PEFT's layout to its model, and write that as a model of its own.
+    ///
+    /// Example: evaluator merge --model runs/lora/export --adapter runs/lora/tune/adapt/adapter --to merged
+    Merge(Merge),
     /// Show what a chat template makes of conversations: reads a JSON list of messages per line, and writes an object with the
     /// text and its token ids per line, or with the error where the template refuses.
     ///
@@ -108,12 +119,24 @@ struct Generate {
     /// Model folder, a checkpoint of CoreNet (`.pt`), or a model on the hub: `hf://ORG/NAME[@REVISION]`.
     #[arg(long, value_name = "DIR")]
     model: String,
+    /// Folder with an adapter of that model in PEFT's layout, which is added to its weights.
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
     /// Tokenizer file, or a folder with one [default: the model folder].
     #[arg(long, value_name = "PATH")]
     tokenizer: Option<PathBuf>,
-    /// The text to continue.
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    prompt: String,
+    /// The text to continue; with --chat, the first message.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, required_unless_present = "chat")]
+    prompt: Option<String>,
+    /// Hold a conversation: each line of the input is a message, and the model answers it by its chat template.
+    #[arg(long)]
+    chat: bool,
+    /// The chat template: auto (the tokenizer's own, or else the recipe's), recipe, or a file.
+    #[arg(long, value_name = "NAME|FILE", default_value = "auto", requires = "chat")]
+    template: String,
+    /// What the conversation begins with, as a message of the system.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, requires = "chat")]
+    system: Option<String>,
     /// Maximum number of tokens to generate; the model may end the text earlier [default: 128, or as many as fit in its
     /// context].
     #[arg(long, value_name = "N")]
@@ -209,6 +232,7 @@ impl Arguments {
             Command::Bench(bench) => bench.run(),
             Command::Generate(generate) => generate.compute.run(generate),
             Command::Render(render) => render.run(),
+            Command::Merge(merge) => merge.run(),
         }?;
         Ok(ExitStatus::Done)
     }
@@ -254,11 +278,19 @@ impl OnDevice for Generate {
     fn run<B: Backend>(&self, backend: B) -> Result<(), Failure> {
         let mut sampler = Sampler::new(self.sampling()?, self.seed, 0);
         let model = model_folder(&self.model).map_err(failure)?;
-        let loaded = load_model(&model, backend, self.dtype.format()).map_err(failure)?;
+        let read = read_adapted(&model, self.adapter.as_deref()).map_err(failure)?;
+        let loaded = LoadedModel::new(&read, backend, self.dtype.format()).map_err(failure)?;
         let of_tokenizer = self.tokenizer.as_deref().unwrap_or_else(|| tokenizer_place(&model));
         let tokenizer = load_tokenizer(of_tokenizer, &loaded).map_err(failure)?;
         let LoadedModel { model, .. } = loaded;
-        let prompt = tokenizer.encode(&self.prompt);
+        if self.chat {
+            let template = chat::template(&self.template, folder_of(of_tokenizer), &tokenizer)?;
+            let max_tokens = self.max_tokens.unwrap_or(MAX_TOKENS);
+            let chat = Chat { model, tokenizer: &tokenizer, template, sampler, max_tokens };
+            return chat.run(self.system.as_deref(), self.prompt.as_deref());
+        }
+        let text = self.prompt.as_deref().unwrap_or_default();
+        let prompt = tokenizer.encode(text);
         let begun: Vec<u32> = std::iter::once(tokenizer.bos()).chain(prompt.iter().copied()).collect();
         let max_tokens = self.room(begun.len(), model.config().max_context_length)?;
         let wanted = begun.len() + max_tokens;
@@ -267,7 +299,7 @@ impl OnDevice for Generate {
         let mut stdout = io::stdout().lock();
         // The end of the prompt may still change with the next tokens, so it is printed along with them.
         let pending = transcript.pending();
-        let settled = self.prompt.strip_suffix(&pending).unwrap_or(&self.prompt);
+        let settled = text.strip_suffix(&pending).unwrap_or(text);
         let mut written = stdout.write_all(settled.as_bytes()).and_then(|()| stdout.flush());
         if written.is_ok() {
             generator

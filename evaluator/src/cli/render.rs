@@ -103,7 +103,7 @@ impl Render {
 }
 
 #[expect(clippy::disallowed_methods, reason = "a chat template may tell the model today's date")]
-fn now() -> SystemTime {
+pub(super) fn now() -> SystemTime {
     SystemTime::now()
 }
 

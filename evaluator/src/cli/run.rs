@@ -10,19 +10,19 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use ulmus_backend::Backend;
 use ulmus_evaluator::tasks::{
-    Batching, DataSets, Evaluation, Journal, Limit, Outcome, PERPLEXITY, Progress, Selection, Settings,
-    TaskPlan, average, beside_published, description, kind_of_device, markdown, results_file,
+    Batching, Catalogue, DataSets, Evaluation, Journal, Limit, Outcome, PERPLEXITY, Progress, Selection,
+    Settings, TaskPlan, average, beside_published, description, kind_of_device, markdown, results_file,
 };
 use ulmus_evaluator::{
-    EvaluatorError, LoadedModel, adds_bos, load_model, load_tokenizer, model_folder, perplexity, read_texts,
-    tokenizer_place,
+    EvaluatorError, LoadedModel, adds_bos, load_tokenizer, model_folder, perplexity, read_adapted,
+    read_texts, tokenizer_place,
 };
 use ulmus_process::{Failure, print};
 use ulmus_run::results::Perplexity;
 use ulmus_tokenizer::Tokenizer;
 use ulmus_types::{ExitStatus, counted};
 
-use super::tasks::{HarnessRev, catalogue};
+use super::tasks::HarnessRev;
 use super::{Compute, Dtype, OnDevice, failure, json as to_json, table};
 
 #[derive(Debug, Args)]
@@ -31,6 +31,9 @@ pub(super) struct Run {
     /// Model folder, a checkpoint of CoreNet (`.pt`), or a model on the hub: `hf://ORG/NAME[@REVISION]`.
     #[arg(long, value_name = "DIR")]
     model: String,
+    /// Folder with an adapter of that model in PEFT's layout, which is added to its weights.
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
     /// Tokenizer file, or a folder with one [default: the model folder].
     #[arg(long, value_name = "PATH")]
     tokenizer: Option<PathBuf>,
@@ -236,7 +239,7 @@ impl Run {
     }
 
     fn selection(&self) -> Result<Selection, Failure> {
-        let catalogue = catalogue(&self.include, self.harness_rev.revision())?;
+        let catalogue = Catalogue::including(&self.include, self.harness_rev.revision()).map_err(failure)?;
         if let Some(suite) = &self.suite {
             return catalogue.select_suite(suite).map_err(failure);
         }
@@ -464,7 +467,8 @@ impl OnDevice for Run {
             output.refuse_samples(&selection)?;
         }
         let model = model_folder(&self.model).map_err(failure)?;
-        let loaded = load_model(&model, backend, self.dtype.format()).map_err(failure)?;
+        let read = read_adapted(&model, self.adapter.as_deref()).map_err(failure)?;
+        let loaded = LoadedModel::new(&read, backend, self.dtype.format()).map_err(failure)?;
         let of_tokenizer = self.tokenizer.as_deref().unwrap_or_else(|| tokenizer_place(&model));
         let tokenizer = load_tokenizer(of_tokenizer, &loaded).map_err(failure)?;
         let context = self.context(loaded.model.config().max_context_length)?;

@@ -1,6 +1,5 @@
 //! `evaluator tasks` and `evaluator fetch`, and how tasks are named.
 
-use std::fs;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
@@ -31,18 +30,6 @@ impl HarnessRev {
     }
 }
 
-/// Tasks as the user may ask for them.
-pub(super) fn catalogue(include: &[PathBuf], revision: Revision) -> Result<Catalogue, Failure> {
-    let mut catalogue = Catalogue::built_in(revision);
-    for path in include {
-        let text = fs::read_to_string(path).map_err(|error| {
-            Failure::new(ExitStatus::InvalidInput, format!("cannot read {}: {error}", path.display()))
-        })?;
-        catalogue.add(&path.display().to_string(), &text, revision).map_err(failure)?;
-    }
-    Ok(catalogue)
-}
-
 #[derive(Debug, Args)]
 pub(super) struct Tasks {
     /// File with more tasks.
@@ -55,7 +42,7 @@ pub(super) struct Tasks {
 
 impl Tasks {
     pub(super) fn run(&self) -> Result<(), Failure> {
-        let catalogue = catalogue(&self.include, self.harness_rev.revision())?;
+        let catalogue = Catalogue::including(&self.include, self.harness_rev.revision()).map_err(failure)?;
         let mut rows = table(&["task", "examples", "split", "metrics", "data set"]);
         rows.set_content_arrangement(ContentArrangement::Dynamic).set_width(WIDTH);
         for TaskRow { name, shots, split, metrics, source } in catalogue.rows() {
@@ -90,7 +77,7 @@ pub(super) struct Fetch {
 impl Fetch {
     #[expect(clippy::print_stderr, reason = "progress stands beside the results on standard output")]
     pub(super) fn run(&self) -> Result<(), Failure> {
-        let catalogue = catalogue(&self.include, Revision::Current)?;
+        let catalogue = Catalogue::including(&self.include, Revision::Current).map_err(failure)?;
         let selection = match &self.suite {
             Some(suite) => catalogue.select_suite(suite),
             None => catalogue.select(&self.tasks),

@@ -1,6 +1,7 @@
 //! What a task is: where its rows are, what the model is asked about each, and how that is counted. All of it is data.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
 
 use regex::Regex;
@@ -217,6 +218,23 @@ impl Catalogue {
             Revision::Current => CURRENT.clone(),
             Revision::Dc90fec => DC90FEC.clone(),
         }
+    }
+
+    /// The built-in tasks, and those of the files `include`.
+    ///
+    /// # Errors
+    /// [`EvaluatorError::Tasks`] if a file cannot be read or is no valid definition, or a name is taken.
+    pub fn including(include: &[PathBuf], revision: Revision) -> Result<Self, EvaluatorError> {
+        let mut catalogue = Self::built_in(revision);
+        for path in include {
+            let file = path.display().to_string();
+            let text = std::fs::read_to_string(path).map_err(|error| EvaluatorError::Tasks {
+                file: file.clone(),
+                problem: format!("cannot be read: {error}"),
+            })?;
+            catalogue.add(&file, &text, revision)?;
+        }
+        Ok(catalogue)
     }
 
     /// Adds the tasks and groups of a file.

@@ -9,7 +9,7 @@ use crate::bytes::Bytes;
 use crate::plan::Plan;
 use crate::prepare::PrepareConfig;
 use crate::stages::{BenchConfig, EvaluationConfig};
-use crate::tune::{AdapterConfig, ExamplesConfig, RsoConfig, TuneConfig};
+use crate::tune::{AdapterConfig, ExamplesConfig, TuneConfig};
 use crate::{Format, SourceConfig};
 
 /// Likeness from which a key that no plan has is taken for a known one. Below it, the known one is only suggested.
@@ -121,6 +121,7 @@ pub(crate) fn every_key() -> Table {
     full.evaluation.push(EvaluationConfig {
         suite: text(),
         tasks: one(),
+        include: one(),
         data: one(),
         tokenizer: text(),
         shots: Some(5),
@@ -158,7 +159,6 @@ pub(crate) fn every_key() -> Table {
             from: text(),
             ..AdapterConfig::default()
         }),
-        rso: Some(RsoConfig { scores: text(), reward_head: text(), ..RsoConfig::default() }),
         ..TuneConfig::default()
     });
     full.model.share_input_output_layers = false;

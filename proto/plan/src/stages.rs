@@ -32,6 +32,9 @@ pub struct EvaluationConfig {
     /// text: which of four texts comes next?
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tasks: Vec<String>,
+    /// Files with more tasks, defined like the built-in ones. The coordinator and the workers that evaluate must reach them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub include: Vec<String>,
     /// Folders or stores with the tasks' data sets in the hub's layout, at least one unless there is only `next_text`. The workers
     /// that evaluate must reach them.
     #[serde(skip_serializing_if = "Vec::is_empty")]

@@ -1,6 +1,6 @@
 //! Measures a model on tasks.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::json;
@@ -23,13 +23,18 @@ use crate::run::Run;
 /// The seed of the examples, as in the harness.
 const SEED: u64 = 1234;
 
+/// The tasks that there are for a stage.
+fn catalogue(config: &EvaluationConfig) -> Result<Catalogue, EvaluatorError> {
+    let include: Vec<PathBuf> = config.include.iter().map(PathBuf::from).collect();
+    Catalogue::including(&include, Revision::Current)
+}
+
 /// The tasks that a stage asks for.
-fn selection(config: &EvaluationConfig) -> Result<Selection, WorkerError> {
-    let catalogue = Catalogue::built_in(Revision::Current);
-    Ok(match &config.suite {
-        Some(suite) => catalogue.select_suite(suite)?,
-        None => catalogue.select(&config.tasks)?,
-    })
+fn selection(config: &EvaluationConfig, catalogue: &Catalogue) -> Result<Selection, EvaluatorError> {
+    match &config.suite {
+        Some(suite) => catalogue.select_suite(suite),
+        None => catalogue.select(&config.tasks),
+    }
 }
 
 fn settings(config: &EvaluationConfig, context: usize, add_bos: bool) -> Settings {
@@ -50,11 +55,13 @@ pub(crate) type WrongKey = (&'static str, String, String);
 
 /// Makes sure that there are the tasks of a stage.
 pub(crate) fn check_names(config: &EvaluationConfig) -> Result<Selection, WrongKey> {
+    let catalogue =
+        catalogue(config).map_err(|error| ("include", format!("{:?}", config.include), error.to_string()))?;
     let (key, value) = match &config.suite {
         Some(suite) => ("suite", format!("{suite:?}")),
         None => ("tasks", format!("{:?}", config.tasks)),
     };
-    selection(config).map_err(|error| (key, value, error.to_string()))
+    selection(config, &catalogue).map_err(|error| (key, value, error.to_string()))
 }
 
 /// Looks for the tasks of a stage, their rows, and the files that it names.
@@ -110,7 +117,7 @@ pub(super) fn evaluate<B: Backend>(
 ) -> Result<String, WorkerError> {
     let config = run.plan.evaluation.iter().find(|config| config.name == job.stage().as_str());
     let config = config.ok_or_else(|| super::no_stage(job))?;
-    let selection = selection(config)?;
+    let selection = selection(config, &catalogue(config)?)?;
     let mut data = DataSets::open(&config.data)?;
     let mut left_out = Vec::new();
     if selection.has(NEXT_TEXT) {
