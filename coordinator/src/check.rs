@@ -65,15 +65,13 @@ fn check_sources(_: &Path, _: &[Plan]) -> Result<(), Failure> {
 /// What a plan means that broke no rule.
 fn report(plan: &Plan) -> String {
     let mut text = format!("# plan {}, resolved\n\n{}\n", plan.run.name, plan.to_toml());
-    for write in [
-        write_model,
-        write_training,
-        write_memory,
-        write_checkpoints,
-        write_evaluation,
-        write_shares,
-        write_stages,
-    ] {
+    let of_pretraining: [fn(&mut String, &Plan) -> fmt::Result; 5] =
+        [write_training, write_memory, write_checkpoints, write_evaluation, write_shares];
+    let of_pretraining = of_pretraining.into_iter().filter(|_| plan.pretrains());
+    let of_tuning = plan.tune.iter().next().map(|_| write_tuning as fn(&mut String, &Plan) -> fmt::Result);
+    let first: fn(&mut String, &Plan) -> fmt::Result = write_model;
+    let last: fn(&mut String, &Plan) -> fmt::Result = write_stages;
+    for write in [first].into_iter().chain(of_pretraining).chain(of_tuning).chain([last]) {
         write(&mut text, plan).expect("writing to a string cannot fail");
         text.push('\n');
     }
@@ -159,6 +157,29 @@ fn write_training(text: &mut String, plan: &Plan) -> fmt::Result {
                 source.tokens_from.as_deref().unwrap_or("source not stated")
             )?;
         }
+    }
+    Ok(())
+}
+
+/// What tuning stages train, and how long, as far as that is known without their examples.
+fn write_tuning(text: &mut String, plan: &Plan) -> fmt::Result {
+    writeln!(text, "# tuning")?;
+    for config in &plan.tune {
+        let shape = plan.shape_of(&config.of);
+        let trainable = config.trainable(&shape);
+        let share = 100.0 * trainable as f64 / shape.parameters() as f64;
+        let length = match (config.steps, config.epochs.unwrap_or(1)) {
+            (Some(steps), _) => counted(steps, "update"),
+            (None, epochs) => counted(epochs, "epoch"),
+        };
+        writeln!(
+            text,
+            "{:<20} {length} of {}, in micro-batches of {}; trains {} parameters ({share:.1} %)",
+            config.name,
+            counted(config.batch, "example"),
+            config.micro_batch,
+            grouped(trainable)
+        )?;
     }
     Ok(())
 }

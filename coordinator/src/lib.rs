@@ -21,6 +21,7 @@ mod recover;
 mod run;
 mod server;
 mod summary;
+mod tuned;
 
 pub use check::check;
 pub use options::Options;

@@ -38,6 +38,7 @@ use crate::quarantine;
 use crate::recover::{contradiction, gather, refuse_to_forget};
 use crate::server::Sessions;
 use crate::summary;
+use crate::tuned::Tuned;
 
 /// Capacity of the channel of session events to the driver.
 const EVENTS: usize = 4096;
@@ -335,6 +336,12 @@ impl Led {
         }
         let rows = database.metrics(StageName::pretraining()).map_err(|error| in_database(&error))?;
         let results = database.results().map_err(|error| in_database(&error))?;
+        let graph = plan.graph();
+        let tuned = graph
+            .trainings()
+            .map(|stage| Ok(Tuned::of(plan, stage.name, &database.metrics(stage.name)?, &results)));
+        let tuned = tuned.collect::<Result<Vec<_>, _>>().map_err(|error| in_database(&error))?;
+        let tuned: Vec<Tuned> = tuned.into_iter().flatten().collect();
         let quarantine = database.saved().map_err(|error| in_database(&error))?.quarantine;
         // Nobody writes them any more: now they have every milestone.
         for figure in plan.graph().stages().iter().filter_map(|stage| Figure::of(&stage.name, &results)) {
@@ -343,6 +350,15 @@ impl Led {
             }
         }
         if outcome.status == ExitStatus::Done {
+            for stage in &tuned {
+                if let Err(error) = stage.write(folder.store()).await {
+                    print(&format!(
+                        "ALARM: cannot write the results of {}: {}",
+                        stage.stage,
+                        with_causes(&error)
+                    ))?;
+                }
+            }
             // Nobody writes any more. Whatever cannot be deleted now only wastes space.
             for training in plan.graph().trainings().map(|stage| stage.name) {
                 let none = BTreeSet::new();
@@ -366,7 +382,7 @@ impl Led {
         let printed = match outcome.status {
             ExitStatus::Done => {
                 let state = newest().ok().flatten();
-                print(&summary::page(plan, options, &folder, &rows, &results, &quarantine, state))
+                print(&summary::page(plan, options, &folder, &rows, &tuned, &results, &quarantine, state))
             }
             ExitStatus::Interrupted => print(&outcome.message),
             status => return Err(Failure::new(status, outcome.message)),

@@ -17,6 +17,7 @@ use crate::database::MetricsRow;
 use crate::figure::Figure;
 use crate::folder::RunFolder;
 use crate::options::Options;
+use crate::tuned::Tuned;
 
 /// The summary of a finished run.
 pub(crate) fn page(
@@ -24,12 +25,13 @@ pub(crate) fn page(
     options: &Options,
     folder: &RunFolder,
     metrics: &[MetricsRow],
+    tuned: &[Tuned],
     results: &Results,
     left_out: &BTreeMap<BadUnit, String>,
     state: Option<Digest>,
 ) -> String {
     let mut page = String::new();
-    write_page(&mut page, plan, options, folder, metrics, results, left_out, state)
+    write_page(&mut page, plan, options, folder, metrics, tuned, results, left_out, state)
         .expect("writing to a string cannot fail");
     page
 }
@@ -40,6 +42,7 @@ fn write_page(
     options: &Options,
     folder: &RunFolder,
     metrics: &[MetricsRow],
+    tuned: &[Tuned],
     results: &Results,
     left_out: &BTreeMap<BadUnit, String>,
     state: Option<Digest>,
@@ -66,8 +69,13 @@ fn write_page(
             writeln!(page, "  {}: {:?}", continuation.checkpoint, continuation.text)?;
         }
     }
-    writeln!(page, "\n{}", table(plan, results))?;
+    if plan.pretrains() {
+        writeln!(page, "\n{}", table(plan, results))?;
+    }
     let (at, own) = (folder.shown(), folder.path().display());
+    if let Some(table) = tunings(tuned) {
+        writeln!(page, "{table}")?;
+    }
     for stage in plan.graph().stages() {
         write_stage(page, stage, results, &at)?;
     }
@@ -78,18 +86,33 @@ fn write_page(
         writeln!(page, "skipped: {unit}: {why}")?;
     }
     writeln!(page)?;
-    if plan.checkpoint.export {
+    for Tuned { stage, .. } in tuned {
+        writeln!(page, "{:44} {at}/{}", format!("model of {stage}"), paths::tuned(*stage))?;
+    }
+    if plan.checkpoint.export && plan.pretrains() {
         writeln!(page, "model for mlx-lm and llama.cpp               {at}/{}", paths::EXPORT)?;
     }
-    writeln!(page, "checkpoints                                  {at}/{}", paths::CHECKPOINTS)?;
+    if plan.pretrains() {
+        writeln!(page, "checkpoints                                  {at}/{}", paths::CHECKPOINTS)?;
+    }
     if let Some(state) = state {
         // The same for every number of workers, and for whoever repeats the run.
         writeln!(page, "hash of the final state                      {state}")?;
     }
-    writeln!(page, "metrics, one row per step                    {own}/{}", paths::METRICS)?;
+    if plan.pretrains() {
+        writeln!(page, "metrics, one row per step                    {own}/{}", paths::METRICS)?;
+    }
+    for Tuned { stage, .. } in tuned {
+        let metrics = paths::of_training(*stage, paths::METRICS);
+        writeln!(page, "{:44} {own}/{metrics}", format!("metrics of {stage}"))?;
+    }
     writeln!(page, "results as JSON                              {at}/{}", paths::RESULTS)?;
     writeln!(page, "\ntry next")?;
-    if plan.checkpoint.export && folder.store().directory().is_some() {
+    let chats = tuned.last().filter(|_| folder.store().directory().is_some());
+    if let Some(last) = chats {
+        let model = format!("{at}/{}", paths::tuned(last.stage));
+        writeln!(page, "  cargo run --release --bin evaluator -- generate --model {model} --chat")?;
+    } else if plan.checkpoint.export && folder.store().directory().is_some() {
         writeln!(
             page,
             "  cargo run --release --bin evaluator -- generate --model {at}/export --prompt \"The\" --greedy"
@@ -223,6 +246,31 @@ fn curve(metrics: &[MetricsRow]) -> String {
     chart.axis();
     chart.figures();
     chart.to_string()
+}
+
+/// What became of each tuning stage: its first and its last update, and its last evaluation.
+fn tunings(tuned: &[Tuned]) -> Option<Table> {
+    if tuned.is_empty() {
+        return None;
+    }
+    let mut table = Table::new();
+    table.load_style(UTF8_FULL_CONDENSED);
+    table.set_header(["tuning", "of", "updates", "examples", "loss", "margin", "eval loss"]);
+    for stage in tuned {
+        let measured = |name: &str| {
+            stage.measures.get(name).map_or_else(|| "-".to_owned(), |value| format!("{value:.4}"))
+        };
+        table.add_row([
+            stage.stage.to_string(),
+            stage.of.clone(),
+            stage.updates.to_string(),
+            grouped(stage.examples),
+            format!("{:.4} to {:.4}", stage.first_loss, stage.loss),
+            measured("rewards/margins"),
+            measured("eval_loss"),
+        ]);
+    }
+    Some(table)
 }
 
 fn table(plan: &Plan, results: &Results) -> Table {

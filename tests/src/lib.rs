@@ -24,7 +24,7 @@ mod wait;
 pub use disk::SmallDisk;
 pub use freeze::{Frozen, freeze_thread, has_thread};
 pub use network::Network;
-pub use plans::{TINY, write_prose};
+pub use plans::{CHAIN, TINY, TUNED, write_examples, write_prose};
 pub use process::{Ended, Process};
 pub use programs::{Programs, programs, repository};
 pub use random::Random;

@@ -69,6 +69,94 @@ generate = 16
 runs = 1
 "#;
 
+/// Stages that go on from the tiny plan: answers to imitate, then preferences, then an adapter; and tasks for all models. The
+/// examples are those of [`write_examples`].
+pub const CHAIN: &str = r#"
+[[tune]]
+name = "sft"
+of = "average"
+method = "sft"
+max_length = 96
+steps = 100
+batch = 8
+micro_batch = 2
+max_lr = 1e-3
+checkpoint_every = 40
+eval_every = 50
+[[tune.data]]
+url = "answers.jsonl"
+[[tune.eval]]
+url = "answers.jsonl"
+
+[[tune]]
+name = "dpo"
+of = "sft"
+method = "dpo"
+beta = 0.1
+max_length = 96
+steps = 100
+batch = 8
+micro_batch = 2
+max_lr = 1e-4
+checkpoint_every = 40
+[[tune.data]]
+url = "preferences.jsonl"
+
+[[tune]]
+name = "lora"
+of = "dpo"
+method = "sft"
+max_length = 128
+steps = 100
+batch = 8
+micro_batch = 2
+max_lr = 1e-3
+checkpoint_every = 40
+[tune.adapter]
+rank = 4
+alpha = 4
+dropout = 0.1
+targets = ["all-linear", "token_embeddings"]
+[[tune.data]]
+url = "instructions.json"
+
+[[evaluation]]
+name = "tasks"
+of = ["average", "lora"]
+tasks = ["next_text"]
+"#;
+
+/// The tuning stages of [`CHAIN`].
+pub const TUNED: [&str; 3] = ["sft", "dpo", "lora"];
+
+/// Writes what the stages of [`CHAIN`] learn from: 61 rows each, so that the last update of an epoch is not full.
+///
+/// # Panics
+/// When the files cannot be written.
+pub fn write_examples(folder: &Path) {
+    let mut random = Random::new(2);
+    let words: Vec<String> = (0..200).map(|_| word(&mut random)).collect();
+    let rows: Vec<[String; 3]> = (0..61).map(|_| [(); 3].map(|()| sentence(&words, &mut random))).collect();
+    let lines = |line: fn(&[String; 3]) -> String| rows.iter().map(line).collect::<Vec<_>>().join("\n");
+    let answers = lines(|[prompt, answer, _]| {
+        format!(
+            r#"{{"messages":[{{"role":"user","content":"{prompt}"}},{{"role":"assistant","content":"{answer}"}}]}}"#
+        )
+    });
+    let preferences = lines(|[prompt, chosen, rejected]| {
+        format!(r#"{{"prompt":"{prompt}","chosen":"{chosen}","rejected":"{rejected}"}}"#)
+    });
+    let instructions = lines(|[prompt, answer, _]| {
+        format!(r#",{{"instruction":"{prompt}","input":"","output":"{answer}"}}"#)
+    });
+    let instructions = format!("[{}]", instructions.trim_start_matches(','));
+    for (name, text) in
+        [("answers.jsonl", answers), ("preferences.jsonl", preferences), ("instructions.json", instructions)]
+    {
+        std::fs::write(folder.join(name), text).expect("the file can be written");
+    }
+}
+
 /// Number of documents.
 const DOCUMENTS: usize = 400;
 /// Sentences per document, which make about 5 KB.

@@ -119,6 +119,25 @@ impl RunFolder {
         }
     }
 
+    /// Everything of a tuning stage that must be equal between runs of one plan: the columns of its metrics before the times, the
+    /// hash of its last state, and the hashes of the model's files.
+    ///
+    /// # Panics
+    /// When the stage is not finished.
+    pub fn tuned(&self, stage: &str) -> Vec<String> {
+        let folder = self.shared.join("tune").join(stage);
+        let metrics = self.read(&format!("tune/{stage}/metrics.csv"));
+        let exact = |line: &str, count: usize| line.split(',').take(count).collect::<Vec<_>>().join(",");
+        let header = metrics.lines().next().expect("there is a header");
+        let count = header.split(',').position(|column| column == "tokens_per_second").expect("times follow");
+        let curve = metrics.lines().map(|line| exact(line, count));
+        let latest = fs::read_to_string(folder.join("latest")).expect("the stage has checkpoints");
+        let manifest = self.json(&format!("tune/{stage}/checkpoints/{}/manifest.json", latest.trim()));
+        let state = manifest["state_digest"].as_str().expect("a state has a hash").to_owned();
+        let files = &self.json(&format!("results/{stage}-export.json"))["files"];
+        curve.chain([state, files.to_string()]).collect()
+    }
+
     /// The number of steps in `metrics.csv`.
     ///
     /// # Panics

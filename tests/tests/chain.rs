@@ -66,8 +66,20 @@ fn a_chain_tunes_and_measures_what_it_has_trained() {
     let shown = run.read("tune/sft/examples.txt");
     assert!(shown.contains("<|assistant|>") && shown.contains('\u{27e6}'), "{shown}");
     assert!(said.contains("tasks/lora done"), "{said}");
-    let generate = ["generate", "--model", "runs/tiny/tune/lora/export", "--prompt", "a", "--max-tokens", "4"];
+    let generate =
+        ["generate", "--model", "runs/tiny/tune/lora/export", "--prompt", "a", "--max-tokens", "4"];
     sandbox.evaluator(&generate).succeeds();
+    let chat =
+        ["generate", "--model", "runs/tiny/tune/lora/export", "--chat", "--prompt", "a", "--max-tokens", "4"];
+    sandbox.evaluator(&chat).succeeds();
+    let adapter = "runs/tiny/tune/lora/adapter";
+    let merge = ["merge", "--model", "runs/tiny/tune/dpo/export", "--adapter", adapter, "--to", "merged"];
+    sandbox.evaluator(&merge).succeeds();
+    let weights =
+        |folder: &str| std::fs::read(sandbox.path(folder).join("model.safetensors")).expect("it is there");
+    assert!(weights("merged") == weights("runs/tiny/tune/lora/export"), "the export is the merged model");
+    let results = run.json("tune/lora/results.json");
+    assert_eq!((&results["of"], &results["rows"]["kept"]), (&"dpo".into(), &61.into()), "{results}");
 }
 
 #[test]

@@ -39,6 +39,6 @@ pub use prepare::{PrepareConfig, TokenizerConfig};
 pub use stages::{BenchConfig, EvaluationConfig, NEXT_TEXT, WeightType};
 pub use train::{Algorithms, CheckpointConfig, Precision, TrainConfig};
 pub use tune::{
-    AdapterConfig, AdapterKind, ExamplesConfig, Method, OnUseless, PreferenceLoss, RsoConfig, Schedule,
-    Tokenization, Truncation, TuneConfig,
+    AdapterConfig, AdapterKind, ExamplesConfig, Method, OnUseless, PreferenceLoss, Schedule, Tokenization,
+    Truncation, TuneConfig,
 };

@@ -156,46 +156,6 @@ pub struct ExamplesConfig {
     pub format: Option<Format>,
 }
 
-/// Statistical rejection sampling (arXiv 2309.06657): answers are sampled from the model, and pairs made of those that a
-/// reward accepts.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct RsoConfig {
-    /// Answers to sample for each prompt.
-    pub candidates: u64,
-    /// Temperature of the sampling.
-    pub temperature: f64,
-    /// How many of the likeliest tokens are sampled from.
-    pub top_k: u64,
-    /// Answers to accept for each prompt.
-    pub accept: u64,
-    /// Temperature of the acceptance: 0 accepts the best, a large value any.
-    pub beta: f64,
-    /// File with a score of each candidate.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub scores: Option<String>,
-    /// Preferences to train a reward head on, instead of scores.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub reward_head: Option<String>,
-    /// Seed of the sampling and of the acceptance.
-    pub seed: u64,
-}
-
-impl Default for RsoConfig {
-    fn default() -> Self {
-        Self {
-            candidates: 64,
-            temperature: 0.7,
-            top_k: 40,
-            accept: 8,
-            beta: 0.5,
-            scores: None,
-            reward_head: None,
-            seed: 0,
-        }
-    }
-}
-
 /// A stage that tunes a model. A plan may have several.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -293,9 +253,6 @@ pub struct TuneConfig {
     /// Small matrices to train in place of the weights.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter: Option<AdapterConfig>,
-    /// Pairs are made of sampled answers, instead of those in the files.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub rso: Option<RsoConfig>,
 }
 
 impl Default for TuneConfig {
@@ -343,7 +300,6 @@ impl Default for TuneConfig {
             data: Vec::new(),
             eval: Vec::new(),
             adapter: None,
-            rso: None,
         }
     }
 }
@@ -601,7 +557,6 @@ impl TuneConfig {
                 ("loss", self.loss != PreferenceLoss::default()),
                 ("label_smoothing", self.label_smoothing != 0.0),
                 ("length_normalised", self.length_normalised),
-                ("rso", self.rso.is_some()),
             ] {
                 let advice = "leave it out, or write method = \"dpo\"";
                 problems.check(!is_set, key(name), "set", "only preferences have it", advice);
@@ -624,20 +579,6 @@ impl TuneConfig {
             "the loss of IPO is normalised by length already",
             "leave it out",
         );
-        if let Some(rso) = &self.rso {
-            range(problems, key("rso.candidates"), rso.candidates, 2..=4096);
-            range(problems, key("rso.accept"), rso.accept, 2..=rso.candidates.max(2));
-            range(problems, key("rso.temperature"), rso.temperature, 1e-3..=10.0);
-            range(problems, key("rso.top_k"), rso.top_k, 1..=1 << 20);
-            range(problems, key("rso.beta"), rso.beta, 0.0..=1e9);
-            problems.check(
-                rso.scores.is_some() != rso.reward_head.is_some(),
-                key(if rso.reward_head.is_some() { "rso.reward_head" } else { "rso.scores" }),
-                if rso.scores.is_some() { "beside scores" } else { "missing" },
-                "answers are scored either by a file of scores or by a reward head",
-                "write scores = \"FILE\", or reward_head = \"FOLDER\" with preferences to train one on",
-            );
-        }
     }
 }
 

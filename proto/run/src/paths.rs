@@ -58,6 +58,9 @@ pub const MARK: &str = "coordinator.mark";
 /// The nonce in the store, with which a worker proves that it can read the store.
 pub const NONCE: &str = "coordinator.nonce";
 
+/// What a tuning stage has learned from, and how it ended; in its folder.
+pub const TUNED_RESULTS: &str = "results.json";
+
 /// A file or folder of a training stage: in the run folder for pretraining, and in one of its own for a tuning stage.
 pub fn of_training(training: StageName, name: &str) -> String {
     if training == StageName::pretraining() { name.to_owned() } else { format!("{TUNE}/{training}/{name}") }

@@ -43,6 +43,7 @@ fn chain() -> Graph {
     Graph::new(
         AVERAGE,
         true,
+        false,
         &tunings,
         vec![tasks(&[Of::Average, Of::Tuned("dpo".parse().unwrap())], None, None)],
     )
