@@ -1,6 +1,7 @@
 //! Arguments of the program, with a module for each group of commands.
 
 mod count;
+mod examples;
 mod explain;
 mod inspect;
 mod mirror;
@@ -42,6 +43,11 @@ enum Command {
     ///
     /// Example: dataloader explain --plan pretrain.toml --step 1200 --sequence 17
     Explain(explain::Explain),
+    /// Show what a tuning stage learns from its rows: an object per line with row, kept, reason, and texts with ids and labels (-100
+    /// where nothing is learned).
+    ///
+    /// Example: dataloader examples --plan plans/quickstart-tune.toml --stage instruct
+    Examples(examples::Examples),
     /// Copy a plan's sources to a store of your own. If interrupted, the same command continues.
     ///
     /// Example: dataloader mirror --plan pretrain.toml --to /mnt/corpora --rate 200MB
@@ -77,6 +83,7 @@ impl Arguments {
             Command::Count(count) => count.run(),
             Command::Inspect(inspect) => inspect.run(),
             Command::Explain(explain) => explain.run(),
+            Command::Examples(examples) => examples.run(),
             Command::Mirror(mirror) => mirror.run(),
             Command::Pack(pack) => pack.run(),
             Command::Tokenize(tokenize) => tokenize.run(),
