@@ -172,7 +172,7 @@ impl<R: BufRead> Read for Members<R> {
 }
 
 /// Skips zeros, and returns whether anything follows them.
-fn skip_zeros(stored: &mut impl BufRead) -> io::Result<bool> {
+pub(crate) fn skip_zeros(stored: &mut impl BufRead) -> io::Result<bool> {
     loop {
         let bytes = stored.fill_buf()?;
         let (zeros, whole) = (bytes.iter().take_while(|byte| **byte == 0).count(), bytes.len());

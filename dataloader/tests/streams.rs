@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::Arc;
 
+use arrow_array::{ArrayRef, RecordBatch, StringArray};
+use arrow_ipc::writer::StreamWriter;
 use object_store::ObjectStoreExt;
 use object_store::memory::InMemory;
 use parquet::data_type::{ByteArray, ByteArrayType};
@@ -42,7 +44,7 @@ fn tokenizer() -> Tokenizer {
     train(&sample, 285).unwrap()
 }
 
-/// The contents of a file that holds `texts` in this format: lines, gzip in two members, rows of one group, or ids.
+/// The contents of a file that holds `texts` in this format: lines, gzip in two members, rows of one group, batches, or ids.
 fn stored(texts: &[String], format: Format) -> Vec<u8> {
     let lines: String = texts.iter().map(|text| json!({ "text": text }).to_string() + "\n").collect();
     let lines = lines.as_bytes();
@@ -58,6 +60,7 @@ fn stored(texts: &[String], format: Format) -> Vec<u8> {
         }
         Format::JsonZst => zstd::encode_all(lines, 0).unwrap(),
         Format::Parquet => rows(texts).unwrap(),
+        Format::Arrow => batches(texts).unwrap(),
         Format::U16 => {
             let tokenizer = tokenizer();
             let ids = texts.iter().flat_map(|text| [tokenizer.encode(text), vec![tokenizer.eos()]].concat());
@@ -65,6 +68,17 @@ fn stored(texts: &[String], format: Format) -> Vec<u8> {
         }
         _ => lines.to_vec(),
     }
+}
+
+/// An Arrow stream in batches of two rows.
+fn batches(texts: &[String]) -> Result<Vec<u8>, arrow_schema::ArrowError> {
+    let batch = |texts: &[String]| {
+        let column: ArrayRef = Arc::new(StringArray::from(texts.to_vec()));
+        RecordBatch::try_from_iter([("text", column)])
+    };
+    let mut stream = StreamWriter::try_new(Vec::new(), &*batch(&[])?.schema())?;
+    texts.chunks(2).try_for_each(|texts| stream.write(&batch(texts)?))?;
+    stream.into_inner()
 }
 
 /// A parquet file with a page for every row, so that its one group has several segments.
@@ -96,6 +110,7 @@ fn corpus(texts: &[Text], lanes: u64, config: &DataConfig) -> Result<Corpus, Dat
             Format::JsonGz => ("json.gz", 5),
             Format::JsonZst => ("json.zst", 5),
             Format::Parquet => ("parquet", 7),
+            Format::Arrow => ("arrow", 5),
             Format::U16 => ("bin", 6),
             _ => ("jsonl", 25),
         };
@@ -175,6 +190,7 @@ fn plans() -> impl Strategy<Value = (Vec<Text>, u64, u64)> {
         Just(Format::JsonGz),
         Just(Format::JsonZst),
         Just(Format::Parquet),
+        Just(Format::Arrow),
         Just(Format::U16)
     ];
     let documents = prop_oneof![60_usize..80, 60_usize..150, 300_usize..600];

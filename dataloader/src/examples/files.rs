@@ -27,12 +27,17 @@ pub(super) struct ExampleFile {
 }
 
 impl ExampleFiles {
-    /// Finds the files that a plan names. `run` is the run's own folder.
+    /// Finds the files that a stage of a plan names. They are read as the plan's corpora are: through its cache, with its limit
+    /// of a request. `run` is the run's own folder.
     ///
     /// # Errors
     /// When a folder cannot be opened or listed, when it has no such files, or when it is unclear which are meant.
-    pub fn find(data: &[ExamplesConfig], run: Option<&Folder>) -> Result<Self, DataError> {
-        let stores = Stores::new(&DataConfig::default(), run)?;
+    pub fn find(
+        data: &[ExamplesConfig],
+        corpora: &DataConfig,
+        run: Option<&Folder>,
+    ) -> Result<Self, DataError> {
+        let stores = Stores::new(corpora, run)?;
         let mut files = Vec::new();
         for config in data {
             let (url, patterns) = taken_apart(config);
@@ -151,7 +156,8 @@ mod tests {
             folder.write(path, b"{}".to_vec()).unwrap();
         }
         let config = ExamplesConfig { url: format!("run:{}", config.url), ..config.clone() };
-        let files = ExampleFiles::find(&[config], Some(&folder)).map_err(|error| error.to_string())?;
+        let files = ExampleFiles::find(&[config], &DataConfig::default(), Some(&folder))
+            .map_err(|error| error.to_string())?;
         Ok(files.0.iter().map(|file| file.file.path.clone()).collect())
     }
 

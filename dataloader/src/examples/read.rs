@@ -212,7 +212,7 @@ impl ExamplesReport {
 mod tests {
     use serde_json::json;
     use ulmus_chat::{Example, Rules, SpecialNames, Template};
-    use ulmus_plan::{ExamplesConfig, Method, TuneConfig};
+    use ulmus_plan::{DataConfig, ExamplesConfig, Method, TuneConfig};
 
     use super::*;
     use crate::examples::line::RowLine;
@@ -232,7 +232,8 @@ mod tests {
 
     fn read(folder: &Folder, url: &str, method: Method) -> Result<Examples, DataError> {
         let config = ExamplesConfig { url: url.to_owned(), ..ExamplesConfig::default() };
-        ExampleFiles::find(&[config], Some(folder))?.read(&preprocessor(method), &tokenizer())
+        ExampleFiles::find(&[config], &DataConfig::default(), Some(folder))?
+            .read(&preprocessor(method), &tokenizer())
     }
 
     #[test]
@@ -260,7 +261,7 @@ mod tests {
         // What programs see of a row that is kept, and of one that is not.
         let config = ExamplesConfig { url: "run:a.jsonl".to_owned(), ..ExamplesConfig::default() };
         let mut lines = Vec::new();
-        let files = ExampleFiles::find(&[config], Some(&folder)).unwrap();
+        let files = ExampleFiles::find(&[config], &DataConfig::default(), Some(&folder)).unwrap();
         files.each_row(&preprocessor(Method::Dpo), |row| lines.push(RowLine::from(&row))).unwrap();
         let line = |row: usize| serde_json::to_value(&lines[row]).unwrap();
         let dropped = json!({"file": "run:a.jsonl", "row": 7, "kept": false, "reason": "chosen and rejected are equal"});
@@ -322,7 +323,7 @@ mod tests {
             ("train", vec![9, 7], "preferences (UltraFeedback, cleaned)"),
             ("train_prefs", vec![8], "preferences (UltraFeedback, binarised)"),
         ] {
-            let files = ExampleFiles::find(&[config(split)], None).unwrap();
+            let files = ExampleFiles::find(&[config(split)], &DataConfig::default(), None).unwrap();
             let read = files.read(&preprocessor(Method::Dpo), &tokenizer()).unwrap();
             assert_eq!(read.report.files.iter().map(|file| file.rows).collect::<Vec<_>>(), rows);
             assert!(read.report.files.iter().all(|file| file.form == form), "{:?}", read.report);
