@@ -76,7 +76,7 @@ fn batches(texts: &[String]) -> Result<Vec<u8>, arrow_schema::ArrowError> {
         let column: ArrayRef = Arc::new(StringArray::from(texts.to_vec()));
         RecordBatch::try_from_iter([("text", column)])
     };
-    let mut stream = StreamWriter::try_new(Vec::new(), &*batch(&[])?.schema())?;
+    let mut stream = StreamWriter::try_new(Vec::new(), &batch(&[])?.schema())?;
     texts.chunks(2).try_for_each(|texts| stream.write(&batch(texts)?))?;
     stream.into_inner()
 }
