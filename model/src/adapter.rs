@@ -8,7 +8,7 @@
 use ulmus_plan::{ALL_LINEAR, AdaptedModule, AdapterConfig, ModelConfig};
 
 use crate::error::ModelError;
-use crate::params::{AdapterPlaces, Layout, LinearPlaces, Places, Trainable};
+use crate::params::{AdapterPlaces, LayerPlaces, Layout, LinearPlaces, Places, Trainable};
 
 /// The names of the modules that [`ALL_LINEAR`] stands for.
 const LINEAR_NAMES: [&str; 4] = ["qkv_proj", "out_proj", "proj_1", "proj_2"];
@@ -104,7 +104,7 @@ impl AdapterShape {
                 }
             }
         }
-        let linears = places.layers.iter().flat_map(|layer| layer.linears());
+        let linears = places.layers.iter().flat_map(LayerPlaces::linears);
         for LinearPlaces { weight, inputs, adapter: at, .. } in linears {
             let Some(AdapterPlaces { a, b, magnitude, rank, scale, .. }) = at else { continue };
             let magnitudes = magnitude.as_ref().map(own);

@@ -87,9 +87,8 @@ impl ConfigFile {
         for (field, value) in self.others {
             let is_accepted = NOTES.contains(&field.as_str())
                 || match (field.as_str(), &value) {
-                    (_, Value::Null | Value::Bool(false)) => true,
                     // How an adapter began is over, unless its beginning was taken from the weights of the base model.
-                    ("init_lora_weights", Value::Bool(_)) => true,
+                    (_, Value::Null | Value::Bool(false)) | ("init_lora_weights", Value::Bool(_)) => true,
                     ("init_lora_weights", Value::String(how)) => how == "gaussian",
                     ("bias", Value::String(which)) => which == "none",
                     (_, Value::Array(list)) => list.is_empty(),

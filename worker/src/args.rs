@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
-use ulmus_plan::{Algorithms, Device, ModelConfig, NormKind, Plan, Precision, Preset};
+use ulmus_plan::{
+    AdapterConfig, AdapterKind, Algorithms, Device, ModelConfig, NormKind, Plan, Precision, Preset,
+};
 use ulmus_process::{Failure, load_plans};
 use ulmus_transport::TokenSource;
 use ulmus_types::{COORDINATOR_TIMEOUT, ExitStatus};
@@ -60,6 +62,21 @@ pub struct BenchArgs {
     /// Recompute layers in the backward pass instead of keeping their activations.
     #[arg(long)]
     recompute: bool,
+    /// Train an adapter of all matrices of all layers, and nothing else.
+    #[arg(long, value_enum, value_name = "KIND")]
+    adapter: Option<Adapter>,
+    /// Rank of the adapter.
+    #[arg(long, value_name = "N", default_value_t = 32, requires = "adapter", value_parser = clap::value_parser!(u64).range(1..=1024))]
+    rank: u64,
+    /// Dropout of the adapter.
+    #[arg(long, value_name = "P", default_value_t = 0.0, requires = "adapter")]
+    dropout: f64,
+    /// Train on pairs of a chosen and a rejected answer (direct preference optimisation): sequences 1 and 2, 3 and 4, ...
+    #[arg(long)]
+    preferences: bool,
+    /// The first tokens of each sequence that are a prompt, which nothing is learned from.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    prompt: u32,
     /// How cuBLASLt chooses matrix multiplication algorithms, like `train.algorithms` in a plan.
     #[arg(long, value_enum, default_value = "library")]
     algorithms: AlgorithmChoice,
@@ -115,6 +132,14 @@ enum AlgorithmChoice {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Adapter {
+    /// Low-rank adaptation.
+    Lora,
+    /// The same with a trained norm for each row.
+    Dora,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Dtype {
     /// 32-bit floats.
     F32,
@@ -142,11 +167,35 @@ impl BenchArgs {
             let message = format!("--sequence {sequence} exceeds the model's maximum; use at most {most}");
             return Err(Failure::new(ExitStatus::InvalidInput, message));
         }
+        let batch = self.batch.map_or(batch, |batch| batch as usize);
+        let prompt = self.prompt as usize;
+        if prompt >= sequence {
+            let message =
+                format!("--prompt {prompt} leaves nothing of {sequence} tokens; use less than {sequence}");
+            return Err(Failure::new(ExitStatus::InvalidInput, message));
+        }
+        if self.preferences && !batch.is_multiple_of(2) {
+            let message = format!("--batch {batch} sequences are no pairs; use {}", batch + 1);
+            return Err(Failure::new(ExitStatus::InvalidInput, message));
+        }
+        let adapter = self.adapter.map(|adapter| AdapterConfig {
+            kind: match adapter {
+                Adapter::Lora => AdapterKind::Lora,
+                Adapter::Dora => AdapterKind::Dora,
+            },
+            rank: self.rank,
+            alpha: self.rank as f64,
+            dropout: self.dropout,
+            ..AdapterConfig::default()
+        });
         Ok(BenchConfig {
             name,
             model,
-            batch: self.batch.map_or(batch, |batch| batch as usize),
+            batch,
             sequence,
+            adapter,
+            preferences: self.preferences,
+            prompt,
             precision: match self.dtype {
                 Dtype::F32 => Precision::F32,
                 Dtype::Bf16 => Precision::Bf16,

@@ -15,12 +15,15 @@ use tracing::span::{Attributes, Id};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
-use ulmus_backend::{Quantum, TrainingBackend};
+use ulmus_backend::{IGNORE, Quantum, TrainingBackend};
 use ulmus_cpu::{Cpu, Memory};
 use ulmus_device::AnyBackend;
 use ulmus_evaluator::{Machine, median};
-use ulmus_model::{BatchShape, MicroBatch, ModelError, Objective, Replica};
-use ulmus_plan::{Algorithms, Device, ModelConfig, NormKind, Precision, TrainConfig};
+use ulmus_model::{AdapterShape, BatchShape, MicroBatch, ModelError, Objective, Preference, Replica};
+use ulmus_plan::{
+    AdapterConfig, AdapterKind, Algorithms, Device, ModelConfig, NormKind, Precision, PreferenceLoss,
+    TrainConfig,
+};
 
 /// What to measure.
 #[derive(Debug, Clone)]
@@ -37,6 +40,12 @@ pub(crate) struct BenchConfig {
     pub precision: Precision,
     /// Whether layers are recomputed in the backward pass.
     pub recompute: bool,
+    /// The adapter that is trained instead of all weights.
+    pub adapter: Option<AdapterConfig>,
+    /// Whether pairs of answers are trained on.
+    pub preferences: bool,
+    /// The first tokens of each sequence that have no label.
+    pub prompt: usize,
     /// How cuBLASLt chooses matrix multiplication algorithms.
     pub algorithms: Algorithms,
     /// The device to compute on.
@@ -45,6 +54,31 @@ pub(crate) struct BenchConfig {
     pub threads: usize,
     /// Number of timed steps, at least 1, after one untimed step.
     pub steps: usize,
+}
+
+impl BenchConfig {
+    /// What is trained, on what, in words.
+    fn work(&self) -> String {
+        let trained = match &self.adapter {
+            None => "all weights".to_owned(),
+            Some(AdapterConfig { kind, rank, dropout, .. }) => {
+                let kind = match kind {
+                    AdapterKind::Lora => "LoRA",
+                    AdapterKind::Dora => "DoRA",
+                };
+                format!("{kind} of rank {rank} with dropout {dropout}")
+            }
+        };
+        let on = if self.preferences { "pairs" } else { "texts" };
+        let labels = self.sequence - self.prompt;
+        format!("{trained} on {on} with {labels} labels per sequence")
+    }
+}
+
+/// Weights that are as good as any for measuring.
+fn synthetic_weights(model: &ModelConfig) -> Vec<f32> {
+    let scale = (model.model_dim as f32).powf(-0.5) / 500.0;
+    (0..model.parameters()).map(|index| ((index * 7919 % 1001) as f32 - 500.0) * scale).collect()
 }
 
 /// The result of a measurement.
@@ -64,6 +98,10 @@ pub(crate) struct BenchResult {
     pub dtype: &'static str,
     /// Whether layers are recomputed in the backward pass.
     pub recompute: bool,
+    /// What is trained, on what.
+    pub work: String,
+    /// Number of parameters that are trained.
+    pub trained: u64,
     /// How cuBLASLt chooses matrix multiplication algorithms.
     pub algorithms: Algorithms,
     /// The device to compute on.
@@ -73,7 +111,8 @@ pub(crate) struct BenchResult {
     /// Tokens trained per second, in the median step.
     pub tokens_per_second: f64,
     /// 10^12 operations per second at that speed: three times those of a forward pass with all attention scores,
-    /// including masked ones, as is usual for such figures.
+    /// including masked ones, as is usual for such figures. A step that leaves some of these operations out, because weights
+    /// are frozen or positions have no label, seems so much faster.
     pub model_tflops: f64,
     /// Time of each step in seconds, in order.
     pub step_seconds: Vec<f64>,
@@ -108,9 +147,9 @@ pub(crate) fn bench(config: BenchConfig) -> Result<BenchResult, ModelError> {
 }
 
 fn bench_on<B: TrainingBackend>(backend: B, config: BenchConfig) -> Result<BenchResult, ModelError> {
-    let BenchConfig {
-        name, model, batch, sequence, precision, recompute, algorithms, threads, steps, ..
-    } = config;
+    let work = config.work();
+    let BenchConfig { name, model, batch, sequence, precision, recompute, adapter, preferences, .. } = config;
+    let BenchConfig { prompt, algorithms, threads, steps, .. } = config;
     let spans = SpanTimes::default();
     // If another subscriber is already installed, there are no kernel times.
     drop(tracing::subscriber::set_global_default(tracing_subscriber::registry().with(spans.clone())));
@@ -119,7 +158,23 @@ fn bench_on<B: TrainingBackend>(backend: B, config: BenchConfig) -> Result<Bench
     let recipe = TrainConfig { sequences, micro_batch: sequences, recompute, ..TrainConfig::default() };
     let shape = BatchShape { sequences: batch, length: sequence, recompute };
     let backend = backend.with_precision(precision);
-    let mut replica = Replica::new(backend.clone(), &model, shape, Objective::next_token(recipe.z_loss))?;
+    let objective = if preferences {
+        let loss = PreferenceLoss::Sigmoid;
+        Objective::Preferences(Preference { loss, beta: 0.1, label_smoothing: 0.0, length_normalised: false })
+    } else if adapter.is_some() || prompt > 0 {
+        Objective::Answers { z_loss: 0.0 }
+    } else {
+        Objective::next_token(recipe.z_loss)
+    };
+    let mut replica = match adapter {
+        None => Replica::new(backend.clone(), &model, shape, objective)?,
+        Some(adapter) => {
+            let adapter = AdapterShape::new(&model, &adapter)?;
+            let mut replica = Replica::with_adapter(backend.clone(), &model, &adapter, 0, shape, objective)?;
+            replica.load_base(&synthetic_weights(&model))?;
+            replica
+        }
+    };
     replica.initialise(0);
     let mut random = ChaCha8Rng::seed_from_u64(0);
     let quantum = Quantum::new((batch * sequence) as u64, 1);
@@ -127,10 +182,15 @@ fn bench_on<B: TrainingBackend>(backend: B, config: BenchConfig) -> Result<Bench
         let mut tokens = || -> Vec<u32> {
             (0..batch * sequence).map(|_| random.random_range(0..model.vocab_size as u32)).collect()
         };
-        let micro_batch = MicroBatch::of_whole_documents(batch, sequence, tokens(), tokens());
+        let (inputs, mut targets) = (tokens(), tokens());
+        targets.chunks_mut(sequence).for_each(|targets| targets[..prompt].fill(IGNORE));
+        let mut micro_batch = MicroBatch::of_whole_documents(batch, sequence, inputs, targets);
+        micro_batch.number = step * batch as u64;
+        // References are computed once, before training.
+        micro_batch.references = vec![-10.0 * (sequence - prompt) as f64; batch];
         let begun = Instant::now();
         let loss = replica.forward_backward(&micro_batch)?;
-        replica.quantise_mean_gradient(&quantum, loss.valid)?;
+        replica.quantise_mean_gradient(&quantum, objective.divisor(&loss))?;
         replica.update(&recipe, recipe.learning_rate(step), step)?;
         Ok(begun.elapsed().as_secs_f64())
     };
@@ -158,6 +218,8 @@ fn bench_on<B: TrainingBackend>(backend: B, config: BenchConfig) -> Result<Bench
         sequence,
         dtype: precision.name(),
         recompute,
+        work,
+        trained: replica.trainable().parameters() as u64,
         algorithms,
         device: backend.describe(),
         threads,
@@ -342,12 +404,13 @@ impl BenchResult {
         let measured =
             self.peak_rss_bytes.map_or("unknown".to_owned(), |rss| format!("{:.2} GB", gigabytes(rss)));
         format!(
-            "{table}\n{:.1} tokens/s (median of {} steps after one untimed step): {} with {} parameters, norm {}, {} x {}, {}, \
-             {}, {:.2} TFLOP/s\npeak memory {measured}, planned {:.2} GB\n{}, {} cores, {}",
+            "{table}\n{:.1} tokens/s (median of {} steps after one untimed step): {} with {} parameters, {}, norm {}, {} x {}, \
+             {}, {}, {:.2} TFLOP/s\npeak memory {measured}, planned {:.2} GB\n{}, {} cores, {}",
             self.tokens_per_second,
             self.step_seconds.len(),
             self.model,
             self.parameters,
+            self.work,
             self.norm.name(),
             self.batch,
             self.sequence,

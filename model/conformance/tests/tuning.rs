@@ -249,12 +249,7 @@ fn supervised_steps<B: TrainingBackend>(backend: &B) {
 type Pair = [Row; 2];
 
 fn preference(run: &Value) -> Preference {
-    let loss = match run["loss_type"].as_str().unwrap() {
-        "sigmoid" => PreferenceLoss::Sigmoid,
-        "hinge" => PreferenceLoss::Hinge,
-        "ipo" => PreferenceLoss::Ipo,
-        other => panic!("no loss {other}"),
-    };
+    let loss: PreferenceLoss = serde_json::from_value(run["loss_type"].clone()).unwrap();
     let label_smoothing = run["label_smoothing"].as_f64().unwrap_or(0.0);
     Preference { loss, beta: number(&run["beta"]), label_smoothing, length_normalised: false }
 }

@@ -234,7 +234,7 @@ fn qk_norm_rope_backward(bencher: Bencher<'_, '_>, kind: NormKind) {
     bencher.counter(floats(3 * packed.len())).bench_local(|| {
         backend.qk_norm_rope_backward(
             all_mut(&mut packed),
-            all_mut(&mut weights_into),
+            Some(all_mut(&mut weights_into)),
             all(&gradient),
             norm.view(),
             tables.view(),

@@ -7,7 +7,7 @@ use tracing::trace_span;
 use ulmus_backend::{
     AdamW, AttentionShape, Backend, BackendError, CommunicatorError, CommunicatorId, Dropout, DropoutPart,
     Element, GiveUp, HeadGradients, Heads, HostCopy, In, LinearShape, LowRank, Norm, Out, Quantum, Rope,
-    TrainingBackend,
+    TrainingBackend, View, ViewMut,
 };
 
 use super::Cpu;
@@ -270,7 +270,7 @@ impl TrainingBackend for Cpu {
         norm: Norm<'_, Vec<f32>>,
         accumulate: bool,
     ) {
-        let (x_gradient, weight_gradient) = (x_gradient.slice(), weight_gradient.map(|into| into.slice()));
+        let (x_gradient, weight_gradient) = (x_gradient.slice(), weight_gradient.map(ViewMut::slice));
         let (gradient, x, norm) = (gradient.slice(), x.slice(), norm::Norm::from(norm));
         self.kernel(trace_span!("norm"), || {
             norm.backward(x_gradient, weight_gradient, gradient, x, accumulate);
@@ -287,7 +287,7 @@ impl TrainingBackend for Cpu {
         heads: Heads,
     ) {
         let (packed, gradient) = (packed.slice(), gradient.slice());
-        let weights_into = weights_gradient.map(|into| into.slice());
+        let weights_into = weights_gradient.map(ViewMut::slice);
         let (norm, rope) = (norm::Norm::from(norm), RopeTables::from(rope));
         self.kernel(trace_span!("qk_norm_rope"), || {
             norm.heads_backward(packed, weights_into, gradient, rope, heads);
@@ -345,8 +345,8 @@ impl TrainingBackend for Cpu {
         let (hidden, table, targets) = (hidden.slice(), table.slice(), targets.slice());
         let gradients = gradients.map(|gradients| head::Gradients {
             hidden: gradients.hidden.slice(),
-            table: gradients.table.map(|table| table.slice()),
-            row_weights: gradients.row_weights.map(|weights| weights.slice()),
+            table: gradients.table.map(ViewMut::slice),
+            row_weights: gradients.row_weights.map(View::slice),
             z_loss: gradients.z_loss,
         });
         self.kernel(trace_span!("head_loss"), || {

@@ -117,7 +117,7 @@ fn products<B: TrainingBackend>(device: &Device<B>) -> Outputs {
     outputs.push((
         "its gradient".to_owned(),
         of_acts(rows * inputs, &|out| {
-            device.0.linear_backward_input(out, upstream(), weight(), shape, false)
+            device.0.linear_backward_input(out, upstream(), weight(), shape, false);
         }),
     ));
     outputs.push((

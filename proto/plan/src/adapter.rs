@@ -55,7 +55,9 @@ impl AdapterConfig {
             if matches.is_empty() {
                 return Err(format!("target {target:?} matches no module; there are {}", names(model)));
             }
-            matches.into_iter().for_each(|index| chosen[index] = true);
+            for index in matches {
+                chosen[index] = true;
+            }
         }
         let ranks = Pattern::new("rank_pattern", self.rank_pattern.iter(), &all, model)?;
         let alphas = Pattern::new("alpha_pattern", self.alpha_pattern.iter(), &all, model)?;

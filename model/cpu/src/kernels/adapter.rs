@@ -1,7 +1,5 @@
 //! What adapters need beyond matrix products: dropout, and the magnitudes of DoRA.
 
-#![expect(clippy::needless_range_loop, reason = "iterator adapters are often not inlined in vectorised code")]
-
 use rayon::prelude::*;
 use ulmus_backend::{DropoutPart, LinearShape, dropout_keeps, dropout_row, dropout_threshold};
 use ulmus_plan::{Precision, ROW_BLOCK};
