@@ -17,6 +17,7 @@ use ulmus_backend::{
 
 use crate::buffers::{Planner, read, write};
 use crate::error::ModelError;
+use crate::init::row_norm;
 use crate::params::{AdapterPlaces, LINEARS, LayerPlaces, LinearPlaces, Places, Trainable};
 
 /// What the forward pass of an adapter keeps for its backward pass.
@@ -125,19 +126,16 @@ impl<B: TrainingBackend> Adapters<B> {
         })
     }
 
-    /// Sets the squares of the norms of frozen rows; `square` answers that of a row, from its place.
-    pub(crate) fn set_squares(
-        &mut self,
-        backend: &B,
-        places: &Places,
-        mut square: impl FnMut(std::ops::Range<usize>) -> f32,
-    ) {
+    /// Sets the squares of the norms of frozen rows.
+    pub(crate) fn set_squares(&mut self, backend: &B, places: &Places, weights: &B::Parameters) {
+        let mut matrix = Vec::new();
         for (layer, norms) in places.layers.iter().zip(&mut self.norms) {
             for (linear, norms) in layer.linears().into_iter().zip(norms) {
                 let Some(Norms { squares, .. }) = norms else { continue };
                 let LinearPlaces { weight, inputs, outputs, .. } = linear;
-                let row = |row: usize| weight.start + row * inputs..weight.start + (row + 1) * inputs;
-                let values: Vec<f32> = (0..*outputs).map(|index| square(row(index))).collect();
+                matrix.resize(weight.len(), 0.0);
+                backend.download(backend.values(View::new(weights, weight.clone())), &mut matrix);
+                let values: Vec<f32> = matrix.chunks_exact(*inputs).map(|row| row_norm(row).1).collect();
                 backend.upload(write(squares, *outputs), &values);
             }
         }

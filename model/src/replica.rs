@@ -227,20 +227,31 @@ impl<B: TrainingBackend> Replica<B> {
         self.planned_bytes + self.network.planned_bytes()
     }
 
-    /// Loads the frozen weights of a replica that trains an adapter.
+    /// Loads the frozen weights of a replica that trains an adapter: one slice, or several that follow each other, so that
+    /// they need not all be in memory twice.
     ///
     /// # Errors
     /// [`ModelError::Tensors`] if there is not one weight per parameter of the model.
     ///
     /// # Panics
     /// If all parameters are trained.
-    pub fn load_base(&mut self, weights: &[f32]) -> Result<(), ModelError> {
+    pub fn load_base(&mut self, parts: impl IntoIterator<Item: AsRef<[f32]>>) -> Result<(), ModelError> {
         let base = self.trainable.range().start;
         assert!(base > 0, "the weights of a model that is trained as a whole are its state");
-        check_len(weights, base)?;
-        self.backend.set_parameters(ViewMut::new(&mut self.weights, 0..base), weights);
-        let Network { backend, places, scratch, .. } = &mut self.network;
-        scratch.adapters.set_squares(backend, places, |row| row_norm(&weights[row]).1);
+        let mut start = 0;
+        for part in parts {
+            let part = part.as_ref();
+            let end = start + part.len();
+            if end <= base {
+                self.backend.set_parameters(ViewMut::new(&mut self.weights, start..end), part);
+            }
+            start = end;
+        }
+        if start != base {
+            return Err(ModelError::Tensors(format!("{start} values for {base} parameters")));
+        }
+        let Self { backend, network: Network { places, scratch, .. }, weights, .. } = self;
+        scratch.adapters.set_squares(backend, places, weights);
         Ok(())
     }
 

@@ -63,7 +63,7 @@ fn replica_of(
     let adapter = AdapterShape::new(config, adapter).unwrap();
     let mut replica =
         Replica::with_adapter(Cpu::new(threads), config, &adapter, 11, shape, objective).unwrap();
-    replica.load_base(&base(config)).unwrap();
+    replica.load_base(base(config).chunks(5000)).unwrap();
     replica.initialise(7);
     replica
 }
@@ -222,7 +222,7 @@ fn only_an_adapter_is_trained_kept_and_sent() {
         assert_eq!(other.loss(&batch(2)).unwrap(), replica.loss(&batch(2)).unwrap());
         let short = State { weights: vec![0.0; 3], ..after };
         assert!(matches!(other.load_state(&short), Err(ModelError::Tensors(_))));
-        assert!(matches!(other.load_base(&[0.0; 3]), Err(ModelError::Tensors(_))));
+        assert!(matches!(other.load_base([[0.0; 3]]), Err(ModelError::Tensors(_))));
     }
 }
 

@@ -131,7 +131,7 @@ fn tuning_steps_allocate_nothing() {
     for objective in [Objective::Answers { z_loss: 1e-4 }, Objective::Preferences(preference)] {
         let shape = BatchShape::new(4, 128);
         let mut replica = Replica::with_adapter(Cpu::new(1), &config, &adapter, 1, shape, objective).unwrap();
-        replica.load_base(&base).unwrap();
+        replica.load_base([&base]).unwrap();
         replica.initialise(0);
         let quantum = Quantum::new(512, 1);
         let mut step = |number: usize| {

@@ -75,10 +75,12 @@ impl BenchConfig {
     }
 }
 
-/// Weights that are as good as any for measuring.
-fn synthetic_weights(model: &ModelConfig) -> Vec<f32> {
-    let scale = (model.model_dim as f32).powf(-0.5) / 500.0;
-    (0..model.parameters()).map(|index| ((index * 7919 % 1001) as f32 - 500.0) * scale).collect()
+/// Weights that are as good as any for measuring, in parts.
+fn synthetic_weights(model: &ModelConfig) -> impl Iterator<Item = Vec<f32>> {
+    const PART: u64 = 1 << 20;
+    let (count, scale) = (model.parameters(), (model.model_dim as f32).powf(-0.5) / 500.0);
+    let weight = move |index: u64| ((index * 7919 % 1001) as f32 - 500.0) * scale;
+    (0..count).step_by(PART as usize).map(move |start| (start..count.min(start + PART)).map(weight).collect())
 }
 
 /// The result of a measurement.
@@ -171,7 +173,7 @@ fn bench_on<B: TrainingBackend>(backend: B, config: BenchConfig) -> Result<Bench
         Some(adapter) => {
             let adapter = AdapterShape::new(&model, &adapter)?;
             let mut replica = Replica::with_adapter(backend.clone(), &model, &adapter, 0, shape, objective)?;
-            replica.load_base(&synthetic_weights(&model))?;
+            replica.load_base(synthetic_weights(&model))?;
             replica
         }
     };

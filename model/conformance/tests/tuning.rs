@@ -168,7 +168,7 @@ fn adapted<B: TrainingBackend>(
     let HfModel { config, weights, .. } = model();
     let mut replica =
         Replica::with_adapter(backend.clone(), &config, &adapter.shape, 0, shape, objective).unwrap();
-    replica.load_base(&weights).unwrap();
+    replica.load_base([&weights]).unwrap();
     let (weights, zeros) = (adapter.weights.clone(), vec![0.0; adapter.weights.len()]);
     replica.load_state(&State { weights, first_moment: zeros.clone(), second_moment: zeros }).unwrap();
     replica
