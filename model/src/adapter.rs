@@ -2,13 +2,13 @@
 //!
 //! The adapter of a matrix `W` stands for `W + s·B·A` (LoRA), or for that with the norm of each row replaced by a trained
 //! *magnitude* (DoRA); that of the embedding `E` stands for `E + s·A·Bᵀ`, and leaves a tied head as it was. This module
-//! decides which matrices of a model have one, and merges trained adapters into weights. [`crate::peft`] reads and writes
-//! their files.
+//! decides which matrices of a model have one, and merges trained adapters into weights. `peft.rs` reads and writes their
+//! files.
 
 use ulmus_plan::{ALL_LINEAR, AdaptedModule, AdapterConfig, ModelConfig};
 
 use crate::error::ModelError;
-use crate::params::{AdapterPlaces, LayerPlaces, Layout, LinearPlaces, Places, Trainable};
+use crate::params::{AdapterPlaces, LayerPlaces, Layout, LinearPlaces, Places, Trainable, check_len};
 
 /// The names of the modules that [`ALL_LINEAR`] stands for.
 const LINEAR_NAMES: [&str; 4] = ["qkv_proj", "out_proj", "proj_1", "proj_2"];
@@ -29,7 +29,7 @@ impl AdapterShape {
     pub fn new(model: &ModelConfig, config: &AdapterConfig) -> Result<Self, ModelError> {
         let modules = config.modules(model).map_err(ModelError::Adapter)?;
         let mut shape = Self { config: config.clone(), modules, layout: Layout::default() };
-        let (layout, places) = Places::new(model, Some(&shape));
+        let (layout, places) = Places::new(model, &shape.modules);
         shape.layout = Trainable::of(&layout, places.base..layout.parameters()).layout().clone();
         Ok(shape)
     }
@@ -86,8 +86,8 @@ impl AdapterShape {
         mut weights: Vec<f32>,
         adapter: &[f32],
     ) -> Result<Vec<f32>, ModelError> {
-        let (_, places) = Places::new(model, Some(self));
-        crate::params::check_len(&weights, places.base)?;
+        let (_, places) = Places::new(model, &self.modules);
+        check_len(&weights, places.base)?;
         self.layout.check_len(adapter)?;
         let merged = self.merged_config(model);
         if merged.share_input_output_layers != model.share_input_output_layers {

@@ -70,7 +70,7 @@ impl<B: Backend> Model<B> {
         format: WeightFormat,
     ) -> Result<Self, ModelError> {
         let backend = backend.with_precision(format.precision());
-        let (layout, places) = Places::new(config, None);
+        let (layout, places) = Places::new(config, &[]);
         layout.check_len(weights)?;
         check_values(&layout, weights, format)?;
         let matrix = |at: &Range<usize>, outputs| backend.weights(&weights[at.clone()], outputs, format);

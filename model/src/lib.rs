@@ -16,6 +16,7 @@ mod card;
 pub mod corenet;
 mod error;
 mod generate;
+mod head;
 pub mod hf;
 mod init;
 mod linear;

@@ -5,7 +5,7 @@
 //! whole layers, if the batch's shape says so. Nothing is allocated after [`Network::new`]. Each pass overwrites every
 //! range of the gradient exactly once, so the gradient is never cleared; only a tied embedding is written by the head
 //! and then added to by the input side. What is frozen has no gradient, and the pass ends at the lowest of what is trained
-//! (both are in [`crate::backward`]). A pass is cut into *segments*. After each segment another part of the gradient
+//! (both are in `backward.rs`). A pass is cut into *segments*. After each segment another part of the gradient
 //! is complete and can be summed while the next one is computed; where the device records passes, each segment is one
 //! recording. Passes over batches of different shapes, or with different numbers of labels, are not recorded.
 //!
@@ -13,14 +13,14 @@
 
 use std::ops::Range;
 
-use ulmus_backend::{AttentionShape, HeadGradients, IGNORE, LinearShape, TrainingBackend, View, ViewMut};
+use ulmus_backend::{AttentionShape, IGNORE, LinearShape, TrainingBackend, View};
 use ulmus_plan::ModelConfig;
 
 use crate::batch::{BatchShape, MicroBatch};
 use crate::buffers::{Norms, Planner, RopeTables, heads, read, write};
 use crate::error::ModelError;
 use crate::linear::{Adapters, KeptAdapter, Linear, Noise, Pass};
-use crate::objective::{Answer, LossSum, Objective, Preference, SequenceScore};
+use crate::objective::{Objective, SequenceScore};
 use crate::params::{LINEARS, LayerPlaces, Places, Trainable};
 
 /// Results of one layer's forward pass that its backward pass needs and cannot cheaply compute again.
@@ -155,27 +155,27 @@ pub(crate) struct Network<B: TrainingBackend> {
     pub(crate) trainable: Trainable,
     /// How deep the gradient goes; see [`Places::lowest_trained`].
     pub(crate) lowest: usize,
-    objective: Objective,
+    pub(crate) objective: Objective,
     shape: BatchShape,
     /// Sequences of the loaded batch, and positions in each of them.
     pub(crate) sequences: usize,
     pub(crate) length: usize,
     pub(crate) model_dim: usize,
     pub(crate) head_dim: usize,
-    vocabulary: usize,
+    pub(crate) vocabulary: usize,
     pub(crate) rope: RopeTables<B>,
     /// The position at which each sequence begins: always 0.
     pub(crate) first: B::Buffer<u32>,
     pub(crate) inputs: B::Buffer<u32>,
     /// The targets of the rows that go through the head.
-    targets: B::Buffer<u32>,
+    pub(crate) targets: B::Buffer<u32>,
     pub(crate) doc_starts: B::Buffer<u32>,
     /// The rows that go through the head and their targets, if those are not all rows.
-    labels: [Vec<u32>; 2],
-    label_rows: B::Buffer<u32>,
+    pub(crate) labels: [Vec<u32>; 2],
+    pub(crate) label_rows: B::Buffer<u32>,
     /// The weight of the loss of each row that goes through the head; only for preferences.
-    row_weights: B::Buffer<f32>,
-    weights_on_host: Vec<f32>,
+    pub(crate) row_weights: B::Buffer<f32>,
+    pub(crate) weights_on_host: Vec<f32>,
     pub(crate) noise: Option<NoiseSource<B>>,
     /// `h` of the embedding's adapter, `[R, rank]`.
     pub(crate) embedded: Option<B::Activations>,
@@ -183,12 +183,12 @@ pub(crate) struct Network<B: TrainingBackend> {
     pub(crate) x: Vec<B::Activations>,
     /// One per layer; or a single one for all, if layers are computed again in the backward pass.
     pub(crate) activations: Vec<Activations<B>>,
-    cross_entropy: B::Buffer<f32>,
-    lse: B::Buffer<f32>,
+    pub(crate) cross_entropy: B::Buffer<f32>,
+    pub(crate) lse: B::Buffer<f32>,
     /// Cross-entropy and logsumexp on the host.
-    losses: [Vec<f32>; 2],
+    pub(crate) losses: [Vec<f32>; 2],
     /// The scores of the sequences of the loaded batch.
-    scores: Vec<SequenceScore>,
+    pub(crate) scores: Vec<SequenceScore>,
     segments: Vec<Segment<B>>,
     pub(crate) scratch: Scratch<B>,
     planned_bytes: u64,
@@ -285,6 +285,11 @@ impl<B: TrainingBackend> Network<B> {
         })
     }
 
+    /// What is minimised.
+    pub(crate) fn objective(&self) -> &Objective {
+        &self.objective
+    }
+
     /// Bytes of all buffers: activations, scratch and inputs.
     pub(crate) fn planned_bytes(&self) -> u64 {
         self.planned_bytes
@@ -295,7 +300,7 @@ impl<B: TrainingBackend> Network<B> {
     }
 
     /// Number of rows that go through the head.
-    fn head_rows(&self) -> usize {
+    pub(crate) fn head_rows(&self) -> usize {
         if self.objective.is_sparse() { self.labels[0].len() } else { self.rows() }
     }
 
@@ -444,46 +449,6 @@ impl<B: TrainingBackend> Network<B> {
         pass.forward(linear, write(branch, rows * d), read(gated, rows * ffn));
     }
 
-    /// The head and the loss of the loaded batch, after [`Network::forward`].
-    pub(crate) fn loss(&mut self, weights: &B::Parameters) {
-        self.head(weights, None);
-    }
-
-    /// The head and the loss. With `gradient`, computes those of the weights of the head, if they are trained, and of its
-    /// input, `[R, D]`: it is in `normed` if only some rows go through the head, and otherwise in `branch`.
-    fn head(&mut self, weights: &B::Parameters, gradient: Option<&mut B::Buffer<f32>>) {
-        let (rows, count, d) = (self.rows(), self.head_rows(), self.model_dim);
-        let (is_sparse, is_weighted) =
-            (self.objective.is_sparse(), matches!(self.objective, Objective::Preferences(_)));
-        let Self { backend, places, trainable, label_rows, .. } = self;
-        let Scratch { normed, stream, branch, logits, logits_len, .. } = &mut self.scratch;
-        let label_rows = || read(&*label_rows, count);
-        if is_sparse {
-            backend.gather(write(stream, count * d), read(normed, rows * d), label_rows(), d);
-        }
-        let hidden = if is_sparse { read(stream, count * d) } else { read(normed, rows * d) };
-        let wants_gradient = gradient.is_some();
-        let gradients = gradient.map(|gradient| HeadGradients {
-            hidden: write(branch, count * d),
-            table: trainable.place(&places.head).map(|place| ViewMut::new(gradient, place)),
-            row_weights: is_weighted.then(|| read(&self.row_weights, count)),
-            z_loss: self.objective.z_loss() as f32,
-        });
-        backend.head_loss(
-            write(&mut self.cross_entropy, count),
-            write(&mut self.lse, count),
-            gradients,
-            hidden,
-            View::new(weights, places.head.clone()),
-            read(&self.targets, count),
-            write(logits, *logits_len),
-            LinearShape { rows: count, inputs: d, outputs: self.vocabulary },
-        );
-        if is_sparse && wants_gradient {
-            backend.scatter(write(normed, rows * d), read(branch, count * d), label_rows(), d);
-        }
-    }
-
     /// The loss and the gradient of the loaded batch. Overwrites all of `gradient`, and the activations. Calls
     /// `complete` with the gradient and each range of it as soon as that is complete. All calls pass the same two
     /// buffers.
@@ -533,92 +498,6 @@ impl<B: TrainingBackend> Network<B> {
         self.segments = segments;
         self.set_noise(false);
     }
-
-    /// From the final norm's output to the loss, and back to the stream's gradient.
-    fn head_backward(&mut self, weights: &B::Parameters, gradient: &mut B::Buffer<f32>) {
-        self.head(weights, Some(gradient));
-        let (len, layers) = (self.rows() * self.model_dim, self.places.layers.len());
-        let Scratch { stream, branch, normed, norms, .. } = &mut self.scratch;
-        let final_norm = &self.places.final_norm;
-        self.backend.norm_backward(
-            write(stream, len),
-            self.trainable.place(final_norm).map(|place| ViewMut::new(gradient, place)),
-            read(if self.objective.is_sparse() { normed } else { branch }, len),
-            read(&self.x[layers], len),
-            norms.of(self.backend.values(View::new(weights, final_norm.clone()))),
-            false,
-        );
-    }
-
-    /// Sets the weight of the loss of each row so that the gradient of the weighted sum of cross-entropies is that of the
-    /// losses of pairs. The head has made the cross-entropies.
-    fn weigh(&mut self, batch: &MicroBatch, preference: &Preference) {
-        self.read_losses(batch);
-        let Self { backend, scores, labels: [rows, _], weights_on_host, row_weights, length, .. } = self;
-        weights_on_host.clear();
-        weights_on_host.extend(rows.iter().map(|row| {
-            let sequence = *row as usize / *length;
-            let pair =
-                preference.pair(answer(scores, batch, sequence & !1), answer(scores, batch, sequence | 1));
-            // The log-probability falls as the cross-entropy rises.
-            -(if sequence & 1 == 0 { pair.chosen } else { pair.rejected }) as f32
-        }));
-        backend.upload(write(row_weights, weights_on_host.len()), weights_on_host);
-    }
-
-    /// Copies the losses of the loaded batch to the host, and adds them up by sequence.
-    fn read_losses(&mut self, batch: &MicroBatch) {
-        let count = self.head_rows();
-        let Self { backend, losses: [cross_entropy, lse], scores, labels, length, .. } = self;
-        backend.download(read(&self.cross_entropy, count), &mut cross_entropy[..count]);
-        backend.download(read(&self.lse, count), &mut lse[..count]);
-        scores.clear();
-        scores.resize(batch.sequences, SequenceScore::default());
-        let is_sparse = self.objective.is_sparse();
-        for (index, ce) in cross_entropy[..count].iter().enumerate() {
-            let (row, target) = if is_sparse {
-                (labels[0][index] as usize, labels[1][index])
-            } else {
-                (index, batch.targets[index])
-            };
-            if target != IGNORE {
-                let score = &mut scores[row / *length];
-                score.log_probability -= f64::from(*ce);
-                score.tokens += 1;
-            }
-        }
-    }
-
-    /// The scores of the sequences of `batch`, the one loaded, after [`Network::loss`].
-    pub(crate) fn scores(&mut self, batch: &MicroBatch) -> &[SequenceScore] {
-        self.read_losses(batch);
-        &self.scores
-    }
-
-    /// What is minimised.
-    pub(crate) fn objective(&self) -> &Objective {
-        &self.objective
-    }
-
-    /// The losses of `batch`, the one loaded, after [`Network::loss`] or [`Network::forward_backward`].
-    pub(crate) fn loss_sum(&mut self, batch: &MicroBatch) -> LossSum {
-        self.read_losses(batch);
-        let (count, [cross_entropy, lse]) = (self.head_rows(), &self.losses);
-        let targets = if self.objective.is_sparse() { &self.labels[1] } else { &batch.targets };
-        let mut sum = Objective::sum(targets, &cross_entropy[..count], &lse[..count]);
-        if let Objective::Preferences(preference) = self.objective {
-            for chosen in (0..batch.sequences).step_by(2) {
-                let of = |sequence| answer(&self.scores, batch, sequence);
-                sum.pairs += preference.sum(of(chosen), of(chosen + 1));
-            }
-        }
-        sum
-    }
-}
-
-/// One answer of a batch of pairs.
-fn answer(scores: &[SequenceScore], batch: &MicroBatch, sequence: usize) -> Answer {
-    Answer { policy: scores[sequence], reference: batch.references[sequence] }
 }
 
 /// What the linear layers of a pass over sequences of that number and length share.
@@ -655,7 +534,7 @@ mod tests {
     use ulmus_plan::AdapterConfig;
 
     fn segments_of(config: &ModelConfig, adapter: Option<&AdapterShape>) -> (Vec<Segment<Cpu>>, Trainable) {
-        let (layout, places) = Places::new(config, adapter);
+        let (layout, places) = Places::new(config, adapter.map_or(&[], AdapterShape::modules));
         let first = if adapter.is_some() { places.base } else { 0 };
         let trainable = Trainable::of(&layout, first..layout.parameters());
         (segments(&places, &trainable), trainable)

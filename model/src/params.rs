@@ -10,7 +10,6 @@ use std::ops::Range;
 
 use ulmus_plan::{AdaptedModule, LayerDims, ModelConfig};
 
-use crate::adapter::AdapterShape;
 use crate::error::ModelError;
 
 /// How a tensor begins.
@@ -58,7 +57,7 @@ pub struct Layout {
 impl Layout {
     /// The layout of all parameters of a model of this shape.
     pub fn new(config: &ModelConfig) -> Self {
-        Places::new(config, None).0
+        Places::new(config, &[]).0
     }
 
     fn push(&mut self, name: String, shape: &[usize], initial: Initial) -> Range<usize> {
@@ -188,8 +187,9 @@ pub(crate) struct Places {
 }
 
 impl Places {
-    /// The places of a model's parameters, and of those of its adapter, with the layout of all of them.
-    pub(crate) fn new(config: &ModelConfig, adapter: Option<&AdapterShape>) -> (Layout, Self) {
+    /// The places of a model's parameters, and of those of the adapters of some of its matrices, which are in the order of
+    /// the model; with the layout of all of them.
+    pub(crate) fn new(config: &ModelConfig, adapted: &[AdaptedModule]) -> (Layout, Self) {
         let mut layout = Layout::default();
         let d = config.model_dim;
         // The published initialisation uses model_dim even where the fan-in is another width.
@@ -225,7 +225,7 @@ impl Places {
             layout.push("lm_head.weight".to_owned(), &table, Initial::Normal(std))
         };
         let base = layout.len;
-        let mut modules = adapter.map_or(&[][..], AdapterShape::modules).iter().zip(0..).peekable();
+        let mut modules = adapted.iter().zip(0..).peekable();
         let mut adapt = |name: &str, weight: &Range<usize>| {
             let (module, number) = modules.next_if(|(module, _)| module.name == name)?;
             Some(layout.push_adapter(module, number, weight))
@@ -241,7 +241,7 @@ impl Places {
                 linear.adapter = adapt(&format!("transformer.layers.{i}.{name}"), &linear.weight);
             }
         }
-        assert!(modules.next().is_none(), "an adapter's shape was made for a model of this shape");
+        assert!(modules.next().is_none(), "adapted modules are those of a model of this shape, in order");
         (layout, Self { embedding, embedding_adapter, layers, final_norm, head, base })
     }
 
@@ -372,7 +372,7 @@ impl Trainable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ulmus_plan::{AdapterConfig, Preset};
+    use ulmus_plan::Preset;
 
     fn untied() -> ModelConfig {
         ModelConfig { share_input_output_layers: false, ..ModelConfig::default() }
@@ -403,7 +403,7 @@ mod tests {
     #[test]
     fn everything_has_its_own_place_if_all_parameters_train() {
         for config in Preset::ALL.map(Preset::config).into_iter().chain([untied()]) {
-            let (layout, places) = Places::new(&config, None);
+            let (layout, places) = Places::new(&config, &[]);
             let trainable = Trainable::all(&layout);
             assert_eq!((trainable.parameters(), trainable.layout()), (layout.len, &layout));
             for tensor in layout.tensors() {
@@ -421,45 +421,8 @@ mod tests {
     }
 
     #[test]
-    fn an_adapter_lies_behind_the_model() {
-        let config = ModelConfig::default();
-        let linears = AdapterConfig::default();
-        let of = |targets: &[&str], kind| {
-            let targets = targets.iter().map(|target| (*target).to_owned()).collect();
-            AdapterShape::new(&config, &AdapterConfig { targets, kind, ..linears.clone() }).unwrap()
-        };
-        // The published counts for rank 32, in millions.
-        for (targets, kind, millions) in [
-            (&["all-linear"][..], ulmus_plan::AdapterKind::Lora, 8.38),
-            (&["all-linear", "token_embeddings"], ulmus_plan::AdapterKind::Lora, 8.38 + 1.07),
-            (&["all-linear"], ulmus_plan::AdapterKind::Dora, 8.38 + 0.16),
-        ] {
-            let adapter = of(targets, kind);
-            let (layout, places) = Places::new(&config, Some(&adapter));
-            assert_gapless(&layout);
-            let trainable = Trainable::of(&layout, places.base..layout.len);
-            assert_eq!(places.base as u64, config.parameters());
-            assert_eq!(trainable.layout(), adapter.layout());
-            assert_gapless(trainable.layout());
-            assert!((trainable.parameters() as f64 / 1e6 - millions).abs() < 0.011, "{targets:?}");
-            assert_eq!(trainable.place(&places.embedding), None);
-            let first = places.layers[0].qkv.adapter.as_ref().unwrap();
-            let embedding = trainable.place(&first.a).unwrap().start;
-            assert_eq!(embedding > 0, targets.len() > 1);
-            assert_eq!(places.first_trained(trainable.range(), 0), first.a.start);
-        }
-        // The gradient ends at the lowest adapter.
-        let adapter = of(&["layers.3.attn.out_proj", "layers.7.ffn.proj_2"], ulmus_plan::AdapterKind::Lora);
-        let (layout, places) = Places::new(&config, Some(&adapter));
-        let trained = places.base..layout.len;
-        assert_eq!(places.lowest_trained(&trained), 1 + 3 * LINEARS + 1);
-        assert_eq!(places.first_trained(&trained, 8), trained.end);
-        assert!(places.first_trained(&trained, 4) > places.first_trained(&trained, 3));
-    }
-
-    #[test]
     fn q_norm_and_k_norm_are_neighbours() {
-        let (layout, places) = Places::new(&ModelConfig::default(), None);
+        let (layout, places) = Places::new(&ModelConfig::default(), &[]);
         for (i, layer) in places.layers.iter().enumerate() {
             let q = &layout.tensor(&format!("transformer.layers.{i}.attn.q_norm.weight")).unwrap().range;
             let k = &layout.tensor(&format!("transformer.layers.{i}.attn.k_norm.weight")).unwrap().range;

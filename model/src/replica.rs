@@ -180,7 +180,7 @@ impl<B: TrainingBackend> Replica<B> {
         if sequences == 0 || length == 0 {
             return Err(ModelError::Batch(format!("[{sequences}, {length}] has no position")));
         }
-        let (layout, places) = Places::new(config, adapter.map(|(adapter, _)| adapter));
+        let (layout, places) = Places::new(config, adapter.map_or(&[], |(adapter, _)| adapter.modules()));
         let first = if adapter.is_some() { places.base } else { 0 };
         let trainable = Trainable::of(&layout, first..layout.parameters());
         let (rate, seed) = adapter.map_or((0.0, 0), |(adapter, seed)| (adapter.config().dropout, seed));
