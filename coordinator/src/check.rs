@@ -68,7 +68,7 @@ fn report(plan: &Plan) -> String {
     let of_pretraining: [fn(&mut String, &Plan) -> fmt::Result; 5] =
         [write_training, write_memory, write_checkpoints, write_evaluation, write_shares];
     let of_pretraining = of_pretraining.into_iter().filter(|_| plan.pretrains());
-    let of_tuning = plan.tune.iter().next().map(|_| write_tuning as fn(&mut String, &Plan) -> fmt::Result);
+    let of_tuning = plan.tune.first().map(|_| write_tuning as fn(&mut String, &Plan) -> fmt::Result);
     let first: fn(&mut String, &Plan) -> fmt::Result = write_model;
     let last: fn(&mut String, &Plan) -> fmt::Result = write_stages;
     for write in [first].into_iter().chain(of_pretraining).chain(of_tuning).chain([last]) {

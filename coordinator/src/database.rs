@@ -63,8 +63,8 @@ fn migrate(connection: &Connection) -> Result<(), DatabaseError> {
                 elapsed_ns, data_wait_ns, communication_ns, generation, 0, '{}' FROM steps;
             DROP TABLE steps;";
     }
-    script += &format!("PRAGMA user_version = {VERSION}; COMMIT;");
-    Ok(connection.execute_batch(&script)?)
+    let stamp = format!("PRAGMA user_version = {VERSION}; COMMIT;");
+    Ok(connection.execute_batch(&(script + &stamp))?)
 }
 
 /// Why the run's database cannot be used.

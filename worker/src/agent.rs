@@ -97,6 +97,7 @@ struct Agent {
 }
 
 /// The result of work that was done outside the loop, and the run that it was done for.
+#[expect(clippy::large_enum_variant, reason = "results are few, and moved once")]
 enum Done {
     Hashed(RunId, Snapshot),
     /// A message to send.

@@ -210,7 +210,7 @@ impl Coordinator {
     }
 
     fn check_reading(&self, activity: &Activity, step: Step, sources: &[SourceReading]) -> Verdict {
-        if !self.training(StageName::pretraining()).is_some_and(|training| step <= training.last_step()) {
+        if self.training(StageName::pretraining()).is_none_or(|training| step > training.last_step()) {
             return impossible(format!("there is no step {step} of pretraining"));
         }
         if sources.len() > self.settings.sources.len() {

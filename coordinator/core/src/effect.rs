@@ -12,6 +12,7 @@ use crate::state::Roster;
 
 /// Something for the driver to do. Effects are performed in order.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "effects are few, and moved once")]
 pub enum Effect {
     /// Durably store what this generation trains and of which workers it consists, before anything else is done.
     SaveGeneration(Generation, Roster),

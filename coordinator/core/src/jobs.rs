@@ -70,7 +70,7 @@ impl Jobs {
         let parts = owners.keys().filter_map(|job| Some((job.whole().name(), job.part()?.of())));
         let device = |stage: &Stage| {
             let pattern = Glob::new(stage.needs.device.as_ref()?).ok()?;
-            Some((stage.name.clone(), pattern.compile_matcher()))
+            Some((stage.name, pattern.compile_matcher()))
         };
         Self {
             devices: graph.stages().iter().filter_map(device).collect(),
@@ -376,7 +376,7 @@ impl Jobs {
     /// news, and whether it has waited for as long as the stage says.
     pub(crate) fn on_pending(&mut self, stage: &Stage, waits: bool, now: Duration) -> (bool, bool) {
         let is_news = !self.pending.contains_key(&stage.name);
-        let since = self.pending.entry(stage.name.clone()).or_default();
+        let since = self.pending.entry(stage.name).or_default();
         *since = waits.then(|| since.unwrap_or(now));
         let is_over = since.is_some_and(|since| stage.needs.wait.is_some_and(|wait| now >= since + wait));
         (is_news, is_over)

@@ -104,7 +104,6 @@ impl PersistentState {
 
 /// The state of a run.
 #[derive(Debug)]
-#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub struct Coordinator {
     pub(crate) settings: Settings,
     pub(crate) members: Members,

@@ -52,7 +52,8 @@ impl Examples {
         let forbidden = forbidden.map_err(|error| failure(&error))?;
         let preprocessor =
             Preprocessor::new(Rules::from(config), chat.template, &tokenizer, chat.adds_bos, forbidden);
-        let files = ExampleFiles::find(&config.data, run.folder()).map_err(|error| failure(&error))?;
+        let files =
+            ExampleFiles::find(&config.data, &plan.data, run.folder()).map_err(|error| failure(&error))?;
         let mut out = BufWriter::new(io::stdout().lock());
         let mut written = Ok(());
         let mut kept = 0;

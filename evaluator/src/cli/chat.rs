@@ -45,16 +45,15 @@ impl<B: Backend> Chat<'_, B> {
             if next.is_none() && asks {
                 written = write!(out, "> ").and_then(|()| out.flush());
             }
-            let message = match next.take() {
-                Some(message) => message,
-                None => {
-                    let mut line = String::new();
-                    let read = input.read_line(&mut line);
-                    if read.map_err(|error| Failure::of(ErrorKind::InvalidInput, &error))? == 0 {
-                        break;
-                    }
-                    line.trim_end_matches(['\r', '\n']).to_owned()
+            let message = if let Some(message) = next.take() {
+                message
+            } else {
+                let mut line = String::new();
+                let read = input.read_line(&mut line);
+                if read.map_err(|error| Failure::of(ErrorKind::InvalidInput, &error))? == 0 {
+                    break;
                 }
+                line.trim_end_matches(['\r', '\n']).to_owned()
             };
             if message.trim().is_empty() {
                 continue;

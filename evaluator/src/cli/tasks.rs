@@ -6,7 +6,6 @@ use clap::{Args, ValueEnum};
 use comfy_table::ContentArrangement;
 use ulmus_evaluator::tasks::{Catalogue, Fetched, Revision, TaskRow, fetch};
 use ulmus_process::{Failure, print};
-use ulmus_types::ExitStatus;
 
 use super::{failure, table};
 

@@ -157,6 +157,7 @@ pub struct ExamplesConfig {
 }
 
 /// A stage that tunes a model. A plan may have several.
+#[expect(clippy::struct_excessive_bools, reason = "each is a key of its own")]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct TuneConfig {

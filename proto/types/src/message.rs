@@ -446,6 +446,7 @@ impl ToCoordinator {
 }
 
 /// A message from the coordinator to a worker.
+#[expect(clippy::large_enum_variant, reason = "assignments are few, and moved once")]
 #[derive(Debug, Clone, PartialEq)]
 pub enum ToWorker {
     /// The worker may join the run.

@@ -49,16 +49,19 @@ impl StageName {
     }
 
     /// The stage that makes the examples of this tuning stage.
+    #[must_use]
     pub fn examples(&self) -> Self {
         self.with("examples")
     }
 
     /// The stage that computes the log-probabilities that this tuning stage compares with.
+    #[must_use]
     pub fn reference(&self) -> Self {
         self.with("reference")
     }
 
     /// The stage that writes the model that this tuning stage has made.
+    #[must_use]
     pub fn export(&self) -> Self {
         self.with("export")
     }

@@ -25,7 +25,7 @@ pub(crate) fn micro_batch(
         }
     }
     let per_item = sequences.len().checked_div(items.len()).unwrap_or(1) as u64;
-    let positions: Vec<usize> = sequences.iter().map(|example| positions(example)).collect();
+    let positions: Vec<usize> = sequences.iter().map(positions).collect();
     let rows = match pack {
         Some(longest) => bins(&positions, longest.saturating_sub(1).max(1)),
         None => (0..sequences.len()).map(|sequence| vec![sequence]).collect(),

@@ -26,7 +26,7 @@ pub(super) fn make(run: &Run, job: &Job, say: &dyn Fn(String)) -> Result<Example
     let forbidden = config.decontaminate.as_deref().map(read_forbidden).transpose()?;
     let preprocessor = Preprocessor::new(Rules::from(config), template, &tokenizer, adds_bos, forbidden);
     let read = |sources: &[ExamplesConfig]| -> Result<_, WorkerError> {
-        let files = ExampleFiles::find(sources, Some(&run.folder()))?;
+        let files = ExampleFiles::find(sources, &run.plan.data, Some(&run.folder()))?;
         Ok(files.read(&preprocessor, &tokenizer)?)
     };
     let trained = read(&config.data)?;

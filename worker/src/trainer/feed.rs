@@ -135,12 +135,11 @@ impl Feed {
         reading.lanes = assignment.micro_batches.clone().map(lanes_of).collect();
         let hosted: Vec<LaneId> = reading.lanes.iter().flatten().copied().collect();
         let cursors = Cursors::from_numbers(cursors.to_vec());
-        match &mut reading.loader {
-            Some(loader) => loader.host(&hosted, &cursors)?,
-            None => {
-                let corpus = reading.corpus.clone();
-                reading.loader = Some(Loader::open(corpus, plan.sequence_length(), &hosted, &cursors)?);
-            }
+        if let Some(loader) = &mut reading.loader {
+            loader.host(&hosted, &cursors)?;
+        } else {
+            let corpus = reading.corpus.clone();
+            reading.loader = Some(Loader::open(corpus, plan.sequence_length(), &hosted, &cursors)?);
         }
         Ok(())
     }

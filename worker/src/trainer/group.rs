@@ -170,7 +170,7 @@ impl<B: TrainingBackend> Training<B> {
             return Ok(digest);
         }
         let weights = jobs::weights_of(&self.run, from)?;
-        self.replica.load_base(&weights)?;
+        self.replica.load_base([&weights])?;
         Ok(*self.base.insert(Digest::of(bytemuck::cast_slice(&weights))))
     }
 

@@ -158,7 +158,7 @@ impl<B: TrainingBackend> Trainer<B> {
             self.joined = Some(Joined::Jobs(run));
             return Report::WarmedUp(None);
         }
-        match Training::warm(run.clone(), self.backend.clone()) {
+        match Training::warm(&run, self.backend.clone()) {
             Ok((training, fingerprint)) => {
                 self.joined = Some(Joined::Training(run, training.map(Box::new)));
                 Report::WarmedUp(Some(fingerprint))
@@ -294,7 +294,7 @@ impl<B: TrainingBackend> Training<B> {
 
     /// Takes the fingerprint of this machine's arithmetic. A run that pretrains takes that of pretraining, and keeps what was
     /// built for it; any other run that of a small model.
-    fn warm(run: Run, backend: B) -> Result<(Option<Self>, Digest), WorkerError> {
+    fn warm(run: &Run, backend: B) -> Result<(Option<Self>, Digest), WorkerError> {
         let plan = Arc::clone(&run.plan);
         let fingerprint_of = |replica: &mut Replica<B>, vocabulary, [sequences, length]: [usize; 2]| {
             let backend = replica.backend().clone();
@@ -302,7 +302,7 @@ impl<B: TrainingBackend> Training<B> {
             match plan.train.algorithms {
                 // Undo the choice of an earlier run in this process.
                 Algorithms::Library => backend.choose_algorithms(Some(FIRST_PROPOSALS), fingerprint)?.0,
-                Algorithms::Measured => algorithms::measured(&run, &backend, fingerprint),
+                Algorithms::Measured => algorithms::measured(run, &backend, fingerprint),
             }
         };
         if !plan.pretrains() {
@@ -314,7 +314,7 @@ impl<B: TrainingBackend> Training<B> {
             let mut replica = Replica::new(backend, &model, BatchShape::new(sequences, length), objective)?;
             return Ok((None, fingerprint_of(&mut replica, SMALL_VOCABULARY, SMALL)?));
         }
-        let recipe = Recipe::of(&run, StageName::pretraining())?;
+        let recipe = Recipe::of(run, StageName::pretraining())?;
         let BatchShape { sequences, length, .. } = recipe.shape();
         let mut training = Self::new(run.clone(), recipe, backend)?;
         let fingerprint = fingerprint_of(&mut training.replica, plan.model.vocab_size, [sequences, length])?;
