@@ -10,7 +10,8 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use ulmus_types::{Generation, Step, StepReport};
+use ulmus_plan::Plan;
+use ulmus_types::{Generation, StageName, Step, StepReport};
 
 use crate::database::{MetricsRow, ReadingRow};
 
@@ -24,6 +25,11 @@ pub(crate) enum Columns {
 }
 
 impl Columns {
+    /// Those of a training stage.
+    pub(crate) fn of(plan: &Plan, training: StageName) -> Self {
+        plan.tuning(training).map_or(Self::Text, |tuning| Self::Examples(tuning.measures()))
+    }
+
     fn header(&self) -> Vec<&str> {
         match self {
             Self::Text => [

@@ -15,7 +15,6 @@ use ulmus_types::{BadUnit, CheckpointId, ExitStatus, Generation, RunId, counted}
 use crate::database::{Recovered, StoredCheckpoint};
 use crate::folder::RunFolder;
 use crate::metrics::{Columns, MetricsFile};
-use crate::run::columns;
 
 /// Refuses to start with a new database if the run has already begun: a run never silently resumes or starts over
 /// without its record.
@@ -131,7 +130,8 @@ pub(crate) async fn gather(folder: &RunFolder, plan: &Plan) -> Result<(Recovered
     recovered.quarantine = quarantine(store).await?;
     for training in plan.graph().trainings().map(|stage| stage.name) {
         let file = paths::of_training(training, paths::METRICS);
-        let (metrics, unreadable) = MetricsFile::read(&folder.path().join(&file), &columns(plan, training));
+        let (metrics, unreadable) =
+            MetricsFile::read(&folder.path().join(&file), &Columns::of(plan, training));
         if unreadable > 0 {
             damaged.push(format!("skipping {} of {file} that cannot be read", counted(unreadable, "row")));
         }

@@ -400,18 +400,10 @@ fn metrics_files(
     let file = |training: StageName| {
         let rows = database.metrics(training).map_err(|error| in_database(&error))?;
         let path = folder.join(paths::of_training(training, paths::METRICS));
-        let file = MetricsFile::create(&path, columns(plan, training), &rows);
+        let file = MetricsFile::create(&path, Columns::of(plan, training), &rows);
         Ok((training, file.map_err(|error| failed(&path, &error))?))
     };
     plan.graph().trainings().map(|stage| file(stage.name)).collect()
-}
-
-/// The columns of a training stage's metrics.
-pub(crate) fn columns(plan: &Plan, training: StageName) -> Columns {
-    match plan.tuning(training) {
-        Some(tuning) => Columns::Examples(tuning.measures()),
-        None => Columns::Text,
-    }
 }
 
 /// Messages about results of finished jobs that are missing. Those jobs are forgotten, so that they are done again.

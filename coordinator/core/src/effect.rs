@@ -8,7 +8,7 @@ use ulmus_types::{
     SourceReading, StageName, Step, StepReport, ToWorker, WorkerId,
 };
 
-use crate::state::Roster;
+use crate::members::Roster;
 
 /// Something for the driver to do. Effects are performed in order.
 #[derive(Debug, Clone, PartialEq)]

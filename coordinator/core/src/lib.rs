@@ -40,6 +40,7 @@ mod work;
 pub use effect::{Effect, Notification, Outcome};
 pub use event::Event;
 pub use jobs::JobStatus;
-pub use state::{Coordinator, PersistentState, Roster, Settings};
+pub use members::Roster;
+pub use state::{Coordinator, PersistentState, Settings};
 pub use status::{Doing, MemberStatus, Phase, Status};
 pub use trainings::{TrainingRecord, TrainingSettings};

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use ulmus_types::{Digest, Generation, Heartbeat, Hello, Job, WorkerId};
+use ulmus_types::{Digest, Generation, Heartbeat, Hello, Job, StageName, WorkerId};
 
 /// How long a worker sits out after its first fault; each further fault doubles the time.
 const FIRST_PENALTY: Duration = Duration::from_secs(5);
@@ -15,6 +15,15 @@ const FORGIVEN_AFTER: Duration = Duration::from_mins(10);
 const NOTICES: u32 = 20;
 /// Processor time per second that distinguishes a process that works from one in which only the agent is alive.
 const WORKS: f64 = 0.01;
+
+/// The members of a group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Roster {
+    /// The stage that it trains.
+    pub training: StageName,
+    /// Its members, by rank.
+    pub members: Vec<WorkerId>,
+}
 
 /// What a connected worker is doing.
 #[derive(Debug, Clone, PartialEq, Eq)]

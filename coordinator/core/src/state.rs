@@ -11,7 +11,7 @@ use ulmus_types::{
 use crate::effect::{Effect, Notification, Outcome};
 use crate::group::{Group, Suspicion};
 use crate::jobs::Jobs;
-use crate::members::Members;
+use crate::members::{Members, Roster};
 use crate::snapshots::Snapshots;
 use crate::trainings::{Training, TrainingRecord, TrainingSettings};
 
@@ -59,15 +59,6 @@ pub struct Settings {
     pub max_age: Duration,
     /// Maximum number of unreadable units that may be skipped; one more ends the run.
     pub bad_units: usize,
-}
-
-/// The members of a group.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Roster {
-    /// The stage that it trains.
-    pub training: StageName,
-    /// Its members, by rank.
-    pub members: Vec<WorkerId>,
 }
 
 /// What the database remembers of a run. The default is a run that has not begun.

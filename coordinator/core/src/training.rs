@@ -10,8 +10,8 @@ use ulmus_types::{
 
 use crate::effect::{Effect, Notification};
 use crate::group::{self, Group, Suspicion};
-use crate::members::{Activity, Fault, Member};
-use crate::state::{Coordinator, Roster, TEXT_LIMIT};
+use crate::members::{Activity, Fault, Member, Roster};
+use crate::state::{Coordinator, TEXT_LIMIT};
 use crate::trainings::Training;
 
 /// After this many groups in a row without an update, the run stops.

@@ -2,14 +2,14 @@
 //! implementation's central differences. Sizes extend beyond the kernels' blocks and are not multiples of vector
 //! widths.
 
+mod adapters;
+
 use ulmus_backend::{
     AdamW, AttentionShape, BLOCK, Element, HeadGradients, Heads, IGNORE, LinearShape, Norm, Quantum, Rope,
     TrainingBackend, View, ViewMut,
 };
 use ulmus_plan::NormKind;
 use ulmus_plan::ROW_BLOCK;
-
-use crate::adapters;
 
 /// Tolerance for a float32 kernel's output, as relative L2.
 pub(crate) const FORWARD: f64 = 1e-5;

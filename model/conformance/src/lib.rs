@@ -5,7 +5,6 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-mod adapters;
 pub mod inference;
 pub mod kernels;
 pub mod reference;

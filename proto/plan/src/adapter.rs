@@ -1,9 +1,11 @@
-//! Which matrices of a model an adapter belongs to.
+//! Adapters, and which matrices of a model they belong to.
+
+use std::collections::BTreeMap;
 
 use regex::Regex;
+use serde::{Deserialize, Serialize};
 
 use crate::model::ModelConfig;
-use crate::tune::{AdapterConfig, AdapterKind};
 
 /// The name of a target that stands for all matrices of all layers.
 pub const ALL_LINEAR: &str = "all-linear";
@@ -11,6 +13,62 @@ pub const ALL_LINEAR: &str = "all-linear";
 const EMBEDDING: &str = "transformer.token_embeddings";
 /// The largest rank of an adapter.
 const MOST_RANK: u64 = 1 << 16;
+
+/// A kind of adapter.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AdapterKind {
+    /// Low-rank adaptation (arXiv 2106.09685): `W + s·B·A`.
+    #[default]
+    Lora,
+    /// Weight-decomposed low-rank adaptation (arXiv 2402.09353): a trained norm for each row of `W + s·B·A`.
+    Dora,
+}
+
+/// Small matrices that are trained in place of the weights. The defaults are those of OpenELM's published adapters.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct AdapterConfig {
+    /// The kind of adapter.
+    pub kind: AdapterKind,
+    /// Rank of the matrices.
+    pub rank: u64,
+    /// Scale of the update: it counts `alpha / rank` times.
+    pub alpha: f64,
+    /// Probability with which each input of an adapter is left out of a training step; the others count for more.
+    pub dropout: f64,
+    /// The matrices that get an adapter: names of modules as Hugging Face or CoreNet call them, such as `qkv_proj`, each of which
+    /// stands for all modules whose name ends in it; `all-linear`; or one regular expression that matches whole names. By default
+    /// `qkv_proj`, `out_proj`, `proj_1` and `proj_2`.
+    pub targets: Vec<String>,
+    /// Ranks of modules whose names end in, or are matched by, these keys.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub rank_pattern: BTreeMap<String, u64>,
+    /// Alphas of such modules.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub alpha_pattern: BTreeMap<String, f64>,
+    /// Rank-stabilised scaling: the update counts `alpha / √rank` times.
+    pub rank_stabilised: bool,
+    /// A folder with an adapter in PEFT's layout to go on from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
+}
+
+impl Default for AdapterConfig {
+    fn default() -> Self {
+        Self {
+            kind: AdapterKind::Lora,
+            rank: 32,
+            alpha: 32.0,
+            dropout: 0.0,
+            targets: ["qkv_proj", "out_proj", "proj_1", "proj_2"].map(str::to_owned).to_vec(),
+            rank_pattern: BTreeMap::new(),
+            alpha_pattern: BTreeMap::new(),
+            rank_stabilised: false,
+            from: None,
+        }
+    }
+}
 
 /// A matrix that has an adapter.
 #[derive(Debug, Clone, PartialEq)]

@@ -1,14 +1,9 @@
 //! A model to begin from, in place of the seed.
 
 use serde::{Deserialize, Serialize};
-use toml::Table;
 use ulmus_types::Problems;
 
 use crate::data::refuse_secret;
-use crate::keys::lookup;
-use crate::model::ModelConfig;
-use crate::parse::set;
-use crate::plan::StoreConfig;
 
 /// The model that a run begins from. Only its weights are taken, and its tokenizer if the plan names no other.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -49,22 +44,4 @@ impl BaseConfig {
             );
         }
     }
-}
-
-/// The base model of whose shape a plan says nothing, so that it has to be read from the model itself; and the plan's store.
-pub fn base_to_read(text: &str, overrides: &[String]) -> Option<(String, String)> {
-    let mut table = text.parse::<Table>().ok()?;
-    for assignment in overrides {
-        set(&mut table, assignment, &mut Problems::new());
-    }
-    let base = lookup(&table, "base.model")?.as_str()?;
-    let store = lookup(&table, "store.url").and_then(|url| url.as_str().map(str::to_owned));
-    let store = store.unwrap_or_else(|| StoreConfig::default().url);
-    lookup(&table, "model").is_none().then(|| (base.to_owned(), store))
-}
-
-/// The overrides that give a plan the shape of its base model.
-pub fn shape_overrides(shape: &ModelConfig) -> Vec<String> {
-    let table = Table::try_from(shape).expect("a shape has no value that TOML lacks");
-    table.into_iter().map(|(key, value)| format!("model.{key}={value}")).collect()
 }

@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use toml::{Table, Value};
 
+use crate::adapter::AdapterConfig;
 use crate::base::BaseConfig;
 use crate::bytes::Bytes;
 use crate::plan::Plan;
 use crate::prepare::PrepareConfig;
 use crate::stages::{BenchConfig, EvaluationConfig};
-use crate::tune::{AdapterConfig, ExamplesConfig, TuneConfig};
+use crate::tune::{ExamplesConfig, TuneConfig};
 use crate::{Format, SourceConfig};
 
 /// Likeness from which a key that no plan has is taken for a known one. Below it, the known one is only suggested.

@@ -23,15 +23,15 @@ mod stages;
 mod train;
 mod tune;
 
-pub use adapter::{ALL_LINEAR, AdaptedModule};
-pub use base::{BaseConfig, base_to_read, shape_overrides};
+pub use adapter::{ALL_LINEAR, AdaptedModule, AdapterConfig, AdapterKind};
+pub use base::BaseConfig;
 pub use bytes::Bytes;
 pub use data::{DataConfig, Format, LEAST_UNIT, Normalize, OnBadUnit, Pack, SourceConfig};
 pub use device::Device;
 pub use memory::{HEAD_ROWS, MemoryPlan, ROW_BLOCK, data_memory, worker_memory};
 pub use model::{LayerDims, ModelConfig, Multipliers, Preset};
 pub use norm::NormKind;
-pub use parse::{even_weights, read, tokenizer_to_count};
+pub use parse::{base_to_read, even_weights, read, shape_overrides, tokenizer_to_count};
 pub use plan::{
     BenchmarkConfig, ClusterConfig, EvaluateConfig, LocalConfig, MAY_CHANGE, Plan, RunConfig, StoreConfig,
 };
@@ -39,6 +39,5 @@ pub use prepare::{PrepareConfig, TokenizerConfig};
 pub use stages::{BenchConfig, EvaluationConfig, NEXT_TEXT, WeightType};
 pub use train::{Algorithms, CheckpointConfig, Precision, TrainConfig};
 pub use tune::{
-    AdapterConfig, AdapterKind, ExamplesConfig, Method, OnUseless, PreferenceLoss, Schedule, Tokenization,
-    Truncation, TuneConfig,
+    ExamplesConfig, Method, OnUseless, PreferenceLoss, Schedule, Tokenization, Truncation, TuneConfig,
 };

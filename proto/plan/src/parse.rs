@@ -9,8 +9,8 @@ use ulmus_types::{Problem, Problems};
 
 use crate::keys::{self, Unknown, is_text, lookup, segments};
 use crate::mistakes;
-use crate::model::Preset;
-use crate::plan::Plan;
+use crate::model::{ModelConfig, Preset};
+use crate::plan::{Plan, StoreConfig};
 use crate::prepare::TRAINED_PIECES;
 use crate::rules::sound;
 
@@ -321,6 +321,24 @@ pub(crate) fn set(table: &mut Table, assignment: &str, problems: &mut Problems) 
         let advice = "name a key of the plan, such as train.iterations";
         problems.add(path.trim(), text, "the plan has no such key", advice);
     }
+}
+
+/// The base model of whose shape a plan says nothing, so that it has to be read from the model itself; and the plan's store.
+pub fn base_to_read(text: &str, overrides: &[String]) -> Option<(String, String)> {
+    let mut table = text.parse::<Table>().ok()?;
+    for assignment in overrides {
+        set(&mut table, assignment, &mut Problems::new());
+    }
+    let base = lookup(&table, "base.model")?.as_str()?;
+    let store = lookup(&table, "store.url").and_then(|url| url.as_str().map(str::to_owned));
+    let store = store.unwrap_or_else(|| StoreConfig::default().url);
+    lookup(&table, "model").is_none().then(|| (base.to_owned(), store))
+}
+
+/// The overrides that give a plan the shape of its base model.
+pub fn shape_overrides(shape: &ModelConfig) -> Vec<String> {
+    let table = Table::try_from(shape).expect("a shape has no value that TOML lacks");
+    table.into_iter().map(|(key, value)| format!("model.{key}={value}")).collect()
 }
 
 #[cfg(test)]
