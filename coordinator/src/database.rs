@@ -48,6 +48,9 @@ fn migrate(connection: &Connection) -> Result<(), DatabaseError> {
     if found > VERSION {
         return Err(DatabaseError::Newer { found });
     }
+    if found == VERSION {
+        return Ok(());
+    }
     let has = |sql: &str| connection.query_row(sql, [], |_| Ok(())).optional().map(|row| row.is_some());
     let has_steps = has("SELECT 1 FROM sqlite_schema WHERE name = 'steps'")?;
     let names_no_stage = has("SELECT 1 FROM sqlite_schema WHERE name = 'generations'")?

@@ -34,8 +34,6 @@ fn mistakes_in_the_plan_are_told_all_at_once() {
     );
     let nobody = sandbox.coordinator(&["--set", "local.workers=0", "--demo-failure"]).ends();
     assert_refused(&nobody, 2, &["--demo-failure", "local.workers is 0"]);
-    let layer = sandbox.coordinator(&["--set", "model.norm=layer", "--check"]).ends();
-    assert_refused(&layer, 2, &["checkpoint.export = true", "model.norm = \"layer\"", "set it to false"]);
     let similar = sandbox.coordinator(&["--set", "train.max_lrr=0.1"]).ends();
     assert_refused(&similar, 2, &["did you mean max_lr?"]);
     assert_refused(&sandbox.coordinator_bare(&["--plan", "no.toml"]).ends(), 2, &["no.toml", "--plan"]);

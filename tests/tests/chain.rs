@@ -42,7 +42,7 @@ fn assert_undisturbed(sandbox: &Sandbox) {
 fn a_chain_tunes_and_measures_what_it_has_trained() {
     undisturbed();
     let sandbox = sandbox();
-    let said = sandbox.coordinator(&["--set", "local.workers=2"]).succeeds();
+    let said = sandbox.coordinator(&["--set", "local.workers=2", "--set", "evaluate.text=64KiB"]).succeeds();
     assert_undisturbed(&sandbox);
     let run = sandbox.run("tiny");
     // Before the first update, and before the one whose learning rate is 0, no answer is likelier than before.

@@ -9,7 +9,10 @@ use std::fmt::Write;
 use std::fs;
 
 use syn::{Attribute, Expr, ExprLit, Fields, Item, Lit, Meta, Type};
-use ulmus_plan::{BenchConfig, EvaluationConfig, MAY_CHANGE, Plan, PrepareConfig, SourceConfig};
+use ulmus_plan::{
+    AdapterConfig, BaseConfig, BenchConfig, EvaluationConfig, ExamplesConfig, MAY_CHANGE, Plan,
+    PrepareConfig, SourceConfig, TuneConfig,
+};
 use ulmus_tests::repository;
 
 /// The generated part of the page is between these lines.
@@ -115,18 +118,28 @@ fn page() -> String {
     let mut page = String::new();
     defaults.insert("evaluation".into(), toml::Value::try_from(EvaluationConfig::default()).unwrap());
     defaults.insert("bench".into(), toml::Value::try_from(BenchConfig::default()).unwrap());
+    defaults.insert("base".into(), toml::Value::try_from(BaseConfig::default()).unwrap());
+    defaults.insert("tune".into(), toml::Value::try_from(TuneConfig::default()).unwrap());
+    let examples = toml::Table::try_from(ExamplesConfig::default()).unwrap();
+    let adapter = toml::Table::try_from(AdapterConfig::default()).unwrap();
     for section in &definitions["Plan"] {
         let values = defaults[&section.name].as_table().unwrap();
         let heading = match &section.name[..] {
-            stages @ ("evaluation" | "bench") => format!("[[{stages}]]"),
+            stages @ ("evaluation" | "bench" | "tune") => format!("[[{stages}]]"),
             section => format!("[{section}]"),
         };
         table(&mut page, &heading, section, values, &definitions);
         for part in definitions[&section.kind].iter().filter(|part| definitions.contains_key(&part.kind)) {
             // Defaults of sources are meaningless: they are empty values of keys that a source needs.
-            if part.kind == "SourceConfig" {
-                table(&mut page, &format!("[[{}.{}]]", section.name, part.name), part, &source, &definitions);
-            }
+            let (values, is_list) = match &part.kind[..] {
+                "SourceConfig" => (&source, true),
+                "ExamplesConfig" => (&examples, true),
+                "AdapterConfig" => (&adapter, false),
+                _ => continue,
+            };
+            let name = format!("[{}.{}]", section.name, part.name);
+            let heading = if is_list { format!("[{name}]") } else { name };
+            table(&mut page, &heading, part, values, &definitions);
         }
     }
     let keys = MAY_CHANGE.map(|key| format!("`{}`", key.trim_end_matches('.')));
@@ -151,7 +164,7 @@ fn table(
     writeln!(page, "## `{heading}`\n\n{}\n\n| key | default | meaning |\n|---|---|---|", section.description)
         .unwrap();
     for part in &definitions[&section.kind] {
-        if part.kind == "SourceConfig" {
+        if ["SourceConfig", "ExamplesConfig", "AdapterConfig"].contains(&part.kind.as_str()) {
             continue;
         }
         let default = match values.get(&part.name) {

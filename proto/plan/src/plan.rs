@@ -506,6 +506,10 @@ impl Plan {
 
     /// What happens to the finished models.
     fn check_evaluation(&self, problems: &mut Problems) {
+        // Only what a run pretrains is evaluated without being asked.
+        if !self.pretrains() {
+            return;
+        }
         let Self { benchmark, evaluate, .. } = self;
         if sound(problems, &["data.holdout", "train.held_out_every"]) {
             problems.check(

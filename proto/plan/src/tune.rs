@@ -398,7 +398,8 @@ impl TuneConfig {
             self.check_preferences(at, problems);
         }
         if let Some(adapter) = &self.adapter {
-            if let Err(problem) = adapter.modules(model) {
+            let modules = if sound(problems, &["model"]) { adapter.modules(model).map(drop) } else { Ok(()) };
+            if let Err(problem) = modules {
                 let (rule, advice) = problem.split_once("; ").unwrap_or((&problem, "correct it"));
                 problems.add(key("adapter"), "", rule, advice);
             }

@@ -27,7 +27,10 @@ pub(crate) fn micro_batch(
     let per_item = sequences.len().checked_div(items.len()).unwrap_or(1) as u64;
     let positions: Vec<usize> = sequences.iter().map(positions).collect();
     let rows = match pack {
-        Some(longest) => bins(&positions, longest.saturating_sub(1).max(1)),
+        // As trl fills them: no row has more tokens than the longest example may have.
+        Some(longest) => {
+            bins(&sequences.iter().map(|example| example.ids.len()).collect::<Vec<_>>(), longest)
+        }
         None => (0..sequences.len()).map(|sequence| vec![sequence]).collect(),
     };
     let filled = |row: &Vec<usize>| row.iter().map(|sequence| positions[*sequence]).sum::<usize>();
