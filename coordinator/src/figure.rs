@@ -52,7 +52,7 @@ impl Figure {
                 }
             }
         }
-        (!tasks.is_empty()).then(|| Self { stage: *stage, tasks })
+        (!tasks.is_empty()).then_some(Self { stage: *stage, tasks })
     }
 
     /// Writes the figure in both formats.
