@@ -120,7 +120,7 @@ impl RunFolder {
     }
 
     /// Everything of a tuning stage that must be equal between runs of one plan: the columns of its metrics before the times, the
-    /// hash of its last state, and the hashes of the model's files.
+    /// hash of its last state, and each of the model's files with its hash.
     ///
     /// # Panics
     /// When the stage is not finished.
@@ -134,8 +134,10 @@ impl RunFolder {
         let latest = fs::read_to_string(folder.join("latest")).expect("the stage has checkpoints");
         let manifest = self.json(&format!("tune/{stage}/checkpoints/{}/manifest.json", latest.trim()));
         let state = manifest["state_digest"].as_str().expect("a state has a hash").to_owned();
-        let files = &self.json(&format!("results/{stage}-export.json"))["files"];
-        curve.chain([state, files.to_string()]).collect()
+        let export = self.json(&format!("results/{stage}-export.json"));
+        let files = export["files"].as_object().expect("an export has files");
+        let files = files.iter().map(|(name, file)| format!("{name} {file}"));
+        curve.chain([state]).chain(files).collect()
     }
 
     /// The number of steps in `metrics.csv`.

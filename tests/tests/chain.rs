@@ -32,10 +32,14 @@ fn bits(sandbox: &Sandbox) -> Vec<Vec<String>> {
 
 fn assert_undisturbed(sandbox: &Sandbox) {
     for ((found, expected), stage) in bits(sandbox).iter().zip(undisturbed()).zip(TUNED) {
-        let differs = found.iter().zip(expected).find(|(found, expected)| found != expected);
-        assert_eq!(differs, None, "the first difference in {stage}");
-        assert_eq!(found.len(), expected.len(), "{stage}");
+        assert_same(found, expected, stage);
     }
+}
+
+fn assert_same(found: &[String], expected: &[String], stage: &str) {
+    let differs = found.iter().zip(expected).find(|(found, expected)| found != expected);
+    assert_eq!(differs, None, "the first difference in {stage}");
+    assert_eq!(found.len(), expected.len(), "{stage}");
 }
 
 #[test]
@@ -156,11 +160,24 @@ fn a_run_may_begin_from_a_model() {
     sandbox.write("based.toml", based("runs/tiny/export"));
     let plan = ["--plan", "based.toml"];
     sandbox.coordinator_bare(&plan).succeeds();
-    let tuned = sandbox.run("based").tuned("sft");
-    assert_eq!(tuned, undisturbed()[0], "the export is the average");
+    // The model card alone is another: it says what the model began from.
+    let tuned = |run: &str| {
+        let card = sandbox.run(run).read("tune/sft/export/README.md");
+        let tuned = sandbox.run(run).tuned("sft");
+        let but_the_card: Vec<String> =
+            tuned.iter().filter(|line| !line.starts_with("README.md ")).cloned().collect();
+        assert_eq!(but_the_card.len() + 1, tuned.len());
+        (but_the_card, card)
+    };
+    let (expected, _) = tuned("tiny");
+    let (found, card) = tuned("based");
+    assert_same(&found, &expected, "the stage of the export");
+    assert!(card.contains("runs/tiny/export"), "{card}");
     sandbox.write("based.toml", based("run:tiny/average").replace("\"based\"", "\"beside\""));
     sandbox.coordinator_bare(&plan).succeeds();
-    assert_eq!(sandbox.run("beside").tuned("sft"), tuned);
+    let (found, card) = tuned("beside");
+    assert_same(&found, &expected, "the stage of the average");
+    assert!(card.contains("run:tiny/average"), "{card}");
     sandbox.write("based.toml", based("no/such/folder").replace("\"based\"", "\"none\""));
     let refused = sandbox.coordinator_bare(&plan).ends();
     assert_eq!(refused.code, Some(2), "{}", refused.output);

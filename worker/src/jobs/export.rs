@@ -7,7 +7,7 @@ use ulmus_checkpoint::{CheckpointError, read_file, read_manifest};
 use ulmus_dataloader::{Manifest, SourceSummary};
 use ulmus_model::hf::{MODELING, SpecialTokens, config_json, generation_config_json};
 use ulmus_model::{AdapterShape, CardData, Layout, ModelCard, peft, weights_to_safetensors};
-use ulmus_plan::{AdapterKind, Method, ModelConfig, PreferenceLoss, TuneConfig};
+use ulmus_plan::{AdapterKind, Method, ModelConfig, Plan, PreferenceLoss, TuneConfig};
 use ulmus_run::results::{self, Average, Exported};
 use ulmus_run::{TrainState, paths};
 use ulmus_tokenizer::Tokenizer;
@@ -101,6 +101,15 @@ fn write(run: &Run, folder: &str, export: Export<'_>) -> Result<Exported, Worker
     Ok(Exported { folder: folder.to_owned(), files })
 }
 
+/// Where the model is that a tuning stage began from, for people and for PEFT.
+fn begun_at(plan: &Plan, of: &Of) -> String {
+    match (of, &plan.base) {
+        (Of::Base, Some(base)) => base.model.clone(),
+        (Of::Model(place), _) => place.clone(),
+        _ => format!("{}/{of}", plan.run.name),
+    }
+}
+
 /// Writes the model that a tuning stage has made, with its adapter merged, and the adapter in PEFT's layout.
 fn tuned(run: &Run, job: &Job, name: StageName, config: &TuneConfig) -> Result<Exported, WorkerError> {
     let [checkpoint, origin @ ..] = job.checkpoints() else { return Err(super::no_stage(job)) };
@@ -115,8 +124,8 @@ fn tuned(run: &Run, job: &Job, name: StageName, config: &TuneConfig) -> Result<E
             let shape = AdapterShape::new(&model, adapter)?;
             let adapter = run.wait(weights(&run.store, *checkpoint, shape.layout()))?;
             let folder = paths::adapter(name);
-            let base = format!("{}/{}", run.plan.run.name, config.of);
-            run.write(&format!("{folder}/{}", peft::CONFIG), peft::config_json(&shape, &base).into_bytes())?;
+            let described = peft::config_json(&shape, &begun_at(&run.plan, &config.of));
+            run.write(&format!("{folder}/{}", peft::CONFIG), described.into_bytes())?;
             run.write(&format!("{folder}/{}", peft::WEIGHTS), peft::to_safetensors(&shape, &adapter)?)?;
             let base = weights_of(run, &begun_from(&config.of, origin))?;
             (shape.merged_config(&model), shape.merge(&model, base, &adapter)?)
@@ -125,7 +134,7 @@ fn tuned(run: &Run, job: &Job, name: StageName, config: &TuneConfig) -> Result<E
     let tokenizer = run.tokenizer()?;
     let template = super::examples::chat_template(run, config, &tokenizer)?;
     let title = format!("{}-{name}", run.plan.run.name);
-    let base = format!("{}/{}", run.plan.run.name, config.of);
+    let base = begun_at(&run.plan, &config.of);
     let made = super::examples::made(run, name)?;
     let card = ModelCard {
         name: &title,
