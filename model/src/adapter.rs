@@ -27,7 +27,7 @@ impl AdapterShape {
     /// # Errors
     /// [`ModelError::Adapter`] if a name matches no module, and for what cannot be combined.
     pub fn new(model: &ModelConfig, config: &AdapterConfig) -> Result<Self, ModelError> {
-        let modules = config.modules(model).map_err(ModelError::Adapter)?;
+        let modules = config.modules(model).map_err(|mistake| ModelError::Adapter(mistake.problem))?;
         let mut shape = Self { config: config.clone(), modules, layout: Layout::default() };
         let (layout, places) = Places::new(model, &shape.modules);
         shape.layout = Trainable::of(&layout, places.base..layout.parameters()).layout().clone();

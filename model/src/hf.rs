@@ -337,8 +337,8 @@ pub(crate) fn json(value: &impl Serialize) -> String {
     text
 }
 
-/// Writes a model directory, creating it if necessary and replacing files of the same names. The caller adds the files
-/// of the tokenizer.
+/// Writes a model directory, creating it if necessary and replacing files of the same names. The config comes last, so that a
+/// directory with one is whole. The caller adds the files of the tokenizer.
 ///
 /// # Errors
 /// [`ModelError::File`] if a file cannot be written; [`ModelError::Tensors`] if there is not one weight per
@@ -351,22 +351,22 @@ pub fn write(
 ) -> Result<(), ModelError> {
     let layout = Layout::new(config);
     layout.check_len(weights)?;
+    std::fs::create_dir_all(directory).map_err(ModelError::file("write", directory))?;
+    let path = directory.join(WEIGHTS);
+    let written = safetensors::serialize_to_file(views(&layout, weights)?, Some(metadata()), &path);
+    written.map_err(|error| match error {
+        safetensors::SafeTensorError::IoError(source) => ModelError::file("write", &path)(source),
+        other => ModelError::format(&path, other.to_string()),
+    })?;
     let (module, code) = MODELING;
     let texts = [
-        (CONFIG, config_json(config, tokens)),
-        (GENERATION_CONFIG, generation_config_json(tokens)),
         (module, code.to_owned()),
+        (GENERATION_CONFIG, generation_config_json(tokens)),
+        (CONFIG, config_json(config, tokens)),
     ];
-    std::fs::create_dir_all(directory).map_err(ModelError::file("write", directory))?;
     for (name, text) in texts {
         let path = directory.join(name);
         std::fs::write(&path, text).map_err(ModelError::file("write", &path))?;
     }
-    let path = directory.join(WEIGHTS);
-    safetensors::serialize_to_file(views(&layout, weights)?, Some(metadata()), &path).map_err(|error| {
-        match error {
-            safetensors::SafeTensorError::IoError(source) => ModelError::file("write", &path)(source),
-            other => ModelError::format(&path, other.to_string()),
-        }
-    })
+    Ok(())
 }

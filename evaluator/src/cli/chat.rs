@@ -76,7 +76,7 @@ impl<B: Backend> Chat<'_, B> {
         let rendered = rendered.map_err(|error| Failure::new(ExitStatus::InvalidInput, error.to_string()))?;
         let prompt = Example::of_rendered(&rendered, &mut self.tokenizer.special_encoder()).ids;
         let context = self.model.config().max_context_length;
-        let room = context.saturating_sub(prompt.len()).min(self.max_tokens);
+        let room = context.saturating_sub(prompt.len());
         if room == 0 {
             let message = format!(
                 "the conversation has {} tokens, and the model a context of {context}; begin a new one",
@@ -84,6 +84,7 @@ impl<B: Backend> Chat<'_, B> {
             );
             return Err(Failure::new(ExitStatus::InvalidInput, message));
         }
+        let room = room.min(self.max_tokens);
         let mut generator = Generator::new(Arc::clone(&self.model), prompt.len() + room).map_err(failure)?;
         // The answer is a text of its own: it does not go on with the last line of the prompt.
         let mut transcript = Transcript::after(self.tokenizer, &[]);

@@ -70,6 +70,21 @@ impl Default for AdapterConfig {
     }
 }
 
+/// What is wrong with an adapter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdapterMistake {
+    /// The key that is wrong, below the adapter's.
+    pub key: String,
+    /// What is wrong, and what to write instead.
+    pub problem: String,
+}
+
+impl AdapterMistake {
+    fn new(key: impl Into<String>, problem: String) -> Self {
+        Self { key: key.into(), problem }
+    }
+}
+
 /// A matrix that has an adapter.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdaptedModule {
@@ -102,16 +117,19 @@ impl AdapterConfig {
     ///
     /// # Errors
     /// What is wrong, and what to write instead: a name matches no module, or what is asked for cannot be combined.
-    pub fn modules(&self, model: &ModelConfig) -> Result<Vec<AdaptedModule>, String> {
+    pub fn modules(&self, model: &ModelConfig) -> Result<Vec<AdaptedModule>, AdapterMistake> {
         if !(0.0..1.0).contains(&self.dropout) {
-            return Err(format!("dropout is {}; set it to at least 0 and below 1", self.dropout));
+            let problem = format!("dropout is {}; set it to at least 0 and below 1", self.dropout);
+            return Err(AdapterMistake::new("dropout", problem));
         }
         let all = all_modules(model);
         let mut chosen = vec![false; all.len()];
         for target in &self.targets {
-            let matches = matching(target, &all, self.targets.len() == 1)?;
+            let matches = matching(target, &all, self.targets.len() == 1)
+                .map_err(|problem| AdapterMistake::new("targets", problem))?;
             if matches.is_empty() {
-                return Err(format!("target {target:?} matches no module; there are {}", names(model)));
+                let problem = format!("target {target:?} matches no module; there are {}", names(model));
+                return Err(AdapterMistake::new("targets", problem));
             }
             for index in matches {
                 chosen[index] = true;
@@ -122,28 +140,29 @@ impl AdapterConfig {
         let mut modules = Vec::new();
         for (Module { name, inputs, outputs }, _) in all.into_iter().zip(chosen).filter(|(_, chosen)| *chosen)
         {
-            let rank = *ranks.of(&name)?.unwrap_or(&self.rank);
-            let alpha = *alphas.of(&name)?.unwrap_or(&self.alpha);
-            if rank == 0 || rank > MOST_RANK || !alpha.is_finite() {
-                return Err(format!(
+            let (rank_key, rank) = ranks.of(&name)?.unwrap_or_else(|| ("rank".to_owned(), self.rank));
+            let (alpha_key, alpha) = alphas.of(&name)?.unwrap_or_else(|| ("alpha".to_owned(), self.alpha));
+            let has_rank = (1..=MOST_RANK).contains(&rank);
+            if !has_rank || !alpha.is_finite() {
+                let problem = format!(
                     "{name} would have rank {rank} and alpha {alpha}; a rank is from 1 to {MOST_RANK}, and alpha is finite"
-                ));
+                );
+                return Err(AdapterMistake::new(if has_rank { alpha_key } else { rank_key }, problem));
             }
             let divisor = if self.rank_stabilised { (rank as f64).sqrt() } else { rank as f64 };
             let is_embedding = name == EMBEDDING;
             let has_magnitude = self.kind == AdapterKind::Dora;
             if is_embedding && has_magnitude {
-                return Err(
-                    "the embedding has no DoRA; leave token_embeddings out of the targets, or use kind = \"lora\""
-                        .to_owned(),
-                );
+                let problem = "the embedding has no DoRA; leave token_embeddings out of the targets, or use kind = \"lora\"";
+                return Err(AdapterMistake::new("targets", problem.to_owned()));
             }
             let scale = alpha / divisor;
             let rank = rank as usize;
             modules.push(AdaptedModule { name, inputs, outputs, rank, scale, is_embedding, has_magnitude });
         }
         if modules.is_empty() {
-            return Err("it has no targets; name modules, for instance \"all-linear\"".to_owned());
+            let problem = "it has no targets; name modules, for instance \"all-linear\"";
+            return Err(AdapterMistake::new("targets", problem.to_owned()));
         }
         Ok(modules)
     }
@@ -218,33 +237,36 @@ struct Pattern<'a, T> {
     values: Vec<(&'a str, Regex, &'a T)>,
 }
 
-impl<'a, T: PartialEq> Pattern<'a, T> {
+impl<'a, T: PartialEq + Copy> Pattern<'a, T> {
     fn new(
         name: &'static str,
         values: impl Iterator<Item = (&'a String, &'a T)>,
         all: &[Module],
         model: &ModelConfig,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, AdapterMistake> {
+        let mistake = |key: &str, problem| AdapterMistake::new(format!("{name}.{key}"), problem);
         let values = values.map(|(key, value)| {
-            let regex = whole(&format!("(?:.*\\.)?(?:{key})"))?;
+            let regex = whole(&format!("(?:.*\\.)?(?:{key})")).map_err(|problem| mistake(key, problem))?;
             if all.iter().any(|module| regex.is_match(&module.name)) {
                 return Ok((key.as_str(), regex, value));
             }
-            Err(format!("{name} has {key:?}, which matches no module; there are {}", names(model)))
+            let problem = format!("{name} has {key:?}, which matches no module; there are {}", names(model));
+            Err(mistake(key, problem))
         });
-        Ok(Self { name, values: values.collect::<Result<_, String>>()? })
+        Ok(Self { name, values: values.collect::<Result<_, AdapterMistake>>()? })
     }
 
-    /// The value for a module, if a key matches it.
-    fn of(&self, module: &str) -> Result<Option<&'a T>, String> {
+    /// The value for a module, with the key that gives it, if one matches.
+    fn of(&self, module: &str) -> Result<Option<(String, T)>, AdapterMistake> {
+        let full = |key: &str| format!("{}.{key}", self.name);
         let mut matching = self.values.iter().filter(|(_, regex, _)| regex.is_match(module));
         let Some((key, _, value)) = matching.next() else { return Ok(None) };
         match matching.find(|(_, _, other)| other != value) {
-            None => Ok(Some(value)),
-            Some((other, _, _)) => Err(format!(
-                "{} gives {module} two values, by {key:?} and by {other:?}; leave one of them out",
-                self.name
-            )),
+            None => Ok(Some((full(key), **value))),
+            Some((other, _, _)) => {
+                let both = format!("{} gives {module} two values, by {key:?} and by {other:?}", self.name);
+                Err(AdapterMistake::new(full(other), both + "; leave one of them out"))
+            }
         }
     }
 }
@@ -286,10 +308,10 @@ mod tests {
         assert_eq!(of(&["ffn.proj_1", "token_embeddings"]).unwrap().len(), 3);
         assert_eq!(of(&["layers.1.attn.qkv_proj"]).unwrap(), ["transformer.layers.1.attn.qkv_proj"]);
         assert_eq!(of(&[r".*\.(qkv|out)_proj"]).unwrap().len(), 4);
-        let told = of(&["q_proj"]).unwrap_err();
+        let told = of(&["q_proj"]).unwrap_err().problem;
         assert!(told.contains("target \"q_proj\" matches no module; there are transformer.token"), "{told}");
-        assert!(of(&["(", "qkv_proj"]).unwrap_err().contains("matches no module"));
-        assert!(of(&["("]).unwrap_err().contains("is no regular expression"));
-        assert!(of(&[]).unwrap_err().contains("it has no targets"));
+        assert!(of(&["(", "qkv_proj"]).unwrap_err().problem.contains("matches no module"));
+        assert!(of(&["("]).unwrap_err().problem.contains("is no regular expression"));
+        assert!(of(&[]).unwrap_err().problem.contains("it has no targets"));
     }
 }

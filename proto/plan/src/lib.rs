@@ -23,7 +23,7 @@ mod stages;
 mod train;
 mod tune;
 
-pub use adapter::{ALL_LINEAR, AdaptedModule, AdapterConfig, AdapterKind};
+pub use adapter::{ALL_LINEAR, AdaptedModule, AdapterConfig, AdapterKind, AdapterMistake};
 pub use base::BaseConfig;
 pub use bytes::Bytes;
 pub use data::{DataConfig, Format, LEAST_UNIT, Normalize, OnBadUnit, Pack, SourceConfig};

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use ulmus_types::{LONGEST_TUNING_NAME, Of, Problems, StageName, Tuning};
 
-use crate::adapter::{AdaptedModule, AdapterConfig};
+use crate::adapter::{AdaptedModule, AdapterConfig, AdapterMistake};
 use crate::data::{Format, refuse_secret};
 use crate::model::ModelConfig;
 use crate::rules::{range, range_or, sound};
@@ -374,7 +374,9 @@ impl TuneConfig {
         if sound(problems, &[&key("batch"), &key("micro_batch")]) {
             range(problems, key("micro_batch"), self.micro_batch, ..=self.batch);
         }
-        range(problems, key("max_length"), self.max_length, 2..=model.max_context_length as u64);
+        if sound(problems, &["model"]) {
+            range(problems, key("max_length"), self.max_length, 2..=model.max_context_length as u64);
+        }
         if self.tokenization == Tokenization::Recipe && sound(problems, &[&key("max_length")]) {
             range(problems, key("max_prompt"), self.max_prompt, 1..self.max_length);
         }
@@ -399,9 +401,9 @@ impl TuneConfig {
         }
         if let Some(adapter) = &self.adapter {
             let modules = if sound(problems, &["model"]) { adapter.modules(model).map(drop) } else { Ok(()) };
-            if let Err(problem) = modules {
+            if let Err(AdapterMistake { key: wrong, problem }) = modules {
                 let (rule, advice) = problem.split_once("; ").unwrap_or((&problem, "correct it"));
-                problems.add(key("adapter"), "", rule, advice);
+                problems.add(key(&format!("adapter.{wrong}")), "", rule, advice);
             }
             if let Some(from) = &adapter.from {
                 refuse_secret(problems, key("adapter.from"), from);

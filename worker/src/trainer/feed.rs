@@ -190,17 +190,23 @@ pub(super) fn examples(
     };
     let read = |held_out: bool| {
         let path = paths::examples(training, held_out);
-        let bytes = run.read_own(&path)?;
-        let examples = from_bytes(&bytes).map_err(|reason| damaged(&path, reason))?;
-        Ok::<_, WorkerError>((Digest::of(&bytes), examples))
+        run.read_own(&path).map(|bytes| (path, bytes))
     };
-    let (digest, trained) = read(false)?;
-    let (of_evaluated, evaluated) =
-        if tuning.examples.held_out > 0 { read(true)? } else { (Digest::of(b""), Vec::new()) };
-    let found = Digest::of(format!("{digest} {of_evaluated}").as_bytes());
-    if found != tuning.examples.digest || trained.is_empty() {
+    let trained = read(false)?;
+    let evaluated = (tuning.examples.held_out > 0).then(|| read(true)).transpose()?;
+    let [digest, of_evaluated] = [Some(&trained), evaluated.as_ref()]
+        .map(|file| Digest::of(file.map_or(&b""[..], |(_, bytes)| bytes)));
+    // Nothing is made of files before they are known to be those that were written.
+    if Digest::of(format!("{digest} {of_evaluated}").as_bytes()) != tuning.examples.digest {
         let reason = format!("its hash is not the one in the results of {}", training.examples());
-        return Err(damaged(&paths::examples(training, false), reason));
+        return Err(damaged(&trained.0, reason));
     }
-    Ok((trained, evaluated))
+    let examples =
+        |(path, bytes): &(String, Vec<u8>)| from_bytes(bytes).map_err(|reason| damaged(path, reason));
+    let evaluated = evaluated.as_ref().map(examples).transpose()?;
+    let kept = examples(&trained)?;
+    if kept.is_empty() {
+        return Err(damaged(&trained.0, "it has no examples".to_owned()));
+    }
+    Ok((kept, evaluated.unwrap_or_default()))
 }

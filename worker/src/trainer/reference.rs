@@ -24,13 +24,19 @@ use crate::run::Run;
 const ALL: &str = "all.safetensors";
 /// The only tensor of a file: `[examples, 2]`, float64, in nats.
 const TENSOR: &str = "log_probabilities";
+/// The hash of its values, in the metadata of the file.
+const DIGEST: &str = "digest";
 
 /// A hash of everything on which the log-probabilities of a stage depend; `origin` is that of the weights with which it begins.
 fn key(recipe: &Recipe, tuning: &Tuning, origin: Digest) -> Digest {
     let model = serde_json::to_string(recipe.model()).expect("a shape has text keys");
     let precision = recipe.optimizer().precision.name();
     let examples = tuning.examples.digest;
-    Digest::of(format!("ulmus reference, form 1\n{origin}\n{model}\n{examples}\n{precision}\n").as_bytes())
+    // On some devices the bits of a sequence depend on how many go through the model with it.
+    let micro_batch = tuning.config.micro_batch;
+    let text =
+        format!("ulmus reference, form 2\n{origin}\n{model}\n{examples}\n{precision}\n{micro_batch}\n");
+    Digest::of(text.as_bytes())
 }
 
 /// Computes what a job is asked for. Returns its result as JSON. `replica` is the stage's, in its initial state, whose weights have
@@ -156,22 +162,55 @@ fn divided(path: &str) -> Option<u32> {
 fn encode(values: &[Reference]) -> Vec<u8> {
     let view = TensorView::new(Dtype::F64, vec![values.len(), 2], bytemuck::cast_slice(values))
         .expect("the shape is that of the values");
-    safetensors::serialize([(TENSOR, view)], None).expect("one tensor has a name of its own")
+    let digest = Digest::of(bytemuck::cast_slice(values)).to_string();
+    let metadata = [(DIGEST.to_owned(), digest)].into();
+    safetensors::serialize([(TENSOR, view)], Some(metadata)).expect("one tensor has a name of its own")
 }
 
-/// The log-probabilities in a file, if it is there and whole.
+/// The log-probabilities in a file, if it is there and whole. One that is damaged is told, and as good as not there.
 fn load(run: &Run, path: &str) -> Result<Option<Vec<Reference>>, WorkerError> {
     let bytes = match run.read(path) {
         Err(StoreError::NotFound { .. }) => return Ok(None),
         bytes => bytes?,
     };
-    let read = || {
-        let tensors = SafeTensors::deserialize(&bytes).ok()?;
-        let tensor = tensors.tensor(TENSOR).ok().filter(|tensor| tensor.dtype() == Dtype::F64)?;
-        let (numbers, _) = tensor.data().as_chunks::<8>();
-        let numbers: Vec<f64> = numbers.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect();
-        let (pairs, rest) = numbers.as_chunks::<2>();
-        (rest.is_empty() && numbers.iter().all(|number| number.is_finite())).then(|| pairs.to_vec())
-    };
-    Ok(read())
+    let values = decode(&bytes);
+    if values.is_none() {
+        tracing::warn!("{path} is damaged; what it held is computed again");
+    }
+    Ok(values)
+}
+
+/// Reads what [`encode`] wrote, if it is whole.
+fn decode(bytes: &[u8]) -> Option<Vec<Reference>> {
+    let (_, metadata) = SafeTensors::read_metadata(bytes).ok()?;
+    let digest = metadata.metadata().as_ref()?.get(DIGEST)?.clone();
+    let tensors = SafeTensors::deserialize(bytes).ok()?;
+    let tensor = tensors.tensor(TENSOR).ok().filter(|tensor| tensor.dtype() == Dtype::F64)?;
+    let (numbers, _) = tensor.data().as_chunks::<8>();
+    let numbers: Vec<f64> = numbers.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect();
+    let (pairs, rest) = numbers.as_chunks::<2>();
+    let is_whole = rest.is_empty()
+        && numbers.iter().all(|number| number.is_finite())
+        && Digest::of(bytemuck::cast_slice(pairs)).to_string() == digest;
+    is_whole.then(|| pairs.to_vec())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_with_one_wrong_bit_or_cut_off_anywhere_is_not_believed() {
+        let values = [[-1.5, -2.25], [-0.5, -1e3], [0.0, -7.0]];
+        let bytes = encode(&values);
+        assert_eq!(decode(&bytes).as_deref(), Some(&values[..]));
+        for bit in 0..bytes.len() * 8 {
+            let mut damaged = bytes.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            assert!(decode(&damaged).is_none_or(|found| found == values), "bit {bit}");
+        }
+        for end in 0..bytes.len() {
+            assert_eq!(decode(&bytes[..end]), None, "{end} bytes");
+        }
+    }
 }
