@@ -13,10 +13,10 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::task::TaskTracker;
 use ulmus_checkpoint::{CheckpointError, Manifest, Store};
 use ulmus_coord_core::{Coordinator, Effect, Event, Outcome, PersistentState, Settings};
-use ulmus_plan::Plan;
+use ulmus_plan::{Plan, TuneConfig};
 use ulmus_process::{Failure, Shutdown, Signal, with_causes};
+use ulmus_run::paths;
 use ulmus_run::results::{Examples, Results};
-use ulmus_run::{FormatError, paths};
 use ulmus_types::{
     COORDINATOR_TIMEOUT, CheckpointId, Digest, ErrorKind, ExitStatus, Generation, Job, RunId, SourceReading,
     Stage, StageName, Step, StepReport, Subject, ToCoordinator, ToWorker, WorkerId, for_people,
@@ -44,8 +44,7 @@ pub(crate) struct Setup {
     /// The lock of the run folder.
     pub(crate) lock: Lock,
     pub(crate) saved: PersistentState,
-    /// The hash of everything on which the bits of each training stage depend.
-    pub(crate) plan_digests: BTreeMap<StageName, Digest>,
+    pub(crate) plan: Plan,
     pub(crate) database: Database,
     pub(crate) files: Store,
     /// Of each training stage.
@@ -155,11 +154,24 @@ impl Driver {
         self.effects.extend(self.core.on(self.started.elapsed(), event));
     }
 
-    /// Checks that a result has the form of its stage's results.
-    fn check_result(&self, job: &Job, result: &str) -> Result<(), FormatError> {
+    /// Checks that a result has the form of its stage's results, and that examples give the updates that the plan says.
+    fn check_result(&self, job: &Job, result: &str) -> Result<(), String> {
         // The core ignores a job of no stage.
         let Some(stage) = self.core.graph().stage(job.stage()) else { return Ok(()) };
-        ulmus_run::results::check(&job.name(), stage.kind, result)
+        ulmus_run::results::check(&job.name(), stage.kind, result).map_err(|error| error.to_string())?;
+        match self.examples_made(job, result) {
+            Some((tuning, made)) => {
+                self.setup.plan.tuning(tuning).map_or(Ok(()), |config| check_examples(config, &made))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The examples that a job has made, and the tuning stage that they are for, if the job is one that makes any.
+    fn examples_made(&self, job: &Job, result: &str) -> Option<(StageName, Examples)> {
+        let made = |stage: &&Stage| stage.name.examples() == *job.stage();
+        let tuning = self.core.graph().trainings().find(made)?.name;
+        Some((tuning, serde_json::from_str(result).ok()?))
     }
 
     /// Replaces events whose reports contradict the record, or whose results are invalid, by events that say so.
@@ -172,7 +184,7 @@ impl Driver {
             ToCoordinator::JobDone { job, result } => match self.check_result(job, result) {
                 Ok(()) => return event,
                 Err(error) => {
-                    return Event::ReceivedInvalid(worker.clone(), for_people(&error.to_string(), 500));
+                    return Event::ReceivedInvalid(worker.clone(), for_people(&error, 500));
                 }
             },
             _ => return event,
@@ -324,10 +336,7 @@ impl Driver {
 
     /// Tells the core how many updates the examples of a tuning stage give, if a job has made them.
     fn on_examples_made(&mut self, job: &Job, result: &str) {
-        let made = |stage: &&Stage| stage.name.examples() == *job.stage();
-        let Some(tuning) = self.core.graph().trainings().find(made).map(|stage| stage.name) else { return };
-        // Its form was checked when it arrived.
-        if let Ok(examples) = serde_json::from_str::<Examples>(result) {
+        if let Some((tuning, examples)) = self.examples_made(job, result) {
             self.on_event(Event::ExamplesMade(tuning, examples.updates));
         }
     }
@@ -420,8 +429,8 @@ impl Driver {
     /// Reads back the files of a checkpoint, and writes its manifest if they are what was announced.
     fn commit(&self, checkpoint: StoredCheckpoint) {
         let id = checkpoint.id;
-        let Some(plan_digest) = self.setup.plan_digests.get(&id.training()) else { return };
-        let manifest = manifest(checkpoint, self.setup.settings.id, *plan_digest);
+        let plan_digest = self.setup.plan.digest_of(id.training());
+        let manifest = manifest(checkpoint, self.setup.settings.id, plan_digest);
         let (files, found) = (self.setup.files.clone(), self.found.clone());
         self.setup.tasks.spawn(async move {
             let failed = |error: CheckpointError| Event::CommitFailed(id, error.kind(), with_causes(&error));
@@ -531,4 +540,64 @@ pub(crate) async fn finish_commits(
         }
     }
     Ok(finished)
+}
+
+/// Checks that the numbers of a stage's examples fit together and to its plan: how long the stage trains follows from them.
+fn check_examples(config: &TuneConfig, made: &Examples) -> Result<(), String> {
+    let Examples { rows, kept, dropped, updates, held_out, .. } = made;
+    let left_out = dropped.iter().fold(0_u64, |sum, dropped| sum.saturating_add(dropped.rows));
+    if *kept == 0 || kept.checked_add(left_out) != Some(*rows) {
+        return Err(format!("{rows} rows cannot be {kept} that are kept and {left_out} that are left out"));
+    }
+    let expected = config.updates(*kept);
+    if *updates != expected {
+        return Err(format!("{kept} rows give {expected} updates, not {updates}"));
+    }
+    if (*held_out > 0) == config.eval.is_empty() {
+        return Err(format!(
+            "{held_out} rows to evaluate on do not fit {} sources of them",
+            config.eval.len()
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use ulmus_plan::ExamplesConfig;
+    use ulmus_run::results::Dropped;
+
+    use super::*;
+
+    #[test]
+    fn examples_that_do_not_fit_their_plan_are_not_believed() {
+        let config = TuneConfig { batch: 8, epochs: Some(3), ..TuneConfig::default() };
+        let left_out = |rows| Dropped { reason: "empty".to_owned(), rows, file: "a".to_owned(), row: 0 };
+        let made = Examples {
+            rows: 61,
+            kept: 60,
+            dropped: vec![left_out(1)],
+            updates: 24,
+            held_out: 0,
+            files: Vec::new(),
+            digest: Digest::of(b""),
+        };
+        assert_eq!(check_examples(&config, &made), Ok(()));
+        for (wrong, told) in [
+            (Examples { updates: 25, ..made.clone() }, "24 updates, not 25"),
+            (Examples { updates: 0, ..made.clone() }, "24 updates, not 0"),
+            (Examples { kept: 0, rows: 1, updates: 0, ..made.clone() }, "cannot be 0"),
+            (Examples { rows: 62, ..made.clone() }, "62 rows cannot be"),
+            (
+                Examples { dropped: vec![left_out(u64::MAX), left_out(1)], ..made.clone() },
+                "61 rows cannot be",
+            ),
+            (Examples { held_out: 1, ..made.clone() }, "do not fit 0 sources"),
+        ] {
+            let error = check_examples(&config, &wrong).unwrap_err();
+            assert!(error.contains(told), "{error}");
+        }
+        let evaluated = TuneConfig { eval: vec![ExamplesConfig::default()], ..config };
+        assert!(check_examples(&evaluated, &made).is_err());
+    }
 }

@@ -289,11 +289,7 @@ impl Opened {
             settings: settings(plan, options, &folder, id, secret).await?,
             lock: folder.lock(),
             saved,
-            plan_digests: plan
-                .graph()
-                .trainings()
-                .map(|stage| (stage.name, plan.digest_of(stage.name)))
-                .collect(),
+            plan: plan.clone(),
             database,
             files: folder.store().clone(),
             metrics,
