@@ -692,7 +692,7 @@ impl Database {
     /// # Errors
     /// When the database cannot be written.
     pub(crate) fn forget_jobs_of(&self, tuning: StageName) -> Result<(), DatabaseError> {
-        for stage in [tuning.examples(), tuning.reference(), tuning.export()] {
+        for stage in tuning.of_tuning() {
             self.connection.execute(
                 "DELETE FROM jobs WHERE name = ?1 OR substr(name, 1, length(?1) + 1) = ?1 || '/'",
                 [stage.as_str()],

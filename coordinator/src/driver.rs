@@ -169,8 +169,9 @@ impl Driver {
 
     /// The examples that a job has made, and the tuning stage that they are for, if the job is one that makes any.
     fn examples_made(&self, job: &Job, result: &str) -> Option<(StageName, Examples)> {
-        let made = |stage: &&Stage| stage.name.examples() == *job.stage();
-        let tuning = self.core.graph().trainings().find(made)?.name;
+        let graph = self.core.graph();
+        let made = |stage: &&Stage| graph.examples_of(stage.name) == *job.stage();
+        let tuning = graph.trainings().find(made)?.name;
         Some((tuning, serde_json::from_str(result).ok()?))
     }
 

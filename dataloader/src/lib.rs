@@ -47,7 +47,7 @@ pub use document::normalized;
 pub use error::DataError;
 pub use examples::{
     ChatTemplate, Dropped, Epochs, ExampleFiles, Examples, ExamplesReport, FileReport, RowContent, RowLine,
-    RowOutcome, RowPart, Update, read_forbidden, read_template,
+    RowOutcome, RowPart, Update, read_forbidden, read_named, read_template,
 };
 pub use explain::{Excerpt, Explanation};
 pub use line::without_lone_surrogates;

@@ -507,6 +507,14 @@ impl<B: Backend> Generator<B> {
         Ok(self.logits(tokens.len()))
     }
 
+    /// What the head made logits of when the last [`Generator::feed_each`] gave so many sequences a token: the output of the final
+    /// norm, `[sequences, model_dim]`.
+    pub fn states(&mut self, sequences: usize) -> Vec<f32> {
+        let mut states = vec![0.0; sequences * self.model.config.model_dim];
+        self.model.backend.read_activations(read(&self.normed, states.len()), &mut states);
+        states
+    }
+
     /// Appends one token to each of some sequences and returns, for each, the likeliest token that follows. The logits
     /// stay on the device.
     ///

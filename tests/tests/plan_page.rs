@@ -11,7 +11,7 @@ use std::fs;
 use syn::{Attribute, Expr, ExprLit, Fields, Item, Lit, Meta, Type};
 use ulmus_plan::{
     AdapterConfig, BaseConfig, BenchConfig, EvaluationConfig, ExamplesConfig, MAY_CHANGE, Plan,
-    PrepareConfig, SourceConfig, TuneConfig,
+    PrepareConfig, RsoConfig, SourceConfig, TuneConfig,
 };
 use ulmus_tests::repository;
 
@@ -122,6 +122,7 @@ fn page() -> String {
     defaults.insert("tune".into(), toml::Value::try_from(TuneConfig::default()).unwrap());
     let examples = toml::Table::try_from(ExamplesConfig::default()).unwrap();
     let adapter = toml::Table::try_from(AdapterConfig::default()).unwrap();
+    let rso = toml::Table::try_from(RsoConfig::default()).unwrap();
     for section in &definitions["Plan"] {
         let values = defaults[&section.name].as_table().unwrap();
         let heading = match &section.name[..] {
@@ -135,6 +136,7 @@ fn page() -> String {
                 "SourceConfig" => (&source, true),
                 "ExamplesConfig" => (&examples, true),
                 "AdapterConfig" => (&adapter, false),
+                "RsoConfig" => (&rso, false),
                 _ => continue,
             };
             let name = format!("[{}.{}]", section.name, part.name);
@@ -164,7 +166,7 @@ fn table(
     writeln!(page, "## `{heading}`\n\n{}\n\n| key | default | meaning |\n|---|---|---|", section.description)
         .unwrap();
     for part in &definitions[&section.kind] {
-        if ["SourceConfig", "ExamplesConfig", "AdapterConfig"].contains(&part.kind.as_str()) {
+        if ["SourceConfig", "ExamplesConfig", "AdapterConfig", "RsoConfig"].contains(&part.kind.as_str()) {
             continue;
         }
         let default = match values.get(&part.name) {

@@ -15,6 +15,7 @@ mod control;
 mod error;
 mod examples;
 mod jobs;
+mod rso;
 mod run;
 mod snapshot;
 mod trainer;

@@ -120,10 +120,13 @@ impl Jobs {
             Reads::Models(models) => models.iter().all(is_there),
             _ => true,
         };
-        let reference = self.graph.stage(&stage.name.reference());
-        has_model
-            && self.is_prepared()
-            && reference.is_none_or(|reference| self.stage_is_done(reference, &Milestones::default()))
+        has_model && self.is_prepared() && self.has_what_it_follows(stage)
+    }
+
+    /// Whether the stage is done whose result another one needs, if there is one.
+    fn has_what_it_follows(&self, stage: &Stage) -> bool {
+        let before = stage.after.and_then(|name| self.graph.stage(&name));
+        before.is_none_or(|before| self.stage_is_done(before, &Milestones::default()))
     }
 
     fn has_average(&self) -> bool {
@@ -157,11 +160,12 @@ impl Jobs {
 
     /// A job has failed for good. Returns whether the run can do the rest without it.
     pub(crate) fn on_given_up(&mut self, job: &Job, kind: ErrorKind, message: &str) -> bool {
-        let is_added = self.is_added(job);
-        if is_added {
+        let leads_to_training = self.stage_of(job).is_some_and(|stage| self.graph.leads_to_training(stage));
+        let may_be_missing = self.is_added(job) && !leads_to_training;
+        if may_be_missing {
             self.given_up.insert(job.whole().name(), (kind, message.to_owned()));
         }
-        is_added
+        may_be_missing
     }
 
     /// Whether a job belongs to a stage that the plan adds.
@@ -369,7 +373,10 @@ impl Jobs {
             // The run may have to make the rows of tasks first.
             (Subject::Base | Subject::Milestone(_) | Subject::Model(_), _) => self.is_prepared(),
         };
-        is_its_turn && !runs && (!stage.reads_average(job) || self.has_average())
+        is_its_turn
+            && !runs
+            && self.has_what_it_follows(stage)
+            && (!stage.reads_average(job) || self.has_average())
     }
 
     /// No connected worker can serve a stage. The run `waits` for one if there is nothing else to do. Returns whether that is
@@ -422,7 +429,8 @@ mod tests {
     fn added(kind: StageKind, of: &[&str]) -> Stage {
         let of = of.iter().map(|of| Of::from((*of).to_owned())).collect();
         let name = format!("{kind:?}").to_lowercase();
-        Stage { name: name.parse().unwrap(), kind, reads: Reads::Models(of), needs: Requirements::default() }
+        let (name, reads, needs) = (name.parse().unwrap(), Reads::Models(of), Requirements::default());
+        Stage { name, kind, reads, after: None, needs }
     }
 
     fn names(ready: &[(Stage, Job)]) -> Vec<String> {

@@ -146,6 +146,9 @@ impl Coordinator {
             stage.kind,
             StageKind::Prepare
                 | StageKind::Examples
+                | StageKind::Reward
+                | StageKind::Candidates
+                | StageKind::Selection
                 | StageKind::Reference
                 | StageKind::Perplexity
                 | StageKind::Continuations

@@ -25,13 +25,15 @@ use crate::template::Rendered;
 pub struct Rules {
     /// What is learned from: answers, or preferences.
     pub method: Method,
+    /// Whether only the prompts of rows are read, whatever answers they have: answers are sampled later.
+    pub prompts_only: bool,
     /// The practice that is followed.
     pub tokenization: Tokenization,
     /// Which end of what is too long stays.
     pub truncation: Truncation,
     /// Longest example in tokens.
     pub max_length: usize,
-    /// Longest prompt of an example that is too long, in the recipe.
+    /// Longest prompt of an example that is too long, in the recipe; or longest prompt of which answers are sampled.
     pub max_prompt: usize,
     /// Whether only answers are learned, where there is a single one.
     pub mask_prompt: bool,
@@ -43,6 +45,7 @@ impl From<&TuneConfig> for Rules {
     fn from(config: &TuneConfig) -> Self {
         Self {
             method: config.method,
+            prompts_only: false,
             tokenization: config.tokenization,
             truncation: config.truncation,
             max_length: config.max_length as usize,
@@ -106,6 +109,12 @@ impl Encoding {
         }
     }
 
+    /// A prompt of which answers are sampled.
+    pub(crate) fn prompt(&mut self, text: &str, is_plain: bool) -> Result<Vec<u32>, Reason> {
+        let ids = self.begun(text, is_plain);
+        if ids.len() <= self.rules.max_prompt { Ok(ids) } else { Err(Reason::OverMaxPrompt) }
+    }
+
     /// Two answers to a prompt.
     pub(crate) fn pair(
         &mut self,
@@ -140,8 +149,8 @@ impl Encoding {
             Truncation::KeepEnd if longer >= max_length => return Err(Reason::LongAnswer),
             Truncation::KeepEnd => cut(&mut prompt, max_length - longer, truncation),
         }
-        let [chosen, rejected] = answers.map(|ids| Example::learned_from(ids, 0));
-        Ok(Pair { prompt, chosen, rejected })
+        let [chosen, rejected] = answers;
+        Ok(Pair::of_answers(prompt, chosen, rejected))
     }
 
     fn pair_of_recipe(&mut self, prompt: &str, answers: [&str; 2]) -> Result<Pair, ChatError> {

@@ -24,6 +24,14 @@ pub struct Pair {
     pub rejected: Example,
 }
 
+impl Pair {
+    /// A pair of two answers that are learned as a whole.
+    pub fn of_answers(prompt: Vec<u32>, chosen: Vec<u32>, rejected: Vec<u32>) -> Self {
+        let [chosen, rejected] = [chosen, rejected].map(|ids| Example::learned_from(ids, 0));
+        Self { prompt, chosen, rejected }
+    }
+}
+
 impl Example {
     /// Ids of which those from `begin` on are learned.
     pub(crate) fn learned_from(ids: Vec<u32>, begin: usize) -> Self {

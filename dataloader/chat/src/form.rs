@@ -17,6 +17,8 @@ pub enum Form {
     Instructions,
     /// `text` alone.
     Text,
+    /// `prompt` alone.
+    Prompts,
     /// `UltraFeedback`, binarised and cleaned: `chosen-rating` and others beside conversations.
     UltraFeedbackCleaned,
     /// `UltraFeedback`, binarised: `prompt_id`, `score_chosen` and others beside conversations.
@@ -85,6 +87,21 @@ impl Form {
         }
     }
 
+    /// The form of rows with these columns, of which only prompts are read.
+    ///
+    /// # Errors
+    /// [`ChatError::Form`] if there is no prompt in them.
+    pub fn of_prompts(columns: &[&str]) -> Result<Self, ChatError> {
+        let answered =
+            [Method::Dpo, Method::Sft].into_iter().filter_map(|method| Self::of(columns, method).ok());
+        let alone = columns.contains(&"prompt").then_some(Self::Prompts);
+        answered.filter(|form| *form != Self::Text).chain(alone).next().ok_or_else(|| ChatError::Form {
+            columns: columns.iter().map(|name| (*name).to_owned()).collect(),
+            found: "of no form with prompts",
+            wanted: "answers are sampled to a prompt, to messages, or to the prompts of preferences",
+        })
+    }
+
     /// What the form is called, for people.
     pub const fn name(self) -> &'static str {
         match self {
@@ -93,6 +110,7 @@ impl Form {
             Self::PromptCompletion => "prompts and completions",
             Self::Instructions => "instructions (Alpaca)",
             Self::Text => "texts",
+            Self::Prompts => "prompts",
             Self::UltraFeedbackCleaned => "preferences (UltraFeedback, cleaned)",
             Self::UltraFeedback => "preferences (UltraFeedback, binarised)",
             Self::Preferences => "preferences with prompts",
@@ -121,6 +139,20 @@ mod tests {
         assert_eq!((dpo(binarised), sft(binarised)), (Form::UltraFeedback, Form::Messages));
         assert_eq!(dpo("prompt chosen rejected"), Form::Preferences);
         assert_eq!(dpo("rejected chosen"), Form::ImplicitPreferences);
+    }
+
+    #[test]
+    fn prompts_come_in_every_form_that_has_some() {
+        let of = |columns: &str| Form::of_prompts(&columns.split(' ').collect::<Vec<_>>());
+        assert_eq!(of("prompt").unwrap(), Form::Prompts);
+        assert_eq!(of("prompt completion label").unwrap(), Form::Prompts);
+        assert_eq!(of("prompt chosen rejected").unwrap(), Form::Preferences);
+        assert_eq!(of("chosen rejected messages").unwrap(), Form::ImplicitPreferences);
+        assert_eq!(of("prompt messages").unwrap(), Form::Messages);
+        assert_eq!(of("prompt text").unwrap(), Form::Prompts);
+        assert!(
+            of("text").unwrap_err().to_string().contains("are of no form with prompts; answers are sampled")
+        );
     }
 
     #[test]

@@ -39,6 +39,11 @@ pub enum Lesson {
         /// The text.
         text: String,
     },
+    /// What is to be answered: a text, or messages.
+    Prompt {
+        /// The prompt.
+        prompt: Turns,
+    },
     /// Which of two answers is better. All are texts or all messages.
     Preference {
         /// The prompt.
@@ -79,6 +84,7 @@ impl Lesson {
             Form::Messages => Ok(Self::Conversation { messages: messages(row, "messages")? }),
             Form::ShareGpt => Ok(Self::Conversation { messages: share_gpt(row)? }),
             Form::Text => Ok(Self::Text { text: text(row, "text")? }),
+            Form::Prompts => Ok(Self::Prompt { prompt: turns("prompt")? }),
             Form::Instructions => {
                 let input = match row.get("input") {
                     None | Some(Cell::Null) => String::new(),
@@ -114,6 +120,23 @@ impl Lesson {
         }
     }
 
+    /// What is to be answered, without the answers.
+    pub(crate) fn prompt(self) -> Self {
+        let prompt = match self {
+            Self::Conversation { mut messages } => {
+                while messages.last().is_some_and(Message::is_of_assistant) {
+                    messages.pop();
+                }
+                Turns::Messages(messages)
+            }
+            Self::Text { text } => Turns::Text(text),
+            Self::Prompt { prompt } | Self::Completion { prompt, .. } | Self::Preference { prompt, .. } => {
+                prompt
+            }
+        };
+        Self::Prompt { prompt }
+    }
+
     /// All texts of the row.
     pub(crate) fn texts(&self) -> Vec<&str> {
         match self {
@@ -122,6 +145,7 @@ impl Lesson {
             }
             Self::Completion { prompt, completion } => [prompt.texts(), completion.texts()].concat(),
             Self::Text { text } => vec![text],
+            Self::Prompt { prompt } => prompt.texts(),
             Self::Preference { prompt, chosen, rejected } => {
                 [prompt.texts(), chosen.texts(), rejected.texts()].concat()
             }

@@ -30,6 +30,8 @@ pub enum Item {
     Example(Example),
     /// A better and another answer.
     Pair(Pair),
+    /// What is to be answered.
+    Prompt(Vec<u32>),
 }
 
 /// A row as it is trained on.
@@ -61,7 +63,7 @@ impl Preprocessor {
     /// # Errors
     /// [`ChatError::Form`] if the method cannot learn from these columns.
     pub fn form(&self, columns: &[&str]) -> Result<Form, ChatError> {
-        Form::of(columns, self.rules.method)
+        if self.rules.prompts_only { Form::of_prompts(columns) } else { Form::of(columns, self.rules.method) }
     }
 
     /// A row of a form as it is trained on, or why it is left out.
@@ -74,19 +76,25 @@ impl Preprocessor {
         if self.forbidden.as_ref().is_some_and(|forbidden| forbidden.is_in(&said)) {
             return Ok(Err(Reason::Forbidden));
         }
+        let has_special = self.encoding.has_special(&said);
+        let lesson = if self.rules.prompts_only { lesson.prompt() } else { lesson };
         if let Some(reason) = Reason::of(&lesson, self.rules.on_useless) {
             return Ok(Err(reason));
         }
-        let has_special = self.encoding.has_special(&said);
         let texts = Texts::of(&lesson, &self.template, self.rules.tokenization)?;
         let is_plain = match &lesson {
             Lesson::Conversation { .. } => false,
             Lesson::Text { .. } => true,
-            Lesson::Completion { prompt, .. } | Lesson::Preference { prompt, .. } => {
+            Lesson::Prompt { prompt }
+            | Lesson::Completion { prompt, .. }
+            | Lesson::Preference { prompt, .. } => {
                 matches!(prompt, Turns::Text(_))
             }
         };
         let item = match &texts {
+            Texts::One { text, .. } if self.rules.prompts_only => {
+                self.encoding.prompt(text, is_plain).map(Item::Prompt)
+            }
             Texts::One { text, answers } => self.encoding.example(text, answers, is_plain).map(Item::Example),
             Texts::Two { prompt, chosen, rejected } => {
                 self.encoding.pair([prompt, chosen, rejected], is_plain)?.map(Item::Pair)

@@ -22,6 +22,8 @@ pub enum Reason {
     NoPrompt,
     /// The prompt alone is as long as an example may be.
     LongPrompt,
+    /// The prompt is longer than one may be of which answers are sampled.
+    OverMaxPrompt,
     /// An answer alone is as long as an example may be.
     LongAnswer,
     /// No token of it is learned.
@@ -38,6 +40,7 @@ impl Reason {
             Self::NoAnswer => "an answer does not end with the assistant",
             Self::NoPrompt => "nothing stands before the answer",
             Self::LongPrompt => "the prompt fills max_length",
+            Self::OverMaxPrompt => "the prompt is longer than max_prompt",
             Self::LongAnswer => "an answer fills max_length",
             Self::NothingLearned => "nothing in it is learned",
         }
@@ -53,6 +56,7 @@ impl Reason {
             Lesson::Preference { prompt: Turns::Messages(prompt), .. } if prompt.is_empty() => {
                 return Some(Self::NoPrompt);
             }
+            Lesson::Prompt { prompt } => return prompt.is_blank().then_some(Self::NoPrompt),
             Lesson::Preference { chosen, rejected, .. } => {
                 if chosen == rejected {
                     Some(Self::Identical)

@@ -37,24 +37,25 @@ impl<'a> Viewer<'a> {
                 let tokens = counted(example.ids.len() as u64, "token");
                 format!("{tokens}, {}:\n{}\n", learned(example), self.text(example))
             }
+            Item::Prompt(ids) => self.prompt(ids),
             Item::Pair(pair) => {
-                let prompt = Example { ids: pair.prompt.clone(), labels: vec![IGNORE; pair.prompt.len()] };
                 let answer = |name: &str, answer: &Example| {
                     let tokens = counted(answer.ids.len() as u64, "token");
                     format!("{name}, {tokens}, {}:\n{}\n", learned(answer), self.text(answer))
                 };
                 [
-                    format!(
-                        "prompt, {}:\n{}\n",
-                        counted(prompt.ids.len() as u64, "token"),
-                        self.text(&prompt)
-                    ),
+                    self.prompt(&pair.prompt),
                     answer("chosen", &pair.chosen),
                     answer("rejected", &pair.rejected),
                 ]
                 .concat()
             }
         }
+    }
+
+    fn prompt(&self, ids: &[u32]) -> String {
+        let prompt = Example { ids: ids.to_vec(), labels: vec![IGNORE; ids.len()] };
+        format!("prompt, {}:\n{}\n", counted(ids.len() as u64, "token"), self.text(&prompt))
     }
 
     /// The text of an example, with marks.

@@ -44,6 +44,13 @@ impl Texts {
                 Ok(Self::One { text: text.clone(), answers: vec![whole] })
             }
             Lesson::Conversation { messages } => scribe.conversation(messages),
+            Lesson::Prompt { prompt } => {
+                let text = match prompt {
+                    Turns::Text(text) => text.clone(),
+                    Turns::Messages(messages) => scribe.prompt(&scribe.complete(messages))?,
+                };
+                Ok(Self::One { text, answers: Vec::new() })
+            }
             Lesson::Completion { prompt, completion } => {
                 let (prompt, text) = scribe.answered(prompt, completion)?;
                 let answer = shared(&prompt, &text)..text.len();

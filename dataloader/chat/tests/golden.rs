@@ -69,14 +69,14 @@ fn preprocessor(rules: Rules) -> Preprocessor {
 fn pair(item: Item) -> Pair {
     match item {
         Item::Pair(pair) => pair,
-        Item::Example(_) => panic!("a row of preferences is a pair"),
+        _ => panic!("a row of preferences is a pair"),
     }
 }
 
 fn example(item: Item) -> Example {
     match item {
         Item::Example(example) => example,
-        Item::Pair(_) => panic!("a row with one answer is an example"),
+        _ => panic!("a row with one answer is an example"),
     }
 }
 

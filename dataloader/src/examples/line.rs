@@ -59,6 +59,11 @@ impl RowPart {
         let labels = example.labels.iter().map(label).collect();
         Self { text: text.to_owned(), ids: example.ids.clone(), labels }
     }
+
+    /// A text of which nothing is learned.
+    fn of_prompt(text: &str, ids: &[u32]) -> Self {
+        Self::new(text, &Example { ids: ids.to_vec(), labels: vec![IGNORE; ids.len()] })
+    }
 }
 
 impl From<&RowOutcome> for RowLine {
@@ -74,14 +79,12 @@ impl From<&Prepared> for RowContent {
         let [prompt, chosen, rejected] = texts.parts();
         match item {
             Item::Example(example) => Self::One(RowPart::new(prompt, example)),
-            Item::Pair(pair) => {
-                let begin = Example { ids: pair.prompt.clone(), labels: vec![IGNORE; pair.prompt.len()] };
-                Self::Two {
-                    prompt: RowPart::new(prompt, &begin),
-                    chosen: RowPart::new(chosen, &pair.chosen),
-                    rejected: RowPart::new(rejected, &pair.rejected),
-                }
-            }
+            Item::Prompt(ids) => Self::One(RowPart::of_prompt(prompt, ids)),
+            Item::Pair(pair) => Self::Two {
+                prompt: RowPart::of_prompt(prompt, &pair.prompt),
+                chosen: RowPart::new(chosen, &pair.chosen),
+                rejected: RowPart::new(rejected, &pair.rejected),
+            },
         }
     }
 }

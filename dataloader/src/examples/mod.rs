@@ -10,4 +10,4 @@ pub use self::epochs::{Epochs, Update};
 pub use self::files::ExampleFiles;
 pub use self::line::{RowContent, RowLine, RowPart};
 pub use self::read::{Dropped, Examples, ExamplesReport, FileReport, RowOutcome};
-pub use self::template::{ChatTemplate, read_forbidden, read_template};
+pub use self::template::{ChatTemplate, read_forbidden, read_named, read_template};

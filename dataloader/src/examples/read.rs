@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use rayon::prelude::*;
 use serde::Serialize;
-use ulmus_chat::{Form, IGNORE, Item, Prepared, Preprocessor, Reason, Row, Viewer};
+use ulmus_chat::{Example, Form, IGNORE, Item, Prepared, Preprocessor, Reason, Row, Viewer};
 use ulmus_tokenizer::Tokenizer;
 use ulmus_types::counted;
 
@@ -192,6 +192,7 @@ impl ExamplesReport {
         let sequences = match item {
             Item::Example(example) => vec![example.clone()],
             Item::Pair(pair) => pair.sequences().to_vec(),
+            Item::Prompt(ids) => vec![Example { ids: ids.clone(), labels: vec![IGNORE; ids.len()] }],
         };
         for sequence in &sequences {
             self.tokens += sequence.ids.len() as u64;
@@ -211,7 +212,7 @@ impl ExamplesReport {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
-    use ulmus_chat::{Example, Rules, SpecialNames, Template};
+    use ulmus_chat::{Rules, SpecialNames, Template};
     use ulmus_plan::{DataConfig, ExamplesConfig, Method, TuneConfig};
 
     use super::*;

@@ -72,11 +72,17 @@ pub fn read_forbidden(file: &str) -> Result<Forbidden, DataError> {
     Forbidden::read(&read(file)?).map_err(|error| of_place(file.to_owned(), error))
 }
 
-/// A file in any folder that can be opened.
-fn read(address: &str) -> Result<Vec<u8>, DataError> {
+/// A file in any folder that can be opened; `None` if it is not there.
+///
+/// # Errors
+/// When the folder cannot be opened, or the file not be read.
+pub fn read_named(address: &str) -> Result<Option<Vec<u8>>, DataError> {
     let (folder, name) = folder_and_name(address);
-    let bytes = Folder::open(folder)?.read(name)?;
-    bytes.ok_or_else(|| DataError::NoFile { file: address.to_owned() })
+    Folder::open(folder)?.read(name)
+}
+
+fn read(address: &str) -> Result<Vec<u8>, DataError> {
+    read_named(address)?.ok_or_else(|| DataError::NoFile { file: address.to_owned() })
 }
 
 fn text(place: &str, bytes: Vec<u8>) -> Result<String, DataError> {

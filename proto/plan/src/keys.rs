@@ -9,6 +9,7 @@ use crate::base::BaseConfig;
 use crate::bytes::Bytes;
 use crate::plan::Plan;
 use crate::prepare::PrepareConfig;
+use crate::rso::RsoConfig;
 use crate::stages::{BenchConfig, EvaluationConfig};
 use crate::tune::{ExamplesConfig, TuneConfig};
 use crate::{Format, SourceConfig};
@@ -160,6 +161,7 @@ pub(crate) fn every_key() -> Table {
             from: text(),
             ..AdapterConfig::default()
         }),
+        rso: Some(RsoConfig { scores: text(), reward_head: text(), seed: Some(0), ..RsoConfig::default() }),
         ..TuneConfig::default()
     });
     full.model.share_input_output_layers = false;

@@ -18,6 +18,7 @@ mod norm;
 mod parse;
 mod plan;
 mod prepare;
+mod rso;
 mod rules;
 mod stages;
 mod train;
@@ -36,6 +37,7 @@ pub use plan::{
     BenchmarkConfig, ClusterConfig, EvaluateConfig, LocalConfig, MAY_CHANGE, Plan, RunConfig, StoreConfig,
 };
 pub use prepare::{PrepareConfig, TokenizerConfig};
+pub use rso::{Pairing, RsoConfig};
 pub use stages::{BenchConfig, EvaluationConfig, NEXT_TEXT, WeightType};
 pub use train::{Algorithms, CheckpointConfig, Precision, TrainConfig};
 pub use tune::{

@@ -613,6 +613,7 @@ mod tests {
             + "[[bench]]\nname = \"speed\"\nof = [\"average\", \"last\"]\n"
             + "[[tune]]\nname = \"dpo\"\nof = \"average\"\nmethod = \"dpo\"\nmax_length = 64\nmax_prompt = 32\n"
             + "[tune.adapter]\nrank_pattern.qkv_proj = 8\nalpha_pattern.qkv_proj = 8\n"
+            + "[tune.rso]\nscores = \"i\"\n"
             + "[[tune.data]]\nurl = \"g\"\n[[tune.eval]]\nurl = \"h\"\n";
         let plan: Table = text.parse().unwrap();
         for wrong in ["\"x y\"", "-3", "1.5", "true", "2026-11-30", "[[]]", "[true]", "{ x = 1 }"] {

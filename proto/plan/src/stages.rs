@@ -162,6 +162,7 @@ impl Added<'_> {
             name: self.name.parse().ok()?,
             kind: self.kind,
             reads: Reads::Models(self.of.to_vec()),
+            after: None,
             needs: Requirements {
                 device: self.device.cloned(),
                 memory: self.memory.map(Bytes::get),
@@ -295,9 +296,9 @@ pub(crate) fn check(
     let added = added(evaluations, benches);
     for (index, stage) in added.iter().enumerate() {
         stage.check(models, problems);
-        let of_tuning = ["-examples", "-reference", "-export"].map(|suffix| stage.name.strip_suffix(suffix));
+        let mut tunings = models.iter().filter_map(|model| model.parse::<StageName>().ok());
         let is_taken = models.contains(&stage.name)
-            || of_tuning.into_iter().flatten().any(|tuning| models.contains(&tuning));
+            || tunings.any(|tuning| tuning.of_tuning().iter().any(|part| part.as_str() == stage.name));
         problems.check(
             stage.name.is_empty() || !is_taken && added[..index].iter().all(|other| other.name != stage.name),
             format!("{}.name", stage.key),

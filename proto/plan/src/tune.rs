@@ -6,6 +6,7 @@ use ulmus_types::{LONGEST_TUNING_NAME, Of, Problems, StageName, Tuning};
 use crate::adapter::{AdaptedModule, AdapterConfig, AdapterMistake};
 use crate::data::{Format, refuse_secret};
 use crate::model::ModelConfig;
+use crate::rso::RsoConfig;
 use crate::rules::{range, range_or, sound};
 use crate::train::{Precision, TrainConfig};
 
@@ -124,7 +125,7 @@ pub struct TuneConfig {
     pub template: String,
     /// Longest example in tokens.
     pub max_length: u64,
-    /// Longest prompt of an example that is too long; for `tokenization = "recipe"`.
+    /// Longest prompt of an example that is too long; for `tokenization = "recipe"`. With `rso`, prompts that are longer are left out.
     pub max_prompt: u64,
     /// Which end of what is too long stays.
     pub truncation: Truncation,
@@ -196,6 +197,9 @@ pub struct TuneConfig {
     /// Small matrices to train in place of the weights.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter: Option<AdapterConfig>,
+    /// Learn from answers that the model samples, in place of those in `data`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rso: Option<RsoConfig>,
 }
 
 impl Default for TuneConfig {
@@ -243,6 +247,7 @@ impl Default for TuneConfig {
             data: Vec::new(),
             eval: Vec::new(),
             adapter: None,
+            rso: None,
         }
     }
 }
@@ -261,7 +266,8 @@ impl TuneConfig {
     /// The stage that it is, if its name is one.
     pub(crate) fn tuning(&self) -> Option<Tuning> {
         let name = self.name.parse().ok().filter(|_| self.name.len() <= LONGEST_TUNING_NAME)?;
-        Some(Tuning { name, of: self.of.clone(), compares: self.method == Method::Dpo })
+        let rewards = self.rso.as_ref().map(RsoConfig::rewards);
+        Some(Tuning { name, of: self.of.clone(), compares: self.method == Method::Dpo, rewards })
     }
 
     /// Micro-batches of a whole update.
@@ -377,7 +383,8 @@ impl TuneConfig {
         if sound(problems, &["model"]) {
             range(problems, key("max_length"), self.max_length, 2..=model.max_context_length as u64);
         }
-        if self.tokenization == Tokenization::Recipe && sound(problems, &[&key("max_length")]) {
+        let limits_prompt = self.tokenization == Tokenization::Recipe || self.rso.is_some();
+        if limits_prompt && sound(problems, &[&key("max_length")]) {
             range(problems, key("max_prompt"), self.max_prompt, 1..self.max_length);
         }
         problems.check(
@@ -398,6 +405,23 @@ impl TuneConfig {
         self.check_optimizer(at, problems);
         if sound(problems, &[&key("method"), &key("loss")]) {
             self.check_preferences(at, problems);
+        }
+        if let Some(rso) = &self.rso {
+            rso.check(&key("rso"), problems);
+            problems.check(
+                self.adapter.as_ref().is_none_or(|adapter| adapter.from.is_none()),
+                key("adapter.from"),
+                "set",
+                "answers are sampled from the model that of names, without an adapter",
+                "merge the adapter with evaluator merge, and begin from that folder",
+            );
+            problems.check(
+                self.tokenization == Tokenization::Chat,
+                key("tokenization"),
+                "\"recipe\"",
+                "answers are sampled after a generation prompt, which the recipe does not have",
+                "leave it out with [tune.rso]",
+            );
         }
         if let Some(adapter) = &self.adapter {
             let modules = if sound(problems, &["model"]) { adapter.modules(model).map(drop) } else { Ok(()) };
@@ -503,6 +527,7 @@ impl TuneConfig {
                 ("loss", self.loss != PreferenceLoss::default()),
                 ("label_smoothing", self.label_smoothing != 0.0),
                 ("length_normalised", self.length_normalised),
+                ("rso", self.rso.is_some()),
             ] {
                 let advice = "leave it out, or write method = \"dpo\"";
                 problems.check(!is_set, key(name), "set", "only preferences have it", advice);
@@ -529,6 +554,11 @@ impl TuneConfig {
 }
 
 impl ExamplesConfig {
+    /// The files at an address, if there is one.
+    pub fn at(url: Option<&str>) -> Vec<Self> {
+        url.map(|url| Self { url: url.to_owned(), ..Self::default() }).into_iter().collect()
+    }
+
     fn check(&self, at: &str, problems: &mut Problems) {
         let key = format!("{at}.url");
         problems.check(
@@ -569,7 +599,8 @@ pub(crate) fn check(tune: &[TuneConfig], model: &ModelConfig, models: &[&str], p
             "write for instance name = \"dpo\"",
         );
         let is_taken = StageName::IMPLIED.contains(&&stage.name[..])
-            || ["base", "last", "milestones"].contains(&&stage.name[..]);
+            || ["base", "last", "milestones"].contains(&&stage.name[..])
+            || has_name_of_another(tune, index);
         problems.check(
             !is_taken,
             &key,
@@ -580,6 +611,15 @@ pub(crate) fn check(tune: &[TuneConfig], model: &ModelConfig, models: &[&str], p
         stage.check(&at, model, &models, problems);
         models.push(&stage.name);
     }
+}
+
+/// Whether another tuning stage, or a stage that belongs to one, has the name of this one.
+fn has_name_of_another(tune: &[TuneConfig], index: usize) -> bool {
+    let Some(Tuning { name, .. }) = tune[index].tuning() else { return false };
+    let others = tune.iter().enumerate().filter(|(other, _)| *other != index);
+    let mut names = others.filter_map(|(other, config)| Some((other, config.tuning()?.name)));
+    // Of two with one name, the second is told.
+    names.any(|(other, of)| (of == name && other < index) || of.of_tuning().contains(&name))
 }
 
 #[cfg(test)]

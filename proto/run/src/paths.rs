@@ -61,6 +61,19 @@ pub const NONCE: &str = "coordinator.nonce";
 /// What a tuning stage has learned from, and how it ended; in its folder.
 pub const TUNED_RESULTS: &str = "results.json";
 
+/// Examples of a tuning stage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExampleSet {
+    /// Those of its data: what it trains on, or prompts of which answers are sampled.
+    Data,
+    /// Those that it is evaluated on.
+    Eval,
+    /// Those from which its reward head learns.
+    Reward,
+    /// Pairs of sampled answers, which it trains on.
+    Pairs,
+}
+
 /// A file or folder of a training stage: in the run folder for pretraining, and in one of its own for a tuning stage.
 pub fn of_training(training: StageName, name: &str) -> String {
     if training == StageName::pretraining() { name.to_owned() } else { format!("{TUNE}/{training}/{name}") }
@@ -86,9 +99,30 @@ pub fn export_file(file: &str) -> String {
     format!("{EXPORT}/{file}")
 }
 
-/// The examples of a tuning stage: those that it trains on, or evaluates on.
-pub fn examples(tuning: StageName, held_out: bool) -> String {
-    format!("{TUNE}/{tuning}/{}.jsonl.zst", if held_out { "eval_examples" } else { "examples" })
+/// The tokens of some rows of a tuning stage.
+pub fn examples(tuning: StageName, what: ExampleSet) -> String {
+    let name = match what {
+        ExampleSet::Data => "examples",
+        ExampleSet::Eval => "eval_examples",
+        ExampleSet::Reward => "reward_examples",
+        ExampleSet::Pairs => "pairs",
+    };
+    format!("{TUNE}/{tuning}/{name}.jsonl.zst")
+}
+
+/// The answers that were sampled for a tuning stage: a JSON line for each prompt.
+pub fn candidates(tuning: StageName) -> String {
+    format!("{TUNE}/{tuning}/candidates.jsonl")
+}
+
+/// Folder of sampled answers, some prompts in each file, made from what has this key.
+pub fn sampled(tuning: StageName, key: Digest) -> String {
+    format!("{TUNE}/{tuning}/candidates-{}", &key.to_string()[..16])
+}
+
+/// The reward head of a tuning stage.
+pub fn reward_head(tuning: StageName) -> String {
+    format!("{TUNE}/{tuning}/reward_head.safetensors")
 }
 
 /// A few examples of a tuning stage, for people.

@@ -31,13 +31,13 @@ pub struct Prepared {
 /// The examples of a tuning stage.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Examples {
-    /// Number of rows in the files.
+    /// Number of rows in the files, or of pairs of sampled answers.
     pub rows: u64,
-    /// Number of rows that are trained on.
+    /// Number of them that are trained on.
     pub kept: u64,
     /// Why the others are not.
     pub dropped: Vec<Dropped>,
-    /// Number of updates that these rows give.
+    /// Number of updates that these give; 0 for prompts, of which it is not known yet what answers they get.
     pub updates: u64,
     /// Number of rows that are evaluated on.
     pub held_out: u64,
@@ -71,6 +71,32 @@ pub struct Dropped {
     pub file: String,
     /// Number of the first one in its file, from 0.
     pub row: u64,
+}
+
+/// A reward head: how good an answer is, as a vector on the last hidden state of prompt and answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RewardHead {
+    /// Number of pairs that it learned from.
+    pub pairs: u64,
+    /// Share of them whose better answer it finds better.
+    pub accuracy: f64,
+    /// Number of pairs that it did not learn from.
+    pub held_out: u64,
+    /// Share of them whose better answer it finds better, if there are any.
+    pub held_out_accuracy: Option<f64>,
+    /// Hash of the vector.
+    pub digest: Digest,
+}
+
+/// Sampled answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Candidates {
+    /// Number of prompts.
+    pub prompts: u64,
+    /// Number of answers, of which no prompt has two equal ones.
+    pub answers: u64,
+    /// Hash of the answers.
+    pub digest: Digest,
 }
 
 /// The log-probabilities of answers before tuning.
@@ -273,18 +299,17 @@ impl Results {
         Self(results)
     }
 
-    /// The examples of a tuning stage.
+    /// What a tuning stage trains on: pairs of sampled answers, or the examples of its data.
     pub fn examples(&self, tuning: StageName) -> Option<Examples> {
-        self.of(tuning.examples().as_str())
+        let pairs = self.of_models(&tuning.selection()).pop().map(|(_, pairs)| pairs);
+        pairs.or_else(|| self.of(tuning.examples().as_str()))
     }
 
-    /// The number of updates of each tuning stage whose examples are made.
+    /// The number of updates of each tuning stage for which that is known.
     pub fn updates(&self) -> Vec<(StageName, u64)> {
-        let of_tuning = |name: &JobName| name.as_str().strip_suffix("-examples")?.parse().ok();
-        let made = self.0.iter().filter_map(|(name, result)| {
-            Some((of_tuning(name)?, Examples::deserialize(result).ok()?.updates))
-        });
-        made.collect()
+        let tunings = self.0.keys().filter_map(|name| name.as_str().strip_suffix("-examples")?.parse().ok());
+        let updates = tunings.filter_map(|tuning| Some((tuning, self.examples(tuning)?.updates)));
+        updates.filter(|(_, updates)| *updates > 0).collect()
     }
 
     /// The average.
@@ -346,6 +371,9 @@ pub fn check(name: &JobName, kind: StageKind, result: &str) -> Result<(), Format
     let checked = match kind {
         StageKind::Prepare => is::<Prepared>(result),
         StageKind::Examples => is::<Examples>(result),
+        StageKind::Reward => is::<RewardHead>(result),
+        StageKind::Candidates => is::<Candidates>(result),
+        StageKind::Selection => is::<Examples>(result),
         StageKind::Reference => is::<Reference>(result),
         // Groups do these.
         StageKind::Train | StageKind::Tune => {

@@ -38,7 +38,9 @@ pub use nonce::nonce_digest;
 pub use partition::Partition;
 pub use problem::{Problem, Problems};
 pub use secret::{RunSecret, SessionSecret};
-pub use stage::{Graph, LONGEST_TUNING_NAME, Milestones, Of, Reads, Requirements, Stage, StageKind, Tuning};
+pub use stage::{
+    Graph, LONGEST_TUNING_NAME, Milestones, Of, Reads, Requirements, Rewards, Stage, StageKind, Tuning,
+};
 pub use text::{counted, for_people};
 pub use timing::{
     CONNECT_WITHIN, COORDINATOR_TIMEOUT, FORM_STILL_FOR, FORM_WITHIN, GREETED_WITHIN, HEARTBEAT_INTERVAL,

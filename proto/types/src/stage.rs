@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::job::{Job, JobName, Subject};
-use crate::{CheckpointId, CheckpointKind, StageName, counted};
+use crate::{CheckpointId, CheckpointKind, Generation, StageName, Step, counted};
 
 impl StageName {
     /// Makes the shards, the tokenizer and the manifest.
@@ -48,6 +48,11 @@ impl StageName {
         name.parse().expect("it is a name")
     }
 
+    /// The names of all stages beside this tuning stage that may belong to it.
+    pub fn of_tuning(&self) -> [Self; 6] {
+        [self.examples(), self.reward(), self.candidates(), self.selection(), self.reference(), self.export()]
+    }
+
     /// The stage that makes the examples of this tuning stage.
     #[must_use]
     pub fn examples(&self) -> Self {
@@ -58,6 +63,24 @@ impl StageName {
     #[must_use]
     pub fn reference(&self) -> Self {
         self.with("reference")
+    }
+
+    /// The stage that learns from preferences how good an answer is, for this tuning stage.
+    #[must_use]
+    pub fn reward(&self) -> Self {
+        self.with("reward")
+    }
+
+    /// The stage that samples the answers from which pairs are made for this tuning stage.
+    #[must_use]
+    pub fn candidates(&self) -> Self {
+        self.with("candidates")
+    }
+
+    /// The stage that makes pairs of sampled answers for this tuning stage.
+    #[must_use]
+    pub fn selection(&self) -> Self {
+        self.with("selection")
     }
 
     /// The stage that writes the model that this tuning stage has made.
@@ -79,6 +102,12 @@ pub enum StageKind {
     Examples,
     /// Train on text, from the seed or from a base model. A group of workers does it.
     Train,
+    /// Learn from preferences how good an answer is: a vector on the last hidden state.
+    Reward,
+    /// Sample answers to prompts.
+    Candidates,
+    /// Select some of the sampled answers by their scores, and make pairs of them.
+    Selection,
     /// Compute the log-probabilities of answers before tuning.
     Reference,
     /// Train on conversations or preferences, from another model. A group of workers does it.
@@ -104,6 +133,9 @@ impl StageKind {
             Self::Prepare => "the text to read, its tokenizer and its manifest",
             Self::Examples => "the examples to learn from",
             Self::Train => "training on text",
+            Self::Reward => "a reward head",
+            Self::Candidates => "answers to choose from",
+            Self::Selection => "pairs of sampled answers",
             Self::Reference => "log-probabilities of the answers before tuning",
             Self::Tune => "training on examples",
             Self::Average => "mean in float64",
@@ -127,7 +159,7 @@ impl StageKind {
 
     /// Whether several workers may share a job of this kind.
     pub const fn is_shared(self) -> bool {
-        matches!(self, Self::Evaluation | Self::Reference)
+        matches!(self, Self::Evaluation | Self::Reference | Self::Candidates)
     }
 }
 
@@ -167,6 +199,21 @@ pub enum Of {
     Tuned(StageName),
     /// A model from elsewhere, in this folder or at this address, which has a `/` or begins with a dot.
     Model(String),
+}
+
+impl Of {
+    /// The name of the job of a stage that works on this model. It is the same for all checkpoints.
+    pub fn job_name(&self, stage: StageName) -> JobName {
+        let any = CheckpointId::new(StageName::pretraining(), Step::default(), Generation::default());
+        let subject = match self {
+            Self::Base => Subject::Base,
+            Self::Average => Subject::Average,
+            Self::Last | Self::Milestones => Subject::Last(any),
+            Self::Tuned(name) => Subject::Tuned(*name),
+            Self::Model(place) => Subject::Model(place.clone()),
+        };
+        Job::new(stage, subject).name()
+    }
 }
 
 impl From<String> for Of {
@@ -264,6 +311,8 @@ pub struct Stage {
     pub kind: StageKind,
     /// What it reads.
     pub reads: Reads,
+    /// The stage whose result it needs beside that.
+    pub after: Option<StageName>,
     /// What a worker must have to do its jobs.
     pub needs: Requirements,
 }
@@ -271,7 +320,8 @@ pub struct Stage {
 impl Stage {
     /// A stage that any worker can do.
     const fn any(name: StageName, kind: StageKind, reads: Reads) -> Self {
-        Self { name, kind, reads, needs: Requirements { device: None, memory: None, wait: None } }
+        let needs = Requirements { device: None, memory: None, wait: None };
+        Self { name, kind, reads, after: None, needs }
     }
 
     /// A stage that plans do not write.
@@ -376,6 +426,36 @@ pub struct Tuning {
     pub of: Of,
     /// Whether it compares with log-probabilities before it.
     pub compares: bool,
+    /// Where the scores of sampled answers come from, if it learns from such in place of those in its data.
+    pub rewards: Option<Rewards>,
+}
+
+/// Where the scores of sampled answers come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rewards {
+    /// From a file that somebody makes when the answers are sampled.
+    Scores,
+    /// From a vector on the last hidden state, which is learned from preferences.
+    Head,
+}
+
+impl Tuning {
+    /// What is done between its examples and its training, in this order.
+    fn steps(&self) -> Vec<(StageName, StageKind)> {
+        let name = &self.name;
+        let mut steps = Vec::new();
+        if self.rewards == Some(Rewards::Head) {
+            steps.push((name.reward(), StageKind::Reward));
+        }
+        if self.rewards.is_some() {
+            steps.push((name.candidates(), StageKind::Candidates));
+            steps.push((name.selection(), StageKind::Selection));
+        }
+        if self.compares {
+            steps.push((name.reference(), StageKind::Reference));
+        }
+        steps
+    }
 }
 
 /// The stages of a run, each after those whose output it reads.
@@ -389,7 +469,9 @@ pub struct Tuning {
 ///                                ├─► continuations
 ///                                └─► evaluations and benchmarks of milestones
 ///
-/// (a model) ─► NAME-reference ─► NAME ─► NAME-export ─► tuning stages, evaluations and benchmarks of it
+/// (a model) ─► NAME-reward ─► NAME-candidates ─► NAME-selection ─► NAME-reference ─► NAME ─► NAME-export
+///
+/// NAME-export ─► tuning stages, evaluations and benchmarks of it
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Graph {
@@ -435,13 +517,23 @@ impl Graph {
     }
 
     fn tuning(tunings: &[Tuning]) -> impl Iterator<Item = Stage> {
-        tunings.iter().flat_map(|Tuning { name, of, compares }| {
-            let of = || Reads::Models(vec![of.clone()]);
-            let reference = compares.then(|| Stage::any(name.reference(), StageKind::Reference, of()));
-            let tune = Stage::any(*name, StageKind::Tune, of());
-            let export = Stage::any(name.export(), StageKind::Export, Reads::Tuned(*name));
-            reference.into_iter().chain([tune, export])
+        tunings.iter().flat_map(|tuning| {
+            let name = tuning.name;
+            let mut stages: Vec<Stage> = Vec::new();
+            for (step, kind) in tuning.steps().into_iter().chain([(name, StageKind::Tune)]) {
+                let after = stages.last().map(|before| before.name);
+                let reads = Reads::Models(vec![tuning.of.clone()]);
+                stages.push(Stage { after, ..Stage::any(step, kind, reads) });
+            }
+            stages.push(Stage::any(name.export(), StageKind::Export, Reads::Tuned(name)));
+            stages
         })
+    }
+
+    /// The stage that makes what a tuning stage trains on.
+    pub fn examples_of(&self, tuning: StageName) -> StageName {
+        let selection = tuning.selection();
+        if self.stage(&selection).is_some() { selection } else { tuning.examples() }
     }
 
     /// All stages.
@@ -478,7 +570,15 @@ impl Graph {
         let begins_from =
             |of: &Of| self.trainings().any(|other| other.reads == Reads::Models(vec![of.clone()]));
         match (stage.kind, &stage.reads) {
-            (StageKind::Prepare | StageKind::Examples | StageKind::Reference, _) => true,
+            (
+                StageKind::Prepare
+                | StageKind::Examples
+                | StageKind::Reward
+                | StageKind::Candidates
+                | StageKind::Selection
+                | StageKind::Reference,
+                _,
+            ) => true,
             (StageKind::Average, _) => begins_from(&Of::Average),
             (StageKind::Export, Reads::Tuned(name)) => begins_from(&Of::Tuned(*name)),
             _ => false,
@@ -508,7 +608,6 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
-    use crate::{Generation, Step};
 
     fn id(step: u64) -> CheckpointId {
         CheckpointId::new(StageName::pretraining(), Step::new(step), Generation::new(1))
@@ -534,6 +633,7 @@ mod tests {
             name: "tasks".parse().unwrap(),
             kind: StageKind::Evaluation,
             reads: Reads::Models(of.to_vec()),
+            after: None,
             needs: Requirements::default(),
         }
     }
@@ -608,6 +708,7 @@ mod tests {
             name: name.parse().unwrap(),
             of: Of::from(of.to_owned()),
             compares,
+            rewards: None,
         };
         let tunings = [tuning("sft", "average", false), tuning("dpo", "sft", true)];
         let graph = Graph::new(2, false, false, &tunings, Vec::new());
@@ -637,6 +738,20 @@ mod tests {
         let based = Graph::of_base(&[tuning("dpo", "base", true)], Vec::new());
         let names: Vec<&str> = based.stages().iter().map(|stage| stage.name.as_str()).collect();
         assert_eq!(names, ["prepare", "dpo-examples", "dpo-reference", "dpo", "dpo-export"]);
+        assert_eq!(based.examples_of(name("dpo")), name("dpo-examples"));
+
+        let sampled = Tuning { rewards: Some(Rewards::Head), ..tuning("rso", "base", true) };
+        let sampled = Graph::of_base(&[sampled], Vec::new());
+        let steps = sampled.stages()[2..6].iter().map(|stage| (stage.name.as_str(), stage.after));
+        let expected = [
+            ("rso-reward", None),
+            ("rso-candidates", Some(name("rso-reward"))),
+            ("rso-selection", Some(name("rso-candidates"))),
+            ("rso-reference", Some(name("rso-selection"))),
+        ];
+        assert_eq!(steps.collect::<Vec<_>>(), expected);
+        assert_eq!(sampled.stage(&name("rso")).and_then(|stage| stage.after), Some(name("rso-reference")));
+        assert_eq!(sampled.examples_of(name("rso")), name("rso-selection"));
     }
 
     #[test]

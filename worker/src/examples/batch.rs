@@ -22,6 +22,10 @@ pub(crate) fn micro_batch(
         match item {
             Item::Example(example) => sequences.push(example.clone()),
             Item::Pair(pair) => sequences.extend(pair.sequences()),
+            // Nothing is learned of a prompt by itself.
+            Item::Prompt(ids) => {
+                sequences.push(Example { ids: ids.clone(), labels: vec![IGNORE; ids.len()] })
+            }
         }
     }
     let per_item = sequences.len().checked_div(items.len()).unwrap_or(1) as u64;

@@ -22,6 +22,7 @@ struct Line {
 enum Tokens {
     Example(Sequence),
     Pair { prompt: Vec<u32>, chosen: Sequence, rejected: Sequence },
+    Prompt { prompt: Vec<u32> },
 }
 
 /// Token ids, and the places `[first, end)` of those that are learned.
@@ -66,6 +67,7 @@ pub(crate) fn to_bytes(examples: &[Kept]) -> Vec<u8> {
             Item::Pair(Pair { prompt, chosen, rejected }) => {
                 Tokens::Pair { prompt: prompt.clone(), chosen: chosen.into(), rejected: rejected.into() }
             }
+            Item::Prompt(prompt) => Tokens::Prompt { prompt: prompt.clone() },
         };
         serde_json::to_writer(&mut text, &Line { row: *row, item }).expect("lines have text keys");
         text.push(b'\n');
@@ -88,6 +90,7 @@ pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Vec<Kept>, String> {
                 Tokens::Pair { prompt, chosen, rejected } => {
                     Item::Pair(Pair { prompt, chosen: chosen.example()?, rejected: rejected.example()? })
                 }
+                Tokens::Prompt { prompt } => Item::Prompt(prompt),
             };
             Ok(Kept { row, item })
         })
@@ -111,6 +114,7 @@ mod tests {
                     rejected: example(&[4], &[4]),
                 }),
             },
+            Kept { row: 11, item: Item::Prompt(vec![1, 9]) },
         ];
         let bytes = to_bytes(&kept);
         assert_eq!(from_bytes(&bytes).unwrap(), kept);

@@ -5,9 +5,11 @@
 
 mod batch;
 mod file;
+mod stored;
 
 pub(crate) use batch::{masked, micro_batch};
 pub(crate) use file::{from_bytes, to_bytes};
+pub(crate) use stored::{digest_of, made_by, result, stored};
 
 use ulmus_chat::Item;
 

@@ -2,60 +2,56 @@
 
 use std::time::SystemTime;
 
-use ulmus_chat::{Preprocessor, Rules};
+use ulmus_chat::{Item, Preprocessor, Rules};
 use ulmus_dataloader::{ChatTemplate, ExampleFiles, ExamplesReport, read_forbidden, read_template};
 use ulmus_plan::{ExamplesConfig, TuneConfig};
-use ulmus_run::paths;
+use ulmus_run::paths::{self, ExampleSet};
 use ulmus_run::results::{Dropped, Examples, RowsOf};
 use ulmus_tokenizer::Tokenizer;
-use ulmus_types::{Digest, Job, JobName, StageName};
+use ulmus_types::{Job, StageName};
 
 use crate::WorkerError;
-use crate::examples::{Kept, to_bytes};
+use crate::examples::{Kept, digest_of, to_bytes};
 use crate::run::Run;
 
 /// Makes the examples of the tuning stage that a job is for.
 pub(super) fn make(run: &Run, job: &Job, say: &dyn Fn(String)) -> Result<Examples, WorkerError> {
-    let tuning = run.plan.tune.iter().find_map(|config| {
-        let name: StageName = config.name.parse().ok()?;
-        (name.examples() == *job.stage()).then_some((name, config))
-    });
-    let (name, config) = tuning.ok_or_else(|| super::no_stage(job))?;
+    let (tuning, config) = tuning_of(run, job, StageName::examples)?;
     let tokenizer = run.tokenizer()?;
     let ChatTemplate { template, adds_bos } = template(run, config, &tokenizer)?;
     let forbidden = config.decontaminate.as_deref().map(read_forbidden).transpose()?;
-    let preprocessor = Preprocessor::new(Rules::from(config), template, &tokenizer, adds_bos, forbidden);
-    let read = |sources: &[ExamplesConfig]| -> Result<_, WorkerError> {
+    let rules = Rules::from(config);
+    let read = |sources: &[ExamplesConfig], rules: Rules| -> Result<_, WorkerError> {
+        let (template, forbidden) = (template.clone(), forbidden.clone());
+        let preprocessor = Preprocessor::new(rules, template, &tokenizer, adds_bos, forbidden);
         let files = ExampleFiles::find(sources, &run.plan.data, Some(&run.folder()))?;
         Ok(files.read(&preprocessor, &tokenizer)?)
     };
-    let trained = read(&config.data)?;
-    let evaluated = if config.eval.is_empty() { None } else { Some(read(&config.eval)?) };
-    let kept = |items: Vec<ulmus_chat::Item>| -> Vec<u8> {
-        let numbered = (1..).zip(items).map(|(row, item)| Kept { row, item });
-        to_bytes(&numbered.collect::<Vec<_>>())
-    };
-    let bytes = kept(trained.items);
-    let digest = Digest::of(&bytes);
-    run.write(&paths::examples(name, false), bytes)?;
-    let (mut of_evaluated, mut held_out) = (Digest::of(b""), 0);
-    if let Some(evaluated) = evaluated {
-        held_out = evaluated.report.kept;
-        let bytes = kept(evaluated.items);
-        of_evaluated = Digest::of(&bytes);
-        run.write(&paths::examples(name, true), bytes)?;
-        tell(name, "eval", &evaluated.report, say);
+    let learned = ExamplesConfig::at(config.rso.as_ref().and_then(|rso| rso.reward_head.as_deref()));
+    let trained = read(&config.data, Rules { prompts_only: config.rso.is_some(), ..rules })?;
+    let mut files = vec![(ExampleSet::Data, numbered(trained.items))];
+    let mut held_out = 0;
+    for (set, name, sources) in
+        [(ExampleSet::Eval, "eval", &config.eval), (ExampleSet::Reward, "reward_head", &learned)]
+    {
+        if sources.is_empty() {
+            continue;
+        }
+        let others = read(sources, rules)?;
+        tell(tuning, name, &others.report, say);
+        if set == ExampleSet::Eval {
+            held_out = others.report.kept;
+        }
+        files.push((set, numbered(others.items)));
     }
-    run.write(&paths::shown_examples(name), trained.shown.into_bytes())?;
-    tell(name, "data", &trained.report, say);
+    let digest = digest_of(&files);
+    for (set, bytes) in files {
+        run.write(&paths::examples(tuning, set), bytes)?;
+    }
+    run.write(&paths::shown_examples(tuning), trained.shown.into_bytes())?;
+    tell(tuning, "data", &trained.report, say);
     let ExamplesReport { files, rows, kept, dropped, .. } = trained.report;
-    let updates = config.updates(kept);
-    if !config.lrs.is_empty() && config.lrs.len() as u64 != updates {
-        return Err(WorkerError::Plan(format!(
-            "tune {name}: {kept} rows give {updates} updates, and lrs has {}; write as many, or leave it out for a schedule",
-            config.lrs.len()
-        )));
-    }
+    let updates = if config.rso.is_some() { 0 } else { updates(tuning, config, kept)? };
     Ok(Examples {
         rows,
         kept,
@@ -79,8 +75,39 @@ pub(super) fn make(run: &Run, job: &Job, say: &dyn Fn(String)) -> Result<Example
                 form: file.form.to_owned(),
             })
             .collect(),
-        digest: Digest::of(format!("{digest} {of_evaluated}").as_bytes()),
+        digest,
     })
+}
+
+/// The tuning stage of which a job does this part.
+pub(super) fn tuning_of<'a>(
+    run: &'a Run,
+    job: &Job,
+    part: impl Fn(&StageName) -> StageName,
+) -> Result<(StageName, &'a TuneConfig), WorkerError> {
+    let found = run.plan.tune.iter().find_map(|config| {
+        let name: StageName = config.name.parse().ok()?;
+        (part(&name) == *job.stage()).then_some((name, config))
+    });
+    found.ok_or_else(|| super::no_stage(job))
+}
+
+/// The content of a file of examples.
+pub(super) fn numbered(items: Vec<Item>) -> Vec<u8> {
+    let kept: Vec<Kept> = (1..).zip(items).map(|(row, item)| Kept { row, item }).collect();
+    to_bytes(&kept)
+}
+
+/// The number of updates that so many examples give.
+pub(super) fn updates(tuning: StageName, config: &TuneConfig, kept: u64) -> Result<u64, WorkerError> {
+    let updates = config.updates(kept);
+    if config.lrs.is_empty() || config.lrs.len() as u64 == updates {
+        return Ok(updates);
+    }
+    Err(WorkerError::Plan(format!(
+        "tune {tuning}: {kept} rows give {updates} updates, and lrs has {}; write as many, or leave it out for a schedule",
+        config.lrs.len()
+    )))
 }
 
 /// Tells what was read, and what of it is left out.
@@ -111,14 +138,4 @@ pub(super) fn chat_template(
     tokenizer: &Tokenizer,
 ) -> Result<String, WorkerError> {
     Ok(template(run, config, tokenizer)?.template.source().to_owned())
-}
-
-/// What the examples of a tuning stage were found to be.
-pub(super) fn made(run: &Run, tuning: StageName) -> Result<Examples, WorkerError> {
-    let path = paths::result(&JobName::stored(tuning.examples().to_string()));
-    serde_json::from_slice(&run.read_own(&path)?).map_err(|error| WorkerError::Damaged {
-        file: path,
-        reason: error.to_string(),
-        act: "put back a copy of it, or give the stage another name",
-    })
 }

@@ -17,6 +17,7 @@ use super::average::average_file;
 use super::prepare::tokenizer_files;
 use super::subject::weights_of;
 use crate::WorkerError;
+use crate::examples::{made_by, result};
 use crate::run::Run;
 use crate::snapshot::weights;
 
@@ -135,7 +136,7 @@ fn tuned(run: &Run, job: &Job, name: StageName, config: &TuneConfig) -> Result<E
     let template = super::examples::chat_template(run, config, &tokenizer)?;
     let title = format!("{}-{name}", run.plan.run.name);
     let base = begun_at(&run.plan, &config.of);
-    let made = super::examples::made(run, name)?;
+    let made = result(run, &made_by(run, name))?;
     let card = ModelCard {
         name: &title,
         config: &shape,
@@ -168,6 +169,13 @@ fn tuned(run: &Run, job: &Job, name: StageName, config: &TuneConfig) -> Result<E
 fn tuning_facts(config: &TuneConfig, made: &results::Examples) -> String {
     let how = match (config.method, config.loss) {
         (Method::Sft, _) => "to imitate answers".to_owned(),
+        (Method::Dpo, loss) if config.rso.is_some() => {
+            let loss = format!("{loss:?}").to_lowercase();
+            format!(
+                "by preferences among answers that the model had sampled (RSO, {loss} loss, beta {})",
+                config.beta
+            )
+        }
         (Method::Dpo, PreferenceLoss::Sigmoid) => format!("by preferences (DPO, beta {})", config.beta),
         (Method::Dpo, PreferenceLoss::Hinge) => format!("by preferences (hinge loss, beta {})", config.beta),
         (Method::Dpo, PreferenceLoss::Ipo) => format!("by preferences (IPO, beta {})", config.beta),

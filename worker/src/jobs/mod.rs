@@ -6,12 +6,15 @@
 mod average;
 pub(crate) mod base;
 mod benchmark;
+mod candidates;
 mod evaluate;
 pub(crate) mod evaluation;
 mod examples;
 mod export;
 mod next_text;
 mod prepare;
+mod reward;
+mod selection;
 mod subject;
 #[cfg(test)]
 mod tests;
@@ -49,6 +52,9 @@ pub(crate) fn work<B: Backend>(
             keep(run, job, &prepared)
         }
         StageKind::Examples => keep(run, job, &examples::make(run, job, say)?),
+        StageKind::Reward => keep(run, job, &reward::learn(run, job, backend, say)?),
+        StageKind::Candidates => keep(run, job, &candidates::sample(run, job, backend, say)?),
+        StageKind::Selection => keep(run, job, &selection::select(run, job, say)?),
         StageKind::Average => keep(run, job, &average::average(run, checkpoints)?),
         StageKind::Perplexity => {
             let model = || subject::model(run, job, backend, WeightFormat::F32);

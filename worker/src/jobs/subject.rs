@@ -60,13 +60,24 @@ pub(super) fn model<B: Backend>(
     backend: &B,
     format: WeightFormat,
 ) -> Result<Arc<Model<B>>, WorkerError> {
-    if let Subject::Model(place) = job.subject() {
+    Ok(model_and_digest(run, job, backend, format)?.0)
+}
+
+/// The same with a hash of its weights.
+pub(super) fn model_and_digest<B: Backend>(
+    run: &Run,
+    job: &Job,
+    backend: &B,
+    format: WeightFormat,
+) -> Result<(Arc<Model<B>>, Digest), WorkerError> {
+    let (shape, weights) = if let Subject::Model(place) = job.subject() {
         let HfModel { config, weights, .. } = Base::read(run, place)?.model;
-        return Ok(Arc::new(Model::in_format(backend.clone(), &config, &weights, format)?));
-    }
-    let weights = weights_of(run, job.subject())?;
-    let shape = shape_of(run, job.subject());
-    Ok(Arc::new(Model::in_format(backend.clone(), &shape, &weights, format)?))
+        (config, weights)
+    } else {
+        (shape_of(run, job.subject()), weights_of(run, job.subject())?)
+    };
+    let digest = Digest::of(bytemuck::cast_slice(&weights));
+    Ok((Arc::new(Model::in_format(backend.clone(), &shape, &weights, format)?), digest))
 }
 
 /// The model of a checkpoint, in f32.

@@ -7,13 +7,13 @@ use ulmus_chat::Item;
 use ulmus_dataloader::{Corpus, Cursors, Epochs, Loader, Sequence, Update};
 use ulmus_model::MicroBatch;
 use ulmus_plan::{Method, TuneConfig};
-use ulmus_run::paths;
-use ulmus_types::{Assignment, BadUnit, Digest, LaneId};
+use ulmus_run::paths::ExampleSet;
+use ulmus_types::{Assignment, BadUnit, LaneId};
 
 use super::recipe::{Recipe, Tuning};
 use super::reference;
 use crate::WorkerError;
-use crate::examples::{Kept, Reference, from_bytes, micro_batch};
+use crate::examples::{Kept, Reference, made_by, micro_batch, stored};
 use crate::run::Run;
 
 /// The data of a stage, and how far this worker has read them.
@@ -101,7 +101,7 @@ impl Feed {
         if let Some(Self::Examples(lessons)) = before {
             return Ok(Self::Examples(lessons));
         }
-        let (trained, evaluated) = examples(run, recipe.training(), tuning)?;
+        let [trained, evaluated] = examples(run, recipe.training(), tuning)?;
         let compares = tuning.config.method == Method::Dpo;
         let [trained, evaluated] = if compares {
             let [of_trained, of_evaluated] =
@@ -177,36 +177,12 @@ impl Feed {
     }
 }
 
-/// What a stage trains on, and what it is evaluated on, as the job that made them has kept them.
+/// What a stage trains on, and what it is evaluated on.
 pub(super) fn examples(
     run: &Run,
     training: ulmus_types::StageName,
     tuning: &Tuning,
-) -> Result<(Vec<Kept>, Vec<Kept>), WorkerError> {
-    let damaged = |file: &str, reason: String| WorkerError::Damaged {
-        file: file.to_owned(),
-        reason,
-        act: "put back a copy of it, or give the stage another name",
-    };
-    let read = |held_out: bool| {
-        let path = paths::examples(training, held_out);
-        run.read_own(&path).map(|bytes| (path, bytes))
-    };
-    let trained = read(false)?;
-    let evaluated = (tuning.examples.held_out > 0).then(|| read(true)).transpose()?;
-    let [digest, of_evaluated] = [Some(&trained), evaluated.as_ref()]
-        .map(|file| Digest::of(file.map_or(&b""[..], |(_, bytes)| bytes)));
-    // Nothing is made of files before they are known to be those that were written.
-    if Digest::of(format!("{digest} {of_evaluated}").as_bytes()) != tuning.examples.digest {
-        let reason = format!("its hash is not the one in the results of {}", training.examples());
-        return Err(damaged(&trained.0, reason));
-    }
-    let examples =
-        |(path, bytes): &(String, Vec<u8>)| from_bytes(bytes).map_err(|reason| damaged(path, reason));
-    let evaluated = evaluated.as_ref().map(examples).transpose()?;
-    let kept = examples(&trained)?;
-    if kept.is_empty() {
-        return Err(damaged(&trained.0, "it has no examples".to_owned()));
-    }
-    Ok((kept, evaluated.unwrap_or_default()))
+) -> Result<[Vec<Kept>; 2], WorkerError> {
+    let trained = if tuning.config.rso.is_some() { ExampleSet::Pairs } else { ExampleSet::Data };
+    stored(run, training, [trained, ExampleSet::Eval], &tuning.examples, &made_by(run, training))
 }

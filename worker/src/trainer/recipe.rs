@@ -6,11 +6,11 @@ use std::sync::Arc;
 use ulmus_backend::Quantum;
 use ulmus_model::{AdapterShape, BatchShape, ModelError, Objective, Preference, peft};
 use ulmus_plan::{Method, ModelConfig, Plan, TrainConfig, TuneConfig};
-use ulmus_run::paths;
 use ulmus_run::results::Examples;
-use ulmus_types::{JobName, StageName, Step};
+use ulmus_types::{StageName, Step};
 
 use crate::WorkerError;
+use crate::examples::{made_by, result};
 use crate::run::Run;
 
 /// The recipe of a training stage.
@@ -40,14 +40,7 @@ impl Recipe {
         let Some(config) = plan.tuning(training).cloned() else {
             return Ok(Self { training, optimizer: plan.train.clone(), plan, tuning: None });
         };
-        let job = JobName::stored(training.examples().to_string());
-        let examples = serde_json::from_slice(&run.read_own(&paths::result(&job))?).map_err(|error| {
-            WorkerError::Damaged {
-                file: paths::result(&job),
-                reason: error.to_string(),
-                act: "put back a copy of it, or give the stage another name",
-            }
-        })?;
+        let examples = result(run, &made_by(run, training))?;
         let model = plan.shape_of(&config.of);
         let adapter = config.adapter.as_ref().map(|adapter| AdapterShape::new(&model, adapter));
         let tuning = Tuning { examples, adapter: adapter.transpose()?, model, config };

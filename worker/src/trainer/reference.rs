@@ -12,12 +12,12 @@ use ulmus_checkpoint::StoreError;
 use ulmus_model::Replica;
 use ulmus_run::paths;
 use ulmus_run::results;
-use ulmus_types::{CheckpointId, Digest, Generation, Job, Of, Part, StageName, Step, Subject};
+use ulmus_types::{Digest, Job, Of, Part, StageName};
 
 use super::feed::examples;
 use super::recipe::{Recipe, Tuning};
 use crate::WorkerError;
-use crate::examples::{Kept, Reference, micro_batch};
+use crate::examples::{Kept, Reference, micro_batch, result};
 use crate::run::Run;
 
 /// The file of all log-probabilities, in the folder of their key.
@@ -53,7 +53,7 @@ pub(super) fn compute<B: TrainingBackend>(
         return Err(WorkerError::Plan(format!("{} compares with nothing", recipe.training())));
     };
     let folder = paths::references(recipe.training(), key(recipe, tuning, origin));
-    let (trained, evaluated) = examples(run, recipe.training(), tuning)?;
+    let [trained, evaluated] = examples(run, recipe.training(), tuning)?;
     let all: Vec<&Kept> = trained.iter().chain(&evaluated).collect();
     let per_batch = tuning.config.micro_batch as usize;
     let mut scores = |range: std::ops::Range<usize>| -> Result<Vec<Reference>, WorkerError> {
@@ -66,11 +66,6 @@ pub(super) fn compute<B: TrainingBackend>(
             found.extend(pairs.iter().map(|pair| pair.map(|score| score.log_probability)));
         }
         Ok(found)
-    };
-    let result = |values: &[Reference]| results::Reference {
-        examples: values.len() as u64,
-        folder: folder.clone(),
-        digest: Digest::of(bytemuck::cast_slice(values)),
     };
     let whole = format!("{folder}/{ALL}");
     let known = load(run, &whole)?.filter(|values| values.len() == all.len());
@@ -103,7 +98,11 @@ pub(super) fn compute<B: TrainingBackend>(
             values
         }
     };
-    let result = result(&values);
+    let result = results::Reference {
+        examples: values.len() as u64,
+        folder,
+        digest: Digest::of(bytemuck::cast_slice(&values)),
+    };
     run.write(&paths::result(&job.name()), results::to_json(&result))?;
     Ok(serde_json::to_string(&result).expect("results have text keys"))
 }
@@ -117,9 +116,8 @@ pub(super) fn read(
     evaluated: usize,
 ) -> Result<[Vec<Reference>; 2], WorkerError> {
     let training = recipe.training();
-    let path = paths::result(&job_of(training, of).name());
-    let result = serde_json::from_slice(&run.read_own(&path)?);
-    let results::Reference { folder, digest, .. } = result.map_err(|_| damaged(training, &path))?;
+    let job = of.job_name(training.reference());
+    let results::Reference { folder, digest, .. } = result(run, &job)?;
     let path = format!("{folder}/{ALL}");
     let is_it = |values: &Vec<Reference>| {
         values.len() == trained + evaluated && Digest::of(bytemuck::cast_slice(values)) == digest
@@ -127,19 +125,6 @@ pub(super) fn read(
     let Some(mut values) = load(run, &path)?.filter(is_it) else { return Err(damaged(training, &path)) };
     let of_evaluated = values.split_off(trained);
     Ok([values, of_evaluated])
-}
-
-/// The job that computes the log-probabilities of a stage that begins from a model. Its name is the same for all checkpoints.
-fn job_of(training: StageName, of: &Of) -> Job {
-    let any = CheckpointId::new(StageName::pretraining(), Step::default(), Generation::default());
-    let subject = match of {
-        Of::Base => Subject::Base,
-        Of::Average => Subject::Average,
-        Of::Last | Of::Milestones => Subject::Last(any),
-        Of::Tuned(name) => Subject::Tuned(*name),
-        Of::Model(place) => Subject::Model(place.clone()),
-    };
-    Job::new(training.reference(), subject)
 }
 
 fn damaged(training: StageName, path: &str) -> WorkerError {

@@ -19,8 +19,8 @@ use ulmus_coord_core::{
 };
 use ulmus_types::{
     CheckpointKind, Digest, ErrorKind, ExitStatus, Generation, Graph, Heartbeat, Hello, Incarnation, Job,
-    JobName, LeaveReason, Of, Reads, Ready, Requirements, RunId, RunSecret, Section, SessionSecret, Stage,
-    StageKind, StageName, Step, Subject, ToCoordinator, ToWorker, Tuning, WorkerId, WorkerStatus,
+    JobName, LeaveReason, Of, Reads, Ready, Requirements, Rewards, RunId, RunSecret, Section, SessionSecret,
+    Stage, StageKind, StageName, Step, Subject, ToCoordinator, ToWorker, Tuning, WorkerId, WorkerStatus,
 };
 use worker::{Progress, State, Worker};
 use world::World;
@@ -38,8 +38,12 @@ fn graph() -> Graph {
 
 /// A run that tunes the average, and then what has come of that.
 fn chain() -> Graph {
-    let tuning = |name: &str, of, compares| Tuning { name: name.parse().unwrap(), of, compares };
-    let tunings = [tuning("sft", Of::Average, false), tuning("dpo", Of::Tuned("sft".parse().unwrap()), true)];
+    let tuning =
+        |name: &str, of, compares, rewards| Tuning { name: name.parse().unwrap(), of, compares, rewards };
+    let tunings = [
+        tuning("sft", Of::Average, false, None),
+        tuning("dpo", Of::Tuned("sft".parse().unwrap()), true, Some(Rewards::Head)),
+    ];
     Graph::new(
         AVERAGE,
         true,
@@ -590,7 +594,7 @@ fn milestones_that_died_with_their_holder_are_trained_again() {
 fn tasks(of: &[Of], device: Option<&str>, wait: Option<Duration>) -> Stage {
     let needs = Requirements { device: device.map(str::to_owned), memory: None, wait };
     let name = "tasks".parse().unwrap();
-    Stage { name, kind: StageKind::Evaluation, reads: Reads::Models(of.to_vec()), needs }
+    Stage { name, kind: StageKind::Evaluation, reads: Reads::Models(of.to_vec()), after: None, needs }
 }
 
 fn told(world: &World, text: &str) -> bool {

@@ -132,8 +132,10 @@ impl World {
             }
             Effect::SaveJob(job, _) => {
                 self.saved.jobs.insert(job.name());
-                let made = |stage: &&Stage| stage.kind.trains() && stage.name.examples() == *job.stage();
-                let made = self.settings.graph.stages().iter().find(made).map(|stage| stage.name);
+                let graph = &self.settings.graph;
+                let made = |stage: &&Stage| graph.examples_of(stage.name) == *job.stage();
+                let made =
+                    graph.trainings().find(made).map(|stage| stage.name).filter(|_| job.part().is_none());
                 if let Some(training) = made {
                     self.record_mut(training).updates = Some(updates(training));
                     self.event(Event::ExamplesMade(training, updates(training)));
