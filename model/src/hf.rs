@@ -13,7 +13,7 @@ use std::io::BufReader;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use ulmus_plan::{ModelConfig, Multipliers, NormKind};
+use ulmus_plan::{ModelConfig, Multipliers, NormKind, WeightType};
 use ulmus_types::Problems;
 
 use crate::error::ModelError;
@@ -284,8 +284,8 @@ struct ExportedConfig<'a> {
     torch_dtype: &'a str,
 }
 
-/// The text of `config.json`.
-pub fn config_json(config: &ModelConfig, tokens: SpecialTokens) -> String {
+/// The text of `config.json`, beside weights of type `dtype`.
+pub fn config_json(config: &ModelConfig, tokens: SpecialTokens, dtype: WeightType) -> String {
     let layers = config.layers();
     let kind = ModelType::of(config.norm);
     let module = MODELING.0.trim_end_matches(".py");
@@ -321,7 +321,11 @@ pub fn config_json(config: &ModelConfig, tokens: SpecialTokens) -> String {
         use_cache: true,
         bos_token_id: tokens.bos,
         eos_token_id: tokens.eos,
-        torch_dtype: "float32",
+        torch_dtype: match dtype {
+            WeightType::F16 => "float16",
+            WeightType::Bf16 => "bfloat16",
+            WeightType::F32 | WeightType::Q8_0 => "float32",
+        },
     })
 }
 
@@ -362,7 +366,7 @@ pub fn write(
     let texts = [
         (module, code.to_owned()),
         (GENERATION_CONFIG, generation_config_json(tokens)),
-        (CONFIG, config_json(config, tokens)),
+        (CONFIG, config_json(config, tokens, WeightType::F32)),
     ];
     for (name, text) in texts {
         let path = directory.join(name);

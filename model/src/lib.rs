@@ -40,5 +40,5 @@ pub use optimizer::Optimizer;
 pub use params::{Initial, Layout, Tensor, Trainable};
 pub use replica::{Replica, State, StateCopy, StatePart, Sums};
 pub use sample::{Sampler, Sampling};
-pub use tensors::{weights_from_safetensors, weights_to_safetensors};
+pub use tensors::{weights_from_safetensors, weights_to_safetensors, weights_to_safetensors_as};
 pub use ulmus_backend::{BackendError, Quantum, WeightFormat, greedy};

@@ -11,6 +11,7 @@ use std::path::Path;
 use half::{bf16, f16};
 use safetensors::tensor::{Metadata, TensorView};
 use safetensors::{Dtype, SafeTensorError};
+use ulmus_plan::WeightType;
 
 use crate::error::ModelError;
 use crate::params::{Layout, Tensor};
@@ -31,6 +32,43 @@ const CHUNK: usize = 1 << 18;
 pub fn weights_to_safetensors(layout: &Layout, weights: &[f32]) -> Result<Vec<u8>, ModelError> {
     layout.check_len(weights)?;
     safetensors::serialize(views(layout, weights)?, Some(metadata())).map_err(|error| refused(&error))
+}
+
+/// Encodes the flat vector as one safetensors file, with values rounded to a type of floats.
+///
+/// # Errors
+/// [`ModelError::Tensors`] if there is not one value per parameter, if one is too large for the type, or if that is none of floats.
+pub fn weights_to_safetensors_as(
+    layout: &Layout,
+    weights: &[f32],
+    dtype: WeightType,
+) -> Result<Vec<u8>, ModelError> {
+    layout.check_len(weights)?;
+    let (stored, rounded): (Dtype, Vec<u16>) = match dtype {
+        WeightType::F32 => return weights_to_safetensors(layout, weights),
+        WeightType::F16 => {
+            (Dtype::F16, weights.iter().map(|weight| f16::from_f32(*weight).to_bits()).collect())
+        }
+        WeightType::Bf16 => {
+            (Dtype::BF16, weights.iter().map(|weight| bf16::from_f32(*weight).to_bits()).collect())
+        }
+        WeightType::Q8_0 => return Err(ModelError::Tensors("q8_0 is no type of floats".to_owned())),
+    };
+    let is_finite = |bits: u16| match stored {
+        Dtype::F16 => f16::from_bits(bits).is_finite(),
+        _ => bf16::from_bits(bits).is_finite(),
+    };
+    if let Some(at) = rounded.iter().position(|bits| !is_finite(*bits)) {
+        let problem = format!("the weight {} is too large for {stored:?}; write another dtype", weights[at]);
+        return Err(ModelError::Tensors(problem));
+    }
+    let view = |tensor: &Tensor| {
+        let bytes = bytemuck::cast_slice(&rounded[tensor.range.clone()]);
+        TensorView::new(stored, tensor.shape.clone(), bytes).map(|view| (tensor.name.clone(), view))
+    };
+    let views: Result<Vec<_>, _> = layout.tensors().iter().map(view).collect();
+    let bytes = views.and_then(|views| safetensors::serialize(views, Some(metadata())));
+    bytes.map_err(|error| refused(&error))
 }
 
 /// Decodes the flat vector from one safetensors file.

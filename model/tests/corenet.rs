@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 use ulmus_model::hf::{self, SpecialTokens};
 use ulmus_model::{Layout, ModelError, corenet, weights_to_safetensors};
-use ulmus_plan::{LayerDims, ModelConfig, Preset};
+use ulmus_plan::{LayerDims, ModelConfig, Preset, WeightType};
 use ulmus_types::ErrorKind;
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
@@ -135,13 +135,13 @@ fn a_config_beside_a_checkpoint_says_what_tensors_do_not_show() {
         ..corenet::read(&path).unwrap().config
     };
     let beside = folder.path().join("config.json");
-    fs::write(&beside, hf::config_json(&config, SpecialTokens { bos: 3, eos: 4 })).unwrap();
+    fs::write(&beside, hf::config_json(&config, SpecialTokens { bos: 3, eos: 4 }, WeightType::F32)).unwrap();
     let model = corenet::read(&path).unwrap();
     assert_eq!((model.config.rope_freq_constant, model.config.max_context_length), (500.0, 64));
     assert_eq!((model.tokens, model.weights), (SpecialTokens { bos: 3, eos: 4 }, weights()));
 
     let other = ModelConfig { vocab_size: 12, ..config };
-    fs::write(&beside, hf::config_json(&other, SpecialTokens::default())).unwrap();
+    fs::write(&beside, hf::config_json(&other, SpecialTokens::default(), WeightType::F32)).unwrap();
     let error = corenet::read(&path).unwrap_err().to_string();
     assert!(
         error.contains("token_embeddings.weight has shape [10, 8], and the config asks for [12, 8]"),

@@ -15,7 +15,7 @@ use ulmus_conformance::reference::{golden, json};
 use ulmus_cpu::Cpu;
 use ulmus_model::hf::{self, HfModel, SpecialTokens};
 use ulmus_model::{Generator, Layout, Model, ModelError, weights_from_safetensors, weights_to_safetensors};
-use ulmus_plan::{ModelConfig, Multipliers, NormKind};
+use ulmus_plan::{ModelConfig, Multipliers, NormKind, WeightType};
 use ulmus_types::ErrorKind;
 
 fn config() -> ModelConfig {
@@ -107,7 +107,7 @@ fn what_is_written_can_be_read() {
 #[test]
 fn layer_norm_makes_a_type_of_its_own() {
     let (of, tokens) = (|norm| ModelConfig { norm, ..config() }, SpecialTokens::default());
-    let text = |norm| hf::config_json(&of(norm), tokens);
+    let text = |norm| hf::config_json(&of(norm), tokens, WeightType::F32);
     // The same mathematics has the same word.
     assert_eq!(text(NormKind::NaiveRms), text(NormKind::Rms));
     for (written, read, name) in [
@@ -140,7 +140,8 @@ fn layer_norm_makes_a_type_of_its_own() {
 fn the_published_field_layout_is_kept() {
     let (config, tokens) = hf::read_config(&golden("")).unwrap();
     assert_eq!(config.num_gqa_groups, 2);
-    let written: serde_json::Value = serde_json::from_str(&hf::config_json(&config, tokens)).unwrap();
+    let written: serde_json::Value =
+        serde_json::from_str(&hf::config_json(&config, tokens, WeightType::F32)).unwrap();
     let golden = json("config.json");
     for (key, value) in golden.as_object().unwrap() {
         let equal = match (value.as_f64(), written[key].as_f64()) {

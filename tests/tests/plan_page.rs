@@ -10,7 +10,7 @@ use std::fs;
 
 use syn::{Attribute, Expr, ExprLit, Fields, Item, Lit, Meta, Type};
 use ulmus_plan::{
-    AdapterConfig, BaseConfig, BenchConfig, EvaluationConfig, ExamplesConfig, MAY_CHANGE, Plan,
+    AdapterConfig, BaseConfig, BenchConfig, EvaluationConfig, ExamplesConfig, ExportConfig, MAY_CHANGE, Plan,
     PrepareConfig, RsoConfig, SourceConfig, TuneConfig,
 };
 use ulmus_tests::repository;
@@ -117,6 +117,7 @@ fn page() -> String {
     let source = toml::Table::try_from(SourceConfig::default()).unwrap();
     let mut page = String::new();
     defaults.insert("evaluation".into(), toml::Value::try_from(EvaluationConfig::default()).unwrap());
+    defaults.insert("export".into(), toml::Value::try_from(ExportConfig::default()).unwrap());
     defaults.insert("bench".into(), toml::Value::try_from(BenchConfig::default()).unwrap());
     defaults.insert("base".into(), toml::Value::try_from(BaseConfig::default()).unwrap());
     defaults.insert("tune".into(), toml::Value::try_from(TuneConfig::default()).unwrap());
@@ -126,7 +127,7 @@ fn page() -> String {
     for section in &definitions["Plan"] {
         let values = defaults[&section.name].as_table().unwrap();
         let heading = match &section.name[..] {
-            stages @ ("evaluation" | "bench" | "tune") => format!("[[{stages}]]"),
+            stages @ ("evaluation" | "export" | "bench" | "tune") => format!("[[{stages}]]"),
             section => format!("[{section}]"),
         };
         table(&mut page, &heading, section, values, &definitions);

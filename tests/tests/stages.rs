@@ -50,6 +50,26 @@ fn milestones_are_measured_and_drawn() {
 }
 
 #[test]
+fn models_are_exported_where_a_stage_names_them() {
+    let sandbox = with(
+        "[[export]]\nname = \"same\"\nof = \"average\"\n[[export]]\nname = \"release\"\nof = [\"last\", \"average\"]\ndtype = \"bf16\"\n",
+    );
+    sandbox.coordinator(&[]).succeeds();
+    let run = sandbox.run("tiny");
+    let weights =
+        |folder: &str| std::fs::read(run.path().join(folder).join("model.safetensors")).expect("it is there");
+    assert!(weights("exports/same/average") == weights("export"), "the average is the average");
+    let (whole, half) = (weights("export").len(), weights("exports/release/average").len());
+    assert!(half < whole * 6 / 10, "{half} of {whole} bytes");
+    assert_eq!(run.json("exports/release/last/config.json")["torch_dtype"], "bfloat16");
+    let card = run.read("exports/release/last/README.md");
+    assert!(card.contains("Its weights are those after step 60."), "{card}");
+    let generate =
+        ["generate", "--model", "runs/tiny/exports/release/last", "--prompt", "a", "--max-tokens", "4"];
+    sandbox.evaluator(&generate).succeeds();
+}
+
+#[test]
 fn a_finished_run_does_the_stages_that_its_plan_gets_later() {
     let sandbox = with("");
     coordinator(&sandbox, &[]).succeeds();

@@ -10,7 +10,7 @@ use crate::bytes::Bytes;
 use crate::plan::Plan;
 use crate::prepare::PrepareConfig;
 use crate::rso::RsoConfig;
-use crate::stages::{BenchConfig, EvaluationConfig};
+use crate::stages::{BenchConfig, EvaluationConfig, ExportConfig};
 use crate::tune::{ExamplesConfig, TuneConfig};
 use crate::{Format, SourceConfig};
 
@@ -133,6 +133,7 @@ pub(crate) fn every_key() -> Table {
         wait: Some(Duration::from_hours(1)),
         ..EvaluationConfig::default()
     });
+    full.export.push(ExportConfig::default());
     full.bench.push(BenchConfig {
         device: text(),
         memory: Some(Bytes::mib(1024)),
@@ -188,7 +189,7 @@ pub(crate) fn alike<'a>(known: &'a Table, segments: &[String]) -> Option<&'a Val
 /// of that name.
 pub(crate) fn of_named(table: &Table, mut segments: Vec<String>) -> Option<Vec<String>> {
     if let [kind, name, _, ..] = &segments[..]
-        && ["tune", "evaluation", "bench"].contains(&&kind[..])
+        && ["tune", "evaluation", "export", "bench"].contains(&&kind[..])
         && name.parse::<usize>().is_err()
     {
         let stages = table.get(kind)?.as_array()?;

@@ -38,7 +38,7 @@ pub use plan::{
 };
 pub use prepare::{PrepareConfig, TokenizerConfig};
 pub use rso::{Pairing, RsoConfig};
-pub use stages::{BenchConfig, EvaluationConfig, NEXT_TEXT, WeightType};
+pub use stages::{BenchConfig, EvaluationConfig, ExportConfig, NEXT_TEXT, WeightType};
 pub use train::{Algorithms, CheckpointConfig, Precision, TrainConfig};
 pub use tune::{
     ExamplesConfig, Method, OnUseless, PreferenceLoss, Schedule, Tokenization, Truncation, TuneConfig,

@@ -610,6 +610,7 @@ mod tests {
         let text = SMALL.to_owned()
             + "[[data.source]]\nname = \"a\"\nurl = \"b\"\nfiles = [\"c\"]\ntext = \"d\"\n"
             + "[[evaluation]]\nname = \"tasks\"\nof = \"last\"\ntasks = [\"boolq\"]\ndata = [\"e\"]\n"
+            + "[[export]]\nname = \"release\"\nof = \"last\"\n"
             + "[[bench]]\nname = \"speed\"\nof = [\"average\", \"last\"]\n"
             + "[[tune]]\nname = \"dpo\"\nof = \"average\"\nmethod = \"dpo\"\nmax_length = 64\nmax_prompt = 32\n"
             + "[tune.adapter]\nrank_pattern.qkv_proj = 8\nalpha_pattern.qkv_proj = 8\n"

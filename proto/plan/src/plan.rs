@@ -13,7 +13,7 @@ use crate::device::Device;
 use crate::model::ModelConfig;
 use crate::prepare::{PrepareConfig, TokenizerConfig};
 use crate::rules::{range, range_or, sound};
-use crate::stages::{self, BenchConfig, EvaluationConfig};
+use crate::stages::{self, BenchConfig, EvaluationConfig, ExportConfig};
 use crate::train::{CheckpointConfig, TrainConfig};
 use crate::tune::{self, TuneConfig};
 
@@ -192,6 +192,9 @@ pub struct Plan {
     /// Evaluations on tasks.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub evaluation: Vec<EvaluationConfig>,
+    /// Further exports.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub export: Vec<ExportConfig>,
     /// Further benchmarks.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub bench: Vec<BenchConfig>,
@@ -201,7 +204,7 @@ pub struct Plan {
 const MAX_TEXT: Bytes = Bytes::mib(1 << 20);
 
 /// Keys that may change between two starts of the same run, because no trained bit depends on them.
-pub const MAY_CHANGE: [&str; 14] = [
+pub const MAY_CHANGE: [&str; 15] = [
     "local.",
     "cluster.",
     "store.",
@@ -210,6 +213,7 @@ pub const MAY_CHANGE: [&str; 14] = [
     "evaluate.",
     "benchmark.",
     "evaluation",
+    "export",
     "bench",
     "data.threads",
     "data.cache",
@@ -469,7 +473,7 @@ impl Plan {
 
     /// The stages of a run with this plan.
     pub fn graph(&self) -> Graph {
-        let added = stages::stages(&self.evaluation, &self.bench);
+        let added = stages::stages(&self.evaluation, &self.export, &self.bench);
         let tunings = tune::tunings(&self.tune);
         if self.pretrains() {
             Graph::new(self.checkpoint.average, self.checkpoint.export, self.base.is_some(), &tunings, added)
@@ -491,7 +495,7 @@ impl Plan {
         tune::check(&self.tune, &self.model, &models, problems);
         let tuned = self.tune.iter().map(|tuning| &tuning.name[..]);
         let models: Vec<&str> = models.into_iter().chain(tuned).collect();
-        stages::check(&self.evaluation, &self.bench, &models, problems);
+        stages::check(&self.evaluation, &self.export, &self.bench, &models, problems);
         for (index, config) in self.bench.iter().enumerate() {
             let [prompt, generate] = ["prompt", "generate"].map(|key| format!("bench.{index}.{key}"));
             if config.of.iter().all(|of| matches!(of, Of::Model(_))) {

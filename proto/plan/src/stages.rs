@@ -103,6 +103,19 @@ impl Default for BenchConfig {
     }
 }
 
+/// A stage that writes models in Hugging Face layout, each to `exports/NAME/MODEL` in the run folder. A plan may have several.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ExportConfig {
+    /// Name of the stage, and of the folder of its models.
+    pub name: String,
+    /// The models, at least one, as for an evaluation.
+    #[serde(deserialize_with = "one_or_several")]
+    pub of: Vec<Of>,
+    /// Data type of the weights: `f32`, `f16` or `bf16`.
+    pub dtype: WeightType,
+}
+
 /// The data type in which weights are kept.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -144,7 +157,7 @@ fn one_or_several<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Of>,
     deserializer.deserialize_any(Models)
 }
 
-/// What the two kinds of stages have in common, with the key under which the plan has it. They do not share a flattened
+/// What the kinds of stages have in common, with the key under which the plan has it. They do not share a flattened
 /// struct, because misspelt keys of one would not be noticed.
 struct Added<'a> {
     key: String,
@@ -259,7 +272,11 @@ impl Added<'_> {
 }
 
 /// The stages that a plan adds to those of every run.
-fn added<'a>(evaluations: &'a [EvaluationConfig], benches: &'a [BenchConfig]) -> Vec<Added<'a>> {
+fn added<'a>(
+    evaluations: &'a [EvaluationConfig],
+    exports: &'a [ExportConfig],
+    benches: &'a [BenchConfig],
+) -> Vec<Added<'a>> {
     let evaluations = evaluations.iter().enumerate().map(|(index, config)| Added {
         key: format!("evaluation.{index}"),
         kind: StageKind::Evaluation,
@@ -278,22 +295,36 @@ fn added<'a>(evaluations: &'a [EvaluationConfig], benches: &'a [BenchConfig]) ->
         memory: config.memory,
         wait: config.wait,
     });
-    evaluations.chain(benches).collect()
+    let exports = exports.iter().enumerate().map(|(index, config)| Added {
+        key: format!("export.{index}"),
+        kind: StageKind::Export,
+        name: &config.name,
+        of: &config.of,
+        device: None,
+        memory: None,
+        wait: None,
+    });
+    evaluations.chain(exports).chain(benches).collect()
 }
 
-/// The stages of evaluations and benchmarks.
-pub(crate) fn stages(evaluations: &[EvaluationConfig], benches: &[BenchConfig]) -> Vec<Stage> {
-    added(evaluations, benches).iter().filter_map(Added::stage).collect()
+/// The stages of evaluations, exports and benchmarks.
+pub(crate) fn stages(
+    evaluations: &[EvaluationConfig],
+    exports: &[ExportConfig],
+    benches: &[BenchConfig],
+) -> Vec<Stage> {
+    added(evaluations, exports, benches).iter().filter_map(Added::stage).collect()
 }
 
-/// Reports what is wrong with evaluations and benchmarks, but for the lengths of the latter.
+/// Reports what is wrong with evaluations, exports and benchmarks, but for the lengths of the last.
 pub(crate) fn check(
     evaluations: &[EvaluationConfig],
+    exports: &[ExportConfig],
     benches: &[BenchConfig],
     models: &[&str],
     problems: &mut Problems,
 ) {
-    let added = added(evaluations, benches);
+    let added = added(evaluations, exports, benches);
     for (index, stage) in added.iter().enumerate() {
         stage.check(models, problems);
         let mut tunings = models.iter().filter_map(|model| model.parse::<StageName>().ok());
@@ -309,6 +340,15 @@ pub(crate) fn check(
     }
     for (index, config) in evaluations.iter().enumerate() {
         config.check(&format!("evaluation.{index}"), problems);
+    }
+    for (index, config) in exports.iter().enumerate() {
+        problems.check(
+            config.dtype != WeightType::Q8_0,
+            format!("export.{index}.dtype"),
+            "\"q8_0\"",
+            "other programs read no such weights from this layout",
+            "write \"f32\", \"f16\" or \"bf16\"",
+        );
     }
     for (index, config) in benches.iter().enumerate() {
         range(problems, format!("bench.{index}.runs"), config.runs, 1..=1000);
@@ -364,11 +404,12 @@ mod tests {
 
     const RUN: &str = "[tokenizer]\nfile = \"t.model\"\n[[data.source]]\nname = \"a\"\nurl = \"b\"\nfiles = [\"c\"]\ntext = \"d\"\n";
     const TASKS: &str = "[[evaluation]]\nname = \"tasks\"\nof = [\"average\", \"milestones\", \"hf://a/b@v1\"]\ntasks = [\"arc_*\"]\ndata = [\"/data\"]\nlimit = 0.5\ndevice = \"*4090*\"\nmemory = \"20GB\"\nwait = \"1h\"\n";
+    const RELEASE: &str = "[[export]]\nname = \"release\"\nof = [\"last\", \"average\"]\ndtype = \"bf16\"\n";
     const SPEED: &str = "[[bench]]\nname = \"speed\"\nof = \"last\"\ndtype = \"q8_0\"\n";
 
     fn plan(set: &[&str]) -> Result<Plan, String> {
         let set: Vec<String> = set.iter().map(|&set| set.to_owned()).collect();
-        let plans = read(&[RUN, TASKS, SPEED].concat(), &set);
+        let plans = read(&[RUN, TASKS, RELEASE, SPEED].concat(), &set);
         plans.map(|mut plans| plans.remove(0)).map_err(|problems| problems.to_string())
     }
 
@@ -385,6 +426,11 @@ mod tests {
         assert_eq!(stage.needs.memory, Some(20_000_000_000));
         assert_eq!(stage.needs.wait, Some(Duration::from_hours(1)));
         assert_eq!(graph.stage(&"speed".parse().unwrap()).unwrap().reads, Reads::Models(vec![Of::Last]));
+        let release = graph.stage(&"release".parse().unwrap()).unwrap();
+        assert_eq!(
+            (release.kind, &release.reads),
+            (StageKind::Export, &Reads::Models(vec![Of::Last, Of::Average]))
+        );
         let again = read(&plan.to_toml(), &[]).unwrap().remove(0);
         assert_eq!(again, plan, "{}", plan.to_toml());
     }
@@ -404,6 +450,8 @@ mod tests {
                 "evaluation.tasks.name=export",
                 "evaluation.0.name = \"export\": every run has a stage of this name",
             ),
+            ("export.release.dtype=q8_0", "export.0.dtype = \"q8_0\": other programs read no such weights"),
+            ("export.release.name=tasks", "export.0.name = \"tasks\": another stage has this name"),
             ("bench.speed.name=tasks", "bench.0.name = \"tasks\": another stage has this name"),
             ("evaluation.tasks.name=a/b", "every stage needs a name"),
             (

@@ -37,6 +37,8 @@ pub const AVERAGE: &str = "average/model.safetensors";
 pub const AVERAGE_MANIFEST: &str = "average/manifest.json";
 /// Folder of the exported model.
 pub const EXPORT: &str = "export";
+/// Folder of the models that stages of the plan export.
+pub const EXPORTS: &str = "exports";
 /// Folder of the results of jobs.
 pub const RESULTS: &str = "results";
 
@@ -138,6 +140,11 @@ pub fn references(tuning: StageName, key: Digest) -> String {
 /// The model that a tuning stage has made, in Hugging Face layout.
 pub fn tuned(tuning: StageName) -> String {
     format!("{TUNE}/{tuning}/{EXPORT}")
+}
+
+/// A model that a stage of the plan exports.
+pub fn exported(job: &JobName) -> String {
+    format!("{EXPORTS}/{job}")
 }
 
 /// The adapter that a tuning stage has made, in PEFT's layout.

@@ -5,9 +5,10 @@
 //! checkpoint after that step, `run:NAME/average` for the average.
 
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use ulmus_checkpoint::{Access, OpenOptions, Store};
-use ulmus_dataloader::Folder;
+use ulmus_dataloader::{ChatTemplate, Folder, read_template};
 use ulmus_evaluator::{adds_bos, fitting_tokenizer, model_folder, read_model, tokenizer_place};
 use ulmus_model::hf::{self, HfModel, SpecialTokens};
 use ulmus_model::{Layout, weights_from_safetensors};
@@ -111,6 +112,19 @@ impl Base {
             }
         }
         Ok(files)
+    }
+
+    /// The model's own chat template, in Jinja, if it has one.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is no template.
+    pub(super) fn chat_template(&self, tokenizer: &Tokenizer) -> Result<Option<String>, WorkerError> {
+        let Origin::Place(place) = &self.origin else { return Ok(None) };
+        let folder = Folder::open(&tokenizer_place(place).display().to_string())?;
+        let ChatTemplate { template, .. } =
+            read_template("auto", &folder, tokenizer, Some(SystemTime::UNIX_EPOCH))?;
+        // Without one of its own it would be the recipe's.
+        Ok((template.name() != "recipe").then(|| template.source().to_owned()))
     }
 
     /// The model's tokenizer, or that in the folder or file `named`, and whether texts begin with BOS.

@@ -6,16 +6,19 @@ use serde_json::json;
 use ulmus_checkpoint::{CheckpointError, read_file, read_manifest};
 use ulmus_dataloader::{Manifest, SourceSummary};
 use ulmus_model::hf::{MODELING, SpecialTokens, config_json, generation_config_json};
-use ulmus_model::{AdapterShape, CardData, Layout, ModelCard, peft, weights_to_safetensors};
-use ulmus_plan::{AdapterKind, Method, ModelConfig, Plan, PreferenceLoss, TuneConfig};
+use ulmus_model::{
+    AdapterShape, CardData, Layout, ModelCard, peft, weights_to_safetensors, weights_to_safetensors_as,
+};
+use ulmus_plan::{AdapterKind, Method, ModelConfig, Plan, PreferenceLoss, TuneConfig, WeightType};
 use ulmus_run::results::{self, Average, Exported};
 use ulmus_run::{TrainState, paths};
 use ulmus_tokenizer::Tokenizer;
 use ulmus_types::{CheckpointId, FileEntry, Job, Of, StageName, Subject, counted};
 
 use super::average::average_file;
+use super::base::Base;
 use super::prepare::tokenizer_files;
-use super::subject::weights_of;
+use super::subject::{shape_of, weights_of};
 use crate::WorkerError;
 use crate::examples::{made_by, result};
 use crate::run::Run;
@@ -27,6 +30,8 @@ pub(super) struct Export<'a> {
     pub(super) config: &'a ModelConfig,
     /// Its weights, as a safetensors file.
     pub(super) weights: Vec<u8>,
+    /// Their type.
+    pub(super) dtype: WeightType,
     /// Its tokenizer.
     pub(super) tokenizer: &'a Tokenizer,
     /// The chat template, in Jinja, of a model that chats.
@@ -38,7 +43,7 @@ pub(super) struct Export<'a> {
 impl Export<'_> {
     /// The files of the folder, by name.
     pub(super) fn files(self) -> BTreeMap<&'static str, Vec<u8>> {
-        let Self { config, weights, tokenizer, chat_template, card } = self;
+        let Self { config, weights, dtype, tokenizer, chat_template, card } = self;
         let tokens = SpecialTokens { bos: tokenizer.bos(), eos: tokenizer.eos() };
         let (module, code) = MODELING;
         let mut files = tokenizer_files(tokenizer);
@@ -56,7 +61,7 @@ impl Export<'_> {
             tokenizer_config["chat_template"] = template.into();
         }
         files.extend([
-            ("config.json", config_json(config, tokens).into_bytes()),
+            ("config.json", config_json(config, tokens, dtype).into_bytes()),
             ("generation_config.json", generation_config_json(tokens).into_bytes()),
             (paths::WEIGHTS, weights),
             (module, code.as_bytes().to_vec()),
@@ -67,29 +72,97 @@ impl Export<'_> {
     }
 }
 
-/// Writes a model in Hugging Face layout: of a tuning stage its own, and otherwise the average.
+/// What is told of a model.
+struct About {
+    /// What it began from.
+    base: Option<String>,
+    training: Vec<String>,
+    data: Vec<CardData>,
+}
+
+impl About {
+    fn card<'a>(&'a self, name: &'a str, config: &'a ModelConfig, chats: bool) -> ModelCard<'a> {
+        ModelCard {
+            name,
+            config,
+            base: self.base.as_deref(),
+            licence: None,
+            training: self.training.clone(),
+            data: self.data.clone(),
+            results: Vec::new(),
+            chats,
+        }
+    }
+}
+
+/// Writes models in Hugging Face layout: of a stage that the plan adds the one that it names, of a tuning stage its own, and
+/// otherwise the average.
 pub(super) fn export(run: &Run, job: &Job) -> Result<Exported, WorkerError> {
+    if let Some(config) = run.plan.export.iter().find(|config| config.name == job.stage().as_str()) {
+        return named(run, job, config.dtype);
+    }
     let graph = run.plan.graph();
     let tuning = graph.trainings().find(|stage| stage.name.export() == *job.stage());
     let tuning = tuning.and_then(|stage| Some((stage.name, run.plan.tuning(stage.name)?)));
     if let Some((name, config)) = tuning {
         return tuned(run, job, name, config);
     }
-    let plan = &run.plan;
-    let tokenizer = run.tokenizer()?;
-    let weights = average_file(run)?;
-    let card = ModelCard {
-        name: plan.run.name.as_str(),
-        config: &plan.model,
-        base: plan.base.as_ref().map(|base| &base.model[..]),
-        licence: None,
-        training: training(run)?,
-        data: data(run)?,
-        results: Vec::new(),
-        chats: false,
+    let config = &run.plan.model;
+    let about = of_text(run, averaged(run)?)?;
+    let export = Export {
+        config,
+        weights: average_file(run)?,
+        dtype: WeightType::F32,
+        tokenizer: &run.tokenizer()?,
+        chat_template: None,
+        card: about.card(run.plan.run.name.as_str(), config, false),
     };
-    let export = Export { config: &plan.model, weights, tokenizer: &tokenizer, chat_template: None, card };
     write(run, paths::EXPORT, export)
+}
+
+/// Writes a model that a stage of the plan names.
+fn named(run: &Run, job: &Job, dtype: WeightType) -> Result<Exported, WorkerError> {
+    let subject = job.subject();
+    let place = match subject {
+        Subject::Base => run.plan.base.as_ref().map(|base| &base.model[..]),
+        Subject::Model(place) => Some(&place[..]),
+        _ => None,
+    };
+    let base = place.map(|place| Base::read(run, place)).transpose()?;
+    let tokenizer = match (&base, subject) {
+        (Some(base), Subject::Model(_)) => base.tokenizer(None)?.0,
+        _ => run.tokenizer()?,
+    };
+    let (about, template) = match subject {
+        Subject::Tuned(name) => {
+            let config = run.plan.tuning(*name).ok_or_else(|| super::no_stage(job))?;
+            (of_tuning(run, *name, config)?, Some(super::examples::chat_template(run, config, &tokenizer)?))
+        }
+        Subject::Last(checkpoint) | Subject::Milestone(checkpoint) => {
+            (of_text(run, after_steps(run, &[*checkpoint])?)?, None)
+        }
+        Subject::Base | Subject::Model(_) => {
+            let template = base.as_ref().map(|base| base.chat_template(&tokenizer)).transpose()?.flatten();
+            let training = vec!["Its weights are those of the base.".to_owned()];
+            (About { base: place.map(str::to_owned), training, data: Vec::new() }, template)
+        }
+        Subject::Average | Subject::Stage(_) => (of_text(run, averaged(run)?)?, None),
+    };
+    let (shape, weights) = match base {
+        Some(base) => (base.model.config, base.model.weights),
+        None => (shape_of(run, subject), weights_of(run, subject)?),
+    };
+    let model = job.name().model().unwrap_or_default().to_owned();
+    let title = format!("{}-{model}", run.plan.run.name);
+    let export = Export {
+        config: &shape,
+        weights: weights_to_safetensors_as(&Layout::new(&shape), &weights, dtype)?,
+        dtype,
+        tokenizer: &tokenizer,
+        chat_template: template.as_deref(),
+        card: about.card(&title, &shape, template.is_some()),
+    };
+    write(run, &paths::exported(&job.name()), export)
 }
 
 /// Writes a folder that is a model.
@@ -135,34 +208,31 @@ fn tuned(run: &Run, job: &Job, name: StageName, config: &TuneConfig) -> Result<E
     let tokenizer = run.tokenizer()?;
     let template = super::examples::chat_template(run, config, &tokenizer)?;
     let title = format!("{}-{name}", run.plan.run.name);
-    let base = begun_at(&run.plan, &config.of);
-    let made = result(run, &made_by(run, name))?;
-    let card = ModelCard {
-        name: &title,
-        config: &shape,
-        base: Some(&base),
-        licence: None,
-        training: vec![tuning_facts(config, &made)],
-        data: made
-            .files
-            .iter()
-            .map(|file| CardData {
-                address: if file.file.contains("://") { file.file.clone() } else { "a file".to_owned() },
-                amount: counted(file.rows, "row"),
-                hash: format!("BLAKE3: {}", file.hash),
-            })
-            .collect(),
-        results: Vec::new(),
-        chats: true,
-    };
+    let about = of_tuning(run, name, config)?;
     let export = Export {
         config: &shape,
         weights: weights_to_safetensors(&Layout::new(&shape), &merged)?,
+        dtype: WeightType::F32,
         tokenizer: &tokenizer,
         chat_template: Some(&template),
-        card,
+        card: about.card(&title, &shape, true),
     };
     write(run, &paths::tuned(name), export)
+}
+
+/// What is told of the model that a tuning stage has made.
+fn of_tuning(run: &Run, name: StageName, config: &TuneConfig) -> Result<About, WorkerError> {
+    let made: results::Examples = result(run, &made_by(run, name))?;
+    let data = made.files.iter().map(|file| CardData {
+        address: if file.file.contains("://") { file.file.clone() } else { "a file".to_owned() },
+        amount: counted(file.rows, "row"),
+        hash: format!("BLAKE3: {}", file.hash),
+    });
+    Ok(About {
+        base: Some(begun_at(&run.plan, &config.of)),
+        data: data.collect(),
+        training: vec![tuning_facts(config, &made)],
+    })
 }
 
 /// How a model was tuned.
@@ -204,31 +274,43 @@ fn begun_from(of: &Of, origin: &[CheckpointId]) -> Subject {
     }
 }
 
-/// How the average was trained.
-fn training(run: &Run) -> Result<Vec<String>, WorkerError> {
-    let train = &run.plan.train;
-    let mut facts = vec![format!(
-        "It was trained from random weights (seed {}) for {} steps of {} sequences of up to {} tokens.",
-        run.plan.run.seed,
+/// What is told of a model that was trained on text; `weights` says which of its weights these are.
+fn of_text(run: &Run, weights: Vec<String>) -> Result<About, WorkerError> {
+    let Plan { train, base, .. } = &*run.plan;
+    let base = base.as_ref().map(|base| base.model.clone());
+    let begun = match &base {
+        Some(base) => format!("the weights of {base}"),
+        None => format!("random weights (seed {})", run.plan.run.seed),
+    };
+    let mut training = vec![format!(
+        "It was trained from {begun} for {} steps of {} sequences of up to {} tokens.",
         train.iterations,
         train.sequences,
         run.plan.sequence_length()
     )];
+    training.extend(weights);
+    Ok(About { base, training, data: data(run)? })
+}
+
+/// Which weights the average has.
+fn averaged(run: &Run) -> Result<Vec<String>, WorkerError> {
     // Of an average without a manifest, the weights could not have been read.
     let average: Option<Average> = serde_json::from_slice(&run.read(paths::AVERAGE_MANIFEST)?).ok();
-    let checkpoints = average.map(|average| average.checkpoints).unwrap_or_default();
-    if let Some(last) = checkpoints.last() {
-        let steps: Vec<String> = checkpoints.iter().map(|id| id.step().to_string()).collect();
-        facts.push(match &steps[..] {
-            [only] => format!("Its weights are those after step {only}."),
-            _ => format!("Its weights are the mean of those after steps {}.", steps.join(", ")),
-        });
-        facts.extend(
-            tokens(run, *last)?
-                .map(|tokens| format!("The last of them has been trained on {tokens} tokens.")),
-        );
-    }
-    Ok(facts)
+    after_steps(run, &average.map(|average| average.checkpoints).unwrap_or_default())
+}
+
+/// Which weights a model has that is the mean of these checkpoints.
+fn after_steps(run: &Run, checkpoints: &[CheckpointId]) -> Result<Vec<String>, WorkerError> {
+    let Some(last) = checkpoints.last() else { return Ok(Vec::new()) };
+    let steps: Vec<String> = checkpoints.iter().map(|id| id.step().to_string()).collect();
+    let which = match &steps[..] {
+        [only] => format!("Its weights are those after step {only}."),
+        _ => format!("Its weights are the mean of those after steps {}.", steps.join(", ")),
+    };
+    let which_tokens =
+        if steps.len() > 1 { "The last of them has been trained" } else { "It has been trained" };
+    let tokens = tokens(run, *last)?.map(|tokens| format!("{which_tokens} on {tokens} tokens."));
+    Ok(std::iter::once(which).chain(tokens).collect())
 }
 
 /// The number of tokens that a checkpoint has been trained on, if it is still there.

@@ -91,7 +91,7 @@ pub(super) fn of_checkpoint<B: Backend>(
 }
 
 /// The shape of a model of the run.
-fn shape_of(run: &Run, subject: &Subject) -> ModelConfig {
+pub(super) fn shape_of(run: &Run, subject: &Subject) -> ModelConfig {
     match subject {
         Subject::Tuned(name) => run.plan.shape_of(&Of::Tuned(*name)),
         _ => run.plan.model.clone(),
