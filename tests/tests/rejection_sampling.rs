@@ -116,9 +116,14 @@ fn answers_of_one_s_own_need_scores_and_preferences_to_be_made_of() {
         refused.output
     );
     let sft = CHAIN.split("[[tune]]").nth(1).expect("there is a stage");
-    let wrong = format!("{TINY}[[tune]]{sft}[tune.rso]\nscores = \"a\"\naccept = 70\n");
+    let wrong = format!("{TINY}[[tune]]{sft}[tune.rso]\nscores = \"a\"\n");
     sandbox.write("plan.toml", wrong);
     let refused = sandbox.coordinator(&[]).ends();
     assert!(refused.output.contains("only preferences have it"), "{}", refused.output);
-    assert!(refused.output.contains("tune.0.rso.accept = 70"), "{}", refused.output);
+    sandbox.write("plan.toml", [TINY, RSO, "accept_ = 3\nbeta = -1\nscores = \"a\"\n"].concat());
+    let refused = sandbox.coordinator(&[]).ends();
+    assert!(refused.output.contains("accept_"), "{}", refused.output);
+    sandbox.write("plan.toml", [TINY, RSO, "beta = -1\nscores = \"a\"\n"].concat());
+    let refused = sandbox.coordinator(&[]).ends();
+    assert!(refused.output.contains("tune.0.rso.beta = -1"), "{}", refused.output);
 }

@@ -53,6 +53,7 @@ fn row(value: &Value) -> Row {
 fn rules(method: Method, tokenization: Tokenization) -> Rules {
     Rules {
         method,
+        prompts_only: false,
         tokenization,
         truncation: Truncation::KeepEnd,
         max_length: 96,

@@ -25,6 +25,7 @@ fn tokenizer() -> Tokenizer {
 fn rules(method: Method, tokenization: Tokenization) -> Rules {
     Rules {
         method,
+        prompts_only: false,
         tokenization,
         truncation: Truncation::KeepEnd,
         max_length: LONG,

@@ -52,7 +52,7 @@ pub(super) fn sample<B: Backend>(
     let folder = paths::sampled(tuning, sampled.key(origin, &prompts));
     let files: Vec<&[Prompt]> = prompts.chunks(PROMPTS_PER_FILE).collect();
     let share = job.part().map_or(0..files.len(), |part| part.share(files.len()));
-    let mut generator = Generator::with_sequences(model, SIDE_BY_SIDE, sampled.length)?;
+    let mut generator = Generator::with_sequences(model, sampled.length, SIDE_BY_SIDE)?;
     let mut all = Vec::new();
     for at in share {
         let path = format!("{folder}/{at:08}.jsonl.zst");

@@ -30,7 +30,7 @@ pub(super) fn learn<B: Backend>(
     let [_, _, preferences] = stored(run, tuning, sets, &result(run, &made_by)?, &made_by)?;
     let model = subject::model(run, job, backend, WeightFormat::F32)?;
     let width = model.config().model_dim;
-    let mut generator = Generator::with_sequences(model, 2, config.max_length as usize)?;
+    let mut generator = Generator::with_sequences(model, config.max_length as usize, 2)?;
     let (mut learned, mut held_out) = (Vec::new(), Vec::new());
     for (at, Kept { item, .. }) in preferences.iter().enumerate() {
         let Item::Pair(pair) = item else { continue };
