@@ -1,13 +1,13 @@
 """Times Ulmus and its peers on this machine, in turn, and prints the ratios as Markdown.
 
-    python -m venv peers && peers/bin/pip install torch==2.11.0 numpy gguf
+    python -m venv peers && peers/bin/pip install torch==2.11.0 numpy gguf trl==1.16.0 peft==0.21.2 transformers==5.24.0
     cargo build --release
-    peers/bin/python benches/peers/compare.py [--rounds 5] [--threads 1 2] [--work training tiny inference]
+    peers/bin/python benches/peers/compare.py [--rounds 5] [--threads 1 2] [--work training tiny inference tuning]
                                               [--dtypes f32 f16 bf16 q8_0] [--llama-bench PATH/llama-bench] [--json FILE]
 
 Each round runs every program once, in a process of its own, one after the other; the table has the median of the
-rounds and the ratio to each peer's median. Memory is the peak above 16 bytes per parameter (weights, gradient
-and both moments in float32), for PyTorch without what importing it takes. llama.cpp takes part if `llama-bench` is
+rounds and the ratio to each peer's median. Memory is the peak, for PyTorch without what importing it takes; of pretraining, above 16
+bytes per parameter (weights, gradient and both moments in float32). llama.cpp takes part if `llama-bench` is
 given; it gets the same shape with random weights.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-TORCH = HERE / "torch_openelm.py"
+TORCH, TRL = HERE / "torch_openelm.py", HERE / "trl_openelm.py"
 PRESET = "openelm-270m"
 PROMPT, GENERATE = 512, 128
 DTYPES = ["f32", "f16", "bf16", "q8_0"]
@@ -54,6 +54,15 @@ class Programs:
         command = [sys.executable, TORCH, "train", "--dtype", dtype, "--threads", threads, "--steps", steps]
         result = run([*command, *shape, *more])
         return {"training": result["tokens_per_second"], "memory": result["peak_bytes"] - 16 * result["parameters"]}
+
+    def trl_tuning(self, what, threads, shape, steps, *more):
+        result = run([sys.executable, TRL, what, "--threads", threads, "--steps", steps, *shape, *more])
+        return {"training": result["tokens_per_second"], "memory": result["peak_bytes"]}
+
+    def ours_tuning(self, threads, shape, steps, *more):
+        command = [self.binaries / "worker", "bench", "--preset", PRESET, "--dtype", "f32", "--threads", threads]
+        result = run([*command, "--steps", steps, "--json", *shape, *more])
+        return {"training": result["tokens_per_second"], "memory": result["peak_rss_bytes"]}
 
     def ours_inference(self, dtype, threads):
         command = [self.binaries / "evaluator", "bench", "--preset", PRESET, "--dtype", dtype, "--threads", threads]
@@ -103,7 +112,19 @@ def inference(programs, threads):
         yield f"270M, {dtype}", found
 
 
-WORK = {"training": training, "tiny": tiny, "inference": inference}
+def tuning(programs, threads):
+    """The last of each row is our own step of all weights, for what an adapter saves."""
+    shape, lora = ["--batch", 4, "--sequence", 256], ["--adapter", "lora", "--rank", 32]
+    pairs = ["--preferences", "--prompt", 64]
+    ours = lambda *more: lambda: programs.ours_tuning(threads, shape, 3, *more)
+    theirs = lambda what, *more: lambda: programs.trl_tuning(what, threads, shape, 3, *more)
+    yield "270M, answers, 4x256, f32", [("ulmus", ours()), ("trl", theirs("sft"))]
+    yield "270M, 2 pairs x 256, f32", [("ulmus", ours(*pairs)), ("trl", theirs("dpo"))]
+    whole = ("ulmus, all weights", ours())
+    yield "270M, LoRA of rank 32, 4x256, f32", [("ulmus", ours(*lora)), ("trl and peft", theirs("sft", *lora)), whole]
+
+
+WORK = {"training": training, "tiny": tiny, "inference": inference, "tuning": tuning}
 UNITS = {"training": "tokens/s", "memory": "GB", "prompt": "tokens/s", "generation": "tokens/s"}
 
 
