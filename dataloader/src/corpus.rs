@@ -32,6 +32,8 @@ pub struct Corpus {
     quarantine: BTreeSet<(usize, usize)>,
     rules: Rules,
     tokenizer: Tokenizer,
+    /// What fills the end of short sequences. It is never a target, and no position that has one sees it.
+    pub(crate) pad: u32,
     /// One per source.
     counters: Vec<Counters>,
 }
@@ -131,9 +133,16 @@ impl Corpus {
             max_epochs: config.source.iter().map(|source| source.max_epochs).collect(),
             quarantine: BTreeSet::new(),
             rules: Rules::new(config, seed),
+            pad: tokenizer.pad(),
             tokenizer,
             counters: weights.iter().map(|_| Counters::default()).collect(),
         })
+    }
+
+    /// The same corpus with another id at the end of short sequences, for a model that has no row for the usual one.
+    #[must_use]
+    pub fn padded_with(self, pad: u32) -> Self {
+        Self { pad, ..self }
     }
 
     /// The same corpus without `units`, which cannot be read.
@@ -366,7 +375,7 @@ impl Corpus {
             }
         }
         let count = packed.sequences(length).min(sequences);
-        let pad = self.tokenizer.pad();
+        let pad = self.pad;
         Ok(HeldOut {
             texts,
             sequences: (0..count).map(|index| packed.sequence(index, length, pad)).collect(),

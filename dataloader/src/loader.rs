@@ -301,7 +301,7 @@ impl Loader {
             let source = self.corpus.mixture.streams()[stream].source;
             return Err(DataError::Position { name: self.corpus.sources.name(source).to_owned() });
         };
-        let pad = self.corpus.tokenizer().pad();
+        let pad = self.corpus.pad;
         let WindowSegment { unit, segment, packed } = &window.segments[*segment as usize];
         let origin = Origin {
             source: self.corpus.mixture.streams()[stream].source,

@@ -142,7 +142,7 @@ fn check_tokenizer(path: &str, plan: &Plan, problems: &mut Problems) -> Option<S
         Ok(tokenizer) => {
             let pieces = tokenizer.pieces();
             problems.check(
-                pieces < plan.model.vocab_size,
+                pieces < plan.model.vocab_size || plan.base.is_some() && pieces == plan.model.vocab_size,
                 "model.vocab_size",
                 plan.model.vocab_size,
                 format!("the tokenizer's {pieces} pieces and the pad id need {} rows", pieces + 1),

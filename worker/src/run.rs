@@ -125,6 +125,9 @@ impl Run {
     /// The data that a manifest lists.
     pub(crate) fn corpus_of(&self, manifest: &Manifest, tokenizer: Tokenizer) -> Result<Corpus, DataError> {
         let sources = Sources::open(&self.plan.data, manifest, Some(&self.folder()))?;
-        Corpus::new(&self.plan.data, self.plan.run.seed, sources, tokenizer)
+        let has_pad = (tokenizer.pad() as usize) < self.plan.model.vocab_size;
+        let corpus = Corpus::new(&self.plan.data, self.plan.run.seed, sources, tokenizer)?;
+        // A base may have no row for a pad id; any other fills as well.
+        Ok(if has_pad { corpus } else { corpus.padded_with(0) })
     }
 }

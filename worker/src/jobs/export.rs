@@ -209,7 +209,9 @@ fn tuned(run: &Run, job: &Job, name: StageName, config: &TuneConfig) -> Result<E
     let template = super::examples::chat_template(run, config, &tokenizer)?;
     let title = format!("{}-{name}", run.plan.run.name);
     let mut about = of_tuning(run, name, config)?;
-    about.training.extend(tokens(run, *checkpoint)?.map(|tokens| format!("It has learned from {tokens} tokens of them.")));
+    about.training.extend(
+        tokens(run, *checkpoint)?.map(|tokens| format!("It has learned from {tokens} tokens of them.")),
+    );
     let export = Export {
         config: &shape,
         weights: weights_to_safetensors(&Layout::new(&shape), &merged)?,

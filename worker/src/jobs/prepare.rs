@@ -85,11 +85,17 @@ pub(super) fn prepare(run: &Run, say: &dyn Fn(String)) -> Result<Prepared, Worke
     })
 }
 
-/// Checks that the model's vocabulary has room for the tokenizer, so that the exported model can be loaded.
+/// Checks that the model's vocabulary has room for the tokenizer, so that the exported model can be loaded. A base may have no row
+/// beside those of the pieces: OpenELM's published weights have none.
 fn must_fit(tokenizer: &Tokenizer, plan: &Plan) -> Result<(), WorkerError> {
     let (pieces, rows) = (tokenizer.pieces(), plan.model.vocab_size);
-    if pieces < rows {
+    if pieces < rows || plan.base.is_some() && pieces == rows {
         return Ok(());
+    }
+    if plan.base.is_some() {
+        return Err(WorkerError::Plan(format!(
+            "the tokenizer has {pieces} pieces, and the base {rows} rows; name the tokenizer of the base in tokenizer.file"
+        )));
     }
     Err(WorkerError::Plan(format!(
         "the tokenizer has {pieces} pieces, and with the pad id needs {} rows of model.vocab_size = {rows}; set it to {}",
