@@ -87,9 +87,9 @@ impl RsoConfig {
         range(problems, key("beta"), self.beta, 0.0..=1e6);
         match (&self.scores, &self.reward_head) {
             (Some(_), Some(_)) => problems.add(
-                key("scores"),
+                key("reward_head"),
                 "set",
-                "there is a reward_head, too, and answers have one score",
+                "there are scores, too, and an answer has one score",
                 "leave one of them out",
             ),
             (None, None) => problems.add(
