@@ -13,7 +13,7 @@ use crate::event::Event;
 use crate::group::Group;
 use crate::invariants;
 use crate::members::{Activity, Fault};
-use crate::state::{Coordinator, TEXT_LIMIT};
+use crate::state::{Coordinator, Life, TEXT_LIMIT};
 
 /// After this many reports since the last update that contradict the record, the run stops.
 const CONTRADICTIONS: u32 = 3;
@@ -46,14 +46,15 @@ impl Coordinator {
                     training.record.updates = training.settings.updates.or(Some(updates));
                 }
             }
-            Event::StopRequested => self.stopping_since = self.stopping_since.or(Some(now)),
+            Event::StopRequested if self.life == Life::Running => self.life = Life::Stopping { since: now },
+            Event::StopRequested => {}
             Event::LocalWorkersFailed(why) => self.on_local_workers_failed(&why, now),
         }
-        if !self.exited {
+        if self.life != Life::Ended {
             self.advance(now);
         }
         // A run that has ended may be left half-way through a transition.
-        debug_assert_eq!(invariants::broken(self).filter(|_| !self.exited), None);
+        debug_assert_eq!(invariants::broken(self).filter(|_| self.life != Life::Ended), None);
         std::mem::take(&mut self.effects)
     }
 
@@ -179,7 +180,7 @@ impl Coordinator {
             let message =
                 format!("{message}; everything else is done: correct that, and run the same command again");
             self.exit(kind.into(), message);
-        } else if self.stopping_since.is_some()
+        } else if matches!(self.life, Life::Stopping { .. })
             && matches!(self.group, Group::Absent { .. })
             && self.snapshots.is_empty()
         {

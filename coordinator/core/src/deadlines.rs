@@ -15,7 +15,7 @@ use ulmus_types::{
 use crate::effect::Effect;
 use crate::group::Group;
 use crate::members::{Activity, Fault, Member};
-use crate::state::Coordinator;
+use crate::state::{Coordinator, Life};
 
 /// How long the process of a worker that warms up may be stuck.
 const WARM_STILL_FOR: Duration = Duration::from_mins(3);
@@ -62,7 +62,9 @@ impl Coordinator {
         }
         self.watch_group(now);
         self.watch_storing(now);
-        if self.stopping_since.is_some_and(|since| now > since + STOP_WITHIN) {
+        if let Life::Stopping { since } = self.life
+            && now > since + STOP_WITHIN
+        {
             self.exit(
                 ExitStatus::Failed,
                 "stopped without saving: the group did not pause in time".to_owned(),

@@ -93,6 +93,17 @@ impl PersistentState {
     }
 }
 
+/// Whether a run goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Life {
+    /// It does.
+    Running,
+    /// A person asked it to stop, at this time. It stores what it has, and begins nothing.
+    Stopping { since: Duration },
+    /// It has said how it ended.
+    Ended,
+}
+
 /// The state of a run.
 #[derive(Debug)]
 pub struct Coordinator {
@@ -131,11 +142,10 @@ pub struct Coordinator {
     pub(crate) storing_alarmed: bool,
     /// Why the last unfit worker could not join the run.
     pub(crate) unfit: Option<(ErrorKind, String)>,
-    pub(crate) stopping_since: Option<Duration>,
+    pub(crate) life: Life,
     pub(crate) last_tick: Option<Duration>,
     /// Total time in which this process did not run and so could not receive messages.
     pub(crate) slept: Duration,
-    pub(crate) exited: bool,
     /// What is to be done about the current event.
     pub(crate) effects: Vec<Effect>,
 }
@@ -194,10 +204,9 @@ impl Coordinator {
             committed_at: now,
             storing_alarmed: false,
             unfit: None,
-            stopping_since: None,
+            life: Life::Running,
             last_tick: None,
             slept: Duration::ZERO,
-            exited: false,
             effects,
             settings,
         }
@@ -283,10 +292,10 @@ impl Coordinator {
     }
 
     pub(crate) fn exit(&mut self, status: ExitStatus, message: String) {
-        if self.exited {
+        if self.life == Life::Ended {
             return;
         }
-        self.exited = true;
+        self.life = Life::Ended;
         for worker in self.members.ids() {
             self.send(&worker, ToWorker::Finish(status));
         }

@@ -9,7 +9,7 @@ use ulmus_types::{CheckpointId, Generation, JobName, StageName, Step, WorkerId};
 use crate::group::Group;
 use crate::jobs::JobStatus;
 use crate::members::{Activity, Member};
-use crate::state::Coordinator;
+use crate::state::{Coordinator, Life};
 use crate::trainings::Training;
 
 /// A snapshot of a run.
@@ -124,11 +124,10 @@ impl Coordinator {
     }
 
     fn phase(&self, now: Duration) -> Phase {
-        if self.exited {
-            return Phase::Ended;
-        }
-        if self.stopping_since.is_some() {
-            return Phase::Stopping;
+        match self.life {
+            Life::Running => {}
+            Life::Stopping { .. } => return Phase::Stopping,
+            Life::Ended => return Phase::Ended,
         }
         match &self.group {
             Group::Training { .. } => return Phase::Training,

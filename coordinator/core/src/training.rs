@@ -11,7 +11,7 @@ use ulmus_types::{
 use crate::effect::{Effect, Notification};
 use crate::group::{self, Group, Suspicion};
 use crate::members::{Activity, Fault, Member, Roster};
-use crate::state::{Coordinator, TEXT_LIMIT};
+use crate::state::{Coordinator, Life, TEXT_LIMIT};
 use crate::trainings::Training;
 
 /// After this many groups in a row without an update, the run stops.
@@ -361,7 +361,7 @@ impl Coordinator {
     pub(crate) fn due_training(&self) -> Option<&Training> {
         let training = self.current()?;
         let stage = self.graph().stage(&training.name())?;
-        let is_due = self.stopping_since.is_none()
+        let is_due = self.life == Life::Running
             && training.record.updates.is_some()
             && self.jobs.training_may_begin(stage, &self.progress())
             && (training.record.trained.is_none() || self.snapshots.is_empty());
@@ -383,7 +383,7 @@ impl Coordinator {
         let has_room = (members.len() as u64) < most;
         let request = if *pausing {
             return;
-        } else if self.stopping_since.is_some() || members.iter().any(is_draining) {
+        } else if self.life != Life::Running || members.iter().any(is_draining) {
             // Afterwards the leaving member's state is stored, or held by those that stay.
             GroupRequest::Stop
         } else if may_join && has_room {

@@ -10,7 +10,7 @@ use crate::effect::{Effect, Notification};
 use crate::group::Group;
 use crate::jobs::Progress;
 use crate::members::{Activity, Member};
-use crate::state::{Coordinator, TEXT_LIMIT};
+use crate::state::{Coordinator, Life, TEXT_LIMIT};
 use crate::trainings::Training;
 
 /// The most parts in which an evaluation is done.
@@ -211,7 +211,7 @@ impl Coordinator {
     }
 
     pub(crate) fn start_jobs(&mut self, now: Duration) {
-        if self.stopping_since.is_some() {
+        if self.life != Life::Running {
             return;
         }
         let mut idle = self.members.available(now);
