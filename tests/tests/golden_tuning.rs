@@ -133,7 +133,7 @@ fn adapters_are_learned_as_peft_does() {
             }
         }
         let settings = format!(
-            "method = \"sft\"\nmax_length = 128\nmask_prompt = false\nz_loss = {}\nbeta1 = {}\nbeta2 = {}",
+            "method = \"sft\"\nmax_length = 256\nmask_prompt = false\nz_loss = {}\nbeta1 = {}\nbeta2 = {}",
             case["z_loss"], case["betas"][0], case["betas"][1]
         );
         let tuned = Tuned::of(&all["rows"], &case["steps"], &settings, &adapter);

@@ -8,7 +8,7 @@ use crate::data::{Format, refuse_secret};
 use crate::model::ModelConfig;
 use crate::rso::RsoConfig;
 use crate::rules::{range, range_or, sound};
-use crate::train::{Precision, TrainConfig};
+use crate::train::Precision;
 
 /// What a tuning stage learns from.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -341,21 +341,6 @@ impl TuneConfig {
             Schedule::Constant => 1.0,
         };
         self.min_lr + (self.max_lr - self.min_lr) * left
-    }
-
-    /// The optimizer's part of the recipe.
-    pub fn optimizer(&self) -> TrainConfig {
-        TrainConfig {
-            beta1: self.beta1,
-            beta2: self.beta2,
-            epsilon: self.epsilon,
-            weight_decay: self.weight_decay,
-            clip: self.clip,
-            z_loss: self.z_loss,
-            precision: self.precision,
-            recompute: self.recompute,
-            ..TrainConfig::default()
-        }
     }
 
     /// Reports every rule that is broken; `at` is the key of the stage, and `models` are the models of the run that it may begin

@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ulmus_backend::Quantum;
-use ulmus_model::{AdapterShape, BatchShape, ModelError, Objective, Preference, peft};
-use ulmus_plan::{Method, ModelConfig, Plan, TrainConfig, TuneConfig};
+use ulmus_model::{AdapterShape, BatchShape, ModelError, Objective, Optimizer, Preference, peft};
+use ulmus_plan::{Method, ModelConfig, Plan, Precision, TrainConfig, TuneConfig};
 use ulmus_run::results::Examples;
 use ulmus_types::{StageName, Step};
 
@@ -18,7 +18,9 @@ use crate::run::Run;
 pub(super) struct Recipe {
     training: StageName,
     plan: Arc<Plan>,
-    optimizer: TrainConfig,
+    optimizer: Optimizer,
+    precision: Precision,
+    recompute: bool,
     tuning: Option<Tuning>,
 }
 
@@ -38,14 +40,17 @@ impl Recipe {
     pub(super) fn of(run: &Run, training: StageName) -> Result<Self, WorkerError> {
         let plan = Arc::clone(&run.plan);
         let Some(config) = plan.tuning(training).cloned() else {
-            return Ok(Self { training, optimizer: plan.train.clone(), plan, tuning: None });
+            let TrainConfig { precision, recompute, .. } = plan.train;
+            let optimizer = Optimizer::from(&plan.train);
+            return Ok(Self { training, optimizer, precision, recompute, plan, tuning: None });
         };
         let examples = result(run, &made_by(run, training))?;
         let model = plan.shape_of(&config.of);
         let adapter = config.adapter.as_ref().map(|adapter| AdapterShape::new(&model, adapter));
+        let optimizer = Optimizer::from(&config);
+        let TuneConfig { precision, recompute, .. } = config;
         let tuning = Tuning { examples, adapter: adapter.transpose()?, model, config };
-        let optimizer = tuning.config.optimizer();
-        Ok(Self { training, plan, optimizer, tuning: Some(tuning) })
+        Ok(Self { training, plan, optimizer, precision, recompute, tuning: Some(tuning) })
     }
 
     pub(super) const fn training(&self) -> StageName {
@@ -98,7 +103,7 @@ impl Recipe {
 
     /// The largest micro-batch.
     pub(super) fn shape(&self) -> BatchShape {
-        let recompute = self.optimizer.recompute;
+        let recompute = self.recompute;
         match &self.tuning {
             None => BatchShape {
                 sequences: self.plan.train.micro_batch as usize,
@@ -123,8 +128,13 @@ impl Recipe {
     }
 
     /// The optimizer's settings.
-    pub(super) const fn optimizer(&self) -> &TrainConfig {
-        &self.optimizer
+    pub(super) const fn optimizer(&self) -> Optimizer {
+        self.optimizer
+    }
+
+    /// The precision of the operands of matrix products.
+    pub(super) const fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// The learning rate of update number `step` (0 for the first).
@@ -176,7 +186,7 @@ pub(super) fn replica<B: ulmus_backend::TrainingBackend>(
     backend: B,
     recipe: &Recipe,
 ) -> Result<ulmus_model::Replica<B>, ModelError> {
-    let backend = backend.with_precision(recipe.optimizer().precision);
+    let backend = backend.with_precision(recipe.precision);
     let (model, shape, objective) = (recipe.model(), recipe.shape(), recipe.objective());
     match recipe.tuning().and_then(|tuning| tuning.adapter.as_ref()) {
         Some(adapter) => {

@@ -30,7 +30,7 @@ const DIGEST: &str = "digest";
 /// A hash of everything on which the log-probabilities of a stage depend; `origin` is that of the weights with which it begins.
 fn key(recipe: &Recipe, tuning: &Tuning, origin: Digest) -> Digest {
     let model = serde_json::to_string(recipe.model()).expect("a shape has text keys");
-    let precision = recipe.optimizer().precision.name();
+    let precision = recipe.precision().name();
     let examples = tuning.examples.digest;
     // On some devices the bits of a sequence depend on how many go through the model with it.
     let micro_batch = tuning.config.micro_batch;
