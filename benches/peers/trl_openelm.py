@@ -11,6 +11,7 @@ that it includes what the trainer does between two. Prints one JSON object; memo
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -150,7 +151,9 @@ def main():
                 per_device_train_batch_size=arguments.batch // 2, beta=0.01, precompute_ref_log_probs=True, **common
             )
             trainer = DPOTrainer(args=config, train_dataset=Dataset.from_list(rows), **more)
-        trainer.train()
+        # What the trainer prints is no result.
+        with contextlib.redirect_stdout(sys.stderr):
+            trainer.train()
     seconds = [end - begun for begun, end in zip(clock.ends, clock.ends[1:])]
     tokens = arguments.batch * arguments.sequence
     print(

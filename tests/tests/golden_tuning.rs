@@ -5,7 +5,7 @@
 
 use std::fmt::Write;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use ulmus_model::{hf, peft};
 use ulmus_tests::{Sandbox, repository};
 
@@ -90,6 +90,33 @@ fn preferences_are_learned_as_the_recipe_s_trl_does() {
         for column in ["rewards/chosen", "rewards/rejected", "rewards/margins"] {
             tuned.assert_near(column, steps().map(|step| number(&step["logged"][column])), 1e-4, 0.0);
         }
+    }
+}
+
+#[test]
+fn preferences_are_learned_as_trl_does_today() {
+    let current = golden("dpo_current.json");
+    let kept = list(&current["kept"]["conversational"]).iter();
+    let rows = golden("dpo.json")["rows"].take();
+    // Rows are counted among those that are kept. In these, the prompt is what both answers begin with.
+    let rows: Vec<Value> = list(&rows)
+        .iter()
+        .zip(kept)
+        .filter(|(_, is_kept)| **is_kept == true)
+        .map(|(row, _)| json!({ "chosen": row["chosen"], "rejected": row["rejected"] }))
+        .collect();
+    let run = &current["runs"][0];
+    let settings = format!(
+        "method = \"dpo\"\nloss = {}\nbeta = {}\ntemplate = \"recipe\"\nmax_length = 96\ntruncation = \"keep_start\"",
+        run["loss_type"], run["beta"]
+    );
+    let tuned = Tuned::of(&json!(rows), &run["steps"], &settings, "");
+    let steps = || list(&run["steps"]).iter();
+    tuned.assert_near("loss", steps().map(|step| number(&step["loss"])), 1e-5, 0.0);
+    tuned.assert_near("grad_norm", steps().map(|step| number(&step["grad_norm"])), 0.0, 5e-5);
+    for (column, answers) in [("logps/chosen", "policy_chosen"), ("logps/rejected", "policy_rejected")] {
+        let mean = |step: &Value| list(&step[answers]).iter().map(number).sum::<f64>() / 4.0;
+        tuned.assert_near(column, steps().map(mean), 5e-4, 0.0);
     }
 }
 
