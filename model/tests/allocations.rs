@@ -1,5 +1,9 @@
 //! Neither a training step nor a decoded token allocates anything: buffers are planned once, and only the thread pool's
 //! queue still grows. The allocations of all threads are counted, so these tests run one at a time.
+//!
+//! A thread allocates when it begins, when it first gets work of a kind, and when it ends, and on a busy machine any of that may
+//! come late; threads of a pool that was dropped are not waited for. So several windows of time are measured, and the best one
+//! counts: what allocates with every step or token does so in each of them.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![expect(unsafe_code, reason = "an allocator that counts")]
@@ -44,6 +48,21 @@ static ALONE: Mutex<()> = Mutex::new(());
 /// The pool's queue allocates one block of memory for this many jobs from outside.
 const QUEUE_BLOCK: usize = 63;
 
+/// More windows than there are threads that may be late, and kinds of work that they may be late for.
+const WINDOWS: usize = 40;
+
+/// Checks that nothing but the pool's queue allocates while `work` gives it so many `jobs` from outside.
+fn must_allocate_nothing(jobs: usize, what: &str, mut work: impl FnMut()) {
+    let most = jobs.div_ceil(QUEUE_BLOCK);
+    let mut found = Vec::with_capacity(WINDOWS);
+    while found.last().is_none_or(|made| *made > most) {
+        assert!(found.len() < WINDOWS, "{what}: more than {most} allocations in each window: {found:?}");
+        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        work();
+        found.push(ALLOCATIONS.load(Ordering::Relaxed) - before);
+    }
+}
+
 #[test]
 fn steps_allocate_nothing() {
     const THREADS: usize = 2;
@@ -79,18 +98,9 @@ fn steps_allocate_nothing() {
             replica.quantise_mean_gradient(&quantum, loss.valid).unwrap();
             replica.update(&recipe, 1e-3, number).unwrap();
         };
-        // Each thread allocates its scratch at its first task of a kind, and which thread gets which task is chance.
-        for number in 0..30 {
-            step(number);
-        }
-        let before = ALLOCATIONS.load(Ordering::Relaxed);
-        for number in 30..60 {
-            step(number);
-        }
-        let made = ALLOCATIONS.load(Ordering::Relaxed) - before;
-        // There are five jobs from outside per step, and a thread may meet a larger task than before.
-        let most = (30 * 5_usize).div_ceil(QUEUE_BLOCK) + 1 + 2 * THREADS;
-        assert!(made <= most, "{made} allocations in 30 steps");
+        let mut numbers = 0..;
+        // There are five jobs from outside per step.
+        must_allocate_nothing(30 * 5, "30 steps", || numbers.by_ref().take(30).for_each(&mut step));
     }
 }
 
@@ -139,22 +149,20 @@ fn tuning_steps_allocate_nothing() {
             replica.quantise_mean_gradient(&quantum, objective.divisor(&loss)).unwrap();
             replica.update(&recipe, 1e-3, number as u64).unwrap();
         };
-        (0..12).for_each(&mut step);
-        let before = ALLOCATIONS.load(Ordering::Relaxed);
-        (12..42).for_each(&mut step);
-        let made = ALLOCATIONS.load(Ordering::Relaxed) - before;
+        let mut numbers = 0..;
         // There are six jobs from outside per step.
-        let most = (30 * 6_usize).div_ceil(QUEUE_BLOCK) + 1;
-        assert!(made <= most, "{made} allocations in 30 steps");
+        must_allocate_nothing(30 * 6, "30 steps", || numbers.by_ref().take(30).for_each(&mut step));
     }
 }
 
 #[test]
 fn a_decoded_token_allocates_nothing() {
+    // Each window adds 120 tokens to a text.
+    const CAPACITY: usize = 120 * WINDOWS + 3;
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let config = ModelConfig {
         vocab_size: 500,
-        max_context_length: 300,
+        max_context_length: CAPACITY,
         num_transformer_layers: 3,
         model_dim: 96,
         head_dim: 16,
@@ -172,25 +180,16 @@ fn a_decoded_token_allocates_nothing() {
         for (format, norm) in every.into_iter().chain(norms) {
             let config = ModelConfig { norm, ..config.clone() };
             let model = Model::in_format(Cpu::new(threads), &config, &weights, format).unwrap();
-            let mut generator = Generator::with_sequences(Arc::new(model), 300, 2).unwrap();
+            let mut generator = Generator::with_sequences(Arc::new(model), CAPACITY, 2).unwrap();
             let mut sampler = Sampler::new(Sampling::new(0.9, Some(50), 0.95).unwrap(), 1, 0);
             generator.feed_to(0, &[1, 2, 3]).unwrap();
             let mut token = sampler.choose(generator.feed_to(1, &[4]).unwrap());
-            // Every thread grows its scratch once, when it first gets work.
-            for _ in 0..40 {
-                token = sampler.choose(generator.feed_to(0, &[token]).unwrap());
-                generator.feed_each(&[(1, token), (0, 7)]).unwrap();
-            }
-            let before = ALLOCATIONS.load(Ordering::Relaxed);
-            for _ in 0..60 {
-                token = sampler.choose(generator.feed_to(0, &[token]).unwrap());
-                generator.feed_each(&[(1, token), (0, 7)]).unwrap();
-            }
-            let made = ALLOCATIONS.load(Ordering::Relaxed) - before;
-            let queue = 2 * 60_usize.div_ceil(QUEUE_BLOCK) + 1;
-            // One or two of the three threads may have had no work until now; each allocates five pieces of scratch.
-            let most = if threads == 1 { queue } else { queue + 5 * (threads - 1) };
-            assert!(made <= most, "{format}, {norm:?}, {threads} threads: {made} allocations for 120 tokens");
+            must_allocate_nothing(120, &format!("{format}, {norm:?}, {threads} threads, 120 passes"), || {
+                for _ in 0..60 {
+                    token = sampler.choose(generator.feed_to(0, &[token]).unwrap());
+                    generator.feed_each(&[(1, token), (0, 7)]).unwrap();
+                }
+            });
         }
     }
 }
