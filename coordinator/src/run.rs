@@ -330,6 +330,9 @@ impl Led {
         if let Err(failure) = written.and(sources_file(&database, folder.path()).map(drop)) {
             print(&format!("ALARM: {failure}; run.sqlite has the complete metrics"))?;
         }
+        if let Err(failure) = copy_tables(plan, &folder).await {
+            print(&format!("ALARM: {failure}; the metrics are in {}", folder.path().display()))?;
+        }
         let rows = database.metrics(StageName::pretraining()).map_err(|error| in_database(&error))?;
         let results = database.results().map_err(|error| in_database(&error))?;
         let graph = plan.graph();
@@ -400,6 +403,21 @@ fn metrics_files(
         Ok((training, file.map_err(|error| failed(&path, &error))?))
     };
     plan.graph().trainings().map(|stage| file(stage.name)).collect()
+}
+
+/// Copies what people read of the coordinator's own files to the store of the run, if that is another place.
+async fn copy_tables(plan: &Plan, folder: &RunFolder) -> Result<(), Failure> {
+    if folder.store().directory().is_some() {
+        return Ok(());
+    }
+    let graph = plan.graph();
+    let metrics = graph.trainings().map(|stage| paths::of_training(stage.name, paths::METRICS));
+    for name in metrics.chain([paths::SOURCES.to_owned()]) {
+        let path = folder.path().join(&name);
+        let table = std::fs::read(&path).map_err(|error| failed(&path, &error))?;
+        folder.store().put(&name, table).await.map_err(|error| in_store(&error))?;
+    }
+    Ok(())
 }
 
 /// Messages about results of finished jobs that are missing. Those jobs are forgotten, so that they are done again.

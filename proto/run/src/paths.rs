@@ -43,7 +43,7 @@ pub const EXPORTS: &str = "exports";
 pub const RESULTS: &str = "results";
 
 /// Metrics, one row per step. If the run is in an object store, this file and those below are on the coordinator's
-/// disk.
+/// disk; when the run ends, the store gets a copy of this one and the next.
 pub const METRICS: &str = "metrics.csv";
 /// Reading statistics, one row per source and worker at each checkpoint.
 pub const SOURCES: &str = "sources.csv";
