@@ -367,10 +367,12 @@ impl Driver {
 
     fn send(&mut self, worker: &WorkerId, message: ToWorker) {
         let Some((_, outbox)) = self.sessions.get(worker) else { return };
-        // A worker that does not read its messages is as good as gone. Dropping the outbox ends its session.
-        if outbox.try_send(message).is_err() {
-            tracing::info!(%worker, "outgoing queue full; closing the session");
+        // A worker that does not read its messages is as good as gone. Dropping the outbox ends its session, whose end is then
+        // no news: the core hears of it now.
+        if let Err(error) = outbox.try_send(message) {
+            tracing::info!(%worker, %error, "cannot be told anything; closing the session");
             self.sessions.remove(worker);
+            self.on_event(Event::Disconnected(worker.clone()));
         }
     }
 

@@ -690,3 +690,78 @@ fn in_store(error: &ulmus_checkpoint::StoreError) -> Failure {
 fn in_database(error: &DatabaseError) -> Failure {
     Failure::of(error.kind(), error)
 }
+
+#[cfg(test)]
+mod tests {
+    use ulmus_types::{Hello, Incarnation, ToWorker, WorkerId, WorkerStatus};
+
+    use super::*;
+    use crate::server::{SessionEvent, SessionNumber};
+
+    fn hello(incarnation: u64) -> Hello {
+        Hello {
+            worker: WorkerId::new("local-0", Incarnation::new(incarnation)).unwrap(),
+            version: ulmus_proto::VERSION.to_owned(),
+            address: "127.0.0.1:1".to_owned(),
+            device: "cpu".to_owned(),
+            threads: 1,
+            pid: 1,
+            run: None,
+            secret: None,
+            status: WorkerStatus::Idle,
+            host: "here".to_owned(),
+            memory: 1 << 30,
+            only_jobs: false,
+        }
+    }
+
+    /// A worker is killed, another process takes its place, and the end of the first connection is not known yet.
+    #[tokio::test]
+    async fn a_worker_that_cannot_be_told_anything_makes_room_for_its_successor() {
+        let home = tempfile::tempdir().unwrap();
+        let plan = format!(
+            "[run]\nname = \"tiny\"\n[store]\nurl = {:?}\n[prepare]\npaths = [\"corpus\"]\n[train]\niterations = 10\nwarmup = 1\n\
+             [checkpoint]\nevery = 5\naverage = 1\n",
+            home.path()
+        );
+        let plan = ulmus_plan::read(&plan, &[]).unwrap().remove(0);
+        let folder = RunFolder::open(&plan, false).await.unwrap();
+        let database = Database::open(&folder.database()).unwrap();
+        let (id, secret) = database.identity().unwrap();
+        let setup = Setup {
+            settings: settings(&plan, &Options::default(), &folder, id, secret).await.unwrap(),
+            lock: folder.lock(),
+            saved: database.saved().unwrap(),
+            metrics: metrics_files(&plan, &database, folder.path()).unwrap(),
+            sources: sources_file(&database, folder.path()).unwrap(),
+            plan,
+            database,
+            files: folder.store().clone(),
+            console: Console::new(),
+            locals: None,
+            detach_on_term: false,
+            kill_after: None,
+            tasks: TaskTracker::new(),
+        };
+        let (events, sessions) = mpsc::channel(EVENTS);
+        let successor = async {
+            let (outbox, dead) = mpsc::channel(8);
+            drop(dead);
+            let opened = |number, outbox| SessionEvent::Opened {
+                session: SessionNumber(number),
+                hello: hello(number),
+                outbox,
+            };
+            events.send(opened(1, outbox)).await.unwrap();
+            let (outbox, mut told) = mpsc::channel(8);
+            events.send(opened(2, outbox)).await.unwrap();
+            told.recv().await
+        };
+        let shutdown = Shutdown::manual();
+        let told = tokio::select! {
+            told = successor => told,
+            _ = drive(setup, sessions, &shutdown) => None,
+        };
+        assert!(matches!(told, Some(ToWorker::Welcome { .. })), "{told:?}");
+    }
+}

@@ -18,7 +18,7 @@ const OUTBOX: usize = 1024;
 
 /// Distinguishes the connections of a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct SessionNumber(u64);
+pub(crate) struct SessionNumber(pub(crate) u64);
 
 /// What happens in sessions, for the driver.
 #[derive(Debug)]
