@@ -19,8 +19,6 @@ const WAITING_EVERY: Duration = Duration::from_secs(30);
 pub(crate) struct Console {
     bar: ProgressBar,
     terminal: bool,
-    /// The last update of the stage that trains.
-    end: Step,
     /// The last update that was shown, and the total number of tokens of its stage by then.
     last: Option<(StageName, Step, u64)>,
     speed: Option<f64>,
@@ -40,16 +38,7 @@ impl Console {
             ProgressStyle::with_template("{prefix:>12.bold} {wide_bar:.green} {pos}/{len} {msg} {eta} left")
                 .expect("the template names only fields that exist");
         bar.set_style(style);
-        Self {
-            bar,
-            terminal,
-            end: Step::default(),
-            last: None,
-            speed: None,
-            held_out: None,
-            last_plain: None,
-            waiting: None,
-        }
+        Self { bar, terminal, last: None, speed: None, held_out: None, last_plain: None, waiting: None }
     }
 
     /// Prints a line, above the progress bar if there is one.
@@ -70,7 +59,6 @@ impl Console {
             Notification::Joined(worker) => self.line(&format!("worker {} joined", worker.name())),
             Notification::Lost(worker, why) => self.line(&format!("worker {} is lost: {why}", worker.name())),
             Notification::GroupFormed { generation, size, training, step, last } => {
-                self.end = *last;
                 let is_pretraining = *training == StageName::pretraining();
                 let name = if is_pretraining { "pretrain".to_owned() } else { training.to_string() };
                 self.bar.set_prefix(name);
@@ -139,8 +127,8 @@ impl Console {
         });
     }
 
-    /// Shows an update.
-    pub(crate) fn step(&mut self, training: StageName, report: &StepReport) {
+    /// Shows an update of a stage that ends with the update `end`.
+    pub(crate) fn step(&mut self, training: StageName, report: &StepReport, end: Step) {
         match self.last.replace((training, report.step, report.tokens)) {
             // Workers repeat reports that may have been lost.
             Some((of, step, _)) if (of, step) == (training, report.step) => return,
@@ -156,18 +144,20 @@ impl Console {
         let held_out = self.held_out.map(|loss| format!(" held-out {loss:.3}")).unwrap_or_default();
         let speed = self.speed.map(|speed| format!(" {speed:.0} tokens/s")).unwrap_or_default();
         let message = format!("loss {:.3}{held_out}{speed}", report.loss);
+        // A group may have been formed by the coordinator before this one.
+        self.bar.set_length(end.get());
         self.bar.set_position(report.step.get());
         self.bar.set_message(message.clone());
         if self.terminal {
             return;
         }
-        let last = report.step == self.end;
+        let last = report.step == end;
         if last || self.last_plain.is_none_or(|at| at.elapsed() >= PLAIN_EVERY) {
             self.last_plain = Some(Instant::now());
             let left = humantime::format_duration(Duration::from_secs(self.bar.eta().as_secs()));
             let of =
                 if training == StageName::pretraining() { String::new() } else { format!("{training} ") };
-            print(&format!("{of}step {}/{} {message} {left} left", report.step, self.end));
+            print(&format!("{of}step {}/{end} {message} {left} left", report.step));
         }
     }
 

@@ -384,7 +384,7 @@ impl Driver {
     ) -> Result<(), DatabaseError> {
         self.setup.database.save_steps(training, generation, reports)?;
         for report in reports {
-            self.setup.console.step(training, report);
+            self.setup.console.step(training, report, self.core.last_step(training));
             let row = MetricsRow { report: report.clone(), generation };
             let file = self.setup.metrics.get_mut(&training);
             let appended = file.map_or(Ok(()), |file| file.append(row));

@@ -257,6 +257,11 @@ impl Coordinator {
         self.training_of(generation).map(Training::name)
     }
 
+    /// The last update that a training stage will have; 0 while that is not known.
+    pub fn last_step(&self, training: StageName) -> Step {
+        self.training(training).map_or(Step::default(), Training::last_step)
+    }
+
     /// The last recorded update of the stage that trains.
     pub fn step(&self) -> Step {
         let last = || self.trainings.last();
