@@ -135,6 +135,16 @@ pub enum DataError {
         /// How many columns have this name.
         count: usize,
     },
+    /// An Arrow file with compressed batches.
+    #[error(
+        "the batches of {file} are compressed with {codec}, which is not supported; rewrite it without compression, or as Parquet"
+    )]
+    CompressedArrow {
+        /// The file, with its address.
+        file: String,
+        /// What they are compressed with.
+        codec: &'static str,
+    },
     /// An encrypted column.
     #[error(
         "column {column:?} of {file} is encrypted, which is not supported; rewrite it without encryption"
@@ -385,6 +395,7 @@ impl DataError {
                 | Self::Pointer { .. }
                 | Self::Columns { .. }
                 | Self::Encrypted { .. }
+                | Self::CompressedArrow { .. }
                 | Self::Column { .. }
                 | Self::ColumnType { .. }
                 | Self::Damaged { .. }

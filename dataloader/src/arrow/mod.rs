@@ -2,41 +2,67 @@
 //! its table of contents, so both are read from the beginning, batch by batch.
 
 mod cells;
+mod messages;
 mod texts;
 
 use std::io::BufRead;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use arrow_array::RecordBatch;
 use arrow_ipc::reader::StreamReader;
 use arrow_schema::{ArrowError, SchemaRef};
+use bytes::Bytes;
 
 use crate::compressed::{skip_zeros, unreadable};
 use crate::error::DataError;
 
 pub(crate) use self::cells::row;
+use self::messages::Messages;
 pub(crate) use self::texts::ArrowTexts;
 
-/// What a file begins with, before zeros up to an offset that writers choose.
+/// What a file begins with, before zeros up to an offset that writers choose, and ends with, after the length of its table of
+/// contents.
 const MARK: &[u8; 6] = b"ARROW1";
+
+/// Where the stream ends that is stored in `size` bytes, which begin with `begin`: of a file, before its table of contents.
+/// `read` reads a range of them.
+pub(crate) fn stream_end(
+    size: u64,
+    begin: &[u8],
+    place: &str,
+    read: impl FnOnce(Range<u64>) -> Result<Bytes, DataError>,
+) -> Result<u64, DataError> {
+    if !begin.starts_with(MARK) {
+        return Ok(size);
+    }
+    let length_at = size.saturating_sub(4 + MARK.len() as u64);
+    let last = read(length_at..size)?;
+    let length = last.split_first_chunk().filter(|(_, mark)| mark == MARK).map(|(length, _)| *length);
+    let length = length.and_then(|length| u64::try_from(i32::from_le_bytes(length)).ok());
+    let end = length.and_then(|length| length_at.checked_sub(length));
+    end.ok_or_else(|| damaged(place, "its end is missing: there is no table of contents".to_owned()))
+}
 
 /// The batches of a file or a stream.
 pub(crate) struct Batches<R> {
-    reader: StreamReader<R>,
+    reader: StreamReader<Messages<R>>,
     place: String,
     number: usize,
 }
 
 impl<R: BufRead> Batches<R> {
-    /// Reads the schema.
-    pub(crate) fn open(mut stored: R, place: String) -> Result<Self, DataError> {
+    /// Reads the schema of a stream that ends at offset `end` of `stored`.
+    pub(crate) fn open(stored: R, end: u64, place: String) -> Result<Self, DataError> {
+        let mut stored = stored.take(end);
         let begin = stored.fill_buf().map_err(|error| unreadable(&place, error))?;
         if begin.starts_with(MARK) {
             stored.consume(MARK.len());
             skip_zeros(&mut stored).map_err(|error| unreadable(&place, error))?;
         }
+        let messages = Messages::new(stored, place.clone());
         // The decoder panics on some damaged files. Nothing that it was working on is used afterwards.
-        match catch_unwind(AssertUnwindSafe(|| StreamReader::try_new(stored, None))) {
+        match catch_unwind(AssertUnwindSafe(|| StreamReader::try_new(messages, None))) {
             Ok(Ok(reader)) => Ok(Self { reader, place, number: 0 }),
             Ok(Err(error)) => Err(of_store(error).unwrap_or_else(|reason| DataError::Format {
                 file: place,

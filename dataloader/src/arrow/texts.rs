@@ -55,7 +55,9 @@ pub(super) fn open(
 ) -> Result<Batches<Stored>, DataError> {
     let begin = folder.read_range(file, 0..file.size.min(1024))?;
     refuse_pointer(folder, file, &begin)?;
-    Batches::open(Stored::open(folder, file, taken), folder.place(&file.path))
+    let place = folder.place(&file.path);
+    let end = super::stream_end(file.size, &begin, &place, |range| folder.read_range(file, range))?;
+    Batches::open(Stored::open(folder, file, taken), end, place)
 }
 
 impl ArrowTexts {

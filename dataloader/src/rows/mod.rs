@@ -7,6 +7,7 @@ mod json;
 mod parquet;
 
 use std::io::{Cursor, Read};
+use std::ops::Range;
 
 use bytes::Bytes;
 use ulmus_chat::Row;
@@ -43,7 +44,11 @@ impl RowFile {
         let place = folder.place(&file.path);
         let rows = match format {
             Format::Parquet => parquet::rows(bytes, place)?,
-            Format::Arrow => of_batches(Batches::open(Cursor::new(bytes), place)?),
+            Format::Arrow => {
+                let part = |range: Range<u64>| Ok(bytes.slice(range.start as usize..range.end as usize));
+                let end = arrow::stream_end(bytes.len() as u64, &bytes, &place, part)?;
+                of_batches(Batches::open(Cursor::new(bytes), end, place)?)
+            }
             Format::Json | Format::Jsonl => json::rows(&bytes, &place)?,
             Format::JsonGz | Format::JsonZst => {
                 let mut text = Vec::new();
