@@ -10,6 +10,7 @@
 
 #![forbid(unsafe_code)]
 
+mod cloud;
 mod disk;
 mod freeze;
 mod network;
@@ -21,6 +22,7 @@ mod run;
 mod sandbox;
 mod wait;
 
+pub use cloud::Cloud;
 pub use disk::SmallDisk;
 pub use freeze::{Frozen, freeze_thread, has_thread};
 pub use network::Network;

@@ -89,6 +89,11 @@ impl RunFolder {
         text.unwrap_or_default()
     }
 
+    /// A file where the run is kept, which the coordinator's own folder does not stand in for.
+    pub fn stored(&self, name: &str) -> Option<Vec<u8>> {
+        fs::read(self.shared.join(name)).ok()
+    }
+
     /// A JSON file of the folder.
     ///
     /// # Panics

@@ -1,10 +1,11 @@
 //! A whole chain of one plan: pretraining, its average, tuning by answers, by preferences and of an adapter, and what is measured
 //! of all of them. It gives the same bits whoever takes part in it, and whatever is killed.
 
+use std::collections::BTreeSet;
 use std::sync::OnceLock;
 
 use rustix::process::{Signal, kill_process};
-use ulmus_tests::{CHAIN, Process, Sandbox, TINY, TUNED, write_examples};
+use ulmus_tests::{CHAIN, Cloud, Process, RunFolder, Sandbox, TINY, TUNED, write_examples};
 
 /// A sandbox with the plan of a chain, and what it learns from.
 fn sandbox() -> Sandbox {
@@ -20,18 +21,17 @@ fn undisturbed() -> &'static Vec<Vec<String>> {
     BITS.get_or_init(|| {
         let sandbox = sandbox();
         sandbox.coordinator(&[]).succeeds();
-        bits(&sandbox)
+        bits(&sandbox.run("tiny"))
     })
 }
 
-fn bits(sandbox: &Sandbox) -> Vec<Vec<String>> {
-    let run = sandbox.run("tiny");
+fn bits(run: &RunFolder) -> Vec<Vec<String>> {
     assert_eq!(run.bits().steps(), 60);
     TUNED.iter().map(|stage| run.tuned(stage)).collect()
 }
 
-fn assert_undisturbed(sandbox: &Sandbox) {
-    for ((found, expected), stage) in bits(sandbox).iter().zip(undisturbed()).zip(TUNED) {
+fn assert_undisturbed(run: &RunFolder) {
+    for ((found, expected), stage) in bits(run).iter().zip(undisturbed()).zip(TUNED) {
         assert_same(found, expected, stage);
     }
 }
@@ -47,8 +47,8 @@ fn a_chain_tunes_and_measures_what_it_has_trained() {
     undisturbed();
     let sandbox = sandbox();
     let said = sandbox.coordinator(&["--set", "local.workers=2", "--set", "evaluate.text=64KiB"]).succeeds();
-    assert_undisturbed(&sandbox);
     let run = sandbox.run("tiny");
+    assert_undisturbed(&run);
     // Before the first update, and before the one whose learning rate is 0, no answer is likelier than before.
     let dpo = run.tuned("dpo");
     let margins = dpo[0].split(',').position(|column| column == "rewards/margins").expect("a column");
@@ -98,13 +98,21 @@ fn four_workers_that_join_give_the_same_bits() {
     for worker in workers {
         worker.succeeds();
     }
-    assert_undisturbed(&sandbox);
+    assert_undisturbed(&sandbox.run("tiny"));
 }
 
 /// Kills one of the local workers.
 fn kill_one(sandbox: &Sandbox, name: &str) {
     let pid = sandbox.run("tiny").local_workers()[name];
     kill_process(pid, Signal::KILL).expect("it is alive");
+}
+
+/// How many groups contributed updates to a training stage.
+fn groups(run: &RunFolder, metrics: &str) -> usize {
+    let metrics = run.read(metrics);
+    let groups: BTreeSet<&str> =
+        metrics.lines().skip(1).filter_map(|row| Some(row.rsplit_once(',')?.1)).collect();
+    groups.len()
 }
 
 #[test]
@@ -125,7 +133,63 @@ fn a_worker_dies_in_every_stage_and_the_coordinator_once() {
     coordinator.says("checkpoint lora/step-00000040");
     kill_one(&sandbox, "local-1");
     coordinator.succeeds();
-    assert_undisturbed(&sandbox);
+    assert_undisturbed(&sandbox.run("tiny"));
+}
+
+/// The whole mission in an object store: it has the bits of a run on a disk, and so has everything that is read of it.
+#[test]
+#[ignore = "needs versitygw: .ci/run chain"]
+fn a_chain_in_an_object_store_is_the_same_whatever_is_killed() {
+    let on_disk = sandbox();
+    on_disk.coordinator(&["--set", "evaluate.text=64KiB"]).succeeds();
+    let cloud = Cloud::beside(sandbox());
+    let set = ["--set", "local.workers=3", "--set", "evaluate.text=64KiB"];
+    let coordinator = cloud.coordinator(&set);
+    for (moment, worker) in [
+        ("checkpoint step-00000010-g1 stored", "local-1"),
+        ("checkpoint sft/step-00000040", "local-2"),
+        ("on local-0: log-probabilities of the answers", "local-0"),
+        ("checkpoint dpo/step-00000040", "local-1"),
+    ] {
+        coordinator.says(moment);
+        kill_one(&cloud.sandbox, worker);
+    }
+    coordinator.says("checkpoint dpo/step-00000080");
+    coordinator.kill();
+    let coordinator = cloud.coordinator(&set);
+    coordinator.says("checkpoint lora/step-00000040");
+    kill_one(&cloud.sandbox, "local-2");
+    coordinator.succeeds();
+
+    let (kept, expected) = (cloud.run("tiny"), on_disk.run("tiny"));
+    kept.bits().assert_equal(&expected.bits());
+    for (stage, expected) in TUNED.iter().zip(bits(&expected)) {
+        assert_same(&kept.tuned(stage), &expected, stage);
+        assert!(groups(&kept, &format!("tune/{stage}/metrics.csv")) > 1, "nobody was killed in {stage}");
+    }
+    assert!(groups(&kept, "metrics.csv") > 1, "nobody was killed in pretraining");
+    for name in ["results/tasks/average.json", "results/tasks/lora.json"] {
+        let (found, expected) = (kept.json(name), expected.json(name));
+        assert_eq!(found["results"], expected["results"], "{name}");
+        assert!(expected["results"]["next_text"]["acc,none"].is_number(), "{expected}");
+    }
+    for (name, expected) in expected.contents() {
+        let name = name.to_str().expect("names of a run's files are text");
+        // Only the coordinator reads these, and the names of checkpoints say which group has written them.
+        let is_own = ["run.sqlite", "coordinator.pem", "join.token"].iter().any(|own| name.starts_with(own));
+        if is_own || name.contains("checkpoints/") {
+            continue;
+        }
+        let found = kept.stored(name);
+        assert!(found.is_some(), "{name} is not in the store");
+        let tells_of_times_or_groups = [".csv", "latest", "plan.resolved.toml", "average/manifest.json"]
+            .iter()
+            .any(|end| name.ends_with(end));
+        assert!(
+            tells_of_times_or_groups || name.starts_with("results/") || found == Some(expected),
+            "{name} differs"
+        );
+    }
 }
 
 #[test]
@@ -139,13 +203,13 @@ fn an_interrupted_stage_goes_on_and_a_changed_one_is_refused() {
     assert_eq!(changed.code, Some(2), "{}", changed.output);
     assert!(changed.output.contains("[[tune]] sft has begun"), "{}", changed.output);
     sandbox.coordinator(&[]).succeeds();
-    assert_undisturbed(&sandbox);
+    assert_undisturbed(&sandbox.run("tiny"));
     // What has not begun may change, and a finished run does the stages that its plan gets later.
     let more = "\n[[tune]]\nname = \"again\"\nof = \"lora\"\nmethod = \"sft\"\nmax_length = 96\nsteps = 2\nbatch = 4\nmicro_batch = 2\n[[tune.data]]\nurl = \"answers.jsonl\"\n";
     sandbox.write("plan.toml", [TINY, CHAIN, more].concat());
     let said = sandbox.coordinator(&[]).succeeds();
     assert!(said.contains("again-export done") && !said.contains("train sft"), "{said}");
-    assert_undisturbed(&sandbox);
+    assert_undisturbed(&sandbox.run("tiny"));
 }
 
 /// A run that begins from a model has its shape, and tunes it without any text.
@@ -182,4 +246,43 @@ fn a_run_may_begin_from_a_model() {
     let refused = sandbox.coordinator_bare(&plan).ends();
     assert_eq!(refused.code, Some(2), "{}", refused.output);
     assert!(refused.output.contains("base.model = \"no/such/folder\""), "{}", refused.output);
+}
+
+/// Models of other runs are read where those are kept: to begin from, and to measure.
+#[test]
+#[ignore = "needs versitygw: .ci/run chain"]
+fn a_run_may_begin_from_a_model_in_an_object_store() {
+    let (on_disk, cloud) = (sandbox(), Cloud::beside(sandbox()));
+    let run = |plan: &str| {
+        let short =
+            ["train.iterations=10", "train.warmup=2", "train.held_out_every=5", "checkpoint.average=1"];
+        let set: Vec<&str> = short.iter().flat_map(|key| ["--set", key]).collect();
+        let set = if plan == TINY { &[][..] } else { &set[..] };
+        for sandbox in [&on_disk, &cloud.sandbox] {
+            sandbox.write("plan.toml", plan);
+        }
+        on_disk.coordinator(set).succeeds();
+        cloud.coordinator(set).succeeds();
+    };
+    run(TINY);
+    let sft = CHAIN.split("[[tune]]").nth(1).expect("there is a stage").replace("\"average\"", "\"base\"");
+    for (name, model) in [("of-average", "run:tiny/average"), ("of-step", "run:tiny/40")] {
+        let tiny = TINY.replace("\"tiny\"", &format!("{name:?}")).replace("16KiB", "64KiB");
+        run(&format!(
+            "{tiny}[base]\nmodel = {model:?}\n[[tune]]{sft}[[evaluation]]\nname = \"tasks\"\nof = [\"base\", \"run:tiny/20\"]\n\
+             tasks = [\"next_text\"]\n"
+        ));
+        let (found, expected) = (cloud.run(name), on_disk.run(name));
+        found.bits().assert_equal(&expected.bits());
+        assert_same(&found.tuned("sft"), &expected.tuned("sft"), name);
+        let measured = expected.contents().into_keys().filter(|path| path.starts_with("results/tasks"));
+        let measured: Vec<String> = measured
+            .filter_map(|path| Some(path.to_str()?.to_owned()))
+            .filter(|path| path.ends_with(".json"))
+            .collect();
+        assert!(measured.len() >= 2, "{measured:?}");
+        for result in measured {
+            assert_eq!(found.json(&result)["results"], expected.json(&result)["results"], "{result}");
+        }
+    }
 }

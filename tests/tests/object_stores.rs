@@ -1,78 +1,8 @@
-//! Runs in an object store give the same bits as on a disk, whatever is killed. The store is versitygw, an S3 server
-//! that keeps each object in a file with the object's name; `.ci/run stores` installs it.
-
-use std::net::TcpListener;
-use std::process::{Child, Command, Stdio};
+//! Runs in an object store give the same bits as on a disk, whatever is killed. The store is versitygw, which `.ci/run stores`
+//! installs.
 
 use rustix::process::{Signal, kill_process};
-use ulmus_tests::{RunFolder, Sandbox, until};
-
-const KEY: &str = "writer";
-const SECRET: &str = "only-the-server-knows-this-key";
-
-/// A sandbox, and an S3 server with the bucket `runs`.
-struct Cloud {
-    sandbox: Sandbox,
-    server: Child,
-    address: String,
-}
-
-fn serve(sandbox: &Sandbox, address: &str) -> Child {
-    let server = Command::new("versitygw")
-        .args(["--access", KEY, "--secret", SECRET, "--port", address, "posix"])
-        .arg(sandbox.path("s3"))
-        .stdout(Stdio::null())
-        .spawn()
-        .expect("versitygw is installed");
-    until("the S3 server", || std::net::TcpStream::connect(address).ok());
-    server
-}
-
-impl Cloud {
-    fn new() -> Self {
-        let sandbox = Sandbox::new();
-        std::fs::create_dir_all(sandbox.path("s3/runs")).expect("a bucket is a folder");
-        let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
-        let address = free.expect("a port is free").to_string();
-        let server = serve(&sandbox, &address);
-        let mut cloud = Self { sandbox, server, address };
-        cloud.set_secret(SECRET);
-        cloud
-    }
-
-    fn stop_server(&mut self) {
-        self.server.kill().expect("it runs");
-        self.server.wait().expect("it is a child");
-    }
-
-    fn start_server(&mut self) {
-        self.server = serve(&self.sandbox, &self.address);
-    }
-
-    fn set_secret(&mut self, secret: &str) {
-        self.sandbox.set_environment(&[
-            ("AWS_ACCESS_KEY_ID", KEY),
-            ("AWS_SECRET_ACCESS_KEY", secret),
-            ("AWS_ENDPOINT", &format!("http://{}", self.address)),
-            ("AWS_REGION", "us-east-1"),
-        ]);
-    }
-
-    fn coordinator(&self, more: &[&str]) -> ulmus_tests::Process {
-        self.sandbox.coordinator(&[&["--set", "store.url=s3://runs/of/a team"], more].concat())
-    }
-
-    fn run(&self) -> RunFolder {
-        self.sandbox.run("tiny").shared_in(self.sandbox.path("s3/runs/of/a team/tiny"))
-    }
-}
-
-impl Drop for Cloud {
-    fn drop(&mut self) {
-        self.server.kill().ok();
-        self.server.wait().ok();
-    }
-}
+use ulmus_tests::{Cloud, Sandbox};
 
 #[test]
 #[ignore = "needs versitygw: .ci/run stores"]
@@ -80,17 +10,17 @@ fn a_run_in_an_object_store_has_the_same_bits_whatever_is_killed() {
     let on_disk = Sandbox::new();
     on_disk.coordinator(&[]).succeeds();
 
-    let mut cloud = Cloud::new();
+    let mut cloud = Cloud::beside(Sandbox::new());
     let coordinator = cloud.coordinator(&["--set", "local.workers=2"]);
     coordinator.says("checkpoint step-00000010-g1 stored");
     // Forming a group reads the store, and waits for it.
     cloud.stop_server();
-    kill_process(cloud.run().local_workers()["local-1"], Signal::KILL).expect("it trains");
+    kill_process(cloud.run("tiny").local_workers()["local-1"], Signal::KILL).expect("it trains");
     coordinator.says("worker local-1 is lost");
     cloud.start_server();
     coordinator.says("checkpoint step-00000020");
     coordinator.kill();
-    for pid in cloud.run().local_workers().into_values() {
+    for pid in cloud.run("tiny").local_workers().into_values() {
         kill_process(pid, Signal::KILL).expect("it outlives its coordinator");
     }
     let said = cloud.coordinator(&["--set", "local.workers=2"]).succeeds();
@@ -98,10 +28,10 @@ fn a_run_in_an_object_store_has_the_same_bits_whatever_is_killed() {
         said.contains("/s3://runs/of/a team/tiny/export") || said.contains("s3://runs/of/a team/tiny/export"),
         "{said}"
     );
-    cloud.run().bits().assert_equal(&on_disk.run("tiny").bits());
+    cloud.run("tiny").bits().assert_equal(&on_disk.run("tiny").bits());
     // The coordinator's disk has only its own files; everything else is only in the store.
     let own = cloud.sandbox.run("tiny");
-    assert!(cloud.run().generations().len() > 1 && !own.path().join("checkpoints").exists());
+    assert!(cloud.run("tiny").generations().len() > 1 && !own.path().join("checkpoints").exists());
     // `explain` works with the store.
     let explain = |sandbox: &Sandbox, url: &str| {
         let step = ["explain", "--plan", "plan.toml", "--step", "42", "--sequence", "3", "--set", url];
@@ -118,7 +48,7 @@ fn a_run_in_an_object_store_has_the_same_bits_whatever_is_killed() {
 #[test]
 #[ignore = "needs versitygw: .ci/run stores"]
 fn whoever_cannot_reach_the_store_or_comes_second_is_refused() {
-    let mut cloud = Cloud::new();
+    let mut cloud = Cloud::beside(Sandbox::new());
     let coordinator = cloud.coordinator(&["--set", "local.workers=0"]);
     let address = coordinator.address();
     // Another coordinator with its own files elsewhere would start over the run in the store.
@@ -138,7 +68,7 @@ fn whoever_cannot_reach_the_store_or_comes_second_is_refused() {
         cloud.sandbox.coordinator(&["--set", "run.name=other"]).succeeds();
     }
 
-    cloud.set_secret("a wrong one");
+    cloud.admit(false);
     let refused = cloud.sandbox.worker(&address, "stranger").ends();
     assert_ne!(refused.code, Some(0), "{}", refused.output);
     assert!(
@@ -147,7 +77,7 @@ fn whoever_cannot_reach_the_store_or_comes_second_is_refused() {
         refused.output
     );
     assert!(refused.output.contains("SignatureDoesNotMatch"), "{}", refused.output);
-    cloud.set_secret(SECRET);
+    cloud.admit(true);
     let member = cloud.sandbox.worker(&address, "member");
     coordinator.says("1 worker trains from step 0 of 60");
     coordinator.succeeds();
