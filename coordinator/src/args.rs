@@ -32,7 +32,7 @@ pub struct Args {
     pub overrides: Vec<String>,
 
     /// Start nothing: print what the plan means, or everything that is wrong with it. With "sources", also open every
-    /// source and the tokenizer.
+    /// source, the base and the tokenizer, and show what tuning stages learn from.
     #[arg(long, num_args = 0..=1, default_missing_value = "plan", value_name = "WHAT")]
     pub check: Option<Check>,
 
@@ -74,7 +74,7 @@ pub enum OnTerm {
 pub enum Check {
     /// Only the plan itself, offline.
     Plan,
-    /// The plan, and its sources and tokenizer.
+    /// The plan, and everything that it reads.
     Sources,
 }
 

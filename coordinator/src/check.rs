@@ -3,7 +3,7 @@
 use std::fmt::{self, Write};
 use std::path::Path;
 
-use ulmus_plan::{Plan, data_memory, worker_memory};
+use ulmus_plan::{MemoryPlan, Plan, data_memory, tuning_memory, worker_memory};
 use ulmus_process::{Failure, print};
 use ulmus_types::{ExitStatus, Of, Reads, SNAPSHOT_SLOTS, StageKind, StageName, counted};
 
@@ -65,13 +65,17 @@ fn check_sources(_: &Path, _: &[Plan]) -> Result<(), Failure> {
 /// What a plan means that broke no rule.
 fn report(plan: &Plan) -> String {
     let mut text = format!("# plan {}, resolved\n\n{}\n", plan.run.name, plan.to_toml());
-    let of_pretraining: [fn(&mut String, &Plan) -> fmt::Result; 5] =
-        [write_training, write_memory, write_checkpoints, write_evaluation, write_shares];
-    let of_pretraining = of_pretraining.into_iter().filter(|_| plan.pretrains());
-    let of_tuning = plan.tune.first().map(|_| write_tuning as fn(&mut String, &Plan) -> fmt::Result);
-    let first: fn(&mut String, &Plan) -> fmt::Result = write_model;
-    let last: fn(&mut String, &Plan) -> fmt::Result = write_stages;
-    for write in [first].into_iter().chain(of_pretraining).chain(of_tuning).chain([last]) {
+    let sections: [(fn(&mut String, &Plan) -> fmt::Result, bool); 8] = [
+        (write_model, true),
+        (write_training, plan.pretrains()),
+        (write_tuning, !plan.tune.is_empty()),
+        (write_memory, true),
+        (write_checkpoints, plan.pretrains()),
+        (write_evaluation, plan.pretrains()),
+        (write_shares, plan.pretrains()),
+        (write_stages, true),
+    ];
+    for (write, _) in sections.into_iter().filter(|(_, is_there)| *is_there) {
         write(&mut text, plan).expect("writing to a string cannot fail");
         text.push('\n');
     }
@@ -184,24 +188,45 @@ fn write_tuning(text: &mut String, plan: &Plan) -> fmt::Result {
     Ok(())
 }
 
+/// The memory of a worker in each stage that trains. It does one at a time.
 fn write_memory(text: &mut String, plan: &Plan) -> fmt::Result {
-    let memory = worker_memory(&plan.model, &plan.train, plan.sequence_length());
+    let of_pretraining = plan.pretrains().then(|| {
+        let memory = worker_memory(&plan.model, &plan.train, plan.sequence_length());
+        (StageName::TRAIN, memory)
+    });
+    let of_tuning =
+        plan.tune.iter().map(|tune| (&tune.name[..], tuning_memory(&plan.shape_of(&tune.of), tune)));
+    let stages: Vec<(&str, MemoryPlan)> = of_pretraining.into_iter().chain(of_tuning).collect();
+    let rows: [(&str, fn(&MemoryPlan) -> u64); 8] = [
+        ("parameters", |memory| memory.parameters),
+        ("gradients", |memory| memory.gradients),
+        ("optimizer", |memory| memory.optimizer),
+        ("exact reduction", |memory| memory.reduction),
+        ("activations", |memory| memory.activations),
+        ("as it begins", |memory| memory.loading),
+        ("at most", |memory| memory.total),
+        // Weights and moments of what is trained.
+        ("a copy of the state", |memory| memory.gradients + memory.optimizer),
+    ];
     writeln!(text, "# memory per worker on a CPU, bytes")?;
-    for (name, bytes) in [
-        ("parameters", memory.parameters),
-        ("gradients", memory.gradients),
-        ("optimizer", memory.optimizer),
-        ("exact reduction", memory.reduction),
-        ("activations", memory.activations),
-        ("in all", memory.total),
-    ] {
-        writeln!(text, "{name:<20} {:>17}", grouped(bytes))?;
+    let width = |name: &str| name.len().max(17);
+    let line = |first: &str, cells: &mut dyn Iterator<Item = String>| {
+        let cells = stages.iter().zip(cells).map(|((name, _), cell)| format!("  {cell:>0$}", width(name)));
+        format!("{first:<20}{}", cells.collect::<String>())
+    };
+    writeln!(text, "{}", line("stage", &mut stages.iter().map(|(name, _)| (*name).to_owned())))?;
+    for (name, bytes) in rows {
+        writeln!(text, "{}", line(name, &mut stages.iter().map(|(_, memory)| grouped(bytes(memory)))))?;
     }
-    writeln!(
-        text,
-        "and for each of up to {SNAPSHOT_SLOTS} states that are being stored, a copy of parameters and optimizer: {}",
-        grouped(checkpoint_bytes(plan))
-    )
+    writeln!(text, "and such a copy for each of up to {SNAPSHOT_SLOTS} states that are being stored")?;
+    if !plan.tune.is_empty() {
+        writeln!(
+            text,
+            "a tuning stage reads its weights before it uses gradients and activations, and holds the tokens of its examples, 8 bytes \
+             for each"
+        )?;
+    }
+    Ok(())
 }
 
 fn write_checkpoints(text: &mut String, plan: &Plan) -> fmt::Result {

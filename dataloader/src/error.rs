@@ -259,6 +259,12 @@ pub enum DataError {
     /// The tokenizer cannot be used.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// A folder has no tokenizer.
+    #[error("{folder} has no tokenizer.model and no tokenizer.json; name a tokenizer in tokenizer.file")]
+    NoTokenizer {
+        /// The folder, with its address.
+        folder: String,
+    },
     /// A source holds token ids where text is needed.
     #[error(
         "source {name:?} holds token ids, but text is needed here; name the tokenizer that made them in \

@@ -165,19 +165,23 @@ pub fn fitting_tokenizer(
     tokens: SpecialTokens,
 ) -> Result<Tokenizer, EvaluatorError> {
     let tokenizer = read_tokenizer(place)?;
-    let mismatch = |reason: String| EvaluatorError::Mismatch { path: folder_of(place).to_owned(), reason };
+    match misfit(&tokenizer, config, tokens) {
+        None => Ok(tokenizer),
+        Some(reason) => Err(EvaluatorError::Mismatch { path: folder_of(place).to_owned(), reason }),
+    }
+}
+
+/// Why a tokenizer is not that of a model of this shape, whose special tokens are `tokens`, if it can be told that it is not.
+pub fn misfit(tokenizer: &Tokenizer, config: &ModelConfig, tokens: SpecialTokens) -> Option<String> {
     let (pieces, vocabulary) = (tokenizer.pieces(), config.vocab_size);
     if pieces > vocabulary {
-        let reason = format!("it has {pieces} pieces, but the model a vocabulary of only {vocabulary}");
-        return Err(mismatch(reason));
+        return Some(format!("it has {pieces} pieces, but the model a vocabulary of only {vocabulary}"));
     }
     let (bos, eos) = (tokenizer.bos(), tokenizer.eos());
-    if (bos, eos) != (tokens.bos, tokens.eos) {
-        let SpecialTokens { bos: model_bos, eos: model_eos } = tokens;
-        let own = format!("its BOS and EOS are {bos} and {eos}");
-        return Err(mismatch(format!("{own}, those of the model {model_bos} and {model_eos}")));
-    }
-    Ok(tokenizer)
+    let SpecialTokens { bos: model_bos, eos: model_eos } = tokens;
+    ((bos, eos) != (model_bos, model_eos)).then(|| {
+        format!("its BOS and EOS are {bos} and {eos}, those of the model {model_bos} and {model_eos}")
+    })
 }
 
 /// Whether the `tokenizer_config.json` beside a tokenizer says that texts begin with BOS; `None` if it says nothing.

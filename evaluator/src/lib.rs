@@ -22,7 +22,7 @@ mod writing;
 pub use bench::{BenchConfig, BenchResult, Machine, Rates, Timing, bench, median, synthetic_weights};
 pub use error::EvaluatorError;
 pub use folder::{
-    LoadedModel, adds_bos, fitting_tokenizer, folder_of, load_model, load_tokenizer, model_folder,
+    LoadedModel, adds_bos, fitting_tokenizer, folder_of, load_model, load_tokenizer, misfit, model_folder,
     read_adapted, read_model, read_tokenizer, tokenizer_place,
 };
 pub use perplexity::{perplexity, zstd_bits_per_byte};

@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::BufReader;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use ulmus_plan::{ModelConfig, Multipliers, NormKind, WeightType};
@@ -202,15 +202,11 @@ pub fn read_config(directory: &Path) -> Result<(ModelConfig, SpecialTokens), Mod
     file.resolve().map_err(|problem| ModelError::format(&path, problem))
 }
 
-/// Reads a model directory.
+/// The files with the weights of a model directory, and the file that names them.
 ///
 /// # Errors
-/// Those of [`read_config`]; [`ModelError::Damaged`] or [`ModelError::Format`] for weights that are missing, damaged or
-/// of another shape.
-pub fn read(directory: &Path) -> Result<HfModel, ModelError> {
-    let (config, tokens) = read_config(directory)?;
-    let layout = Layout::new(&config);
-    let mut reader = WeightReader::new(&layout, Names::MODEL);
+/// [`ModelError::File`] if one is not there; [`ModelError::Format`] if the index of shards is wrong.
+pub fn weight_files(directory: &Path) -> Result<(Vec<PathBuf>, PathBuf), ModelError> {
     let (index, single) = (directory.join(INDEX), directory.join(WEIGHTS));
     // With both, transformers reads the single file too: the index belongs to the shards that it was merged from.
     let (files, whole) = if single.exists() {
@@ -231,6 +227,22 @@ pub fn read(directory: &Path) -> Result<HfModel, ModelError> {
     } else {
         (vec![single.clone()], single)
     };
+    for path in &files {
+        std::fs::metadata(path).map_err(ModelError::file("read", path))?;
+    }
+    Ok((files, whole))
+}
+
+/// Reads a model directory.
+///
+/// # Errors
+/// Those of [`read_config`]; [`ModelError::Damaged`] or [`ModelError::Format`] for weights that are missing, damaged or
+/// of another shape.
+pub fn read(directory: &Path) -> Result<HfModel, ModelError> {
+    let (config, tokens) = read_config(directory)?;
+    let layout = Layout::new(&config);
+    let mut reader = WeightReader::new(&layout, Names::MODEL);
+    let (files, whole) = weight_files(directory)?;
     for path in files {
         let file = File::open(&path).map_err(ModelError::file("read", &path))?;
         reader.read(BufReader::new(file)).map_err(|problem| problem.of(&path))?;

@@ -284,6 +284,21 @@ impl<B: TrainingBackend> Replica<B> {
                 backend.set_parameters(ViewMut::new(weights, place), &norms);
             }
         }
+        self.clear_moments();
+    }
+
+    /// Sets the trained weights to these, and the moments to 0.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensors`] if there is not one weight per trained parameter.
+    pub fn begin(&mut self, weights: &[f32]) -> Result<(), ModelError> {
+        check_len(weights, self.part_len(StatePart::Weights))?;
+        self.write_state(StatePart::Weights, 0, weights);
+        self.clear_moments();
+        Ok(())
+    }
+
+    fn clear_moments(&mut self) {
         let zeros = vec![0.0; CHUNK.min(self.trainable.parameters())];
         for range in chunks(self.trainable.parameters()) {
             let zeros = &zeros[..range.len()];

@@ -9,9 +9,13 @@ use ulmus_conformance::reference::mean_gradient;
 use ulmus_conformance::relative_l2;
 use ulmus_cpu::Cpu;
 use ulmus_model::{
-    BatchShape, LossSum, MicroBatch, ModelError, Objective, Preference, Replica, State, StatePart, Sums,
+    AdapterShape, BatchShape, LossSum, MicroBatch, ModelError, Objective, Preference, Replica, State,
+    StatePart, Sums,
 };
-use ulmus_plan::{ModelConfig, Multipliers, NormKind, Precision, PreferenceLoss, TrainConfig, worker_memory};
+use ulmus_plan::{
+    AdapterConfig, AdapterKind, MemoryPlan, Method, ModelConfig, Multipliers, NormKind, Precision,
+    PreferenceLoss, TrainConfig, TuneConfig, tuning_memory, worker_memory,
+};
 
 const OBJECTIVE: Objective = Objective::next_token(1e-4);
 
@@ -438,5 +442,67 @@ fn memory_is_what_the_plan_says() {
         }
         let plan = worker_memory(&config, &train(2, false), length);
         assert_eq!(plan.reduction, 8 * config.parameters());
+    }
+}
+
+#[test]
+fn memory_of_tuning_is_what_the_plan_says() {
+    let adapter = |kind, targets: &[&str], dropout| AdapterConfig {
+        kind,
+        rank: 5,
+        dropout,
+        targets: targets.iter().map(|&target| target.to_owned()).collect(),
+        rank_pattern: [("layers.1.ffn.proj_2".to_owned(), 7)].into(),
+        ..AdapterConfig::default()
+    };
+    let adapters = [
+        None,
+        Some(adapter(AdapterKind::Lora, &["all-linear", "token_embeddings"], 0.1)),
+        Some(adapter(AdapterKind::Lora, &["token_embeddings"], 0.0)),
+        Some(adapter(AdapterKind::Dora, &["all-linear"], 0.1)),
+        Some(adapter(AdapterKind::Dora, &["qkv_proj", "layers.1.ffn.proj_2"], 0.0)),
+    ];
+    for (adapter, method) in
+        adapters.iter().flat_map(|adapter| [Method::Sft, Method::Dpo].map(|method| (adapter, method)))
+    {
+        for (recompute, micro_batch, max_length) in [(false, 3, 41), (true, 2, 80), (true, 1, 2)] {
+            let (batch, adapter) = (micro_batch, adapter.clone());
+            let tune = TuneConfig {
+                method,
+                batch,
+                micro_batch,
+                max_length,
+                recompute,
+                adapter,
+                ..TuneConfig::default()
+            };
+            let sequences = (micro_batch * tune.sequences_per_example()) as usize;
+            let shape = BatchShape { sequences, length: tune.positions(), recompute };
+            let objective = match method {
+                Method::Sft => Objective::Answers { z_loss: 0.0 },
+                Method::Dpo => Objective::Preferences(Preference {
+                    loss: PreferenceLoss::Sigmoid,
+                    beta: 0.1,
+                    label_smoothing: 0.0,
+                    length_normalised: false,
+                }),
+            };
+            let (cpu, config) = (Cpu::new(1), config());
+            let replica = match &tune.adapter {
+                None => Replica::new(cpu, &config, shape, objective),
+                Some(adapter) => {
+                    let adapter = AdapterShape::new(&config, adapter).unwrap();
+                    Replica::with_adapter(cpu, &config, &adapter, 0, shape, objective)
+                }
+            };
+            let (replica, plan) = (replica.unwrap(), tuning_memory(&config, &tune));
+            let MemoryPlan { parameters, gradients, optimizer, activations, loading, total, .. } = plan;
+            let training = parameters + gradients + optimizer + activations;
+            assert_eq!(replica.planned_bytes(), training, "{tune:?}");
+            assert_eq!(total, training.max(parameters + optimizer + loading));
+            let several = TuneConfig { batch: 2 * batch, ..tune };
+            let sums = 8 * replica.trainable().parameters() as u64;
+            assert_eq!(tuning_memory(&config, &several).reduction, sums);
+        }
     }
 }

@@ -5,7 +5,7 @@
 use std::fs;
 
 use rustix::process::Signal;
-use ulmus_tests::{Ended, Sandbox, repository, until};
+use ulmus_tests::{CHAIN, Ended, Sandbox, TINY, repository, until, write_examples};
 
 /// The program must exit with `code` and print all of `texts`.
 #[track_caller]
@@ -108,6 +108,110 @@ fn sources_that_cannot_be_used_are_named() {
     let outside = ["bad.toml", "--set", "data.source.0.name=../bad", "--check"];
     let outside = sandbox.coordinator_bare(&[&["--plan"][..], &outside].concat()).ends();
     assert_refused(&outside, 2, &["data.source.0.name", "write name = \"web\""]);
+}
+
+/// What `--check sources` says of a plan.
+fn check(sandbox: &Sandbox, plan: &str) -> Ended {
+    sandbox.write("checked.toml", plan);
+    sandbox.coordinator_bare(&["--plan", "checked.toml", "--check", "sources"]).ends()
+}
+
+/// A plan that tunes the model of the repository's tests to answers.
+fn based(settings: &str) -> String {
+    let base = repository().join("tests/golden/tiny");
+    format!(
+        "[run]\nname = \"based\"\n[local]\nworkers = 1\n[base]\nmodel = {:?}\n[[tune]]\nname = \"sft\"\nof = \"base\"\n\
+         method = \"sft\"\nmax_length = 96\nbatch = 8\nmicro_batch = 2\n{settings}\n[[tune.data]]\nurl = \"answers.jsonl\"\n",
+        base.display().to_string()
+    )
+}
+
+#[test]
+fn what_stages_learn_from_is_checked_and_shown_before_the_run() {
+    let sandbox = Sandbox::new();
+    write_examples(&sandbox.path(""));
+    let said = check(&sandbox, &[TINY, CHAIN].concat());
+    assert_eq!(said.code, Some(0), "{}", said.output);
+    for text in [
+        "tune sft has the chat template recipe",
+        "tune sft data: 61 of 61 rows in 1 file are kept\n  ",
+        "answers.jsonl: jsonl, 61 rows, conversations (messages)",
+        "tune sft eval: 61 of 61 rows in 1 file are kept\n  ",
+        "preferences.jsonl: jsonl, 61 rows, preferences with prompts",
+        "instructions.json: json, 61 rows, instructions (Alpaca)",
+        "tune sft learns for example, as text without token ids: the run will train its tokenizer:\nrow 0 of ",
+        "<|assistant|>\n\u{27e6}",
+        "chosen, learned between \u{27e6} and \u{27e7}:\n\u{27e6}",
+    ] {
+        assert!(said.output.contains(text), "{text:?} is not in:\n{}", said.output);
+    }
+    assert_eq!(said.output.matches("\nrow ").count(), 9, "{}", said.output);
+
+    sandbox.write("texts.txt", "no such words\nnor these\n");
+    let said = check(&sandbox, &based("decontaminate = \"texts.txt\""));
+    assert_eq!(said.code, Some(0), "{}", said.output);
+    for text in [
+        "tests/golden/tiny: there, of the shape of the plan's model",
+        "tokenizer of the tuning stages ",
+        "tokenizer.model: 512 pieces",
+        "rows with one of the 2 texts of texts.txt",
+        " learned (between \u{27e6} and \u{27e7}):\n",
+        "row 2 of ",
+    ] {
+        assert!(said.output.contains(text), "{text:?} is not in:\n{}", said.output);
+    }
+    // Of a long file, the beginning is enough.
+    let rows = "{\"text\": \"a b c\"}\n".repeat(5000);
+    sandbox.write("answers.jsonl", rows.clone() + "broken");
+    let said = check(&sandbox, &based("")).output;
+    assert!(said.contains("1024 of the first 1024 rows in 1 file are kept"), "{said}");
+    assert!(said.contains("answers.jsonl: jsonl, more than 1024 rows, texts"), "{said}");
+    assert!(!sandbox.path("runs").exists(), "nothing was started");
+}
+
+#[test]
+fn stages_that_cannot_learn_are_refused_with_their_key() {
+    let sandbox = Sandbox::new();
+    write_examples(&sandbox.path(""));
+    let good = fs::read_to_string(sandbox.path("answers.jsonl")).unwrap();
+    let assert_bad = |settings: &str, texts: &[&str]| {
+        assert_refused(&check(&sandbox, &based(settings)), 2, &[texts, &["the plan cannot run"]].concat());
+    };
+    assert_bad("template = \"none.jinja\"", &["tune.0.template = \"none.jinja\"", "does not exist"]);
+    sandbox.write("bad.jinja", "{% if %}");
+    assert_bad("template = \"bad.jinja\"", &["tune.0.template", "bad.jinja cannot be used"]);
+    assert_bad("decontaminate = \"none.txt\"", &["tune.0.decontaminate = \"none.txt\"", "does not exist"]);
+    assert_bad("lrs = [1e-3, 1e-3]", &["tune.0.lrs", "61 rows give 8 updates, and lrs has 2"]);
+    let adapter = repository().join("tests/golden/tune/peft/lora/final");
+    let from = |place: &str| format!("[tune.adapter]\nrank = 3\nfrom = {place:?}");
+    assert_bad(&from("nowhere"), &["tune.0.adapter.from = \"nowhere\"", "adapter_config.json"]);
+    assert_bad(&from(adapter.to_str().unwrap()), &["tune.0.adapter.from", "other ranks, scales or targets"]);
+    let dpo = based("").replace("\"sft\"\nmax", "\"dpo\"\nmax");
+    assert_refused(&check(&sandbox, &dpo), 2, &["tune.0.data = \"answers.jsonl\"", "set method = \"sft\""]);
+    for (rows, texts) in [
+        (format!("{good}\n{{\"messages\": 1}}\n"), ["answers.jsonl, row 61 (from 0)", "column \"messages\""]),
+        ("{\"question\": 1}".to_owned(), ["answers.jsonl: the columns", "of no known form"]),
+        ("{\"text\": \" \"}".to_owned(), ["no row of", "an answer is empty"]),
+        (format!("{good}\nbroken"), ["is not JSON lines", "line 62"]),
+        (String::new(), ["answers.jsonl", "has no rows"]),
+    ] {
+        sandbox.write("answers.jsonl", rows);
+        assert_bad("", &[&["tune.0.data"], &texts[..]].concat());
+    }
+    sandbox.write("answers.jsonl", good);
+
+    // A base without its weights, of another shape, or without a tokenizer.
+    fs::create_dir(sandbox.path("model")).unwrap();
+    let tiny = repository().join("tests/golden/tiny");
+    fs::copy(tiny.join("config.json"), sandbox.path("model/config.json")).unwrap();
+    let of = |place: &str| based("").replace(tiny.to_str().unwrap(), place);
+    let told =
+        ["base.model = \"model\"", "model.safetensors", "has no tokenizer.model and no tokenizer.json"];
+    assert_refused(&check(&sandbox, &of("model")), 2, &told);
+    let other = based(&from(adapter.to_str().unwrap())) + "[model]\npreset = \"openelm-270m\"\n";
+    let told = ["base.model", "leave out [model]", "tune.0.adapter.from", "this base model"];
+    assert_refused(&check(&sandbox, &other), 2, &told);
+    assert!(!sandbox.path("runs").exists(), "nothing was started");
 }
 
 #[test]

@@ -242,6 +242,17 @@ fn a_run_may_begin_from_a_model() {
     let (found, card) = tuned("beside");
     assert_same(&found, &expected, "the stage of the average");
     assert!(card.contains("run:tiny/average"), "{card}");
+    let check = ["--plan", "based.toml", "--check", "sources"];
+    let said = sandbox.coordinator_bare(&check).succeeds();
+    assert!(said.contains("base.model run:tiny/average: there"), "{said}");
+    assert!(
+        said.contains("61 of 61 rows in 1 file are kept") && said.contains(" learned (between"),
+        "{said}"
+    );
+    sandbox.write("based.toml", based("run:tiny/7").replace("\"based\"", "\"none\""));
+    let refused = sandbox.coordinator_bare(&check).ends();
+    assert_eq!(refused.code, Some(2), "{}", refused.output);
+    assert!(refused.output.contains("there is no checkpoint after step 7"), "{}", refused.output);
     sandbox.write("based.toml", based("no/such/folder").replace("\"based\"", "\"none\""));
     let refused = sandbox.coordinator_bare(&plan).ends();
     assert_eq!(refused.code, Some(2), "{}", refused.output);

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use tokio::runtime::Handle;
 use ulmus_checkpoint::{Access, OpenOptions, Store, StoreError};
-use ulmus_dataloader::{Corpus, DataError, Folder, Manifest, Sources};
-use ulmus_plan::{Plan, TokenizerConfig};
+use ulmus_dataloader::{Corpus, DataError, Folder, Manifest, PlanTokenizer, Sources};
+use ulmus_plan::Plan;
 use ulmus_run::paths;
 use ulmus_tokenizer::Tokenizer;
 use ulmus_types::{BadUnit, Digest, RunId, RunName};
@@ -29,13 +29,19 @@ impl Run {
 
     /// Another run that is kept beside this one, to read its models. It has the id of this run, for its own is not asked for.
     pub(crate) fn beside(&self, name: &str) -> Result<Self, WorkerError> {
+        let place = self.store.location().trim_end_matches('/');
+        let store = place.rfind('/').map_or("", |at| &place[..=at]);
+        Self::in_store(self.id, store, name, self.runtime.clone())
+    }
+
+    /// The run of a name in a folder of runs, to read its models. Its id is the one that is given here.
+    pub(crate) fn in_store(id: RunId, store: &str, name: &str, runtime: Handle) -> Result<Self, WorkerError> {
         let name: RunName =
             name.parse().map_err(|error| WorkerError::Plan(format!("run:{name}: {error}")))?;
-        let place = self.store.location().trim_end_matches('/');
-        let place =
-            place.rsplit_once('/').map_or_else(|| name.to_string(), |(parent, _)| format!("{parent}/{name}"));
+        let is_joined = store.is_empty() || store.ends_with('/');
+        let place = format!("{store}{}{name}", if is_joined { "" } else { "/" });
         let store = Store::open_with(&place, OpenOptions { access: Access::Read, ..OpenOptions::default() })?;
-        let plan = self.wait(store.get(paths::PLAN)).map_err(|error| match error {
+        let plan = runtime.block_on(store.get(paths::PLAN)).map_err(|error| match error {
             StoreError::NotFound { .. } => WorkerError::Plan(format!(
                 "there is no run {name} in {place}, or its {} is lost; correct the name, or put back that file",
                 paths::PLAN
@@ -46,7 +52,7 @@ impl Run {
         let text = std::str::from_utf8(&plan).map_err(|error| problem(error.to_string()))?;
         let plan = ulmus_plan::read(text, &[]).map_err(|problems| problem(problems.to_string()))?;
         let [plan] = <[Plan; 1]>::try_from(plan).map_err(|_| problem("it has variants".to_owned()))?;
-        Ok(Self { plan: Arc::new(plan), store, ..self.clone() })
+        Ok(Self::new(id, plan, store, runtime))
     }
 
     /// Distinguishes the groups of different runs and plans.
@@ -62,11 +68,7 @@ impl Run {
     /// Reads a file that a job has written and without which the run cannot continue.
     pub(crate) fn read_own(&self, path: &str) -> Result<Vec<u8>, WorkerError> {
         self.read(path).map_err(|error| match error {
-            StoreError::NotFound { .. } => WorkerError::Damaged {
-                file: path.to_owned(),
-                reason: "it does not exist".to_owned(),
-                act: "put back a copy of it, or start a run with another name",
-            },
+            StoreError::NotFound { .. } => lost(path),
             error => error.into(),
         })
     }
@@ -93,14 +95,12 @@ impl Run {
 
     /// The tokenizer of the run.
     pub(crate) fn tokenizer(&self) -> Result<Tokenizer, WorkerError> {
-        let TokenizerConfig { bos, eos, .. } = &self.plan.tokenizer;
-        let (name, bytes) = match self.read(paths::TOKENIZER_MODEL) {
-            Err(StoreError::NotFound { .. }) => {
-                (paths::TOKENIZER_JSON, self.read_own(paths::TOKENIZER_JSON)?)
-            }
-            model => (paths::TOKENIZER_MODEL, model?),
-        };
-        Ok(Tokenizer::read(&bytes, name, bos.as_deref(), eos.as_deref())?)
+        Ok(self.found_tokenizer()?.tokenizer)
+    }
+
+    /// The tokenizer of the run, and where it lies.
+    pub(crate) fn found_tokenizer(&self) -> Result<PlanTokenizer, WorkerError> {
+        PlanTokenizer::of_run(&self.plan, &self.folder())?.ok_or_else(|| lost(paths::TOKENIZER_JSON))
     }
 
     /// The data of the run as the prepare job has frozen it, without quarantined units.
@@ -129,5 +129,14 @@ impl Run {
         let corpus = Corpus::new(&self.plan.data, self.plan.run.seed, sources, tokenizer)?;
         // A base may have no row for a pad id; any other fills as well.
         Ok(if has_pad { corpus } else { corpus.padded_with(0) })
+    }
+}
+
+/// A file that a job has written is not there.
+fn lost(path: &str) -> WorkerError {
+    WorkerError::Damaged {
+        file: path.to_owned(),
+        reason: "it does not exist".to_owned(),
+        act: "put back a copy of it, or start a run with another name",
     }
 }

@@ -6,7 +6,7 @@
 
 use std::error::Error;
 
-use ulmus_chat::{Preprocessor, Row, Rules, SpecialNames, Template, Viewer};
+use ulmus_chat::{Prepare, Preprocessor, Row, Rules, SpecialNames, Template, Viewer};
 use ulmus_plan::TuneConfig;
 
 fn main() -> Result<(), Box<dyn Error>> {

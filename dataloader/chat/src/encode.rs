@@ -41,6 +41,13 @@ pub struct Rules {
     pub on_useless: OnUseless,
 }
 
+impl Rules {
+    /// Those for the data of a stage: of rows to whose prompts it samples answers, only the prompts are read.
+    pub fn of_data(config: &TuneConfig) -> Self {
+        Self { prompts_only: config.rso.is_some(), ..Self::from(config) }
+    }
+}
+
 impl From<&TuneConfig> for Rules {
     fn from(config: &TuneConfig) -> Self {
         Self {

@@ -15,7 +15,7 @@ pub struct Forbidden {
 
 impl fmt::Debug for Forbidden {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Forbidden({} texts)", self.texts.patterns_len())
+        write!(f, "Forbidden({} texts)", self.count())
     }
 }
 
@@ -39,6 +39,11 @@ impl Forbidden {
         let texts =
             AhoCorasick::new(texts).map_err(|error| ChatError::NotTexts { reason: error.to_string() })?;
         Ok(Self { texts })
+    }
+
+    /// Number of the texts.
+    pub fn count(&self) -> usize {
+        self.texts.patterns_len()
     }
 
     /// Whether one of the texts is in one of `among`.

@@ -2,7 +2,8 @@
 //!
 //! A [`Row`] of a data file is recognised by its columns ([`Form`]) and read as a [`Lesson`], whatever form it had. A chat
 //! [`Template`] makes [`Texts`] of its conversation, and a tokenizer an [`Example`] or a [`Pair`]: token ids, and which of them
-//! are learned. [`Preprocessor`] does all of this for one row, or says why the row is left out ([`Reason`]).
+//! are learned. [`Preprocessor`] does all of this for one row, or says why the row is left out ([`Reason`]); [`Renderer`] does it
+//! up to the texts.
 //!
 //! Nothing here reads files or knows the time: what a row becomes depends on the row, the template, the tokenizer and the
 //! [`Rules`] alone.
@@ -33,10 +34,10 @@ pub use forbidden::Forbidden;
 pub use form::Form;
 pub use lesson::{Lesson, Turns};
 pub use message::Message;
-pub use preprocess::{Item, Prepared, Preprocessor};
+pub use preprocess::{Item, Prepare, Prepared, Preprocessor, Renderer};
 pub use reason::Reason;
 pub use row::{Cell, Row};
-pub use show::Viewer;
+pub use show::{Viewer, show_texts};
 pub use template::{RECIPE, Rendered, SpecialNames, Template, TokenizerConfig};
 pub use texts::Texts;
 pub use ulmus_types::IGNORE;

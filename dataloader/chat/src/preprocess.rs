@@ -1,6 +1,5 @@
 //! From a row to an example: form, conversation, texts, ids.
 
-use ulmus_plan::Method;
 use ulmus_tokenizer::Tokenizer;
 
 use crate::encode::{Encoding, Rules};
@@ -14,13 +13,37 @@ use crate::row::Row;
 use crate::template::Template;
 use crate::texts::Texts;
 
+/// What a row becomes. It depends on the row alone; each thread uses its own clone.
+pub trait Prepare: Clone + Send + Sync {
+    /// What a row becomes.
+    type Prepared: Send;
+
+    /// The form of a file, by its columns.
+    ///
+    /// # Errors
+    /// [`ChatError::Form`] if the method cannot learn from these columns.
+    fn form(&self, columns: &[&str]) -> Result<Form, ChatError>;
+
+    /// What a row of a form becomes, or why it is left out.
+    ///
+    /// # Errors
+    /// When the row has not what its form says, the template refuses its conversation, or the recipe cannot divide it.
+    fn prepare(&mut self, form: Form, row: &Row) -> Result<Result<Self::Prepared, Reason>, ChatError>;
+}
+
+/// Turns rows into texts, which takes no tokenizer.
+#[derive(Debug, Clone)]
+pub struct Renderer {
+    template: Template,
+    rules: Rules,
+    forbidden: Option<Forbidden>,
+}
+
 /// Turns rows into examples. What it gives depends on the row alone; each thread uses its own.
 #[derive(Debug, Clone)]
 pub struct Preprocessor {
-    template: Template,
+    renderer: Renderer,
     encoding: Encoding,
-    rules: Rules,
-    forbidden: Option<Forbidden>,
 }
 
 /// What is trained on.
@@ -45,6 +68,45 @@ pub struct Prepared {
     pub has_special: bool,
 }
 
+impl Renderer {
+    /// A renderer for rows of some rules; those that contain one of the texts of `forbidden` are dropped.
+    pub fn new(rules: Rules, template: Template, forbidden: Option<Forbidden>) -> Self {
+        Self { template, rules, forbidden }
+    }
+
+    /// What a row of a form teaches, or why it is left out.
+    fn lesson(&self, form: Form, row: &Row) -> Result<Result<Lesson, Reason>, ChatError> {
+        let lesson = Lesson::read(form, row)?;
+        if self.forbidden.as_ref().is_some_and(|forbidden| forbidden.is_in(&lesson.texts())) {
+            return Ok(Err(Reason::Forbidden));
+        }
+        let lesson = if self.rules.prompts_only { lesson.prompt() } else { lesson };
+        Ok(match Reason::of(&lesson, self.rules.on_useless) {
+            Some(reason) => Err(reason),
+            None => Ok(lesson),
+        })
+    }
+
+    fn texts(&self, lesson: &Lesson) -> Result<Texts, ChatError> {
+        Texts::of(lesson, &self.template, self.rules.tokenization)
+    }
+}
+
+impl Prepare for Renderer {
+    type Prepared = Texts;
+
+    fn form(&self, columns: &[&str]) -> Result<Form, ChatError> {
+        if self.rules.prompts_only { Form::of_prompts(columns) } else { Form::of(columns, self.rules.method) }
+    }
+
+    fn prepare(&mut self, form: Form, row: &Row) -> Result<Result<Texts, Reason>, ChatError> {
+        match self.lesson(form, row)? {
+            Ok(lesson) => self.texts(&lesson).map(Ok),
+            Err(reason) => Ok(Err(reason)),
+        }
+    }
+}
+
 impl Preprocessor {
     /// A preprocessor for examples of some rules. `adds_bos` says whether plain texts begin with BOS; rows that contain one of
     /// the texts of `forbidden` are dropped.
@@ -55,33 +117,25 @@ impl Preprocessor {
         adds_bos: bool,
         forbidden: Option<Forbidden>,
     ) -> Self {
-        Self { template, encoding: Encoding::new(tokenizer, adds_bos, rules), rules, forbidden }
+        let encoding = Encoding::new(tokenizer, adds_bos, rules);
+        Self { renderer: Renderer::new(rules, template, forbidden), encoding }
+    }
+}
+
+impl Prepare for Preprocessor {
+    type Prepared = Prepared;
+
+    fn form(&self, columns: &[&str]) -> Result<Form, ChatError> {
+        self.renderer.form(columns)
     }
 
-    /// The form of a file, by its columns.
-    ///
-    /// # Errors
-    /// [`ChatError::Form`] if the method cannot learn from these columns.
-    pub fn form(&self, columns: &[&str]) -> Result<Form, ChatError> {
-        if self.rules.prompts_only { Form::of_prompts(columns) } else { Form::of(columns, self.rules.method) }
-    }
-
-    /// A row of a form as it is trained on, or why it is left out.
-    ///
-    /// # Errors
-    /// When the row has not what its form says, the template refuses its conversation, or the recipe cannot divide it.
-    pub fn prepare(&mut self, form: Form, row: &Row) -> Result<Result<Prepared, Reason>, ChatError> {
-        let lesson = Lesson::read(form, row)?;
-        let said = lesson.texts();
-        if self.forbidden.as_ref().is_some_and(|forbidden| forbidden.is_in(&said)) {
-            return Ok(Err(Reason::Forbidden));
-        }
-        let has_special = self.encoding.has_special(&said);
-        let lesson = if self.rules.prompts_only { lesson.prompt() } else { lesson };
-        if let Some(reason) = Reason::of(&lesson, self.rules.on_useless) {
-            return Ok(Err(reason));
-        }
-        let texts = Texts::of(&lesson, &self.template, self.rules.tokenization)?;
+    fn prepare(&mut self, form: Form, row: &Row) -> Result<Result<Prepared, Reason>, ChatError> {
+        let lesson = match self.renderer.lesson(form, row)? {
+            Ok(lesson) => lesson,
+            Err(reason) => return Ok(Err(reason)),
+        };
+        let has_special = self.encoding.has_special(&lesson.texts());
+        let texts = self.renderer.texts(&lesson)?;
         let is_plain = match &lesson {
             Lesson::Conversation { .. } => false,
             Lesson::Text { .. } => true,
@@ -92,7 +146,7 @@ impl Preprocessor {
             }
         };
         let item = match &texts {
-            Texts::One { text, .. } if self.rules.prompts_only => {
+            Texts::One { text, .. } if self.renderer.rules.prompts_only => {
                 self.encoding.prompt(text, is_plain).map(Item::Prompt)
             }
             Texts::One { text, answers } => self.encoding.example(text, answers, is_plain).map(Item::Example),
@@ -101,10 +155,5 @@ impl Preprocessor {
             }
         };
         Ok(item.map(|item| Prepared { texts, item, has_special }))
-    }
-
-    /// What is learned from.
-    pub const fn method(&self) -> Method {
-        self.rules.method
     }
 }

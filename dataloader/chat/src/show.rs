@@ -1,12 +1,15 @@
-//! An example as a person reads it, with marks around what is learned. What is shown is what the token ids say.
+//! An example as a person reads it, with marks around what is learned. What is shown is what the token ids say, or the texts
+//! before they become ids.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use ulmus_tokenizer::Tokenizer;
 use ulmus_types::{IGNORE, counted};
 
 use crate::example::Example;
 use crate::preprocess::Item;
+use crate::texts::Texts;
 
 /// Stand before and after what is learned.
 const MARKS: [char; 2] = ['\u{27e6}', '\u{27e7}'];
@@ -98,6 +101,42 @@ impl<'a> Viewer<'a> {
     }
 }
 
+/// Texts, for a terminal without colours, where no tokenizer can say their ids. Without `mask_prompt` all of one text is learned.
+pub fn show_texts(texts: &Texts, mask_prompt: bool) -> String {
+    let [open, close] = MARKS;
+    let learned = format!("learned between {open} and {close}");
+    match texts {
+        Texts::One { text, .. } if !mask_prompt => {
+            format!("{learned}:\n{}\n", marked(text, &[0..text.len()]))
+        }
+        Texts::One { text, answers } => format!("{learned}:\n{}\n", marked(text, answers)),
+        Texts::Two { .. } => {
+            let [prompt, answers @ ..] = texts.parts();
+            let [chosen, rejected] = answers.map(|answer| marked(answer, &[0..answer.len()]));
+            format!(
+                "prompt:\n{}\nchosen, {learned}:\n{chosen}\nrejected, {learned}:\n{rejected}\n",
+                marked(prompt, &[])
+            )
+        }
+    }
+}
+
+/// A text with marks around some parts of it, which are ranges of bytes, in order.
+fn marked(text: &str, parts: &[Range<usize>]) -> String {
+    let [open, close] = MARKS;
+    let mut shown = String::new();
+    let mut at = 0;
+    for part in parts.iter().filter(|part| !part.is_empty()) {
+        shown.extend(text[at..part.start].chars().map(visible));
+        shown.push(open);
+        shown.extend(text[part.clone()].chars().map(visible));
+        shown.push(close);
+        at = part.end;
+    }
+    shown.extend(text[at..].chars().map(visible));
+    shown
+}
+
 /// A character, or a picture of one that would command a terminal.
 fn visible(character: char) -> char {
     match character {
@@ -127,6 +166,23 @@ mod tests {
     fn tokenizer() -> Tokenizer {
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny/tokenizer.model");
         Tokenizer::read(&std::fs::read(file).unwrap(), "tokenizer.model", None, None).unwrap()
+    }
+
+    #[test]
+    fn texts_are_shown_without_a_tokenizer() {
+        let one = Texts::One { text: "ask\u{1b} say bye".to_owned(), answers: vec![5..8, 8..8, 9..12] };
+        assert_eq!(
+            show_texts(&one, true),
+            "learned between \u{27e6} and \u{27e7}:\nask\u{241b} \u{27e6}say\u{27e7} \u{27e6}bye\u{27e7}\n"
+        );
+        assert!(show_texts(&one, false).ends_with(":\n\u{27e6}ask\u{241b} say bye\u{27e7}\n"));
+        let [prompt, chosen, rejected] = ["a", "a b", "a c"].map(str::to_owned);
+        let shown = show_texts(&Texts::Two { prompt, chosen, rejected }, true);
+        assert!(shown.starts_with("prompt:\na\nchosen, learned between"), "{shown}");
+        assert!(
+            shown.contains(":\n\u{27e6} b\u{27e7}\nrejected, ") && shown.ends_with("\u{27e6} c\u{27e7}\n"),
+            "{shown}"
+        );
     }
 
     #[test]

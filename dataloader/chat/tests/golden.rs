@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use ulmus_chat::{
-    Example, Form, IGNORE, Item, Lesson, Message, Pair, Preprocessor, Row, Rules, SpecialNames, Template,
-    Texts, bins,
+    Example, Form, IGNORE, Item, Lesson, Message, Pair, Prepare, Preprocessor, Row, Rules, SpecialNames,
+    Template, Texts, bins,
 };
 use ulmus_plan::{Method, OnUseless, Tokenization, Truncation};
 use ulmus_tokenizer::Tokenizer;

@@ -7,7 +7,8 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use ulmus_chat::{
-    Example, Forbidden, Form, IGNORE, Item, Pair, Preprocessor, Reason, Rules, SpecialNames, Template,
+    Example, Forbidden, Form, IGNORE, Item, Pair, Prepare, Preprocessor, Reason, Rules, SpecialNames,
+    Template,
 };
 use ulmus_plan::{Method, OnUseless, Tokenization, Truncation};
 use ulmus_tokenizer::Tokenizer;
@@ -52,7 +53,7 @@ fn with_recipe(rules: Rules) -> Preprocessor {
 
 fn prepare(preprocessor: &mut Preprocessor, row: Value) -> Result<Item, Reason> {
     let row: ulmus_chat::Row = serde_json::from_value(row).unwrap();
-    let form = Form::of(&row.columns().collect::<Vec<_>>(), preprocessor.method()).unwrap();
+    let form = preprocessor.form(&row.columns().collect::<Vec<_>>()).unwrap();
     preprocessor.prepare(form, &row).unwrap().map(|prepared| prepared.item)
 }
 

@@ -144,7 +144,7 @@ mod tests {
 
     fn rows(bytes: Vec<u8>) -> Result<Vec<serde_json::Value>, DataError> {
         let (folder, info) = file_of(bytes);
-        let rows = RowFile::open(&folder, &info, Format::Arrow)?.rows;
+        let rows = RowFile::open(&folder, &info, Format::Arrow)?.0.rows;
         rows.map(|row| Ok(serde_json::to_value(row?).unwrap())).collect()
     }
 

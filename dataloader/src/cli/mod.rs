@@ -43,8 +43,8 @@ enum Command {
     ///
     /// Example: dataloader explain --plan pretrain.toml --step 1200 --sequence 17
     Explain(explain::Explain),
-    /// Show what a tuning stage learns from its rows: an object per line with row, kept, reason, and texts with ids and labels (-100
-    /// where nothing is learned).
+    /// Show what a tuning stage learns from its rows: an object per line with file, row, kept, reason, and texts with ids and labels
+    /// (-100 where nothing is learned).
     ///
     /// Example: dataloader examples --plan plans/quickstart-tune.toml --stage instruct
     Examples(examples::Examples),
@@ -97,18 +97,29 @@ impl Arguments {
 
 /// The plan in a file. Its sources need no weights here, because they are not mixed.
 fn load(plan: &Path, overrides: &[String]) -> Result<Plan, Failure> {
-    // A file that cannot be read is reported below.
-    let text = std::fs::read_to_string(plan).unwrap_or_default();
-    let weights = even_weights(&text, overrides);
-    load_weighted(plan, &[overrides, &weights].concat())
+    load_weighted(plan, &with_even_weights(plan, overrides))
+}
+
+/// The same of a base of any shape: rows become the same examples for all models.
+fn load_of_any_shape(plan: &Path, overrides: &[String]) -> Result<Plan, Failure> {
+    load_with(plan, &with_even_weights(plan, overrides), ModelConfig::largest())
 }
 
 /// The plan in a file. Variants of a plan share their corpora, so the first one is used.
 fn load_weighted(plan: &Path, overrides: &[String]) -> Result<Plan, Failure> {
+    load_with(plan, overrides, ModelConfig::default())
+}
+
+fn with_even_weights(plan: &Path, overrides: &[String]) -> Vec<String> {
+    // A file that cannot be read is reported later.
+    let text = std::fs::read_to_string(plan).unwrap_or_default();
+    [overrides, &even_weights(&text, overrides)].concat()
+}
+
+/// The plan in a file. If it does not say the shape of its model but names a base, it is given this one: no base is read here.
+fn load_with(plan: &Path, overrides: &[String], shape: ModelConfig) -> Result<Plan, Failure> {
     let pieces = |file: &str| count_pieces(&std::fs::read(file).ok()?);
-    // Nothing here depends on the shape of a model.
-    let shape = |_: &str, _: &str| Ok(ModelConfig::default());
-    Ok(load_plans(plan, overrides, pieces, shape)?.swap_remove(0))
+    Ok(load_plans(plan, overrides, pieces, |_, _| Ok(shape))?.swap_remove(0))
 }
 
 /// Whether a source lies in the folder of the run.

@@ -18,7 +18,6 @@ pub struct RowLine {
     /// Whether it is trained on.
     pub kept: bool,
     /// Why it is not.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<&'static str>,
     /// What is trained on.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]

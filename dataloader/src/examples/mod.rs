@@ -5,9 +5,13 @@ mod files;
 mod line;
 mod read;
 mod template;
+mod tokenizer;
 
 pub use self::epochs::{Epochs, Update};
 pub use self::files::ExampleFiles;
 pub use self::line::{RowContent, RowLine, RowPart};
-pub use self::read::{Dropped, Examples, ExamplesReport, FileReport, RowOutcome};
-pub use self::template::{ChatTemplate, read_forbidden, read_named, read_template};
+pub use self::read::{Dropped, Examples, ExamplesReport, FileGlance, FileReport, Glance, RowOutcome};
+pub use self::template::{
+    ChatTemplate, preprocessor, read_forbidden, read_named, read_template, renderer, stage_template, template_files,
+};
+pub use self::tokenizer::{PlanTokenizer, tokenizer_folder};

@@ -1,10 +1,11 @@
 //! Turns the rows of files into examples, on all cores, and counts what became of them.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 
 use rayon::prelude::*;
 use serde::Serialize;
-use ulmus_chat::{Example, Form, IGNORE, Item, Prepared, Preprocessor, Reason, Row, Viewer};
+use ulmus_chat::{Example, Form, IGNORE, Item, Prepare, Prepared, Preprocessor, Reason, Row, Viewer};
 use ulmus_tokenizer::Tokenizer;
 use ulmus_types::counted;
 
@@ -14,18 +15,20 @@ use crate::rows::RowFile;
 
 /// Rows that are prepared at once.
 const AT_ONCE: usize = 1024;
+/// Rows at the beginning of a file that are enough to see what it holds.
+const GLANCED_AT: usize = AT_ONCE;
 /// Examples that are shown to people.
 const SHOWN: usize = 3;
 
 /// What became of a row.
 #[derive(Debug)]
-pub struct RowOutcome {
+pub struct RowOutcome<T = Prepared> {
     /// The file.
     pub file: String,
     /// Number of the row in its file, from 0.
     pub row: u64,
     /// The row as it is trained on, or why it is left out.
-    pub outcome: Result<Prepared, Reason>,
+    pub outcome: Result<T, Reason>,
 }
 
 /// What a tuning stage learns from.
@@ -84,18 +87,117 @@ pub struct Dropped {
     pub row: u64,
 }
 
+/// What the first rows of some files hold, which is all of them if the files are small.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Glance {
+    /// The files, in their order.
+    pub files: Vec<FileGlance>,
+    /// Number of rows that were looked at.
+    pub rows: u64,
+    /// Number of those that are trained on.
+    pub kept: u64,
+    /// The others.
+    pub dropped: Vec<Dropped>,
+    /// The first examples, for people.
+    pub shown: String,
+}
+
+/// What the first rows of a file hold.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileGlance {
+    /// The file.
+    pub file: String,
+    /// Its format.
+    pub format: &'static str,
+    /// What its columns hold.
+    pub form: &'static str,
+    /// Number of rows that were looked at.
+    pub rows: u64,
+    /// Number of all of its rows, if that is known without reading them.
+    pub count: Option<u64>,
+}
+
+/// Counts what becomes of rows, and shows the first that are kept.
+#[derive(Default)]
+struct Tally {
+    rows: u64,
+    kept: u64,
+    dropped: BTreeMap<Reason, Dropped>,
+    shown: Vec<String>,
+}
+
+impl Tally {
+    fn add<T>(&mut self, row: &RowOutcome<T>, show: impl FnOnce(&T) -> String) {
+        let RowOutcome { file, row, outcome } = row;
+        self.rows += 1;
+        match outcome {
+            Ok(prepared) => {
+                self.kept += 1;
+                if self.shown.len() < SHOWN {
+                    self.shown.push(format!("row {row} of {file}: {}", show(prepared)));
+                }
+            }
+            Err(reason) => {
+                let first = || Dropped { reason: reason.name(), rows: 0, file: file.clone(), row: *row };
+                self.dropped.entry(*reason).or_insert_with(first).rows += 1;
+            }
+        }
+    }
+
+    fn dropped(&self) -> Vec<Dropped> {
+        self.dropped.values().cloned().collect()
+    }
+}
+
 impl ExampleFiles {
-    /// Prepares every row, in order, and gives it to `visit`. Blocks. What is given does not depend on the number of cores.
+    /// Prepares rows, in order, and gives each to `visit` until that breaks; no more is read than they take. Blocks. What is given
+    /// does not depend on the number of cores.
     ///
     /// # Errors
     /// When a file cannot be read, has no rows or not the columns that the stage's method learns from, or when a row is not
     /// like its columns say or is refused by the template.
-    pub fn each_row(
+    pub fn each_row<P: Prepare>(
         &self,
-        preprocessor: &Preprocessor,
-        mut visit: impl FnMut(RowOutcome),
-    ) -> Result<Vec<FileReport>, DataError> {
-        self.0.iter().map(|file| file.each_row(preprocessor, &mut visit)).collect()
+        preparation: &P,
+        mut visit: impl FnMut(RowOutcome<P::Prepared>) -> ControlFlow<()>,
+    ) -> Result<(), DataError> {
+        for file in &self.0 {
+            let mut rows = RowFile::begin(&file.folder, &file.file, file.format)?.rows;
+            if file.each_row(&mut rows, preparation, &mut visit)?.is_broken {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Prepares the first rows of every file. `show` shows a row to a person.
+    ///
+    /// # Errors
+    /// As for [`Self::each_row`], and [`DataError::NoExamples`] if no row is left of small files.
+    pub fn glance<P: Prepare>(
+        &self,
+        preparation: &P,
+        show: impl Fn(&P::Prepared) -> String,
+    ) -> Result<Glance, DataError> {
+        let (mut tally, mut files) = (Tally::default(), Vec::new());
+        for file in &self.0 {
+            let RowFile { count, mut rows } = RowFile::begin(&file.folder, &file.file, file.format)?;
+            let seen = file.each_row(&mut rows.by_ref().take(GLANCED_AT), preparation, &mut |row| {
+                tally.add(&row, &show);
+                ControlFlow::Continue(())
+            })?;
+            let is_all = (seen.rows as usize) < GLANCED_AT || rows.next().is_none();
+            let count = count.or_else(|| is_all.then_some(seen.rows));
+            let (format, form) = (file.format.name(), seen.form.name());
+            files.push(FileGlance { file: file.place(), format, form, rows: seen.rows, count });
+        }
+        let dropped = tally.dropped();
+        let Tally { rows, kept, shown, .. } = tally;
+        let glance = Glance { files, rows, kept, dropped, shown: shown.join("\n") };
+        if kept == 0 && glance.is_whole() {
+            return Err(DataError::NoExamples { files: self.places(), dropped: glance.dropped_for_people() });
+        }
+        Ok(glance)
     }
 
     /// Prepares every row and keeps the examples.
@@ -103,85 +205,93 @@ impl ExampleFiles {
     /// # Errors
     /// As for [`Self::each_row`], and [`DataError::NoExamples`] if no row is left.
     pub fn read(&self, preprocessor: &Preprocessor, tokenizer: &Tokenizer) -> Result<Examples, DataError> {
-        let mut items = Vec::new();
-        let mut shown = Vec::new();
+        let (mut items, mut tally) = (Vec::new(), Tally::default());
         let mut report = ExamplesReport::default();
-        let mut dropped: BTreeMap<Reason, Dropped> = BTreeMap::new();
         let viewer = Viewer::new(tokenizer);
-        report.files = self.each_row(preprocessor, |RowOutcome { file, row, outcome }| {
-            report.rows += 1;
-            match outcome {
-                Ok(Prepared { item, has_special, .. }) => {
-                    if items.len() < SHOWN {
-                        shown.push(format!("row {row} of {file}: {}", viewer.show(&item)));
-                    }
+        for file in &self.0 {
+            let (RowFile { mut rows, .. }, digest) = RowFile::open(&file.folder, &file.file, file.format)?;
+            let seen = file.each_row(&mut rows, preprocessor, &mut |row| {
+                tally.add(&row, |prepared: &Prepared| viewer.show(&prepared.item));
+                if let Ok(Prepared { item, has_special, .. }) = row.outcome {
                     report.count(&item);
                     report.with_special += u64::from(has_special);
                     items.push(item);
                 }
-                Err(reason) => {
-                    let first = Dropped { reason: reason.name(), rows: 0, file, row };
-                    dropped.entry(reason).or_insert(first).rows += 1;
-                }
-            }
-        })?;
-        report.kept = items.len() as u64;
-        report.dropped = dropped.into_values().collect();
+                ControlFlow::Continue(())
+            })?;
+            let (form, hash) = (seen.form.name(), digest.to_string());
+            report.files.push(FileReport { file: file.place(), hash, rows: seen.rows, form });
+        }
+        (report.rows, report.kept, report.dropped) = (tally.rows, tally.kept, tally.dropped());
         if items.is_empty() {
             return Err(DataError::NoExamples { files: self.places(), dropped: report.dropped_for_people() });
         }
-        Ok(Examples { items, report, shown: shown.join("\n") })
+        Ok(Examples { items, report, shown: tally.shown.join("\n") })
     }
 }
 
+/// What was seen of a file.
+struct Seen {
+    form: Form,
+    rows: u64,
+    /// Whether no more rows were wanted.
+    is_broken: bool,
+}
+
 impl ExampleFile {
-    fn each_row(
+    fn place(&self) -> String {
+        self.folder.place(&self.file.path)
+    }
+
+    /// Prepares some of the file's rows, the first of which has the number 0.
+    fn each_row<P: Prepare>(
         &self,
-        preprocessor: &Preprocessor,
-        visit: &mut impl FnMut(RowOutcome),
-    ) -> Result<FileReport, DataError> {
-        let place = self.folder.place(&self.file.path);
-        let RowFile { digest, mut rows } = RowFile::open(&self.folder, &self.file, self.format)?;
+        rows: &mut dyn Iterator<Item = Result<Row, DataError>>,
+        preparation: &P,
+        visit: &mut dyn FnMut(RowOutcome<P::Prepared>) -> ControlFlow<()>,
+    ) -> Result<Seen, DataError> {
+        let place = self.place();
         let mut known: Option<Form> = None;
         let mut number = 0;
         loop {
             // What comes before a damaged row is still looked at, so that the first mistake is the one that is told.
             let mut read: Vec<Row> = Vec::new();
             let mut failed = None;
-            for row in rows.by_ref().take(AT_ONCE) {
+            for row in (&mut *rows).take(AT_ONCE) {
                 match row {
                     Ok(row) => read.push(row),
-                    Err(error) => failed = Some(error),
+                    Err(error) => {
+                        failed = Some(error);
+                        break;
+                    }
                 }
             }
             let form = match (known, read.first()) {
                 (Some(form), _) => form,
                 (None, Some(first)) => {
-                    let form = preprocessor.form(&first.columns().collect::<Vec<_>>());
+                    let form = preparation.form(&first.columns().collect::<Vec<_>>());
                     form.map_err(|error| DataError::Rows { file: place.clone(), error })?
                 }
                 (None, None) => return Err(failed.unwrap_or(DataError::NoRows { file: place })),
             };
             known = Some(form);
             let is_end = read.len() < AT_ONCE;
-            let prepare = |preprocessor: &mut Preprocessor, row: Row| preprocessor.prepare(form, &row);
-            let prepared: Vec<_> = read.into_par_iter().map_init(|| preprocessor.clone(), prepare).collect();
+            let prepare = |preparation: &mut P, row: Row| preparation.prepare(form, &row);
+            let prepared: Vec<_> = read.into_par_iter().map_init(|| preparation.clone(), prepare).collect();
             for outcome in prepared {
                 let outcome =
                     outcome.map_err(|error| DataError::Row { file: place.clone(), row: number, error })?;
-                visit(RowOutcome { file: place.clone(), row: number, outcome });
+                let row = RowOutcome { file: place.clone(), row: number, outcome };
                 number += 1;
+                if visit(row).is_break() {
+                    return Ok(Seen { form, rows: number, is_broken: true });
+                }
             }
             if let Some(error) = failed {
                 return Err(error);
             }
             if is_end {
-                return Ok(FileReport {
-                    file: place,
-                    hash: digest.to_string(),
-                    rows: number,
-                    form: form.name(),
-                });
+                return Ok(Seen { form, rows: number, is_broken: false });
             }
         }
     }
@@ -202,11 +312,27 @@ impl ExamplesReport {
 
     /// What was left out and why, in words; empty if nothing was.
     pub fn dropped_for_people(&self) -> String {
-        let each = self.dropped.iter().map(|Dropped { reason, rows, file, row }| {
-            format!("{} because {reason}, the first of them row {row} of {file}", counted(*rows, "row"))
-        });
-        each.collect::<Vec<_>>().join("; ")
+        in_words(&self.dropped)
     }
+}
+
+impl Glance {
+    /// What is left out and why, in words; empty if nothing is.
+    pub fn dropped_for_people(&self) -> String {
+        in_words(&self.dropped)
+    }
+
+    /// Whether all rows were looked at.
+    pub fn is_whole(&self) -> bool {
+        self.files.iter().all(|file| file.count == Some(file.rows))
+    }
+}
+
+fn in_words(dropped: &[Dropped]) -> String {
+    let each = dropped.iter().map(|Dropped { reason, rows, file, row }| {
+        format!("{} because {reason}, the first of them row {row} of {file}", counted(*rows, "row"))
+    });
+    each.collect::<Vec<_>>().join("; ")
 }
 
 #[cfg(test)]
@@ -263,7 +389,12 @@ mod tests {
         let config = ExamplesConfig { url: "run:a.jsonl".to_owned(), ..ExamplesConfig::default() };
         let mut lines = Vec::new();
         let files = ExampleFiles::find(&[config], &DataConfig::default(), Some(&folder)).unwrap();
-        files.each_row(&preprocessor(Method::Dpo), |row| lines.push(RowLine::from(&row))).unwrap();
+        files
+            .each_row(&preprocessor(Method::Dpo), |row| {
+                lines.push(RowLine::from(&row));
+                ControlFlow::Continue(())
+            })
+            .unwrap();
         let line = |row: usize| serde_json::to_value(&lines[row]).unwrap();
         let dropped = json!({"file": "run:a.jsonl", "row": 7, "kept": false, "reason": "chosen and rejected are equal"});
         assert_eq!(line(7), dropped);
@@ -332,7 +463,7 @@ mod tests {
             // The same rows in other formats.
             let mut lines = String::new();
             for file in &files.0 {
-                for row in RowFile::open(&file.folder, &file.file, file.format).unwrap().rows {
+                for row in RowFile::begin(&file.folder, &file.file, file.format).unwrap().rows {
                     lines += &(serde_json::to_string(&row.unwrap()).unwrap() + "\n");
                 }
             }

@@ -2,9 +2,13 @@
 
 use std::time::SystemTime;
 
-use ulmus_chat::{ChatError, Forbidden, Template, TokenizerConfig};
-use ulmus_tokenizer::Tokenizer;
+use ulmus_chat::{
+    ChatError, Forbidden, Preprocessor, Renderer, Rules, SpecialNames, Template, TokenizerConfig,
+};
+use ulmus_plan::TuneConfig;
+use ulmus_tokenizer::{TRAINED_NAMES, Tokenizer};
 
+use super::tokenizer::PlanTokenizer;
 use crate::address::folder_and_name;
 use crate::error::DataError;
 use crate::store::Folder;
@@ -36,32 +40,96 @@ pub fn read_template(
     tokenizer: &Tokenizer,
     now: Option<SystemTime>,
 ) -> Result<ChatTemplate, DataError> {
+    template(choice, Some(model), tokenizer.special_names(), now)
+}
+
+/// The chat template of a tuning stage whose run has this tokenizer, or will train one. A template is told that there is no time, so
+/// that what is learned does not depend on the day.
+///
+/// # Errors
+/// Those of [`read_template`].
+pub fn stage_template(
+    config: &TuneConfig,
+    tokenizer: Option<&PlanTokenizer>,
+) -> Result<ChatTemplate, DataError> {
+    let names = tokenizer.map_or(TRAINED_NAMES, |found| found.tokenizer.special_names());
+    template(&config.template, tokenizer.map(|found| &found.folder), names, Some(SystemTime::UNIX_EPOCH))
+}
+
+/// What makes examples of rows of a tuning stage, by these rules.
+///
+/// # Errors
+/// Those of [`read_template`] and [`read_forbidden`].
+pub fn preprocessor(
+    config: &TuneConfig,
+    rules: Rules,
+    tokenizer: &PlanTokenizer,
+) -> Result<Preprocessor, DataError> {
+    let ChatTemplate { template, adds_bos } = stage_template(config, Some(tokenizer))?;
+    let forbidden = config.decontaminate.as_deref().map(read_forbidden).transpose()?;
+    Ok(Preprocessor::new(rules, template, &tokenizer.tokenizer, adds_bos, forbidden))
+}
+
+/// What makes texts of rows of a tuning stage, by these rules, whose run will train its tokenizer.
+///
+/// # Errors
+/// Those of [`preprocessor`].
+pub fn renderer(config: &TuneConfig, rules: Rules) -> Result<Renderer, DataError> {
+    let template = stage_template(config, None)?.template;
+    let forbidden = config.decontaminate.as_deref().map(read_forbidden).transpose()?;
+    Ok(Renderer::new(rules, template, forbidden))
+}
+
+/// The files beside a tokenizer that say how it is used, its chat template above all.
+///
+/// # Errors
+/// When one cannot be read.
+pub fn template_files(folder: &Folder) -> Result<Vec<(&'static str, Vec<u8>)>, DataError> {
+    let read = |name| Ok(folder.read(name)?.map(|contents| (name, contents)));
+    PLACES.into_iter().filter_map(|name| read(name).transpose()).collect()
+}
+
+/// The names of special pieces that the folder of a tokenizer says.
+pub(super) fn special_names(folder: &Folder) -> Result<SpecialNames, DataError> {
+    let [_, config] = PLACES;
+    let place = folder.place(config);
+    let names = folder.read(config)?.map(|bytes| TokenizerConfig::names(&bytes, &place));
+    names.transpose().map(Option::unwrap_or_default).map_err(|error| of_place(place, error))
+}
+
+/// What the folder of a tokenizer says about it.
+fn tokenizer_config(folder: &Folder) -> Result<TokenizerConfig, DataError> {
+    let [_, config] = PLACES;
+    let Some(bytes) = folder.read(config)? else { return Ok(TokenizerConfig::default()) };
+    let place = folder.place(config);
+    TokenizerConfig::read(&bytes, &place).map_err(|error| of_place(place, error))
+}
+
+fn template(
+    choice: &str,
+    model: Option<&Folder>,
+    (bos, eos): (&str, &str),
+    now: Option<SystemTime>,
+) -> Result<ChatTemplate, DataError> {
     let [jinja, config_file] = PLACES;
-    let config = match model.read(config_file)? {
-        Some(bytes) => {
-            let place = model.place(config_file);
-            TokenizerConfig::read(&bytes, &place).map_err(|error| of_place(place, error))?
-        }
-        None => TokenizerConfig::default(),
-    };
-    let mut tokens = config.tokens;
-    let (bos, eos) = tokenizer.special_names();
+    let TokenizerConfig { template: of_config, mut tokens, adds_bos } =
+        model.map(tokenizer_config).transpose()?.unwrap_or_default();
     for (name, token) in [("bos_token", bos), ("eos_token", eos)] {
         tokens.entry(name.to_owned()).or_insert_with(|| token.to_owned());
     }
     let compiled = |place: String, source: &str| {
         Template::new(&place, source, &tokens, now).map_err(|error| of_place(place, error))
     };
-    let template = match choice {
-        RECIPE => Template::recipe(&tokens),
-        AUTO => match (model.read(jinja)?, config.template) {
+    let template = match (choice, model) {
+        (RECIPE, _) | (AUTO, None) => Template::recipe(&tokens),
+        (AUTO, Some(model)) => match (model.read(jinja)?, of_config) {
             (Some(bytes), _) => compiled(model.place(jinja), &text(&model.place(jinja), bytes)?)?,
             (None, Some(source)) => compiled(model.place(config_file), &source)?,
             (None, None) => Template::recipe(&tokens),
         },
-        file => compiled(file.to_owned(), &text(file, read(file)?)?)?,
+        (file, _) => compiled(file.to_owned(), &text(file, read(file)?)?)?,
     };
-    Ok(ChatTemplate { template, adds_bos: config.adds_bos.unwrap_or(true) })
+    Ok(ChatTemplate { template, adds_bos: adds_bos.unwrap_or(true) })
 }
 
 /// Reads the texts that no row may contain.

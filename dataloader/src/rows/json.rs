@@ -1,37 +1,92 @@
 //! Rows of a JSON list, or of lines.
 
 use std::borrow::Cow;
+use std::io::BufRead;
 
 use serde::de::DeserializeOwned;
 use ulmus_chat::Row;
+use ulmus_types::without_mark;
 
 use super::Rows;
+use crate::compressed::unreadable;
 use crate::contents::text_of;
 use crate::error::DataError;
 use crate::line::without_lone_surrogates;
 
-/// The rows of a file: of a list if it begins with a bracket, or else of lines, where empty lines do not count.
-pub(super) fn rows(bytes: &[u8], place: &str) -> Result<Rows, DataError> {
-    let wrong = |format, reason| DataError::Format { file: place.to_owned(), format, reason };
-    let text = text_of(bytes).map_err(|error| wrong("UTF-8", error.to_string()))?.as_bytes();
-    let json = without_lone_surrogates(text).map_or(Cow::Borrowed(text), Cow::Owned);
-    if text.trim_ascii_start().starts_with(b"[") {
-        let rows: Vec<Row> = read(&json).map_err(|error| wrong("a JSON list of rows", error.to_string()))?;
+/// The rows of a text: of a list if it begins with a bracket, or else of lines, where empty lines do not count.
+pub(super) fn rows(text: impl BufRead + Send + 'static, place: String) -> Result<Rows, DataError> {
+    let mut lines = Lines { text, place, number: 0 };
+    let Some(first) = lines.next()? else { return Ok(Box::new(std::iter::empty())) };
+    if without_mark(&first).trim_ascii_start().starts_with(b"[") {
+        let list = lines.with_rest(first)?;
+        let list = lines.text_of(&list, None)?;
+        let rows: Vec<Row> =
+            read(&list).map_err(|error| lines.wrong("a JSON list of rows", error.to_string()))?;
         return Ok(Box::new(rows.into_iter().map(Ok)));
     }
-    let lines = json.split(|byte| *byte == b'\n').enumerate();
-    let row = |(index, line): (usize, &[u8])| {
-        read::<Row>(line).map_err(|error| {
-            if index == 0 && read::<Row>(&json).is_ok() {
-                let reason = "it is a single JSON object, where rows are a list or each is a line";
-                return wrong("a file of rows", reason.to_owned());
+    let row = lines.row(&first);
+    if row.is_err() {
+        let all = lines.with_rest(first)?;
+        if lines.text_of(&all, None).is_ok_and(|all| read::<Row>(&all).is_ok()) {
+            let reason = "it is a single JSON object, where rows are a list or each is a line";
+            return Err(lines.wrong("a file of rows", reason.to_owned()));
+        }
+    }
+    let others = std::iter::from_fn(move || match lines.next() {
+        Ok(line) => line.map(|line| lines.row(&line)),
+        Err(error) => Some(Err(error)),
+    });
+    Ok(Box::new(std::iter::once(row).chain(others)))
+}
+
+/// The lines of a text that are not blank.
+struct Lines<R> {
+    text: R,
+    place: String,
+    /// Number of lines that were read.
+    number: usize,
+}
+
+impl<R: BufRead> Lines<R> {
+    fn next(&mut self) -> Result<Option<Vec<u8>>, DataError> {
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            let read = self.text.read_until(b'\n', &mut line);
+            if read.map_err(|error| unreadable(&self.place, error))? == 0 {
+                return Ok(None);
             }
-            wrong("JSON lines", format!("line {}: {error}", index + 1))
-        })
-    };
-    let rows: Vec<Row> =
-        lines.filter(|(_, line)| !line.trim_ascii().is_empty()).map(row).collect::<Result<_, _>>()?;
-    Ok(Box::new(rows.into_iter().map(Ok)))
+            self.number += 1;
+            if !without_mark(&line).trim_ascii().is_empty() {
+                return Ok(Some(line));
+            }
+        }
+    }
+
+    /// A line and everything behind it.
+    fn with_rest(&mut self, mut line: Vec<u8>) -> Result<Vec<u8>, DataError> {
+        self.text.read_to_end(&mut line).map_err(|error| unreadable(&self.place, error))?;
+        Ok(line)
+    }
+
+    /// The row in the line that was read last.
+    fn row(&self, line: &[u8]) -> Result<Row, DataError> {
+        let json = self.text_of(line, Some(self.number))?;
+        read(&json).map_err(|error| self.wrong("JSON lines", format!("line {}: {error}", self.number)))
+    }
+
+    /// Bytes as UTF-8 that JSON can be read from; of one line, or of the whole file.
+    fn text_of<'a>(&self, bytes: &'a [u8], line: Option<usize>) -> Result<Cow<'a, [u8]>, DataError> {
+        let text = text_of(bytes).map_err(|error| {
+            let place = line.map_or_else(String::new, |line| format!("line {line}: "));
+            self.wrong("UTF-8", format!("{place}{error}"))
+        })?;
+        Ok(without_lone_surrogates(text.as_bytes()).map_or(Cow::Borrowed(text.as_bytes()), Cow::Owned))
+    }
+
+    fn wrong(&self, format: &'static str, reason: String) -> DataError {
+        DataError::Format { file: self.place.clone(), format, reason }
+    }
 }
 
 /// Reads JSON, also as Python's library writes it: with numbers that are none, which become null.
@@ -67,8 +122,9 @@ mod tests {
     use super::*;
 
     fn written(text: &str) -> Result<Vec<String>, String> {
-        let rows = rows(text.as_bytes(), "a.json").map_err(|error| error.to_string())?;
-        Ok(rows.map(|row| serde_json::to_string(&row.unwrap()).unwrap()).collect())
+        let text = std::io::Cursor::new(text.to_owned());
+        let rows = rows(text, "a.json".to_owned()).map_err(|error| error.to_string())?;
+        rows.map(|row| Ok(serde_json::to_string(&row.map_err(|error| error.to_string())?).unwrap())).collect()
     }
 
     #[test]
@@ -80,7 +136,8 @@ mod tests {
         ] {
             assert_eq!(written(text).unwrap(), ["{\"b\":1,\"a\":[\"x\"]}"], "{text}");
         }
-        assert!(written("{}\n{").unwrap_err().contains("line 2"));
+        assert!(written("{}\n\n{").unwrap_err().contains("line 3"));
+        assert!(written("{\n{}").unwrap_err().contains("line 1"));
         assert!(written("{\n\"a\": 1\n}").unwrap_err().contains("a single JSON object"));
         assert!(written("[1]").unwrap_err().contains("a row is an object"));
     }

@@ -1,33 +1,103 @@
 //! Rows of Parquet files, with all of their columns.
 
+use std::io::{self, BufReader, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use bytes::Bytes;
-use parquet::file::reader::SerializedFileReader;
+use parquet::errors::ParquetError;
+use parquet::file::reader::{ChunkReader, FileReader, Length, SerializedFileReader};
 use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row as ParquetRow};
 use ulmus_chat::{Cell, Row};
+use ulmus_storage::FileInfo;
 
-use super::Rows;
+use super::RowFile;
+use crate::compressed::unreadable;
 use crate::error::DataError;
+use crate::store::Folder;
 
 /// The rows of a file.
-pub(super) fn rows(bytes: Bytes, place: String) -> Result<Rows, DataError> {
-    let damaged = move |reason: String| DataError::Damaged { file: place.clone(), reason };
-    let reader = SerializedFileReader::new(bytes).map_err(|error| damaged(error.to_string()))?;
+pub(super) fn rows(bytes: impl ChunkReader + 'static, place: String) -> Result<RowFile, DataError> {
+    let reader = SerializedFileReader::new(bytes).map_err(|error| of_store(&place, error))?;
+    let count = reader.metadata().file_metadata().num_rows().max(0).cast_unsigned();
     let mut rows = Some(RowIter::from_file_into(Box::new(reader)));
-    Ok(Box::new(std::iter::from_fn(move || {
+    let rows = std::iter::from_fn(move || {
         // The decoder panics on some damaged files. Nothing that it was working on is used afterwards.
         let next = catch_unwind(AssertUnwindSafe(|| rows.as_mut()?.next()));
         let row = match next {
-            Ok(row) => row?.map_err(|error| error.to_string()),
-            Err(_) => Err("its pages are damaged".to_owned()),
+            Ok(row) => row?.map_err(|error| of_store(&place, error)),
+            Err(_) => {
+                Err(DataError::Damaged { file: place.clone(), reason: "its pages are damaged".to_owned() })
+            }
         };
         if row.is_err() {
             rows = None;
         }
-        Some(row.map(|row| Row(of_row(&row))).map_err(&damaged))
-    })))
+        Some(row.map(|row| Row(of_row(&row))))
+    });
+    Ok(RowFile { count: Some(count), rows: Box::new(rows) })
+}
+
+/// The error of the store behind one of the decoder, or else damage that it found.
+fn of_store(place: &str, error: ParquetError) -> DataError {
+    match error {
+        ParquetError::External(error) if error.is::<io::Error>() => match error.downcast::<io::Error>() {
+            Ok(error) => unreadable(place, *error),
+            Err(error) => DataError::Damaged { file: place.to_owned(), reason: error.to_string() },
+        },
+        error => DataError::Damaged { file: place.to_owned(), reason: error.to_string() },
+    }
+}
+
+/// A stored file of which only what is asked for is read.
+pub(super) struct Ranges {
+    folder: Folder,
+    file: FileInfo,
+}
+
+impl Ranges {
+    pub(super) fn new(folder: &Folder, file: &FileInfo) -> Self {
+        Self { folder: folder.clone(), file: file.clone() }
+    }
+}
+
+impl Length for Ranges {
+    fn len(&self) -> u64 {
+        self.file.size
+    }
+}
+
+impl ChunkReader for Ranges {
+    type T = BufReader<Tail>;
+
+    fn get_read(&self, start: u64) -> Result<Self::T, ParquetError> {
+        Ok(BufReader::new(Tail { folder: self.folder.clone(), file: self.file.clone(), at: start }))
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> Result<Bytes, ParquetError> {
+        let end = start.saturating_add(length as u64);
+        if end > self.file.size {
+            return Err(ParquetError::EOF(format!("bytes up to {end} of {}", self.file.size)));
+        }
+        Ok(self.folder.read_range(&self.file, start..end).map_err(io::Error::other)?)
+    }
+}
+
+/// A stored file from some byte on.
+pub(super) struct Tail {
+    folder: Folder,
+    file: FileInfo,
+    at: u64,
+}
+
+impl Read for Tail {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let end = self.file.size.min(self.at.saturating_add(buffer.len() as u64)).max(self.at);
+        let bytes = self.folder.read_range(&self.file, self.at..end).map_err(io::Error::other)?;
+        buffer[..bytes.len()].copy_from_slice(&bytes);
+        self.at += bytes.len() as u64;
+        Ok(bytes.len())
+    }
 }
 
 fn of_row(row: &ParquetRow) -> Vec<(String, Cell)> {
@@ -84,8 +154,9 @@ mod tests {
             "/../tests/golden/tune/data/train_prefs-00000-of-00001.parquet"
         );
         let whole = std::fs::read(file).unwrap();
-        let read =
-            |bytes: Vec<u8>| rows(bytes.into(), "a.parquet".to_owned())?.collect::<Result<Vec<_>, _>>();
+        let read = |bytes: Vec<u8>| {
+            rows(Bytes::from(bytes), "a.parquet".to_owned())?.rows.collect::<Result<Vec<_>, _>>()
+        };
         assert_eq!(read(whole.clone()).unwrap().len(), 8);
         let mut refused = 0;
         for at in (0..whole.len()).step_by(97) {

@@ -47,7 +47,7 @@ use vocabulary::{SPACE_MARK, Vocabulary};
 
 pub use error::TokenizerError;
 pub use special::SpecialEncoder;
-pub use train::train;
+pub use train::{TRAINED_NAMES, train};
 
 /// A tokenizer. Clones share its tables.
 #[derive(Clone)]

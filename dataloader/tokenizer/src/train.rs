@@ -22,8 +22,11 @@ const CHARACTER_COVERAGE: f64 = 0.9995;
 /// Maximum length of a piece in characters.
 const LONGEST_PIECE: usize = 16;
 
+/// The names of BOS and EOS in a tokenizer that was trained here.
+pub const TRAINED_NAMES: (&str, &str) = ("<s>", "</s>");
+
 /// The unknown piece, BOS and EOS.
-const SPECIALS: [&str; 3] = ["<unk>", "<s>", "</s>"];
+const SPECIALS: [&str; 3] = ["<unk>", TRAINED_NAMES.0, TRAINED_NAMES.1];
 
 /// Trains a tokenizer of exactly `pieces` pieces on `documents`.
 ///

@@ -105,6 +105,11 @@ pub struct AdaptedModule {
 }
 
 impl AdaptedModule {
+    /// The name of the module in its layer, such as `qkv_proj`, which modules of other layers share.
+    pub fn kind(&self) -> &str {
+        self.name.rsplit_once('.').map_or(&self.name, |(_, kind)| kind)
+    }
+
     /// Number of parameters of its adapter.
     pub fn parameters(&self) -> u64 {
         let magnitudes = if self.has_magnitude { self.outputs } else { 0 };

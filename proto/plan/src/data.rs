@@ -40,6 +40,21 @@ impl Format {
     pub const TEXT: [Self; 6] =
         [Self::Parquet, Self::Arrow, Self::Jsonl, Self::JsonGz, Self::JsonZst, Self::Text];
 
+    /// The word for it in a plan.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Parquet => "parquet",
+            Self::Arrow => "arrow",
+            Self::Jsonl => "jsonl",
+            Self::JsonGz => "json.gz",
+            Self::JsonZst => "json.zst",
+            Self::Json => "json",
+            Self::Text => "text",
+            Self::U16 => "u16",
+            Self::U32 => "u32",
+        }
+    }
+
     /// Whether a file holds token ids instead of text.
     pub const fn holds_tokens(self) -> bool {
         matches!(self, Self::U16 | Self::U32)

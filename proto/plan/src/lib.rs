@@ -29,7 +29,7 @@ pub use base::BaseConfig;
 pub use bytes::Bytes;
 pub use data::{DataConfig, Format, LEAST_UNIT, Normalize, OnBadUnit, Pack, SourceConfig};
 pub use device::Device;
-pub use memory::{HEAD_ROWS, MemoryPlan, ROW_BLOCK, data_memory, worker_memory};
+pub use memory::{HEAD_ROWS, MemoryPlan, ROW_BLOCK, data_memory, tuning_memory, worker_memory};
 pub use model::{LayerDims, ModelConfig, Multipliers, Preset};
 pub use norm::NormKind;
 pub use parse::{base_to_read, even_weights, read, shape_overrides, tokenizer_to_count};

@@ -11,6 +11,11 @@ use ulmus_types::Problems;
 use crate::norm::NormKind;
 use crate::rules::{range, sound};
 
+/// The longest context of a model.
+const LONGEST_CONTEXT: usize = 1 << 20;
+/// The most layers of a model.
+const MOST_LAYERS: usize = 512;
+
 /// Width multipliers over the depth of a model (paper: α for attention, β for the FFN).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "it must be a number or a list of numbers")]
@@ -201,6 +206,12 @@ impl Preset {
 }
 
 impl ModelConfig {
+    /// A shape with the most layers and the longest context that there may be, in which everything has room that has room in some
+    /// model.
+    pub fn largest() -> Self {
+        Self { max_context_length: LONGEST_CONTEXT, num_transformer_layers: MOST_LAYERS, ..Self::default() }
+    }
+
     /// The widths of every layer, first to last.
     pub fn layers(&self) -> Vec<LayerDims> {
         let count = self.num_transformer_layers;
@@ -243,8 +254,8 @@ impl ModelConfig {
         let key = |name: &str| format!("{at}.{name}");
         for (name, value, most) in [
             ("vocab_size", self.vocab_size, 1 << 20),
-            ("max_context_length", self.max_context_length, 1 << 20),
-            ("num_transformer_layers", self.num_transformer_layers, 512),
+            ("max_context_length", self.max_context_length, LONGEST_CONTEXT),
+            ("num_transformer_layers", self.num_transformer_layers, MOST_LAYERS),
             ("model_dim", self.model_dim, 1 << 16),
             ("head_dim", self.head_dim, 512),
             ("num_gqa_groups", self.num_gqa_groups, 256),

@@ -283,6 +283,11 @@ impl TuneConfig {
         }
     }
 
+    /// Positions of the longest example. Its last token predicts nothing.
+    pub fn positions(&self) -> usize {
+        (self.max_length as usize).saturating_sub(1).max(1)
+    }
+
     /// The most tokens of an update.
     pub fn tokens_per_step(&self) -> u64 {
         self.batch.saturating_mul(self.max_length).saturating_mul(self.sequences_per_example())

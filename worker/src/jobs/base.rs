@@ -7,16 +7,15 @@
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use ulmus_checkpoint::{Access, OpenOptions, Store};
 use ulmus_dataloader::{ChatTemplate, Folder, read_template};
 use ulmus_evaluator::{adds_bos, fitting_tokenizer, model_folder, read_model, tokenizer_place};
 use ulmus_model::hf::{self, HfModel, SpecialTokens};
-use ulmus_model::{Layout, weights_from_safetensors};
+use ulmus_model::{AdapterShape, Layout, peft, weights_from_safetensors};
 use ulmus_plan::ModelConfig;
 use ulmus_process::with_causes;
 use ulmus_run::paths;
 use ulmus_tokenizer::Tokenizer;
-use ulmus_types::{CheckpointId, StageName, Step};
+use ulmus_types::{CheckpointId, RunId, StageName, Step};
 
 use super::average::average_file;
 use crate::WorkerError;
@@ -41,41 +40,95 @@ enum Origin {
     Run(Tokenizer),
 }
 
+/// What a model is, without its weights.
+#[derive(Debug)]
+pub(crate) struct Known {
+    pub(crate) shape: ModelConfig,
+    /// The special tokens of its tokenizer, if it does not come with the tokenizer of a run.
+    pub(crate) tokens: Option<SpecialTokens>,
+}
+
 /// The shape of the model at an address, without its weights where that can be; runs are looked up in `store`. Blocks.
 ///
 /// # Errors
 /// Why there is none, in words for a person.
 pub fn base_shape(address: &str, store: &str) -> Result<ModelConfig, String> {
+    let shape = match address.strip_prefix(OF_RUN) {
+        Some(of_run) => {
+            let name = of_run.split_once('/').map_or(of_run, |(name, _)| name);
+            of_other_run(store, name, |other| Ok(other.plan.model.clone()))
+        }
+        None => known_of(address).map(|known| known.shape),
+    };
+    shape.map_err(|error| with_causes(&error))
+}
+
+/// Makes sure that there is a model at an address, as far as that can be told without reading its weights. Blocks.
+pub(crate) fn look_for(address: &str, store: &str) -> Result<Known, WorkerError> {
     if let Some(of_run) = address.strip_prefix(OF_RUN) {
-        let name = of_run.split_once('/').map_or(of_run, |(name, _)| name);
-        let place = format!("{}/{name}", store.trim_end_matches('/'));
-        // The caller may be inside of an asynchronous runtime.
-        let read = std::thread::spawn(move || -> Result<ModelConfig, String> {
-            let runtime = tokio::runtime::Runtime::new().map_err(|error| error.to_string())?;
-            let options = OpenOptions { access: Access::Read, ..OpenOptions::default() };
-            let store = Store::open_with(&place, options).map_err(|error| with_causes(&error))?;
-            let text = runtime.block_on(store.get(paths::PLAN)).map_err(|error| with_causes(&error))?;
-            let text = String::from_utf8_lossy(&text);
-            let plan = ulmus_plan::read(&text, &[]).map_err(|problems| problems.to_string())?;
-            plan.into_iter().next().map(|plan| plan.model).ok_or_else(|| "it has no plan".to_owned())
+        let (name, model) = of_run.split_once('/').ok_or_else(|| names_none(address))?;
+        return of_other_run(store, name, |other| {
+            if model == AVERAGE {
+                other.wait(other.store.stat(paths::AVERAGE))?;
+            } else {
+                checkpoint(other, address, model)?;
+            }
+            Ok(Known { shape: other.plan.model.clone(), tokens: None })
         });
-        return read.join().unwrap_or_else(|_| Err("it cannot be read".to_owned()));
     }
-    let of_hub = || -> Result<ModelConfig, WorkerError> {
+    let known = known_of(address)?;
+    if address.starts_with("hf://") {
+        let folder = Folder::open_model(address)?;
+        if !folder.paths()?.iter().any(|path| path.ends_with(".safetensors")) {
+            return Err(WorkerError::Plan(format!(
+                "{address} has no weights in safetensors; name another model"
+            )));
+        }
+    } else if Path::new(address).is_dir() {
+        hf::weight_files(Path::new(address))?;
+    }
+    Ok(known)
+}
+
+/// What a model is that is no other run's.
+fn known_of(address: &str) -> Result<Known, WorkerError> {
+    let (shape, tokens) = if address.starts_with("hf://") {
         let folder = Folder::open_model(address)?;
         let file =
             tempfile::tempdir().map_err(|error| WorkerError::File { path: "a folder".into(), error })?;
         folder.download("config.json", &file.path().join("config.json"))?;
-        Ok(hf::read_config(file.path())?.0)
-    };
-    let shape = if address.starts_with("hf://") {
-        of_hub()
+        hf::read_config(file.path())?
     } else if Path::new(address).is_file() {
-        read_model(Path::new(address)).map(|model| model.config).map_err(WorkerError::from)
+        let HfModel { config, tokens, .. } = read_model(Path::new(address))?;
+        (config, tokens)
     } else {
-        hf::read_config(Path::new(address)).map(|(config, _)| config).map_err(WorkerError::from)
+        hf::read_config(Path::new(address))?
     };
-    shape.map_err(|error| with_causes(&error))
+    Ok(Known { shape, tokens: Some(tokens) })
+}
+
+/// Asks a run of a store.
+fn of_other_run<T: Send>(
+    store: &str,
+    name: &str,
+    ask: impl FnOnce(&Run) -> Result<T, WorkerError> + Send,
+) -> Result<T, WorkerError> {
+    // The caller may be inside of an asynchronous runtime.
+    let asked = std::thread::scope(|scope| {
+        let read = || {
+            let runtime = tokio::runtime::Runtime::new()
+                .map_err(|error| WorkerError::Plan(format!("cannot start a runtime: {error}")))?;
+            // Nothing here depends on the id of the other run.
+            let id = RunId::from_bytes([0; 16]);
+            ask(&Run::in_store(id, store, name, runtime.handle().clone())?)
+        };
+        scope.spawn(read).join()
+    });
+    asked.unwrap_or_else(|_| Err(WorkerError::Plan(format!("run:{name} cannot be read"))))
+}
+
+fn names_none(address: &str) -> WorkerError {
+    WorkerError::Plan(format!("{address} names no model of the run; write {address}/average, or a step"))
 }
 
 impl Base {
@@ -85,33 +138,11 @@ impl Base {
     /// When there is no model, it is damaged or not supported, or its store does not answer.
     pub(crate) fn read(run: &Run, address: &str) -> Result<Self, WorkerError> {
         if let Some(of_run) = address.strip_prefix(OF_RUN) {
-            let (name, model) = of_run.split_once('/').ok_or_else(|| {
-                WorkerError::Plan(format!(
-                    "{address} names no model of the run; write {address}/average, or a step"
-                ))
-            })?;
+            let (name, model) = of_run.split_once('/').ok_or_else(|| names_none(address))?;
             return read_of_run(&run.beside(name)?, address, model);
         }
         let place = model_folder(address)?;
         Ok(Self { model: read_model(&place)?, origin: Origin::Place(place) })
-    }
-
-    /// The files beside the tokenizer that say how it is used, its chat template above all.
-    ///
-    /// # Errors
-    /// When one cannot be read.
-    pub(super) fn template_files(&self) -> Result<Vec<(&'static str, Vec<u8>)>, WorkerError> {
-        let Origin::Place(place) = &self.origin else { return Ok(Vec::new()) };
-        let mut files = Vec::new();
-        for name in ["chat_template.jinja", "tokenizer_config.json"] {
-            let path = tokenizer_place(place).join(name);
-            match std::fs::read(&path) {
-                Ok(contents) => files.push((name, contents)),
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                Err(error) => return Err(WorkerError::File { path: path.display().to_string(), error }),
-            }
-        }
-        Ok(files)
     }
 
     /// The model's own chat template, in Jinja, if it has one.
@@ -140,6 +171,24 @@ impl Base {
         let tokenizer = fitting_tokenizer(place, &self.model.config, self.model.tokens)?;
         Ok((tokenizer, adds_bos(place)?.unwrap_or(true)))
     }
+}
+
+/// The weights of an adapter to go on from, which must be one of this shape for a model of the shape `model`.
+///
+/// # Errors
+/// When it is not there, is damaged, or is another.
+pub(crate) fn read_adapter(
+    from: &str,
+    shape: &AdapterShape,
+    model: &ModelConfig,
+) -> Result<Vec<f32>, WorkerError> {
+    let adapter = peft::read(Path::new(from), model)?;
+    if adapter.shape.modules() != shape.modules() {
+        return Err(WorkerError::Plan(format!(
+            "the adapter in {from} has other ranks, scales or targets than [tune.adapter]; write there what its adapter_config.json says"
+        )));
+    }
+    Ok(adapter.weights)
 }
 
 /// Whether there is a model at an address, as far as this machine's disk can tell: stores are not asked.

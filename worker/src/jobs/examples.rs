@@ -1,13 +1,10 @@
 //! Makes the examples of a tuning stage, and keeps them.
 
-use std::time::SystemTime;
-
-use ulmus_chat::{Item, Preprocessor, Rules};
-use ulmus_dataloader::{ChatTemplate, ExampleFiles, ExamplesReport, read_forbidden, read_template};
+use ulmus_chat::{Item, Rules};
+use ulmus_dataloader::{ExampleFiles, ExamplesReport, preprocessor, stage_template};
 use ulmus_plan::{ExamplesConfig, TuneConfig};
 use ulmus_run::paths::{self, ExampleSet};
 use ulmus_run::results::{Dropped, Examples, RowsOf};
-use ulmus_tokenizer::Tokenizer;
 use ulmus_types::{Job, StageName};
 
 use crate::WorkerError;
@@ -17,18 +14,14 @@ use crate::run::Run;
 /// Makes the examples of the tuning stage that a job is for.
 pub(super) fn make(run: &Run, job: &Job, say: &dyn Fn(String)) -> Result<Examples, WorkerError> {
     let (tuning, config) = tuning_of(run, job, StageName::examples)?;
-    let tokenizer = run.tokenizer()?;
-    let ChatTemplate { template, adds_bos } = template(run, config, &tokenizer)?;
-    let forbidden = config.decontaminate.as_deref().map(read_forbidden).transpose()?;
-    let rules = Rules::from(config);
+    let found = run.found_tokenizer()?;
     let read = |sources: &[ExamplesConfig], rules: Rules| -> Result<_, WorkerError> {
-        let (template, forbidden) = (template.clone(), forbidden.clone());
-        let preprocessor = Preprocessor::new(rules, template, &tokenizer, adds_bos, forbidden);
+        let preprocessor = preprocessor(config, rules, &found)?;
         let files = ExampleFiles::find(sources, &run.plan.data, Some(&run.folder()))?;
-        Ok(files.read(&preprocessor, &tokenizer)?)
+        Ok(files.read(&preprocessor, &found.tokenizer)?)
     };
     let learned = ExamplesConfig::at(config.rso.as_ref().and_then(|rso| rso.reward_head.as_deref()));
-    let trained = read(&config.data, Rules { prompts_only: config.rso.is_some(), ..rules })?;
+    let trained = read(&config.data, Rules::of_data(config))?;
     let mut files = vec![(ExampleSet::Data, numbered(trained.items))];
     let mut held_out = 0;
     for (set, name, sources) in
@@ -37,7 +30,7 @@ pub(super) fn make(run: &Run, job: &Job, say: &dyn Fn(String)) -> Result<Example
         if sources.is_empty() {
             continue;
         }
-        let others = read(sources, rules)?;
+        let others = read(sources, Rules::from(config))?;
         tell(tuning, name, &others.report, say);
         if set == ExampleSet::Eval {
             held_out = others.report.kept;
@@ -100,14 +93,10 @@ pub(super) fn numbered(items: Vec<Item>) -> Vec<u8> {
 
 /// The number of updates that so many examples give.
 pub(super) fn updates(tuning: StageName, config: &TuneConfig, kept: u64) -> Result<u64, WorkerError> {
-    let updates = config.updates(kept);
-    if config.lrs.is_empty() || config.lrs.len() as u64 == updates {
-        return Ok(updates);
+    match wrong_rates(config, kept) {
+        Some(problem) => Err(WorkerError::Plan(format!("tune {tuning}: {problem}"))),
+        None => Ok(config.updates(kept)),
     }
-    Err(WorkerError::Plan(format!(
-        "tune {tuning}: {kept} rows give {updates} updates, and lrs has {}; write as many, or leave it out for a schedule",
-        config.lrs.len()
-    )))
 }
 
 /// Tells what was read, and what of it is left out.
@@ -125,17 +114,17 @@ fn tell(name: StageName, which: &str, report: &ExamplesReport, say: &dyn Fn(Stri
     }
 }
 
-/// The chat template of a tuning stage. One of the tokenizer's own is beside the tokenizer in the run folder.
-fn template(run: &Run, config: &TuneConfig, tokenizer: &Tokenizer) -> Result<ChatTemplate, WorkerError> {
-    let now = Some(SystemTime::UNIX_EPOCH);
-    Ok(read_template(&config.template, &run.folder(), tokenizer, now)?)
+/// Why there are not as many learning rates as so many rows give updates, if there are not.
+pub(crate) fn wrong_rates(config: &TuneConfig, kept: u64) -> Option<String> {
+    let (updates, rates) = (config.updates(kept), config.lrs.len());
+    (rates > 0 && rates as u64 != updates).then(|| {
+        format!(
+            "{kept} rows give {updates} updates, and lrs has {rates}; write as many, or leave it out for a schedule"
+        )
+    })
 }
 
-/// The source of the chat template of a tuning stage.
-pub(super) fn chat_template(
-    run: &Run,
-    config: &TuneConfig,
-    tokenizer: &Tokenizer,
-) -> Result<String, WorkerError> {
-    Ok(template(run, config, tokenizer)?.template.source().to_owned())
+/// The source of the chat template of a tuning stage. One of the tokenizer's own is beside the tokenizer in the run folder.
+pub(super) fn chat_template(run: &Run, config: &TuneConfig) -> Result<String, WorkerError> {
+    Ok(stage_template(config, Some(&run.found_tokenizer()?))?.template.source().to_owned())
 }

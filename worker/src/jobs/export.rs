@@ -136,7 +136,7 @@ fn named(run: &Run, job: &Job, dtype: WeightType) -> Result<Exported, WorkerErro
     let (about, template) = match subject {
         Subject::Tuned(name) => {
             let config = run.plan.tuning(*name).ok_or_else(|| super::no_stage(job))?;
-            (of_tuning(run, *name, config)?, Some(super::examples::chat_template(run, config, &tokenizer)?))
+            (of_tuning(run, *name, config)?, Some(super::examples::chat_template(run, config)?))
         }
         Subject::Last(checkpoint) | Subject::Milestone(checkpoint) => {
             (of_text(run, after_steps(run, &[*checkpoint])?)?, None)
@@ -206,7 +206,7 @@ fn tuned(run: &Run, job: &Job, name: StageName, config: &TuneConfig) -> Result<E
         }
     };
     let tokenizer = run.tokenizer()?;
-    let template = super::examples::chat_template(run, config, &tokenizer)?;
+    let template = super::examples::chat_template(run, config)?;
     let title = format!("{}-{name}", run.plan.run.name);
     let mut about = of_tuning(run, name, config)?;
     about.training.extend(

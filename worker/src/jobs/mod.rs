@@ -9,13 +9,13 @@ mod benchmark;
 mod candidates;
 mod evaluate;
 pub(crate) mod evaluation;
-mod examples;
+pub(crate) mod examples;
 mod export;
 mod next_text;
-mod prepare;
+pub(crate) mod prepare;
 mod reward;
 mod selection;
-mod subject;
+pub(crate) mod subject;
 #[cfg(test)]
 mod tests;
 

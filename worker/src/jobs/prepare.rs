@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ulmus_dataloader::{Corpus, Manifest, cargo_home};
+use ulmus_dataloader::{Corpus, Manifest, cargo_home, template_files, tokenizer_folder};
 use ulmus_plan::Plan;
 use ulmus_run::paths;
 use ulmus_run::results::{Prepared, Shards};
@@ -26,9 +26,10 @@ pub(super) fn prepare(run: &Run, say: &dyn Fn(String)) -> Result<Prepared, Worke
     let base = plan.base.as_ref().map(|base| Base::read(run, &base.model)).transpose()?;
     if let (Some(config), Some(base)) = (&plan.base, &base) {
         must_be(&plan.model, &base.model.config, &config.model)?;
-        for (name, contents) in base.template_files()? {
-            run.write(name, contents)?;
-        }
+    }
+    // What says how the tokenizer is used stays beside it.
+    for (name, contents) in tokenizer_folder(plan)?.as_ref().map_or(Ok(Vec::new()), template_files)? {
+        run.write(name, contents)?;
     }
     if !plan.pretrains() {
         let tokenizer = tokenizer(run, base.as_ref(), None)?;
@@ -89,19 +90,28 @@ pub(super) fn prepare(run: &Run, say: &dyn Fn(String)) -> Result<Prepared, Worke
 /// beside those of the pieces: OpenELM's published weights have none.
 fn must_fit(tokenizer: &Tokenizer, plan: &Plan) -> Result<(), WorkerError> {
     let (pieces, rows) = (tokenizer.pieces(), plan.model.vocab_size);
-    if pieces < rows || plan.base.is_some() && pieces == rows {
+    let needed = rows_needed(plan, pieces);
+    if needed <= rows {
         return Ok(());
     }
-    if plan.base.is_some() {
-        return Err(WorkerError::Plan(format!(
-            "the tokenizer has {pieces} pieces, and the base {rows} rows; name the tokenizer of the base in tokenizer.file"
-        )));
-    }
     Err(WorkerError::Plan(format!(
-        "the tokenizer has {pieces} pieces, and with the pad id needs {} rows of model.vocab_size = {rows}; set it to {}",
-        pieces + 1,
-        (pieces + 1).next_multiple_of(128)
+        "the tokenizer has {pieces} pieces and needs {needed} rows of model.vocab_size = {rows}; {}",
+        more_rows(plan, pieces)
     )))
+}
+
+/// Rows of the vocabulary that a tokenizer with so many pieces needs: one for each, and one for padding where the model begins here.
+/// A base may have none.
+pub(crate) fn rows_needed(plan: &Plan, pieces: usize) -> usize {
+    pieces + usize::from(plan.base.is_none())
+}
+
+/// What to do if there are fewer.
+pub(crate) fn more_rows(plan: &Plan, pieces: usize) -> String {
+    if plan.base.is_some() {
+        return "name the tokenizer of the base model".to_owned();
+    }
+    format!("set it to {}", rows_needed(plan, pieces).next_multiple_of(128))
 }
 
 /// What a person must know before a run without held-out documents trains.

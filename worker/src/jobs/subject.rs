@@ -125,7 +125,7 @@ fn of_place(run: &Run, shape: &ModelConfig, place: &str) -> Result<Vec<f32>, Wor
 }
 
 /// Refuses a model that has another shape than the plan says.
-pub(super) fn must_be(expected: &ModelConfig, found: &ModelConfig, place: &str) -> Result<(), WorkerError> {
+pub(crate) fn must_be(expected: &ModelConfig, found: &ModelConfig, place: &str) -> Result<(), WorkerError> {
     if expected == found {
         return Ok(());
     }

@@ -86,8 +86,12 @@ impl Fixture {
         }
         let plan =
             PLAN.replace("TOKENIZER", tokenizer.to_str().unwrap()).replace("TEXTS", texts.to_str().unwrap());
+        Self::of(home, &plan, overrides)
+    }
+
+    fn of(home: TempDir, plan: &str, overrides: &[&str]) -> Self {
         let overrides: Vec<String> = overrides.iter().map(|&text| text.to_owned()).collect();
-        let plan = ulmus_plan::read(&plan, &overrides).unwrap_or_else(|problems| panic!("{problems}"));
+        let plan = ulmus_plan::read(plan, &overrides).unwrap_or_else(|problems| panic!("{problems}"));
         let store = Store::create(home.path().join("run").to_str().unwrap()).unwrap();
         let runtime = Runtime::new().unwrap();
         let id = RunId::from_bytes([1; 16]);
@@ -409,4 +413,39 @@ fn an_export_has_what_transformers_and_people_need() {
         }
         assert!(!card.contains(fixture.home.path().to_str().unwrap()), "{card}");
     }
+}
+
+#[test]
+fn what_says_how_a_tokenizer_is_used_goes_with_it() {
+    let place = tempfile::tempdir().unwrap();
+    let path = |name: &str| place.path().join(name);
+    std::fs::copy(golden("tokenizer.model"), path("named.model")).unwrap();
+    std::fs::write(path("chat_template.jinja"), "its own").unwrap();
+    let fixture = Fixture::with_tokenizer(&path("named.model"), &[]);
+    fixture.work(&job("prepare")).unwrap();
+    assert_eq!(fixture.run.read("chat_template.jinja").unwrap(), b"its own");
+
+    // A base whose vocabulary has no row for padding, and calls its tokens by other names.
+    let home = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(golden(name), home.path().join(name)).unwrap();
+    }
+    let json = std::fs::read_to_string(golden("tokenizer.json")).unwrap();
+    let json = json.replace("\"<s>\"", "\"[begin]\"").replace("\"</s>\"", "\"[end]\"");
+    std::fs::write(home.path().join("tokenizer.json"), json).unwrap();
+    let names = json!({"bos_token": "[begin]", "eos_token": {"content": "[end]"}}).to_string();
+    std::fs::write(home.path().join("tokenizer_config.json"), names).unwrap();
+    std::fs::write(home.path().join("rows.jsonl"), json!({"text": "a b"}).to_string()).unwrap();
+    let (model, rows) =
+        (home.path().display().to_string(), home.path().join("rows.jsonl").display().to_string());
+    let stage = "name = \"it\"\nof = \"base\"\nmax_length = 64\nbatch = 8";
+    let shape = crate::base_shape(&model, "").unwrap();
+    let plan = format!("[base]\nmodel = {model:?}\n[[tune]]\n{stage}\n[[tune.data]]\nurl = {rows:?}\n");
+    let shape = ulmus_plan::shape_overrides(&shape);
+    let fixture = Fixture::of(home, &plan, &shape.iter().map(String::as_str).collect::<Vec<_>>());
+    let prepared = fixture.work(&job("prepare")).unwrap();
+    assert_eq!(prepared["pieces"], 512);
+    assert_eq!(fixture.run.plan.model.vocab_size, 512);
+    assert_eq!(fixture.run.tokenizer().unwrap().special_names(), ("[begin]", "[end]"));
+    assert_eq!(fixture.work(&job("it-examples")).unwrap()["kept"], 1);
 }

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 
 use ulmus_backend::TrainingBackend;
 use ulmus_checkpoint::newest_verified;
-use ulmus_model::{State, StatePart};
+use ulmus_model::StatePart;
 use ulmus_run::TrainState;
 use ulmus_types::{Assignment, Digest, LeaveReason, Rank, Step, Subject, ToCoordinator};
 
@@ -151,9 +151,7 @@ impl<B: TrainingBackend> Training<B> {
         if !self.recipe.has_adapter() {
             let weights = jobs::weights_of(&self.run, from)?;
             let digest = Digest::of(bytemuck::cast_slice(&weights));
-            let zeros = vec![0.0; weights.len()];
-            let (first_moment, second_moment) = (zeros.clone(), zeros);
-            self.replica.load_state(&State { weights, first_moment, second_moment })?;
+            self.replica.begin(&weights)?;
             return Ok(digest);
         }
         let base = self.load_base(from)?;

@@ -1,16 +1,16 @@
 //! How a training stage trains, as its plan says.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use ulmus_backend::Quantum;
-use ulmus_model::{AdapterShape, BatchShape, ModelError, Objective, Optimizer, Preference, peft};
+use ulmus_model::{AdapterShape, BatchShape, ModelError, Objective, Optimizer, Preference};
 use ulmus_plan::{Method, ModelConfig, Plan, Precision, TrainConfig, TuneConfig};
 use ulmus_run::results::Examples;
 use ulmus_types::{StageName, Step};
 
 use crate::WorkerError;
 use crate::examples::{made_by, result};
+use crate::jobs::base::read_adapter;
 use crate::run::Run;
 
 /// The recipe of a training stage.
@@ -66,14 +66,7 @@ impl Recipe {
     pub(super) fn adapter_to_go_on_from(&self) -> Result<Option<Vec<f32>>, WorkerError> {
         let Some(Tuning { config, adapter: Some(shape), model, .. }) = &self.tuning else { return Ok(None) };
         let from = config.adapter.as_ref().and_then(|adapter| adapter.from.as_ref());
-        let Some(from) = from else { return Ok(None) };
-        let adapter = peft::read(Path::new(from), model)?;
-        if adapter.shape.modules() != shape.modules() {
-            return Err(WorkerError::Plan(format!(
-                "the adapter in {from} has other ranks, scales or targets than [tune.adapter]; write there what its adapter_config.json says"
-            )));
-        }
-        Ok(Some(adapter.weights))
+        from.map(|from| read_adapter(from, shape, model)).transpose()
     }
 
     pub(super) const fn tuning(&self) -> Option<&Tuning> {
@@ -112,8 +105,7 @@ impl Recipe {
             },
             Some(Tuning { config, .. }) => BatchShape {
                 sequences: (config.micro_batch * config.sequences_per_example()) as usize,
-                // The last token predicts nothing.
-                length: (config.max_length as usize).saturating_sub(1).max(1),
+                length: config.positions(),
                 recompute,
             },
         }

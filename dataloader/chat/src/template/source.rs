@@ -29,15 +29,32 @@ impl TokenizerConfig {
     /// # Errors
     /// When it is not JSON, or its template is neither a text nor a list of named texts with one for all uses.
     pub fn read(bytes: &[u8], name: &str) -> Result<Self, ChatError> {
-        let wrong = |reason: String| ChatError::TokenizerConfig { file: name.to_owned(), reason };
-        let config: Value = serde_json::from_slice(without_mark(bytes))
-            .map_err(|error| wrong(format!("it is not JSON ({error})")))?;
-        // A token is written as its name, or as an object with its name.
-        let text = |key: &str| config[key].as_str().or_else(|| config[key]["content"].as_str());
-        let tokens = TOKENS.iter().filter_map(|key| Some(((*key).to_owned(), text(key)?.to_owned())));
-        let template = template(&config["chat_template"]).map_err(wrong)?;
-        Ok(Self { template, tokens: tokens.collect(), adds_bos: config["add_bos_token"].as_bool() })
+        let config = json(bytes, name)?;
+        let template = template(&config["chat_template"])
+            .map_err(|reason| ChatError::TokenizerConfig { file: name.to_owned(), reason })?;
+        Ok(Self { template, tokens: tokens(&config), adds_bos: config["add_bos_token"].as_bool() })
     }
+
+    /// The names of special pieces in a `tokenizer_config.json`, whatever its template is.
+    ///
+    /// # Errors
+    /// When it is not JSON.
+    pub fn names(bytes: &[u8], name: &str) -> Result<SpecialNames, ChatError> {
+        Ok(tokens(&json(bytes, name)?))
+    }
+}
+
+fn json(bytes: &[u8], name: &str) -> Result<Value, ChatError> {
+    serde_json::from_slice(without_mark(bytes)).map_err(|error| ChatError::TokenizerConfig {
+        file: name.to_owned(),
+        reason: format!("it is not JSON ({error})"),
+    })
+}
+
+fn tokens(config: &Value) -> SpecialNames {
+    // A token is written as its name, or as an object with its name.
+    let text = |key: &str| config[key].as_str().or_else(|| config[key]["content"].as_str());
+    TOKENS.iter().filter_map(|key| Some(((*key).to_owned(), text(key)?.to_owned()))).collect()
 }
 
 fn template(value: &Value) -> Result<Option<String>, String> {

@@ -1,11 +1,16 @@
 //! `--check sources`: opens all data that a plan reads, without starting a run.
 
+mod tuning;
+
 use ulmus_dataloader::{DataError, Inspection, SourceReport, cargo_home, check_prepared, inspect};
 use ulmus_plan::{LEAST_UNIT, Plan, PrepareConfig, TokenizerConfig, TrainConfig};
+use ulmus_process::with_causes;
 use ulmus_tokenizer::Tokenizer;
 use ulmus_types::{ErrorKind, Problems, counted};
 
+use crate::WorkerError;
 use crate::jobs::evaluation::{self, WrongKey};
+use crate::jobs::prepare::{more_rows, rows_needed};
 
 /// The number of pieces of a tokenizer file; `None` if it cannot be read on this machine.
 pub fn tokenizer_pieces(file: &str) -> Option<usize> {
@@ -38,30 +43,56 @@ fn add(problems: &mut Problems, index: usize, (key, value, fix): WrongKey) {
     problems.add(format!("evaluation.{index}.{key}"), value, "what the evaluation reads must be there", fix);
 }
 
-/// Opens every source (files, schema and one row each), the text to prepare, and the tokenizer. Blocks.
+/// What is found as a plan is checked.
+#[derive(Default)]
+struct Findings {
+    lines: Vec<String>,
+    problems: Problems,
+    kind: Option<ErrorKind>,
+}
+
+impl Findings {
+    fn say(&mut self, line: String) {
+        self.lines.push(line);
+    }
+
+    /// Adds what the run would be refused for: a key, its value, the rule that it breaks, and why.
+    fn refuse(&mut self, key: String, value: &str, rule: &str, error: impl Into<WorkerError>) {
+        let error = error.into();
+        self.problems.add(key, format!("{value:?}"), rule, with_causes(&error));
+        self.kind = self.kind.or(Some(error.kind()));
+    }
+}
+
+/// Opens everything that a plan reads: sources (files, schema and one row each), the text to prepare, the tokenizer, and what its
+/// tuning stages learn from. Blocks.
 pub fn check_sources(plan: &Plan) -> SourceCheck {
-    let (mut lines, mut problems) = (Vec::new(), Problems::new());
+    let mut findings = Findings::default();
     if let Some(prepare) = &plan.prepare {
-        lines.extend(check_prepare(prepare, plan, &mut problems));
+        findings.lines.extend(check_prepare(prepare, plan, &mut findings.problems));
     }
-    let wrong_input = |problems: &Problems| (!problems.is_empty()).then_some(ErrorKind::InvalidInput);
+    findings.kind = (!findings.problems.is_empty()).then_some(ErrorKind::InvalidInput);
     let Inspection { reports, problems: of_sources, kind } = inspect(&plan.data, None);
-    let kind = wrong_input(&problems).or(kind);
-    problems.extend(of_sources);
-    lines.extend(reports.into_iter().map(|SourceReport { name, files, bytes, schema, sample, .. }| {
-        let (files, bytes) = (counted(files, "file"), counted(bytes, "byte"));
-        format!("source {name}: {files}, {bytes}, {schema}; begins {sample:?}")
-    }));
+    findings.kind = findings.kind.or(kind);
+    findings.problems.extend(of_sources);
+    findings.lines.extend(reports.into_iter().map(
+        |SourceReport { name, files, bytes, schema, sample, .. }| {
+            let (files, bytes) = (counted(files, "file"), counted(bytes, "byte"));
+            format!("source {name}: {files}, {bytes}, {schema}; begins {sample:?}")
+        },
+    ));
     if let Some(path) = &plan.tokenizer.file {
-        lines.extend(check_tokenizer(path, plan, &mut problems));
+        findings.lines.extend(check_tokenizer(path, plan, &mut findings.problems));
     }
+    tuning::check(plan, &mut findings);
     for (index, stage) in plan.evaluation.iter().enumerate() {
         match evaluation::check(stage) {
-            Ok(()) => lines.push(format!("evaluation {}: every task has its rows", stage.name)),
-            Err(wrong) => add(&mut problems, index, wrong),
+            Ok(()) => findings.lines.push(format!("evaluation {}: every task has its rows", stage.name)),
+            Err(wrong) => add(&mut findings.problems, index, wrong),
         }
     }
-    let kind = kind.or_else(|| wrong_input(&problems));
+    let Findings { lines, problems, kind } = findings;
+    let kind = kind.or_else(|| (!problems.is_empty()).then_some(ErrorKind::InvalidInput));
     SourceCheck { found: lines.join("\n"), problems, kind }
 }
 
@@ -141,12 +172,13 @@ fn check_tokenizer(path: &str, plan: &Plan, problems: &mut Problems) -> Option<S
     match opened {
         Ok(tokenizer) => {
             let pieces = tokenizer.pieces();
+            let needed = rows_needed(plan, pieces);
             problems.check(
-                pieces < plan.model.vocab_size || plan.base.is_some() && pieces == plan.model.vocab_size,
+                needed <= plan.model.vocab_size,
                 "model.vocab_size",
                 plan.model.vocab_size,
-                format!("the tokenizer's {pieces} pieces and the pad id need {} rows", pieces + 1),
-                format!("set it to {}", (pieces + 1).next_multiple_of(128)),
+                format!("the tokenizer has {pieces} pieces and needs {needed} rows"),
+                more_rows(plan, pieces),
             );
             Some(format!("tokenizer {path}: {pieces} pieces, {}", tokenizer.digest()))
         }
