@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use clap::Args;
+use ulmus_chat::Rules;
 use ulmus_dataloader::{ExampleFiles, PlanTokenizer, RowLine, preprocessor};
 use ulmus_process::{Failure, finish_output};
 
@@ -45,7 +46,8 @@ impl Examples {
                 run.url()
             ))
         })?;
-        let preprocessor = preprocessor(config, Rules::of_data(config), &tokenizer).map_err(|error| failure(&error))?;
+        let preprocessor =
+            preprocessor(config, Rules::of_data(config), &tokenizer).map_err(|error| failure(&error))?;
         let files = ExampleFiles::find(&config.data, &plan.data, run.folder());
         let mut out = BufWriter::new(io::stdout().lock());
         let (mut kept, mut written) = (0, Ok(()));

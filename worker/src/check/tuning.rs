@@ -175,7 +175,8 @@ impl Stage<'_> {
         let TuneConfig { name, data, eval, lrs, .. } = self.config;
         let learned = self.check_sources("data", data, Rules::of_data(self.config), findings);
         self.check_sources("eval", eval, Rules::from(self.config), findings);
-        let preferred = ExamplesConfig::at(self.config.rso.as_ref().and_then(|rso| rso.reward_head.as_deref()));
+        let preferred =
+            ExamplesConfig::at(self.config.rso.as_ref().and_then(|rso| rso.reward_head.as_deref()));
         self.check_sources("rso.reward_head", &preferred, Rules::from(self.config), findings);
         let Some((glance, is_whole)) = learned else { return };
         let is_known = is_whole && self.config.rso.is_none();
@@ -235,9 +236,11 @@ impl Stage<'_> {
         match self.source.found() {
             Some(found) => {
                 let viewer = Viewer::new(&found.tokenizer);
-                files.glance(&preprocessor(self.config, rules, found)?, |prepared| viewer.show(&prepared.item))
+                files
+                    .glance(&preprocessor(self.config, rules, found)?, |prepared| viewer.show(&prepared.item))
             }
-            None => files.glance(&renderer(self.config, rules)?, |texts| show_texts(texts, self.config.mask_prompt)),
+            None => files
+                .glance(&renderer(self.config, rules)?, |texts| show_texts(texts, self.config.mask_prompt)),
         }
     }
 }
