@@ -8,8 +8,9 @@ use ulmus_checkpoint::{Access, OpenOptions, Store, StoreError};
 use ulmus_dataloader::{Corpus, DataError, Folder, Manifest, PlanTokenizer, Sources};
 use ulmus_plan::Plan;
 use ulmus_run::paths;
+use ulmus_run::results::Prepared;
 use ulmus_tokenizer::Tokenizer;
-use ulmus_types::{BadUnit, Digest, RunId, RunName};
+use ulmus_types::{BadUnit, Digest, JobName, RunId, RunName, StageName};
 
 use crate::WorkerError;
 
@@ -100,7 +101,20 @@ impl Run {
 
     /// The tokenizer of the run, and where it lies.
     pub(crate) fn found_tokenizer(&self) -> Result<PlanTokenizer, WorkerError> {
-        PlanTokenizer::of_run(&self.plan, &self.folder())?.ok_or_else(|| lost(paths::TOKENIZER_JSON))
+        let found = PlanTokenizer::of_run(&self.plan, &self.folder())?;
+        let found = found.ok_or_else(|| lost(paths::TOKENIZER_JSON))?;
+        let prepared = match self.read(&paths::result(&JobName::stored(StageName::PREPARE.to_owned()))) {
+            Err(StoreError::NotFound { .. }) => return Ok(found),
+            prepared => serde_json::from_slice::<Prepared>(&prepared?).ok(),
+        };
+        if prepared.is_some_and(|prepared| prepared.tokenizer != found.tokenizer.digest()) {
+            return Err(WorkerError::Damaged {
+                file: found.place,
+                reason: "its hash is not the one in the result of prepare".to_owned(),
+                act: "put back a copy of it, or start a run with another name",
+            });
+        }
+        Ok(found)
     }
 
     /// The data of the run as the prepare job has frozen it, without quarantined units.

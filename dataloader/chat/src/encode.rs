@@ -128,10 +128,14 @@ impl Encoding {
         [prompt, chosen, rejected]: [&str; 3],
         is_plain: bool,
     ) -> Result<Result<Pair, Reason>, ChatError> {
-        match self.rules.tokenization {
-            Tokenization::Chat => Ok(self.pair_of_today(prompt, [chosen, rejected], is_plain)),
-            Tokenization::Recipe => self.pair_of_recipe(prompt, [chosen, rejected]).map(Ok),
-        }
+        let pair = match self.rules.tokenization {
+            Tokenization::Chat => self.pair_of_today(prompt, [chosen, rejected], is_plain),
+            Tokenization::Recipe => Ok(self.pair_of_recipe(prompt, [chosen, rejected])?),
+        };
+        // What differed may have been cut off.
+        let is_useless =
+            |pair: &Pair| pair.chosen == pair.rejected && self.rules.on_useless == OnUseless::Drop;
+        Ok(pair.and_then(|pair| if is_useless(&pair) { Err(Reason::Identical) } else { Ok(pair) }))
     }
 
     fn pair_of_today(&mut self, prompt: &str, answers: [&str; 2], is_plain: bool) -> Result<Pair, Reason> {

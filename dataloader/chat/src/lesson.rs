@@ -120,6 +120,22 @@ impl Lesson {
         }
     }
 
+    /// All messages of the row.
+    pub(crate) fn messages(&self) -> Vec<&Message> {
+        let turns: &[&Turns] = match self {
+            Self::Conversation { messages } => return messages.iter().collect(),
+            Self::Text { .. } => &[],
+            Self::Prompt { prompt } => &[prompt],
+            Self::Completion { prompt, completion } => &[prompt, completion],
+            Self::Preference { prompt, chosen, rejected } => &[prompt, chosen, rejected],
+        };
+        let messages = turns.iter().filter_map(|turns| match turns {
+            Turns::Text(_) => None,
+            Turns::Messages(messages) => Some(messages),
+        });
+        messages.flatten().collect()
+    }
+
     /// What is to be answered, without the answers.
     pub(crate) fn prompt(self) -> Self {
         let prompt = match self {
@@ -205,9 +221,9 @@ fn share_gpt(row: &Row) -> Result<Vec<Message>, ChatError> {
     };
     let mut messages = messages_of(COLUMN, cells, ["from", "value"])?;
     for message in &mut messages {
-        match message.role.as_str() {
-            "human" => USER.clone_into(&mut message.role),
-            "gpt" => ASSISTANT.clone_into(&mut message.role),
+        match message.role.to_lowercase().as_str() {
+            "human" | "user" => USER.clone_into(&mut message.role),
+            "gpt" | "chatgpt" | "assistant" | "model" => ASSISTANT.clone_into(&mut message.role),
             _ => {}
         }
     }

@@ -1,5 +1,6 @@
 //! From a row to an example: form, conversation, texts, ids.
 
+use ulmus_plan::OnUseless;
 use ulmus_tokenizer::Tokenizer;
 
 use crate::encode::{Encoding, Rules};
@@ -87,8 +88,20 @@ impl Renderer {
         })
     }
 
-    fn texts(&self, lesson: &Lesson) -> Result<Texts, ChatError> {
-        Texts::of(lesson, &self.template, self.rules.tokenization)
+    /// The texts of a lesson, or why it teaches the wrong thing.
+    fn texts(&self, lesson: &Lesson) -> Result<Result<Texts, Reason>, ChatError> {
+        let Rules { tokenization, on_useless, .. } = self.rules;
+        let texts = Texts::of(lesson, &self.template, tokenization)?;
+        if on_useless == OnUseless::Keep {
+            return Ok(Ok(texts));
+        }
+        Ok(if !texts.has_all(lesson) {
+            Err(Reason::LeftOut)
+        } else if !texts.goes_on(lesson, &self.template, tokenization)? {
+            Err(Reason::Rewritten)
+        } else {
+            Ok(texts)
+        })
     }
 }
 
@@ -101,7 +114,7 @@ impl Prepare for Renderer {
 
     fn prepare(&mut self, form: Form, row: &Row) -> Result<Result<Texts, Reason>, ChatError> {
         match self.lesson(form, row)? {
-            Ok(lesson) => self.texts(&lesson).map(Ok),
+            Ok(lesson) => self.texts(&lesson),
             Err(reason) => Ok(Err(reason)),
         }
     }
@@ -135,7 +148,10 @@ impl Prepare for Preprocessor {
             Err(reason) => return Ok(Err(reason)),
         };
         let has_special = self.encoding.has_special(&lesson.texts());
-        let texts = self.renderer.texts(&lesson)?;
+        let texts = match self.renderer.texts(&lesson)? {
+            Ok(texts) => texts,
+            Err(reason) => return Ok(Err(reason)),
+        };
         let is_plain = match &lesson {
             Lesson::Conversation { .. } => false,
             Lesson::Text { .. } => true,

@@ -26,6 +26,11 @@ pub enum Reason {
     OverMaxPrompt,
     /// An answer alone is as long as an example may be.
     LongAnswer,
+    /// The template leaves out what one of its messages says.
+    LeftOut,
+    /// The template renders the beginning of the conversation in other words when more follows, so that nobody knows what in it the
+    /// assistant says.
+    Rewritten,
     /// No token of it is learned.
     NothingLearned,
 }
@@ -42,6 +47,8 @@ impl Reason {
             Self::LongPrompt => "the prompt fills max_length",
             Self::OverMaxPrompt => "the prompt is longer than max_prompt",
             Self::LongAnswer => "an answer fills max_length",
+            Self::LeftOut => "the template leaves out a message",
+            Self::Rewritten => "the template renders its beginning otherwise when more follows",
             Self::NothingLearned => "nothing in it is learned",
         }
     }

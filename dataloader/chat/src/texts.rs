@@ -64,6 +64,44 @@ impl Texts {
         }
     }
 
+    /// Whether what every message says is in it.
+    pub(crate) fn has_all(&self, lesson: &Lesson) -> bool {
+        let texts: &[&str] = match self {
+            Self::One { text, .. } => &[text],
+            Self::Two { prompt, chosen, rejected } => &[prompt, chosen, rejected],
+        };
+        let is_there = |message: &&Message| texts.iter().any(|text| text.contains(message.content.trim()));
+        lesson.messages().iter().all(is_there)
+    }
+
+    /// Whether the template renders a conversation up to each answer as it does in the whole, or marks the answers itself.
+    ///
+    /// # Errors
+    /// When the template refuses a part of the conversation.
+    pub(crate) fn goes_on(
+        &self,
+        lesson: &Lesson,
+        template: &Template,
+        tokenization: Tokenization,
+    ) -> Result<bool, ChatError> {
+        let (Self::One { text, .. }, Lesson::Conversation { messages }) = (self, lesson) else {
+            return Ok(true);
+        };
+        if template.marks_answers() && tokenization == Tokenization::Chat {
+            return Ok(true);
+        }
+        let messages = Scribe { template, tokenization }.complete(messages);
+        for (index, _) in messages.iter().enumerate().filter(|(_, message)| message.is_of_assistant()) {
+            for part in [&messages[..index], &messages[..=index]] {
+                // Blanks at the end of a part may go when more follows.
+                if !part.is_empty() && !text.starts_with(template.render(part, false)?.text.trim_end()) {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
     /// The prompt and what follows it in each of the two answers; of one text, the text and nothing.
     pub fn parts(&self) -> [&str; 3] {
         match self {

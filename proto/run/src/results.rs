@@ -24,6 +24,9 @@ pub struct Prepared {
     pub pieces: usize,
     /// Hash of the tokenizer.
     pub tokenizer: Digest,
+    /// Hash of the weights of the base, if the run begins from one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<Digest>,
     /// Whether any document is held out; `None` if the part of the text that was searched has none.
     pub held_out: Option<bool>,
 }

@@ -172,7 +172,7 @@ impl Stage<'_> {
     }
 
     fn check_rows(&self, findings: &mut Findings) {
-        let TuneConfig { name, data, eval, lrs, .. } = self.config;
+        let TuneConfig { name, data, eval, .. } = self.config;
         let learned = self.check_sources("data", data, Rules::of_data(self.config), findings);
         self.check_sources("eval", eval, Rules::from(self.config), findings);
         let preferred =
@@ -180,9 +180,14 @@ impl Stage<'_> {
         self.check_sources("rso.reward_head", &preferred, Rules::from(self.config), findings);
         let Some((glance, is_whole)) = learned else { return };
         let is_known = is_whole && self.config.rso.is_none();
-        if let Some(problem) = wrong_rates(self.config, glance.kept).filter(|_| is_known) {
-            let (rates, rule) = (counted(lrs.len(), "rate"), "each update has one");
-            findings.refuse(self.key("lrs"), &rates, rule, WorkerError::Plan(problem));
+        if let Some((key, problem)) = wrong_rates(self.config, glance.kept).filter(|_| is_known) {
+            let rows = counted(glance.kept, "row");
+            findings.refuse(
+                self.key(key),
+                &rows,
+                "each update has a learning rate",
+                WorkerError::Plan(problem),
+            );
         }
         if !glance.shown.is_empty() {
             let without = match self.source {

@@ -5,7 +5,7 @@ use ulmus_dataloader::{ExampleFiles, ExamplesReport, preprocessor, stage_templat
 use ulmus_plan::{ExamplesConfig, TuneConfig};
 use ulmus_run::paths::{self, ExampleSet};
 use ulmus_run::results::{Dropped, Examples, RowsOf};
-use ulmus_types::{Job, StageName};
+use ulmus_types::{Job, StageName, counted};
 
 use crate::WorkerError;
 use crate::examples::{Kept, digest_of, to_bytes};
@@ -94,7 +94,7 @@ pub(super) fn numbered(items: Vec<Item>) -> Vec<u8> {
 /// The number of updates that so many examples give.
 pub(super) fn updates(tuning: StageName, config: &TuneConfig, kept: u64) -> Result<u64, WorkerError> {
     match wrong_rates(config, kept) {
-        Some(problem) => Err(WorkerError::Plan(format!("tune {tuning}: {problem}"))),
+        Some((_, problem)) => Err(WorkerError::Plan(format!("tune {tuning}: {problem}"))),
         None => Ok(config.updates(kept)),
     }
 }
@@ -114,12 +114,26 @@ fn tell(name: StageName, which: &str, report: &ExamplesReport, say: &dyn Fn(Stri
     }
 }
 
-/// Why there are not as many learning rates as so many rows give updates, if there are not.
-pub(crate) fn wrong_rates(config: &TuneConfig, kept: u64) -> Option<String> {
+/// What is wrong with the learning rates for as many updates as so many rows give, after the key that it is about.
+pub(crate) fn wrong_rates(config: &TuneConfig, kept: u64) -> Option<(&'static str, String)> {
     let (updates, rates) = (config.updates(kept), config.lrs.len());
-    (rates > 0 && rates as u64 != updates).then(|| {
-        format!(
-            "{kept} rows give {updates} updates, and lrs has {rates}; write as many, or leave it out for a schedule"
+    let given = format!("{} give {}", counted(kept, "row"), counted(updates, "update"));
+    if rates > 0 {
+        let is_wrong = rates as u64 != updates;
+        let advice = "write as many, or leave it out for a schedule";
+        return is_wrong.then(|| ("lrs", format!("{given}, and lrs has {rates}; {advice}")));
+    }
+    if let Some(warmup) = config.warmup.filter(|warmup| *warmup > updates) {
+        return Some((
+            "warmup",
+            format!("{given}, and the warm-up is {warmup} long; set it to 0, or lower batch"),
+        ));
+    }
+    let is_still = config.max_lr > 0.0 && (0..updates).all(|step| config.learning_rate(step, updates) == 0.0);
+    is_still.then(|| {
+        (
+            "warmup_ratio",
+            format!("{given}, whose learning rate is 0: all is warm-up; set warmup = 0, or lower batch"),
         )
     })
 }

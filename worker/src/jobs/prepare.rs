@@ -31,6 +31,7 @@ pub(super) fn prepare(run: &Run, say: &dyn Fn(String)) -> Result<Prepared, Worke
     for (name, contents) in tokenizer_folder(plan)?.as_ref().map_or(Ok(Vec::new()), template_files)? {
         run.write(name, contents)?;
     }
+    let weights = base.as_ref().map(|base| Digest::of(bytemuck::cast_slice(&base.model.weights)));
     if !plan.pretrains() {
         let tokenizer = tokenizer(run, base.as_ref(), None)?;
         must_fit(&tokenizer, plan)?;
@@ -42,6 +43,7 @@ pub(super) fn prepare(run: &Run, say: &dyn Fn(String)) -> Result<Prepared, Worke
             manifest: Digest::of(b""),
             pieces: tokenizer.pieces(),
             tokenizer: tokenizer.digest(),
+            base: weights,
             held_out: None,
         });
     }
@@ -82,6 +84,7 @@ pub(super) fn prepare(run: &Run, say: &dyn Fn(String)) -> Result<Prepared, Worke
         manifest: manifest.digest(),
         pieces,
         tokenizer: tokenizer_digest,
+        base: weights,
         held_out,
     })
 }

@@ -43,7 +43,7 @@ pub(super) fn select(run: &Run, job: &Job, say: &dyn Fn(String)) -> Result<Examp
     .collect();
     if items.is_empty() {
         return Err(WorkerError::Plan(format!(
-            "tune {tuning}: the answers to {} make no pair, as no prompt has two with different scores; look at {}, and raise temperature or candidates",
+            "tune {tuning}: the answers to {} make no pair: of none, two with different scores were accepted; look at {}, and raise beta, accept, temperature or candidates",
             counted(all.len() as u64, "prompt"),
             paths::candidates(tuning)
         )));

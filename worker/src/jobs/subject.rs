@@ -9,12 +9,14 @@ use ulmus_model::hf::{HfModel, SpecialTokens};
 use ulmus_model::{Layout, Model, weights_from_safetensors};
 use ulmus_plan::ModelConfig;
 use ulmus_run::paths;
+use ulmus_run::results::{Exported, Prepared};
 use ulmus_tokenizer::Tokenizer;
-use ulmus_types::{CheckpointId, Digest, Job, Of, Subject};
+use ulmus_types::{CheckpointId, Digest, FileEntry, Job, JobName, Of, StageName, Subject};
 
 use super::average::average_file;
 use super::base::Base;
 use crate::WorkerError;
+use crate::examples::result;
 use crate::run::Run;
 use crate::snapshot::weights;
 
@@ -105,12 +107,28 @@ pub(crate) fn weights_of(run: &Run, subject: &Subject) -> Result<Vec<f32>, Worke
     match (subject, subject.checkpoints()) {
         (_, [checkpoint, ..]) => Ok(run.wait(weights(&run.store, *checkpoint, &layout))?),
         (Subject::Tuned(name), _) => {
-            let path = format!("{}/{}", paths::tuned(*name), paths::WEIGHTS);
-            Ok(weights_from_safetensors(&layout, &run.read_own(&path)?)?)
+            let job = JobName::stored(name.export().to_string());
+            let exported: Exported = result(run, &job)?;
+            let file = format!("{}/{}", paths::tuned(*name), paths::WEIGHTS);
+            let bytes = run.read_own(&file)?;
+            if exported.files.get(paths::WEIGHTS) != Some(&FileEntry::of(&bytes)) {
+                let reason = format!("its hash is not the one in the result of {job}");
+                let act = "put back a copy of it, or give the stage another name";
+                return Err(WorkerError::Damaged { file, reason, act });
+            }
+            Ok(weights_from_safetensors(&layout, &bytes)?)
         }
         (Subject::Base, _) => {
             let place = run.plan.base.as_ref().map_or("", |base| &base.model[..]);
-            of_place(run, &shape, place)
+            let weights = of_place(run, &shape, place)?;
+            let prepared: Prepared = result(run, &JobName::stored(StageName::PREPARE.to_owned()))?;
+            // Runs from before its hash was kept have none.
+            if prepared.base.is_some_and(|known| known != Digest::of(bytemuck::cast_slice(&weights))) {
+                return Err(WorkerError::Plan(format!(
+                    "the model at {place} is not the one any more that the run began with; put that back, or start a run with another name"
+                )));
+            }
+            Ok(weights)
         }
         (Subject::Model(place), _) => of_place(run, &shape, place),
         _ => Ok(weights_from_safetensors(&layout, &average_file(run)?)?),
@@ -131,11 +149,12 @@ pub(crate) fn must_be(expected: &ModelConfig, found: &ModelConfig, place: &str) 
     }
     let text = |shape: &ModelConfig| serde_json::to_value(shape).expect("a shape has text keys");
     let (expected, found) = (text(expected), text(found));
-    let differs =
-        expected.as_object().into_iter().flatten().find(|(key, value)| found[key.as_str()] != **value);
+    let mut keys =
+        [&expected, &found].into_iter().filter_map(|shape| shape.as_object()).flat_map(|shape| shape.keys());
+    let differs = keys.find(|key| expected[key.as_str()] != found[key.as_str()]);
     let how = differs.map_or_else(
         || "another shape".to_owned(),
-        |(key, value)| format!("{key} = {}, and model.{key} is {value}", found[key.as_str()]),
+        |key| format!("{key} = {}, and model.{key} is {}", found[key.as_str()], expected[key.as_str()]),
     );
     Err(WorkerError::Plan(format!(
         "the model at {place} has {how}; leave out [model], so that it follows the base, or name another model"

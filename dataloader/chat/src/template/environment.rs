@@ -18,12 +18,15 @@ pub(super) const END: char = '\u{fdd1}';
 
 /// What the message of an exception that a template raises begins with.
 const RAISED: &str = "exception of the template: ";
+/// Instructions that a template may take for a conversation: one that does not end must not stop a run.
+const MOST_INSTRUCTIONS: u64 = 10_000_000;
 /// Tags around what the assistant says.
 const GENERATION: [&str; 2] = ["generation", "endgeneration"];
 
 /// The environment of a template, at a time if it may know one.
 pub(super) fn environment(now: Option<SystemTime>) -> Environment<'static> {
     let mut environment = Environment::new();
+    environment.set_fuel(Some(MOST_INSTRUCTIONS));
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     environment.set_syntax(syntax.expect("the syntax is the usual one"));
     environment.set_auto_escape_callback(|_| AutoEscape::None);
