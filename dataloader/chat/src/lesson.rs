@@ -120,22 +120,6 @@ impl Lesson {
         }
     }
 
-    /// All messages of the row.
-    pub(crate) fn messages(&self) -> Vec<&Message> {
-        let turns: &[&Turns] = match self {
-            Self::Conversation { messages } => return messages.iter().collect(),
-            Self::Text { .. } => &[],
-            Self::Prompt { prompt } => &[prompt],
-            Self::Completion { prompt, completion } => &[prompt, completion],
-            Self::Preference { prompt, chosen, rejected } => &[prompt, chosen, rejected],
-        };
-        let messages = turns.iter().filter_map(|turns| match turns {
-            Turns::Text(_) => None,
-            Turns::Messages(messages) => Some(messages),
-        });
-        messages.flatten().collect()
-    }
-
     /// What is to be answered, without the answers.
     pub(crate) fn prompt(self) -> Self {
         let prompt = match self {

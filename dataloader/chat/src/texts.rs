@@ -64,14 +64,10 @@ impl Texts {
         }
     }
 
-    /// Whether what every message says is in it.
+    /// Whether what every message of a conversation says is in it.
     pub(crate) fn has_all(&self, lesson: &Lesson) -> bool {
-        let texts: &[&str] = match self {
-            Self::One { text, .. } => &[text],
-            Self::Two { prompt, chosen, rejected } => &[prompt, chosen, rejected],
-        };
-        let is_there = |message: &&Message| texts.iter().any(|text| text.contains(message.content.trim()));
-        lesson.messages().iter().all(is_there)
+        let (Self::One { text, .. }, Lesson::Conversation { messages }) = (self, lesson) else { return true };
+        messages.iter().all(|message| text.contains(message.content.trim()))
     }
 
     /// Whether the template renders a conversation up to each answer as it does in the whole, or marks the answers itself.
