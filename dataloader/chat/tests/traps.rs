@@ -276,6 +276,40 @@ fn a_special_token_that_a_user_has_typed_is_read_as_such_and_told() {
 }
 
 #[test]
+fn what_a_template_leaves_out_or_rewrites_is_not_learned() {
+    let rules = rules(Method::Sft, Tokenization::Chat);
+    let mut sft = with_recipe(rules);
+    let row = json!({"messages": talk(&[("user", "a"), ("tool", "seven"), ("assistant", "b")])});
+    assert_eq!(prepare(&mut sft, row), Err(Reason::LeftOut));
+    let row = json!({"conversations": [{"from": "Human", "value": "seven"}, {"from": "GPT", "value": "b"}]});
+    assert!(prepare(&mut sft, row).is_ok());
+    let source = "{% for message in messages|reverse %}{{ message.content }} {% endfor %}";
+    let reversed = Template::new("own", source, &names(), None).unwrap();
+    let mut sft = Preprocessor::new(rules, reversed, &tokenizer(), true, None);
+    let row = json!({"messages": talk(&[("user", "seven"), ("assistant", "b")])});
+    assert_eq!(prepare(&mut sft, row), Err(Reason::Rewritten));
+}
+
+#[test]
+fn pairs_that_a_limit_makes_equal_are_left_out() {
+    let rules =
+        Rules { max_length: 16, truncation: Truncation::KeepStart, ..rules(Method::Dpo, Tokenization::Chat) };
+    let long = " x".repeat(40);
+    let row = || preference("a", &format!("{long} p"), &format!("{long} q"));
+    assert_eq!(prepare(&mut with_recipe(rules), row()), Err(Reason::Identical));
+    let keeping = Rules { on_useless: OnUseless::Keep, ..rules };
+    assert!(prepare(&mut with_recipe(keeping), row()).is_ok());
+}
+
+#[test]
+fn a_template_without_an_end_is_stopped() {
+    let source = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}";
+    let template = Template::new("own", source, &names(), None).unwrap();
+    let message = template.render(&[], false).unwrap_err().to_string();
+    assert!(message.contains("the chat template own refuses the conversation"), "{message}");
+}
+
+#[test]
 fn rows_that_contain_a_forbidden_text_are_left_out() {
     let forbidden = Forbidden::read(b"[\"def  solve():\"]").unwrap();
     let rules = rules(Method::Dpo, Tokenization::Chat);
