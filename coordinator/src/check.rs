@@ -62,10 +62,15 @@ fn check_sources(_: &Path, _: &[Plan]) -> Result<(), Failure> {
     Err(Failure::new(ExitStatus::InvalidInput, message))
 }
 
+/// Writes a section of what a plan means.
+type Section = fn(&mut String, &Plan) -> fmt::Result;
+/// A part of the memory that a stage takes.
+type Part = fn(&MemoryPlan) -> u64;
+
 /// What a plan means that broke no rule.
 fn report(plan: &Plan) -> String {
     let mut text = format!("# plan {}, resolved\n\n{}\n", plan.run.name, plan.to_toml());
-    let sections: [(fn(&mut String, &Plan) -> fmt::Result, bool); 8] = [
+    let sections: [(Section, bool); 8] = [
         (write_model, true),
         (write_training, plan.pretrains()),
         (write_tuning, !plan.tune.is_empty()),
@@ -197,7 +202,7 @@ fn write_memory(text: &mut String, plan: &Plan) -> fmt::Result {
     let of_tuning =
         plan.tune.iter().map(|tune| (&tune.name[..], tuning_memory(&plan.shape_of(&tune.of), tune)));
     let stages: Vec<(&str, MemoryPlan)> = of_pretraining.into_iter().chain(of_tuning).collect();
-    let rows: [(&str, fn(&MemoryPlan) -> u64); 8] = [
+    let rows: [(&str, Part); 8] = [
         ("parameters", |memory| memory.parameters),
         ("gradients", |memory| memory.gradients),
         ("optimizer", |memory| memory.optimizer),

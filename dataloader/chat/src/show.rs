@@ -107,12 +107,13 @@ pub fn show_texts(texts: &Texts, mask_prompt: bool) -> String {
     let learned = format!("learned between {open} and {close}");
     match texts {
         Texts::One { text, .. } if !mask_prompt => {
-            format!("{learned}:\n{}\n", marked(text, &[0..text.len()]))
+            format!("{learned}:\n{}\n", marked(text, std::slice::from_ref(&(0..text.len()))))
         }
         Texts::One { text, answers } => format!("{learned}:\n{}\n", marked(text, answers)),
         Texts::Two { .. } => {
             let [prompt, answers @ ..] = texts.parts();
-            let [chosen, rejected] = answers.map(|answer| marked(answer, &[0..answer.len()]));
+            let [chosen, rejected] =
+                answers.map(|answer| marked(answer, std::slice::from_ref(&(0..answer.len()))));
             format!(
                 "prompt:\n{}\nchosen, {learned}:\n{chosen}\nrejected, {learned}:\n{rejected}\n",
                 marked(prompt, &[])

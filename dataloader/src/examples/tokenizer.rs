@@ -61,12 +61,11 @@ impl PlanTokenizer {
         // Where a folder has both files, the JSON was made of the model.
         for name in [paths::TOKENIZER_MODEL, paths::TOKENIZER_JSON] {
             let Some(bytes) = folder.read(name)? else { continue };
-            let [bos, eos] = match plan {
-                Some(plan) => [plan.tokenizer.bos.clone(), plan.tokenizer.eos.clone()],
-                None => {
-                    let mut names = special_names(folder)?;
-                    ["bos_token", "eos_token"].map(|token| names.remove(token))
-                }
+            let [bos, eos] = if let Some(plan) = plan {
+                [plan.tokenizer.bos.clone(), plan.tokenizer.eos.clone()]
+            } else {
+                let mut names = special_names(folder)?;
+                ["bos_token", "eos_token"].map(|token| names.remove(token))
             };
             let place = folder.place(name);
             let tokenizer = Tokenizer::read(&bytes, &place, bos.as_deref(), eos.as_deref())?;

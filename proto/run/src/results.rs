@@ -373,10 +373,9 @@ pub fn check(name: &JobName, kind: StageKind, result: &str) -> Result<(), Format
     }
     let checked = match kind {
         StageKind::Prepare => is::<Prepared>(result),
-        StageKind::Examples => is::<Examples>(result),
+        StageKind::Examples | StageKind::Selection => is::<Examples>(result),
         StageKind::Reward => is::<RewardHead>(result),
         StageKind::Candidates => is::<Candidates>(result),
-        StageKind::Selection => is::<Examples>(result),
         StageKind::Reference => is::<Reference>(result),
         // Groups do these.
         StageKind::Train | StageKind::Tune => {

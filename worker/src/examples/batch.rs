@@ -24,7 +24,7 @@ pub(crate) fn micro_batch(
             Item::Pair(pair) => sequences.extend(pair.sequences()),
             // Nothing is learned of a prompt by itself.
             Item::Prompt(ids) => {
-                sequences.push(Example { ids: ids.clone(), labels: vec![IGNORE; ids.len()] })
+                sequences.push(Example { ids: ids.clone(), labels: vec![IGNORE; ids.len()] });
             }
         }
     }

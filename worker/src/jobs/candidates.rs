@@ -57,15 +57,14 @@ pub(super) fn sample<B: Backend>(
     for at in share {
         let path = format!("{folder}/{at:08}.jsonl.zst");
         let known = load(run, &path)?.filter(|known| known.len() == files[at].len());
-        all.extend(match known {
-            Some(known) => known,
-            None => {
-                let answers = files[at].iter().map(|prompt| sampled.answers(&mut generator, prompt));
-                let answers: Vec<Answers> = answers.collect::<Result<_, ModelError>>()?;
-                run.write(&path, compressed(&to_lines(&answers)))?;
-                answers
-            }
-        });
+        if let Some(known) = known {
+            all.extend(known);
+            continue;
+        }
+        let answers = files[at].iter().map(|prompt| sampled.answers(&mut generator, prompt));
+        let answers: Vec<Answers> = answers.collect::<Result<_, ModelError>>()?;
+        run.write(&path, compressed(&to_lines(&answers)))?;
+        all.extend(answers);
     }
     let lines = to_lines(&all);
     let found = results::Candidates {

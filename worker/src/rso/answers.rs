@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 /// The answers that were sampled to a prompt; no two are equal. What scores them reads `number`, `prompt` and `answers`.
+#[expect(clippy::struct_field_names, reason = "it is the name that what scores them reads")]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Answers {
     /// Number of the prompt among those that are kept, from 1.

@@ -187,7 +187,9 @@ mod tests {
             let mut row: Vec<f32> = truth.iter().map(|_| 4.0 * uniform()).collect();
             // Labels are wrong where the answers hardly differ, as people's are.
             if margin(truth, &row) + f64::from(uniform()) < 0.0 {
-                row.iter_mut().for_each(|value| *value = -*value);
+                for value in &mut row {
+                    *value = -*value;
+                }
             }
             all.extend(row);
         }
