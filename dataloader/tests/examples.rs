@@ -301,7 +301,9 @@ fn every_form_is_shown_and_the_same_in_every_form_and_format() {
         assert!(count(&format!("sft_{name}"), "\"sft\"") > 0);
     }
     let without_place = |mut lines: Vec<Value>| {
-        lines.iter_mut().for_each(|line| _ = line.as_object_mut().unwrap().remove("file"));
+        for line in &mut lines {
+            line.as_object_mut().unwrap().remove("file");
+        }
         lines
     };
     // A prompt is told, or what both answers begin with.
@@ -318,7 +320,7 @@ fn every_form_is_shown_and_the_same_in_every_form_and_format() {
                 match &expected[part] {
                     Value::String(text) => assert_eq!(line[part]["text"], *text, "{name}"),
                     messages => {
-                        assert_eq!(text(&line[part]["text"]), rendered(messages, part == "prompt"), "{name}")
+                        assert_eq!(text(&line[part]["text"]), rendered(messages, part == "prompt"), "{name}");
                     }
                 }
             }

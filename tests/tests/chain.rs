@@ -289,7 +289,9 @@ fn a_run_may_begin_from_a_model_in_an_object_store() {
         let measured = expected.contents().into_keys().filter(|path| path.starts_with("results/tasks"));
         let measured: Vec<String> = measured
             .filter_map(|path| Some(path.to_str()?.to_owned()))
-            .filter(|path| path.ends_with(".json"))
+            .filter(|path| {
+                std::path::Path::new(path).extension().is_some_and(|extension| extension == "json")
+            })
             .collect();
         assert!(measured.len() >= 2, "{measured:?}");
         for result in measured {
