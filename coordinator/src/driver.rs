@@ -547,7 +547,7 @@ pub(crate) async fn finish_commits(
 
 /// Checks that the numbers of a stage's examples fit together and to its plan: how long the stage trains follows from them.
 fn check_examples(config: &TuneConfig, made: &Examples) -> Result<(), String> {
-    let Examples { rows, kept, dropped, updates, held_out, .. } = made;
+    let Examples { rows, kept, dropped, updates, held_out, elsewhere, .. } = made;
     let left_out = dropped.iter().fold(0_u64, |sum, dropped| sum.saturating_add(dropped.rows));
     if *kept == 0 || kept.checked_add(left_out) != Some(*rows) {
         return Err(format!("{rows} rows cannot be {kept} that are kept and {left_out} that are left out"));
@@ -562,6 +562,10 @@ fn check_examples(config: &TuneConfig, made: &Examples) -> Result<(), String> {
             config.eval.len()
         ));
     }
+    let named = config.elsewhere();
+    if !elsewhere.keys().eq(named.iter()) {
+        return Err(format!("hashes of {elsewhere:?} are not those of {named:?}"));
+    }
     Ok(())
 }
 
@@ -569,12 +573,13 @@ fn check_examples(config: &TuneConfig, made: &Examples) -> Result<(), String> {
 mod tests {
     use ulmus_plan::ExamplesConfig;
     use ulmus_run::results::Dropped;
+    use ulmus_types::Of;
 
     use super::*;
 
     #[test]
     fn examples_that_do_not_fit_their_plan_are_not_believed() {
-        let config = TuneConfig { batch: 8, epochs: Some(3), ..TuneConfig::default() };
+        let config = TuneConfig { of: Of::Base, batch: 8, epochs: Some(3), ..TuneConfig::default() };
         let left_out = |rows| Dropped { reason: "empty".to_owned(), rows, file: "a".to_owned(), row: 0 };
         let made = Examples {
             rows: 61,
@@ -584,6 +589,7 @@ mod tests {
             held_out: 0,
             files: Vec::new(),
             digest: Digest::of(b""),
+            elsewhere: BTreeMap::new(),
         };
         assert_eq!(check_examples(&config, &made), Ok(()));
         for (wrong, told) in [
@@ -600,6 +606,12 @@ mod tests {
             let error = check_examples(&config, &wrong).unwrap_err();
             assert!(error.contains(told), "{error}");
         }
+        let from_elsewhere = TuneConfig { of: Of::Model("./model".to_owned()), ..config.clone() };
+        assert!(check_examples(&from_elsewhere, &made).is_err());
+        let hashes = [(TuneConfig::OF.to_owned(), Digest::of(b""))].into();
+        let pinned = Examples { elsewhere: hashes, ..made.clone() };
+        assert_eq!(check_examples(&from_elsewhere, &pinned), Ok(()));
+        assert!(check_examples(&config, &pinned).is_err());
         let evaluated = TuneConfig { eval: vec![ExamplesConfig::default()], ..config };
         assert!(check_examples(&evaluated, &made).is_err());
     }

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+mod cards;
 mod check;
 mod console;
 mod database;

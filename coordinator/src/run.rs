@@ -26,6 +26,7 @@ use ulmus_types::{
 };
 
 use crate::args::OnTerm;
+use crate::cards;
 use crate::console::Console;
 use crate::database::{Database, DatabaseError};
 use crate::driver::{Ended, Setup, drive, finish_commits};
@@ -357,6 +358,9 @@ impl Led {
                         with_causes(&error)
                     ))?;
                 }
+            }
+            if let Err(error) = cards::complete(plan, &tuned, &results, folder.store()).await {
+                print(&format!("ALARM: cannot write results into model cards: {}", with_causes(&error)))?;
             }
             // Nobody writes any more. Whatever cannot be deleted now only wastes space.
             for training in plan.graph().trainings().map(|stage| stage.name) {

@@ -167,7 +167,7 @@ fn shown<T>(models: Vec<(&str, T)>) -> Vec<(&str, T)> {
 }
 
 /// The models; then each metric of each task, with what it is for each model and its standard error.
-fn rows_of_tasks(models: &[(&str, Tasks)]) -> Vec<Vec<String>> {
+pub(crate) fn rows_of_tasks(models: &[(&str, Tasks)]) -> Vec<Vec<String>> {
     let metrics = models.iter().flat_map(|(_, tasks)| {
         tasks.results.iter().flat_map(|(task, metrics)| {
             let names = metrics.keys().filter_map(|name| name.strip_suffix(",none"));

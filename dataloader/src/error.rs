@@ -31,7 +31,7 @@ pub enum DataError {
         file: String,
     },
     /// A file that a plan or a command names is not there.
-    #[error("{file} does not exist; correct its name")]
+    #[error("{file} does not exist, or is a folder; correct its name")]
     NoFile {
         /// The file.
         file: String,

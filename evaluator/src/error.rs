@@ -47,7 +47,8 @@ pub enum EvaluatorError {
     /// A model comes without a tokenizer, as those of OpenELM do.
     #[error(
         "{} has neither tokenizer.model nor tokenizer.json; get the model's tokenizer (for OpenELM that of \
-         meta-llama/Llama-2-7b-hf) and name it with --tokenizer, or put it there",
+         meta-llama/Llama-2-7b-hf) and put it there, or name it: with --tokenizer, in a plan with tokenizer.file, or for a model \
+         that a stage measures with that stage's tokenizer",
         path.display()
     )]
     NoTokenizer {

@@ -1,6 +1,7 @@
 //! Model cards: the `README.md` of a model folder, as the hub shows it.
 //!
-//! A card is a function of [`ModelCard`]: what is not known is left out or said to be unknown, never guessed.
+//! A card is a function of [`ModelCard`]: what is not known is left out or said to be unknown, never guessed. What is measured of a
+//! model, a run adds when it ends.
 
 use std::fmt::Write as _;
 
@@ -22,8 +23,6 @@ pub struct ModelCard<'a> {
     pub training: Vec<String>,
     /// What it was trained on.
     pub data: Vec<CardData>,
-    /// Names and values of what was measured.
-    pub results: Vec<(String, String)>,
     /// Whether the tokenizer has a chat template.
     pub chats: bool,
 }
@@ -53,18 +52,7 @@ impl CardData {
 impl ModelCard<'_> {
     /// The text of the card.
     pub fn to_markdown(&self) -> String {
-        let sections = [
-            self.header(),
-            self.description(),
-            self.usage(),
-            self.training(),
-            table(
-                "Results",
-                &["measure", "value"],
-                self.results.iter().map(|(name, value)| vec![&name[..], value]),
-            ),
-            self.licence(),
-        ];
+        let sections = [self.header(), self.description(), self.usage(), self.training(), self.licence()];
         sections.into_iter().filter(|section| !section.is_empty()).collect::<Vec<_>>().join("\n")
     }
 
@@ -192,7 +180,6 @@ mod tests {
                 },
                 CardData { address: "/texts".into(), amount: "1 byte".into(), hash: "56".into() },
             ],
-            results: vec![("accuracy".to_owned(), "0.5".to_owned())],
             chats: true,
         }
     }
@@ -213,7 +200,6 @@ mod tests {
             "apply_chat_template",
             "- It began from hf://apple/OpenELM-270M.\n- It has seen 12 tokens.\n",
             "| hf://datasets/a/b@v1/c | 3 rows | 12\\|34 |\n| /texts | 1 byte | 56 |\n",
-            "## Results\n\n| measure | value |\n|---|---|\n| accuracy | 0.5 |\n",
             "was not stated",
         ] {
             assert!(rest.contains(said), "{said} in {rest}");
@@ -223,11 +209,10 @@ mod tests {
     #[test]
     fn what_is_not_known_is_left_out() {
         let config = Preset::Openelm270m.config();
-        let (base, data, results) = (None, Vec::new(), Vec::new());
-        let bare = ModelCard { base, data, results, licence: Some("mit"), chats: false, ..card(&config) };
+        let bare =
+            ModelCard { base: None, data: Vec::new(), licence: Some("mit"), chats: false, ..card(&config) };
         let text = bare.to_markdown();
-        for absent in ["base_model", "datasets", "## Data", "## Results", "apply_chat_template", "not stated"]
-        {
+        for absent in ["base_model", "datasets", "## Data", "apply_chat_template", "not stated"] {
             assert!(!text.contains(absent), "{absent} in {text}");
         }
         assert!(text.contains("license: \"mit\"\nlibrary_name"));

@@ -1,6 +1,6 @@
 //! Stages that a plan adds: evaluations and benchmarks, done by whoever has nothing to train.
 
-use ulmus_tests::{Process, Sandbox, TINY, repository};
+use ulmus_tests::{Process, Sandbox, TINY, repository, until, write_examples};
 
 /// Which text comes next, for every milestone and the average.
 const NEXT: &str = r#"
@@ -64,6 +64,10 @@ fn models_are_exported_where_a_stage_names_them() {
     assert_eq!(run.json("exports/release/last/config.json")["torch_dtype"], "bfloat16");
     let card = run.read("exports/release/last/README.md");
     assert!(card.contains("Its weights are those after step 60."), "{card}");
+    assert!(
+        card.contains("\n## Results\n\n| measure | value |\n|---|---|\n| loss on held-out text, "),
+        "{card}"
+    );
     let generate =
         ["generate", "--model", "runs/tiny/exports/release/last", "--prompt", "a", "--max-tokens", "4"];
     sandbox.evaluator(&generate).succeeds();
@@ -98,10 +102,19 @@ fn who_only_serves_jobs_measures_what_others_train() {
     coordinator.says("worker trainer joined");
     sandbox.set_environment(&[("ULMUS_SIMD", "baseline")]);
     let serves = server(&sandbox, &address, "server");
-    // It computes other bits where the processor has instructions for bf16, and would not be admitted for training then.
-    let stranger = sandbox.worker(&address, "stranger").ends();
-    if stranger.code == Some(3) {
-        assert!(stranger.output.contains("let it serve jobs alone with --only jobs"), "{}", stranger.output);
+    // It computes other bits where the processor has instructions for bf16, and is not admitted for training then. Elsewhere it
+    // would train, slowly.
+    let mut stranger = sandbox.worker(&address, "stranger");
+    let is_admitted = until("whether the stranger is admitted", || {
+        let joined = coordinator.said().contains("worker stranger joined");
+        (joined || stranger.has_ended().is_some()).then_some(joined)
+    });
+    if is_admitted {
+        stranger.kill();
+    } else {
+        let refused = stranger.ends();
+        assert_eq!(refused.code, Some(3), "{}", refused.output);
+        assert!(refused.output.contains("let it serve jobs alone with --only jobs"), "{}", refused.output);
     }
     let said = coordinator.succeeds();
     for stage in ["next/average on ", "next/step-00000060 on ", "speed/average on ", "benchmark on "] {
@@ -182,4 +195,47 @@ fn an_evaluation_that_fails_costs_nothing_else() {
     }
     let said = sandbox.coordinator(&["--set", &format!("evaluation.tasks.data=[{data:?}]")]).succeeds();
     assert!(said.contains("tasks/last done") && !said.contains("benchmark done"), "{said}");
+}
+
+/// The first is found by who makes the examples, before anything trains.
+#[test]
+fn an_adapter_to_go_on_from_must_fit_and_may_not_change() {
+    let sandbox = Sandbox::new();
+    write_examples(&sandbox.path(""));
+    let golden = repository().join("tests/golden");
+    std::fs::create_dir(sandbox.path("adapter")).expect("a folder can be made");
+    let copy = |from: &str| {
+        for name in ["adapter_config.json", "adapter_model.safetensors"] {
+            let from = golden.join("tune/peft/lora").join(from).join(name);
+            std::fs::copy(from, sandbox.path("adapter").join(name)).expect("a file can be copied");
+        }
+    };
+    copy("initial");
+    let base = golden.join("tiny").display().to_string();
+    let plan = |rank: usize| {
+        let stage = |more: &str| {
+            format!(
+                "[[tune]]\nof = \"base\"\nbatch = 8\nmax_length = 96\n{more}\n[[tune.data]]\nurl = \"answers.jsonl\"\n"
+            )
+        };
+        let (before, on) = (stage("name = \"before\"\nsteps = 400"), stage("name = \"on\""));
+        format!(
+            "[run]\nname = \"on\"\n[local]\nworkers = 1\n[base]\nmodel = {base:?}\n{before}{on}\
+             [tune.adapter]\nrank = {rank}\nalpha = 16\nfrom = \"adapter\"\n"
+        )
+    };
+    sandbox.write("plan.toml", plan(4));
+    let refused = sandbox.coordinator(&[]).ends();
+    assert_eq!(refused.code, Some(2), "{}", refused.output);
+    let told = "tune on: the adapter in adapter has other ranks, scales or targets than [tune.adapter]";
+    assert!(refused.output.contains(told), "{}", refused.output);
+
+    sandbox.write("plan.toml", plan(8));
+    let coordinator = sandbox.coordinator(&["--set", "run.name=\"changed\""]);
+    coordinator.says("on-examples done");
+    copy("final");
+    let failed = coordinator.ends();
+    assert_eq!(failed.code, Some(2), "{}", failed.output);
+    let told = "adapter.from names adapter, and what is there is not what was there when the run began";
+    assert!(failed.output.contains(told), "{}", failed.output);
 }

@@ -106,6 +106,7 @@ pub fn show_texts(texts: &Texts, mask_prompt: bool) -> String {
     let [open, close] = MARKS;
     let learned = format!("learned between {open} and {close}");
     match texts {
+        Texts::One { text, answers } if answers.is_empty() => format!("prompt:\n{}\n", marked(text, &[])),
         Texts::One { text, .. } if !mask_prompt => {
             format!("{learned}:\n{}\n", marked(text, std::slice::from_ref(&(0..text.len()))))
         }
@@ -177,6 +178,8 @@ mod tests {
             "learned between \u{27e6} and \u{27e7}:\nask\u{241b} \u{27e6}say\u{27e7} \u{27e6}bye\u{27e7}\n"
         );
         assert!(show_texts(&one, false).ends_with(":\n\u{27e6}ask\u{241b} say bye\u{27e7}\n"));
+        let prompt = Texts::One { text: "ask".to_owned(), answers: Vec::new() };
+        assert_eq!([true, false].map(|masks| show_texts(&prompt, masks)), ["prompt:\nask\n"; 2]);
         let [prompt, chosen, rejected] = ["a", "a b", "a c"].map(str::to_owned);
         let shown = show_texts(&Texts::Two { prompt, chosen, rejected }, true);
         assert!(shown.starts_with("prompt:\na\nchosen, learned between"), "{shown}");

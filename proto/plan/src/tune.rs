@@ -270,6 +270,18 @@ impl TuneConfig {
         Some(Tuning { name, of: self.of.clone(), compares: self.method == Method::Dpo, rewards })
     }
 
+    /// The key of the model that the stage begins from.
+    pub const OF: &str = "of";
+    /// The key of the adapter that the stage goes on from.
+    pub const ADAPTER_FROM: &str = "adapter.from";
+
+    /// The keys that name weights from elsewhere with which the stage begins, sorted.
+    pub fn elsewhere(&self) -> Vec<&'static str> {
+        let from = self.adapter.as_ref().and_then(|adapter| adapter.from.as_ref());
+        let model = matches!(self.of, Of::Model(_));
+        from.map(|_| Self::ADAPTER_FROM).into_iter().chain(model.then_some(Self::OF)).collect()
+    }
+
     /// Micro-batches of a whole update.
     pub fn micro_batches(&self) -> u64 {
         self.batch.div_ceil(self.micro_batch.max(1))

@@ -37,6 +37,8 @@ pub const AVERAGE: &str = "average/model.safetensors";
 pub const AVERAGE_MANIFEST: &str = "average/manifest.json";
 /// Folder of the exported model.
 pub const EXPORT: &str = "export";
+/// The model card in the folder of a model.
+pub const CARD: &str = "README.md";
 /// Folder of the models that stages of the plan export.
 pub const EXPORTS: &str = "exports";
 /// Folder of the results of jobs.

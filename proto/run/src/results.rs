@@ -48,6 +48,9 @@ pub struct Examples {
     pub files: Vec<RowsOf>,
     /// Hash of the examples.
     pub digest: Digest,
+    /// Hashes of the weights from elsewhere with which the stage begins, by the keys of its plan that name them.
+    #[serde(default)]
+    pub elsewhere: BTreeMap<String, Digest>,
 }
 
 /// A file of rows.
@@ -111,6 +114,9 @@ pub struct Reference {
     pub folder: String,
     /// Hash of the log-probabilities.
     pub digest: Digest,
+    /// Hash of the weights that they are from; older runs have not kept it.
+    #[serde(default)]
+    pub origin: Option<Digest>,
 }
 
 /// Text that was prepared from local files.

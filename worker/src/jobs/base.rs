@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use ulmus_checkpoint::StoreError;
 use ulmus_dataloader::{ChatTemplate, Folder, read_template};
 use ulmus_evaluator::{adds_bos, fitting_tokenizer, model_folder, read_model, tokenizer_place};
 use ulmus_model::hf::{self, HfModel, SpecialTokens};
@@ -68,11 +69,7 @@ pub(crate) fn look_for(address: &str, store: &str) -> Result<Known, WorkerError>
     if let Some(of_run) = address.strip_prefix(OF_RUN) {
         let (name, model) = of_run.split_once('/').ok_or_else(|| names_none(address))?;
         return of_other_run(store, name, |other| {
-            if model == AVERAGE {
-                other.wait(other.store.stat(paths::AVERAGE))?;
-            } else {
-                checkpoint(other, address, model)?;
-            }
+            kept(other, address, model)?;
             Ok(Known { shape: other.plan.model.clone(), tokens: None })
         });
     }
@@ -201,27 +198,45 @@ pub(crate) fn may_be_there(address: &str) -> bool {
 fn read_of_run(other: &Run, address: &str, model: &str) -> Result<Base, WorkerError> {
     let config = other.plan.model.clone();
     let layout = Layout::new(&config);
-    let weights = if model == AVERAGE {
-        weights_from_safetensors(&layout, &average_file(other)?)?
-    } else {
-        other.wait(weights(&other.store, checkpoint(other, address, model)?, &layout))?
+    let weights = match kept(other, address, model)? {
+        Kept::Average => weights_from_safetensors(&layout, &average_file(other)?)?,
+        Kept::Checkpoint(id) => other.wait(weights(&other.store, id, &layout))?,
     };
     let tokenizer = other.tokenizer()?;
     let tokens = SpecialTokens { bos: tokenizer.bos(), eos: tokenizer.eos() };
     Ok(Base { model: HfModel { config, weights, tokens }, origin: Origin::Run(tokenizer) })
 }
 
-/// The checkpoint after a step. If groups of several generations have saved it, their weights are the same.
-fn checkpoint(other: &Run, address: &str, step: &str) -> Result<CheckpointId, WorkerError> {
-    let there = other.wait(ulmus_checkpoint::checkpoints(&other.store, StageName::pretraining()))?;
-    let wanted = step.parse().ok().map(Step::new);
-    there.iter().rev().find(|id| Some(id.step()) == wanted).copied().ok_or_else(|| {
-        let mut steps: Vec<String> = there.iter().map(|id| id.step().to_string()).collect();
-        steps.dedup();
-        let steps = if steps.is_empty() { "none".to_owned() } else { steps.join(", ") };
-        WorkerError::Plan(format!(
-            "{address}: there is no checkpoint after step {step} in {}; it has {steps}; write one of these, or average",
-            other.store
-        ))
+/// A model that a run has kept.
+enum Kept {
+    Average,
+    Checkpoint(CheckpointId),
+}
+
+/// Finds the average, or the checkpoint after a step. If groups of several generations have saved that, their weights are the same.
+fn kept(other: &Run, address: &str, model: &str) -> Result<Kept, WorkerError> {
+    let checkpoints = other.wait(ulmus_checkpoint::checkpoints(&other.store, StageName::pretraining()))?;
+    let has_average = match other.wait(other.store.stat(paths::AVERAGE_MANIFEST)) {
+        Ok(_) => true,
+        Err(StoreError::NotFound { .. }) => false,
+        Err(error) => return Err(error.into()),
+    };
+    if model == AVERAGE && has_average {
+        return Ok(Kept::Average);
+    }
+    let wanted = model.parse().ok().map(Step::new);
+    let found = checkpoints.iter().rev().find(|id| Some(id.step()) == wanted);
+    found.map(|id| Kept::Checkpoint(*id)).ok_or_else(|| {
+        let mut there: Vec<String> = checkpoints.iter().map(|id| id.step().to_string()).collect();
+        there.dedup();
+        there.extend(has_average.then(|| AVERAGE.to_owned()));
+        let act = if there.is_empty() {
+            "it has kept no model yet; let it train".to_owned()
+        } else {
+            format!("it has {}; write one of these", there.join(", "))
+        };
+        let what =
+            if model == AVERAGE { AVERAGE.to_owned() } else { format!("checkpoint after step {model}") };
+        WorkerError::Plan(format!("{address}: there is no {what} in {}; {act}", other.store))
     })
 }

@@ -1,12 +1,18 @@
 //! Makes the examples of a tuning stage, and keeps them.
 
+use std::collections::BTreeMap;
+
 use ulmus_chat::{Item, Rules};
 use ulmus_dataloader::{ExampleFiles, ExamplesReport, preprocessor, stage_template};
+use ulmus_model::AdapterShape;
 use ulmus_plan::{ExamplesConfig, TuneConfig};
+use ulmus_process::with_causes;
 use ulmus_run::paths::{self, ExampleSet};
 use ulmus_run::results::{Dropped, Examples, RowsOf};
-use ulmus_types::{Job, StageName, counted};
+use ulmus_types::{Digest, ErrorKind, Job, Of, StageName, Subject, counted};
 
+use super::base::read_adapter;
+use super::subject::weights_of;
 use crate::WorkerError;
 use crate::examples::{Kept, digest_of, to_bytes};
 use crate::run::Run;
@@ -14,6 +20,7 @@ use crate::run::Run;
 /// Makes the examples of the tuning stage that a job is for.
 pub(super) fn make(run: &Run, job: &Job, say: &dyn Fn(String)) -> Result<Examples, WorkerError> {
     let (tuning, config) = tuning_of(run, job, StageName::examples)?;
+    let elsewhere = elsewhere(run, config).map_err(|error| of_stage(tuning, error))?;
     let found = run.found_tokenizer()?;
     let read = |sources: &[ExamplesConfig], rules: Rules| -> Result<_, WorkerError> {
         let preprocessor = preprocessor(config, rules, &found)?;
@@ -69,7 +76,34 @@ pub(super) fn make(run: &Run, job: &Job, say: &dyn Fn(String)) -> Result<Example
             })
             .collect(),
         digest,
+        elsewhere,
     })
+}
+
+/// Hashes of the weights from elsewhere with which a stage begins, by key. They are read before anything trains, so that a mistake
+/// is told early.
+fn elsewhere(run: &Run, config: &TuneConfig) -> Result<BTreeMap<String, Digest>, WorkerError> {
+    let mut found = BTreeMap::new();
+    let mut keep = |key: &str, weights: Vec<f32>| {
+        found.insert(key.to_owned(), Digest::of(bytemuck::cast_slice(&weights)));
+    };
+    if let Of::Model(place) = &config.of {
+        keep(TuneConfig::OF, weights_of(run, &Subject::Model(place.clone()))?);
+    }
+    if let Some(adapter) = &config.adapter
+        && let Some(from) = &adapter.from
+    {
+        let shape = run.plan.shape_of(&config.of);
+        keep(TuneConfig::ADAPTER_FROM, read_adapter(from, &AdapterShape::new(&shape, adapter)?, &shape)?);
+    }
+    Ok(found)
+}
+
+fn of_stage(tuning: StageName, error: WorkerError) -> WorkerError {
+    match error.kind() {
+        ErrorKind::InvalidInput => WorkerError::Plan(format!("tune {tuning}: {}", with_causes(&error))),
+        _ => error,
+    }
 }
 
 /// The tuning stage of which a job does this part.

@@ -66,7 +66,7 @@ impl Export<'_> {
             (paths::WEIGHTS, weights),
             (module, code.as_bytes().to_vec()),
             ("tokenizer_config.json", results::to_json(&tokenizer_config)),
-            ("README.md", card.to_markdown().into_bytes()),
+            (paths::CARD, card.to_markdown().into_bytes()),
         ]);
         files
     }
@@ -89,7 +89,6 @@ impl About {
             licence: None,
             training: self.training.clone(),
             data: self.data.clone(),
-            results: Vec::new(),
             chats,
         }
     }
@@ -108,10 +107,11 @@ pub(super) fn export(run: &Run, job: &Job) -> Result<Exported, WorkerError> {
         return tuned(run, job, name, config);
     }
     let config = &run.plan.model;
+    let weights = average_file(run)?;
     let about = of_text(run, averaged(run)?)?;
     let export = Export {
         config,
-        weights: average_file(run)?,
+        weights,
         dtype: WeightType::F32,
         tokenizer: &run.tokenizer()?,
         chat_template: None,
@@ -169,7 +169,10 @@ fn named(run: &Run, job: &Job, dtype: WeightType) -> Result<Exported, WorkerErro
 fn write(run: &Run, folder: &str, export: Export<'_>) -> Result<Exported, WorkerError> {
     let mut files = BTreeMap::new();
     for (name, contents) in export.files() {
-        files.insert(name.to_owned(), FileEntry::of(&contents));
+        // The card gets the results of the run when that ends.
+        if name != paths::CARD {
+            files.insert(name.to_owned(), FileEntry::of(&contents));
+        }
         run.write(&format!("{folder}/{name}"), contents)?;
     }
     Ok(Exported { folder: folder.to_owned(), files })

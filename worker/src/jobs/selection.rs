@@ -4,7 +4,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use ulmus_chat::{Item, Pair, Viewer};
 use ulmus_dataloader::read_named;
-use ulmus_plan::{RsoConfig, TuneConfig};
+use ulmus_plan::{OnUseless, RsoConfig, TuneConfig};
 use ulmus_run::paths::{self, ExampleSet};
 use ulmus_run::results::{self, Dropped, Examples, RowsOf};
 use ulmus_types::{Digest, Job, JobName, StageName, counted};
@@ -30,7 +30,7 @@ pub(super) fn select(run: &Run, job: &Job, say: &dyn Fn(String)) -> Result<Examp
     let mut chosen = Chosen::default();
     let asked = prompts_of(run, tuning, rso, &prompts)?;
     for ((answers, scores), prompt) in all.iter().zip(&scored.scores).zip(&asked) {
-        chosen.choose(answers, scores, &prompt.ids, rso, seed);
+        chosen.choose(answers, scores, &prompt.ids, config.on_useless, rso, seed);
     }
     let Chosen { items, equal, alone } = chosen;
     let (rows, kept) = (items.len() as u64 + equal.rows + alone.rows, items.len() as u64);
@@ -72,6 +72,7 @@ pub(super) fn select(run: &Run, job: &Job, say: &dyn Fn(String)) -> Result<Examp
         held_out: prompts.held_out,
         files: prompts.files.into_iter().chain(scored.file).collect(),
         digest,
+        elsewhere: prompts.elsewhere,
     })
 }
 
@@ -142,7 +143,15 @@ struct LeftOut {
 }
 
 impl Chosen {
-    fn choose(&mut self, answers: &Answers, scores: &[f64], prompt: &[u32], rso: &RsoConfig, seed: u64) {
+    fn choose(
+        &mut self,
+        answers: &Answers,
+        scores: &[f64],
+        prompt: &[u32],
+        on_useless: OnUseless,
+        rso: &RsoConfig,
+        seed: u64,
+    ) {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         // Streams of sampling count up from 0.
         random.set_stream(u64::MAX - answers.number);
@@ -152,8 +161,11 @@ impl Chosen {
         if accepted.len() < 2 {
             return self.alone.count(1, answers.number);
         }
-        let (pairs, equal) = pairs(&accepted, scores, rso.pairing);
-        self.equal.count(equal, answers.number);
+        let all = pairs(&accepted, scores, rso.pairing);
+        let is_useful =
+            |[winner, loser]: &[usize; 2]| on_useless == OnUseless::Keep || scores[*winner] != scores[*loser];
+        let (pairs, equal): (Vec<_>, Vec<_>) = all.into_iter().partition(is_useful);
+        self.equal.count(equal.len() as u64, answers.number);
         let item = |[winner, loser]: [usize; 2]| {
             let [winner, loser] = [winner, loser].map(|at| answers.ids[at].clone());
             Item::Pair(Pair::of_answers(prompt.to_vec(), winner, loser))

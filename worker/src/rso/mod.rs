@@ -42,9 +42,9 @@ pub(crate) fn accept(
     accepted
 }
 
-/// Pairs of accepted answers, the better one first; answers of equal scores make none. The second number is that of such pairs.
-pub(crate) fn pairs(accepted: &[usize], scores: &[f64], pairing: Pairing) -> (Vec<[usize; 2]>, u64) {
-    let (mut pairs, mut equal) = (Vec::new(), 0);
+/// Pairs of accepted answers, the better one first; of two with equal scores, the one that was accepted first.
+pub(crate) fn pairs(accepted: &[usize], scores: &[f64], pairing: Pairing) -> Vec<[usize; 2]> {
+    let mut pairs = Vec::new();
     let mut round = accepted.to_vec();
     while round.len() > 1 {
         let mut winners = Vec::with_capacity(round.len().div_ceil(2));
@@ -56,18 +56,14 @@ pub(crate) fn pairs(accepted: &[usize], scores: &[f64], pairing: Pairing) -> (Ve
             let order = scores[one].total_cmp(&scores[other]);
             let [winner, loser] = if order == Ordering::Less { [other, one] } else { [one, other] };
             winners.push(winner);
-            if scores[one] == scores[other] {
-                equal += 1;
-            } else {
-                pairs.push([winner, loser]);
-            }
+            pairs.push([winner, loser]);
         }
         round = winners;
         if pairing == Pairing::FirstRound {
             break;
         }
     }
-    (pairs, equal)
+    pairs
 }
 
 #[cfg(test)]
@@ -96,19 +92,16 @@ mod tests {
             for (pairing, name) in
                 [(Pairing::FirstRound, "pairs_first_round"), (Pairing::Tournament, "pairs_tournament")]
             {
-                assert_eq!(
-                    serde_json::json!(pairs(&accepted, &scores, pairing)),
-                    serde_json::json!([case[name], 0])
-                );
+                assert_eq!(serde_json::json!(pairs(&accepted, &scores, pairing)), case[name]);
             }
         }
     }
 
     #[test]
-    fn equal_scores_make_no_pair_and_no_more_is_accepted_than_there_is() {
+    fn the_first_of_equal_answers_wins_and_no_more_is_accepted_than_there_is() {
         assert_eq!(accept(&[1.0, 1.0], 8, 0.5, || 0.999), [0, 1]);
         assert_eq!(accept(&[], 8, 0.5, || 0.0), [0; 0]);
-        assert_eq!(pairs(&[0, 1, 2], &[1.0, 1.0, 3.0], Pairing::Tournament), (vec![[2, 0]], 1));
-        assert_eq!(pairs(&[0], &[1.0], Pairing::FirstRound), (vec![], 0));
+        assert_eq!(pairs(&[0, 1, 2], &[1.0, 1.0, 3.0], Pairing::Tournament), [[0, 1], [2, 0]]);
+        assert_eq!(pairs(&[0], &[1.0], Pairing::FirstRound), [[0; 2]; 0]);
     }
 }

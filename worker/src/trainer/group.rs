@@ -10,13 +10,14 @@ use std::collections::BTreeSet;
 use ulmus_backend::TrainingBackend;
 use ulmus_checkpoint::newest_verified;
 use ulmus_model::StatePart;
+use ulmus_plan::TuneConfig;
 use ulmus_run::TrainState;
 use ulmus_types::{Assignment, Digest, LeaveReason, Rank, Step, Subject, ToCoordinator};
 
 use super::devices::Devices;
 use super::feed::Feed;
 use super::member::{Member, Parts};
-use super::{Reports, Training};
+use super::{Reports, Training, reference};
 use crate::WorkerError;
 use crate::collective::Collective;
 use crate::control::Control;
@@ -131,7 +132,10 @@ impl<B: TrainingBackend> Training<B> {
         }
         let Some(manifest) = newest else {
             match &assignment.from {
-                Some(from) => drop(self.begin(from)?),
+                Some(from) => {
+                    let origin = self.begin(from)?;
+                    reference::must_be_of(&self.run, &self.recipe, origin)?;
+                }
                 None => self.replica.initialise(self.recipe.seed()),
             }
             return Ok(self.beginning(feed));
@@ -149,7 +153,7 @@ impl<B: TrainingBackend> Training<B> {
     /// difference.
     pub(super) fn begin(&mut self, from: &Subject) -> Result<Digest, WorkerError> {
         if !self.recipe.has_adapter() {
-            let weights = jobs::weights_of(&self.run, from)?;
+            let weights = self.weights_of(from)?;
             let digest = Digest::of(bytemuck::cast_slice(&weights));
             self.replica.begin(&weights)?;
             return Ok(digest);
@@ -167,9 +171,18 @@ impl<B: TrainingBackend> Training<B> {
         if let Some(digest) = self.base {
             return Ok(digest);
         }
-        let weights = jobs::weights_of(&self.run, from)?;
+        let weights = self.weights_of(from)?;
         self.replica.load_base([&weights])?;
         Ok(*self.base.insert(Digest::of(bytemuck::cast_slice(&weights))))
+    }
+
+    /// The weights of a model, which have not changed since the run began if it is from elsewhere.
+    fn weights_of(&self, model: &Subject) -> Result<Vec<f32>, WorkerError> {
+        let weights = jobs::weights_of(&self.run, model)?;
+        if let Subject::Model(place) = model {
+            self.recipe.must_be_known(TuneConfig::OF, place, &weights)?;
+        }
+        Ok(weights)
     }
 
     fn beginning(&self, feed: &Feed) -> TrainState {

@@ -6,7 +6,7 @@ use ulmus_backend::Quantum;
 use ulmus_model::{AdapterShape, BatchShape, ModelError, Objective, Optimizer, Preference};
 use ulmus_plan::{Method, ModelConfig, Plan, Precision, TrainConfig, TuneConfig};
 use ulmus_run::results::Examples;
-use ulmus_types::{StageName, Step};
+use ulmus_types::{Digest, StageName, Step};
 
 use crate::WorkerError;
 use crate::examples::{made_by, result};
@@ -66,7 +66,23 @@ impl Recipe {
     pub(super) fn adapter_to_go_on_from(&self) -> Result<Option<Vec<f32>>, WorkerError> {
         let Some(Tuning { config, adapter: Some(shape), model, .. }) = &self.tuning else { return Ok(None) };
         let from = config.adapter.as_ref().and_then(|adapter| adapter.from.as_ref());
-        from.map(|from| read_adapter(from, shape, model)).transpose()
+        let Some(from) = from else { return Ok(None) };
+        let weights = read_adapter(from, shape, model)?;
+        self.must_be_known(TuneConfig::ADAPTER_FROM, from, &weights)?;
+        Ok(Some(weights))
+    }
+
+    /// Refuses weights from elsewhere that are not those for which the stage's examples were made.
+    pub(super) fn must_be_known(&self, key: &str, address: &str, weights: &[f32]) -> Result<(), WorkerError> {
+        // Runs from before they were kept have no hashes.
+        let known = self.tuning.as_ref().and_then(|tuning| tuning.examples.elsewhere.get(key));
+        if known.is_none_or(|known| *known == Digest::of(bytemuck::cast_slice(weights))) {
+            return Ok(());
+        }
+        Err(WorkerError::Plan(format!(
+            "tune {}: {key} names {address}, and what is there is not what was there when the run began; put that back, or start a run with another name",
+            self.training
+        )))
     }
 
     pub(super) const fn tuning(&self) -> Option<&Tuning> {

@@ -10,6 +10,7 @@ use ulmus_backend::TrainingBackend;
 use ulmus_chat::Item;
 use ulmus_checkpoint::StoreError;
 use ulmus_model::Replica;
+use ulmus_plan::Method;
 use ulmus_run::paths;
 use ulmus_run::results;
 use ulmus_types::{Digest, Job, Of, Part, StageName};
@@ -102,6 +103,7 @@ pub(super) fn compute<B: TrainingBackend>(
         examples: values.len() as u64,
         folder,
         digest: Digest::of(bytemuck::cast_slice(&values)),
+        origin: Some(origin),
     };
     run.write(&paths::result(&job.name()), results::to_json(&result))?;
     Ok(serde_json::to_string(&result).expect("results have text keys"))
@@ -125,6 +127,23 @@ pub(super) fn read(
     let Some(mut values) = load(run, &path)?.filter(is_it) else { return Err(damaged(training, &path)) };
     let of_evaluated = values.split_off(trained);
     Ok([values, of_evaluated])
+}
+
+/// Refuses to begin with other weights than those that the stage's log-probabilities are from.
+pub(super) fn must_be_of(run: &Run, recipe: &Recipe, origin: Digest) -> Result<(), WorkerError> {
+    let Some(Tuning { config, .. }) = recipe.tuning().filter(|tuning| tuning.config.method == Method::Dpo)
+    else {
+        return Ok(());
+    };
+    let training = recipe.training();
+    let job = config.of.job_name(training.reference());
+    let known: results::Reference = result(run, &job)?;
+    if known.origin.is_none_or(|known| known == origin) {
+        return Ok(());
+    }
+    Err(WorkerError::Plan(format!(
+        "tune {training}: the weights that it begins with are not those of which {job} has the log-probabilities; put those back, or give the stage another name"
+    )))
 }
 
 fn damaged(training: StageName, path: &str) -> WorkerError {
