@@ -224,24 +224,17 @@ fn a_run_may_begin_from_a_model() {
     sandbox.write("based.toml", based("runs/tiny/export"));
     let plan = ["--plan", "based.toml"];
     sandbox.coordinator_bare(&plan).succeeds();
+    let expected = sandbox.run("tiny").tuned("sft");
     // The model card alone is another: it says what the model began from.
-    let tuned = |run: &str| {
+    let assert_tuned = |run: &str, from: &str| {
+        assert_same(&sandbox.run(run).tuned("sft"), &expected, from);
         let card = sandbox.run(run).read("tune/sft/export/README.md");
-        let tuned = sandbox.run(run).tuned("sft");
-        let but_the_card: Vec<String> =
-            tuned.iter().filter(|line| !line.starts_with("README.md ")).cloned().collect();
-        assert_eq!(but_the_card.len() + 1, tuned.len());
-        (but_the_card, card)
+        assert!(card.contains(from) && card.contains("| loss of the last update | "), "{card}");
     };
-    let (expected, _) = tuned("tiny");
-    let (found, card) = tuned("based");
-    assert_same(&found, &expected, "the stage of the export");
-    assert!(card.contains("runs/tiny/export"), "{card}");
+    assert_tuned("based", "runs/tiny/export");
     sandbox.write("based.toml", based("run:tiny/average").replace("\"based\"", "\"beside\""));
     sandbox.coordinator_bare(&plan).succeeds();
-    let (found, card) = tuned("beside");
-    assert_same(&found, &expected, "the stage of the average");
-    assert!(card.contains("run:tiny/average"), "{card}");
+    assert_tuned("beside", "run:tiny/average");
     let check = ["--plan", "based.toml", "--check", "sources"];
     let said = sandbox.coordinator_bare(&check).succeeds();
     assert!(said.contains("base.model run:tiny/average: there"), "{said}");
