@@ -1,10 +1,8 @@
 //! The results in model cards. Models are exported before they are measured, so the cards get them when the run ends.
 
 use ulmus_checkpoint::{Store, StoreError};
-use ulmus_plan::Plan;
 use ulmus_run::paths;
 use ulmus_run::results::{Exported, Measured, Results, Tasks};
-use ulmus_types::StageKind;
 
 use crate::summary::rows_of_tasks;
 use crate::tuned::Tuned;
@@ -17,14 +15,9 @@ const NEXT: &str = "## Licence\n";
 ///
 /// # Errors
 /// When the store cannot be read or written.
-pub(crate) async fn complete(
-    plan: &Plan,
-    tuned: &[Tuned],
-    results: &Results,
-    store: &Store,
-) -> Result<(), StoreError> {
-    for (model, folder) in exports(plan, tuned, results) {
-        let measured = measured(&model, plan, tuned, results);
+pub(crate) async fn complete(tuned: &[Tuned], results: &Results, store: &Store) -> Result<(), StoreError> {
+    for (model, folder) in exports(tuned, results) {
+        let measured = measured(&model, tuned, results);
         let path = format!("{folder}/{}", paths::CARD);
         let card = match store.get(&path).await {
             Ok(card) => String::from_utf8_lossy(&card).into_owned(),
@@ -41,19 +34,18 @@ pub(crate) async fn complete(
 }
 
 /// The names of exported models, and their folders.
-fn exports(plan: &Plan, tuned: &[Tuned], results: &Results) -> Vec<(String, String)> {
+fn exports(tuned: &[Tuned], results: &Results) -> Vec<(String, String)> {
     let average = results.exported().map(|exported| ("average".to_owned(), exported.folder));
     let of_tunings = tuned.iter().map(|stage| (stage.stage.to_string(), paths::tuned(stage.stage)));
-    let graph = plan.graph();
-    let named = graph.stages().iter().filter(|stage| stage.kind == StageKind::Export).flat_map(|stage| {
-        let exported = results.of_models::<Exported>(&stage.name);
+    let named = results.stages().into_iter().flat_map(|stage| {
+        let exported = results.of_models::<Exported>(&stage);
         exported.into_iter().map(|(model, exported)| (model.to_owned(), exported.folder))
     });
     average.into_iter().chain(of_tunings).chain(named).collect()
 }
 
 /// What was measured of a model: names and values.
-fn measured(model: &str, plan: &Plan, tuned: &[Tuned], results: &Results) -> Vec<[String; 2]> {
+fn measured(model: &str, tuned: &[Tuned], results: &Results) -> Vec<[String; 2]> {
     let mut rows = Vec::new();
     let held_out = match model {
         "average" => results.average(),
@@ -69,13 +61,13 @@ fn measured(model: &str, plan: &Plan, tuned: &[Tuned], results: &Results) -> Vec
         rows.push(["loss of the last update".to_owned(), format!("{:.4}", stage.loss)]);
         rows.extend(stage.measures.iter().map(|(name, value)| [name.clone(), format!("{value:.4}")]));
     }
-    for stage in plan.graph().stages().iter().filter(|stage| stage.kind == StageKind::Evaluation) {
-        let of_stage = results.of_models::<Tasks>(&stage.name);
+    for stage in results.stages() {
+        let of_stage = results.of_models::<Tasks>(&stage);
         let own: Vec<(&str, Tasks)> = of_stage.into_iter().filter(|(name, _)| *name == model).collect();
         // The first row is the name of the model.
         for row in rows_of_tasks(&own).into_iter().skip(1) {
             let [name, value] = <[String; 2]>::try_from(row).expect("one model has one column");
-            rows.push([format!("{}: {name}", stage.name), value]);
+            rows.push([format!("{stage}: {name}"), value]);
         }
     }
     rows

@@ -54,8 +54,8 @@ pub(crate) struct Setup {
     pub(crate) locals: Option<LocalWorkers>,
     /// Whether to exit on SIGTERM and leave the workers to the next coordinator.
     pub(crate) detach_on_term: bool,
-    /// Kill a local worker once this many updates are done.
-    pub(crate) kill_after: Option<u64>,
+    /// Kill a local worker once half of the updates of a training stage are done.
+    pub(crate) kills_one: bool,
     pub(crate) tasks: TaskTracker,
 }
 
@@ -74,6 +74,8 @@ struct Driver {
     csv_failed: bool,
     /// Whether a person was told that local workers keep failing.
     locals_failed: bool,
+    /// Whether a local worker was killed as wanted.
+    killed_one: bool,
     started: Instant,
 }
 
@@ -83,6 +85,8 @@ pub(crate) struct Ended {
     pub(crate) database: Database,
     pub(crate) console: Console,
     pub(crate) locals: Option<LocalWorkers>,
+    /// Whether a local worker was killed as wanted.
+    pub(crate) killed_one: bool,
 }
 
 /// Runs until the core ends the run.
@@ -103,6 +107,7 @@ pub(crate) async fn drive(
         stalled: None,
         csv_failed: false,
         locals_failed: false,
+        killed_one: false,
         started: Instant::now(),
     };
     let mut tick = tokio::time::interval(TICK);
@@ -144,8 +149,8 @@ pub(crate) async fn drive(
             break outcome;
         }
     };
-    let Setup { database, console, locals, .. } = driver.setup;
-    Ok(Ended { outcome, database, console, locals })
+    let Driver { setup: Setup { database, console, locals, .. }, killed_one, .. } = driver;
+    Ok(Ended { outcome, database, console, locals, killed_one })
 }
 
 impl Driver {
@@ -390,12 +395,13 @@ impl Driver {
             let appended = file.map_or(Ok(()), |file| file.append(row));
             self.check_appended(&paths::of_training(training, paths::METRICS), appended);
         }
-        if let Some(after) = self.setup.kill_after
-            && self.core.step().get() >= after
+        if self.setup.kills_one
+            && reports.last().is_some_and(|last| 2 * last.step.get() >= self.core.last_step(training).get())
             && let Some(locals) = &mut self.setup.locals
             && let Some(name) = locals.kill_one()
         {
-            self.setup.kill_after = None;
+            self.setup.kills_one = false;
+            self.killed_one = true;
             self.setup.console.line(&format!("--demo-failure: killed worker {name} with SIGKILL"));
         }
         Ok(())

@@ -258,9 +258,22 @@ impl RunFolder {
         let keys = keys.map(|(key, old, new)| format!("  {key} was {old} and is now {new}"));
         let changed: Vec<StageName> =
             earlier.iter().flat_map(|earlier| plan.changed_tunings(earlier)).collect();
-        let stages = changed.iter().filter(|name| begun(**name));
-        let stages =
-            stages.map(|name| format!("  [[tune]] {name} has begun, and is changed or left out now"));
+        let stages = changed.iter().filter(|name| begun(**name)).flat_map(|name| {
+            if plan.tuning(*name).is_none() {
+                return vec![format!("  [[tune]] {name} has begun, and is left out now")];
+            }
+            let keys = earlier.iter().flat_map(|earlier| plan.changed_keys_of(earlier, *name));
+            let keys: Vec<String> = keys
+                .map(|(key, old, new)| {
+                    format!("  [[tune]] {name} has begun, and its {key} was {old} and is now {new}")
+                })
+                .collect();
+            if keys.is_empty() {
+                vec![format!("  [[tune]] {name} has begun, and what it goes on from is another now")]
+            } else {
+                keys
+            }
+        });
         let changes: Vec<String> = keys.chain(stages).collect();
         if changes.is_empty() { Ok(changed) } else { Err(self.plan_changed(changes.join("\n"))) }
     }

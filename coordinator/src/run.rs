@@ -65,7 +65,7 @@ pub async fn run(plans: &[Plan], options: &Options, shutdown: &Shutdown) -> Resu
                 "--demo-failure kills a local worker, but local.workers is 0; add --set local.workers=2";
             return Err(Failure::new(ExitStatus::InvalidInput, message));
         }
-        let finished = run_one(plan, options, None, shutdown).await?;
+        let finished = run_one(plan, options, false, shutdown).await?;
         printed = printed.and(finished.printed);
         if finished.status != ExitStatus::Done {
             return printed.map(|()| finished.status);
@@ -97,10 +97,17 @@ async fn run_disturbed(
     disturbed.run.name = name
         .parse()
         .map_err(|error| Failure::new(ExitStatus::InvalidInput, format!("--demo-failure: {error}")))?;
-    let finished = run_one(&disturbed, options, Some(plan.train.iterations / 2), shutdown).await?;
+    let finished = run_one(&disturbed, options, true, shutdown).await?;
     finished.printed?;
     if finished.status != ExitStatus::Done {
         return Ok(finished.status);
+    }
+    if !finished.killed_one {
+        let message = format!(
+            "--demo-failure: no worker was killed, because {} had been finished before; give the run another name",
+            disturbed.run.name
+        );
+        return Err(Failure::new(ExitStatus::InvalidInput, message));
     }
     let (Some(undisturbed), Some(state)) = (undisturbed, finished.state) else {
         return Err(Failure::new(ExitStatus::Failed, "--demo-failure: a run ended without a checkpoint"));
@@ -122,6 +129,8 @@ struct Finished {
     /// Hash of the state of the newest checkpoint.
     state: Option<Digest>,
     results: Results,
+    /// Whether a local worker was killed as wanted.
+    killed_one: bool,
     /// Whether the final message or summary was printed.
     printed: Result<(), Failure>,
 }
@@ -129,11 +138,11 @@ struct Finished {
 async fn run_one(
     plan: &Plan,
     options: &Options,
-    kill_after: Option<u64>,
+    kills_one: bool,
     shutdown: &Shutdown,
 ) -> Result<Finished, Failure> {
     let opened = Opened::new(plan, options, shutdown).await?;
-    let led = opened.lead(plan, options, kill_after, shutdown).await?;
+    let led = opened.lead(plan, options, kills_one, shutdown).await?;
     led.close(plan, options).await
 }
 
@@ -160,6 +169,7 @@ struct Led {
     folder: RunFolder,
     database: Database,
     outcome: Outcome,
+    killed_one: bool,
 }
 
 impl Opened {
@@ -232,7 +242,7 @@ impl Opened {
         let is_finished = self.saved.is_finished(&plan.graph());
         if is_finished && folder.keeps_another(plan).map_err(|error| in_folder(&error))? {
             print(
-                "this run is finished, so changes of its plan have no effect; start a run with another name",
+                "this run is finished, and what is done stays as it is: give a changed stage, or the run, another name",
             )?;
             return Ok(true);
         }
@@ -255,7 +265,7 @@ impl Opened {
         mut self,
         plan: &Plan,
         options: &Options,
-        kill_after: Option<u64>,
+        kills_one: bool,
         shutdown: &Shutdown,
     ) -> Result<Led, Failure> {
         let is_finished = self.keep_plan(plan)?;
@@ -301,14 +311,14 @@ impl Opened {
                 Some(what) => what == OnTerm::Detach,
                 None => plan.local.workers == 0,
             },
-            kill_after,
+            kills_one,
             tasks: tasks.clone(),
         };
         let ended = Box::pin(drive(setup, sessions, shutdown)).await;
         // Close in this order: accept no new sessions, drain streams, end local workers, finish writes.
         drop(close);
         tokio::time::timeout(CLOSE_WITHIN, server).await.ok();
-        let Ended { outcome, database, console, locals } = ended?;
+        let Ended { outcome, database, console, locals, killed_one } = ended?;
         console.finish();
         match locals {
             // Local workers are left to the next coordinator.
@@ -318,14 +328,14 @@ impl Opened {
         }
         tasks.close();
         tokio::time::timeout(CLOSE_WITHIN, tasks.wait()).await.ok();
-        Ok(Led { folder, database, outcome })
+        Ok(Led { folder, database, outcome, killed_one })
     }
 }
 
 impl Led {
     /// Completes the run's files, and prints how it ended.
     async fn close(self, plan: &Plan, options: &Options) -> Result<Finished, Failure> {
-        let Self { folder, database, outcome } = self;
+        let Self { folder, database, outcome, killed_one } = self;
         // Rows of steps that were trained twice or reported late are right in the database, but not yet in the file.
         let written = metrics_files(plan, &database, folder.path()).map(drop);
         if let Err(failure) = written.and(sources_file(&database, folder.path()).map(drop)) {
@@ -349,6 +359,9 @@ impl Led {
                 print(&format!("ALARM: cannot write a figure: {}", with_causes(&error)))?;
             }
         }
+        if let Err(error) = cards::complete(&tuned, &results, folder.store()).await {
+            print(&format!("ALARM: cannot write results into model cards: {}", with_causes(&error)))?;
+        }
         if outcome.status == ExitStatus::Done {
             for stage in &tuned {
                 if let Err(error) = stage.write(folder.store()).await {
@@ -358,9 +371,6 @@ impl Led {
                         with_causes(&error)
                     ))?;
                 }
-            }
-            if let Err(error) = cards::complete(plan, &tuned, &results, folder.store()).await {
-                print(&format!("ALARM: cannot write results into model cards: {}", with_causes(&error)))?;
             }
             // Nobody writes any more. Whatever cannot be deleted now only wastes space.
             for training in plan.graph().trainings().map(|stage| stage.name) {
@@ -390,7 +400,7 @@ impl Led {
             ExitStatus::Interrupted => print(&outcome.message),
             status => return Err(Failure::new(status, outcome.message)),
         };
-        Ok(Finished { status: outcome.status, state: newest()?, results, printed })
+        Ok(Finished { status: outcome.status, state: newest()?, results, killed_one, printed })
     }
 }
 
@@ -744,7 +754,7 @@ mod tests {
             console: Console::new(),
             locals: None,
             detach_on_term: false,
-            kill_after: None,
+            kills_one: false,
             tasks: TaskTracker::new(),
         };
         let (events, sessions) = mpsc::channel(EVENTS);

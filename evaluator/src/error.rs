@@ -34,6 +34,12 @@ pub enum EvaluatorError {
         /// A file that every model folder has.
         missing: &'static str,
     },
+    /// There is nothing at a path.
+    #[error("{} does not exist; name a model folder, such as runs/NAME/export", path.display())]
+    NoFolder {
+        /// The path that was named.
+        path: PathBuf,
+    },
     /// A directory does not hold an adapter.
     #[error(
         "{} is not an adapter: it has no adapter_config.json; name a folder in PEFT's layout, such as \

@@ -60,9 +60,9 @@ impl ModelCard<'_> {
     fn header(&self) -> String {
         let quoted = |text: &str| serde_json::Value::from(text).to_string();
         let mut lines = vec![format!("license: {}", quoted(self.licence.unwrap_or("unknown")))];
-        lines.extend(
-            self.base.map(|base| format!("base_model: {}", quoted(base.trim_start_matches("hf://")))),
-        );
+        // Of another one, the hub would take the name for that of a stranger's.
+        let base = self.base.and_then(|base| base.strip_prefix("hf://"));
+        lines.extend(base.map(|base| format!("base_model: {}", quoted(base))));
         let mut data: Vec<String> = self.data.iter().filter_map(CardData::on_hub).collect();
         data.sort();
         data.dedup();

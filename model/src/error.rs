@@ -17,14 +17,14 @@ pub enum ModelError {
     /// A gradient is NaN, infinite or too large for the exact sum.
     #[error(
         "a gradient is not finite or above {limit:e}, the most that one micro-batch may add; \
-         lower train.max_lr or look at the data of this step"
+         lower max_lr or look at the data of this step"
     )]
     GradientRange {
         /// The largest magnitude that one micro-batch may add.
         limit: f64,
     },
     /// The norm of the mean gradient is NaN or infinite.
-    #[error("the gradient norm is {norm}; the weights were left as they were; lower train.max_lr")]
+    #[error("the gradient norm is {norm}; the weights were left as they were; lower max_lr")]
     GradientNorm {
         /// The norm.
         norm: f64,

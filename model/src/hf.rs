@@ -384,5 +384,9 @@ pub fn write(
         let path = directory.join(name);
         std::fs::write(&path, text).map_err(ModelError::file("write", &path))?;
     }
-    Ok(())
+    // The file of weights is written as one that only its owner may read.
+    let permissions = std::fs::metadata(directory.join(CONFIG)).map(|config| config.permissions());
+    permissions
+        .and_then(|permissions| std::fs::set_permissions(&path, permissions))
+        .map_err(ModelError::file("write", &path))
 }

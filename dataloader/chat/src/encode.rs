@@ -91,7 +91,7 @@ impl Encoding {
         answers: &[Range<usize>],
         is_plain: bool,
     ) -> Result<Example, Reason> {
-        let Rules { max_length, truncation, mask_prompt, .. } = self.rules;
+        let Rules { max_length, truncation, mask_prompt, on_useless, .. } = self.rules;
         let Example { mut ids, mut labels } = if mask_prompt {
             learned(&mut self.encoder, text, answers)
         } else {
@@ -108,7 +108,12 @@ impl Encoding {
         }
         let mut example = Example { ids, labels };
         let before = example.targets();
+        let has_prompt = mask_prompt && answers.first().is_some_and(|answer| answer.start > 0);
         example.cut(max_length, truncation);
+        let begins_within = has_prompt && !example.labels.contains(&IGNORE);
+        if begins_within && on_useless == OnUseless::Drop {
+            return Err(Reason::LongAnswer);
+        }
         match (before, example.targets()) {
             (0, _) => Err(Reason::NothingLearned),
             (_, 0) => Err(Reason::LongPrompt),

@@ -107,8 +107,11 @@ impl Lesson {
                 let (prompt, chosen, rejected) = (turns("prompt")?, turns("chosen")?, turns("rejected")?);
                 alike(&chosen, &rejected, "rejected", "chosen")?;
                 match (prompt, chosen, rejected) {
-                    // A prompt that is text beside conversations repeats what is in them.
-                    (Turns::Text(_), Turns::Messages(chosen), Turns::Messages(rejected)) => {
+                    // A prompt that is text beside conversations repeats what is in them, unless they are answers alone.
+                    (Turns::Text(prompt), Turns::Messages(mut chosen), Turns::Messages(mut rejected)) => {
+                        for answer in [&mut chosen, &mut rejected].into_iter().filter(|all| all.len() == 1) {
+                            answer.insert(0, Message::new(USER, &prompt));
+                        }
                         Ok(last(chosen, rejected))
                     }
                     (prompt, chosen, rejected) => {

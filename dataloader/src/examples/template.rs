@@ -1,5 +1,6 @@
 //! Reads what turns rows into examples: the chat template, and the texts that no row may contain.
 
+use std::path::Path;
 use std::time::SystemTime;
 
 use ulmus_chat::{
@@ -7,6 +8,7 @@ use ulmus_chat::{
 };
 use ulmus_plan::TuneConfig;
 use ulmus_tokenizer::{TRAINED_NAMES, Tokenizer};
+use ulmus_types::Of;
 
 use super::tokenizer::PlanTokenizer;
 use crate::address::folder_and_name;
@@ -53,7 +55,26 @@ pub fn stage_template(
     tokenizer: Option<&PlanTokenizer>,
 ) -> Result<ChatTemplate, DataError> {
     let names = tokenizer.map_or(TRAINED_NAMES, |found| found.tokenizer.special_names());
-    template(&config.template, tokenizer.map(|found| &found.folder), names, Some(SystemTime::UNIX_EPOCH))
+    let own = match &config.of {
+        Of::Model(place) if config.template == AUTO => folder_with_template(place)?,
+        _ => None,
+    };
+    let folder = own.as_ref().or(tokenizer.map(|found| &found.folder));
+    template(&config.template, folder, names, Some(SystemTime::UNIX_EPOCH))
+}
+
+/// The folder of a model, if it has a chat template.
+fn folder_with_template(place: &str) -> Result<Option<Folder>, DataError> {
+    let folder = if place.starts_with("hf://") {
+        Folder::open_model(place)?
+    } else if Path::new(place).is_dir() {
+        Folder::open(place)?
+    } else {
+        return Ok(None);
+    };
+    let [jinja, _] = PLACES;
+    let has_template = folder.read(jinja)?.is_some() || tokenizer_config(&folder)?.template.is_some();
+    Ok(has_template.then_some(folder))
 }
 
 /// What makes examples of rows of a tuning stage, by these rules.

@@ -75,6 +75,13 @@ impl<B: Backend> Chat<'_, B> {
         let rendered = self.template.template.render(messages, true);
         let rendered = rendered.map_err(|error| Failure::new(ExitStatus::InvalidInput, error.to_string()))?;
         let prompt = Example::of_rendered(&rendered, &mut self.tokenizer.special_encoder()).ids;
+        if prompt.is_empty() {
+            let message = format!(
+                "the chat template {} makes no text of the conversation; name another with --template",
+                self.template.template.name()
+            );
+            return Err(Failure::new(ExitStatus::InvalidInput, message));
+        }
         let context = self.model.config().max_context_length;
         let room = context.saturating_sub(prompt.len());
         if room == 0 {

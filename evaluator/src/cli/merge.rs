@@ -8,16 +8,11 @@ use ulmus_model::hf::{self, HfModel};
 use ulmus_process::{Failure, print};
 use ulmus_types::ExitStatus;
 
-use super::failure;
+use super::{CHAT_TEMPLATE, failure};
 
 /// Files beside a model that say how it is used, and that merging leaves as they are.
-const BESIDE: [&str; 5] = [
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-];
+const BESIDE: [&str; 5] =
+    ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE];
 
 #[derive(Debug, Args)]
 pub(super) struct Merge {
@@ -42,9 +37,17 @@ impl Merge {
         let model = model_folder(&self.model).map_err(failure)?;
         let merged = read_adapted(&model, Some(&self.adapter)).map_err(failure)?;
         let HfModel { config, weights, tokens } = merged;
+        let wrong = weights.iter().filter(|weight| !weight.is_finite()).count();
+        if wrong > 0 {
+            let message =
+                format!("{wrong} of {} merged weights are not finite; get the adapter again", weights.len());
+            return Err(Failure::new(ExitStatus::InvalidInput, message));
+        }
         hf::write(&self.to, &config, &weights, tokens).map_err(failure)?;
         let folder = tokenizer_place(&model);
-        for name in BESIDE {
+        let beside = BESIDE.iter().map(|name| (folder, *name));
+        // What was learned with an adapter is said in its own words.
+        for (folder, name) in beside.chain([(&*self.adapter, CHAT_TEMPLATE)]) {
             let (from, to) = (folder.join(name), self.to.join(name));
             match std::fs::copy(&from, &to) {
                 Ok(_) => {}

@@ -34,6 +34,9 @@ use render::Render;
 use run::Run;
 use tasks::{Fetch, Tasks};
 
+/// The file of a chat template, in the folder of a model or of an adapter.
+const CHAT_TEMPLATE: &str = "chat_template.jinja";
+
 /// The default number of tokens to generate, where the context has room for them.
 const MAX_TOKENS: usize = 128;
 
@@ -284,7 +287,10 @@ impl OnDevice for Generate {
         let tokenizer = load_tokenizer(of_tokenizer, &loaded).map_err(failure)?;
         let LoadedModel { model, .. } = loaded;
         if self.chat {
-            let template = chat::template(&self.template, folder_of(of_tokenizer), &tokenizer)?;
+            let own = self.adapter.as_ref().map(|adapter| adapter.join(CHAT_TEMPLATE));
+            let own = own.filter(|file| self.template == "auto" && file.is_file());
+            let choice = own.map_or_else(|| self.template.clone(), |file| file.display().to_string());
+            let template = chat::template(&choice, folder_of(of_tokenizer), &tokenizer)?;
             let max_tokens = self.max_tokens.unwrap_or(MAX_TOKENS);
             let chat = Chat { model, tokenizer: &tokenizer, template, sampler, max_tokens };
             return chat.run(self.system.as_deref(), self.prompt.as_deref());

@@ -1,6 +1,6 @@
 //! A whole plan and the relations between its parts.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -348,18 +348,7 @@ impl Plan {
     /// The keys that differ from `earlier`, each with the earlier and the present value, if trained bits depend
     /// on them.
     pub fn changed_keys(&self, earlier: &Self) -> Vec<(String, String, String)> {
-        let (old, new) = (earlier.flat(), self.flat());
-        let missing = "not set".to_owned();
-        let mut keys: Vec<&String> = old.keys().chain(new.keys()).collect();
-        keys.sort();
-        keys.dedup();
-        keys.into_iter()
-            .filter(|key| old.get(*key) != new.get(*key) && !may_change(key) && !key.starts_with(LATER))
-            .map(|key| {
-                let value = |side: &BTreeMap<String, String>| side.get(key).unwrap_or(&missing).clone();
-                (key.clone(), value(&old), value(&new))
-            })
-            .collect()
+        differences(&earlier.flat(), &self.flat(), |key| !may_change(key) && !key.starts_with(LATER))
     }
 
     /// The tuning stages of which trained bits differ from those of `earlier`, or that only `earlier` has.
@@ -371,24 +360,14 @@ impl Plan {
         names.filter(|name| !is_same(name)).collect()
     }
 
+    /// What has changed of a tuning stage since `earlier`: its keys, each with the earlier and the present value.
+    pub fn changed_keys_of(&self, earlier: &Self, name: StageName) -> Vec<(String, String, String)> {
+        let of = |plan: &Self| plan.tuning(name).map(flat).unwrap_or_default();
+        differences(&of(earlier), &of(self), |_| true)
+    }
+
     fn flat(&self) -> BTreeMap<String, String> {
-        fn walk(at: String, value: &toml::Value, flat: &mut BTreeMap<String, String>) {
-            match value {
-                toml::Value::Table(table) => {
-                    for (key, value) in table {
-                        let path = if at.is_empty() { key.clone() } else { format!("{at}.{key}") };
-                        walk(path, value, flat);
-                    }
-                }
-                leaf => {
-                    flat.insert(at, leaf.to_string());
-                }
-            }
-        }
-        let mut flat = BTreeMap::new();
-        let value = toml::Value::try_from(self).expect("a plan has no value that TOML lacks");
-        walk(String::new(), &value, &mut flat);
-        flat
+        flat(self)
     }
 
     /// Fills in values that follow from other keys.
@@ -408,6 +387,10 @@ impl Plan {
             self.tokenizer.pieces = TokenizerConfig::default().pieces;
         }
         self.cluster.min_workers = self.cluster.min_workers.max(1);
+        for index in 0..self.tune.len() {
+            let (before, rest) = self.tune.split_at_mut(index);
+            rest[0].complete(before);
+        }
     }
 
     /// Reports every rule that the plan breaks.
@@ -568,4 +551,41 @@ impl Plan {
 
 fn may_change(key: &str) -> bool {
     MAY_CHANGE.iter().any(|allowed| key.starts_with(allowed))
+}
+
+/// The keys of a part of a plan, with their values.
+fn flat(part: &impl Serialize) -> BTreeMap<String, String> {
+    fn walk(at: String, value: &toml::Value, flat: &mut BTreeMap<String, String>) {
+        match value {
+            toml::Value::Table(table) => {
+                for (key, value) in table {
+                    let path = if at.is_empty() { key.clone() } else { format!("{at}.{key}") };
+                    walk(path, value, flat);
+                }
+            }
+            leaf => {
+                flat.insert(at, leaf.to_string());
+            }
+        }
+    }
+    let mut flat = BTreeMap::new();
+    let value = toml::Value::try_from(part).expect("a plan has no value that TOML lacks");
+    walk(String::new(), &value, &mut flat);
+    flat
+}
+
+/// The keys whose values differ, each with the earlier and the present value, as far as they `count`.
+fn differences(
+    old: &BTreeMap<String, String>,
+    new: &BTreeMap<String, String>,
+    counts: impl Fn(&str) -> bool,
+) -> Vec<(String, String, String)> {
+    let value = |side: &BTreeMap<String, String>, key: &str| {
+        side.get(key).map_or_else(|| "not set".to_owned(), String::clone)
+    };
+    let keys: BTreeSet<&String> = old.keys().chain(new.keys()).collect();
+    keys.into_iter()
+        .filter(|key| old.get(*key) != new.get(*key) && counts(key))
+        .map(|key| (key.clone(), value(old, key), value(new, key)))
+        .collect()
 }

@@ -39,8 +39,8 @@ pub enum PreferenceLoss {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Tokenization {
-    /// As chat models are trained today: the generation prompt belongs to the prompt, BOS is there once, and an answer ends with
-    /// one EOS.
+    /// As chat models are trained today: the generation prompt belongs to the prompt. A text begins with BOS once and ends with one
+    /// EOS; a conversation has those that its template writes.
     #[default]
     Chat,
     /// As the published recipe did it (TRL 0.8.2): BOS before the prompt, EOS behind the rendered answer.
@@ -121,7 +121,8 @@ pub struct TuneConfig {
     pub length_normalised: bool,
     /// How conversations become tokens.
     pub tokenization: Tokenization,
-    /// The chat template: `auto` (the tokenizer's own, or else the recipe's), `recipe`, or a file.
+    /// The chat template: `auto` (that of the stage or the folder `of`, or else the tokenizer's own, or else the recipe's), `recipe`, or
+    /// a file. Rows that are texts or instructions have none.
     pub template: String,
     /// Longest example in tokens.
     pub max_length: u64,
@@ -270,6 +271,18 @@ impl TuneConfig {
         Some(Tuning { name, of: self.of.clone(), compares: self.method == Method::Dpo, rewards })
     }
 
+    /// Fills in what follows from other keys and from the stages `before` it.
+    pub(crate) fn complete(&mut self, before: &[Self]) {
+        self.micro_batch = self.micro_batch.min(self.batch.max(1));
+        // Who goes on from a tuned model speaks as that does.
+        if let Of::Tuned(name) = &self.of
+            && self.template == "auto"
+            && let Some(tuned) = before.iter().find(|tuned| tuned.name == name.as_str())
+        {
+            self.template.clone_from(&tuned.template);
+        }
+    }
+
     /// The key of the model that the stage begins from.
     pub const OF: &str = "of";
     /// The key of the adapter that the stage goes on from.
@@ -379,9 +392,6 @@ impl TuneConfig {
         }
         range(problems, key("batch"), self.batch, 1..=1 << 24);
         range(problems, key("micro_batch"), self.micro_batch, 1..=1 << 16);
-        if sound(problems, &[&key("batch"), &key("micro_batch")]) {
-            range(problems, key("micro_batch"), self.micro_batch, ..=self.batch);
-        }
         if sound(problems, &["model"]) {
             range(problems, key("max_length"), self.max_length, 2..=model.max_context_length as u64);
         }

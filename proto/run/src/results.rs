@@ -1,6 +1,6 @@
 //! Results of jobs: workers send them, the coordinator keeps them, and `results/NAME.json` shows them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -355,6 +355,12 @@ impl Results {
     pub fn of_models<T: DeserializeOwned>(&self, stage: &StageName) -> Vec<(&str, T)> {
         let of_stage = self.0.iter().filter(|(name, _)| name.stage() == stage.as_str());
         of_stage.filter_map(|(name, result)| Some((name.model()?, T::deserialize(result).ok()?))).collect()
+    }
+
+    /// The stages that have a job for each model.
+    pub fn stages(&self) -> BTreeSet<StageName> {
+        let of_models = self.0.keys().filter(|name| name.model().is_some());
+        of_models.filter_map(|name| name.stage().parse().ok()).collect()
     }
 
     fn of<T: DeserializeOwned>(&self, stage: &str) -> Option<T> {

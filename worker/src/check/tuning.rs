@@ -148,7 +148,10 @@ impl Stage<'_> {
         let forbidden = decontaminate.as_ref().map(|file| (file, read_forbidden(file)));
         let is_sound = chat.is_ok() && forbidden.as_ref().is_none_or(|(_, read)| read.is_ok());
         match chat {
-            Ok(chat) => findings.say(format!("tune {name} has the chat template {}", chat.template.name())),
+            Ok(chat) => findings.say(format!(
+                "tune {name} has the chat template {}, for rows that are conversations",
+                chat.template.name()
+            )),
             Err(error) => {
                 findings.refuse(self.key("template"), template, "conversations need a template", error);
             }

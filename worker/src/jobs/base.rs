@@ -139,7 +139,9 @@ impl Base {
             return read_of_run(&run.beside(name)?, address, model);
         }
         let place = model_folder(address)?;
-        Ok(Self { model: read_model(&place)?, origin: Origin::Place(place) })
+        let model = read_model(&place)?;
+        must_be_finite(address, &model.weights)?;
+        Ok(Self { model, origin: Origin::Place(place) })
     }
 
     /// The model's own chat template, in Jinja, if it has one.
@@ -182,10 +184,22 @@ pub(crate) fn read_adapter(
     let adapter = peft::read(Path::new(from), model)?;
     if adapter.shape.modules() != shape.modules() {
         return Err(WorkerError::Plan(format!(
-            "the adapter in {from} has other ranks, scales or targets than [tune.adapter]; write there what its adapter_config.json says"
+            "the adapter in {from} has other ranks, scales or targets than [tune.adapter]; write there the kind, rank, alpha and targets of its adapter_config.json"
         )));
     }
+    must_be_finite(from, &adapter.weights)?;
     Ok(adapter.weights)
+}
+
+/// Refuses weights with which no training can begin.
+fn must_be_finite(place: &str, weights: &[f32]) -> Result<(), WorkerError> {
+    match weights.iter().filter(|weight| !weight.is_finite()).count() {
+        0 => Ok(()),
+        wrong => Err(WorkerError::Plan(format!(
+            "{wrong} of {} weights in {place} are not finite; get them again, or name others",
+            weights.len()
+        ))),
+    }
 }
 
 /// Whether there is a model at an address, as far as this machine's disk can tell: stores are not asked.
@@ -230,7 +244,11 @@ fn kept(other: &Run, address: &str, model: &str) -> Result<Kept, WorkerError> {
         let mut there: Vec<String> = checkpoints.iter().map(|id| id.step().to_string()).collect();
         there.dedup();
         there.extend(has_average.then(|| AVERAGE.to_owned()));
-        let act = if there.is_empty() {
+        let act = if let Some(tuned) = other.plan.tune.last().filter(|_| !other.plan.pretrains()) {
+            let folder = tuned.name.parse().map(paths::tuned).unwrap_or_default();
+            let at = other.store.location();
+            format!("it does not pretrain; name a model that it has tuned, such as {at}/{folder}")
+        } else if there.is_empty() {
             "it has kept no model yet; let it train".to_owned()
         } else {
             format!("it has {}; write one of these", there.join(", "))

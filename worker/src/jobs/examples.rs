@@ -9,9 +9,10 @@ use ulmus_plan::{ExamplesConfig, TuneConfig};
 use ulmus_process::with_causes;
 use ulmus_run::paths::{self, ExampleSet};
 use ulmus_run::results::{Dropped, Examples, RowsOf};
+use ulmus_tokenizer::Tokenizer;
 use ulmus_types::{Digest, ErrorKind, Job, Of, StageName, Subject, counted};
 
-use super::base::read_adapter;
+use super::base::{Base, read_adapter};
 use super::subject::weights_of;
 use crate::WorkerError;
 use crate::examples::{Kept, digest_of, to_bytes};
@@ -30,7 +31,7 @@ pub(super) fn make(run: &Run, job: &Job, say: &dyn Fn(String)) -> Result<Example
     let learned = ExamplesConfig::at(config.rso.as_ref().and_then(|rso| rso.reward_head.as_deref()));
     let trained = read(&config.data, Rules::of_data(config))?;
     let mut files = vec![(ExampleSet::Data, numbered(trained.items))];
-    let mut held_out = 0;
+    let (mut held_out, mut read_too) = (0, Vec::new());
     for (set, name, sources) in
         [(ExampleSet::Eval, "eval", &config.eval), (ExampleSet::Reward, "reward_head", &learned)]
     {
@@ -41,6 +42,8 @@ pub(super) fn make(run: &Run, job: &Job, say: &dyn Fn(String)) -> Result<Example
         tell(tuning, name, &others.report, say);
         if set == ExampleSet::Eval {
             held_out = others.report.kept;
+        } else {
+            read_too.extend(others.report.files);
         }
         files.push((set, numbered(others.items)));
     }
@@ -68,6 +71,7 @@ pub(super) fn make(run: &Run, job: &Job, say: &dyn Fn(String)) -> Result<Example
         held_out,
         files: files
             .into_iter()
+            .chain(read_too)
             .map(|file| RowsOf {
                 file: file.file,
                 hash: file.hash,
@@ -88,6 +92,7 @@ fn elsewhere(run: &Run, config: &TuneConfig) -> Result<BTreeMap<String, Digest>,
         found.insert(key.to_owned(), Digest::of(bytemuck::cast_slice(&weights)));
     };
     if let Of::Model(place) = &config.of {
+        must_have_tokenizer(run, place)?;
         keep(TuneConfig::OF, weights_of(run, &Subject::Model(place.clone()))?);
     }
     if let Some(adapter) = &config.adapter
@@ -97,6 +102,20 @@ fn elsewhere(run: &Run, config: &TuneConfig) -> Result<BTreeMap<String, Digest>,
         keep(TuneConfig::ADAPTER_FROM, read_adapter(from, &AdapterShape::new(&shape, adapter)?, &shape)?);
     }
     Ok(found)
+}
+
+/// Refuses a model that comes with another tokenizer than the run's.
+fn must_have_tokenizer(run: &Run, place: &str) -> Result<(), WorkerError> {
+    let base = Base::read(run, place)?;
+    let is_another =
+        |(own, _): (Tokenizer, bool)| run.tokenizer().map(|tokenizer| tokenizer.digest() != own.digest());
+    // One without a tokenizer is taken at its word.
+    if base.tokenizer(None).ok().map(is_another).transpose()?.unwrap_or_default() {
+        return Err(WorkerError::Plan(format!(
+            "the model at {place} has another tokenizer than the run; name it as [base] model of a plan of its own"
+        )));
+    }
+    Ok(())
 }
 
 fn of_stage(tuning: StageName, error: WorkerError) -> WorkerError {

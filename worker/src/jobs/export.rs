@@ -24,6 +24,9 @@ use crate::examples::{made_by, result};
 use crate::run::Run;
 use crate::snapshot::weights;
 
+/// The chat template beside an adapter.
+const CHAT_TEMPLATE: &str = "chat_template.jinja";
+
 /// A model that is exported.
 pub(super) struct Export<'a> {
     /// Its shape.
@@ -133,7 +136,7 @@ fn named(run: &Run, job: &Job, dtype: WeightType) -> Result<Exported, WorkerErro
         (Some(base), Subject::Model(_)) => base.tokenizer(None)?.0,
         _ => run.tokenizer()?,
     };
-    let (about, template) = match subject {
+    let (mut about, template) = match subject {
         Subject::Tuned(name) => {
             let config = run.plan.tuning(*name).ok_or_else(|| super::no_stage(job))?;
             (of_tuning(run, *name, config)?, Some(super::examples::chat_template(run, config)?))
@@ -148,6 +151,10 @@ fn named(run: &Run, job: &Job, dtype: WeightType) -> Result<Exported, WorkerErro
         }
         Subject::Average | Subject::Stage(_) => (of_text(run, averaged(run)?)?, None),
     };
+    if dtype != WeightType::F32 {
+        let stored = "Its weights are rounded from float32, with which its results were measured.";
+        about.training.push(stored.to_owned());
+    }
     let (shape, weights) = match base {
         Some(base) => (base.model.config, base.model.weights),
         None => (shape_of(run, subject), weights_of(run, subject)?),
@@ -183,7 +190,13 @@ fn begun_at(plan: &Plan, of: &Of) -> String {
     match (of, &plan.base) {
         (Of::Base, Some(base)) => base.model.clone(),
         (Of::Model(place), _) => place.clone(),
-        _ => format!("{}/{of}", plan.run.name),
+        (of, _) => {
+            let folder = match of {
+                Of::Tuned(name) => paths::tuned(*name),
+                _ => paths::EXPORT.to_owned(),
+            };
+            format!("{}/{}/{folder}", plan.store.url.trim_end_matches('/'), plan.run.name)
+        }
     }
 }
 
@@ -203,6 +216,8 @@ fn tuned(run: &Run, job: &Job, name: StageName, config: &TuneConfig) -> Result<E
             let folder = paths::adapter(name);
             let described = peft::config_json(&shape, &begun_at(&run.plan, &config.of));
             run.write(&format!("{folder}/{}", peft::CONFIG), described.into_bytes())?;
+            let template = super::examples::chat_template(run, config)?;
+            run.write(&format!("{folder}/{CHAT_TEMPLATE}"), template.into_bytes())?;
             run.write(&format!("{folder}/{}", peft::WEIGHTS), peft::to_safetensors(&shape, &adapter)?)?;
             let base = weights_of(run, &begun_from(&config.of, origin))?;
             (shape.merged_config(&model), shape.merge(&model, base, &adapter)?)
@@ -230,7 +245,8 @@ fn tuned(run: &Run, job: &Job, name: StageName, config: &TuneConfig) -> Result<E
 fn of_tuning(run: &Run, name: StageName, config: &TuneConfig) -> Result<About, WorkerError> {
     let made: results::Examples = result(run, &made_by(run, name))?;
     let data = made.files.iter().map(|file| CardData {
-        address: if file.file.contains("://") { file.file.clone() } else { "a file".to_owned() },
+        // Where a file lay on some machine is nobody's business.
+        address: if file.file.contains("://") { file.file.clone() } else { name_of(&file.file).to_owned() },
         amount: counted(file.rows, "row"),
         hash: format!("BLAKE3: {}", file.hash),
     });
@@ -239,6 +255,10 @@ fn of_tuning(run: &Run, name: StageName, config: &TuneConfig) -> Result<About, W
         data: data.collect(),
         training: vec![tuning_facts(config, &made)],
     })
+}
+
+fn name_of(file: &str) -> &str {
+    file.rsplit('/').next().unwrap_or(file)
 }
 
 /// How a model was tuned.
@@ -261,11 +281,14 @@ fn tuning_facts(config: &TuneConfig, made: &results::Examples) -> String {
         Some(adapter) if adapter.kind == AdapterKind::Dora => "A DoRA adapter was trained",
         Some(_) => "A LoRA adapter was trained",
     };
+    let from = config.adapter.as_ref().and_then(|adapter| adapter.from.as_deref());
+    let from = from.map(|from| format!(" from {}", name_of(from.trim_end_matches('/')))).unwrap_or_default();
+    let rows = if config.rso.is_some() { "pair" } else { "row" };
     format!(
-        "{which} {how}, for {} of {} out of {}.",
+        "{which}{from} {how}, for {} of {} out of {}.",
         counted(made.updates, "update"),
         counted(config.batch.min(made.kept), "example"),
-        counted(made.kept, "row")
+        counted(made.kept, rows)
     )
 }
 

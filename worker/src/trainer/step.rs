@@ -503,6 +503,6 @@ async fn snapshot_slot(slots: &Arc<Semaphore>, mut waits: impl FnMut()) -> Owned
 /// The error for a micro-batch whose loss cannot be summed.
 fn diverged(sum: f64) -> WorkerError {
     WorkerError::Diverged(format!(
-        "the loss of a micro-batch is {sum}; lower train.max_lr or look at the data of this step"
+        "the loss of a micro-batch is {sum}; lower max_lr or look at the data of this step"
     ))
 }
