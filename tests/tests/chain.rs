@@ -82,6 +82,13 @@ fn a_chain_tunes_and_measures_what_it_has_trained() {
     let weights =
         |folder: &str| std::fs::read(sandbox.path(folder).join("model.safetensors")).expect("it is there");
     assert!(weights("merged") == weights("runs/tiny/tune/lora/export"), "the export is the merged model");
+    let template = |folder: &str| {
+        std::fs::read(sandbox.path(folder).join("chat_template.jinja")).expect("there is a template")
+    };
+    assert!(template("merged") == template(adapter), "the merged model speaks as the adapter was taught");
+    let permissions =
+        |name: &str| std::fs::metadata(sandbox.path("merged").join(name)).expect("it is there").permissions();
+    assert_eq!(permissions("model.safetensors"), permissions("config.json"));
     let results = run.json("tune/lora/results.json");
     assert_eq!((&results["of"], &results["rows"]["kept"]), (&"dpo".into(), &61.into()), "{results}");
 }
@@ -201,7 +208,7 @@ fn an_interrupted_stage_goes_on_and_a_changed_one_is_refused() {
     assert_eq!(coordinator.ends().code, Some(130));
     let changed = sandbox.coordinator(&["--set", "tune.sft.max_lr=2e-3"]).ends();
     assert_eq!(changed.code, Some(2), "{}", changed.output);
-    assert!(changed.output.contains("[[tune]] sft has begun"), "{}", changed.output);
+    assert!(changed.output.contains("[[tune]] sft has begun, and its "), "{}", changed.output);
     sandbox.coordinator(&[]).succeeds();
     assert_undisturbed(&sandbox.run("tiny"));
     // What has not begun may change, and a finished run does the stages that its plan gets later.

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::OnceLock;
 
 use rustix::process::{Pid, Signal, kill_process};
-use ulmus_tests::{Bits, Process, Sandbox, TINY, until};
+use ulmus_tests::{Bits, Process, Sandbox, TINY, repository, until, write_examples};
 
 /// What a coordinator prints when training is well under way but far from its end.
 const UNDER_WAY: &str = "checkpoint step-00000010-g1 stored";
@@ -282,6 +282,30 @@ fn the_demonstration_of_a_failure_ends_with_the_same_bits() {
     assert_undisturbed(&sandbox);
     sandbox.run("tiny-failure").bits().assert_equal(undisturbed());
     assert!(sandbox.run("tiny-failure").generations().len() > 1, "the worker was killed while it trained");
+}
+
+#[test]
+fn a_run_that_only_tunes_can_demonstrate_a_failure_too() {
+    let sandbox = Sandbox::new();
+    write_examples(&sandbox.path(""));
+    let base = repository().join("tests/golden/tiny").display().to_string();
+    let stage = "[[tune]]\nname = \"sft\"\nof = \"base\"\nbatch = 8\nmax_length = 96\nsteps = 120";
+    sandbox.write(
+        "plan.toml",
+        format!(
+            "[run]\nname = \"on\"\n[local]\nworkers = 2\n[base]\nmodel = {base:?}\n{stage}\n[[tune.data]]\nurl = \"answers.jsonl\"\n"
+        ),
+    );
+    let said = sandbox.coordinator(&["--demo-failure"]).succeeds();
+    assert!(said.contains("killed worker local-1 with SIGKILL"), "{said}");
+    assert!(said.contains("the same bits: losing a worker changed nothing"), "{said}");
+    let again = sandbox.coordinator(&["--demo-failure"]).ends();
+    assert_eq!(again.code, Some(2), "{}", again.output);
+    assert!(
+        again.output.contains("no worker was killed, because on-failure had been finished"),
+        "{}",
+        again.output
+    );
 }
 
 #[test]

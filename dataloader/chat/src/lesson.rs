@@ -109,7 +109,7 @@ impl Lesson {
                 match (prompt, chosen, rejected) {
                     // A prompt that is text beside conversations repeats what is in them, unless they are answers alone.
                     (Turns::Text(prompt), Turns::Messages(mut chosen), Turns::Messages(mut rejected)) => {
-                        for answer in [&mut chosen, &mut rejected].into_iter().filter(|all| all.len() == 1) {
+                        for answer in [&mut chosen, &mut rejected].into_iter().filter(|all| is_answer(all)) {
                             answer.insert(0, Message::new(USER, &prompt));
                         }
                         Ok(last(chosen, rejected))
@@ -242,6 +242,11 @@ fn alike(one: &Turns, other: &Turns, column: &str, beside: &str) -> Result<(), C
         name(other)
     );
     Err(wrong(column, problem))
+}
+
+/// Whether messages are one answer, without what it answers.
+fn is_answer(messages: &[Message]) -> bool {
+    messages.len() == 1 && messages[0].is_of_assistant()
 }
 
 /// Conversations whose last messages are the answers, and all before the last of the better one the prompt.
