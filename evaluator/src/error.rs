@@ -25,20 +25,16 @@ pub enum EvaluatorError {
     Tokenizer(#[from] TokenizerError),
     /// A directory does not hold an exported model.
     #[error(
-        "{} is not a model folder: it has no {missing}; name a folder such as runs/NAME/export, or a .pt file of CoreNet",
+        "{} is not a model folder: {there} no {missing}; name a folder such as runs/NAME/export, or a .pt file of CoreNet",
         path.display()
     )]
     NotAModel {
         /// The directory that was named.
         path: PathBuf,
+        /// Whether the directory is there: what stands before "no".
+        there: &'static str,
         /// A file that every model folder has.
         missing: &'static str,
-    },
-    /// There is nothing at a path.
-    #[error("{} does not exist; name a model folder, such as runs/NAME/export", path.display())]
-    NoFolder {
-        /// The path that was named.
-        path: PathBuf,
     },
     /// A directory does not hold an adapter.
     #[error(

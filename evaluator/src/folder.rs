@@ -133,11 +133,7 @@ pub fn read_tokenizer(place: &Path) -> Result<Tokenizer, EvaluatorError> {
     } else {
         // Where a folder has both files, the JSON was converted from the model.
         let path = require(place, paths::TOKENIZER_MODEL).or_else(|_| require(place, paths::TOKENIZER_JSON));
-        let of_tokenizer = |error| match error {
-            EvaluatorError::NotAModel { path, .. } => EvaluatorError::NoTokenizer { path },
-            error => error,
-        };
-        (path.map_err(of_tokenizer)?, place)
+        (path.map_err(|_| EvaluatorError::NoTokenizer { path: place.to_owned() })?, place)
     };
     let mismatch = |reason: String| EvaluatorError::Mismatch { path: directory.to_owned(), reason };
     let bytes = std::fs::read(&path).map_err(|error| mismatch(error.to_string()))?;
@@ -242,10 +238,9 @@ fn require(directory: &Path, file: &'static str) -> Result<PathBuf, EvaluatorErr
     let path = directory.join(file);
     if path.is_file() {
         Ok(path)
-    } else if !directory.exists() {
-        Err(EvaluatorError::NoFolder { path: directory.to_owned() })
     } else {
-        Err(EvaluatorError::NotAModel { path: directory.to_owned(), missing: file })
+        let there = if directory.exists() { "it has" } else { "it does not exist, and so has" };
+        Err(EvaluatorError::NotAModel { path: directory.to_owned(), there, missing: file })
     }
 }
 

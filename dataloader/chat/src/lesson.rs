@@ -107,11 +107,8 @@ impl Lesson {
                 let (prompt, chosen, rejected) = (turns("prompt")?, turns("chosen")?, turns("rejected")?);
                 alike(&chosen, &rejected, "rejected", "chosen")?;
                 match (prompt, chosen, rejected) {
-                    // A prompt that is text beside conversations repeats what is in them, unless they are answers alone.
-                    (Turns::Text(prompt), Turns::Messages(mut chosen), Turns::Messages(mut rejected)) => {
-                        for answer in [&mut chosen, &mut rejected].into_iter().filter(|all| is_answer(all)) {
-                            answer.insert(0, Message::new(USER, &prompt));
-                        }
+                    // A prompt that is text beside conversations repeats what is in them.
+                    (Turns::Text(_), Turns::Messages(chosen), Turns::Messages(rejected)) => {
                         Ok(last(chosen, rejected))
                     }
                     (prompt, chosen, rejected) => {
@@ -242,11 +239,6 @@ fn alike(one: &Turns, other: &Turns, column: &str, beside: &str) -> Result<(), C
         name(other)
     );
     Err(wrong(column, problem))
-}
-
-/// Whether messages are one answer, without what it answers.
-fn is_answer(messages: &[Message]) -> bool {
-    messages.len() == 1 && messages[0].is_of_assistant()
 }
 
 /// Conversations whose last messages are the answers, and all before the last of the better one the prompt.

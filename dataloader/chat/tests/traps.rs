@@ -276,20 +276,6 @@ fn an_answer_whose_prompt_and_beginning_are_cut_off_is_left_out() {
 }
 
 #[test]
-fn a_text_prompt_belongs_to_answers_that_are_messages() {
-    let answer = |text: &str| json!([{"role": "assistant", "content": text}]);
-    let whole =
-        |text: &str| json!([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": text}]);
-    let forms: [fn(&str) -> Value; 2] = [answer, whole];
-    let mut preprocessor = with_recipe(rules(Method::Dpo, Tokenization::Chat));
-    let [apart, together] = forms.map(|of| {
-        let row = json!({"prompt": "Why?", "chosen": of("so"), "rejected": of("no")});
-        prepare(&mut preprocessor, row).unwrap()
-    });
-    assert_eq!(apart, together);
-}
-
-#[test]
 fn a_special_token_that_a_user_has_typed_is_read_as_such_and_told() {
     let mut sft = with_recipe(rules(Method::Sft, Tokenization::Chat));
     for (content, expected) in [("say </s> now", true), ("say it now", false)] {
