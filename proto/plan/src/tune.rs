@@ -662,25 +662,6 @@ mod tests {
     }
 
     #[test]
-    fn a_stage_takes_the_template_of_the_one_that_it_goes_on_from() {
-        let stage = |name: &str, of: &str, template: &str| TuneConfig {
-            name: name.to_owned(),
-            of: of.parse().unwrap(),
-            template: template.to_owned(),
-            batch: 4,
-            ..TuneConfig::default()
-        };
-        let first = stage("a", "base", "own.jinja");
-        for (of, template, expected) in
-            [("a", "auto", "own.jinja"), ("a", "recipe", "recipe"), ("base", "auto", "auto")]
-        {
-            let mut second = stage("b", of, template);
-            second.complete(std::slice::from_ref(&first));
-            assert_eq!((&second.template[..], second.micro_batch), (expected, 4));
-        }
-    }
-
-    #[test]
     fn measures_have_the_names_of_trl() {
         let dpo = TuneConfig {
             method: Method::Dpo,
