@@ -242,7 +242,7 @@ impl Opened {
         let is_finished = self.saved.is_finished(&plan.graph());
         if is_finished && folder.keeps_another(plan).map_err(|error| in_folder(&error))? {
             print(
-                "this run is finished, and what is done stays as it is: give a changed stage, or the run, another name",
+                "this run is finished, so changes of its plan have no effect on what is done; give a changed stage, or the run, another name",
             )?;
             return Ok(true);
         }
