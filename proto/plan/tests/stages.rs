@@ -10,7 +10,7 @@ fn second(of: &str, more: &str) -> ulmus_plan::TuneConfig {
     let first = stage("name = \"a\"\nof = \"base\"\ntemplate = \"own.jinja\"");
     let second = stage(&format!("name = \"b\"\nof = {of:?}\n{more}"));
     let plan = format!("[run]\nname = \"run\"\n[base]\nmodel = \"./model\"\n{first}{second}");
-    let plans = ulmus_plan::read(&plan, &[]).unwrap_or_else(|problems| panic!("{problems}"));
+    let plans = ulmus_plan::read(&plan, &[]).unwrap();
     plans.into_iter().next().unwrap().tune.pop().unwrap()
 }
 
