@@ -20,10 +20,14 @@ pub(crate) async fn complete(tuned: &[Tuned], results: &Results, store: &Store) 
         let measured = measured(&model, tuned, results);
         let path = format!("{folder}/{}", paths::CARD);
         let card = match store.get(&path).await {
-            Ok(card) => String::from_utf8_lossy(&card).into_owned(),
+            Ok(card) => card,
             // Whoever has taken it away does not want it.
             Err(StoreError::NotFound { .. }) => continue,
             Err(error) => return Err(error),
+        };
+        let Ok(card) = String::from_utf8(card.to_vec()) else {
+            tracing::warn!("{path} is not UTF-8, and is left without results");
+            continue;
         };
         let completed = with_results(&card, &measured);
         if completed != card {

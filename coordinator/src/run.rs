@@ -104,7 +104,7 @@ async fn run_disturbed(
     }
     if !finished.killed_one {
         let message = format!(
-            "--demo-failure: no worker was killed, because {} had been finished before; give the run another name",
+            "--demo-failure: no worker was killed, because {} had been trained before; give the run another name",
             disturbed.run.name
         );
         return Err(Failure::new(ExitStatus::InvalidInput, message));
@@ -359,7 +359,10 @@ impl Led {
                 print(&format!("ALARM: cannot write a figure: {}", with_causes(&error)))?;
             }
         }
-        if let Err(error) = cards::complete(&tuned, &results, folder.store()).await {
+        // Workers that were left running may be about to write them.
+        if !outcome.detached
+            && let Err(error) = cards::complete(&tuned, &results, folder.store()).await
+        {
             print(&format!("ALARM: cannot write results into model cards: {}", with_causes(&error)))?;
         }
         if outcome.status == ExitStatus::Done {

@@ -46,9 +46,9 @@ pub use cursors::Cursors;
 pub use document::normalized;
 pub use error::DataError;
 pub use examples::{
-    ChatTemplate, Dropped, Epochs, ExampleFiles, Examples, ExamplesReport, FileGlance, FileReport, Glance,
-    PlanTokenizer, RowContent, RowLine, RowOutcome, RowPart, Update, preprocessor, read_forbidden,
-    read_named, read_template, renderer, stage_template, template_files, tokenizer_folder,
+    CHAT_TEMPLATE, ChatTemplate, Dropped, Epochs, ExampleFiles, Examples, ExamplesReport, FileGlance,
+    FileReport, Glance, PlanTokenizer, RowContent, RowLine, RowOutcome, RowPart, Update, preprocessor,
+    read_forbidden, read_named, read_template, renderer, stage_template, template_files, tokenizer_folder,
 };
 pub use explain::{Excerpt, Explanation};
 pub use line::without_lone_surrogates;

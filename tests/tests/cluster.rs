@@ -302,7 +302,7 @@ fn a_run_that_only_tunes_can_demonstrate_a_failure_too() {
     let again = sandbox.coordinator(&["--demo-failure"]).ends();
     assert_eq!(again.code, Some(2), "{}", again.output);
     assert!(
-        again.output.contains("no worker was killed, because on-failure had been finished"),
+        again.output.contains("no worker was killed, because on-failure had been trained"),
         "{}",
         again.output
     );

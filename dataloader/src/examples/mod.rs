@@ -12,7 +12,7 @@ pub use self::files::ExampleFiles;
 pub use self::line::{RowContent, RowLine, RowPart};
 pub use self::read::{Dropped, Examples, ExamplesReport, FileGlance, FileReport, Glance, RowOutcome};
 pub use self::template::{
-    ChatTemplate, preprocessor, read_forbidden, read_named, read_template, renderer, stage_template,
-    template_files,
+    CHAT_TEMPLATE, ChatTemplate, preprocessor, read_forbidden, read_named, read_template, renderer,
+    stage_template, template_files,
 };
 pub use self::tokenizer::{PlanTokenizer, tokenizer_folder};

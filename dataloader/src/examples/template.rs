@@ -19,8 +19,10 @@ use crate::store::Folder;
 const AUTO: &str = "auto";
 /// The template of the published recipe.
 const RECIPE: &str = "recipe";
+/// The file of a chat template, in the folder of a model or of an adapter.
+pub const CHAT_TEMPLATE: &str = "chat_template.jinja";
 /// Where a tokenizer keeps its template, the first place before the second.
-const PLACES: [&str; 2] = ["chat_template.jinja", "tokenizer_config.json"];
+const PLACES: [&str; 2] = [CHAT_TEMPLATE, "tokenizer_config.json"];
 
 /// A chat template, and what its tokenizer does with plain texts.
 #[derive(Debug, Clone)]

@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use ulmus_dataloader::CHAT_TEMPLATE;
 use ulmus_evaluator::{EvaluatorError, model_folder, read_adapted, tokenizer_place};
 use ulmus_model::hf::{self, HfModel};
 use ulmus_process::{Failure, print};
 use ulmus_types::ExitStatus;
 
-use super::{CHAT_TEMPLATE, failure};
+use super::failure;
 
 /// Files beside a model that say how it is used, and that merging leaves as they are.
 const BESIDE: [&str; 5] =

@@ -16,6 +16,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use ulmus_backend::{Backend, WeightFormat};
+use ulmus_dataloader::CHAT_TEMPLATE;
 use ulmus_device::AnyBackend;
 use ulmus_evaluator::{
     EvaluatorError, LoadedModel, Transcript, folder_of, load_tokenizer, model_folder, read_adapted,
@@ -33,9 +34,6 @@ use merge::Merge;
 use render::Render;
 use run::Run;
 use tasks::{Fetch, Tasks};
-
-/// The file of a chat template, in the folder of a model or of an adapter.
-const CHAT_TEMPLATE: &str = "chat_template.jinja";
 
 /// The default number of tokens to generate, where the context has room for them.
 const MAX_TOKENS: usize = 128;

@@ -114,9 +114,6 @@ pub struct Reference {
     pub folder: String,
     /// Hash of the log-probabilities.
     pub digest: Digest,
-    /// Hash of the weights that they are from; older runs have not kept it.
-    #[serde(default)]
-    pub origin: Option<Digest>,
 }
 
 /// Text that was prepared from local files.

@@ -4,16 +4,16 @@ use std::collections::BTreeMap;
 
 use ulmus_chat::{Item, Rules};
 use ulmus_dataloader::{ExampleFiles, ExamplesReport, preprocessor, stage_template};
+use ulmus_evaluator::EvaluatorError;
 use ulmus_model::AdapterShape;
 use ulmus_plan::{ExamplesConfig, TuneConfig};
 use ulmus_process::with_causes;
 use ulmus_run::paths::{self, ExampleSet};
 use ulmus_run::results::{Dropped, Examples, RowsOf};
-use ulmus_tokenizer::Tokenizer;
-use ulmus_types::{Digest, ErrorKind, Job, Of, StageName, Subject, counted};
+use ulmus_types::{Digest, ErrorKind, Job, Of, StageName, counted};
 
 use super::base::{Base, read_adapter};
-use super::subject::weights_of;
+use super::subject::must_be;
 use crate::WorkerError;
 use crate::examples::{Kept, digest_of, to_bytes};
 use crate::run::Run;
@@ -92,8 +92,10 @@ fn elsewhere(run: &Run, config: &TuneConfig) -> Result<BTreeMap<String, Digest>,
         found.insert(key.to_owned(), Digest::of(bytemuck::cast_slice(&weights)));
     };
     if let Of::Model(place) = &config.of {
-        must_have_tokenizer(run, place)?;
-        keep(TuneConfig::OF, weights_of(run, &Subject::Model(place.clone()))?);
+        let base = Base::read(run, place)?;
+        must_be(&run.plan.model, &base.model.config, place)?;
+        must_have_tokenizer(run, &base, place)?;
+        keep(TuneConfig::OF, base.model.weights);
     }
     if let Some(adapter) = &config.adapter
         && let Some(from) = &adapter.from
@@ -104,18 +106,26 @@ fn elsewhere(run: &Run, config: &TuneConfig) -> Result<BTreeMap<String, Digest>,
     Ok(found)
 }
 
-/// Refuses a model that comes with another tokenizer than the run's.
-fn must_have_tokenizer(run: &Run, place: &str) -> Result<(), WorkerError> {
-    let base = Base::read(run, place)?;
-    let is_another =
-        |(own, _): (Tokenizer, bool)| run.tokenizer().map(|tokenizer| tokenizer.digest() != own.digest());
-    // One without a tokenizer is taken at its word.
-    if base.tokenizer(None).ok().map(is_another).transpose()?.unwrap_or_default() {
-        return Err(WorkerError::Plan(format!(
-            "the model at {place} has another tokenizer than the run; name it as [base] model of a plan of its own"
-        )));
+/// Refuses a model that comes with another tokenizer than the run's. The files may differ: what counts is what texts become.
+fn must_have_tokenizer(run: &Run, base: &Base, place: &str) -> Result<(), WorkerError> {
+    let own = match base.tokenizer(None) {
+        Ok((own, _)) => own,
+        // One without a tokenizer is taken at its word.
+        Err(WorkerError::Evaluation(EvaluatorError::NoTokenizer { .. })) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let tokenizer = run.tokenizer()?;
+    let every_piece: String =
+        (0..tokenizer.pieces() as u32).map(|id| tokenizer.decode(&[id]) + "\n").collect();
+    let is_same = own.pieces() == tokenizer.pieces()
+        && (own.bos(), own.eos()) == (tokenizer.bos(), tokenizer.eos())
+        && own.encode(&every_piece) == tokenizer.encode(&every_piece);
+    if is_same {
+        return Ok(());
     }
-    Ok(())
+    Err(WorkerError::Plan(format!(
+        "the model at {place} has another tokenizer than the run; name it as [base] model of a plan of its own"
+    )))
 }
 
 fn of_stage(tuning: StageName, error: WorkerError) -> WorkerError {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::json;
 use ulmus_checkpoint::{CheckpointError, read_file, read_manifest};
-use ulmus_dataloader::{Manifest, SourceSummary};
+use ulmus_dataloader::{CHAT_TEMPLATE, Manifest, SourceSummary};
 use ulmus_model::hf::{MODELING, SpecialTokens, config_json, generation_config_json};
 use ulmus_model::{
     AdapterShape, CardData, Layout, ModelCard, peft, weights_to_safetensors, weights_to_safetensors_as,
@@ -23,9 +23,6 @@ use crate::WorkerError;
 use crate::examples::{made_by, result};
 use crate::run::Run;
 use crate::snapshot::weights;
-
-/// The chat template beside an adapter.
-const CHAT_TEMPLATE: &str = "chat_template.jinja";
 
 /// A model that is exported.
 pub(super) struct Export<'a> {
@@ -185,19 +182,23 @@ fn write(run: &Run, folder: &str, export: Export<'_>) -> Result<Exported, Worker
     Ok(Exported { folder: folder.to_owned(), files })
 }
 
-/// Where the model is that a tuning stage began from, for people and for PEFT.
+/// Which model a tuning stage began from, for people.
 fn begun_at(plan: &Plan, of: &Of) -> String {
     match (of, &plan.base) {
         (Of::Base, Some(base)) => base.model.clone(),
         (Of::Model(place), _) => place.clone(),
-        (of, _) => {
-            let folder = match of {
-                Of::Tuned(name) => paths::tuned(*name),
-                _ => paths::EXPORT.to_owned(),
-            };
-            format!("{}/{}/{folder}", plan.store.url.trim_end_matches('/'), plan.run.name)
-        }
+        _ => format!("{}/{of}", plan.run.name),
     }
+}
+
+/// The model that PEFT is to load for an adapter: a folder, where there is one.
+fn base_of_adapter(plan: &Plan, of: &Of) -> String {
+    let folder = match of {
+        Of::Tuned(name) => paths::tuned(*name),
+        Of::Average => paths::EXPORT.to_owned(),
+        _ => return begun_at(plan, of),
+    };
+    format!("{}/{}/{folder}", plan.store.url.trim_end_matches('/'), plan.run.name)
 }
 
 /// Writes the model that a tuning stage has made, with its adapter merged, and the adapter in PEFT's layout.
@@ -214,7 +215,7 @@ fn tuned(run: &Run, job: &Job, name: StageName, config: &TuneConfig) -> Result<E
             let shape = AdapterShape::new(&model, adapter)?;
             let adapter = run.wait(weights(&run.store, *checkpoint, shape.layout()))?;
             let folder = paths::adapter(name);
-            let described = peft::config_json(&shape, &begun_at(&run.plan, &config.of));
+            let described = peft::config_json(&shape, &base_of_adapter(&run.plan, &config.of));
             run.write(&format!("{folder}/{}", peft::CONFIG), described.into_bytes())?;
             let template = super::examples::chat_template(run, config)?;
             run.write(&format!("{folder}/{CHAT_TEMPLATE}"), template.into_bytes())?;

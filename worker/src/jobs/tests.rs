@@ -453,3 +453,49 @@ fn what_says_how_a_tokenizer_is_used_goes_with_it() {
     assert_eq!(fixture.run.tokenizer().unwrap().special_names(), ("[begin]", "[end]"));
     assert_eq!(fixture.work(&job("it-examples")).unwrap()["kept"], 1);
 }
+
+#[test]
+fn a_stage_begins_from_another_folder_only_with_the_run_s_tokenizer_and_finite_weights() {
+    let place = tempfile::tempdir().unwrap();
+    let path = |name: &str| place.path().join(name);
+    // The same pieces in another file are the same tokenizer.
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(golden(name), path(name)).unwrap();
+    }
+    let home = tempfile::tempdir().unwrap();
+    let rows = home.path().join("rows.jsonl");
+    std::fs::write(&rows, json!({"text": "a b"}).to_string()).unwrap();
+    let (base, of) = (golden("").display().to_string(), place.path().display().to_string());
+    let stage = format!("name = \"it\"\nof = {of:?}\nmax_length = 64\nbatch = 8\nwarmup = 0");
+    let plan = format!("[base]\nmodel = {base:?}\n[[tune]]\n{stage}\n[[tune.data]]\nurl = {rows:?}\n");
+    let shape = ulmus_plan::shape_overrides(&crate::base_shape(&base, "").unwrap());
+    let fixture = Fixture::of(home, &plan, &shape.iter().map(String::as_str).collect::<Vec<_>>());
+    fixture.work(&job("prepare")).unwrap();
+    let made = fixture.work(&job("it-examples")).unwrap();
+    let weights = Base::read(&fixture.run, &of).unwrap().model.weights;
+    assert_eq!(made["elsewhere"]["of"], Digest::of(bytemuck::cast_slice(&weights)).to_string());
+    let refused = |told: &str| {
+        let error = fixture.work(&job("it-examples")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+        assert!(error.to_string().contains("tune it: ") && error.to_string().contains(told), "{error}");
+    };
+
+    let whole = std::fs::read_to_string(path("tokenizer.json")).unwrap();
+    let mut other: Value = serde_json::from_str(&whole).unwrap();
+    let vocabulary = other["model"]["vocab"].as_object_mut().unwrap();
+    let (one, two) = (vocabulary["ic"].clone(), vocabulary["ot"].clone());
+    vocabulary.insert("ic".to_owned(), two);
+    vocabulary.insert("ot".to_owned(), one);
+    std::fs::write(path("tokenizer.json"), other.to_string()).unwrap();
+    refused("has another tokenizer than the run");
+    std::fs::write(path("tokenizer.json"), "{").unwrap();
+    refused("tokenizer.json");
+    std::fs::write(path("tokenizer.json"), whole).unwrap();
+
+    let model = &fixture.run.plan.model;
+    let mut wrong = weights;
+    wrong[7] = f32::NAN;
+    std::fs::write(path("model.safetensors"), weights_to_safetensors(&Layout::new(model), &wrong).unwrap())
+        .unwrap();
+    refused("1 of ");
+}

@@ -103,7 +103,6 @@ pub(super) fn compute<B: TrainingBackend>(
         examples: values.len() as u64,
         folder,
         digest: Digest::of(bytemuck::cast_slice(&values)),
-        origin: Some(origin),
     };
     run.write(&paths::result(&job.name()), results::to_json(&result))?;
     Ok(serde_json::to_string(&result).expect("results have text keys"))
@@ -131,14 +130,14 @@ pub(super) fn read(
 
 /// Refuses to begin with other weights than those that the stage's log-probabilities are from.
 pub(super) fn must_be_of(run: &Run, recipe: &Recipe, origin: Digest) -> Result<(), WorkerError> {
-    let Some(Tuning { config, .. }) = recipe.tuning().filter(|tuning| tuning.config.method == Method::Dpo)
-    else {
+    let Some(tuning) = recipe.tuning().filter(|tuning| tuning.config.method == Method::Dpo) else {
         return Ok(());
     };
     let training = recipe.training();
-    let job = config.of.job_name(training.reference());
-    let known: results::Reference = result(run, &job)?;
-    if known.origin.is_none_or(|known| known == origin) {
+    let job = tuning.config.of.job_name(training.reference());
+    let results::Reference { folder, .. } = result(run, &job)?;
+    // The name of the folder says what they follow from.
+    if folder == paths::references(training, key(recipe, tuning, origin)) {
         return Ok(());
     }
     Err(WorkerError::Plan(format!(
