@@ -187,13 +187,18 @@ fn a_chain_in_an_object_store_is_the_same_whatever_is_killed() {
         if is_own || name.contains("checkpoints/") {
             continue;
         }
-        let found = kept.stored(name);
-        assert!(found.is_some(), "{name} is not in the store");
+        let mut found = kept.stored(name).unwrap_or_else(|| panic!("{name} is not in the store"));
+        // An adapter says where its base is.
+        if name.ends_with("adapter_config.json") {
+            let text = String::from_utf8(found).expect("JSON is text");
+            assert!(text.contains("s3://runs/of/a team/tiny/tune/dpo/export"), "{text}");
+            found = text.replace("s3://runs/of/a team/", "runs/").into_bytes();
+        }
         let tells_of_times_or_groups = [".csv", "latest", "plan.resolved.toml", "average/manifest.json"]
             .iter()
             .any(|end| name.ends_with(end));
         assert!(
-            tells_of_times_or_groups || name.starts_with("results/") || found == Some(expected),
+            tells_of_times_or_groups || name.starts_with("results/") || found == expected,
             "{name} differs"
         );
     }
