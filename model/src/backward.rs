@@ -40,7 +40,7 @@ impl<B: TrainingBackend> Network<B> {
     }
 
     pub(crate) fn embed_backward(&mut self, weights: &B::Parameters, gradient: &mut B::Buffer<f32>) {
-        let (rows, d) = (self.rows(), self.model_dim);
+        let (rows, d) = (self.rows.count(), self.model_dim);
         let Self { backend, places, trainable, scratch, inputs, embedded, .. } = self;
         let (stream, ids) = (|| read(&scratch.stream, rows * d), || read(inputs, rows));
         if let Some(place) = trainable.place(&places.embedding) {
@@ -61,9 +61,9 @@ impl<B: TrainingBackend> Network<B> {
 
     /// Takes the stream's gradient from the output of a layer's FFN to its input, or to its lowest trained parameter.
     fn ffn_backward(&mut self, weights: &B::Parameters, gradient: &mut B::Buffer<f32>, layer: usize) {
-        let (rows, d) = (self.rows(), self.model_dim);
+        let (rows, d) = (self.rows.count(), self.model_dim);
         let Self { backend, places, trainable, activations, scratch, noise, .. } = self;
-        let pass = pass(backend, weights, [self.sequences, self.length], noise.as_ref());
+        let pass = pass(backend, weights, &self.rows, [self.sequences, self.length], noise.as_ref());
         let at = &places.layers[layer];
         let (ffn, depth_of_proj_1) = (at.dims.ffn_dim, (layer + 1) * LINEARS - 1);
         let Activations { middle, gate_up, adapters: [_, _, kept_1, kept_2], .. } = kept(activations, layer);
@@ -106,13 +106,13 @@ impl<B: TrainingBackend> Network<B> {
 
     /// Takes the stream's gradient from the output of a layer's attention to its input, or to its lowest trained parameter.
     fn attention_backward(&mut self, weights: &B::Parameters, gradient: &mut B::Buffer<f32>, layer: usize) {
-        let (rows, d) = (self.rows(), self.model_dim);
+        let (rows, d) = (self.rows.count(), self.model_dim);
         let Self { backend, places, trainable, x, activations, scratch, rope, noise, .. } = self;
-        let pass = pass(backend, weights, [self.sequences, self.length], noise.as_ref());
+        let pass = pass(backend, weights, &self.rows, [self.sequences, self.length], noise.as_ref());
         let at = &places.layers[layer];
         let heads = heads(at, self.head_dim);
-        let (packed, query, depth_of_qkv) =
-            (rows * heads.packed_width(), rows * heads.query_width(), layer * LINEARS + 1);
+        let (packed, query, depth_of_qkv) = (heads.packed_width(), heads.query_width(), layer * LINEARS + 1);
+        let positions = self.sequences * self.length;
         let Activations { packed: kept_packed, attended, lse, adapters: [kept_qkv, kept_out, ..], .. } =
             kept(activations, layer);
         let Scratch { normed, rotated, rotated_gradient, branch, stream, norms, adapters, .. } = scratch;
@@ -122,39 +122,50 @@ impl<B: TrainingBackend> Network<B> {
             Linear { places: &at.out_proj, number: (layer, 1), kept: kept_out, adapters: &mut *adapters };
         let upstream = || read(stream, rows * d);
         pass.begin_backward(&mut out_proj, gradient, trainable, upstream());
-        pass.backward_weight(&mut out_proj, gradient, trainable, upstream(), read(attended, query));
+        let of_rows = self.rows.at_rows(backend, rotated, attended, query);
+        pass.backward_weight(&mut out_proj, gradient, trainable, upstream(), read(of_rows, rows * query));
         if self.lowest > depth_of_qkv {
             return;
         }
-        pass.backward_input(&mut out_proj, write(branch, query), upstream());
+        if self.rows.are_positions() {
+            pass.backward_input(&mut out_proj, write(branch, rows * query), upstream());
+        } else {
+            pass.backward_input(&mut out_proj, write(rotated, rows * query), upstream());
+            self.rows.gradient_at_positions(backend, branch, rotated, query);
+        }
+        let unrotated = self.rows.at_positions(backend, rotated_gradient, kept_packed, packed);
         backend.qk_norm_rope(
-            write(rotated, packed),
-            read(kept_packed, packed),
+            write(rotated, positions * packed),
+            read(unrotated, positions * packed),
             norms.of(backend.values(weight(&at.qk_norm))),
             rope.at(read(&self.first, self.sequences), self.length),
             heads,
         );
         backend.attention_backward(
-            write(rotated_gradient, packed),
-            read(branch, query),
-            read(attended, query),
-            read(lse, rows * heads.query),
-            read(rotated, packed),
-            read(&self.doc_starts, rows),
+            write(rotated_gradient, positions * packed),
+            read(branch, positions * query),
+            read(attended, positions * query),
+            read(lse, positions * heads.query),
+            read(rotated, positions * packed),
+            read(&self.doc_starts, positions),
             AttentionShape { sequences: self.sequences, length: self.length, heads },
         );
+        let unrotated = self.rows.at_positions(backend, rotated, kept_packed, packed);
         backend.qk_norm_rope_backward(
-            write(kept_packed, packed),
+            write(unrotated, positions * packed),
             trainable.place(&at.qk_norm).map(|place| ViewMut::new(gradient, place)),
-            read(rotated_gradient, packed),
+            read(rotated_gradient, positions * packed),
             norms.of(backend.values(weight(&at.qk_norm))),
             rope.at(read(&self.first, self.sequences), self.length),
             heads,
         );
+        if !self.rows.are_positions() {
+            self.rows.gradient_at_rows(backend, kept_packed, rotated, packed);
+        }
 
         let mut qkv =
             Linear { places: &at.qkv, number: (layer, 0), kept: kept_qkv, adapters: &mut *adapters };
-        let upstream = || read(kept_packed, packed);
+        let upstream = || read(kept_packed, rows * packed);
         pass.begin_backward(&mut qkv, gradient, trainable, upstream());
         let norm = norms.of(backend.values(weight(&at.attn_norm)));
         backend.norm(write(normed, rows * d), read(&x[layer], rows * d), norm);

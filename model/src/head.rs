@@ -16,7 +16,7 @@ impl<B: TrainingBackend> Network<B> {
     /// The head and the loss. With `gradient`, computes those of the weights of the head, if they are trained, and of its
     /// input, `[R, D]`: it is in `normed` if only some rows go through the head, and otherwise in `branch`.
     fn head(&mut self, weights: &B::Parameters, gradient: Option<&mut B::Buffer<f32>>) {
-        let (rows, count, d) = (self.rows(), self.head_rows(), self.model_dim);
+        let (rows, count, d) = (self.rows.count(), self.head_rows(), self.model_dim);
         let (is_sparse, is_weighted) =
             (self.objective.is_sparse(), matches!(self.objective, Objective::Preferences(_)));
         let Self { backend, places, trainable, label_rows, .. } = self;
@@ -51,7 +51,7 @@ impl<B: TrainingBackend> Network<B> {
     /// From the final norm's output to the loss, and back to the stream's gradient.
     pub(crate) fn head_backward(&mut self, weights: &B::Parameters, gradient: &mut B::Buffer<f32>) {
         self.head(weights, Some(gradient));
-        let (len, layers) = (self.rows() * self.model_dim, self.places.layers.len());
+        let (len, layers) = (self.rows.count() * self.model_dim, self.places.layers.len());
         let Scratch { stream, branch, normed, norms, .. } = &mut self.scratch;
         let final_norm = &self.places.final_norm;
         self.backend.norm_backward(
@@ -68,10 +68,10 @@ impl<B: TrainingBackend> Network<B> {
     /// losses of pairs. The head has made the cross-entropies.
     pub(crate) fn weigh(&mut self, batch: &MicroBatch, preference: &Preference) {
         self.read_losses(batch);
-        let Self { backend, scores, labels: [rows, _], weights_on_host, row_weights, length, .. } = self;
+        let Self { backend, scores, rows, labels: [labelled, _], weights_on_host, row_weights, .. } = self;
         weights_on_host.clear();
-        weights_on_host.extend(rows.iter().map(|row| {
-            let sequence = *row as usize / *length;
+        weights_on_host.extend(labelled.iter().map(|row| {
+            let sequence = rows.positions()[*row as usize] as usize / batch.length;
             let pair =
                 preference.pair(answer(scores, batch, sequence & !1), answer(scores, batch, sequence | 1));
             // The log-probability falls as the cross-entropy rises.
@@ -83,7 +83,7 @@ impl<B: TrainingBackend> Network<B> {
     /// Copies the losses of the loaded batch to the host, and adds them up by sequence.
     fn read_losses(&mut self, batch: &MicroBatch) {
         let count = self.head_rows();
-        let Self { backend, losses: [cross_entropy, lse], scores, labels, length, .. } = self;
+        let Self { backend, losses: [cross_entropy, lse], scores, labels, rows, .. } = self;
         backend.download(read(&self.cross_entropy, count), &mut cross_entropy[..count]);
         backend.download(read(&self.lse, count), &mut lse[..count]);
         scores.clear();
@@ -96,7 +96,7 @@ impl<B: TrainingBackend> Network<B> {
                 (index, batch.targets[index])
             };
             if target != IGNORE {
-                let score = &mut scores[row / *length];
+                let score = &mut scores[rows.positions()[row] as usize / batch.length];
                 score.log_probability -= f64::from(*ce);
                 score.tokens += 1;
             }

@@ -27,6 +27,7 @@ mod params;
 pub mod peft;
 mod pickle;
 mod replica;
+mod rows;
 mod sample;
 mod tensors;
 

@@ -147,8 +147,10 @@ impl<B: TrainingBackend> Adapters<B> {
 pub(crate) struct Noise<'a, B: TrainingBackend> {
     /// The number of each sequence in two words.
     pub sequences: View<'a, B::Buffer<u32>>,
-    /// Rows per sequence.
+    /// Positions per sequence.
     pub length: usize,
+    /// The position of each row.
+    pub positions: View<'a, B::Buffer<u32>>,
     pub seed: u64,
     pub rate: f32,
 }
@@ -193,6 +195,7 @@ impl<'a, B: TrainingBackend> Pass<'a, B> {
         self.noise.as_ref().map(|noise| Dropout {
             sequences: noise.sequences.clone(),
             length: noise.length,
+            positions: noise.positions.clone(),
             key: dropout_key(noise.seed, adapter.number),
             rate: noise.rate,
         })

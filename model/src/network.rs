@@ -8,8 +8,10 @@
 //! (both are in `backward.rs`). A pass is cut into *segments*. After each segment another part of the gradient
 //! is complete and can be summed while the next one is computed; where the device records passes, each segment is one
 //! recording. Passes over batches of different shapes, or with different numbers of labels, are not recorded.
+//! Where only some positions have labels, what no label depends on is not computed at all (`rows.rs`).
 //!
-//! `x` is the residual stream: `x = embedding`, and in each layer `x += attention(norm(x))`, then `x += ffn(norm(x))`.
+//! `x` is the residual stream: `x = embedding`, and in each layer `x += attention(norm(x))`, then `x += ffn(norm(x))`. P
+//! is the number of positions of a batch, and R that of its rows, of which there are at most as many.
 
 use std::ops::Range;
 
@@ -22,13 +24,14 @@ use crate::error::ModelError;
 use crate::linear::{Adapters, KeptAdapter, Linear, Noise, Pass};
 use crate::objective::{Objective, SequenceScore};
 use crate::params::{LINEARS, LayerPlaces, Places, Trainable};
+use crate::rows::Rows;
 
 /// Results of one layer's forward pass that its backward pass needs and cannot cheaply compute again.
 #[derive(Debug)]
 pub(crate) struct Activations<B: TrainingBackend> {
     /// Queries, keys and values, `[R, packed]`; their gradient in the backward pass.
     pub packed: B::Activations,
-    /// The attention's output, `[R, query width]`.
+    /// The attention's output, `[P, query width]`.
     pub attended: B::Activations,
     /// Logsumexp of the scores, `[sequences, query heads, length]`.
     pub lse: B::Buffer<f32>,
@@ -89,7 +92,7 @@ impl Widths {
 pub(crate) struct Scratch<B: TrainingBackend> {
     /// The normed stream: the input of attention, FFN or head, `[R, D]`.
     pub normed: B::Activations,
-    /// Queries and keys after norm and rotation, and the values, `[R, packed]`.
+    /// Queries and keys after norm and rotation, and the values, `[P, packed]`.
     pub rotated: B::Activations,
     /// The gradient of `rotated`.
     pub rotated_gradient: B::Activations,
@@ -166,11 +169,14 @@ pub(crate) struct Network<B: TrainingBackend> {
     pub(crate) rope: RopeTables<B>,
     /// The position at which each sequence begins: always 0.
     pub(crate) first: B::Buffer<u32>,
+    pub(crate) rows: Rows<B>,
+    /// The token of each row.
     pub(crate) inputs: B::Buffer<u32>,
+    inputs_on_host: Vec<u32>,
     /// The targets of the rows that go through the head.
     pub(crate) targets: B::Buffer<u32>,
     pub(crate) doc_starts: B::Buffer<u32>,
-    /// The rows that go through the head and their targets, if those are not all rows.
+    /// The rows that go through the head and their targets, if those are not all positions.
     pub(crate) labels: [Vec<u32>; 2],
     pub(crate) label_rows: B::Buffer<u32>,
     /// The weight of the loss of each row that goes through the head; only for preferences.
@@ -259,7 +265,9 @@ impl<B: TrainingBackend> Network<B> {
             vocabulary: config.vocab_size,
             rope: RopeTables::new(plan, config, length)?,
             first: plan.buffer(sequences)?,
+            rows: Rows::new(plan, rows)?,
             inputs: plan.buffer(rows)?,
+            inputs_on_host: Vec::with_capacity(rows),
             targets: plan.buffer(rows)?,
             doc_starts: plan.buffer(rows)?,
             labels: [Vec::with_capacity(sparse), Vec::with_capacity(sparse)],
@@ -295,27 +303,29 @@ impl<B: TrainingBackend> Network<B> {
         self.planned_bytes
     }
 
-    pub(crate) fn rows(&self) -> usize {
-        self.sequences * self.length
-    }
-
     /// Number of rows that go through the head.
     pub(crate) fn head_rows(&self) -> usize {
-        if self.objective.is_sparse() { self.labels[0].len() } else { self.rows() }
+        if self.objective.is_sparse() { self.labels[0].len() } else { self.rows.count() }
     }
 
-    /// Puts a batch on the device.
+    /// Puts a batch on the device, to compute all that its losses depend on.
     pub(crate) fn load(&mut self, batch: &MicroBatch) -> Result<(), ModelError> {
+        self.load_rows(batch, self.objective.is_sparse())
+    }
+
+    /// Puts a batch on the device, to compute all of its positions, or only what its losses depend on.
+    pub(crate) fn load_rows(&mut self, batch: &MicroBatch, only_needed: bool) -> Result<(), ModelError> {
         batch.check(self.shape, self.vocabulary)?;
         (self.sequences, self.length) = (batch.sequences, batch.length);
-        let rows = self.rows();
+        let in_pairs = matches!(self.objective, Objective::Preferences(_));
+        self.rows.set(&self.backend, batch, only_needed, in_pairs);
         let mut targets = &batch.targets;
         if self.objective.is_sparse() {
             let [label_rows, label_targets] = &mut self.labels;
             label_rows.clear();
             label_targets.clear();
-            for (row, target) in (0..).zip(targets).filter(|(_, target)| **target != IGNORE) {
-                label_rows.push(row);
+            for (position, target) in targets.iter().enumerate().filter(|(_, target)| **target != IGNORE) {
+                label_rows.push(self.rows.of(position));
                 label_targets.push(*target);
             }
             // A row without a target makes the gradient of the head zero; no row would leave it as it was.
@@ -327,8 +337,11 @@ impl<B: TrainingBackend> Network<B> {
             self.backend.upload(write(&mut self.label_rows, label_rows.len()), label_rows);
         }
         self.backend.upload(write(&mut self.targets, targets.len()), targets);
-        self.backend.upload(write(&mut self.inputs, rows), &batch.inputs);
-        self.backend.upload(write(&mut self.doc_starts, rows), &batch.doc_starts);
+        let Self { inputs_on_host: inputs, rows, .. } = self;
+        inputs.clear();
+        inputs.extend(rows.positions().iter().map(|position| batch.inputs[*position as usize]));
+        self.backend.upload(write(&mut self.inputs, inputs.len()), inputs);
+        self.backend.upload(write(&mut self.doc_starts, batch.doc_starts.len()), &batch.doc_starts);
         if let Some(NoiseSource { sequences, words, .. }) = &mut self.noise {
             words.clear();
             for number in (0..batch.sequences as u64).map(|index| batch.number.wrapping_add(index)) {
@@ -348,7 +361,7 @@ impl<B: TrainingBackend> Network<B> {
 
     /// The forward pass of the loaded batch, up to the final norm.
     pub(crate) fn forward(&mut self, weights: &B::Parameters) {
-        let (rows, d) = (self.rows(), self.model_dim);
+        let (rows, d) = (self.rows.count(), self.model_dim);
         self.embed(weights);
         self.norm_input(weights, 0);
         for layer in 0..self.places.layers.len() {
@@ -368,7 +381,7 @@ impl<B: TrainingBackend> Network<B> {
     }
 
     fn embed(&mut self, weights: &B::Parameters) {
-        let (rows, d) = (self.rows(), self.model_dim);
+        let (rows, d) = (self.rows.count(), self.model_dim);
         let Self { backend, places, x, inputs, embedded, .. } = self;
         let weight = |range: &Range<usize>| View::new(weights, range.clone());
         backend.embed(write(&mut x[0], rows * d), weight(&places.embedding), read(inputs, rows), d);
@@ -382,7 +395,7 @@ impl<B: TrainingBackend> Network<B> {
 
     /// Computes a layer's normed input from the stream before it.
     pub(crate) fn norm_input(&mut self, weights: &B::Parameters, layer: usize) {
-        let len = self.rows() * self.model_dim;
+        let len = self.rows.count() * self.model_dim;
         let attn_norm = self.places.layers[layer].attn_norm.clone();
         self.backend.norm(
             write(&mut self.scratch.normed, len),
@@ -393,36 +406,40 @@ impl<B: TrainingBackend> Network<B> {
 
     /// Computes everything that a layer's backward pass needs: from its normed input to both halves of `proj_1`.
     pub(crate) fn layer(&mut self, weights: &B::Parameters, layer: usize) {
-        let (rows, d) = (self.rows(), self.model_dim);
-        let Self { backend, places, scratch, rope, x, activations, noise, .. } = self;
-        let pass = pass(backend, weights, [self.sequences, self.length], noise.as_ref());
+        let (rows, d) = (self.rows.count(), self.model_dim);
+        let Self { backend, places, scratch, rope, x, activations, noise, sequences, length, .. } = self;
+        let (sequences, length) = (*sequences, *length);
+        let positions = sequences * length;
+        let pass = pass(backend, weights, &self.rows, [sequences, length], noise.as_ref());
         let weight = |range: &Range<usize>| View::new(weights, range.clone());
         let at = &places.layers[layer];
         let heads = heads(at, self.head_dim);
-        let (packed, query, ffn) = (rows * heads.packed_width(), rows * heads.query_width(), at.dims.ffn_dim);
+        let (packed, query, ffn) = (heads.packed_width(), heads.query_width(), at.dims.ffn_dim);
         let Activations { packed: kept_packed, attended, lse, middle, gate_up, adapters: kept } =
             kept(activations, layer);
         let [kept_qkv, kept_out, kept_1, _] = kept;
-        let Scratch { normed, rotated, branch, norms, adapters, .. } = scratch;
+        let Scratch { normed, rotated, rotated_gradient: free, branch, norms, adapters, .. } = scratch;
         let linear = Linear { places: &at.qkv, number: (layer, 0), kept: kept_qkv, adapters: &mut *adapters };
-        pass.forward(linear, write(kept_packed, packed), read(normed, rows * d));
+        pass.forward(linear, write(kept_packed, rows * packed), read(normed, rows * d));
+        let unrotated = self.rows.at_positions(backend, free, kept_packed, packed);
         backend.qk_norm_rope(
-            write(rotated, packed),
-            read(kept_packed, packed),
+            write(rotated, positions * packed),
+            read(unrotated, positions * packed),
             norms.of(backend.values(weight(&at.qk_norm))),
-            rope.at(read(&self.first, self.sequences), self.length),
+            rope.at(read(&self.first, sequences), length),
             heads,
         );
         backend.attention(
-            write(attended, query),
-            write(lse, rows * heads.query),
-            read(rotated, packed),
-            read(&self.doc_starts, rows),
-            AttentionShape { sequences: self.sequences, length: self.length, heads },
+            write(attended, positions * query),
+            write(lse, positions * heads.query),
+            read(rotated, positions * packed),
+            read(&self.doc_starts, positions),
+            AttentionShape { sequences, length, heads },
         );
+        let attended = self.rows.at_rows(backend, rotated, attended, query);
         let linear =
             Linear { places: &at.out_proj, number: (layer, 1), kept: kept_out, adapters: &mut *adapters };
-        pass.forward(linear, write(branch, rows * d), read(attended, query));
+        pass.forward(linear, write(branch, rows * d), read(attended, rows * query));
         backend.add_norm(
             write(middle, rows * d),
             write(normed, rows * d),
@@ -437,9 +454,9 @@ impl<B: TrainingBackend> Network<B> {
 
     /// Computes what a layer's FFN adds to the stream, from both halves of `proj_1`.
     pub(crate) fn ffn_output(&mut self, weights: &B::Parameters, layer: usize) {
-        let (rows, d) = (self.rows(), self.model_dim);
+        let (rows, d) = (self.rows.count(), self.model_dim);
         let Self { backend, places, activations, scratch, noise, .. } = self;
-        let pass = pass(backend, weights, [self.sequences, self.length], noise.as_ref());
+        let pass = pass(backend, weights, &self.rows, [self.sequences, self.length], noise.as_ref());
         let at = &places.layers[layer];
         let ffn = at.dims.ffn_dim;
         let Activations { gate_up, adapters: [_, _, _, kept], .. } = kept(activations, layer);
@@ -500,20 +517,22 @@ impl<B: TrainingBackend> Network<B> {
     }
 }
 
-/// What the linear layers of a pass over sequences of that number and length share.
+/// What the linear layers of a pass over some rows of sequences of that number and length share.
 pub(crate) fn pass<'a, B: TrainingBackend>(
     backend: &'a B,
     weights: &'a B::Parameters,
+    rows: &'a Rows<B>,
     [sequences, length]: [usize; 2],
     noise: Option<&'a NoiseSource<B>>,
 ) -> Pass<'a, B> {
     let noise = noise.filter(|noise| noise.is_on).map(|noise| Noise {
         sequences: read(&noise.sequences, 2 * sequences),
         length,
+        positions: rows.positions_on_device(),
         seed: noise.seed,
         rate: noise.rate,
     });
-    Pass { backend, weights, rows: sequences * length, noise }
+    Pass { backend, weights, rows: rows.count(), noise }
 }
 
 /// The place of a layer's activations.

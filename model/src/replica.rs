@@ -393,10 +393,10 @@ impl<B: TrainingBackend> Replica<B> {
     /// # Errors
     /// Those of [`Replica::forward_backward`].
     pub fn hidden(&mut self, batch: &MicroBatch) -> Result<Vec<f32>, ModelError> {
-        self.network.load(batch)?;
+        self.network.load_rows(batch, false)?;
         let Self { backend, network, weights, .. } = self;
         backend.run(|| network.forward(weights));
-        let mut hidden = vec![0.0; network.rows() * network.model_dim];
+        let mut hidden = vec![0.0; batch.inputs.len() * network.model_dim];
         backend.read_activations(read(&network.scratch.normed, hidden.len()), &mut hidden);
         Ok(hidden)
     }

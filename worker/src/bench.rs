@@ -184,7 +184,12 @@ fn bench_on<B: TrainingBackend>(backend: B, config: BenchConfig) -> Result<Bench
         let mut tokens = || -> Vec<u32> {
             (0..batch * sequence).map(|_| random.random_range(0..model.vocab_size as u32)).collect()
         };
-        let (inputs, mut targets) = (tokens(), tokens());
+        let (mut inputs, mut targets) = (tokens(), tokens());
+        // Both answers of a pair follow the same prompt.
+        for pair in inputs.chunks_mut(2 * sequence).filter(|_| preferences) {
+            let (one, other) = pair.split_at_mut(sequence);
+            other[..prompt].copy_from_slice(&one[..prompt]);
+        }
         targets.chunks_mut(sequence).for_each(|targets| targets[..prompt].fill(IGNORE));
         let mut micro_batch = MicroBatch::of_whole_documents(batch, sequence, inputs, targets);
         micro_batch.number = step * batch as u64;

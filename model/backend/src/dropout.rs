@@ -10,8 +10,10 @@ use super::{Backend, In};
 pub struct Dropout<'a, B: Backend> {
     /// The number of each sequence, `[sequences, 2]`: low word, then high word.
     pub sequences: In<'a, B, u32>,
-    /// Rows per sequence.
+    /// Positions per sequence.
     pub length: usize,
+    /// The position of each row, counted over all sequences.
+    pub positions: In<'a, B, u32>,
     /// Tells these elements from those that other seeds and other layers leave out.
     pub key: u64,
     /// The probability with which an element is left out, from 0 to below 1; the others are multiplied by
@@ -21,7 +23,7 @@ pub struct Dropout<'a, B: Backend> {
 
 impl<B: Backend> Clone for Dropout<'_, B> {
     fn clone(&self) -> Self {
-        Self { sequences: self.sequences.clone(), ..*self }
+        Self { sequences: self.sequences.clone(), positions: self.positions.clone(), ..*self }
     }
 }
 

@@ -302,6 +302,9 @@ pub trait TrainingBackend: Backend {
     /// `out[rows[r]] = x[r]`, and 0 in all other rows; rows have `width` elements, and no two of `rows` are equal.
     fn scatter(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, rows: In<'_, Self, u32>, width: usize);
 
+    /// `out[r] += x[rows[r]]`, with rows of `width` elements.
+    fn gather_add(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, rows: In<'_, Self, u32>, width: usize);
+
     /// Puts a part of `x` into `out`, or adds it if `accumulate`; rows have `width` elements.
     fn dropout(
         &self,

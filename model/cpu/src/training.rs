@@ -23,8 +23,8 @@ fn output(accumulate: bool) -> Output {
 
 impl<'a> From<Dropout<'a, Cpu>> for adapter::Noise<'a> {
     fn from(dropout: Dropout<'a, Cpu>) -> Self {
-        let Dropout { sequences, length, key, rate } = dropout;
-        Self { sequences: sequences.slice(), length, key, rate }
+        let Dropout { sequences, length, positions, key, rate } = dropout;
+        Self { sequences: sequences.slice(), length, positions: positions.slice(), key, rate }
     }
 }
 
@@ -211,6 +211,11 @@ impl TrainingBackend for Cpu {
     fn scatter(&self, out: Out<'_, Self>, x: In<'_, Self>, rows: In<'_, Self, u32>, width: usize) {
         let _span = trace_span!("gather").entered();
         linear::scatter(out.slice(), x.slice(), rows.slice(), width);
+    }
+
+    fn gather_add(&self, out: Out<'_, Self>, x: In<'_, Self>, rows: In<'_, Self, u32>, width: usize) {
+        let _span = trace_span!("gather").entered();
+        linear::gather_add(out.slice(), x.slice(), rows.slice(), width);
     }
 
     fn dropout(

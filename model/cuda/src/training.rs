@@ -270,6 +270,14 @@ impl TrainingBackend for Cuda {
             out, x, rows.address(), width as i32);
     }
 
+    fn gather_add(&self, out: ActsMut<'_, Self>, x: Acts<'_, Self>, rows: In<'_, Self, u32>, width: usize) {
+        let _kernel = self.kernel(trace_span!("gather"));
+        let (count, out, x) = (rows.len(), out.address(), x.address());
+        let vector = self.vector(&[width], &[out, x]);
+        launch!(self, Program::Adapter, vector, "gather_add", columns(count, width, vector), line(THREADS), 0;
+            out, x, rows.address(), width as i32);
+    }
+
     fn dropout(
         &self,
         out: ActsMut<'_, Self>,
@@ -280,7 +288,7 @@ impl TrainingBackend for Cuda {
         accumulate: bool,
     ) {
         let _kernel = self.kernel(trace_span!("adapter"));
-        let Dropout { sequences, length, key, rate } = dropout;
+        let Dropout { sequences, length, positions, key, rate } = dropout;
         let (threshold, factor) = dropout_threshold(rate);
         let (kept, left_out) = match part {
             DropoutPart::Kept => (factor, 0.0_f32),
@@ -289,8 +297,8 @@ impl TrainingBackend for Cuda {
         let (rows, out, x) = (x.len() / width, out.address(), x.address());
         let vector = self.vector(&[width], &[out, x]);
         launch!(self, Program::Adapter, vector, "dropout", columns(rows, width, vector), line(THREADS), 0;
-            out, x, sequences.address(), length as i32, key.cast_signed(), threshold.cast_signed(), kept, left_out,
-            width as i32, i32::from(accumulate));
+            out, x, sequences.address(), length as i32, positions.address(), key.cast_signed(), threshold.cast_signed(),
+            kept, left_out, width as i32, i32::from(accumulate));
     }
 
     fn gains(

@@ -186,10 +186,13 @@ fn adapters<B: TrainingBackend>(device: &Device<B>) -> Outputs {
     device.0.scale(all_mut(&mut inner, rows * rank), 0.75);
     outputs.push(("a product that is added, and scaled".to_owned(), device.get_acts(&inner, rows * rank)));
     let sequences = device.put(&[5_u32, 0, 6, 1]);
+    let positions: Vec<u32> = (0..rows as u32).rev().collect();
+    let positions = device.put(&positions);
     for (part, accumulate) in [(DropoutPart::Kept, true), (DropoutPart::Rest, false)] {
         let mut out = device.acts(&numbers(rows * inputs, 4));
         let (sequences, length) = (all(&sequences, 4), rows / 2);
-        let dropout = Dropout { sequences, length, key: 77, rate: 0.25 };
+        let positions = all(&positions, rows);
+        let dropout = Dropout { sequences, length, positions, key: 77, rate: 0.25 };
         device.0.dropout(all_mut(&mut out, rows * inputs), x(), dropout, inputs, part, accumulate);
         outputs.push((format!("dropout, {part:?}"), device.get_acts(&out, rows * inputs)));
     }
@@ -197,6 +200,11 @@ fn adapters<B: TrainingBackend>(device: &Device<B>) -> Outputs {
     let to = device.put(&to);
     let scattered = of_acts(100 * inputs, &|out| device.0.scatter(out, x(), all(&to, rows), inputs));
     outputs.push(("scattered rows".to_owned(), scattered));
+    let mut added = device.acts(&numbers(rows * inputs, 7));
+    let from: Vec<u32> = (0..rows as u32).map(|row| (row * 7) % rows as u32).collect();
+    let from = device.put(&from);
+    device.0.gather_add(all_mut(&mut added, rows * inputs), x(), all(&from, rows), inputs);
+    outputs.push(("added rows".to_owned(), device.get_acts(&added, rows * inputs)));
     let gains = device.put(&numbers(2 * inputs, 5));
     let scaled = of_acts(rows * inputs, &|out| device.0.scale_columns(out, x(), all(&gains, inputs), false));
     outputs.push(("scaled columns".to_owned(), scaled));

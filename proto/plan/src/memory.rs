@@ -160,7 +160,8 @@ fn network_elements(model: &ModelConfig, batch: &Batch) -> u128 {
     }
     let activations = if batch.recompute { kept(query, packed, ffn) } else { sum };
     let streams = (layers.len() as u64 + 1) * d;
-    let tokens_and_losses = 3 + 2;
+    // Tokens, targets and documents; rows and positions of each other; losses.
+    let tokens_and_losses = 3 + 3 + 2;
     let scratch = 2 * d + d.max(query * head) + 2 * packed + ffn;
     let per_row = activations + streams + tokens_and_losses + scratch;
     let norms = model.norm_scratch(rows as usize) as u64;

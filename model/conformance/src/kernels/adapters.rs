@@ -72,6 +72,10 @@ fn scattered_rows<B: TrainingBackend>(device: &Device<B>) {
         let out_ = device.acts(&out);
         device.0.gather(all_mut(&mut back, x.len()), all(&out_, out.len()), all(&rows_, 3), width);
         assert_eq!(device.get_acts(&back, x.len()), x);
+        let before = random(x.len(), 2);
+        let mut added = device.acts(&before);
+        device.0.gather_add(all_mut(&mut added, x.len()), all(&out_, out.len()), all(&rows_, 3), width);
+        assert_close("added rows", &device.get_acts(&added, x.len()), &sum(&x, &before), FORWARD);
     }
 }
 
@@ -95,20 +99,24 @@ fn dropout<B: TrainingBackend>(device: &Device<B>) {
     let words: Vec<u32> =
         sequences.iter().flat_map(|number| [*number as u32, (number >> 32) as u32]).collect();
     let words_ = device.put(&words);
+    // Not all positions have a row, and rows are in any order.
+    let positions: Vec<u32> = (0..(sequences.len() * length) as u32).rev().filter(|at| at % 5 != 1).collect();
+    let (rows, positions_) = (positions.len(), device.put(&positions));
     for width in [5, 64] {
-        let rows = sequences.len() * length;
         let (x, before) = (random(rows * width, 1), random(rows * width, 2));
         let (threshold, factor) = dropout_threshold(rate);
         let kept = |index: usize| {
             let (row, column) = (index / width, (index % width) as u32);
-            let row = dropout_row(key, sequences[row / length], (row % length) as u64);
+            let position = positions[row] as usize;
+            let row = dropout_row(key, sequences[position / length], (position % length) as u64);
             if dropout_keeps(row, column, threshold) { f64::from(factor) } else { 0.0 }
         };
         let x_ = device.acts(&x);
         for part in [DropoutPart::Kept, DropoutPart::Rest] {
             for accumulate in [false, true] {
                 let mut out = device.acts(&if accumulate { before.clone() } else { vec![f32::NAN; x.len()] });
-                let noise = Dropout { sequences: all(&words_, words.len()), length, key, rate };
+                let (sequences, positions) = (all(&words_, words.len()), all(&positions_, rows));
+                let noise = Dropout { sequences, length, positions, key, rate };
                 let into = all_mut(&mut out, x.len());
                 device.0.dropout(into, all(&x_, x.len()), noise, width, part, accumulate);
                 let expected: Vec<f64> = (0..x.len())

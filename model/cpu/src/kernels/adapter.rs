@@ -30,6 +30,7 @@ vectorised! {
 pub(crate) struct Noise<'a> {
     pub sequences: &'a [u32],
     pub length: usize,
+    pub positions: &'a [u32],
     pub key: u64,
     pub rate: f32,
 }
@@ -37,9 +38,10 @@ pub(crate) struct Noise<'a> {
 impl Noise<'_> {
     /// The key of a row.
     fn row(&self, row: usize) -> u64 {
-        let sequence = &self.sequences[2 * (row / self.length)..][..2];
+        let position = self.positions[row] as usize;
+        let sequence = &self.sequences[2 * (position / self.length)..][..2];
         let sequence = u64::from(sequence[0]) | u64::from(sequence[1]) << 32;
-        dropout_row(self.key, sequence, (row % self.length) as u64)
+        dropout_row(self.key, sequence, (position % self.length) as u64)
     }
 }
 

@@ -29,6 +29,13 @@ pub(crate) fn scatter(out: &mut [f32], x: &[f32], rows: &[u32], width: usize) {
     }
 }
 
+/// `out[r] += x[rows[r]]`.
+pub(crate) fn gather_add(out: &mut [f32], x: &[f32], rows: &[u32], width: usize) {
+    for (out, row) in out.chunks_exact_mut(width).zip(rows) {
+        add_row(out, &x[*row as usize * width..][..width]);
+    }
+}
+
 vectorised! {
     fn add_row(y: &mut [f32], x: &[f32]) {
         axpy(y, 1.0, x);

@@ -28,6 +28,21 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     store(out + (size_t)rows[blockIdx.x] * width + column, own);
 }
 
+// out[r] += x[rows[r]].
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gather_add(act *out, const act *x, const unsigned *rows, int width) {
+    begin_kernel();
+    int column = own_column();
+    if (column >= width) return;
+    float own[VEC], sum[VEC];
+    load(own, x + (size_t)rows[blockIdx.x] * width + column);
+    act *to = out + (size_t)blockIdx.x * width + column;
+    load(sum, to);
+#pragma unroll
+    for (int i = 0; i < VEC; i++) sum[i] += own[i];
+    store(to, sum);
+}
+
 // The hash that spreads every bit, as in dropout.rs of the backend crate, which says what is left out.
 DEVICE unsigned long long mix(unsigned long long x) {
     x += 0x9e3779b97f4a7c15ull;
@@ -49,12 +64,13 @@ DEVICE bool keeps(unsigned long long row, unsigned column, unsigned threshold) {
 
 // out = x times the factor of each element, or out += that.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    dropout(act *out, const act *x, const unsigned *sequences, int length, long long key, int threshold, float kept,
-            float left_out, int width, int accumulate) {
+    dropout(act *out, const act *x, const unsigned *sequences, int length, const unsigned *positions,
+            long long key, int threshold, float kept, float left_out, int width, int accumulate) {
     begin_kernel();
     int column = own_column();
     if (column >= width) return;
-    int sequence = blockIdx.x / length, position = blockIdx.x % length;
+    unsigned at_all = positions[blockIdx.x];
+    int sequence = at_all / length, position = at_all % length;
     unsigned long long number = sequences[2 * sequence] | (unsigned long long)sequences[2 * sequence + 1] << 32;
     unsigned long long row = mix(mix((unsigned long long)key + number) + (unsigned long long)position);
     size_t at = (size_t)blockIdx.x * width + column;
