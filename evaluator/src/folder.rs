@@ -16,8 +16,7 @@ use ulmus_model::peft::{self, Adapter};
 use ulmus_plan::ModelConfig;
 use ulmus_run::paths;
 use ulmus_tokenizer::Tokenizer;
-use ulmus_types::Digest;
-use ulmus_types::{is_pointer, without_mark};
+use ulmus_types::{Digest, is_pointer, without_mark};
 
 use crate::error::EvaluatorError;
 
@@ -86,20 +85,34 @@ pub fn read_model(place: &Path) -> Result<HfModel, EvaluatorError> {
     Ok(hf::read(place)?)
 }
 
-/// Reads a model as [`read_model`] does, and adds an adapter in PEFT's layout to its weights, if there is one.
+/// Reads a model as [`read_model`] does, and adds an adapter in PEFT's layout to its weights, if there is one. Answers also with a
+/// remark if the adapter is known to have been trained on other weights.
 ///
 /// # Errors
 /// Those of [`read_model`], and when the adapter is damaged or does not fit the model.
-pub fn read_adapted(place: &Path, adapter: Option<&Path>) -> Result<HfModel, EvaluatorError> {
+pub fn read_adapted(
+    place: &Path,
+    adapter: Option<&Path>,
+) -> Result<(HfModel, Option<String>), EvaluatorError> {
     let HfModel { config, weights, tokens } = read_model(place)?;
-    let Some(directory) = adapter else { return Ok(HfModel { config, weights, tokens }) };
+    let Some(directory) = adapter else { return Ok((HfModel { config, weights, tokens }, None)) };
     if !directory.join(peft::CONFIG).is_file() {
         return Err(EvaluatorError::NotAnAdapter { path: directory.to_owned() });
     }
     refuse_pointers(directory)?;
-    let Adapter { shape, weights: adapter } = peft::read(directory, &config)?;
+    let Adapter { shape, weights: adapter, base } = peft::read(directory, &config)?;
+    let is_other = base.is_some_and(|base| base != Digest::of(bytemuck::cast_slice(&weights)));
+    let remark = is_other.then(|| {
+        format!(
+            "the adapter in {} was trained on other weights than those of {}, or on these in another precision; its \
+             {} names its base",
+            directory.display(),
+            place.display(),
+            peft::CONFIG
+        )
+    });
     let weights = shape.merge(&config, weights, &adapter)?;
-    Ok(HfModel { config: shape.merged_config(&config), weights, tokens })
+    Ok((HfModel { config: shape.merged_config(&config), weights, tokens }, remark))
 }
 
 /// Where the tokenizer of a model is if nothing else is said: in its folder, or in that of its checkpoint.

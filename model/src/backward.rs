@@ -7,9 +7,10 @@ use std::ops::Range;
 
 use ulmus_backend::{AttentionShape, LinearShape, TrainingBackend, View, ViewMut};
 
+use crate::activations::{Activations, Scratch, kept};
 use crate::buffers::{heads, read, write};
 use crate::linear::Linear;
-use crate::network::{Activations, Network, Scratch, kept, pass};
+use crate::network::{Network, pass};
 use crate::params::LINEARS;
 
 impl<B: TrainingBackend> Network<B> {

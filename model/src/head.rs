@@ -2,9 +2,10 @@
 
 use ulmus_backend::{HeadGradients, IGNORE, LinearShape, TrainingBackend, View, ViewMut};
 
+use crate::activations::Scratch;
 use crate::batch::MicroBatch;
 use crate::buffers::{read, write};
-use crate::network::{Network, Scratch};
+use crate::network::Network;
 use crate::objective::{Answer, LossSum, Objective, Preference, SequenceScore};
 
 impl<B: TrainingBackend> Network<B> {

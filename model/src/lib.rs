@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+mod activations;
 mod adapter;
 mod backward;
 mod batch;
@@ -29,6 +30,8 @@ mod pickle;
 mod replica;
 mod rows;
 mod sample;
+mod state;
+mod sums;
 mod tensors;
 
 pub use adapter::AdapterShape;
@@ -39,7 +42,9 @@ pub use generate::{Generator, Model, Score, Span};
 pub use objective::{Answer, LossSum, Objective, PairLoss, PairSum, Preference, SequenceScore};
 pub use optimizer::Optimizer;
 pub use params::{Initial, Layout, Tensor, Trainable};
-pub use replica::{Replica, State, StateCopy, StatePart, Sums};
+pub use replica::Replica;
 pub use sample::{Sampler, Sampling};
+pub use state::{State, StateCopy, StatePart};
+pub use sums::Sums;
 pub use tensors::{weights_from_safetensors, weights_to_safetensors, weights_to_safetensors_as};
 pub use ulmus_backend::{BackendError, Quantum, WeightFormat, greedy};

@@ -18,96 +18,14 @@ use std::ops::Range;
 use ulmus_backend::{AttentionShape, IGNORE, LinearShape, TrainingBackend, View};
 use ulmus_plan::ModelConfig;
 
+use crate::activations::{Activations, Scratch, Widths, kept};
 use crate::batch::{BatchShape, MicroBatch};
 use crate::buffers::{Norms, Planner, RopeTables, heads, read, write};
 use crate::error::ModelError;
-use crate::linear::{Adapters, KeptAdapter, Linear, Noise, Pass};
+use crate::linear::{Adapters, Linear, Noise, Pass};
 use crate::objective::{Objective, SequenceScore};
-use crate::params::{LINEARS, LayerPlaces, Places, Trainable};
+use crate::params::{Places, Trainable};
 use crate::rows::Rows;
-
-/// Results of one layer's forward pass that its backward pass needs and cannot cheaply compute again.
-#[derive(Debug)]
-pub(crate) struct Activations<B: TrainingBackend> {
-    /// Queries, keys and values, `[R, packed]`; their gradient in the backward pass.
-    pub packed: B::Activations,
-    /// The attention's output, `[P, query width]`.
-    pub attended: B::Activations,
-    /// Logsumexp of the scores, `[sequences, query heads, length]`.
-    pub lse: B::Buffer<f32>,
-    /// The residual stream between attention and FFN, `[R, D]`.
-    pub middle: B::Activations,
-    /// Both halves of `proj_1`'s output, `[R, 2F]`; their gradient in the backward pass.
-    pub gate_up: B::Activations,
-    /// What the adapters of the four matrices keep.
-    pub adapters: [Option<KeptAdapter<B>>; LINEARS],
-}
-
-impl<B: TrainingBackend> Activations<B> {
-    /// Plans the activations of these layers, if they are needed in turn.
-    fn new(
-        plan: &mut Planner<'_, B>,
-        rows: usize,
-        config: &ModelConfig,
-        layers: &[LayerPlaces],
-    ) -> Result<Self, ModelError> {
-        let (d, widths) = (config.model_dim, Widths::widest(layers, config.head_dim));
-        Ok(Self {
-            packed: plan.activations(rows * widths.packed)?,
-            attended: plan.activations(rows * widths.query)?,
-            lse: plan.buffer(rows * widths.query_heads)?,
-            middle: plan.activations(rows * d)?,
-            gate_up: plan.activations(rows * 2 * widths.ffn)?,
-            adapters: KeptAdapter::of_layers(plan, rows, layers)?,
-        })
-    }
-}
-
-/// The largest widths of some layers.
-#[derive(Debug, Clone, Copy, Default)]
-struct Widths {
-    packed: usize,
-    query: usize,
-    query_heads: usize,
-    ffn: usize,
-}
-
-impl Widths {
-    fn widest(layers: &[LayerPlaces], head_dim: usize) -> Self {
-        let mut widest = Self::default();
-        for layer in layers {
-            let heads = heads(layer, head_dim);
-            widest.packed = widest.packed.max(heads.packed_width());
-            widest.query = widest.query.max(heads.query_width());
-            widest.query_heads = widest.query_heads.max(heads.query);
-            widest.ffn = widest.ffn.max(layer.dims.ffn_dim);
-        }
-        widest
-    }
-}
-
-/// Buffers that every layer uses in turn. They hold what can be computed from kept activations without a matrix
-/// product; the backward pass computes it again and then puts its gradient in the same place.
-#[derive(Debug)]
-pub(crate) struct Scratch<B: TrainingBackend> {
-    /// The normed stream: the input of attention, FFN or head, `[R, D]`.
-    pub normed: B::Activations,
-    /// Queries and keys after norm and rotation, and the values, `[P, packed]`.
-    pub rotated: B::Activations,
-    /// The gradient of `rotated`.
-    pub rotated_gradient: B::Activations,
-    /// SwiGLU's output, `[R, F]`.
-    pub gated: B::Activations,
-    /// A branch's output before it joins the stream, or the gradient of the attention's output.
-    pub branch: B::Activations,
-    /// The gradient of the residual stream.
-    pub stream: B::Activations,
-    pub norms: Norms<B>,
-    pub adapters: Adapters<B>,
-    /// The logits of some of the rows.
-    pub logits: B::Buffer<f32>,
-    pub logits_len: usize,
-}
 
 /// The fewest trainable parameters of any segment but the last: their sums take 32 MiB, enough to keep a network busy.
 const SEGMENT: usize = 1 << 22;
@@ -533,15 +451,6 @@ pub(crate) fn pass<'a, B: TrainingBackend>(
         rate: noise.rate,
     });
     Pass { backend, weights, rows: rows.count(), noise }
-}
-
-/// The place of a layer's activations.
-pub(crate) fn kept<B: TrainingBackend>(
-    activations: &mut [Activations<B>],
-    layer: usize,
-) -> &mut Activations<B> {
-    let index = layer % activations.len();
-    &mut activations[index]
 }
 
 #[cfg(test)]

@@ -12,12 +12,13 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use ulmus_plan::{AdapterConfig, AdapterKind, ModelConfig};
+use ulmus_types::Digest;
 
 use crate::adapter::AdapterShape;
 use crate::error::ModelError;
 use crate::hf;
 use crate::params::{Layout, Tensor};
-use crate::tensors::{Names, WeightReader, metadata, views, without_prefix};
+use crate::tensors::{Names, WeightReader, metadata, views, with_note, without_prefix};
 
 /// Name of the file that says what an adapter is.
 pub const CONFIG: &str = "adapter_config.json";
@@ -29,6 +30,9 @@ const PREFIX: &str = "base_model.model.";
 /// The end of the name of the tensor that is transposed in memory.
 const EMBEDDING_A: &str = ".lora_embedding_A";
 
+/// The key of the hash of the base model's weights in the metadata of [`WEIGHTS`], which other programs ignore.
+const BASE: &str = "base_weights_blake3";
+
 /// A trained adapter.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Adapter {
@@ -36,6 +40,8 @@ pub struct Adapter {
     pub shape: AdapterShape,
     /// Its flat weights, in the order of [`AdapterShape::layout`].
     pub weights: Vec<f32>,
+    /// [`Digest::of`] the flat float32 weights of the model that it was trained on, if its file says so.
+    pub base: Option<Digest>,
 }
 
 /// Modules as PEFT names them: a list of names, or one regular expression.
@@ -170,10 +176,11 @@ pub fn read(directory: &Path, model: &ModelConfig) -> Result<Adapter, ModelError
     let path = directory.join(WEIGHTS);
     let mut reader = WeightReader::new(&layout, names);
     let file = File::open(&path).map_err(ModelError::file("read", &path))?;
-    reader.read(BufReader::new(file)).map_err(|problem| problem.of(&path))?;
+    let header = reader.read(BufReader::new(file)).map_err(|problem| problem.of(&path))?;
+    let base = header.metadata().as_ref().and_then(|notes| notes.get(BASE)?.parse().ok());
     let mut weights = reader.finish().map_err(|problem| ModelError::format(&path, problem))?;
     transpose(&layout, &mut weights);
-    Ok(Adapter { shape, weights })
+    Ok(Adapter { shape, weights, base })
 }
 
 /// The text of `adapter_config.json`; `base` names the base model for people.
@@ -207,17 +214,25 @@ pub fn config_json(shape: &AdapterShape, base: &str) -> String {
     }))
 }
 
-/// The contents of `adapter_model.safetensors`.
+/// The contents of `adapter_model.safetensors`; `base` is [`Adapter::base`].
 ///
 /// # Errors
 /// [`ModelError::Tensors`] if there is not one weight per parameter of the adapter.
-pub fn to_safetensors(shape: &AdapterShape, weights: &[f32]) -> Result<Vec<u8>, ModelError> {
+pub fn to_safetensors(
+    shape: &AdapterShape,
+    weights: &[f32],
+    base: Option<Digest>,
+) -> Result<Vec<u8>, ModelError> {
     shape.layout().check_len(weights)?;
     let mut weights = weights.to_vec();
     transpose(shape.layout(), &mut weights);
     let layout = file_layout(shape);
-    safetensors::serialize(views(&layout, &weights)?, Some(metadata()))
-        .map_err(|error| ModelError::Tensors(error.to_string()))
+    let tensors = safetensors::serialize(views(&layout, &weights)?, Some(metadata()))
+        .map_err(|error| ModelError::Tensors(error.to_string()))?;
+    match base {
+        None => Ok(tensors),
+        Some(base) => with_note(&tensors, BASE, &base.to_string()),
+    }
 }
 
 /// Writes an adapter, creating the directory if necessary and replacing files of the same names.
@@ -225,7 +240,7 @@ pub fn to_safetensors(shape: &AdapterShape, weights: &[f32]) -> Result<Vec<u8>, 
 /// # Errors
 /// [`ModelError::File`] if a file cannot be written; [`ModelError::Tensors`] if there is not one weight per parameter.
 pub fn write(directory: &Path, shape: &AdapterShape, weights: &[f32], base: &str) -> Result<(), ModelError> {
-    let tensors = to_safetensors(shape, weights)?;
+    let tensors = to_safetensors(shape, weights, None)?;
     std::fs::create_dir_all(directory).map_err(ModelError::file("write", directory))?;
     for (name, contents) in [(CONFIG, config_json(shape, base).into_bytes()), (WEIGHTS, tensors)] {
         let path = directory.join(name);

@@ -11,7 +11,7 @@
 
 use std::ops::Range;
 
-use ulmus_backend::{BLOCK, HostCopy, In, Out, Quantum, TrainingBackend, View, ViewMut};
+use ulmus_backend::{BLOCK, In, Out, Quantum, TrainingBackend, View, ViewMut};
 use ulmus_plan::ModelConfig;
 use ulmus_types::Digest;
 
@@ -24,101 +24,11 @@ use crate::network::{DropoutRate, Network};
 use crate::objective::{LossSum, Objective, SequenceScore};
 use crate::optimizer::Optimizer;
 use crate::params::{Initial, Layout, Places, Trainable, Update, check_len};
+use crate::state::{State, StateCopy, StatePart};
+use crate::sums::Sums;
 
 /// Elements that pass through the host at a time while a state is hashed or initialised.
 const CHUNK: usize = 1 << 20;
-
-/// One of the three flat vectors that make up the state.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum StatePart {
-    /// The trained weights.
-    Weights,
-    /// AdamW's first moment.
-    FirstMoment,
-    /// AdamW's second moment.
-    SecondMoment,
-}
-
-impl StatePart {
-    /// All parts, in the order in which they are hashed.
-    pub const ALL: [Self; 3] = [Self::Weights, Self::FirstMoment, Self::SecondMoment];
-}
-
-/// The state on the host: flat vectors of the trained parameters, in the order of [`Replica::layout`].
-#[derive(Debug, Clone, PartialEq)]
-pub struct State {
-    /// The weights.
-    pub weights: Vec<f32>,
-    /// AdamW's first moment.
-    pub first_moment: Vec<f32>,
-    /// AdamW's second moment.
-    pub second_moment: Vec<f32>,
-}
-
-/// A copy of the state on the host. It may still be under way while training goes on.
-#[derive(Debug)]
-pub struct StateCopy([Box<dyn HostCopy>; 3]);
-
-impl StateCopy {
-    /// One of its vectors; waits until the copy of it is complete.
-    pub fn part(&self, part: StatePart) -> &[f32] {
-        let [weights, first_moment, second_moment] = &self.0;
-        match part {
-            StatePart::Weights => weights.values(),
-            StatePart::FirstMoment => first_moment.values(),
-            StatePart::SecondMoment => second_moment.values(),
-        }
-    }
-}
-
-impl From<State> for StateCopy {
-    fn from(state: State) -> Self {
-        let State { weights, first_moment, second_moment } = state;
-        Self([Box::new(weights), Box::new(first_moment), Box::new(second_moment)])
-    }
-}
-
-/// Exact sums of gradients, one integer per trained parameter.
-#[derive(Debug)]
-pub struct Sums<B: TrainingBackend> {
-    values: B::Buffer<i64>,
-    len: usize,
-    /// Whether the values are stale, to be overwritten by the next gradient.
-    cleared: bool,
-}
-
-impl<B: TrainingBackend> Sums<B> {
-    /// Allocates sums for these parameters.
-    ///
-    /// # Errors
-    /// [`ModelError::Backend`].
-    pub fn new(backend: &B, trainable: &Trainable) -> Result<Self, ModelError> {
-        let len = trainable.parameters();
-        Ok(Self { values: backend.allocate(len)?, len, cleared: true })
-    }
-
-    /// Begins a new sum: the next gradient replaces the values instead of being added.
-    pub fn clear(&mut self) {
-        self.cleared = true;
-    }
-
-    /// All sums, to which at least one gradient has been added.
-    ///
-    /// # Panics
-    /// If no gradient was added.
-    pub fn values(&mut self) -> Out<'_, B, i64> {
-        self.part(0..self.len)
-    }
-
-    /// A range of the sums.
-    ///
-    /// # Panics
-    /// If no gradient was added.
-    pub fn part(&mut self, range: Range<usize>) -> Out<'_, B, i64> {
-        assert!(!self.cleared, "a gradient was added");
-        ViewMut::new(&mut self.values, range)
-    }
-}
 
 /// Weights, moments and gradient of one model on one device, and the network that computes with them.
 #[derive(Debug)]

@@ -5,7 +5,7 @@
 //! a text, as padding is. Pairs of answers to one prompt have it once: up to the first target, the positions that begin both
 //! sequences of a pair are the same, and share their rows. Before attention, rows are copied to their positions.
 
-use ulmus_backend::{IGNORE, TrainingBackend};
+use ulmus_backend::{IGNORE, In, TrainingBackend};
 
 use crate::batch::MicroBatch;
 use crate::buffers::{Planner, read, write};
@@ -101,7 +101,7 @@ pub(crate) struct Rows<B: TrainingBackend> {
     /// [`Map::others`].
     others: B::Buffer<u32>,
     /// [`Map::rows`].
-    rows: B::Buffer<u32>,
+    of_positions: B::Buffer<u32>,
 }
 
 impl<B: TrainingBackend> Rows<B> {
@@ -111,7 +111,7 @@ impl<B: TrainingBackend> Rows<B> {
             map: Map::with_capacity(positions),
             positions: plan.buffer(positions)?,
             others: plan.buffer(positions)?,
-            rows: plan.buffer(positions)?,
+            of_positions: plan.buffer(positions)?,
         })
     }
 
@@ -122,8 +122,9 @@ impl<B: TrainingBackend> Rows<B> {
         } else {
             self.map.set_all(batch);
         }
-        let Self { map, positions, others, rows } = self;
-        for (buffer, values) in [(positions, &map.positions), (others, &map.others), (rows, &map.rows)] {
+        let Self { map, positions, others, of_positions } = self;
+        let lists = [(positions, &map.positions), (others, &map.others), (of_positions, &map.rows)];
+        for (buffer, values) in lists {
             backend.upload(write(buffer, values.len()), values);
         }
     }
@@ -139,7 +140,7 @@ impl<B: TrainingBackend> Rows<B> {
     }
 
     /// The same on the device.
-    pub(crate) fn positions_on_device(&self) -> ulmus_backend::In<'_, B, u32> {
+    pub(crate) fn positions_on_device(&self) -> In<'_, B, u32> {
         read(&self.positions, self.count())
     }
 
@@ -165,7 +166,8 @@ impl<B: TrainingBackend> Rows<B> {
         if self.are_positions() {
             return from;
         }
-        let (count, rows) = (self.map.rows.len(), read(&self.rows, self.map.rows.len()));
+        let count = self.map.rows.len();
+        let rows = read(&self.of_positions, count);
         backend.gather(write(to, count * width), read(from, self.count() * width), rows, width);
         to
     }

@@ -99,6 +99,20 @@ pub(crate) fn metadata() -> std::collections::HashMap<String, String> {
     std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())])
 }
 
+/// Adds an entry to the metadata of a file: the library takes them without an order, and would write several in any.
+pub(crate) fn with_note(file: &[u8], key: &str, value: &str) -> Result<Vec<u8>, ModelError> {
+    let problem = |error: &dyn std::fmt::Display| ModelError::Tensors(error.to_string());
+    let (_, start) = read_header(&mut Cursor::new(file)).map_err(|found| problem(&found.into_text()))?;
+    let (header, tensors) = file.split_at(start as usize);
+    let header = &header[LENGTH_BYTES as usize..];
+    let mut header: serde_json::Value = serde_json::from_slice(header).map_err(|error| problem(&error))?;
+    header["__metadata__"][key] = value.into();
+    let mut header = header.to_string().into_bytes();
+    // The format wants tensors to begin at a multiple of 8 bytes.
+    header.resize(header.len().next_multiple_of(LENGTH_BYTES as usize), b' ');
+    Ok([&(header.len() as u64).to_le_bytes()[..], &header, tensors].concat())
+}
+
 fn refused(error: &SafeTensorError) -> ModelError {
     ModelError::Tensors(error.to_string())
 }
@@ -177,8 +191,8 @@ impl<'a> WeightReader<'a> {
         Self { layout, names, weights: vec![0.0; layout.parameters()], seen }
     }
 
-    /// Reads all tensors of one file.
-    pub(crate) fn read(&mut self, mut file: impl Read + Seek) -> Result<(), Problem> {
+    /// Reads all tensors of one file, and answers with its header.
+    pub(crate) fn read(&mut self, mut file: impl Read + Seek) -> Result<Metadata, Problem> {
         let (metadata, start) = read_header(&mut file)?;
         for name in metadata.offset_keys() {
             if name == HEAD && self.layout.tensor(HEAD).is_none() {
@@ -195,7 +209,7 @@ impl<'a> WeightReader<'a> {
             file.seek(SeekFrom::Start(start + info.data_offsets.0 as u64)).map_err(failed)?;
             read_values(&mut file, info.dtype, values).map_err(failed)?;
         }
-        Ok(())
+        Ok(metadata)
     }
 
     /// The place of a tensor's values, which can be claimed once.

@@ -12,6 +12,7 @@ use ulmus_model::{
     Sums, Tensor,
 };
 use ulmus_plan::{AdapterConfig, AdapterKind, ModelConfig, Multipliers, TuneConfig};
+use ulmus_types::Digest;
 
 const LENGTH: usize = 20;
 
@@ -374,25 +375,32 @@ fn patterns_and_scales_are_those_of_peft() {
 fn trained(config: &AdapterConfig) -> Adapter {
     let mut replica = replica(config);
     disturb(&mut replica);
-    Adapter { shape: AdapterShape::new(&self::config(), config).unwrap(), weights: replica.state().weights }
+    let shape = AdapterShape::new(&self::config(), config).unwrap();
+    Adapter { shape, weights: replica.state().weights, base: None }
 }
 
 #[test]
 fn files_hold_an_adapter_as_it_was() {
     for config in adapters() {
         let directory = tempfile::tempdir().unwrap();
-        let Adapter { shape, weights } = trained(&config);
+        let Adapter { shape, weights, .. } = trained(&config);
         peft::write(directory.path(), &shape, &weights, "base").unwrap();
         let back = peft::read(directory.path(), &self::config()).unwrap();
         assert_eq!((bits(&back.weights), back.shape.modules()), (bits(&weights), shape.modules()));
-        assert_eq!(back.shape.config().dropout, config.dropout);
+        assert_eq!((back.shape.config().dropout, back.base), (config.dropout, None));
+        let base = Some(Digest::of(b"weights"));
+        let tensors = peft::to_safetensors(&shape, &weights, base).unwrap();
+        assert_eq!(tensors, peft::to_safetensors(&shape, &weights, base).unwrap());
+        assert!(safetensors::SafeTensors::deserialize(&tensors).is_ok());
+        std::fs::write(directory.path().join(peft::WEIGHTS), tensors).unwrap();
+        assert_eq!(peft::read(directory.path(), &self::config()).unwrap(), Adapter { base, ..back });
     }
 }
 
 #[test]
 fn what_an_adapter_cannot_be_is_refused_with_what_differs() {
     let directory = tempfile::tempdir().unwrap();
-    let Adapter { shape, weights } = trained(&adapter(AdapterKind::Lora, EVERYTHING, 0.0));
+    let Adapter { shape, weights, .. } = trained(&adapter(AdapterKind::Lora, EVERYTHING, 0.0));
     peft::write(directory.path(), &shape, &weights, "base").unwrap();
     let message = |model: &ModelConfig| peft::read(directory.path(), model).unwrap_err().to_string();
     let wider = ModelConfig { vocab_size: 98, ..config() };
@@ -444,7 +452,7 @@ fn corenet_s_names_are_accepted() {
     for kind in
         [adapter(AdapterKind::Lora, EVERYTHING, 0.0), adapter(AdapterKind::Dora, &["all-linear"], 0.0)]
     {
-        let Adapter { shape, weights } = trained(&kind);
+        let Adapter { shape, weights, .. } = trained(&kind);
         peft::write(directory.path(), &shape, &weights, "base").unwrap();
         let path = directory.path().join(peft::WEIGHTS);
         let bytes = std::fs::read(&path).unwrap();

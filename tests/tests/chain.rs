@@ -78,7 +78,11 @@ fn a_chain_tunes_and_measures_what_it_has_trained() {
     sandbox.evaluator(&chat).succeeds();
     let adapter = "runs/tiny/tune/lora/adapter";
     let merge = ["merge", "--model", "runs/tiny/tune/dpo/export", "--adapter", adapter, "--to", "merged"];
-    sandbox.evaluator(&merge).succeeds();
+    let said = sandbox.evaluator(&merge).succeeds();
+    assert!(!said.contains("warning"), "{said}");
+    let other = ["merge", "--model", "runs/tiny/tune/sft/export", "--adapter", adapter, "--to", "other"];
+    let said_of_other = sandbox.evaluator(&other).succeeds();
+    assert!(said_of_other.contains("was trained on other weights"), "{said_of_other}");
     let weights =
         |folder: &str| std::fs::read(sandbox.path(folder).join("model.safetensors")).expect("it is there");
     assert!(weights("merged") == weights("runs/tiny/tune/lora/export"), "the export is the merged model");
@@ -86,6 +90,13 @@ fn a_chain_tunes_and_measures_what_it_has_trained() {
         std::fs::read(sandbox.path(folder).join("chat_template.jinja")).expect("there is a template")
     };
     assert!(template("merged") == template(adapter), "the merged model speaks as the adapter was taught");
+    let card = run.read("tune/lora/export/README.md");
+    let learned = ["for 60 steps", "to imitate answers", "by preferences (DPO", "A LoRA adapter was trained"];
+    let places = learned.map(|said| card.find(said).unwrap_or_else(|| panic!("{said} in {card}")));
+    assert!(places.is_sorted(), "{card}");
+    for data in ["answers.jsonl", "preferences.jsonl", "instructions.json"] {
+        assert_eq!(card.matches(&format!("| {data} | ")).count(), 1, "{card}");
+    }
     let permissions =
         |name: &str| std::fs::metadata(sandbox.path("merged").join(name)).expect("it is there").permissions();
     assert_eq!(permissions("model.safetensors"), permissions("config.json"));

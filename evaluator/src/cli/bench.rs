@@ -8,7 +8,7 @@ use clap::Args;
 use ulmus_backend::Backend;
 use ulmus_device::AnyBackend;
 use ulmus_evaluator::{
-    BenchConfig, BenchResult, LoadedModel, Measured, SpeedRow, Speeds, bench, read_adapted, synthetic_weights,
+    BenchConfig, BenchResult, LoadedModel, Measured, SpeedRow, Speeds, bench, synthetic_weights,
 };
 use ulmus_model::Model;
 use ulmus_model::hf::read_config;
@@ -16,7 +16,7 @@ use ulmus_plan::{ModelConfig, NormKind, Preset};
 use ulmus_process::{Failure, print};
 use ulmus_types::{ExitStatus, counted};
 
-use super::{DeviceChoice, Dtype, all_threads, failure, json, parse_device, table};
+use super::{DeviceChoice, Dtype, adapted, all_threads, failure, json, parse_device, table};
 
 /// The default length of the prompt, where the context has room for it.
 const PROMPT_TOKENS: usize = 35;
@@ -216,7 +216,7 @@ impl Bench {
     ) -> Result<BenchResult, Failure> {
         let model = match model {
             Timed::Folder(folder) => {
-                let read = read_adapted(folder, self.adapter.as_deref()).map_err(failure)?;
+                let read = adapted(folder, self.adapter.as_deref())?;
                 LoadedModel::new(&read, backend, dtype.format()).map_err(failure)?.model
             }
             Timed::Shape(_) => {

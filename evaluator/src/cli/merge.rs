@@ -4,12 +4,12 @@ use std::path::PathBuf;
 
 use clap::Args;
 use ulmus_dataloader::CHAT_TEMPLATE;
-use ulmus_evaluator::{EvaluatorError, model_folder, read_adapted, tokenizer_place};
+use ulmus_evaluator::{EvaluatorError, model_folder, tokenizer_place};
 use ulmus_model::hf::{self, HfModel};
 use ulmus_process::{Failure, print};
 use ulmus_types::ExitStatus;
 
-use super::failure;
+use super::{adapted, failure};
 
 /// Files beside a model that say how it is used, and that merging leaves as they are.
 const BESIDE: [&str; 5] =
@@ -36,8 +36,7 @@ impl Merge {
             return Err(Failure::new(ExitStatus::InvalidInput, message));
         }
         let model = model_folder(&self.model).map_err(failure)?;
-        let merged = read_adapted(&model, Some(&self.adapter)).map_err(failure)?;
-        let HfModel { config, weights, tokens } = merged;
+        let HfModel { config, weights, tokens } = adapted(&model, Some(&self.adapter))?;
         let wrong = weights.iter().filter(|weight| !weight.is_finite()).count();
         if wrong > 0 {
             let message =

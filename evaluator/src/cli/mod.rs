@@ -10,7 +10,7 @@ mod tasks;
 
 use std::io::{self, Write};
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
@@ -22,6 +22,7 @@ use ulmus_evaluator::{
     EvaluatorError, LoadedModel, Transcript, folder_of, load_tokenizer, model_folder, read_adapted,
     tokenizer_place,
 };
+use ulmus_model::hf::HfModel;
 use ulmus_model::{Generator, Sampler, Sampling};
 use ulmus_plan::Device;
 use ulmus_process::{Failure, finish_output};
@@ -244,6 +245,16 @@ fn failure(error: impl Into<EvaluatorError>) -> Failure {
     Failure::of(error.kind(), &error)
 }
 
+/// Reads a model with its adapter, if there is one.
+#[expect(clippy::print_stderr, reason = "a remark stands beside the results on standard output")]
+fn adapted(model: &Path, adapter: Option<&Path>) -> Result<HfModel, Failure> {
+    let (read, remark) = read_adapted(model, adapter).map_err(failure)?;
+    if let Some(remark) = remark {
+        eprintln!("warning: {remark}");
+    }
+    Ok(read)
+}
+
 impl Generate {
     /// The sampling that the flags describe. Without `--temperature`, top-k and top-p imply a temperature of 1.
     fn sampling(&self) -> Result<Sampling, Failure> {
@@ -279,7 +290,7 @@ impl OnDevice for Generate {
     fn run<B: Backend>(&self, backend: B) -> Result<(), Failure> {
         let mut sampler = Sampler::new(self.sampling()?, self.seed, 0);
         let model = model_folder(&self.model).map_err(failure)?;
-        let read = read_adapted(&model, self.adapter.as_deref()).map_err(failure)?;
+        let read = adapted(&model, self.adapter.as_deref())?;
         let loaded = LoadedModel::new(&read, backend, self.dtype.format()).map_err(failure)?;
         let of_tokenizer = self.tokenizer.as_deref().unwrap_or_else(|| tokenizer_place(&model));
         let tokenizer = load_tokenizer(of_tokenizer, &loaded).map_err(failure)?;

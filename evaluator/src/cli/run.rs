@@ -14,8 +14,8 @@ use ulmus_evaluator::tasks::{
     Settings, TaskPlan, average, beside_published, description, kind_of_device, markdown, results_file,
 };
 use ulmus_evaluator::{
-    EvaluatorError, LoadedModel, adds_bos, load_tokenizer, model_folder, perplexity, read_adapted,
-    read_texts, tokenizer_place,
+    EvaluatorError, LoadedModel, adds_bos, load_tokenizer, model_folder, perplexity, read_texts,
+    tokenizer_place,
 };
 use ulmus_process::{Failure, print};
 use ulmus_run::results::Perplexity;
@@ -23,7 +23,7 @@ use ulmus_tokenizer::Tokenizer;
 use ulmus_types::{ExitStatus, counted};
 
 use super::tasks::HarnessRev;
-use super::{Compute, Dtype, OnDevice, failure, json as to_json, table};
+use super::{Compute, Dtype, OnDevice, adapted, failure, json as to_json, table};
 
 #[derive(Debug, Args)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
@@ -467,7 +467,7 @@ impl OnDevice for Run {
             output.refuse_samples(&selection)?;
         }
         let model = model_folder(&self.model).map_err(failure)?;
-        let read = read_adapted(&model, self.adapter.as_deref()).map_err(failure)?;
+        let read = adapted(&model, self.adapter.as_deref())?;
         let loaded = LoadedModel::new(&read, backend, self.dtype.format()).map_err(failure)?;
         let of_tokenizer = self.tokenizer.as_deref().unwrap_or_else(|| tokenizer_place(&model));
         let tokenizer = load_tokenizer(of_tokenizer, &loaded).map_err(failure)?;

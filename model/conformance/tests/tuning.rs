@@ -378,7 +378,8 @@ fn preference_steps_of_an_adapter<B: TrainingBackend>(backend: &B) {
         weights[range.clone()].copy_from_slice(&stored.f32(&format!("initial/{name}")));
     }
     let objective = Objective::Preferences(preference(run));
-    let mut replica = adapted(backend, &Adapter { shape, weights }, BatchShape::new(4, 96), objective);
+    let mut replica =
+        adapted(backend, &Adapter { shape, weights, base: None }, BatchShape::new(4, 96), objective);
     let pairs = current_pairs(&file, run["data"].as_str().unwrap());
     if compare_preference_steps(&mut replica, &pairs, run, "LoRA") {
         assert_final_weights(replica.layout(), &replica.state().weights, &stored, "final", 1024);

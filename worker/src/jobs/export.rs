@@ -13,7 +13,7 @@ use ulmus_plan::{AdapterKind, Method, ModelConfig, Plan, PreferenceLoss, TuneCon
 use ulmus_run::results::{self, Average, Exported};
 use ulmus_run::{TrainState, paths};
 use ulmus_tokenizer::Tokenizer;
-use ulmus_types::{CheckpointId, FileEntry, Job, Of, StageName, Subject, counted};
+use ulmus_types::{CheckpointId, Digest, FileEntry, Job, Of, StageName, Subject, counted};
 
 use super::average::average_file;
 use super::base::Base;
@@ -219,8 +219,10 @@ fn tuned(run: &Run, job: &Job, name: StageName, config: &TuneConfig) -> Result<E
             run.write(&format!("{folder}/{}", peft::CONFIG), described.into_bytes())?;
             let template = super::examples::chat_template(run, config)?;
             run.write(&format!("{folder}/{CHAT_TEMPLATE}"), template.into_bytes())?;
-            run.write(&format!("{folder}/{}", peft::WEIGHTS), peft::to_safetensors(&shape, &adapter)?)?;
             let base = weights_of(run, &begun_from(&config.of, origin))?;
+            let tensors =
+                peft::to_safetensors(&shape, &adapter, Some(Digest::of(bytemuck::cast_slice(&base))))?;
+            run.write(&format!("{folder}/{}", peft::WEIGHTS), tensors)?;
             (shape.merged_config(&model), shape.merge(&model, base, &adapter)?)
         }
     };
@@ -242,20 +244,33 @@ fn tuned(run: &Run, job: &Job, name: StageName, config: &TuneConfig) -> Result<E
     write(run, &paths::tuned(name), export)
 }
 
-/// What is told of the model that a tuning stage has made.
+/// What is told of the model that a tuning stage has made: how the model came to be that it began from, and what it added.
 fn of_tuning(run: &Run, name: StageName, config: &TuneConfig) -> Result<About, WorkerError> {
+    let earlier = match &config.of {
+        Of::Tuned(earlier) => run.plan.tuning(*earlier).map(|config| (*earlier, config)),
+        _ => None,
+    };
+    let About { base, mut training, mut data } = match (earlier, &config.of) {
+        (Some((earlier, config)), _) => of_tuning(run, earlier, config)?,
+        (None, Of::Average | Of::Milestones) => of_text(run, averaged(run)?)?,
+        (None, Of::Last) => of_text(run, Vec::new())?,
+        (None, of) => About { base: Some(begun_at(&run.plan, of)), training: Vec::new(), data: Vec::new() },
+    };
     let made: results::Examples = result(run, &made_by(run, name))?;
-    let data = made.files.iter().map(|file| CardData {
+    training.push(tuning_facts(config, &made));
+    let files = made.files.iter().map(|file| CardData {
         // Where a file lay on some machine is nobody's business.
         address: if file.file.contains("://") { file.file.clone() } else { name_of(&file.file).to_owned() },
         amount: counted(file.rows, "row"),
         hash: format!("BLAKE3: {}", file.hash),
     });
-    Ok(About {
-        base: Some(begun_at(&run.plan, &config.of)),
-        data: data.collect(),
-        training: vec![tuning_facts(config, &made)],
-    })
+    for file in files {
+        // Stages may learn from the same rows.
+        if !data.contains(&file) {
+            data.push(file);
+        }
+    }
+    Ok(About { base, training, data })
 }
 
 fn name_of(file: &str) -> &str {
