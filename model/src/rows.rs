@@ -65,7 +65,9 @@ impl Map {
         others.clear();
         rows.clear();
         rows.resize(batch.inputs.len(), u32::MAX);
-        for first in (0..batch.inputs.len()).step_by(2 * length).filter(|_| in_pairs) {
+        // A sequence without a partner shares nothing.
+        let pairs = if in_pairs { batch.sequences / 2 } else { 0 };
+        for first in (0..pairs).map(|pair| 2 * pair * length) {
             let is_shared = |position: &usize| {
                 let (one, other) = (first + position, first + length + position);
                 let is_same = |list: &[u32]| list[one] == list[other];
@@ -269,5 +271,7 @@ mod tests {
         assert_eq!(rows[..5], [0, 1, 2, 3, 0]);
         assert_eq!(rows[5..10], [0, 1, 4, 5, 6]);
         assert_eq!(map(&batch, false).positions.len(), 18);
+        let alone = MicroBatch::of_whole_documents(1, 2, vec![1, 2], vec![NONE, 5]);
+        assert_eq!(map(&alone, true), map(&alone, false));
     }
 }
